@@ -1,0 +1,7 @@
+"""The method itself: parts, layers, attach / detach / merge, and the adapter's file."""
+
+from tiedlora.adapter.attach import Attached, attach, attach_adapter
+from tiedlora.adapter.files import load, save
+from tiedlora.adapter.parts import TiedAdapter
+
+__all__ = ["Attached", "TiedAdapter", "attach", "attach_adapter", "load", "save"]

@@ -1,0 +1,166 @@
+"""Put an adapter on a base model, take it off, merge it into the weights, and take it out again.
+
+The base model keeps its modules and their names: an update is a forward hook on each adapted module,
+so detaching leaves the very model there was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+from tiedlora.adapter import architectures
+from tiedlora.adapter.architectures import Site
+from tiedlora.adapter.parts import TargetParts, TiedAdapter
+from tiedlora.errors import UserError
+from tiedlora.tying import Architecture, Tying
+
+
+class Update:
+    """The forward hook of one site: output + s B_l A_l x, in the dtype of x.
+
+    With separate q, k and v modules each draws its own dropout mask, as PEFT's LoRA does.
+    """
+
+    def __init__(self, parts: TargetParts, layer: int, site: Site, scale: float, dropout: float) -> None:
+        self.parts, self.layer, self.site, self.scale, self.dropout = parts, layer, site, scale, dropout
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        A_l, B_l = self.parts.folded(self.layer, self.site.rows)
+        x = F.dropout(args[0], self.dropout, module.training) if self.dropout else args[0]
+        # Folding is float32; only the folded factors are rounded to the activations' dtype.
+        update = F.linear(F.linear(x, (self.scale * A_l).to(x.dtype)), B_l.to(x.dtype))
+        return _add(output, update, self.site.outputs)
+
+
+def _add(output: Tensor, update: Tensor, outputs: slice) -> Tensor:
+    if update.shape[-1] == output.shape[-1]:
+        return output + update
+    return output + F.pad(update, (outputs.start, output.shape[-1] - outputs.stop))
+
+
+@dataclass
+class Attached:
+    """An adapter on a model. `detach` when done; `merge` and `unmerge` in between.
+
+    The adapter is also registered on the model as `tied_adapter`, so that `.to()`, `.parameters()` and
+    `.train()` reach its parts.
+    """
+
+    model: nn.Module
+    adapter: TiedAdapter
+    sites: list[tuple[TargetParts, int, Site]]
+    handles: list[RemovableHandle] = field(default_factory=list)
+    _kept: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is in the weights now."""
+        return bool(self._kept)
+
+    def hook(self) -> None:
+        """Let every adapted module add its update."""
+        dropout = self.adapter.tying.dropout
+        for parts, layer, site in self.sites:
+            update = Update(parts, layer, site, self.adapter.scale, dropout)
+            module = self.model.get_submodule(site.module_path)
+            self.handles.append(module.register_forward_hook(update))
+
+    def unhook(self) -> None:
+        """Leave the base model's own outputs."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def detach(self) -> None:
+        """Take the adapter off: the base model is bit for bit what it was."""
+        self.unmerge()
+        self.unhook()
+        del self.model.tied_adapter
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add every update to its weight, in the weight's dtype.
+
+        In bfloat16 that rounds small updates away (the argmax then differs at 1-1.5 % of positions),
+        so scoring merges in float32 alone. A copy of each weight is kept for `unmerge`.
+        """
+        if self.merged:
+            return
+        for parts, layer, site in self.sites:
+            weight, columns = self._weight(site)
+            if site.module_path not in self._kept:
+                self._kept[site.module_path] = weight.detach().clone()
+            A_l, B_l = parts.folded(layer, site.rows)
+            update = self.adapter.scale * (B_l @ A_l)
+            rows = weight[:, site.outputs] if columns else weight[site.outputs]
+            rows += (update.T if columns else update).to(weight.dtype)
+        self.unhook()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the kept weights bit for bit (subtracting the update would restore only most entries)."""
+        if not self.merged:
+            return
+        for path, kept in self._kept.items():
+            self.model.get_submodule(path).weight.copy_(kept)  # type: ignore[operator, union-attr]
+        self._kept.clear()
+        self.hook()
+
+    def _weight(self, site: Site) -> tuple[Tensor, bool]:
+        """A site's weight, and whether its outputs are columns (GPT-2's Conv1D) instead of rows."""
+        module = self.model.get_submodule(site.module_path)
+        return module.weight, isinstance(module, Conv1D)  # type: ignore[return-value]
+
+
+def attach(model: nn.Module, tying: Tying, rank: int, alpha: float | None = None, seed: int = 0) -> Attached:
+    """Put a fresh adapter on `model`, freezing the base. The update is exactly zero until it is trained.
+
+    Args:
+        model: a causal language model of transformers, of a family in architectures.FAMILIES.
+        alpha: None means `rank`, so the scale is 1.
+        seed: draws the random parts.
+
+    Raises:
+        UserError: unknown family or target, a specification that cannot train, or an adapter already there.
+    """
+    architecture = architectures.read(model)
+    return attach_adapter(model, TiedAdapter(tying, rank, rank if alpha is None else alpha, architecture, seed))
+
+
+def attach_adapter(model: nn.Module, adapter: TiedAdapter) -> Attached:
+    """Put an existing adapter (a loaded one) on `model`, freezing the base.
+
+    Raises:
+        UserError: the adapter was made for another architecture, or the model has an adapter.
+    """
+    if hasattr(model, "tied_adapter"):
+        raise UserError("attach: the model has an adapter already; detach it first")
+    architecture = architectures.read(model)
+    _same_architecture(adapter.architecture, architecture)
+    sites = [
+        (adapter.targets[target], layer, site)
+        for target in adapter.tying.targets
+        for layer in range(architecture.layers)
+        for site in architectures.sites(architecture, target, layer)
+    ]
+    model.requires_grad_(False)
+    adapter.to(next(model.parameters()).device)
+    model.add_module("tied_adapter", adapter)
+    attached = Attached(model, adapter, sites)  # type: ignore[arg-type]
+    attached.hook()
+    return attached
+
+
+def _same_architecture(expected: Architecture, found: Architecture) -> None:
+    for name in ("family", "layers", "hidden", "heads", "kv_heads", "head_dim"):
+        if getattr(expected, name) != getattr(found, name):
+            raise UserError(
+                f"attach: the adapter is for a model with {name}={getattr(expected, name)}, "
+                f"this model has {name}={getattr(found, name)}"
+            )

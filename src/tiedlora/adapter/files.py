@@ -1,0 +1,150 @@
+"""An adapter's own folder: adapter.json beside adapter.safetensors.
+
+The tensors are those that cannot be rebuilt, each once: the trained parts, and the frozen random ones
+(or, when asked, only the latter's seed and checksum). Frozen constants are in the specification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from tiedlora import atomic
+from tiedlora import tying as spec
+from tiedlora.adapter.parts import TiedAdapter
+from tiedlora.errors import UserError
+from tiedlora.tying import Architecture, Tying
+
+FORMAT = 1
+TENSORS = "adapter.safetensors"
+DESCRIPTION = "adapter.json"
+
+
+def checksum(tensor: Tensor) -> str:
+    """sha256 of a tensor's float32 values."""
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def save(adapter: TiedAdapter, folder: Path, base: dict[str, Any], rebuild_frozen: bool = False) -> int:
+    """Write the adapter; the folder appears whole or not at all.
+
+    Args:
+        base: what the base model is (name, revision, digest), for the check at loading.
+        rebuild_frozen: leave out frozen random parts and keep their seed and checksum instead.
+
+    Returns:
+        Bytes of the folder.
+    """
+    stored, rebuilt = {}, {}
+    for name, parameter in adapter.parts().items():
+        part = getattr(adapter.tying, name.split(".")[1])
+        if part.trained or (isinstance(part.init, str) and not rebuild_frozen):
+            stored[name] = parameter.detach().float().cpu().contiguous()
+        else:
+            rebuilt[name] = checksum(parameter)
+    data = to_bytes(stored)
+    description = {
+        "format": FORMAT,
+        "base": base,
+        "tying": asdict(adapter.tying),
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "seed": adapter.seed,
+        "architecture": asdict(adapter.architecture),
+        "rebuilt": rebuilt,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    with atomic.new_folder(folder) as beside:
+        (beside / TENSORS).write_bytes(data)
+        atomic.write_json(beside / DESCRIPTION, description)
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def load(folder: Path) -> tuple[TiedAdapter, dict[str, Any]]:
+    """Read an adapter back, tied parts as one parameter again.
+
+    Returns:
+        The adapter (on the CPU) and the description of the base model it was trained on.
+
+    Raises:
+        UserError: naming the file and the part that is damaged, missing, of another shape or not finite.
+    """
+    description = atomic.read_json(folder / DESCRIPTION)
+    tying, rank, alpha, seed, architecture = _described(description, folder / DESCRIPTION)
+    path = folder / TENSORS
+    if not path.is_file():
+        raise UserError(f"{path}: is missing")
+    if atomic.sha256(path) != description.get("sha256"):
+        raise UserError(f"{path}: is damaged or was changed (its sha256 is not the one in {DESCRIPTION})")
+    expected = {
+        f"{target}.{part}": spec.part_shape(tying, part, rank, architecture, target)
+        for target in tying.targets
+        for part in spec.PARTS
+        if not (part in "uv" and spec.is_identity(getattr(tying, part)))
+    }
+    rebuilt = description.get("rebuilt", {})
+    tensors = _read_tensors(path, {name: shape for name, shape in expected.items() if name not in rebuilt})
+    adapter = TiedAdapter(tying, rank, alpha, architecture, seed)
+    with torch.no_grad():
+        for name, parameter in adapter.parts().items():
+            if name in tensors:
+                parameter.copy_(tensors[name])
+            elif checksum(parameter) != rebuilt[name]:
+                raise UserError(
+                    f"{folder}: {name} rebuilt from seed {seed} is not the one that was trained with "
+                    "(another torch version draws other numbers); save with rebuild_frozen=False"
+                )
+    return adapter, description["base"]
+
+
+def _described(description: dict[str, Any], path: Path) -> tuple[Tying, int, float, int, Architecture]:
+    if description.get("format") != FORMAT:
+        raise UserError(f"{path}: format {description.get('format')!r} is not {FORMAT}, which this version reads")
+    try:
+        tying, architecture = (
+            OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), description[key]))
+            for kind, key in ((Tying, "tying"), (Architecture, "architecture"))
+        )
+        rank, alpha, seed = description["rank"], float(description["alpha"]), int(description["seed"])
+    except KeyError as error:
+        raise UserError(f"{path}: has no {error}") from None
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    assert isinstance(tying, Tying) and isinstance(architecture, Architecture)
+    spec.check(tying, architecture)
+    if not isinstance(rank, int) or not 1 <= rank <= 65536 or not 1 <= architecture.layers <= 10_000:
+        raise UserError(f"{path}: rank={rank!r}, layers={architecture.layers}: not the sizes of an adapter")
+    if not isinstance(description.get("base"), dict) or not isinstance(description.get("rebuilt", {}), dict):
+        raise UserError(f"{path}: base and rebuilt must be objects")
+    return tying, rank, alpha, seed, architecture
+
+
+def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if names != set(expected):
+                missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
+                raise UserError(f"{path}: lacks {missing or 'nothing'} and has {extra or 'nothing'} beyond its parts")
+            for name, shape in expected.items():
+                found = file.get_slice(name)
+                if tuple(found.get_shape()) != shape or found.get_dtype() != "F32":
+                    raise UserError(
+                        f"{path}: {name} is {found.get_dtype()} {tuple(found.get_shape())}, expected F32 {shape}"
+                    )
+            tensors = {name: file.get_tensor(name) for name in expected}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: is not a readable safetensors file ({error})") from None
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} holds values that are not finite")
+    return tensors

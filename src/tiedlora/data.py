@@ -1,0 +1,176 @@
+"""From examples to batches: tokenise, order, collate."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiedlora.config import TaskConfig
+from tiedlora.errors import UserError
+from tiedlora.tasks import Example
+
+BUCKET_BATCHES = 16
+"""Batches sorted by length together: enough to make their rows alike, few enough to keep them shuffled."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example in tokens. The target ends with the end-of-text token."""
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.target)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one forward pass, padded on the right."""
+
+    input_ids: Tensor
+    """(rows, length)"""
+    attention_mask: Tensor
+    """(rows, length), 1 at real tokens."""
+    positions: Tensor
+    """(target tokens,) places in the flattened (rows * length) whose next token is a target."""
+    targets: Tensor
+    """(target tokens,) those next tokens."""
+    tokens: int
+    """Real tokens, padding not counted."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`, without waiting for the copy."""
+        moved = (
+            tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+            for tensor in (self.input_ids, self.attention_mask, self.positions, self.targets)
+        )
+        return Batch(*moved, tokens=self.tokens)
+
+
+class Encoder:
+    """Text to token ids, the same for training and for generation.
+
+    Prompt and target are tokenised apart, so no token merges across their boundary.
+    """
+
+    def __init__(self, tokenizer: Any, config: TaskConfig) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        if config.chat_template and not tokenizer.chat_template:
+            raise UserError("task.chat_template=true: this model's tokenizer has none; set it to false")
+        if tokenizer.eos_token_id is None:
+            raise UserError("model: its tokenizer has no end-of-text token, which every target ends with")
+
+    def prompt(self, text: str) -> tuple[int, ...]:
+        """Token ids of a prompt, with what the model expects at the start of a text."""
+        if self.config.chat_template:
+            turn = [{"role": "user", "content": text}]
+            text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        bos = self.tokenizer.bos_token_id
+        starts_with_bos = bos is not None and self.tokenizer("x").input_ids[:1] == [bos]
+        return (bos, *ids) if starts_with_bos else tuple(ids)
+
+    def continuation(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that goes on after a prompt."""
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def example(self, example: Example) -> Encoded:
+        """Prompt and target, the latter with the end-of-text token."""
+        target = (*self.continuation(example.target), self.tokenizer.eos_token_id)
+        return Encoded(self.prompt(example.prompt), target)
+
+
+def fit(
+    encoder: Encoder, examples: Sequence[Example], context: int
+) -> tuple[list[Example], list[Encoded], dict[str, int]]:
+    """Encode the examples that fit; drop and count the others. A target is never cut.
+
+    Returns:
+        The examples kept, their tokens, and counts for the record.
+
+    Raises:
+        UserError: none fits.
+    """
+    config = encoder.config
+    kept, encoded, counts = [], [], {"rows": len(examples), "dropped_prompt": 0, "dropped_target": 0}
+    for example in examples:
+        tokens = encoder.example(example)
+        if len(tokens.target) > (config.max_target_tokens or context):
+            counts["dropped_target"] += 1
+        elif len(tokens.prompt) > (config.max_prompt_tokens or context) or len(tokens) > context:
+            counts["dropped_prompt"] += 1
+        else:
+            kept.append(example)
+            encoded.append(tokens)
+    if not kept:
+        raise UserError(
+            f"task={config.name}: none of {len(examples)} rows fits max_prompt_tokens={config.max_prompt_tokens}, "
+            f"max_target_tokens={config.max_target_tokens} and the model's context of {context}"
+        )
+    return kept, encoded, counts
+
+
+class Order:
+    """Which rows make up each optimizer step: a pure function of (lengths, batch size, seed, step).
+
+    Every row comes exactly once an epoch, and the last step of an epoch may be smaller. With `bucket`,
+    rows of like length share a step: shuffled rows are sorted within BUCKET_BATCHES batches and the
+    batches shuffled again.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, bucket: bool) -> None:
+        self.lengths, self.batch_size, self.seed, self.bucket = lengths, batch_size, seed, bucket
+        self.steps_per_epoch = -(-len(lengths) // batch_size)
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def rows(self, step: int) -> list[int]:
+        """Row numbers of optimizer step `step`, counted from 1."""
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._shuffled(epoch))
+        return self._epoch[1][place]
+
+    def _shuffled(self, epoch: int) -> list[list[int]]:
+        generator = random.Random(f"order/{self.seed}/{epoch}")
+        rows = list(range(len(self.lengths)))
+        generator.shuffle(rows)
+        if self.bucket:
+            size = BUCKET_BATCHES * self.batch_size
+            chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+            rows = [row for chunk in chunks for row in sorted(chunk, key=lambda row: self.lengths[row])]
+        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        if self.bucket:
+            generator.shuffle(batches)
+        return batches
+
+
+def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
+    """Pad on the right and mark the target positions."""
+    length = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), length), pad_id)
+    attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
+    positions: list[int] = []
+    targets: list[int] = []
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)] = torch.tensor(row.prompt + row.target)
+        attention_mask[number, : len(row)] = 1
+        first = number * length + len(row.prompt) - 1
+        positions.extend(range(first, first + len(row.target)))
+        targets.extend(row.target)
+    return Batch(
+        input_ids, attention_mask, torch.tensor(positions), torch.tensor(targets), sum(len(row) for row in rows)
+    )
+
+
+def microbatches(rows: Sequence[Encoded], size: int | None, pad_id: int) -> list[Batch]:
+    """The rows of one optimizer step in passes of `size`, shortest first, so that each pads little."""
+    ordered = sorted(rows, key=len)
+    size = size or len(ordered)
+    return [collate(ordered[start : start + size], pad_id) for start in range(0, len(ordered), size)]

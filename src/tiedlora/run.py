@@ -1,0 +1,362 @@
+"""One run: build the parts, train, score, record. The same configuration goes on where it stopped."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from tiedlora import atomic, present, tying
+from tiedlora import config as configuration
+from tiedlora.config import Config
+from tiedlora.errors import UserError
+from tiedlora.record import RunFolder, code, config_record, identity, run_id, versions
+from tiedlora.tasks import Example, Task, digest, load_examples, load_task
+
+if TYPE_CHECKING:
+    from tiedlora.adapter import Attached
+    from tiedlora.data import Encoder
+    from tiedlora.models import Base
+
+log = logging.getLogger(__name__)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Carry out a run, or find that it is done, and print its result.
+
+    Raises:
+        UserError: a mistake the user can mend.
+        Interrupted: a signal asked the run to stop; the same command goes on from its checkpoint.
+    """
+    folder = RunFolder(Path(config.outputs) / run_id(config))
+    task = load_task(config.task)
+    result = folder.result()
+    if result is not None and not config.force:
+        _same_data(config, task, result, folder)
+        if missing := [split for split in config.score.splits if split not in result["scores"]]:
+            result = score_more(folder, missing, config.data_root, config)
+        else:
+            print(f"finished before: {folder.path} (force=true repeats it)")
+        print(present.result(result, folder.path))
+        return result
+    prepared = Prepared(config, task)
+    with folder.locked(), _failure_in(folder):
+        if config.force:
+            folder.clear()
+        folder.error_file.unlink(missing_ok=True)
+        result = prepared.train_and_score(folder)
+    print(present.result(result, folder.path))
+    return result
+
+
+class Prepared:
+    """A run's parts, loaded and checked: nothing is written before all of them are there."""
+
+    def __init__(self, config: Config, task: Task) -> None:
+        # torch and transformers cost seconds; a wrong configuration, or a finished run, does not wait for them.
+        import torch
+
+        from tiedlora.adapter import attach
+        from tiedlora.data import Encoder, fit
+        from tiedlora.models import load_base
+
+        self.config, self.task = config, task
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        self.device = torch.device(_device(config.train.device))
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.examples = {split: load_examples(task, split, config.data_root) for split in ("train", "validation")}
+        _disjoint(self.examples)
+        digests = {split: digest(examples) for split, examples in self.examples.items()}
+        self.base: Base = load_base(config.model, config.train.dtype, self.device, Path(config.cache))
+        self.encoder: Encoder = Encoder(self.base.tokenizer, config.task)
+        self.encoded, self.counts = {}, {}
+        for split, examples in self.examples.items():
+            kept, self.encoded[split], self.counts[split] = fit(self.encoder, examples, config.model.context)
+            if split == "train":
+                self.examples[split] = kept
+        assert config.rank.alpha is not None
+        self.attached: Attached = attach(self.base.model, config.tying, config.rank.r, config.rank.alpha, config.seed)
+        self.trainable_params = self.attached.adapter.trainable_params()
+        expected = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
+        assert self.trainable_params == expected, f"{self.trainable_params} parameters, the formula says {expected}"
+        self.facts = {
+            "data": digests,
+            "base": self.base.record["digest"],
+            "versions": versions(),
+            "code": code(),
+            "device": self.device_name(),
+        }
+
+    def device_name(self) -> str:
+        """What the run was carried out on."""
+        import torch
+
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"cpu, {torch.get_num_threads()} threads"
+
+    def train_and_score(self, folder: RunFolder) -> dict[str, Any]:
+        """Train from the newest checkpoint or from the start, score, and write result.json last."""
+        from tiedlora import scoring
+        from tiedlora.adapter import save
+
+        config = self.config
+        progress, tracker = self.train(folder)
+        adapter_bytes = save(self.attached.adapter, folder.adapter, self.base.record)
+        scores = {}
+        for split in config.score.splits:
+            examples = self.examples.get(split) or load_examples(self.task, split, config.data_root)
+            scores[split] = scoring.score_split(
+                self.attached, self.encoder, self.task, examples, config, self.base.record, split, folder
+            )
+        result = {**self.header(), **self.training_record(progress), "adapter_bytes": adapter_bytes, "scores": scores}
+        result["status"] = "done"
+        tracker.finish(present.flat_summary(result))
+        atomic.write_json(folder.result_file, result)
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        return result
+
+    def train(self, folder: RunFolder) -> Any:
+        """The training loop with everything it is handed."""
+        from tiedlora import checkpoint, loop
+        from tiedlora.adapter import load, save
+        from tiedlora.data import Order, microbatches
+        from tiedlora.evaluate import mean_loss
+        from tiedlora.loss import target_loss
+        from tiedlora.tracking import Progress as Bar
+        from tiedlora.tracking import Tracker
+
+        config, model, rows = self.config, self.attached.model, self.encoded["train"]
+        parts = self.attached.adapter.trained_parts()
+        optimizer = loop.build_optimizer(parts, config.train)
+        progress = checkpoint.restore(folder.checkpoints, parts, optimizer, self.facts)
+        if progress is not None:
+            log.info("going on from step %d", progress.step)
+        progress = progress or loop.Progress()
+        atomic.write_bytes(folder.config_file, OmegaConf.to_yaml(config_record(config)).encode())
+        tracker = Tracker(folder.metrics_file, progress.step)
+        if config.tracking.backend == "wandb":
+            tracker.start_wandb(config.tracking, folder.path.name, self.header(), folder.path)
+
+        order = Order([len(row) for row in rows], config.train.batch_size, config.seed, config.train.bucket)
+        pad = self.base.tokenizer.eos_token_id
+        held_out = self.encoded["validation"][: config.train.validation_rows]
+        validation = [batch.to(self.device) for batch in microbatches(held_out, config.score.batch_size, pad)]
+        best = folder.checkpoints / "best"
+
+        def validate() -> float:
+            model.eval()
+            loss = mean_loss(model, validation)
+            model.train()
+            if config.score.checkpoint == "best" and all(loss < earlier for _, earlier in progress.validation):
+                save(self.attached.adapter, best, self.base.record)
+            return loss
+
+        def batches(step: int) -> list[Any]:
+            chosen = [rows[number] for number in order.rows(step)]
+            return [batch.to(self.device) for batch in microbatches(chosen, config.train.microbatch_size, pad)]
+
+        bar = Bar("training", config.train.steps, "steps", progress.step)
+
+        def log_row(row: dict[str, Any]) -> None:
+            tracker.log(row)
+            if "train/loss" in row:
+                rate = row["train/tokens"] / max(row["train/seconds"], 1e-9)
+                bar.advance(1, f"loss {row['train/loss']:.3f}, {rate:.0f} tokens/s")
+
+        model.train()
+        with _stop_signals() as stop:
+            calls = loop.Calls(
+                batches=batches,
+                loss_sum=lambda batch: target_loss(model, batch),
+                validate=validate,
+                save=lambda now: checkpoint.save(folder.checkpoints, now, parts, optimizer, self.facts),
+                log=log_row,
+                describe=lambda step: f"training rows {[self.examples['train'][i].id for i in order.rows(step)]}",
+                stop=stop,
+            )
+            try:
+                loop.train(progress, calls, optimizer, config.train, config.seed)
+            except BaseException:
+                tracker.finish({}, exit_code=1)
+                raise
+            finally:
+                bar.close()
+        model.eval()
+        if config.score.checkpoint == "best":
+            saved, _ = load(best)
+            for name, parameter in saved.parts().items():
+                self.attached.adapter.parts()[name].data.copy_(parameter.data)
+        return progress, tracker
+
+    def header(self) -> dict[str, Any]:
+        """What the record says before anything is trained."""
+        config = self.config
+        lora = tying.lora_params(config.rank.r, config.model.architecture)
+        return {
+            "run_id": run_id(config),
+            "identity": identity(config),
+            "config": config_record(config),
+            "seed": config.seed,
+            "code": self.facts["code"],
+            "versions": self.facts["versions"],
+            "device": self.facts["device"],
+            "base": self.base.record,
+            "trainable_params": self.trainable_params,
+            "share_of_lora": self.trainable_params / lora,
+        }
+
+    def training_record(self, progress: Any) -> dict[str, Any]:
+        """What the record says of the data and of training."""
+        config = self.config
+        first, last = progress.validation[0][1], progress.validation[-1][1]
+        best = config.score.checkpoint == "best"
+        return {
+            "data": {split: {**self.counts[split], "digest": self.facts["data"][split]} for split in self.counts},
+            "training": {
+                "steps": progress.step,
+                "tokens": progress.tokens,
+                "target_tokens": progress.target_tokens,
+                "seconds": progress.seconds,
+                "tokens_per_s": progress.tokens / progress.seconds,
+                "clipped_share": progress.clipped_steps / progress.step,
+                "validation_loss_first": first,
+                "validation_loss_last": last,
+                "best_step": progress.best_step(),
+                "scored_step": progress.best_step() if best else progress.step,
+                "peak_memory_bytes": self.peak_memory(),
+            },
+        }
+
+    def peak_memory(self) -> int:
+        """Bytes: of the GPU where there is one, else the process's largest resident size."""
+        import torch
+
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def score_more(
+    folder: RunFolder, splits: list[str], data_root: str | None, execution: Config | None = None
+) -> dict[str, Any]:
+    """Add splits to a finished run: its identity, training record and other scores stay.
+
+    Args:
+        data_root: where the split's rows are now; None means the hub.
+        execution: where to take the other paths and the device from; None takes the run's own record.
+
+    Raises:
+        UserError: the run is not finished, or its base model or adapter has changed.
+    """
+    from tiedlora import scoring
+    from tiedlora.adapter import attach_adapter, load
+    from tiedlora.data import Encoder
+    from tiedlora.models import load_base
+
+    result = folder.result()
+    if result is None:
+        raise UserError(f"{folder.path}: has no result.json, so the run is not finished; run its command again")
+    config = configuration.load(OmegaConf.load(folder.config_file))  # type: ignore[arg-type]
+    config.data_root = data_root
+    if execution is not None:
+        config.outputs, config.cache = execution.outputs, execution.cache
+        config.model.path, config.train.device = execution.model.path, execution.train.device
+    import torch
+
+    task = load_task(config.task)
+    base = load_base(config.model, config.train.dtype, torch.device(_device(config.train.device)), Path(config.cache))
+    adapter, trained_on = load(folder.adapter)
+    if trained_on != base.record:
+        raise UserError(f"{folder.adapter}: was trained on {trained_on}, the base model here is {base.record}")
+    attached, encoder = attach_adapter(base.model, adapter), Encoder(base.tokenizer, config.task)
+    with folder.locked():
+        for split in splits:
+            examples = load_examples(task, split, config.data_root)
+            result["scores"][split] = scoring.score_split(
+                attached, encoder, task, examples, config, base.record, split, folder
+            )
+            atomic.write_json(folder.result_file, result)
+    attached.detach()
+    return result
+
+
+def _same_data(config: Config, task: Task, result: dict[str, Any], folder: RunFolder) -> None:
+    """A finished run of the same configuration but other data or another base is an error, not a match."""
+    from tiedlora.models import describe
+
+    now = {split: digest(load_examples(task, split, config.data_root)) for split in ("train", "validation")}
+    recorded = {split: result["data"][split]["digest"] for split in now}
+    for split, found in now.items():
+        if found != recorded[split]:
+            raise UserError(
+                f"{folder.path}: finished on other {split} data (sha256 {recorded[split][:12]}, now {found[:12]}); "
+                "restore the data, or repeat the run with force=true"
+            )
+    base = describe(config.model)["digest"]
+    if base is not None and base != result["base"]["digest"]:
+        raise UserError(
+            f"{folder.path}: finished on another base model ({result['base']['digest']}, now {base}); "
+            "restore the model, or repeat the run with force=true"
+        )
+
+
+def _disjoint(examples: dict[str, list[Example]]) -> None:
+    """No prompt that is scored may be trained on."""
+    trained = {example.prompt for example in examples["train"]}
+    if shared := [example.id for example in examples["validation"] if example.prompt in trained]:
+        raise UserError(f"task: {len(shared)} validation rows are also training rows (such as id {shared[0]})")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"train.device={name}: no CUDA device here; use train.device=auto or cpu")
+    return name
+
+
+@contextmanager
+def _failure_in(folder: RunFolder) -> Iterator[None]:
+    """Leave a failing run's traceback in its folder; a stop on request is not a failure."""
+    from tiedlora.loop import Interrupted
+
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception:
+        folder.write_error()
+        raise
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Any]:
+    """Turn SIGTERM, SIGINT and SIGUSR1 into a question that the loop asks after every step."""
+    asked: list[int] = []
+
+    def remember(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print(f"{signal.Signals(number).name}: saving a checkpoint after this step", file=sys.stderr)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, remember) for number in numbers}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,57 @@
+"""GSM8K: a word problem -> a rationale that ends in `#### number`.
+
+Scored as lm-evaluation-harness does (its gsm8k task, filters strict-match and flexible-extract): strict
+takes the first number after `####`, flexible the last number anywhere; both compare as text after
+dropping commas, dollar signs and a final point.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tiedlora.tasks import Example, Task
+from tiedlora.tasks.rows import RowError
+
+STRICT = re.compile(r"#### (-?[0-9.,]+)")
+FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
+
+
+def normalise(number: str) -> str:
+    """A number as text, for comparison: no commas, dollar signs, or final point."""
+    return re.sub(r"\.$", "", re.sub(r"[,$]", "", number.strip())).lower()
+
+
+def strict_number(text: str) -> str | None:
+    """The first number that follows `#### `."""
+    found = STRICT.search(text)
+    return found[1] if found else None
+
+
+def flexible_number(text: str) -> str | None:
+    """The last thing in the text that looks like a number."""
+    found = FLEXIBLE.findall(text)
+    return found[-1] if found else None
+
+
+class Gsm8k(Task):
+    fields = {"question": str, "answer": str}
+    metrics = ("exact_match_strict", "exact_match_flexible")
+
+    def example(self, row: dict[str, Any], id: str) -> Example:
+        example = super().example(row, id)
+        number = strict_number(row["answer"])
+        if number is None or not row["question"].strip():
+            raise RowError("needs a question, and an answer that ends in '#### number'")
+        return Example(id, example.prompt, example.target, (number,))
+
+    def score(self, output: str, example: Example) -> dict[str, float]:
+        wanted = normalise(example.references[0])
+        found = (strict_number(output), flexible_number(output))
+        return {
+            name: float(number is not None and normalise(number) == wanted)
+            for name, number in zip(self.metrics, found, strict=True)
+        }
+
+
+TASK = Gsm8k

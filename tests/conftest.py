@@ -1,0 +1,83 @@
+"""Tests use tiny random models, real rows where they are at hand, and never the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["HYDRA_FULL_ERROR"] = "1"
+for name in ("TIEDLORA_DATA", "TIEDLORA_OUTPUTS", "TIEDLORA_CACHE"):
+    os.environ.pop(name, None)
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiedlora import config as configuration
+from tiedlora.config import Config, ModelConfig
+from tiedlora.models import Base, load_base
+from tiedlora.tying import Tying
+
+# Workers of pytest-xdist share two cores; more threads than cores would wait for each other.
+torch.set_num_threads(1)
+
+EIGHT = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
+TINY = ("tiny_llama", "tiny_gpt2")
+
+
+def tying_option(name: str, *overrides: str) -> Tying:
+    return configuration.compose_config([f"tying={name}", *overrides]).tying
+
+
+def model_option(name: str) -> ModelConfig:
+    return configuration.compose_config([f"model={name}"]).model
+
+
+def tiny(name: str, dtype: str = "float32") -> Base:
+    return load_base(model_option(name), dtype, torch.device("cpu"), Path("unused"))
+
+
+def randomise(adapter: torch.nn.Module, seed: int = 1, scale: float = 0.5) -> None:
+    """Make every part random and non-zero, so that no term of the formula can hide."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter.parameters():
+        parameter.data = scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 256, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path):
+    """Overrides of a run of seconds on a random model, writing below tmp_path."""
+
+    def overrides(*more: str) -> list[str]:
+        return [
+            "model=tiny_llama",
+            "task=chain_sum",
+            "task.options.rows={train: 40, validation: 12, test: 12}",
+            "task.rows.validation=null",
+            "task.max_new_tokens=6",
+            "train.steps=6",
+            "train.batch_size=4",
+            "train.warmup_steps=2",
+            "train.validate_every=3",
+            "train.checkpoint_every=2",
+            "train.dtype=float32",
+            "train.threads=1",
+            f"outputs={tmp_path}/outputs",
+            f"cache={tmp_path}/cache",
+            *more,
+        ]
+
+    return overrides
+
+
+@pytest.fixture
+def tiny_config(tiny_run) -> "callable":
+    def build(*more: str) -> Config:
+        return configuration.compose_config(tiny_run(*more))
+
+    return build

@@ -1,0 +1,103 @@
+"""The specification: its rule of initial values, its names, and parameter counts."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from conftest import EIGHT, model_option, tying_option
+
+from tiedlora import tying
+from tiedlora.errors import UserError
+from tiedlora.tying import Architecture, Factor, Part, Tying
+
+# METHOD.md's column at LLaMA-2 7B, r = 8 (from the paper's formula).
+LLAMA2_7B_R8 = {
+    "LoRA": 4_194_304,
+    "TA": 32_768,
+    "TB": 98_304,
+    "TAB": 131_072,
+    "Tuv": 393_472,
+    "TAuv": 426_240,
+    "TBuv": 491_776,
+    "TABuv": 524_544,
+}
+INITS = {  # METHOD.md's table of initial values: A, B, u, v
+    **dict.fromkeys(("LoRA", "TB", "TAB", "TBuv", "TABuv"), ("uniform", 0.0, 1.0, 1.0)),
+    **dict.fromkeys(("Tuv", "TAuv"), ("uniform", "uniform", 1.0, 0.0)),
+    "TA": (0.0, "uniform", 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_counts_and_initial_values_are_the_methods(name):
+    spec = tying_option(name)
+    assert tying.trainable_params(spec, 8, model_option("llama2_7b").architecture) == LLAMA2_7B_R8[name]
+    assert tuple(getattr(spec, part).init for part in tying.PARTS) == INITS[name]
+    assert tying.label(spec) == spec.name == name
+
+
+@pytest.mark.parametrize(
+    ("model", "lora", "tabuv"),
+    [
+        ("gpt2b_001", 1_572_864, 213_184),
+        ("smollm2_135m", 368_640, 41_328),
+        ("gpt2", 294_912, 52_320),
+    ],
+)
+def test_counts_of_other_models(model, lora, tabuv):
+    architecture = model_option(model).architecture
+    assert tying.lora_params(8, architecture) == lora
+    assert tying.trainable_params(tying_option("LoRA"), 8, architecture) == lora
+    assert tying.trainable_params(tying_option("TABuv"), 8, architecture) == tabuv
+
+
+def test_lora_as_peft_counts_it():
+    architecture = model_option("smollm2_135m").architecture
+    assert tying.trainable_params(tying_option("LoRA_qkv"), 8, architecture) == 645_120
+    assert tying.label(tying_option("LoRA_qkv")) == "LoRA_qkv"
+
+
+def test_share_of_lora_falls_as_rank_grows():
+    architecture = model_option("llama2_7b").architecture
+    shares = [
+        tying.trainable_params(tying_option("TABuv"), r, architecture) / tying.lora_params(r, architecture)
+        for r in (2, 8, 32, 128)
+    ]
+    assert [round(100 * share, 1) for share in shares] == [40.6, 12.5, 5.5, 3.7]
+
+
+def test_sharing_by_n_layers_scales_with_the_ceiling():
+    architecture = model_option("smollm2_135m").architecture
+    for n in (1, 4, 7, 30, 100):
+        spec = tying_option("TAB", f"tying.A.share={n}", f"tying.B.share={n}")
+        assert tying.trainable_params(spec, 8, architecture) == math.ceil(30 / min(n, 30)) * 8 * (576 + 960)
+    assert tying.label(tying_option("TAB", "tying.A.share=4")) == "custom"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"B": Factor(init=1.0)}, "no part starts at zero"),
+        ({"v": Part(init=0.0)}, "B and v both start at zero"),
+        ({"B": Factor(trained=False, init=0.0)}, "starts at zero and is frozen"),
+        ({"A": Factor(init="gaussian")}, "tying.A.init=gaussian"),
+        ({"u": Part(init=float("nan"))}, "tying.u.init=nan"),
+        ({"A": Factor(init="uniform", share=0)}, "tying.A.share=0"),
+        ({"A": Factor(init="uniform", share="some")}, "tying.A.share=some"),
+        ({"targets": []}, "tying.targets"),
+        ({"targets": ["qkv", "k"]}, "adapted twice"),
+        ({"targets": ["query"]}, "'query' is not a projection"),
+        ({"dropout": 1.0}, "tying.dropout"),
+    ],
+)
+def test_specifications_that_cannot_train_are_refused(change, says):
+    with pytest.raises(UserError, match=says):
+        tying.check(replace(Tying(), **change))
+
+
+def test_every_projection_has_a_shape():
+    a = Architecture("llama", layers=2, hidden=10, heads=3, kv_heads=1, head_dim=4, intermediate=7)
+    # d_out = d_q + 2 d_kv, although heads x head_dim is not the hidden size here.
+    assert tying.target_shape(a, "qkv") == (10, 12 + 2 * 4)
+    assert tying.target_shape(a, "o") == (12, 10)
+    assert tying.target_shape(a, "down") == (7, 10)

@@ -1,0 +1,28 @@
+"""python train.py [tying=TABuv] [task=gsm8k] [rank=r8] [train.lr=3e-3] ...: one run, or --multirun many."""
+
+import os
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from tiedlora import cli, config, run
+
+config.register()
+
+
+@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        run.main(config.load(composed))
+        return
+    with cli.exits():
+        run.main(config.load(composed))
+
+
+if __name__ == "__main__":
+    # Hydra then raises what it would print in many lines, and readable_errors makes it one.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    with cli.exits(), config.readable_errors():
+        main()
