@@ -1,7 +1,7 @@
 """python scripts/params.py [model=llama2_7b] [rank=r8] [tying=TABuv]: trainable parameters of a configuration.
 
-Without tying=, every option of conf/tying. From the architecture alone: no weights, no network. Any override of train.py works, so
-`rank.r=5` and `tying.A.share=4` count too.
+Without tying=, every option of conf/tying. From the architecture alone: no weights, no network. Any
+override of train.py works, so `rank.r=5` and `tying.A.share=4` count too.
 """
 
 import sys

@@ -46,11 +46,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, without waiting for the copy."""
-        moved = (
-            tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-            for tensor in (self.input_ids, self.attention_mask, self.positions, self.targets)
+        if device.type != "cuda":
+            return self
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        return Batch(
+            move(self.input_ids), move(self.attention_mask), move(self.positions), move(self.targets), self.tokens
         )
-        return Batch(*moved, tokens=self.tokens)
 
 
 class Encoder:

@@ -73,7 +73,7 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     if train.schedule == "constant":
         return train.lr
     share = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
-    return train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * share)) / 2
+    return float(train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * share)) / 2)
 
 
 def build_optimizer(parts: dict[str, torch.nn.Parameter], train: TrainConfig) -> torch.optim.AdamW:
@@ -121,9 +121,9 @@ def train(progress: Progress, calls: Calls, optimizer: torch.optim.Optimizer, co
             row.update({key: value.item() for key, value in row.items() if isinstance(value, Tensor)})
             if not (math.isfinite(row["train/loss"]) and math.isfinite(row["train/grad_norm"])):
                 raise UserError(
-                    f"step {row['step']}: the loss is {row['train/loss']}, the gradient's norm {row['train/grad_norm']}, "
-                    f"at learning rate {row['train/lr']:.3g} on {calls.describe(row['step'])}; lower train.lr, or "
-                    "train.clip"
+                    f"step {row['step']}: the loss is {row['train/loss']} and the gradient's norm "
+                    f"{row['train/grad_norm']} at learning rate {row['train/lr']:.3g}; lower train.lr. "
+                    f"The step's rows: {calls.describe(row['step'])}"
                 )
             progress.clipped_steps += config.clip is not None and row["train/grad_norm"] > config.clip
         progress.seconds += time.perf_counter() - started

@@ -50,7 +50,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output.to(gradient.dtype), None, None, None, None
 
@@ -72,5 +72,7 @@ def target_loss(model: Any, batch: Batch) -> Tensor:
     ).last_hidden_state
     wanted = hidden.flatten(0, 1).index_select(0, batch.positions)
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    total: Tensor = _ChunkedCrossEntropy.apply(wanted, head.weight, getattr(head, "bias", None), batch.targets, softcap)
+    total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        wanted, head.weight, getattr(head, "bias", None), batch.targets, softcap
+    )
     return total

@@ -93,7 +93,7 @@ class Tracker:
         tying, rank = record["config"]["tying"]["name"], f"r{record['config']['rank']['r']}"
         seed = record["config"]["seed"]
         # An agent of `wandb sweep` chooses the id itself.
-        identity = {} if "WANDB_SWEEP_ID" in os.environ else {"id": run_id, "resume": "allow"}
+        identity: dict[str, Any] = {} if "WANDB_SWEEP_ID" in os.environ else {"id": run_id, "resume": "allow"}
         try:
             self.wandb = wandb.init(
                 project=config.project,

@@ -87,9 +87,8 @@ def read(model: nn.Module) -> Architecture:
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        intermediate=getattr(config, "intermediate_size", None)
-        or getattr(config, "n_inner", None)
-        or 4 * config.hidden_size,
+        # GPT-2 calls it n_inner, and leaves it out where it is four times the hidden size.
+        intermediate=getattr(config, "intermediate_size", getattr(config, "n_inner", None)) or 4 * config.hidden_size,
         vocabulary=config.vocab_size,
     )
 

@@ -108,7 +108,7 @@ class Attached:
         if not self.merged:
             return
         for path, kept in self._kept.items():
-            self.model.get_submodule(path).weight.copy_(kept)  # type: ignore[operator, union-attr]
+            self.model.get_submodule(path).weight.copy_(kept)  # type: ignore[operator]
         self._kept.clear()
         self.hook()
 

@@ -119,7 +119,8 @@ def _described(description: dict[str, Any], path: Path) -> tuple[Tying, int, flo
         raise UserError(f"{path}: has no {error}") from None
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
-    assert isinstance(tying, Tying) and isinstance(architecture, Architecture)
+    assert isinstance(tying, Tying)
+    assert isinstance(architecture, Architecture)
     spec.check(tying, architecture)
     if not isinstance(rank, int) or not 1 <= rank <= 65536 or not 1 <= architecture.layers <= 10_000:
         raise UserError(f"{path}: rank={rank!r}, layers={architecture.layers}: not the sizes of an adapter")

@@ -47,6 +47,11 @@ def draw(init: float | str, shape: tuple[int, ...], seed: int, part: str, target
 class TargetParts(nn.Module):
     """A, B, u and v of one target. u or v that is frozen at one is None: it changes nothing."""
 
+    A: nn.Parameter
+    B: nn.Parameter
+    u: nn.Parameter | None
+    v: nn.Parameter | None
+
     def __init__(self, tying: Tying, rank: int, architecture: Architecture, target: str, seed: int) -> None:
         super().__init__()
         self.shares = {
