@@ -36,7 +36,7 @@ def start(option="TABuv", config=CONFIG, seed=0, folder=None, stop_after=None, d
         loss_sum=lambda batch: target_loss(base.model, batch),
         validate=lambda: float(sum(p.detach().abs().sum() for p in parts.values())),
         save=lambda now: folder and checkpoint.save(folder, now, parts, optimizer, {}),
-        log=log.append,
+        log=log.extend,
         describe=lambda step: str(order.rows(step)),
         stop=lambda: stop_after is not None and progress.step >= stop_after,
     )

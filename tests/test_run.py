@@ -272,11 +272,10 @@ class TestWandb:
         from tiedlora.tracking import Tracker
 
         tracker = Tracker(tmp_path / "metrics.jsonl", 0)
-        for step in range(1, 7):
-            tracker.log({"step": step, "train/loss": float(step)})
+        tracker.log([{"step": step, "train/loss": float(step)} for step in range(1, 7)])
         resumed = Tracker(tmp_path / "metrics.jsonl", 4)
         assert [row["step"] for row in resumed.rows] == [1, 2, 3, 4]
-        resumed.log({"step": 5, "train/loss": 5.0})
+        resumed.log([{"step": 5, "train/loss": 5.0}])
         assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 

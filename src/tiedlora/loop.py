@@ -52,8 +52,8 @@ class Calls:
     """Mean loss a target token on the validation rows."""
     save: Callable[[Progress], None]
     """Write a checkpoint."""
-    log: Callable[[dict[str, Any]], None]
-    """Take one row of metrics."""
+    log: Callable[[list[dict[str, Any]]], None]
+    """Take rows of metrics, those of several steps at once."""
     describe: Callable[[int], str]
     """Step -> which rows it holds, for the message of a non-finite loss."""
     stop: Callable[[], bool]
@@ -127,8 +127,7 @@ def train(progress: Progress, calls: Calls, optimizer: torch.optim.Optimizer, co
                 )
             progress.clipped_steps += config.clip is not None and row["train/grad_norm"] > config.clip
         progress.seconds += time.perf_counter() - started
-        for row in pending:
-            calls.log({**row, "train/seconds": progress.seconds})
+        calls.log([{**row, "train/seconds": progress.seconds} for row in pending])
         pending.clear()
         started = time.perf_counter()
 
@@ -186,4 +185,4 @@ def step_seed(seed: int, step: int) -> int:
 def _validate(progress: Progress, calls: Calls) -> None:
     loss = calls.validate()
     progress.validation.append([progress.step, loss])
-    calls.log({"step": progress.step, "validation/loss": loss})
+    calls.log([{"step": progress.step, "validation/loss": loss}])

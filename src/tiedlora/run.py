@@ -168,11 +168,11 @@ class Prepared:
 
         bar = Bar("training", config.train.steps, "steps", progress.step)
 
-        def log_row(row: dict[str, Any]) -> None:
-            tracker.log(row)
-            if "train/loss" in row:
-                rate = row["train/tokens"] / max(row["train/seconds"], 1e-9)
-                bar.advance(1, f"loss {row['train/loss']:.3f}, {rate:.0f} tokens/s")
+        def take(new: list[dict[str, Any]]) -> None:
+            tracker.log(new)
+            if new and "train/loss" in (last := new[-1]):
+                rate = last["train/tokens"] / max(last["train/seconds"], 1e-9)
+                bar.advance(len(new), f"loss {last['train/loss']:.3f}, {rate:.0f} tokens/s")
 
         model.train()
         with _stop_signals() as stop:
@@ -181,7 +181,7 @@ class Prepared:
                 loss_sum=lambda batch: target_loss(model, batch),
                 validate=validate,
                 save=lambda now: checkpoint.save(folder.checkpoints, now, parts, optimizer, self.facts),
-                log=log_row,
+                log=take,
                 describe=lambda step: f"training rows {[self.examples['train'][i].id for i in order.rows(step)]}",
                 stop=stop,
             )

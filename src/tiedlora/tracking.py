@@ -113,11 +113,12 @@ class Tracker:
         for row in self.rows:
             self._to_wandb(row)
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Append a row: {"step": n, "train/loss": ...}."""
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows such as {"step": 1, "train/loss": 2.3}."""
         with open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self._to_wandb(row)
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            self._to_wandb(row)
 
     def _to_wandb(self, row: dict[str, Any]) -> None:
         if self.wandb is not None:
