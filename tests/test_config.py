@@ -47,7 +47,7 @@ def test_one_line_names_the_key(override, says):
 
 
 def test_all_factors_at_zero_would_train_nothing():
-    with pytest.raises(UserError, match="train.lr_factor"):
+    with pytest.raises(UserError, match=r"train\.lr_factor"):
         compose_config(["tying=TB", "train.lr_factor.B=0"])
 
 

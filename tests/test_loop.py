@@ -17,7 +17,7 @@ from tiedlora.loss import target_loss
 CONFIG = TrainConfig(
     steps=8, batch_size=3, lr=1e-2, warmup_steps=2, validate_every=4, checkpoint_every=3, log_every=2, clip=0.5
 )
-ROWS = [Encoded((1, 2, 3), tuple(range(20 + i, 24 + i + i % 3)) + (256,)) for i in range(10)]
+ROWS = [Encoded((1, 2, 3), (*tuple(range(20 + i, 24 + i + i % 3)), 256)) for i in range(10)]
 
 
 def start(option="TABuv", config=CONFIG, seed=0, folder=None, stop_after=None, dropout=False):
@@ -86,7 +86,9 @@ def test_same_seed_same_run_and_zero_is_a_seed():
     steps = [row["step"] for row in log if "train/loss" in row]
     assert steps == list(range(1, 9))
     assert [row["step"] for row in log if "validation/loss" in row] == [0, 4, 8]
-    assert progress.tokens == sum(len(ROWS[i]) for s in range(1, 9) for i in Order([len(r) for r in ROWS], 3, 0, True).rows(s))
+    assert progress.tokens == sum(
+        len(ROWS[i]) for s in range(1, 9) for i in Order([len(r) for r in ROWS], 3, 0, True).rows(s)
+    )
 
 
 def test_microbatches_change_nothing_but_rounding():

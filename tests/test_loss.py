@@ -10,7 +10,7 @@ from tiedlora.adapter import attach
 from tiedlora.data import Encoded, collate, microbatches
 
 ROWS = [
-    Encoded(tuple(range(10, 10 + p)), tuple(range(40, 40 + t)) + (256,)) for p, t in ((5, 4), (9, 1), (2, 12), (7, 7))
+    Encoded(tuple(range(10, 10 + p)), (*tuple(range(40, 40 + t)), 256)) for p, t in ((5, 4), (9, 1), (2, 12), (7, 7))
 ]
 
 

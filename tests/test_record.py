@@ -12,8 +12,7 @@ from tiedlora.errors import UserError
 from tiedlora.record import RunFolder, identity, run_id
 
 # An id that changes here re-runs everybody's sweeps. Change one only with a reason in the commit message.
-FROZEN = {
-}
+FROZEN = {}
 
 
 @pytest.mark.parametrize(("overrides", "expected"), FROZEN.items())
@@ -129,7 +128,8 @@ class TestFolder:
                 sys.executable,
                 "-c",
                 "import sys,time,pathlib; from tiedlora.record import RunFolder\n"
-                f"with RunFolder(pathlib.Path({str(folder.path)!r})).locked(): print('held', flush=True); time.sleep(60)",
+                f"with RunFolder(pathlib.Path({str(folder.path)!r})).locked():\n"
+                "    print('held', flush=True); time.sleep(60)",
             ],
             stdout=subprocess.PIPE,
         )
@@ -147,4 +147,3 @@ class TestFolder:
         config = configuration.compose_config([])
         written = str([record.config_record(config), record.versions(), record.code(), identity(config)])
         assert "not-for-records" not in written
-

@@ -85,7 +85,10 @@ def test_added_split_equals_one_scored_at_once(tiny_config, tmp_path):
     run.score_more(folder_of(config), ["test"], data_root=None)
     at_once = tiny_config("score.splits=[validation,test]", f"outputs={tmp_path}/elsewhere")
     run.main(at_once)
-    assert folder_of(config).predictions_file("test").read_bytes() == folder_of(at_once).predictions_file("test").read_bytes()
+    assert (
+        folder_of(config).predictions_file("test").read_bytes()
+        == folder_of(at_once).predictions_file("test").read_bytes()
+    )
 
 
 def test_the_base_is_scored_once_for_all_configurations(tiny_config, monkeypatch):
@@ -103,7 +106,11 @@ def test_the_base_is_scored_once_for_all_configurations(tiny_config, monkeypatch
 def test_best_checkpoint_can_be_scored(tiny_config):
     config = tiny_config("score.checkpoint=best", "train.lr=0.5", "train.validate_every=1")
     result = run.main(config)
-    losses = {row["step"]: row["validation/loss"] for row in read_metrics(folder_of(config).metrics_file) if "validation/loss" in row}
+    losses = {
+        row["step"]: row["validation/loss"]
+        for row in read_metrics(folder_of(config).metrics_file)
+        if "validation/loss" in row
+    }
     best = min(losses, key=lambda step: (losses[step], step))
     assert result["training"]["scored_step"] == best
 

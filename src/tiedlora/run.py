@@ -48,11 +48,12 @@ def main(config: Config) -> dict[str, Any]:
         print(present.result(result, folder.path))
         return result
     prepared = Prepared(config, task)
-    with folder.locked(), _failure_in(folder):
+    with folder.locked(), _failure_in(folder), _Stop() as stop:
         if config.force:
             folder.clear()
         folder.error_file.unlink(missing_ok=True)
-        result = prepared.train_and_score(folder)
+        # Another process may have finished it since we looked.
+        result = folder.result() or prepared.train_and_score(folder, stop)
     print(present.result(result, folder.path))
     return result
 
@@ -105,13 +106,13 @@ class Prepared:
             return torch.cuda.get_device_name(self.device)
         return f"cpu, {torch.get_num_threads()} threads"
 
-    def train_and_score(self, folder: RunFolder) -> dict[str, Any]:
+    def train_and_score(self, folder: RunFolder, stop: _Stop) -> dict[str, Any]:
         """Train from the newest checkpoint or from the start, score, and write result.json last."""
         from tiedlora import scoring
         from tiedlora.adapter import save
 
         config = self.config
-        progress, tracker = self.train(folder)
+        progress, tracker = self.train(folder, stop)
         adapter_bytes = save(self.attached.adapter, folder.adapter, self.base.record)
         scores = {}
         for split in config.score.splits:
@@ -126,7 +127,7 @@ class Prepared:
         shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return result
 
-    def train(self, folder: RunFolder) -> Any:
+    def train(self, folder: RunFolder, stop: _Stop) -> Any:
         """The training loop with everything it is handed."""
         from tiedlora import checkpoint, loop
         from tiedlora.adapter import load, save
@@ -174,24 +175,25 @@ class Prepared:
                 rate = last["train/tokens"] / max(last["train/seconds"], 1e-9)
                 bar.advance(len(new), f"loss {last['train/loss']:.3f}, {rate:.0f} tokens/s")
 
+        calls = loop.Calls(
+            batches=batches,
+            loss_sum=lambda batch: target_loss(model, batch),
+            validate=validate,
+            save=lambda now: checkpoint.save(folder.checkpoints, now, parts, optimizer, self.facts),
+            log=take,
+            describe=lambda step: f"training rows {[self.examples['train'][i].id for i in order.rows(step)]}",
+            stop=lambda: stop.asked,
+        )
         model.train()
-        with _stop_signals() as stop:
-            calls = loop.Calls(
-                batches=batches,
-                loss_sum=lambda batch: target_loss(model, batch),
-                validate=validate,
-                save=lambda now: checkpoint.save(folder.checkpoints, now, parts, optimizer, self.facts),
-                log=take,
-                describe=lambda step: f"training rows {[self.examples['train'][i].id for i in order.rows(step)]}",
-                stop=stop,
-            )
-            try:
-                loop.train(progress, calls, optimizer, config.train, config.seed)
-            except BaseException:
-                tracker.finish({}, exit_code=1)
-                raise
-            finally:
-                bar.close()
+        stop.in_loop = True
+        try:
+            loop.train(progress, calls, optimizer, config.train, config.seed)
+        except BaseException:
+            tracker.finish({}, exit_code=1)
+            raise
+        finally:
+            stop.in_loop = False
+            bar.close()
         model.eval()
         if config.score.checkpoint == "best":
             saved, _ = load(best)
@@ -342,21 +344,30 @@ def _failure_in(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _stop_signals() -> Iterator[Any]:
-    """Turn SIGTERM, SIGINT and SIGUSR1 into a question that the loop asks after every step."""
-    asked: list[int] = []
+class _Stop:
+    """SIGTERM, SIGINT and SIGUSR1, while it is entered.
 
-    def remember(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        print(f"{signal.Signals(number).name}: saving a checkpoint after this step", file=sys.stderr)
+    In the training loop (`in_loop`) a signal is remembered, and the loop asks after every step; anywhere
+    else, or at a second SIGINT, it ends the run at once. Nothing is lost then either: what is not in a
+    checkpoint by that time is computed again.
+    """
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, remember) for number in numbers}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self.in_loop = False
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _take(self, number: int, frame: Any) -> None:
+        if not self.in_loop or (self.asked and number == signal.SIGINT):
+            raise KeyboardInterrupt
+        self.asked = True
+        print(f"{signal.Signals(number).name}: saving a checkpoint after this step", file=sys.stderr)
