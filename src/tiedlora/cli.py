@@ -21,6 +21,7 @@ _DISK = {
     errno.ENOSPC: "the disk is full; make space",
     errno.EDQUOT: "the disk quota is used up; make space",
     errno.EACCES: "no permission to write there; change it, or choose another folder with outputs=",
+    errno.ENOTDIR: "a file is where a folder is wanted; choose another folder with outputs=",
     errno.EROFS: "the file system is read-only; choose another folder with outputs=",
 }
 

@@ -106,10 +106,19 @@ class RunFolder:
             lock.release()
 
     def clear(self) -> None:
-        """Forget everything but the lock, for a run that starts over."""
+        """Forget everything but the lock, for a run that starts over: the result first, so that a kill
+        in the middle cannot leave a run that looks finished and lacks its files."""
+        self.result_file.unlink(missing_ok=True)
         for entry in self.path.iterdir():
             if entry.name != ".lock":
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def tidy(self) -> None:
+        """Remove what a killed process left behind: half-written files, and a finished run's checkpoints."""
+        for entry in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if self.result_file.exists():
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def write_error(self) -> None:
         """Leave the traceback of the exception being handled in the folder."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -41,6 +40,8 @@ def main(config: Config) -> dict[str, Any]:
     result = folder.result()
     if result is not None and not config.force:
         _same_data(config, task, result, folder)
+        with folder.locked():
+            folder.tidy()
         if missing := [split for split in config.score.splits if split not in result["scores"]]:
             result = score_more(folder, missing, config.data_root, config)
         else:
@@ -49,8 +50,9 @@ def main(config: Config) -> dict[str, Any]:
         return result
     prepared = Prepared(config, task)
     with folder.locked(), _failure_in(folder), _Stop() as stop:
-        if config.force:
+        if config.force and folder.result() is not None:
             folder.clear()
+        folder.tidy()
         folder.error_file.unlink(missing_ok=True)
         # Another process may have finished it since we looked.
         result = folder.result() or prepared.train_and_score(folder, stop)
@@ -124,7 +126,7 @@ class Prepared:
         result["status"] = "done"
         tracker.finish(present.flat_summary(result))
         atomic.write_json(folder.result_file, result)
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        folder.tidy()
         return result
 
     def train(self, folder: RunFolder, stop: _Stop) -> Any:
@@ -153,14 +155,17 @@ class Prepared:
         pad = self.base.tokenizer.eos_token_id
         held_out = self.encoded["validation"][: config.train.validation_rows]
         validation = [batch.to(self.device) for batch in microbatches(held_out, config.score.batch_size, pad)]
-        best = folder.checkpoints / "best"
+
+        def best(step: int) -> Path:
+            # A folder a step: replacing one would leave a moment without any.
+            return folder.checkpoints / f"best-{step:08d}"
 
         def validate() -> float:
             model.eval()
             loss = mean_loss(model, validation)
             model.train()
             if config.score.checkpoint == "best" and all(loss < earlier for _, earlier in progress.validation):
-                save(self.attached.adapter, best, self.base.record)
+                save(self.attached.adapter, best(progress.step), self.base.record)
             return loss
 
         def batches(step: int) -> list[Any]:
@@ -196,7 +201,7 @@ class Prepared:
             bar.close()
         model.eval()
         if config.score.checkpoint == "best":
-            saved, _ = load(best)
+            saved, _ = load(best(progress.best_step()))
             for name, parameter in saved.parts().items():
                 self.attached.adapter.parts()[name].data.copy_(parameter.data)
         return progress, tracker
