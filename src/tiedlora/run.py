@@ -19,6 +19,7 @@ from tiedlora import config as configuration
 from tiedlora.config import Config
 from tiedlora.errors import UserError
 from tiedlora.record import RunFolder, code, config_record, identity, run_id, versions
+from tiedlora.reuse import Latest
 from tiedlora.tasks import Example, Task, digest, load_examples, load_task
 
 if TYPE_CHECKING:
@@ -28,19 +29,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# A sweep's next cell takes over what it shares with the one before; one run alone fills each once.
+_BASE, _ROWS, _TOKENS = Latest(), Latest(), Latest()
+
 
 def main(config: Config) -> dict[str, Any]:
     """Carry out a run, or find that it is done, and print its result.
 
     Raises:
         UserError: a mistake the user can mend.
+        Busy: another process is working on this very run.
         Interrupted: a signal asked the run to stop; the same command goes on from its checkpoint.
     """
     folder = RunFolder(Path(config.outputs) / run_id(config))
     task = load_task(config.task)
     result = folder.result()
     if result is not None and not config.force:
-        _same_data(config, task, result, folder)
+        same_data(config, result, folder)
         if missing := [split for split in config.score.splits if split not in result["scores"]]:
             result = score_more(folder, missing, config.data_root, config)
         else:
@@ -48,11 +53,18 @@ def main(config: Config) -> dict[str, Any]:
         print(present.result(result, folder.path))
         return result
     prepared = Prepared(config, task)
-    with folder.locked(), _failure_in(folder):
-        if config.force:
-            folder.clear()
-        folder.error_file.unlink(missing_ok=True)
-        result = prepared.train_and_score(folder)
+    try:
+        with folder.locked(), _failure_in(folder):
+            # Another process may have finished it while the parts were loaded.
+            result = folder.result()
+            if result is None or config.force:
+                if config.force:
+                    folder.clear()
+                folder.error_file.unlink(missing_ok=True)
+                result = prepared.train_and_score(folder)
+    finally:
+        prepared.attached.detach()
+        prepared.base.model.eval()
     print(present.result(result, folder.path))
     return result
 
@@ -66,7 +78,6 @@ class Prepared:
 
         from tiedlora.adapter import attach
         from tiedlora.data import Encoder, fit
-        from tiedlora.models import load_base
 
         self.config, self.task = config, task
         if config.train.threads:
@@ -74,16 +85,17 @@ class Prepared:
         self.device = torch.device(_device(config.train.device))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.examples = {split: load_examples(task, split, config.data_root) for split in ("train", "validation")}
-        _disjoint(self.examples)
-        digests = {split: digest(examples) for split, examples in self.examples.items()}
-        self.base: Base = load_base(config.model, config.train.dtype, self.device, Path(config.cache))
+        rows, digests = _rows(config)
+        self.examples = dict(rows)
+        self.base: Base = _base(config, self.device)
         self.encoder: Encoder = Encoder(self.base.tokenizer, config.task)
-        self.encoded, self.counts = {}, {}
-        for split, examples in self.examples.items():
-            kept, self.encoded[split], self.counts[split] = fit(self.encoder, examples, config.model.context)
-            if split == "train":
-                self.examples[split] = kept
+        fitted = _TOKENS.get(
+            (config.task, digests, self.base.record, config.model.context),
+            lambda: {split: fit(self.encoder, examples, config.model.context) for split, examples in rows.items()},
+        )
+        self.examples["train"] = fitted["train"][0]
+        self.encoded = {split: encoded for split, (_, encoded, _) in fitted.items()}
+        self.counts = {split: counts for split, (_, _, counts) in fitted.items()}
         assert config.rank.alpha is not None
         self.attached: Attached = attach(self.base.model, config.tying, config.rank.r, config.rank.alpha, config.seed)
         self.trainable_params = self.attached.adapter.trainable_params()
@@ -262,7 +274,6 @@ def score_more(
     from tiedlora import scoring
     from tiedlora.adapter import attach_adapter, load
     from tiedlora.data import Encoder
-    from tiedlora.models import load_base
 
     result = folder.result()
     if result is None:
@@ -275,27 +286,55 @@ def score_more(
     import torch
 
     task = load_task(config.task)
-    base = load_base(config.model, config.train.dtype, torch.device(_device(config.train.device)), Path(config.cache))
+    base = _base(config, torch.device(_device(config.train.device)))
     adapter, trained_on = load(folder.adapter)
     if trained_on != base.record:
         raise UserError(f"{folder.adapter}: was trained on {trained_on}, the base model here is {base.record}")
     attached, encoder = attach_adapter(base.model, adapter), Encoder(base.tokenizer, config.task)
-    with folder.locked():
-        for split in splits:
-            examples = load_examples(task, split, config.data_root)
-            result["scores"][split] = scoring.score_split(
-                attached, encoder, task, examples, config, base.record, split, folder
-            )
-            atomic.write_json(folder.result_file, result)
-    attached.detach()
+    try:
+        with folder.locked():
+            for split in splits:
+                examples = load_examples(task, split, config.data_root)
+                result["scores"][split] = scoring.score_split(
+                    attached, encoder, task, examples, config, base.record, split, folder
+                )
+                atomic.write_json(folder.result_file, result)
+    finally:
+        attached.detach()
     return result
 
 
-def _same_data(config: Config, task: Task, result: dict[str, Any], folder: RunFolder) -> None:
-    """A finished run of the same configuration but other data or another base is an error, not a match."""
+def _base(config: Config, device: Any) -> Base:
+    """The base model of a configuration, the last one again if it is the same."""
+    from tiedlora.models import load_base
+
+    key = (config.model, config.train.dtype, device)
+    base: Base = _BASE.get(key, lambda: load_base(config.model, config.train.dtype, device, Path(config.cache)))
+    return base
+
+
+def _rows(config: Config) -> tuple[dict[str, list[Example]], dict[str, str]]:
+    """The examples of train and validation, and their digests; the last ones again if they are the same."""
+
+    def make() -> tuple[dict[str, list[Example]], dict[str, str]]:
+        task = load_task(config.task)
+        rows = {split: load_examples(task, split, config.data_root) for split in ("train", "validation")}
+        _disjoint(rows)
+        return rows, {split: digest(examples) for split, examples in rows.items()}
+
+    made: tuple[dict[str, list[Example]], dict[str, str]] = _ROWS.get((config.task, config.data_root), make)
+    return made
+
+
+def same_data(config: Config, result: dict[str, Any], folder: RunFolder) -> None:
+    """A finished run of the same configuration but other data or another base is an error, not a match.
+
+    Raises:
+        UserError: naming what has changed.
+    """
     from tiedlora.models import describe
 
-    now = {split: digest(load_examples(task, split, config.data_root)) for split in ("train", "validation")}
+    _, now = _rows(config)
     recorded = {split: result["data"][split]["digest"] for split in now}
     for split, found in now.items():
         if found != recorded[split]:
@@ -344,7 +383,11 @@ def _failure_in(folder: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def _stop_signals() -> Iterator[Any]:
-    """Turn SIGTERM, SIGINT and SIGUSR1 into a question that the loop asks after every step."""
+    """Turn signals into a question that the loop asks after every step.
+
+    When the run has ended for one, whoever handled that signal before has it too: under submitit, USR2
+    then requeues the job.
+    """
     asked: list[int] = []
 
     def remember(number: int, frame: Any) -> None:
@@ -353,10 +396,13 @@ def _stop_signals() -> Iterator[Any]:
         asked.append(number)
         print(f"{signal.Signals(number).name}: saving a checkpoint after this step", file=sys.stderr)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.signal(number, remember) for number in numbers}
     try:
         yield lambda: bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        handler = before[asked[0]] if asked else None  # type: ignore[index]
+        if callable(handler) and handler is not signal.default_int_handler:
+            handler(asked[0], None)
