@@ -1,4 +1,4 @@
-"""hydra/launcher=joblib: several cells at once, each slot a process of its own with a device of its own.
+"""hydra/launcher=joblib_slots: several cells at once, each slot a process of its own with a device of its own.
 
 One pool of a single process a slot, not one pool of them all: when joblib loses a worker it gives up the
 whole pool, and a killed cell would take its neighbours along.
