@@ -50,7 +50,8 @@ class ResumingSweeper(BasicSweeper):
         """
         from tiedlora import grid, sweep
 
-        assert self.config is not None and self.hydra_context is not None
+        assert self.config is not None
+        assert self.hydra_context is not None
         found = grid.expand(self.config, self.hydra_context.config_loader, arguments)
         frozen = HydraContext(config_loader=found.freeze(), callbacks=self.hydra_context.callbacks)  # type: ignore[arg-type]
         launcher = Plugins.instance().instantiate_launcher(frozen, self.task_function, self.config)

@@ -30,6 +30,7 @@ else:
             """Run the cells, each in a job of its own."""
 
             def one(place: int) -> JobReturn:
+                result: JobReturn
                 (result,) = super(SubmititSlotsLauncher, self).launch([job_overrides[place]], initial_job_idx + place)
                 return result
 

@@ -72,7 +72,9 @@ def expand(master: DictConfig, loader: Any, overrides: list[str]) -> Sweep:
             found.append(_matching_lora(row, chosen, composed))
         for cell in found:
             if cell.config.force:
-                raise UserError("force=true: a sweep that repeats what is finished cannot be resumed; delete those folders")
+                raise UserError(
+                    "force=true: a sweep that repeats what is finished cannot be resumed; delete those folders"
+                )
             cells.setdefault(cell.run_id, cell)
     grids = re.findall(r"[\w.-]+", str(master.hydra.runtime.choices.get("grid", "sweep")))
     return Sweep("+".join(grids), _grouped(list(cells.values())))

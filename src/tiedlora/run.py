@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from tiedlora import atomic, present, tying
+from tiedlora import atomic, present, reuse, tying
 from tiedlora import config as configuration
 from tiedlora.config import Config
 from tiedlora.errors import UserError
 from tiedlora.record import RunFolder, code, config_record, identity, run_id, versions
-from tiedlora.reuse import Latest
-from tiedlora.tasks import Example, Task, digest, load_examples, load_task
+from tiedlora.tasks import Task, load_examples, load_task
 
 if TYPE_CHECKING:
     from tiedlora.adapter import Attached
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from tiedlora.models import Base
 
 log = logging.getLogger(__name__)
-
-# A sweep's next cell takes over what it shares with the one before; one run alone fills each once.
-_BASE, _ROWS, _TOKENS = Latest(), Latest(), Latest()
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -85,11 +81,11 @@ class Prepared:
         self.device = torch.device(_device(config.train.device))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        rows, digests = _rows(config)
+        rows, digests = reuse.rows(config)
         self.examples = dict(rows)
-        self.base: Base = _base(config, self.device)
+        self.base: Base = reuse.base(config, self.device)
         self.encoder: Encoder = Encoder(self.base.tokenizer, config.task)
-        fitted = _TOKENS.get(
+        fitted = reuse.TOKENS.get(
             (config.task, digests, self.base.record, config.model.context),
             lambda: {split: fit(self.encoder, examples, config.model.context) for split, examples in rows.items()},
         )
@@ -286,7 +282,7 @@ def score_more(
     import torch
 
     task = load_task(config.task)
-    base = _base(config, torch.device(_device(config.train.device)))
+    base = reuse.base(config, torch.device(_device(config.train.device)))
     adapter, trained_on = load(folder.adapter)
     if trained_on != base.record:
         raise UserError(f"{folder.adapter}: was trained on {trained_on}, the base model here is {base.record}")
@@ -304,28 +300,6 @@ def score_more(
     return result
 
 
-def _base(config: Config, device: Any) -> Base:
-    """The base model of a configuration, the last one again if it is the same."""
-    from tiedlora.models import load_base
-
-    key = (config.model, config.train.dtype, device)
-    base: Base = _BASE.get(key, lambda: load_base(config.model, config.train.dtype, device, Path(config.cache)))
-    return base
-
-
-def _rows(config: Config) -> tuple[dict[str, list[Example]], dict[str, str]]:
-    """The examples of train and validation, and their digests; the last ones again if they are the same."""
-
-    def make() -> tuple[dict[str, list[Example]], dict[str, str]]:
-        task = load_task(config.task)
-        rows = {split: load_examples(task, split, config.data_root) for split in ("train", "validation")}
-        _disjoint(rows)
-        return rows, {split: digest(examples) for split, examples in rows.items()}
-
-    made: tuple[dict[str, list[Example]], dict[str, str]] = _ROWS.get((config.task, config.data_root), make)
-    return made
-
-
 def same_data(config: Config, result: dict[str, Any], folder: RunFolder) -> None:
     """A finished run of the same configuration but other data or another base is an error, not a match.
 
@@ -334,7 +308,7 @@ def same_data(config: Config, result: dict[str, Any], folder: RunFolder) -> None
     """
     from tiedlora.models import describe
 
-    _, now = _rows(config)
+    _, now = reuse.rows(config)
     recorded = {split: result["data"][split]["digest"] for split in now}
     for split, found in now.items():
         if found != recorded[split]:
@@ -348,13 +322,6 @@ def same_data(config: Config, result: dict[str, Any], folder: RunFolder) -> None
             f"{folder.path}: finished on another base model ({result['base']['digest']}, now {base}); "
             "restore the model, or repeat the run with force=true"
         )
-
-
-def _disjoint(examples: dict[str, list[Example]]) -> None:
-    """No prompt that is scored may be trained on."""
-    trained = {example.prompt for example in examples["train"]}
-    if shared := [example.id for example in examples["validation"] if example.prompt in trained]:
-        raise UserError(f"task: {len(shared)} validation rows are also training rows (such as id {shared[0]})")
 
 
 def _device(name: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tiedlora import atomic, run
+from tiedlora import atomic, run, tying
 from tiedlora.config import Config
 from tiedlora.errors import UserError
 from tiedlora.record import Busy, RunFolder, config_record, run_id
@@ -71,6 +71,7 @@ class Cell:
             "rank": config.rank.r,
             "lr": config.train.lr,
             "seed": config.seed,
+            "trainable": tying.trainable_params(config.tying, config.rank.r, config.model.architecture),
         }
 
 
@@ -222,7 +223,20 @@ def summary(sweep: Sweep, found: list[dict[str, Any]]) -> str:
 def table(found: list[dict[str, Any]]) -> str:
     """Every cell with its parameters, state, score and time."""
     extra = _varying(found)
-    columns = ["model", "task", "configuration", "rank", "lr", "seed", *extra, "state", "score", "val. loss", "seconds"]
+    columns = [
+        "model",
+        "task",
+        "configuration",
+        "rank",
+        "trainable",
+        "lr",
+        "seed",
+        *extra,
+        "state",
+        "score",
+        "val. loss",
+        "seconds",
+    ]
     lines = [columns]
     for row in found:
         said = dict(override.split("=", 1) for override in row["overrides"])
@@ -230,12 +244,14 @@ def table(found: list[dict[str, Any]]) -> str:
         loss = "" if row["validation_loss"] is None else f"{row['validation_loss']:.3f}"
         lines.append(
             [str(row[key]) for key in ("model", "task", "configuration", "rank")]
-            + [f"{row['lr']:g}", str(row["seed"])]
+            + [f"{row['trainable']:,}", f"{row['lr']:g}", str(row["seed"])]
             + [said.get(key, "") for key in extra]
             + [row["state"], score, loss, f"{row['seconds']:.0f}"]
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return "\n".join("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def _varying(found: list[dict[str, Any]]) -> list[str]:
