@@ -21,6 +21,8 @@ from tiedlora.config import Config
 from tiedlora.errors import UserError
 from tiedlora.sweep import Cell, Sweep
 
+_WORD = re.compile(r"[\w.-]+")
+
 
 def compose_sweep(overrides: list[str]) -> Sweep:
     """What `train.py --multirun OVERRIDES` would run; for scripts and tests.
@@ -48,10 +50,7 @@ def expand(master: DictConfig, loader: Any, overrides: list[str]) -> Sweep:
     Raises:
         UserError: naming the cell and the key.
     """
-    params = [f"{key}={value}" for key, value in master.hydra.sweeper.params.items()]
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *overrides])
-    with config.readable_errors():
-        (rows,) = BasicSweeper.split_arguments(parsed, None)
+    rows = product(master, loader, overrides)
 
     def composed(row: list[str]) -> Config:
         try:
@@ -76,8 +75,17 @@ def expand(master: DictConfig, loader: Any, overrides: list[str]) -> Sweep:
                     "force=true: a sweep that repeats what is finished cannot be resumed; delete those folders"
                 )
             cells.setdefault(cell.run_id, cell)
-    grids = re.findall(r"[\w.-]+", str(master.hydra.runtime.choices.get("grid", "sweep")))
-    return Sweep("+".join(grids), _grouped(list(cells.values())))
+    grids = [word for override in overrides if override.startswith("+grid=") for word in _WORD.findall(override[6:])]
+    return Sweep("+".join(grids) or "sweep", _grouped(list(cells.values())))
+
+
+def product(master: DictConfig, loader: Any, overrides: list[str]) -> list[list[str]]:
+    """Every combination of the axes, as overrides, nothing composed yet. The arguments are those of `expand`."""
+    params = [f"{key}={value}" for key, value in master.hydra.sweeper.params.items()]
+    with config.readable_errors():
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *overrides])
+        (rows,) = BasicSweeper.split_arguments(parsed, None)
+    return rows
 
 
 def _matching_lora(row: list[str], chosen: Config, composed: Callable[[list[str]], Config]) -> Cell:

@@ -33,7 +33,7 @@ SHOWN = ("model", "task", "tying", "rank", "rank.r", "train.lr", "seed")
 SECONDS_BETWEEN_LOOKS = 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """One configuration of a sweep."""
 
