@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from tiedlora import cli, config, run
+from tiedlora import cli, config, run, sweep
 
 config.register()
 
@@ -15,7 +15,7 @@ config.register()
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN:
-        run.main(config.load(composed))
+        sweep.run_cell(config.load(composed))
         return
     with cli.exits():
         run.main(config.load(composed))

@@ -29,7 +29,13 @@ from tiedlora.errors import UserError
 
 IDENTITY_VERSION = 1
 """Raise it when the meaning of a configuration changes without a key changing: every run is then new."""
+PATIENCE = 0.5
+"""Seconds to wait for a run's lock: whoever asks for a state holds it for a moment."""
 PACKAGES = ("torch", "transformers", "safetensors", "datasets", "reasoning-gym", "hydra-core", "scipy", "tiedlora")
+
+
+class Busy(UserError):
+    """Another process is working on the run."""
 
 
 def identity(config: Any) -> dict[str, Any]:
@@ -82,24 +88,27 @@ class RunFolder:
         if not self.path.exists():
             return "missing"
         try:
-            with self.locked():
+            with self.locked(patience=0):
+                # Asked again now that nobody can be in the middle of finishing it.
+                if self.result_file.exists():
+                    return "done"
                 return "failed" if self.error_file.exists() else "interrupted"
-        except UserError:
+        except Busy:
             return "running"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float = PATIENCE) -> Iterator[None]:
         """Hold the run, so that no second process works in the folder. The lock dies with its owner.
 
         Raises:
-            UserError: another process holds it.
+            Busy: another process holds it, for longer than `patience` seconds.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=patience)
         except Timeout:
-            raise UserError(f"{self.path}: another process is working on this run; wait for it or stop it") from None
+            raise Busy(f"{self.path}: another process is working on this run; wait for it or stop it") from None
         try:
             yield
         finally:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from tiedlora import atomic, present, tying
+from tiedlora import atomic, present, reuse, tying
 from tiedlora import config as configuration
 from tiedlora.config import Config
 from tiedlora.errors import UserError
 from tiedlora.record import RunFolder, code, config_record, identity, run_id, versions
-from tiedlora.tasks import Example, Task, digest, load_examples, load_task
+from tiedlora.stopping import Stop
+from tiedlora.tasks import Task, load_examples, load_task
 
 if TYPE_CHECKING:
     from tiedlora.adapter import Attached
@@ -33,13 +32,14 @@ def main(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: a mistake the user can mend.
+        Busy: another process is working on this very run.
         Interrupted: a signal asked the run to stop; the same command goes on from its checkpoint.
     """
     folder = RunFolder(Path(config.outputs) / run_id(config))
     task = load_task(config.task)
     result = folder.result()
     if result is not None and not config.force:
-        _same_data(config, task, result, folder)
+        same_data(config, result, folder)
         with folder.locked():
             folder.tidy()
         if missing := [split for split in config.score.splits if split not in result["scores"]]:
@@ -49,13 +49,17 @@ def main(config: Config) -> dict[str, Any]:
         print(present.result(result, folder.path))
         return result
     prepared = Prepared(config, task)
-    with folder.locked(), _failure_in(folder), _Stop() as stop:
-        if config.force and folder.result() is not None:
-            folder.clear()
-        folder.tidy()
-        folder.error_file.unlink(missing_ok=True)
-        # Another process may have finished it since we looked.
-        result = folder.result() or prepared.train_and_score(folder, stop)
+    try:
+        with folder.locked(), _failure_in(folder), Stop() as stop:
+            if config.force and folder.result() is not None:
+                folder.clear()
+            folder.tidy()
+            folder.error_file.unlink(missing_ok=True)
+            # Another process may have finished it while the parts were loaded.
+            result = folder.result() or prepared.train_and_score(folder, stop)
+    finally:
+        prepared.attached.detach()
+        prepared.base.model.eval()
     print(present.result(result, folder.path))
     return result
 
@@ -69,7 +73,6 @@ class Prepared:
 
         from tiedlora.adapter import attach
         from tiedlora.data import Encoder, fit
-        from tiedlora.models import load_base
 
         self.config, self.task = config, task
         if config.train.threads:
@@ -77,16 +80,17 @@ class Prepared:
         self.device = torch.device(_device(config.train.device))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.examples = {split: load_examples(task, split, config.data_root) for split in ("train", "validation")}
-        _disjoint(self.examples)
-        digests = {split: digest(examples) for split, examples in self.examples.items()}
-        self.base: Base = load_base(config.model, config.train.dtype, self.device, Path(config.cache))
+        rows, digests = reuse.rows(config)
+        self.examples = dict(rows)
+        self.base: Base = reuse.base(config, self.device)
         self.encoder: Encoder = Encoder(self.base.tokenizer, config.task)
-        self.encoded, self.counts = {}, {}
-        for split, examples in self.examples.items():
-            kept, self.encoded[split], self.counts[split] = fit(self.encoder, examples, config.model.context)
-            if split == "train":
-                self.examples[split] = kept
+        fitted = reuse.TOKENS.get(
+            (config.task, digests, self.base.record, config.model.context),
+            lambda: {split: fit(self.encoder, examples, config.model.context) for split, examples in rows.items()},
+        )
+        self.examples["train"] = fitted["train"][0]
+        self.encoded = {split: encoded for split, (_, encoded, _) in fitted.items()}
+        self.counts = {split: counts for split, (_, _, counts) in fitted.items()}
         assert config.rank.alpha is not None
         self.attached: Attached = attach(self.base.model, config.tying, config.rank.r, config.rank.alpha, config.seed)
         self.trainable_params = self.attached.adapter.trainable_params()
@@ -108,7 +112,7 @@ class Prepared:
             return torch.cuda.get_device_name(self.device)
         return f"cpu, {torch.get_num_threads()} threads"
 
-    def train_and_score(self, folder: RunFolder, stop: _Stop) -> dict[str, Any]:
+    def train_and_score(self, folder: RunFolder, stop: Stop) -> dict[str, Any]:
         """Train from the newest checkpoint or from the start, score, and write result.json last."""
         from tiedlora import scoring
         from tiedlora.adapter import save
@@ -129,7 +133,7 @@ class Prepared:
         folder.tidy()
         return result
 
-    def train(self, folder: RunFolder, stop: _Stop) -> Any:
+    def train(self, folder: RunFolder, stop: Stop) -> Any:
         """The training loop with everything it is handed."""
         from tiedlora import checkpoint, loop
         from tiedlora.adapter import load, save
@@ -187,7 +191,7 @@ class Prepared:
             save=lambda now: checkpoint.save(folder.checkpoints, now, parts, optimizer, self.facts),
             log=take,
             describe=lambda step: f"training rows {[self.examples['train'][i].id for i in order.rows(step)]}",
-            stop=lambda: stop.asked,
+            stop=stop.asked,
         )
         model.train()
         stop.in_loop = True
@@ -269,7 +273,6 @@ def score_more(
     from tiedlora import scoring
     from tiedlora.adapter import attach_adapter, load
     from tiedlora.data import Encoder
-    from tiedlora.models import load_base
 
     result = folder.result()
     if result is None:
@@ -282,27 +285,33 @@ def score_more(
     import torch
 
     task = load_task(config.task)
-    base = load_base(config.model, config.train.dtype, torch.device(_device(config.train.device)), Path(config.cache))
+    base = reuse.base(config, torch.device(_device(config.train.device)))
     adapter, trained_on = load(folder.adapter)
     if trained_on != base.record:
         raise UserError(f"{folder.adapter}: was trained on {trained_on}, the base model here is {base.record}")
     attached, encoder = attach_adapter(base.model, adapter), Encoder(base.tokenizer, config.task)
-    with folder.locked():
-        for split in splits:
-            examples = load_examples(task, split, config.data_root)
-            result["scores"][split] = scoring.score_split(
-                attached, encoder, task, examples, config, base.record, split, folder
-            )
-            atomic.write_json(folder.result_file, result)
-    attached.detach()
+    try:
+        with folder.locked():
+            for split in splits:
+                examples = load_examples(task, split, config.data_root)
+                result["scores"][split] = scoring.score_split(
+                    attached, encoder, task, examples, config, base.record, split, folder
+                )
+                atomic.write_json(folder.result_file, result)
+    finally:
+        attached.detach()
     return result
 
 
-def _same_data(config: Config, task: Task, result: dict[str, Any], folder: RunFolder) -> None:
-    """A finished run of the same configuration but other data or another base is an error, not a match."""
+def same_data(config: Config, result: dict[str, Any], folder: RunFolder) -> None:
+    """A finished run of the same configuration but other data or another base is an error, not a match.
+
+    Raises:
+        UserError: naming what has changed.
+    """
     from tiedlora.models import describe
 
-    now = {split: digest(load_examples(task, split, config.data_root)) for split in ("train", "validation")}
+    _, now = reuse.rows(config)
     recorded = {split: result["data"][split]["digest"] for split in now}
     for split, found in now.items():
         if found != recorded[split]:
@@ -316,13 +325,6 @@ def _same_data(config: Config, task: Task, result: dict[str, Any], folder: RunFo
             f"{folder.path}: finished on another base model ({result['base']['digest']}, now {base}); "
             "restore the model, or repeat the run with force=true"
         )
-
-
-def _disjoint(examples: dict[str, list[Example]]) -> None:
-    """No prompt that is scored may be trained on."""
-    trained = {example.prompt for example in examples["train"]}
-    if shared := [example.id for example in examples["validation"] if example.prompt in trained]:
-        raise UserError(f"task: {len(shared)} validation rows are also training rows (such as id {shared[0]})")
 
 
 def _device(name: str) -> str:
@@ -347,32 +349,3 @@ def _failure_in(folder: RunFolder) -> Iterator[None]:
     except Exception:
         folder.write_error()
         raise
-
-
-class _Stop:
-    """SIGTERM, SIGINT and SIGUSR1, while it is entered.
-
-    In the training loop (`in_loop`) a signal is remembered, and the loop asks after every step; anywhere
-    else, or at a second SIGINT, it ends the run at once. Nothing is lost then either: what is not in a
-    checkpoint by that time is computed again.
-    """
-
-    def __init__(self) -> None:
-        self.in_loop = False
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Stop:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._take)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _take(self, number: int, frame: Any) -> None:
-        if not self.in_loop or (self.asked and number == signal.SIGINT):
-            raise KeyboardInterrupt
-        self.asked = True
-        print(f"{signal.Signals(number).name}: saving a checkpoint after this step", file=sys.stderr)

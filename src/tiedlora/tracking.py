@@ -50,7 +50,7 @@ class Progress:
             left = (self.total - self.done) / rate if rate else 0.0
             log.info(
                 "%s: %d of %d, %.2f %s/s, %s left%s",
-                *(self.what, self.done, self.total, rate, self.unit, _clock(left)),
+                *(self.what, self.done, self.total, rate, self.unit, clock(left)),
                 f"  {note}" if note else "",
             )
 
@@ -60,7 +60,8 @@ class Progress:
             self.bar.close()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """m:ss, or h:mm:ss from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 

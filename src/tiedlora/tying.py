@@ -136,6 +136,12 @@ def lora_params(rank: int, architecture: Architecture) -> int:
     return architecture.layers * rank * (d_in + d_out)
 
 
+def nearest_lora_rank(trainable: int, architecture: Architecture) -> int:
+    """The rank (at least 1) whose LoRA trains the number of parameters nearest to `trainable`; of two, the lower."""
+    below = max(1, trainable // lora_params(1, architecture))
+    return min(below, below + 1, key=lambda rank: abs(lora_params(rank, architecture) - trainable))
+
+
 def is_identity(part: Part) -> bool:
     """A frozen vector of ones changes nothing and is not stored."""
     return not part.trained and part.init == 1.0

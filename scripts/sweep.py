@@ -1,0 +1,49 @@
+"""python scripts/sweep.py plan|status|select +grid=paper [train.py's words]: a sweep, before, while and after it runs.
+
+plan shows every cell and its state; status is the same after one line of counts and time left, unfinished
+cells first; select chooses each configuration's learning rate on validation and scores test for the chosen runs alone.
+"""
+
+import argparse
+import logging
+
+from tiedlora import cli, grid, selection, sweep
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("plan", "status", "select"))
+    parser.add_argument(
+        "words", nargs="*", help="what follows `train.py --multirun`: the same words are the same sweep"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument(
+        "--by", choices=selection.BY, default="score", help="select: the task's first metric, or the loss"
+    )
+    parser.add_argument("--no-test", action="store_true", help="select: choose only, and leave test for later")
+    arguments = parser.parse_intermixed_args()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("tiedlora").setLevel(logging.INFO)
+    found = grid.compose_sweep(arguments.words)
+    if arguments.what == "select":
+        choices = selection.choose(found, arguments.by)
+        if not arguments.no_test:
+            selection.score_test(found, choices)
+        selection.save(found, choices, arguments.by)
+        print(selection.to_json(choices) if arguments.json else selection.lines(choices))
+        return
+    rows = sweep.rows(found)
+    if arguments.json:
+        print(sweep.to_json(found, rows))
+    elif arguments.what == "plan":
+        print(f"{sweep.table(rows)}\n\n{sweep.summary(found, rows)}")
+    else:
+        print(sweep.summary(found, rows))
+        for row in rows:
+            if row["state"] != "done":
+                print(f"  {row['state']:<12} {row['seconds']:>6.0f} s  {row['run_id']}  {row['error'] or ''}".rstrip())
+
+
+if __name__ == "__main__":
+    with cli.exits():
+        main()
