@@ -73,8 +73,16 @@ def rows(config: Config) -> Rows:
         _disjoint(found)
         return found, {split: digest(examples) for split, examples in found.items()}
 
-    made: Rows = _ROWS.get((config.task, config.data_root), make)
+    made: Rows = _ROWS.get((config.task, config.data_root, _files(config)), make)
     return made
+
+
+def _files(config: Config) -> list[tuple[str, int, int]]:
+    """Name, size and time of the task's local files: rows of a file that has changed are read again."""
+    if config.data_root is None:
+        return []
+    folder = Path(config.data_root) / (config.task.folder or config.task.name)
+    return [(file.name, (s := file.stat()).st_size, s.st_mtime_ns) for file in sorted(folder.glob("*.jsonl"))]
 
 
 def _disjoint(examples: dict[str, list[Example]]) -> None:
