@@ -38,7 +38,7 @@ def start(*overrides: str, cwd: Path = PROJECT, **environment: str) -> subproces
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=200)
     return process.returncode, out, err
 
 
@@ -51,7 +51,7 @@ def results(found: sweep.Sweep) -> dict[str, tuple[bytes, list[str]]]:
     return kept
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = 150) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
