@@ -1,4 +1,4 @@
-"""python benchmarks/between_cells.py [--model smollm2_135m]: the time from a cell's last step to the next one's first.
+"""python benchmarks/between_cells.py [--model smollm2_135m]: seconds from one cell's last step to the next one's first.
 
 Three cells of a basic sweep on one base model. Scoring is left out (it belongs to the cell it scores); what remains
 is the last validation and checkpoint, the record, taking the adapter off, and everything before the next first step.

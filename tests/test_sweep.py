@@ -38,7 +38,7 @@ def start(*overrides: str, cwd: Path = PROJECT, **environment: str) -> subproces
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=200)
     return process.returncode, out, err
 
 
@@ -51,7 +51,7 @@ def results(found: sweep.Sweep) -> dict[str, tuple[bytes, list[str]]]:
     return kept
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = 150) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -320,13 +320,13 @@ def test_a_killed_joblib_worker_costs_its_cell_one_retry(tiny_run, tmp_path):
     assert code == 1, err
     assert [cell.state() for cell in found.cells] == ["done", "failed", "done"], err
     assert err.count("its worker was killed") == 2
-    assert "going on from step" in err
     assert "1 of 3 cells failed" in err
     assert f"{victim.run_id}: The worker ended 2 times" in err
     assert "failed" in out
     code, _, err = ended(start(*words))
     assert code == 0
     assert "2 finished before, 1 to run" in err
+    assert "going on from step" in err
 
     here = grid.compose_sweep([*words, f"outputs={tmp_path}/here"])
     for cell in here.cells:

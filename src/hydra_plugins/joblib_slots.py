@@ -12,6 +12,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
+
+from tiedlora.errors import UserError
 
 log = logging.getLogger("tiedlora.joblib")
 
@@ -36,7 +39,13 @@ class JoblibSlotsLauncher(Launcher):
         self.n_jobs, self.devices = n_jobs, devices
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what a worker needs."""
+        """Keep what a worker needs.
+
+        Raises:
+            UserError: joblib is not installed.
+        """
+        if find_spec("joblib") is None:
+            raise UserError("hydra/launcher=joblib_slots: joblib is not installed; run: pip install 'tiedlora[joblib]'")
         self.context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -120,6 +129,9 @@ class _Slots:
                 self.pools.pop(slot).shutdown(kill_workers=True)
             except KeyboardInterrupt:
                 self.stopping = True
+            except Exception as error:
+                # The sweeper sees in the cell's folder that it has no result; the slot goes on.
+                log.warning("%s: could not be run (%s: %s)", overrides[0], type(error).__name__, error)
         if slot in self.pools:
             self.pools.pop(slot).shutdown()
 

@@ -38,7 +38,8 @@ class ResumingSweeper(BasicSweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what a launcher is made of: it is made when the cells are frozen."""
-        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+        self.hydra_context, self.config = hydra_context, config
+        self.task_function: TaskFunction | None = task_function
 
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
         """Run what is not finished, then print the table of all cells.
@@ -54,7 +55,7 @@ class ResumingSweeper(BasicSweeper):
         assert self.hydra_context is not None
         found = grid.expand(self.config, self.hydra_context.config_loader, arguments)
         frozen = HydraContext(config_loader=found.freeze(), callbacks=self.hydra_context.callbacks)  # type: ignore[arg-type]
-        launcher = Plugins.instance().instantiate_launcher(frozen, self.task_function, self.config)
+        launcher = self._launcher(frozen)
         open_cells = [cell for cell in found.cells if not cell.finished()]
         failures = sweep.changed_since(cell for cell in found.cells if cell not in open_cells)
         done = len(found.cells) - len(open_cells)
@@ -78,6 +79,20 @@ class ResumingSweeper(BasicSweeper):
                 print(f"  {run_id}: {error}", file=sys.stderr)
             raise SystemExit(1)
         return []
+
+    def _launcher(self, context: HydraContext) -> Any:
+        from tiedlora.errors import UserError
+
+        assert self.config is not None
+        assert self.task_function is not None
+        try:
+            return Plugins.instance().instantiate_launcher(context, self.task_function, self.config)
+        except (ImportError, RuntimeError) as error:
+            name = self.config.hydra.runtime.choices.get("hydra/launcher")
+            raise UserError(
+                f"hydra/launcher={name}: {str(error).splitlines()[0]}; is it installed? "
+                "pip install 'tiedlora[ray]' for ray_tasks, 'tiedlora[slurm]' for slurm and submitit_slots"
+            ) from None
 
     def _launch(self, launcher: Any, cells: list[Any], first: int) -> None:
         """Hand cells to the launcher. What became of them is in their folders, whatever it returns or raises."""

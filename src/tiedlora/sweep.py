@@ -171,7 +171,9 @@ def _row(cell: Cell) -> dict[str, Any]:
     row = {"run_id": cell.run_id, "overrides": list(cell.overrides), **cell.parameters(), "state": state}
     row.update(metric=None, score=None, validation_loss=None, error=None)
     if result is not None:
-        row["seconds"] = result["training"]["seconds"] + sum(s["seconds"] for s in result["scores"].values())
+        # Test, if select scored it later, is not what another cell of the sweep will take.
+        scored = [result["scores"][split]["seconds"] for split in cell.config.score.splits if split in result["scores"]]
+        row["seconds"] = result["training"]["seconds"] + sum(scored)
         row["validation_loss"] = result["training"]["validation_loss_last"]
         for metric, found in result["scores"].get("validation", {}).get("metrics", {}).items():
             row["metric"], row["score"] = metric, found["value"]
