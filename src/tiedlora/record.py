@@ -29,7 +29,19 @@ from tiedlora.errors import UserError
 
 IDENTITY_VERSION = 1
 """Raise it when the meaning of a configuration changes without a key changing: every run is then new."""
-PACKAGES = ("torch", "transformers", "safetensors", "datasets", "reasoning-gym", "hydra-core", "scipy", "tiedlora")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "datasets",
+    "evaluate",
+    "sacrebleu",
+    "rouge-score",
+    "reasoning-gym",
+    "hydra-core",
+    "scipy",
+    "tiedlora",
+)
 
 
 def identity(config: Any) -> dict[str, Any]:

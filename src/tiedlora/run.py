@@ -78,10 +78,10 @@ class Prepared:
         _disjoint(self.examples)
         digests = {split: digest(examples) for split, examples in self.examples.items()}
         self.base: Base = load_base(config.model, config.train.dtype, self.device, Path(config.cache))
-        self.encoder: Encoder = Encoder(self.base.tokenizer, config.task)
+        self.encoder: Encoder = Encoder(self.base.tokenizer, config.task, config.model.context)
         self.encoded, self.counts = {}, {}
         for split, examples in self.examples.items():
-            kept, self.encoded[split], self.counts[split] = fit(self.encoder, examples, config.model.context)
+            kept, self.encoded[split], self.counts[split] = fit(self.encoder, examples)
             if split == "train":
                 self.examples[split] = kept
         assert config.rank.alpha is not None
@@ -279,7 +279,8 @@ def score_more(
     adapter, trained_on = load(folder.adapter)
     if trained_on != base.record:
         raise UserError(f"{folder.adapter}: was trained on {trained_on}, the base model here is {base.record}")
-    attached, encoder = attach_adapter(base.model, adapter), Encoder(base.tokenizer, config.task)
+    attached = attach_adapter(base.model, adapter)
+    encoder = Encoder(base.tokenizer, config.task, config.model.context)
     with folder.locked():
         for split in splits:
             examples = load_examples(task, split, config.data_root)
