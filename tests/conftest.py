@@ -16,6 +16,7 @@ import torch
 from tiedlora import config as configuration
 from tiedlora.config import Config, ModelConfig
 from tiedlora.models import Base, load_base
+from tiedlora.tasks import Task, load_task
 from tiedlora.tying import Tying
 
 # Workers of pytest-xdist share two cores; more threads than cores would wait for each other.
@@ -31,6 +32,10 @@ def tying_option(name: str, *overrides: str) -> Tying:
 
 def model_option(name: str) -> ModelConfig:
     return configuration.compose_config([f"model={name}"]).model
+
+
+def task_option(name: str, *overrides: str) -> Task:
+    return load_task(configuration.compose_config([f"task={name}", *overrides]).task)
 
 
 def tiny(name: str, dtype: str = "float32") -> Base:

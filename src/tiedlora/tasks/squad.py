@@ -30,8 +30,13 @@ def exact_match(output: str, reference: str) -> float:
 
 
 def f1(output: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over the normalised words, as bags."""
+    """Harmonic mean of precision and recall over the normalised words, as bags.
+
+    Where nothing is left of both it is 1, as in torchmetrics and SQuAD 2.0's script; version 1.1's gives 0.
+    """
     ours, wanted = normalise(output).split(), normalise(reference).split()
+    if not ours and not wanted:
+        return 1.0
     shared = sum((Counter(ours) & Counter(wanted)).values())
     return 2 * shared / (len(ours) + len(wanted)) if shared else 0.0
 
