@@ -16,6 +16,7 @@ from tiedlora.tasks import Example, Score, Task, render
 from tiedlora.tasks.rows import RowError
 
 ENDINGS = 4
+MARK = re.compile(r"\[(?:header|title|step|substeps)\]")
 
 
 def cleaned(text: str) -> str:
@@ -30,7 +31,7 @@ def is_clean(row: dict[str, Any]) -> bool:
     Cleaning them again would not be harmless: a blank that a mark left behind would go.
     """
     texts = [row["ctx_a"], row["ctx_b"], *row["endings"]]
-    return row["source_id"].startswith("wikihow") and not any("[" in text for text in texts)
+    return row["source_id"].startswith("wikihow") and not any(MARK.search(text) for text in texts)
 
 
 class HellaSwag(Task):
