@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tiedlora import config as configuration
 from tiedlora.config import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.tasks import Task, digest, load_examples, render
+from tiedlora.tasks import SPLITS, Task, digest, load_examples, render
 from tiedlora.tasks.hellaswag import cleaned
 from tiedlora.tasks.iwslt2017 import evaluation_lines, ted_pair, training_lines, zipped_rows
 from tiedlora.tasks.rows import RowError
@@ -310,6 +310,19 @@ def test_iwslt_pairs_come_out_of_the_official_zip(tmp_path):
     assert training_lines("a\n\nb\n") == ["a", "", "b"]
     assert evaluation_lines('<seg id="1">a\nb</seg>') == ["a\nb"]
     assert ted_pair({"english": "e", "non_english": "d"}) == {"translation": {"de": "d", "en": "e"}}
+
+
+def test_training_pairs_from_the_hub_are_not_scored_ones(tmp_path, monkeypatch):
+    path = tmp_path / "de-en.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for language in ("de", "en"):
+            archive.writestr(f"train.tags.de-en.{language}", f"Vielen  Dank. {language}\nNeu {language}\n")
+            for name, text in (("dev2010", "Vielen Dank."), ("tst2010", "Eins"), ("tst2011", "Zwei")):
+                archive.writestr(f"IWSLT17.TED.{name}.de-en.{language}.xml", f'<seg id="1">{text} {language}</seg>')
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *arguments, **keywords: str(path))
+    task = compose_task("iwslt2017", "task.hub.splits.test=tst2010+tst2011")
+    found = {split: [row.fields["translation"]["de"] for row in task.hub_rows(split)] for split in SPLITS}
+    assert found == {"train": ["Neu de"], "validation": ["Vielen Dank. de"], "test": ["Eins de", "Zwei de"]}
 
 
 @pytest.mark.parametrize("option", configuration.options("task"))
