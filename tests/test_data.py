@@ -53,7 +53,7 @@ def test_a_long_context_loses_its_end_at_a_word_and_never_the_question():
     coder, task = encoder(), Squad(encoder().config)
     short = coder.shortened(squad_example(PASSAGE, "word1", task))
     assert short is not None
-    context, question = short.prompt.split("\n\n")
+    context, question = short.prompt.removeprefix("Passage: ").split("\n", 1)
     assert question == "Question: Which one?\nAnswer:"
     assert PASSAGE.startswith(context + " ")
     # As long as it may be: the next word no longer fits, and a cut word is not kept.

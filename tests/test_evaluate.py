@@ -12,7 +12,7 @@ from conftest import TINY, tiny
 from tiedlora import config as configuration
 from tiedlora.config import PROJECT
 from tiedlora.data import Encoder
-from tiedlora.evaluate import choice_log_likelihoods, generate
+from tiedlora.evaluate import _ended, choice_log_likelihoods, generate
 from tiedlora.scoring import predict
 from tiedlora.tasks import load_examples, load_task
 
@@ -62,6 +62,17 @@ def test_generation_stops_at_the_end_of_the_answer(batch_size):
         assert after.text == before.text.split(stop)[0]
         assert after.ended == ("stop" if stop in before.text else before.ended)
     assert found[1].tokens < 12
+
+
+def test_an_answer_may_begin_on_a_new_line():
+    tokenizer = tiny("tiny_llama").tokenizer
+    written, found = [], None
+    for token in tokenizer("\n\n yes, it is\nQuestion").input_ids:
+        written.append(token)
+        if found := _ended(tokenizer, written, tokenizer.eos_token_id, ["\n"], 100):
+            break
+    assert found is not None
+    assert (found.text, found.ended) == ("\n\n yes, it is", "stop")
 
 
 def test_hellaswag_is_lm_evaluation_harness(tmp_path):

@@ -97,7 +97,9 @@ def one_example(kind: str, row: dict, *overrides: str):
 
 def test_the_prompt_and_target_of_each_task():
     found = {kind: one_example(kind, GOOD[kind]) for kind in FIVE}
-    assert found["squad"].prompt == "Rome was founded in 753 BC by Romulus.\n\nQuestion: Who founded Rome?\nAnswer:"
+    assert (
+        found["squad"].prompt == "Passage: Rome was founded in 753 BC by Romulus.\nQuestion: Who founded Rome?\nAnswer:"
+    )
     assert (found["squad"].target, found["squad"].references) == (" Romulus", ("Romulus", "by Romulus"))
     assert found["hellaswag"].prompt == "Cooking: A man cuts an onion. He"
     assert found["hellaswag"].choices == (" cries.", " sings.", " eats it.", " cuts a second onion.")

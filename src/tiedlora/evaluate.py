@@ -201,8 +201,11 @@ def _ended(tokenizer: Any, written: list[int], end: int, stop: Sequence[str], ma
         tail = tokenizer.decode(written[-TAIL:], skip_special_tokens=True)
         if any(text in tail for text in stop):
             whole = tokenizer.decode(written, skip_special_tokens=True)
-            first = min(place for text in stop if (place := whole.find(text)) >= 0)
-            return Output(whole[:first], len(written), "stop")
+            # An answer may start on a new line: what stops it is looked for after its first character.
+            start = len(whole) - len(whole.lstrip())
+            places = [place for text in stop if (place := whole.find(text, start)) >= 0]
+            if places:
+                return Output(whole[: min(places)], len(written), "stop")
     if len(written) == max_new_tokens:
         return Output(tokenizer.decode(written, skip_special_tokens=True), len(written), "length")
     return None

@@ -99,7 +99,9 @@ def _generate(
         batch_size=config.score.batch_size,
         progress=progress,
     )
-    return [{"output": output.text, "output_tokens": output.tokens, "ended": output.ended} for output in outputs]
+    return [
+        {"output": output.text.strip(), "output_tokens": output.tokens, "ended": output.ended} for output in outputs
+    ]
 
 
 def _choose(
