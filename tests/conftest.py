@@ -17,6 +17,7 @@ import torch
 from tiedlora import config as configuration
 from tiedlora.config import Config, ModelConfig
 from tiedlora.models import Base, load_base
+from tiedlora.tasks import Task, load_task
 from tiedlora.tying import Tying
 
 EIGHT = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
@@ -29,6 +30,10 @@ def tying_option(name: str, *overrides: str) -> Tying:
 
 def model_option(name: str) -> ModelConfig:
     return configuration.compose_config([f"model={name}"]).model
+
+
+def task_option(name: str, *overrides: str) -> Task:
+    return load_task(configuration.compose_config([f"task={name}", *overrides]).task)
 
 
 def tiny(name: str, dtype: str = "float32") -> Base:

@@ -52,7 +52,7 @@ class ModelConfig:
     path: Optional[str] = execution(None)
     """A local folder that holds this very model (its weights' hash is recorded and compared)."""
     context: int = 0
-    """Tokens the model can attend to; prompts and targets beyond it are reported, never cut silently."""
+    """Tokens the model can attend to: a prompt and max_new_tokens, or a target, must fit; what does not is counted."""
     architecture: tying.Architecture = field(default_factory=tying.Architecture)
 
 
@@ -93,8 +93,10 @@ class TaskConfig:
     stop: list[str] = field(default_factory=list)
     """Generation of a row ends at the first of these strings, at the end-of-text token, or at max_new_tokens."""
     max_new_tokens: int = 256
+    """Room for an answer; a prompt has what is left of the model's context."""
     max_prompt_tokens: Optional[int] = None
-    """Longer prompts are shortened if the task says how, else the row is dropped; both are counted."""
+    """Longer prompts are shortened if the task says how. Else a training row is dropped and counted, and scoring stops:
+    an example that is scored is never left out."""
     max_target_tokens: Optional[int] = None
     """Training rows with longer targets are dropped and counted; a target is never cut."""
     rows: RowCounts = field(default_factory=RowCounts)

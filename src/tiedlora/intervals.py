@@ -2,17 +2,24 @@
 
 - `wilson`: one run's proportion; covers which examples were drawn, not seeds.
 - `paired_proportions`: the difference of two proportions on the same examples; covers the same.
+- `bootstrap`: any other score, or difference of scores, over examples; covers the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 LEVEL = 0.95
+RESAMPLES = 2000
+"""Of a bootstrap: the ends of a 95 % interval then vary by a few per cent of its width from seed to seed."""
+INDICES_AT_ONCE = 200_000
+"""Resampled row numbers held in memory together."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,8 @@ class Interval:
     value: float
     low: float
     high: float
+    method: str = ""
+    """wilson, newcombe or bootstrap."""
 
     def excludes_zero(self) -> bool:
         """Whether the interval lies on one side of zero."""
@@ -35,7 +44,7 @@ def wilson(successes: int, trials: int) -> Interval:
         ValueError: no trials.
     """
     found = binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
-    return Interval(successes / trials, float(found.low), float(found.high))
+    return Interval(successes / trials, float(found.low), float(found.high), "wilson")
 
 
 def paired_proportions(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
@@ -67,7 +76,38 @@ def paired_proportions(ours: Sequence[float], theirs: Sequence[float]) -> Interv
         difference,
         difference - reach(first.value - first.low, second.high - second.value),
         difference + reach(first.high - first.value, second.value - second.low),
+        "newcombe",
     )
+
+
+def bootstrap(
+    count: int,
+    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]],
+    limits: tuple[float, float],
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap over examples (Efron 1979): the same resamples for the same count and seed.
+
+    Args:
+        count: number of examples.
+        statistic: row numbers (resamples, count) -> its values (resamples,). A paired difference takes the
+            same row numbers from both sides.
+        limits: the statistic's smallest and largest possible value, which is all that one example tells.
+
+    Raises:
+        ValueError: no examples.
+    """
+    if count < 1:
+        raise ValueError("a bootstrap needs examples")
+    value = float(statistic(np.arange(count)[np.newaxis])[0])
+    if count == 1:
+        return Interval(value, *limits, "bootstrap")
+    generator = np.random.default_rng(seed)
+    at_once = max(1, INDICES_AT_ONCE // count)
+    sizes = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
+    drawn = np.concatenate([statistic(generator.integers(0, count, (size, count))) for size in sizes])
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high), "bootstrap")
 
 
 def _continuity_corrected_phi(both: int, only_ours: int, only_theirs: int, n: int) -> float:

@@ -21,22 +21,24 @@ def result(record: dict[str, Any], folder: Path) -> str:
         f"  trainable parameters  {record['trainable_params']:,} ({100 * record['share_of_lora']:.2f} % of LoRA)",
     ]
     for split, scores in record["scores"].items():
-        lines.append(f"  {split}: {scores['rows']} rows, 95 % intervals over which rows were drawn")
+        cut = f" ({scores['shortened']} prompts shortened)" if scores.get("shortened") else ""
+        lines.append(f"  {split}: {scores['rows']} rows{cut}, scores x 100, 95 % intervals over which rows were drawn")
         for name, found in scores["metrics"].items():
             base = scores.get("base", {}).get(name)
             gain = scores.get("gain", {}).get(name)
             text = f"    {name:<22}"
-            text += f"base {_percent(base)}   adapted {_percent(found)}" if base else f"adapted {_percent(found)}"
-            lines.append(text + (f"   gain {_percent(gain, sign='+')}" if gain else ""))
+            text += f"base {_points(base)}   adapted {_points(found)}" if base else f"adapted {_points(found)}"
+            lines.append(text + (f"   gain {_points(gain, sign='+')}" if gain else ""))
         if remark := _remark(scores):
             lines.append(f"    {remark}")
     lines.append(f"  run folder            {folder}")
     return "\n".join(lines)
 
 
-def _percent(interval: dict[str, float], sign: str = "") -> str:
+def _points(interval: dict[str, Any], sign: str = "") -> str:
+    """A score in points: records hold fractions of 1, tables show them times 100, as papers do."""
     value, low, high = (100 * interval[key] for key in ("value", "low", "high"))
-    return f"{value:{sign}.1f} % [{low:{sign}.1f}, {high:{sign}.1f}]"
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def _remark(scores: dict[str, Any]) -> str:

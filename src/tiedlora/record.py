@@ -31,7 +31,19 @@ IDENTITY_VERSION = 1
 """Raise it when the meaning of a configuration changes without a key changing: every run is then new."""
 PATIENCE = 0.5
 """Seconds to wait for a run's lock: whoever asks for a state holds it for a moment."""
-PACKAGES = ("torch", "transformers", "safetensors", "datasets", "reasoning-gym", "hydra-core", "scipy", "tiedlora")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "datasets",
+    "evaluate",
+    "sacrebleu",
+    "rouge-score",
+    "reasoning-gym",
+    "hydra-core",
+    "scipy",
+    "tiedlora",
+)
 
 
 class Busy(UserError):

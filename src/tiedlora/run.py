@@ -83,10 +83,10 @@ class Prepared:
         rows, digests = reuse.rows(config)
         self.examples = dict(rows)
         self.base: Base = reuse.base(config, self.device)
-        self.encoder: Encoder = Encoder(self.base.tokenizer, config.task)
+        self.encoder: Encoder = Encoder(self.base.tokenizer, config.task, config.model.context)
         fitted = reuse.TOKENS.get(
             (config.task, digests, self.base.record, config.model.context),
-            lambda: {split: fit(self.encoder, examples, config.model.context) for split, examples in rows.items()},
+            lambda: {split: fit(self.encoder, examples) for split, examples in rows.items()},
         )
         self.examples["train"] = fitted["train"][0]
         self.encoded = {split: encoded for split, (_, encoded, _) in fitted.items()}
@@ -289,7 +289,8 @@ def score_more(
     adapter, trained_on = load(folder.adapter)
     if trained_on != base.record:
         raise UserError(f"{folder.adapter}: was trained on {trained_on}, the base model here is {base.record}")
-    attached, encoder = attach_adapter(base.model, adapter), Encoder(base.tokenizer, config.task)
+    attached = attach_adapter(base.model, adapter)
+    encoder = Encoder(base.tokenizer, config.task, config.model.context)
     try:
         with folder.locked():
             for split in splits:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tiedlora.tasks import Example, Task
+from tiedlora.tasks import Example, Score, Task
 from tiedlora.tasks.rows import RowError
 
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
@@ -45,7 +45,7 @@ class Gsm8k(Task):
             raise RowError("needs a question, and an answer that ends in '#### number'")
         return Example(id, example.prompt, example.target, (number,))
 
-    def score(self, output: str, example: Example) -> dict[str, float]:
+    def score(self, output: str, example: Example) -> dict[str, Score]:
         wanted = normalise(example.references[0])
         found = (strict_number(output), flexible_number(output))
         return {

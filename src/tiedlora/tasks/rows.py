@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +25,21 @@ class Row:
     fields: dict[str, Any]
 
 
-def read_rows(config: TaskConfig, split: str, data_root: str | None) -> list[Row]:
-    """All rows of a split: from data_root if it is set, else from the hub.
+def from_folder(config: TaskConfig, split: str, data_root: Path) -> list[Row]:
+    """All rows of a split from data_root/<task>/<split>.jsonl.
 
     Raises:
-        UserError: the source is missing (with the ways to get it), or a line is not a JSON object.
+        UserError: the file is missing (with the ways to get it), or a line is not a JSON object.
     """
-    if data_root is None:
-        return _from_hub(config, split)
-    path = Path(data_root) / (config.folder or config.name) / f"{split}.jsonl"
+    path = folder(config, data_root) / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: no such file. {_ways(config)}")
     return read_json_lines(path)
+
+
+def folder(config: TaskConfig, data_root: Path) -> Path:
+    """Where a task's files are below data_root."""
+    return data_root / (config.folder or config.name)
 
 
 def read_json_lines(path: Path) -> list[Row]:
@@ -62,25 +67,42 @@ def read_json_lines(path: Path) -> list[Row]:
     return rows
 
 
-def _from_hub(config: TaskConfig, split: str) -> list[Row]:
+def from_hub(config: TaskConfig, split: str) -> list[Row]:
+    """All rows of a split from the hub's data set of that id.
+
+    Raises:
+        UserError: the hub cannot be reached or has no such split, with the ways to get the rows.
+    """
     hub = config.hub
-    if not hub.id or split not in hub.splits:
-        raise UserError(f"task={config.name}: the hub has no {split} split of it. {_ways(config)}")
+    with hub_errors(config, split) as name:
+        import datasets
+
+        table = datasets.load_dataset(hub.id, hub.subset, split=name, revision=hub.revision)
+    return [Row(f"{hub.id}[{name}] row {i}", dict(row)) for i, row in enumerate(table)]
+
+
+@contextmanager
+def hub_errors(config: TaskConfig, split: str) -> Iterator[str]:
+    """Give the hub's name of a split, and turn what goes wrong on the way there into one line."""
     import datasets  # costs a second, and only this path needs it
 
     datasets.disable_progress_bars()
+    hub = config.hub
+    if not hub.id or split not in hub.splits:
+        raise UserError(f"task={config.name}: the hub has no {split} split of it. {_ways(config)}")
     try:
-        table = datasets.load_dataset(hub.id, hub.subset, split=hub.splits[split], revision=hub.revision)
+        yield hub.splits[split]
+    # What huggingface_hub and datasets raise for a hub that is absent, offline or without the file derives from these.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"task={config.name}: {hub.id} cannot be loaded ({reason}). {_ways(config)}") from None
-    return [Row(f"{hub.id}[{hub.splits[split]}] row {i}", dict(row)) for i, row in enumerate(table)]
 
 
 def _ways(config: TaskConfig) -> str:
-    folder = config.folder or config.name
+    name = config.folder or config.name
     return (
-        f"Three ways to get it: run once on a machine that reaches the hub ({config.hub.id or 'not there'}); "
-        f"or put {folder}/{{train,validation,test}}.jsonl with the hub's field names in a folder and give "
-        "data_root=FOLDER; or set TIEDLORA_DATA=FOLDER once for all runs"
+        f"Three ways to get it: reach the hub ({config.hub.id or 'it is not there'}); or, where the hub is in reach, "
+        f"`python scripts/fetch_data.py task={config.name} data_root=FOLDER`, and copy FOLDER here; or put "
+        f"{name}/{{train,validation,test}}.jsonl with the hub's field names in your FOLDER. Then data_root=FOLDER "
+        "or TIEDLORA_DATA=FOLDER"
     )

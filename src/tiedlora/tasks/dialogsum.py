@@ -1,0 +1,61 @@
+"""DialogSum: a dialogue -> its summary.
+
+Scored with ROUGE-1, -2 and -L (F-measures, rouge-score). A test dialogue comes as several rows, one reference
+each, whose ids differ after the last `_`; they are one example here, and each metric takes its maximum over
+the references. Keys of task.options: `use_stemmer` hands rouge-score its Porter stemmer.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from functools import cached_property
+from typing import Any
+
+from tiedlora.errors import UserError
+from tiedlora.tasks import Example, Score, Task
+from tiedlora.tasks.rows import RowError
+
+ONE_OF_SEVERAL = re.compile(r"(.+_\d+)_\d+")
+"""test_7_2 is the second reference of test_7; dev_7 and train_7 stand alone."""
+
+
+class DialogSum(Task):
+    fields = {"id": str, "dialogue": str, "summary": str}
+    metrics = ("rouge1", "rouge2", "rougeL")
+    shortens = "dialogue"
+
+    def group_id(self, row_id: str) -> str:
+        found = ONE_OF_SEVERAL.fullmatch(row_id)
+        return found[1] if found else row_id
+
+    def example(self, row: dict[str, Any], id: str) -> Example:
+        if not row["dialogue"].strip():
+            raise RowError("the field 'dialogue' is empty")
+        # A few summaries are broken over lines, which the stop rule would end them at.
+        return super().example({**row, "summary": " ".join(row["summary"].split())}, id)
+
+    @cached_property
+    def _scorer(self) -> Any:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        return RougeScorer(self.metrics, use_stemmer=self._use_stemmer)
+
+    @property
+    def _use_stemmer(self) -> bool:
+        options = self.config.options
+        if set(options) - {"use_stemmer"} or not isinstance(options.get("use_stemmer", False), bool):
+            raise UserError(f"task.options: may hold use_stemmer=true or false alone; got {options}")
+        return bool(options.get("use_stemmer", False))
+
+    def score(self, output: str, example: Example) -> dict[str, Score]:
+        found = self._scorer.score_multi([reference.strip() for reference in example.references], output.strip())
+        return {name: float(found[name].fmeasure) for name in self.metrics}
+
+    def signatures(self) -> dict[str, str]:
+        stemmer = "yes" if self._use_stemmer else "no"
+        signature = f"rouge-score:{importlib.metadata.version('rouge-score')}|F1|stemmer:{stemmer}|refs:max"
+        return dict.fromkeys(self.metrics, signature)
+
+
+TASK = DialogSum

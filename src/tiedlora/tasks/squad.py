@@ -1,0 +1,75 @@
+"""SQuAD v1.1: a passage and a question -> the answer, a piece of the passage.
+
+Scored as the official script does: exact match and token F1 after its normalisation (lower case, no
+punctuation, no articles, single blanks), the best over an example's reference answers, each metric apart.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from tiedlora.tasks import Example, Score, Task
+from tiedlora.tasks.rows import RowError
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalise(text: str) -> str:
+    """An answer as the official evaluation compares it."""
+    without_articles = re.sub(r"\b(?:a|an|the)\b", " ", text.lower().translate(_PUNCTUATION))
+    return " ".join(without_articles.split())
+
+
+def exact_match(output: str, reference: str) -> float:
+    """1 where both are equal once normalised."""
+    return float(normalise(output) == normalise(reference))
+
+
+def f1(output: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over the normalised words, as bags.
+
+    Where nothing is left of both it is 1, as in torchmetrics and SQuAD 2.0's script; version 1.1's gives 0.
+    """
+    ours, wanted = normalise(output).split(), normalise(reference).split()
+    if not ours and not wanted:
+        return 1.0
+    shared = sum((Counter(ours) & Counter(wanted)).values())
+    return 2 * shared / (len(ours) + len(wanted)) if shared else 0.0
+
+
+class Squad(Task):
+    fields = {"id": str, "context": str, "question": str, "answers": dict}
+    metrics = ("exact_match", "f1")
+    shortens = "context"
+
+    def example(self, row: dict[str, Any], id: str) -> Example:
+        texts, starts = row["answers"].get("text"), row["answers"].get("answer_start")
+        if not _list_of(texts, str) or not _list_of(starts, int) or len(texts) != len(starts):
+            raise RowError("the field 'answers' must hold the lists 'text' and 'answer_start', of equal length")
+        if not texts or not all(text.strip() for text in texts):
+            raise RowError("the target is empty: 'answers.text' needs at least one answer, and none empty")
+        if not row["question"].strip():
+            raise RowError("the field 'question' is empty")
+        for text in texts:
+            if text not in row["context"]:
+                raise RowError(f"the answer {text!r} is not in the context")
+        answer = texts[0].strip()
+        example = super().example({**row, "answer": answer}, id)
+        return replace(example, references=tuple(dict.fromkeys(texts)), must_hold=answer)
+
+    def score(self, output: str, example: Example) -> dict[str, Score]:
+        return {
+            "exact_match": max(exact_match(output, reference) for reference in example.references),
+            "f1": max(f1(output, reference) for reference in example.references),
+        }
+
+
+def _list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+TASK = Squad
