@@ -92,7 +92,10 @@ class Prepared:
         self.encoded = {split: encoded for split, (_, encoded, _) in fitted.items()}
         self.counts = {split: counts for split, (_, _, counts) in fitted.items()}
         assert config.rank.alpha is not None
-        self.attached: Attached = attach(self.base.model, config.tying, config.rank.r, config.rank.alpha, config.seed)
+        layout = config.model.architecture.layout
+        self.attached: Attached = attach(
+            self.base.model, config.tying, config.rank.r, config.rank.alpha, config.seed, layout
+        )
         self.trainable_params = self.attached.adapter.trainable_params()
         expected = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
         assert self.trainable_params == expected, f"{self.trainable_params} parameters, the formula says {expected}"
