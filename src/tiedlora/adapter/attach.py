@@ -95,6 +95,12 @@ class Attached:
             weight += (update.T if isinstance(module, Conv1D) else update).to(weight.dtype)
         self.unhook()
 
+    def fuse(self) -> None:
+        """Merge for good: the adapter leaves the model, its update stays in the weights, no copy is kept."""
+        self.merge()
+        self._kept.clear()
+        del self.model.tied_adapter
+
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restore the kept weights bit for bit (subtracting the update would restore only most entries)."""
