@@ -162,6 +162,10 @@ class TrainConfig:
     """Rows of the validation loss; null takes all."""
     checkpoint_every: int = execution(50)
     log_every: int = execution(10)
+    init_from: Optional[str] = execution(None)
+    """Start from the adapter of this run or folder instead of the initial values (its content is hashed, not its path)."""
+    init_digest: Optional[str] = field(default=None, metadata={"neutral": None})
+    """Filled in from init_from: what the adapter there holds."""
     device: str = execution("auto")
     """auto takes CUDA where there is one."""
     threads: Optional[int] = execution(None)
@@ -240,6 +244,13 @@ def load(composed: DictConfig) -> Config:
     for key in ("outputs", "cache", "data_root"):
         value = getattr(config, key)
         setattr(config, key, value and str(Path(value).expanduser().absolute()))
+    if config.train.init_from and config.train.init_digest is None:
+        # Imported here: most configurations start afresh, and reading adapters needs torch.
+        from tiedlora.library import adapter_folder
+        from tiedlora.adapter.files import digest
+
+        config.train.init_from = str(adapter_folder(config.train.init_from).absolute())
+        config.train.init_digest = digest(Path(config.train.init_from))
     check(config)
     return config
 

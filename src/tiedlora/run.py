@@ -71,7 +71,7 @@ class Prepared:
         # torch and transformers cost seconds; a wrong configuration, or a finished run, does not wait for them.
         import torch
 
-        from tiedlora.adapter import attach
+        from tiedlora.adapter import attach, files
         from tiedlora.data import Encoder, fit
 
         self.config, self.task = config, task
@@ -96,6 +96,11 @@ class Prepared:
         self.attached: Attached = attach(
             self.base.model, config.tying, config.rank.r, config.rank.alpha, config.seed, layout
         )
+        if config.train.init_from:
+            folder = Path(config.train.init_from)
+            if files.digest(folder) != config.train.init_digest:
+                raise UserError(f"train.init_from={folder}: holds another adapter than when this run was composed")
+            files.start_from(self.attached.adapter, folder, self.base.record)
         self.trainable_params = self.attached.adapter.trainable_params()
         expected = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
         assert self.trainable_params == expected, f"{self.trainable_params} parameters, the formula says {expected}"

@@ -7,6 +7,8 @@ so detaching leaves the very model there was.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from tiedlora.adapter import architectures
+from tiedlora.adapter import architectures, files
 from tiedlora.adapter.architectures import Site
 from tiedlora.adapter.parts import TargetParts, TiedAdapter
 from tiedlora.errors import UserError
@@ -69,6 +71,28 @@ class Attached:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+    def save_pretrained(self, folder: Path | str, base: dict[str, Any] | None = None) -> int:
+        """Write the adapter's own small folder, each part once; see `files.save`.
+
+        Args:
+            base: what the base model is; None takes what transformers calls it.
+
+        Returns:
+            Bytes of the folder.
+        """
+        name = getattr(self.model, "name_or_path", "") or type(self.model).__name__
+        record = base or {"name": name, "revision": None, "digest": None}
+        return files.save(self.adapter, Path(folder), record)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, folder: Path | str) -> Attached:
+        """Put a saved adapter on `model`.
+
+        Raises:
+            UserError: the folder is damaged, or the adapter was made for another architecture.
+        """
+        return attach_adapter(model, files.load(Path(folder))[0])
 
     def detach(self) -> None:
         """Take the adapter off: the base model is bit for bit what it was."""

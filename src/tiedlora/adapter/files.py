@@ -7,6 +7,7 @@ The tensors are those that cannot be rebuilt, each once: the trained parts, and 
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,17 @@ DESCRIPTION = "adapter.json"
 def checksum(tensor: Tensor) -> str:
     """sha256 of a tensor's float32 values."""
     return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def digest(folder: Path) -> str:
+    """sha256 of what an adapter is: its specification, sizes, base model and tensors, wherever its folder lies.
+
+    Raises:
+        UserError: no adapter there.
+    """
+    description = atomic.read_json(folder / DESCRIPTION)
+    meaning = {key: value for key, value in description.items() if key != "format"}
+    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
 
 def save(adapter: TiedAdapter, folder: Path, base: dict[str, Any], rebuild_frozen: bool = False) -> int:
@@ -149,3 +161,40 @@ def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str,
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds values that are not finite")
     return tensors
+
+
+def start_from(adapter: TiedAdapter, folder: Path, base: dict[str, Any]) -> None:
+    """Give `adapter` the values of a saved one, so that training goes on from there.
+
+    Parts of the saved adapter must have their place here. u and v that it lacks are ones there, and must start at one
+    here: then the first step begins at exactly the saved update (TAB -> TABuv, for instance).
+
+    Args:
+        base: what the base model is now.
+
+    Raises:
+        UserError: another base model, scale, rank or shape, or a part without a place.
+    """
+    saved, trained_on = load(folder)
+    if trained_on["digest"] != base["digest"]:
+        raise UserError(f"train.init_from={folder}: was trained on {trained_on}, the base model here is {base}")
+    if (saved.rank, saved.scale) != (adapter.rank, adapter.scale):
+        raise UserError(
+            f"train.init_from={folder}: has rank {saved.rank} and alpha {saved.alpha:g}, this run has {adapter.rank} "
+            f"and {adapter.alpha:g}; set rank.r and rank.alpha to the adapter's"
+        )
+    ours, theirs = adapter.parts(), saved.parts()
+    for name in sorted(set(ours) | set(theirs)):
+        part = getattr(adapter.tying, name.split(".")[1])
+        if name not in ours or (name not in theirs and (name[-1] in "AB" or part.init != 1.0)):
+            raise UserError(
+                f"train.init_from={folder}: {name} is in {'the adapter' if name in theirs else 'this run'} alone; "
+                "choose the tying and targets that the adapter was trained with"
+            )
+        if name in theirs:
+            if ours[name].shape != theirs[name].shape:
+                raise UserError(
+                    f"train.init_from={folder}: {name} is {tuple(theirs[name].shape)} there and "
+                    f"{tuple(ours[name].shape)} here; choose the model, targets and shares of the adapter"
+                )
+            ours[name].data.copy_(theirs[name])
