@@ -157,6 +157,7 @@ def attach(
         UserError: unknown family or target, a specification that cannot train, or an adapter already there.
     """
     tying = named(tying) if isinstance(tying, str) else tying
+    _refuse_sharded(model)
     architecture = architectures.read(model, layout)
     return attach_adapter(model, TiedAdapter(tying, rank, rank if alpha is None else alpha, architecture, seed))
 
