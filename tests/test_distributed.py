@@ -68,6 +68,6 @@ def test_a_sharded_model_is_refused():
     class FullyShardedDataParallel(torch.nn.Module):
         """By name, as the real one: importing it costs seconds."""
 
-    with pytest.raises(UserError, match="sharded.*torchrun"):
+    with pytest.raises(UserError, match=r"sharded.*torchrun"):
         attach(FullyShardedDataParallel(), "TABuv")
     assert attach(tiny("tiny_llama").model, "TABuv").handles

@@ -15,7 +15,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tiedlora.adapter import Adapters, Attached, TiedAdapter, attach, attach_adapter, to_merged, to_peft
+    from tiedlora.adapter import Adapters, TiedAdapter, to_merged, to_peft
+    from tiedlora.adapter.attach import Attached, attach, attach_adapter
     from tiedlora.errors import UserError
     from tiedlora.library import base_of, load
     from tiedlora.peft_method import TiedLoraConfig, TiedLoraModel

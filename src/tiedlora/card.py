@@ -69,7 +69,7 @@ def card(result: dict[str, Any], config: Config, kind: str, notes: list[str]) ->
         f"# {label}, r = {config.rank.r}, on {config.task.name}",
         "",
         "A Tied-LoRA adapter (arXiv 2311.09578) trained with the tiedlora research harness.",
-        *([""] + notes if notes else []),
+        *(["", *notes] if notes else []),
         "",
         "## Use",
         "",

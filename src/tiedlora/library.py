@@ -11,24 +11,10 @@ from tiedlora import config as configuration
 from tiedlora.adapter import Attached, attach_adapter, files
 from tiedlora.config import Config
 from tiedlora.errors import UserError
+from tiedlora.saved import adapter_folder
 
 if TYPE_CHECKING:
     from tiedlora.models import Base
-
-
-def adapter_folder(source: Path | str) -> Path:
-    """The adapter's folder inside a run, or `source` itself if it is one.
-
-    Raises:
-        UserError: it is neither.
-    """
-    source = Path(source).expanduser()
-    for folder in (source, source / "adapter"):
-        if (folder / files.DESCRIPTION).is_file():
-            return folder
-    raise UserError(
-        f"{source}: is neither a finished run nor an adapter's folder (no {files.DESCRIPTION} in it or in adapter/)"
-    )
 
 
 def config_of(run: Path | str) -> Config:

@@ -145,7 +145,7 @@ def train(progress: Progress, calls: Calls, optimizer: torch.optim.Optimizer, co
         batches = calls.batches(step)
         counts = torch.tensor([sum(len(batch.targets) for batch in batches), sum(batch.tokens for batch in batches)])
         calls.add_up([counts])
-        step_targets, step_tokens = counts.tolist()
+        step_targets, step_tokens = (int(count) for count in counts)
         step_loss = torch.zeros((), device=parameters[0].device)
         for batch in batches:
             loss = calls.loss_sum(batch) / step_targets

@@ -36,7 +36,7 @@ REGISTERED_AS = "tied_adapter"
 
 
 @dataclass
-class TiedLoraConfig(PeftConfig):  # type: ignore[misc]
+class TiedLoraConfig(PeftConfig):
     """A Tied-LoRA adapter for PEFT.
 
     Raises:
@@ -58,7 +58,7 @@ class TiedLoraConfig(PeftConfig):  # type: ignore[misc]
     """Where the model keeps its projections, for a family that is not known: the fields of `tiedlora.Layout`."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PEFT_TYPE
         if isinstance(self.tying, Tying):
             self.tying = asdict(self.tying)
@@ -77,31 +77,32 @@ class TiedLoraConfig(PeftConfig):  # type: ignore[misc]
         return found
 
 
-class _Status(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class _Status(nn.Module, BaseTunerLayer):
     """What PEFT asks layers (disabled? merged?), answered once for the adapter, which has no layers of its own."""
 
     def __init__(self, tuner: TiedLoraModel) -> None:
         super().__init__()
-        # Not as a child: the tuner holds this.
-        self.__dict__["tuner"] = tuner
+        # In a list, so that torch does not take it for a child: the tuner holds this.
+        self.tuner = [tuner]
 
     @property
     def disable_adapters(self) -> bool:
-        return not self.tuner.attached.handles and not self.tuner.attached.merged
+        (tuner,) = self.tuner
+        return not tuner.attached.handles and not tuner.attached.merged
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.tuner.active_adapters)
+        return list(self.tuner[0].active_adapters)
 
     @property
-    def merged_adapters(self) -> list[str]:
-        return self.active_adapters if self.tuner.attached.merged else []
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        return self.active_adapters if self.tuner[0].attached.merged else []
 
     def _get_available_adapters(self) -> set[str]:
-        return set(self.tuner.peft_config)
+        return set(self.tuner[0].peft_config)
 
 
-class TiedLoraModel(BaseTuner):  # type: ignore[misc]
+class TiedLoraModel(BaseTuner):
     """PEFT's calls, passed on to an `Attached`. One adapter a model; `tiedlora.Adapters` switches between several."""
 
     prefix = REGISTERED_AS
@@ -116,7 +117,8 @@ class TiedLoraModel(BaseTuner):  # type: ignore[misc]
                 "TiedLoraConfig: the model has a tied adapter already, and PEFT's method takes one; "
                 "unload it first, or switch between several with tiedlora.Adapters"
             )
-        config: TiedLoraConfig = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, TiedLoraConfig)
         layout = None if config.layout is None else _typed(Layout, config.layout)
         self.attached = attach(model, config.specification(), config.r, config.alpha, config.seed, layout)
         self.status = _Status(self)
@@ -154,7 +156,9 @@ class TiedLoraModel(BaseTuner):  # type: ignore[misc]
         self.peft_config.pop(adapter_name)
         self.active_adapter = []
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self, merge: bool = True, *args: Any, **kwargs: Any
+    ) -> nn.Module:
         if merge:
             self.attached.fuse()
         else:
@@ -164,7 +168,9 @@ class TiedLoraModel(BaseTuner):  # type: ignore[misc]
         return model
 
     @classmethod
-    def _get_adapter_state_dict(cls, *, state_dict: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls, *, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Every part once, under its one name: what PEFT's per-layer methods write once a layer."""
         return {key: value for key, value in state_dict.items() if f"{REGISTERED_AS}." in key}
 
@@ -173,7 +179,7 @@ class TiedLoraModel(BaseTuner):  # type: ignore[misc]
         return key
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, *, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
         return state_dict
@@ -191,9 +197,9 @@ def _typed(kind: type, values: Any) -> Any:
 
 def _register() -> None:
     """PEFT's own function takes members of its enumeration alone; these tables are what it fills."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = TiedLoraConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = TiedLoraModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = REGISTERED_AS
+    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = TiedLoraConfig  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = TiedLoraModel  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = REGISTERED_AS  # type: ignore[index]
 
 
 _register()

@@ -87,9 +87,9 @@ def joined(cuda: bool) -> Iterator[Processes]:
 
     us = Processes(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", "0")))
     if cuda:
-        if us.local_rank >= torch.cuda.device_count():
+        if us.local_rank >= (gpus := torch.cuda.device_count()):
             raise UserError(
-                f"torchrun: process {us.local_rank} of this machine has no GPU (there are {torch.cuda.device_count()}); "
+                f"torchrun: process {us.local_rank} of this machine has no GPU (there are {gpus}); "
                 "lower --nproc-per-node, or train.device=cpu"
             )
         torch.cuda.set_device(us.local_rank)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from tiedlora import atomic, present, processes, reuse, tying
+from tiedlora import atomic, present, processes, reuse, saved, tying
 from tiedlora import config as configuration
 from tiedlora.config import Config
 from tiedlora.errors import UserError
@@ -129,7 +129,7 @@ class Prepared:
         )
         if config.train.init_from:
             folder = Path(config.train.init_from)
-            if files.digest(folder) != config.train.init_digest:
+            if saved.digest(folder) != config.train.init_digest:
                 raise UserError(f"train.init_from={folder}: holds another adapter than when this run was composed")
             files.start_from(self.attached.adapter, folder, self.base.record)
         self.trainable_params = self.attached.adapter.trainable_params()

@@ -142,7 +142,9 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
             layout=layout,
         )
     except AttributeError as error:
-        raise UserError(f"model: its configuration ({config.model_type}) lacks a number that is needed: {error}") from None
+        raise UserError(
+            f"model: its configuration ({config.model_type}) lacks a number that is needed: {error}"
+        ) from None
 
 
 def layout_of(architecture: Architecture) -> Layout:
@@ -216,7 +218,8 @@ def check(model: nn.Module, architecture: Architecture, targets: list[str]) -> N
                     module = model.get_submodule(site.module_path)
                 except AttributeError:
                     raise UserError(
-                        f"attach: the model has no module {site.module_path}, where '{target}' should be; {_listed(model)}"
+                        f"attach: the model has no module {site.module_path}, where '{target}' should be; "
+                        f"{_listed(model)}"
                     ) from None
                 if not isinstance(module, Conv1D if transposed else nn.Linear):
                     raise UserError(
@@ -245,7 +248,9 @@ def candidates(model: nn.Module) -> list[str]:
 
 def _listed(model: nn.Module) -> str:
     names = candidates(model)
-    return f"its candidates are {', '.join(names[:12])}" if names else "it has no linear layers that look like projections"
+    return (
+        f"its candidates are {', '.join(names[:12])}" if names else "it has no linear layers that look like projections"
+    )
 
 
 def _unknown(family: str, names: list[str]) -> str:
@@ -255,4 +260,3 @@ def _unknown(family: str, names: list[str]) -> str:
         "name its projections by hand: model.architecture.layout='{layers: model.layers, sites: {qkv: "
         "[self_attn.q_proj, self_attn.k_proj, self_attn.v_proj]}}', or layout=tiedlora.Layout(...) from Python"
     )
-

@@ -122,5 +122,5 @@ def to_merged(attached: Attached, tokenizer: Any, folder: Path, dtype: str = "fl
 
 
 def _weight(attached: Attached, path: str) -> Tensor:
-    weight: Tensor = attached.model.get_submodule(path).weight.detach()  # type: ignore[operator, union-attr]
+    weight: Tensor = attached.model.get_submodule(path).weight.detach()  # type: ignore[operator]
     return weight

@@ -7,7 +7,6 @@ The tensors are those that cannot be rebuilt, each once: the trained parts, and 
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,27 +22,16 @@ from tiedlora import atomic
 from tiedlora import tying as spec
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.errors import UserError
+from tiedlora.saved import DESCRIPTION
 from tiedlora.tying import Architecture, Tying
 
 FORMAT = 1
 TENSORS = "adapter.safetensors"
-DESCRIPTION = "adapter.json"
 
 
 def checksum(tensor: Tensor) -> str:
     """sha256 of a tensor's float32 values."""
     return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
-def digest(folder: Path) -> str:
-    """sha256 of what an adapter is: its specification, sizes, base model and tensors, wherever its folder lies.
-
-    Raises:
-        UserError: no adapter there.
-    """
-    description = atomic.read_json(folder / DESCRIPTION)
-    meaning = {key: value for key, value in description.items() if key != "format"}
-    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
 
 def save(adapter: TiedAdapter, folder: Path, base: dict[str, Any], rebuild_frozen: bool = False) -> int:
