@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 from tiedlora import config as configuration
@@ -128,6 +129,8 @@ def command(config: Config) -> str:
 
     chosen: list[str] = []
     for group in GROUPS:
+        if not any(key.startswith(f"{group}.") for key in missing(chosen)):
+            continue
         options = [[*chosen, f"{group}={name}"] for name in configuration.options(group)]
         # min keeps the first of equals: no override where none helps.
         chosen = min([chosen, *options], key=lambda overrides: len(missing(overrides)))
@@ -140,7 +143,8 @@ def command(config: Config) -> str:
         exact = run_id(configuration.compose_config(chosen)) == run_id(config)
     except UserError:
         exact = False
-    return f"python train.py {' '.join(chosen)}".rstrip() + ("" if exact else "   # and the rest of config.yaml")
+    words = " ".join(shlex.quote(override) for override in chosen)
+    return f"python train.py {words}".rstrip() + ("" if exact else "   # and the rest of config.yaml")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -154,11 +158,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _value(value: Any) -> str:
-    """A value as Hydra's and the shell's grammars both take it."""
-    if value is None:
-        return "null"
-    if isinstance(value, (bool, int, float)):
+    """A value in Hydra's grammar, in which a quoted string knows no escape but that of the quote."""
+    if value is None or isinstance(value, (bool, int, float)):
         return json.dumps(value)
-    text = json.dumps(value, ensure_ascii=False)
-    # Hydra reads the double quotes, the shell takes the single ones away.
-    return "'" + text.replace("'", "'\\''") + "'"
+    if isinstance(value, list):
+        return f"[{','.join(map(_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}: {_value(item)}' for key, item in value.items())}}}"
+    return '"' + str(value).replace('"', '\\"') + '"'
