@@ -1,7 +1,7 @@
-"""python examples/custom_specification.py: a specification of your own, attached, trained for a few steps, saved, loaded.
+"""python examples/custom_specification.py: a specification of your own, attached, trained, saved and loaded.
 
-B is shared by two consecutive layers each, A by all; u is frozen at one and v is trained. Runs on a tiny random model in
-seconds; put any causal language model of a known family in its place.
+B is shared by two consecutive layers each, A by all; u is frozen at one and v is trained. Runs on a tiny random model
+in seconds; put any causal language model of a known family in its place.
 """
 
 import sys

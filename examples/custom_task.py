@@ -1,9 +1,9 @@
 """python examples/custom_task.py [OVERRIDE ...]: a task of your own with the harness's whole run around it.
 
-A task turns rows into prompt and target, and scores an output. This one makes its own rows (write a word backwards), so it
-needs no data. Overrides are those of train.py; the default is a tiny random model and a few steps.
+A task turns rows into prompt and target, and scores an output. This one makes its own rows (write a word backwards), so
+it needs no data. Overrides are those of train.py; the default is a tiny random model and a few steps.
 
-In the repository a task is a file in src/tiedlora/tasks/ and an option in conf/task/, and `train.py task=NAME` finds it.
+In the repository a task is a file in src/tiedlora/tasks/ and an option in conf/task/: `train.py task=NAME` finds it.
 """
 
 import random

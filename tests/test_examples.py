@@ -1,9 +1,5 @@
 """Every file in examples/ runs as its first line says."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tiedlora.config import PROJECT
@@ -25,9 +21,7 @@ def test_all_of_them_are_here():
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_it_runs(name, tmp_path):
-    arguments = [argument.format(folder=tmp_path) for argument in ARGUMENTS[name]]
-    command = [sys.executable, str(PROJECT / "examples" / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ.copy())
-    assert done.returncode == 0, done.stderr
-    assert EXPECTED[name] in done.stdout
+def test_it_runs(name, tmp_path, script):
+    code, out, _ = script(f"examples/{name}", *(argument.format(folder=tmp_path) for argument in ARGUMENTS[name]))
+    assert code == 0
+    assert EXPECTED[name] in out

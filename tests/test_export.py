@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -15,9 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import tiedlora
 from tiedlora import card, run
 from tiedlora.adapter import attach, to_merged, to_peft
-from tiedlora.config import PROJECT, compose_config
+from tiedlora.config import compose_config
 from tiedlora.errors import UserError
 from tiedlora.record import run_id
 
@@ -105,14 +104,9 @@ class TestScript:
         result = run.main(config)
         return config, result, tmp_path / "outputs" / result["run_id"]
 
-    def export(self, *arguments):
-        command = [sys.executable, str(PROJECT / "scripts" / "export.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-    def test_peft_with_card_and_task(self, finished, tmp_path):
+    def test_peft_with_card_and_task(self, finished, tmp_path, script):
         config, result, folder = finished
-        done = self.export(folder, "--to", "peft")
-        assert done.returncode == 0, done.stderr
+        assert script("scripts/export.py", folder, "--to", "peft")[0] == 0
         out = folder / "export" / "peft"
         text = (out / "README.md").read_text()
         for fact in ("base_model:", result["base"]["digest"], result["data"]["train"]["digest"][:16], "| 95 %"[2:]):
@@ -123,15 +117,27 @@ class TestScript:
         rows = [json.loads(line) for line in (out / task.dataset_kwargs.data_files.test).read_text().splitlines()]
         predictions = (folder / "predictions" / "validation.jsonl").read_text().splitlines()
         assert [row["prompt"] for row in rows] == [json.loads(line)["prompt"] for line in predictions]
-        again = self.export(folder, "--to", "peft")
-        assert again.returncode == 2
-        assert "is not empty" in again.stderr
+        code, _, errors = script("scripts/export.py", folder, "--to", "peft")
+        assert code == 2
+        assert "is not empty" in errors
 
-    def test_an_unfinished_run_is_refused_in_one_line(self, tmp_path):
-        done = self.export(tmp_path, "--to", "peft")
-        assert done.returncode == 2
-        assert done.stderr.count("\n") == 1
-        assert "not finished" in done.stderr
+    def test_merged_weights_and_the_tied_adapter_load(self, finished, script, ids):
+        _, _, folder = finished
+        attached = tiedlora.load(folder)
+        adapted = logits(attached.model, ids)
+        assert script("scripts/export.py", folder, "--to", "merged")[0] == 0
+        assert close(logits(AutoModelForCausalLM.from_pretrained(folder / "export" / "merged"), ids), adapted)
+        assert script("scripts/export.py", folder, "--to", "hub-card")[0] == 0
+        attached.detach()
+        tiedlora.load(folder / "export" / "hub-card", attached.model)
+        assert torch.equal(logits(attached.model, ids), adapted)
+        assert "tiedlora.load" in (folder / "export" / "hub-card" / "README.md").read_text()
+
+    def test_an_unfinished_run_is_refused_in_one_line(self, tmp_path, script):
+        code, _, errors = script("scripts/export.py", tmp_path, "--to", "peft")
+        assert code == 2
+        assert errors.count("\n") == 1
+        assert "not finished" in errors
 
 
 @pytest.mark.parametrize(

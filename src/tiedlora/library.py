@@ -64,7 +64,7 @@ def load(source: Path | str, model: Any = None, *, dtype: str | None = None, dev
     adapter, trained_on = files.load(adapter_folder(source))
     if model is None:
         base = base_of(source, dtype, device)
-        if base.record["digest"] != trained_on["digest"]:
+        if base.record != trained_on:
             raise UserError(f"{source}: was trained on {trained_on}, the base model here is {base.record}")
         model = base.model
     return attach_adapter(model, adapter)

@@ -164,7 +164,7 @@ def start_from(adapter: TiedAdapter, folder: Path, base: dict[str, Any]) -> None
         UserError: another base model, scale, rank or shape, or a part without a place.
     """
     saved, trained_on = load(folder)
-    if trained_on["digest"] != base["digest"]:
+    if (trained_on["name"], trained_on["digest"]) != (base["name"], base["digest"]):
         raise UserError(f"train.init_from={folder}: was trained on {trained_on}, the base model here is {base}")
     if (saved.rank, saved.scale) != (adapter.rank, adapter.scale):
         raise UserError(
