@@ -165,7 +165,7 @@ class TestUnknownFamilies:
         assert "\n" not in message
         assert "model.decoder.layers.*.self_attn.q_proj (32 x 32)" in message
         assert "layout=tiedlora.Layout(" in message
-        assert "model.architecture.layout=" in message
+        assert "+model.architecture.layout=" in message
 
     def test_named_by_hand_it_trains_saves_and_loads(self, model, ids, tmp_path):
         attached = attach(model, "TABuv", RANK, layout=self.LAYOUT)

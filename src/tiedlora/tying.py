@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 from tiedlora.errors import UserError
 
@@ -60,7 +60,7 @@ class Layout:
     """Where a causal language model keeps its projections, by module path."""
 
     layers: str = ""
-    """Path of the list of layers inside the model."""
+    """Path of the list of layers inside the model; empty means the family's own layout."""
     sites: dict[str, list[str]] = field(default_factory=dict)
     """Target -> module path inside a layer, three of them where qkv is three modules; `path:q` is the q part of a
     fused module that computes [Q; K; V]."""
@@ -83,7 +83,7 @@ class Architecture:
     head_dim: int = 0
     intermediate: int = 0
     vocabulary: int = 0
-    layout: Optional[Layout] = field(default=None, metadata={"neutral": None})
+    layout: Layout = field(default_factory=Layout, metadata={"neutral": Layout()})
     """By hand, for a family that adapter/architectures.py does not know."""
 
 

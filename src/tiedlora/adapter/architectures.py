@@ -124,7 +124,8 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
         UserError: the family is unknown (listing the model's candidates), or its configuration lacks a number.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    if layout is None and config.model_type not in FAMILIES:
+    layout = layout or Layout()
+    if not layout.layers and config.model_type not in FAMILIES:
         raise UserError(_unknown(config.model_type, candidates(model)))
     try:
         heads = config.num_attention_heads
@@ -153,7 +154,7 @@ def layout_of(architecture: Architecture) -> Layout:
     Raises:
         UserError: naming the families there are.
     """
-    if architecture.layout is not None:
+    if architecture.layout.layers:
         return architecture.layout
     if architecture.family not in FAMILIES:
         raise UserError(_unknown(architecture.family, []))
@@ -257,6 +258,6 @@ def _unknown(family: str, names: list[str]) -> str:
     listed = f"its linear layers are {', '.join(names[:12])}; " if names else ""
     return (
         f"model.architecture.family={family}: its layout is unknown; known are {', '.join(sorted(FAMILIES))}; {listed}"
-        "name its projections by hand: model.architecture.layout='{layers: model.layers, sites: {qkv: "
+        "name its projections by hand: +model.architecture.layout='{layers: model.layers, sites: {qkv: "
         "[self_attn.q_proj, self_attn.k_proj, self_attn.v_proj]}}', or layout=tiedlora.Layout(...) from Python"
     )
