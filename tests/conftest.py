@@ -1,6 +1,8 @@
 """Tests use tiny random models, real rows where they are at hand, and never the network."""
 
 import os
+import runpy
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -45,6 +47,26 @@ def randomise(adapter: torch.nn.Module, seed: int = 1, scale: float = 0.5) -> No
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters():
         parameter.data = scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run a file of the repository as a command, in this process: start-up would cost more than all it does.
+
+    Gives (exit code, standard output, standard error).
+    """
+
+    def start(path: str, *arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(configuration.PROJECT / path), run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return start
 
 
 @pytest.fixture

@@ -1,1 +1,64 @@
-"""tiedlora: a research harness that tests, reproduces and extends Tied-LoRA (arXiv 2311.09578)."""
+"""Tied-LoRA: a research harness (arXiv 2311.09578), and a small library.
+
+    import tiedlora
+
+    attached = tiedlora.attach(model, "TABuv", rank=8)     # any causal language model of a known family
+    ...                                                    # train attached.adapter.trained_parts()
+    attached.save_pretrained("my-adapter")
+
+Names are loaded when they are first used, so that `import tiedlora` and the commands that need no torch stay quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tiedlora.adapter import Adapters, TiedAdapter, to_merged, to_peft
+    from tiedlora.adapter.attach import Attached, attach, attach_adapter
+    from tiedlora.errors import UserError
+    from tiedlora.library import base_of, load
+    from tiedlora.peft_method import TiedLoraConfig, TiedLoraModel
+    from tiedlora.tying import Architecture, Factor, Layout, Part, Tying, named
+
+_HOME = {
+    **dict.fromkeys(
+        ("Adapters", "Attached", "TiedAdapter", "attach", "attach_adapter", "to_merged", "to_peft"), "adapter"
+    ),
+    **dict.fromkeys(("Architecture", "Factor", "Layout", "Part", "Tying", "named"), "tying"),
+    **dict.fromkeys(("base_of", "load"), "library"),
+    **dict.fromkeys(("TiedLoraConfig", "TiedLoraModel"), "peft_method"),
+    "UserError": "errors",
+}
+
+__all__ = [
+    "Adapters",
+    "Architecture",
+    "Attached",
+    "Factor",
+    "Layout",
+    "Part",
+    "TiedAdapter",
+    "TiedLoraConfig",
+    "TiedLoraModel",
+    "Tying",
+    "UserError",
+    "attach",
+    "attach_adapter",
+    "base_of",
+    "load",
+    "named",
+    "to_merged",
+    "to_peft",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tiedlora' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"tiedlora.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -25,7 +25,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tiedlora import tying
+from tiedlora import saved, tying
 from tiedlora.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -162,6 +162,10 @@ class TrainConfig:
     """Rows of the validation loss; null takes all."""
     checkpoint_every: int = execution(50)
     log_every: int = execution(10)
+    init_from: Optional[str] = execution(None)
+    """Start from the adapter of this run or folder, not from initial values. Its content is hashed, not its path."""
+    init_digest: Optional[str] = field(default=None, metadata={"neutral": None})
+    """Filled in from init_from: what the adapter there holds."""
     device: str = execution("auto")
     """auto takes CUDA where there is one."""
     threads: Optional[int] = execution(None)
@@ -240,6 +244,9 @@ def load(composed: DictConfig) -> Config:
     for key in ("outputs", "cache", "data_root"):
         value = getattr(config, key)
         setattr(config, key, value and str(Path(value).expanduser().absolute()))
+    if config.train.init_from and config.train.init_digest is None:
+        folder = saved.adapter_folder(config.train.init_from).absolute()
+        config.train.init_from, config.train.init_digest = str(folder), saved.digest(folder)
     check(config)
     return config
 

@@ -224,5 +224,5 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
 def microbatches(rows: Sequence[Encoded], size: int | None, pad_id: int) -> list[Batch]:
     """The rows of one optimizer step in passes of `size`, shortest first, so that each pads little."""
     ordered = sorted(rows, key=len)
-    size = size or len(ordered)
+    size = size or max(1, len(ordered))
     return [collate(ordered[start : start + size], pad_id) for start in range(0, len(ordered), size)]

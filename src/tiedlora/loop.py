@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,11 @@ class Calls:
     describe: Callable[[int], str]
     """Step -> which rows it holds, for the message of a non-finite loss."""
     stop: Callable[[], bool]
-    """Whether somebody asked the run to end."""
+    """Whether somebody asked the run to end; with several processes, the same answer in each."""
+    add_up: Callable[[Sequence[Tensor]], None] = lambda tensors: None
+    """Replace tensors by their sums over all processes that train together."""
+    process: int = 0
+    """This one's number among them: it draws its own dropout masks."""
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
@@ -136,21 +140,24 @@ def train(progress: Progress, calls: Calls, optimizer: torch.optim.Optimizer, co
         rate = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
-        torch.manual_seed(step_seed(seed, step))
+        torch.manual_seed(step_seed(seed, step, calls.process))
 
         batches = calls.batches(step)
-        step_targets = sum(len(batch.targets) for batch in batches)
-        step_loss: Tensor | float = 0.0
+        counts = torch.tensor([sum(len(batch.targets) for batch in batches), sum(batch.tokens for batch in batches)])
+        calls.add_up([counts])
+        step_targets, step_tokens = (int(count) for count in counts)
+        step_loss = torch.zeros((), device=parameters[0].device)
         for batch in batches:
             loss = calls.loss_sum(batch) / step_targets
             loss.backward()  # type: ignore[no-untyped-call]
             step_loss = step_loss + loss.detach()
+        calls.add_up([step_loss, *_gradients(parameters)])
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip is not None else math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         progress.step = step
-        progress.tokens += sum(batch.tokens for batch in batches)
+        progress.tokens += step_tokens
         progress.target_tokens += step_targets
         pending.append(
             {
@@ -177,9 +184,18 @@ def train(progress: Progress, calls: Calls, optimizer: torch.optim.Optimizer, co
             started = time.perf_counter()
 
 
-def step_seed(seed: int, step: int) -> int:
+def _gradients(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
+    """Their gradients, zeros where this process had no row (a short last step)."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def step_seed(seed: int, step: int, process: int = 0) -> int:
     """The seed of a step's dropout masks: a pure function, so a resumed run draws the same ones."""
-    return int.from_bytes(hashlib.sha256(f"dropout/{seed}/{step}".encode()).digest()[:8], "big") >> 1
+    name = f"dropout/{seed}/{step}" + (f"/{process}" if process else "")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
 def _validate(progress: Progress, calls: Calls) -> None:

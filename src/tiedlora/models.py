@@ -218,7 +218,7 @@ def _byte_tokenizer() -> Any:
 
 
 def _check_architecture(config: ModelConfig, model: Any) -> None:
-    expected, found = config.architecture, architectures.read(model)
+    expected, found = config.architecture, architectures.read(model, config.architecture.layout)
     for name in vars(expected):
         if getattr(expected, name) != getattr(found, name):
             raise UserError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from tiedlora import atomic, present, reuse, tying
+from tiedlora import atomic, present, processes, reuse, saved, tying
 from tiedlora import config as configuration
 from tiedlora.config import Config
 from tiedlora.errors import UserError
+from tiedlora.processes import Processes
 from tiedlora.record import RunFolder, code, config_record, identity, run_id, versions
 from tiedlora.stopping import Stop
 from tiedlora.tasks import Task, load_examples, load_task
@@ -35,9 +38,16 @@ def main(config: Config) -> dict[str, Any]:
         Busy: another process is working on this very run.
         Interrupted: a signal asked the run to stop; the same command goes on from its checkpoint.
     """
+    with processes.joined(_wants_cuda(config.train.device)) as us:
+        return _main(config, us) if us.first else _help(config, us)
+
+
+def _main(config: Config, us: Processes) -> dict[str, Any]:
     folder = RunFolder(Path(config.outputs) / run_id(config))
     task = load_task(config.task)
     result = folder.result()
+    if us.any(result is not None and not config.force) and result is None:
+        raise UserError(f"{folder.path}: other processes find a result.json there, this one does not; share the folder")
     if result is not None and not config.force:
         same_data(config, result, folder)
         with folder.locked():
@@ -48,36 +58,57 @@ def main(config: Config) -> dict[str, Any]:
             print(f"finished before: {folder.path} (force=true repeats it)")
         print(present.result(result, folder.path))
         return result
-    prepared = Prepared(config, task)
+    prepared = Prepared(config, task, us)
     try:
         with folder.locked(), _failure_in(folder), Stop() as stop:
             if config.force and folder.result() is not None:
                 folder.clear()
             folder.tidy()
             folder.error_file.unlink(missing_ok=True)
-            # Another process may have finished it while the parts were loaded.
-            result = folder.result() or prepared.train_and_score(folder, stop)
+            # Another run of the same command may have finished it while the parts were loaded.
+            result = folder.result()
+            if not us.any(result is not None):
+                result = prepared.train_and_score(folder, stop)
     finally:
-        prepared.attached.detach()
-        prepared.base.model.eval()
+        prepared.release()
+    assert result is not None
     print(present.result(result, folder.path))
     return result
+
+
+def _help(config: Config, us: Processes) -> dict[str, Any]:
+    """The part of every process but the first: its rows' gradients. What it would write is thrown away."""
+    logging.getLogger("tiedlora").setLevel(logging.WARNING)
+    folder = RunFolder(Path(config.outputs) / run_id(config))
+    if us.any(folder.result() is not None and not config.force):
+        return {}
+    config.tracking.backend = "none"
+    prepared = Prepared(config, load_task(config.task), us)
+    try:
+        with tempfile.TemporaryDirectory() as scratch, Stop() as stop:
+            if not us.any(False):
+                prepared.train(RunFolder(Path(scratch)), stop, resume_from=folder.checkpoints)
+    finally:
+        prepared.release()
+    return {}
 
 
 class Prepared:
     """A run's parts, loaded and checked: nothing is written before all of them are there."""
 
-    def __init__(self, config: Config, task: Task) -> None:
+    def __init__(self, config: Config, task: Task, us: Processes) -> None:
         # torch and transformers cost seconds; a wrong configuration, or a finished run, does not wait for them.
         import torch
 
-        from tiedlora.adapter import attach
+        from tiedlora.adapter import attach, files
         from tiedlora.data import Encoder, fit
 
-        self.config, self.task = config, task
+        self.config, self.task, self.us = config, task, us
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.device = torch.device(_device(config.train.device))
+        if self.device.type == "cuda" and us.count > 1:
+            self.device = torch.device("cuda", us.local_rank)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         rows, digests = reuse.rows(config)
@@ -92,7 +123,15 @@ class Prepared:
         self.encoded = {split: encoded for split, (_, encoded, _) in fitted.items()}
         self.counts = {split: counts for split, (_, _, counts) in fitted.items()}
         assert config.rank.alpha is not None
-        self.attached: Attached = attach(self.base.model, config.tying, config.rank.r, config.rank.alpha, config.seed)
+        layout = config.model.architecture.layout
+        self.attached: Attached = attach(
+            self.base.model, config.tying, config.rank.r, config.rank.alpha, config.seed, layout
+        )
+        if config.train.init_from:
+            folder = Path(config.train.init_from)
+            if saved.digest(folder) != config.train.init_digest:
+                raise UserError(f"train.init_from={folder}: holds another adapter than when this run was composed")
+            files.start_from(self.attached.adapter, folder, self.base.record)
         self.trainable_params = self.attached.adapter.trainable_params()
         expected = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
         assert self.trainable_params == expected, f"{self.trainable_params} parameters, the formula says {expected}"
@@ -104,13 +143,19 @@ class Prepared:
             "device": self.device_name(),
         }
 
+    def release(self) -> None:
+        """Leave the base model as it was loaded: the next cell of a sweep may use it again."""
+        self.attached.detach()
+        self.base.model.eval()
+
     def device_name(self) -> str:
         """What the run was carried out on."""
         import torch
 
+        several = f", {self.us.count} processes" if self.us.count > 1 else ""
         if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"cpu, {torch.get_num_threads()} threads"
+            return torch.cuda.get_device_name(self.device) + several
+        return f"cpu, {torch.get_num_threads()} threads" + several
 
     def train_and_score(self, folder: RunFolder, stop: Stop) -> dict[str, Any]:
         """Train from the newest checkpoint or from the start, score, and write result.json last."""
@@ -133,8 +178,12 @@ class Prepared:
         folder.tidy()
         return result
 
-    def train(self, folder: RunFolder, stop: Stop) -> Any:
-        """The training loop with everything it is handed."""
+    def train(self, folder: RunFolder, stop: Stop, resume_from: Path | None = None) -> Any:
+        """The training loop with everything it is handed.
+
+        Args:
+            resume_from: where the checkpoints are that it goes on from; None means the folder's own.
+        """
         from tiedlora import checkpoint, loop
         from tiedlora.adapter import load, save
         from tiedlora.data import Order, microbatches
@@ -146,7 +195,7 @@ class Prepared:
         config, model, rows = self.config, self.attached.model, self.encoded["train"]
         parts = self.attached.adapter.trained_parts()
         optimizer = loop.build_optimizer(parts, config.train)
-        progress = checkpoint.restore(folder.checkpoints, parts, optimizer, self.facts)
+        progress = checkpoint.restore(resume_from or folder.checkpoints, parts, optimizer, self.facts)
         if progress is not None:
             log.info("going on from step %d", progress.step)
         progress = progress or loop.Progress()
@@ -173,7 +222,7 @@ class Prepared:
             return loss
 
         def batches(step: int) -> list[Any]:
-            chosen = [rows[number] for number in order.rows(step)]
+            chosen = self.us.share(sorted((rows[number] for number in order.rows(step)), key=len))
             return [batch.to(self.device) for batch in microbatches(chosen, config.train.microbatch_size, pad)]
 
         bar = Bar("training", config.train.steps, "steps", progress.step)
@@ -191,7 +240,9 @@ class Prepared:
             save=lambda now: checkpoint.save(folder.checkpoints, now, parts, optimizer, self.facts),
             log=take,
             describe=lambda step: f"training rows {[self.examples['train'][i].id for i in order.rows(step)]}",
-            stop=stop.asked,
+            stop=lambda: self.us.any(stop.asked()),
+            add_up=self.us.add_up,
+            process=self.us.rank,
         )
         model.train()
         stop.in_loop = True
@@ -326,6 +377,11 @@ def same_data(config: Config, result: dict[str, Any], folder: RunFolder) -> None
             f"{folder.path}: finished on another base model ({result['base']['digest']}, now {base}); "
             "restore the model, or repeat the run with force=true"
         )
+
+
+def _wants_cuda(name: str) -> bool:
+    # Only processes that torchrun started need to know before torch is loaded.
+    return "WORLD_SIZE" in os.environ and _device(name) != "cpu"
 
 
 def _device(name: str) -> str:

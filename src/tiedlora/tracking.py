@@ -31,7 +31,8 @@ class Progress:
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
         self.what, self.total, self.unit, self.done = what, total, unit, done
         self.started, self.started_at, self.last_line = time.monotonic(), done, time.monotonic()
-        on_terminal = sys.stderr.isatty()
+        # Of several processes that train together, the first alone has the terminal.
+        on_terminal = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
         self.bar = (
             tqdm(desc=what, total=total, initial=done, unit=f" {unit}", leave=False, dynamic_ncols=True)
             if on_terminal

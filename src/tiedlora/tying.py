@@ -56,6 +56,21 @@ class Tying:
 
 
 @dataclass
+class Layout:
+    """Where a causal language model keeps its projections, by module path."""
+
+    layers: str = ""
+    """Path of the list of layers inside the model; empty means the family's own layout."""
+    sites: dict[str, list[str]] = field(default_factory=dict)
+    """Target -> module path inside a layer, three of them where qkv is three modules; `path:q` is the q part of a
+    fused module that computes [Q; K; V]."""
+    interleaved: bool = False
+    """A fused module's outputs go head by head, [q_1; k_1; v_1; q_2; ...]."""
+    transposed: bool = False
+    """Weights are d_in x d_out (transformers' Conv1D) instead of d_out x d_in."""
+
+
+@dataclass
 class Architecture:
     """The numbers of a base model that decide every shape here."""
 
@@ -68,6 +83,8 @@ class Architecture:
     head_dim: int = 0
     intermediate: int = 0
     vocabulary: int = 0
+    layout: Layout = field(default_factory=Layout, metadata={"neutral": Layout()})
+    """By hand, for a family that adapter/architectures.py does not know."""
 
 
 def target_shape(architecture: Architecture, target: str) -> tuple[int, int]:
@@ -170,6 +187,28 @@ def default_inits(trained: list[str]) -> dict[str, float | str]:
     if "v" in trained:
         return {"A": "uniform", "B": "uniform", "u": 1.0, "v": 0.0}
     return {"A": 0.0, "B": "uniform", "u": 1.0, "v": 1.0}
+
+
+NAMES = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
+
+
+def named(name: str) -> Tying:
+    """One of the paper's eight specifications, as conf/tying/ has it.
+
+    Raises:
+        UserError: naming the eight.
+    """
+    if name not in NAMES:
+        raise UserError(f"tying={name}: is not one of {', '.join(NAMES)}; for another, build a tiedlora.Tying")
+    trained = ["A", "B"] if name == "LoRA" else [part for part in PARTS if part in name[1:]]
+    inits, share = default_inits(trained), 1 if name == "LoRA" else ALL_LAYERS
+    return Tying(
+        name=name,
+        A=Factor("A" in trained, inits["A"], share),
+        B=Factor("B" in trained, inits["B"], share),
+        u=Part("u" in trained, inits["u"]),
+        v=Part("v" in trained, inits["v"]),
+    )
 
 
 def check(tying: Tying, architecture: Architecture | None = None) -> None:

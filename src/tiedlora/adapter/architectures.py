@@ -1,62 +1,92 @@
 """Where each family of models keeps its projections.
 
-A new architecture is one entry in FAMILIES. A target such as `qkv` is the concatenation, in order, of
-its sites; a site is a whole module, or the part of a fused module that computes q, k or v.
+A target such as `qkv` is the concatenation, in order, of its sites; a site is a whole module, or some
+outputs of a fused one. Three layouts cover the families of the table:
+
+- q, k and v are three modules (Llama and its relatives);
+- one fused module whose outputs are the blocks [Q; K; V] (GPT-2, Phi-3);
+- one fused module whose outputs go head by head, [q_1; k_1; v_1; q_2; ...] (GPT-NeoX).
+
+B and v are always in the order [Q; K; V], whatever the module's own, so the same adapter means the same
+update everywhere. A new architecture is one entry in FAMILIES, or a `Layout` given by hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tiedlora.errors import UserError
-from tiedlora.tying import Architecture, target_shape
+from tiedlora.tying import Architecture, Layout, target_shape
 
-
-@dataclass(frozen=True)
-class Family:
-    """How one `model_type` of transformers names things."""
-
-    layers: str
-    """Path of the list of layers inside the causal language model."""
-    sites: Mapping[str, tuple[str, ...]]
-    """Target -> module paths inside a layer; `path:q` is the q part of a fused [Q; K; V] module."""
-
-
-_SEPARATE = Family(
+# What stands around the projections differs within this family (biases, norms of q and k, norms after the sublayers,
+# capped logits), and an update of the projections' outputs does not see any of it.
+_SEPARATE = Layout(
     layers="model.layers",
     sites={
-        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "q": ("self_attn.q_proj",),
-        "k": ("self_attn.k_proj",),
-        "v": ("self_attn.v_proj",),
-        "o": ("self_attn.o_proj",),
-        "gate": ("mlp.gate_proj",),
-        "up": ("mlp.up_proj",),
-        "down": ("mlp.down_proj",),
+        "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "q": ["self_attn.q_proj"],
+        "k": ["self_attn.k_proj"],
+        "v": ["self_attn.v_proj"],
+        "o": ["self_attn.o_proj"],
+        "gate": ["mlp.gate_proj"],
+        "up": ["mlp.up_proj"],
+        "down": ["mlp.down_proj"],
     },
 )
 
-FAMILIES: dict[str, Family] = {
-    "llama": _SEPARATE,
-    "mistral": _SEPARATE,
-    "qwen2": _SEPARATE,
-    "qwen3": _SEPARATE,
-    "gpt2": Family(
+FAMILIES: dict[str, Layout] = {
+    **{
+        family: _SEPARATE
+        for family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3")
+    },
+    "gpt2": Layout(
         layers="transformer.h",
         sites={
-            "qkv": ("attn.c_attn",),
-            "q": ("attn.c_attn:q",),
-            "k": ("attn.c_attn:k",),
-            "v": ("attn.c_attn:v",),
-            "o": ("attn.c_proj",),
-            "up": ("mlp.c_fc",),
-            "down": ("mlp.c_proj",),
+            "qkv": ["attn.c_attn"],
+            "q": ["attn.c_attn:q"],
+            "k": ["attn.c_attn:k"],
+            "v": ["attn.c_attn:v"],
+            "o": ["attn.c_proj"],
+            "up": ["mlp.c_fc"],
+            "down": ["mlp.c_proj"],
+        },
+        transposed=True,
+    ),
+    "phi3": Layout(
+        layers="model.layers",
+        sites={
+            "qkv": ["self_attn.qkv_proj"],
+            "q": ["self_attn.qkv_proj:q"],
+            "k": ["self_attn.qkv_proj:k"],
+            "v": ["self_attn.qkv_proj:v"],
+            "o": ["self_attn.o_proj"],
+            "gate": ["mlp.gate_up_proj:gate"],
+            "up": ["mlp.gate_up_proj:up"],
+            "down": ["mlp.down_proj"],
         },
     ),
+    "gpt_neox": Layout(
+        layers="gpt_neox.layers",
+        sites={
+            "qkv": ["attention.query_key_value"],
+            "q": ["attention.query_key_value:q"],
+            "k": ["attention.query_key_value:k"],
+            "v": ["attention.query_key_value:v"],
+            "o": ["attention.dense"],
+            "up": ["mlp.dense_h_to_4h"],
+            "down": ["mlp.dense_4h_to_h"],
+        },
+        interleaved=True,
+    ),
 }
+
+_BLOCKS = {"qkv": ("q", "k", "v"), "gate": ("gate", "up"), "up": ("gate", "up")}
+"""Target -> what a fused module that holds it is made of, in order."""
 
 
 @dataclass(frozen=True)
@@ -67,44 +97,68 @@ class Site:
     """Path inside the whole model."""
     rows: slice
     """Rows of the target's B and v that belong to this module."""
-    outputs: slice
-    """Outputs of the module that they are added to (all of them unless the module is fused)."""
+    outputs: slice | Tensor
+    """Outputs of the module that they are added to, in the rows' order: a slice, or an index where heads interleave."""
+    width: int
+    """Outputs of the module; more than there are rows if it computes something else beside."""
+
+    def place(self, B_l: Tensor) -> Tensor:
+        """B_l (rows x r) as rows of the whole module (width x r): zero where the update has nothing to add.
+
+        Placing the small factor costs nothing beside placing the update, tokens x width.
+        """
+        if isinstance(self.outputs, slice) and B_l.shape[0] == self.width:
+            return B_l
+        placed = B_l.new_zeros(self.width, B_l.shape[1])
+        placed[self.outputs if isinstance(self.outputs, slice) else self.outputs.to(B_l.device)] = B_l
+        return placed
 
 
-def read(model: nn.Module) -> Architecture:
+def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
     """The numbers of a loaded model, from its transformers configuration.
 
+    Args:
+        layout: where its projections are, for a family that is not in FAMILIES.
+
     Raises:
-        UserError: the family is not in FAMILIES.
+        UserError: the family is unknown (listing the model's candidates), or its configuration lacks a number.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    family_of(config.model_type)
-    heads = config.num_attention_heads
-    return Architecture(
-        family=config.model_type,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        # GPT-2 calls it n_inner, and leaves it out where it is four times the hidden size.
-        intermediate=getattr(config, "intermediate_size", getattr(config, "n_inner", None)) or 4 * config.hidden_size,
-        vocabulary=config.vocab_size,
-    )
+    layout = layout or Layout()
+    if not layout.layers and config.model_type not in FAMILIES:
+        raise UserError(_unknown(config.model_type, candidates(model)))
+    try:
+        heads = config.num_attention_heads
+        return Architecture(
+            family=config.model_type,
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            # GPT-2 calls it n_inner, and leaves it out where it is four times the hidden size.
+            intermediate=getattr(config, "intermediate_size", getattr(config, "n_inner", None))
+            or 4 * config.hidden_size,
+            vocabulary=config.vocab_size,
+            layout=layout,
+        )
+    except AttributeError as error:
+        raise UserError(
+            f"model: its configuration ({config.model_type}) lacks a number that is needed: {error}"
+        ) from None
 
 
-def family_of(model_type: str) -> Family:
-    """The layout of a family.
+def layout_of(architecture: Architecture) -> Layout:
+    """Where a model keeps its projections: given by hand, or its family's.
 
     Raises:
         UserError: naming the families there are.
     """
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"model.architecture.family={model_type}: its layout is unknown; known are {', '.join(sorted(FAMILIES))} "
-            "(a new one is one entry in src/tiedlora/adapter/architectures.py)"
-        )
-    return FAMILIES[model_type]
+    if architecture.layout.layers:
+        return architecture.layout
+    if architecture.family not in FAMILIES:
+        raise UserError(_unknown(architecture.family, []))
+    return FAMILIES[architecture.family]
 
 
 def sites(architecture: Architecture, target: str, layer: int) -> list[Site]:
@@ -113,20 +167,97 @@ def sites(architecture: Architecture, target: str, layer: int) -> list[Site]:
     Raises:
         UserError: the family has no such projection.
     """
-    family = family_of(architecture.family)
-    if target not in family.sites:
+    layout = layout_of(architecture)
+    if target not in layout.sites:
         raise UserError(
-            f"tying.targets: {architecture.family} has no '{target}' projection; choose from {', '.join(family.sites)}"
+            f"tying.targets: {architecture.family} has no '{target}' projection; choose from {', '.join(layout.sites)}"
         )
-    names = family.sites[target]
+    names = layout.sites[target]
     # A target of several modules is [Q; K; V]; its rows follow the widths of q, k and v.
-    parts = ("q", "k", "v") if len(names) == 3 else (target,)
+    parts = _BLOCKS["qkv"] if len(names) == 3 else (target,)
+    if len(names) != len(parts):
+        raise UserError(f"model.architecture.layout.sites.{target}: needs one module path, or those of q, k and v")
     found, row = [], 0
     for name, part in zip(names, parts, strict=True):
-        path, _, fused_part = name.partition(":")
-        width = target_shape(architecture, part)[1]
-        before = "qkv"[: "qkv".index(fused_part)] if fused_part else ""
-        start = sum(target_shape(architecture, earlier)[1] for earlier in before)
-        found.append(Site(f"{family.layers}.{layer}.{path}", slice(row, row + width), slice(start, start + width)))
-        row += width
+        path, _, block = name.partition(":")
+        height = target_shape(architecture, part)[1]
+        outputs, width = _outputs(architecture, layout, part, block)
+        found.append(Site(f"{layout.layers}.{layer}.{path}", slice(row, row + height), outputs, width))
+        row += height
     return found
+
+
+def _outputs(architecture: Architecture, layout: Layout, part: str, block: str) -> tuple[slice | Tensor, int]:
+    """(outputs of the module that belong to `part`, all outputs of the module)."""
+    whole = _BLOCKS.get(block, _BLOCKS["qkv"]) if block else (part,)
+    widths = {name: target_shape(architecture, name)[1] for name in whole}
+    width = sum(widths.values())
+    if layout.interleaved and (block in ("q", "k", "v") or part == "qkv"):
+        heads, head_dim = architecture.heads, architecture.head_dim
+        # (q, k, v) x heads x head_dim -> places in a module that is heads x (q, k, v) x head_dim.
+        places = torch.arange(3 * heads * head_dim).view(heads, 3, head_dim).transpose(0, 1)
+        chosen = places["qkv".index(block)] if block else places
+        return chosen.reshape(-1), 3 * heads * head_dim
+    if not block:
+        return slice(0, width), width
+    start = sum(widths[name] for name in whole[: whole.index(block)])
+    return slice(start, start + widths[block]), width
+
+
+def check(model: nn.Module, architecture: Architecture, targets: list[str]) -> None:
+    """Compare every module that is about to be adapted with what its layout says of it.
+
+    Raises:
+        UserError: a module is missing, is no linear layer, or has other sizes.
+    """
+    transposed = layout_of(architecture).transposed
+    for target in targets:
+        d_in = target_shape(architecture, target)[0]
+        for layer in range(architecture.layers):
+            for site in sites(architecture, target, layer):
+                try:
+                    module = model.get_submodule(site.module_path)
+                except AttributeError:
+                    raise UserError(
+                        f"attach: the model has no module {site.module_path}, where '{target}' should be; "
+                        f"{_listed(model)}"
+                    ) from None
+                if not isinstance(module, Conv1D if transposed else nn.Linear):
+                    raise UserError(
+                        f"attach: {site.module_path} is a {type(module).__name__}, not a plain linear layer; "
+                        "load the model unquantised, or correct its layout"
+                    )
+                expected = (d_in, site.width) if transposed else (site.width, d_in)
+                if tuple(module.weight.shape) != expected:
+                    raise UserError(
+                        f"attach: {site.module_path} has a weight of {tuple(module.weight.shape)}, "
+                        f"the layout of '{target}' says {expected}; correct model.architecture"
+                    )
+
+
+def candidates(model: nn.Module) -> list[str]:
+    """Linear modules of a layer whose names look like projections: `layers.*.self_attn.q_proj (64 x 64)`."""
+    looks = re.compile(r"(^|[._])(q|k|v|o|qkv|query|key|value|attn|attention|c_attn|fc\d?|w\d|mlp|dense)([._]|$)|proj")
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and looks.search(path):
+            pattern = re.sub(r"\.\d+\.", ".*.", path, count=1)
+            if pattern != path:
+                found.setdefault(pattern, f"{pattern} ({' x '.join(str(n) for n in module.weight.shape)})")
+    return list(found.values())
+
+
+def _listed(model: nn.Module) -> str:
+    names = candidates(model)
+    return (
+        f"its candidates are {', '.join(names[:12])}" if names else "it has no linear layers that look like projections"
+    )
+
+
+def _unknown(family: str, names: list[str]) -> str:
+    listed = f"its linear layers are {', '.join(names[:12])}; " if names else ""
+    return (
+        f"model.architecture.family={family}: its layout is unknown; known are {', '.join(sorted(FAMILIES))}; {listed}"
+        "name its projections by hand: +model.architecture.layout='{layers: model.layers, sites: {qkv: "
+        "[self_attn.q_proj, self_attn.k_proj, self_attn.v_proj]}}', or layout=tiedlora.Layout(...) from Python"
+    )

@@ -7,6 +7,8 @@ so detaching leaves the very model there was.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +16,11 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from tiedlora.adapter import architectures
+from tiedlora.adapter import architectures, files
 from tiedlora.adapter.architectures import Site
 from tiedlora.adapter.parts import TargetParts, TiedAdapter
 from tiedlora.errors import UserError
-from tiedlora.tying import Architecture, Tying
+from tiedlora.tying import Architecture, Layout, Tying, named
 
 
 class Update:
@@ -34,14 +36,7 @@ class Update:
         A_l, B_l = self.parts.folded(self.layer, self.site.rows)
         x = F.dropout(args[0], self.dropout, module.training) if self.dropout else args[0]
         # Folding is float32; only the folded factors are rounded to the activations' dtype.
-        update = F.linear(F.linear(x, (self.scale * A_l).to(x.dtype)), B_l.to(x.dtype))
-        return _add(output, update, self.site.outputs)
-
-
-def _add(output: Tensor, update: Tensor, outputs: slice) -> Tensor:
-    if update.shape[-1] == output.shape[-1]:
-        return output + update
-    return output + F.pad(update, (outputs.start, output.shape[-1] - outputs.stop))
+        return output + F.linear(F.linear(x, (self.scale * A_l).to(x.dtype)), self.site.place(B_l).to(x.dtype))
 
 
 @dataclass
@@ -77,6 +72,28 @@ class Attached:
             handle.remove()
         self.handles.clear()
 
+    def save_pretrained(self, folder: Path | str, base: dict[str, Any] | None = None) -> int:
+        """Write the adapter's own small folder, each part once; see `files.save`.
+
+        Args:
+            base: what the base model is; None takes what transformers calls it.
+
+        Returns:
+            Bytes of the folder.
+        """
+        name = getattr(self.model, "name_or_path", "") or type(self.model).__name__
+        record = base or {"name": name, "revision": None, "digest": None}
+        return files.save(self.adapter, Path(folder), record)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, folder: Path | str) -> Attached:
+        """Put a saved adapter on `model`.
+
+        Raises:
+            UserError: the folder is damaged, or the adapter was made for another architecture.
+        """
+        return attach_adapter(model, files.load(Path(folder))[0])
+
     def detach(self) -> None:
         """Take the adapter off: the base model is bit for bit what it was."""
         self.unmerge()
@@ -93,14 +110,20 @@ class Attached:
         if self.merged:
             return
         for parts, layer, site in self.sites:
-            weight, columns = self._weight(site)
+            module = self.model.get_submodule(site.module_path)
+            weight: Tensor = module.weight  # type: ignore[assignment]
             if site.module_path not in self._kept:
                 self._kept[site.module_path] = weight.detach().clone()
             A_l, B_l = parts.folded(layer, site.rows)
-            update = self.adapter.scale * (B_l @ A_l)
-            rows = weight[:, site.outputs] if columns else weight[site.outputs]
-            rows += (update.T if columns else update).to(weight.dtype)
+            update = self.adapter.scale * (site.place(B_l) @ A_l)
+            weight += (update.T if isinstance(module, Conv1D) else update).to(weight.dtype)
         self.unhook()
+
+    def fuse(self) -> None:
+        """Merge for good: the adapter leaves the model, its update stays in the weights, no copy is kept."""
+        self.merge()
+        self._kept.clear()
+        del self.model.tied_adapter
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -112,24 +135,30 @@ class Attached:
         self._kept.clear()
         self.hook()
 
-    def _weight(self, site: Site) -> tuple[Tensor, bool]:
-        """A site's weight, and whether its outputs are columns (GPT-2's Conv1D) instead of rows."""
-        module = self.model.get_submodule(site.module_path)
-        return module.weight, isinstance(module, Conv1D)  # type: ignore[return-value]
 
-
-def attach(model: nn.Module, tying: Tying, rank: int, alpha: float | None = None, seed: int = 0) -> Attached:
+def attach(
+    model: nn.Module,
+    tying: Tying | str,
+    rank: int = 8,
+    alpha: float | None = None,
+    seed: int = 0,
+    layout: Layout | None = None,
+) -> Attached:
     """Put a fresh adapter on `model`, freezing the base. The update is exactly zero until it is trained.
 
     Args:
         model: a causal language model of transformers, of a family in architectures.FAMILIES.
+        tying: a specification, or the name of one of the paper's: "LoRA", "TABuv", ...
         alpha: None means `rank`, so the scale is 1.
         seed: draws the random parts.
+        layout: where the model keeps its projections, for a family that is not known.
 
     Raises:
         UserError: unknown family or target, a specification that cannot train, or an adapter already there.
     """
-    architecture = architectures.read(model)
+    tying = named(tying) if isinstance(tying, str) else tying
+    _refuse_sharded(model)
+    architecture = architectures.read(model, layout)
     return attach_adapter(model, TiedAdapter(tying, rank, rank if alpha is None else alpha, architecture, seed))
 
 
@@ -141,8 +170,10 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter) -> Attached:
     """
     if hasattr(model, "tied_adapter"):
         raise UserError("attach: the model has an adapter already; detach it first")
-    architecture = architectures.read(model)
+    _refuse_sharded(model)
+    architecture = architectures.read(model, adapter.architecture.layout)
     _same_architecture(adapter.architecture, architecture)
+    architectures.check(model, architecture, adapter.tying.targets)
     sites = [
         (adapter.targets[target], layer, site)
         for target in adapter.tying.targets
@@ -164,3 +195,13 @@ def _same_architecture(expected: Architecture, found: Architecture) -> None:
                 f"attach: the adapter is for a model with {name}={getattr(expected, name)}, "
                 f"this model has {name}={getattr(found, name)}"
             )
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """A tied factor belongs to every layer, and FSDP gives each layer's parameters to one shard."""
+    sharded = any(type(parameter).__name__ in ("DTensor", "FlatParameter") for parameter in model.parameters())
+    if sharded or type(model).__name__ == "FullyShardedDataParallel":
+        raise UserError(
+            "attach: the model is sharded (FSDP or tensor parallel), which tied factors do not support; "
+            "load it whole on each device and start the run with torchrun (data parallel)"
+        )

@@ -22,11 +22,11 @@ from tiedlora import atomic
 from tiedlora import tying as spec
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.errors import UserError
+from tiedlora.saved import DESCRIPTION
 from tiedlora.tying import Architecture, Tying
 
 FORMAT = 1
 TENSORS = "adapter.safetensors"
-DESCRIPTION = "adapter.json"
 
 
 def checksum(tensor: Tensor) -> str:
@@ -149,3 +149,40 @@ def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str,
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {name} holds values that are not finite")
     return tensors
+
+
+def start_from(adapter: TiedAdapter, folder: Path, base: dict[str, Any]) -> None:
+    """Give `adapter` the values of a saved one, so that training goes on from there.
+
+    Parts of the saved adapter must have their place here. u and v that it lacks are ones there, and must start at one
+    here: then the first step begins at exactly the saved update (TAB -> TABuv, for instance).
+
+    Args:
+        base: what the base model is now.
+
+    Raises:
+        UserError: another base model, scale, rank or shape, or a part without a place.
+    """
+    saved, trained_on = load(folder)
+    if (trained_on["name"], trained_on["digest"]) != (base["name"], base["digest"]):
+        raise UserError(f"train.init_from={folder}: was trained on {trained_on}, the base model here is {base}")
+    if (saved.rank, saved.scale) != (adapter.rank, adapter.scale):
+        raise UserError(
+            f"train.init_from={folder}: has rank {saved.rank} and alpha {saved.alpha:g}, this run has {adapter.rank} "
+            f"and {adapter.alpha:g}; set rank.r and rank.alpha to the adapter's"
+        )
+    ours, theirs = adapter.parts(), saved.parts()
+    for name in sorted(set(ours) | set(theirs)):
+        part = getattr(adapter.tying, name.split(".")[1])
+        if name not in ours or (name not in theirs and (name[-1] in "AB" or part.init != 1.0)):
+            raise UserError(
+                f"train.init_from={folder}: {name} is in {'the adapter' if name in theirs else 'this run'} alone; "
+                "choose the tying and targets that the adapter was trained with"
+            )
+        if name in theirs:
+            if ours[name].shape != theirs[name].shape:
+                raise UserError(
+                    f"train.init_from={folder}: {name} is {tuple(theirs[name].shape)} there and "
+                    f"{tuple(ours[name].shape)} here; choose the model, targets and shares of the adapter"
+                )
+            ours[name].data.copy_(theirs[name])

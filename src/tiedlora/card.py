@@ -1,0 +1,168 @@
+"""A model card: what an exported adapter is, what it was trained on, how it scored, and the command that made it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from tiedlora import config as configuration
+from tiedlora import tying
+from tiedlora.config import Config
+from tiedlora.errors import UserError
+from tiedlora.record import identity, run_id
+
+GROUPS = ("model", "task", "tying", "rank", "train")
+
+_USE = {
+    "peft": """    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "FOLDER")""",
+    "merged": """    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("FOLDER")""",
+    "tied": """    import tiedlora
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("{base}")
+    attached = tiedlora.load("FOLDER", model)""",
+}
+
+
+def card(result: dict[str, Any], config: Config, kind: str, notes: list[str]) -> str:
+    """The text of README.md for an exported folder.
+
+    Args:
+        result: a finished run's result.json.
+        kind: what the folder holds: `peft`, `merged` or `tied`.
+        notes: sentences about this very export, such as what rounding did.
+    """
+    base, label = result["base"], tying.label(config.tying)
+    front = {
+        "base_model": base["name"],
+        "library_name": {"peft": "peft", "merged": "transformers", "tied": "tiedlora"}[kind],
+        "pipeline_tag": "text-generation",
+        "tags": ["tied-lora", "lora", "arxiv:2311.09578"],
+    }
+    share = f"{result['trainable_params']:,} ({100 * result['share_of_lora']:.2f} % of LoRA's at this rank)"
+    facts = {
+        "base model": f"`{base['name']}`, revision `{base['revision']}`, `{base['digest']}`",
+        "configuration": f"{label}, r = {config.rank.r}, alpha = {config.rank.alpha:g}, targets {config.tying.targets}",
+        "trainable parameters": share,
+        "task": f"{config.task.name} (version {config.task.version}), {result['data']['train']['rows']} training rows, "
+        f"sha256 `{result['data']['train']['digest'][:16]}`",
+        "training": f"{result['training']['steps']} steps of {config.train.batch_size} rows, lr {config.train.lr:g}, "
+        f"base in {config.train.dtype}, validation loss {result['training']['validation_loss_first']:.3f} -> "
+        f"{result['training']['validation_loss_last']:.3f}",
+        "seed": str(result["seed"]),
+        "made with": f"commit `{result['code']['commit']}`{' with changes' if result['code']['dirty'] else ''}",
+        "versions": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        "device": result["device"],
+    }
+    if result["code"]["commit"] is None:
+        del facts["made with"]
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        "---",
+        "",
+        f"# {label}, r = {config.rank.r}, on {config.task.name}",
+        "",
+        "A Tied-LoRA adapter (arXiv 2311.09578) trained with the tiedlora research harness.",
+        *(["", *notes] if notes else []),
+        "",
+        "## Use",
+        "",
+        _USE[kind].format(base=base["name"]),
+        "",
+        f"Prompt, as it was trained: `{json.dumps(config.task.prompt, ensure_ascii=False)}`",
+        "",
+        "## Facts",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {key} | {value} |" for key, value in facts.items()),
+        "",
+        "## Scores",
+        "",
+        *_scores(result),
+        "",
+        "## Command",
+        "",
+        f"    {command(config)}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _scores(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "95 % intervals over which rows were drawn; one seed, so they say nothing of another.",
+        "",
+        "| split | metric | rows | base | adapted |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for split, scores in result["scores"].items():
+        for name, found in scores["metrics"].items():
+            base = scores.get("base", {}).get(name)
+            lines.append(
+                f"| {split} | {name} | {scores['rows']} | {_interval(base) if base else ''} | {_interval(found)} |"
+            )
+    return lines if result["scores"] else ["Not scored."]
+
+
+def _interval(found: dict[str, float]) -> str:
+    return f"{100 * found['value']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+
+
+def command(config: Config) -> str:
+    """A `python train.py ...` that is this very run, with as few overrides as the options of conf/ allow."""
+    wanted = _flat(identity(config))
+
+    def missing(overrides: list[str]) -> dict[str, Any]:
+        try:
+            have = _flat(identity(configuration.compose_config(overrides)))
+        except UserError:
+            return wanted
+        return {key: value for key, value in wanted.items() if key not in have or have[key] != value}
+
+    chosen: list[str] = []
+    for group in GROUPS:
+        if not any(key.startswith(f"{group}.") for key in missing(chosen)):
+            continue
+        options = [[*chosen, f"{group}={name}"] for name in configuration.options(group)]
+        # min keeps the first of equals: no override where none helps.
+        chosen = min([chosen, *options], key=lambda overrides: len(missing(overrides)))
+    known = _flat(identity(configuration.compose_config(chosen)))
+    for key, value in missing(chosen).items():
+        chosen.append(f"{'' if key in known else '+'}{key}={_value(value)}")
+    if config.train.init_from:
+        chosen.append(f"train.init_from={_value(config.train.init_from)}")
+    try:
+        exact = run_id(configuration.compose_config(chosen)) == run_id(config)
+    except UserError:
+        exact = False
+    words = " ".join(shlex.quote(override) for override in chosen)
+    return f"python train.py {words}".rstrip() + ("" if exact else "   # and the rest of config.yaml")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _value(value: Any) -> str:
+    """A value in Hydra's grammar, in which a quoted string knows no escape but that of the quote."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}: {_value(item)}' for key, item in value.items())}}}"
+    return '"' + str(value).replace('"', '\\"') + '"'

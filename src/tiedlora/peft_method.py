@@ -1,0 +1,205 @@
+"""Tied-LoRA as a method of PEFT: `get_peft_model(model, TiedLoraConfig(...))`. Needs the extra `peft`.
+
+A thin shell: the method itself is adapter/, hooked onto the base model as everywhere else; here PEFT's calls are
+passed on to it. Importing this module registers the method, also for `PeftModel.from_pretrained`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Optional, Union
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+
+from tiedlora.adapter.attach import Attached, attach
+from tiedlora.errors import UserError
+from tiedlora.tying import Layout, Tying, named
+
+try:
+    from peft import PeftConfig
+    from peft.mapping import (
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_PREFIX_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+    )
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+except ImportError:
+    raise UserError("TiedLoraConfig: needs PEFT; run: pip install 'tiedlora[peft]'") from None
+if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+    raise UserError("TiedLoraConfig: needs PEFT 0.21 or newer; run: pip install 'peft>=0.21'")
+
+PEFT_TYPE = "TIED_LORA"
+REGISTERED_AS = "tied_adapter"
+"""The base model's child that holds the parts, and so what their keys in a file begin with."""
+
+
+@dataclass
+class TiedLoraConfig(PeftConfig):
+    """A Tied-LoRA adapter for PEFT.
+
+    Raises:
+        UserError: `tying` is neither one of the eight names nor a specification.
+    """
+
+    r: int = 8
+    alpha: Optional[float] = None
+    """The scale is s = alpha / r; None means alpha = r, so s = 1."""
+    tying: Union[str, dict[str, Any], Tying] = "TABuv"
+    """One of the paper's eight names, or a `tiedlora.Tying` (kept as plain data, so that JSON holds it)."""
+    targets: Optional[list[str]] = None
+    """The adapted projections; None takes the specification's (the fused QKV)."""
+    dropout: Optional[float] = None
+    """On the adapter's input while training; None takes the specification's."""
+    seed: int = 0
+    """Draws the random parts."""
+    layout: Optional[dict[str, Any]] = field(default=None)
+    """Where the model keeps its projections, for a family that is not known: the fields of `tiedlora.Layout`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = PEFT_TYPE
+        if isinstance(self.tying, Tying):
+            self.tying = asdict(self.tying)
+        if isinstance(self.layout, Layout):
+            self.layout = asdict(self.layout)
+        self.specification()
+
+    def specification(self) -> Tying:
+        """The whole specification, targets and dropout put in."""
+        found = named(self.tying) if isinstance(self.tying, str) else _typed(Tying, self.tying)
+        if self.targets is not None:
+            found.targets = list(self.targets)
+        if self.dropout is not None:
+            found.dropout = self.dropout
+        assert isinstance(found, Tying)
+        return found
+
+
+class _Status(nn.Module, BaseTunerLayer):
+    """What PEFT asks layers (disabled? merged?), answered once for the adapter, which has no layers of its own."""
+
+    def __init__(self, tuner: TiedLoraModel) -> None:
+        super().__init__()
+        # In a list, so that torch does not take it for a child: the tuner holds this.
+        self.tuner = [tuner]
+
+    @property
+    def disable_adapters(self) -> bool:
+        (tuner,) = self.tuner
+        return not tuner.attached.handles and not tuner.attached.merged
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.tuner[0].active_adapters)
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        return self.active_adapters if self.tuner[0].attached.merged else []
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.tuner[0].peft_config)
+
+
+class TiedLoraModel(BaseTuner):
+    """PEFT's calls, passed on to an `Attached`. One adapter a model; `tiedlora.Adapters` switches between several."""
+
+    prefix = REGISTERED_AS
+    uses_shared_state = True
+    attached: Attached
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Attach a fresh adapter; PEFT loads saved values into it afterwards."""
+        if len(self.peft_config) > 1:
+            self.peft_config.pop(adapter_name)
+            raise UserError(
+                "TiedLoraConfig: the model has a tied adapter already, and PEFT's method takes one; "
+                "unload it first, or switch between several with tiedlora.Adapters"
+            )
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, TiedLoraConfig)
+        layout = None if config.layout is None else _typed(Layout, config.layout)
+        self.attached = attach(model, config.specification(), config.r, config.alpha, config.seed, layout)
+        self.status = _Status(self)
+        if config.inference_mode:
+            self.attached.adapter.requires_grad_(False)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """There is one adapter: it stays, trainable as its specification says unless `inference_mode`."""
+        self.active_adapter = adapter_name
+        for name, parameter in self.attached.adapter.parts().items():
+            part = getattr(self.attached.adapter.tying, name.split(".")[1])
+            parameter.requires_grad_(part.trained and not inference_mode)
+
+    def enable_adapter_layers(self) -> None:
+        """Let the adapter act again."""
+        if not self.attached.handles and not self.attached.merged:
+            self.attached.hook()
+
+    def disable_adapter_layers(self) -> None:
+        """Give the base model's own outputs."""
+        self.attached.unmerge()
+        self.attached.unhook()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Put the update into the weights; `unmerge_adapter` restores a kept copy."""
+        self.attached.merge()
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base's weights bit for bit."""
+        self.attached.unmerge()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take the adapter off the model."""
+        self.attached.detach()
+        self.peft_config.pop(adapter_name)
+        self.active_adapter = []
+
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self, merge: bool = True, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        if merge:
+            self.attached.fuse()
+        else:
+            self.attached.detach()
+        del self.model.peft_config
+        model: nn.Module = self.model
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls, *, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Every part once, under its one name: what PEFT's per-layer methods write once a layer."""
+        return {key: value for key, value in state_dict.items() if f"{REGISTERED_AS}." in key}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls, *, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        return state_dict
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a tied adapter hooks modules and replaces none")
+
+
+def _typed(kind: type, values: Any) -> Any:
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"TiedLoraConfig: not a {kind.__name__}: {str(error).splitlines()[0]}") from None
+
+
+def _register() -> None:
+    """PEFT's own function takes members of its enumeration alone; these tables are what it fills."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = TiedLoraConfig  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = TiedLoraModel  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = REGISTERED_AS  # type: ignore[index]
+
+
+_register()

@@ -1,0 +1,37 @@
+"""Where a saved adapter lies and what it is, known without reading its tensors (and so without torch)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from tiedlora import atomic
+from tiedlora.errors import UserError
+
+DESCRIPTION = "adapter.json"
+
+
+def adapter_folder(source: Path | str) -> Path:
+    """The adapter's folder inside a run, or `source` itself if it is one.
+
+    Raises:
+        UserError: it is neither.
+    """
+    source = Path(source).expanduser()
+    for folder in (source, source / "adapter"):
+        if (folder / DESCRIPTION).is_file():
+            return folder
+    raise UserError(
+        f"{source}: is neither a finished run nor an adapter's folder (no {DESCRIPTION} in it or in adapter/)"
+    )
+
+
+def digest(folder: Path) -> str:
+    """sha256 of what an adapter is: specification, sizes, base model and the tensors' own sha256, wherever it lies.
+
+    Raises:
+        UserError: no adapter there.
+    """
+    description = atomic.read_json(folder / DESCRIPTION)
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()

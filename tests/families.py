@@ -1,0 +1,47 @@
+"""A tiny random causal language model of each family in adapter/architectures.py."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+COMMON = dict(
+    vocab_size=260,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    bos_token_id=None,
+    eos_token_id=256,
+    pad_token_id=None,
+    # A wide spread, so that attention and what follows is far from uniform and an update moves the logits.
+    initializer_range=0.2,
+)
+GROUPED = dict(num_key_value_heads=2)
+# head_dim * heads differs from hidden_size where the family allows it: d_q = 48, d_kv = 24.
+OWN_HEAD_DIM = dict(**GROUPED, head_dim=12)
+
+NUMBERS = {
+    "llama": OWN_HEAD_DIM,
+    "mistral": OWN_HEAD_DIM,
+    "qwen2": GROUPED,
+    "qwen3": OWN_HEAD_DIM,
+    "gemma": OWN_HEAD_DIM,
+    "gemma2": dict(**OWN_HEAD_DIM, query_pre_attn_scalar=12, final_logit_softcapping=3.0, attn_logit_softcapping=5.0),
+    "gemma3_text": dict(**OWN_HEAD_DIM, query_pre_attn_scalar=12, sliding_window=8),
+    "olmo2": GROUPED,
+    "smollm3": GROUPED,
+    "gpt2": dict(n_embd=32, n_layer=3, n_head=4, n_positions=64, n_inner=48),
+    "phi3": GROUPED,
+    "gpt_neox": dict(),
+}
+FAMILIES = tuple(NUMBERS)
+
+
+def family_model(family: str, **changes):
+    """float32, evaluation mode, the same weights every time."""
+    common = {} if family == "gpt2" else COMMON
+    basics = {key: COMMON[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "initializer_range")}
+    config = AutoConfig.for_model(family, **{**basics, **common, **NUMBERS[family], **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
