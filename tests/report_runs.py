@@ -119,7 +119,9 @@ def prediction_rows(scores, metric="exact_match_strict", output="#### 3"):
     ]
 
 
-def scored_run(root, ours, base=None, split="validation", metric="exact_match_strict", output="#### 3", **about) -> Path:
+def scored_run(
+    root, ours, base=None, split="validation", metric="exact_match_strict", output="#### 3", **about
+) -> Path:
     """A finished run with one split's scores and predictions."""
     record = add_scores(make_record(**about), split, ours, base, metric)
     rows = {split: prediction_rows(ours, metric, output)}

@@ -27,7 +27,7 @@ from tiedlora.report.statistics import Spread
 
 AT = ("equal_rank", "equal_parameters")
 TOLERANCE = 0.25
-"""Parameters count as equal up to this share: LoRA's ranks are steps (SmolLM2-135M: 46,080 at r = 1 to TABuv's 41,328)."""
+"""Parameters count as equal up to this share: LoRA's ranks are steps (SmolLM2-135M: r = 1 has 46,080, TABuv 41,328)."""
 LEAST_SEEDS = 5
 """METHOD's protocol: no verdict under 5 seeds, whatever a claim's file says."""
 ASSUMED = Spread(seeds=0.01, examples=0.3, rest=0.45)
@@ -190,7 +190,9 @@ def _comparator(claim: Claim, method: Cell, cells: Sequence[Cell]) -> tuple[Cell
     same = [cell for cell in cells if cell.setting == method.setting and cell.label == claim.comparator]
     if claim.at == "equal_rank":
         found = [cell for cell in same if cell.rank == method.rank]
-        return (found[0], "") if found else (None, f"{claim.comparator} r={method.rank} was not run in the same setting")
+        return (
+            (found[0], "") if found else (None, f"{claim.comparator} r={method.rank} was not run in the same setting")
+        )
     if not same:
         return None, f"{claim.comparator} was not run in the same setting"
     nearest = min(same, key=lambda cell: abs(math.log(cell.params / method.params)))
@@ -212,7 +214,8 @@ def _at_the_floor(comparator: Cell, split: str, metric: str, book: Scorebook) ->
     interval = (gain.both if len(comparator.runs) >= LEAST_SEEDS else gain.examples) or gain.widest()
     if interval is None or interval.low > 0:
         return ""
-    return f"{comparator.name} gains {100 * interval.value:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}] over the base"
+    low, high = 100 * interval.low, 100 * interval.high
+    return f"{comparator.name} gains {100 * interval.value:+.1f} [{low:+.1f}, {high:+.1f}] over the base"
 
 
 def _spread(method: Cell, comparator: Cell, split: str, metric: str, book: Scorebook, seeds: int) -> Spread:
@@ -251,5 +254,7 @@ def plan(claims: Iterable[Claim], seeds: int, rows: int, spread: Spread = ASSUME
         enough = needed is not None and needed[1] <= rows and needed[0] <= seeds
         says = "is enough to decide" if enough else "will probably not decide"
         wanted = "" if enough else f"; needs {_in_words(claim, spread, rows)}"
-        lines.append(f"{seeds} seeds of {rows:,} rows {says}: {claim.name} (margin {100 * claim.margin:g} points){wanted}")
+        lines.append(
+            f"{seeds} seeds of {rows:,} rows {says}: {claim.name} (margin {100 * claim.margin:g} points){wanted}"
+        )
     return lines

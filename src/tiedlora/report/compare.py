@@ -1,4 +1,4 @@
-"""The numbers of the report: scores, paired differences to LoRA, gains over the base, and what is left of LoRA's gain."""
+"""The report's numbers: scores, paired differences to LoRA, gains over the base, and what is left of LoRA's gain."""
 
 from __future__ import annotations
 
@@ -99,21 +99,23 @@ class Scorebook:
                     scores[metric] = pseudo_values(np.array(found, dtype=float), corpus_score(run, metric))
                 elif None not in found:
                     scores[metric] = np.array(found, dtype=float)
-            except (TypeError, ValueError):
-                return UserError(f"predictions/{split}: its scores of {metric} are not numbers")
+            except UserError as error:
+                return error
+            except (KeyError, TypeError, ValueError, ImportError) as error:
+                return UserError(f"predictions/{split}: its scores of {metric} cannot be read ({error!r:.60})")
         return tuple(row["id"] for row in rows), scores
 
 
 def corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
     """The function from summed statistics to a corpus-level metric such as BLEU, which the run's task owns."""
     # Tasks import Hydra's schema (and sacrebleu): only a report with such a metric waits for them.
-    from omegaconf import OmegaConf
-
     from tiedlora.config import TaskConfig
     from tiedlora.tasks import load_task
 
-    recorded = {key: value for key, value in run.record["config"]["task"].items() if key in ("name", "kind", "options")}
-    task: Any = load_task(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), recorded)))
+    recorded = run.record["identity"]["task"]
+    task: Any = load_task(TaskConfig(name=run.task, kind=str(recorded["kind"]), options=recorded.get("options", {})))
+    if not hasattr(task, "corpus_score"):
+        raise UserError(f"task {run.task}: this version of the code has no corpus score for {metric}")
     return lambda sums: float(task.corpus_score(metric, sums))
 
 
@@ -238,9 +240,7 @@ def gain(cell: Cell, split: str, metric: str, book: Scorebook) -> Estimate | Non
     return found
 
 
-def difference(
-    ours: Cell, theirs: Cell, split: str, metric: str, book: Scorebook
-) -> tuple[Estimate | None, str]:
+def difference(ours: Cell, theirs: Cell, split: str, metric: str, book: Scorebook) -> tuple[Estimate | None, str]:
     """The paired difference of two cells over the seeds they share, and what is to be said of it."""
     pairs = _pairs(ours, theirs, split, metric)
     if not pairs:
@@ -301,7 +301,9 @@ def paired_table(ours: Cell, theirs: Cell, split: str, metric: str, book: Scoreb
 def retained(ours: Cell, theirs: Cell, split: str, metric: str) -> Interval | None:
     """(ours - base) / (theirs - base) over the seeds in common; NaN bounds where there is no interval."""
     pairs = [
-        pair for pair in _pairs(ours, theirs, split, metric) if all(metric in r.splits[split].get("base", {}) for r in pair)
+        pair
+        for pair in _pairs(ours, theirs, split, metric)
+        if all(metric in r.splits[split].get("base", {}) for r in pair)
     ]
     if not pairs or ours.digests(split) != theirs.digests(split):
         return None

@@ -31,6 +31,8 @@ LONGEST = 700
 """Characters shown of a prompt or an output; predictions/ has the rest."""
 CONDENSED = ("model", "task", "variant", "metric", "split", "rows", "seeds", "device", "notes")
 """Columns that go into a table's caption when all rows agree."""
+HIDDEN = ("share of LoRA",)
+"""Columns of the results that the page leaves to its overview (and to results.csv): a laptop is only so wide."""
 NUMERIC = re.compile(r"[+-]?[\d,.]+( %)?( of \d+)?( ?\[.*\])?( examples)?|–|\[.*\]( examples)?")
 
 
@@ -45,11 +47,13 @@ class Shown:
     numeric: set[int]
 
 
-def shown(table: Table) -> Shown:
+def shown(table: Table, hidden: tuple[str, ...] = ()) -> Shown:
     """Text made visible, constant columns taken out, numbers found (they align right)."""
     rows = [[visible(cell) for cell in row] for row in table.rows]
     constant, kept = [], []
     for place, name in enumerate(table.head):
+        if name in hidden:
+            continue
         values = {row[place] for row in rows}
         if name in CONDENSED and len(values) == 1:
             if value := values.pop():
@@ -85,10 +89,14 @@ def render(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    results = shown(tables_of["results"])
+    results = shown(tables_of["results"], HIDDEN)
     splits = {id(row.cell): row.split for row in rows}
     sections = [_section(cell, splits[id(cell)]) for cell in cells[:most_sections]]
-    more = f" The first {most_sections} of {len(cells)} cells; --sections N shows more." if len(cells) > most_sections else ""
+    more = (
+        f" The first {most_sections} of {len(cells)} cells; --sections N shows more."
+        if len(cells) > most_sections
+        else ""
+    )
     contents = [("claims", "Claims")] if tables_of["claims"].rows else []
     contents += [("overview", "Overview"), *([("figures", "Figures")] if figures else []), ("results", "Results")]
     contents += [("cost", "Cost"), *([("peers", "PEFT's runs")] if tables_of["peers"].rows else [])]
@@ -135,7 +143,10 @@ def _section(cell: Cell, split: str) -> dict[str, Any]:
         ("learning rate", ", ".join(f"{rate.lr:g}" for rate in cell.rates) + f"; chosen {cell.lr:g}"),
         ("seeds", ", ".join(str(one.seed) for one in cell.runs)),
         ("steps, batch", f"{training.get('steps')} of {record['identity']['train'].get('batch_size')} rows"),
-        ("validation loss", f"{training.get('validation_loss_first', float('nan')):.3f} → {training['validation_loss_last']:.3f}"),
+        (
+            "validation loss",
+            f"{training.get('validation_loss_first', float('nan')):.3f} → {training['validation_loss_last']:.3f}",
+        ),
         ("speed", f"{training['tokens_per_s']:,.0f} tokens/s, {training['seconds']:,.0f} s, {record.get('device')}"),
         ("commit", f"{record['code'].get('commit')}{' with changes' if record['code'].get('dirty') else ''}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
@@ -166,7 +177,9 @@ def _predictions(run: Run, split: str) -> tuple[list[dict[str, str]], str]:
             "output": _text(row.get("output", "")),
             "references": _text("\n".join(map(str, row.get("references") or []))),
             "scores": ", ".join(
-                f"{visible(str(name))} {score:.2f}".replace(".00", "") if isinstance(score, (int, float)) else visible(str(name))
+                f"{visible(str(name))} {score:.2f}".replace(".00", "")
+                if isinstance(score, (int, float))
+                else visible(str(name))
                 for name, score in row["scores"].items()
             ),
         }
@@ -204,7 +217,8 @@ def curve(run: Run) -> Markup:
     label = Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format
     return Markup(
         '<svg class="curve" viewBox="0 0 {} {}" role="img" aria-label="losses by step">'
-        '<line class="axis" x1="{}" y1="{}" x2="{}" y2="{}"/><line class="axis" x1="{}" y1="{}" x2="{}" y2="{}"/>{}</svg>'
+        '<line class="axis" x1="{}" y1="{}" x2="{}" y2="{}"/>'
+        '<line class="axis" x1="{}" y1="{}" x2="{}" y2="{}"/>{}</svg>'
     ).format(
         *(width, height, left, top, left, floor, left, floor, width - 8, floor),
         Markup("").join(
@@ -217,4 +231,3 @@ def curve(run: Run) -> Markup:
             ]
         ),
     )
-

@@ -118,9 +118,7 @@ def _exported(run: Run) -> dict[str, Any]:
         "train total tokens": training.get("tokens"),
         "forgetting": None,
     }
-    curve = [
-        {"step": step, "valid loss": value} for step, value in zip(*run.curve("validation/loss"), strict=True)
-    ]
+    curve = [{"step": step, "valid loss": value} for step, value in zip(*run.curve("validation/loss"), strict=True)]
     versions = record["versions"]
     return {
         "run_info": {
@@ -177,4 +175,3 @@ def _exported(run: Run) -> dict[str, Any]:
 def _last_loss(run: Run) -> float | None:
     _, losses = run.curve("train/loss")
     return losses[-1] if losses and math.isfinite(losses[-1]) else None
-

@@ -16,30 +16,34 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from tiedlora.report.cells import Cell
 from tiedlora.report.compare import Row
 from tiedlora.report.peft_results import Peer
+from tiedlora.report.runs import Run
 
 INK = "#1b1b1d"
 """Text and axes. The page turns exactly this colour into its own text colour, so that figures serve both themes."""
-# Okabe and Ito's palette without black and yellow (invisible on one of the two backgrounds), by configuration.
+# Okabe and Ito's palette without black and yellow (each invisible on one of the two backgrounds): a colour a family,
+# and within it a marker and a dash of its own, so that a grey print still tells them apart.
 STYLES = {
-    "LoRA": ("#0072B2", "o"),
-    "LoRA_qkv": ("#56B4E9", "h"),
-    "TABuv": ("#D55E00", "D"),
-    "TAB": ("#009E73", "s"),
-    "TA": ("#009E73", "^"),
-    "TB": ("#009E73", "v"),
-    "Tuv": ("#CC79A7", "P"),
-    "TAuv": ("#E69F00", "<"),
-    "TBuv": ("#E69F00", ">"),
+    "LoRA": ("#0072B2", "o", "-"),
+    "LoRA_qkv": ("#56B4E9", "h", "-"),
+    "TABuv": ("#D55E00", "D", "-"),
+    "TAB": ("#009E73", "s", "-"),
+    "TA": ("#009E73", "^", "--"),
+    "TB": ("#009E73", "v", ":"),
+    "Tuv": ("#CC79A7", "P", "-"),
+    "TAuv": ("#E69F00", "<", "--"),
+    "TBuv": ("#E69F00", ">", ":"),
 }
-OTHER = ("#7f7f7f", "X")
+OTHER = ("#7f7f7f", "X", "-.")
 PEER = ("#7f7f7f", "*")
 PANELS = 12
 """A figure shows at most so many panels; more settings would be unreadable, and the tables hold them all."""
-RC = {
+RC: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
     "svg.fonttype": "none",
@@ -80,13 +84,10 @@ def draw(rows: Sequence[Row], peers: Sequence[Peer], out: Path) -> list[tuple[st
     out.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(RC):
         return [
-            _save(out, name, caption + more, figure())
-            for name, caption, figure in (
-                ("pareto", _PARETO, lambda: pareto(kept, peers)),
-                ("rank", _RANK, lambda: _small_multiples(kept, _rank_panel, "rank r", "score (points of 100)")),
-                ("curves", _CURVES, lambda: _small_multiples(kept, _curve_panel, "step", "validation loss")),
-                ("cost", _COST, lambda: cost([row.cell for rows in kept.values() for row in rows])),
-            )
+            _save(out, "pareto", _PARETO + more, pareto(kept, peers)),
+            _save(out, "rank", _RANK + more, _small_multiples(kept, _rank_panel, "rank r", "score (points of 100)")),
+            _save(out, "curves", _CURVES + more, _small_multiples(kept, _curve_panel, "step", "validation loss")),
+            _save(out, "cost", _COST + more, cost([row.cell for rows in kept.values() for row in rows])),
         ]
 
 
@@ -111,8 +112,8 @@ def _save(out: Path, name: str, caption: str, figure: Figure) -> tuple[str, str,
     return name, caption, text
 
 
-def style(cell: Cell) -> tuple[str, str]:
-    """Colour and marker of a configuration, the same in every figure."""
+def style(cell: Cell) -> tuple[str, str, str]:
+    """Colour, marker and dash of a configuration, the same in every figure."""
     return STYLES.get(cell.label, OTHER)
 
 
@@ -129,13 +130,16 @@ def _small_multiples(
         fill(ax, rows)
         ax.set_title(f"{task}, {model}" + (f"\n{variant[:60]}" if variant else ""), fontsize=9)
         ax.set_xlabel(x)
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
+        for row in rows:
+            if isinstance(row, Row):
+                colour, marker, dash = style(row.cell)
+                label = row.cell.configuration[:32]
+                handles[label] = Line2D([], [], color=colour, marker=marker, linestyle=dash, markersize=6, label=label)  # type: ignore[arg-type]
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     for line in axes:
         line[0].set_ylabel(y)
-    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    figure.legend(handles=[handles[label] for label in sorted(handles)], loc="outside right center")
     return figure
 
 
@@ -160,10 +164,8 @@ def pareto(panels: Panels, peers: Sequence[Peer]) -> Figure:
         best = front(places)
         ax.plot(*zip(*[places[i] for i in best], strict=True), color=INK, linewidth=1, alpha=0.6, zorder=1)
         for number, row in enumerate(rows):
-            colour, marker = style(row.cell)
             _errorbar(ax, row, places[number][0], filled=number in best)
-            del colour, marker
-        ax.set_xscale("log")
+        _parameters_axis(ax)
 
     shown: Panels = dict(panels)
     if peers:
@@ -172,18 +174,42 @@ def pareto(panels: Panels, peers: Sequence[Peer]) -> Figure:
 
 
 def _peer_panel(ax: Axes, peers: Sequence[Peer]) -> None:
-    places = [(peer.params, 100 * peer.accuracy) for peer in peers if peer.params > 0]
+    by_place = {(float(peer.params), 100 * peer.accuracy): peer.method for peer in peers if peer.params > 0}
+    places = list(by_place)
     best = front(places)
     ax.plot(*zip(*[places[i] for i in best], strict=True), color=INK, linewidth=1, alpha=0.6, zorder=1)
-    ax.scatter(*zip(*places, strict=True), color=PEER[0], marker=PEER[1], s=40, label="PEFT (published, 1 seed)", zorder=2)
+    params, scores = zip(*places, strict=True)
+    ax.scatter(params, scores, color=PEER[0], marker=PEER[1], s=40, zorder=2)
     for number in best:
-        ax.annotate(peers[number].method, places[number], fontsize=6, xytext=(3, -7), textcoords="offset points")
+        name = by_place[places[number]]
+        ax.annotate(name, places[number], fontsize=6, xytext=(3, -7), textcoords="offset points")
+    _parameters_axis(ax)
+
+
+def _parameters_axis(ax: Axes) -> None:
+    """A log axis that says 50k and 2M: powers of ten say little of counts that lie within a decade."""
     ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    # A single point, or close ones, would leave an axis without a tick.
+    if high / low < 4:
+        ax.set_xlim(low / 2, high * 2)
+    wide = ax.get_xlim()[1] / ax.get_xlim()[0] > 300
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short_count(count)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def short_count(count: float) -> str:
+    """41,328 -> 41.3k."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"
 
 
 def _errorbar(ax: Axes, row: Row, x: float, filled: bool = True) -> None:
     assert row.score is not None
-    colour, marker = style(row.cell)
+    colour, marker, _ = style(row.cell)
     interval = row.score.examples
     value = 100 * row.score.value
     # A bootstrap bound can lie a hair beyond the mean it belongs to; matplotlib refuses negative lengths.
@@ -199,7 +225,6 @@ def _errorbar(ax: Axes, row: Row, x: float, filled: bool = True) -> None:
         linestyle="none",
         elinewidth=1,
         capsize=2,
-        label=row.cell.configuration[:32],
     )
 
 
@@ -236,7 +261,7 @@ def _curve_panel(ax: Axes, rows: list[Row]) -> None:
         same = np.array([values for own, values in curves if own == steps and steps])
         if not len(same):
             continue
-        colour, marker = style(row.cell)
+        colour, marker, dash = style(row.cell)
         # Ranks of one configuration share a colour: the higher the rank, the thicker.
         width = 0.8 + 1.2 * math.log2(1 + row.cell.rank) / math.log2(1 + widest)
         ax.plot(
@@ -245,7 +270,7 @@ def _curve_panel(ax: Axes, rows: list[Row]) -> None:
             marker=marker,
             markersize=4,
             linewidth=width,
-            label=row.cell.configuration[:32],
+            linestyle=dash,
         )
         if len(same) > 1:
             ax.fill_between(steps, same.min(0), same.max(0), color=colour, alpha=0.15, linewidth=0)
@@ -257,7 +282,7 @@ def cost(cells: Sequence[Cell]) -> Figure:
     for cell in cells:
         by_name[cell.label, cell.rank].append(cell)
     names = sorted(by_name, key=lambda name: (name[1], by_name[name][0].params))
-    measures = (
+    measures: tuple[tuple[str, Callable[[Run], float]], ...] = (
         ("training tokens/s", lambda run: run.record["training"]["tokens_per_s"]),
         ("peak memory, GiB", lambda run: run.record["training"]["peak_memory_bytes"] / 2**30),
         ("adapter, MiB", lambda run: run.record["adapter_bytes"] / 2**20),
@@ -272,8 +297,14 @@ def cost(cells: Sequence[Cell]) -> Figure:
         ax.set_xlabel(title)
         ax.grid(axis="y", visible=False)
         for place, value in enumerate(values):
-            ax.annotate(f"{value:,.3g}" if value < 100 else f"{value:,.0f}", (value, place), fontsize=7,
-                        xytext=(3, 0), textcoords="offset points", va="center")
+            ax.annotate(
+                f"{value:,.3g}" if value < 100 else f"{value:,.0f}",
+                (value, place),
+                fontsize=7,
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+            )
         ax.margins(x=0.15)
     axes[0][0].invert_yaxis()
     return figure

@@ -16,7 +16,9 @@ from tiedlora.report.runs import Run
 def command(run: Run) -> str:
     """`python train.py ...`, or where to look if this version of the code composes something else from it."""
     recorded = run.record["config"]
-    fallback = f"# this version of the code composes another run; the whole configuration is in {run.run_id}/config.yaml"
+    fallback = (
+        f"# this version of the code composes another run; the whole configuration is in {run.run_id}/config.yaml"
+    )
     try:
         options = _options(recorded)
         if options is None:
@@ -50,7 +52,9 @@ def _names(group: str) -> dict[str, str]:
     from omegaconf import OmegaConf
 
     folder = configuration.CONF / group
-    return {str(OmegaConf.load(folder / f"{name}.yaml").get("name")): name for name in configuration.options(group)}
+    return {
+        str(OmegaConf.select(OmegaConf.load(folder / f"{n}.yaml"), "name")): n for n in configuration.options(group)
+    }
 
 
 @functools.lru_cache(maxsize=256)

@@ -51,7 +51,7 @@ class Table:
     name: str
     caption: str
     head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 def points(value: float | None, sign: str = "") -> str:
@@ -130,22 +130,24 @@ def overview(rows: Sequence[Row], left_out: Sequence[LeftOut]) -> list[Table]:
                 for row in own
                 if (row.cell.rank, row.cell.params, row.cell.configuration) == (rank, params, configuration)
             }
-            cells = [
-                _overview_cell(found.get(column), configuration, rank, column[0], left_out) for column in columns
-            ]
+            cells = [_overview_cell(found.get(column), configuration, rank, column[0], left_out) for column in columns]
             average = [_average([found.get(column) for column in columns])] if len(columns) > 1 else []
             body.append((configuration, str(rank), f"{params:,}", share, *cells, *average))
         names = [f"{task} ({variant})" if variant else task for task, variant in columns]
         head = ("configuration", "rank", "parameters", "share of LoRA", *names)
         caption = (
-            f"{model}: score in points of 100 (mean over seeds, n seeds) and, in brackets, the paired difference to LoRA "
-            "at the same rank with its 95 % interval over seeds and examples (over examples alone for one seed). "
+            f"{model}: score in points of 100 (mean over seeds, n seeds) and, in brackets, the paired difference to "
+            "LoRA at the same rank with its 95 % interval over seeds and examples (over examples alone for one seed). "
             "* has notes in the table of results."
         )
         if len(columns) > 1:
             head += ("average",)
-            caption += f" The average is the plain mean over the {len(columns)} columns {', '.join(names)}; its interval "
-            caption += "is a t interval over seeds that all of them share, and it is left out where a column is missing."
+            caption += (
+                f" The average is the plain mean over the {len(columns)} columns {', '.join(names)}; its interval "
+            )
+            caption += (
+                "is a t interval over seeds that all of them share, and it is left out where a column is missing."
+            )
         tables.append(Table(f"overview-{re.sub(r'[^A-Za-z0-9]+', '-', model).lower()}", caption, head, body))
     return tables
 
@@ -195,7 +197,13 @@ def cost(cells: Iterable[Cell]) -> Table:
         body.append(
             (
                 *(cell.model, cell.task, cell.variant, cell.configuration, str(cell.rank), f"{cell.params:,}"),
-                *(f"{speed:,.0f}", f"{seconds:,.0f}", f"{memory / 2**30:.2f}", f"{size / 2**20:.2f}", "; ".join(devices)),
+                *(
+                    f"{speed:,.0f}",
+                    f"{seconds:,.0f}",
+                    f"{memory / 2**30:.2f}",
+                    f"{size / 2**20:.2f}",
+                    "; ".join(devices),
+                ),
             )
         )
     head = (
@@ -217,7 +225,13 @@ def claims(answers: Iterable[Answer]) -> Table:
             percent += f" [{100 * kept.low:.0f}, {100 * kept.high:.0f}]"
         body.append(
             (
-                *(answer.claim.name, answer.model or MISSING, answer.task, answer.verdict, f"{100 * answer.claim.margin:g}"),
+                *(
+                    answer.claim.name,
+                    answer.model or MISSING,
+                    answer.task,
+                    answer.verdict,
+                    f"{100 * answer.claim.margin:g}",
+                ),
                 f"{points(gap.value, '+')} {bounds(interval, '+')}" if gap else MISSING,
                 percent,
                 *(str(answer.seeds), answer.reason, answer.decide or MISSING),
@@ -229,8 +243,8 @@ def claims(answers: Iterable[Answer]) -> Table:
     )
     caption = (
         "supported: the interval of the paired difference lies above minus the margin; contradicted: below it; "
-        "undecided: neither, or fewer than the minimum of seeds; uninformative: the comparator itself does not beat the "
-        "base model. Retained gain: (method - base) / (comparator - base), Fieller's interval over seeds."
+        "undecided: neither, or fewer than the minimum of seeds; uninformative: the comparator itself does not beat "
+        "the base model. Retained gain: (method - base) / (comparator - base), Fieller's interval over seeds."
     )
     return Table("claims", caption, head, body)
 

@@ -19,9 +19,9 @@ from tiedlora.report.runs import LeftOut, Run, read_runs
 from tiedlora.report.tables import Table
 
 COVERAGE = (
-    "Intervals over seeds assume roughly normal scores. Where scores near 0 or 100 and few seeds make one cover less than "
-    "93 %, its row says what it covers (by simulation). Bootstrap intervals of scores near the ends cover less than they "
-    "claim too; docs/results.md has the table."
+    "Intervals over seeds assume roughly normal scores. Where scores near 0 or 100 and few seeds make one cover less "
+    "than 93 %, its row says what it covers (by simulation). Bootstrap intervals of scores near the ends cover less "
+    "than they claim too; docs/results.md has the table."
 )
 
 
@@ -114,8 +114,8 @@ def _peers(peers: Sequence[Peer]) -> Table:
     head = ("experiment", "method", "model", "parameters", "score", "95 % examples", "adapter MiB", "peak memory GiB")
     caption = (
         "Results files of PEFT's method_comparison/MetaMathQA as published: GSM8K test accuracy after training on "
-        "MetaMathQA, one seed each, so the intervals (Wilson, 1,319 rows) cover which examples were drawn alone. Another "
-        "base model, other data and another protocol than ours: compare shapes, not numbers."
+        "MetaMathQA, one seed each, so the intervals (Wilson, 1,319 rows) cover which examples were drawn alone. "
+        "Another base model, other data and another protocol than ours: compare shapes, not numbers."
     )
     return Table("peers", caption, head, body)
 
@@ -126,7 +126,8 @@ def _summary(report: Report) -> str:
     models = sorted({run.model for run in report.runs})
     return (
         f"{len(report.runs):,} finished runs in {len(report.cells):,} cells; {', '.join(models) or 'no model'}; "
-        f"{', '.join(tasks) or 'no task'}; code {', '.join(commits) or 'unknown'}; {len(report.left_out):,} folders left out."
+        f"{', '.join(tasks) or 'no task'}; code {', '.join(commits) or 'unknown'}; "
+        f"{len(report.left_out):,} folders left out."
     )
 
 
