@@ -209,16 +209,16 @@ def score(row: Row, runs: Sequence[Run], book: Scorebook) -> Estimate:
     """A cell's mean over seeds. One seed has the interval that its record holds."""
     values = _values(runs, row.split, row.metric)
     found = Estimate(float(values.mean()))
+    scoring_examples = row.examples
     try:
         table = np.stack([book.scores(run, row.split, row.metric)[1] for run in runs])
         found.examples, found.method = statistics.score_over_examples(table)
+        scoring_examples = int((table != 0).any(0).sum())
     except (UserError, ValueError) as error:
         row.notes.append(f"no interval over examples: {error}")
     if len(runs) > 1:
         found.seeds = statistics.interval(statistics.over_seeds(values))
-        share = coverage.of_seeds_interval(row.examples, found.value, len(runs))
-        if share < coverage.ENOUGH:
-            row.notes.append(f"the interval over seeds covers {100 * share:.0f} % here, not 95 %")
+    row.notes += coverage.remarks(found, scoring_examples, row.examples, len(runs))
     return found
 
 
