@@ -236,7 +236,8 @@ def gain(cell: Cell, split: str, metric: str, book: Scorebook) -> Estimate | Non
         _paired(found, _table(runs, split, metric, book, ids), np.broadcast_to(base, (len(runs), len(base))))
     except UserError:
         if len(runs) == 1:
-            found.examples, found.method = Interval(**runs[0].splits[split]["gain"][metric]), "as recorded"
+            recorded = runs[0].splits[split]["gain"][metric]
+            found.examples, found.method = Interval(recorded["value"], recorded["low"], recorded["high"]), "as recorded"
     return found
 
 

@@ -54,7 +54,7 @@ def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
 
 def _keys(runs: Sequence[Run], split: str) -> list[str]:
     """Summary keys of a split's metrics, the task's first one first."""
-    metrics = next((run.splits[split]["metrics"] for run in runs if split in run.splits), {})
+    metrics: dict[str, Any] = next((run.splits[split]["metrics"] for run in runs if split in run.splits), {})
     return [f"{split}/{name}" for name in metrics]
 
 

@@ -161,8 +161,9 @@ def _exported(run: Run) -> dict[str, Any]:
             "dataset_info": {run.task: {"sha": test["digest"], "created_at": None}},
             "package_info": {
                 **{f"{name}-version": version for name, version in versions.items()},
-                # The app of that comparison reads these two whether or not they were used.
+                # The app of that comparison reads these whether or not they were used.
                 "peft-version": versions.get("peft"),
+                "datasets-version": versions.get("datasets"),
                 "bitsandbytes-version": versions.get("bitsandbytes"),
                 "tiedlora-commit-hash": record["code"].get("commit"),
             },

@@ -183,9 +183,14 @@ def _peer_panel(ax: Axes, peers: Sequence[Peer]) -> None:
     ax.plot(*zip(*[places[i] for i in best], strict=True), color=INK, linewidth=1, alpha=0.6, zorder=1)
     params, scores = zip(*places, strict=True)
     ax.scatter(params, scores, color=PEER[0], marker=PEER[1], s=40, zorder=2)
+    last = 0.0
     for number in best:
-        name = by_place[places[number]]
-        ax.annotate(name, places[number], fontsize=6, xytext=(3, -7), textcoords="offset points")
+        # Names of neighbours on the front would cover each other: one a third of a decade is what can be read.
+        if params[number] > last * 10**0.35:
+            last = params[number]
+            ax.annotate(
+                by_place[places[number]], places[number], fontsize=6, xytext=(3, -7), textcoords="offset points"
+            )
     _parameters_axis(ax)
 
 
