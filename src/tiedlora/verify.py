@@ -144,7 +144,8 @@ def _changed_row(run: _Run, split: str) -> str:
         return f"there were {len(rows)} rows, now {len(examples)}"
     for row, example in zip(rows, examples, strict=True):
         for key, now in (("id", example.id), ("prompt", example.prompt), ("references", list(example.references))):
-            if row.get(key) != now:
+            # A prompt that was shortened to fit is not the row's own.
+            if row.get(key) != now and not (key == "prompt" and row.get("shortened")):
                 return f"row {row['id']}: its {key} was {row.get(key)!r:.80}, now {now!r:.80}"
     return "prompts and references agree with the predictions, so a target or an id was changed"
 
@@ -223,10 +224,18 @@ def _misscored(run: _Run, rows: list[dict[str, Any]], split: str, name: str) -> 
     by_id = {example.id: example for example in examples} if examples else {}
     for row in rows:
         # Where the data are not at hand, the row's own references are what it was scored against.
-        example = by_id.get(row["id"]) or Example(row["id"], row["prompt"], "", tuple(row["references"]))
-        scores = run.task.score(row["output"], example)
+        example = by_id.get(row["id"]) or _recorded_example(row)
+        # A choice among given texts is scored by their likelihoods, which the row keeps.
+        scores = run.task.score(row.get("log_likelihoods", row["output"]), example)
         if json.loads(json.dumps(scores)) != row["scores"]:
             yield Finding(name, False, f"row {row['id']}: its output scores {scores}, the file says {row['scores']}")
+
+
+def _recorded_example(row: dict[str, Any]) -> Example:
+    fields = {"id": row["id"], "prompt": row["prompt"], "target": "", "references": tuple(row["references"])}
+    if "choices" in row:
+        fields["choices"] = tuple(row["choices"])
+    return Example(**fields)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -273,7 +282,11 @@ def _regenerate(run: _Run, least: int, suspects: set[str]) -> Iterator[Finding]:
     for split in run.result["scores"]:
         if not (examples := run.examples.get(split)):
             continue
-        places = _batches(examples, encoder, config.score.batch_size, least, suspects)
+        rows = _read(run.folder.predictions_file(split))
+        if len(rows) != len(examples):
+            yield Finding(f"regenerate {split}", False, f"{len(rows)} predictions of {len(examples)} rows")
+            continue
+        places = _batches(rows, encoder, config.score.batch_size, least, suspects)
         chosen = [examples[place] for place in places]
         for kind in ("", ".base") if "base" in run.result["scores"][split] else ("",):
             recorded = _read(run.folder.predictions_file(f"{split}{kind}"))
@@ -291,15 +304,16 @@ def _regenerate(run: _Run, least: int, suspects: set[str]) -> Iterator[Finding]:
     attached.detach()
 
 
-def _batches(examples: list[Example], encoder: Any, size: int, least: int, suspects: set[str]) -> list[int]:
+def _batches(rows: list[dict[str, Any]], encoder: Any, size: int, least: int, suspects: set[str]) -> list[int]:
     """Places of whole scoring batches: those of suspicious rows first, then from the shortest prompts up."""
-    order = sorted(range(len(examples)), key=lambda i: len(encoder.prompt(examples[i].prompt)), reverse=True)
+    order = sorted(range(len(rows)), key=lambda i: len(encoder.prompt(rows[i]["prompt"])), reverse=True)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    batches.sort(key=lambda batch: not any(examples[place].id in suspects for place in batch))
-    doubted = sum(any(examples[place].id in suspects for place in batch) for batch in batches)
-    batches[doubted:] = reversed(batches[doubted:])
+
+    def doubted(batch: list[int]) -> bool:
+        return any(rows[place]["id"] in suspects for place in batch)
+
     chosen: list[int] = []
-    for batch in batches:
+    for batch in [*filter(doubted, batches), *(batch for batch in reversed(batches) if not doubted(batch))]:
         if len(chosen) >= least:
             break
         chosen += batch
