@@ -334,6 +334,13 @@ class TestWriting:
         assert "(n=2)" in lines["LoRA"][average]
         assert "chain_sum, squad" in table.caption
 
+    def test_a_task_in_two_settings_has_no_average(self, tmp_path):
+        scored_run(tmp_path, GOOD, BASE)
+        scored_run(tmp_path, GOOD, BASE, **{"identity.train.steps": 300})
+        (table,) = tables.overview(built(tmp_path).rows, [])
+        assert "average" not in table.head
+        assert any("train.steps=300" in name for name in table.head)
+
     def test_an_empty_folder_gives_an_empty_report_and_a_missing_one_an_error(self, tmp_path):
         (tmp_path / "runs").mkdir()
         lines = write.write(built(tmp_path / "runs"), tmp_path / "report")

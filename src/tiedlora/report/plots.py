@@ -87,7 +87,7 @@ def draw(rows: Sequence[Row], peers: Sequence[Peer], out: Path) -> list[tuple[st
             _save(out, "pareto", _PARETO + more, pareto(kept, peers)),
             _save(out, "rank", _RANK + more, _small_multiples(kept, _rank_panel, "rank r", "score (points of 100)")),
             _save(out, "curves", _CURVES + more, _small_multiples(kept, _curve_panel, "step", "validation loss")),
-            _save(out, "cost", _COST + more, cost([row.cell for rows in kept.values() for row in rows])),
+            _cost(out, kept),
         ]
 
 
@@ -97,7 +97,7 @@ _PARETO = (
 )
 _RANK = "Score against rank, by configuration; bars are 95 % intervals over examples."
 _CURVES = "Validation loss by step: the mean over seeds, and their range where there are several."
-_COST = "Training speed, peak memory and adapter size, means over the chosen runs of all tasks and seeds."
+_COST = "Training speed, peak memory and adapter size on {}: means over the chosen runs. The table has every setting."
 
 
 def _save(out: Path, name: str, caption: str, figure: Figure) -> tuple[str, str, str]:
@@ -113,6 +113,13 @@ def _save(out: Path, name: str, caption: str, figure: Figure) -> tuple[str, str,
     for pattern in (r'id="', r"url\(#", r'href="#'):
         text = re.sub(pattern, lambda match: f"{match[0]}{name}-", text)
     return name, caption, text
+
+
+def _cost(out: Path, panels: Panels) -> tuple[str, str, str]:
+    """Costs compare within a setting only: the one with the most cells is drawn."""
+    (model, task, variant), rows = max(panels.items(), key=lambda item: len(item[1]))
+    where = f"{task}, {model}" + (f" ({variant})" if variant else "")
+    return _save(out, "cost", _COST.format(where), cost([row.cell for row in rows]))
 
 
 def style(cell: Cell) -> tuple[str, str, str]:
@@ -285,23 +292,20 @@ def _curve_panel(ax: Axes, rows: list[Row]) -> None:
 
 
 def cost(cells: Sequence[Cell]) -> Figure:
-    """Three bar charts over configurations and ranks."""
-    by_name: dict[tuple[str, int], list[Cell]] = defaultdict(list)
-    for cell in cells:
-        by_name[cell.label, cell.rank].append(cell)
-    names = sorted(by_name, key=lambda name: (name[1], by_name[name][0].params))
+    """Three bar charts over the cells of one setting."""
+    cells = sorted(cells, key=lambda cell: (cell.rank, cell.params))
     measures: tuple[tuple[str, Callable[[Run], float]], ...] = (
         ("training tokens/s", lambda run: run.record["training"]["tokens_per_s"]),
         ("peak memory, GiB", lambda run: run.record["training"]["peak_memory_bytes"] / 2**30),
         ("adapter, MiB", lambda run: run.record["adapter_bytes"] / 2**20),
     )
     figure, axes = plt.subplots(
-        1, 3, figsize=(12, 1.2 + 0.28 * len(names)), sharey=True, squeeze=False, layout="constrained"
+        1, 3, figsize=(12, 1.2 + 0.28 * len(cells)), sharey=True, squeeze=False, layout="constrained"
     )
     for ax, (title, measure) in zip(axes[0], measures, strict=True):
-        values = [np.mean([measure(run) for cell in by_name[name] for run in cell.runs]) for name in names]
-        ax.barh(range(len(names)), values, color=[style(by_name[name][0])[0] for name in names], height=0.7)
-        ax.set_yticks(range(len(names)), [f"{label[:24]} r={rank}" for label, rank in names])
+        values = [np.mean([measure(run) for run in cell.runs]) for cell in cells]
+        ax.barh(range(len(cells)), values, color=[style(cell)[0] for cell in cells], height=0.7)
+        ax.set_yticks(range(len(cells)), [f"{cell.configuration[:24]} r={cell.rank}" for cell in cells])
         ax.set_xlabel(title)
         ax.grid(axis="y", visible=False)
         for place, value in enumerate(values):

@@ -123,6 +123,8 @@ def overview(rows: Sequence[Row], left_out: Sequence[LeftOut]) -> list[Table]:
         own = [row for row in primary if row.cell.model == model]
         columns = sorted({(row.cell.task, row.cell.variant) for row in own})
         lines = sorted({(r.cell.rank, r.cell.params, r.cell.configuration, f"{100 * r.cell.share:.2f} %") for r in own})
+        # An average is over tasks: of a task in two settings neither may count twice or be dropped silently.
+        averaged = len(columns) > 1 and len({task for task, _ in columns}) == len(columns)
         body = []
         for rank, params, configuration, share in lines:
             found = {
@@ -131,7 +133,7 @@ def overview(rows: Sequence[Row], left_out: Sequence[LeftOut]) -> list[Table]:
                 if (row.cell.rank, row.cell.params, row.cell.configuration) == (rank, params, configuration)
             }
             cells = [_overview_cell(found.get(column), configuration, rank, column[0], left_out) for column in columns]
-            average = [_average([found.get(column) for column in columns])] if len(columns) > 1 else []
+            average = [_average([found.get(column) for column in columns])] if averaged else []
             body.append((configuration, str(rank), f"{params:,}", share, *cells, *average))
         names = [f"{task} ({variant})" if variant else task for task, variant in columns]
         head = ("configuration", "rank", "parameters", "share of LoRA", *names)
