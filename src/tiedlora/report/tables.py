@@ -142,13 +142,12 @@ def overview(rows: Sequence[Row], left_out: Sequence[LeftOut]) -> list[Table]:
             "LoRA at the same rank with its 95 % interval over seeds and examples (over examples alone for one seed). "
             "* has notes in the table of results."
         )
-        if len(columns) > 1:
+        if averaged:
             head += ("average",)
             caption += (
-                f" The average is the plain mean over the {len(columns)} columns {', '.join(names)}; its interval "
-            )
-            caption += (
-                "is a t interval over seeds that all of them share, and it is left out where a column is missing."
+                f" The average is the plain mean of each task's first metric over the {len(columns)} columns "
+                f"{', '.join(names)}; its interval is a t interval over seeds that all of them share, and it is left out "
+                "where a column is missing."
             )
         tables.append(Table(f"overview-{re.sub(r'[^A-Za-z0-9]+', '-', model).lower()}", caption, head, body))
     return tables
