@@ -112,6 +112,9 @@ class Tracker:
             )
         except (wandb.errors.UsageError, wandb.errors.CommError) as error:
             raise UserError(f"tracking=wandb: {error}; WANDB_MODE=offline or tracking=none needs no account") from None
+        # Tables and scatter plots read the summary: the best validation loss, and the last of the others.
+        self.wandb.define_metric("validation/loss", summary="min,last")
+        self.wandb.define_metric("train/*", summary="last")
         for row in self.rows:
             self._to_wandb(row)
 

@@ -1,0 +1,37 @@
+"""python scripts/report.py outputs --out report: finished runs -> tables, intervals, figures, claims, one page.
+
+Reads run folders only: no torch, no W&B account, no network. docs/results.md explains every column and interval.
+"""
+
+import argparse
+from pathlib import Path
+
+from tiedlora import cli
+from tiedlora.report import peft_results, write
+
+CLAIMS = Path(__file__).resolve().parents[1] / "claims" / "tied_lora.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (outputs/), or single runs' folders")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="where the report goes; default report/")
+    parser.add_argument("--claims", type=Path, default=CLAIMS, help="a claims file; default claims/tied_lora.yaml")
+    parser.add_argument("--split", choices=("validation", "test"), help="default: test where the chosen runs have it")
+    parser.add_argument("--sections", type=int, default=24, help="chosen runs with a section of their own on the page")
+    parser.add_argument("--peft-results", type=Path, help="results folder of PEFT's method_comparison/MetaMathQA")
+    parser.add_argument("--export-peft", type=Path, help="also write our GSM8K test runs there, in PEFT's schema")
+    arguments = parser.parse_args()
+    found = write.build(
+        arguments.runs, claims=arguments.claims, split=arguments.split, peft_results_in=arguments.peft_results
+    )
+    for line in write.write(found, arguments.out, sections=arguments.sections):
+        print(line)
+    if arguments.export_peft:
+        count = peft_results.export(found.runs, arguments.export_peft)
+        print(f"exported       {count} runs on GSM8K's test split to {arguments.export_peft}")
+
+
+if __name__ == "__main__":
+    with cli.exits():
+        main()

@@ -1,0 +1,141 @@
+"""W&B workspaces for the runs at hand, one a task: Pareto, bars, curves by configuration, parallel coordinates.
+
+Built from finished runs' records, so that the panels ask for the very keys that runs log (present.flat_summary and
+metrics.jsonl). Building needs no account and no network; only saving does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from tiedlora.errors import UserError
+from tiedlora.report.compare import SPLITS
+from tiedlora.report.runs import Run
+
+INSTALL = "wandb-workspaces is not installed; run: pip install 'tiedlora[dashboard]'"
+CONFIGURATION = "tying.name"
+"""The key of a run's W&B configuration that panels group by."""
+
+
+def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
+    """A workspace for every task among the runs.
+
+    Raises:
+        UserError: wandb-workspaces is not installed, or there is no run.
+    """
+    try:
+        ws: Any = importlib.import_module("wandb_workspaces.workspaces")
+    except ImportError:
+        raise UserError(f"wandb_dashboard: {INSTALL}") from None
+    if not runs:
+        raise UserError("wandb_dashboard: no finished run to take tasks and metrics from")
+    found = []
+    for task in sorted({run.task for run in runs}):
+        scored = [run for run in runs if run.task == task]
+        keys = [key for split in SPLITS for key in _keys(scored, split)]
+        found.append(
+            ws.Workspace(
+                entity=entity,
+                project=project,
+                name=f"Tied-LoRA: {task}",
+                sections=_sections(keys),
+                settings=ws.WorkspaceSettings(x_axis="Step"),
+                runset_settings=ws.RunsetSettings(
+                    filters=[ws.Config("task.name") == task],
+                    groupby=[ws.Config(CONFIGURATION), ws.Config("rank.r")],
+                ),
+            )
+        )
+    return found
+
+
+def _keys(runs: Sequence[Run], split: str) -> list[str]:
+    """Summary keys of a split's metrics, the task's first one first."""
+    metrics: dict[str, Any] = next((run.splits[split]["metrics"] for run in runs if split in run.splits), {})
+    return [f"{split}/{name}" for name in metrics]
+
+
+def _sections(keys: Sequence[str]) -> list[Any]:
+    # Through importlib: the package re-exports names that a type checker does not find.
+    wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
+    ws: Any = importlib.import_module("wandb_workspaces.workspaces")
+    summary, config = wr.SummaryMetric, wr.Config
+    pareto = [
+        wr.ScatterPlot(
+            title=f"{key} by trainable parameters",
+            x=summary("trainable_params"),
+            y=summary(key),
+            log_x=True,
+            running_ymax=True,
+        )
+        for key in keys
+    ]
+    bars = [
+        wr.BarPlot(
+            title=f"{key} by configuration",
+            metrics=[key],
+            groupby=config(CONFIGURATION),
+            groupby_aggfunc="mean",
+            groupby_rangefunc="stddev",
+        )
+        for key in keys
+    ]
+    curves = [
+        wr.LinePlot(
+            title=title,
+            x="Step",
+            y=[key],
+            groupby=config(CONFIGURATION),
+            groupby_aggfunc="mean",
+            groupby_rangefunc="minmax",
+        )
+        for title, key in (("validation loss", "validation/loss"), ("training loss", "train/loss"))
+    ]
+    column = wr.ParallelCoordinatesPlotColumn
+    choices = wr.ParallelCoordinatesPlot(
+        title="choices and scores",
+        columns=[
+            column(metric=config(CONFIGURATION)),
+            column(metric=config("rank.r"), log=True),
+            column(metric=config("train.lr"), log=True),
+            column(metric=summary("trainable_params"), log=True),
+            *(column(metric=summary(key)) for key in keys[:2]),
+        ],
+    )
+    cost = [
+        wr.ScatterPlot(title=f"{keys[0]} by {title}", x=summary(key), y=summary(keys[0]))
+        for title, key in (("peak memory", "training/peak_memory_bytes"), ("tokens/s", "training/tokens_per_s"))
+    ]
+    return [
+        ws.Section("Score by trainable parameters (Pareto)", pareto, is_open=True),
+        ws.Section("Bars", bars, is_open=True),
+        ws.Section("Curves by configuration", curves, is_open=True),
+        ws.Section("Parallel coordinates", [choices], is_open=True),
+        ws.Section("Cost", cost),
+    ]
+
+
+def specification(workspace: Any) -> dict[str, Any]:
+    """What would be sent to W&B, as plain data."""
+    found: dict[str, Any] = workspace._to_model().model_dump(mode="json", by_alias=True)
+    return found
+
+
+def save(workspace: Any) -> str:
+    """Save a workspace to W&B and return its address.
+
+    Raises:
+        UserError: no account on this machine, or W&B refuses.
+    """
+    import wandb
+
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        raise UserError("wandb_dashboard: WANDB_MODE keeps W&B offline; unset it to save, or use --json")
+    try:
+        return str(workspace.save().url)
+    except (wandb.errors.Error, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"wandb_dashboard: cannot save ({reason}); `wandb login` first, or use --json") from None

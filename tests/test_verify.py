@@ -1,0 +1,153 @@
+"""Receipts: an untouched run agrees, and each kind of change is named."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiedlora import run, verify
+from tiedlora.config import PROJECT, compose_config
+from tiedlora.record import run_id
+
+ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run on a random model and local rows, never changed: tests work on copies."""
+    place = tmp_path_factory.mktemp("verify")
+    data = place / "data" / "gsm8k"
+    data.mkdir(parents=True)
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = compose_config(
+        [
+            *("model=tiny_llama", "task=gsm8k", "task.validation_from_train=12", "task.rows.validation=null"),
+            *("task.max_new_tokens=6", "train.steps=4", "train.batch_size=4", "train.warmup_steps=1"),
+            *("train.dtype=float32", "train.threads=1", "score.batch_size=4"),
+            *(f"outputs={place}/outputs", f"cache={place}/cache", f"data_root={place}/data"),
+        ]
+    )
+    run.main(config)
+    return place, run_id(config)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    place, name = finished
+    shutil.copytree(place / "data", tmp_path / "data")
+    shutil.copytree(place / "outputs" / name, tmp_path / name)
+    return tmp_path / name
+
+
+def wrong(folder: Path, rows: int = 4) -> dict[str, str]:
+    findings = verify.verify(folder, data_root=str(folder.parent / "data"), rows=rows)
+    return {finding.check: finding.says for finding in findings if finding.ok is False}
+
+
+def test_an_untouched_run_agrees_in_every_check(copy):
+    findings = verify.verify(copy, data_root=str(copy.parent / "data"), rows=100)
+    assert [finding.check for finding in findings if not finding.ok] == []
+    checks = {finding.check for finding in findings}
+    assert checks >= {"configuration", "data train", "data validation", "adapter", "base", "predictions validation"}
+    assert checks >= {"regenerate validation", "regenerate validation.base"}
+
+
+@pytest.mark.parametrize("kind", ["validation", "validation.base"])
+def test_a_changed_output_is_named_by_its_row(copy, kind):
+    path = copy / "predictions" / f"{kind}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[5]["output"] = f"#### {rows[5]['references'][0]}"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = wrong(copy)
+    assert f"row {rows[5]['id']}:" in found[f"predictions {kind}"]
+    # Its batch is regenerated first, so the row is named there too.
+    assert f"row {rows[5]['id']}:" in found[f"regenerate {kind}"]
+
+
+def test_a_changed_output_of_the_same_score_is_found_by_regeneration(copy):
+    path = copy / "predictions" / "validation.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[2]["output"] = "something else"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = wrong(copy, rows=100)
+    assert list(found) == ["regenerate validation"]
+    assert f"row {rows[2]['id']}:" in found["regenerate validation"]
+
+
+def test_a_changed_score_is_named_by_row_and_metric(copy):
+    path = copy / "result.json"
+    record = json.loads(path.read_text())
+    record["scores"]["validation"]["metrics"]["exact_match_flexible"]["value"] += 0.25
+    path.write_text(json.dumps(record))
+    assert "metrics.exact_match_flexible.value" in wrong(copy, rows=0)["predictions validation"]
+
+
+def test_a_changed_adapter_byte_is_named(copy):
+    path = copy / "adapter" / "adapter.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(bytes(data))
+    found = wrong(copy, rows=0)
+    assert list(found) == ["adapter"]
+    assert "adapter.safetensors" in found["adapter"]
+
+
+def test_another_runs_adapter_is_named(copy):
+    path = copy / "adapter" / "adapter.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 7'))
+    assert "its seed is 7" in wrong(copy, rows=0)["adapter"]
+
+
+def test_a_changed_data_row_is_named(copy):
+    """A held-out row by its id; of a training row the record holds the hash alone, so the split is named."""
+    path = copy.parent / "data" / "gsm8k" / "train.jsonl"
+    rows = [json.loads(line) for line in (copy / "predictions" / "validation.jsonl").read_text().splitlines()]
+    original = path.read_text()
+    question = rows[3]["prompt"].split("Question: ")[1].split("\n")[0]
+    path.write_text(original.replace(question, "What is 0 and 0?"))
+    found = wrong(copy, rows=0)
+    assert f"row {rows[3]['id']}:" in found["data validation"]
+    assert "What is 0 and 0?" in found["data validation"]
+    assert "data train" not in found
+    held_out = {row["prompt"].split("Question: ")[1].split("\n")[0] for row in rows}
+    trained = next(row["question"] for row in ROWS if row["question"] not in held_out)
+    path.write_text(original.replace(trained, "What is 0 and 0?"))
+    found = wrong(copy, rows=0)
+    assert list(found) == ["data train"]
+
+
+def test_a_changed_configuration_key_is_named(copy):
+    path = copy / "config.yaml"
+    original = path.read_text()
+    path.write_text(original.replace("steps: 4", "steps: 5"))
+    assert "train.steps (4 and 5)" in wrong(copy, rows=0)["configuration"]
+    path.write_text(original)
+    record = json.loads((copy / "result.json").read_text())
+    record["config"]["train"]["lr"] = 0.5
+    (copy / "result.json").write_text(json.dumps(record))
+    assert "train.lr" in wrong(copy, rows=0)["configuration"]
+
+
+def test_a_renamed_folder_is_named(copy):
+    moved = copy.rename(copy.with_name("best-run"))
+    assert "the folder's name is best-run" in wrong(moved, rows=0)["configuration"]
+
+
+def test_missing_data_are_skipped_and_said(copy):
+    findings = verify.verify(copy, data_root=str(copy.parent / "nowhere"), rows=4)
+    assert {f.check for f in findings if f.ok is None} == {"data train", "data validation"}
+    assert not [f for f in findings if f.ok is False]
+
+
+def test_the_script_exits_with_3_and_names_the_culprit(copy):
+    command = [sys.executable, str(PROJECT / "scripts/verify.py"), str(copy), "--rows", "0"]
+    command += ["--data-root", str(copy.parent / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (copy / "predictions" / "validation.jsonl").unlink()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3
+    assert "validation.jsonl: is missing" in done.stdout
