@@ -29,8 +29,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 from tiedlora import checkpoint, evaluate, loop, models, run, tracking
-from tiedlora.config import Config, compose_config
+from tiedlora.config import compose_config
 from tiedlora.record import RunFolder, run_id
+from tiedlora.schema import Config
 
 CHECKPOINT_EVERY = 3
 STEPS = 12

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from tiedlora import config as configuration
-from tiedlora.config import Config, ModelConfig
 from tiedlora.models import Base, load_base
+from tiedlora.schema import Config, ModelConfig
 from tiedlora.tasks import Task, load_task
 from tiedlora.tying import Tying
 

@@ -52,7 +52,7 @@ class TestEveryConfiguration:
             assert attached.adapter.parts()["qkv.A"].shape[0] == attached.adapter.parts()["qkv.B"].shape[0] == 1
 
     def test_only_the_zero_part_has_a_gradient_at_first_and_all_move_by_the_third_step(self, model_name, name, ids):
-        from tiedlora.config import TrainConfig
+        from tiedlora.schema import TrainConfig
 
         base = tiny(model_name)
         attached = attach(base.model, tying_option(name), 4)

@@ -6,11 +6,12 @@ from conftest import EIGHT, model_option, tying_option
 
 from tiedlora import tying
 from tiedlora.adapter import attach
-from tiedlora.config import PROJECT, TrainConfig, compose_config
+from tiedlora.config import PROJECT, compose_config
 from tiedlora.data import Encoder, microbatches
 from tiedlora.loop import build_optimizer
 from tiedlora.loss import target_loss
 from tiedlora.models import load_base
+from tiedlora.schema import TrainConfig
 from tiedlora.tasks import load_examples, load_task
 
 

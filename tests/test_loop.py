@@ -9,10 +9,10 @@ from conftest import tiny, tying_option
 
 from tiedlora import checkpoint, loop
 from tiedlora.adapter import attach
-from tiedlora.config import LrFactors, TrainConfig
 from tiedlora.data import Encoded, Order, microbatches
 from tiedlora.errors import UserError
 from tiedlora.loss import target_loss
+from tiedlora.schema import LrFactors, TrainConfig
 
 CONFIG = TrainConfig(
     steps=8, batch_size=3, lr=1e-2, warmup_steps=2, validate_every=4, checkpoint_every=3, log_every=2, clip=0.5

@@ -7,9 +7,9 @@ import pytest
 
 from tiedlora import config as configuration
 from tiedlora import record
-from tiedlora.config import Config, TrainConfig
 from tiedlora.errors import UserError
 from tiedlora.record import RunFolder, identity, run_id
+from tiedlora.schema import Config, TrainConfig
 
 # An id that changes here re-runs everybody's sweeps. Change one only with a reason in the commit message.
 FROZEN = {}

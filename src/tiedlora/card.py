@@ -8,9 +8,9 @@ from typing import Any
 
 from tiedlora import config as configuration
 from tiedlora import tying
-from tiedlora.config import Config
 from tiedlora.errors import UserError
 from tiedlora.record import identity, run_id
+from tiedlora.schema import Config
 
 GROUPS = ("model", "task", "tying", "rank", "train")
 

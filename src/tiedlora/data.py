@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiedlora.config import TaskConfig
 from tiedlora.errors import UserError
+from tiedlora.schema import TaskConfig
 from tiedlora.tasks import Example
 
 BUCKET_BATCHES = 16

@@ -17,8 +17,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, flag_override
 
 from tiedlora import config, tying
-from tiedlora.config import Config
 from tiedlora.errors import UserError
+from tiedlora.schema import Config
 from tiedlora.sweep import Cell, Sweep
 
 _WORD = re.compile(r"[\w.-]+")

@@ -13,8 +13,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from tiedlora import atomic
-from tiedlora.config import Config
 from tiedlora.errors import UserError
+from tiedlora.schema import Config
 from tiedlora.tasks import load_task
 from tiedlora.tasks.gsm8k import FLEXIBLE, STRICT, Gsm8k
 

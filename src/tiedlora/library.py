@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 
 from tiedlora import config as configuration
 from tiedlora.adapter import Attached, attach_adapter, files
-from tiedlora.config import Config
 from tiedlora.errors import UserError
 from tiedlora.saved import adapter_folder
+from tiedlora.schema import Config
 
 if TYPE_CHECKING:
     from tiedlora.models import Base

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiedlora.config import TrainConfig
 from tiedlora.data import Batch
 from tiedlora.errors import UserError
+from tiedlora.schema import TrainConfig
 
 
 class Interrupted(Exception):

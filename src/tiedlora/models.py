@@ -17,8 +17,8 @@ from filelock import FileLock
 
 from tiedlora import atomic
 from tiedlora.adapter import architectures
-from tiedlora.config import ModelConfig
 from tiedlora.errors import UserError
+from tiedlora.schema import ModelConfig
 
 log = logging.getLogger(__name__)
 

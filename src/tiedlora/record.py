@@ -24,8 +24,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tiedlora import atomic, tying
-from tiedlora.config import PROJECT, Config
+from tiedlora.config import PROJECT
 from tiedlora.errors import UserError
+from tiedlora.schema import Config
 
 IDENTITY_VERSION = 1
 """Raise it when the meaning of a configuration changes without a key changing: every run is then new."""
@@ -53,7 +54,7 @@ class Busy(UserError):
 def identity(config: Any) -> dict[str, Any]:
     """The values that change the result, as nested plain data.
 
-    A field is left out if it is a fact of execution, or at its `neutral` value (see config.py).
+    A field is left out if it is a fact of execution, or at its `neutral` value (see schema.py).
     """
     kept: dict[str, Any] = {}
     for item in fields(config):

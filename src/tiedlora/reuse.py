@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiedlora.config import Config
 from tiedlora.errors import UserError
+from tiedlora.schema import Config
 from tiedlora.tasks import Example, digest, load_examples, load_task
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 
 from tiedlora import atomic, present, processes, reuse, saved, tying
 from tiedlora import config as configuration
-from tiedlora.config import Config
 from tiedlora.errors import UserError
 from tiedlora.processes import Processes
 from tiedlora.record import RunFolder, code, config_record, identity, run_id, versions
+from tiedlora.schema import Config
 from tiedlora.stopping import Stop
 from tiedlora.tasks import Task, load_examples, load_task
 

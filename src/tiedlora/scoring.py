@@ -16,11 +16,11 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from tiedlora import atomic, record
-from tiedlora.config import Config
 from tiedlora.data import Encoder
 from tiedlora.errors import UserError
 from tiedlora.evaluate import choice_log_likelihoods, generate
 from tiedlora.intervals import Interval, bootstrap, paired_proportions, wilson
+from tiedlora.schema import Config
 from tiedlora.tasks import Example, Task, digest
 from tiedlora.tracking import Progress
 

@@ -20,9 +20,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tiedlora import atomic, run, tying
-from tiedlora.config import Config
 from tiedlora.errors import UserError
 from tiedlora.record import Busy, RunFolder, config_record, run_id
+from tiedlora.schema import Config
 from tiedlora.tracking import clock, read_metrics
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from typing import Any
 from tqdm import tqdm
 
 from tiedlora import atomic
-from tiedlora.config import TrackingConfig
 from tiedlora.errors import UserError
+from tiedlora.schema import TrackingConfig
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 
 from tiedlora import config as configuration
 from tiedlora import scoring
-from tiedlora.config import Config
 from tiedlora.errors import UserError
 from tiedlora.record import RunFolder, config_record, identity, run_id
+from tiedlora.schema import Config
 from tiedlora.tasks import Example, Task, digest, load_examples, load_task
 
 CLOSE = 1e-9
@@ -278,7 +278,7 @@ def _regenerate(run: _Run, least: int, suspects: set[str]) -> Iterator[Finding]:
         yield Finding("base", False, f"was {run.result['base']}, here it is {base.record}")
         return
     adapter, _ = load(run.folder.adapter)
-    attached, encoder = attach_adapter(base.model, adapter), Encoder(base.tokenizer, config.task)
+    attached, encoder = attach_adapter(base.model, adapter), Encoder(base.tokenizer, config.task, config.model.context)
     for split in run.result["scores"]:
         if not (examples := run.examples.get(split)):
             continue

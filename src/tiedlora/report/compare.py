@@ -109,7 +109,7 @@ class Scorebook:
 def corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
     """The function from summed statistics to a corpus-level metric such as BLEU, which the run's task owns."""
     # Tasks import Hydra's schema (and sacrebleu): only a report with such a metric waits for them.
-    from tiedlora.config import TaskConfig
+    from tiedlora.schema import TaskConfig
     from tiedlora.tasks import load_task
 
     recorded = run.record["identity"]["task"]

@@ -93,7 +93,8 @@ def over_examples(scores: Array) -> tuple[Array, Array, Array]:
 
 def interval(found: tuple[Any, Any, Any]) -> Interval:
     """A single triple as an Interval."""
-    return Interval(*(float(value) for value in found))
+    value, low, high = (float(part) for part in found)
+    return Interval(value, low, high)
 
 
 def is_binary(scores: Array) -> bool:

@@ -146,8 +146,8 @@ def overview(rows: Sequence[Row], left_out: Sequence[LeftOut]) -> list[Table]:
             head += ("average",)
             caption += (
                 f" The average is the plain mean of each task's first metric over the {len(columns)} columns "
-                f"{', '.join(names)}; its interval is a t interval over seeds that all of them share, and it is left out "
-                "where a column is missing."
+                f"{', '.join(names)}; its interval is a t interval over seeds that all of them share, and it is left "
+                "out where a column is missing."
             )
         tables.append(Table(f"overview-{re.sub(r'[^A-Za-z0-9]+', '-', model).lower()}", caption, head, body))
     return tables

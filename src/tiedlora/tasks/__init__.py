@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tiedlora.config import TaskConfig
 from tiedlora.errors import UserError
+from tiedlora.schema import TaskConfig
 from tiedlora.tasks.rows import Row, RowError, from_folder, from_hub
 
 SPLITS = ("train", "validation", "test")

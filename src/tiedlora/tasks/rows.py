@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiedlora.config import TaskConfig
 from tiedlora.errors import UserError
+from tiedlora.schema import TaskConfig
 
 
 class RowError(ValueError):
