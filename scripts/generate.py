@@ -31,7 +31,8 @@ def main() -> None:
 
     config = library.config_of(arguments.run)
     base = library.base_of(arguments.run, device=arguments.device, cache=arguments.cache)
-    attached, encoder = library.load(arguments.run, base.model), Encoder(base.tokenizer, config.task)
+    attached = library.load(arguments.run, base.model)
+    encoder = Encoder(base.tokenizer, config.task, config.model.context)
     names = re.findall(r"\{(\w+)\}", config.task.prompt)
 
     def answer(prompt: str) -> str:

@@ -100,7 +100,7 @@ class Prepared:
         # torch and transformers cost seconds; a wrong configuration, or a finished run, does not wait for them.
         import torch
 
-        from tiedlora.adapter import attach, files
+        from tiedlora.adapter import TiedAdapter, attach_adapter, files
         from tiedlora.data import Encoder, fit
 
         self.config, self.task, self.us = config, task, us
@@ -123,15 +123,15 @@ class Prepared:
         self.encoded = {split: encoded for split, (_, encoded, _) in fitted.items()}
         self.counts = {split: counts for split, (_, _, counts) in fitted.items()}
         assert config.rank.alpha is not None
-        layout = config.model.architecture.layout
-        self.attached: Attached = attach(
-            self.base.model, config.tying, config.rank.r, config.rank.alpha, config.seed, layout
-        )
+        architecture = config.model.architecture
+        adapter = TiedAdapter(config.tying, config.rank.r, config.rank.alpha, architecture, config.seed)
+        # Before it is put on the model, so that an adapter that does not fit leaves the model as it was.
         if config.train.init_from:
             folder = Path(config.train.init_from)
             if saved.digest(folder) != config.train.init_digest:
                 raise UserError(f"train.init_from={folder}: holds another adapter than when this run was composed")
-            files.start_from(self.attached.adapter, folder, self.base.record)
+            files.start_from(adapter, folder, self.base.record)
+        self.attached: Attached = attach_adapter(self.base.model, adapter)
         self.trainable_params = self.attached.adapter.trainable_params()
         expected = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
         assert self.trainable_params == expected, f"{self.trainable_params} parameters, the formula says {expected}"
