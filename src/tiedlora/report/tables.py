@@ -267,20 +267,41 @@ def to_markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+_INTERVAL = re.compile(r"(?P<value>[^\[]*?) ?\[(?P<low>[^,\]]+), (?P<high>[^\]]+)\](?P<rest>.*)")
+
+
 def to_csv(table: Table) -> str:
-    """Excel-safe CSV: a cell that a spreadsheet would run as a formula gets an apostrophe, a number does not."""
+    """CSV for programs and spreadsheets: an interval's ends have columns of their own, counts have no commas, and a
+    cell that a spreadsheet would run as a formula gets an apostrophe."""
+    columns = []
+    for place, name in enumerate(table.head):
+        cells = [visible(row[place]) for row in table.rows]
+        name = name if name not in table.head[:place] else f"{name} (difference)"
+        found = [_INTERVAL.fullmatch(cell) for cell in cells]
+        if name in TEXT or not any(found):
+            columns.append([name, *cells])
+            continue
+        values = [f"{m['value']}{m['rest']}" if m else cell for m, cell in zip(found, cells, strict=True)]
+        if any(values):
+            columns.append([name, *values])
+        for end in ("low", "high"):
+            columns.append([f"{name} {end}", *(m[end] if m else MISSING for m in found)])
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(table.head)
-    writer.writerows([safe_cell(cell) for cell in row] for row in table.rows)
+    writer.writerows([safe_cell(cell) for cell in row] for row in zip(*columns, strict=True))
     return file.getvalue()
+
+
+TEXT = ("notes", "because", "reason", "what would decide it", "claim")
+"""Columns that hold sentences."""
 
 
 def safe_cell(cell: str) -> str:
     """Neutralise what spreadsheets take for a formula."""
     cell = visible(cell)
-    number = re.fullmatch(r"[+-]?[\d,]*\.?\d+(e[+-]?\d+)?", cell)
-    return cell if number or not cell.lstrip().startswith(("=", "+", "-", "@")) else f"'{cell}"
+    if re.fullmatch(r"[+-]?[\d,]*\.?\d+(e[+-]?\d+)?", cell):
+        return cell.replace(",", "")
+    return cell if not cell.lstrip().startswith(("=", "+", "-", "@")) else f"'{cell}"
 
 
 _LATEX = {
