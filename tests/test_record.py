@@ -12,7 +12,18 @@ from tiedlora.record import RunFolder, identity, run_id
 from tiedlora.schema import Config, TrainConfig
 
 # An id that changes here re-runs everybody's sweeps. Change one only with a reason in the commit message.
-FROZEN = {}
+FROZEN = {
+    "": "TABuv-r8-chain_sum-smollm2_135m_instruct_q4_1-s0-5419d77e8d",
+    "tying=LoRA rank=r1": "LoRA-r1-chain_sum-smollm2_135m_instruct_q4_1-s0-e7b1be0b2e",
+    "tying=LoRA_qkv seed=1": "LoRA_qkv-r8-chain_sum-smollm2_135m_instruct_q4_1-s1-717f0365ed",
+    "tying=Tuv task=gsm8k train=paper model=llama2_7b": "Tuv-r8-gsm8k-llama_2_7b_hf-s0-0a8ae558fb",
+    "tying=TA task=squad rank=r2": "TA-r2-squad-smollm2_135m_instruct_q4_1-s0-1766098e69",
+    "tying=TABuv task=dialogsum model=gpt2_xl rank=r32": "TABuv-r32-dialogsum-gpt2_xl-s0-d6cc07352b",
+    "tying=TAuv task=hellaswag train.lr=1e-3": "TAuv-r8-hellaswag-smollm2_135m_instruct_q4_1-s0-c0e19bb0e3",
+    "tying=TBuv task=iwslt2017 score.checkpoint=best": "TBuv-r8-iwslt2017-smollm2_135m_instruct_q4_1-s0-040e95a622",
+    "tying=TAB tying.A.share=4 tying.dropout=0.1 rank.alpha=16": "custom-r8-chain_sum-smollm2_135m_instruct_q4_1-s0-043e9d5cf5",
+    "tying=TB task=gsm_symbolic train=tiny model=tiny_gpt2": "TB-r8-gsm_symbolic-gpt2-s0-7a1774390d",
+}
 
 
 @pytest.mark.parametrize(("overrides", "expected"), FROZEN.items())
