@@ -7,7 +7,8 @@ cells first; select chooses each configuration's learning rate on validation and
 import argparse
 import logging
 
-from tiedlora import cli, grid, selection, sweep
+from tiedlora import cli, config, grid, selection, sweep
+from tiedlora.report import claims
 
 
 def main() -> None:
@@ -36,12 +37,23 @@ def main() -> None:
     if arguments.json:
         print(sweep.to_json(found, rows))
     elif arguments.what == "plan":
-        print(f"{sweep.table(rows)}\n\n{sweep.summary(found, rows)}")
+        print(f"{sweep.table(rows)}\n\n{sweep.summary(found, rows)}\n")
+        print("\n".join(_decides(found)))
     else:
         print(sweep.summary(found, rows))
         for row in rows:
             if row["state"] != "done":
                 print(f"  {row['state']:<12} {row['seconds']:>6.0f} s  {row['run_id']}  {row['error'] or ''}".rstrip())
+
+
+def _decides(found: sweep.Sweep) -> list[str]:
+    """What the sweep's seeds and test rows can decide of the paper's claims, before the money is spent.
+
+    A task whose YAML takes all rows of test is planned with GSM8K's 1,319.
+    """
+    seeds = len({cell.config.seed for cell in found.cells})
+    rows = min(cell.config.task.rows.test or 1319 for cell in found.cells)
+    return claims.plan(claims.read(config.PROJECT / "claims/tied_lora.yaml"), seeds, rows)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ class Attached:
         return bool(self._kept)
 
     def hook(self) -> None:
-        """Let every adapted module add its update."""
+        """Let every adapted module add its update: once, however often this is called."""
+        if self.handles:
+            return
         dropout = self.adapter.tying.dropout
         for parts, layer, site in self.sites:
             update = Update(parts, layer, site, self.adapter.scale, dropout)
