@@ -21,7 +21,7 @@ FROZEN = {
     "tying=TABuv task=dialogsum model=gpt2_xl rank=r32": "TABuv-r32-dialogsum-gpt2_xl-s0-d6cc07352b",
     "tying=TAuv task=hellaswag train.lr=1e-3": "TAuv-r8-hellaswag-smollm2_135m_instruct_q4_1-s0-c0e19bb0e3",
     "tying=TBuv task=iwslt2017 score.checkpoint=best": "TBuv-r8-iwslt2017-smollm2_135m_instruct_q4_1-s0-040e95a622",
-    "tying=TAB tying.A.share=4 tying.dropout=0.1 rank.alpha=16": "custom-r8-chain_sum-smollm2_135m_instruct_q4_1-s0-043e9d5cf5",
+    "tying=TAB tying.A.share=4 rank.alpha=16": "custom-r8-chain_sum-smollm2_135m_instruct_q4_1-s0-e58127478a",
     "tying=TB task=gsm_symbolic train=tiny model=tiny_gpt2": "TB-r8-gsm_symbolic-gpt2-s0-7a1774390d",
 }
 
