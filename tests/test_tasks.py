@@ -217,6 +217,14 @@ def test_clean_hellaswag_rows_pass_through_unchanged(split):
 
 @needs_rows
 @pytest.mark.parametrize("kind", FIVE)
+def test_no_validation_prompt_is_trained_on(kind):
+    task = task_option(kind, "task.rows.validation=null")
+    train, validation = ({e.prompt for e in load_examples(task, s, str(DATA))} for s in ("train", "validation"))
+    assert not train & validation
+
+
+@needs_rows
+@pytest.mark.parametrize("kind", FIVE)
 def test_every_local_row_is_good(kind):
     for split in ("train", "test") if kind == "gsm8k" else ("train", "validation", "test"):
         nothing_left_out = ("task.rows.validation=null", "task.validation_from_train=0")
@@ -314,17 +322,36 @@ def test_iwslt_pairs_come_out_of_the_official_zip(tmp_path):
     assert ted_pair({"english": "e", "non_english": "d"}) == {"translation": {"de": "d", "en": "e"}}
 
 
-def test_training_pairs_from_the_hub_are_not_scored_ones(tmp_path, monkeypatch):
+def test_sets_of_the_zip_make_up_the_hubs_splits(tmp_path, monkeypatch):
     path = tmp_path / "de-en.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for language in ("de", "en"):
-            archive.writestr(f"train.tags.de-en.{language}", f"Vielen  Dank. {language}\nNeu {language}\n")
-            for name, text in (("dev2010", "Vielen Dank."), ("tst2010", "Eins"), ("tst2011", "Zwei")):
-                archive.writestr(f"IWSLT17.TED.{name}.de-en.{language}.xml", f'<seg id="1">{text} {language}</seg>')
+            archive.writestr(f"train.tags.de-en.{language}", f"Neu {language}\n")
+            for name in ("dev2010", "tst2010", "tst2011"):
+                archive.writestr(f"IWSLT17.TED.{name}.de-en.{language}.xml", f'<seg id="1">{name} {language}</seg>')
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *arguments, **keywords: str(path))
     task = compose_task("iwslt2017", "task.hub.splits.test=tst2010+tst2011")
     found = {split: [row.fields["translation"]["de"] for row in task.hub_rows(split)] for split in SPLITS}
-    assert found == {"train": ["Neu de"], "validation": ["Vielen Dank. de"], "test": ["Eins de", "Zwei de"]}
+    assert found == {"train": ["Neu de"], "validation": ["dev2010 de"], "test": ["tst2010 de", "tst2011 de"]}
+
+
+def test_sentences_that_are_scored_are_not_trained_on(tmp_path):
+    def pairs(*sentences):
+        return [{"translation": {"de": sentence, "en": f"in English: {sentence}"}} for sentence in sentences]
+
+    write(tmp_path, "iwslt2017", *pairs("Vielen  Dank.", "Neu.", "Eins.", "Alt."), split="train")
+    write(tmp_path, "iwslt2017", *pairs("Vielen Dank."), split="validation")
+
+    def trained(*overrides):
+        task = task_option("iwslt2017", *overrides)
+        return [example.references[0] for example in load_examples(task, "train", str(tmp_path))]
+
+    assert trained() == [f" in English: {sentence}" for sentence in ("Neu.", "Eins.", "Alt.")]
+    write(tmp_path, "iwslt2017", *pairs("Eins."), split="test")
+    assert trained() == [f" in English: {sentence}" for sentence in ("Neu.", "Alt.")]
+    assert trained("task.rows.train=1") == [" in English: Neu."]
+    with pytest.raises(UserError, match=r"task\.rows\.train=3: there are only 2"):
+        trained("task.rows.train=3")
 
 
 @pytest.mark.parametrize("option", configuration.options("task"))

@@ -14,6 +14,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,6 +58,9 @@ class Task:
     """Those of them that `corpus_score` makes from summed statistics; the others are means."""
     shortens: ClassVar[str | None] = None
     """The field that loses its end when a prompt is too long: never the question, never the target."""
+
+    inputs_recur: ClassVar[bool] = False
+    """Whether short inputs come in several splits: training rows that ask what is scored are then left out."""
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
@@ -167,11 +171,13 @@ def load_examples(task: Task, split: str, data_root: str | None) -> list[Example
         rows = _split_train(task, data_root)[0]
     else:
         rows = _rows(task, split, data_root)
-    groups = _grouped(task, rows)
-    count = getattr(config.rows, split)
-    if count is not None and count > len(groups):
-        raise UserError(f"task.rows.{split}={count}: there are only {len(groups)}; lower it, or null takes all")
-    examples = list(_examples(task, groups[:count]))
+    found, count = _examples(task, _grouped(task, rows)), getattr(config.rows, split)
+    if split == "train" and task.inputs_recur:
+        scored = _held_out_prompts(task, data_root)
+        found = (example for example in found if example.prompt not in scored)
+    examples = list(islice(found, count))
+    if count is not None and count > len(examples):
+        raise UserError(f"task.rows.{split}={count}: there are only {len(examples)}; lower it, or null takes all")
     if split == "train" and config.shuffle_targets:
         examples = _with_shuffled_targets(examples, config.split_seed)
     return examples
@@ -220,6 +226,18 @@ def _grouped(task: Task, rows: list[Row]) -> list[list[tuple[str, Row]]]:
         seen[id] = row.where
         groups.setdefault(task.group_id(id), []).append((id, row))
     return list(groups.values())
+
+
+def _held_out_prompts(task: Task, data_root: str | None) -> set[str]:
+    """Every prompt of the validation and test rows, whichever of them this run scores."""
+    prompts: set[str] = set()
+    for split in ("validation", "test"):
+        try:
+            rows = _rows(task, split, data_root)
+        except UserError:
+            continue  # Training needs no test rows; whoever scores a split that is missing or broken is told then.
+        prompts.update(example.prompt for example in _examples(task, _grouped(task, rows)))
+    return prompts
 
 
 def _examples(task: Task, groups: list[list[tuple[str, Row]]]) -> Iterator[Example]:
