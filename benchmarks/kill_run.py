@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import signal
 import tempfile
 from collections import Counter
@@ -101,7 +100,6 @@ class Events:
         before(run.present, "flat_summary", "result")
         before(os, "fsync", None)
         before(os, "replace", None)
-        before(shutil, "rmtree", None)
 
 
 def child(outputs: Path, kill_at: int | None) -> tuple[int, list[str]]:
