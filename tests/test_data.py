@@ -109,3 +109,8 @@ def test_the_chat_template_of_the_embedded_model():
     assert len(coder.prompt("a b")) > len(plain.prompt("a b"))
     with pytest.raises(UserError, match=r"task\.chat_template=true"):
         Encoder(tiny("tiny_llama").tokenizer, config.task, 512)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(UserError, match=r"row a gives an empty prompt"):
+        encoder().example(Example("a", "", " yes"))

@@ -122,9 +122,15 @@ class Encoder:
         return replace(example, prompt=prompt(low)) if _whole_words(text[:low]) else None
 
     def example(self, example: Example) -> Encoded:
-        """Prompt and target, the latter with the end-of-text token."""
-        target = (*self.continuation(example.target), self.tokenizer.eos_token_id)
-        return Encoded(self.prompt(example.prompt), target)
+        """Prompt and target, the latter with the end-of-text token.
+
+        Raises:
+            UserError: the prompt has no token, so there is nothing to predict the target's first one from.
+        """
+        prompt = self.prompt(example.prompt)
+        if not prompt:
+            raise UserError(f"task.prompt={self.config.prompt!r}: row {example.id} gives an empty prompt")
+        return Encoded(prompt, (*self.continuation(example.target), self.tokenizer.eos_token_id))
 
 
 def _whole_words(text: str) -> str:
