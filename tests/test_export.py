@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tiedlora
-from tiedlora import card, run
+from tiedlora import reproduce, run
 from tiedlora.adapter import attach, to_merged, to_peft
 from tiedlora.config import compose_config
 from tiedlora.errors import UserError
@@ -160,7 +160,7 @@ def test_the_cards_command_is_the_same_run(overrides):
     import shlex
 
     config = compose_config(overrides)
-    words = shlex.split(card.command(config))
+    words = shlex.split(reproduce.command(config))
     assert words[:2] == ["python", "train.py"]
     assert run_id(compose_config(words[2:])) == run_id(config)
     assert len(words) - 2 <= len(overrides) + 2

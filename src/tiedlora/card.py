@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import shlex
 from typing import Any
 
-from tiedlora import config as configuration
-from tiedlora import tying
-from tiedlora.errors import UserError
-from tiedlora.record import identity, run_id
+from tiedlora import reproduce, tying
 from tiedlora.schema import Config
-
-GROUPS = ("model", "task", "tying", "rank", "train")
 
 _USE = {
     "peft": """    from peft import PeftModel
@@ -90,7 +84,7 @@ def card(result: dict[str, Any], config: Config, kind: str, notes: list[str]) ->
         "",
         "## Command",
         "",
-        f"    {command(config)}",
+        f"    {reproduce.command(config)}",
         "",
     ]
     return "\n".join(lines)
@@ -114,55 +108,3 @@ def _scores(result: dict[str, Any]) -> list[str]:
 
 def _interval(found: dict[str, float]) -> str:
     return f"{100 * found['value']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
-
-
-def command(config: Config) -> str:
-    """A `python train.py ...` that is this very run, with as few overrides as the options of conf/ allow."""
-    wanted = _flat(identity(config))
-
-    def missing(overrides: list[str]) -> dict[str, Any]:
-        try:
-            have = _flat(identity(configuration.compose_config(overrides)))
-        except UserError:
-            return wanted
-        return {key: value for key, value in wanted.items() if key not in have or have[key] != value}
-
-    chosen: list[str] = []
-    for group in GROUPS:
-        if not any(key.startswith(f"{group}.") for key in missing(chosen)):
-            continue
-        options = [[*chosen, f"{group}={name}"] for name in configuration.options(group)]
-        # min keeps the first of equals: no override where none helps.
-        chosen = min([chosen, *options], key=lambda overrides: len(missing(overrides)))
-    known = _flat(identity(configuration.compose_config(chosen)))
-    for key, value in missing(chosen).items():
-        chosen.append(f"{'' if key in known else '+'}{key}={_value(value)}")
-    if config.train.init_from:
-        chosen.append(f"train.init_from={_value(config.train.init_from)}")
-    try:
-        exact = run_id(configuration.compose_config(chosen)) == run_id(config)
-    except UserError:
-        exact = False
-    words = " ".join(shlex.quote(override) for override in chosen)
-    return f"python train.py {words}".rstrip() + ("" if exact else "   # and the rest of config.yaml")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _value(value: Any) -> str:
-    """A value in Hydra's grammar, in which a quoted string knows no escape but that of the quote."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return json.dumps(value)
-    if isinstance(value, list):
-        return f"[{','.join(map(_value, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}: {_value(item)}' for key, item in value.items())}}}"
-    return '"' + str(value).replace('"', '\\"') + '"'

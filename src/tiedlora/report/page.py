@@ -16,9 +16,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from omegaconf import OmegaConf
 
+from tiedlora import config as configuration
+from tiedlora import reproduce
 from tiedlora.errors import UserError
-from tiedlora.report import plots, reproduce
+from tiedlora.record import run_id
+from tiedlora.report import plots
 from tiedlora.report.cells import Cell
 from tiedlora.report.compare import Row
 from tiedlora.report.runs import Run
@@ -157,11 +161,21 @@ def _section(cell: Cell, split: str) -> dict[str, Any]:
         "about": f"{cell.task}, {cell.model}, seed {run.seed}{', ' + cell.variant if cell.variant else ''}",
         "facts": [(key, visible(str(value))) for key, value in facts],
         "curve": curve(run),
-        "command": visible(reproduce.command(run)),
+        "command": visible(_command(run)),
         "split": split,
         "predictions": predictions,
         "no_predictions": problem,
     }
+
+
+def _command(run: Run) -> str:
+    """The command that repeats the run, or where to look if this version of the code reads another from its record."""
+    elsewhere = f"# this version of the code reads another run; its whole configuration is in {run.run_id}/config.yaml"
+    try:
+        config = configuration.load(OmegaConf.create(run.record["config"]))
+    except (UserError, KeyError, TypeError, AttributeError):
+        return elsewhere
+    return reproduce.command(config) if run_id(config) == run.run_id else elsewhere
 
 
 def _predictions(run: Run, split: str) -> tuple[list[dict[str, str]], str]:
