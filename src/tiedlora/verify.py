@@ -19,6 +19,7 @@ from tiedlora import config as configuration
 from tiedlora import scoring
 from tiedlora.errors import UserError
 from tiedlora.record import RunFolder, config_record, identity, run_id
+from tiedlora.report.runs import read_predictions
 from tiedlora.schema import Config
 from tiedlora.tasks import Example, Task, digest, load_examples, load_task
 
@@ -136,7 +137,7 @@ def _data(run: _Run) -> Iterator[Finding]:
 def _changed_row(run: _Run, split: str) -> str:
     """The first row that differs from the predictions made on it."""
     try:
-        rows = _read(run.folder.predictions_file(split))
+        rows = read_predictions(run.folder.predictions_file(split))
     except UserError:
         return "the run recorded the rows' hash alone, so which row it is cannot be said"
     examples = run.examples[split]
@@ -194,8 +195,8 @@ def _predictions(run: _Run) -> Iterator[Finding]:
     """Each prediction's scores from its output, and the record's metrics from the scores."""
     for split, recorded in run.result["scores"].items():
         name = f"predictions {split}"
-        ours = _read(run.folder.predictions_file(split))
-        theirs = _read(run.folder.predictions_file(f"{split}.base")) if "base" in recorded else None
+        ours = read_predictions(run.folder.predictions_file(split))
+        theirs = read_predictions(run.folder.predictions_file(f"{split}.base")) if "base" in recorded else None
         wrong = [
             *_misscored(run, ours, split, name),
             *(_misscored(run, theirs, split, f"{name}.base") if theirs else []),
@@ -238,21 +239,6 @@ def _recorded_example(row: dict[str, Any]) -> Example:
     return Example(**fields)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        raise UserError(f"{path}: is missing") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows.append({**row, **{key: row[key] for key in ("id", "prompt", "references", "output", "scores")}})
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: is not a prediction") from None
-    return rows
-
-
 def _regenerate(run: _Run, least: int, suspects: set[str]) -> Iterator[Finding]:
     """Outputs of whole scoring batches, from the adapter and from the base, compared with predictions/.
 
@@ -282,14 +268,14 @@ def _regenerate(run: _Run, least: int, suspects: set[str]) -> Iterator[Finding]:
     for split in run.result["scores"]:
         if not (examples := run.examples.get(split)):
             continue
-        rows = _read(run.folder.predictions_file(split))
+        rows = read_predictions(run.folder.predictions_file(split))
         if len(rows) != len(examples):
             yield Finding(f"regenerate {split}", False, f"{len(rows)} predictions of {len(examples)} rows")
             continue
         places = _batches(rows, encoder, config.score.batch_size, least, suspects)
         chosen = [examples[place] for place in places]
         for kind in ("", ".base") if "base" in run.result["scores"][split] else ("",):
-            recorded = _read(run.folder.predictions_file(f"{split}{kind}"))
+            recorded = read_predictions(run.folder.predictions_file(f"{split}{kind}"))
             if len(recorded) != len(examples):
                 yield Finding(
                     f"regenerate {split}{kind}", False, f"{len(recorded)} predictions of {len(examples)} rows"

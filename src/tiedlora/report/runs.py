@@ -38,6 +38,32 @@ class LeftOut:
     about: dict[str, Any]
 
 
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """The rows of a predictions file, one an example.
+
+    Raises:
+        UserError: the file is missing or a row is damaged; the message names file and line.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        raise UserError(f"{path}: is missing") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            ok = isinstance(row["id"], str) and isinstance(row["scores"], dict)
+            ok = ok and {"prompt", "references", "output"} <= row.keys()
+        except (ValueError, KeyError, TypeError, RecursionError):
+            ok = False
+        if not ok:
+            raise UserError(
+                f"{path}:{number}: is not a prediction (an object with id, prompt, references, output, scores)"
+            )
+        rows.append(row)
+    return rows
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run."""
@@ -89,22 +115,7 @@ class Run:
         Raises:
             UserError: the file is missing or a row is damaged; the message names file and line.
         """
-        path = self.path / "predictions" / f"{split}{'.base' if base else ''}.jsonl"
-        try:
-            lines = path.read_bytes().splitlines()
-        except OSError:
-            raise UserError(f"{path}: is missing") from None
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                ok = isinstance(row["id"], str) and isinstance(row["scores"], dict)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                ok = False
-            if not ok:
-                raise UserError(f"{path}:{number}: is not a prediction (a JSON object with id and scores)")
-            rows.append(row)
-        return rows
+        return read_predictions(self.path / "predictions" / f"{split}{'.base' if base else ''}.jsonl")
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one key of metrics.jsonl; lines that a kill cut short are passed over."""
