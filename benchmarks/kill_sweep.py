@@ -45,7 +45,7 @@ def child() -> None:
     """train.py with a journal, and with an end at the moment that KILL_AT names."""
     import torch
 
-    from tiedlora import atomic, checkpoint, models, run, scoring
+    from tiedlora import atomic, checkpoint, models, prepared, scoring
 
     seen: Counter[str] = Counter()
     journal = os.open(os.environ["JOURNAL"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -90,7 +90,7 @@ def child() -> None:
     wrap(atomic, "write_json", writing)
     wrap(scoring, "predict", lambda *_: at("decode"))
     wrap(scoring, "score_split", lambda *_: at("adapter"))
-    wrap(run.Prepared, "train_and_score", training)
+    wrap(prepared.Prepared, "train_and_score", training)
     original = atomic.write_json
 
     def write_json(path: Path, value: object) -> None:

@@ -249,12 +249,12 @@ def _regenerate(run: _Run, least: int, suspects: set[str]) -> Iterator[Finding]:
     from tiedlora.adapter import attach_adapter, load
     from tiedlora.data import Encoder
     from tiedlora.models import load_base
-    from tiedlora.run import _device
+    from tiedlora.prepared import device_of
 
     config = run.config
     if threads := re.fullmatch(r"cpu, (\d+) threads", str(run.result["device"])):
         torch.set_num_threads(int(threads[1]))
-    device = torch.device(_device(config.train.device))
+    device = torch.device(device_of(config.train.device))
     try:
         base = load_base(config.model, config.train.dtype, device, Path(config.cache))
     except UserError as error:
