@@ -78,7 +78,7 @@ def child() -> None:
         if path.name == "result.json":
             at("result")
 
-    def training(prepared: object, folder: object) -> None:
+    def training(run: object, folder: object, *_: object) -> None:
         note(f"train {folder.path.name}")
 
     def finished(path: Path, *_: object) -> None:
