@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -196,9 +195,17 @@ def main() -> None:
         peak = statistics.median(one["peak"] for one in found[name])
         mine = statistics.median(one["peak"] for one in found[OURS])
         rows.append(
-            [name, f"{statistics.median(speeds):.0f}", f"{peak / 1e9:.2f} GB", common.spread(ratios), f"{mine / peak:.2f}"]
+            [
+                name,
+                f"{statistics.median(speeds):.0f}",
+                f"{peak / 1e9:.2f} GB",
+                common.spread(ratios),
+                f"{mine / peak:.2f}",
+            ]
         )
-    print(common.table(["what", "tokens/s", "peak memory", "ours is x times as fast", "ours uses x of its memory"], rows))
+    print(
+        common.table(["what", "tokens/s", "peak memory", "ours is x times as fast", "ours uses x of its memory"], rows)
+    )
     print(f"matrix products, bfloat16, (2048, 576) @ (576, 1536): {statistics.median(rates) / 1e9:.0f} GFLOP/s")
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": common.machine(), "worst": worst, "runs": found}, indent=1))

@@ -50,9 +50,9 @@ def main() -> None:
     def show(text: str) -> None:
         prompt = text if arguments.raw or len(names) != 1 else config.task.prompt.replace(f"{{{names[0]}}}", text)
         adapted = answer(prompt)
-        attached.unhook()
+        attached.disable()
         plain = answer(prompt)
-        attached.hook()
+        attached.enable()
         print(prompt, side_by_side(plain, adapted), "", sep="\n")
 
     for prompt in arguments.prompt:

@@ -70,4 +70,4 @@ def test_a_sharded_model_is_refused():
 
     with pytest.raises(UserError, match=r"sharded.*torchrun"):
         attach(FullyShardedDataParallel(), "TABuv")
-    assert attach(tiny("tiny_llama").model, "TABuv").handles
+    assert attach(tiny("tiny_llama").model, "TABuv").active

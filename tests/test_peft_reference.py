@@ -41,11 +41,10 @@ def peft_lora(twin: torch.nn.Module, attached: Attached, targets: list[str], fan
         ),
     )
     reached = 0
-    for parts, layer, site in attached.sites:
-        module = model.base_model.model.get_submodule(site.module_path)
-        A_l, B_l = (factor.detach() for factor in parts.folded(layer, site.rows))
-        module.lora_A["default"].weight.data.copy_(A_l)
-        module.lora_B["default"].weight.data.copy_(B_l)
+    for path, (A_l, B_l) in attached.adapter.pairs().items():
+        module = model.base_model.model.get_submodule(path)
+        module.lora_A["default"].weight.data.copy_(A_l.detach())
+        module.lora_B["default"].weight.data.copy_(B_l.detach())
         reached += 1
     assert reached == sum(".lora_A." in name for name, _ in model.named_parameters())
     return model

@@ -88,7 +88,7 @@ class _Status(nn.Module, BaseTunerLayer):
     @property
     def disable_adapters(self) -> bool:
         (tuner,) = self.tuner
-        return not tuner.attached.handles and not tuner.attached.merged
+        return not tuner.attached.active and not tuner.attached.merged
 
     @property
     def active_adapters(self) -> list[str]:
@@ -134,13 +134,13 @@ class TiedLoraModel(BaseTuner):
 
     def enable_adapter_layers(self) -> None:
         """Let the adapter act again."""
-        if not self.attached.handles and not self.attached.merged:
-            self.attached.hook()
+        if not self.attached.merged:
+            self.attached.enable()
 
     def disable_adapter_layers(self) -> None:
         """Give the base model's own outputs."""
         self.attached.unmerge()
-        self.attached.unhook()
+        self.attached.disable()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Put the update into the weights; `unmerge_adapter` restores a kept copy."""
@@ -185,7 +185,7 @@ class TiedLoraModel(BaseTuner):
         return state_dict
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a tied adapter hooks modules and replaces none")
+        raise AssertionError("a tied adapter keeps the modules and replaces none")
 
 
 def _typed(kind: type, values: Any) -> Any:

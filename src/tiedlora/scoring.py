@@ -213,9 +213,9 @@ def score_split(
     found: dict[str, Any] = {"rows": len(examples), "digest": digest(examples)}
     theirs = None
     if config.score.base:
-        attached.unhook()
+        attached.disable()
         theirs = base_rows(attached.model, encoder, task, examples, config, base, split)
-        attached.hook()
+        attached.enable()
         atomic.write_json_lines(folder.predictions_file(f"{split}.base"), theirs)
     started = time.perf_counter()
     ours = predict(attached.model, encoder, task, examples, config, f"adapted model on {split}")

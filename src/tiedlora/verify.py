@@ -282,10 +282,10 @@ def _regenerate(run: _Run, least: int, suspects: set[str]) -> Iterator[Finding]:
                 )
                 continue
             if kind:
-                attached.unhook()
+                attached.disable()
             made = scoring.predict(base.model, encoder, run.task, chosen, config, f"regenerating {split}{kind}")
             if kind:
-                attached.hook()
+                attached.enable()
             yield _compared(run, f"regenerate {split}{kind}", made, [recorded[place] for place in places])
     attached.detach()
 

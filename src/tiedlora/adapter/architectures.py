@@ -102,15 +102,15 @@ class Site:
     width: int
     """Outputs of the module; more than there are rows if it computes something else beside."""
 
-    def place(self, B_l: Tensor) -> Tensor:
-        """B_l (rows x r) as rows of the whole module (width x r): zero where the update has nothing to add.
+    def place(self, B: Tensor) -> Tensor:
+        """B (... x rows x r) as rows of the whole module (... x width x r): zero where the update has nothing to add.
 
         Placing the small factor costs nothing beside placing the update, tokens x width.
         """
-        if isinstance(self.outputs, slice) and B_l.shape[0] == self.width:
-            return B_l
-        placed = B_l.new_zeros(self.width, B_l.shape[1])
-        placed[self.outputs if isinstance(self.outputs, slice) else self.outputs.to(B_l.device)] = B_l
+        if isinstance(self.outputs, slice) and B.shape[-2] == self.width:
+            return B
+        placed = B.new_zeros(*B.shape[:-2], self.width, B.shape[-1])
+        placed[..., self.outputs if isinstance(self.outputs, slice) else self.outputs.to(B.device), :] = B
         return placed
 
 

@@ -1,12 +1,15 @@
 """Put an adapter on a base model, take it off, merge it into the weights, and take it out again.
 
-The base model keeps its modules and their names: an update is a forward hook on each adapted module,
-so detaching leaves the very model there was.
+The base model keeps its modules, their names and their weights: an adapted module is given a subclass of its own
+class, whose forward adds the update, so detaching gives the class back and leaves the very model there was. All
+layers' updates are folded together when the forward pass of the layers' owner begins. (Hooks would do the same, but
+each would be an object of its own, and a compiler would compile every layer anew.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +20,36 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from tiedlora.adapter import architectures, files
-from tiedlora.adapter.architectures import Site
-from tiedlora.adapter.parts import TargetParts, TiedAdapter
+from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.errors import UserError
 from tiedlora.tying import Architecture, Layout, Tying, named
 
 
-class Update:
-    """The forward hook of one site: output + s B_l A_l x, in the dtype of x.
+class Adapted(nn.Module):
+    """What an adapted module becomes, beside what it is: its output plus s B_l A_l x.
 
     With separate q, k and v modules each draws its own dropout mask, as PEFT's LoRA does.
     """
 
-    def __init__(self, parts: TargetParts, layer: int, site: Site, scale: float, dropout: float) -> None:
-        self.parts, self.layer, self.site, self.scale, self.dropout = parts, layer, site, scale, dropout
+    folded_A: Tensor
+    """s A_l, (r, d_in), in the weight's dtype; it and folded_B belong to one forward pass."""
+    folded_B: Tensor
+    adapter_dropout: float
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        A_l, B_l = self.parts.folded(self.layer, self.site.rows)
-        x = F.dropout(args[0], self.dropout, module.training) if self.dropout else args[0]
-        # Folding is float32; only the folded factors are rounded to the activations' dtype.
-        return output + F.linear(F.linear(x, (self.scale * A_l).to(x.dtype)), self.site.place(B_l).to(x.dtype))
+    def forward(self, x: Tensor) -> Tensor:
+        plain: Tensor = super().forward(x)
+        dropped = F.dropout(x, self.adapter_dropout, self.training) if self.adapter_dropout else x
+        return plain + F.linear(F.linear(dropped, self.folded_A), self.folded_B)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model folds its own; torch refuses to copy a tensor that has a history.
+        return {key: value for key, value in self.__dict__.items() if key not in ("folded_A", "folded_B")}
+
+
+@cache
+def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
+    """One subclass for each class of modules, so that all layers share compiled code."""
+    return type(f"Adapted{kind.__name__}", (Adapted, kind), {})
 
 
 @dataclass
@@ -49,30 +62,45 @@ class Attached:
 
     model: nn.Module
     adapter: TiedAdapter
-    sites: list[tuple[TargetParts, int, Site]]
-    handles: list[RemovableHandle] = field(default_factory=list)
+    paths: list[str]
+    """Of the adapted modules."""
+    _folding: RemovableHandle | None = None
     _kept: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def active(self) -> bool:
+        """Whether the adapted modules add their update as they compute (a merged one is in the weights instead)."""
+        return self._folding is not None
 
     @property
     def merged(self) -> bool:
         """Whether the update is in the weights now."""
         return bool(self._kept)
 
-    def hook(self) -> None:
+    def enable(self) -> None:
         """Let every adapted module add its update: once, however often this is called."""
-        if self.handles:
+        if self.active:
             return
-        dropout = self.adapter.tying.dropout
-        for parts, layer, site in self.sites:
-            update = Update(parts, layer, site, self.adapter.scale, dropout)
-            module = self.model.get_submodule(site.module_path)
-            self.handles.append(module.register_forward_hook(update))
+        modules: dict[str, Any] = {path: self.model.get_submodule(path) for path in self.paths}
+        for module in modules.values():
+            module.__class__ = _adapted(type(module))  # type: ignore[arg-type]
+            module.adapter_dropout = self.adapter.tying.dropout
+        # Whoever calls the model, with or without its head, comes through the owner of the layers.
+        owner = architectures.layout_of(self.adapter.architecture).layers.rpartition(".")[0]
+        body: nn.Module = self.model.get_submodule(owner)
+        self._folding = body.register_forward_pre_hook(_Fold(self.adapter, modules))
 
-    def unhook(self) -> None:
+    def disable(self) -> None:
         """Leave the base model's own outputs."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        if self._folding is None:
+            return
+        self._folding.remove()
+        self._folding = None
+        for path in self.paths:
+            module = self.model.get_submodule(path)
+            module.__class__ = type(module).__bases__[1]
+            for name in ("folded_A", "folded_B", "adapter_dropout"):
+                module.__dict__.pop(name, None)
 
     def save_pretrained(self, folder: Path | str, base: dict[str, Any] | None = None) -> int:
         """Write the adapter's own small folder, each part once; see `files.save`.
@@ -99,7 +127,7 @@ class Attached:
     def detach(self) -> None:
         """Take the adapter off: the base model is bit for bit what it was."""
         self.unmerge()
-        self.unhook()
+        self.disable()
         del self.model.tied_adapter
 
     @torch.no_grad()
@@ -111,15 +139,13 @@ class Attached:
         """
         if self.merged:
             return
-        for parts, layer, site in self.sites:
-            module = self.model.get_submodule(site.module_path)
+        for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale).items():
+            module = self.model.get_submodule(path)
             weight: Tensor = module.weight  # type: ignore[assignment]
-            if site.module_path not in self._kept:
-                self._kept[site.module_path] = weight.detach().clone()
-            A_l, B_l = parts.folded(layer, site.rows)
-            update = self.adapter.scale * (site.place(B_l) @ A_l)
+            self._kept[path] = weight.detach().clone()
+            update = B_l @ A_l
             weight += (update.T if isinstance(module, Conv1D) else update).to(weight.dtype)
-        self.unhook()
+        self.disable()
 
     def fuse(self) -> None:
         """Merge for good: the adapter leaves the model, its update stays in the weights, no copy is kept."""
@@ -135,7 +161,19 @@ class Attached:
         for path, kept in self._kept.items():
             self.model.get_submodule(path).weight.copy_(kept)  # type: ignore[operator]
         self._kept.clear()
-        self.hook()
+        self.enable()
+
+
+class _Fold:
+    """Before each forward pass through the layers: give every adapted module its folded factors."""
+
+    def __init__(self, adapter: TiedAdapter, modules: dict[str, Any]) -> None:
+        self.adapter, self.modules = adapter, modules
+
+    def __call__(self, *_: Any) -> None:
+        dtype = next(iter(self.modules.values())).weight.dtype
+        for path, pair in self.adapter.pairs(self.adapter.scale, dtype).items():
+            self.modules[path].folded_A, self.modules[path].folded_B = pair
 
 
 def attach(
@@ -176,17 +214,11 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter) -> Attached:
     architecture = architectures.read(model, adapter.architecture.layout)
     _same_architecture(adapter.architecture, architecture)
     architectures.check(model, architecture, adapter.tying.targets)
-    sites = [
-        (adapter.targets[target], layer, site)
-        for target in adapter.tying.targets
-        for layer in range(architecture.layers)
-        for site in architectures.sites(architecture, target, layer)
-    ]
     model.requires_grad_(False)
     adapter.to(next(model.parameters()).device)
     model.add_module("tied_adapter", adapter)
-    attached = Attached(model, adapter, sites)  # type: ignore[arg-type]
-    attached.hook()
+    attached = Attached(model, adapter, adapter.paths())
+    attached.enable()
     return attached
 
 

@@ -24,21 +24,10 @@ PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 @torch.no_grad()
 def lora_pairs(adapter: TiedAdapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module path -> its LoRA pair (A: k r x d_in, B: d_out x k r), float32 on the CPU, nothing shared.
-
-    k is how many targets the module holds: 1, or more where, say, q and v of a fused module are adapted
-    apart; their pairs are then stacked, B's columns in the order of A's rows.
-    """
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for target in adapter.tying.targets:
-        for layer in range(adapter.architecture.layers):
-            for site in architectures.sites(adapter.architecture, target, layer):
-                A_l, B_l = adapter.targets[target].folded(layer, site.rows)  # type: ignore[operator]
-                found.setdefault(site.module_path, []).append((A_l.float().cpu(), site.place(B_l).float().cpu()))
+    """As TiedAdapter.pairs, float32 on the CPU, nothing shared: safetensors refuses the shared memory of a tied A."""
     return {
-        # cat copies, also a single tensor: safetensors refuses the shared memory of a tied A.
-        path: (torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1))
-        for path, pairs in found.items()
+        path: (A.float().cpu().clone(), B.float().cpu().clone(memory_format=torch.contiguous_format))
+        for path, (A, B) in adapter.pairs().items()
     }
 
 
@@ -107,7 +96,7 @@ def to_merged(attached: Attached, tokenizer: Any, folder: Path, dtype: str = "fl
     model: Any = attached.model
     if next(model.parameters()).dtype != torch.float32:
         raise UserError(f"export: the base model is {model.dtype}; load it in float32, so that merging does not round")
-    before = {path: _weight(attached, path).clone() for path in {site.module_path for _, _, site in attached.sites}}
+    before = {path: _weight(attached, path).clone() for path in attached.paths}
     attached.fuse()
     wrong, whole = 0.0, 0.0
     narrow = getattr(torch, dtype)

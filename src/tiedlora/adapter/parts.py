@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from tiedlora import tying as spec
+from tiedlora.adapter import architectures
+from tiedlora.adapter.architectures import Site
 from tiedlora.tying import Architecture, Tying
 
 
@@ -54,6 +57,7 @@ class TargetParts(nn.Module):
 
     def __init__(self, tying: Tying, rank: int, architecture: Architecture, target: str, seed: int) -> None:
         super().__init__()
+        self.layers = architecture.layers
         self.shares = {
             "A": spec.layers_per_group(tying.A.share, architecture.layers),
             "B": spec.layers_per_group(tying.B.share, architecture.layers),
@@ -66,22 +70,30 @@ class TargetParts(nn.Module):
                 parameter = nn.Parameter(draw(part.init, shape, seed, name, target), requires_grad=part.trained)
             self.register_parameter(name, parameter)
 
-    def folded(self, layer: int, rows: slice) -> tuple[Tensor, Tensor]:
-        """(A_l, B_l) = (diag(u_l) A, diag(v_l) B), B_l cut to `rows`: an ordinary LoRA pair.
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(diag(u_l) A, diag(v_l) B) of every layer l at once: ordinary LoRA pairs.
 
         Scaling the factors, r x d_in and d_out x r, costs next to nothing; scaling activations would
         cost a tensor of tokens x d_out.
 
         Returns:
-            A_l of shape (r, d_in) and B_l of shape (len(rows), r).
+            A of shape (L, r, d_in) and B of shape (L, d_out, r). Where nothing scales a tied factor its layers are
+            views of one tensor.
         """
-        A_l = self.A[layer // self.shares["A"]]
-        B_l = self.B[layer // self.shares["B"], rows]
+        A, B = self._by_layer("A"), self._by_layer("B")
         if self.u is not None:
-            A_l = self.u[layer].unsqueeze(-1) * A_l
+            A = self.u.unsqueeze(-1) * A
         if self.v is not None:
-            B_l = self.v[layer, rows].unsqueeze(-1) * B_l
-        return A_l, B_l
+            B = self.v.unsqueeze(-1) * B
+        return A, B
+
+    def _by_layer(self, name: str) -> Tensor:
+        factor, share = getattr(self, name), self.shares[name]
+        if share == 1:
+            return factor  # type: ignore[no-any-return]
+        if len(factor) == 1:
+            return factor.expand(self.layers, -1, -1)  # type: ignore[no-any-return]
+        return factor.repeat_interleave(share, 0)[: self.layers]  # type: ignore[no-any-return]
 
 
 class TiedAdapter(nn.Module):
@@ -103,6 +115,48 @@ class TiedAdapter(nn.Module):
         self.targets = nn.ModuleDict(
             {target: TargetParts(tying, rank, architecture, target, seed) for target in tying.targets}
         )
+
+    def pairs(self, scale: float = 1.0, dtype: torch.dtype | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Module path -> its LoRA pair (A: k r x d_in, B: width x k r), differentiable in the parts.
+
+        All layers are folded, scaled and rounded together: a few operations a target, not a few a layer.
+        k is how many targets the module holds: 1, or more where, say, q and v of a fused module are adapted
+        apart; their pairs are then stacked, B's columns in the order of A's rows.
+
+        Args:
+            scale: multiplies the update.
+            dtype: of the pairs; None leaves the parts'. Folding is float32 whatever it is, and so is the sum of
+                a tied part's gradients over layers.
+        """
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for target, parts in self.targets.items():
+            A, B = parts.folded()  # type: ignore[operator]
+            A = scale * A if scale != 1.0 else A
+            for column in zip(*self._sites[target], strict=True):
+                placed = column[0].place(B[:, column[0].rows])
+                each = zip(column, A.to(dtype or A.dtype).unbind(), placed.to(dtype or B.dtype).unbind(), strict=True)
+                for site, A_l, B_l in each:
+                    found.setdefault(site.module_path, []).append((A_l, B_l))
+        return {
+            path: pairs[0]
+            if len(pairs) == 1
+            else (torch.cat([A_l for A_l, _ in pairs]), torch.cat([B_l for _, B_l in pairs], dim=1))
+            for path, pairs in found.items()
+        }
+
+    def paths(self) -> list[str]:
+        """The modules that the adapter adds to, each once."""
+        columns = [site for layers in self._sites.values() for sites in layers for site in sites]
+        return list(dict.fromkeys(site.module_path for site in columns))
+
+    @cached_property
+    def _sites(self) -> dict[str, list[list[Site]]]:
+        """Target -> for each layer the modules it is made of."""
+        layers = range(self.architecture.layers)
+        return {
+            target: [architectures.sites(self.architecture, target, layer) for layer in layers]
+            for target in self.tying.targets
+        }
 
     def parts(self) -> dict[str, nn.Parameter]:
         """`target.part` -> its one parameter, trained and frozen alike."""
