@@ -81,7 +81,7 @@ def theirs(dtype: str, order: str, steps: int, *overrides: str) -> dict[str, Any
     if order == "plain":
         chosen = encoded
     else:
-        ours = Order([len(row) for row in encoded], size, config.seed, bucket=True)
+        ours = Order([len(row) for row in encoded], config.train, config.seed)
         chosen = [encoded[number] for step in range(1, steps + 1) for number in ours.rows(step)]
     adapter = TiedAdapter(config.tying, config.rank.r, config.rank.alpha, config.model.architecture, config.seed)
     model = common.peft_lora(base.model, adapter)

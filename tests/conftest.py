@@ -11,12 +11,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("TIEDLORA_DATA", "TIEDLORA_OUTPUTS", "TIEDLORA_CACHE"):
     os.environ.pop(name, None)
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from tiedlora import config as configuration
+from tiedlora.data import Encoded
 from tiedlora.models import Base, load_base
 from tiedlora.schema import Config, ModelConfig
 from tiedlora.tasks import Task, load_task
@@ -47,6 +49,12 @@ def randomise(adapter: torch.nn.Module, seed: int = 1, scale: float = 0.5) -> No
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters():
         parameter.data = scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def mask_of(rows: Sequence[Encoded]) -> torch.Tensor:
+    """The attention mask (rows, longest row) of rows that are padded on the right."""
+    lengths = torch.tensor([[len(row)] for row in rows])
+    return (torch.arange(int(lengths.max())) < lengths).long()
 
 
 @pytest.fixture

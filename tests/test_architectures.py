@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EIGHT, randomise
+from conftest import EIGHT, mask_of, randomise
 from families import FAMILIES, family_model
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -134,7 +134,7 @@ def test_the_loss_is_the_models_own(family):
     randomise(attached.adapter, scale=0.2)
     rows = [Encoded((1, 2, 3), (4, 5, 256)), Encoded((9, 8), (7, 6, 5, 4, 256))]
     batch = collate(rows, pad_id=256)
-    out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    out = model(input_ids=batch.input_ids, attention_mask=mask_of(rows)).logits
     plain = F.cross_entropy(out.flatten(0, 1)[batch.positions], batch.targets, reduction="sum")
     ours = target_loss(model, batch)
     assert (ours - plain).abs() <= 1e-5 * plain

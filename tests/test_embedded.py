@@ -25,7 +25,7 @@ def batch(base):
     task = load_task(compose_config(["task.options.rows={train: 8, validation: 4, test: 4}"]).task)
     encoder = Encoder(base.tokenizer, task.config, context=8192)
     rows = [encoder.example(example) for example in load_examples(task, "train", None)[:4]]
-    (batch,) = microbatches(rows, None, base.tokenizer.eos_token_id)
+    (batch,) = microbatches(rows, base.tokenizer.eos_token_id)
     return batch
 
 

@@ -28,11 +28,11 @@ def start(option="TABuv", config=CONFIG, seed=0, folder=None, stop_after=None, d
     base.model.train()
     parts = attached.adapter.trained_parts()
     optimizer = loop.build_optimizer(parts, config)
-    order = Order([len(row) for row in ROWS], config.batch_size, seed, config.bucket)
+    order = Order([len(row) for row in ROWS], config, seed)
     log: list[dict] = []
     progress = (folder and checkpoint.restore(folder, parts, optimizer, {})) or loop.Progress()
     calls = loop.Calls(
-        batches=lambda step: microbatches([ROWS[i] for i in order.rows(step)], config.microbatch_size, 256),
+        batches=lambda step: microbatches([ROWS[i] for i in order.rows(step)], 256, config.microbatch_size),
         loss_sum=lambda batch: target_loss(base.model, batch),
         validate=lambda: float(sum(p.detach().abs().sum() for p in parts.values())),
         save=lambda now: folder and checkpoint.save(folder, now, parts, optimizer, {}),
@@ -87,7 +87,7 @@ def test_same_seed_same_run_and_zero_is_a_seed():
     assert steps == list(range(1, 9))
     assert [row["step"] for row in log if "validation/loss" in row] == [0, 4, 8]
     assert progress.tokens == sum(
-        len(ROWS[i]) for s in range(1, 9) for i in Order([len(r) for r in ROWS], 3, 0, True).rows(s)
+        len(ROWS[i]) for s in range(1, 9) for i in Order([len(r) for r in ROWS], TrainConfig(batch_size=3), 0).rows(s)
     )
 
 
@@ -164,28 +164,35 @@ class TestCheckpoints:
 class TestOrder:
     LENGTHS = [(i * 7919) % 97 + 1 for i in range(203)]
 
-    @pytest.mark.parametrize("bucket", [True, False])
-    def test_every_row_once_an_epoch_in_another_order_each(self, bucket):
-        order = Order(self.LENGTHS, 8, 0, bucket)
-        epochs = []
-        for epoch in range(2):
-            steps = range(epoch * order.steps_per_epoch + 1, (epoch + 1) * order.steps_per_epoch + 1)
-            rows = [row for step in steps for row in order.rows(step)]
-            assert sorted(rows) == list(range(203))
-            epochs.append(rows)
-        assert epochs[0] != epochs[1]
-        assert Order(self.LENGTHS, 8, 1, bucket).rows(1) != order.rows(1)
+    def order(self, bucket=True, batch_tokens=None, seed=0):
+        return Order(self.LENGTHS, TrainConfig(batch_size=8, bucket=bucket, batch_tokens=batch_tokens), seed)
 
-    def test_any_step_can_be_asked_for_first(self):
-        one, two = Order(self.LENGTHS, 8, 0, True), Order(self.LENGTHS, 8, 0, True)
-        assert [one.rows(s) for s in (60, 3, 30)] == [two.rows(s) for s in (60, 3, 30)]
+    @pytest.mark.parametrize("batch_tokens", [None, 300, 50])
+    @pytest.mark.parametrize("bucket", [True, False])
+    def test_every_row_once_an_epoch_in_another_order_each(self, bucket, batch_tokens):
+        order = self.order(bucket, batch_tokens)
+        epochs = [order.epoch(0), order.epoch(1)]
+        assert [order.rows(step) for step in range(1, sum(map(len, epochs)) + 1)] == epochs[0] + epochs[1]
+        for batches in epochs:
+            assert sorted(row for batch in batches for row in batch) == list(range(203))
+            for batch in batches:
+                padded = len(batch) * max(self.LENGTHS[row] for row in batch)
+                assert len(batch) <= 8 and (batch_tokens is None or padded <= batch_tokens or len(batch) == 1)
+        assert epochs[0] != epochs[1]
+        assert self.order(bucket, batch_tokens, seed=1).rows(1) != order.rows(1)
+
+    @pytest.mark.parametrize("batch_tokens", [None, 300])
+    def test_any_step_can_be_asked_for_first(self, batch_tokens):
+        one, two = self.order(batch_tokens=batch_tokens), self.order(batch_tokens=batch_tokens)
+        in_turn = [two.rows(step) for step in range(1, 121)]
+        assert [one.rows(s) for s in (120, 3, 60, 119)] == [in_turn[s - 1] for s in (120, 3, 60, 119)]
 
     def test_buckets_pad_less_and_still_mix_lengths_between_steps(self):
         def padding(order):
-            batches = [[self.LENGTHS[i] for i in order.rows(s)] for s in range(1, order.steps_per_epoch + 1)]
+            batches = [[self.LENGTHS[i] for i in batch] for batch in order.epoch(0)]
             return sum(len(b) * max(b) - sum(b) for b in batches), [max(b) for b in batches]
 
-        bucketed, longest = padding(Order(self.LENGTHS, 8, 0, True))
-        plain, _ = padding(Order(self.LENGTHS, 8, 0, False))
+        bucketed, longest = padding(self.order())
+        plain, _ = padding(self.order(False))
         assert bucketed < 0.4 * plain
         assert longest != sorted(longest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tiedlora.errors import UserError
-from tiedlora.schema import TaskConfig
+from tiedlora.schema import TaskConfig, TrainConfig
 from tiedlora.tasks import Example
 
 BUCKET_BATCHES = 16
@@ -31,12 +32,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for one forward pass, padded on the right."""
+    """Rows for one forward pass, padded on the right: no attention mask is needed, for no token sees what comes after."""
 
     input_ids: Tensor
     """(rows, length)"""
-    attention_mask: Tensor
-    """(rows, length), 1 at real tokens."""
     positions: Tensor
     """(target tokens,) places in the flattened (rows * length) whose next token is a target."""
     targets: Tensor
@@ -52,9 +51,7 @@ class Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.pin_memory().to(device, non_blocking=True)
 
-        return Batch(
-            move(self.input_ids), move(self.attention_mask), move(self.positions), move(self.targets), self.tokens
-        )
+        return Batch(move(self.input_ids), move(self.positions), move(self.targets), self.tokens)
 
 
 class Encoder:
@@ -175,36 +172,62 @@ def fit(encoder: Encoder, examples: Sequence[Example]) -> tuple[list[Example], l
     return kept, encoded, counts
 
 
-class Order:
-    """Which rows make up each optimizer step: a pure function of (lengths, batch size, seed, step).
+def cut(lengths: Sequence[int], rows: int | None, tokens: int | None) -> list[slice]:
+    """Cut rows into runs of at most `rows` rows and `tokens` tokens, padding counted.
 
-    Every row comes exactly once an epoch, and the last step of an epoch may be smaller. With `bucket`,
+    Args:
+        rows, tokens: None sets no limit. A row that is longer than `tokens` is a run of its own.
+    """
+    runs, start, longest = [], 0, 0
+    for end, length in enumerate(lengths):
+        number, longest = end + 1 - start, max(longest, length)
+        if end > start and ((rows and number > rows) or (tokens and number * longest > tokens)):
+            runs.append(slice(start, end))
+            start, longest = end, length
+    return [*runs, slice(start, len(lengths))] if lengths else []
+
+
+class Order:
+    """Which rows make up each optimizer step: a pure function of (lengths, train's settings, seed, step).
+
+    Every row comes exactly once an epoch, and the last step of an epoch may be smaller. With `train.bucket`,
     rows of like length share a step: shuffled rows are sorted within BUCKET_BATCHES batches and the
-    batches shuffled again.
+    batches shuffled again. With `train.batch_tokens` a step ends early at that many tokens.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, bucket: bool) -> None:
-        self.lengths, self.batch_size, self.seed, self.bucket = lengths, batch_size, seed, bucket
-        self.steps_per_epoch = -(-len(lengths) // batch_size)
+    def __init__(self, lengths: Sequence[int], train: TrainConfig, seed: int) -> None:
+        self.lengths, self.train, self.seed = lengths, train, seed
+        self._first_steps = [1]
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def rows(self, step: int) -> list[int]:
         """Row numbers of optimizer step `step`, counted from 1."""
-        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        epoch = bisect.bisect_right(self._first_steps, step) - 1
+        while True:
+            place, batches = step - self._first_steps[epoch], self.epoch(epoch)
+            if place < len(batches):
+                return batches[place]
+            epoch += 1
+            if epoch == len(self._first_steps):
+                self._first_steps.append(self._first_steps[-1] + len(batches))
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """Row numbers of each step of an epoch, counted from 0."""
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._shuffled(epoch))
-        return self._epoch[1][place]
+        return self._epoch[1]
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
+        train = self.train
         generator = random.Random(f"order/{self.seed}/{epoch}")
         rows = list(range(len(self.lengths)))
         generator.shuffle(rows)
-        if self.bucket:
-            size = BUCKET_BATCHES * self.batch_size
+        if train.bucket:
+            size = BUCKET_BATCHES * train.batch_size
             chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
             rows = [row for chunk in chunks for row in sorted(chunk, key=lambda row: self.lengths[row])]
-        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        if self.bucket:
+        batches = [rows[run] for run in cut([self.lengths[row] for row in rows], train.batch_size, train.batch_tokens)]
+        if train.bucket:
             generator.shuffle(batches)
         return batches
 
@@ -213,22 +236,22 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
     """Pad on the right and mark the target positions."""
     length = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), length), pad_id)
-    attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
     positions: list[int] = []
     targets: list[int] = []
     for number, row in enumerate(rows):
         input_ids[number, : len(row)] = torch.tensor(row.prompt + row.target)
-        attention_mask[number, : len(row)] = 1
         first = number * length + len(row.prompt) - 1
         positions.extend(range(first, first + len(row.target)))
         targets.extend(row.target)
-    return Batch(
-        input_ids, attention_mask, torch.tensor(positions), torch.tensor(targets), sum(len(row) for row in rows)
-    )
+    return Batch(input_ids, torch.tensor(positions), torch.tensor(targets), sum(len(row) for row in rows))
 
 
-def microbatches(rows: Sequence[Encoded], size: int | None, pad_id: int) -> list[Batch]:
-    """The rows of one optimizer step in passes of `size`, shortest first, so that each pads little."""
+def microbatches(
+    rows: Sequence[Encoded], pad_id: int, size: int | None = None, tokens: int | None = None
+) -> list[Batch]:
+    """The rows of one optimizer step in passes of at most `size` rows and `tokens` tokens.
+
+    Shortest first, so that each pass pads little.
+    """
     ordered = sorted(rows, key=len)
-    size = size or max(1, len(ordered))
-    return [collate(ordered[start : start + size], pad_id) for start in range(0, len(ordered), size)]
+    return [collate(ordered[run], pad_id) for run in cut([len(row) for row in ordered], size, tokens)]

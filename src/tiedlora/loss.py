@@ -67,9 +67,7 @@ def target_loss(model: Any, batch: Batch) -> Tensor:
     head = model.get_output_embeddings()
     if head.weight.requires_grad:
         raise ValueError("target_loss needs a frozen output head")
-    hidden = model.base_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
+    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     wanted = hidden.flatten(0, 1).index_select(0, batch.positions)
     softcap = getattr(model.config, "final_logit_softcapping", None)
     total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]

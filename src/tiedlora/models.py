@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from tiedlora import atomic
+from tiedlora import atomic, attention
 from tiedlora.adapter import architectures
 from tiedlora.errors import UserError
 from tiedlora.schema import ModelConfig
@@ -61,6 +61,7 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
         model, tokenizer = _pretrained(config, folder, torch_dtype)
     _check_architecture(config, model)
     model.requires_grad_(False).eval().to(device)
+    attention.use(model)
     if record["digest"] is None:
         record["digest"] = f"commit:{getattr(model.config, '_commit_hash', None)}"
     return Base(model, tokenizer, record)

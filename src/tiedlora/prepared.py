@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +118,7 @@ class Prepared:
         Args:
             resume_from: where the checkpoints are that it goes on from; None means the folder's own.
         """
-        from tiedlora import checkpoint, loop
+        from tiedlora import checkpoint, compiling, loop
         from tiedlora.adapter import load, save
         from tiedlora.data import Order, microbatches
         from tiedlora.evaluate import mean_loss
@@ -136,10 +138,10 @@ class Prepared:
         if config.tracking.backend == "wandb":
             tracker.start_wandb(config.tracking, folder.path.name, self.header(), folder.path)
 
-        order = Order([len(row) for row in rows], config.train.batch_size, config.seed, config.train.bucket)
+        order = Order([len(row) for row in rows], config.train, config.seed)
         pad = self.base.tokenizer.eos_token_id
         held_out = self.encoded["validation"][: config.train.validation_rows]
-        validation = [batch.to(self.device) for batch in microbatches(held_out, config.score.batch_size, pad)]
+        validation = [batch.to(self.device) for batch in microbatches(held_out, pad, config.score.batch_size)]
 
         def best(step: int) -> Path:
             # A folder a step: replacing one would leave a moment without any.
@@ -147,7 +149,8 @@ class Prepared:
 
         def validate() -> float:
             model.eval()
-            loss = mean_loss(model, validation)
+            with compiling.eager():
+                loss = mean_loss(model, validation)
             model.train()
             if config.score.checkpoint == "best" and all(loss < earlier for _, earlier in progress.validation):
                 save(self.attached.adapter, best(progress.step), self.base.record)
@@ -155,7 +158,8 @@ class Prepared:
 
         def batches(step: int) -> list[Any]:
             chosen = self.us.share(sorted((rows[number] for number in order.rows(step)), key=len))
-            return [batch.to(self.device) for batch in microbatches(chosen, config.train.microbatch_size, pad)]
+            passes = microbatches(chosen, pad, config.train.microbatch_size, config.train.microbatch_tokens)
+            return [batch.to(self.device) for batch in passes]
 
         bar = Bar("training", config.train.steps, "steps", progress.step)
 
@@ -179,7 +183,8 @@ class Prepared:
         model.train()
         stop.in_loop = True
         try:
-            loop.train(progress, calls, optimizer, config.train, config.seed)
+            with self.blocks(sum(map(len, rows)) / len(rows)):
+                loop.train(progress, calls, optimizer, config.train, config.seed)
         except BaseException:
             tracker.finish({}, exit_code=1)
             raise
@@ -192,6 +197,30 @@ class Prepared:
             for name, parameter in saved.parts().items():
                 self.attached.adapter.parts()[name].data.copy_(parameter.data)
         return progress, tracker
+
+    @contextmanager
+    def blocks(self, mean_length: float) -> Iterator[None]:
+        """The model's blocks as training wants them: compiled, and recomputing activations, if the run says so.
+
+        Args:
+            mean_length: tokens a training row, which tells how long the run is.
+        """
+        from tiedlora import compiling
+        from tiedlora.adapter import architectures
+
+        config, model = self.config, self.attached.model
+        blocks: Any = model.get_submodule(architectures.layout_of(config.model.architecture).layers)
+        weights = sum(p.numel() for p in blocks.parameters())
+        tokens = config.train.steps * config.train.batch_size * mean_length
+        if config.train.recompute_activations:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        try:
+            compiled = compiling.decide(config.train.compile, self.device.type, weights, tokens)
+            with compiling.compiled(blocks) if compiled else nullcontext():
+                yield
+        finally:
+            if config.train.recompute_activations:
+                model.gradient_checkpointing_disable()  # type: ignore[operator]
 
     def header(self) -> dict[str, Any]:
         """What the record says before anything is trained."""

@@ -119,8 +119,17 @@ class TrainConfig:
     """Optimizer steps."""
     batch_size: int = 8
     """Rows an optimizer step."""
+    batch_tokens: Optional[int] = field(default=None, metadata={"neutral": None})
+    """At most this many tokens an optimizer step, padding counted, beside batch_size; null sets no limit."""
     microbatch_size: Optional[int] = execution(None)
     """Rows a forward pass; null takes the whole batch. Changes memory and rounding, not the sum."""
+    microbatch_tokens: Optional[int] = execution(None)
+    """Tokens a forward pass, padding counted; null sets no limit. What bounds memory where rows differ in length."""
+    recompute_activations: bool = execution(False)
+    """Whether a block's activations are computed again in the backward pass: a third more time, far less memory."""
+    compile: str = execution("auto")
+    """Whether torch compiles the blocks: auto (if the run is long enough to repay it), always or never. Changes
+    rounding."""
     bucket: bool = True
     """Whether rows of like length share a step (still shuffled, every row once an epoch)."""
     lr: Optional[float] = None
@@ -165,6 +174,9 @@ class ScoreConfig:
     """last, or best: the step of the lowest validation loss."""
     batch_size: int = 64
     """Rows decoded together. Rounding in bfloat16 depends on it, so it belongs to the protocol."""
+    batch_tokens: Optional[int] = field(default=None, metadata={"neutral": None})
+    """At most this many tokens in the cache of rows that are decoded together: prompts with their padding, and room for
+    the answers. null sets no limit."""
     base: bool = execution(True)
     """Whether the base model is scored too (once per model, task and protocol, then reused)."""
 

@@ -1,0 +1,63 @@
+"""When and how the blocks of a model are compiled for training."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tiedlora.errors import UserError
+
+log = logging.getLogger(__name__)
+
+REPAID = {"cpu": 4e14, "cuda": 2e16}
+"""FLOP of a run beyond which compiling pays: its half minute is then a few per cent of the run."""
+
+
+def decide(wish: str, device: str, weights: int, tokens: float) -> bool:
+    """Whether to compile: `true`, `false`, or `auto`, which asks whether the run is long enough.
+
+    A pure function of the configuration, the rows and the machine: a run that goes on computes as it began.
+
+    Args:
+        device: cpu or cuda.
+        weights: numbers in the blocks; a token passes each twice (forward, and backward to the activations), at 2
+            FLOP a time.
+        tokens: of the whole run.
+
+    Raises:
+        UserError: compiling is asked for and there is no C++ compiler, which torch needs for code on the CPU.
+    """
+    if wish == "false" or (wish == "auto" and 4 * weights * tokens < REPAID.get(device, float("inf"))):
+        return False
+    if device != "cpu" or shutil.which("g++") or shutil.which("clang++"):
+        return True
+    if wish == "true":
+        raise UserError("train.compile=true: there is no C++ compiler here; install g++, or set train.compile=false")
+    log.info("not compiling: no C++ compiler here (g++ or clang++)")
+    return False
+
+
+@contextmanager
+def compiled(blocks: Any) -> Iterator[None]:
+    """Compile each block while the context lasts. All share one graph, so the first one's compilation is the only one.
+
+    Shapes are dynamic: batches differ in length, and a graph for each would never be repaid.
+    """
+    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    for block in blocks:
+        block.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
+def eager() -> Any:
+    """A context in which compiled blocks run as they were written: another mode or shape would be compiled anew."""
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
