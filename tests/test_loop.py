@@ -177,7 +177,8 @@ class TestOrder:
             assert sorted(row for batch in batches for row in batch) == list(range(203))
             for batch in batches:
                 padded = len(batch) * max(self.LENGTHS[row] for row in batch)
-                assert len(batch) <= 8 and (batch_tokens is None or padded <= batch_tokens or len(batch) == 1)
+                assert len(batch) <= 8
+                assert batch_tokens is None or padded <= batch_tokens or len(batch) == 1
         assert epochs[0] != epochs[1]
         assert self.order(bucket, batch_tokens, seed=1).rows(1) != order.rows(1)
 

@@ -48,7 +48,7 @@ def compiled(blocks: Any) -> Iterator[None]:
 
     Shapes are dynamic: batches differ in length, and a graph for each would never be repaid.
     """
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()
     for block in blocks:
         block.compile(dynamic=True)
     try:
@@ -60,4 +60,4 @@ def compiled(blocks: Any) -> Iterator[None]:
 
 def eager() -> Any:
     """A context in which compiled blocks run as they were written: another mode or shape would be compiled anew."""
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
+    return torch.compiler.set_stance("force_eager")

@@ -32,7 +32,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for one forward pass, padded on the right: no attention mask is needed, for no token sees what comes after."""
+    """Rows for one forward pass, padded on the right: no token sees what comes after, so no mask is needed."""
 
     input_ids: Tensor
     """(rows, length)"""

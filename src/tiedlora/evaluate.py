@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from tiedlora.data import Batch
+from tiedlora.data import Batch, cut
 from tiedlora.loss import CHUNK, target_loss
 
 TAIL = 12
 """Tokens decoded to look for a stop string: longer than any stop string's own tokens."""
+SPARE = 64
+"""Tokens of room that a full cache is given: it is copied once in so many tokens."""
+KEPT_UNTIL = 1 / 8
+"""Share of a batch that may have ended before its rows leave, which copies the cache."""
 
 
 @dataclass
@@ -27,6 +32,64 @@ class Output:
     tokens: int
     ended: str
     """end (end-of-text token), stop (stop string) or length (max_new_tokens)."""
+
+
+class _Roomy(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer's keys and values at the start of larger buffers: transformers' own layer copies them at each token."""
+
+    room: list[Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        start, news = self.get_seq_length(), (key_states, value_states)
+        end = start + key_states.shape[-2]
+        if self.room is None or end > self.room[0].shape[-2]:
+            self.device, self.is_initialized = key_states.device, True
+            self.room = [new.new_empty(*new.shape[:2], end + SPARE, new.shape[3]) for new in news]
+            if start:
+                for buffer, old in zip(self.room, (self.keys, self.values), strict=True):
+                    buffer[..., :start, :] = old  # type: ignore[assignment]
+        for buffer, new in zip(self.room, news, strict=True):
+            buffer[..., start:end, :] = new
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.room = None
+
+
+def _cache(model: Any) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]  # type: ignore[no-untyped-call]
+    return cache
+
+
+def generated_together(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, batch_tokens: int | None
+) -> list[list[int]]:
+    """Which prompts make up each batch of `generate`, the longest first.
+
+    A batch does not change when others are left out, so a part of a split can be scored again as it was.
+    """
+    return _batches([len(prompt) + max_new_tokens for prompt in prompts], batch_size, batch_tokens)
+
+
+def chosen_together(
+    prompts: Sequence[Sequence[int]],
+    choices: Sequence[Sequence[Sequence[int]]],
+    batch_size: int,
+    batch_tokens: int | None,
+) -> list[list[int]]:
+    """Which prompts make up each batch of `choice_log_likelihoods`, as `generated_together`."""
+    each = max(map(len, choices))
+    rows = zip(prompts, choices, strict=True)
+    lengths = [(len(prompt) + max(map(len, texts))) * each for prompt, texts in rows]
+    return _batches(lengths, max(1, batch_size // each), batch_tokens)
+
+
+def _batches(lengths: Sequence[int], rows: int, tokens: int | None) -> list[list[int]]:
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    return [order[run] for run in cut([lengths[i] for i in order], rows, tokens)]
 
 
 @torch.inference_mode()
@@ -45,22 +108,23 @@ def generate(
     max_new_tokens: int,
     stop: Sequence[str] = (),
     batch_size: int,
+    batch_tokens: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[Output]:
     """Greedy continuations, in the order of `prompts`.
 
-    Prompts are sorted by length and padded on the left; a row that has ended leaves its batch, and a
+    Prompts are sorted by length and padded on the left; rows that have ended leave their batch a few at a time, and a
     batch ends with its last row.
 
     Args:
+        batch_size, batch_tokens: rows decoded together are at most so many, and with room for their answers at
+            most so many tokens.
         progress: called with the number of rows that have just finished.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     outputs: dict[int, Output] = {}
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        found = _decode(model, tokenizer, [prompts[i] for i in chunk], max_new_tokens, stop, progress)
-        outputs.update(zip(chunk, found, strict=True))
+    for chosen in generated_together(prompts, max_new_tokens, batch_size, batch_tokens):
+        found = _decode(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens, stop, progress)
+        outputs.update(zip(chosen, found, strict=True))
     return [outputs[i] for i in range(len(prompts))]
 
 
@@ -71,6 +135,7 @@ def choice_log_likelihoods(
     choices: Sequence[Sequence[Sequence[int]]],
     *,
     batch_size: int,
+    batch_tokens: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[list[float]]:
     """Each prompt's choices' log-likelihoods: the sum over a choice's tokens, in nats, in the given order.
@@ -79,17 +144,15 @@ def choice_log_likelihoods(
 
     Args:
         choices: for each prompt the token ids of its choices, none empty.
-        batch_size: prompts and choices together are at most this many sequences (but at least one prompt's).
+        batch_size, batch_tokens: choices scored together are at most so many (but at least one prompt's), and with
+            their prompts at most so many tokens.
         progress: called with the number of prompts that have just finished.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     found: dict[int, list[float]] = {}
-    size = max(1, batch_size // max(map(len, choices)))
-    for start in range(0, len(order), size):
-        chunk = order[start : start + size]
-        scores = _score_choices(model, [prompts[i] for i in chunk], [choices[i] for i in chunk])
-        found.update(zip(chunk, scores, strict=True))
-        progress(len(chunk))
+    for chosen in chosen_together(prompts, choices, batch_size, batch_tokens):
+        scores = _score_choices(model, [prompts[i] for i in chosen], [choices[i] for i in chosen])
+        found.update(zip(chosen, scores, strict=True))
+        progress(len(chosen))
     return [found[i] for i in range(len(prompts))]
 
 
@@ -100,7 +163,7 @@ def _score_choices(
     owners = torch.tensor([row for row, texts in enumerate(choices) for _ in texts], device=device)
     flat = [list(text) for texts in choices for text in texts]
     ids, mask, positions = _padded_left(prompts, pad, device)
-    cache = DynamicCache(config=model.config)
+    cache = _cache(model)
     hidden = [_hidden(model, ids, mask, positions, cache)[owners, -1:]]
     # The last hidden state of the prompt foretells a choice's first token, so its last token is not fed.
     longest = max(map(len, flat)) - 1
@@ -153,30 +216,28 @@ def _decode(
     device = model.device
     end = tokenizer.eos_token_id
     ids, mask, positions = _padded_left(prompts, end, device)
-    cache = DynamicCache(config=model.config)
+    cache = _cache(model)
     written: list[list[int]] = [[] for _ in prompts]
     outputs: list[Output | None] = [None] * len(prompts)
-    alive = list(range(len(prompts)))
+    slots = list(range(len(prompts)))  # the row in each place of the batch
 
-    for _ in range(max_new_tokens):
+    while None in outputs:
         chosen = _next_tokens(model, ids, mask, positions, cache).tolist()
-        going = []
-        for place, row in enumerate(alive):
+        running = [place for place, row in enumerate(slots) if outputs[row] is None]
+        for place in running:
+            row = slots[place]
             written[row].append(chosen[place])
             outputs[row] = _ended(tokenizer, written[row], end, stop, max_new_tokens)
-            if outputs[row] is None:
-                going.append(place)
-        progress(len(alive) - len(going))
-        if not going:
-            break
-        if len(going) < len(alive):
-            kept = torch.tensor(going, device=device)
-            cache.batch_select_indices(kept)
-            mask, positions = mask[kept], positions[kept]
-            alive = [alive[place] for place in going]
-        ids = torch.tensor([[written[row][-1]] for row in alive], device=device)
+        going = [place for place in running if outputs[slots[place]] is None]
+        progress(len(running) - len(going))
+        ids = torch.tensor(chosen, device=device).unsqueeze(1)
         mask = F.pad(mask, (0, 1), value=1)
         positions = positions[:, -1:] + 1
+        if going and len(going) <= (1 - KEPT_UNTIL) * len(slots):
+            kept = torch.tensor(going, device=device)
+            cache.batch_select_indices(kept)
+            ids, mask, positions = ids[kept], mask[kept], positions[kept]
+            slots = [slots[place] for place in going]
     return [output for output in outputs if output is not None]
 
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from tiedlora import atomic, record
 from tiedlora.data import Encoder
 from tiedlora.errors import UserError
-from tiedlora.evaluate import choice_log_likelihoods, generate
+from tiedlora.evaluate import choice_log_likelihoods, chosen_together, generate, generated_together
 from tiedlora.intervals import Interval, bootstrap, paired_proportions, wilson
 from tiedlora.schema import Config
 from tiedlora.tasks import Example, Task, digest
@@ -68,6 +69,17 @@ def predict(
     ]
 
 
+def scored_together(encoder: Encoder, examples: list[Example], config: Config) -> list[list[int]]:
+    """Which examples make up each batch of `predict`: scored together again, they come out as they were."""
+    asked = [_fitting(encoder, example, config) for example in examples]
+    prompts = [encoder.prompt(example.prompt) for example in asked]
+    limits = config.score.batch_size, config.score.batch_tokens
+    if asked[0].choices:
+        choices = [[encoder.continuation(choice) for choice in example.choices] for example in asked]
+        return chosen_together(prompts, choices, *limits)
+    return generated_together(prompts, config.task.max_new_tokens, *limits)
+
+
 def _fitting(encoder: Encoder, example: Example, config: Config) -> Example:
     """The example with a prompt that leaves room for an answer: no example that is scored is left out."""
     asked = encoder.shortened(example)
@@ -97,6 +109,7 @@ def _generate(
         max_new_tokens=config.task.max_new_tokens,
         stop=config.task.stop,
         batch_size=config.score.batch_size,
+        batch_tokens=config.score.batch_tokens,
         progress=progress,
     )
     return [
@@ -113,7 +126,14 @@ def _choose(
     progress: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     choices = [[encoder.continuation(choice) for choice in example.choices] for example in examples]
-    found = choice_log_likelihoods(model, prompts, choices, batch_size=config.score.batch_size, progress=progress)
+    found = choice_log_likelihoods(
+        model,
+        prompts,
+        choices,
+        batch_size=config.score.batch_size,
+        batch_tokens=config.score.batch_tokens,
+        progress=progress,
+    )
     return [
         {
             "output": example.choices[max(range(len(scores)), key=lambda i: scores[i])],
@@ -180,6 +200,7 @@ def base_rows(
         base: its record (name, revision, digest).
     """
     key = [base, config.train.dtype, config.score.batch_size, encoder.room, digest(examples)]
+    key += [config.score.batch_tokens] if config.score.batch_tokens else []
     key.append({name: value for name, value in record.identity(config.task).items() if name in PROTOCOL})
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(config.outputs) / "base" / f"{config.task.name}-{split}-{name}.jsonl"
@@ -191,6 +212,17 @@ def base_rows(
         rows = predict(model, encoder, task, examples, config, f"base model on {split}")
         atomic.write_json_lines(path, rows)
         return rows
+
+
+@contextmanager
+def adapted(attached: Any, config: Config) -> Iterator[Any]:
+    """The adapted model as it is scored: merged in float32; in bfloat16, where merging rounds the update away, not."""
+    if config.train.dtype == "float32":
+        attached.merge()
+    try:
+        yield attached.model
+    finally:
+        attached.unmerge()
 
 
 def score_split(
@@ -218,7 +250,8 @@ def score_split(
         attached.enable()
         atomic.write_json_lines(folder.predictions_file(f"{split}.base"), theirs)
     started = time.perf_counter()
-    ours = predict(attached.model, encoder, task, examples, config, f"adapted model on {split}")
+    with adapted(attached, config) as model:
+        ours = predict(model, encoder, task, examples, config, f"adapted model on {split}")
     found["seconds"] = time.perf_counter() - started
     found["shortened"] = sum(row["shortened"] for row in ours)
     found["output_tokens"] = sum(row["output_tokens"] for row in ours)

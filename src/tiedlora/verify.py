@@ -272,7 +272,7 @@ def _regenerate(run: _Run, least: int, suspects: set[str]) -> Iterator[Finding]:
         if len(rows) != len(examples):
             yield Finding(f"regenerate {split}", False, f"{len(rows)} predictions of {len(examples)} rows")
             continue
-        places = _batches(rows, encoder, config.score.batch_size, least, suspects)
+        places = _batches(rows, scoring.scored_together(encoder, examples, config), least, suspects)
         chosen = [examples[place] for place in places]
         for kind in ("", ".base") if "base" in run.result["scores"][split] else ("",):
             recorded = read_predictions(run.folder.predictions_file(f"{split}{kind}"))
@@ -281,19 +281,20 @@ def _regenerate(run: _Run, least: int, suspects: set[str]) -> Iterator[Finding]:
                     f"regenerate {split}{kind}", False, f"{len(recorded)} predictions of {len(examples)} rows"
                 )
                 continue
+            what = f"regenerating {split}{kind}"
             if kind:
                 attached.disable()
-            made = scoring.predict(base.model, encoder, run.task, chosen, config, f"regenerating {split}{kind}")
-            if kind:
+                made = scoring.predict(base.model, encoder, run.task, chosen, config, what)
                 attached.enable()
+            else:
+                with scoring.adapted(attached, config) as model:
+                    made = scoring.predict(model, encoder, run.task, chosen, config, what)
             yield _compared(run, f"regenerate {split}{kind}", made, [recorded[place] for place in places])
     attached.detach()
 
 
-def _batches(rows: list[dict[str, Any]], encoder: Any, size: int, least: int, suspects: set[str]) -> list[int]:
+def _batches(rows: list[dict[str, Any]], batches: list[list[int]], least: int, suspects: set[str]) -> list[int]:
     """Places of whole scoring batches: those of suspicious rows first, then from the shortest prompts up."""
-    order = sorted(range(len(rows)), key=lambda i: len(encoder.prompt(rows[i]["prompt"])), reverse=True)
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
 
     def doubted(batch: list[int]) -> bool:
         return any(rows[place]["id"] in suspects for place in batch)
