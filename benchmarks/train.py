@@ -76,7 +76,7 @@ def theirs(dtype: str, order: str, steps: int, *overrides: str) -> dict[str, Any
     config = common.config(f"train.dtype={dtype}", "tying=LoRA_qkv", *overrides)
     base = reuse.base(config, torch.device("cpu"))
     encoder = Encoder(base.tokenizer, config.task, config.model.context)
-    encoded = fit(encoder, reuse.rows(config)[0]["train"])[1]
+    encoded = fit(encoder, reuse.rows(config)[0]["train"]).encoded
     size = config.train.batch_size
     if order == "plain":
         chosen = encoded

@@ -4,6 +4,7 @@ import pytest
 from conftest import tiny
 
 from tiedlora import config as configuration
+from tiedlora import tokens
 from tiedlora.data import Encoder, collate, fit
 from tiedlora.errors import UserError
 from tiedlora.models import embedded_folder
@@ -71,7 +72,7 @@ def test_what_fits_not_is_counted_and_a_lost_answer_is_not_trained_on():
         Example("4", PASSAGE, " no part may be cut"),
     ]
     kept, encoded, counts = fit(coder, examples)
-    assert kept == examples[:2]
+    assert kept == [0, 1]
     assert len(encoded) == 2
     assert counts == {"rows": 5, "shortened": 1, "dropped_prompt": 1, "dropped_target": 1, "dropped_answer": 1}
 
@@ -114,3 +115,27 @@ def test_the_chat_template_of_the_embedded_model():
 def test_an_empty_prompt_is_refused():
     with pytest.raises(UserError, match=r"row a gives an empty prompt"):
         encoder().example(Example("a", "", " yes"))
+
+
+def test_tokens_are_kept_by_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "WORTH_KEEPING", 3)
+    examples = [squad_example(f"{i} word1 " + PASSAGE * (i == 2), "word1", Squad(encoder().config)) for i in range(4)]
+    base = {"name": "a", "revision": "main", "digest": "sha256:1"}
+
+    def fitted(digest="rows", base=base, coder=None):
+        return tokens.fitted(coder or encoder(), examples, digest, base, tmp_path)
+
+    made = fitted()
+    assert made == fit(encoder(), examples)
+    (file,) = (tmp_path / "tokens").iterdir()
+    monkeypatch.setattr(tokens, "fit", lambda *_: pytest.fail("tokenised again"))
+    assert fitted() == made
+    # Other rows, another tokenizer or other settings are other tokens; so is what a damaged file held.
+    for other in ({"digest": "x"}, {"base": {**base, "digest": "2"}}, {"coder": encoder("task.max_target_tokens=9")}):
+        with pytest.raises(pytest.fail.Exception, match="again"):
+            fitted(**other)
+    whole = file.read_bytes()
+    for damaged in (whole[:-5], whole[:-4] + b"\1\1\1\1", b""):
+        file.write_bytes(damaged)
+        with pytest.raises(pytest.fail.Exception, match="again"):
+            fitted()

@@ -6,7 +6,7 @@ import bisect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,14 +135,21 @@ def _whole_words(text: str) -> str:
     return text.rpartition(" ")[0].rstrip()
 
 
-def fit(encoder: Encoder, examples: Sequence[Example]) -> tuple[list[Example], list[Encoded], dict[str, int]]:
+class Fitted(NamedTuple):
+    """Rows that fit, in tokens."""
+
+    kept: list[int]
+    """Their numbers among the examples."""
+    encoded: list[Encoded]
+    counts: dict[str, int]
+    """How many were shortened, and how many dropped and why, for the record."""
+
+
+def fit(encoder: Encoder, examples: Sequence[Example]) -> Fitted:
     """Encode the examples to train on, or to take a loss of: shorten what may be, drop and count the rest.
 
     A target is never cut. `dropped_answer` counts rows whose answer went with the end of a shortened
     prompt: to train on them would be to teach invention.
-
-    Returns:
-        The examples kept (as they were), their tokens, and counts for the record.
 
     Raises:
         UserError: none fits.
@@ -150,7 +157,7 @@ def fit(encoder: Encoder, examples: Sequence[Example]) -> tuple[list[Example], l
     config, context = encoder.config, encoder.context
     kept, encoded = [], []
     counts = {"rows": len(examples), "shortened": 0, "dropped_prompt": 0, "dropped_target": 0, "dropped_answer": 0}
-    for example in examples:
+    for number, example in enumerate(examples):
         asked = encoder.shortened(example)
         tokens = encoder.example(asked or example)
         if asked is None:
@@ -161,7 +168,7 @@ def fit(encoder: Encoder, examples: Sequence[Example]) -> tuple[list[Example], l
             counts["dropped_answer"] += 1
         else:
             counts["shortened"] += asked is not example
-            kept.append(example)
+            kept.append(number)
             encoded.append(tokens)
     if not kept:
         raise UserError(
@@ -169,7 +176,7 @@ def fit(encoder: Encoder, examples: Sequence[Example]) -> tuple[list[Example], l
             f"max_new_tokens={config.max_new_tokens}, max_target_tokens={config.max_target_tokens} and the model's "
             f"context of {context}"
         )
-    return kept, encoded, counts
+    return Fitted(kept, encoded, counts)
 
 
 def cut(lengths: Sequence[int], rows: int | None, tokens: int | None) -> list[slice]:

@@ -34,8 +34,9 @@ class Prepared:
         # torch and transformers cost seconds; a wrong configuration, or a finished run, does not wait for them.
         import torch
 
+        from tiedlora import tokens
         from tiedlora.adapter import TiedAdapter, attach_adapter, files
-        from tiedlora.data import Encoder, fit
+        from tiedlora.data import Encoder
 
         self.config, self.task, self.us = config, task, us
         if config.train.threads:
@@ -51,11 +52,14 @@ class Prepared:
         self.encoder: Encoder = Encoder(self.base.tokenizer, config.task, config.model.context)
         fitted = reuse.TOKENS.get(
             (config.task, digests, self.base.record, config.model.context),
-            lambda: {split: fit(self.encoder, examples) for split, examples in rows.items()},
+            lambda: {
+                split: tokens.fitted(self.encoder, examples, digests[split], self.base.record, Path(config.cache))
+                for split, examples in rows.items()
+            },
         )
-        self.examples["train"] = fitted["train"][0]
-        self.encoded = {split: encoded for split, (_, encoded, _) in fitted.items()}
-        self.counts = {split: counts for split, (_, _, counts) in fitted.items()}
+        self.examples["train"] = [rows["train"][number] for number in fitted["train"].kept]
+        self.encoded = {split: made.encoded for split, made in fitted.items()}
+        self.counts = {split: made.counts for split, made in fitted.items()}
         assert config.rank.alpha is not None
         architecture = config.model.architecture
         adapter = TiedAdapter(config.tying, config.rank.r, config.rank.alpha, architecture, config.seed)
