@@ -53,15 +53,28 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **settings
         )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return by_products(query, key, value, scale).transpose(1, 2).contiguous(), None
+
+
+def by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention written out: softmax(s Q K^T) V, with the weights of all pairs in memory at once.
+
+    The query heads that share a key head ask as one long row of queries, so nothing is repeated for them.
+
+    Args:
+        query: (rows, heads, length, head_dim); key and value: (rows, key-value heads, length, head_dim).
+
+    Returns:
+        (rows, heads, length, head_dim).
+    """
     rows, heads, length, size = query.shape
-    shared = key.shape[1]
-    # The query heads that share a key head ask as one long row of queries: nothing is repeated.
-    asked = (query * (size**-0.5 if scaling is None else scaling)).reshape(rows * shared, -1, size)
-    scores = torch.bmm(asked, key.reshape(rows * shared, length, size).transpose(1, 2))
+    groups = rows * key.shape[1]
+    scores = torch.bmm((query * scale).reshape(groups, -1, size), key.reshape(groups, length, size).transpose(1, 2))
     future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
-    weights = scores.view(rows * shared, -1, length, length).masked_fill(future, -torch.inf).softmax(-1)
-    mixed = torch.bmm(weights.view(rows * shared, -1, length), value.reshape(rows * shared, length, -1))
-    return mixed.view(rows, heads, length, -1).transpose(1, 2).contiguous(), None
+    weights = scores.view(groups, -1, length, length).masked_fill(future, -torch.inf).softmax(-1)
+    mixed = torch.bmm(weights.view(groups, -1, length), value.reshape(groups, length, -1))
+    return mixed.view(rows, heads, length, -1)
 
 
 AttentionInterface.register(NAME, attend)

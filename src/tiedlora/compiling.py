@@ -19,7 +19,7 @@ REPAID = {"cpu": 4e14, "cuda": 2e16}
 
 
 def decide(wish: str, device: str, weights: int, tokens: float) -> bool:
-    """Whether to compile: `true`, `false`, or `auto`, which asks whether the run is long enough.
+    """Whether to compile: `always`, `never`, or `auto`, which asks whether the run is long enough.
 
     A pure function of the configuration, the rows and the machine: a run that goes on computes as it began.
 
@@ -32,12 +32,12 @@ def decide(wish: str, device: str, weights: int, tokens: float) -> bool:
     Raises:
         UserError: compiling is asked for and there is no C++ compiler, which torch needs for code on the CPU.
     """
-    if wish == "false" or (wish == "auto" and 4 * weights * tokens < REPAID.get(device, float("inf"))):
+    if wish == "never" or (wish == "auto" and 4 * weights * tokens < REPAID.get(device, float("inf"))):
         return False
     if device != "cpu" or shutil.which("g++") or shutil.which("clang++"):
         return True
-    if wish == "true":
-        raise UserError("train.compile=true: there is no C++ compiler here; install g++, or set train.compile=false")
+    if wish == "always":
+        raise UserError("train.compile=always: there is no C++ compiler here; install g++, or set train.compile=never")
     log.info("not compiling: no C++ compiler here (g++ or clang++)")
     return False
 
