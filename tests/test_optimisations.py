@@ -93,20 +93,25 @@ def test_passes_add_up_to_the_batch(dtype, tolerance, limits):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
-def test_compiled_blocks_share_one_graph_and_change_nothing():
-    base, attached = adapted("tiny_llama", torch.float64)
-    base.model.train()
+@pytest.mark.parametrize(
+    # Llama's norms compute in float32 whatever the model's dtype is.
+    ("name", "dtype", "tolerance"),
+    [("tiny_gpt2", torch.float64, 1e-12), ("tiny_llama", torch.float32, 1e-4)],
+)
+def test_compiled_blocks_share_one_graph_and_change_nothing(name, dtype, tolerance):
+    base, attached = adapted(name, dtype)
+    blocks = base.model.model.layers if name == "tiny_llama" else base.model.transformer.h
     batches = [collate(ROWS, 256), collate(ROWS[:2], 256), collate(ROWS[1:], 256)]
     plain = [loss_and_gradients(base, attached, [batch]) for batch in batches]
-    with compiling.compiled(base.model.model.layers):
+    with compiling.compiled(blocks):
         torch._dynamo.utils.counters.clear()
         for batch, wanted in zip(batches, plain, strict=True):
-            assert close(loss_and_gradients(base, attached, [batch]), wanted, 1e-12)
+            assert close(loss_and_gradients(base, attached, [batch]), wanted, tolerance)
         # The first layer's input needs no gradient, so its graph is another than that of all others.
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+        assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
         with compiling.eager():
             assert torch.equal(target_loss(base.model, batches[0]), plain[0][0])
-    assert all(block._compiled_call_impl is None for block in base.model.model.layers)
+    assert all(block._compiled_call_impl is None for block in blocks)
 
 
 def test_when_to_compile(monkeypatch):

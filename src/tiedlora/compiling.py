@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 
 from tiedlora.errors import UserError
 
@@ -52,7 +53,9 @@ def compiled(blocks: Any) -> Iterator[None]:
     for block in blocks:
         block.compile(dynamic=True)
     try:
-        yield
+        # Else sizes that happen to be equal, such as rank and batch, count as one, and another batch compiles anew.
+        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            yield
     finally:
         for block in blocks:
             block._compiled_call_impl = None
