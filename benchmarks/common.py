@@ -18,25 +18,31 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2_135m"
 RANK, BATCH = 8, 8
+PASS_TOKENS = 1024
+"""Tokens a forward pass of ours: more make no product faster here, and memory grows with them."""
 
 
-def config(*overrides: str) -> Any:
+def defaults() -> dict[str, str]:
     """GSM8K rows (below TIEDLORA_DATA, or ../shared/data of the checkout), SmolLM2-135M, rank 8, batch 8."""
-    from tiedlora.config import compose_config
-
-    data = os.environ.get("TIEDLORA_DATA", str(PROJECT.parent / "shared" / "data"))
-    given = {override.partition("=")[0] for override in overrides}
-    defaults = {
+    return {
         "model": MODEL,
         "task": "gsm8k",
-        "data_root": data,
+        "data_root": os.environ.get("TIEDLORA_DATA", str(PROJECT.parent / "shared" / "data")),
         "rank.r": str(RANK),
         "train.batch_size": str(BATCH),
         "train.warmup_steps": "0",
         "train.schedule": "constant",
         "train.lr": "1e-3",
     }
-    return compose_config([f"{key}={value}" for key, value in defaults.items() if key not in given] + list(overrides))
+
+
+def config(*overrides: str) -> Any:
+    """The defaults, changed."""
+    from tiedlora.config import compose_config
+
+    given = {override.partition("=")[0] for override in overrides}
+    kept = [f"{key}={value}" for key, value in defaults().items() if key not in given]
+    return compose_config([*kept, *overrides])
 
 
 def peak_memory() -> int:
@@ -44,6 +50,12 @@ def peak_memory() -> int:
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
+
+
+def restart_peak() -> int:
+    """Begin `peak_memory` anew, from the process's present size, which is returned in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
 
 
 def peft_lora(model: Any, adapter: Any = None) -> Any:
@@ -63,6 +75,39 @@ def peft_lora(model: Any, adapter: Any = None) -> Any:
                     site.lora_A["default"].weight.copy_(parts[f"{letter}.A"][layer])
                     site.lora_B["default"].weight.copy_(parts[f"{letter}.B"][layer])
     return adapted
+
+
+def answers(
+    model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], task: Any, batch_size: int
+) -> tuple[list[str], int]:
+    """What transformers' generate writes, greedily, longest prompts first, and how many tokens that is."""
+    import torch
+
+    end, outputs, tokens = tokenizer.eos_token_id, {}, 0
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        longest = max(len(prompts[i]) for i in chunk)
+        ids = torch.tensor([[end] * (longest - len(prompts[i])) + list(prompts[i]) for i in chunk])
+        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk])
+        with torch.inference_mode():
+            whole = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=task.max_new_tokens,
+                do_sample=False,
+                stop_strings=list(task.stop) or None,
+                tokenizer=tokenizer,
+                pad_token_id=end,
+            )
+        for i, row in zip(chunk, whole[:, longest:].tolist(), strict=True):
+            written = row[: row.index(end)] if end in row else row
+            tokens += len(written)
+            text = tokenizer.decode(written, skip_special_tokens=True)
+            first = len(text) - len(text.lstrip())
+            places = [place for stop in task.stop if (place := text.find(stop, first)) >= 0]
+            outputs[i] = text[: min(places, default=len(text))].strip()
+    return [outputs[i] for i in range(len(prompts))], tokens
 
 
 def measure(script: str, *arguments: str, threads: int | None = None) -> dict[str, Any]:
@@ -122,6 +167,12 @@ def machine() -> dict[str, Any]:
 def spread(values: Sequence[float]) -> str:
     """Median [least, most]."""
     return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def write(path: Path | None, figures: dict[str, Any]) -> None:
+    """The figures and the machine they are of, as JSON, where somebody asked for it."""
+    if path:
+        path.write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

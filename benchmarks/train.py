@@ -27,6 +27,8 @@ import common
 SKIPPED, CHECKED = 2, 20
 THEIRS = ("peft:float32:plain", "peft:bfloat16:plain", "peft:bfloat16:grouped")
 OURS = "ours:bfloat16:TABuv"
+SETTINGS = (f"train.microbatch_tokens={common.PASS_TOKENS}", "train.compile=always")
+"""Of ours when it is timed."""
 WANTED = dict(zip(THEIRS, (2.6, 1.7, 1.25), strict=True))
 
 
@@ -50,10 +52,15 @@ def ours(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]:
     prepared = Prepared(config, load_task(config.task), Processes())
     with tempfile.TemporaryDirectory() as scratch, Stop() as stop:
         folder = RunFolder(Path(scratch))
-        prepared.train(folder, stop)
+        progress, _ = prepared.train(folder, stop)
         lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
     rows = [line for line in lines if "train/loss" in line]
-    return {"losses": [row["train/loss"] for row in rows], **_steady(rows), "peak": common.peak_memory()}
+    return {
+        "losses": [row["train/loss"] for row in rows],
+        **_steady(rows),
+        "target_share": progress.target_tokens / progress.tokens,
+        "peak": common.peak_memory(),
+    }
 
 
 def _steady(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -75,8 +82,10 @@ def theirs(dtype: str, order: str, steps: int, *overrides: str) -> dict[str, Any
 
     config = common.config(f"train.dtype={dtype}", "tying=LoRA_qkv", *overrides)
     base = reuse.base(config, torch.device("cpu"))
+    base.model.set_attn_implementation("sdpa")
     encoder = Encoder(base.tokenizer, config.task, config.model.context)
-    encoded = fit(encoder, reuse.rows(config)[0]["train"]).encoded
+    examples = reuse.rows(config)[0]
+    encoded = fit(encoder, examples["train"]).encoded
     size = config.train.batch_size
     if order == "plain":
         chosen = encoded
@@ -149,12 +158,26 @@ def theirs(dtype: str, order: str, steps: int, *overrides: str) -> dict[str, Any
         "tokens": used,
         "seconds": marks[-1][0] - marks[SKIPPED - 1][0],
         "peak": common.peak_memory(),
+        "base": base,
+        "model": model,
+        "validation": examples["validation"],
     }
+
+
+def arithmetic(run: dict[str, Any]) -> float:
+    """FLOP of a run's timed steps (see the head of this file)."""
+    from tiedlora.tying import target_shape
+
+    a = common.config().model.architecture
+    shapes = [target_shape(a, name) for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    blocks = a.layers * sum(d_in * d_out for d_in, d_out in shapes)
+    return float(4 * run["tokens"] * (blocks + a.vocabulary * a.hidden * run["target_share"]))
 
 
 def child(what: str, steps: str, *overrides: str) -> None:
     who, dtype, how = what.split(":")
-    print(json.dumps((ours if who == "ours" else theirs)(dtype, how, int(steps), *overrides)))
+    found = (ours if who == "ours" else theirs)(dtype, how, int(steps), *overrides)
+    print(json.dumps({key: found[key] for key in found if key not in ("base", "model", "validation")}))
 
 
 def check() -> list[float]:
@@ -182,7 +205,8 @@ def main() -> None:
     for alternation in range(1, arguments.alternations + 1):
         rates.append(common.matmul_rate("bfloat16", (2048, 576, 1536)))
         for name in names:
-            found[name].append(common.measure(__file__, name, str(arguments.steps)))
+            settings = SETTINGS if name == OURS else ()
+            found[name].append(common.measure(__file__, name, str(arguments.steps), *settings))
             latest = found[name][-1]
             print(f"{alternation} {name}: {latest['tokens'] / latest['seconds']:.0f} tokens/s", file=sys.stderr)
     rows = []
@@ -206,9 +230,14 @@ def main() -> None:
     print(
         common.table(["what", "tokens/s", "peak memory", "ours is x times as fast", "ours uses x of its memory"], rows)
     )
-    print(f"matrix products, bfloat16, (2048, 576) @ (576, 1536): {statistics.median(rates) / 1e9:.0f} GFLOP/s")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": common.machine(), "worst": worst, "runs": found}, indent=1))
+    shares = [arithmetic(run) / run["seconds"] / rate for run, rate in zip(found[OURS], rates, strict=True)]
+    print(
+        f"matrix products, bfloat16, (2048, 576) @ (576, 1536): {statistics.median(rates) / 1e9:.0f} GFLOP/s; "
+        f"ours computes at {common.spread(shares)} of it"
+    )
+    for name, wanted in WANTED.items():
+        print(f"wanted against {name}: {wanted}x")
+    common.write(arguments.json, {"worst": worst, "runs": found})
 
 
 if __name__ == "__main__":
