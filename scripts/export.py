@@ -32,14 +32,14 @@ def main() -> None:
     if result is None:
         raise UserError(f"{run.path}: has no result.json, so the run is not finished; run its command again")
     out = (arguments.out or run.path / "export" / arguments.to).absolute()
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; remove it, or choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     try:
         export(run, result, arguments.to, out, arguments.dtype, arguments.split, arguments.cache)
     except BaseException:
         # Half an export looks like a whole one to the program that reads it.
-        shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
         raise
     print(f"{out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
 
@@ -47,6 +47,7 @@ def main() -> None:
 def export(run: RunFolder, result: dict, to: str, out: Path, dtype: str, split: str, cache: str | None) -> None:
     # torch and transformers cost seconds; a wrong argument does not wait for them.
     from tiedlora import adapter, harness, library
+    from tiedlora.adapter.files import DESCRIPTION, TENSORS
     from tiedlora.card import card
 
     config, notes = library.config_of(run.path), []
@@ -56,8 +57,10 @@ def export(run: RunFolder, result: dict, to: str, out: Path, dtype: str, split: 
             "`.cache/models/`. Give that folder where a base model is asked for."
         )
     if to == "hub-card":
-        for file in run.adapter.iterdir():
-            shutil.copyfile(file, out / file.name)
+        adapter.load(run.adapter)
+        # By name, once it has loaded: a stranger's run may hold more, and links to what is not its own.
+        for name in (DESCRIPTION, TENSORS):
+            shutil.copyfile(run.adapter / name, out / name)
         kind = "tied"
     elif to == "peft":
         loaded, _ = adapter.load(run.adapter)

@@ -21,12 +21,13 @@ from omegaconf import OmegaConf
 from tiedlora import config as configuration
 from tiedlora import reproduce
 from tiedlora.errors import UserError
+from tiedlora.present import visible
 from tiedlora.record import run_id
 from tiedlora.report import plots
 from tiedlora.report.cells import Cell
 from tiedlora.report.compare import Row
 from tiedlora.report.runs import Run
-from tiedlora.report.tables import Table, visible
+from tiedlora.report.tables import Table
 
 HERE = Path(__file__).parent
 FILTERS = ("model", "task", "variant", "configuration", "rank", "metric")
