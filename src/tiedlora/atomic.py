@@ -14,8 +14,10 @@ from typing import Any
 
 from tiedlora.errors import UserError
 
-LARGEST = 64 * 2**20
-"""Bytes of a record, a description or a configuration at most: ours have kilobytes, and they are read whole."""
+LARGEST_JSON, LARGEST_YAML = 64 * 2**20, 2**20
+"""Bytes of a record and of a configuration at most: ours have kilobytes, and they are read whole."""
+DEEPEST_YAML = 50
+"""Levels: pyyaml's time grows with their square."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -82,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is not UTF-8, not JSON, or not an object.
     """
-    data = read_bytes(path, LARGEST)
+    data = read_bytes(path, LARGEST_JSON)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -96,25 +98,39 @@ def read_yaml(path: Path) -> Any:
     """A YAML mapping as an OmegaConf node, its interpolations unresolved. Tags of Python objects are an error.
 
     Raises:
-        UserError: the file cannot be read, is not UTF-8, not YAML, no mapping, or has aliases: nine lines of
-            them unfold to gigabytes, and nothing here writes any.
+        UserError: the file cannot be read, is not UTF-8, not YAML, no mapping, or what no file of ours is.
     """
     import yaml
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    data = read_bytes(path, LARGEST)
+    data = read_bytes(path, LARGEST_YAML)
     try:
         text = data.decode("utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise UserError(f"{path}: has YAML aliases (*name), which are not read; write the values out")
-        node = OmegaConf.create(text)
-    except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        if reason := _unreadable(yaml.parse(text, yaml.SafeLoader)):
+            raise UserError(f"{path}: {reason}")
+        return OmegaConf.create(text)
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: is not readable YAML ({reason})") from None
-    if not isinstance(node, DictConfig):
-        raise UserError(f"{path}: must hold a YAML mapping of keys to values")
-    return node
+
+
+def _unreadable(events: Iterator[Any]) -> str:
+    """Why YAML should not be built into values: nine lines of aliases unfold to gigabytes."""
+    import yaml
+
+    depth, root = 0, True
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            return "has YAML aliases (*name), which are not read; write the values out"
+        if isinstance(event, yaml.NodeEvent):
+            if root and not isinstance(event, yaml.MappingStartEvent):
+                return "must hold a YAML mapping of keys to values"
+            root = False
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_YAML:
+            return f"is nested more than {DEEPEST_YAML} levels deep"
+    return ""
 
 
 @contextmanager

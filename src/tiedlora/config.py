@@ -46,14 +46,14 @@ def load(composed: DictConfig) -> Config:
     Raises:
         UserError: one line that names the key.
     """
-    with readable_errors():
-        missing = sorted(OmegaConf.missing_keys(composed))
+    with readable_errors(), _own_variables_alone():
+        # Through plain data: a key that was added with + would otherwise come along unseen.
+        values = OmegaConf.to_container(composed, resolve=True)
+        typed = OmegaConf.merge(OmegaConf.structured(Config), values)
+        missing = sorted(OmegaConf.missing_keys(typed))
         if missing:
             raise UserError(f"{missing[0]}: has no value; choose an option of its group or set it")
-        # Through plain data: a key that was added with + would otherwise come along unseen.
-        with _own_variables_alone():
-            values = OmegaConf.to_container(composed, resolve=True)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+        config = OmegaConf.to_object(typed)
     assert isinstance(config, Config)
     if config.rank.alpha is None:
         config.rank.alpha = float(config.rank.r)
@@ -292,7 +292,9 @@ def readable_errors() -> Iterator[None]:
 
 def explain(error: BaseException) -> str:
     """One line of what Hydra or OmegaConf says in many, with the nearest right name."""
-    text = " ".join(str(part) for part in _chain(error))
+    # Hydra says first which override it was, and only its cause says what is wrong with it.
+    parts = [said for part in _chain(error) if not (said := str(part)).startswith("Error merging override ")]
+    text = " ".join(parts)
     if match := re.search(r"Could not find '([\w-]+)/(.+?)'", text):
         group, option = match.groups()
         names = options(group)
@@ -305,7 +307,7 @@ def explain(error: BaseException) -> str:
             f"{visible(str(error.override)):.80}: cannot be parsed as KEY=VALUE ({visible(_first_sentence(text)):.80})"
         )
     if key := _full_key(text):
-        return f"{key}: {re.sub('Error merging override [^ ]* ', '', _first_sentence(text))}"
+        return f"{key}: {_first_sentence(text)}"
     return _first_sentence(text)
 
 
