@@ -105,8 +105,10 @@ def _own_variables_alone() -> Iterator[None]:
     try:
         yield
     except InterpolationResolutionError as error:
-        refused = next((cause for cause in _chain(error) if isinstance(cause, UserError)), None)
-        raise refused or error from None
+        for cause in _chain(error):
+            if isinstance(cause, UserError):
+                raise UserError(str(cause)) from None
+        raise
     finally:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
@@ -326,8 +328,11 @@ def known_keys() -> list[str]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
+    # Hydra and OmegaConf raise errors again while they handle them, so that a chain may bite its tail.
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
         yield error
+        seen.append(error)
         error = error.__cause__ or error.__context__
 
 
