@@ -1,5 +1,6 @@
 """Malformed adapter files: a table of them with what each says, and a search for more."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import tracemalloc
 
 import pytest
 import torch
-from conftest import tiny, tying_option
+from conftest import model_option, tiny, tying_option
 from hostile import ODD_VALUES, refused, right_or_refused, search, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save
 import tiedlora
 from tiedlora.adapter import attach, attach_adapter, load
 from tiedlora.adapter import save as save_adapter
+from tiedlora.models import load_base
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +216,47 @@ def test_an_adapter_of_another_model(whole, tmp_path):
     deeper.config.num_hidden_layers = 5
     with refused("layers=3, this model has layers=5"):
         attach_adapter(deeper, load(folder)[0])
+
+
+MODELS = {  # files of a base model's folder, and what is said
+    "no weights": ({"config.json": b"{}"}, "must be a folder with config.json, tokenizer.json and *.safetensors"),
+    "a pickle for weights": ({"config.json": b"{}", "pytorch_model.bin": pickle.dumps(Evil())}, "must be a folder"),
+    "a pickle called safetensors": (
+        {"config.json": b'{"model_type": "llama"}', "model.safetensors": pickle.dumps(Evil())},
+        "cannot be loaded",
+    ),
+    "a configuration that is none": ({"config.json": b"[", "model.safetensors": b""}, "cannot be loaded"),
+    "sizes that are words": (
+        {"config.json": b'{"model_type": "llama", "hidden_size": "many"}', "model.safetensors": b""},
+        "cannot be loaded",
+    ),
+    "a tokenizer that is none": (
+        {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"", "tokenizer.json": b'{"model": 3}'},
+        "cannot be loaded",
+    ),
+    "code of its own": (
+        {
+            "config.json": b'{"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}}',
+            "tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["evil.T", null]}}',
+            "evil.py": b"open('owned', 'w')\n",
+            "model.safetensors": save({"x": torch.ones(1)}),
+        },
+        "cannot be loaded",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_a_base_model_that_is_none_runs_no_code(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files, says = MODELS[what]
+    (tmp_path / "model").mkdir()
+    for name, data in files.items():
+        (tmp_path / "model" / name).write_bytes(data)
+    config = dataclasses.replace(model_option("tiny_llama"), source="hub", path=str(tmp_path / "model"))
+    with refused(says, tmp_path):
+        load_base(config, "float32", torch.device("cpu"), tmp_path / "cache")
+    assert not (tmp_path / "owned").exists()
 
 
 @given(st.data())

@@ -26,7 +26,7 @@ _DISK = {
     errno.ENOTDIR: "a file is where a folder is wanted; choose another folder with outputs=",
     errno.EEXIST: "a file is where a folder is wanted; remove it, or choose another folder with outputs=",
     errno.EISDIR: "a folder is where a file is wanted; remove it, or choose another folder with outputs=",
-    errno.ELOOP: "a symbolic link that goes round, or where no link is wanted; remove it, or choose another folder with outputs=",
+    errno.ELOOP: "a symbolic link goes round, or is where none is wanted; remove it, or choose another outputs=",
     errno.ENAMETOOLONG: "the path is too long; choose a shorter one with outputs=",
     errno.EROFS: "the file system is read-only; choose another folder with outputs=",
 }

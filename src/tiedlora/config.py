@@ -55,8 +55,6 @@ def load(composed: DictConfig) -> Config:
             raise UserError(f"{missing[0]}: has no value; choose an option of its group or set it")
         config = OmegaConf.to_object(typed)
     assert isinstance(config, Config)
-    if config.rank.alpha is None:
-        config.rank.alpha = float(config.rank.r)
     if config.train.lr is None:
         config.train.lr = config.tying.suggested_lr
     for key in ("outputs", "cache", "data_root"):
@@ -67,6 +65,8 @@ def load(composed: DictConfig) -> Config:
         folder = adapters.adapter_folder(config.train.init_from).absolute()
         config.train.init_from, config.train.init_digest = str(folder), adapters.digest(folder)
     check(config)
+    if config.rank.alpha is None:
+        config.rank.alpha = float(config.rank.r)
     return config
 
 
@@ -188,8 +188,9 @@ def _check_sizes(model: ModelConfig) -> None:
 def _check_texts(key: str, value: Any) -> None:
     """No text may hold what rewrites a terminal, ends a path or cannot be written down; prompts may have lines."""
     if isinstance(value, str):
-        lines = value.replace("\n", "").replace("\t", "") if key.startswith("task.") else value
-        if visible(lines) != lines:
+        # Of the marks that direct text, right-to-left languages need the two that end with it.
+        text = re.sub("[\n\t\u200e\u200f]", "", value) if key.startswith("task.") else value
+        if visible(text) != text:
             raise UserError(f"{key}={value!r:.80}: holds a control character or half of a surrogate pair; remove it")
         if len(value) > LONGEST_TEXT:
             raise UserError(f"{key}: has {len(value):,} characters, at most {LONGEST_TEXT:,} are allowed")
