@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from tiedlora.errors import UserError
@@ -23,6 +23,8 @@ def search(examples: int) -> settings:
         derandomize=EXAMPLES is None,
         deadline=None,
         database=None,
+        # Explaining a failure traces every line, which takes minutes here.
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
 

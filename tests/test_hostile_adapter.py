@@ -128,7 +128,7 @@ DESCRIPTIONS = {  # what adapter.json gets, and what is said
     "negative layers": ({"architecture": {"layers": -1}}, "layers=-1"),
     "huge layers": ({"architecture": {"layers": 10**12}}, "layers=1000000000000"),
     "a huge hidden size": ({"architecture": {"hidden": 10**12, "layers": 3}}, "not the sizes of an adapter"),
-    "a secret of the environment": ({"tying": {"name": "${oc.env:HOME}"}}, "adapter.json"),
+    "a secret of the environment": ({"tying": {"name": "${oc.env:HOME}"}}, "holds an interpolation"),
     "no base": ({"base": 3}, "base (with name and digest)"),
     "a base without a name": ({"base": {}}, "base (with name and digest)"),
     "rebuilt parts that are a list": ({"rebuilt": [1]}, "rebuilt must be objects"),

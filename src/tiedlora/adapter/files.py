@@ -7,6 +7,7 @@ The tensors are those that cannot be rebuilt, each once: the trained parts, and 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -113,6 +114,8 @@ def load(folder: Path) -> tuple[TiedAdapter, dict[str, Any]]:
 def _described(description: dict[str, Any], path: Path) -> tuple[Tying, int, float, int, Architecture]:
     if description.get("format") != FORMAT:
         raise UserError(f"{path}: format {description.get('format')!r} is not {FORMAT}, which this version reads")
+    if "${" in json.dumps([description.get("tying"), description.get("architecture")]):
+        raise UserError(f"{path}: holds an interpolation (${{...}}); a description has plain values alone")
     try:
         tying, architecture = (
             OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), description[key]))

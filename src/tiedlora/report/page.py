@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tiedlora import config as configuration
 from tiedlora import reproduce
@@ -174,7 +175,7 @@ def _command(run: Run) -> str:
     elsewhere = f"# this version of the code reads another run; its whole configuration is in {run.run_id}/config.yaml"
     try:
         config = configuration.load(OmegaConf.create(run.record["config"]))
-    except (UserError, KeyError, TypeError, AttributeError):
+    except (UserError, OmegaConfBaseException):
         return elsewhere
     return reproduce.command(config) if run_id(config) == run.run_id else elsewhere
 

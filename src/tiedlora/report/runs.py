@@ -149,7 +149,8 @@ def read_run(folder: Path) -> Run | LeftOut:
         error = _last_line(folder / "error.txt")
         lr = _planned_lr(folder / "config.yaml")
         reason = f"failed: {error}" if error else "not finished: it has no result.json (running, or interrupted)"
-        return LeftOut(folder, reason, {**about, "lr": lr, "failed": bool(error)})
+        # A folder of another name tells no configuration, so it is of no cell.
+        return LeftOut(folder, reason, {**about, "lr": lr, "failed": bool(error)} if about else {})
     try:
         record = finished.read_result(folder / "result.json")
     except UserError as error:
