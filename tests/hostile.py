@@ -1,5 +1,6 @@
 """What the tests of malformed input share: a refusal is one UserError, and leaves every file as it was."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ from hypothesis import strategies as st
 
 from tiedlora.errors import UserError
 
+HOSTILE = (
+    "</pre><script>alert(1)</script>\x1b[2J\x1b]0;owned\x07\x00\u202e\x9b31m\u2028 =1+1 "
+    "\\input{/etc/passwd} [x](javascript:1)"
+)
 EXAMPLES = os.environ.get("HOSTILE_EXAMPLES")
 """A number to search further with: then every search draws other examples than the last."""
 
@@ -75,3 +80,17 @@ def right_or_refused() -> Iterator[None]:
     """The block does its work or raises a UserError, and no other exception."""
     with suppress(UserError):
         yield
+
+
+def put(folder, key: str, value: object) -> None:
+    """Set a dotted key of result.json, or take it away where the value is `...`."""
+    path = folder / "result.json"
+    record = json.loads(path.read_text())
+    node = record
+    *parents, last = key.split(".")
+    for name in parents:
+        node = node[name]
+    node[last] = value
+    if value is ...:
+        del node[last]
+    path.write_text(json.dumps(record))

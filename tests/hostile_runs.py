@@ -1,17 +1,11 @@
-"""A finished run for tests to break, and hostile words for its records."""
+"""A finished run for tests to break: `pytest_plugins = ["hostile_runs"]` brings its fixtures."""
 
-import json
 import shutil
 
 import pytest
 
 from tiedlora import run
 from tiedlora.config import compose_config
-
-HOSTILE = (
-    "</pre><script>alert(1)</script>\x1b[2J\x1b]0;owned\x07\x00\u202e\x9b31m\u2028 =1+1 "
-    "\\input{/etc/passwd} [x](javascript:1)"
-)
 
 
 @pytest.fixture(scope="session")
@@ -37,17 +31,3 @@ def folder(place, tmp_path):
 @pytest.fixture
 def words(place, tmp_path):
     return [*place[1], f"outputs={tmp_path}/outputs"]
-
-
-def put(folder, key: str, value: object) -> None:
-    """Set a dotted key of result.json, or take it away where the value is `...`."""
-    path = folder / "result.json"
-    record = json.loads(path.read_text())
-    node = record
-    *parents, last = key.split(".")
-    for name in parents:
-        node = node[name]
-    node[last] = value
-    if value is ...:
-        del node[last]
-    path.write_text(json.dumps(record))

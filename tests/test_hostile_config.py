@@ -249,7 +249,7 @@ WORDS = st.builds(
 
 
 @given(st.lists(WORDS, min_size=1, max_size=3))
-@search(40)
+@search(20)
 def test_any_overrides_compose_or_are_refused(words):
     with right_or_refused():
         config = compose_config(words)
@@ -266,7 +266,7 @@ def good() -> dict:
 
 
 @given(st.lists(st.tuples(st.sampled_from(configuration.known_keys()), ODD_VALUES), min_size=1, max_size=3))
-@search(150)
+@search(60)
 def test_any_values_load_or_are_refused(tmp_path_factory, changes):
     """A config.yaml with values of any kind at any place, as a stranger's run may have."""
     values = good()

@@ -6,8 +6,7 @@ import re
 import shutil
 
 import pytest
-from hostile import refused, snapshot
-from hostile_runs import put
+from hostile import put, refused, snapshot
 
 import tiedlora
 from tiedlora import finished, run
@@ -48,7 +47,7 @@ RESULTS = {  # a key of result.json, what it becomes, and what is said
     "scores without rows": ("scores.validation.rows", None, "lacks rows or digest"),
     "scores of no rows": ("scores.validation.rows", 0, "lacks rows or digest"),
     "a text for a time": ("scores.validation.seconds", "long", "'scores.validation.seconds' is not a number"),
-    "a metric of no name": ("scores.validation.metrics", {"<b>": {}}, "has other metrics than"),
+    "a metric of no name": ("scores.validation.metrics", {"<b>": {}}, "is not a value with an interval"),
     "a score above one": (
         "scores.validation.metrics.exact_match_strict",
         {"value": 1e300, "low": 0, "high": 1},

@@ -5,8 +5,7 @@ import json
 import re
 import shutil
 
-from hostile import ODD_VALUES, right_or_refused, search
-from hostile_runs import HOSTILE, put
+from hostile import HOSTILE, ODD_VALUES, put, right_or_refused, search
 from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import prediction_rows, scored_run
@@ -96,7 +95,7 @@ def leaves(node: object, prefix: tuple = ()) -> list[tuple]:
 
 
 @given(st.data())
-@search(60)
+@search(40)
 def test_any_record_is_read_or_refused(place, tmp_path_factory, data):
     """A good result.json with values of any kind in one or two places, through the report and the terminal."""
     record = json.loads((place[0] / "result.json").read_text())
