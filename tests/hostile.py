@@ -17,6 +17,7 @@ HOSTILE = (
     "</pre><script>alert(1)</script>\x1b[2J\x1b]0;owned\x07\x00\u202e\x9b31m\u2028 =1+1 "
     "\\input{/etc/passwd} [x](javascript:1)"
 )
+"""What a model may write, and a stranger's record hold: script, escapes of a terminal, a formula, LaTeX, a link."""
 EXAMPLES = os.environ.get("HOSTILE_EXAMPLES")
 """A number to search further with: then every search draws other examples than the last."""
 

@@ -54,6 +54,7 @@ TABLE = {
     "infinite": ("train.lr=inf", "train.lr=inf: must be at most"),
     "infinite for a whole number": ("train.steps=1e400", "train.steps: Value 'inf'"),
     "more digits than are read": (f"seed={HUGE}", "a number has more digits than are read"),
+    "a whole number beyond any fraction": (f"train.lr={'9' * 400}", "train.lr: int too large to convert to float"),
     "negative rank": ("rank.r=-1", "rank.r=-1: must be at least 1"),
     "huge rank": ("rank.r=1000000000000", "rank.r=1000000000000: must be at most"),
     "rank above the projection": ("rank.r=100000", "rank.r=100000: is more than the projection's"),

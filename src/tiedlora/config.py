@@ -277,7 +277,7 @@ def readable_errors() -> Iterator[None]:
     """Turn Hydra's and OmegaConf's errors about a configuration into one line for a person."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, OverflowError) as error:
         raise UserError(explain(error)) from error
     except YAMLError as error:
         raise UserError(f"a file of conf/ is not readable YAML ({' '.join(str(error).split())})") from error
