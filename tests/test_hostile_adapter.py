@@ -120,6 +120,7 @@ DESCRIPTIONS = {  # what adapter.json gets, and what is said
     "a code for an init": ({"tying": {"A": {"init": "os.system"}}}, "tying.A.init=os.system"),
     "an init that overflows": ({"tying": {"u": {"init": 1e308}}}, "tying.u.init=1e+308"),
     "an unknown key": ({"tying": {"evil": 1}}, "evil"),
+    "a number that no float holds": ({"tying": {"dropout": 10**400}}, "int too large to convert to float"),
     "a target of nothing": ({"tying": {"targets": ["../x"]}}, "'../x' is not a projection"),
     "a negative share": ({"tying": {"A": {"share": -1}}}, "tying.A.share=-1"),
     "a text for a tying": ({"tying": "TABuv"}, "adapter.json: "),

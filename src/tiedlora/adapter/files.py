@@ -124,7 +124,7 @@ def _described(description: dict[str, Any], path: Path) -> tuple[Tying, int, flo
         rank, alpha, seed = description["rank"], description["alpha"], description["seed"]
     except KeyError as error:
         raise UserError(f"{path}: has no {error}") from None
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
     assert isinstance(tying, Tying)
     assert isinstance(architecture, Architecture)
