@@ -13,6 +13,7 @@ from tiedlora import finished, run
 from tiedlora.config import compose_config
 from tiedlora.errors import UserError
 from tiedlora.record import RunFolder
+from tiedlora.report import write
 from tiedlora.report.runs import read_run
 from tiedlora.tracking import read_metrics
 
@@ -145,8 +146,7 @@ def test_pipes_devices_and_loops_are_not_waited_for(name, folder, tmp_path, scri
             (folder / "result.json").unlink(missing_ok=True)
         code, _, err = script("scripts/verify.py", folder, "--rows", "0")
         assert (code, len(err.splitlines())) in ((2, 1), (3, 0)), err
-        code, _, err = script("scripts/report.py", tmp_path / "outputs", "--out", tmp_path / "report")
-        assert (code, err) == (0, "")
+        assert len(write.build([tmp_path / "outputs"]).runs) == (folder / "result.json").is_file()
 
 
 def test_links_out_of_the_folder_show_and_copy_nothing(folder, tmp_path, script):
@@ -266,9 +266,8 @@ def test_wrong_predictions(what, folder, tmp_path, script):
     code, out, err = script("scripts/verify.py", folder, "--rows", "0")
     assert (code, err) == (3, "")
     assert says in out
-    code, _, err = script("scripts/report.py", tmp_path / "outputs", "--out", tmp_path / "report")
-    assert (code, err) == (0, "")
-    assert says in (tmp_path / "report" / "index.html").read_text()
+    (row, *_) = write.build([tmp_path / "outputs"]).rows
+    assert any(says in note for note in row.notes)
     code, _, err = script("scripts/export.py", folder, "--to", "peft", "--out", tmp_path / "peft")
     assert (code, len(err.splitlines())) == (2, 1)
     assert not (tmp_path / "peft").exists()

@@ -122,7 +122,7 @@ def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):
 def test_options_of_generated_rows(tmp_path):
     for override, says in (
         ("task.options.rows=3", "rows and parameters must be mappings"),
-        ("task.options.parameters=[1]", "rows and parameters must be mappings"),
+        ("task.options.parameters=3", "rows and parameters must be mappings"),
         ("task.options.rows={train: -1, validation: 1, test: 1}", "must be a number from 1 to"),
         ("task.options.rows={train: 99999999, validation: 1, test: 1}", "must be a number from 1 to"),
         ("task.options.dataset=[os]", "reasoning-gym refuses them"),
