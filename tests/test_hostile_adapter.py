@@ -261,7 +261,7 @@ def test_a_base_model_that_is_none_runs_no_code(what, tmp_path, monkeypatch):
 
 
 @given(st.data())
-@search(100)
+@search(60)
 def test_any_description_loads_or_is_refused(whole, tmp_path_factory, data):
     description, tensors = whole
     description = json.loads(json.dumps(description))
@@ -282,7 +282,7 @@ def test_any_description_loads_or_is_refused(whole, tmp_path_factory, data):
 
 
 @given(st.data())
-@search(150)
+@search(80)
 def test_any_tensors_load_or_are_refused(whole, tmp_path_factory, data):
     """Bytes of the file changed, cut out or put in, the checksum made to fit; or any bytes at all."""
     description, tensors = whole

@@ -267,7 +267,7 @@ def good() -> dict:
 
 
 @given(st.lists(st.tuples(st.sampled_from(configuration.known_keys()), ODD_VALUES), min_size=1, max_size=3))
-@search(60)
+@search(40)
 def test_any_values_load_or_are_refused(tmp_path_factory, changes):
     """A config.yaml with values of any kind at any place, as a stranger's run may have."""
     values = good()
@@ -291,7 +291,7 @@ def test_any_values_load_or_are_refused(tmp_path_factory, changes):
 
 
 @given(st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")))
-@search(150)
+@search(60)
 def test_any_bytes_load_or_are_refused(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "config.yaml"
     path.write_bytes(data)

@@ -96,7 +96,7 @@ def leaves(node: object, prefix: tuple = ()) -> list[tuple]:
 
 
 @given(st.data())
-@search(40)
+@search(25)
 def test_any_record_is_read_or_refused(place, tmp_path_factory, data):
     """A good result.json with values of any kind in one or two places, through the report and the terminal."""
     record = json.loads((place[0] / "result.json").read_text())
