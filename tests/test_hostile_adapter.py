@@ -122,6 +122,14 @@ DESCRIPTIONS = {  # what adapter.json gets, and what is said
     "an unknown key": ({"tying": {"evil": 1}}, "evil"),
     "a number that no float holds": ({"tying": {"dropout": 10**400}}, "int too large to convert to float"),
     "a target of nothing": ({"tying": {"targets": ["../x"]}}, "'../x' is not a projection"),
+    "a list for a target": ({"tying": {"targets": [[]]}}, "must be a list of names"),
+    "a list for a module path": (
+        {
+            "architecture": {"layers": 3, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8}
+            | {"layout": {"layers": "x", "sites": {"qkv": [[]]}}}
+        },
+        "must hold lists of module paths",
+    ),
     "a negative share": ({"tying": {"A": {"share": -1}}}, "tying.A.share=-1"),
     "a text for a tying": ({"tying": "TABuv"}, "adapter.json: "),
     "a list for a tying": ({"tying": []}, "adapter.json: "),

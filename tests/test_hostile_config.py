@@ -44,6 +44,8 @@ TABLE = {
     "a mapping for a list": ("train.betas={a: 1}", "train.betas: Cannot merge DictConfig with ListConfig"),
     "a word for a flag": ("train.bucket=maybe", "train.bucket: Value 'maybe' is not a valid bool"),
     "a key below a number": ("++train.steps.x=3", "train.steps: Value '{}'"),
+    "a list for a target": ("tying.targets=[[]]", "tying.targets=[[]]: holds a list where"),
+    "a list for a beta": ("train.betas=[[],0.9]", "train.betas"),
     "null for a number": ("seed=null", "seed: field 'seed' is not Optional"),
     "null for a list": ("score.splits=null", "score.splits: field 'score.splits' is not Optional"),
     "null for a section": ("train.lr_factor=null", "train.lr_factor: field 'train.lr_factor' is not Optional"),

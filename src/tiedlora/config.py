@@ -202,6 +202,9 @@ def _check_texts(key: str, value: Any) -> None:
                 _check_texts(f"{key} (a key)", name)
     elif isinstance(value, list):
         for inner in value:
+            # OmegaConf lets a list through where a text or a number belongs; a task's own options may have any.
+            if isinstance(inner, (list, dict)) and not key.startswith("task.options"):
+                raise UserError(f"{key}={value!r:.80}: holds a list where a single value belongs")
             _check_texts(key, inner)
 
 

@@ -261,6 +261,9 @@ def _check_targets(targets: list[str], architecture: Architecture) -> None:
     if not targets:
         raise UserError("tying.targets: is empty; name at least one projection, usually [qkv]")
     for target in targets:
+        # OmegaConf lets a list through where a text belongs.
+        if not isinstance(target, str):
+            raise UserError(f"tying.targets={targets}: must be a list of names")
         target_shape(architecture, target)
     overlap = {"q", "k", "v"} & set(targets) if "qkv" in targets else set()
     if len(set(targets)) != len(targets) or overlap:

@@ -135,6 +135,8 @@ def _described(description: dict[str, Any], path: Path) -> tuple[Tying, int, flo
     sizes = [getattr(architecture, name) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")]
     if type(rank) is not int or not 1 <= rank <= 65536 or not all(1 <= size <= 10**6 for size in sizes):
         raise UserError(f"{path}: rank={rank!r:.40}, layers={sizes[0]}, hidden={sizes[1]}: not the sizes of an adapter")
+    if not all(isinstance(name, str) for names in architecture.layout.sites.values() for name in names):
+        raise UserError(f"{path}: architecture.layout.sites must hold lists of module paths")
     if type(seed) is not int or not is_number(alpha) or not 1e-12 <= alpha <= 1e12:
         raise UserError(f"{path}: seed={seed!r:.40}, alpha={alpha!r:.40}: must be a whole and a positive number")
     base, rebuilt = description.get("base"), description.get("rebuilt", {})
