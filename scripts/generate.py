@@ -12,7 +12,8 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-from tiedlora import cli
+from tiedlora import cli, present
+from tiedlora.errors import UserError
 
 
 def main() -> None:
@@ -35,13 +36,22 @@ def main() -> None:
     encoder = Encoder(base.tokenizer, config.task, config.model.context)
     names = re.findall(r"\{(\w+)\}", config.task.prompt)
 
+    new_tokens = config.task.max_new_tokens if arguments.max_new_tokens is None else arguments.max_new_tokens
+    if new_tokens < 1:
+        raise UserError(f"--max-new-tokens {new_tokens}: must be at least 1")
+
     def answer(prompt: str) -> str:
         ids = encoder.prompt(prompt)
+        if not ids or len(ids) + new_tokens > config.model.context:
+            raise UserError(
+                f"--prompt: has {len(ids)} tokens; it needs at least one and, with {new_tokens} new ones, at most the "
+                f"model's {config.model.context}"
+            )
         (output,) = generate(
             base.model,
             base.tokenizer,
             [ids],
-            max_new_tokens=arguments.max_new_tokens or config.task.max_new_tokens,
+            max_new_tokens=new_tokens,
             stop=config.task.stop,
             batch_size=1,
         )
@@ -53,7 +63,7 @@ def main() -> None:
         attached.disable()
         plain = answer(prompt)
         attached.enable()
-        print(prompt, side_by_side(plain, adapted), "", sep="\n")
+        print(present.lines(prompt), side_by_side(plain, adapted), "", sep="\n")
 
     for prompt in arguments.prompt:
         show(prompt)

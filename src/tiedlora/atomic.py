@@ -1,4 +1,4 @@
-"""Writes that are whole or not there, and hashes of what was written."""
+"""Writes that are whole or not there, hashes of what was written, and readers that trust no file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tiedlora.errors import UserError
+
+LARGEST_JSON, LARGEST_YAML = 64 * 2**20, 2**20
+"""Bytes of a record and of a configuration at most: ours have kilobytes, and they are read whole."""
+DEEPEST_YAML = 50
+"""Levels: pyyaml's time grows with their square."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -53,21 +59,78 @@ def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     write_bytes(path, text.encode())
 
 
+def read_bytes(path: Path, most: int | None = None) -> bytes:
+    """What a regular file holds: a pipe would be waited for, and a device never ends.
+
+    Raises:
+        UserError: the file is missing, is no regular file, cannot be read, or has more than `most` bytes.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path}: is not a regular file")
+        if most is not None and found.st_size > most:
+            raise UserError(f"{path}: has {found.st_size:,} bytes, at most {most:,} are read")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        UserError: the file is missing, not UTF-8, not JSON, or not an object.
+        UserError: the file cannot be read, is not UTF-8, not JSON, or not an object.
     """
+    data = read_bytes(path, LARGEST_JSON)
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: is missing") from None
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object")
     return value
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML mapping as an OmegaConf node, its interpolations unresolved. Tags of Python objects are an error.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8, not YAML, no mapping, or what no file of ours is.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    data = read_bytes(path, LARGEST_YAML)
+    try:
+        text = data.decode("utf-8")
+        if reason := _unreadable(yaml.parse(text, yaml.SafeLoader)):
+            raise UserError(f"{path}: {reason}")
+        return OmegaConf.create(text)
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: is not readable YAML ({reason})") from None
+
+
+def _unreadable(events: Iterator[Any]) -> str:
+    """Why YAML should not be built into values: nine lines of aliases unfold to gigabytes."""
+    import yaml
+
+    depth, root = 0, True
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            return "has YAML aliases (*name), which are not read; write the values out"
+        if isinstance(event, yaml.NodeEvent):
+            if root and not isinstance(event, yaml.MappingStartEvent):
+                return "must hold a YAML mapping of keys to values"
+            root = False
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_YAML:
+            return f"is nested more than {DEEPEST_YAML} levels deep"
+    return ""
 
 
 @contextmanager

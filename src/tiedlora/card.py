@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from tiedlora import reproduce, tying
+from tiedlora.present import visible
 from tiedlora.schema import Config
 
 _USE = {
@@ -70,13 +71,13 @@ def card(result: dict[str, Any], config: Config, kind: str, notes: list[str]) ->
         "",
         _USE[kind].format(base=base["name"]),
         "",
-        f"Prompt, as it was trained: `{json.dumps(config.task.prompt, ensure_ascii=False)}`",
+        f"Prompt, as it was trained: `{_prompt(config.task.prompt)}`",
         "",
         "## Facts",
         "",
         "| | |",
         "| --- | --- |",
-        *(f"| {key} | {value} |" for key, value in facts.items()),
+        *(f"| {key} | {_cell(value)} |" for key, value in facts.items()),
         "",
         "## Scores",
         "",
@@ -88,6 +89,16 @@ def card(result: dict[str, Any], config: Config, kind: str, notes: list[str]) ->
         "",
     ]
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """A record's words in a table's cell: they end neither the cell nor the line, and are no HTML."""
+    return visible(text).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _prompt(text: str) -> str:
+    """A template as JSON that a backtick in it does not end."""
+    return visible(json.dumps(text, ensure_ascii=False).replace("`", "\\u0060"))
 
 
 def _scores(result: dict[str, Any]) -> list[str]:

@@ -16,12 +16,18 @@ from tiedlora.errors import UserError
 MISTAKE = 2
 STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
+LONGEST = 2000
+"""Characters of a message: some quote a file, which may be of any length."""
 
 _DISK = {
     errno.ENOSPC: "the disk is full; make space",
     errno.EDQUOT: "the disk quota is used up; make space",
     errno.EACCES: "no permission to write there; change it, or choose another folder with outputs=",
     errno.ENOTDIR: "a file is where a folder is wanted; choose another folder with outputs=",
+    errno.EEXIST: "a file is where a folder is wanted; remove it, or choose another folder with outputs=",
+    errno.EISDIR: "a folder is where a file is wanted; remove it, or choose another folder with outputs=",
+    errno.ELOOP: "a symbolic link goes round, or is where none is wanted; remove it, or choose another outputs=",
+    errno.ENAMETOOLONG: "the path is too long; choose a shorter one with outputs=",
     errno.EROFS: "the file system is read-only; choose another folder with outputs=",
 }
 
@@ -52,5 +58,5 @@ def exits() -> Iterator[None]:
 def _end(message: str, code: int) -> None:
     # One line whatever the error held: control characters could rewrite the terminal.
     line = "".join(c if c.isprintable() else " " for c in message)
-    print(line, file=sys.stderr)
+    print(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...", file=sys.stderr)
     raise SystemExit(code)

@@ -6,13 +6,12 @@ same questions. For tasks whose answer is a number after `####` (GSM8K and its g
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from tiedlora import atomic
+from tiedlora import atomic, finished
 from tiedlora.errors import UserError
 from tiedlora.schema import Config
 from tiedlora.tasks import load_task
@@ -36,9 +35,12 @@ def write_task(config: Config, predictions: Path, folder: Path) -> str | None:
     split = predictions.stem
     if not predictions.is_file():
         raise UserError(f"{predictions}: is missing; score it: python scripts/score.py RUN --split {split}")
-    name = f"tiedlora_{config.task.name}_{split}"
-    scored = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
-    rows = [{"prompt": row["prompt"], "answer": row["references"][0]} for row in scored]
+    # The name becomes those of files.
+    name = f"tiedlora_{config.task.name}_{split}".replace("/", "_")
+    rows = [
+        {"prompt": row["prompt"], "answer": "".join(row["references"][:1])}
+        for row in finished.read_predictions(predictions)
+    ]
     atomic.write_json_lines(folder / f"{name}.jsonl", rows)
     text = OmegaConf.to_yaml(OmegaConf.create(_task(config, name)))
     atomic.write_bytes(folder / f"{name}.yaml", text.encode())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from omegaconf import OmegaConf
 
 from tiedlora import config as configuration
 from tiedlora.adapter import Attached, attach_adapter, files
@@ -23,10 +22,10 @@ def config_of(run: Path | str) -> Config:
     Raises:
         UserError: the folder is no run.
     """
-    path = Path(run).expanduser() / "config.yaml"
-    if not path.is_file():
+    path = os.path.join(os.path.expanduser(run), "config.yaml")
+    if not os.path.isfile(path):
         raise UserError(f"{run}: is not a run's folder (it has no config.yaml); give a run, or pass the base model")
-    return configuration.load(OmegaConf.load(path))  # type: ignore[arg-type]
+    return configuration.saved(Path(path))
 
 
 def base_of(run: Path | str, dtype: str | None = None, device: str = "cpu", cache: str | None = None) -> Base:
@@ -42,9 +41,12 @@ def base_of(run: Path | str, dtype: str | None = None, device: str = "cpu", cach
     import torch
 
     from tiedlora.models import load_base
+    from tiedlora.prepared import device_of
 
     config = config_of(run)
-    return load_base(config.model, dtype or config.train.dtype, torch.device(device), Path(cache or config.cache))
+    configuration.check_device("device", device)
+    where = torch.device(device_of(device))
+    return load_base(config.model, dtype or config.train.dtype, where, Path(cache or config.cache))
 
 
 def load(source: Path | str, model: Any = None, *, dtype: str | None = None, device: str = "cpu") -> Attached:

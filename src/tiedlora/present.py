@@ -9,11 +9,33 @@ FLOOR = 0.05
 """A score whose interval stays under this says nothing about a method: whatever it does, it looks the same."""
 
 
+def visible(text: str) -> str:
+    """Control characters, bidirectional marks and lone surrogates as visible signs, so that no text rewrites what is
+    around it; line feeds are kept as a sign too."""
+    return "".join(_sign(c) for c in text)
+
+
+def _sign(c: str) -> str:
+    code = ord(c)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "␡"
+    # C1 controls, bidirectional marks and overrides, line separators, surrogates, the byte order mark.
+    hidden = (0x80, 0x9F), (0x200E, 0x200F), (0x2028, 0x202E), (0x2066, 0x2069), (0xD800, 0xDFFF), (0xFEFF, 0xFEFF)
+    return f"<U+{code:04X}>" if any(low <= code <= high for low, high in hidden) else c
+
+
+def lines(text: str) -> str:
+    """Text of several lines with each line made visible, so that it cannot move the cursor or rewrite the terminal."""
+    return "\n".join(map(visible, text.split("\n")))
+
+
 def result(record: dict[str, Any], folder: Path) -> str:
     """The lines that end `python train.py`: loss, scores with intervals, size, folder."""
     config, training = record["config"], record["training"]
     head = f"{config['tying']['name']} r={config['rank']['r']} on {config['task']['name']}, {record['base']['name']}"
-    lines = [
+    shown = [
         "",
         f"{head}, seed {record['seed']}",
         f"  validation loss       {training['validation_loss_first']:.3f} -> {training['validation_loss_last']:.3f}"
@@ -22,17 +44,17 @@ def result(record: dict[str, Any], folder: Path) -> str:
     ]
     for split, scores in record["scores"].items():
         cut = f" ({scores['shortened']} prompts shortened)" if scores.get("shortened") else ""
-        lines.append(f"  {split}: {scores['rows']} rows{cut}, scores x 100, 95 % intervals over which rows were drawn")
+        shown.append(f"  {split}: {scores['rows']} rows{cut}, scores x 100, 95 % intervals over which rows were drawn")
         for name, found in scores["metrics"].items():
             base = scores.get("base", {}).get(name)
             gain = scores.get("gain", {}).get(name)
             text = f"    {name:<22}"
             text += f"base {_points(base)}   adapted {_points(found)}" if base else f"adapted {_points(found)}"
-            lines.append(text + (f"   gain {_points(gain, sign='+')}" if gain else ""))
+            shown.append(text + (f"   gain {_points(gain, sign='+')}" if gain else ""))
         if remark := _remark(scores):
-            lines.append(f"    {remark}")
-    lines.append(f"  run folder            {folder}")
-    return "\n".join(lines)
+            shown.append(f"    {remark}")
+    shown.append(f"  run folder            {folder}")
+    return "\n".join(map(visible, shown))
 
 
 def _points(interval: dict[str, Any], sign: str = "") -> str:

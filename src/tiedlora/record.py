@@ -23,7 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tiedlora import atomic, tying
+from tiedlora import atomic, finished, tying
 from tiedlora.config import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.schema import Config
@@ -92,7 +92,7 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """The record of a finished run, or None."""
-        return atomic.read_json(self.result_file) if self.result_file.exists() else None
+        return finished.read_result(self.result_file) if self.result_file.exists() else None
 
     def state(self) -> str:
         """missing, done, failed, running or interrupted: derived from the files and the lock."""
@@ -133,18 +133,23 @@ class RunFolder:
         self.result_file.unlink(missing_ok=True)
         for entry in self.path.iterdir():
             if entry.name != ".lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                _remove(entry)
 
     def tidy(self) -> None:
         """Remove what a killed process left behind: half-written files, and a finished run's checkpoints."""
         for entry in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            _remove(entry)
         if self.result_file.exists():
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def write_error(self) -> None:
         """Leave the traceback of the exception being handled in the folder."""
         atomic.write_bytes(self.error_file, traceback.format_exc().encode("utf-8", "replace"))
+
+
+def _remove(entry: Path) -> None:
+    """A file, a folder, or a link: never what the link leads to."""
+    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def code() -> dict[str, Any]:

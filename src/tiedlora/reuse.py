@@ -82,7 +82,11 @@ def _files(config: Config) -> list[tuple[str, int, int]]:
     if config.data_root is None:
         return []
     folder = Path(config.data_root) / (config.task.folder or config.task.name)
-    return [(file.name, (s := file.stat()).st_size, s.st_mtime_ns) for file in sorted(folder.glob("*.jsonl"))]
+    return [
+        (file.name, (s := file.stat()).st_size, s.st_mtime_ns)
+        for file in sorted(folder.glob("*.jsonl"))
+        if file.is_file()
+    ]
 
 
 def _disjoint(examples: dict[str, list[Example]]) -> None:

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from tiedlora import atomic, present, processes, reuse
 from tiedlora import config as configuration
 from tiedlora.errors import UserError
@@ -107,8 +105,9 @@ def score_more(
     result = folder.result()
     if result is None:
         raise UserError(f"{folder.path}: has no result.json, so the run is not finished; run its command again")
-    config = configuration.load(OmegaConf.load(folder.config_file))  # type: ignore[arg-type]
-    config.data_root = data_root
+    config = configuration.saved(folder.config_file)
+    # A run that was moved, or is somebody else's, writes beside itself and not where it was made.
+    config.data_root, config.outputs = data_root, str(folder.path.parent)
     if execution is not None:
         config.outputs, config.cache = execution.outputs, execution.cache
         config.model.path, config.train.device = execution.model.path, execution.train.device
@@ -142,6 +141,11 @@ def same_data(config: Config, result: dict[str, Any], folder: RunFolder) -> None
     """
     from tiedlora.models import describe
 
+    if result["run_id"] != folder.path.name:
+        raise UserError(
+            f"{folder.result_file}: is the result of another run, {result['run_id']}; restore this run's own, or "
+            "repeat the run with force=true"
+        )
     _, now = reuse.rows(config)
     recorded = {split: result["data"][split]["digest"] for split in now}
     for split, found in now.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from tiedlora import atomic
@@ -18,9 +19,10 @@ def adapter_folder(source: Path | str) -> Path:
     Raises:
         UserError: it is neither.
     """
-    source = Path(source).expanduser()
+    # os.path's, which take any text: an unknown ~user, a null byte and a name too long are just no file.
+    source = Path(os.path.expanduser(source))
     for folder in (source, source / "adapter"):
-        if (folder / DESCRIPTION).is_file():
+        if os.path.isfile(folder / DESCRIPTION):
             return folder
     raise UserError(
         f"{source}: is neither a finished run nor an adapter's folder (no {DESCRIPTION} in it or in adapter/)"

@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from tiedlora import atomic, record
+from tiedlora import atomic, finished, record
 from tiedlora.data import Encoder
 from tiedlora.errors import UserError
 from tiedlora.evaluate import choice_log_likelihoods, chosen_together, generate, generated_together
@@ -208,7 +208,10 @@ def base_rows(
     with FileLock(path.with_suffix(".lock")):
         if path.exists():
             log.info("base model on %s: reusing %s", split, path)
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = finished.read_predictions(path)
+            if [row["id"] for row in rows] != [example.id for example in examples]:
+                raise UserError(f"{path}: holds the predictions of other rows; remove it, and they are made again")
+            return rows
         rows = predict(model, encoder, task, examples, config, f"base model on {split}")
         atomic.write_json_lines(path, rows)
         return rows

@@ -20,7 +20,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tiedlora import atomic, run, tying
+from tiedlora.cli import LONGEST
 from tiedlora.errors import UserError
+from tiedlora.present import visible
 from tiedlora.record import Busy, RunFolder, config_record, run_id
 from tiedlora.schema import Config
 from tiedlora.tracking import clock, read_metrics
@@ -152,13 +154,13 @@ def _free_device_memory() -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return visible(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def failure(folder: RunFolder) -> str:
     """The last line of a failed run's traceback."""
-    lines = folder.error_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("tiedlora.errors.") if lines else "no message"
+    lines = atomic.read_bytes(folder.error_file).decode("utf-8", "replace").strip().splitlines()
+    return visible(lines[-1].removeprefix("tiedlora.errors.")[:LONGEST]) if lines else "no message"
 
 
 def rows(sweep: Sweep) -> list[dict[str, Any]]:

@@ -249,8 +249,8 @@ def _check_part(name: str, part: Part) -> None:
     if isinstance(part.init, str):
         if part.init not in RANDOM_INITS:
             raise UserError(f"tying.{name}.init={part.init}: choose {', '.join(RANDOM_INITS)} or a number")
-    elif not math.isfinite(part.init):
-        raise UserError(f"tying.{name}.init={part.init}: must be a finite number")
+    elif not abs(part.init) <= 1e6:
+        raise UserError(f"tying.{name}.init={part.init}: must be a finite number, from -1e6 to 1e6")
     if isinstance(part, Factor):
         share: Any = part.share
         if share != ALL_LAYERS and (not isinstance(share, int) or isinstance(share, bool) or share < 1):
@@ -261,6 +261,9 @@ def _check_targets(targets: list[str], architecture: Architecture) -> None:
     if not targets:
         raise UserError("tying.targets: is empty; name at least one projection, usually [qkv]")
     for target in targets:
+        # OmegaConf lets a list through where a text belongs.
+        if not isinstance(target, str):
+            raise UserError(f"tying.targets={targets}: must be a list of names")
         target_shape(architecture, target)
     overlap = {"q", "k", "v"} & set(targets) if "qkv" in targets else set()
     if len(set(targets)) != len(targets) or overlap:

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from tiedlora import config as configuration
 from tiedlora import scoring
 from tiedlora.errors import UserError
+from tiedlora.finished import read_predictions
+from tiedlora.present import visible
 from tiedlora.record import RunFolder, config_record, identity, run_id
-from tiedlora.report.runs import read_predictions
 from tiedlora.schema import Config
 from tiedlora.tasks import Example, Task, digest, load_examples, load_task
 
@@ -62,10 +61,7 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
     result = folder.result()
     if result is None:
         raise UserError(f"{path}: has no result.json, so there is no finished run to verify")
-    try:
-        config = configuration.load(OmegaConf.load(folder.config_file))  # type: ignore[arg-type]
-    except FileNotFoundError:
-        raise UserError(f"{folder.config_file}: is missing, so nothing can be rebuilt") from None
+    config = configuration.saved(folder.config_file)
     recorded = json.loads(json.dumps(config_record(config)))
     findings = list(_configuration(folder, result, config, recorded))
     config.data_root = data_root if data_root is not None else config.data_root
@@ -74,7 +70,7 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
     checks: list[Callable[[_Run], Iterator[Finding]]] = [_data, _adapter, _base, _predictions]
     for check in checks:
         findings += _guarded(check, run)
-    if rows:
+    if rows > 0:
         suspects = {f.says.split("row ")[1].split(":")[0] for f in findings if f.ok is False and "row " in f.says}
         findings += _guarded(lambda run: _regenerate(run, rows, suspects), run)
     return findings
@@ -322,4 +318,4 @@ def lines(findings: list[Finding]) -> list[str]:
     told = [f"{words[f.ok]:<8} {f.check:<28} {f.says}" for f in findings]
     wrong = [f.check for f in findings if f.ok is False]
     last = f"does not agree: {', '.join(dict.fromkeys(wrong))}" if wrong else "everything that was checked agrees"
-    return ["".join(c if c.isprintable() else " " for c in line) for line in [*told, last]]
+    return [visible(line) for line in [*told, last]]

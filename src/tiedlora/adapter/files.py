@@ -7,6 +7,8 @@ The tensors are those that cannot be rebuilt, each once: the trained parts, and 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,14 @@ from tiedlora import atomic
 from tiedlora import tying as spec
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.errors import UserError
+from tiedlora.finished import is_number
 from tiedlora.saved import DESCRIPTION
 from tiedlora.tying import Architecture, Tying
 
 FORMAT = 1
 TENSORS = "adapter.safetensors"
+LARGEST_REBUILT = 2**28
+"""Numbers of the frozen random parts that a file may leave out: a gigabyte."""
 
 
 def checksum(tensor: Tensor) -> str:
@@ -109,24 +114,44 @@ def load(folder: Path) -> tuple[TiedAdapter, dict[str, Any]]:
 def _described(description: dict[str, Any], path: Path) -> tuple[Tying, int, float, int, Architecture]:
     if description.get("format") != FORMAT:
         raise UserError(f"{path}: format {description.get('format')!r} is not {FORMAT}, which this version reads")
+    if "${" in json.dumps([description.get("tying"), description.get("architecture")]):
+        raise UserError(f"{path}: holds an interpolation (${{...}}); a description has plain values alone")
     try:
         tying, architecture = (
             OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), description[key]))
             for kind, key in ((Tying, "tying"), (Architecture, "architecture"))
         )
-        rank, alpha, seed = description["rank"], float(description["alpha"]), int(description["seed"])
+        rank, alpha, seed = description["rank"], description["alpha"], description["seed"]
     except KeyError as error:
         raise UserError(f"{path}: has no {error}") from None
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
     assert isinstance(tying, Tying)
     assert isinstance(architecture, Architecture)
-    spec.check(tying, architecture)
-    if not isinstance(rank, int) or not 1 <= rank <= 65536 or not 1 <= architecture.layers <= 10_000:
-        raise UserError(f"{path}: rank={rank!r}, layers={architecture.layers}: not the sizes of an adapter")
-    if not isinstance(description.get("base"), dict) or not isinstance(description.get("rebuilt", {}), dict):
-        raise UserError(f"{path}: base and rebuilt must be objects")
-    return tying, rank, alpha, seed, architecture
+    try:
+        spec.check(tying, architecture)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    sizes = [getattr(architecture, name) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")]
+    if type(rank) is not int or not 1 <= rank <= 65536 or not all(1 <= size <= 10**6 for size in sizes):
+        raise UserError(f"{path}: rank={rank!r:.40}, layers={sizes[0]}, hidden={sizes[1]}: not the sizes of an adapter")
+    if not all(isinstance(name, str) for names in architecture.layout.sites.values() for name in names):
+        raise UserError(f"{path}: architecture.layout.sites must hold lists of module paths")
+    if type(seed) is not int or not is_number(alpha) or not 1e-12 <= alpha <= 1e12:
+        raise UserError(f"{path}: seed={seed!r:.40}, alpha={alpha!r:.40}: must be a whole and a positive number")
+    base, rebuilt = description.get("base"), description.get("rebuilt", {})
+    if not isinstance(base, dict) or not {"name", "digest"} <= base.keys() or not isinstance(rebuilt, dict):
+        raise UserError(f"{path}: base (with name and digest) and rebuilt must be objects")
+    # The file's own parts are as large as the file; rebuilt ones are as large as a few bytes say.
+    drawn = sum(
+        math.prod(spec.part_shape(tying, part, rank, architecture, target))
+        for target in tying.targets
+        for part in spec.PARTS
+        if f"{target}.{part}" in rebuilt
+    )
+    if drawn > LARGEST_REBUILT:
+        raise UserError(f"{path}: {drawn:,} numbers to rebuild from the seed, at most {LARGEST_REBUILT:,} are")
+    return tying, rank, float(alpha), seed, architecture
 
 
 def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from tiedlora import atomic
 from tiedlora.errors import UserError
 from tiedlora.intervals import Interval
 from tiedlora.report import compare, statistics
@@ -73,13 +74,10 @@ def read(path: Path) -> list[Claim]:
     Raises:
         UserError: naming the key that is missing, unknown or impossible.
     """
-    try:
-        text: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; claims are YAML files such as claims/tied_lora.yaml") from None
-    except Exception as error:  # yaml's and OmegaConf's many kinds say the same to a person: this is no claims file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: is not readable YAML ({reason})") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such file; claims are YAML files such as claims/tied_lora.yaml")
+    # Not resolved: a claim needs no interpolation, and what the environment holds is none of its business.
+    text: Any = OmegaConf.to_container(atomic.read_yaml(path))
     if not isinstance(text, dict) or not isinstance(text.get("claims"), list) or not text["claims"]:
         raise UserError(f"{path}: needs the keys paper and claims, a list of at least one")
     return [_claim(path, str(text.get("paper", "")), number, one) for number, one in enumerate(text["claims"])]

@@ -17,16 +17,18 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tiedlora import config as configuration
 from tiedlora import reproduce
 from tiedlora.errors import UserError
+from tiedlora.present import visible
 from tiedlora.record import run_id
 from tiedlora.report import plots
 from tiedlora.report.cells import Cell
 from tiedlora.report.compare import Row
 from tiedlora.report.runs import Run
-from tiedlora.report.tables import Table, visible
+from tiedlora.report.tables import Table
 
 HERE = Path(__file__).parent
 FILTERS = ("model", "task", "variant", "configuration", "rank", "metric")
@@ -173,7 +175,7 @@ def _command(run: Run) -> str:
     elsewhere = f"# this version of the code reads another run; its whole configuration is in {run.run_id}/config.yaml"
     try:
         config = configuration.load(OmegaConf.create(run.record["config"]))
-    except (UserError, KeyError, TypeError, AttributeError):
+    except (UserError, OmegaConfBaseException):
         return elsewhere
     return reproduce.command(config) if run_id(config) == run.run_id else elsewhere
 

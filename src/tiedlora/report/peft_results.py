@@ -54,7 +54,7 @@ def read(folder: Path) -> tuple[list[Peer], list[LeftOut]]:
             peers.append(_peer(atomic.read_json(file)))
         except UserError as error:
             left_out.append(LeftOut(file, str(error).removeprefix(f"{file}: "), {}))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             left_out.append(LeftOut(file, f"not a results file of PEFT's comparison ({error!r:.80})", {}))
     return sorted(peers, key=lambda peer: peer.params), left_out
 

@@ -6,7 +6,6 @@ Needs no torch, no Hydra and no W&B: result.json, metrics.jsonl, predictions/ an
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,11 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tiedlora import atomic
+from tiedlora import atomic, finished
 from tiedlora.errors import UserError
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,95}")
-"""What conf/ allows as the name of a model, task or configuration; anything else in a record is not ours."""
 FOLDER_NAME = re.compile(r"(?P<label>\w+?)-r(?P<rank>\d+)-(?P<task>.+)-(?P<model>[^-]+)-s(?P<seed>\d+)-[0-9a-f]{10}")
 PART_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoint", "error.txt", ".lock", "adapter", "predictions")
 NOT_RUNS = ("base", "sweeps")
@@ -36,32 +33,6 @@ class LeftOut:
     path: Path
     reason: str
     about: dict[str, Any]
-
-
-def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """The rows of a predictions file, one an example.
-
-    Raises:
-        UserError: the file is missing or a row is damaged; the message names file and line.
-    """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        raise UserError(f"{path}: is missing") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            ok = isinstance(row["id"], str) and isinstance(row["scores"], dict)
-            ok = ok and {"prompt", "references", "output"} <= row.keys()
-        except (ValueError, KeyError, TypeError, RecursionError):
-            ok = False
-        if not ok:
-            raise UserError(
-                f"{path}:{number}: is not a prediction (an object with id, prompt, references, output, scores)"
-            )
-        rows.append(row)
-    return rows
 
 
 @dataclass(frozen=True)
@@ -115,26 +86,26 @@ class Run:
         Raises:
             UserError: the file is missing or a row is damaged; the message names file and line.
         """
-        return read_predictions(self.path / "predictions" / f"{split}{'.base' if base else ''}.jsonl")
+        return finished.read_predictions(self.path / "predictions" / f"{split}{'.base' if base else ''}.jsonl")
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one key of metrics.jsonl; lines that a kill cut short are passed over."""
         steps, values = [], []
         try:
-            text = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
-        except OSError:
+            lines = atomic.read_bytes(self.path / "metrics.jsonl").splitlines()
+        except UserError:
             return [], []
-        for line in text.splitlines():
-            if f'"{key}"' not in line:
+        for line in lines:
+            if f'"{key}"'.encode() not in line:
                 continue
             try:
                 row = json.loads(line)
-                step, value = int(row["step"]), float(row[key])
-            except (ValueError, KeyError, TypeError):
+                step, value = row["step"], row[key]
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-            if math.isfinite(value):
+            if isinstance(step, int) and finished.is_number(step) and finished.is_number(value):
                 steps.append(step)
-                values.append(value)
+                values.append(float(value))
         return steps, values
 
 
@@ -178,10 +149,10 @@ def read_run(folder: Path) -> Run | LeftOut:
         error = _last_line(folder / "error.txt")
         lr = _planned_lr(folder / "config.yaml")
         reason = f"failed: {error}" if error else "not finished: it has no result.json (running, or interrupted)"
-        return LeftOut(folder, reason, {**about, "lr": lr, "failed": bool(error)})
+        # A folder of another name tells no configuration, so it is of no cell.
+        return LeftOut(folder, reason, {**about, "lr": lr, "failed": bool(error)} if about else {})
     try:
-        record = atomic.read_json(folder / "result.json")
-        check(record)
+        record = finished.read_result(folder / "result.json")
     except UserError as error:
         reason = str(error).removeprefix(f"{folder / 'result.json'}: ")
         return LeftOut(folder, f"result.json: {reason}", about)
@@ -196,92 +167,20 @@ def _about(name: str) -> dict[str, Any]:
 
 
 def _last_line(path: Path) -> str:
+    """What a failed run ended with; of a link nothing, since what it leads to is not the run's to show."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    except OSError:
+        lines = [] if path.is_symlink() else atomic.read_bytes(path).decode("utf-8", "replace").strip().splitlines()
+    except UserError:
         return ""
     return lines[-1][:200] if lines else "error.txt is empty"
 
 
 def _planned_lr(path: Path) -> float | None:
     """The learning rate that an unfinished run was started with: its configuration is the only place."""
-    from omegaconf import OmegaConf
-
     try:
-        return float(OmegaConf.load(path).train.lr)
+        return float(atomic.read_yaml(path).train.lr)
     except Exception:  # whatever is wrong with a file that a kill may have cut, the rate is just not known
         return None
-
-
-def check(record: dict[str, Any]) -> None:
-    """Refuse a record that the report could not read to its end.
-
-    Raises:
-        UserError: naming the key.
-    """
-    for key, kind in _SCHEMA.items():
-        value: Any = record
-        for name in key.split("."):
-            if not isinstance(value, dict) or name not in value:
-                raise UserError(f"has no '{key}', so it is not a run's record of this project")
-            value = value[name]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise UserError(f"'{key}' is {value!r:.60}, which is no run's")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"'{key}' is not a finite number")
-    if record.get("status") != "done":
-        raise UserError(f"its status is {record.get('status')!r:.60}, not 'done'")
-    for key in ("task", "model"):
-        if not NAME.fullmatch(value := record["identity"][key]["name"]):
-            raise UserError(f"'identity.{key}.name' is {value!r:.60}, which is no name of this project")
-    for key in ("run_id", "base.name", "config.tying.name"):
-        value = record
-        for name in key.split("."):
-            value = value[name]
-        if not NAME.fullmatch(value.replace("-", "", 1)[:96]):
-            raise UserError(f"'{key}' is {value!r:.60}, which is no name of this project")
-    for split, found in record["scores"].items():
-        if not isinstance(found, dict) or not isinstance(found.get("metrics"), dict) or not found["metrics"]:
-            raise UserError(f"'scores.{split:.40}' holds no metrics")
-        if not isinstance(found.get("rows"), int) or not isinstance(found.get("digest"), str):
-            raise UserError(f"'scores.{split:.40}' lacks rows or digest")
-        for kind_of in ("metrics", "base", "gain"):
-            for name, interval in found.get(kind_of, {}).items():
-                if not NAME.fullmatch(name) or not _is_interval(interval):
-                    raise UserError(f"'scores.{split:.40}.{kind_of}.{name:.40}' is not a value with an interval")
-
-
-def _is_interval(found: Any) -> bool:
-    if not isinstance(found, dict):
-        return False
-    values = [found.get(key) for key in ("value", "low", "high")]
-    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-
-
-_NUMBER = (int, float)
-_SCHEMA: dict[str, Any] = {
-    "run_id": str,
-    "seed": int,
-    "identity.model.name": str,
-    "identity.task.name": str,
-    "identity.rank.r": int,
-    "identity.train.lr": _NUMBER,
-    "identity.tying": dict,
-    "identity.score": dict,
-    "config.tying.name": str,
-    "base.name": str,
-    "code": dict,
-    "versions": dict,
-    "data": dict,
-    "trainable_params": int,
-    "share_of_lora": _NUMBER,
-    "adapter_bytes": int,
-    "training.tokens_per_s": _NUMBER,
-    "training.seconds": _NUMBER,
-    "training.peak_memory_bytes": int,
-    "training.validation_loss_last": _NUMBER,
-    "scores": dict,
-}
 
 
 def example_scores(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], Scores]:

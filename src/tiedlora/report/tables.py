@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tiedlora.intervals import Interval
+from tiedlora.present import visible
 from tiedlora.report import statistics
 from tiedlora.report.cells import Cell
 from tiedlora.report.claims import Answer
@@ -262,7 +263,7 @@ def to_markdown(table: Table) -> str:
     def text(cell: str) -> str:
         return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", visible(cell)) or " "
 
-    lines = [table.caption, "", f"| {' | '.join(map(text, table.head))} |", f"|{' --- |' * len(table.head)}"]
+    lines = [text(table.caption), "", f"| {' | '.join(map(text, table.head))} |", f"|{' --- |' * len(table.head)}"]
     lines += [f"| {' | '.join(map(text, row))} |" for row in table.rows]
     return "\n".join(lines) + "\n"
 
@@ -331,20 +332,3 @@ def to_latex(table: Table) -> str:
         *(r"\end{tabular}", r"\end{table}"),
     ]
     return "\n".join(lines) + "\n"
-
-
-def visible(text: str) -> str:
-    """Control characters, bidirectional marks and lone surrogates as visible signs, so that no text rewrites what is
-    around it; line feeds are kept as a sign too."""
-    return "".join(_sign(c) for c in text)
-
-
-def _sign(c: str) -> str:
-    code = ord(c)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "␡"
-    # C1 controls, bidirectional marks and overrides, line separators, surrogates, the byte order mark.
-    hidden = (0x80, 0x9F), (0x200E, 0x200F), (0x2028, 0x202E), (0x2066, 0x2069), (0xD800, 0xDFFF), (0xFEFF, 0xFEFF)
-    return f"<U+{code:04X}>" if any(low <= code <= high for low, high in hidden) else c

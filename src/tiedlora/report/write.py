@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tiedlora import atomic
+from tiedlora import atomic, present
 from tiedlora.report import cells as grouping
 from tiedlora.report import claims as claiming
 from tiedlora.report import compare, page, peft_results, plots, tables
@@ -146,4 +146,4 @@ def _lines(report: Report, out: Path) -> list[str]:
     if len(report.left_out) > 20:
         lines.append(f"left out       {len(report.left_out) - 20} more; left-out.md has them all")
     lines.append(f"open           {out / 'index.html'}")
-    return ["".join(tables.visible(line)) for line in lines]
+    return [present.visible(line) for line in lines]

@@ -266,7 +266,7 @@ def _checked(task: Task, row: Row, id: str) -> Example:
             raise RowError(f"the field '{name}' must be {kind.__name__}, not {type(row.fields[name]).__name__}")
     example = task.example(row.fields, id)
     try:
-        "".join([example.prompt, example.target, *example.references, *example.choices]).encode("utf-8")
+        "".join([id, example.prompt, example.target, *example.references, *example.choices]).encode("utf-8")
     except UnicodeEncodeError:
         raise RowError("holds half of a surrogate pair (such as \\ud800), which is no character") from None
     return example

@@ -36,14 +36,15 @@ class Generated(Gsm8k):
         unknown = set(options) - {"dataset", "parameters", "rows"}
         if unknown or not {"dataset", "rows"} <= set(options):
             raise UserError(f"task.options: needs dataset and rows, may have parameters; got {', '.join(options)}")
+        parameters = options.get("parameters", {})
+        if not isinstance(options["rows"], dict) or not isinstance(parameters, dict):
+            raise UserError("task.options: rows and parameters must be mappings, as in rows={train: 100}")
         size = options["rows"].get(split)
         if not isinstance(size, int) or not 1 <= size < 10_000_000:
             raise UserError(f"task.options.rows.{split}={size}: must be a number from 1 to 9,999,999")
         seed = FIRST_SEED[split] + self.config.split_seed * 100_000_000
         try:
-            made = reasoning_gym.create_dataset(
-                options["dataset"], size=size, seed=seed, **options.get("parameters", {})
-            )
+            made = reasoning_gym.create_dataset(options["dataset"], size=size, seed=seed, **parameters)
         except (ValueError, TypeError, AssertionError) as error:
             raise UserError(f"task.options: reasoning-gym refuses them ({error})") from None
         where = f"{options['dataset']}[{split}]"

@@ -22,7 +22,10 @@ MARK = re.compile(r"\[(?:header|title|step|substeps)\]")
 def cleaned(text: str) -> str:
     """Text without WikiHow's `[header]`, `[title]`, `[step]` and `[substeps]` marks, as the harness cleans it."""
     text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+    # Line by line up to the last bracket that closes, where each that opens finds its own: linear in the length.
+    parts = (line.rpartition("]") for line in text.split("\n"))
+    text = "\n".join(re.sub(r"\[.*?\]", "", head + close) + rest for head, close, rest in parts)
+    return text.replace("  ", " ")
 
 
 def is_clean(row: dict[str, Any]) -> bool:

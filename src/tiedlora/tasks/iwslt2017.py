@@ -39,8 +39,11 @@ class Iwslt2017(Task):
             from huggingface_hub import hf_hub_download
 
             path = hf_hub_download(hub.id, ZIP, repo_type="dataset", revision=hub.revision)
-        with zipfile.ZipFile(path) as archive:
-            return [row for name in sets.split("+") for row in zipped_rows(archive, name)]
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return [row for name in sets.split("+") for row in zipped_rows(archive, name)]
+        except (zipfile.BadZipFile, UnicodeDecodeError, EOFError) as error:
+            raise UserError(f"{path}: is damaged ({error}); remove it, and it is fetched again") from None
 
     def example(self, row: dict[str, Any], id: str) -> Example:
         pair = row["translation"]

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiedlora import atomic
 from tiedlora.errors import UserError
 from tiedlora.schema import TaskConfig
+
+LONGEST_LINE = 2**22
+"""Bytes of a row: about a million tokens, more than a model attends to."""
 
 
 class RowError(ValueError):
@@ -32,7 +36,7 @@ def from_folder(config: TaskConfig, split: str, data_root: Path) -> list[Row]:
         UserError: the file is missing (with the ways to get it), or a line is not a JSON object.
     """
     path = folder(config, data_root) / f"{split}.jsonl"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such file. {_ways(config)}")
     return read_json_lines(path)
 
@@ -49,10 +53,14 @@ def read_json_lines(path: Path) -> list[Row]:
         UserError: naming the line that is not UTF-8, not JSON, or not an object.
     """
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(atomic.read_bytes(path).split(b"\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
+        if len(line) > LONGEST_LINE:
+            raise UserError(
+                f"{where}: has {len(line):,} bytes, at most {LONGEST_LINE:,} are read; is a line feed missing?"
+            )
         try:
             fields = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:

@@ -1,0 +1,97 @@
+"""What the tests of malformed input share: a refusal is one UserError, and leaves every file as it was."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+
+from tiedlora.errors import UserError
+
+HOSTILE = (
+    "</pre><script>alert(1)</script>\x1b[2J\x1b]0;owned\x07\x00\u202e\x9b31m\u2028 =1+1 "
+    "\\input{/etc/passwd} [x](javascript:1)"
+)
+"""What a model may write, and a stranger's record hold: script, escapes of a terminal, a formula, LaTeX, a link."""
+EXAMPLES = os.environ.get("HOSTILE_EXAMPLES")
+"""A number to search further with: then every search draws other examples than the last."""
+
+
+def search(examples: int) -> settings:
+    """The same examples in every run of the tests, unless HOSTILE_EXAMPLES asks for a search."""
+    return settings(
+        max_examples=int(EXAMPLES or examples),
+        derandomize=EXAMPLES is None,
+        deadline=None,
+        database=None,
+        # Explaining a failure traces every line, which takes minutes here.
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+ODD_TEXTS = st.one_of(
+    st.text(st.characters(), max_size=20),
+    st.sampled_from(["\x00", "\x1b[2J", "\ud800", "\u202e", "../../etc/passwd", "<script>", "=1+1", "???", "${seed}"]),
+    st.sampled_from(["${oc.env:HOME}", "${", "a" * 5000, "$\\frac{", "NaN", "null", "-1", "1e999", "~nobody/x", ""]),
+)
+ODD_NUMBERS = st.one_of(
+    st.integers(),
+    st.floats(),
+    st.sampled_from([0, -1, 10**12, 10**400, 2**63, 1e308, float("inf"), float("nan"), True, False]),
+)
+ODD_VALUES = st.recursive(
+    st.none() | ODD_TEXTS | ODD_NUMBERS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ODD_TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+"""What JSON can hold and more: numbers that are none, texts that end lines, paths and pages."""
+
+
+def snapshot(folder: Path) -> dict[str, object]:
+    """What a folder holds, links as links."""
+    return {
+        str(path.relative_to(folder)): path.readlink()
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else path.is_dir()
+        for path in sorted(folder.rglob("*"))
+        if path.name != ".lock"
+    }
+
+
+@contextmanager
+def refused(says: str, folder: Path | None = None) -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """The block raises a UserError that has `says` in it, and nothing in `folder` has changed."""
+    before = snapshot(folder) if folder else None
+    with pytest.raises(UserError, match=re.escape(says)) as caught:
+        yield caught
+    assert caught.value.args[0].strip()
+    assert before is None or snapshot(folder) == before
+
+
+@contextmanager
+def right_or_refused() -> Iterator[None]:
+    """The block does its work or raises a UserError, and no other exception."""
+    with suppress(UserError):
+        yield
+
+
+def put(folder, key: str, value: object) -> None:
+    """Set a dotted key of result.json, or take it away where the value is `...`."""
+    path = folder / "result.json"
+    record = json.loads(path.read_text())
+    node = record
+    *parents, last = key.split(".")
+    for name in parents:
+        node = node[name]
+    node[last] = value
+    if value is ...:
+        del node[last]
+    path.write_text(json.dumps(record))
