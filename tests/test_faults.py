@@ -1,16 +1,23 @@
 """Faults on purpose: kills, full disks, folders that cannot be written."""
 
 import json
+import logging
 import os
+import resource
+import signal
 import subprocess
 import sys
+import tempfile
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tiedlora import run
+from tiedlora import checkpoint, cli, run
 from tiedlora.config import PROJECT
 from tiedlora.record import RunFolder, run_id
+from tiedlora.tasks import metrics  # noqa: F401  (a fork that is short of memory could not import it)
 
 
 def test_a_run_killed_at_any_moment_resumes_exactly():
@@ -104,3 +111,74 @@ def test_a_folder_that_cannot_be_written_is_said_in_a_line(tiny_run, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert str(tmp_path / "file") in done.stderr
+
+
+def forked(act: Callable[[], object], seconds: int = 60) -> tuple[int, str]:
+    """Exit code and standard error of `act` under cli.exits(), in a fork that has imported everything already."""
+    with tempfile.TemporaryFile("w+") as told:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                signal.alarm(seconds)
+                os.dup2(told.fileno(), 2)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                logging.basicConfig(stream=sys.stderr, level=logging.INFO, force=True)
+                with cli.exits():
+                    act()
+                code = 0
+            except SystemExit as end:
+                code = int(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        told.seek(0)
+        return os.waitstatus_to_exitcode(status), told.read()
+
+
+def one_error(told: str) -> str:
+    """The one line that says what is wrong."""
+    assert "Traceback" not in told, told
+    (line,) = (line for line in told.splitlines() if line.startswith("error: "))
+    return line
+
+
+@pytest.mark.parametrize(
+    ("stage", "lower"), [("training", "train.microbatch_size below 200"), ("scoring", "score.batch_size=500")]
+)
+def test_too_little_memory_says_what_to_lower_and_leaves_the_checkpoint(tiny_config, monkeypatch, stage, lower):
+    """A real limit on the address space, from the first checkpoint or the scoring on."""
+    options = ["task.options.rows={train: 400, validation: 500, test: 2}", "score.base=false", "score.batch_size=500"]
+    options += ["train.steps=2", "train.checkpoint_every=1", "train.validate_every=0", "train.validation_rows=8"]
+    if stage == "training":
+        options += ["train.batch_size=200", "score.splits=[]"]
+    config = tiny_config(*options)
+    folder = RunFolder(Path(config.outputs) / run_id(config))
+
+    def start() -> None:
+        save = checkpoint.save
+
+        def save_and_limit(*arguments):
+            save(*arguments)
+            if arguments[1].step == (1 if stage == "training" else 2):
+                pages = int(Path("/proc/self/statm").read_text().split()[0])
+                resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**20, -1))
+
+        monkeypatch.setattr(checkpoint, "save", save_and_limit)
+        run.main(config)
+
+    code, told = forked(start)
+    assert code == 2, told
+    line = one_error(told)
+    assert "out of memory" in line
+    assert lower in line
+    assert folder.state() == "failed"
+    assert list(folder.checkpoints.glob("step-*"))
+    code, told = forked(lambda: run.main(tiny_config(*options, "train.microbatch_size=50")))
+    assert code == 0, told
+    assert "going on from step" in told
+    assert folder.state() == "done"

@@ -135,6 +135,81 @@ def test_non_finite_loss_stops_naming_step_rate_and_rows(tmp_path):
     assert all(torch.isfinite(p).all() for p in parts.values())
 
 
+def spoiled(where, steps, folder=None, stop_after=None, **options):
+    """A run whose loss or gradient is not finite at some steps; ends as it ends."""
+    config = replace(CONFIG, log_every=1, **options)
+    progress, calls, optimizer, parts, log = start(config=config, folder=folder, stop_after=stop_after)
+    whole = calls.loss_sum
+
+    def loss_sum(batch):
+        loss = whole(batch)
+        if progress.step + 1 in steps:
+            if where == "loss":
+                return loss * math.inf
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    calls.loss_sum = loss_sum
+    loop.train(progress, calls, optimizer, config, 0)
+    return {name: p.detach().clone() for name, p in parts.items()}, log, progress
+
+
+class TestSkipping:
+    """train.skip_nonfinite"""
+
+    @pytest.mark.parametrize("where", ["loss", "gradient"])
+    def test_a_skipped_step_updates_nothing_and_says_step_rate_and_rows(self, where, caplog):
+        ours, log, progress = spoiled(where, {2, 5}, skip_nonfinite=2)
+        assert progress.skipped_steps == 2
+        assert progress.step == 8
+        rows = Order([len(row) for row in ROWS], CONFIG.batch_size, 0, CONFIG.bucket).rows(5)
+        (said,) = (record.getMessage() for record in caplog.records if "step 5" in record.getMessage())
+        assert "learning rate 0.00" in said
+        assert "2 of train.skip_nonfinite=2" in said
+        assert str(rows) in said
+        assert [row["step"] for row in log if "train/skipped" in row] == [2, 5]
+        assert [row["step"] for row in log if "train/loss" in row] == [1, 3, 4, 6, 7, 8]
+        assert all(math.isfinite(value) for row in log for value in row.values())
+        # What is left out is exactly the update: a run whose optimizer does nothing at those steps is the same one.
+        progress, calls, optimizer, parts, _ = start()
+        step, done = optimizer.step, []
+        optimizer.step = lambda: done.append(1) or (None if len(done) in (2, 5) else step())
+        loop.train(progress, calls, optimizer, CONFIG, 0)
+        assert all(torch.equal(ours[name], parts[name]) for name in ours)
+
+    def test_one_more_than_the_bound_stops_the_run(self, tmp_path):
+        with pytest.raises(UserError, match=r"step 6: .*inf.*learning rate .*skip_nonfinite \(1 are skipped.*rows"):
+            spoiled("loss", {2, 6}, folder=tmp_path, skip_nonfinite=1)
+        _, _, optimizer, parts, _ = start()
+        restored = checkpoint.restore(tmp_path, parts, optimizer, {})
+        assert (restored.step, restored.skipped_steps) == (3, 1)
+        assert all(torch.isfinite(p).all() for p in parts.values())
+
+    @pytest.mark.parametrize("stop_after", [1, 2, 4, 5])
+    def test_the_count_goes_on_over_a_resume(self, tmp_path, stop_after):
+        whole, _, _ = spoiled("gradient", {2, 5}, skip_nonfinite=2)
+        with pytest.raises(loop.Interrupted):
+            spoiled("gradient", {2, 5}, folder=tmp_path, stop_after=stop_after, skip_nonfinite=2)
+        resumed, _, progress = spoiled("gradient", {2, 5}, folder=tmp_path, skip_nonfinite=2)
+        assert progress.skipped_steps == 2
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    def test_the_bound_holds_over_a_resume(self, tmp_path):
+        with pytest.raises(loop.Interrupted):
+            spoiled("loss", {2, 5}, folder=tmp_path, stop_after=3, skip_nonfinite=1)
+        with pytest.raises(UserError, match="step 5: "):
+            spoiled("loss", {2, 5}, folder=tmp_path, skip_nonfinite=1)
+
+
+def test_a_non_finite_validation_loss_stops_before_its_checkpoint(tmp_path):
+    progress, calls, optimizer, parts, _ = start(folder=tmp_path)
+    whole = calls.validate
+    calls.validate = lambda: math.nan if progress.step == 8 else whole()
+    with pytest.raises(UserError, match=r"step 8: the validation loss is nan; lower train\.lr"):
+        loop.train(progress, calls, optimizer, CONFIG, 0)
+    assert checkpoint.restore(tmp_path, parts, optimizer, {}).step == 6
+
+
 class TestCheckpoints:
     def test_a_damaged_newest_one_is_named_and_the_one_before_used(self, tmp_path, caplog):
         finish(folder=tmp_path)

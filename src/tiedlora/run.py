@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from tiedlora import atomic, present, processes, reuse
 from tiedlora import config as configuration
-from tiedlora.errors import UserError
+from tiedlora.errors import UserError, out_of_memory
 from tiedlora.prepared import Prepared, device_of
 from tiedlora.processes import Processes
 from tiedlora.record import RunFolder, run_id
@@ -29,12 +29,20 @@ def main(config: Config) -> dict[str, Any]:
     """Carry out a run, or find that it is done, and print its result.
 
     Raises:
-        UserError: a mistake the user can mend.
+        UserError: a mistake the user can mend, or too little memory.
         Busy: another process is working on this very run.
         Interrupted: a signal asked the run to stop; the same command goes on from its checkpoint.
     """
     with processes.joined(_wants_cuda(config.train.device)) as us:
-        return _main(config, us) if us.first else _help(config, us)
+        try:
+            return _main(config, us) if us.first else _help(config, us)
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(
+                f"out of memory; while scoring or validating, lower score.batch_size={config.score.batch_size} (other "
+                "rounding, so another run); while loading, take a smaller model or train.dtype=bfloat16"
+            ) from error
 
 
 def _main(config: Config, us: Processes) -> dict[str, Any]:
