@@ -104,7 +104,9 @@ class Prepared:
             scores[split] = scoring.score_split(
                 self.attached, self.encoder, self.task, examples, config, self.base.record, split, folder
             )
+            scores[split]["files"] = folder.prediction_checksums(split)
         result = {**self.header(), **self.training_record(progress), "adapter_bytes": adapter_bytes, "scores": scores}
+        result["files"] = folder.checksums("adapter/*")
         result["status"] = "done"
         tracker.finish(present.flat_summary(result))
         atomic.write_json(folder.result_file, result)

@@ -90,6 +90,15 @@ class RunFolder:
         """predictions/<split>.jsonl, one row an example."""
         return self.path / "predictions" / f"{split}.jsonl"
 
+    def checksums(self, *patterns: str) -> dict[str, str]:
+        """sha256 of the files that match, by their names inside the folder."""
+        found = sorted(path for pattern in patterns for path in self.path.glob(pattern))
+        return {path.relative_to(self.path).as_posix(): atomic.sha256(path) for path in found}
+
+    def prediction_checksums(self, split: str) -> dict[str, str]:
+        """Of the split's predictions, and the base model's."""
+        return self.checksums(f"predictions/{split}.jsonl", f"predictions/{split}.base.jsonl")
+
     def result(self) -> dict[str, Any] | None:
         """The record of a finished run, or None."""
         return atomic.read_json(self.result_file) if self.result_file.exists() else None

@@ -136,6 +136,7 @@ def score_more(
                 result["scores"][split] = scoring.score_split(
                     attached, encoder, task, examples, config, base.record, split, folder
                 )
+                result["scores"][split]["files"] = folder.prediction_checksums(split)
                 atomic.write_json(folder.result_file, result)
     finally:
         attached.detach()
