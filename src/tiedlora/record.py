@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -152,8 +152,10 @@ class RunFolder:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def write_error(self) -> None:
-        """Leave the traceback of the exception being handled in the folder."""
-        atomic.write_bytes(self.error_file, traceback.format_exc().encode("utf-8", "replace"))
+        """Leave the traceback of the exception being handled in the folder, if anything can be written there."""
+        # A second error, of a full disk perhaps, would hide the first.
+        with suppress(OSError):
+            atomic.write_bytes(self.error_file, traceback.format_exc().encode("utf-8", "replace"))
 
 
 def code() -> dict[str, Any]:

@@ -120,7 +120,7 @@ class Tracker:
 
     def log(self, rows: list[dict[str, Any]]) -> None:
         """Append rows such as {"step": 1, "train/loss": 2.3}."""
-        with open(self.metrics_file, "a", encoding="utf-8") as file:
+        with atomic.naming(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
         for row in rows:
             self._to_wandb(row)
