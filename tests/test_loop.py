@@ -225,6 +225,40 @@ class TestCheckpoints:
         finish(folder=tmp_path)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000006", "step-00000008"]
 
+    def test_a_changed_state_is_damage(self, tmp_path, caplog):
+        finish(folder=tmp_path)
+        state = tmp_path / "step-00000008" / "state.json"
+        state.write_text(state.read_text().replace('"tokens": ', '"tokens": 1'))
+        _, _, optimizer, parts, _ = start()
+        assert checkpoint.restore(tmp_path, parts, optimizer, {}).step == 6
+        assert "its state is not the one it was written with" in caplog.text
+
+    def test_another_configurations_checkpoint_is_passed_over(self, tmp_path, caplog):
+        finish(option="TAB", folder=tmp_path)
+        _, _, optimizer, parts, _ = start()
+        assert checkpoint.restore(tmp_path, parts, optimizer, {}) is None
+        assert "part/qkv.u" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("key", "before", "after", "says"),
+        [
+            ("versions", {"torch": "2.1", "numpy": "2"}, {"torch": "2.2", "numpy": "2"}, "{'torch': '2.1'}, now"),
+            ("versions", {}, {"torch": "2.2"}, "{'torch': None}, now {'torch': '2.2'}"),
+            ("code", {"commit": "a", "dirty": False}, {"commit": "b", "dirty": False}, "{'commit': 'a'}, now"),
+            ("code", {"commit": "a", "dirty": False}, {"commit": "a", "dirty": True}, "{'dirty': False}, now"),
+            ("device", "cpu, 1 threads", "cpu, 2 threads", "cpu, 1 threads, now cpu, 2 threads"),
+        ],
+    )
+    def test_what_changed_is_said_alone(self, tmp_path, caplog, key, before, after, says):
+        progress, _, optimizer, parts, _ = start()
+        checkpoint.save(tmp_path, progress, parts, optimizer, {"data": 1, "base": 1, key: before})
+        checkpoint.restore(tmp_path, parts, optimizer, {"data": 1, "base": 1, key: after})
+        (said,) = (record.getMessage() for record in caplog.records)
+        assert f"other {key}: {says}" in said
+        assert "numpy" not in said
+        with pytest.raises(UserError, match="another base"):
+            checkpoint.restore(tmp_path, parts, optimizer, {"data": 1, "base": 2, key: after})
+
     def test_other_data_is_refused_and_other_versions_are_said(self, tmp_path, caplog):
         progress, _, optimizer, parts, _ = start()
         progress.step = 1

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def _main(config: Config, us: Processes) -> dict[str, Any]:
         raise UserError(f"{folder.path}: other processes find a result.json there, this one does not; share the folder")
     if result is not None and not config.force:
         same_data(config, result, folder)
-        with folder.locked():
+        # A read-only archive cannot be tidied, and needs not be.
+        with suppress(OSError), folder.locked():
             folder.tidy()
         if missing := [split for split in config.score.splits if split not in result["scores"]]:
             result = score_more(folder, missing, config.data_root, config)
