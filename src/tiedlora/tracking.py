@@ -128,7 +128,7 @@ class Tracker:
         except wandb.errors.CommError as error:
             said = " ".join(str(error).split())
             log.warning("W&B cannot be reached (%s); kept offline: `wandb sync %s/wandb/offline-run-*`", said, folder)
-            # Its helper process still takes the run's id for used. In the environment, so that no later run waits again.
+            # Its process still takes the id for used; and in the environment, so that no later run waits again.
             with suppress(Exception):
                 wandb.teardown()
             os.environ["WANDB_MODE"] = "offline"
