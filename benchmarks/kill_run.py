@@ -134,11 +134,15 @@ def leftovers(outputs: Path) -> dict[str, Any]:
             return {k: without_times(v) for k, v in value.items() if k not in TIMES and "outputs" not in k}
         return value
 
-    rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in tracking.read_metrics(folder.metrics_file)]
+    logged = tracking.read_metrics(folder.metrics_file)
+    clock = [row["train/seconds"] for row in logged if "train/seconds" in row]
+    rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in logged]
     files = ["adapter/adapter.safetensors", "predictions/validation.jsonl", "predictions/validation.base.jsonl"]
     return {
         "result": json.dumps(without_times(result), sort_keys=True),
         "metrics": rows,
+        # Times cannot be equal: they must go on over a resume, and end in what the result says.
+        "clock": (clock == sorted(clock), clock[0] > 0, clock[-1] == result["training"]["seconds"]),
         "names": sorted(p.name for p in folder.path.iterdir()),
         **{name: (folder.path / name).read_bytes() for name in files},
     }

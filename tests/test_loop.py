@@ -135,6 +135,81 @@ def test_non_finite_loss_stops_naming_step_rate_and_rows(tmp_path):
     assert all(torch.isfinite(p).all() for p in parts.values())
 
 
+def spoiled(where, steps, folder=None, stop_after=None, **options):
+    """A run whose loss or gradient is not finite at some steps; ends as it ends."""
+    config = replace(CONFIG, log_every=1, **options)
+    progress, calls, optimizer, parts, log = start(config=config, folder=folder, stop_after=stop_after)
+    whole = calls.loss_sum
+
+    def loss_sum(batch):
+        loss = whole(batch)
+        if progress.step + 1 in steps:
+            if where == "loss":
+                return loss * math.inf
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    calls.loss_sum = loss_sum
+    loop.train(progress, calls, optimizer, config, 0)
+    return {name: p.detach().clone() for name, p in parts.items()}, log, progress
+
+
+class TestSkipping:
+    """train.skip_nonfinite"""
+
+    @pytest.mark.parametrize("where", ["loss", "gradient"])
+    def test_a_skipped_step_updates_nothing_and_says_step_rate_and_rows(self, where, caplog):
+        ours, log, progress = spoiled(where, {2, 5}, skip_nonfinite=2)
+        assert progress.skipped_steps == 2
+        assert progress.step == 8
+        rows = Order([len(row) for row in ROWS], CONFIG.batch_size, 0, CONFIG.bucket).rows(5)
+        (said,) = (record.getMessage() for record in caplog.records if "step 5" in record.getMessage())
+        assert "learning rate 0.00" in said
+        assert "2 of train.skip_nonfinite=2" in said
+        assert str(rows) in said
+        assert [row["step"] for row in log if "train/skipped" in row] == [2, 5]
+        assert [row["step"] for row in log if "train/loss" in row] == [1, 3, 4, 6, 7, 8]
+        assert all(math.isfinite(value) for row in log for value in row.values())
+        # What is left out is exactly the update: a run whose optimizer does nothing at those steps is the same one.
+        progress, calls, optimizer, parts, _ = start()
+        step, done = optimizer.step, []
+        optimizer.step = lambda: done.append(1) or (None if len(done) in (2, 5) else step())
+        loop.train(progress, calls, optimizer, CONFIG, 0)
+        assert all(torch.equal(ours[name], parts[name]) for name in ours)
+
+    def test_one_more_than_the_bound_stops_the_run(self, tmp_path):
+        with pytest.raises(UserError, match=r"step 6: .*inf.*learning rate .*skip_nonfinite \(1 are skipped.*rows"):
+            spoiled("loss", {2, 6}, folder=tmp_path, skip_nonfinite=1)
+        _, _, optimizer, parts, _ = start()
+        restored = checkpoint.restore(tmp_path, parts, optimizer, {})
+        assert (restored.step, restored.skipped_steps) == (3, 1)
+        assert all(torch.isfinite(p).all() for p in parts.values())
+
+    @pytest.mark.parametrize("stop_after", [1, 2, 4, 5])
+    def test_the_count_goes_on_over_a_resume(self, tmp_path, stop_after):
+        whole, _, _ = spoiled("gradient", {2, 5}, skip_nonfinite=2)
+        with pytest.raises(loop.Interrupted):
+            spoiled("gradient", {2, 5}, folder=tmp_path, stop_after=stop_after, skip_nonfinite=2)
+        resumed, _, progress = spoiled("gradient", {2, 5}, folder=tmp_path, skip_nonfinite=2)
+        assert progress.skipped_steps == 2
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    def test_the_bound_holds_over_a_resume(self, tmp_path):
+        with pytest.raises(loop.Interrupted):
+            spoiled("loss", {2, 5}, folder=tmp_path, stop_after=3, skip_nonfinite=1)
+        with pytest.raises(UserError, match="step 5: "):
+            spoiled("loss", {2, 5}, folder=tmp_path, skip_nonfinite=1)
+
+
+def test_a_non_finite_validation_loss_stops_before_its_checkpoint(tmp_path):
+    progress, calls, optimizer, parts, _ = start(folder=tmp_path)
+    whole = calls.validate
+    calls.validate = lambda: math.nan if progress.step == 8 else whole()
+    with pytest.raises(UserError, match=r"step 8: the validation loss is nan; lower train\.lr"):
+        loop.train(progress, calls, optimizer, CONFIG, 0)
+    assert checkpoint.restore(tmp_path, parts, optimizer, {}).step == 6
+
+
 class TestCheckpoints:
     def test_a_damaged_newest_one_is_named_and_the_one_before_used(self, tmp_path, caplog):
         finish(folder=tmp_path)
@@ -149,6 +224,40 @@ class TestCheckpoints:
     def test_only_the_newest_are_kept(self, tmp_path):
         finish(folder=tmp_path)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000006", "step-00000008"]
+
+    def test_a_changed_state_is_damage(self, tmp_path, caplog):
+        finish(folder=tmp_path)
+        state = tmp_path / "step-00000008" / "state.json"
+        state.write_text(state.read_text().replace('"tokens": ', '"tokens": 1'))
+        _, _, optimizer, parts, _ = start()
+        assert checkpoint.restore(tmp_path, parts, optimizer, {}).step == 6
+        assert "its state is not the one it was written with" in caplog.text
+
+    def test_another_configurations_checkpoint_is_passed_over(self, tmp_path, caplog):
+        finish(option="TAB", folder=tmp_path)
+        _, _, optimizer, parts, _ = start()
+        assert checkpoint.restore(tmp_path, parts, optimizer, {}) is None
+        assert "part/qkv.u" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("key", "before", "after", "says"),
+        [
+            ("versions", {"torch": "2.1", "numpy": "2"}, {"torch": "2.2", "numpy": "2"}, "{'torch': '2.1'}, now"),
+            ("versions", {}, {"torch": "2.2"}, "{'torch': None}, now {'torch': '2.2'}"),
+            ("code", {"commit": "a", "dirty": False}, {"commit": "b", "dirty": False}, "{'commit': 'a'}, now"),
+            ("code", {"commit": "a", "dirty": False}, {"commit": "a", "dirty": True}, "{'dirty': False}, now"),
+            ("device", "cpu, 1 threads", "cpu, 2 threads", "cpu, 1 threads, now cpu, 2 threads"),
+        ],
+    )
+    def test_what_changed_is_said_alone(self, tmp_path, caplog, key, before, after, says):
+        progress, _, optimizer, parts, _ = start()
+        checkpoint.save(tmp_path, progress, parts, optimizer, {"data": 1, "base": 1, key: before})
+        checkpoint.restore(tmp_path, parts, optimizer, {"data": 1, "base": 1, key: after})
+        (said,) = (record.getMessage() for record in caplog.records)
+        assert f"other {key}: {says}" in said
+        assert "numpy" not in said
+        with pytest.raises(UserError, match="another base"):
+            checkpoint.restore(tmp_path, parts, optimizer, {"data": 1, "base": 2, key: after})
 
     def test_other_data_is_refused_and_other_versions_are_said(self, tmp_path, caplog):
         progress, _, optimizer, parts, _ = start()

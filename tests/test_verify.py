@@ -10,7 +10,7 @@ import pytest
 
 from tiedlora import run, verify
 from tiedlora.config import PROJECT, compose_config
-from tiedlora.record import run_id
+from tiedlora.record import RunFolder, run_id
 
 ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for i in range(40)]
 
@@ -51,7 +51,8 @@ def test_an_untouched_run_agrees_in_every_check(copy):
     findings = verify.verify(copy, data_root=str(copy.parent / "data"), rows=100)
     assert [finding.check for finding in findings if not finding.ok] == []
     checks = {finding.check for finding in findings}
-    assert checks >= {"configuration", "data train", "data validation", "adapter", "base", "predictions validation"}
+    assert checks >= {"configuration", "files", "adapter", "base", "predictions validation"}
+    assert checks >= {"data train", "data validation"}
     assert checks >= {"regenerate validation", "regenerate validation.base"}
 
 
@@ -73,7 +74,7 @@ def test_a_changed_output_of_the_same_score_is_found_by_regeneration(copy):
     rows[2]["output"] = "something else"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = wrong(copy, rows=100)
-    assert list(found) == ["regenerate validation"]
+    assert list(found) == ["file predictions/validation.jsonl", "regenerate validation"]
     assert f"row {rows[2]['id']}:" in found["regenerate validation"]
 
 
@@ -91,8 +92,49 @@ def test_a_changed_adapter_byte_is_named(copy):
     data[-3] ^= 1
     path.write_bytes(bytes(data))
     found = wrong(copy, rows=0)
-    assert list(found) == ["adapter"]
+    assert list(found) == ["file adapter/adapter.safetensors", "adapter"]
     assert "adapter.safetensors" in found["adapter"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("adapter/adapter.json", "adapter/adapter.safetensors"),
+        *("predictions/validation.jsonl", "predictions/validation.base.jsonl"),
+    ],
+)
+def test_a_file_with_another_sha256_than_the_records_is_named(copy, name):
+    """A change that means nothing (a space, a line's end) is a change."""
+    with open(copy / name, "ab") as file:
+        file.write(b"\n")
+    assert "has sha256" in wrong(copy, rows=0)[f"file {name}"]
+    (copy / name).unlink()
+    assert wrong(copy, rows=0)[f"file {name}"] == "is missing"
+
+
+def test_an_added_splits_files_are_recorded_too(copy):
+    before = json.loads((copy / "result.json").read_text())
+    (copy.parent / "data/gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    after = run.score_more(RunFolder(copy), ["test"], str(copy.parent / "data"))
+    assert after["scores"]["test"]["files"].keys() == {"predictions/test.jsonl", "predictions/test.base.jsonl"}
+    assert after["files"] == before["files"]
+    assert not wrong(copy, rows=0)
+    (copy / "predictions/test.jsonl").write_text("")
+    found = wrong(copy, rows=0)
+    assert "file predictions/test.jsonl" in found
+    assert found["predictions test"] == "0 and 4 rows, result.json says 4"
+
+
+def test_a_record_from_before_sha256s_still_verifies_and_says_so(copy):
+    path = copy / "result.json"
+    record = json.loads(path.read_text())
+    del record["files"], record["scores"]["validation"]["files"]
+    path.write_text(json.dumps(record))
+    findings = verify.verify(copy, data_root=str(copy.parent / "data"), rows=0)
+    assert not [finding for finding in findings if finding.ok is False]
+    (files,) = (finding for finding in findings if finding.check == "files")
+    assert files.ok is None
+    assert "not recorded" in files.says
 
 
 def test_another_runs_adapter_is_named(copy):

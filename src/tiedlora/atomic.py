@@ -29,6 +29,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Make an error say which file it is about: a write to an open file does not know the name."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write beside `path`, flush to the disk, rename over it.
 
@@ -38,7 +48,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "wb") as file:
+        with naming(path), open(beside, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -140,15 +150,16 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        yield beside
-        for file in beside.iterdir():
-            with open(file, "rb+") as opened:
-                os.fsync(opened.fileno())
-        sync_folder(beside)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(beside, path)
-        sync_folder(path.parent)
+        with naming(path):
+            yield beside
+            for file in beside.iterdir():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+            sync_folder(beside)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(beside, path)
+            sync_folder(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -1,13 +1,14 @@
 """Checkpoints: written whole, verified when read, and enough to go on exactly.
 
 checkpoint/step-00000050/ holds the trained parts and the optimizer's moments (tensors.safetensors) and
-everything else that the loop carries (state.json, with the tensors' sha256). The order of the rows and
+everything else that the loop carries (state.json, with the tensors' sha256 and its own). The order of the rows and
 the dropout masks are pure functions of (seed, step), so there is no random state to keep.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
@@ -52,6 +54,7 @@ def save(
             tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
     data = to_bytes(tensors)
     state = {"progress": asdict(progress), "facts": facts, "sha256": hashlib.sha256(data).hexdigest()}
+    state["state_sha256"] = _digest(state)
     with atomic.new_folder(folder / f"step-{progress.step:08d}") as beside:
         (beside / TENSORS).write_bytes(data)
         atomic.write_json(beside / STATE, state)
@@ -75,12 +78,17 @@ def restore(
             state = atomic.read_json(candidate / STATE)
             if atomic.sha256(candidate / TENSORS) != state["sha256"]:
                 raise ValueError("its tensors are not those it was written with")
-            progress = Progress(**state["progress"])
+            # A checkpoint from before version 1.1 has no digest of its state.
+            if state.pop("state_sha256", None) not in (None, _digest(state)):
+                raise ValueError("its state is not the one it was written with")
+            progress, saved = Progress(**state["progress"]), dict(state["facts"])
             tensors = load_file(candidate / TENSORS)
-        except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+            if wrong := [n for n, part in parts.items() if tensors[f"part/{n}"].shape != part.shape]:
+                raise ValueError(f"{wrong[0]} has another shape than in this run")
+        except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("checkpoint %s is damaged (%s); using the one before", candidate, error)
             continue
-        _compare(state["facts"], facts, candidate)
+        _compare(saved, facts, candidate)
         with torch.no_grad():
             for name, parameter in parts.items():
                 parameter.copy_(tensors[f"part/{name}"])
@@ -99,6 +107,10 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*[0-9]"), reverse=True)
 
 
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def _compare(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
     for key in ("data", "base"):
         if saved.get(key) != now.get(key):
@@ -107,5 +119,9 @@ def _compare(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
                 "restore it, or start over with force=true"
             )
     for key in ("versions", "code", "device"):
-        if saved.get(key) != now.get(key):
-            log.warning("resuming with other %s: %s, now %s", key, saved.get(key), now.get(key))
+        before, after = saved.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+            before, after = ({name: facts.get(name) for name in changed} for facts in (before, after))
+        if before != after:
+            log.warning("resuming with other %s: %s, now %s", key, before, after)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tiedlora.errors import UserError
+from tiedlora.errors import UserError, out_of_memory
 
 MISTAKE = 2
 STOPPED = 75
@@ -50,7 +50,7 @@ def exits() -> Iterator[None]:
         names = {kind.__name__ for kind in type(error).__mro__}
         if "Interrupted" in names:
             _end("stopped with a checkpoint; the same command goes on from it", STOPPED)
-        if "OutOfMemoryError" not in names:
+        if not out_of_memory(error):
             raise
         _end("error: out of memory; lower train.microbatch_size (same result) or score.batch_size", MISTAKE)
 

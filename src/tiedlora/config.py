@@ -235,6 +235,7 @@ _BOUNDS: list[tuple[str, float, float]] = [
     ("train.eps", 1e-30, 1),
     ("train.weight_decay", 0, 1e3),
     ("train.clip", 1e-12, 1e12),
+    ("train.skip_nonfinite", 0, _MANY),
     ("train.validate_every", 0, _MANY),
     ("train.validation_rows", 1, _MANY),
     ("train.checkpoint_every", 1, _MANY),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from tiedlora.data import Batch
-from tiedlora.errors import UserError
+from tiedlora.errors import UserError, out_of_memory
 from tiedlora.schema import TrainConfig
+
+log = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):
@@ -30,6 +33,8 @@ class Progress:
     """Real tokens passed through the model, padding not counted."""
     target_tokens: int = 0
     clipped_steps: int = 0
+    skipped_steps: int = 0
+    """Steps without an update, since their loss or gradient was not finite."""
     seconds: float = 0.0
     """Of training steps alone, without validation and checkpoints."""
     validation: list[list[float]] = field(default_factory=list)
@@ -109,7 +114,7 @@ def train(progress: Progress, calls: Calls, optimizer: torch.optim.Optimizer, co
     on how the step is cut into microbatches.
 
     Raises:
-        UserError: the loss or the gradient is not finite.
+        UserError: the loss or the gradient is not finite (for more steps than may be skipped), or memory is short.
         Interrupted: `calls.stop` said so; a checkpoint of the last finished step is written.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -123,12 +128,11 @@ def train(progress: Progress, calls: Calls, optimizer: torch.optim.Optimizer, co
         nonlocal started
         for row in pending:
             row.update({key: value.item() for key, value in row.items() if isinstance(value, Tensor)})
+            if "train/skipped" in row:
+                continue
             if not (math.isfinite(row["train/loss"]) and math.isfinite(row["train/grad_norm"])):
-                raise UserError(
-                    f"step {row['step']}: the loss is {row['train/loss']} and the gradient's norm "
-                    f"{row['train/grad_norm']} at learning rate {row['train/lr']:.3g}; lower train.lr. "
-                    f"The step's rows: {calls.describe(row['step'])}"
-                )
+                already = f" ({progress.skipped_steps} are skipped already)" if progress.skipped_steps else ""
+                raise UserError(_not_finite(row, calls, f"lower train.lr, or raise train.skip_nonfinite{already}"))
             progress.clipped_steps += config.clip is not None and row["train/grad_norm"] > config.clip
         progress.seconds += time.perf_counter() - started
         calls.log([{**row, "train/seconds": progress.seconds} for row in pending])
@@ -147,27 +151,41 @@ def train(progress: Progress, calls: Calls, optimizer: torch.optim.Optimizer, co
         calls.add_up([counts])
         step_targets, step_tokens = (int(count) for count in counts)
         step_loss = torch.zeros((), device=parameters[0].device)
-        for batch in batches:
-            loss = calls.loss_sum(batch) / step_targets
-            loss.backward()  # type: ignore[no-untyped-call]
-            step_loss = step_loss + loss.detach()
+        try:
+            for batch in batches:
+                loss = calls.loss_sum(batch) / step_targets
+                loss.backward()  # type: ignore[no-untyped-call]
+                step_loss = step_loss + loss.detach()
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(_no_memory(step, batches, config)) from error
         calls.add_up([step_loss, *_gradients(parameters)])
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip if config.clip is not None else math.inf)
-        optimizer.step()
+        # Only a run that may skip waits for the numbers of every step; the sums are the same in all processes.
+        skipping = progress.skipped_steps < config.skip_nonfinite and not bool((step_loss + norm).isfinite())
+        if not skipping:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         progress.step = step
         progress.tokens += step_tokens
         progress.target_tokens += step_targets
-        pending.append(
-            {
-                "step": step,
-                "train/loss": step_loss,
-                "train/grad_norm": norm,
-                "train/lr": rate,
-                "train/tokens": progress.tokens,
-            }
-        )
+        row = {
+            "step": step,
+            "train/loss": step_loss,
+            "train/grad_norm": norm,
+            "train/lr": rate,
+            "train/tokens": progress.tokens,
+        }
+        if skipping:
+            progress.skipped_steps += 1
+            count = f"{progress.skipped_steps} of train.skip_nonfinite={config.skip_nonfinite}"
+            log.warning("%s", _not_finite(row, calls, f"its update is skipped ({count})"))
+            # Not the numbers: JSON has none for what is not finite.
+            del row["train/loss"], row["train/grad_norm"]
+            row["train/skipped"] = progress.skipped_steps
+        pending.append(row)
 
         last, asked_to_stop = step == config.steps, calls.stop()
         validating = last or (config.validate_every and step % config.validate_every == 0)
@@ -198,7 +216,27 @@ def step_seed(seed: int, step: int, process: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
+def _not_finite(row: dict[str, Any], calls: Calls, then: str) -> str:
+    return (
+        f"step {row['step']}: the loss is {float(row['train/loss'])} and the gradient's norm "
+        f"{float(row['train/grad_norm'])} at learning rate {row['train/lr']:.3g}; {then}. "
+        f"The step's rows: {calls.describe(row['step'])}"
+    )
+
+
+def _no_memory(step: int, batches: list[Batch], config: TrainConfig) -> str:
+    rows = config.microbatch_size or config.batch_size
+    lower = f"lower train.microbatch_size below {rows}, then the run goes on" if rows > 1 else "lower the rows' length"
+    longest = max(batch.input_ids.shape[1] for batch in batches)
+    return f"step {step}: out of memory with {rows} rows of up to {longest} tokens a forward pass; {lower}"
+
+
 def _validate(progress: Progress, calls: Calls) -> None:
     loss = calls.validate()
+    if not math.isfinite(loss):
+        raise UserError(
+            f"step {progress.step}: the validation loss is {loss}; "
+            + ("lower train.lr" if progress.step else "it is so before any training: try train.dtype=float32")
+        )
     progress.validation.append([progress.step, loss])
     calls.log([{"step": progress.step, "validation/loss": loss}])

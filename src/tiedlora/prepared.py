@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -109,7 +110,9 @@ class Prepared:
             scores[split] = scoring.score_split(
                 self.attached, self.encoder, self.task, examples, config, self.base.record, split, folder
             )
+            scores[split]["files"] = folder.prediction_checksums(split)
         result = {**self.header(), **self.training_record(progress), "adapter_bytes": adapter_bytes, "scores": scores}
+        result["files"] = folder.checksums("adapter/*")
         result["status"] = "done"
         tracker.finish(present.flat_summary(result))
         atomic.write_json(folder.result_file, result)
@@ -169,9 +172,9 @@ class Prepared:
 
         def take(new: list[dict[str, Any]]) -> None:
             tracker.log(new)
-            if new and "train/loss" in (last := new[-1]):
+            if new and "train/tokens" in (last := new[-1]):
                 rate = last["train/tokens"] / max(last["train/seconds"], 1e-9)
-                bar.advance(len(new), f"loss {last['train/loss']:.3f}, {rate:.0f} tokens/s")
+                bar.advance(len(new), f"loss {last.get('train/loss', math.nan):.3f}, {rate:.0f} tokens/s")
 
         calls = loop.Calls(
             batches=batches,
@@ -257,6 +260,7 @@ class Prepared:
                 "seconds": progress.seconds,
                 "tokens_per_s": progress.tokens / progress.seconds,
                 "clipped_share": progress.clipped_steps / progress.step,
+                "skipped_steps": progress.skipped_steps,
                 "validation_loss_first": first,
                 "validation_loss_last": last,
                 "best_step": progress.best_step(),

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,15 @@ class RunFolder:
         """predictions/<split>.jsonl, one row an example."""
         return self.path / "predictions" / f"{split}.jsonl"
 
+    def checksums(self, *patterns: str) -> dict[str, str]:
+        """sha256 of the files that match, by their names inside the folder."""
+        found = sorted(path for pattern in patterns for path in self.path.glob(pattern))
+        return {path.relative_to(self.path).as_posix(): atomic.sha256(path) for path in found}
+
+    def prediction_checksums(self, split: str) -> dict[str, str]:
+        """Of the split's predictions, and the base model's."""
+        return self.checksums(f"predictions/{split}.jsonl", f"predictions/{split}.base.jsonl")
+
     def result(self) -> dict[str, Any] | None:
         """The record of a finished run, or None."""
         return finished.read_result(self.result_file) if self.result_file.exists() else None
@@ -143,8 +152,10 @@ class RunFolder:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def write_error(self) -> None:
-        """Leave the traceback of the exception being handled in the folder."""
-        atomic.write_bytes(self.error_file, traceback.format_exc().encode("utf-8", "replace"))
+        """Leave the traceback of the exception being handled in the folder, if anything can be written there."""
+        # A second error, of a full disk perhaps, would hide the first.
+        with suppress(OSError):
+            atomic.write_bytes(self.error_file, traceback.format_exc().encode("utf-8", "replace"))
 
 
 def _remove(entry: Path) -> None:

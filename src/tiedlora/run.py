@@ -6,13 +6,13 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tiedlora import atomic, present, processes, reuse
 from tiedlora import config as configuration
-from tiedlora.errors import UserError
+from tiedlora.errors import UserError, out_of_memory
 from tiedlora.prepared import Prepared, device_of
 from tiedlora.processes import Processes
 from tiedlora.record import RunFolder, run_id
@@ -27,12 +27,20 @@ def main(config: Config) -> dict[str, Any]:
     """Carry out a run, or find that it is done, and print its result.
 
     Raises:
-        UserError: a mistake the user can mend.
+        UserError: a mistake the user can mend, or too little memory.
         Busy: another process is working on this very run.
         Interrupted: a signal asked the run to stop; the same command goes on from its checkpoint.
     """
     with processes.joined(_wants_cuda(config.train.device)) as us:
-        return _main(config, us) if us.first else _help(config, us)
+        try:
+            return _main(config, us) if us.first else _help(config, us)
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(
+                f"out of memory; while scoring or validating, lower score.batch_size={config.score.batch_size} (other "
+                "rounding, so another run); while loading, take a smaller model or train.dtype=bfloat16"
+            ) from error
 
 
 def _main(config: Config, us: Processes) -> dict[str, Any]:
@@ -43,7 +51,8 @@ def _main(config: Config, us: Processes) -> dict[str, Any]:
         raise UserError(f"{folder.path}: other processes find a result.json there, this one does not; share the folder")
     if result is not None and not config.force:
         same_data(config, result, folder)
-        with folder.locked():
+        # A read-only archive cannot be tidied, and needs not be.
+        with suppress(OSError), folder.locked():
             folder.tidy()
         if missing := [split for split in config.score.splits if split not in result["scores"]]:
             result = score_more(folder, missing, config.data_root, config)
@@ -127,6 +136,7 @@ def score_more(
                 result["scores"][split] = scoring.score_split(
                     attached, encoder, task, examples, config, base.record, split, folder
                 )
+                result["scores"][split]["files"] = folder.prediction_checksums(split)
                 atomic.write_json(folder.result_file, result)
     finally:
         attached.detach()

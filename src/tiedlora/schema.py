@@ -146,6 +146,9 @@ class TrainConfig:
     """Decoupled (AdamW), on A and B alone: on u and v it would pull towards 0 what starts at 1."""
     clip: Optional[float] = 1.0
     """Largest global gradient norm; null does not clip."""
+    skip_nonfinite: int = field(default=0, metadata={"neutral": 0})
+    """Steps in all whose update is left out because their loss or gradient is not finite; the next one stops the run.
+    More than 0 looks at every step as it is made, so a GPU is waited for."""
     dtype: str = "bfloat16"
     """Of the frozen base and its activations; the adapter's factors are always float32."""
     validate_every: int = 50

@@ -1,7 +1,8 @@
 """A run's metrics: its own metrics.jsonl, W&B if asked, and what the person at the terminal sees.
 
 metrics.jsonl is the record. W&B is a replay of it: a resumed run's segment starts with the whole curve,
-so that a sync of several segments loses nothing.
+so that a sync of several segments loses nothing. So nothing that happens to W&B ends a run: it is said once, and the
+run goes on without it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ from tiedlora.schema import TrackingConfig
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+WANDB_SECONDS = {"init_timeout": 30.0, "finish_timeout": 60.0}
+"""How long W&B's server may keep a run from starting and from ending; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT say
+otherwise. What was not uploaded is in the run's folder for `wandb sync`."""
 
 
 class Progress:
@@ -96,8 +102,12 @@ class Tracker:
         seed = record["config"]["seed"]
         # An agent of `wandb sweep` chooses the id itself.
         identity: dict[str, Any] = {} if "WANDB_SWEEP_ID" in os.environ else {"id": run_id, "resume": "allow"}
-        try:
-            self.wandb = wandb.init(
+        bounds: dict[str, Any] = {
+            name: value for name, value in WANDB_SECONDS.items() if f"WANDB_{name.upper()}" not in os.environ
+        }
+
+        def start() -> Any:
+            return wandb.init(
                 project=config.project,
                 entity=config.entity,
                 group=config.group or f"{model}/{task}",
@@ -107,34 +117,62 @@ class Tracker:
                 config={**record["config"], "run_id": run_id, "trainable_params": record["trainable_params"]},
                 dir=str(folder),
                 reinit="finish_previous",
-                settings=wandb.Settings(console="off", silent=True),
+                settings=wandb.Settings(console="off", silent=True, **bounds),
                 **identity,
             )
-        except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+
+        try:
+            self.wandb = start()
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise UserError(f"tracking=wandb: {error}; WANDB_MODE=offline or tracking=none needs no account") from None
+        except wandb.errors.CommError as error:
+            said = " ".join(str(error).split())
+            log.warning("W&B cannot be reached (%s); kept offline: `wandb sync %s/wandb/offline-run-*`", said, folder)
+            # Its process still takes the id for used; and in the environment, so that no later run waits again.
+            with suppress(Exception):
+                wandb.teardown()
+            os.environ["WANDB_MODE"] = "offline"
+            self.wandb = start()
         # Tables and scatter plots read the summary: the best validation loss, and the last of the others.
-        self.wandb.define_metric("validation/loss", summary="min,last")
-        self.wandb.define_metric("train/*", summary="last")
+        with self._unharmed():
+            self.wandb.define_metric("validation/loss", summary="min,last")
+            self.wandb.define_metric("train/*", summary="last")
         for row in self.rows:
             self._to_wandb(row)
 
     def log(self, rows: list[dict[str, Any]]) -> None:
         """Append rows such as {"step": 1, "train/loss": 2.3}."""
-        with open(self.metrics_file, "a", encoding="utf-8") as file:
+        with atomic.naming(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
         for row in rows:
             self._to_wandb(row)
 
     def _to_wandb(self, row: dict[str, Any]) -> None:
         if self.wandb is not None:
-            self.wandb.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+            with self._unharmed():
+                self.wandb.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
 
     def finish(self, summary: dict[str, Any], exit_code: int = 0) -> None:
         """Close the W&B run with flat summary keys."""
         if self.wandb is not None:
-            self.wandb.summary.update(summary)
-            self.wandb.finish(exit_code=exit_code)
+            with self._unharmed():
+                self.wandb.summary.update(summary)
+                self.wandb.finish(exit_code=exit_code)
             self.wandb = None
+
+    @contextmanager
+    def _unharmed(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            import wandb
+
+            self.wandb = None
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            log.warning("W&B has failed (%s); the run goes on without it, and metrics.jsonl has every row", said)
+            # The next run of this process, and its end, would otherwise meet the same dead helper process.
+            with suppress(Exception):
+                wandb.teardown()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

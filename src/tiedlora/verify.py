@@ -67,7 +67,7 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
     config.data_root = data_root if data_root is not None else config.data_root
     config.cache = str(cache) if cache is not None else config.cache
     run = _Run(folder, result, config, load_task(config.task), {})
-    checks: list[Callable[[_Run], Iterator[Finding]]] = [_data, _adapter, _base, _predictions]
+    checks: list[Callable[[_Run], Iterator[Finding]]] = [_files, _data, _adapter, _base, _predictions]
     for check in checks:
         findings += _guarded(check, run)
     if rows > 0:
@@ -112,6 +112,33 @@ def _differences(a: Any, b: Any, prefix: str = "") -> Iterator[str]:
             yield from _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)
     elif a != b:
         yield f"{prefix} ({a!r:.40} and {b!r:.40})"
+
+
+def _files(run: _Run) -> Iterator[Finding]:
+    """The adapter's files and the predictions, against the sha256s that result.json holds."""
+    expected: dict[str, str | None] = {}
+    for recorded, names in [
+        (run.result, ["adapter/adapter.json", "adapter/adapter.safetensors"]),
+        *(
+            (found, [f"predictions/{split}.jsonl", *([f"predictions/{split}.base.jsonl"] if "base" in found else [])])
+            for split, found in run.result["scores"].items()
+        ),
+    ]:
+        expected |= {name: recorded.get("files", {}).get(name) for name in names}
+    now = run.folder.checksums(*expected)
+    wrong = False
+    for name, sha256 in expected.items():
+        if name not in now:
+            yield Finding(f"file {name}", False, "is missing")
+        elif sha256 is not None and now[name] != sha256:
+            yield Finding(f"file {name}", False, f"has sha256 {now[name][:12]}, result.json says {sha256[:12]}")
+        else:
+            continue
+        wrong = True
+    if unknown := [name for name, sha256 in expected.items() if sha256 is None]:
+        yield Finding("files", None, f"not recorded: the sha256 of {', '.join(unknown)} (an older run)")
+    elif not wrong:
+        yield Finding("files", True, f"{len(expected)} files have the sha256 of result.json")
 
 
 def _data(run: _Run) -> Iterator[Finding]:
@@ -193,6 +220,11 @@ def _predictions(run: _Run) -> Iterator[Finding]:
         name = f"predictions {split}"
         ours = read_predictions(run.folder.predictions_file(split))
         theirs = read_predictions(run.folder.predictions_file(f"{split}.base")) if "base" in recorded else None
+        counts = {len(rows) for rows in (ours, theirs) if rows is not None}
+        if counts != {recorded["rows"]}:
+            says = f"{' and '.join(map(str, sorted(counts)))} rows, result.json says {recorded['rows']}"
+            yield Finding(name, False, says)
+            continue
         wrong = [
             *_misscored(run, ours, split, name),
             *(_misscored(run, theirs, split, f"{name}.base") if theirs else []),
