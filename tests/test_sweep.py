@@ -158,6 +158,19 @@ def test_a_sweep_is_stopped_shared_finished_and_skipped(tiny_run, tmp_path):
     assert before == {cell.run_id: cell.folder.result_file.stat().st_mtime_ns for cell in found.cells}
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_a_sweep_whose_runs_are_in_other_processes(tiny_run, number):
+    pytest.importorskip("joblib")
+    words = tiny_run("seed=0,1,2", "train.steps=100000", "train.validate_every=0", "hydra/launcher=joblib_slots")
+    first, second, third = grid.compose_sweep(words).cells
+    process = start(*words)
+    wait_until(lambda: all(list(c.folder.checkpoints.glob("step-*[0-9]")) for c in (first, second)))
+    process.send_signal(number)
+    code, _, err = ended(process)
+    assert code == 75, err
+    assert (first.state(), second.state(), third.state()) == ("interrupted", "interrupted", "missing")
+
+
 def test_a_frozen_cell_is_the_same_run_whatever_becomes_of_conf(tiny_run):
     found = grid.compose_sweep(tiny_run("tying=LoRA,TABuv", "task.prompt='{question}?'"))
     frozen = found.freeze()

@@ -6,10 +6,13 @@ hydra_plugins is a namespace package that Hydra searches at every start, so noth
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -62,7 +65,7 @@ class ResumingSweeper(BasicSweeper):
         log.info("%s: %d cells, %d finished before, %d to run", found.id, len(found.cells), done, len(open_cells))
         launches: Counter[str] = Counter()
         try:
-            with sweep.Watch(found):
+            with _stopped_by_signals(), sweep.Watch(found):
                 while open_cells:
                     self._launch(launcher, open_cells, sum(launches.values()))
                     launches.update(cell.run_id for cell in open_cells)
@@ -121,3 +124,23 @@ class ResumingSweeper(BasicSweeper):
                     f"The worker ended {LAUNCHES} times without a result or an error: killed, or out of memory?\n"
                 )
         return again
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """What stops a run stops the sweep too, where no run takes the signal: between two cells, or in other processes.
+
+    Unhandled, SIGTERM and Slurm's SIGUSR1 would end the process with another exit code than 75. A run that a signal
+    reaches in its last step finishes, and hands the signal on to here.
+    """
+    from tiedlora.stopping import SIGNALS
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
