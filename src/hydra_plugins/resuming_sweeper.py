@@ -28,6 +28,26 @@ LAUNCHES = 2
 SECONDS_BETWEEN_LOOKS = 2.0
 
 
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """What stops a run stops the sweep too, where no run takes the signal: before, between and beside its cells.
+
+    Unhandled, SIGTERM and Slurm's SIGUSR1 would end the process with another exit code than 75. A run that a signal
+    reaches in its last step finishes, and hands the signal on to here.
+    """
+    from tiedlora.stopping import SIGNALS
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class ResumingSweeper(BasicSweeper):
     """Composes, checks and freezes all cells, then launches those that are not finished."""
 
@@ -44,6 +64,7 @@ class ResumingSweeper(BasicSweeper):
         self.hydra_context, self.config = hydra_context, config
         self.task_function: TaskFunction | None = task_function
 
+    @_stopped_by_signals()
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
         """Run what is not finished, then print the table of all cells.
 
@@ -65,7 +86,7 @@ class ResumingSweeper(BasicSweeper):
         log.info("%s: %d cells, %d finished before, %d to run", found.id, len(found.cells), done, len(open_cells))
         launches: Counter[str] = Counter()
         try:
-            with _stopped_by_signals(), sweep.Watch(found):
+            with sweep.Watch(found):
                 while open_cells:
                     self._launch(launcher, open_cells, sum(launches.values()))
                     launches.update(cell.run_id for cell in open_cells)
@@ -124,23 +145,3 @@ class ResumingSweeper(BasicSweeper):
                     f"The worker ended {LAUNCHES} times without a result or an error: killed, or out of memory?\n"
                 )
         return again
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """What stops a run stops the sweep too, where no run takes the signal: between two cells, or in other processes.
-
-    Unhandled, SIGTERM and Slurm's SIGUSR1 would end the process with another exit code than 75. A run that a signal
-    reaches in its last step finishes, and hands the signal on to here.
-    """
-    from tiedlora.stopping import SIGNALS
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
