@@ -103,12 +103,19 @@ def child() -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def seconds_a_cell(model: str, outputs: Path) -> list[str]:
+    """Overrides of a cell of a few seconds."""
+    return [
+        *(f"model={model}", "task=chain_sum", "task.rows.validation=8", "task.rows.test=8", "task.max_new_tokens=8"),
+        *("task.options.rows={train: 200, validation: 16, test: 16}", "train=tiny", "train.validation_rows=4"),
+        *(f"train.steps={STEPS}", f"train.checkpoint_every={CHECKPOINT_EVERY}", "train.threads=1"),
+        f"outputs={outputs}",
+    ]
+
+
 def sweep(outputs: Path, model: str, kill_at: str | None = None) -> int:
     """One start of the sweep; its exit code."""
-    overrides = [f"model={model}", "train=tiny", "task=chain_sum", "task.rows.validation=8", "task.max_new_tokens=8"]
-    overrides += ["task.options.rows={train: 200, validation: 16, test: 16}", "train.validation_rows=4"]
-    overrides += [f"train.steps={STEPS}", f"train.checkpoint_every={CHECKPOINT_EVERY}", "train.threads=1"]
-    overrides += ["tying=LoRA,TA,Tuv,TABuv", "seed=0,1", f"outputs={outputs}"]
+    overrides = [*seconds_a_cell(model, outputs), "tying=LoRA,TA,Tuv,TABuv", "seed=0,1"]
     environment = {**os.environ, "JOURNAL": str(outputs) + ".journal", "KILL_AT": kill_at or "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--child", "--multirun", *overrides]
     done = subprocess.run(command, env=environment, cwd=outputs.parent, capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,10 +27,10 @@ from tiedlora.tying import lora_params, nearest_lora_rank, trainable_params
 PROJECT = Path(__file__).parents[1]
 
 
-def start(*overrides: str, cwd: Path = PROJECT, **environment: str) -> subprocess.Popen:
+def start(*overrides: str, cwd: Path = PROJECT, project: Path = PROJECT, **environment: str) -> subprocess.Popen:
     """A sweep in a process of its own, as a person starts it."""
     return subprocess.Popen(
-        [sys.executable, str(PROJECT / "train.py"), "--multirun", *overrides],
+        [sys.executable, str(project / "train.py"), "--multirun", *overrides],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
@@ -158,6 +159,19 @@ def test_a_sweep_is_stopped_shared_finished_and_skipped(tiny_run, tmp_path):
     assert before == {cell.run_id: cell.folder.result_file.stat().st_mtime_ns for cell in found.cells}
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_stops_a_sweep_whose_runs_are_in_other_processes(tiny_run, number):
+    pytest.importorskip("joblib")
+    words = tiny_run("seed=0,1,2", "train.steps=100000", "train.validate_every=0", "hydra/launcher=joblib_slots")
+    first, second, third = grid.compose_sweep(words).cells
+    process = start(*words)
+    wait_until(lambda: all(list(c.folder.checkpoints.glob("step-*[0-9]")) for c in (first, second)))
+    process.send_signal(number)
+    code, _, err = ended(process)
+    assert code == 75, err
+    assert (first.state(), second.state(), third.state()) == ("interrupted", "interrupted", "missing")
+
+
 def test_a_frozen_cell_is_the_same_run_whatever_becomes_of_conf(tiny_run):
     found = grid.compose_sweep(tiny_run("tying=LoRA,TABuv", "task.prompt='{question}?'"))
     frozen = found.freeze()
@@ -171,6 +185,30 @@ def test_a_frozen_cell_is_the_same_run_whatever_becomes_of_conf(tiny_run):
         assert loaded.tracking.group == found.id
         loaded.tracking.group = None
         assert loaded == cell.config
+
+
+def test_editing_conf_while_a_sweep_runs_changes_nothing_in_it(tiny_run, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(PROJECT / "conf", project / "conf")
+    shutil.copy(PROJECT / "train.py", project)
+    words = tiny_run("tying=LoRA,TABuv", "train.steps=40", "train.log_every=1")
+    found = grid.compose_sweep(words)
+    first, second = found.cells
+    process = start(*words, project=project)
+    wait_until(lambda: first.folder.metrics_file.exists())
+    assert second.state() == "missing"
+    option = project / "conf" / "tying" / "TABuv.yaml"
+    text = option.read_text()
+    option.write_text(text.replace("suggested_lr: 1e-2", "suggested_lr: 5e-2"))
+    assert option.read_text() != text
+    code, _, err = ended(process)
+    assert code == 0, err
+    assert [cell.state() for cell in found.cells] == ["done", "done"]
+    assert second.folder.result()["config"]["train"]["lr"] == second.config.train.lr == 1e-2
+    # The edit was no empty one: the next start of the command has a cell of another rate, and keeps the other.
+    code, _, err = ended(start(*words, project=project))
+    assert code == 0, err
+    assert "2 cells, 1 finished before, 1 to run" in err
 
 
 def test_finished_on_other_data_is_not_finished(tiny_config, monkeypatch):

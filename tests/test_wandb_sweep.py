@@ -1,4 +1,4 @@
-"""sweeps/wandb: files for `wandb sweep`, checked without an account."""
+"""W&B without an account: sweeps/wandb, and what a sweep of ours looks like there."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tiedlora import config as configuration
+from tiedlora import grid
 from tiedlora.record import RunFolder, run_id
 
 PROJECT = Path(__file__).parents[1]
@@ -63,3 +64,30 @@ def test_the_expanded_command_runs_and_logs_the_metric(file, tiny_run, tmp_path)
     logged = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
     assert any(sweep["metric"]["name"] in row for row in logged)
     assert list(folder.path.glob("wandb/offline-run-*"))
+
+
+def test_a_sweep_is_one_group_of_runs_with_names_and_tags(tiny_run):
+    words = tiny_run("tying=LoRA,TABuv", "rank=r2,r8", "tracking=wandb", "tracking.tags=[mine]")
+    done = subprocess.run(
+        [sys.executable, "train.py", "--multirun", *words],
+        cwd=PROJECT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = grid.compose_sweep(words)
+    for cell, (tying, rank) in zip(found.cells, [(t, r) for t in ("LoRA", "TABuv") for r in ("r2", "r8")], strict=True):
+        (offline,) = cell.folder.path.glob("wandb/offline-run-*")
+        records = subprocess.run(
+            [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(offline)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        (run,) = [r["run"] for r in map(json.loads, records.stdout.splitlines()) if r["type"] == "run"]
+        assert (run["run_id"], run["run_group"], run["job_type"]) == (cell.run_id, found.id, "train")
+        assert run["display_name"] == f"{tying} {rank} chain_sum s0"
+        assert run["tags"] == ["llama", "chain_sum", tying, rank, "mine"]

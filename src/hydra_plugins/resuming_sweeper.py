@@ -6,10 +6,13 @@ hydra_plugins is a namespace package that Hydra searches at every start, so noth
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -23,6 +26,26 @@ log = logging.getLogger("tiedlora.sweeper")
 LAUNCHES = 2
 """A cell whose worker died without a word is launched once more."""
 SECONDS_BETWEEN_LOOKS = 2.0
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """What stops a run stops the sweep too, where no run takes the signal: before, between and beside its cells.
+
+    Unhandled, SIGTERM and Slurm's SIGUSR1 would end the process with another exit code than 75. A run that a signal
+    reaches in its last step finishes, and hands the signal on to here.
+    """
+    from tiedlora.stopping import SIGNALS
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class ResumingSweeper(BasicSweeper):
@@ -41,6 +64,7 @@ class ResumingSweeper(BasicSweeper):
         self.hydra_context, self.config = hydra_context, config
         self.task_function: TaskFunction | None = task_function
 
+    @_stopped_by_signals()
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
         """Run what is not finished, then print the table of all cells.
 
