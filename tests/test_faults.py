@@ -112,14 +112,14 @@ def one_error(told: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("stage", "lower"), [("training", "train.microbatch_size below 200"), ("scoring", "score.batch_size=500")]
+    ("stage", "lower"), [("training", "lower train.microbatch_tokens below "), ("scoring", "score.batch_size=500")]
 )
 def test_too_little_memory_says_what_to_lower_and_leaves_the_checkpoint(tiny_config, monkeypatch, stage, lower):
     """A real limit on the address space, from the first checkpoint or the scoring on."""
     options = ["task.options.rows={train: 400, validation: 500, test: 2}", "score.base=false", "score.batch_size=500"]
     options += ["train.steps=2", "train.checkpoint_every=1", "train.validate_every=0", "train.validation_rows=8"]
     if stage == "training":
-        options += ["train.batch_size=200", "score.splits=[]"]
+        options += ["train.batch_size=200", "train.microbatch_tokens=null", "score.splits=[]"]
     config = tiny_config(*options)
     folder = RunFolder(Path(config.outputs) / run_id(config))
 

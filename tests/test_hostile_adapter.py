@@ -128,7 +128,7 @@ DESCRIPTIONS = {  # what adapter.json gets, and what is said
             "architecture": {"layers": 3, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8}
             | {"layout": {"layers": "x", "sites": {"qkv": [[]]}}}
         },
-        "must hold lists of module paths",
+        "layout.sites.qkv: 'ListConfig' is incompatible",
     ),
     "a negative share": ({"tying": {"A": {"share": -1}}}, "tying.A.share=-1"),
     "a text for a tying": ({"tying": "TABuv"}, "adapter.json: "),
@@ -204,11 +204,11 @@ def test_what_is_no_folder_or_file(whole, tmp_path):
     with refused("adapter.safetensors: is missing"):
         load(folder)
     (folder / "adapter.safetensors").mkdir()
-    with refused("adapter.safetensors: is missing"):
+    with refused("adapter.safetensors: is not a regular file"):
         load(folder)
     (folder / "adapter.safetensors").rmdir()
     os.mkfifo(folder / "adapter.safetensors")
-    with refused("adapter.safetensors: is missing"):
+    with refused("adapter.safetensors: is not a regular file"):
         load(folder)
     (folder / "adapter.json").unlink()
     os.mkfifo(folder / "adapter.json")

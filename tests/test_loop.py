@@ -162,7 +162,7 @@ class TestSkipping:
         ours, log, progress = spoiled(where, {2, 5}, skip_nonfinite=2)
         assert progress.skipped_steps == 2
         assert progress.step == 8
-        rows = Order([len(row) for row in ROWS], CONFIG.batch_size, 0, CONFIG.bucket).rows(5)
+        rows = Order([len(row) for row in ROWS], CONFIG, 0).rows(5)
         (said,) = (record.getMessage() for record in caplog.records if "step 5" in record.getMessage())
         assert "learning rate 0.00" in said
         assert "2 of train.skip_nonfinite=2" in said

@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,30 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
     Raises:
         UserError: the file is missing, is no regular file, cannot be read, or has more than `most` bytes.
     """
+    with _regular(path) as file:
+        if most is not None and (size := os.fstat(file.fileno()).st_size) > most:
+            raise UserError(f"{path}: has {size:,} bytes, at most {most:,} are read")
+        return file.read()
+
+
+def sha256(path: Path) -> str:
+    """Of a regular file's bytes.
+
+    Raises:
+        UserError: the file is missing, is no regular file, or cannot be read.
+    """
+    with _regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _regular(path: Path) -> Iterator[BufferedReader]:
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        # Looked at first: the opening of a pipe may wait for ever.
+        if not stat.S_ISREG(path.stat().st_mode):
             raise UserError(f"{path}: is not a regular file")
-        if most is not None and found.st_size > most:
-            raise UserError(f"{path}: has {found.st_size:,} bytes, at most {most:,} are read")
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path}: is missing") from None
     except (OSError, ValueError) as error:
@@ -162,9 +180,3 @@ def new_folder(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

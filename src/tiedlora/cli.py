@@ -52,7 +52,7 @@ def exits() -> Iterator[None]:
             _end("stopped with a checkpoint; the same command goes on from it", STOPPED)
         if not out_of_memory(error):
             raise
-        _end("error: out of memory; lower train.microbatch_size (same result) or score.batch_size", MISTAKE)
+        _end("error: out of memory; lower train.microbatch_tokens (same result) or score.batch_size", MISTAKE)
 
 
 def _end(message: str, code: int) -> None:

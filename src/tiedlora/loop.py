@@ -225,10 +225,14 @@ def _not_finite(row: dict[str, Any], calls: Calls, then: str) -> str:
 
 
 def _no_memory(step: int, batches: list[Batch], config: TrainConfig) -> str:
-    rows = config.microbatch_size or config.batch_size
-    lower = f"lower train.microbatch_size below {rows}, then the run goes on" if rows > 1 else "lower the rows' length"
-    longest = max(batch.input_ids.shape[1] for batch in batches)
-    return f"step {step}: out of memory with {rows} rows of up to {longest} tokens a forward pass; {lower}"
+    rows, length = max((tuple(batch.input_ids.shape) for batch in batches), key=lambda shape: shape[0] * shape[1])
+    ways = []
+    if rows > 1:
+        ways.append(f"lower train.microbatch_tokens below {rows * length} or train.microbatch_size below {rows}")
+    if not config.recompute_activations:
+        ways.append("set train.recompute_activations=true (slower)")
+    then = f"{', or '.join(ways)}, then the run goes on" if ways else "shorten the rows, or take a smaller model"
+    return f"step {step}: out of memory with {rows} rows of up to {length} tokens a forward pass; {then}"
 
 
 def _validate(progress: Progress, calls: Calls) -> None:

@@ -86,8 +86,6 @@ def load(folder: Path) -> tuple[TiedAdapter, dict[str, Any]]:
     description = atomic.read_json(folder / DESCRIPTION)
     tying, rank, alpha, seed, architecture = _described(description, folder / DESCRIPTION)
     path = folder / TENSORS
-    if not path.is_file():
-        raise UserError(f"{path}: is missing")
     if atomic.sha256(path) != description.get("sha256"):
         raise UserError(f"{path}: is damaged or was changed (its sha256 is not the one in {DESCRIPTION})")
     expected = {
@@ -125,7 +123,8 @@ def _described(description: dict[str, Any], path: Path) -> tuple[Tying, int, flo
     except KeyError as error:
         raise UserError(f"{path}: has no {error}") from None
     except (OmegaConfBaseException, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+        key = getattr(error, "full_key", None)
+        raise UserError(f"{path}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from None
     assert isinstance(tying, Tying)
     assert isinstance(architecture, Architecture)
     try:
@@ -135,8 +134,6 @@ def _described(description: dict[str, Any], path: Path) -> tuple[Tying, int, flo
     sizes = [getattr(architecture, name) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")]
     if type(rank) is not int or not 1 <= rank <= 65536 or not all(1 <= size <= 10**6 for size in sizes):
         raise UserError(f"{path}: rank={rank!r:.40}, layers={sizes[0]}, hidden={sizes[1]}: not the sizes of an adapter")
-    if not all(isinstance(name, str) for names in architecture.layout.sites.values() for name in names):
-        raise UserError(f"{path}: architecture.layout.sites must hold lists of module paths")
     if type(seed) is not int or not is_number(alpha) or not 1e-12 <= alpha <= 1e12:
         raise UserError(f"{path}: seed={seed!r:.40}, alpha={alpha!r:.40}: must be a whole and a positive number")
     base, rebuilt = description.get("base"), description.get("rebuilt", {})
