@@ -1,5 +1,7 @@
 """python benchmarks/train.py [--alternations 5] [--json FILE]: our training loop against PEFT LoRA + Trainer.
 
+With --profile it says instead on which operators our steps spend their time.
+
 First both train 20 float32 steps from the same initial values on the same batches, and their losses must agree.
 Then each measurement runs in a process of its own, ours and theirs in turn: GSM8K rows, SmolLM2-135M, rank 8,
 batch 8, tokens without padding, seconds of the steps after the first two. Trainer has its default order, or, as
@@ -192,12 +194,28 @@ def check() -> list[float]:
     return [worst]
 
 
+def profile(steps: int) -> None:
+    """Which operators a run of ours spends its time on, validation of one row included."""
+    import torch
+
+    ours("bfloat16", "TABuv", steps, *SETTINGS)  # compiles, into torch's cache
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        ours("bfloat16", "TABuv", steps, *SETTINGS)
+    events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    rows = [[event.key[:60], f"{event.self_cpu_time_total / total:.1%}", f"{event.count:,}"] for event in events[:16]]
+    print(common.table(["operator", "share of the time", "calls"], rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--alternations", type=int, default=5)
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--json", type=Path, help="where the figures go as JSON")
+    parser.add_argument("--profile", action="store_true", help="where our steps spend their time, and nothing else")
     arguments = parser.parse_args()
+    if arguments.profile:
+        return profile(arguments.steps)
     worst = check()
     names = [OURS, *THEIRS]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
