@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from tiedlora.data import Batch
 
 CHUNK = 256
-"""Target positions a chunk: enough for full matrix-product speed, 50 MB of logits at 49,152 words in float32."""
+"""Target positions a chunk at most: enough for full matrix-product speed."""
+LOGITS = CHUNK * 49_152
+"""Logits a chunk at most, 50 MB in float32: a larger vocabulary has shorter chunks, so memory does not grow with it."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -30,8 +32,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if wanted else None
         # float64 stays float64, so that tests can compare to 1e-12; bfloat16 sums in float32.
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        for start in range(0, hidden.shape[0], CHUNK):
-            rows, wants = hidden[start : start + CHUNK], labels[start : start + CHUNK]
+        size = max(1, min(CHUNK, LOGITS // weight.shape[0]))
+        for start in range(0, hidden.shape[0], size):
+            rows, wants = hidden[start : start + size], labels[start : start + size]
             logits = F.linear(rows, weight, bias).to(total.dtype)
             slope = None
             if softcap is not None:
@@ -44,7 +47,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 delta[torch.arange(len(wants), device=delta.device), wants] -= 1
                 if slope is not None:
                     delta *= slope
-                gradient[start : start + CHUNK] = delta.to(weight.dtype) @ weight
+                gradient[start : start + size] = delta.to(weight.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
