@@ -23,11 +23,12 @@ def plain_loss(model, batch):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction="sum")
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 256])
+@pytest.mark.parametrize(("chunk", "logits"), [(1, 10**6), (3, 10**6), (256, 10**6), (256, 600), (256, 1)])
 @pytest.mark.parametrize("model_name", TINY)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
-def test_equals_the_plain_loss_and_its_gradients(model_name, dtype, tolerance, chunk, monkeypatch):
+def test_equals_the_plain_loss_and_its_gradients(model_name, dtype, tolerance, chunk, logits, monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK", chunk)
+    monkeypatch.setattr(chunked, "LOGITS", logits)
     base = tiny(model_name)
     attached = attach(base.model, tying_option("TABuv"), 4)
     base.model.to(dtype)
