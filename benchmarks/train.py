@@ -198,7 +198,7 @@ def profile(steps: int) -> None:
     """Which operators a run of ours spends its time on, validation of one row included."""
     import torch
 
-    ours("bfloat16", "TABuv", steps, *SETTINGS)  # compiles, into torch's cache
+    common.measure(__file__, OURS, str(steps), *SETTINGS)  # compiles, into torch's cache
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         ours("bfloat16", "TABuv", steps, *SETTINGS)
     events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
