@@ -45,15 +45,7 @@ def test_the_expanded_command_runs_and_logs_the_metric(file, tiny_run, tmp_path)
     assert expanded[:3] == ["/usr/bin/env", "python", "train.py"]
     assert "--multirun" not in expanded
     small = tiny_run()
-    done = subprocess.run(
-        [sys.executable, *expanded[2:], *small],
-        cwd=PROJECT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    offline(*expanded[2:], *small)
     config = configuration.compose_config([*expanded[3:], *small])
     for key, value in chosen.items():
         node = config
@@ -66,10 +58,10 @@ def test_the_expanded_command_runs_and_logs_the_metric(file, tiny_run, tmp_path)
     assert list(folder.path.glob("wandb/offline-run-*"))
 
 
-def test_a_sweep_is_one_group_of_runs_with_names_and_tags(tiny_run):
-    words = tiny_run("tying=LoRA,TABuv", "rank=r2,r8", "tracking=wandb", "tracking.tags=[mine]")
+def offline(*words: str) -> None:
+    """Python on these words, as a person without an account calls it; it must end well."""
     done = subprocess.run(
-        [sys.executable, "train.py", "--multirun", *words],
+        [sys.executable, *words],
         cwd=PROJECT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
         capture_output=True,
@@ -77,11 +69,16 @@ def test_a_sweep_is_one_group_of_runs_with_names_and_tags(tiny_run):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_sweep_is_one_group_of_runs_with_names_and_tags(tiny_run):
+    words = tiny_run("tying=LoRA,TABuv", "rank=r2,r8", "tracking=wandb", "tracking.tags=[mine]")
+    offline("train.py", "--multirun", *words)
     found = grid.compose_sweep(words)
     for cell, (tying, rank) in zip(found.cells, [(t, r) for t in ("LoRA", "TABuv") for r in ("r2", "r8")], strict=True):
-        (offline,) = cell.folder.path.glob("wandb/offline-run-*")
+        (logged,) = cell.folder.path.glob("wandb/offline-run-*")
         records = subprocess.run(
-            [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(offline)],
+            [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(logged)],
             capture_output=True,
             text=True,
             timeout=60,

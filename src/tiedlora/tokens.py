@@ -58,15 +58,14 @@ def _bytes(made: Fitted) -> bytes:
         "ids": ids,
     }
     arrays = {name: np.array(column, dtype=np.int32) for name, column in columns.items()}
-    check = hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()
-    return numpy.save(arrays, {"counts": json.dumps(made.counts), "sha256": check})
+    return numpy.save(arrays, {"counts": json.dumps(made.counts), "sha256": _checksum(arrays)})
 
 
 def _read(path: Path) -> Fitted:
     with safe_open(path, "np") as file:
         arrays = {name: file.get_tensor(name) for name in ("kept", "prompts", "targets", "ids")}
         metadata = file.metadata()
-    if hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest() != metadata["sha256"]:
+    if _checksum(arrays) != metadata["sha256"]:
         raise ValueError("checksum")
     kept, prompts, targets, ids = (array.tolist() for array in arrays.values())
     encoded, start = [], 0
@@ -75,3 +74,7 @@ def _read(path: Path) -> Fitted:
         encoded.append(Encoded(tuple(ids[start:middle]), tuple(ids[middle:end])))
         start = end
     return Fitted(kept, encoded, json.loads(metadata["counts"]))
+
+
+def _checksum(arrays: dict[str, Any]) -> str:
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()
