@@ -6,7 +6,6 @@ scores through the task's own `score` and `corpus_score`. Importing it costs sec
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 import datasets
@@ -25,9 +24,12 @@ class TaskMetric(evaluate.Metric):  # type: ignore[misc]
 
     def __init__(self, task: Task, by_likelihood: bool = False) -> None:
         self.task, self.by_likelihood = task, by_likelihood
-        # evaluate wants a folder even where everything stays in memory, and a home may be read-only.
-        self._folder = tempfile.TemporaryDirectory(prefix="tiedlora-metric-")
-        super().__init__(keep_in_memory=True, cache_dir=self._folder.name)
+        super().__init__(keep_in_memory=True)
+
+    def _build_data_dir(self) -> str:
+        # evaluate makes a folder even where everything stays in memory: a home may be read-only, and a killed run
+        # would leave it behind.
+        return ""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
