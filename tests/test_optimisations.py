@@ -5,6 +5,8 @@ factors in test_adapter.py.
 """
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,16 +43,21 @@ def close(ours, theirs, tolerance):
     return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(ours, theirs, strict=True))
 
 
+WITH_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
+
+
 @EXACT
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
-def test_attention_by_products_is_torchs(dtype, tolerance, key_heads):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=WITH_COMPILER)])
+def test_attention_by_products_is_torchs(dtype, tolerance, key_heads, compiled):
     generator = torch.Generator().manual_seed(0)
     inputs = [
         torch.randn(3, 11, heads, 8, generator=generator, dtype=dtype).transpose(1, 2).requires_grad_()
         for heads in (6, key_heads, key_heads)
     ]
     plain = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=0.3, enable_gqa=True)
-    ours = attention.by_products(*inputs, scale=0.3)
+    attend = torch.compile(attention.by_products) if compiled else attention.by_products
+    ours = attend(*inputs, scale=0.3)
     weight = torch.randn(plain.shape, generator=generator, dtype=dtype)
     assert close([ours], [plain], tolerance)
     assert close(*(torch.autograd.grad((out * weight).sum(), inputs) for out in (ours, plain)), tolerance)
@@ -92,7 +99,51 @@ def test_passes_add_up_to_the_batch(dtype, tolerance, limits):
     assert close(loss_and_gradients(base, attached, passes), loss_and_gradients(base, attached), tolerance)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
+def lengths_of(passes):
+    return [(batch.input_ids != 0).sum(1).tolist() for batch in passes]
+
+
+def test_passes_are_as_few_as_the_limits_allow_and_even():
+    rows = [Encoded((1,) * (length - 1), (2,)) for length in (10, 10, 10, 10, 10)]
+    assert lengths_of(microbatches(rows, 0, tokens=40)) == [[10, 10, 10], [10, 10]]
+    rows = [Encoded((1,) * (length - 1), (2,)) for length in (30, 4, 9, 5, 10)]
+    assert lengths_of(microbatches(rows, 0, tokens=40)) == [[4, 5, 9, 10], [30]]
+    assert lengths_of(microbatches(rows, 0, tokens=20)) == [[4, 5], [9, 10], [30]], "a long row is a pass of its own"
+    assert lengths_of(microbatches(rows, 0, size=3)) == [[4, 5, 9], [10, 30]]
+    assert microbatches([], 0, tokens=40) == []
+
+
+@EXACT
+@pytest.mark.parametrize(("context", "length"), [(0, 15), (15, 15), (64, 16)])
+def test_aligned_rows_change_nothing_and_stay_within_the_context(dtype, tolerance, context, length):
+    base, attached = adapted("tiny_gpt2", dtype)
+    aligned = collate(ROWS[1:], 256, context)
+    assert aligned.input_ids.shape == (3, length)
+    plain = loss_and_gradients(base, attached, [collate(ROWS[1:], 256)])
+    assert close(loss_and_gradients(base, attached, [aligned]), plain, tolerance)
+
+
+def test_freed_memory_is_kept():
+    script = """
+import resource, torch
+from tiedlora import allocator
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.empty(16_000_000).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+given = faults()
+allocator.keep_freed()
+faults()
+print(given, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    given, kept = map(int, done.stdout.split())
+    assert kept < 1000, "ten blocks of 64 MB, page by page, would be 156,250"
+    assert kept < given
+
+
+@WITH_COMPILER
 @pytest.mark.parametrize(
     # Llama's norms compute in float32 whatever the model's dtype is.
     ("name", "dtype", "tolerance"),

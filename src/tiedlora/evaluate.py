@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tiedlora.data import Batch, cut
-from tiedlora.loss import CHUNK, target_loss
+from tiedlora.loss import CHUNK, log_likelihoods_, target_loss
 
 TAIL = 12
 """Tokens decoded to look for a stop string: longer than any stop string's own tokens."""
@@ -193,7 +193,7 @@ def _token_log_likelihoods(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor
         logits = head(states).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        found.append(F.log_softmax(logits, dim=-1).gather(1, wanted.unsqueeze(1)).squeeze(1))
+        found.append(log_likelihoods_(logits, wanted)[0])
     return torch.cat(found)
 
 

@@ -23,6 +23,22 @@ LOGITS = CHUNK * 49_152
 """Logits a chunk at most, 50 MB in float32: a larger vocabulary has shorter chunks, so memory does not grow with it."""
 
 
+def log_likelihoods_(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax at one token a row, in place: a second tensor of the logits' size costs more than the arithmetic.
+
+    Args:
+        logits: (rows, vocabulary); they become exp(logits - their row's largest).
+        wanted: (rows,) token ids.
+
+    Returns:
+        log p of each row's token (rows,), and the sums of the new rows (rows, 1).
+    """
+    logits -= logits.amax(-1, keepdim=True)
+    ours = logits.gather(1, wanted.unsqueeze(1))
+    sums = logits.exp_().sum(-1, keepdim=True)
+    return (ours - sums.log()).squeeze(1), sums
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -40,10 +56,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if softcap is not None:
                 squashed = torch.tanh(logits / softcap)
                 logits, slope = softcap * squashed, 1 - squashed.square()
-            log_probs = F.log_softmax(logits, dim=-1)
-            total -= log_probs.gather(1, wants.unsqueeze(1)).sum()
+            log_probs, sums = log_likelihoods_(logits, wants)
+            total -= log_probs.sum()
             if gradient is not None:
-                delta = log_probs.exp_()
+                delta = logits.div_(sums)
                 delta[torch.arange(len(wants), device=delta.device), wants] -= 1
                 if slope is not None:
                     delta *= slope

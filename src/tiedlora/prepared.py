@@ -35,7 +35,7 @@ class Prepared:
         # torch and transformers cost seconds; a wrong configuration, or a finished run, does not wait for them.
         import torch
 
-        from tiedlora import tokens
+        from tiedlora import allocator, tokens
         from tiedlora.adapter import TiedAdapter, attach_adapter, files
         from tiedlora.data import Encoder
 
@@ -47,6 +47,8 @@ class Prepared:
             self.device = torch.device("cuda", us.local_rank)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            allocator.keep_freed()
         rows, digests = reuse.rows(config)
         self.examples = dict(rows)
         self.base: Base = reuse.base(config, self.device)
@@ -165,7 +167,8 @@ class Prepared:
 
         def batches(step: int) -> list[Any]:
             chosen = self.us.share(sorted((rows[number] for number in order.rows(step)), key=len))
-            passes = microbatches(chosen, pad, config.train.microbatch_size, config.train.microbatch_tokens)
+            limits = config.train.microbatch_size, config.train.microbatch_tokens
+            passes = microbatches(chosen, pad, *limits, self.encoder.context)
             return [batch.to(self.device) for batch in passes]
 
         bar = Bar("training", config.train.steps, "steps", progress.step)
