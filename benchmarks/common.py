@@ -18,8 +18,8 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2_135m"
 RANK, BATCH = 8, 8
-PASS_TOKENS = 1024
-"""Tokens a forward pass of ours: more make no product faster here, and memory grows with them."""
+PASS_TOKENS = 2048
+"""Tokens a forward pass of ours: 1,024 are 4 % slower and take 0.4 GB less, more make no product faster here."""
 
 
 def defaults() -> dict[str, str]:

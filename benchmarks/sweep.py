@@ -3,8 +3,8 @@
 Ours is one sweep, `python train.py --multirun tying=LoRA,TA,...,TABuv`, in one process. Theirs are eight processes of
 PEFT LoRA + Trainer that do the same work, start to end: load SmolLM2-135M, tokenise GSM8K's training rows, train 6
 steps of 8 rows, and answer 16 validation rows (transformers' generate, batch 16) in at most 64 tokens. LoRA is LoRA;
-the other seven, which PEFT lacks, are LoRA stand-ins. Both train on the same batches: grouped by length in bfloat16, in
-random order in float32.
+the other seven, which PEFT lacks, are LoRA stand-ins. Both train on the same 48 rows, each row once: ours in batches
+grouped by length, theirs in those very batches in bfloat16, and in float32 in Trainer's default, random order.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ STEPS, ROWS, NEW, BATCH = 6, 16, 64, 16
 def settings(dtype: str) -> list[str]:
     return [
         f"train.dtype={dtype}",
-        f"train.bucket={str(dtype == 'bfloat16').lower()}",
         f"train.steps={STEPS}",
         "train.validation_rows=1",
         "train.validate_every=0",
         "train.log_every=100",
         f"train.microbatch_tokens={common.PASS_TOKENS}",
+        f"task.rows.train={STEPS * common.BATCH}",
         f"task.rows.validation={ROWS}",
         f"task.max_new_tokens={NEW}",
         f"score.batch_size={BATCH}",
@@ -61,7 +61,7 @@ def theirs(dtype: str) -> None:
     from tiedlora.data import Encoder
 
     config = common.config(*settings(dtype))
-    trained = training.theirs(dtype, "ours", STEPS, *settings(dtype))
+    trained = training.theirs(dtype, "grouped" if dtype == "bfloat16" else "plain", STEPS, *settings(dtype))
     model, base, examples = trained["model"], trained["base"], trained["validation"][:ROWS]
     encoder = Encoder(base.tokenizer, config.task, config.model.context)
     common.answers(model, base.tokenizer, [encoder.prompt(e.prompt) for e in examples], config.task, BATCH)

@@ -9,8 +9,11 @@ batch 8, tokens without padding, seconds of the steps after the first two. Train
 
 The model's arithmetic, for the share of the machine's matrix-product rate: a token passes each weight of the blocks
 twice (forward, and backward for the activations; frozen weights need no third product), a target token also the
-output head twice: 4 x (block weights x tokens + head weights x target tokens) FLOP. Attention's own products and
-the adapter's are left out, so the share is a little low.
+output head twice; and each pair of a token and one it attends to (itself and those before it) takes part in two
+products of attention forward and four backward. So
+4 x (block weights x tokens + head weights x target tokens) + 12 x layers x heads x head size x pairs FLOP. The
+adapter's own products, padding, and pairs that the mask hides are left out. The rate is measured after every step of a
+run of its own, since it changes from one second to the next, and its time is taken off.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ from typing import Any
 
 import common
 
-SKIPPED, CHECKED = 2, 20
+SKIPPED, CHECKED, PROFILED = 2, 20, 20
 THEIRS = ("peft:float32:plain", "peft:bfloat16:plain", "peft:bfloat16:grouped")
-OURS = "ours:bfloat16:TABuv"
+OURS, SHARE = "ours:bfloat16:TABuv", "share:bfloat16:TABuv"
 SETTINGS = (f"train.microbatch_tokens={common.PASS_TOKENS}", "train.compile=always")
 """Of ours when it is timed."""
 WANTED = dict(zip(THEIRS, (2.6, 1.7, 1.25), strict=True))
@@ -36,6 +39,7 @@ WANTED = dict(zip(THEIRS, (2.6, 1.7, 1.25), strict=True))
 
 def ours(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]:
     """Our loop as train.py runs it, into a folder that is thrown away."""
+    from tiedlora.data import Order
     from tiedlora.prepared import Prepared
     from tiedlora.processes import Processes
     from tiedlora.record import RunFolder
@@ -57,12 +61,18 @@ def ours(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]:
         progress, _ = prepared.train(folder, stop)
         lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
     rows = [line for line in lines if "train/loss" in line]
-    return {
+    encoded = prepared.encoded["train"]
+    order = Order([len(row) for row in encoded], config.train, config.seed)
+    lengths = [len(encoded[number]) for step in range(SKIPPED + 1, steps + 1) for number in order.rows(step)]
+    found = {
         "losses": [row["train/loss"] for row in rows],
         **_steady(rows),
         "target_share": progress.target_tokens / progress.tokens,
+        "pairs": sum(length * (length + 1) // 2 for length in lengths),
         "peak": common.peak_memory(),
     }
+    assert found["tokens"] == sum(lengths)
+    return found
 
 
 def _steady(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -173,12 +183,32 @@ def arithmetic(run: dict[str, Any]) -> float:
     a = common.config().model.architecture
     shapes = [target_shape(a, name) for name in ("q", "k", "v", "o", "gate", "up", "down")]
     blocks = a.layers * sum(d_in * d_out for d_in, d_out in shapes)
-    return float(4 * run["tokens"] * (blocks + a.vocabulary * a.hidden * run["target_share"]))
+    weights = 4 * run["tokens"] * (blocks + a.vocabulary * a.hidden * run["target_share"])
+    return float(weights + 12 * a.layers * a.heads * a.head_dim * run["pairs"])
+
+
+def share(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]:
+    """Which part of the matrix-product rate our timed steps compute at, and the rate's median, FLOP/s."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    ended, began, rates = [], [], []
+
+    def measure_rate(*_: Any) -> None:
+        ended.append(time.perf_counter())
+        rates.append(common.matmul_rate(dtype, (2048, 576, 1536), 0.1))
+        began.append(time.perf_counter())
+
+    register_optimizer_step_post_hook(measure_rate)
+    run = ours(dtype, tying, steps, *overrides)
+    possible = sum(
+        (ended[step] - began[step - 1]) * (rates[step - 1] + rates[step]) / 2 for step in range(SKIPPED, steps)
+    )
+    return {"share": arithmetic(run) / possible, "rate": statistics.median(rates[SKIPPED:])}
 
 
 def child(what: str, steps: str, *overrides: str) -> None:
     who, dtype, how = what.split(":")
-    found = (ours if who == "ours" else theirs)(dtype, how, int(steps), *overrides)
+    found = {"ours": ours, "share": share, "peft": theirs}[who](dtype, how, int(steps), *overrides)
     print(json.dumps({key: found[key] for key in found if key not in ("base", "model", "validation")}))
 
 
@@ -195,16 +225,23 @@ def check() -> list[float]:
 
 
 def profile(steps: int) -> None:
-    """Which operators a run of ours spends its time on, validation of one row included."""
+    """Which operators our steps spend their time on, those left out that are not timed either."""
     import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
 
     common.measure(__file__, OURS, str(steps), *SETTINGS)  # compiles, into torch's cache
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    schedule = torch.profiler.schedule(wait=SKIPPED, warmup=0, active=steps - SKIPPED, repeat=1)
+    with torch.profiler.profile(activities=activities, schedule=schedule) as recorded:
+        register_optimizer_step_post_hook(lambda *_: recorded.step())
         ours("bfloat16", "TABuv", steps, *SETTINGS)
     events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
-    rows = [[event.key[:60], f"{event.self_cpu_time_total / total:.1%}", f"{event.count:,}"] for event in events[:16]]
-    print(common.table(["operator", "share of the time", "calls"], rows))
+    rows = [
+        [event.key[:60], f"{event.self_cpu_time_total / total:.1%}", f"{event.count // (steps - SKIPPED):,}"]
+        for event in events[:PROFILED]
+    ]
+    print(common.table(["operator", "share of the time", "calls a step"], rows))
 
 
 def main() -> None:
@@ -219,10 +256,12 @@ def main() -> None:
     worst = check()
     names = [OURS, *THEIRS]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    rates: list[float] = []
-    for alternation in range(1, arguments.alternations + 1):
-        rates.append(common.matmul_rate("bfloat16", (2048, 576, 1536)))
-        for name in names:
+    shares: list[dict[str, Any]] = []
+    # The first compiles, into torch's cache: what the timed steps of the others find there.
+    for alternation in range(arguments.alternations + 1):
+        shares.append(common.measure(__file__, SHARE, str(arguments.steps), *SETTINGS))
+        print(f"{alternation} {SHARE}: {shares[-1]['share']:.3f}", file=sys.stderr)
+        for name in names if alternation else ():
             settings = SETTINGS if name == OURS else ()
             found[name].append(common.measure(__file__, name, str(arguments.steps), *settings))
             latest = found[name][-1]
@@ -248,14 +287,14 @@ def main() -> None:
     print(
         common.table(["what", "tokens/s", "peak memory", "ours is x times as fast", "ours uses x of its memory"], rows)
     )
-    shares = [arithmetic(run) / run["seconds"] / rate for run, rate in zip(found[OURS], rates, strict=True)]
+    rate = statistics.median(one["rate"] for one in shares[1:])
     print(
-        f"matrix products, bfloat16, (2048, 576) @ (576, 1536): {statistics.median(rates) / 1e9:.0f} GFLOP/s; "
-        f"ours computes at {common.spread(shares)} of it"
+        f"matrix products, bfloat16, (2048, 576) @ (576, 1536): {rate / 1e9:.0f} GFLOP/s; "
+        f"ours computes at {common.spread([one['share'] for one in shares[1:]])} of it"
     )
     for name, wanted in WANTED.items():
         print(f"wanted against {name}: {wanted}x")
-    common.write(arguments.json, {"worst": worst, "runs": found})
+    common.write(arguments.json, {"worst": worst, "runs": found, "shares": shares[1:]})
 
 
 if __name__ == "__main__":
