@@ -274,10 +274,12 @@ def microbatches(
     a whole reading of the weights (and, where blocks are compiled, a graph of its own). Shortest rows first, so that
     each pass pads little.
     """
+    if not rows:
+        return []
     ordered = sorted(rows, key=len)
     lengths = [len(row) for row in ordered]
-    few = len(cut(lengths, size, tokens))
-    limits = range(lengths[-1], tokens or lengths[-1] * len(lengths)) if lengths else range(0)
-    least = bisect.bisect_left(limits, True, key=lambda limit: len(cut(lengths, size, limit)) <= few)
-    even = limits[least] if least < len(limits) else tokens
+    few, longest = len(cut(lengths, size, tokens)), lengths[-1]
+    most = tokens or longest * len(lengths)
+    limits = range(longest, most)
+    even = min(most, longest + bisect.bisect_left(limits, True, key=lambda n: len(cut(lengths, size, n)) <= few))
     return [collate(ordered[run], pad_id, context) for run in cut(lengths, size, even)]

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tiedlora.data import Batch, cut
-from tiedlora.loss import CHUNK, log_likelihoods_, target_loss
+from tiedlora.loss import chunk_rows, log_likelihoods_, target_loss
 
 TAIL = 12
 """Tokens decoded to look for a stop string: longer than any stop string's own tokens."""
@@ -189,7 +189,8 @@ def _token_log_likelihoods(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor
     """log p(token) from the hidden state before it, in chunks, since logits are the peak of memory."""
     head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
     found = []
-    for states, wanted in zip(torch.split(hidden, CHUNK), torch.split(tokens, CHUNK), strict=True):
+    size = chunk_rows(head.weight.shape[0])
+    for states, wanted in zip(torch.split(hidden, size), torch.split(tokens, size), strict=True):
         logits = head(states).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)

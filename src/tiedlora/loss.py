@@ -23,6 +23,11 @@ LOGITS = CHUNK * 49_152
 """Logits a chunk at most, 50 MB in float32: a larger vocabulary has shorter chunks, so memory does not grow with it."""
 
 
+def chunk_rows(vocabulary: int) -> int:
+    """Rows of logits a chunk: CHUNK, or as many as LOGITS allows."""
+    return max(1, min(CHUNK, LOGITS // vocabulary))
+
+
 def log_likelihoods_(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """log softmax at one token a row, in place: a second tensor of the logits' size costs more than the arithmetic.
 
@@ -48,7 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if wanted else None
         # float64 stays float64, so that tests can compare to 1e-12; bfloat16 sums in float32.
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        size = max(1, min(CHUNK, LOGITS // weight.shape[0]))
+        size = chunk_rows(weight.shape[0])
         for start in range(0, hidden.shape[0], size):
             rows, wants = hidden[start : start + size], labels[start : start + size]
             logits = F.linear(rows, weight, bias).to(total.dtype)

@@ -124,7 +124,8 @@ class TrainConfig:
     microbatch_size: Optional[int] = execution(None)
     """Rows a forward pass; null takes the whole batch. Changes memory and rounding, not the sum."""
     microbatch_tokens: Optional[int] = execution(None)
-    """Tokens a forward pass, padding counted; null sets no limit. What bounds memory where rows differ in length."""
+    """Tokens a forward pass, padding counted but for the last few that make a multiple of 16; null sets no limit. What
+    bounds memory where rows differ in length."""
     recompute_activations: bool = execution(False)
     """Whether a block's activations are computed again in the backward pass: a third more time, far less memory."""
     compile: str = execution("auto")
