@@ -7,22 +7,25 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from tiedlora import cli, config, run, sweep
+from tiedlora import cli
+from tiedlora.config import compose
+from tiedlora.runs import run
+from tiedlora.sweeps import sweep
 
-config.register()
+compose.register()
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN:
-        sweep.run_cell(config.load(composed))
+        sweep.run_cell(compose.load(composed))
         return
     with cli.exits():
-        run.main(config.load(composed))
+        run.main(compose.load(composed))
 
 
 if __name__ == "__main__":
     # Hydra then raises what it would print in many lines, and readable_errors makes it one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    with cli.exits(), config.readable_errors():
+    with cli.exits(), compose.readable_errors():
         main()

@@ -28,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import torch
 
-    from tiedlora import evaluate, scoring
+    from tiedlora.scoring import decoding, scoring
 
     spans: dict[str, list[tuple[float, float]]] = {"step": [], "validation": [], "scoring": []}
 
@@ -44,7 +44,7 @@ def main() -> None:
         setattr(owner, name, wrapped)
 
     timed(torch.optim.AdamW, "step", "step")
-    timed(evaluate, "mean_loss", "validation")
+    timed(decoding, "mean_loss", "validation")
     timed(scoring, "score_split", "scoring")
     with tempfile.TemporaryDirectory() as outputs:
         overrides = [f"model={arguments.model}", "train=tiny", f"train.steps={STEPS}", f"tying={','.join(CELLS)}"]

@@ -38,7 +38,7 @@ def defaults() -> dict[str, str]:
 
 def config(*overrides: str) -> Any:
     """The defaults, changed."""
-    from tiedlora.config import compose_config
+    from tiedlora.config.compose import compose_config
 
     given = {override.partition("=")[0] for override in overrides}
     kept = [f"{key}={value}" for key, value in defaults().items() if key not in given]

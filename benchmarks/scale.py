@@ -31,10 +31,10 @@ def child(given: str) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tiedlora import attention
     from tiedlora.adapter import attach
-    from tiedlora.data import Encoded, collate
-    from tiedlora.loss import target_loss
+    from tiedlora.data.encoding import Encoded, collate
+    from tiedlora.models import attention
+    from tiedlora.training.loss import target_loss
 
     sizes = json.loads(given)
     torch.manual_seed(0)

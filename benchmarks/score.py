@@ -28,11 +28,11 @@ def config(dtype: str, *overrides: str) -> Any:
 
 def train(folder: Path) -> None:
     """A short real training, so that answers have ends and the adapter does something."""
-    from tiedlora.prepared import Prepared
-    from tiedlora.processes import Processes
-    from tiedlora.record import RunFolder
-    from tiedlora.stopping import Stop
+    from tiedlora.records.run_folder import RunFolder
+    from tiedlora.runs.session import Prepared
     from tiedlora.tasks import load_task
+    from tiedlora.training.distributed import Processes
+    from tiedlora.training.signals import Stop
 
     chosen = config("bfloat16", "train.steps=20", "train.validation_rows=1", "train.validate_every=0")
     prepared = Prepared(chosen, load_task(chosen.task), Processes())
@@ -48,9 +48,10 @@ def train(folder: Path) -> None:
 def ours(folder: Path, dtype: str, rows: int) -> dict[str, Any]:
     import torch
 
-    from tiedlora import reuse, scoring
     from tiedlora.adapter import attach_adapter, load
-    from tiedlora.data import Encoder
+    from tiedlora.data.encoding import Encoder
+    from tiedlora.runs import reuse
+    from tiedlora.scoring import scoring
     from tiedlora.tasks import load_task
 
     chosen = config(dtype)
@@ -73,8 +74,8 @@ def theirs(folder: Path, dtype: str, rows: int) -> dict[str, Any]:
     import torch
     from peft import PeftModel
 
-    from tiedlora import reuse
-    from tiedlora.data import Encoder
+    from tiedlora.data.encoding import Encoder
+    from tiedlora.runs import reuse
 
     chosen = config(dtype)
     base = reuse.base(chosen, torch.device("cpu"))

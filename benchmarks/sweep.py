@@ -58,7 +58,7 @@ def ours(dtype: str) -> float:
 def theirs(dtype: str) -> None:
     """One of the eight processes."""
     import train as training
-    from tiedlora.data import Encoder
+    from tiedlora.data.encoding import Encoder
 
     config = common.config(*settings(dtype))
     trained = training.theirs(dtype, "grouped" if dtype == "bfloat16" else "plain", STEPS, *settings(dtype))

@@ -39,12 +39,12 @@ WANTED = dict(zip(THEIRS, (2.6, 1.7, 1.25), strict=True))
 
 def ours(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]:
     """Our loop as train.py runs it, into a folder that is thrown away."""
-    from tiedlora.data import Order
-    from tiedlora.prepared import Prepared
-    from tiedlora.processes import Processes
-    from tiedlora.record import RunFolder
-    from tiedlora.stopping import Stop
+    from tiedlora.data.encoding import Order
+    from tiedlora.records.run_folder import RunFolder
+    from tiedlora.runs.session import Prepared
     from tiedlora.tasks import load_task
+    from tiedlora.training.distributed import Processes
+    from tiedlora.training.signals import Stop
 
     config = common.config(
         f"tying={tying}",
@@ -88,9 +88,9 @@ def theirs(dtype: str, order: str, steps: int, *overrides: str) -> dict[str, Any
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from tiedlora import reuse
     from tiedlora.adapter import TiedAdapter
-    from tiedlora.data import Encoder, Order, fit
+    from tiedlora.data.encoding import Encoder, Order, fit
+    from tiedlora.runs import reuse
 
     config = common.config(f"train.dtype={dtype}", "tying=LoRA_qkv", *overrides)
     base = reuse.base(config, torch.device("cpu"))

@@ -18,10 +18,11 @@ import common
 import numpy as np
 import torch
 
-from tiedlora import loop, reuse
 from tiedlora.adapter import TiedAdapter, attach_adapter
-from tiedlora.data import Encoder, Order, fit, microbatches
-from tiedlora.loss import target_loss
+from tiedlora.data.encoding import Encoder, Order, fit, microbatches
+from tiedlora.runs import reuse
+from tiedlora.training import loop
+from tiedlora.training.loss import target_loss
 
 OURS = ("LoRA", "TABuv", "Tuv")
 NAMES = (*OURS, "PEFT LoRA", "PEFT VeRA")

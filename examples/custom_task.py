@@ -10,7 +10,9 @@ import random
 import sys
 from typing import Any
 
-from tiedlora import cli, config, run, tasks
+from tiedlora import cli, tasks
+from tiedlora.config import compose
+from tiedlora.runs import run
 from tiedlora.tasks import Example, Task
 from tiedlora.tasks.rows import Row
 
@@ -49,7 +51,7 @@ def main(overrides: list[str]) -> None:
         "task.max_new_tokens=8",
     ]
     tasks.register("backwards", Backwards)
-    run.main(config.compose_config([*mine, *overrides]))
+    run.main(compose.compose_config([*mine, *overrides]))
 
 
 if __name__ == "__main__":

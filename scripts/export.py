@@ -12,10 +12,10 @@ import shutil
 from pathlib import Path
 
 from tiedlora import cli, tying
-from tiedlora import config as configuration
+from tiedlora.config import compose as configuration
+from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
-from tiedlora.record import RunFolder
-from tiedlora.schema import Config
+from tiedlora.records.run_folder import RunFolder
 
 BASE = "BASE_MODEL"
 
@@ -51,9 +51,11 @@ def export(
     run: RunFolder, config: Config, result: dict, to: str, out: Path, dtype: str, split: str, cache: str | None
 ) -> None:
     # torch and transformers cost seconds; a wrong argument does not wait for them.
-    from tiedlora import adapter, harness, library
+    from tiedlora import adapter
     from tiedlora.adapter.files import DESCRIPTION, TENSORS
-    from tiedlora.card import card
+    from tiedlora.export import lm_eval_task, weights
+    from tiedlora.export.card import card
+    from tiedlora.runs import library
 
     notes = []
     if config.model.source == "embedded":
@@ -70,16 +72,16 @@ def export(
     elif to == "peft":
         loaded, _ = adapter.load(run.adapter)
         revision = result["base"]["revision"] if config.model.source == "hub" else None
-        adapter.to_peft(loaded, out, config.model.path or config.model.name, revision)
+        weights.to_peft(loaded, out, config.model.path or config.model.name, revision)
         kind = "peft"
     else:
         base = library.base_of(run.path, dtype="float32", cache=cache)
-        error = adapter.to_merged(library.load(run.path, base.model), base.tokenizer, out, dtype)
+        error = weights.to_merged(library.load(run.path, base.model), base.tokenizer, out, dtype)
         notes.append(_rounding(dtype, error))
         print(notes[-1])
         kind = "merged"
     if to != "hub-card" and split in result["scores"]:
-        name = harness.write_task(config, run.predictions_file(split), out)
+        name = lm_eval_task.write_task(config, run.predictions_file(split), out)
         if name is not None:
             weights = f"pretrained={BASE if to == 'peft' else '.'}{',peft=.' if to == 'peft' else ''}"
             notes.append(

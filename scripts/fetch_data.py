@@ -8,14 +8,15 @@ task.hub.revision=COMMIT pins the rows.
 import sys
 from pathlib import Path
 
-from tiedlora import atomic, cli, config
+from tiedlora import cli, storage
+from tiedlora.config import compose
 from tiedlora.errors import UserError
 from tiedlora.tasks import load_task
 from tiedlora.tasks.rows import folder
 
 
 def main(overrides: list[str]) -> None:
-    chosen = config.compose_config(overrides)
+    chosen = compose.compose_config(overrides)
     if chosen.data_root is None:
         raise UserError("data_root: has no value; give the folder to write to, as in data_root=data")
     task, target = load_task(chosen.task), folder(chosen.task, Path(chosen.data_root))
@@ -24,7 +25,7 @@ def main(overrides: list[str]) -> None:
     for split in chosen.task.hub.splits:
         rows = task.hub_rows(split)
         target.mkdir(parents=True, exist_ok=True)
-        atomic.write_json_lines(target / f"{split}.jsonl", [row.fields for row in rows])
+        storage.write_json_lines(target / f"{split}.jsonl", [row.fields for row in rows])
         print(f"{target / f'{split}.jsonl'}: {len(rows):,} rows")
 
 

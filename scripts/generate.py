@@ -12,7 +12,8 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-from tiedlora import cli, present
+from tiedlora import cli
+from tiedlora import text as present
 from tiedlora.errors import UserError
 
 
@@ -26,9 +27,9 @@ def main() -> None:
     parser.add_argument("--cache", default=os.environ.get("TIEDLORA_CACHE"), help="default: where the run kept it")
     arguments = parser.parse_args()
 
-    from tiedlora import library
-    from tiedlora.data import Encoder
-    from tiedlora.evaluate import generate
+    from tiedlora.data.encoding import Encoder
+    from tiedlora.runs import library
+    from tiedlora.scoring.decoding import generate
 
     config = library.config_of(arguments.run)
     base = library.base_of(arguments.run, device=arguments.device, cache=arguments.cache)

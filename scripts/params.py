@@ -6,7 +6,8 @@ override of train.py works, so `rank.r=5` and `tying.A.share=4` count too.
 
 import sys
 
-from tiedlora import cli, config
+from tiedlora import cli
+from tiedlora.config import compose
 from tiedlora.tying import lora_params, trainable_params
 
 
@@ -14,10 +15,10 @@ def main(overrides: list[str]) -> None:
     if not any(override.startswith("model=") for override in overrides):
         overrides = ["model=llama2_7b", *overrides]
     named = [override for override in overrides if override.startswith("tying=")]
-    options = [None] if named else config.options("tying")
+    options = [None] if named else compose.options("tying")
     rows = []
     for option in options:
-        chosen = config.compose_config([*overrides, *([f"tying={option}"] if option else [])])
+        chosen = compose.compose_config([*overrides, *([f"tying={option}"] if option else [])])
         rank, architecture = chosen.rank.r, chosen.model.architecture
         count = trainable_params(chosen.tying, rank, architecture)
         rows.append((count, chosen.tying.name, 100 * count / lora_params(rank, architecture)))

@@ -8,8 +8,10 @@ import logging
 import os
 from pathlib import Path
 
-from tiedlora import cli, present, run
-from tiedlora.record import RunFolder
+from tiedlora import cli
+from tiedlora import text as present
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.runs import run
 
 
 def main() -> None:

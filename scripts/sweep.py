@@ -7,8 +7,10 @@ cells first; select chooses each configuration's learning rate on validation and
 import argparse
 import logging
 
-from tiedlora import cli, config, grid, selection, sweep
+from tiedlora import cli
+from tiedlora.config import compose
 from tiedlora.report import claims
+from tiedlora.sweeps import expand, selection, sweep
 
 
 def main() -> None:
@@ -25,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("tiedlora").setLevel(logging.INFO)
-    found = grid.compose_sweep(arguments.words)
+    found = expand.compose_sweep(arguments.words)
     if arguments.what == "select":
         choices = selection.choose(found, arguments.by)
         if not arguments.no_test:
@@ -53,7 +55,7 @@ def _decides(found: sweep.Sweep) -> list[str]:
     """
     seeds = len({cell.config.seed for cell in found.cells})
     rows = min(cell.config.task.rows.test or 1319 for cell in found.cells)
-    return claims.plan(claims.read(config.PROJECT / "claims/tied_lora.yaml"), seeds, rows)
+    return claims.plan(claims.read(compose.PROJECT / "claims/tied_lora.yaml"), seeds, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import argparse
 import os
 from pathlib import Path
 
-from tiedlora import cli, verify
+from tiedlora import cli
+from tiedlora.runs import verify
 
 DISAGREES = 3
 

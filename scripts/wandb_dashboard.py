@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from tiedlora import cli
-from tiedlora.report import dashboard
+from tiedlora.report import wandb_dashboard
 from tiedlora.report.runs import read_runs
 
 
@@ -25,12 +25,12 @@ def main() -> None:
         # In the environment: only then does wandb make no network call at all.
         os.environ["WANDB_MODE"] = "offline"
     runs, _ = read_runs(arguments.runs)
-    made = dashboard.workspaces(runs, arguments.entity, arguments.project)
+    made = wandb_dashboard.workspaces(runs, arguments.entity, arguments.project)
     if arguments.json:
-        print(json.dumps([dashboard.specification(workspace) for workspace in made], indent=2))
+        print(json.dumps([wandb_dashboard.specification(workspace) for workspace in made], indent=2))
         return
     for workspace in made:
-        print(dashboard.save(workspace))
+        print(wandb_dashboard.save(workspace))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiedlora.config import PROJECT
+from tiedlora.config.compose import PROJECT
 
 ARGUMENTS = {
     "custom_specification.py": ["{folder}/adapter"],

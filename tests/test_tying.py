@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from conftest import EIGHT, model_option, tying_option
+from helpers.tiny import EIGHT, model_option, tying_option
 
 from tiedlora import tying
 from tiedlora.errors import UserError

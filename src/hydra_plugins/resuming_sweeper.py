@@ -35,7 +35,7 @@ def _stopped_by_signals() -> Iterator[None]:
     Unhandled, SIGTERM and Slurm's SIGUSR1 would end the process with another exit code than 75. A run that a signal
     reaches in its last step finishes, and hands the signal on to here.
     """
-    from tiedlora.stopping import SIGNALS
+    from tiedlora.training.signals import SIGNALS
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -73,11 +73,11 @@ class ResumingSweeper(BasicSweeper):
             SystemExit: with 1, after naming every cell that failed.
             KeyboardInterrupt: stopped on request; the same command goes on.
         """
-        from tiedlora import grid, sweep
+        from tiedlora.sweeps import expand, sweep
 
         assert self.config is not None
         assert self.hydra_context is not None
-        found = grid.expand(self.config, self.hydra_context.config_loader, arguments)
+        found = expand.expand(self.config, self.hydra_context.config_loader, arguments)
         frozen = HydraContext(config_loader=found.freeze(), callbacks=self.hydra_context.callbacks)  # type: ignore[arg-type]
         launcher = self._launcher(frozen)
         open_cells = [cell for cell in found.cells if not cell.finished()]

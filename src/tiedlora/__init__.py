@@ -15,20 +15,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tiedlora.adapter import Adapters, TiedAdapter, to_merged, to_peft
+    from tiedlora.adapter import Adapters, TiedAdapter
     from tiedlora.adapter.attach import Attached, attach, attach_adapter
+    from tiedlora.adapter.peft_method import TiedLoraConfig, TiedLoraModel
     from tiedlora.errors import UserError
-    from tiedlora.library import base_of, load
-    from tiedlora.peft_method import TiedLoraConfig, TiedLoraModel
+    from tiedlora.export.weights import to_merged, to_peft
+    from tiedlora.runs.library import base_of, load
     from tiedlora.tying import Architecture, Factor, Layout, Part, Tying, named
 
 _HOME = {
-    **dict.fromkeys(
-        ("Adapters", "Attached", "TiedAdapter", "attach", "attach_adapter", "to_merged", "to_peft"), "adapter"
-    ),
+    **dict.fromkeys(("Adapters", "Attached", "TiedAdapter", "attach", "attach_adapter"), "adapter"),
+    **dict.fromkeys(("to_merged", "to_peft"), "export.weights"),
     **dict.fromkeys(("Architecture", "Factor", "Layout", "Part", "Tying", "named"), "tying"),
-    **dict.fromkeys(("base_of", "load"), "library"),
-    **dict.fromkeys(("TiedLoraConfig", "TiedLoraModel"), "peft_method"),
+    **dict.fromkeys(("base_of", "load"), "runs.library"),
+    **dict.fromkeys(("TiedLoraConfig", "TiedLoraModel"), "adapter.peft_method"),
     "UserError": "errors",
 }
 

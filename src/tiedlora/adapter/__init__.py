@@ -1,10 +1,9 @@
-"""The method itself: parts, layers, attach / detach / merge, the adapter's file, and its exports."""
+"""The method itself: parts, layers, attach / detach / merge, and the adapter's file."""
 
+from tiedlora.adapter.adapter_set import Adapters
 from tiedlora.adapter.attach import Attached, attach, attach_adapter
-from tiedlora.adapter.export import to_merged, to_peft
 from tiedlora.adapter.files import load, save
 from tiedlora.adapter.parts import TiedAdapter
-from tiedlora.adapter.switch import Adapters
 
 __all__ = [
     "Adapters",
@@ -14,6 +13,4 @@ __all__ = [
     "attach_adapter",
     "load",
     "save",
-    "to_merged",
-    "to_peft",
 ]

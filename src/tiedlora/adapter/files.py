@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from tiedlora import atomic
+from tiedlora import storage
 from tiedlora import tying as spec
 from tiedlora.adapter.parts import TiedAdapter
+from tiedlora.config.adapter_folder import DESCRIPTION
 from tiedlora.errors import UserError
-from tiedlora.finished import is_number
-from tiedlora.saved import DESCRIPTION
+from tiedlora.records.run_record import is_number
 from tiedlora.tying import Architecture, Tying
 
 FORMAT = 1
@@ -68,9 +68,9 @@ def save(adapter: TiedAdapter, folder: Path, base: dict[str, Any], rebuild_froze
         "rebuilt": rebuilt,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    with atomic.new_folder(folder) as beside:
+    with storage.new_folder(folder) as beside:
         (beside / TENSORS).write_bytes(data)
-        atomic.write_json(beside / DESCRIPTION, description)
+        storage.write_json(beside / DESCRIPTION, description)
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
@@ -83,10 +83,10 @@ def load(folder: Path) -> tuple[TiedAdapter, dict[str, Any]]:
     Raises:
         UserError: naming the file and the part that is damaged, missing, of another shape or not finite.
     """
-    description = atomic.read_json(folder / DESCRIPTION)
+    description = storage.read_json(folder / DESCRIPTION)
     tying, rank, alpha, seed, architecture = _described(description, folder / DESCRIPTION)
     path = folder / TENSORS
-    if atomic.sha256(path) != description.get("sha256"):
+    if storage.sha256(path) != description.get("sha256"):
         raise UserError(f"{path}: is damaged or was changed (its sha256 is not the one in {DESCRIPTION})")
     expected = {
         f"{target}.{part}": spec.part_shape(tying, part, rank, architecture, target)

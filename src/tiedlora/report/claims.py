@@ -18,13 +18,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from tiedlora import atomic
+from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.intervals import Interval
-from tiedlora.report import compare, statistics
+from tiedlora.report import compare
 from tiedlora.report.cells import Cell
 from tiedlora.report.compare import Estimate, Scorebook
-from tiedlora.report.statistics import Spread
+from tiedlora.statistics import crossed
+from tiedlora.statistics.crossed import Spread
+from tiedlora.statistics.intervals import Interval
 
 AT = ("equal_rank", "equal_parameters")
 TOLERANCE = 0.25
@@ -77,7 +78,7 @@ def read(path: Path) -> list[Claim]:
     if not path.exists():
         raise UserError(f"{path}: no such file; claims are YAML files such as claims/tied_lora.yaml")
     # Not resolved: a claim needs no interpolation, and what the environment holds is none of its business.
-    text: Any = OmegaConf.to_container(atomic.read_yaml(path))
+    text: Any = OmegaConf.to_container(storage.read_yaml(path))
     if not isinstance(text, dict) or not isinstance(text.get("claims"), list) or not text["claims"]:
         raise UserError(f"{path}: needs the keys paper and claims, a list of at least one")
     return [_claim(path, str(text.get("paper", "")), number, one) for number, one in enumerate(text["claims"])]
@@ -221,7 +222,7 @@ def _spread(method: Cell, comparator: Cell, split: str, metric: str, book: Score
     if seeds < 2:
         return ASSUMED
     try:
-        return statistics.spread(compare.paired_table(method, comparator, split, metric, book))
+        return crossed.spread(compare.paired_table(method, comparator, split, metric, book))
     except UserError:
         return ASSUMED
 
@@ -231,10 +232,10 @@ def _in_words(claim: Claim, spread: Spread, rows: int, distance: float | None = 
     where = "at the difference measured" if distance is not None else "if the true difference is 0"
     if distance is None and claim.margin == 0:
         distance, where = 0.02, "if the true difference is 2 points"
-    found = statistics.enough(claim.margin if distance is None else distance, spread, rows, claim.minimum_seeds)
+    found = crossed.enough(claim.margin if distance is None else distance, spread, rows, claim.minimum_seeds)
     known = ", assuming a usual spread" if spread is ASSUMED else ""
     if found is None:
-        most = f"{statistics.MOST_SEEDS} seeds of {statistics.MOST_ROWS:,} rows"
+        most = f"{crossed.MOST_SEEDS} seeds of {crossed.MOST_ROWS:,} rows"
         return f"more than {most} ({where}{known})"
     return f"{found[0]} seeds of {found[1]:,} rows ({where}, found in 4 of 5 tries{known})"
 
@@ -248,7 +249,7 @@ def plan(claims: Iterable[Claim], seeds: int, rows: int, spread: Spread = ASSUME
     lines = []
     for claim in claims:
         goal = claim.margin or 0.02
-        needed = statistics.enough(goal, spread, rows, claim.minimum_seeds)
+        needed = crossed.enough(goal, spread, rows, claim.minimum_seeds)
         enough = needed is not None and needed[1] <= rows and needed[0] <= seeds
         says = "is enough to decide" if enough else "will probably not decide"
         wanted = "" if enough else f"; needs {_in_words(claim, spread, rows)}"

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from tiedlora.errors import UserError
-from tiedlora.intervals import Interval
-from tiedlora.report import coverage, statistics
 from tiedlora.report.cells import Cell, mixed_data
 from tiedlora.report.runs import Run
-from tiedlora.report.statistics import Array
+from tiedlora.statistics import coverage, crossed
+from tiedlora.statistics.crossed import Array
+from tiedlora.statistics.intervals import Interval
 
 BASELINE = "LoRA"
 SPLITS = ("test", "validation")
@@ -109,7 +109,7 @@ class Scorebook:
 def corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
     """The function from summed statistics to a corpus-level metric such as BLEU, which the run's task owns."""
     # Tasks import Hydra's schema (and sacrebleu): only a report with such a metric waits for them.
-    from tiedlora.schema import TaskConfig
+    from tiedlora.config.schema import TaskConfig
     from tiedlora.tasks import load_task
 
     recorded = run.record["identity"]["task"]
@@ -212,12 +212,12 @@ def score(row: Row, runs: Sequence[Run], book: Scorebook) -> Estimate:
     scoring_examples = row.examples
     try:
         table = np.stack([book.scores(run, row.split, row.metric)[1] for run in runs])
-        found.examples, found.method = statistics.score_over_examples(table)
+        found.examples, found.method = crossed.score_over_examples(table)
         scoring_examples = int((table != 0).any(0).sum())
     except (UserError, ValueError) as error:
         row.notes.append(f"no interval over examples: {error}")
     if len(runs) > 1:
-        found.seeds = statistics.interval(statistics.over_seeds(values))
+        found.seeds = crossed.interval(crossed.over_seeds(values))
     row.notes += coverage.remarks(found, scoring_examples, row.examples, len(runs))
     return found
 
@@ -230,7 +230,7 @@ def gain(cell: Cell, split: str, metric: str, book: Scorebook) -> Estimate | Non
     values = _values(runs, split, metric) - _values(runs, split, metric, "base")
     found = Estimate(float(values.mean()))
     if len(runs) > 1:
-        found.seeds = statistics.interval(statistics.over_seeds(values))
+        found.seeds = crossed.interval(crossed.over_seeds(values))
     try:
         ids, base = book.scores(runs[0], split, metric, base=True)
         _paired(found, _table(runs, split, metric, book, ids), np.broadcast_to(base, (len(runs), len(base))))
@@ -253,7 +253,7 @@ def difference(ours: Cell, theirs: Cell, split: str, metric: str, book: Scoreboo
     found = Estimate(float(values.mean()))
     notes = []
     if len(pairs) > 1:
-        found.seeds = statistics.interval(statistics.over_seeds(values))
+        found.seeds = crossed.interval(crossed.over_seeds(values))
     try:
         ids, _ = book.scores(first[0], split, metric)
         _paired(found, _table(first, split, metric, book, ids), _table(second, split, metric, book, ids))
@@ -283,9 +283,9 @@ def _table(runs: Sequence[Run], split: str, metric: str, book: Scorebook, ids: t
 
 
 def _paired(found: Estimate, ours: Array, theirs: Array) -> None:
-    found.examples, found.method = statistics.difference_over_examples(ours, theirs)
+    found.examples, found.method = crossed.difference_over_examples(ours, theirs)
     if len(ours) > 1 and ours.shape[1] > 1:
-        found.both = statistics.interval(statistics.over_both(ours - theirs))
+        found.both = crossed.interval(crossed.over_both(ours - theirs))
 
 
 def paired_table(ours: Cell, theirs: Cell, split: str, metric: str, book: Scorebook) -> Array:
@@ -311,6 +311,6 @@ def retained(ours: Cell, theirs: Cell, split: str, metric: str) -> Interval | No
     first, second = zip(*pairs, strict=True)
     base = _values(first, split, metric, "base")
     top, bottom = _values(first, split, metric) - base, _values(second, split, metric) - base
-    if (found := statistics.ratio(top, bottom)) is not None:
+    if (found := crossed.ratio(top, bottom)) is not None:
         return found
     return Interval(float(top.mean() / bottom.mean()), float("nan"), float("nan")) if bottom.mean() > 0 else None

@@ -19,16 +19,16 @@ from markupsafe import Markup
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tiedlora import config as configuration
-from tiedlora import reproduce
+from tiedlora.config import command
+from tiedlora.config import compose as configuration
 from tiedlora.errors import UserError
-from tiedlora.present import visible
-from tiedlora.record import run_id
+from tiedlora.records.run_folder import run_id
 from tiedlora.report import plots
 from tiedlora.report.cells import Cell
 from tiedlora.report.compare import Row
 from tiedlora.report.runs import Run
 from tiedlora.report.tables import Table
+from tiedlora.text import visible
 
 HERE = Path(__file__).parent
 FILTERS = ("model", "task", "variant", "configuration", "rank", "metric")
@@ -177,7 +177,7 @@ def _command(run: Run) -> str:
         config = configuration.load(OmegaConf.create(run.record["config"]))
     except (UserError, OmegaConfBaseException):
         return elsewhere
-    return reproduce.command(config) if run_id(config) == run.run_id else elsewhere
+    return command.command(config) if run_id(config) == run.run_id else elsewhere
 
 
 def _predictions(run: Run, split: str) -> tuple[list[dict[str, str]], str]:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiedlora import atomic
+from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.intervals import Interval, wilson
 from tiedlora.report.runs import LeftOut, Run
+from tiedlora.statistics.intervals import Interval, wilson
 
 GSM8K_TEST_ROWS = 1319
 """What PEFT tests on; its files do not say."""
@@ -51,7 +51,7 @@ def read(folder: Path) -> tuple[list[Peer], list[LeftOut]]:
     peers, left_out = [], []
     for file in files:
         try:
-            peers.append(_peer(atomic.read_json(file)))
+            peers.append(_peer(storage.read_json(file)))
         except UserError as error:
             left_out.append(LeftOut(file, str(error).removeprefix(f"{file}: "), {}))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
@@ -90,7 +90,7 @@ def export(runs: list[Run], folder: Path) -> int:
     count = 0
     for run in runs:
         if run.record["identity"]["task"].get("kind") == "gsm8k" and "test" in run.splits:
-            atomic.write_json(folder / f"{run.run_id}.json", _exported(run))
+            storage.write_json(folder / f"{run.run_id}.json", _exported(run))
             count += 1
     return count
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tiedlora import atomic, finished
+from tiedlora import storage
 from tiedlora.errors import UserError
+from tiedlora.records import run_record
 
 FOLDER_NAME = re.compile(r"(?P<label>\w+?)-r(?P<rank>\d+)-(?P<task>.+)-(?P<model>[^-]+)-s(?P<seed>\d+)-[0-9a-f]{10}")
 PART_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoint", "error.txt", ".lock", "adapter", "predictions")
@@ -86,13 +87,13 @@ class Run:
         Raises:
             UserError: the file is missing or a row is damaged; the message names file and line.
         """
-        return finished.read_predictions(self.path / "predictions" / f"{split}{'.base' if base else ''}.jsonl")
+        return run_record.read_predictions(self.path / "predictions" / f"{split}{'.base' if base else ''}.jsonl")
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one key of metrics.jsonl; lines that a kill cut short are passed over."""
         steps, values = [], []
         try:
-            lines = atomic.read_bytes(self.path / "metrics.jsonl").splitlines()
+            lines = storage.read_bytes(self.path / "metrics.jsonl").splitlines()
         except UserError:
             return [], []
         for line in lines:
@@ -103,7 +104,7 @@ class Run:
                 step, value = row["step"], row[key]
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-            if isinstance(step, int) and finished.is_number(step) and finished.is_number(value):
+            if isinstance(step, int) and run_record.is_number(step) and run_record.is_number(value):
                 steps.append(step)
                 values.append(float(value))
         return steps, values
@@ -152,7 +153,7 @@ def read_run(folder: Path) -> Run | LeftOut:
         # A folder of another name tells no configuration, so it is of no cell.
         return LeftOut(folder, reason, {**about, "lr": lr, "failed": bool(error)} if about else {})
     try:
-        record = finished.read_result(folder / "result.json")
+        record = run_record.read_result(folder / "result.json")
     except UserError as error:
         reason = str(error).removeprefix(f"{folder / 'result.json'}: ")
         return LeftOut(folder, f"result.json: {reason}", about)
@@ -169,7 +170,7 @@ def _about(name: str) -> dict[str, Any]:
 def _last_line(path: Path) -> str:
     """What a failed run ended with; of a link nothing, since what it leads to is not the run's to show."""
     try:
-        lines = [] if path.is_symlink() else atomic.read_bytes(path).decode("utf-8", "replace").strip().splitlines()
+        lines = [] if path.is_symlink() else storage.read_bytes(path).decode("utf-8", "replace").strip().splitlines()
     except UserError:
         return ""
     return lines[-1][:200] if lines else "error.txt is empty"
@@ -178,7 +179,7 @@ def _last_line(path: Path) -> str:
 def _planned_lr(path: Path) -> float | None:
     """The learning rate that an unfinished run was started with: its configuration is the only place."""
     try:
-        return float(atomic.read_yaml(path).train.lr)
+        return float(storage.read_yaml(path).train.lr)
     except Exception:  # whatever is wrong with a file that a kill may have cut, the rate is just not known
         return None
 

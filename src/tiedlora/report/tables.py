@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiedlora.intervals import Interval
-from tiedlora.present import visible
-from tiedlora.report import statistics
 from tiedlora.report.cells import Cell
 from tiedlora.report.claims import Answer
 from tiedlora.report.compare import Estimate, Row
 from tiedlora.report.runs import LeftOut
+from tiedlora.statistics import crossed
+from tiedlora.statistics.intervals import Interval
+from tiedlora.text import visible
 
 MISSING = "–"
 HEAD = (
@@ -177,7 +177,7 @@ def _average(found: Sequence[Row | None]) -> str:
     values = np.array([[_seed_value(row, seed) for seed in sorted(shared)] for row in present]).mean(0)
     if len(shared) == 1:
         return f"{points(float(values[0]))} (n=1)"
-    interval = statistics.interval(statistics.over_seeds(values))
+    interval = crossed.interval(crossed.over_seeds(values))
     return f"{points(interval.value)} {bounds(interval)} (n={len(shared)})"
 
 

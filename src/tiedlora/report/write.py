@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tiedlora import atomic, present
+from tiedlora import storage
+from tiedlora import text as present
 from tiedlora.report import cells as grouping
 from tiedlora.report import claims as claiming
 from tiedlora.report import compare, page, peft_results, plots, tables
@@ -87,7 +88,7 @@ def write(report: Report, out: Path, *, sections: int = 24) -> list[str]:
                 ("csv", tables.to_csv(table)),
                 ("tex", tables.to_latex(table)),
             ):
-                atomic.write_bytes(out / f"{table.name}.{suffix}", text.encode())
+                storage.write_bytes(out / f"{table.name}.{suffix}", text.encode())
     figures = plots.draw(report.rows, report.peers, out)
     text = page.render(
         title="Tied-LoRA: results",
@@ -100,7 +101,7 @@ def write(report: Report, out: Path, *, sections: int = 24) -> list[str]:
         coverage_note=COVERAGE,
         most_sections=sections,
     )
-    atomic.write_bytes(out / "index.html", text.encode("utf-8", "replace"))
+    storage.write_bytes(out / "index.html", text.encode("utf-8", "replace"))
     return _lines(report, out)
 
 

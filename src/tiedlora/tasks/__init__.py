@@ -18,8 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
-from tiedlora.schema import TaskConfig
 from tiedlora.tasks.rows import Row, RowError, from_folder, from_hub
 
 SPLITS = ("train", "validation", "test")
@@ -135,7 +135,7 @@ def load_task(config: TaskConfig) -> Task:
     """
     if config.kind in _REGISTERED:
         return _REGISTERED[config.kind](config)
-    kinds = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("rows", "metrics"))
+    kinds = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("rows", "task_metric"))
     if config.kind not in kinds:
         raise UserError(f"task.kind={config.kind}: no such task; choose one of {', '.join(kinds)}")
     task_class = importlib.import_module(f"{__name__}.{config.kind}").TASK

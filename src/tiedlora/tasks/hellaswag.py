@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
-from tiedlora.schema import TaskConfig
 from tiedlora.tasks import Example, Score, Task, render
 from tiedlora.tasks.rows import RowError
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiedlora import atomic
+from tiedlora import storage
+from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
-from tiedlora.schema import TaskConfig
 
 LONGEST_LINE = 2**22
 """Bytes of a row: about a million tokens, more than a model attends to."""
@@ -53,7 +53,7 @@ def read_json_lines(path: Path) -> list[Row]:
         UserError: naming the line that is not UTF-8, not JSON, or not an object.
     """
     rows = []
-    for number, line in enumerate(atomic.read_bytes(path).split(b"\n"), start=1):
+    for number, line in enumerate(storage.read_bytes(path).split(b"\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"

@@ -1,0 +1,181 @@
+"""95 % intervals across seeds and examples. Every one names the variance it covers.
+
+- `over_seeds`: a t interval on one number a seed. Covers training's randomness, on the examples that were scored.
+- `over_examples`: a bootstrap over examples of scores averaged over seeds. Covers which examples were drawn, for the
+  seeds that were run.
+- `over_both`: seeds and examples crossed. Covers both, which is what a verdict needs.
+- `ratio`: Fieller's interval of a quotient of paired means over seeds, for the retained gain.
+
+One run's proportion (Wilson) and the paired difference of two (Newcombe) are in tiedlora.intervals. All functions take
+leading axes, so that coverage is simulated through the very code that the report runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from tiedlora.statistics.intervals import LEVEL, Interval, paired_proportions, wilson
+
+Array = NDArray[np.float64]
+RESAMPLES = 2000
+TAIL = (1 - LEVEL) / 2
+
+
+def over_seeds(values: Array) -> tuple[Array, Array, Array]:
+    """Mean over the last axis and its t interval (n - 1 degrees of freedom).
+
+    Args:
+        values: (..., seeds), at least two seeds. Paired per-seed differences give the interval of a difference.
+    """
+    seeds = values.shape[-1]
+    mean = values.mean(-1)
+    half = stats.t.ppf(1 - TAIL, seeds - 1) * values.std(-1, ddof=1) / math.sqrt(seeds)
+    return mean, mean - half, mean + half
+
+
+def over_both(values: Array) -> tuple[Array, Array, Array]:
+    """Mean and interval of a table of seeds x examples, both taken as drawn from many.
+
+    Two-way crossed random effects without replication: the variance of the grand mean is estimated by
+    (MS_seeds + MS_examples - MS_rest) / (seeds * examples), its degrees of freedom as Satterthwaite's
+    (Biometrics Bulletin 2, 1946). Where chance makes it smaller than either part alone, the larger part stands.
+
+    Args:
+        values: (..., seeds, examples), at least two of each.
+    """
+    seeds, examples = values.shape[-2:]
+    of_seed, of_example = values.mean(-1), values.mean(-2)
+    mean = of_seed.mean(-1)
+    ms_seeds = examples * of_seed.var(-1, ddof=1)
+    ms_examples = seeds * of_example.var(-1, ddof=1)
+    total = ((values - mean[..., None, None]) ** 2).sum((-2, -1))
+    rest = total - (seeds - 1) * ms_seeds - (examples - 1) * ms_examples
+    ms_rest = np.maximum(rest, 0.0) / ((seeds - 1) * (examples - 1))
+    variance = np.maximum.reduce([ms_seeds + ms_examples - ms_rest, ms_seeds, ms_examples])
+    spread = ms_seeds**2 / (seeds - 1) + ms_examples**2 / (examples - 1) + ms_rest**2 / ((seeds - 1) * (examples - 1))
+    freedom = np.where(spread > 0, variance**2 / np.where(spread > 0, spread, 1.0), seeds - 1.0)
+    half = stats.t.ppf(1 - TAIL, np.maximum(freedom, 1.0)) * np.sqrt(variance / (seeds * examples))
+    return mean, mean - half, mean + half
+
+
+@functools.lru_cache(maxsize=4)
+def _resamples(examples: int) -> NDArray[np.float32]:
+    """How often each resample holds each example: (RESAMPLES, examples), the same whenever asked.
+
+    Shared by everything that was scored on the same examples, so that a bootstrap is one matrix product.
+    """
+    generator = np.random.default_rng(20231109)
+    drawn = generator.integers(0, examples, (RESAMPLES, examples))
+    counts = np.zeros((RESAMPLES, examples), dtype=np.float32)
+    np.add.at(counts, (np.arange(RESAMPLES)[:, None], drawn), 1.0)
+    return counts
+
+
+def over_examples(scores: Array) -> tuple[Array, Array, Array]:
+    """Mean over the last axis and its percentile bootstrap interval over examples.
+
+    Args:
+        scores: (..., examples): per-example scores, or paired per-example differences, averaged over seeds.
+    """
+    examples = scores.shape[-1]
+    flat = scores.reshape(-1, examples)
+    means = _resamples(examples) @ flat.T.astype(np.float32) / examples
+    low, high = np.quantile(means, [TAIL, 1 - TAIL], axis=0)
+    return scores.mean(-1), low.reshape(scores.shape[:-1]), high.reshape(scores.shape[:-1])
+
+
+def interval(found: tuple[Any, Any, Any]) -> Interval:
+    """A single triple as an Interval."""
+    value, low, high = (float(part) for part in found)
+    return Interval(value, low, high)
+
+
+def is_binary(scores: Array) -> bool:
+    """Whether every score is 0 or 1."""
+    return bool(np.isin(scores, (0.0, 1.0)).all())
+
+
+def score_over_examples(scores: Array) -> tuple[Interval, str]:
+    """The interval over examples of a table of seeds x examples, and its name."""
+    if len(scores) == 1 and is_binary(scores):
+        return wilson(int(scores.sum()), scores.shape[1]), "Wilson"
+    return interval(over_examples(scores.mean(0))), "bootstrap"
+
+
+def difference_over_examples(ours: Array, theirs: Array) -> tuple[Interval, str]:
+    """The paired difference's interval over examples of two tables of seeds x examples, and its name."""
+    if len(ours) == 1 and is_binary(ours) and is_binary(theirs):
+        return paired_proportions(ours[0].tolist(), theirs[0].tolist()), "Newcombe"
+    return interval(over_examples((ours - theirs).mean(0))), "paired bootstrap"
+
+
+def ratio(numerators: Array, denominators: Array) -> Interval | None:
+    """Quotient of two paired means over seeds with Fieller's interval (J. R. Stat. Soc. B 16, 1954).
+
+    Returns:
+        None where no finite interval exists: the denominator's own interval includes zero.
+    """
+    seeds = len(numerators)
+    if seeds < 2 or denominators.mean() == 0:
+        return None
+    top, bottom = numerators.mean(), denominators.mean()
+    covariance = np.cov(numerators, denominators) / seeds
+    t2 = stats.t.ppf(1 - TAIL, seeds - 1) ** 2
+    a = bottom**2 - t2 * covariance[1, 1]
+    b = top * bottom - t2 * covariance[0, 1]
+    c = top**2 - t2 * covariance[0, 0]
+    if a <= 0:
+        return None
+    root = math.sqrt(max(0.0, b * b - a * c))
+    return Interval(float(top / bottom), float((b - root) / a), float((b + root) / a))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviations of a paired difference: between seeds, between examples, and of what is left."""
+
+    seeds: float
+    examples: float
+    rest: float
+
+    def of_mean(self, seeds: int, rows: int) -> float:
+        """The standard error of the mean over so many seeds and rows."""
+        return math.sqrt(self.seeds**2 / seeds + self.examples**2 / rows + self.rest**2 / (seeds * rows))
+
+
+def spread(values: Array) -> Spread:
+    """Variance components of a table of seeds x examples, none below zero."""
+    seeds, examples = values.shape
+    of_seed, of_example, mean = values.mean(1), values.mean(0), values.mean()
+    rest = float(((values - of_seed[:, None] - of_example + mean) ** 2).sum() / ((seeds - 1) * (examples - 1)))
+    between_seeds = float(of_seed.var(ddof=1)) - rest / examples
+    between_examples = float(of_example.var(ddof=1)) - rest / seeds
+    return Spread(math.sqrt(max(0.0, between_seeds)), math.sqrt(max(0.0, between_examples)), math.sqrt(rest))
+
+
+POWER = 0.8
+MOST_SEEDS, MOST_ROWS = 50, 20_000
+
+
+def enough(distance: float, spread: Spread, rows: int, least_seeds: int) -> tuple[int, int] | None:
+    """The fewest (seeds, rows) at which a difference `distance` from the margin is found in 4 of 5 repetitions.
+
+    Seeds first, at the rows at hand; where no number of seeds up to MOST_SEEDS is enough, more rows.
+
+    Returns:
+        None if even MOST_SEEDS seeds of MOST_ROWS rows are not.
+    """
+    while rows <= MOST_ROWS:
+        for seeds in range(max(2, least_seeds), MOST_SEEDS + 1):
+            reach = stats.t.ppf(1 - TAIL, seeds - 1) + stats.t.ppf(POWER, seeds - 1)
+            if reach * spread.of_mean(seeds, rows) <= distance:
+                return seeds, rows
+        rows = MOST_ROWS if rows < MOST_ROWS < 2 * rows else 2 * rows
+    return None

@@ -1,0 +1,336 @@
+"""The method: formula, ties, initial values, attach, detach, merge, and the adapter's file."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers.tiny import EIGHT, TINY, randomise, tiny, tying_option
+from safetensors.torch import load_file, save_file
+
+from tiedlora import storage, tying
+from tiedlora.adapter import architectures, attach, attach_adapter, load, save
+from tiedlora.adapter.parts import TiedAdapter, draw
+from tiedlora.errors import UserError
+from tiedlora.training.loop import build_optimizer
+from tiedlora.tying import Tying
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def captured(model, path, ids):
+    """Input and output of one module in a forward pass."""
+    seen = {}
+    handle = model.get_submodule(path).register_forward_hook(lambda _, args, out: seen.update(x=args[0], z=out))
+    logits(model, ids)
+    handle.remove()
+    return seen["x"], seen["z"]
+
+
+@pytest.mark.parametrize("name", [*EIGHT, "LoRA_qkv"])
+@pytest.mark.parametrize("model_name", TINY)
+class TestEveryConfiguration:
+    def test_untrained_adapter_changes_no_logit(self, model_name, name, ids):
+        base = tiny(model_name)
+        before = logits(base.model, ids)
+        attach(base.model, tying_option(name), 4)
+        assert torch.equal(logits(base.model, ids), before)
+
+    def test_counts_equal_the_formula_and_ties_appear_once(self, model_name, name):
+        base = tiny(model_name)
+        spec = tying_option(name)
+        attached = attach(base.model, spec, 4)
+        architecture = architectures.read(base.model)
+        trained = [p for p in base.model.parameters() if p.requires_grad]
+        assert attached.adapter.trainable_params() == tying.trainable_params(spec, 4, architecture)
+        assert sum(p.numel() for p in trained) == attached.adapter.trainable_params()
+        assert len({id(p) for p in trained}) == len(trained)
+        if tying.label(spec).startswith("T"):
+            assert attached.adapter.parts()["qkv.A"].shape[0] == attached.adapter.parts()["qkv.B"].shape[0] == 1
+
+    def test_only_the_zero_part_has_a_gradient_at_first_and_all_move_by_the_third_step(self, model_name, name, ids):
+        from tiedlora.config.schema import TrainConfig
+
+        base = tiny(model_name)
+        attached = attach(base.model, tying_option(name), 4)
+        parts = attached.adapter.trained_parts()
+        optimizer = build_optimizer(parts, TrainConfig(lr=1e-2))
+        zero = next(p for p in tying.PARTS if getattr(attached.adapter.tying, p).init == 0.0)
+        start = {key: p.detach().clone() for key, p in parts.items()}
+        for step in range(3):
+            base.model(ids, labels=ids).loss.backward()
+            if step == 0:
+                moving = {key for key, p in parts.items() if p.grad is not None and p.grad.abs().sum() > 0}
+                assert moving == {key for key in parts if key.endswith(f".{zero}")}
+            optimizer.step()
+            optimizer.zero_grad()
+        for key, p in parts.items():
+            assert not torch.equal(p, start[key]), f"{key} never moved"
+
+    def test_folded_equals_literal(self, model_name, name, ids):
+        """float64, at every adapted projection: z = W x + s diag(v) B diag(u) A x."""
+        base = tiny(model_name, "float32")
+        base.model.double()
+        attached = attach(base.model, tying_option(name), 4, alpha=6.0)
+        adapter = attached.adapter.double()
+        randomise(adapter)
+        architecture = adapter.architecture
+        sites = [
+            (parts, layer, site)
+            for target, parts in adapter.targets.items()
+            for layer in range(architecture.layers)
+            for site in architectures.sites(architecture, target, layer)
+        ]
+        for parts, layer, site in sites:
+            x, z = captured(base.model, site.module_path, ids)
+            attached.disable()
+            with torch.no_grad():
+                plain = base.model.get_submodule(site.module_path)(x)
+                A = parts.A[layer // parts.shares["A"]]
+                B = parts.B[layer // parts.shares["B"]][site.rows]
+                u = parts.u[layer] if parts.u is not None else torch.ones(4).double()
+                v = parts.v[layer] if parts.v is not None else torch.ones(parts.B.shape[1]).double()
+                literal = (6.0 / 4) * (v[site.rows] * ((x @ A.T * u) @ B.T))
+            attached.enable()
+            expected = z[..., site.outputs] - plain[..., site.outputs]
+            assert torch.allclose(expected, literal, rtol=0, atol=1e-12 * max(1.0, z.abs().max().item()))
+            assert literal.abs().max() > 1e-3
+        assert list(dict.fromkeys(site.module_path for _, _, site in sites)) == attached.paths
+
+    def test_merge_and_unmerge(self, model_name, name, ids):
+        base = tiny(model_name)
+        weights = {key: value.clone() for key, value in base.model.state_dict().items()}
+        attached = attach(base.model, tying_option(name), 4)
+        randomise(attached.adapter)
+        adapted = logits(base.model, ids)
+        attached.merge()
+        merged = logits(base.model, ids)
+        assert (merged - adapted).abs().max() <= 1e-5 * adapted.abs().max()
+        attached.unmerge()
+        assert torch.equal(logits(base.model, ids), adapted)
+        attached.detach()
+        after = base.model.state_dict()
+        assert after.keys() == weights.keys()
+        assert all(torch.equal(after[key], weights[key]) for key in weights)
+
+    def test_file_holds_each_part_once_and_loads_back(self, model_name, name, ids, tmp_path):
+        base = tiny(model_name)
+        attached = attach(base.model, tying_option(name), 4)
+        for parameter in attached.adapter.trained_parts().values():
+            parameter.data.normal_(std=0.3)
+        adapted = logits(base.model, ids)
+        size = save(attached.adapter, tmp_path / "adapter", base.record)
+        stored = load_file(tmp_path / "adapter" / "adapter.safetensors")
+        assert set(attached.adapter.trained_parts()) <= set(stored)
+        assert size < 4 * sum(p.numel() for p in attached.adapter.parts().values()) + 4000
+        attached.detach()
+        loaded, trained_on = load(tmp_path / "adapter")
+        assert trained_on == base.record
+        again = attach_adapter(base.model, loaded)
+        assert torch.equal(logits(base.model, ids), adapted)
+        assert again.adapter.trained_parts().keys() == attached.adapter.trained_parts().keys()
+
+
+@pytest.mark.parametrize("model_name", TINY)
+def test_random_parts_change_every_target_of_every_layer(model_name, ids):
+    base = tiny(model_name)
+    spec = Tying(targets=["qkv", "o", "up", "down"])
+    architecture = architectures.read(base.model)
+    paths = {
+        site.module_path: None
+        for target in spec.targets
+        for layer in range(architecture.layers)
+        for site in architectures.sites(architecture, target, layer)
+    }
+    attached = attach(base.model, spec, 4)
+    randomise(attached.adapter)
+    changed = 0
+    for path in paths:
+        x, z = captured(base.model, path, ids)
+        attached.disable()
+        changed += bool((base.model.get_submodule(path)(x) - z).abs().amax(dim=(0, 1)).gt(0).all())
+        attached.enable()
+    assert changed == len(paths)
+
+
+def test_gradient_of_a_tied_factor_is_the_sum_over_layers(ids):
+    """Against the same model with the factors untied and equal."""
+    base = tiny("tiny_llama")
+    tied = attach(base.model, tying_option("TAB"), 4)
+    randomise(tied.adapter)
+    base.model(ids, labels=ids).loss.backward()
+    tied_grads = {name: p.grad.clone() for name, p in tied.adapter.parts().items()}
+    values = {name: p.detach().clone() for name, p in tied.adapter.parts().items()}
+    tied.detach()
+    untied = attach(base.model, tying_option("LoRA"), 4)
+    for name, p in untied.adapter.parts().items():
+        p.data.copy_(values[name].expand_as(p))
+    base.model(ids, labels=ids).loss.backward()
+    for name, p in untied.adapter.parts().items():
+        total = p.grad.sum(0, keepdim=True)
+        assert (total - tied_grads[name]).abs().max() <= 1e-5 * tied_grads[name].abs().max()
+
+
+def test_last_group_may_be_shorter():
+    base = tiny("tiny_llama")  # 3 layers
+    attached = attach(base.model, tying_option("TAB", "tying.A.share=2", "tying.B.share=2"), 4)
+    parts = attached.adapter.targets["qkv"]
+    randomise(attached.adapter)
+    A, _ = parts.folded()
+    assert len(A) == 3
+    assert torch.equal(A[0], A[1])
+    assert not torch.equal(A[1], A[2])
+
+
+def test_identity_survives_moves_and_casts():
+    base = tiny("tiny_llama")
+    attached = attach(base.model, tying_option("TABuv"), 4)
+    ids = torch.arange(5).unsqueeze(0)
+    assert base.model(ids).logits.requires_grad, "a model that has run can be copied, too"
+    before = {name: id(p) for name, p in attached.adapter.parts().items()}
+    base.model.to("cpu").to(torch.bfloat16).to(torch.float32)
+    assert {name: id(p) for name, p in attached.adapter.parts().items()} == before
+    twin = copy.deepcopy(base.model)
+    randomise(twin.tied_adapter)
+    assert not torch.equal(logits(twin, ids), logits(base.model, ids)), "a copy must use its own parts"
+
+
+def test_factors_stay_float32_beside_a_bfloat16_base(ids):
+    base = tiny("tiny_llama", "bfloat16")
+    attached = attach(base.model, tying_option("TABuv"), 4)
+    randomise(attached.adapter)
+    assert {p.dtype for p in attached.adapter.parameters()} == {torch.float32}
+    assert base.model(ids).logits.dtype == torch.bfloat16
+
+
+def test_bfloat16_merging_rounds_and_unmerging_restores_every_bit(ids):
+    base = tiny("tiny_llama", "bfloat16")
+    weights = {key: value.clone() for key, value in base.model.state_dict().items()}
+    attached = attach(base.model, tying_option("TABuv"), 4)
+    randomise(attached.adapter, scale=0.01)
+    attached.merge()
+    attached.detach()
+    assert all(torch.equal(value, weights[key]) for key, value in base.model.state_dict().items())
+
+
+def test_dropout_acts_in_training_alone(ids):
+    base = tiny("tiny_llama")
+    attached = attach(base.model, tying_option("TABuv", "tying.dropout=0.5"), 4)
+    randomise(attached.adapter)
+    base.model.eval()
+    assert torch.equal(logits(base.model, ids), logits(base.model, ids))
+    base.model.train()
+    assert not torch.equal(logits(base.model, ids), logits(base.model, ids))
+
+
+def test_draws_depend_on_seed_part_target_and_group_alone():
+    one = draw("uniform", (3, 4, 16), 0, "A", "qkv")
+    assert torch.equal(one[:2], draw("uniform", (2, 4, 16), 0, "A", "qkv"))
+    assert one.abs().max() <= 1 / 16**0.5
+    assert one.std() > 0.5 * (1 / 16**0.5) / 3**0.5
+    for other in (("uniform", (3, 4, 16), 1, "A", "qkv"), ("uniform", (3, 4, 16), 0, "B", "qkv")):
+        assert not torch.equal(one, draw(*other))
+    assert draw("normal", (1, 100, 100), 0, "A", "qkv").std() == pytest.approx(1, abs=0.03)
+
+
+def test_frozen_parts_can_be_rebuilt_from_their_seed(tmp_path):
+    base = tiny("tiny_llama")
+    attached = attach(base.model, tying_option("Tuv"), 4, seed=5)
+    attached.adapter.targets["qkv"].v.data.normal_()
+    save(attached.adapter, tmp_path / "small", base.record, rebuild_frozen=True)
+    assert set(load_file(tmp_path / "small" / "adapter.safetensors")) == {"qkv.u", "qkv.v"}
+    loaded, _ = load(tmp_path / "small")
+    for name, p in attached.adapter.parts().items():
+        assert torch.equal(loaded.parts()[name], p)
+
+
+def test_llama2_7b_file_is_two_megabytes():
+    """METHOD: TABuv at LLaMA-2 7B, r = 8 is about 2 MB (524,544 float32), not LoRA's 17 MB."""
+    from helpers.tiny import model_option
+
+    adapter = TiedAdapter(tying_option("TABuv"), 8, 8, model_option("llama2_7b").architecture, 0)
+    assert sum(4 * p.numel() for p in adapter.parts().values()) == 4 * 524_544
+
+
+class TestBadFiles:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        base = tiny("tiny_llama")
+        save(attach(base.model, tying_option("TABuv"), 4).adapter, tmp_path / "adapter", base.record)
+        return tmp_path / "adapter"
+
+    def rewrite(self, folder, **changes):
+        description = json.loads((folder / "adapter.json").read_text())
+        description.update(changes)
+        (folder / "adapter.json").write_text(json.dumps(description))
+
+    def test_changed_byte(self, folder):
+        data = bytearray((folder / "adapter.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "adapter.safetensors").write_bytes(data)
+        with pytest.raises(UserError, match="damaged"):
+            load(folder)
+
+    def test_wrong_shape_missing_and_non_finite_parts(self, folder):
+        path = folder / "adapter.safetensors"
+        whole = load_file(path)
+        for change, says in (
+            ({"qkv.u": torch.ones(3, 5)}, "qkv.u"),
+            ({"qkv.u": torch.full((3, 4), float("nan"))}, "not finite"),
+            ({"extra": torch.ones(1)}, "extra"),
+            ({"qkv.u": torch.ones(3, 4, dtype=torch.float16)}, "F16"),
+        ):
+            save_file({**whole, **change}, path)
+            self.rewrite(folder, sha256=storage.sha256(path))
+            with pytest.raises(UserError, match=says):
+                load(folder)
+
+    def test_truncated_and_missing(self, folder):
+        path = folder / "adapter.safetensors"
+        path.write_bytes(path.read_bytes()[:40])
+        self.rewrite(folder, sha256=storage.sha256(path))
+        with pytest.raises(UserError, match="not a readable safetensors"):
+            load(folder)
+        path.unlink()
+        with pytest.raises(UserError, match="is missing"):
+            load(folder)
+
+    def test_hostile_descriptions(self, folder):
+        for change, says in (
+            ({"rank": 10**9}, "rank"),
+            ({"format": 9}, "format"),
+            ({"tying": {"A": {"init": "os.system"}}}, "tying.A.init"),
+            ({"architecture": {"layers": "many"}}, "layers|Integer"),
+            ({"base": 3}, "base"),
+        ):
+            original = (folder / "adapter.json").read_text()
+            self.rewrite(folder, **change)
+            with pytest.raises(UserError, match=says):
+                load(folder)
+            (folder / "adapter.json").write_text(original)
+
+    def test_adapter_for_another_model(self, folder):
+        with pytest.raises(UserError, match="family"):
+            attach_adapter(tiny("tiny_gpt2").model, load(folder)[0])
+
+
+def test_attach_refuses_a_second_adapter_and_unknown_targets():
+    base = tiny("tiny_gpt2")
+    with pytest.raises(UserError, match="no 'gate' projection"):
+        attach(base.model, Tying(targets=["gate"]), 4)
+    attach(base.model, Tying(), 4)
+    with pytest.raises(UserError, match="already"):
+        attach(base.model, Tying(), 4)
+
+
+def test_fused_and_separate_projections_take_the_same_rows():
+    """q, k and v of GPT-2's c_attn are its thirds; of a grouped-query Llama, three modules of their own widths."""
+    fused = architectures.sites(architectures.read(tiny("tiny_gpt2").model), "k", 1)
+    assert [(s.module_path, s.rows, s.outputs) for s in fused] == [
+        ("transformer.h.1.attn.c_attn", slice(0, 32), slice(32, 64))
+    ]
+    separate = architectures.sites(architectures.read(tiny("tiny_llama").model), "qkv", 2)
+    assert [s.rows for s in separate] == [slice(0, 32), slice(32, 48), slice(48, 64)]

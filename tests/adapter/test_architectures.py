@@ -1,0 +1,192 @@
+"""Every family: which outputs are Q, K and V, outputs and gradients against a literal computation, merge, the loss."""
+
+import pytest
+import torch
+from helpers.families import FAMILIES, family_model
+from helpers.tiny import EIGHT, mask_of, randomise
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tiedlora import Layout, named
+from tiedlora.adapter import architectures, attach, load
+from tiedlora.data.encoding import Encoded, collate
+from tiedlora.errors import UserError
+from tiedlora.training.loss import target_loss
+
+RANK, ALPHA = 4, 6.0
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def literal_weights(model, attached):
+    """Every adapted weight with its update written out as the paper does, differentiable in the parts.
+
+    Layouts are written by hand here, family by family: nothing of architectures.py is used.
+    """
+    a = attached.adapter.architecture
+    parts = attached.adapter.targets["qkv"]
+    weights = {}
+    for layer in range(a.layers):
+        A, B = parts.A[layer // parts.shares["A"]], parts.B[layer // parts.shares["B"]]
+        u = parts.u[layer] if parts.u is not None else torch.ones(RANK)
+        v = parts.v[layer] if parts.v is not None else torch.ones(len(B))
+        update = (ALPHA / RANK) * torch.diag(v) @ B @ torch.diag(u) @ A
+        d_q, d_kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+        if a.family == "gpt2":
+            named_updates = {f"transformer.h.{layer}.attn.c_attn": update.T}
+        elif a.family == "phi3":
+            named_updates = {f"model.layers.{layer}.self_attn.qkv_proj": update}
+        elif a.family == "gpt_neox":
+            heads = zip(*(block.split(a.head_dim) for block in update.split(d_q)), strict=True)
+            mixed = torch.cat([block for head in heads for block in head])
+            named_updates = {f"gpt_neox.layers.{layer}.attention.query_key_value": mixed}
+        else:
+            blocks = zip("qkv", update.split([d_q, d_kv, d_kv]), strict=True)
+            named_updates = {f"model.layers.{layer}.self_attn.{name}_proj": block for name, block in blocks}
+        for path, value in named_updates.items():
+            weights[f"{path}.weight"] = model.get_submodule(path).weight + value
+    return weights
+
+
+@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients_equal_the_literal_update(family, name, ids):
+    model = family_model(family)
+    before = logits(model, ids)
+    attached = attach(model, name, RANK, ALPHA)
+    assert torch.equal(logits(model, ids), before), "the untrained adapter changes a logit"
+    randomise(attached.adapter, scale=0.25)
+    parts = attached.adapter.trained_parts()
+
+    ours = model(ids).logits
+    weighting = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
+    our_gradients = torch.autograd.grad((ours * weighting).sum(), list(parts.values()))
+    attached.disable()
+    literal = torch.func.functional_call(model, literal_weights(model, attached), (ids,)).logits
+    gradients = torch.autograd.grad((literal * weighting).sum(), list(parts.values()))
+    attached.enable()
+
+    assert (ours - before).abs().max() > 0.1
+    assert (ours - literal).abs().max() <= 1e-5 * literal.abs().max()
+    for key, mine, theirs in zip(parts, our_gradients, gradients, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-4 * theirs.abs().max(), key
+    attached.merge()
+    assert (logits(model, ids) - ours).abs().max() <= 1e-5 * ours.abs().max()
+    attached.detach()
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("target", ["q", "k", "v"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_part_reaches_what_attention_takes_as_that_part(family, target, ids, monkeypatch):
+    """Seen from attention itself: adapting q alone changes the queries of the first layer and nothing else there."""
+    seen: list[dict[str, torch.Tensor]] = []
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def probe(module, query, key, value, *args, **kwargs):
+        seen.append({"q": query.detach(), "k": key.detach(), "v": value.detach()})
+        # Gemma 2's cap on attention scores is its own eager function's; what comes after does not matter here.
+        return attention(module, query, key, value, *args, **{**kwargs, "softcap": None})
+
+    # Under a known name, so that masks are made as for it.
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "eager", probe)
+    model = family_model(family, attn_implementation="eager")
+    spec = named("TABuv")
+    spec.targets = [target]
+    logits(model, ids)
+    plain = seen[0]
+    seen.clear()
+    randomise(attach(model, spec, RANK).adapter)
+    logits(model, ids)
+    changed = {part for part in "qkv" if not torch.equal(plain[part], seen[0][part])}
+    assert changed == {target}
+    # Every head of it: with heads interleaved, a block would reach some heads' q, k and v.
+    assert (plain[target] != seen[0][target]).flatten(2).any(-1).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_projection_can_be_adapted(family, ids):
+    model = family_model(family)
+    before = logits(model, ids)
+    layout = architectures.FAMILIES[family]
+    for target in layout.sites:
+        spec = named("TABuv")
+        spec.targets = [target]
+        attached = attach(model, spec, RANK)
+        randomise(attached.adapter, scale=0.25)
+        adapted = logits(model, ids)
+        assert (adapted - before).abs().max() > 1e-2, target
+        attached.merge()
+        assert (logits(model, ids) - adapted).abs().max() <= 1e-5 * adapted.abs().max(), target
+        attached.detach()
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_the_models_own(family):
+    """Capped logits (Gemma 2), biases of the head, norms: the chunked loss against the model's own logits."""
+    model = family_model(family)
+    attached = attach(model, "TABuv", RANK)
+    randomise(attached.adapter, scale=0.2)
+    rows = [Encoded((1, 2, 3), (4, 5, 256)), Encoded((9, 8), (7, 6, 5, 4, 256))]
+    batch = collate(rows, pad_id=256)
+    out = model(input_ids=batch.input_ids, attention_mask=mask_of(rows)).logits
+    plain = F.cross_entropy(out.flatten(0, 1)[batch.positions], batch.targets, reduction="sum")
+    ours = target_loss(model, batch)
+    assert (ours - plain).abs() <= 1e-5 * plain
+    one = torch.autograd.grad(ours, list(attached.adapter.parameters()))
+    two = torch.autograd.grad(plain, list(attached.adapter.parameters()))
+    for mine, theirs in zip(one, two, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+class TestUnknownFamilies:
+    """An OPT: q, k and v have their own modules, under other names."""
+
+    LAYOUT = Layout(
+        layers="model.decoder.layers",
+        sites={"qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "o": ["self_attn.out_proj"]},
+    )
+
+    @pytest.fixture
+    def model(self):
+        numbers = dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32)
+        config = AutoConfig.for_model("opt", vocab_size=260, max_position_embeddings=64, **numbers)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+    def test_the_error_lists_candidates_and_the_way_by_hand(self, model):
+        with pytest.raises(UserError) as raised:
+            attach(model, "TABuv")
+        message = str(raised.value)
+        assert "\n" not in message
+        assert "model.decoder.layers.*.self_attn.q_proj (32 x 32)" in message
+        assert "layout=tiedlora.Layout(" in message
+        assert "+model.architecture.layout=" in message
+
+    def test_named_by_hand_it_trains_saves_and_loads(self, model, ids, tmp_path):
+        attached = attach(model, "TABuv", RANK, layout=self.LAYOUT)
+        randomise(attached.adapter, scale=0.25)
+        adapted = logits(model, ids)
+        attached.save_pretrained(tmp_path / "adapter")
+        attached.detach()
+        assert load(tmp_path / "adapter")[0].architecture.layout == self.LAYOUT
+        type(attached).from_pretrained(model, tmp_path / "adapter")
+        assert torch.equal(logits(model, ids), adapted)
+
+    def test_a_wrong_layout_names_the_module(self, model):
+        wrong = Layout(layers="model.decoder.layers", sites={"qkv": ["self_attn.c_attn"]})
+        with pytest.raises(UserError, match=r"no module model.decoder.layers.0.self_attn.c_attn.*candidates are"):
+            attach(model, "TABuv", layout=wrong)
+        fused = Layout(layers="model.decoder.layers", sites={"qkv": ["self_attn.q_proj"]})
+        with pytest.raises(UserError, match=r"q_proj has a weight of \(32, 32\), the layout of 'qkv' says \(96, 32\)"):
+            attach(model, "TABuv", layout=fused)
+
+    def test_a_module_that_is_not_linear_is_named(self):
+        model = family_model("llama")
+        model.model.layers[1].self_attn.k_proj = torch.nn.Identity()
+        with pytest.raises(UserError, match=r"layers.1.self_attn.k_proj is a Identity, not a plain linear"):
+            attach(model, "TABuv")

@@ -1,0 +1,161 @@
+"""TiedLoraConfig in PEFT: the same adapter as ours, in Trainer, saved once, reloaded tied, merged."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers.families import family_model
+from helpers.tiny import EIGHT, randomise
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+import tiedlora
+from tiedlora import Layout, TiedLoraConfig, Tying, UserError, named, to_peft
+from tiedlora.adapter import attach
+
+RANK = 4
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def wrapped(name="TABuv", family="llama", **more):
+    return get_peft_model(family_model(family), TiedLoraConfig(r=RANK, tying=name, task_type="CAUSAL_LM", **more))
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_it_is_the_same_adapter(name, ids, tmp_path):
+    model = wrapped(name)
+    parts = model.base_model.attached.adapter.parts()
+    ours = attach(family_model("llama"), name, RANK)
+    for key, part in ours.adapter.parts().items():
+        assert torch.equal(part, parts[key])
+        assert part.requires_grad == parts[key].requires_grad
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == ours.adapter.trainable_params()
+    assert len({id(p) for p in trained}) == len(trained) == len(ours.adapter.trained_parts())
+
+    randomise(model.base_model.attached.adapter, scale=0.25)
+    adapted = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key.rpartition("targets.")[2] for key in stored} == set(parts)
+    assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in parts.values())
+
+    again = PeftModel.from_pretrained(family_model("llama"), tmp_path)
+    assert torch.equal(logits(again, ids), adapted)
+    assert not any(p.requires_grad for p in again.parameters())
+    assert PeftModel.from_pretrained(family_model("llama"), tmp_path, is_trainable=True).base_model.attached
+    plain = logits(family_model("llama"), ids)
+    with again.disable_adapter():
+        assert torch.equal(logits(again, ids), plain)
+    assert torch.equal(logits(again, ids), adapted)
+    again.merge_adapter()
+    assert (logits(again, ids) - adapted).abs().max() <= 1e-5 * adapted.abs().max()
+    again.unmerge_adapter()
+    assert torch.equal(logits(again, ids), adapted)
+    merged = again.merge_and_unload()
+    assert (logits(merged, ids) - adapted).abs().max() <= 1e-5 * adapted.abs().max()
+    assert set(merged.state_dict()) == set(family_model("llama").state_dict())
+
+
+def test_trainer_trains_resumes_and_saves_each_part_once(tmp_path, ids):
+    rows = torch.randint(0, 256, (16, 9), generator=torch.Generator().manual_seed(0)).tolist()
+    data = [{"input_ids": row, "labels": row} for row in rows]
+
+    def trained(steps, resume=None):
+        model = wrapped()
+        settings = TrainingArguments(
+            str(tmp_path / "out"),
+            max_steps=steps,
+            # The schedule must not depend on where this run ends.
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            save_steps=3,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        Trainer(model, settings, train_dataset=data).train(resume_from_checkpoint=resume)
+        return model
+
+    whole = trained(6)
+    start = attach(family_model("llama"), "TABuv", RANK).adapter.parts()
+    for key, part in whole.base_model.attached.adapter.parts().items():
+        assert not torch.equal(part, start[key]), f"{key} never moved"
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    assert len(load_file(checkpoint / "adapter_model.safetensors")) == 4
+    resumed = trained(6, resume=str(checkpoint))
+    assert torch.equal(logits(resumed.eval(), ids), logits(whole.eval(), ids))
+
+
+def test_a_specification_of_ones_own_survives_json(tmp_path, ids):
+    spec = named("TAB")
+    spec.B.share = 2
+    config = TiedLoraConfig(r=RANK, alpha=8.0, tying=spec, targets=["qkv", "o"], dropout=0.1, seed=3)
+    model = get_peft_model(family_model("gpt_neox"), config)
+    randomise(model.base_model.attached.adapter, scale=0.25)
+    model.eval().save_pretrained(tmp_path)
+    json.loads((tmp_path / "adapter_config.json").read_text())
+    again = PeftModel.from_pretrained(family_model("gpt_neox"), tmp_path)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    adapter = again.base_model.attached.adapter
+    assert adapter.parts()["qkv.B"].shape[0] == 2
+    assert (adapter.tying.dropout, adapter.scale, adapter.seed) == (0.1, 2.0, 3)
+
+
+def test_a_layout_by_hand(ids):
+    layout = Layout("model.layers", {"qkv": [f"self_attn.{name}_proj" for name in "qkv"]})
+    assert wrapped(layout=layout).base_model.attached.adapter.architecture.layout == layout
+
+
+def test_it_exports_as_plain_lora(tmp_path, ids):
+    model = wrapped("Tuv")
+    randomise(model.base_model.attached.adapter, scale=0.25)
+    to_peft(model.base_model.attached.adapter, tmp_path, "base")
+    theirs = PeftModel.from_pretrained(family_model("llama"), tmp_path)
+    assert (logits(theirs, ids) - logits(model, ids)).abs().max() <= 1e-5 * logits(model, ids).abs().max()
+
+
+def test_a_copy_and_a_cast_keep_parts_single(ids):
+    model = wrapped()
+    before = {id(p) for p in model.parameters()}
+    model.to(torch.bfloat16).to("cpu").to(torch.float32)
+    assert {id(p) for p in model.parameters()} == before
+    twin = copy.deepcopy(model)
+    randomise(twin.base_model.model.tied_adapter)
+    assert not torch.equal(logits(twin, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"tying": "TABv"}, "TABv: is not one of LoRA"),
+        ({"tying": {"A": {"shared": 2}}}, "not a Tying.*shared"),
+        ({"layout": {"layers": 3, "nonsense": 1}}, "not a Layout.*nonsense"),
+    ],
+)
+def test_mistakes_are_one_line(values, says):
+    with pytest.raises(UserError, match=says) as raised:
+        get_peft_model(family_model("llama"), TiedLoraConfig(r=RANK, **values))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_second_adapter_is_refused_and_unloading_frees_the_model(ids):
+    model = wrapped()
+    with pytest.raises(UserError, match=r"takes one.*tiedlora.Adapters"):
+        model.add_adapter("second", TiedLoraConfig())
+    base = model.unload()
+    assert torch.equal(logits(base, ids), logits(family_model("llama"), ids))
+    attach(base, "TAB", RANK)
+
+
+def test_the_public_names_are_all_there():
+    for name in tiedlora.__all__:
+        assert getattr(tiedlora, name) is not None
+    assert isinstance(tiedlora.Tying(), Tying)

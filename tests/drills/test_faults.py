@@ -1,0 +1,311 @@
+"""Faults on purpose: kills, full disks, folders that cannot be written."""
+
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import wandb
+
+from tiedlora import cli
+from tiedlora.config.compose import PROJECT, compose_config
+from tiedlora.records.run_folder import RunFolder, run_id
+from tiedlora.runs import run
+from tiedlora.tasks import task_metric  # noqa: F401  (a fork that is short of memory could not import it)
+from tiedlora.tracking.tracker import Tracker, read_metrics
+from tiedlora.training import checkpoint
+
+
+def test_a_run_killed_at_any_moment_resumes_exactly():
+    """Ten moments of tests/drills/kill_run.py, which takes any number."""
+    done = subprocess.run(
+        [sys.executable, str(PROJECT / "tests/drills/kill_run.py"), "--moments", "10"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "10 of 10 resumed exactly" in done.stdout
+    for stage in ("start-up", "training", "checkpointing", "scoring", "result"):
+        assert stage in done.stdout
+
+
+def test_half_written_files_and_a_finished_runs_checkpoints_are_tidied(tiny_config):
+    config = tiny_config()
+    run.main(config)
+    folder = RunFolder(Path(config.outputs) / run_id(config))
+    (folder.path / ".result.json.77.tmp").write_text("{")
+    (folder.path / "predictions" / ".test.jsonl.77.tmp").write_text("{")
+    folder.checkpoints.mkdir()
+    run.main(tiny_config())
+    assert not folder.checkpoints.exists()
+    assert not list(folder.path.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_at_any_write_loses_nothing():
+    """Eight writes of tests/drills/full_disk.py, which takes all of them."""
+    done = subprocess.run(
+        [sys.executable, str(PROJECT / "tests/drills/full_disk.py"), "--moments", "8"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if "skipped" in done.stdout:
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "16 of 16 went on to the exact result" in done.stdout
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_a_line(tiny_run, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    done = subprocess.run(
+        [sys.executable, str(PROJECT / "train.py"), *tiny_run(f"outputs={tmp_path}/file/outputs")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert str(tmp_path / "file") in done.stderr
+
+
+def forked(act: Callable[[], object], seconds: int = 60) -> tuple[int, str]:
+    """Exit code and standard error of `act` under cli.exits(), in a fork that has imported everything already."""
+    with tempfile.TemporaryFile("w+") as told:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                signal.alarm(seconds)
+                os.dup2(told.fileno(), 2)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                logging.basicConfig(stream=sys.stderr, level=logging.INFO, force=True)
+                with cli.exits():
+                    act()
+                code = 0
+            except SystemExit as end:
+                code = int(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        told.seek(0)
+        return os.waitstatus_to_exitcode(status), told.read()
+
+
+def one_error(told: str) -> str:
+    """The one line that says what is wrong."""
+    assert "Traceback" not in told, told
+    (line,) = (line for line in told.splitlines() if line.startswith("error: "))
+    return line
+
+
+@pytest.mark.parametrize(
+    ("stage", "lower"), [("training", "lower train.microbatch_tokens below "), ("scoring", "score.batch_size=500")]
+)
+def test_too_little_memory_says_what_to_lower_and_leaves_the_checkpoint(tiny_config, monkeypatch, stage, lower):
+    """A real limit on the address space, from the first checkpoint or the scoring on."""
+    options = ["task.options.rows={train: 400, validation: 500, test: 2}", "score.base=false", "score.batch_size=500"]
+    options += ["train.steps=2", "train.checkpoint_every=1", "train.validate_every=0", "train.validation_rows=8"]
+    if stage == "training":
+        options += ["train.batch_size=200", "train.microbatch_tokens=null", "score.splits=[]"]
+    config = tiny_config(*options)
+    folder = RunFolder(Path(config.outputs) / run_id(config))
+
+    def start() -> None:
+        save = checkpoint.save
+
+        def save_and_limit(*arguments):
+            save(*arguments)
+            if arguments[1].step == (1 if stage == "training" else 2):
+                pages = int(Path("/proc/self/statm").read_text().split()[0])
+                resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**20, -1))
+
+        monkeypatch.setattr(checkpoint, "save", save_and_limit)
+        run.main(config)
+
+    code, told = forked(start)
+    assert code == 2, told
+    line = one_error(told)
+    assert "out of memory" in line
+    assert lower in line
+    assert folder.state() == "failed"
+    assert list(folder.checkpoints.glob("step-*"))
+    code, told = forked(lambda: run.main(tiny_config(*options, "train.microbatch_size=50")))
+    assert code == 0, told
+    assert "going on from step" in told
+    assert folder.state() == "done"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root, and root may write anywhere else")
+def test_a_read_only_file_system_is_said_and_a_finished_run_there_is_printed(tiny_config, tmp_path, capfd):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config = tiny_config(f"outputs={disk}/outputs")
+    unfinished = tiny_config(f"outputs={disk}/outputs", "seed=1")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        run.main(config)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        code, told = forked(lambda: run.main(unfinished))
+        assert code == 2
+        assert f"{disk}/outputs" in one_error(told)
+        assert "read-only" in one_error(told)
+        code, told = forked(lambda: run.main(config))
+        assert code == 0, told
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def kill_after(step: int) -> None:
+    """This process ends, as by kill -9, once the checkpoint of a step is written."""
+    save = checkpoint.save
+
+    def save_and_die(folder, progress, *rest):
+        save(folder, progress, *rest)
+        if progress.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save = save_and_die
+
+
+def test_data_that_vanish_between_start_and_resume_are_named_and_brought_back_it_goes_on(tiny_run, tmp_path):
+    rows = [{"question": f"What is {i}?", "answer": f"{i}\n#### {i}"} for i in range(30)]
+    data = tmp_path / "data" / "gsm8k" / "train.jsonl"
+    data.parent.mkdir(parents=True)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = tiny_run("task.validation_from_train=8", f"data_root={tmp_path}/data", task="gsm8k")
+    config, whole = compose_config(options), compose_config([*options, f"outputs={tmp_path}/whole"])
+    folder, expected = (RunFolder(Path(c.outputs) / run_id(c)) for c in (config, whole))
+    run.main(whole)
+    code, _ = forked(lambda: (kill_after(4), run.main(config)))
+    assert code == -signal.SIGKILL
+    before = sorted(folder.path.rglob("*"))
+    data.rename(data.with_suffix(".away"))
+    code, told = forked(lambda: run.main(config))
+    assert code == 2, told
+    assert str(data) in one_error(told)
+    assert sorted(folder.path.rglob("*")) == before
+    data.with_suffix(".away").rename(data)
+    code, told = forked(lambda: run.main(config))
+    assert code == 0, told
+    assert "going on from step 4" in told
+    for name in ("adapter/adapter.safetensors", "predictions/validation.jsonl"):
+        assert (folder.path / name).read_bytes() == (expected.path / name).read_bytes()
+
+
+def test_two_processes_in_one_folder(tiny_config, tmp_path):
+    """Held by another: refused in a line, nothing touched. Started together: one result, the exact one."""
+    config, whole = tiny_config(), tiny_config(f"outputs={tmp_path}/whole")
+    folder, expected = (RunFolder(Path(c.outputs) / run_id(c)) for c in (config, whole))
+    run.main(whole)
+    with folder.locked():
+        code, told = forked(lambda: run.main(config))
+        assert code == 2, told
+        assert "another process is working on this run" in one_error(told)
+        assert [path.name for path in folder.path.iterdir()] == [".lock"]
+    with ThreadPoolExecutor(2) as pool:
+        codes = sorted(code for code, _ in pool.map(lambda _: forked(lambda: run.main(config)), range(2)))
+    assert codes in ([0, 0], [0, 2])
+    for name in ("adapter/adapter.safetensors", "predictions/validation.jsonl"):
+        assert (folder.path / name).read_bytes() == (expected.path / name).read_bytes()
+
+
+CUT_OFF = """
+import sys
+from tiedlora import cli
+from tiedlora.config.compose import compose_config
+from tiedlora.runs import run
+for more in (["model=qwen2_5_0_5b", "task=chain_sum"], ["model=tiny_llama", "task=gsm8k"]):
+    try:
+        with cli.exits():
+            run.main(compose_config([*more, f"outputs={sys.argv[1]}/outputs", f"cache={sys.argv[1]}/cache"]))
+    except SystemExit as end:
+        print(end.code)
+"""
+
+
+def test_a_hub_that_cannot_be_reached_is_a_line_with_the_ways_round(tmp_path):
+    """Online, but nobody answers: a model, then rows."""
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": f"{tmp_path}/hf"}
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_OFF, str(tmp_path)], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.stdout.split() == ["2", "2"], done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    model, rows = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "cannot be loaded" in model
+    assert "model.path=FOLDER" in model
+    assert "data_root=FOLDER" in rows
+    assert not (tmp_path / "outputs").exists()
+
+
+def wandb_processes() -> list[int]:
+    """Of this process."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(child) for child in children if "wandb" in Path(f"/proc/{child}/comm").read_text()]
+
+
+class TestWandb:
+    """Whatever happens to W&B, the run ends done and its own record is whole."""
+
+    def finished(self, config) -> None:
+        folder = RunFolder(Path(config.outputs) / run_id(config))
+        assert folder.state() == "done"
+        assert [r["step"] for r in read_metrics(folder.metrics_file) if "train/loss" in r] == list(range(1, 7))
+
+    def test_its_process_killed_in_mid_run_is_one_warning_and_the_next_run_has_a_new_one(self, tiny_config):
+        config, following = (tiny_config("tracking=wandb", "train.log_every=1", f"seed={seed}") for seed in (0, 1))
+
+        def start() -> None:
+            log = Tracker.log
+
+            def log_and_kill(self, rows):
+                if config.seed == 0 and rows[0]["step"] == 3:
+                    for child in wandb_processes():
+                        os.kill(child, signal.SIGKILL)
+                        os.waitpid(child, 0)
+                log(self, rows)
+
+            Tracker.log = log_and_kill
+            run.main(config)
+            assert not wandb_processes()
+            Tracker.log = log
+            run.main(following)
+            wandb.teardown()
+
+        code, told = forked(start)
+        assert code == 0, told
+        assert len([line for line in told.splitlines() if "W&B has failed" in line]) == 1, told
+        assert "Traceback" not in told
+        self.finished(config)
+        self.finished(following)
+
+    def test_a_server_that_cannot_be_reached_is_one_warning_and_no_hang(self, tiny_config, monkeypatch):
+        config = tiny_config("tracking=wandb")
+        environment = {"MODE": "online", "BASE_URL": "http://127.0.0.1:9", "API_KEY": "0" * 40, "INIT_TIMEOUT": "3"}
+        for name, value in environment.items():
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        code, told = forked(lambda: (run.main(config), wandb.teardown()), seconds=60)
+        assert code == 0, told
+        assert len([line for line in told.splitlines() if "W&B cannot be reached" in line]) == 1, told
+        assert "Traceback" not in told
+        self.finished(config)
+        assert list((Path(config.outputs) / run_id(config) / "wandb").glob("offline-run-*"))

@@ -1,0 +1,168 @@
+"""Exports: what PEFT and transformers load of ours gives the same outputs; the card and the lm-eval task are right."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from helpers.families import FAMILIES, family_model
+from helpers.tiny import EIGHT, randomise, tying_option
+from omegaconf import OmegaConf
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import tiedlora
+from tiedlora.adapter import attach
+from tiedlora.config import command
+from tiedlora.config.compose import compose_config
+from tiedlora.errors import UserError
+from tiedlora.export.weights import to_merged, to_peft
+from tiedlora.records.run_folder import run_id
+from tiedlora.runs import run
+
+RANK, ALPHA = 4, 6.0
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def close(one, two):
+    """float32: within 1e-5 of the largest logit."""
+    return (one - two).abs().max() <= 1e-5 * two.abs().max()
+
+
+def random_adapter(family, spec, ids):
+    """A model with every part random, an untouched copy of its base, and its logits, moved by more than 0.1."""
+    model = family_model(family)
+    twin, before = copy.deepcopy(model), logits(model, ids)
+    attached = attach(model, spec, RANK, ALPHA)
+    randomise(attached.adapter, scale=0.25)
+    adapted = logits(model, ids)
+    assert (adapted - before).abs().max() > 0.1
+    return attached, twin, adapted
+
+
+@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_and_merged_weights_give_the_same_outputs(family, name, ids, tmp_path):
+    attached, twin, adapted = random_adapter(family, tying_option(name), ids)
+    to_peft(attached.adapter, tmp_path / "peft", "a/base")
+    with warnings.catch_warnings():
+        # A key that PEFT does not find a place for, or a place without a key, is a warning of its own.
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*")
+        theirs = PeftModel.from_pretrained(twin, tmp_path / "peft")
+    assert close(logits(theirs, ids), adapted)
+    assert to_merged(attached, None, tmp_path / "merged") == 0.0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert close(logits(merged, ids), adapted)
+
+
+@pytest.mark.parametrize("targets", [["q", "k", "v"], ["v", "o", "up"], ["qkv", "o", "up", "down"]])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox"])
+def test_other_targets_are_exact_too(family, targets, ids, tmp_path):
+    """Where several targets share a fused module, their pairs are stacked at the same scale."""
+    spec = tying_option("TABuv")
+    spec.targets = targets
+    attached, twin, adapted = random_adapter(family, spec, ids)
+    to_peft(attached.adapter, tmp_path, "a/base")
+    assert close(logits(PeftModel.from_pretrained(twin, tmp_path), ids), adapted)
+
+
+def test_the_folder_is_what_pefts_format_wants(ids, tmp_path):
+    attached, _, _ = random_adapter("gpt2", tying_option("TABuv"), ids)
+    to_peft(attached.adapter, tmp_path, "a/base", "abc")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    wanted = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "r": RANK, "lora_alpha": ALPHA}
+    wanted |= {"use_rslora": False, "fan_in_fan_out": True, "base_model_name_or_path": "a/base", "revision": "abc"}
+    assert wanted.items() <= config.items()
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 3
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
+def test_narrow_merged_weights_say_what_rounding_did(ids, tmp_path):
+    model = family_model("llama")
+    attached = attach(model, "TABuv", RANK)
+    randomise(attached.adapter, scale=0.02)
+    error = to_merged(attached, None, tmp_path, "bfloat16")
+    # Updates far below 1/256 of their weights are mostly lost.
+    assert error > 0.5
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+def test_merging_a_rounded_base_is_refused(tmp_path):
+    with pytest.raises(UserError, match="load it in float32"):
+        to_merged(attach(family_model("llama").bfloat16(), "TABuv", RANK), None, tmp_path)
+
+
+class TestScript:
+    @pytest.fixture
+    def finished(self, tiny_config, tmp_path):
+        config = tiny_config()
+        result = run.main(config)
+        return config, result, tmp_path / "outputs" / result["run_id"]
+
+    def test_peft_with_card_and_task(self, finished, tmp_path, script):
+        config, result, folder = finished
+        assert script("scripts/export.py", folder, "--to", "peft")[0] == 0
+        out = folder / "export" / "peft"
+        text = (out / "README.md").read_text()
+        for fact in ("base_model:", result["base"]["digest"], result["data"]["train"]["digest"][:16], "| 95 %"[2:]):
+            assert fact in text
+        assert str(tmp_path) not in text, "a card names no path of this machine"
+        task = OmegaConf.load(out / "tiedlora_chain_sum_validation.yaml")
+        assert task.generation_kwargs.max_gen_toks == config.task.max_new_tokens
+        rows = [json.loads(line) for line in (out / task.dataset_kwargs.data_files.test).read_text().splitlines()]
+        predictions = (folder / "predictions" / "validation.jsonl").read_text().splitlines()
+        assert [row["prompt"] for row in rows] == [json.loads(line)["prompt"] for line in predictions]
+        code, _, errors = script("scripts/export.py", folder, "--to", "peft")
+        assert code == 2
+        assert "is not empty" in errors
+
+    def test_merged_weights_and_the_tied_adapter_load(self, finished, script, ids):
+        _, _, folder = finished
+        attached = tiedlora.load(folder)
+        adapted = logits(attached.model, ids)
+        assert script("scripts/export.py", folder, "--to", "merged")[0] == 0
+        assert close(logits(AutoModelForCausalLM.from_pretrained(folder / "export" / "merged"), ids), adapted)
+        assert script("scripts/export.py", folder, "--to", "hub-card")[0] == 0
+        attached.detach()
+        tiedlora.load(folder / "export" / "hub-card", attached.model)
+        assert torch.equal(logits(attached.model, ids), adapted)
+        assert "tiedlora.load" in (folder / "export" / "hub-card" / "README.md").read_text()
+
+    def test_an_unfinished_run_is_refused_in_one_line(self, tmp_path, script):
+        code, _, errors = script("scripts/export.py", tmp_path, "--to", "peft")
+        assert code == 2
+        assert errors.count("\n") == 1
+        assert "not finished" in errors
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["tying=Tuv", "rank=r2", "seed=3"],
+        ["model=gpt2_xl", "task=gsm8k", "train=paper", "rank.r=5"],
+        [
+            "tying.A.share=4",
+            "tying.targets=[qkv,o]",
+            "train.lr=3e-3",
+            "train.clip=null",
+            "task.prompt='It is {question}'",
+        ],
+        ["model=tiny_llama", "task.options.rows={train: 40, validation: 12, test: 12}", "task.stop=['a b', '#']"],
+    ],
+)
+def test_the_cards_command_is_the_same_run(overrides):
+    import shlex
+
+    config = compose_config(overrides)
+    words = shlex.split(command.command(config))
+    assert words[:2] == ["python", "train.py"]
+    assert run_id(compose_config(words[2:])) == run_id(config)
+    assert len(words) - 2 <= len(overrides) + 2

@@ -1,0 +1,318 @@
+"""Malformed run folders, through every command that reads one: a table with what each says, and a search for more."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+from helpers.hostile import put, refused, snapshot
+
+import tiedlora
+from tiedlora.config.compose import compose_config
+from tiedlora.errors import UserError
+from tiedlora.records import run_record
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.report import write
+from tiedlora.report.runs import read_run
+from tiedlora.runs import run
+from tiedlora.tracking.tracker import read_metrics
+
+pytest_plugins = ["helpers.hostile_runs"]
+SECRET = "hunter2-0123456789abcdef"
+
+
+RESULTS = {  # a key of result.json, what it becomes, and what is said
+    "no run_id": ("run_id", ..., "has no 'run_id'"),
+    "a number for an id": ("run_id", 3, "'run_id' is 3"),
+    "a path for an id": ("run_id", "../../x", "'run_id' is '../../x'"),
+    "a terminal's escape for an id": ("run_id", "TABuv\x1b[2J", "which is no name of this project"),
+    "no identity": ("identity", ..., "has no 'identity.model.name'"),
+    "a list for an identity": ("identity", [], "has no 'identity.model.name'"),
+    "a path for a task": ("identity.task.name", "../../x", "'identity.task.name' is '../../x'"),
+    "script for a task": ("config.task.name", "<script>", "'config.task.name' is '<script>'"),
+    "script for a model": ("base.name", "<script>", "'base.name' is '<script>'"),
+    "a list for a part": ("identity.tying.A", [], "'identity.tying.A' is not an object"),
+    "a text for a rank": ("identity.rank.r", "8", "'identity.rank.r' is '8'"),
+    "a seed without end": ("seed", 10**400, "'seed' is not a finite number"),
+    "a rate that is none": ("identity.train.lr", float("nan"), "'identity.train.lr' is not a finite number"),
+    "an infinite loss": ("training.validation_loss_last", float("inf"), "is not a finite number"),
+    "a text for a loss": ("training.validation_loss_first", "low", "'training.validation_loss_first' is 'low'"),
+    "no training": ("training", None, "has no 'training.steps'"),
+    "a flag for a count": ("trainable_params", True, "'trainable_params' is True"),
+    "a list for data": ("data.train", [], "has no 'data.train.rows'"),
+    "data of an unknown split": ("data.evil", {"digest": "x"}, "'data.evil' is not a split's digest"),
+    "no scores": ("scores", ..., "has no 'scores'"),
+    "a list for scores": ("scores", [], "'scores' is []"),
+    "scores of an unknown split": ("scores.\x1b[2J", {}, "is no split that is scored"),
+    "scores without metrics": ("scores.validation", {"rows": 3}, "holds no metrics"),
+    "scores without rows": ("scores.validation.rows", None, "lacks rows or digest"),
+    "scores of no rows": ("scores.validation.rows", 0, "lacks rows or digest"),
+    "a text for a time": ("scores.validation.seconds", "long", "'scores.validation.seconds' is not a number"),
+    "a metric of no name": ("scores.validation.metrics", {"<b>": {}}, "is not a value with an interval"),
+    "a score above one": (
+        "scores.validation.metrics.exact_match_strict",
+        {"value": 1e300, "low": 0, "high": 1},
+        "is not a value with an interval",
+    ),
+    "base without gain": ("scores.validation.gain", ..., "has one of base and gain alone"),
+    "gain of other metrics": ("scores.validation.gain", {}, "has other metrics than"),
+    "another status": ("status", "running", "its status is 'running', not 'done'"),
+    "versions that are a text": ("versions", "3.11", "'versions' is '3.11'"),
+    "a commit that is a list": ("code.commit", [1], "'code.commit' is [1]"),
+}
+
+
+@pytest.mark.parametrize("what", RESULTS)
+def test_a_wrong_result_is_named_by_whoever_reads_it(what, folder, words):
+    key, value, says = RESULTS[what]
+    put(folder, key, value)
+    with refused(says, folder):
+        RunFolder(folder).result()
+    with refused(says, folder):
+        run.main(compose_config(words))
+    left_out = read_run(folder)
+    assert says in left_out.reason
+
+
+TEXTS = {
+    "empty": (b"", "is not valid JSON"),
+    "cut short": (b'{"run_id": "TABuv', "is not valid JSON"),
+    "a list": (b"[]", "must hold a JSON object"),
+    "not UTF-8": (b'{"run_id": "\xff"}', "is not valid JSON"),
+    "a hundred thousand brackets": (b"[" * 100_000, "is not valid JSON"),
+    "a number without end": (b'{"seed": ' + b"9" * 5000 + b"}", "is not valid JSON"),
+    "a web page": (b"<html><script>alert(1)</script></html>", "is not valid JSON"),
+    "another object": (b"{}", "has no 'run_id'"),
+}
+COMMANDS = (
+    ("scripts/score.py", "--split", "validation"),
+    ("scripts/verify.py", "--rows", "0"),
+    ("scripts/export.py", "--to", "hub-card"),
+)
+
+
+@pytest.mark.parametrize("what", TEXTS)
+def test_a_damaged_result_ends_every_command_in_a_line(what, folder, words, script):
+    data, says = TEXTS[what]
+    (folder / "result.json").write_bytes(data)
+    before = snapshot(folder)
+    for name, *arguments in COMMANDS:
+        code, out, err = script(name, folder, *arguments)
+        assert (code, out, len(err.splitlines())) == (2, "", 1), name
+        assert says in err
+    code, _, err = script("train.py", *words)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert says in err
+    assert snapshot(folder) == before
+
+
+def test_the_result_of_another_run_is_not_taken_for_this_one(folder, words, place):
+    put(folder, "run_id", "TAB-r2-chain_sum-tiny-s7-0123456789")
+    with refused("is the result of another run, TAB-r2-chain_sum-tiny-s7-0123456789", folder):
+        run.main(compose_config(words))
+
+
+def test_what_is_no_folder(folder, words, tmp_path, script):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "empty").mkdir()
+    before = snapshot(tmp_path)
+    for source in (tmp_path / "file", tmp_path / "loop", tmp_path / "empty", tmp_path / "none", "x" * 5000):
+        for name, *arguments in (*COMMANDS, ("scripts/generate.py", "--prompt", "1")):
+            code, out, err = script(name, source, *arguments)
+            assert (code, out, len(err.splitlines())) == (2, "", 1), (name, source)
+    assert snapshot(tmp_path) == before
+    shutil.rmtree(folder)
+    folder.write_text("a file where the run's folder should be")
+    code, _, err = script("train.py", *words)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "a file is where a folder is wanted" in err
+    assert folder.read_text() == "a file where the run's folder should be"
+
+
+@pytest.mark.parametrize("name", ["result.json", "config.yaml", "predictions/validation.jsonl", "error.txt"])
+def test_pipes_devices_and_loops_are_not_waited_for(name, folder, tmp_path, script):
+    path = folder / name
+    kinds = (
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to("/dev/zero"),
+        lambda: path.symlink_to(path),
+        path.mkdir,
+    )
+    for make in kinds:
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+        make()
+        if name == "error.txt":
+            (folder / "result.json").unlink(missing_ok=True)
+        code, _, err = script("scripts/verify.py", folder, "--rows", "0")
+        assert (code, len(err.splitlines())) in ((2, 1), (3, 0)), err
+        assert len(write.build([tmp_path / "outputs"]).runs) == (folder / "result.json").is_file()
+
+
+def test_links_out_of_the_folder_show_and_copy_nothing(folder, tmp_path, script):
+    secret = tmp_path / "secret"
+    secret.write_text(f"{SECRET}\n")
+    (folder / "adapter" / "key").symlink_to(secret)
+    assert script("scripts/export.py", folder, "--to", "hub-card", "--out", tmp_path / "card")[0] == 0
+    assert {path.name for path in (tmp_path / "card").iterdir()} == {"README.md", "adapter.json", "adapter.safetensors"}
+    failed = tmp_path / "outputs" / "LoRA-r8-chain_sum-tiny-s1-0123456789"
+    failed.mkdir()
+    (failed / "error.txt").symlink_to(secret)
+    (failed / "result.json").symlink_to(secret)
+    (folder / "predictions" / "validation.jsonl").unlink()
+    (folder / "predictions" / "validation.jsonl").symlink_to(secret)
+    _, out, err = script("scripts/report.py", tmp_path / "outputs", "--out", tmp_path / "report")
+    (failed / "result.json").unlink()
+    _, more, errors = script("scripts/report.py", tmp_path / "outputs", "--out", tmp_path / "report")
+    assert SECRET not in out + err + more + errors
+    for path in (tmp_path / "report").iterdir():
+        assert SECRET.encode() not in path.read_bytes()
+
+
+def test_starting_over_removes_links_and_not_what_they_lead_to(folder, words, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "work.txt").write_text("kept")
+    (folder / "checkpoint").symlink_to(tmp_path / "mine")
+    (folder / ".adapter.1.tmp").symlink_to(tmp_path / "mine")
+    run.main(compose_config([*words, "force=true"]))
+    assert (tmp_path / "mine" / "work.txt").read_text() == "kept"
+    assert RunFolder(folder).result() is not None
+
+
+CONFIGS = {
+    "a tag of Python": (b"seed: !!python/object/apply:os.system ['touch owned']\n", "is not readable YAML"),
+    "another schema": (b"a: 1\n", "a: unknown key"),
+    "traversal": (b"model: {name: ../../x}\n", "has no value"),
+    "a list": (b"- 1\n", "must hold a YAML mapping"),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_a_wrong_configuration_in_a_run(what, folder, script, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    data, says = CONFIGS[what]
+    (folder / "config.yaml").write_bytes(data)
+    before = snapshot(folder)
+    for name, *arguments in (
+        ("scripts/score.py", "--split", "test"),
+        ("scripts/verify.py",),
+        ("scripts/generate.py", "--prompt", "1"),
+        ("scripts/export.py", "--to", "peft"),
+    ):
+        code, out, err = script(name, folder, *arguments)
+        assert (code, out, len(err.splitlines())) == (2, "", 1), (name, err)
+        assert says in err
+    assert snapshot(folder) == before
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_run_that_was_moved_writes_beside_itself(folder, place):
+    """Its record says where it was made: a place that may be gone, or a stranger's choice."""
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(re.sub(r"(?m)^outputs: .*$", "outputs: /nowhere/of/mine", text))
+    run.score_more(RunFolder(folder), ["test"], None)
+    assert list((folder.parent / "base").glob("chain_sum-test-*.jsonl"))
+
+
+def test_arguments_out_of_range(folder, script):
+    for arguments, says in (
+        (("--prompt", "1", "--max-new-tokens", "-1"), "--max-new-tokens -1: must be at least 1"),
+        (("--prompt", "1", "--max-new-tokens", "100000"), "at most the model's"),
+        (("--prompt", "x" * 10_000), "at most the model's"),
+        (("--prompt", "1", "--device", "xyz"), "device=xyz: choose auto, cpu"),
+    ):
+        code, _, err = script("scripts/generate.py", folder, *arguments)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert says in err
+    assert script("scripts/verify.py", folder, "--rows", "-3")[0] == 0
+    (folder / "out").write_text("kept")
+    code, _, err = script("scripts/export.py", folder, "--to", "peft", "--out", folder / "out")
+    assert (code, (folder / "out").read_text()) == (2, "kept")
+
+
+ROWS = {
+    "empty": (b"", "holds no predictions"),
+    "cut short": (b'{"id": "0", "prompt', "validation.jsonl:1: is not a prediction"),
+    "a list": (b"[]\n", "validation.jsonl:1: is not a prediction"),
+    "binary": (bytes(range(256)), "is not a prediction"),
+    "brackets": (b"[" * 100_000, "validation.jsonl:1: is not a prediction"),
+}
+FIELDS = {
+    "an id that is a number": {"id": 3},
+    "an output that is a list": {"output": []},
+    "references that are a text": {"references": "3"},
+    "a reference that is a number": {"references": [3]},
+    "scores that are a list": {"scores": []},
+    "a score that is a text": {"scores": {"exact_match_strict": "1"}},
+    "a score that is none": {"scores": {"exact_match_strict": float("nan")}},
+    "a score without end": {"scores": {"exact_match_strict": 10**400}},
+    "statistics that are texts": {"scores": {"exact_match_strict": ["1"]}},
+    "tokens that are a text": {"output_tokens": "3"},
+    "likelihoods without choices": {"log_likelihoods": [0.0]},
+}
+
+
+@pytest.mark.parametrize("what", [*ROWS, *FIELDS])
+def test_wrong_predictions(what, folder, tmp_path, script):
+    path = folder / "predictions" / "validation.jsonl"
+    lines = path.read_bytes().splitlines()
+    data, says = ROWS.get(what, (None, "validation.jsonl:2: is not a prediction"))
+    if data is None:
+        data = b"\n".join([lines[0], json.dumps({**json.loads(lines[1]), **FIELDS[what]}).encode(), *lines[2:]])
+    path.write_bytes(data)
+    before = snapshot(folder)
+    with refused(says):
+        run_record.read_predictions(path)
+    code, out, err = script("scripts/verify.py", folder, "--rows", "0")
+    assert (code, err) == (3, "")
+    assert says in out
+    (row, *_) = write.build([tmp_path / "outputs"]).rows
+    assert any(says in note for note in row.notes)
+    code, _, err = script("scripts/export.py", folder, "--to", "peft", "--out", tmp_path / "peft")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert not (tmp_path / "peft").exists()
+    assert snapshot(folder) == before
+
+
+def test_metrics_that_are_cut_or_garbage_are_passed_over(folder, tmp_path, words):
+    path = folder / "metrics.jsonl"
+    garbage = [b'{"step": 9, "train/loss": ', b"\x00\xff\xfe", b"3", b"[]", b"null", b"[" * 100_000]
+    odd = [
+        b'{"step": 1e400, "train/loss": 1}',
+        b'{"step": 1, "train/loss": NaN}',
+        b'{"train/loss": 1}',
+        b'{"step": "x"}',
+    ]
+    whole = read_metrics(path)
+    path.write_bytes(path.read_bytes() + b"\n".join([*odd, *garbage]))
+    assert [row for row in read_metrics(path) if row.get("train/loss") == row.get("train/loss")] == whole
+    steps, losses = read_run(folder).curve("train/loss")
+    assert (len(steps), len(losses)) == (1, 1)
+    (folder / "result.json").unlink()
+    again = run.main(compose_config(words))
+    assert [row["step"] for row in read_metrics(path)] == [row["step"] for row in whole]
+    assert again["status"] == "done"
+
+
+def test_a_cache_of_the_base_model_that_was_changed_is_named(folder, words):
+    (cache,) = (folder.parent / "base").glob("*.jsonl") if (folder.parent / "base").exists() else [None]
+    assert cache is None
+    run.main(compose_config([*words, "seed=1"]))
+    (cache,) = (folder.parent / "base").glob("*.jsonl")
+    lines = cache.read_bytes().splitlines()
+    for data, says in (
+        (b"\n".join(reversed(lines)), "holds the predictions of other rows; remove it"),
+        (b"\n".join(lines)[:-9], "is not a prediction"),
+    ):
+        cache.write_bytes(data)
+        with refused(says):
+            run.main(compose_config([*words, "seed=2"]))
+        assert cache.read_bytes() == data
+
+
+def test_a_loaded_run_is_an_error_of_one_kind(folder):
+    """From Python there is no exit code: the same UserError."""
+    (folder / "adapter" / "adapter.json").write_text("{")
+    with pytest.raises(UserError):
+        tiedlora.load(folder)

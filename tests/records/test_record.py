@@ -1,0 +1,160 @@
+"""Identity is meaning: ten frozen ids, and what may and may not change them."""
+
+import re
+from dataclasses import field, make_dataclass
+
+import pytest
+
+from tiedlora.config import compose as configuration
+from tiedlora.config.schema import Config, TrainConfig
+from tiedlora.errors import UserError
+from tiedlora.records import run_folder
+from tiedlora.records.run_folder import RunFolder, identity, run_id
+
+# An id that changes here re-runs everybody's sweeps. Change one only with a reason in the commit message.
+FROZEN = {
+    "": "TABuv-r8-chain_sum-smollm2_135m_instruct_q4_1-s0-5419d77e8d",
+    "tying=LoRA rank=r1": "LoRA-r1-chain_sum-smollm2_135m_instruct_q4_1-s0-e7b1be0b2e",
+    "tying=LoRA_qkv seed=1": "LoRA_qkv-r8-chain_sum-smollm2_135m_instruct_q4_1-s1-717f0365ed",
+    "tying=Tuv task=gsm8k train=paper model=llama2_7b": "Tuv-r8-gsm8k-llama_2_7b_hf-s0-0a8ae558fb",
+    "tying=TA task=squad rank=r2": "TA-r2-squad-smollm2_135m_instruct_q4_1-s0-1766098e69",
+    "tying=TABuv task=dialogsum model=gpt2_xl rank=r32": "TABuv-r32-dialogsum-gpt2_xl-s0-d6cc07352b",
+    "tying=TAuv task=hellaswag train.lr=1e-3": "TAuv-r8-hellaswag-smollm2_135m_instruct_q4_1-s0-c0e19bb0e3",
+    "tying=TBuv task=iwslt2017 score.checkpoint=best": "TBuv-r8-iwslt2017-smollm2_135m_instruct_q4_1-s0-040e95a622",
+    "tying=TAB tying.A.share=4 rank.alpha=16": "custom-r8-chain_sum-smollm2_135m_instruct_q4_1-s0-e58127478a",
+    "tying=TB task=gsm_symbolic train=tiny model=tiny_gpt2": "TB-r8-gsm_symbolic-gpt2-s0-7a1774390d",
+}
+
+
+@pytest.mark.parametrize(("overrides", "expected"), FROZEN.items())
+def test_frozen_ids(overrides, expected):
+    assert run_id(configuration.compose_config(overrides.split())) == expected
+
+
+def id_of(*overrides):
+    return run_id(configuration.compose_config(list(overrides)))
+
+
+def test_ten_ids_are_frozen_and_differ():
+    assert len(FROZEN) == len(set(FROZEN.values())) == 10
+
+
+@pytest.mark.parametrize(
+    ("written", "otherwise"),
+    [
+        ([], ["rank=r8", "tying=TABuv", "model=smollm2_135m"]),
+        (["rank=r2", "seed=1"], ["seed=1", "rank.r=2"]),
+        ([], ["rank.alpha=8"]),
+        ([], ["train.lr=1e-2"]),
+        (["tying=TABuv"], ["tying=TAB", "tying.u.trained=true", "tying.v.trained=true", "tying.name=mine"]),
+        ([], ["train.microbatch_size=2", "train.device=cpu", "train.threads=1", "train.log_every=1"]),
+        ([], ["outputs=elsewhere", "cache=there", "data_root=here", "force=true", "tracking=wandb"]),
+        ([], ["score.splits=[validation,test]", "train.checkpoint_every=7", "model.path=folder"]),
+        ([], ["task.folder=other", "task.hub.id=another/copy"]),
+    ],
+)
+def test_the_same_meaning_is_the_same_run(written, otherwise):
+    assert id_of(*written) == id_of(*otherwise)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "seed=1",
+        "rank.r=7",
+        "rank.alpha=16",
+        "train.lr=2e-2",
+        "train.steps=101",
+        "train.dtype=float32",
+        "train.weight_decay=0.1",
+        "tying.u.init=0.1",
+        "tying.A.share=2",
+        "tying.dropout=0.1",
+        "task.version=2",
+        "task.rows.train=100",
+        "task.max_new_tokens=41",
+        "score.batch_size=32",
+        "score.checkpoint=best",
+        "model.revision=abc",
+    ],
+)
+def test_another_meaning_is_another_run(change):
+    assert id_of(change) != id_of()
+
+
+def test_a_new_neutral_key_changes_no_id_and_a_changed_default_does():
+    """Through the very functions that make ids: the schema gets a key, then another default."""
+    config = configuration.compose_config([])
+
+    def with_field(name, default, value, neutral=True):
+        metadata = {"neutral": default} if neutral else {}
+        grown = make_dataclass(
+            "Grown", [(name, float, field(default=default, metadata=metadata))], bases=(TrainConfig,)
+        )
+        train = grown(**{**vars(config.train), name: value})
+        return Config(**{**vars(config), "train": train})
+
+    before = run_id(config)
+    assert run_id(with_field("label_smoothing", 0.0, 0.0)) == before
+    assert run_id(with_field("label_smoothing", 0.0, 0.1)) != before
+    assert run_id(with_field("label_smoothing", 0.0, 0.0, neutral=False)) != before
+    config.train.eps = 1e-7
+    assert run_id(config) != before
+
+
+def test_ids_begin_with_a_letter_and_are_safe_names():
+    for overrides in ([], ["model=llama2_7b", "task=gsm8k"], ["tying=LoRA_qkv", "model.name=7b/1e5"]):
+        assert re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]*", id_of(*overrides))
+
+
+def test_identity_holds_no_paths():
+    config = configuration.compose_config(["outputs=/tmp/secret", "data_root=/tmp/secret", "model.path=/tmp/secret"])
+    assert "secret" not in str(identity(config))
+
+
+class TestFolder:
+    def test_states_come_from_what_is_there(self, tmp_path):
+        folder = RunFolder(tmp_path / "run")
+        assert folder.state() == "missing"
+        assert not folder.path.exists()
+        with folder.locked():
+            pass
+        assert folder.state() == "interrupted"
+        try:
+            raise ValueError("boom")
+        except ValueError:
+            folder.write_error()
+        assert folder.state() == "failed"
+        assert "boom" in folder.error_file.read_text()
+        folder.result_file.write_text("{}")
+        assert folder.state() == "done"
+
+    def test_a_locked_folder_is_running_and_refuses_a_second_owner(self, tmp_path):
+        import subprocess
+        import sys
+
+        folder = RunFolder(tmp_path / "run")
+        holder = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import sys,time,pathlib; from tiedlora.records.run_folder import RunFolder\n"
+                f"with RunFolder(pathlib.Path({str(folder.path)!r})).locked():\n"
+                "    print('held', flush=True); time.sleep(60)",
+            ],
+            stdout=subprocess.PIPE,
+        )
+        assert holder.stdout.readline() == b"held\n"
+        assert folder.state() == "running"
+        with pytest.raises(UserError, match="another process"), folder.locked():
+            pass
+        holder.kill()
+        holder.wait()
+        # The lock dies with its owner.
+        assert folder.state() == "interrupted"
+
+    def test_records_hold_no_environment(self, monkeypatch):
+        monkeypatch.setenv("WANDB_API_KEY", "not-for-records")
+        config = configuration.compose_config([])
+        written = str([run_folder.config_record(config), run_folder.versions(), run_folder.code(), identity(config)])
+        assert "not-for-records" not in written

@@ -1,0 +1,46 @@
+"""W&B workspaces are built offline and ask for keys that runs log."""
+
+import json
+
+import pytest
+from helpers.report_runs import scored_run
+
+from tiedlora import text as present
+from tiedlora.errors import UserError
+from tiedlora.report import wandb_dashboard
+from tiedlora.report.runs import read_runs
+
+pytest.importorskip("wandb_workspaces")
+
+
+@pytest.fixture
+def runs(tmp_path):
+    scored_run(tmp_path, [1.0, 0.0] * 10, [0.0] * 20, split="test")
+    scored_run(tmp_path, [1.0, 0.0] * 10, [0.0] * 20, task="squad")
+    return read_runs([tmp_path])[0]
+
+
+def test_every_panel_asks_for_a_key_that_runs_log(runs):
+    (workspace, _) = wandb_dashboard.workspaces(runs, "team", "tiedlora")
+    text = json.dumps(wandb_dashboard.specification(workspace))
+    (run,) = [run for run in runs if run.task == "chain_sum"]
+    logged = present.flat_summary(run.record)
+    for key in ("trainable_params", "test/exact_match_strict", "training/peak_memory_bytes", "training/tokens_per_s"):
+        assert key in logged
+        assert key in text
+    for key in ("validation/loss", "train/loss", "tying", "rank", "lr"):
+        assert key in text
+
+
+def test_a_workspace_a_task_filters_its_runs(runs):
+    made = wandb_dashboard.workspaces(runs, "team", "tiedlora")
+    assert [workspace.name for workspace in made] == ["Tied-LoRA: chain_sum", "Tied-LoRA: squad"]
+    assert "squad" in json.dumps(wandb_dashboard.specification(made[1])["spec"]["section"]["runSets"])
+
+
+def test_mistakes_are_for_people(runs):
+    with pytest.raises(UserError, match="no finished run"):
+        wandb_dashboard.workspaces([], "team", "tiedlora")
+    (workspace, _) = wandb_dashboard.workspaces(runs, "team", "tiedlora")
+    with pytest.raises(UserError, match="WANDB_MODE"):
+        wandb_dashboard.save(workspace)

@@ -1,0 +1,144 @@
+"""Runs and adapters loaded back, several on one base, training that starts from one, and the try-it script."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from helpers.tiny import EIGHT, randomise, tiny, tying_option
+from safetensors.torch import load_file
+
+import tiedlora
+from tiedlora import UserError
+from tiedlora.adapter import attach
+from tiedlora.records.run_folder import run_id
+from tiedlora.runs import run
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def test_importing_it_loads_neither_torch_nor_hydra():
+    code = "import sys, tiedlora; print(sorted({'torch', 'hydra', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_a_name_is_the_option_of_conf(name):
+    ours, option = asdict(tiedlora.named(name)), asdict(tying_option(name))
+    # A starting rate for the harness's own loop; an attached adapter has none.
+    assert ours.pop("suggested_lr")
+    option.pop("suggested_lr")
+    assert ours == option
+
+
+class TestAdapters:
+    def test_several_take_turns_on_one_base(self, ids):
+        model = tiny("tiny_llama").model
+        plain, expected = logits(model, ids), {}
+        adapters = tiedlora.Adapters(model)
+        for seed, name in enumerate(("LoRA", "Tuv", "TABuv"), start=1):
+            attached = attach(model, name, 4)
+            randomise(attached.adapter, seed)
+            expected[name] = logits(model, ids)
+            attached.detach()
+            adapters.add(name, attached.adapter)
+        assert adapters.names == ["LoRA", "Tuv", "TABuv"]
+        for name in ("Tuv", "LoRA", "TABuv", "Tuv"):
+            adapters.use(name)
+            assert adapters.active == name
+            assert torch.equal(logits(model, ids), expected[name])
+        active = adapters.use("LoRA")
+        assert active is not None
+        active.merge()
+        adapters.use(None)
+        assert torch.equal(logits(model, ids), plain)
+        adapters.use("Tuv")
+        adapters.remove("Tuv")
+        assert torch.equal(logits(model, ids), plain)
+
+    def test_mistakes(self):
+        adapters = tiedlora.Adapters(tiny("tiny_llama").model)
+        adapter = attach(tiny("tiny_gpt2").model, "TAB", 4).adapter
+        adapters.add("a", adapter)
+        with pytest.raises(UserError, match="'a' is taken"):
+            adapters.add("a", adapter)
+        for call in (adapters.use, adapters.remove):
+            with pytest.raises(UserError, match="there is no 'b'; there are a"):
+                call("b")
+        with pytest.raises(UserError, match="family=gpt2"):
+            adapters.use("a")
+        assert adapters.active is None
+
+
+class TestRuns:
+    @pytest.fixture
+    def finished(self, tiny_config, tmp_path):
+        result = run.main(tiny_config("tying=TAB"))
+        return tmp_path / "outputs" / result["run_id"]
+
+    def test_a_run_is_loaded_with_its_base(self, finished, ids):
+        attached = tiedlora.load(finished)
+        model = tiedlora.base_of(finished).model
+        assert not torch.equal(logits(attached.model, ids), logits(model, ids))
+        tiedlora.load(finished / "adapter", model)
+        assert torch.equal(logits(attached.model, ids), logits(model, ids))
+        with pytest.raises(UserError, match="neither a finished run nor an adapter"):
+            tiedlora.load(finished / "predictions")
+        with pytest.raises(UserError, match="pass the base model"):
+            tiedlora.load(finished / "adapter")
+
+    def test_training_goes_on_from_a_saved_adapter(self, finished, tiny_config, tmp_path):
+        """TAB's end is TABuv's start: u and v are ones there."""
+        first = run.RunFolder(finished).result()
+        config = tiny_config("tying=TABuv", f"train.init_from={finished}")
+        second = run.main(config)
+        start, end = (r["training"] for r in (second, first))
+        assert start["validation_loss_first"] == pytest.approx(end["validation_loss_last"], abs=1e-6)
+        assert run_id(config) != run_id(tiny_config("tying=TABuv"))
+        saved = load_file(tmp_path / "outputs" / second["run_id"] / "adapter" / "adapter.safetensors")
+        assert not torch.equal(saved["qkv.u"], torch.ones_like(saved["qkv.u"]))
+
+    def test_identity_is_the_adapters_content(self, finished, tiny_config, tmp_path):
+        shutil.copytree(finished / "adapter", tmp_path / "elsewhere")
+        ids = {
+            run_id(tiny_config("tying=TABuv", f"train.init_from={path}")) for path in (finished, tmp_path / "elsewhere")
+        }
+        assert len(ids) == 1
+        # A run's own record needs the adapter no longer.
+        config = tiny_config("tying=TABuv", f"train.init_from={finished}")
+        shutil.rmtree(finished)
+        again = tiny_config(
+            "tying=TABuv", f"train.init_from={finished}", f"train.init_digest={config.train.init_digest}"
+        )
+        assert {run_id(again)} == ids
+
+    @pytest.mark.parametrize(
+        ("overrides", "says"),
+        [
+            (["tying=Tuv"], r"qkv.v is in this run alone"),
+            (["tying=TAB", "rank=r2"], r"has rank 8 and alpha 8"),
+            (["tying=TAB", "rank.alpha=16"], r"has rank 8 and alpha 8"),
+            (["tying=LoRA"], r"qkv.A is \(1, 8, 32\) there and \(3, 8, 32\) here"),
+            (["tying=TAB", "tying.targets=[qkv,o]"], r"o.A is in this run alone"),
+            (["tying=TAB", "model=tiny_gpt2"], r"was trained on"),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, finished, tiny_config, overrides, says):
+        with pytest.raises(UserError, match=says):
+            run.main(tiny_config(*overrides, f"train.init_from={finished}"))
+
+    def test_no_adapter_there(self, tiny_config, tmp_path):
+        with pytest.raises(UserError, match="neither a finished run nor an adapter"):
+            tiny_config(f"train.init_from={tmp_path}")
+
+    def test_generate_shows_base_and_adapted(self, finished, script):
+        code, out, _ = script("scripts/generate.py", finished, "--prompt", "1 + 1", "--prompt", "2 + 2")
+        assert code == 0
+        assert "Question: 1 + 1\nAnswer:" in out
+        assert out.count("| adapted") == 2
+        assert all(c.isprintable() or c == "\n" for c in out)

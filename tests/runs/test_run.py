@@ -1,0 +1,289 @@
+"""A run's life on a random model of seconds: record, repeat, resume, added splits, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tiedlora.config.compose import PROJECT, compose_config
+from tiedlora.errors import UserError
+from tiedlora.records.run_folder import RunFolder, run_id
+from tiedlora.runs import run
+from tiedlora.tracking.tracker import read_metrics
+
+
+def folder_of(config) -> RunFolder:
+    return RunFolder(Path(config.outputs) / run_id(config))
+
+
+def command(arguments, **environment):
+    return subprocess.run(
+        [sys.executable, str(PROJECT / "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+
+
+def test_the_record_is_complete(tiny_config, capsys):
+    config = tiny_config()
+    result = run.main(config)
+    folder = folder_of(config)
+    assert result == folder.result() == json.loads(folder.result_file.read_text())
+    assert result["status"] == "done"
+    for key in ("run_id", "identity", "config", "seed", "code", "versions", "device", "base", "data", "training"):
+        assert result[key] not in (None, ""), key
+    assert result["trainable_params"] == 8 * (32 + 64) + 3 * (8 + 64)  # r (d_in + d_out) + L (r + d_out)
+    training = result["training"]
+    assert training["steps"] == 6
+    assert 0 <= training["clipped_share"] <= 1
+    assert training["peak_memory_bytes"] > 0
+    rows = read_metrics(folder.metrics_file)
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 7))
+    predictions = [json.loads(line) for line in folder.predictions_file("validation").read_text().splitlines()]
+    assert len(predictions) == result["scores"]["validation"]["rows"] > 0
+    assert set(predictions[0]) >= {"id", "prompt", "references", "output", "ended", "scores"}
+    assert folder.predictions_file("validation.base").exists()
+    assert result["adapter_bytes"] == sum(f.stat().st_size for f in folder.adapter.iterdir())
+    assert not folder.checkpoints.exists()
+    shown = capsys.readouterr().out
+    assert "of LoRA)" in shown
+    assert str(folder.path) in shown
+
+
+def test_finished_runs_are_not_repeated_unless_forced(tiny_config, capsys):
+    run.main(tiny_config())
+    config = tiny_config()
+    before = folder_of(config).result_file.stat().st_mtime_ns
+    run.main(config)
+    assert "finished before" in capsys.readouterr().out
+    assert folder_of(config).result_file.stat().st_mtime_ns == before
+    run.main(tiny_config("force=true"))
+    assert folder_of(config).result_file.stat().st_mtime_ns > before
+
+
+def test_test_is_scored_when_told_to_alone_and_keeps_the_identity(tiny_config):
+    first = run.main(tiny_config())
+    assert set(first["scores"]) == {"validation"}
+    second = run.main(tiny_config("score.splits=[validation,test]"))
+    assert set(second["scores"]) == {"validation", "test"}
+    assert second["run_id"] == first["run_id"]
+    assert {k: v for k, v in second.items() if k != "scores"} == {k: v for k, v in first.items() if k != "scores"}
+
+
+def test_added_split_equals_one_scored_at_once(tiny_config, tmp_path):
+    config = tiny_config()
+    run.main(config)
+    run.score_more(folder_of(config), ["test"], data_root=None)
+    at_once = tiny_config("score.splits=[validation,test]", f"outputs={tmp_path}/elsewhere")
+    run.main(at_once)
+    assert (
+        folder_of(config).predictions_file("test").read_bytes()
+        == folder_of(at_once).predictions_file("test").read_bytes()
+    )
+
+
+def test_the_base_is_scored_once_for_all_configurations(tiny_config, monkeypatch):
+    from tiedlora.scoring import scoring
+
+    asked = []
+    predict = scoring.predict
+    monkeypatch.setattr(scoring, "predict", lambda *a: asked.append(a[-1]) or predict(*a))
+    for tying in ("TABuv", "LoRA", "TA"):
+        run.main(tiny_config(f"tying={tying}"))
+    assert sum("base" in what for what in asked) == 1
+    assert len(asked) == 4
+
+
+def test_best_checkpoint_can_be_scored(tiny_config):
+    config = tiny_config("score.checkpoint=best", "train.lr=0.5", "train.validate_every=1")
+    result = run.main(config)
+    losses = {
+        row["step"]: row["validation/loss"]
+        for row in read_metrics(folder_of(config).metrics_file)
+        if "validation/loss" in row
+    }
+    best = min(losses, key=lambda step: (losses[step], step))
+    assert result["training"]["scored_step"] == best
+
+
+def test_another_data_digest_is_an_error_not_a_match(tiny_run, tmp_path):
+    rows = [{"question": f"What is {i}?", "answer": f"{i}\n#### {i}"} for i in range(30)]
+    data = tmp_path / "data" / "gsm8k"
+    data.mkdir(parents=True)
+
+    def write():
+        (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    overrides = tiny_run("task.validation_from_train=8", f"data_root={tmp_path}/data", task="gsm8k")
+    write()
+    run.main(compose_config(overrides))
+    rows[3]["question"] = "What was changed?"
+    write()
+    with pytest.raises(UserError, match=r"finished on other (train|validation) data.*force=true"):
+        run.main(compose_config(overrides))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"question": "q"}', r"train.jsonl:3: the field 'answer' is missing"),
+        ('{"question": 3, "answer": "#### 3"}', r"train.jsonl:3: the field 'question' must be str"),
+        ('{"question": "q", "answer": "none"}', r"train.jsonl:3: .*#### number"),
+        ('{"question": "q"', r"train.jsonl:3: is not valid JSON"),
+        ("[1]", r"train.jsonl:3: must be a JSON object"),
+        (b'{"question": "\xff"}', r"train.jsonl:3: is not UTF-8"),
+    ],
+)
+def test_a_broken_row_stops_before_anything_is_written(tiny_run, tmp_path, line, says):
+    data = tmp_path / "data" / "gsm8k"
+    data.mkdir(parents=True)
+    good = b'{"question": "q %d", "answer": "#### %d"}\n'
+    line = line if isinstance(line, bytes) else line.encode()
+    (data / "train.jsonl").write_bytes(b"".join(good % (i, i) for i in (1, 2)) + line + b"\n" + good % (3, 3))
+    overrides = tiny_run("task.validation_from_train=1", f"data_root={tmp_path}/data", task="gsm8k")
+    with pytest.raises(UserError, match=says):
+        run.main(compose_config(overrides))
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_missing_data_says_the_three_ways(tiny_run, tmp_path):
+    with pytest.raises(UserError, match=r"no such file.*hub.*data_root=.*TIEDLORA_DATA"):
+        run.main(compose_config(tiny_run(f"data_root={tmp_path}", task="gsm8k")))
+
+
+def test_failure_leaves_its_traceback_and_mended_it_goes_on(tiny_config, monkeypatch):
+    config = tiny_config()
+    from tiedlora.scoring import scoring
+
+    whole = scoring.score_split
+    monkeypatch.setattr(scoring, "score_split", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.main(config)
+    folder = folder_of(config)
+    assert folder.state() == "failed"
+    assert "ZeroDivisionError" in folder.error_file.read_text()
+    assert not folder.result_file.exists()
+    monkeypatch.setattr(scoring, "score_split", whole)
+    run.main(tiny_config())
+    assert folder.state() == "done"
+    assert not folder.error_file.exists()
+
+
+def test_shuffled_targets_keep_prompts_and_move_every_target(tiny_config):
+    from tiedlora.tasks import load_examples, load_task
+
+    plain = load_examples(load_task(tiny_config().task), "train", None)
+    mixed = load_examples(load_task(tiny_config("task.shuffle_targets=true").task), "train", None)
+    assert [e.prompt for e in plain] == [e.prompt for e in mixed]
+    assert sorted(e.target for e in plain) == sorted(e.target for e in mixed)
+    assert sum(a.target == b.target for a, b in zip(plain, mixed, strict=True)) == 0
+
+
+class TestCommand:
+    """train.py as a person uses it."""
+
+    def test_mistakes_are_one_line_with_no_traceback_and_no_folder(self, tiny_run, tmp_path):
+        for arguments, says in (
+            (tiny_run("tying=TABXY"), "tying=TABXY"),
+            (tiny_run("rank=8"), "rank=r8"),
+            (tiny_run("model=llama2_7b"), "cannot be loaded"),
+            (tiny_run(f"data_root={tmp_path}", task="gsm8k"), "TIEDLORA_DATA"),
+        ):
+            done = command(arguments)
+            assert done.returncode == 2, done.stderr
+            assert says in done.stderr
+            assert "Traceback" not in done.stderr
+            assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert not (tmp_path / "outputs").exists()
+
+    def test_a_signal_checkpoints_and_the_same_command_goes_on_exactly(self, tiny_run, tiny_config, tmp_path):
+        overrides = tiny_run("train.steps=200", "train.checkpoint_every=1000", "train.validate_every=0")
+        config = compose_config(overrides)
+        folder = folder_of(config)
+        process = subprocess.Popen(
+            [sys.executable, str(PROJECT / "train.py"), *overrides],
+            stderr=subprocess.PIPE,
+        )
+        deadline = time.time() + 60
+        while time.time() < deadline and len(read_metrics(folder.metrics_file)) < 12:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 75, stderr
+        assert b"the same command goes on" in stderr
+        assert folder.state() == "interrupted"
+        assert len(list(folder.checkpoints.glob("step-*"))) == 1
+        done = command(overrides)
+        assert done.returncode == 0, done.stderr
+        assert "going on from step" in done.stderr
+        whole = compose_config([*overrides, f"outputs={tmp_path}/whole"])
+        run.main(whole)
+        ours, theirs = (load_file(f.adapter / "adapter.safetensors") for f in (folder, folder_of(whole)))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        steps = [row["step"] for row in read_metrics(folder.metrics_file) if "train/loss" in row]
+        assert steps == list(range(1, 201))
+
+    def test_score_script_adds_a_split(self, tiny_run, tiny_config):
+        config = tiny_config()
+        run.main(config)
+        done = subprocess.run(
+            [sys.executable, str(PROJECT / "scripts/score.py"), str(folder_of(config).path), "--split", "test"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "test:" in done.stdout
+        assert set(folder_of(config).result()["scores"]) == {"validation", "test"}
+
+    def test_params_script_reproduces_the_papers_column(self):
+        done = subprocess.run(
+            [sys.executable, str(PROJECT / "scripts/params.py")], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert "TABuv                 524,544        12.51 %" in done.stdout
+        assert "LoRA                4,194,304       100.00 %" in done.stdout
+
+
+class TestWandb:
+    def test_an_offline_run_is_readable_with_configuration_and_summary(self, tiny_run, tmp_path):
+        done = command(tiny_run("tracking=wandb"), WANDB_MODE="offline")
+        assert done.returncode == 0, done.stderr
+        config = compose_config(tiny_run())
+        folder = folder_of(config)
+        (offline,) = (folder.path / "wandb").glob("offline-run-*")
+        leet = subprocess.run(
+            [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--summary", "--json", str(offline)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert leet.returncode == 0, leet.stderr
+        assert "exact_match_strict" in leet.stdout
+        assert "trainable_params" in leet.stdout
+        assert '"TABuv"' in leet.stdout
+
+    def test_a_resumed_segment_holds_the_whole_curve(self, tmp_path, monkeypatch):
+        from tiedlora.tracking.tracker import Tracker
+
+        tracker = Tracker(tmp_path / "metrics.jsonl", 0)
+        tracker.log([{"step": step, "train/loss": float(step)} for step in range(1, 7)])
+        resumed = Tracker(tmp_path / "metrics.jsonl", 4)
+        assert [row["step"] for row in resumed.rows] == [1, 2, 3, 4]
+        resumed.log([{"step": 5, "train/loss": 5.0}])
+        assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_a_line_cut_by_a_kill_is_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra')
+    assert [row["step"] for row in read_metrics(path)] == [1]

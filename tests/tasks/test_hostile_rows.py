@@ -1,0 +1,203 @@
+"""Malformed data rows: a table of them with what each says, and a search for more."""
+
+import functools
+import json
+import os
+import time
+import zipfile
+
+import pytest
+from helpers.hostile import ODD_VALUES, refused, right_or_refused, search
+from helpers.tiny import task_option as compose_task
+from hypothesis import given
+from hypothesis import strategies as st
+from test_tasks import FIVE, GOOD
+
+from tiedlora.config.compose import compose_config
+from tiedlora.runs import run
+from tiedlora.tasks import digest, load_examples
+from tiedlora.tasks.hellaswag import cleaned
+from tiedlora.tasks.rows import LONGEST_LINE, read_json_lines
+
+task_option = functools.cache(compose_task)
+
+
+def line(**changes) -> bytes:
+    return json.dumps({**GOOD["gsm8k"], **changes}).encode() + b"\n"
+
+
+WHOLE = line()
+ROWS = {  # the bytes of gsm8k/test.jsonl, and what is said of them
+    "not UTF-8": (WHOLE + b'{"question": "\xff\xfe"}\n', "test.jsonl:2: is not UTF-8 (byte 14)"),
+    "UTF-16": (WHOLE.decode().encode("utf-16"), "test.jsonl:1: is not UTF-8"),
+    "a byte order mark": (b"\xef\xbb\xbf" + WHOLE, "test.jsonl:1: is not valid JSON"),
+    "cut short": (WHOLE + WHOLE[:40], "test.jsonl:2: is not valid JSON"),
+    "an array": (b"[1, 2]\n", "test.jsonl:1: must be a JSON object, not list"),
+    "a text": (b'"x"\n', "test.jsonl:1: must be a JSON object, not str"),
+    "null": (b"null\n", "test.jsonl:1: must be a JSON object, not NoneType"),
+    "not a number": (b"NaN\n", "test.jsonl:1: must be a JSON object, not float"),
+    "a number without end": (b'{"question": ' + b"9" * 5000 + b"}\n", "test.jsonl:1: is not valid JSON"),
+    "a hundred thousand brackets": (b"[" * 100_000 + b"\n", "test.jsonl:1: is not valid JSON"),
+    "raw control characters": (b'{"question": "a\x00\x1b[2J"}\n', "test.jsonl:1: is not valid JSON"),
+    "half of a surrogate pair": (line(question="\ud800"), "half of a surrogate pair"),
+    "half of a surrogate pair in an id": (line(id="\udfff"), "half of a surrogate pair"),
+    "an empty file": (b"", "holds no rows"),
+    "blank lines": (b"\n \n\t\n", "holds no rows"),
+    "a line without end": (line(question="x" * LONGEST_LINE), "test.jsonl:1: has 4,194,"),
+    "an empty object": (b"{}\n", "the field 'question' is missing (it has none)"),
+    "a missing field": (b'{"question": "x"}\n', "the field 'answer' is missing (it has question)"),
+    "a wrong type": (line(answer=5), "the field 'answer' must be str, not int"),
+    "not a number in a field": (line(answer=float("nan")), "the field 'answer' must be str, not float"),
+    "null in a field": (line(question=None), "the field 'question' must be str, not NoneType"),
+    "an object in a field": (line(question={"a": 1}), "the field 'question' must be str, not dict"),
+    "an empty question": (line(question=" "), "needs a question"),
+    "an answer without a number": (line(answer="none"), "an answer that ends in '#### number'"),
+    "an id twice": (line(id=1) + line(id="1"), "the id '1' was used before, at"),
+    "a web page": (b"<html><script>alert(1)</script>\n", "test.jsonl:1: is not valid JSON"),
+    "a pickle": (b"\x80\x04\x95\x1b\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94\x8c\x06system\n", "is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_a_wrong_row_is_named_by_file_and_line(what, tmp_path):
+    data, says = ROWS[what]
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_bytes(data)
+    with refused(says, tmp_path):
+        load_examples(task_option("gsm8k"), "test", str(tmp_path))
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    path = folder / "test.jsonl"
+    task = task_option("gsm8k")
+    for make, says in (
+        (lambda: None, "no such file"),
+        (path.mkdir, "is not a regular file"),
+        (lambda: (path.rmdir(), os.mkfifo(path)), "is not a regular file"),
+        (lambda: (path.unlink(), path.symlink_to("/dev/zero")), "is not a regular file"),
+        (lambda: (path.unlink(), path.symlink_to(path)), "no such file"),
+        (lambda: (path.unlink(), folder.rmdir(), folder.write_text("a file")), "no such file"),
+    ):
+        make()
+        with refused(says):
+            load_examples(task, "test", str(tmp_path))
+
+
+def test_a_dangling_link_beside_the_rows_does_no_harm(tmp_path, tiny_config):
+    from tiedlora.runs import reuse
+
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "train.jsonl").write_bytes(b"".join(line(question=f"{i}?") for i in range(9)))
+    (tmp_path / "gsm8k" / "test.jsonl").symlink_to(tmp_path / "gone")
+    config = tiny_config(f"data_root={tmp_path}", "task.validation_from_train=3", task="gsm8k")
+    examples, _ = reuse.rows(config)
+    assert len(examples["train"]) == 6
+
+
+def test_a_wrong_row_stops_the_command_before_anything_is_written(tmp_path, tiny_run, script):
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    (tmp_path / "data" / "gsm8k" / "train.jsonl").write_bytes(WHOLE + b"\x1b]0;owned\x07\n")
+    code, _, err = script("train.py", *tiny_run(f"data_root={tmp_path}/data", task="gsm8k"))
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "train.jsonl:2: is not valid JSON" in err
+    assert all(c.isprintable() or c == "\n" for c in err)
+    assert not list((tmp_path).glob("outputs/*/*.json*"))
+
+
+def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):
+    """Control characters, tags and formulas are what a row may hold: they are kept, and harm nothing."""
+    texts = ["\x00\x1b[2J", "<script>alert(1)</script>", "=1+1", "\u202e\u2028\x85", "{answer}", "a" * 300, "\x7f"]
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    rows = [line(question=f"{text} {i}", id=f"{text}{i}") for i in range(4) for text in texts]
+    (tmp_path / "data" / "gsm8k" / "train.jsonl").write_bytes(b"".join(rows))
+    more = (f"data_root={tmp_path}/data", "task.validation_from_train=8", "train.steps=1", "train.warmup_steps=0")
+    for seed in (0, 1):  # the second run reads the base model's predictions of the first
+        config = compose_config(tiny_run(*more, f"seed={seed}", task="gsm8k"))
+        result = run.main(config)
+        assert result["scores"]["validation"]["rows"] == 8
+
+
+def test_options_of_generated_rows(tmp_path):
+    for override, says in (
+        ("task.options.rows=3", "rows and parameters must be mappings"),
+        ("task.options.parameters=3", "rows and parameters must be mappings"),
+        ("task.options.rows={train: -1, validation: 1, test: 1}", "must be a number from 1 to"),
+        ("task.options.rows={train: 99999999, validation: 1, test: 1}", "must be a number from 1 to"),
+        ("task.options.dataset=[os]", "reasoning-gym refuses them"),
+        ("task.options.dataset=no_such", "reasoning-gym refuses them"),
+        ("+task.options.parameters.evil=1", "reasoning-gym refuses them"),
+        ("+task.options.evil=1", "needs dataset and rows"),
+    ):
+        with refused(says):
+            load_examples(compose_task("chain_sum", override), "train", None)
+
+
+def test_brackets_that_never_close_cost_no_time():
+    """Of 200,000 of them each was once a search to the line's end: minutes."""
+    started = time.monotonic()
+    assert cleaned("a [header] b\n" + "[" * 200_000) == "a b\n" + "[" * 200_000
+    assert time.monotonic() - started < 2
+
+
+@given(st.lists(st.sampled_from(["[", "]", " [title]", "a", "  ", "\n", "[step]"]), max_size=12).map("".join))
+@search(200)
+def test_cleaning_is_what_it_was(text):
+    import re
+
+    harness = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    assert cleaned(text) == harness
+
+
+def test_a_damaged_zip_of_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 and no more")
+    with zipfile.ZipFile(tmp_path / "odd.zip", "w") as archive:
+        for language in ("de", "en"):
+            archive.writestr(f"x/train.tags.de-en.{language}", b"\xff\xfe")
+    for name in ("cut.zip", "odd.zip"):
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, name=name, **__: str(tmp_path / name))
+        with refused(f"{name}: is damaged"):
+            task_option("iwslt2017").hub_rows("train")
+
+
+def as_line(row) -> bytes:
+    return json.dumps(row).encode()
+
+
+@given(st.data(), st.sampled_from(FIVE))
+@search(150)
+def test_any_row_is_an_example_or_refused(tmp_path_factory, data, kind):
+    """A good row with a field of any kind in the place of one of its own, or an object of any kind."""
+    row = json.loads(json.dumps(GOOD[kind]))
+    if data.draw(st.booleans()):
+        place, key = row, data.draw(st.sampled_from(sorted(row)))
+        if isinstance(row[key], dict) and data.draw(st.booleans()):
+            place, key = row[key], data.draw(st.sampled_from(sorted(row[key])))
+        place[key] = data.draw(ODD_VALUES)
+    else:
+        row = data.draw(ODD_VALUES)
+    folder = tmp_path_factory.getbasetemp() / "any-rows"
+    (folder / kind).mkdir(parents=True, exist_ok=True)
+    path = folder / kind / "test.jsonl"
+    path.write_bytes(as_line(row) + b"\n")
+    before = path.read_bytes()
+    with right_or_refused():
+        (example,) = load_examples(task_option(kind), "test", str(folder))
+        assert digest([example])
+        json.dumps([example.id, example.prompt, example.target], ensure_ascii=False).encode()
+        output = [0.0] * len(example.choices) if example.choices else "any output 5"
+        task_option(kind).score(output, example)
+    assert path.read_bytes() == before
+
+
+@given(st.binary(max_size=100) | st.lists(ODD_VALUES.map(as_line) | st.binary(max_size=20), max_size=4).map(b"\n".join))
+@search(200)
+def test_any_bytes_are_rows_or_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(data)
+    with right_or_refused():
+        assert all(isinstance(row.fields, dict) for row in read_json_lines(path))
+    assert path.read_bytes() == data

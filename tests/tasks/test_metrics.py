@@ -1,0 +1,189 @@
+"""Scores equal those of the libraries that the field uses, on the same outputs."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+from helpers.tiny import task_option
+
+from tiedlora.tasks import Example
+from tiedlora.tasks.gsm8k import flexible_number, normalise, strict_number
+from tiedlora.tasks.task_metric import TaskMetric
+
+# Answers as SQuAD's awkward ones are: articles, punctuation, case, repeated words, nothing left, other scripts.
+SQUAD = [
+    ("the Norman", ["Normans", "The Normans", "norman"]),
+    ("A  cat, a dog.", ["cat dog", "cats and dogs"]),
+    ("", ["something"]),
+    ("...", ["the"]),
+    ("10th and 11th centuries", ["in the 10th and 11th centuries", "10th-11th centuries"]),
+    ("$1,000", ["1000", "$ 1,000"]),
+    ("Über-Mensch", ["über mensch", "Übermensch"]),
+    ("to to be", ["to be or not to be"]),
+    ("an apple", ["AN APPLE!"]),
+    ("", ["the"]),
+    ("a", ["word"]),
+    ("theatre", ["the atre"]),
+]
+SENTENCES = [
+    ("The cat sat on the mat.", "The cat sat on a mat."),
+    ("", "Thank you."),
+    ("It's 5 o'clock, isn't it?", "It is five o'clock, is it not?"),
+    ("completely different words here", "nothing in common at all"),
+    ("Ein Satz auf Deutsch & mehr", "A sentence in German &amp; more"),
+    ("We went to the moon in 1969 -- and came back.", "We went to the moon in 1969, and we came back."),
+    ("yes", "Yes."),
+]
+# (output, strict, flexible): what the harness' filters take from it, None for its "[invalid]".
+GSM8K = [
+    ("#### 18", "18", "18"),
+    ("#### 1,234", "1,234", "1,234"),
+    ("#### -7", "-7", "-7"),
+    ("#### 3.50", "3.50", "3.50"),
+    ("#### 42.", "42.", "42."),
+    ("#### $18", None, "$18"),
+    ("####18", None, "18"),
+    ("#### eighteen", None, None),
+    ("#### 18 dollars", "18", "18"),
+    ("#### 5 #### 6", "5", "6"),
+    ("#### 5\n\nQuestion: 7?", "5", "7"),
+    ("The answer is 18.", None, "18."),
+    ("She pays $1,000.00 in all", None, "$1,000.00"),
+    ("2 + 3 = 5", None, "5"),
+    ("7", None, "7"),
+    ("-7", None, "-7"),
+    ("- 7", None, "7"),
+    ("about 50%", None, "50"),
+    ("between 3-4 hours", None, "-4"),
+    ("10-20", None, "-20"),
+    ("no number at all", None, None),
+    ("", None, None),
+    ("...", None, "..."),
+    ("costs $5", None, "$5"),
+    ("$ 5", None, "5"),
+    ("9, 10, 11", None, "11"),
+    ("1/2", None, "2"),
+    ("x = 3.14159 m", None, "3.14159"),
+    ("#### ,", ",", None),
+    ("####  18", None, "18"),
+    ("<<2*9=18>>18\n#### 18", "18", "18"),
+    ("12:30", None, "30"),
+    ("1e5", None, "5"),
+    ("\u0661\u0662", None, None),
+    ("#### -1,000.5 kg", "-1,000.5", "-1,000.5"),
+    ("half of 18 is 9!", None, "9"),
+]
+GSM8K_REFERENCES = ["18", "1,234", "-7", "3.50", "42", "5", "1000.00", "7"]
+
+
+def score(kind, outputs, references):
+    task = task_option(kind)
+    return TaskMetric(task).compute(predictions=outputs, references=references, choices=[[] for _ in outputs])
+
+
+def test_exact_match_and_f1_are_torchmetrics():
+    functional = pytest.importorskip("torchmetrics.functional.text", reason="the dev extra brings the reference")
+    found = score("squad", [output for output, _ in SQUAD], [references for _, references in SQUAD])
+    reference = functional.squad(
+        [{"prediction_text": output, "id": str(i)} for i, (output, _) in enumerate(SQUAD)],
+        [{"answers": {"answer_start": [0] * len(r), "text": r}, "id": str(i)} for i, (_, r) in enumerate(SQUAD)],
+    )
+    assert found["exact_match"] * 100 == pytest.approx(float(reference["exact_match"]), abs=5e-5)
+    assert found["f1"] * 100 == pytest.approx(float(reference["f1"]), abs=5e-5)
+
+
+def test_best_reference_is_taken_for_each_metric():
+    (row,) = score("squad", ["red green"], [["red", "red green blue", "red green"]])["per_example"]
+    assert row == {"exact_match": 1.0, "f1": 1.0}
+
+
+def test_bleu_and_chrf_are_sacrebleus_command_line(tmp_path):
+    outputs, references = [output for output, _ in SENTENCES], [reference for _, reference in SENTENCES]
+    found = score("iwslt2017", outputs, [[reference] for reference in references])
+    (tmp_path / "out").write_text("\n".join(outputs) + "\n", encoding="utf-8")
+    (tmp_path / "ref").write_text("\n".join(references) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "sacrebleu", str(tmp_path / "ref"), "-i", str(tmp_path / "out")]
+    done = subprocess.run([*command, "-m", "bleu", "chrf", "-w", "6"], capture_output=True, text=True, check=True)
+    bleu, chrf = json.loads(done.stdout)
+    assert 100 * found["bleu"] == pytest.approx(bleu["score"], abs=5e-5)
+    assert 100 * found["chrf"] == pytest.approx(chrf["score"], abs=5e-5)
+    for name, line in (("bleu", bleu), ("chrf", chrf)):
+        assert line["signature"] == task_option("iwslt2017").signatures()[name]
+
+
+def test_corpus_scores_add_up_from_sentences():
+    """What the bootstrap resamples gives sacreBLEU's own score of any subset of sentences."""
+    sacrebleu = pytest.importorskip("sacrebleu")
+    task, generator = task_option("iwslt2017"), random.Random(0)
+    rows = [task.score(output, Example("", "", "", (reference,))) for output, reference in SENTENCES]
+    for _ in range(5):
+        chosen = generator.choices(range(len(SENTENCES)), k=len(SENTENCES))
+        outputs, references = zip(*(SENTENCES[i] for i in chosen), strict=True)
+        for name, whole in (("bleu", sacrebleu.corpus_bleu), ("chrf", sacrebleu.corpus_chrf)):
+            ours = task.total(name, [rows[i][name] for i in chosen])
+            assert 100 * ours == pytest.approx(whole(outputs, [references]).score, abs=1e-9)
+
+
+@pytest.mark.parametrize("stemmer", [False, True])
+def test_rouge_is_rouge_scores(stemmer):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    task = task_option("dialogsum", f"task.options.use_stemmer={stemmer}")
+    reference = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=stemmer)
+    for output, wanted in SENTENCES:
+        for name, found in task.score(output, Example("", "", "", (wanted,))).items():
+            assert found == pytest.approx(reference.score(wanted, output)[name].fmeasure, abs=1e-12)
+    # Each metric takes its own best reference.
+    several = task.score("a b c d", Example("", "", "", ("d c b a", "a b x y z")))
+    assert several["rouge1"] == 1.0
+    assert several["rouge2"] == pytest.approx(reference.score("a b x y z", "a b c d")["rouge2"].fmeasure)
+
+
+@pytest.mark.parametrize(("output", "strict", "flexible"), GSM8K)
+def test_gsm8k_takes_what_the_harness_takes(output, strict, flexible):
+    assert strict_number(output) == strict
+    assert flexible_number(output) == flexible
+
+
+def test_gsm8k_scores_are_the_harness_filters():
+    """The table above, once more, through lm-evaluation-harness' own filters and its exact match."""
+    extraction = pytest.importorskip("lm_eval.filters.extraction", reason="lm-eval is the extra `reference`")
+    from lm_eval.api.metrics import exact_match_fn
+
+    strict = extraction.RegexFilter(regex_pattern=r"#### (\-?[0-9\.\,]+)")
+    flexible = extraction.RegexFilter(regex_pattern=r"(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1)
+    task = task_option("gsm8k")
+    for output, *_ in GSM8K:
+        for reference in GSM8K_REFERENCES:
+            found = task.score(output, Example("", "", "", (reference,)))
+            for name, taken in (("exact_match_strict", strict), ("exact_match_flexible", flexible)):
+                theirs = exact_match_fn(
+                    predictions=[taken.apply([[output]], [{}])[0][0]],
+                    references=[f"Some steps.\n#### {reference}"],
+                    ignore_case=True,
+                    regexes_to_ignore=[",", r"\$", "(?s).*#### ", r"\.$"],
+                )["exact_match"]
+                assert found[name] == theirs, (output, reference, name)
+
+
+def test_numbers_are_compared_as_text():
+    assert normalise("$1,234.") == "1234"
+    assert normalise("3.50") != normalise("3.5")
+
+
+def test_metric_needs_no_home_and_no_network(monkeypatch):
+    monkeypatch.setenv("HF_HOME", "/nonexistent")
+    assert score("gsm8k", ["#### 5"], [["5"]])["exact_match_strict"] == 1.0
+
+
+def test_a_metric_of_choices():
+    metric = TaskMetric(task_option("hellaswag"), by_likelihood=True)
+    found = metric.compute(
+        predictions=[[-4.0, -3.0, -9.0, -9.0]],
+        references=[["0"]],
+        choices=[[" long ending", " short", " a", " b"]],
+    )
+    # The second is likelier, the first likelier a character: 4/11 against 3/5.
+    assert (found["accuracy"], found["accuracy_norm"]) == (0.0, 1.0)

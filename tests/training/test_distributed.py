@@ -1,0 +1,74 @@
+"""Several processes: the same loss curve and the same adapter as one, each row once; sharding is refused."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.tiny import tiny
+from safetensors.torch import load_file
+
+from tiedlora.adapter import attach
+from tiedlora.config.compose import PROJECT
+from tiedlora.errors import UserError
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.runs import run
+from tiedlora.tracking.tracker import read_metrics
+from tiedlora.training import distributed
+from tiedlora.training.distributed import Processes
+
+STEPS = 20
+
+
+def test_two_processes_are_one(tiny_config, tiny_run, tmp_path):
+    """METHOD: the loss is a mean over the target tokens of the whole step, however its rows are spread."""
+    # 7 rows a step and 40 in all: the shares are unequal, and an epoch's last step is short.
+    more = [f"train.steps={STEPS}", "train.batch_size=7", "train.checkpoint_every=20"]
+    alone = run.main(tiny_config(*more))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(PROJECT / "train.py"), *tiny_run(*more), f"outputs={tmp_path}/together"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (RunFolder(path.parent) for path in (tmp_path / "together").glob("*/result.json"))
+    together = folder.result()
+    assert together is not None
+    assert together["run_id"] == alone["run_id"], "the number of processes is no part of the identity"
+    assert "2 processes" in together["device"]
+    assert together["training"]["target_tokens"] == alone["training"]["target_tokens"]
+    one, two = (
+        [row for row in read_metrics(path / "metrics.jsonl") if "train/loss" in row]
+        for path in (tmp_path / "outputs" / alone["run_id"], folder.path)
+    )
+    assert len(one) == len(two) == STEPS
+    for ours, theirs in zip(one, two, strict=True):
+        assert abs(ours["train/loss"] - theirs["train/loss"]) <= 1e-5
+        assert ours["train/tokens"] == theirs["train/tokens"]
+    assert one[-1]["train/loss"] < one[0]["train/loss"] - 0.01, "it trained"
+    first = load_file(tmp_path / "outputs" / alone["run_id"] / "adapter" / "adapter.safetensors")
+    second = load_file(folder.adapter / "adapter.safetensors")
+    for name, values in first.items():
+        assert (values - second[name]).abs().max() <= 1e-3 * values.abs().max()
+
+
+def test_each_row_is_in_one_share():
+    rows = list(range(11))
+    shares = [Processes(rank, 3).share(rows) for rank in range(3)]
+    assert sorted(row for share in shares for row in share) == rows
+
+
+@pytest.mark.parametrize("wish", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharding_is_refused(monkeypatch, wish):
+    monkeypatch.setenv(wish, "true")
+    with pytest.raises(UserError, match=rf"{wish}: .*torchrun"), distributed.joined(cuda=False):
+        pass
+
+
+def test_a_sharded_model_is_refused():
+    class FullyShardedDataParallel(torch.nn.Module):
+        """By name, as the real one: importing it costs seconds."""
+
+    with pytest.raises(UserError, match=r"sharded.*torchrun"):
+        attach(FullyShardedDataParallel(), "TABuv")
+    assert attach(tiny("tiny_llama").model, "TABuv").active

@@ -1,0 +1,308 @@
+"""The loop: schedule, optimizer groups, exact resume, stopping, and what it refuses."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.tiny import tiny, tying_option
+
+from tiedlora.adapter import attach
+from tiedlora.config.schema import LrFactors, TrainConfig
+from tiedlora.data.encoding import Encoded, Order, microbatches
+from tiedlora.errors import UserError
+from tiedlora.training import checkpoint, loop
+from tiedlora.training.loss import target_loss
+
+CONFIG = TrainConfig(
+    steps=8, batch_size=3, lr=1e-2, warmup_steps=2, validate_every=4, checkpoint_every=3, log_every=2, clip=0.5
+)
+ROWS = [Encoded((1, 2, 3), (*tuple(range(20 + i, 24 + i + i % 3)), 256)) for i in range(10)]
+
+
+def start(option="TABuv", config=CONFIG, seed=0, folder=None, stop_after=None, dropout=False):
+    """A model of seconds, ready to train; returns what the loop needs and what it logged."""
+    base = tiny("tiny_llama")
+    overrides = ["tying.dropout=0.3"] if dropout else []
+    attached = attach(base.model, tying_option(option, *overrides), 4, seed=seed)
+    base.model.train()
+    parts = attached.adapter.trained_parts()
+    optimizer = loop.build_optimizer(parts, config)
+    order = Order([len(row) for row in ROWS], config, seed)
+    log: list[dict] = []
+    progress = (folder and checkpoint.restore(folder, parts, optimizer, {})) or loop.Progress()
+    calls = loop.Calls(
+        batches=lambda step: microbatches([ROWS[i] for i in order.rows(step)], 256, config.microbatch_size),
+        loss_sum=lambda batch: target_loss(base.model, batch),
+        validate=lambda: float(sum(p.detach().abs().sum() for p in parts.values())),
+        save=lambda now: folder and checkpoint.save(folder, now, parts, optimizer, {}),
+        log=log.extend,
+        describe=lambda step: str(order.rows(step)),
+        stop=lambda: stop_after is not None and progress.step >= stop_after,
+    )
+    return progress, calls, optimizer, parts, log
+
+
+def finish(option="TABuv", config=CONFIG, seed=0, **more):
+    progress, calls, optimizer, parts, log = start(option, config, seed, **more)
+    loop.train(progress, calls, optimizer, config, seed)
+    return {name: p.detach().clone() for name, p in parts.items()}, log, progress
+
+
+def test_warm_up_moves_at_its_first_step_and_cosine_ends_at_its_minimum():
+    config = replace(CONFIG, steps=10, warmup_steps=4, lr=1.0, min_lr=0.1)
+    rates = [loop.learning_rate(step, config) for step in range(1, 11)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert loop.learning_rate(10, replace(config, schedule="constant")) == 1.0
+
+
+def test_decay_and_rate_factors_go_to_their_parts():
+    config = replace(CONFIG, weight_decay=0.1, lr_factor=LrFactors(A=1, B=2, u=3, v=4))
+    _, _, optimizer, parts, _ = start("TABuv", config)
+    by_part = {name[-1]: p for name, p in parts.items()}
+    found = {}
+    for group in optimizer.param_groups:
+        (letter,) = (k for k, p in by_part.items() if p is group["params"][0])
+        found[letter] = (group["lr_factor"], group["weight_decay"])
+    assert found == {"A": (1, 0.1), "B": (2, 0.1), "u": (3, 0.0), "v": (4, 0.0)}
+    ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(ids) == len(set(ids)) == 4
+
+
+def test_a_zero_factor_freezes_a_part():
+    config = replace(CONFIG, lr_factor=LrFactors(u=0.0))
+    parts, _, _ = finish("TABuv", config)
+    assert torch.equal(parts["qkv.u"], torch.ones_like(parts["qkv.u"]))
+
+
+def test_same_seed_same_run_and_zero_is_a_seed():
+    one, log, progress = finish(seed=0)
+    two, _, _ = finish(seed=0)
+    other, _, _ = finish(seed=1)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["qkv.A"], other["qkv.A"])
+    steps = [row["step"] for row in log if "train/loss" in row]
+    assert steps == list(range(1, 9))
+    assert [row["step"] for row in log if "validation/loss" in row] == [0, 4, 8]
+    assert progress.tokens == sum(
+        len(ROWS[i]) for s in range(1, 9) for i in Order([len(r) for r in ROWS], TrainConfig(batch_size=3), 0).rows(s)
+    )
+
+
+def test_microbatches_change_nothing_but_rounding():
+    whole, _, _ = finish()
+    cut, _, _ = finish(config=replace(CONFIG, microbatch_size=1))
+    for name in whole:
+        assert (whole[name] - cut[name]).abs().max() <= 1e-4 * whole[name].abs().max()
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5, 7])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop_after, dropout):
+    whole, whole_log, whole_progress = finish(dropout=dropout)
+    with pytest.raises(loop.Interrupted):
+        finish(folder=tmp_path, stop_after=stop_after, dropout=dropout)
+    resumed, log, progress = finish(folder=tmp_path, dropout=dropout)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert progress.validation == whole_progress.validation
+    assert (progress.tokens, progress.clipped_steps) == (whole_progress.tokens, whole_progress.clipped_steps)
+    keys = ("step", "train/loss", "train/grad_norm", "train/lr", "train/tokens")
+    tail = [row for row in whole_log if row["step"] > stop_after and "train/loss" in row]
+    ours = [row for row in log if "train/loss" in row]
+    assert [{k: row[k] for k in keys} for row in ours] == [{k: row[k] for k in keys} for row in tail]
+
+
+def test_clipped_steps_are_counted():
+    _, log, progress = finish(config=replace(CONFIG, clip=1e-6))
+    assert progress.clipped_steps == 8
+    _, _, progress = finish(config=replace(CONFIG, clip=None))
+    assert progress.clipped_steps == 0
+    assert all(math.isfinite(row["train/grad_norm"]) for row in log if "train/loss" in row)
+
+
+def test_non_finite_loss_stops_naming_step_rate_and_rows(tmp_path):
+    progress, calls, optimizer, parts, _ = start(folder=tmp_path)
+    whole = calls.loss_sum
+    calls.loss_sum = lambda batch: whole(batch) * (float("nan") if progress.step == 4 else 1.0)
+    with pytest.raises(UserError, match=r"step 5: .*nan.*learning rate .*lower train.lr.*rows"):
+        loop.train(progress, calls, optimizer, CONFIG, 0)
+    # The last checkpoint is from before, and finite.
+    restored = checkpoint.restore(tmp_path, parts, optimizer, {})
+    assert restored is not None
+    assert restored.step == 3
+    assert all(torch.isfinite(p).all() for p in parts.values())
+
+
+def spoiled(where, steps, folder=None, stop_after=None, **options):
+    """A run whose loss or gradient is not finite at some steps; ends as it ends."""
+    config = replace(CONFIG, log_every=1, **options)
+    progress, calls, optimizer, parts, log = start(config=config, folder=folder, stop_after=stop_after)
+    whole = calls.loss_sum
+
+    def loss_sum(batch):
+        loss = whole(batch)
+        if progress.step + 1 in steps:
+            if where == "loss":
+                return loss * math.inf
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    calls.loss_sum = loss_sum
+    loop.train(progress, calls, optimizer, config, 0)
+    return {name: p.detach().clone() for name, p in parts.items()}, log, progress
+
+
+class TestSkipping:
+    """train.skip_nonfinite"""
+
+    @pytest.mark.parametrize("where", ["loss", "gradient"])
+    def test_a_skipped_step_updates_nothing_and_says_step_rate_and_rows(self, where, caplog):
+        ours, log, progress = spoiled(where, {2, 5}, skip_nonfinite=2)
+        assert progress.skipped_steps == 2
+        assert progress.step == 8
+        rows = Order([len(row) for row in ROWS], CONFIG, 0).rows(5)
+        (said,) = (record.getMessage() for record in caplog.records if "step 5" in record.getMessage())
+        assert "learning rate 0.00" in said
+        assert "2 of train.skip_nonfinite=2" in said
+        assert str(rows) in said
+        assert [row["step"] for row in log if "train/skipped" in row] == [2, 5]
+        assert [row["step"] for row in log if "train/loss" in row] == [1, 3, 4, 6, 7, 8]
+        assert all(math.isfinite(value) for row in log for value in row.values())
+        # What is left out is exactly the update: a run whose optimizer does nothing at those steps is the same one.
+        progress, calls, optimizer, parts, _ = start()
+        step, done = optimizer.step, []
+        optimizer.step = lambda: done.append(1) or (None if len(done) in (2, 5) else step())
+        loop.train(progress, calls, optimizer, CONFIG, 0)
+        assert all(torch.equal(ours[name], parts[name]) for name in ours)
+
+    def test_one_more_than_the_bound_stops_the_run(self, tmp_path):
+        with pytest.raises(UserError, match=r"step 6: .*inf.*learning rate .*skip_nonfinite \(1 are skipped.*rows"):
+            spoiled("loss", {2, 6}, folder=tmp_path, skip_nonfinite=1)
+        _, _, optimizer, parts, _ = start()
+        restored = checkpoint.restore(tmp_path, parts, optimizer, {})
+        assert (restored.step, restored.skipped_steps) == (3, 1)
+        assert all(torch.isfinite(p).all() for p in parts.values())
+
+    @pytest.mark.parametrize("stop_after", [1, 2, 4, 5])
+    def test_the_count_goes_on_over_a_resume(self, tmp_path, stop_after):
+        whole, _, _ = spoiled("gradient", {2, 5}, skip_nonfinite=2)
+        with pytest.raises(loop.Interrupted):
+            spoiled("gradient", {2, 5}, folder=tmp_path, stop_after=stop_after, skip_nonfinite=2)
+        resumed, _, progress = spoiled("gradient", {2, 5}, folder=tmp_path, skip_nonfinite=2)
+        assert progress.skipped_steps == 2
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    def test_the_bound_holds_over_a_resume(self, tmp_path):
+        with pytest.raises(loop.Interrupted):
+            spoiled("loss", {2, 5}, folder=tmp_path, stop_after=3, skip_nonfinite=1)
+        with pytest.raises(UserError, match="step 5: "):
+            spoiled("loss", {2, 5}, folder=tmp_path, skip_nonfinite=1)
+
+
+def test_a_non_finite_validation_loss_stops_before_its_checkpoint(tmp_path):
+    progress, calls, optimizer, parts, _ = start(folder=tmp_path)
+    whole = calls.validate
+    calls.validate = lambda: math.nan if progress.step == 8 else whole()
+    with pytest.raises(UserError, match=r"step 8: the validation loss is nan; lower train\.lr"):
+        loop.train(progress, calls, optimizer, CONFIG, 0)
+    assert checkpoint.restore(tmp_path, parts, optimizer, {}).step == 6
+
+
+class TestCheckpoints:
+    def test_a_damaged_newest_one_is_named_and_the_one_before_used(self, tmp_path, caplog):
+        finish(folder=tmp_path)
+        newest = tmp_path / "step-00000008" / "tensors.safetensors"
+        newest.write_bytes(newest.read_bytes()[:-3])
+        _, _, optimizer, parts, _ = start()
+        progress = checkpoint.restore(tmp_path, parts, optimizer, {})
+        assert progress is not None
+        assert progress.step == 6
+        assert "step-00000008" in caplog.text
+
+    def test_only_the_newest_are_kept(self, tmp_path):
+        finish(folder=tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000006", "step-00000008"]
+
+    def test_a_changed_state_is_damage(self, tmp_path, caplog):
+        finish(folder=tmp_path)
+        state = tmp_path / "step-00000008" / "state.json"
+        state.write_text(state.read_text().replace('"tokens": ', '"tokens": 1'))
+        _, _, optimizer, parts, _ = start()
+        assert checkpoint.restore(tmp_path, parts, optimizer, {}).step == 6
+        assert "its state is not the one it was written with" in caplog.text
+
+    def test_another_configurations_checkpoint_is_passed_over(self, tmp_path, caplog):
+        finish(option="TAB", folder=tmp_path)
+        _, _, optimizer, parts, _ = start()
+        assert checkpoint.restore(tmp_path, parts, optimizer, {}) is None
+        assert "part/qkv.u" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("key", "before", "after", "says"),
+        [
+            ("versions", {"torch": "2.1", "numpy": "2"}, {"torch": "2.2", "numpy": "2"}, "{'torch': '2.1'}, now"),
+            ("versions", {}, {"torch": "2.2"}, "{'torch': None}, now {'torch': '2.2'}"),
+            ("code", {"commit": "a", "dirty": False}, {"commit": "b", "dirty": False}, "{'commit': 'a'}, now"),
+            ("code", {"commit": "a", "dirty": False}, {"commit": "a", "dirty": True}, "{'dirty': False}, now"),
+            ("device", "cpu, 1 threads", "cpu, 2 threads", "cpu, 1 threads, now cpu, 2 threads"),
+        ],
+    )
+    def test_what_changed_is_said_alone(self, tmp_path, caplog, key, before, after, says):
+        progress, _, optimizer, parts, _ = start()
+        checkpoint.save(tmp_path, progress, parts, optimizer, {"data": 1, "base": 1, key: before})
+        checkpoint.restore(tmp_path, parts, optimizer, {"data": 1, "base": 1, key: after})
+        (said,) = (record.getMessage() for record in caplog.records)
+        assert f"other {key}: {says}" in said
+        assert "numpy" not in said
+        with pytest.raises(UserError, match="another base"):
+            checkpoint.restore(tmp_path, parts, optimizer, {"data": 1, "base": 2, key: after})
+
+    def test_other_data_is_refused_and_other_versions_are_said(self, tmp_path, caplog):
+        progress, _, optimizer, parts, _ = start()
+        progress.step = 1
+        facts = {"data": "a", "base": "b", "versions": {"torch": "1"}, "code": 1, "device": "cpu"}
+        checkpoint.save(tmp_path, progress, parts, optimizer, facts)
+        with pytest.raises(UserError, match="another data"):
+            checkpoint.restore(tmp_path, parts, optimizer, {**facts, "data": "c"})
+        checkpoint.restore(tmp_path, parts, optimizer, {**facts, "versions": {"torch": "2"}})
+        assert "other versions" in caplog.text
+
+
+class TestOrder:
+    LENGTHS = [(i * 7919) % 97 + 1 for i in range(203)]
+
+    def order(self, bucket=True, batch_tokens=None, seed=0):
+        return Order(self.LENGTHS, TrainConfig(batch_size=8, bucket=bucket, batch_tokens=batch_tokens), seed)
+
+    @pytest.mark.parametrize("batch_tokens", [None, 300, 50])
+    @pytest.mark.parametrize("bucket", [True, False])
+    def test_every_row_once_an_epoch_in_another_order_each(self, bucket, batch_tokens):
+        order = self.order(bucket, batch_tokens)
+        epochs = [order.epoch(0), order.epoch(1)]
+        assert [order.rows(step) for step in range(1, sum(map(len, epochs)) + 1)] == epochs[0] + epochs[1]
+        for batches in epochs:
+            assert sorted(row for batch in batches for row in batch) == list(range(203))
+            for batch in batches:
+                padded = len(batch) * max(self.LENGTHS[row] for row in batch)
+                assert len(batch) <= 8
+                assert batch_tokens is None or padded <= batch_tokens or len(batch) == 1
+        assert epochs[0] != epochs[1]
+        assert self.order(bucket, batch_tokens, seed=1).rows(1) != order.rows(1)
+
+    @pytest.mark.parametrize("batch_tokens", [None, 300])
+    def test_any_step_can_be_asked_for_first(self, batch_tokens):
+        one, two = self.order(batch_tokens=batch_tokens), self.order(batch_tokens=batch_tokens)
+        in_turn = [two.rows(step) for step in range(1, 121)]
+        assert [one.rows(s) for s in (120, 3, 60, 119)] == [in_turn[s - 1] for s in (120, 3, 60, 119)]
+
+    def test_buckets_pad_less_and_still_mix_lengths_between_steps(self):
+        def padding(order):
+            batches = [[self.LENGTHS[i] for i in batch] for batch in order.epoch(0)]
+            return sum(len(b) * max(b) - sum(b) for b in batches), [max(b) for b in batches]
+
+        bucketed, longest = padding(self.order())
+        plain, _ = padding(self.order(False))
+        assert bucketed < 0.4 * plain
+        assert longest != sorted(longest)

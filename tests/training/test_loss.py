@@ -1,0 +1,92 @@
+"""The chunked cross-entropy equals the plain one, in value and in gradient."""
+
+import pytest
+import torch
+from helpers.tiny import TINY, mask_of, randomise, tiny, tying_option
+from torch.nn import functional as F
+
+from tiedlora.adapter import attach
+from tiedlora.data.encoding import Encoded, collate, microbatches
+from tiedlora.training import loss as chunked
+
+ROWS = [
+    Encoded(tuple(range(10, 10 + p)), (*tuple(range(40, 40 + t)), 256)) for p, t in ((5, 4), (9, 1), (2, 12), (7, 7))
+]
+
+
+def plain_loss(model, batch):
+    """Labels everywhere, -100 where nothing is trained, padding masked, all logits at once."""
+    labels = torch.full(batch.input_ids.shape, -100).flatten()
+    labels[batch.positions + 1] = batch.targets
+    logits = model(input_ids=batch.input_ids, attention_mask=mask_of(ROWS)).logits
+    shifted = labels.view(batch.input_ids.shape)[:, 1:]
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction="sum")
+
+
+@pytest.mark.parametrize(("chunk", "logits"), [(1, 10**6), (3, 10**6), (256, 10**6), (256, 600), (256, 1)])
+@pytest.mark.parametrize("model_name", TINY)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_equals_the_plain_loss_and_its_gradients(model_name, dtype, tolerance, chunk, logits, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK", chunk)
+    monkeypatch.setattr(chunked, "LOGITS", logits)
+    base = tiny(model_name)
+    attached = attach(base.model, tying_option("TABuv"), 4)
+    base.model.to(dtype)
+    randomise(attached.adapter, scale=0.2)
+    batch = collate(ROWS, pad_id=256)
+    grads = []
+    for loss in (plain_loss(base.model, batch), chunked.target_loss(base.model, batch)):
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad.clone() for p in attached.adapter.parameters())])
+        base.model.zero_grad()
+    for plain, ours in zip(*grads, strict=True):
+        # Llama's RMSNorm computes in float32 whatever the model's dtype, in both: the same numbers go in.
+        assert (plain - ours).abs().max() <= tolerance * plain.abs().max()
+
+
+def test_labels_are_the_target_and_its_end_alone():
+    batch = collate(ROWS, pad_id=256)
+    flat = batch.input_ids.flatten()
+    assert torch.equal(flat[batch.positions + 1], batch.targets)
+    assert batch.targets.tolist() == [token for row in ROWS for token in row.target]
+    # The end-of-text token is a target although it is also the padding.
+    assert (batch.targets == 256).sum() == len(ROWS)
+    assert batch.tokens == sum(len(row) for row in ROWS)
+
+
+def test_accumulation_does_not_change_the_step():
+    base = tiny("tiny_llama")
+    attached = attach(base.model, tying_option("TABuv"), 4)
+    randomise(attached.adapter, scale=0.2)
+    grads = []
+    for size in (None, 1, 3):
+        batches = microbatches(ROWS, 256, size)
+        total = sum(len(batch.targets) for batch in batches)
+        for batch in batches:
+            (chunked.target_loss(base.model, batch) / total).backward()
+        grads.append([p.grad.clone() for p in attached.adapter.parameters()])
+        base.model.zero_grad()
+    for other in grads[1:]:
+        for one, two in zip(grads[0], other, strict=True):
+            assert (one - two).abs().max() <= 1e-4 * one.abs().max()
+
+
+def test_a_trained_head_is_refused():
+    base = tiny("tiny_llama")
+    base.model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="frozen"):
+        chunked.target_loss(base.model, collate(ROWS, pad_id=256))
+
+
+def test_logit_softcap():
+    """Gemma 2 squashes its logits; the chunked gradient follows."""
+    base = tiny("tiny_gpt2")
+    base.model.double()
+    hidden = torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
+    weight, labels = base.model.lm_head.weight.detach(), torch.arange(6)
+    ours = chunked._ChunkedCrossEntropy.apply(hidden, weight, None, labels, 0.5)
+    (ours_grad,) = torch.autograd.grad(ours, hidden)
+    plain = F.cross_entropy(0.5 * torch.tanh(hidden @ weight.T / 0.5), labels, reduction="sum")
+    (plain_grad,) = torch.autograd.grad(plain, hidden)
+    assert torch.allclose(ours, plain, rtol=1e-12)
+    assert torch.allclose(ours_grad, plain_grad, rtol=0, atol=1e-12)

@@ -1,0 +1,217 @@
+"""What makes training and scoring fast gives the plain computation's loss, gradients and outputs.
+
+float64 within 1e-12, float32 within 1e-4 of a tensor's largest entry; the chunked loss is in test_loss.py, the folded
+factors in test_adapter.py.
+"""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.tiny import TINY, randomise, tiny, tying_option
+from torch.nn import functional as F
+
+from tiedlora.adapter import attach
+from tiedlora.data.encoding import Encoded, collate, microbatches
+from tiedlora.errors import UserError
+from tiedlora.models import attention
+from tiedlora.scoring.decoding import generate
+from tiedlora.training import compiling
+from tiedlora.training.loss import target_loss
+
+ROWS = [Encoded(tuple(range(10, 10 + p)), (*range(40, 40 + t), 256)) for p, t in ((5, 4), (9, 1), (2, 12), (7, 7))]
+EXACT = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+
+
+def adapted(name, dtype, dropout=0.0):
+    base = tiny(name)
+    attached = attach(base.model, tying_option("TABuv", f"tying.dropout={dropout}"), 4)
+    base.model.to(dtype)
+    attached.adapter.to(dtype)
+    randomise(attached.adapter, scale=0.2)
+    return base, attached
+
+
+def loss_and_gradients(base, attached, batches=None):
+    torch.manual_seed(0)  # GPT-2 drops out activations of its own in training
+    total = sum(target_loss(base.model, batch) for batch in batches or [collate(ROWS, 256)])
+    return [total, *torch.autograd.grad(total, list(attached.adapter.parameters()))]
+
+
+def close(ours, theirs, tolerance):
+    return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(ours, theirs, strict=True))
+
+
+WITH_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
+
+
+@EXACT
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=WITH_COMPILER)])
+def test_attention_by_products_is_torchs(dtype, tolerance, key_heads, compiled):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(3, 11, heads, 8, generator=generator, dtype=dtype).transpose(1, 2).requires_grad_()
+        for heads in (6, key_heads, key_heads)
+    ]
+    plain = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=0.3, enable_gqa=True)
+    attend = torch.compile(attention.by_products) if compiled else attention.by_products
+    ours = attend(*inputs, scale=0.3)
+    weight = torch.randn(plain.shape, generator=generator, dtype=dtype)
+    assert close([ours], [plain], tolerance)
+    assert close(*(torch.autograd.grad((out * weight).sum(), inputs) for out in (ours, plain)), tolerance)
+
+
+def test_short_bfloat16_rows_take_products_and_masked_or_long_ones_torchs_kernel(monkeypatch):
+    base = tiny("tiny_llama", "bfloat16")
+    assert base.model.config._attn_implementation == attention.NAME
+    calls = []
+    plain = attention.by_products
+    monkeypatch.setattr(attention, "by_products", lambda *a: calls.append(1) or plain(*a))
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = base.model(ids).logits.float()
+        assert len(calls) == 3, "once a layer"
+        base.model(ids, attention_mask=(torch.arange(12) > 2).long().expand(2, -1))
+        base.model.set_attn_implementation("sdpa")
+        theirs = base.model(ids).logits.float()
+    assert len(calls) == 3
+    assert (ours - theirs).abs().max() <= 2e-2 * theirs.abs().max()
+
+
+@EXACT
+@pytest.mark.parametrize("name", TINY)
+def test_recomputed_activations_change_nothing(name, dtype, tolerance):
+    base, attached = adapted(name, dtype)
+    base.model.train()
+    plain = loss_and_gradients(base, attached)
+    base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert close(loss_and_gradients(base, attached), plain, tolerance)
+
+
+@EXACT
+@pytest.mark.parametrize("limits", [(1, None), (None, 30), (3, 17)])
+def test_passes_add_up_to_the_batch(dtype, tolerance, limits):
+    base, attached = adapted("tiny_llama", dtype)
+    passes = microbatches(ROWS, 256, *limits)
+    assert len(passes) > 1
+    assert close(loss_and_gradients(base, attached, passes), loss_and_gradients(base, attached), tolerance)
+
+
+def lengths_of(passes):
+    return [(batch.input_ids != 0).sum(1).tolist() for batch in passes]
+
+
+def test_passes_are_as_few_as_the_limits_allow_and_even():
+    rows = [Encoded((1,) * (length - 1), (2,)) for length in (10, 10, 10, 10, 10)]
+    assert lengths_of(microbatches(rows, 0, tokens=40)) == [[10, 10, 10], [10, 10]]
+    rows = [Encoded((1,) * (length - 1), (2,)) for length in (30, 4, 9, 5, 10)]
+    assert lengths_of(microbatches(rows, 0, tokens=40)) == [[4, 5, 9, 10], [30]]
+    assert lengths_of(microbatches(rows, 0, tokens=20)) == [[4, 5], [9, 10], [30]], "a long row is a pass of its own"
+    assert lengths_of(microbatches(rows, 0, size=3)) == [[4, 5, 9], [10, 30]]
+    assert microbatches([], 0, tokens=40) == []
+
+
+@EXACT
+@pytest.mark.parametrize(("context", "length"), [(0, 15), (15, 15), (64, 16)])
+def test_aligned_rows_change_nothing_and_stay_within_the_context(dtype, tolerance, context, length):
+    base, attached = adapted("tiny_gpt2", dtype)
+    aligned = collate(ROWS[1:], 256, context)
+    assert aligned.input_ids.shape == (3, length)
+    plain = loss_and_gradients(base, attached, [collate(ROWS[1:], 256)])
+    assert close(loss_and_gradients(base, attached, [aligned]), plain, tolerance)
+
+
+def test_freed_memory_is_kept():
+    script = """
+import resource, torch
+from tiedlora import allocator
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.empty(16_000_000).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+given = faults()
+allocator.keep_freed()
+faults()
+print(given, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    given, kept = map(int, done.stdout.split())
+    assert kept < 1000, "ten blocks of 64 MB, page by page, would be 156,250"
+    assert kept < given
+
+
+@WITH_COMPILER
+@pytest.mark.parametrize(
+    # Llama's norms compute in float32 whatever the model's dtype is.
+    ("name", "dtype", "tolerance"),
+    [("tiny_gpt2", torch.float64, 1e-12), ("tiny_llama", torch.float32, 1e-4)],
+)
+def test_compiled_blocks_share_one_graph_and_change_nothing(name, dtype, tolerance):
+    base, attached = adapted(name, dtype)
+    blocks = base.model.model.layers if name == "tiny_llama" else base.model.transformer.h
+    batches = [collate(ROWS, 256), collate(ROWS[:2], 256), collate(ROWS[1:], 256)]
+    plain = [loss_and_gradients(base, attached, [batch]) for batch in batches]
+    with compiling.compiled(blocks):
+        torch._dynamo.utils.counters.clear()
+        for batch, wanted in zip(batches, plain, strict=True):
+            assert close(loss_and_gradients(base, attached, [batch]), wanted, tolerance)
+        # The first layer's input needs no gradient, so its graph is another than that of all others.
+        assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+        with compiling.eager():
+            assert torch.equal(target_loss(base.model, batches[0]), plain[0][0])
+    assert all(block._compiled_call_impl is None for block in blocks)
+
+
+def test_when_to_compile(monkeypatch):
+    long = compiling.REPAID["cpu"] / 4
+    assert compiling.decide("auto", "cpu", weights=1, tokens=long)
+    assert not compiling.decide("auto", "cpu", weights=1, tokens=0.9 * long)
+    assert not compiling.decide("auto", "cuda", weights=1, tokens=long)
+    assert not compiling.decide("never", "cpu", weights=1, tokens=long)
+    assert compiling.decide("always", "cpu", weights=1, tokens=1)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert not compiling.decide("auto", "cpu", weights=1, tokens=long)
+    with pytest.raises(UserError, match=r"train\.compile=always: there is no C"):
+        compiling.decide("always", "cpu", weights=1, tokens=1)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_no_gradient_for_the_base_nor_for_what_comes_before_the_first_update(name):
+    base, _ = adapted(name, torch.float32)
+    needed = {}
+    blocks = base.model.model.layers if name == "tiny_llama" else base.model.transformer.h
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda _, args, number=number: needed.update({number: args[0].requires_grad}))
+    target_loss(base.model, collate(ROWS, 256)).backward()
+    assert needed == {0: False, 1: True, 2: True}
+    assert all(p.grad is None for key, p in base.model.named_parameters() if not key.startswith("tied_adapter."))
+
+
+@pytest.mark.parametrize("limits", [{"batch_size": 1}, {"batch_size": 3}, {"batch_size": 9, "batch_tokens": 90}])
+@pytest.mark.parametrize("name", TINY)
+def test_generation_is_transformers_whatever_the_batch(name, limits):
+    """Rows end at different steps, leave their batch a few at a time, and the cache outgrows its room."""
+    base, _ = adapted(name, torch.float64)
+    texts = ["a", "some longer text", "xyz", "12 + 30 =", "b" * 30, "the end", "?", "one more", "and 1"]
+    prompts = [base.tokenizer(text).input_ids for text in texts]
+    new = 80
+    wanted = []
+    for ids in prompts:
+        whole = base.model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False, pad_token_id=256)
+        wanted.append(whole[0, len(ids) :].tolist())
+    texts = [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]
+    # Letters that some rows write early, some late and some never. (Random bytes make characters of several tokens.)
+    letters = sorted({c for text in texts for c in text if c.isascii() and c.isprintable() and not c.isspace()})
+    stop = sorted(letters, key=lambda c: sum(c in text for text in texts))[:6]
+    found = generate(base.model, base.tokenizer, prompts, max_new_tokens=new, stop=stop, **limits)
+    ends = set()
+    for output, text in zip(found, texts, strict=True):
+        start = len(text) - len(text.lstrip())
+        places = [text.find(end, start) for end in stop if text.find(end, start) >= 0]
+        assert output.text == text[: min(places, default=len(text))]
+        ends.add(output.tokens)
+    assert len(ends) > 2
