@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from tiedlora import cli
+from tiedlora import errors
 from tiedlora.config import compose
 from tiedlora.runs import run
 from tiedlora.sweeps import sweep
@@ -20,12 +20,12 @@ def main(composed: DictConfig) -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         sweep.run_cell(compose.load(composed))
         return
-    with cli.exits():
+    with errors.exit_codes():
         run.main(compose.load(composed))
 
 
 if __name__ == "__main__":
     # Hydra then raises what it would print in many lines, and readable_errors makes it one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    with cli.exits(), compose.readable_errors():
+    with errors.exit_codes(), compose.readable_errors():
         main()

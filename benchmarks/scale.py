@@ -32,7 +32,8 @@ def child(given: str) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tiedlora.adapter import attach
-    from tiedlora.data.encoding import Encoded, collate
+    from tiedlora.data.batching import collate
+    from tiedlora.data.encoding import Encoded
     from tiedlora.models import attention
     from tiedlora.training.loss import target_loss
 

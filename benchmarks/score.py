@@ -29,14 +29,14 @@ def config(dtype: str, *overrides: str) -> Any:
 def train(folder: Path) -> None:
     """A short real training, so that answers have ends and the adapter does something."""
     from tiedlora.records.run_folder import RunFolder
-    from tiedlora.runs.session import Prepared
+    from tiedlora.runs.session import RunSession
     from tiedlora.tasks import load_task
-    from tiedlora.training.distributed import Processes
-    from tiedlora.training.signals import Stop
+    from tiedlora.training.distributed import World
+    from tiedlora.training.signals import StopSignal
 
     chosen = config("bfloat16", "train.steps=20", "train.validation_rows=1", "train.validate_every=0")
-    prepared = Prepared(chosen, load_task(chosen.task), Processes())
-    with Stop() as stop:
+    prepared = RunSession(chosen, load_task(chosen.task), World())
+    with StopSignal() as stop:
         prepared.train(RunFolder(folder / "run"), stop)
     from tiedlora.adapter import to_peft
 

@@ -39,12 +39,12 @@ WANTED = dict(zip(THEIRS, (2.6, 1.7, 1.25), strict=True))
 
 def ours(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]:
     """Our loop as train.py runs it, into a folder that is thrown away."""
-    from tiedlora.data.encoding import Order
+    from tiedlora.data.batching import BatchSampler
     from tiedlora.records.run_folder import RunFolder
-    from tiedlora.runs.session import Prepared
+    from tiedlora.runs.session import RunSession
     from tiedlora.tasks import load_task
-    from tiedlora.training.distributed import Processes
-    from tiedlora.training.signals import Stop
+    from tiedlora.training.distributed import World
+    from tiedlora.training.signals import StopSignal
 
     config = common.config(
         f"tying={tying}",
@@ -55,15 +55,15 @@ def ours(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]:
         "train.validate_every=0",
         *overrides,
     )
-    prepared = Prepared(config, load_task(config.task), Processes())
-    with tempfile.TemporaryDirectory() as scratch, Stop() as stop:
+    prepared = RunSession(config, load_task(config.task), World())
+    with tempfile.TemporaryDirectory() as scratch, StopSignal() as stop:
         folder = RunFolder(Path(scratch))
         progress, _ = prepared.train(folder, stop)
         lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
     rows = [line for line in lines if "train/loss" in line]
     encoded = prepared.encoded["train"]
-    order = Order([len(row) for row in encoded], config.train, config.seed)
-    lengths = [len(encoded[number]) for step in range(SKIPPED + 1, steps + 1) for number in order.rows(step)]
+    sampler = BatchSampler([len(row) for row in encoded], config.train, config.seed)
+    lengths = [len(encoded[number]) for step in range(SKIPPED + 1, steps + 1) for number in sampler.rows_of_step(step)]
     found = {
         "losses": [row["train/loss"] for row in rows],
         **_steady(rows),
@@ -89,7 +89,7 @@ def theirs(dtype: str, order: str, steps: int, *overrides: str) -> dict[str, Any
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from tiedlora.adapter import TiedAdapter
-    from tiedlora.data.encoding import Encoder, Order, fit
+    from tiedlora.data.encoding import Encoder, BatchSampler, fit
     from tiedlora.runs import reuse
 
     config = common.config(f"train.dtype={dtype}", "tying=LoRA_qkv", *overrides)
@@ -102,8 +102,8 @@ def theirs(dtype: str, order: str, steps: int, *overrides: str) -> dict[str, Any
     if order == "plain":
         chosen = encoded
     else:
-        ours = Order([len(row) for row in encoded], config.train, config.seed)
-        chosen = [encoded[number] for step in range(1, steps + 1) for number in ours.rows(step)]
+        ours = BatchSampler([len(row) for row in encoded], config.train, config.seed)
+        chosen = [encoded[number] for step in range(1, steps + 1) for number in ours.rows_of_step(step)]
     adapter = TiedAdapter(config.tying, config.rank.r, config.rank.alpha, config.model.architecture, config.seed)
     model = common.peft_lora(base.model, adapter)
     pad, losses, marks = base.tokenizer.eos_token_id, [], []

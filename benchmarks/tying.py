@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from tiedlora.adapter import TiedAdapter, attach_adapter
-from tiedlora.data.encoding import Encoder, Order, fit, microbatches
+from tiedlora.data.batching import BatchSampler, microbatches
+from tiedlora.data.encoding import Encoder, fit
 from tiedlora.runs import reuse
 from tiedlora.training import loop
 from tiedlora.training.loss import target_loss
@@ -46,7 +47,7 @@ def main() -> None:
     config = configs["LoRA"]
     base = reuse.base(config, torch.device("cpu"))
     encoded = fit(Encoder(base.tokenizer, config.task, config.model.context), reuse.rows(config)[0]["train"]).encoded
-    order = Order([len(row) for row in encoded], config.train, config.seed)
+    sampler = BatchSampler([len(row) for row in encoded], config.train, config.seed)
     adapters, optimizers = {}, {}
     for name, c in configs.items():
         adapters[name] = TiedAdapter(c.tying, c.rank.r, c.rank.alpha, c.model.architecture, c.seed)
@@ -54,7 +55,7 @@ def main() -> None:
     base.model.train()
     seconds: dict[str, list[float]] = {name: [] for name in NAMES}
     for number in range(arguments.batches + 1):
-        rows = [encoded[row] for row in order.rows(number + 1)]
+        rows = [encoded[row] for row in sampler.rows_of_step(number + 1)]
         batches = microbatches(rows, base.tokenizer.eos_token_id, tokens=common.PASS_TOKENS)
         for turn in range(len(NAMES)):
             name = NAMES[(turn + number) % len(NAMES)]

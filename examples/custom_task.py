@@ -10,7 +10,7 @@ import random
 import sys
 from typing import Any
 
-from tiedlora import cli, tasks
+from tiedlora import errors, tasks
 from tiedlora.config import compose
 from tiedlora.runs import run
 from tiedlora.tasks import Example, Task
@@ -55,5 +55,5 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with cli.exits():
+    with errors.exit_codes():
         main(sys.argv[1:])

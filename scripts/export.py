@@ -11,7 +11,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from tiedlora import cli, tying
+from tiedlora import errors, tying
 from tiedlora.config import compose as configuration
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
@@ -36,7 +36,7 @@ def main() -> None:
     out = (arguments.out or run.path / "export" / arguments.to).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; remove it, or choose another folder with --out")
-    config = configuration.saved(run.config_file)
+    config = configuration.read_config(run.config_file)
     out.mkdir(parents=True, exist_ok=True)
     try:
         export(run, config, result, arguments.to, out, arguments.dtype, arguments.split, arguments.cache)
@@ -106,5 +106,5 @@ def _rounding(dtype: str, error: float) -> str:
 
 
 if __name__ == "__main__":
-    with cli.exits():
+    with errors.exit_codes():
         main()

@@ -8,7 +8,7 @@ task.hub.revision=COMMIT pins the rows.
 import sys
 from pathlib import Path
 
-from tiedlora import cli, storage
+from tiedlora import errors, storage
 from tiedlora.config import compose
 from tiedlora.errors import UserError
 from tiedlora.tasks import load_task
@@ -30,5 +30,5 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with cli.exits():
+    with errors.exit_codes():
         main(sys.argv[1:])

@@ -12,7 +12,7 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-from tiedlora import cli
+from tiedlora import errors
 from tiedlora import text as present
 from tiedlora.errors import UserError
 
@@ -91,5 +91,5 @@ def side_by_side(base: str, adapted: str) -> str:
 
 
 if __name__ == "__main__":
-    with cli.exits():
+    with errors.exit_codes():
         main()

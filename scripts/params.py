@@ -6,7 +6,7 @@ override of train.py works, so `rank.r=5` and `tying.A.share=4` count too.
 
 import sys
 
-from tiedlora import cli
+from tiedlora import errors
 from tiedlora.config import compose
 from tiedlora.tying import lora_params, trainable_params
 
@@ -30,5 +30,5 @@ def main(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with cli.exits():
+    with errors.exit_codes():
         main(sys.argv[1:])

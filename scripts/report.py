@@ -6,7 +6,7 @@ Reads run folders only: no torch, no W&B account, no network. docs/results.md ex
 import argparse
 from pathlib import Path
 
-from tiedlora import cli
+from tiedlora import errors
 from tiedlora.report import peft_results, write
 
 CLAIMS = Path(__file__).resolve().parents[1] / "claims" / "tied_lora.yaml"
@@ -33,5 +33,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli.exits():
+    with errors.exit_codes():
         main()

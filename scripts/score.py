@@ -8,10 +8,10 @@ import logging
 import os
 from pathlib import Path
 
-from tiedlora import cli
-from tiedlora import text as present
+from tiedlora import errors
+from tiedlora.records.summary import terminal_lines
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import run
+from tiedlora.runs import lazy
 
 
 def main() -> None:
@@ -24,12 +24,12 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("tiedlora").setLevel(logging.INFO)
     folder = RunFolder(arguments.run.absolute())
-    result = folder.result()
-    if result is None or arguments.again or arguments.split not in result["scores"]:
-        result = run.score_more(folder, [arguments.split], data_root=arguments.data_root)
-    print(present.result(result, folder.path))
+    record = folder.finished_record()
+    if arguments.again or arguments.split not in record.scores:
+        record = lazy.add_scores(folder, [arguments.split], data_root=arguments.data_root)
+    print(terminal_lines(record, folder.path))
 
 
 if __name__ == "__main__":
-    with cli.exits():
+    with errors.exit_codes():
         main()

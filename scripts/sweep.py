@@ -7,7 +7,7 @@ cells first; select chooses each configuration's learning rate on validation and
 import argparse
 import logging
 
-from tiedlora import cli
+from tiedlora import errors
 from tiedlora.config import compose
 from tiedlora.report import claims
 from tiedlora.sweeps import expand, selection, sweep
@@ -59,5 +59,5 @@ def _decides(found: sweep.Sweep) -> list[str]:
 
 
 if __name__ == "__main__":
-    with cli.exits():
+    with errors.exit_codes():
         main()

@@ -8,7 +8,7 @@ import argparse
 import os
 from pathlib import Path
 
-from tiedlora import cli
+from tiedlora import errors
 from tiedlora.runs import verify
 
 DISAGREES = 3
@@ -29,5 +29,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli.exits():
+    with errors.exit_codes():
         main()

@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from tiedlora import cli
+from tiedlora import errors
 from tiedlora.report import wandb_dashboard
 from tiedlora.report.runs import read_runs
 
@@ -34,5 +34,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli.exits():
+    with errors.exit_codes():
         main()

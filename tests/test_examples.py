@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiedlora.config.compose import PROJECT
+from tiedlora.config.project import PROJECT
 
 ARGUMENTS = {
     "custom_specification.py": ["{folder}/adapter"],

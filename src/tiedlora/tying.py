@@ -9,12 +9,12 @@ frozen weight W_l (d_out x d_in), is
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Union
 
 from tiedlora.errors import UserError
 
-PARTS = ("A", "B", "u", "v")
 RANDOM_INITS = ("uniform", "normal")
 ALL_LAYERS = "all"
 
@@ -120,22 +120,65 @@ def groups(share: int | str, layers: int) -> int:
     return math.ceil(layers / layers_per_group(share, layers))
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers that decide the shape of one part for one target, all layers together."""
+
+    groups: int
+    """Separate factors: ceil(layers / layers that share one)."""
+    layers: int
+    rank: int
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class PartTraits:
+    """What sets one part apart from the others. Everything that depends on the part's letter stands here."""
+
+    shape: Callable[[Sizes], tuple[int, ...]]
+    is_shared: bool
+    """Whether layers can share it (then it is a `Factor`); otherwise every layer has its own."""
+    decays: bool
+    """Whether weight decay may apply: it would pull towards 0 what starts at 1."""
+    default_init: float | str
+    """Its initial value where another part starts at zero."""
+    zero_start_order: int | None
+    """By default the trained part with the lowest number starts at zero; None never does."""
+    neutral: float | None = None
+    """A frozen part that equals this changes nothing: it is neither created nor stored."""
+
+
+PARTS: dict[str, PartTraits] = {
+    "A": PartTraits(lambda s: (s.groups, s.rank, s.d_in), True, True, "uniform", zero_start_order=3),
+    "B": PartTraits(lambda s: (s.groups, s.d_out, s.rank), True, True, "uniform", zero_start_order=1),
+    "u": PartTraits(lambda s: (s.layers, s.rank), False, False, 1.0, zero_start_order=None, neutral=1.0),
+    "v": PartTraits(lambda s: (s.layers, s.d_out), False, False, 1.0, zero_start_order=2, neutral=1.0),
+}
+"""The parts of an adapter by name. A part's value is the attribute of that name of `Tying`."""
+
+
+def part_of(parameter_name: str) -> str:
+    """The part that a parameter of an adapter is: `qkv.A` -> `A`."""
+    return parameter_name.rpartition(".")[2]
+
+
 def part_shape(tying: Tying, part: str, rank: int, architecture: Architecture, target: str) -> tuple[int, ...]:
     """The shape of one part for one target, all layers together.
 
     A: (groups, r, d_in)   B: (groups, d_out, r)   u: (L, r)   v: (L, d_out)
+
+    Raises:
+        UserError: `target` is not a projection this project knows.
     """
     d_in, d_out = target_shape(architecture, target)
-    layers = architecture.layers
-    if part == "A":
-        return groups(tying.A.share, layers), rank, d_in
-    if part == "B":
-        return groups(tying.B.share, layers), d_out, rank
-    return layers, rank if part == "u" else d_out
+    layers, specification = architecture.layers, getattr(tying, part)
+    count = groups(specification.share, layers) if isinstance(specification, Factor) else layers
+    return PARTS[part].shape(Sizes(count, layers, rank, d_in, d_out))
 
 
 def trainable_params(tying: Tying, rank: int, architecture: Architecture) -> int:
-    """How many numbers the optimizer moves (METHOD: the table of the eight configurations)."""
+    """How many numbers the optimizer moves (docs/method.md has the table of the eight configurations)."""
     return sum(
         math.prod(part_shape(tying, part, rank, architecture, target))
         for target in tying.targets
@@ -159,9 +202,10 @@ def nearest_lora_rank(trainable: int, architecture: Architecture) -> int:
     return min(below, below + 1, key=lambda rank: abs(lora_params(rank, architecture) - trainable))
 
 
-def is_identity(part: Part) -> bool:
-    """A frozen vector of ones changes nothing and is not stored."""
-    return not part.trained and part.init == 1.0
+def is_stored(tying: Tying, part: str) -> bool:
+    """Whether a part exists as numbers: a frozen one that changes nothing does not."""
+    specification, neutral = getattr(tying, part), PARTS[part].neutral
+    return bool(specification.trained or neutral is None or specification.init != neutral)
 
 
 def label(tying: Tying) -> str:
@@ -181,12 +225,12 @@ def label(tying: Tying) -> str:
 
 
 def default_inits(trained: list[str]) -> dict[str, float | str]:
-    """The initial values of METHOD's table: the zero sits in the one place that lets the run move."""
-    if "B" in trained:
-        return {"A": "uniform", "B": 0.0, "u": 1.0, "v": 1.0}
-    if "v" in trained:
-        return {"A": "uniform", "B": "uniform", "u": 1.0, "v": 0.0}
-    return {"A": 0.0, "B": "uniform", "u": 1.0, "v": 1.0}
+    """The initial values of the eight configurations (docs/method.md): one trained part starts at zero."""
+    inits = {name: traits.default_init for name, traits in PARTS.items()}
+    starts = {name: order for name in trained if (order := PARTS[name].zero_start_order) is not None}
+    if starts:
+        inits[min(starts, key=lambda name: starts[name])] = 0.0
+    return inits
 
 
 NAMES = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")

@@ -10,7 +10,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tiedlora import Layout, named
 from tiedlora.adapter import architectures, attach, load
-from tiedlora.data.encoding import Encoded, collate
+from tiedlora.data.batching import collate
+from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.training.loss import target_loss
 

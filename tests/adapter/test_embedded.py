@@ -6,9 +6,11 @@ from helpers.tiny import EIGHT, model_option, tying_option
 
 from tiedlora import tying
 from tiedlora.adapter import attach
-from tiedlora.config.compose import PROJECT, compose_config
+from tiedlora.config.compose import compose_config
+from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import TrainConfig
-from tiedlora.data.encoding import Encoder, microbatches
+from tiedlora.data.batching import microbatches
+from tiedlora.data.encoding import Encoder
 from tiedlora.models.base_model import load_base
 from tiedlora.tasks import load_examples, load_task
 from tiedlora.training.loop import build_optimizer

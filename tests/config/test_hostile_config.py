@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from tiedlora.config import compose as configuration
-from tiedlora.config.compose import PROJECT, compose_config
+from tiedlora.config.compose import compose_config
+from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import Config
 from tiedlora.runs import run
 
@@ -180,7 +181,7 @@ def test_a_wrong_file_is_named(what, tmp_path, monkeypatch):
     data, says = FILES[what]
     (tmp_path / "config.yaml").write_bytes(data)
     with refused(says, tmp_path) as caught:
-        values = configuration.saved(tmp_path / "config.yaml")
+        values = configuration.read_config(tmp_path / "config.yaml")
         assert values is None, "it was read"
     assert SECRET not in str(caught.value)
     assert not (tmp_path / "owned").exists()
@@ -195,10 +196,10 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
         file.truncate(10**12)
     for name in ("pipe", "folder", "endless"):
         with refused("is not a regular file"):
-            configuration.saved(tmp_path / name)
+            configuration.read_config(tmp_path / name)
     for name, says in (("loop", "cannot be read"), ("none", "is missing"), ("huge", "at most 1,048,576 are read")):
         with refused(says):
-            configuration.saved(tmp_path / name)
+            configuration.read_config(tmp_path / name)
 
 
 def test_a_file_of_conf_that_is_no_yaml(tmp_path, monkeypatch):
@@ -286,8 +287,8 @@ def test_any_values_load_or_are_refused(tmp_path_factory, changes):
             path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
         except Exception:
             return  # OmegaConf cannot write it down either
-        config = configuration.saved(path)
-        from tiedlora.records.run_folder import run_id
+        config = configuration.read_config(path)
+        from tiedlora.config.identity import run_id
 
         assert "/" not in run_id(config)
 
@@ -298,5 +299,5 @@ def test_any_bytes_load_or_are_refused(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "config.yaml"
     path.write_bytes(data)
     with right_or_refused():
-        configuration.saved(path)
+        configuration.read_config(path)
     assert path.read_bytes() == data

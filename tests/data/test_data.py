@@ -7,7 +7,8 @@ from helpers.tiny import tiny
 
 from tiedlora.config import compose as configuration
 from tiedlora.data import token_cache
-from tiedlora.data.encoding import Encoder, collate, fit
+from tiedlora.data.batching import collate
+from tiedlora.data.encoding import Encoder, fit
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import embedded_folder
 from tiedlora.tasks import Example

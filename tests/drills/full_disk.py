@@ -27,7 +27,7 @@ from typing import Any
 import kill_run
 import printed
 
-from tiedlora import cli
+from tiedlora import errors
 from tiedlora.runs import run
 
 SIZE = 4 * 2**20
@@ -97,7 +97,7 @@ def child(outputs: Path, writes: Writes) -> tuple[int, str, list[str]]:
             code = 1
             try:
                 writes.install()
-                with cli.exits():
+                with errors.exit_codes():
                     run.main(kill_run.config(outputs))
                 code = 0
             except SystemExit as end:

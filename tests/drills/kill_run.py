@@ -6,7 +6,7 @@ event, the same configuration is started again, and what it leaves is compared w
 adapter and predictions byte by byte, metrics and result but for times. Prints a line a stage and exits
 with 1 if anything differs, or if more optimizer steps were executed than one checkpoint interval a kill.
 
-Processes are forks of this one, which has imported everything: a kill costs a fraction of a second.
+World are forks of this one, which has imported everything: a kill costs a fraction of a second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ import torch
 from tiedlora.config.compose import compose_config
 from tiedlora.config.schema import Config
 from tiedlora.models import base_model
-from tiedlora.records.run_folder import RunFolder, run_id
+from tiedlora.config.identity import run_id
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 from tiedlora.scoring import decoding
 from tiedlora.tracking import tracker

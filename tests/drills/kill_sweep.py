@@ -94,7 +94,7 @@ def child() -> None:
     wrap(storage, "write_json", writing)
     wrap(scoring, "predict", lambda *_: at("decode"))
     wrap(scoring, "score_split", lambda *_: at("adapter"))
-    wrap(session.Prepared, "train_and_score", training)
+    wrap(session.RunSession, "train_and_score", training)
     original = storage.write_json
 
     def write_json(path: Path, value: object) -> None:

@@ -22,8 +22,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import printed
 
-from tiedlora.config.compose import compose_config, options
-from tiedlora.records.run_folder import RunFolder, run_id
+from tiedlora.config.compose import compose_config
+from tiedlora.config.explain import options
+from tiedlora.config.identity import run_id
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 
 LIMIT = 1.05

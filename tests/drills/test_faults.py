@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 import wandb
 
-from tiedlora import cli
-from tiedlora.config.compose import PROJECT, compose_config
-from tiedlora.records.run_folder import RunFolder, run_id
+from tiedlora import errors
+from tiedlora.config.compose import compose_config
+from tiedlora.config.project import PROJECT
+from tiedlora.config.identity import run_id
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 from tiedlora.tasks import task_metric  # noqa: F401  (a fork that is short of memory could not import it)
 from tiedlora.tracking.tracker import Tracker, read_metrics
@@ -80,7 +82,7 @@ def test_a_folder_that_cannot_be_written_is_said_in_a_line(tiny_run, tmp_path):
 
 
 def forked(act: Callable[[], object], seconds: int = 60) -> tuple[int, str]:
-    """Exit code and standard error of `act` under cli.exits(), in a fork that has imported everything already."""
+    """Exit code and standard error of `act` under errors.exit_codes(), in a fork that has imported everything already."""
     with tempfile.TemporaryFile("w+") as told:
         child = os.fork()
         if child == 0:
@@ -91,7 +93,7 @@ def forked(act: Callable[[], object], seconds: int = 60) -> tuple[int, str]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
                 logging.basicConfig(stream=sys.stderr, level=logging.INFO, force=True)
-                with cli.exits():
+                with errors.exit_codes():
                     act()
                 code = 0
             except SystemExit as end:
@@ -228,12 +230,12 @@ def test_two_processes_in_one_folder(tiny_config, tmp_path):
 
 CUT_OFF = """
 import sys
-from tiedlora import cli
+from tiedlora import errors
 from tiedlora.config.compose import compose_config
 from tiedlora.runs import run
 for more in (["model=qwen2_5_0_5b", "task=chain_sum"], ["model=tiny_llama", "task=gsm8k"]):
     try:
-        with cli.exits():
+        with errors.exit_codes():
             run.main(compose_config([*more, f"outputs={sys.argv[1]}/outputs", f"cache={sys.argv[1]}/cache"]))
     except SystemExit as end:
         print(end.code)

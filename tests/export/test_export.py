@@ -19,7 +19,7 @@ from tiedlora.config import command
 from tiedlora.config.compose import compose_config
 from tiedlora.errors import UserError
 from tiedlora.export.weights import to_merged, to_peft
-from tiedlora.records.run_folder import run_id
+from tiedlora.config.identity import run_id
 from tiedlora.runs import run
 
 RANK, ALPHA = 4, 6.0

@@ -8,7 +8,7 @@ import torch
 from tiedlora.config import compose as configuration
 from tiedlora.config.schema import ModelConfig
 from tiedlora.data.encoding import Encoded
-from tiedlora.models.base_model import Base, load_base
+from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.tasks import Task, load_task
 from tiedlora.tying import Tying
 
@@ -28,7 +28,7 @@ def task_option(name: str, *overrides: str) -> Task:
     return load_task(configuration.compose_config([f"task={name}", *overrides]).task)
 
 
-def tiny(name: str, dtype: str = "float32") -> Base:
+def tiny(name: str, dtype: str = "float32") -> BaseModel:
     return load_base(model_option(name), dtype, torch.device("cpu"), Path("unused"))
 
 

@@ -16,7 +16,7 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.report import write
 from tiedlora.report.runs import read_run
 from tiedlora.runs import run
-from tiedlora.tracking.tracker import read_metrics
+from tiedlora.records.rows import read_metrics
 
 pytest_plugins = ["helpers.hostile_runs"]
 SECRET = "hunter2-0123456789abcdef"

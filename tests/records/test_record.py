@@ -9,7 +9,8 @@ from tiedlora.config import compose as configuration
 from tiedlora.config.schema import Config, TrainConfig
 from tiedlora.errors import UserError
 from tiedlora.records import run_folder
-from tiedlora.records.run_folder import RunFolder, identity, run_id
+from tiedlora.config.identity import identity, run_id
+from tiedlora.records.run_folder import RunFolder
 
 # An id that changes here re-runs everybody's sweeps. Change one only with a reason in the commit message.
 FROZEN = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.report_runs import world
 
-from tiedlora.config.compose import PROJECT
+from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.report import claims, write
 from tiedlora.statistics import crossed

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers.report_runs import add_scores, make_record, prediction_rows, scored_run, world, write_run
 
-from tiedlora.config.compose import PROJECT
+from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.report import cells, compare, tables, write
 from tiedlora.report.compare import Scorebook

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import tiedlora
 from tiedlora import UserError
 from tiedlora.adapter import attach
-from tiedlora.records.run_folder import run_id
+from tiedlora.config.identity import run_id
 from tiedlora.runs import run
 
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiedlora.config.compose import PROJECT, compose_config
+from tiedlora.config.compose import compose_config
+from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.records.run_folder import RunFolder, run_id
+from tiedlora.config.identity import run_id
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
-from tiedlora.tracking.tracker import read_metrics
+from tiedlora.records.rows import read_metrics
 
 
 def folder_of(config) -> RunFolder:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tiedlora.config.compose import PROJECT, compose_config
-from tiedlora.records.run_folder import RunFolder, run_id
+from tiedlora.config.compose import compose_config
+from tiedlora.config.project import PROJECT
+from tiedlora.config.identity import run_id
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, verify
 
 ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for i in range(40)]

@@ -10,7 +10,7 @@ import torch
 from helpers.tiny import TINY, tiny
 
 from tiedlora.config import compose as configuration
-from tiedlora.config.compose import PROJECT
+from tiedlora.config.project import PROJECT
 from tiedlora.data.encoding import Encoder
 from tiedlora.scoring.decoding import _ended, choice_log_likelihoods, generate
 from tiedlora.scoring.scoring import predict

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from tiedlora.config.compose import PROJECT
+from tiedlora.config.project import PROJECT
 from tiedlora.statistics import coverage, crossed
 from tiedlora.statistics.intervals import paired_proportions, wilson
 

@@ -20,7 +20,8 @@ from hydra.types import RunMode
 from tiedlora.adapter.attach import Adapted
 from tiedlora.config import compose as configuration
 from tiedlora.errors import UserError
-from tiedlora.records.run_folder import RunFolder, run_id
+from tiedlora.config.identity import run_id
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import reuse, run
 from tiedlora.sweeps import expand, selection, sweep
 from tiedlora.tying import lora_params, nearest_lora_rank, trainable_params

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiedlora.config import compose as configuration
-from tiedlora.config.compose import PROJECT
+from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.tasks import SPLITS, Task, digest, load_examples, render
 from tiedlora.tasks.hellaswag import cleaned

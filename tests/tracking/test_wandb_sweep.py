@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from tiedlora.config import compose as configuration
-from tiedlora.records.run_folder import RunFolder, run_id
+from tiedlora.config.identity import run_id
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.sweeps import expand
 
 PROJECT = Path(__file__).parents[2]

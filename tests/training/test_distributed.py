@@ -10,13 +10,13 @@ from helpers.tiny import tiny
 from safetensors.torch import load_file
 
 from tiedlora.adapter import attach
-from tiedlora.config.compose import PROJECT
+from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
-from tiedlora.tracking.tracker import read_metrics
+from tiedlora.records.rows import read_metrics
 from tiedlora.training import distributed
-from tiedlora.training.distributed import Processes
+from tiedlora.training.distributed import World
 
 STEPS = 20
 
@@ -54,14 +54,14 @@ def test_two_processes_are_one(tiny_config, tiny_run, tmp_path):
 
 def test_each_row_is_in_one_share():
     rows = list(range(11))
-    shares = [Processes(rank, 3).share(rows) for rank in range(3)]
+    shares = [World(rank, 3).local_rows(rows) for rank in range(3)]
     assert sorted(row for share in shares for row in share) == rows
 
 
 @pytest.mark.parametrize("wish", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_sharding_is_refused(monkeypatch, wish):
     monkeypatch.setenv(wish, "true")
-    with pytest.raises(UserError, match=rf"{wish}: .*torchrun"), distributed.joined(cuda=False):
+    with pytest.raises(UserError, match=rf"{wish}: .*torchrun"), distributed.join_world(cuda=False):
         pass
 
 

@@ -9,7 +9,8 @@ from helpers.tiny import tiny, tying_option
 
 from tiedlora.adapter import attach
 from tiedlora.config.schema import LrFactors, TrainConfig
-from tiedlora.data.encoding import Encoded, Order, microbatches
+from tiedlora.data.batching import BatchSampler, microbatches
+from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.training import checkpoint, loop
 from tiedlora.training.loss import target_loss
@@ -28,24 +29,24 @@ def start(option="TABuv", config=CONFIG, seed=0, folder=None, stop_after=None, d
     base.model.train()
     parts = attached.adapter.trained_parts()
     optimizer = loop.build_optimizer(parts, config)
-    order = Order([len(row) for row in ROWS], config, seed)
+    sampler = BatchSampler([len(row) for row in ROWS], config, seed)
     log: list[dict] = []
     progress = (folder and checkpoint.restore(folder, parts, optimizer, {})) or loop.Progress()
-    calls = loop.Calls(
-        batches=lambda step: microbatches([ROWS[i] for i in order.rows(step)], 256, config.microbatch_size),
+    hooks = loop.LoopHooks(
+        batches=lambda step: microbatches([ROWS[i] for i in sampler.rows_of_step(step)], 256, config.microbatch_size),
         loss_sum=lambda batch: target_loss(base.model, batch),
         validate=lambda: float(sum(p.detach().abs().sum() for p in parts.values())),
         save=lambda now: folder and checkpoint.save(folder, now, parts, optimizer, {}),
         log=log.extend,
-        describe=lambda step: str(order.rows(step)),
+        describe=lambda step: str(sampler.rows_of_step(step)),
         stop=lambda: stop_after is not None and progress.step >= stop_after,
     )
-    return progress, calls, optimizer, parts, log
+    return progress, hooks, optimizer, parts, log
 
 
 def finish(option="TABuv", config=CONFIG, seed=0, **more):
-    progress, calls, optimizer, parts, log = start(option, config, seed, **more)
-    loop.train(progress, calls, optimizer, config, seed)
+    progress, hooks, optimizer, parts, log = start(option, config, seed, **more)
+    loop.train(progress, hooks, optimizer, config, seed)
     return {name: p.detach().clone() for name, p in parts.items()}, log, progress
 
 
@@ -87,7 +88,9 @@ def test_same_seed_same_run_and_zero_is_a_seed():
     assert steps == list(range(1, 9))
     assert [row["step"] for row in log if "validation/loss" in row] == [0, 4, 8]
     assert progress.tokens == sum(
-        len(ROWS[i]) for s in range(1, 9) for i in Order([len(r) for r in ROWS], TrainConfig(batch_size=3), 0).rows(s)
+        len(ROWS[i])
+        for s in range(1, 9)
+        for i in BatchSampler([len(r) for r in ROWS], TrainConfig(batch_size=3), 0).rows_of_step(s)
     )
 
 
@@ -102,7 +105,7 @@ def test_microbatches_change_nothing_but_rounding():
 @pytest.mark.parametrize("dropout", [False, True])
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop_after, dropout):
     whole, whole_log, whole_progress = finish(dropout=dropout)
-    with pytest.raises(loop.Interrupted):
+    with pytest.raises(StoppedEarly):
         finish(folder=tmp_path, stop_after=stop_after, dropout=dropout)
     resumed, log, progress = finish(folder=tmp_path, dropout=dropout)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -123,11 +126,11 @@ def test_clipped_steps_are_counted():
 
 
 def test_non_finite_loss_stops_naming_step_rate_and_rows(tmp_path):
-    progress, calls, optimizer, parts, _ = start(folder=tmp_path)
-    whole = calls.loss_sum
-    calls.loss_sum = lambda batch: whole(batch) * (float("nan") if progress.step == 4 else 1.0)
+    progress, hooks, optimizer, parts, _ = start(folder=tmp_path)
+    whole = hooks.loss_sum
+    hooks.loss_sum = lambda batch: whole(batch) * (float("nan") if progress.step == 4 else 1.0)
     with pytest.raises(UserError, match=r"step 5: .*nan.*learning rate .*lower train.lr.*rows"):
-        loop.train(progress, calls, optimizer, CONFIG, 0)
+        loop.train(progress, hooks, optimizer, CONFIG, 0)
     # The last checkpoint is from before, and finite.
     restored = checkpoint.restore(tmp_path, parts, optimizer, {})
     assert restored is not None
@@ -138,8 +141,8 @@ def test_non_finite_loss_stops_naming_step_rate_and_rows(tmp_path):
 def spoiled(where, steps, folder=None, stop_after=None, **options):
     """A run whose loss or gradient is not finite at some steps; ends as it ends."""
     config = replace(CONFIG, log_every=1, **options)
-    progress, calls, optimizer, parts, log = start(config=config, folder=folder, stop_after=stop_after)
-    whole = calls.loss_sum
+    progress, hooks, optimizer, parts, log = start(config=config, folder=folder, stop_after=stop_after)
+    whole = hooks.loss_sum
 
     def loss_sum(batch):
         loss = whole(batch)
@@ -149,8 +152,8 @@ def spoiled(where, steps, folder=None, stop_after=None, **options):
             loss.register_hook(lambda gradient: gradient * math.nan)
         return loss
 
-    calls.loss_sum = loss_sum
-    loop.train(progress, calls, optimizer, config, 0)
+    hooks.loss_sum = loss_sum
+    loop.train(progress, hooks, optimizer, config, 0)
     return {name: p.detach().clone() for name, p in parts.items()}, log, progress
 
 
@@ -162,7 +165,7 @@ class TestSkipping:
         ours, log, progress = spoiled(where, {2, 5}, skip_nonfinite=2)
         assert progress.skipped_steps == 2
         assert progress.step == 8
-        rows = Order([len(row) for row in ROWS], CONFIG, 0).rows(5)
+        rows = BatchSampler([len(row) for row in ROWS], CONFIG, 0).rows_of_step(5)
         (said,) = (record.getMessage() for record in caplog.records if "step 5" in record.getMessage())
         assert "learning rate 0.00" in said
         assert "2 of train.skip_nonfinite=2" in said
@@ -171,10 +174,10 @@ class TestSkipping:
         assert [row["step"] for row in log if "train/loss" in row] == [1, 3, 4, 6, 7, 8]
         assert all(math.isfinite(value) for row in log for value in row.values())
         # What is left out is exactly the update: a run whose optimizer does nothing at those steps is the same one.
-        progress, calls, optimizer, parts, _ = start()
+        progress, hooks, optimizer, parts, _ = start()
         step, done = optimizer.step, []
         optimizer.step = lambda: done.append(1) or (None if len(done) in (2, 5) else step())
-        loop.train(progress, calls, optimizer, CONFIG, 0)
+        loop.train(progress, hooks, optimizer, CONFIG, 0)
         assert all(torch.equal(ours[name], parts[name]) for name in ours)
 
     def test_one_more_than_the_bound_stops_the_run(self, tmp_path):
@@ -188,25 +191,25 @@ class TestSkipping:
     @pytest.mark.parametrize("stop_after", [1, 2, 4, 5])
     def test_the_count_goes_on_over_a_resume(self, tmp_path, stop_after):
         whole, _, _ = spoiled("gradient", {2, 5}, skip_nonfinite=2)
-        with pytest.raises(loop.Interrupted):
+        with pytest.raises(StoppedEarly):
             spoiled("gradient", {2, 5}, folder=tmp_path, stop_after=stop_after, skip_nonfinite=2)
         resumed, _, progress = spoiled("gradient", {2, 5}, folder=tmp_path, skip_nonfinite=2)
         assert progress.skipped_steps == 2
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
     def test_the_bound_holds_over_a_resume(self, tmp_path):
-        with pytest.raises(loop.Interrupted):
+        with pytest.raises(StoppedEarly):
             spoiled("loss", {2, 5}, folder=tmp_path, stop_after=3, skip_nonfinite=1)
         with pytest.raises(UserError, match="step 5: "):
             spoiled("loss", {2, 5}, folder=tmp_path, skip_nonfinite=1)
 
 
 def test_a_non_finite_validation_loss_stops_before_its_checkpoint(tmp_path):
-    progress, calls, optimizer, parts, _ = start(folder=tmp_path)
-    whole = calls.validate
-    calls.validate = lambda: math.nan if progress.step == 8 else whole()
+    progress, hooks, optimizer, parts, _ = start(folder=tmp_path)
+    whole = hooks.validate
+    hooks.validate = lambda: math.nan if progress.step == 8 else whole()
     with pytest.raises(UserError, match=r"step 8: the validation loss is nan; lower train\.lr"):
-        loop.train(progress, calls, optimizer, CONFIG, 0)
+        loop.train(progress, hooks, optimizer, CONFIG, 0)
     assert checkpoint.restore(tmp_path, parts, optimizer, {}).step == 6
 
 
@@ -273,15 +276,15 @@ class TestCheckpoints:
 class TestOrder:
     LENGTHS = [(i * 7919) % 97 + 1 for i in range(203)]
 
-    def order(self, bucket=True, batch_tokens=None, seed=0):
-        return Order(self.LENGTHS, TrainConfig(batch_size=8, bucket=bucket, batch_tokens=batch_tokens), seed)
+    def sampler(self, bucket=True, batch_tokens=None, seed=0):
+        return BatchSampler(self.LENGTHS, TrainConfig(batch_size=8, bucket=bucket, batch_tokens=batch_tokens), seed)
 
     @pytest.mark.parametrize("batch_tokens", [None, 300, 50])
     @pytest.mark.parametrize("bucket", [True, False])
     def test_every_row_once_an_epoch_in_another_order_each(self, bucket, batch_tokens):
-        order = self.order(bucket, batch_tokens)
-        epochs = [order.epoch(0), order.epoch(1)]
-        assert [order.rows(step) for step in range(1, sum(map(len, epochs)) + 1)] == epochs[0] + epochs[1]
+        sampler = self.sampler(bucket, batch_tokens)
+        epochs = [sampler.epoch(0), sampler.epoch(1)]
+        assert [sampler.rows_of_step(step) for step in range(1, sum(map(len, epochs)) + 1)] == epochs[0] + epochs[1]
         for batches in epochs:
             assert sorted(row for batch in batches for row in batch) == list(range(203))
             for batch in batches:
@@ -289,20 +292,20 @@ class TestOrder:
                 assert len(batch) <= 8
                 assert batch_tokens is None or padded <= batch_tokens or len(batch) == 1
         assert epochs[0] != epochs[1]
-        assert self.order(bucket, batch_tokens, seed=1).rows(1) != order.rows(1)
+        assert self.sampler(bucket, batch_tokens, seed=1).rows_of_step(1) != sampler.rows_of_step(1)
 
     @pytest.mark.parametrize("batch_tokens", [None, 300])
     def test_any_step_can_be_asked_for_first(self, batch_tokens):
-        one, two = self.order(batch_tokens=batch_tokens), self.order(batch_tokens=batch_tokens)
-        in_turn = [two.rows(step) for step in range(1, 121)]
+        one, two = self.sampler(batch_tokens=batch_tokens), self.sampler(batch_tokens=batch_tokens)
+        in_turn = [two.rows_of_step(step) for step in range(1, 121)]
         assert [one.rows(s) for s in (120, 3, 60, 119)] == [in_turn[s - 1] for s in (120, 3, 60, 119)]
 
     def test_buckets_pad_less_and_still_mix_lengths_between_steps(self):
-        def padding(order):
-            batches = [[self.LENGTHS[i] for i in batch] for batch in order.epoch(0)]
+        def padding(sampler):
+            batches = [[self.LENGTHS[i] for i in batch] for batch in sampler.epoch(0)]
             return sum(len(b) * max(b) - sum(b) for b in batches), [max(b) for b in batches]
 
-        bucketed, longest = padding(self.order())
-        plain, _ = padding(self.order(False))
+        bucketed, longest = padding(self.sampler())
+        plain, _ = padding(self.sampler(False))
         assert bucketed < 0.4 * plain
         assert longest != sorted(longest)

@@ -6,7 +6,8 @@ from helpers.tiny import TINY, mask_of, randomise, tiny, tying_option
 from torch.nn import functional as F
 
 from tiedlora.adapter import attach
-from tiedlora.data.encoding import Encoded, collate, microbatches
+from tiedlora.data.batching import collate, microbatches
+from tiedlora.data.encoding import Encoded
 from tiedlora.training import loss as chunked
 
 ROWS = [

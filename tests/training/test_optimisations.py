@@ -14,7 +14,8 @@ from helpers.tiny import TINY, randomise, tiny, tying_option
 from torch.nn import functional as F
 
 from tiedlora.adapter import attach
-from tiedlora.data.encoding import Encoded, collate, microbatches
+from tiedlora.data.batching import collate, microbatches
+from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.models import attention
 from tiedlora.scoring.decoding import generate
@@ -134,7 +135,7 @@ def faults():
         torch.empty(16_000_000).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 given = faults()
-allocator.keep_freed()
+allocator.keep_freed_memory()
 faults()
 print(given, faults())
 """
@@ -167,7 +168,7 @@ def test_compiled_blocks_share_one_graph_and_change_nothing(name, dtype, toleran
 
 
 def test_when_to_compile(monkeypatch):
-    long = compiling.REPAID["cpu"] / 4
+    long = compiling.COMPILE_PAYS_FROM_FLOP["cpu"] / 4
     assert compiling.decide("auto", "cpu", weights=1, tokens=long)
     assert not compiling.decide("auto", "cpu", weights=1, tokens=0.9 * long)
     assert not compiling.decide("auto", "cuda", weights=1, tokens=long)

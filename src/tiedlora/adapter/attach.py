@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from tiedlora.adapter import architectures, files
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.errors import UserError
+from tiedlora.records.run_record import BaseModelRecord
 from tiedlora.tying import Architecture, Layout, Tying, named
 
 
@@ -102,7 +103,7 @@ class Attached:
             for name in ("folded_A", "folded_B", "adapter_dropout"):
                 module.__dict__.pop(name, None)
 
-    def save_pretrained(self, folder: Path | str, base: dict[str, Any] | None = None) -> int:
+    def save_pretrained(self, folder: Path | str, base: BaseModelRecord | None = None) -> int:
         """Write the adapter's own small folder, each part once; see `files.save`.
 
         Args:
@@ -112,8 +113,7 @@ class Attached:
             Bytes of the folder.
         """
         name = getattr(self.model, "name_or_path", "") or type(self.model).__name__
-        record = base or {"name": name, "revision": None, "digest": None}
-        return files.save(self.adapter, Path(folder), record)
+        return files.save(self.adapter, Path(folder), base or BaseModelRecord(name, None, None))
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, folder: Path | str) -> Attached:

@@ -25,7 +25,8 @@ from tiedlora import tying as spec
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config.adapter_folder import DESCRIPTION
 from tiedlora.errors import UserError
-from tiedlora.records.run_record import is_number
+from tiedlora.records.reading import is_number, typed
+from tiedlora.records.run_record import BaseModelRecord, plain
 from tiedlora.tying import Architecture, Tying
 
 FORMAT = 1
@@ -39,11 +40,11 @@ def checksum(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def save(adapter: TiedAdapter, folder: Path, base: dict[str, Any], rebuild_frozen: bool = False) -> int:
+def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_frozen: bool = False) -> int:
     """Write the adapter; the folder appears whole or not at all.
 
     Args:
-        base: what the base model is (name, revision, digest), for the check at loading.
+        base: which base model the adapter belongs to, for the check at loading.
         rebuild_frozen: leave out frozen random parts and keep their seed and checksum instead.
 
     Returns:
@@ -51,7 +52,7 @@ def save(adapter: TiedAdapter, folder: Path, base: dict[str, Any], rebuild_froze
     """
     stored, rebuilt = {}, {}
     for name, parameter in adapter.parts().items():
-        part = getattr(adapter.tying, name.split(".")[1])
+        part = getattr(adapter.tying, spec.part_of(name))
         if part.trained or (isinstance(part.init, str) and not rebuild_frozen):
             stored[name] = parameter.detach().float().cpu().contiguous()
         else:
@@ -59,7 +60,7 @@ def save(adapter: TiedAdapter, folder: Path, base: dict[str, Any], rebuild_froze
     data = to_bytes(stored)
     description = {
         "format": FORMAT,
-        "base": base,
+        "base": plain(base),
         "tying": asdict(adapter.tying),
         "rank": adapter.rank,
         "alpha": adapter.alpha,
@@ -74,11 +75,11 @@ def save(adapter: TiedAdapter, folder: Path, base: dict[str, Any], rebuild_froze
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def load(folder: Path) -> tuple[TiedAdapter, dict[str, Any]]:
+def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
     """Read an adapter back, tied parts as one parameter again.
 
     Returns:
-        The adapter (on the CPU) and the description of the base model it was trained on.
+        The adapter (on the CPU) and the base model that it was trained on.
 
     Raises:
         UserError: naming the file and the part that is damaged, missing, of another shape or not finite.
@@ -92,7 +93,7 @@ def load(folder: Path) -> tuple[TiedAdapter, dict[str, Any]]:
         f"{target}.{part}": spec.part_shape(tying, part, rank, architecture, target)
         for target in tying.targets
         for part in spec.PARTS
-        if not (part in "uv" and spec.is_identity(getattr(tying, part)))
+        if spec.is_stored(tying, part)
     }
     rebuilt = description.get("rebuilt", {})
     tensors = _read_tensors(path, {name: shape for name, shape in expected.items() if name not in rebuilt})
@@ -106,7 +107,7 @@ def load(folder: Path) -> tuple[TiedAdapter, dict[str, Any]]:
                     f"{folder}: {name} rebuilt from seed {seed} is not the one that was trained with "
                     "(another torch version draws other numbers); save with rebuild_frozen=False"
                 )
-    return adapter, description["base"]
+    return adapter, typed(BaseModelRecord, {"revision": None, **description["base"]})
 
 
 def _described(description: dict[str, Any], path: Path) -> tuple[Tying, int, float, int, Architecture]:
@@ -173,7 +174,7 @@ def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str,
     return tensors
 
 
-def start_from(adapter: TiedAdapter, folder: Path, base: dict[str, Any]) -> None:
+def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> None:
     """Give `adapter` the values of a saved one, so that training goes on from there.
 
     Parts of the saved adapter must have their place here. u and v that it lacks are ones there, and must start at one
@@ -186,7 +187,7 @@ def start_from(adapter: TiedAdapter, folder: Path, base: dict[str, Any]) -> None
         UserError: another base model, scale, rank or shape, or a part without a place.
     """
     saved, trained_on = load(folder)
-    if (trained_on["name"], trained_on["digest"]) != (base["name"], base["digest"]):
+    if (trained_on.name, trained_on.digest) != (base.name, base.digest):
         raise UserError(f"train.init_from={folder}: was trained on {trained_on}, the base model here is {base}")
     if (saved.rank, saved.scale) != (adapter.rank, adapter.scale):
         raise UserError(
@@ -195,8 +196,8 @@ def start_from(adapter: TiedAdapter, folder: Path, base: dict[str, Any]) -> None
         )
     ours, theirs = adapter.parts(), saved.parts()
     for name in sorted(set(ours) | set(theirs)):
-        part = getattr(adapter.tying, name.split(".")[1])
-        if name not in ours or (name not in theirs and (name[-1] in "AB" or part.init != 1.0)):
+        part = getattr(adapter.tying, spec.part_of(name))
+        if name not in ours or (name not in theirs and part.init != spec.PARTS[spec.part_of(name)].neutral):
             raise UserError(
                 f"train.init_from={folder}: {name} is in {'the adapter' if name in theirs else 'this run'} alone; "
                 "choose the tying and targets that the adapter was trained with"

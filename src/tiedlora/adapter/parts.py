@@ -65,7 +65,7 @@ class TargetParts(nn.Module):
         for name in spec.PARTS:
             part = getattr(tying, name)
             parameter = None
-            if not (name in "uv" and spec.is_identity(part)):
+            if spec.is_stored(tying, name):
                 shape = spec.part_shape(tying, name, rank, architecture, target)
                 parameter = nn.Parameter(draw(part.init, shape, seed, name, target), requires_grad=part.trained)
             self.register_parameter(name, parameter)

@@ -10,9 +10,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from tiedlora.config import compose as configuration
+from tiedlora.config import explain
+from tiedlora.config.identity import identity, run_id
+from tiedlora.config.project import CONF
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
-from tiedlora.records.run_folder import identity, run_id
 
 NOT_EXACT = "   # and the rest of config.yaml: this version of the code composes another run from it"
 
@@ -20,7 +22,7 @@ NOT_EXACT = "   # and the rest of config.yaml: this version of the code composes
 def command(config: Config) -> str:
     """`python train.py ...` that is this very run, with as few words as the options of conf/ allow."""
     try:
-        words = min((_words(config, train) for train in configuration.options("train")), key=len)
+        words = min((_words(config, train) for train in explain.options("train")), key=len)
         exact = run_id(configuration.compose_config(words)) == run_id(config)
     except UserError:
         words, exact = [], False
@@ -33,7 +35,7 @@ def _words(config: Config, train: str) -> list[str]:
     """Options by their names, then a word for each value of the identity that they do not give."""
     named = {"model": config.model.name, "task": config.task.name, "tying": config.tying.name}
     chosen = {group: option for group, name in named.items() if (option := _option(group, name))}
-    if (rank := f"r{config.rank.r}") in configuration.options("rank"):
+    if (rank := f"r{config.rank.r}") in explain.options("rank"):
         chosen["rank"] = rank
     chosen["train"] = train
     options = [f"{group}={name}" for group, name in chosen.items() if name != _defaults()[group]]
@@ -55,8 +57,8 @@ _NONE = object()
 @functools.cache
 def _option(group: str, name: str) -> str | None:
     """The option of a group whose file gives this name."""
-    for option in configuration.options(group):
-        if OmegaConf.select(OmegaConf.load(configuration.CONF / group / f"{option}.yaml"), "name") == name:
+    for option in explain.options(group):
+        if OmegaConf.select(OmegaConf.load(CONF / group / f"{option}.yaml"), "name") == name:
             return option
     return None
 
@@ -64,7 +66,7 @@ def _option(group: str, name: str) -> str | None:
 @functools.cache
 def _defaults() -> dict[str, str]:
     """Group -> the option that conf/config.yaml takes."""
-    listed = OmegaConf.to_object(OmegaConf.load(configuration.CONF / "config.yaml").defaults)
+    listed = OmegaConf.to_object(OmegaConf.load(CONF / "config.yaml").defaults)
     assert isinstance(listed, list)
     return {str(k): str(v) for entry in listed if isinstance(entry, dict) for k, v in entry.items()}
 

@@ -14,6 +14,8 @@ from typing import Any, Optional
 
 from tiedlora import tying
 
+SPLITS = ("train", "validation", "test")
+SCORED_SPLITS = ("validation", "test")
 MODEL_SOURCES = ("hub", "embedded", "random", "architecture")
 DTYPES = ("float32", "bfloat16")
 
@@ -136,6 +138,8 @@ class TrainConfig:
     lr: Optional[float] = None
     """Peak learning rate; null takes tying.suggested_lr."""
     lr_factor: LrFactors = field(default_factory=LrFactors)
+    optimizer: str = field(default="adamw", metadata={"neutral": "adamw"})
+    """adamw: decoupled weight decay."""
     schedule: str = "cosine"
     """cosine (to min_lr) or constant, both after the warm-up."""
     min_lr: float = 0.0

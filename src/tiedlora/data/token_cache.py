@@ -13,8 +13,10 @@ import tokenizers
 from safetensors import SafetensorError, numpy, safe_open
 
 from tiedlora import storage
+from tiedlora.config.identity import identity
 from tiedlora.data.encoding import Encoded, Encoder, Fitted, fit
-from tiedlora.records.run_folder import identity
+from tiedlora.models.base_model import BaseModel
+from tiedlora.records.run_record import plain
 from tiedlora.tasks import Example
 
 VERSION = 1
@@ -23,20 +25,20 @@ WORTH_KEEPING = 1000
 """Rows; fewer are tokenised faster than a file is worth."""
 
 
-def fitted(encoder: Encoder, examples: Sequence[Example], digest: str, base: dict[str, Any], cache: Path) -> Fitted:
+def fitted(encoder: Encoder, examples: Sequence[Example], digest: str, base: BaseModel, cache: Path) -> Fitted:
     """As data.fit, from the cache's file if there is one, else made and kept there.
 
     Args:
         digest: of the examples.
-        base: the base model's record; its digest covers the tokenizer.
+        base: the base model, whose digest covers the tokenizer.
         cache: the folder `config.cache`.
 
     Raises:
         UserError: as data.fit.
     """
-    if len(examples) < WORTH_KEEPING or str(base["digest"]).endswith("None"):
+    if len(examples) < WORTH_KEEPING or not base.digest_is_known:
         return fit(encoder, examples)
-    made_from = [VERSION, tokenizers.__version__, identity(encoder.config), encoder.context, digest, base]
+    made_from = [VERSION, tokenizers.__version__, identity(encoder.config), encoder.context, digest, plain(base.record)]
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]
     path = cache / "tokens" / f"{name}.safetensors"
     try:

@@ -1,78 +1,25 @@
-"""A run's identity, its folder and state, and the facts that its record holds.
-
-Identity is meaning: the hash of every resolved value that changes the result. Facts of execution
-(device, microbatch, paths, tracking) are recorded and not hashed, so the same configuration is the
-same folder however and wherever it was started.
-"""
+"""One run's folder: where its files are, its state, and the lock that keeps a second process out."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
-import platform
-import re
 import shutil
-import subprocess
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tiedlora import storage, tying
-from tiedlora.config.compose import PROJECT
-from tiedlora.config.schema import Config
+from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.records import run_record
+from tiedlora.records.run_record import RunRecord, read_record
 
-IDENTITY_VERSION = 1
-"""Raise it when the meaning of a configuration changes without a key changing: every run is then new."""
-PATIENCE = 0.5
-"""Seconds to wait for a run's lock: whoever asks for a state holds it for a moment."""
-PACKAGES = (
-    "torch",
-    "transformers",
-    "safetensors",
-    "datasets",
-    "evaluate",
-    "sacrebleu",
-    "rouge-score",
-    "reasoning-gym",
-    "hydra-core",
-    "scipy",
-    "tiedlora",
-)
+LOCK_PATIENCE_SECONDS = 0.5
+"""How long to wait for a run's lock: a process that asks for a state holds it for a moment."""
 
 
 class Busy(UserError):
     """Another process is working on the run."""
-
-
-def identity(config: Any) -> dict[str, Any]:
-    """The values that change the result, as nested plain data.
-
-    A field is left out if it is a fact of execution, or at its `neutral` value (see schema.py).
-    """
-    kept: dict[str, Any] = {}
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if item.metadata.get("execution") or ("neutral" in item.metadata and value == item.metadata["neutral"]):
-            continue
-        kept[item.name] = identity(value) if is_dataclass(value) else value
-    return kept
-
-
-def run_id(config: Config) -> str:
-    """`TABuv-r8-chain_sum-smollm2-...-s0-1a2b3c4d5e`: readable, and decided by the identity alone."""
-    meaning = json.dumps([IDENTITY_VERSION, identity(config)], sort_keys=True, separators=(",", ":"), allow_nan=False)
-    digest = hashlib.sha256(meaning.encode()).hexdigest()[:10]
-    model = config.model.name.rsplit("/", 1)[-1].lower()
-    words = [tying.label(config.tying), f"r{config.rank.r}", config.task.name, model, f"s{config.seed}", digest]
-    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", word) for word in words)
 
 
 class RunFolder:
@@ -93,16 +40,36 @@ class RunFolder:
 
     def checksums(self, *patterns: str) -> dict[str, str]:
         """sha256 of the files that match, by their names inside the folder."""
-        found = sorted(path for pattern in patterns for path in self.path.glob(pattern))
-        return {path.relative_to(self.path).as_posix(): storage.sha256(path) for path in found}
+        paths = sorted(path for pattern in patterns for path in self.path.glob(pattern))
+        return {path.relative_to(self.path).as_posix(): storage.sha256(path) for path in paths}
 
     def prediction_checksums(self, split: str) -> dict[str, str]:
         """Of the split's predictions, and the base model's."""
         return self.checksums(f"predictions/{split}.jsonl", f"predictions/{split}.base.jsonl")
 
-    def result(self) -> dict[str, Any] | None:
-        """The record of a finished run, or None."""
-        return run_record.read_result(self.result_file) if self.result_file.exists() else None
+    def record(self) -> RunRecord | None:
+        """The record of a finished run; None where there is no result.json.
+
+        Raises:
+            UserError: result.json is there and is not a run's record.
+        """
+        return read_record(self.result_file) if self.result_file.exists() else None
+
+    def finished_record(self) -> RunRecord:
+        """The record of a finished run.
+
+        Raises:
+            UserError: the run is not finished, or its result.json is not a run's record.
+        """
+        record = self.record()
+        if record is None:
+            raise UserError(f"{self.path}: has no result.json, so the run is not finished; run its command again")
+        return record
+
+    def write_record(self, record: RunRecord) -> None:
+        """Write result.json, whole or not at all. Keys that another version of the code put there stay."""
+        kept = storage.read_json(self.result_file) if self.result_file.exists() else {}
+        storage.write_json(self.result_file, {**kept, **record.to_json()})
 
     def state(self) -> str:
         """missing, done, failed, running or interrupted: derived from the files and the lock."""
@@ -120,7 +87,7 @@ class RunFolder:
             return "running"
 
     @contextmanager
-    def locked(self, patience: float = PATIENCE) -> Iterator[None]:
+    def locked(self, patience: float = LOCK_PATIENCE_SECONDS) -> Iterator[None]:
         """Hold the run, so that no second process works in the folder. The lock dies with its owner.
 
         Raises:
@@ -162,33 +129,3 @@ class RunFolder:
 def _remove(entry: Path) -> None:
     """A file, a folder, or a link: never what the link leads to."""
     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-
-
-def code() -> dict[str, Any]:
-    """The commit of this checkout and whether it has changes; nulls outside a git checkout."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    status = git("status", "--porcelain")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the packages a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def config_record(config: Config) -> dict[str, Any]:
-    """The whole resolved configuration as plain data."""
-    return asdict(config)

@@ -1,194 +1,324 @@
-"""What a finished run left, read and checked: result.json and predictions/. Whoever wrote them, wrong is one line.
+"""A finished run's record, result.json, as typed values: built once where a run ends, checked once where it is read.
 
-Needs no torch, no Hydra: the report, the sweeps and the scripts read runs through here.
+Reading needs neither torch nor Hydra: the report, the sweeps and the scripts read runs through here.
 """
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from tiedlora import storage
+from tiedlora.config.schema import SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
+from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, typed
+from tiedlora.statistics.interval import Interval
+from tiedlora.text import is_name
+from tiedlora.tying import PARTS
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,95}")
-"""What conf/ allows as the name of a model, task or configuration; anything else in a record is not ours."""
-SPLITS = ("train", "validation", "test")
-MOST = 2**63
-"""Numbers of a record stay below it; arithmetic and tables need no more care."""
-
-
-def is_name(value: Any) -> bool:
-    """Whether `value` may name a model, a task or a configuration, and so be a part of a path."""
-    return isinstance(value, str) and NAME.fullmatch(value) is not None and ".." not in value
+RUN_ID = re.compile(r"\w[A-Za-z0-9._-]{0,400}", re.ASCII)
+CPU_DEVICE = re.compile(r"(?P<device>.+?)(, (?P<threads>\d+) threads)?(, (?P<processes>\d+) processes)?")
+"""How records before version 0.2 tell device, threads and processes: "cpu, 2 threads, 2 processes"."""
 
 
-def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number of a record."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MOST
+def _score_interval(value: Any) -> Any:
+    """A score or a difference of two scores is a fraction of 1, and so are the ends of its interval."""
+    ends = [value.get(key) for key in ("value", "low", "high")] if isinstance(value, dict) else [None]
+    if isinstance(value, Interval) or all(
+        isinstance(end, (int, float)) and not isinstance(end, bool) and abs(end) <= 1 + 1e-9 for end in ends
+    ):
+        return value
+    raise PydanticCustomError("not_an_interval", "is not a value with an interval, all within [-1, 1]")
 
 
-def read_result(path: Path) -> dict[str, Any]:
+ScoreInterval = Annotated[Interval, BeforeValidator(_score_interval)]
+"""An interval whose three numbers lie in [-1, 1]."""
+Scores = dict[Name, ScoreInterval]
+"""Metric -> its value with its interval."""
+
+
+@dataclass(frozen=True)
+class BaseModelRecord:
+    """Which base model an adapter belongs to."""
+
+    name: Text
+    revision: Text | None
+    digest: Text | None
+    """The sha256 of its files, or the commit on the hub. None, as the revision, where only a program knew the model."""
+
+    def __str__(self) -> str:
+        return f"{self.name} at {self.revision} ({self.digest})"
+
+
+@dataclass(frozen=True)
+class CodeVersion:
+    """The commit of the checkout that ran; None outside a git checkout."""
+
+    commit: Text | None
+    dirty: Flag | None
+    """Whether the checkout had uncommitted changes."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where a run was carried out. It does not change a run's identity, and it changes rounding."""
+
+    device: Text
+    """`cpu`, or the GPU's name."""
+    threads: Count | None = None
+    """CPU threads of torch; None on a GPU."""
+    processes: Count = 1
+    """How many processes trained together."""
+
+    def __str__(self) -> str:
+        threads = f", {self.threads} threads" if self.threads is not None else ""
+        return f"{self.device}{threads}" + (f", {self.processes} processes" if self.processes > 1 else "")
+
+    @classmethod
+    def from_text(cls, text: str) -> Execution:
+        """What an older record says in one text."""
+        match = CPU_DEVICE.fullmatch(text)
+        if match is None or match["device"] != "cpu":
+            return cls(text)
+        return cls("cpu", int(match["threads"]) if match["threads"] else None, int(match["processes"] or 1))
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """The rows of one split that training or validation saw."""
+
+    digest: Text
+    """sha256 of the examples' content (tasks.digest)."""
+    rows: Count = 0
+    shortened: Count = 0
+    """Rows whose prompt was shortened to fit."""
+    dropped_prompt: Count = 0
+    """Rows left out because their prompt did not fit; the next two likewise."""
+    dropped_target: Count = 0
+    dropped_answer: Count = 0
+    """Rows left out because shortening the prompt removed the answer from it."""
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What training cost and reached."""
+
+    steps: Count
+    seconds: Number
+    """Of training steps alone, without validation and checkpoints."""
+    tokens_per_s: Number
+    validation_loss_first: Number
+    """Mean loss per target token before the first step."""
+    validation_loss_last: Number
+    peak_memory_bytes: Count
+    """On a GPU the largest allocation, on a CPU the process's largest resident size, read when training ended."""
+    tokens: Count = 0
+    """Padding is not counted."""
+    target_tokens: Count = 0
+    clipped_share: Number = 0.0
+    """Share of the steps whose gradient was clipped."""
+    skipped_steps: Count = 0
+    best_step: Count | None = None
+    """The step of the lowest validation loss."""
+    scored_step: Count | None = None
+    """The step whose adapter was saved and scored."""
+
+
+@dataclass(frozen=True)
+class SplitScores:
+    """The scores of one split. All scores are fractions of 1, BLEU and chrF too."""
+
+    rows: Annotated[Count, Field(gt=0)]
+    digest: Text
+    metrics: Annotated[Scores, Field(min_length=1)]
+    seconds: Number = 0.0
+    shortened: Count = 0
+    output_tokens: Count = 0
+    base: Scores | None = None
+    """The base model's scores on the same rows."""
+    gain: Scores | None = None
+    """Adapted minus base, paired on the rows."""
+    signatures: dict[Text, Text] | None = None
+    """Metric -> which implementation and settings gave it, where a name alone does not say."""
+    files: dict[Text, Text] = field(default_factory=dict)
+    """Predictions file -> its sha256."""
+
+    @property
+    def first_metric(self) -> str:
+        """The metric that comparisons use."""
+        return next(iter(self.metrics))
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: Name
+
+
+@dataclass(frozen=True)
+class _Task:
+    name: Name
+    kind: Text = ""
+
+
+@dataclass(frozen=True)
+class _Rank:
+    r: Whole
+    alpha: Number | None = None
+
+
+@dataclass(frozen=True)
+class _Train:
+    lr: Number
+
+
+@dataclass(frozen=True)
+class _Tying:
+    name: Name
+
+
+def _with_tree(value: Any) -> Any:
+    return {**value, "tree": value} if isinstance(value, dict) and "tree" not in value else value
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run's id was hashed from. The attributes are the values that tables name; `tree` holds every value."""
+
+    model: _Model
+    task: _Task
+    rank: _Rank
+    train: _Train
+    tying: dict[str, Any]
+    score: dict[str, Any]
+    tree: dict[str, Any]
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> Identity:
+        """The values of config.identity.identity."""
+        return typed(cls, _with_tree(tree))
+
+
+@dataclass(frozen=True)
+class ConfigRecord:
+    """The whole resolved configuration, facts of execution included, as `Identity`."""
+
+    task: _Task
+    rank: _Rank
+    tying: _Tying
+    tree: dict[str, Any]
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> ConfigRecord:
+        """The values of config.identity.config_tree."""
+        return typed(cls, _with_tree(tree))
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything that result.json says of a finished run."""
+
+    run_id: Text
+    identity: Annotated[Identity, BeforeValidator(_with_tree)]
+    config: Annotated[ConfigRecord, BeforeValidator(_with_tree)]
+    seed: Whole
+    code: CodeVersion
+    versions: dict[str, str]
+    """Package -> installed version."""
+    execution: Execution
+    base: BaseModelRecord
+    trainable_params: Count
+    share_of_lora: Number
+    """Of the trainable parameters of the paper's LoRA at the same rank."""
+    data: dict[str, DataRecord]
+    training: TrainingRecord
+    adapter_bytes: Count
+    scores: dict[str, SplitScores]
+    files: dict[str, str] = field(default_factory=dict)
+    """File of the adapter -> its sha256."""
+    status: str = "done"
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> RunRecord:
+        """The record that the JSON object holds.
+
+        Raises:
+            UserError: naming the key that is missing or wrong.
+        """
+        if "execution" not in tree and isinstance(tree.get("device"), str):
+            tree = {**tree, "execution": asdict(Execution.from_text(tree["device"]))}
+        record = typed(cls, tree)
+        _check(record)
+        return record
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object, with the keys that earlier versions wrote and read."""
+        tree: dict[str, Any] = {}
+        for item in fields(self):
+            if item.name == "execution":
+                # For readers of version 0.1.
+                tree["device"] = str(self.execution)
+            tree[item.name] = plain(getattr(self, item.name))
+        return {**tree, "identity": self.identity.tree, "config": self.config.tree}
+
+    @property
+    def label(self) -> str:
+        """LoRA, TABuv, ... or custom: the name that the specification has by its meaning."""
+        return self.run_id.split("-", 1)[0]
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as JSON objects. A field whose default is None is left out where it is None."""
+    if is_dataclass(value):
+        present = [f for f in fields(value) if not (f.default is None and getattr(value, f.name) is None)]
+        return {f.name: plain(getattr(value, f.name)) for f in present}
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_record(path: Path) -> RunRecord:
     """The record of a finished run.
 
     Raises:
         UserError: naming the file, and the key that is missing or wrong.
     """
-    record = storage.read_json(path)
+    tree = storage.read_json(path)
     try:
-        check(record)
+        return RunRecord.from_json(tree)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return record
 
 
-def check(record: dict[str, Any]) -> None:
-    """Refuse a record that its readers could not read to its end.
-
-    Raises:
-        UserError: naming the key.
-    """
-    for key, kind in _SCHEMA.items():
-        value: Any = record
-        for name in key.split("."):
-            if not isinstance(value, dict) or name not in value:
-                raise UserError(f"has no '{key}', so it is not a run's record of this project")
-            value = value[name]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not _FLAG):
-            raise UserError(f"'{key}' is {value!r:.60}, which is no run's")
-        if kind is not _FLAG and isinstance(value, (int, float)) and not is_number(value):
-            raise UserError(f"'{key}' is not a finite number below 2**63")
-    if record.get("status") != "done":
-        raise UserError(f"its status is {record.get('status')!r:.60}, not 'done'")
-    for key in ("identity.task.name", "identity.model.name", "base.name", "config.tying.name", "config.task.name"):
-        value = record
-        for name in key.split("."):
-            value = value[name]
-        if not is_name(value):
-            raise UserError(f"'{key}' is {value!r:.60}, which is no name of this project")
-    if not RUN_ID.fullmatch(record["run_id"]):
-        raise UserError(f"'run_id' is {record['run_id']!r:.60}, which is no name of this project")
-    for part in "ABuv":
-        if not isinstance(record["identity"]["tying"].get(part, {}), dict):
+def _check(record: RunRecord) -> None:
+    """Refuse what has the right types and is still no record of a finished run."""
+    if record.status != "done":
+        raise UserError(f"its status is {record.status!r:.60}, not 'done'")
+    if not RUN_ID.fullmatch(record.run_id):
+        raise UserError(f"'run_id' is {record.run_id!r:.60}, which is no name of this project")
+    if not is_name(record.base.name):
+        raise UserError(f"'base.name' is {record.base.name!r:.60}, which is no name of this project")
+    if record.base.digest is None:
+        raise UserError("'base.digest' is None, which is no run's")
+    for part in PARTS:
+        if not isinstance(record.identity.tying.get(part, {}), dict):
             raise UserError(f"'identity.tying.{part}' is not an object")
-    for split, data in record["data"].items():
-        if split not in SPLITS or not isinstance(data, dict) or not isinstance(data.get("digest"), str):
+    for split in ("train", "validation"):
+        if split not in record.data:
+            raise UserError(f"has no 'data.{split}', so it is not a run's record of this project")
+    for split in record.data:
+        if split not in SPLITS:
             raise UserError(f"'data.{split:.40}' is not a split's digest")
-    for split, found in record["scores"].items():
-        _check_scores(f"scores.{split:.40}", split, found)
-
-
-def _check_scores(where: str, split: str, found: Any) -> None:
-    if split not in SPLITS[1:]:
-        raise UserError(f"'{where}' is no split that is scored")
-    if not isinstance(found, dict) or not isinstance(found.get("metrics"), dict) or not found["metrics"]:
-        raise UserError(f"'{where}' holds no metrics")
-    if not _counts(found.get("rows"), 1) or not isinstance(found.get("digest"), str):
-        raise UserError(f"'{where}' lacks rows or digest")
-    for key in ("seconds", "output_tokens", "shortened"):
-        if not is_number(found.get(key, 0)):
-            raise UserError(f"'{where}.{key}' is not a number")
-    for kind in ("metrics", "base", "gain"):
-        intervals = found.get(kind, found["metrics"])
-        if not isinstance(intervals, dict) or set(intervals) != set(found["metrics"]):
-            raise UserError(f"'{where}.{kind}' has other metrics than '{where}.metrics'")
-        for name, interval in intervals.items():
-            if not is_name(name) or not _is_interval(interval):
-                raise UserError(f"'{where}.{kind}.{name:.40}' is not a value with an interval, all within [-1, 1]")
-    if ("base" in found) != ("gain" in found):
-        raise UserError(f"'{where}' has one of base and gain alone")
-
-
-def _is_interval(found: Any) -> bool:
-    """A score or a difference of two, which are fractions of 1, with its ends."""
-    if not isinstance(found, dict):
-        return False
-    values: list[Any] = [found.get(key) for key in ("value", "low", "high")]
-    return all(is_number(value) and abs(value) <= 1 + 1e-9 for value in values)
-
-
-def _counts(value: Any, least: int) -> bool:
-    return isinstance(value, int) and is_number(value) and value >= least
-
-
-RUN_ID = re.compile(r"\w[A-Za-z0-9._-]{0,400}", re.ASCII)
-_NUMBER = (int, float)
-_FLAG = (bool, type(None))
-_SCHEMA: dict[str, Any] = {
-    "run_id": str,
-    "seed": int,
-    "identity.model.name": str,
-    "identity.task.name": str,
-    "identity.rank.r": int,
-    "identity.train.lr": _NUMBER,
-    "identity.tying": dict,
-    "identity.score": dict,
-    "config.tying.name": str,
-    "config.task.name": str,
-    "config.rank.r": int,
-    "base.name": str,
-    "base.revision": str,
-    "base.digest": str,
-    "code.commit": (str, type(None)),
-    "code.dirty": _FLAG,
-    "versions": dict,
-    "device": str,
-    "data.train.rows": int,
-    "data.train.digest": str,
-    "data.validation.digest": str,
-    "trainable_params": int,
-    "share_of_lora": _NUMBER,
-    "adapter_bytes": int,
-    "training.steps": int,
-    "training.tokens_per_s": _NUMBER,
-    "training.seconds": _NUMBER,
-    "training.peak_memory_bytes": int,
-    "training.validation_loss_first": _NUMBER,
-    "training.validation_loss_last": _NUMBER,
-    "scores": dict,
-}
-
-
-def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """The rows of a predictions file, one an example.
-
-    Raises:
-        UserError: the file is missing or empty, or a row is damaged; the message names file and line.
-    """
-    rows = []
-    for number, line in enumerate(storage.read_bytes(path).splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not _is_prediction(row):
-            raise UserError(
-                f"{path}:{number}: is not a prediction (an object with id, prompt, references, output, scores)"
-            )
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: holds no predictions")
-    return rows
-
-
-def _is_prediction(row: Any) -> bool:
-    """Whether a row can be shown and scored again: texts are texts, and numbers are finite."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("id", "prompt", "output")):
-        return False
-    references, scores = row.get("references"), row.get("scores")
-    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-        return False
-    if not isinstance(scores, dict) or not all(is_number(s) or _numbers(s) for s in scores.values()):
-        return False
-    if not isinstance(row.get("choices", []), list) or not all(isinstance(c, str) for c in row.get("choices", [])):
-        return False
-    return is_number(row.get("output_tokens", 0)) and (
-        "log_likelihoods" not in row
-        or (_numbers(row["log_likelihoods"]) and len(row["log_likelihoods"]) == len(row.get("choices", [])) > 0)
-    )
-
-
-def _numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(is_number, value))
+    for split, scores in record.scores.items():
+        if split not in SCORED_SPLITS:
+            raise UserError(f"'scores.{split:.40}' is no split that is scored")
+        if (scores.base is None) != (scores.gain is None):
+            raise UserError(f"'scores.{split}' has one of base and gain alone")
+        for kind, others in (("base", scores.base), ("gain", scores.gain)):
+            if others is not None and set(others) != set(scores.metrics):
+                raise UserError(f"'scores.{split}.{kind}' has other metrics than 'scores.{split}.metrics'")

@@ -21,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tiedlora.config import command
 from tiedlora.config import compose as configuration
+from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
-from tiedlora.records.run_folder import run_id
 from tiedlora.report import plots
 from tiedlora.report.cells import Cell
 from tiedlora.report.compare import Row
@@ -144,7 +144,7 @@ def _section(cell: Cell, split: str) -> dict[str, Any]:
     facts = [
         ("run", run.run_id),
         ("base model", f"{record['base']['name']} ({record['base'].get('digest')})"),
-        ("trained", ", ".join(part for part in "ABuv" if record["identity"]["tying"].get(part, {}).get("trained"))),
+        ("trained", ", ".join(part for part in PARTS if record["identity"]["tying"].get(part, {}).get("trained"))),
         ("trainable parameters", f"{run.params:,} ({100 * cell.share:.2f} % of LoRA)"),
         ("learning rate", ", ".join(f"{rate.lr:g}" for rate in cell.rates) + f"; chosen {cell.lr:g}"),
         ("seeds", ", ".join(str(one.seed) for one in cell.runs)),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tiedlora.adapter import Attached, attach_adapter, files
-from tiedlora.config import compose as configuration
+from tiedlora.config import compose
 from tiedlora.config.adapter_folder import adapter_folder
+from tiedlora.config.check import check_device
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
-
-if TYPE_CHECKING:
-    from tiedlora.models.base_model import Base
+from tiedlora.models.base_model import BaseModel, load_base
+from tiedlora.models.device import resolve_device
 
 
 def config_of(run: Path | str) -> Config:
@@ -25,10 +25,10 @@ def config_of(run: Path | str) -> Config:
     path = os.path.join(os.path.expanduser(run), "config.yaml")
     if not os.path.isfile(path):
         raise UserError(f"{run}: is not a run's folder (it has no config.yaml); give a run, or pass the base model")
-    return configuration.saved(Path(path))
+    return compose.read_config(Path(path))
 
 
-def base_of(run: Path | str, dtype: str | None = None, device: str = "cpu", cache: str | None = None) -> Base:
+def base_of(run: Path | str, dtype: str | None = None, device: str = "cpu", cache: str | None = None) -> BaseModel:
     """The base model and tokenizer that a run was trained on.
 
     Args:
@@ -38,15 +38,9 @@ def base_of(run: Path | str, dtype: str | None = None, device: str = "cpu", cach
     Raises:
         UserError: no run, or its base model cannot be had here.
     """
-    import torch
-
-    from tiedlora.models.base_model import load_base
-    from tiedlora.runs.session import device_of
-
     config = config_of(run)
-    configuration.check_device("device", device)
-    where = torch.device(device_of(device))
-    return load_base(config.model, dtype or config.train.dtype, where, Path(cache or config.cache))
+    check_device("device", device)
+    return load_base(config.model, dtype or config.train.dtype, resolve_device(device), Path(cache or config.cache))
 
 
 def load(source: Path | str, model: Any = None, *, dtype: str | None = None, device: str = "cpu") -> Attached:

@@ -12,7 +12,6 @@ leading axes, so that coverage is simulated through the very code that the repor
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from tiedlora.statistics.intervals import LEVEL, Interval, paired_proportions, wilson
+from tiedlora.statistics.bootstrap import bootstrap_means
+from tiedlora.statistics.interval import LEVEL, Interval
+from tiedlora.statistics.intervals import is_binary, paired_proportions, wilson
 
 Array = NDArray[np.float64]
-RESAMPLES = 2000
 TAIL = (1 - LEVEL) / 2
 
 
@@ -65,55 +65,24 @@ def over_both(values: Array) -> tuple[Array, Array, Array]:
     return mean, mean - half, mean + half
 
 
-@functools.lru_cache(maxsize=4)
-def _resamples(examples: int) -> NDArray[np.float32]:
-    """How often each resample holds each example: (RESAMPLES, examples), the same whenever asked.
-
-    Shared by everything that was scored on the same examples, so that a bootstrap is one matrix product.
-    """
-    generator = np.random.default_rng(20231109)
-    drawn = generator.integers(0, examples, (RESAMPLES, examples))
-    counts = np.zeros((RESAMPLES, examples), dtype=np.float32)
-    np.add.at(counts, (np.arange(RESAMPLES)[:, None], drawn), 1.0)
-    return counts
-
-
-def over_examples(scores: Array) -> tuple[Array, Array, Array]:
-    """Mean over the last axis and its percentile bootstrap interval over examples.
-
-    Args:
-        scores: (..., examples): per-example scores, or paired per-example differences, averaged over seeds.
-    """
-    examples = scores.shape[-1]
-    flat = scores.reshape(-1, examples)
-    means = _resamples(examples) @ flat.T.astype(np.float32) / examples
-    low, high = np.quantile(means, [TAIL, 1 - TAIL], axis=0)
-    return scores.mean(-1), low.reshape(scores.shape[:-1]), high.reshape(scores.shape[:-1])
-
-
 def interval(found: tuple[Any, Any, Any]) -> Interval:
     """A single triple as an Interval."""
     value, low, high = (float(part) for part in found)
     return Interval(value, low, high)
 
 
-def is_binary(scores: Array) -> bool:
-    """Whether every score is 0 or 1."""
-    return bool(np.isin(scores, (0.0, 1.0)).all())
-
-
 def score_over_examples(scores: Array) -> tuple[Interval, str]:
     """The interval over examples of a table of seeds x examples, and its name."""
     if len(scores) == 1 and is_binary(scores):
         return wilson(int(scores.sum()), scores.shape[1]), "Wilson"
-    return interval(over_examples(scores.mean(0))), "bootstrap"
+    return interval(bootstrap_means(scores.mean(0))), "bootstrap"
 
 
 def difference_over_examples(ours: Array, theirs: Array) -> tuple[Interval, str]:
     """The paired difference's interval over examples of two tables of seeds x examples, and its name."""
     if len(ours) == 1 and is_binary(ours) and is_binary(theirs):
         return paired_proportions(ours[0].tolist(), theirs[0].tolist()), "Newcombe"
-    return interval(over_examples((ours - theirs).mean(0))), "paired bootstrap"
+    return interval(bootstrap_means((ours - theirs).mean(0))), "paired bootstrap"
 
 
 def ratio(numerators: Array, denominators: Array) -> Interval | None:

@@ -1,40 +1,19 @@
-"""95 % intervals. Each names the variance it covers.
+"""95 % intervals of proportions. Each covers which examples were drawn, for one run; it says nothing of other seeds.
 
-- `wilson`: one run's proportion; covers which examples were drawn, not seeds.
-- `paired_proportions`: the difference of two proportions on the same examples; covers the same.
-- `bootstrap`: any other score, or difference of scores, over examples; covers the same.
+- `wilson`: one run's proportion;
+- `paired_proportions`: the difference of two proportions on the same examples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
-LEVEL = 0.95
-RESAMPLES = 2000
-"""Of a bootstrap: the ends of a 95 % interval then vary by a few per cent of its width from seed to seed."""
-INDICES_AT_ONCE = 200_000
-"""Resampled row numbers held in memory together."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and the interval around it."""
-
-    value: float
-    low: float
-    high: float
-    method: str = ""
-    """wilson, newcombe or bootstrap."""
-
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0
+from tiedlora.statistics.interval import LEVEL, Interval
 
 
 def wilson(successes: int, trials: int) -> Interval:
@@ -43,8 +22,8 @@ def wilson(successes: int, trials: int) -> Interval:
     Raises:
         ValueError: no trials.
     """
-    found = binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
-    return Interval(successes / trials, float(found.low), float(found.high), "wilson")
+    ends = binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
+    return Interval(successes / trials, float(ends.low), float(ends.high), "wilson")
 
 
 def paired_proportions(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
@@ -80,34 +59,9 @@ def paired_proportions(ours: Sequence[float], theirs: Sequence[float]) -> Interv
     )
 
 
-def bootstrap(
-    count: int,
-    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]],
-    limits: tuple[float, float],
-    seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap over examples (Efron 1979): the same resamples for the same count and seed.
-
-    Args:
-        count: number of examples.
-        statistic: row numbers (resamples, count) -> its values (resamples,). A paired difference takes the
-            same row numbers from both sides.
-        limits: the statistic's smallest and largest possible value, which is all that one example tells.
-
-    Raises:
-        ValueError: no examples.
-    """
-    if count < 1:
-        raise ValueError("a bootstrap needs examples")
-    value = float(statistic(np.arange(count)[np.newaxis])[0])
-    if count == 1:
-        return Interval(value, *limits, "bootstrap")
-    generator = np.random.default_rng(seed)
-    at_once = max(1, INDICES_AT_ONCE // count)
-    sizes = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
-    drawn = np.concatenate([statistic(generator.integers(0, count, (size, count))) for size in sizes])
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high), "bootstrap")
+def is_binary(scores: ArrayLike) -> bool:
+    """Whether every score is 0 or 1."""
+    return bool(np.isin(np.asarray(scores, dtype=np.float64), (0.0, 1.0)).all())
 
 
 def _continuity_corrected_phi(both: int, only_ours: int, only_theirs: int, n: int) -> float:

@@ -20,13 +20,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tiedlora import storage, tying
-from tiedlora.cli import LONGEST
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
+from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import Busy, RunFolder, config_record, run_id
 from tiedlora.runs import run
-from tiedlora.text import visible
-from tiedlora.tracking.tracker import clock, read_metrics
+from tiedlora.text import clock, visible
 
 log = logging.getLogger(__name__)
 
@@ -128,14 +127,14 @@ def run_cell(config: Config) -> None:
     Raises:
         KeyboardInterrupt: somebody asked the sweep to stop; a checkpoint is written.
     """
-    from tiedlora.training.loop import Interrupted
+    from tiedlora.errors import StoppedEarly
 
     folder = RunFolder(Path(config.outputs) / run_id(config))
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.error_file.unlink(missing_ok=True)
         run.main(config)
-    except Interrupted:
+    except StoppedEarly:
         # Launchers go on after an Exception, so it must not be one.
         raise KeyboardInterrupt from None
     except Busy as busy:
@@ -161,7 +160,7 @@ def _one_line(error: BaseException) -> str:
 def failure(folder: RunFolder) -> str:
     """The last line of a failed run's traceback."""
     lines = storage.read_bytes(folder.error_file).decode("utf-8", "replace").strip().splitlines()
-    return visible(lines[-1].removeprefix("tiedlora.errors.")[:LONGEST]) if lines else "no message"
+    return visible(lines[-1].removeprefix("tiedlora.errors.")[:LONGEST_MESSAGE]) if lines else "no message"
 
 
 def rows(sweep: Sweep) -> list[dict[str, Any]]:
@@ -318,7 +317,7 @@ def changed_since(cells: Iterable[Cell]) -> dict[str, str]:
         result = cell.folder.result()
         assert result is not None
         try:
-            run.same_data(cell.config, result, cell.folder)
+            run.check_same_inputs(cell.config, result, cell.folder)
         except UserError as error:
             found[cell.run_id] = str(error)
     return found

@@ -104,7 +104,7 @@ class Task:
         """Scores of one output: its text, or the log-likelihoods of example.choices."""
         raise NotImplementedError
 
-    def corpus_score(self, metric: str, statistics: Sequence[float]) -> float:
+    def corpus_score(self, metric: str, statistics: Iterable[float]) -> float:
         """A corpus-level metric in [0, 1] from statistics summed over outputs."""
         raise NotImplementedError
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import html
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -70,7 +70,7 @@ class Iwslt2017(Task):
             for name, metric in self._metrics.items()
         }
 
-    def corpus_score(self, metric: str, statistics: Sequence[float]) -> float:
+    def corpus_score(self, metric: str, statistics: Iterable[float]) -> float:
         # Sums of counts are whole numbers, and sacreBLEU's formulas expect ints.
         return (
             float(self._metrics[metric]._compute_score_from_stats([round(count) for count in statistics]).score) / 100

@@ -16,7 +16,7 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """mallopt's names for: how much free memory at the heap's end is given back, how many blocks may lie outside it."""
 
 
-def keep_freed() -> None:
+def keep_freed_memory() -> None:
     """Let the process keep what it has freed, until it ends. Another libc than glibc is left alone."""
     if not sys.platform.startswith("linux"):
         return

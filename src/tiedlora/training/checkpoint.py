@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.training.loop import Progress
+from tiedlora.records.reading import Text, typed
+from tiedlora.records.run_record import CodeVersion, plain
+from tiedlora.training.loop import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -32,18 +34,32 @@ KEEP = 2
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run depends on, compared when it continues from a checkpoint."""
+
+    data: dict[str, str] = field(default_factory=dict)
+    """Split -> digest of its rows."""
+    base: Text = ""
+    """Digest of the base model."""
+    versions: dict[str, str] = field(default_factory=dict)
+    code: CodeVersion | None = None
+    device: Text = ""
+    """Device, threads and processes, as people read them."""
+
+
 def save(
     folder: Path,
-    progress: Progress,
+    state: TrainState,
     parts: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    facts: dict[str, Any],
+    inputs: RunInputs,
 ) -> None:
-    """Write a checkpoint of this step, then drop the oldest ones.
+    """Write a checkpoint of this step, then remove all but the newest ones.
 
     Args:
+        folder: of all checkpoints of the run.
         parts: the trained parts, by name.
-        facts: what the run depends on (data and base digests, versions), compared at resume.
 
     Raises:
         OSError: it could not be written; earlier checkpoints are untouched.
@@ -53,75 +69,87 @@ def save(
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
     data = to_bytes(tensors)
-    state = {"progress": asdict(progress), "facts": facts, "sha256": hashlib.sha256(data).hexdigest()}
-    state["state_sha256"] = _digest(state)
-    with storage.new_folder(folder / f"step-{progress.step:08d}") as beside:
+    tree = {"progress": asdict(state), "facts": plain(inputs), "sha256": hashlib.sha256(data).hexdigest()}
+    tree["state_sha256"] = _digest(tree)
+    with storage.new_folder(folder / f"step-{state.step:08d}") as beside:
         (beside / TENSORS).write_bytes(data)
-        storage.write_json(beside / STATE, state)
+        storage.write_json(beside / STATE, tree)
     for old in _newest_first(folder)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def restore(
-    folder: Path, parts: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, facts: dict[str, Any]
-) -> Progress | None:
+    folder: Path, parts: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, inputs: RunInputs
+) -> TrainState | None:
     """Load the newest sound checkpoint into `parts` and `optimizer`; None if there is none.
 
-    A damaged one is named and passed over. Other package versions or another commit are said in a
-    warning; other data or another base model is an error.
+    A damaged checkpoint is named in a warning, and the one before it is used. Other package versions, another commit
+    or another device are a warning; other data or another base model is an error.
 
     Raises:
         UserError: the data or the base model is not what the checkpoint was trained on.
     """
     for candidate in _newest_first(folder):
         try:
-            state = storage.read_json(candidate / STATE)
-            if storage.sha256(candidate / TENSORS) != state["sha256"]:
-                raise ValueError("its tensors are not those it was written with")
-            # A checkpoint from before version 1.1 has no digest of its state.
-            if state.pop("state_sha256", None) not in (None, _digest(state)):
-                raise ValueError("its state is not the one it was written with")
-            progress, saved = Progress(**state["progress"]), dict(state["facts"])
-            tensors = load_file(candidate / TENSORS)
-            if wrong := [n for n, part in parts.items() if tensors[f"part/{n}"].shape != part.shape]:
-                raise ValueError(f"{wrong[0]} has another shape than in this run")
+            state, saved_inputs, tensors = _read(candidate, parts)
         except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("checkpoint %s is damaged (%s); using the one before", candidate, error)
             continue
-        _compare(saved, facts, candidate)
-        with torch.no_grad():
-            for name, parameter in parts.items():
-                parameter.copy_(tensors[f"part/{name}"])
-                prefix = f"optimizer/{name}/"
-                optimizer.state[parameter] = {
-                    # AdamW keeps its step count on the CPU, its moments beside the parameter.
-                    key.removeprefix(prefix): value if value.ndim == 0 else value.to(parameter.device)
-                    for key, value in tensors.items()
-                    if key.startswith(prefix)
-                }
-        return progress
+        _compare(saved_inputs, inputs, candidate)
+        _load(tensors, parts, optimizer)
+        return state
     return None
+
+
+def _read(candidate: Path, parts: dict[str, nn.Parameter]) -> tuple[TrainState, RunInputs, dict[str, Tensor]]:
+    tree = storage.read_json(candidate / STATE)
+    if storage.sha256(candidate / TENSORS) != tree["sha256"]:
+        raise ValueError("its tensors are not those it was written with")
+    # The first checkpoints had no digest of their state.
+    if tree.pop("state_sha256", None) not in (None, _digest(tree)):
+        raise ValueError("its state is not the one it was written with")
+    state, inputs = typed(TrainState, tree["progress"]), typed(RunInputs, tree["facts"])
+    tensors = load_file(candidate / TENSORS)
+    for name, part in parts.items():
+        if tensors[f"part/{name}"].shape != part.shape:
+            raise ValueError(f"{name} has another shape than in this run")
+    return state, inputs, tensors
+
+
+@torch.no_grad()
+def _load(tensors: dict[str, Tensor], parts: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    for name, parameter in parts.items():
+        parameter.copy_(tensors[f"part/{name}"])
+        prefix = f"optimizer/{name}/"
+        optimizer.state[parameter] = {
+            # AdamW keeps its step count on the CPU, its moments beside the parameter.
+            key.removeprefix(prefix): value if value.ndim == 0 else value.to(parameter.device)
+            for key, value in tensors.items()
+            if key.startswith(prefix)
+        }
 
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*[0-9]"), reverse=True)
 
 
-def _digest(state: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _compare(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    for key in ("data", "base"):
-        if saved.get(key) != now.get(key):
+def _compare(saved: RunInputs, now: RunInputs, where: Path) -> None:
+    for name, before, after in (("data", saved.data, now.data), ("base", saved.base, now.base)):
+        if before != after:
             raise UserError(
-                f"{where}: was trained on another {key} ({saved.get(key)}, now {now.get(key)}); "
+                f"{where}: was trained on another {name} ({before}, now {after}); "
                 "restore it, or start over with force=true"
             )
-    for key in ("versions", "code", "device"):
-        before, after = saved.get(key), now.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
-            before, after = ({name: facts.get(name) for name in changed} for facts in (before, after))
-        if before != after:
-            log.warning("resuming with other %s: %s, now %s", key, before, after)
+    packages = sorted({*saved.versions, *now.versions})
+    changed = [name for name in packages if saved.versions.get(name) != now.versions.get(name)]
+    if changed:
+        was, is_now = ({name: inputs.versions.get(name) for name in changed} for inputs in (saved, now))
+        log.warning("resuming with other versions: %s, now %s", was, is_now)
+    if saved.code != now.code:
+        log.warning("resuming with other code: %s, now %s", saved.code, now.code)
+    if saved.device != now.device:
+        log.warning("resuming on another device: %s, now %s", saved.device, now.device)

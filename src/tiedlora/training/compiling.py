@@ -15,7 +15,7 @@ from tiedlora.errors import UserError
 
 log = logging.getLogger(__name__)
 
-REPAID = {"cpu": 4e14, "cuda": 2e16}
+COMPILE_PAYS_FROM_FLOP = {"cpu": 4e14, "cuda": 2e16}
 """FLOP of a run beyond which compiling pays: its half minute is then a few per cent of the run."""
 
 
@@ -33,7 +33,7 @@ def decide(wish: str, device: str, weights: int, tokens: float) -> bool:
     Raises:
         UserError: compiling is asked for and there is no C++ compiler, which torch needs for code on the CPU.
     """
-    if wish == "never" or (wish == "auto" and 4 * weights * tokens < REPAID.get(device, float("inf"))):
+    if wish == "never" or (wish == "auto" and 4 * weights * tokens < COMPILE_PAYS_FROM_FLOP.get(device, float("inf"))):
         return False
     if device != "cpu" or shutil.which("g++") or shutil.which("clang++"):
         return True

@@ -12,37 +12,36 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from tiedlora.errors import UserError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 @dataclass(frozen=True)
-class Processes:
+class World:
     """This process among those of a run; alone, every call is free."""
 
-    rank: int = 0
-    count: int = 1
-    local_rank: int = 0
+    process_index: int = 0
+    size: int = 1
+    local_index: int = 0
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this process writes, prints and scores."""
-        return self.rank == 0
+        return self.process_index == 0
 
-    def share(self, rows: Sequence[Any]) -> list[Any]:
+    def local_rows(self, rows: Sequence[Any]) -> list[Any]:
         """This process's part: each row is in exactly one. Rows sorted by length give like parts."""
-        return list(rows[self.rank :: self.count])
+        return list(rows[self.process_index :: self.size])
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes."""
-        if self.count == 1:
+        if self.size == 1:
             return
-        import torch.distributed as dist
-
         # NCCL sums on its device alone; a step's counts are made on the CPU.
         on_gpu = dist.get_backend() == "nccl"
         for tensor in tensors:
@@ -53,17 +52,15 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether it holds for one of them. All wait here for each other."""
-        if self.count == 1:
+        if self.size == 1:
             return flag
-        import torch
-
         votes = torch.tensor([float(flag)])
-        self.add_up([votes])
+        self.all_reduce_sum([votes])
         return bool(votes.item())
 
 
 @contextmanager
-def joined(cuda: bool) -> Iterator[Processes]:
+def join_world(cuda: bool) -> Iterator[World]:
     """The processes that torchrun or accelerate started, or this one alone.
 
     Args:
@@ -78,23 +75,20 @@ def joined(cuda: bool) -> Iterator[Processes]:
                 f"{wish}: {name} shards the model, and a tied factor belongs to every layer; not supported. "
                 "Start data parallel training: torchrun --nproc-per-node N train.py ..."
             )
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        yield Processes()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
         return
-    import torch
-    import torch.distributed as dist
-
-    us = Processes(int(os.environ["RANK"]), count, int(os.environ.get("LOCAL_RANK", "0")))
+    world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     if cuda:
-        if us.local_rank >= (gpus := torch.cuda.device_count()):
+        if world.local_index >= (gpus := torch.cuda.device_count()):
             raise UserError(
-                f"torchrun: process {us.local_rank} of this machine has no GPU (there are {gpus}); "
+                f"torchrun: process {world.local_index} of this machine has no GPU (there are {gpus}); "
                 "lower --nproc-per-node, or train.device=cpu"
             )
-        torch.cuda.set_device(us.local_rank)
+        torch.cuda.set_device(world.local_index)
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield us
+        yield world
     finally:
         dist.destroy_process_group()

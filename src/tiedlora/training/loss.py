@@ -9,13 +9,14 @@ times the batch, and the head is multiplied twice, not three times.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tiedlora.data.encoding import Batch
+from tiedlora.data.batching import Batch
 
 CHUNK = 256
 """Target positions a chunk at most: enough for full matrix-product speed."""
@@ -98,3 +99,10 @@ def target_loss(model: Any, batch: Batch) -> Tensor:
         wanted, head.weight, getattr(head, "bias", None), batch.targets, softcap
     )
     return total
+
+
+@torch.inference_mode()
+def mean_loss(model: Any, batches: Sequence[Batch]) -> float:
+    """Mean cross-entropy per target token over all batches."""
+    total = sum(target_loss(model, batch).double() for batch in batches)
+    return float(total / sum(len(batch.targets) for batch in batches))

@@ -11,7 +11,7 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Stop:
+class StopSignal:
     """Takes SIGNALS while it is entered.
 
     In the training loop (`in_loop`) a signal is remembered, and the loop asks after every step; anywhere
@@ -21,15 +21,15 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.in_loop = False
-        self.taken: int | None = None
+        self.finish_step_first = False
+        self.received: int | None = None
         self._before: dict[int, Any] = {}
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether somebody wants the run to end."""
-        return self.taken is not None
+        return self.received is not None
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> StopSignal:
         # Python lets the main thread alone set handlers.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
@@ -40,13 +40,13 @@ class Stop:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self.taken is not None:
-            handler = self._before[self.taken]
+        if self.received is not None:
+            handler = self._before[self.received]
             if callable(handler) and handler is not signal.default_int_handler:
-                handler(self.taken, None)
+                handler(self.received, None)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        again, self.taken = self.asked(), number
-        if not self.in_loop or (again and number == signal.SIGINT):
+        again, self.received = self.requested(), number
+        if not self.finish_step_first or (again and number == signal.SIGINT):
             raise KeyboardInterrupt
         print(f"{signal.Signals(number).name}: saving a checkpoint after this step", file=sys.stderr)

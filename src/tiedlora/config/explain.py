@@ -1,0 +1,106 @@
+"""Hydra's and OmegaConf's errors as one line for a person, with the nearest right name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from tiedlora import tying
+from tiedlora.config.project import CONF
+from tiedlora.config.schema import Config
+from tiedlora.errors import UserError
+from tiedlora.text import visible
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn Hydra's and OmegaConf's errors about a configuration into one line for a person."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, OverflowError) as error:
+        raise UserError(explain(error)) from error
+    except YAMLError as error:
+        raise UserError(f"a file of conf/ is not readable YAML ({' '.join(str(error).split())})") from error
+    except RecursionError as error:
+        raise UserError("the configuration is nested too deeply to be read") from error
+    except ValueError as error:
+        if "integer string conversion" in str(error):
+            raise UserError("a number has more digits than are read (4300)") from error
+        if "Config group override" not in str(error):
+            raise
+        raise UserError(
+            "a group takes the name of an option, not a bare number: rank=r8 selects one, rank.r=8 sets any value"
+        ) from error
+
+
+def explain(error: BaseException) -> str:
+    """One line of what Hydra or OmegaConf says in many, with the nearest right name."""
+    # Hydra says first which override it was, and only its cause says what is wrong with it.
+    parts = [said for part in cause_chain(error) if not (said := str(part)).startswith("Error merging override ")]
+    text = " ".join(parts)
+    if match := re.search(r"Could not find '([\w-]+)/(.+?)'", text):
+        group, option = match.groups()
+        names = options(group)
+        return f"{group}={option}: no such option; choose one of {', '.join(names)}{nearest(option, names)}"
+    if match := re.search(r"Could not override '([\w.]+)'|Key '([\w.]+)' (?:is )?not in '?(\w+)", text):
+        key = match[1] or _full_key(text) or match[2]
+        return f"{key}: unknown key{nearest(key, known_keys())}; `python train.py --cfg job` shows them all"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{visible(str(error.override)):.80}: cannot be parsed as KEY=VALUE ({visible(_first_sentence(text)):.80})"
+        )
+    if key := _full_key(text):
+        return f"{key}: {_first_sentence(text)}"
+    return _first_sentence(text)
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the schema."""
+
+    def walk(cls: Any, prefix: str) -> Iterator[str]:
+        for item in fields(cls):
+            yield prefix + item.name
+            if is_dataclass(item.default_factory):
+                yield from walk(item.default_factory, f"{prefix}{item.name}.")
+            elif item.name in tying.PARTS:
+                yield from walk(
+                    tying.Factor if tying.PARTS[item.name].is_shared else tying.Part, f"{prefix}{item.name}."
+                )
+
+    return list(walk(Config, ""))
+
+
+def cause_chain(error: BaseException | None) -> Iterator[BaseException]:
+    # Hydra and OmegaConf raise errors again while they handle them, so that a chain may bite its tail.
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        yield error
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+
+
+def _full_key(text: str) -> str | None:
+    match = re.search(r"full_key: ([\w.\[\]]+)", text)
+    return match[1] if match else None
+
+
+def _first_sentence(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "the configuration cannot be composed")
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def options(group: str) -> list[str]:
+    """The options of a group of conf/, by name."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))

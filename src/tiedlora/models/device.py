@@ -1,0 +1,55 @@
+"""Devices: what `train.device` names, and the peak of memory there."""
+
+from __future__ import annotations
+
+import resource
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from tiedlora.errors import UserError
+from tiedlora.records.run_record import Execution
+
+
+def resolve_device(name: str, local_index: int | None = None) -> torch.device:
+    """The device that `train.device` names; `auto` takes CUDA where there is one.
+
+    Args:
+        local_index: this process's number among several of one machine, each with a GPU of its own.
+
+    Raises:
+        UserError: CUDA is asked for and there is none.
+    """
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"train.device={name}: no CUDA device here; use train.device=auto or cpu")
+    device = torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+    return torch.device("cuda", local_index) if device.type == "cuda" and local_index is not None else device
+
+
+def execution_on(device: torch.device, processes: int = 1) -> Execution:
+    """What a record says of the device, this process's threads, and the number of processes."""
+    if device.type == "cuda":
+        return Execution(torch.cuda.get_device_name(device), None, processes)
+    return Execution(device.type, torch.get_num_threads(), processes)
+
+
+def restart_peak_memory(device: torch.device) -> None:
+    """Measure the peak of memory from now on, where the system allows that."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    # "5" resets the peak of the resident size (proc(5)). Without it a sweep's cell would show an earlier cell's peak.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The largest allocation on a GPU, else the process's largest resident size, since `restart_peak_memory`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

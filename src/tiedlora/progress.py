@@ -1,0 +1,52 @@
+"""Progress of long work: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+from tiedlora.text import clock
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressBar:
+    """A bar on a terminal, a plain line every few seconds in a log: done, rate and time left."""
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self.started, self.started_at, self.last_line = time.monotonic(), done, time.monotonic()
+        # Of several processes that train together, the first alone has the terminal.
+        on_terminal = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+        self.bar = (
+            tqdm(desc=what, total=total, initial=done, unit=f" {unit}", leave=False, dynamic_ncols=True)
+            if on_terminal
+            else None
+        )
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Count `count` more as done."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(count)
+        elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            rate = (self.done - self.started_at) / (self.last_line - self.started)
+            left = (self.total - self.done) / rate if rate else 0.0
+            log.info(
+                "%s: %d of %d, %.2f %s/s, %s left%s",
+                *(self.what, self.done, self.total, rate, self.unit, clock(left)),
+                f"  {note}" if note else "",
+            )
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self.bar is not None:
+            self.bar.close()

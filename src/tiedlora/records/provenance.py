@@ -1,0 +1,51 @@
+"""Which code and which packages made a result."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+
+from tiedlora.config.project import PROJECT
+from tiedlora.records.run_record import CodeVersion
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "datasets",
+    "evaluate",
+    "sacrebleu",
+    "rouge-score",
+    "reasoning-gym",
+    "hydra-core",
+    "scipy",
+    "tiedlora",
+)
+"""A result depends on these; their versions are recorded."""
+
+
+def code_version() -> CodeVersion:
+    """The commit of this checkout, and whether it has uncommitted changes."""
+    status = _git("status", "--porcelain")
+    return CodeVersion(_git("rev-parse", "HEAD"), None if status is None else bool(status))
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints; None outside a git checkout and where git is missing."""
+    try:
+        done = subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of Python and of the packages that a result depends on."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,71 @@
+"""Plain data to typed values: pydantic checks the types, and its first error becomes one line that names the key."""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from tiedlora.errors import UserError
+from tiedlora.text import is_name
+
+T = TypeVar("T")
+LARGEST = 2**63
+"""Every number of a record stays below it, so arithmetic and tables need no further checks."""
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite number that a record may hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not is_number(value):
+        raise PydanticCustomError("not_finite", "is not a finite number below 2**63")
+    return value
+
+
+def _name(value: Any) -> Any:
+    if isinstance(value, str) and not is_name(value):
+        shown = f"{value!r:.60}"
+        raise PydanticCustomError("not_a_name", "is {shown}, which is no name of this project", {"shown": shown})
+    return value
+
+
+Text = Annotated[str, Strict()]
+Flag = Annotated[bool, Strict()]
+Number = Annotated[float, Strict(), BeforeValidator(_finite)]
+"""A finite number, whole or not."""
+Whole = Annotated[int, Strict(), BeforeValidator(_finite)]
+Count = Annotated[int, Strict(), Field(ge=0), BeforeValidator(_finite)]
+Name = Annotated[str, Strict(), BeforeValidator(_name)]
+"""What conf/ allows as the name of a model, a task or a configuration."""
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def typed(kind: type[T], value: Any) -> T:
+    """Plain data, as JSON and YAML hold it, as an instance of the dataclass `kind`. Unknown keys are ignored.
+
+    Raises:
+        UserError: naming the first key that is missing or has a wrong value; the caller adds the file.
+    """
+    try:
+        checked: T = _adapter(kind).validate_python(value)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise UserError(_in_words(error.errors(include_url=False)[0])) from None
+    return checked
+
+
+def _in_words(error: ErrorDetails) -> str:
+    key = ".".join(str(part)[:40] for part in error["loc"])
+    if error["type"] == "missing":
+        return f"has no '{key}', so it is not a run's record of this project"
+    if error["type"] in ("not_finite", "not_a_name", "not_an_interval"):
+        return f"'{key}' {error['msg']}"
+    return f"'{key}' is {error['input']!r:.60}, which is no run's"

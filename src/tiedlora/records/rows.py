@@ -1,0 +1,112 @@
+"""The rows of a run's two JSON Lines files: predictions/<split>.jsonl and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tiedlora import storage
+from tiedlora.errors import UserError
+from tiedlora.records.reading import Count, Flag, Number, Text, is_number, typed
+
+Score = Number | list[Number]
+"""A number in [0, 1], or one output's statistics, whose sum over outputs gives a corpus-level metric."""
+
+
+@dataclass(frozen=True)
+class PredictionRow:
+    """What the model answered to one example, and how the answer scores."""
+
+    id: Text
+    prompt: Text
+    """As it was asked."""
+    references: list[Text]
+    output: Text
+    """The generated text, or the likeliest of `choices`."""
+    scores: dict[Text, Score]
+    shortened: Flag = False
+    """Whether the prompt was shortened to fit."""
+    output_tokens: Count = 0
+    ended: Text = ""
+    """How generation ended: end (end-of-text token), stop (stop string) or length; choice where texts were compared."""
+    choices: list[Text] | None = None
+    log_likelihoods: list[Number] | None = None
+    """One for each of `choices`, in nats."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object, with its keys in the file's order."""
+        names = ["id", "prompt", "shortened", "references", "output", "output_tokens", "ended"]
+        names += ["choices", "log_likelihoods"] if self.choices is not None else []
+        return {name: getattr(self, name) for name in [*names, "scores"]}
+
+
+def read_predictions(path: Path) -> list[PredictionRow]:
+    """The rows of a predictions file, one an example.
+
+    Raises:
+        UserError: the file is missing or empty, or a row is damaged; the message names file and line.
+    """
+    rows = []
+    for number, line in enumerate(storage.read_bytes(path).splitlines(), start=1):
+        try:
+            row = typed(PredictionRow, json.loads(line))
+        except (ValueError, RecursionError, UserError):
+            row = None
+        if row is None or (row.log_likelihoods is not None and len(row.log_likelihoods) != len(row.choices or [])):
+            raise UserError(
+                f"{path}:{number}: is not a prediction (an object with id, prompt, references, output, scores)"
+            )
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: holds no predictions")
+    return rows
+
+
+def write_predictions(path: Path, rows: Iterable[PredictionRow]) -> None:
+    """Write the rows, one JSON object a line; the file appears whole or not at all.
+
+    Raises:
+        OSError: disk full, no permission.
+    """
+    storage.write_json_lines(path, [row.to_json() for row in rows])
+
+
+@dataclass(frozen=True)
+class MetricsRow:
+    """What was logged at one step: metric, such as `train/loss` or `validation/loss`, -> its value."""
+
+    step: int
+    values: dict[str, float | int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, float | int]:
+        """The JSON object: the step, then the metrics."""
+        return {"step": self.step, **self.values}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> MetricsRow | None:
+        """The row that the object holds, without what is no number; None where it has no step."""
+        step = tree.get("step")
+        if not isinstance(step, int) or not is_number(step):
+            return None
+        return cls(step, {key: value for key, value in tree.items() if key != "step" and is_number(value)})
+
+
+def read_metrics(path: Path) -> list[MetricsRow]:
+    """The rows of metrics.jsonl. A last line that a kill cut short, and any line that is no row, are left out.
+
+    Raises:
+        UserError: the file is there and cannot be read.
+    """
+    rows = []
+    for line in storage.read_bytes(path).splitlines() if path.exists() else []:
+        try:
+            tree = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        row = MetricsRow.from_json(tree) if isinstance(tree, dict) else None
+        if row is not None:
+            rows.append(row)
+    return rows

@@ -1,0 +1,84 @@
+"""A finished run for people: the lines that a terminal shows, and the flat summary that trackers tabulate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiedlora.records.run_record import RunRecord, SplitScores, plain
+from tiedlora.statistics.interval import Interval
+from tiedlora.text import visible
+
+FLOOR = 0.05
+"""A score whose interval stays below this says nothing about a method: every method looks the same there."""
+
+
+def terminal_lines(record: RunRecord, folder: Path) -> str:
+    """The lines that end `python train.py`: loss, scores with intervals, size, folder."""
+    training = record.training
+    head = f"{record.config.tying.name} r={record.config.rank.r} on {record.config.task.name}, {record.base.name}"
+    lines = [
+        "",
+        f"{head}, seed {record.seed}",
+        f"  validation loss       {training.validation_loss_first:.3f} -> {training.validation_loss_last:.3f}"
+        f"   ({training.steps} steps, {training.seconds:.0f} s, {training.tokens_per_s:.0f} tokens/s)",
+        f"  trainable parameters  {record.trainable_params:,} ({100 * record.share_of_lora:.2f} % of LoRA)",
+    ]
+    for split, scores in record.scores.items():
+        lines += _split_lines(split, scores)
+    lines.append(f"  run folder            {folder}")
+    return "\n".join(map(visible, lines))
+
+
+def _split_lines(split: str, scores: SplitScores) -> list[str]:
+    shortened = f" ({scores.shortened} prompts shortened)" if scores.shortened else ""
+    lines = [f"  {split}: {scores.rows} rows{shortened}, scores x 100, 95 % intervals over which rows were drawn"]
+    for name, adapted in scores.metrics.items():
+        text = f"    {name:<22}"
+        if scores.base is None or scores.gain is None:
+            lines.append(f"{text}adapted {_points(adapted)}")
+        else:
+            gain = _points(scores.gain[name], sign="+")
+            lines.append(f"{text}base {_points(scores.base[name])}   adapted {_points(adapted)}   gain {gain}")
+    if remark := _remark(scores):
+        lines.append(f"    {remark}")
+    return lines
+
+
+def _points(interval: Interval, sign: str = "") -> str:
+    """A score in points: records hold fractions of 1, people read them times 100, as in papers."""
+    value, low, high = 100 * interval.value, 100 * interval.low, 100 * interval.high
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def _remark(scores: SplitScores) -> str:
+    """What the first metric's gain does not show, if anything."""
+    name = scores.first_metric
+    if scores.base is None or scores.gain is None or scores.gain[name].low > 0:
+        return ""
+    if max(scores.base[name].high, scores.metrics[name].high) < FLOOR:
+        return f"{name}: at the floor for this model; a comparison of methods on it is uninformative"
+    return (
+        f"{name}: no gain shown, the interval includes 0"
+        if scores.gain[name].high >= 0
+        else f"{name}: worse than the base"
+    )
+
+
+def flat_summary(record: RunRecord) -> dict[str, float | int | str]:
+    """One level of keys, such as `validation/exact_match_strict` and its `_low` and `_high`, for tables and plots."""
+    flat: dict[str, float | int | str] = {
+        "trainable_params": record.trainable_params,
+        "share_of_lora": record.share_of_lora,
+        "adapter_bytes": record.adapter_bytes,
+        **{f"training/{key}": value for key, value in plain(record.training).items()},
+    }
+    for split, scores in record.scores.items():
+        for prefix, intervals in (
+            (split, scores.metrics),
+            (f"{split}/base", scores.base),
+            (f"{split}/gain", scores.gain),
+        ):
+            for name, interval in (intervals or {}).items():
+                flat[f"{prefix}/{name}"] = interval.value
+                flat[f"{prefix}/{name}_low"], flat[f"{prefix}/{name}_high"] = interval.low, interval.high
+    return flat

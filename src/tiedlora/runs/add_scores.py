@@ -1,0 +1,56 @@
+"""Score more splits of a finished run. Its identity, its training record and its other scores stay as they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tiedlora.adapter import attach_adapter, load
+from tiedlora.config import compose
+from tiedlora.config.schema import Config
+from tiedlora.data.encoding import Encoder
+from tiedlora.errors import UserError
+from tiedlora.models.device import resolve_device
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import RunRecord
+from tiedlora.runs.session import cached_base
+from tiedlora.scoring.split import Scorer
+from tiedlora.tasks import load_examples, load_task
+
+
+def add_scores(
+    folder: RunFolder, splits: list[str], data_root: str | None, execution: Config | None = None
+) -> RunRecord:
+    """Score the splits and write them into the run's record and predictions/.
+
+    Args:
+        data_root: where the splits' rows are now; None means the hub.
+        execution: where to take the other paths and the device from; None takes the run's own configuration.
+
+    Raises:
+        UserError: the run is not finished, or its base model or adapter has changed.
+    """
+    record = folder.finished_record()
+    config = compose.read_config(folder.config_file)
+    # A run that was moved, or that somebody else made, is written where it is now.
+    config.data_root, config.outputs = data_root, str(folder.path.parent)
+    if execution is not None:
+        config.outputs, config.cache = execution.outputs, execution.cache
+        config.model.path, config.train.device = execution.model.path, execution.train.device
+    task = load_task(config.task)
+    base = cached_base(config, resolve_device(config.train.device))
+    adapter, trained_on = load(folder.adapter)
+    if trained_on != base.record:
+        raise UserError(f"{folder.adapter}: was trained on {trained_on}, the base model here is {base.record}")
+    attached = attach_adapter(base.model, adapter)
+    encoder = Encoder(base.tokenizer, config.task, config.model.context)
+    scorer = Scorer(attached, encoder, task, config, base.record)
+    try:
+        with folder.locked():
+            for split in splits:
+                examples = load_examples(task, split, config.data_root)
+                scores = scorer.score_split(split, examples, folder)
+                record = replace(record, scores={**record.scores, split: scores})
+                folder.write_record(record)
+    finally:
+        attached.detach()
+    return record

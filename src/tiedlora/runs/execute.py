@@ -1,0 +1,118 @@
+"""Carry out one run: load, train, save, score, record. In several processes the first one writes and scores."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tiedlora.adapter import save
+from tiedlora.config.identity import run_id
+from tiedlora.config.schema import Config
+from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
+from tiedlora.models.device import resolve_device
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import RunRecord
+from tiedlora.records.summary import flat_summary
+from tiedlora.runs.recording import build_record
+from tiedlora.runs.session import RunSession
+from tiedlora.runs.trainer import Trainer
+from tiedlora.scoring.split import Scorer
+from tiedlora.tasks import load_task
+from tiedlora.training.distributed import World, join_world
+from tiedlora.training.signals import StopSignal
+
+
+def execute(config: Config) -> RunRecord | None:
+    """Carry out the run, or continue it from its newest checkpoint.
+
+    Returns:
+        The record; None in every process but the first. A run that is finished already is not repeated.
+
+    Raises:
+        UserError: a mistake that the user can correct, or too little memory.
+        Busy: another process is working on this run.
+        StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
+    """
+    with join_world(resolve_device(config.train.device).type == "cuda") as world:
+        try:
+            if world.is_first:
+                return _run_first_process(config, world)
+            _run_worker_process(config, world)
+            return None
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"out of memory; while scoring or validating, lower score.batch_size={config.score.batch_size} (other "
+                "rounding, so another run); while loading, take a smaller model or train.dtype=bfloat16"
+            ) from error
+
+
+def _run_first_process(config: Config, world: World) -> RunRecord | None:
+    folder = RunFolder(Path(config.outputs) / run_id(config))
+    finished = None if config.force else folder.record()
+    if world.any(finished is not None):
+        if finished is None:
+            raise UserError(
+                f"{folder.path}: other processes find a result.json there, this one does not; share the folder"
+            )
+        return finished
+    session = RunSession(config, load_task(config.task), world)
+    try:
+        with folder.locked(), _error_file(folder), StopSignal() as stop:
+            if config.force and folder.record() is not None:
+                folder.clear()
+            folder.tidy()
+            folder.error_file.unlink(missing_ok=True)
+            # Another run of the same command may have finished it while the parts were loaded.
+            if world.any(folder.record() is not None):
+                return folder.record()
+            return _train_and_score(session, folder, stop)
+    finally:
+        session.release()
+
+
+def _train_and_score(session: RunSession, folder: RunFolder, stop: StopSignal) -> RunRecord:
+    """Train from the newest checkpoint or from the start, save the adapter, score, and write result.json last."""
+    trained = Trainer(session, folder, stop).train()
+    adapter_bytes = save(session.attached.adapter, folder.adapter, session.base.record)
+    scorer = Scorer(session.attached, session.encoder, session.task, session.config, session.base.record)
+    splits = session.config.score.splits
+    scores = {split: scorer.score_split(split, session.examples(split), folder) for split in splits}
+    record = build_record(session, trained, folder, adapter_bytes, scores)
+    trained.trackers.finish(flat_summary(record))
+    folder.write_record(record)
+    folder.tidy()
+    return record
+
+
+def _run_worker_process(config: Config, world: World) -> None:
+    """Every process but the first: it contributes the gradients of its rows, and what it would write is dropped."""
+    logging.getLogger("tiedlora").setLevel(logging.WARNING)
+    folder = RunFolder(Path(config.outputs) / run_id(config))
+    if world.any(folder.record() is not None and not config.force):
+        return
+    config.tracking.backend = "none"
+    session = RunSession(config, load_task(config.task), world)
+    try:
+        with tempfile.TemporaryDirectory() as scratch, StopSignal() as stop:
+            # The first process votes here whether another command has finished the run meanwhile.
+            if not world.any(False):
+                Trainer(session, RunFolder(Path(scratch)), stop, resume_from=folder.checkpoints).train()
+    finally:
+        session.release()
+
+
+@contextmanager
+def _error_file(folder: RunFolder) -> Iterator[None]:
+    """Leave a failing run's traceback in its folder; a stop on request is not a failure."""
+    try:
+        yield
+    except StoppedEarly:
+        raise
+    except Exception:
+        folder.write_error()
+        raise

@@ -1,0 +1,77 @@
+"""What a run depends on, read without torch: the rows of train and validation, and which base model it means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiedlora.config.schema import Config
+from tiedlora.errors import UserError
+from tiedlora.models.identity import known_digest
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import RunRecord
+from tiedlora.runs.process_cache import SingleSlotCache
+from tiedlora.tasks import Example, digest, load_examples, load_task
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """The examples of train and of validation, and the digest of each."""
+
+    examples: dict[str, list[Example]]
+    digests: dict[str, str]
+
+
+_ROWS: SingleSlotCache[RunRows] = SingleSlotCache()
+
+
+def read_rows(config: Config) -> RunRows:
+    """The rows that a run trains on and validates with; read once for consecutive runs on the same rows.
+
+    Raises:
+        UserError: the rows cannot be had, or a validation prompt is also a training prompt.
+    """
+    return _ROWS.get((config.task, config.data_root, _local_files(config)), lambda: _read_rows(config))
+
+
+def _read_rows(config: Config) -> RunRows:
+    task = load_task(config.task)
+    examples = {split: load_examples(task, split, config.data_root) for split in ("train", "validation")}
+    trained = {example.prompt for example in examples["train"]}
+    if shared := [example.id for example in examples["validation"] if example.prompt in trained]:
+        raise UserError(f"task: {len(shared)} validation rows are also training rows (such as id {shared[0]})")
+    return RunRows(examples, {split: digest(rows) for split, rows in examples.items()})
+
+
+def _local_files(config: Config) -> list[tuple[str, int, int]]:
+    """Name, size and time of the task's local files: the rows of a file that has changed are read again."""
+    if config.data_root is None:
+        return []
+    folder = Path(config.data_root) / (config.task.folder or config.task.name)
+    files = [file for file in sorted(folder.glob("*.jsonl")) if file.is_file()]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def check_same_inputs(config: Config, record: RunRecord, folder: RunFolder) -> None:
+    """Refuse a finished run of the same configuration that was made from other data or another base model.
+
+    Raises:
+        UserError: naming what has changed.
+    """
+    if record.run_id != folder.path.name:
+        raise UserError(
+            f"{folder.result_file}: is the result of another run, {record.run_id}; restore this run's own, or "
+            "repeat the run with force=true"
+        )
+    for split, now in read_rows(config).digests.items():
+        if now != (recorded := record.data[split].digest):
+            raise UserError(
+                f"{folder.path}: finished on other {split} data (sha256 {recorded[:12]}, now {now[:12]}); "
+                "restore the data, or repeat the run with force=true"
+            )
+    base = known_digest(config.model)
+    if base is not None and base != record.base.digest:
+        raise UserError(
+            f"{folder.path}: finished on another base model ({record.base.digest}, now {base}); "
+            "restore the model, or repeat the run with force=true"
+        )

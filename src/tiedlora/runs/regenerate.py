@@ -1,0 +1,118 @@
+"""The checks of a finished run that need torch: its adapter, and predictions made again from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tiedlora.adapter import attach_adapter, load
+from tiedlora.config.identity import identity
+from tiedlora.data.encoding import Encoder
+from tiedlora.errors import UserError
+from tiedlora.models.base_model import load_base
+from tiedlora.models.device import resolve_device
+from tiedlora.records.rows import PredictionRow, read_predictions
+from tiedlora.runs.verify import Finding
+from tiedlora.scoring.predict import scoring_batches
+from tiedlora.scoring.split import Scorer
+
+if TYPE_CHECKING:
+    from tiedlora.runs.verify import CheckedRun
+
+
+def check_adapter(run: CheckedRun) -> Iterator[Finding]:
+    """The adapter's own hash, and that it is this run's."""
+    try:
+        adapter, base = load(run.folder.adapter)
+    except UserError as error:
+        yield Finding("adapter", False, str(error))
+        return
+    # The tying's name and suggested rate are labels; its meaning decides.
+    same = {
+        "base": (base, run.record.base),
+        "tying": (identity(adapter.tying), identity(run.config.tying)),
+        "rank": (adapter.rank, run.config.rank.r),
+        "alpha": (adapter.alpha, run.config.rank.alpha),
+        "seed": (adapter.seed, run.config.seed),
+        "trainable parameters": (adapter.trainable_params(), run.record.trainable_params),
+    }
+    for name, (here, expected) in same.items():
+        if here != expected:
+            explanation = f"adapter.json: its {name} is {here!r:.80}, the run's {expected!r:.80}"
+            yield Finding("adapter", False, explanation)
+            return
+    yield Finding("adapter", True, "adapter.safetensors has the sha256 of adapter.json, and is this run's")
+
+
+def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Finding]:
+    """Outputs of whole scoring batches, from the adapter and from the base, compared with predictions/.
+
+    A batch is repeated as it was, because rounding depends on which rows share it.
+
+    Args:
+        least: so many rows of each split at least.
+        suspects: ids of rows that are regenerated first.
+    """
+    config = run.config
+    if run.record.execution.threads is not None:
+        torch.set_num_threads(run.record.execution.threads)
+    try:
+        base = load_base(config.model, config.train.dtype, resolve_device(config.train.device), Path(config.cache))
+    except UserError as error:
+        yield Finding("regenerate", None, f"the base model cannot be loaded here ({error})")
+        return
+    if base.record != run.record.base:
+        yield Finding("base", False, f"was {run.record.base}, here it is {base.record}")
+        return
+    adapter, _ = load(run.folder.adapter)
+    attached, encoder = attach_adapter(base.model, adapter), Encoder(base.tokenizer, config.task, config.model.context)
+    scorer = Scorer(attached, encoder, run.task, config, base.record)
+    for split in run.record.scores:
+        if run.examples.get(split):
+            yield from _regenerate_split(run, scorer, split, least, suspects)
+    attached.detach()
+
+
+def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int, suspects: set[str]) -> Iterator[Finding]:
+    examples, batches = run.examples[split], scoring_batches(scorer.encoder, run.examples[split], run.config)
+    for kind in ("", ".base") if run.record.scores[split].base is not None else ("",):
+        check = f"regenerate {split}{kind}"
+        recorded = read_predictions(run.folder.predictions_file(f"{split}{kind}"))
+        if len(recorded) != len(examples):
+            yield Finding(check, False, f"{len(recorded)} predictions of {len(examples)} rows")
+            continue
+        places = _chosen_places([row.id for row in recorded], batches, least, suspects)
+        rows_of = scorer.unadapted_rows if kind else scorer.adapted_rows
+        rows = rows_of([examples[place] for place in places], f"regenerating {split}{kind}")
+        yield _compared(run, check, rows, [recorded[place] for place in places])
+
+
+def _chosen_places(ids: Sequence[str], batches: Sequence[list[int]], least: int, suspects: set[str]) -> list[int]:
+    """Places of whole scoring batches: those of suspicious rows first, then from the shortest prompts up."""
+
+    def is_suspect(batch: list[int]) -> bool:
+        return any(ids[place] in suspects for place in batch)
+
+    places: list[int] = []
+    for batch in [*filter(is_suspect, batches), *(batch for batch in reversed(batches) if not is_suspect(batch))]:
+        if len(places) >= least:
+            break
+        places += batch
+    # In the split's order: scoring sorts by length, and rows of equal length must stay in the order they had.
+    return sorted(places)
+
+
+def _compared(run: CheckedRun, check: str, rows: Sequence[PredictionRow], recorded: Sequence[PredictionRow]) -> Finding:
+    different = [new.id for new, old in zip(rows, recorded, strict=True) if new.output != old.output]
+    if not different:
+        return Finding(check, True, f"{len(rows)} outputs come out as they were")
+    return Finding(
+        check,
+        False,
+        f"row {different[0]}: another output than the recorded one ({len(different)} of {len(rows)} rows differ); "
+        f"recorded on {run.record.execution}, where other devices may round otherwise",
+        different[0],
+    )

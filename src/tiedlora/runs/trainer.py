@@ -1,0 +1,172 @@
+"""Training of one session: the loop with everything that it calls, from the newest checkpoint to the last step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from tiedlora import storage
+from tiedlora.adapter import architectures, load, save
+from tiedlora.config.identity import config_tree
+from tiedlora.data.batching import Batch, BatchSampler, microbatches
+from tiedlora.models.device import peak_memory_bytes, restart_peak_memory
+from tiedlora.progress import ProgressBar
+from tiedlora.records.rows import MetricsRow
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.runs.session import RunSession
+from tiedlora.tracking.base import RunTrackers, TrackedRun
+from tiedlora.training import checkpoint, compiling, loop
+from tiedlora.training.loss import mean_loss, target_loss
+from tiedlora.training.optimizer import build_optimizer
+from tiedlora.training.signals import StopSignal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves: the adapter is on the session's model, at the step that will be scored."""
+
+    state: loop.TrainState
+    peak_memory_bytes: int
+    trackers: RunTrackers
+    """Still open: the run's summary goes there once it is scored."""
+
+
+class Trainer:
+    """One training.
+
+    Args:
+        folder: the run's. It gets config.yaml, metrics.jsonl and the checkpoints.
+        stop: asks for a checkpoint and an end after the current step.
+        resume_from: the folder of the checkpoints to continue from; None takes the run's own.
+    """
+
+    def __init__(
+        self, session: RunSession, folder: RunFolder, stop: StopSignal, resume_from: Path | None = None
+    ) -> None:
+        self.session, self.folder, self.stop = session, folder, stop
+        self.config, self.adapter = session.config, session.attached.adapter
+        # 1. The optimizer, and the newest checkpoint if there is one.
+        self.parts = self.adapter.trained_parts()
+        self.optimizer = build_optimizer(self.parts, self.config.train)
+        checkpoints = resume_from or folder.checkpoints
+        state = checkpoint.restore(checkpoints, self.parts, self.optimizer, session.inputs())
+        if state is not None:
+            log.info("going on from step %d", state.step)
+        self.state = state or loop.TrainState()
+        # 2. The order of the training rows, and the validation batches.
+        self.rows = session.fitted["train"].encoded
+        self.sampler = BatchSampler([len(row) for row in self.rows], self.config.train, self.config.seed)
+        self.pad_id = session.base.tokenizer.eos_token_id
+        held_out = session.fitted["validation"].encoded[: self.config.train.validation_rows]
+        batches = microbatches(held_out, self.pad_id, self.config.score.batch_size)
+        self.validation_batches = [batch.to(session.device) for batch in batches]
+
+    def train(self) -> Trained:
+        """Train to the last step.
+
+        Raises:
+            UserError: a loss that is not finite, too little memory, or a tracker that refuses to start.
+            StoppedEarly: the stop signal came; a checkpoint is written.
+        """
+        # 1. Say what the run is, and open the trackers.
+        config_yaml = OmegaConf.to_yaml(config_tree(self.config))
+        storage.write_bytes(self.folder.config_file, config_yaml.encode())
+        run = TrackedRun(self.folder.path.name, self.folder.path, self.config, self.session.trainable_params)
+        self.trackers = RunTrackers(run, self.folder.metrics_file, self.state.step)
+        # 2. Train.
+        restart_peak_memory(self.session.device)
+        self._run_loop()
+        peak = peak_memory_bytes(self.session.device)
+        # 3. Take the adapter of the step that is scored.
+        if self.config.score.checkpoint == "best":
+            best, _ = load(self._best_folder(self.state.best_step()))
+            for name, parameter in best.parts().items():
+                self.adapter.parts()[name].data.copy_(parameter.data)
+        return Trained(self.state, peak, self.trackers)
+
+    def _run_loop(self) -> None:
+        model = self.session.model
+        self.bar = ProgressBar("training", self.config.train.steps, "steps", self.state.step)
+        hooks = loop.LoopHooks(
+            batches=self._batches,
+            loss_sum=lambda batch: target_loss(model, batch),
+            validate=self._validate,
+            save_checkpoint=self._save_checkpoint,
+            log_metrics=self._log_metrics,
+            describe_rows=self._describe_rows,
+            stop_requested=lambda: self.session.world.any(self.stop.requested()),
+            all_reduce_sum=self.session.world.all_reduce_sum,
+            process_index=self.session.world.process_index,
+        )
+        model.train()
+        self.stop.finish_step_first = True
+        try:
+            with self._training_blocks():
+                loop.train(self.state, hooks, self.optimizer, self.config.train, self.config.seed)
+        except BaseException:
+            self.trackers.finish({}, exit_code=1)
+            raise
+        finally:
+            self.stop.finish_step_first = False
+            self.bar.close()
+        model.eval()
+
+    @contextmanager
+    def _training_blocks(self) -> Iterator[None]:
+        """The model's blocks as training wants them: compiled, and recomputing activations, if the run says so."""
+        train, model = self.config.train, self.session.model
+        blocks: Any = model.get_submodule(architectures.layout_of(self.config.model.architecture).layers)
+        weights = sum(parameter.numel() for parameter in blocks.parameters())
+        tokens = train.steps * train.batch_size * sum(map(len, self.rows)) / len(self.rows)
+        if train.recompute_activations:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            compiled = compiling.decide(train.compile, self.session.device.type, weights, tokens)
+            with compiling.compiled(blocks) if compiled else nullcontext():
+                yield
+        finally:
+            if train.recompute_activations:
+                model.gradient_checkpointing_disable()
+
+    def _batches(self, step: int) -> list[Batch]:
+        """This process's microbatches of an optimizer step."""
+        rows = sorted((self.rows[number] for number in self.sampler.rows_of_step(step)), key=len)
+        train, context = self.config.train, self.session.encoder.context
+        own_rows = self.session.world.local_rows(rows)
+        batches = microbatches(own_rows, self.pad_id, train.microbatch_size, train.microbatch_tokens, context)
+        return [batch.to(self.session.device) for batch in batches]
+
+    def _validate(self) -> float:
+        """The validation loss; the adapter with the lowest one so far is kept, if it is the one to score."""
+        self.session.model.eval()
+        with compiling.eager():
+            loss = mean_loss(self.session.model, self.validation_batches)
+        self.session.model.train()
+        if self.config.score.checkpoint == "best" and all(loss < earlier for _, earlier in self.state.validation):
+            save(self.adapter, self._best_folder(self.state.step), self.session.base.record)
+        return loss
+
+    def _best_folder(self, step: int) -> Path:
+        # A folder a step: while one folder were replaced, there would be a moment without any.
+        return self.folder.checkpoints / f"best-{step:08d}"
+
+    def _save_checkpoint(self, state: loop.TrainState) -> None:
+        checkpoint.save(self.folder.checkpoints, state, self.parts, self.optimizer, self.session.inputs())
+
+    def _log_metrics(self, rows: list[MetricsRow]) -> None:
+        self.trackers.log(rows)
+        if rows and "train/tokens" in (last := rows[-1].values):
+            rate = last["train/tokens"] / max(last["train/seconds"], 1e-9)
+            self.bar.advance(len(rows), f"loss {last.get('train/loss', math.nan):.3f}, {rate:.0f} tokens/s")
+
+    def _describe_rows(self, step: int) -> str:
+        return f"training rows {[self.session.train_examples[i].id for i in self.sampler.rows_of_step(step)]}"

@@ -1,0 +1,121 @@
+"""The bootstrap over examples: one function and one seed for every interval that a record or a report holds.
+
+The resamples depend on the number of examples alone, so everything that was scored on the same examples shares them,
+and a bootstrap of means is one matrix product.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tiedlora.statistics.interval import LEVEL, Interval
+
+RESAMPLES = 2000
+"""The ends of a 95 % interval then vary by a few per cent of its width from seed to seed."""
+SEED = 0
+INDICES_AT_ONCE = 200_000
+"""Resampled row numbers that are held in memory together."""
+ROWS_AT_ONCE = 256
+"""Resamples that are multiplied together: their counts are widened to float64 for that."""
+TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+
+Array = NDArray[np.float64]
+
+
+@functools.lru_cache(maxsize=8)
+def resample_counts(examples: int, seed: int = SEED) -> NDArray[np.uint8]:
+    """How often each resample holds each example: (RESAMPLES, examples), rows that sum to `examples`.
+
+    Raises:
+        ValueError: no examples.
+    """
+    if examples < 1:
+        raise ValueError("a bootstrap needs examples")
+    generator = np.random.default_rng(seed)
+    counts = np.zeros((RESAMPLES, examples), dtype=np.uint8)
+    at_once = max(1, INDICES_AT_ONCE // examples)
+    for start in range(0, RESAMPLES, at_once):
+        block = counts[start : start + at_once]
+        drawn = generator.integers(0, examples, block.shape)
+        np.add.at(block, (np.arange(len(block))[:, None], drawn), 1)
+    return counts
+
+
+def resampled_sums(values: Array, seed: int = SEED) -> Array:
+    """Sums over each resample.
+
+    Args:
+        values: (examples, columns).
+
+    Returns:
+        (RESAMPLES, columns).
+    """
+    counts = resample_counts(len(values), seed)
+    blocks = [counts[i : i + ROWS_AT_ONCE].astype(np.float64) @ values for i in range(0, RESAMPLES, ROWS_AT_ONCE)]
+    return np.concatenate(blocks)
+
+
+def bootstrap_means(scores: Array, seed: int = SEED) -> tuple[Array, Array, Array]:
+    """Means over the last axis, and the ends of their percentile bootstrap intervals (Efron 1979) over examples.
+
+    Args:
+        scores: (..., examples): one number an example, such as a score, a paired difference, or a mean over seeds.
+
+    Returns:
+        Three arrays of the leading shape: mean, low, high.
+    """
+    examples = scores.shape[-1]
+    means = resampled_sums(scores.reshape(-1, examples).T, seed) / examples
+    low, high = np.quantile(means, TAILS, axis=0)
+    return scores.mean(-1), low.reshape(scores.shape[:-1]), high.reshape(scores.shape[:-1])
+
+
+def bootstrap_mean(scores: ArrayLike, limits: tuple[float, float], seed: int = SEED) -> Interval:
+    """The mean of one number an example with its interval.
+
+    Args:
+        scores: (examples,).
+        limits: the smallest and the largest possible score, which is all that a single example tells.
+
+    Raises:
+        ValueError: no examples.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if len(values) == 1:
+        return Interval(float(values[0]), *limits, "bootstrap")
+    mean, low, high = bootstrap_means(values, seed)
+    return Interval(float(mean), float(low), float(high), "bootstrap")
+
+
+def bootstrap_corpus(
+    statistics: Sequence[Sequence[float]],
+    score: Callable[[Array], float],
+    theirs: Sequence[Sequence[float]] | None = None,
+) -> Interval:
+    """A corpus-level score, such as BLEU, with its interval; with `theirs`, the paired difference of two.
+
+    Args:
+        statistics: each example's statistics, whose sum over examples `score` takes: (examples, statistics).
+        theirs: the other side's statistics of the same examples.
+
+    Raises:
+        ValueError: no examples.
+    """
+
+    def scores(side: Sequence[Sequence[float]]) -> tuple[float, Array]:
+        table = np.asarray(side, dtype=np.float64)
+        return score(table.sum(0)), np.array([score(sums) for sums in resampled_sums(table)])
+
+    value, resampled = scores(statistics)
+    lowest = 0.0
+    if theirs is not None:
+        other, other_resampled = scores(theirs)
+        value, resampled, lowest = value - other, resampled - other_resampled, -1.0
+    if len(statistics) == 1:
+        return Interval(value, lowest, 1.0, "bootstrap")
+    low, high = np.quantile(resampled, TAILS)
+    return Interval(value, float(low), float(high), "bootstrap")

@@ -1,0 +1,23 @@
+"""An estimate with its interval: the one value that everything here gives and every table prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LEVEL = 0.95
+"""The confidence level of every interval in this project."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the two ends of its 95 % interval, all in the unit of the score."""
+
+    value: float
+    low: float
+    high: float
+    method: str = ""
+    """How the ends were computed: wilson, newcombe, bootstrap, t, crossed or fieller."""
+
+    def excludes_zero(self) -> bool:
+        """Whether the whole interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0

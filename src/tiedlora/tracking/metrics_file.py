@@ -1,0 +1,39 @@
+"""metrics.jsonl, the run's own record of its metrics: one JSON object a line, only ever appended to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tiedlora import storage
+from tiedlora.records.rows import MetricsRow, read_metrics
+
+if TYPE_CHECKING:
+    from tiedlora.tracking.base import TrackedRun
+
+
+class MetricsFile:
+    """The tracker that every run has."""
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        """Keep the rows up to `step`, the last finished one; a run that continues from there logs later ones again."""
+        self.path = path
+        self.rows = [row for row in read_metrics(path) if row.step <= step] if step else []
+        storage.write_json_lines(path, [row.to_json() for row in self.rows])
+
+    def start(self, run: TrackedRun, earlier: Sequence[MetricsRow]) -> None:
+        """Nothing to open: the file is there."""
+
+    def log(self, rows: Sequence[MetricsRow]) -> None:
+        """Append the rows.
+
+        Raises:
+            OSError: disk full. The run ends, because this file is its record.
+        """
+        with storage.naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row.to_json()) + "\n" for row in rows))
+
+    def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
+        """Nothing to close: result.json holds the summary."""

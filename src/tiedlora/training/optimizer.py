@@ -1,0 +1,66 @@
+"""The optimizers and learning-rate schedules that a run can choose: one entry of a table each.
+
+Each name is also in the choices of `train.optimizer` or `train.schedule` (config/schema.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tiedlora.config.schema import TrainConfig
+from tiedlora.tying import PARTS, part_of
+
+
+def _adamw(groups: list[dict[str, Any]], train: TrainConfig, on_cuda: bool) -> torch.optim.Optimizer:
+    betas = (train.betas[0], train.betas[1])
+    return torch.optim.AdamW(groups, lr=train.lr or 0.0, betas=betas, eps=train.eps, fused=on_cuda)
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainConfig, bool], torch.optim.Optimizer]] = {"adamw": _adamw}
+"""`train.optimizer` -> how it is built from (parameter groups, settings, whether the parameters are on a GPU)."""
+
+
+def _constant(share: float, lr: float, min_lr: float) -> float:
+    return lr
+
+
+def _cosine(share: float, lr: float, min_lr: float) -> float:
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+SCHEDULES: dict[str, Callable[[float, float, float], float]] = {"constant": _constant, "cosine": _cosine}
+"""`train.schedule` -> the rate from (share of the steps after the warm-up that are done, 0 to 1; lr; min_lr)."""
+
+
+def learning_rate(step: int, train: TrainConfig) -> float:
+    """The learning rate of optimizer step `step`, counted from 1.
+
+    Warm-up step k uses lr * k / warmup_steps, so the first step already moves. A warm-up from 0 would waste that step,
+    the only one at which just the part that starts at zero has a gradient. The schedule ends on the last step.
+    """
+    assert train.lr is not None
+    if step <= train.warmup_steps:
+        return train.lr * step / train.warmup_steps
+    share = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    return SCHEDULES[train.schedule](share, train.lr, train.min_lr)
+
+
+def build_optimizer(parts: Mapping[str, nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer over the trained parts, one parameter group for each part that is trained.
+
+    Args:
+        parts: `target.part` -> its parameter.
+    """
+    groups: list[dict[str, Any]] = []
+    for name, traits in PARTS.items():
+        parameters = [parameter for path, parameter in parts.items() if part_of(path) == name]
+        if parameters:
+            decay = train.weight_decay if traits.decays else 0.0
+            factor = getattr(train.lr_factor, name)
+            groups.append({"params": parameters, "lr_factor": factor, "weight_decay": decay})
+    return OPTIMIZERS[train.optimizer](groups, train, next(iter(parts.values())).is_cuda)
