@@ -6,7 +6,7 @@ event, the same configuration is started again, and what it leaves is compared w
 adapter and predictions byte by byte, metrics and result but for times. Prints a line a stage and exits
 with 1 if anything differs, or if more optimizer steps were executed than one checkpoint interval a kill.
 
-World are forks of this one, which has imported everything: a kill costs a fraction of a second.
+The processes are forks of this one, which has imported everything: a kill costs a fraction of a second.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 from tiedlora.config.compose import compose_config
+from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
 from tiedlora.models import base_model
-from tiedlora.config.identity import run_id
+from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import run
+from tiedlora.runs import execute, run, trainer
 from tiedlora.scoring import decoding
-from tiedlora.tracking import tracker
-from tiedlora.training import checkpoint, loop
+from tiedlora.tracking import metrics_file
+from tiedlora.training import checkpoint
 
 CHECKPOINT_EVERY = 3
 STEPS = 12
@@ -95,14 +96,14 @@ class Events:
 
             setattr(owner, name, wrapped)
 
-        before(base_model, "_random", "start-up")
-        before(loop, "build_optimizer", "start-up")
+        before(base_model, "random_model", "start-up")
+        before(trainer, "build_optimizer", "start-up")
         before(checkpoint, "restore", "start-up")
         before(torch.optim.AdamW, "step", "training", lambda: self.write("step"))
-        before(tracker.Tracker, "log", "training")
+        before(metrics_file.MetricsFile, "log", "training")
         before(checkpoint, "save", "checkpointing")
         before(decoding, "_next_tokens", "scoring")
-        before(run.present, "flat_summary", "result")
+        before(execute, "flat_summary", "result")
         before(os, "fsync", None)
         before(os, "replace", None)
 
@@ -131,7 +132,7 @@ def child(outputs: Path, kill_at: int | None) -> tuple[int, list[str]]:
 def leftovers(outputs: Path) -> dict[str, Any]:
     """What must be the same."""
     folder = RunFolder(outputs / run_id(config(outputs)))
-    result = folder.result()
+    result = folder.record()
     assert result is not None
 
     def without_times(value: Any) -> Any:
@@ -139,15 +140,15 @@ def leftovers(outputs: Path) -> dict[str, Any]:
             return {k: without_times(v) for k, v in value.items() if k not in TIMES and "outputs" not in k}
         return value
 
-    logged = tracker.read_metrics(folder.metrics_file)
-    clock = [row["train/seconds"] for row in logged if "train/seconds" in row]
-    rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in logged]
+    logged = read_metrics(folder.metrics_file)
+    clock = [row.values["train/seconds"] for row in logged if "train/seconds" in row.values]
+    rows = [{k: v for k, v in row.to_json().items() if "seconds" not in k} for row in logged]
     files = ["adapter/adapter.safetensors", "predictions/validation.jsonl", "predictions/validation.base.jsonl"]
     return {
-        "result": json.dumps(without_times(result), sort_keys=True),
+        "result": json.dumps(without_times(result.to_json()), sort_keys=True),
         "metrics": rows,
         # Times cannot be equal: they must go on over a resume, and end in what the result says.
-        "clock": (clock == sorted(clock), clock[0] > 0, clock[-1] == result["training"]["seconds"]),
+        "clock": (clock == sorted(clock), clock[0] > 0, clock[-1] == result.training.seconds),
         "names": sorted(p.name for p in folder.path.iterdir()),
         **{name: (folder.path / name).read_bytes() for name in files},
     }

@@ -18,12 +18,13 @@ import wandb
 
 from tiedlora import errors
 from tiedlora.config.compose import compose_config
-from tiedlora.config.project import PROJECT
 from tiedlora.config.identity import run_id
+from tiedlora.config.project import PROJECT
+from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 from tiedlora.tasks import task_metric  # noqa: F401  (a fork that is short of memory could not import it)
-from tiedlora.tracking.tracker import Tracker, read_metrics
+from tiedlora.tracking.metrics_file import MetricsFile
 from tiedlora.training import checkpoint
 
 
@@ -271,25 +272,25 @@ class TestWandb:
     def finished(self, config) -> None:
         folder = RunFolder(Path(config.outputs) / run_id(config))
         assert folder.state() == "done"
-        assert [r["step"] for r in read_metrics(folder.metrics_file) if "train/loss" in r] == list(range(1, 7))
+        assert [r.step for r in read_metrics(folder.metrics_file) if "train/loss" in r.values] == list(range(1, 7))
 
     def test_its_process_killed_in_mid_run_is_one_warning_and_the_next_run_has_a_new_one(self, tiny_config):
         config, following = (tiny_config("tracking=wandb", "train.log_every=1", f"seed={seed}") for seed in (0, 1))
 
         def start() -> None:
-            log = Tracker.log
+            log = MetricsFile.log
 
             def log_and_kill(self, rows):
-                if config.seed == 0 and rows[0]["step"] == 3:
+                if config.seed == 0 and rows[0].step == 3:
                     for child in wandb_processes():
                         os.kill(child, signal.SIGKILL)
                         os.waitpid(child, 0)
                 log(self, rows)
 
-            Tracker.log = log_and_kill
+            MetricsFile.log = log_and_kill
             run.main(config)
             assert not wandb_processes()
-            Tracker.log = log
+            MetricsFile.log = log
             run.main(following)
             wandb.teardown()
 

@@ -18,7 +18,7 @@ def place(tmp_path_factory):
         *("train.warmup_steps=0", "train.dtype=float32", "train.threads=1", "rank.r=2", f"cache={root}/cache"),
     ]
     result = run.main(compose_config([*words, f"outputs={root}/outputs"]))
-    return root / "outputs" / result["run_id"], words
+    return root / "outputs" / result.run_id, words
 
 
 @pytest.fixture

@@ -11,24 +11,24 @@ from helpers.hostile import put, refused, snapshot
 import tiedlora
 from tiedlora.config.compose import compose_config
 from tiedlora.errors import UserError
-from tiedlora.records import run_record
+from tiedlora.records.rows import read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.report import write
 from tiedlora.report.runs import read_run
-from tiedlora.runs import run
-from tiedlora.records.rows import read_metrics
+from tiedlora.runs import lazy, run
 
 pytest_plugins = ["helpers.hostile_runs"]
 SECRET = "hunter2-0123456789abcdef"
 
 
+SCORES = {"rows": 3, "digest": "x", "metrics": {"exact_match": {"value": 0, "low": 0, "high": 1}}}
 RESULTS = {  # a key of result.json, what it becomes, and what is said
     "no run_id": ("run_id", ..., "has no 'run_id'"),
     "a number for an id": ("run_id", 3, "'run_id' is 3"),
     "a path for an id": ("run_id", "../../x", "'run_id' is '../../x'"),
     "a terminal's escape for an id": ("run_id", "TABuv\x1b[2J", "which is no name of this project"),
-    "no identity": ("identity", ..., "has no 'identity.model.name'"),
-    "a list for an identity": ("identity", [], "has no 'identity.model.name'"),
+    "no identity": ("identity", ..., "has no 'identity'"),
+    "a list for an identity": ("identity", [], "'identity' is []"),
     "a path for a task": ("identity.task.name", "../../x", "'identity.task.name' is '../../x'"),
     "script for a task": ("config.task.name", "<script>", "'config.task.name' is '<script>'"),
     "script for a model": ("base.name", "<script>", "'base.name' is '<script>'"),
@@ -38,18 +38,20 @@ RESULTS = {  # a key of result.json, what it becomes, and what is said
     "a rate that is none": ("identity.train.lr", float("nan"), "'identity.train.lr' is not a finite number"),
     "an infinite loss": ("training.validation_loss_last", float("inf"), "is not a finite number"),
     "a text for a loss": ("training.validation_loss_first", "low", "'training.validation_loss_first' is 'low'"),
-    "no training": ("training", None, "has no 'training.steps'"),
+    "no training": ("training", None, "'training' is None"),
     "a flag for a count": ("trainable_params", True, "'trainable_params' is True"),
-    "a list for data": ("data.train", [], "has no 'data.train.rows'"),
+    "a list for data": ("data.train", [], "'data.train' is []"),
     "data of an unknown split": ("data.evil", {"digest": "x"}, "'data.evil' is not a split's digest"),
     "no scores": ("scores", ..., "has no 'scores'"),
     "a list for scores": ("scores", [], "'scores' is []"),
-    "scores of an unknown split": ("scores.\x1b[2J", {}, "is no split that is scored"),
-    "scores without metrics": ("scores.validation", {"rows": 3}, "holds no metrics"),
-    "scores without rows": ("scores.validation.rows", None, "lacks rows or digest"),
-    "scores of no rows": ("scores.validation.rows", 0, "lacks rows or digest"),
-    "a text for a time": ("scores.validation.seconds", "long", "'scores.validation.seconds' is not a number"),
-    "a metric of no name": ("scores.validation.metrics", {"<b>": {}}, "is not a value with an interval"),
+    "scores of an unknown split": ("scores.\x1b[2J", {}, "has no 'scores.␛[2J.rows'"),
+    "scores without metrics": ("scores.validation", {"rows": 3}, "has no 'scores.validation.digest'"),
+    "no metric": ("scores.validation.metrics", {}, "'scores.validation.metrics' is {}"),
+    "an unknown split that is scored": ("scores.train", SCORES, "'scores.train' is no split that is scored"),
+    "scores without rows": ("scores.validation.rows", None, "'scores.validation.rows' is None"),
+    "scores of no rows": ("scores.validation.rows", 0, "'scores.validation.rows' is 0"),
+    "a text for a time": ("scores.validation.seconds", "long", "'scores.validation.seconds' is 'long'"),
+    "a metric of no name": ("scores.validation.metrics", {"<b>": {}}, "is '<b>', which is no name of this project"),
     "a score above one": (
         "scores.validation.metrics.exact_match_strict",
         {"value": 1e300, "low": 0, "high": 1},
@@ -68,7 +70,7 @@ def test_a_wrong_result_is_named_by_whoever_reads_it(what, folder, words):
     key, value, says = RESULTS[what]
     put(folder, key, value)
     with refused(says, folder):
-        RunFolder(folder).result()
+        RunFolder(folder).record()
     with refused(says, folder):
         run.main(compose_config(words))
     left_out = read_run(folder)
@@ -177,7 +179,7 @@ def test_starting_over_removes_links_and_not_what_they_lead_to(folder, words, tm
     (folder / ".adapter.1.tmp").symlink_to(tmp_path / "mine")
     run.main(compose_config([*words, "force=true"]))
     assert (tmp_path / "mine" / "work.txt").read_text() == "kept"
-    assert RunFolder(folder).result() is not None
+    assert RunFolder(folder).record() is not None
 
 
 CONFIGS = {
@@ -211,7 +213,7 @@ def test_a_run_that_was_moved_writes_beside_itself(folder, place):
     """Its record says where it was made: a place that may be gone, or a stranger's choice."""
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(re.sub(r"(?m)^outputs: .*$", "outputs: /nowhere/of/mine", text))
-    run.score_more(RunFolder(folder), ["test"], None)
+    lazy.add_scores(RunFolder(folder), ["test"], None)
     assert list((folder.parent / "base").glob("chain_sum-test-*.jsonl"))
 
 
@@ -263,7 +265,7 @@ def test_wrong_predictions(what, folder, tmp_path, script):
     path.write_bytes(data)
     before = snapshot(folder)
     with refused(says):
-        run_record.read_predictions(path)
+        read_predictions(path)
     code, out, err = script("scripts/verify.py", folder, "--rows", "0")
     assert (code, err) == (3, "")
     assert says in out
@@ -286,13 +288,13 @@ def test_metrics_that_are_cut_or_garbage_are_passed_over(folder, tmp_path, words
     ]
     whole = read_metrics(path)
     path.write_bytes(path.read_bytes() + b"\n".join([*odd, *garbage]))
-    assert [row for row in read_metrics(path) if row.get("train/loss") == row.get("train/loss")] == whole
+    assert read_metrics(path) == whole
     steps, losses = read_run(folder).curve("train/loss")
     assert (len(steps), len(losses)) == (1, 1)
     (folder / "result.json").unlink()
     again = run.main(compose_config(words))
-    assert [row["step"] for row in read_metrics(path)] == [row["step"] for row in whole]
-    assert again["status"] == "done"
+    assert [row.step for row in read_metrics(path)] == [row.step for row in whole]
+    assert again.status == "done"
 
 
 def test_a_cache_of_the_base_model_that_was_changed_is_named(folder, words):

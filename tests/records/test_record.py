@@ -6,10 +6,10 @@ from dataclasses import field, make_dataclass
 import pytest
 
 from tiedlora.config import compose as configuration
+from tiedlora.config.identity import identity, run_id
 from tiedlora.config.schema import Config, TrainConfig
 from tiedlora.errors import UserError
 from tiedlora.records import run_folder
-from tiedlora.config.identity import identity, run_id
 from tiedlora.records.run_folder import RunFolder
 
 # An id that changes here re-runs everybody's sweeps. Change one only with a reason in the commit message.

@@ -14,6 +14,7 @@ import tiedlora
 from tiedlora import UserError
 from tiedlora.adapter import attach
 from tiedlora.config.identity import run_id
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 
 
@@ -79,7 +80,7 @@ class TestRuns:
     @pytest.fixture
     def finished(self, tiny_config, tmp_path):
         result = run.main(tiny_config("tying=TAB"))
-        return tmp_path / "outputs" / result["run_id"]
+        return tmp_path / "outputs" / result.run_id
 
     def test_a_run_is_loaded_with_its_base(self, finished, ids):
         attached = tiedlora.load(finished)
@@ -94,13 +95,13 @@ class TestRuns:
 
     def test_training_goes_on_from_a_saved_adapter(self, finished, tiny_config, tmp_path):
         """TAB's end is TABuv's start: u and v are ones there."""
-        first = run.RunFolder(finished).result()
+        first = RunFolder(finished).record()
         config = tiny_config("tying=TABuv", f"train.init_from={finished}")
         second = run.main(config)
-        start, end = (r["training"] for r in (second, first))
-        assert start["validation_loss_first"] == pytest.approx(end["validation_loss_last"], abs=1e-6)
+        start, end = (r.training for r in (second, first))
+        assert start.validation_loss_first == pytest.approx(end.validation_loss_last, abs=1e-6)
         assert run_id(config) != run_id(tiny_config("tying=TABuv"))
-        saved = load_file(tmp_path / "outputs" / second["run_id"] / "adapter" / "adapter.safetensors")
+        saved = load_file(tmp_path / "outputs" / second.run_id / "adapter" / "adapter.safetensors")
         assert not torch.equal(saved["qkv.u"], torch.ones_like(saved["qkv.u"]))
 
     def test_identity_is_the_adapters_content(self, finished, tiny_config, tmp_path):

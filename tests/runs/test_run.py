@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from tiedlora.config.compose import compose_config
+from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.config.identity import run_id
+from tiedlora.records.rows import MetricsRow, read_metrics
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import run
-from tiedlora.records.rows import read_metrics
+from tiedlora.runs import lazy, run
+from tiedlora.scoring import split
+from tiedlora.tracking.metrics_file import MetricsFile
 
 
 def folder_of(config) -> RunFolder:
@@ -39,22 +42,24 @@ def test_the_record_is_complete(tiny_config, capsys):
     config = tiny_config()
     result = run.main(config)
     folder = folder_of(config)
-    assert result == folder.result() == json.loads(folder.result_file.read_text())
-    assert result["status"] == "done"
+    tree = json.loads(folder.result_file.read_text())
+    assert result == folder.record()
+    assert result.to_json() == tree
+    assert result.status == "done"
     for key in ("run_id", "identity", "config", "seed", "code", "versions", "device", "base", "data", "training"):
-        assert result[key] not in (None, ""), key
-    assert result["trainable_params"] == 8 * (32 + 64) + 3 * (8 + 64)  # r (d_in + d_out) + L (r + d_out)
-    training = result["training"]
-    assert training["steps"] == 6
-    assert 0 <= training["clipped_share"] <= 1
-    assert training["peak_memory_bytes"] > 0
+        assert tree[key] not in (None, ""), key
+    assert result.trainable_params == 8 * (32 + 64) + 3 * (8 + 64)  # r (d_in + d_out) + L (r + d_out)
+    training = result.training
+    assert training.steps == 6
+    assert 0 <= training.clipped_share <= 1
+    assert training.peak_memory_bytes > 0
     rows = read_metrics(folder.metrics_file)
-    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 7))
+    assert [row.step for row in rows if "train/loss" in row.values] == list(range(1, 7))
     predictions = [json.loads(line) for line in folder.predictions_file("validation").read_text().splitlines()]
-    assert len(predictions) == result["scores"]["validation"]["rows"] > 0
+    assert len(predictions) == result.scores["validation"].rows > 0
     assert set(predictions[0]) >= {"id", "prompt", "references", "output", "ended", "scores"}
     assert folder.predictions_file("validation.base").exists()
-    assert result["adapter_bytes"] == sum(f.stat().st_size for f in folder.adapter.iterdir())
+    assert result.adapter_bytes == sum(f.stat().st_size for f in folder.adapter.iterdir())
     assert not folder.checkpoints.exists()
     shown = capsys.readouterr().out
     assert "of LoRA)" in shown
@@ -74,17 +79,17 @@ def test_finished_runs_are_not_repeated_unless_forced(tiny_config, capsys):
 
 def test_test_is_scored_when_told_to_alone_and_keeps_the_identity(tiny_config):
     first = run.main(tiny_config())
-    assert set(first["scores"]) == {"validation"}
+    assert set(first.scores) == {"validation"}
     second = run.main(tiny_config("score.splits=[validation,test]"))
-    assert set(second["scores"]) == {"validation", "test"}
-    assert second["run_id"] == first["run_id"]
-    assert {k: v for k, v in second.items() if k != "scores"} == {k: v for k, v in first.items() if k != "scores"}
+    assert set(second.scores) == {"validation", "test"}
+    assert second.run_id == first.run_id
+    assert replace(second, scores={}) == replace(first, scores={})
 
 
 def test_added_split_equals_one_scored_at_once(tiny_config, tmp_path):
     config = tiny_config()
     run.main(config)
-    run.score_more(folder_of(config), ["test"], data_root=None)
+    lazy.add_scores(folder_of(config), ["test"], data_root=None)
     at_once = tiny_config("score.splits=[validation,test]", f"outputs={tmp_path}/elsewhere")
     run.main(at_once)
     assert (
@@ -94,11 +99,9 @@ def test_added_split_equals_one_scored_at_once(tiny_config, tmp_path):
 
 
 def test_the_base_is_scored_once_for_all_configurations(tiny_config, monkeypatch):
-    from tiedlora.scoring import scoring
-
     asked = []
-    predict = scoring.predict
-    monkeypatch.setattr(scoring, "predict", lambda *a: asked.append(a[-1]) or predict(*a))
+    predict = split.predict
+    monkeypatch.setattr(split, "predict", lambda *a: asked.append(a[-1]) or predict(*a))
     for tying in ("TABuv", "LoRA", "TA"):
         run.main(tiny_config(f"tying={tying}"))
     assert sum("base" in what for what in asked) == 1
@@ -109,12 +112,12 @@ def test_best_checkpoint_can_be_scored(tiny_config):
     config = tiny_config("score.checkpoint=best", "train.lr=0.5", "train.validate_every=1")
     result = run.main(config)
     losses = {
-        row["step"]: row["validation/loss"]
+        row.step: row.values["validation/loss"]
         for row in read_metrics(folder_of(config).metrics_file)
-        if "validation/loss" in row
+        if "validation/loss" in row.values
     }
     best = min(losses, key=lambda step: (losses[step], step))
-    assert result["training"]["scored_step"] == best
+    assert result.training.scored_step == best
 
 
 def test_another_data_digest_is_an_error_not_a_match(tiny_run, tmp_path):
@@ -164,17 +167,15 @@ def test_missing_data_says_the_three_ways(tiny_run, tmp_path):
 
 def test_failure_leaves_its_traceback_and_mended_it_goes_on(tiny_config, monkeypatch):
     config = tiny_config()
-    from tiedlora.scoring import scoring
-
-    whole = scoring.score_split
-    monkeypatch.setattr(scoring, "score_split", lambda *a: 1 / 0)
+    score_split = split.Scorer.score_split
+    monkeypatch.setattr(split.Scorer, "score_split", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.main(config)
     folder = folder_of(config)
     assert folder.state() == "failed"
     assert "ZeroDivisionError" in folder.error_file.read_text()
     assert not folder.result_file.exists()
-    monkeypatch.setattr(scoring, "score_split", whole)
+    monkeypatch.setattr(split.Scorer, "score_split", score_split)
     run.main(tiny_config())
     assert folder.state() == "done"
     assert not folder.error_file.exists()
@@ -231,7 +232,7 @@ class TestCommand:
         run.main(whole)
         ours, theirs = (load_file(f.adapter / "adapter.safetensors") for f in (folder, folder_of(whole)))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-        steps = [row["step"] for row in read_metrics(folder.metrics_file) if "train/loss" in row]
+        steps = [row.step for row in read_metrics(folder.metrics_file) if "train/loss" in row.values]
         assert steps == list(range(1, 201))
 
     def test_score_script_adds_a_split(self, tiny_run, tiny_config):
@@ -245,7 +246,7 @@ class TestCommand:
         )
         assert done.returncode == 0, done.stderr
         assert "test:" in done.stdout
-        assert set(folder_of(config).result()["scores"]) == {"validation", "test"}
+        assert set(folder_of(config).record().scores) == {"validation", "test"}
 
     def test_params_script_reproduces_the_papers_column(self):
         done = subprocess.run(
@@ -275,17 +276,15 @@ class TestWandb:
         assert '"TABuv"' in leet.stdout
 
     def test_a_resumed_segment_holds_the_whole_curve(self, tmp_path, monkeypatch):
-        from tiedlora.tracking.tracker import Tracker
-
-        tracker = Tracker(tmp_path / "metrics.jsonl", 0)
-        tracker.log([{"step": step, "train/loss": float(step)} for step in range(1, 7)])
-        resumed = Tracker(tmp_path / "metrics.jsonl", 4)
-        assert [row["step"] for row in resumed.rows] == [1, 2, 3, 4]
-        resumed.log([{"step": 5, "train/loss": 5.0}])
-        assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+        tracker = MetricsFile(tmp_path / "metrics.jsonl", 0)
+        tracker.log([MetricsRow(step, {"train/loss": float(step)}) for step in range(1, 7)])
+        resumed = MetricsFile(tmp_path / "metrics.jsonl", 4)
+        assert [row.step for row in resumed.rows] == [1, 2, 3, 4]
+        resumed.log([MetricsRow(5, {"train/loss": 5.0})])
+        assert [row.step for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
 def test_a_line_cut_by_a_kill_is_passed_over(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra')
-    assert [row["step"] for row in read_metrics(path)] == [1]
+    assert [row.step for row in read_metrics(path)] == [1]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tiedlora.config.compose import compose_config
-from tiedlora.config.project import PROJECT
 from tiedlora.config.identity import run_id
+from tiedlora.config.project import PROJECT
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import run, verify
+from tiedlora.runs import lazy, run, verify
 
 ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for i in range(40)]
 
@@ -46,7 +46,7 @@ def copy(finished, tmp_path):
 
 def wrong(folder: Path, rows: int = 4) -> dict[str, str]:
     findings = verify.verify(folder, data_root=str(folder.parent / "data"), rows=rows)
-    return {finding.check: finding.says for finding in findings if finding.ok is False}
+    return {finding.check: finding.explanation for finding in findings if finding.ok is False}
 
 
 def test_an_untouched_run_agrees_in_every_check(copy):
@@ -117,9 +117,9 @@ def test_a_file_with_another_sha256_than_the_records_is_named(copy, name):
 def test_an_added_splits_files_are_recorded_too(copy):
     before = json.loads((copy / "result.json").read_text())
     (copy.parent / "data/gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
-    after = run.score_more(RunFolder(copy), ["test"], str(copy.parent / "data"))
-    assert after["scores"]["test"]["files"].keys() == {"predictions/test.jsonl", "predictions/test.base.jsonl"}
-    assert after["files"] == before["files"]
+    after = lazy.add_scores(RunFolder(copy), ["test"], str(copy.parent / "data"))
+    assert after.scores["test"].files.keys() == {"predictions/test.jsonl", "predictions/test.base.jsonl"}
+    assert after.files == before["files"]
     assert not wrong(copy, rows=0)
     cut_off = (copy / "predictions/test.jsonl").read_text().splitlines(keepends=True)[:3]
     (copy / "predictions/test.jsonl").write_text("".join(cut_off))
@@ -137,7 +137,7 @@ def test_a_record_from_before_sha256s_still_verifies_and_says_so(copy):
     assert not [finding for finding in findings if finding.ok is False]
     (files,) = (finding for finding in findings if finding.check == "files")
     assert files.ok is None
-    assert "not recorded" in files.says
+    assert "not recorded" in files.explanation
 
 
 def test_another_runs_adapter_is_named(copy):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from tiedlora.adapter import attach
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
+from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
-from tiedlora.records.rows import read_metrics
 from tiedlora.training import distributed
 from tiedlora.training.distributed import World
 
@@ -32,21 +32,21 @@ def test_two_processes_are_one(tiny_config, tiny_run, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
     assert done.returncode == 0, done.stderr
     (folder,) = (RunFolder(path.parent) for path in (tmp_path / "together").glob("*/result.json"))
-    together = folder.result()
+    together = folder.record()
     assert together is not None
-    assert together["run_id"] == alone["run_id"], "the number of processes is no part of the identity"
-    assert "2 processes" in together["device"]
-    assert together["training"]["target_tokens"] == alone["training"]["target_tokens"]
+    assert together.run_id == alone.run_id, "the number of processes is no part of the identity"
+    assert "2 processes" in together.execution
+    assert together.training.target_tokens == alone.training.target_tokens
     one, two = (
-        [row for row in read_metrics(path / "metrics.jsonl") if "train/loss" in row]
-        for path in (tmp_path / "outputs" / alone["run_id"], folder.path)
+        [row for row in read_metrics(path / "metrics.jsonl") if "train/loss" in row.values]
+        for path in (tmp_path / "outputs" / alone.run_id, folder.path)
     )
     assert len(one) == len(two) == STEPS
     for ours, theirs in zip(one, two, strict=True):
-        assert abs(ours["train/loss"] - theirs["train/loss"]) <= 1e-5
-        assert ours["train/tokens"] == theirs["train/tokens"]
-    assert one[-1]["train/loss"] < one[0]["train/loss"] - 0.01, "it trained"
-    first = load_file(tmp_path / "outputs" / alone["run_id"] / "adapter" / "adapter.safetensors")
+        assert abs(ours.values["train/loss"] - theirs.values["train/loss"]) <= 1e-5
+        assert ours.values["train/tokens"] == theirs.values["train/tokens"]
+    assert one[1].values["train/loss"] < one[0].values["train/loss"] - 0.01, "it trained"
+    first = load_file(tmp_path / "outputs" / alone.run_id / "adapter" / "adapter.safetensors")
     second = load_file(folder.adapter / "adapter.safetensors")
     for name, values in first.items():
         assert (values - second[name]).abs().max() <= 1e-3 * values.abs().max()

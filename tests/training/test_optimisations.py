@@ -68,17 +68,17 @@ def test_attention_by_products_is_torchs(dtype, tolerance, key_heads, compiled):
 def test_short_bfloat16_rows_take_products_and_masked_or_long_ones_torchs_kernel(monkeypatch):
     base = tiny("tiny_llama", "bfloat16")
     assert base.model.config._attn_implementation == attention.NAME
-    calls = []
+    hooks = []
     plain = attention.by_products
-    monkeypatch.setattr(attention, "by_products", lambda *a: calls.append(1) or plain(*a))
+    monkeypatch.setattr(attention, "by_products", lambda *a: hooks.append(1) or plain(*a))
     ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = base.model(ids).logits.float()
-        assert len(calls) == 3, "once a layer"
+        assert len(hooks) == 3, "once a layer"
         base.model(ids, attention_mask=(torch.arange(12) > 2).long().expand(2, -1))
         base.model.set_attn_implementation("sdpa")
         theirs = base.model(ids).logits.float()
-    assert len(calls) == 3
+    assert len(hooks) == 3
     assert (ours - theirs).abs().max() <= 2e-2 * theirs.abs().max()
 
 

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationErro
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tiedlora.errors import UserError
-from tiedlora.text import is_name
+from tiedlora.text import is_name, visible
 
 T = TypeVar("T")
 LARGEST = 2**63
@@ -63,7 +63,7 @@ def typed(kind: type[T], value: Any) -> T:
 
 
 def _in_words(error: ErrorDetails) -> str:
-    key = ".".join(str(part)[:40] for part in error["loc"])
+    key = visible(".".join(str(part)[:40] for part in error["loc"]))
     if error["type"] == "missing":
         return f"has no '{key}', so it is not a run's record of this project"
     if error["type"] in ("not_finite", "not_a_name", "not_an_interval"):

@@ -87,11 +87,10 @@ class MetricsRow:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> MetricsRow | None:
-        """The row that the object holds, without what is no number; None where it has no step."""
+        """The row that the object holds, without what is no number; None where it has no step or no number."""
         step = tree.get("step")
-        if not isinstance(step, int) or not is_number(step):
-            return None
-        return cls(step, {key: value for key, value in tree.items() if key != "step" and is_number(value)})
+        values = {key: value for key, value in tree.items() if key != "step" and is_number(value)}
+        return cls(step, values) if isinstance(step, int) and is_number(step) and values else None
 
 
 def read_metrics(path: Path) -> list[MetricsRow]:

@@ -64,6 +64,9 @@ class CodeVersion:
     dirty: Flag | None
     """Whether the checkout had uncommitted changes."""
 
+    def __str__(self) -> str:
+        return f"commit {self.commit}{' with uncommitted changes' if self.dirty else ''}"
+
 
 @dataclass(frozen=True)
 class Execution:

@@ -145,11 +145,9 @@ def _compare(saved: RunInputs, now: RunInputs, where: Path) -> None:
                 "restore it, or start over with force=true"
             )
     packages = sorted({*saved.versions, *now.versions})
-    changed = [name for name in packages if saved.versions.get(name) != now.versions.get(name)]
-    if changed:
-        was, is_now = ({name: inputs.versions.get(name) for name in changed} for inputs in (saved, now))
-        log.warning("resuming with other versions: %s, now %s", was, is_now)
-    if saved.code != now.code:
-        log.warning("resuming with other code: %s, now %s", saved.code, now.code)
-    if saved.device != now.device:
-        log.warning("resuming on another device: %s, now %s", saved.device, now.device)
+    if changed := [name for name in packages if saved.versions.get(name) != now.versions.get(name)]:
+        then, today = ({name: inputs.versions.get(name) for name in changed} for inputs in (saved, now))
+        log.warning("resuming with other versions: %s, now %s", then, today)
+    for name, was, is_now in (("code", saved.code, now.code), ("device", saved.device, now.device)):
+        if was != is_now:
+            log.warning("resuming with other %s: %s, now %s", name, was, is_now)
