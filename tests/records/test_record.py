@@ -6,10 +6,10 @@ from dataclasses import field, make_dataclass
 import pytest
 
 from tiedlora.config import compose as configuration
-from tiedlora.config.identity import identity, run_id
+from tiedlora.config.identity import config_tree, identity, run_id
 from tiedlora.config.schema import Config, TrainConfig
 from tiedlora.errors import UserError
-from tiedlora.records import run_folder
+from tiedlora.records.provenance import code_version, package_versions
 from tiedlora.records.run_folder import RunFolder
 
 # An id that changes here re-runs everybody's sweeps. Change one only with a reason in the commit message.
@@ -157,5 +157,5 @@ class TestFolder:
     def test_records_hold_no_environment(self, monkeypatch):
         monkeypatch.setenv("WANDB_API_KEY", "not-for-records")
         config = configuration.compose_config([])
-        written = str([run_folder.config_record(config), run_folder.versions(), run_folder.code(), identity(config)])
+        written = str([config_tree(config), package_versions(), code_version(), identity(config)])
         assert "not-for-records" not in written

@@ -16,18 +16,18 @@ from tiedlora.errors import UserError
 log = logging.getLogger(__name__)
 
 COMPILE_PAYS_FROM_FLOP = {"cpu": 4e14, "cuda": 2e16}
-"""FLOP of a run beyond which compiling pays: its half minute is then a few per cent of the run."""
+"""FLOP of a run from which compiling pays: it takes half a minute, a few per cent of such a run."""
 
 
 def decide(wish: str, device: str, weights: int, tokens: float) -> bool:
     """Whether to compile: `always`, `never`, or `auto`, which asks whether the run is long enough.
 
-    A pure function of the configuration, the rows and the machine: a run that goes on computes as it began.
+    The answer depends on the configuration, the rows and the machine alone, so a resumed run computes as it began.
 
     Args:
         device: cpu or cuda.
-        weights: numbers in the blocks; a token passes each twice (forward, and backward to the activations), at 2
-            FLOP a time.
+        weights: numbers in the blocks. A token passes each number twice (forward, and backward to the activations),
+            at 2 FLOP each time.
         tokens: of the whole run.
 
     Raises:

@@ -56,17 +56,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         size = chunk_rows(weight.shape[0])
         for start in range(0, hidden.shape[0], size):
-            rows, wants = hidden[start : start + size], labels[start : start + size]
+            rows, targets = hidden[start : start + size], labels[start : start + size]
             logits = F.linear(rows, weight, bias).to(total.dtype)
             slope = None
             if softcap is not None:
                 squashed = torch.tanh(logits / softcap)
                 logits, slope = softcap * squashed, 1 - squashed.square()
-            log_probs, sums = log_likelihoods_(logits, wants)
+            log_probs, sums = log_likelihoods_(logits, targets)
             total -= log_probs.sum()
             if gradient is not None:
                 delta = logits.div_(sums)
-                delta[torch.arange(len(wants), device=delta.device), wants] -= 1
+                delta[torch.arange(len(targets), device=delta.device), targets] -= 1
                 if slope is not None:
                     delta *= slope
                 gradient[start : start + size] = delta.to(weight.dtype) @ weight
@@ -93,10 +93,10 @@ def target_loss(model: Any, batch: Batch) -> Tensor:
     if head.weight.requires_grad:
         raise ValueError("target_loss needs a frozen output head")
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    wanted = hidden.flatten(0, 1).index_select(0, batch.positions)
+    states = hidden.flatten(0, 1).index_select(0, batch.positions)
     softcap = getattr(model.config, "final_logit_softcapping", None)
     total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        wanted, head.weight, getattr(head, "bias", None), batch.targets, softcap
+        states, head.weight, getattr(head, "bias", None), batch.targets, softcap
     )
     return total
 

@@ -12,25 +12,27 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignal:
-    """Takes SIGNALS while it is entered.
+    """Handles SIGNALS while the context lasts.
 
-    In the training loop (`in_loop`) a signal is remembered, and the loop asks after every step; anywhere
-    else, or at a second SIGINT, it raises KeyboardInterrupt. Nothing is lost then either: what is not in
-    a checkpoint by that time is computed again. At the end, whoever handled the signal before has it too:
-    under submitit, USR2 then requeues the job.
+    While `finish_step_first` is set, a signal is remembered, and the training loop asks for it after every step.
+    Otherwise, and at a second SIGINT, the signal raises KeyboardInterrupt. Nothing is lost then either: what is not
+    in a checkpoint is computed again. When the context ends, the previous handler of the signal is called too:
+    under submitit, USR2 then puts the job into the queue again.
     """
 
     def __init__(self) -> None:
         self.finish_step_first = False
+        """Whether the current step should be finished; the training loop sets it."""
         self.received: int | None = None
+        """The number of the last signal."""
         self._before: dict[int, Any] = {}
 
     def requested(self) -> bool:
-        """Whether somebody wants the run to end."""
+        """Whether a signal asked the run to end."""
         return self.received is not None
 
     def __enter__(self) -> StopSignal:
-        # Python lets the main thread alone set handlers.
+        # Only the main thread may set handlers.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
         return self

@@ -1,0 +1,102 @@
+"""What version 0.1 left is still read, reported, verified, printed, continued and exported: its run folders are fixtures.
+
+tests/fixtures/version_0_1 holds one run twice, made by version 0.1: finished, and stopped after
+step 3 of 6 with its checkpoint.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiedlora
+from tiedlora.config.compose import read_config
+from tiedlora.config.identity import run_id
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import Execution
+from tiedlora.report import write
+from tiedlora.runs import run, verify
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "version_0_1"
+RUN = "custom-r2-chain_sum-llama-s0-8745001118"
+FILES = (
+    "adapter/adapter.safetensors",
+    "adapter/adapter.json",
+    "predictions/validation.jsonl",
+    "predictions/test.jsonl",
+)
+PROCESSOR = (FIXTURES / "processor.txt").read_text().strip()
+"""Vendor, family and model of the processor that made the fixtures."""
+
+
+def processor() -> str:
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    values = {key.strip(): value.strip() for key, _, value in lines}
+    return " ".join(values.get(key, "") for key in ("vendor_id", "cpu family", "model"))
+
+
+@pytest.fixture
+def old(request, tmp_path):
+    """A copy of the run in a state, in outputs/ of its own."""
+    shutil.copytree(FIXTURES / request.param / RUN, tmp_path / "outputs" / RUN)
+    return tmp_path / "outputs" / RUN
+
+
+def config_of(folder: Path):
+    """The run's own configuration, at the place where the folder lies now."""
+    config = read_config(folder / "config.yaml")
+    config.outputs, config.cache = str(folder.parent), str(folder.parents[1] / "cache")
+    return config
+
+
+@pytest.mark.parametrize("old", ["finished"], indirect=True)
+def test_a_finished_run_keeps_its_id_and_is_printed_and_reported(old, capsys, tmp_path):
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    record = RunFolder(old).finished_record()
+    assert record.run_id == run_id(config_of(old)) == RUN
+    assert record.execution == Execution("cpu", threads=1)
+    assert run.main(config_of(old)) == record
+    assert "finished before" in capsys.readouterr().out
+    report = write.build([old.parent])
+    assert [found.record.run_id for found in report.runs] == [RUN]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("old", ["finished"], indirect=True)
+def test_every_key_of_the_record_survives_reading_and_writing(old):
+    tree = json.loads((old / "result.json").read_text())
+    RunFolder(old).write_record(RunFolder(old).finished_record())
+    again = json.loads((old / "result.json").read_text())
+    assert again.pop("execution") == {"device": "cpu", "threads": 1, "processes": 1}
+    assert again == tree
+
+
+@pytest.mark.parametrize("old", ["finished"], indirect=True)
+def test_a_finished_run_verifies_and_its_outputs_are_made_again(old):
+    findings = verify.verify(old, rows=12, cache=old.parents[1] / "cache")
+    assert [finding for finding in findings if finding.ok is not True] == []
+    assert {finding.check for finding in findings} >= {"adapter", "predictions test", "regenerate test.base"}
+
+
+@pytest.mark.parametrize("old", ["finished"], indirect=True)
+def test_an_adapter_is_loaded(old):
+    attached = tiedlora.load(old)
+    stored = load_file(old / "adapter" / "adapter.safetensors")
+    assert all(torch.equal(attached.adapter.parts()[name], values) for name, values in stored.items())
+
+
+@pytest.mark.parametrize("old", ["interrupted"], indirect=True)
+def test_a_checkpoint_is_continued_to_the_very_adapter(old, capsys):
+    record = run.main(config_of(old))
+    assert record.training.steps == 6
+    assert [row["step"] for row in map(json.loads, (old / "metrics.jsonl").read_text().splitlines())][-1] == 6
+    expected = load_file(FIXTURES / "finished" / RUN / "adapter" / "adapter.safetensors")
+    for name, values in load_file(old / "adapter" / "adapter.safetensors").items():
+        assert (values - expected[name]).abs().max() <= 1e-6
+    # Another kind of processor may round differently; on the fixture's kind every byte must be the same.
+    if PROCESSOR == processor():
+        for name in FILES:
+            assert (old / name).read_bytes() == (FIXTURES / "finished" / RUN / name).read_bytes(), name

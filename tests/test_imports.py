@@ -1,0 +1,150 @@
+"""The house: packages import one way, no circle, torch behind one door, Hydra in its rooms, small rooms."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src"
+HOUSE = SRC / "tiedlora"
+ORDER = (
+    *("sweeps", "runs", "report", "export", "scoring", "training", "tracking", "data"),
+    *("models", "tasks", "adapter", "records", "config", "statistics"),
+    # Modules at the top of the package: they know no package.
+    *("progress", "text", "storage", "tying", "errors"),
+)
+"""From top to bottom: a package may import what stands after it."""
+HYDRA_ROOMS = ("sweeps", "config")
+NO_TORCH = ("sweeps", "report", "records", "config", "statistics", "tasks", "tracking")
+LAZY = {
+    # Function-level imports of src/, each with its reason in a comment there.
+    "runs/lazy.py": {"tiedlora.runs"},
+    "scoring/predict.py": {"tiedlora.tasks.task_metric"},
+    "storage.py": {"yaml", "omegaconf", "omegaconf.errors"},
+    "tasks/rows.py": {"datasets"},
+}
+LONGEST_FILE = 350
+
+
+def modules() -> list[Path]:
+    return sorted(HOUSE.rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every imported module of a file, and whether the import stands inside a function."""
+    tree = ast.parse(path.read_text())
+    inside = {id(inner) for node in ast.walk(tree) if isinstance(node, FUNCTIONS) for inner in ast.walk(node)}
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            # `from tiedlora import tying` imports the module tiedlora.tying.
+            names = [f"tiedlora.{alias.name}" for alias in node.names] if node.module == "tiedlora" else [node.module]
+            yield from ((str(name), id(node) in inside) for name in names)
+
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def arrows() -> dict[tuple[str, str], str]:
+    """(importing package, imported package) -> a file that does it; types-only imports do not count."""
+    found = {}
+    for path in modules():
+        here = path.relative_to(HOUSE).parts[0].removesuffix(".py")
+        for module, _ in imports(path):
+            if module.startswith("tiedlora.") and here not in ("__init__", room(module)):
+                found[here, room(module)] = f"{path.relative_to(SRC)} imports {module}"
+    return found
+
+
+def test_packages_import_one_way():
+    wrong = [where for (a, b), where in arrows().items() if ORDER.index(a) >= ORDER.index(b)]
+    assert not wrong
+
+
+def test_every_package_has_its_place_and_says_what_belongs_there():
+    packages = {path.parent.name for path in HOUSE.glob("*/__init__.py")}
+    tops = {path.stem for path in HOUSE.glob("*.py")} - {"__init__"}
+    assert packages | tops == set(ORDER)
+    assert len(packages) <= 14
+    assert len(tops) + 1 <= 6
+    for package in packages:
+        text = ast.get_docstring(ast.parse((HOUSE / package / "__init__.py").read_text()))
+        assert text, package
+        assert "import" in text.lower(), f"{package}: its docstring does not say what it may import"
+
+
+def test_no_circle_between_modules():
+    graph = {
+        ".".join(path.relative_to(SRC).with_suffix("").parts): {name for name, inside in imports(path) if not inside}
+        for path in modules()
+    }
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail[trail.index(module) :], module])
+        if module not in done:
+            for name in graph.get(module, ()):
+                visit(name, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_hydra_is_imported_in_its_rooms_alone():
+    wrong = [
+        f"{path.relative_to(SRC)} imports {module}"
+        for path in modules()
+        for module, _ in imports(path)
+        if module.split(".")[0] == "hydra" and path.relative_to(HOUSE).parts[0] not in HYDRA_ROOMS
+    ]
+    assert not wrong
+
+
+def test_imports_stand_at_the_top_but_for_the_doors():
+    lazy: dict[str, set[str]] = {}
+    for path in modules():
+        for module, inside in imports(path):
+            if inside:
+                lazy.setdefault(path.relative_to(HOUSE).as_posix(), set()).add(module)
+    assert lazy == LAZY
+
+
+@pytest.mark.parametrize("package", NO_TORCH)
+def test_a_package_that_needs_no_torch_imports_none(package):
+    """All its modules but those that only a task, a tracker or a door loads."""
+    names = [
+        ".".join(path.relative_to(SRC).with_suffix("").parts)
+        for path in sorted((HOUSE / package).glob("*.py"))
+        if path.stem != "task_metric" and not (package == "tracking" and path.stem == "wandb")
+    ]
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+    code += "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_no_room_is_too_long():
+    root = SRC.parent
+    files = [path for folder in ("src", "tests", "benchmarks", "scripts") for path in (root / folder).rglob("*.py")]
+    long = {
+        str(path.relative_to(root)): n for path in files if (n := len(path.read_text().splitlines())) > LONGEST_FILE
+    }
+    assert not long
