@@ -1,4 +1,4 @@
-"""What version 0.1 left is still read, reported, verified, printed, continued and exported: its run folders are fixtures.
+"""What version 0.1 left is still read, reported, verified, printed and continued: its run folders are fixtures.
 
 tests/fixtures/version_0_1 holds one run twice, made by version 0.1: finished, and stopped after
 step 3 of 6 with its checkpoint.
@@ -22,7 +22,7 @@ from tiedlora.runs import run, verify
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "version_0_1"
 RUN = "custom-r2-chain_sum-llama-s0-8745001118"
-FILES = (
+FILES = ("adapter/adapter.safetensors", "adapter/adapter.json", "predictions/test.jsonl")
     "adapter/adapter.safetensors",
     "adapter/adapter.json",
     "predictions/validation.jsonl",
@@ -97,6 +97,6 @@ def test_a_checkpoint_is_continued_to_the_very_adapter(old, capsys):
     for name, values in load_file(old / "adapter" / "adapter.safetensors").items():
         assert (values - expected[name]).abs().max() <= 1e-6
     # Another kind of processor may round differently; on the fixture's kind every byte must be the same.
-    if PROCESSOR == processor():
+    if processor() == PROCESSOR:
         for name in FILES:
             assert (old / name).read_bytes() == (FIXTURES / "finished" / RUN / name).read_bytes(), name
