@@ -5,6 +5,7 @@ server itself never computes anything, so a forked command starts from the same 
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -15,9 +16,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tiedlora.config.project import PROJECT
 
+T = TypeVar("T")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tiedlora.runs.execute", "tiedlora.tasks.task_metric", "reasoning_gym"])
 SECONDS_AT_MOST = 200
@@ -45,8 +48,12 @@ class Command:
         self._process = _CONTEXT.Process(target=_run_script, args=arguments)
         self._process.start()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def send_signal(self, number: signal.Signals) -> None:
-        os.kill(self._process.pid, number)
+        os.kill(self.pid, number)
 
     def ended(self) -> Ended:
         """Wait for the end."""
@@ -68,6 +75,8 @@ def _run_script(
     script: Path, words: tuple[str, ...], cwd: Path, environment: dict[str, str], files: list[Path]
 ) -> None:
     """In the forked process."""
+    # A run collects garbage several times, and would look at every object of the imported modules each time.
+    gc.freeze()
     for descriptor, file in zip((1, 2), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.clear()
@@ -83,8 +92,10 @@ def _run_script(
         atexit._run_exitfuncs()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 150) -> None:
+def wait_until(condition: Callable[[], T], seconds: float = 150) -> T:
+    """What `condition` gives, once it is true."""
     end = time.monotonic() + seconds
-    while not condition():
+    while not (value := condition()):
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
+    return value

@@ -61,18 +61,26 @@ def test_a_killed_joblib_worker_costs_its_cell_one_retry(tiny_run, tmp_path):
     pytest.importorskip("joblib")
     words = tiny_run("seed=0,1,2", "train.steps=40", "train.validate_every=0")
     swept = compose_sweep(words)
-    victim = swept.cells[1]
-    killed: set[int] = set()
-
-    def kill() -> bool:
-        pid = lock_owner(victim.folder.path / ".lock")
-        if pid and pid not in killed and has_checkpoint(victim):
-            os.kill(pid, signal.SIGKILL)
-            killed.add(pid)
-        return len(killed) == 2
+    _, victim, last = swept.cells
 
     command = sweep(*words, "hydra/launcher=joblib_slots")
-    thread = threading.Thread(target=wait_until, args=(kill,))
+    killed: list[int] = []
+
+    def worker() -> int | None:
+        """The process that trains the victim. The sweep's own process takes the lock when it asks for the state."""
+        pid = lock_owner(victim.folder.path / ".lock")
+        return None if pid in (command.pid, *killed) or not has_checkpoint(victim) else pid
+
+    def kill_twice() -> None:
+        """Each time after a checkpoint; the first time only when the other process has taken the last cell."""
+        while len(killed) < 2:
+            pid = wait_until(worker)
+            os.kill(pid, signal.SIGSTOP)
+            wait_until(last.folder.metrics_file.exists)
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    thread = threading.Thread(target=kill_twice)
     thread.start()
     ended = command.ended()
     thread.join()

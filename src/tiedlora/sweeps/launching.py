@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 LAUNCHES = 2
 """How often a cell is launched whose worker dies without leaving an error."""
-SECONDS_BETWEEN_LOOKS = 2.0
+SECONDS_BETWEEN_LOOKS = 1.0
 
 Launch = Callable[[Sequence[SweepCell], int], None]
 """Starts the cells and returns when they have ended. The number is that of the first job, counted over all launches."""
