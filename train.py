@@ -9,8 +9,9 @@ from omegaconf import DictConfig
 
 from tiedlora import errors
 from tiedlora.config import compose
+from tiedlora.config.explain import readable_errors
 from tiedlora.runs import run
-from tiedlora.sweeps import sweep
+from tiedlora.sweeps.run_cell import run_cell
 
 compose.register()
 
@@ -18,7 +19,7 @@ compose.register()
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN:
-        sweep.run_cell(compose.load(composed))
+        run_cell(compose.load(composed))
         return
     with errors.exit_codes():
         run.main(compose.load(composed))
@@ -27,5 +28,5 @@ def main(composed: DictConfig) -> None:
 if __name__ == "__main__":
     # Hydra then raises what it would print in many lines, and readable_errors makes it one.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    with errors.exit_codes(), compose.readable_errors():
+    with errors.exit_codes(), readable_errors():
         main()

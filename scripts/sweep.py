@@ -8,9 +8,14 @@ import argparse
 import logging
 
 from tiedlora import errors
-from tiedlora.config import compose
+from tiedlora.config.project import PROJECT
 from tiedlora.report import claims
-from tiedlora.sweeps import expand, selection, sweep
+from tiedlora.sweeps import selection, status
+from tiedlora.sweeps.cells import Sweep
+from tiedlora.sweeps.expand import compose_sweep
+
+GSM8K_TEST_ROWS = 1319
+"""Planned with for a task whose YAML takes all rows of test."""
 
 
 def main() -> None:
@@ -21,41 +26,43 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument(
-        "--by", choices=selection.BY, default="score", help="select: the task's first metric, or the loss"
+        "--by", choices=selection.CRITERIA, default="score", help="select: the task's first metric, or the loss"
     )
     parser.add_argument("--no-test", action="store_true", help="select: choose only, and leave test for later")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("tiedlora").setLevel(logging.INFO)
-    found = expand.compose_sweep(arguments.words)
+    sweep = compose_sweep(arguments.words)
     if arguments.what == "select":
-        choices = selection.choose(found, arguments.by)
-        if not arguments.no_test:
-            selection.score_test(found, choices)
-        selection.save(found, choices, arguments.by)
-        print(selection.to_json(choices) if arguments.json else selection.lines(choices))
-        return
-    rows = sweep.rows(found)
-    if arguments.json:
-        print(sweep.to_json(found, rows))
-    elif arguments.what == "plan":
-        print(f"{sweep.table(rows)}\n\n{sweep.summary(found, rows)}\n")
-        print("\n".join(_decides(found)))
+        select(sweep, by=arguments.by, test=not arguments.no_test, json=arguments.json)
     else:
-        print(sweep.summary(found, rows))
-        for row in rows:
-            if row["state"] != "done":
-                print(f"  {row['state']:<12} {row['seconds']:>6.0f} s  {row['run_id']}  {row['error'] or ''}".rstrip())
+        show(sweep, plan=arguments.what == "plan", json=arguments.json)
 
 
-def _decides(found: sweep.Sweep) -> list[str]:
-    """What the sweep's seeds and test rows can decide of the paper's claims, before the money is spent.
+def select(sweep: Sweep, by: str, test: bool, json: bool) -> None:
+    chosen = selection.select_rates(sweep, by)
+    if test:
+        chosen = selection.score_test(sweep, chosen)
+    selection.write_selection(sweep, chosen)
+    print(selection.to_json(chosen.choices) if json else selection.table(chosen.choices))
 
-    A task whose YAML takes all rows of test is planned with GSM8K's 1,319.
-    """
-    seeds = len({cell.config.seed for cell in found.cells})
-    rows = min(cell.config.task.rows.test or 1319 for cell in found.cells)
-    return claims.plan(claims.read(compose.PROJECT / "claims/tied_lora.yaml"), seeds, rows)
+
+def show(sweep: Sweep, plan: bool, json: bool) -> None:
+    cells = status.statuses(sweep)
+    if json:
+        print(status.to_json(sweep, cells))
+    elif plan:
+        print(f"{status.table(cells)}\n\n{status.summary_line(sweep, cells)}\n")
+        print("\n".join(decidable_claims(sweep)))
+    else:
+        print("\n".join([status.summary_line(sweep, cells), *status.unfinished_lines(cells)]))
+
+
+def decidable_claims(sweep: Sweep) -> list[str]:
+    """What the sweep's seeds and test rows can decide of the paper's claims, before the money is spent."""
+    seeds = len({cell.config.seed for cell in sweep.cells})
+    rows = min(cell.config.task.rows.test or GSM8K_TEST_ROWS for cell in sweep.cells)
+    return claims.plan(claims.read(PROJECT / "claims/tied_lora.yaml"), seeds, rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""hydra/launcher=submitit_slots: submitit's local executor, a few jobs at a time instead of all at once."""
+"""hydra/launcher=submitit_slots: submitit's local executor, a few jobs at a time instead of all at once.
+
+Here belongs what submitit and Hydra ask of a launcher. Hydra searches hydra_plugins at every start, so this file may
+import Hydra, its submitit launcher and light packages, and no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,13 @@ from hydra.core.utils import JobReturn
 try:
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLauncher
 except ImportError:
-    # Not installed, and hydra/launcher=submitit_slots then says so: Hydra imports every plugin at every start.
+    # It is not installed. Hydra imports every plug-in at every start, so this is an error only for
+    # hydra/launcher=submitit_slots, and the sweeper reports it.
     pass
 else:
 
     class SubmititSlotsLauncher(LocalLauncher):  # type: ignore[misc]
-        """The local executor starts every job it is given, so it is given one a free slot."""
+        """The local executor starts every job that it gets, so it gets one for each free slot."""
 
         def __init__(self, jobs_at_once: int, **params: object) -> None:
             """
@@ -35,30 +40,32 @@ else:
             Raises:
                 KeyboardInterrupt: after every running cell has ended or saved its checkpoint.
             """
-
-            def one(place: int) -> JobReturn:
-                result: JobReturn
-                (result,) = super(SubmititSlotsLauncher, self).launch([job_overrides[place]], initial_job_idx + place)
-                return result
-
+            numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
             # On a KeyboardInterrupt map drops the waiting cells, and the pool waits for the jobs, which then end.
-            with ThreadPoolExecutor(self.jobs_at_once) as threads, _stopped_with_us():
-                return list(threads.map(one, range(len(job_overrides))))
+            with ThreadPoolExecutor(self.jobs_at_once) as threads, _jobs_stop_with_sweep():
+                return list(threads.map(self._launch_job, job_overrides, numbers))
+
+        def _launch_job(self, overrides: Sequence[str], number: int) -> JobReturn:
+            result: JobReturn
+            (result,) = super().launch([overrides], number)
+            return result
 
 
 @contextmanager
-def _stopped_with_us() -> Iterator[None]:
-    """Hand a stop on to the jobs: submitit's outlive the process that started them, and Hydra keeps no hold of them."""
+def _jobs_stop_with_sweep() -> Iterator[None]:
+    """Pass a stop of the sweep to its jobs: submitit's jobs outlive the process that started them, and Hydra does not
+    keep them."""
+    # Not at the top of the file: submitit is an optional extra.
     from submitit.local import local
 
     controllers: list[subprocess.Popen[bytes]] = []
-    plain = local.start_controller
+    start_controller = local.start_controller
 
-    def start(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
-        controllers.append(plain(*arguments, **options))
+    def start_and_remember(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
+        controllers.append(start_controller(*arguments, **options))
         return controllers[-1]
 
-    local.start_controller = start
+    local.start_controller = start_and_remember
     try:
         yield
     except KeyboardInterrupt:
@@ -67,4 +74,4 @@ def _stopped_with_us() -> Iterator[None]:
             controller.send_signal(signal.SIGTERM)
         raise
     finally:
-        local.start_controller = plain
+        local.start_controller = start_controller

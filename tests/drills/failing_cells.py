@@ -5,10 +5,11 @@ Eight cells (eight learning rates) in two joblib processes, one of them made to 
 - exception: a file lies where the cell's checkpoints go, so that its first one cannot be saved;
 - not_finite: its rate is 100, and nothing clips the gradient;
 - killed: kill -9 of its worker after a checkpoint, and again after another one when it is tried once more;
-- killed_once: kill -9 of its worker once, which the retry mends.
+- killed_once: kill -9 of its worker once, which the retry repairs.
 
-The other seven must finish, the command must end with 1 and name the cell in table and message, and, mended, only that
-cell may be trained, the seven files of results not touched. In the end all ways must give the same eight results.
+The other seven must finish, and the command must end with 1 and name the cell in table and message. When the cause is
+repaired, only that cell may be trained, and the seven files of results stay as they are. In the end all ways must give
+the same eight results.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kill_sweep import PROJECT, results, seconds_a_cell
+from kill_sweep import overrides_of_a_short_cell, results
+
+from tiedlora.config.project import PROJECT
 
 RATES = ("1e-3", "2e-3", "3e-3", "5e-3", "7e-3", "1e-2", "2e-2", "3e-2")
 VICTIM = 4
@@ -33,7 +36,12 @@ VICTIM = 4
 
 
 def overrides(model: str, outputs: Path, rates: tuple[str, ...] = RATES) -> list[str]:
-    return [*seconds_a_cell(model, outputs), f"train.lr={','.join(rates)}", "train.batch_size=2", "train.clip=null"]
+    return [
+        *overrides_of_a_short_cell(model, outputs),
+        f"train.lr={','.join(rates)}",
+        "train.batch_size=2",
+        "train.clip=null",
+    ]
 
 
 def sweep(words: list[str], *meanwhile: Callable[[], object]) -> tuple[int, str, str]:
@@ -65,18 +73,18 @@ def victim(words: list[str], rate: str) -> Path:
 
 
 def kill_workers(folder: Path, times: int) -> None:
-    """kill -9 whoever has the run's lock open, after each of the first `times` new checkpoints."""
-    seen: set[Path] = set()
+    """kill -9 the process that has the run's lock open, after each of the first `times` new checkpoints."""
+    earlier: set[Path] = set()
     for _ in range(times):
-        while not (new := set(folder.glob("checkpoint/step-*[0-9]")) - seen):
+        while not (new := set(folder.glob("checkpoint/step-*[0-9]")) - earlier):
             time.sleep(0.01)
-        seen |= new
+        earlier |= new
         for file in Path("/proc").glob("[0-9]*/fd/*"):
             try:
                 if os.readlink(file) == str(folder / ".lock"):
                     os.kill(int(file.parts[2]), signal.SIGKILL)
             except OSError:
-                # It has ended meanwhile, or is somebody else's.
+                # It has ended meanwhile, or belongs to another user.
                 continue
 
 
@@ -85,7 +93,7 @@ def times_written(outputs: Path) -> dict[str, int]:
 
 
 def way(name: str, model: str, outputs: Path) -> list[str]:
-    """Fail in one way and mend it; what a table says of it."""
+    """Fail in one way and repair it; the row of the printed table."""
     rates = list(RATES)
     if name == "not_finite":
         rates[VICTIM] = "100"
@@ -121,8 +129,8 @@ def way(name: str, model: str, outputs: Path) -> list[str]:
     assert before.items() <= after.items()
     if name == "killed":
         assert "going on from step" in err
-    said = reason.split(": ", 1)[1]
-    return [name, "1", "7", said if len(said) < 70 else said[:67] + "...", f"{len(after) - len(before)}"]
+    error = reason.split(": ", 1)[1]
+    return [name, "1", "7", error if len(error) < 70 else error[:67] + "...", f"{len(after) - len(before)}"]
 
 
 WAYS = ("exception", "not_finite", "killed", "killed_once")
@@ -135,12 +143,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the sweeps go; a new temporary folder if left out")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="failing-cells-"))
-    print("way          exit  others done  trained when mended  what it says")
+    print("way          exit  others done  trained after repair  error")
     for name in arguments.ways:
-        said, code, others, reason, mended = way(name, arguments.model, folder / name)
-        print(f"{said:<12} {code:<5} {others:<12} {mended:<20} {reason}", flush=True)
+        way_name, code, others, error, trained = way(name, arguments.model, folder / name)
+        print(f"{way_name:<12} {code:<5} {others:<12} {trained:<21} {error}", flush=True)
     done = [results(folder / name) for name in WAYS if (folder / name).exists()]
-    assert all(len(found) == 8 and found == done[0] for found in done)
+    assert all(len(by_run) == 8 and by_run == done[0] for by_run in done)
     print(f"the same eight results {len(done)} times, adapters bit-identical")
 
 

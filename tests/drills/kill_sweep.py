@@ -1,12 +1,12 @@
-"""python tests/drills/kill_sweep.py [--model smollm2_135m] [--folder /tmp/kill]: a sweep killed ten times over.
+"""python tests/drills/kill_sweep.py [--model smollm2_135m] [--folder /tmp/kill]: a sweep that is killed ten times.
 
 Eight cells are swept once without interruption, and once with kill -9 at ten moments: at start-up, while the
 base model loads, between optimizer steps, in the middle of writing a checkpoint, while decoding and while
 writing the result. The two must end with the same results and bit-identical adapters, no finished cell may
 be trained again, and the optimizer may not take more steps than planned and one checkpoint interval a kill.
 
-Steps are counted where they happen: the child process wraps AdamW.step and appends a line to a journal
-before each, which nothing ever rewrites, as it does for every cell that it starts to train.
+Steps are counted where they happen: the child process appends a line to a journal before each AdamW.step, and another
+one for every cell that it starts to train.
 """
 
 from __future__ import annotations
@@ -22,9 +22,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[2]
+from tiedlora import storage
+from tiedlora.config.project import PROJECT
+from tiedlora.records.run_folder import RunFolder
+
+CHECKPOINT_STATE = "state.json"
+"""The file of a checkpoint that is written last."""
 STEPS, CHECKPOINT_EVERY, CELLS = 8, 2, 8
 MOMENTS = (
     "start 1",
@@ -41,73 +47,73 @@ MOMENTS = (
 """Where each of the ten kills falls: the n-th time that the process gets there. A kill at `step` comes before it."""
 
 
-def child() -> None:
-    """train.py with a journal, and with an end at the moment that KILL_AT names."""
-    import torch
+class Journal:
+    """What the process does, appended to a file that nothing ever rewrites; and its end at the moment KILL_AT."""
 
-    from tiedlora import storage
-    from tiedlora.models import base_model
-    from tiedlora.runs import session
-    from tiedlora.scoring import scoring
-    from tiedlora.training import checkpoint
+    def __init__(self) -> None:
+        self.file = os.open(os.environ["JOURNAL"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self.reached: Counter[str] = Counter()
 
-    seen: Counter[str] = Counter()
-    journal = os.open(os.environ["JOURNAL"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    def note(self, line: str) -> None:
+        os.write(self.file, f"{line}\n".encode())
 
-    def at(moment: str) -> None:
-        seen[moment] += 1
-        if os.environ.get("KILL_AT") == f"{moment} {seen[moment]}":
+    def at(self, moment: str) -> None:
+        self.reached[moment] += 1
+        if os.environ.get("KILL_AT") == f"{moment} {self.reached[moment]}":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def note(line: str) -> None:
-        os.write(journal, f"{line}\n".encode())
-
-    def wrap(owner: object, name: str, before: object) -> None:
+    def before(self, owner: object, name: str, act: Callable[..., None]) -> None:
+        """Have `act` called with the arguments of `owner.name` before each call of it."""
         original = getattr(owner, name)
 
         def wrapped(*arguments, **keywords):
-            before(*arguments)
+            act(*arguments)
             return original(*arguments, **keywords)
 
         setattr(owner, name, wrapped)
 
-    def step(*_: object) -> None:
-        at("step")
-        note("step")
+    def step(self, *_: object) -> None:
+        self.at("step")
+        self.note("step")
 
-    def writing(path: Path, *_: object) -> None:
-        # Tensors are written, the state is not, and nothing is renamed yet.
-        if path.name == checkpoint.STATE:
-            at("checkpoint")
-        if path.name == "result.json":
-            at("result")
+    def start_of_training(self, session: object, folder: RunFolder, *_: object) -> None:
+        self.note(f"train {folder.path.name}")
 
-    def training(run: object, folder: object, *_: object) -> None:
-        note(f"train {folder.path.name}")
+    def install(self) -> None:
+        """Watch the functions that mark the moments."""
+        import torch
 
-    def finished(path: Path, *_: object) -> None:
-        if path.name == "result.json":
-            note(f"finished {path.parent.name}")
+        from tiedlora.runs import execute, session
+        from tiedlora.scoring import split
 
-    wrap(torch.optim.AdamW, "step", step)
-    wrap(base_model, "load_base", lambda *_: at("load"))
-    wrap(storage, "write_json", writing)
-    wrap(scoring, "predict", lambda *_: at("decode"))
-    wrap(scoring, "score_split", lambda *_: at("adapter"))
-    wrap(session.RunSession, "train_and_score", training)
-    original = storage.write_json
+        self.before(torch.optim.AdamW, "step", self.step)
+        self.before(session, "load_base", lambda *_: self.at("load"))
+        self.before(split, "predict", lambda *_: self.at("decode"))
+        self.before(split.Scorer, "score_split", lambda *_: self.at("adapter"))
+        self.before(execute, "_train_and_score", self.start_of_training)
+        write_json = storage.write_json
 
-    def write_json(path: Path, value: object) -> None:
-        original(path, value)
-        finished(path)
+        def watched_write_json(path: Path, value: object) -> None:
+            # A checkpoint's tensors are written before its state, and nothing is renamed yet.
+            if path.name in (CHECKPOINT_STATE, "result.json"):
+                self.at("checkpoint" if path.name == CHECKPOINT_STATE else "result")
+            write_json(path, value)
+            if path.name == "result.json":
+                self.note(f"finished {path.parent.name}")
 
-    storage.write_json = write_json
-    at("start")
+        storage.write_json = watched_write_json
+
+
+def child() -> None:
+    """train.py with a journal, and with an end at the moment that KILL_AT names."""
+    journal = Journal()
+    journal.install()
+    journal.at("start")
     sys.argv = [str(PROJECT / "train.py"), *sys.argv[2:]]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def seconds_a_cell(model: str, outputs: Path) -> list[str]:
+def overrides_of_a_short_cell(model: str, outputs: Path) -> list[str]:
     """Overrides of a cell of a few seconds."""
     return [
         *(f"model={model}", "task=chain_sum", "task.rows.validation=8", "task.rows.test=8", "task.max_new_tokens=8"),
@@ -119,7 +125,7 @@ def seconds_a_cell(model: str, outputs: Path) -> list[str]:
 
 def sweep(outputs: Path, model: str, kill_at: str | None = None) -> int:
     """One start of the sweep; its exit code."""
-    overrides = [*seconds_a_cell(model, outputs), "tying=LoRA,TA,Tuv,TABuv", "seed=0,1"]
+    overrides = [*overrides_of_a_short_cell(model, outputs), "tying=LoRA,TA,Tuv,TABuv", "seed=0,1"]
     environment = {**os.environ, "JOURNAL": str(outputs) + ".journal", "KILL_AT": kill_at or "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--child", "--multirun", *overrides]
     done = subprocess.run(command, env=environment, cwd=outputs.parent, capture_output=True, text=True)
@@ -129,8 +135,8 @@ def sweep(outputs: Path, model: str, kill_at: str | None = None) -> int:
 
 
 def results(outputs: Path) -> dict[str, tuple[str, str]]:
-    """Each run's adapter by hash, and what its record and predictions say apart from times."""
-    found = {}
+    """Each run's adapter by hash, and its record and predictions without times."""
+    by_run = {}
     for file in sorted(outputs.glob("*/result.json")):
         record = json.loads(file.read_text())
         tensors = next((file.parent / "adapter").glob("*.safetensors")).read_bytes()
@@ -139,13 +145,13 @@ def results(outputs: Path) -> dict[str, tuple[str, str]]:
         }
         scores = {name: {k: v for k, v in s.items() if k != "seconds"} for name, s in record["scores"].items()}
         predictions = (file.parent / "predictions" / "validation.jsonl").read_text()
-        said = json.dumps([training, scores, predictions], sort_keys=True)
-        found[file.parent.name] = (hashlib.sha256(tensors).hexdigest(), said)
-    return found
+        without_times = json.dumps([training, scores, predictions], sort_keys=True)
+        by_run[file.parent.name] = (hashlib.sha256(tensors).hexdigest(), without_times)
+    return by_run
 
 
 def steps(outputs: Path) -> int:
-    """Optimizer steps that were taken, killed processes' too."""
+    """Optimizer steps that were taken, those of killed processes included."""
     return Path(f"{outputs}.journal").read_text().splitlines().count("step")
 
 
@@ -169,34 +175,42 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="kill-sweep-"))
     folder.mkdir(parents=True, exist_ok=True)
-    whole, killed = folder / "whole", folder / "killed"
+    uninterrupted, killed = folder / "uninterrupted", folder / "killed"
 
     started = time.monotonic()
-    assert sweep(whole, arguments.model) == 0
-    print(f"uninterrupted: {time.monotonic() - started:.0f} s, {steps(whole)} steps")
+    assert sweep(uninterrupted, arguments.model) == 0
+    print(f"uninterrupted: {time.monotonic() - started:.0f} s, {steps(uninterrupted)} steps")
     for moment in MOMENTS:
         code = sweep(killed, arguments.model, moment)
         assert code == -signal.SIGKILL, f"{moment}: the sweep ended with {code} before it was killed"
-        print(f"killed at {moment:<14} {len(results(killed))} of {CELLS} cells finished, {steps(killed)} steps so far")
+        done = len(results(killed))
+        print(f"killed at {moment:<14} {done} of {CELLS} cells finished, {steps(killed)} steps so far", flush=True)
     assert sweep(killed, arguments.model) == 0
+    check(uninterrupted, killed)
 
-    expected, found = results(whole), results(killed)
-    planned, taken = CELLS * STEPS, steps(killed)
-    limit = planned + len(MOMENTS) * CHECKPOINT_EVERY
-    print(
-        f"steps: {planned} planned, {steps(whole)} uninterrupted, {taken} with {len(MOMENTS)} kills (at most {limit})"
-    )
-    assert len(expected) == len(found) == CELLS
-    assert expected == found, f"not the same: {[name for name in expected if expected[name] != found.get(name)]}"
-    assert steps(whole) == planned <= taken <= limit
-    assert not trained_after_the_end(killed)
-    started = time.monotonic()
+    taken, started = steps(killed), time.monotonic()
     assert sweep(killed, arguments.model) == 0
     assert steps(killed) == taken
     print(
         f"same results, adapters bit-identical, nothing finished was trained again; "
         f"started once more: {time.monotonic() - started:.1f} s for {CELLS} cells, no step"
     )
+
+
+def check(uninterrupted: Path, killed: Path) -> None:
+    """The two sweeps have the same results, and the kills cost no more steps than they may."""
+    planned, taken = CELLS * STEPS, steps(killed)
+    limit = planned + len(MOMENTS) * CHECKPOINT_EVERY
+    kills = len(MOMENTS)
+    print(
+        f"steps: {planned} planned, {steps(uninterrupted)} uninterrupted, {taken} with {kills} kills (at most {limit})"
+    )
+    expected, resumed = results(uninterrupted), results(killed)
+    assert len(expected) == len(resumed) == CELLS
+    different = [name for name in expected if expected[name] != resumed.get(name)]
+    assert expected == resumed, f"not the same: {different}"
+    assert steps(uninterrupted) == planned <= taken <= limit
+    assert not trained_after_the_end(killed)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from kill_sweep import PROJECT, results, seconds_a_cell
+from kill_sweep import overrides_of_a_short_cell, results
+
+from tiedlora.config.project import PROJECT
 
 CELLS = ["tying=LoRA,TABuv", "seed=0,1"]
 LAUNCHERS = {
@@ -33,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="launchers-"))
     for name in arguments.launchers:
-        words = [*seconds_a_cell(arguments.model, folder / name), *CELLS, *LAUNCHERS[name]]
+        words = [*overrides_of_a_short_cell(arguments.model, folder / name), *CELLS, *LAUNCHERS[name]]
         started = time.monotonic()
         done = subprocess.run(
             [sys.executable, str(PROJECT / "train.py"), "--multirun", *words],
@@ -43,9 +45,9 @@ def main() -> None:
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        found = results(folder / name)
-        assert len(found) == 4
-        print(f"{name:<9} {len(found)} cells in {time.monotonic() - started:.0f} s", flush=True)
+        cells = len(results(folder / name))
+        assert cells == 4
+        print(f"{name:<9} {cells} cells in {time.monotonic() - started:.0f} s", flush=True)
     compared = [name for name in LAUNCHERS if (folder / name).exists()]
     for name in compared[1:]:
         assert results(folder / name) == results(folder / compared[0]), f"{name} differs from {compared[0]}"

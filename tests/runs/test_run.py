@@ -275,14 +275,6 @@ class TestWandb:
         assert "trainable_params" in leet.stdout
         assert '"TABuv"' in leet.stdout
 
-    def test_a_resumed_segment_holds_the_whole_curve(self, tmp_path, monkeypatch):
-        tracker = MetricsFile(tmp_path / "metrics.jsonl", 0)
-        tracker.log([MetricsRow(step, {"train/loss": float(step)}) for step in range(1, 7)])
-        resumed = MetricsFile(tmp_path / "metrics.jsonl", 4)
-        assert [row.step for row in resumed.rows] == [1, 2, 3, 4]
-        resumed.log([MetricsRow(5, {"train/loss": 5.0})])
-        assert [row.step for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-
 
 def test_a_line_cut_by_a_kill_is_passed_over(tmp_path):
     path = tmp_path / "metrics.jsonl"

@@ -1,20 +1,20 @@
 """W&B without an account: sweeps/wandb, and what a sweep of ours looks like there."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.commands import Command
+from wandb.util import get_core_path
 
-from tiedlora.config import compose as configuration
+from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
+from tiedlora.config.project import PROJECT
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.sweeps import expand
+from tiedlora.sweeps.expand import compose_sweep
 
-PROJECT = Path(__file__).parents[2]
 FILES = sorted((PROJECT / "sweeps" / "wandb").glob("*.yaml"))
 
 
@@ -46,8 +46,9 @@ def test_the_expanded_command_runs_and_logs_the_metric(file, tiny_run, tmp_path)
     assert expanded[:3] == ["/usr/bin/env", "python", "train.py"]
     assert "--multirun" not in expanded
     small = tiny_run()
-    offline(*expanded[2:], *small)
-    config = configuration.compose_config([*expanded[3:], *small])
+    ended = Command(*expanded[3:], *small).ended()
+    assert ended.code == 0, ended.err
+    config = compose_config([*expanded[3:], *small])
     for key, value in chosen.items():
         node = config
         for name in key.split("."):
@@ -59,33 +60,31 @@ def test_the_expanded_command_runs_and_logs_the_metric(file, tiny_run, tmp_path)
     assert list(folder.path.glob("wandb/offline-run-*"))
 
 
-def offline(*words: str) -> None:
-    """Python on these words, as a person without an account calls it; it must end well."""
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=PROJECT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+def inspect(run_folder: Path) -> list[dict]:
+    """The records of an offline run, as `wandb leet inspect --json` lists them, without the start of W&B's own CLI."""
+    (file,) = run_folder.glob("*.wandb")
+    command = [
+        get_core_path(),
+        "leet",
+        "inspect",
+        "--no-observability",
+        "--json",
+        "--run-file",
+        file,
+        run_folder.parent,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_a_sweep_is_one_group_of_runs_with_names_and_tags(tiny_run):
     words = tiny_run("tying=LoRA,TABuv", "rank=r2,r8", "tracking=wandb", "tracking.tags=[mine]")
-    offline("train.py", "--multirun", *words)
-    found = expand.compose_sweep(words)
-    for cell, (tying, rank) in zip(found.cells, [(t, r) for t in ("LoRA", "TABuv") for r in ("r2", "r8")], strict=True):
+    ended = Command("--multirun", *words).ended()
+    assert ended.code == 0, ended.err
+    sweep = compose_sweep(words)
+    for cell, (tying, rank) in zip(sweep.cells, [(t, r) for t in ("LoRA", "TABuv") for r in ("r2", "r8")], strict=True):
         (logged,) = cell.folder.path.glob("wandb/offline-run-*")
-        records = subprocess.run(
-            [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(logged)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        (run,) = [r["run"] for r in map(json.loads, records.stdout.splitlines()) if r["type"] == "run"]
-        assert (run["run_id"], run["run_group"], run["job_type"]) == (cell.run_id, found.id, "train")
+        (run,) = [record["run"] for record in inspect(logged) if record["type"] == "run"]
+        assert (run["run_id"], run["run_group"], run["job_type"]) == (cell.run_id, sweep.id, "train")
         assert run["display_name"] == f"{tying} {rank} chain_sum s0"
         assert run["tags"] == ["llama", "chain_sum", tying, rank, "mine"]

@@ -44,3 +44,11 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
     from tiedlora.runs import regenerate
 
     return regenerate.regenerate(run, least, suspects)
+
+
+def free_device_memory() -> None:
+    """Give back what torch keeps cached on a GPU, so that the next run of this process can have it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

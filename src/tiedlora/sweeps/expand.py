@@ -1,16 +1,16 @@
-"""From a sweep's command line to its cells: every one composed, checked and resolved before any is run.
+"""From a sweep's command line to its cells: every one is composed, checked and resolved before any is run.
 
-Beside train.py, config.py and the plugins, this file alone knows Hydra.
+The one module of this package that knows Hydra.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -18,11 +18,14 @@ from omegaconf import DictConfig, flag_override
 
 from tiedlora import tying
 from tiedlora.config import compose
-from tiedlora.config.schema import Config
+from tiedlora.config.explain import readable_errors
+from tiedlora.config.project import CONF
+from tiedlora.config.schema import Config, ModelConfig, TaskConfig
 from tiedlora.errors import UserError
-from tiedlora.sweeps.sweep import Cell, Sweep
+from tiedlora.sweeps.cells import Sweep, SweepCell
 
-_WORD = re.compile(r"[\w.-]+")
+_GRID_OVERRIDE = "+grid="
+_GRID_NAME = re.compile(r"[\w.-]+")
 
 
 def compose_sweep(overrides: list[str]) -> Sweep:
@@ -32,15 +35,15 @@ def compose_sweep(overrides: list[str]) -> Sweep:
         UserError: naming the cell and the key.
     """
     compose.register()
-    with compose.readable_errors():
+    with readable_errors():
         GlobalHydra.instance().clear()
-        with initialize_config_dir(config_dir=str(compose.CONF), version_base="1.3"):
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
             master = loader.load_configuration("config", overrides, run_mode=RunMode.MULTIRUN)
             return expand(master, loader, overrides)
 
 
-def expand(master: DictConfig, loader: Any, overrides: list[str]) -> Sweep:
+def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str]) -> Sweep:
     """The cells of a sweep, each once, those of one model and task beside each other.
 
     Args:
@@ -51,64 +54,86 @@ def expand(master: DictConfig, loader: Any, overrides: list[str]) -> Sweep:
     Raises:
         UserError: naming the cell and the key.
     """
-    rows = product(master, loader, overrides)
-
-    def composed(row: list[str]) -> Config:
-        try:
-            with compose.readable_errors():
-                whole = loader.load_sweep_config(master, row)
-                # Hydra's own part is the launcher's business, and has values that are missing by design.
-                with flag_override(whole, ["struct", "readonly"], False):
-                    del whole["hydra"]
-                return compose.load(whole)
-        except UserError as error:
-            raise UserError(f"cell {' '.join(row)}: {error}") from None
-
-    cells: dict[str, Cell] = {}
-    for row in rows:
-        chosen = composed(row)
-        found = [Cell(tuple(row), chosen)]
-        if master.hydra.sweeper.match_lora:
-            found.append(_matching_lora(row, chosen, composed))
-        for cell in found:
-            if cell.config.force:
-                raise UserError(
-                    "force=true: a sweep that repeats what is finished cannot be resumed; delete those folders"
-                )
+    composer = _CellComposer(master, loader)
+    cells: dict[str, SweepCell] = {}
+    for cell_overrides in combinations(master, loader, overrides):
+        for cell in composer.cells(cell_overrides):
             cells.setdefault(cell.run_id, cell)
-    grids = [word for override in overrides if override.startswith("+grid=") for word in _WORD.findall(override[6:])]
-    return Sweep("+".join(grids) or "sweep", _grouped(list(cells.values())))
+    return Sweep("+".join(_grid_names(overrides)) or "sweep", _grouped(list(cells.values())))
 
 
-def product(master: DictConfig, loader: Any, overrides: list[str]) -> list[list[str]]:
-    """Every combination of the axes, as overrides, nothing composed yet. The arguments are those of `expand`."""
+def combinations(master: DictConfig, loader: ConfigLoader, overrides: list[str]) -> list[list[str]]:
+    """Every combination of the axes, as overrides; nothing is composed yet. The arguments are those of `expand`."""
     params = [f"{key}={value}" for key, value in master.hydra.sweeper.params.items()]
-    with compose.readable_errors():
+    with readable_errors():
         parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *overrides])
-        (rows,) = BasicSweeper.split_arguments(parsed, None)
-    return rows
+        (batch,) = BasicSweeper.split_arguments(parsed, None)
+    return batch
 
 
-def _matching_lora(row: list[str], chosen: Config, composed: Callable[[list[str]], Config]) -> Cell:
-    """The LoRA cell of nearest trainable count on the same base model, else as `row`."""
-    count = tying.trainable_params(chosen.tying, chosen.rank.r, chosen.model.architecture)
-    rank = tying.nearest_lora_rank(count, chosen.model.architecture)
-    shared = [override for override in row if override.split("=")[0].split(".")[0] not in ("tying", "rank")]
-    matching = [*shared, "tying=LoRA", f"rank.r={rank}"]
-    return Cell(tuple(matching), composed(matching))
+class _CellComposer:
+    """Composes the cells of one sweep."""
+
+    def __init__(self, master: DictConfig, loader: ConfigLoader) -> None:
+        self.master, self.loader = master, loader
+
+    def cells(self, overrides: list[str]) -> Iterator[SweepCell]:
+        """The cell of one combination, and its matching LoRA cell if the sweep asks for these (+grid=matched).
+
+        Raises:
+            UserError: naming the cell and the key.
+        """
+        cell = self._cell(overrides)
+        yield cell
+        if self.master.hydra.sweeper.match_lora:
+            yield self._cell(_matching_lora(cell))
+
+    def _cell(self, overrides: list[str]) -> SweepCell:
+        try:
+            config = self._compose(overrides)
+        except UserError as error:
+            raise UserError(f"cell {' '.join(overrides)}: {error}") from None
+        if config.force:
+            raise UserError(
+                "force=true: a sweep that repeats its finished cells could not be resumed; delete the folders of the "
+                "runs to repeat"
+            )
+        return SweepCell(tuple(overrides), config)
+
+    def _compose(self, overrides: list[str]) -> Config:
+        with readable_errors():
+            composed = self.loader.load_sweep_config(self.master, overrides)
+            # Hydra's own part is for the launcher, and some of its values are missing by design.
+            with flag_override(composed, ["struct", "readonly"], False):
+                del composed["hydra"]
+            return compose.load(composed)
 
 
-def _grouped(cells: list[Cell]) -> list[Cell]:
+def _matching_lora(cell: SweepCell) -> list[str]:
+    """The overrides of the LoRA cell of nearest trainable count on the same base model, otherwise equal to `cell`."""
+    config = cell.config
+    count = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
+    rank = tying.nearest_lora_rank(count, config.model.architecture)
+    others = [override for override in cell.overrides if override.split("=")[0].split(".")[0] not in ("tying", "rank")]
+    return [*others, "tying=LoRA", f"rank.r={rank}"]
+
+
+def _grid_names(overrides: list[str]) -> list[str]:
+    """The names in +grid=NAME and '+grid=[NAME,NAME]'."""
+    values = [override.removeprefix(_GRID_OVERRIDE) for override in overrides if override.startswith(_GRID_OVERRIDE)]
+    return [name for value in values for name in _GRID_NAME.findall(value)]
+
+
+def _grouped(cells: list[SweepCell]) -> list[SweepCell]:
     """Cells of one base model, then of one task, beside each other: what they share is loaded once."""
-    models: list[Any] = []
-    tasks: list[Any] = []
-
-    def place(cell: Cell) -> tuple[int, int]:
-        found = []
-        for seen, key in ((models, (cell.config.model, cell.config.train.dtype)), (tasks, cell.config.task)):
-            if key not in seen:
-                seen.append(key)
-            found.append(seen.index(key))
-        return found[0], found[1]
-
-    return sorted(cells, key=place)
+    models: list[tuple[ModelConfig, str]] = []
+    tasks: list[TaskConfig] = []
+    places: dict[str, tuple[int, int]] = {}
+    for cell in cells:
+        model = (cell.config.model, cell.config.train.dtype)
+        if model not in models:
+            models.append(model)
+        if cell.config.task not in tasks:
+            tasks.append(cell.config.task)
+        places[cell.run_id] = models.index(model), tasks.index(cell.config.task)
+    return sorted(cells, key=lambda cell: places[cell.run_id])

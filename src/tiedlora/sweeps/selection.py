@@ -1,189 +1,260 @@
-"""The fair comparison: a learning rate for every configuration, chosen on validation, and test for the chosen alone."""
+"""The fair comparison: a learning rate for every configuration, chosen on validation, and test for the chosen alone.
+
+selection.json, beside the sweep's frozen cells, keeps the choice.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from tiedlora import storage
+from tiedlora.config.identity import identity
 from tiedlora.errors import UserError
-from tiedlora.records.run_folder import identity
-from tiedlora.runs import run
-from tiedlora.sweeps.sweep import Cell, Sweep
+from tiedlora.records.reading import Count, Flag, Number, Text, Whole, typed
+from tiedlora.records.run_record import RunRecord
+from tiedlora.runs import lazy
+from tiedlora.sweeps.cells import Sweep, SweepCell
+from tiedlora.text import aligned
 
 log = logging.getLogger(__name__)
 
-BY = ("score", "loss")
+CRITERIA = ("score", "loss")
+"""What a rate is chosen by: the task's first metric on validation, or the validation loss."""
+LOSS = "validation/loss"
+COLUMNS = (
+    "model",
+    "task",
+    "configuration",
+    "rank",
+    "lr",
+    "of rates",
+    "validation",
+    "seeds",
+    "trials",
+    "failed",
+    "test",
+)
+EDGE_REMARK = "at the edge of the grid"
 
 
-@dataclass
-class Choice:
-    """The rate of one (model, task, configuration, rank), and how it was come by."""
+@dataclass(frozen=True)
+class RateChoice:
+    """The chosen rate of one model, task, configuration and rank, and the trials that chose it."""
 
-    model: str
-    task: str
-    configuration: str
-    rank: int
-    lr: float
-    lrs: list[float]
+    model: Text
+    task: Text
+    configuration: Text
+    rank: Whole
+    lr: Number
+    lrs: list[Number]
     """The grid's rates, in order."""
-    metric: str
-    value: float
+    metric: Text
+    """The metric that chose: the task's first, or LOSS."""
+    value: Number
     """Mean over the seeds, on validation."""
-    seeds: int
-    trials: int
-    """Cells spent on it: rates times seeds, those that failed too."""
-    failed: int
-    edge: bool
-    """The chosen rate is the grid's lowest or highest, so the best one may lie outside."""
-    run_ids: list[str]
-    test: float | None = None
+    seeds: Count
+    trials: Count
+    """Cells spent on the choice: rates times seeds, failed ones included."""
+    failed: Count
+    edge: Flag
+    """Whether the chosen rate is the grid's lowest or highest, so that the best one may lie outside."""
+    run_ids: list[Text]
+    """The runs of the chosen rate, one for each seed."""
+    test: Number | None = None
     """Mean over the seeds of the metric on test, once it is scored."""
 
 
-def choose(sweep: Sweep, by: str = "score") -> list[Choice]:
+@dataclass(frozen=True)
+class Selection:
+    """What `select` has chosen for a sweep."""
+
+    sweep: Text
+    """The sweep's id."""
+    by: Text
+    """One of CRITERIA."""
+    choices: list[RateChoice]
+
+
+@dataclass(frozen=True)
+class _RateResult:
+    """A rate all of whose seeds finished: means over the seeds, on validation."""
+
+    lr: float
+    loss: float
+    metric: str
+    value: float
+
+    def order(self) -> tuple[float, float, float]:
+        """The best rate comes first. Of equal scores the lower loss wins, then the lower rate."""
+        return (self.loss if self.metric == LOSS else -self.value), self.loss, self.lr
+
+
+def select_rates(sweep: Sweep, by: str = "score") -> Selection:
     """Choose a rate for each configuration by its mean over the seeds.
 
     A rate counts only if all its seeds finished: one that diverges at one seed is not a rate to use. Of
     equal scores the lower validation loss wins, then the lower rate.
 
+    Args:
+        by: one of CRITERIA.
+
     Raises:
-        UserError: cells are still to be run, or no rate of a configuration finished.
+        UserError: cells are still to be run, no rate of a configuration finished, or a run has no validation scores.
     """
-    groups: dict[str, list[Cell]] = {}
-    waiting = 0
-    for cell in sweep.cells:
-        groups.setdefault(_group(cell), []).append(cell)
-        waiting += cell.state() not in ("done", "failed")
-    if waiting:
+    unfinished = sum(cell.state() not in ("done", "failed") for cell in sweep.cells)
+    if unfinished:
         raise UserError(
-            f"{sweep.id}: {waiting} of {len(sweep.cells)} cells are not finished; run the sweep's command first"
+            f"{sweep.id}: {unfinished} of {len(sweep.cells)} cells are not finished; run the sweep's command first"
         )
-    return [_choice(cells, by) for cells in groups.values()]
+    groups: dict[str, list[SweepCell]] = {}
+    for cell in sweep.cells:
+        groups.setdefault(_comparison_key(cell), []).append(cell)
+    return Selection(sweep.id, by, [_choose_rate(cells, by) for cells in groups.values()])
 
 
-def _group(cell: Cell) -> str:
-    """Everything that changes the result but the rate and the seed."""
-    meaning = identity(cell.config)
-    del meaning["seed"], meaning["train"]["lr"]
-    return json.dumps(meaning, sort_keys=True)
+def _comparison_key(cell: SweepCell) -> str:
+    """Everything that changes the result except the rate and the seed."""
+    tree = identity(cell.config)
+    del tree["seed"], tree["train"]["lr"]
+    return json.dumps(tree, sort_keys=True)
 
 
-def _choice(cells: list[Cell], by: str) -> Choice:
-    rates: dict[float, list[Cell]] = {}
+def _choose_rate(cells: list[SweepCell], by: str) -> RateChoice:
+    """The choice among cells that differ in rate and seed alone."""
+    by_rate: dict[float, list[SweepCell]] = {}
     for cell in cells:
-        assert cell.config.train.lr is not None
-        rates.setdefault(cell.config.train.lr, []).append(cell)
-    ranked, failed = [], 0
-    for lr, same in rates.items():
-        results = [result for cell in same if (result := cell.folder.result()) is not None]
-        failed += len(same) - len(results)
-        if len(results) == len(same):
-            loss = mean(result["training"]["validation_loss_last"] for result in results)
-            metric, score = _validation(results, by)
-            ranked.append((loss if by == "loss" else -score, loss, lr, metric, loss if by == "loss" else score))
-    about = cells[0].parameters()
-    named = {key: about[key] for key in ("model", "task", "configuration", "rank")}
-    if not ranked:
-        raise UserError(f"{named}: no rate finished at every seed; add lower ones with train.lr=")
-    _, _, lr, metric, value = min(ranked)
-    lrs = sorted(rates)
-    return Choice(
-        **named,
-        lr=lr,
+        by_rate.setdefault(cell.parameters().lr, []).append(cell)
+    results, failed = [], 0
+    for lr, seeds in by_rate.items():
+        records = [record for cell in seeds if (record := cell.folder.record()) is not None]
+        failed += len(seeds) - len(records)
+        if len(records) == len(seeds):
+            results.append(_rate_result(lr, records, by))
+    named = cells[0].parameters()
+    if not results:
+        raise UserError(
+            f"{named.configuration} r={named.rank} on {named.task}, {named.model}: no rate finished at every seed; "
+            "add lower ones with train.lr="
+        )
+    best = min(results, key=_RateResult.order)
+    lrs = sorted(by_rate)
+    return RateChoice(
+        model=named.model,
+        task=named.task,
+        configuration=named.configuration,
+        rank=named.rank,
+        lr=best.lr,
         lrs=lrs,
-        metric=metric,
-        value=value,
-        seeds=len(rates[lr]),
+        metric=best.metric,
+        value=best.value,
+        seeds=len(by_rate[best.lr]),
         trials=len(cells),
         failed=failed,
-        edge=lr in (lrs[0], lrs[-1]),
-        run_ids=sorted(cell.run_id for cell in rates[lr]),
+        edge=best.lr in (lrs[0], lrs[-1]),
+        run_ids=sorted(cell.run_id for cell in by_rate[best.lr]),
     )
 
 
-def _validation(results: list[dict[str, Any]], by: str) -> tuple[str, float]:
-    """The task's first metric and its mean over the seeds."""
+def _rate_result(lr: float, records: list[RunRecord], by: str) -> _RateResult:
+    loss = mean(record.training.validation_loss_last for record in records)
     if by == "loss":
-        return "validation/loss", 0.0
-    scored = [result["scores"].get("validation") for result in results]
-    if None in scored:
+        return _RateResult(lr, loss, LOSS, loss)
+    scores = [record.scores["validation"] for record in records if "validation" in record.scores]
+    if len(scores) < len(records):
         raise UserError("select: not every run is scored on validation (score.splits); choose by loss with --by loss")
-    metric = next(iter(scored[0]["metrics"]))
-    return metric, mean(found["metrics"][metric]["value"] for found in scored)
+    metric = scores[0].first_metric
+    return _RateResult(lr, loss, metric, mean(split.metrics[metric].value for split in scores))
 
 
-def score_test(sweep: Sweep, choices: list[Choice]) -> None:
-    """Score the chosen runs, and no others, on test; runs that have it are left alone."""
+def score_test(sweep: Sweep, selection: Selection) -> Selection:
+    """Score the chosen runs, and no others, on test; runs that have test scores already are left alone.
+
+    Returns:
+        The selection with the choices' scores on test.
+
+    Raises:
+        UserError: a run's folder is damaged, or the rows of test cannot be loaded.
+    """
     cells = {cell.run_id: cell for cell in sweep.cells}
-    for choice in choices:
-        values = []
-        for run_id in choice.run_ids:
-            cell = cells[run_id]
-            result = cell.folder.result()
-            if result is None or "test" not in result["scores"]:
-                log.info("scoring %s on test", run_id)
-                result = run.score_more(cell.folder, ["test"], cell.config.data_root, cell.config)
-            metrics = result["scores"]["test"]["metrics"]
-            values.append(metrics[choice.metric if choice.metric in metrics else next(iter(metrics))]["value"])
-        choice.test = mean(values)
+    choices = []
+    for choice in selection.choices:
+        scores = [_test_score(cells[run_id], choice.metric) for run_id in choice.run_ids]
+        choices.append(replace(choice, test=mean(scores)))
+    return replace(selection, choices=choices)
 
 
-def save(sweep: Sweep, choices: list[Choice], by: str) -> None:
-    """Keep the selection beside the sweep's frozen cells."""
-    value = {"sweep": sweep.id, "by": by, "choices": [asdict(choice) for choice in choices]}
-    storage.write_json(sweep.path / "selection.json", value)
+def _test_score(cell: SweepCell, metric: str) -> float:
+    """The run's value of the metric on test; of the task's first metric where the loss chose."""
+    record = cell.folder.finished_record()
+    if "test" not in record.scores:
+        log.info("scoring %s on test", cell.run_id)
+        record = lazy.add_scores(cell.folder, ["test"], cell.config.data_root, cell.config)
+    scores = record.scores["test"]
+    return scores.metrics[metric if metric in scores.metrics else scores.first_metric].value
 
 
-def lines(choices: list[Choice]) -> str:
-    """The table, and what a reader has to know before comparing."""
-    head = [
-        "model",
-        "task",
-        "configuration",
-        "rank",
-        "lr",
-        "of rates",
-        "validation",
-        "seeds",
-        "trials",
-        "failed",
-        "test",
-        "",
-    ]
-    table = [head]
-    for choice in choices:
-        value = f"{choice.value:.3f}" if choice.metric == "validation/loss" else f"{100 * choice.value:.1f} %"
-        test = "" if choice.test is None else f"{100 * choice.test:.1f} %"
-        numbers = [
-            f"{choice.lr:g}",
-            str(len(choice.lrs)),
-            value,
-            *map(str, (choice.seeds, choice.trials, choice.failed)),
-        ]
-        where = [choice.model, choice.task, choice.configuration, str(choice.rank)]
-        table.append([*where, *numbers, test, "at the edge of the grid" if choice.edge else ""])
-    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-    text = ["  ".join(w.ljust(width) for w, width in zip(line, widths, strict=True)).rstrip() for line in table]
+def selection_file(sweep: Sweep) -> Path:
+    """Where a sweep's selection is kept."""
+    return sweep.path / "selection.json"
+
+
+def write_selection(sweep: Sweep, selection: Selection) -> None:
+    """Keep the selection beside the sweep's frozen cells.
+
+    Raises:
+        OSError: disk full, no permission.
+    """
+    storage.write_json(selection_file(sweep), asdict(selection))
+
+
+def read_selection(path: Path) -> Selection:
+    """The selection that a selection.json holds.
+
+    Raises:
+        UserError: naming the file, and the key that is missing or wrong.
+    """
+    tree = storage.read_json(path)
+    try:
+        return typed(Selection, tree, what="a sweep's selection")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def table(choices: Sequence[RateChoice]) -> str:
+    """The choices as a table, and what a reader has to know before comparing."""
+    text = [aligned([[*COLUMNS, ""], *map(_table_row, choices)])]
     if any(choice.edge for choice in choices):
-        text += [
-            "",
-            "A rate at the edge of the grid may not be the best: add rates beyond it with train.lr= and select again.",
-        ]
-    per_task: dict[tuple[str, str], set[int]] = {}
+        text.append("")
+        text.append(
+            "A rate at the edge of the grid may not be the best: add rates beyond it with train.lr= and select again."
+        )
+    trials: dict[tuple[str, str], set[int]] = {}
     for choice in choices:
-        per_task.setdefault((choice.model, choice.task), set()).add(choice.trials)
-    for (model, task), trials in per_task.items():
-        if len(trials) > 1:
+        trials.setdefault((choice.model, choice.task), set()).add(choice.trials)
+    for (model, task), counts in trials.items():
+        if len(counts) > 1:
             text.append(
-                f"{model} on {task}: {min(trials)} to {max(trials)} trials a configuration: not a fair comparison."
+                f"{model} on {task}: {min(counts)} to {max(counts)} trials a configuration: not a fair comparison."
             )
     return "\n".join(text)
 
 
-def to_json(choices: list[Choice]) -> str:
-    """The same for programs."""
+def _table_row(choice: RateChoice) -> list[str]:
+    value = f"{choice.value:.3f}" if choice.metric == LOSS else f"{100 * choice.value:.1f} %"
+    test = "" if choice.test is None else f"{100 * choice.test:.1f} %"
+    return [
+        *(choice.model, choice.task, choice.configuration, str(choice.rank)),
+        *(f"{choice.lr:g}", str(len(choice.lrs)), value),
+        *(str(choice.seeds), str(choice.trials), str(choice.failed)),
+        *(test, EDGE_REMARK if choice.edge else ""),
+    ]
+
+
+def to_json(choices: Sequence[RateChoice]) -> str:
+    """The choices, for programs."""
     return json.dumps([asdict(choice) for choice in choices], indent=2, ensure_ascii=False)

@@ -1,0 +1,130 @@
+"""The cells of a sweep, and their frozen configurations.
+
+A cell is a run like any other (config.identity names its folder), so sweeps share runs with each other and with
+`python train.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from tiedlora import storage, tying
+from tiedlora.config.identity import config_tree, run_id
+from tiedlora.config.schema import Config
+from tiedlora.records.run_folder import RunFolder
+
+STATES = ("done", "running", "interrupted", "failed", "missing")
+
+
+@dataclass(frozen=True)
+class CellParameters:
+    """What tables call a cell."""
+
+    model: str
+    """The last part of the model's name."""
+    task: str
+    configuration: str
+    """The tying's name, such as LoRA or TABuv."""
+    rank: int
+    lr: float
+    seed: int
+    trainable: int
+    """Trainable parameters."""
+
+
+@dataclass(frozen=True, eq=False)
+class SweepCell:
+    """One configuration of a sweep."""
+
+    overrides: tuple[str, ...]
+    """The cell as the command line writes it. Two ways to write the same configuration are one cell."""
+    config: Config
+
+    @cached_property
+    def run_id(self) -> str:
+        """The id of its run."""
+        return run_id(self.config)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Its run's folder."""
+        return RunFolder(Path(self.config.outputs) / self.run_id)
+
+    def finished(self) -> bool:
+        """Whether the run is done and scored on every split that the sweep asks for."""
+        record = self.folder.record()
+        return record is not None and set(self.config.score.splits) <= set(record.scores)
+
+    def state(self) -> str:
+        """One of STATES."""
+        state = self.folder.state()
+        return "interrupted" if state == "done" and not self.finished() else state
+
+    def parameters(self) -> CellParameters:
+        """What tables call it."""
+        config = self.config
+        assert config.train.lr is not None
+        return CellParameters(
+            model=config.model.name.rsplit("/", 1)[-1],
+            task=config.task.name,
+            configuration=config.tying.name,
+            rank=config.rank.r,
+            lr=config.train.lr,
+            seed=config.seed,
+            trainable=tying.trainable_params(config.tying, config.rank.r, config.model.architecture),
+        )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The cells of one command, each once."""
+
+    name: str
+    cells: list[SweepCell]
+
+    @cached_property
+    def id(self) -> str:
+        """`paper-1a2b3c4d`: the same cells are the same sweep, in whatever order they were written."""
+        run_ids = "\n".join(sorted(cell.run_id for cell in self.cells))
+        return f"{self.name}-{hashlib.sha256(run_ids.encode()).hexdigest()[:8]}"
+
+    @property
+    def path(self) -> Path:
+        """The folder of its frozen cells and its selection."""
+        return Path(self.cells[0].config.outputs) / "sweeps" / self.id
+
+    def freeze(self) -> FrozenCells:
+        """Write every cell's resolved configuration. A cell is run from there, so a later edit of conf/ cannot reach
+        it."""
+        for cell in self.cells:
+            tree = config_tree(cell.config)
+            tree["tracking"]["group"] = tree["tracking"]["group"] or self.id
+            storage.write_json(self.path / "cells" / f"{cell.run_id}.json", tree)
+        return FrozenCells(self.path / "cells")
+
+
+@dataclass(frozen=True)
+class FrozenCells:
+    """Stands in for Hydra's config loader: a launcher asks it for a cell's configuration, at any time, on any machine.
+
+    Attributes:
+        path: the folder of the frozen configurations, RUN_ID.json each.
+    """
+
+    path: Path
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """The frozen configuration that `cell=RUN_ID` names, with Hydra's own part of the launch.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        cell_id = sweep_overrides[0].removeprefix("cell=")
+        frozen = OmegaConf.create({**storage.read_json(self.path / f"{cell_id}.json"), "hydra": master_config.hydra})
+        frozen.hydra.overrides.task = list(sweep_overrides)
+        return frozen

@@ -1,0 +1,142 @@
+"""Carry out a sweep: finished cells are skipped, stopped ones continue, and a cell whose worker died is tried again.
+
+A launcher starts the cells: in this process, in others, or on other machines. Only the cells' folders tell what became
+of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from tiedlora.errors import UserError
+from tiedlora.runs.inputs import check_same_inputs
+from tiedlora.sweeps import status
+from tiedlora.sweeps.cells import Sweep, SweepCell
+from tiedlora.sweeps.watch import EndedCellsLogger
+from tiedlora.training.signals import SIGNALS
+
+log = logging.getLogger(__name__)
+
+LAUNCHES = 2
+"""How often a cell is launched whose worker dies without leaving an error."""
+SECONDS_BETWEEN_LOOKS = 1.0
+"""How often the state of a cell is asked for that another process is working on."""
+
+Launch = Callable[[Sequence[SweepCell], int], None]
+"""Starts the cells and returns when they have ended. The number is that of the first job, counted over all launches."""
+
+
+def run_sweep(sweep: Sweep, launch: Launch) -> None:
+    """Run the cells that are not finished, then print the table of all cells.
+
+    Raises:
+        UserError: a cell's result.json is damaged.
+        SystemExit: with code 1, after naming every cell that failed.
+        KeyboardInterrupt: the sweep was asked to stop; the same command continues it.
+    """
+    finished: list[SweepCell] = []
+    unfinished: list[SweepCell] = []
+    for cell in sweep.cells:
+        (finished if cell.finished() else unfinished).append(cell)
+    errors = changed_inputs(finished)
+    numbers = len(sweep.cells), len(finished), len(unfinished)
+    log.info("%s: %d cells, %d finished before, %d to run", sweep.id, *numbers)
+    try:
+        with EndedCellsLogger(sweep):
+            _Launches(launch).run(unfinished)
+    except KeyboardInterrupt:
+        print(status.summary_line(sweep, status.statuses(sweep)))
+        raise
+    cells = status.statuses(sweep)
+    print(f"\n{status.table(cells)}\n\n{status.summary_line(sweep, cells)}")
+    errors.update({cell.run_id: cell.error or "" for cell in cells if cell.state != "done"})
+    if errors:
+        print(f"\n{len(errors)} of {len(cells)} cells failed; their tracebacks are in error.txt:", file=sys.stderr)
+        for run_id, error in errors.items():
+            print(f"  {run_id}: {error}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def changed_inputs(cells: Iterable[SweepCell]) -> dict[str, str]:
+    """Finished cells whose data or base model has changed since: run id -> what has changed.
+
+    Raises:
+        UserError: a cell's result.json is missing or damaged.
+    """
+    changes = {}
+    for cell in cells:
+        record = cell.folder.finished_record()
+        try:
+            check_same_inputs(cell.config, record, cell.folder)
+        except UserError as error:
+            changes[cell.run_id] = str(error)
+    return changes
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Let the signals that stop a run stop the sweep too: before, between and beside its cells no run takes them.
+
+    Without a handler, SIGTERM and Slurm's SIGUSR1 would end the process with another exit code than 75. A run that a
+    signal reaches in its last step finishes, and then calls this handler.
+    """
+    earlier = {number: signal.signal(number, _interrupt) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+class _Launches:
+    """Launches cells until each has a result or an error."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.counts: Counter[str] = Counter()
+        """Run id -> how often the cell was launched."""
+        self._waiting_logged = False
+
+    def run(self, cells: Sequence[SweepCell]) -> None:
+        """Return when every cell is done or failed."""
+        while cells:
+            try:
+                self.launch(cells, self.counts.total())
+            except Exception as error:
+                # Whatever a launcher returns or raises, the folders tell what it has done.
+                reason = f"{type(error).__name__}: {error}"
+                log.warning("the launcher failed (%s); continuing with what the cells' folders hold", reason)
+            self.counts.update(cell.run_id for cell in cells)
+            cells = [cell for cell in cells if self._needs_launch(cell)]
+
+    def _needs_launch(self, cell: SweepCell) -> bool:
+        """Whether the cell was left without a result or an error, and may be launched once more."""
+        if self._state_when_free(cell) in ("done", "failed"):
+            return False
+        if self.counts[cell.run_id] < LAUNCHES:
+            log.warning("%s: stopped without a result; launching it once more", cell.run_id)
+            return True
+        cell.folder.error_file.write_text(
+            f"The worker ended {LAUNCHES} times without a result or an error: killed, or out of memory?\n"
+        )
+        return False
+
+    def _state_when_free(self, cell: SweepCell) -> str:
+        """The cell's state once no process works on it: another command may share cells with this sweep."""
+        while (state := cell.state()) == "running":
+            if not self._waiting_logged:
+                log.info("waiting for cells that another process is working on, such as %s", cell.run_id)
+                self._waiting_logged = True
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        return state

@@ -1,0 +1,44 @@
+"""Carry out one cell of a sweep: train.py calls this for every cell, in whatever process a launcher starts."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from tiedlora.config.identity import run_id
+from tiedlora.config.schema import Config
+from tiedlora.errors import StoppedEarly
+from tiedlora.records.run_folder import Busy, RunFolder
+from tiedlora.runs import lazy, run
+from tiedlora.text import visible
+
+log = logging.getLogger(__name__)
+
+
+def run_cell(config: Config) -> None:
+    """Carry out one cell. A failure is written to error.txt in the cell's folder, where the sweep reads it.
+
+    A failure raises nothing, because a launcher would keep the exception, and with it the failed cell's tensors.
+
+    Raises:
+        KeyboardInterrupt: the sweep was asked to stop; a checkpoint is written.
+    """
+    folder = RunFolder(Path(config.outputs) / run_id(config))
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.error_file.unlink(missing_ok=True)
+        run.main(config)
+    except StoppedEarly:
+        # A launcher continues with the next cell after an Exception, and KeyboardInterrupt is not one.
+        raise KeyboardInterrupt from None
+    except Busy as busy:
+        log.info("%s", busy)
+    except Exception as error:
+        folder.write_error()
+        log.error("%s failed: %s", folder.path.name, _one_line(error))
+        # Known fault: the exception still holds the failed cell's tensors here, so their memory is not given back.
+        lazy.free_device_memory()
+
+
+def _one_line(error: Exception) -> str:
+    return visible(" ".join(f"{type(error).__name__}: {error}".split()))

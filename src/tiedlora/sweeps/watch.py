@@ -1,0 +1,66 @@
+"""Log how far a sweep is while it runs, whichever processes run it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+
+from tiedlora.sweeps.cells import Sweep
+from tiedlora.text import clock
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LOOKS = 2.0
+
+
+@dataclass(frozen=True)
+class EndedCells:
+    """How many cells have ended, and how."""
+
+    done: int
+    failed: int
+
+
+class EndedCellsLogger:
+    """Logs a line whenever a cell ends, while it is entered.
+
+    It looks at the cells' folders, so it works under every launcher.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.started = time.monotonic()
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> EndedCellsLogger:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._leave.set()
+        self._thread.join()
+
+    def _count(self) -> EndedCells:
+        # Looks at the files alone: RunFolder.state() takes the run's lock for a moment, when a worker may need it.
+        folders = [cell.folder for cell in self.sweep.cells]
+        done = sum(folder.result_file.exists() for folder in folders)
+        failed = sum(folder.error_file.exists() and not folder.result_file.exists() for folder in folders)
+        return EndedCells(done, failed)
+
+    def _look(self) -> None:
+        first = last = self._count()
+        while not self._leave.wait(SECONDS_BETWEEN_LOOKS):
+            if (now := self._count()) != last:
+                last = now
+                log.info("%s", self._line(first, now))
+
+    def _line(self, first: EndedCells, now: EndedCells) -> str:
+        total = len(self.sweep.cells)
+        line = f"{self.sweep.id}: {now.done} of {total} done" + (f", {now.failed} failed" if now.failed else "")
+        if (done_since := now.done - first.done) > 0:
+            seconds_per_cell = (time.monotonic() - self.started) / done_since
+            line += f", about {clock(seconds_per_cell * (total - now.done - now.failed))} left"
+        return line

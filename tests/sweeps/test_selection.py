@@ -1,0 +1,96 @@
+"""A learning rate for every configuration: chosen on validation, test for the chosen alone, kept in selection.json."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from tiedlora.errors import UserError
+from tiedlora.sweeps import selection
+from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.sweeps.run_cell import run_cell
+
+
+def test_select_chooses_on_validation_and_tests_the_chosen_alone(tiny_run, capsys):
+    sweep = compose_sweep(tiny_run("tying=LoRA,TABuv", "train.lr=1e-3,1e-2", "seed=0,1"))
+    with pytest.raises(UserError, match="8 of 8 cells are not finished"):
+        selection.select_rates(sweep)
+    for cell in sweep.cells:
+        run_cell(cell.config)
+    chosen = selection.select_rates(sweep, "loss")
+    assert [(c.configuration, c.lrs, c.seeds, c.trials) for c in chosen.choices] == [
+        (name, [1e-3, 1e-2], 2, 4) for name in ("LoRA", "TABuv")
+    ]
+    for choice in chosen.choices:
+        losses = {
+            lr: sum(
+                cell.folder.record().training.validation_loss_last / 2
+                for cell in sweep.cells
+                if (cell.config.tying.name, cell.config.train.lr) == (choice.configuration, lr)
+            )
+            for lr in choice.lrs
+        }
+        assert choice.lr == min(losses, key=losses.get)
+        assert choice.edge
+    scored = selection.score_test(sweep, chosen)
+    tested = {cell.run_id for cell in sweep.cells if cell.folder.predictions_file("test").exists()}
+    assert tested == {run_id for choice in chosen.choices for run_id in choice.run_ids}
+    assert len(tested) == 4
+    assert "at the edge of the grid" in selection.table(scored.choices)
+    for choice in scored.choices:
+        records = [cell.folder.record() for cell in sweep.cells if cell.run_id in choice.run_ids]
+        assert choice.test == sum(record.scores["test"].metrics["exact_match_strict"].value for record in records) / 2
+
+
+def test_a_rate_that_fails_at_one_seed_is_not_chosen(tiny_run):
+    sweep = compose_sweep(tiny_run("train.lr=1e-3,1e-2", "seed=0,1"))
+    for cell in sweep.cells[:3]:
+        run_cell(cell.config)
+    sweep.cells[3].folder.path.mkdir()
+    sweep.cells[3].folder.error_file.write_text("UserError: diverged\n")
+    (choice,) = selection.select_rates(sweep, "loss").choices
+    assert (choice.lr, choice.trials, choice.failed) == (sweep.cells[0].config.train.lr, 4, 1)
+
+
+@pytest.fixture
+def chosen() -> selection.Selection:
+    choice = selection.RateChoice(
+        *("llama", "chain_sum", "TABuv", 8, 1e-3, [1e-4, 1e-3, 1e-2]),
+        *("exact_match_strict", 0.25, 2, 6, 0, False, ["TABuv-1", "TABuv-2"]),
+    )
+    return selection.Selection("sweep-1a2b3c4d", "score", [choice])
+
+
+def test_selection_json_is_read_as_it_was_written(tiny_run, chosen):
+    sweep = compose_sweep(tiny_run())
+    selection.write_selection(sweep, chosen)
+    assert selection.read_selection(sweep.path / "selection.json") == chosen
+    tree = json.loads((sweep.path / "selection.json").read_text())
+    assert list(tree) == ["sweep", "by", "choices"]
+    assert list(tree["choices"][0]) == [
+        *("model", "task", "configuration", "rank", "lr", "lrs", "metric", "value", "seeds", "trials", "failed"),
+        *("edge", "run_ids", "test"),
+    ]
+
+
+def test_a_damaged_selection_is_one_line_that_names_file_and_key(tiny_run, chosen):
+    sweep = compose_sweep(tiny_run())
+    selection.write_selection(sweep, chosen)
+    file = selection.selection_file(sweep)
+    tree = json.loads(file.read_text())
+    for damage, message in (
+        ({**tree, "by": 3}, r"selection\.json: 'by' is 3, which cannot be a value of a sweep's selection$"),
+        ({"sweep": tree["sweep"], "by": "score"}, r"selection\.json: has no 'choices'.* sweep's selection"),
+        ({**tree, "choices": [{**tree["choices"][0], "lr": "high"}]}, r"selection\.json: 'choices\.0\.lr' is 'high'"),
+    ):
+        file.write_text(json.dumps(damage))
+        with pytest.raises(UserError, match=message):
+            selection.read_selection(file)
+
+
+def test_trials_that_differ_are_no_fair_comparison(chosen):
+    (choice,) = chosen.choices
+    fewer = replace(choice, configuration="LoRA", trials=4)
+    remark = "llama on chain_sum: 4 to 6 trials a configuration: not a fair comparison."
+    assert remark in selection.table([choice, fewer])
+    assert "fair" not in selection.table([choice, choice])

@@ -1,0 +1,42 @@
+"""What a sweep's cells have come to: counts, time left, why one failed."""
+
+import json
+
+import pytest
+
+from tiedlora.runs import run
+from tiedlora.sweeps import status
+from tiedlora.sweeps.expand import compose_sweep
+
+CELL_KEYS = [
+    *("run_id", "overrides", "model", "task", "configuration", "rank", "lr", "seed", "trainable", "state"),
+    *("metric", "score", "validation_loss", "error", "seconds"),
+]
+"""What programs read from `scripts/sweep.py status --json`."""
+
+
+def test_status_counts_and_estimates(tiny_run, capsys):
+    sweep = compose_sweep(tiny_run("tying=LoRA,TABuv", "seed=0,1"))
+    assert status.seconds_left(status.statuses(sweep)) is None
+    run.main(sweep.cells[0].config)
+    cells = status.statuses(sweep)
+    assert status.counts(cells) == {"done": 1, "running": 0, "interrupted": 0, "failed": 0, "missing": 3}
+    assert status.seconds_left(cells) == pytest.approx(3 * cells[0].seconds)
+    with sweep.cells[1].folder.locked():
+        assert status.statuses(sweep)[1].state == "running"
+    sweep.cells[2].folder.path.mkdir()
+    sweep.cells[2].folder.error_file.write_text("Traceback\ntiedlora.errors.UserError: no\n")
+    assert status.statuses(sweep)[2].error == "UserError: no"
+    tree = json.loads(status.to_json(sweep, status.statuses(sweep)))
+    assert list(tree) == ["sweep", "counts", "seconds_left", "cells"]
+    assert [list(cell) for cell in tree["cells"]] == [CELL_KEYS] * 4
+    assert [cell["state"] for cell in tree["cells"]] == ["done", "interrupted", "failed", "missing"]
+
+
+def test_the_table_has_a_column_for_each_swept_key(tiny_run):
+    sweep = compose_sweep(tiny_run("train.eps=1e-8,1e-6", "seed=0,1"))
+    head, *lines = status.table(status.statuses(sweep)).splitlines()
+    assert len(lines) == 4
+    assert head.split().count("seed") == 1
+    assert "train.eps" in head
+    assert sum("1e-06" in line or "1e-6" in line for line in lines) == 2
