@@ -79,7 +79,7 @@ def bootstrap_mean(scores: ArrayLike, limits: tuple[float, float], seed: int = S
 
     Args:
         scores: (examples,).
-        limits: the smallest and the largest possible score, which is all that a single example tells.
+        limits: the smallest and the largest possible score. They are the interval of a single example.
 
     Raises:
         ValueError: no examples.
@@ -106,16 +106,18 @@ def bootstrap_corpus(
         ValueError: no examples.
     """
 
-    def scores(side: Sequence[Sequence[float]]) -> tuple[float, Array]:
-        table = np.asarray(side, dtype=np.float64)
-        return score(table.sum(0)), np.array([score(sums) for sums in resampled_sums(table)])
-
-    value, resampled = scores(statistics)
+    value, resampled = _corpus_scores(statistics, score)
     lowest = 0.0
     if theirs is not None:
-        other, other_resampled = scores(theirs)
-        value, resampled, lowest = value - other, resampled - other_resampled, -1.0
+        their_value, their_resampled = _corpus_scores(theirs, score)
+        value, resampled, lowest = value - their_value, resampled - their_resampled, -1.0
     if len(statistics) == 1:
         return Interval(value, lowest, 1.0, "bootstrap")
     low, high = np.quantile(resampled, TAILS)
     return Interval(value, float(low), float(high), "bootstrap")
+
+
+def _corpus_scores(statistics: Sequence[Sequence[float]], score: Callable[[Array], float]) -> tuple[float, Array]:
+    """The score of all examples, and that of each resample: a number and (RESAMPLES,)."""
+    table = np.asarray(statistics, dtype=np.float64)
+    return score(table.sum(0)), np.array([score(sums) for sums in resampled_sums(table)])
