@@ -28,13 +28,12 @@ Array = NDArray[np.float64]
 
 @functools.lru_cache(maxsize=8)
 def resample_counts(examples: int, seed: int = SEED) -> NDArray[np.uint8]:
-    """How often each resample holds each example: (RESAMPLES, examples), rows that sum to `examples`.
+    """How often each resample contains each example: (RESAMPLES, examples), rows that sum to `examples`.
 
     Raises:
         ValueError: no examples.
     """
-    if examples < 1:
-        raise ValueError("a bootstrap needs examples")
+    _check_examples(examples)
     generator = np.random.default_rng(seed)
     counts = np.zeros((RESAMPLES, examples), dtype=np.uint8)
     at_once = max(1, INDICES_AT_ONCE // examples)
@@ -43,6 +42,11 @@ def resample_counts(examples: int, seed: int = SEED) -> NDArray[np.uint8]:
         drawn = generator.integers(0, examples, block.shape)
         np.add.at(block, (np.arange(len(block))[:, None], drawn), 1)
     return counts
+
+
+def _check_examples(examples: int) -> None:
+    if examples < 1:
+        raise ValueError("a bootstrap needs examples")
 
 
 def resampled_sums(values: Array, seed: int = SEED) -> Array:
@@ -67,8 +71,12 @@ def bootstrap_means(scores: Array, seed: int = SEED) -> tuple[Array, Array, Arra
 
     Returns:
         Three arrays of the leading shape: mean, low, high.
+
+    Raises:
+        ValueError: no examples.
     """
     examples = scores.shape[-1]
+    _check_examples(examples)
     means = resampled_sums(scores.reshape(-1, examples).T, seed) / examples
     low, high = np.quantile(means, TAILS, axis=0)
     return scores.mean(-1), low.reshape(scores.shape[:-1]), high.reshape(scores.shape[:-1])
@@ -106,6 +114,7 @@ def bootstrap_corpus(
         ValueError: no examples.
     """
 
+    _check_examples(len(statistics))
     value, resampled = _corpus_scores(statistics, score)
     lowest = 0.0
     if theirs is not None:
