@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from tiedlora import text as present
 from tiedlora.records import run_record
+from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.report import page, tables, write
 from tiedlora.runs import library, verify
-from tiedlora.records.rows import read_metrics
 
 pytest_plugins = ["helpers.hostile_runs"]
 ALIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e]")

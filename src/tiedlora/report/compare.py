@@ -3,6 +3,7 @@ gain."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +63,8 @@ class Estimate:
     @property
     def widest(self) -> Interval:
         """The value with the interval that covers most: both, else examples, else seeds, else none (NaN)."""
-        return self.both or self.examples or self.seeds or Interval(self.value, math.nan, math.nan)
+        interval = self.both or self.examples or self.seeds or Interval(self.value, math.nan, math.nan)
+        return dataclasses.replace(interval, value=self.value)
 
 
 @dataclass
