@@ -49,11 +49,11 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def typed(kind: type[T], value: Any, document: str = "a run's record of this project") -> T:
+def typed(kind: type[T], value: Any, what: str = "a run's record of this project") -> T:
     """Plain data, as JSON and YAML hold it, as an instance of the dataclass `kind`. Unknown keys are ignored.
 
     Args:
-        document: what the value was read from, for the error message.
+        what: what the file should be; the message of an error names it.
 
     Raises:
         UserError: naming the first key that is missing or has a wrong value; the caller adds the file.
@@ -61,16 +61,16 @@ def typed(kind: type[T], value: Any, document: str = "a run's record of this pro
     try:
         checked: T = _adapter(kind).validate_python(value)  # type: ignore[arg-type]
     except ValidationError as error:
-        raise UserError(_in_words(error.errors(include_url=False)[0], document)) from None
+        raise UserError(_in_words(error.errors(include_url=False)[0], what)) from None
     return checked
 
 
-def _in_words(error: ErrorDetails, document: str) -> str:
+def _in_words(error: ErrorDetails, what: str) -> str:
     key = ".".join(str(part)[:40] for part in error["loc"])
     if not key:
-        return f"is not {document}: it is no object"
+        return f"is not {what}: it is no object"
     if error["type"] == "missing":
-        return f"has no '{key}', so it is not {document}"
+        return f"has no '{key}', so it is not {what}"
     if error["type"] in ("not_finite", "not_a_name", "not_an_interval"):
         return f"'{key}' {error['msg']}"
-    return f"'{key}' is {error['input']!r:.60}, which is not possible in {document}"
+    return f"'{key}' is {error['input']!r:.60}, which cannot be a value of {what}"

@@ -24,7 +24,7 @@ from tiedlora.statistics.intervals import wilson
 
 GSM8K_TEST_ROWS = 1319
 """The rows that PEFT tests on; its files do not say."""
-DOCUMENT = "a results file of PEFT's comparison"
+RESULTS_FILE = "a results file of PEFT's comparison"
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,14 @@ def _peer(file: Path) -> Peer:
         UserError: the run did not succeed, or the file is not of this comparison.
     """
     tree = storage.read_json(file)
-    status = typed(_Outcome, tree, DOCUMENT).train_info.status
+    status = typed(_Outcome, tree, RESULTS_FILE).train_info.status
     if status != "success":
         raise UserError(f"its status is {status!r:.40}, not 'success'")
-    published = typed(_Published, tree, DOCUMENT)
+    published = typed(_Published, tree, RESULTS_FILE)
     run, training = published.run_info, published.train_info
     accuracy = training.metrics[-1].test_accuracy
     if accuracy is None:
-        raise UserError(f"has no 'test accuracy' in its last metrics, so it is not {DOCUMENT}")
+        raise UserError(f"has no 'test accuracy' in its last metrics, so it is not {RESULTS_FILE}")
     if not 0 <= accuracy <= 1:
         raise UserError(f"its test accuracy is {accuracy}, which is not in [0, 1]")
     return Peer(
