@@ -10,6 +10,7 @@ from helpers.report_runs import scored_run, world, write_lines
 
 from tiedlora.config.project import PROJECT
 from tiedlora.records.rows import MetricsRow
+from tiedlora.report import write
 from tiedlora.report.runs import read_run, read_runs
 
 GOOD = [1.0, 0.0] * 25
@@ -61,6 +62,13 @@ def test_a_record_that_is_not_ours_is_left_out_not_fatal(tmp_path, path, value):
     runs, left_out = read_runs([tmp_path])
     assert not runs
     assert len(left_out) == 1
+
+
+def test_a_strange_key_of_a_record_changes_nothing(tmp_path):
+    """Such as `tree`, which is where the typed identity keeps all of its values."""
+    put(scored_run(tmp_path, GOOD, BASE), "identity.tree", {})
+    report = write.build([tmp_path])
+    assert [row.group.configuration for row in report.rows] == ["TABuv"]
 
 
 def test_the_same_run_twice_counts_once(tmp_path):

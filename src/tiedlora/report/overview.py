@@ -33,12 +33,12 @@ def _of_model(model: str, rows: Sequence[ResultRow], left_out: Sequence[LeftOut]
     body = []
     for line in sorted({_line(row) for row in rows}):
         rank, params, configuration, share = line
-        found = [by_place.get((line, setting)) for setting in settings]
+        rows_of_line = [by_place.get((line, setting)) for setting in settings]
         scores = [
             _task_score(row) if row is not None else _missing(configuration, rank, task, left_out)
-            for row, (task, _) in zip(found, settings, strict=True)
+            for row, (task, _) in zip(rows_of_line, settings, strict=True)
         ]
-        average = [_average(found)] if is_averaged else []
+        average = [_average(rows_of_line)] if is_averaged else []
         body.append((configuration, rank, Count(params), Percent(share), *scores, *average))
     names = [f"{task} ({variant})" if variant else task for task, variant in settings]
     columns = (

@@ -80,7 +80,7 @@ def peer_panel(ax: Axes, peers: Sequence[Peer]) -> None:
 
 
 def _parameters_axis(ax: Axes) -> None:
-    """A log axis that says 50k and 2M: powers of ten say little of counts that lie within a decade."""
+    """A log axis with labels such as 50k and 2M: powers of ten tell little about counts within a decade."""
     ax.set_xscale("log")
     low, high = ax.get_xlim()
     # A single point, or close ones, would leave an axis without a tick.

@@ -25,7 +25,7 @@ NOT_RUNS = ("base", "sweeps")
 
 @dataclass(frozen=True)
 class UnfinishedRun:
-    """What a folder's name says of the run in it, and its config.yaml of the learning rate."""
+    """A run without a result, as far as its folder's name and config.yaml tell."""
 
     label: str
     """LoRA, TABuv, ... or custom."""

@@ -18,7 +18,7 @@ RESAMPLES = 2000
 """The ends of a 95 % interval then vary by a few per cent of its width from seed to seed."""
 SEED = 0
 INDICES_AT_ONCE = 200_000
-"""Resampled row numbers that are held in memory together."""
+"""Resampled row numbers that are in memory together."""
 ROWS_AT_ONCE = 256
 """Resamples that are multiplied together: their counts are widened to float64 for that."""
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
@@ -67,7 +67,7 @@ def bootstrap_means(scores: Array, seed: int = SEED) -> tuple[Array, Array, Arra
     """Means over the last axis, and the ends of their percentile bootstrap intervals (Efron 1979) over examples.
 
     Args:
-        scores: (..., examples): one number an example, such as a score, a paired difference, or a mean over seeds.
+        scores: (..., examples): one number per example, such as a score, a paired difference, or a mean over seeds.
 
     Returns:
         Three arrays of the leading shape: mean, low, high.
@@ -83,7 +83,7 @@ def bootstrap_means(scores: Array, seed: int = SEED) -> tuple[Array, Array, Arra
 
 
 def bootstrap_mean(scores: ArrayLike, limits: tuple[float, float], seed: int = SEED) -> Interval:
-    """The mean of one number an example with its interval.
+    """The mean of one number per example with its interval.
 
     Args:
         scores: (examples,).

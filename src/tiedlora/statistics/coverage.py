@@ -30,16 +30,16 @@ def remarks(score: float, *, seeds: int, examples: int, scoring_examples: int, b
         scoring_examples: how many of the examples have a score above zero with any seed.
         by_bootstrap: whether the interval over examples is a bootstrap.
     """
-    found = []
+    notes = []
     if seeds > 1:
         share = seeds_interval_coverage(examples, score, seeds)
         if share < ENOUGH:
-            found.append(f"the interval over seeds covers {100 * share:.0f} % here, not 95 %")
+            notes.append(f"the interval over seeds covers {100 * share:.0f} % here, not 95 %")
     if seeds == 2:
-        found.append("with 2 seeds the interval over seeds and examples covers 87 to 99 %, not 95 %")
+        notes.append("with 2 seeds the interval over seeds and examples covers 87 to 99 %, not 95 %")
     if by_bootstrap and scoring_examples < FEW_EXAMPLES:
-        found.append(f"only {scoring_examples} examples score, so the bootstrap covers about 85 %, not 95 %")
-    return found
+        notes.append(f"only {scoring_examples} examples score, so the bootstrap covers about 85 %, not 95 %")
+    return notes
 
 
 def seeds_interval_coverage(examples: int, p: float, seeds: int) -> float:
