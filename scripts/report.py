@@ -18,17 +18,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("report"), help="where the report goes; default report/")
     parser.add_argument("--claims", type=Path, default=CLAIMS, help="a claims file; default claims/tied_lora.yaml")
     parser.add_argument("--split", choices=("validation", "test"), help="default: test where the chosen runs have it")
-    parser.add_argument("--sections", type=int, default=24, help="chosen runs with a section of their own on the page")
+    parser.add_argument("--sections", type=int, default=24, help="groups with a section of their own on the page")
     parser.add_argument("--peft-results", type=Path, help="results folder of PEFT's method_comparison/MetaMathQA")
     parser.add_argument("--export-peft", type=Path, help="also write our GSM8K test runs there, in PEFT's schema")
     arguments = parser.parse_args()
-    found = write.build(
+    report = write.build(
         arguments.runs, claims=arguments.claims, split=arguments.split, peft_results_in=arguments.peft_results
     )
-    for line in write.write(found, arguments.out, sections=arguments.sections):
+    for line in write.write(report, arguments.out, sections=arguments.sections):
         print(line)
     if arguments.export_peft:
-        count = peft_results.export(found.runs, arguments.export_peft)
+        count = peft_results.export(report.runs, arguments.export_peft)
         print(f"exported       {count} runs on GSM8K's test split to {arguments.export_peft}")
 
 

@@ -17,8 +17,8 @@ def place(tmp_path_factory):
         *("task.rows.validation=null", "task.max_new_tokens=4", "train.steps=1", "train.batch_size=4"),
         *("train.warmup_steps=0", "train.dtype=float32", "train.threads=1", "rank.r=2", f"cache={root}/cache"),
     ]
-    result = run.main(compose_config([*words, f"outputs={root}/outputs"]))
-    return root / "outputs" / result.run_id, words
+    record = run.main(compose_config([*words, f"outputs={root}/outputs"]))
+    return root / "outputs" / record.run_id, words
 
 
 @pytest.fixture

@@ -1,132 +1,170 @@
-"""Synthetic run folders with the record's schema and a known truth, for tests of the report."""
+"""Synthetic run folders of known truth, for tests of the report. Records and rows are built as a run builds them."""
 
-import copy
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tiedlora.statistics.intervals import paired_proportions, wilson
+from tiedlora import tying
+from tiedlora.config.identity import config_tree, identity, run_id
+from tiedlora.config.schema import Config, LrFactors, ModelConfig, RankConfig, TaskConfig, TrainConfig
+from tiedlora.records.rows import MetricsRow, PredictionRow, Score
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import (
+    BaseModelRecord,
+    CodeVersion,
+    ConfigRecord,
+    DataRecord,
+    Execution,
+    Identity,
+    RunRecord,
+    SplitScores,
+    TrainingRecord,
+)
+from tiedlora.scoring.summary import gains, summarise
+from tiedlora.tasks import Task
 
-SHARES = {"LoRA": 1.0, "TA": 0.013, "TAB": 0.033, "TABuv": 0.112, "Tuv": 0.079}
-PARTS = {"trained": True, "init": "uniform", "share": "all"}
+SMOLLM2_135M = tying.Architecture(layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, intermediate=1536)
+"""Gives the parameter counts of conf/model/smollm2_135m.yaml: LoRA 46,080 at r = 1, TABuv 41,328 at r = 8."""
+METRIC = "exact_match_strict"
 
 
-def make_record(name="TABuv", rank=8, seed=0, lr=1e-2, task="chain_sum", model="org/tiny", **more) -> dict:
-    """A record without scores. `more` replaces values by dotted path, such as {"identity.train.steps": 5}."""
-    tying = {part: dict(PARTS) for part in "ABuv"} | {"targets": ["qkv"], "label": name}
-    identity = {
-        "model": {"name": model, "revision": "main", "context": 512},
-        "task": {"name": task, "kind": "gsm8k", "version": 1, "prompt": "{q}"},
-        "tying": tying,
-        "rank": {"r": rank, "alpha": float(rank)},
-        "train": {"steps": 100, "batch_size": 16, "lr": lr, "lr_factor": {"A": 1.0}},
-        "score": {"checkpoint": "last", "batch_size": 64},
-        "seed": seed,
-    }
-    params = round(46080 * rank * SHARES.get(name, 0.1))
-    record = {
-        "identity": identity,
-        "config": {**copy.deepcopy(identity), "tying": {**copy.deepcopy(tying), "name": name}, "data_root": None},
-        "seed": seed,
-        "code": {"commit": "a" * 40, "dirty": False},
-        "versions": {"python": "3.11", "torch": "2.13", "transformers": "5.24"},
-        "device": "cpu, 1 threads",
-        "base": {"name": model, "revision": "main", "digest": "sha256:1"},
-        "trainable_params": params,
-        "share_of_lora": SHARES.get(name, 0.1),
-        "data": {"train": {"rows": 100, "digest": "train"}, "validation": {"rows": 50, "digest": "validation"}},
-        "training": {
-            "steps": 100,
-            "tokens": 1000,
-            "seconds": 10.0,
-            "tokens_per_s": 100.0,
-            "validation_loss_first": 2.0,
-            "validation_loss_last": 1.0,
-            "peak_memory_bytes": 2**30,
-        },
-        "adapter_bytes": 4 * params,
-        "scores": {},
-        "status": "done",
-    }
-    for path, value in more.items():
-        *parents, last = path.split(".")
-        node = record
-        for key in parents:
-            node = node[key]
-        node[last] = value
-    words = [name, f"r{rank}", task, model.split("/")[-1], f"s{seed}"]
-    meaning = json.dumps(record["identity"], sort_keys=True)
-    record["run_id"] = "-".join([*words, f"{abs(hash_of(meaning)):010x}"[:10]])
+class OneMetric(Task):
+    """A task with a single metric, which is a mean."""
+
+    def __init__(self, metric: str = METRIC) -> None:
+        super().__init__(TaskConfig(name="synthetic", kind="synthetic"))
+        self.metrics = (metric,)
+
+
+def make_config(name="TABuv", rank=8, seed=0, lr=1e-2, task="chain_sum", kind="gsm8k", model="org/tiny") -> Config:
+    """The resolved configuration of a run."""
+    return Config(
+        model=ModelConfig(name=model, context=512, architecture=SMOLLM2_135M),
+        task=TaskConfig(name=task, kind=kind, prompt="{q}", target=" {a}"),
+        tying=tying.named(name),
+        rank=RankConfig(rank, float(rank)),
+        train=TrainConfig(steps=100, batch_size=16, lr=lr, lr_factor=LrFactors()),
+        seed=seed,
+    )
+
+
+def make_record(changes: dict[str, Any] | None = None, **about) -> RunRecord:
+    """A record without scores.
+
+    Args:
+        changes: new values by dotted path: of the configuration where it starts with `config.`, such as
+            {"config.train.steps": 5}, otherwise of the record, such as {"code.commit": "b"}.
+    """
+    changes = changes or {}
+    config = make_config(**about)
+    for path, value in changes.items():
+        if path.startswith("config."):
+            config = _changed(config, path.split(".")[1:], value)
+    trainable = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
+    record = RunRecord(
+        run_id=run_id(config),
+        identity=Identity.from_tree(identity(config)),
+        config=ConfigRecord.from_tree(config_tree(config)),
+        seed=config.seed,
+        code=CodeVersion("a" * 40, dirty=False),
+        versions={"python": "3.11", "torch": "2.13", "transformers": "5.24"},
+        execution=Execution("cpu", threads=1),
+        base=BaseModelRecord(config.model.name, "main", "sha256:1"),
+        trainable_params=trainable,
+        share_of_lora=trainable / tying.lora_params(config.rank.r, config.model.architecture),
+        data={"train": DataRecord("train", rows=100), "validation": DataRecord("validation", rows=50)},
+        training=TrainingRecord(
+            steps=100,
+            tokens=1000,
+            seconds=10.0,
+            tokens_per_s=100.0,
+            validation_loss_first=2.0,
+            validation_loss_last=1.0,
+            peak_memory_bytes=2**30,
+        ),
+        adapter_bytes=4 * trainable,
+        scores={},
+    )
+    for path, value in changes.items():
+        if not path.startswith("config."):
+            record = _changed(record, path.split("."), value)
     return record
 
 
-def hash_of(text: str) -> int:
-    import hashlib
-
-    return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
-
-
-def add_scores(record: dict, split: str, ours, base=None, metric="exact_match_strict") -> dict:
-    """Put a split's scores into a record from per-example scores."""
-    ours = np.asarray(ours, dtype=float)
-    binary = np.isin(ours, (0, 1)).all()
-
-    def value(scores):
-        if binary:
-            found = wilson(int(scores.sum()), len(scores))
-            return {"value": found.value, "low": found.low, "high": found.high}
-        return {"value": float(scores.mean()), "low": float(scores.min()), "high": float(scores.max())}
-
-    found = {"rows": len(ours), "digest": f"{record['identity']['task']['name']}-{split}", "seconds": 1.0}
-    found["metrics"] = {metric: value(ours)}
-    if base is not None:
-        base = np.asarray(base, dtype=float)
-        found["base"] = {metric: value(base)}
-        if binary:
-            gap = paired_proportions(ours.tolist(), base.tolist())
-            found["gain"] = {metric: {"value": gap.value, "low": gap.low, "high": gap.high}}
-    record["scores"][split] = found
-    return record
+def _changed(node: Any, path: Sequence[str], value: Any) -> Any:
+    """A copy of a dataclass or dict with the value at `path`."""
+    name, *rest = path
+    if isinstance(node, dict):
+        return {**node, name: _changed(node[name], rest, value) if rest else value}
+    return dataclasses.replace(node, **{name: _changed(getattr(node, name), rest, value) if rest else value})
 
 
-def write_run(root: Path, record: dict, rows: dict[str, list[dict]]) -> Path:
-    """A run's folder: result.json, metrics.jsonl and predictions/."""
-    folder = Path(root) / record["run_id"]
-    (folder / "predictions").mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps(record))
-    losses = [{"step": step, "validation/loss": 2.0 - step / 100} for step in (0, 50, 100)]
-    losses += [{"step": step, "train/loss": 2.0 - step / 100} for step in range(1, 101, 9)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in losses))
-    for name, lines in rows.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / "predictions" / f"{name}.jsonl").write_text(text)
-    return folder
-
-
-def prediction_rows(scores, metric="exact_match_strict", output="#### 3"):
+def prediction_rows(scores: Sequence[Score], metric: str = METRIC, output: str = "#### 3") -> list[PredictionRow]:
+    """A row for each score: a number, or the statistics of a corpus metric."""
     return [
-        {
-            "id": str(number),
-            "prompt": f"Question {number}",
-            "references": ["3"],
-            "output": output,
-            "output_tokens": 3,
-            "ended": "end",
-            "scores": {metric: score if isinstance(score, list) else float(score)},
-        }
+        PredictionRow(
+            id=str(number),
+            prompt=f"Question {number}",
+            references=["3"],
+            output=output,
+            scores={metric: [float(part) for part in score] if isinstance(score, list) else float(score)},
+            output_tokens=3,
+            ended="end",
+        )
         for number, score in enumerate(scores)
     ]
 
 
+def add_scores(
+    record: RunRecord,
+    split: str,
+    rows: Sequence[PredictionRow],
+    base: Sequence[PredictionRow] | None = None,
+    task: Task | None = None,
+) -> RunRecord:
+    """The record with a split's scores, from its rows and the base model's, summarised as scoring does."""
+    task = task or OneMetric(next(iter(rows[0].scores)))
+    scores = SplitScores(
+        rows=len(rows),
+        digest=f"{record.identity.task.name}-{split}",
+        metrics=summarise(rows, task),
+        seconds=1.0,
+        base=None if base is None else summarise(base, task),
+        gain=None if base is None else gains(rows, base, task),
+    )
+    return dataclasses.replace(record, scores={**record.scores, split: scores})
+
+
+def write_run(root: Path, record: RunRecord, rows: dict[str, list[PredictionRow]]) -> Path:
+    """A run's folder: result.json, metrics.jsonl and predictions/."""
+    folder = RunFolder(Path(root) / record.run_id)
+    (folder.path / "predictions").mkdir(parents=True)
+    folder.result_file.write_text(json.dumps(record.to_json()))
+    losses = [MetricsRow(step, {"validation/loss": 2.0 - step / 100}) for step in (0, 50, 100)]
+    losses += [MetricsRow(step, {"train/loss": 2.0 - step / 100}) for step in range(1, 101, 9)]
+    write_lines(folder.metrics_file, losses)
+    for name, predictions in rows.items():
+        write_lines(folder.predictions_file(name), predictions)
+    return folder.path
+
+
+def write_lines(path: Path, rows: Sequence[MetricsRow | PredictionRow]) -> None:
+    """A JSON Lines file. Not flushed to the disk, which would take most of a test's time."""
+    path.write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
+
+
 def scored_run(
-    root, ours, base=None, split="validation", metric="exact_match_strict", output="#### 3", **about
+    root, ours, base=None, split="validation", metric=METRIC, output="#### 3", changes=None, **about
 ) -> Path:
-    """A finished run with one split's scores and predictions."""
-    record = add_scores(make_record(**about), split, ours, base, metric)
+    """A finished run with one split's scores and predictions, from one score per example."""
     rows = {split: prediction_rows(ours, metric, output)}
     if base is not None:
         rows[f"{split}.base"] = prediction_rows(base, metric)
+    record = add_scores(make_record(changes, **about), split, rows[split], rows.get(f"{split}.base"))
     return write_run(root, record, rows)
 
 
@@ -134,7 +172,7 @@ def world(root, truth, *, seeds=5, rows=200, base=0.1, seed_sd=0.01, rank=8, gen
     """Runs of known truth: `truth` maps configurations to success rates; examples differ in difficulty."""
     generator = generator or np.random.default_rng(0)
     difficulty = generator.normal(0, 0.1, rows)
-    below = generator.random(rows) < np.clip(base + difficulty, 0, 1)
+    base_scores = generator.random(rows) < np.clip(base + difficulty, 0, 1)
     for name, p in truth.items():
         own_rank = rank
         if isinstance(name, tuple):
@@ -142,4 +180,10 @@ def world(root, truth, *, seeds=5, rows=200, base=0.1, seed_sd=0.01, rank=8, gen
         for seed in range(seeds):
             chance = np.clip(p + difficulty + generator.normal(0, seed_sd), 0, 1)
             ours = (generator.random(rows) < chance).astype(float)
-            scored_run(root, ours, below.astype(float), name=name, rank=own_rank, seed=seed, **about)
+            scored_run(root, ours, base_scores.astype(float), name=name, rank=own_rank, seed=seed, **about)
+
+
+def primary_row(rows, label):
+    """The one row of the report that has the label, by its task's first metric."""
+    (row,) = [row for row in rows if row.group.label == label and row.primary]
+    return row

@@ -9,9 +9,10 @@ from helpers.report_runs import world
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.report import claims, write
+from tiedlora.report.answers import verdict
 from tiedlora.statistics import crossed
 from tiedlora.statistics.crossed import Spread
-from tiedlora.statistics.intervals import Interval
+from tiedlora.statistics.interval import Interval
 
 FILE = PROJECT / "claims" / "tied_lora.yaml"
 
@@ -56,8 +57,8 @@ class TestVerdicts:
 
     @pytest.mark.parametrize(("low", "high", "expected"), [(-0.01, 0.1, "supported"), (-0.1, -0.03, "contradicted")])
     def test_a_verdict_reads_the_interval_beside_the_margin(self, low, high, expected):
-        assert claims.verdict(Interval(0, low, high), 0.02) == expected
-        assert claims.verdict(Interval(0, -0.1, 0.1), 0.02) == "undecided"
+        assert verdict(Interval(0, low, high), 0.02) == expected
+        assert verdict(Interval(0, -0.1, 0.1), 0.02) == "undecided"
 
     @pytest.mark.parametrize(("seeds", "rows", "p"), itertools.product((5, 10), (200, 1000), (0.1, 0.5)))
     def test_wrong_verdicts_are_at_most_five_in_a_hundred(self, seeds, rows, p):
@@ -80,7 +81,7 @@ class TestVerdicts:
                 # Moved so that the truth is -margin exactly.
                 shift = -margin - true
                 interval = Interval(value + shift, low + shift, high + shift)
-                wrong += claims.verdict(interval, margin) != "undecided"
+                wrong += verdict(interval, margin) != "undecided"
         assert wrong / worlds <= 0.05 + 0.018
 
 
@@ -94,9 +95,9 @@ def mean_clipped(p, *spreads):
 
 class TestPlanning:
     def test_what_is_said_to_be_enough_decides_four_times_in_five(self):
-        """Simulated at the numbers that `enough` returns."""
+        """Simulated at the numbers that `needed_seeds_and_rows` returns."""
         spread = Spread(seeds=0.015, examples=0.2, rest=0.4)
-        seeds, rows = crossed.enough(0.04, spread, 500, 5)
+        seeds, rows = crossed.needed_seeds_and_rows(0.04, spread, 500, 5)
         generator = np.random.default_rng(5)
         decided = 0
         for _ in range(300):
@@ -110,16 +111,16 @@ class TestPlanning:
         assert 0.72 <= decided / 300 <= 0.95
 
     def test_more_seeds_than_anyone_runs_turn_into_rows_and_then_into_none(self):
-        seeds, rows = crossed.enough(0.02, Spread(0.005, 0.5, 0.5), 100, 5)
+        seeds, rows = crossed.needed_seeds_and_rows(0.02, Spread(0.005, 0.5, 0.5), 100, 5)
         assert rows > 100
         assert seeds >= 5
-        assert crossed.enough(0.0001, Spread(0.05, 0.5, 0.5), 100, 5) is None
+        assert crossed.needed_seeds_and_rows(0.0001, Spread(0.05, 0.5, 0.5), 100, 5) is None
 
     def test_measured_spreads_come_back(self):
         generator = np.random.default_rng(0)
         values = generator.normal(0, 0.03, (200, 1)) + generator.normal(0, 0.3, (1, 400))
         values = values + generator.normal(0, 0.4, (200, 400))
-        found = crossed.spread(values)
+        found = crossed.measured_spread(values)
         assert (found.seeds, found.examples, found.rest) == pytest.approx((0.03, 0.3, 0.4), rel=0.15)
 
     def test_a_sweep_reads_what_it_can_decide_before_it_runs(self):

@@ -1,21 +1,23 @@
 """Hostile words in records and predictions: what reaches page, tables and terminal, and a search for more."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
 
 from helpers.hostile import HOSTILE, ODD_VALUES, put, right_or_refused, search
-from helpers.report_runs import prediction_rows, scored_run
+from helpers.report_runs import prediction_rows, scored_run, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiedlora import text as present
-from tiedlora.records import run_record
+from tiedlora.records.rows import read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.report import page, tables, write
+from tiedlora.records.run_record import read_record
+from tiedlora.records.summary import terminal_lines
+from tiedlora.report import formats, page, write
 from tiedlora.runs import library, verify
-from tiedlora.records.rows import read_metrics
+from tiedlora.text import visible, visible_lines
 
 pytest_plugins = ["helpers.hostile_runs"]
 ALIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e]")
@@ -26,18 +28,16 @@ def test_what_a_model_wrote_reaches_no_page_table_or_terminal_alive(tmp_path, sc
     """Everywhere that a stranger's text can stand: outputs, prompts, ids, settings, devices, versions, errors."""
     for seed, (variant, lr) in enumerate((("cosine", 1e-2), (HOSTILE, 1e-2), ("=HYPERLINK(1)", 1e-3))):
         folder = scored_run(tmp_path / "runs", [1, 0, 1, 1], [0, 0, 1, 0], output=HOSTILE, seed=seed, lr=lr)
-        record = json.loads((folder / "result.json").read_text())
-        record["identity"]["train"]["schedule"] = variant
-        record["identity"]["task"]["prompt"] = f"$\\frac{{{variant}"
-        record.update(
-            device=HOSTILE, versions={"torch": HOSTILE, HOSTILE: "@SUM(1)"}, code={"commit": HOSTILE, "dirty": None}
-        )
-        (folder / "result.json").write_text(json.dumps(record))
-        rows = prediction_rows([1, 0, 1, 1], output=HOSTILE)
-        for row in rows:
-            row.update(id=f"{row['id']}{HOSTILE}", prompt=HOSTILE, references=[HOSTILE])
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / "predictions" / "validation.jsonl").write_text(text)
+        put(folder, "identity.train.schedule", variant)
+        put(folder, "identity.task.prompt", f"$\\frac{{{variant}")
+        put(folder, "execution.device", HOSTILE)
+        put(folder, "versions", {"torch": HOSTILE, HOSTILE: "@SUM(1)"})
+        put(folder, "code", {"commit": HOSTILE, "dirty": None})
+        rows = [
+            dataclasses.replace(row, id=f"{row.id}{HOSTILE}", prompt=HOSTILE, references=[HOSTILE])
+            for row in prediction_rows([1, 0, 1, 1], output=HOSTILE)
+        ]
+        write_lines(folder / "predictions" / "validation.jsonl", rows)
     failed = tmp_path / "runs" / "=1+1"
     failed.mkdir()
     (failed / "error.txt").write_text(f"Traceback\nValueError: {HOSTILE}\n")
@@ -61,7 +61,7 @@ def test_what_a_model_wrote_reaches_no_page_table_or_terminal_alive(tmp_path, sc
 
 
 def test_what_a_record_says_reaches_the_terminal_and_the_card_tamed(folder, script, tmp_path):
-    put(folder, "device", HOSTILE)
+    put(folder, "execution.device", HOSTILE)
     put(folder, "versions", {"torch": HOSTILE})
     code, out, err = script("scripts/score.py", folder, "--split", "validation")
     assert (code, err) == (0, "")
@@ -86,8 +86,8 @@ def test_a_failed_cells_error_reaches_the_terminal_tamed(folder, words, script):
 
 
 def test_texts_are_made_visible():
-    assert present.visible("a\x1b[2J\x00\n\x7f\x9b\u202e\ud800é") == "a␛[2J␀␊␡<U+009B><U+202E><U+D800>é"
-    assert present.lines("a\nb\x1b") == "a\nb␛"
+    assert visible("a\x1b[2J\x00\n\x7f\x9b\u202e\ud800é") == "a␛[2J␀␊␡<U+009B><U+202E><U+D800>é"
+    assert visible_lines("a\nb\x1b") == "a\nb␛"
 
 
 def leaves(node: object, prefix: tuple = ()) -> list[tuple]:
@@ -115,25 +115,14 @@ def test_any_record_is_read_or_refused(place, tmp_path_factory, data):
     text = json.dumps(record)
     (root / place[0].name / "result.json").write_text(text)
     with right_or_refused():
-        present.result(RunFolder(root / place[0].name).result(), root)
+        terminal_lines(RunFolder(root / place[0].name).finished_record(), root)
         library.config_of(root / place[0].name)
     report = write.build([root])
-    made = {"results": tables.results(report.rows), "cost": tables.cost(report.cells)}
-    made |= {"claims": tables.claims([]), "left-out": tables.left_out(report.left_out), "peers": tables.left_out([])}
-    for table in made.values():
-        for render in (tables.to_csv, tables.to_latex, tables.to_markdown):
+    tables = report.tables()
+    for table in tables.all():
+        for render in (formats.to_csv, formats.to_latex, formats.to_markdown):
             assert not ALIVE.search(render(table))
-    drawn = page.render(
-        title="",
-        summary="",
-        rows=report.rows,
-        cells=report.cells,
-        tables_of=made,
-        overview=tables.overview(report.rows, report.left_out),
-        figures=(),
-        coverage_note="",
-        most_sections=1,
-    )
+    drawn = page.render(report.summary(), report.rows, tables, figures=(), most_sections=1)
     assert drawn.count("<script>") == 1
     assert not ALIVE.search(drawn)
     with right_or_refused():
@@ -148,12 +137,12 @@ def test_any_prediction_is_read_or_refused(place, tmp_path_factory, data):
     row = data.draw(st.sampled_from(rows))
     row[data.draw(st.sampled_from([*row, "choices", "log_likelihoods"]))] = data.draw(ODD_VALUES)
     path = tmp_path_factory.getbasetemp() / "any-predictions.jsonl"
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
     before = path.read_bytes()
     with right_or_refused():
-        for one in run_record.read_predictions(path):
-            one["output"].splitlines()
-            sum(score for score in one["scores"].values() if isinstance(score, (int, float)))
+        for prediction in read_predictions(path):
+            prediction.output.splitlines()
+            sum(score for score in prediction.scores.values() if isinstance(score, (int, float)))
     assert path.read_bytes() == before
 
 
@@ -162,7 +151,7 @@ def test_any_prediction_is_read_or_refused(place, tmp_path_factory, data):
 def test_any_bytes_are_read_or_refused(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "any-bytes"
     path.write_bytes(data)
-    for reader in (run_record.read_result, run_record.read_predictions, read_metrics):
+    for reader in (read_record, read_predictions, read_metrics):
         with right_or_refused():
             reader(path)
     assert path.read_bytes() == data

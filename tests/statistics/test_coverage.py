@@ -1,6 +1,6 @@
 """Coverage by simulation: what claims 95 % covers 93 to 97 %, or docs/results.md and the report say what it covers.
 
-Truth: p is known, examples (and seeds) are drawn anew each time, and the interval is made by the report's own code.
+The truth p is known. Examples (and seeds) are drawn anew each time, and the report's own code computes the interval.
 """
 
 import functools
@@ -9,10 +9,13 @@ import re
 
 import numpy as np
 import pytest
+from helpers.report_runs import scored_run
 from scipy.stats import binom
 
 from tiedlora.config.project import PROJECT
+from tiedlora.report import write
 from tiedlora.statistics import coverage, crossed
+from tiedlora.statistics.bootstrap import bootstrap_means
 from tiedlora.statistics.intervals import paired_proportions, wilson
 
 ROWS = (200, 1000)
@@ -23,7 +26,7 @@ GRID = list(itertools.product(ROWS, RATES))
 
 
 def covered(low, high, truth) -> float:
-    # A hair of tolerance: an interval may be the single number that is the truth.
+    # The tolerance is for an interval that is the single number p, but for rounding.
     return float(((low <= truth + 1e-12) & (high >= truth - 1e-12)).mean())
 
 
@@ -82,7 +85,7 @@ def bootstrap_coverage(rows, p):
     generator = np.random.default_rng([rows, round(1000 * p)])
     scores = generator.random((2000, rows)) * (generator.random((2000, rows)) < min(1.0, 2 * p))
     truth = min(1.0, 2 * p) / 2
-    _, low, high = crossed.over_examples(scores)
+    _, low, high = bootstrap_means(scores)
     return covered(low, high, truth)
 
 
@@ -91,13 +94,13 @@ def paired_bootstrap_coverage(rows, p):
     generator = np.random.default_rng([rows, round(1000 * p), 3])
     answerable = generator.random((600, 1, rows)) < min(1.0, 2 * p)
     scores = generator.random((2, 600, 3, rows)) * answerable
-    _, low, high = crossed.over_examples((scores[0] * 0.9 - scores[1]).mean(1))
+    _, low, high = bootstrap_means((scores[0] * 0.9 - scores[1]).mean(1))
     return covered(low, high, min(1.0, 2 * p) * (0.45 - 0.5))
 
 
 def seeds_coverage(rows, p, seeds):
     """Seeds of one true score, on which chance in the examples is all that differs."""
-    return coverage._of_seeds_interval(rows, p, seeds)
+    return coverage.simulated_coverage(rows, p, seeds)
 
 
 def paired_seeds_coverage(rows, p, seeds):
@@ -151,10 +154,6 @@ def test_intervals_over_seeds(name, rows, p, seeds):
 
 
 def test_the_report_prints_what_a_short_interval_covers(tmp_path):
-    from helpers.report_runs import scored_run
-
-    from tiedlora.report import write
-
     for seed in range(2):
         ours = np.zeros(200)
         ours[: 2 + seed] = 1
@@ -163,4 +162,4 @@ def test_the_report_prints_what_a_short_interval_covers(tmp_path):
     (note,) = [note for note in row.notes if "over seeds covers" in note]
     said = int(re.search(r"covers (\d+) %", note)[1]) / 100
     assert said < 0.93
-    assert said == pytest.approx(coverage.of_seeds_interval(200, 0.0125, 2), abs=0.01)
+    assert said == pytest.approx(coverage.seeds_interval_coverage(200, 0.0125, 2), abs=0.01)

@@ -49,7 +49,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def typed(kind: type[T], value: Any, what: str = "a run's record") -> T:
+def typed(kind: type[T], value: Any, what: str = "a run's record of this project") -> T:
     """Plain data, as JSON and YAML hold it, as an instance of the dataclass `kind`. Unknown keys are ignored.
 
     Args:
@@ -67,10 +67,10 @@ def typed(kind: type[T], value: Any, what: str = "a run's record") -> T:
 
 def _in_words(error: ErrorDetails, what: str) -> str:
     key = visible(".".join(str(part)[:40] for part in error["loc"]))
+    if not key:
+        return f"is not {what}: it is no object"
     if error["type"] == "missing":
-        return f"has no '{key}', so it is not {what} of this project"
+        return f"has no '{key}', so it is not {what}"
     if error["type"] in ("not_finite", "not_a_name", "not_an_interval"):
         return f"'{key}' {error['msg']}"
-    if what != "a run's record":
-        return f"'{key}' is {error['input']!r:.60}, which cannot be a value of {what}"
-    return f"'{key}' is {error['input']!r:.60}, which is no run's"
+    return f"'{key}' is {error['input']!r:.60}, which cannot be a value of {what}"

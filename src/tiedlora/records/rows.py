@@ -93,14 +93,19 @@ class MetricsRow:
         return cls(step, values) if isinstance(step, int) and is_number(step) and values else None
 
 
-def read_metrics(path: Path) -> list[MetricsRow]:
+def read_metrics(path: Path, metric: str = "") -> list[MetricsRow]:
     """The rows of metrics.jsonl. A last line that a kill cut short, and any line that is no row, are left out.
+
+    Args:
+        metric: parse only lines that name it, which is quicker where few do; all lines by default.
 
     Raises:
         UserError: the file is there and cannot be read.
     """
     rows = []
     for line in storage.read_bytes(path).splitlines() if path.exists() else []:
+        if metric.encode() not in line:
+            continue
         try:
             tree = json.loads(line)
         except (ValueError, RecursionError):

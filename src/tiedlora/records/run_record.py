@@ -186,7 +186,7 @@ class _Tying:
 
 
 def _with_tree(value: Any) -> Any:
-    return {**value, "tree": value} if isinstance(value, dict) and "tree" not in value else value
+    return {**value, "tree": value} if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,51 @@
-"""The report's numbers: scores, paired differences to LoRA, gains over the base, and what is left of LoRA's gain."""
+"""The report's numbers: scores, paired differences to LoRA, gains over the base model, and the retained share of LoRA's
+gain."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from tiedlora.errors import UserError
-from tiedlora.report.cells import Cell, mixed_data
+from tiedlora.report.groups import RunGroup
 from tiedlora.report.runs import Run
+from tiedlora.report.scorebook import Scorebook
 from tiedlora.statistics import coverage, crossed
 from tiedlora.statistics.crossed import Array
-from tiedlora.statistics.intervals import Interval
+from tiedlora.statistics.interval import Interval
+from tiedlora.statistics.intervals import is_binary
 
 BASELINE = "LoRA"
-SPLITS = ("test", "validation")
-"""In this order: the split that a report shows is the first that its runs have."""
+SPLIT_PREFERENCE = ("test", "validation")
+"""A report shows the first of these splits that its runs have."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is compared: one metric on one split."""
+
+    split: str
+    metric: str
+
+    def scored(self, group: RunGroup) -> list[Run]:
+        """The group's runs that have this metric."""
+        return [run for run in group.runs if self.split in run.splits and self.metric in run.splits[self.split].metrics]
+
+    def has_base(self, run: Run) -> bool:
+        """Whether the base model was scored beside the run."""
+        return self.metric in (run.splits[self.split].base or {})
+
+    def values(self, runs: Sequence[Run]) -> Array:
+        """(runs,): each run's recorded score."""
+        return np.array([run.splits[self.split].metrics[self.metric].value for run in runs])
+
+    def base_values(self, runs: Sequence[Run]) -> Array:
+        """(runs,): the base model's recorded score beside each run."""
+        return np.array([(run.splits[self.split].base or {})[self.metric].value for run in runs])
 
 
 @dataclass
@@ -31,21 +59,20 @@ class Estimate:
     """Over which examples were drawn, with these seeds."""
     both: Interval | None = None
     """Over seeds and examples."""
-    method: str = ""
-    """How the interval over examples was made: Wilson, Newcombe, bootstrap, paired bootstrap."""
 
-    def widest(self) -> Interval | None:
-        """The interval that covers most: both, else examples, else seeds."""
-        return self.both or self.examples or self.seeds
+    @property
+    def widest(self) -> Interval:
+        """The value with the interval that covers most: both, else examples, else seeds, else none (NaN)."""
+        interval = self.both or self.examples or self.seeds or Interval(self.value, math.nan, math.nan)
+        return dataclasses.replace(interval, value=self.value)
 
 
 @dataclass
-class Row:
-    """One cell's numbers on one split by one metric."""
+class ResultRow:
+    """One group's numbers on one split by one metric."""
 
-    cell: Cell
-    split: str
-    metric: str
+    group: RunGroup
+    measure: Measure
     primary: bool
     """Whether it is the metric that comparisons use."""
     seeds: list[int] = field(default_factory=list)
@@ -60,257 +87,191 @@ class Row:
     notes: list[str] = field(default_factory=list)
 
 
-class Scorebook:
-    """Per-example scores of runs, read once."""
-
-    def __init__(self) -> None:
-        self._read: dict[tuple[str, str, bool], tuple[tuple[str, ...], dict[str, Array]] | UserError] = {}
-
-    def scores(self, run: Run, split: str, metric: str, base: bool = False) -> tuple[tuple[str, ...], Array]:
-        """(ids, one number an example) whose mean is the metric.
-
-        Raises:
-            UserError: predictions are missing or damaged, or disagree with result.json.
-        """
-        key = (str(run.path), split, base)
-        if key not in self._read:
-            self._read[key] = self._load(run, split, base)
-        found = self._read[key]
-        if isinstance(found, UserError):
-            raise found
-        ids, scores = found
-        recorded = run.splits[split]["base" if base else "metrics"]
-        if metric not in scores or metric not in recorded:
-            raise UserError(f"predictions/{split} has no per-example {metric}")
-        if abs(float(scores[metric].mean()) - recorded[metric]["value"]) > 1e-6:
-            raise UserError(f"predictions/{split} disagrees with result.json on {metric}; scripts/verify.py says where")
-        return ids, scores[metric]
-
-    def _load(self, run: Run, split: str, base: bool) -> tuple[tuple[str, ...], dict[str, Array]] | UserError:
-        try:
-            rows = run.rows(split, base)
-        except UserError as error:
-            return error
-        scores = {}
-        for metric in run.splits[split]["metrics"]:
-            found = [row["scores"].get(metric) for row in rows]
-            try:
-                if found and all(isinstance(score, list) for score in found):
-                    scores[metric] = pseudo_values(np.array(found, dtype=float), corpus_score(run, metric))
-                elif None not in found:
-                    scores[metric] = np.array(found, dtype=float)
-            except UserError as error:
-                return error
-            except (KeyError, TypeError, ValueError, ImportError) as error:
-                return UserError(f"predictions/{split}: its scores of {metric} cannot be read ({error!r:.60})")
-        return tuple(row["id"] for row in rows), scores
-
-
-def corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
-    """The function from summed statistics to a corpus-level metric such as BLEU, which the run's task owns."""
-    # Tasks import Hydra's schema (and sacrebleu): only a report with such a metric waits for them.
-    from tiedlora.config.schema import TaskConfig
-    from tiedlora.tasks import load_task
-
-    recorded = run.record["identity"]["task"]
-    task: Any = load_task(TaskConfig(name=run.task, kind=str(recorded["kind"]), options=recorded.get("options", {})))
-    if not hasattr(task, "corpus_score"):
-        raise UserError(f"task {run.task}: this version of the code has no corpus score for {metric}")
-    return lambda sums: float(task.corpus_score(metric, sums))
-
-
-def pseudo_values(statistics: Array, score: Callable[[Array], float]) -> Array:
-    """One number an example for a metric that is no mean, so that every interval here serves it too.
-
-    Tukey's jackknife pseudo-values, shifted so that their mean is the corpus score itself: the spread of
-    their mean is, to first order, that of the score when sentences are resampled.
-
-    Args:
-        statistics: (examples, statistics), whose sum over examples `score` takes.
-    """
-    total, count = statistics.sum(0), len(statistics)
-    whole = score(total)
-    without = np.array([score(total - one) for one in statistics])
-    values = count * whole - (count - 1) * without
-    return np.asarray(values - values.mean() + whole)
-
-
-def shown_split(found: Sequence[Cell]) -> dict[str, str]:
-    """For each task the split that the report shows: test if any chosen run has it, else validation."""
+def shown_splits(groups: Sequence[RunGroup]) -> dict[str, str]:
+    """Task -> the split that the report shows: test if any chosen run has it, else validation."""
     shown = {}
-    for task in {cell.task for cell in found}:
-        scored = {split for cell in found if cell.task == task for run in cell.runs for split in run.splits}
-        shown[task] = next((split for split in SPLITS if split in scored), "validation")
+    for task in {group.task for group in groups}:
+        scored = {split for group in groups if group.task == task for run in group.runs for split in run.splits}
+        shown[task] = next((split for split in SPLIT_PREFERENCE if split in scored), "validation")
     return shown
 
 
-def rows(found: Sequence[Cell], book: Scorebook, split: str | None = None) -> list[Row]:
-    """Every cell's numbers, by each metric of its task.
+def result_rows(groups: Sequence[RunGroup], book: Scorebook, split: str | None = None) -> list[ResultRow]:
+    """Every group's numbers, by each metric of its task.
 
     Args:
         split: validation or test; None shows test where the chosen runs have it.
     """
-    splits = {cell.task: split for cell in found} if split else shown_split(found)
-    lora = baselines(found)
-    table = []
-    for cell in found:
-        shown = splits[cell.task]
-        metrics = next((list(run.splits[shown]["metrics"]) for run in cell.runs if shown in run.splits), [""])
+    splits = {group.task: split for group in groups} if split else shown_splits(groups)
+    lora = baselines(groups)
+    rows = []
+    for group in groups:
+        shown = splits[group.task]
+        metrics = next((list(run.splits[shown].metrics) for run in group.runs if shown in run.splits), [""])
         for metric in metrics:
-            row = Row(cell, shown, metric, primary=metric == metrics[0])
-            _fill(row, lora.get((cell.setting, cell.rank)), book)
-            table.append(row)
-    return table
+            row = ResultRow(group, Measure(shown, metric), primary=metric == metrics[0])
+            _fill(row, lora.get((group.setting, group.rank)), book)
+            rows.append(row)
+    return rows
 
 
-def baselines(found: Sequence[Cell]) -> dict[tuple[str, int], Cell]:
-    """LoRA's cell by setting and rank: the plain one (alpha = r) where there are several."""
-
-    def plain(cell: Cell) -> bool:
-        return bool(cell.runs[0].record["identity"]["rank"].get("alpha") == cell.rank)
-
-    ordered = sorted((cell for cell in found if cell.label == BASELINE), key=plain)
-    return {(cell.setting, cell.rank): cell for cell in ordered}
+def baselines(groups: Sequence[RunGroup]) -> Mapping[tuple[str, int], RunGroup]:
+    """LoRA's group by setting and rank: the plain one (alpha = r) where there are several."""
+    ordered = sorted((group for group in groups if group.label == BASELINE), key=_has_alpha_of_rank)
+    return {(group.setting, group.rank): group for group in ordered}
 
 
-def _fill(row: Row, lora: Cell | None, book: Scorebook) -> None:
-    runs = _scored(row.cell, row.split, row.metric)
+def _has_alpha_of_rank(group: RunGroup) -> bool:
+    return group.runs[0].record.identity.rank.alpha == group.rank
+
+
+def _fill(row: ResultRow, lora: RunGroup | None, book: Scorebook) -> None:
+    """Compute the row's numbers."""
+    group, measure = row.group, row.measure
+    runs = measure.scored(group)
     row.seeds = [run.seed for run in runs]
-    if missing := [run.seed for run in row.cell.runs if run.seed not in row.seeds]:
-        row.notes.append(f"not scored on {row.split}: seed {', '.join(map(str, missing))}")
+    if missing := [run.seed for run in group.runs if run.seed not in row.seeds]:
+        row.notes.append(f"not scored on {measure.split}: seed {', '.join(map(str, missing))}")
     if not runs:
         return
-    if mixed_data(row.cell, row.split):
+    if group.has_mixed_data(measure.split):
         row.notes.append("no mean: its seeds saw different data")
         return
-    row.examples = int(runs[0].splits[row.split]["rows"])
-    if row.split == "validation" and len(row.cell.rates) > 1:
+    row.examples = runs[0].splits[measure.split].rows
+    if measure.split == "validation" and len(group.rates) > 1:
         row.notes.append("validation also chose the learning rate, so the score is optimistic")
-    row.score = score(row, runs, book)
-    row.gain = gain(row.cell, row.split, row.metric, book)
-    if lora is not None and lora is not row.cell:
-        row.difference, why = difference(row.cell, lora, row.split, row.metric, book)
+    row.score, notes = score(runs, measure, book)
+    row.notes += notes
+    row.gain = gain(group, measure, book)
+    if lora is not None and lora is not group:
+        row.difference, why = difference(group, lora, measure, book)
         if why:
             row.notes.append(f"compared with LoRA: {why}")
-        row.retained = retained(row.cell, lora, row.split, row.metric)
+        row.retained = retained(group, lora, measure)
     elif lora is None:
-        row.notes.append(f"no LoRA at rank {row.cell.rank} in the same setting to compare with")
+        row.notes.append(f"no LoRA at rank {group.rank} in the same setting to compare with")
 
 
-def _scored(cell: Cell, split: str, metric: str) -> list[Run]:
-    return [run for run in cell.runs if split in run.splits and metric in run.splits[split]["metrics"]]
+def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estimate, list[str]]:
+    """The mean over the runs' seeds, and notes on what its intervals do not cover.
 
-
-def _values(runs: Sequence[Run], split: str, metric: str, kind: str = "metrics") -> Array:
-    return np.array([run.splits[split][kind][metric]["value"] for run in runs], dtype=float)
-
-
-def score(row: Row, runs: Sequence[Run], book: Scorebook) -> Estimate:
-    """A cell's mean over seeds. One seed has the interval that its record holds."""
-    values = _values(runs, row.split, row.metric)
-    found = Estimate(float(values.mean()))
-    scoring_examples = row.examples
+    One run has the interval that its record holds, so that both always agree.
+    """
+    values = measure.values(runs)
+    estimate = Estimate(float(values.mean()))
+    examples = runs[0].splits[measure.split].rows
+    scoring_examples, by_bootstrap, notes = examples, False, []
     try:
-        table = np.stack([book.scores(run, row.split, row.metric)[1] for run in runs])
-        found.examples, found.method = crossed.score_over_examples(table)
+        table = book.table(runs, measure.split, measure.metric)
+        recorded = runs[0].splits[measure.split].metrics[measure.metric]
+        estimate.examples = recorded if len(runs) == 1 else crossed.score_over_examples(table)
         scoring_examples = int((table != 0).any(0).sum())
-    except (UserError, ValueError) as error:
-        row.notes.append(f"no interval over examples: {error}")
-    if len(runs) > 1:
-        found.seeds = crossed.interval(crossed.over_seeds(values))
-    row.notes += coverage.remarks(found, scoring_examples, row.examples, len(runs))
-    return found
-
-
-def gain(cell: Cell, split: str, metric: str, book: Scorebook) -> Estimate | None:
-    """The paired difference to the base model, which has no seeds of its own."""
-    runs = [run for run in _scored(cell, split, metric) if metric in run.splits[split].get("base", {})]
-    if not runs:
-        return None
-    values = _values(runs, split, metric) - _values(runs, split, metric, "base")
-    found = Estimate(float(values.mean()))
-    if len(runs) > 1:
-        found.seeds = crossed.interval(crossed.over_seeds(values))
-    try:
-        ids, base = book.scores(runs[0], split, metric, base=True)
-        _paired(found, _table(runs, split, metric, book, ids), np.broadcast_to(base, (len(runs), len(base))))
-    except UserError:
-        if len(runs) == 1:
-            recorded = runs[0].splits[split]["gain"][metric]
-            found.examples, found.method = Interval(recorded["value"], recorded["low"], recorded["high"]), "as recorded"
-    return found
-
-
-def difference(ours: Cell, theirs: Cell, split: str, metric: str, book: Scorebook) -> tuple[Estimate | None, str]:
-    """The paired difference of two cells over the seeds they share, and what is to be said of it."""
-    pairs = _pairs(ours, theirs, split, metric)
-    if not pairs:
-        return None, "no seed in common"
-    if ours.digests(split) != theirs.digests(split) or mixed_data(ours, split) or mixed_data(theirs, split):
-        return None, "other data"
-    first, second = zip(*pairs, strict=True)
-    values = _values(first, split, metric) - _values(second, split, metric)
-    found = Estimate(float(values.mean()))
-    notes = []
-    if len(pairs) > 1:
-        found.seeds = crossed.interval(crossed.over_seeds(values))
-    try:
-        ids, _ = book.scores(first[0], split, metric)
-        _paired(found, _table(first, split, metric, book, ids), _table(second, split, metric, book, ids))
+        by_bootstrap = len(runs) > 1 or not is_binary(table)
     except UserError as error:
         notes.append(f"no interval over examples: {error}")
-    commits = [{str(run.record["code"].get("commit")) for run in side} for side in (first, second)]
+    if len(runs) > 1:
+        estimate.seeds = crossed.seeds_interval(values)
+    notes += coverage.remarks(
+        estimate.value,
+        seeds=len(runs),
+        examples=examples,
+        scoring_examples=scoring_examples,
+        by_bootstrap=by_bootstrap,
+    )
+    return estimate, notes
+
+
+def gain(group: RunGroup, measure: Measure, book: Scorebook) -> Estimate | None:
+    """The paired difference to the base model, which has no seeds of its own. One run has its record's interval."""
+    runs = [run for run in measure.scored(group) if measure.has_base(run)]
+    if not runs:
+        return None
+    values = measure.values(runs) - measure.base_values(runs)
+    estimate = Estimate(float(values.mean()))
+    if len(runs) == 1:
+        estimate.examples = (runs[0].splits[measure.split].gain or {}).get(measure.metric)
+        return estimate
+    estimate.seeds = crossed.seeds_interval(values)
+    try:
+        ids, base = book.scores(runs[0], measure.split, measure.metric, base=True)
+        table = book.table(runs, measure.split, measure.metric, ids)
+        _add_paired_intervals(estimate, table, np.broadcast_to(base, table.shape))
+    except UserError:
+        # The row's score already says what is wrong with the predictions.
+        pass
+    return estimate
+
+
+def difference(ours: RunGroup, theirs: RunGroup, measure: Measure, book: Scorebook) -> tuple[Estimate | None, str]:
+    """The paired difference of two groups over the seeds they share, and what a reader must know of it."""
+    pairs = _pairs(ours, theirs, measure)
+    if not pairs:
+        return None, "no seed in common"
+    split = measure.split
+    if ours.digests(split) != theirs.digests(split) or ours.has_mixed_data(split) or theirs.has_mixed_data(split):
+        return None, "other data"
+    first, second = zip(*pairs, strict=True)
+    values = measure.values(first) - measure.values(second)
+    estimate = Estimate(float(values.mean()))
+    notes = []
+    if len(pairs) > 1:
+        estimate.seeds = crossed.seeds_interval(values)
+    try:
+        _add_paired_intervals(estimate, *_paired_tables(first, second, measure, book))
+    except UserError as error:
+        notes.append(f"no interval over examples: {error}")
+    commits = [{str(run.record.code.commit) for run in side} for side in (first, second)]
     if commits[0] != commits[1]:
         notes.append("made by another commit")
     if len(pairs) < max(len(ours.runs), len(theirs.runs)):
-        notes.append(f"{len(pairs)} seeds in common")
-    return found, "; ".join(notes)
+        notes.append(f"{len(pairs)} seed{'s' if len(pairs) > 1 else ''} in common")
+    return estimate, "; ".join(notes)
 
 
-def _pairs(ours: Cell, theirs: Cell, split: str, metric: str) -> list[tuple[Run, Run]]:
-    other = {run.seed: run for run in _scored(theirs, split, metric)}
-    return [(run, other[run.seed]) for run in _scored(ours, split, metric) if run.seed in other]
+def _pairs(ours: RunGroup, theirs: RunGroup, measure: Measure) -> list[tuple[Run, Run]]:
+    """Scored runs of both groups that have the same seed."""
+    by_seed = {run.seed: run for run in measure.scored(theirs)}
+    return [(run, by_seed[run.seed]) for run in measure.scored(ours) if run.seed in by_seed]
 
 
-def _table(runs: Sequence[Run], split: str, metric: str, book: Scorebook, ids: tuple[str, ...]) -> Array:
-    found = []
-    for run in runs:
-        own, scores = book.scores(run, split, metric)
-        if own != ids:
-            raise UserError(f"{run.run_id}: its predictions are of other examples")
-        found.append(scores)
-    return np.stack(found)
+def _paired_tables(
+    ours: Sequence[Run], theirs: Sequence[Run], measure: Measure, book: Scorebook
+) -> tuple[Array, Array]:
+    """Per-example scores of both sides on the same examples: (seeds, examples) each."""
+    ids, _ = book.scores(ours[0], measure.split, measure.metric)
+    return (
+        book.table(ours, measure.split, measure.metric, ids),
+        book.table(theirs, measure.split, measure.metric, ids),
+    )
 
 
-def _paired(found: Estimate, ours: Array, theirs: Array) -> None:
-    found.examples, found.method = crossed.difference_over_examples(ours, theirs)
+def _add_paired_intervals(estimate: Estimate, ours: Array, theirs: Array) -> None:
+    estimate.examples = crossed.difference_over_examples(ours, theirs)
     if len(ours) > 1 and ours.shape[1] > 1:
-        found.both = crossed.interval(crossed.over_both(ours - theirs))
+        estimate.both = crossed.both_interval(ours - theirs)
 
 
-def paired_table(ours: Cell, theirs: Cell, split: str, metric: str, book: Scorebook) -> Array:
+def paired_differences(ours: RunGroup, theirs: RunGroup, measure: Measure, book: Scorebook) -> Array:
     """Per-seed, per-example differences: (seeds, examples).
 
     Raises:
-        UserError: the predictions are not there.
+        UserError: predictions are missing or damaged, or are of different examples.
     """
-    first, second = zip(*_pairs(ours, theirs, split, metric), strict=True)
-    ids, _ = book.scores(first[0], split, metric)
-    return _table(first, split, metric, book, ids) - _table(second, split, metric, book, ids)
+    first, second = zip(*_pairs(ours, theirs, measure), strict=True)
+    our_table, their_table = _paired_tables(first, second, measure, book)
+    return our_table - their_table
 
 
-def retained(ours: Cell, theirs: Cell, split: str, metric: str) -> Interval | None:
-    """(ours - base) / (theirs - base) over the seeds in common; NaN bounds where there is no interval."""
-    pairs = [
-        pair
-        for pair in _pairs(ours, theirs, split, metric)
-        if all(metric in r.splits[split].get("base", {}) for r in pair)
-    ]
-    if not pairs or ours.digests(split) != theirs.digests(split):
+def retained(ours: RunGroup, theirs: RunGroup, measure: Measure) -> Interval | None:
+    """(ours - base) / (theirs - base) over the seeds in common; low and high are NaN where there is no interval."""
+    pairs = [pair for pair in _pairs(ours, theirs, measure) if all(map(measure.has_base, pair))]
+    if not pairs or ours.digests(measure.split) != theirs.digests(measure.split):
         return None
     first, second = zip(*pairs, strict=True)
-    base = _values(first, split, metric, "base")
-    top, bottom = _values(first, split, metric) - base, _values(second, split, metric) - base
-    if (found := crossed.ratio(top, bottom)) is not None:
-        return found
-    return Interval(float(top.mean() / bottom.mean()), float("nan"), float("nan")) if bottom.mean() > 0 else None
+    base = measure.base_values(first)
+    our_gains, their_gains = measure.values(first) - base, measure.values(second) - base
+    if (ratio := crossed.ratio(our_gains, their_gains)) is not None:
+        return ratio
+    if their_gains.mean() <= 0:
+        return None
+    return Interval(float(our_gains.mean() / their_gains.mean()), math.nan, math.nan)

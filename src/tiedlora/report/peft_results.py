@@ -1,24 +1,30 @@
-"""PEFT's method_comparison/MetaMathQA results, in and out.
+"""Results of PEFT's method_comparison/MetaMathQA, read and written.
 
-Its files (one JSON object a run: run_info, train_info, meta_info) hold one seed each and no interval, trained on
-MetaMathQA and tested on GSM8K. They are shown as a series of their own, never in a table with ours: base model, data
-and training differ.
+Each of its files is one run (run_info, train_info, meta_info) with one seed and no interval, trained on MetaMathQA and
+tested on GSM8K. They are shown as a series of their own, never in one table with our runs, because base model, data and
+training differ.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from tiedlora import storage
 from tiedlora.errors import UserError
+from tiedlora.records.reading import Number, Text, typed
 from tiedlora.report.runs import LeftOut, Run
-from tiedlora.statistics.intervals import Interval, wilson
+from tiedlora.statistics.interval import Interval
+from tiedlora.statistics.intervals import wilson
 
 GSM8K_TEST_ROWS = 1319
-"""What PEFT tests on; its files do not say."""
+"""The rows that PEFT tests on; its files do not say."""
+RESULTS_FILE = "a results file of PEFT's comparison"
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,61 @@ class Peer:
     seconds: float
 
     def interval(self) -> Interval:
-        """Wilson's, over which of GSM8K's test rows were drawn; seeds are not covered, there is one."""
+        """Wilson's, over which of GSM8K's test rows were drawn. It does not cover seeds: there is one."""
         return wilson(round(self.accuracy * GSM8K_TEST_ROWS), GSM8K_TEST_ROWS)
 
 
+@dataclass(frozen=True)
+class _PeftConfig:
+    peft_type: Text
+
+
+@dataclass(frozen=True)
+class _TrainConfig:
+    model_id: Text
+
+
+@dataclass(frozen=True)
+class _RunInfo:
+    experiment_name: Text
+    train_config: _TrainConfig
+    peft_config: _PeftConfig | None
+    """None for full fine-tuning."""
+
+
+@dataclass(frozen=True)
+class _Metrics:
+    test_accuracy: Annotated[Number | None, Field(alias="test accuracy")] = None
+
+
+@dataclass(frozen=True)
+class _TrainInfo:
+    num_trainable_params: Annotated[Number, Field(ge=0)]
+    file_size: Annotated[Number, Field(ge=0)]
+    accelerator_memory_max: Annotated[Number, Field(ge=0)]
+    train_time: Number
+    metrics: Annotated[list[_Metrics], Field(min_length=1)]
+    """By step; the last one has the test accuracy."""
+
+
+@dataclass(frozen=True)
+class _Status:
+    status: Text
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    train_info: _Status
+
+
+@dataclass(frozen=True)
+class _Published:
+    run_info: _RunInfo
+    train_info: _TrainInfo
+
+
 def read(folder: Path) -> tuple[list[Peer], list[LeftOut]]:
-    """Every results file of a folder, and the ones that are none, with the reason.
+    """Every results file of a folder, and the files that are none, with the reason.
 
     Raises:
         UserError: the folder is missing or holds no JSON.
@@ -51,35 +106,42 @@ def read(folder: Path) -> tuple[list[Peer], list[LeftOut]]:
     peers, left_out = [], []
     for file in files:
         try:
-            peers.append(_peer(storage.read_json(file)))
+            peers.append(_peer(file))
         except UserError as error:
-            left_out.append(LeftOut(file, str(error).removeprefix(f"{file}: "), {}))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
-            left_out.append(LeftOut(file, f"not a results file of PEFT's comparison ({error!r:.80})", {}))
+            left_out.append(LeftOut(file, str(error).removeprefix(f"{file}: ")))
     return sorted(peers, key=lambda peer: peer.params), left_out
 
 
-def _peer(record: dict[str, Any]) -> Peer:
-    about, training = record["run_info"], record["train_info"]
-    if training["status"] != "success":
-        raise UserError(f"its status is {training['status']!r:.40}")
-    peft = about["peft_config"]
-    accuracy = float(training["metrics"][-1]["test accuracy"])
+def _peer(file: Path) -> Peer:
+    """The published run of one file.
+
+    Raises:
+        UserError: the run did not succeed, or the file is not of this comparison.
+    """
+    tree = storage.read_json(file)
+    status = typed(_Outcome, tree, RESULTS_FILE).train_info.status
+    if status != "success":
+        raise UserError(f"its status is {status!r:.40}, not 'success'")
+    published = typed(_Published, tree, RESULTS_FILE)
+    run, training = published.run_info, published.train_info
+    accuracy = training.metrics[-1].test_accuracy
+    if accuracy is None:
+        raise UserError(f"has no 'test accuracy' in its last metrics, so it is not {RESULTS_FILE}")
     if not 0 <= accuracy <= 1:
-        raise UserError(f"its test accuracy is {accuracy}")
+        raise UserError(f"its test accuracy is {accuracy}, which is not in [0, 1]")
     return Peer(
-        experiment=str(about["experiment_name"]),
-        method=str(peft["peft_type"]) if peft else "full fine-tuning",
-        model=str(about["train_config"]["model_id"]),
-        params=int(training["num_trainable_params"]),
+        experiment=run.experiment_name,
+        method=run.peft_config.peft_type if run.peft_config else "full fine-tuning",
+        model=run.train_config.model_id,
+        params=int(training.num_trainable_params),
         accuracy=accuracy,
-        file_bytes=int(training["file_size"]),
-        memory_bytes=int(training["accelerator_memory_max"]),
-        seconds=float(training["train_time"]),
+        file_bytes=int(training.file_size),
+        memory_bytes=int(training.accelerator_memory_max),
+        seconds=training.train_time,
     )
 
 
-def export(runs: list[Run], folder: Path) -> int:
+def export(runs: Sequence[Run], folder: Path) -> int:
     """Write runs that were scored on GSM8K's test split as files of that schema.
 
     A file's name is the run's id. What we do not measure (average and 99th-percentile memory, forgetting) is null.
@@ -87,92 +149,95 @@ def export(runs: list[Run], folder: Path) -> int:
     Returns:
         How many were written; runs on other tasks have no place in that comparison.
     """
-    count = 0
-    for run in runs:
-        if run.record["identity"]["task"].get("kind") == "gsm8k" and "test" in run.splits:
-            storage.write_json(folder / f"{run.run_id}.json", _exported(run))
-            count += 1
-    return count
+    exported = [run for run in runs if run.record.identity.task.kind == "gsm8k" and "test" in run.splits]
+    for run in exported:
+        tree = {"run_info": _run_info(run), "train_info": _train_info(run), "meta_info": _meta_info(run)}
+        storage.write_json(folder / f"{run.run_id}.json", tree)
+    return len(exported)
 
 
-def _exported(run: Run) -> dict[str, Any]:
-    record, training, identity = run.record, run.record["training"], run.record["identity"]
-    test = run.splits["test"]
-    train, rank, tying = identity["train"], identity["rank"], identity["tying"]
-    peft_config = {
-        # Every configuration is exactly a LoRA once its vectors are folded in, but was not trained as one.
-        "peft_type": "LORA" if run.configuration.startswith("LoRA") else f"TIED_LORA_{run.configuration.upper()}",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": record["base"]["name"],
-        "r": run.rank,
-        "lora_alpha": rank.get("alpha"),
-        "lora_dropout": tying.get("dropout", 0.0),
-        "target_modules": tying.get("targets"),
-        "tying": tying,
+def _run_info(run: Run) -> dict[str, Any]:
+    record, identity = run.record, run.record.identity.tree
+    train, tying = identity["train"], identity["tying"]
+    return {
+        "created_at": None,
+        "total_time": record.training.seconds + run.splits["test"].seconds,
+        "experiment_name": f"tiedlora/{run.run_id}",
+        "peft_branch": None,
+        "train_config": {
+            "model_id": record.base.name,
+            "dtype": train.get("dtype"),
+            "max_seq_length": identity["model"].get("context"),
+            "batch_size": train.get("batch_size"),
+            "batch_size_eval": identity["score"].get("batch_size"),
+            "max_steps": train.get("steps"),
+            "eval_steps": train.get("validate_every"),
+            "query_template": identity["task"].get("prompt"),
+            "seed": run.seed,
+            "grad_norm_clip": train.get("clip"),
+            "optimizer_type": "AdamW",
+            "optimizer_kwargs": {"lr": run.lr, "weight_decay": train.get("weight_decay")},
+            "lr_scheduler": train.get("schedule"),
+            "generation_kwargs": {"max_new_tokens": identity["task"].get("max_new_tokens")},
+        },
+        "peft_config": {
+            # With its vectors folded in, every configuration is exactly a LoRA, but it was not trained as one.
+            "peft_type": "LORA" if run.configuration.startswith("LoRA") else f"TIED_LORA_{run.configuration.upper()}",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": record.base.name,
+            "r": run.rank,
+            "lora_alpha": record.identity.rank.alpha,
+            "lora_dropout": tying.get("dropout", 0.0),
+            "target_modules": tying.get("targets"),
+            "tying": tying,
+        },
+        "error_msg": "",
     }
+
+
+def _train_info(run: Run) -> dict[str, Any]:
+    record, training, test = run.record, run.record.training, run.splits["test"]
+    batch_size = record.identity.tree["train"].get("batch_size", 0)
+    curve = [{"step": step, "valid loss": value} for step, value in zip(*run.curve("validation/loss"), strict=True)]
     last = {
-        "step": training.get("steps"),
-        "test accuracy": next(iter(test["metrics"].values()))["value"],
+        "step": training.steps,
+        "test accuracy": test.metrics[test.first_metric].value,
         "train loss": _last_loss(run),
-        "train samples": training.get("steps", 0) * train.get("batch_size", 0),
-        "train total tokens": training.get("tokens"),
+        "train samples": training.steps * batch_size,
+        "train total tokens": training.tokens,
         "forgetting": None,
     }
-    curve = [{"step": step, "valid loss": value} for step, value in zip(*run.curve("validation/loss"), strict=True)]
-    versions = record["versions"]
     return {
-        "run_info": {
-            "created_at": None,
-            "total_time": training["seconds"] + test.get("seconds", 0.0),
-            "experiment_name": f"tiedlora/{run.run_id}",
-            "peft_branch": None,
-            "train_config": {
-                "model_id": record["base"]["name"],
-                "dtype": train.get("dtype"),
-                "max_seq_length": identity["model"].get("context"),
-                "batch_size": train.get("batch_size"),
-                "batch_size_eval": identity["score"].get("batch_size"),
-                "max_steps": train.get("steps"),
-                "eval_steps": train.get("validate_every"),
-                "query_template": identity["task"].get("prompt"),
-                "seed": run.seed,
-                "grad_norm_clip": train.get("clip"),
-                "optimizer_type": "AdamW",
-                "optimizer_kwargs": {"lr": run.lr, "weight_decay": train.get("weight_decay")},
-                "lr_scheduler": train.get("schedule"),
-                "generation_kwargs": {"max_new_tokens": identity["task"].get("max_new_tokens")},
-            },
-            "peft_config": peft_config,
-            "error_msg": "",
-        },
-        "train_info": {
-            "accelerator_memory_reserved_avg": None,
-            "accelerator_memory_max": training["peak_memory_bytes"],
-            "accelerator_memory_reserved_99th": None,
-            "train_time": training["seconds"],
-            "file_size": record["adapter_bytes"],
-            "num_trainable_params": run.params,
-            "num_total_params": None,
-            "status": "success",
-            "metrics": [*curve, last],
-        },
-        "meta_info": {
-            "model_info": {"sha": record["base"].get("digest"), "created_at": None},
-            "dataset_info": {run.task: {"sha": test["digest"], "created_at": None}},
-            "package_info": {
-                **{f"{name}-version": version for name, version in versions.items()},
-                # The app of that comparison reads these whether or not they were used.
-                "peft-version": versions.get("peft"),
-                "datasets-version": versions.get("datasets"),
-                "bitsandbytes-version": versions.get("bitsandbytes"),
-                "tiedlora-commit-hash": record["code"].get("commit"),
-            },
-            "system_info": {"accelerator": record.get("device")},
-            "pytorch_info": versions.get("torch"),
-        },
+        "accelerator_memory_reserved_avg": None,
+        "accelerator_memory_max": training.peak_memory_bytes,
+        "accelerator_memory_reserved_99th": None,
+        "train_time": training.seconds,
+        "file_size": record.adapter_bytes,
+        "num_trainable_params": run.params,
+        "num_total_params": None,
+        "status": "success",
+        "metrics": [*curve, last],
     }
 
 
 def _last_loss(run: Run) -> float | None:
     _, losses = run.curve("train/loss")
     return losses[-1] if losses and math.isfinite(losses[-1]) else None
+
+
+def _meta_info(run: Run) -> dict[str, Any]:
+    record, versions = run.record, run.record.versions
+    return {
+        "model_info": {"sha": record.base.digest, "created_at": None},
+        "dataset_info": {run.task: {"sha": run.splits["test"].digest, "created_at": None}},
+        "package_info": {
+            **{f"{name}-version": version for name, version in versions.items()},
+            # That comparison's app reads these whether or not they were used.
+            "peft-version": versions.get("peft"),
+            "datasets-version": versions.get("datasets"),
+            "bitsandbytes-version": versions.get("bitsandbytes"),
+            "tiedlora-commit-hash": record.code.commit,
+        },
+        "system_info": {"accelerator": str(record.execution)},
+        "pytorch_info": versions.get("torch"),
+    }

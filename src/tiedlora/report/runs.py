@@ -1,39 +1,52 @@
-"""Finished runs as the report sees them: read from their folders, checked, and never fatal when they are not whole.
+"""Finished runs as the report sees them, read from their folders. A damaged folder is listed, and stops nothing.
 
-Needs no torch, no Hydra and no W&B: result.json, metrics.jsonl, predictions/ and config.yaml are all there is.
+Reading needs result.json, metrics.jsonl, predictions/ and config.yaml, and no torch, Hydra or W&B.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.records import run_record
+from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import RunRecord, SplitScores, read_record
 
 FOLDER_NAME = re.compile(r"(?P<label>\w+?)-r(?P<rank>\d+)-(?P<task>.+)-(?P<model>[^-]+)-s(?P<seed>\d+)-[0-9a-f]{10}")
 PART_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoint", "error.txt", ".lock", "adapter", "predictions")
 NOT_RUNS = ("base", "sweeps")
-"""Folders below outputs/ that hold base-model scores and sweeps' frozen cells."""
+"""Folders in outputs/ that hold scores of base models and the frozen configurations of sweeps."""
 
-Scores = dict[str, NDArray[np.float64]]
+
+@dataclass(frozen=True)
+class UnfinishedRun:
+    """A run without a result, as far as its folder's name and config.yaml tell."""
+
+    label: str
+    """LoRA, TABuv, ... or custom."""
+    rank: int
+    task: str
+    model: str
+    seed: int
+    lr: float | None = None
+    """None where it is not known."""
+    failed: bool = False
+    """Whether the run ended with an error."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A folder that is not in the report, and why. `about` is what its name says, if it is a run's."""
+    """A folder or file that is not in the report, and why."""
 
     path: Path
     reason: str
-    about: dict[str, Any]
+    run: UnfinishedRun | None = None
+    """None where the name is not that of a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -41,77 +54,63 @@ class Run:
     """A finished run."""
 
     path: Path
-    record: dict[str, Any]
-    """result.json as it is."""
+    record: RunRecord
     configuration: str
     """LoRA, TABuv, ...: the name that the specification has by its meaning, or `custom (<its own name>)`."""
 
     @property
     def run_id(self) -> str:
-        return str(self.record["run_id"])
+        return self.record.run_id
 
     @property
     def model(self) -> str:
         """The base model's name without its organisation."""
-        return str(self.record["base"]["name"]).rsplit("/", 1)[-1]
+        return self.record.base.name.rsplit("/", 1)[-1]
 
     @property
     def task(self) -> str:
-        return str(self.record["identity"]["task"]["name"])
+        return self.record.identity.task.name
 
     @property
     def rank(self) -> int:
-        return int(self.record["identity"]["rank"]["r"])
+        return self.record.identity.rank.r
 
     @property
     def lr(self) -> float:
-        return float(self.record["identity"]["train"]["lr"])
+        return self.record.identity.train.lr
 
     @property
     def seed(self) -> int:
-        return int(self.record["seed"])
+        return self.record.seed
 
     @property
     def params(self) -> int:
-        return int(self.record["trainable_params"])
+        return self.record.trainable_params
 
     @property
-    def splits(self) -> dict[str, Any]:
-        """What the record says of each scored split."""
-        found: dict[str, Any] = self.record["scores"]
-        return found
+    def splits(self) -> dict[str, SplitScores]:
+        """Split -> its scores, for each split that was scored."""
+        return self.record.scores
 
-    def rows(self, split: str, base: bool = False) -> list[dict[str, Any]]:
-        """The rows of predictions/, one an example.
+    def rows(self, split: str, base: bool = False) -> list[PredictionRow]:
+        """The rows of predictions/, one per example; with `base`, those of the base model.
 
         Raises:
             UserError: the file is missing or a row is damaged; the message names file and line.
         """
-        return run_record.read_predictions(self.path / "predictions" / f"{split}{'.base' if base else ''}.jsonl")
+        return read_predictions(RunFolder(self.path).predictions_file(f"{split}.base" if base else split))
 
-    def curve(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one key of metrics.jsonl; lines that a kill cut short are passed over."""
-        steps, values = [], []
+    def curve(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric of metrics.jsonl; both are empty where the file cannot be read."""
         try:
-            lines = storage.read_bytes(self.path / "metrics.jsonl").splitlines()
+            rows = [row for row in read_metrics(RunFolder(self.path).metrics_file, metric) if metric in row.values]
         except UserError:
             return [], []
-        for line in lines:
-            if f'"{key}"'.encode() not in line:
-                continue
-            try:
-                row = json.loads(line)
-                step, value = row["step"], row[key]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue
-            if isinstance(step, int) and run_record.is_number(step) and run_record.is_number(value):
-                steps.append(step)
-                values.append(float(value))
-        return steps, values
+        return [row.step for row in rows], [float(row.values[metric]) for row in rows]
 
 
 def read_runs(roots: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
-    """Every finished run below the roots (each a folder of runs, or one run's own), and what was left out.
+    """Every finished run in the roots (each a folder of runs, or the folder of one run), and what was left out.
 
     Raises:
         UserError: a root is not a folder.
@@ -119,13 +118,13 @@ def read_runs(roots: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
     runs: dict[str, Run] = {}
     left_out: list[LeftOut] = []
     for folder in _folders(roots):
-        found = read_run(folder)
-        if isinstance(found, LeftOut):
-            left_out.append(found)
-        elif found.run_id in runs:
-            left_out.append(LeftOut(folder, f"the same run as {runs[found.run_id].path}", {}))
+        run = read_run(folder)
+        if isinstance(run, LeftOut):
+            left_out.append(run)
+        elif run.run_id in runs:
+            left_out.append(LeftOut(folder, f"the same run as {runs[run.run_id].path}"))
         else:
-            runs[found.run_id] = found
+            runs[run.run_id] = run
     return list(runs.values()), left_out
 
 
@@ -141,34 +140,35 @@ def _folders(roots: Iterable[Path]) -> Iterator[Path]:
                 yield folder
 
 
-def read_run(folder: Path) -> Run | LeftOut:
-    """One folder's run, or the reason why it is none."""
-    about = _about(folder.name)
-    if not (folder / "result.json").is_file():
-        if not any((folder / name).exists() for name in PART_OF_A_RUN):
-            return LeftOut(folder, "not a run: it holds none of a run's files", {})
-        error = _last_line(folder / "error.txt")
-        lr = _planned_lr(folder / "config.yaml")
+def read_run(path: Path) -> Run | LeftOut:
+    """The run of one folder, or the reason why there is none."""
+    folder = RunFolder(path)
+    named = _run_of_name(path.name)
+    if not folder.result_file.is_file():
+        if not any((path / name).exists() for name in PART_OF_A_RUN):
+            return LeftOut(path, "not a run: it holds none of a run's files")
+        error = _last_line(folder.error_file)
         reason = f"failed: {error}" if error else "not finished: it has no result.json (running, or interrupted)"
-        # A folder of another name tells no configuration, so it is of no cell.
-        return LeftOut(folder, reason, {**about, "lr": lr, "failed": bool(error)} if about else {})
+        if named is not None:
+            named = dataclasses.replace(named, lr=_planned_lr(folder.config_file), failed=bool(error))
+        return LeftOut(path, reason, named)
     try:
-        record = run_record.read_result(folder / "result.json")
+        record = read_record(folder.result_file)
     except UserError as error:
-        reason = str(error).removeprefix(f"{folder / 'result.json'}: ")
-        return LeftOut(folder, f"result.json: {reason}", about)
-    label = str(record["run_id"]).split("-", 1)[0]
-    name = str(record["config"]["tying"]["name"])
-    return Run(folder, record, f"custom ({name})" if label == "custom" else label)
+        return LeftOut(path, f"result.json: {str(error).removeprefix(f'{folder.result_file}: ')}", named)
+    own_name = record.config.tying.name
+    return Run(path, record, f"custom ({own_name})" if record.label == "custom" else record.label)
 
 
-def _about(name: str) -> dict[str, Any]:
+def _run_of_name(name: str) -> UnfinishedRun | None:
     match = FOLDER_NAME.fullmatch(name)
-    return {} if match is None else {**match.groupdict(), "rank": int(match["rank"]), "seed": int(match["seed"])}
+    if match is None:
+        return None
+    return UnfinishedRun(match["label"], int(match["rank"]), match["task"], match["model"], int(match["seed"]))
 
 
 def _last_line(path: Path) -> str:
-    """What a failed run ended with; of a link nothing, since what it leads to is not the run's to show."""
+    """The last line of a failed run's error. A symbolic link gives nothing: its target may not belong to the run."""
     try:
         lines = [] if path.is_symlink() else storage.read_bytes(path).decode("utf-8", "replace").strip().splitlines()
     except UserError:
@@ -177,18 +177,8 @@ def _last_line(path: Path) -> str:
 
 
 def _planned_lr(path: Path) -> float | None:
-    """The learning rate that an unfinished run was started with: its configuration is the only place."""
+    """The learning rate that an unfinished run was started with. Only its configuration has it."""
     try:
         return float(storage.read_yaml(path).train.lr)
-    except Exception:  # whatever is wrong with a file that a kill may have cut, the rate is just not known
+    except Exception:  # A file that a kill cut short may be wrong in any way; then the rate is not known.
         return None
-
-
-def example_scores(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], Scores]:
-    """Ids, and each metric's per-example scores; a metric that some row lacks is left out."""
-    names = set(rows[0]["scores"]) if rows else set()
-    for row in rows:
-        names &= set(row["scores"])
-    return tuple(row["id"] for row in rows), {
-        name: np.array([float(row["scores"][name]) for row in rows]) for name in sorted(names)
-    }

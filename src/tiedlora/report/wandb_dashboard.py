@@ -1,7 +1,7 @@
-"""W&B workspaces for the runs at hand, one a task: Pareto, bars, curves by configuration, parallel coordinates.
+"""W&B workspaces for finished runs, one per task: Pareto, bars, curves by configuration, parallel coordinates.
 
-Built from finished runs' records, so that the panels ask for the very keys that runs log (present.flat_summary and
-metrics.jsonl). Building needs no account and no network; only saving does.
+They are built from the runs' records, so the panels ask for exactly the keys that runs log
+(records.summary.flat_summary and metrics.jsonl). Building them needs no account and no network; only saving does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tiedlora.errors import UserError
-from tiedlora.report.compare import SPLITS
+from tiedlora.report.compare import SPLIT_PREFERENCE
 from tiedlora.report.runs import Run
 
 INSTALL = "wandb-workspaces is not installed; run: pip install 'tiedlora[dashboard]'"
@@ -32,11 +32,11 @@ def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
         raise UserError(f"wandb_dashboard: {INSTALL}") from None
     if not runs:
         raise UserError("wandb_dashboard: no finished run to take tasks and metrics from")
-    found = []
+    built = []
     for task in sorted({run.task for run in runs}):
         scored = [run for run in runs if run.task == task]
-        keys = [key for split in SPLITS for key in _keys(scored, split)]
-        found.append(
+        keys = [key for split in SPLIT_PREFERENCE for key in _keys(scored, split)]
+        built.append(
             ws.Workspace(
                 entity=entity,
                 project=project,
@@ -49,17 +49,17 @@ def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
                 ),
             )
         )
-    return found
+    return built
 
 
 def _keys(runs: Sequence[Run], split: str) -> list[str]:
-    """Summary keys of a split's metrics, the task's first one first."""
-    metrics: dict[str, Any] = next((run.splits[split]["metrics"] for run in runs if split in run.splits), {})
+    """Summary keys of a split's metrics, the task's first metric first."""
+    metrics = next((list(run.splits[split].metrics) for run in runs if split in run.splits), [])
     return [f"{split}/{name}" for name in metrics]
 
 
 def _sections(keys: Sequence[str]) -> list[Any]:
-    # Through importlib: the package re-exports names that a type checker does not find.
+    # By importlib, because type checkers do not find the names that the package re-exports.
     wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
     ws: Any = importlib.import_module("wandb_workspaces.workspaces")
     summary, config = wr.SummaryMetric, wr.Config
@@ -118,10 +118,9 @@ def _sections(keys: Sequence[str]) -> list[Any]:
     ]
 
 
-def specification(workspace: Any) -> dict[str, Any]:
+def specification(workspace: Any) -> Any:
     """What would be sent to W&B, as plain data."""
-    found: dict[str, Any] = workspace._to_model().model_dump(mode="json", by_alias=True)
-    return found
+    return workspace._to_model().model_dump(mode="json", by_alias=True)
 
 
 def save(workspace: Any) -> str:
@@ -130,6 +129,7 @@ def save(workspace: Any) -> str:
     Raises:
         UserError: no account on this machine, or W&B refuses.
     """
+    # An optional package, which takes a second to import: only saving needs it.
     import wandb
 
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):

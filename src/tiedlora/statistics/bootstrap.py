@@ -18,7 +18,7 @@ RESAMPLES = 2000
 """The ends of a 95 % interval then vary by a few per cent of its width from seed to seed."""
 SEED = 0
 INDICES_AT_ONCE = 200_000
-"""Resampled row numbers that are held in memory together."""
+"""Resampled row numbers that are in memory together."""
 ROWS_AT_ONCE = 256
 """Resamples that are multiplied together: their counts are widened to float64 for that."""
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
@@ -28,13 +28,12 @@ Array = NDArray[np.float64]
 
 @functools.lru_cache(maxsize=8)
 def resample_counts(examples: int, seed: int = SEED) -> NDArray[np.uint8]:
-    """How often each resample holds each example: (RESAMPLES, examples), rows that sum to `examples`.
+    """How often each resample contains each example: (RESAMPLES, examples), rows that sum to `examples`.
 
     Raises:
         ValueError: no examples.
     """
-    if examples < 1:
-        raise ValueError("a bootstrap needs examples")
+    _check_examples(examples)
     generator = np.random.default_rng(seed)
     counts = np.zeros((RESAMPLES, examples), dtype=np.uint8)
     at_once = max(1, INDICES_AT_ONCE // examples)
@@ -43,6 +42,11 @@ def resample_counts(examples: int, seed: int = SEED) -> NDArray[np.uint8]:
         drawn = generator.integers(0, examples, block.shape)
         np.add.at(block, (np.arange(len(block))[:, None], drawn), 1)
     return counts
+
+
+def _check_examples(examples: int) -> None:
+    if examples < 1:
+        raise ValueError("a bootstrap needs examples")
 
 
 def resampled_sums(values: Array, seed: int = SEED) -> Array:
@@ -63,23 +67,27 @@ def bootstrap_means(scores: Array, seed: int = SEED) -> tuple[Array, Array, Arra
     """Means over the last axis, and the ends of their percentile bootstrap intervals (Efron 1979) over examples.
 
     Args:
-        scores: (..., examples): one number an example, such as a score, a paired difference, or a mean over seeds.
+        scores: (..., examples): one number per example, such as a score, a paired difference, or a mean over seeds.
 
     Returns:
         Three arrays of the leading shape: mean, low, high.
+
+    Raises:
+        ValueError: no examples.
     """
     examples = scores.shape[-1]
+    _check_examples(examples)
     means = resampled_sums(scores.reshape(-1, examples).T, seed) / examples
     low, high = np.quantile(means, TAILS, axis=0)
     return scores.mean(-1), low.reshape(scores.shape[:-1]), high.reshape(scores.shape[:-1])
 
 
 def bootstrap_mean(scores: ArrayLike, limits: tuple[float, float], seed: int = SEED) -> Interval:
-    """The mean of one number an example with its interval.
+    """The mean of one number per example with its interval.
 
     Args:
         scores: (examples,).
-        limits: the smallest and the largest possible score, which is all that a single example tells.
+        limits: the smallest and the largest possible score. They are the interval of a single example.
 
     Raises:
         ValueError: no examples.
@@ -106,16 +114,19 @@ def bootstrap_corpus(
         ValueError: no examples.
     """
 
-    def scores(side: Sequence[Sequence[float]]) -> tuple[float, Array]:
-        table = np.asarray(side, dtype=np.float64)
-        return score(table.sum(0)), np.array([score(sums) for sums in resampled_sums(table)])
-
-    value, resampled = scores(statistics)
+    _check_examples(len(statistics))
+    value, resampled = _corpus_scores(statistics, score)
     lowest = 0.0
     if theirs is not None:
-        other, other_resampled = scores(theirs)
-        value, resampled, lowest = value - other, resampled - other_resampled, -1.0
+        their_value, their_resampled = _corpus_scores(theirs, score)
+        value, resampled, lowest = value - their_value, resampled - their_resampled, -1.0
     if len(statistics) == 1:
         return Interval(value, lowest, 1.0, "bootstrap")
     low, high = np.quantile(resampled, TAILS)
     return Interval(value, float(low), float(high), "bootstrap")
+
+
+def _corpus_scores(statistics: Sequence[Sequence[float]], score: Callable[[Array], float]) -> tuple[float, Array]:
+    """The score of all examples, and that of each resample: a number and (RESAMPLES,)."""
+    table = np.asarray(statistics, dtype=np.float64)
+    return score(table.sum(0)), np.array([score(sums) for sums in resampled_sums(table)])

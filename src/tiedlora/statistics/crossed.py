@@ -1,28 +1,25 @@
-"""95 % intervals across seeds and examples. Every one names the variance it covers.
+"""95 % intervals across seeds and examples. Every function names the variance that its interval covers.
 
-- `over_seeds`: a t interval on one number a seed. Covers training's randomness, on the examples that were scored.
-- `over_examples`: a bootstrap over examples of scores averaged over seeds. Covers which examples were drawn, for the
-  seeds that were run.
-- `over_both`: seeds and examples crossed. Covers both, which is what a verdict needs.
+- `over_seeds`: a t interval on one number per seed. Covers training's randomness, on the examples that were scored.
+- `score_over_examples`, `difference_over_examples`: which examples were drawn, for the seeds that were run.
+- `over_both`: seeds and examples crossed. Covers both, which a verdict needs.
 - `ratio`: Fieller's interval of a quotient of paired means over seeds, for the retained gain.
 
-One run's proportion (Wilson) and the paired difference of two (Newcombe) are in tiedlora.intervals. All functions take
-leading axes, so that coverage is simulated through the very code that the report runs.
+`over_seeds` and `over_both` take leading axes, so that simulations of their coverage run the very same code.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from tiedlora.statistics.bootstrap import bootstrap_means
+from tiedlora.statistics.bootstrap import bootstrap_mean
 from tiedlora.statistics.interval import LEVEL, Interval
-from tiedlora.statistics.intervals import is_binary, paired_proportions, wilson
+from tiedlora.statistics.intervals import is_binary, paired_proportions
 
 Array = NDArray[np.float64]
 TAIL = (1 - LEVEL) / 2
@@ -41,11 +38,12 @@ def over_seeds(values: Array) -> tuple[Array, Array, Array]:
 
 
 def over_both(values: Array) -> tuple[Array, Array, Array]:
-    """Mean and interval of a table of seeds x examples, both taken as drawn from many.
+    """Mean and interval of a table of seeds x examples, where both seeds and examples are random samples.
 
     Two-way crossed random effects without replication: the variance of the grand mean is estimated by
     (MS_seeds + MS_examples - MS_rest) / (seeds * examples), its degrees of freedom as Satterthwaite's
-    (Biometrics Bulletin 2, 1946). Where chance makes it smaller than either part alone, the larger part stands.
+    (Biometrics Bulletin 2, 1946). Where chance makes that estimate smaller than one part alone, the larger part is
+    taken.
 
     Args:
         values: (..., seeds, examples), at least two of each.
@@ -65,24 +63,39 @@ def over_both(values: Array) -> tuple[Array, Array, Array]:
     return mean, mean - half, mean + half
 
 
-def interval(found: tuple[Any, Any, Any]) -> Interval:
-    """A single triple as an Interval."""
-    value, low, high = (float(part) for part in found)
-    return Interval(value, low, high)
+def seeds_interval(values: Array) -> Interval:
+    """`over_seeds` of one number per seed, (seeds,), as an Interval."""
+    return _interval(over_seeds(values), "t")
 
 
-def score_over_examples(scores: Array) -> tuple[Interval, str]:
-    """The interval over examples of a table of seeds x examples, and its name."""
-    if len(scores) == 1 and is_binary(scores):
-        return wilson(int(scores.sum()), scores.shape[1]), "Wilson"
-    return interval(bootstrap_means(scores.mean(0))), "bootstrap"
+def both_interval(values: Array) -> Interval:
+    """`over_both` of one table, (seeds, examples), as an Interval."""
+    return _interval(over_both(values), "crossed")
 
 
-def difference_over_examples(ours: Array, theirs: Array) -> tuple[Interval, str]:
-    """The paired difference's interval over examples of two tables of seeds x examples, and its name."""
+def _interval(ends: tuple[Array, Array, Array], method: str) -> Interval:
+    value, low, high = map(float, ends)
+    return Interval(value, low, high, method)
+
+
+def score_over_examples(scores: Array) -> Interval:
+    """The mean over seeds and examples, with a bootstrap over examples of the scores averaged over seeds.
+
+    Args:
+        scores: (seeds, examples), each in [0, 1]. The interval of a single run is the one in its record.
+    """
+    return bootstrap_mean(scores.mean(0), (0.0, 1.0))
+
+
+def difference_over_examples(ours: Array, theirs: Array) -> Interval:
+    """The paired difference, over examples: Newcombe's interval for one seed's proportions, otherwise a bootstrap.
+
+    Args:
+        ours, theirs: (seeds, examples), each in [0, 1], of the same seeds and examples in the same order.
+    """
     if len(ours) == 1 and is_binary(ours) and is_binary(theirs):
-        return paired_proportions(ours[0].tolist(), theirs[0].tolist()), "Newcombe"
-    return interval(bootstrap_means((ours - theirs).mean(0))), "paired bootstrap"
+        return paired_proportions(ours[0].tolist(), theirs[0].tolist())
+    return bootstrap_mean((ours - theirs).mean(0), (-1.0, 1.0))
 
 
 def ratio(numerators: Array, denominators: Array) -> Interval | None:
@@ -103,12 +116,12 @@ def ratio(numerators: Array, denominators: Array) -> Interval | None:
     if a <= 0:
         return None
     root = math.sqrt(max(0.0, b * b - a * c))
-    return Interval(float(top / bottom), float((b - root) / a), float((b + root) / a))
+    return Interval(float(top / bottom), float((b - root) / a), float((b + root) / a), "fieller")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Standard deviations of a paired difference: between seeds, between examples, and of what is left."""
+    """Standard deviations of a paired difference: between seeds, between examples, and of the remainder."""
 
     seeds: float
     examples: float
@@ -119,8 +132,12 @@ class Spread:
         return math.sqrt(self.seeds**2 / seeds + self.examples**2 / rows + self.rest**2 / (seeds * rows))
 
 
-def spread(values: Array) -> Spread:
-    """Variance components of a table of seeds x examples, none below zero."""
+def measured_spread(values: Array) -> Spread:
+    """The spread of a table of seeds x examples: its variance components, estimated by their mean squares.
+
+    Args:
+        values: (seeds, examples), at least two of each. A component that is estimated below zero is zero.
+    """
     seeds, examples = values.shape
     of_seed, of_example, mean = values.mean(1), values.mean(0), values.mean()
     rest = float(((values - of_seed[:, None] - of_example + mean) ** 2).sum() / ((seeds - 1) * (examples - 1)))
@@ -133,18 +150,18 @@ POWER = 0.8
 MOST_SEEDS, MOST_ROWS = 50, 20_000
 
 
-def enough(distance: float, spread: Spread, rows: int, least_seeds: int) -> tuple[int, int] | None:
-    """The fewest (seeds, rows) at which a difference `distance` from the margin is found in 4 of 5 repetitions.
+def needed_seeds_and_rows(distance: float, spread: Spread, rows: int, least_seeds: int) -> tuple[int, int] | None:
+    """The fewest (seeds, rows) that find a difference at `distance` from the margin in 4 of 5 repetitions.
 
-    Seeds first, at the rows at hand; where no number of seeds up to MOST_SEEDS is enough, more rows.
+    More seeds come first, at the given number of rows. Where MOST_SEEDS seeds are too few, rows are doubled.
 
     Returns:
-        None if even MOST_SEEDS seeds of MOST_ROWS rows are not.
+        None if even MOST_SEEDS seeds of MOST_ROWS rows are too few.
     """
     while rows <= MOST_ROWS:
         for seeds in range(max(2, least_seeds), MOST_SEEDS + 1):
-            reach = stats.t.ppf(1 - TAIL, seeds - 1) + stats.t.ppf(POWER, seeds - 1)
-            if reach * spread.of_mean(seeds, rows) <= distance:
+            t_quantiles = stats.t.ppf(1 - TAIL, seeds - 1) + stats.t.ppf(POWER, seeds - 1)
+            if t_quantiles * spread.of_mean(seeds, rows) <= distance:
                 return seeds, rows
         rows = MOST_ROWS if rows < MOST_ROWS < 2 * rows else 2 * rows
     return None

@@ -1,4 +1,4 @@
-"""95 % intervals of proportions. Each covers which examples were drawn, for one run; it says nothing of other seeds.
+"""95 % intervals of proportions. Each covers which examples were drawn, for one run; it says nothing about other seeds.
 
 - `wilson`: one run's proportion;
 - `paired_proportions`: the difference of two proportions on the same examples.
@@ -31,7 +31,7 @@ def paired_proportions(ours: Sequence[float], theirs: Sequence[float]) -> Interv
 
     Method 10 of Newcombe, "Improved confidence intervals for the difference between binomial
     proportions based on paired data", Statistics in Medicine 17 (1998). Unlike a normal interval it
-    behaves where a proportion is near 0 or 1.
+    stays correct where a proportion is near 0 or 1.
 
     Args:
         ours, theirs: 0 or 1 for each example, in the same order.
@@ -48,13 +48,10 @@ def paired_proportions(ours: Sequence[float], theirs: Sequence[float]) -> Interv
     difference = first.value - second.value
     correlation = _continuity_corrected_phi(both, int(sum(ours)) - both, int(sum(theirs)) - both, n)
 
-    def reach(a: float, b: float) -> float:
-        return math.sqrt(max(0.0, a * a - 2 * correlation * a * b + b * b))
-
     return Interval(
         difference,
-        difference - reach(first.value - first.low, second.high - second.value),
-        difference + reach(first.high - first.value, second.value - second.low),
+        difference - _half_width(first.value - first.low, second.high - second.value, correlation),
+        difference + _half_width(first.high - first.value, second.value - second.low, correlation),
         "newcombe",
     )
 
@@ -64,12 +61,17 @@ def is_binary(scores: ArrayLike) -> bool:
     return bool(np.isin(np.asarray(scores, dtype=np.float64), (0.0, 1.0)).all())
 
 
+def _half_width(ours: float, theirs: float, correlation: float) -> float:
+    """Newcombe's combination of two half widths, of correlated proportions."""
+    return math.sqrt(max(0.0, ours * ours - 2 * correlation * ours * theirs + theirs * theirs))
+
+
 def _continuity_corrected_phi(both: int, only_ours: int, only_theirs: int, n: int) -> float:
+    """The correlation of two proportions, with the continuity correction of Newcombe's method 10."""
     neither = n - both - only_ours - only_theirs
     margins = (both + only_ours) * (only_theirs + neither) * (both + only_theirs) * (only_ours + neither)
     if margins == 0:
         return 0.0
     numerator = both * neither - only_ours * only_theirs
-    if numerator > 0:
-        numerator = max(numerator - n / 2, 0)  # type: ignore[assignment]
-    return numerator / math.sqrt(margins)
+    corrected = max(numerator - n / 2, 0.0) if numerator > 0 else float(numerator)
+    return corrected / math.sqrt(margins)

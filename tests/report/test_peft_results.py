@@ -1,6 +1,7 @@
 """PEFT's method_comparison results: read as a labelled series, and ours written in the same schema."""
 
 import json
+import re
 
 import pytest
 from helpers.report_runs import scored_run
@@ -47,9 +48,34 @@ def test_published_runs_are_read_and_bad_files_listed(folder):
     interval = peers[0].interval()
     # 0.4784 of 1,319: a binomial half-width of 0.027.
     assert interval.high - interval.low == pytest.approx(0.054, abs=0.001)
-    assert {item.path.name for item in left_out} == {"canceled.json", "other.json"}
+    reasons = {file.path.name: file.reason for file in left_out}
+    assert reasons == {
+        "canceled.json": "its status is 'canceled', not 'success'",
+        "other.json": "has no 'train_info', so it is not a results file of PEFT's comparison",
+    }
     with pytest.raises(UserError, match="method_comparison"):
         peft_results.read(folder / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "says"),
+    [
+        ("train_info", "metrics", [], "'train_info.metrics' is \\[\\]"),
+        ("train_info", "metrics", [{"step": 5}], "no 'test accuracy' in its last metrics"),
+        ("train_info", "metrics", [{"test accuracy": 1.5}], "not in \\[0, 1\\]"),
+        ("train_info", "num_trainable_params", "many", "'train_info.num_trainable_params' is 'many'"),
+        ("train_info", "file_size", float("inf"), "'train_info.file_size' is not a finite number"),
+        ("run_info", "train_config", {}, "no 'run_info.train_config.model_id'"),
+        ("run_info", "peft_config", {"r": 8}, "no 'run_info.peft_config.peft_type'"),
+    ],
+)
+def test_a_file_that_is_not_of_the_comparison_names_its_key(tmp_path, part, key, value, says):
+    tree = published()
+    tree[part][key] = value
+    (tmp_path / "odd.json").write_text(json.dumps(tree))
+    peers, (file,) = peft_results.read(tmp_path)
+    assert not peers
+    assert re.search(says, file.reason), file.reason
 
 
 def test_they_are_a_series_of_their_own(folder, tmp_path):
@@ -66,8 +92,6 @@ def test_ours_are_written_so_that_the_reader_of_theirs_reads_them(tmp_path):
     scored_run(tmp_path / "runs", [1.0, 0.0] * 20, [0.0] * 40, split="test", task="gsm8k")
     scored_run(tmp_path / "runs", [1.0, 0.0] * 20, [0.0] * 40, split="validation", task="gsm8k", seed=1)
     runs, _ = read_runs([tmp_path / "runs"])
-    for run in runs:
-        run.record["identity"]["task"]["kind"] = "gsm8k"
     assert peft_results.export(runs, tmp_path / "out") == 1
     (peer,), left_out = peft_results.read(tmp_path / "out")
     assert not left_out

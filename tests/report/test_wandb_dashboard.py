@@ -5,8 +5,8 @@ import json
 import pytest
 from helpers.report_runs import scored_run
 
-from tiedlora import text as present
 from tiedlora.errors import UserError
+from tiedlora.records.summary import flat_summary
 from tiedlora.report import wandb_dashboard
 from tiedlora.report.runs import read_runs
 
@@ -24,7 +24,7 @@ def test_every_panel_asks_for_a_key_that_runs_log(runs):
     (workspace, _) = wandb_dashboard.workspaces(runs, "team", "tiedlora")
     text = json.dumps(wandb_dashboard.specification(workspace))
     (run,) = [run for run in runs if run.task == "chain_sum"]
-    logged = present.flat_summary(run.record)
+    logged = flat_summary(run.record)
     for key in ("trainable_params", "test/exact_match_strict", "training/peak_memory_bytes", "training/tokens_per_s"):
         assert key in logged
         assert key in text
@@ -32,10 +32,10 @@ def test_every_panel_asks_for_a_key_that_runs_log(runs):
         assert key in text
 
 
-def test_a_workspace_a_task_filters_its_runs(runs):
-    made = wandb_dashboard.workspaces(runs, "team", "tiedlora")
-    assert [workspace.name for workspace in made] == ["Tied-LoRA: chain_sum", "Tied-LoRA: squad"]
-    assert "squad" in json.dumps(wandb_dashboard.specification(made[1])["spec"]["section"]["runSets"])
+def test_each_tasks_workspace_filters_its_runs(runs):
+    workspaces = wandb_dashboard.workspaces(runs, "team", "tiedlora")
+    assert [workspace.name for workspace in workspaces] == ["Tied-LoRA: chain_sum", "Tied-LoRA: squad"]
+    assert "squad" in json.dumps(wandb_dashboard.specification(workspaces[1])["spec"]["section"]["runSets"])
 
 
 def test_mistakes_are_for_people(runs):

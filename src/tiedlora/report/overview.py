@@ -1,0 +1,107 @@
+"""The overview: configurations x tasks, one table per base model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from tiedlora.report.compare import ResultRow
+from tiedlora.report.runs import LeftOut
+from tiedlora.report.values import AverageScore, Column, Count, Percent, PointsInterval, Table, TaskScore
+from tiedlora.statistics import crossed
+from tiedlora.statistics.interval import Interval
+
+Line = tuple[int, int, str, float]
+"""What one line of the table is for: rank, parameters, configuration, share of LoRA."""
+
+
+def overview(rows: Sequence[ResultRow], left_out: Sequence[LeftOut]) -> list[Table]:
+    """A table per base model: score and paired difference to LoRA for every configuration and task, with an average."""
+    primary = [row for row in rows if row.primary]
+    models = sorted({row.group.model for row in primary})
+    return [_of_model(model, [row for row in primary if row.group.model == model], left_out) for model in models]
+
+
+def _of_model(model: str, rows: Sequence[ResultRow], left_out: Sequence[LeftOut]) -> Table:
+    settings = sorted({(row.group.task, row.group.variant) for row in rows})
+    by_place = {(_line(row), (row.group.task, row.group.variant)): row for row in rows}
+    # An average is over tasks. A task in two settings must neither count twice nor be left out silently.
+    is_averaged = len(settings) > 1 and len({task for task, _ in settings}) == len(settings)
+    body = []
+    for line in sorted({_line(row) for row in rows}):
+        rank, params, configuration, share = line
+        rows_of_line = [by_place.get((line, setting)) for setting in settings]
+        scores = [
+            _task_score(row) if row is not None else _missing(configuration, rank, task, left_out)
+            for row, (task, _) in zip(rows_of_line, settings, strict=True)
+        ]
+        average = [_average(rows_of_line)] if is_averaged else []
+        body.append((configuration, rank, Count(params), Percent(share), *scores, *average))
+    names = [f"{task} ({variant})" if variant else task for task, variant in settings]
+    columns = (
+        Column("configuration"),
+        Column("rank", int),
+        Column("parameters", Count),
+        Column("share of LoRA", Percent),
+        *(Column(name, TaskScore) for name in names),
+        *([Column("average", AverageScore)] if is_averaged else []),
+    )
+    name = f"overview-{re.sub(r'[^A-Za-z0-9]+', '-', model).lower()}"
+    return Table(name, _caption(model, names, is_averaged), columns, body)
+
+
+def _line(row: ResultRow) -> Line:
+    group = row.group
+    # The share in per cent with two decimals, as it is shown: settings may differ in its last digits.
+    return group.rank, group.params, group.configuration, round(group.share, 4)
+
+
+def _caption(model: str, names: Sequence[str], is_averaged: bool) -> str:
+    caption = (
+        f"{model}: score in points of 100 (mean over seeds, n seeds) and, in brackets, the paired difference to "
+        "LoRA at the same rank with its 95 % interval over seeds and examples (over examples alone for one seed). "
+        "* has notes in the table of results."
+    )
+    if is_averaged:
+        caption += (
+            f" The average is the plain mean of each task's first metric over the {len(names)} columns "
+            f"{', '.join(names)}; its interval is a t interval over seeds that all of them share, and it is left "
+            "out where a column is missing."
+        )
+    return caption
+
+
+def _task_score(row: ResultRow) -> TaskScore:
+    difference = PointsInterval(row.difference.widest, signed=True) if row.difference is not None else None
+    score = None if row.score is None else row.score.value
+    return TaskScore(score, len(row.seeds), score is None or bool(row.group.marks or row.notes), difference)
+
+
+def _missing(configuration: str, rank: int, task: str, left_out: Sequence[LeftOut]) -> str | None:
+    """`failed` where a run of the configuration failed on the task, and nothing is finished."""
+    runs = [folder.run for folder in left_out if folder.run is not None]
+    failed = [run for run in runs if run.failed and (run.label, run.rank, run.task) == (configuration, rank, task)]
+    return "failed" if failed else None
+
+
+def _average(rows: Sequence[ResultRow | None]) -> AverageScore | None:
+    """The mean over tasks, for the seeds that all have; None where a task is missing."""
+    scored = [row for row in rows if row is not None and row.score is not None]
+    if len(scored) < len(rows):
+        return None
+    shared = sorted(set.intersection(*(set(row.seeds) for row in scored)))
+    if not shared:
+        return None
+    values = np.array([_values(row, shared) for row in scored]).mean(0)
+    if len(shared) == 1:
+        return AverageScore(Interval(float(values[0]), math.nan, math.nan), 1)
+    return AverageScore(crossed.seeds_interval(values), len(shared))
+
+
+def _values(row: ResultRow, seeds: Sequence[int]) -> list[float]:
+    """The row's score for each of the seeds."""
+    by_seed = {run.seed: run for run in row.group.runs}
+    return [float(value) for value in row.measure.values([by_seed[seed] for seed in seeds])]

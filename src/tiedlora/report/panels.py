@@ -1,0 +1,169 @@
+"""The panels of the figures: what is drawn for one setting, in colours that colour-blind readers tell apart."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from tiedlora.report.compare import ResultRow
+from tiedlora.report.groups import RunGroup
+from tiedlora.report.peft_results import Peer
+
+INK = "#1b1b1d"
+"""Text and axes. The page turns exactly this colour into its own text colour, so that figures serve both themes."""
+# Okabe and Ito's palette without black and yellow (each invisible on one of the two backgrounds): a colour a family,
+# and within it a marker and a dash of its own, so that a grey print still tells them apart.
+STYLES = {
+    "LoRA": ("#0072B2", "o", "-"),
+    "LoRA_qkv": ("#56B4E9", "h", "-"),
+    "TABuv": ("#D55E00", "D", "-"),
+    "TAB": ("#009E73", "s", "-"),
+    "TA": ("#009E73", "^", "--"),
+    "TB": ("#009E73", "v", ":"),
+    "Tuv": ("#CC79A7", "P", "-"),
+    "TAuv": ("#E69F00", "<", "--"),
+    "TBuv": ("#E69F00", ">", ":"),
+}
+OTHER = ("#7f7f7f", "X", "-.")
+PEER = ("#7f7f7f", "*")
+
+
+def style(group: RunGroup) -> tuple[str, str, str]:
+    """Colour, marker and dash of a configuration, the same in every figure."""
+    return STYLES.get(group.label, OTHER)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Numbers of the points (parameters, score) that no other reaches with as few parameters, by parameters."""
+    kept, best = [], -math.inf
+    for number in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if points[number][1] > best:
+            kept.append(number)
+            best = points[number][1]
+    return kept
+
+
+def pareto_panel(ax: Axes, rows: list[ResultRow]) -> None:
+    places = [(row.group.params, 100 * row.score.value) for row in rows if row.score is not None]
+    best = front(places)
+    _draw_front(ax, [places[number] for number in best])
+    for number, row in enumerate(rows):
+        _errorbar(ax, row, places[number][0], filled=number in best)
+    _parameters_axis(ax)
+
+
+def _draw_front(ax: Axes, places: Sequence[tuple[float, float]]) -> None:
+    ax.plot(*zip(*places, strict=True), color=INK, linewidth=1, alpha=0.6, zorder=1)
+
+
+def peer_panel(ax: Axes, peers: Sequence[Peer]) -> None:
+    by_place = {(float(peer.params), 100 * peer.accuracy): peer.method for peer in peers if peer.params > 0}
+    places = list(by_place)
+    best = front(places)
+    _draw_front(ax, [places[number] for number in best])
+    params, scores = zip(*places, strict=True)
+    ax.scatter(params, scores, color=PEER[0], marker=PEER[1], s=40, zorder=2)
+    last = 0.0
+    for number in best:
+        # Names of neighbours on the front would cover each other: one in a third of a decade can be read.
+        if params[number] > last * 10**0.35:
+            last = params[number]
+            ax.annotate(
+                by_place[places[number]], places[number], fontsize=6, xytext=(3, -7), textcoords="offset points"
+            )
+    _parameters_axis(ax)
+
+
+def _parameters_axis(ax: Axes) -> None:
+    """A log axis with labels such as 50k and 2M: powers of ten tell little about counts within a decade."""
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    # A single point, or close ones, would leave an axis without a tick.
+    if high / low < 4:
+        ax.set_xlim(low / 2, high * 2)
+    wide = ax.get_xlim()[1] / ax.get_xlim()[0] > 300
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short_count(count)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def short_count(count: float) -> str:
+    """41,328 -> 41.3k."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"
+
+
+def _errorbar(ax: Axes, row: ResultRow, x: float, filled: bool = True) -> None:
+    assert row.score is not None
+    colour, marker, _ = style(row.group)
+    interval = row.score.examples
+    value = 100 * row.score.value
+    # A bootstrap bound can lie a hair beyond the mean it belongs to; matplotlib refuses negative lengths.
+    error = None
+    if interval is not None:
+        error = [[max(0.0, value - 100 * interval.low)], [max(0.0, 100 * interval.high - value)]]
+    ax.errorbar(
+        *([x], [value], error),
+        color=colour,
+        marker=marker,
+        markersize=7,
+        markerfacecolor=colour if filled else "none",
+        linestyle="none",
+        elinewidth=1,
+        capsize=2,
+    )
+
+
+def rank_panel(ax: Axes, rows: list[ResultRow]) -> None:
+    by_name: dict[str, list[ResultRow]] = defaultdict(list)
+    for row in rows:
+        by_name[row.group.configuration].append(row)
+    ranks = sorted({row.group.rank for row in rows})
+    for place, (_, of_name) in enumerate(sorted(by_name.items())):
+        # A small shift keeps the bars of configurations with equal ranks apart.
+        shift = 1 + 0.03 * (place - len(by_name) / 2)
+        of_name.sort(key=lambda row: row.group.rank)
+        for row in of_name:
+            _errorbar(ax, row, row.group.rank * shift)
+        ax.plot(
+            [row.group.rank * shift for row in of_name],
+            [100 * row.score.value for row in of_name if row.score],
+            color=style(of_name[0].group)[0],
+            linewidth=1,
+            alpha=0.7,
+        )
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ranks, [str(rank) for rank in ranks])
+    ax.minorticks_off()
+    if len(ranks) == 1:
+        ax.set_xlim(ranks[0] / 1.5, ranks[0] * 1.5)
+
+
+def curve_panel(ax: Axes, rows: list[ResultRow]) -> None:
+    widest = max(row.group.rank for row in rows)
+    for row in rows:
+        curves = [run.curve("validation/loss") for run in row.group.runs]
+        steps = next((steps for steps, _ in curves if steps), [])
+        losses = np.array([values for own_steps, values in curves if own_steps == steps and steps])
+        if not len(losses):
+            continue
+        colour, marker, dash = style(row.group)
+        # Ranks of one configuration share a colour: the higher the rank, the thicker.
+        width = 0.8 + 1.2 * math.log2(1 + row.group.rank) / math.log2(1 + widest)
+        ax.plot(
+            *(steps, losses.mean(0)),
+            color=colour,
+            marker=marker,
+            markersize=4,
+            linewidth=width,
+            linestyle=dash,
+        )
+        if len(losses) > 1:
+            ax.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)

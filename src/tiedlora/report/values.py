@@ -1,0 +1,148 @@
+"""What a table holds: typed values in columns of one kind each. formats.py and page.py turn them into text.
+
+Scores, differences and shares are fractions of 1 here; people read scores in points of 100 and shares in per cent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tiedlora.statistics.interval import Interval
+
+
+@dataclass(frozen=True)
+class Count:
+    """A whole number that may be large: parameters, rows."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A measured quantity whose unit is in the column's name."""
+
+    value: float
+    decimals: int = 2
+
+
+@dataclass(frozen=True)
+class Percent:
+    """A share."""
+
+    value: float
+    decimals: int = 2
+
+
+@dataclass(frozen=True)
+class PercentInterval:
+    """A share with the ends of its interval; they are NaN where there is none."""
+
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """The chosen learning rate, of so many that were tried."""
+
+    value: float
+    tried: int
+
+
+@dataclass(frozen=True)
+class Points:
+    """A score, or a difference of scores (signed)."""
+
+    value: float
+    signed: bool = False
+
+
+@dataclass(frozen=True)
+class PointsInterval:
+    """A score or a difference with the ends of its interval; they are NaN where there is none."""
+
+    interval: Interval
+    signed: bool = False
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The ends of an interval whose value is in another column."""
+
+    interval: Interval
+    signed: bool = False
+
+
+@dataclass(frozen=True)
+class NamedEnds:
+    """The ends of an interval that may cover less than its column's name says."""
+
+    interval: Interval
+    covers: str = ""
+    """What it covers instead, such as `examples`; empty where the column's name is right."""
+    signed: bool = False
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One group's score on one task, and its difference to LoRA."""
+
+    score: float | None
+    seeds: int
+    has_notes: bool
+    difference: PointsInterval | None = None
+
+
+@dataclass(frozen=True)
+class AverageScore:
+    """The mean over tasks with its interval over seeds; the ends are NaN for one seed."""
+
+    interval: Interval
+    seeds: int
+
+
+Value = (
+    str
+    | int
+    | float
+    | Count
+    | Amount
+    | Percent
+    | PercentInterval
+    | LearningRate
+    | Points
+    | PointsInterval
+    | Ends
+    | NamedEnds
+    | TaskScore
+    | AverageScore
+    | None
+)
+"""What one place of a table may hold. None is missing: it is never filled in."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's name and the class of its values. A place may hold a word instead, such as `failed`, or None."""
+
+    name: str
+    kind: type = str
+    csv_name: str = ""
+    """Its name in CSV files, where another column of the table has the same name."""
+    wraps: bool = False
+    """Whether it holds long texts."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of values, with a caption that says how to read them."""
+
+    name: str
+    caption: str
+    columns: tuple[Column, ...]
+    rows: Sequence[tuple[Value, ...]]
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """The columns' names."""
+        return tuple(column.name for column in self.columns)

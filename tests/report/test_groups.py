@@ -1,0 +1,87 @@
+"""Groups: which runs are averaged, at which learning rate, and what is marked or refused."""
+
+from helpers.hostile import put
+from helpers.report_runs import primary_row, scored_run
+
+from tiedlora.report import write
+from tiedlora.report.groups import group_runs
+from tiedlora.report.runs import read_runs
+
+GOOD = [1.0, 0.0] * 25
+BASE = [0.0] * 50
+
+
+def test_the_rate_is_chosen_on_validation_over_the_seeds_that_all_rates_share(tmp_path):
+    for lr, right, seeds in ((1e-3, 10, 2), (1e-2, 30, 5), (3e-2, 20, 2)):
+        for seed in range(seeds):
+            scored_run(tmp_path, [1.0] * right + [0.0] * (50 - right), BASE, lr=lr, seed=seed)
+    (group,) = group_runs(read_runs([tmp_path])[0])
+    assert group.lr == 1e-2
+    assert [run.seed for run in group.runs] == [0, 1, 2, 3, 4]
+    assert [rate.lr for rate in group.rates] == [1e-3, 1e-2, 3e-2]
+    assert not group.marks
+
+
+def test_a_winner_at_the_edge_and_a_failed_rate_are_marked(tmp_path):
+    for lr, right in ((1e-3, 10), (1e-2, 20), (3e-2, 30), (1e-1, 40)):
+        scored_run(tmp_path, [1.0] * right + [0.0] * (50 - right), BASE, lr=lr)
+    failed = tmp_path / "TABuv-r8-chain_sum-tiny-s1-0123456789"
+    failed.mkdir()
+    (failed / "error.txt").write_text("UserError: the loss is nan")
+    (failed / "config.yaml").write_text("train: {lr: 0.1}\n")
+    (group,) = group_runs(*read_runs([tmp_path]))
+    assert group.lr == 3e-2, "a rate that diverges at one seed is not a rate to use"
+    assert any("seed 1 at lr 0.1 failed" in mark for mark in group.marks)
+    failed.joinpath("error.txt").unlink()
+    failed.joinpath("config.yaml").unlink()
+    failed.rmdir()
+    (group,) = group_runs(*read_runs([tmp_path]))
+    assert group.lr == 1e-1
+    assert any("at the edge" in mark for mark in group.marks)
+
+
+def test_other_protocols_are_other_rows_and_named(tmp_path):
+    scored_run(tmp_path, GOOD, BASE)
+    scored_run(tmp_path, GOOD, BASE, changes={"config.train.steps": 300})
+    for dropout in (0.1, 0.2):
+        scored_run(tmp_path, GOOD, BASE, changes={"config.tying.dropout": dropout})
+    scored_run(tmp_path, GOOD, BASE, changes={"config.rank.alpha": 16.0})
+    groups = group_runs(read_runs([tmp_path])[0])
+    assert {(group.configuration, group.variant) for group in groups} == {
+        ("TABuv (rank.alpha=8.0)", "train.steps=100"),
+        ("TABuv (rank.alpha=16.0)", "train.steps=100"),
+        ("custom (TABuv) (tying.dropout=0.1)", "train.steps=100"),
+        ("custom (TABuv) (tying.dropout=0.2)", "train.steps=100"),
+        ("TABuv", "train.steps=300"),
+    }
+
+
+def test_mixed_commits_are_marked_and_mixed_data_have_no_mean(tmp_path):
+    scored_run(tmp_path, GOOD, BASE, name="LoRA")
+    scored_run(tmp_path, GOOD, BASE, seed=0)
+    scored_run(tmp_path, GOOD, BASE, seed=1, changes={"code.commit": "b" * 40, "code.dirty": True})
+    rows = write.build([tmp_path]).rows
+    marks = primary_row(rows, "TABuv").group.marks
+    assert any(mark.startswith("mixed commits: aaaaaaaa, bbbbbbbb") for mark in marks)
+    assert any("uncommitted" in mark for mark in marks)
+    scored_run(tmp_path, GOOD, BASE, seed=2, changes={"data.train.digest": "other"})
+    row = primary_row(write.build([tmp_path]).rows, "TABuv")
+    assert row.score is None
+    assert any("different data" in note for note in row.notes)
+
+
+def test_groups_on_other_rows_are_not_subtracted(tmp_path):
+    scored_run(tmp_path, GOOD, BASE, name="LoRA")
+    put(scored_run(tmp_path, GOOD, BASE), "scores.validation.digest", "other rows")
+    row = primary_row(write.build([tmp_path]).rows, "TABuv")
+    assert row.score is not None
+    assert row.difference is None
+    assert any("other data" in note for note in row.notes)
+
+
+def test_a_seed_without_the_split_is_missing_not_filled_in(tmp_path):
+    scored_run(tmp_path, GOOD, BASE, split="test", seed=0)
+    scored_run(tmp_path, GOOD, BASE, split="validation", seed=1)
+    row = primary_row(write.build([tmp_path]).rows, "TABuv")
+    assert (row.measure.split, row.seeds) == ("test", [0])
+    assert any("not scored on test: seed 1" in note for note in row.notes)
