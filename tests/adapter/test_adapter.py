@@ -12,7 +12,7 @@ from tiedlora import storage, tying
 from tiedlora.adapter import architectures, attach, attach_adapter, load, save
 from tiedlora.adapter.parts import TiedAdapter, draw
 from tiedlora.errors import UserError
-from tiedlora.training.loop import build_optimizer
+from tiedlora.training.optimizer import build_optimizer
 from tiedlora.tying import Tying
 
 
