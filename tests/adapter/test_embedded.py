@@ -13,8 +13,8 @@ from tiedlora.data.batching import microbatches
 from tiedlora.data.encoding import Encoder
 from tiedlora.models.base_model import load_base
 from tiedlora.tasks import load_examples, load_task
-from tiedlora.training.optimizer import build_optimizer
 from tiedlora.training.loss import target_loss
+from tiedlora.training.optimizer import build_optimizer
 
 
 @pytest.fixture(scope="module")
