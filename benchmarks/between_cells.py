@@ -1,6 +1,6 @@
 """python benchmarks/between_cells.py [--model smollm2_135m]: seconds from one cell's last step to the next one's first.
 
-Three configurations in a basic sweep on one base model. Of each gap it says what is the cells' own work: the last
+Three configurations in a basic sweep on one base model. Of each gap it prints what is the cells' own work: the last
 cell's final validation and its scoring, the next one's first validation and its first step. The rest is the sweep's:
 the checkpoint, the record, taking the adapter off, and everything before the next first step.
 """
@@ -13,58 +13,76 @@ import runpy
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from tiedlora.runs import trainer
+from tiedlora.scoring.split import Scorer
 
 PROJECT = Path(__file__).resolve().parents[1]
 STEPS, CELLS = 4, ("LoRA", "TABuv", "Tuv")
 LIMIT = 3.0
-"""Seconds, of the whole gap but scoring, which is as long as one asks for rows."""
+"""Seconds of a gap without scoring, whose time depends on how many rows are scored."""
+
+Span = tuple[float, float]
+
+
+def timed(function: Callable[..., Any], spans: list[Span]) -> Callable[..., Any]:
+    """The function, with the beginning and the end of each call added to `spans`."""
+
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+        started = time.perf_counter()
+        result = function(*arguments, **keywords)
+        spans.append((started, time.perf_counter()))
+        return result
+
+    return wrapped
+
+
+def run_sweep(model: str) -> tuple[list[Span], list[Span], list[Span]]:
+    """The spans of optimizer steps, of validations and of scorings."""
+    steps: list[Span] = []
+    validations: list[Span] = []
+    scorings: list[Span] = []
+    torch.optim.AdamW.step = timed(torch.optim.AdamW.step, steps)
+    trainer.mean_loss = timed(trainer.mean_loss, validations)
+    Scorer.score_split = timed(Scorer.score_split, scorings)
+    with tempfile.TemporaryDirectory() as outputs:
+        overrides = [f"model={model}", "train=tiny", f"train.steps={STEPS}", f"tying={','.join(CELLS)}"]
+        overrides += ["train.threads=1", "task.rows.validation=8", "task.max_new_tokens=8", f"outputs={outputs}"]
+        sys.argv = [str(PROJECT / "train.py"), "--multirun", *overrides]
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    return steps, validations, scorings
+
+
+def seconds_within(spans: list[Span], start: float, end: float) -> float:
+    """Seconds of the spans that begin between `start` and `end`."""
+    return sum(span_end - span_start for span_start, span_end in spans if start <= span_start < end)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2_135m")
     arguments = parser.parse_args()
-    import torch
-
-    from tiedlora.scoring import decoding, scoring
-
-    spans: dict[str, list[tuple[float, float]]] = {"step": [], "validation": [], "scoring": []}
-
-    def timed(owner: Any, name: str, kind: str) -> None:
-        original = getattr(owner, name)
-
-        def wrapped(*given: Any, **keywords: Any) -> Any:
-            started = time.perf_counter()
-            made = original(*given, **keywords)
-            spans[kind].append((started, time.perf_counter()))
-            return made
-
-        setattr(owner, name, wrapped)
-
-    timed(torch.optim.AdamW, "step", "step")
-    timed(decoding, "mean_loss", "validation")
-    timed(scoring, "score_split", "scoring")
-    with tempfile.TemporaryDirectory() as outputs:
-        overrides = [f"model={arguments.model}", "train=tiny", f"train.steps={STEPS}", f"tying={','.join(CELLS)}"]
-        overrides += ["train.threads=1", "task.rows.validation=8", "task.max_new_tokens=8", f"outputs={outputs}"]
-        sys.argv = [str(PROJECT / "train.py"), "--multirun", *overrides]
-        os.environ["HYDRA_FULL_ERROR"] = "1"
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    steps = spans["step"]
+    steps, validations, scorings = run_sweep(arguments.model)
     assert len(steps) == len(CELLS) * STEPS
 
     for cell in range(1, len(CELLS)):
-        end, begin = steps[cell * STEPS - 1][1], steps[cell * STEPS][0]
-        inside = {kind: sum(b - a for a, b in spans[kind] if end <= a < begin) for kind in ("validation", "scoring")}
-        # The first step's forward and backward pass comes before its update: what the next step takes.
-        first = steps[cell * STEPS + 1][0] - steps[cell * STEPS][1]
-        gap = begin - end - inside["scoring"]
-        own = gap - inside["validation"] - first
+        gap_start, gap_end = steps[cell * STEPS - 1][1], steps[cell * STEPS][0]
+        validation = seconds_within(validations, gap_start, gap_end)
+        scoring = seconds_within(scorings, gap_start, gap_end)
+        # A span of a step is its update alone. The first step's forward and backward pass come before it; they take
+        # about as long as those of the second step.
+        first_step = steps[cell * STEPS + 1][0] - steps[cell * STEPS][1]
+        gap = gap_end - gap_start - scoring
+        own = gap - validation - first_step
         print(
-            f"{CELLS[cell - 1]} to {CELLS[cell]}: {gap:.2f} s without scoring ({inside['scoring']:.2f} s for 8 rows): "
-            f"{inside['validation']:.2f} s two validations, {first:.2f} s the first step, {own:.2f} s the sweep's own"
+            f"{CELLS[cell - 1]} to {CELLS[cell]}: {gap:.2f} s without scoring ({scoring:.2f} s for 8 rows): "
+            f"{validation:.2f} s two validations, {first_step:.2f} s the first step, {own:.2f} s the sweep's own"
         )
         assert gap <= LIMIT, f"more than {LIMIT} s"
 

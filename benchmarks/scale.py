@@ -1,8 +1,8 @@
 """python benchmarks/scale.py [--json FILE]: time and memory of a training step against rank, depth, length, vocabulary.
 
-Random Llama models of SmolLM2-135M's width (what is in the weights changes neither), TABuv, bfloat16, 8 rows of 128
-tokens, half of them targets, but for what a line varies. Each line is a process of its own: seconds are the median of 3
-steps after a first one; memory is what the step adds to the loaded model's, at its peak.
+Random Llama models of SmolLM2-135M's width (the values of the weights change neither), TABuv, bfloat16, 8 rows of 128
+tokens, half of them targets, except for what a line varies. Each line is its own process: seconds are the median of 3
+steps after a first one; memory is what a step adds to the loaded model's memory, at its peak.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ VARIED = {
 }
 
 
-def child(given: str) -> None:
+def child(sizes_json: str) -> None:
+    # Imported here: the parent process does not need torch.
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -37,7 +38,7 @@ def child(given: str) -> None:
     from tiedlora.models import attention
     from tiedlora.training.loss import target_loss
 
-    sizes = json.loads(given)
+    sizes = json.loads(sizes_json)
     torch.manual_seed(0)
     settings = LlamaConfig(
         hidden_size=576,
@@ -53,7 +54,7 @@ def child(given: str) -> None:
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    # The rotary frequencies are no parameter: computed, not drawn.
+    # The rotary frequencies are not parameters: they are computed.
     model.model.rotary_emb = type(model.model.rotary_emb)(settings)
     attention.use(model)
     attached = attach(model.train(), "TABuv", sizes["rank"])
@@ -67,7 +68,7 @@ def child(given: str) -> None:
         attached.adapter.zero_grad(set_to_none=True)
         return time.perf_counter() - started
 
-    # The first step of a tiny batch loads the kernels; then the mark of the highest memory is put back.
+    # A step of a tiny batch loads the kernels. The peak of memory is reset after it.
     target_loss(model, collate([Encoded((1, 2), (3, 4))], 0)).backward()
     before = common.restart_peak()
     times = [step() for _ in range(4)]
@@ -78,18 +79,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="where the figures go as JSON")
     arguments = parser.parse_args()
-    found: list[dict[str, Any]] = []
+    figures: list[dict[str, Any]] = []
     rows = []
-    for what, values in VARIED.items():
+    for varied, values in VARIED.items():
         lines = []
         for value in values:
-            sizes = {**USUAL, what: value}
+            sizes = {**USUAL, varied: value}
             lines.append({**sizes, **common.measure(__file__, json.dumps(sizes))})
-            print(f"{what} {value}: {lines[-1]['seconds']:.2f} s", file=sys.stderr)
+            print(f"{varied} {value}: {lines[-1]['seconds']:.2f} s", file=sys.stderr)
         first = lines[0]
         rows += [
             [
-                f"{what} {line[what]:,}",
+                f"{varied} {line[varied]:,}",
                 f"{line['seconds']:.2f}",
                 f"{line['seconds'] / first['seconds']:.2f}",
                 f"{line['memory'] / 1e6:.0f} MB",
@@ -97,9 +98,9 @@ def main() -> None:
             ]
             for line in lines
         ]
-        found += [{"varied": what, **line} for line in lines]
+        figures += [{"varied": varied, **line} for line in lines]
     print(common.table(["", "seconds a step", "x the first", "memory of a step", "x the first"], rows))
-    common.write(arguments.json, {"lines": found})
+    common.write(arguments.json, {"lines": figures})
 
 
 if __name__ == "__main__":

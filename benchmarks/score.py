@@ -15,77 +15,72 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import common
 
-BATCH, OURS = 16, 200
+if TYPE_CHECKING:
+    from tiedlora.config.schema import Config
+
+THEIR_BATCH, OUR_BATCH = 16, 200
+
+# Imports inside functions: a measurement's memory contains only what it imports itself.
 
 
-def config(dtype: str, *overrides: str) -> Any:
-    return common.config("tying=LoRA_qkv", f"train.dtype={dtype}", f"score.batch_size={OURS}", *overrides)
+def config(dtype: str, *overrides: str) -> Config:
+    return common.config("tying=LoRA_qkv", f"train.dtype={dtype}", f"score.batch_size={OUR_BATCH}", *overrides)
 
 
 def train(folder: Path) -> None:
-    """A short real training, so that answers have ends and the adapter does something."""
-    from tiedlora.records.run_folder import RunFolder
-    from tiedlora.runs.session import RunSession
-    from tiedlora.tasks import load_task
-    from tiedlora.training.distributed import World
-    from tiedlora.training.signals import StopSignal
+    """A short real training, so that answers have ends and the adapter changes them."""
+    import harness
 
-    chosen = config("bfloat16", "train.steps=20", "train.validation_rows=1", "train.validate_every=0")
-    prepared = RunSession(chosen, load_task(chosen.task), World())
-    with StopSignal() as stop:
-        prepared.train(RunFolder(folder / "run"), stop)
-    from tiedlora.adapter import to_peft
+    from tiedlora.export.peft import to_peft
 
-    prepared.attached.save_pretrained(folder / "ours")
-    to_peft(prepared.attached.adapter, folder / "theirs", "smollm2")
+    short = config("bfloat16", "train.steps=20", "train.validation_rows=1", "train.validate_every=0")
+    session, _ = harness.train(short, folder / "run")
+    session.attached.save_pretrained(folder / "ours")
+    to_peft(session.attached.adapter, folder / "theirs", "smollm2")
     print("{}")
 
 
 def ours(folder: Path, dtype: str, rows: int) -> dict[str, Any]:
-    import torch
+    import harness
 
     from tiedlora.adapter import attach_adapter, load
-    from tiedlora.data.encoding import Encoder
-    from tiedlora.runs import reuse
-    from tiedlora.scoring import scoring
+    from tiedlora.scoring.split import Scorer
     from tiedlora.tasks import load_task
 
-    chosen = config(dtype)
-    base = reuse.base(chosen, torch.device("cpu"))
+    run_config = config(dtype)
+    base = harness.base_model(run_config)
     attached = attach_adapter(base.model, load(folder / "ours")[0])
-    examples = reuse.rows(chosen)[0]["validation"][:rows]
-    encoder = Encoder(base.tokenizer, chosen.task, chosen.model.context)
+    encoder = harness.encoder_of(run_config, base)
+    examples = harness.validation_examples(run_config)[:rows]
+    scorer = Scorer(attached, encoder, load_task(run_config.task), run_config, base.record)
     started = time.perf_counter()
-    with scoring.adapted(attached, chosen) as model:
-        found = scoring.predict(model, encoder, load_task(chosen.task), examples, chosen, "ours")
+    predictions = scorer.adapted_rows(examples, "ours")
     return {
         "seconds": time.perf_counter() - started,
-        "tokens": sum(row["output_tokens"] for row in found),
-        "outputs": [row["output"] for row in found],
+        "tokens": sum(row.output_tokens for row in predictions),
+        "outputs": [row.output for row in predictions],
         "peak": common.peak_memory(),
     }
 
 
 def theirs(folder: Path, dtype: str, rows: int) -> dict[str, Any]:
-    import torch
+    import baseline
+    import harness
     from peft import PeftModel
 
-    from tiedlora.data.encoding import Encoder
-    from tiedlora.runs import reuse
-
-    chosen = config(dtype)
-    base = reuse.base(chosen, torch.device("cpu"))
+    run_config = config(dtype)
+    base = harness.base_model(run_config)
     base.model.set_attn_implementation("sdpa")
     model = PeftModel.from_pretrained(base.model, folder / "theirs").eval()
-    encoder = Encoder(base.tokenizer, chosen.task, chosen.model.context)
-    examples = reuse.rows(chosen)[0]["validation"][:rows]
+    encoder = harness.encoder_of(run_config, base)
+    examples = harness.validation_examples(run_config)[:rows]
     started = time.perf_counter()
     prompts = [encoder.prompt(example.prompt) for example in examples]
-    outputs, tokens = common.answers(model, base.tokenizer, prompts, chosen.task, BATCH)
+    outputs, tokens = baseline.answers(model, base.tokenizer, prompts, run_config.task, THEIR_BATCH)
     return {
         "seconds": time.perf_counter() - started,
         "tokens": tokens,
@@ -109,27 +104,27 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--json", type=Path, help="where the figures go as JSON")
     arguments = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
     with tempfile.TemporaryDirectory() as folder:
         common.measure(__file__, "train", folder)
         for alternation in range(1, arguments.alternations + 1):
-            for who, runs in found.items():
-                runs.append(common.measure(__file__, who, folder, arguments.dtype, str(arguments.rows)))
-                print(f"{alternation} {who}: {runs[-1]['seconds']:.1f} s", file=sys.stderr)
-    same = sum(a == b for a, b in zip(found["ours"][0]["outputs"], found["theirs"][0]["outputs"], strict=True))
+            for who, measured in runs.items():
+                measured.append(common.measure(__file__, who, folder, arguments.dtype, str(arguments.rows)))
+                print(f"{alternation} {who}: {measured[-1]['seconds']:.1f} s", file=sys.stderr)
+    same = sum(a == b for a, b in zip(runs["ours"][0]["outputs"], runs["theirs"][0]["outputs"], strict=True))
     rows = [
         [
             who,
-            common.spread([run["seconds"] for run in runs]),
-            f"{statistics.median(run['tokens'] / run['seconds'] for run in runs):.0f}",
-            f"{statistics.median(run['peak'] for run in runs) / 1e9:.2f} GB",
+            common.spread([run["seconds"] for run in measured]),
+            f"{statistics.median(run['tokens'] / run['seconds'] for run in measured):.0f}",
+            f"{statistics.median(run['peak'] for run in measured) / 1e9:.2f} GB",
         ]
-        for who, runs in found.items()
+        for who, measured in runs.items()
     ]
     print(common.table([f"{arguments.dtype}, {arguments.rows} rows", "seconds", "tokens/s", "peak memory"], rows))
-    ratios = [b["seconds"] / a["seconds"] for a, b in zip(found["ours"], found["theirs"], strict=True)]
+    ratios = [b["seconds"] / a["seconds"] for a, b in zip(runs["ours"], runs["theirs"], strict=True)]
     print(f"ours is {common.spread(ratios)} times as fast; {same} of {arguments.rows} outputs are the same")
-    common.write(arguments.json, {"same": same, "runs": found})
+    common.write(arguments.json, {"same": same, "runs": runs})
     if arguments.dtype == "float32" and same < arguments.rows:
         sys.exit("in float32 the outputs should be the same")
 

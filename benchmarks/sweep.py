@@ -19,7 +19,7 @@ from pathlib import Path
 import common
 
 EIGHT = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
-STEPS, ROWS, NEW, BATCH = 6, 16, 64, 16
+STEPS, ROWS, NEW_TOKENS, BATCH = 6, 16, 64, 16
 
 
 def settings(dtype: str) -> list[str]:
@@ -32,7 +32,7 @@ def settings(dtype: str) -> list[str]:
         f"train.microbatch_tokens={common.PASS_TOKENS}",
         f"task.rows.train={STEPS * common.BATCH}",
         f"task.rows.validation={ROWS}",
-        f"task.max_new_tokens={NEW}",
+        f"task.max_new_tokens={NEW_TOKENS}",
         f"score.batch_size={BATCH}",
         "score.base=false",
     ]
@@ -41,30 +41,31 @@ def settings(dtype: str) -> list[str]:
 def ours(dtype: str) -> float:
     """Seconds of the whole command."""
     with tempfile.TemporaryDirectory() as outputs:
-        overrides = [*common.defaults().items()]
         command = [sys.executable, str(common.PROJECT / "train.py"), "--multirun", f"tying={','.join(EIGHT)}"]
-        command += [f"{key}={value}" for key, value in overrides if key != "tying"] + settings(dtype)
+        command += [f"{key}={value}" for key, value in common.defaults().items()] + settings(dtype)
         started = time.perf_counter()
-        done = subprocess.run([*command, f"outputs={outputs}"], capture_output=True, text=True, cwd=common.PROJECT)
+        sweep = subprocess.run([*command, f"outputs={outputs}"], capture_output=True, text=True, cwd=common.PROJECT)
         seconds = time.perf_counter() - started
-        finished = len(list(Path(outputs).glob("*/result.json")))
-        if done.returncode != 0 or finished != len(EIGHT):
+        results = len(list(Path(outputs).glob("*/result.json")))
+        if sweep.returncode != 0 or results != len(EIGHT):
             sys.exit(
-                f"the sweep ended with {done.returncode}, {finished} results\n{done.stdout}\n{done.stderr[-2000:]}"
+                f"the sweep ended with {sweep.returncode}, {results} results\n{sweep.stdout}\n{sweep.stderr[-2000:]}"
             )
     return seconds
 
 
 def theirs(dtype: str) -> None:
     """One of the eight processes."""
-    import train as training
-    from tiedlora.data.encoding import Encoder
+    # Imported here: the parent process does not need torch.
+    import baseline
+    import harness
 
     config = common.config(*settings(dtype))
-    trained = training.theirs(dtype, "grouped" if dtype == "bfloat16" else "plain", STEPS, *settings(dtype))
-    model, base, examples = trained["model"], trained["base"], trained["validation"][:ROWS]
-    encoder = Encoder(base.tokenizer, config.task, config.model.context)
-    common.answers(model, base.tokenizer, [encoder.prompt(e.prompt) for e in examples], config.task, BATCH)
+    order = "grouped" if dtype == "bfloat16" else "plain"
+    trained = baseline.train(dtype, order, STEPS, 1, *settings(dtype))
+    encoder = harness.encoder_of(config, trained.base)
+    prompts = [encoder.prompt(example.prompt) for example in harness.validation_examples(config)[:ROWS]]
+    baseline.answers(trained.model, trained.base.tokenizer, prompts, config.task, BATCH)
     print("{}")
 
 
@@ -74,21 +75,21 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--json", type=Path, help="where the figures go as JSON")
     arguments = parser.parse_args()
-    rows, found = [], []
+    rows, figures = [], []
     for alternation in range(1, arguments.alternations + 1):
-        mine = ours(arguments.dtype)
-        print(f"{alternation} ours: {mine:.0f} s", file=sys.stderr)
-        each = []
+        our_seconds = ours(arguments.dtype)
+        print(f"{alternation} ours: {our_seconds:.0f} s", file=sys.stderr)
+        their_seconds: list[float] = []
         for name in EIGHT:
-            each.append(common.measure(__file__, arguments.dtype)["whole_seconds"])
-            print(f"{alternation} theirs, {name}: {each[-1]:.0f} s", file=sys.stderr)
-        found.append({"ours": mine, "theirs": each})
-        rows.append(
-            [str(alternation), f"{mine:.0f}", f"{sum(each):.0f}", common.spread(each), f"{sum(each) / mine:.2f}"]
-        )
+            their_seconds.append(common.measure(__file__, arguments.dtype)["whole_seconds"])
+            print(f"{alternation} theirs, {name}: {their_seconds[-1]:.0f} s", file=sys.stderr)
+        figures.append({"ours": our_seconds, "theirs": their_seconds})
+        total = sum(their_seconds)
+        speedup = f"{total / our_seconds:.2f}"
+        rows.append([str(alternation), f"{our_seconds:.0f}", f"{total:.0f}", common.spread(their_seconds), speedup])
     header = [arguments.dtype, "our sweep, s", "their eight, s", "one of theirs, s", "ours is x times as fast"]
     print(common.table(header, rows))
-    common.write(arguments.json, {"dtype": arguments.dtype, "alternations": found})
+    common.write(arguments.json, {"dtype": arguments.dtype, "alternations": figures})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """python benchmarks/tying.py [--batches 24] [--json FILE]: what a step of TABuv, of Tuv and of PEFT's adapters costs.
 
-In one process, on the same GSM8K batches of SmolLM2-135M in bfloat16 (rank 8, batch 8, blocks not compiled): each batch
-is trained on by every adapter in turn, in another order each time, and the ratio of their seconds to our LoRA's is
-taken batch by batch. The interval is a bootstrap of the mean ratio over batches. PEFT's LoRA and VeRA (its nearest to
-Tuv) stand on q, k and v within the same loss and attention as ours, so what differs is the adapter alone.
+In one process, on the same GSM8K batches of SmolLM2-135M in bfloat16 (rank 8, batch 8, blocks not compiled): every
+adapter in turn trains on each batch, in another order each time, and its seconds are divided by those of our LoRA on
+the same batch. The interval is a bootstrap of the mean ratio over batches. PEFT's LoRA and VeRA (its method nearest to
+Tuv) adapt q, k and v, with the same loss and attention as ours, so only the adapter differs.
 """
 
 from __future__ import annotations
@@ -14,28 +14,68 @@ import time
 from pathlib import Path
 from typing import Any
 
+import baseline
 import common
+import harness
 import numpy as np
 import torch
+from peft import VeraConfig, get_peft_model
 
 from tiedlora.adapter import TiedAdapter, attach_adapter
-from tiedlora.data.batching import BatchSampler, microbatches
-from tiedlora.data.encoding import Encoder, fit
-from tiedlora.runs import reuse
-from tiedlora.training import loop
+from tiedlora.data.batching import Batch, BatchSampler, microbatches
 from tiedlora.training.loss import target_loss
+from tiedlora.training.optimizer import build_optimizer
 
 OURS = ("LoRA", "TABuv", "Tuv")
 NAMES = (*OURS, "PEFT LoRA", "PEFT VeRA")
 
 
-def peft(name: str, model: Any) -> Any:
-    from peft import VeraConfig, get_peft_model
-
+def with_peft(name: str, model: Any) -> Any:
+    """The model with a fresh adapter of PEFT."""
     if name == "PEFT LoRA":
-        return common.peft_lora(model)
+        return baseline.peft_lora(model)
     settings = VeraConfig(r=common.RANK, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
     return get_peft_model(model, settings)
+
+
+class StepTimer:
+    """Trains one model with one adapter after the other, and times each step."""
+
+    def __init__(self) -> None:
+        configs = {name: common.config(f"tying={name}") for name in OURS}
+        self.config = configs["LoRA"]
+        self.base = harness.base_model(self.config)
+        self.base.model.train()
+        self.adapters = {
+            name: TiedAdapter(c.tying, c.rank.r, c.rank.alpha or c.rank.r, c.model.architecture, c.seed)
+            for name, c in configs.items()
+        }
+        self.optimizers = {
+            name: build_optimizer(adapter.trained_parts(), configs[name].train)
+            for name, adapter in self.adapters.items()
+        }
+
+    def seconds(self, name: str, batches: list[Batch]) -> float:
+        """Seconds of one step: forward, backward and update."""
+        if name in OURS:
+            attached = attach_adapter(self.base.model, self.adapters[name])
+            seconds = self._step(batches, self.optimizers[name])
+            attached.detach()
+            return seconds
+        wrapped = with_peft(name, self.base.model).train()
+        trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+        seconds = self._step(batches, torch.optim.AdamW(trained, lr=self.config.train.lr or 0.0))
+        wrapped.unload()
+        return seconds
+
+    def _step(self, batches: list[Batch], optimizer: torch.optim.Optimizer) -> float:
+        target_tokens = sum(len(batch.targets) for batch in batches)
+        started = time.perf_counter()
+        for batch in batches:
+            (target_loss(self.base.model, batch) / target_tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - started
 
 
 def main() -> None:
@@ -43,37 +83,16 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--json", type=Path, help="where the figures go as JSON")
     arguments = parser.parse_args()
-    configs = {name: common.config(f"tying={name}") for name in OURS}
-    config = configs["LoRA"]
-    base = reuse.base(config, torch.device("cpu"))
-    encoded = fit(Encoder(base.tokenizer, config.task, config.model.context), reuse.rows(config)[0]["train"]).encoded
-    sampler = BatchSampler([len(row) for row in encoded], config.train, config.seed)
-    adapters, optimizers = {}, {}
-    for name, c in configs.items():
-        adapters[name] = TiedAdapter(c.tying, c.rank.r, c.rank.alpha, c.model.architecture, c.seed)
-        optimizers[name] = loop.build_optimizer(adapters[name].trained_parts(), c.train)
-    base.model.train()
+    timer = StepTimer()
+    encoded = harness.training_rows(timer.config, timer.base)
+    sampler = BatchSampler([len(row) for row in encoded], timer.config.train, timer.config.seed)
     seconds: dict[str, list[float]] = {name: [] for name in NAMES}
     for number in range(arguments.batches + 1):
         rows = [encoded[row] for row in sampler.rows_of_step(number + 1)]
-        batches = microbatches(rows, base.tokenizer.eos_token_id, tokens=common.PASS_TOKENS)
+        batches = microbatches(rows, timer.base.tokenizer.eos_token_id, tokens=common.PASS_TOKENS)
         for turn in range(len(NAMES)):
             name = NAMES[(turn + number) % len(NAMES)]
-            if name in OURS:
-                attached, optimizer = attach_adapter(base.model, adapters[name]), optimizers[name]
-            else:
-                wrapped = peft(name, base.model).train()
-                optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=config.train.lr)
-            started = time.perf_counter()
-            for batch in batches:
-                (target_loss(base.model, batch) / sum(len(b.targets) for b in batches)).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seconds[name].append(time.perf_counter() - started)
-            if name in OURS:
-                attached.detach()
-            else:
-                wrapped.unload()
+            seconds[name].append(timer.seconds(name, batches))
     # The first batch warms up.
     measured = {name: np.array(times[1:]) for name, times in seconds.items()}
     draws = np.random.default_rng(0).integers(0, arguments.batches, (10_000, arguments.batches))

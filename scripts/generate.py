@@ -1,20 +1,29 @@
 """python scripts/generate.py RUN [--prompt TEXT ...]: try a finished run, base and adapted model side by side.
 
-Without --prompt it asks for one after the other; an empty line ends it. A prompt is put in the task's template where
-that has one field (so type a question, not "Question: ..."); --raw takes it as it is.
+Without --prompt it asks for prompts one after the other; an empty line ends it. If the task's template has one field,
+a prompt is put into it (so type a question, not "Question: ..."); --raw uses the prompt as it is.
 """
+
+from __future__ import annotations
 
 import argparse
 import os
 import re
 import shutil
 import textwrap
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tiedlora import errors
-from tiedlora import text as present
+from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
+from tiedlora.text import visible, visible_lines
+
+if TYPE_CHECKING:
+    from tiedlora.adapter import Attached
+    from tiedlora.data.encoding import Encoder
 
 
 def main() -> None:
@@ -26,66 +35,82 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cache", default=os.environ.get("TIEDLORA_CACHE"), help="default: where the run kept it")
     arguments = parser.parse_args()
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: must be at least 1")
 
+    # Imported here because torch and transformers take seconds: --help and a wrong argument do not need them.
     from tiedlora.data.encoding import Encoder
     from tiedlora.runs import library
-    from tiedlora.scoring.decoding import generate
 
     config = library.config_of(arguments.run)
     base = library.base_of(arguments.run, device=arguments.device, cache=arguments.cache)
     attached = library.load(arguments.run, base.model)
     encoder = Encoder(base.tokenizer, config.task, config.model.context)
-    names = re.findall(r"\{(\w+)\}", config.task.prompt)
+    generator = Generator(attached, encoder, config, arguments.max_new_tokens or config.task.max_new_tokens)
+    fields = re.findall(r"\{(\w+)\}", config.task.prompt)
+    field = fields[0] if len(fields) == 1 and not arguments.raw else None
+    for text in arguments.prompt or typed_prompts(field or "prompt"):
+        prompt = text if field is None else config.task.prompt.replace(f"{{{field}}}", text)
+        base_answer, adapted_answer = generator.answers(prompt)
+        print(visible_lines(prompt), side_by_side(base_answer, adapted_answer), "", sep="\n")
 
-    new_tokens = config.task.max_new_tokens if arguments.max_new_tokens is None else arguments.max_new_tokens
-    if new_tokens < 1:
-        raise UserError(f"--max-new-tokens {new_tokens}: must be at least 1")
 
-    def answer(prompt: str) -> str:
-        ids = encoder.prompt(prompt)
-        if not ids or len(ids) + new_tokens > config.model.context:
+class Generator:
+    """Answers of the base model and of the adapted model."""
+
+    def __init__(self, attached: Attached, encoder: Encoder, config: Config, max_new_tokens: int) -> None:
+        self.attached, self.encoder, self.config, self.max_new_tokens = attached, encoder, config, max_new_tokens
+
+    def answers(self, prompt: str) -> tuple[str, str]:
+        """(the base model's answer, the adapted model's answer).
+
+        Raises:
+            UserError: the prompt does not fit into the model's context.
+        """
+        ids, context = self.encoder.prompt(prompt), self.config.model.context
+        if not ids or len(ids) + self.max_new_tokens > context:
             raise UserError(
-                f"--prompt: has {len(ids)} tokens; it needs at least one and, with {new_tokens} new ones, at most the "
-                f"model's {config.model.context}"
+                f"--prompt: has {len(ids)} tokens; it needs at least one and, with {self.max_new_tokens} new ones, "
+                f"at most the model's {context}"
             )
+        adapted = self._answer(ids)
+        self.attached.disable()
+        base = self._answer(ids)
+        self.attached.enable()
+        return base, adapted
+
+    def _answer(self, ids: tuple[int, ...]) -> str:
+        from tiedlora.scoring.decoding import generate  # as in main
+
         (output,) = generate(
-            base.model,
-            base.tokenizer,
+            self.attached.model,
+            self.encoder.tokenizer,
             [ids],
-            max_new_tokens=new_tokens,
-            stop=config.task.stop,
+            max_new_tokens=self.max_new_tokens,
+            stop=self.config.task.stop,
             batch_size=1,
         )
         return output.text
 
-    def show(text: str) -> None:
-        prompt = text if arguments.raw or len(names) != 1 else config.task.prompt.replace(f"{{{names[0]}}}", text)
-        adapted = answer(prompt)
-        attached.disable()
-        plain = answer(prompt)
-        attached.enable()
-        print(present.lines(prompt), side_by_side(plain, adapted), "", sep="\n")
 
-    for prompt in arguments.prompt:
-        show(prompt)
-    while not arguments.prompt:
+def typed_prompts(field: str) -> Iterator[str]:
+    """What is typed at the terminal, until an empty line or the end of the input."""
+    while True:
         try:
-            text = input(f"{names[0] if len(names) == 1 and not arguments.raw else 'prompt'}> ")
+            text = input(f"{field}> ")
         except EOFError:
-            break
+            return
         if not text.strip():
-            break
-        show(text)
+            return
+        yield text
 
 
 def side_by_side(base: str, adapted: str) -> str:
-    """Two columns of the terminal's width, each text's own lines kept."""
+    """Two columns as wide as the terminal. Each text keeps its own lines, and none can move the cursor."""
     width = max(20, (shutil.get_terminal_size((100, 24)).columns - 3) // 2)
     columns = []
     for title, text in (("base", base), ("adapted", adapted)):
-        # Whatever a model says must not move the cursor.
-        shown = ["".join(c if c.isprintable() else " " for c in line) for line in text.splitlines()]
-        lines = [part for line in shown for part in textwrap.wrap(line, width) or [""]]
+        lines = [part for line in text.splitlines() for part in textwrap.wrap(visible(line), width) or [""]]
         columns.append([title, "-" * width, *lines])
     return "\n".join(f"{left:<{width}} | {right}".rstrip() for left, right in zip_longest(*columns, fillvalue=""))
 

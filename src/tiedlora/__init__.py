@@ -6,7 +6,7 @@
     ...                                                    # train attached.adapter.trained_parts()
     attached.save_pretrained("my-adapter")
 
-Names are loaded when they are first used, so that `import tiedlora` and the commands that need no torch stay quick.
+A name is imported when it is first used, so `import tiedlora` and the commands that need no torch stay quick.
 """
 
 from __future__ import annotations
@@ -15,24 +15,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tiedlora.adapter import Adapters, TiedAdapter
+    from tiedlora.adapter import AdapterSet, TiedAdapter
+    from tiedlora.adapter import AdapterSet as Adapters
     from tiedlora.adapter.attach import Attached, attach, attach_adapter
     from tiedlora.adapter.peft_method import TiedLoraConfig, TiedLoraModel
     from tiedlora.errors import UserError
-    from tiedlora.export.weights import to_merged, to_peft
+    from tiedlora.export.merged import to_merged
+    from tiedlora.export.peft import to_peft
     from tiedlora.runs.library import base_of, load
     from tiedlora.tying import Architecture, Factor, Layout, Part, Tying, named
 
-_HOME = {
-    **dict.fromkeys(("Adapters", "Attached", "TiedAdapter", "attach", "attach_adapter"), "adapter"),
-    **dict.fromkeys(("to_merged", "to_peft"), "export.weights"),
+_MODULES = {
+    **dict.fromkeys(("AdapterSet", "Attached", "TiedAdapter", "attach", "attach_adapter"), "adapter"),
     **dict.fromkeys(("Architecture", "Factor", "Layout", "Part", "Tying", "named"), "tying"),
     **dict.fromkeys(("base_of", "load"), "runs.library"),
     **dict.fromkeys(("TiedLoraConfig", "TiedLoraModel"), "adapter.peft_method"),
+    "to_merged": "export.merged",
+    "to_peft": "export.peft",
     "UserError": "errors",
 }
+"""Public name -> the module that defines it."""
+_ALIASES = {"Adapters": "AdapterSet"}
+"""Name in version 0.1 -> its name now."""
 
 __all__ = [
+    "AdapterSet",
     "Adapters",
     "Architecture",
     "Attached",
@@ -55,9 +62,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    current_name = _ALIASES.get(name, name)
+    if current_name not in _MODULES:
         raise AttributeError(f"module 'tiedlora' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"tiedlora.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"tiedlora.{_MODULES[current_name]}"), current_name)
 
 
 def __dir__() -> list[str]:

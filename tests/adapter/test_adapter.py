@@ -5,14 +5,15 @@ import json
 
 import pytest
 import torch
-from helpers.tiny import EIGHT, TINY, randomise, tiny, tying_option
+from helpers.tiny import EIGHT, TINY, model_option, randomise, tiny, tying_option
 from safetensors.torch import load_file, save_file
 
 from tiedlora import storage, tying
 from tiedlora.adapter import architectures, attach, attach_adapter, load, save
 from tiedlora.adapter.parts import TiedAdapter, draw
+from tiedlora.config.schema import TrainConfig
 from tiedlora.errors import UserError
-from tiedlora.training.loop import build_optimizer
+from tiedlora.training.optimizer import build_optimizer
 from tiedlora.tying import Tying
 
 
@@ -52,8 +53,6 @@ class TestEveryConfiguration:
             assert attached.adapter.parts()["qkv.A"].shape[0] == attached.adapter.parts()["qkv.B"].shape[0] == 1
 
     def test_only_the_zero_part_has_a_gradient_at_first_and_all_move_by_the_third_step(self, model_name, name, ids):
-        from tiedlora.config.schema import TrainConfig
-
         base = tiny(model_name)
         attached = attach(base.model, tying_option(name), 4)
         parts = attached.adapter.trained_parts()
@@ -248,9 +247,7 @@ def test_frozen_parts_can_be_rebuilt_from_their_seed(tmp_path):
 
 
 def test_llama2_7b_file_is_two_megabytes():
-    """METHOD: TABuv at LLaMA-2 7B, r = 8 is about 2 MB (524,544 float32), not LoRA's 17 MB."""
-    from helpers.tiny import model_option
-
+    """docs/method.md: TABuv at LLaMA-2 7B, r = 8 is about 2 MB (524,544 float32), not LoRA's 17 MB."""
     adapter = TiedAdapter(tying_option("TABuv"), 8, 8, model_option("llama2_7b").architecture, 0)
     assert sum(4 * p.numel() for p in adapter.parts().values()) == 4 * 524_544
 

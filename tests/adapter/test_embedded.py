@@ -13,8 +13,8 @@ from tiedlora.data.batching import microbatches
 from tiedlora.data.encoding import Encoder
 from tiedlora.models.base_model import load_base
 from tiedlora.tasks import load_examples, load_task
-from tiedlora.training.loop import build_optimizer
 from tiedlora.training.loss import target_loss
+from tiedlora.training.optimizer import build_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -62,4 +62,4 @@ def test_it_starts_at_the_base_moves_at_once_and_counts_as_the_formula(base, bat
 
 def test_the_end_of_text_is_the_models_own(base):
     assert base.tokenizer.eos_token == "<|im_end|>"
-    assert base.record["digest"].startswith("gguf-sha256:")
+    assert base.record.digest.startswith("gguf-sha256:")

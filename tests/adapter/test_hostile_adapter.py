@@ -184,7 +184,7 @@ def test_a_small_file_that_asks_for_a_large_memory(whole, tmp_path):
     changes = {"architecture": architecture, "tying": tying, "rank": 60_000, "rebuilt": {"qkv.A": "0" * 64}}
     write(tmp_path / "adapter", {**description, **changes}, data)
     tracemalloc.start()
-    with refused("180,000,000,000 numbers to rebuild from the seed, at most 268,435,456 are", tmp_path):
+    with refused("180,000,000,000 numbers to draw again from the seed, at most 268,435,456 are", tmp_path):
         load(tmp_path / "adapter")
     assert tracemalloc.get_traced_memory()[1] < 2**26
     tracemalloc.stop()

@@ -148,7 +148,7 @@ def test_mistakes_are_one_line(values, says):
 
 def test_a_second_adapter_is_refused_and_unloading_frees_the_model(ids):
     model = wrapped()
-    with pytest.raises(UserError, match=r"takes one.*tiedlora.Adapters"):
+    with pytest.raises(UserError, match=r"takes one.*tiedlora.AdapterSet"):
         model.add_adapter("second", TiedLoraConfig())
     base = model.unload()
     assert torch.equal(logits(base, ids), logits(family_model("llama"), ids))

@@ -8,9 +8,11 @@ from helpers.tiny import tiny
 from tiedlora.config import compose as configuration
 from tiedlora.data import token_cache
 from tiedlora.data.batching import collate
-from tiedlora.data.encoding import Encoder, fit
+from tiedlora.data.encoding import Encoder, encode_rows
 from tiedlora.errors import UserError
-from tiedlora.models.base_model import embedded_folder
+from tiedlora.models.base_model import BaseModel
+from tiedlora.models.embedded import embedded_folder
+from tiedlora.records.run_record import BaseModelRecord
 from tiedlora.tasks import Example
 from tiedlora.tasks.squad import Squad
 
@@ -34,20 +36,20 @@ def test_labels_cover_the_target_and_the_end_of_text_alone():
     batch = collate([coder.example(example) for example in examples], end)
     flat = batch.input_ids.flatten()
     # A byte is a token here, so positions can be counted by hand.
-    wanted = [f"{example.target}".encode() for example in examples]
-    assert batch.targets.tolist() == [t for text in wanted for t in [*coder.continuation(text.decode()), end]]
+    targets = [example.target.encode() for example in examples]
+    assert batch.targets.tolist() == [t for text in targets for t in [*coder.continuation(text.decode()), end]]
     assert flat[batch.positions + 1].tolist() == batch.targets.tolist()
     for example, row in zip(examples, range(2), strict=True):
         first = row * batch.input_ids.shape[1] + len(example.prompt.encode()) - 1
         assert first in batch.positions.tolist()
         assert first - 1 not in batch.positions.tolist()
-    assert len(batch.targets) == sum(len(text) + 1 for text in wanted)
+    assert len(batch.targets) == sum(len(text) + 1 for text in targets)
 
 
 def test_a_prompt_has_the_same_tokens_in_training_and_in_generation():
     coder, task = encoder(), Squad(encoder().config)
     for example in (squad_example(PASSAGE, "word1", task), squad_example("A short word1.", "word1", task)):
-        _, (trained,), _ = fit(coder, [example])
+        _, (trained,), _ = encode_rows(coder, [example])
         asked = coder.shortened(example)
         assert asked is not None
         assert trained.prompt == coder.prompt(asked.prompt)
@@ -65,7 +67,7 @@ def test_a_long_context_loses_its_end_at_a_word_and_never_the_question():
     assert coder.shortened(short) is short
 
 
-def test_what_fits_not_is_counted_and_a_lost_answer_is_not_trained_on():
+def test_rows_that_do_not_fit_are_counted_and_a_lost_answer_is_not_trained_on():
     coder, task = encoder("task.max_target_tokens=30"), Squad(encoder().config)
     examples = [
         squad_example("word1 is short", "word1", task),
@@ -74,7 +76,7 @@ def test_what_fits_not_is_counted_and_a_lost_answer_is_not_trained_on():
         squad_example("x " * 40, "x " * 20, task),
         Example("4", PASSAGE, " no part may be cut"),
     ]
-    kept, encoded, counts = fit(coder, examples)
+    kept, encoded, counts = encode_rows(coder, examples)
     assert kept == [0, 1]
     assert len(encoded) == 2
     assert counts == {"rows": 5, "shortened": 1, "dropped_prompt": 1, "dropped_target": 1, "dropped_answer": 1}
@@ -91,7 +93,7 @@ def test_no_room_for_a_prompt_names_the_key():
     with pytest.raises(UserError, match=r"task\.max_new_tokens=20: leaves no room"):
         encoder(context=20)
     with pytest.raises(UserError, match="none of 1 rows fits"):
-        fit(encoder(), [Example("0", PASSAGE, " x")])
+        encode_rows(encoder(), [Example("0", PASSAGE, " x")])
 
 
 def test_the_chat_template_of_the_embedded_model():
@@ -122,24 +124,26 @@ def test_an_empty_prompt_is_refused():
 
 
 def test_tokens_are_kept_by_content(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "WORTH_KEEPING", 3)
+    monkeypatch.setattr(token_cache, "MIN_ROWS", 3)
     examples = [squad_example(f"{i} word1 " + PASSAGE * (i == 2), "word1", Squad(encoder().config)) for i in range(4)]
-    base = {"name": "a", "revision": "main", "digest": "sha256:1"}
 
-    def fitted(digest="rows", base=base, coder=None):
-        return token_cache.fitted(coder or encoder(), examples, digest, base, tmp_path)
+    def load_or_encode(digest="rows", weights="sha256:1", coder=None, known=True):
+        base = BaseModel(None, None, BaseModelRecord("a", "main", weights), digest_is_known=known)
+        return token_cache.load_or_encode(coder or encoder(), examples, digest, base, tmp_path)
 
-    made = fitted()
-    assert made == fit(encoder(), examples)
+    assert load_or_encode(known=False) == encode_rows(encoder(), examples)
+    assert not (tmp_path / "tokens").exists(), "kept although nothing says which tokenizer it was"
+    rows = load_or_encode()
+    assert rows == encode_rows(encoder(), examples)
     (file,) = (tmp_path / "tokens").iterdir()
-    monkeypatch.setattr(token_cache, "fit", lambda *_: pytest.fail("tokenised again"))
-    assert fitted() == made
-    # Other rows, another tokenizer or other settings are other tokens; so is what a damaged file held.
-    for other in ({"digest": "x"}, {"base": {**base, "digest": "2"}}, {"coder": encoder("task.max_target_tokens=9")}):
+    monkeypatch.setattr(token_cache, "encode_rows", lambda *_: pytest.fail("encoded again"))
+    assert load_or_encode() == rows
+    # Other rows, another tokenizer or other settings have other tokens. A damaged file is not used.
+    for other in ({"digest": "x"}, {"weights": "2"}, {"coder": encoder("task.max_target_tokens=9")}, {"known": False}):
         with pytest.raises(pytest.fail.Exception, match="again"):
-            fitted(**other)
-    whole = file.read_bytes()
-    for damaged in (whole[:-5], whole[:-4] + b"\1\1\1\1", b""):
+            load_or_encode(**other)
+    data = file.read_bytes()
+    for damaged in (data[:-5], data[:-4] + b"\1\1\1\1", b""):
         file.write_bytes(damaged)
         with pytest.raises(pytest.fail.Exception, match="again"):
-            fitted()
+            load_or_encode()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shlex
 import warnings
 
 import pytest
@@ -17,9 +18,10 @@ import tiedlora
 from tiedlora.adapter import attach
 from tiedlora.config import command
 from tiedlora.config.compose import compose_config
-from tiedlora.errors import UserError
-from tiedlora.export.weights import to_merged, to_peft
 from tiedlora.config.identity import run_id
+from tiedlora.errors import UserError
+from tiedlora.export.merged import to_merged
+from tiedlora.export.peft import to_peft
 from tiedlora.runs import run
 
 RANK, ALPHA = 4, 6.0
@@ -103,15 +105,15 @@ class TestScript:
     @pytest.fixture
     def finished(self, tiny_config, tmp_path):
         config = tiny_config()
-        result = run.main(config)
-        return config, result, tmp_path / "outputs" / result["run_id"]
+        record = run.main(config)
+        return config, record, tmp_path / "outputs" / record.run_id
 
     def test_peft_with_card_and_task(self, finished, tmp_path, script):
-        config, result, folder = finished
+        config, record, folder = finished
         assert script("scripts/export.py", folder, "--to", "peft")[0] == 0
         out = folder / "export" / "peft"
         text = (out / "README.md").read_text()
-        for fact in ("base_model:", result["base"]["digest"], result["data"]["train"]["digest"][:16], "| 95 %"[2:]):
+        for fact in ("base_model:", record.base.digest, record.data["train"].digest[:16], "95 %"):
             assert fact in text
         assert str(tmp_path) not in text, "a card names no path of this machine"
         task = OmegaConf.load(out / "tiedlora_chain_sum_validation.yaml")
@@ -159,8 +161,6 @@ class TestScript:
     ],
 )
 def test_the_cards_command_is_the_same_run(overrides):
-    import shlex
-
     config = compose_config(overrides)
     words = shlex.split(command.command(config))
     assert words[:2] == ["python", "train.py"]

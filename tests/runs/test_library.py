@@ -121,11 +121,11 @@ class TestRuns:
     @pytest.mark.parametrize(
         ("overrides", "says"),
         [
-            (["tying=Tuv"], r"qkv.v is in this run alone"),
+            (["tying=Tuv"], r"qkv.v is in this run only"),
             (["tying=TAB", "rank=r2"], r"has rank 8 and alpha 8"),
             (["tying=TAB", "rank.alpha=16"], r"has rank 8 and alpha 8"),
             (["tying=LoRA"], r"qkv.A is \(1, 8, 32\) there and \(3, 8, 32\) here"),
-            (["tying=TAB", "tying.targets=[qkv,o]"], r"o.A is in this run alone"),
+            (["tying=TAB", "tying.targets=[qkv,o]"], r"o.A is in this run only"),
             (["tying=TAB", "model=tiny_gpt2"], r"was trained on"),
         ],
     )

@@ -1,12 +1,15 @@
-"""The method itself: parts, layers, attach / detach / merge, and the adapter's file."""
+"""The method itself: the parts of an adapter, where they act in a base model, attaching and merging, files, PEFT.
 
-from tiedlora.adapter.adapter_set import Adapters
+Knows no task and no training. May import records, config, and the modules tying, errors, storage, text.
+"""
+
+from tiedlora.adapter.adapter_set import AdapterSet
 from tiedlora.adapter.attach import Attached, attach, attach_adapter
 from tiedlora.adapter.files import load, save
 from tiedlora.adapter.parts import TiedAdapter
 
 __all__ = [
-    "Adapters",
+    "AdapterSet",
     "Attached",
     "TiedAdapter",
     "attach",

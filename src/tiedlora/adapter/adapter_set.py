@@ -9,38 +9,38 @@ from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.errors import UserError
 
 
-class Adapters:
+class AdapterSet:
     """Named adapters that take turns on one base model.
 
-        adapters = Adapters(model)
+        adapters = AdapterSet(model)
         adapters.add("sums", adapter)
         adapters.use("sums")
         adapters.use(None)      # the base model itself
 
-    An adapter is small and hooks cost nothing to place, so a switch takes about a millisecond and the base's weights
-    stay where they are.
+    A switch changes the classes of the adapted modules and copies no weights, so it takes about a millisecond.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.active: str | None = None
-        self._named: dict[str, TiedAdapter] = {}
+        """The name of the adapter that acts now."""
+        self._adapters: dict[str, TiedAdapter] = {}
         self._attached: Attached | None = None
 
     @property
     def names(self) -> list[str]:
         """In the order they were added."""
-        return list(self._named)
+        return list(self._adapters)
 
     def add(self, name: str, adapter: TiedAdapter) -> None:
-        """Keep an adapter under a name; `use` makes it act.
+        """Keep an adapter under a name. It acts once `use` names it.
 
         Raises:
             UserError: the name is taken.
         """
-        if name in self._named:
+        if name in self._adapters:
             raise UserError(f"adapters: '{name}' is taken; remove it first, or choose another name")
-        self._named[name] = adapter
+        self._adapters[name] = adapter
 
     def use(self, name: str | None) -> Attached | None:
         """Make one adapter act, or none (then the model is the base, bit for bit).
@@ -48,22 +48,26 @@ class Adapters:
         Raises:
             UserError: there is no such name, or the adapter is for another architecture (the model is then the base).
         """
-        if name is not None and name not in self._named:
-            raise UserError(f"adapters: there is no '{name}'; there are {', '.join(self._named) or 'none'}")
+        if name is not None:
+            self._check_name(name)
         if self._attached is not None:
             self._attached.detach()
         self._attached, self.active = None, None
         if name is not None:
-            self._attached, self.active = attach_adapter(self.model, self._named[name]), name
+            self._attached, self.active = attach_adapter(self.model, self._adapters[name]), name
         return self._attached
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; if it is active, the model is the base again.
+        """Forget an adapter. If it is active, the model is the base again.
 
         Raises:
             UserError: there is no such name.
         """
+        self._check_name(name)
         if name == self.active:
             self.use(None)
-        if self._named.pop(name, None) is None:
-            raise UserError(f"adapters: there is no '{name}'; there are {', '.join(self._named) or 'none'}")
+        del self._adapters[name]
+
+    def _check_name(self, name: str) -> None:
+        if name not in self._adapters:
+            raise UserError(f"adapters: there is no '{name}'; there are {', '.join(self._adapters) or 'none'}")

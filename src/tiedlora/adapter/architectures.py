@@ -1,14 +1,14 @@
 """Where each family of models keeps its projections.
 
-A target such as `qkv` is the concatenation, in order, of its sites; a site is a whole module, or some
-outputs of a fused one. Three layouts cover the families of the table:
+A target such as `qkv` is the concatenation, in order, of its sites. A site is a whole module, or some of the outputs
+of a fused module. Three layouts cover the families of the table:
 
 - q, k and v are three modules (Llama and its relatives);
 - one fused module whose outputs are the blocks [Q; K; V] (GPT-2, Phi-3);
 - one fused module whose outputs go head by head, [q_1; k_1; v_1; q_2; ...] (GPT-NeoX).
 
-B and v are always in the order [Q; K; V], whatever the module's own, so the same adapter means the same
-update everywhere. A new architecture is one entry in FAMILIES, or a `Layout` given by hand.
+The rows of B and v are always in the order [Q; K; V], whatever the order of the module's outputs, so the same adapter
+means the same update everywhere. A new architecture is one entry in FAMILIES, or a `Layout` given by hand.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from tiedlora.errors import UserError
 from tiedlora.tying import Architecture, Layout, target_shape
 
-# What stands around the projections differs within this family (biases, norms of q and k, norms after the sublayers,
-# capped logits), and an update of the projections' outputs does not see any of it.
+# These families differ in what surrounds the projections (biases, norms of q and k, norms after the sublayers, capped
+# logits). An update of the projections' outputs does not depend on it.
 _SEPARATE = Layout(
     layers="model.layers",
     sites={
@@ -85,8 +85,16 @@ FAMILIES: dict[str, Layout] = {
     ),
 }
 
-_BLOCKS = {"qkv": ("q", "k", "v"), "gate": ("gate", "up"), "up": ("gate", "up")}
-"""Target -> what a fused module that holds it is made of, in order."""
+_QKV = ("q", "k", "v")
+_FUSED_BLOCKS = {"q": _QKV, "k": _QKV, "v": _QKV, "gate": ("gate", "up"), "up": ("gate", "up")}
+"""Target -> the blocks of a fused module that holds it, in order."""
+
+_PROJECTION_NAME = re.compile(
+    r"(^|[._])(q|k|v|o|qkv|query|key|value|attn|attention|c_attn|fc\d?|w\d|mlp|dense)([._]|$)|proj"
+)
+"""What the path of a projection looks like, in families that this project does not know."""
+CANDIDATES_SHOWN = 12
+"""How many modules an error message lists at most."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +106,15 @@ class Site:
     rows: slice
     """Rows of the target's B and v that belong to this module."""
     outputs: slice | Tensor
-    """Outputs of the module that they are added to, in the rows' order: a slice, or an index where heads interleave."""
+    """Outputs of the module that those rows are added to, in the rows' order: a slice, or an index where heads
+    interleave."""
     width: int
-    """Outputs of the module; more than there are rows if it computes something else beside."""
+    """All outputs of the module: more than there are rows, if the module also computes something else."""
 
     def place(self, B: Tensor) -> Tensor:
-        """B (... x rows x r) as rows of the whole module (... x width x r): zero where the update has nothing to add.
+        """B (... x rows x r) as rows of the whole module (... x width x r), zero where the update adds nothing.
 
-        Placing the small factor costs nothing beside placing the update, tokens x width.
+        Placing the small factor is far cheaper than placing the update, which has tokens x width numbers.
         """
         if isinstance(self.outputs, slice) and B.shape[-2] == self.width:
             return B
@@ -121,12 +130,13 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
         layout: where its projections are, for a family that is not in FAMILIES.
 
     Raises:
-        UserError: the family is unknown (listing the model's candidates), or its configuration lacks a number.
+        UserError: the family is unknown (the message lists the model's candidates), or the model's configuration
+            lacks a number.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     layout = layout or Layout()
     if not layout.layers and config.model_type not in FAMILIES:
-        raise UserError(_unknown(config.model_type, candidates(model)))
+        raise UserError(_unknown_family(config.model_type, candidates(model)))
     try:
         heads = config.num_attention_heads
         return Architecture(
@@ -136,7 +146,7 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            # GPT-2 calls it n_inner, and leaves it out where it is four times the hidden size.
+            # GPT-2 calls it n_inner. None means four times the hidden size.
             intermediate=getattr(config, "intermediate_size", getattr(config, "n_inner", None))
             or 4 * config.hidden_size,
             vocabulary=config.vocab_size,
@@ -152,17 +162,17 @@ def layout_of(architecture: Architecture) -> Layout:
     """Where a model keeps its projections: given by hand, or its family's.
 
     Raises:
-        UserError: naming the families there are.
+        UserError: the family is unknown; the message names the known ones.
     """
     if architecture.layout.layers:
         return architecture.layout
     if architecture.family not in FAMILIES:
-        raise UserError(_unknown(architecture.family, []))
+        raise UserError(_unknown_family(architecture.family, []))
     return FAMILIES[architecture.family]
 
 
 def sites(architecture: Architecture, target: str, layer: int) -> list[Site]:
-    """The modules that one target of one layer is made of, with their rows of B and v.
+    """The modules that hold one target of one layer, with their rows of B and v.
 
     Raises:
         UserError: the family has no such projection.
@@ -173,89 +183,105 @@ def sites(architecture: Architecture, target: str, layer: int) -> list[Site]:
             f"tying.targets: {architecture.family} has no '{target}' projection; choose from {', '.join(layout.sites)}"
         )
     names = layout.sites[target]
-    # A target of several modules is [Q; K; V]; its rows follow the widths of q, k and v.
-    parts = _BLOCKS["qkv"] if len(names) == 3 else (target,)
+    # A target of three modules is [Q; K; V], and its rows follow the widths of q, k and v.
+    parts = _QKV if len(names) == 3 else (target,)
     if len(names) != len(parts):
         raise UserError(f"model.architecture.layout.sites.{target}: needs one module path, or those of q, k and v")
-    found, row = [], 0
+    target_sites, row = [], 0
     for name, part in zip(names, parts, strict=True):
         path, _, block = name.partition(":")
         height = target_shape(architecture, part)[1]
         outputs, width = _outputs(architecture, layout, part, block)
-        found.append(Site(f"{layout.layers}.{layer}.{path}", slice(row, row + height), outputs, width))
+        target_sites.append(Site(f"{layout.layers}.{layer}.{path}", slice(row, row + height), outputs, width))
         row += height
-    return found
+    return target_sites
 
 
 def _outputs(architecture: Architecture, layout: Layout, part: str, block: str) -> tuple[slice | Tensor, int]:
-    """(outputs of the module that belong to `part`, all outputs of the module)."""
-    whole = _BLOCKS.get(block, _BLOCKS["qkv"]) if block else (part,)
-    widths = {name: target_shape(architecture, name)[1] for name in whole}
-    width = sum(widths.values())
-    if layout.interleaved and (block in ("q", "k", "v") or part == "qkv"):
-        heads, head_dim = architecture.heads, architecture.head_dim
-        # (q, k, v) x heads x head_dim -> places in a module that is heads x (q, k, v) x head_dim.
-        places = torch.arange(3 * heads * head_dim).view(heads, 3, head_dim).transpose(0, 1)
-        chosen = places["qkv".index(block)] if block else places
-        return chosen.reshape(-1), 3 * heads * head_dim
+    """(outputs of the module that belong to `part`, all outputs of the module).
+
+    Args:
+        block: the block of a fused module that is `part`; empty where the module is `part` and nothing else.
+    """
+    if layout.interleaved and (block in _QKV or part == "qkv"):
+        return _interleaved_outputs(architecture, block)
     if not block:
+        width = target_shape(architecture, part)[1]
         return slice(0, width), width
-    start = sum(widths[name] for name in whole[: whole.index(block)])
-    return slice(start, start + widths[block]), width
+    if block not in _FUSED_BLOCKS:
+        raise UserError(
+            f"model.architecture.layout.sites: '{block}' is not a block of a fused module; "
+            f"choose from {', '.join(_FUSED_BLOCKS)}"
+        )
+    blocks = _FUSED_BLOCKS[block]
+    widths = {name: target_shape(architecture, name)[1] for name in blocks}
+    start = sum(widths[name] for name in blocks[: blocks.index(block)])
+    return slice(start, start + widths[block]), sum(widths.values())
+
+
+def _interleaved_outputs(architecture: Architecture, block: str) -> tuple[Tensor, int]:
+    """As `_outputs`, for a fused module whose outputs are heads x (q, k, v) x head_dim."""
+    heads, head_dim = architecture.heads, architecture.head_dim
+    outputs = torch.arange(3 * heads * head_dim).view(heads, 3, head_dim).transpose(0, 1)
+    block_outputs = outputs[_QKV.index(block)] if block else outputs
+    return block_outputs.reshape(-1), 3 * heads * head_dim
 
 
 def check(model: nn.Module, architecture: Architecture, targets: list[str]) -> None:
-    """Compare every module that is about to be adapted with what its layout says of it.
+    """Compare every module that will be adapted with what its layout says.
 
     Raises:
-        UserError: a module is missing, is no linear layer, or has other sizes.
+        UserError: a module is missing, is not a linear layer, or has another size.
     """
     transposed = layout_of(architecture).transposed
     for target in targets:
         d_in = target_shape(architecture, target)[0]
         for layer in range(architecture.layers):
             for site in sites(architecture, target, layer):
-                try:
-                    module = model.get_submodule(site.module_path)
-                except AttributeError:
-                    raise UserError(
-                        f"attach: the model has no module {site.module_path}, where '{target}' should be; "
-                        f"{_listed(model)}"
-                    ) from None
-                if not isinstance(module, Conv1D if transposed else nn.Linear):
-                    raise UserError(
-                        f"attach: {site.module_path} is a {type(module).__name__}, not a plain linear layer; "
-                        "load the model unquantised, or correct its layout"
-                    )
-                expected = (d_in, site.width) if transposed else (site.width, d_in)
-                if tuple(module.weight.shape) != expected:
-                    raise UserError(
-                        f"attach: {site.module_path} has a weight of {tuple(module.weight.shape)}, "
-                        f"the layout of '{target}' says {expected}; correct model.architecture"
-                    )
+                _check_module(model, site, target, d_in, transposed)
+
+
+def _check_module(model: nn.Module, site: Site, target: str, d_in: int, transposed: bool) -> None:
+    try:
+        module = model.get_submodule(site.module_path)
+    except AttributeError:
+        raise UserError(
+            f"attach: the model has no module {site.module_path}, where '{target}' should be; "
+            f"{_candidates_in_words(model)}"
+        ) from None
+    if not isinstance(module, Conv1D if transposed else nn.Linear):
+        raise UserError(
+            f"attach: {site.module_path} is a {type(module).__name__}, not a plain linear layer; "
+            "load the model unquantised, or correct its layout"
+        )
+    expected = (d_in, site.width) if transposed else (site.width, d_in)
+    if tuple(module.weight.shape) != expected:
+        raise UserError(
+            f"attach: {site.module_path} has a weight of {tuple(module.weight.shape)}, "
+            f"the layout of '{target}' says {expected}; correct model.architecture"
+        )
 
 
 def candidates(model: nn.Module) -> list[str]:
     """Linear modules of a layer whose names look like projections: `layers.*.self_attn.q_proj (64 x 64)`."""
-    looks = re.compile(r"(^|[._])(q|k|v|o|qkv|query|key|value|attn|attention|c_attn|fc\d?|w\d|mlp|dense)([._]|$)|proj")
-    found: dict[str, str] = {}
+    described: dict[str, str] = {}
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and looks.search(path):
+        if isinstance(module, (nn.Linear, Conv1D)) and _PROJECTION_NAME.search(path):
             pattern = re.sub(r"\.\d+\.", ".*.", path, count=1)
             if pattern != path:
-                found.setdefault(pattern, f"{pattern} ({' x '.join(str(n) for n in module.weight.shape)})")
-    return list(found.values())
+                described.setdefault(pattern, f"{pattern} ({' x '.join(str(n) for n in module.weight.shape)})")
+    return list(described.values())
 
 
-def _listed(model: nn.Module) -> str:
+def _candidates_in_words(model: nn.Module) -> str:
     names = candidates(model)
-    return (
-        f"its candidates are {', '.join(names[:12])}" if names else "it has no linear layers that look like projections"
-    )
+    if not names:
+        return "it has no linear layers that look like projections"
+    return f"its candidates are {', '.join(names[:CANDIDATES_SHOWN])}"
 
 
-def _unknown(family: str, names: list[str]) -> str:
-    listed = f"its linear layers are {', '.join(names[:12])}; " if names else ""
+def _unknown_family(family: str, names: list[str]) -> str:
+    listed = f"its linear layers are {', '.join(names[:CANDIDATES_SHOWN])}; " if names else ""
     return (
         f"model.architecture.family={family}: its layout is unknown; known are {', '.join(sorted(FAMILIES))}; {listed}"
         "name its projections by hand: +model.architecture.layout='{layers: model.layers, sites: {qkv: "

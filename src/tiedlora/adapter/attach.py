@@ -1,9 +1,11 @@
-"""Put an adapter on a base model, take it off, merge it into the weights, and take it out again.
+"""Put an adapter on a base model, take it off, merge it into the weights, and restore the weights.
 
-The base model keeps its modules, their names and their weights: an adapted module is given a subclass of its own
-class, whose forward adds the update, so detaching gives the class back and leaves the very model there was. All
-layers' updates are folded together when the forward pass of the layers' owner begins. (Hooks would do the same, but
-each would be an object of its own, and a compiler would compile every layer anew.)
+The base model keeps its modules, their names and their weights. An adapted module gets a subclass of its own class,
+whose forward adds the update. Detaching gives the module its class back, and so leaves the base model as it was.
+
+One forward pre-hook, on the module that owns the list of layers, folds the factors of all layers before each pass. The
+adapted modules themselves have no hooks: each hook would be another object, and torch.compile would compile every layer
+separately.
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ from tiedlora.tying import Architecture, Layout, Tying, named
 
 
 class Adapted(nn.Module):
-    """What an adapted module becomes, beside what it is: its output plus s B_l A_l x.
+    """Added to the class of an adapted module: its output becomes W_l x + s B_l A_l x.
 
-    With separate q, k and v modules each draws its own dropout mask, as PEFT's LoRA does.
+    Where q, k and v are separate modules, each draws its own dropout mask, as in PEFT's LoRA.
     """
 
     folded_A: Tensor
-    """s A_l, (r, d_in), in the weight's dtype; it and folded_B belong to one forward pass."""
+    """s diag(u_l) A, (r, d_in), in the weight's dtype. Each forward pass has its own."""
     folded_B: Tensor
+    """diag(v_l) B, (d_out, r), likewise."""
     adapter_dropout: float
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,60 +46,61 @@ class Adapted(nn.Module):
         return plain + F.linear(F.linear(dropped, self.folded_A), self.folded_B)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model folds its own; torch refuses to copy a tensor that has a history.
+        # torch refuses to copy a tensor that is part of a graph. A copy of the model folds its own factors anyway.
         return {key: value for key, value in self.__dict__.items() if key not in ("folded_A", "folded_B")}
 
 
 @cache
-def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
-    """One subclass for each class of modules, so that all layers share compiled code."""
+def _adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a module class that adds the update: one for each class, so that layers share compiled code."""
     return type(f"Adapted{kind.__name__}", (Adapted, kind), {})
 
 
 @dataclass
 class Attached:
-    """An adapter on a model. `detach` when done; `merge` and `unmerge` in between.
+    """An adapter on a model. `merge` and `unmerge` move the update into the weights and back; `detach` ends it.
 
-    The adapter is also registered on the model as `tied_adapter`, so that `.to()`, `.parameters()` and
-    `.train()` reach its parts.
+    The adapter is also a submodule of the model, `tied_adapter`, so that `.to()`, `.parameters()` and `.train()`
+    reach its parts.
     """
 
     model: nn.Module
     adapter: TiedAdapter
     paths: list[str]
     """Of the adapted modules."""
-    _folding: RemovableHandle | None = None
-    _kept: dict[str, Tensor] = field(default_factory=dict)
+    _fold_hook: RemovableHandle | None = None
+    _base_weights: dict[str, Tensor] = field(default_factory=dict)
+    """While the update is merged: path -> the weight without it."""
 
     @property
     def active(self) -> bool:
-        """Whether the adapted modules add their update as they compute (a merged one is in the weights instead)."""
-        return self._folding is not None
+        """Whether the adapted modules add their update when they compute. False while the update is merged."""
+        return self._fold_hook is not None
 
     @property
     def merged(self) -> bool:
-        """Whether the update is in the weights now."""
-        return bool(self._kept)
+        """Whether the weights contain the update now, and can be restored."""
+        return bool(self._base_weights)
 
     def enable(self) -> None:
-        """Let every adapted module add its update: once, however often this is called."""
+        """Let every adapted module add its update. Calling it again changes nothing."""
         if self.active:
             return
         modules: dict[str, Any] = {path: self.model.get_submodule(path) for path in self.paths}
         for module in modules.values():
-            module.__class__ = _adapted(type(module))  # type: ignore[arg-type]
+            module.__class__ = _adapted_class(type(module))  # type: ignore[arg-type]
             module.adapter_dropout = self.adapter.tying.dropout
-        # Whoever calls the model, with or without its head, comes through the owner of the layers.
-        owner = architectures.layout_of(self.adapter.architecture).layers.rpartition(".")[0]
-        body: nn.Module = self.model.get_submodule(owner)
-        self._folding = body.register_forward_pre_hook(_Fold(self.adapter, modules))
+        # Every call of the model, with or without its head, goes through the module that owns the layers.
+        owner_path = architectures.layout_of(self.adapter.architecture).layers.rpartition(".")[0]
+        owner: nn.Module = self.model.get_submodule(owner_path)
+        self._fold_hook = owner.register_forward_pre_hook(_FoldFactors(self.adapter, modules))
 
     def disable(self) -> None:
-        """Leave the base model's own outputs."""
-        if self._folding is None:
+        """Let the model give the base model's outputs."""
+        if self._fold_hook is None:
             return
-        self._folding.remove()
-        self._folding = None
+        self._fold_hook.remove()
+        self._fold_hook = None
         for path in self.paths:
             module = self.model.get_submodule(path)
             module.__class__ = type(module).__bases__[1]
@@ -104,10 +108,10 @@ class Attached:
                 module.__dict__.pop(name, None)
 
     def save_pretrained(self, folder: Path | str, base: BaseModelRecord | None = None) -> int:
-        """Write the adapter's own small folder, each part once; see `files.save`.
+        """Write the adapter's folder, each part once; see `files.save`.
 
         Args:
-            base: what the base model is; None takes what transformers calls it.
+            base: which base model this is; None takes the name that transformers gives it.
 
         Returns:
             Bytes of the folder.
@@ -125,7 +129,7 @@ class Attached:
         return attach_adapter(model, files.load(Path(folder))[0])
 
     def detach(self) -> None:
-        """Take the adapter off: the base model is bit for bit what it was."""
+        """Take the adapter off. The base model is bit for bit what it was."""
         self.unmerge()
         self.disable()
         del self.model.tied_adapter
@@ -134,38 +138,38 @@ class Attached:
     def merge(self) -> None:
         """Add every update to its weight, in the weight's dtype.
 
-        In bfloat16 that rounds small updates away (the argmax then differs at 1-1.5 % of positions),
-        so scoring merges in float32 alone. A copy of each weight is kept for `unmerge`.
+        bfloat16 rounds small updates away (the argmax then differs at 1-1.5 % of positions), so scoring merges only
+        in float32. A copy of each weight is kept for `unmerge`.
         """
         if self.merged:
             return
         for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale).items():
             module = self.model.get_submodule(path)
             weight: Tensor = module.weight  # type: ignore[assignment]
-            self._kept[path] = weight.detach().clone()
+            self._base_weights[path] = weight.detach().clone()
             update = B_l @ A_l
             weight += (update.T if isinstance(module, Conv1D) else update).to(weight.dtype)
         self.disable()
 
     def fuse(self) -> None:
-        """Merge for good: the adapter leaves the model, its update stays in the weights, no copy is kept."""
+        """Merge permanently: the adapter leaves the model, its update stays in the weights, no copy is kept."""
         self.merge()
-        self._kept.clear()
+        self._base_weights.clear()
         del self.model.tied_adapter
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restore the kept weights bit for bit (subtracting the update would restore only most entries)."""
+        """Restore the weights bit for bit, from the copies. (Subtracting the update would not restore every entry.)"""
         if not self.merged:
             return
-        for path, kept in self._kept.items():
-            self.model.get_submodule(path).weight.copy_(kept)  # type: ignore[operator]
-        self._kept.clear()
+        for path, weight in self._base_weights.items():
+            self.model.get_submodule(path).weight.copy_(weight)  # type: ignore[operator]
+        self._base_weights.clear()
         self.enable()
 
 
-class _Fold:
-    """Before each forward pass through the layers: give every adapted module its folded factors."""
+class _FoldFactors:
+    """The forward pre-hook: before each pass through the layers, it gives every adapted module its folded factors."""
 
     def __init__(self, adapter: TiedAdapter, modules: dict[str, Any]) -> None:
         self.adapter, self.modules = adapter, modules
@@ -188,13 +192,14 @@ def attach(
 
     Args:
         model: a causal language model of transformers, of a family in architectures.FAMILIES.
-        tying: a specification, or the name of one of the paper's: "LoRA", "TABuv", ...
-        alpha: None means `rank`, so the scale is 1.
+        tying: a specification, or the name of one of the paper's eight: "LoRA", "TABuv", ...
+        alpha: the update's scale is alpha / rank; None means `rank`, so the scale is 1.
         seed: draws the random parts.
-        layout: where the model keeps its projections, for a family that is not known.
+        layout: where the model keeps its projections, for a family that is not in architectures.FAMILIES.
 
     Raises:
-        UserError: unknown family or target, a specification that cannot train, or an adapter already there.
+        UserError: unknown family or target, a specification that cannot train, a sharded model, or a model that has
+            an adapter already.
     """
     tying = named(tying) if isinstance(tying, str) else tying
     _refuse_sharded(model)
@@ -203,16 +208,16 @@ def attach(
 
 
 def attach_adapter(model: nn.Module, adapter: TiedAdapter) -> Attached:
-    """Put an existing adapter (a loaded one) on `model`, freezing the base.
+    """Put an existing adapter on `model`, freezing the base.
 
     Raises:
-        UserError: the adapter was made for another architecture, or the model has an adapter.
+        UserError: the adapter was made for another architecture, the model is sharded, or it has an adapter already.
     """
     if hasattr(model, "tied_adapter"):
         raise UserError("attach: the model has an adapter already; detach it first")
     _refuse_sharded(model)
     architecture = architectures.read(model, adapter.architecture.layout)
-    _same_architecture(adapter.architecture, architecture)
+    _check_architecture(adapter.architecture, architecture)
     architectures.check(model, architecture, adapter.tying.targets)
     model.requires_grad_(False)
     adapter.to(next(model.parameters()).device)
@@ -222,17 +227,17 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter) -> Attached:
     return attached
 
 
-def _same_architecture(expected: Architecture, found: Architecture) -> None:
+def _check_architecture(expected: Architecture, actual: Architecture) -> None:
     for name in ("family", "layers", "hidden", "heads", "kv_heads", "head_dim"):
-        if getattr(expected, name) != getattr(found, name):
+        if getattr(expected, name) != getattr(actual, name):
             raise UserError(
                 f"attach: the adapter is for a model with {name}={getattr(expected, name)}, "
-                f"this model has {name}={getattr(found, name)}"
+                f"this model has {name}={getattr(actual, name)}"
             )
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    """A tied factor belongs to every layer, and FSDP gives each layer's parameters to one shard."""
+    """A tied factor belongs to every layer, but FSDP and tensor parallelism split the model's parameters."""
     sharded = any(type(parameter).__name__ in ("DTensor", "FlatParameter") for parameter in model.parameters())
     if sharded or type(model).__name__ == "FullyShardedDataParallel":
         raise UserError(

@@ -1,7 +1,7 @@
 """An adapter's own folder: adapter.json beside adapter.safetensors.
 
-The tensors are those that cannot be rebuilt, each once: the trained parts, and the frozen random ones
-(or, when asked, only the latter's seed and checksum). Frozen constants are in the specification.
+The tensors are those that cannot be computed again, each once: the trained parts and the frozen random parts. (On
+request, frozen random parts are replaced by their seed and checksum.) Frozen constants are in the specification.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from omegaconf import OmegaConf
@@ -29,10 +29,13 @@ from tiedlora.records.reading import is_number, typed
 from tiedlora.records.run_record import BaseModelRecord, plain
 from tiedlora.tying import Architecture, Tying
 
+T = TypeVar("T")
 FORMAT = 1
 TENSORS = "adapter.safetensors"
 LARGEST_REBUILT = 2**28
-"""Numbers of the frozen random parts that a file may leave out: a gigabyte."""
+"""How many numbers of frozen random parts a file may leave out: a gigabyte of float32."""
+LARGEST_RANK, LARGEST_SIZE = 2**16, 10**6
+"""Bounds of the sizes in a description: no model comes near, and a damaged file cannot ask for huge tensors."""
 
 
 def checksum(tensor: Tensor) -> str:
@@ -44,8 +47,8 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_froz
     """Write the adapter; the folder appears whole or not at all.
 
     Args:
-        base: which base model the adapter belongs to, for the check at loading.
-        rebuild_frozen: leave out frozen random parts and keep their seed and checksum instead.
+        base: which base model the adapter belongs to; `load` returns it, so that it can be compared.
+        rebuild_frozen: leave out the frozen random parts and store their seed and checksum instead.
 
     Returns:
         Bytes of the folder.
@@ -75,8 +78,34 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_froz
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
+@dataclass(frozen=True)
+class _Description:
+    """What adapter.json says, checked."""
+
+    tying: Tying
+    architecture: Architecture
+    rank: int
+    alpha: float
+    seed: int
+    base: BaseModelRecord
+    """The base model that the adapter was trained on."""
+    rebuilt: dict[str, str]
+    """`target.part` -> the checksum of a part that is drawn again from the seed."""
+    sha256: str | None
+    """Of the tensors' file."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """`target.part` -> its shape, for every part that exists as numbers."""
+        return {
+            f"{target}.{part}": spec.part_shape(self.tying, part, self.rank, self.architecture, target)
+            for target in self.tying.targets
+            for part in spec.PARTS
+            if spec.is_stored(self.tying, part)
+        }
+
+
 def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
-    """Read an adapter back, tied parts as one parameter again.
+    """Read an adapter back, each tied part as one parameter.
 
     Returns:
         The adapter (on the CPU) and the base model that it was trained on.
@@ -84,72 +113,77 @@ def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
     Raises:
         UserError: naming the file and the part that is damaged, missing, of another shape or not finite.
     """
-    description = storage.read_json(folder / DESCRIPTION)
-    tying, rank, alpha, seed, architecture = _described(description, folder / DESCRIPTION)
+    description = _read_description(folder / DESCRIPTION)
     path = folder / TENSORS
-    if storage.sha256(path) != description.get("sha256"):
+    if storage.sha256(path) != description.sha256:
         raise UserError(f"{path}: is damaged or was changed (its sha256 is not the one in {DESCRIPTION})")
-    expected = {
-        f"{target}.{part}": spec.part_shape(tying, part, rank, architecture, target)
-        for target in tying.targets
-        for part in spec.PARTS
-        if spec.is_stored(tying, part)
-    }
-    rebuilt = description.get("rebuilt", {})
-    tensors = _read_tensors(path, {name: shape for name, shape in expected.items() if name not in rebuilt})
-    adapter = TiedAdapter(tying, rank, alpha, architecture, seed)
+    in_file = {name: shape for name, shape in description.shapes().items() if name not in description.rebuilt}
+    tensors = _read_tensors(path, in_file)
+    adapter = TiedAdapter(
+        description.tying, description.rank, description.alpha, description.architecture, description.seed
+    )
     with torch.no_grad():
         for name, parameter in adapter.parts().items():
             if name in tensors:
                 parameter.copy_(tensors[name])
-            elif checksum(parameter) != rebuilt[name]:
+            elif checksum(parameter) != description.rebuilt[name]:
                 raise UserError(
-                    f"{folder}: {name} rebuilt from seed {seed} is not the one that was trained with "
+                    f"{folder}: {name} drawn again from seed {description.seed} is not the part that was trained with "
                     "(another torch version draws other numbers); save with rebuild_frozen=False"
                 )
-    return adapter, typed(BaseModelRecord, {"revision": None, **description["base"]})
+    return adapter, description.base
 
 
-def _described(description: dict[str, Any], path: Path) -> tuple[Tying, int, float, int, Architecture]:
-    if description.get("format") != FORMAT:
-        raise UserError(f"{path}: format {description.get('format')!r} is not {FORMAT}, which this version reads")
-    if "${" in json.dumps([description.get("tying"), description.get("architecture")]):
-        raise UserError(f"{path}: holds an interpolation (${{...}}); a description has plain values alone")
+def _read_description(path: Path) -> _Description:
+    tree = storage.read_json(path)
+    if tree.get("format") != FORMAT:
+        raise UserError(f"{path}: format {tree.get('format')!r} is not {FORMAT}, which this version reads")
+    for key in ("tying", "architecture", "rank", "alpha", "seed"):
+        if key not in tree:
+            raise UserError(f"{path}: has no '{key}'")
+    tying, architecture = _typed(Tying, tree["tying"], path), _typed(Architecture, tree["architecture"], path)
+    base, rebuilt = tree.get("base"), tree.get("rebuilt", {})
+    if not isinstance(base, dict) or not {"name", "digest"} <= base.keys() or not isinstance(rebuilt, dict):
+        raise UserError(f"{path}: base (with name and digest) and rebuilt must be objects")
+    rank, alpha, seed = tree["rank"], tree["alpha"], tree["seed"]
+    _check_numbers(rank, alpha, seed, architecture, path)
     try:
-        tying, architecture = (
-            OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), description[key]))
-            for kind, key in ((Tying, "tying"), (Architecture, "architecture"))
-        )
-        rank, alpha, seed = description["rank"], description["alpha"], description["seed"]
-    except KeyError as error:
-        raise UserError(f"{path}: has no {error}") from None
+        spec.check(tying, architecture)
+        base_record = typed(BaseModelRecord, {"revision": None, **base})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    description = _Description(tying, architecture, rank, float(alpha), seed, base_record, rebuilt, tree.get("sha256"))
+    # The parts in the file are as large as the file, but a few bytes of a description can ask for huge rebuilt parts.
+    drawn = sum(math.prod(shape) for name, shape in description.shapes().items() if name in rebuilt)
+    if drawn > LARGEST_REBUILT:
+        raise UserError(f"{path}: {drawn:,} numbers to draw again from the seed, at most {LARGEST_REBUILT:,} are")
+    return description
+
+
+def _typed(kind: type[T], value: object, path: Path) -> T:
+    """A part of the description as the dataclass `kind`; unknown keys, wrong types and interpolations are refused."""
+    if "${" in json.dumps(value):
+        raise UserError(f"{path}: holds an interpolation (${{...}}); a description may hold only plain values")
+    try:
+        instance = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), value))
     except (OmegaConfBaseException, TypeError, ValueError, OverflowError) as error:
         key = getattr(error, "full_key", None)
         raise UserError(f"{path}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from None
-    assert isinstance(tying, Tying)
-    assert isinstance(architecture, Architecture)
-    try:
-        spec.check(tying, architecture)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    assert isinstance(instance, kind)
+    return instance
+
+
+def _check_numbers(rank: object, alpha: object, seed: object, architecture: Architecture, path: Path) -> None:
     sizes = [getattr(architecture, name) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")]
-    if type(rank) is not int or not 1 <= rank <= 65536 or not all(1 <= size <= 10**6 for size in sizes):
+    # bool is a kind of int, and no number here.
+    rank_is_valid = type(rank) is int and 1 <= rank <= LARGEST_RANK
+    if not rank_is_valid or not all(1 <= size <= LARGEST_SIZE for size in sizes):
         raise UserError(f"{path}: rank={rank!r:.40}, layers={sizes[0]}, hidden={sizes[1]}: not the sizes of an adapter")
-    if type(seed) is not int or not is_number(alpha) or not 1e-12 <= alpha <= 1e12:
-        raise UserError(f"{path}: seed={seed!r:.40}, alpha={alpha!r:.40}: must be a whole and a positive number")
-    base, rebuilt = description.get("base"), description.get("rebuilt", {})
-    if not isinstance(base, dict) or not {"name", "digest"} <= base.keys() or not isinstance(rebuilt, dict):
-        raise UserError(f"{path}: base (with name and digest) and rebuilt must be objects")
-    # The file's own parts are as large as the file; rebuilt ones are as large as a few bytes say.
-    drawn = sum(
-        math.prod(spec.part_shape(tying, part, rank, architecture, target))
-        for target in tying.targets
-        for part in spec.PARTS
-        if f"{target}.{part}" in rebuilt
-    )
-    if drawn > LARGEST_REBUILT:
-        raise UserError(f"{path}: {drawn:,} numbers to rebuild from the seed, at most {LARGEST_REBUILT:,} are")
-    return tying, rank, float(alpha), seed, architecture
+    alpha_is_valid = isinstance(alpha, (int, float)) and is_number(alpha) and 1e-12 <= alpha <= 1e12
+    if type(seed) is not int or not alpha_is_valid:
+        raise UserError(
+            f"{path}: seed={seed!r:.40}, alpha={alpha!r:.40}: seed must be a whole number, alpha a positive number"
+        )
 
 
 def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -160,11 +194,10 @@ def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str,
                 missing, extra = sorted(set(expected) - names), sorted(names - set(expected))
                 raise UserError(f"{path}: lacks {missing or 'nothing'} and has {extra or 'nothing'} beyond its parts")
             for name, shape in expected.items():
-                found = file.get_slice(name)
-                if tuple(found.get_shape()) != shape or found.get_dtype() != "F32":
-                    raise UserError(
-                        f"{path}: {name} is {found.get_dtype()} {tuple(found.get_shape())}, expected F32 {shape}"
-                    )
+                tensor = file.get_slice(name)
+                stored_shape, stored_dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+                if (stored_shape, stored_dtype) != (shape, "F32"):
+                    raise UserError(f"{path}: {name} is {stored_dtype} {stored_shape}, expected F32 {shape}")
             tensors = {name: file.get_tensor(name) for name in expected}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: is not a readable safetensors file ({error})") from None
@@ -175,16 +208,16 @@ def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str,
 
 
 def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> None:
-    """Give `adapter` the values of a saved one, so that training goes on from there.
+    """Copy the values of a saved adapter into `adapter`, so that training continues from them.
 
-    Parts of the saved adapter must have their place here. u and v that it lacks are ones there, and must start at one
-    here: then the first step begins at exactly the saved update (TAB -> TABuv, for instance).
+    Every part of the saved adapter must exist here. A u or v that it lacks equals one there, so it must start at one
+    here: then the first step begins at exactly the saved update (for example TAB -> TABuv).
 
     Args:
-        base: what the base model is now.
+        base: the base model here.
 
     Raises:
-        UserError: another base model, scale, rank or shape, or a part without a place.
+        UserError: another base model, scale, rank or shape, or a part that only one of the two adapters has.
     """
     saved, trained_on = load(folder)
     if (trained_on.name, trained_on.digest) != (base.name, base.digest):
@@ -194,18 +227,20 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
             f"train.init_from={folder}: has rank {saved.rank} and alpha {saved.alpha:g}, this run has {adapter.rank} "
             f"and {adapter.alpha:g}; set rank.r and rank.alpha to the adapter's"
         )
-    ours, theirs = adapter.parts(), saved.parts()
-    for name in sorted(set(ours) | set(theirs)):
-        part = getattr(adapter.tying, spec.part_of(name))
-        if name not in ours or (name not in theirs and part.init != spec.PARTS[spec.part_of(name)].neutral):
+    own_parts, saved_parts = adapter.parts(), saved.parts()
+    for name in sorted(set(own_parts) | set(saved_parts)):
+        own, other, part = own_parts.get(name), saved_parts.get(name), spec.part_of(name)
+        starts_as_saved = other is not None or getattr(adapter.tying, part).init == spec.PARTS[part].neutral
+        if own is None or not starts_as_saved:
             raise UserError(
-                f"train.init_from={folder}: {name} is in {'the adapter' if name in theirs else 'this run'} alone; "
+                f"train.init_from={folder}: {name} is in {'the adapter' if own is None else 'this run'} only; "
                 "choose the tying and targets that the adapter was trained with"
             )
-        if name in theirs:
-            if ours[name].shape != theirs[name].shape:
-                raise UserError(
-                    f"train.init_from={folder}: {name} is {tuple(theirs[name].shape)} there and "
-                    f"{tuple(ours[name].shape)} here; choose the model, targets and shares of the adapter"
-                )
-            ours[name].data.copy_(theirs[name])
+        if other is None:
+            continue
+        if own.shape != other.shape:
+            raise UserError(
+                f"train.init_from={folder}: {name} is {tuple(other.shape)} there and {tuple(own.shape)} here; "
+                "choose the model, targets and shares of the adapter"
+            )
+        own.data.copy_(other)

@@ -4,8 +4,8 @@ Each part of each target is one nn.Parameter that holds all its layers or groups
 
     A: (groups, r, d_in)   B: (groups, d_out, r)   u: (L, r)   v: (L, d_out)
 
-so a tied factor is one object in the optimizer, in the file and in the count, and its gradient is the
-sum over the layers that use it.
+So a tied factor is one object in the optimizer, in the file and in the parameter count, and its gradient is the sum
+over the layers that use it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tiedlora.tying import Architecture, Tying
 def draw(init: float | str, shape: tuple[int, ...], seed: int, part: str, target: str) -> Tensor:
     """Initial values of one part, float32 on the CPU.
 
-    A group's values depend on (seed, part, target, group) alone: neither on the device nor on which
-    other parts are drawn.
+    A group's values depend only on (seed, part, target, group): neither on the device nor on which other parts are
+    drawn.
 
     Args:
         init: `uniform` = U(-1/sqrt(n), 1/sqrt(n)) with n the last dimension, `normal` = N(0, 1), or a constant.
@@ -48,7 +48,7 @@ def draw(init: float | str, shape: tuple[int, ...], seed: int, part: str, target
 
 
 class TargetParts(nn.Module):
-    """A, B, u and v of one target. u or v that is frozen at one is None: it changes nothing."""
+    """A, B, u and v of one target. A frozen u or v of ones changes nothing, so it is None."""
 
     A: nn.Parameter
     B: nn.Parameter
@@ -73,11 +73,11 @@ class TargetParts(nn.Module):
     def folded(self) -> tuple[Tensor, Tensor]:
         """(diag(u_l) A, diag(v_l) B) of every layer l at once: ordinary LoRA pairs.
 
-        Scaling the factors, r x d_in and d_out x r, costs next to nothing; scaling activations would
-        cost a tensor of tokens x d_out.
+        Scaling the factors, r x d_in and d_out x r, is cheap. Scaling the activations would need a tensor of
+        tokens x d_out.
 
         Returns:
-            A of shape (L, r, d_in) and B of shape (L, d_out, r). Where nothing scales a tied factor its layers are
+            A of shape (L, r, d_in) and B of shape (L, d_out, r). The layers of a tied factor that nothing scales are
             views of one tensor.
         """
         A, B = self._by_layer("A"), self._by_layer("B")
@@ -119,39 +119,36 @@ class TiedAdapter(nn.Module):
     def pairs(self, scale: float = 1.0, dtype: torch.dtype | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Module path -> its LoRA pair (A: k r x d_in, B: width x k r), differentiable in the parts.
 
-        All layers are folded, scaled and rounded together: a few operations a target, not a few a layer.
-        k is how many targets the module holds: 1, or more where, say, q and v of a fused module are adapted
-        apart; their pairs are then stacked, B's columns in the order of A's rows.
+        All layers are folded, scaled and rounded together: a few operations for each target, not for each layer.
+        k is how many targets the module holds: 1, or more where, for example, q and v of a fused module are two
+        targets. Their pairs are then stacked, B's columns in the order of A's rows.
 
         Args:
             scale: multiplies the update.
-            dtype: of the pairs; None leaves the parts'. Folding is float32 whatever it is, and so is the sum of
-                a tied part's gradients over layers.
+            dtype: of the pairs; None keeps the parts' dtype. The factors are folded, and a tied part's gradients are
+                summed over layers, in float32 in any case.
         """
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        pairs_of_module: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for target, parts in self.targets.items():
             A, B = parts.folded()  # type: ignore[operator]
             A = scale * A if scale != 1.0 else A
-            for column in zip(*self._sites[target], strict=True):
-                placed = column[0].place(B[:, column[0].rows])
-                each = zip(column, A.to(dtype or A.dtype).unbind(), placed.to(dtype or B.dtype).unbind(), strict=True)
-                for site, A_l, B_l in each:
-                    found.setdefault(site.module_path, []).append((A_l, B_l))
-        return {
-            path: pairs[0]
-            if len(pairs) == 1
-            else (torch.cat([A_l for A_l, _ in pairs]), torch.cat([B_l for _, B_l in pairs], dim=1))
-            for path, pairs in found.items()
-        }
+            A_layers = A.to(dtype or A.dtype).unbind()
+            for same_site in zip(*self._sites[target], strict=True):
+                # The same module of every layer: rows, outputs and width do not depend on the layer.
+                placed = same_site[0].place(B[:, same_site[0].rows])
+                B_layers = placed.to(dtype or B.dtype).unbind()
+                for site, A_l, B_l in zip(same_site, A_layers, B_layers, strict=True):
+                    pairs_of_module.setdefault(site.module_path, []).append((A_l, B_l))
+        return {path: _stacked(pairs) for path, pairs in pairs_of_module.items()}
 
     def paths(self) -> list[str]:
         """The modules that the adapter adds to, each once."""
-        columns = [site for layers in self._sites.values() for sites in layers for site in sites]
-        return list(dict.fromkeys(site.module_path for site in columns))
+        every_site = [site for layers in self._sites.values() for sites in layers for site in sites]
+        return list(dict.fromkeys(site.module_path for site in every_site))
 
     @cached_property
     def _sites(self) -> dict[str, list[list[Site]]]:
-        """Target -> for each layer the modules it is made of."""
+        """Target -> for each layer, the modules that hold the target."""
         layers = range(self.architecture.layers)
         return {
             target: [architectures.sites(self.architecture, target, layer) for layer in layers]
@@ -159,13 +156,20 @@ class TiedAdapter(nn.Module):
         }
 
     def parts(self) -> dict[str, nn.Parameter]:
-        """`target.part` -> its one parameter, trained and frozen alike."""
+        """`target.part` -> its one parameter, whether trained or frozen."""
         return {name.removeprefix("targets."): parameter for name, parameter in self.named_parameters()}
 
     def trained_parts(self) -> dict[str, nn.Parameter]:
-        """`target.part` -> parameter, of the parts the optimizer moves."""
+        """`target.part` -> its parameter, for the parts that the optimizer moves."""
         return {name: parameter for name, parameter in self.parts().items() if parameter.requires_grad}
 
     def trainable_params(self) -> int:
-        """Numbers the optimizer moves, each counted once."""
+        """How many numbers the optimizer moves, each counted once."""
         return sum(parameter.numel() for parameter in self.trained_parts().values())
+
+
+def _stacked(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Several LoRA pairs of one module as one pair of their ranks' sum."""
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([A_l for A_l, _ in pairs]), torch.cat([B_l for _, B_l in pairs], dim=1)

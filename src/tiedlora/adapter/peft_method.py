@@ -1,12 +1,12 @@
 """Tied-LoRA as a method of PEFT: `get_peft_model(model, TiedLoraConfig(...))`. Needs the extra `peft`.
 
-A thin shell: the method itself is adapter/, hooked onto the base model as everywhere else; here PEFT's calls are
-passed on to it. Importing this module registers the method, also for `PeftModel.from_pretrained`.
+PEFT's calls are passed on to the same `Attached` that all of this project uses, so the method exists once. Importing
+this module registers the method with PEFT, also for `PeftModel.from_pretrained`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Optional, Union
 
 from omegaconf import OmegaConf
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tiedlora.adapter.attach import Attached, attach
 from tiedlora.errors import UserError
-from tiedlora.tying import Layout, Tying, named
+from tiedlora.tying import Layout, Tying, named, part_of
 
 try:
     from peft import PeftConfig
@@ -47,14 +47,14 @@ class TiedLoraConfig(PeftConfig):
     alpha: Optional[float] = None
     """The scale is s = alpha / r; None means alpha = r, so s = 1."""
     tying: Union[str, dict[str, Any], Tying] = "TABuv"
-    """One of the paper's eight names, or a `tiedlora.Tying` (kept as plain data, so that JSON holds it)."""
+    """One of the paper's eight names, or a `tiedlora.Tying`, which is kept as plain data so that it can be JSON."""
     targets: Optional[list[str]] = None
-    """The adapted projections; None takes the specification's (the fused QKV)."""
+    """The adapted projections; None takes those of the specification, which by default is the fused QKV."""
     dropout: Optional[float] = None
-    """On the adapter's input while training; None takes the specification's."""
+    """On the adapter's input while training; None takes that of the specification."""
     seed: int = 0
     """Draws the random parts."""
-    layout: Optional[dict[str, Any]] = field(default=None)
+    layout: Optional[dict[str, Any]] = None
     """Where the model keeps its projections, for a family that is not known: the fields of `tiedlora.Layout`."""
 
     def __post_init__(self) -> None:
@@ -67,22 +67,24 @@ class TiedLoraConfig(PeftConfig):
         self.specification()
 
     def specification(self) -> Tying:
-        """The whole specification, targets and dropout put in."""
-        found = named(self.tying) if isinstance(self.tying, str) else _typed(Tying, self.tying)
+        """The complete specification, with `targets` and `dropout` in it."""
+        tying = named(self.tying) if isinstance(self.tying, str) else _typed(Tying, self.tying)
         if self.targets is not None:
-            found.targets = list(self.targets)
+            tying.targets = list(self.targets)
         if self.dropout is not None:
-            found.dropout = self.dropout
-        assert isinstance(found, Tying)
-        return found
+            tying.dropout = self.dropout
+        assert isinstance(tying, Tying)
+        return tying
 
 
-class _Status(nn.Module, BaseTunerLayer):
-    """What PEFT asks layers (disabled? merged?), answered once for the adapter, which has no layers of its own."""
+class _AdapterStatus(nn.Module, BaseTunerLayer):
+    """Answers what PEFT asks its layers (disabled? merged?). This method has no layers of PEFT's kind, so one object
+    answers for the whole adapter.
+    """
 
     def __init__(self, tuner: TiedLoraModel) -> None:
         super().__init__()
-        # In a list, so that torch does not take it for a child: the tuner holds this.
+        # In a list, so that torch does not register it as a submodule: the tuner contains this object.
         self.tuner = [tuner]
 
     @property
@@ -103,7 +105,7 @@ class _Status(nn.Module, BaseTunerLayer):
 
 
 class TiedLoraModel(BaseTuner):
-    """PEFT's calls, passed on to an `Attached`. One adapter a model; `tiedlora.Adapters` switches between several."""
+    """Passes PEFT's calls on to an `Attached`. A model has one; `tiedlora.AdapterSet` switches between several."""
 
     prefix = REGISTERED_AS
     uses_shared_state = True
@@ -115,21 +117,21 @@ class TiedLoraModel(BaseTuner):
             self.peft_config.pop(adapter_name)
             raise UserError(
                 "TiedLoraConfig: the model has a tied adapter already, and PEFT's method takes one; "
-                "unload it first, or switch between several with tiedlora.Adapters"
+                "unload it first, or switch between several with tiedlora.AdapterSet"
             )
         config = self.peft_config[adapter_name]
         assert isinstance(config, TiedLoraConfig)
         layout = None if config.layout is None else _typed(Layout, config.layout)
         self.attached = attach(model, config.specification(), config.r, config.alpha, config.seed, layout)
-        self.status = _Status(self)
+        self.status = _AdapterStatus(self)
         if config.inference_mode:
             self.attached.adapter.requires_grad_(False)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """There is one adapter: it stays, trainable as its specification says unless `inference_mode`."""
+        """Make the one adapter trainable as its specification says, or not at all with `inference_mode`."""
         self.active_adapter = adapter_name
         for name, parameter in self.attached.adapter.parts().items():
-            part = getattr(self.attached.adapter.tying, name.split(".")[1])
+            part = getattr(self.attached.adapter.tying, part_of(name))
             parameter.requires_grad_(part.trained and not inference_mode)
 
     def enable_adapter_layers(self) -> None:
@@ -143,7 +145,7 @@ class TiedLoraModel(BaseTuner):
         self.attached.disable()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Put the update into the weights; `unmerge_adapter` restores a kept copy."""
+        """Add the update to the weights; `unmerge_adapter` restores them from a copy."""
         self.attached.merge()
 
     def unmerge_adapter(self) -> None:
@@ -171,7 +173,7 @@ class TiedLoraModel(BaseTuner):
     def _get_adapter_state_dict(  # type: ignore[override]
         cls, *, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Every part once, under its one name: what PEFT's per-layer methods write once a layer."""
+        """Every part once, under its one name, and not once for each layer."""
         return {key: value for key, value in state_dict.items() if f"{REGISTERED_AS}." in key}
 
     @classmethod
@@ -185,7 +187,7 @@ class TiedLoraModel(BaseTuner):
         return state_dict
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a tied adapter keeps the modules and replaces none")
+        raise AssertionError("a tied adapter replaces no modules")
 
 
 def _typed(kind: type, values: Any) -> Any:
@@ -196,7 +198,7 @@ def _typed(kind: type, values: Any) -> Any:
 
 
 def _register() -> None:
-    """PEFT's own function takes members of its enumeration alone; these tables are what it fills."""
+    """PEFT's own registration function takes only members of its enumeration, so this fills the tables behind it."""
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = TiedLoraConfig  # type: ignore[index]
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = TiedLoraModel  # type: ignore[index]
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = REGISTERED_AS  # type: ignore[index]

@@ -15,54 +15,57 @@ from tiedlora.config.schema import TrainConfig
 from tiedlora.data.encoding import Encoded
 
 BUCKET_BATCHES = 16
-"""Batches sorted by length together: enough to make their rows alike, few enough to keep them shuffled."""
+"""How many batches are sorted by length together: enough for rows of similar length, few enough to stay shuffled."""
+TOKEN_MULTIPLE = 16
+"""Matrix products are up to a fifth faster where the number of tokens is a multiple of this."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for one forward pass, padded on the right: no token sees what comes after, so no mask is needed."""
+    """Rows for one forward pass, padded on the right. No token attends to what comes after it, so no mask is needed."""
 
     input_ids: Tensor
     """(rows, length)"""
     positions: Tensor
-    """(target tokens,) places in the flattened (rows * length) whose next token is a target."""
+    """(target tokens,) positions in the flattened (rows * length) ids whose next token is a target."""
     targets: Tensor
-    """(target tokens,) those next tokens."""
+    """(target tokens,) ids of those next tokens."""
     tokens: int
-    """Real tokens, padding not counted."""
+    """How many tokens the rows have; padding is not counted."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`, without waiting for the copy."""
+        """The same batch on `device`. A copy to a GPU is not waited for."""
         if device.type != "cuda":
             return self
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
-
-        return Batch(move(self.input_ids), move(self.positions), move(self.targets), self.tokens)
+        input_ids, positions, targets = (
+            tensor.pin_memory().to(device, non_blocking=True)
+            for tensor in (self.input_ids, self.positions, self.targets)
+        )
+        return Batch(input_ids, positions, targets, self.tokens)
 
 
 def split_by_limits(lengths: Sequence[int], rows: int | None, tokens: int | None) -> list[slice]:
-    """Cut rows into runs of at most `rows` rows and `tokens` tokens, padding counted.
+    """Split consecutive rows into slices of at most `rows` rows and `tokens` tokens, padding counted.
 
     Args:
-        rows, tokens: None sets no limit. A row that is longer than `tokens` is a run of its own.
+        lengths: tokens of each row.
+        rows, tokens: None sets no limit. A row that is longer than `tokens` is a slice of its own.
     """
-    runs, start, longest = [], 0, 0
+    slices, start, longest = [], 0, 0
     for end, length in enumerate(lengths):
         number, longest = end + 1 - start, max(longest, length)
         if end > start and ((rows and number > rows) or (tokens and number * longest > tokens)):
-            runs.append(slice(start, end))
+            slices.append(slice(start, end))
             start, longest = end, length
-    return [*runs, slice(start, len(lengths))] if lengths else []
+    return [*slices, slice(start, len(lengths))] if lengths else []
 
 
 class BatchSampler:
-    """Which rows make up each optimizer step: a pure function of (lengths, train's settings, seed, step).
+    """Which rows make up each optimizer step: a pure function of (lengths, settings of `train`, seed, step).
 
-    Every row comes exactly once an epoch, and the last step of an epoch may be smaller. With `train.bucket`,
-    rows of like length share a step: shuffled rows are sorted within BUCKET_BATCHES batches and the
-    batches shuffled again. With `train.batch_tokens` a step ends early at that many tokens.
+    An epoch has every row exactly once, and its last step may be smaller. With `train.bucket`, rows of similar length
+    share a step: shuffled rows are sorted within BUCKET_BATCHES batches, and then the batches are shuffled. With
+    `train.batch_tokens` a step has at most that many tokens.
     """
 
     def __init__(self, lengths: Sequence[int], train: TrainConfig, seed: int) -> None:
@@ -74,9 +77,9 @@ class BatchSampler:
         """Row numbers of optimizer step `step`, counted from 1."""
         epoch = bisect.bisect_right(self._first_steps, step) - 1
         while True:
-            place, batches = step - self._first_steps[epoch], self.epoch(epoch)
-            if place < len(batches):
-                return batches[place]
+            index, batches = step - self._first_steps[epoch], self.epoch(epoch)
+            if index < len(batches):
+                return batches[index]
             epoch += 1
             if epoch == len(self._first_steps):
                 self._first_steps.append(self._first_steps[-1] + len(batches))
@@ -97,28 +100,24 @@ class BatchSampler:
             chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
             rows = [row for chunk in chunks for row in sorted(chunk, key=lambda row: self.lengths[row])]
         batches = [
-            rows[run]
-            for run in split_by_limits([self.lengths[row] for row in rows], train.batch_size, train.batch_tokens)
+            rows[batch]
+            for batch in split_by_limits([self.lengths[row] for row in rows], train.batch_size, train.batch_tokens)
         ]
         if train.bucket:
             generator.shuffle(batches)
         return batches
 
 
-ALIGNED = 16
-"""Matrix products are up to a fifth faster over a multiple of so many tokens."""
-
-
 def collate(rows: Sequence[Encoded], pad_id: int, context: int = 0) -> Batch:
     """Pad on the right and mark the target positions.
 
     Args:
-        context: rows are padded somewhat further than to the longest, to a multiple of ALIGNED tokens in all, as long
-            as they are no longer than this.
+        context: rows are padded beyond the longest one, until the batch has a multiple of TOKEN_MULTIPLE tokens, but
+            never to more than this length.
     """
     longest = max(len(row) for row in rows)
-    each = ALIGNED // math.gcd(ALIGNED, len(rows))
-    length = min(-(-longest // each) * each, max(context, longest))
+    length_multiple = TOKEN_MULTIPLE // math.gcd(TOKEN_MULTIPLE, len(rows))
+    length = min(math.ceil(longest / length_multiple) * length_multiple, max(context, longest))
     input_ids = torch.full((len(rows), length), pad_id)
     positions: list[int] = []
     targets: list[int] = []
@@ -133,20 +132,34 @@ def collate(rows: Sequence[Encoded], pad_id: int, context: int = 0) -> Batch:
 def microbatches(
     rows: Sequence[Encoded], pad_id: int, size: int | None = None, tokens: int | None = None, context: int = 0
 ) -> list[Batch]:
-    """The rows of one optimizer step in passes of at most `size` rows and `tokens` tokens (but see `collate`).
+    """The rows of one optimizer step as passes of at most `size` rows and `tokens` tokens (`collate` may pad further).
 
-    As few passes as that allows, and as even: the largest decides the memory, and a last pass of one row would cost
-    a whole reading of the weights (and, where blocks are compiled, a graph of its own). Shortest rows first, so that
-    each pass pads little.
+    The fewest passes that the limits allow, as equal in tokens as possible: the largest pass decides the memory, and a
+    pass of one row at the end would read all the weights for little work (and be another graph, where blocks are
+    compiled). The rows are sorted by length, so that each pass has little padding.
     """
     if not rows:
         return []
     ordered = sorted(rows, key=len)
     lengths = [len(row) for row in ordered]
-    few, longest = len(split_by_limits(lengths, size, tokens)), lengths[-1]
-    most = tokens or longest * len(lengths)
-    limits = range(longest, most)
-    even = min(
-        most, longest + bisect.bisect_left(limits, True, key=lambda n: len(split_by_limits(lengths, size, n)) <= few)
-    )
-    return [collate(ordered[run], pad_id, context) for run in split_by_limits(lengths, size, even)]
+    token_limit = _smallest_token_limit(lengths, size, tokens)
+    return [
+        collate(ordered[rows_of_pass], pad_id, context) for rows_of_pass in split_by_limits(lengths, size, token_limit)
+    ]
+
+
+def _smallest_token_limit(lengths: Sequence[int], size: int | None, tokens: int | None) -> int:
+    """The smallest limit on a pass's tokens that needs no more passes than `tokens` does, by bisection.
+
+    Args:
+        lengths: ascending.
+    """
+    longest = lengths[-1]
+    largest_limit = tokens or longest * len(lengths)
+    fewest_passes = len(split_by_limits(lengths, size, tokens))
+
+    def is_enough(limit: int) -> bool:
+        return len(split_by_limits(lengths, size, limit)) <= fewest_passes
+
+    limits = range(longest, largest_limit)
+    return min(largest_limit, longest + bisect.bisect_left(limits, True, key=is_enough))

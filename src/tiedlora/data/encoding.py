@@ -25,11 +25,14 @@ class Encoded:
 class Encoder:
     """Text to token ids, the same for training and for generation.
 
-    Prompt and target are tokenised apart, so no token merges across their boundary. Training and
-    generation leave a prompt the same room, so that one that is shortened is shortened alike in both.
+    Prompt and target are tokenised separately, so no token crosses the boundary between them. Training and generation
+    allow a prompt the same number of tokens, so both shorten it in the same way.
 
     Args:
         context: tokens that the model can attend to.
+
+    Raises:
+        UserError: the task and the tokenizer do not go together, or no prompt fits.
     """
 
     def __init__(self, tokenizer: Any, config: TaskConfig, context: int) -> None:
@@ -42,12 +45,12 @@ class Encoder:
                 f"{context} tokens; lower it"
             )
         if config.chat_template and not tokenizer.chat_template:
-            raise UserError("task.chat_template=true: this model's tokenizer has none; set it to false")
+            raise UserError("task.chat_template=true: this model's tokenizer has no chat template; set it to false")
         if tokenizer.eos_token_id is None:
             raise UserError("model: its tokenizer has no end-of-text token, which every target ends with")
 
     def prompt(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt, with what the model expects at the start of a text."""
+        """Token ids of a prompt, with the chat template or the token that the model expects at the start of a text."""
         if self.config.chat_template:
             turn = [{"role": "user", "content": text}]
             text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
@@ -58,39 +61,37 @@ class Encoder:
         return (bos, *ids) if starts_with_bos else tuple(ids)
 
     def continuation(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text that goes on after a prompt; a chat template's answer starts without a blank."""
+        """Token ids of a text that follows a prompt. After a chat template it starts without a space."""
         text = text.lstrip(" ") if self.config.chat_template else text
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def shortened(self, example: Example) -> Example | None:
-        """The example itself if its prompt fits, else with what the task lets it lose cut at a word's end.
+        """The example itself if its prompt fits, else with its `cuttable` text shortened, at the end of a word.
 
         Returns:
-            None if the task lets it lose nothing, or too little.
+            None if the example has no such text, or if nothing of it would be left.
         """
-        if len(self.prompt(example.prompt)) <= self.prompt_limit:
+        if self._fits(example):
             return example
         start, end = example.cuttable
-        text = example.prompt[start:end]
-
-        def prompt(kept: int) -> str:
-            return example.prompt[:start] + _whole_words(text[:kept]) + example.prompt[end:]
-
-        # The longest beginning that fits: more characters never make fewer tokens, but for a word or so.
-        low, high = 0, len(text)
+        # The most characters that fit, by bisection: a longer text has more tokens, except for a word or so.
+        low, high = 0, end - start
         while low < high:
             middle = (low + high + 1) // 2
-            if len(self.prompt(prompt(middle))) <= self.prompt_limit:
+            if self._fits(_cut(example, middle)):
                 low = middle
             else:
                 high = middle - 1
-        return replace(example, prompt=prompt(low)) if _whole_words(text[:low]) else None
+        return _cut(example, low) if _whole_words(example.prompt[start : start + low]) else None
+
+    def _fits(self, example: Example) -> bool:
+        return len(self.prompt(example.prompt)) <= self.prompt_limit
 
     def example(self, example: Example) -> Encoded:
         """Prompt and target, the latter with the end-of-text token.
 
         Raises:
-            UserError: the prompt has no token, so there is nothing to predict the target's first one from.
+            UserError: the prompt has no tokens, so nothing comes before the target's first token.
         """
         prompt = self.prompt(example.prompt)
         if not prompt:
@@ -98,44 +99,52 @@ class Encoder:
         return Encoded(prompt, (*self.continuation(example.target), self.tokenizer.eos_token_id))
 
 
+def _cut(example: Example, length: int) -> Example:
+    """The example with at most `length` characters of its cuttable text, in whole words."""
+    start, end = example.cuttable
+    kept = _whole_words(example.prompt[start : min(start + length, end)])
+    return replace(example, prompt=example.prompt[:start] + kept + example.prompt[end:])
+
+
 def _whole_words(text: str) -> str:
-    """What is left of a text that was cut anywhere, without the word that the cut may have hit."""
+    """A text that was cut anywhere, without its last word, which the cut may have hit."""
     return text.rpartition(" ")[0].rstrip()
 
 
-class Fitted(NamedTuple):
-    """Rows that fit, in tokens."""
+class EncodedRows(NamedTuple):
+    """The rows that fit, as token ids."""
 
     kept: list[int]
     """Their numbers among the examples."""
     encoded: list[Encoded]
     counts: dict[str, int]
-    """How many were shortened, and how many dropped and why, for the record."""
+    """How many rows there were, were shortened, and were dropped for which reason: the fields of DataRecord."""
 
 
-def fit(encoder: Encoder, examples: Sequence[Example]) -> Fitted:
-    """Encode the examples to train on, or to take a loss of: shorten what may be, drop and count the rest.
+def encode_rows(encoder: Encoder, examples: Sequence[Example]) -> EncodedRows:
+    """Encode the examples of training or of a validation loss.
 
-    A target is never cut. `dropped_answer` counts rows whose answer went with the end of a shortened
-    prompt: to train on them would be to teach invention.
+    Prompts are shortened where the task allows it, and rows that do not fit are dropped and counted. A target is never
+    cut. `dropped_answer` counts rows whose answer was in the text that shortening removed: training on them would
+    teach the model to invent answers.
 
     Raises:
-        UserError: none fits.
+        UserError: no row fits.
     """
     config, context = encoder.config, encoder.context
     kept, encoded = [], []
     counts = {"rows": len(examples), "shortened": 0, "dropped_prompt": 0, "dropped_target": 0, "dropped_answer": 0}
     for number, example in enumerate(examples):
-        asked = encoder.shortened(example)
-        tokens = encoder.example(asked or example)
-        if asked is None:
+        shortened = encoder.shortened(example)
+        tokens = encoder.example(shortened or example)
+        if shortened is None:
             counts["dropped_prompt"] += 1
         elif len(tokens.target) > (config.max_target_tokens or context) or len(tokens) > context:
             counts["dropped_target"] += 1
-        elif asked is not example and example.must_hold not in asked.prompt:
+        elif shortened is not example and example.must_hold not in shortened.prompt:
             counts["dropped_answer"] += 1
         else:
-            counts["shortened"] += asked is not example
+            counts["shortened"] += shortened is not example
             kept.append(number)
             encoded.append(tokens)
     if not kept:
@@ -144,4 +153,4 @@ def fit(encoder: Encoder, examples: Sequence[Example]) -> Fitted:
             f"max_new_tokens={config.max_new_tokens}, max_target_tokens={config.max_target_tokens} and the model's "
             f"context of {context}"
         )
-    return Fitted(kept, encoded, counts)
+    return EncodedRows(kept, encoded, counts)

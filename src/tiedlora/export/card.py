@@ -3,64 +3,68 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from dataclasses import dataclass
 
 from tiedlora import tying
 from tiedlora.config import command
 from tiedlora.config.schema import Config
+from tiedlora.records.run_record import RunRecord
+from tiedlora.statistics.interval import Interval
 from tiedlora.text import visible
 
-_USE = {
-    "peft": """    from peft import PeftModel
+
+@dataclass(frozen=True)
+class _Form:
+    """One form of an exported folder."""
+
+    library: str
+    """The library that loads it, as the hub calls it."""
+    usage: str
+    """Python code that loads it; {base} is the base model's name."""
+
+
+_FORMS = {
+    "peft": _Form(
+        "peft",
+        """    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "FOLDER")""",
-    "merged": """    from transformers import AutoModelForCausalLM
+    ),
+    "merged": _Form(
+        "transformers",
+        """    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained("FOLDER")""",
-    "tied": """    import tiedlora
+    ),
+    "hub-card": _Form(
+        "tiedlora",
+        """    import tiedlora
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained("{base}")
     attached = tiedlora.load("FOLDER", model)""",
+    ),
 }
 
 
-def card(result: dict[str, Any], config: Config, kind: str, notes: list[str]) -> str:
+def card(record: RunRecord, config: Config, form: str, notes: list[str]) -> str:
     """The text of README.md for an exported folder.
 
     Args:
-        result: a finished run's result.json.
-        kind: what the folder holds: `peft`, `merged` or `tied`.
-        notes: sentences about this very export, such as what rounding did.
+        form: what the folder holds: `peft`, `merged` or `hub-card` (the tied adapter itself).
+        notes: sentences about this export, such as what rounding did.
     """
-    base, label = result["base"], tying.label(config.tying)
-    front = {
-        "base_model": base["name"],
-        "library_name": {"peft": "peft", "merged": "transformers", "tied": "tiedlora"}[kind],
+    label = tying.label(config.tying)
+    front_matter = {
+        "base_model": record.base.name,
+        "library_name": _FORMS[form].library,
         "pipeline_tag": "text-generation",
         "tags": ["tied-lora", "lora", "arxiv:2311.09578"],
     }
-    share = f"{result['trainable_params']:,} ({100 * result['share_of_lora']:.2f} % of LoRA's at this rank)"
-    facts = {
-        "base model": f"`{base['name']}`, revision `{base['revision']}`, `{base['digest']}`",
-        "configuration": f"{label}, r = {config.rank.r}, alpha = {config.rank.alpha:g}, targets {config.tying.targets}",
-        "trainable parameters": share,
-        "task": f"{config.task.name} (version {config.task.version}), {result['data']['train']['rows']} training rows, "
-        f"sha256 `{result['data']['train']['digest'][:16]}`",
-        "training": f"{result['training']['steps']} steps of {config.train.batch_size} rows, lr {config.train.lr:g}, "
-        f"base in {config.train.dtype}, validation loss {result['training']['validation_loss_first']:.3f} -> "
-        f"{result['training']['validation_loss_last']:.3f}",
-        "seed": str(result["seed"]),
-        "made with": f"commit `{result['code']['commit']}`{' with changes' if result['code']['dirty'] else ''}",
-        "versions": ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
-        "device": result["device"],
-    }
-    if result["code"]["commit"] is None:
-        del facts["made with"]
     lines = [
         "---",
-        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        *(f"{key}: {json.dumps(value)}" for key, value in front_matter.items()),
         "---",
         "",
         f"# {label}, r = {config.rank.r}, on {config.task.name}",
@@ -70,19 +74,19 @@ def card(result: dict[str, Any], config: Config, kind: str, notes: list[str]) ->
         "",
         "## Use",
         "",
-        _USE[kind].format(base=base["name"]),
+        _FORMS[form].usage.format(base=record.base.name),
         "",
-        f"Prompt, as it was trained: `{_prompt(config.task.prompt)}`",
+        f"Prompt, as it was trained: `{_template(config.task.prompt)}`",
         "",
         "## Facts",
         "",
         "| | |",
         "| --- | --- |",
-        *(f"| {key} | {_cell(value)} |" for key, value in facts.items()),
+        *(f"| {name} | {_table_cell(fact)} |" for name, fact in _facts(record, config, label).items()),
         "",
         "## Scores",
         "",
-        *_scores(result),
+        *_score_lines(record),
         "",
         "## Command",
         "",
@@ -92,31 +96,53 @@ def card(result: dict[str, Any], config: Config, kind: str, notes: list[str]) ->
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
-    """A record's words in a table's cell: they end neither the cell nor the line, and are no HTML."""
+def _facts(record: RunRecord, config: Config, label: str) -> dict[str, str]:
+    base, training, train_data = record.base, record.training, record.data["train"]
+    facts = {
+        "base model": f"`{base.name}`, revision `{base.revision}`, `{base.digest}`",
+        "configuration": f"{label}, r = {config.rank.r}, alpha = {config.rank.alpha:g}, targets {config.tying.targets}",
+        "trainable parameters": f"{record.trainable_params:,} "
+        f"({100 * record.share_of_lora:.2f} % of LoRA's at this rank)",
+        "task": f"{config.task.name} (version {config.task.version}), {train_data.rows} training rows, "
+        f"sha256 `{train_data.digest[:16]}`",
+        "training": f"{training.steps} steps of {config.train.batch_size} rows, lr {config.train.lr:g}, "
+        f"base in {config.train.dtype}, validation loss {training.validation_loss_first:.3f} -> "
+        f"{training.validation_loss_last:.3f}",
+        "seed": str(record.seed),
+    }
+    if record.code.commit is not None:
+        changes = " with uncommitted changes" if record.code.dirty else ""
+        facts["made with"] = f"commit `{record.code.commit}`{changes}"
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    facts["device"] = str(record.execution)
+    return facts
+
+
+def _table_cell(text: str) -> str:
+    """A text of the record that ends neither the cell nor the line, and is no HTML."""
     return visible(text).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _prompt(text: str) -> str:
-    """A template as JSON that a backtick in it does not end."""
+def _template(text: str) -> str:
+    """A prompt template as JSON, without backticks: one would end the code that it stands in."""
     return visible(json.dumps(text, ensure_ascii=False).replace("`", "\\u0060"))
 
 
-def _scores(result: dict[str, Any]) -> list[str]:
+def _score_lines(record: RunRecord) -> list[str]:
+    if not record.scores:
+        return ["Not scored."]
     lines = [
-        "95 % intervals over which rows were drawn; one seed, so they say nothing of another.",
+        "95 % intervals over which rows were drawn. They are of one seed and say nothing about another.",
         "",
         "| split | metric | rows | base | adapted |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
-    for split, scores in result["scores"].items():
-        for name, found in scores["metrics"].items():
-            base = scores.get("base", {}).get(name)
-            lines.append(
-                f"| {split} | {name} | {scores['rows']} | {_interval(base) if base else ''} | {_interval(found)} |"
-            )
-    return lines if result["scores"] else ["Not scored."]
+    for split, scores in record.scores.items():
+        for metric, adapted in scores.metrics.items():
+            base = "" if scores.base is None else _percent(scores.base[metric])
+            lines.append(f"| {split} | {metric} | {scores.rows} | {base} | {_percent(adapted)} |")
+    return lines
 
 
-def _interval(found: dict[str, float]) -> str:
-    return f"{100 * found['value']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+def _percent(interval: Interval) -> str:
+    return f"{100 * interval.value:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"

@@ -1,22 +1,35 @@
-"""A task for lm-evaluation-harness that gives this project's score: the rows a run was scored on, and how to read them.
+"""A task for lm-evaluation-harness that gives this project's score on the rows that a run was scored on.
 
-The rows are those of predictions/<split>.jsonl, prompts and references as they were used, so the harness asks the very
-same questions. For tasks whose answer is a number after `####` (GSM8K and its generated relatives).
+The rows are those of predictions/<split>.jsonl, with the prompts and references that were used, so the harness asks
+the same questions. Only for tasks whose answer is a number after `####` (GSM8K and the generated tasks like it).
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from tiedlora import storage
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
-from tiedlora.records import run_record
+from tiedlora.records.rows import read_predictions
 from tiedlora.tasks import load_task
 from tiedlora.tasks.gsm8k import FLEXIBLE, STRICT, Gsm8k
+
+
+@dataclass(frozen=True)
+class _FilterStep:
+    """One function of a filter. A None is left out of the file."""
+
+    function: str
+    regex_pattern: str | None = None
+    group_select: int | None = None
+    """Which match is taken: 0 the first, -1 the last."""
+
+    def to_yaml(self) -> dict[str, str | int]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def write_task(config: Config, predictions: Path, folder: Path) -> str | None:
@@ -26,33 +39,34 @@ def write_task(config: Config, predictions: Path, folder: Path) -> str | None:
         predictions: a run's predictions/<split>.jsonl.
 
     Returns:
-        The task's name for `lm_eval --tasks`, or None if the task is not one whose answer is a number.
+        The task's name for `lm_eval --tasks`; None if the answers of the run's task are not numbers.
 
     Raises:
-        UserError: the split has not been scored.
+        UserError: the split has not been scored, or its predictions are damaged.
     """
     if not isinstance(load_task(config.task), Gsm8k):
         return None
     split = predictions.stem
     if not predictions.is_file():
         raise UserError(f"{predictions}: is missing; score it: python scripts/score.py RUN --split {split}")
-    # The name becomes those of files.
+    # The name becomes the name of two files.
     name = f"tiedlora_{config.task.name}_{split}".replace("/", "_")
-    rows = [
-        {"prompt": row["prompt"], "answer": "".join(row["references"][:1])}
-        for row in run_record.read_predictions(predictions)
-    ]
+    rows = [{"prompt": row.prompt, "answer": "".join(row.references[:1])} for row in read_predictions(predictions)]
     storage.write_json_lines(folder / f"{name}.jsonl", rows)
-    text = OmegaConf.to_yaml(OmegaConf.create(_task(config, name)))
-    storage.write_bytes(folder / f"{name}.yaml", text.encode())
+    storage.write_bytes(folder / f"{name}.yaml", _task_yaml(config, name).encode())
     return name
 
 
-def _task(config: Config, name: str) -> dict[str, Any]:
-    return {
+def _task_yaml(config: Config, name: str) -> str:
+    take_first = _FilterStep("take_first")
+    filters = {
+        "strict": [_FilterStep("regex", STRICT.pattern, 0), take_first],
+        "flexible": [_FilterStep("regex", f"({FLEXIBLE.pattern})", -1), take_first],
+    }
+    task = {
         "task": name,
         "dataset_path": "json",
-        # Seen from where lm_eval is started: inside the folder, so that the folder can move.
+        # A path relative to this folder, where lm_eval is started: so the folder can be moved.
         "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
         "test_split": "test",
         "output_type": "generate_until",
@@ -76,12 +90,9 @@ def _task(config: Config, name: str) -> dict[str, Any]:
             }
         ],
         "filter_list": [
-            {"name": "strict", "filter": [_regex(STRICT.pattern, 0), {"function": "take_first"}]},
-            {"name": "flexible", "filter": [_regex(f"({FLEXIBLE.pattern})", -1), {"function": "take_first"}]},
+            {"name": filter_name, "filter": [step.to_yaml() for step in steps]}
+            for filter_name, steps in filters.items()
         ],
         "metadata": {"version": config.task.version},
     }
-
-
-def _regex(pattern: str, which: int) -> dict[str, Any]:
-    return {"function": "regex", "regex_pattern": pattern, "group_select": which}
+    return OmegaConf.to_yaml(OmegaConf.create(task))

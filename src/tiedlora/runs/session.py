@@ -12,7 +12,7 @@ from tiedlora.adapter import Attached, TiedAdapter, attach_adapter, files
 from tiedlora.config import adapter_folder
 from tiedlora.config.schema import Config
 from tiedlora.data import token_cache
-from tiedlora.data.encoding import Encoder, Fitted
+from tiedlora.data.encoding import EncodedRows, Encoder
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.models.device import execution_on, resolve_device
@@ -24,7 +24,7 @@ from tiedlora.training.allocator import keep_freed_memory
 from tiedlora.training.checkpoint import RunInputs
 from tiedlora.training.distributed import World
 
-TOKENS: SingleSlotCache[dict[str, Fitted]] = SingleSlotCache()
+TOKENS: SingleSlotCache[dict[str, EncodedRows]] = SingleSlotCache()
 _BASE: SingleSlotCache[BaseModel] = SingleSlotCache()
 
 
@@ -69,12 +69,12 @@ class RunSession:
         self.execution = execution_on(self.device, world.size)
         self.code, self.versions, self.data_digests = code_version(), package_versions(), rows.digests
 
-    def _fit(self, rows: RunRows) -> dict[str, Fitted]:
+    def _fit(self, rows: RunRows) -> dict[str, EncodedRows]:
         config, base = self.config, self.base
         return TOKENS.get(
             (config.task, rows.digests, base.record, config.model.context),
             lambda: {
-                split: token_cache.fitted(self.encoder, examples, rows.digests[split], base, Path(config.cache))
+                split: token_cache.load_or_encode(self.encoder, examples, rows.digests[split], base, Path(config.cache))
                 for split, examples in rows.examples.items()
             },
         )

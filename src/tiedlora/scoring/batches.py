@@ -1,4 +1,4 @@
-"""What decoding and likelihoods share: batches of prompts, left padding, the key-value cache, the hidden states."""
+"""What decoding and likelihoods share: batches of prompts, padding on the left, the key-value cache, hidden states."""
 
 from __future__ import annotations
 
@@ -13,38 +13,45 @@ from transformers.cache_utils import DynamicLayer
 from tiedlora.data.batching import split_by_limits
 
 SPARE_TOKENS = 64
-"""Tokens by which a full cache grows: it is copied once in so many tokens."""
+"""How many tokens longer a full cache becomes: it is copied only once for so many new tokens."""
 
 
 def batches_by_length(lengths: Sequence[int], rows: int, tokens: int | None) -> list[list[int]]:
-    """Row numbers of each batch, the longest rows first, at most `rows` rows and `tokens` tokens a batch."""
+    """Row numbers of each batch, the longest rows first, at most `rows` rows and `tokens` tokens in a batch.
+
+    Args:
+        lengths: tokens of each row.
+        tokens: padding counted; None sets no limit.
+    """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    return [order[run] for run in split_by_limits([lengths[i] for i in order], rows, tokens)]
+    return [order[batch] for batch in split_by_limits([lengths[i] for i in order], rows, tokens)]
 
 
-def padded_left(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+def padded_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, attention mask and positions, each (prompts, longest prompt)."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A layer's keys and values at the start of larger buffers: transformers' own layer copies them at each token."""
+    """A layer's keys and values, kept at the start of larger buffers. transformers' own layer copies all of them for
+    every new token.
+    """
 
     buffers: list[Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        start, news = self.get_seq_length(), (key_states, value_states)
+        start, new_states = self.get_seq_length(), (key_states, value_states)
         end = start + key_states.shape[-2]
         if self.buffers is None or end > self.buffers[0].shape[-2]:
             self.device, self.is_initialized = key_states.device, True
-            self.buffers = [new.new_empty(*new.shape[:2], end + SPARE_TOKENS, new.shape[3]) for new in news]
+            self.buffers = [new.new_empty(*new.shape[:2], end + SPARE_TOKENS, new.shape[3]) for new in new_states]
             if start:
                 for buffer, old in zip(self.buffers, (self.keys, self.values), strict=True):
                     buffer[..., :start, :] = old  # type: ignore[assignment]
-        for buffer, new in zip(self.buffers, news, strict=True):
+        for buffer, new in zip(self.buffers, new_states, strict=True):
             buffer[..., start:end, :] = new
         self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
         return self.keys, self.values
@@ -62,7 +69,7 @@ def new_cache(model: Any) -> DynamicCache:
 
 
 def hidden_states(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-    """Last hidden states (rows, new tokens, hidden size), adding the new tokens to the cache."""
+    """Last hidden states (rows, new tokens, hidden size). The new tokens' keys and values are added to the cache."""
     states: Tensor = model.base_model(
         input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
     ).last_hidden_state

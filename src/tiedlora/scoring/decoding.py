@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from tiedlora.scoring.batches import batches_by_length, hidden_states, new_cache, padded_left
 
-STOP_WINDOW = 12
-"""Tokens decoded to look for a stop string: longer than any stop string's own tokens."""
-COMPACT_AT_ENDED_SHARE = 1 / 8
-"""Share of a batch that may have ended before its rows leave, which copies the cache."""
+MIN_STOP_SEARCH_TOKENS = 12
+"""The last tokens that are decoded, at least, to look for a stop string."""
+ENDED_SHARE_TO_COMPACT = 1 / 8
+"""Rows that have ended leave their batch, which copies the cache, once they are this share of it."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ def generation_batches(
 ) -> list[list[int]]:
     """Which prompts make up each batch of `generate`, the longest first.
 
-    A batch does not change when others are left out, so a part of a split can be scored again as it was.
+    A batch stays the same if other whole batches are left out, so part of a split can be scored again as it was.
     """
     return batches_by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_size, batch_tokens)
 
@@ -53,18 +53,21 @@ def generate(
 ) -> list[Output]:
     """Greedy continuations, in the order of `prompts`.
 
-    Prompts are sorted by length and padded on the left; rows that have ended leave their batch a few at a time, and a
+    Prompts are sorted by length and padded on the left. Rows that have ended leave their batch a few at a time, and a
     batch ends with its last row.
 
     Args:
-        batch_size, batch_tokens: rows decoded together are at most so many, and with room for their answers at
-            most so many tokens.
+        prompts: token ids, none empty.
+        stop: strings that end an answer; they are looked for after the answer's first character that is not blank.
+        batch_size: how many rows are decoded together at most.
+        batch_tokens: how many tokens those rows have at most, with padding and room for their answers; None sets no
+            limit.
         progress: called with the number of rows that have just finished.
     """
     outputs: dict[int, Output] = {}
-    for chosen in generation_batches(prompts, max_new_tokens, batch_size, batch_tokens):
-        found = _decode(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens, stop, progress)
-        outputs.update(zip(chosen, found, strict=True))
+    for batch in generation_batches(prompts, max_new_tokens, batch_size, batch_tokens):
+        batch_outputs = _decode(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, stop, progress)
+        outputs.update(zip(batch, batch_outputs, strict=True))
     return [outputs[i] for i in range(len(prompts))]
 
 
@@ -76,52 +79,60 @@ def _decode(
     stop: Sequence[str],
     progress: Callable[[int], None],
 ) -> list[Output]:
-    device = model.device
-    end = tokenizer.eos_token_id
-    ids, mask, positions = padded_left(prompts, end, device)
+    device, end_id = model.device, tokenizer.eos_token_id
+    ids, mask, positions = padded_left(prompts, end_id, device)
     cache = new_cache(model)
     written: list[list[int]] = [[] for _ in prompts]
     outputs: list[Output | None] = [None] * len(prompts)
-    slots = list(range(len(prompts)))  # the row in each place of the batch
+    batch_rows = list(range(len(prompts)))  # the prompt at each index of the batch, which becomes smaller
 
     while None in outputs:
-        chosen = _next_tokens(model, ids, mask, positions, cache).tolist()
-        running = [place for place, row in enumerate(slots) if outputs[row] is None]
-        for place in running:
-            row = slots[place]
-            written[row].append(chosen[place])
-            outputs[row] = _ended(tokenizer, written[row], end, stop, max_new_tokens)
-        going = [place for place in running if outputs[slots[place]] is None]
-        progress(len(running) - len(going))
-        ids = torch.tensor(chosen, device=device).unsqueeze(1)
+        next_ids = _next_tokens(model, ids, mask, positions, cache).tolist()
+        running = [index for index, row in enumerate(batch_rows) if outputs[row] is None]
+        for index in running:
+            row = batch_rows[index]
+            written[row].append(next_ids[index])
+            outputs[row] = _finished_output(tokenizer, written[row], end_id, stop, max_new_tokens)
+        still_running = [index for index in running if outputs[batch_rows[index]] is None]
+        progress(len(running) - len(still_running))
+        ids = torch.tensor(next_ids, device=device).unsqueeze(1)
         mask = F.pad(mask, (0, 1), value=1)
         positions = positions[:, -1:] + 1
-        if going and len(going) <= (1 - COMPACT_AT_ENDED_SHARE) * len(slots):
-            kept = torch.tensor(going, device=device)
+        if still_running and len(still_running) <= (1 - ENDED_SHARE_TO_COMPACT) * len(batch_rows):
+            kept = torch.tensor(still_running, device=device)
             cache.batch_select_indices(kept)
             ids, mask, positions = ids[kept], mask[kept], positions[kept]
-            slots = [slots[place] for place in going]
+            batch_rows = [batch_rows[index] for index in still_running]
     return [output for output in outputs if output is not None]
 
 
 def _next_tokens(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-    """The likeliest next token of each row; the head sees one position a row."""
+    """The likeliest next token of each row. The output head is computed at one position of each row."""
     logits: Tensor = model.get_output_embeddings()(hidden_states(model, ids, mask, positions, cache)[:, -1])
     return logits.argmax(-1)
 
 
-def _ended(tokenizer: Any, written: list[int], end: int, stop: Sequence[str], max_new_tokens: int) -> Output | None:
-    if written[-1] == end:
+def _finished_output(
+    tokenizer: Any, written: list[int], end_id: int, stop: Sequence[str], max_new_tokens: int
+) -> Output | None:
+    """The output, if the last token that was written ends it."""
+    if written[-1] == end_id:
         return Output(tokenizer.decode(written[:-1], skip_special_tokens=True), len(written), "end")
-    if stop:
-        tail = tokenizer.decode(written[-STOP_WINDOW:], skip_special_tokens=True)
-        if any(text in tail for text in stop):
-            whole = tokenizer.decode(written, skip_special_tokens=True)
-            # An answer may start on a new line: what stops it is looked for after its first character.
-            start = len(whole) - len(whole.lstrip())
-            places = [place for text in stop if (place := whole.find(text, start)) >= 0]
-            if places:
-                return Output(whole[: min(places)], len(written), "stop")
+    if stop and _is_near_end(tokenizer, written, stop):
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        # An answer may start on a new line, so blanks at its start are no stop string.
+        first = len(text) - len(text.lstrip())
+        stops = [index for string in stop if (index := text.find(string, first)) >= 0]
+        if stops:
+            return Output(text[: min(stops)], len(written), "stop")
     if len(written) == max_new_tokens:
         return Output(tokenizer.decode(written, skip_special_tokens=True), len(written), "length")
     return None
+
+
+def _is_near_end(tokenizer: Any, written: list[int], stop: Sequence[str]) -> bool:
+    """Whether a stop string is in the last tokens: decoding only these is faster than decoding the whole answer."""
+    # A stop string has at most as many tokens as bytes.
+    longest = max(len(string.encode("utf-8", "surrogatepass")) for string in stop)
+    tail = tokenizer.decode(written[-max(longest, MIN_STOP_SEARCH_TOKENS) :], skip_special_tokens=True)
+    return any(string in tail for string in stop)

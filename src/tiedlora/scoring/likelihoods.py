@@ -1,4 +1,4 @@
-"""The likelihoods of given texts after a prompt."""
+"""The likelihoods of given texts (choices) after a prompt."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def choice_batches(
     batch_tokens: int | None,
 ) -> list[list[int]]:
     """Which prompts make up each batch of `choice_log_likelihoods`, the longest first."""
-    each = max(map(len, choices))
+    choices_per_prompt = max(map(len, choices))
     rows = zip(prompts, choices, strict=True)
-    lengths = [(len(prompt) + max(map(len, texts))) * each for prompt, texts in rows]
-    return batches_by_length(lengths, max(1, batch_size // each), batch_tokens)
+    lengths = [(len(prompt) + max(map(len, texts))) * choices_per_prompt for prompt, texts in rows]
+    return batches_by_length(lengths, max(1, batch_size // choices_per_prompt), batch_tokens)
 
 
 @torch.inference_mode()
@@ -35,61 +35,63 @@ def choice_log_likelihoods(
     batch_tokens: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[list[float]]:
-    """Each prompt's choices' log-likelihoods: the sum over a choice's tokens, in nats, in the given order.
+    """The log-likelihood of each prompt's choices, in the given order: sums over a choice's tokens, in nats.
 
-    A prompt is encoded once; its choices then share its key-value cache.
+    A prompt passes through the model once, and its choices share its key-value cache.
 
     Args:
-        choices: for each prompt the token ids of its choices, none empty.
-        batch_size, batch_tokens: choices scored together are at most so many (but at least one prompt's), and with
-            their prompts at most so many tokens.
+        choices: for each prompt, the token ids of its choices, none empty.
+        batch_size: how many choices are scored together at most (but all of at least one prompt).
+        batch_tokens: how many tokens those choices have at most with their prompts; None sets no limit.
         progress: called with the number of prompts that have just finished.
     """
-    results: dict[int, list[float]] = {}
-    for chosen in choice_batches(prompts, choices, batch_size, batch_tokens):
-        scores = _score_choices(model, [prompts[i] for i in chosen], [choices[i] for i in chosen])
-        results.update(zip(chosen, scores, strict=True))
-        progress(len(chosen))
-    return [results[i] for i in range(len(prompts))]
+    log_likelihoods: dict[int, list[float]] = {}
+    for batch in choice_batches(prompts, choices, batch_size, batch_tokens):
+        scores = _score_choices(model, [prompts[i] for i in batch], [choices[i] for i in batch])
+        log_likelihoods.update(zip(batch, scores, strict=True))
+        progress(len(batch))
+    return [log_likelihoods[i] for i in range(len(prompts))]
 
 
 def _score_choices(
     model: Any, prompts: list[Sequence[int]], choices: list[Sequence[Sequence[int]]]
 ) -> list[list[float]]:
-    device, pad = model.device, 0
-    owners = torch.tensor([row for row, texts in enumerate(choices) for _ in texts], device=device)
-    flat = [list(text) for texts in choices for text in texts]
-    ids, mask, positions = padded_left(prompts, pad, device)
+    device, pad_id = model.device, 0
+    texts = [list(choice) for prompt_choices in choices for choice in prompt_choices]
+    prompt_of = torch.tensor([row for row, own in enumerate(choices) for _ in own], device=device)
+    # 1. The prompts. Their last hidden state predicts the first token of each of their choices.
+    ids, mask, positions = padded_left(prompts, pad_id, device)
     cache = new_cache(model)
-    hidden = [hidden_states(model, ids, mask, positions, cache)[owners, -1:]]
-    # The last hidden state of the prompt foretells a choice's first token, so its last token is not fed.
-    longest = max(map(len, flat)) - 1
+    hidden = [hidden_states(model, ids, mask, positions, cache)[prompt_of, -1:]]
+    # 2. The choices without their last token, which predicts nothing that is scored.
+    longest = max(map(len, texts)) - 1
     if longest:
-        cache.batch_select_indices(owners)
-        fed = torch.tensor([text[:-1] + [pad] * (longest - len(text) + 1) for text in flat], device=device)
-        fed_mask = torch.tensor(
-            [[1] * (len(text) - 1) + [0] * (longest - len(text) + 1) for text in flat], device=device
-        )
-        fed_positions = positions[owners, -1:] + 1 + torch.arange(longest, device=device)
-        hidden.append(hidden_states(model, fed, torch.cat([mask[owners], fed_mask], 1), fed_positions, cache))
+        cache.batch_select_indices(prompt_of)
+        padding = [longest - len(text) + 1 for text in texts]
+        inputs = [text[:-1] + [pad_id] * pads for text, pads in zip(texts, padding, strict=True)]
+        inputs_mask = [[1] * (longest - pads) + [0] * pads for pads in padding]
+        full_mask = torch.cat([mask[prompt_of], torch.tensor(inputs_mask, device=device)], 1)
+        inputs_positions = positions[prompt_of, -1:] + 1 + torch.arange(longest, device=device)
+        hidden.append(hidden_states(model, torch.tensor(inputs, device=device), full_mask, inputs_positions, cache))
+    # 3. The log-likelihood of each token, summed over each choice.
     states = torch.cat(hidden, 1)
-    rows = torch.tensor([row for row, text in enumerate(flat) for _ in text], device=device)
-    columns = torch.tensor([column for text in flat for column in range(len(text))], device=device)
-    tokens = torch.tensor([token for text in flat for token in text], device=device)
-    totals = torch.zeros(len(flat), dtype=torch.float64, device=device)
-    totals.index_add_(0, rows, _token_log_likelihoods(model, states[rows, columns], tokens).double())
-    each = iter(totals.tolist())
-    return [[next(each) for _ in texts] for texts in choices]
+    rows = torch.tensor([row for row, text in enumerate(texts) for _ in text], device=device)
+    columns = torch.tensor([column for text in texts for column in range(len(text))], device=device)
+    tokens = torch.tensor([token for text in texts for token in text], device=device)
+    sums = torch.zeros(len(texts), dtype=torch.float64, device=device)
+    sums.index_add_(0, rows, _token_log_likelihoods(model, states[rows, columns], tokens).double())
+    remaining = iter(sums.tolist())
+    return [[next(remaining) for _ in own] for own in choices]
 
 
 def _token_log_likelihoods(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """log p(token) from the hidden state before it, in chunks, since logits are the peak of memory."""
+    """log p(token) from the hidden state before it, in chunks, because logits are the peak of memory."""
     head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
     results = []
     size = chunk_rows(head.weight.shape[0])
-    for states, wanted in zip(torch.split(hidden, size), torch.split(tokens, size), strict=True):
+    for states, chunk_tokens in zip(torch.split(hidden, size), torch.split(tokens, size), strict=True):
         logits = head(states).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        results.append(log_likelihoods_(logits, wanted)[0])
+        results.append(log_likelihoods_(logits, chunk_tokens)[0])
     return torch.cat(results)

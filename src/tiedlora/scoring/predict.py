@@ -18,7 +18,7 @@ from tiedlora.tasks import Example, Task
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the model gave to one example, before it is scored; the fields are those of PredictionRow."""
+    """What the model answered to one example, not yet scored. The fields are those of PredictionRow."""
 
     output: str
     output_tokens: int
@@ -28,25 +28,24 @@ class _Answer:
 
 
 def predict(
-    model: Any, encoder: Encoder, task: Task, examples: Sequence[Example], config: Config, what: str
+    model: Any, encoder: Encoder, task: Task, examples: Sequence[Example], config: Config, title: str
 ) -> list[PredictionRow]:
-    """The rows of predictions/, one an example.
+    """The rows of predictions/, one for each example.
 
     Args:
-        what: the name of this work on the progress bar.
+        model: adapted or not.
+        title: what the progress bar says.
 
     Raises:
-        UserError: a prompt does not fit, and the task does not let it be shortened enough.
+        UserError: a prompt does not fit, and the task does not allow shortening it enough.
     """
-    # The `evaluate` package takes a second to import, and only scoring needs it.
+    # Imported here because the `evaluate` package takes a second to import, and only scoring needs it.
     from tiedlora.tasks.task_metric import TaskMetric
 
     asked = [_fitting(encoder, example, config) for example in examples]
-    prompts = [encoder.prompt(example.prompt) for example in asked]
-    progress = ProgressBar(what, len(examples), "rows")
     by_likelihood = bool(asked[0].choices)
-    answer = _choose if by_likelihood else _generate
-    answers = answer(model, encoder, asked, prompts, config, progress)
+    progress = ProgressBar(title, len(examples), "rows")
+    answers = (_choose if by_likelihood else _generate)(model, encoder, asked, config, progress)
     progress.close()
     scores = TaskMetric(task, by_likelihood).compute(
         predictions=[answer.log_likelihoods if by_likelihood else answer.output for answer in answers],
@@ -67,42 +66,44 @@ def predict(
 
 
 def scoring_batches(encoder: Encoder, examples: Sequence[Example], config: Config) -> list[list[int]]:
-    """Which examples make up each batch of `predict`. Scored in the same batches again, they get the same outputs."""
+    """Which examples make up each batch of `predict`. In the same batches, a model gives the same outputs again."""
     asked = [_fitting(encoder, example, config) for example in examples]
-    prompts = [encoder.prompt(example.prompt) for example in asked]
-    limits = config.score.batch_size, config.score.batch_tokens
+    prompts = _prompts(encoder, asked)
     if asked[0].choices:
-        choices = [[encoder.continuation(choice) for choice in example.choices] for example in asked]
-        return choice_batches(prompts, choices, *limits)
-    return generation_batches(prompts, config.task.max_new_tokens, *limits)
+        return choice_batches(prompts, _choices(encoder, asked), config.score.batch_size, config.score.batch_tokens)
+    return generation_batches(prompts, config.task.max_new_tokens, config.score.batch_size, config.score.batch_tokens)
 
 
 def _fitting(encoder: Encoder, example: Example, config: Config) -> Example:
-    """The example with a prompt that leaves room for an answer: no example that is scored is left out."""
-    asked = encoder.shortened(example)
-    after = max([config.task.max_new_tokens, *(len(encoder.continuation(choice)) for choice in example.choices)])
-    if asked is not None and len(encoder.prompt(asked.prompt)) + after <= encoder.context:
-        return asked
+    """The example with a prompt that leaves room for an answer. No example of a scored split may be left out."""
+    shortened = encoder.shortened(example)
+    answer_tokens = max([config.task.max_new_tokens, *map(len, _choices(encoder, [example])[0])])
+    if shortened is not None and len(encoder.prompt(shortened.prompt)) + answer_tokens <= encoder.context:
+        return shortened
     raise UserError(
         f"task={config.task.name}: row {example.id} has a prompt of {len(encoder.prompt(example.prompt))} tokens that "
-        f"cannot be shortened to {encoder.context - after} (model.context={encoder.context} less {after} for the "
+        f"cannot be shortened to {encoder.context - answer_tokens} (model.context={encoder.context} less "
+        f"{answer_tokens} for the "
         f"answer, task.max_prompt_tokens={config.task.max_prompt_tokens}); lower task.max_new_tokens, raise "
         "task.max_prompt_tokens, or take a model of longer context"
     )
 
 
+def _prompts(encoder: Encoder, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+    return [encoder.prompt(example.prompt) for example in examples]
+
+
+def _choices(encoder: Encoder, examples: Sequence[Example]) -> list[list[tuple[int, ...]]]:
+    return [[encoder.continuation(choice) for choice in example.choices] for example in examples]
+
+
 def _generate(
-    model: Any,
-    encoder: Encoder,
-    examples: Sequence[Example],
-    prompts: Sequence[tuple[int, ...]],
-    config: Config,
-    progress: ProgressBar,
+    model: Any, encoder: Encoder, examples: Sequence[Example], config: Config, progress: ProgressBar
 ) -> list[_Answer]:
     outputs = generate(
         model,
         encoder.tokenizer,
-        prompts,
+        _prompts(encoder, examples),
         max_new_tokens=config.task.max_new_tokens,
         stop=config.task.stop,
         batch_size=config.score.batch_size,
@@ -113,17 +114,12 @@ def _generate(
 
 
 def _choose(
-    model: Any,
-    encoder: Encoder,
-    examples: Sequence[Example],
-    prompts: Sequence[tuple[int, ...]],
-    config: Config,
-    progress: ProgressBar,
+    model: Any, encoder: Encoder, examples: Sequence[Example], config: Config, progress: ProgressBar
 ) -> list[_Answer]:
-    choices = [[encoder.continuation(choice) for choice in example.choices] for example in examples]
+    choices = _choices(encoder, examples)
     log_likelihoods = choice_log_likelihoods(
         model,
-        prompts,
+        _prompts(encoder, examples),
         choices,
         batch_size=config.score.batch_size,
         batch_tokens=config.score.batch_tokens,

@@ -31,18 +31,19 @@ log = logging.getLogger(__name__)
 PROTOCOL_KEYS = (
     *("kind", "version", "prompt", "chat_template", "stop", "max_new_tokens", "max_prompt_tokens", "options"),
 )
-"""Keys of a task that decide what the base model is asked and how its answer is scored."""
+"""The keys of a task that decide what a model is asked and how its answer is scored."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """What scoring needs, for any split of one run."""
+    """Scores splits of one run: the adapted model, and the base model."""
 
     attached: Attached
     encoder: Encoder
     task: Task
     config: Config
     base: BaseModelRecord
+    """The base model under `attached`."""
 
     def score_split(self, split: str, examples: Sequence[Example], folder: RunFolder) -> SplitScores:
         """Score the adapted model, and the base model if the run says so, and write predictions/.
@@ -72,24 +73,24 @@ class Scorer:
             files=folder.prediction_checksums(split),
         )
 
-    def adapted_rows(self, examples: Sequence[Example], what: str) -> list[PredictionRow]:
-        """The adapted model's rows."""
+    def adapted_rows(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
+        """The adapted model's rows. `title` is what the progress bar says."""
         with merged_for_scoring(self.attached, self.config) as model:
-            return predict(model, self.encoder, self.task, examples, self.config, what)
+            return predict(model, self.encoder, self.task, examples, self.config, title)
 
-    def unadapted_rows(self, examples: Sequence[Example], what: str) -> list[PredictionRow]:
-        """The base model's rows, computed now."""
+    def unadapted_rows(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
+        """The base model's rows, without a look at what an earlier run computed."""
         self.attached.disable()
         try:
-            return predict(self.attached.model, self.encoder, self.task, examples, self.config, what)
+            return predict(self.attached.model, self.encoder, self.task, examples, self.config, title)
         finally:
             self.attached.enable()
 
     def base_rows(self, split: str, examples: Sequence[Example]) -> list[PredictionRow]:
-        """The base model's rows: computed once per model, protocol and rows, then reused by every run.
+        """The base model's rows, computed once for each model, protocol and rows, and then reused by every run.
 
         Raises:
-            UserError: the kept file holds the predictions of other rows.
+            UserError: as predict.predict, or the file of an earlier run holds the predictions of other rows.
         """
         path = Path(self.config.outputs) / "base" / f"{self.config.task.name}-{split}-{self._base_key(examples)}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +99,9 @@ class Scorer:
                 log.info("base model on %s: reusing %s", split, path)
                 rows = read_predictions(path)
                 if [row.id for row in rows] != [example.id for example in examples]:
-                    raise UserError(f"{path}: holds the predictions of other rows; remove it, and they are made again")
+                    raise UserError(
+                        f"{path}: holds the predictions of other rows; remove it, and the same command makes it"
+                    )
                 return rows
             rows = self.unadapted_rows(examples, f"base model on {split}")
             write_predictions(path, rows)
@@ -115,7 +118,7 @@ class Scorer:
 
 @contextmanager
 def merged_for_scoring(attached: Attached, config: Config) -> Iterator[Any]:
-    """The adapted model as it is scored: merged in float32; unmerged in bfloat16, where merging rounds the update."""
+    """The adapted model as it is scored: merged in float32, not merged in bfloat16, which would round the update."""
     if config.train.dtype == "float32":
         attached.merge()
     try:

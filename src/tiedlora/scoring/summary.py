@@ -1,4 +1,4 @@
-"""Metrics of a split from its rows: each with its 95 % interval over which examples were drawn."""
+"""The metrics of a split, from its rows: each with a 95 % interval over which examples were drawn."""
 
 from __future__ import annotations
 
@@ -12,25 +12,22 @@ from tiedlora.tasks import Task
 
 
 def summarise(rows: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
-    """Each metric over the rows.
-
-    Wilson's interval where every score is 0 or 1, else a bootstrap over examples.
-    """
+    """Each metric over the rows: with Wilson's interval where every score is 0 or 1, else a bootstrap over examples."""
     return {metric: _estimate(task, metric, [row.scores[metric] for row in rows]) for metric in task.metrics}
 
 
-def gains(ours: Sequence[PredictionRow], theirs: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
-    """Each metric's paired difference to the base model on the same examples.
+def gains(adapted: Sequence[PredictionRow], base: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
+    """Each metric of the adapted model minus that of the base model, paired on the same examples.
 
-    Newcombe's interval where every score is 0 or 1, else a bootstrap that resamples pairs.
+    With Newcombe's interval where every score is 0 or 1, else with a bootstrap that resamples pairs.
 
     Raises:
         ValueError: the rows are not those of the same examples in the same order.
     """
-    if [row.id for row in ours] != [row.id for row in theirs]:
+    if [row.id for row in adapted] != [row.id for row in base]:
         raise ValueError("paired scores need the same examples in the same order")
     return {
-        metric: _difference(task, metric, *([row.scores[metric] for row in rows] for rows in (ours, theirs)))
+        metric: _difference(task, metric, *([row.scores[metric] for row in rows] for rows in (adapted, base)))
         for metric in task.metrics
     }
 
@@ -42,10 +39,10 @@ def _estimate(task: Task, metric: str, scores: list[Score]) -> Interval:
     return wilson(int(sum(values)), len(values)) if is_binary(values) else bootstrap_mean(values, (0.0, 1.0))
 
 
-def _difference(task: Task, metric: str, ours: list[Score], theirs: list[Score]) -> Interval:
+def _difference(task: Task, metric: str, adapted: list[Score], base: list[Score]) -> Interval:
     if metric in task.corpus_metrics:
-        return bootstrap_corpus(_table(ours), lambda sums: task.corpus_score(metric, sums), _table(theirs))
-    first, second = _numbers(ours), _numbers(theirs)
+        return bootstrap_corpus(_table(adapted), lambda sums: task.corpus_score(metric, sums), _table(base))
+    first, second = _numbers(adapted), _numbers(base)
     if is_binary([*first, *second]):
         return paired_proportions(first, second)
     return bootstrap_mean([a - b for a, b in zip(first, second, strict=True)], (-1.0, 1.0))

@@ -1,23 +1,30 @@
 """Scoring one split: rows with scores, metrics with intervals, paired gains, and a base model scored once."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.tiny import task_option, tiny
 
-from tiedlora import text as present
+from tiedlora.adapter import attach
 from tiedlora.config import compose as configuration
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
-from tiedlora.scoring import scoring
+from tiedlora.records.rows import PredictionRow
+from tiedlora.records.summary import _points
+from tiedlora.scoring import split as scoring
+from tiedlora.scoring.predict import predict
+from tiedlora.scoring.split import Scorer
+from tiedlora.scoring.summary import gains, summarise
+from tiedlora.statistics.interval import Interval
 from tiedlora.tasks import Example, load_task
 
 
 def rows_of(task, pairs):
     """Prediction rows of (output, references), scored."""
     return [
-        {"id": str(i), "scores": task.score(output, Example("", "", "", references))}
+        PredictionRow(str(i), "", list(references), output, task.score(output, Example("", "", "", references)))
         for i, (output, references) in enumerate(pairs)
     ]
 
@@ -31,49 +38,48 @@ def setup(*overrides, context=512):
 def test_zero_one_scores_have_wilsons_interval_and_others_a_bootstrap():
     task = task_option("squad")
     rows = rows_of(task, [("red", ("red",)), ("red car", ("red",)), ("blue", ("red",)), ("the red", ("red",))])
-    found = scoring.summarise(rows, task)
-    assert found["exact_match"]["value"] == 0.5
-    assert found["exact_match"]["method"] == "wilson"
-    assert found["f1"]["value"] == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)
-    assert found["f1"]["method"] == "bootstrap"
-    assert 0 <= found["f1"]["low"] < found["f1"]["value"] < found["f1"]["high"] <= 1
+    metrics = summarise(rows, task)
+    assert metrics["exact_match"].value == 0.5
+    assert metrics["exact_match"].method == "wilson"
+    assert metrics["f1"].value == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)
+    assert metrics["f1"].method == "bootstrap"
+    assert 0 <= metrics["f1"].low < metrics["f1"].value < metrics["f1"].high <= 1
 
 
 def test_gains_are_paired():
     task = task_option("squad")
     base = rows_of(task, [(f"red {i}" if i % 2 else "none", ("red 1",)) for i in range(40)])
     ours = rows_of(task, [(f"red {i}", ("red 1",)) for i in range(40)])
-    found = scoring.gains(ours, base, task)
-    assert found["f1"]["method"] == "bootstrap"
-    assert found["f1"]["low"] > 0
-    assert found["exact_match"]["method"] == "newcombe"
-    same = scoring.gains(base, base, task)
-    assert same["f1"] == {"value": 0.0, "low": 0.0, "high": 0.0, "method": "bootstrap"}
+    gain = gains(ours, base, task)
+    assert gain["f1"].method == "bootstrap"
+    assert gain["f1"].low > 0
+    assert gain["exact_match"].method == "newcombe"
+    assert gains(base, base, task)["f1"] == Interval(0.0, 0.0, 0.0, "bootstrap")
     with pytest.raises(ValueError, match="same examples"):
-        scoring.gains(ours[1:], base, task)
+        gains(ours[1:], base, task)
 
 
 def test_corpus_metrics_resample_sentences():
     task = task_option("iwslt2017")
     right = "The cat sat on the mat and the dog lay on the floor."
     rows = rows_of(task, [(right if i % 3 else "A dog ran.", (right,)) for i in range(30)])
-    found = scoring.summarise(rows, task)
+    metrics = summarise(rows, task)
     for metric in ("bleu", "chrf"):
-        assert found[metric]["method"] == "bootstrap"
-        assert 0 < found[metric]["low"] < found[metric]["value"] < found[metric]["high"] <= 1
-    gain = scoring.gains(rows, rows_of(task, [("A dog ran.", (right,))] * 30), task)
-    assert gain["bleu"]["low"] > 0
-    # What predictions/ keeps is enough to make the score again.
-    again = json.loads(json.dumps(rows))
-    assert task.total("bleu", [row["scores"]["bleu"] for row in again]) == found["bleu"]["value"]
+        assert metrics[metric].method == "bootstrap"
+        assert 0 < metrics[metric].low < metrics[metric].value < metrics[metric].high <= 1
+    gain = gains(rows, rows_of(task, [("A dog ran.", (right,))] * 30), task)
+    assert gain["bleu"].low > 0
+    # What predictions/ keeps is enough to compute the score again.
+    again = json.loads(json.dumps([row.to_json() for row in rows]))
+    assert task.total("bleu", [row["scores"]["bleu"] for row in again]) == metrics["bleu"].value
 
 
 def test_nothing_that_is_scored_is_left_out():
     base, encoder, task, config = setup("task=iwslt2017", "task.max_new_tokens=8", context=40)
     examples = [Example("a", "German: x\nEnglish:", " y", (" y",)), Example("b", "x" * 60, " y", (" y",))]
     with pytest.raises(UserError, match=r"row b has a prompt of 60 tokens .*task\.max_new_tokens"):
-        scoring.predict(base.model, encoder, task, examples, config, "test")
-    assert len(scoring.predict(base.model, encoder, task, examples[:1], config, "test")) == 1
+        predict(base.model, encoder, task, examples, config, "test")
+    assert len(predict(base.model, encoder, task, examples[:1], config, "test")) == 1
 
 
 def test_an_ending_that_does_not_fit_stops_the_run():
@@ -81,7 +87,7 @@ def test_an_ending_that_does_not_fit_stops_the_run():
     choices = (" a", " b", " c", " " + "d" * 40)
     example = Example("a", "Cooking: He", " a", ("0",), choices)
     with pytest.raises(UserError, match="row a has a prompt"):
-        scoring.predict(base.model, encoder, task, [example], config, "test")
+        predict(base.model, encoder, task, [example], config, "test")
 
 
 def test_a_shortened_prompt_is_scored_marked_and_shown():
@@ -89,37 +95,43 @@ def test_a_shortened_prompt_is_scored_marked_and_shown():
     dialogue = " ".join(f"word{i}" for i in range(60))
     row = {"id": "test_0_1", "dialogue": dialogue, "summary": "many words"}
     example = task.example(row, "test_0")
-    (found,) = scoring.predict(base.model, encoder, task, [example], config, "test")
-    assert found["shortened"]
-    assert found["prompt"].endswith("\n\nSummary:")
-    assert len(encoder.prompt(found["prompt"])) <= 112
-    assert found["references"] == [" many words"]
+    (prediction,) = predict(base.model, encoder, task, [example], config, "test")
+    assert prediction.shortened
+    assert prediction.prompt.endswith("\n\nSummary:")
+    assert len(encoder.prompt(prediction.prompt)) <= 112
+    assert prediction.references == [" many words"]
 
 
 def test_the_base_model_is_scored_once_for_a_protocol(tmp_path, monkeypatch):
     base, encoder, task, config = setup("task=squad", "task.max_new_tokens=4", f"outputs={tmp_path}")
     row = {"context": "Rome is old.", "question": "What is old?", "answers": {"text": ["Rome"], "answer_start": [0]}}
     examples = [task.example(row, "0")]
-    first = scoring.base_rows(base.model, encoder, task, examples, config, base.record, "test")
+    scorer = Scorer(attach(base.model, "TABuv"), encoder, task, config, base.record)
+    first = scorer.base_rows("test", examples)
     monkeypatch.setattr(scoring, "predict", lambda *_: pytest.fail("scored again"))
-    assert scoring.base_rows(base.model, encoder, task, examples, config, base.record, "test") == first
+    assert scorer.base_rows("test", examples) == first
+    # Another adapter does not matter; another model, other rows or another protocol does.
+    assert replace(scorer, attached=attach(tiny("tiny_llama").model, "Tuv")).base_rows("test", examples) == first
+    with pytest.raises(pytest.fail.Exception):
+        replace(scorer, base=replace(base.record, digest="other")).base_rows("test", examples)
+    with pytest.raises(pytest.fail.Exception):
+        scorer.base_rows("test", [replace(examples[0], prompt="Other?")])
     config.task.stop = ["."]
     with pytest.raises(pytest.fail.Exception):
-        scoring.base_rows(base.model, encoder, task, examples, config, base.record, "test")
+        scorer.base_rows("test", examples)
 
 
 def test_points_on_screen_are_fractions_in_the_record():
-    interval = {"value": 0.2346, "low": 0.2, "high": 0.25, "method": "bootstrap"}
-    assert present._points(interval) == "23.5 [20.0, 25.0]"
+    assert _points(Interval(0.2346, 0.2, 0.25, "bootstrap")) == "23.5 [20.0, 25.0]"
 
 
 def test_choices_are_kept_with_their_likelihoods():
     base, encoder, task, config = setup("task=hellaswag")
     choices = (" one.", " two.", " three.", " four.")
     examples = [Example(str(i), f"Cooking: He {i}", choices[i], (str(i),), choices) for i in range(3)]
-    rows = scoring.predict(base.model, encoder, task, examples, config, "test")
+    rows = predict(base.model, encoder, task, examples, config, "test")
     for row in rows:
-        assert row["output"] == choices[max(range(4), key=lambda i: row["log_likelihoods"][i])]
-        assert row["ended"] == "choice"
-        assert torch.tensor(row["log_likelihoods"]).isfinite().all()
-    assert {row["id"]: row["scores"] for row in rows}["0"] == task.score(rows[0]["log_likelihoods"], examples[0])
+        assert row.output == choices[max(range(4), key=lambda i: row.log_likelihoods[i])]
+        assert row.ended == "choice"
+        assert torch.tensor(row.log_likelihoods).isfinite().all()
+    assert rows[0].scores == task.score(rows[0].log_likelihoods, examples[0])

@@ -12,8 +12,10 @@ from helpers.tiny import TINY, tiny
 from tiedlora.config import compose as configuration
 from tiedlora.config.project import PROJECT
 from tiedlora.data.encoding import Encoder
-from tiedlora.scoring.decoding import _ended, choice_log_likelihoods, generate
-from tiedlora.scoring.scoring import predict
+from tiedlora.models.base_model import load_base
+from tiedlora.scoring.decoding import _finished_output, generate
+from tiedlora.scoring.likelihoods import choice_log_likelihoods
+from tiedlora.scoring.predict import predict
 from tiedlora.tasks import load_examples, load_task
 
 
@@ -36,10 +38,10 @@ def test_choices_have_the_likelihoods_of_whole_sequences(name, batch_size):
     choices = [[text(1), text(7)], [text(n) for n in (2, 4, 1, 6)], [text(1)], [text(3), text(3)]]
     finished = []
     with torch.inference_mode():
-        wanted = [[alone(model, p, c) for c in texts] for p, texts in zip(prompts, choices, strict=True)]
-    found = choice_log_likelihoods(model, prompts, choices, batch_size=batch_size, progress=finished.append)
-    for ours, theirs in zip(found, wanted, strict=True):
-        # Log-probabilities are taken in float32.
+        expected = [[alone(model, p, c) for c in texts] for p, texts in zip(prompts, choices, strict=True)]
+    batched = choice_log_likelihoods(model, prompts, choices, batch_size=batch_size, progress=finished.append)
+    for ours, theirs in zip(batched, expected, strict=True):
+        # Log-probabilities are computed in float32.
         assert ours == pytest.approx(theirs, abs=1e-4)
     assert sum(finished) == 4
 
@@ -47,8 +49,9 @@ def test_choices_have_the_likelihoods_of_whole_sequences(name, batch_size):
 def test_only_one_token_choices_need_no_second_pass():
     model = tiny("tiny_llama").model
     with torch.inference_mode():
-        wanted = [alone(model, [1, 2, 3], [token]) for token in (5, 6)]
-    assert choice_log_likelihoods(model, [[1, 2, 3]], [[[5], [6]]], batch_size=8)[0] == pytest.approx(wanted, abs=1e-4)
+        expected = [alone(model, [1, 2, 3], [token]) for token in (5, 6)]
+    (scores,) = choice_log_likelihoods(model, [[1, 2, 3]], [[[5], [6]]], batch_size=8)
+    assert scores == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -57,22 +60,34 @@ def test_generation_stops_at_the_end_of_the_answer(batch_size):
     prompts = [base.tokenizer(text).input_ids for text in ("a", "some longer text", "xyz")]
     free = generate(base.model, base.tokenizer, prompts, max_new_tokens=12, batch_size=batch_size)
     stop = free[1].text[4]
-    found = generate(base.model, base.tokenizer, prompts, max_new_tokens=12, stop=[stop], batch_size=batch_size)
-    for before, after in zip(free, found, strict=True):
+    stopped = generate(base.model, base.tokenizer, prompts, max_new_tokens=12, stop=[stop], batch_size=batch_size)
+    for before, after in zip(free, stopped, strict=True):
         assert after.text == before.text.split(stop)[0]
         assert after.ended == ("stop" if stop in before.text else before.ended)
-    assert found[1].tokens < 12
+    assert stopped[1].tokens < 12
+
+
+def output_of(text, stop):
+    """The output of a model that writes `text`, a token for each byte."""
+    tokenizer = tiny("tiny_llama").tokenizer
+    written = []
+    for token in tokenizer(text).input_ids:
+        written.append(token)
+        if output := _finished_output(tokenizer, written, tokenizer.eos_token_id, stop, 100):
+            return output
+    return None
 
 
 def test_an_answer_may_begin_on_a_new_line():
-    tokenizer = tiny("tiny_llama").tokenizer
-    written, found = [], None
-    for token in tokenizer("\n\n yes, it is\nQuestion").input_ids:
-        written.append(token)
-        if found := _ended(tokenizer, written, tokenizer.eos_token_id, ["\n"], 100):
-            break
-    assert found is not None
-    assert (found.text, found.ended) == ("\n\n yes, it is", "stop")
+    output = output_of("\n\n yes, it is\nQuestion", ["\n"])
+    assert (output.text, output.ended) == ("\n\n yes, it is", "stop")
+
+
+def test_a_stop_string_may_have_many_tokens():
+    stop = "the end of this answer, äöü"
+    output = output_of(f"yes. {stop} and more", [stop, "\n"])
+    assert (output.text, output.ended) == ("yes. ", "stop")
+    assert output.tokens == len(f"yes. {stop}".encode())
 
 
 def test_hellaswag_is_lm_evaluation_harness(tmp_path):
@@ -90,8 +105,6 @@ def test_hellaswag_is_lm_evaluation_harness(tmp_path):
     path.parent.mkdir()
     path.write_text("\n".join(rows.read_text(encoding="utf-8").splitlines()[:6]) + "\n", encoding="utf-8")
     config = configuration.compose_config(["task=hellaswag", "task.rows.validation=null", "score.batch_size=16"])
-    from tiedlora.models.base_model import load_base
-
     base = load_base(config.model, "float32", torch.device("cpu"), Path(config.cache))
     task = load_task(config.task)
     examples = load_examples(task, "validation", str(tmp_path))
@@ -100,11 +113,11 @@ def test_hellaswag_is_lm_evaluation_harness(tmp_path):
 
     theirs = harness_samples(lm_eval, huggingface, yaml, base, path)
     for row, sample in zip(ours, theirs, strict=True):
-        assert row["prompt"] == sample["arguments"][0][0]
-        assert row["choices"] == [arguments[1] for arguments in sample["arguments"]]
-        assert row["log_likelihoods"] == pytest.approx([found[0][0] for found in sample["resps"]], abs=1e-3)
-        assert row["scores"] == {"accuracy": sample["acc"], "accuracy_norm": sample["acc_norm"]}
-    json.dumps(ours)
+        assert row.prompt == sample["arguments"][0][0]
+        assert row.choices == [arguments[1] for arguments in sample["arguments"]]
+        assert row.log_likelihoods == pytest.approx([response[0][0] for response in sample["resps"]], abs=1e-3)
+        assert row.scores == {"accuracy": sample["acc"], "accuracy_norm": sample["acc_norm"]}
+        json.dumps(row.to_json())
 
 
 def harness_samples(lm_eval, huggingface, yaml, base, path):
@@ -122,5 +135,5 @@ def harness_samples(lm_eval, huggingface, yaml, base, path):
     task = {key: value for key, value in task.items() if key not in ("tag", "training_split")}
     task.update(task="rows", dataset_path="json", dataset_kwargs={"data_files": {"validation": str(path)}})
     model = huggingface.HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=8)
-    found = lm_eval.simple_evaluate(model=model, tasks=[task], log_samples=True, bootstrap_iters=0)
-    return sorted(found["samples"]["rows"], key=lambda sample: sample["doc_id"])
+    results = lm_eval.simple_evaluate(model=model, tasks=[task], log_samples=True, bootstrap_iters=0)
+    return sorted(results["samples"]["rows"], key=lambda sample: sample["doc_id"])

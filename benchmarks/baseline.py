@@ -1,0 +1,213 @@
+"""The baseline: PEFT's LoRA, trained by transformers' Trainer, answering with transformers' generate."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import common
+import harness
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from tiedlora.adapter import TiedAdapter
+from tiedlora.config.schema import Config, TaskConfig
+from tiedlora.data.batching import BatchSampler
+from tiedlora.data.encoding import Encoded
+from tiedlora.models.base_model import BaseModel
+
+TokenRow = dict[str, list[int]]
+
+
+@dataclass
+class TrainedBaseline:
+    """A trained PEFT LoRA, and what its training took."""
+
+    base: BaseModel
+    model: Any
+    losses: list[float]
+    """One for each step."""
+    tokens: int
+    """Of the timed steps, without padding."""
+    seconds: float
+    """Of the timed steps."""
+
+    def figures(self) -> dict[str, Any]:
+        """What a measurement prints."""
+        return {
+            "losses": self.losses,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "peak": common.peak_memory(),
+        }
+
+
+class _Collator:
+    """Rows to one padded batch. It counts the tokens that it has passed on."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id, self.tokens = pad_id, 0
+
+    def __call__(self, rows: list[TokenRow]) -> dict[str, torch.Tensor]:
+        self.tokens += sum(len(row["input_ids"]) for row in rows)
+        mask = [{"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        return {
+            "input_ids": _padded(rows, "input_ids", self.pad_id),
+            "labels": _padded(rows, "labels", -100),
+            "attention_mask": _padded(mask, "attention_mask", 0),
+        }
+
+
+def _padded(rows: list[TokenRow], key: str, value: int) -> torch.Tensor:
+    longest = max(len(row[key]) for row in rows)
+    return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows])
+
+
+class _StepClock(TrainerCallback):  # type: ignore[misc]
+    """The time at which each step ended, and how many tokens the collator had passed on until then."""
+
+    def __init__(self, collator: _Collator) -> None:
+        self.collator = collator
+        self.ends: list[tuple[float, int]] = []
+
+    def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ends.append((time.perf_counter(), self.collator.tokens))
+
+
+class _LossTrainer(Trainer):  # type: ignore[misc]
+    """Trainer, with each step's loss kept."""
+
+    losses: list[float]
+
+    def compute_loss(self, *arguments: Any, **keywords: Any) -> Any:
+        loss = super().compute_loss(*arguments, **keywords)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+
+class _InOrderTrainer(_LossTrainer):
+    """Takes the rows in the order in which they are given."""
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def train(dtype: str, order: str, steps: int, skipped: int, *overrides: str) -> TrainedBaseline:
+    """Train PEFT's LoRA with Trainer, on the tokens that our training has, from the same initial values.
+
+    Args:
+        order: `plain`, Trainer's random order, or `grouped`, exactly the batches of our length buckets.
+        skipped: how many steps at the start are not timed.
+    """
+    config = common.config(f"train.dtype={dtype}", "tying=LoRA_qkv", *overrides)
+    base = harness.base_model(config)
+    base.model.set_attn_implementation("sdpa")
+    encoded, in_order = harness.training_rows(config, base), order != "plain"
+    if in_order:
+        sampler = BatchSampler([len(row) for row in encoded], config.train, config.seed)
+        encoded = [encoded[number] for step in range(1, steps + 1) for number in sampler.rows_of_step(step)]
+    model = peft_lora(base.model, _initial_adapter(config))
+    collator = _Collator(base.tokenizer.eos_token_id)
+    clock = _StepClock(collator)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = (_InOrderTrainer if in_order else _LossTrainer)(
+            model=model,
+            args=_settings(config, steps, scratch),
+            train_dataset=[_token_row(row) for row in encoded],
+            data_collator=collator,
+            callbacks=[clock],
+        )
+        trainer.losses = []
+        trainer.train()
+    size = config.train.batch_size
+    if in_order:
+        tokens = sum(len(row) for row in encoded[skipped * size : steps * size])
+    else:
+        # The loader collates one batch ahead, so this may be off by the difference between two batches.
+        tokens = clock.ends[-1][1] - clock.ends[skipped - 1][1]
+    return TrainedBaseline(base, model, trainer.losses, tokens, clock.ends[-1][0] - clock.ends[skipped - 1][0])
+
+
+def _initial_adapter(config: Config) -> TiedAdapter:
+    alpha = config.rank.alpha or config.rank.r
+    return TiedAdapter(config.tying, config.rank.r, alpha, config.model.architecture, config.seed)
+
+
+def _token_row(row: Encoded) -> TokenRow:
+    return {"input_ids": [*row.prompt, *row.target], "labels": [-100] * len(row.prompt) + list(row.target)}
+
+
+def _settings(config: Config, steps: int, folder: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=config.train.batch_size,
+        learning_rate=config.train.lr,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=config.seed,
+        remove_unused_columns=False,
+    )
+
+
+def peft_lora(model: Any, adapter: TiedAdapter | None = None) -> Any:
+    """PEFT's LoRA on q, k and v, as our tying=LoRA_qkv; with the values of `adapter` if it is given."""
+    settings = LoraConfig(
+        r=common.RANK,
+        lora_alpha=common.RANK,
+        lora_dropout=0.0,
+        target_modules=["q_proj", "k_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, settings)
+    if adapter is not None:
+        parts = adapter.parts()
+        with torch.no_grad():
+            for layer, block in enumerate(adapted.base_model.model.model.layers):
+                for letter in "qkv":
+                    site = getattr(block.self_attn, f"{letter}_proj")
+                    site.lora_A["default"].weight.copy_(parts[f"{letter}.A"][layer])
+                    site.lora_B["default"].weight.copy_(parts[f"{letter}.B"][layer])
+    return adapted
+
+
+def answers(
+    model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], task: TaskConfig, batch_size: int
+) -> tuple[list[str], int]:
+    """What transformers' generate writes, greedily, longest prompts first, and how many tokens that is."""
+    end_id, outputs, tokens = tokenizer.eos_token_id, {}, 0
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        longest = max(len(prompts[i]) for i in batch)
+        ids = torch.tensor([[end_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in batch])
+        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        with torch.inference_mode():
+            generated = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=task.max_new_tokens,
+                do_sample=False,
+                stop_strings=list(task.stop) or None,
+                tokenizer=tokenizer,
+                pad_token_id=end_id,
+            )
+        for i, row in zip(batch, generated[:, longest:].tolist(), strict=True):
+            written = row[: row.index(end_id)] if end_id in row else row
+            tokens += len(written)
+            outputs[i] = _up_to_stop(tokenizer.decode(written, skip_special_tokens=True), task.stop)
+    return [outputs[i] for i in range(len(prompts))], tokens
+
+
+def _up_to_stop(text: str, stops: list[str]) -> str:
+    first = len(text) - len(text.lstrip())
+    places = [place for stop in stops if (place := text.find(stop, first)) >= 0]
+    return text[: min(places, default=len(text))].strip()

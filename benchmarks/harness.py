@@ -1,0 +1,45 @@
+"""Our side of a comparison: a training as train.py does it, and the base model and token ids that it starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tiedlora.config.schema import Config
+from tiedlora.data.encoding import Encoded, Encoder, encode_rows
+from tiedlora.models.base_model import BaseModel
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.runs.inputs import read_rows
+from tiedlora.runs.session import RunSession, cached_base
+from tiedlora.runs.trainer import Trained, Trainer
+from tiedlora.tasks import Example, load_task
+from tiedlora.training.distributed import World
+from tiedlora.training.signals import StopSignal
+
+
+def train(config: Config, folder: Path) -> tuple[RunSession, Trained]:
+    """Train as train.py does, without scoring. `folder` becomes the run's folder."""
+    session = RunSession(config, load_task(config.task), World())
+    with StopSignal() as stop:
+        return session, Trainer(session, RunFolder(folder), stop).train()
+
+
+def base_model(config: Config) -> BaseModel:
+    """The base model of a configuration, on the CPU."""
+    return cached_base(config, torch.device("cpu"))
+
+
+def encoder_of(config: Config, base: BaseModel) -> Encoder:
+    """What turns the task's texts into token ids."""
+    return Encoder(base.tokenizer, config.task, config.model.context)
+
+
+def training_rows(config: Config, base: BaseModel) -> list[Encoded]:
+    """The training rows as token ids."""
+    return encode_rows(encoder_of(config, base), read_rows(config).examples["train"]).encoded
+
+
+def validation_examples(config: Config) -> list[Example]:
+    """The validation rows."""
+    return read_rows(config).examples["validation"]

