@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -95,18 +96,16 @@ class Key:
     @property
     def help(self) -> str:
         """The docstring below the field, on one line; empty where there is none."""
-        tree = ast.parse(textwrap.dedent(inspect.getsource(self._declaring_class())))
+        # A section may inherit its fields: the docstring is in the class that declares this one.
+        declaring = next(base for base in self.section.__mro__ if self.field.name in inspect.get_annotations(base))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(declaring)))
         assert isinstance(tree.body[0], ast.ClassDef)
-        statements = tree.body[0].body
-        for statement, after in zip(statements, statements[1:], strict=False):
+        for statement, following in itertools.pairwise(tree.body[0].body):
             if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == self.field.name:
-                text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-                return " ".join(str(text).split())
+                if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                    return " ".join(str(following.value.value).split())
+                return ""
         return ""
-
-    def _declaring_class(self) -> type:
-        """The base class of the section that declares this field: a section may inherit fields."""
-        return next(base for base in self.section.__mro__ if self.field.name in base.__dict__.get("__annotations__", {}))
 
 
 def list_keys(section: Any, prefix: str = "") -> Iterator[Key]:

@@ -157,7 +157,7 @@ class PartTraits:
     default_init: float | str
     """Its initial value in the eight configurations, unless it is the part that starts at zero."""
     zero_start_order: int | None
-    """In the eight configurations the trained part with the lowest number starts at zero; None: this part never does."""
+    """In the eight configurations the trained part of the lowest number starts at zero; None: this part never does."""
     neutral: float | None = None
     """A frozen part of this value changes nothing, so it is neither created nor stored."""
 

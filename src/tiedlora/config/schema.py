@@ -89,7 +89,7 @@ class TaskConfig:
     split_seed: int = count(0, low=0)
     """Seed of validation_from_train and of generated rows. It does not follow the run's seed."""
     shuffle_targets: bool = key(False)
-    """Control experiment: every training row gets another row's target, so only the form of an answer can be learned."""
+    """Control experiment: every training row gets another row's target, so a run can learn only an answer's form."""
     options: dict[str, Any] = key(factory=dict)
     """Keys of this task alone; the task's file names them."""
     folder: Optional[str] = key(None, name=True, execution=True)
