@@ -18,6 +18,8 @@ from tiedlora.keys import key
 
 RANDOM_INITS = ("uniform", "normal")
 ALL_LAYERS = "all"
+NAMES = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
+"""The paper's eight configurations."""
 
 
 @dataclass
@@ -252,19 +254,13 @@ def is_stored(tying: Tying, part: str) -> bool:
 def label(tying: Tying) -> str:
     """The paper's name of a specification, or `custom`. It depends on what the specification means, not on its name."""
     trained = [part for part in PARTS if getattr(tying, part).trained]
-    trained_vectors = [part for part in trained if part not in FACTORS]
-    if (
-        len(trained_vectors) not in (0, len(PARTS) - len(FACTORS))
-        or tying.dropout
-        or any(getattr(tying, part).init != init for part, init in default_inits(trained).items())
-    ):
+    if tying.dropout or any(getattr(tying, part).init != init for part, init in default_inits(trained).items()):
         return "custom"
     shares = {getattr(tying, factor).share for factor in FACTORS}
     if shares == {1} and trained == list(FACTORS):
         return {("qkv",): "LoRA", ("q", "k", "v"): "LoRA_qkv"}.get(tuple(tying.targets), "custom")
-    if shares == {ALL_LAYERS} and tying.targets == ["qkv"]:
-        return "T" + "".join(trained)
-    return "custom"
+    name = "T" + "".join(trained)
+    return name if name in NAMES and shares == {ALL_LAYERS} and tying.targets == ["qkv"] else "custom"
 
 
 def default_inits(trained: list[str]) -> dict[str, float | str]:
@@ -278,10 +274,6 @@ def default_inits(trained: list[str]) -> dict[str, float | str]:
     if orders:
         inits[min(orders, key=lambda name: orders[name])] = 0.0
     return inits
-
-
-NAMES = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
-"""The paper's eight configurations."""
 
 
 def named(name: str) -> Tying:
