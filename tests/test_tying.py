@@ -10,7 +10,8 @@ from tiedlora import tying
 from tiedlora.errors import UserError
 from tiedlora.tying import Architecture, Factor, Part, Tying
 
-# METHOD.md's column at LLaMA-2 7B, r = 8 (from the paper's formula).
+# From the paper's formulas of trainable parameters with L = 32, d_in = 4096, d_out = 3 x 4096 and r = 8: for example
+# TABuv = r (d_in + d_out) + L (r + d_out).
 LLAMA2_7B_R8 = {
     "LoRA": 4_194_304,
     "TA": 32_768,
@@ -21,7 +22,7 @@ LLAMA2_7B_R8 = {
     "TBuv": 491_776,
     "TABuv": 524_544,
 }
-INITS = {  # METHOD.md's table of initial values: A, B, u, v
+INITS = {  # The initial values of A, B, u and v: one trained part starts at zero (docs/method.md).
     **dict.fromkeys(("LoRA", "TB", "TAB", "TBuv", "TABuv"), ("uniform", 0.0, 1.0, 1.0)),
     **dict.fromkeys(("Tuv", "TAuv"), ("uniform", "uniform", 1.0, 0.0)),
     "TA": (0.0, "uniform", 1.0, 1.0),

@@ -1,4 +1,4 @@
-"""Writes that are whole or not there, hashes of what was written, and readers that trust no file."""
+"""Writing and reading files: a write is complete or absent, and a reader accepts no file on trust."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from tiedlora.errors import UserError
 
 LARGEST_JSON, LARGEST_YAML = 64 * 2**20, 2**20
-"""Bytes of a record and of a configuration at most: ours have kilobytes, and they are read whole."""
+"""Most bytes of a record and of a configuration that are read. This project's files have kilobytes."""
 DEEPEST_YAML = 50
-"""Levels: pyyaml's time grows with their square."""
+"""Most levels of nesting in YAML: pyyaml's time grows with their square."""
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
+    """Flush a folder's entries to the disk, so that renames inside it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -32,7 +36,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Make an error say which file it is about: a write to an open file does not know the name."""
+    """Add the file's name to errors of the block: the error of a write to an open file does not hold it."""
     try:
         yield
     except OSError as error:
@@ -41,10 +45,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write beside `path`, flush to the disk, rename over it.
+    """Write a file completely or not at all: write beside `path`, flush to the disk, then rename.
 
     Raises:
-        OSError: disk full, no permission; `path` is then what it was.
+        OSError: disk full or no permission; `path` is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -59,19 +63,19 @@ def write_bytes(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, strict: a NaN is an error, not a file that other programs cannot read."""
+def write_json(path: Path, value: object) -> None:
+    """Write indented JSON. It is strict: a NaN is an error, because other programs could not read the file."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One JSON object a line."""
+def write_json_lines(path: Path, rows: Sequence[object]) -> None:
+    """Write one JSON value per line, strict as write_json."""
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     write_bytes(path, text.encode())
 
 
 def read_bytes(path: Path, most: int | None = None) -> bytes:
-    """What a regular file holds: a pipe would be waited for, and a device never ends.
+    """The content of a regular file. Others are refused: a read of a pipe could wait for ever, a device never ends.
 
     Raises:
         UserError: the file is missing, is no regular file, cannot be read, or has more than `most` bytes.
@@ -83,7 +87,7 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
 
 
 def sha256(path: Path) -> str:
-    """Of a regular file's bytes.
+    """The sha256 of a regular file, in hexadecimal.
 
     Raises:
         UserError: the file is missing, is no regular file, or cannot be read.
@@ -95,7 +99,7 @@ def sha256(path: Path) -> str:
 @contextmanager
 def _regular(path: Path) -> Iterator[BufferedReader]:
     try:
-        # Looked at first: the opening of a pipe may wait for ever.
+        # Checked before opening, because opening a pipe may wait for ever.
         if not stat.S_ISREG(path.stat().st_mode):
             raise UserError(f"{path}: is not a regular file")
         with open(path, "rb") as file:
@@ -122,31 +126,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> DictConfig:
     """A YAML mapping as an OmegaConf node, its interpolations unresolved. Tags of Python objects are an error.
 
     Raises:
-        UserError: the file cannot be read, is not UTF-8, not YAML, no mapping, or what no file of ours is.
+        UserError: the file cannot be read, is too large, not UTF-8, not YAML, no mapping, nested too deeply, or has
+            aliases.
     """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     data = read_bytes(path, LARGEST_YAML)
     try:
         text = data.decode("utf-8")
-        if reason := _unreadable(yaml.parse(text, yaml.SafeLoader)):
+        if reason := _reason_to_refuse(yaml.parse(text, yaml.SafeLoader)):
             raise UserError(f"{path}: {reason}")
-        return OmegaConf.create(text)
+        node = OmegaConf.create(text)
     except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: is not readable YAML ({reason})") from None
+    assert isinstance(node, DictConfig)
+    return node
 
 
-def _unreadable(events: Iterator[Any]) -> str:
-    """Why YAML should not be built into values: nine lines of aliases unfold to gigabytes."""
-    import yaml
-
+def _reason_to_refuse(events: Iterator[yaml.Event]) -> str:
+    """Why YAML is not turned into values; empty if it may be. Nine lines of aliases can expand to gigabytes."""
     depth, root = 0, True
     for event in events:
         if isinstance(event, yaml.AliasEvent):
@@ -163,7 +165,7 @@ def _unreadable(events: Iterator[Any]) -> str:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears at `path` whole, when the block ends, replacing what was there."""
+    """A temporary folder that takes the place of `path` when the block ends, complete or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)

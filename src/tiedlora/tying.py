@@ -1,4 +1,4 @@
-"""What a tied adapter trains, what it shares, where it starts, and how many numbers that is.
+"""What a tied adapter trains, what its layers share, where it starts, and how many parameters that is.
 
 Pure arithmetic: no torch, no files. The formula (Tied-LoRA, arXiv 2311.09578), for layer l of L with
 frozen weight W_l (d_out x d_in), is
@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Union
+from dataclasses import dataclass
+from typing import Union
 
 from tiedlora.errors import UserError
+from tiedlora.keys import key
 
 RANDOM_INITS = ("uniform", "normal")
 ALL_LAYERS = "all"
+NAMES = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
+"""The paper's eight configurations."""
 
 
 @dataclass
 class Part:
     """One of A, B, u, v."""
 
-    trained: bool = True
+    trained: bool = key(True)
     """Whether the optimizer moves it."""
-    init: Union[float, str] = 1.0
+    init: Union[float, str] = key(1.0)
     """`uniform` = U(-1/sqrt(n), 1/sqrt(n)), n the last dimension; `normal` = N(0, 1); or a constant."""
 
 
@@ -33,65 +36,76 @@ class Part:
 class Factor(Part):
     """A or B, which layers can share. u and v always belong to one layer."""
 
-    share: Union[int, str] = ALL_LAYERS
-    """How many consecutive layers share one factor: `all` (tied), 1 (untied), or any n between."""
+    share: Union[int, str] = key(ALL_LAYERS)
+    """How many consecutive layers share one factor: `all` (tied), 1 (untied), or any number between."""
 
 
 @dataclass
 class Tying:
-    """A whole specification: the eight of the paper and everything around them."""
+    """A complete specification, of the paper's eight configurations or of any other one."""
 
-    name: str = field(default="custom", metadata={"execution": True})
-    """What tables call it. It does not change the run's identity."""
-    A: Factor = field(default_factory=lambda: Factor(init="uniform"))
-    B: Factor = field(default_factory=lambda: Factor(init=0.0))
-    u: Part = field(default_factory=Part)
-    v: Part = field(default_factory=Part)
-    targets: list[str] = field(default_factory=lambda: ["qkv"])
+    name: str = key("custom", name=True, execution=True)
+    """The name in tables. It does not change the run's identity."""
+    A: Factor = key(factory=lambda: Factor(init="uniform"))
+    """The factor A, r x d_in."""
+    B: Factor = key(factory=lambda: Factor(init=0.0))
+    """The factor B, d_out x r."""
+    u: Part = key(factory=Part)
+    """The vector u of each layer, of r numbers, which scales the rows of A."""
+    v: Part = key(factory=Part)
+    """The vector v of each layer, of d_out numbers, which scales the rows of B."""
+    targets: list[str] = key(factory=lambda: ["qkv"])
     """The adapted projections: qkv (fused, as the paper does), q, k, v, o, gate, up, down."""
-    dropout: float = 0.0
+    dropout: float = key(0.0)
     """Dropout probability on the adapter's input while training."""
-    suggested_lr: float = field(default=1e-2, metadata={"execution": True})
-    """The learning rate that train.lr takes when it is null: one rate cannot serve eight configurations."""
+    suggested_lr: float = key(1e-2, execution=True)
+    """The learning rate that train.lr takes when it is null: no single rate suits all eight configurations."""
 
 
 @dataclass
 class Layout:
     """Where a causal language model keeps its projections, by module path."""
 
-    layers: str = ""
+    layers: str = key("")
     """Path of the list of layers inside the model; empty means the family's own layout."""
-    sites: dict[str, list[str]] = field(default_factory=dict)
+    sites: dict[str, list[str]] = key(factory=dict)
     """Target -> module path inside a layer, three of them where qkv is three modules; `path:q` is the q part of a
     fused module that computes [Q; K; V]."""
-    interleaved: bool = False
-    """A fused module's outputs go head by head, [q_1; k_1; v_1; q_2; ...]."""
-    transposed: bool = False
-    """Weights are d_in x d_out (transformers' Conv1D) instead of d_out x d_in."""
+    interleaved: bool = key(False)
+    """Whether a fused module's outputs go head by head, [q_1; k_1; v_1; q_2; ...]."""
+    transposed: bool = key(False)
+    """Whether weights are d_in x d_out (transformers' Conv1D) instead of d_out x d_in."""
 
 
 @dataclass
 class Architecture:
-    """The numbers of a base model that decide every shape here."""
+    """The sizes of a base model, on which every shape in this module depends."""
 
-    family: str = "llama"
-    """The key of adapter/architectures.py, which is transformers' `model_type`."""
-    layers: int = 0
-    hidden: int = 0
-    heads: int = 0
-    kv_heads: int = 0
-    head_dim: int = 0
-    intermediate: int = 0
-    vocabulary: int = 0
-    layout: Layout = field(default_factory=Layout, metadata={"neutral": Layout()})
-    """By hand, for a family that adapter/architectures.py does not know."""
+    family: str = key("llama", name=True)
+    """The model's family in adapter/architectures.py: transformers' `model_type`."""
+    layers: int = key(0, low=1, high=10_000)
+    """Transformer layers."""
+    hidden: int = key(0, low=1, high=10**6)
+    """The width between layers."""
+    heads: int = key(0, low=1, high=10**6)
+    """Query heads of a layer."""
+    kv_heads: int = key(0, low=1, high=10**6)
+    """Key-value heads of a layer; it divides `heads`."""
+    head_dim: int = key(0, low=1, high=10**6)
+    """The width of a head."""
+    intermediate: int = key(0, low=0, high=10**7)
+    """The width inside the feed-forward block."""
+    vocabulary: int = key(0, low=0, high=10**8)
+    """Tokens of the vocabulary."""
+    layout: Layout = key(factory=Layout, neutral=Layout())
+    """Where the projections are, by hand, for a family that adapter/architectures.py does not know."""
 
 
 def target_shape(architecture: Architecture, target: str) -> tuple[int, int]:
     """(d_in, d_out) of one adapted projection of one layer.
 
     Raises:
-        UserError: `target` is not a projection this project knows.
+        UserError: `target` is not a known projection.
     """
     a = architecture
     d_q, d_kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
@@ -115,14 +129,14 @@ def layers_per_group(share: int | str, layers: int) -> int:
     return layers if share == ALL_LAYERS else min(int(share), layers)
 
 
-def groups(share: int | str, layers: int) -> int:
-    """How many separate factors a model of `layers` layers has: ceil(layers / n)."""
+def group_count(share: int | str, layers: int) -> int:
+    """How many separate factors a model of `layers` layers has: ceil(layers / layers per group)."""
     return math.ceil(layers / layers_per_group(share, layers))
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The numbers that decide the shape of one part for one target, all layers together."""
+class PartSizes:
+    """The sizes on which the shape of one part depends, for one target and all its layers together."""
 
     groups: int
     """Separate factors: ceil(layers / layers that share one)."""
@@ -134,32 +148,61 @@ class Sizes:
 
 @dataclass(frozen=True)
 class PartTraits:
-    """What sets one part apart from the others. Everything that depends on the part's letter stands here."""
+    """What distinguishes one part from the others. All that depends on the part's letter is declared here."""
 
-    shape: Callable[[Sizes], tuple[int, ...]]
+    shape: Callable[[PartSizes], tuple[int, ...]]
+    """The shape of all layers' values together."""
     is_shared: bool
     """Whether layers can share it (then it is a `Factor`); otherwise every layer has its own."""
     decays: bool
-    """Whether weight decay may apply: it would pull towards 0 what starts at 1."""
+    """Whether weight decay applies. It would pull u and v towards 0, and they start at 1."""
     default_init: float | str
-    """Its initial value where another part starts at zero."""
+    """Its initial value in the eight configurations, unless it is the part that starts at zero."""
     zero_start_order: int | None
-    """By default the trained part with the lowest number starts at zero; None never does."""
+    """In the eight configurations the trained part of the lowest number starts at zero; None: this part never does."""
     neutral: float | None = None
-    """A frozen part that equals this changes nothing: it is neither created nor stored."""
+    """A frozen part of this value changes nothing, so it is neither created nor stored."""
 
 
 PARTS: dict[str, PartTraits] = {
-    "A": PartTraits(lambda s: (s.groups, s.rank, s.d_in), True, True, "uniform", zero_start_order=3),
-    "B": PartTraits(lambda s: (s.groups, s.d_out, s.rank), True, True, "uniform", zero_start_order=1),
-    "u": PartTraits(lambda s: (s.layers, s.rank), False, False, 1.0, zero_start_order=None, neutral=1.0),
-    "v": PartTraits(lambda s: (s.layers, s.d_out), False, False, 1.0, zero_start_order=2, neutral=1.0),
+    "A": PartTraits(
+        shape=lambda sizes: (sizes.groups, sizes.rank, sizes.d_in),
+        is_shared=True,
+        decays=True,
+        default_init="uniform",
+        zero_start_order=3,
+    ),
+    "B": PartTraits(
+        shape=lambda sizes: (sizes.groups, sizes.d_out, sizes.rank),
+        is_shared=True,
+        decays=True,
+        default_init="uniform",
+        zero_start_order=1,
+    ),
+    "u": PartTraits(
+        shape=lambda sizes: (sizes.layers, sizes.rank),
+        is_shared=False,
+        decays=False,
+        default_init=1.0,
+        zero_start_order=None,
+        neutral=1.0,
+    ),
+    "v": PartTraits(
+        shape=lambda sizes: (sizes.layers, sizes.d_out),
+        is_shared=False,
+        decays=False,
+        default_init=1.0,
+        zero_start_order=2,
+        neutral=1.0,
+    ),
 }
-"""The parts of an adapter by name. A part's value is the attribute of that name of `Tying`."""
+"""The parts of an adapter by name. What a specification says of a part is the attribute of that name of `Tying`."""
+FACTORS = tuple(name for name, traits in PARTS.items() if traits.is_shared)
+"""The parts that layers can share."""
 
 
 def part_of(parameter_name: str) -> str:
-    """The part that a parameter of an adapter is: `qkv.A` -> `A`."""
+    """The part's name in the name of an adapter's parameter: `qkv.A` -> `A`."""
     return parameter_name.rpartition(".")[2]
 
 
@@ -169,16 +212,16 @@ def part_shape(tying: Tying, part: str, rank: int, architecture: Architecture, t
     A: (groups, r, d_in)   B: (groups, d_out, r)   u: (L, r)   v: (L, d_out)
 
     Raises:
-        UserError: `target` is not a projection this project knows.
+        UserError: `target` is not a known projection.
     """
     d_in, d_out = target_shape(architecture, target)
     layers, specification = architecture.layers, getattr(tying, part)
-    count = groups(specification.share, layers) if isinstance(specification, Factor) else layers
-    return PARTS[part].shape(Sizes(count, layers, rank, d_in, d_out))
+    groups = group_count(specification.share, layers) if isinstance(specification, Factor) else layers
+    return PARTS[part].shape(PartSizes(groups, layers, rank, d_in, d_out))
 
 
 def trainable_params(tying: Tying, rank: int, architecture: Architecture) -> int:
-    """How many numbers the optimizer moves (docs/method.md has the table of the eight configurations)."""
+    """How many parameters the optimizer moves (docs/method.md has the table of the eight configurations)."""
     return sum(
         math.prod(part_shape(tying, part, rank, architecture, target))
         for target in tying.targets
@@ -197,43 +240,40 @@ def lora_params(rank: int, architecture: Architecture) -> int:
 
 
 def nearest_lora_rank(trainable: int, architecture: Architecture) -> int:
-    """The rank (at least 1) whose LoRA trains the number of parameters nearest to `trainable`; of two, the lower."""
+    """The rank (at least 1) at which LoRA's parameters are closest in number to `trainable`; of two, the lower."""
     below = max(1, trainable // lora_params(1, architecture))
     return min(below, below + 1, key=lambda rank: abs(lora_params(rank, architecture) - trainable))
 
 
 def is_stored(tying: Tying, part: str) -> bool:
-    """Whether a part exists as numbers: a frozen one that changes nothing does not."""
+    """Whether a part has a parameter: a frozen part that changes nothing has none."""
     specification, neutral = getattr(tying, part), PARTS[part].neutral
     return bool(specification.trained or neutral is None or specification.init != neutral)
 
 
 def label(tying: Tying) -> str:
-    """The paper's name of a specification, or `custom`. It depends on what the specification means alone."""
+    """The paper's name of a specification, or `custom`. It depends on what the specification means, not on its name."""
     trained = [part for part in PARTS if getattr(tying, part).trained]
-    if (
-        ("u" in trained) != ("v" in trained)
-        or tying.dropout
-        or any(getattr(tying, part).init != init for part, init in default_inits(trained).items())
-    ):
+    if tying.dropout or any(getattr(tying, part).init != init for part, init in default_inits(trained).items()):
         return "custom"
-    if (tying.A.share, tying.B.share) == (1, 1) and trained == ["A", "B"]:
+    shares = {getattr(tying, factor).share for factor in FACTORS}
+    if shares == {1} and trained == list(FACTORS):
         return {("qkv",): "LoRA", ("q", "k", "v"): "LoRA_qkv"}.get(tuple(tying.targets), "custom")
-    if (tying.A.share, tying.B.share) == (ALL_LAYERS, ALL_LAYERS) and tying.targets == ["qkv"]:
-        return "T" + "".join(trained)
-    return "custom"
+    name = "T" + "".join(trained)
+    return name if name in NAMES and shares == {ALL_LAYERS} and tying.targets == ["qkv"] else "custom"
 
 
 def default_inits(trained: list[str]) -> dict[str, float | str]:
-    """The initial values of the eight configurations (docs/method.md): one trained part starts at zero."""
+    """The initial values of the eight configurations (docs/method.md): one trained part starts at zero.
+
+    Args:
+        trained: names of the trained parts.
+    """
     inits = {name: traits.default_init for name, traits in PARTS.items()}
-    starts = {name: order for name in trained if (order := PARTS[name].zero_start_order) is not None}
-    if starts:
-        inits[min(starts, key=lambda name: starts[name])] = 0.0
+    orders = {name: order for name in trained if (order := PARTS[name].zero_start_order) is not None}
+    if orders:
+        inits[min(orders, key=lambda name: orders[name])] = 0.0
     return inits
-
-
-NAMES = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
 
 
 def named(name: str) -> Tying:
@@ -244,22 +284,20 @@ def named(name: str) -> Tying:
     """
     if name not in NAMES:
         raise UserError(f"tying={name}: is not one of {', '.join(NAMES)}; for another, build a tiedlora.Tying")
-    trained = ["A", "B"] if name == "LoRA" else [part for part in PARTS if part in name[1:]]
-    inits, share = default_inits(trained), 1 if name == "LoRA" else ALL_LAYERS
-    return Tying(
-        name=name,
-        A=Factor("A" in trained, inits["A"], share),
-        B=Factor("B" in trained, inits["B"], share),
-        u=Part("u" in trained, inits["u"]),
-        v=Part("v" in trained, inits["v"]),
-    )
+    trained = list(FACTORS) if name == "LoRA" else [part for part in PARTS if part in name[1:]]
+    share = 1 if name == "LoRA" else ALL_LAYERS
+    tying = Tying(name=name)
+    for part, init in default_inits(trained).items():
+        is_trained = part in trained
+        setattr(tying, part, Factor(is_trained, init, share) if part in FACTORS else Part(is_trained, init))
+    return tying
 
 
 def check(tying: Tying, architecture: Architecture | None = None) -> None:
     """Refuse a specification that cannot train from the base model.
 
-    Exactly one of A, B, u, v starts at zero and is trained: none, and the run starts off the base;
-    zero but frozen, and nothing ever changes; two, and no part ever gets a gradient.
+    Exactly one part starts at zero, and it is trained. With none, the run would not start at the base model; if that
+    part is frozen, the update stays zero; with two, no part ever gets a gradient.
 
     Raises:
         UserError: naming the key under `tying.` that breaks the rule.
@@ -296,7 +334,7 @@ def _check_part(name: str, part: Part) -> None:
     elif not abs(part.init) <= 1e6:
         raise UserError(f"tying.{name}.init={part.init}: must be a finite number, from -1e6 to 1e6")
     if isinstance(part, Factor):
-        share: Any = part.share
+        share: object = part.share
         if share != ALL_LAYERS and (not isinstance(share, int) or isinstance(share, bool) or share < 1):
             raise UserError(f"tying.{name}.share={share}: choose all (tied) or how many layers share it (1 = untied)")
 

@@ -1,6 +1,5 @@
 """Malformed data rows: a table of them with what each says, and a search for more."""
 
-import functools
 import json
 import os
 import time
@@ -8,18 +7,17 @@ import zipfile
 
 import pytest
 from helpers.hostile import ODD_VALUES, refused, right_or_refused, search
+from helpers.task_rows import FIVE, GOOD, task_option
 from helpers.tiny import task_option as compose_task
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tasks import FIVE, GOOD
 
 from tiedlora.config.compose import compose_config
 from tiedlora.runs import run
+from tiedlora.runs.inputs import read_rows
 from tiedlora.tasks import digest, load_examples
 from tiedlora.tasks.hellaswag import cleaned
 from tiedlora.tasks.rows import LONGEST_LINE, read_json_lines
-
-task_option = functools.cache(compose_task)
 
 
 def line(**changes) -> bytes:
@@ -86,14 +84,11 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
 
 
 def test_a_dangling_link_beside_the_rows_does_no_harm(tmp_path, tiny_config):
-    from tiedlora.runs import reuse
-
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "train.jsonl").write_bytes(b"".join(line(question=f"{i}?") for i in range(9)))
     (tmp_path / "gsm8k" / "test.jsonl").symlink_to(tmp_path / "gone")
     config = tiny_config(f"data_root={tmp_path}", "task.validation_from_train=3", task="gsm8k")
-    examples, _ = reuse.rows(config)
-    assert len(examples["train"]) == 6
+    assert len(read_rows(config).examples["train"]) == 6
 
 
 def test_a_wrong_row_stops_the_command_before_anything_is_written(tmp_path, tiny_run, script):
@@ -115,8 +110,8 @@ def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):
     more = (f"data_root={tmp_path}/data", "task.validation_from_train=8", "train.steps=1", "train.warmup_steps=0")
     for seed in (0, 1):  # the second run reads the base model's predictions of the first
         config = compose_config(tiny_run(*more, f"seed={seed}", task="gsm8k"))
-        result = run.main(config)
-        assert result["scores"]["validation"]["rows"] == 8
+        record = run.main(config)
+        assert record.scores["validation"].rows == 8
 
 
 def test_options_of_generated_rows(tmp_path):

@@ -1,113 +1,33 @@
 """Rows become prompts and targets: what each task promises, and what it refuses."""
 
-import functools
-import json
-import random
 import re
-import shutil
-import subprocess
-import sys
-import zipfile
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from helpers.task_rows import DATA, FIVE, GOOD, needs_rows, one_example, real_rows, relabelled, task_option, write
 from helpers.tiny import task_option as compose_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiedlora.config import compose as configuration
+from tiedlora.config.explain import options
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.tasks import SPLITS, Task, digest, load_examples, render
+from tiedlora.tasks import digest, load_examples, render
 from tiedlora.tasks.hellaswag import cleaned
-from tiedlora.tasks.iwslt2017 import evaluation_lines, ted_pair, training_lines, zipped_rows
-from tiedlora.tasks.rows import RowError
-
-DATA = PROJECT.parent / "shared" / "data"
-needs_rows = pytest.mark.skipif(not DATA.is_dir(), reason="real rows are looked for in ../shared/data, never committed")
-
-# Composing a configuration costs a third of a second, and tasks keep no state.
-task_option = functools.cache(compose_task)
-
-FIVE = ("gsm8k", "squad", "hellaswag", "dialogsum", "iwslt2017")
-GOOD = {
-    "gsm8k": {"question": "How many?", "answer": "2 and 3 are <<2+3=5>>5\n#### 5"},
-    "squad": {
-        "id": "q1",
-        "title": "Rome",
-        "context": "Rome was founded in 753 BC by Romulus.",
-        "question": "Who founded Rome?",
-        "answers": {"text": ["Romulus", "by Romulus"], "answer_start": [30, 27]},
-    },
-    "hellaswag": {
-        "ind": 7,
-        "activity_label": "Cooking",
-        "ctx_a": "A man cuts an onion.",
-        "ctx_b": "he",
-        "ctx": "A man cuts an onion. he",
-        "endings": ["cries.", "sings.", "eats it.", "cuts a second onion."],
-        "source_id": "activitynet~v_1",
-        "split": "val",
-        "split_type": "indomain",
-        "label": "0",
-    },
-    "dialogsum": {"id": "train_1", "dialogue": "#Person1#: Hi.", "summary": "#Person1# greets.", "topic": "greeting"},
-    "iwslt2017": {"translation": {"de": "Vielen Dank.", "en": "Thank you."}},
-}
-SENTINEL = "\u2603 sentinel 12345"
-
-
-def relabelled(kind: str, row: dict) -> dict:
-    """The row with its target fields replaced, and still a row of that task."""
-    row = json.loads(json.dumps(row))
-    if kind == "gsm8k":
-        row["answer"] = f"{SENTINEL}\n#### 99"
-    elif kind == "squad":
-        first = row["context"].split()[0]
-        row["answers"] = {"text": [first], "answer_start": [row["context"].index(first)]}
-    elif kind == "hellaswag":
-        row["label"] = str((int(row["label"]) + 1) % 4)
-    elif kind == "dialogsum":
-        row["summary"] = SENTINEL
-    else:
-        row["translation"]["en"] = SENTINEL
-    return row
-
-
-def write(root: Path, kind: str, *rows: dict | str | bytes, split: str = "test") -> Path:
-    path = root / kind / f"{split}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
-    ]
-    path.write_bytes(b"\n".join(lines) + b"\n")
-    return path
-
-
-def real_rows(kind: str, split: str, count: int) -> list[dict]:
-    lines = (DATA / kind / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in random.Random(0).sample(lines, count)]
-
-
-def one_example(kind: str, row: dict, *overrides: str):
-    task = task_option(kind, *overrides)
-    return task.example(row, "0")
+from tiedlora.tasks.rows import DataRow, RowError
 
 
 def test_the_prompt_and_target_of_each_task():
-    found = {kind: one_example(kind, GOOD[kind]) for kind in FIVE}
-    assert (
-        found["squad"].prompt == "Passage: Rome was founded in 753 BC by Romulus.\nQuestion: Who founded Rome?\nAnswer:"
-    )
-    assert (found["squad"].target, found["squad"].references) == (" Romulus", ("Romulus", "by Romulus"))
-    assert found["hellaswag"].prompt == "Cooking: A man cuts an onion. He"
-    assert found["hellaswag"].choices == (" cries.", " sings.", " eats it.", " cuts a second onion.")
-    assert (found["hellaswag"].target, found["hellaswag"].references) == (" cries.", ("0",))
-    assert found["dialogsum"].prompt == "#Person1#: Hi.\n\nSummary:"
-    assert found["iwslt2017"].prompt == "German: Vielen Dank.\nEnglish:"
-    assert found["iwslt2017"].references == (" Thank you.",)
-    assert found["gsm8k"].references == ("5",)
+    examples = {kind: one_example(kind, GOOD[kind]) for kind in FIVE}
+    squad_prompt = "Passage: Rome was founded in 753 BC by Romulus.\nQuestion: Who founded Rome?\nAnswer:"
+    assert examples["squad"].prompt == squad_prompt
+    assert (examples["squad"].target, examples["squad"].references) == (" Romulus", ("Romulus", "by Romulus"))
+    assert examples["hellaswag"].prompt == "Cooking: A man cuts an onion. He"
+    assert examples["hellaswag"].choices == (" cries.", " sings.", " eats it.", " cuts a second onion.")
+    assert (examples["hellaswag"].target, examples["hellaswag"].references) == (" cries.", ("0",))
+    assert examples["dialogsum"].prompt == "#Person1#: Hi.\n\nSummary:"
+    assert examples["iwslt2017"].prompt == "German: Vielen Dank.\nEnglish:"
+    assert examples["iwslt2017"].references == (" Thank you.",)
+    assert examples["gsm8k"].references == ("5",)
 
 
 @pytest.mark.parametrize("kind", FIVE)
@@ -250,89 +170,12 @@ def test_shuffled_targets_keep_prompts_and_references(tmp_path):
 )
 @settings(max_examples=50, deadline=None)
 def test_render_puts_fields_in_and_interprets_nothing_else(row, between):
-    assert render("{a}" + between + "{b}", row) == row["a"] + between + row["b"]
+    assert render("{a}" + between + "{b}", DataRow("here", row)) == row["a"] + between + row["b"]
 
 
 def test_render_names_a_field_that_is_missing():
     with pytest.raises(RowError, match="'c', which is missing"):
-        render("{c}", {"a": "x"})
-
-
-def test_a_missing_source_names_three_ways(tmp_path):
-    for kind in FIVE:
-        with pytest.raises(UserError, match=r"Three ways .*fetch_data.*data_root=FOLDER") as caught:
-            load_examples(task_option(kind), "train", str(tmp_path))
-        assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", FIVE)
-def test_fetch_without_the_hub_ends_with_one_line(kind, tmp_path):
-    sys.path.insert(0, str(PROJECT / "scripts"))
-    try:
-        import fetch_data
-    finally:
-        sys.path.pop(0)
-    with pytest.raises(UserError, match=f"task={kind}: .* cannot be loaded .*Three ways") as caught:
-        fetch_data.main([f"task={kind}", f"data_root={tmp_path}/data"])
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "data").exists()
-    with pytest.raises(UserError, match="data_root: has no value"):
-        fetch_data.main([f"task={kind}"])
-
-
-def test_fetch_writes_what_training_reads(tmp_path, monkeypatch):
-    sys.path.insert(0, str(PROJECT / "scripts"))
-    try:
-        import fetch_data
-    finally:
-        sys.path.pop(0)
-    from tiedlora.tasks.rows import Row
-
-    monkeypatch.setattr(Task, "hub_rows", lambda self, split: [Row("hub", GOOD["squad"])])
-    fetch_data.main(["task=squad", f"data_root={tmp_path}"])
-    (example,) = load_examples(task_option("squad", "task.rows.validation=1"), "validation", str(tmp_path))
-    assert example == replace(one_example("squad", GOOD["squad"]), id="q1")
-
-
-def test_iwslt_pairs_come_out_of_the_official_zip(tmp_path):
-    """A zip made here in the official one's form: tags about talks, XML segments, entities, an empty side."""
-    train = {
-        "de": "<url>x</url>\n<title>T</title>\n Guten Tag. \n\nEins &amp; zwei\n<reviewer></reviewer>\n",
-        "en": "<url>x</url>\n<title>T</title>\n Good day. \nLeft over\nOne &amp; two\n<reviewer></reviewer>\n",
-    }
-    xml = '<mteval><refset><doc docid="1"><seg id="1"> {} </seg>\n<seg id="2">A &amp; B</seg></doc></refset></mteval>'
-    path = tmp_path / "de-en.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        for language, hello in (("de", "Hallo"), ("en", "Hello")):
-            archive.writestr(f"de-en/train.tags.de-en.{language}", train[language])
-            archive.writestr(f"de-en/IWSLT17.TED.tst2010.de-en.{language}.xml", xml.format(hello))
-        archive.writestr("de-en/IWSLT17.TED.tst2011.de-en.de.xml", xml.format("Hallo"))
-        archive.writestr("de-en/IWSLT17.TED.tst2011.de-en.en.xml", "<seg>one</seg>")
-    with zipfile.ZipFile(path) as archive:
-        pairs = [row.fields["translation"] for row in zipped_rows(archive, "train")]
-        assert pairs == [{"de": "Guten Tag.", "en": "Good day."}, {"de": "Eins &amp; zwei", "en": "One &amp; two"}]
-        pairs = [row.fields["translation"] for row in zipped_rows(archive, "tst2010")]
-        assert pairs == [{"de": "Hallo", "en": "Hello"}, {"de": "A & B", "en": "A & B"}]
-        with pytest.raises(UserError, match="tst2011 has 2 German and 1 English"):
-            zipped_rows(archive, "tst2011")
-        with pytest.raises(UserError, match=r"holds no IWSLT17\.TED\.tst2019"):
-            zipped_rows(archive, "tst2019")
-    assert training_lines("a\n\nb\n") == ["a", "", "b"]
-    assert evaluation_lines('<seg id="1">a\nb</seg>') == ["a\nb"]
-    assert ted_pair({"english": "e", "non_english": "d"}) == {"translation": {"de": "d", "en": "e"}}
-
-
-def test_sets_of_the_zip_make_up_the_hubs_splits(tmp_path, monkeypatch):
-    path = tmp_path / "de-en.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        for language in ("de", "en"):
-            archive.writestr(f"train.tags.de-en.{language}", f"Neu {language}\n")
-            for name in ("dev2010", "tst2010", "tst2011"):
-                archive.writestr(f"IWSLT17.TED.{name}.de-en.{language}.xml", f'<seg id="1">{name} {language}</seg>')
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *arguments, **keywords: str(path))
-    task = compose_task("iwslt2017", "task.hub.splits.test=tst2010+tst2011")
-    found = {split: [row.fields["translation"]["de"] for row in task.hub_rows(split)] for split in SPLITS}
-    assert found == {"train": ["Neu de"], "validation": ["dev2010 de"], "test": ["tst2010 de", "tst2011 de"]}
+        render("{c}", DataRow("here", {"a": "x"}))
 
 
 def test_sentences_that_are_scored_are_not_trained_on(tmp_path):
@@ -354,7 +197,7 @@ def test_sentences_that_are_scored_are_not_trained_on(tmp_path):
         trained("task.rows.train=3")
 
 
-@pytest.mark.parametrize("option", configuration.options("task"))
+@pytest.mark.parametrize("option", options("task"))
 def test_every_task_option_names_a_task_and_its_metrics(option):
     task = task_option(option)
     assert task.metrics
@@ -367,43 +210,3 @@ def test_options_that_a_task_does_not_know_are_refused():
         compose_task("dialogsum", "+task.options.stemmer=true").signatures()
     with pytest.raises(UserError, match=r"task\.target"):
         task_option("hellaswag", "task.target=x")
-
-
-def code_blocks(page: str) -> dict[str, str]:
-    """The page's code blocks whose first line names a file, by that name."""
-    blocks = re.findall(r"```\w+\n(.*?)```", (PROJECT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
-    named = (re.match(r"(?:#|//) (\S+\.(?:py|yaml|jsonl))\n", block) for block in blocks)
-    return {match[1]: block[match.end() :] for match, block in zip(named, blocks, strict=True) if match}
-
-
-def test_a_sixth_task_is_one_file_and_one_yaml(tmp_path):
-    """docs/adding-a-task.md, carried out to the letter in a copy of the project."""
-    for name in ("src", "conf", "train.py", "pyproject.toml"):
-        source = PROJECT / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, tmp_path / name)
-    blocks = code_blocks("adding-a-task.md")
-    assert {name.partition("/")[0] for name in blocks} == {"src", "conf", "rows"}
-    for name, text in blocks.items():
-        path = tmp_path / name
-        assert not path.exists()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    command = [sys.executable, "train.py", "task=antonyms", "data_root=rows", "model=tiny_llama", "train=tiny"]
-    done = subprocess.run(
-        [*command, "train.steps=2", "train.warmup_steps=0", "train.threads=1", "outputs=outputs", "cache=cache"],
-        cwd=tmp_path,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": str(tmp_path / "src"),
-            "OMP_NUM_THREADS": "1",
-            "HOME": str(tmp_path),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    (result,) = (tmp_path / "outputs").glob("*/result.json")
-    scores = json.loads(result.read_text())["scores"]["validation"]
-    assert set(scores["metrics"]) == {"exact_match"}
-    assert scores["metrics"]["exact_match"]["method"] == "wilson"

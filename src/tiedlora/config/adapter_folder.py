@@ -1,4 +1,4 @@
-"""Where a saved adapter lies and what it is, known without reading its tensors (and so without torch)."""
+"""Where a saved adapter is, and its digest. No tensor is read, so torch is not needed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ DESCRIPTION = "adapter.json"
 
 
 def adapter_folder(source: Path | str) -> Path:
-    """The adapter's folder inside a run, or `source` itself if it is one.
+    """The adapter's folder inside a run, or `source` itself if it is an adapter's folder.
 
     Raises:
         UserError: it is neither.
     """
-    # os.path's, which take any text: an unknown ~user, a null byte and a name too long are just no file.
+    # os.path's functions accept any text: for an unknown ~user, a null byte or a name too long they answer "no file".
     source = Path(os.path.expanduser(source))
     for folder in (source, source / "adapter"):
         if os.path.isfile(folder / DESCRIPTION):
@@ -29,11 +29,13 @@ def adapter_folder(source: Path | str) -> Path:
     )
 
 
-def digest(folder: Path) -> str:
-    """sha256 of what an adapter is: specification, sizes, base model and the tensors' own sha256, wherever it lies.
+def adapter_digest(folder: Path) -> str:
+    """sha256 of an adapter's description: specification, sizes, base model and the sha256 of its tensors.
+
+    It does not depend on the folder's place.
 
     Raises:
-        UserError: no adapter there.
+        UserError: the folder holds no adapter.
     """
     description = storage.read_json(folder / DESCRIPTION)
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()

@@ -1,68 +1,101 @@
-"""Refuse impossible values of a configuration in one line that names the key, before anything is loaded."""
+"""Refuse impossible values of a configuration in one line that names the key, before anything is loaded.
+
+The rules of one key stand in the schema; those that concern several keys, or the items of a list, are functions here.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import fields, is_dataclass
-from typing import Any
 
 from tiedlora import tying
-from tiedlora.config.explain import nearest
-from tiedlora.config.schema import DTYPES, MODEL_SOURCES, SPLITS, Config, LrFactors, ModelConfig
+from tiedlora.config.explain import nearest, options
+from tiedlora.config.schema import SCORED_SPLITS, SPLITS, Config, ModelConfig, TrainConfig
 from tiedlora.errors import UserError
+from tiedlora.keys import Key, list_keys
 from tiedlora.text import is_name, visible
+
+LARGEST_RANDOM = 10**9
+"""Parameters of a random model."""
+LONGEST_TEXT = 100_000
+"""Characters of any text in a configuration: a prompt's template is the longest."""
+LONGEST_TAG = 64
+"""Characters of a tag that W&B accepts."""
 
 
 def check(config: Config) -> None:
-    """Refuse impossible values, naming the key, what is allowed and what was given."""
-    for key, low, high in _BOUNDS:
-        value = _value(config, key)
-        if value is not None and not low <= value <= high:
-            limit = f"at most {high:,}" if value > high else f"at least {low}"
-            raise UserError(f"{key}={value!s:.40}: must be {limit}")
-    for key, allowed in _CHOICES.items():
-        if (value := _value(config, key)) not in allowed:
-            raise UserError(f"{key}={value}: choose one of {', '.join(allowed)}{nearest(str(value), allowed)}")
-    for key in _NAMES:
-        if (value := _value(config, key)) is not None and not is_name(value):
-            raise UserError(f"{key}={value!r}: use letters, digits, '.', '_', '-' and '/' (no '..'), 96 at most")
+    """Refuse impossible values.
+
+    Raises:
+        UserError: naming the key, what is allowed and what was given.
+    """
+    for key in list_keys(config):
+        if key.value is not None:
+            _check_key(key)
+    _check_lists(config)
+    check_device("train.device", config.train.device)
+    _check_training(config)
+    tying.check(config.tying)
+    _check_sizes(config.model)
+    _check_rank(config)
+
+
+def _check_key(key: Key) -> None:
+    """The rules that the schema gives a key: bounds, choices and names."""
+    rules, value = key.rules, key.value
+    # Written so that NaN, which compares as false, is refused.
+    if rules.low is not None and not value >= rules.low:
+        raise UserError(f"{key.name}={value!s:.40}: must be at least {rules.low}")
+    if rules.high is not None and not value <= rules.high:
+        raise UserError(f"{key.name}={value!s:.40}: must be at most {rules.high:,}")
+    choices = allowed_choices(key)
+    if choices and value not in choices:
+        raise UserError(f"{key.name}={value}: choose one of {', '.join(choices)}{nearest(str(value), choices)}")
+    if rules.is_name and not is_name(value):
+        raise UserError(f"{key.name}={value!r}: use letters, digits, '.', '_', '-' and '/' (no '..'), 96 at most")
+
+
+def allowed_choices(key: Key) -> tuple[str, ...]:
+    """The allowed texts of a key; none where it takes any, and where there is no conf/ to list its options."""
+    return tuple(options(key.rules.option_of)) if key.rules.option_of else key.rules.choices
+
+
+def _check_lists(config: Config) -> None:
+    """Rules for the items of lists and mappings."""
     if unknown := sorted(set(config.task.hub.splits) - set(SPLITS)):
         raise UserError(f"task.hub.splits: has {unknown[0]!r}; its keys are {', '.join(SPLITS)}")
-    check_device("train.device", config.train.device)
-    if bad := [tag for tag in config.tracking.tags if not 1 <= len(tag) <= 64]:
-        raise UserError(f"tracking.tags={bad[0]!r:.80}: W&B takes 1 to 64 characters a tag")
+    if bad := [tag for tag in config.tracking.tags if not 1 <= len(tag) <= LONGEST_TAG]:
+        raise UserError(f"tracking.tags={bad[0]!r:.80}: W&B takes 1 to {LONGEST_TAG} characters a tag")
     if "" in config.task.stop:
         raise UserError("task.stop: holds an empty text, at which every answer would end; remove it")
     for split in config.score.splits:
-        if split not in ("validation", "test"):
+        if split not in SCORED_SPLITS:
             raise UserError(f"score.splits={split}: choose validation, test or both")
-    if len(config.train.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in config.train.betas):
-        raise UserError(f"train.betas={config.train.betas}: needs two numbers in [0, 1)")
-    for field_ in fields(LrFactors):
-        factor = getattr(config.train.lr_factor, field_.name)
-        if not 0.0 <= factor <= 1e6:
-            raise UserError(f"train.lr_factor.{field_.name}={factor}: must be between 0 and 1e6")
-    if not any(getattr(config.train.lr_factor, p) > 0 for p in tying.PARTS if getattr(config.tying, p).trained):
-        raise UserError("train.lr_factor: is 0 for every trained part, so nothing would move; raise one of them")
-    if config.train.warmup_steps > config.train.steps:
-        raise UserError(
-            f"train.warmup_steps={config.train.warmup_steps}: is more than train.steps={config.train.steps}"
-        )
-    tying.check(config.tying)
-    _check_sizes(config.model)
-    d_in, d_out = tying.target_shape(config.model.architecture, config.tying.targets[0])
-    if config.model.architecture.layers and config.rank.r > min(d_in, d_out):
-        raise UserError(f"rank.r={config.rank.r}: is more than the projection's {min(d_in, d_out)}; use a lower rank")
+    betas = config.train.betas
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise UserError(f"train.betas={betas}: needs two numbers in [0, 1)")
 
 
 def check_device(key: str, name: str) -> None:
-    """Refuse what torch would not know as a device."""
+    """Refuse what torch would not know as a device.
+
+    Args:
+        key: what the message calls the setting.
+    """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name, re.ASCII):
         raise UserError(f"{key}={name}: choose auto, cpu, cuda or cuda:NUMBER")
 
 
+def _check_training(config: Config) -> None:
+    train: TrainConfig = config.train
+    if not any(getattr(train.lr_factor, part) > 0 for part in tying.PARTS if getattr(config.tying, part).trained):
+        raise UserError("train.lr_factor: is 0 for every trained part, so nothing would move; raise one of them")
+    if train.warmup_steps > train.steps:
+        raise UserError(f"train.warmup_steps={train.warmup_steps}: is more than train.steps={train.steps}")
+
+
 def _check_sizes(model: ModelConfig) -> None:
-    """Sizes that fit each other, and a random model that fits a memory: nothing is loaded that says how large it is."""
+    """The sizes must fit each other, and a random model must fit in memory: no file limits its size."""
     a = model.architecture
     if a.heads % a.kv_heads:
         raise UserError(f"model.architecture.kv_heads={a.kv_heads}: must divide heads={a.heads}")
@@ -72,105 +105,44 @@ def _check_sizes(model: ModelConfig) -> None:
         raise UserError(f"model.architecture.hidden={a.hidden}: must be heads x head_dim={a.heads * a.head_dim}")
     if a.head_dim % 2:
         raise UserError(f"model.architecture.head_dim={a.head_dim}: must be even (rotary embeddings turn pairs)")
-    inside = a.layers * (2 * (a.heads + a.kv_heads) * a.head_dim + 3 * a.intermediate)
-    if (numbers := a.hidden * (2 * a.vocabulary + model.context + inside)) > LARGEST_RANDOM:
+    layer_params = 2 * (a.heads + a.kv_heads) * a.head_dim + 3 * a.intermediate
+    params = a.hidden * (2 * a.vocabulary + model.context + a.layers * layer_params)
+    if params > LARGEST_RANDOM:
         raise UserError(
-            f"model.architecture: a random model of about {numbers:,} parameters; they are for tests, "
+            f"model.architecture: a random model of about {params:,} parameters; they are for tests, "
             f"{LARGEST_RANDOM:,} at most"
         )
 
 
-def check_texts(key: str, value: Any) -> None:
-    """No text may hold what rewrites a terminal, ends a path or cannot be written down; prompts may have lines."""
+def _check_rank(config: Config) -> None:
+    largest = min(tying.target_shape(config.model.architecture, config.tying.targets[0]))
+    if config.rank.r > largest:
+        raise UserError(f"rank.r={config.rank.r}: is more than the projection's {largest}; use a lower rank")
+
+
+def check_texts(key: str, value: object) -> None:
+    """Refuse texts that could rewrite a terminal, end a path early or not be stored; prompts may have several lines.
+
+    Args:
+        key: the dotted key of `value`; empty for a complete configuration.
+    """
     if isinstance(value, str):
-        # Of the marks that direct text, right-to-left languages need the two that end with it.
+        # Texts in right-to-left languages need two of the marks that direct text, U+200E and U+200F.
         text = re.sub("[\n\t\u200e\u200f]", "", value) if key.startswith("task.") else value
         if visible(text) != text:
             raise UserError(f"{key}={value!r:.80}: holds a control character or half of a surrogate pair; remove it")
         if len(value) > LONGEST_TEXT:
             raise UserError(f"{key}: has {len(value):,} characters, at most {LONGEST_TEXT:,} are allowed")
-    elif is_dataclass(value) or isinstance(value, dict):
-        items = value.items() if isinstance(value, dict) else ((f.name, getattr(value, f.name)) for f in fields(value))
-        for name, inner in items:
-            check_texts(f"{key}.{name}" if key else name, inner)
-            if isinstance(value, dict):
-                check_texts(f"{key} (a key)", name)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            check_texts(f"{key}.{name}", item)
+            check_texts(f"{key} (a key)", name)
     elif isinstance(value, list):
-        for inner in value:
-            # OmegaConf lets a list through where a text or a number belongs; a task's own options may have any.
-            if isinstance(inner, (list, dict)) and not key.startswith("task.options"):
+        for item in value:
+            # OmegaConf accepts a list where a text or a number belongs. Only task.options may hold nested lists.
+            if isinstance(item, (list, dict)) and not key.startswith("task.options"):
                 raise UserError(f"{key}={value!r:.80}: holds a list where a single value belongs")
-            check_texts(key, inner)
-
-
-LARGEST_RANDOM = 10**9
-"""Parameters of a random model."""
-LONGEST_TEXT = 100_000
-"""Characters of any text in a configuration: a prompt's template is the longest."""
-_NAMES = (
-    *("model.name", "model.revision", "model.architecture.family", "tying.name"),
-    *("task.name", "task.kind", "task.folder", "task.hub.id", "task.hub.revision"),
-    *("tracking.project", "tracking.entity"),
-)
-"""What becomes part of a path, of a file's name or of the hub's address."""
-
-_MANY = 10**9
-"""More than anyone runs, and far from where numbers overflow."""
-_BOUNDS: list[tuple[str, float, float]] = [
-    ("rank.r", 1, _MANY),
-    ("rank.alpha", 1e-12, 1e12),
-    ("train.steps", 1, _MANY),
-    ("train.batch_size", 1, _MANY),
-    ("train.batch_tokens", 1, _MANY),
-    ("train.microbatch_size", 1, _MANY),
-    ("train.microbatch_tokens", 1, _MANY),
-    ("train.lr", 1e-12, 1e3),
-    ("train.min_lr", 0, 1e3),
-    ("train.warmup_steps", 0, _MANY),
-    ("train.eps", 1e-30, 1),
-    ("train.weight_decay", 0, 1e3),
-    ("train.clip", 1e-12, 1e12),
-    ("train.skip_nonfinite", 0, _MANY),
-    ("train.validate_every", 0, _MANY),
-    ("train.validation_rows", 1, _MANY),
-    ("train.checkpoint_every", 1, _MANY),
-    ("train.log_every", 1, _MANY),
-    ("train.threads", 1, 4096),
-    ("score.batch_size", 1, 65536),
-    ("score.batch_tokens", 1, _MANY),
-    ("task.version", 1, _MANY),
-    ("task.max_new_tokens", 1, 65536),
-    ("task.max_prompt_tokens", 1, _MANY),
-    ("task.max_target_tokens", 1, _MANY),
-    ("task.rows.train", 1, _MANY),
-    ("task.rows.validation", 1, _MANY),
-    ("task.rows.test", 1, _MANY),
-    ("task.validation_from_train", 0, _MANY),
-    ("model.architecture.layers", 1, 10_000),
-    ("model.architecture.hidden", 1, 10**6),
-    ("model.architecture.heads", 1, 10**6),
-    ("model.architecture.kv_heads", 1, 10**6),
-    ("model.architecture.head_dim", 1, 10**6),
-    ("model.architecture.intermediate", 0, 10**7),
-    ("model.architecture.vocabulary", 0, 10**8),
-    ("model.context", 1, _MANY),
-    ("task.split_seed", 0, _MANY),
-    ("seed", 0, 2**63 - 1),
-]
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "model.source": MODEL_SOURCES,
-    "train.dtype": DTYPES,
-    "train.optimizer": ("adamw",),
-    "train.schedule": ("cosine", "constant"),
-    "train.compile": ("auto", "always", "never"),
-    "score.checkpoint": ("last", "best"),
-    "tracking.backend": ("none", "wandb"),
-}
-
-
-def _value(config: Config, key: str) -> Any:
-    node: Any = config
-    for name in key.split("."):
-        node = getattr(node, name)
-    return node
+            check_texts(key, item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            check_texts(f"{key}.{field.name}" if key else field.name, getattr(value, field.name))

@@ -15,7 +15,7 @@ from omegaconf.errors import InterpolationResolutionError
 from omegaconf.resolvers import oc
 
 from tiedlora import storage
-from tiedlora.config import adapter_folder as adapters
+from tiedlora.config.adapter_folder import adapter_digest, adapter_folder
 from tiedlora.config.check import check, check_texts
 from tiedlora.config.explain import cause_chain, readable_errors
 from tiedlora.config.project import CONF, PROJECT
@@ -24,7 +24,7 @@ from tiedlora.errors import UserError
 
 
 def register() -> None:
-    """Hand the schema and the `project` resolver to Hydra. Calling it twice is harmless."""
+    """Register the schema and the `project` resolver with Hydra. It may be called more than once."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("project", lambda: str(PROJECT), replace=True)
 
@@ -32,13 +32,13 @@ def register() -> None:
 def load(composed: DictConfig) -> Config:
     """The composed configuration as typed, resolved and checked objects.
 
-    Everything that can be wrong in a configuration alone is found here, before anything is loaded.
+    Every mistake that shows in the configuration itself is reported here, before anything is loaded.
 
     Raises:
         UserError: one line that names the key.
     """
-    with readable_errors(), _only_own_variables():
-        # Through plain data: a key that was added with + would otherwise come along unseen.
+    with readable_errors(), _own_variables_only():
+        # Through plain data, so that a key that was added with + is checked against the schema too.
         values = OmegaConf.to_container(composed, resolve=True)
         typed = OmegaConf.merge(OmegaConf.structured(Config), values)
         missing = sorted(OmegaConf.missing_keys(typed))
@@ -49,12 +49,12 @@ def load(composed: DictConfig) -> Config:
     if config.train.lr is None:
         config.train.lr = config.tying.suggested_lr
     for key in ("outputs", "cache", "data_root"):
-        value = getattr(config, key)
-        setattr(config, key, value and str(Path(os.path.expanduser(value)).absolute()))
+        path = getattr(config, key)
+        setattr(config, key, path and str(Path(os.path.expanduser(path)).absolute()))
     check_texts("", config)
     if config.train.init_from and config.train.init_digest is None:
-        folder = adapters.adapter_folder(config.train.init_from).absolute()
-        config.train.init_from, config.train.init_digest = str(folder), adapters.digest(folder)
+        folder = adapter_folder(config.train.init_from).absolute()
+        config.train.init_from, config.train.init_digest = str(folder), adapter_digest(folder)
     check(config)
     if config.rank.alpha is None:
         config.rank.alpha = float(config.rank.r)
@@ -62,7 +62,11 @@ def load(composed: DictConfig) -> Config:
 
 
 def compose_config(overrides: list[str]) -> Config:
-    """What `train.py OVERRIDES` would run; for scripts and tests."""
+    """The configuration that `train.py OVERRIDES` runs; for scripts and tests.
+
+    Raises:
+        UserError: one line that names the key.
+    """
     register()
     with readable_errors():
         GlobalHydra.instance().clear()
@@ -81,18 +85,19 @@ def read_config(path: Path) -> Config:
     return load(storage.read_yaml(path))
 
 
+def _own_variable(name: str, *default: str | None) -> str | None:
+    """OmegaConf's `oc.env` for TIEDLORA_... variables; a configuration is recorded, and others may be secrets."""
+    if not str(name).startswith("TIEDLORA_"):
+        raise UserError(
+            f"${{oc.env:{name}}}: a configuration is recorded, so it may read TIEDLORA_... of the environment alone"
+        )
+    return oc.env(name, *default)
+
+
 @contextmanager
-def _only_own_variables() -> Iterator[None]:
-    """Interpolations may read TIEDLORA_... of the environment and nothing else: what they give is recorded."""
-
-    def variable(name: str, *default: str | None) -> str | None:
-        if not str(name).startswith("TIEDLORA_"):
-            raise UserError(
-                f"${{oc.env:{name}}}: a configuration is recorded, so it may read TIEDLORA_... of the environment alone"
-            )
-        return oc.env(name, *default)
-
-    OmegaConf.register_new_resolver("oc.env", variable, replace=True)
+def _own_variables_only() -> Iterator[None]:
+    """Inside the block, interpolations may read TIEDLORA_... variables of the environment and no others."""
+    OmegaConf.register_new_resolver("oc.env", _own_variable, replace=True)
     try:
         yield
     except InterpolationResolutionError as error:

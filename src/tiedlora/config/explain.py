@@ -6,16 +6,13 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
-from typing import Any
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from tiedlora import tying
+from tiedlora.config.describe import describe_key, schema_keys
 from tiedlora.config.project import CONF
-from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.text import visible
 
@@ -42,44 +39,37 @@ def readable_errors() -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str:
-    """One line of what Hydra or OmegaConf says in many, with the nearest right name."""
-    # Hydra says first which override it was, and only its cause says what is wrong with it.
-    parts = [said for part in cause_chain(error) if not (said := str(part)).startswith("Error merging override ")]
-    text = " ".join(parts)
+    """What Hydra or OmegaConf say in many lines, as one line with the nearest right name."""
+    # Hydra's own message names the override only; the error that caused it says what is wrong with it.
+    messages = [
+        message for cause in cause_chain(error) if not (message := str(cause)).startswith("Error merging override ")
+    ]
+    text = " ".join(messages)
     if match := re.search(r"Could not find '([\w-]+)/(.+?)'", text):
         group, option = match.groups()
         names = options(group)
         return f"{group}={option}: no such option; choose one of {', '.join(names)}{nearest(option, names)}"
     if match := re.search(r"Could not override '([\w.]+)'|Key '([\w.]+)' (?:is )?not in '?(\w+)", text):
         key = match[1] or _full_key(text) or match[2]
-        return f"{key}: unknown key{nearest(key, known_keys())}; `python train.py --cfg job` shows them all"
+        return f"{key}: unknown key{nearest(key, schema_keys())}; `python train.py --cfg job` shows them all"
     if isinstance(error, OverrideParseException):
         return (
             f"{visible(str(error.override)):.80}: cannot be parsed as KEY=VALUE ({visible(_first_sentence(text)):.80})"
         )
     if key := _full_key(text):
-        return f"{key}: {_first_sentence(text)}"
+        return f"{key}: {_first_sentence(text)}{_usage(key)}"
     return _first_sentence(text)
 
 
-def known_keys() -> list[str]:
-    """Every dotted key of the schema."""
-
-    def walk(cls: Any, prefix: str) -> Iterator[str]:
-        for item in fields(cls):
-            yield prefix + item.name
-            if is_dataclass(item.default_factory):
-                yield from walk(item.default_factory, f"{prefix}{item.name}.")
-            elif item.name in tying.PARTS:
-                yield from walk(
-                    tying.Factor if tying.PARTS[item.name].is_shared else tying.Part, f"{prefix}{item.name}."
-                )
-
-    return list(walk(Config, ""))
+def _usage(key: str) -> str:
+    """What a key takes and means; empty for a key that the schema does not have."""
+    description = describe_key(key)
+    return f"; it takes {description.allowed()}. {description.help}" if description else ""
 
 
 def cause_chain(error: BaseException | None) -> Iterator[BaseException]:
-    # Hydra and OmegaConf raise errors again while they handle them, so that a chain may bite its tail.
+    """An error and the errors that led to it, the last one first."""
+    # Hydra and OmegaConf raise an error again while they handle it, so that a chain may contain itself.
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         yield error
@@ -97,6 +87,7 @@ def _first_sentence(text: str) -> str:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
+    """` (did you mean WORD?)` with the most similar of `words`; empty where none is similar."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 

@@ -1,7 +1,7 @@
 """A run's identity: the values that change its result, and the id that is hashed from them.
 
-Identity is meaning. Facts of execution (device, microbatch, paths, tracking) are recorded and not hashed, so the same
-configuration is the same folder however and wherever it was started.
+Facts of execution (device, microbatch, paths, tracking) are recorded but not hashed. So the same configuration has the
+same folder, wherever and however it is started.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from tiedlora import tying
 from tiedlora.config.schema import Config
 
 IDENTITY_VERSION = 1
-"""Raise it when the meaning of a configuration changes without a key changing: every run is then new."""
+"""Raise it when a configuration comes to mean something else although no key changes: every run is then new."""
 
 
 def identity(config: Any) -> dict[str, Any]:
     """The values that change the result, as nested plain data.
 
-    A field is left out if it is a fact of execution, or at its `neutral` value (see schema.py).
+    A key is left out if it is a fact of execution, or at its `neutral` value (see keys.py).
     """
     kept: dict[str, Any] = {}
     for item in fields(config):
@@ -34,14 +34,14 @@ def identity(config: Any) -> dict[str, Any]:
 
 
 def run_id(config: Config) -> str:
-    """`TABuv-r8-chain_sum-smollm2-...-s0-1a2b3c4d5e`: readable, and decided by the identity alone."""
-    meaning = json.dumps([IDENTITY_VERSION, identity(config)], sort_keys=True, separators=(",", ":"), allow_nan=False)
-    digest = hashlib.sha256(meaning.encode()).hexdigest()[:10]
+    """`TABuv-r8-chain_sum-smollm2-...-s0-1a2b3c4d5e`: readable, and a function of the identity alone."""
+    canonical = json.dumps([IDENTITY_VERSION, identity(config)], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
     model = config.model.name.rsplit("/", 1)[-1].lower()
     words = [tying.label(config.tying), f"r{config.rank.r}", config.task.name, model, f"s{config.seed}", digest]
     return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", word) for word in words)
 
 
 def config_tree(config: Config) -> dict[str, Any]:
-    """The whole resolved configuration as plain data, facts of execution included."""
+    """The complete configuration as plain data, facts of execution included."""
     return asdict(config)

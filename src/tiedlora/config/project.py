@@ -1,4 +1,4 @@
-"""Where the checkout is: train.py, conf/ and, unless told otherwise, outputs/ and .cache/ lie in it."""
+"""The folder of the checkout. It holds train.py, conf/ and, by default, outputs/ and .cache/."""
 
 from pathlib import Path
 

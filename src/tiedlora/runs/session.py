@@ -85,7 +85,7 @@ class RunSession:
         adapter = TiedAdapter(config.tying, config.rank.r, config.rank.alpha, config.model.architecture, config.seed)
         if config.train.init_from:
             folder = Path(config.train.init_from)
-            if adapter_folder.digest(folder) != config.train.init_digest:
+            if adapter_folder.adapter_digest(folder) != config.train.init_digest:
                 raise UserError(f"train.init_from={folder}: holds another adapter than when this run was composed")
             files.start_from(adapter, folder, self.base.record)
         return adapter

@@ -10,14 +10,17 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tiedlora.errors import UserError
-from tiedlora.tasks import Example, Score, Task
-from tiedlora.tasks.rows import RowError
+from tiedlora.tasks.base import Example, Score, Task
+from tiedlora.tasks.rows import DataRow, RowError
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 ONE_OF_SEVERAL = re.compile(r"(.+_\d+)_\d+")
-"""test_7_2 is the second reference of test_7; dev_7 and train_7 stand alone."""
+"""test_7_2 is the second reference of test_7; dev_7 and train_7 have one reference each."""
 
 
 class DialogSum(Task):
@@ -26,18 +29,18 @@ class DialogSum(Task):
     shortens = "dialogue"
 
     def group_id(self, row_id: str) -> str:
-        found = ONE_OF_SEVERAL.fullmatch(row_id)
-        return found[1] if found else row_id
+        match = ONE_OF_SEVERAL.fullmatch(row_id)
+        return match[1] if match else row_id
 
-    def example(self, row: dict[str, Any], id: str) -> Example:
+    def example(self, row: DataRow, id: str) -> Example:
         if not row["dialogue"].strip():
             raise RowError("the field 'dialogue' is empty")
-        # A few summaries are broken over lines, which the stop rule would end them at.
-        return super().example({**row, "summary": " ".join(row["summary"].split())}, id)
+        # A few summaries have several lines, and an answer ends at the first line feed.
+        return super().example(row.with_fields(summary=" ".join(row["summary"].split())), id)
 
     @cached_property
-    def _scorer(self) -> Any:
-        from rouge_score.rouge_scorer import RougeScorer
+    def _scorer(self) -> RougeScorer:
+        from rouge_score.rouge_scorer import RougeScorer  # takes more than a second, and only scoring needs it
 
         return RougeScorer(self.metrics, use_stemmer=self._use_stemmer)
 
@@ -49,8 +52,8 @@ class DialogSum(Task):
         return bool(options.get("use_stemmer", False))
 
     def score(self, output: str, example: Example) -> dict[str, Score]:
-        found = self._scorer.score_multi([reference.strip() for reference in example.references], output.strip())
-        return {name: float(found[name].fmeasure) for name in self.metrics}
+        scores = self._scorer.score_multi([reference.strip() for reference in example.references], output.strip())
+        return {name: float(scores[name].fmeasure) for name in self.metrics}
 
     def signatures(self) -> dict[str, str]:
         stemmer = "yes" if self._use_stemmer else "no"

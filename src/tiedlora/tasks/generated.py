@@ -1,37 +1,56 @@
-"""Problems made by reasoning-gym, each with a worked answer that ends in `#### number`.
+"""Problems that reasoning-gym makes, each with a worked answer that ends in `#### number`.
 
-Any number of rows, none of them on disk, scored as GSM8K is. Keys of task.options: `dataset` names
-reasoning-gym's generator, `parameters` are its own settings, and `rows` says how many to make a split.
+The rows are made in memory, as many as wanted, and scored as GSM8K's. Keys of task.options: `dataset` names
+reasoning-gym's generator, `parameters` are the generator's own settings, and `rows` is the number of rows of each
+split.
+
+Importing this module takes about a second, because reasoning_gym imports all its generators (and with them sympy and
+matplotlib). It is imported only for a task of this kind, and such a task always needs its rows.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import reasoning_gym
+
+from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.tasks.gsm8k import Gsm8k
-from tiedlora.tasks.rows import Row
+from tiedlora.tasks.rows import DataRow
 
 FIRST_SEED = {"test": 10_000_000, "validation": 20_000_000, "train": 30_000_000}
-"""reasoning-gym draws row i from seed + i, so splits stay apart while none has ten million rows."""
-HELD_OUT = ("test", "validation")
+"""reasoning-gym draws row i from seed + i, so splits do not overlap as long as none has ten million rows."""
+BEFORE = {"test": (), "validation": ("test",), "train": ("test", "validation")}
+"""Split -> the splits whose questions it must not contain."""
 
 
 class Generated(Gsm8k):
-    def generated_rows(self, split: str) -> list[Row]:
-        """The split's rows, each question once; none of a training row's is also held out."""
-        earlier = HELD_OUT[: HELD_OUT.index(split)] if split in HELD_OUT else HELD_OUT
-        seen = {row.fields["question"] for other in earlier for row in self._make(other)}
-        kept = []
-        for row in self._make(split):
-            if row.fields["question"] not in seen:
-                seen.add(row.fields["question"])
-                kept.append(row)
-        return kept
+    def __init__(self, config: TaskConfig) -> None:
+        super().__init__(config)
+        self._rows_with_repeats: dict[str, list[DataRow]] = {}
 
-    def _make(self, split: str) -> list[Row]:
-        import reasoning_gym  # costs a second, and only this task needs it
+    def generated_rows(self, split: str) -> list[DataRow]:
+        """The split's rows, each question once, without the questions of the splits that are held out from it.
 
+        Raises:
+            UserError: task.options are incomplete, or reasoning-gym refuses them.
+        """
+        questions = {row["question"] for other in BEFORE[split] for row in self._made_rows(other)}
+        rows = []
+        for row in self._made_rows(split):
+            if row["question"] not in questions:
+                questions.add(row["question"])
+                rows.append(row)
+        return rows
+
+    def _made_rows(self, split: str) -> list[DataRow]:
+        """The split's rows as reasoning-gym makes them. They are kept, because the next split is compared with them."""
+        if split not in self._rows_with_repeats:
+            self._rows_with_repeats[split] = self._make_rows(split)
+        return self._rows_with_repeats[split]
+
+    def _make_rows(self, split: str) -> list[DataRow]:
         options = self.config.options
         unknown = set(options) - {"dataset", "parameters", "rows"}
         if unknown or not {"dataset", "rows"} <= set(options):
@@ -44,22 +63,26 @@ class Generated(Gsm8k):
             raise UserError(f"task.options.rows.{split}={size}: must be a number from 1 to 9,999,999")
         seed = FIRST_SEED[split] + self.config.split_seed * 100_000_000
         try:
-            made = reasoning_gym.create_dataset(options["dataset"], size=size, seed=seed, **parameters)
+            items = reasoning_gym.create_dataset(options["dataset"], size=size, seed=seed, **parameters)
         except (ValueError, TypeError, AssertionError) as error:
             raise UserError(f"task.options: reasoning-gym refuses them ({error})") from None
         where = f"{options['dataset']}[{split}]"
-        return [Row(f"{where} row {i}", self._row(item)) for i, item in enumerate(made)]
+        return [
+            DataRow(f"{where} row {i}", {"question": item["question"], "answer": self._worked_answer(item)})
+            for i, item in enumerate(items)
+        ]
 
-    def _row(self, item: dict[str, Any]) -> dict[str, Any]:
-        metadata, answer = item["metadata"], str(item["answer"])
+    def _worked_answer(self, item: Any) -> str:
+        """The steps and the answer of one item of reasoning-gym."""
+        metadata = item["metadata"]
         if "answer_cot" in metadata:
-            return {"question": item["question"], "answer": metadata["answer_cot"]}
+            return str(metadata["answer_cot"])
         steps = worked_sum(metadata["expression"]) if self.config.options["dataset"] == "chain_sum" else ""
-        return {"question": item["question"], "answer": f"{steps}#### {answer}"}
+        return f"{steps}#### {item['answer']}"
 
 
 def worked_sum(expression: str) -> str:
-    """`35 + 94 - 16` as one line a step: `35 + 94 = 129` and `129 - 16 = 113`."""
+    """`35 + 94 - 16` as one line for each step: `35 + 94 = 129` and `129 - 16 = 113`."""
     first, *rest = expression.split()
     total, lines = int(first), []
     for sign, term in zip(rest[::2], rest[1::2], strict=True):

@@ -8,10 +8,9 @@ dropping commas, dollar signs and a final point.
 from __future__ import annotations
 
 import re
-from typing import Any
 
-from tiedlora.tasks import Example, Score, Task
-from tiedlora.tasks.rows import RowError
+from tiedlora.tasks.base import Example, Score, Task
+from tiedlora.tasks.rows import DataRow, RowError
 
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
@@ -24,21 +23,21 @@ def normalise(number: str) -> str:
 
 def strict_number(text: str) -> str | None:
     """The first number that follows `#### `."""
-    found = STRICT.search(text)
-    return found[1] if found else None
+    match = STRICT.search(text)
+    return match[1] if match else None
 
 
 def flexible_number(text: str) -> str | None:
-    """The last thing in the text that looks like a number."""
-    found = FLEXIBLE.findall(text)
-    return found[-1] if found else None
+    """The last part of the text that looks like a number."""
+    numbers = FLEXIBLE.findall(text)
+    return numbers[-1] if numbers else None
 
 
 class Gsm8k(Task):
     fields = {"question": str, "answer": str}
     metrics = ("exact_match_strict", "exact_match_flexible")
 
-    def example(self, row: dict[str, Any], id: str) -> Example:
+    def example(self, row: DataRow, id: str) -> Example:
         example = super().example(row, id)
         number = strict_number(row["answer"])
         if number is None or not row["question"].strip():
@@ -46,11 +45,11 @@ class Gsm8k(Task):
         return Example(id, example.prompt, example.target, (number,))
 
     def score(self, output: str, example: Example) -> dict[str, Score]:
-        wanted = normalise(example.references[0])
-        found = (strict_number(output), flexible_number(output))
+        correct = normalise(example.references[0])
+        numbers = (strict_number(output), flexible_number(output))
         return {
-            name: float(number is not None and normalise(number) == wanted)
-            for name, number in zip(self.metrics, found, strict=True)
+            name: float(number is not None and normalise(number) == correct)
+            for name, number in zip(self.metrics, numbers, strict=True)
         }
 
 

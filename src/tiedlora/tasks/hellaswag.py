@@ -1,19 +1,18 @@
 """HellaSwag: the start of a scene or an article -> the likeliest of four endings.
 
-Read and scored as lm-evaluation-harness does (its task hellaswag, version 1.0): an ending's
-log-likelihood is the sum over its tokens; `accuracy` takes the highest, `accuracy_norm` the highest a character.
+Read and scored as lm-evaluation-harness does (its task hellaswag, version 1.0): an ending's log-likelihood is the sum
+over its tokens; `accuracy` takes the highest, `accuracy_norm` the highest per character.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
-from tiedlora.tasks import Example, Score, Task, render
-from tiedlora.tasks.rows import RowError
+from tiedlora.tasks.base import Example, Score, Task, render
+from tiedlora.tasks.rows import DataRow, RowError
 
 ENDINGS = 4
 MARK = re.compile(r"\[(?:header|title|step|substeps)\]")
@@ -22,16 +21,16 @@ MARK = re.compile(r"\[(?:header|title|step|substeps)\]")
 def cleaned(text: str) -> str:
     """Text without WikiHow's `[header]`, `[title]`, `[step]` and `[substeps]` marks, as the harness cleans it."""
     text = text.strip().replace(" [title]", ". ")
-    # Line by line up to the last bracket that closes, where each that opens finds its own: linear in the length.
+    # The pattern searches only up to a line's last "]". So every "[" finds a "]", and the time is linear in the length.
     parts = (line.rpartition("]") for line in text.split("\n"))
-    text = "\n".join(re.sub(r"\[.*?\]", "", head + close) + rest for head, close, rest in parts)
+    text = "\n".join(re.sub(r"\[.*?\]", "", before + bracket) + after for before, bracket, after in parts)
     return text.replace("  ", " ")
 
 
-def is_clean(row: dict[str, Any]) -> bool:
-    """Whether the row was cleaned before: WikiHow rows on the hub always bear marks.
+def is_clean(row: DataRow) -> bool:
+    """Whether the row was cleaned before: WikiHow rows on the hub always have marks.
 
-    Cleaning them again would not be harmless: a blank that a mark left behind would go.
+    Cleaning a row twice would change it: a blank that a removed mark left behind would be removed too.
     """
     texts = [row["ctx_a"], row["ctx_b"], *row["endings"]]
     return row["source_id"].startswith("wikihow") and not any(MARK.search(text) for text in texts)
@@ -54,32 +53,32 @@ class HellaSwag(Task):
         if "{ending}" not in config.target:
             raise UserError(f"task.target={config.target!r}: must hold {{ending}}, which stands for each of the four")
 
-    def row_id(self, row: dict[str, Any], number: int) -> str:
-        """The source and the index, as in `wikihow-60`: an index alone may come from both sources."""
-        return f"{str(row.get('source_id')).split('~')[0]}-{row.get('ind', number)}"
+    def row_id(self, row: DataRow, number: int) -> str:
+        """The source and the index, as in `wikihow-60`: the two sources have indices in common."""
+        return f"{str(row.fields.get('source_id')).split('~')[0]}-{row.fields.get('ind', number)}"
 
-    def example(self, row: dict[str, Any], id: str) -> Example:
+    def example(self, row: DataRow, id: str) -> Example:
         endings, label = row["endings"], row["label"]
         if len(endings) != ENDINGS or not all(isinstance(ending, str) and ending.strip() for ending in endings):
             raise RowError(f"the field 'endings' must hold {ENDINGS} texts, none empty")
         if label not in map(str, range(ENDINGS)):
             raise RowError(f"the label {label!r} is out of range: it must be one of '0' to '{ENDINGS - 1}'")
         clean = str if is_clean(row) else cleaned
-        # The harness capitalises what follows in ctx_b, so the prompt is made of the two halves, not of 'ctx'.
-        row = {**row, "ctx_b": row["ctx_b"].capitalize()}
+        # The harness capitalises ctx_b, so the prompt is made of ctx_a and ctx_b, not of the field 'ctx'.
+        row = row.with_fields(ctx_b=row["ctx_b"].capitalize())
         prompt = clean(render(self.config.prompt, row)).rstrip()
-        choices = tuple(render(self.config.target, {**row, "ending": clean(ending)}) for ending in endings)
+        choices = tuple(render(self.config.target, row.with_fields(ending=clean(ending))) for ending in endings)
         return Example(id, prompt, choices[int(label)], (label,), choices)
 
     def score(self, output: Sequence[float], example: Example) -> dict[str, Score]:
         """Scores of the four log-likelihoods; of equal ones the first is chosen."""
-        # The template's blank before an ending is not the ending's own length.
-        lead = self.config.target.index("{ending}")
-        lengths = [len(choice) - lead for choice in example.choices]
-        wanted = int(example.references[0])
+        # The length of an ending does not include what the template puts before it (a blank).
+        start = self.config.target.index("{ending}")
+        lengths = [len(choice) - start for choice in example.choices]
+        correct = int(example.references[0])
         likeliest = max(range(len(output)), key=lambda i: output[i])
-        likeliest_a_character = max(range(len(output)), key=lambda i: output[i] / lengths[i])
-        return {"accuracy": float(likeliest == wanted), "accuracy_norm": float(likeliest_a_character == wanted)}
+        likeliest_per_character = max(range(len(output)), key=lambda i: output[i] / lengths[i])
+        return {"accuracy": float(likeliest == correct), "accuracy_norm": float(likeliest_per_character == correct)}
 
 
 TASK = HellaSwag

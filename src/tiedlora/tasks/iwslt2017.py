@@ -1,10 +1,9 @@
 """IWSLT 2017 (TED talks), German -> English.
 
-Scored with corpus-level BLEU and chrF2, as sacreBLEU's command line computes them by default. Each output's
-n-gram counts are its score here: their sum over outputs gives the corpus score, and sums over
-resampled outputs its interval.
+Scored with corpus-level BLEU and chrF2, as sacreBLEU's command line computes them by default. The score of one output
+here is its n-gram counts: their sum over outputs gives the corpus score, and sums over resampled outputs its interval.
 
-On the hub the pairs lie in zips behind a loading script, which is not run here: the zip is read
+On the hub the pairs are in zips with a loading script, which is not run here: the zip is read
 instead. hub.id=sentence-transformers/parallel-sentences-talks gives more TED pairs, for training.
 """
 
@@ -15,11 +14,14 @@ import re
 import zipfile
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
+
+import huggingface_hub
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 
 from tiedlora.errors import UserError
-from tiedlora.tasks import Example, Score, Task
-from tiedlora.tasks.rows import Row, RowError, from_hub, hub_errors
+from tiedlora.tasks.base import Example, Score, Task
+from tiedlora.tasks.rows import DataRow, RowError, hub_errors, rows_from_hub
 
 ZIP = "data/2017-01-trnted/texts/de/en/de-en.zip"
 ZIP_SOURCE = "IWSLT/iwslt2017"
@@ -29,37 +31,34 @@ LANGUAGES = ("de", "en")
 class Iwslt2017(Task):
     fields = {"translation": dict}
     metrics = corpus_metrics = ("bleu", "chrf")
-    inputs_recur = True  # "Vielen Dank." ends many a talk
+    inputs_recur = True  # many talks end with "Vielen Dank."
 
-    def hub_rows(self, split: str) -> list[Row]:
+    def hub_rows(self, split: str) -> list[DataRow]:
         hub = self.config.hub
         if hub.id != ZIP_SOURCE:
-            return [Row(row.where, ted_pair(row.fields)) for row in from_hub(self.config, split)]
+            return [ted_pair(row) for row in rows_from_hub(self.config, split)]
         with hub_errors(self.config, split) as sets:
-            from huggingface_hub import hf_hub_download
-
-            path = hf_hub_download(hub.id, ZIP, repo_type="dataset", revision=hub.revision)
+            path = huggingface_hub.hf_hub_download(hub.id, ZIP, repo_type="dataset", revision=hub.revision)
         try:
             with zipfile.ZipFile(path) as archive:
                 return [row for name in sets.split("+") for row in zipped_rows(archive, name)]
         except (zipfile.BadZipFile, UnicodeDecodeError, EOFError) as error:
-            raise UserError(f"{path}: is damaged ({error}); remove it, and it is fetched again") from None
+            raise UserError(f"{path}: is damaged ({error}); remove it, and it is downloaded again") from None
 
-    def example(self, row: dict[str, Any], id: str) -> Example:
+    def example(self, row: DataRow, id: str) -> Example:
         pair = row["translation"]
         for language in LANGUAGES:
             if not isinstance(pair.get(language), str):
                 raise RowError(f"the field 'translation' must hold a text '{language}'")
         if not pair["de"].strip():
             raise RowError("the field 'translation.de' is empty")
-        # A reference is one line to sacreBLEU's command line, and inner double blanks are slips of the source.
-        return super().example({**row, **{language: " ".join(pair[language].split()) for language in LANGUAGES}}, id)
+        # For sacreBLEU's command line a reference is one line. Double blanks inside are typing errors of the source.
+        return super().example(
+            row.with_fields(**{language: " ".join(pair[language].split()) for language in LANGUAGES}), id
+        )
 
     @cached_property
-    def _metrics(self) -> dict[str, Any]:
-        from sacrebleu.metrics.bleu import BLEU
-        from sacrebleu.metrics.chrf import CHRF
-
+    def _metrics(self) -> dict[str, BLEU | CHRF]:
         return {"bleu": BLEU(), "chrf": CHRF()}
 
     def score(self, output: str, example: Example) -> dict[str, Score]:
@@ -72,25 +71,26 @@ class Iwslt2017(Task):
 
     def corpus_score(self, metric: str, statistics: Iterable[float]) -> float:
         # Sums of counts are whole numbers, and sacreBLEU's formulas expect ints.
-        return (
-            float(self._metrics[metric]._compute_score_from_stats([round(count) for count in statistics]).score) / 100
-        )
+        counts = [round(count) for count in statistics]
+        return float(self._metrics[metric]._compute_score_from_stats(counts).score) / 100
 
     def signatures(self) -> dict[str, str]:
         for metric in self._metrics.values():
-            metric._extract_corpus_statistics(["x"], [["x"]])  # it learns the number of references from a corpus
+            # The signature holds the number of references, which sacreBLEU knows once it has seen a corpus.
+            metric._extract_corpus_statistics(["x"], [["x"]])
         return {name: str(metric.get_signature()) for name, metric in self._metrics.items()}
 
 
-def ted_pair(fields: dict[str, Any]) -> dict[str, Any]:
-    """A row of the hub's TED pairs (`english`, `non_english`) under IWSLT's field names."""
-    return {"translation": {"de": fields.get("non_english"), "en": fields.get("english")}}
+def ted_pair(row: DataRow) -> DataRow:
+    """A row of the hub's TED pairs (`english`, `non_english`) with IWSLT's field names."""
+    pair = {"de": row.fields.get("non_english"), "en": row.fields.get("english")}
+    return DataRow(row.where, {"translation": pair})
 
 
-def zipped_rows(archive: zipfile.ZipFile, name: str) -> list[Row]:
+def zipped_rows(archive: zipfile.ZipFile, name: str) -> list[DataRow]:
     """The pairs of one set of the official zip: `train`, or an evaluation set such as `tst2010`.
 
-    Pairs of which a side is empty are left out: they are no translations.
+    A pair with an empty side is left out: it is no translation.
 
     Raises:
         UserError: the zip lacks the set, or its two languages have different numbers of lines.
@@ -98,17 +98,17 @@ def zipped_rows(archive: zipfile.ZipFile, name: str) -> list[Row]:
     sides = []
     for language in LANGUAGES:
         if name == "train":
-            wanted, read = f"train.tags.de-en.{language}", training_lines
+            file_name, lines_of = f"train.tags.de-en.{language}", training_lines
         else:
-            wanted, read = f"IWSLT17.TED.{name}.de-en.{language}.xml", evaluation_lines
-        found = [member for member in archive.namelist() if member.rsplit("/", 1)[-1] == wanted]
-        if not found:
-            raise UserError(f"{archive.filename}: holds no {wanted}; set task.hub.splits to sets it has")
-        sides.append(read(archive.read(found[0]).decode("utf-8")))
+            file_name, lines_of = f"IWSLT17.TED.{name}.de-en.{language}.xml", evaluation_lines
+        members = [member for member in archive.namelist() if member.rsplit("/", 1)[-1] == file_name]
+        if not members:
+            raise UserError(f"{archive.filename}: holds no {file_name}; set task.hub.splits to sets it has")
+        sides.append(lines_of(archive.read(members[0]).decode("utf-8")))
     if len(sides[0]) != len(sides[1]):
         raise UserError(f"{archive.filename}: {name} has {len(sides[0])} German and {len(sides[1])} English lines")
     return [
-        Row(f"{archive.filename}[{name}] pair {number}", {"translation": dict(zip(LANGUAGES, pair, strict=True))})
+        DataRow(f"{archive.filename}[{name}] pair {number}", {"translation": dict(zip(LANGUAGES, pair, strict=True))})
         for number, pair in enumerate(zip(*sides, strict=True), start=1)
         if all(pair)
     ]
@@ -117,7 +117,7 @@ def zipped_rows(archive: zipfile.ZipFile, name: str) -> list[Row]:
 def training_lines(text: str) -> list[str]:
     """The sentences of a train.tags file: every line that is not a tag about the talk.
 
-    Empty lines stay: they keep the two languages in step.
+    Empty lines are kept, so that line n of one language is the translation of line n of the other.
     """
     return [line.strip() for line in text.removesuffix("\n").split("\n") if not line.lstrip().startswith("<")]
 

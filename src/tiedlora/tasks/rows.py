@@ -1,4 +1,4 @@
-"""Rows from local JSON Lines files or from the hub, each with the place it came from."""
+"""Rows from local JSON Lines files or from the hub, each with the place that it came from."""
 
 from __future__ import annotations
 
@@ -14,40 +14,50 @@ from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 
 LONGEST_LINE = 2**22
-"""Bytes of a row: about a million tokens, more than a model attends to."""
+"""Bytes of a row: about a million tokens, more than any model here attends to."""
 
 
 class RowError(ValueError):
-    """What is wrong with a row; the caller adds where it is."""
+    """What is wrong with a row. The code that reads the rows adds the row's place to the message."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row and the place to look when it is wrong."""
+class DataRow:
+    """One row of a data set."""
 
     where: str
+    """The place to look at when the row is wrong: `FILE:LINE`, or a split of the hub and a number."""
     fields: dict[str, Any]
+    """The fields by name. They come from JSON, so a task checks each one that it uses (Task.fields)."""
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a field; `render` and `Task.fields` report one that is missing."""
+        return self.fields[name]
+
+    def with_fields(self, **changes: Any) -> DataRow:
+        """A copy in which some fields are changed or added."""
+        return DataRow(self.where, {**self.fields, **changes})
 
 
-def from_folder(config: TaskConfig, split: str, data_root: Path) -> list[Row]:
+def rows_from_folder(config: TaskConfig, split: str, data_root: Path) -> list[DataRow]:
     """All rows of a split from data_root/<task>/<split>.jsonl.
 
     Raises:
         UserError: the file is missing (with the ways to get it), or a line is not a JSON object.
     """
-    path = folder(config, data_root) / f"{split}.jsonl"
+    path = rows_folder(config, data_root) / f"{split}.jsonl"
     if not path.exists():
-        raise UserError(f"{path}: no such file. {_ways(config)}")
+        raise UserError(f"{path}: no such file. {_ways_to_get(config)}")
     return read_json_lines(path)
 
 
-def folder(config: TaskConfig, data_root: Path) -> Path:
-    """Where a task's files are below data_root."""
+def rows_folder(config: TaskConfig, data_root: Path) -> Path:
+    """The folder of a task's files below data_root."""
     return data_root / (config.folder or config.name)
 
 
-def read_json_lines(path: Path) -> list[Row]:
-    """Rows of a UTF-8 JSON Lines file; blank lines are passed over.
+def read_json_lines(path: Path) -> list[DataRow]:
+    """Rows of a UTF-8 JSON Lines file; blank lines are skipped.
 
     Raises:
         UserError: naming the line that is not UTF-8, not JSON, or not an object.
@@ -66,16 +76,16 @@ def read_json_lines(path: Path) -> list[Row]:
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: is not UTF-8 (byte {error.start}); save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: is not valid JSON ({error}); mend or remove the line") from None
+            raise UserError(f"{where}: is not valid JSON ({error}); correct or remove the line") from None
         if not isinstance(fields, dict):
             raise UserError(f"{where}: must be a JSON object, not {type(fields).__name__}")
-        rows.append(Row(where, fields))
+        rows.append(DataRow(where, fields))
     if not rows:
         raise UserError(f"{path}: holds no rows")
     return rows
 
 
-def from_hub(config: TaskConfig, split: str) -> list[Row]:
+def rows_from_hub(config: TaskConfig, split: str) -> list[DataRow]:
     """All rows of a split from the hub's data set of that id.
 
     Raises:
@@ -83,30 +93,34 @@ def from_hub(config: TaskConfig, split: str) -> list[Row]:
     """
     hub = config.hub
     with hub_errors(config, split) as name:
-        import datasets
+        import datasets  # imported by hub_errors already
 
         table = datasets.load_dataset(hub.id, hub.subset, split=name, revision=hub.revision)
-    return [Row(f"{hub.id}[{name}] row {i}", dict(row)) for i, row in enumerate(table)]
+    return [DataRow(f"{hub.id}[{name}] row {i}", dict(row)) for i, row in enumerate(table)]
 
 
 @contextmanager
 def hub_errors(config: TaskConfig, split: str) -> Iterator[str]:
-    """Give the hub's name of a split, and turn what goes wrong on the way there into one line."""
-    import datasets  # costs a second, and only this path needs it
+    """Give the hub's name of a split, and turn errors of the hub into one line that says how to get the rows.
+
+    Raises:
+        UserError: the task has no such split on the hub, or the block could not load it.
+    """
+    import datasets  # takes more than a second, and rows from a folder do not need it
 
     datasets.disable_progress_bars()
     hub = config.hub
     if not hub.id or split not in hub.splits:
-        raise UserError(f"task={config.name}: the hub has no {split} split of it. {_ways(config)}")
+        raise UserError(f"task={config.name}: the hub has no {split} split of it. {_ways_to_get(config)}")
     try:
         yield hub.splits[split]
-    # What huggingface_hub and datasets raise for a hub that is absent, offline or without the file derives from these.
+    # Every error of huggingface_hub and datasets for a hub that is out of reach or lacks the file derives from these.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"task={config.name}: {hub.id} cannot be loaded ({reason}). {_ways(config)}") from None
+        raise UserError(f"task={config.name}: {hub.id} cannot be loaded ({reason}). {_ways_to_get(config)}") from None
 
 
-def _ways(config: TaskConfig) -> str:
+def _ways_to_get(config: TaskConfig) -> str:
     name = config.folder or config.name
     return (
         f"Three ways to get it: reach the hub ({config.hub.id or 'it is not there'}); or, where the hub is in reach, "

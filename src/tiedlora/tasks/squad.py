@@ -1,7 +1,7 @@
 """SQuAD v1.1: a passage and a question -> the answer, a piece of the passage.
 
 Scored as the official script does: exact match and token F1 after its normalisation (lower case, no
-punctuation, no articles, single blanks), the best over an example's reference answers, each metric apart.
+punctuation, no articles, single blanks). Each metric takes its best value over the reference answers.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import re
 import string
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
-from tiedlora.tasks import Example, Score, Task
-from tiedlora.tasks.rows import RowError
+from tiedlora.tasks.base import Example, Score, Task
+from tiedlora.tasks.rows import DataRow, RowError
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -25,20 +24,21 @@ def normalise(text: str) -> str:
 
 
 def exact_match(output: str, reference: str) -> float:
-    """1 where both are equal once normalised."""
+    """1 where both are equal after normalisation, otherwise 0."""
     return float(normalise(output) == normalise(reference))
 
 
 def f1(output: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over the normalised words, as bags.
+    """Harmonic mean of precision and recall over the normalised words, repeated words counted.
 
-    Where nothing is left of both it is 1, as in torchmetrics and SQuAD 2.0's script; version 1.1's gives 0.
+    Where both texts are empty after normalisation it is 1, as in torchmetrics and SQuAD 2.0's script; the script of
+    version 1.1 gives 0.
     """
-    ours, wanted = normalise(output).split(), normalise(reference).split()
-    if not ours and not wanted:
+    output_words, reference_words = normalise(output).split(), normalise(reference).split()
+    if not output_words and not reference_words:
         return 1.0
-    shared = sum((Counter(ours) & Counter(wanted)).values())
-    return 2 * shared / (len(ours) + len(wanted)) if shared else 0.0
+    shared = sum((Counter(output_words) & Counter(reference_words)).values())
+    return 2 * shared / (len(output_words) + len(reference_words)) if shared else 0.0
 
 
 class Squad(Task):
@@ -46,7 +46,7 @@ class Squad(Task):
     metrics = ("exact_match", "f1")
     shortens = "context"
 
-    def example(self, row: dict[str, Any], id: str) -> Example:
+    def example(self, row: DataRow, id: str) -> Example:
         texts, starts = row["answers"].get("text"), row["answers"].get("answer_start")
         if not _list_of(texts, str) or not _list_of(starts, int) or len(texts) != len(starts):
             raise RowError("the field 'answers' must hold the lists 'text' and 'answer_start', of equal length")
@@ -58,7 +58,7 @@ class Squad(Task):
             if text not in row["context"]:
                 raise RowError(f"the answer {text!r} is not in the context")
         answer = texts[0].strip()
-        example = super().example({**row, "answer": answer}, id)
+        example = super().example(row.with_fields(answer=answer), id)
         return replace(example, references=tuple(dict.fromkeys(texts)), must_hold=answer)
 
     def score(self, output: str, example: Example) -> dict[str, Score]:
@@ -68,7 +68,7 @@ class Squad(Task):
         }
 
 
-def _list_of(value: Any, kind: type) -> bool:
+def _list_of(value: object, kind: type) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)
 
 

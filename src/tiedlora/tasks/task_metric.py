@@ -1,7 +1,7 @@
-"""Any task's scores as one `evaluate` metric that works offline.
+"""A task's scores as a metric of the `evaluate` package, without the network.
 
-`evaluate.load` fetches a metric's script from the hub. This module needs none: it is built from a task, and
-scores through the task's own `score` and `corpus_score`. Importing it costs seconds, so only scoring does.
+`evaluate.load` downloads a metric's script from the hub. The metric here is built from a task instead, and calls the
+task's own `score` and `total`. Importing this module takes seconds, so only scoring imports it.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 import datasets
 import evaluate
 
-from tiedlora.tasks import Example, Task
+from tiedlora.tasks.base import Example, Score, Task
 
 
 class TaskMetric(evaluate.Metric):  # type: ignore[misc]
     """`TaskMetric(task).compute(predictions=..., references=..., choices=...)`.
 
-    One item an example: its output (a text, or for choices their log-likelihoods), its references,
-    and its choices (empty for a generated answer). Returns the task's metrics over all examples, in
-    [0, 1], and `per_example`, a list of each example's scores.
+    Each argument has one item for each example: its output (a text, or the log-likelihoods of its choices), its
+    references, and its choices (empty for a generated answer). The result holds the task's metrics over all examples,
+    in [0, 1], and `per_example`, a list of each example's scores.
     """
 
     def __init__(self, task: Task, by_likelihood: bool = False) -> None:
@@ -27,8 +27,8 @@ class TaskMetric(evaluate.Metric):  # type: ignore[misc]
         super().__init__(keep_in_memory=True)
 
     def _build_data_dir(self) -> str:
-        # evaluate makes a folder even where everything stays in memory: a home may be read-only, and a killed run
-        # would leave it behind.
+        # evaluate would make a folder although everything stays in memory. The home folder may be read-only, and a
+        # killed run would leave the folder behind.
         return ""
 
     def _info(self) -> evaluate.MetricInfo:
@@ -37,16 +37,16 @@ class TaskMetric(evaluate.Metric):  # type: ignore[misc]
         return evaluate.MetricInfo(
             description=f"{', '.join(self.task.metrics)} of {self.task.config.name}",
             citation="",
-            inputs_description="predictions, references and choices, one item an example",
+            inputs_description="predictions, references and choices, one item for each example",
             features=datasets.Features(
                 {"predictions": output, "references": datasets.Sequence(text), "choices": datasets.Sequence(text)}
             ),
         )
 
-    def _compute(self, predictions: Any, references: Any, choices: Any) -> dict[str, Any]:
-        rows = [
-            self.task.score(output, Example("", "", "", tuple(wanted), tuple(texts)))
-            for output, wanted, texts in zip(predictions, references, choices, strict=True)
+    def _compute(self, predictions: Any, references: Any, choices: Any) -> dict[str, float | list[dict[str, Score]]]:
+        scores = [
+            self.task.score(output, Example("", "", "", tuple(answers), tuple(texts)))
+            for output, answers, texts in zip(predictions, references, choices, strict=True)
         ]
-        totals = {name: self.task.total(name, [row[name] for row in rows]) for name in self.task.metrics}
-        return {**totals, "per_example": rows}
+        totals = {name: self.task.total(name, [row[name] for row in scores]) for name in self.task.metrics}
+        return {**totals, "per_example": scores}

@@ -21,7 +21,9 @@ def _adamw(groups: list[dict[str, Any]], train: TrainConfig, on_cuda: bool) -> t
     return torch.optim.AdamW(groups, lr=train.lr or 0.0, betas=betas, eps=train.eps, fused=on_cuda)
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainConfig, bool], torch.optim.Optimizer]] = {"adamw": _adamw}
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainConfig, bool], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+}
 """`train.optimizer` -> how it is built from (parameter groups, settings, whether the parameters are on a GPU)."""
 
 
@@ -33,7 +35,10 @@ def _cosine(share: float, lr: float, min_lr: float) -> float:
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 
-SCHEDULES: dict[str, Callable[[float, float, float], float]] = {"constant": _constant, "cosine": _cosine}
+SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
+    "constant": _constant,
+    "cosine": _cosine,
+}
 """`train.schedule` -> the rate from (share of the steps after the warm-up that are done, 0 to 1; lr; min_lr)."""
 
 

@@ -1,0 +1,180 @@
+"""The task of a configuration, and the examples of its splits."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import pkgutil
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from tiedlora.config.schema import SCORED_SPLITS, TaskConfig
+from tiedlora.errors import UserError
+from tiedlora.tasks.base import Example, Task
+from tiedlora.tasks.rows import DataRow, RowError, rows_from_folder
+
+NO_TASKS = ("base", "load", "rows", "task_metric")
+"""The files of this package that are no tasks."""
+
+_REGISTERED: dict[str, type[Task]] = {}
+
+
+def register(kind: str, task: type[Task]) -> None:
+    """Make `task.kind=KIND` mean this class in this process: for a task whose file is elsewhere."""
+    _REGISTERED[kind] = task
+
+
+def load_task(config: TaskConfig) -> Task:
+    """The task of `config.kind`.
+
+    Raises:
+        UserError: no file in tasks/ has that name, and nothing was registered under it.
+    """
+    if config.kind in _REGISTERED:
+        return _REGISTERED[config.kind](config)
+    kinds = sorted(
+        module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.name not in NO_TASKS
+    )
+    if config.kind not in kinds:
+        raise UserError(f"task.kind={config.kind}: no such task; choose one of {', '.join(kinds)}")
+    task_class: type[Task] = importlib.import_module(f"{__package__}.{config.kind}").TASK
+    return task_class(config)
+
+
+def load_examples(task: Task, split: str, data_root: str | None) -> list[Example]:
+    """The examples of one split, checked, in their order.
+
+    Raises:
+        UserError: the rows are nowhere, or one is wrong; the message names file and line.
+    """
+    config = task.config
+    if split == "train":
+        rows = _split_train(task, data_root)[0]
+    elif split == "validation" and config.validation_from_train:
+        rows = _split_train(task, data_root)[1]
+    else:
+        rows = _read_rows(task, split, data_root)
+    examples_in_order, count = _examples(task, _grouped(task, rows)), getattr(config.rows, split)
+    if split == "train" and task.inputs_recur:
+        scored = _scored_prompts(task, data_root)
+        examples_in_order = (example for example in examples_in_order if example.prompt not in scored)
+    examples = list(islice(examples_in_order, count))
+    if count is not None and count > len(examples):
+        raise UserError(f"task.rows.{split}={count}: there are only {len(examples)}; lower it, or null takes all")
+    if split == "train" and config.shuffle_targets:
+        examples = _with_shuffled_targets(examples, config.split_seed)
+    return examples
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """sha256 of the examples' texts: it identifies data by content, whatever file the data came from."""
+    sha = hashlib.sha256()
+    for example in examples:
+        texts = [example.id, example.prompt, example.target, *example.references, *example.choices]
+        sha.update(json.dumps(texts, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    return sha.hexdigest()
+
+
+def _read_rows(task: Task, split: str, data_root: str | None) -> list[DataRow]:
+    generated = task.generated_rows(split)
+    if generated is not None:
+        return generated
+    return task.hub_rows(split) if data_root is None else rows_from_folder(task.config, split, Path(data_root))
+
+
+def _split_train(task: Task, data_root: str | None) -> tuple[list[DataRow], list[DataRow]]:
+    """(train, the validation rows taken from it). They are the same for every seed of a run."""
+    rows, count = _read_rows(task, "train", data_root), task.config.validation_from_train
+    if not count:
+        return rows, []
+    if count >= len(rows):
+        raise UserError(f"task.validation_from_train={count}: must be less than the {len(rows)} train rows")
+    order = list(range(len(rows)))
+    random.Random(f"carve/{task.config.split_seed}").shuffle(order)
+    validation = set(order[:count])
+    return (
+        [row for number, row in enumerate(rows) if number not in validation],
+        [row for number, row in enumerate(rows) if number in validation],
+    )
+
+
+def _grouped(task: Task, rows: list[DataRow]) -> list[list[tuple[str, DataRow]]]:
+    """Groups of (id, row), in the order of their first rows."""
+    groups: dict[str, list[tuple[str, DataRow]]] = {}
+    places: dict[str, str] = {}
+    for number, row in enumerate(rows):
+        id = task.row_id(row, number)
+        if id in places:
+            raise UserError(f"{row.where}: the id '{id}' was used before, at {places[id]}; make ids unique")
+        places[id] = row.where
+        groups.setdefault(task.group_id(id), []).append((id, row))
+    return list(groups.values())
+
+
+def _scored_prompts(task: Task, data_root: str | None) -> set[str]:
+    """Every prompt of the validation and test rows, whichever of them this run scores."""
+    prompts: set[str] = set()
+    for split in SCORED_SPLITS:
+        try:
+            rows = _read_rows(task, split, data_root)
+        except UserError:
+            continue  # Training does not need these rows; scoring a split that is missing or broken reports it.
+        prompts.update(example.prompt for example in _examples(task, _grouped(task, rows)))
+    return prompts
+
+
+def _examples(task: Task, groups: list[list[tuple[str, DataRow]]]) -> Iterator[Example]:
+    """One example for each group, with the references of all its rows."""
+    for group in groups:
+        (first_id, first_row), *others = group
+        example = replace(_checked_example(task, first_row, first_id), id=task.group_id(first_id))
+        for id, row in others:
+            other = _checked_example(task, row, id)
+            if other.prompt != example.prompt:
+                raise UserError(f"{row.where}: is grouped with {first_row.where} by its id, but its prompt differs")
+            example = replace(example, references=example.references + other.references)
+        yield example
+
+
+def _checked_example(task: Task, row: DataRow, id: str) -> Example:
+    """The example of one row.
+
+    Raises:
+        UserError: naming the place of the row and what is wrong with it.
+    """
+    try:
+        for name, kind in task.fields.items():
+            _check_field(row, name, kind)
+        example = task.example(row, id)
+        _check_characters(id, example.prompt, example.target, *example.references, *example.choices)
+    except RowError as error:
+        raise UserError(f"{row.where}: {error}") from None
+    return example
+
+
+def _check_field(row: DataRow, name: str, kind: type) -> None:
+    if name not in row.fields:
+        raise RowError(f"the field '{name}' is missing (it has {', '.join(row.fields) or 'none'})")
+    value = row[name]
+    # To Python, True and False are whole numbers.
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise RowError(f"the field '{name}' must be {kind.__name__}, not {type(value).__name__}")
+
+
+def _check_characters(*texts: str) -> None:
+    try:
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError("holds half of a surrogate pair (such as \\ud800), which is no character") from None
+
+
+def _with_shuffled_targets(examples: list[Example], seed: int) -> list[Example]:
+    """Every example with the target of the next one in a seeded order, so that none keeps its own target."""
+    order = list(range(len(examples)))
+    random.Random(f"shuffle-targets/{seed}").shuffle(order)
+    source = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [replace(example, target=examples[source[i]].target) for i, example in enumerate(examples)]

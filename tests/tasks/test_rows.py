@@ -1,0 +1,93 @@
+"""Where rows come from: the hub, the official zip of IWSLT 2017, and local files that fetch_data.py writes."""
+
+import sys
+import zipfile
+from dataclasses import replace
+
+import pytest
+from helpers.task_rows import FIVE, GOOD, one_example, task_option
+from helpers.tiny import task_option as compose_task
+
+from tiedlora.config.project import PROJECT
+from tiedlora.config.schema import SPLITS
+from tiedlora.errors import UserError
+from tiedlora.tasks import Task, load_examples
+from tiedlora.tasks.iwslt2017 import evaluation_lines, ted_pair, training_lines, zipped_rows
+from tiedlora.tasks.rows import DataRow
+
+
+def test_a_missing_source_names_three_ways(tmp_path):
+    for kind in FIVE:
+        with pytest.raises(UserError, match=r"Three ways .*fetch_data.*data_root=FOLDER") as caught:
+            load_examples(task_option(kind), "train", str(tmp_path))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", FIVE)
+def test_fetch_without_the_hub_ends_with_one_line(kind, tmp_path):
+    sys.path.insert(0, str(PROJECT / "scripts"))
+    try:
+        import fetch_data
+    finally:
+        sys.path.pop(0)
+    with pytest.raises(UserError, match=f"task={kind}: .* cannot be loaded .*Three ways") as caught:
+        fetch_data.main([f"task={kind}", f"data_root={tmp_path}/data"])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "data").exists()
+    with pytest.raises(UserError, match="data_root: has no value"):
+        fetch_data.main([f"task={kind}"])
+
+
+def test_fetch_writes_what_training_reads(tmp_path, monkeypatch):
+    sys.path.insert(0, str(PROJECT / "scripts"))
+    try:
+        import fetch_data
+    finally:
+        sys.path.pop(0)
+    monkeypatch.setattr(Task, "hub_rows", lambda self, split: [DataRow("hub", GOOD["squad"])])
+    fetch_data.main(["task=squad", f"data_root={tmp_path}"])
+    (example,) = load_examples(task_option("squad", "task.rows.validation=1"), "validation", str(tmp_path))
+    assert example == replace(one_example("squad", GOOD["squad"]), id="q1")
+
+
+def test_iwslt_pairs_come_out_of_the_official_zip(tmp_path):
+    """A zip made here in the official one's form: tags about talks, XML segments, entities, an empty side."""
+    train = {
+        "de": "<url>x</url>\n<title>T</title>\n Guten Tag. \n\nEins &amp; zwei\n<reviewer></reviewer>\n",
+        "en": "<url>x</url>\n<title>T</title>\n Good day. \nLeft over\nOne &amp; two\n<reviewer></reviewer>\n",
+    }
+    xml = '<mteval><refset><doc docid="1"><seg id="1"> {} </seg>\n<seg id="2">A &amp; B</seg></doc></refset></mteval>'
+    path = tmp_path / "de-en.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for language, hello in (("de", "Hallo"), ("en", "Hello")):
+            archive.writestr(f"de-en/train.tags.de-en.{language}", train[language])
+            archive.writestr(f"de-en/IWSLT17.TED.tst2010.de-en.{language}.xml", xml.format(hello))
+        archive.writestr("de-en/IWSLT17.TED.tst2011.de-en.de.xml", xml.format("Hallo"))
+        archive.writestr("de-en/IWSLT17.TED.tst2011.de-en.en.xml", "<seg>one</seg>")
+    with zipfile.ZipFile(path) as archive:
+        pairs = [row.fields["translation"] for row in zipped_rows(archive, "train")]
+        assert pairs == [{"de": "Guten Tag.", "en": "Good day."}, {"de": "Eins &amp; zwei", "en": "One &amp; two"}]
+        pairs = [row.fields["translation"] for row in zipped_rows(archive, "tst2010")]
+        assert pairs == [{"de": "Hallo", "en": "Hello"}, {"de": "A & B", "en": "A & B"}]
+        with pytest.raises(UserError, match="tst2011 has 2 German and 1 English"):
+            zipped_rows(archive, "tst2011")
+        with pytest.raises(UserError, match=r"holds no IWSLT17\.TED\.tst2019"):
+            zipped_rows(archive, "tst2019")
+    assert training_lines("a\n\nb\n") == ["a", "", "b"]
+    assert evaluation_lines('<seg id="1">a\nb</seg>') == ["a\nb"]
+    assert ted_pair(DataRow("here", {"english": "e", "non_english": "d"})) == DataRow(
+        "here", {"translation": {"de": "d", "en": "e"}}
+    )
+
+
+def test_sets_of_the_zip_make_up_the_hubs_splits(tmp_path, monkeypatch):
+    path = tmp_path / "de-en.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for language in ("de", "en"):
+            archive.writestr(f"train.tags.de-en.{language}", f"Neu {language}\n")
+            for name in ("dev2010", "tst2010", "tst2011"):
+                archive.writestr(f"IWSLT17.TED.{name}.de-en.{language}.xml", f'<seg id="1">{name} {language}</seg>')
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *arguments, **keywords: str(path))
+    task = compose_task("iwslt2017", "task.hub.splits.test=tst2010+tst2011")
+    found = {split: [row.fields["translation"]["de"] for row in task.hub_rows(split)] for split in SPLITS}
+    assert found == {"train": ["Neu de"], "validation": ["dev2010 de"], "test": ["tst2010 de", "tst2011 de"]}

@@ -1,0 +1,147 @@
+"""docs/extending.md, carried out to the letter in a copy of the project: one run uses all that the page adds."""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tiedlora.config.compose import compose_config
+from tiedlora.config.project import PROJECT
+from tiedlora.tying import trainable_params
+
+PAGE = PROJECT / "docs" / "extending.md"
+BASIC = ["task=antonyms", "data_root=rows", "train=tiny", "model=tiny_llama"]
+"""What the copy trains without the page's optimizer, schedule, tracker and part."""
+EXECUTION = ["train.threads=1", "train.dtype=float32", "outputs=outputs", "cache=cache"]
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    path: str
+    text: str
+
+
+def blocks() -> list[Block]:
+    """The page's code blocks; the first line of each names its file."""
+    fenced = re.findall(r"```(\w+)\n# (\S+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    return [Block(*parts) for parts in fenced]
+
+
+def commands() -> list[list[str]]:
+    """The overrides of the page's commands."""
+    return [
+        shlex.split(line)[2:] for line in re.findall(r"^    (python train\.py .*)$", PAGE.read_text(), re.MULTILINE)
+    ]
+
+
+def apply(block: Block, root: Path) -> None:
+    """Write the block's file; where the block is a diff, change the places that it shows."""
+    path = root / block.path
+    if block.language != "diff":
+        assert not path.exists(), block.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block.text, encoding="utf-8")
+        return
+    text = path.read_text(encoding="utf-8")
+    for hunk in block.text.split("@@\n"):
+        lines = hunk.splitlines(keepends=True)
+        before = "".join(line[1:] for line in lines if line[0] != "+")
+        after = "".join(line[1:] for line in lines if line[0] != "-")
+        assert text.count(before) == 1, f"{block.path} has another text than the page's diff:\n{before}"
+        text = text.replace(before, after)
+    path.write_text(text, encoding="utf-8")
+
+
+def start(root: Path, *arguments: str) -> str:
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1", "HOME": str(root)}
+    done = subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory) -> Path:
+    """A copy of the project with all that the page adds."""
+    root = tmp_path_factory.mktemp("extended")
+    for name in ("src", "conf"):
+        shutil.copytree(PROJECT / name, root / name)
+    for name in ("train.py", "pyproject.toml"):
+        shutil.copy(PROJECT / name, root / name)
+    for block in blocks():
+        apply(block, root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run_folder(extended) -> Path:
+    """The folder of one run with the overrides of every command of the page."""
+    overrides = dict.fromkeys([*BASIC, *(override for command in commands() for override in command)])
+    start(extended, "train.py", *overrides, *EXECUTION)
+    (result,) = (extended / "outputs").glob("*/result.json")
+    return result.parent
+
+
+@pytest.fixture(scope="module")
+def record(run_folder) -> dict:
+    return json.loads((run_folder / "result.json").read_text())
+
+
+def test_the_page_is_read_completely():
+    text = PAGE.read_text(encoding="utf-8")
+    assert len(blocks()) == text.count("```") / 2
+    assert len(commands()) == text.count("    python train.py") == 4
+
+
+def test_the_task_is_scored(record):
+    scores = record["scores"]["validation"]
+    assert set(scores["metrics"]) == {"exact_match"}
+    assert scores["metrics"]["exact_match"]["method"] == "wilson"
+
+
+def test_the_tracker_has_every_metric(run_folder):
+    with open(run_folder / "metrics.csv", encoding="utf-8", newline="") as file:
+        tracked = [(int(row["step"]), row["metric"], float(row["value"])) for row in csv.DictReader(file)]
+    logged = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert tracked == [(row["step"], name, value) for row in logged for name, value in row.items() if name != "step"]
+
+
+def test_the_optimizer_and_its_key_are_part_of_the_identity(record):
+    assert record["identity"]["train"]["optimizer"] == "sgd"
+    assert record["identity"]["train"]["momentum"] == 0.9
+
+
+def test_the_schedule_falls_in_equal_steps_to_zero(run_folder, record):
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["train/lr"] for row in rows if "train/lr" in row]
+    train = record["identity"]["train"]
+    after_warmup = train["steps"] - train["warmup_steps"]
+    expected = [train["lr"] * (1 - (k + 1) / after_warmup) for k in range(after_warmup)]
+    assert rates[train["warmup_steps"] :] == pytest.approx(expected)
+
+
+def test_the_part_is_trained_and_saved(run_folder, record):
+    """w adds L d_in numbers, and is no longer 1."""
+    tying = compose_config(["model=tiny_llama"])
+    architecture = tying.model.architecture
+    without = trainable_params(tying.tying, tying.rank.r, architecture)
+    assert record["trainable_params"] == without + architecture.layers * architecture.hidden
+    w = load_file(run_folder / "adapter" / "adapter.safetensors")["qkv.w"]
+    assert tuple(w.shape) == (architecture.layers, architecture.hidden)
+    assert (w != 1).any()
+
+
+def test_ids_of_earlier_runs_stay(extended):
+    """All that the page adds is neutral where it is not used."""
+    overrides = ["model=tiny_llama", "tying=TAuv", "train=tiny"]
+    code = "import sys; from tiedlora.config import compose, identity; "
+    code += "print(identity.run_id(compose.compose_config(sys.argv[1:])))"
+    assert start(extended, "-c", code, *overrides) == start(PROJECT, "-c", code, *overrides)
