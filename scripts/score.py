@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 
 from tiedlora import errors
-from tiedlora.records.summary import terminal_lines
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.summary import terminal_lines
 from tiedlora.runs import lazy
 
 

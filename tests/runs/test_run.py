@@ -17,11 +17,10 @@ from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.records.rows import MetricsRow, read_metrics
+from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import lazy, run
 from tiedlora.scoring import split
-from tiedlora.tracking.metrics_file import MetricsFile
 
 
 def folder_of(config) -> RunFolder:

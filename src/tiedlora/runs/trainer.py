@@ -17,11 +17,11 @@ from tiedlora.adapter import architectures, load, save
 from tiedlora.config.identity import config_tree
 from tiedlora.data.batching import Batch, BatchSampler, microbatches
 from tiedlora.models.device import peak_memory_bytes, restart_peak_memory
-from tiedlora.progress import ProgressBar
 from tiedlora.records.rows import MetricsRow
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs.session import RunSession
 from tiedlora.tracking.base import RunTrackers, TrackedRun
+from tiedlora.tracking.progress import ProgressBar
 from tiedlora.training import checkpoint, compiling, loop
 from tiedlora.training.loss import mean_loss, target_loss
 from tiedlora.training.optimizer import build_optimizer

@@ -9,11 +9,11 @@ from typing import Any
 from tiedlora.config.schema import Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
-from tiedlora.progress import ProgressBar
 from tiedlora.records.rows import PredictionRow
 from tiedlora.scoring.decoding import generate, generation_batches
 from tiedlora.scoring.likelihoods import choice_batches, choice_log_likelihoods
 from tiedlora.tasks import Example, Task
+from tiedlora.tracking.progress import ProgressBar
 
 
 @dataclass(frozen=True)
