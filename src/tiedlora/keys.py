@@ -61,9 +61,7 @@ def key(
         execution: a fact of where and how a run is carried out: recorded, but not part of the run's identity.
         neutral: the value at which a key that was added later is left out of the identity, so that old ids stay.
     """
-    metadata: dict[str, Any] = {"rules": KeyRules(low, high, choices, option_of, name)}
-    if execution:
-        metadata["execution"] = True
+    metadata = {"rules": KeyRules(low, high, choices, option_of, name), "execution": execution}
     if neutral is not NO_NEUTRAL:
         metadata["neutral"] = neutral
     if factory is not None:

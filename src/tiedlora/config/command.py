@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -43,18 +44,21 @@ def _overrides(config: Config, train: str) -> list[str]:
         chosen["rank"] = rank
     chosen["train"] = train
     options = [f"{group}={name}" for group, name in chosen.items() if name != _defaults()[group]]
-    from_options, target = _composed(tuple(options)), _flat(identity(config))
+    from_options = _values_of_options(tuple(options))
     differences = [
-        f"{'' if key in from_options else '+'}{key}={_in_hydras_grammar(value)}"
-        for key, value in target.items()
-        if (key not in from_options or from_options[key] != value) and key != "train.init_digest"
+        f"{'' if key in from_options else '+'}{key}={value}"
+        for key, value in _identity_values(config).items()
+        if from_options.get(key) != value and not _is_derived(key, value, config)
     ]
-    # alpha follows the rank unless it is set.
-    default_alpha = f"rank.alpha={_in_hydras_grammar(float(config.rank.r))}"
-    differences = [override for override in differences if override != default_alpha]
     if config.train.init_from:
         differences.append(f"train.init_from={_in_hydras_grammar(config.train.init_from)}")
     return [*options, *differences]
+
+
+def _is_derived(key: str, value: str, config: Config) -> bool:
+    """Whether another key gives this value: alpha follows the rank unless it is set, init_digest follows init_from."""
+    default_alpha = _in_hydras_grammar(float(config.rank.r))
+    return key == "train.init_digest" or (key == "rank.alpha" and value == default_alpha)
 
 
 @functools.cache
@@ -75,18 +79,21 @@ def _defaults() -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=256)
-def _composed(options: tuple[str, ...]) -> dict[str, Any]:
-    return _flat(identity(configuration.compose_config(list(options))))
+def _values_of_options(options: tuple[str, ...]) -> dict[str, str]:
+    return _identity_values(configuration.compose_config(list(options)))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _identity_values(config: Config) -> dict[str, str]:
+    """Dotted key -> value in Hydra's grammar, of everything in the identity."""
+    return dict(_leaves(identity(config), ""))
+
+
+def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            yield prefix + key, _in_hydras_grammar(value)
 
 
 def _in_hydras_grammar(value: object) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import Field, asdict, fields, is_dataclass
 from typing import Any
 
 from tiedlora import tying
@@ -24,13 +24,14 @@ def identity(config: Any) -> dict[str, Any]:
 
     A key is left out if it is a fact of execution, or at its `neutral` value (see keys.py).
     """
-    kept: dict[str, Any] = {}
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if item.metadata.get("execution") or ("neutral" in item.metadata and value == item.metadata["neutral"]):
-            continue
-        kept[item.name] = identity(value) if is_dataclass(value) else value
-    return kept
+    values = {item.name: getattr(config, item.name) for item in fields(config) if _is_hashed(item, config)}
+    return {name: identity(value) if is_dataclass(value) else value for name, value in values.items()}
+
+
+def _is_hashed(key: Field[Any], config: Any) -> bool:
+    if "neutral" in key.metadata and getattr(config, key.name) == key.metadata["neutral"]:
+        return False
+    return not key.metadata.get("execution")
 
 
 def run_id(config: Config) -> str:

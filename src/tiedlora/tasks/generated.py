@@ -1,8 +1,7 @@
 """Problems that reasoning-gym makes, each with a worked answer that ends in `#### number`.
 
-The rows are made in memory, as many as wanted, and scored as GSM8K's. Keys of task.options: `dataset` names
-reasoning-gym's generator, `parameters` are the generator's own settings, and `rows` is the number of rows of each
-split.
+The rows are made in memory and scored as GSM8K's. Keys of task.options: `dataset` names reasoning-gym's generator,
+`parameters` are the generator's own settings, and `rows` is the number of rows of each split.
 
 Importing this module takes about a second, because reasoning_gym imports all its generators (and with them sympy and
 matplotlib). It is imported only for a task of this kind, and such a task always needs its rows.
