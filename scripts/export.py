@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tiedlora import errors
 from tiedlora.config.compose import read_config
-from tiedlora.config.schema import DTYPES, SCORED_SPLITS
+from tiedlora.config.schema import SCORED_SPLITS
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--to", choices=("peft", "merged", "hub-card"), required=True)
     parser.add_argument("--out", type=Path, help="the new folder; default RUN/export/<to>")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of merged weights")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of merged weights")
     parser.add_argument("--split", choices=SCORED_SPLITS, default="validation", help="whose rows the lm-eval task asks")
     parser.add_argument("--cache", help="where converted models are; default: where the run kept them")
     arguments = parser.parse_args()

@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_written_is_said_in_a_line(tiny_run, tmp_path):
 
 
 def forked(act: Callable[[], object], seconds: int = 60) -> tuple[int, str]:
-    """Exit code and standard error of `act` under errors.exit_codes(), in a fork that has imported everything already."""
+    """Exit code and standard error of `act` under errors.exit_codes(), in a fork that has everything imported."""
     with tempfile.TemporaryFile("w+") as told:
         child = os.fork()
         if child == 0:

@@ -23,11 +23,6 @@ from tiedlora.runs import run, verify
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "version_0_1"
 RUN = "custom-r2-chain_sum-llama-s0-8745001118"
 FILES = ("adapter/adapter.safetensors", "adapter/adapter.json", "predictions/test.jsonl")
-    "adapter/adapter.safetensors",
-    "adapter/adapter.json",
-    "predictions/validation.jsonl",
-    "predictions/test.jsonl",
-)
 PROCESSOR = (FIXTURES / "processor.txt").read_text().strip()
 """Vendor, family and model of the processor that made the fixtures."""
 
