@@ -264,11 +264,7 @@ def label(tying: Tying) -> str:
 
 
 def default_inits(trained: list[str]) -> dict[str, float | str]:
-    """The initial values of the eight configurations (docs/method.md): one trained part starts at zero.
-
-    Args:
-        trained: names of the trained parts.
-    """
+    """The initial values of the eight configurations (docs/method.md): one of the trained parts starts at zero."""
     inits = {name: traits.default_init for name, traits in PARTS.items()}
     orders = {name: order for name in trained if (order := PARTS[name].zero_start_order) is not None}
     if orders:
