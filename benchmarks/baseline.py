@@ -46,13 +46,14 @@ class TrainedBaseline:
 
 
 class _Collator:
-    """Rows to one padded batch. It counts the tokens that it has passed on."""
+    """Rows to one padded batch. It keeps how many tokens each batch has: step k trains on the k-th batch."""
 
     def __init__(self, pad_id: int) -> None:
-        self.pad_id, self.tokens = pad_id, 0
+        self.pad_id = pad_id
+        self.batch_tokens: list[int] = []
 
     def __call__(self, rows: list[TokenRow]) -> dict[str, torch.Tensor]:
-        self.tokens += sum(len(row["input_ids"]) for row in rows)
+        self.batch_tokens.append(sum(len(row["input_ids"]) for row in rows))
         mask = [{"attention_mask": [1] * len(row["input_ids"])} for row in rows]
         return {
             "input_ids": _padded(rows, "input_ids", self.pad_id),
@@ -67,14 +68,13 @@ def _padded(rows: list[TokenRow], key: str, value: int) -> torch.Tensor:
 
 
 class _StepClock(TrainerCallback):  # type: ignore[misc]
-    """The time at which each step ended, and how many tokens the collator had passed on until then."""
+    """The time at which each step ended."""
 
-    def __init__(self, collator: _Collator) -> None:
-        self.collator = collator
-        self.ends: list[tuple[float, int]] = []
+    def __init__(self) -> None:
+        self.ends: list[float] = []
 
     def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
-        self.ends.append((time.perf_counter(), self.collator.tokens))
+        self.ends.append(time.perf_counter())
 
 
 class _LossTrainer(Trainer):  # type: ignore[misc]
@@ -111,7 +111,7 @@ def train(dtype: str, order: str, steps: int, skipped: int, *overrides: str) -> 
         encoded = [encoded[number] for step in range(1, steps + 1) for number in sampler.rows_of_step(step)]
     model = peft_lora(base.model, _initial_adapter(config))
     collator = _Collator(base.tokenizer.eos_token_id)
-    clock = _StepClock(collator)
+    clock = _StepClock()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = (_InOrderTrainer if in_order else _LossTrainer)(
             model=model,
@@ -122,13 +122,9 @@ def train(dtype: str, order: str, steps: int, skipped: int, *overrides: str) -> 
         )
         trainer.losses = []
         trainer.train()
-    size = config.train.batch_size
-    if in_order:
-        tokens = sum(len(row) for row in encoded[skipped * size : steps * size])
-    else:
-        # The loader collates one batch ahead, so this may be off by the difference between two batches.
-        tokens = clock.ends[-1][1] - clock.ends[skipped - 1][1]
-    return TrainedBaseline(base, model, trainer.losses, tokens, clock.ends[-1][0] - clock.ends[skipped - 1][0])
+    # The loader may have collated one batch more than there were steps.
+    tokens = sum(collator.batch_tokens[skipped:steps])
+    return TrainedBaseline(base, model, trainer.losses, tokens, clock.ends[-1] - clock.ends[skipped - 1])
 
 
 def _initial_adapter(config: Config) -> TiedAdapter:

@@ -31,15 +31,19 @@ def batch(base):
     return batch
 
 
-@pytest.mark.parametrize("name", EIGHT)
-def test_it_starts_at_the_base_moves_at_once_and_counts_as_the_formula(base, batch, name):
+@pytest.fixture(scope="module")
+def base_logits(base, batch):
     with torch.no_grad():
-        before = base.model(batch.input_ids).logits
+        return base.model(batch.input_ids).logits
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_it_starts_at_the_base_moves_at_once_and_counts_as_the_formula(base, batch, base_logits, name):
     spec = tying_option(name)
     attached = attach(base.model, spec, 8)
     try:
         with torch.no_grad():
-            assert torch.equal(base.model(batch.input_ids).logits, before), "the untrained adapter changes a logit"
+            assert torch.equal(base.model(batch.input_ids).logits, base_logits), "the untrained adapter changes a logit"
         architecture = model_option("smollm2_135m").architecture
         assert attached.adapter.trainable_params() == tying.trainable_params(spec, 8, architecture)
         parts = attached.adapter.trained_parts()

@@ -125,19 +125,20 @@ def test_an_empty_prompt_is_refused():
 
 def test_tokens_are_kept_by_content(tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "MIN_ROWS", 3)
-    examples = [squad_example(f"{i} word1 " + PASSAGE * (i == 2), "word1", Squad(encoder().config)) for i in range(4)]
+    usual = encoder()
+    examples = [squad_example(f"{i} word1 " + PASSAGE * (i == 2), "word1", Squad(usual.config)) for i in range(4)]
+    expected = encode_rows(usual, examples)
 
-    def load_or_encode(digest="rows", weights="sha256:1", coder=None, known=True):
+    def load_or_encode(digest="rows", weights="sha256:1", coder=usual, known=True):
         base = BaseModel(None, None, BaseModelRecord("a", "main", weights), digest_is_known=known)
-        return token_cache.load_or_encode(coder or encoder(), examples, digest, base, tmp_path)
+        return token_cache.load_or_encode(coder, examples, digest, base, tmp_path)
 
-    assert load_or_encode(known=False) == encode_rows(encoder(), examples)
+    assert load_or_encode(known=False) == expected
     assert not (tmp_path / "tokens").exists(), "kept although nothing says which tokenizer it was"
-    rows = load_or_encode()
-    assert rows == encode_rows(encoder(), examples)
+    assert load_or_encode() == expected
     (file,) = (tmp_path / "tokens").iterdir()
     monkeypatch.setattr(token_cache, "encode_rows", lambda *_: pytest.fail("encoded again"))
-    assert load_or_encode() == rows
+    assert load_or_encode() == expected
     # Other rows, another tokenizer or other settings have other tokens. A damaged file is not used.
     for other in ({"digest": "x"}, {"weights": "2"}, {"coder": encoder("task.max_target_tokens=9")}, {"known": False}):
         with pytest.raises(pytest.fail.Exception, match="again"):
