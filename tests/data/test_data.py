@@ -14,6 +14,7 @@ from tiedlora.models.base_model import BaseModel
 from tiedlora.models.embedded import embedded_folder
 from tiedlora.records.run_record import BaseModelRecord
 from tiedlora.tasks import Example
+from tiedlora.tasks.rows import DataRow
 from tiedlora.tasks.squad import Squad
 
 PASSAGE = " ".join(f"word{i}" for i in range(200))
@@ -26,7 +27,7 @@ def encoder(*overrides: str, context: int = 512) -> Encoder:
 
 def squad_example(context: str, answer: str, task: Squad) -> Example:
     row = {"context": context, "question": "Which one?", "answers": {"text": [answer], "answer_start": [0]}}
-    return task.example(row, "0")
+    return task.example(DataRow("here", row), "0")
 
 
 def test_labels_cover_the_target_and_the_end_of_text_alone():

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import wandb
 
 from tiedlora import errors
@@ -116,6 +117,11 @@ def one_error(told: str) -> str:
     return line
 
 
+def address_space() -> int:
+    """Bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
 @pytest.mark.parametrize(
     ("stage", "lower"), [("training", "lower train.microbatch_tokens below "), ("scoring", "score.batch_size=500")]
 )
@@ -129,13 +135,16 @@ def test_too_little_memory_says_what_to_lower_and_leaves_the_checkpoint(tiny_con
     folder = RunFolder(Path(config.outputs) / run_id(config))
 
     def start() -> None:
-        save = checkpoint.save
+        save, kept = checkpoint.save, []
 
         def save_and_limit(*arguments):
             save(*arguments)
             if arguments[1].step == (1 if stage == "training" else 2):
-                pages = int(Path("/proc/self/statm").read_text().split()[0])
-                resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**20, -1))
+                # The process keeps what it has freed, and so do the tests before this one: use that up first.
+                before = address_space()
+                while address_space() == before:
+                    kept.append(torch.empty(2**18))
+                resource.setrlimit(resource.RLIMIT_AS, (address_space() + 2**20, -1))
 
         monkeypatch.setattr(checkpoint, "save", save_and_limit)
         run.main(config)
@@ -277,6 +286,8 @@ class TestWandb:
 
     def test_its_process_killed_in_mid_run_is_one_warning_and_the_next_run_has_a_new_one(self, tiny_config):
         config, following = (tiny_config("tracking=wandb", "train.log_every=1", f"seed={seed}") for seed in (0, 1))
+        # A helper process that an earlier test started would be inherited, and is not this test's to kill.
+        wandb.teardown()
 
         def start() -> None:
             log = MetricsFile.log

@@ -19,6 +19,7 @@ from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.statistics.interval import Interval
 from tiedlora.tasks import Example, load_task
+from tiedlora.tasks.rows import DataRow
 
 
 def rows_of(task, pairs):
@@ -94,7 +95,7 @@ def test_a_shortened_prompt_is_scored_marked_and_shown():
     base, encoder, task, config = setup("task=dialogsum", "task.max_new_tokens=8", context=120)
     dialogue = " ".join(f"word{i}" for i in range(60))
     row = {"id": "test_0_1", "dialogue": dialogue, "summary": "many words"}
-    example = task.example(row, "test_0")
+    example = task.example(DataRow("here", row), "test_0")
     (prediction,) = predict(base.model, encoder, task, [example], config, "test")
     assert prediction.shortened
     assert prediction.prompt.endswith("\n\nSummary:")
@@ -105,7 +106,7 @@ def test_a_shortened_prompt_is_scored_marked_and_shown():
 def test_the_base_model_is_scored_once_for_a_protocol(tmp_path, monkeypatch):
     base, encoder, task, config = setup("task=squad", "task.max_new_tokens=4", f"outputs={tmp_path}")
     row = {"context": "Rome is old.", "question": "What is old?", "answers": {"text": ["Rome"], "answer_start": [0]}}
-    examples = [task.example(row, "0")]
+    examples = [task.example(DataRow("here", row), "0")]
     scorer = Scorer(attach(base.model, "TABuv"), encoder, task, config, base.record)
     first = scorer.base_rows("test", examples)
     monkeypatch.setattr(scoring, "predict", lambda *_: pytest.fail("scored again"))

@@ -35,7 +35,7 @@ def test_two_processes_are_one(tiny_config, tiny_run, tmp_path):
     together = folder.record()
     assert together is not None
     assert together.run_id == alone.run_id, "the number of processes is no part of the identity"
-    assert "2 processes" in together.execution
+    assert "2 processes" in str(together.execution)
     assert together.training.target_tokens == alone.training.target_tokens
     one, two = (
         [row for row in read_metrics(path / "metrics.jsonl") if "train/loss" in row.values]

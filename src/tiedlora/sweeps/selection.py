@@ -220,7 +220,7 @@ def read_selection(path: Path) -> Selection:
     """
     tree = storage.read_json(path)
     try:
-        return typed(Selection, tree, what="a sweep's selection of this project")
+        return typed(Selection, tree, what="a sweep's selection")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

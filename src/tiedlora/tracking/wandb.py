@@ -49,9 +49,8 @@ class WandbTracker:
             # In the environment, not as an argument: only then does wandb make no network call at all.
             os.environ["WANDB_MODE"] = "offline"
             log.info("W&B: not logged in, so this run is kept offline; `wandb sync %s`", offline_runs)
-        settings = _settings(run)
         try:
-            self.run = wandb.init(**settings)
+            self.run = wandb.init(**_settings(run))
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise UserError(f"tracking=wandb: {error}; WANDB_MODE=offline or tracking=none needs no account") from None
         except wandb.errors.CommError as error:
@@ -61,7 +60,7 @@ class WandbTracker:
             with suppress(Exception):
                 wandb.teardown()
             os.environ["WANDB_MODE"] = "offline"
-            self.run = wandb.init(**settings)
+            self.run = wandb.init(**_settings(run))
         with self._survive_failure():
             # Tables and scatter plots read the summary: the best validation loss, and the last of the others.
             self.run.define_metric("validation/loss", summary="min,last")
@@ -98,7 +97,7 @@ class WandbTracker:
 
 
 def _settings(run: TrackedRun) -> dict[str, Any]:
-    """The arguments of wandb.init."""
+    """The arguments of wandb.init, as the environment is now: wandb.Settings reads WANDB_MODE when it is made."""
     config = run.config
     model, task = config.model.name.rsplit("/", 1)[-1], config.task.name
     tying, rank = config.tying.name, f"r{config.rank.r}"
