@@ -6,7 +6,7 @@
     ...                                                    # train attached.adapter.trained_parts()
     attached.save_pretrained("my-adapter")
 
-A name is imported when it is first used, so `import tiedlora` and the commands that need no torch stay quick.
+A name is imported when it is first used. So `import tiedlora` is quick, and so are the commands that need no torch.
 """
 
 from __future__ import annotations

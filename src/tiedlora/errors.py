@@ -1,7 +1,7 @@
-"""Errors that speak to the person at the keyboard, and how a command ends.
+"""Errors with a message for the user, and how a command ends.
 
-Exit codes: 0 done; 1 a bug (with its traceback); 2 a mistake that the message explains; 75 stopped on request with a
-checkpoint: the same command continues.
+Exit codes: 0 done; 1 a bug (with its traceback); 2 a mistake that the message explains; 75 stopped on request, with a
+checkpoint (the same command continues from it).
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from contextlib import contextmanager
 class UserError(Exception):
     """A mistake that the user can correct.
 
-    The message is one line: it names the key or file, what is wrong, what is allowed, what to do.
-    Commands print it without a traceback and exit with code 2; every other exception is a bug
-    and keeps its traceback.
+    The message is one line: it names the key or file, what is wrong, what is allowed, and what to do.
+    Commands print it without a traceback and exit with code 2. Every other exception is a bug and keeps its traceback.
     """
 
 
@@ -30,7 +29,7 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "AL
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was too little memory: torch has a class for a GPU's alone, and libraries below it have none."""
+    """Whether memory ran out. torch has an exception class for this only on a GPU, so otherwise the text decides."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (
@@ -44,16 +43,16 @@ STOPPED = 75
 CLOSED_PIPE = 141
 """What a shell reports for a program that SIGPIPE ended."""
 LONGEST_MESSAGE = 2000
-"""Characters of a message: some quote a file, which may be of any length."""
+"""Most characters of a message that are printed. Some messages quote a file, which may have any length."""
 
 _OS_ERRORS = {
     errno.ENOSPC: "the disk is full; make space",
     errno.EDQUOT: "the disk quota is used up; make space",
     errno.EACCES: "no permission to write there; change it, or choose another folder with outputs=",
-    errno.ENOTDIR: "a file is where a folder is wanted; choose another folder with outputs=",
-    errno.EEXIST: "a file is where a folder is wanted; remove it, or choose another folder with outputs=",
-    errno.EISDIR: "a folder is where a file is wanted; remove it, or choose another folder with outputs=",
-    errno.ELOOP: "a symbolic link goes round, or is where none is wanted; remove it, or choose another outputs=",
+    errno.ENOTDIR: "a file is where a folder is needed; choose another folder with outputs=",
+    errno.EEXIST: "a file is where a folder is needed; remove it, or choose another folder with outputs=",
+    errno.EISDIR: "a folder is where a file is needed; remove it, or choose another folder with outputs=",
+    errno.ELOOP: "a symbolic link leads to itself, or is not allowed there; remove it, or choose another outputs=",
     errno.ENAMETOOLONG: "the path is too long; choose a shorter one with outputs=",
     errno.EROFS: "the file system is read-only; choose another folder with outputs=",
 }
@@ -61,24 +60,28 @@ _OS_ERRORS = {
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """Turn a mistake or a stop into one line on standard error and an exit code; a bug keeps its traceback."""
+    """Turn a mistake or a stop into one line on standard error and an exit code; a bug keeps its traceback.
+
+    Raises:
+        SystemExit: with code 2 after a mistake, 75 after a stop, 141 if the reader of the output has closed it.
+    """
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader, such as `head`, has what it wanted. Python would complain once more when it flushes at exit.
+        # The reader, such as `head`, has ended. Without this, Python would report the error again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(CLOSED_PIPE) from None
     except UserError as error:
         _end(f"error: {error}", MISTAKE)
     except StoppedEarly:
-        _end("stopped with a checkpoint; the same command goes on from it", STOPPED)
+        _end("stopped with a checkpoint; the same command continues from it", STOPPED)
     except KeyboardInterrupt:
-        _end("stopped; the same command goes on from the newest checkpoint", STOPPED)
+        _end("stopped; the same command continues from the newest checkpoint", STOPPED)
     except OSError as error:
         if error.errno not in _OS_ERRORS:
             raise
-        _end(f"error: {error.filename}: {_OS_ERRORS[error.errno]}, then run the same command: it goes on", MISTAKE)
+        _end(f"error: {error.filename}: {_OS_ERRORS[error.errno]}, then run the same command: it continues", MISTAKE)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -86,7 +89,7 @@ def exit_codes() -> Iterator[None]:
 
 
 def _end(message: str, code: int) -> None:
-    # One line whatever the error held: control characters could rewrite the terminal.
+    # Always one line of printable characters: control characters in an error could rewrite the terminal.
     line = "".join(c if c.isprintable() else " " for c in message)
     print(line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]} ...", file=sys.stderr)
     raise SystemExit(code)

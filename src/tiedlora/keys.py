@@ -1,7 +1,7 @@
 """How a key of the configuration is declared, and how the keys of a configuration are listed.
 
-A key is a field of a dataclass that is made with `key`: its default, its allowed values and what it means for a run's
-identity stand in one place, and the docstring below the field is its help.
+A key is a field of a dataclass that is declared with `key`. Its default, its allowed values and its part in a run's
+identity are in that one place. The docstring below the field is its help.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 LARGEST_COUNT = 10**9
-"""Upper bound of everything that is counted (rows, steps, tokens): far above any real run, far below an overflow."""
+"""Upper bound of everything that is counted (rows, steps, tokens). It is above any real run and below any overflow."""
 
 
 @dataclass(frozen=True)
 class KeyRules:
-    """Which values of the right type a key allows. None and empty mean no rule; a key's value None passes all rules."""
+    """Which values of the right type a key allows. None and empty mean no rule. The value None follows every rule."""
 
     low: float | None = None
     high: float | None = None
@@ -28,7 +28,7 @@ class KeyRules:
     option_of: str = ""
     """The group of conf/ whose options are the choices."""
     is_name: bool = False
-    """Whether the value becomes part of a path, of a file's name or of an address, and so must be a plain name."""
+    """Whether the value must be a plain name, because it becomes part of a path, a file name or an address."""
 
 
 class _NoNeutral:
@@ -53,13 +53,13 @@ def key(
     """Declare a key, as the default of a dataclass's field.
 
     Args:
-        factory: makes the default, instead of `default`, where it is a list, a mapping or a section.
+        factory: makes the default; used instead of `default` for a list, a mapping or a section.
         low, high: the allowed range, both ends included.
         choices: the allowed texts.
         option_of: the group of conf/ whose options are the allowed texts.
         name: the value must be a plain name (see `text.is_name`), because it becomes part of a path or an address.
-        execution: a fact of where and how a run is carried out: recorded, but not part of the run's identity.
-        neutral: the value at which a key that was added later is left out of the identity, so that old ids stay.
+        execution: the key says where or how a run is carried out. It is recorded, but not part of the run's identity.
+        neutral: the value at which the key is left out of the identity. With it, a new key leaves old ids unchanged.
     """
     metadata = {"rules": KeyRules(low, high, choices, option_of, name), "execution": execution}
     if neutral is not NO_NEUTRAL:
@@ -70,13 +70,13 @@ def key(
 
 
 def count(default: int | None, *, low: int = 1, execution: bool = False, neutral: Any = NO_NEUTRAL) -> Any:
-    """Declare a key that counts something: a whole number from `low` to a thousand million."""
+    """Declare a key that counts something: a whole number from `low` to LARGEST_COUNT."""
     return key(default, low=low, high=LARGEST_COUNT, execution=execution, neutral=neutral)
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a configuration, with its value there."""
+    """One key of a configuration, with its value."""
 
     name: str
     """The dotted name, such as `train.lr`."""
@@ -93,7 +93,7 @@ class Key:
 
     @property
     def help(self) -> str:
-        """The docstring below the field, on one line; empty where there is none."""
+        """The docstring below the field, on one line; empty if there is none."""
         # A section may inherit its fields: the docstring is in the class that declares this one.
         declaring = next(base for base in self.section.__mro__ if self.field.name in inspect.get_annotations(base))
         tree = ast.parse(textwrap.dedent(inspect.getsource(declaring)))
@@ -107,7 +107,7 @@ class Key:
 
 
 def list_keys(section: Any, prefix: str = "") -> Iterator[Key]:
-    """Every key of a configuration or of one of its sections, sections themselves included, in the schema's order."""
+    """Every key of a configuration, or of one of its sections, in the schema's order. Sections are listed too."""
     for item in fields(section):
         value = getattr(section, item.name)
         yield Key(prefix + item.name, value, item, type(section))

@@ -1,4 +1,4 @@
-"""Writing and reading files: a write is complete or absent, and a reader accepts no file on trust."""
+"""Write and read files. A write is complete or has no effect, and every file is checked when it is read."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 from tiedlora.errors import UserError
 
 LARGEST_JSON, LARGEST_YAML = 64 * 2**20, 2**20
-"""Most bytes of a record and of a configuration that are read. This project's files have kilobytes."""
+"""Most bytes of a JSON file (such as a record) and of a YAML file that are read. Ours have some kilobytes."""
 DEEPEST_YAML = 50
-"""Most levels of nesting in YAML: pyyaml's time grows with their square."""
+"""Most levels of nesting in YAML. pyyaml's time grows with their square."""
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk, so that renames inside it survive a power cut."""
+    """Flush a folder's entries to the disk, so that a rename inside it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,7 +36,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the file's name to errors of the block: the error of a write to an open file does not hold it."""
+    """Add the file's name to an OSError of the block, because a failed write to an open file does not name it."""
     try:
         yield
     except OSError as error:
@@ -45,10 +45,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file completely or not at all: write beside `path`, flush to the disk, then rename.
+    """Write a file completely or not at all: write a second file beside `path`, flush it to the disk, then rename it.
 
     Raises:
-        OSError: disk full or no permission; `path` is then unchanged.
+        OSError: the disk is full, or there is no permission; `path` is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -64,21 +64,30 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write indented JSON. It is strict: a NaN is an error, because other programs could not read the file."""
+    """Write indented JSON, completely or not at all.
+
+    Raises:
+        ValueError: a number is not finite: other programs could not read the file.
+        OSError: as write_bytes.
+    """
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def write_json_lines(path: Path, rows: Sequence[object]) -> None:
-    """Write one JSON value per line, strict as write_json."""
+    """Write one JSON value per line, completely or not at all.
+
+    Raises:
+        ValueError, OSError: as write_json.
+    """
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     write_bytes(path, text.encode())
 
 
 def read_bytes(path: Path, most: int | None = None) -> bytes:
-    """The content of a regular file. Others are refused: a read of a pipe could wait for ever, a device never ends.
+    """The content of a regular file. A pipe or a device is refused, because reading it might never end.
 
     Raises:
-        UserError: the file is missing, is no regular file, cannot be read, or has more than `most` bytes.
+        UserError: the file is missing, is not a regular file, cannot be read, or has more than `most` bytes.
     """
     with _regular(path) as file:
         if most is not None and (size := os.fstat(file.fileno()).st_size) > most:
@@ -90,7 +99,7 @@ def sha256(path: Path) -> str:
     """The sha256 of a regular file, in hexadecimal.
 
     Raises:
-        UserError: the file is missing, is no regular file, or cannot be read.
+        UserError: the file is missing, is not a regular file, or cannot be read.
     """
     with _regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -99,7 +108,7 @@ def sha256(path: Path) -> str:
 @contextmanager
 def _regular(path: Path) -> Iterator[BufferedReader]:
     try:
-        # Checked before opening, because opening a pipe may wait for ever.
+        # This check comes before open(), because opening a pipe may never return.
         if not stat.S_ISREG(path.stat().st_mode):
             raise UserError(f"{path}: is not a regular file")
         with open(path, "rb") as file:
@@ -127,11 +136,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> DictConfig:
-    """A YAML mapping as an OmegaConf node, its interpolations unresolved. Tags of Python objects are an error.
+    """A YAML mapping as an OmegaConf node. Its interpolations are not resolved, and tags of Python objects are refused.
 
     Raises:
-        UserError: the file cannot be read, is too large, not UTF-8, not YAML, no mapping, nested too deeply, or has
-            aliases.
+        UserError: the file cannot be read, is too large, is not UTF-8, not YAML or not a mapping, is nested too
+            deeply, or has aliases.
     """
 
     data = read_bytes(path, LARGEST_YAML)
@@ -148,7 +157,7 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def _reason_to_refuse(events: Iterator[yaml.Event]) -> str:
-    """Why YAML is not turned into values; empty if it may be. Nine lines of aliases can expand to gigabytes."""
+    """Why this YAML is refused; empty if it is accepted. (Nine lines of aliases can expand to gigabytes.)"""
     depth, root = 0, True
     for event in events:
         if isinstance(event, yaml.AliasEvent):
@@ -165,7 +174,7 @@ def _reason_to_refuse(events: Iterator[yaml.Event]) -> str:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `path` when the block ends, complete or not at all."""
+    """A temporary folder that replaces `path` when the block ends without an error. After an error it is removed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)

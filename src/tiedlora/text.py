@@ -1,4 +1,4 @@
-"""Text for people: control characters made visible, names checked, columns aligned, times written out."""
+"""Text for people: visible control characters, checked names, aligned columns, times."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ def is_name(value: object) -> bool:
 
 
 def visible(text: str) -> str:
-    """Control characters, bidirectional marks and lone surrogates as visible signs, so that no text rewrites what is
-    around it; line feeds are kept as a sign too."""
+    """The text with a visible sign for each control character, bidirectional mark and lone surrogate.
+
+    So no text can change how the text around it is shown. A line feed becomes a sign too.
+    """
     return "".join(_sign(c) for c in text)
 
 
@@ -32,18 +34,18 @@ def _sign(c: str) -> str:
 
 
 def visible_lines(text: str) -> str:
-    """Text of several lines with each line made visible, so that it cannot move the cursor or rewrite the terminal."""
+    """As `visible`, for a text of several lines: line feeds stay, so the text keeps its lines."""
     return "\n".join(map(visible, text.split("\n")))
 
 
 def clock(seconds: float) -> str:
-    """m:ss, or h:mm:ss from an hour on."""
+    """The time as m:ss, or as h:mm:ss from one hour."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equal length as columns of equal width, two blanks apart; the first row is the head."""
+    """Rows of equal length as aligned columns, two blanks apart. The first row is the head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -1,6 +1,6 @@
-"""What a tied adapter trains, what its layers share, where it starts, and how many parameters that is.
+"""What a tied adapter trains, what its layers share, its initial values, and its number of parameters.
 
-Pure arithmetic: no torch, no files. The formula (Tied-LoRA, arXiv 2311.09578), for layer l of L with
+This is arithmetic only: no torch, no files. The formula (Tied-LoRA, arXiv 2311.09578) for layer l of L, with the
 frozen weight W_l (d_out x d_in), is
 
     z = W_l x + s * diag(v_l) B diag(u_l) A x        A: r x d_in   B: d_out x r   u_l: r   v_l: d_out
@@ -27,7 +27,7 @@ class Part:
     """One of A, B, u, v."""
 
     trained: bool = key(True)
-    """Whether the optimizer moves it."""
+    """Whether the optimizer changes it."""
     init: Union[float, str] = key(1.0)
     """`uniform` = U(-1/sqrt(n), 1/sqrt(n)), n the last dimension; `normal` = N(0, 1); or a constant."""
 
@@ -37,15 +37,15 @@ class Factor(Part):
     """A or B, which layers can share. u and v always belong to one layer."""
 
     share: Union[int, str] = key(ALL_LAYERS)
-    """How many consecutive layers share one factor: `all` (tied), 1 (untied), or any number between."""
+    """How many consecutive layers share one factor: `all` (tied), 1 (untied), or any number in between."""
 
 
 @dataclass
 class Tying:
-    """A complete specification, of the paper's eight configurations or of any other one."""
+    """A complete specification: one of the paper's eight configurations, or any other."""
 
     name: str = key("custom", name=True, execution=True)
-    """The name in tables. It does not change the run's identity."""
+    """The name in tables. It is not part of the run's identity."""
     A: Factor = key(factory=lambda: Factor(init="uniform"))
     """The factor A, r x d_in."""
     B: Factor = key(factory=lambda: Factor(init=0.0))
@@ -67,12 +67,12 @@ class Layout:
     """Where a causal language model keeps its projections, by module path."""
 
     layers: str = key("")
-    """Path of the list of layers inside the model; empty means the family's own layout."""
+    """Path of the list of layers inside the model; empty means the layout of the model's family."""
     sites: dict[str, list[str]] = key(factory=dict)
-    """Target -> module path inside a layer, three of them where qkv is three modules; `path:q` is the q part of a
+    """Target -> module paths inside a layer: one path, or three if qkv is three modules. `path:q` is the q part of a
     fused module that computes [Q; K; V]."""
     interleaved: bool = key(False)
-    """Whether a fused module's outputs go head by head, [q_1; k_1; v_1; q_2; ...]."""
+    """Whether a fused module's outputs are ordered head by head: [q_1; k_1; v_1; q_2; ...]."""
     transposed: bool = key(False)
     """Whether weights are d_in x d_out (transformers' Conv1D) instead of d_out x d_in."""
 
@@ -98,11 +98,11 @@ class Architecture:
     vocabulary: int = key(0, low=0, high=10**8)
     """Tokens of the vocabulary."""
     layout: Layout = key(factory=Layout, neutral=Layout())
-    """Where the projections are, by hand, for a family that adapter/architectures.py does not know."""
+    """Where the projections are, for a family that adapter/architectures.py does not know."""
 
 
 def target_shape(architecture: Architecture, target: str) -> tuple[int, int]:
-    """(d_in, d_out) of one adapted projection of one layer.
+    """(d_in, d_out) of one projection of one layer.
 
     Raises:
         UserError: `target` is not a known projection.
@@ -125,7 +125,7 @@ def target_shape(architecture: Architecture, target: str) -> tuple[int, int]:
 
 
 def layers_per_group(share: int | str, layers: int) -> int:
-    """How many consecutive layers hold one factor (the last group may hold fewer)."""
+    """How many consecutive layers share one factor (the last group may have fewer)."""
     return layers if share == ALL_LAYERS else min(int(share), layers)
 
 
@@ -136,10 +136,10 @@ def group_count(share: int | str, layers: int) -> int:
 
 @dataclass(frozen=True)
 class PartSizes:
-    """The sizes on which the shape of one part depends, for one target and all its layers together."""
+    """The sizes that determine the shape of one part, for one target and all its layers together."""
 
     groups: int
-    """Separate factors: ceil(layers / layers that share one)."""
+    """How many separate factors there are: ceil(layers / layers that share one)."""
     layers: int
     rank: int
     d_in: int
@@ -148,20 +148,20 @@ class PartSizes:
 
 @dataclass(frozen=True)
 class PartTraits:
-    """What distinguishes one part from the others. All that depends on the part's letter is declared here."""
+    """The properties of one part. Everything that depends on the part's letter is declared here."""
 
     shape: Callable[[PartSizes], tuple[int, ...]]
     """The shape of all layers' values together."""
     is_shared: bool
-    """Whether layers can share it (then it is a `Factor`); otherwise every layer has its own."""
+    """Whether layers can share the part (then it is a `Factor`). Otherwise every layer has its own."""
     decays: bool
-    """Whether weight decay applies. It would pull u and v towards 0, and they start at 1."""
+    """Whether weight decay applies. It would pull u and v towards 0, but they start at 1."""
     default_init: float | str
     """Its initial value in the eight configurations, unless it is the part that starts at zero."""
     zero_start_order: int | None
-    """In the eight configurations the trained part of the lowest number starts at zero; None: this part never does."""
+    """In the eight configurations, the trained part with the lowest number starts at zero; None: never this part."""
     neutral: float | None = None
-    """A frozen part of this value changes nothing, so it is neither created nor stored."""
+    """If the part is frozen at this value, it changes nothing, so it is neither created nor stored."""
 
 
 PARTS: dict[str, PartTraits] = {
@@ -196,13 +196,13 @@ PARTS: dict[str, PartTraits] = {
         neutral=1.0,
     ),
 }
-"""The parts of an adapter by name. What a specification says of a part is the attribute of that name of `Tying`."""
+"""The parts of an adapter by name. `Tying` has an attribute of the same name, which says how the part is trained."""
 FACTORS = tuple(name for name, traits in PARTS.items() if traits.is_shared)
 """The parts that layers can share."""
 
 
 def part_of(parameter_name: str) -> str:
-    """The part's name in the name of an adapter's parameter: `qkv.A` -> `A`."""
+    """The part's name, from the name of an adapter's parameter: `qkv.A` -> `A`."""
     return parameter_name.rpartition(".")[2]
 
 
@@ -221,7 +221,7 @@ def part_shape(tying: Tying, part: str, rank: int, architecture: Architecture, t
 
 
 def trainable_params(tying: Tying, rank: int, architecture: Architecture) -> int:
-    """How many parameters the optimizer moves (docs/method.md has the table of the eight configurations)."""
+    """How many numbers the optimizer changes (docs/method.md has the formulas of the eight configurations)."""
     return sum(
         math.prod(part_shape(tying, part, rank, architecture, target))
         for target in tying.targets
@@ -231,28 +231,28 @@ def trainable_params(tying: Tying, rank: int, architecture: Architecture) -> int
 
 
 def lora_params(rank: int, architecture: Architecture) -> int:
-    """Trainable parameters of the paper's LoRA at this rank, L r (d_in + d_out) on the fused QKV.
+    """Trainable parameters of the paper's LoRA at this rank: L r (d_in + d_out), on the fused QKV.
 
-    Every "share of LoRA" in this project is a share of this number.
+    Every "share of LoRA" in this project is relative to this number.
     """
     d_in, d_out = target_shape(architecture, "qkv")
     return architecture.layers * rank * (d_in + d_out)
 
 
 def nearest_lora_rank(trainable: int, architecture: Architecture) -> int:
-    """The rank (at least 1) at which LoRA's parameters are closest in number to `trainable`; of two, the lower."""
+    """The rank (at least 1) at which LoRA has the number of parameters nearest to `trainable`; of two, the lower."""
     below = max(1, trainable // lora_params(1, architecture))
     return min(below, below + 1, key=lambda rank: abs(lora_params(rank, architecture) - trainable))
 
 
 def is_stored(tying: Tying, part: str) -> bool:
-    """Whether a part has a parameter: a frozen part that changes nothing has none."""
+    """Whether the part has a parameter. A frozen part that changes nothing has none."""
     specification, neutral = getattr(tying, part), PARTS[part].neutral
     return bool(specification.trained or neutral is None or specification.init != neutral)
 
 
 def label(tying: Tying) -> str:
-    """The paper's name of a specification, or `custom`. It depends on what the specification means, not on its name."""
+    """The paper's name of a specification, or `custom`. It depends on the specification's values, not on its name."""
     trained = [part for part in PARTS if getattr(tying, part).trained]
     if tying.dropout or any(getattr(tying, part).init != init for part, init in default_inits(trained).items()):
         return "custom"
@@ -264,7 +264,7 @@ def label(tying: Tying) -> str:
 
 
 def default_inits(trained: list[str]) -> dict[str, float | str]:
-    """The initial values of the eight configurations (docs/method.md): one of the trained parts starts at zero."""
+    """Part -> its initial value in the eight configurations (docs/method.md): one trained part starts at zero."""
     inits = {name: traits.default_init for name, traits in PARTS.items()}
     orders = {name: order for name in trained if (order := PARTS[name].zero_start_order) is not None}
     if orders:
@@ -273,10 +273,10 @@ def default_inits(trained: list[str]) -> dict[str, float | str]:
 
 
 def named(name: str) -> Tying:
-    """One of the paper's eight specifications, as conf/tying/ has it.
+    """One of the paper's eight specifications, with the values of conf/tying/.
 
     Raises:
-        UserError: naming the eight.
+        UserError: `name` is not one of the eight; the message lists them.
     """
     if name not in NAMES:
         raise UserError(f"tying={name}: is not one of {', '.join(NAMES)}; for another, build a tiedlora.Tying")
@@ -292,18 +292,19 @@ def named(name: str) -> Tying:
 def check(tying: Tying, architecture: Architecture | None = None) -> None:
     """Refuse a specification that cannot train from the base model.
 
-    Exactly one part starts at zero, and it is trained. With none, the run would not start at the base model; if that
-    part is frozen, the update stays zero; with two, no part ever gets a gradient.
+    Exactly one part must start at zero, and it must be trained. If no part starts at zero, the run does not start at
+    the base model. If the zero part is frozen, the update stays zero. If two parts start at zero, no part ever gets a
+    gradient.
 
     Raises:
-        UserError: naming the key under `tying.` that breaks the rule.
+        UserError: a value is not allowed; the message names the key under `tying.`.
     """
     for name in PARTS:
         _check_part(name, getattr(tying, name))
     zeros = [name for name in PARTS if getattr(tying, name).init == 0.0]
     if not zeros:
         raise UserError(
-            "tying: no part starts at zero, so the run would start off the base model; "
+            "tying: no part starts at zero, so the run would not start at the base model; "
             "give exactly one trained part of A, B, u, v init=0 (usually B)"
         )
     if len(zeros) > 1:
@@ -313,7 +314,7 @@ def check(tying: Tying, architecture: Architecture | None = None) -> None:
         )
     if not getattr(tying, zeros[0]).trained:
         raise UserError(
-            f"tying.{zeros[0]}: starts at zero and is frozen, so the update would stay zero for ever; "
+            f"tying.{zeros[0]}: starts at zero and is frozen, so the update would always stay zero; "
             f"set tying.{zeros[0]}.trained=true or give it another init"
         )
     if not 0.0 <= tying.dropout < 1.0:
@@ -339,7 +340,7 @@ def _check_targets(targets: list[str], architecture: Architecture) -> None:
     if not targets:
         raise UserError("tying.targets: is empty; name at least one projection, usually [qkv]")
     for target in targets:
-        # OmegaConf lets a list through where a text belongs.
+        # OmegaConf accepts a list in the place of a text.
         if not isinstance(target, str):
             raise UserError(f"tying.targets={targets}: must be a list of names")
         target_shape(architecture, target)

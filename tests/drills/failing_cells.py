@@ -108,7 +108,7 @@ def way(name: str, model: str, outputs: Path) -> list[str]:
     before = times_written(outputs)
     if name == "killed_once":
         assert (code, len(before)) == (0, 8), err
-        assert "going on from step" in err
+        assert "continuing from step" in err
         return [name, str(code), "8", "its retry went on from the checkpoint", ""]
 
     assert code == 1, err
@@ -128,7 +128,7 @@ def way(name: str, model: str, outputs: Path) -> list[str]:
     assert len(after) == 8
     assert before.items() <= after.items()
     if name == "killed":
-        assert "going on from step" in err
+        assert "continuing from step" in err
     error = reason.split(": ", 1)[1]
     return [name, "1", "7", error if len(error) < 70 else error[:67] + "...", f"{len(after) - len(before)}"]
 

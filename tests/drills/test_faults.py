@@ -158,7 +158,7 @@ def test_too_little_memory_says_what_to_lower_and_leaves_the_checkpoint(tiny_con
     assert list(folder.checkpoints.glob("step-*"))
     code, told = forked(lambda: run.main(tiny_config(*options, "train.microbatch_size=50")))
     assert code == 0, told
-    assert "going on from step" in told
+    assert "continuing from step" in told
     assert folder.state() == "done"
 
 
@@ -216,7 +216,7 @@ def test_data_that_vanish_between_start_and_resume_are_named_and_brought_back_it
     data.with_suffix(".away").rename(data)
     code, told = forked(lambda: run.main(config))
     assert code == 0, told
-    assert "going on from step 4" in told
+    assert "continuing from step 4" in told
     for name in ("adapter/adapter.safetensors", "predictions/validation.jsonl"):
         assert (folder.path / name).read_bytes() == (expected.path / name).read_bytes()
 

@@ -57,7 +57,7 @@ RESULTS = {  # a key of result.json, what it becomes, and what is said
         {"value": 1e300, "low": 0, "high": 1},
         "is not a value with an interval",
     ),
-    "base without gain": ("scores.validation.gain", ..., "has one of base and gain alone"),
+    "base without gain": ("scores.validation.gain", ..., "has only one of base and gain"),
     "gain of other metrics": ("scores.validation.gain", {}, "has other metrics than"),
     "another status": ("status", "running", "its status is 'running', not 'done'"),
     "versions that are a text": ("versions", "3.11", "'versions' is '3.11'"),

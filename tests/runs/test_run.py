@@ -221,12 +221,12 @@ class TestCommand:
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 75, stderr
-        assert b"the same command goes on" in stderr
+        assert b"the same command continues" in stderr
         assert folder.state() == "interrupted"
         assert len(list(folder.checkpoints.glob("step-*"))) == 1
         done = command(overrides)
         assert done.returncode == 0, done.stderr
-        assert "going on from step" in done.stderr
+        assert "continuing from step" in done.stderr
         whole = compose_config([*overrides, f"outputs={tmp_path}/whole"])
         run.main(whole)
         ours, theirs = (load_file(f.adapter / "adapter.safetensors") for f in (folder, folder_of(whole)))

@@ -94,7 +94,7 @@ def test_a_killed_joblib_worker_costs_its_cell_one_retry(tiny_run, tmp_path):
     ended = sweep(*words).ended()
     assert ended.code == 0
     assert "2 finished before, 1 to run" in ended.err
-    assert "going on from step" in ended.err
+    assert "continuing from step" in ended.err
 
     expected = compose_sweep([*words, f"outputs={tmp_path}/expected"])
     for cell in expected.cells:

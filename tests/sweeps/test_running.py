@@ -44,12 +44,12 @@ def test_a_sweep_is_stopped_shared_finished_and_skipped(tiny_run, tmp_path):
     command.send_signal(signal.SIGINT)
     ended = command.ended()
     assert ended.code == 75, ended.err
-    assert "the same command goes on" in ended.err
+    assert "the same command continues" in ended.err
     assert (first.state(), second.state()) == ("interrupted", "missing")
 
     both = [command.ended() for command in [sweep(*words), sweep(*words)]]
     assert [ended.code for ended in both] == [0, 0], both
-    assert sum("going on from step" in ended.err for ended in both) == 1
+    assert sum("continuing from step" in ended.err for ended in both) == 1
     for cell in cells:
         # Two trainings of one cell would have logged the steps of both.
         rows = [json.loads(line) for line in cell.folder.metrics_file.read_text().splitlines()]

@@ -1,6 +1,6 @@
-"""The method itself: the parts of an adapter, where they act in a base model, attaching and merging, files, PEFT.
+"""The method: the parts of an adapter, the modules that they change, attaching and merging, files, PEFT.
 
-Knows no task and no training. May import records, config, and the modules tying, errors, storage, text.
+This package knows no task and no training. It may import records, config, and the modules tying, errors, storage, text.
 """
 
 from tiedlora.adapter.adapter_set import AdapterSet

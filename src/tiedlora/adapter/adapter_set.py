@@ -1,4 +1,4 @@
-"""Several adapters on one base model, one of them active at a time."""
+"""Several adapters on one base model, of which at most one is active."""
 
 from __future__ import annotations
 
@@ -23,27 +23,30 @@ class AdapterSet:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.active: str | None = None
-        """The name of the adapter that acts now."""
+        """The name of the active adapter; None if the model is the base."""
         self._adapters: dict[str, TiedAdapter] = {}
         self._attached: Attached | None = None
 
     @property
     def names(self) -> list[str]:
-        """In the order they were added."""
+        """The adapters' names, in the order in which they were added."""
         return list(self._adapters)
 
     def add(self, name: str, adapter: TiedAdapter) -> None:
-        """Keep an adapter under a name. It acts once `use` names it.
+        """Keep an adapter under a name. `use` makes it active.
 
         Raises:
-            UserError: the name is taken.
+            UserError: another adapter has the name.
         """
         if name in self._adapters:
             raise UserError(f"adapters: '{name}' is taken; remove it first, or choose another name")
         self._adapters[name] = adapter
 
     def use(self, name: str | None) -> Attached | None:
-        """Make one adapter act, or none (then the model is the base, bit for bit).
+        """Make one adapter active, or none (then the model is the base, bit for bit).
+
+        Returns:
+            The adapter on the model; None without a name.
 
         Raises:
             UserError: there is no such name, or the adapter is for another architecture (the model is then the base).

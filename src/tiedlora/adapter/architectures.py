@@ -1,14 +1,14 @@
 """Where each family of models keeps its projections.
 
-A target such as `qkv` is the concatenation, in order, of its sites. A site is a whole module, or some of the outputs
-of a fused module. Three layouts cover the families of the table:
+A target such as `qkv` is one or more sites, concatenated in order. A site is a whole module, or some of the outputs of
+a fused module. Three layouts cover the families of the table:
 
 - q, k and v are three modules (Llama and its relatives);
 - one fused module whose outputs are the blocks [Q; K; V] (GPT-2, Phi-3);
-- one fused module whose outputs go head by head, [q_1; k_1; v_1; q_2; ...] (GPT-NeoX).
+- one fused module whose outputs are ordered head by head, [q_1; k_1; v_1; q_2; ...] (GPT-NeoX).
 
-The rows of B and v are always in the order [Q; K; V], whatever the order of the module's outputs, so the same adapter
-means the same update everywhere. A new architecture is one entry in FAMILIES, or a `Layout` given by hand.
+The rows of B and v are always in the order [Q; K; V], also where the module's outputs have another order. So the same
+adapter means the same update everywhere. A new architecture is one entry in FAMILIES, or a `Layout` from the user.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from tiedlora.errors import UserError
 from tiedlora.tying import Architecture, Layout, target_shape
 
-# These families differ in what surrounds the projections (biases, norms of q and k, norms after the sublayers, capped
-# logits). An update of the projections' outputs does not depend on it.
+# These families differ only outside the projections: in biases, norms of q and k, norms after the sublayers, and capped
+# logits. The update of a projection's output does not depend on these.
 _SEPARATE = Layout(
     layers="model.layers",
     sites={
@@ -87,34 +87,34 @@ FAMILIES: dict[str, Layout] = {
 
 _QKV = ("q", "k", "v")
 _FUSED_BLOCKS = {"q": _QKV, "k": _QKV, "v": _QKV, "gate": ("gate", "up"), "up": ("gate", "up")}
-"""Target -> the blocks of a fused module that holds it, in order."""
+"""Target -> the blocks of the fused module that contains it, in order."""
 
 _PROJECTION_NAME = re.compile(
     r"(^|[._])(q|k|v|o|qkv|query|key|value|attn|attention|c_attn|fc\d?|w\d|mlp|dense)([._]|$)|proj"
 )
-"""What the path of a projection looks like, in families that this project does not know."""
+"""A guess at the paths of projections, in families that this project does not know."""
 CANDIDATES_SHOWN = 12
 """How many modules an error message lists at most."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One module of one layer that a target's update is added to."""
+    """One module of one layer, to whose outputs a target's update is added."""
 
     module_path: str
     """Path inside the whole model."""
     rows: slice
-    """Rows of the target's B and v that belong to this module."""
+    """The rows of the target's B and v that belong to this module."""
     outputs: slice | Tensor
-    """Outputs of the module that those rows are added to, in the rows' order: a slice, or an index where heads
-    interleave."""
+    """The outputs of the module to which those rows are added, in the rows' order. This is a slice, or an index if the
+    heads are interleaved."""
     width: int
-    """All outputs of the module: more than there are rows, if the module also computes something else."""
+    """The number of all outputs of the module. It is more than the rows if the module also computes something else."""
 
     def place(self, B: Tensor) -> Tensor:
-        """B (... x rows x r) as rows of the whole module (... x width x r), zero where the update adds nothing.
+        """Spread B (... x rows x r) over all outputs of the module (... x width x r), with zeros for the others.
 
-        Placing the small factor is far cheaper than placing the update, which has tokens x width numbers.
+        This is far cheaper than to spread the update itself, which has tokens x width numbers.
         """
         if isinstance(self.outputs, slice) and B.shape[-2] == self.width:
             return B
@@ -124,14 +124,14 @@ class Site:
 
 
 def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
-    """The numbers of a loaded model, from its transformers configuration.
+    """The sizes of a loaded model, from its transformers configuration.
 
     Args:
-        layout: where its projections are, for a family that is not in FAMILIES.
+        layout: where the projections are, for a family that is not in FAMILIES.
 
     Raises:
-        UserError: the family is unknown (the message lists the model's candidates), or the model's configuration
-            lacks a number.
+        UserError: the family is unknown (the message lists modules that may be projections), or the model's
+            configuration lacks a size.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     layout = layout or Layout()
@@ -159,7 +159,7 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
 
 
 def layout_of(architecture: Architecture) -> Layout:
-    """Where a model keeps its projections: given by hand, or its family's.
+    """Where a model keeps its projections: the layout that the user gave, or that of the family.
 
     Raises:
         UserError: the family is unknown; the message names the known ones.
@@ -172,10 +172,10 @@ def layout_of(architecture: Architecture) -> Layout:
 
 
 def sites(architecture: Architecture, target: str, layer: int) -> list[Site]:
-    """The modules that hold one target of one layer, with their rows of B and v.
+    """The modules that contain one target of one layer, with their rows of B and v.
 
     Raises:
-        UserError: the family has no such projection.
+        UserError: the family is unknown, has no such projection, or the user's layout is wrong for it.
     """
     layout = layout_of(architecture)
     if target not in layout.sites:
@@ -183,7 +183,7 @@ def sites(architecture: Architecture, target: str, layer: int) -> list[Site]:
             f"tying.targets: {architecture.family} has no '{target}' projection; choose from {', '.join(layout.sites)}"
         )
     names = layout.sites[target]
-    # A target of three modules is [Q; K; V], and its rows follow the widths of q, k and v.
+    # A target of three modules is [Q; K; V]. Each module has as many rows as q, k or v has outputs.
     parts = _QKV if len(names) == 3 else (target,)
     if len(names) != len(parts):
         raise UserError(f"model.architecture.layout.sites.{target}: needs one module path, or those of q, k and v")
@@ -198,10 +198,10 @@ def sites(architecture: Architecture, target: str, layer: int) -> list[Site]:
 
 
 def _outputs(architecture: Architecture, layout: Layout, part: str, block: str) -> tuple[slice | Tensor, int]:
-    """(outputs of the module that belong to `part`, all outputs of the module).
+    """(the outputs of the module that belong to `part`, the number of all its outputs).
 
     Args:
-        block: the block of a fused module that is `part`; empty where the module is `part` and nothing else.
+        block: which block of a fused module is `part`; empty if the whole module is `part`.
     """
     if layout.interleaved and (block in _QKV or part == "qkv"):
         return _interleaved_outputs(architecture, block)
@@ -263,7 +263,7 @@ def _check_module(model: nn.Module, site: Site, target: str, d_in: int, transpos
 
 
 def candidates(model: nn.Module) -> list[str]:
-    """Linear modules of a layer whose names look like projections: `layers.*.self_attn.q_proj (64 x 64)`."""
+    """Linear modules in layers whose names look like projections, such as `layers.*.self_attn.q_proj (64 x 64)`."""
     described: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and _PROJECTION_NAME.search(path):

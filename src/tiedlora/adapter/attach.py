@@ -1,11 +1,11 @@
-"""Put an adapter on a base model, take it off, merge it into the weights, and restore the weights.
+"""Attach an adapter to a base model, detach it, merge it into the weights, and restore the weights.
 
 The base model keeps its modules, their names and their weights. An adapted module gets a subclass of its own class,
-whose forward adds the update. Detaching gives the module its class back, and so leaves the base model as it was.
+whose forward adds the update. Detaching gives the module its own class again, so the base model is as it was before.
 
 One forward pre-hook, on the module that owns the list of layers, folds the factors of all layers before each pass. The
-adapted modules themselves have no hooks: each hook would be another object, and torch.compile would compile every layer
-separately.
+adapted modules themselves have no hooks. Each hook would be a separate object, so torch.compile would compile every
+layer separately.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Adapted(nn.Module):
     """
 
     folded_A: Tensor
-    """s diag(u_l) A, (r, d_in), in the weight's dtype. Each forward pass has its own."""
+    """s diag(u_l) A, (r, d_in), in the weight's dtype, for the present forward pass."""
     folded_B: Tensor
-    """diag(v_l) B, (d_out, r), likewise."""
+    """diag(v_l) B, (d_out, r), in the weight's dtype, for the present forward pass."""
     adapter_dropout: float
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,19 +46,19 @@ class Adapted(nn.Module):
         return plain + F.linear(F.linear(dropped, self.folded_A), self.folded_B)
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch refuses to copy a tensor that is part of a graph. A copy of the model folds its own factors anyway.
+        # torch refuses to copy a tensor that is part of a graph. A copy of the model folds its own factors.
         return {key: value for key, value in self.__dict__.items() if key not in ("folded_A", "folded_B")}
 
 
 @cache
 def _adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module class that adds the update: one for each class, so that layers share compiled code."""
+    """The subclass of a module class that adds the update. There is one per class, so layers share compiled code."""
     return type(f"Adapted{kind.__name__}", (Adapted, kind), {})
 
 
 @dataclass
 class Attached:
-    """An adapter on a model. `merge` and `unmerge` move the update into the weights and back; `detach` ends it.
+    """An adapter on a model. `merge` moves the update into the weights, `unmerge` restores them, `detach` removes it.
 
     The adapter is also a submodule of the model, `tied_adapter`, so that `.to()`, `.parameters()` and `.train()`
     reach its parts.
@@ -67,23 +67,23 @@ class Attached:
     model: nn.Module
     adapter: TiedAdapter
     paths: list[str]
-    """Of the adapted modules."""
+    """The paths of the adapted modules."""
     _fold_hook: RemovableHandle | None = None
     _base_weights: dict[str, Tensor] = field(default_factory=dict)
-    """While the update is merged: path -> the weight without it."""
+    """While the update is merged: module path -> the weight without the update."""
 
     @property
     def active(self) -> bool:
-        """Whether the adapted modules add their update when they compute. False while the update is merged."""
+        """Whether the adapted modules add the update in a forward pass. False while the update is merged."""
         return self._fold_hook is not None
 
     @property
     def merged(self) -> bool:
-        """Whether the weights contain the update now, and can be restored."""
+        """Whether the weights contain the update now. Then they can be restored."""
         return bool(self._base_weights)
 
     def enable(self) -> None:
-        """Let every adapted module add its update. Calling it again changes nothing."""
+        """Make every adapted module add its update. A second call changes nothing."""
         if self.active:
             return
         modules: dict[str, Any] = {path: self.model.get_submodule(path) for path in self.paths}
@@ -96,7 +96,7 @@ class Attached:
         self._fold_hook = owner.register_forward_pre_hook(_FoldFactors(self.adapter, modules))
 
     def disable(self) -> None:
-        """Let the model give the base model's outputs."""
+        """Make the model give the base model's outputs."""
         if self._fold_hook is None:
             return
         self._fold_hook.remove()
@@ -108,20 +108,20 @@ class Attached:
                 module.__dict__.pop(name, None)
 
     def save_pretrained(self, folder: Path | str, base: BaseModelRecord | None = None) -> int:
-        """Write the adapter's folder, each part once; see `files.save`.
+        """Write the adapter's folder, with each part once; see `files.save`.
 
         Args:
             base: which base model this is; None takes the name that transformers gives it.
 
         Returns:
-            Bytes of the folder.
+            The size of the folder in bytes.
         """
         name = getattr(self.model, "name_or_path", "") or type(self.model).__name__
         return files.save(self.adapter, Path(folder), base or BaseModelRecord(name, None, None))
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, folder: Path | str) -> Attached:
-        """Put a saved adapter on `model`.
+        """Attach a saved adapter to `model`.
 
         Raises:
             UserError: the folder is damaged, or the adapter was made for another architecture.
@@ -129,7 +129,7 @@ class Attached:
         return attach_adapter(model, files.load(Path(folder))[0])
 
     def detach(self) -> None:
-        """Take the adapter off. The base model is bit for bit what it was."""
+        """Remove the adapter. The base model is then bit for bit as it was before."""
         self.unmerge()
         self.disable()
         del self.model.tied_adapter
@@ -152,14 +152,14 @@ class Attached:
         self.disable()
 
     def fuse(self) -> None:
-        """Merge permanently: the adapter leaves the model, its update stays in the weights, no copy is kept."""
+        """Merge permanently: the update stays in the weights, no copy is kept, and the adapter leaves the model."""
         self.merge()
         self._base_weights.clear()
         del self.model.tied_adapter
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restore the weights bit for bit, from the copies. (Subtracting the update would not restore every entry.)"""
+        """Restore the weights bit for bit, from the copies. (Subtracting the update would not restore every number.)"""
         if not self.merged:
             return
         for path, weight in self._base_weights.items():
@@ -169,7 +169,7 @@ class Attached:
 
 
 class _FoldFactors:
-    """The forward pre-hook: before each pass through the layers, it gives every adapted module its folded factors."""
+    """The forward pre-hook. Before each pass through the layers it gives every adapted module its folded factors."""
 
     def __init__(self, adapter: TiedAdapter, modules: dict[str, Any]) -> None:
         self.adapter, self.modules = adapter, modules
@@ -188,18 +188,18 @@ def attach(
     seed: int = 0,
     layout: Layout | None = None,
 ) -> Attached:
-    """Put a fresh adapter on `model`, freezing the base. The update is exactly zero until it is trained.
+    """Attach a new adapter to `model` and freeze the base. The update is exactly zero until the adapter is trained.
 
     Args:
         model: a causal language model of transformers, of a family in architectures.FAMILIES.
-        tying: a specification, or the name of one of the paper's eight: "LoRA", "TABuv", ...
+        tying: a specification, or the name of one of the paper's eight ("LoRA", "TABuv", ...).
         alpha: the update's scale is alpha / rank; None means `rank`, so the scale is 1.
-        seed: draws the random parts.
+        seed: the seed of the random parts.
         layout: where the model keeps its projections, for a family that is not in architectures.FAMILIES.
 
     Raises:
-        UserError: unknown family or target, a specification that cannot train, a sharded model, or a model that has
-            an adapter already.
+        UserError: the family or a target is unknown, the specification cannot train, or the model is sharded or has an
+            adapter already.
     """
     tying = named(tying) if isinstance(tying, str) else tying
     _refuse_sharded(model)
@@ -208,7 +208,7 @@ def attach(
 
 
 def attach_adapter(model: nn.Module, adapter: TiedAdapter) -> Attached:
-    """Put an existing adapter on `model`, freezing the base.
+    """Attach an existing adapter to `model` and freeze the base.
 
     Raises:
         UserError: the adapter was made for another architecture, the model is sharded, or it has an adapter already.
@@ -237,7 +237,7 @@ def _check_architecture(expected: Architecture, actual: Architecture) -> None:
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    """A tied factor belongs to every layer, but FSDP and tensor parallelism split the model's parameters."""
+    """Refuse a sharded model. FSDP and tensor parallelism split parameters, but a tied factor serves every layer."""
     sharded = any(type(parameter).__name__ in ("DTensor", "FlatParameter") for parameter in model.parameters())
     if sharded or type(model).__name__ == "FullyShardedDataParallel":
         raise UserError(

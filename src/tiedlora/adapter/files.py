@@ -1,7 +1,7 @@
 """An adapter's own folder: adapter.json beside adapter.safetensors.
 
-The tensors are those that cannot be computed again, each once: the trained parts and the frozen random parts. (On
-request, frozen random parts are replaced by their seed and checksum.) Frozen constants are in the specification.
+The file holds each tensor that the specification does not give, once: the trained parts and the frozen random parts.
+(On request, the seed and a checksum replace the frozen random parts.) Frozen constants are in the specification.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ T = TypeVar("T")
 FORMAT = 1
 TENSORS = "adapter.safetensors"
 LARGEST_REBUILT = 2**28
-"""How many numbers of frozen random parts a file may leave out: a gigabyte of float32."""
+"""Most numbers of frozen random parts that a file may leave out: a gigabyte of float32."""
 LARGEST_RANK, LARGEST_SIZE = 2**16, 10**6
-"""Bounds of the sizes in a description: no model comes near, and a damaged file cannot ask for huge tensors."""
+"""Upper bounds of the sizes in a description. They are far above any model, and keep a damaged file from asking for
+huge tensors."""
 
 
 def checksum(tensor: Tensor) -> str:
@@ -44,14 +45,14 @@ def checksum(tensor: Tensor) -> str:
 
 
 def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_frozen: bool = False) -> int:
-    """Write the adapter; the folder appears whole or not at all.
+    """Write the adapter's folder, completely or not at all.
 
     Args:
-        base: which base model the adapter belongs to; `load` returns it, so that it can be compared.
-        rebuild_frozen: leave out the frozen random parts and store their seed and checksum instead.
+        base: which base model the adapter belongs to. `load` returns it, so that the caller can compare it.
+        rebuild_frozen: store the seed and a checksum of the frozen random parts instead of their values.
 
     Returns:
-        Bytes of the folder.
+        The size of the folder in bytes.
     """
     stored, rebuilt = {}, {}
     for name, parameter in adapter.parts().items():
@@ -80,7 +81,7 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_froz
 
 @dataclass(frozen=True)
 class _Description:
-    """What adapter.json says, checked."""
+    """The checked content of adapter.json."""
 
     tying: Tying
     architecture: Architecture
@@ -90,12 +91,12 @@ class _Description:
     base: BaseModelRecord
     """The base model that the adapter was trained on."""
     rebuilt: dict[str, str]
-    """`target.part` -> the checksum of a part that is drawn again from the seed."""
+    """`target.part` -> the checksum of a part that `load` draws from the seed."""
     sha256: str | None
-    """Of the tensors' file."""
+    """The sha256 of the tensors' file."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """`target.part` -> its shape, for every part that exists as numbers."""
+        """`target.part` -> its shape, for every part that has a parameter."""
         return {
             f"{target}.{part}": spec.part_shape(self.tying, part, self.rank, self.architecture, target)
             for target in self.tying.targets
@@ -105,13 +106,13 @@ class _Description:
 
 
 def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
-    """Read an adapter back, each tied part as one parameter.
+    """Read an adapter. Each tied part is one parameter.
 
     Returns:
         The adapter (on the CPU) and the base model that it was trained on.
 
     Raises:
-        UserError: naming the file and the part that is damaged, missing, of another shape or not finite.
+        UserError: a file or a part is damaged, missing, of another shape, or not finite; the message names it.
     """
     description = _read_description(folder / DESCRIPTION)
     path = folder / TENSORS
@@ -153,7 +154,7 @@ def _read_description(path: Path) -> _Description:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     description = _Description(tying, architecture, rank, float(alpha), seed, base_record, rebuilt, tree.get("sha256"))
-    # The parts in the file are as large as the file, but a few bytes of a description can ask for huge rebuilt parts.
+    # The size of the file limits the parts in it, but a few bytes of a description could ask for huge rebuilt parts.
     drawn = sum(math.prod(shape) for name, shape in description.shapes().items() if name in rebuilt)
     if drawn > LARGEST_REBUILT:
         raise UserError(f"{path}: {drawn:,} numbers to draw again from the seed, at most {LARGEST_REBUILT:,} are")
@@ -161,7 +162,7 @@ def _read_description(path: Path) -> _Description:
 
 
 def _typed(kind: type[T], value: object, path: Path) -> T:
-    """A part of the description as the dataclass `kind`; unknown keys, wrong types and interpolations are refused."""
+    """A part of the description as the dataclass `kind`. Unknown keys, wrong types and interpolations are refused."""
     if "${" in json.dumps(value):
         raise UserError(f"{path}: holds an interpolation (${{...}}); a description may hold only plain values")
     try:
@@ -175,7 +176,7 @@ def _typed(kind: type[T], value: object, path: Path) -> T:
 
 def _check_numbers(rank: object, alpha: object, seed: object, architecture: Architecture, path: Path) -> None:
     sizes = [getattr(architecture, name) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")]
-    # bool is a kind of int, and no number here.
+    # Python's bool is a subclass of int, but True is not a size.
     rank_is_valid = type(rank) is int and 1 <= rank <= LARGEST_RANK
     if not rank_is_valid or not all(1 <= size <= LARGEST_SIZE for size in sizes):
         raise UserError(f"{path}: rank={rank!r:.40}, layers={sizes[0]}, hidden={sizes[1]}: not the sizes of an adapter")
@@ -208,16 +209,16 @@ def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str,
 
 
 def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> None:
-    """Copy the values of a saved adapter into `adapter`, so that training continues from them.
+    """Copy the values of a saved adapter into `adapter`, so that training starts from them.
 
-    Every part of the saved adapter must exist here. A u or v that it lacks equals one there, so it must start at one
-    here: then the first step begins at exactly the saved update (for example TAB -> TABuv).
+    `adapter` must have every part of the saved adapter. It may also have a u or v that the saved adapter lacks, if that
+    part starts at one. Then the first step begins at exactly the saved update (for example TAB -> TABuv).
 
     Args:
-        base: the base model here.
+        base: the base model of `adapter`.
 
     Raises:
-        UserError: another base model, scale, rank or shape, or a part that only one of the two adapters has.
+        UserError: the base model, scale, rank or a shape differs, or only one of the two adapters has a part.
     """
     saved, trained_on = load(folder)
     if (trained_on.name, trained_on.digest) != (base.name, base.digest):

@@ -1,6 +1,6 @@
-"""The parts A, B, u and v of one adapter, and the folded factors a layer uses.
+"""The parts A, B, u and v of one adapter, and the folded factors that a layer uses.
 
-Each part of each target is one nn.Parameter that holds all its layers or groups:
+Each part of each target is one nn.Parameter for all its layers or groups:
 
     A: (groups, r, d_in)   B: (groups, d_out, r)   u: (L, r)   v: (L, d_out)
 
@@ -24,7 +24,7 @@ from tiedlora.tying import Architecture, Tying
 
 
 def draw(init: float | str, shape: tuple[int, ...], seed: int, part: str, target: str) -> Tensor:
-    """Initial values of one part, float32 on the CPU.
+    """Draw the initial values of one part, in float32 on the CPU.
 
     A group's values depend only on (seed, part, target, group): neither on the device nor on which other parts are
     drawn.
@@ -48,7 +48,7 @@ def draw(init: float | str, shape: tuple[int, ...], seed: int, part: str, target
 
 
 class TargetParts(nn.Module):
-    """A, B, u and v of one target. A frozen u or v of ones changes nothing, so it is None."""
+    """A, B, u and v of one target. A u or v that is frozen at one changes nothing, so it is None."""
 
     A: nn.Parameter
     B: nn.Parameter
@@ -71,13 +71,13 @@ class TargetParts(nn.Module):
             self.register_parameter(name, parameter)
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """(diag(u_l) A, diag(v_l) B) of every layer l at once: ordinary LoRA pairs.
+        """(diag(u_l) A, diag(v_l) B) of all layers l at once. These are ordinary LoRA pairs.
 
-        Scaling the factors, r x d_in and d_out x r, is cheap. Scaling the activations would need a tensor of
+        To scale the factors, r x d_in and d_out x r, is cheap. To scale the activations would need a tensor of
         tokens x d_out.
 
         Returns:
-            A of shape (L, r, d_in) and B of shape (L, d_out, r). The layers of a tied factor that nothing scales are
+            A of shape (L, r, d_in) and B of shape (L, d_out, r). If no vector scales a tied factor, its layers are
             views of one tensor.
         """
         A, B = self._by_layer("A"), self._by_layer("B")
@@ -97,14 +97,14 @@ class TargetParts(nn.Module):
 
 
 class TiedAdapter(nn.Module):
-    """All parts of one adapter: float32, whatever the base model's dtype.
+    """All parts of one adapter, always in float32, also if the base model has another dtype.
 
     Args:
-        alpha: the update's scale is s = alpha / rank.
-        seed: draws the random parts.
+        alpha: gives the scale of the update, s = alpha / rank.
+        seed: the seed of the random parts.
 
     Raises:
-        UserError: the specification breaks the rule of initial values (tying.check).
+        UserError: the specification cannot train (see tying.check).
     """
 
     def __init__(self, tying: Tying, rank: int, alpha: float, architecture: Architecture, seed: int) -> None:
@@ -117,16 +117,16 @@ class TiedAdapter(nn.Module):
         )
 
     def pairs(self, scale: float = 1.0, dtype: torch.dtype | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module path -> its LoRA pair (A: k r x d_in, B: width x k r), differentiable in the parts.
+        """Module path -> its LoRA pair (A: k r x d_in, B: width x k r), differentiable with respect to the parts.
 
-        All layers are folded, scaled and rounded together: a few operations for each target, not for each layer.
-        k is how many targets the module holds: 1, or more where, for example, q and v of a fused module are two
-        targets. Their pairs are then stacked, B's columns in the order of A's rows.
+        All layers are folded, scaled and rounded together, in a few operations for each target. k is the number of
+        targets in the module. It is more than 1 if, for example, q and v of a fused module are two targets. Their
+        pairs are then stacked: B's columns have the order of A's rows.
 
         Args:
-            scale: multiplies the update.
-            dtype: of the pairs; None keeps the parts' dtype. The factors are folded, and a tied part's gradients are
-                summed over layers, in float32 in any case.
+            scale: a factor on the update.
+            dtype: the dtype of the pairs; None keeps that of the parts. Folding, and the sum of a tied part's gradients
+                over layers, are in float32 in any case.
         """
         pairs_of_module: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for target, parts in self.targets.items():
@@ -134,7 +134,7 @@ class TiedAdapter(nn.Module):
             A = scale * A if scale != 1.0 else A
             A_layers = A.to(dtype or A.dtype).unbind()
             for same_site in zip(*self._sites[target], strict=True):
-                # The same module of every layer: rows, outputs and width do not depend on the layer.
+                # This is the same module in every layer: rows, outputs and width do not depend on the layer.
                 placed = same_site[0].place(B[:, same_site[0].rows])
                 B_layers = placed.to(dtype or B.dtype).unbind()
                 for site, A_l, B_l in zip(same_site, A_layers, B_layers, strict=True):
@@ -142,13 +142,13 @@ class TiedAdapter(nn.Module):
         return {path: _stacked(pairs) for path, pairs in pairs_of_module.items()}
 
     def paths(self) -> list[str]:
-        """The modules that the adapter adds to, each once."""
+        """The paths of the adapted modules, each once."""
         every_site = [site for layers in self._sites.values() for sites in layers for site in sites]
         return list(dict.fromkeys(site.module_path for site in every_site))
 
     @cached_property
     def _sites(self) -> dict[str, list[list[Site]]]:
-        """Target -> for each layer, the modules that hold the target."""
+        """Target -> for each layer, the modules that contain the target."""
         layers = range(self.architecture.layers)
         return {
             target: [architectures.sites(self.architecture, target, layer) for layer in layers]
@@ -156,20 +156,20 @@ class TiedAdapter(nn.Module):
         }
 
     def parts(self) -> dict[str, nn.Parameter]:
-        """`target.part` -> its one parameter, whether trained or frozen."""
+        """`target.part` -> its one parameter, trained or frozen."""
         return {name.removeprefix("targets."): parameter for name, parameter in self.named_parameters()}
 
     def trained_parts(self) -> dict[str, nn.Parameter]:
-        """`target.part` -> its parameter, for the parts that the optimizer moves."""
+        """`target.part` -> its parameter, for the trained parts."""
         return {name: parameter for name, parameter in self.parts().items() if parameter.requires_grad}
 
     def trainable_params(self) -> int:
-        """How many numbers the optimizer moves, each counted once."""
+        """How many numbers the optimizer changes, each counted once."""
         return sum(parameter.numel() for parameter in self.trained_parts().values())
 
 
 def _stacked(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Several LoRA pairs of one module as one pair of their ranks' sum."""
+    """Several LoRA pairs of one module as one pair, whose rank is the sum of their ranks."""
     if len(pairs) == 1:
         return pairs[0]
     return torch.cat([A_l for A_l, _ in pairs]), torch.cat([B_l for _, B_l in pairs], dim=1)

@@ -1,7 +1,7 @@
 """Tied-LoRA as a method of PEFT: `get_peft_model(model, TiedLoraConfig(...))`. Needs the extra `peft`.
 
-PEFT's calls are passed on to the same `Attached` that all of this project uses, so the method exists once. Importing
-this module registers the method with PEFT, also for `PeftModel.from_pretrained`.
+PEFT's calls go to the same `Attached` that this project uses everywhere, so the method has one implementation. The
+import of this module registers the method with PEFT, also for `PeftModel.from_pretrained`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
 
 PEFT_TYPE = "TIED_LORA"
 REGISTERED_AS = "tied_adapter"
-"""The base model's child that holds the parts, and so what their keys in a file begin with."""
+"""The name of the base model's child that holds the parts. The keys of the parts in a file begin with it."""
 
 
 @dataclass
@@ -47,15 +47,15 @@ class TiedLoraConfig(PeftConfig):
     alpha: Optional[float] = None
     """The scale is s = alpha / r; None means alpha = r, so s = 1."""
     tying: Union[str, dict[str, Any], Tying] = "TABuv"
-    """One of the paper's eight names, or a `tiedlora.Tying`, which is kept as plain data so that it can be JSON."""
+    """One of the paper's eight names, or a `tiedlora.Tying`. The latter is kept as plain data, so that it fits JSON."""
     targets: Optional[list[str]] = None
-    """The adapted projections; None takes those of the specification, which by default is the fused QKV."""
+    """The adapted projections; None takes those of the specification (by default the fused QKV)."""
     dropout: Optional[float] = None
-    """On the adapter's input while training; None takes that of the specification."""
+    """Dropout probability on the adapter's input while training; None takes that of the specification."""
     seed: int = 0
-    """Draws the random parts."""
+    """The seed of the random parts."""
     layout: Optional[dict[str, Any]] = None
-    """Where the model keeps its projections, for a family that is not known: the fields of `tiedlora.Layout`."""
+    """Where the model keeps its projections, for an unknown family: the fields of `tiedlora.Layout`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -67,7 +67,11 @@ class TiedLoraConfig(PeftConfig):
         self.specification()
 
     def specification(self) -> Tying:
-        """The complete specification, with `targets` and `dropout` in it."""
+        """The complete specification, with the values of `targets` and `dropout`.
+
+        Raises:
+            UserError: `tying` is neither one of the eight names nor a specification.
+        """
         tying = named(self.tying) if isinstance(self.tying, str) else _typed(Tying, self.tying)
         if self.targets is not None:
             tying.targets = list(self.targets)
@@ -78,8 +82,8 @@ class TiedLoraConfig(PeftConfig):
 
 
 class _AdapterStatus(nn.Module, BaseTunerLayer):
-    """Answers what PEFT asks its layers (disabled? merged?). This method has no layers of PEFT's kind, so one object
-    answers for the whole adapter.
+    """Answers the questions that PEFT asks its layers: are they disabled, are they merged? This method has no layers of
+    PEFT's kind, so one object answers for the whole adapter.
     """
 
     def __init__(self, tuner: TiedLoraModel) -> None:
@@ -105,14 +109,18 @@ class _AdapterStatus(nn.Module, BaseTunerLayer):
 
 
 class TiedLoraModel(BaseTuner):
-    """Passes PEFT's calls on to an `Attached`. A model has one; `tiedlora.AdapterSet` switches between several."""
+    """Passes PEFT's calls to an `Attached`. A model has only one; `tiedlora.AdapterSet` switches between several."""
 
     prefix = REGISTERED_AS
     uses_shared_state = True
     attached: Attached
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Attach a fresh adapter; PEFT loads saved values into it afterwards."""
+        """Attach a new adapter. PEFT loads saved values into it afterwards.
+
+        Raises:
+            UserError: the model has a tied adapter already, or as `attach`.
+        """
         if len(self.peft_config) > 1:
             self.peft_config.pop(adapter_name)
             raise UserError(
@@ -128,24 +136,24 @@ class TiedLoraModel(BaseTuner):
             self.attached.adapter.requires_grad_(False)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make the one adapter trainable as its specification says, or not at all with `inference_mode`."""
+        """Train the parts that the specification trains; with `inference_mode`, train none."""
         self.active_adapter = adapter_name
         for name, parameter in self.attached.adapter.parts().items():
             part = getattr(self.attached.adapter.tying, part_of(name))
             parameter.requires_grad_(part.trained and not inference_mode)
 
     def enable_adapter_layers(self) -> None:
-        """Let the adapter act again."""
+        """Make the adapter active again."""
         if not self.attached.merged:
             self.attached.enable()
 
     def disable_adapter_layers(self) -> None:
-        """Give the base model's own outputs."""
+        """Make the model give the base model's outputs."""
         self.attached.unmerge()
         self.attached.disable()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Add the update to the weights; `unmerge_adapter` restores them from a copy."""
+        """Add the update to the weights. `unmerge_adapter` restores them from a copy."""
         self.attached.merge()
 
     def unmerge_adapter(self) -> None:
@@ -173,7 +181,7 @@ class TiedLoraModel(BaseTuner):
     def _get_adapter_state_dict(  # type: ignore[override]
         cls, *, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Every part once, under its one name, and not once for each layer."""
+        """Every part once, under its own name. (A shared part does not appear once for each layer.)"""
         return {key: value for key, value in state_dict.items() if f"{REGISTERED_AS}." in key}
 
     @classmethod
@@ -198,7 +206,7 @@ def _typed(kind: type, values: Any) -> Any:
 
 
 def _register() -> None:
-    """PEFT's own registration function takes only members of its enumeration, so this fills the tables behind it."""
+    """Register the method in PEFT's tables. PEFT's own function accepts only members of PEFT's enumeration."""
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = TiedLoraConfig  # type: ignore[index]
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = TiedLoraModel  # type: ignore[index]
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = REGISTERED_AS  # type: ignore[index]

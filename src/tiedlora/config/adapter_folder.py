@@ -1,4 +1,4 @@
-"""Where a saved adapter is, and its digest. No tensor is read, so torch is not needed."""
+"""The place of a saved adapter, and its digest. No tensor is read, so torch is not needed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ DESCRIPTION = "adapter.json"
 
 
 def adapter_folder(source: Path | str) -> Path:
-    """The adapter's folder inside a run, or `source` itself if it is an adapter's folder.
+    """The adapter's folder in the run `source`, or `source` itself if it is an adapter's folder.
 
     Raises:
         UserError: it is neither.
     """
-    # os.path's functions accept any text: for an unknown ~user, a null byte or a name too long they answer "no file".
+    # os.path's functions accept any text. For an unknown ~user, a null byte or a name too long they answer "no file".
     source = Path(os.path.expanduser(source))
     for folder in (source, source / "adapter"):
         if os.path.isfile(folder / DESCRIPTION):
@@ -32,7 +32,7 @@ def adapter_folder(source: Path | str) -> Path:
 def adapter_digest(folder: Path) -> str:
     """sha256 of an adapter's description: specification, sizes, base model and the sha256 of its tensors.
 
-    It does not depend on the folder's place.
+    It does not depend on the place of the folder.
 
     Raises:
         UserError: the folder holds no adapter.

@@ -1,6 +1,6 @@
-"""Refuse impossible values of a configuration in one line that names the key, before anything is loaded.
+"""Refuse impossible values of a configuration before anything is loaded, with one line that names the key.
 
-The rules of one key stand in the schema; those that concern several keys, or the items of a list, are functions here.
+The rules of a single key are in the schema. Rules about several keys, or about the items of a list, are functions here.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from tiedlora.keys import Key, list_keys
 from tiedlora.text import is_name, visible
 
 LARGEST_RANDOM = 10**9
-"""Parameters of a random model."""
+"""Most parameters of a random model."""
 LONGEST_TEXT = 100_000
-"""Characters of any text in a configuration: a prompt's template is the longest."""
+"""Most characters of a text in a configuration. The longest texts are prompt templates."""
 LONGEST_TAG = 64
-"""Characters of a tag that W&B accepts."""
+"""Most characters of a tag that W&B accepts."""
 
 
 def check(config: Config) -> None:
     """Refuse impossible values.
 
     Raises:
-        UserError: naming the key, what is allowed and what was given.
+        UserError: a value is impossible; the message names the key, the value and what is allowed.
     """
     for key in list_keys(config):
         if key.value is not None:
@@ -41,9 +41,9 @@ def check(config: Config) -> None:
 
 
 def _check_key(key: Key) -> None:
-    """The rules that the schema gives a key: bounds, choices and names."""
+    """Apply the rules that the schema gives a key: bounds, choices and names."""
     rules, value = key.rules, key.value
-    # Written so that NaN, which compares as false, is refused.
+    # Written with `not`, so that NaN is refused too: every comparison with NaN is false.
     if rules.low is not None and not value >= rules.low:
         raise UserError(f"{key.name}={value!s:.40}: must be at least {rules.low}")
     if rules.high is not None and not value <= rules.high:
@@ -56,12 +56,12 @@ def _check_key(key: Key) -> None:
 
 
 def allowed_choices(key: Key) -> tuple[str, ...]:
-    """The allowed texts of a key; none where it takes any, and where there is no conf/ to list its options."""
+    """The allowed texts of a key; none if any text is allowed, or if there is no conf/ that lists the options."""
     return tuple(options(key.rules.option_of)) if key.rules.option_of else key.rules.choices
 
 
 def _check_lists(config: Config) -> None:
-    """Rules for the items of lists and mappings."""
+    """Apply the rules for the items of lists and mappings."""
     if unknown := sorted(set(config.task.hub.splits) - set(SPLITS)):
         raise UserError(f"task.hub.splits: has {unknown[0]!r}; its keys are {', '.join(SPLITS)}")
     if bad := [tag for tag in config.tracking.tags if not 1 <= len(tag) <= LONGEST_TAG]:
@@ -77,10 +77,10 @@ def _check_lists(config: Config) -> None:
 
 
 def check_device(key: str, name: str) -> None:
-    """Refuse what torch would not know as a device.
+    """Refuse a device name that torch would not know.
 
     Args:
-        key: what the message calls the setting.
+        key: the name of the setting in the message.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name, re.ASCII):
         raise UserError(f"{key}={name}: choose auto, cpu, cuda or cuda:NUMBER")
@@ -89,13 +89,13 @@ def check_device(key: str, name: str) -> None:
 def _check_training(config: Config) -> None:
     train: TrainConfig = config.train
     if not any(getattr(train.lr_factor, part) > 0 for part in tying.PARTS if getattr(config.tying, part).trained):
-        raise UserError("train.lr_factor: is 0 for every trained part, so nothing would move; raise one of them")
+        raise UserError("train.lr_factor: is 0 for every trained part, so nothing would be trained; raise one of them")
     if train.warmup_steps > train.steps:
         raise UserError(f"train.warmup_steps={train.warmup_steps}: is more than train.steps={train.steps}")
 
 
 def _check_sizes(model: ModelConfig) -> None:
-    """The sizes must fit each other, and a random model must fit in memory: no file limits its size."""
+    """Refuse sizes that do not fit each other, and a random model that would not fit into memory."""
     a = model.architecture
     if a.heads % a.kv_heads:
         raise UserError(f"model.architecture.kv_heads={a.kv_heads}: must divide heads={a.heads}")
@@ -121,13 +121,13 @@ def _check_rank(config: Config) -> None:
 
 
 def check_texts(key: str, value: object) -> None:
-    """Refuse texts that could rewrite a terminal, end a path early or not be stored; prompts may have several lines.
+    """Refuse texts that could rewrite a terminal, cut off a path, or not be stored. Prompts may have several lines.
 
     Args:
         key: the dotted key of `value`; empty for a complete configuration.
     """
     if isinstance(value, str):
-        # Texts in right-to-left languages need two of the marks that direct text, U+200E and U+200F.
+        # Right-to-left languages need two of the bidirectional marks, U+200E and U+200F.
         text = re.sub("[\n\t\u200e\u200f]", "", value) if key.startswith("task.") else value
         if visible(text) != text:
             raise UserError(f"{key}={value!r:.80}: holds a control character or half of a surrogate pair; remove it")
@@ -139,7 +139,7 @@ def check_texts(key: str, value: object) -> None:
             check_texts(f"{key} (a key)", name)
     elif isinstance(value, list):
         for item in value:
-            # OmegaConf accepts a list where a text or a number belongs. Only task.options may hold nested lists.
+            # OmegaConf accepts a list in the place of a text or a number. Only task.options may hold nested lists.
             if isinstance(item, (list, dict)) and not key.startswith("task.options"):
                 raise UserError(f"{key}={value!r:.80}: holds a list where a single value belongs")
             check_texts(key, item)

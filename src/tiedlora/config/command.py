@@ -1,4 +1,4 @@
-"""The command that repeats a run: found from its configuration, and checked by composing it again."""
+"""The command that repeats a run. It is derived from the run's configuration, and checked by composing it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOT_EXACT = "   # and the rest of config.yaml: this version of the code composes
 
 
 def command(config: Config) -> str:
-    """`python train.py ...` that is this very run, with as few overrides as the options of conf/ allow."""
+    """`python train.py ...` for exactly this run, with as few overrides as the options of conf/ allow."""
     try:
         overrides = min((_overrides(config, train) for train in explain.options("train")), key=len)
         is_exact = run_id(configuration.compose_config(overrides)) == run_id(config)
@@ -33,7 +33,7 @@ def command(config: Config) -> str:
 
 
 def _overrides(config: Config, train: str) -> list[str]:
-    """Options by their names, then an override for each value of the identity that they do not give.
+    """Options by name, and an override for each value of the identity that the options do not give.
 
     Args:
         train: the option of conf/train to begin with.
@@ -56,7 +56,7 @@ def _overrides(config: Config, train: str) -> list[str]:
 
 
 def _is_derived(key: str, value: str, config: Config) -> bool:
-    """Whether another key gives this value: alpha follows the rank unless it is set, init_digest follows init_from."""
+    """Whether the value follows from another key: alpha from the rank if it is not set, init_digest from init_from."""
     default_alpha = _in_hydras_grammar(float(config.rank.r))
     return key == "train.init_digest" or (key == "rank.alpha" and value == default_alpha)
 
@@ -84,7 +84,7 @@ def _values_of_options(options: tuple[str, ...]) -> dict[str, str]:
 
 
 def _identity_values(config: Config) -> dict[str, str]:
-    """Dotted key -> value in Hydra's grammar, of everything in the identity."""
+    """Dotted key -> value in Hydra's grammar, for every key of the identity."""
     return dict(_leaves(identity(config), ""))
 
 
@@ -97,7 +97,7 @@ def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _in_hydras_grammar(value: object) -> str:
-    """A value as Hydra parses it. In a quoted string only the quote itself can be escaped."""
+    """A value in Hydra's grammar. In a quoted string, only the quote can be escaped."""
     if value is None or isinstance(value, (bool, int, float)):
         return json.dumps(value)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Compose a configuration from conf/, type it, and check it: what is wrong is one line that names the key."""
+"""Compose a configuration from conf/, turn it into typed values, and check it. Errors are one line with the key."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def register() -> None:
 
 
 def load(composed: DictConfig) -> Config:
-    """The composed configuration as typed, resolved and checked objects.
+    """Turn a composed configuration into typed objects, with resolved and checked values.
 
-    Every mistake that shows in the configuration itself is reported here, before anything is loaded.
+    Every mistake that is visible in the configuration is reported here, before anything is loaded.
 
     Raises:
         UserError: one line that names the key.
     """
     with readable_errors(), _own_variables_only():
-        # Through plain data, so that a key that was added with + is checked against the schema too.
+        # The way through plain data also checks keys that were added with + against the schema.
         values = OmegaConf.to_container(composed, resolve=True)
         typed = OmegaConf.merge(OmegaConf.structured(Config), values)
         missing = sorted(OmegaConf.missing_keys(typed))
@@ -62,7 +62,7 @@ def load(composed: DictConfig) -> Config:
 
 
 def compose_config(overrides: list[str]) -> Config:
-    """The configuration that `train.py OVERRIDES` runs; for scripts and tests.
+    """The configuration that `train.py OVERRIDES` would run; for scripts and tests.
 
     Raises:
         UserError: one line that names the key.
@@ -76,27 +76,27 @@ def compose_config(overrides: list[str]) -> Config:
 
 
 def read_config(path: Path) -> Config:
-    """The configuration that a config.yaml holds.
+    """The configuration in a config.yaml.
 
     Raises:
-        UserError: the file is missing or no YAML, or one line that names the key.
+        UserError: the file is missing or not YAML, or a key is wrong; the message names the file or the key.
     """
     register()
     return load(storage.read_yaml(path))
 
 
 def _own_variable(name: str, *default: str | None) -> str | None:
-    """OmegaConf's `oc.env` for TIEDLORA_... variables; a configuration is recorded, and others may be secrets."""
+    """OmegaConf's `oc.env`, for TIEDLORA_... variables only: a configuration is recorded, and others may be secrets."""
     if not str(name).startswith("TIEDLORA_"):
         raise UserError(
-            f"${{oc.env:{name}}}: a configuration is recorded, so it may read TIEDLORA_... of the environment alone"
+            f"${{oc.env:{name}}}: a configuration is recorded, so it may read TIEDLORA_... variables and no others"
         )
     return oc.env(name, *default)
 
 
 @contextmanager
 def _own_variables_only() -> Iterator[None]:
-    """Inside the block, interpolations may read TIEDLORA_... variables of the environment and no others."""
+    """Inside the block, interpolations may read only TIEDLORA_... variables of the environment."""
     OmegaConf.register_new_resolver("oc.env", _own_variable, replace=True)
     try:
         yield

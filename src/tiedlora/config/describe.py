@@ -1,4 +1,4 @@
-"""What the schema says about one key, for messages and help."""
+"""The schema's description of one key, for messages and help."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class KeyDescription:
 
     name: str
     type: str
-    """As the schema writes it, such as `Optional[int]`; `section` for a key that holds others."""
+    """The type in the schema, such as `Optional[int]`; `section` for a key that contains other keys."""
     low: float | None
     high: float | None
     choices: tuple[str, ...]
@@ -37,7 +37,7 @@ class KeyDescription:
     help: str
 
     def allowed(self) -> str:
-        """The values that the key takes, in words: `a whole number, at least 1`."""
+        """The allowed values in words, such as `a whole number, at least 1`."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         type_name = self.type.removeprefix("Optional[").removesuffix("]") if self.is_optional else self.type
@@ -47,7 +47,7 @@ class KeyDescription:
 
     @property
     def is_optional(self) -> bool:
-        """Whether null is a value of the key."""
+        """Whether null is allowed."""
         return self.type.startswith("Optional[")
 
 

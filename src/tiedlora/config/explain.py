@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's errors as one line for a person, with the nearest right name."""
+"""Turn errors of Hydra and OmegaConf into one line for a person, with the nearest right name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from tiedlora.text import visible
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn Hydra's and OmegaConf's errors about a configuration into one line for a person."""
+    """Turn an error of Hydra or OmegaConf in the block into one line for a person.
+
+    Raises:
+        UserError: the block raised such an error about a configuration.
+    """
     try:
         yield
     except (HydraException, OmegaConfBaseException, OverflowError) as error:
@@ -39,8 +43,8 @@ def readable_errors() -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str:
-    """What Hydra or OmegaConf say in many lines, as one line with the nearest right name."""
-    # Hydra's own message names the override only; the error that caused it says what is wrong with it.
+    """The message of Hydra or OmegaConf, which has many lines, as one line with the nearest right name."""
+    # Hydra's own message names only the override. The error that caused it says what is wrong.
     messages = [
         message for cause in cause_chain(error) if not (message := str(cause)).startswith("Error merging override ")
     ]
@@ -62,14 +66,14 @@ def explain(error: BaseException) -> str:
 
 
 def _usage(key: str) -> str:
-    """What a key takes and means; empty for a key that the schema does not have."""
+    """The allowed values and the meaning of a key; empty if the schema does not have the key."""
     description = describe_key(key)
     return f"; it takes {description.allowed()}. {description.help}" if description else ""
 
 
 def cause_chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and the errors that led to it, the last one first."""
-    # Hydra and OmegaConf raise an error again while they handle it, so that a chain may contain itself.
+    # Hydra and OmegaConf raise an error again while they handle it, so a chain can contain itself.
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         yield error
@@ -87,7 +91,7 @@ def _first_sentence(text: str) -> str:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """` (did you mean WORD?)` with the most similar of `words`; empty where none is similar."""
+    """` (did you mean WORD?)` with the most similar of `words`; empty if none is similar."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 

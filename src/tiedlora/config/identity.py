@@ -1,7 +1,7 @@
-"""A run's identity: the values that change its result, and the id that is hashed from them.
+"""A run's identity: the values that change its result, and the id that is a hash of them.
 
-Facts of execution (device, microbatch, paths, tracking) are recorded but not hashed. So the same configuration has the
-same folder, wherever and however it is started.
+Facts of execution (device, microbatch, paths, tracking) are recorded but not hashed. So a configuration has the same
+folder on every machine and under every launcher.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from tiedlora import tying
 from tiedlora.config.schema import Config
 
 IDENTITY_VERSION = 1
-"""Raise it when a configuration comes to mean something else although no key changes: every run is then new."""
+"""Raise it when the meaning of a configuration changes although no key changes. Every run then gets a new id."""
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The values that change the result, as nested plain data.
+    """The values of a configuration (or of a section) that change the result, as nested plain data.
 
     A key is left out if it is a fact of execution, or at its `neutral` value (see keys.py).
     """
@@ -35,7 +35,7 @@ def _is_hashed(key: Field[Any], config: Any) -> bool:
 
 
 def run_id(config: Config) -> str:
-    """`TABuv-r8-chain_sum-smollm2-...-s0-1a2b3c4d5e`: readable, and a function of the identity alone."""
+    """`TABuv-r8-chain_sum-smollm2-...-s0-1a2b3c4d5e`: a readable name that depends only on the identity."""
     canonical = json.dumps([IDENTITY_VERSION, identity(config)], sort_keys=True, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
     model = config.model.name.rsplit("/", 1)[-1].lower()
@@ -44,5 +44,5 @@ def run_id(config: Config) -> str:
 
 
 def config_tree(config: Config) -> dict[str, Any]:
-    """The complete configuration as plain data, facts of execution included."""
+    """The complete configuration as plain data, including the facts of execution."""
     return asdict(config)

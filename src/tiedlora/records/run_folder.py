@@ -1,4 +1,4 @@
-"""One run's folder: where its files are, its state, and the lock that keeps a second process out."""
+"""One run's folder: the places of its files, its state, and the lock against a second process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.run_record import RunRecord, read_record
 
 LOCK_PATIENCE_SECONDS = 0.5
-"""How long to wait for a run's lock: a process that asks for a state holds it for a moment."""
+"""How long to wait for a run's lock. A process that only reads the run's state also holds the lock for a moment."""
 
 
 class Busy(UserError):
@@ -23,7 +23,7 @@ class Busy(UserError):
 
 
 class RunFolder:
-    """One run's folder. Everything it holds is written atomically or appended."""
+    """One run's folder. Its files are written atomically or appended to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,23 +35,23 @@ class RunFolder:
         self.checkpoints = path / "checkpoint"
 
     def predictions_file(self, split: str) -> Path:
-        """predictions/<split>.jsonl, one row an example."""
+        """predictions/<split>.jsonl, with one row for each example."""
         return self.path / "predictions" / f"{split}.jsonl"
 
     def checksums(self, *patterns: str) -> dict[str, str]:
-        """sha256 of the files that match, by their names inside the folder."""
+        """Path inside the folder -> sha256, for the files that match."""
         paths = sorted(path for pattern in patterns for path in self.path.glob(pattern))
         return {path.relative_to(self.path).as_posix(): storage.sha256(path) for path in paths}
 
     def prediction_checksums(self, split: str) -> dict[str, str]:
-        """Of the split's predictions, and the base model's."""
+        """As `checksums`, for the split's predictions and those of the base model."""
         return self.checksums(f"predictions/{split}.jsonl", f"predictions/{split}.base.jsonl")
 
     def record(self) -> RunRecord | None:
-        """The record of a finished run; None where there is no result.json.
+        """The record of a finished run; None if there is no result.json.
 
         Raises:
-            UserError: result.json is there and is not a run's record.
+            UserError: result.json exists and is not a run's record.
         """
         return read_record(self.result_file) if self.result_file.exists() else None
 
@@ -67,19 +67,24 @@ class RunFolder:
         return record
 
     def write_record(self, record: RunRecord) -> None:
-        """Write result.json, whole or not at all. Keys that another version of the code put there stay."""
+        """Write result.json, completely or not at all. Keys that another version of the code has written stay.
+
+        Raises:
+            UserError: the present result.json is not a JSON object.
+            OSError: the disk is full, or there is no permission.
+        """
         kept = storage.read_json(self.result_file) if self.result_file.exists() else {}
         storage.write_json(self.result_file, {**kept, **record.to_json()})
 
     def state(self) -> str:
-        """missing, done, failed, running or interrupted: derived from the files and the lock."""
+        """missing, done, failed, running or interrupted, from the files and the lock."""
         if self.result_file.exists():
             return "done"
         if not self.path.exists():
             return "missing"
         try:
             with self.locked(patience=0):
-                # Asked again now that nobody can be in the middle of finishing it.
+                # Checked again under the lock, because another process may have finished the run in between.
                 if self.result_file.exists():
                     return "done"
                 return "failed" if self.error_file.exists() else "interrupted"
@@ -88,10 +93,10 @@ class RunFolder:
 
     @contextmanager
     def locked(self, patience: float = LOCK_PATIENCE_SECONDS) -> Iterator[None]:
-        """Hold the run, so that no second process works in the folder. The lock dies with its owner.
+        """Hold the run's lock, so that no second process works in the folder. The lock ends with its process.
 
         Raises:
-            Busy: another process holds it, for longer than `patience` seconds.
+            Busy: another process still holds the lock after `patience` seconds.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
@@ -105,27 +110,29 @@ class RunFolder:
             lock.release()
 
     def clear(self) -> None:
-        """Forget everything but the lock, for a run that starts over: the result first, so that a kill
-        in the middle cannot leave a run that looks finished and lacks its files."""
+        """Remove all files except the lock, for a run that starts again.
+
+        The result is removed first. So a kill in between cannot leave a run that looks finished and lacks files.
+        """
         self.result_file.unlink(missing_ok=True)
         for entry in self.path.iterdir():
             if entry.name != ".lock":
                 _remove(entry)
 
     def tidy(self) -> None:
-        """Remove what a killed process left behind: half-written files, and a finished run's checkpoints."""
+        """Remove what a killed process has left: incomplete files, and the checkpoints of a finished run."""
         for entry in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
             _remove(entry)
         if self.result_file.exists():
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def write_error(self) -> None:
-        """Leave the traceback of the exception being handled in the folder, if anything can be written there."""
-        # A second error, of a full disk perhaps, would hide the first.
+        """Write the traceback of the present exception to error.txt, if the folder can be written to."""
+        # A second error (such as a full disk) would hide the first one.
         with suppress(OSError):
             storage.write_bytes(self.error_file, traceback.format_exc().encode("utf-8", "replace"))
 
 
 def _remove(entry: Path) -> None:
-    """A file, a folder, or a link: never what the link leads to."""
+    """Remove a file, a folder, or a link (but not the link's target)."""
     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

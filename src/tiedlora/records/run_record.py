@@ -1,6 +1,6 @@
-"""A finished run's record, result.json, as typed values: built once where a run ends, checked once where it is read.
+"""A finished run's record, result.json, as typed values. It is built when a run ends, and checked when it is read.
 
-Reading needs neither torch nor Hydra: the report, the sweeps and the scripts read runs through here.
+To read it needs neither torch nor Hydra. The report, the sweeps and the scripts read runs through this module.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tiedlora.tying import PARTS
 
 RUN_ID = re.compile(r"\w[A-Za-z0-9._-]{0,400}", re.ASCII)
 CPU_DEVICE = re.compile(r"(?P<device>.+?)(, (?P<threads>\d+) threads)?(, (?P<processes>\d+) processes)?")
-"""How records before version 0.2 tell device, threads and processes: "cpu, 2 threads, 2 processes"."""
+"""How records before version 0.2 write device, threads and processes: "cpu, 2 threads, 2 processes"."""
 
 
 def _score_interval(value: Any) -> Any:
-    """A score or a difference of two scores is a fraction of 1, and so are the ends of its interval."""
+    """Check that a score (or a difference of scores) and the ends of its interval are fractions of 1."""
     ends = [value.get(key) for key in ("value", "low", "high")] if isinstance(value, dict) else [None]
     if isinstance(value, Interval) or all(
         isinstance(end, (int, float)) and not isinstance(end, bool) and abs(end) <= 1 + 1e-9 for end in ends
@@ -50,7 +50,7 @@ class BaseModelRecord:
     name: Text
     revision: Text | None
     digest: Text | None
-    """The sha256 of its files, or the commit on the hub. None, as the revision, where only a program knew the model."""
+    """The sha256 of its files, or its commit on the hub. Digest and revision are None if a program made the model."""
 
     def __str__(self) -> str:
         return f"{self.name} at {self.revision} ({self.digest})"
@@ -58,7 +58,7 @@ class BaseModelRecord:
 
 @dataclass(frozen=True)
 class CodeVersion:
-    """The commit of the checkout that ran; None outside a git checkout."""
+    """The commit of the checkout whose code ran; None outside a git checkout."""
 
     commit: Text | None
     dirty: Flag | None
@@ -70,7 +70,7 @@ class CodeVersion:
 
 @dataclass(frozen=True)
 class Execution:
-    """Where a run was carried out. It does not change a run's identity, and it changes rounding."""
+    """Where a run was carried out. This is not part of the run's identity, but it changes rounding."""
 
     device: Text
     """`cpu`, or the GPU's name."""
@@ -85,7 +85,7 @@ class Execution:
 
     @classmethod
     def from_text(cls, text: str) -> Execution:
-        """What an older record says in one text."""
+        """The value for an older record, which writes it as one text."""
         match = CPU_DEVICE.fullmatch(text)
         if match is None or match["device"] != "cpu":
             return cls(text)
@@ -102,7 +102,7 @@ class DataRecord:
     shortened: Count = 0
     """Rows whose prompt was shortened to fit."""
     dropped_prompt: Count = 0
-    """Rows left out because their prompt did not fit; the next two likewise."""
+    """Rows left out because their prompt did not fit."""
     dropped_target: Count = 0
     dropped_answer: Count = 0
     """Rows left out because shortening the prompt removed the answer from it."""
@@ -110,19 +110,19 @@ class DataRecord:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What training cost and reached."""
+    """The costs and the losses of training."""
 
     steps: Count
     seconds: Number
-    """Of training steps alone, without validation and checkpoints."""
+    """Seconds of the training steps, without validation and checkpoints."""
     tokens_per_s: Number
     validation_loss_first: Number
     """Mean loss per target token before the first step."""
     validation_loss_last: Number
     peak_memory_bytes: Count
-    """On a GPU the largest allocation, on a CPU the process's largest resident size, read when training ended."""
+    """Bytes, read when training ended: the largest allocation on a GPU, or the process's largest resident size."""
     tokens: Count = 0
-    """Padding is not counted."""
+    """Real tokens; padding is not counted."""
     target_tokens: Count = 0
     clipped_share: Number = 0.0
     """Share of the steps whose gradient was clipped."""
@@ -148,7 +148,7 @@ class SplitScores:
     gain: Scores | None = None
     """Adapted minus base, paired on the rows."""
     signatures: dict[Text, Text] | None = None
-    """Metric -> which implementation and settings gave it, where a name alone does not say."""
+    """Metric -> the implementation and settings that computed it, if its name does not say enough."""
     files: dict[Text, Text] = field(default_factory=dict)
     """Predictions file -> its sha256."""
 
@@ -191,7 +191,7 @@ def _with_tree(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run's id was hashed from. The attributes are the values that tables name; `tree` holds every value."""
+    """The values that a run's id is a hash of. The attributes are those that tables show; `tree` holds every value."""
 
     model: _Model
     task: _Task
@@ -203,7 +203,7 @@ class Identity:
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> Identity:
-        """The values of config.identity.identity."""
+        """The values that config.identity.identity returns."""
         return typed(cls, _with_tree(tree))
 
 
@@ -218,13 +218,13 @@ class ConfigRecord:
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> ConfigRecord:
-        """The values of config.identity.config_tree."""
+        """The values that config.identity.config_tree returns."""
         return typed(cls, _with_tree(tree))
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything that result.json says of a finished run."""
+    """The content of result.json of a finished run."""
 
     run_id: Text
     identity: Annotated[Identity, BeforeValidator(_with_tree)]
@@ -237,7 +237,7 @@ class RunRecord:
     base: BaseModelRecord
     trainable_params: Count
     share_of_lora: Number
-    """Of the trainable parameters of the paper's LoRA at the same rank."""
+    """Trainable parameters divided by those of the paper's LoRA at the same rank."""
     data: dict[str, DataRecord]
     training: TrainingRecord
     adapter_bytes: Count
@@ -248,10 +248,10 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> RunRecord:
-        """The record that the JSON object holds.
+        """The record from the JSON object of result.json.
 
         Raises:
-            UserError: naming the key that is missing or wrong.
+            UserError: a key is missing or wrong; the message names it.
         """
         if "execution" not in tree and isinstance(tree.get("device"), str):
             tree = {**tree, "execution": asdict(Execution.from_text(tree["device"]))}
@@ -260,7 +260,7 @@ class RunRecord:
         return record
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object, with the keys that earlier versions wrote and read."""
+        """The JSON object, with the keys that earlier versions of the code read."""
         tree: dict[str, Any] = {}
         for item in fields(self):
             if item.name == "execution":
@@ -271,12 +271,12 @@ class RunRecord:
 
     @property
     def label(self) -> str:
-        """LoRA, TABuv, ... or custom: the name that the specification has by its meaning."""
+        """LoRA, TABuv, ... or custom: the name that follows from the specification's values."""
         return self.run_id.split("-", 1)[0]
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as JSON objects. A field whose default is None is left out where it is None."""
+    """Dataclasses as JSON objects. A field whose default is None is left out if its value is None."""
     if is_dataclass(value):
         present = [f for f in fields(value) if not (f.default is None and getattr(value, f.name) is None)]
         return {f.name: plain(getattr(value, f.name)) for f in present}
@@ -289,7 +289,7 @@ def read_record(path: Path) -> RunRecord:
     """The record of a finished run.
 
     Raises:
-        UserError: naming the file, and the key that is missing or wrong.
+        UserError: the file is not a run's record; the message names the file, and the key that is missing or wrong.
     """
     tree = storage.read_json(path)
     try:
@@ -299,7 +299,7 @@ def read_record(path: Path) -> RunRecord:
 
 
 def _check(record: RunRecord) -> None:
-    """Refuse what has the right types and is still no record of a finished run."""
+    """Refuse a record that has the right types, but whose values cannot be those of a finished run."""
     if record.status != "done":
         raise UserError(f"its status is {record.status!r:.60}, not 'done'")
     if not RUN_ID.fullmatch(record.run_id):
@@ -307,7 +307,7 @@ def _check(record: RunRecord) -> None:
     if not is_name(record.base.name):
         raise UserError(f"'base.name' is {record.base.name!r:.60}, which is no name of this project")
     if record.base.digest is None:
-        raise UserError("'base.digest' is None, which is no run's")
+        raise UserError("'base.digest' is None, which no run has")
     for part in PARTS:
         if not isinstance(record.identity.tying.get(part, {}), dict):
             raise UserError(f"'identity.tying.{part}' is not an object")
@@ -321,7 +321,7 @@ def _check(record: RunRecord) -> None:
         if split not in SCORED_SPLITS:
             raise UserError(f"'scores.{split:.40}' is no split that is scored")
         if (scores.base is None) != (scores.gain is None):
-            raise UserError(f"'scores.{split}' has one of base and gain alone")
+            raise UserError(f"'scores.{split}' has only one of base and gain")
         for kind, others in (("base", scores.base), ("gain", scores.gain)):
             if others is not None and set(others) != set(scores.metrics):
                 raise UserError(f"'scores.{split}.{kind}' has other metrics than 'scores.{split}.metrics'")

@@ -1,4 +1,4 @@
-"""A finished run for people: the lines that a terminal shows, and the flat summary that trackers tabulate."""
+"""A finished run for people: the lines that a terminal shows, and the flat summary that trackers get."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tiedlora.statistics.interval import Interval
 from tiedlora.text import visible
 
 FLOOR = 0.05
-"""A score whose interval stays below this says nothing about a method: every method looks the same there."""
+"""If the whole interval of a score is below this, the score cannot tell methods apart: all are near zero."""
 
 
 def terminal_lines(record: RunRecord, folder: Path) -> str:
@@ -45,13 +45,13 @@ def _split_lines(split: str, scores: SplitScores) -> list[str]:
 
 
 def _points(interval: Interval, sign: str = "") -> str:
-    """A score in points: records hold fractions of 1, people read them times 100, as in papers."""
+    """A score in points of 100, as papers show it. (Records hold fractions of 1.)"""
     value, low, high = 100 * interval.value, 100 * interval.low, 100 * interval.high
     return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def _remark(scores: SplitScores) -> str:
-    """What the first metric's gain does not show, if anything."""
+    """A warning if the first metric shows no gain; empty otherwise."""
     name = scores.first_metric
     if scores.base is None or scores.gain is None or scores.gain[name].low > 0:
         return ""
@@ -65,7 +65,7 @@ def _remark(scores: SplitScores) -> str:
 
 
 def flat_summary(record: RunRecord) -> dict[str, float | int | str]:
-    """One level of keys, such as `validation/exact_match_strict` and its `_low` and `_high`, for tables and plots."""
+    """The record as one level of keys, such as `validation/exact_match_strict` and its `_low` and `_high`."""
     flat: dict[str, float | int | str] = {
         "trainable_params": record.trainable_params,
         "share_of_lora": record.share_of_lora,

@@ -60,7 +60,7 @@ class Trainer:
         checkpoints = resume_from or folder.checkpoints
         state = checkpoint.restore(checkpoints, self.parts, self.optimizer, session.inputs())
         if state is not None:
-            log.info("going on from step %d", state.step)
+            log.info("continuing from step %d", state.step)
         self.state = state or loop.TrainState()
         # 2. The order of the training rows, and the validation batches.
         self.rows = session.fitted["train"].encoded
