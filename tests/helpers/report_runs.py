@@ -88,6 +88,7 @@ def make_record(changes: dict[str, Any] | None = None, **about) -> RunRecord:
         ),
         adapter_bytes=4 * trainable,
         scores={},
+        status="done",
     )
     for path, value in changes.items():
         if not path.startswith("config."):

@@ -47,7 +47,7 @@ RESULTS = {  # a key of result.json, what it becomes, and what is said
     "scores of an unknown split": ("scores.\x1b[2J", {}, "has no 'scores.␛[2J.rows'"),
     "scores without metrics": ("scores.validation", {"rows": 3}, "has no 'scores.validation.digest'"),
     "no metric": ("scores.validation.metrics", {}, "'scores.validation.metrics' is {}"),
-    "an unknown split that is scored": ("scores.train", SCORES, "'scores.train' is no split that is scored"),
+    "an unknown split that is scored": ("scores.train", SCORES, "'scores.train' is not a split that is scored"),
     "scores without rows": ("scores.validation.rows", None, "'scores.validation.rows' is None"),
     "scores of no rows": ("scores.validation.rows", 0, "'scores.validation.rows' is 0"),
     "a text for a time": ("scores.validation.seconds", "long", "'scores.validation.seconds' is 'long'"),
@@ -129,7 +129,7 @@ def test_what_is_no_folder(folder, words, tmp_path, script):
     folder.write_text("a file where the run's folder should be")
     code, _, err = script("train.py", *words)
     assert (code, len(err.splitlines())) == (2, 1)
-    assert "a file is where a folder is wanted" in err
+    assert "a file is where a folder is needed" in err
     assert folder.read_text() == "a file where the run's folder should be"
 
 

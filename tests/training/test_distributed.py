@@ -22,7 +22,7 @@ STEPS = 20
 
 
 def test_two_processes_are_one(tiny_config, tiny_run, tmp_path):
-    """METHOD: the loss is a mean over the target tokens of the whole step, however its rows are spread."""
+    """docs/method.md: the loss is a mean over the target tokens of the whole step, however its rows are spread."""
     # 7 rows a step and 40 in all: the shares are unequal, and an epoch's last step is short.
     more = [f"train.steps={STEPS}", "train.batch_size=7", "train.checkpoint_every=20"]
     alone = run.main(tiny_config(*more))

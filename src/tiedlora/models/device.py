@@ -24,8 +24,11 @@ def resolve_device(name: str, local_index: int | None = None) -> torch.device:
     """
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"train.device={name}: no CUDA device here; use train.device=auto or cpu")
-    device = torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
-    return torch.device("cuda", local_index) if device.type == "cuda" and local_index is not None else device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and local_index is not None:
+        return torch.device("cuda", local_index)
+    return torch.device(name)
 
 
 def execution_on(device: torch.device, processes: int = 1) -> Execution:

@@ -67,7 +67,7 @@ class RunFolder:
         return record
 
     def write_record(self, record: RunRecord) -> None:
-        """Write result.json, completely or not at all. Keys that another version of the code has written stay.
+        """Write result.json, completely or not at all. Top-level keys of another version of the code stay.
 
         Raises:
             UserError: the present result.json is not a JSON object.

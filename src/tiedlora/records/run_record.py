@@ -159,29 +159,29 @@ class SplitScores:
 
 
 @dataclass(frozen=True)
-class _Model:
+class NamedModel:
     name: Name
 
 
 @dataclass(frozen=True)
-class _Task:
+class NamedTask:
     name: Name
     kind: Text = ""
 
 
 @dataclass(frozen=True)
-class _Rank:
+class RankValues:
     r: Whole
     alpha: Number | None = None
 
 
 @dataclass(frozen=True)
-class _Train:
+class TrainValues:
     lr: Number
 
 
 @dataclass(frozen=True)
-class _Tying:
+class NamedTying:
     name: Name
 
 
@@ -193,10 +193,10 @@ def _with_tree(value: Any) -> Any:
 class Identity:
     """The values that a run's id is a hash of. The attributes are those that tables show; `tree` holds every value."""
 
-    model: _Model
-    task: _Task
-    rank: _Rank
-    train: _Train
+    model: NamedModel
+    task: NamedTask
+    rank: RankValues
+    train: TrainValues
     tying: dict[str, Any]
     score: dict[str, Any]
     tree: dict[str, Any]
@@ -211,9 +211,9 @@ class Identity:
 class ConfigRecord:
     """The whole resolved configuration, facts of execution included, as `Identity`."""
 
-    task: _Task
-    rank: _Rank
-    tying: _Tying
+    task: NamedTask
+    rank: RankValues
+    tying: NamedTying
     tree: dict[str, Any]
 
     @classmethod
@@ -242,9 +242,10 @@ class RunRecord:
     training: TrainingRecord
     adapter_bytes: Count
     scores: dict[str, SplitScores]
+    status: Text
+    """Always `done`: other runs have no record."""
     files: dict[str, str] = field(default_factory=dict)
     """File of the adapter -> its sha256."""
-    status: str = "done"
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> RunRecord:
@@ -319,7 +320,7 @@ def _check(record: RunRecord) -> None:
             raise UserError(f"'data.{split:.40}' is not a split's digest")
     for split, scores in record.scores.items():
         if split not in SCORED_SPLITS:
-            raise UserError(f"'scores.{split:.40}' is no split that is scored")
+            raise UserError(f"'scores.{split:.40}' is not a split that is scored")
         if (scores.base is None) != (scores.gain is None):
             raise UserError(f"'scores.{split}' has only one of base and gain")
         for kind, others in (("base", scores.base), ("gain", scores.gain)):

@@ -18,24 +18,24 @@ from tiedlora.tasks import load_examples, load_task
 
 
 def add_scores(
-    folder: RunFolder, splits: list[str], data_root: str | None, execution: Config | None = None
+    folder: RunFolder, splits: list[str], data_root: str | None, paths_from: Config | None = None
 ) -> RunRecord:
     """Score the splits and write them into the run's record and predictions/.
 
     Args:
         data_root: where the splits' rows are now; None means the hub.
-        execution: where to take the other paths and the device from; None takes the run's own configuration.
+        paths_from: where to take the other paths and the device from; None takes the run's own configuration.
 
     Raises:
         UserError: the run is not finished, or its base model or adapter has changed.
     """
-    record = folder.finished_record()
+    folder.finished_record()
     config = compose.read_config(folder.config_file)
     # A run that was moved, or that somebody else made, is written where it is now.
     config.data_root, config.outputs = data_root, str(folder.path.parent)
-    if execution is not None:
-        config.outputs, config.cache = execution.outputs, execution.cache
-        config.model.path, config.train.device = execution.model.path, execution.train.device
+    if paths_from is not None:
+        config.outputs, config.cache = paths_from.outputs, paths_from.cache
+        config.model.path, config.train.device = paths_from.model.path, paths_from.train.device
     task = load_task(config.task)
     base = cached_base(config, resolve_device(config.train.device))
     adapter, trained_on = load(folder.adapter)
@@ -46,6 +46,8 @@ def add_scores(
     scorer = Scorer(attached, encoder, task, config, base.record)
     try:
         with folder.locked():
+            # Read again now that no other process can add scores.
+            record = folder.finished_record()
             for split in splits:
                 examples = load_examples(task, split, config.data_root)
                 scores = scorer.score_split(split, examples, folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 from tiedlora.adapter import save
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
-from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
+from tiedlora.errors import StoppedEarly, UserError
 from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
@@ -37,18 +37,10 @@ def execute(config: Config) -> RunRecord | None:
         StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
     """
     with join_world(resolve_device(config.train.device).type == "cuda") as world:
-        try:
-            if world.is_first:
-                return _run_first_process(config, world)
-            _run_worker_process(config, world)
-            return None
-        except (MemoryError, RuntimeError, OSError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"out of memory; while scoring or validating, lower score.batch_size={config.score.batch_size} (other "
-                "rounding, so another run); while loading, take a smaller model or train.dtype=bfloat16"
-            ) from error
+        if world.is_first:
+            return _run_first_process(config, world)
+        _run_worker_process(config, world)
+        return None
 
 
 def _run_first_process(config: Config, world: World) -> RunRecord | None:

@@ -12,6 +12,7 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.process_cache import SingleSlotCache
 from tiedlora.tasks import Example, digest, load_examples, load_task
+from tiedlora.tasks.rows import rows_folder
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def _local_files(config: Config) -> list[tuple[str, int, int]]:
     """Name, size and time of the task's local files: the rows of a file that has changed are read again."""
     if config.data_root is None:
         return []
-    folder = Path(config.data_root) / (config.task.folder or config.task.name)
+    folder = rows_folder(config.task, Path(config.data_root))
     files = [file for file in sorted(folder.glob("*.jsonl")) if file.is_file()]
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 

@@ -1,6 +1,6 @@
-"""The one door to torch. What needs torch or transformers is imported when one of these functions is called.
+"""The only place that imports torch late: the modules that need it are imported when one of these functions is called.
 
-Importing them takes seconds. A finished run, a wrong option and `--help` answer without them.
+Importing torch and transformers takes seconds. A finished run, a wrong option and `--help` answer without them.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
 
 
 def execute(config: Config) -> RunRecord | None:
-    """As runs.execute.execute."""
+    """Carry out a run; see execute.py."""
     from tiedlora.runs import execute
 
     return execute.execute(config)
 
 
 def add_scores(
-    folder: RunFolder, splits: list[str], data_root: str | None, execution: Config | None = None
+    folder: RunFolder, splits: list[str], data_root: str | None, paths_from: Config | None = None
 ) -> RunRecord:
-    """As runs.add_scores.add_scores."""
+    """Score more splits of a finished run; see add_scores.py."""
     from tiedlora.runs import add_scores
 
-    return add_scores.add_scores(folder, splits, data_root, execution)
+    return add_scores.add_scores(folder, splits, data_root, paths_from)
 
 
 def check_adapter(run: CheckedRun) -> Iterator[Finding]:
-    """As runs.regenerate.check_adapter."""
+    """Check a finished run's adapter; see regenerate.py."""
     from tiedlora.runs import regenerate
 
     return regenerate.check_adapter(run)
 
 
 def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Finding]:
-    """As runs.regenerate.regenerate."""
+    """Make a finished run's outputs again and compare them; see regenerate.py."""
     from tiedlora.runs import regenerate
 
     return regenerate.regenerate(run, least, suspects)

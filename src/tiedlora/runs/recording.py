@@ -40,6 +40,7 @@ def build_record(
         training=_training(session, trained),
         adapter_bytes=adapter_bytes,
         scores=scores,
+        status="done",
         files=folder.checksums("adapter/*"),
     )
 

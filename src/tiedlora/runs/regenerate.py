@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,12 +14,9 @@ from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import resolve_device
 from tiedlora.records.rows import PredictionRow, read_predictions
-from tiedlora.runs.verify import Finding
+from tiedlora.runs.verify import CheckedRun, Finding
 from tiedlora.scoring.predict import scoring_batches
 from tiedlora.scoring.split import Scorer
-
-if TYPE_CHECKING:
-    from tiedlora.runs.verify import CheckedRun
 
 
 def check_adapter(run: CheckedRun) -> Iterator[Finding]:
@@ -85,7 +81,7 @@ def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int, s
             yield Finding(check, False, f"{len(recorded)} predictions of {len(examples)} rows")
             continue
         places = _chosen_places([row.id for row in recorded], batches, least, suspects)
-        rows_of = scorer.unadapted_rows if kind else scorer.adapted_rows
+        rows_of = scorer.compute_base_rows if kind else scorer.adapted_rows
         rows = rows_of([examples[place] for place in places], f"regenerating {split}{kind}")
         yield _compared(run, check, rows, [recorded[place] for place in places])
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
+from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.records.summary import terminal_lines
@@ -27,17 +29,32 @@ def main(config: Config) -> RunRecord | None:
         StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
     """
     folder = RunFolder(Path(config.outputs) / run_id(config))
-    finished = None if config.force else folder.record()
-    record = finished
-    # Several processes must agree that the run is finished, so they meet first.
-    if record is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        record = lazy.execute(config)
+    record = folder.record()
+    finished = None if config.force else record
+    with _explained_out_of_memory(config):
+        # Several processes must agree that the run is finished, so they meet first.
+        if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            record = lazy.execute(config)
         if record is None:
             return None
-    if finished is not None:
-        record = _reuse(config, folder, finished)
+        if finished is not None:
+            record = _reuse(config, folder, finished)
     print(terminal_lines(record, folder.path))
     return record
+
+
+@contextmanager
+def _explained_out_of_memory(config: Config) -> Iterator[None]:
+    """Turn too little memory, outside a training step, into a UserError that says what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory; while scoring or validating, lower score.batch_size={config.score.batch_size} (other "
+            "rounding, so another run); while loading, take a smaller model or train.dtype=bfloat16"
+        ) from error
 
 
 def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> RunRecord:

@@ -1,5 +1,10 @@
-"""Scoring a split: greedy decoding, likelihoods of given texts, prediction rows, metrics with intervals.
+"""From a prompt to a metric with its interval, in this order:
 
-May import training (its loss), data, models, tasks, adapter, records, config, statistics and the modules below.
-scoring.summary is free of torch, so that finished runs can be checked without it.
+1. split.py        scores one split: the adapted model, and the base model beside it;
+2. predict.py      asks the model every example, and has the task score each answer (tasks/task_metric.py);
+3. decoding.py     generates answers; likelihoods.py compares given ones; batches.py has what both share;
+4. summary.py      the metrics of a split with their 95 % intervals.
+
+summary.py imports no torch, so that finished runs are checked without it. The package may import training (the loss),
+tracking (the progress bar), data, tasks, adapter, records, config and statistics.
 """

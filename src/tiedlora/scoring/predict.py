@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tiedlora.config.schema import Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
-from tiedlora.records.rows import PredictionRow
+from tiedlora.records.rows import PredictionRow, Score
 from tiedlora.scoring.decoding import generate, generation_batches
 from tiedlora.scoring.likelihoods import choice_batches, choice_log_likelihoods
 from tiedlora.tasks import Example, Task
@@ -58,11 +58,18 @@ def predict(
             prompt=example.prompt,
             shortened=example is not original,
             references=list(example.references),
-            scores=score,
+            scores=_as_floats(score),
             **vars(answer),
         )
         for original, example, answer, score in zip(examples, asked, answers, scores, strict=True)
     ]
+
+
+def _as_floats(scores: Mapping[str, Score]) -> dict[str, Score]:
+    """The scores as a predictions file gives them back, so that rows are equal before and after it."""
+    return {
+        name: list(map(float, score)) if isinstance(score, list) else float(score) for name, score in scores.items()
+    }
 
 
 def scoring_batches(encoder: Encoder, examples: Sequence[Example], config: Config) -> list[list[int]]:

@@ -28,9 +28,9 @@ from tiedlora.tasks import Example, Task, digest
 
 log = logging.getLogger(__name__)
 
-PROTOCOL_KEYS = (
+PROTOCOL_KEYS = {
     *("kind", "version", "prompt", "chat_template", "stop", "max_new_tokens", "max_prompt_tokens", "options"),
-)
+}
 """The keys of a task that decide what a model is asked and how its answer is scored."""
 
 
@@ -54,7 +54,7 @@ class Scorer:
         """
         base_rows = None
         if self.config.score.base:
-            base_rows = self.base_rows(split, examples)
+            base_rows = self.cached_base_rows(split, examples)
             write_predictions(folder.predictions_file(f"{split}.base"), base_rows)
         started = time.perf_counter()
         rows = self.adapted_rows(examples, f"adapted model on {split}")
@@ -78,15 +78,15 @@ class Scorer:
         with merged_for_scoring(self.attached, self.config) as model:
             return predict(model, self.encoder, self.task, examples, self.config, title)
 
-    def unadapted_rows(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
-        """The base model's rows, without a look at what an earlier run computed."""
+    def compute_base_rows(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
+        """The base model's rows, computed now. `title` is what the progress bar says."""
         self.attached.disable()
         try:
             return predict(self.attached.model, self.encoder, self.task, examples, self.config, title)
         finally:
             self.attached.enable()
 
-    def base_rows(self, split: str, examples: Sequence[Example]) -> list[PredictionRow]:
+    def cached_base_rows(self, split: str, examples: Sequence[Example]) -> list[PredictionRow]:
         """The base model's rows, computed once for each model, protocol and rows, and then reused by every run.
 
         Raises:
@@ -103,7 +103,7 @@ class Scorer:
                         f"{path}: holds the predictions of other rows; remove it, and the same command makes it"
                     )
                 return rows
-            rows = self.unadapted_rows(examples, f"base model on {split}")
+            rows = self.compute_base_rows(examples, f"base model on {split}")
             write_predictions(path, rows)
             return rows
 

@@ -49,8 +49,14 @@ def _difference(task: Task, metric: str, adapted: list[Score], base: list[Score]
 
 
 def _numbers(scores: list[Score]) -> list[float]:
-    return [score for score in scores if not isinstance(score, list)]
+    numbers = [score for score in scores if not isinstance(score, list)]
+    if len(numbers) != len(scores):
+        raise ValueError("some scores of the metric are numbers and others are statistics")
+    return numbers
 
 
 def _table(scores: list[Score]) -> list[list[float]]:
-    return [score for score in scores if isinstance(score, list)]
+    table = [score for score in scores if isinstance(score, list)]
+    if len(table) != len(scores):
+        raise ValueError("some scores of the metric are statistics and others are numbers")
+    return table

@@ -17,7 +17,3 @@ class Interval:
     high: float
     method: str = ""
     """How the ends were computed: wilson, newcombe, bootstrap, t, crossed or fieller."""
-
-    def excludes_zero(self) -> bool:
-        """Whether the whole interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 LAUNCHES = 2
 """How often a cell is launched whose worker dies without leaving an error."""
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_CHECKS = 1.0
 """How often the state of a cell is asked for that another process is working on."""
 
 Launch = Callable[[Sequence[SweepCell], int], None]
@@ -138,5 +138,5 @@ class _Launches:
             if not self._waiting_logged:
                 log.info("waiting for cells that another process is working on, such as %s", cell.run_id)
                 self._waiting_logged = True
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(SECONDS_BETWEEN_CHECKS)
         return state

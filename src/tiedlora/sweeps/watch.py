@@ -12,7 +12,7 @@ from tiedlora.text import clock
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LOOKS = 2.0
+SECONDS_BETWEEN_COUNTS = 2.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class EndedCellsLogger:
 
     def _look(self) -> None:
         first = last = self._count()
-        while not self._leave.wait(SECONDS_BETWEEN_LOOKS):
+        while not self._leave.wait(SECONDS_BETWEEN_COUNTS):
             if (now := self._count()) != last:
                 last = now
                 log.info("%s", self._line(first, now))

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from requests.utils import get_netrc_auth
-
 from tiedlora.config.identity import config_tree
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
@@ -21,6 +19,7 @@ from tiedlora.tracking.base import TrackedRun
 
 try:
     import wandb
+    from requests.utils import get_netrc_auth
 except ImportError:
     raise UserError("tracking=wandb: wandb is not installed; run: pip install 'tiedlora[wandb]'") from None
 
