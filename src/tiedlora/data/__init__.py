@@ -1,4 +1,4 @@
-"""From a task's examples to tensors: encoding as token ids, their cache on disk, batches.
+"""From a task's examples to tensors: token ids, their cache on disk, batches.
 
-Knows neither adapters nor training. May import models, tasks, records, config and the modules below.
+This package knows neither adapters nor training. It may import models, tasks, records, config and the modules below.
 """

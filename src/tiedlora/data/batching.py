@@ -1,4 +1,4 @@
-"""From token ids to batches: which rows make up a step, and how they become tensors."""
+"""From token ids to batches: which rows are in a step, and how they become tensors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from tiedlora.config.schema import TrainConfig
 from tiedlora.data.encoding import Encoded
 
 BUCKET_BATCHES = 16
-"""How many batches are sorted by length together: enough for rows of similar length, few enough to stay shuffled."""
+"""How many batches are sorted by length together. More batches give rows of more similar length, but a less random
+order."""
 TOKEN_MULTIPLE = 16
-"""Matrix products are up to a fifth faster where the number of tokens is a multiple of this."""
+"""Matrix products are up to a fifth faster if the number of tokens is a multiple of this."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for one forward pass, padded on the right. No token attends to what comes after it, so no mask is needed."""
+    """Rows for one forward pass, padded on the right. No token attends to later tokens, so no mask is needed."""
 
     input_ids: Tensor
     """(rows, length)"""
@@ -31,10 +32,10 @@ class Batch:
     targets: Tensor
     """(target tokens,) ids of those next tokens."""
     tokens: int
-    """How many tokens the rows have; padding is not counted."""
+    """The number of tokens in the rows; padding is not counted."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`. A copy to a GPU is not waited for."""
+        """The same batch on `device`. The copy to a GPU is asynchronous."""
         if device.type != "cuda":
             return self
         input_ids, positions, targets = (
@@ -45,11 +46,11 @@ class Batch:
 
 
 def split_by_limits(lengths: Sequence[int], rows: int | None, tokens: int | None) -> list[slice]:
-    """Split consecutive rows into slices of at most `rows` rows and `tokens` tokens, padding counted.
+    """Split consecutive rows into slices of at most `rows` rows and `tokens` tokens, padding included.
 
     Args:
-        lengths: tokens of each row.
-        rows, tokens: None sets no limit. A row that is longer than `tokens` is a slice of its own.
+        lengths: the number of tokens of each row.
+        rows, tokens: None sets no limit. A row that is longer than `tokens` is a separate slice.
     """
     slices, start, longest = [], 0, 0
     for end, length in enumerate(lengths):
@@ -61,11 +62,11 @@ def split_by_limits(lengths: Sequence[int], rows: int | None, tokens: int | None
 
 
 class BatchSampler:
-    """Which rows make up each optimizer step: a pure function of (lengths, settings of `train`, seed, step).
+    """Which rows are in each optimizer step: a pure function of (lengths, settings of `train`, seed, step).
 
     An epoch has every row exactly once, and its last step may be smaller. With `train.bucket`, rows of similar length
-    share a step: shuffled rows are sorted within BUCKET_BATCHES batches, and then the batches are shuffled. With
-    `train.batch_tokens` a step has at most that many tokens.
+    share a step: the rows are shuffled, sorted by length within groups of BUCKET_BATCHES batches, and then the batches
+    are shuffled. With `train.batch_tokens`, a step has at most that many tokens.
     """
 
     def __init__(self, lengths: Sequence[int], train: TrainConfig, seed: int) -> None:
@@ -74,7 +75,7 @@ class BatchSampler:
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def rows_of_step(self, step: int) -> list[int]:
-        """Row numbers of optimizer step `step`, counted from 1."""
+        """The row numbers of optimizer step `step` (counted from 1)."""
         epoch = bisect.bisect_right(self._first_steps, step) - 1
         while True:
             index, batches = step - self._first_steps[epoch], self.epoch(epoch)
@@ -85,7 +86,7 @@ class BatchSampler:
                 self._first_steps.append(self._first_steps[-1] + len(batches))
 
     def epoch(self, epoch: int) -> list[list[int]]:
-        """Row numbers of each step of an epoch, counted from 0."""
+        """The row numbers of each step of epoch `epoch` (counted from 0)."""
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._shuffled(epoch))
         return self._epoch[1]
@@ -109,11 +110,11 @@ class BatchSampler:
 
 
 def collate(rows: Sequence[Encoded], pad_id: int, context: int = 0) -> Batch:
-    """Pad on the right and mark the target positions.
+    """Pad rows on the right, and mark the target positions.
 
     Args:
-        context: rows are padded beyond the longest one, until the batch has a multiple of TOKEN_MULTIPLE tokens, but
-            never to more than this length.
+        context: the greatest length after padding. Up to this length, rows are padded beyond the longest row until the
+            batch has a multiple of TOKEN_MULTIPLE tokens.
     """
     longest = max(len(row) for row in rows)
     length_multiple = TOKEN_MULTIPLE // math.gcd(TOKEN_MULTIPLE, len(rows))
@@ -132,11 +133,12 @@ def collate(rows: Sequence[Encoded], pad_id: int, context: int = 0) -> Batch:
 def microbatches(
     rows: Sequence[Encoded], pad_id: int, size: int | None = None, tokens: int | None = None, context: int = 0
 ) -> list[Batch]:
-    """The rows of one optimizer step as passes of at most `size` rows and `tokens` tokens (`collate` may pad further).
+    """Split the rows of one optimizer step into passes of at most `size` rows and `tokens` tokens.
 
-    The fewest passes that the limits allow, as equal in tokens as possible: the largest pass decides the memory, and a
-    pass of one row at the end would read all the weights for little work (and be another graph, where blocks are
-    compiled). The rows are sorted by length, so that each pass has little padding.
+    There are as few passes as the limits allow, and they have nearly equal numbers of tokens. The reason: the largest
+    pass determines the memory, and a last pass of one row would read all weights for little work (and need its own
+    graph if blocks are compiled). The rows are sorted by length, so each pass has little padding. `collate` may pad a
+    pass a little beyond `tokens`.
     """
     if not rows:
         return []
@@ -149,7 +151,7 @@ def microbatches(
 
 
 def _smallest_token_limit(lengths: Sequence[int], size: int | None, tokens: int | None) -> int:
-    """The smallest limit on a pass's tokens that needs no more passes than `tokens` does, by bisection.
+    """The smallest limit on the tokens of a pass that needs no more passes than the limit `tokens`, by bisection.
 
     Args:
         lengths: ascending.

@@ -1,4 +1,4 @@
-"""From examples to token ids: what fits the model, what is shortened, and what is dropped and counted."""
+"""From examples to token ids. Prompts that do not fit are shortened, or their rows are dropped and counted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiedlora.tasks import Example
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example in tokens. The target ends with the end-of-text token."""
+    """One example as token ids. The target ends with the end-of-text token."""
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
@@ -25,20 +25,20 @@ class Encoded:
 class Encoder:
     """Text to token ids, the same for training and for generation.
 
-    Prompt and target are tokenised separately, so no token crosses the boundary between them. Training and generation
-    allow a prompt the same number of tokens, so both shorten it in the same way.
+    Prompt and target are tokenised separately, so no token crosses the boundary between them. The limit on a prompt's
+    tokens is the same in training and in generation, so both shorten a prompt in the same way.
 
     Args:
-        context: tokens that the model can attend to.
+        context: how many tokens the model can attend to.
 
     Raises:
-        UserError: the task and the tokenizer do not go together, or no prompt fits.
+        UserError: the task does not fit the tokenizer, or no prompt can fit.
     """
 
     def __init__(self, tokenizer: Any, config: TaskConfig, context: int) -> None:
         self.tokenizer, self.config, self.context = tokenizer, config, context
         self.prompt_limit = min(config.max_prompt_tokens or context, context - config.max_new_tokens)
-        """Tokens that a prompt may have."""
+        """The most tokens that a prompt may have."""
         if self.prompt_limit < 1:
             raise UserError(
                 f"task.max_new_tokens={config.max_new_tokens}: leaves no room for a prompt in the model's context of "
@@ -50,7 +50,7 @@ class Encoder:
             raise UserError("model: its tokenizer has no end-of-text token, which every target ends with")
 
     def prompt(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt, with the chat template or the token that the model expects at the start of a text."""
+        """Token ids of a prompt, with the chat template, or with the token that the model expects at a text's start."""
         if self.config.chat_template:
             turn = [{"role": "user", "content": text}]
             text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
@@ -61,20 +61,20 @@ class Encoder:
         return (bos, *ids) if starts_with_bos else tuple(ids)
 
     def continuation(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text that follows a prompt. After a chat template it starts without a space."""
+        """Token ids of a text that follows a prompt. After a chat template, the text loses its leading space."""
         text = text.lstrip(" ") if self.config.chat_template else text
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def shortened(self, example: Example) -> Example | None:
-        """The example itself if its prompt fits, else with its `cuttable` text shortened, at the end of a word.
+        """The example itself if its prompt fits. Otherwise its `cuttable` text is shortened, at the end of a word.
 
         Returns:
-            None if the example has no such text, or if nothing of it would be left.
+            None if the example has no such text, or if nothing of the text would be left.
         """
         if self._fits(example):
             return example
         start, end = example.cuttable
-        # The most characters that fit, by bisection: a longer text has more tokens, except for a word or so.
+        # Bisection finds the most characters that fit: nearly always, a longer text has more tokens.
         low, high = 0, end - start
         while low < high:
             middle = (low + high + 1) // 2
@@ -88,10 +88,10 @@ class Encoder:
         return len(self.prompt(example.prompt)) <= self.prompt_limit
 
     def example(self, example: Example) -> Encoded:
-        """Prompt and target, the latter with the end-of-text token.
+        """The token ids of prompt and target. The target ends with the end-of-text token.
 
         Raises:
-            UserError: the prompt has no tokens, so nothing comes before the target's first token.
+            UserError: the prompt has no tokens. The model predicts a target's first token from the token before it.
         """
         prompt = self.prompt(example.prompt)
         if not prompt:
@@ -107,26 +107,26 @@ def _cut(example: Example, length: int) -> Example:
 
 
 def _whole_words(text: str) -> str:
-    """A text that was cut anywhere, without its last word, which the cut may have hit."""
+    """A text that was cut at any character, without its last word, which may be incomplete."""
     return text.rpartition(" ")[0].rstrip()
 
 
 class EncodedRows(NamedTuple):
-    """The rows that fit, as token ids."""
+    """The rows that fit, as token ids, and the counts of the others."""
 
     kept: list[int]
-    """Their numbers among the examples."""
+    """The index of each row among the examples."""
     encoded: list[Encoded]
     counts: dict[str, int]
-    """How many rows there were, were shortened, and were dropped for which reason: the fields of DataRecord."""
+    """How many rows there were, how many were shortened, and how many were dropped for each reason (see DataRecord)."""
 
 
 def encode_rows(encoder: Encoder, examples: Sequence[Example]) -> EncodedRows:
     """Encode the examples of training or of a validation loss.
 
     Prompts are shortened where the task allows it, and rows that do not fit are dropped and counted. A target is never
-    cut. `dropped_answer` counts rows whose answer was in the text that shortening removed: training on them would
-    teach the model to invent answers.
+    cut. `dropped_answer` counts rows whose answer was in the text that shortening removed. To train on them would teach
+    the model to invent answers.
 
     Raises:
         UserError: no row fits.

@@ -1,6 +1,6 @@
-"""Token ids of a task's rows, kept on disk: encoding a large task takes longer than its first training steps.
+"""A cache of token ids on disk. To encode a large task takes longer than its first training steps.
 
-A file's name is a hash of everything that its token ids depend on.
+The name of a file is a hash of everything that its token ids depend on.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ IntArray = NDArray[np.int32]
 ENCODING_VERSION = 1
 """Raise it when encoding.encode_rows gives other token ids for the same rows."""
 MIN_ROWS = 1000
-"""Fewer rows are not kept: encoding them is faster than reading a file."""
+"""Fewer rows are not stored, because encoding them is faster than reading a file."""
 _COLUMNS = ("kept", "prompts", "targets", "ids")
-"""Numbers of the kept rows, lengths of their prompts, lengths of their targets, and all token ids one after another."""
+"""The indices of the rows that fit, the lengths of their prompts, the lengths of their targets, and all token ids."""
 
 
 def load_or_encode(
     encoder: Encoder, examples: Sequence[Example], digest: str, base: BaseModel, cache: Path
 ) -> EncodedRows:
-    """As encoding.encode_rows. Many rows are read from the cache's file, or encoded and written to it.
+    """As encoding.encode_rows, but many rows are read from a file of the cache, or encoded and written to it.
 
     Args:
-        digest: of the examples.
-        base: the base model, whose digest also covers the tokenizer.
+        digest: the digest of the examples.
+        base: the base model. Its digest also covers the tokenizer.
         cache: the folder `config.cache`.
 
     Raises:
@@ -52,7 +52,7 @@ def load_or_encode(
     try:
         return _read(path)
     except (FileNotFoundError, SafetensorError, KeyError, ValueError):
-        # The file is missing or damaged, and everything in it can be computed again.
+        # The file is missing or damaged. Everything in it can be computed.
         rows = encode_rows(encoder, examples)
         storage.write_bytes(path, _to_bytes(rows))
         return rows

@@ -1,5 +1,5 @@
-"""Base models: loading and identifying them, the embedded and the random ones, attention, the device.
+"""Base models: loading, identity, the embedded and the random models, attention, the device.
 
-Knows neither tasks nor training. May import adapter (its architectures), records, config and the modules below.
-models.identity is free of torch, so that reports and finished runs can use it.
+This package knows neither tasks nor training. It may import adapter (its architectures), records, config and the
+modules below. models.identity imports no torch, so finished runs can be checked quickly.
 """

@@ -1,8 +1,8 @@
-"""Attention of short bfloat16 rows on a CPU, as plain matrix products; every other case is torch's own attention.
+"""Attention as plain matrix products, for short bfloat16 rows on a CPU. Every other case uses torch's own attention.
 
-torch's fused attention saves memory by computing over blocks of keys, which costs time where there are only one or two
-blocks. For a layer of SmolLM2-135M, forward and backward, 8 rows of 200 tokens on an AVX512-bf16 core, plain matrix
-products take 31 ms, the fused kernel 43 ms, and 50 ms with a mask.
+torch's fused attention computes over blocks of keys. This saves memory, but costs time if there are only one or two
+blocks. Measured for a layer of SmolLM2-135M, forward and backward, 8 rows of 200 tokens, on an AVX512-bf16 core: plain
+matrix products take 31 ms, the fused kernel 43 ms, and the fused kernel with a mask 50 ms.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "tiedlora"
 LONGEST_ROW = 512
-"""Tokens: for longer rows the weights' memory, which grows with the square of the length, costs more than it saves."""
+"""Most tokens of a row. The memory of the weights grows with the square of the length, and costs more beyond this."""
 
 
 def use(model: Any) -> None:
-    """Make a model that uses torch's attention use this one. Any other (eager, flash, flex) was chosen, and stays."""
+    """Replace torch's attention in a model by this one. Any other (eager, flash, flex) was chosen, and stays."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
@@ -37,11 +37,11 @@ def attend(
     is_causal: bool | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer.
+    """The attention function that transformers calls in every layer.
 
     Args:
         query: (rows, heads, new tokens, head_dim); key and value: (rows, key-value heads, tokens, head_dim).
-        attention_mask: None where each token attends to itself and to every token before it.
+        attention_mask: None if each token attends to itself and to every token before it.
 
     Returns:
         (rows, new tokens, heads, head_dim), and None in place of the attention weights.
@@ -62,7 +62,7 @@ def attend(
 def by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention by its definition, softmax(s Q K^T) V, with the weights of all pairs in memory at once.
 
-    The queries of all heads that share a key head are one long row, so keys and values are not repeated.
+    The queries of all heads that share a key head form one long row, so keys and values are not repeated.
 
     Args:
         query: (rows, heads, length, head_dim); key and value: (rows, key-value heads, length, head_dim).
@@ -82,8 +82,8 @@ def by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tens
 
 @torch.library.custom_op("tiedlora::softmax", mutates_args=())
 def _opaque_softmax(scores: Tensor) -> Tensor:
-    """torch's softmax as one operator that torch.compile does not take apart. Taken apart, it keeps float32 copies of
-    all pairs, and attention takes a fifth longer for rows of 243 tokens, a third for rows of 400.
+    """torch's softmax as one operator that torch.compile does not split. If it is split, it keeps float32 copies of all
+    pairs, and attention takes a fifth longer for rows of 243 tokens, and a third longer for rows of 400.
     """
     return scores.softmax(-1)
 

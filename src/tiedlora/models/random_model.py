@@ -1,4 +1,4 @@
-"""Tiny untrained models for tests: any sizes, no files, the same weights every time."""
+"""Tiny untrained models for tests. They have any sizes, need no files, and always have the same weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiedlora.config.schema import ModelConfig
 from tiedlora.errors import UserError
 
 END_OF_TEXT = 256
-"""The id of the end-of-text token; the ids below it are the bytes."""
+"""The id of the end-of-text token. The ids below it are the bytes."""
 
 
 def random_model(config: ModelConfig) -> tuple[Any, Any]:
@@ -51,7 +51,7 @@ def random_model(config: ModelConfig) -> tuple[Any, Any]:
 
 
 def _byte_tokenizer() -> Any:
-    """One token for each byte, and an end-of-text token: encodes any text and needs no files."""
+    """A tokenizer with one token for each byte and an end-of-text token. It encodes any text and needs no files."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,13 +1,13 @@
-"""Tasks: how rows become prompts and targets, and what an output is worth.
+"""Tasks: how rows become prompts and targets, and how an output is scored.
 
-A task is one file here and one YAML in conf/task/ (docs/extending.md). The file's `TASK` turns rows into examples and
-scores outputs; the YAML holds the protocol. Tasks know no model: prompts and targets are text.
+A task is one file here and one YAML in conf/task/ (docs/extending.md). The class `TASK` in the file turns rows into
+examples and scores outputs. The YAML holds the protocol. Tasks know no model: prompts and targets are text.
 
 - base.py: what a task is (`Task`, `Example`);
 - load.py: the task of a configuration, and the examples of its splits;
 - rows.py: rows from local files or from the hub;
 - task_metric.py: a task's scores as a metric of the `evaluate` package;
-- every other file is a task.
+- each other file: a task.
 
 It may import config, errors, storage and text.
 """

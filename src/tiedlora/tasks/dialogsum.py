@@ -1,8 +1,8 @@
 """DialogSum: a dialogue -> its summary.
 
-Scored with ROUGE-1, -2 and -L (F-measures, rouge-score). A test dialogue comes as several rows, one reference
-each, whose ids differ after the last `_`; they are one example here, and each metric takes its maximum over
-the references. Keys of task.options: `use_stemmer` hands rouge-score its Porter stemmer.
+The scores are ROUGE-1, -2 and -L (F-measures of rouge-score). A test dialogue comes as several rows with one reference
+each, whose ids differ after the last `_`. They are one example here, and each metric takes its maximum over the
+references. Keys of task.options: `use_stemmer` turns on rouge-score's Porter stemmer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class DialogSum(Task):
     def _use_stemmer(self) -> bool:
         options = self.config.options
         if set(options) - {"use_stemmer"} or not isinstance(options.get("use_stemmer", False), bool):
-            raise UserError(f"task.options: may hold use_stemmer=true or false alone; got {options}")
+            raise UserError(f"task.options: may hold only use_stemmer=true or use_stemmer=false; got {options}")
         return bool(options.get("use_stemmer", False))
 
     def score(self, output: str, example: Example) -> dict[str, Score]:

@@ -1,10 +1,10 @@
-"""Problems that reasoning-gym makes, each with a worked answer that ends in `#### number`.
+"""Problems that reasoning-gym generates, each with a worked answer that ends in `#### number`.
 
-The rows are made in memory and scored as GSM8K's. Keys of task.options: `dataset` names reasoning-gym's generator,
-`parameters` are the generator's own settings, and `rows` is the number of rows of each split.
+The rows are generated in memory, and scored as those of GSM8K. Keys of task.options: `dataset` names reasoning-gym's
+generator, `parameters` are the generator's own settings, and `rows` is the number of rows of each split.
 
 Importing this module takes about a second, because reasoning_gym imports all its generators (and with them sympy and
-matplotlib). It is imported only for a task of this kind, and such a task always needs its rows.
+matplotlib). It is imported only for a task of this kind, which always needs its rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tiedlora.tasks.gsm8k import Gsm8k
 from tiedlora.tasks.rows import DataRow
 
 FIRST_SEED = {"test": 10_000_000, "validation": 20_000_000, "train": 30_000_000}
-"""reasoning-gym draws row i from seed + i, so splits do not overlap as long as none has ten million rows."""
+"""reasoning-gym draws row i from seed + i. So splits do not overlap if each has fewer than ten million rows."""
 BEFORE = {"test": (), "validation": ("test",), "train": ("test", "validation")}
 """Split -> the splits whose questions it must not contain."""
 
@@ -30,7 +30,7 @@ class Generated(Gsm8k):
         self._rows_with_repeats: dict[str, list[DataRow]] = {}
 
     def generated_rows(self, split: str) -> list[DataRow]:
-        """The split's rows, each question once, without the questions of the splits that are held out from it.
+        """The rows of a split. Each question is there once, and questions of its held-out splits are left out.
 
         Raises:
             UserError: task.options are incomplete, or reasoning-gym refuses them.
@@ -44,7 +44,8 @@ class Generated(Gsm8k):
         return rows
 
     def _made_rows(self, split: str) -> list[DataRow]:
-        """The split's rows as reasoning-gym makes them. They are kept, because the next split is compared with them."""
+        """The rows of a split as reasoning-gym generates them. They are cached, because other splits are compared with
+    them."""
         if split not in self._rows_with_repeats:
             self._rows_with_repeats[split] = self._make_rows(split)
         return self._rows_with_repeats[split]
@@ -72,7 +73,7 @@ class Generated(Gsm8k):
         ]
 
     def _worked_answer(self, item: Any) -> str:
-        """The steps and the answer of one item of reasoning-gym."""
+        """The worked steps and the answer of one item of reasoning-gym."""
         metadata = item["metadata"]
         if "answer_cot" in metadata:
             return str(metadata["answer_cot"])

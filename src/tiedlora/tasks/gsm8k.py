@@ -1,8 +1,8 @@
 """GSM8K: a word problem -> a rationale that ends in `#### number`.
 
-Scored as lm-evaluation-harness does (its gsm8k task, filters strict-match and flexible-extract): strict
-takes the first number after `####`, flexible the last number anywhere; both compare as text after
-dropping commas, dollar signs and a final point.
+The scores are those of lm-evaluation-harness (its gsm8k task, filters strict-match and flexible-extract). strict takes
+the first number after `####`, and flexible the last number of the text. Numbers are compared as text, without commas,
+dollar signs and a final point.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
 def normalise(number: str) -> str:
-    """A number as text, for comparison: no commas, dollar signs, or final point."""
+    """A number as text for comparison: without commas, dollar signs and a final point."""
     return re.sub(r"\.$", "", re.sub(r"[,$]", "", number.strip())).lower()
 
 

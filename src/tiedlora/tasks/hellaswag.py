@@ -1,7 +1,7 @@
-"""HellaSwag: the start of a scene or an article -> the likeliest of four endings.
+"""HellaSwag: the start of a scene or an article -> the most likely of four endings.
 
-Read and scored as lm-evaluation-harness does (its task hellaswag, version 1.0): an ending's log-likelihood is the sum
-over its tokens; `accuracy` takes the highest, `accuracy_norm` the highest per character.
+Rows are read and scored as in lm-evaluation-harness (its task hellaswag, version 1.0). The log-likelihood of an ending
+is the sum over its tokens. `accuracy` chooses the highest, and `accuracy_norm` the highest per character.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MARK = re.compile(r"\[(?:header|title|step|substeps)\]")
 
 
 def cleaned(text: str) -> str:
-    """Text without WikiHow's `[header]`, `[title]`, `[step]` and `[substeps]` marks, as the harness cleans it."""
+    """The text without WikiHow's `[header]`, `[title]`, `[step]` and `[substeps]` marks, as the harness cleans it."""
     text = text.strip().replace(" [title]", ". ")
     # The pattern searches only up to a line's last "]". So every "[" finds a "]", and the time is linear in the length.
     parts = (line.rpartition("]") for line in text.split("\n"))
@@ -28,9 +28,9 @@ def cleaned(text: str) -> str:
 
 
 def is_clean(row: DataRow) -> bool:
-    """Whether the row was cleaned before: WikiHow rows on the hub always have marks.
+    """Whether the row was cleaned before. (WikiHow rows on the hub always have marks.)
 
-    Cleaning a row twice would change it: a blank that a removed mark left behind would be removed too.
+    To clean a row twice would change it: a blank that stayed where a mark was removed would be removed too.
     """
     texts = [row["ctx_a"], row["ctx_b"], *row["endings"]]
     return row["source_id"].startswith("wikihow") and not any(MARK.search(text) for text in texts)
@@ -54,7 +54,7 @@ class HellaSwag(Task):
             raise UserError(f"task.target={config.target!r}: must hold {{ending}}, which stands for each of the four")
 
     def row_id(self, row: DataRow, number: int) -> str:
-        """The source and the index, as in `wikihow-60`: the two sources have indices in common."""
+        """The source and the index, such as `wikihow-60`, because rows of the two sources can have the same index."""
         return f"{str(row.fields.get('source_id')).split('~')[0]}-{row.fields.get('ind', number)}"
 
     def example(self, row: DataRow, id: str) -> Example:
@@ -64,14 +64,14 @@ class HellaSwag(Task):
         if label not in map(str, range(ENDINGS)):
             raise RowError(f"the label {label!r} is out of range: it must be one of '0' to '{ENDINGS - 1}'")
         clean = str if is_clean(row) else cleaned
-        # The harness capitalises ctx_b, so the prompt is made of ctx_a and ctx_b, not of the field 'ctx'.
+        # The harness capitalises ctx_b, so the prompt uses ctx_a and ctx_b, and not the field 'ctx'.
         row = row.with_fields(ctx_b=row["ctx_b"].capitalize())
         prompt = clean(render(self.config.prompt, row)).rstrip()
         choices = tuple(render(self.config.target, row.with_fields(ending=clean(ending))) for ending in endings)
         return Example(id, prompt, choices[int(label)], (label,), choices)
 
     def score(self, output: Sequence[float], example: Example) -> dict[str, Score]:
-        """Scores of the four log-likelihoods; of equal ones the first is chosen."""
+        """The scores of the four log-likelihoods. Of equal ones, the first is chosen."""
         # The length of an ending does not include what the template puts before it (a blank).
         start = self.config.target.index("{ending}")
         lengths = [len(choice) - start for choice in example.choices]

@@ -1,10 +1,11 @@
 """IWSLT 2017 (TED talks), German -> English.
 
-Scored with corpus-level BLEU and chrF2, as sacreBLEU's command line computes them by default. The score of one output
-here is its n-gram counts: their sum over outputs gives the corpus score, and sums over resampled outputs its interval.
+The scores are corpus-level BLEU and chrF2, as sacreBLEU's command line computes them by default. The score of one
+output is its n-gram counts. Their sum over all outputs gives the corpus score; sums over resampled outputs give its
+interval.
 
-On the hub the pairs are in zips with a loading script, which is not run here: the zip is read
-instead. hub.id=sentence-transformers/parallel-sentences-talks gives more TED pairs, for training.
+On the hub, the pairs are in a zip with a loading script. The script is not run; the zip is read directly.
+hub.id=sentence-transformers/parallel-sentences-talks gives more TED pairs, for training.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Iwslt2017(Task):
                 raise RowError(f"the field 'translation' must hold a text '{language}'")
         if not pair["de"].strip():
             raise RowError("the field 'translation.de' is empty")
-        # For sacreBLEU's command line a reference is one line. Double blanks inside are typing errors of the source.
+        # For sacreBLEU's command line, a reference is one line. Double blanks are typing errors of the source.
         return super().example(
             row.with_fields(**{language: " ".join(pair[language].split()) for language in LANGUAGES}), id
         )
@@ -62,7 +63,7 @@ class Iwslt2017(Task):
         return {"bleu": BLEU(), "chrf": CHRF()}
 
     def score(self, output: str, example: Example) -> dict[str, Score]:
-        """Each metric's counts of one output, as sacreBLEU sums them over a corpus."""
+        """Metric -> the counts of one output, as sacreBLEU sums them over a corpus."""
         references = [[reference.strip()] for reference in example.references]
         return {
             name: [float(count) for count in metric._extract_corpus_statistics([output.strip()], references)[0]]
@@ -76,7 +77,7 @@ class Iwslt2017(Task):
 
     def signatures(self) -> dict[str, str]:
         for metric in self._metrics.values():
-            # The signature holds the number of references, which sacreBLEU knows once it has seen a corpus.
+            # The signature holds the number of references. sacreBLEU knows it only after it has scored a corpus.
             metric._extract_corpus_statistics(["x"], [["x"]])
         return {name: str(metric.get_signature()) for name, metric in self._metrics.items()}
 
@@ -90,7 +91,7 @@ def ted_pair(row: DataRow) -> DataRow:
 def zipped_rows(archive: zipfile.ZipFile, name: str) -> list[DataRow]:
     """The pairs of one set of the official zip: `train`, or an evaluation set such as `tst2010`.
 
-    A pair with an empty side is left out: it is no translation.
+    A pair with an empty side is left out, because it is not a translation.
 
     Raises:
         UserError: the zip lacks the set, or its two languages have different numbers of lines.
@@ -123,7 +124,7 @@ def training_lines(text: str) -> list[str]:
 
 
 def evaluation_lines(text: str) -> list[str]:
-    """The segments of an evaluation set's XML, which is not always well-formed, entities turned to characters."""
+    """The segments of an evaluation set's XML, with entities as characters. The XML is not always well-formed."""
     return [html.unescape(segment).strip() for segment in re.findall(r"<seg[^>]*>(.*?)</seg>", text, re.DOTALL)]
 
 

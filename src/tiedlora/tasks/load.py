@@ -18,13 +18,13 @@ from tiedlora.tasks.base import Example, Task
 from tiedlora.tasks.rows import DataRow, RowError, rows_from_folder
 
 NO_TASKS = ("base", "load", "rows", "task_metric")
-"""The files of this package that are no tasks."""
+"""The files of this package that are not tasks."""
 
 _REGISTERED: dict[str, type[Task]] = {}
 
 
 def register(kind: str, task: type[Task]) -> None:
-    """Make `task.kind=KIND` mean this class in this process: for a task whose file is elsewhere."""
+    """Make `task.kind=KIND` mean this class in this process, for a task whose file is elsewhere."""
     _REGISTERED[kind] = task
 
 
@@ -46,10 +46,10 @@ def load_task(config: TaskConfig) -> Task:
 
 
 def load_examples(task: Task, split: str, data_root: str | None) -> list[Example]:
-    """The examples of one split, checked, in their order.
+    """The checked examples of one split, in the order of their rows.
 
     Raises:
-        UserError: the rows are nowhere, or one is wrong; the message names file and line.
+        UserError: there are no rows, or one is wrong; the message names file and line.
     """
     config = task.config
     if split == "train":
@@ -71,7 +71,7 @@ def load_examples(task: Task, split: str, data_root: str | None) -> list[Example
 
 
 def digest(examples: Iterable[Example]) -> str:
-    """sha256 of the examples' texts: it identifies data by content, whatever file the data came from."""
+    """The sha256 of the examples' texts. It identifies data by content, and does not depend on files."""
     sha = hashlib.sha256()
     for example in examples:
         texts = [example.id, example.prompt, example.target, *example.references, *example.choices]
@@ -87,7 +87,7 @@ def _read_rows(task: Task, split: str, data_root: str | None) -> list[DataRow]:
 
 
 def _split_train(task: Task, data_root: str | None) -> tuple[list[DataRow], list[DataRow]]:
-    """(train, the validation rows taken from it). They are the same for every seed of a run."""
+    """(the training rows that stay, the validation rows that are taken). A run's seed does not change the choice."""
     rows, count = _read_rows(task, "train", data_root), task.config.validation_from_train
     if not count:
         return rows, []
@@ -116,13 +116,13 @@ def _grouped(task: Task, rows: list[DataRow]) -> list[list[tuple[str, DataRow]]]
 
 
 def _scored_prompts(task: Task, data_root: str | None) -> set[str]:
-    """Every prompt of the validation and test rows, whichever of them this run scores."""
+    """All prompts of the validation and test rows, also of a split that this run does not score."""
     prompts: set[str] = set()
     for split in SCORED_SPLITS:
         try:
             rows = _read_rows(task, split, data_root)
         except UserError:
-            continue  # Training does not need these rows; scoring a split that is missing or broken reports it.
+            continue  # Training does not need these rows. If the run scores the split, scoring reports the error.
         prompts.update(example.prompt for example in _examples(task, _grouped(task, rows)))
     return prompts
 
@@ -144,7 +144,7 @@ def _checked_example(task: Task, row: DataRow, id: str) -> Example:
     """The example of one row.
 
     Raises:
-        UserError: naming the place of the row and what is wrong with it.
+        UserError: the row is wrong; the message names its place and what is wrong.
     """
     try:
         for name, kind in task.fields.items():
@@ -160,7 +160,7 @@ def _check_field(row: DataRow, name: str, kind: type) -> None:
     if name not in row.fields:
         raise RowError(f"the field '{name}' is missing (it has {', '.join(row.fields) or 'none'})")
     value = row[name]
-    # To Python, True and False are whole numbers.
+    # In Python, bool is a subclass of int.
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise RowError(f"the field '{name}' must be {kind.__name__}, not {type(value).__name__}")
 
@@ -169,11 +169,11 @@ def _check_characters(*texts: str) -> None:
     try:
         "".join(texts).encode("utf-8")
     except UnicodeEncodeError:
-        raise RowError("holds half of a surrogate pair (such as \\ud800), which is no character") from None
+        raise RowError("holds half of a surrogate pair (such as \\ud800), which is not a character") from None
 
 
 def _with_shuffled_targets(examples: list[Example], seed: int) -> list[Example]:
-    """Every example with the target of the next one in a seeded order, so that none keeps its own target."""
+    """Give each example the target of the next one in a seeded order, so that none keeps its own target."""
     order = list(range(len(examples)))
     random.Random(f"shuffle-targets/{seed}").shuffle(order)
     source = dict(zip(order, order[1:] + order[:1], strict=True))

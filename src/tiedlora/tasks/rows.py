@@ -1,4 +1,4 @@
-"""Rows from local JSON Lines files or from the hub, each with the place that it came from."""
+"""Rows from local JSON Lines files or from the hub, each with the place where it was read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 
 LONGEST_LINE = 2**22
-"""Bytes of a row: about a million tokens, more than any model here attends to."""
+"""Most bytes of a row. This is about a million tokens, more than any model here can attend to."""
 
 
 class RowError(ValueError):
-    """What is wrong with a row. The code that reads the rows adds the row's place to the message."""
+    """A row is wrong. The code that reads the rows adds the row's place to the message."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class DataRow:
     """One row of a data set."""
 
     where: str
-    """The place to look at when the row is wrong: `FILE:LINE`, or a split of the hub and a number."""
+    """The place of the row: `FILE:LINE`, or a split of the hub and a number."""
     fields: dict[str, Any]
-    """The fields by name. They come from JSON, so a task checks each one that it uses (Task.fields)."""
+    """The fields by name. They come from JSON, so a task checks every field that it uses (Task.fields)."""
 
     def __getitem__(self, name: str) -> Any:
-        """The value of a field; `render` and `Task.fields` report one that is missing."""
+        """The value of a field. `render` and `Task.fields` report a missing field."""
         return self.fields[name]
 
     def with_fields(self, **changes: Any) -> DataRow:
-        """A copy in which some fields are changed or added."""
+        """A copy with changed or added fields."""
         return DataRow(self.where, {**self.fields, **changes})
 
 
@@ -43,7 +43,7 @@ def rows_from_folder(config: TaskConfig, split: str, data_root: Path) -> list[Da
     """All rows of a split from data_root/<task>/<split>.jsonl.
 
     Raises:
-        UserError: the file is missing (with the ways to get it), or a line is not a JSON object.
+        UserError: the file is missing (the message says how to get it), or a line is not a JSON object.
     """
     path = rows_folder(config, data_root) / f"{split}.jsonl"
     if not path.exists():
@@ -52,7 +52,7 @@ def rows_from_folder(config: TaskConfig, split: str, data_root: Path) -> list[Da
 
 
 def rows_folder(config: TaskConfig, data_root: Path) -> Path:
-    """The folder of a task's files below data_root."""
+    """The name of the task's folder below data_root."""
     return data_root / (config.folder or config.name)
 
 
@@ -60,7 +60,7 @@ def read_json_lines(path: Path) -> list[DataRow]:
     """Rows of a UTF-8 JSON Lines file; blank lines are skipped.
 
     Raises:
-        UserError: naming the line that is not UTF-8, not JSON, or not an object.
+        UserError: a line is not UTF-8, not JSON, not an object, or too long; the message names the line.
     """
     rows = []
     for number, line in enumerate(storage.read_bytes(path).split(b"\n"), start=1):
@@ -86,14 +86,14 @@ def read_json_lines(path: Path) -> list[DataRow]:
 
 
 def rows_from_hub(config: TaskConfig, split: str) -> list[DataRow]:
-    """All rows of a split from the hub's data set of that id.
+    """All rows of a split, from the data set with that id on the hub.
 
     Raises:
-        UserError: the hub cannot be reached or has no such split, with the ways to get the rows.
+        UserError: the hub cannot be reached or has no such split; the message says how to get the rows.
     """
     hub = config.hub
     with hub_errors(config, split) as name:
-        import datasets  # imported by hub_errors already
+        import datasets  # hub_errors has imported it already, so this costs no time
 
         table = datasets.load_dataset(hub.id, hub.subset, split=name, revision=hub.revision)
     return [DataRow(f"{hub.id}[{name}] row {i}", dict(row)) for i, row in enumerate(table)]
@@ -101,7 +101,7 @@ def rows_from_hub(config: TaskConfig, split: str) -> list[DataRow]:
 
 @contextmanager
 def hub_errors(config: TaskConfig, split: str) -> Iterator[str]:
-    """Give the hub's name of a split, and turn errors of the hub into one line that says how to get the rows.
+    """Yield the hub's name of a split, and turn an error of the hub into one line that says how to get the rows.
 
     Raises:
         UserError: the task has no such split on the hub, or the block could not load it.
@@ -114,7 +114,7 @@ def hub_errors(config: TaskConfig, split: str) -> Iterator[str]:
         raise UserError(f"task={config.name}: the hub has no {split} split of it. {_ways_to_get(config)}")
     try:
         yield hub.splits[split]
-    # Every error of huggingface_hub and datasets for a hub that is out of reach or lacks the file derives from these.
+    # All errors of huggingface_hub and datasets for an unreachable hub or a missing file derive from these.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"task={config.name}: {hub.id} cannot be loaded ({reason}). {_ways_to_get(config)}") from None

@@ -1,6 +1,6 @@
 """SQuAD v1.1: a passage and a question -> the answer, a piece of the passage.
 
-Scored as the official script does: exact match and token F1 after its normalisation (lower case, no
+The scores are those of the official script: exact match and token F1, after its normalisation (lower case, no
 punctuation, no articles, single blanks). Each metric takes its best value over the reference answers.
 """
 
@@ -18,21 +18,21 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """An answer as the official evaluation compares it."""
+    """The answer in the normalised form that the official evaluation compares."""
     without_articles = re.sub(r"\b(?:a|an|the)\b", " ", text.lower().translate(_PUNCTUATION))
     return " ".join(without_articles.split())
 
 
 def exact_match(output: str, reference: str) -> float:
-    """1 where both are equal after normalisation, otherwise 0."""
+    """1 if both texts are equal after normalisation, otherwise 0."""
     return float(normalise(output) == normalise(reference))
 
 
 def f1(output: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over the normalised words, repeated words counted.
+    """The harmonic mean of precision and recall over the normalised words. Repeated words count.
 
-    Where both texts are empty after normalisation it is 1, as in torchmetrics and SQuAD 2.0's script; the script of
-    version 1.1 gives 0.
+    If both texts are empty after normalisation, it is 1, as in torchmetrics and in SQuAD 2.0's script. The script of
+    SQuAD 1.1 gives 0.
     """
     output_words, reference_words = normalise(output).split(), normalise(reference).split()
     if not output_words and not reference_words:

@@ -1,7 +1,7 @@
 """A task's scores as a metric of the `evaluate` package, without the network.
 
-`evaluate.load` downloads a metric's script from the hub. The metric here is built from a task instead, and calls the
-task's own `score` and `total`. Importing this module takes seconds, so only scoring imports it.
+`evaluate.load` downloads a metric's script from the hub. This metric is built from a task instead, and calls the
+task's `score` and `total`. To import this module takes seconds, so only scoring imports it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class TaskMetric(evaluate.Metric):  # type: ignore[misc]
         super().__init__(keep_in_memory=True)
 
     def _build_data_dir(self) -> str:
-        # evaluate would make a folder although everything stays in memory. The home folder may be read-only, and a
-        # killed run would leave the folder behind.
+        # Otherwise evaluate would make a folder, although all data stay in memory. The home folder may be read-only,
+        # and a killed run would not remove the folder.
         return ""
 
     def _info(self) -> evaluate.MetricInfo:

@@ -1,4 +1,5 @@
-"""Where metrics go while a run trains: metrics.jsonl always, and the tracker that `tracking.backend` names.
+"""Where metrics go while a run trains: always to metrics.jsonl, and to the tracker that `tracking.backend` names.
 
-One file a tracker, with a `TRACKER` class, and one option of conf/tracking. Imports records and config.
+Each tracker is one file with a `TRACKER` class, and one option of conf/tracking. The package imports records and
+config.
 """

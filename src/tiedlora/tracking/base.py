@@ -1,8 +1,8 @@
-"""What a tracker is, and the trackers of one run.
+"""The interface of a tracker, and the trackers of one run.
 
 A tracker is one file here with a `TRACKER` class, and one option of conf/tracking/ that names it. The run's own
-metrics.jsonl is the record; every other tracker is a replay of it. So nothing that happens to another tracker ends a
-run: a tracker catches its own failures, says so once, and the run continues without it.
+metrics.jsonl is the record, and every other tracker gets a copy of it. So no failure of another tracker may end a run.
+A tracker catches its own failures and logs one warning, and the run continues without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tiedlora.tracking.metrics_file import MetricsFile
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told about a run before its first step."""
+    """The description of a run that a tracker gets before the first step."""
 
     run_id: str
     folder: Path
@@ -29,23 +29,26 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """Where the metrics of one run go."""
+    """Receives the metrics of one run."""
 
     def start(self, run: TrackedRun, earlier: Sequence[MetricsRow]) -> None:
-        """Open the run, and replay what was logged before it was interrupted.
+        """Open the run.
+
+        Args:
+            earlier: the rows that were logged before the run was interrupted; the tracker should write them again.
 
         Raises:
             UserError: the tracker's package is not installed, or its settings are wrong.
         """
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
-        """Take rows of metrics, in the order of their steps."""
+        """Write rows of metrics, in the order of their steps."""
 
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
         """Close the run.
 
         Args:
-            summary: flat keys of the finished run's record (records.summary.flat_summary); empty where the run failed.
+            summary: the finished run's record as flat keys (records.summary.flat_summary); empty if the run failed.
         """
 
 
@@ -55,7 +58,7 @@ class RunTrackers:
     def __init__(self, run: TrackedRun, metrics_file: Path, step: int) -> None:
         """
         Args:
-            step: the last finished step. Rows of later steps are dropped: the run logs them again.
+            step: the last finished step. Rows of later steps are dropped, because the run will log them again.
 
         Raises:
             UserError: as Tracker.start.
@@ -68,7 +71,7 @@ class RunTrackers:
             self._trackers.append(tracker)
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
-        """Hand rows to every tracker."""
+        """Give rows to every tracker."""
         for tracker in self._trackers:
             tracker.log(rows)
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the run's own record of its metrics: one JSON object a line, only ever appended to."""
+"""metrics.jsonl, the run's own record of its metrics. It has one JSON object per line, and rows are appended."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ class MetricsFile:
     """The tracker that every run has."""
 
     def __init__(self, path: Path, step: int = 0) -> None:
-        """Keep the rows up to `step`, the last finished one; a run that continues from there logs later ones again."""
+        """Keep only the rows up to `step`, the last finished step. The run will log the rows of later steps again."""
         self.path = path
         self.rows = [row for row in read_metrics(path) if row.step <= step] if step else []
         storage.write_json_lines(path, [row.to_json() for row in self.rows])
 
     def start(self, run: TrackedRun, earlier: Sequence[MetricsRow]) -> None:
-        """Nothing to open: the file is there."""
+        """Do nothing: the file needs no opening."""
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
         """Append the rows.
 
         Raises:
-            OSError: disk full. The run ends, because this file is its record.
+            OSError: the disk is full. The run then ends, because this file is its record.
         """
         with storage.naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row.to_json()) + "\n" for row in rows))
 
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
-        """Nothing to close: result.json holds the summary."""
+        """Do nothing: result.json holds the summary."""

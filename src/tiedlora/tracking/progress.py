@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines in a log."""
+"""The progress of long work: a bar on a terminal, or plain lines in a log."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressBar:
-    """A bar on a terminal, a plain line every few seconds in a log: done, rate and time left."""
+    """Shows the work done, the rate and the time left: as a bar on a terminal, or as a log line every few seconds."""
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
         self.what, self.total, self.unit, self.done = what, total, unit, done
         self.started, self.started_at, self.last_line = time.monotonic(), done, time.monotonic()
-        # Of several processes that train together, the first alone has the terminal.
+        # Of several processes that train together, only the first writes to the terminal.
         on_terminal = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
         self.bar = (
             tqdm(desc=what, total=total, initial=done, unit=f" {unit}", leave=False, dynamic_ncols=True)
@@ -47,6 +47,6 @@ class ProgressBar:
             )
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Remove the bar from the terminal."""
         if self.bar is not None:
             self.bar.close()

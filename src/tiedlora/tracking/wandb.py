@@ -1,6 +1,6 @@
-"""tracking=wandb: Weights & Biases, with an account or offline without one.
+"""tracking=wandb: Weights & Biases, online with an account or offline without one.
 
-W&B is a replay of metrics.jsonl: a resumed run's segment starts with the whole curve, so that a sync of several
+W&B gets a copy of metrics.jsonl. Each segment of a resumed run starts with all earlier rows, so a sync of several
 segments loses nothing.
 """
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = {"init_timeout": 30.0, "finish_timeout": 60.0}
 """How long W&B's server may delay the start and the end of a run. WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT override
-it. What was not uploaded is in the run's folder for `wandb sync`."""
+these times. `wandb sync` can later upload the rest from the run's folder."""
 
 
 class WandbTracker:
@@ -38,14 +38,14 @@ class WandbTracker:
         """W&B's run; None before the start, after the end, and once W&B has failed."""
 
     def start(self, run: TrackedRun, earlier: Sequence[MetricsRow]) -> None:
-        """Open the W&B run, offline where this machine is not logged in or the server is out of reach.
+        """Open the W&B run. It is offline if this machine is not logged in, or if the server cannot be reached.
 
         Raises:
             UserError: W&B refuses to start.
         """
         offline_runs = f"{run.folder}/wandb/offline-run-*"
         if "WANDB_MODE" not in os.environ and not wandb.setup().settings.api_key and not _has_stored_key():
-            # In the environment, not as an argument: only then does wandb make no network call at all.
+            # This must be a variable of the environment, not an argument: only then does wandb make no network call.
             os.environ["WANDB_MODE"] = "offline"
             log.info("W&B: not logged in, so this run is kept offline; `wandb sync %s`", offline_runs)
         try:
@@ -55,19 +55,19 @@ class WandbTracker:
         except wandb.errors.CommError as error:
             reason = " ".join(str(error).split())
             log.warning("W&B cannot be reached (%s); kept offline: `wandb sync %s`", reason, offline_runs)
-            # wandb's helper process still holds the id. In the environment, so that no later run waits again.
+            # wandb's helper process still holds the id. The variable makes later runs offline too, so they do not wait.
             with suppress(Exception):
                 wandb.teardown()
             os.environ["WANDB_MODE"] = "offline"
             self.run = wandb.init(**_settings(run))
         with self._survive_failure():
-            # Tables and scatter plots read the summary: the best validation loss, and the last of the others.
+            # Tables and scatter plots read the summary: the best validation loss, and the last value of other metrics.
             self.run.define_metric("validation/loss", summary="min,last")
             self.run.define_metric("train/*", summary="last")
         self.log(earlier)
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
-        """Send the rows."""
+        """Send the rows to W&B."""
         for row in rows:
             if self.run is not None:
                 with self._survive_failure():
@@ -83,14 +83,14 @@ class WandbTracker:
 
     @contextmanager
     def _survive_failure(self) -> Iterator[None]:
-        """Turn any failure of W&B into one warning, after which the run continues without it."""
+        """Turn any failure of W&B into one warning. The run then continues without W&B."""
         try:
             yield
         except Exception as error:
             self.run = None
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            log.warning("W&B has failed (%s); the run goes on without it, and metrics.jsonl has every row", reason)
-            # The next run of this process, and its end, would otherwise meet the same dead helper process.
+            log.warning("W&B has failed (%s); the run continues without it, and metrics.jsonl has every row", reason)
+            # Otherwise the next run of this process, and its end, would use the same dead helper process.
             with suppress(Exception):
                 wandb.teardown()
 
@@ -121,7 +121,7 @@ def _settings(run: TrackedRun) -> dict[str, Any]:
 
 
 def _has_stored_key() -> bool:
-    """Whether `wandb login` left a key in ~/.netrc; the key itself is not looked at."""
+    """Whether `wandb login` has left a key in ~/.netrc. The key itself is not read."""
     return get_netrc_auth("https://api.wandb.ai") is not None
 
 

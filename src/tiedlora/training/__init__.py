@@ -1,4 +1,5 @@
 """Training: the loop, the loss, optimizers and schedules, checkpoints, compilation, memory, processes, signals.
 
-Imports data, models, records and config. The loop takes callables, and knows neither a tracker nor Hydra nor a task.
+This package imports data, models, records and config. The loop takes callables, and knows neither a tracker nor Hydra
+nor a task.
 """

@@ -1,7 +1,7 @@
-"""Freed memory is kept for the next tensor of its size, on a CPU with glibc.
+"""Keep freed memory for the next tensor of the same size, on a CPU with glibc.
 
-By default glibc gives every large block back to the kernel when it is freed, and the kernel fills each page with zeros
-when the block is asked for again: for the 25 MB of a chunk of float32 logits that is 15 ms, the softmax itself 2 ms.
+By default, glibc returns every large block to the kernel when it is freed. When the block is needed again, the kernel
+fills each page with zeros. For the 25 MB of a chunk of float32 logits, this takes 15 ms; the softmax itself takes 2 ms.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import sys
 log = logging.getLogger(__name__)
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
-"""mallopt's names for: how much free memory at the heap's end is given back, how many blocks may lie outside it."""
+"""mallopt's settings: how much free memory at the heap's end is returned, and how many blocks may be outside it."""
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep what it has freed, until it ends. Another libc than glibc is left alone."""
+    """Make the process keep freed memory until it ends. With another libc than glibc, this does nothing."""
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)

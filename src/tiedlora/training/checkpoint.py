@@ -1,8 +1,8 @@
-"""Checkpoints: written whole, verified when read, and enough to go on exactly.
+"""Checkpoints. They are written completely or not at all, verified when they are read, and allow an exact resume.
 
-checkpoint/step-00000050/ holds the trained parts and the optimizer's moments (tensors.safetensors) and
-everything else that the loop carries (state.json, with the tensors' sha256 and its own). The order of the rows and
-the dropout masks are pure functions of (seed, step), so there is no random state to keep.
+checkpoint/step-00000050/ holds the trained parts and the optimizer's moments (tensors.safetensors), and the rest of the
+loop's state (state.json, with the sha256 of the tensors and of itself). The order of the rows and the dropout masks are
+pure functions of (seed, step), so a checkpoint needs no random state.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from tiedlora.training.loop import TrainState
 log = logging.getLogger(__name__)
 
 KEEP = 2
-"""Newest checkpoints kept: if the last one is damaged, the one before is used."""
+"""How many of the newest checkpoints are kept. If the last one is damaged, the one before it is used."""
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run depends on, compared when it continues from a checkpoint."""
+    """What a run depends on. It is compared when the run continues from a checkpoint."""
 
     data: dict[str, str] = field(default_factory=dict)
-    """Split -> digest of its rows."""
+    """Split -> the digest of its rows."""
     base: Text = ""
-    """Digest of the base model."""
+    """The digest of the base model."""
     versions: dict[str, str] = field(default_factory=dict)
     code: CodeVersion | None = None
     device: Text = ""
-    """Device, threads and processes, as people read them."""
+    """Device, threads and processes, in words."""
 
 
 def save(
@@ -55,14 +55,14 @@ def save(
     optimizer: torch.optim.Optimizer,
     inputs: RunInputs,
 ) -> None:
-    """Write a checkpoint of this step, then remove all but the newest ones.
+    """Write a checkpoint of this step, and then remove all but the newest ones.
 
     Args:
-        folder: of all checkpoints of the run.
+        folder: the folder of all checkpoints of the run.
         parts: the trained parts, by name.
 
     Raises:
-        OSError: it could not be written; earlier checkpoints are untouched.
+        OSError: it could not be written; earlier checkpoints are unchanged.
     """
     tensors = {f"part/{name}": parameter.detach().cpu().contiguous() for name, parameter in parts.items()}
     for name, parameter in parts.items():
@@ -81,13 +81,13 @@ def save(
 def restore(
     folder: Path, parts: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, inputs: RunInputs
 ) -> TrainState | None:
-    """Load the newest sound checkpoint into `parts` and `optimizer`; None if there is none.
+    """Load the newest undamaged checkpoint into `parts` and `optimizer`; None if there is none.
 
-    A damaged checkpoint is named in a warning, and the one before it is used. Other package versions, another commit
-    or another device are a warning; other data or another base model is an error.
+    For a damaged checkpoint there is a warning, and the one before it is used. If package versions, commit or device
+    have changed, there is a warning. If the data or the base model has changed, this is an error.
 
     Raises:
-        UserError: the data or the base model is not what the checkpoint was trained on.
+        UserError: the checkpoint was trained on other data or another base model.
     """
     for candidate in _newest_first(folder):
         try:
@@ -105,7 +105,7 @@ def _read(candidate: Path, parts: dict[str, nn.Parameter]) -> tuple[TrainState, 
     tree = storage.read_json(candidate / STATE)
     if storage.sha256(candidate / TENSORS) != tree["sha256"]:
         raise ValueError("its tensors are not those it was written with")
-    # The first checkpoints had no digest of their state.
+    # Checkpoints of the earliest version have no digest of their state.
     if tree.pop("state_sha256", None) not in (None, _digest(tree)):
         raise ValueError("its state is not the one it was written with")
     state, inputs = typed(TrainState, tree["progress"]), typed(RunInputs, tree["facts"])
@@ -122,7 +122,7 @@ def _load(tensors: dict[str, Tensor], parts: dict[str, nn.Parameter], optimizer:
         parameter.copy_(tensors[f"part/{name}"])
         prefix = f"optimizer/{name}/"
         optimizer.state[parameter] = {
-            # AdamW keeps its step count on the CPU, its moments beside the parameter.
+            # AdamW keeps its step count on the CPU, and its moments on the parameter's device.
             key.removeprefix(prefix): value if value.ndim == 0 else value.to(parameter.device)
             for key, value in tensors.items()
             if key.startswith(prefix)

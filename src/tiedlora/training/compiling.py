@@ -1,4 +1,4 @@
-"""When and how the blocks of a model are compiled for training."""
+"""Whether the blocks of a model are compiled for training, and how."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from tiedlora.errors import UserError
 log = logging.getLogger(__name__)
 
 COMPILE_PAYS_FROM_FLOP = {"cpu": 4e14, "cuda": 2e16}
-"""FLOP of a run from which compiling pays: it takes half a minute, a few per cent of such a run."""
+"""From this many FLOP of a run, compiling saves time. It takes half a minute, a few per cent of such a run."""
 
 
 def decide(wish: str, device: str, weights: int, tokens: float) -> bool:
-    """Whether to compile: `always`, `never`, or `auto`, which asks whether the run is long enough.
+    """Whether to compile the blocks: `always`, `never`, or `auto` (if the run is long enough).
 
-    The answer depends on the configuration, the rows and the machine alone, so a resumed run computes as it began.
+    The answer depends only on the configuration, the rows and the machine. So a resumed run computes as before.
 
     Args:
         device: cpu or cuda.
-        weights: numbers in the blocks. A token passes each number twice (forward, and backward to the activations),
-            at 2 FLOP each time.
-        tokens: of the whole run.
+        weights: how many numbers the blocks have. A token uses each number twice (forward, and backward to the
+            activations), with 2 FLOP each time.
+        tokens: the number of tokens of the whole run.
 
     Raises:
-        UserError: compiling is asked for and there is no C++ compiler, which torch needs for code on the CPU.
+        UserError: train.compile=always, and there is no C++ compiler, which torch needs for code on the CPU.
     """
     if wish == "never" or (wish == "auto" and 4 * weights * tokens < COMPILE_PAYS_FROM_FLOP.get(device, float("inf"))):
         return False
@@ -45,15 +45,16 @@ def decide(wish: str, device: str, weights: int, tokens: float) -> bool:
 
 @contextmanager
 def compiled(blocks: Any) -> Iterator[None]:
-    """Compile each block while the context lasts. All share one graph, so the first one's compilation is the only one.
+    """Inside the context, the blocks are compiled. All share one graph, so only the first block is really compiled.
 
-    Shapes are dynamic: batches differ in length, and a graph for each would never be repaid.
+    Shapes are dynamic, because batches differ in length: to compile a graph for each length would take too long.
     """
     torch._dynamo.reset()
     for block in blocks:
         block.compile(dynamic=True)
     try:
-        # Else sizes that happen to be equal, such as rank and batch, count as one, and another batch compiles anew.
+        # Otherwise two sizes that are equal by chance (such as rank and batch) count as one size, and a batch of
+        # another size is compiled again.
         with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             yield
     finally:
@@ -62,5 +63,5 @@ def compiled(blocks: Any) -> Iterator[None]:
 
 
 def eager() -> Any:
-    """A context in which compiled blocks run as they were written: another mode or shape would be compiled anew."""
+    """Inside the context, blocks run uncompiled. Otherwise another mode or shape would be compiled again."""
     return torch.compiler.set_stance("force_eager")

@@ -1,9 +1,9 @@
-"""Data parallel training: `torchrun --nproc-per-node N train.py ...`, one process a device.
+"""Data parallel training: `torchrun --nproc-per-node N train.py ...`, with one process for each device.
 
-Every process holds the whole model and takes every N-th row of each step; gradients are summed, and the loss is
-normalised by the target tokens of all processes. So the result is the one-process result up to rounding, and the number
-of processes is a fact of execution. An adapter's gradient is small (0.1 to 1 % of the model), so it is summed as it is,
-after the step's last microbatch: no buckets, no wrapped module.
+Every process holds the whole model and takes every N-th row of each step. Gradients are summed, and the loss is
+normalised by the target tokens of all processes. So the result is that of one process up to rounding, and the number
+of processes is a fact of execution. The gradient of an adapter is small (0.1 to 1 % of the model). So it is summed
+directly after the step's last microbatch, without buckets or a wrapped module.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tiedlora.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of a run; alone, every call is free."""
+    """This process, and how many processes the run has. With one process, the methods cost nothing."""
 
     process_index: int = 0
     size: int = 1
@@ -35,14 +35,14 @@ class World:
         return self.process_index == 0
 
     def local_rows(self, rows: Sequence[Any]) -> list[Any]:
-        """This process's part: each row is in exactly one. Rows sorted by length give like parts."""
+        """The share of this process. Each row is in exactly one share. Rows sorted by length give similar shares."""
         return list(rows[self.process_index :: self.size])
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes."""
         if self.size == 1:
             return
-        # NCCL sums on its device alone; a step's counts are made on the CPU.
+        # NCCL sums only on a GPU, but the counts of a step are on the CPU.
         on_gpu = dist.get_backend() == "nccl"
         for tensor in tensors:
             there = tensor.cuda() if on_gpu else tensor
@@ -51,7 +51,7 @@ class World:
                 tensor.copy_(there)
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds for one of them. All wait here for each other."""
+        """Whether `flag` is true in any process. Every process waits here for the others."""
         if self.size == 1:
             return flag
         votes = torch.tensor([float(flag)])
@@ -61,13 +61,13 @@ class World:
 
 @contextmanager
 def join_world(cuda: bool) -> Iterator[World]:
-    """The processes that torchrun or accelerate started, or this one alone.
+    """Join the processes that torchrun or accelerate started; without them, this is the only process.
 
     Args:
-        cuda: whether the run wants GPUs (then over NCCL, else over gloo).
+        cuda: whether the run uses GPUs (then the processes communicate with NCCL, otherwise with gloo).
 
     Raises:
-        UserError: they were told to shard the model, or there are more of them than GPUs.
+        UserError: accelerate is configured to shard the model, or there are more processes than GPUs.
     """
     for wish, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(wish, "false").lower() in ("1", "true"):

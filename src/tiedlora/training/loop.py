@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """Everything that the loop carries from step to step beside tensors. A checkpoint holds it whole."""
+    """The state of the loop without its tensors. A checkpoint holds all of it."""
 
     step: int = 0
     """Finished optimizer steps."""
@@ -34,41 +34,41 @@ class TrainState:
     skipped_steps: int = 0
     """Steps without an update, because their loss or gradient was not finite."""
     seconds: float = 0.0
-    """Of training steps alone, without validation and checkpoints."""
+    """Seconds of the training steps, without validation and checkpoints."""
     validation: list[list[float]] = field(default_factory=list)
-    """[step, loss] pairs; the loss is a mean over target tokens."""
+    """[step, loss] pairs. The loss is a mean over target tokens."""
 
     def best_step(self) -> int:
-        """The step of the lowest validation loss, the earlier one of equals."""
+        """The step of the lowest validation loss; of equal losses, the earliest step."""
         return int(min(self.validation, key=lambda pair: (pair[1], pair[0]))[0])
 
 
 @dataclass
 class LoopHooks:
-    """What the loop calls."""
+    """The functions that the loop calls."""
 
     batches: Callable[[int], list[Batch]]
-    """Optimizer step, counted from 1 -> this process's microbatches of it."""
+    """Optimizer step (counted from 1) -> this process's microbatches."""
     loss_sum: Callable[[Batch], Tensor]
-    """Summed cross-entropy over a batch's target tokens."""
+    """The sum of the cross-entropy over a batch's target tokens."""
     validate: Callable[[], float]
-    """Mean loss per target token on the validation rows."""
+    """The mean loss per target token on the validation rows."""
     save_checkpoint: Callable[[TrainState], None]
     log_metrics: Callable[[list[MetricsRow]], None]
-    """Takes the rows of several steps at once."""
+    """Logs rows of metrics, of several steps at once."""
     describe_rows: Callable[[int], str]
-    """Optimizer step -> which rows it holds, for the message about a loss that is not finite."""
+    """Optimizer step -> its rows in words, for the message about a loss that is not finite."""
     stop_requested: Callable[[], bool]
-    """Whether the run should end after this step. With several processes every process gets the same answer."""
+    """Whether the run should end after this step. With several processes, all get the same answer."""
     all_reduce_sum: Callable[[Sequence[Tensor]], None] = lambda tensors: None
     """Replaces tensors by their sums over all processes that train together."""
     process_index: int = 0
-    """This process's number among them: each draws its own dropout masks."""
+    """The number of this process among them. Each process draws its own dropout masks."""
 
 
 @dataclass
 class _StepNumbers:
-    """One step's numbers, still on the device."""
+    """The numbers of one step, still on the device."""
 
     step: int
     loss: Tensor
@@ -76,7 +76,7 @@ class _StepNumbers:
     learning_rate: float
     tokens: int
     skipped: int | None = None
-    """How many updates were skipped so far, if this one was skipped."""
+    """If this update was skipped: how many updates were skipped so far."""
 
 
 def train(
@@ -89,7 +89,7 @@ def train(
 
     Raises:
         UserError: the loss or the gradient is not finite (more often than config.skip_nonfinite), or memory is short.
-        StoppedEarly: `hooks.stop_requested` said so; a checkpoint of the last finished step is written.
+        StoppedEarly: `hooks.stop_requested` returned true; a checkpoint of the last finished step is written.
     """
     _Loop(state, hooks, optimizer, config, seed).run()
 
@@ -115,7 +115,7 @@ class _Loop:
 
     def _train_step(self, step: int) -> None:
         """One optimizer step."""
-        # 1. The learning rate and the dropout masks are functions of the step alone.
+        # 1. The learning rate and the dropout masks depend only on the step.
         rate = learning_rate(step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
@@ -127,7 +127,7 @@ class _Loop:
         self.hooks.all_reduce_sum([counts])
         target_tokens, tokens = (int(count) for count in counts)
 
-        # 3. Forward and backward of each microbatch; the gradients add up.
+        # 3. Forward and backward passes of the microbatches. The gradients are summed.
         loss = self._backward(batches, step, target_tokens)
 
         # 4. Sum over processes, then clip.
@@ -148,7 +148,7 @@ class _Loop:
         self.pending.append(numbers)
 
     def _backward(self, batches: list[Batch], step: int, target_tokens: int) -> Tensor:
-        """Add up the gradients of the mean loss; returns this process's share of the loss."""
+        """Sum the gradients of the mean loss, and return this process's share of the loss."""
         total = torch.zeros((), device=self.parameters[0].device)
         try:
             for batch in batches:
@@ -162,7 +162,7 @@ class _Loop:
         return total
 
     def _must_skip(self, loss: Tensor, grad_norm: Tensor) -> bool:
-        # Only a run that may skip waits for the numbers of every step; the sums are the same in all processes.
+        # Only a run that may skip updates waits here for the device. The sums are equal in all processes.
         may_skip = self.state.skipped_steps < self.config.skip_nonfinite
         return may_skip and not bool((loss + grad_norm).isfinite())
 
@@ -173,7 +173,7 @@ class _Loop:
         log.warning("%s", self._not_finite_message(numbers, f"its update is skipped ({count})"))
 
     def _after_step(self) -> None:
-        """Log, validate, save a checkpoint and stop, where this step is the one for it."""
+        """Log, validate, save a checkpoint and stop, if one of these is due after this step."""
         step, config = self.state.step, self.config
         last, stopping = step == config.steps, self.hooks.stop_requested()
         validating = last or (config.validate_every and step % config.validate_every == 0)
@@ -190,12 +190,12 @@ class _Loop:
             self.clock_started = time.perf_counter()
 
     def _flush_metrics(self) -> None:
-        """Fetch the pending steps' numbers, check and log them. This is the one place that waits for the device."""
+        """Fetch the numbers of the steps since the last call, check them and log them. This waits for the device."""
         rows = []
         for numbers in self.pending:
             values: dict[str, float | int] = {"train/lr": numbers.learning_rate, "train/tokens": numbers.tokens}
             if numbers.skipped is not None:
-                # JSON has no number for a loss that is not finite.
+                # JSON cannot represent a loss that is not finite.
                 values["train/skipped"] = numbers.skipped
             else:
                 loss, grad_norm = float(numbers.loss), float(numbers.grad_norm)
@@ -216,7 +216,7 @@ class _Loop:
     def _validate(self) -> None:
         step, loss = self.state.step, self.hooks.validate()
         if not math.isfinite(loss):
-            advice = "lower train.lr" if step else "it is so before any training: try train.dtype=float32"
+            advice = "lower train.lr" if step else "this is before any training, so try train.dtype=float32"
             raise UserError(f"step {step}: the validation loss is {loss}; {advice}")
         self.state.validation.append([step, loss])
         self.hooks.log_metrics([MetricsRow(step, {"validation/loss": loss})])
@@ -230,7 +230,7 @@ class _Loop:
 
 
 def _gradients(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-    """The parameters' gradients; zeros where this process had no row (a short last step)."""
+    """The gradients of the parameters. They are zeros if this process had no row (in a short last step)."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -238,7 +238,7 @@ def _gradients(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
 
 
 def step_seed(seed: int, step: int, process_index: int = 0) -> int:
-    """The seed of a step's dropout masks: a pure function, so a resumed run draws the same masks."""
+    """The seed of a step's dropout masks. It is a pure function, so a resumed run draws the same masks."""
     name = f"dropout/{seed}/{step}" + (f"/{process_index}" if process_index else "")
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
@@ -250,5 +250,5 @@ def _out_of_memory_message(step: int, batches: list[Batch], config: TrainConfig)
         ways.append(f"lower train.microbatch_tokens below {rows * length} or train.microbatch_size below {rows}")
     if not config.recompute_activations:
         ways.append("set train.recompute_activations=true (slower)")
-    advice = f"{', or '.join(ways)}, then the run goes on" if ways else "shorten the rows, or take a smaller model"
+    advice = f"{', or '.join(ways)}, then the run continues" if ways else "shorten the rows, or take a smaller model"
     return f"step {step}: out of memory with {rows} rows of up to {length} tokens a forward pass; {advice}"

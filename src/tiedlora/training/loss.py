@@ -1,10 +1,10 @@
-"""Cross-entropy of the target positions, in chunks.
+"""The cross-entropy of the target positions, computed in chunks.
 
-Logits are the peak of memory (batch x length x vocabulary, several times over), and most of them
-belong to prompt or padding positions that no loss looks at. Here only target positions meet the output
-head, a chunk at a time; since the head is frozen, each chunk's gradient with respect to the hidden
-states is computed at once and its logits are dropped, so memory does not grow with the vocabulary
-times the batch, and the head is multiplied twice, not three times.
+Logits determine the peak of memory (several times batch x length x vocabulary). Most of them belong to prompt or
+padding positions, which the loss does not need. Here the output head is applied only to target positions, one chunk at
+a time. The head is frozen. So the gradient of a chunk with respect to the hidden states is computed in the forward
+pass, and the chunk's logits are freed. Memory then does not grow with the vocabulary times the batch, and there are
+two products with the head instead of three.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from torch.nn import functional as F
 from tiedlora.data.batching import Batch
 
 CHUNK = 256
-"""Target positions a chunk at most: enough for full matrix-product speed."""
+"""Most target positions of a chunk. These are enough for the full speed of matrix products."""
 LOGITS = CHUNK * 49_152
-"""Logits a chunk at most, 50 MB in float32: a larger vocabulary has shorter chunks, so memory does not grow with it."""
+"""Most logits of a chunk, 50 MB in float32. With a larger vocabulary chunks are shorter, so memory does not grow."""
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Rows of logits a chunk: CHUNK, or as many as LOGITS allows."""
+    """How many positions a chunk has: CHUNK, or as many as LOGITS allows."""
     return max(1, min(CHUNK, LOGITS // vocabulary))
 
 
-def log_likelihoods_(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax at one token a row, in place: a second tensor of the logits' size costs more than the arithmetic.
+def log_likelihoods_(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax at one token per row, in place. A second tensor of the logits' size would cost more than the
+    arithmetic.
 
     Args:
-        logits: (rows, vocabulary); they become exp(logits - their row's largest).
-        wanted: (rows,) token ids.
+        logits: (rows, vocabulary). They are overwritten by exp(logits - the largest logit of the row).
+        token_ids: (rows,).
 
     Returns:
-        log p of each row's token (rows,), and the sums of the new rows (rows, 1).
+        log p of each row's token, (rows,), and the sums of the overwritten rows, (rows, 1).
     """
     logits -= logits.amax(-1, keepdim=True)
-    ours = logits.gather(1, wanted.unsqueeze(1))
+    shifted = logits.gather(1, token_ids.unsqueeze(1))
     sums = logits.exp_().sum(-1, keepdim=True)
-    return (ours - sums.log()).squeeze(1), sums
+    return (shifted - sums.log()).squeeze(1), sums
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -50,9 +51,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wanted else None
-        # float64 stays float64, so that tests can compare to 1e-12; bfloat16 sums in float32.
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # float64 stays float64, so that tests can compare to 1e-12. bfloat16 is summed in float32.
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         size = chunk_rows(weight.shape[0])
         for start in range(0, hidden.shape[0], size):
@@ -81,13 +81,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def target_loss(model: Any, batch: Batch) -> Tensor:
-    """Summed cross-entropy of a batch's target tokens, float32 (float64 for a float64 model).
+    """The sum of the cross-entropy over a batch's target tokens, a scalar in float32 (float64 for a float64 model).
 
     Args:
-        model: a causal language model of transformers, its head frozen.
+        model: a causal language model of transformers with a frozen output head.
 
     Raises:
-        ValueError: the output head is trained, which this loss gives no gradient for.
+        ValueError: the output head is trained. This loss gives no gradient for it.
     """
     head = model.get_output_embeddings()
     if head.weight.requires_grad:
@@ -103,6 +103,6 @@ def target_loss(model: Any, batch: Batch) -> Tensor:
 
 @torch.inference_mode()
 def mean_loss(model: Any, batches: Sequence[Batch]) -> float:
-    """Mean cross-entropy per target token over all batches."""
+    """The mean cross-entropy per target token over all batches."""
     total = sum(target_loss(model, batch).double() for batch in batches)
     return float(total / sum(len(batch.targets) for batch in batches))

@@ -1,4 +1,4 @@
-"""The optimizers and learning-rate schedules that a run can choose: one entry of a table each.
+"""The optimizers and learning-rate schedules that a run can choose. Each is one entry of a table.
 
 Each name is also in the choices of `train.optimizer` or `train.schedule` (config/schema.py).
 """
@@ -24,7 +24,7 @@ def _adamw(groups: list[dict[str, Any]], train: TrainConfig, on_cuda: bool) -> t
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainConfig, bool], torch.optim.Optimizer]] = {
     "adamw": _adamw,
 }
-"""`train.optimizer` -> how it is built from (parameter groups, settings, whether the parameters are on a GPU)."""
+"""`train.optimizer` -> a function of (parameter groups, settings, whether the parameters are on a GPU)."""
 
 
 def _constant(share: float, lr: float, min_lr: float) -> float:
@@ -39,14 +39,15 @@ SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
     "constant": _constant,
     "cosine": _cosine,
 }
-"""`train.schedule` -> the rate from (share of the steps after the warm-up that are done, 0 to 1; lr; min_lr)."""
+"""`train.schedule` -> the rate as a function of (share of the steps after the warm-up that are done, lr, min_lr)."""
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
     """The learning rate of optimizer step `step`, counted from 1.
 
-    Warm-up step k uses lr * k / warmup_steps, so the first step already moves. A warm-up from 0 would waste that step,
-    the only one at which just the part that starts at zero has a gradient. The schedule ends on the last step.
+    Warm-up step k uses lr * k / warmup_steps, so the first step already has a rate above 0. (At the first step only the
+    part that starts at zero has a gradient. With a rate of 0, all other parts would wait one step longer.) The schedule
+    ends on the last step.
     """
     assert train.lr is not None
     if step <= train.warmup_steps:
@@ -56,7 +57,7 @@ def learning_rate(step: int, train: TrainConfig) -> float:
 
 
 def build_optimizer(parts: Mapping[str, nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer over the trained parts, one parameter group for each part that is trained.
+    """The optimizer of the trained parts, with one parameter group for each.
 
     Args:
         parts: `target.part` -> its parameter.

@@ -1,4 +1,4 @@
-"""Signals as a request to stop: after a step while training, at once anywhere else."""
+"""Signals that ask a run to stop: after the current step of training, or at once outside training."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignal:
-    """Handles SIGNALS while the context lasts.
+    """Inside the context, handles SIGNALS.
 
-    While `finish_step_first` is set, a signal is remembered, and the training loop asks for it after every step.
-    Otherwise, and at a second SIGINT, the signal raises KeyboardInterrupt. Nothing is lost then either: what is not
-    in a checkpoint is computed again. When the context ends, the previous handler of the signal is called too:
-    under submitit, USR2 then puts the job into the queue again.
+    While `finish_step_first` is set, a signal is only stored, and the training loop checks for it after every step.
+    Otherwise, and at a second SIGINT, the signal raises KeyboardInterrupt. What is not in a checkpoint is then computed
+    again by the next run. When the context ends, the previous handler of the signal is called too. Under submitit, the
+    handler of USR2 then puts the job into the queue again.
     """
 
     def __init__(self) -> None:
         self.finish_step_first = False
-        """Whether the current step should be finished; the training loop sets it."""
+        """Whether the current step should be finished first; the training loop sets it."""
         self.received: int | None = None
         """The number of the last signal."""
         self._before: dict[int, Any] = {}
