@@ -24,6 +24,7 @@ LAZY = {
     "sweeps/worker_slots.py": {"joblib.externals.loky"},
     "report/wandb_dashboard.py": {"wandb"},
     "tasks/dialogsum.py": {"rouge_score.rouge_scorer"},
+    "tasks/generated.py": {"reasoning_gym"},
     "tasks/rows.py": {"datasets"},
 }
 WITHOUT_TORCH = ("runs.run", "runs.inputs", "runs.verify", "scoring.summary", "models.identity")

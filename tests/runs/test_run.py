@@ -19,8 +19,9 @@ from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import lazy, run
+from tiedlora.runs import inputs, lazy, run
 from tiedlora.scoring import split
+from tiedlora.tasks.generated import Generated
 
 
 def folder_of(config) -> RunFolder:
@@ -74,6 +75,34 @@ def test_finished_runs_are_not_repeated_unless_forced(tiny_config, capsys):
     assert folder_of(config).result_file.stat().st_mtime_ns == before
     run.main(tiny_config("force=true"))
     assert folder_of(config).result_file.stat().st_mtime_ns > before
+
+
+def test_a_finished_run_is_printed_without_torch_or_its_generator(tiny_run, tiny_config):
+    run.main(tiny_config())
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = {['train.py', *tiny_run()]}\n"
+        f"runpy.run_path({str(PROJECT / 'train.py')!r}, run_name='__main__')\n"
+        "print(sorted({'torch', 'transformers', 'reasoning_gym', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "finished before" in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_generated_rows_are_made_again_where_their_generator_changed(tiny_config, monkeypatch):
+    """The cache of digests is kept under the generator's version: another version may make other rows."""
+    config = tiny_config()
+    digests = run.main(config).data
+    assert inputs.row_digests(config) == {split: data.digest for split, data in digests.items()}
+    kept = list((Path(config.cache) / "digests").iterdir())
+    assert len(kept) == 1
+    inputs._ROWS.clear()
+    monkeypatch.setattr(inputs.importlib.metadata, "version", lambda package: "999")
+    monkeypatch.setattr(Generated, "_worked_answer", lambda self, item: "#### 1")
+    with pytest.raises(UserError, match="finished on other train data"):
+        run.main(config)
+    inputs._ROWS.clear()
 
 
 def test_test_is_scored_when_told_to_alone_and_keeps_the_identity(tiny_config):

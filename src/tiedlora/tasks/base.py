@@ -43,6 +43,8 @@ class Task:
     """The metrics that `corpus_score` computes from summed statistics. The others are means."""
     shortens: ClassVar[str | None] = None
     """The field whose end is cut off if a prompt is too long. It is never the question or the target."""
+    generator: ClassVar[str] = ""
+    """The package whose version decides the rows of a task that makes its own; empty for a task that reads them."""
     inputs_recur: ClassVar[bool] = False
     """Whether short inputs occur in several splits. If so, training rows with a prompt of a scored row are left out."""
 

@@ -2,16 +2,11 @@
 
 The rows are generated in memory, and scored as those of GSM8K. Keys of task.options: `dataset` names reasoning-gym's
 generator, `parameters` are the generator's own settings, and `rows` is the number of rows of each split.
-
-Importing this module takes about a second, because reasoning_gym imports all its generators (and with them sympy and
-matplotlib). It is imported only for a task of this kind, which always needs its rows.
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-import reasoning_gym
 
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
@@ -25,6 +20,8 @@ BEFORE = {"test": (), "validation": ("test",), "train": ("test", "validation")}
 
 
 class Generated(Gsm8k):
+    generator = "reasoning-gym"
+
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)
         self._rows_with_repeats: dict[str, list[DataRow]] = {}
@@ -45,12 +42,15 @@ class Generated(Gsm8k):
 
     def _made_rows(self, split: str) -> list[DataRow]:
         """The rows of a split as reasoning-gym generates them. They are cached, because other splits are compared with
-    them."""
+        them."""
         if split not in self._rows_with_repeats:
             self._rows_with_repeats[split] = self._make_rows(split)
         return self._rows_with_repeats[split]
 
     def _make_rows(self, split: str) -> list[DataRow]:
+        # It imports all its generators, and with them sympy and matplotlib: a second, which a finished run saves.
+        import reasoning_gym
+
         options = self.config.options
         unknown = set(options) - {"dataset", "parameters", "rows"}
         if unknown or not {"dataset", "rows"} <= set(options):
