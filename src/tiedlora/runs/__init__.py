@@ -1,5 +1,6 @@
-"""The life of one run: print a finished one, else load, train, score and record; add scores, verify, load back.
+"""The life of one run: print it if it is finished; otherwise load, train, score and record it; score more; verify it.
 
-May import everything below: report, export, scoring, training, tracking, data, models, tasks, adapter, records, config.
-run.py, inputs.py and verify.py import no torch. What does is called through lazy.py, the one door to torch.
+This package may import everything below: report, export, scoring, training, tracking, data, models, tasks, adapter,
+records, config.
+run.py, inputs.py and verify.py import no torch. They call code that needs torch only through lazy.py.
 """

@@ -1,4 +1,4 @@
-"""Score more splits of a finished run. Its identity, its training record and its other scores stay as they are."""
+"""Score more splits of a finished run. Its identity, its training record and its other scores stay unchanged."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def add_scores(
     """Score the splits and write them into the run's record and predictions/.
 
     Args:
-        data_root: where the splits' rows are now; None means the hub.
-        execution: where to take the other paths and the device from; None takes the run's own configuration.
+        data_root: the folder of the splits' rows; None means the hub.
+        execution: the configuration that gives the other paths and the device; None takes the run's own.
 
     Raises:
         UserError: the run is not finished, or its base model or adapter has changed.
     """
     record = folder.finished_record()
     config = compose.read_config(folder.config_file)
-    # A run that was moved, or that somebody else made, is written where it is now.
+    # The run may have been moved, or made by another user: it is written where it is now.
     config.data_root, config.outputs = data_root, str(folder.path.parent)
     if execution is not None:
         config.outputs, config.cache = execution.outputs, execution.cache

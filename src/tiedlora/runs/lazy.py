@@ -1,6 +1,6 @@
-"""The one door to torch. What needs torch or transformers is imported when one of these functions is called.
+"""The only place where code that needs torch or transformers is imported late: when one of these functions is called.
 
-Importing them takes seconds. A finished run, a wrong option and `--help` answer without them.
+The imports take seconds. A finished run, a wrong option and `--help` do not need them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
 
 
 def free_device_memory() -> None:
-    """Give back what torch keeps cached on a GPU, so that the next run of this process can have it."""
+    """Free torch's cached memory on a GPU, so that the next run of this process can use it."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,5 +1,6 @@
-"""Scoring a split: greedy decoding, likelihoods of given texts, prediction rows, metrics with intervals.
+"""Scoring of a split: greedy decoding, likelihoods of given texts, prediction rows, metrics with intervals.
 
-May import training (its loss), data, models, tasks, adapter, records, config, statistics and the modules below.
-scoring.summary is free of torch, so that finished runs can be checked without it.
+This package may import training (its loss), data, models, tasks, adapter, records, config, statistics and the modules
+below.
+scoring.summary imports no torch, so finished runs can be checked without it.
 """

@@ -45,7 +45,7 @@ class Generated(Gsm8k):
 
     def _made_rows(self, split: str) -> list[DataRow]:
         """The rows of a split as reasoning-gym generates them. They are cached, because other splits are compared with
-    them."""
+        them."""
         if split not in self._rows_with_repeats:
             self._rows_with_repeats[split] = self._make_rows(split)
         return self._rows_with_repeats[split]
