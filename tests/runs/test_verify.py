@@ -147,7 +147,7 @@ def test_another_runs_adapter_is_named(copy):
 
 
 def test_a_changed_data_row_is_named(copy):
-    """A held-out row by its id; of a training row the record holds the hash alone, so the split is named."""
+    """A held-out row is named by its id. For training rows the record holds only a hash, so the split is named."""
     path = copy.parent / "data" / "gsm8k" / "train.jsonl"
     rows = [json.loads(line) for line in (copy / "predictions" / "validation.jsonl").read_text().splitlines()]
     original = path.read_text()

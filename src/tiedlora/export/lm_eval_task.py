@@ -1,7 +1,7 @@
-"""A task for lm-evaluation-harness that gives this project's score on the rows that a run was scored on.
+"""A task for lm-evaluation-harness that gives this project's score on the scored rows of a run.
 
-The rows are those of predictions/<split>.jsonl, with the prompts and references that were used, so the harness asks
-the same questions. Only for tasks whose answer is a number after `####` (GSM8K and the generated tasks like it).
+The rows are those of predictions/<split>.jsonl, with the prompts and references that were used. So the harness asks
+the same questions. This works only for tasks whose answer is a number after `####` (GSM8K and the generated tasks).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tiedlora.tasks.gsm8k import FLEXIBLE, STRICT, Gsm8k
 
 @dataclass(frozen=True)
 class _FilterStep:
-    """One function of a filter. A None is left out of the file."""
+    """One function of a filter. Fields that are None are not written to the file."""
 
     function: str
     regex_pattern: str | None = None
     group_select: int | None = None
-    """Which match is taken: 0 the first, -1 the last."""
+    """Which match is taken: 0 is the first, -1 the last."""
 
     def to_yaml(self) -> dict[str, str | int]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -66,7 +66,7 @@ def _task_yaml(config: Config, name: str) -> str:
     task = {
         "task": name,
         "dataset_path": "json",
-        # A path relative to this folder, where lm_eval is started: so the folder can be moved.
+        # The path is relative to this folder, where lm_eval is started. So the folder can be moved.
         "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
         "test_split": "test",
         "output_type": "generate_until",

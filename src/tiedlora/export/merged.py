@@ -13,17 +13,17 @@ from tiedlora.errors import UserError
 
 
 def to_merged(attached: Attached, tokenizer: Any, folder: Path, dtype: str = "float32") -> float:
-    """Write the base model with the update in its weights; `AutoModelForCausalLM` loads it. The model stays merged.
+    """Write the base model with the update in its weights. `AutoModelForCausalLM` loads it. `attached` stays merged.
 
     The sum is computed in float32. A narrower `dtype` rounds it: bfloat16 keeps 8 bits of a weight, so an update
     below 1/256 of its weight is mostly lost, and the outputs change.
 
     Args:
         attached: an adapter on a float32 model.
-        tokenizer: is saved in the same folder, if it is not None.
+        tokenizer: is saved in the same folder; None saves no tokenizer.
 
     Returns:
-        How much of the update the rounding changed: its relative error in the Euclidean norm, 0 for float32.
+        How much rounding changed the update: the relative error in the Euclidean norm, 0 for float32.
 
     Raises:
         UserError: the model is not float32.

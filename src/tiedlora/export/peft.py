@@ -1,7 +1,7 @@
 """An adapter as a standard PEFT LoRA folder.
 
-A_l = diag(u_l) A and B_l = diag(v_l) B are an ordinary LoRA pair, so any specification is written exactly.
-Only the tying is lost: the file holds a pair for every layer, because PEFT's format needs one.
+A_l = diag(u_l) A and B_l = diag(v_l) B are an ordinary LoRA pair, so the export of any specification is exact. Only the
+tying is lost: PEFT's format needs a pair for every layer.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 @dataclass(frozen=True)
 class _PeftConfig:
-    """adapter_config.json, with the names of PEFT's LoraConfig."""
+    """The content of adapter_config.json. The names are those of PEFT's LoraConfig."""
 
     base_model_name_or_path: str
     revision: str | None
     r: int
     lora_alpha: float
-    """PEFT's default is 8 whatever the rank, and its scale is lora_alpha / r; so both are written."""
+    """Always written: PEFT's scale is lora_alpha / r, and its default of lora_alpha is 8 at every rank."""
     lora_dropout: float
     fan_in_fan_out: bool
     target_modules: list[str]
     rank_pattern: dict[str, int]
-    """Module -> its rank, where it is not `r`: several targets of a fused module are stacked."""
+    """Module -> its rank, if it is not `r`: several targets of one fused module are stacked."""
     alpha_pattern: dict[str, float]
-    """Module -> its alpha, for the modules of `rank_pattern`: their scale stays the same."""
+    """Module -> its alpha, for the modules of `rank_pattern`, so that their scale stays the same."""
     peft_type: str = "LORA"
     task_type: str = "CAUSAL_LM"
     inference_mode: bool = True
@@ -49,8 +49,8 @@ def to_peft(adapter: TiedAdapter, folder: Path, base: str, revision: str | None 
     """Write a folder that `PeftModel.from_pretrained` loads and that gives the same outputs.
 
     Args:
-        base: name or path of the base model, for programs that load it themselves.
-        revision: of the base model on the hub.
+        base: the name or path of the base model, for programs that load it themselves.
+        revision: the revision of the base model on the hub.
     """
     pairs = lora_pairs(adapter)
     tensors = {}
@@ -65,8 +65,8 @@ def to_peft(adapter: TiedAdapter, folder: Path, base: str, revision: str | None 
 
 @torch.no_grad()
 def lora_pairs(adapter: TiedAdapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """As TiedAdapter.pairs, but float32 on the CPU, each tensor a copy: safetensors refuses tensors that share memory,
-    as the layers of a tied A do.
+    """As TiedAdapter.pairs, but in float32 on the CPU. Each tensor is a copy, because safetensors refuses tensors that
+    share memory, such as the layers of a tied A.
     """
     return {
         path: (A.float().cpu().clone(), B.float().cpu().clone(memory_format=torch.contiguous_format))
@@ -76,7 +76,7 @@ def lora_pairs(adapter: TiedAdapter) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _peft_config(adapter: TiedAdapter, ranks: dict[str, int], base: str, revision: str | None) -> _PeftConfig:
     layout = architectures.layout_of(adapter.architecture)
-    # A path inside a layer means that module in every layer. The last name alone would not do: GPT-2 has two c_proj.
+    # A path inside a layer means this module in every layer. The last name is not enough: GPT-2 has two c_proj.
     in_layer = {path.removeprefix(f"{layout.layers}.").partition(".")[2]: rank for path, rank in ranks.items()}
     stacked = {path: rank for path, rank in in_layer.items() if rank != adapter.rank}
     return _PeftConfig(

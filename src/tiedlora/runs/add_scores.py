@@ -1,4 +1,4 @@
-"""Score more splits of a finished run. Its identity, its training record and its other scores stay as they are."""
+"""Score more splits of a finished run. Its identity, its training record and its other scores stay unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_scores(
     """
     folder.finished_record()
     config = compose.read_config(folder.config_file)
-    # A run that was moved, or that somebody else made, is written where it is now.
+    # The run may have been moved, or made by another user: it is written where it is now.
     config.data_root, config.outputs = data_root, str(folder.path.parent)
     if paths_from is not None:
         config.outputs, config.cache = paths_from.outputs, paths_from.cache

@@ -1,4 +1,4 @@
-"""Carry out one run: load, train, save, score, record. In several processes the first one writes and scores."""
+"""Carry out one run: load, train, save, score, record. Of several processes, only the first writes and scores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def execute(config: Config) -> RunRecord | None:
     """Carry out the run, or continue it from its newest checkpoint.
 
     Returns:
-        The record; None in every process but the first. A run that is finished already is not repeated.
+        The record; None in every process except the first. A finished run is not repeated.
 
     Raises:
         UserError: a mistake that the user can correct, or too little memory.
@@ -59,7 +59,7 @@ def _run_first_process(config: Config, world: World) -> RunRecord | None:
                 folder.clear()
             folder.tidy()
             folder.error_file.unlink(missing_ok=True)
-            # Another run of the same command may have finished it while the parts were loaded.
+            # Another process with the same command may have finished the run while this one was loading.
             if world.any(folder.record() is not None):
                 return folder.record()
             return _train_and_score(session, folder, stop)
@@ -82,7 +82,7 @@ def _train_and_score(session: RunSession, folder: RunFolder, stop: StopSignal) -
 
 
 def _run_worker_process(config: Config, world: World) -> None:
-    """Every process but the first: it contributes the gradients of its rows, and what it would write is dropped."""
+    """The work of every process except the first: it computes the gradients of its rows, and leaves no files."""
     logging.getLogger("tiedlora").setLevel(logging.WARNING)
     folder = RunFolder(Path(config.outputs) / run_id(config))
     if world.any(folder.record() is not None and not config.force):
@@ -91,7 +91,7 @@ def _run_worker_process(config: Config, world: World) -> None:
     session = RunSession(config, load_task(config.task), world)
     try:
         with tempfile.TemporaryDirectory() as scratch, StopSignal() as stop:
-            # The first process votes here whether another command has finished the run meanwhile.
+            # Here the first process tells the others whether another command has finished the run in the meantime.
             if not world.any(False):
                 Trainer(session, RunFolder(Path(scratch)), stop, resume_from=folder.checkpoints).train()
     finally:
@@ -100,7 +100,7 @@ def _run_worker_process(config: Config, world: World) -> None:
 
 @contextmanager
 def _error_file(folder: RunFolder) -> Iterator[None]:
-    """Leave a failing run's traceback in its folder; a stop on request is not a failure."""
+    """If the block fails, write the traceback to the run's folder. A stop on request is not a failure."""
     try:
         yield
     except StoppedEarly:

@@ -1,4 +1,4 @@
-"""What a run depends on, read without torch: the rows of train and validation, and which base model it means."""
+"""The inputs of a run, without torch: the rows of train and validation, and the digest of the base model."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _ROWS: SingleSlotCache[RunRows] = SingleSlotCache()
 
 
 def read_rows(config: Config) -> RunRows:
-    """The rows that a run trains on and validates with; read once for consecutive runs on the same rows.
+    """The rows for training and validation. Consecutive runs on the same rows in one process read them only once.
 
     Raises:
-        UserError: the rows cannot be had, or a validation prompt is also a training prompt.
+        UserError: the rows cannot be read, or a validation prompt is also a training prompt.
     """
     return _ROWS.get((config.task, config.data_root, _local_files(config)), lambda: _read_rows(config))
 
@@ -84,7 +84,7 @@ def _digests_file(config: Config, task: Task) -> Path | None:
 
 
 def _local_files(config: Config) -> list[tuple[str, int, int]]:
-    """Name, size and time of the task's local files: the rows of a file that has changed are read again."""
+    """Name, size and time of the task's local files, so that a changed file is read again."""
     if config.data_root is None:
         return []
     folder = rows_folder(config.task, Path(config.data_root))
@@ -93,10 +93,10 @@ def _local_files(config: Config) -> list[tuple[str, int, int]]:
 
 
 def check_same_inputs(config: Config, record: RunRecord, folder: RunFolder) -> None:
-    """Refuse a finished run of the same configuration that was made from other data or another base model.
+    """Refuse a finished run of the same configuration if its data or its base model were others.
 
     Raises:
-        UserError: naming what has changed.
+        UserError: something has changed; the message names it.
     """
     if record.run_id != folder.path.name:
         raise UserError(

@@ -47,7 +47,7 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
 
 
 def free_device_memory() -> None:
-    """Give back what torch keeps cached on a GPU, so that the next run of this process can have it."""
+    """Free torch's cached memory on a GPU, so that the next run of this process can use it."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Finished runs and saved adapters, loaded back: what notebooks and scripts/ build on."""
+"""Load finished runs and saved adapters, for notebooks and scripts/."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tiedlora.models.device import resolve_device
 
 
 def config_of(run: Path | str) -> Config:
-    """The resolved configuration of a run.
+    """The resolved configuration of a run's folder.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is not a run's, or its config.yaml is wrong.
     """
     path = os.path.join(os.path.expanduser(run), "config.yaml")
     if not os.path.isfile(path):
@@ -33,10 +33,10 @@ def base_of(run: Path | str, dtype: str | None = None, device: str = "cpu", cach
 
     Args:
         dtype: float32 or bfloat16; None takes the run's own.
-        cache: where converted models are kept; None takes the run's own folder.
+        cache: the folder of converted models; None takes the run's own.
 
     Raises:
-        UserError: no run, or its base model cannot be had here.
+        UserError: the folder is not a run's, or its base model cannot be loaded here.
     """
     config = config_of(run)
     check_device("device", device)
@@ -44,18 +44,18 @@ def base_of(run: Path | str, dtype: str | None = None, device: str = "cpu", cach
 
 
 def load(source: Path | str, model: Any = None, *, dtype: str | None = None, device: str = "cpu") -> Attached:
-    """Put a saved adapter on its base model.
+    """Load a saved adapter and attach it to its base model.
 
     Args:
-        source: a run's folder, or a folder that `save_pretrained` wrote.
-        model: the base model; None loads the one a run was trained on (`source` must then be a run).
-        dtype: of the base model that is loaded; None takes the run's own.
+        source: a run's folder, or a folder that `save_pretrained` has written.
+        model: the base model; None loads the one that the run was trained on (`source` must then be a run).
+        dtype: the dtype of the base model that is loaded; None takes the run's own.
 
     Returns:
-        The adapter on the model: `.model` is ready to use, `.detach()` gives the base back.
+        The adapter on the model. `.model` is ready to use; `.detach()` restores the base.
 
     Raises:
-        UserError: nothing to load there, a damaged file, or a base model that is not the one it was trained on.
+        UserError: there is no adapter, a file is damaged, or the base model is not the one that it was trained on.
     """
     adapter, trained_on = files.load(adapter_folder(source))
     if model is None:

@@ -1,4 +1,4 @@
-"""What one run leaves in memory for the next run of the same process: the base model, the rows, their token ids."""
+"""A cache in memory for consecutive runs of one process: the base model, the rows, their token ids."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class SingleSlotCache(Generic[T]):
-    """The value that was made last, kept for the same key.
+    """Keeps the last value, and returns it again for the same key.
 
-    One value and no more: a sweep visits its cells grouped by model and task, and two base models
-    would not fit on a device that one fills.
+    There is only one value. A sweep groups its cells by model and task, so more are not needed, and two base models
+    might not fit on a device.
     """
 
     def __init__(self) -> None:
@@ -21,13 +21,13 @@ class SingleSlotCache(Generic[T]):
         self._value: T | None = None
 
     def get(self, key: object, make: Callable[[], T]) -> T:
-        """The value of `key`; another key's value is dropped before the new one is made."""
+        """The value of `key`. The value of another key is dropped before the new one is made."""
         if self._value is None or key != self._key:
             self.clear()
             self._value, self._key = make(), key
         return self._value
 
     def clear(self) -> None:
-        """Drop the value, reference cycles included, so that its memory is free before more is asked for."""
+        """Drop the value and its reference cycles, so that the memory is free before a new value is made."""
         self._key = self._value = None
         gc.collect()

@@ -20,7 +20,7 @@ from tiedlora.runs.trainer import Trained
 def build_record(
     session: RunSession, trained: Trained, folder: RunFolder, adapter_bytes: int, scores: dict[str, SplitScores]
 ) -> RunRecord:
-    """Everything that result.json says of a run that is trained and scored."""
+    """The content of result.json, from a run that is trained and scored."""
     config = session.config
     return RunRecord(
         run_id=run_id(config),

@@ -1,4 +1,4 @@
-"""The checks of a finished run that need torch: its adapter, and predictions made again from it."""
+"""The checks of a finished run that need torch: its adapter, and predictions that are regenerated from it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tiedlora.scoring.split import Scorer
 
 
 def check_adapter(run: CheckedRun) -> Iterator[Finding]:
-    """The adapter's own hash, and that it is this run's."""
+    """Check that the adapter has its own hash, and that it belongs to this run."""
     try:
         adapter, base = load(run.folder.adapter)
     except UserError as error:
         yield Finding("adapter", False, str(error))
         return
-    # The tying's name and suggested rate are labels; its meaning decides.
+    # The name and the suggested rate of a tying are only labels: its other values are compared.
     same = {
         "base": (base, run.record.base),
         "tying": (identity(adapter.tying), identity(run.config.tying)),
@@ -44,13 +44,13 @@ def check_adapter(run: CheckedRun) -> Iterator[Finding]:
 
 
 def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Finding]:
-    """Outputs of whole scoring batches, from the adapter and from the base, compared with predictions/.
+    """Regenerate whole scoring batches, from the adapter and from the base, and compare them with predictions/.
 
-    A batch is repeated as it was, because rounding depends on which rows share it.
+    A batch is repeated with the same rows, because rounding depends on which rows share it.
 
     Args:
-        least: so many rows of each split at least.
-        suspects: ids of rows that are regenerated first.
+        least: the least number of rows of each split.
+        suspects: the ids of rows that are regenerated first.
     """
     config = run.config
     if run.record.execution.threads is not None:
@@ -87,7 +87,7 @@ def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int, s
 
 
 def _chosen_places(ids: Sequence[str], batches: Sequence[list[int]], least: int, suspects: set[str]) -> list[int]:
-    """Places of whole scoring batches: those of suspicious rows first, then from the shortest prompts up."""
+    """The indices of whole scoring batches: first those with suspicious rows, then by length, from the shortest."""
 
     def is_suspect(batch: list[int]) -> bool:
         return any(ids[place] in suspects for place in batch)
@@ -97,7 +97,7 @@ def _chosen_places(ids: Sequence[str], batches: Sequence[list[int]], least: int,
         if len(places) >= least:
             break
         places += batch
-    # In the split's order: scoring sorts by length, and rows of equal length must stay in the order they had.
+    # In the order of the split: scoring sorts by length, and rows of equal length must keep their order.
     return sorted(places)
 
 

@@ -1,4 +1,4 @@
-"""The life of one run, as `python train.py` sees it: a finished run is printed, any other is carried out."""
+"""One run, as `python train.py` starts it. A finished run is printed; any other is carried out."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tiedlora.runs.inputs import check_same_inputs
 
 
 def main(config: Config) -> RunRecord | None:
-    """Carry out a run, or find that it is finished, and print its result.
+    """Carry out a run if it is not finished, and print its result.
 
     Returns:
-        The record; None in every process but the first of several that train together.
+        The record. Of several processes that train together, only the first gets it; the others get None.
 
     Raises:
         UserError: a mistake that the user can correct, or too little memory.
@@ -32,7 +32,7 @@ def main(config: Config) -> RunRecord | None:
     record = folder.record()
     finished = None if config.force else record
     with _explained_out_of_memory(config):
-        # Several processes must agree that the run is finished, so they meet first.
+        # Several processes must agree that the run is finished, so they connect first.
         if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             record = lazy.execute(config)
         if record is None:
@@ -58,9 +58,9 @@ def _explained_out_of_memory(config: Config) -> Iterator[None]:
 
 
 def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> RunRecord:
-    """The finished run's record, with the splits that it is asked for and lacks scored now."""
+    """The record of the finished run, after it has scored the splits that were requested and are missing."""
     check_same_inputs(config, record, folder)
-    # A read-only archive cannot be tidied, and need not be.
+    # A read-only archive cannot be tidied. That is no problem.
     with suppress(OSError), folder.locked():
         folder.tidy()
     if missing := [split for split in config.score.splits if split not in record.scores]:

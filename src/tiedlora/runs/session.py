@@ -1,4 +1,4 @@
-"""A run's parts, loaded and checked before anything is written: rows, base model, token ids, adapter."""
+"""The parts of a run: rows, base model, token ids, adapter. All are loaded and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BASE: SingleSlotCache[BaseModel] = SingleSlotCache()
 
 
 def cached_base(config: Config, device: torch.device) -> BaseModel:
-    """The base model of a configuration. Its user must detach what it attaches: the next run gets the same model.
+    """The base model of a configuration. The caller must detach its adapter, because the next run gets the same model.
 
     Raises:
         UserError: as models.base_model.load_base.
@@ -39,10 +39,10 @@ def cached_base(config: Config, device: torch.device) -> BaseModel:
 
 
 class RunSession:
-    """A run's parts. Nothing is written before all of them are there.
+    """The parts of a run.
 
     Raises:
-        UserError: rows or base model cannot be had, no row fits, or the adapter does not fit the model.
+        UserError: the rows or the base model cannot be loaded, no row fits, or the adapter does not fit the model.
     """
 
     def __init__(self, config: Config, task: Task, world: World) -> None:
@@ -52,7 +52,7 @@ class RunSession:
         self.device = resolve_device(config.train.device, world.local_index if world.size > 1 else None)
         if self.device.type == "cpu":
             keep_freed_memory()
-        # 1. The rows and the base model, which consecutive runs share.
+        # 1. The rows and the base model. Consecutive runs share them.
         rows = read_rows(config)
         self.base = cached_base(config, self.device)
         # 2. The rows as token ids, without those that do not fit.
@@ -60,12 +60,12 @@ class RunSession:
         self.fitted = self._fit(rows)
         self.train_examples = [rows.examples["train"][number] for number in self.fitted["train"].kept]
         self.validation_examples = rows.examples["validation"]
-        # 3. The adapter. It is complete before it is attached, so one that does not fit leaves the model as it was.
+        # 3. The adapter. It is complete before it is attached, so an adapter that does not fit leaves no trace.
         self.attached: Attached = attach_adapter(self.base.model, self._adapter())
         self.trainable_params = self.attached.adapter.trainable_params()
         expected = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
         assert self.trainable_params == expected, f"{self.trainable_params} parameters, the formula says {expected}"
-        # 4. What the record and the checkpoints say of all this.
+        # 4. The values for the record and the checkpoints.
         self.execution = execution_on(self.device, world.size)
         self.code, self.versions, self.data_digests = code_version(), package_versions(), rows.digests
 
@@ -96,21 +96,21 @@ class RunSession:
         return self.attached.model
 
     def inputs(self) -> RunInputs:
-        """What a checkpoint of this run must agree with."""
+        """The inputs that a checkpoint of this run must agree with."""
         assert self.base.record.digest is not None
         return RunInputs(self.data_digests, self.base.record.digest, self.versions, self.code, str(self.execution))
 
     def examples(self, split: str) -> list[Example]:
-        """The rows of a split that is scored.
+        """The rows of a split for scoring.
 
         Raises:
-            UserError: they cannot be had.
+            UserError: they cannot be read.
         """
         if split == "validation":
             return self.validation_examples
         return load_examples(self.task, split, self.config.data_root)
 
     def release(self) -> None:
-        """Leave the base model as it was loaded: the next cell of a sweep may use it again."""
+        """Restore the base model, because the next cell of a sweep may use it."""
         self.attached.detach()
         self.base.model.eval()

@@ -1,4 +1,4 @@
-"""Training of one session: the loop with everything that it calls, from the newest checkpoint to the last step."""
+"""The training of one session: the loop and the functions that it calls, from a checkpoint to the last step."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves: the adapter is on the session's model, at the step that will be scored."""
+    """The results of training. The adapter on the session's model is that of the step that will be scored."""
 
     state: loop.TrainState
     peak_memory_bytes: int
     trackers: RunTrackers
-    """Still open: the run's summary goes there once it is scored."""
+    """Still open, because they get the run's summary after scoring."""
 
 
 class Trainer:
     """One training.
 
     Args:
-        folder: the run's. It gets config.yaml, metrics.jsonl and the checkpoints.
-        stop: asks for a checkpoint and an end after the current step.
+        folder: the run's folder. config.yaml, metrics.jsonl and the checkpoints are written there.
+        stop: if a signal came, training writes a checkpoint after the current step and ends.
         resume_from: the folder of the checkpoints to continue from; None takes the run's own.
     """
 
@@ -77,7 +77,7 @@ class Trainer:
             UserError: a loss that is not finite, too little memory, or a tracker that refuses to start.
             StoppedEarly: the stop signal came; a checkpoint is written.
         """
-        # 1. Say what the run is, and open the trackers.
+        # 1. Write config.yaml, and open the trackers.
         config_yaml = OmegaConf.to_yaml(config_tree(self.config))
         storage.write_bytes(self.folder.config_file, config_yaml.encode())
         run = TrackedRun(self.folder.path.name, self.folder.path, self.config, self.session.trainable_params)
@@ -86,7 +86,7 @@ class Trainer:
         restart_peak_memory(self.session.device)
         self._run_loop()
         peak = peak_memory_bytes(self.session.device)
-        # 3. Take the adapter of the step that is scored.
+        # 3. Load the adapter of the step that is scored.
         if self.config.score.checkpoint == "best":
             best, _ = load(self._best_folder(self.state.best_step()))
             for name, parameter in best.parts().items():
@@ -122,7 +122,7 @@ class Trainer:
 
     @contextmanager
     def _training_blocks(self) -> Iterator[None]:
-        """The model's blocks as training wants them: compiled, and recomputing activations, if the run says so."""
+        """Inside the context, the blocks are compiled and recompute activations, as the configuration says."""
         train, model = self.config.train, self.session.model
         blocks: Any = model.get_submodule(architectures.layout_of(self.config.model.architecture).layers)
         weights = sum(parameter.numel() for parameter in blocks.parameters())
@@ -138,7 +138,7 @@ class Trainer:
                 model.gradient_checkpointing_disable()
 
     def _batches(self, step: int) -> list[Batch]:
-        """This process's microbatches of an optimizer step."""
+        """The microbatches of an optimizer step for this process."""
         rows = sorted((self.rows[number] for number in self.sampler.rows_of_step(step)), key=len)
         train, context = self.config.train, self.session.encoder.context
         own_rows = self.session.world.local_rows(rows)
@@ -146,7 +146,7 @@ class Trainer:
         return [batch.to(self.session.device) for batch in batches]
 
     def _validate(self) -> float:
-        """The validation loss; the adapter with the lowest one so far is kept, if it is the one to score."""
+        """The validation loss. If the best adapter is scored, it is stored when its loss is the lowest so far."""
         self.session.model.eval()
         with compiling.eager():
             loss = mean_loss(self.session.model, self.validation_batches)
@@ -156,7 +156,7 @@ class Trainer:
         return loss
 
     def _best_folder(self, step: int) -> Path:
-        # A folder a step: while one folder were replaced, there would be a moment without any.
+        # Each step has its own folder: to replace a folder would leave a moment without any.
         return self.folder.checkpoints / f"best-{step:08d}"
 
     def _save_checkpoint(self, state: loop.TrainState) -> None:

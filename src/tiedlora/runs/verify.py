@@ -1,7 +1,7 @@
-"""Receipts: does a finished run's folder still hold what its record says, and are its numbers repeated?
+"""Receipts: does the folder of a finished run agree with its record, and can its numbers be reproduced?
 
-Each check looks at one thing and names what does not agree: a configuration key, a data row, a file, a prediction. The
-checks here need no weights; the adapter's and the regeneration of predictions are in regenerate.py.
+Each check names what does not agree: a configuration key, a data row, a file, a prediction. The checks here need no
+weights. The check of the adapter and the regeneration of predictions are in regenerate.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tiedlora.tasks import Example, Task, digest, load_examples, load_task
 from tiedlora.text import visible
 
 CLOSE = 1e-9
-"""Metrics are computed again in the same order from the same numbers; only a JSON round trip lies between."""
+"""A small tolerance is enough: the metrics are computed in the same order from the same numbers, read from JSON."""
 
 
 @dataclass(frozen=True)
@@ -35,31 +35,31 @@ class Finding:
 
     check: str
     ok: bool | None
-    """None where the check could not be made here."""
+    """None if the check could not be made here."""
     explanation: str
     row_id: str | None = None
-    """The row that does not agree, if it is one row."""
+    """The id of the row that does not agree, if it is a single row."""
 
 
 @dataclass
 class CheckedRun:
-    """A run, and what was loaded to check it."""
+    """A run, and the data that were loaded to check it."""
 
     folder: RunFolder
     record: RunRecord
     config: Config
     task: Task
     examples: dict[str, list[Example]] = field(default_factory=dict)
-    """Split -> its rows, where they can be read here."""
+    """Split -> its rows, if they can be read here."""
 
 
 def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: Path | None = None) -> list[Finding]:
     """Check a run's folder.
 
     Args:
-        data_root: where the rows are now, as for train.py; None takes the place the run was made with.
-        rows: at least so many predictions of each split are regenerated, in whole scoring batches; 0 skips that.
-        cache: where converted models are; None takes the run's own.
+        data_root: the folder of the rows, as for train.py; None takes the run's own.
+        rows: at least so many predictions of each split are regenerated, in whole scoring batches; 0 regenerates none.
+        cache: the folder of converted models; None takes the run's own.
 
     Raises:
         UserError: the folder holds no finished run, or no readable configuration.
@@ -89,7 +89,7 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
 
 
 def _guarded(name: str, check: Callable[[CheckedRun], Iterator[Finding]], run: CheckedRun) -> list[Finding]:
-    """A check's findings. What it cannot read is itself a finding, so that the other checks still run."""
+    """The findings of a check. An error of the check becomes a finding too, so that the other checks still run."""
     findings: list[Finding] = []
     try:
         findings.extend(check(run))
@@ -99,8 +99,8 @@ def _guarded(name: str, check: Callable[[CheckedRun], Iterator[Finding]], run: C
 
 
 def _check_configuration(folder: RunFolder, record: RunRecord, config: Config) -> Iterator[Finding]:
-    """config.yaml, result.json's configuration and identity, and the folder's name describe one run."""
-    # A key that a later version added has its default in an older run.
+    """Check that config.yaml, result.json (configuration and identity) and the folder's name describe one run."""
+    # An older run lacks keys that were added later. They have their default values.
     recorded = _filled(record.config.tree, _as_json(config_tree(Config())))
     differing = list(_differences(recorded, _as_json(config_tree(config))))
     differing += [f"identity.{key}" for key in _differences(record.identity.tree, _as_json(identity(config)))]
@@ -117,12 +117,12 @@ def _check_configuration(folder: RunFolder, record: RunRecord, config: Config) -
 
 
 def _as_json(tree: Any) -> Any:
-    """The tree as a JSON file would give it back, so that it compares with one that was read."""
+    """The tree after a JSON round trip, so that it can be compared with one that was read from a file."""
     return json.loads(json.dumps(tree))
 
 
 def _filled(tree: Any, defaults: Any) -> Any:
-    """The tree, with the defaults of keys that it lacks."""
+    """The tree, with default values for missing keys."""
     if not isinstance(tree, dict) or not isinstance(defaults, dict):
         return tree
     return {**defaults, **{key: _filled(value, defaults.get(key)) for key, value in tree.items()}}
@@ -137,7 +137,7 @@ def _differences(a: Any, b: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _check_files(run: CheckedRun) -> Iterator[Finding]:
-    """The adapter's files and the predictions, against the sha256s that result.json holds."""
+    """Check the adapter's files and the predictions against the sha256 values in result.json."""
     expected: dict[str, str | None] = {
         name: run.record.files.get(name) for name in ("adapter/adapter.json", "adapter/adapter.safetensors")
     }
@@ -162,7 +162,7 @@ def _check_files(run: CheckedRun) -> Iterator[Finding]:
 
 
 def _check_data(run: CheckedRun) -> Iterator[Finding]:
-    """The rows of every split that the run used, by content."""
+    """Check the rows of every split that the run used, by content."""
     expected = {split: data.digest for split, data in run.record.data.items()}
     expected |= {split: scores.digest for split, scores in run.record.scores.items()}
     for split, sha256 in expected.items():
@@ -179,11 +179,11 @@ def _check_data(run: CheckedRun) -> Iterator[Finding]:
 
 
 def _changed_row(run: CheckedRun, split: str) -> tuple[str | None, str]:
-    """The id of the first row that differs from the predictions made on it, and what differs."""
+    """The id of the first row that differs from its prediction, and what differs."""
     try:
         rows = read_predictions(run.folder.predictions_file(split))
     except UserError:
-        return None, "the run recorded the rows' hash alone, so which row it is cannot be said"
+        return None, "the run recorded only a hash of the rows, so the row cannot be named"
     examples = run.examples[split]
     if len(rows) != len(examples):
         return None, f"there were {len(rows)} rows, now {len(examples)}"
@@ -191,7 +191,7 @@ def _changed_row(run: CheckedRun, split: str) -> tuple[str | None, str]:
         pairs = {"id": (row.id, example.id), "prompt": (row.prompt, example.prompt)}
         pairs["references"] = (row.references, list(example.references))  # type: ignore[assignment]
         if row.shortened:
-            # A prompt that was shortened to fit is not the row's own.
+            # A shortened prompt is not equal to the row's prompt.
             del pairs["prompt"]
         for key, (before, now) in pairs.items():
             if before != now:
@@ -200,7 +200,7 @@ def _changed_row(run: CheckedRun, split: str) -> tuple[str | None, str]:
 
 
 def _check_base(run: CheckedRun) -> Iterator[Finding]:
-    """The base model that loads here, by its digest."""
+    """Check the digest of the base model."""
     recorded, now = run.record.base.digest, known_digest(run.config.model)
     if now is None:
         explanation = f"{recorded}: a hub model's commit is known once it loads (regeneration compares it)"
@@ -211,7 +211,7 @@ def _check_base(run: CheckedRun) -> Iterator[Finding]:
 
 
 def _check_predictions(run: CheckedRun) -> Iterator[Finding]:
-    """Each prediction's scores from its output, and the record's metrics from the scores."""
+    """Check the scores of each prediction from its output, and the metrics of the record from the scores."""
     for split, recorded in run.record.scores.items():
         check = f"predictions {split}"
         rows = read_predictions(run.folder.predictions_file(split))
@@ -234,9 +234,9 @@ def _check_predictions(run: CheckedRun) -> Iterator[Finding]:
 def _misscored(run: CheckedRun, rows: Sequence[PredictionRow], split: str, check: str) -> Iterator[Finding]:
     by_id = {example.id: example for example in run.examples.get(split, [])}
     for row in rows:
-        # Where the data are not at hand, the row's own references are what it was scored against.
+        # Without the data, the references in the prediction row are used: the output was scored against them.
         example = by_id.get(row.id) or Example(row.id, row.prompt, "", tuple(row.references), tuple(row.choices or ()))
-        # A choice among given texts is scored by their likelihoods, which the row keeps.
+        # A choice among given texts is scored by the likelihoods of the texts, which are in the row.
         answer = row.output if row.log_likelihoods is None else row.log_likelihoods
         scores = _as_json(run.task.score(answer, example))
         if scores != row.scores:
@@ -247,7 +247,7 @@ def _misscored(run: CheckedRun, rows: Sequence[PredictionRow], split: str, check
 def _differing_metrics(
     task: Task, recorded: SplitScores, rows: Sequence[PredictionRow], base_rows: Sequence[PredictionRow] | None
 ) -> list[str]:
-    """What the record says otherwise than the predictions."""
+    """The metrics in which the record differs from the predictions."""
     kinds: dict[str, tuple[Scores | None, Scores]] = {"metrics": (recorded.metrics, summarise(rows, task))}
     if base_rows is not None:
         kinds["base"] = (recorded.base, summarise(base_rows, task))
@@ -265,7 +265,7 @@ def _differing_metrics(
 
 
 def lines(findings: Sequence[Finding]) -> list[str]:
-    """One line a finding, and a last one that sums up."""
+    """One line for each finding, and a last line that sums up."""
     words = {True: "ok", False: "WRONG", None: "skipped"}
     rows = [f"{words[finding.ok]:<8} {finding.check:<28} {finding.explanation}" for finding in findings]
     wrong = [finding.check for finding in findings if finding.ok is False]

@@ -1,4 +1,4 @@
-"""What decoding and likelihoods share: batches of prompts, padding on the left, the key-value cache, hidden states."""
+"""Code that decoding and likelihoods share: batches, padding on the left, the key-value cache, hidden states."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers.cache_utils import DynamicLayer
 from tiedlora.data.batching import split_by_limits
 
 SPARE_TOKENS = 64
-"""How many tokens longer a full cache becomes: it is copied only once for so many new tokens."""
+"""How many tokens a full cache grows by. So it is copied only once per so many new tokens."""
 
 
 def batches_by_length(lengths: Sequence[int], rows: int, tokens: int | None) -> list[list[int]]:
-    """Row numbers of each batch, the longest rows first, at most `rows` rows and `tokens` tokens in a batch.
+    """The row numbers of each batch, with the longest rows first. A batch has at most `rows` rows and `tokens` tokens.
 
     Args:
-        lengths: tokens of each row.
-        tokens: padding counted; None sets no limit.
+        lengths: the number of tokens of each row.
+        tokens: padding included; None sets no limit.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     return [order[batch] for batch in split_by_limits([lengths[i] for i in order], rows, tokens)]
@@ -36,8 +36,8 @@ def padded_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.dev
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A layer's keys and values, kept at the start of larger buffers. transformers' own layer copies all of them for
-    every new token.
+    """The keys and values of a layer, at the start of larger buffers. (transformers' own layer copies all of them for
+    every new token.)
     """
 
     buffers: list[Tensor] | None = None
@@ -69,7 +69,7 @@ def new_cache(model: Any) -> DynamicCache:
 
 
 def hidden_states(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-    """Last hidden states (rows, new tokens, hidden size). The new tokens' keys and values are added to the cache."""
+    """The last hidden states, (rows, new tokens, hidden size). Adds the new tokens' keys and values to the cache."""
     states: Tensor = model.base_model(
         input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
     ).last_hidden_state

@@ -13,17 +13,17 @@ from torch.nn import functional as F
 from tiedlora.scoring.batches import batches_by_length, hidden_states, new_cache, padded_left
 
 MIN_STOP_SEARCH_TOKENS = 12
-"""The last tokens that are decoded, at least, to look for a stop string."""
+"""At least so many of the last tokens are decoded to look for a stop string."""
 ENDED_SHARE_TO_COMPACT = 1 / 8
-"""Rows that have ended leave their batch, which copies the cache, once they are this share of it."""
+"""Finished rows leave their batch when they are this share of it. (To remove rows copies the cache.)"""
 
 
 @dataclass
 class Output:
-    """What was generated for one prompt."""
+    """The answer that was generated for one prompt."""
 
     text: str
-    """Up to, not including, the stop string or the end-of-text token."""
+    """The text before the stop string or the end-of-text token."""
     tokens: int
     ended: str
     """end (end-of-text token), stop (stop string) or length (max_new_tokens)."""
@@ -32,9 +32,9 @@ class Output:
 def generation_batches(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, batch_tokens: int | None
 ) -> list[list[int]]:
-    """Which prompts make up each batch of `generate`, the longest first.
+    """The prompt numbers of each batch of `generate`, with the longest prompts first.
 
-    A batch stays the same if other whole batches are left out, so part of a split can be scored again as it was.
+    A batch stays the same if other batches are left out. So a part of a split can be scored again in the same batches.
     """
     return batches_by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_size, batch_tokens)
 
@@ -51,18 +51,17 @@ def generate(
     batch_tokens: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[Output]:
-    """Greedy continuations, in the order of `prompts`.
+    """Generate greedy continuations, in the order of `prompts`.
 
-    Prompts are sorted by length and padded on the left. Rows that have ended leave their batch a few at a time, and a
-    batch ends with its last row.
+    Prompts are sorted by length and padded on the left. Finished rows leave their batch a few at a time, and a batch
+    ends with its last row.
 
     Args:
         prompts: token ids, none empty.
-        stop: strings that end an answer; they are looked for after the answer's first character that is not blank.
-        batch_size: how many rows are decoded together at most.
-        batch_tokens: how many tokens those rows have at most, with padding and room for their answers; None sets no
-            limit.
-        progress: called with the number of rows that have just finished.
+        stop: strings that end an answer. They count only after the answer's first character that is not blank.
+        batch_size: the most rows that are decoded together.
+        batch_tokens: the most tokens of those rows, with padding and space for their answers; None sets no limit.
+        progress: is called with the number of rows that have just finished.
     """
     outputs: dict[int, Output] = {}
     for batch in generation_batches(prompts, max_new_tokens, batch_size, batch_tokens):
@@ -107,7 +106,7 @@ def _decode(
 
 
 def _next_tokens(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-    """The likeliest next token of each row. The output head is computed at one position of each row."""
+    """The most likely next token of each row. The output head is computed at only one position of each row."""
     logits: Tensor = model.get_output_embeddings()(hidden_states(model, ids, mask, positions, cache)[:, -1])
     return logits.argmax(-1)
 
@@ -115,12 +114,12 @@ def _next_tokens(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache
 def _finished_output(
     tokenizer: Any, written: list[int], end_id: int, stop: Sequence[str], max_new_tokens: int
 ) -> Output | None:
-    """The output, if the last token that was written ends it."""
+    """The output, if its last token ends it; otherwise None."""
     if written[-1] == end_id:
         return Output(tokenizer.decode(written[:-1], skip_special_tokens=True), len(written), "end")
     if stop and _is_near_end(tokenizer, written, stop):
         text = tokenizer.decode(written, skip_special_tokens=True)
-        # An answer may start on a new line, so blanks at its start are no stop string.
+        # An answer may start on a new line, so a stop string does not count among the blanks at its start.
         first = len(text) - len(text.lstrip())
         stops = [index for string in stop if (index := text.find(string, first)) >= 0]
         if stops:
@@ -131,7 +130,7 @@ def _finished_output(
 
 
 def _is_near_end(tokenizer: Any, written: list[int], stop: Sequence[str]) -> bool:
-    """Whether a stop string is in the last tokens: decoding only these is faster than decoding the whole answer."""
+    """Whether a stop string is in the last tokens. To decode only these is faster than to decode the whole answer."""
     # A stop string has at most as many tokens as bytes.
     longest = max(len(string.encode("utf-8", "surrogatepass")) for string in stop)
     tail = tokenizer.decode(written[-max(longest, MIN_STOP_SEARCH_TOKENS) :], skip_special_tokens=True)

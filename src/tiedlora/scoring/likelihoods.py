@@ -18,7 +18,7 @@ def choice_batches(
     batch_size: int,
     batch_tokens: int | None,
 ) -> list[list[int]]:
-    """Which prompts make up each batch of `choice_log_likelihoods`, the longest first."""
+    """The prompt numbers of each batch of `choice_log_likelihoods`, with the longest first."""
     choices_per_prompt = max(map(len, choices))
     rows = zip(prompts, choices, strict=True)
     lengths = [(len(prompt) + max(map(len, texts))) * choices_per_prompt for prompt, texts in rows]
@@ -35,15 +35,15 @@ def choice_log_likelihoods(
     batch_tokens: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[list[float]]:
-    """The log-likelihood of each prompt's choices, in the given order: sums over a choice's tokens, in nats.
+    """The log-likelihoods of each prompt's choices, in their order: sums over the tokens of a choice, in nats.
 
     A prompt passes through the model once, and its choices share its key-value cache.
 
     Args:
         choices: for each prompt, the token ids of its choices, none empty.
-        batch_size: how many choices are scored together at most (but all of at least one prompt).
-        batch_tokens: how many tokens those choices have at most with their prompts; None sets no limit.
-        progress: called with the number of prompts that have just finished.
+        batch_size: the most choices that are scored together (but always all choices of at least one prompt).
+        batch_tokens: the most tokens of those choices with their prompts; None sets no limit.
+        progress: is called with the number of prompts that have just finished.
     """
     log_likelihoods: dict[int, list[float]] = {}
     for batch in choice_batches(prompts, choices, batch_size, batch_tokens):
@@ -85,7 +85,7 @@ def _score_choices(
 
 
 def _token_log_likelihoods(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """log p(token) from the hidden state before it, in chunks, because logits are the peak of memory."""
+    """log p(token) from the hidden state before it. It is computed in chunks, because logits are the peak of memory."""
     head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
     results = []
     size = chunk_rows(head.weight.shape[0])

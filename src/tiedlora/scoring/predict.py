@@ -1,4 +1,4 @@
-"""Ask a model every example of a split, and score each answer: one prediction row an example."""
+"""Ask a model every example of a split, and score each answer. Each example gives one prediction row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiedlora.tracking.progress import ProgressBar
 
 @dataclass(frozen=True)
 class _Answer:
-    """What the model answered to one example, not yet scored. The fields are those of PredictionRow."""
+    """The model's answer to one example, without scores. The fields are those of PredictionRow."""
 
     output: str
     output_tokens: int
@@ -33,11 +33,11 @@ def predict(
     """The rows of predictions/, one for each example.
 
     Args:
-        model: adapted or not.
-        title: what the progress bar says.
+        model: the base model, with or without an adapter.
+        title: the text of the progress bar.
 
     Raises:
-        UserError: a prompt does not fit, and the task does not allow shortening it enough.
+        UserError: a prompt does not fit, and the task does not allow to shorten it enough.
     """
     # Imported here because the `evaluate` package takes a second to import, and only scoring needs it.
     from tiedlora.tasks.task_metric import TaskMetric
@@ -73,7 +73,7 @@ def _as_floats(scores: Mapping[str, Score]) -> dict[str, Score]:
 
 
 def scoring_batches(encoder: Encoder, examples: Sequence[Example], config: Config) -> list[list[int]]:
-    """Which examples make up each batch of `predict`. In the same batches, a model gives the same outputs again."""
+    """The example numbers of each batch of `predict`. In the same batches, a model gives the same outputs again."""
     asked = [_fitting(encoder, example, config) for example in examples]
     prompts = _prompts(encoder, asked)
     if asked[0].choices:
@@ -82,7 +82,7 @@ def scoring_batches(encoder: Encoder, examples: Sequence[Example], config: Confi
 
 
 def _fitting(encoder: Encoder, example: Example, config: Config) -> Example:
-    """The example with a prompt that leaves room for an answer. No example of a scored split may be left out."""
+    """The example, with its prompt shortened if needed, so that the answer fits. No example may be left out."""
     shortened = encoder.shortened(example)
     answer_tokens = max([config.task.max_new_tokens, *map(len, _choices(encoder, [example])[0])])
     if shortened is not None and len(encoder.prompt(shortened.prompt)) + answer_tokens <= encoder.context:

@@ -1,4 +1,4 @@
-"""Score one split: the adapted model, and the base model beside it."""
+"""Score one split with the adapted model and with the base model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PROTOCOL_KEYS = {
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores splits of one run: the adapted model, and the base model."""
+    """Scores splits of one run, with the adapted model and with the base model."""
 
     attached: Attached
     encoder: Encoder
@@ -46,7 +46,7 @@ class Scorer:
     """The base model under `attached`."""
 
     def score_split(self, split: str, examples: Sequence[Example], folder: RunFolder) -> SplitScores:
-        """Score the adapted model, and the base model if the run says so, and write predictions/.
+        """Score the adapted model, and the base model if score.base is true, and write predictions/.
 
         Raises:
             UserError: as predict.predict.
@@ -74,7 +74,7 @@ class Scorer:
         )
 
     def adapted_rows(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
-        """The adapted model's rows. `title` is what the progress bar says."""
+        """The adapted model's rows. `title` is the text of the progress bar."""
         with merged_for_scoring(self.attached, self.config) as model:
             return predict(model, self.encoder, self.task, examples, self.config, title)
 
@@ -90,7 +90,7 @@ class Scorer:
         """The base model's rows, computed once for each model, protocol and rows, and then reused by every run.
 
         Raises:
-            UserError: as predict.predict, or the file of an earlier run holds the predictions of other rows.
+            UserError: as predict.predict; or the file of an earlier run has the predictions of other rows.
         """
         path = Path(self.config.outputs) / "base" / f"{self.config.task.name}-{split}-{self._base_key(examples)}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ class Scorer:
 
 @contextmanager
 def merged_for_scoring(attached: Attached, config: Config) -> Iterator[Any]:
-    """The adapted model as it is scored: merged in float32, not merged in bfloat16, which would round the update."""
+    """Inside the block, the model is as it is scored. It is merged in float32 only: bfloat16 would round the update."""
     if config.train.dtype == "float32":
         attached.merge()
     try:

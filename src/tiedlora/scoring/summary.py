@@ -1,4 +1,4 @@
-"""The metrics of a split, from its rows: each with a 95 % interval over which examples were drawn."""
+"""The metrics of a split, from its rows. Each has a 95 % interval over which examples were drawn."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tiedlora.tasks import Task
 
 
 def summarise(rows: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
-    """Each metric over the rows: with Wilson's interval where every score is 0 or 1, else a bootstrap over examples."""
+    """Each metric over the rows, with Wilson's interval if every score is 0 or 1, otherwise with a bootstrap."""
     return {metric: _estimate(task, metric, [row.scores[metric] for row in rows]) for metric in task.metrics}
 
 
 def gains(adapted: Sequence[PredictionRow], base: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
     """Each metric of the adapted model minus that of the base model, paired on the same examples.
 
-    With Newcombe's interval where every score is 0 or 1, else with a bootstrap that resamples pairs.
+    The interval is Newcombe's if every score is 0 or 1, and otherwise a bootstrap that resamples pairs.
 
     Raises:
-        ValueError: the rows are not those of the same examples in the same order.
+        ValueError: the two sides do not have the same examples in the same order.
     """
     if [row.id for row in adapted] != [row.id for row in base]:
         raise ValueError("paired scores need the same examples in the same order")

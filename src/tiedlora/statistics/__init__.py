@@ -1,6 +1,6 @@
-"""Intervals and what is planned from them: numbers in, numbers out.
+"""Intervals, and plans that are computed from them: numbers in, numbers out.
 
-Here belong estimates with their intervals (over examples, over seeds, over both), the one bootstrap, the coverage of
-these intervals, and how many seeds and rows a comparison needs. The package imports numpy, scipy and nothing else of
-tiedlora: it knows no run, no task and no table.
+This package has estimates with their intervals (over examples, over seeds, over both), the bootstrap, the coverage of
+these intervals, and the number of seeds and rows that a comparison needs. It imports numpy and scipy, and no other
+package of tiedlora. It knows no run, no task and no table.
 """

@@ -1,7 +1,7 @@
-"""The bootstrap over examples: one function and one seed for every interval that a record or a report holds.
+"""The bootstrap over examples. Every bootstrap interval of a record or a report comes from here, with the same seed.
 
-The resamples depend on the number of examples alone, so everything that was scored on the same examples shares them,
-and a bootstrap of means is one matrix product.
+The resamples depend only on the number of examples. So all scores of the same examples share them, and a bootstrap of
+means is one matrix product.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from tiedlora.statistics.interval import LEVEL, Interval
 
 RESAMPLES = 2000
-"""The ends of a 95 % interval then vary by a few per cent of its width from seed to seed."""
+"""With so many, the ends of a 95 % interval vary by a few per cent of its width from seed to seed."""
 SEED = 0
 INDICES_AT_ONCE = 200_000
-"""Resampled row numbers that are in memory together."""
+"""How many resampled row numbers are in memory together."""
 ROWS_AT_ONCE = 256
-"""Resamples that are multiplied together: their counts are widened to float64 for that."""
+"""How many resamples are multiplied together. Their counts are converted to float64 for the product."""
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 Array = NDArray[np.float64]
@@ -28,10 +28,10 @@ Array = NDArray[np.float64]
 
 @functools.lru_cache(maxsize=8)
 def resample_counts(examples: int, seed: int = SEED) -> NDArray[np.uint8]:
-    """How often each resample contains each example: (RESAMPLES, examples), rows that sum to `examples`.
+    """How often each resample contains each example: (RESAMPLES, examples). Each row sums to `examples`.
 
     Raises:
-        ValueError: no examples.
+        ValueError: there are no examples.
     """
     _check_examples(examples)
     generator = np.random.default_rng(seed)
@@ -50,7 +50,7 @@ def _check_examples(examples: int) -> None:
 
 
 def resampled_sums(values: Array, seed: int = SEED) -> Array:
-    """Sums over each resample.
+    """The sums of the values over each resample.
 
     Args:
         values: (examples, columns).
@@ -67,13 +67,13 @@ def bootstrap_means(scores: Array, seed: int = SEED) -> tuple[Array, Array, Arra
     """Means over the last axis, and the ends of their percentile bootstrap intervals (Efron 1979) over examples.
 
     Args:
-        scores: (..., examples): one number per example, such as a score, a paired difference, or a mean over seeds.
+        scores: (..., examples), one number per example, such as a score, a paired difference, or a mean over seeds.
 
     Returns:
-        Three arrays of the leading shape: mean, low, high.
+        Three arrays of the shape of the leading axes: mean, low, high.
 
     Raises:
-        ValueError: no examples.
+        ValueError: there are no examples.
     """
     examples = scores.shape[-1]
     _check_examples(examples)
@@ -83,14 +83,14 @@ def bootstrap_means(scores: Array, seed: int = SEED) -> tuple[Array, Array, Arra
 
 
 def bootstrap_mean(scores: ArrayLike, limits: tuple[float, float], seed: int = SEED) -> Interval:
-    """The mean of one number per example with its interval.
+    """The mean of one number per example, with its interval.
 
     Args:
         scores: (examples,).
-        limits: the smallest and the largest possible score. They are the interval of a single example.
+        limits: the smallest and the largest possible score. They are the interval if there is only one example.
 
     Raises:
-        ValueError: no examples.
+        ValueError: there are no examples.
     """
     values = np.asarray(scores, dtype=np.float64)
     if len(values) == 1:
@@ -104,14 +104,14 @@ def bootstrap_corpus(
     score: Callable[[Array], float],
     theirs: Sequence[Sequence[float]] | None = None,
 ) -> Interval:
-    """A corpus-level score, such as BLEU, with its interval; with `theirs`, the paired difference of two.
+    """A corpus-level score such as BLEU, with its interval; with `theirs`, the paired difference of two such scores.
 
     Args:
-        statistics: each example's statistics, whose sum over examples `score` takes: (examples, statistics).
-        theirs: the other side's statistics of the same examples.
+        statistics: (examples, statistics). `score` takes their sum over examples.
+        theirs: the statistics of the other side, for the same examples.
 
     Raises:
-        ValueError: no examples.
+        ValueError: there are no examples.
     """
 
     _check_examples(len(statistics))
@@ -127,6 +127,6 @@ def bootstrap_corpus(
 
 
 def _corpus_scores(statistics: Sequence[Sequence[float]], score: Callable[[Array], float]) -> tuple[float, Array]:
-    """The score of all examples, and that of each resample: a number and (RESAMPLES,)."""
+    """The score of all examples (a number), and the score of each resample, (RESAMPLES,)."""
     table = np.asarray(statistics, dtype=np.float64)
     return score(table.sum(0)), np.array([score(sums) for sums in resampled_sums(table)])

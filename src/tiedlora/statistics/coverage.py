@@ -1,7 +1,7 @@
-"""How often a 95 % interval contains the true value, simulated with the functions that the report uses.
+"""How often a 95 % interval contains the true value. It is simulated with the functions that the report uses.
 
-The t interval over seeds expects scores that are roughly normal. A proportion near 0 or 1 with few seeds takes only a
-few values, and all seeds may agree by chance. The interval is then too narrow, and the report says how much it covers.
+The t interval over seeds assumes roughly normal scores. But a proportion near 0 or 1 with few seeds takes only a few
+values, and all seeds may agree by chance. The interval is then too narrow, and the report says how much it covers.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import numpy as np
 from tiedlora.statistics import crossed
 
 ENOUGH = 0.93
-"""The report names an interval that covers less than this."""
+"""The report has a note on an interval that covers less than this."""
 DRAWS = 4000
 FEW_EXAMPLES = 10
-"""With fewer examples than this that score above zero, a bootstrap over examples is too narrow: it covers 83 to 87 %
-where 2 to 4 of 200 examples do."""
+"""If fewer examples than this score above zero, a bootstrap over examples is too narrow. It covers 83 to 87 % if 2 to 4
+of 200 examples do."""
 ROUNDING = 1e-12
-"""An interval may be a single number that equals the true value but for rounding."""
+"""An interval can be a single number, which equals the true value up to rounding."""
 
 
 def remarks(score: float, *, seeds: int, examples: int, scoring_examples: int, by_bootstrap: bool) -> list[str]:
-    """What the intervals of one score do not cover, in words. docs/results.md has the simulations.
+    """Notes on the intervals of one score that cover less than 95 %. docs/results.md has the simulations.
 
     Args:
         score: the mean over seeds, a fraction of 1.
-        scoring_examples: how many of the examples have a score above zero with any seed.
+        scoring_examples: how many examples have a score above zero with any seed.
         by_bootstrap: whether the interval over examples is a bootstrap.
     """
     notes = []
@@ -43,18 +43,18 @@ def remarks(score: float, *, seeds: int, examples: int, scoring_examples: int, b
 
 
 def seeds_interval_coverage(examples: int, p: float, seeds: int) -> float:
-    """Coverage of the t interval over seeds, for a score of about `p` on so many examples.
+    """The coverage of the t interval over seeds, for a score of about `p` on so many examples.
 
-    The seeds' scores are binomial with one true value: the case in which they take the fewest values.
+    The scores of the seeds are binomial with one true value. This is the case in which they take the fewest values.
     """
-    # Rounded so that similar scores share a simulation: 4,000 draws do not tell them apart.
+    # Rounded, so that similar scores share a simulation: 4,000 draws cannot tell them apart.
     p = min(max(round(min(p, 1 - p), 2), 0.5 / examples), 0.5)
     return simulated_coverage(examples, p, seeds)
 
 
 @functools.lru_cache(maxsize=512)
 def simulated_coverage(examples: int, p: float, seeds: int) -> float:
-    """The share of DRAWS simulated t intervals over seeds that contain `p`."""
+    """The share of t intervals over seeds that contain `p`, in DRAWS simulations."""
     generator = np.random.default_rng([examples, round(1e6 * p), seeds])
     scores = generator.binomial(examples, p, (DRAWS, seeds)) / examples
     _, low, high = crossed.over_seeds(scores)

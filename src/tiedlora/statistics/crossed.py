@@ -1,11 +1,11 @@
-"""95 % intervals across seeds and examples. Every function names the variance that its interval covers.
+"""95 % intervals over seeds and examples. Every function names the variance that its interval covers.
 
-- `over_seeds`: a t interval on one number per seed. Covers training's randomness, on the examples that were scored.
-- `score_over_examples`, `difference_over_examples`: which examples were drawn, for the seeds that were run.
-- `over_both`: seeds and examples crossed. Covers both, which a verdict needs.
+- `over_seeds`: a t interval of one number per seed. It covers the randomness of training, on the scored examples.
+- `score_over_examples`, `difference_over_examples`: these cover which examples were drawn, for the seeds that were run.
+- `over_both`: seeds and examples crossed. It covers both, as a verdict needs.
 - `ratio`: Fieller's interval of a quotient of paired means over seeds, for the retained gain.
 
-`over_seeds` and `over_both` take leading axes, so that simulations of their coverage run the very same code.
+`over_seeds` and `over_both` accept leading axes, so that simulations of their coverage use the same code.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ TAIL = (1 - LEVEL) / 2
 
 
 def over_seeds(values: Array) -> tuple[Array, Array, Array]:
-    """Mean over the last axis and its t interval (n - 1 degrees of freedom).
+    """The mean over the last axis, and its t interval (n - 1 degrees of freedom).
 
     Args:
-        values: (..., seeds), at least two seeds. Paired per-seed differences give the interval of a difference.
+        values: (..., seeds), with at least two seeds. Paired per-seed differences give the interval of a difference.
     """
     seeds = values.shape[-1]
     mean = values.mean(-1)
@@ -38,15 +38,15 @@ def over_seeds(values: Array) -> tuple[Array, Array, Array]:
 
 
 def over_both(values: Array) -> tuple[Array, Array, Array]:
-    """Mean and interval of a table of seeds x examples, where both seeds and examples are random samples.
+    """The mean and the interval of a table of seeds x examples. Both seeds and examples are random samples.
 
-    Two-way crossed random effects without replication: the variance of the grand mean is estimated by
-    (MS_seeds + MS_examples - MS_rest) / (seeds * examples), its degrees of freedom as Satterthwaite's
-    (Biometrics Bulletin 2, 1946). Where chance makes that estimate smaller than one part alone, the larger part is
-    taken.
+    The model has two-way crossed random effects without replication. The variance of the grand mean is estimated by
+    (MS_seeds + MS_examples - MS_rest) / (seeds * examples), with Satterthwaite's degrees of freedom (Biometrics
+    Bulletin 2, 1946). By chance, this estimate can be smaller than that from MS_seeds or MS_examples only. Then the
+    larger of these two is taken.
 
     Args:
-        values: (..., seeds, examples), at least two of each.
+        values: (..., seeds, examples), with at least two of each.
     """
     seeds, examples = values.shape[-2:]
     of_seed, of_example = values.mean(-1), values.mean(-2)
@@ -79,16 +79,16 @@ def _interval(ends: tuple[Array, Array, Array], method: str) -> Interval:
 
 
 def score_over_examples(scores: Array) -> Interval:
-    """The mean over seeds and examples, with a bootstrap over examples of the scores averaged over seeds.
+    """The mean over seeds and examples. Its interval is a bootstrap over examples of the scores averaged over seeds.
 
     Args:
-        scores: (seeds, examples), each in [0, 1]. The interval of a single run is the one in its record.
+        scores: (seeds, examples), each in [0, 1].
     """
     return bootstrap_mean(scores.mean(0), (0.0, 1.0))
 
 
 def difference_over_examples(ours: Array, theirs: Array) -> Interval:
-    """The paired difference, over examples: Newcombe's interval for one seed's proportions, otherwise a bootstrap.
+    """The paired difference, with an interval over examples: Newcombe's for proportions of one seed, else a bootstrap.
 
     Args:
         ours, theirs: (seeds, examples), each in [0, 1], of the same seeds and examples in the same order.
@@ -99,10 +99,10 @@ def difference_over_examples(ours: Array, theirs: Array) -> Interval:
 
 
 def ratio(numerators: Array, denominators: Array) -> Interval | None:
-    """Quotient of two paired means over seeds with Fieller's interval (J. R. Stat. Soc. B 16, 1954).
+    """The quotient of two paired means over seeds, with Fieller's interval (J. R. Stat. Soc. B 16, 1954).
 
     Returns:
-        None where no finite interval exists: the denominator's own interval includes zero.
+        None if there are fewer than two seeds, or no finite interval (the denominator's own interval includes zero).
     """
     seeds = len(numerators)
     if seeds < 2 or denominators.mean() == 0:
@@ -121,7 +121,7 @@ def ratio(numerators: Array, denominators: Array) -> Interval | None:
 
 @dataclass(frozen=True)
 class Spread:
-    """Standard deviations of a paired difference: between seeds, between examples, and of the remainder."""
+    """The standard deviations of a paired difference: between seeds, between examples, and of the remainder."""
 
     seeds: float
     examples: float
@@ -133,10 +133,10 @@ class Spread:
 
 
 def measured_spread(values: Array) -> Spread:
-    """The spread of a table of seeds x examples: its variance components, estimated by their mean squares.
+    """The spread of a table of seeds x examples, estimated from its mean squares.
 
     Args:
-        values: (seeds, examples), at least two of each. A component that is estimated below zero is zero.
+        values: (seeds, examples), with at least two of each. A variance that is estimated below zero becomes zero.
     """
     seeds, examples = values.shape
     of_seed, of_example, mean = values.mean(1), values.mean(0), values.mean()
@@ -151,9 +151,9 @@ MOST_SEEDS, MOST_ROWS = 50, 20_000
 
 
 def needed_seeds_and_rows(distance: float, spread: Spread, rows: int, least_seeds: int) -> tuple[int, int] | None:
-    """The fewest (seeds, rows) that find a difference at `distance` from the margin in 4 of 5 repetitions.
+    """The smallest (seeds, rows) that find a difference at `distance` from the margin in 4 of 5 repetitions.
 
-    More seeds come first, at the given number of rows. Where MOST_SEEDS seeds are too few, rows are doubled.
+    Seeds are increased first, at the given number of rows. If MOST_SEEDS seeds are too few, the rows are doubled.
 
     Returns:
         None if even MOST_SEEDS seeds of MOST_ROWS rows are too few.

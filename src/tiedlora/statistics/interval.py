@@ -1,4 +1,4 @@
-"""An estimate with its interval: the one value that everything here gives and every table prints."""
+"""An estimate with its interval. The functions of this package return it, and tables print it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the two ends of its 95 % interval, all in the unit of the score."""
+    """An estimate and the two ends of its 95 % interval, in the unit of the score."""
 
     value: float
     low: float

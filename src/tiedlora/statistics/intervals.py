@@ -1,4 +1,4 @@
-"""95 % intervals of proportions. Each covers which examples were drawn, for one run; it says nothing about other seeds.
+"""95 % intervals of proportions. Each covers which examples were drawn for one run. It does not cover other seeds.
 
 - `wilson`: one run's proportion;
 - `paired_proportions`: the difference of two proportions on the same examples.
@@ -20,16 +20,16 @@ def wilson(successes: int, trials: int) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927), as scipy computes it.
 
     Raises:
-        ValueError: no trials.
+        ValueError: there are no trials.
     """
     ends = binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
     return Interval(successes / trials, float(ends.low), float(ends.high), "wilson")
 
 
 def paired_proportions(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """Difference of two proportions over the same examples: Newcombe's hybrid score interval.
+    """The difference of two proportions over the same examples, with Newcombe's hybrid score interval.
 
-    Method 10 of Newcombe, "Improved confidence intervals for the difference between binomial
+    This is method 10 of Newcombe, "Improved confidence intervals for the difference between binomial
     proportions based on paired data", Statistics in Medicine 17 (1998). Unlike a normal interval it
     stays correct where a proportion is near 0 or 1.
 
@@ -37,7 +37,7 @@ def paired_proportions(ours: Sequence[float], theirs: Sequence[float]) -> Interv
         ours, theirs: 0 or 1 for each example, in the same order.
 
     Raises:
-        ValueError: unequal lengths, or no examples.
+        ValueError: the lengths differ, or there are no examples.
     """
     n = len(ours)
     if n != len(theirs):
@@ -62,7 +62,7 @@ def is_binary(scores: ArrayLike) -> bool:
 
 
 def _half_width(ours: float, theirs: float, correlation: float) -> float:
-    """Newcombe's combination of two half widths, of correlated proportions."""
+    """Newcombe's combination of two half widths of correlated proportions."""
     return math.sqrt(max(0.0, ours * ours - 2 * correlation * ours * theirs + theirs * theirs))
 
 
