@@ -1,16 +1,15 @@
 """A run's life on a random model of seconds: record, repeat, resume, added splits, refusals."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.commands import Command, wait_until
 from safetensors.torch import load_file
 
 from tiedlora.config.compose import compose_config
@@ -26,16 +25,6 @@ from tiedlora.tasks.generated import Generated
 
 def folder_of(config) -> RunFolder:
     return RunFolder(Path(config.outputs) / run_id(config))
-
-
-def command(arguments, **environment):
-    return subprocess.run(
-        [sys.executable, str(PROJECT / "train.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
 
 
 def test_the_record_is_complete(tiny_config, capsys):
@@ -229,33 +218,28 @@ class TestCommand:
             (tiny_run("model=llama2_7b"), "cannot be loaded"),
             (tiny_run(f"data_root={tmp_path}", task="gsm8k"), "TIEDLORA_DATA"),
         ):
-            done = command(arguments)
-            assert done.returncode == 2, done.stderr
-            assert says in done.stderr
-            assert "Traceback" not in done.stderr
-            assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+            ended = Command(*arguments).ended()
+            assert ended.code == 2, ended.err
+            assert says in ended.err
+            assert "Traceback" not in ended.err
+            assert len(ended.err.strip().splitlines()) == 1, ended.err
         assert not (tmp_path / "outputs").exists()
 
     def test_a_signal_checkpoints_and_the_same_command_goes_on_exactly(self, tiny_run, tiny_config, tmp_path):
         overrides = tiny_run("train.steps=200", "train.checkpoint_every=1000", "train.validate_every=0")
         config = compose_config(overrides)
         folder = folder_of(config)
-        process = subprocess.Popen(
-            [sys.executable, str(PROJECT / "train.py"), *overrides],
-            stderr=subprocess.PIPE,
-        )
-        deadline = time.time() + 60
-        while time.time() < deadline and len(read_metrics(folder.metrics_file)) < 12:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=60)
-        assert process.returncode == 75, stderr
-        assert b"the same command continues" in stderr
+        command = Command(*overrides)
+        wait_until(lambda: len(read_metrics(folder.metrics_file)) >= 12)
+        command.send_signal(signal.SIGTERM)
+        ended = command.ended()
+        assert ended.code == 75, ended.err
+        assert "the same command continues" in ended.err
         assert folder.state() == "interrupted"
         assert len(list(folder.checkpoints.glob("step-*"))) == 1
-        done = command(overrides)
-        assert done.returncode == 0, done.stderr
-        assert "continuing from step" in done.stderr
+        ended = Command(*overrides).ended()
+        assert ended.code == 0, ended.err
+        assert "continuing from step" in ended.err
         whole = compose_config([*overrides, f"outputs={tmp_path}/whole"])
         run.main(whole)
         ours, theirs = (load_file(f.adapter / "adapter.safetensors") for f in (folder, folder_of(whole)))
@@ -263,32 +247,25 @@ class TestCommand:
         steps = [row.step for row in read_metrics(folder.metrics_file) if "train/loss" in row.values]
         assert steps == list(range(1, 201))
 
-    def test_score_script_adds_a_split(self, tiny_run, tiny_config):
+    def test_score_script_adds_a_split(self, tiny_config, script):
         config = tiny_config()
         run.main(config)
-        done = subprocess.run(
-            [sys.executable, str(PROJECT / "scripts/score.py"), str(folder_of(config).path), "--split", "test"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "test:" in done.stdout
+        code, out, err = script("scripts/score.py", folder_of(config).path, "--split", "test")
+        assert code == 0, err
+        assert "test:" in out
         assert set(folder_of(config).record().scores) == {"validation", "test"}
 
-    def test_params_script_reproduces_the_papers_column(self):
-        done = subprocess.run(
-            [sys.executable, str(PROJECT / "scripts/params.py")], capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0, done.stderr
-        assert "TABuv                 524,544        12.51 %" in done.stdout
-        assert "LoRA                4,194,304       100.00 %" in done.stdout
+    def test_params_script_reproduces_the_papers_column(self, script):
+        code, out, err = script("scripts/params.py")
+        assert code == 0, err
+        assert "TABuv                 524,544        12.51 %" in out
+        assert "LoRA                4,194,304       100.00 %" in out
 
 
 class TestWandb:
     def test_an_offline_run_is_readable_with_configuration_and_summary(self, tiny_run, tmp_path):
-        done = command(tiny_run("tracking=wandb"), WANDB_MODE="offline")
-        assert done.returncode == 0, done.stderr
+        ended = Command(*tiny_run("tracking=wandb"), WANDB_MODE="offline").ended()
+        assert ended.code == 0, ended.err
         config = compose_config(tiny_run())
         folder = folder_of(config)
         (offline,) = (folder.path / "wandb").glob("offline-run-*")

@@ -2,15 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
-from tiedlora.config.project import PROJECT
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import lazy, run, verify
 
@@ -187,12 +184,11 @@ def test_missing_data_are_skipped_and_said(copy):
     assert not [f for f in findings if f.ok is False]
 
 
-def test_the_script_exits_with_3_and_names_the_culprit(copy):
-    command = [sys.executable, str(PROJECT / "scripts/verify.py"), str(copy), "--rows", "0"]
-    command += ["--data-root", str(copy.parent / "data")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_script_exits_with_3_and_names_the_culprit(copy, script):
+    command = ["scripts/verify.py", copy, "--rows", "0", "--data-root", copy.parent / "data"]
+    code, out, err = script(*command)
+    assert code == 0, out + err
     (copy / "predictions" / "validation.jsonl").unlink()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 3
-    assert "validation.jsonl: is missing" in done.stdout
+    code, out, _ = script(*command)
+    assert code == 3
+    assert "validation.jsonl: is missing" in out

@@ -8,8 +8,9 @@ import pytest
 from tiedlora.records.rows import MetricsRow, read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import execute, run
-from tiedlora.tracking.base import RunTrackers, TrackedRun
+from tiedlora.tracking.base import TrackedRun
 from tiedlora.tracking.metrics_file import MetricsFile
+from tiedlora.tracking.run_trackers import RunTrackers
 
 
 class FakeTracker:

@@ -8,8 +8,8 @@
 6. trainer.py   the loop with everything that it calls, from the newest checkpoint to the last step;
 7. recording.py the record, built once.
 
-Later: add_scores.py scores more splits, verify.py and regenerate.py check a run, library.py loads one back;
-process_cache.py keeps what the next run of the same process can use.
+Later: add_scores.py scores more splits, verify.py and regenerate.py check a run (findings.py), library.py
+loads one back; process_cache.py keeps what the next run of the same process can use.
 
 It may import every package but sweeps, report and export. run.py, inputs.py and verify.py import no torch.
 """

@@ -40,21 +40,22 @@ def read_rows(config: Config) -> RunRows:
     Raises:
         UserError: the rows cannot be read, or a validation prompt is also a training prompt.
     """
-    return _ROWS.get((config.task, config.data_root, _local_files(config)), lambda: _read_rows(config))
-
-
-def _read_rows(config: Config) -> RunRows:
     task = load_task(config.task)
+    rows = _ROWS.get((config.task, config.data_root, _local_files(config)), lambda: _read_rows(config, task))
+    path = _digests_file(config, task)
+    if path is not None and not path.exists():
+        # The cache may be read-only or full: then the digests are computed again next time.
+        with suppress(OSError):
+            storage.write_json(path, rows.digests)
+    return rows
+
+
+def _read_rows(config: Config, task: Task) -> RunRows:
     examples = {split: load_examples(task, split, config.data_root) for split in ("train", "validation")}
     trained = {example.prompt for example in examples["train"]}
     if shared := [example.id for example in examples["validation"] if example.prompt in trained]:
         raise UserError(f"task: {len(shared)} validation rows are also training rows (such as id {shared[0]})")
-    digests = {split: digest(rows) for split, rows in examples.items()}
-    if (path := _digests_file(config, task)) is not None:
-        # The cache may be read-only or full: then the digests are computed again next time.
-        with suppress(OSError):
-            storage.write_json(path, digests)
-    return RunRows(examples, digests)
+    return RunRows(examples, {split: digest(rows) for split, rows in examples.items()})
 
 
 def row_digests(config: Config) -> dict[str, str]:

@@ -6,14 +6,11 @@ Importing torch and transformers takes seconds. A finished run, a wrong option a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from tiedlora.config.schema import Config
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
-
-if TYPE_CHECKING:
-    from tiedlora.runs.verify import CheckedRun, Finding
+from tiedlora.runs.findings import CheckedRun, Finding
 
 
 def execute(config: Config) -> RunRecord | None:

@@ -14,7 +14,7 @@ from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import resolve_device
 from tiedlora.records.rows import PredictionRow, read_predictions
-from tiedlora.runs.verify import CheckedRun, Finding
+from tiedlora.runs.findings import CheckedRun, Finding
 from tiedlora.scoring.predict import scoring_batches
 from tiedlora.scoring.split import Scorer
 

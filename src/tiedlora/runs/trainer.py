@@ -20,8 +20,9 @@ from tiedlora.models.device import peak_memory_bytes, restart_peak_memory
 from tiedlora.records.rows import MetricsRow
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs.session import RunSession
-from tiedlora.tracking.base import RunTrackers, TrackedRun
+from tiedlora.tracking.base import TrackedRun
 from tiedlora.tracking.progress import ProgressBar
+from tiedlora.tracking.run_trackers import RunTrackers
 from tiedlora.training import checkpoint, compiling, loop
 from tiedlora.training.loss import mean_loss, target_loss
 from tiedlora.training.optimizer import build_optimizer

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +20,13 @@ from tiedlora.records.rows import PredictionRow, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord, Scores, SplitScores
 from tiedlora.runs import lazy
+from tiedlora.runs.findings import CheckedRun, Finding
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Example, Task, digest, load_examples, load_task
 from tiedlora.text import visible
 
 CLOSE = 1e-9
 """A small tolerance is enough: the metrics are computed in the same order from the same numbers, read from JSON."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of one check."""
-
-    check: str
-    ok: bool | None
-    """None if the check could not be made here."""
-    explanation: str
-    row_id: str | None = None
-    """The id of the row that does not agree, if it is a single row."""
-
-
-@dataclass
-class CheckedRun:
-    """A run, and the data that were loaded to check it."""
-
-    folder: RunFolder
-    record: RunRecord
-    config: Config
-    task: Task
-    examples: dict[str, list[Example]] = field(default_factory=dict)
-    """Split -> its rows, if they can be read here."""
 
 
 def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: Path | None = None) -> list[Finding]:

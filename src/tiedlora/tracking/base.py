@@ -7,7 +7,6 @@ A tracker catches its own failures and logs one warning, and the run continues w
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Protocol
 
 from tiedlora.config.schema import Config
 from tiedlora.records.rows import MetricsRow
-from tiedlora.tracking.metrics_file import MetricsFile
 
 
 @dataclass(frozen=True)
@@ -50,32 +48,3 @@ class Tracker(Protocol):
         Args:
             summary: the finished run's record as flat keys (records.summary.flat_summary); empty if the run failed.
         """
-
-
-class RunTrackers:
-    """metrics.jsonl, and the tracker that `tracking.backend` names."""
-
-    def __init__(self, run: TrackedRun, metrics_file: Path, step: int) -> None:
-        """
-        Args:
-            step: the last finished step. Rows of later steps are dropped, because the run will log them again.
-
-        Raises:
-            UserError: as Tracker.start.
-        """
-        metrics = MetricsFile(metrics_file, step)
-        self._trackers: list[Tracker] = [metrics]
-        if run.config.tracking.backend != "none":
-            tracker: Tracker = importlib.import_module(f"tiedlora.tracking.{run.config.tracking.backend}").TRACKER()
-            tracker.start(run, metrics.rows)
-            self._trackers.append(tracker)
-
-    def log(self, rows: Sequence[MetricsRow]) -> None:
-        """Give rows to every tracker."""
-        for tracker in self._trackers:
-            tracker.log(rows)
-
-    def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
-        """Close every tracker."""
-        for tracker in self._trackers:
-            tracker.finish(summary, exit_code)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tiedlora import storage
 from tiedlora.records.rows import MetricsRow, read_metrics
-
-if TYPE_CHECKING:
-    from tiedlora.tracking.base import TrackedRun
+from tiedlora.tracking.base import TrackedRun
 
 
 class MetricsFile:
