@@ -1,4 +1,4 @@
-"""python train.py [tying=TABuv] [task=gsm8k] [rank=r8] [train.lr=3e-3] ...: one run, or --multirun many."""
+"""python train.py [tying=TABuv] [task=gsm8k] [rank=r8] [train.lr=3e-3] ...: one run; with --multirun, many runs."""
 
 import os
 
@@ -26,7 +26,7 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # Hydra then raises what it would print in many lines, and readable_errors makes it one.
+    # With this, Hydra raises errors that it would print in many lines, and readable_errors makes one line of them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with errors.exit_codes(), readable_errors():
         main()

@@ -1,7 +1,7 @@
-"""python examples/custom_specification.py: a specification of your own, attached, trained, saved and loaded.
+"""python examples/custom_specification.py: attach, train, save and load a specification of your own.
 
-B is shared by two consecutive layers each, A by all; u is frozen at one and v is trained. Runs on a tiny random model
-in seconds; put any causal language model of a known family in its place.
+Every two consecutive layers share one B, and all layers share one A. u is frozen at one, and v is trained. It runs in
+seconds on a tiny random model. You can use any causal language model of a known family instead.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""python examples/custom_task.py [OVERRIDE ...]: a task of your own, trained and scored by the harness.
+"""python examples/custom_task.py [OVERRIDE ...]: train and score a task of your own.
 
 A task turns rows into prompt and target, and scores an output. This one makes its own rows (write a word backwards), so
 it needs no data. It takes the overrides of train.py; by default it trains a tiny random model for a few steps.
@@ -22,7 +22,7 @@ class Backwards(Task):
     metrics = ("exact_match",)
 
     def generated_rows(self, split: str) -> list[DataRow]:
-        """Words of random letters, drawn once and then divided among the splits, so that no word is in two of them."""
+        """Words of random letters. They are drawn once and divided among the splits, so no word is in two splits."""
         generator = random.Random(self.config.split_seed)
         words = sorted({"".join(generator.choices("abcdefgh", k=4)) for _ in range(200)})
         generator.shuffle(words)

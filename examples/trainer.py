@@ -1,6 +1,6 @@
 """python examples/trainer.py [FOLDER]: Tied-LoRA in transformers' Trainer, as a method of PEFT. Needs tiedlora[peft].
 
-The saved file holds each tied part once. A tiny random model stands in for yours.
+The saved file holds each tied part once. The example uses a tiny random model in the place of yours.
 """
 
 import sys

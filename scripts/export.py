@@ -1,4 +1,4 @@
-"""python scripts/export.py RUN --to peft|merged|hub-card [--out FOLDER]: a finished run for other programs.
+"""python scripts/export.py RUN --to peft|merged|hub-card [--out FOLDER]: export a finished run for other programs.
 
     peft       a standard PEFT LoRA folder, exact: PeftModel.from_pretrained, lm-evaluation-harness (peft=), servers
     merged     the base model with the update in its weights, and its tokenizer: AutoModelForCausalLM.from_pretrained
@@ -34,7 +34,7 @@ def main() -> None:
         raise UserError(f"{out}: exists and is not empty; remove it, or choose another folder with --out")
     config = read_config(run.config_file)
 
-    # Imported here because torch and transformers take seconds: a wrong argument is refused before.
+    # Imported here because torch and transformers take seconds, and a wrong argument should be refused before that.
     from tiedlora.export.folder import ExportOptions, export_run
 
     options = ExportOptions(arguments.to, arguments.dtype, arguments.split, arguments.cache)

@@ -1,8 +1,8 @@
 """python scripts/fetch_data.py task=gsm8k data_root=FOLDER: download a task's rows from the hub into local files.
 
-Writes FOLDER/<task>/<split>.jsonl for every split the hub has, with the hub's field names, so that a
-machine without internet can run `train.py task=... data_root=FOLDER`. It takes the overrides of train.py:
-task.hub.revision=COMMIT pins the rows.
+It writes FOLDER/<task>/<split>.jsonl for every split that the hub has, with the hub's field names. Then a machine
+without internet can run `train.py task=... data_root=FOLDER`. It takes the overrides of train.py, such as
+task.hub.revision=COMMIT for a fixed version of the rows.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""python scripts/generate.py RUN [--prompt TEXT ...]: try a finished run, base and adapted model side by side.
+"""python scripts/generate.py RUN [--prompt TEXT ...]: try a finished run, with base and adapted model side by side.
 
-Without --prompt it asks for prompts one after the other; an empty line ends it. If the task's template has one field,
-a prompt is put into it (so type a question, not "Question: ..."); --raw uses the prompt as it is.
+Without --prompt, it asks for prompts one after the other; an empty line ends it. If the task's template has one field,
+the prompt is put into this field (so type a question, not "Question: ..."). --raw uses the prompt as it is.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 class Generator:
-    """Answers of the base model and of the adapted model."""
+    """Generates answers with the base model and with the adapted model."""
 
     def __init__(self, attached: Attached, encoder: Encoder, config: Config, max_new_tokens: int) -> None:
         self.attached, self.encoder, self.config, self.max_new_tokens = attached, encoder, config, max_new_tokens
@@ -94,7 +94,7 @@ class Generator:
 
 
 def typed_prompts(field: str) -> Iterator[str]:
-    """What is typed at the terminal, until an empty line or the end of the input."""
+    """The lines that the user types, until an empty line or the end of the input."""
     while True:
         try:
             text = input(f"{field}> ")
@@ -106,7 +106,7 @@ def typed_prompts(field: str) -> Iterator[str]:
 
 
 def side_by_side(base: str, adapted: str) -> str:
-    """Two columns as wide as the terminal. Each text keeps its own lines, and none can move the cursor."""
+    """Two texts as columns that fill the terminal. Each text keeps its lines, and cannot move the cursor."""
     width = max(20, (shutil.get_terminal_size((100, 24)).columns - 3) // 2)
     columns = []
     for title, text in (("base", base), ("adapted", adapted)):

@@ -1,7 +1,7 @@
 """python scripts/params.py [model=llama2_7b] [rank=r8] [tying=TABuv]: trainable parameters of a configuration.
 
-Without tying=, it prints every option of conf/tying. It needs the architecture only: no weights, no network. It takes
-the overrides of train.py, such as `rank.r=5` and `tying.A.share=4`.
+Without tying=, it prints every option of conf/tying. It needs only the architecture, so no weights and no network. It
+takes the overrides of train.py, such as `rank.r=5` and `tying.A.share=4`.
 """
 
 import sys

@@ -1,6 +1,7 @@
 """python scripts/report.py outputs --out report: finished runs -> tables, intervals, figures, claims, one page.
 
-Reads run folders only: no torch, no W&B account, no network. docs/results.md explains every column and interval.
+It reads only run folders, and needs no torch, no W&B account and no network. docs/results.md explains every column and
+interval.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""python scripts/score.py RUN --split test: add a split to a finished run, without changing its identity.
+"""python scripts/score.py RUN --split test: score another split of a finished run, without changing its identity.
 
-RUN is a run's folder. The split's predictions go to RUN/predictions/, its scores into RUN/result.json.
+RUN is a run's folder. The split's predictions are written to RUN/predictions/, and its scores to RUN/result.json.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""python scripts/sweep.py plan|status|select +grid=paper [train.py's words]: a sweep, before, while and after it runs.
+"""python scripts/sweep.py plan|status|select +grid=paper [words of train.py]: a sweep before, while and after it runs.
 
-plan shows every cell and its state; status is the same after one line of counts and time left, unfinished
-cells first; select chooses each configuration's learning rate on validation and scores test for the chosen runs alone.
+plan shows every cell and its state, and which claims the sweep can decide. status shows counts and the time left in one
+line, and then the unfinished cells. select chooses each configuration's learning rate on validation, and scores test
+only for the chosen runs.
 """
 
 import argparse
@@ -15,14 +16,14 @@ from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.expand import compose_sweep
 
 GSM8K_TEST_ROWS = 1319
-"""Planned with for a task whose YAML takes all rows of test."""
+"""The number of test rows in a plan if the task's YAML does not limit them."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("plan", "status", "select"))
     parser.add_argument(
-        "words", nargs="*", help="what follows `train.py --multirun`: the same words are the same sweep"
+        "words", nargs="*", help="the words after `train.py --multirun`; the same words are the same sweep"
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument(
@@ -59,7 +60,7 @@ def show(sweep: Sweep, plan: bool, json: bool) -> None:
 
 
 def decidable_claims(sweep: Sweep) -> list[str]:
-    """What the sweep's seeds and test rows can decide of the paper's claims, before the money is spent."""
+    """Which of the paper's claims the sweep's seeds and test rows can decide, before the sweep is run."""
     seeds = len({cell.config.seed for cell in sweep.cells})
     rows = min(cell.config.task.rows.test or GSM8K_TEST_ROWS for cell in sweep.cells)
     return claims.plan(claims.read(PROJECT / "claims/tied_lora.yaml"), seeds, rows)

@@ -1,7 +1,7 @@
 """python scripts/wandb_dashboard.py outputs --entity TEAM [--project tiedlora]: W&B workspaces, one per task.
 
-Pareto, bars, curves by configuration and parallel coordinates, over what runs with tracking=wandb have logged. --json
-prints them instead of saving: no account, no network.
+They show a Pareto plot, bars, curves by configuration, and parallel coordinates, of the runs that have logged with
+tracking=wandb. --json prints them instead of saving them, without account or network.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from tiedlora.report.runs import read_runs
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, from which tasks and metrics are taken")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs; they give the tasks and metrics")
     parser.add_argument("--entity", required=True, help="your team or account")
     parser.add_argument("--project", default="tiedlora")
     parser.add_argument("--json", action="store_true", help="print the workspaces instead of saving them")
     arguments = parser.parse_args()
     if arguments.json:
-        # In the environment: only then does wandb make no network call at all.
+        # This must be a variable of the environment: only then does wandb make no network call.
         os.environ["WANDB_MODE"] = "offline"
     runs, _ = read_runs(arguments.runs)
     workspaces = wandb_dashboard.workspaces(runs, arguments.entity, arguments.project)

@@ -1,7 +1,7 @@
-"""hydra/launcher=joblib_slots: several cells at once, each slot a process of its own with a device of its own.
+"""hydra/launcher=joblib_slots: several cells at once. Each slot is one process with its own device.
 
-Here belongs only what Hydra asks of a launcher; the processes are in tiedlora.sweeps.worker_slots. Hydra searches
-hydra_plugins at every start, so this file may import tiedlora's light packages and no torch.
+This file has only what Hydra needs from a launcher. The processes are in tiedlora.sweeps.worker_slots. Hydra imports
+hydra_plugins at every start, so this file may import tiedlora's light packages, but no torch.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from tiedlora.sweeps.worker_slots import SlotJob, WorkerSlots
 
 
 class JoblibSlotsLauncher(Launcher):
-    """Runs cells in `n_jobs` processes; a process stays for the next cell and keeps what it has loaded."""
+    """Runs cells in `n_jobs` processes. A process stays for the next cell, and keeps the data that it has loaded."""
 
     def __init__(self, n_jobs: int, devices: list[str | int] | None) -> None:
         """
         Args:
-            n_jobs: cells at once.
+            n_jobs: how many cells run at once.
             devices: the value of CUDA_VISIBLE_DEVICES in each slot, in turn; None leaves the variable as it is.
         """
         self.n_jobs, self.devices = n_jobs, devices
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what a worker needs.
+        """Store what a worker needs.
 
         Raises:
             UserError: joblib is not installed.
@@ -43,7 +43,7 @@ class JoblibSlotsLauncher(Launcher):
         self.context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the cells. A cell whose process dies comes back as failed; the other cells are not affected.
+        """Run the cells. A cell whose process dies is returned as failed; the other cells are not affected.
 
         Raises:
             KeyboardInterrupt: after every running cell has ended or saved its checkpoint.
@@ -63,7 +63,7 @@ class JoblibSlotsLauncher(Launcher):
         ]
 
     def environment(self, slot: int) -> dict[str, str]:
-        """The variables that a slot's process has beside those of this process."""
+        """The variables that a slot's process has in addition to those of this process."""
         if not self.devices:
             return {}
         return {"CUDA_VISIBLE_DEVICES": str(self.devices[slot % len(self.devices)])}
@@ -77,7 +77,7 @@ def _run_job(
     overrides: list[str],
     number: int,
 ) -> JobReturn:
-    """In the worker process: what Hydra's own launchers do for one job."""
+    """Run one job in the worker process, as Hydra's own launchers do."""
     setup_globals()
     Singleton.set_state(singletons)
     job_config = context.config_loader.load_sweep_config(config, overrides)

@@ -1,7 +1,7 @@
 """hydra/sweeper=resuming: the sweeper behind `python train.py --multirun`.
 
-Here belongs only what Hydra asks of a sweeper; the work is in tiedlora.sweeps. Hydra searches hydra_plugins, a
-namespace package, at every start, so this file may import tiedlora's light packages and no torch.
+This file has only what Hydra needs from a sweeper. The work is in tiedlora.sweeps. Hydra imports hydra_plugins, a
+namespace package, at every start, so this file may import tiedlora's light packages, but no torch.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from tiedlora.sweeps.launching import run_sweep, stopped_by_signals
 
 
 class ResumingSweeper(BasicSweeper):
-    """Composes, checks and freezes all cells, then launches those that are not finished."""
+    """Composes, checks and freezes all cells, and then launches those that are not finished."""
 
     def __init__(self, params: dict[str, str], match_lora: bool) -> None:
         """
         Args:
-            params: axes of the grids on the command line; the command line's own axes win.
-            match_lora: add to each tied cell the LoRA cell of nearest trainable count (sweeps.expand reads it).
+            params: the axes of the grids on the command line. The command line's own axes replace them.
+            match_lora: whether to add to each tied cell the LoRA cell with the nearest trainable count.
         """
         super().__init__(max_batch_size=None, params=params)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what a launcher is made from: it is made when the cells are frozen."""
+        """Store the arguments of the launcher, which is made when the cells are frozen."""
         self.hydra_context, self.config = hydra_context, config
         self.task_function: TaskFunction | None = task_function
 
     @stopped_by_signals()
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
-        """Run what is not finished, then print the table of all cells.
+        """Run the cells that are not finished, and then print the table of all cells.
 
         Raises:
             UserError: a cell's configuration is wrong; nothing was run.
@@ -58,7 +58,7 @@ class ResumingSweeper(BasicSweeper):
         assert self.config is not None
         assert self.hydra_context is not None
         assert self.task_function is not None
-        # Launchers ask the loader for load_sweep_config alone.
+        # Launchers use only the loader's load_sweep_config.
         context = HydraContext(config_loader=frozen, callbacks=self.hydra_context.callbacks)  # type: ignore[arg-type]
         try:
             return Plugins.instance().instantiate_launcher(context, self.task_function, self.config)

@@ -1,7 +1,7 @@
-"""hydra/launcher=submitit_slots: submitit's local executor, a few jobs at a time instead of all at once.
+"""hydra/launcher=submitit_slots: submitit's local executor, with a few jobs at a time instead of all at once.
 
-Here belongs what submitit and Hydra ask of a launcher. Hydra searches hydra_plugins at every start, so this file may
-import Hydra, its submitit launcher and light packages, and no torch.
+This file has only what submitit and Hydra need from a launcher. Hydra imports hydra_plugins at every start, so this
+file may import Hydra, its submitit launcher and light packages, but no torch.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ except ImportError:
 else:
 
     class SubmititSlotsLauncher(LocalLauncher):  # type: ignore[misc]
-        """The local executor starts every job that it gets, so it gets one for each free slot."""
+        """Gives the local executor one job for each free slot, because it starts every job at once."""
 
         def __init__(self, jobs_at_once: int, **params: object) -> None:
             """
             Args:
-                jobs_at_once: running jobs at any time.
-                params: as of hydra_submitit_launcher.
+                jobs_at_once: how many jobs run at once.
+                params: the parameters of hydra_submitit_launcher.
             """
             super().__init__(**params)
             self.jobs_at_once = jobs_at_once
 
         def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-            """Run the cells, each in a job of its own.
+            """Run the cells, each in its own job.
 
             Raises:
                 KeyboardInterrupt: after every running cell has ended or saved its checkpoint.
@@ -53,8 +53,7 @@ else:
 
 @contextmanager
 def _jobs_stop_with_sweep() -> Iterator[None]:
-    """Pass a stop of the sweep to its jobs: submitit's jobs outlive the process that started them, and Hydra does not
-    keep them."""
+    """Inside the context, a stop of the sweep also stops its jobs. Without this, submitit's jobs would continue."""
     # Not at the top of the file: submitit is an optional extra.
     from submitit.local import local
 
@@ -70,7 +69,7 @@ def _jobs_stop_with_sweep() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         for controller in controllers:
-            # It passes SIGTERM to its job.
+            # submitit's process passes SIGTERM to the job.
             controller.send_signal(signal.SIGTERM)
         raise
     finally:

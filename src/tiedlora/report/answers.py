@@ -1,11 +1,11 @@
-"""What the runs say about each claim.
+"""The answer of the runs to each claim.
 
-Answers, for every model and task that a claim concerns:
+The possible verdicts, for every model and task that a claim is about:
 
-- supported: the interval of the paired difference (over seeds and examples) lies above -margin;
-- contradicted: it lies below -margin;
-- undecided: it contains -margin, runs are missing, or there are fewer seeds than the minimum;
-- uninformative: the comparator itself does not beat the base model, so any method would match it.
+- supported: the interval of the paired difference (over seeds and examples) is above -margin;
+- contradicted: the interval is below -margin;
+- undecided: the interval contains -margin, runs are missing, or there are fewer seeds than the minimum;
+- uninformative: the comparator itself does not beat the base model, so any method would be as good.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from tiedlora.statistics.crossed import Spread
 from tiedlora.statistics.interval import Interval
 
 TOLERANCE = 0.25
-"""Parameters count as equal up to this share: LoRA's ranks are steps (SmolLM2-135M: r = 1 has 46,080, TABuv 41,328)."""
+"""Numbers of parameters count as equal up to this share, because LoRA's rank allows only steps. (For SmolLM2-135M,
+LoRA has 46,080 at r = 1, and TABuv has 41,328 at r = 8.)"""
 ASSUMED_ROWS = 1000
-"""Rows to plan with where nothing was scored yet."""
+"""The number of rows for a plan if nothing was scored yet."""
 
 
 class Verdict(StrEnum):
-    """What the runs say about a claim."""
+    """The verdict on a claim."""
 
     SUPPORTED = "supported"
     CONTRADICTED = "contradicted"
@@ -42,7 +43,7 @@ class Verdict(StrEnum):
 
 @dataclass
 class Answer:
-    """What the runs say about a claim for one model and task."""
+    """The answer to a claim for one model and task."""
 
     claim: Claim
     model: str
@@ -54,13 +55,13 @@ class Answer:
     seeds: int = 0
     rows: int = 0
     decide: str = ""
-    """The seeds and rows that would decide it."""
+    """The seeds and rows that would decide the claim."""
 
 
 def answer_claims(
     claims: Iterable[Claim], groups: Sequence[RunGroup], book: Scorebook, split: str | None = None
 ) -> list[Answer]:
-    """Every claim's answer for every setting in which its method was run, and for tasks where it was not."""
+    """The answers to all claims, for every setting in which the method was run, and for tasks without such a run."""
     shown = compare.shown_splits(groups)
     answers = []
     for claim in claims:
@@ -100,7 +101,7 @@ def _answer(claim: Claim, method: RunGroup, groups: Sequence[RunGroup], split: s
 
 
 def _decide(answer: Answer, method: RunGroup, comparator: RunGroup, measure: Measure, book: Scorebook) -> None:
-    """Fill in the verdict of a claim whose method and comparator were both scored, with its reason."""
+    """Set the verdict, with its reason, if method and comparator were both scored."""
     claim, split = answer.claim, measure.split
     seeds = {run.seed for run in method.runs if split in run.splits}
     answer.seeds = len(seeds & {run.seed for run in comparator.runs if split in run.splits})
@@ -117,7 +118,7 @@ def _decide(answer: Answer, method: RunGroup, comparator: RunGroup, measure: Mea
     assert answer.difference is not None
     interval = answer.difference.both or answer.difference.seeds
     assert interval is not None
-    covers = "seeds and examples" if answer.difference.both else "seeds alone, on these examples"
+    covers = "seeds and examples" if answer.difference.both else "seeds only, on these examples"
     answer.verdict = verdict(interval, claim.margin)
     answer.reason = f"95 % over {covers} ({compared})"
     distance = abs(interval.value + claim.margin)
@@ -126,14 +127,14 @@ def _decide(answer: Answer, method: RunGroup, comparator: RunGroup, measure: Mea
 
 
 def verdict(interval: Interval, margin: float) -> Verdict:
-    """supported, contradicted or undecided: on which side of -margin the interval of the difference lies."""
+    """supported, contradicted or undecided: the position of the difference's interval relative to -margin."""
     if interval.low > -margin:
         return Verdict.SUPPORTED
     return Verdict.CONTRADICTED if interval.high < -margin else Verdict.UNDECIDED
 
 
 def _comparator(claim: Claim, method: RunGroup, groups: Sequence[RunGroup]) -> tuple[RunGroup | None, str]:
-    """The group that the claim compares with, or None and the reason why there is none."""
+    """The group that the claim compares with, or None and the reason."""
     candidates = [group for group in groups if group.setting == method.setting and group.label == claim.comparator]
     if claim.at == "equal_rank":
         of_rank = [group for group in candidates if group.rank == method.rank]
@@ -157,7 +158,7 @@ def _at_the_floor(comparator: RunGroup, measure: Measure, book: Scorebook) -> st
     gain = compare.gain(comparator, measure, book)
     if gain is None:
         return ""
-    # With fewer than 5 seeds an interval over seeds says little, so the one over examples is asked.
+    # With fewer than 5 seeds, an interval over seeds says little, so the one over examples is used.
     interval = (gain.both if len(comparator.runs) >= LEAST_SEEDS else gain.examples) or gain.widest
     if math.isnan(interval.low) or interval.low > 0:
         return ""
@@ -166,7 +167,7 @@ def _at_the_floor(comparator: RunGroup, measure: Measure, book: Scorebook) -> st
 
 
 def _spread(method: RunGroup, comparator: RunGroup, measure: Measure, book: Scorebook, seeds: int) -> Spread:
-    """Measured on the runs at hand where there are two seeds; otherwise assumed."""
+    """The spread, measured on the given runs if they have two seeds, otherwise assumed."""
     if seeds < 2:
         return ASSUMED
     try:

@@ -1,4 +1,4 @@
-"""A paper's claims as comparisons, read from a YAML file, and what a sweep could decide of them."""
+"""A paper's claims as comparisons, read from a YAML file, and the number of seeds and rows that would decide them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tiedlora.statistics.crossed import Spread
 
 AT = ("equal_rank", "equal_parameters")
 LEAST_SEEDS = 5
-"""No verdict with fewer seeds, whatever a claim's file says (docs/results.md, Claims)."""
+"""With fewer seeds there is never a verdict: a claims file may only ask for more (docs/results.md, Claims)."""
 ASSUMED = Spread(seeds=0.01, examples=0.3, rest=0.45)
-"""The spread of a paired difference before anything was measured: one point between seeds; a third of the examples
-differ between two methods, and a half between two seeds of one method."""
+"""The spread of a paired difference that is assumed before anything was measured: one point between seeds; a third of
+the examples differ between two methods, and a half between two seeds of one method."""
 PLANNED_DIFFERENCE = 0.02
 """A claim without a margin is planned for a true difference of two points."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One comparison that a paper stands for."""
+    """One comparison that a paper claims."""
 
     paper: str
     name: str
@@ -37,7 +37,7 @@ class Claim:
     """equal_rank or equal_parameters."""
     margin: float
     tasks: tuple[str, ...]
-    """Empty for every task."""
+    """The tasks of the claim; empty means every task."""
     minimum_seeds: int
 
 
@@ -45,11 +45,11 @@ def read(path: Path) -> list[Claim]:
     """The claims of a YAML file.
 
     Raises:
-        UserError: naming the key that is missing, unknown or impossible.
+        UserError: a key is missing, unknown or has an impossible value; the message names it.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; claims are YAML files such as claims/tied_lora.yaml")
-    # Interpolations stay unresolved: a claim needs none, and must not read the environment.
+    # Interpolations are not resolved: a claim needs none, and must not read the environment.
     text: Any = OmegaConf.to_container(storage.read_yaml(path))
     if not isinstance(text, dict) or not isinstance(text.get("claims"), list) or not text["claims"]:
         raise UserError(f"{path}: needs the keys paper and claims, a list of at least one")
@@ -94,7 +94,7 @@ def _is_whole(value: Any, least: int) -> bool:
 
 
 def needed_in_words(claim: Claim, spread: Spread, rows: int, distance: float | None = None) -> str:
-    """The seeds and rows that decide a claim: at the measured distance from the margin, or at a difference of 0."""
+    """The seeds and rows that would decide a claim, at the measured distance from the margin or a difference of 0."""
     where = "at the difference measured" if distance is not None else "if the true difference is 0"
     if distance is None and claim.margin == 0:
         distance, where = PLANNED_DIFFERENCE, "if the true difference is 2 points"
@@ -108,10 +108,10 @@ def needed_in_words(claim: Claim, spread: Spread, rows: int, distance: float | N
 
 
 def plan(claims: Iterable[Claim], seeds: int, rows: int, spread: Spread = ASSUMED) -> list[str]:
-    """What a sweep with so many seeds and test rows can decide, one line per claim, before it is run.
+    """Whether a sweep with so many seeds and test rows can decide the claims, before it is run. One line per claim.
 
     Args:
-        spread: of the paired difference, from earlier runs (crossed.measured_spread) where there are any.
+        spread: the spread of the paired difference, from earlier runs (crossed.measured_spread) if there are any.
     """
     lines = []
     for claim in claims:

@@ -21,7 +21,7 @@ from tiedlora.statistics.intervals import is_binary
 
 BASELINE = "LoRA"
 SPLIT_PREFERENCE = ("test", "validation")
-"""A report shows the first of these splits that its runs have."""
+"""The report shows the first of these splits that its runs have."""
 
 
 @dataclass(frozen=True)
@@ -36,59 +36,59 @@ class Measure:
         return [run for run in group.runs if self.split in run.splits and self.metric in run.splits[self.split].metrics]
 
     def has_base(self, run: Run) -> bool:
-        """Whether the base model was scored beside the run."""
+        """Whether the base model was scored too."""
         return self.metric in (run.splits[self.split].base or {})
 
     def values(self, runs: Sequence[Run]) -> Array:
-        """(runs,): each run's recorded score."""
+        """(runs,): the recorded score of each run."""
         return np.array([run.splits[self.split].metrics[self.metric].value for run in runs])
 
     def base_values(self, runs: Sequence[Run]) -> Array:
-        """(runs,): the base model's recorded score beside each run."""
+        """(runs,): the base model's score that each run recorded."""
         return np.array([(run.splits[self.split].base or {})[self.metric].value for run in runs])
 
 
 @dataclass
 class Estimate:
-    """A value with its 95 % intervals, each named by the variance it covers; None where there are no numbers for it."""
+    """A value with its 95 % intervals, each named by the variance that it covers. None: it cannot be computed."""
 
     value: float
     seeds: Interval | None = None
-    """t over seeds, on these examples."""
+    """The t interval over seeds, on these examples."""
     examples: Interval | None = None
-    """Over which examples were drawn, with these seeds."""
+    """The interval over examples, with these seeds."""
     both: Interval | None = None
-    """Over seeds and examples."""
+    """The interval over seeds and examples."""
 
     @property
     def widest(self) -> Interval:
-        """The value with the interval that covers most: both, else examples, else seeds, else none (NaN)."""
+        """The value with the interval that covers most: both, otherwise examples, seeds, or no interval (NaN)."""
         interval = self.both or self.examples or self.seeds or Interval(self.value, math.nan, math.nan)
         return dataclasses.replace(interval, value=self.value)
 
 
 @dataclass
 class ResultRow:
-    """One group's numbers on one split by one metric."""
+    """The numbers of one group, on one split and by one metric."""
 
     group: RunGroup
     measure: Measure
     primary: bool
-    """Whether it is the metric that comparisons use."""
+    """Whether the metric is the one that comparisons use."""
     seeds: list[int] = field(default_factory=list)
     examples: int = 0
     score: Estimate | None = None
     difference: Estimate | None = None
-    """Paired, to LoRA at the same rank."""
+    """The paired difference to LoRA at the same rank."""
     gain: Estimate | None = None
-    """Paired, over the base model."""
+    """The paired difference to the base model."""
     retained: Interval | None = None
-    """gain / LoRA's gain; low and high are NaN where no interval exists."""
+    """gain / LoRA's gain; low and high are NaN if there is no interval."""
     notes: list[str] = field(default_factory=list)
 
 
 def shown_splits(groups: Sequence[RunGroup]) -> dict[str, str]:
-    """Task -> the split that the report shows: test if any chosen run has it, else validation."""
+    """Task -> the split that the report shows: test if any chosen run has it, otherwise validation."""
     shown = {}
     for task in {group.task for group in groups}:
         scored = {split for group in groups if group.task == task for run in group.runs for split in run.splits}
@@ -97,10 +97,10 @@ def shown_splits(groups: Sequence[RunGroup]) -> dict[str, str]:
 
 
 def result_rows(groups: Sequence[RunGroup], book: Scorebook, split: str | None = None) -> list[ResultRow]:
-    """Every group's numbers, by each metric of its task.
+    """The numbers of every group, one row for each metric of its task.
 
     Args:
-        split: validation or test; None shows test where the chosen runs have it.
+        split: validation or test; None shows test if the chosen runs have it.
     """
     splits = {group.task: split for group in groups} if split else shown_splits(groups)
     lora = baselines(groups)
@@ -116,7 +116,7 @@ def result_rows(groups: Sequence[RunGroup], book: Scorebook, split: str | None =
 
 
 def baselines(groups: Sequence[RunGroup]) -> Mapping[tuple[str, int], RunGroup]:
-    """LoRA's group by setting and rank: the plain one (alpha = r) where there are several."""
+    """(setting, rank) -> LoRA's group; of several groups, the plain one (alpha = r)."""
     ordered = sorted((group for group in groups if group.label == BASELINE), key=_has_alpha_of_rank)
     return {(group.setting, group.rank): group for group in ordered}
 
@@ -153,9 +153,9 @@ def _fill(row: ResultRow, lora: RunGroup | None, book: Scorebook) -> None:
 
 
 def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estimate, list[str]]:
-    """The mean over the runs' seeds, and notes on what its intervals do not cover.
+    """The mean over the runs' seeds, and notes on intervals that cover less than 95 %.
 
-    One run has the interval that its record holds, so that both always agree.
+    A single run has the interval of its record, so that report and record always agree.
     """
     values = measure.values(runs)
     estimate = Estimate(float(values.mean()))
@@ -182,7 +182,7 @@ def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estim
 
 
 def gain(group: RunGroup, measure: Measure, book: Scorebook) -> Estimate | None:
-    """The paired difference to the base model, which has no seeds of its own. One run has its record's interval."""
+    """The paired difference to the base model, which has no seeds. A single run has the interval of its record."""
     runs = [run for run in measure.scored(group) if measure.has_base(run)]
     if not runs:
         return None
@@ -197,13 +197,13 @@ def gain(group: RunGroup, measure: Measure, book: Scorebook) -> Estimate | None:
         table = book.table(runs, measure.split, measure.metric, ids)
         _add_paired_intervals(estimate, table, np.broadcast_to(base, table.shape))
     except UserError:
-        # The row's score already says what is wrong with the predictions.
+        # A note on the row's score already says what is wrong with the predictions.
         pass
     return estimate
 
 
 def difference(ours: RunGroup, theirs: RunGroup, measure: Measure, book: Scorebook) -> tuple[Estimate | None, str]:
-    """The paired difference of two groups over the seeds they share, and what a reader must know of it."""
+    """The paired difference of two groups over the seeds that both have, and notes for the reader."""
     pairs = _pairs(ours, theirs, measure)
     if not pairs:
         return None, "no seed in common"
@@ -229,7 +229,7 @@ def difference(ours: RunGroup, theirs: RunGroup, measure: Measure, book: Scorebo
 
 
 def _pairs(ours: RunGroup, theirs: RunGroup, measure: Measure) -> list[tuple[Run, Run]]:
-    """Scored runs of both groups that have the same seed."""
+    """Pairs of scored runs of both groups with the same seed."""
     by_seed = {run.seed: run for run in measure.scored(theirs)}
     return [(run, by_seed[run.seed]) for run in measure.scored(ours) if run.seed in by_seed]
 
@@ -237,7 +237,7 @@ def _pairs(ours: RunGroup, theirs: RunGroup, measure: Measure) -> list[tuple[Run
 def _paired_tables(
     ours: Sequence[Run], theirs: Sequence[Run], measure: Measure, book: Scorebook
 ) -> tuple[Array, Array]:
-    """Per-example scores of both sides on the same examples: (seeds, examples) each."""
+    """Scores of both sides on the same examples: two arrays (seeds, examples)."""
     ids, _ = book.scores(ours[0], measure.split, measure.metric)
     return (
         book.table(ours, measure.split, measure.metric, ids),
@@ -252,10 +252,10 @@ def _add_paired_intervals(estimate: Estimate, ours: Array, theirs: Array) -> Non
 
 
 def paired_differences(ours: RunGroup, theirs: RunGroup, measure: Measure, book: Scorebook) -> Array:
-    """Per-seed, per-example differences: (seeds, examples).
+    """Differences for each seed and example: (seeds, examples).
 
     Raises:
-        UserError: predictions are missing or damaged, or are of different examples.
+        UserError: predictions are missing or damaged, or the examples differ.
     """
     first, second = zip(*_pairs(ours, theirs, measure), strict=True)
     our_table, their_table = _paired_tables(first, second, measure, book)
@@ -263,7 +263,7 @@ def paired_differences(ours: RunGroup, theirs: RunGroup, measure: Measure, book:
 
 
 def retained(ours: RunGroup, theirs: RunGroup, measure: Measure) -> Interval | None:
-    """(ours - base) / (theirs - base) over the seeds in common; low and high are NaN where there is no interval."""
+    """(ours - base) / (theirs - base) over the seeds that both have; low and high are NaN if there is no interval."""
     pairs = [pair for pair in _pairs(ours, theirs, measure) if all(map(measure.has_base, pair))]
     if not pairs or ours.digests(measure.split) != theirs.digests(measure.split):
         return None

@@ -1,4 +1,4 @@
-"""Tables as Markdown, CSV and LaTeX: the one place where a table's values become text."""
+"""Tables as Markdown, CSV and LaTeX. Here the values of a table become text."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def ends(interval: Interval, signed: bool = False) -> str:
 
 
 def points_interval(interval: Interval, signed: bool = False) -> str:
-    """42.1 [40.1, 44.2]; without the ends where there are none."""
+    """42.1 [40.1, 44.2], or 42.1 if there is no interval."""
     value = points(interval.value, signed)
     return value if math.isnan(interval.low) else f"{value} {ends(interval, signed)}"
 
 
 def text(value: Value) -> str:
-    """A value as people read it."""
+    """A value as text for people."""
     match value:
         case None:
             return MISSING
@@ -95,7 +95,7 @@ def _task_score(value: TaskScore) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """A pipe table below its caption."""
+    """The caption, and below it a pipe table."""
     lines = [
         _markdown(table.caption),
         "",
@@ -118,12 +118,15 @@ _CSV_COLUMNS: dict[type, tuple[str, ...]] = {
     TaskScore: ("", " seeds", " notes", " minus LoRA", " minus LoRA low", " minus LoRA high"),
     AverageScore: ("", " seeds", " low", " high"),
 }
-"""What is appended to the name of a column that is several columns in CSV."""
+"""For values that take several columns in CSV: the endings of the columns' names."""
 
 
 def to_csv(table: Table) -> str:
-    """CSV for programs and spreadsheets: the ends of an interval have columns of their own, counts have no commas, and
-    a text that a spreadsheet would run as a formula gets an apostrophe."""
+    """CSV for programs and spreadsheets.
+
+    The ends of an interval have their own columns, counts have no commas, and a text that a spreadsheet would run as a
+    formula gets an apostrophe.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([name for column in table.columns for name in _csv_names(column)])
@@ -183,7 +186,7 @@ def _point_ends(interval: Interval, signed: bool = False) -> list[str]:
 
 
 def safe_text(cell: str) -> str:
-    """A text that no spreadsheet takes for a formula: what starts like one, and is no number, gets an apostrophe."""
+    """A text that no spreadsheet takes for a formula: if it starts like one and is not a number, it gets an apostrophe."""
     cell = visible(cell)
     if re.fullmatch(r"[+-]?\d*\.?\d+", cell):
         return cell

@@ -1,8 +1,8 @@
-"""Groups of runs: which runs may be averaged, and at which learning rate.
+"""Groups of runs: which runs may be averaged, at which learning rate.
 
 A *setting* is everything that two configurations must share to be compared: base model, task and protocol, training
-except the learning rate, scoring. A *group* is one configuration at one rank in a setting. Its runs differ only in seed
-and learning rate. The rate is chosen on validation.
+(except the learning rate), and scoring. A *group* is one configuration at one rank in one setting. Its runs differ only
+in seed and learning rate. The rate is chosen on validation.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from tiedlora.report.runs import LeftOut, Run, UnfinishedRun
 from tiedlora.report.variants import differing_values
 
 OPEN_IN_A_SETTING = ("tying", "rank", "seed")
-"""Keys of a run's identity that may differ between the runs of a setting."""
+"""Keys of the identity that may differ between runs of one setting."""
 OPEN_IN_TRAIN = ("lr", "lr_factor")
-"""The same for the keys below `train`."""
+"""Keys below `train` that may differ between runs of one setting."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class RateTrial:
     lr: float
     seeds: list[int]
     score: float | None
-    """Mean of the task's first metric on validation, over the seeds that all usable rates share."""
+    """The mean of the task's first metric on validation, over the seeds that all usable rates have."""
     loss: float
-    """Mean of the last validation loss over the same seeds."""
+    """The mean of the last validation loss over the same seeds."""
     failed: bool
-    """A run at this rate failed, so the rate is not chosen unless all failed."""
+    """Whether a run at this rate failed. Then the rate is not chosen, except if all failed."""
 
 
 @dataclass(eq=False)
@@ -41,21 +41,21 @@ class RunGroup:
     """Runs of one configuration at one rank in one setting, at the chosen learning rate."""
 
     setting: str
-    """The setting's key: groups with equal keys may be compared."""
+    """The key of the setting. Groups with equal keys may be compared."""
     model: str
     task: str
     configuration: str
-    """The label, with what differs where two groups of a setting would share it."""
+    """The label, with the values that differ if two groups of a setting have the same label."""
     rank: int
     label: str
-    """LoRA, TABuv, ...: the name alone."""
+    """Only the name: LoRA, TABuv, ..."""
     variant: str = ""
-    """What sets its setting apart from others of the same model and task, such as train.steps=300."""
+    """The values that distinguish the setting from others of the same model and task, such as train.steps=300."""
     runs: list[Run] = field(default_factory=list)
-    """At the chosen rate, by seed."""
+    """The runs at the chosen rate, sorted by seed."""
     rates: list[RateTrial] = field(default_factory=list)
     marks: list[str] = field(default_factory=list)
-    """What a reader must know before using the group's numbers."""
+    """Remarks that a reader must know before using the group's numbers."""
 
     @property
     def lr(self) -> float:
@@ -67,7 +67,7 @@ class RunGroup:
 
     @property
     def share(self) -> float:
-        """Of LoRA's trainable parameters at the same rank."""
+        """Trainable parameters divided by those of LoRA at the same rank."""
         return self.runs[0].record.share_of_lora
 
     @property
@@ -76,11 +76,11 @@ class RunGroup:
 
     @property
     def training_digests(self) -> set[str]:
-        """Digests of the rows that the runs were trained on."""
+        """The digests of the rows that the runs were trained on."""
         return {run.record.data["train"].digest for run in self.runs}
 
     def digests(self, split: str) -> set[str]:
-        """Digests of the split's rows over the runs that scored it."""
+        """The digests of the split's rows, over the runs that scored it."""
         return {run.splits[split].digest for run in self.runs if split in run.splits}
 
     def has_mixed_data(self, split: str) -> bool:
@@ -89,7 +89,7 @@ class RunGroup:
 
 
 def group_runs(runs: Sequence[Run], left_out: Iterable[LeftOut] = ()) -> list[RunGroup]:
-    """Group the runs, choose the learning rates, and mark what is mixed; sorted for a table."""
+    """Group the runs, choose the learning rates, and mark mixed groups. The groups are sorted for a table."""
     runs_of: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
         runs_of[_setting_key(run), _own_key(run)].append(run)
@@ -121,7 +121,7 @@ def _setting_key(run: Run) -> str:
 
 
 def _own_key(run: Run) -> str:
-    """What sets a group apart from the other groups of its setting."""
+    """The part of the identity that distinguishes a group from the other groups of its setting."""
     identity = run.record.identity.tree
     factors = identity["train"].get("lr_factor")
     return json.dumps(
@@ -131,7 +131,7 @@ def _own_key(run: Run) -> str:
 
 
 def _could_belong(unfinished: UnfinishedRun, run: Run) -> bool:
-    """Whether a folder without a result may, by its name, belong to the run's group."""
+    """Whether a folder without a result may belong to the run's group, judged by the folder's name."""
     start = f"{unfinished.label}-r{unfinished.rank}-{unfinished.task}-{unfinished.model}-s"
     return (
         unfinished.label == run.record.label
@@ -142,7 +142,7 @@ def _could_belong(unfinished: UnfinishedRun, run: Run) -> bool:
 
 
 def _choose_rate(group: RunGroup, runs: Sequence[Run], unfinished: Sequence[UnfinishedRun]) -> None:
-    """Fill in the group's rates and its runs at the best one, and mark what a reader must know of the choice."""
+    """Set the group's rates and its runs at the best rate, and add marks about the choice."""
     by_rate: dict[float, dict[int, Run]] = defaultdict(dict)
     for run in runs:
         by_rate[run.lr][run.seed] = run
@@ -152,7 +152,7 @@ def _choose_rate(group: RunGroup, runs: Sequence[Run], unfinished: Sequence[Unfi
     group.rates = [_trial(lr, by_rate[lr], shared, lr in failed) for lr in sorted(by_rate)]
     candidates = [trial for trial in group.rates if trial.lr in usable]
     by_score = all(trial.score is not None for trial in candidates)
-    # Equal scores: the lower validation loss, then the lower rate, so that the choice never depends on order.
+    # For equal scores, take the lower validation loss, then the lower rate, so that the order of runs does not matter.
     best = min(
         candidates,
         key=lambda trial: (-trial.score if by_score and trial.score is not None else 0.0, trial.loss, trial.lr),

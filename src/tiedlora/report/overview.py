@@ -1,4 +1,4 @@
-"""The overview: configurations x tasks, one table per base model."""
+"""The overview: configurations x tasks, with one table per base model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiedlora.statistics import crossed
 from tiedlora.statistics.interval import Interval
 
 Line = tuple[int, int, str, float]
-"""What one line of the table is for: rank, parameters, configuration, share of LoRA."""
+"""The values that identify a line of the table: rank, parameters, configuration, share of LoRA."""
 
 
 def overview(rows: Sequence[ResultRow], left_out: Sequence[LeftOut]) -> list[Table]:
@@ -28,7 +28,7 @@ def overview(rows: Sequence[ResultRow], left_out: Sequence[LeftOut]) -> list[Tab
 def _of_model(model: str, rows: Sequence[ResultRow], left_out: Sequence[LeftOut]) -> Table:
     settings = sorted({(row.group.task, row.group.variant) for row in rows})
     by_place = {(_line(row), (row.group.task, row.group.variant)): row for row in rows}
-    # An average is over tasks. A task in two settings must neither count twice nor be left out silently.
+    # An average is over tasks. A task with two settings must not count twice, and must not be left out silently.
     is_averaged = len(settings) > 1 and len({task for task, _ in settings}) == len(settings)
     body = []
     for line in sorted({_line(row) for row in rows}):
@@ -55,14 +55,14 @@ def _of_model(model: str, rows: Sequence[ResultRow], left_out: Sequence[LeftOut]
 
 def _line(row: ResultRow) -> Line:
     group = row.group
-    # The share in per cent with two decimals, as it is shown: settings may differ in its last digits.
+    # The share is rounded as it is shown, because settings may differ in its last digits.
     return group.rank, group.params, group.configuration, round(group.share, 4)
 
 
 def _caption(model: str, names: Sequence[str], is_averaged: bool) -> str:
     caption = (
         f"{model}: score in points of 100 (mean over seeds, n seeds) and, in brackets, the paired difference to "
-        "LoRA at the same rank with its 95 % interval over seeds and examples (over examples alone for one seed). "
+        "LoRA at the same rank with its 95 % interval over seeds and examples (only over examples for one seed). "
         "* has notes in the table of results."
     )
     if is_averaged:
@@ -81,14 +81,14 @@ def _task_score(row: ResultRow) -> TaskScore:
 
 
 def _missing(configuration: str, rank: int, task: str, left_out: Sequence[LeftOut]) -> str | None:
-    """`failed` where a run of the configuration failed on the task, and nothing is finished."""
+    """`failed` if a run of the configuration failed on the task and none is finished."""
     runs = [folder.run for folder in left_out if folder.run is not None]
     failed = [run for run in runs if run.failed and (run.label, run.rank, run.task) == (configuration, rank, task)]
     return "failed" if failed else None
 
 
 def _average(rows: Sequence[ResultRow | None]) -> AverageScore | None:
-    """The mean over tasks, for the seeds that all have; None where a task is missing."""
+    """The mean over tasks, for the seeds that all tasks have; None if a task is missing."""
     scored = [row for row in rows if row is not None and row.score is not None]
     if len(scored) < len(rows):
         return None

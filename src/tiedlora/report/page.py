@@ -1,7 +1,7 @@
-"""report/index.html: everything on one page that opens from disk and loads nothing.
+"""report/index.html: the whole report on one page that opens from disk and loads nothing.
 
-Predictions are hostile text. Jinja escapes every value, a policy in the page lets only its own script run, and control
-characters are shown as signs.
+Predictions are hostile text. Jinja escapes every value, a policy in the page allows only the page's own script, and
+control characters are shown as signs.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ HERE = Path(__file__).parent
 TITLE = "Tied-LoRA: results"
 FILTERS = ("model", "task", "variant", "configuration", "rank", "metric")
 CONDENSED = ("model", "task", "variant", "metric", "split", "rows", "seeds", "device", "notes")
-"""Columns that go into a table's caption when all rows agree."""
+"""Columns that move into the table's caption if all rows have the same value."""
 HIDDEN = ("share of LoRA",)
-"""Columns of the results that the page shows only in its overview (results.csv has them): a laptop is only so wide."""
+"""Columns that the page leaves out of the table of results, to fit a laptop's screen. results.csv has them."""
 LEFT_ALIGNED = (str, TaskScore, AverageScore)
 COVERAGE_NOTE = (
     "Intervals over seeds assume roughly normal scores. Where scores near 0 or 100 and few seeds make one cover less "
@@ -46,9 +46,9 @@ class ShownColumn:
 
     name: str
     is_number: bool
-    """Aligns right."""
+    """Whether the column is aligned to the right."""
     css: str
-    """The classes of its cells."""
+    """The CSS classes of its cells."""
     is_verdict: bool
 
 
@@ -60,12 +60,12 @@ class ShownTable:
     rows: list[list[str]]
     caption: str
     constant: str
-    """Name and value of the columns in which all rows agree."""
+    """Name and value of the columns in which all rows have the same value."""
 
 
 @dataclass(frozen=True)
 class Filter:
-    """A choice of the results' rows by the values of one column."""
+    """A filter of the results' rows by the values of one column."""
 
     name: str
     column: int
@@ -73,7 +73,7 @@ class Filter:
 
 
 def shown(table: Table, hidden: Sequence[str] = ()) -> ShownTable:
-    """The table with its values as text, without the hidden columns and those in which all rows agree."""
+    """The table as text, without hidden columns and without columns in which all rows have the same value."""
     constant, kept = [], []
     for place, name in enumerate(table.head):
         values = {row[place] for row in table.rows}
@@ -99,7 +99,7 @@ def render(
     """The page's text.
 
     Args:
-        most_sections: of how many groups a run is shown.
+        most_sections: the most groups of which a run is shown.
     """
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -131,7 +131,7 @@ def render(
 
 
 def _contents(tables: ReportTables, figures: Sequence[DrawnFigure]) -> list[tuple[str, str]]:
-    """(id, name) of the page's parts that exist."""
+    """(id, name) of the parts that the page has."""
     parts = [
         ("claims", "Claims", bool(tables.claims.rows)),
         ("overview", "Overview", True),
@@ -146,7 +146,7 @@ def _contents(tables: ReportTables, figures: Sequence[DrawnFigure]) -> list[tupl
 
 
 def _filters(table: Table, results: ShownTable) -> list[Filter]:
-    """A filter for each column of FILTERS that the page shows; numbers are offered in their order."""
+    """A filter for each column of FILTERS that the page shows. Numbers are sorted by value."""
     names = [column.name for column in results.columns]
     filters = []
     for name in FILTERS:

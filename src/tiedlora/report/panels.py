@@ -1,4 +1,4 @@
-"""The panels of the figures: what is drawn for one setting, in colours that colour-blind readers tell apart."""
+"""The panels of the figures. Each shows one setting, in colours that colour-blind readers can tell apart."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tiedlora.report.groups import RunGroup
 from tiedlora.report.peft_results import Peer
 
 INK = "#1b1b1d"
-"""Text and axes. The page turns exactly this colour into its own text colour, so that figures serve both themes."""
-# Okabe and Ito's palette without black and yellow (each invisible on one of the two backgrounds): a colour a family,
-# and within it a marker and a dash of its own, so that a grey print still tells them apart.
+"""The colour of text and axes. The page replaces exactly this colour by its own text colour, for both themes."""
+# Okabe and Ito's palette without black and yellow, each of which is invisible on one of the two backgrounds. A family
+# has one colour, and each configuration has its own marker and dash, so that they differ in a grey print too.
 STYLES = {
     "LoRA": ("#0072B2", "o", "-"),
     "LoRA_qkv": ("#56B4E9", "h", "-"),
@@ -34,12 +34,12 @@ PEER = ("#7f7f7f", "*")
 
 
 def style(group: RunGroup) -> tuple[str, str, str]:
-    """Colour, marker and dash of a configuration, the same in every figure."""
+    """The colour, marker and dash of a configuration. They are the same in every figure."""
     return STYLES.get(group.label, OTHER)
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Numbers of the points (parameters, score) that no other reaches with as few parameters, by parameters."""
+    """The indices of the points (parameters, score) on the Pareto front, sorted by parameters."""
     kept, best = [], -math.inf
     for number in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if points[number][1] > best:
@@ -70,7 +70,7 @@ def peer_panel(ax: Axes, peers: Sequence[Peer]) -> None:
     ax.scatter(params, scores, color=PEER[0], marker=PEER[1], s=40, zorder=2)
     last = 0.0
     for number in best:
-        # Names of neighbours on the front would cover each other: one in a third of a decade can be read.
+        # Names of close points on the front would cover each other, so there is one name per third of a decade.
         if params[number] > last * 10**0.35:
             last = params[number]
             ax.annotate(
@@ -80,10 +80,10 @@ def peer_panel(ax: Axes, peers: Sequence[Peer]) -> None:
 
 
 def _parameters_axis(ax: Axes) -> None:
-    """A log axis with labels such as 50k and 2M: powers of ten tell little about counts within a decade."""
+    """A log axis with labels such as 50k and 2M. Powers of ten would say little about counts within a decade."""
     ax.set_xscale("log")
     low, high = ax.get_xlim()
-    # A single point, or close ones, would leave an axis without a tick.
+    # With a single point, or with close points, the axis would have no tick.
     if high / low < 4:
         ax.set_xlim(low / 2, high * 2)
     wide = ax.get_xlim()[1] / ax.get_xlim()[0] > 300
@@ -105,7 +105,7 @@ def _errorbar(ax: Axes, row: ResultRow, x: float, filled: bool = True) -> None:
     colour, marker, _ = style(row.group)
     interval = row.score.examples
     value = 100 * row.score.value
-    # A bootstrap bound can lie a hair beyond the mean it belongs to; matplotlib refuses negative lengths.
+    # By rounding, a bound can lie beyond its mean, but matplotlib refuses negative lengths.
     error = None
     if interval is not None:
         error = [[max(0.0, value - 100 * interval.low)], [max(0.0, 100 * interval.high - value)]]
@@ -127,7 +127,7 @@ def rank_panel(ax: Axes, rows: list[ResultRow]) -> None:
         by_name[row.group.configuration].append(row)
     ranks = sorted({row.group.rank for row in rows})
     for place, (_, of_name) in enumerate(sorted(by_name.items())):
-        # A small shift keeps the bars of configurations with equal ranks apart.
+        # A small shift separates the bars of configurations with equal ranks.
         shift = 1 + 0.03 * (place - len(by_name) / 2)
         of_name.sort(key=lambda row: row.group.rank)
         for row in of_name:
@@ -155,7 +155,7 @@ def curve_panel(ax: Axes, rows: list[ResultRow]) -> None:
         if not len(losses):
             continue
         colour, marker, dash = style(row.group)
-        # Ranks of one configuration share a colour: the higher the rank, the thicker.
+        # Ranks of one configuration have the same colour. A higher rank has a thicker line.
         width = 0.8 + 1.2 * math.log2(1 + row.group.rank) / math.log2(1 + widest)
         ax.plot(
             *(steps, losses.mean(0)),

@@ -1,8 +1,8 @@
 """Results of PEFT's method_comparison/MetaMathQA, read and written.
 
-Each of its files is one run (run_info, train_info, meta_info) with one seed and no interval, trained on MetaMathQA and
-tested on GSM8K. They are shown as a series of their own, never in one table with our runs, because base model, data and
-training differ.
+Each of its files is one run (run_info, train_info, meta_info) with one seed and no interval. It was trained on
+MetaMathQA and tested on GSM8K. These runs are a separate series, never in one table with our runs, because base model,
+data and training differ.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tiedlora.statistics.interval import Interval
 from tiedlora.statistics.intervals import wilson
 
 GSM8K_TEST_ROWS = 1319
-"""The rows that PEFT tests on; its files do not say."""
+"""The number of rows that PEFT tests on. Its files do not have it."""
 RESULTS_FILE = "a results file of PEFT's comparison"
 
 
@@ -41,7 +41,7 @@ class Peer:
     seconds: float
 
     def interval(self) -> Interval:
-        """Wilson's, over which of GSM8K's test rows were drawn. It does not cover seeds: there is one."""
+        """The test accuracy with Wilson's interval, over which test rows were drawn. It does not cover seeds."""
         return wilson(round(self.accuracy * GSM8K_TEST_ROWS), GSM8K_TEST_ROWS)
 
 
@@ -95,10 +95,10 @@ class _Published:
 
 
 def read(folder: Path) -> tuple[list[Peer], list[LeftOut]]:
-    """Every results file of a folder, and the files that are none, with the reason.
+    """Every results file of a folder, and the other files with the reason why they are not.
 
     Raises:
-        UserError: the folder is missing or holds no JSON.
+        UserError: the folder is missing or has no JSON files.
     """
     files = sorted(folder.glob("*.json")) if folder.is_dir() else []
     if not files:
@@ -142,12 +142,12 @@ def _peer(file: Path) -> Peer:
 
 
 def export(runs: Sequence[Run], folder: Path) -> int:
-    """Write runs that were scored on GSM8K's test split as files of that schema.
+    """Write runs that were scored on GSM8K's test split as files of PEFT's schema.
 
     A file's name is the run's id. What we do not measure (average and 99th-percentile memory, forgetting) is null.
 
     Returns:
-        How many were written; runs on other tasks have no place in that comparison.
+        How many were written. (Runs on other tasks do not belong in that comparison.)
     """
     exported = [run for run in runs if run.record.identity.task.kind == "gsm8k" and "test" in run.splits]
     for run in exported:
@@ -181,7 +181,7 @@ def _run_info(run: Run) -> dict[str, Any]:
             "generation_kwargs": {"max_new_tokens": identity["task"].get("max_new_tokens")},
         },
         "peft_config": {
-            # With its vectors folded in, every configuration is exactly a LoRA, but it was not trained as one.
+            # After folding, every configuration is exactly a LoRA, but it was not trained as one.
             "peft_type": "LORA" if run.configuration.startswith("LoRA") else f"TIED_LORA_{run.configuration.upper()}",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": record.base.name,
@@ -232,7 +232,7 @@ def _meta_info(run: Run) -> dict[str, Any]:
         "dataset_info": {run.task: {"sha": run.splits["test"].digest, "created_at": None}},
         "package_info": {
             **{f"{name}-version": version for name, version in versions.items()},
-            # That comparison's app reads these whether or not they were used.
+            # The app of PEFT's comparison always reads these keys.
             "peft-version": versions.get("peft"),
             "datasets-version": versions.get("datasets"),
             "bitsandbytes-version": versions.get("bitsandbytes"),

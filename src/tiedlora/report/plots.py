@@ -1,4 +1,4 @@
-"""Figures as PNG and SVG: colour-blind-safe, every series with its own marker, readable on white paper."""
+"""Figures as PNG and SVG. They are safe for colour-blind readers, and every series has its own marker."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tiedlora.report.peft_results import Peer
 from tiedlora.report.runs import Run
 
 PANELS = 12
-"""A figure shows at most so many panels; more settings would be unreadable, and the tables hold them all."""
+"""The most panels of a figure. More would be unreadable; the tables have every setting."""
 RC: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -78,7 +78,7 @@ def draw(rows: Sequence[ResultRow], peers: Sequence[Peer], out: Path) -> list[Dr
     settings = list(by_setting)
     panels = [Panel(_title(*setting), by_setting[setting]) for setting in settings[:PANELS]]
     more = f" The first {PANELS} of {len(settings)} settings." if len(settings) > PANELS else ""
-    # Costs compare within a setting only: the one with the most groups is drawn.
+    # Costs can be compared only within a setting, so the setting with the most groups is drawn.
     (task, model, variant), widest = max(list(by_setting.items())[:PANELS], key=lambda item: len(item[1]))
     costs = _COST.format(f"{task}, {model}" + (f" ({variant})" if variant else ""))
     out.mkdir(parents=True, exist_ok=True)
@@ -105,11 +105,11 @@ _COST = "Training speed, peak memory and adapter size on {}: means over the chos
 
 
 def _save(out: Path, name: str, caption: str, figure: Figure) -> DrawnFigure:
-    # Layout takes half of the time: it is computed once and serves both files.
+    # The layout takes half of the time, so it is computed once for both files.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     figure.savefig(out / f"{name}.png", dpi=160, facecolor="white")
-    # No date: the same runs give the same bytes.
+    # Without a date, the same runs give the same bytes.
     figure.savefig(out / f"{name}.svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
     text = (out / f"{name}.svg").read_text(encoding="utf-8")
@@ -122,7 +122,7 @@ def _save(out: Path, name: str, caption: str, figure: Figure) -> DrawnFigure:
 def _by_setting(
     panels: Sequence[Panel], fill: Callable[[Axes, list[ResultRow]], None], x: str, y: str, peers: Sequence[Peer] = ()
 ) -> Figure:
-    """A figure with a panel per setting, and one for the peers if there are any; a legend for all of them."""
+    """A figure with one panel per setting, a panel for PEFT's results if there are any, and one legend."""
     count = len(panels) + bool(peers)
     columns = min(3, count)
     lines = math.ceil(count / columns)
@@ -152,7 +152,7 @@ def _by_setting(
 
 
 def pareto(panels: Sequence[Panel], peers: Sequence[Peer]) -> Figure:
-    """Score against trainable parameters with the front; peers from PEFT's comparison in a panel of their own."""
+    """Score against trainable parameters, with the Pareto front. PEFT's results have a separate panel."""
     return _by_setting(panels, pareto_panel, "trainable parameters (log)", "score (points of 100)", peers)
 
 

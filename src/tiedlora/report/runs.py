@@ -1,6 +1,6 @@
-"""Finished runs as the report sees them, read from their folders. A damaged folder is listed, and stops nothing.
+"""Read finished runs from their folders for the report. A damaged folder is listed, and does not stop the report.
 
-Reading needs result.json, metrics.jsonl, predictions/ and config.yaml, and no torch, Hydra or W&B.
+It reads result.json, metrics.jsonl, predictions/ and config.yaml, and needs no torch, Hydra or W&B.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tiedlora.records.run_record import RunRecord, SplitScores, read_record
 FOLDER_NAME = re.compile(r"(?P<label>\w+?)-r(?P<rank>\d+)-(?P<task>.+)-(?P<model>[^-]+)-s(?P<seed>\d+)-[0-9a-f]{10}")
 PART_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoint", "error.txt", ".lock", "adapter", "predictions")
 NOT_RUNS = ("base", "sweeps")
-"""Folders in outputs/ that hold scores of base models and the frozen configurations of sweeps."""
+"""Folders in outputs/ that are not runs: scores of base models, and frozen configurations of sweeps."""
 
 
 @dataclass(frozen=True)
 class UnfinishedRun:
-    """A run without a result, as far as its folder's name and config.yaml tell."""
+    """A run without a result, described by its folder's name and config.yaml."""
 
     label: str
     """LoRA, TABuv, ... or custom."""
@@ -34,7 +34,7 @@ class UnfinishedRun:
     model: str
     seed: int
     lr: float | None = None
-    """None where it is not known."""
+    """None if it is not known."""
     failed: bool = False
     """Whether the run ended with an error."""
 
@@ -46,7 +46,7 @@ class LeftOut:
     path: Path
     reason: str
     run: UnfinishedRun | None = None
-    """None where the name is not that of a run's folder."""
+    """None if the name is not that of a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Run:
     path: Path
     record: RunRecord
     configuration: str
-    """LoRA, TABuv, ...: the name that the specification has by its meaning, or `custom (<its own name>)`."""
+    """LoRA, TABuv, ...: the name that follows from the specification's values, or `custom (<its own name>)`."""
 
     @property
     def run_id(self) -> str:
@@ -93,7 +93,7 @@ class Run:
         return self.record.scores
 
     def rows(self, split: str, base: bool = False) -> list[PredictionRow]:
-        """The rows of predictions/, one per example; with `base`, those of the base model.
+        """The rows of predictions/, one per example; with `base`, the rows of the base model.
 
         Raises:
             UserError: the file is missing or a row is damaged; the message names file and line.
@@ -101,7 +101,7 @@ class Run:
         return read_predictions(RunFolder(self.path).predictions_file(f"{split}.base" if base else split))
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one metric of metrics.jsonl; both are empty where the file cannot be read."""
+        """Steps and values of one metric of metrics.jsonl; both are empty if the file cannot be read."""
         try:
             rows = [row for row in read_metrics(RunFolder(self.path).metrics_file, metric) if metric in row.values]
         except UserError:
@@ -110,7 +110,10 @@ class Run:
 
 
 def read_runs(roots: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
-    """Every finished run in the roots (each a folder of runs, or the folder of one run), and what was left out.
+    """Every finished run in the roots, and the folders that were left out.
+
+    Args:
+        roots: folders of runs, or the folders of single runs.
 
     Raises:
         UserError: a root is not a folder.
@@ -177,8 +180,8 @@ def _last_line(path: Path) -> str:
 
 
 def _planned_lr(path: Path) -> float | None:
-    """The learning rate that an unfinished run was started with. Only its configuration has it."""
+    """The learning rate of an unfinished run. Only its configuration has it."""
     try:
         return float(storage.read_yaml(path).train.lr)
-    except Exception:  # A file that a kill cut short may be wrong in any way; then the rate is not known.
+    except Exception:  # A file that a kill has cut off may be wrong in any way. Then the rate is not known.
         return None

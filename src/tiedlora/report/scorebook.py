@@ -1,4 +1,4 @@
-"""Per-example scores of runs, read once from predictions/."""
+"""The scores of runs for each example, read once from predictions/."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tiedlora.statistics.crossed import Array
 from tiedlora.tasks import load_task
 
 TOLERANCE = 1e-6
-"""How far the mean of the per-example scores may be from the recorded metric, for rounding."""
+"""The allowed difference, by rounding, of a recorded metric from the mean over its examples."""
 
 
 @dataclass(frozen=True)
 class ExampleScores:
-    """What one predictions file says of every example."""
+    """The content of one predictions file: the scores of every example."""
 
     ids: tuple[str, ...]
     values: dict[str, Array] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class ExampleScores:
 
 
 class Scorebook:
-    """Per-example scores of runs. Each predictions file is read once."""
+    """The scores of runs for each example. Each predictions file is read once."""
 
     def __init__(self) -> None:
         self._files: dict[tuple[str, str, bool], ExampleScores | UserError] = {}
@@ -54,7 +54,10 @@ class Scorebook:
         return scores.ids, values
 
     def table(self, runs: Sequence[Run], split: str, metric: str, ids: tuple[str, ...] | None = None) -> Array:
-        """(runs, examples): the scores of several runs on the same examples, those of `ids` where it is given.
+        """(runs, examples): the scores of several runs on the same examples.
+
+        Args:
+            ids: the examples that every run must have; None takes those of the first run.
 
         Raises:
             UserError: as `scores`, or the runs' predictions are of different examples.
@@ -88,7 +91,7 @@ def _read(run: Run, split: str, base: bool) -> ExampleScores | UserError:
 
 
 def _column(run: Run, metric: str, scores: Sequence[Score | None]) -> Array | None:
-    """One number per example; None where an example lacks the metric."""
+    """One number per example; None if an example lacks the metric."""
     if None in scores:
         return None
     if all(isinstance(score, list) for score in scores):
@@ -97,7 +100,7 @@ def _column(run: Run, metric: str, scores: Sequence[Score | None]) -> Array | No
 
 
 def corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
-    """The function from summed statistics to a corpus-level metric such as BLEU. It belongs to the run's task.
+    """The function from summed statistics to a corpus-level metric such as BLEU. The run's task defines it.
 
     Raises:
         UserError: this version of the code has no such task, or the task has no such metric.
@@ -111,13 +114,13 @@ def corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
 
 
 def pseudo_values(statistics: Array, score: Callable[[Array], float]) -> Array:
-    """One number per example for a metric that is not a mean, so that every interval of a mean serves it too.
+    """One number per example for a metric that is not a mean. So every interval of a mean works for it too.
 
-    The jackknife pseudo-values of Tukey (Ann. Math. Statist. 29, 1958, p. 614), shifted so that their mean is the
-    corpus score itself. To first order, the spread of their mean is that of the score when examples are resampled.
+    These are Tukey's jackknife pseudo-values (Ann. Math. Statist. 29, 1958, p. 614), shifted so that their mean is the
+    corpus score. To first order, the spread of their mean is the spread of the score when examples are resampled.
 
     Args:
-        statistics: (examples, statistics), whose sum over examples `score` takes.
+        statistics: (examples, statistics). `score` takes their sum over examples.
     """
     total, count = statistics.sum(0), len(statistics)
     full_score = score(total)

@@ -1,6 +1,6 @@
-"""The page's section of one run: its configuration, losses, command and some of its predictions.
+"""The section of one run on the page: its configuration, losses, command and some of its predictions.
 
-Everything here may hold text of a model or of a damaged record, so control characters become visible signs.
+All of it may contain text of a model or of a damaged record, so control characters become visible signs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tiedlora.tying import PARTS
 
 PREDICTIONS = 10
 LONGEST = 700
-"""Characters shown of a prompt or an output; predictions/ has the rest."""
+"""The most characters of a prompt or an output that are shown. predictions/ has the rest."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RunSection:
     split: str
     predictions: list[ShownPrediction]
     no_predictions: str
-    """Why there are none."""
+    """Why there are no predictions."""
 
 
 def run_section(group: RunGroup, split: str) -> RunSection:
@@ -97,7 +97,7 @@ def _command(run: Run) -> str:
 
 
 def _predictions(run: Run, split: str) -> tuple[list[ShownPrediction], str]:
-    """Rows at even distances, or none and the reason."""
+    """Evenly spaced rows of predictions, or none and the reason."""
     try:
         rows = run.rows(split)
     except UserError as error:
@@ -117,7 +117,7 @@ def _shown_prediction(row: PredictionRow) -> ShownPrediction:
 
 
 def _score(name: str, score: Score) -> str:
-    """The name with the score; the statistics of a corpus metric say nothing of one row, so only the name is shown."""
+    """The metric with its score. For a corpus metric only the name: its statistics say nothing about one row."""
     return visible(name) if isinstance(score, list) else f"{visible(name)} {score:.2f}".replace(".00", "")
 
 
@@ -128,7 +128,7 @@ def _shortened(text: str) -> str:
 
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 560, 210, 46, 18, 8, 26
-"""Of a loss curve, with its margins."""
+"""The size of a loss curve, and its margins."""
 
 
 def curve(run: Run) -> Markup:

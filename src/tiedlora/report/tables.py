@@ -1,4 +1,4 @@
-"""The report's tables, built from its numbers. Their values stay typed: formats.py and page.py write them."""
+"""The report's tables, built from its numbers. The values stay typed; formats.py and page.py turn them into text."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class ReportTables:
     left_out: Table
 
     def all(self) -> list[Table]:
-        """Each of them once."""
+        """Every table, each once."""
         return [*self.overview, self.results, self.cost, self.claims, self.peers, self.left_out]
 
 
 def results(rows: Iterable[ResultRow]) -> Table:
-    """One row per group and metric, with everything that the report knows of it."""
+    """One row per group and metric, with all its numbers."""
     caption = (
         "Scores in points of 100, mean over seeds. '95 % seeds': t over seeds, these examples. '95 % examples': over "
         "which examples were drawn, these seeds (Wilson or Newcombe for one seed's proportion, bootstrap otherwise). "
@@ -124,7 +124,7 @@ def _difference_ends(difference: Estimate | None) -> NamedEnds | None:
 
 
 def cost(groups: Iterable[RunGroup]) -> Table:
-    """What training and the adapter cost, as means over the chosen runs."""
+    """The costs of training and the size of the adapter, as means over the chosen runs."""
     rows = []
     for group in groups:
         records = [run.record for run in group.runs]
@@ -182,7 +182,7 @@ def claims(answers: Iterable[Answer]) -> Table:
         Column("what would decide it", wraps=True),
     )
     caption = (
-        "supported: the interval of the paired difference lies above minus the margin; contradicted: below it; "
+        "supported: the interval of the paired difference is above minus the margin; contradicted: below it; "
         "undecided: neither, or fewer than the minimum of seeds; uninformative: the comparator itself does not beat "
         "the base model. Retained gain: (method - base) / (comparator - base), Fieller's interval over seeds."
     )

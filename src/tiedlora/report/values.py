@@ -1,6 +1,6 @@
-"""What a table holds: typed values in columns of one kind each. formats.py and page.py turn them into text.
+"""The values of a table. Each column has one type. formats.py and page.py turn the values into text.
 
-Scores, differences and shares are fractions of 1 here; people read scores in points of 100 and shares in per cent.
+Scores, differences and shares are fractions of 1 here. They are shown as points of 100 and as per cent.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Percent:
 
 @dataclass(frozen=True)
 class PercentInterval:
-    """A share with the ends of its interval; they are NaN where there is none."""
+    """A share with the ends of its interval; the ends are NaN if there is no interval."""
 
     interval: Interval
 
 
 @dataclass(frozen=True)
 class LearningRate:
-    """The chosen learning rate, of so many that were tried."""
+    """The chosen learning rate, and how many were tried."""
 
     value: float
     tried: int
@@ -59,7 +59,7 @@ class Points:
 
 @dataclass(frozen=True)
 class PointsInterval:
-    """A score or a difference with the ends of its interval; they are NaN where there is none."""
+    """A score or a difference with the ends of its interval; the ends are NaN if there is no interval."""
 
     interval: Interval
     signed: bool = False
@@ -79,7 +79,7 @@ class NamedEnds:
 
     interval: Interval
     covers: str = ""
-    """What it covers instead, such as `examples`; empty where the column's name is right."""
+    """What it covers instead, such as `examples`; empty if the column's name is right."""
     signed: bool = False
 
 
@@ -118,19 +118,19 @@ Value = (
     | AverageScore
     | None
 )
-"""What one place of a table may hold. None is missing: it is never filled in."""
+"""The values that a table may hold. None means missing, and is never filled in."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column's name and the class of its values. A place may hold a word instead, such as `failed`, or None."""
+    """A column's name and the class of its values. A single value may also be a word such as `failed`, or None."""
 
     name: str
     kind: type = str
     csv_name: str = ""
-    """Its name in CSV files, where another column of the table has the same name."""
+    """The name in CSV files, if another column of the table has the same name."""
     wraps: bool = False
-    """Whether it holds long texts."""
+    """Whether the column has long texts."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Names for what differs between groups that would otherwise be shown under the same name."""
+"""Names for the differences between groups that would otherwise have the same name."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 LONGEST = 24
-"""Characters of a value in a name."""
+"""The most characters of a value in a name."""
 
 
 def differing_values(names: Sequence[Hashable], trees: Sequence[Any]) -> list[str]:
-    """For each tree the values that set it apart from others of the same name, such as `train.steps=300`.
+    """For each tree, the values that distinguish it from others of the same name, such as `train.steps=300`.
 
     Args:
         names: one per tree; trees with equal names are compared.
         trees: nested plain data.
 
     Returns:
-        One text per tree; empty where nothing differs.
+        One text per tree; empty if nothing differs.
     """
     numbers_of: dict[Hashable, list[int]] = defaultdict(list)
     for number, name in enumerate(names):

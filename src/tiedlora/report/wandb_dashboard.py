@@ -1,7 +1,7 @@
 """W&B workspaces for finished runs, one per task: Pareto, bars, curves by configuration, parallel coordinates.
 
-They are built from the runs' records, so the panels ask for exactly the keys that runs log
-(records.summary.flat_summary and metrics.jsonl). Building them needs no account and no network; only saving does.
+They are built from the runs' records, so the panels use exactly the keys that runs log (records.summary.flat_summary
+and metrics.jsonl). To build them needs no account and no network; only to save them does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CONFIGURATION = "tying.name"
 
 
 def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
-    """A workspace for every task among the runs.
+    """One workspace for each task of the runs.
 
     Raises:
         UserError: wandb-workspaces is not installed, or there is no run.
@@ -59,7 +59,7 @@ def _keys(runs: Sequence[Run], split: str) -> list[str]:
 
 
 def _sections(keys: Sequence[str]) -> list[Any]:
-    # By importlib, because type checkers do not find the names that the package re-exports.
+    # importlib is used because type checkers do not find the names that the package re-exports.
     wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
     ws: Any = importlib.import_module("wandb_workspaces.workspaces")
     summary, config = wr.SummaryMetric, wr.Config
@@ -119,7 +119,7 @@ def _sections(keys: Sequence[str]) -> list[Any]:
 
 
 def specification(workspace: Any) -> Any:
-    """What would be sent to W&B, as plain data."""
+    """The data that would be sent to W&B, as plain data."""
     return workspace._to_model().model_dump(mode="json", by_alias=True)
 
 
@@ -127,9 +127,9 @@ def save(workspace: Any) -> str:
     """Save a workspace to W&B and return its address.
 
     Raises:
-        UserError: no account on this machine, or W&B refuses.
+        UserError: there is no account on this machine, or W&B refuses.
     """
-    # An optional package, which takes a second to import: only saving needs it.
+    # An optional package that takes a second to import, and that only saving needs.
     import wandb
 
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):

@@ -22,12 +22,12 @@ from tiedlora.report.tables import ReportTables
 from tiedlora.text import visible
 
 LISTED = 20
-"""Folders that were left out and are named in the terminal."""
+"""The most left-out folders that the terminal names."""
 
 
 @dataclass
 class Report:
-    """Every number of a report, before it is written."""
+    """All numbers of a report, before they are written."""
 
     runs: list[Run]
     left_out: list[LeftOut]
@@ -37,7 +37,7 @@ class Report:
     peers: list[Peer] = field(default_factory=list)
 
     def summary(self) -> str:
-        """One line: how many runs, of what, by which code."""
+        """One line: how many runs and groups, which models and tasks, which code."""
         commits = sorted({short_commit(run) for run in self.runs})
         tasks = sorted({run.task for run in self.runs})
         models = sorted({run.model for run in self.runs})
@@ -65,7 +65,7 @@ def build(
     """Read the runs and compute every number of the report.
 
     Args:
-        split: validation or test; None shows test where the chosen runs have it.
+        split: validation or test; None shows test if the chosen runs have it.
 
     Raises:
         UserError: a folder or the claims file cannot be read at all. A damaged run is listed instead.
@@ -87,7 +87,7 @@ def write(report: Report, out: Path, *, sections: int = 24) -> list[str]:
     """Write tables (Markdown, CSV, LaTeX), figures (PNG, SVG) and index.html.
 
     Args:
-        sections: groups that have a section of their own on the page.
+        sections: the most groups that have a section on the page.
 
     Returns:
         Lines for the terminal.

@@ -23,7 +23,7 @@ STATES = ("done", "running", "interrupted", "failed", "missing")
 
 @dataclass(frozen=True)
 class CellParameters:
-    """What tables call a cell."""
+    """The names of a cell in tables."""
 
     model: str
     """The last part of the model's name."""
@@ -39,24 +39,24 @@ class CellParameters:
 
 @dataclass(frozen=True, eq=False)
 class SweepCell:
-    """One configuration of a sweep."""
+    """One cell of a sweep: a configuration to run."""
 
     overrides: tuple[str, ...]
-    """The cell as the command line writes it. Two ways to write the same configuration are one cell."""
+    """The cell as the command line writes it. Two ways to write the same configuration give one cell."""
     config: Config
 
     @cached_property
     def run_id(self) -> str:
-        """The id of its run."""
+        """The id of the cell's run."""
         return run_id(self.config)
 
     @property
     def folder(self) -> RunFolder:
-        """Its run's folder."""
+        """The folder of the cell's run."""
         return RunFolder(Path(self.config.outputs) / self.run_id)
 
     def finished(self) -> bool:
-        """Whether the run is done and scored on every split that the sweep asks for."""
+        """Whether the run is done, and scored on every split that the sweep scores."""
         record = self.folder.record()
         return record is not None and set(self.config.score.splits) <= set(record.scores)
 
@@ -66,7 +66,7 @@ class SweepCell:
         return "interrupted" if state == "done" and not self.finished() else state
 
     def parameters(self) -> CellParameters:
-        """What tables call it."""
+        """The names of the cell in tables."""
         config = self.config
         assert config.train.lr is not None
         return CellParameters(
@@ -89,18 +89,18 @@ class Sweep:
 
     @cached_property
     def id(self) -> str:
-        """`paper-1a2b3c4d`: the same cells are the same sweep, in whatever order they were written."""
+        """Such as `paper-1a2b3c4d`. The same cells are the same sweep, in any order."""
         run_ids = "\n".join(sorted(cell.run_id for cell in self.cells))
         return f"{self.name}-{hashlib.sha256(run_ids.encode()).hexdigest()[:8]}"
 
     @property
     def path(self) -> Path:
-        """The folder of its frozen cells and its selection."""
+        """The folder of the sweep's frozen cells and its selection."""
         return Path(self.cells[0].config.outputs) / "sweeps" / self.id
 
     def freeze(self) -> FrozenCells:
-        """Write every cell's resolved configuration. A cell is run from there, so a later edit of conf/ cannot reach
-        it."""
+        """Write every cell's resolved configuration. A cell is run from this file, so a later edit of conf/ does not
+        change it."""
         for cell in self.cells:
             tree = config_tree(cell.config)
             tree["tracking"]["group"] = tree["tracking"]["group"] or self.id
@@ -110,16 +110,16 @@ class Sweep:
 
 @dataclass(frozen=True)
 class FrozenCells:
-    """Stands in for Hydra's config loader: a launcher asks it for a cell's configuration, at any time, on any machine.
+    """Replaces Hydra's config loader. A launcher asks it for a cell's configuration, at any time and on any machine.
 
     Attributes:
-        path: the folder of the frozen configurations, RUN_ID.json each.
+        path: the folder of the frozen configurations, one RUN_ID.json for each cell.
     """
 
     path: Path
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """The frozen configuration that `cell=RUN_ID` names, with Hydra's own part of the launch.
+        """The frozen configuration that `cell=RUN_ID` names, with Hydra's own section for this launch.
 
         Raises:
             UserError: the file is missing or damaged.

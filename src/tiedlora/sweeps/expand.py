@@ -1,6 +1,6 @@
-"""From a sweep's command line to its cells: every one is composed, checked and resolved before any is run.
+"""From a sweep's command line to its cells. All are composed, checked and resolved before the first one runs.
 
-The one module of this package that knows Hydra.
+This is the only module of the package that imports Hydra.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _GRID_NAME = re.compile(r"[\w.-]+")
 
 
 def compose_sweep(overrides: list[str]) -> Sweep:
-    """What `train.py --multirun OVERRIDES` would run; for scripts and tests.
+    """The sweep that `train.py --multirun OVERRIDES` would run; for scripts and tests.
 
     Raises:
         UserError: naming the cell and the key.
@@ -44,12 +44,12 @@ def compose_sweep(overrides: list[str]) -> Sweep:
 
 
 def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str]) -> Sweep:
-    """The cells of a sweep, each once, those of one model and task beside each other.
+    """The cells of a sweep, each once. Cells of the same model and task follow each other.
 
     Args:
-        master: the composed configuration; its hydra.sweeper.params are the axes of the grids.
+        master: the composed configuration. Its hydra.sweeper.params are the axes of the grids.
         loader: Hydra's config loader.
-        overrides: the command line's, which win over the grids' axes of the same key.
+        overrides: the overrides of the command line. They replace axes of the grids with the same key.
 
     Raises:
         UserError: naming the cell and the key.
@@ -63,7 +63,7 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str]) -> Sw
 
 
 def combinations(master: DictConfig, loader: ConfigLoader, overrides: list[str]) -> list[list[str]]:
-    """Every combination of the axes, as overrides; nothing is composed yet. The arguments are those of `expand`."""
+    """Every combination of the axes, as overrides. Nothing is composed yet. The arguments are those of `expand`."""
     params = [f"{key}={value}" for key, value in master.hydra.sweeper.params.items()]
     with readable_errors():
         parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *overrides])
@@ -78,7 +78,7 @@ class _CellComposer:
         self.master, self.loader = master, loader
 
     def cells(self, overrides: list[str]) -> Iterator[SweepCell]:
-        """The cell of one combination, and its matching LoRA cell if the sweep asks for these (+grid=matched).
+        """The cell of one combination, and its matching LoRA cell if the sweep has matching cells (+grid=matched).
 
         Raises:
             UserError: naming the cell and the key.
@@ -103,14 +103,14 @@ class _CellComposer:
     def _compose(self, overrides: list[str]) -> Config:
         with readable_errors():
             composed = self.loader.load_sweep_config(self.master, overrides)
-            # Hydra's own part is for the launcher, and some of its values are missing by design.
+            # Hydra's own section is for the launcher, and some of its values are missing on purpose.
             with flag_override(composed, ["struct", "readonly"], False):
                 del composed["hydra"]
             return compose.load(composed)
 
 
 def _matching_lora(cell: SweepCell) -> list[str]:
-    """The overrides of the LoRA cell of nearest trainable count on the same base model, otherwise equal to `cell`."""
+    """The overrides of the LoRA cell with the nearest trainable count, which is otherwise equal to `cell`."""
     config = cell.config
     count = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
     rank = tying.nearest_lora_rank(count, config.model.architecture)
@@ -125,7 +125,7 @@ def _grid_names(overrides: list[str]) -> list[str]:
 
 
 def _grouped(cells: list[SweepCell]) -> list[SweepCell]:
-    """Cells of one base model, then of one task, beside each other: what they share is loaded once."""
+    """Sort the cells by base model and task, so that consecutive cells load what they share only once."""
     models: list[tuple[ModelConfig, str]] = []
     tasks: list[TaskConfig] = []
     places: dict[str, tuple[int, int]] = {}

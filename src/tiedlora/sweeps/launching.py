@@ -1,7 +1,7 @@
-"""Carry out a sweep: finished cells are skipped, stopped ones continue, and a cell whose worker died is tried again.
+"""Carry out a sweep. Finished cells are skipped, stopped ones continue, and a cell whose worker died is tried again.
 
-A launcher starts the cells: in this process, in others, or on other machines. Only the cells' folders tell what became
-of them.
+A launcher starts the cells in this process, in other processes, or on other machines. The results are read only from
+the cells' folders.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tiedlora.training.signals import SIGNALS
 log = logging.getLogger(__name__)
 
 LAUNCHES = 2
-"""How often a cell is launched whose worker dies without leaving an error."""
+"""How often a cell is launched if its worker dies without leaving an error."""
 SECONDS_BETWEEN_CHECKS = 1.0
-"""How often the state of a cell is asked for that another process is working on."""
+"""The time between two checks of a cell that another process is working on."""
 
 Launch = Callable[[Sequence[SweepCell], int], None]
-"""Starts the cells and returns when they have ended. The number is that of the first job, counted over all launches."""
+"""Starts the cells, and returns when they have ended. The number is the first job's, counted over all launches."""
 
 
 def run_sweep(sweep: Sweep, launch: Launch) -> None:
@@ -65,7 +65,7 @@ def run_sweep(sweep: Sweep, launch: Launch) -> None:
 
 
 def changed_inputs(cells: Iterable[SweepCell]) -> dict[str, str]:
-    """Finished cells whose data or base model has changed since: run id -> what has changed.
+    """Finished cells whose data or base model has changed since then: run id -> what has changed.
 
     Raises:
         UserError: a cell's result.json is missing or damaged.
@@ -82,10 +82,10 @@ def changed_inputs(cells: Iterable[SweepCell]) -> dict[str, str]:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Let the signals that stop a run stop the sweep too: before, between and beside its cells no run takes them.
+    """Make the signals that stop a run stop the sweep too, also while none of its cells runs in this process.
 
-    Without a handler, SIGTERM and Slurm's SIGUSR1 would end the process with another exit code than 75. A run that a
-    signal reaches in its last step finishes, and then calls this handler.
+    Without a handler, SIGTERM and Slurm's SIGUSR1 would end the process with another exit code than 75. If a signal
+    comes in the last step of a run, the run finishes, and then calls this handler.
     """
     earlier = {number: signal.signal(number, _interrupt) for number in SIGNALS}
     try:
@@ -114,14 +114,14 @@ class _Launches:
             try:
                 self.launch(cells, self.counts.total())
             except Exception as error:
-                # Whatever a launcher returns or raises, the folders tell what it has done.
+                # What a launcher returns or raises does not matter: the folders show what it has done.
                 reason = f"{type(error).__name__}: {error}"
                 log.warning("the launcher failed (%s); continuing with what the cells' folders hold", reason)
             self.counts.update(cell.run_id for cell in cells)
             cells = [cell for cell in cells if self._needs_launch(cell)]
 
     def _needs_launch(self, cell: SweepCell) -> bool:
-        """Whether the cell was left without a result or an error, and may be launched once more."""
+        """Whether the cell has neither a result nor an error, and may be launched once more."""
         if self._state_when_free(cell) in ("done", "failed"):
             return False
         if self.counts[cell.run_id] < LAUNCHES:
@@ -133,7 +133,7 @@ class _Launches:
         return False
 
     def _state_when_free(self, cell: SweepCell) -> str:
-        """The cell's state once no process works on it: another command may share cells with this sweep."""
+        """Wait until no process works on the cell, and return its state. (Another command may share the cell.)"""
         while (state := cell.state()) == "running":
             if not self._waiting_logged:
                 log.info("waiting for cells that another process is working on, such as %s", cell.run_id)

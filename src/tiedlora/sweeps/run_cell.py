@@ -1,4 +1,4 @@
-"""Carry out one cell of a sweep: train.py calls this for every cell, in whatever process a launcher starts."""
+"""Carry out one cell of a sweep. train.py calls this for every cell, in the process that the launcher starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 def run_cell(config: Config) -> None:
     """Carry out one cell. A failure is written to error.txt in the cell's folder, where the sweep reads it.
 
-    A failure raises nothing, because a launcher would keep the exception, and with it the failed cell's tensors.
+    A failure is not raised, because a launcher would keep the exception, and with it the tensors of the failed cell.
 
     Raises:
         KeyboardInterrupt: the sweep was asked to stop; a checkpoint is written.
@@ -29,14 +29,14 @@ def run_cell(config: Config) -> None:
         folder.error_file.unlink(missing_ok=True)
         run.main(config)
     except StoppedEarly:
-        # A launcher continues with the next cell after an Exception, and KeyboardInterrupt is not one.
+        # After an Exception, a launcher continues with the next cell; after a KeyboardInterrupt, it stops.
         raise KeyboardInterrupt from None
     except Busy as busy:
         log.info("%s", busy)
     except Exception as error:
         folder.write_error()
         log.error("%s failed: %s", folder.path.name, _one_line(error))
-        # Known fault: the exception still holds the failed cell's tensors here, so their memory is not given back.
+        # Known fault: the exception still holds the tensors of the failed cell here, so their memory is not freed.
         lazy.free_device_memory()
 
 

@@ -1,6 +1,6 @@
-"""The fair comparison: a learning rate for every configuration, chosen on validation, and test for the chosen alone.
+"""A fair comparison: a learning rate for every configuration, chosen on validation, and test scores only for these.
 
-selection.json, beside the sweep's frozen cells, keeps the choice.
+The choice is stored in selection.json, beside the sweep's frozen cells.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tiedlora.text import aligned
 log = logging.getLogger(__name__)
 
 CRITERIA = ("score", "loss")
-"""What a rate is chosen by: the task's first metric on validation, or the validation loss."""
+"""The criteria of the choice: the task's first metric on validation, or the validation loss."""
 LOSS = "validation/loss"
 COLUMNS = (
     "model",
@@ -52,17 +52,17 @@ class RateChoice:
     rank: Whole
     lr: Number
     lrs: list[Number]
-    """The grid's rates, in order."""
+    """The grid's rates, in ascending order."""
     metric: Text
     """The metric that chose: the task's first, or LOSS."""
     value: Number
     """Mean over the seeds, on validation."""
     seeds: Count
     trials: Count
-    """Cells spent on the choice: rates times seeds, failed ones included."""
+    """The number of cells that were tried: rates times seeds, failed cells included."""
     failed: Count
     edge: Flag
-    """Whether the chosen rate is the grid's lowest or highest, so that the best one may lie outside."""
+    """Whether the chosen rate is the grid's lowest or highest. Then the best rate may be outside the grid."""
     run_ids: list[Text]
     """The runs of the chosen rate, one for each seed."""
     test: Number | None = None
@@ -71,7 +71,7 @@ class RateChoice:
 
 @dataclass(frozen=True)
 class Selection:
-    """What `select` has chosen for a sweep."""
+    """The choices of `select` for a sweep."""
 
     sweep: Text
     """The sweep's id."""
@@ -82,7 +82,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class _RateResult:
-    """A rate all of whose seeds finished: means over the seeds, on validation."""
+    """The validation scores of a rate, as means over the seeds. Every seed has finished."""
 
     lr: float
     loss: float
@@ -90,21 +90,22 @@ class _RateResult:
     value: float
 
     def order(self) -> tuple[float, float, float]:
-        """The best rate comes first. Of equal scores the lower loss wins, then the lower rate."""
+        """A sort key that puts the best rate first. For equal scores, the lower loss is better, then the lower rate."""
         return (self.loss if self.metric == LOSS else -self.value), self.loss, self.lr
 
 
 def select_rates(sweep: Sweep, by: str = "score") -> Selection:
     """Choose a rate for each configuration by its mean over the seeds.
 
-    A rate counts only if all its seeds finished: one that diverges at one seed is not a rate to use. Of
-    equal scores the lower validation loss wins, then the lower rate.
+    A rate counts only if all its seeds finished, because a rate that diverges at one seed should not be used. For equal
+    scores, the lower validation loss is better, then the lower rate.
 
     Args:
         by: one of CRITERIA.
 
     Raises:
-        UserError: cells are still to be run, no rate of a configuration finished, or a run has no validation scores.
+        UserError: cells are not finished, no rate of a configuration finished at every seed, or a run has no validation
+            scores.
     """
     unfinished = sum(cell.state() not in ("done", "failed") for cell in sweep.cells)
     if unfinished:
@@ -118,14 +119,14 @@ def select_rates(sweep: Sweep, by: str = "score") -> Selection:
 
 
 def _comparison_key(cell: SweepCell) -> str:
-    """Everything that changes the result except the rate and the seed."""
+    """The values that change the result, except the rate and the seed."""
     tree = identity(cell.config)
     del tree["seed"], tree["train"]["lr"]
     return json.dumps(tree, sort_keys=True)
 
 
 def _choose_rate(cells: list[SweepCell], by: str) -> RateChoice:
-    """The choice among cells that differ in rate and seed alone."""
+    """The choice among cells that differ only in rate and seed."""
     by_rate: dict[float, list[SweepCell]] = {}
     for cell in cells:
         by_rate.setdefault(cell.parameters().lr, []).append(cell)
@@ -172,7 +173,7 @@ def _rate_result(lr: float, records: list[RunRecord], by: str) -> _RateResult:
 
 
 def score_test(sweep: Sweep, selection: Selection) -> Selection:
-    """Score the chosen runs, and no others, on test; runs that have test scores already are left alone.
+    """Score only the chosen runs on test. Runs that already have test scores are not scored again.
 
     Returns:
         The selection with the choices' scores on test.
@@ -189,7 +190,7 @@ def score_test(sweep: Sweep, selection: Selection) -> Selection:
 
 
 def _test_score(cell: SweepCell, metric: str) -> float:
-    """The run's value of the metric on test; of the task's first metric where the loss chose."""
+    """The run's value of the metric on test. If the loss was the criterion, it is the task's first metric."""
     record = cell.folder.finished_record()
     if "test" not in record.scores:
         log.info("scoring %s on test", cell.run_id)
@@ -199,24 +200,24 @@ def _test_score(cell: SweepCell, metric: str) -> float:
 
 
 def selection_file(sweep: Sweep) -> Path:
-    """Where a sweep's selection is kept."""
+    """The path of a sweep's selection.json."""
     return sweep.path / "selection.json"
 
 
 def write_selection(sweep: Sweep, selection: Selection) -> None:
-    """Keep the selection beside the sweep's frozen cells.
+    """Write selection.json beside the sweep's frozen cells.
 
     Raises:
-        OSError: disk full, no permission.
+        OSError: the disk is full, or there is no permission.
     """
     storage.write_json(selection_file(sweep), asdict(selection))
 
 
 def read_selection(path: Path) -> Selection:
-    """The selection that a selection.json holds.
+    """The selection in a selection.json.
 
     Raises:
-        UserError: naming the file, and the key that is missing or wrong.
+        UserError: a key is missing or wrong; the message names the file and the key.
     """
     tree = storage.read_json(path)
     try:
@@ -226,7 +227,7 @@ def read_selection(path: Path) -> Selection:
 
 
 def table(choices: Sequence[RateChoice]) -> str:
-    """The choices as a table, and what a reader has to know before comparing."""
+    """The choices as a table, with notes that a reader needs before a comparison."""
     text = [aligned([[*COLUMNS, ""], *map(_table_row, choices)])]
     if any(choice.edge for choice in choices):
         text.append("")
@@ -256,5 +257,5 @@ def _table_row(choice: RateChoice) -> list[str]:
 
 
 def to_json(choices: Sequence[RateChoice]) -> str:
-    """The choices, for programs."""
+    """The choices as plain data, for programs."""
     return json.dumps([asdict(choice) for choice in choices], indent=2, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""What has become of a sweep's cells, read from their folders: rows, counts, time left, the table, and JSON."""
+"""The status of a sweep's cells, read from their folders: rows, counts, time left, the table, and JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiedlora.sweeps.cells import STATES, CellParameters, Sweep, SweepCell
 from tiedlora.text import aligned, clock, visible
 
 KEYS_WITH_COLUMN = ("model", "task", "tying", "rank", "rank.r", "train.lr", "seed")
-"""Keys whose values the columns below show."""
+"""Keys whose values have their own columns in the table."""
 COLUMNS = ("model", "task", "configuration", "rank", "trainable", "lr", "seed")
 RESULT_COLUMNS = ("state", "score", "val. loss", "seconds")
 
@@ -31,17 +31,17 @@ class CellStatus:
     state: str
     """One of cells.STATES."""
     metric: str | None
-    """The task's first metric on validation; None where validation is not scored."""
+    """The task's first metric on validation; None if validation is not scored."""
     score: float | None
-    """Its value, a fraction of 1."""
+    """The value of the metric, a fraction of 1."""
     validation_loss: float | None
     error: str | None
     """The last line of a failed cell's traceback."""
     seconds: float
-    """Of training and of scoring what the sweep asks for, so far."""
+    """The time so far, of training and of scoring the splits that the sweep scores."""
 
     def to_json(self) -> dict[str, str | int | float | list[str] | None]:
-        """The JSON object, one level deep."""
+        """The JSON object, with one level of keys."""
         return {
             "run_id": self.run_id,
             "overrides": list(self.overrides),
@@ -87,7 +87,7 @@ def _seconds(cell: SweepCell, record: RunRecord | None) -> float:
     if record is None:
         logged = (row.values.get("train/seconds") for row in reversed(read_metrics(cell.folder.metrics_file)))
         return next((seconds for seconds in logged if seconds is not None), 0.0)
-    # Test may have been scored later, by `select`; another cell of the sweep will not spend that time.
+    # `select` may have scored test later. The other cells of the sweep will not need that time.
     asked = [record.scores[split].seconds for split in cell.config.score.splits if split in record.scores]
     return record.training.seconds + sum(asked)
 
@@ -99,10 +99,10 @@ def last_error(folder: RunFolder) -> str:
 
 
 def seconds_left(cells: Sequence[CellStatus]) -> float | None:
-    """The time that the unfinished cells still need, one after the other, estimated from the finished ones.
+    """An estimate of the time that the unfinished cells still need, one after the other, in seconds.
 
-    A cell is expected to need the mean of the finished cells of its model and task, or, where there are none, the mean
-    of all finished cells. None if nothing is finished.
+    A cell is expected to need the mean time of the finished cells of its model and task. If there are none, it is the
+    mean of all finished cells. None if nothing is finished.
     """
     done = [cell for cell in cells if cell.state == "done"]
     if not done:
@@ -151,7 +151,7 @@ def table(cells: Sequence[CellStatus]) -> str:
 
 
 def _varying_keys(cells: Iterable[CellStatus]) -> list[str]:
-    """Swept keys without a column of their own."""
+    """The swept keys without their own column."""
     values: dict[str, set[str]] = {}
     for cell in cells:
         for override in cell.overrides:
@@ -170,7 +170,7 @@ def unfinished_lines(cells: Iterable[CellStatus]) -> list[str]:
 
 
 def to_json(sweep: Sweep, cells: Sequence[CellStatus]) -> str:
-    """The sweep with its cells, for programs."""
+    """The sweep with its cells as plain data, for programs."""
     tree = {
         "sweep": sweep.id,
         "counts": counts(cells),

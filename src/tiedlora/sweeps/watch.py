@@ -1,4 +1,4 @@
-"""Log how far a sweep is while it runs, whichever processes run it."""
+"""Log the progress of a sweep while it runs, in any processes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SECONDS_BETWEEN_COUNTS = 2.0
 
 @dataclass(frozen=True)
 class EndedCells:
-    """How many cells have ended, and how."""
+    """How many cells are done, and how many have failed."""
 
     done: int
     failed: int
 
 
 class EndedCellsLogger:
-    """Logs a line whenever a cell ends, while it is entered.
+    """Inside the context, logs a line whenever a cell ends.
 
     It looks at the cells' folders, so it works under every launcher.
     """
@@ -44,7 +44,7 @@ class EndedCellsLogger:
         self._thread.join()
 
     def _count(self) -> EndedCells:
-        # Looks at the files alone: RunFolder.state() takes the run's lock for a moment, when a worker may need it.
+        # This reads only the files. RunFolder.state() would take the run's lock for a moment, and a worker may need it.
         folders = [cell.folder for cell in self.sweep.cells]
         done = sum(folder.result_file.exists() for folder in folders)
         failed = sum(folder.error_file.exists() and not folder.result_file.exists() for folder in folders)

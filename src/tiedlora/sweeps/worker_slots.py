@@ -1,7 +1,7 @@
-"""Jobs in several worker processes at once, each slot a process of its own with an environment of its own.
+"""Run jobs in several worker processes at once. Each slot is one process with its own environment.
 
-One joblib pool of a single process for each slot, not one pool of them all: when joblib loses a worker it gives up the
-whole pool, and a killed job would end its neighbours too.
+Each slot has a joblib pool of one process. With one pool for all slots, a killed job would end the others too, because
+joblib gives up a whole pool when it loses a worker.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ SECONDS_BETWEEN_SIGNAL_CHECKS = 0.2
 
 @dataclass(frozen=True)
 class SlotJob(Generic[T]):
-    """One job: the name that log lines use, and what a worker process calls. cloudpickle must be able to carry it."""
+    """One job: its name in log lines, and the function that a worker process calls. cloudpickle must support it."""
 
     name: str
     work: Callable[[], T]
 
 
 class WorkerSlots(Generic[T]):
-    """One launch of several jobs. A thread for each slot takes the next job until none is left.
+    """One launch of several jobs. Each slot has a thread, which takes the next job until none is left.
 
-    A worker process stays for the slot's next job and keeps what it has loaded.
+    A worker process stays for the slot's next job, and keeps the data that it has loaded.
 
     Args:
-        environments: one for each slot: the variables that its process has beside those of this process.
+        environments: for each slot, the variables that its process has in addition to those of this process.
     """
 
     def __init__(self, jobs: Sequence[SlotJob[T]], environments: Sequence[Mapping[str, str]]) -> None:
@@ -46,10 +46,10 @@ class WorkerSlots(Generic[T]):
         self._stopping = False
 
     def run(self) -> list[T | None]:
-        """Run the jobs; must be called once, in the main thread.
+        """Run the jobs. This must be called only once, in the main thread.
 
         Returns:
-            What each job returned; None where it failed or its worker died. The other jobs are not affected.
+            The result of each job; None if it failed or its worker died. The other jobs are not affected.
 
         Raises:
             KeyboardInterrupt: after every running job has ended or saved its checkpoint.
@@ -67,7 +67,7 @@ class WorkerSlots(Generic[T]):
         return self._results
 
     def _stop(self) -> None:
-        """Start no other job, and ask the running ones to save a checkpoint and end."""
+        """Start no more jobs, and ask the running ones to save a checkpoint and end."""
         self._stopping = True
         for pool in list(self._pools.values()):
             for process in list((pool._processes or {}).values()):
@@ -75,7 +75,7 @@ class WorkerSlots(Generic[T]):
                     os.kill(process.pid, signal.SIGTERM)
 
     def _work(self, slot: int) -> None:
-        # Not at the top of the file: joblib is an optional extra, and the plug-in has looked for it.
+        # Not at the top of the file: joblib is an optional extra, and the plug-in has checked that it is installed.
         from joblib.externals.loky import BrokenProcessPool, ProcessPoolExecutor
 
         while self._waiting and not self._stopping:
@@ -93,7 +93,7 @@ class WorkerSlots(Generic[T]):
             except KeyboardInterrupt:
                 self._stopping = True
             except Exception as error:
-                # The sweep sees in the cell's folder that there is no result; the slot takes its next job.
+                # The sweep will see in the cell's folder that there is no result. The slot takes its next job.
                 log.warning("%s: could not be run (%s: %s)", job.name, type(error).__name__, error)
         if slot in self._pools:
             self._pools.pop(slot).shutdown()
@@ -102,5 +102,5 @@ class WorkerSlots(Generic[T]):
 def _join(threads: Sequence[threading.Thread]) -> None:
     for thread in threads:
         while thread.is_alive():
-            # With a limit, because Python handles a signal only between two calls.
+            # The wait has a limit, because Python handles a signal only between two calls.
             thread.join(SECONDS_BETWEEN_SIGNAL_CHECKS)
