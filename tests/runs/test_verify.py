@@ -1,4 +1,4 @@
-"""Receipts: an untouched run agrees, and each kind of change is named."""
+"""scripts/verify.py: an unchanged run agrees, and each kind of change is named."""
 
 import json
 import shutil
