@@ -1,4 +1,4 @@
-"""The baseline: PEFT's LoRA, trained by transformers' Trainer, answering with transformers' generate."""
+"""The baseline: PEFT's LoRA, trained with transformers' Trainer, and scored with transformers' generate."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ TokenRow = dict[str, list[int]]
 
 @dataclass
 class TrainedBaseline:
-    """A trained PEFT LoRA, and what its training took."""
+    """A trained PEFT LoRA, and the costs of its training."""
 
     base: BaseModel
     model: Any
     losses: list[float]
-    """One for each step."""
+    """The loss of each step."""
     tokens: int
-    """Of the timed steps, without padding."""
+    """The tokens of the timed steps, without padding."""
     seconds: float
-    """Of the timed steps."""
+    """The seconds of the timed steps."""
 
     def figures(self) -> dict[str, Any]:
-        """What a measurement prints."""
+        """The values that a measurement prints."""
         return {
             "losses": self.losses,
             "tokens": self.tokens,
@@ -46,7 +46,7 @@ class TrainedBaseline:
 
 
 class _Collator:
-    """Rows to one padded batch. It counts the tokens that it has passed on."""
+    """Makes one padded batch from rows, and counts the tokens."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id, self.tokens = pad_id, 0
@@ -67,7 +67,7 @@ def _padded(rows: list[TokenRow], key: str, value: int) -> torch.Tensor:
 
 
 class _StepClock(TrainerCallback):  # type: ignore[misc]
-    """The time at which each step ended, and how many tokens the collator had passed on until then."""
+    """Stores the time at which each step ended, and how many tokens the collator had counted until then."""
 
     def __init__(self, collator: _Collator) -> None:
         self.collator = collator
@@ -78,7 +78,7 @@ class _StepClock(TrainerCallback):  # type: ignore[misc]
 
 
 class _LossTrainer(Trainer):  # type: ignore[misc]
-    """Trainer, with each step's loss kept."""
+    """A Trainer that stores the loss of each step."""
 
     losses: list[float]
 
@@ -89,14 +89,14 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
 
 
 class _InOrderTrainer(_LossTrainer):
-    """Takes the rows in the order in which they are given."""
+    """Returns the rows in the order in which they are given."""
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def train(dtype: str, order: str, steps: int, skipped: int, *overrides: str) -> TrainedBaseline:
-    """Train PEFT's LoRA with Trainer, on the tokens that our training has, from the same initial values.
+    """Train PEFT's LoRA with Trainer, on the same tokens as our training, and from the same initial values.
 
     Args:
         order: `plain`, Trainer's random order, or `grouped`, exactly the batches of our length buckets.
@@ -126,7 +126,7 @@ def train(dtype: str, order: str, steps: int, skipped: int, *overrides: str) -> 
     if in_order:
         tokens = sum(len(row) for row in encoded[skipped * size : steps * size])
     else:
-        # The loader collates one batch ahead, so this may be off by the difference between two batches.
+        # The loader collates one batch ahead, so this may differ by the tokens of one batch.
         tokens = clock.ends[-1][1] - clock.ends[skipped - 1][1]
     return TrainedBaseline(base, model, trainer.losses, tokens, clock.ends[-1][0] - clock.ends[skipped - 1][0])
 
@@ -159,7 +159,7 @@ def _settings(config: Config, steps: int, folder: str) -> TrainingArguments:
 
 
 def peft_lora(model: Any, adapter: TiedAdapter | None = None) -> Any:
-    """PEFT's LoRA on q, k and v, as our tying=LoRA_qkv; with the values of `adapter` if it is given."""
+    """PEFT's LoRA on q, k and v, like our tying=LoRA_qkv; with the values of `adapter` if it is given."""
     settings = LoraConfig(
         r=common.RANK,
         lora_alpha=common.RANK,
@@ -182,7 +182,7 @@ def peft_lora(model: Any, adapter: TiedAdapter | None = None) -> Any:
 def answers(
     model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], task: TaskConfig, batch_size: int
 ) -> tuple[list[str], int]:
-    """What transformers' generate writes, greedily, longest prompts first, and how many tokens that is."""
+    """The greedy answers of transformers' generate, longest prompts first, and the number of their tokens."""
     end_id, outputs, tokens = tokenizer.eos_token_id, {}, 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     for start in range(0, len(order), batch_size):
