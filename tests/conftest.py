@@ -1,4 +1,4 @@
-"""Tests use tiny random models, real rows where they are at hand, and never the network."""
+"""Tests use tiny random models, real rows if they are available, and never the network."""
 
 import os
 import runpy
@@ -22,9 +22,9 @@ from tiedlora.config.schema import Config
 
 @pytest.fixture
 def script(monkeypatch, capsys):
-    """Run a file of the repository as a command, in this process: start-up would cost more than all it does.
+    """Run a file of the repository as a command in this process, because the start of a process would take longer.
 
-    Gives (exit code, standard output, standard error).
+    Returns (exit code, standard output, standard error).
     """
 
     def start(path: str, *arguments: object) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""The house: packages import one way, no circle, torch behind one door, Hydra in its rooms, small rooms."""
+"""Packages import in one direction, without cycles; late imports of torch, places of Hydra, and sizes of files."""
 
 import ast
 import subprocess
@@ -13,14 +13,14 @@ HOUSE = SRC / "tiedlora"
 ORDER = (
     *("sweeps", "runs", "report", "export", "scoring", "training", "tracking", "data"),
     *("models", "tasks", "adapter", "records", "config", "statistics"),
-    # Modules at the top of the package: they know no package.
+    # The modules of tiedlora itself. They import no package.
     *("text", "storage", "tying", "keys", "errors"),
 )
-"""From top to bottom: a package may import what stands after it."""
+"""From top to bottom. A package may import what follows it."""
 HYDRA_ROOMS = ("sweeps", "config")
 NO_TORCH = ("sweeps", "report", "records", "config", "statistics", "tasks", "tracking")
 LAZY = {
-    # Function-level imports of src/, each with its reason in a comment there.
+    # The imports inside functions of src/. A comment there gives the reason of each.
     "runs/lazy.py": {"tiedlora.runs", "torch"},
     "scoring/predict.py": {"tiedlora.tasks.task_metric"},
     "sweeps/worker_slots.py": {"joblib.externals.loky"},
@@ -36,7 +36,7 @@ def modules() -> list[Path]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Every imported module of a file, and whether the import stands inside a function."""
+    """Every imported module of a file, and whether the import is inside a function."""
     tree = ast.parse(path.read_text())
     inside = {id(inner) for node in ast.walk(tree) if isinstance(node, FUNCTIONS) for inner in ast.walk(node)}
     typing_only = {
@@ -65,7 +65,7 @@ def room(module: str) -> str:
 
 
 def arrows() -> dict[tuple[str, str], str]:
-    """(importing package, imported package) -> a file that does it; types-only imports do not count."""
+    """(importing package, imported package) -> a file with this import. Imports only for types do not count."""
     found = {}
     for path in modules():
         here = path.relative_to(HOUSE).parts[0].removesuffix(".py")
@@ -131,7 +131,7 @@ def test_imports_stand_at_the_top_but_for_the_doors():
 
 @pytest.mark.parametrize("package", NO_TORCH)
 def test_a_package_that_needs_no_torch_imports_none(package):
-    """All its modules but those that only a task, a tracker or a door loads."""
+    """All its modules except task_metric.py and wandb.py, which are imported only when they are needed."""
     names = [
         ".".join(path.relative_to(SRC).with_suffix("").parts)
         for path in sorted((HOUSE / package).glob("*.py"))

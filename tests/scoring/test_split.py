@@ -110,7 +110,7 @@ def test_the_base_model_is_scored_once_for_a_protocol(tmp_path, monkeypatch):
     first = scorer.base_rows("test", examples)
     monkeypatch.setattr(scoring, "predict", lambda *_: pytest.fail("scored again"))
     assert scorer.base_rows("test", examples) == first
-    # Another adapter does not matter; another model, other rows or another protocol does.
+    # Another adapter does not matter, but another model, other rows or another protocol do.
     assert replace(scorer, attached=attach(tiny("tiny_llama").model, "Tuv")).base_rows("test", examples) == first
     with pytest.raises(pytest.fail.Exception):
         replace(scorer, base=replace(base.record, digest="other")).base_rows("test", examples)

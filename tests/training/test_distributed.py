@@ -1,4 +1,4 @@
-"""Several processes: the same loss curve and the same adapter as one, each row once; sharding is refused."""
+"""Several processes give the loss curve and the adapter of one process, with each row once; sharding is refused."""
 
 import os
 import subprocess
@@ -22,8 +22,8 @@ STEPS = 20
 
 
 def test_two_processes_are_one(tiny_config, tiny_run, tmp_path):
-    """METHOD: the loss is a mean over the target tokens of the whole step, however its rows are spread."""
-    # 7 rows a step and 40 in all: the shares are unequal, and an epoch's last step is short.
+    """docs/method.md: the loss is a mean over all target tokens of a step, for any distribution of its rows."""
+    # 7 rows per step and 40 in total: the shares are unequal, and the last step of an epoch is short.
     more = [f"train.steps={STEPS}", "train.batch_size=7", "train.checkpoint_every=20"]
     alone = run.main(tiny_config(*more))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -67,7 +67,7 @@ def test_sharding_is_refused(monkeypatch, wish):
 
 def test_a_sharded_model_is_refused():
     class FullyShardedDataParallel(torch.nn.Module):
-        """By name, as the real one: importing it costs seconds."""
+        """A class with the real one's name, because to import the real one takes seconds."""
 
     with pytest.raises(UserError, match=r"sharded.*torchrun"):
         attach(FullyShardedDataParallel(), "TABuv")
