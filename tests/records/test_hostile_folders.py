@@ -129,7 +129,7 @@ def test_what_is_no_folder(folder, words, tmp_path, script):
     folder.write_text("a file where the run's folder should be")
     code, _, err = script("train.py", *words)
     assert (code, len(err.splitlines())) == (2, 1)
-    assert "a file is where a folder is wanted" in err
+    assert "a file is where a folder is needed" in err
     assert folder.read_text() == "a file where the run's folder should be"
 
 
