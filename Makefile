@@ -14,7 +14,7 @@ help:
 	@echo "make test     the tests, on two workers"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff, writing"
-	@echo "make install  the virtual environment alone, in .venv"
+	@echo "make install  only the virtual environment, in .venv"
 	@echo "make clean    remove .venv and caches; outputs/ stays"
 
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""The baseline: PEFT's LoRA, trained by transformers' Trainer, answering with transformers' generate."""
+"""The baseline: PEFT's LoRA, trained with transformers' Trainer, and scored with transformers' generate."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ TokenRow = dict[str, list[int]]
 
 @dataclass
 class TrainedBaseline:
-    """A trained PEFT LoRA, and what its training took."""
+    """A trained PEFT LoRA, and the costs of its training."""
 
     base: BaseModel
     model: Any
     losses: list[float]
-    """One for each step."""
+    """The loss of each step."""
     tokens: int
-    """Of the timed steps, without padding."""
+    """The tokens of the timed steps, without padding."""
     seconds: float
-    """Of the timed steps."""
+    """The seconds of the timed steps."""
 
     def figures(self) -> dict[str, Any]:
-        """What a measurement prints."""
+        """The values that a measurement prints."""
         return {
             "losses": self.losses,
             "tokens": self.tokens,
@@ -78,7 +78,7 @@ class _StepClock(TrainerCallback):  # type: ignore[misc]
 
 
 class _LossTrainer(Trainer):  # type: ignore[misc]
-    """Trainer, with each step's loss kept."""
+    """A Trainer that stores the loss of each step."""
 
     losses: list[float]
 
@@ -89,14 +89,14 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
 
 
 class _InOrderTrainer(_LossTrainer):
-    """Takes the rows in the order in which they are given."""
+    """Returns the rows in the order in which they are given."""
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def train(dtype: str, order: str, steps: int, skipped: int, *overrides: str) -> TrainedBaseline:
-    """Train PEFT's LoRA with Trainer, on the tokens that our training has, from the same initial values.
+    """Train PEFT's LoRA with Trainer, on the same tokens as our training, and from the same initial values.
 
     Args:
         order: `plain`, Trainer's random order, or `grouped`, exactly the batches of our length buckets.
@@ -155,7 +155,7 @@ def _settings(config: Config, steps: int, folder: str) -> TrainingArguments:
 
 
 def peft_lora(model: Any, adapter: TiedAdapter | None = None) -> Any:
-    """PEFT's LoRA on q, k and v, as our tying=LoRA_qkv; with the values of `adapter` if it is given."""
+    """PEFT's LoRA on q, k and v, like our tying=LoRA_qkv; with the values of `adapter` if it is given."""
     settings = LoraConfig(
         r=common.RANK,
         lora_alpha=common.RANK,
@@ -178,7 +178,7 @@ def peft_lora(model: Any, adapter: TiedAdapter | None = None) -> Any:
 def answers(
     model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], task: TaskConfig, batch_size: int
 ) -> tuple[list[str], int]:
-    """What transformers' generate writes, greedily, longest prompts first, and how many tokens that is."""
+    """The greedy answers of transformers' generate, longest prompts first, and the number of their tokens."""
     end_id, outputs, tokens = tokenizer.eos_token_id, {}, 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     for start in range(0, len(order), batch_size):

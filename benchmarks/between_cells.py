@@ -1,8 +1,9 @@
 """python benchmarks/between_cells.py [--model smollm2_135m]: seconds from one cell's last step to the next one's first.
 
-Three configurations in a basic sweep on one base model. Of each gap it prints what is the cells' own work: the last
-cell's final validation and its scoring, the next one's first validation and its first step. The rest is the sweep's:
-the checkpoint, the record, taking the adapter off, and everything before the next first step.
+It runs three configurations in a basic sweep on one base model. For each gap between two cells, it prints the time of
+the cells' own work: the final validation and the scoring of the first cell, and the first validation and the first step
+of the next cell. The rest is the sweep's work: the checkpoint, the record, detaching the adapter, and everything before
+the next first step.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Span = tuple[float, float]
 
 
 def timed(function: Callable[..., Any], spans: list[Span]) -> Callable[..., Any]:
-    """The function, with the beginning and the end of each call added to `spans`."""
+    """The function, wrapped so that the start and the end of each call are added to `spans`."""
 
     def wrapped(*arguments: Any, **keywords: Any) -> Any:
         started = time.perf_counter()
@@ -60,7 +61,7 @@ def run_sweep(model: str) -> tuple[list[Span], list[Span], list[Span]]:
 
 
 def seconds_within(spans: list[Span], start: float, end: float) -> float:
-    """Seconds of the spans that begin between `start` and `end`."""
+    """The total seconds of the spans that begin between `start` and `end`."""
     return sum(span_end - span_start for span_start, span_end in spans if start <= span_start < end)
 
 
@@ -75,8 +76,8 @@ def main() -> None:
         gap_start, gap_end = steps[cell * STEPS - 1][1], steps[cell * STEPS][0]
         validation = seconds_within(validations, gap_start, gap_end)
         scoring = seconds_within(scorings, gap_start, gap_end)
-        # A span of a step is its update alone. The first step's forward and backward pass come before it; they take
-        # about as long as those of the second step.
+        # The span of a step is only its update. The forward and backward pass of the first step come before it. They
+        # take about as long as those of the second step.
         first_step = steps[cell * STEPS + 1][0] - steps[cell * STEPS][1]
         gap = gap_end - gap_start - scoring
         own = gap - validation - first_step

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the workload, the machine, one measurement in one process, tables.
+"""Code that the benchmarks share: the workload, the machine, one measurement per process, tables.
 
 torch and tiedlora are imported inside functions: a process that only starts measurements and prints a table does not
 need them, and a measurement's memory contains only what it imports itself.
@@ -26,7 +26,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2_135m"
 RANK, BATCH = 8, 8
 PASS_TOKENS = 2048
-"""Tokens in a forward pass of ours: 1,024 are 4 % slower and need 0.4 GB less; more make no matrix product faster."""
+"""Tokens of our forward pass. 1,024 are 4 % slower and need 0.4 GB less; more tokens make no matrix product faster."""
 
 
 def defaults() -> dict[str, str]:
@@ -44,7 +44,7 @@ def defaults() -> dict[str, str]:
 
 
 def config(*overrides: str) -> Config:
-    """The configuration of the defaults with some values overridden."""
+    """The default configuration with some overrides."""
     from tiedlora.config.compose import compose_config
 
     overridden = {override.partition("=")[0] for override in overrides}
@@ -60,13 +60,13 @@ def peak_memory() -> int:
 
 
 def restart_peak() -> int:
-    """Start `peak_memory` again from the process's present size, which is returned, in bytes."""
+    """Start `peak_memory` again from the present size of the process, and return this size in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak_memory()
 
 
 def measure(script: str, *arguments: str, threads: int | None = None) -> dict[str, Any]:
-    """One measurement in its own process: the last line that `script --child ARGUMENTS` prints, read as JSON.
+    """One measurement in its own process: the last line that `script --child ARGUMENTS` prints, parsed as JSON.
 
     `whole_seconds` is added: the time from the process's start to its end.
     """
@@ -84,7 +84,7 @@ def measure(script: str, *arguments: str, threads: int | None = None) -> dict[st
 
 
 def matmul_rate(dtype: str, shape: tuple[int, int, int], seconds: float = 1.0) -> float:
-    """FLOP/s of the product (m, k) @ (n, k)^T: the median of as many repeats as `seconds` allow."""
+    """The rate of the product (m, k) @ (n, k)^T in FLOP/s: the median of as many repeats as `seconds` allow."""
     import torch
 
     m, k, n = shape
@@ -100,7 +100,7 @@ def matmul_rate(dtype: str, shape: tuple[int, int, int], seconds: float = 1.0) -
 
 
 def machine() -> dict[str, Any]:
-    """The processor and the versions that a figure belongs to; without them it means nothing."""
+    """The processor and the versions for which a figure is valid."""
     import torch
     import transformers
 
@@ -124,13 +124,13 @@ def spread(values: Sequence[float]) -> str:
 
 
 def write(path: Path | None, figures: dict[str, Any]) -> None:
-    """Write the figures and the machine that they were measured on, as JSON; nothing if `path` is None."""
+    """Write the figures and the machine as JSON. If `path` is None, write nothing."""
     if path:
         path.write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up."""
+    """A Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

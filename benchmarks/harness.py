@@ -1,4 +1,4 @@
-"""Our side of a comparison: a training as train.py does it, and the base model and token ids that it starts from."""
+"""Our side of a comparison: training as in train.py, and the base model and the token ids for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiedlora.training.signals import StopSignal
 
 
 def train(config: Config, folder: Path) -> tuple[RunSession, Trained]:
-    """Train as train.py does, without scoring. `folder` becomes the run's folder."""
+    """Train as in train.py, without scoring. `folder` becomes the run's folder."""
     session = RunSession(config, load_task(config.task), World())
     with StopSignal() as stop:
         return session, Trainer(session, RunFolder(folder), stop).train()
@@ -31,7 +31,7 @@ def base_model(config: Config) -> BaseModel:
 
 
 def encoder_of(config: Config, base: BaseModel) -> Encoder:
-    """What turns the task's texts into token ids."""
+    """The encoder of the task's texts."""
     return Encoder(base.tokenizer, config.task, config.model.context)
 
 

@@ -1,8 +1,9 @@
 """python benchmarks/scale.py [--json FILE]: time and memory of a training step against rank, depth, length, vocabulary.
 
-Random Llama models of SmolLM2-135M's width (the values of the weights change neither), TABuv, bfloat16, 8 rows of 128
-tokens, half of them targets, except for what a line varies. Each line is its own process: seconds are the median of 3
-steps after a first one; memory is what a step adds to the loaded model's memory, at its peak.
+It uses random Llama models of SmolLM2-135M's width (the values of the weights change neither time nor memory), TABuv,
+bfloat16, and 8 rows of 128 tokens, half of them targets. Each line varies one of these. Each line is its own process.
+Seconds are the median of 3 steps after a first one. Memory is what a step adds, at its peak, to the memory of the
+loaded model.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def child(sizes_json: str) -> None:
         attached.adapter.zero_grad(set_to_none=True)
         return time.perf_counter() - started
 
-    # A step of a tiny batch loads the kernels. The peak of memory is reset after it.
+    # A first step of a tiny batch loads the kernels. Then the peak of memory is reset.
     target_loss(model, collate([Encoded((1, 2), (3, 4))], 0)).backward()
     before = common.restart_peak()
     times = [step() for _ in range(4)]

@@ -1,9 +1,10 @@
 """python benchmarks/score.py [--rows 200] [--alternations 5] [--dtype bfloat16]: scoring against generate.
 
-Both write answers to the same GSM8K validation rows with the same adapter (LoRA on q, k and v, trained 20 steps by this
-project and exported to PEFT's format) on SmolLM2-135M, greedily, to the end-of-text token, "Question:" or 256 tokens.
-Theirs is transformers' generate on the unmerged PEFT model at batch 16, prompts sorted by length. Ours is what train.py
-scores with, at score.batch_size=200. Loading is not timed, tokenising is. In float32 the outputs must be the same.
+Both write answers to the same GSM8K validation rows, with SmolLM2-135M and the same adapter (LoRA on q, k and v,
+trained for 20 steps by this project and exported to PEFT's format). Decoding is greedy, and ends at the end-of-text
+token, at "Question:" or at 256 tokens. Theirs is transformers' generate on the unmerged PEFT model at batch 16, with
+prompts sorted by length. Ours is the scoring code of train.py, at score.batch_size=200. Loading is not timed, but
+tokenising is. In float32 the outputs must be the same.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def config(dtype: str, *overrides: str) -> Config:
 
 
 def train(folder: Path) -> None:
-    """A short real training, so that answers have ends and the adapter changes them."""
+    """A short real training, so that the adapter changes the answers and the answers have ends."""
     import harness
 
     from tiedlora.export.peft import to_peft

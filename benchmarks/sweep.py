@@ -1,10 +1,10 @@
 """python benchmarks/sweep.py [--alternations 1] [--dtype bfloat16]: eight configurations, ours and theirs.
 
 Ours is one sweep, `python train.py --multirun tying=LoRA,TA,...,TABuv`, in one process. Theirs are eight processes of
-PEFT LoRA + Trainer that do the same work, start to end: load SmolLM2-135M, tokenise GSM8K's training rows, train 6
-steps of 8 rows, and answer 16 validation rows (transformers' generate, batch 16) in at most 64 tokens. LoRA is LoRA;
-the other seven, which PEFT lacks, are LoRA stand-ins. Both train on the same 48 rows, each row once: ours in batches
-grouped by length, theirs in those very batches in bfloat16, and in float32 in Trainer's default, random order.
+PEFT LoRA + Trainer that do the same work from start to end: load SmolLM2-135M, tokenise GSM8K's training rows, train 6
+steps of 8 rows, and answer 16 validation rows (transformers' generate, batch 16) in at most 64 tokens. PEFT lacks the
+seven other configurations, so LoRA replaces them. Both train on the same 48 rows, each row once. Our batches are
+grouped by length. Theirs are the same batches in bfloat16, and in float32 Trainer's default, random order.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
 """python benchmarks/train.py [--alternations 5] [--json FILE]: our training loop against PEFT LoRA + Trainer.
 
-With --profile it shows instead which operators take the time of our steps.
+With --profile, it only shows which operators take the time of our steps.
 
-First both train 20 float32 steps from the same initial values on the same batches, and their losses must agree.
-Then each measurement runs in its own process, ours and theirs in turn: GSM8K rows, SmolLM2-135M, rank 8, batch 8,
-tokens without padding, seconds of the steps after the first two. Trainer has its default order or, as "grouped",
-exactly the batches of our length buckets (whose rows are more alike than those of its own group_by_length).
+First both train 20 float32 steps from the same initial values on the same batches, and their losses must agree. Then
+each measurement runs in its own process, ours and theirs alternately, with GSM8K rows, SmolLM2-135M, rank 8 and batch
+8. Tokens are counted without padding, and the first two steps are not timed. Trainer has its default order or, as
+"grouped", exactly the batches of our length buckets (whose rows are more similar than those of its group_by_length).
 
-The model's arithmetic, for the share of the machine's matrix-product rate: a token passes each weight of the blocks
-twice (forward, and backward for the activations; frozen weights need no third product), a target token also the
-output head twice; and each pair of a token and one it attends to (itself and those before it) takes part in two
-products of attention forward and four backward. So
-4 x (block weights x tokens + head weights x target tokens) + 12 x layers x heads x head size x pairs FLOP. The
-adapter's own products, padding, and pairs that the mask hides are left out. The rate is measured after every step of a
-separate run, because it changes from one second to the next; the time of measuring it is subtracted.
+The share of the machine's matrix-product rate needs the model's arithmetic. A token uses each weight of the blocks
+twice (forward, and backward for the activations; frozen weights need no third product). A target token also uses the
+output head twice. Each pair of a token and a token that it attends to (itself and earlier tokens) takes part in two
+products of attention forward and four backward. This gives 4 x (block weights x tokens + head weights x target tokens)
++ 12 x layers x heads x head size x pairs FLOP. The products of the adapter, padding, and pairs that the mask hides are
+left out. The rate is measured after every step of a separate run, because it changes from one second to the next. The
+time of these measurements is subtracted.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ SKIPPED, CHECKED, PROFILED = 2, 20, 20
 THEIRS = ("peft:float32:plain", "peft:bfloat16:plain", "peft:bfloat16:grouped")
 OURS, SHARE = "ours:bfloat16:TABuv", "share:bfloat16:TABuv"
 SETTINGS = (f"train.microbatch_tokens={common.PASS_TOKENS}", "train.compile=always")
-"""Of ours when it is timed."""
+"""The overrides of our timed runs."""
 TARGETS = dict(zip(THEIRS, (2.6, 1.7, 1.25), strict=True))
-"""How many times as fast as each of theirs ours should be."""
+"""The targets: how many times as fast as each of theirs ours should be."""
 
 
 def ours(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def theirs(dtype: str, order: str, steps: int, *overrides: str) -> dict[str, Any
 
 
 def arithmetic(run: dict[str, Any]) -> float:
-    """FLOP of a run's timed steps; the formula is in the docstring of this file."""
+    """The FLOP of a run's timed steps. The formula is in the docstring of this file."""
     from tiedlora.tying import target_shape
 
     a = common.config().model.architecture
@@ -95,7 +95,7 @@ def arithmetic(run: dict[str, Any]) -> float:
 
 
 class RateMeter:
-    """After every optimizer step: the rate of matrix products, and when measuring it began and ended."""
+    """After every optimizer step, measures the rate of matrix products, and stores the times of the measurement."""
 
     def __init__(self, dtype: str) -> None:
         self.dtype = dtype
@@ -116,7 +116,7 @@ class RateMeter:
 
 
 def share(dtype: str, tying: str, steps: int, *overrides: str) -> dict[str, Any]:
-    """At which share of the matrix-product rate our timed steps compute, and the rate's median in FLOP/s."""
+    """The share of the matrix-product rate that our timed steps reach, and the median of the rate in FLOP/s."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     meter = RateMeter(dtype)
@@ -145,7 +145,7 @@ def check() -> float:
 
 
 def profile(steps: int) -> None:
-    """Which operators take the time of our steps, without the first steps, which are not timed either."""
+    """Print which operators take the time of our timed steps."""
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -165,10 +165,10 @@ def profile(steps: int) -> None:
 
 
 def compare(steps: int, alternations: int) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """(name -> its measurements, measurements of the share), ours and theirs in turn."""
+    """(name -> its measurements, measurements of the share). Ours and theirs alternate."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, *THEIRS)}
     shares: list[dict[str, Any]] = []
-    # The first measurement compiles, into torch's cache, where the timed steps of the others find the code.
+    # The first measurement fills torch's compile cache for the others.
     for alternation in range(alternations + 1):
         shares.append(common.measure(__file__, SHARE, str(steps), *SETTINGS))
         print(f"{alternation} {SHARE}: {shares[-1]['share']:.3f}", file=sys.stderr)
@@ -181,7 +181,7 @@ def compare(steps: int, alternations: int) -> tuple[dict[str, list[dict[str, Any
 
 
 def _speed(run: dict[str, Any]) -> float:
-    """Tokens a second."""
+    """Tokens per second."""
     return float(run["tokens"] / run["seconds"])
 
 

@@ -1,9 +1,9 @@
 """python benchmarks/tying.py [--batches 24] [--json FILE]: what a step of TABuv, of Tuv and of PEFT's adapters costs.
 
-In one process, on the same GSM8K batches of SmolLM2-135M in bfloat16 (rank 8, batch 8, blocks not compiled): every
-adapter in turn trains on each batch, in another order each time, and its seconds are divided by those of our LoRA on
-the same batch. The interval is a bootstrap of the mean ratio over batches. PEFT's LoRA and VeRA (its method nearest to
-Tuv) adapt q, k and v, with the same loss and attention as ours, so only the adapter differs.
+It runs in one process, with SmolLM2-135M in bfloat16 on GSM8K batches (rank 8, batch 8, blocks not compiled). On each
+batch every adapter trains one step, in another order each time. Its seconds are divided by those of our LoRA on the
+same batch. The interval is a bootstrap of the mean ratio over batches. PEFT's LoRA and VeRA (its method nearest to Tuv)
+adapt q, k and v, with the same loss and attention as ours, so only the adapter differs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAMES = (*OURS, "PEFT LoRA", "PEFT VeRA")
 
 
 def with_peft(name: str, model: Any) -> Any:
-    """The model with a fresh adapter of PEFT."""
+    """The model with a new adapter of PEFT."""
     if name == "PEFT LoRA":
         return baseline.peft_lora(model)
     settings = VeraConfig(r=common.RANK, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -39,7 +39,7 @@ def with_peft(name: str, model: Any) -> Any:
 
 
 class StepTimer:
-    """Trains one model with one adapter after the other, and times each step."""
+    """Trains one model with several adapters, one after the other, and times each step."""
 
     def __init__(self) -> None:
         configs = {name: common.config(f"tying={name}") for name in OURS}

@@ -1,4 +1,4 @@
-"""Tests use tiny random models, real rows where they are at hand, and never the network."""
+"""Tests use tiny random models, real rows if they are available, and never the network."""
 
 import os
 import runpy
@@ -13,18 +13,23 @@ for name in ("TIEDLORA_DATA", "TIEDLORA_OUTPUTS", "TIEDLORA_CACHE"):
 
 from pathlib import Path
 
+import absl.logging
 import pytest
 import torch
 
 from tiedlora.config import compose as configuration
 from tiedlora.config.schema import Config
 
+# absl, which rouge-score imports, keeps the stream that standard error is at its import, and closes it when Hydra sets up
+# logging. Under pytest that would be the file that captures all output.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
 
 @pytest.fixture
 def script(monkeypatch, capsys):
-    """Run a file of the repository as a command, in this process: start-up would cost more than all it does.
+    """Run a file of the repository as a command in this process, because the start of a process would take longer.
 
-    Gives (exit code, standard output, standard error).
+    Returns (exit code, standard output, standard error).
     """
 
     def start(path: str, *arguments: object) -> tuple[int, str, str]:

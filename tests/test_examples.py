@@ -1,4 +1,4 @@
-"""Every file in examples/ runs as its first line says."""
+"""Every file in examples/ runs with the command in its first line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""docs/extending.md, carried out to the letter in a copy of the project: one run uses all that the page adds."""
+"""docs/extending.md is applied exactly to a copy of the project, and one run uses everything that the page adds."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from tiedlora.tying import trainable_params
 
 PAGE = PROJECT / "docs" / "extending.md"
 BASIC = ["task=antonyms", "data_root=rows", "train=tiny", "model=tiny_llama"]
-"""What the copy trains without the page's optimizer, schedule, tracker and part."""
+"""The copy's training without the page's optimizer, schedule, tracker and part."""
 EXECUTION = ["train.threads=1", "train.dtype=float32", "outputs=outputs", "cache=cache"]
 
 
@@ -44,7 +44,7 @@ def commands() -> list[list[str]]:
 
 
 def apply(block: Block, root: Path) -> None:
-    """Write the block's file; where the block is a diff, change the places that it shows."""
+    """Write the block's file. If the block is a diff, change the places that it shows."""
     path = root / block.path
     if block.language != "diff":
         assert not path.exists(), block.path
@@ -70,7 +70,7 @@ def start(root: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory) -> Path:
-    """A copy of the project with all that the page adds."""
+    """A copy of the project with everything that the page adds."""
     root = tmp_path_factory.mktemp("extended")
     for name in ("src", "conf"):
         shutil.copytree(PROJECT / name, root / name)
@@ -140,7 +140,7 @@ def test_the_part_is_trained_and_saved(run_folder, record):
 
 
 def test_ids_of_earlier_runs_stay(extended):
-    """All that the page adds is neutral where it is not used."""
+    """Everything that the page adds changes nothing if it is not used."""
     overrides = ["model=tiny_llama", "tying=TAuv", "train=tiny"]
     code = "import sys; from tiedlora.config import compose, identity; "
     code += "print(identity.run_id(compose.compose_config(sys.argv[1:])))"

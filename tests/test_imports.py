@@ -1,4 +1,4 @@
-"""The house: packages import one way, no circle, torch behind one door, Hydra in its rooms, small rooms."""
+"""Packages import in one direction, without cycles; late imports of torch, places of Hydra, and sizes of files."""
 
 import ast
 import subprocess
@@ -11,14 +11,14 @@ HOUSE = SRC / "tiedlora"
 ORDER = (
     *("sweeps", "runs", "report", "export", "scoring", "training", "tracking", "data"),
     *("models", "tasks", "adapter", "records", "config", "statistics"),
-    # Modules at the top of the package: they know no package.
+    # The modules of tiedlora itself. They import no package.
     *("text", "storage", "tying", "keys", "errors"),
 )
 """From top to bottom: a package may import what stands after it. CONTRIBUTING.md lists the packages in this order."""
 HYDRA_ROOMS = ("sweeps", "config")
 NO_TORCH = ("sweeps", "report", "records", "config", "statistics", "tasks", "tracking")
 LAZY = {
-    # Function-level imports of src/, each with its reason in a comment there.
+    # The imports inside functions of src/. A comment there gives the reason of each.
     "runs/lazy.py": {"tiedlora.runs", "torch"},
     "scoring/predict.py": {"tiedlora.tasks.task_metric"},
     "sweeps/worker_slots.py": {"joblib.externals.loky"},
@@ -66,7 +66,7 @@ def room(module: str) -> str:
 
 
 def arrows() -> dict[tuple[str, str], str]:
-    """(importing package, imported package) -> a file that does it; types-only imports do not count."""
+    """(importing package, imported package) -> a file with this import. Imports only for types do not count."""
     found = {}
     for path in modules():
         here = path.relative_to(HOUSE).parts[0].removesuffix(".py")

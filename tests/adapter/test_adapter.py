@@ -1,4 +1,4 @@
-"""The method: formula, ties, initial values, attach, detach, merge, and the adapter's file."""
+"""The method: the formula, ties, initial values, attaching, detaching, merging, and the adapter's file."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ def logits(model, ids):
 
 
 def captured(model, path, ids):
-    """Input and output of one module in a forward pass."""
+    """The input and the output of one module in a forward pass."""
     seen = {}
     handle = model.get_submodule(path).register_forward_hook(lambda _, args, out: seen.update(x=args[0], z=out))
     logits(model, ids)
@@ -70,7 +70,7 @@ class TestEveryConfiguration:
             assert not torch.equal(p, start[key]), f"{key} never moved"
 
     def test_folded_equals_literal(self, model_name, name, ids):
-        """float64, at every adapted projection: z = W x + s diag(v) B diag(u) A x."""
+        """z = W x + s diag(v) B diag(u) A x at every adapted projection, in float64."""
         base = tiny(model_name, "float32")
         base.model.double()
         attached = attach(base.model, tying_option(name), 4, alpha=6.0)
@@ -156,7 +156,7 @@ def test_random_parts_change_every_target_of_every_layer(model_name, ids):
 
 
 def test_gradient_of_a_tied_factor_is_the_sum_over_layers(ids):
-    """Against the same model with the factors untied and equal."""
+    """The gradient of a tied factor is compared with those of a model whose factors are untied and equal."""
     base = tiny("tiny_llama")
     tied = attach(base.model, tying_option("TAB"), 4)
     randomise(tied.adapter)

@@ -1,4 +1,4 @@
-"""Every family: which outputs are Q, K and V, outputs and gradients against a literal computation, merge, the loss."""
+"""Every family of models: where Q, K and V are; outputs and gradients against the formula; merging; the loss."""
 
 import pytest
 import torch
@@ -24,9 +24,9 @@ def logits(model, ids):
 
 
 def literal_weights(model, attached):
-    """Every adapted weight with its update written out as the paper does, differentiable in the parts.
+    """Every adapted weight with its update, computed by the paper's formula and differentiable in the parts.
 
-    Layouts are written by hand here, family by family: nothing of architectures.py is used.
+    The layouts are written by hand here for each family; nothing of architectures.py is used.
     """
     a = attached.adapter.architecture
     parts = attached.adapter.targets["qkv"]
@@ -84,16 +84,16 @@ def test_outputs_and_gradients_equal_the_literal_update(family, name, ids):
 @pytest.mark.parametrize("target", ["q", "k", "v"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_part_reaches_what_attention_takes_as_that_part(family, target, ids, monkeypatch):
-    """Seen from attention itself: adapting q alone changes the queries of the first layer and nothing else there."""
+    """As attention sees it: if only q is adapted, only the queries of the first layer change there."""
     seen: list[dict[str, torch.Tensor]] = []
     attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def probe(module, query, key, value, *args, **kwargs):
         seen.append({"q": query.detach(), "k": key.detach(), "v": value.detach()})
-        # Gemma 2's cap on attention scores is its own eager function's; what comes after does not matter here.
+        # Only Gemma 2's eager function caps the attention scores, which does not matter here.
         return attention(module, query, key, value, *args, **{**kwargs, "softcap": None})
 
-    # Under a known name, so that masks are made as for it.
+    # A known name is used, so that transformers makes the masks for it.
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "eager", probe)
     model = family_model(family, attn_implementation="eager")
     spec = named("TABuv")
@@ -105,7 +105,7 @@ def test_a_part_reaches_what_attention_takes_as_that_part(family, target, ids, m
     logits(model, ids)
     changed = {part for part in "qkv" if not torch.equal(plain[part], seen[0][part])}
     assert changed == {target}
-    # Every head of it: with heads interleaved, a block would reach some heads' q, k and v.
+    # Every head must change: with interleaved heads, a wrong block would change q, k and v of some heads.
     assert (plain[target] != seen[0][target]).flatten(2).any(-1).all()
 
 
@@ -129,7 +129,7 @@ def test_every_projection_can_be_adapted(family, ids):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_is_the_models_own(family):
-    """Capped logits (Gemma 2), biases of the head, norms: the chunked loss against the model's own logits."""
+    """The chunked loss equals that of the model's own logits, with capped logits (Gemma 2), head biases and norms."""
     model = family_model(family)
     attached = attach(model, "TABuv", RANK)
     randomise(attached.adapter, scale=0.2)
@@ -146,7 +146,7 @@ def test_the_loss_is_the_models_own(family):
 
 
 class TestUnknownFamilies:
-    """An OPT: q, k and v have their own modules, under other names."""
+    """A model of the OPT family: q, k and v are three modules with other names."""
 
     LAYOUT = Layout(
         layers="model.decoder.layers",

@@ -1,4 +1,4 @@
-"""Malformed adapter files: a table of them with what each says, and a search for more."""
+"""Malformed adapter files: a table of files with their messages, and a search for more."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ from tiedlora.models.base_model import load_base
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An adapter's folder that is never changed: its two files' contents."""
+    """The contents of the two files of an adapter's folder that is never changed."""
     folder = tmp_path_factory.mktemp("whole") / "adapter"
     base = tiny("tiny_llama")
     save_adapter(attach(base.model, tying_option("TABuv"), 4).adapter, folder, base.record)
@@ -32,7 +32,7 @@ def whole(tmp_path_factory):
 
 
 def write(folder, description, data: bytes, *, sign: bool = True):
-    """The two files, with the checksum that the tensors have unless the checksum is what is wrong."""
+    """Write the two files, with the correct checksum of the tensors, except if the checksum is the error."""
     folder.mkdir(exist_ok=True)
     if sign:
         description = {**description, "sha256": hashlib.sha256(data).hexdigest()}
@@ -55,7 +55,7 @@ def changed(**tensors):
     return make
 
 
-TENSORS = {  # what adapter.safetensors becomes, and what is said
+TENSORS = {  # the changed adapter.safetensors, and words of the message
     "empty": (lambda data, _: b"", "is not a readable safetensors file"),
     "cut in the header": (lambda data, _: data[:40], "is not a readable safetensors file"),
     "cut in the values": (lambda data, _: data[:-4], "is not a readable safetensors file"),
@@ -103,7 +103,7 @@ def test_a_missing_part_and_another_checksum(whole, tmp_path):
         load(tmp_path / "adapter")
 
 
-DESCRIPTIONS = {  # what adapter.json gets, and what is said
+DESCRIPTIONS = {  # the changed values of adapter.json, and words of the message
     "another format": ({"format": 2}, "format 2 is not 1"),
     "no format": ({"format": None}, "format None is not 1"),
     "a negative rank": ({"rank": -1}, "rank=-1"),
@@ -176,7 +176,7 @@ def test_what_is_no_description(what, whole, tmp_path, monkeypatch):
 
 
 def test_a_small_file_that_asks_for_a_large_memory(whole, tmp_path):
-    """Frozen random parts that were left out are drawn again: their size is what a few bytes say."""
+    """Frozen random parts that were left out are drawn again. A few bytes of the description determine their size."""
     description, _ = whole
     architecture = {**description["architecture"], "hidden": 10**6}
     tying = {**description["tying"], "A": {"trained": False, "init": "uniform", "share": 1}}
@@ -227,7 +227,7 @@ def test_an_adapter_of_another_model(whole, tmp_path):
         attach_adapter(deeper, load(folder)[0])
 
 
-MODELS = {  # files of a base model's folder, and what is said
+MODELS = {  # files of a base model's folder, and words of the message
     "no weights": ({"config.json": b"{}"}, "must be a folder with config.json, tokenizer.json and *.safetensors"),
     "a pickle for weights": ({"config.json": b"{}", "pytorch_model.bin": pickle.dumps(Evil())}, "must be a folder"),
     "a pickle called safetensors": (
@@ -292,7 +292,7 @@ def test_any_description_loads_or_is_refused(whole, tmp_path_factory, data):
 @given(st.data())
 @search(80)
 def test_any_tensors_load_or_are_refused(whole, tmp_path_factory, data):
-    """Bytes of the file changed, cut out or put in, the checksum made to fit; or any bytes at all."""
+    """The file with bytes changed, removed or inserted and a matching checksum, or a file of any bytes."""
     description, tensors = whole
     mangled = bytearray(tensors)
     if data.draw(st.integers(0, 9)) == 0:

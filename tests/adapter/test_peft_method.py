@@ -1,4 +1,4 @@
-"""TiedLoraConfig in PEFT: the same adapter as ours, in Trainer, saved once, reloaded tied, merged."""
+"""TiedLoraConfig in PEFT: it is our adapter, trains in Trainer, saves each part once, loads parts tied, and merges."""
 
 import copy
 import json
@@ -72,7 +72,7 @@ def test_trainer_trains_resumes_and_saves_each_part_once(tmp_path, ids):
         settings = TrainingArguments(
             str(tmp_path / "out"),
             max_steps=steps,
-            # The schedule must not depend on where this run ends.
+            # The schedule must not depend on the last step of this run.
             lr_scheduler_type="constant",
             per_device_train_batch_size=4,
             learning_rate=1e-2,

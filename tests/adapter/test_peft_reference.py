@@ -1,4 +1,4 @@
-"""PEFT as the reference: dropout 0, lora_alpha = alpha, all parts random and non-zero on both sides.
+"""PEFT as the reference, with dropout 0, lora_alpha = alpha, and all parts random and non-zero on both sides.
 
 GPT-2's fused c_attn is one module, so everything is equal. With separate q, k and v PEFT has an A for
 each: ours is copied into all three, and its gradient is the sum of theirs.
@@ -19,7 +19,7 @@ QKV = ["q_proj", "k_proj", "v_proj"]
 
 
 def adapted(model_name: str, option: str, alpha: float) -> tuple[Attached, torch.nn.Module]:
-    """Ours with random parts, and an untouched copy of the base for PEFT."""
+    """Our adapter with random parts, and an unchanged copy of the base for PEFT."""
     base = tiny(model_name)
     twin = copy.deepcopy(base.model)
     attached = attach(base.model, tying_option(option), RANK, alpha)
@@ -51,7 +51,7 @@ def peft_lora(twin: torch.nn.Module, attached: Attached, targets: list[str], fan
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """float32: within 1e-4 of the tensor's largest entry."""
+    """Compare float32 tensors within 1e-4 of the largest entry."""
     assert theirs.abs().max() > 0
     return bool((ours - theirs).abs().max() <= 1e-4 * theirs.abs().max())
 
@@ -96,7 +96,7 @@ def test_lora_on_separate_projections(ids):
 
 
 def test_lora_qkv_is_pefts_lora(ids):
-    """tying=LoRA_qkv has PEFT's parameters one for one: outputs, counts and all gradients are equal."""
+    """tying=LoRA_qkv has exactly PEFT's parameters: outputs, counts and all gradients are equal."""
     attached, twin = adapted("tiny_llama", "LoRA_qkv", ALPHA)
     theirs = peft_lora(twin, attached, QKV, fan_in_fan_out=False)
     assert attached.adapter.trainable_params() == sum(p.numel() for p in theirs.parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""What a wrong configuration says: one line that names the key."""
+"""A wrong configuration gives one line that names the key."""
 
 import pytest
 from omegaconf import OmegaConf

@@ -1,4 +1,4 @@
-"""Malformed configurations: a table of them with what each says, and a search for more."""
+"""Malformed configurations: a table of them with their messages, and a search for more."""
 
 import dataclasses
 import os
@@ -146,7 +146,7 @@ def test_a_random_model_that_cannot_be_made(what):
 
 
 PLAIN = b"model: {name: m}\ntask: {name: t, kind: k, prompt: p, target: t}\n"
-# What a config.yaml may hold that no command line brings.
+# Contents of a config.yaml that a command line cannot have.
 FILES = {
     "a tag of Python": (b"seed: !!python/object/apply:os.system ['touch owned']\n", "is not readable YAML"),
     "a tag of a Python name": (b"seed: !!python/name:os.system\n", "is not readable YAML"),
@@ -227,7 +227,7 @@ def test_the_command_ends_in_one_line_and_writes_nothing(tmp_path):
 
 
 def test_no_secret_is_in_anything_a_run_writes(tiny_config, tmp_path, monkeypatch):
-    """Names that W&B, the hub and clouds read; the run logs to W&B too, offline."""
+    """Variables that W&B, the hub and clouds read. The run also logs to W&B, offline."""
     names = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD")
     for number, name in enumerate(names):
         monkeypatch.setenv(name, f"{number}{SECRET[:39]}"[:40])
@@ -273,7 +273,7 @@ def good() -> dict:
 @given(st.lists(st.tuples(st.sampled_from(sorted(schema_keys())), ODD_VALUES), min_size=1, max_size=3))
 @search(40)
 def test_any_values_load_or_are_refused(tmp_path_factory, changes):
-    """A config.yaml with values of any kind at any place, as a stranger's run may have."""
+    """A config.yaml with values of any kind at any place, as the run of a stranger may have."""
     values = good()
     for key, value in changes:
         node = values
@@ -287,7 +287,7 @@ def test_any_values_load_or_are_refused(tmp_path_factory, changes):
         try:
             path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
         except Exception:
-            return  # OmegaConf cannot write it down either
+            return  # OmegaConf cannot write such a value
         config = configuration.read_config(path)
         from tiedlora.config.identity import run_id
 

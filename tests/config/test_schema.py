@@ -48,7 +48,7 @@ def test_the_description_of_a_key():
     assert steps.allowed() == "a whole number, at least 1"
     assert describe_key("train.clip").allowed() == "a number, at least 1e-12 (or null)"
     assert describe_key("train.dtype").allowed() == "one of float32, bfloat16"
-    assert describe_key("tying.A.trained").help == "Whether the optimizer moves it."
+    assert describe_key("tying.A.trained").help == "Whether the optimizer changes it."
 
 
 @pytest.mark.parametrize(

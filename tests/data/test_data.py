@@ -1,4 +1,4 @@
-"""From text to batches: labels cover the target alone, and long prompts are shortened as the task allows."""
+"""From text to batches: labels cover only the target, and long prompts are shortened as the task allows."""
 
 import importlib.util
 
@@ -63,7 +63,7 @@ def test_a_long_context_loses_its_end_at_a_word_and_never_the_question():
     context, question = short.prompt.removeprefix("Passage: ").split("\n", 1)
     assert question == "Question: Which one?\nAnswer:"
     assert PASSAGE.startswith(context + " ")
-    # As long as it may be: the next word no longer fits, and a cut word is not kept.
+    # It is as long as possible: the next word does not fit, and no part of a word is kept.
     assert 492 - 8 - 8 < len(coder.prompt(short.prompt)) <= 492
     assert coder.shortened(short) is short
 
@@ -110,7 +110,7 @@ def test_the_chat_template_of_the_embedded_model():
     prompt = tokenizer.decode(encoded.prompt)
     assert "<|im_start|>user\nGerman: Danke.\nEnglish:<|im_end|>" in prompt
     assert prompt.endswith("<|im_start|>assistant\n")
-    # The assistant's turn starts without a blank and ends as every turn does.
+    # The assistant's turn starts without a blank, and ends like every turn.
     assert tokenizer.decode(encoded.target) == "Thanks.<|im_end|>"
     plain = Encoder(tokenizer, configuration.compose_config(["task=iwslt2017"]).task, config.model.context)
     assert tokenizer.decode(plain.example(Example("0", "x", " Thanks.")).target) == " Thanks.<|im_end|>"

@@ -1,6 +1,6 @@
 """python tests/drills/failing_cells.py [--ways exception ...] [--model smollm2_135m] [--folder /tmp/failing]
 
-Eight cells (eight learning rates) in two joblib processes, one of them made to fail in a way that happens:
+It runs eight cells (eight learning rates) in two joblib processes. One cell is made to fail, in one of these ways:
 
 - exception: a file lies where the cell's checkpoints go, so that its first one cannot be saved;
 - not_finite: its rate is 100, and nothing clips the gradient;
@@ -8,8 +8,8 @@ Eight cells (eight learning rates) in two joblib processes, one of them made to 
 - killed_once: kill -9 of its worker once, which the retry repairs.
 
 The other seven must finish, and the command must end with 1 and name the cell in table and message. When the cause is
-repaired, only that cell may be trained, and the seven files of results stay as they are. In the end all ways must give
-the same eight results.
+repaired, only that cell may be trained, and the files of the other seven results must not change. In the end, all ways
+must give the same eight results.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def overrides(model: str, outputs: Path, rates: tuple[str, ...] = RATES) -> list
 
 
 def sweep(words: list[str], *meanwhile: Callable[[], object]) -> tuple[int, str, str]:
-    """The sweep in two joblib processes; exit code, output and messages."""
+    """Run the sweep in two joblib processes. Returns exit code, output and messages."""
     command = [sys.executable, str(PROJECT / "train.py"), "--multirun", "hydra/launcher=joblib_slots", *words]
     threads = [threading.Thread(target=work, daemon=True) for work in meanwhile]
     for thread in threads:
@@ -73,7 +73,7 @@ def victim(words: list[str], rate: str) -> Path:
 
 
 def kill_workers(folder: Path, times: int) -> None:
-    """kill -9 the process that has the run's lock open, after each of the first `times` new checkpoints."""
+    """Send kill -9 to the process that has the run's lock, after each of the first `times` new checkpoints."""
     earlier: set[Path] = set()
     for _ in range(times):
         while not (new := set(folder.glob("checkpoint/step-*[0-9]")) - earlier):
@@ -84,7 +84,7 @@ def kill_workers(folder: Path, times: int) -> None:
                 if os.readlink(file) == str(folder / ".lock"):
                     os.kill(int(file.parts[2]), signal.SIGKILL)
             except OSError:
-                # It has ended meanwhile, or belongs to another user.
+                # It has ended in the meantime, or belongs to another user.
                 continue
 
 
@@ -93,7 +93,7 @@ def times_written(outputs: Path) -> dict[str, int]:
 
 
 def way(name: str, model: str, outputs: Path) -> list[str]:
-    """Fail in one way and repair it; the row of the printed table."""
+    """Fail in one way and repair it. Returns the row of the printed table."""
     rates = list(RATES)
     if name == "not_finite":
         rates[VICTIM] = "100"
@@ -109,7 +109,7 @@ def way(name: str, model: str, outputs: Path) -> list[str]:
     if name == "killed_once":
         assert (code, len(before)) == (0, 8), err
         assert "continuing from step" in err
-        return [name, str(code), "8", "its retry went on from the checkpoint", ""]
+        return [name, str(code), "8", "its retry continued from the checkpoint", ""]
 
     assert code == 1, err
     assert len(before) == 7, sorted(before)

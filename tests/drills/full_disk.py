@@ -1,12 +1,12 @@
-"""python tests/drills/full_disk.py [--moments N]: the disk fills up before a write of a run, for every write in turn.
+"""python tests/drills/full_disk.py [--moments N]: fill the disk before a write of a run, for each of its writes.
 
-The run of kill_run.py works on a small file system in memory. Before its n-th opening of a file for writing the rest of
-that file system is taken (all of it, and all but one page: then a write fails in its middle). Every such run must end
-with exit code 2 and one line that names a file, and without a result.json; once there is space, the same configuration
-is started again and must leave what an uninterrupted run leaves, byte for byte as in kill_run.py. Prints a table by the
-file that was to be written and exits with 1 if anything differs.
+The run of kill_run.py works on a small file system in memory. Before the n-th file is opened for writing, the rest of
+that file system is filled (completely, or except for one page, so that a write fails in the middle). Every such run
+must end with exit code 2, one line that names a file, and no result.json. Then there is space again, and the same
+configuration is started. It must leave the same files as an uninterrupted run, byte for byte as in kill_run.py. The
+drill prints a table of the files that were to be written, and exits with 1 if anything differs.
 
-Mounting needs root on Linux; without, this says so and ends with 0.
+To mount a file system needs root on Linux. Without it, the drill is skipped and ends with 0.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Writes:
 
 
 def kind(path: Path) -> str:
-    """What a path is for, without process ids, steps and digests."""
+    """The path without process ids, steps and digests."""
     if path.name.endswith(".lock"):
         return "a lock"
     if path.parent.name == "base":
@@ -87,7 +87,7 @@ def fill(disk: Path, spare: int) -> None:
 
 
 def child(outputs: Path, writes: Writes) -> tuple[int, str, list[str]]:
-    """A run in a fork: its exit code, what it told on standard error, and what it wrote in order."""
+    """Carry out a run in a fork. Returns its exit code, its standard error, and the files it wrote, in order."""
     with tempfile.TemporaryFile("w+") as told, tempfile.TemporaryFile("w+") as wrote:
         process = os.fork()
         if process == 0:
@@ -114,7 +114,7 @@ def child(outputs: Path, writes: Writes) -> tuple[int, str, list[str]]:
 
 
 def trial(place: Path, number: int, spare: int, whole: dict[str, Any]) -> tuple[str, list[str]]:
-    """The file before whose writing the disk was filled, and what was wrong."""
+    """The file that was to be written when the disk was full, and a list of what was wrong."""
     with small_disk(place) as disk:
         outputs = disk / "outputs"
         code, told, wrote = child(outputs, Writes(disk, number, spare))
@@ -139,7 +139,7 @@ def trial(place: Path, number: int, spare: int, whole: dict[str, Any]) -> tuple[
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--moments", type=int, help="so many of the writes, spread evenly; all by default")
-    parser.add_argument("--from", type=int, default=1, dest="first", help="go on from this write")
+    parser.add_argument("--from", type=int, default=1, dest="first", help="continue from this write")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -170,7 +170,7 @@ def main() -> int:
                 wrong += [f"write {number} ({what}), {spare} bytes left: {line}" for line in found]
     rows = [[what, str(tried), str(exact)] for what, (tried, exact) in table.items()]
     print(printed.table(["full before the writing of", "trials", "one line, then the exact result"], rows))
-    print("\n".join(wrong) if wrong else f"{2 * len(chosen)} of {2 * len(chosen)} went on to the exact result")
+    print("\n".join(wrong) if wrong else f"{2 * len(chosen)} of {2 * len(chosen)} continued to the exact result")
     return 1 if wrong else 0
 
 

@@ -1,12 +1,12 @@
-"""python tests/drills/kill_run.py [--moments 50]: kill -9 one run at many moments; each must resume exactly.
+"""python tests/drills/kill_run.py [--moments 50]: kill a run with kill -9 at many moments; each must resume exactly.
 
-A run on a tiny random model passes some hundreds of events: reading its parts, every optimizer step, every
-fsync and rename, every step of decoding. For moments spread evenly over them, a process is killed at the
-event, the same configuration is started again, and what it leaves is compared with an uninterrupted run:
-adapter and predictions byte by byte, metrics and result but for times. Prints a line a stage and exits
-with 1 if anything differs, or if more optimizer steps were executed than one checkpoint interval a kill.
+A run on a tiny random model has more than a hundred events: reading its parts, every optimizer step, every fsync and
+rename, every step of decoding. For evenly spread events, a process is killed at the event, and the same configuration
+is started again. The files that it leaves are compared with those of an uninterrupted run: adapter and predictions byte
+by byte, metrics and result except for times. The drill prints one line per stage. It exits with 1 if anything differs,
+or if a kill cost more optimizer steps than one checkpoint interval.
 
-The processes are forks of this one, which has imported everything: a kill costs a fraction of a second.
+The processes are forks of this one, which has imported everything. So a kill costs a fraction of a second.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def config(outputs: Path) -> Config:
 
 
 class Events:
-    """Counts what the run passes, and kills the process at one of them."""
+    """Counts the events of the run, and kills the process at one of them."""
 
     def __init__(self, kill_at: int | None, journal: Path) -> None:
         self.kill_at, self.journal, self.count = kill_at, journal, 0
@@ -80,7 +80,7 @@ class Events:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def write(self, line: str) -> None:
-        """Append at once: what was done stays known whatever happens to the process."""
+        """Append to the journal at once, so that it is complete even if the process is killed."""
         with open(self.journal, "ab", buffering=0) as file:
             file.write(f"{line}\n".encode())
 
@@ -109,7 +109,7 @@ class Events:
 
 
 def child(outputs: Path, kill_at: int | None) -> tuple[int, list[str]]:
-    """One process; its wait status and the journal of what it did."""
+    """Run one process. Returns its wait status and its journal."""
     journal = outputs / "journal"
     outputs.mkdir(parents=True, exist_ok=True)
     process = os.fork()
@@ -130,7 +130,7 @@ def child(outputs: Path, kill_at: int | None) -> tuple[int, list[str]]:
 
 
 def leftovers(outputs: Path) -> dict[str, Any]:
-    """What must be the same."""
+    """The files and values that must be equal."""
     folder = RunFolder(outputs / run_id(config(outputs)))
     result = folder.record()
     assert result is not None
@@ -147,7 +147,7 @@ def leftovers(outputs: Path) -> dict[str, Any]:
     return {
         "result": json.dumps(without_times(result.to_json()), sort_keys=True),
         "metrics": rows,
-        # Times cannot be equal: they must go on over a resume, and end in what the result says.
+        # Times cannot be equal, but they must continue over a resume and end at the value in the result.
         "clock": (clock == sorted(clock), clock[0] > 0, clock[-1] == result.training.seconds),
         "names": sorted(p.name for p in folder.path.iterdir()),
         **{name: (folder.path / name).read_bytes() for name in files},
@@ -160,7 +160,7 @@ def main() -> int:
     moments = parser.parse_args().moments
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        # Once here, so that every fork has what a run imports.
+        # One run in this process, so that every fork has imported everything that a run needs.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             run.main(config(root / "warm"))
         _, journal = child(root / "whole", None)

@@ -1,12 +1,12 @@
-"""python tests/drills/kill_sweep.py [--model smollm2_135m] [--folder /tmp/kill]: a sweep that is killed ten times.
+"""python tests/drills/kill_sweep.py [--model smollm2_135m] [--folder /tmp/kill]: kill a sweep ten times.
 
-Eight cells are swept once without interruption, and once with kill -9 at ten moments: at start-up, while the
-base model loads, between optimizer steps, in the middle of writing a checkpoint, while decoding and while
-writing the result. The two must end with the same results and bit-identical adapters, no finished cell may
-be trained again, and the optimizer may not take more steps than planned and one checkpoint interval a kill.
+A sweep of eight cells runs once without interruption, and once with kill -9 at ten moments: at start-up, while the base
+model loads, between optimizer steps, in the middle of writing a checkpoint, while decoding, and while writing the
+result. Both must end with the same results and bit-identical adapters, and no finished cell may be trained again. The
+optimizer may take only the planned steps, plus one checkpoint interval for each kill.
 
-Steps are counted where they happen: the child process appends a line to a journal before each AdamW.step, and another
-one for every cell that it starts to train.
+Steps are counted in the child process: it appends a line to a journal before each AdamW.step, and another line for
+every cell that it starts to train.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ MOMENTS = (
     "result 2",
     "step 5",
 )
-"""Where each of the ten kills falls: the n-th time that the process gets there. A kill at `step` comes before it."""
+"""The ten kills: the moment, and at which of its occurrences. A kill at `step` comes before the step."""
 
 
 class Journal:
-    """What the process does, appended to a file that nothing ever rewrites; and its end at the moment KILL_AT."""
+    """Appends the events of the process to a file, and kills the process at the moment KILL_AT."""
 
     def __init__(self) -> None:
         self.file = os.open(os.environ["JOURNAL"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -63,7 +63,7 @@ class Journal:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def before(self, owner: object, name: str, act: Callable[..., None]) -> None:
-        """Have `act` called with the arguments of `owner.name` before each call of it."""
+        """Make each call of `owner.name` first call `act` with the same arguments."""
         original = getattr(owner, name)
 
         def wrapped(*arguments, **keywords):
@@ -105,7 +105,7 @@ class Journal:
 
 
 def child() -> None:
-    """train.py with a journal, and with an end at the moment that KILL_AT names."""
+    """Run train.py with a journal, and with a kill at the moment that KILL_AT names."""
     journal = Journal()
     journal.install()
     journal.at("start")
@@ -114,7 +114,7 @@ def child() -> None:
 
 
 def overrides_of_a_short_cell(model: str, outputs: Path) -> list[str]:
-    """Overrides of a cell of a few seconds."""
+    """Overrides for a cell that takes a few seconds."""
     return [
         *(f"model={model}", "task=chain_sum", "task.rows.validation=8", "task.rows.test=8", "task.max_new_tokens=8"),
         *("task.options.rows={train: 200, validation: 16, test: 16}", "train=tiny", "train.validation_rows=4"),
@@ -124,7 +124,7 @@ def overrides_of_a_short_cell(model: str, outputs: Path) -> list[str]:
 
 
 def sweep(outputs: Path, model: str, kill_at: str | None = None) -> int:
-    """One start of the sweep; its exit code."""
+    """Start the sweep once. Returns its exit code."""
     overrides = [*overrides_of_a_short_cell(model, outputs), "tying=LoRA,TA,Tuv,TABuv", "seed=0,1"]
     environment = {**os.environ, "JOURNAL": str(outputs) + ".journal", "KILL_AT": kill_at or "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--child", "--multirun", *overrides]
@@ -151,7 +151,7 @@ def results(outputs: Path) -> dict[str, tuple[str, str]]:
 
 
 def steps(outputs: Path) -> int:
-    """Optimizer steps that were taken, those of killed processes included."""
+    """How many optimizer steps were taken, including those of killed processes."""
     return Path(f"{outputs}.journal").read_text().splitlines().count("step")
 
 

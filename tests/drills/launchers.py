@@ -1,7 +1,7 @@
 """python tests/drills/launchers.py [--launchers basic joblib ...] [--model smollm2_135m] [--folder /tmp/launchers]
 
-The same four cells under each launcher, two at a time where it runs several: adapters, records and predictions must be
-the same bytes but for times. ray and submitit need their extras (pip install 'tiedlora[ray,slurm]').
+The same four cells run under each launcher, two at a time if it can run several. Adapters, records and predictions must
+have the same bytes, except for times. ray and submitit need their extras (pip install 'tiedlora[ray,slurm]').
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""python tests/drills/soak.py [--runs 300]: many runs in one process, as a sweep makes them; nothing may pile up.
+"""python tests/drills/soak.py [--runs 300]: many runs in one process, as in a sweep; memory and files must not grow.
 
-Each run is a new one on a tiny random model (the options of tying in turn, another seed every time): loaded, trained,
-checkpointed, scored, recorded. After each, the process's resident memory, open files and threads and the run folder's
-size and files are read. Prints the medians of the first third and of the last, and exits with 1 if one of them grew by
-more than 5 % (seconds, which other work decides too, are shown alone).
+Each run is a new one on a tiny random model, with another seed and the next option of tying. It is loaded, trained,
+checkpointed, scored and recorded. After each run, the drill reads the process's resident memory, open files and
+threads, and the size and files of the run's folder. It prints the medians of the first third and of the last third, and
+exits with 1 if one of them grew by more than 5 %. (Seconds are only shown, because they also depend on other programs.)
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WHAT = (
 
 
 def one(number: int, root: Path, more: list[str]) -> list[float]:
-    """Carry out a run, and what there is afterwards, as WHAT says."""
+    """Carry out a run. Returns the values that WHAT names, measured after it."""
     names = options("tying")
     started = time.perf_counter()
     config = compose_config(

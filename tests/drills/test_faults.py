@@ -1,4 +1,4 @@
-"""Faults on purpose: kills, full disks, folders that cannot be written."""
+"""Deliberate faults: kills, full disks, folders that cannot be written to."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ from tiedlora.training import checkpoint
 
 
 def test_a_run_killed_at_any_moment_resumes_exactly():
-    """Ten moments of tests/drills/kill_run.py, which takes any number."""
+    """tests/drills/kill_run.py with ten moments."""
     done = subprocess.run(
         [sys.executable, str(PROJECT / "tests/drills/kill_run.py"), "--moments", "10"],
         capture_output=True,
@@ -57,7 +57,7 @@ def test_half_written_files_and_a_finished_runs_checkpoints_are_tidied(tiny_conf
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_at_any_write_loses_nothing():
-    """Eight writes of tests/drills/full_disk.py, which takes all of them."""
+    """tests/drills/full_disk.py with eight writes. (By default it takes all of them.)"""
     done = subprocess.run(
         [sys.executable, str(PROJECT / "tests/drills/full_disk.py"), "--moments", "8"],
         capture_output=True,
@@ -67,7 +67,7 @@ def test_a_full_disk_at_any_write_loses_nothing():
     if "skipped" in done.stdout:
         pytest.skip(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "16 of 16 went on to the exact result" in done.stdout
+    assert "16 of 16 continued to the exact result" in done.stdout
 
 
 def test_a_folder_that_cannot_be_written_is_said_in_a_line(tiny_run, tmp_path):
@@ -126,7 +126,7 @@ def address_space() -> int:
     ("stage", "lower"), [("training", "lower train.microbatch_tokens below "), ("scoring", "score.batch_size=500")]
 )
 def test_too_little_memory_says_what_to_lower_and_leaves_the_checkpoint(tiny_config, monkeypatch, stage, lower):
-    """A real limit on the address space, from the first checkpoint or the scoring on."""
+    """Set a real limit on the address space, from the first checkpoint or from scoring on."""
     options = ["task.options.rows={train: 400, validation: 500, test: 2}", "score.base=false", "score.batch_size=500"]
     options += ["train.steps=2", "train.checkpoint_every=1", "train.validate_every=0", "train.validation_rows=8"]
     if stage == "training":
@@ -185,7 +185,7 @@ def test_a_read_only_file_system_is_said_and_a_finished_run_there_is_printed(tin
 
 
 def kill_after(step: int) -> None:
-    """This process ends, as by kill -9, once the checkpoint of a step is written."""
+    """This process ends like after kill -9, when the checkpoint of a step is written."""
     save = checkpoint.save
 
     def save_and_die(folder, progress, *rest):
@@ -222,7 +222,8 @@ def test_data_that_vanish_between_start_and_resume_are_named_and_brought_back_it
 
 
 def test_two_processes_in_one_folder(tiny_config, tmp_path):
-    """Held by another: refused in a line, nothing touched. Started together: one result, the exact one."""
+    """While another process has the lock, a run is refused in one line, and no file changes. Two processes that start
+    together give one result, the exact one."""
     config, whole = tiny_config(), tiny_config(f"outputs={tmp_path}/whole")
     folder, expected = (RunFolder(Path(c.outputs) / run_id(c)) for c in (config, whole))
     run.main(whole)
@@ -254,7 +255,7 @@ for more in (["model=qwen2_5_0_5b", "task=chain_sum"], ["model=tiny_llama", "tas
 
 
 def test_a_hub_that_cannot_be_reached_is_a_line_with_the_ways_round(tmp_path):
-    """Online, but nobody answers: a model, then rows."""
+    """The network is on, but no server answers: first for a model, then for rows."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": f"{tmp_path}/hf"}
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         environment.pop(name, None)
@@ -277,7 +278,7 @@ def wandb_processes() -> list[int]:
 
 
 class TestWandb:
-    """Whatever happens to W&B, the run ends done and its own record is whole."""
+    """After any failure of W&B, the run ends normally, and its own record is complete."""
 
     def finished(self, config) -> None:
         folder = RunFolder(Path(config.outputs) / run_id(config))

@@ -1,4 +1,4 @@
-"""Exports: what PEFT and transformers load of ours gives the same outputs; the card and the lm-eval task are right."""
+"""Exports give the same outputs when PEFT and transformers load them; the card and the lm-eval task are right."""
 
 import copy
 import json
@@ -33,12 +33,12 @@ def logits(model, ids):
 
 
 def close(one, two):
-    """float32: within 1e-5 of the largest logit."""
+    """Compare float32 logits within 1e-5 of the largest one."""
     return (one - two).abs().max() <= 1e-5 * two.abs().max()
 
 
 def random_adapter(family, spec, ids):
-    """A model with every part random, an untouched copy of its base, and its logits, moved by more than 0.1."""
+    """A model with random parts, an unchanged copy of its base, and its logits, which differ by more than 0.1."""
     model = family_model(family)
     twin, before = copy.deepcopy(model), logits(model, ids)
     attached = attach(model, spec, RANK, ALPHA)
@@ -54,7 +54,7 @@ def test_peft_and_merged_weights_give_the_same_outputs(family, name, ids, tmp_pa
     attached, twin, adapted = random_adapter(family, tying_option(name), ids)
     to_peft(attached.adapter, tmp_path / "peft", "a/base")
     with warnings.catch_warnings():
-        # A key that PEFT does not find a place for, or a place without a key, is a warning of its own.
+        # PEFT warns about a key without a place, and about a place without a key.
         warnings.filterwarnings("error", message=".*(missing|unexpected).*")
         theirs = PeftModel.from_pretrained(twin, tmp_path / "peft")
     assert close(logits(theirs, ids), adapted)

@@ -1,4 +1,4 @@
-"""train.py in a process of its own, without the seconds that a new interpreter needs to import torch.
+"""Run train.py in its own process, without the seconds that a new interpreter needs to import torch.
 
 A server process imports torch and transformers once for all tests of a worker, and every command is forked from it. The
 server itself never computes anything, so a forked command starts from the same state as a new interpreter.
@@ -28,7 +28,7 @@ SECONDS_AT_MOST = 200
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended."""
+    """The result of a command."""
 
     code: int
     """The exit code, or minus the signal that ended it."""
@@ -37,7 +37,7 @@ class Ended:
 
 
 class Command:
-    """A started script of the repository, train.py if no other is named."""
+    """A running script of the repository; train.py by default."""
 
     def __init__(
         self, *words: str, script: str = "train.py", project: Path = PROJECT, cwd: Path = PROJECT, **environment: str
@@ -67,15 +67,15 @@ class Command:
 
 
 def sweep(*words: str, **options) -> Command:
-    """`train.py --multirun`, started."""
+    """Start `train.py --multirun`."""
     return Command("--multirun", *words, **options)
 
 
 def _run_script(
     script: Path, words: tuple[str, ...], cwd: Path, environment: dict[str, str], files: list[Path]
 ) -> None:
-    """In the forked process."""
-    # A run collects garbage several times, and would look at every object of the imported modules each time.
+    """Run the command in the forked process."""
+    # A run collects garbage several times. Without this, each collection would visit all objects of the modules.
     gc.freeze()
     for descriptor, file in zip((1, 2), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
@@ -83,7 +83,7 @@ def _run_script(
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = [str(script), *words]
-    # The folder that an interpreter puts first when it runs a script.
+    # An interpreter puts the script's folder first.
     sys.path.insert(0, str(script.parent))
     try:
         runpy.run_path(str(script), run_name="__main__")
@@ -93,7 +93,7 @@ def _run_script(
 
 
 def wait_until(condition: Callable[[], T], seconds: float = 150) -> T:
-    """What `condition` gives, once it is true."""
+    """Wait until `condition` returns a true value, and return this value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, "waited too long"

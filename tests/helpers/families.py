@@ -13,11 +13,11 @@ COMMON = dict(
     bos_token_id=None,
     eos_token_id=256,
     pad_token_id=None,
-    # A wide spread, so that attention and what follows is far from uniform and an update moves the logits.
+    # A wide range of weights, so that attention is far from uniform, and an update changes the logits.
     initializer_range=0.2,
 )
 GROUPED = dict(num_key_value_heads=2)
-# head_dim * heads differs from hidden_size where the family allows it: d_q = 48, d_kv = 24.
+# head_dim * heads differs from hidden_size if the family allows it: d_q = 48, d_kv = 24.
 OWN_HEAD_DIM = dict(**GROUPED, head_dim=12)
 
 NUMBERS = {
@@ -38,7 +38,7 @@ FAMILIES = tuple(NUMBERS)
 
 
 def family_model(family: str, **changes):
-    """float32, evaluation mode, the same weights every time."""
+    """A model in float32 and evaluation mode, with the same weights every time."""
     common = {} if family == "gpt2" else COMMON
     basics = {key: COMMON[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "initializer_range")}
     config = AutoConfig.for_model(family, **{**basics, **common, **NUMBERS[family], **changes})

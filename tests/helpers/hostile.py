@@ -1,4 +1,4 @@
-"""What the tests of malformed input share: a refusal is one UserError, and leaves every file as it was."""
+"""Code that the tests of malformed input share. A refusal is one UserError, and changes no file."""
 
 import json
 import os
@@ -17,19 +17,19 @@ HOSTILE = (
     "</pre><script>alert(1)</script>\x1b[2J\x1b]0;owned\x07\x00\u202e\x9b31m\u2028 =1+1 "
     "\\input{/etc/passwd} [x](javascript:1)"
 )
-"""What a model may write, and a stranger's record hold: script, escapes of a terminal, a formula, LaTeX, a link."""
+"""Texts that a model or a stranger's record may contain: script, terminal escapes, a formula, LaTeX, a link."""
 EXAMPLES = os.environ.get("HOSTILE_EXAMPLES")
-"""A number to search further with: then every search draws other examples than the last."""
+"""How many examples to search. If it is set, every search draws other examples."""
 
 
 def search(examples: int) -> settings:
-    """The same examples in every run of the tests, unless HOSTILE_EXAMPLES asks for a search."""
+    """The tests always use the same examples, except if HOSTILE_EXAMPLES is set."""
     return settings(
         max_examples=int(EXAMPLES or examples),
         derandomize=EXAMPLES is None,
         deadline=None,
         database=None,
-        # Explaining a failure traces every line, which takes minutes here.
+        # The phase "explain" traces every line, which takes minutes here.
         phases=(Phase.explicit, Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
@@ -50,11 +50,11 @@ ODD_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ODD_TEXTS, inner, max_size=3),
     max_leaves=6,
 )
-"""What JSON can hold and more: numbers that are none, texts that end lines, paths and pages."""
+"""All values of JSON and more: not-a-numbers, and texts that end lines, paths and pages."""
 
 
 def snapshot(folder: Path) -> dict[str, object]:
-    """What a folder holds, links as links."""
+    """The content of a folder. Links are not followed."""
     return {
         str(path.relative_to(folder)): path.readlink()
         if path.is_symlink()
@@ -68,7 +68,7 @@ def snapshot(folder: Path) -> dict[str, object]:
 
 @contextmanager
 def refused(says: str, folder: Path | None = None) -> Iterator[pytest.ExceptionInfo[UserError]]:
-    """The block raises a UserError that has `says` in it, and nothing in `folder` has changed."""
+    """The block must raise a UserError with `says` in its message, and must not change `folder`."""
     before = snapshot(folder) if folder else None
     with pytest.raises(UserError, match=re.escape(says)) as caught:
         yield caught
@@ -78,13 +78,13 @@ def refused(says: str, folder: Path | None = None) -> Iterator[pytest.ExceptionI
 
 @contextmanager
 def right_or_refused() -> Iterator[None]:
-    """The block does its work or raises a UserError, and no other exception."""
+    """The block must succeed or raise a UserError, and no other exception."""
     with suppress(UserError):
         yield
 
 
 def put(folder, key: str, value: object) -> None:
-    """Set a dotted key of result.json, or take it away where the value is `...`."""
+    """Set a dotted key of result.json, or remove it if the value is `...`."""
     path = folder / "result.json"
     record = json.loads(path.read_text())
     node = record

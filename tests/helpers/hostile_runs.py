@@ -10,7 +10,7 @@ from tiedlora.runs import run
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """A finished run that is never changed, and the words that make it."""
+    """A finished run that is never changed, and its command's words."""
     root = tmp_path_factory.mktemp("whole")
     words = [
         *("model=tiny_llama", "task=chain_sum", "task.options.rows={train: 12, validation: 6, test: 6}"),
@@ -23,7 +23,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def folder(place, tmp_path):
-    """A copy of it to break, in outputs/ of its own."""
+    """A copy of the run, in its own outputs/, for a test to break."""
     shutil.copytree(place[0], tmp_path / "outputs" / place[0].name)
     return tmp_path / "outputs" / place[0].name
 

@@ -1,4 +1,4 @@
-"""Synthetic run folders of known truth, for tests of the report. Records and rows are built as a run builds them."""
+"""Synthetic run folders with known true scores, for tests of the report. Records and rows are built as in a run."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Task
 
 SMOLLM2_135M = tying.Architecture(layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, intermediate=1536)
-"""Gives the parameter counts of conf/model/smollm2_135m.yaml: LoRA 46,080 at r = 1, TABuv 41,328 at r = 8."""
+"""With the parameter counts of conf/model/smollm2_135m.yaml: LoRA 46,080 at r = 1, TABuv 41,328 at r = 8."""
 METRIC = "exact_match_strict"
 
 
@@ -154,7 +154,7 @@ def write_run(root: Path, record: RunRecord, rows: dict[str, list[PredictionRow]
 
 
 def write_lines(path: Path, rows: Sequence[MetricsRow | PredictionRow]) -> None:
-    """A JSON Lines file. Not flushed to the disk, which would take most of a test's time."""
+    """Write a JSON Lines file. It is not flushed to the disk, because this would take most of a test's time."""
     path.write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
 
 
@@ -170,7 +170,7 @@ def scored_run(
 
 
 def world(root, truth, *, seeds=5, rows=200, base=0.1, seed_sd=0.01, rank=8, generator=None, **about):
-    """Runs of known truth: `truth` maps configurations to success rates; examples differ in difficulty."""
+    """Runs with known true scores. `truth` maps configurations to success rates; examples differ in difficulty."""
     generator = generator or np.random.default_rng(0)
     difficulty = generator.normal(0, 0.1, rows)
     base_scores = generator.random(rows) < np.clip(base + difficulty, 0, 1)

@@ -1,4 +1,4 @@
-"""One good row of each task that reads rows, and what tests do with such rows."""
+"""One good row of each task that reads rows, and functions for such rows."""
 
 import functools
 import json
@@ -47,7 +47,7 @@ SENTINEL = "\u2603 sentinel 12345"
 
 
 def relabelled(kind: str, row: dict) -> dict:
-    """The row with its target fields replaced, and still a row of that task."""
+    """The row with other target fields. It is still a valid row of the task."""
     row = json.loads(json.dumps(row))
     if kind == "gsm8k":
         row["answer"] = f"{SENTINEL}\n#### 99"
@@ -64,7 +64,7 @@ def relabelled(kind: str, row: dict) -> dict:
 
 
 def write(root: Path, kind: str, *rows: dict | str | bytes, split: str = "test") -> Path:
-    """Write rows as a task's file of a split; a text or bytes are written as they are."""
+    """Write rows as the file of a task's split. A text or bytes are written unchanged."""
     path = root / kind / f"{split}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [

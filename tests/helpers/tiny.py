@@ -1,4 +1,4 @@
-"""Options of conf/ by name, and tiny random models: what most tests start from."""
+"""Options of conf/ by name, and tiny random models, for most tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ def tiny(name: str, dtype: str = "float32") -> BaseModel:
 
 
 def randomise(adapter: torch.nn.Module, seed: int = 1, scale: float = 0.5) -> None:
-    """Make every part random and non-zero, so that no term of the formula can hide."""
+    """Make every part random and non-zero, so that every term of the formula has an effect."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters():
         parameter.data = scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)

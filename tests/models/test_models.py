@@ -1,4 +1,4 @@
-"""Base models: a local folder, the random ones, and what is said when one cannot be had."""
+"""Base models: a local folder, the random models, and the messages if a model cannot be loaded."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Malformed run folders, through every command that reads one: a table with what each says, and a search for more."""
+"""Malformed run folders, with every command that reads one: a table with their messages, and a search for more."""
 
 import json
 import os
@@ -22,7 +22,7 @@ SECRET = "hunter2-0123456789abcdef"
 
 
 SCORES = {"rows": 3, "digest": "x", "metrics": {"exact_match": {"value": 0, "low": 0, "high": 1}}}
-RESULTS = {  # a key of result.json, what it becomes, and what is said
+RESULTS = {  # a key of result.json, its new value, and words of the message
     "no run_id": ("run_id", ..., "has no 'run_id'"),
     "a number for an id": ("run_id", 3, "'run_id' is 3"),
     "a path for an id": ("run_id", "../../x", "'run_id' is '../../x'"),
@@ -210,7 +210,7 @@ def test_a_wrong_configuration_in_a_run(what, folder, script, monkeypatch, tmp_p
 
 
 def test_a_run_that_was_moved_writes_beside_itself(folder, place):
-    """Its record says where it was made: a place that may be gone, or a stranger's choice."""
+    """The record holds the place where the run was made. That place may not exist any more, or a stranger chose it."""
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(re.sub(r"(?m)^outputs: .*$", "outputs: /nowhere/of/mine", text))
     lazy.add_scores(RunFolder(folder), ["test"], None)
@@ -314,7 +314,7 @@ def test_a_cache_of_the_base_model_that_was_changed_is_named(folder, words):
 
 
 def test_a_loaded_run_is_an_error_of_one_kind(folder):
-    """From Python there is no exit code: the same UserError."""
+    """Python code gets the same UserError."""
     (folder / "adapter" / "adapter.json").write_text("{")
     with pytest.raises(UserError):
         tiedlora.load(folder)

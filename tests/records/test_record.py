@@ -84,7 +84,7 @@ def test_another_meaning_is_another_run(change):
 
 
 def test_a_new_neutral_key_changes_no_id_and_a_changed_default_does():
-    """Through the very functions that make ids: the schema gets a key, then another default."""
+    """With the functions that make ids: the schema gets a new key, and then another default."""
     config = configuration.compose_config([])
 
     def with_field(name, default, value, neutral=True):
@@ -151,7 +151,7 @@ class TestFolder:
             pass
         holder.kill()
         holder.wait()
-        # The lock dies with its owner.
+        # The lock ends with its process.
         assert folder.state() == "interrupted"
 
     def test_records_hold_no_environment(self, monkeypatch):

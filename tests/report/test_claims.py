@@ -1,4 +1,4 @@
-"""Claims: wrong verdicts on runs of known truth are rare, a floor says nothing, and what would decide is said."""
+"""Claims: wrong verdicts on runs with known true scores are rare, and a score at the floor gives no verdict."""
 
 import itertools
 
@@ -62,9 +62,9 @@ class TestVerdicts:
 
     @pytest.mark.parametrize(("seeds", "rows", "p"), itertools.product((5, 10), (200, 1000), (0.1, 0.5)))
     def test_wrong_verdicts_are_at_most_five_in_a_hundred(self, seeds, rows, p):
-        """The hardest truth: the method is worse by exactly the margin, and both verdicts are wrong.
+        """The hardest case: the method is worse by exactly the margin, so both verdicts are wrong.
 
-        Populations of examples and seeds, both drawn anew each time; 600 worlds, so that 5 % is known to within 1.8.
+        Examples and seeds are drawn again for each population. There are 600, so that 5 % is known to within 1.8.
         """
         generator = np.random.default_rng([seeds, rows, round(100 * p)])
         margin, wrong, worlds = 0.02, 0, 600
@@ -78,7 +78,7 @@ class TestVerdicts:
             true = mean_clipped(p, 0.05, 0.05, 0.01) - mean_clipped(p, 0.05, 0.0, 0.01)
             found = crossed.over_both(tied.astype(float) - lora.astype(float))
             for value, low, high in zip(*found, strict=True):
-                # Moved so that the truth is -margin exactly.
+                # Shifted, so that the true difference is exactly -margin.
                 shift = -margin - true
                 interval = Interval(value + shift, low + shift, high + shift)
                 wrong += verdict(interval, margin) != "undecided"

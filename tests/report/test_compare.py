@@ -1,4 +1,4 @@
-"""The report's numbers: recomputed from predictions, and equal to those of the records."""
+"""The report's numbers: they are computed from predictions, and equal to those of the records."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def numbers(interval):
 
 
 def per_example(kind):
-    """Scores of 200 examples and the base model's: 0 or 1, or between them as F1's."""
+    """Scores of 200 examples, and those of the base model: 0 or 1, or values in between (as for F1)."""
     generator = np.random.default_rng(2)
     if kind == "binary":
         return (generator.random((2, 200)) < [[0.5], [0.3]]).astype(float)
@@ -68,7 +68,7 @@ def per_example(kind):
 
 @pytest.mark.parametrize("kind", ["binary", "mean"])
 def test_one_run_has_the_intervals_that_scoring_gives_its_rows(tmp_path, kind):
-    """And a bootstrap of several seeds is the same one: two seeds that agree have the interval of either."""
+    """The bootstrap of several seeds is the same one: two equal seeds have the interval of either."""
     ours, base = per_example(kind)
     scored_run(tmp_path, ours, base, metric="score")
     row = primary_row(write.build([tmp_path]).rows, "TABuv")
@@ -160,7 +160,7 @@ def test_predictions_that_disagree_with_the_record_give_no_interval(tmp_path):
 
 
 def test_corpus_scores_are_served_by_pseudo_values():
-    """For a ratio of sums (BLEU's shape) they give the score, and the spread of resampled sentences."""
+    """For a ratio of sums (as in BLEU), pseudo-values give the score and the spread of resampled sentences."""
     generator = np.random.default_rng(3)
     length = generator.integers(5, 30, 400).astype(float)
     counts = np.stack([generator.binomial(length.astype(int), 0.6), length], axis=1)

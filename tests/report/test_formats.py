@@ -1,4 +1,4 @@
-"""Values become text at the edge: for people in Markdown, LaTeX and the page, for programs in CSV."""
+"""Values become text only when they are written: for people in Markdown, LaTeX and the page, for programs in CSV."""
 
 import csv
 import math

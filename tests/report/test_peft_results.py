@@ -101,7 +101,7 @@ def test_ours_are_written_so_that_the_reader_of_theirs_reads_them(tmp_path):
     (path,) = (tmp_path / "out").iterdir()
     record = json.loads(path.read_text())
     assert record["train_info"]["metrics"][-1]["train loss"] == pytest.approx(1.0)
-    # What the comparison's own app takes without a default.
+    # Keys that the comparison's own app reads without a default.
     last = record["train_info"]["metrics"][-1]
     assert {"train loss", "train samples", "test accuracy", "train total tokens"} <= set(last)
     package = record["meta_info"]["package_info"]

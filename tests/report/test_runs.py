@@ -93,7 +93,7 @@ def test_no_torch_is_imported(tmp_path):
 
 
 def test_a_thousand_folders_fit_in_memory_and_bad_ones_are_listed(tmp_path):
-    """The bound is 1 GB. Time is not tested: other tests on the same cores double it (docs/results.md has it)."""
+    """The bound is 1 GB. Time is not tested, because other tests on the same cores double it. (See docs/results.md.)"""
     names = ("LoRA", "TABuv", "TAB", "TA", "Tuv")
     generator = np.random.default_rng(1)
     for task in ("chain_sum", "squad", "gsm8k", "iwslt2017", "dialogsum"):
@@ -111,7 +111,7 @@ def test_a_thousand_folders_fit_in_memory_and_bad_ones_are_listed(tmp_path):
         "import re, sys, pathlib; from tiedlora.report import write\n"
         "report = write.build([pathlib.Path(sys.argv[1])])\n"
         "write.write(report, pathlib.Path(sys.argv[2]))\n"
-        # Not getrusage: its peak survives exec, so a child would report its parent's.
+        # getrusage is not used, because its peak survives exec: a child would report the peak of its parent.
         "peak = re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]\n"
         "print(len(report.runs), len(report.left_out), int(peak) // 1024)"
     )

@@ -1,4 +1,4 @@
-"""What version 0.1 left is still read, reported, verified, printed and continued: its run folders are fixtures.
+"""Run folders of version 0.1 can still be read, reported, verified, printed and continued. They are fixtures.
 
 tests/fixtures/version_0_1 holds one run twice, made by version 0.1: finished, and stopped after
 step 3 of 6 with its checkpoint.
@@ -35,13 +35,13 @@ def processor() -> str:
 
 @pytest.fixture
 def old(request, tmp_path):
-    """A copy of the run in a state, in outputs/ of its own."""
+    """A copy of the run in a state, in its own outputs/."""
     shutil.copytree(FIXTURES / request.param / RUN, tmp_path / "outputs" / RUN)
     return tmp_path / "outputs" / RUN
 
 
 def config_of(folder: Path):
-    """The run's own configuration, at the place where the folder lies now."""
+    """The run's own configuration, with the present place of the folder."""
     config = read_config(folder / "config.yaml")
     config.outputs, config.cache = str(folder.parent), str(folder.parents[1] / "cache")
     return config
@@ -91,7 +91,7 @@ def test_a_checkpoint_is_continued_to_the_very_adapter(old, capsys):
     expected = load_file(FIXTURES / "finished" / RUN / "adapter" / "adapter.safetensors")
     for name, values in load_file(old / "adapter" / "adapter.safetensors").items():
         assert (values - expected[name]).abs().max() <= 1e-6
-    # Another kind of processor may round differently; on the fixture's kind every byte must be the same.
+    # Another kind of processor may round differently. On the fixture's kind, every byte must be the same.
     if processor() == PROCESSOR:
         for name in FILES:
             assert (old / name).read_bytes() == (FIXTURES / "finished" / RUN / name).read_bytes(), name

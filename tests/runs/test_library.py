@@ -1,4 +1,4 @@
-"""Runs and adapters loaded back, several on one base, training that starts from one, and the try-it script."""
+"""Loading runs and adapters, several adapters on one base, training that starts from an adapter, generate.py."""
 
 import shutil
 import subprocess
@@ -31,7 +31,7 @@ def test_importing_it_loads_neither_torch_nor_hydra():
 @pytest.mark.parametrize("name", EIGHT)
 def test_a_name_is_the_option_of_conf(name):
     ours, option = asdict(tiedlora.named(name)), asdict(tying_option(name))
-    # A starting rate for the harness's own loop; an attached adapter has none.
+    # The suggested rate is for the harness's own loop; an attached adapter has none.
     assert ours.pop("suggested_lr")
     option.pop("suggested_lr")
     assert ours == option
@@ -94,7 +94,7 @@ class TestRuns:
             tiedlora.load(finished / "adapter")
 
     def test_training_goes_on_from_a_saved_adapter(self, finished, tiny_config, tmp_path):
-        """TAB's end is TABuv's start: u and v are ones there."""
+        """A TABuv run can start from a TAB adapter: u and v start at one."""
         first = RunFolder(finished).record()
         config = tiny_config("tying=TABuv", f"train.init_from={finished}")
         second = run.main(config)
@@ -110,7 +110,7 @@ class TestRuns:
             run_id(tiny_config("tying=TABuv", f"train.init_from={path}")) for path in (finished, tmp_path / "elsewhere")
         }
         assert len(ids) == 1
-        # A run's own record needs the adapter no longer.
+        # The run's own record does not need the adapter any more.
         config = tiny_config("tying=TABuv", f"train.init_from={finished}")
         shutil.rmtree(finished)
         again = tiny_config(

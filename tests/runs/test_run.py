@@ -1,4 +1,4 @@
-"""A run's life on a random model of seconds: record, repeat, resume, added splits, refusals."""
+"""A run on a tiny random model: record, repeat, resume, more splits, refusals."""
 
 import json
 import signal

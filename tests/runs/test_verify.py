@@ -1,4 +1,4 @@
-"""Receipts: an untouched run agrees, and each kind of change is named."""
+"""scripts/verify.py: an unchanged run agrees, and each kind of change is named."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def test_a_changed_output_is_named_by_its_row(copy, kind):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = wrong(copy)
     assert f"row {rows[5]['id']}:" in found[f"predictions {kind}"]
-    # Its batch is regenerated first, so the row is named there too.
+    # The row's batch is regenerated first, so regeneration names the row too.
     assert f"row {rows[5]['id']}:" in found[f"regenerate {kind}"]
 
 
@@ -103,7 +103,7 @@ def test_a_changed_adapter_byte_is_named(copy):
     ],
 )
 def test_a_file_with_another_sha256_than_the_records_is_named(copy, name):
-    """A change that means nothing (a space, a line's end) is a change."""
+    """A change without meaning (a space, a line end) is a change too."""
     with open(copy / name, "ab") as file:
         file.write(b"\n")
     assert "has sha256" in wrong(copy, rows=0)[f"file {name}"]

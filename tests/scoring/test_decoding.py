@@ -20,7 +20,7 @@ from tiedlora.tasks import load_examples, load_task
 
 
 def alone(model, prompt, choice):
-    """The definition: one whole sequence, no cache, no padding."""
+    """The definition: one complete sequence, without cache and padding."""
     ids = torch.tensor([[*prompt, *choice]])
     log_probs = torch.log_softmax(model(ids).logits[0].double(), -1)
     return sum(log_probs[len(prompt) - 1 + i, token].item() for i, token in enumerate(choice))
@@ -68,7 +68,7 @@ def test_generation_stops_at_the_end_of_the_answer(batch_size):
 
 
 def output_of(text, stop):
-    """The output of a model that writes `text`, a token for each byte."""
+    """The output of a model that writes `text`, with one token for each byte."""
     tokenizer = tiny("tiny_llama").tokenizer
     written = []
     for token in tokenizer(text).input_ids:
@@ -91,7 +91,7 @@ def test_a_stop_string_may_have_many_tokens():
 
 
 def test_hellaswag_is_lm_evaluation_harness(tmp_path):
-    """The same prompts, likelihoods and choices, on a few true rows with a real model.
+    """Prompts, likelihoods and choices equal the harness's, on a few real rows with a real model.
 
     Once on the first 200 rows of hellaswag_raw's validation file, this held for every row.
     """
@@ -121,7 +121,7 @@ def test_hellaswag_is_lm_evaluation_harness(tmp_path):
 
 
 def harness_samples(lm_eval, huggingface, yaml, base, path):
-    """What the harness' own task, read from its package, says of each row of a file."""
+    """The results of the harness' own task, read from its package, for each row of a file."""
     folder = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
     spec = importlib.util.spec_from_file_location("harness_hellaswag", folder / "utils.py")
     utils = importlib.util.module_from_spec(spec)

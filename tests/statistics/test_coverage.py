@@ -1,6 +1,6 @@
-"""Coverage by simulation: what claims 95 % covers 93 to 97 %, or docs/results.md and the report say what it covers.
+"""Coverage by simulation: a 95 % interval covers 93 to 97 %, or docs/results.md and the report say what it covers.
 
-The truth p is known. Examples (and seeds) are drawn anew each time, and the report's own code computes the interval.
+The true value p is known. Examples (and seeds) are drawn again each time, and the report's code computes the interval.
 """
 
 import functools
@@ -43,7 +43,7 @@ def documented() -> dict[tuple[str, int, float, int], float]:
 
 
 def check(name, rows, p, seeds, share):
-    """Between 93 and 97 %, or the documents say so to within the simulation's error."""
+    """The coverage is 93 to 97 %, or within the simulation's error of the value in the documents."""
     said = documented().get((name, rows, p, seeds))
     if said is None:
         assert 0.93 <= share <= 0.97, f"{name} with n={rows}, p={p}, {seeds} seeds covers {100 * share:.1f} %"
@@ -52,7 +52,7 @@ def check(name, rows, p, seeds, share):
 
 
 def wilson_coverage(rows, p):
-    """Exact: the sum of the probabilities of the counts whose interval holds p."""
+    """The exact coverage: the sum of the probabilities of the counts whose interval contains p."""
     holds = [wilson(k, rows) for k in range(rows + 1)]
     return float(sum(binom.pmf(k, rows, p) for k, found in enumerate(holds) if found.low <= p <= found.high))
 
@@ -81,7 +81,7 @@ def newcombe_coverage(rows, p):
 
 
 def bootstrap_coverage(rows, p):
-    """Scores as F1's: nothing in most examples, something between 0 and 1 in some; mean p."""
+    """Scores like F1: 0 for most examples, between 0 and 1 for some; their mean is p."""
     generator = np.random.default_rng([rows, round(1000 * p)])
     scores = generator.random((2000, rows)) * (generator.random((2000, rows)) < min(1.0, 2 * p))
     truth = min(1.0, 2 * p) / 2
@@ -99,12 +99,12 @@ def paired_bootstrap_coverage(rows, p):
 
 
 def seeds_coverage(rows, p, seeds):
-    """Seeds of one true score, on which chance in the examples is all that differs."""
+    """Seeds with one true score. They differ only by chance in the examples."""
     return coverage.simulated_coverage(rows, p, seeds)
 
 
 def paired_seeds_coverage(rows, p, seeds):
-    """Per-seed differences of two methods that share their examples but not their luck."""
+    """Per-seed differences of two methods, with the same examples and independent chance."""
     generator = np.random.default_rng([rows, round(1000 * p), seeds])
     values = (generator.binomial(rows, p, (DRAWS, seeds)) - generator.binomial(rows, p, (DRAWS, seeds))) / rows
     _, low, high = crossed.over_seeds(values)
@@ -112,7 +112,7 @@ def paired_seeds_coverage(rows, p, seeds):
 
 
 def both_coverage(rows, p, seeds):
-    """Differences with luck of seeds (a tenth of p) and tastes of examples, both drawn anew."""
+    """Differences with random effects of seeds (a tenth of p) and of examples; both are drawn again each time."""
     generator = np.random.default_rng([rows, round(1000 * p), seeds])
     found = []
     for _ in range(4):

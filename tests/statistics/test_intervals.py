@@ -1,4 +1,4 @@
-"""Intervals are those of the textbooks, and cover what they claim."""
+"""Intervals equal those of textbooks, and have the coverage that they claim."""
 
 import numpy as np
 import pytest

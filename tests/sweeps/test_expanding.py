@@ -1,4 +1,4 @@
-"""From a command line to cells: which there are, that all are checked before one is run, how they are frozen."""
+"""From a command line to cells: the list of cells, checks of all cells before the first run, frozen cells."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def test_the_papers_grid_is_320_cells():
         master = loader.load_configuration("config", ["+grid=paper"], run_mode=RunMode.MULTIRUN)
         rows = combinations(master, loader, ["+grid=paper"])
     assert len(rows) == len({tuple(row) for row in rows}) == 320
-    # One model and task in full: composing all of them takes half a minute.
+    # Only one model and task, because to compose all of them takes half a minute.
     cells = compose_sweep(["+grid=paper", "model=gpt2_xl", "task=gsm8k"]).cells
     assert {(cell.config.tying.name, cell.config.rank.r) for cell in cells} == {
         (name, rank) for name in EIGHT for rank in (2, 8, 32, 128)
@@ -78,7 +78,7 @@ def test_matched_cells_have_the_nearest_lora_rank():
 def test_a_wrong_option_in_any_cell_stops_before_the_first(tiny_run, tmp_path):
     with pytest.raises(UserError, match=r"cell .*seed=-1.*: seed=-1: must be"):
         compose_sweep(tiny_run("seed=0,1,-1"))
-    # In an interpreter of its own, as a person starts it.
+    # In its own interpreter, as a user starts it.
     command = [sys.executable, str(PROJECT / "train.py"), "--multirun", *tiny_run("train.lr=1e-3,-1")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
@@ -96,7 +96,7 @@ def test_a_sweep_that_would_repeat_finished_cells_is_refused(tiny_run):
 def test_a_frozen_cell_is_the_same_run_whatever_becomes_of_conf(tiny_run):
     sweep = compose_sweep(tiny_run("tying=LoRA,TABuv", "task.prompt='{question}?'"))
     frozen = sweep.freeze()
-    # Nothing is read but the file and Hydra's own part.
+    # Only the file and Hydra's own section are read.
     master = OmegaConf.create({"hydra": {"overrides": {"task": []}}})
     for cell in sweep.cells:
         composed = frozen.load_sweep_config(master, [f"cell={cell.run_id}"])

@@ -1,4 +1,4 @@
-"""Sweeps whose cells run in other processes: stopped by signals, killed, and equal to a sweep in one process."""
+"""Sweeps with cells in other processes: stopped by signals, killed, and equal to a sweep in one process."""
 
 import os
 import signal
@@ -90,7 +90,7 @@ def test_a_killed_joblib_worker_costs_its_cell_one_retry(tiny_run, tmp_path):
     assert "1 of 3 cells failed" in ended.err
     assert f"{victim.run_id}: The worker ended 2 times" in ended.err
     assert "failed" in ended.out
-    # Under another launcher it is the same sweep, and this one starts no worker.
+    # Under another launcher it is the same sweep, and this launcher starts no worker.
     ended = sweep(*words).ended()
     assert ended.code == 0
     assert "2 finished before, 1 to run" in ended.err

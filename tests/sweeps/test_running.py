@@ -1,4 +1,4 @@
-"""A sweep as a command: stopped, shared, resumed, failing; and what its cells share in one process."""
+"""A sweep as a command: stopped, shared, resumed, failing; and the data that its cells share in one process."""
 
 import json
 import shutil
@@ -99,7 +99,7 @@ def test_editing_conf_while_a_sweep_runs_changes_nothing_in_it(tiny_run, tmp_pat
     assert ended.code == 0, ended.err
     assert [cell.state() for cell in cells] == ["done", "done"]
     assert second.folder.record().config.tree["train"]["lr"] == second.config.train.lr == 1e-2
-    # The edit had an effect: the next start of the command has a cell of another rate, and keeps the other.
+    # The edit had an effect: the next start of the command has a cell with another rate, and keeps the other cell.
     ended = sweep(*words, project=project).ended()
     assert ended.code == 0, ended.err
     assert "2 cells, 1 finished before, 1 to run" in ended.err
@@ -109,9 +109,8 @@ def test_finished_on_other_data_is_not_finished(tiny_config, monkeypatch):
     cell = SweepCell((), tiny_config())
     run.main(cell.config)
     assert launching.changed_inputs([cell]) == {}
-    rows = inputs.read_rows(cell.config)
-    changed = inputs.RunRows(rows.examples, {**rows.digests, "train": "other"})
-    monkeypatch.setattr(inputs, "read_rows", lambda config: changed)
+    changed = {**inputs.row_digests(cell.config), "train": "other"}
+    monkeypatch.setattr(inputs, "row_digests", lambda config: changed)
     assert "finished on other train data" in launching.changed_inputs([cell])[cell.run_id]
 
 
@@ -178,7 +177,7 @@ def test_a_launcher_that_raises_has_done_what_the_folders_hold(tiny_run, caplog)
 
 
 class TestOneProcess:
-    """Cells that one process runs share what they load."""
+    """Cells in one process share the data that they load."""
 
     def test_the_base_is_loaded_once_and_left_as_it_was(self, tiny_config, monkeypatch):
         session._BASE.clear()

@@ -1,4 +1,4 @@
-"""A learning rate for every configuration: chosen on validation, test for the chosen alone, kept in selection.json."""
+"""A learning rate for every configuration, chosen on validation; test only for the chosen runs; selection.json."""
 
 import json
 from dataclasses import replace

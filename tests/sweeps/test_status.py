@@ -1,4 +1,4 @@
-"""What a sweep's cells have come to: counts, time left, why one failed."""
+"""The status of a sweep's cells: counts, time left, reasons of failures."""
 
 import json
 
@@ -12,7 +12,7 @@ CELL_KEYS = [
     *("run_id", "overrides", "model", "task", "configuration", "rank", "lr", "seed", "trainable", "state"),
     *("metric", "score", "validation_loss", "error", "seconds"),
 ]
-"""What programs read from `scripts/sweep.py status --json`."""
+"""The output of `scripts/sweep.py status --json`."""
 
 
 def test_status_counts_and_estimates(tiny_run, capsys):

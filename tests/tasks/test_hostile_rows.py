@@ -1,4 +1,4 @@
-"""Malformed data rows: a table of them with what each says, and a search for more."""
+"""Malformed data rows: a table of rows with their messages, and a search for more."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def line(**changes) -> bytes:
 
 
 WHOLE = line()
-ROWS = {  # the bytes of gsm8k/test.jsonl, and what is said of them
+ROWS = {  # the bytes of gsm8k/test.jsonl, and words of the message
     "not UTF-8": (WHOLE + b'{"question": "\xff\xfe"}\n', "test.jsonl:2: is not UTF-8 (byte 14)"),
     "UTF-16": (WHOLE.decode().encode("utf-16"), "test.jsonl:1: is not UTF-8"),
     "a byte order mark": (b"\xef\xbb\xbf" + WHOLE, "test.jsonl:1: is not valid JSON"),
@@ -102,7 +102,7 @@ def test_a_wrong_row_stops_the_command_before_anything_is_written(tmp_path, tiny
 
 
 def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):
-    """Control characters, tags and formulas are what a row may hold: they are kept, and harm nothing."""
+    """A row may contain control characters, tags and formulas. They are kept, and do no harm."""
     texts = ["\x00\x1b[2J", "<script>alert(1)</script>", "=1+1", "\u202e\u2028\x85", "{answer}", "a" * 300, "\x7f"]
     (tmp_path / "data" / "gsm8k").mkdir(parents=True)
     rows = [line(question=f"{text} {i}", id=f"{text}{i}") for i in range(4) for text in texts]
@@ -130,7 +130,7 @@ def test_options_of_generated_rows(tmp_path):
 
 
 def test_brackets_that_never_close_cost_no_time():
-    """Of 200,000 of them each was once a search to the line's end: minutes."""
+    """200,000 brackets once took minutes, because each of them caused a search to the end of the line."""
     started = time.monotonic()
     assert cleaned("a [header] b\n" + "[" * 200_000) == "a b\n" + "[" * 200_000
     assert time.monotonic() - started < 2
@@ -165,7 +165,7 @@ def as_line(row) -> bytes:
 @given(st.data(), st.sampled_from(FIVE))
 @search(150)
 def test_any_row_is_an_example_or_refused(tmp_path_factory, data, kind):
-    """A good row with a field of any kind in the place of one of its own, or an object of any kind."""
+    """A good row in which one field is replaced by a value of any kind, or an object of any kind."""
     row = json.loads(json.dumps(GOOD[kind]))
     if data.draw(st.booleans()):
         place, key = row, data.draw(st.sampled_from(sorted(row)))

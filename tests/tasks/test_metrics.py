@@ -1,4 +1,4 @@
-"""Scores equal those of the libraries that the field uses, on the same outputs."""
+"""Scores equal those of the standard libraries, on the same outputs."""
 
 import json
 import random
@@ -114,7 +114,7 @@ def test_bleu_and_chrf_are_sacrebleus_command_line(tmp_path):
 
 
 def test_corpus_scores_add_up_from_sentences():
-    """What the bootstrap resamples gives sacreBLEU's own score of any subset of sentences."""
+    """The statistics that the bootstrap resamples give sacreBLEU's own score of any subset of sentences."""
     sacrebleu = pytest.importorskip("sacrebleu")
     task, generator = task_option("iwslt2017"), random.Random(0)
     rows = [task.score(output, Example("", "", "", (reference,))) for output, reference in SENTENCES]
@@ -148,7 +148,7 @@ def test_gsm8k_takes_what_the_harness_takes(output, strict, flexible):
 
 
 def test_gsm8k_scores_are_the_harness_filters():
-    """The table above, once more, through lm-evaluation-harness' own filters and its exact match."""
+    """The table above again, with lm-evaluation-harness' own filters and its exact match."""
     extraction = pytest.importorskip("lm_eval.filters.extraction", reason="lm-eval is the extra `reference`")
     from lm_eval.api.metrics import exact_match_fn
 
@@ -185,5 +185,5 @@ def test_a_metric_of_choices():
         references=[["0"]],
         choices=[[" long ending", " short", " a", " b"]],
     )
-    # The second is likelier, the first likelier a character: 4/11 against 3/5.
+    # The second is more likely, but the first is more likely per character: 4/11 against 3/5.
     assert (found["accuracy"], found["accuracy_norm"]) == (0.0, 1.0)

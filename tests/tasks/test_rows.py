@@ -1,4 +1,4 @@
-"""Where rows come from: the hub, the official zip of IWSLT 2017, and local files that fetch_data.py writes."""
+"""The sources of rows: the hub, the official zip of IWSLT 2017, and local files that fetch_data.py writes."""
 
 import sys
 import zipfile
@@ -51,7 +51,7 @@ def test_fetch_writes_what_training_reads(tmp_path, monkeypatch):
 
 
 def test_iwslt_pairs_come_out_of_the_official_zip(tmp_path):
-    """A zip made here in the official one's form: tags about talks, XML segments, entities, an empty side."""
+    """A zip in the form of the official one: tags about talks, XML segments, entities, an empty side."""
     train = {
         "de": "<url>x</url>\n<title>T</title>\n Guten Tag. \n\nEins &amp; zwei\n<reviewer></reviewer>\n",
         "en": "<url>x</url>\n<title>T</title>\n Good day. \nLeft over\nOne &amp; two\n<reviewer></reviewer>\n",

@@ -1,4 +1,4 @@
-"""Rows become prompts and targets: what each task promises, and what it refuses."""
+"""From rows to prompts and targets: the properties of each task, and the rows that it refuses."""
 
 import re
 
@@ -32,7 +32,7 @@ def test_the_prompt_and_target_of_each_task():
 
 @pytest.mark.parametrize("kind", FIVE)
 def test_the_target_is_not_in_the_prompt(kind):
-    """Replacing what is to be learned leaves what is asked byte-identical."""
+    """If the target is replaced, the prompt does not change by a byte."""
     before, after = (one_example(kind, row) for row in (GOOD[kind], relabelled(kind, GOOD[kind])))
     assert before.target != after.target
     assert (before.prompt, before.choices) == (after.prompt, after.choices)
@@ -46,7 +46,7 @@ def test_the_target_is_not_in_the_prompt_of_real_rows(kind):
         assert (before.prompt, before.choices) == (after.prompt, after.choices)
 
 
-BAD = {  # task, what is wrong -> (row, words of the message)
+BAD = {  # (task, error) -> (row, words of the message)
     ("squad", "missing field"): ({k: v for k, v in GOOD["squad"].items() if k != "question"}, "'question' is missing"),
     ("squad", "wrong type"): ({**GOOD["squad"], "answers": ["Romulus"]}, "'answers' must be dict, not list"),
     ("squad", "wrong inner type"): ({**GOOD["squad"], "answers": {"text": "x", "answer_start": [0]}}, "lists 'text'"),

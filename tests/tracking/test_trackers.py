@@ -1,4 +1,4 @@
-"""Any tracker, W&B's or a new one: metrics.jsonl comes first, and the other is a replay of it."""
+"""Any tracker, W&B's or a new one: metrics.jsonl is written first, and the tracker gets a copy of it."""
 
 import sys
 from types import ModuleType
@@ -14,7 +14,7 @@ from tiedlora.tracking.run_trackers import RunTrackers
 
 
 class FakeTracker:
-    """Keeps what it gets, and how many rows metrics.jsonl had when a row arrived."""
+    """Stores the rows that it gets, and how many rows metrics.jsonl had when a row arrived."""
 
     started: list["FakeTracker"] = []
 
@@ -32,7 +32,7 @@ class FakeTracker:
 
 @pytest.fixture
 def fake(monkeypatch) -> list[FakeTracker]:
-    """tracking.backend=fake, as a file tracking/fake.py would bring it. Gives the trackers that were started."""
+    """Makes tracking.backend=fake valid, as a file tracking/fake.py would. Returns the started trackers."""
     module = ModuleType("tiedlora.tracking.fake")
     module.TRACKER = FakeTracker
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -1,4 +1,4 @@
-"""W&B without an account: sweeps/wandb, and what a sweep of ours looks like there."""
+"""W&B without an account: sweeps/wandb, and the W&B runs of our own sweeps."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def values(sweep: dict) -> dict[str, object]:
 
 
 def command(sweep: dict, chosen: dict[str, object]) -> list[str]:
-    """As an agent expands it: ${args_no_hyphens} becomes KEY=VALUE words."""
+    """The command as an agent expands it: ${args_no_hyphens} becomes KEY=VALUE words."""
     words = {"${env}": ["/usr/bin/env"], "${program}": [sweep["program"]]}
     words["${args_no_hyphens}"] = [f"{key}={value}" for key, value in chosen.items()]
     return [word for part in sweep["command"] for word in words.get(part, [part])]

@@ -1,4 +1,4 @@
-"""Several processes: the same loss curve and the same adapter as one, each row once; sharding is refused."""
+"""Several processes give the loss curve and the adapter of one process, with each row once; sharding is refused."""
 
 import os
 import subprocess
@@ -67,7 +67,7 @@ def test_sharding_is_refused(monkeypatch, wish):
 
 def test_a_sharded_model_is_refused():
     class FullyShardedDataParallel(torch.nn.Module):
-        """By name, as the real one: importing it costs seconds."""
+        """A class with the real one's name, because to import the real one takes seconds."""
 
     with pytest.raises(UserError, match=r"sharded.*torchrun"):
         attach(FullyShardedDataParallel(), "TABuv")

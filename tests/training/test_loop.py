@@ -26,7 +26,7 @@ ROWS = [Encoded((1, 2, 3), (*tuple(range(20 + i, 24 + i + i % 3)), 256)) for i i
 
 
 def start(option="TABuv", config=CONFIG, seed=0, folder=None, stop_after=None, dropout=False):
-    """A model of seconds, ready to train; returns what the loop needs and what it logged."""
+    """A tiny model, ready to train. Returns the arguments of the loop and its log."""
     base = tiny("tiny_llama")
     overrides = ["tying.dropout=0.3"] if dropout else []
     attached = attach(base.model, tying_option(option, *overrides), 4, seed=seed)
@@ -137,7 +137,7 @@ def test_non_finite_loss_stops_naming_step_rate_and_rows(tmp_path):
     hooks.loss_sum = lambda batch: whole(batch) * (float("nan") if state.step == 4 else 1.0)
     with pytest.raises(UserError, match=r"step 5: .*nan.*learning rate .*lower train.lr.*rows"):
         loop.train(state, hooks, optimizer, CONFIG, 0)
-    # The last checkpoint is from before, and finite.
+    # The last checkpoint is from before that step, and finite.
     restored = checkpoint.restore(tmp_path, parts, optimizer, RunInputs())
     assert restored is not None
     assert restored.step == 3
@@ -145,7 +145,7 @@ def test_non_finite_loss_stops_naming_step_rate_and_rows(tmp_path):
 
 
 def spoiled(where, steps, folder=None, stop_after=None, **options):
-    """A run whose loss or gradient is not finite at some steps; ends as it ends."""
+    """A run whose loss or gradient is not finite at some steps."""
     config = replace(CONFIG, log_every=1, **options)
     state, hooks, optimizer, parts, log = start(config=config, folder=folder, stop_after=stop_after)
     whole = hooks.loss_sum
@@ -179,7 +179,7 @@ class TestSkipping:
         assert [row.step for row in log if "train/skipped" in row.values] == [2, 5]
         assert [row.step for row in log if "train/loss" in row.values] == [1, 3, 4, 6, 7, 8]
         assert all(math.isfinite(value) for row in log for value in row.values.values())
-        # What is left out is exactly the update: a run whose optimizer does nothing at those steps is the same one.
+        # Exactly the update is left out: a run whose optimizer does nothing at those steps gives the same result.
         state, hooks, optimizer, parts, _ = start()
         step, done = optimizer.step, []
         optimizer.step = lambda: done.append(1) or (None if len(done) in (2, 5) else step())

@@ -16,7 +16,7 @@ ROWS = [
 
 
 def plain_loss(model, batch):
-    """Labels everywhere, -100 where nothing is trained, padding masked, all logits at once."""
+    """The plain loss: labels are -100 where nothing is trained, padding is masked, all logits are computed at once."""
     labels = torch.full(batch.input_ids.shape, -100).flatten()
     labels[batch.positions + 1] = batch.targets
     logits = model(input_ids=batch.input_ids, attention_mask=mask_of(ROWS)).logits
@@ -41,7 +41,7 @@ def test_equals_the_plain_loss_and_its_gradients(model_name, dtype, tolerance, c
         grads.append([loss.detach(), *(p.grad.clone() for p in attached.adapter.parameters())])
         base.model.zero_grad()
     for plain, ours in zip(*grads, strict=True):
-        # Llama's RMSNorm computes in float32 whatever the model's dtype, in both: the same numbers go in.
+        # Llama's RMSNorm always computes in float32, in both computations, so both heads get the same numbers.
         assert (plain - ours).abs().max() <= tolerance * plain.abs().max()
 
 
@@ -80,7 +80,7 @@ def test_a_trained_head_is_refused():
 
 
 def test_logit_softcap():
-    """Gemma 2 squashes its logits; the chunked gradient follows."""
+    """Gemma 2 caps its logits with tanh; the chunked gradient is still right."""
     base = tiny("tiny_gpt2")
     base.model.double()
     hidden = torch.randn(6, 32, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What makes training and scoring fast gives the plain computation's loss, gradients and outputs.
+"""The optimisations of training and scoring give the same loss, gradients and outputs as the plain computation.
 
 float64 within 1e-12, float32 within 1e-4 of a tensor's largest entry; the chunked loss is in test_loss.py, the folded
 factors in test_adapter.py.
@@ -147,7 +147,7 @@ print(given, faults())
 
 @WITH_COMPILER
 @pytest.mark.parametrize(
-    # Llama's norms compute in float32 whatever the model's dtype is.
+    # Llama's norms always compute in float32.
     ("name", "dtype", "tolerance"),
     [("tiny_gpt2", torch.float64, 1e-12), ("tiny_llama", torch.float32, 1e-4)],
 )
@@ -160,7 +160,7 @@ def test_compiled_blocks_share_one_graph_and_change_nothing(name, dtype, toleran
         torch._dynamo.utils.counters.clear()
         for batch, wanted in zip(batches, plain, strict=True):
             assert close(loss_and_gradients(base, attached, [batch]), wanted, tolerance)
-        # The first layer's input needs no gradient, so its graph is another than that of all others.
+        # The first layer's input needs no gradient, so its graph differs from that of the other layers.
         assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
         with compiling.eager():
             assert torch.equal(target_loss(base.model, batches[0]), plain[0][0])
@@ -195,7 +195,7 @@ def test_no_gradient_for_the_base_nor_for_what_comes_before_the_first_update(nam
 @pytest.mark.parametrize("limits", [{"batch_size": 1}, {"batch_size": 3}, {"batch_size": 9, "batch_tokens": 90}])
 @pytest.mark.parametrize("name", TINY)
 def test_generation_is_transformers_whatever_the_batch(name, limits):
-    """Rows end at different steps, leave their batch a few at a time, and the cache outgrows its room."""
+    """Rows end at different steps and leave their batch a few at a time, and the cache has to grow."""
     base, _ = adapted(name, torch.float64)
     texts = ["a", "some longer text", "xyz", "12 + 30 =", "b" * 30, "the end", "?", "one more", "and 1"]
     prompts = [base.tokenizer(text).input_ids for text in texts]
@@ -205,7 +205,7 @@ def test_generation_is_transformers_whatever_the_batch(name, limits):
         whole = base.model.generate(torch.tensor([ids]), max_new_tokens=new, do_sample=False, pad_token_id=256)
         wanted.append(whole[0, len(ids) :].tolist())
     texts = [base.tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]
-    # Letters that some rows write early, some late and some never. (Random bytes make characters of several tokens.)
+    # Letters that some rows write early, some late and some never. (Random bytes form characters of several tokens.)
     letters = sorted({c for text in texts for c in text if c.isascii() and c.isprintable() and not c.isspace()})
     stop = sorted(letters, key=lambda c: sum(c in text for text in texts))[:6]
     found = generate(base.model, base.tokenizer, prompts, max_new_tokens=new, stop=stop, **limits)

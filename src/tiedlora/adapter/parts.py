@@ -4,8 +4,8 @@ Each part of each target is one nn.Parameter for all its layers or groups:
 
     A: (groups, r, d_in)   B: (groups, d_out, r)   u: (L, r)   v: (L, d_out)
 
-So a tied factor is one object in the optimizer, in the file and in the parameter count, and its gradient is the sum
-over the layers that use it.
+So a tied factor is one object in the optimizer, in the file and in the parameter count. Its gradient is the sum over
+the layers that use it.
 """
 
 from __future__ import annotations

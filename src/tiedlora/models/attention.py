@@ -83,7 +83,7 @@ def by_products(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tens
 @torch.library.custom_op("tiedlora::softmax", mutates_args=())
 def _opaque_softmax(scores: Tensor) -> Tensor:
     """torch's softmax as one operator that torch.compile does not split. If it is split, it keeps float32 copies of all
-    pairs, and attention takes a fifth longer for rows of 243 tokens, and a third longer for rows of 400.
+    pairs. Attention then takes a fifth longer for rows of 243 tokens, and a third longer for rows of 400.
     """
     return scores.softmax(-1)
 

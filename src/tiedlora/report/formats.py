@@ -186,7 +186,7 @@ def _point_ends(interval: Interval, signed: bool = False) -> list[str]:
 
 
 def safe_text(cell: str) -> str:
-    """A text that no spreadsheet takes for a formula: if it starts like one and is not a number, it gets an apostrophe."""
+    """A text that no spreadsheet runs: what starts like a formula and is not a number gets an apostrophe."""
     cell = visible(cell)
     if re.fullmatch(r"[+-]?\d*\.?\d+", cell):
         return cell

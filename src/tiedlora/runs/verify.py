@@ -1,4 +1,4 @@
-"""Receipts: does the folder of a finished run agree with its record, and can its numbers be reproduced?
+"""Check a finished run: does the folder of a finished run agree with its record, and can its numbers be reproduced?
 
 Each check names what does not agree: a configuration key, a data row, a file, a prediction. The checks here need no
 weights. The check of the adapter and the regeneration of predictions are in regenerate.py.
