@@ -20,8 +20,8 @@ import torch
 from tiedlora.config import compose as configuration
 from tiedlora.config.schema import Config
 
-# absl, which rouge-score imports, keeps the stream that standard error is at its import, and closes it when Hydra sets up
-# logging. Under pytest that would be the file that captures all output.
+# absl, which rouge-score imports, keeps the stream that standard error is at its import, and closes it when Hydra sets
+# up logging. Under pytest that would be the file that captures all output.
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
