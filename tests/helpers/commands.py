@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -64,6 +65,28 @@ class Command:
         out, err = (file.read_text() for file in self._files)
         self._output.cleanup()
         return Ended(self._process.exitcode, out, err)
+
+
+class FreshCommand:
+    """As Command, in a new interpreter: for commands that start worker processes, which is not safe in a forked one."""
+
+    def __init__(self, *words: str, script: str = "train.py") -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(PROJECT / script), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.pid = self._process.pid
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def ended(self) -> Ended:
+        """Wait for the end."""
+        try:
+            out, err = self._process.communicate(timeout=SECONDS_AT_MOST)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            out, err = self._process.communicate()
+        return Ended(self._process.returncode, out, err)
 
 
 def sweep(*words: str, **options) -> Command:

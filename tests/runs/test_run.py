@@ -154,6 +154,18 @@ def test_another_data_digest_is_an_error_not_a_match(tiny_run, tmp_path):
         run.main(compose_config(overrides))
 
 
+def test_a_validation_prompt_that_is_trained_on_stops_before_anything_is_written(tiny_run, tmp_path):
+    data = tmp_path / "data" / "gsm8k"
+    data.mkdir(parents=True)
+    # Two questions, each twice: whichever row is taken for validation, its prompt is also that of a training row.
+    rows = [{"question": f"What is {i % 2}?", "answer": f"{i % 2}\n#### {i % 2}"} for i in range(4)]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = tiny_run("task.validation_from_train=1", f"data_root={tmp_path}/data", task="gsm8k")
+    with pytest.raises(UserError, match=r"task: 1 validation rows are also training rows \(such as id "):
+        run.main(compose_config(overrides))
+    assert not (tmp_path / "outputs").exists()
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers.commands import sweep, wait_until
+from helpers.commands import FreshCommand, wait_until
 
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.expand import compose_sweep
@@ -35,7 +35,7 @@ def test_a_signal_stops_a_sweep_whose_runs_are_in_other_processes(tiny_run, numb
     launcher = ["hydra/launcher=joblib_slots", f"hydra.launcher.n_jobs={processes}"]
     words = tiny_run(f"seed={seeds}", "train.steps=100000", "train.validate_every=0", *launcher)
     *running, last = compose_sweep(words).cells
-    command = sweep(*words)
+    command = FreshCommand("--multirun", *words)
     wait_until(lambda: all(map(has_checkpoint, running)))
     command.send_signal(number)
     ended = command.ended()
@@ -63,7 +63,7 @@ def test_a_killed_joblib_worker_costs_its_cell_one_retry(tiny_run, tmp_path):
     swept = compose_sweep(words)
     _, victim, last = swept.cells
 
-    command = sweep(*words, "hydra/launcher=joblib_slots")
+    command = FreshCommand("--multirun", *words, "hydra/launcher=joblib_slots")
     killed: list[int] = []
 
     def worker() -> int | None:
@@ -91,7 +91,7 @@ def test_a_killed_joblib_worker_costs_its_cell_one_retry(tiny_run, tmp_path):
     assert f"{victim.run_id}: The worker ended 2 times" in ended.err
     assert "failed" in ended.out
     # Under another launcher it is the same sweep, and this launcher starts no worker.
-    ended = sweep(*words).ended()
+    ended = FreshCommand("--multirun", *words).ended()
     assert ended.code == 0
     assert "2 finished before, 1 to run" in ended.err
     assert "continuing from step" in ended.err
@@ -137,6 +137,6 @@ def test_a_cluster_gives_the_same_results(tiny_run, tmp_path, package, chosen):
     expected = compose_sweep([*words, f"outputs={tmp_path}/expected"])
     for cell in expected.cells:
         run_cell(cell.config)
-    ended = sweep(*words, *chosen).ended()
+    ended = FreshCommand("--multirun", *words, *chosen).ended()
     assert ended.code == 0, ended.err
     assert results(compose_sweep(words)) == results(expected)

@@ -40,3 +40,15 @@ def test_the_table_has_a_column_for_each_swept_key(tiny_run):
     assert head.split().count("seed") == 1
     assert "train.eps" in head
     assert sum("1e-06" in line or "1e-6" in line for line in lines) == 2
+
+
+def test_a_finished_run_that_lacks_a_split_of_the_sweep_is_not_done(tiny_run):
+    (cell,) = compose_sweep(tiny_run("seed=0", "score.splits=[validation]")).cells
+    run.main(cell.config)
+    assert (cell.finished(), cell.state()) == (True, "done")
+    # The same run, in a sweep that asks for test as well: it has to be run again, which scores what is missing.
+    (wider,) = compose_sweep(tiny_run("seed=0", "score.splits=[validation,test]")).cells
+    assert wider.run_id == cell.run_id
+    assert (wider.finished(), wider.state()) == (False, "interrupted")
+    run.main(wider.config)
+    assert (wider.finished(), wider.state()) == (True, "done")

@@ -44,6 +44,7 @@ class WorkerSlots(Generic[T]):
         self._results: list[T | None] = [None] * len(jobs)
         self._pools: dict[int, Any] = {}
         self._stopping = False
+        self._ended = [threading.Event() for _ in self.environments]
 
     def run(self) -> list[T | None]:
         """Run the jobs. This must be called only once, in the main thread.
@@ -54,17 +55,26 @@ class WorkerSlots(Generic[T]):
         Raises:
             KeyboardInterrupt: after every running job has ended or saved its checkpoint.
         """
-        threads = [threading.Thread(target=self._work, args=(slot,)) for slot in range(len(self.environments))]
-        for thread in threads:
-            thread.start()
+        for slot in range(len(self.environments)):
+            threading.Thread(target=self._work, args=(slot,)).start()
         try:
-            _join(threads)
+            self._wait()
         except KeyboardInterrupt:
             self._stop()
-            _join(threads)
+            self._wait()
         if self._stopping:
             raise KeyboardInterrupt
         return self._results
+
+    def _wait(self) -> None:
+        """Wait until every slot has ended.
+
+        Not with Thread.join: if a signal interrupts it, Python 3.11 takes the running thread for one that has ended.
+        """
+        for ended in self._ended:
+            # The wait has a limit, because Python handles a signal only between two calls.
+            while not ended.wait(SECONDS_BETWEEN_SIGNAL_CHECKS):
+                pass
 
     def _stop(self) -> None:
         """Start no more jobs, and ask the running ones to save a checkpoint and end."""
@@ -75,6 +85,12 @@ class WorkerSlots(Generic[T]):
                     os.kill(process.pid, signal.SIGTERM)
 
     def _work(self, slot: int) -> None:
+        try:
+            self._take_jobs(slot)
+        finally:
+            self._ended[slot].set()
+
+    def _take_jobs(self, slot: int) -> None:
         # Not at the top of the file: joblib is an optional extra, and the plug-in has checked that it is installed.
         from joblib.externals.loky import BrokenProcessPool, ProcessPoolExecutor
 
@@ -97,10 +113,3 @@ class WorkerSlots(Generic[T]):
                 log.warning("%s: could not be run (%s: %s)", job.name, type(error).__name__, error)
         if slot in self._pools:
             self._pools.pop(slot).shutdown()
-
-
-def _join(threads: Sequence[threading.Thread]) -> None:
-    for thread in threads:
-        while thread.is_alive():
-            # The wait has a limit, because Python handles a signal only between two calls.
-            thread.join(SECONDS_BETWEEN_SIGNAL_CHECKS)
