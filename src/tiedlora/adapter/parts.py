@@ -132,11 +132,12 @@ class TiedAdapter(nn.Module):
         for target, parts in self.targets.items():
             A, B = parts.folded()  # type: ignore[operator]
             A = scale * A if scale != 1.0 else A
-            A_layers = A.to(dtype or A.dtype).unbind()
             for same_site in zip(*self._sites[target], strict=True):
                 # This is the same module in every layer: rows, outputs and width do not depend on the layer.
                 placed = same_site[0].place(B[:, same_site[0].rows])
                 B_layers = placed.to(dtype or B.dtype).unbind()
+                # Rounded for each site: the gradients of q, k and v are then added in float32, not in the base's dtype.
+                A_layers = A.to(dtype or A.dtype).unbind()
                 for site, A_l, B_l in zip(same_site, A_layers, B_layers, strict=True):
                     pairs_of_module.setdefault(site.module_path, []).append((A_l, B_l))
         return {path: _stacked(pairs) for path, pairs in pairs_of_module.items()}

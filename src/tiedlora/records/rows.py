@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class MetricsRow:
         return {"step": self.step, **self.values}
 
     @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> MetricsRow | None:
+    def from_json(cls, tree: dict[str, Any]) -> MetricsRow | None:
         """The row of a JSON object, without values that are not numbers; None if it has no step or no number."""
         step = tree.get("step")
         values = {key: value for key, value in tree.items() if key != "step" and is_number(value)}

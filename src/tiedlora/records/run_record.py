@@ -6,7 +6,6 @@ To read it needs neither torch nor Hydra. The report, the sweeps and the scripts
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -248,7 +247,7 @@ class RunRecord:
     """File of the adapter -> its sha256."""
 
     @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> RunRecord:
+    def from_json(cls, tree: dict[str, Any]) -> RunRecord:
         """The record from the JSON object of result.json.
 
         Raises:
