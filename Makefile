@@ -33,7 +33,7 @@ run: $(VENV)/installed
 	$(BIN)/python train.py
 
 test: $(VENV)/developer
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/developer
 	$(BIN)/ruff format --check .
