@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
+from typing import Any
 
 from tiedlora.report.runs import LeftOut, Run, UnfinishedRun
 from tiedlora.report.variants import differing_values
@@ -92,7 +93,7 @@ def group_runs(runs: Sequence[Run], left_out: Iterable[LeftOut] = ()) -> list[Ru
     """Group the runs, choose the learning rates, and mark mixed groups. The groups are sorted for a table."""
     runs_of: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
-        runs_of[_setting_key(run), _own_key(run)].append(run)
+        runs_of[_key(_setting(run)), _key(_own_values(run))].append(run)
     unfinished = [folder.run for folder in left_out if folder.run is not None]
     groups = []
     for (setting, _), members in runs_of.items():
@@ -101,11 +102,10 @@ def group_runs(runs: Sequence[Run], left_out: Iterable[LeftOut] = ()) -> list[Ru
         _choose_rate(group, members, [other for other in unfinished if _could_belong(other, first)])
         _mark_mixtures(group)
         groups.append(group)
-    variants = differing_values(
-        [(group.model, group.task) for group in groups], [json.loads(setting) for setting, _ in runs_of]
-    )
+    firsts = [members[0] for members in runs_of.values()]
+    variants = differing_values([(group.model, group.task) for group in groups], list(map(_setting, firsts)))
     own_values = differing_values(
-        [(group.setting, group.configuration, group.rank) for group in groups], [json.loads(own) for _, own in runs_of]
+        [(group.setting, group.configuration, group.rank) for group in groups], list(map(_own_values, firsts))
     )
     for group, variant, own in zip(groups, variants, own_values, strict=True):
         group.variant = variant
@@ -113,21 +113,22 @@ def group_runs(runs: Sequence[Run], left_out: Iterable[LeftOut] = ()) -> list[Ru
     return sorted(groups, key=lambda group: (group.model, group.task, group.variant, group.rank, group.params))
 
 
-def _setting_key(run: Run) -> str:
+def _key(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True)
+
+
+def _setting(run: Run) -> dict[str, Any]:
+    """The part of the identity, with the base model, that runs must share to be compared."""
     identity = run.record.identity.tree
     setting = {key: value for key, value in identity.items() if key not in OPEN_IN_A_SETTING}
     setting["train"] = {key: value for key, value in identity["train"].items() if key not in OPEN_IN_TRAIN}
-    return json.dumps({**setting, "base": run.record.base.digest}, sort_keys=True)
+    return {**setting, "base": run.record.base.digest}
 
 
-def _own_key(run: Run) -> str:
+def _own_values(run: Run) -> dict[str, Any]:
     """The part of the identity that distinguishes a group from the other groups of its setting."""
     identity = run.record.identity.tree
-    factors = identity["train"].get("lr_factor")
-    return json.dumps(
-        {"tying": identity["tying"], "rank": identity["rank"], "lr_factor": factors},
-        sort_keys=True,
-    )
+    return {"tying": identity["tying"], "rank": identity["rank"], "lr_factor": identity["train"].get("lr_factor")}
 
 
 def _could_belong(unfinished: UnfinishedRun, run: Run) -> bool:
