@@ -1,4 +1,4 @@
-"""The rows of the report: each group with its score, its difference to LoRA, its gain, and its share of that of LoRA."""
+"""The rows of the report: a group with its score, its difference to LoRA, its gain, and its share of that of LoRA."""
 
 from __future__ import annotations
 
