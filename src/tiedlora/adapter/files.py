@@ -67,7 +67,7 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_froz
             rebuilt[name] = checksum(parameter)
     data = to_bytes(stored)
     description = {
-        "format": FORMAT if adapter.scaling == "standard" else SCALED_FORMAT,
+        "format": _format(adapter.scaling),
         "base": plain(base),
         # Without the key `layers` if all layers are adapted, so that earlier versions can read the file.
         "tying": plain(adapter.tying),
@@ -83,6 +83,10 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_froz
         (beside / TENSORS).write_bytes(data)
         storage.write_json(beside / DESCRIPTION, description)
     return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _format(scaling: str) -> int:
+    return FORMAT if scaling == "standard" else SCALED_FORMAT
 
 
 @dataclass(frozen=True)
@@ -149,9 +153,13 @@ def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
 
 def _read_description(path: Path) -> _Description:
     tree = storage.read_json(path)
-    if tree.get("format") not in (FORMAT, SCALED_FORMAT):
+    scaling = tree.get("scaling", "standard")
+    if scaling not in spec.SCALINGS:
+        raise UserError(f"{path}: scaling={scaling!r:.40}: must be one of {', '.join(spec.SCALINGS)}")
+    if tree.get("format") != _format(scaling):
         raise UserError(
-            f"{path}: format {tree.get('format')!r:.40} is not {FORMAT} or {SCALED_FORMAT}, which this version reads"
+            f"{path}: format {tree.get('format')!r} is not {_format(scaling)}, which this version reads "
+            f"for {scaling} scaling"
         )
     for key in ("tying", "architecture", "rank", "alpha", "seed"):
         if key not in tree:
@@ -161,9 +169,6 @@ def _read_description(path: Path) -> _Description:
     if not isinstance(base, dict) or not {"name", "digest"} <= base.keys() or not isinstance(rebuilt, dict):
         raise UserError(f"{path}: base (with name and digest) and rebuilt must be objects")
     rank, alpha, seed = tree["rank"], tree["alpha"], tree["seed"]
-    scaling = tree.get("scaling", "standard")
-    if scaling not in spec.SCALINGS:
-        raise UserError(f"{path}: scaling={scaling!r:.40}: must be one of {', '.join(spec.SCALINGS)}")
     _check_numbers(rank, alpha, seed, architecture, path)
     try:
         check_tying(tying, architecture)
