@@ -10,7 +10,7 @@ import numpy as np
 
 from tiedlora.report.compare import ResultRow
 from tiedlora.report.runs import LeftOut
-from tiedlora.report.values import AverageScore, Column, Count, Percent, PointsInterval, Table, TaskScore
+from tiedlora.report.values import AverageScore, Column, Count, Percent, ScoreInterval, Table, TaskScore
 from tiedlora.statistics import crossed
 from tiedlora.statistics.interval import Interval
 
@@ -75,7 +75,7 @@ def _caption(model: str, names: Sequence[str], is_averaged: bool) -> str:
 
 
 def _task_score(row: ResultRow) -> TaskScore:
-    difference = PointsInterval(row.difference.widest, signed=True) if row.difference is not None else None
+    difference = ScoreInterval(row.difference.widest, signed=True) if row.difference is not None else None
     score = None if row.score is None else row.score.value
     return TaskScore(score, len(row.seeds), score is None or bool(row.group.marks or row.notes), difference)
 

@@ -118,7 +118,7 @@ def _lines(report: Report, out: Path) -> list[str]:
 
 def _answer_lines(answer: Answer) -> list[str]:
     claim, retained = answer.claim, answer.retained
-    difference = f" {formats.points_interval(answer.difference.widest, signed=True)}" if answer.difference else ""
+    difference = f" {formats.score_interval(answer.difference.widest, signed=True)}" if answer.difference else ""
     has_share = retained is not None and not math.isnan(retained.value)
     share = f", retained gain {100 * retained.value:.0f} %" if retained is not None and has_share else ""
     decide = f"; would decide it: {answer.decide}" if answer.decide else ""
