@@ -1,10 +1,14 @@
 """Published scores: a strict file, and matching to the runs that measure the same."""
 
+import csv
+
 import pytest
 from helpers.report_runs import METRIC, scored_run
+from matplotlib.axes import Axes
 
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
+from tiedlora.report import write
 from tiedlora.report.groups import group_runs
 from tiedlora.report.reference import published, read
 from tiedlora.report.runs import read_runs
@@ -93,3 +97,36 @@ def test_only_the_same_measurement_matches(folder, tmp_path):
     assert matched == {("TABuv", 0.25), ("TABuv_v0", 0.5)}
     assert not any(published(scores, group, "validation", METRIC) for group in groups)
     assert not any(published(scores, group, "test", "exact_match_flexible") for group in groups)
+
+
+def test_the_report_shows_them_in_a_column_the_notes_and_the_figure(folder, tmp_path, monkeypatch):
+    drawn = []
+    scatter = Axes.scatter
+
+    def recorded(ax, x, y, **more):
+        drawn.append((x, y, more["facecolors"]))
+        return scatter(ax, x, y, **more)
+
+    monkeypatch.setattr(Axes, "scatter", recorded)
+    for name in ("TABuv", "TABuv_v0", "LoRA"):
+        scored_run(tmp_path / "outputs", [1.0, 0.0] * 10, name=name, split="test")
+    report = write.build([tmp_path / "outputs"], published_in=folder)
+    write.write(report, tmp_path / "report")
+    assert sorted(drawn) == [(41_328, 25.0, "none"), (41_328, 50.0, "none")]
+    with open(tmp_path / "report" / "results.csv", newline="", encoding="utf-8") as file:
+        shown = {
+            row["configuration"]: (row["published"], "https://example.org/paper" in row["notes"])
+            for row in csv.DictReader(file)
+        }
+    assert shown == {"TABuv": ("25.0", True), "TABuv_v0": ("50.0", True), "LoRA": ("–", False)}
+
+
+def test_a_claim_can_be_about_a_start(tmp_path):
+    """`configuration: TABuv_v0` in a claims file finds the runs, although their ids begin with `custom`."""
+    for name in ("TABuv", "TABuv_v0"):
+        scored_run(tmp_path / "outputs", [1.0, 0.0] * 10, name=name)
+    groups = group_runs(read_runs([tmp_path / "outputs"])[0])
+    assert {group.label: group.runs[0].run_id.split("-")[0] for group in groups} == {
+        "TABuv": "TABuv",
+        "TABuv_v0": "custom",
+    }

@@ -172,6 +172,7 @@ class NamedTask:
 class RankValues:
     r: Whole
     alpha: Number | None = None
+    scaling: Text = "standard"
 
 
 @dataclass(frozen=True)

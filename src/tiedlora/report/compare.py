@@ -12,6 +12,7 @@ import numpy as np
 
 from tiedlora.errors import UserError
 from tiedlora.report.groups import RunGroup
+from tiedlora.report.reference import PublishedScore
 from tiedlora.report.runs import Run
 from tiedlora.report.scorebook import Scorebook
 from tiedlora.statistics import coverage, crossed
@@ -85,6 +86,8 @@ class ResultRow:
     retained: Interval | None = None
     """gain / LoRA's gain; low and high are NaN if there is no interval."""
     notes: list[str] = field(default_factory=list)
+    published: list[PublishedScore] = field(default_factory=list)
+    """What others have published about the same model, task, split, metric, configuration and rank."""
 
 
 def shown_splits(groups: Sequence[RunGroup]) -> dict[str, str]:
@@ -117,12 +120,13 @@ def result_rows(groups: Sequence[RunGroup], book: Scorebook, split: str | None =
 
 def baselines(groups: Sequence[RunGroup]) -> Mapping[tuple[str, int], RunGroup]:
     """(setting, rank) -> LoRA's group; of several groups, the plain one (alpha = r)."""
-    ordered = sorted((group for group in groups if group.label == BASELINE), key=_has_alpha_of_rank)
+    ordered = sorted((group for group in groups if group.label == BASELINE), key=_is_plain)
     return {(group.setting, group.rank): group for group in ordered}
 
 
-def _has_alpha_of_rank(group: RunGroup) -> bool:
-    return group.runs[0].record.identity.rank.alpha == group.rank
+def _is_plain(group: RunGroup) -> bool:
+    rank = group.runs[0].record.identity.rank
+    return rank.alpha == rank.r and rank.scaling == "standard"
 
 
 def _fill(row: ResultRow, lora: RunGroup | None, book: Scorebook) -> None:

@@ -60,7 +60,7 @@ def results(rows: Iterable[ResultRow]) -> Table:
         "Scores in points of 100, mean over seeds. '95 % seeds': t over seeds, these examples. '95 % examples': over "
         "which examples were drawn, these seeds (Wilson or Newcombe for one seed's proportion, bootstrap otherwise). "
         "'seeds+examples': both. 'minus LoRA' and 'minus base' are paired on the same examples and seeds. The learning "
-        "rate was chosen on validation."
+        "rate was chosen on validation. 'published': what others report, measured in another way (see the notes)."
     )
     columns = (
         *GROUP_COLUMNS,
@@ -79,6 +79,7 @@ def results(rows: Iterable[ResultRow]) -> Table:
         Column("95 % seeds+examples", NamedEnds),
         Column("minus base", ScoreInterval),
         Column("retained gain", PercentInterval),
+        Column("published", ScoreValue),
         Column("notes", wraps=True),
     )
     return Table("results", caption, columns, [_result(row) for row in rows])
@@ -103,7 +104,8 @@ def _result(row: ResultRow) -> tuple[Value, ...]:
         _difference_ends(difference),
         ScoreInterval(row.gain.widest, signed=True) if row.gain else None,
         PercentInterval(row.retained) if row.retained else None,
-        "; ".join([*group.marks, *row.notes]),
+        ScoreValue(row.published[0].value) if row.published else None,
+        "; ".join([*group.marks, *row.notes, *(score.note() for score in row.published)]),
     )
 
 
