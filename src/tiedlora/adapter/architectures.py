@@ -227,7 +227,7 @@ def _interleaved_outputs(architecture: Architecture, block: str) -> tuple[Tensor
     return block_outputs.reshape(-1), 3 * heads * head_dim
 
 
-def check(model: nn.Module, architecture: Architecture, targets: list[str]) -> None:
+def check(model: nn.Module, architecture: Architecture, targets: list[str], layers: list[int]) -> None:
     """Compare every module that will be adapted with what its layout says.
 
     Raises:
@@ -236,7 +236,7 @@ def check(model: nn.Module, architecture: Architecture, targets: list[str]) -> N
     transposed = layout_of(architecture).transposed
     for target in targets:
         d_in = target_shape(architecture, target)[0]
-        for layer in range(architecture.layers):
+        for layer in layers:
             for site in sites(architecture, target, layer):
                 _check_module(model, site, target, d_in, transposed)
 

@@ -173,6 +173,7 @@ class NamedTask:
 class RankValues:
     r: Whole
     alpha: Number | None = None
+    scaling: Text = "standard"
 
 
 @dataclass(frozen=True)

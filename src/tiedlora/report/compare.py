@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from tiedlora.report import estimates
 from tiedlora.report.estimates import Estimate, Measure
 from tiedlora.report.groups import RunGroup
+from tiedlora.report.reference import PublishedScore
 from tiedlora.report.scorebook import Scorebook
 from tiedlora.statistics.interval import Interval
 
@@ -36,6 +37,8 @@ class ResultRow:
     retains_at_least: float | None = None
     """The largest share of LoRA's gain that the rule `retains` supports at level 0.05, over their common seeds."""
     notes: list[str] = field(default_factory=list)
+    published: list[PublishedScore] = field(default_factory=list)
+    """What others have published about the same model, task, split, metric, configuration and rank."""
 
 
 def shown_splits(groups: Sequence[RunGroup]) -> dict[str, str]:
@@ -68,12 +71,13 @@ def result_rows(groups: Sequence[RunGroup], book: Scorebook, split: str | None =
 
 def baselines(groups: Sequence[RunGroup]) -> Mapping[tuple[str, int], RunGroup]:
     """(setting, rank) -> LoRA's group; of several groups, the plain one (alpha = r)."""
-    ordered = sorted((group for group in groups if group.label == BASELINE), key=_has_alpha_of_rank)
+    ordered = sorted((group for group in groups if group.label == BASELINE), key=_is_plain)
     return {(group.setting, group.rank): group for group in ordered}
 
 
-def _has_alpha_of_rank(group: RunGroup) -> bool:
-    return group.runs[0].record.identity.rank.alpha == group.rank
+def _is_plain(group: RunGroup) -> bool:
+    rank = group.runs[0].record.identity.rank
+    return rank.alpha == rank.r and rank.scaling == "standard"
 
 
 def _fill(row: ResultRow, lora: RunGroup | None, book: Scorebook) -> None:

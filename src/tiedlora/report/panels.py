@@ -22,6 +22,7 @@ STYLES = {
     "LoRA": ("#0072B2", "o", "-"),
     "LoRA_qkv": ("#56B4E9", "h", "-"),
     "TABuv": ("#D55E00", "D", "-"),
+    "TABuv_v0": ("#D55E00", "d", "-."),
     "TAB": ("#009E73", "s", "-"),
     "TA": ("#009E73", "^", "--"),
     "TB": ("#009E73", "v", ":"),
@@ -54,6 +55,9 @@ def pareto_panel(ax: Axes, rows: list[ResultRow]) -> None:
     _draw_front(ax, [places[number] for number in best])
     for number, row in enumerate(rows):
         _errorbar(ax, row, places[number][0], filled=number in best)
+        for score in row.published:
+            colour = style(row.group)[0]
+            ax.scatter(row.group.params, 100 * score.value, marker="*", s=130, facecolors="none", edgecolors=colour)
     _parameters_axis(ax)
 
 

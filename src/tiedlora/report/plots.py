@@ -105,7 +105,8 @@ def _title(task: str, model: str, variant: str) -> str:
 
 _PARETO = (
     "Score against trainable parameters. Filled markers joined by the line are not beaten by anything with as few "
-    "parameters (the Pareto front); bars are 95 % intervals over examples."
+    "parameters (the Pareto front); bars are 95 % intervals over examples. Hollow stars are scores that "
+    "others have published for the same model, task, configuration and rank."
 )
 _RANK = "Score against rank, by configuration; bars are 95 % intervals over examples."
 _CURVES = "Validation loss by step: the mean over seeds, and their range where there are several."

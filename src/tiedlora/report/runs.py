@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiedlora import storage
+from tiedlora.config.identity import start_of
 from tiedlora.errors import UserError
 from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
@@ -57,7 +58,7 @@ class Run:
     path: Path
     record: RunRecord
     configuration: str
-    """LoRA, TABuv, ...: the name that follows from the specification's values, or `custom (<its own name>)`."""
+    """LoRA, TABuv_v0, ...: the name that follows from the specification's values, or `custom (<its own name>)`."""
 
     @property
     def run_id(self) -> str:
@@ -171,8 +172,13 @@ def read_run(path: Path) -> Run | LeftOut:
         record = read_record(folder.result_file)
     except UserError as error:
         return LeftOut(path, f"result.json: {str(error).removeprefix(f'{folder.result_file}: ')}", named)
-    own_name = record.config.tying.name
-    return Run(path, record, f"custom ({own_name})" if record.label == "custom" else record.label)
+    return Run(path, record, _configuration(record))
+
+
+def _configuration(record: RunRecord) -> str:
+    if record.label != "custom":
+        return record.label
+    return start_of(record.identity.tying) or f"custom ({record.config.tying.name})"
 
 
 def _run_of_name(name: str) -> UnfinishedRun | None:

@@ -65,7 +65,8 @@ def results(rows: Iterable[ResultRow]) -> Table:
         "Scores in points of 100, losses (lower is better) in nats, mean over seeds. '95 % seeds': t over seeds, these "
         "examples. '95 % examples': over which examples were drawn, these seeds (Wilson or Newcombe for one seed's "
         "proportion, bootstrap otherwise). 'seeds+examples': both. 'minus LoRA' and 'minus base' are paired on the "
-        "same examples and seeds. 'of n' after a learning rate: n rates were tried, and validation chose."
+        "same examples and seeds. 'of n' after a learning rate: n rates were tried, and validation chose. "
+        "'published': what others report, measured in another way (see the notes)."
     )
     columns = (
         *GROUP_COLUMNS,
@@ -85,6 +86,7 @@ def results(rows: Iterable[ResultRow]) -> Table:
         Column("minus base", ScoreInterval),
         Column("retained gain", PercentInterval),
         Column("retains at least", Percent),
+        Column("published", ScoreValue),
         Column("notes", wraps=True),
     )
     return Table("results", caption, columns, [_result(row) for row in rows])
@@ -110,7 +112,8 @@ def _result(row: ResultRow) -> tuple[Value, ...]:
         ScoreInterval(row.gain.widest, signed=True, unit=unit) if row.gain else None,
         PercentInterval(row.retained) if row.retained else None,
         Percent(row.retains_at_least, 0) if row.retains_at_least is not None else None,
-        "; ".join([*group.marks, *row.notes]),
+        ScoreValue(row.published[0].value, unit=unit) if row.published else None,
+        "; ".join([*group.marks, *row.notes, *(score.note() for score in row.published)]),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tiedlora import storage
 from tiedlora.report import answers as claim_answers
 from tiedlora.report import claims as claim_files
-from tiedlora.report import compare, formats, page, peft_results, plots, tables
+from tiedlora.report import compare, formats, page, peft_results, plots, reference, tables
 from tiedlora.report.answers import Answer
 from tiedlora.report.claim_verdicts import ClaimVerdict, claim_verdicts
 from tiedlora.report.compare import ResultRow
@@ -71,15 +71,21 @@ class Report:
 
 
 def build(
-    roots: Sequence[Path], *, claims: Path | None = None, split: str | None = None, peft_results_in: Path | None = None
+    roots: Sequence[Path],
+    *,
+    claims: Path | None = None,
+    split: str | None = None,
+    peft_results_in: Path | None = None,
+    published_in: Path | None = None,
 ) -> Report:
     """Read the runs and compute every number of the report.
 
     Args:
         split: validation or test; None shows test if the chosen runs have it.
+        published_in: a folder of published scores (reference.read), which are shown beside ours.
 
     Raises:
-        UserError: a folder or the claims file cannot be read at all. A damaged run is listed instead.
+        UserError: a folder, a published score or the claims file cannot be read. A damaged run is listed instead.
     """
     stated = claim_files.read(claims) if claims else []
     runs, left_out = read_runs(roots)
@@ -88,6 +94,9 @@ def build(
     groups = group_runs(runs, left_out, selections)
     book = Scorebook()
     rows = compare.result_rows(groups, book, split)
+    scores = reference.read(published_in) if published_in else []
+    for row in rows:
+        row.published = reference.published(scores, row.group, row.measure.split, row.measure.metric)
     answers = claim_answers.answer_claims(stated, groups, book, split)
     peers: list[Peer] = []
     if peft_results_in is not None:
