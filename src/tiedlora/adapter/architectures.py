@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tiedlora.adapter import linear
 from tiedlora.errors import UserError
 from tiedlora.tying import Architecture, Layout, target_shape
 
@@ -262,15 +263,15 @@ def _check_module(model: nn.Module, site: Site, target: str, d_in: int, transpos
             f"attach: the model has no module {site.module_path}, where '{target}' should be; "
             f"{_candidates_in_words(model)}"
         ) from None
-    if not isinstance(module, Conv1D if transposed else nn.Linear):
+    if not linear.is_linear(module, transposed):
         raise UserError(
             f"attach: {site.module_path} is a {type(module).__name__}, not a plain linear layer; "
-            "load the model unquantised, or correct its layout"
+            "load the model unquantised or with model.quantization, or correct its layout"
         )
-    expected = (d_in, site.width) if transposed else (site.width, d_in)
-    if tuple(module.weight.shape) != expected:
+    expected = (d_in, site.width) if isinstance(module, Conv1D) else (site.width, d_in)
+    if linear.weight_shape(module) != expected:
         raise UserError(
-            f"attach: {site.module_path} has a weight of {tuple(module.weight.shape)}, "
+            f"attach: {site.module_path} has a weight of {linear.weight_shape(module)}, "
             f"the layout of '{target}' says {expected}; correct model.architecture"
         )
 
@@ -282,7 +283,7 @@ def candidates(model: nn.Module) -> list[str]:
         if isinstance(module, (nn.Linear, Conv1D)) and _PROJECTION_NAME.search(path):
             pattern = re.sub(r"\.\d+\.", ".*.", path, count=1)
             if pattern != path:
-                described.setdefault(pattern, f"{pattern} ({' x '.join(str(n) for n in module.weight.shape)})")
+                described.setdefault(pattern, f"{pattern} ({' x '.join(map(str, linear.weight_shape(module)))})")
     return list(described.values())
 
 

@@ -51,9 +51,11 @@ class BaseModelRecord:
     revision: Text | None
     digest: Text | None
     """The sha256 of its files, or its commit on the hub. Digest and revision are None if a program made the model."""
+    quantization: Text | None = None
+    """nf4 or int8, if its linear layers are quantised after loading; the digest is that of the files."""
 
     def __str__(self) -> str:
-        return f"{self.name} at {self.revision} ({self.digest})"
+        return f"{self.name} at {self.revision} ({self.digest}{f', {self.quantization}' if self.quantization else ''})"
 
 
 @dataclass(frozen=True)
