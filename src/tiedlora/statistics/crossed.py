@@ -26,7 +26,8 @@ Array = NDArray[np.float64]
 TAIL = (1 - LEVEL) / 2
 ROUNDING = 1e-12
 """Means and standard deviations below this are rounding. Scores are fractions of 1, and losses are a few units."""
-SMALLEST_LEVEL = 1e-300
+SMALLEST_LEVEL = 1e-100
+"""Smaller levels count as 0. (Far below this, scipy's quantiles of Student's t are not finite.)"""
 
 
 def over_seeds(values: Array) -> tuple[Array, Array, Array]:
