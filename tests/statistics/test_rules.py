@@ -77,6 +77,14 @@ class TestMeaning:
         with pytest.raises(ValueError, match="needs the base model's scores"):
             rule.evidence(method, comparator, None)
 
+    @pytest.mark.parametrize("bad", [np.nan, -np.inf, np.inf])
+    def test_a_score_that_is_not_finite_is_an_error(self, bad):
+        method, comparator, base = scores(0.6, 0.6)
+        method[1, 3] = bad
+        for rule in RULES:
+            with pytest.raises(ValueError, match="finite"):
+                rule.evidence(method, comparator, base)
+
     def test_a_margin_called_nothing_learned_comparable_and_retaining_does_not(self):
         """LoRA gains 1.5 points, and TABuv is exactly the base: within 2 points of LoRA, but it retains nothing."""
         tables = scores(0.300, 0.315, 0.300, rows=6000, seed_sd=0.002)
