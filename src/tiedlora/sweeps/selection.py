@@ -15,6 +15,7 @@ from statistics import mean
 from tiedlora import storage
 from tiedlora.config.identity import identity
 from tiedlora.errors import UserError
+from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.reading import Count, Flag, Number, Text, Whole, typed
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs import lazy
@@ -91,7 +92,8 @@ class _RateResult:
 
     def order(self) -> tuple[float, float, float]:
         """A sort key that puts the best rate first. For equal scores, the lower loss is better, then the lower rate."""
-        return (self.loss if self.metric == LOSS else -self.value), self.loss, self.lr
+        lower_is_better = self.metric == LOSS or is_loss(self.metric)
+        return (self.value if lower_is_better else -self.value), self.loss, self.lr
 
 
 def select_rates(sweep: Sweep, by: str = "score") -> Selection:
@@ -194,7 +196,7 @@ def _test_score(cell: SweepCell, metric: str) -> float:
     record = cell.folder.finished_record()
     if "test" not in record.scores:
         log.info("scoring %s on test", cell.run_id)
-        record = lazy.add_scores(cell.folder, ["test"], cell.config.data_root, cell.config)
+        record = lazy.add_scores(cell.folder, ["test"], cell.config.data_root, cell.config, cell.config.score.metrics)
     scores = record.scores["test"]
     return scores.metrics[metric if metric in scores.metrics else scores.first_metric].value
 
@@ -246,14 +248,19 @@ def table(choices: Sequence[RateChoice]) -> str:
 
 
 def _table_row(choice: RateChoice) -> list[str]:
-    value = f"{choice.value:.3f}" if choice.metric == LOSS else f"{100 * choice.value:.1f} %"
-    test = "" if choice.test is None else f"{100 * choice.test:.1f} %"
+    value = _shown(choice.value, choice.metric)
+    test = "" if choice.test is None else _shown(choice.test, "" if choice.metric == LOSS else choice.metric)
     return [
         *(choice.model, choice.task, choice.configuration, str(choice.rank)),
         *(f"{choice.lr:g}", str(len(choice.lrs)), value),
         *(str(choice.seeds), str(choice.trials), str(choice.failed)),
         *(test, EDGE_REMARK if choice.edge else ""),
     ]
+
+
+def _shown(value: float, metric: str) -> str:
+    """A loss in nats, any other metric in per cent."""
+    return f"{value:.3f}" if metric == LOSS or is_loss(metric) else f"{100 * value:.1f} %"
 
 
 def to_json(choices: Sequence[RateChoice]) -> str:
