@@ -200,6 +200,9 @@ class ScoreConfig:
 
     splits: list[str] = key(factory=lambda: ["validation"], execution=True)
     """The splits that train.py scores: [validation], or also test when the run is chosen; [] scores nothing."""
+    metrics: Optional[list[str]] = key(None, execution=True)
+    """What is scored: null takes the task's own metrics and the loss of the targets. [target_loss] takes only the loss,
+    without generation, which is much cheaper. A name of the task's metrics takes all of them."""
     checkpoint: str = key("last", choices=("last", "best"))
     """Which adapter is scored: that of the last step, or best, that of the step with the lowest validation loss."""
     batch_size: int = key(64, low=1, high=LARGEST_SCORING)
