@@ -17,6 +17,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord, SplitScores, read_record
+from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 
 FOLDER_NAME = re.compile(r"(?P<label>\w+?)-r(?P<rank>\d+)-(?P<task>.+)-(?P<model>[^-]+)-s(?P<seed>\d+)-[0-9a-f]{10}")
 PART_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoint", "error.txt", ".lock", "adapter", "predictions")
@@ -130,6 +131,17 @@ def read_runs(roots: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
         else:
             runs[run.run_id] = run
     return list(runs.values()), left_out
+
+
+def read_selections(roots: Iterable[Path]) -> tuple[list[Selection], list[LeftOut]]:
+    """The choices of learning rates in the roots' sweeps/, and the files that cannot be read."""
+    selections, left_out = [], []
+    for path in sorted(path for root in roots for path in root.glob(f"sweeps/*/{SELECTION_FILE}")):
+        try:
+            selections.append(read_selection(path))
+        except UserError as error:
+            left_out.append(LeftOut(path, str(error).removeprefix(f"{path}: ")))
+    return selections, left_out
 
 
 def _folders(roots: Iterable[Path]) -> Iterator[Path]:

@@ -14,7 +14,6 @@ from statistics import mean
 
 from tiedlora.config.identity import identity
 from tiedlora.errors import UserError
-from tiedlora.records.run_record import RunRecord
 from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection
 from tiedlora.runs import lazy
 from tiedlora.statistics.rate_choice import RateTrial, choose_rate
@@ -97,16 +96,11 @@ def _rate_trial(lr: float, cells: Iterable[SweepCell]) -> RateTrial:
         seed, record = cell.config.seed, cell.folder.record()
         if record is not None:
             losses[seed] = record.training.validation_loss_last
-            if (score := _validation_score(record)) is not None:
+            if (score := record.validation_score) is not None:
                 scores[seed] = score
         elif cell.state() == "failed":
             failed.add(seed)
     return RateTrial(lr, losses, scores, frozenset(failed))
-
-
-def _validation_score(record: RunRecord) -> float | None:
-    scores = record.scores.get("validation")
-    return None if scores is None else scores.metrics[scores.first_metric].value
 
 
 def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
