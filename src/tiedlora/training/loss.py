@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tiedlora.data.batching import Batch
+from tiedlora.models.placement import weights_in_place, without_gradients
 
 CHUNK = 256
 """Most target positions of a chunk. These are enough for the full speed of matrix products."""
@@ -93,15 +94,16 @@ def target_loss(model: Any, batch: Batch) -> Tensor:
     if head.weight.requires_grad:
         raise ValueError("target_loss needs a frozen output head")
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    states = hidden.flatten(0, 1).index_select(0, batch.positions)
+    states = hidden.flatten(0, 1).index_select(0, batch.positions.to(hidden.device))
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        states, head.weight, getattr(head, "bias", None), batch.targets, softcap
-    )
-    return total
+    with weights_in_place(head, states, batch.targets) as (states, targets):
+        total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            states, head.weight, getattr(head, "bias", None), targets, softcap
+        )
+    return total.to(batch.targets.device)
 
 
-@torch.inference_mode()
+@without_gradients
 def mean_loss(model: Any, batches: Sequence[Batch]) -> float:
     """The mean cross-entropy per target token over all batches."""
     total = sum(target_loss(model, batch).double() for batch in batches)
