@@ -25,7 +25,7 @@ from tiedlora.adapter import architectures, files, linear
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
-from tiedlora.tying import Architecture, Layout, Tying, named
+from tiedlora.tying import Architecture, Layout, Tying, adapted_layers, named
 
 
 class Adapted(nn.Module):
@@ -212,15 +212,17 @@ def attach(
     alpha: float | None = None,
     seed: int = 0,
     layout: Layout | None = None,
+    scaling: str = "standard",
 ) -> Attached:
     """Attach a new adapter to `model` and freeze the base. The update is exactly zero until the adapter is trained.
 
     Args:
         model: a causal language model of transformers, of a family in architectures.FAMILIES.
-        tying: a specification, or the name of one of the paper's eight ("LoRA", "TABuv", ...).
-        alpha: the update's scale is alpha / rank; None means `rank`, so the scale is 1.
+        tying: a specification, or its name in conf/tying/ ("LoRA", "TABuv", "TABuv_v0", ...; see tying.named).
+        alpha: gives the update's scale (see `scaling`); None means `rank`.
         seed: the seed of the random parts.
         layout: where the model keeps its projections, for a family that is not in architectures.FAMILIES.
+        scaling: standard (the scale is alpha / rank) or rslora (alpha / sqrt(rank)).
 
     Raises:
         UserError: the family or a target is unknown, the specification cannot train, or the model is sharded or has an
@@ -229,7 +231,8 @@ def attach(
     tying = named(tying) if isinstance(tying, str) else tying
     _refuse_sharded(model)
     architecture = architectures.read(model, layout)
-    return attach_adapter(model, TiedAdapter(tying, rank, rank if alpha is None else alpha, architecture, seed))
+    alpha = rank if alpha is None else alpha
+    return attach_adapter(model, TiedAdapter(tying, rank, alpha, architecture, seed, scaling))
 
 
 def attach_adapter(model: nn.Module, adapter: TiedAdapter) -> Attached:
@@ -243,7 +246,7 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter) -> Attached:
     _refuse_sharded(model)
     architecture = architectures.read(model, adapter.architecture.layout)
     _check_architecture(adapter.architecture, architecture)
-    architectures.check(model, architecture, adapter.tying.targets)
+    architectures.check(model, architecture, adapter.tying.targets, adapted_layers(adapter.tying, architecture))
     linear.keep_gradients(model)
     model.requires_grad_(False)
     adapter.to(linear.execution_device(model.get_submodule(adapter.paths()[0])))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from tiedlora.keys import count, key
-from tiedlora.tying import Architecture, Tying
+from tiedlora.tying import SCALINGS, Architecture, Tying
 
 SPLITS = ("train", "validation", "test")
 SCORED_SPLITS = ("validation", "test")
@@ -115,7 +115,9 @@ class RankConfig:
     r: int = count(8)
     """The rank of every adapted projection."""
     alpha: Optional[float] = key(None, low=1e-12, high=1e12)
-    """The scale is s = alpha / r; null means alpha = r, so s = 1."""
+    """It gives the scale s of the update; null means alpha = r, so s = 1 with the standard scaling."""
+    scaling: str = key("standard", choices=SCALINGS, neutral="standard")
+    """standard: s = alpha / r; rslora: s = alpha / sqrt(r). Give alpha a fixed value to compare ranks."""
 
 
 @dataclass

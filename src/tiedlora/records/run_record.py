@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from tiedlora import storage
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
+from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, typed
 from tiedlora.statistics.interval import Interval
 from tiedlora.text import is_name
@@ -174,6 +175,7 @@ class NamedTask:
 class RankValues:
     r: Whole
     alpha: Number | None = None
+    scaling: Text = "standard"
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,15 @@ class RunRecord:
                 tree["device"] = str(self.execution)
             tree[item.name] = plain(getattr(self, item.name))
         return {**tree, "identity": self.identity.tree, "config": self.config.tree}
+
+    @property
+    def validation_score(self) -> float | None:
+        """The first metric on validation, where more is better: a loss is negated. None if it is not scored."""
+        scores = self.scores.get("validation")
+        if scores is None:
+            return None
+        value = scores.metrics[scores.first_metric].value
+        return -value if is_loss(scores.first_metric) else value
 
     @property
     def label(self) -> str:

@@ -70,6 +70,8 @@ def _run_first_process(config: Config, world: World) -> RunRecord | None:
 def _train_and_score(session: RunSession, folder: RunFolder, stop: StopSignal) -> RunRecord:
     """Train from the newest checkpoint or from the start, save the adapter, score, and write result.json last."""
     trained = Trainer(session, folder, stop).train()
+    # The other processes have nothing left to do. They leave now, and do not wait until this one has scored.
+    session.world.leave()
     adapter_bytes = save(session.attached.adapter, folder.adapter, session.base.record)
     scorer = Scorer(session.attached, session.encoder, session.task, session.config, session.base.record)
     splits = session.config.score.splits
@@ -94,6 +96,7 @@ def _run_worker_process(config: Config, world: World) -> None:
             # Here the first process tells the others whether another command has finished the run in the meantime.
             if not world.any(False):
                 Trainer(session, RunFolder(Path(scratch)), stop, resume_from=folder.checkpoints).train()
+                world.leave()
     finally:
         session.release()
 
