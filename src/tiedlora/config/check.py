@@ -113,7 +113,7 @@ def _check_placement(config: Config) -> None:
         raise UserError(f"model.device_map={model.device_map}: a random model has no files to load; use null")
     if config.train.compile == "always":
         raise UserError(
-            f"train.compile=always: blocks whose weights move (model.device_map={model.device_map}) cannot be compiled; "
+            f"train.compile=always: blocks are not compiled with model.device_map={model.device_map} (weights move); "
             "use train.compile=auto"
         )
 
