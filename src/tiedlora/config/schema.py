@@ -35,9 +35,12 @@ class ModelConfig:
     device_map: Optional[str] = key(None, choices=("auto", "balanced", "balanced_low_0", "sequential"), execution=True)
     """How a base model that is larger than one GPU is spread over the GPUs, the CPU's memory and the disk (accelerate's
     device maps). null puts it on train.device."""
-    max_memory: dict[str, str] = key(factory=dict, execution=True)
-    """The most memory that device_map uses on each device, such as {0: 20GiB, cpu: 60GiB}; other weights go to the
-    disk. Empty takes all free memory."""
+    gpu_memory: Optional[str] = key(None, execution=True)
+    """The most memory of each GPU that device_map fills with weights, such as 20GiB; the rest is for activations. null
+    takes all that is free."""
+    cpu_memory: Optional[str] = key(None, execution=True)
+    """The most memory of the CPU that device_map fills with weights; other weights stay on the disk. null takes all
+    that is free."""
     context: int = count(0)
     """How many tokens the model can attend to. A prompt and max_new_tokens, or a prompt and its target, must fit into
     it. Rows that do not fit are counted."""

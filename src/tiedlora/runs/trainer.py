@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tiedlora import storage
-from tiedlora.adapter import architectures, load, save
+from tiedlora.adapter import architectures, linear, load, save
 from tiedlora.config.identity import config_tree
 from tiedlora.data.batching import Batch, BatchSampler, by_length, microbatches
 from tiedlora.errors import UserError
@@ -143,12 +143,14 @@ class Trainer:
         """Inside the context, the blocks are compiled and recompute activations, as the configuration says."""
         train, model = self.config.train, self.session.model
         blocks: Any = model.get_submodule(architectures.layout_of(self.config.model.architecture).layers)
-        weights = sum(parameter.numel() for parameter in blocks.parameters())
+        weights = linear.weight_count(blocks)
         tokens = train.steps * train.batch_size * sum(map(len, self.rows)) / len(self.rows)
         if train.recompute_activations:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         try:
-            compiled = compiling.decide(train.compile, self.session.device.type, weights, tokens)
+            # accelerate's hooks move weights while a block runs, which cannot be compiled.
+            wish = "never" if self.config.model.device_map else train.compile
+            compiled = compiling.decide(wish, self.session.device.type, weights, tokens)
             with compiling.compiled(blocks) if compiled else nullcontext():
                 yield
         finally:
