@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_COUNTS = 2.0
 LARGEST_SHARE = 0.02
-"""Most of the time that is spent on counting. On a network file system, the files of ten thousand cells take seconds."""
+"""Most of the time that is spent on counting: the files of ten thousand cells take seconds on a network file system."""
 
 
 @dataclass(frozen=True)
