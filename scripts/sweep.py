@@ -12,7 +12,9 @@ import logging
 from tiedlora import errors
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.report import claims
+from tiedlora.records.selection import write_selection
+from tiedlora.report import claims, planning
+from tiedlora.statistics.rate_choice import CRITERIA
 from tiedlora.sweeps import planned_rows, selection, status
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.control import matching
@@ -30,7 +32,9 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument(
-        "--by", choices=selection.CRITERIA, default="score", help="select: the task's first metric, or the loss"
+        "--by",
+        choices=CRITERIA,
+        help="select: the task's first metric, or the loss; by default the metric if every run has it",
     )
     parser.add_argument("--no-test", action="store_true", help="select: choose only, and leave test for later")
     arguments = parser.parse_intermixed_args()
@@ -48,11 +52,11 @@ def main() -> None:
         show(sweep, plan=arguments.what == "plan", json=arguments.json)
 
 
-def select(sweep: Sweep, by: str, test: bool, json: bool) -> None:
+def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
     chosen = selection.select_rates(sweep, by)
     if test:
         chosen = selection.score_test(sweep, chosen)
-    selection.write_selection(sweep, chosen)
+    write_selection(selection.selection_file(sweep), chosen)
     print(selection.to_json(chosen.choices) if json else selection.table(chosen.choices))
 
 
@@ -83,7 +87,9 @@ def decidable_claims(sweep: Sweep) -> list[str]:
     unknown = [task for task, count in rows.items() if count is None]
     lines = [f"{task}: the number of test rows is not known here; set task.rows.test or data_root" for task in unknown]
     known = [count for count in rows.values() if count is not None]
-    return lines + (claims.plan(claims.read(PROJECT / "claims/tied_lora.yaml"), seeds, min(known)) if known else [])
+    if not known:
+        return lines
+    return [*lines, *planning.plan(claims.read(PROJECT / "claims/tied_lora.yaml"), seeds, min(known))]
 
 
 if __name__ == "__main__":

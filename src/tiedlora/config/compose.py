@@ -80,6 +80,9 @@ def complete(config: Config) -> Config:
     check(config)
     if rank.alpha is None:
         config.rank = replace(rank, alpha=float(rank.r))
+    if config.tying.layers == list(range(config.model.architecture.layers)):
+        # Every layer by number is the same run as null.
+        config.tying = replace(config.tying, layers=None)
     return config
 
 
