@@ -11,14 +11,14 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from tiedlora.errors import UserError
 from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.sweeps import status
-from tiedlora.sweeps.cells import Sweep, SweepCell
+from tiedlora.sweeps.cells import ENDED, Sweep, SweepCell
 from tiedlora.sweeps.watch import EndedCellsLogger
 from tiedlora.training.signals import SIGNALS
 
@@ -50,18 +50,41 @@ def run_sweep(sweep: Sweep, launch: Launch) -> None:
     log.info("%s: %d cells, %d finished before, %d to run", sweep.id, *numbers)
     try:
         with EndedCellsLogger(sweep):
-            _Launches(launch).run(unfinished)
+            launch_cells(unfinished, launch)
     except KeyboardInterrupt:
         print(status.summary_line(sweep, status.statuses(sweep)))
         raise
     cells = status.statuses(sweep)
     print(f"\n{status.table(cells)}\n\n{status.summary_line(sweep, cells)}")
-    errors.update({cell.run_id: cell.error or "" for cell in cells if cell.state != "done"})
+    errors.update({cell.run_id: cell.error or "" for cell in cells if cell.state not in ("done", "paused")})
+    end_with(errors, len(cells))
+
+
+def end_with(errors: Mapping[str, str], cells: int) -> None:
+    """End a sweep of so many cells.
+
+    Args:
+        errors: run id -> why it failed.
+
+    Raises:
+        SystemExit: with code 1, after naming every cell that failed.
+    """
     if errors:
-        print(f"\n{len(errors)} of {len(cells)} cells failed; their tracebacks are in error.txt:", file=sys.stderr)
+        print(f"\n{len(errors)} of {cells} cells failed; their tracebacks are in error.txt:", file=sys.stderr)
         for run_id, error in errors.items():
             print(f"  {run_id}: {error}", file=sys.stderr)
         raise SystemExit(1)
+
+
+def launch_cells(cells: Sequence[SweepCell], launch: Launch, first_job: int = 0) -> int:
+    """Launch the cells until each is done, paused or failed.
+
+    Returns:
+        The number of the next job, to be the first of the next launch.
+    """
+    launches = _Launches(launch, first_job)
+    launches.run(cells)
+    return first_job + launches.counts.total()
 
 
 def changed_inputs(cells: Iterable[SweepCell]) -> dict[str, str]:
@@ -100,19 +123,19 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 class _Launches:
-    """Launches cells until each has a result or an error."""
+    """Launches cells until each has a result or an error, or has paused."""
 
-    def __init__(self, launch: Launch) -> None:
-        self.launch = launch
+    def __init__(self, launch: Launch, first_job: int) -> None:
+        self.launch, self.first_job = launch, first_job
         self.counts: Counter[str] = Counter()
         """Run id -> how often the cell was launched."""
         self._waiting_logged = False
 
     def run(self, cells: Sequence[SweepCell]) -> None:
-        """Return when every cell is done or failed."""
+        """Return when every cell has ended."""
         while cells:
             try:
-                self.launch(cells, self.counts.total())
+                self.launch(cells, self.first_job + self.counts.total())
             except Exception as error:
                 # What a launcher returns or raises does not matter: the folders show what it has done.
                 reason = f"{type(error).__name__}: {error}"
@@ -121,8 +144,8 @@ class _Launches:
             cells = [cell for cell in cells if self._needs_launch(cell)]
 
     def _needs_launch(self, cell: SweepCell) -> bool:
-        """Whether the cell has neither a result nor an error, and may be launched once more."""
-        if self._state_when_free(cell) in ("done", "failed"):
+        """Whether the cell has not ended, and may be launched once more."""
+        if self._state_when_free(cell) in ENDED:
             return False
         if self.counts[cell.run_id] < LAUNCHES:
             log.warning("%s: stopped without a result; launching it once more", cell.run_id)
