@@ -11,7 +11,7 @@ import logging
 from tiedlora import errors
 from tiedlora.config.project import PROJECT
 from tiedlora.records.selection import write_selection
-from tiedlora.report import claims
+from tiedlora.report import claims, planning
 from tiedlora.statistics.rate_choice import CRITERIA
 from tiedlora.sweeps import selection, status
 from tiedlora.sweeps.cells import Sweep
@@ -69,7 +69,7 @@ def decidable_claims(sweep: Sweep) -> list[str]:
     """Which of the paper's claims the sweep's seeds and test rows can decide, before the sweep is run."""
     seeds = len({cell.config.seed for cell in sweep.cells})
     rows = min(cell.config.task.rows.test or GSM8K_TEST_ROWS for cell in sweep.cells)
-    return claims.plan(claims.read(PROJECT / "claims/tied_lora.yaml"), seeds, rows)
+    return planning.plan(claims.read(PROJECT / "claims/tied_lora.yaml"), seeds, rows)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 from helpers.report_runs import make_config, make_record, scored_run, write_run
 
 from tiedlora.records.selection import read_selection, write_selection
+from tiedlora.report import write
 from tiedlora.sweeps import selection
 from tiedlora.sweeps.cells import Sweep, SweepCell
 
@@ -26,7 +27,17 @@ def by_selection_json(sweep: Sweep) -> Rates:
     return {(choice.configuration, choice.rank): choice.lr for choice in read_selection(file).choices}
 
 
-CHOOSERS: dict[str, Callable[[Sweep], Rates]] = {"select": by_select, "selection.json": by_selection_json}
+def by_report(sweep: Sweep) -> Rates:
+    report = write.build([Path(sweep.cells[0].config.outputs)])
+    return {(group.configuration, group.rank): group.lr for group in report.groups}
+
+
+CHOOSERS: dict[str, Callable[[Sweep], Rates]] = {
+    "select": by_select,
+    "report": by_report,
+    "selection.json": by_selection_json,
+    "report after select": by_report,
+}
 """What names a rate for each configuration of a sweep whose runs lie in its folder outputs/."""
 
 

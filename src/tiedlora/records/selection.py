@@ -39,7 +39,9 @@ class RateChoice:
     run_ids: list[Text]
     """The runs of the chosen rate, one for each seed."""
     test: Number | None = None
-    """Mean over the seeds of the metric on test, once it is scored."""
+    """Mean over the seeds on test, once it is scored."""
+    test_metric: Text = ""
+    """The metric of `test`: the one that chose if test has it, otherwise the task's first."""
     selection_seeds: list[Whole] = field(default_factory=list)
     """The seeds that the rate was compared on. Empty in a file of version 0.1 or 0.2, where it was all of them."""
 

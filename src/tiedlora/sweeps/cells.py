@@ -117,12 +117,19 @@ class Sweep:
 
     def freeze(self) -> FrozenCells:
         """Write every cell's resolved configuration. A cell is run from this file, so a later edit of conf/ does not
-        change it."""
+        change it.
+
+        Files with the same content stay. So the next start of a large sweep writes nothing, and a job that reads its
+        file meanwhile is not disturbed.
+        """
+        frozen = FrozenCells(self.path / "cells")
         for cell in self.cells:
             tree = config_tree(cell.config)
             tree["tracking"]["group"] = tree["tracking"]["group"] or self.id
-            storage.write_json(self.path / "cells" / f"{cell.run_id}.json", tree)
-        return FrozenCells(self.path / "cells")
+            path, data = frozen.path / f"{cell.run_id}.json", storage.json_bytes(tree)
+            if not path.is_file() or storage.read_bytes(path) != data:
+                storage.write_bytes(path, data, flush=False)
+        return frozen
 
 
 @dataclass(frozen=True)

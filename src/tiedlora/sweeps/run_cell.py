@@ -36,8 +36,10 @@ def run_cell(config: Config) -> None:
     except Exception as error:
         folder.write_error()
         log.error("%s failed: %s", folder.path.name, _one_line(error))
-        # Known fault: the exception still holds the tensors of the failed cell here, so their memory is not freed.
-        lazy.free_device_memory()
+    else:
+        return
+    # Here, and not in the block above, where the exception still holds the frames and tensors of the failed cell.
+    lazy.free_device_memory()
 
 
 def _one_line(error: Exception) -> str:

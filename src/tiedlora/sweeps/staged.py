@@ -117,6 +117,7 @@ class SearchGroup:
     def choice(self, stage: SearchStage, chosen: ChosenRate) -> RateChoice:
         """The chosen rate with its runs, once the search has ended."""
         named, cells = self.first.parameters(), [self.cell(chosen.lr, seed) for seed in self.plan.seeds]
+        test, test_metric = _mean_test(cells)
         return RateChoice(
             model=named.model,
             task=named.task,
@@ -131,7 +132,8 @@ class SearchGroup:
             failed=sum(len(trial.failed) for trial in stage.trials),
             edge=chosen.edge,
             run_ids=sorted(cell.run_id for cell in cells),
-            test=_mean_test(cells),
+            test=test,
+            test_metric=test_metric,
             selection_seeds=list(chosen.seeds),
         )
 
@@ -149,10 +151,14 @@ def observation(cell: SweepCell) -> Observation:
     )
 
 
-def _mean_test(cells: Sequence[SweepCell]) -> float | None:
-    scores = [record.scores.get("test") for cell in cells if (record := cell.folder.record()) is not None]
-    values = [split.metrics[split.first_metric].value for split in scores if split is not None]
-    return mean(values) if len(values) == len(cells) else None
+def _mean_test(cells: Sequence[SweepCell]) -> tuple[float | None, str]:
+    """The mean over the seeds of the first metric on test, and its name; None if test is not scored."""
+    records = [record for cell in cells if (record := cell.folder.record()) is not None]
+    scores = [record.scores["test"] for record in records if "test" in record.scores]
+    if len(scores) < len(cells):
+        return None, ""
+    metric = scores[0].first_metric
+    return mean(split.metrics[metric].value for split in scores), metric
 
 
 def search_groups(sweep: Sweep, options: SearchOptions) -> list[SearchGroup]:
