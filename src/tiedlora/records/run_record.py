@@ -133,6 +133,10 @@ class TrainingRecord:
     """The step whose adapter was saved and scored."""
 
 
+TEXTS, ADAPTER = "texts", "adapter"
+"""What a study may leave out of a run: prompts, references and texts of choices; the adapter's files."""
+
+
 @dataclass(frozen=True)
 class SplitScores:
     """The scores of one split. All scores are fractions of 1, BLEU and chrF too. Only losses are in nats."""
@@ -252,6 +256,8 @@ class RunRecord:
     """Always `done`: other runs have no record."""
     files: dict[str, str] = field(default_factory=dict)
     """File of the adapter -> its sha256."""
+    left_out: list[Text] | None = None
+    """What a study does not keep of the run's folder: TEXTS, ADAPTER. None for the run's own folder."""
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> RunRecord:
