@@ -25,13 +25,15 @@ from tiedlora.sweeps.launching import run_sweep, stopped_by_signals
 class ResumingSweeper(BasicSweeper):
     """Composes, checks and freezes all cells, and then launches those that are not finished."""
 
-    def __init__(self, params: dict[str, str], match_lora: bool) -> None:
+    def __init__(self, params: dict[str, str], match_lora: bool, fail_fast: bool = False) -> None:
         """
         Args:
             params: the axes of the grids on the command line. The command line's own axes replace them.
             match_lora: whether to add to each tied cell the LoRA cell with the nearest trainable count.
+            fail_fast: whether the first cell that fails stops the sweep.
         """
         super().__init__(max_batch_size=None, params=params)
+        self.fail_fast = fail_fast
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Store the arguments of the launcher, which is made when the cells are frozen."""
@@ -51,7 +53,7 @@ class ResumingSweeper(BasicSweeper):
         assert self.hydra_context is not None
         sweep = expand(self.config, self.hydra_context.config_loader, arguments)
         launcher = self._launcher(sweep.freeze())
-        run_sweep(sweep, partial(_launch, launcher))
+        run_sweep(sweep, partial(_launch, launcher), self.fail_fast)
         return []
 
     def _launcher(self, frozen: FrozenCells) -> Launcher:

@@ -1,9 +1,9 @@
-"""The rows of a run's two JSON Lines files: predictions/<split>.jsonl and metrics.jsonl."""
+"""The rows of a run's JSON Lines files: predictions/<split>.jsonl, metrics.jsonl and validation_losses.jsonl."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,45 @@ from tiedlora.errors import UserError
 from tiedlora.records.reading import Count, Flag, Number, Text, is_number, typed
 
 Score = Number | list[Number]
-"""A number in [0, 1], or the statistics of one output. A corpus-level metric comes from their sum over outputs."""
+"""A number in [0, 1] (for a loss, nats per token), or the statistics of one row. A corpus-level metric comes from their
+sum over rows."""
+NOT_GENERATED = "not generated"
+"""The `ended` of a row that has only a loss, because the model was asked for no answer."""
 
 
 @dataclass(frozen=True)
 class PredictionRow:
-    """The model's answer to one example, and its scores."""
+    """The model's answer to one example, and its scores. A row with only a loss has no answer."""
 
     id: Text
     prompt: Text
     """The prompt that the model got."""
     references: list[Text]
     output: Text
-    """The generated text, or the most likely of `choices`."""
+    """The generated text, or the most likely of `choices`; empty without an answer."""
     scores: dict[Text, Score]
     shortened: Flag = False
     """Whether the prompt was shortened to fit."""
     output_tokens: Count = 0
     ended: Text = ""
-    """How generation ended: end (end-of-text token), stop (stop string) or length; `choice` if texts were compared."""
+    """How generation ended: end (end-of-text token), stop (stop string) or length; `choice` if texts were compared;
+    NOT_GENERATED without an answer."""
     choices: list[Text] | None = None
     log_likelihoods: list[Number] | None = None
     """One for each of `choices`, in nats."""
+    cut_target: Flag = False
+    """Whether the loss leaves out the end of the target, because prompt and target do not fit into the context."""
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the model was asked for an answer. Without one, `output` is empty and means nothing."""
+        return self.ended != NOT_GENERATED
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object, with its keys in the file's order."""
         names = ["id", "prompt", "shortened", "references", "output", "output_tokens", "ended"]
         names += ["choices", "log_likelihoods"] if self.choices is not None else []
+        names += ["cut_target"] if self.cut_target else []
         return {name: getattr(self, name) for name in [*names, "scores"]}
 
 
@@ -104,15 +116,56 @@ def read_metrics(path: Path, metric: str = "") -> list[MetricsRow]:
     Raises:
         UserError: the file exists and cannot be read.
     """
+    rows = (MetricsRow.from_json(tree) for tree in _appended_objects(path, metric))
+    return [row for row in rows if row is not None]
+
+
+@dataclass(frozen=True)
+class ValidationLosses:
+    """The loss of every validation row at one step of training."""
+
+    step: Count
+    losses: list[Number]
+    """Each row's mean cross-entropy per target token, in nats, in the order of the validation rows."""
+    tokens: list[Count]
+    """Each row's number of target tokens."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {"step": self.step, "losses": self.losses, "tokens": self.tokens}
+
+
+def read_validation_losses(path: Path) -> list[ValidationLosses]:
+    """The rows of validation_losses.jsonl, one for each evaluation; no rows if the file is missing (an older run).
+
+    A line that is not a row is left out, as in `read_metrics`.
+
+    Raises:
+        UserError: the file exists and cannot be read.
+    """
     rows = []
+    for tree in _appended_objects(path):
+        try:
+            row = typed(ValidationLosses, tree)
+        except UserError:
+            continue
+        if 0 < len(row.losses) == len(row.tokens):
+            rows.append(row)
+    return rows
+
+
+def _appended_objects(path: Path, text: str = "") -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file whose lines are appended; none if it is missing. Other lines are left out.
+
+    Args:
+        text: parse only lines that contain this text.
+    """
     for line in storage.read_bytes(path).splitlines() if path.exists() else []:
-        if metric.encode() not in line:
+        if text.encode() not in line:
             continue
         try:
             tree = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        row = MetricsRow.from_json(tree) if isinstance(tree, dict) else None
-        if row is not None:
-            rows.append(row)
-    return rows
+        if isinstance(tree, dict):
+            yield tree

@@ -16,7 +16,8 @@ from pydantic_core import PydanticCustomError
 from tiedlora import storage
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
-from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, typed
+from tiedlora.records.loss_metrics import is_loss
+from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, is_number, typed
 from tiedlora.statistics.interval import Interval
 from tiedlora.text import is_name
 from tiedlora.tying import PARTS
@@ -26,20 +27,18 @@ CPU_DEVICE = re.compile(r"(?P<device>.+?)(, (?P<threads>\d+) threads)?(, (?P<pro
 """How records before version 0.2 write device, threads and processes: "cpu, 2 threads, 2 processes"."""
 
 
-def _score_interval(value: Any) -> Any:
-    """Check that a score (or a difference of scores) and the ends of its interval are fractions of 1."""
+def _numbers(value: Any) -> Any:
+    """Check that a value and the ends of its interval are finite numbers."""
     ends = [value.get(key) for key in ("value", "low", "high")] if isinstance(value, dict) else [None]
-    if isinstance(value, Interval) or all(
-        isinstance(end, (int, float)) and not isinstance(end, bool) and abs(end) <= 1 + 1e-9 for end in ends
-    ):
+    if isinstance(value, Interval) or all(map(is_number, ends)):
         return value
-    raise PydanticCustomError("not_an_interval", "is not a value with an interval, all within [-1, 1]")
+    raise PydanticCustomError("not_an_interval", f"is {NOT_A_SCORE}")
 
 
-ScoreInterval = Annotated[Interval, BeforeValidator(_score_interval)]
-"""An interval whose three numbers lie in [-1, 1]."""
+NOT_A_SCORE = "not a value with an interval, all within [-1, 1]"
+ScoreInterval = Annotated[Interval, BeforeValidator(_numbers)]
 Scores = dict[Name, ScoreInterval]
-"""Metric -> its value with its interval."""
+"""Metric -> its value with its interval: within [-1, 1], or in nats if the metric is a loss."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,11 @@ class BaseModelRecord:
     revision: Text | None
     digest: Text | None
     """The sha256 of its files, or its commit on the hub. Digest and revision are None if a program made the model."""
+    quantization: Text | None = None
+    """nf4 or int8, if its linear layers are quantised after loading; the digest is that of the files."""
 
     def __str__(self) -> str:
-        return f"{self.name} at {self.revision} ({self.digest})"
+        return f"{self.name} at {self.revision} ({self.digest}{f', {self.quantization}' if self.quantization else ''})"
 
 
 @dataclass(frozen=True)
@@ -134,18 +135,23 @@ class TrainingRecord:
 
 @dataclass(frozen=True)
 class SplitScores:
-    """The scores of one split. All scores are fractions of 1, BLEU and chrF too."""
+    """The scores of one split. All scores are fractions of 1, BLEU and chrF too. Only losses are in nats."""
 
     rows: Annotated[Count, Field(gt=0)]
     digest: Text
     metrics: Annotated[Scores, Field(min_length=1)]
     seconds: Number = 0.0
+    """Seconds of the adapted model's answers."""
+    loss_seconds: Number | None = None
+    """Seconds of the adapted model's losses."""
     shortened: Count = 0
     output_tokens: Count = 0
+    cut_targets: Count | None = None
+    """Rows whose loss leaves out the end of the target, which does not fit into the context; None if there are none."""
     base: Scores | None = None
     """The base model's scores on the same rows."""
     gain: Scores | None = None
-    """Adapted minus base, paired on the rows."""
+    """Adapted minus base, paired on the rows. For a loss, a negative gain is an improvement."""
     signatures: dict[Text, Text] | None = None
     """Metric -> the implementation and settings that computed it, if its name does not say enough."""
     files: dict[Text, Text] = field(default_factory=dict)
@@ -172,6 +178,7 @@ class NamedTask:
 class RankValues:
     r: Whole
     alpha: Number | None = None
+    scaling: Text = "standard"
 
 
 @dataclass(frozen=True)
@@ -270,6 +277,15 @@ class RunRecord:
         return {**tree, "identity": self.identity.tree, "config": self.config.tree}
 
     @property
+    def validation_score(self) -> float | None:
+        """The first metric on validation, where more is better: a loss is negated. None if it is not scored."""
+        scores = self.scores.get("validation")
+        if scores is None:
+            return None
+        value = scores.metrics[scores.first_metric].value
+        return -value if is_loss(scores.first_metric) else value
+
+    @property
     def label(self) -> str:
         """LoRA, TABuv, ... or custom: the name that follows from the specification's values."""
         return self.run_id.split("-", 1)[0]
@@ -325,3 +341,8 @@ def _check(record: RunRecord) -> None:
         for kind, others in (("base", scores.base), ("gain", scores.gain)):
             if others is not None and set(others) != set(scores.metrics):
                 raise UserError(f"'scores.{split}.{kind}' has other metrics than 'scores.{split}.metrics'")
+        for kind in ("metrics", "base", "gain"):
+            for metric, interval in (getattr(scores, kind) or {}).items():
+                ends = (interval.value, interval.low, interval.high)
+                if not is_loss(metric) and max(map(abs, ends)) > 1 + 1e-9:
+                    raise UserError(f"'scores.{split}.{kind}.{metric}' is {NOT_A_SCORE}")

@@ -19,6 +19,7 @@ from tiedlora.records.summary import flat_summary
 from tiedlora.runs.recording import build_record
 from tiedlora.runs.session import RunSession
 from tiedlora.runs.trainer import Trainer
+from tiedlora.scoring.passes import wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import load_task
 from tiedlora.training.distributed import World, join_world
@@ -70,10 +71,13 @@ def _run_first_process(config: Config, world: World) -> RunRecord | None:
 def _train_and_score(session: RunSession, folder: RunFolder, stop: StopSignal) -> RunRecord:
     """Train from the newest checkpoint or from the start, save the adapter, score, and write result.json last."""
     trained = Trainer(session, folder, stop).train()
+    # The other processes have nothing left to do. They leave now, and do not wait until this one has scored.
+    session.world.leave()
     adapter_bytes = save(session.attached.adapter, folder.adapter, session.base.record)
     scorer = Scorer(session.attached, session.encoder, session.task, session.config, session.base.record)
     splits = session.config.score.splits
-    scores = {split: scorer.score_split(split, session.examples(split), folder) for split in splits}
+    passes = wanted_passes(session.config.score.metrics, session.task)
+    scores = {split: scorer.score_split(split, session.examples(split), folder, passes) for split in splits}
     record = build_record(session, trained, folder, adapter_bytes, scores)
     trained.trackers.finish(flat_summary(record))
     folder.write_record(record)
@@ -94,6 +98,7 @@ def _run_worker_process(config: Config, world: World) -> None:
             # Here the first process tells the others whether another command has finished the run in the meantime.
             if not world.any(False):
                 Trainer(session, RunFolder(Path(scratch)), stop, resume_from=folder.checkpoints).train()
+                world.leave()
     finally:
         session.release()
 

@@ -5,7 +5,8 @@ Importing torch and transformers takes seconds. A finished run, a wrong option a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Iterator, Sequence
 
 from tiedlora.config.schema import Config
 from tiedlora.records.run_folder import RunFolder
@@ -21,12 +22,17 @@ def execute(config: Config) -> RunRecord | None:
 
 
 def add_scores(
-    folder: RunFolder, splits: list[str], data_root: str | None, paths_from: Config | None = None
+    folder: RunFolder,
+    splits: Sequence[str],
+    data_root: str | None,
+    paths_from: Config | None = None,
+    metrics: Sequence[str] | None = None,
+    again: bool = False,
 ) -> RunRecord:
-    """Score more splits of a finished run; see add_scores.py."""
+    """Score more splits or metrics of a finished run; see add_scores.py."""
     from tiedlora.runs import add_scores
 
-    return add_scores.add_scores(folder, splits, data_root, paths_from)
+    return add_scores.add_scores(folder, splits, data_root, paths_from, metrics, again)
 
 
 def check_adapter(run: CheckedRun) -> Iterator[Finding]:
@@ -44,8 +50,13 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
 
 
 def free_device_memory() -> None:
-    """Free torch's cached memory on a GPU, so that the next run of this process can use it."""
+    """Free what a failed run leaves, so that the next run of this process can use the memory.
+
+    Call it outside the `except` block: until the block ends, the exception holds the failed run's tensors.
+    """
     import torch
 
+    # Frames of a traceback can refer to each other in a circle.
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -10,21 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from tiedlora import storage
-from tiedlora.adapter import architectures, load, save
+from tiedlora.adapter import architectures, linear, load, save
 from tiedlora.config.identity import config_tree
-from tiedlora.data.batching import Batch, BatchSampler, microbatches
+from tiedlora.data.batching import Batch, BatchSampler, by_length, microbatches
+from tiedlora.errors import UserError
 from tiedlora.models.device import peak_memory_bytes, restart_peak_memory
-from tiedlora.records.rows import MetricsRow
+from tiedlora.records.rows import MetricsRow, ValidationLosses, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs.session import RunSession
+from tiedlora.tracking.appended_file import AppendedFile
 from tiedlora.tracking.base import TrackedRun
 from tiedlora.tracking.progress import ProgressBar
 from tiedlora.tracking.run_trackers import RunTrackers
 from tiedlora.training import checkpoint, compiling, loop
-from tiedlora.training.loss import mean_loss, target_loss
+from tiedlora.training.loss import RowLosses, mean_loss, row_losses, target_loss
 from tiedlora.training.optimizer import build_optimizer
 from tiedlora.training.signals import StopSignal
 
@@ -45,7 +48,8 @@ class Trainer:
     """One training.
 
     Args:
-        folder: the run's folder. config.yaml, metrics.jsonl and the checkpoints are written there.
+        folder: the run's folder. config.yaml, metrics.jsonl, validation_losses.jsonl and the checkpoints are written
+            there.
         stop: if a signal came, training writes a checkpoint after the current step and ends.
         resume_from: the folder of the checkpoints to continue from; None takes the run's own.
     """
@@ -60,14 +64,16 @@ class Trainer:
         self.optimizer = build_optimizer(self.parts, self.config.train)
         checkpoints = resume_from or folder.checkpoints
         state = checkpoint.restore(checkpoints, self.parts, self.optimizer, session.inputs())
+        self.state = state or loop.TrainState()
+        self._check_same_step()
         if state is not None:
             log.info("continuing from step %d", state.step)
-        self.state = state or loop.TrainState()
         # 2. The order of the training rows, and the validation batches.
         self.rows = session.fitted["train"].encoded
         self.sampler = BatchSampler([len(row) for row in self.rows], self.config.train, self.config.seed)
         self.pad_id = session.base.tokenizer.eos_token_id
         held_out = session.fitted["validation"].encoded[: self.config.train.validation_rows]
+        self.validation_order = by_length(held_out)
         batches = microbatches(held_out, self.pad_id, self.config.score.batch_size)
         self.validation_batches = [batch.to(session.device) for batch in batches]
 
@@ -83,16 +89,27 @@ class Trainer:
         storage.write_bytes(self.folder.config_file, config_yaml.encode())
         run = TrackedRun(self.folder.path.name, self.folder.path, self.config, self.session.trainable_params)
         self.trackers = RunTrackers(run, self.folder.metrics_file, self.state.step)
+        self.row_losses_file = AppendedFile(self.folder.validation_losses_file, read_validation_losses, self.state.step)
         # 2. Train.
         restart_peak_memory(self.session.device)
         self._run_loop()
         peak = peak_memory_bytes(self.session.device)
-        # 3. Load the adapter of the step that is scored.
-        if self.config.score.checkpoint == "best":
+        # 3. Load the adapter of the step that is scored. Only the first process scores.
+        if self.config.score.checkpoint == "best" and self.session.world.is_first:
             best, _ = load(self._best_folder(self.state.best_step()))
             for name, parameter in best.parts().items():
                 self.adapter.parts()[name].data.copy_(parameter.data)
         return Trained(self.state, peak, self.trackers)
+
+    def _check_same_step(self) -> None:
+        """Raises UserError in every process if the processes continue from different steps."""
+        step, world = self.state.step, self.session.world
+        first, last = world.smallest(step), -world.smallest(-step)
+        if first != last:
+            raise UserError(
+                f"{self.folder.checkpoints}: of the {world.size} processes, one continues from step {first} and "
+                f"another from step {last}; make all of them see the same outputs={self.config.outputs}"
+            )
 
     def _run_loop(self) -> None:
         model = self.session.model
@@ -126,12 +143,14 @@ class Trainer:
         """Inside the context, the blocks are compiled and recompute activations, as the configuration says."""
         train, model = self.config.train, self.session.model
         blocks: Any = model.get_submodule(architectures.layout_of(self.config.model.architecture).layers)
-        weights = sum(parameter.numel() for parameter in blocks.parameters())
+        weights = linear.weight_count(blocks)
         tokens = train.steps * train.batch_size * sum(map(len, self.rows)) / len(self.rows)
         if train.recompute_activations:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         try:
-            compiled = compiling.decide(train.compile, self.session.device.type, weights, tokens)
+            # accelerate's hooks move weights while a block runs, which cannot be compiled.
+            wish = "never" if self.config.model.device_map else train.compile
+            compiled = compiling.decide(wish, self.session.device.type, weights, tokens)
             with compiling.compiled(blocks) if compiled else nullcontext():
                 yield
         finally:
@@ -147,21 +166,36 @@ class Trainer:
         return [batch.to(self.session.device) for batch in batches]
 
     def _validate(self) -> float:
-        """The validation loss. If the best adapter is scored, it is stored when its loss is the lowest so far."""
+        """The validation loss. The loss of each row is appended to validation_losses.jsonl.
+
+        If the best adapter is scored, it is stored when its loss is the lowest so far.
+        """
         self.session.model.eval()
         with compiling.eager():
-            loss = mean_loss(self.session.model, self.validation_batches)
+            losses = [row_losses(self.session.model, batch) for batch in self.validation_batches]
         self.session.model.train()
-        if self.config.score.checkpoint == "best" and all(loss < earlier for _, earlier in self.state.validation):
+        loss = mean_loss(losses)
+        # The loop refuses a loss that is not finite, which JSON cannot represent.
+        if math.isfinite(loss):
+            self.row_losses_file.append([self._in_row_order(losses)])
+        best_so_far = all(loss < earlier for _, earlier in self.state.validation)
+        if self.config.score.checkpoint == "best" and self.session.world.is_first and best_so_far:
             save(self.adapter, self._best_folder(self.state.step), self.session.base.record)
         return loss
+
+    def _in_row_order(self, losses: list[RowLosses]) -> ValidationLosses:
+        tokens = torch.cat([batch.tokens for batch in losses])
+        means = torch.cat([batch.sums for batch in losses]) / tokens
+        rows = sorted(zip(self.validation_order, means.tolist(), tokens.tolist(), strict=True))
+        return ValidationLosses(self.state.step, [mean for _, mean, _ in rows], [count for _, _, count in rows])
 
     def _best_folder(self, step: int) -> Path:
         # Each step has its own folder: to replace a folder would leave a moment without any.
         return self.folder.checkpoints / f"best-{step:08d}"
 
     def _save_checkpoint(self, state: loop.TrainState) -> None:
-        checkpoint.save(self.folder.checkpoints, state, self.parts, self.optimizer, self.session.inputs())
+        if self.session.world.is_first:
+            checkpoint.save(self.folder.checkpoints, state, self.parts, self.optimizer, self.session.inputs())
 
     def _log_metrics(self, rows: list[MetricsRow]) -> None:
         self.trackers.log(rows)

@@ -17,8 +17,10 @@ from tiedlora import storage, tying
 from tiedlora.config.identity import config_tree, run_id
 from tiedlora.config.schema import Config
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.sweeps.control import SweepControl
 
-STATES = ("done", "running", "interrupted", "failed", "missing")
+STATES = ("done", "running", "interrupted", "failed", "dropped", "missing")
+"""Dropped: taken out of the sweep by a person (control.py), and not done."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class SweepCell:
         return record is not None and set(self.config.score.splits) <= set(record.scores)
 
     def state(self) -> str:
-        """One of STATES."""
+        """One of STATES, except dropped, which only the sweep knows."""
         state = self.folder.state()
         return "interrupted" if state == "done" and not self.finished() else state
 
@@ -98,14 +100,31 @@ class Sweep:
         """The folder of the sweep's frozen cells and its selection."""
         return Path(self.cells[0].config.outputs) / "sweeps" / self.id
 
+    def run_ids(self) -> list[str]:
+        """The ids of the cells, and of frozen cells that a search has added."""
+        added = {path.stem for path in (self.path / "cells").glob("*.json")}
+        return list(dict.fromkeys([*(cell.run_id for cell in self.cells), *sorted(added)]))
+
+    @property
+    def control(self) -> SweepControl:
+        """The files that steer the sweep while it runs."""
+        return SweepControl(self.path)
+
     def freeze(self) -> FrozenCells:
         """Write every cell's resolved configuration. A cell is run from this file, so a later edit of conf/ does not
-        change it."""
+        change it.
+
+        Files with the same content stay. So the next start of a large sweep writes nothing, and a job that reads its
+        file meanwhile is not disturbed.
+        """
+        frozen = FrozenCells(self.path / "cells")
         for cell in self.cells:
             tree = config_tree(cell.config)
             tree["tracking"]["group"] = tree["tracking"]["group"] or self.id
-            storage.write_json(self.path / "cells" / f"{cell.run_id}.json", tree)
-        return FrozenCells(self.path / "cells")
+            path, data = frozen.path / f"{cell.run_id}.json", storage.json_bytes(tree)
+            if not path.is_file() or storage.read_bytes(path) != data:
+                storage.write_bytes(path, data, flush=False)
+        return frozen
 
 
 @dataclass(frozen=True)
@@ -127,4 +146,6 @@ class FrozenCells:
         cell_id = sweep_overrides[0].removeprefix("cell=")
         frozen = OmegaConf.create({**storage.read_json(self.path / f"{cell_id}.json"), "hydra": master_config.hydra})
         frozen.hydra.overrides.task = list(sweep_overrides)
+        # The cell finds the files that steer the sweep in Hydra's output directory, which is this folder for it.
+        OmegaConf.update(frozen, "hydra.sweep.dir", str(self.path.parent), force_add=True)
         return frozen
