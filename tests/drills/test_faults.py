@@ -1,23 +1,19 @@
 """Deliberate faults: kills, full disks, folders that cannot be written to."""
 
 import json
-import logging
 import os
 import resource
 import signal
 import subprocess
 import sys
-import tempfile
-import traceback
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import wandb
+from helpers.forks import forked
 
-from tiedlora import errors
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
@@ -81,33 +77,6 @@ def test_a_folder_that_cannot_be_written_is_said_in_a_line(tiny_run, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert str(tmp_path / "file") in done.stderr
-
-
-def forked(act: Callable[[], object], seconds: int = 60) -> tuple[int, str]:
-    """Exit code and standard error of `act` under errors.exit_codes(), in a fork that has everything imported."""
-    with tempfile.TemporaryFile("w+") as told:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                signal.alarm(seconds)
-                os.dup2(told.fileno(), 2)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-                logging.basicConfig(stream=sys.stderr, level=logging.INFO, force=True)
-                with errors.exit_codes():
-                    act()
-                code = 0
-            except SystemExit as end:
-                code = int(end.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        told.seek(0)
-        return os.waitstatus_to_exitcode(status), told.read()
 
 
 def one_error(told: str) -> str:

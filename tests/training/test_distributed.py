@@ -3,22 +3,32 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from helpers.forks import forked_world
 from helpers.tiny import tiny
 from safetensors.torch import load_file
 
 from tiedlora.adapter import attach
+from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import run
-from tiedlora.training import distributed
+from tiedlora.runs import run, trainer
+from tiedlora.scoring.split import Scorer
+from tiedlora.training import checkpoint, distributed
 from tiedlora.training.distributed import World
+from tiedlora.training.signals import StopSignal
 
 STEPS = 20
+
+
+def folder_of(config):
+    return RunFolder(Path(config.outputs) / run_id(config))
 
 
 def test_two_processes_are_one(tiny_config, tiny_run, tmp_path):
@@ -50,6 +60,57 @@ def test_two_processes_are_one(tiny_config, tiny_run, tmp_path):
     second = load_file(folder.adapter / "adapter.safetensors")
     for name, values in first.items():
         assert (values - second[name]).abs().max() <= 1e-3 * values.abs().max()
+
+
+class TestResume:
+    """Two processes that stop after step 3 of 6 and continue."""
+
+    @pytest.fixture
+    def stopped(self, tiny_config, monkeypatch):
+        """The configuration of the run. Its validation loss grows with every step."""
+        config = tiny_config("score.checkpoint=best", "train.validate_every=1")
+
+        def grows(model, batches):
+            return float(model.tied_adapter.parts()["qkv.B"].detach().abs().sum())
+
+        monkeypatch.setattr(trainer, "mean_loss", grows)
+        votes = []
+        with monkeypatch.context() as patch:
+            patch.setattr(StopSignal, "requested", lambda self: votes.append(1) or len(votes) >= 3)
+            ended = forked_world(lambda rank: run.main(config))
+        assert [code for code, _ in ended] == [75, 75], ended
+        return config
+
+    def test_the_best_step_is_scored_also_if_it_was_before_the_stop(self, stopped):
+        ended = forked_world(lambda rank: run.main(stopped))
+        assert [code for code, _ in ended] == [0, 0], ended
+        assert "continuing from step 3" in ended[0][1]
+        record = folder_of(stopped).finished_record()
+        assert (record.training.scored_step, record.training.steps) == (0, 6)
+        assert not load_file(folder_of(stopped).adapter / "adapter.safetensors")["qkv.B"].any(), "as at step 0"
+
+    def test_processes_that_find_different_steps_are_refused(self, stopped, monkeypatch):
+        def only_the_first_finds_it(rank):
+            if rank:
+                monkeypatch.setattr(checkpoint, "restore", lambda *_: None)
+            run.main(stopped)
+
+        for code, told in forked_world(only_the_first_finds_it):
+            assert code == 2, told
+            assert "of the 2 processes, one continues from step 0 and another from step 3" in told
+
+
+def test_no_process_waits_while_the_first_scores(tiny_config, monkeypatch):
+    """The others leave the group when training has ended, so the first must have left it too."""
+    score_split = Scorer.score_split
+
+    def scores(*arguments):
+        assert not dist.is_initialized()
+        return score_split(*arguments)
+
+    monkeypatch.setattr(Scorer, "score_split", scores)
+    ended = forked_world(lambda rank: run.main(tiny_config()))
+    assert [code for code, _ in ended] == [0, 0], ended
 
 
 def test_each_row_is_in_one_share():

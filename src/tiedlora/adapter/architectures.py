@@ -16,10 +16,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tiedlora.adapter import linear
 from tiedlora.errors import UserError
 from tiedlora.tying import Architecture, Layout, target_shape
 
@@ -98,6 +98,16 @@ CANDIDATES_SHOWN = 12
 
 
 @dataclass(frozen=True)
+class HeadBlocks:
+    """Some of the blocks q, k and v of a fused module whose outputs are heads x (q, k, v) x head_dim."""
+
+    heads: int
+    head_dim: int
+    blocks: slice
+    """Which of q, k and v."""
+
+
+@dataclass(frozen=True)
 class Site:
     """One module of one layer, to whose outputs a target's update is added."""
 
@@ -105,9 +115,8 @@ class Site:
     """Path inside the whole model."""
     rows: slice
     """The rows of the target's B and v that belong to this module."""
-    outputs: slice | Tensor
-    """The outputs of the module to which those rows are added, in the rows' order. This is a slice, or an index if the
-    heads are interleaved."""
+    outputs: slice | HeadBlocks
+    """The outputs of the module to which those rows are added. The rows are in the order [Q; K; V]."""
     width: int
     """The number of all outputs of the module. It is more than the rows if the module also computes something else."""
 
@@ -119,7 +128,13 @@ class Site:
         if isinstance(self.outputs, slice) and B.shape[-2] == self.width:
             return B
         placed = B.new_zeros(*B.shape[:-2], self.width, B.shape[-1])
-        placed[..., self.outputs if isinstance(self.outputs, slice) else self.outputs.to(B.device), :] = B
+        if isinstance(self.outputs, slice):
+            placed[..., self.outputs, :] = B
+            return placed
+        # Views, and no index of the outputs: an index on the CPU would be copied to the GPU at every forward pass.
+        heads, head_dim = self.outputs.heads, self.outputs.head_dim
+        by_head = placed.unflatten(-2, (heads, 3, head_dim))
+        by_head[..., self.outputs.blocks, :, :] = B.unflatten(-2, (-1, heads, head_dim)).transpose(-4, -3)
         return placed
 
 
@@ -197,7 +212,7 @@ def sites(architecture: Architecture, target: str, layer: int) -> list[Site]:
     return target_sites
 
 
-def _outputs(architecture: Architecture, layout: Layout, part: str, block: str) -> tuple[slice | Tensor, int]:
+def _outputs(architecture: Architecture, layout: Layout, part: str, block: str) -> tuple[slice | HeadBlocks, int]:
     """(the outputs of the module that belong to `part`, the number of all its outputs).
 
     Args:
@@ -219,15 +234,14 @@ def _outputs(architecture: Architecture, layout: Layout, part: str, block: str) 
     return slice(start, start + widths[block]), sum(widths.values())
 
 
-def _interleaved_outputs(architecture: Architecture, block: str) -> tuple[Tensor, int]:
+def _interleaved_outputs(architecture: Architecture, block: str) -> tuple[HeadBlocks, int]:
     """As `_outputs`, for a fused module whose outputs are heads x (q, k, v) x head_dim."""
     heads, head_dim = architecture.heads, architecture.head_dim
-    outputs = torch.arange(3 * heads * head_dim).view(heads, 3, head_dim).transpose(0, 1)
-    block_outputs = outputs[_QKV.index(block)] if block else outputs
-    return block_outputs.reshape(-1), 3 * heads * head_dim
+    first = _QKV.index(block) if block else 0
+    return HeadBlocks(heads, head_dim, slice(first, first + 1 if block else 3)), 3 * heads * head_dim
 
 
-def check(model: nn.Module, architecture: Architecture, targets: list[str]) -> None:
+def check(model: nn.Module, architecture: Architecture, targets: list[str], layers: list[int]) -> None:
     """Compare every module that will be adapted with what its layout says.
 
     Raises:
@@ -236,7 +250,7 @@ def check(model: nn.Module, architecture: Architecture, targets: list[str]) -> N
     transposed = layout_of(architecture).transposed
     for target in targets:
         d_in = target_shape(architecture, target)[0]
-        for layer in range(architecture.layers):
+        for layer in layers:
             for site in sites(architecture, target, layer):
                 _check_module(model, site, target, d_in, transposed)
 
@@ -249,15 +263,15 @@ def _check_module(model: nn.Module, site: Site, target: str, d_in: int, transpos
             f"attach: the model has no module {site.module_path}, where '{target}' should be; "
             f"{_candidates_in_words(model)}"
         ) from None
-    if not isinstance(module, Conv1D if transposed else nn.Linear):
+    if not linear.is_linear(module, transposed):
         raise UserError(
             f"attach: {site.module_path} is a {type(module).__name__}, not a plain linear layer; "
-            "load the model unquantised, or correct its layout"
+            "load the model unquantised or with model.quantization, or correct its layout"
         )
-    expected = (d_in, site.width) if transposed else (site.width, d_in)
-    if tuple(module.weight.shape) != expected:
+    expected = (d_in, site.width) if isinstance(module, Conv1D) else (site.width, d_in)
+    if linear.weight_shape(module) != expected:
         raise UserError(
-            f"attach: {site.module_path} has a weight of {tuple(module.weight.shape)}, "
+            f"attach: {site.module_path} has a weight of {linear.weight_shape(module)}, "
             f"the layout of '{target}' says {expected}; correct model.architecture"
         )
 
@@ -269,7 +283,7 @@ def candidates(model: nn.Module) -> list[str]:
         if isinstance(module, (nn.Linear, Conv1D)) and _PROJECTION_NAME.search(path):
             pattern = re.sub(r"\.\d+\.", ".*.", path, count=1)
             if pattern != path:
-                described.setdefault(pattern, f"{pattern} ({' x '.join(str(n) for n in module.weight.shape)})")
+                described.setdefault(pattern, f"{pattern} ({' x '.join(map(str, linear.weight_shape(module)))})")
     return list(described.values())
 
 

@@ -18,7 +18,8 @@ TYPE_WORDS = {
     "dict[str, str]": "a mapping of texts",
     "dict[str, Any]": "a mapping",
     "Union[int, str]": "a whole number or a text",
-    "Union[float, str]": "a number or a text",
+    "Union[float, int, str]": "a number or a text",
+    "list[Any]": "a list",
     "section": "a section of keys",
 }
 

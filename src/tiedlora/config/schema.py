@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from tiedlora.keys import count, key
-from tiedlora.tying import Architecture, Tying
+from tiedlora.tying import SCALINGS, Architecture, Tying
 
 SPLITS = ("train", "validation", "test")
 SCORED_SPLITS = ("validation", "test")
@@ -29,6 +29,18 @@ class ModelConfig:
     for tests; architecture: numbers only, for parameter counts."""
     path: Optional[str] = key(None, execution=True)
     """A local folder with this model. The hash of its weights is recorded and compared."""
+    quantization: Optional[str] = key(None, choices=("nf4", "int8"), neutral=None)
+    """nf4 (4 bits, as in QLoRA) or int8: the linear layers of the frozen base are quantised when it is loaded. This
+    needs bitsandbytes (the extra `quantization`). The adapter cannot be merged. null does not quantise."""
+    device_map: Optional[str] = key(None, choices=("auto", "balanced", "balanced_low_0", "sequential"), execution=True)
+    """How a base model that is larger than one GPU is spread over the GPUs, the CPU's memory and the disk (accelerate's
+    device maps). null puts it on train.device."""
+    gpu_memory: Optional[str] = key(None, execution=True)
+    """The most memory of each GPU that device_map fills with weights, such as 20GiB; the rest is for activations. null
+    takes all that is free."""
+    cpu_memory: Optional[str] = key(None, execution=True)
+    """The most memory of the CPU that device_map fills with weights; other weights stay on the disk. null takes all
+    that is free."""
     context: int = count(0)
     """How many tokens the model can attend to. A prompt and max_new_tokens, or a prompt and its target, must fit into
     it. Rows that do not fit are counted."""
@@ -103,7 +115,9 @@ class RankConfig:
     r: int = count(8)
     """The rank of every adapted projection."""
     alpha: Optional[float] = key(None, low=1e-12, high=1e12)
-    """The scale is s = alpha / r; null means alpha = r, so s = 1."""
+    """It gives the scale s of the update; null means alpha = r, so s = 1 with the standard scaling."""
+    scaling: str = key("standard", choices=SCALINGS, neutral="standard")
+    """standard: s = alpha / r; rslora: s = alpha / sqrt(r). Give alpha a fixed value to compare ranks."""
 
 
 @dataclass
@@ -172,6 +186,9 @@ class TrainConfig:
     """Steps between checkpoints. An interrupted run continues from the newest one."""
     log_every: int = count(10, execution=True)
     """Steps between rows of metrics."""
+    pause_after: Optional[int] = count(None, execution=True)
+    """End after this step with a checkpoint. The same command without it continues, and the result is the same. The
+    staged sweeper sets it."""
     init_from: Optional[str] = key(None, execution=True)
     """Start from the adapter of this run or folder, not from initial values. The identity has its content, not its
     path."""

@@ -45,6 +45,7 @@ def add_scores(
     if paths_from is not None:
         config.outputs, config.cache = paths_from.outputs, paths_from.cache
         config.model.path, config.train.device = paths_from.model.path, paths_from.train.device
+        config.model.device_map = paths_from.model.device_map
     task = load_task(config.task)
     wanted = wanted_passes(metrics, task)
     base = cached_base(config, resolve_device(config.train.device))

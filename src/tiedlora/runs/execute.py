@@ -35,6 +35,7 @@ def execute(config: Config) -> RunRecord | None:
     Raises:
         UserError: a mistake that the user can correct, or too little memory.
         Busy: another process is working on this run.
+        Paused: train.pause_after is reached.
         StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
     """
     with join_world(resolve_device(config.train.device).type == "cuda") as world:
@@ -60,6 +61,7 @@ def _run_first_process(config: Config, world: World) -> RunRecord | None:
                 folder.clear()
             folder.tidy()
             folder.error_file.unlink(missing_ok=True)
+            folder.pruned_file.unlink(missing_ok=True)
             # Another process with the same command may have finished the run while this one was loading.
             if world.any(folder.record() is not None):
                 return folder.record()
@@ -71,6 +73,8 @@ def _run_first_process(config: Config, world: World) -> RunRecord | None:
 def _train_and_score(session: RunSession, folder: RunFolder, stop: StopSignal) -> RunRecord:
     """Train from the newest checkpoint or from the start, save the adapter, score, and write result.json last."""
     trained = Trainer(session, folder, stop).train()
+    # The other processes have nothing left to do. They leave now, and do not wait until this one has scored.
+    session.world.leave()
     adapter_bytes = save(session.attached.adapter, folder.adapter, session.base.record)
     scorer = Scorer(session.attached, session.encoder, session.task, session.config, session.base.record)
     splits = session.config.score.splits
@@ -96,6 +100,7 @@ def _run_worker_process(config: Config, world: World) -> None:
             # Here the first process tells the others whether another command has finished the run in the meantime.
             if not world.any(False):
                 Trainer(session, RunFolder(Path(scratch)), stop, resume_from=folder.checkpoints).train()
+                world.leave()
     finally:
         session.release()
 

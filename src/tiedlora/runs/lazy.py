@@ -5,6 +5,7 @@ Importing torch and transformers takes seconds. A finished run, a wrong option a
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 
 from tiedlora.config.schema import Config
@@ -49,8 +50,13 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
 
 
 def free_device_memory() -> None:
-    """Free torch's cached memory on a GPU, so that the next run of this process can use it."""
+    """Free what a failed run leaves, so that the next run of this process can use the memory.
+
+    Call it outside the `except` block: until the block ends, the exception holds the failed run's tensors.
+    """
     import torch
 
+    # Frames of a traceback can refer to each other in a circle.
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

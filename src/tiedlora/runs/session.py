@@ -52,6 +52,11 @@ class RunSession:
         self.device = resolve_device(config.train.device, world.local_index if world.size > 1 else None)
         if self.device.type == "cpu":
             keep_freed_memory()
+        if world.size > 1 and config.model.device_map:
+            raise UserError(
+                f"model.device_map={config.model.device_map}: every process would spread the model over all GPUs; "
+                "start one process without torchrun, or use model.device_map=null"
+            )
         # 1. The rows and the base model. Consecutive runs share them.
         rows = read_rows(config)
         self.base = cached_base(config, self.device)
@@ -82,7 +87,8 @@ class RunSession:
     def _adapter(self) -> TiedAdapter:
         config = self.config
         assert config.rank.alpha is not None
-        adapter = TiedAdapter(config.tying, config.rank.r, config.rank.alpha, config.model.architecture, config.seed)
+        rank, architecture = config.rank, config.model.architecture
+        adapter = TiedAdapter(config.tying, rank.r, config.rank.alpha, architecture, config.seed, rank.scaling)
         if config.train.init_from:
             folder = Path(config.train.init_from)
             if adapter_folder.adapter_digest(folder) != config.train.init_digest:

@@ -14,9 +14,10 @@ import torch
 from omegaconf import OmegaConf
 
 from tiedlora import storage
-from tiedlora.adapter import architectures, load, save
+from tiedlora.adapter import architectures, linear, load, save
 from tiedlora.config.identity import config_tree
 from tiedlora.data.batching import Batch, BatchSampler, by_length, microbatches
+from tiedlora.errors import UserError
 from tiedlora.models.device import peak_memory_bytes, restart_peak_memory
 from tiedlora.records.rows import MetricsRow, ValidationLosses, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
@@ -63,9 +64,10 @@ class Trainer:
         self.optimizer = build_optimizer(self.parts, self.config.train)
         checkpoints = resume_from or folder.checkpoints
         state = checkpoint.restore(checkpoints, self.parts, self.optimizer, session.inputs())
+        self.state = state or loop.TrainState()
+        self._check_same_step()
         if state is not None:
             log.info("continuing from step %d", state.step)
-        self.state = state or loop.TrainState()
         # 2. The order of the training rows, and the validation batches.
         self.rows = session.fitted["train"].encoded
         self.sampler = BatchSampler([len(row) for row in self.rows], self.config.train, self.config.seed)
@@ -92,12 +94,22 @@ class Trainer:
         restart_peak_memory(self.session.device)
         self._run_loop()
         peak = peak_memory_bytes(self.session.device)
-        # 3. Load the adapter of the step that is scored.
-        if self.config.score.checkpoint == "best":
+        # 3. Load the adapter of the step that is scored. Only the first process scores.
+        if self.config.score.checkpoint == "best" and self.session.world.is_first:
             best, _ = load(self._best_folder(self.state.best_step()))
             for name, parameter in best.parts().items():
                 self.adapter.parts()[name].data.copy_(parameter.data)
         return Trained(self.state, peak, self.trackers)
+
+    def _check_same_step(self) -> None:
+        """Raises UserError in every process if the processes continue from different steps."""
+        step, world = self.state.step, self.session.world
+        first, last = world.smallest(step), -world.smallest(-step)
+        if first != last:
+            raise UserError(
+                f"{self.folder.checkpoints}: of the {world.size} processes, one continues from step {first} and "
+                f"another from step {last}; make all of them see the same outputs={self.config.outputs}"
+            )
 
     def _run_loop(self) -> None:
         model = self.session.model
@@ -131,12 +143,14 @@ class Trainer:
         """Inside the context, the blocks are compiled and recompute activations, as the configuration says."""
         train, model = self.config.train, self.session.model
         blocks: Any = model.get_submodule(architectures.layout_of(self.config.model.architecture).layers)
-        weights = sum(parameter.numel() for parameter in blocks.parameters())
+        weights = linear.weight_count(blocks)
         tokens = train.steps * train.batch_size * sum(map(len, self.rows)) / len(self.rows)
         if train.recompute_activations:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         try:
-            compiled = compiling.decide(train.compile, self.session.device.type, weights, tokens)
+            # accelerate's hooks move weights while a block runs, which cannot be compiled.
+            wish = "never" if self.config.model.device_map else train.compile
+            compiled = compiling.decide(wish, self.session.device.type, weights, tokens)
             with compiling.compiled(blocks) if compiled else nullcontext():
                 yield
         finally:
@@ -164,7 +178,8 @@ class Trainer:
         # The loop refuses a loss that is not finite, which JSON cannot represent.
         if math.isfinite(loss):
             self.row_losses_file.append([self._in_row_order(losses)])
-        if self.config.score.checkpoint == "best" and all(loss < earlier for _, earlier in self.state.validation):
+        best_so_far = all(loss < earlier for _, earlier in self.state.validation)
+        if self.config.score.checkpoint == "best" and self.session.world.is_first and best_so_far:
             save(self.adapter, self._best_folder(self.state.step), self.session.base.record)
         return loss
 
@@ -179,7 +194,8 @@ class Trainer:
         return self.folder.checkpoints / f"best-{step:08d}"
 
     def _save_checkpoint(self, state: loop.TrainState) -> None:
-        checkpoint.save(self.folder.checkpoints, state, self.parts, self.optimizer, self.session.inputs())
+        if self.session.world.is_first:
+            checkpoint.save(self.folder.checkpoints, state, self.parts, self.optimizer, self.session.inputs())
 
     def _log_metrics(self, rows: list[MetricsRow]) -> None:
         self.trackers.log(rows)

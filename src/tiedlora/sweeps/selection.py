@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 
-from tiedlora import storage
+from tiedlora.config.compose import read_config
 from tiedlora.config.identity import identity
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.reading import Count, Flag, Number, Text, Whole, typed
-from tiedlora.records.run_record import RunRecord
+from tiedlora.records.run_record import SplitScores
+from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection, read_selection
 from tiedlora.runs import lazy
+from tiedlora.statistics.rate_choice import RateTrial, choose_rate
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.text import aligned
 
 log = logging.getLogger(__name__)
 
-CRITERIA = ("score", "loss")
-"""The criteria of the choice: the task's first metric on validation, or the validation loss."""
-LOSS = "validation/loss"
 COLUMNS = (
     "model",
     "task",
@@ -43,81 +41,41 @@ COLUMNS = (
 EDGE_REMARK = "at the edge of the grid"
 
 
-@dataclass(frozen=True)
-class RateChoice:
-    """The chosen rate of one model, task, configuration and rank, and the trials that chose it."""
-
-    model: Text
-    task: Text
-    configuration: Text
-    rank: Whole
-    lr: Number
-    lrs: list[Number]
-    """The grid's rates, in ascending order."""
-    metric: Text
-    """The metric that chose: the task's first, or LOSS."""
-    value: Number
-    """Mean over the seeds, on validation."""
-    seeds: Count
-    trials: Count
-    """The number of cells that were tried: rates times seeds, failed cells included."""
-    failed: Count
-    edge: Flag
-    """Whether the chosen rate is the grid's lowest or highest. Then the best rate may be outside the grid."""
-    run_ids: list[Text]
-    """The runs of the chosen rate, one for each seed."""
-    test: Number | None = None
-    """Mean over the seeds of the metric on test, once it is scored."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The choices of `select` for a sweep."""
-
-    sweep: Text
-    """The sweep's id."""
-    by: Text
-    """One of CRITERIA."""
-    choices: list[RateChoice]
-
-
-@dataclass(frozen=True)
-class _RateResult:
-    """The validation scores of a rate, as means over the seeds. Every seed has finished."""
-
-    lr: float
-    loss: float
-    metric: str
-    value: float
-
-    def order(self) -> tuple[float, float, float]:
-        """A sort key that puts the best rate first. For equal scores, the lower loss is better, then the lower rate."""
-        lower_is_better = self.metric == LOSS or is_loss(self.metric)
-        return (self.value if lower_is_better else -self.value), self.loss, self.lr
-
-
-def select_rates(sweep: Sweep, by: str = "score") -> Selection:
-    """Choose a rate for each configuration by its mean over the seeds.
-
-    A rate counts only if all its seeds finished, because a rate that diverges at one seed should not be used. For equal
-    scores, the lower validation loss is better, then the lower rate.
+def select_rates(sweep: Sweep, by: str | None = None) -> Selection:
+    """Choose a rate for each configuration, by the rule of statistics.rate_choice.
 
     Args:
-        by: one of CRITERIA.
+        by: one of rate_choice.CRITERIA. None takes the score if every configuration can be chosen by it, and otherwise
+            the loss for all, because one criterion must serve the whole comparison.
 
     Raises:
-        UserError: cells are not finished, no rate of a configuration finished at every seed, or a run has no validation
-            scores.
+        UserError: cells are not finished, no rate of a configuration finished at every seed, or `by` is "score" and a
+            run has no validation scores.
     """
     unfinished = sum(cell.state() not in ("done", "failed") for cell in sweep.cells)
     if unfinished:
         raise UserError(
             f"{sweep.id}: {unfinished} of {len(sweep.cells)} cells are not finished; run the sweep's command first"
         )
+    groups = list(rate_groups(sweep.cells).values())
+    used = by or "score"
+    choices = [choose(cells, used) for cells in groups]
+    if any(choice.by != used for choice in choices):
+        if by is not None:
+            raise UserError(
+                "select: not every run is scored on validation (score.splits); choose by loss with --by loss"
+            )
+        used = "loss"
+        choices = [choose(cells, used) for cells in groups]
+    return Selection(sweep.id, used, choices)
+
+
+def rate_groups(cells: Iterable[SweepCell]) -> dict[str, list[SweepCell]]:
+    """The cells by what they share: those of one group differ only in learning rate and seed."""
     groups: dict[str, list[SweepCell]] = {}
-    for cell in sweep.cells:
+    for cell in cells:
         groups.setdefault(_comparison_key(cell), []).append(cell)
-    return Selection(sweep.id, by, [_choose_rate(cells, by) for cells in groups.values()])
+    return groups
 
 
 def _comparison_key(cell: SweepCell) -> str:
@@ -127,51 +85,63 @@ def _comparison_key(cell: SweepCell) -> str:
     return json.dumps(tree, sort_keys=True)
 
 
-def _choose_rate(cells: list[SweepCell], by: str) -> RateChoice:
-    """The choice among cells that differ only in rate and seed."""
+def rate_trials(cells: Iterable[SweepCell]) -> list[RateTrial]:
+    """The trials of one group, in ascending order of their rates. A cell without a result or an error adds nothing."""
     by_rate: dict[float, list[SweepCell]] = {}
     for cell in cells:
         by_rate.setdefault(cell.parameters().lr, []).append(cell)
-    results, failed = [], 0
-    for lr, seeds in by_rate.items():
-        records = [record for cell in seeds if (record := cell.folder.record()) is not None]
-        failed += len(seeds) - len(records)
-        if len(records) == len(seeds):
-            results.append(_rate_result(lr, records, by))
-    named = cells[0].parameters()
-    if not results:
+    return [_rate_trial(lr, by_rate[lr]) for lr in sorted(by_rate)]
+
+
+def _rate_trial(lr: float, cells: Iterable[SweepCell]) -> RateTrial:
+    losses, scores, failed = {}, {}, set()
+    for cell in cells:
+        seed, record = cell.config.seed, cell.folder.record()
+        if record is not None:
+            losses[seed] = record.training.validation_loss_last
+            if (score := record.validation_score) is not None:
+                scores[seed] = score
+        elif cell.state() == "failed":
+            failed.add(seed)
+    return RateTrial(lr, losses, scores, frozenset(failed))
+
+
+def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
+    """The choice among cells that differ only in rate and seed. By score, it is by loss if scores are missing.
+
+    Raises:
+        UserError: every rate failed at some seed.
+    """
+    named, trials = cells[0].parameters(), rate_trials(cells)
+    best = choose_rate(trials, by)
+    if best is None:
         raise UserError(
             f"{named.configuration} r={named.rank} on {named.task}, {named.model}: no rate finished at every seed; "
             "add lower ones with train.lr="
         )
-    best = min(results, key=_RateResult.order)
-    lrs = sorted(by_rate)
+    chosen = [cell for cell in cells if cell.parameters().lr == best.lr and cell.folder.result_file.exists()]
+    metric = LOSS if best.by == "loss" else _first_metric(chosen[0])
     return RateChoice(
         model=named.model,
         task=named.task,
         configuration=named.configuration,
         rank=named.rank,
         lr=best.lr,
-        lrs=lrs,
-        metric=best.metric,
-        value=best.value,
-        seeds=len(by_rate[best.lr]),
+        lrs=list(best.tried),
+        metric=metric,
+        # The rule takes more as better, so it has seen a loss with the other sign.
+        value=-best.value if is_loss(metric) else best.value,
+        seeds=len(chosen),
         trials=len(cells),
-        failed=failed,
-        edge=best.lr in (lrs[0], lrs[-1]),
-        run_ids=sorted(cell.run_id for cell in by_rate[best.lr]),
+        failed=sum(len(trial.failed_seeds()) for trial in trials),
+        edge=best.edge,
+        run_ids=sorted(cell.run_id for cell in chosen),
+        selection_seeds=list(best.seeds),
     )
 
 
-def _rate_result(lr: float, records: list[RunRecord], by: str) -> _RateResult:
-    loss = mean(record.training.validation_loss_last for record in records)
-    if by == "loss":
-        return _RateResult(lr, loss, LOSS, loss)
-    scores = [record.scores["validation"] for record in records if "validation" in record.scores]
-    if len(scores) < len(records):
-        raise UserError("select: not every run is scored on validation (score.splits); choose by loss with --by loss")
-    metric = scores[0].first_metric
-    return _RateResult(lr, loss, metric, mean(split.metrics[metric].value for split in scores))
+def _first_metric(cell: SweepCell) -> str:
+    return cell.folder.finished_record().scores["validation"].first_metric
 
 
 def score_test(sweep: Sweep, selection: Selection) -> Selection:
@@ -183,49 +153,54 @@ def score_test(sweep: Sweep, selection: Selection) -> Selection:
     Raises:
         UserError: a run's folder is damaged, or the rows of test cannot be loaded.
     """
-    cells = {cell.run_id: cell for cell in sweep.cells}
     choices = []
     for choice in selection.choices:
-        scores = [_test_score(cells[run_id], choice.metric) for run_id in choice.run_ids]
-        choices.append(replace(choice, test=mean(scores)))
+        scores = [_scored_on_test(_cell(sweep, run_id)) for run_id in choice.run_ids]
+        # If the validation loss was the criterion, the test score is by the task's first metric.
+        metric = choice.metric if choice.metric in scores[0].metrics else scores[0].first_metric
+        value = mean(split.metrics[metric].value for split in scores)
+        choices.append(replace(choice, test=value, test_metric=metric))
     return replace(selection, choices=choices)
 
 
-def _test_score(cell: SweepCell, metric: str) -> float:
-    """The run's value of the metric on test. If the loss was the criterion, it is the task's first metric."""
+def _cell(sweep: Sweep, run_id: str) -> SweepCell:
+    """A cell of the grid, or one that the staged sweeper has added beyond it."""
+    for cell in sweep.cells:
+        if cell.run_id == run_id:
+            return cell
+    return SweepCell((), read_config(sweep.path / "cells" / f"{run_id}.json"))
+
+
+def _scored_on_test(cell: SweepCell) -> SplitScores:
+    """The run's scores on test, which are computed if they are missing."""
     record = cell.folder.finished_record()
     if "test" not in record.scores:
         log.info("scoring %s on test", cell.run_id)
         record = lazy.add_scores(cell.folder, ["test"], cell.config.data_root, cell.config, cell.config.score.metrics)
-    scores = record.scores["test"]
-    return scores.metrics[metric if metric in scores.metrics else scores.first_metric].value
+    return record.scores["test"]
+
+
+def staged_selection(sweep: Sweep) -> Selection | None:
+    """The selection of the staged sweeper for these cells; None if it has not run on them.
+
+    Raises:
+        UserError: it has not chosen a rate for every configuration, or selection.json is damaged.
+    """
+    path = selection_file(sweep)
+    selected = read_selection(path) if path.exists() else None
+    if selected is None or not selected.searches:
+        return None
+    if (left := len(selected.searches) - len(selected.choices)) > 0:
+        raise UserError(
+            f"{path}: {left} of {len(selected.searches)} configurations have no chosen rate yet; run the staged "
+            "sweep's command first"
+        )
+    return selected
 
 
 def selection_file(sweep: Sweep) -> Path:
     """The path of a sweep's selection.json."""
-    return sweep.path / "selection.json"
-
-
-def write_selection(sweep: Sweep, selection: Selection) -> None:
-    """Write selection.json beside the sweep's frozen cells.
-
-    Raises:
-        OSError: the disk is full, or there is no permission.
-    """
-    storage.write_json(selection_file(sweep), asdict(selection))
-
-
-def read_selection(path: Path) -> Selection:
-    """The selection in a selection.json.
-
-    Raises:
-        UserError: a key is missing or wrong; the message names the file and the key.
-    """
-    tree = storage.read_json(path)
-    try:
-        return typed(Selection, tree, what="a sweep's selection")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    return sweep.path / SELECTION_FILE
 
 
 def table(choices: Sequence[RateChoice]) -> str:
@@ -249,7 +224,7 @@ def table(choices: Sequence[RateChoice]) -> str:
 
 def _table_row(choice: RateChoice) -> list[str]:
     value = _shown(choice.value, choice.metric)
-    test = "" if choice.test is None else _shown(choice.test, "" if choice.metric == LOSS else choice.metric)
+    test = "" if choice.test is None else _shown(choice.test, choice.test_metric)
     return [
         *(choice.model, choice.task, choice.configuration, str(choice.rank)),
         *(f"{choice.lr:g}", str(len(choice.lrs)), value),

@@ -120,13 +120,18 @@ def _read(candidate: Path, parts: dict[str, nn.Parameter]) -> tuple[TrainState, 
 def _load(tensors: dict[str, Tensor], parts: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     for name, parameter in parts.items():
         parameter.copy_(tensors[f"part/{name}"])
-        prefix = f"optimizer/{name}/"
-        optimizer.state[parameter] = {
-            # AdamW keeps its step count on the CPU, and its moments on the parameter's device.
-            key.removeprefix(prefix): value if value.ndim == 0 else value.to(parameter.device)
-            for key, value in tensors.items()
-            if key.startswith(prefix)
-        }
+    # The optimizer knows which of its tensors belong on which device: a fused AdamW counts its steps on the GPU, any
+    # other one on the CPU. A checkpoint has no groups, because learning rates follow from the step.
+    own = optimizer.state_dict()
+    name_of = {parameter: name for name, parameter in parts.items()}
+    in_order = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    own["state"] = {index: _optimizer_state(tensors, name) for index, name in enumerate(in_order)}
+    optimizer.load_state_dict(own)
+
+
+def _optimizer_state(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = f"optimizer/{name}/"
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -42,21 +42,30 @@ class World:
         """Replace each tensor by its sum over all processes."""
         if self.size == 1:
             return
-        # NCCL sums only on a GPU, but the counts of a step are on the CPU.
-        on_gpu = dist.get_backend() == "nccl"
         for tensor in tensors:
-            there = tensor.cuda() if on_gpu else tensor
-            dist.all_reduce(there)
-            if there is not tensor:
-                tensor.copy_(there)
+            dist.all_reduce(tensor)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process. Every process waits here for the others."""
         if self.size == 1:
             return flag
-        votes = torch.tensor([float(flag)])
-        self.all_reduce_sum([votes])
-        return bool(votes.item())
+        return -self.smallest(-int(flag)) > 0
+
+    def smallest(self, number: int) -> int:
+        """The smallest `number` of all processes. Every process waits here for the others, but not for a GPU."""
+        if self.size == 1:
+            return number
+        numbers = torch.tensor([number])
+        dist.all_reduce(numbers, dist.ReduceOp.MIN)
+        return int(numbers.item())
+
+    def leave(self) -> None:
+        """End the communication. Every process calls this at the same point, after the last message.
+
+        A process that ended its part of NCCL alone would wait in it for the others, and theirs would fail.
+        """
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextmanager
@@ -64,7 +73,7 @@ def join_world(cuda: bool) -> Iterator[World]:
     """Join the processes that torchrun or accelerate started; without them, this is the only process.
 
     Args:
-        cuda: whether the run uses GPUs (then the processes communicate with NCCL, otherwise with gloo).
+        cuda: whether the run uses GPUs. Then tensors on a GPU are summed with NCCL, and all others with gloo.
 
     Raises:
         UserError: accelerate is configured to shard the model, or there are more processes than GPUs.
@@ -87,8 +96,9 @@ def join_world(cuda: bool) -> Iterator[World]:
                 "lower --nproc-per-node, or train.device=cpu"
             )
         torch.cuda.set_device(world.local_index)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # Gradients are summed where they are. Counts and votes stay on the CPU, so no step waits for its GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield world
     finally:
-        dist.destroy_process_group()
+        world.leave()
