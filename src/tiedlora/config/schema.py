@@ -14,6 +14,8 @@ from tiedlora.tying import SCALINGS, Architecture, Tying
 
 SPLITS = ("train", "validation", "test")
 SCORED_SPLITS = ("validation", "test")
+FORGETTING = "forgetting"
+"""The name under which a run's record holds the losses of neutral text, beside the splits."""
 LARGEST_SCORING = 65_536
 """Upper bound of the rows that are scored together, and of the tokens of an answer."""
 
@@ -209,6 +211,10 @@ class ScoreConfig:
     metrics: Optional[list[str]] = key(None, execution=True)
     """What is scored: null takes the task's own metrics and the loss of the targets. [target_loss] takes only the loss,
     without generation, which is much cheaper. A name of the task's metrics takes all of them."""
+    forgetting: Optional[str] = key(None, execution=True)
+    """Neutral text whose loss is scored with and without the adapter: FILE.txt, task:NAME (another task's validation
+    rows), or hub:ID (the first pages of a data set, such as hub:HuggingFaceFW/finewiki); null scores none. It changes
+    neither the training nor other scores, so it is not part of the identity. The record has the digest of the text."""
     checkpoint: str = key("last", choices=("last", "best"))
     """Which adapter is scored: that of the last step, or best, that of the step with the lowest validation loss."""
     batch_size: int = key(64, low=1, high=LARGEST_SCORING)

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from tiedlora import storage
-from tiedlora.config.schema import SCORED_SPLITS, SPLITS
+from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, is_number, typed
@@ -156,6 +156,8 @@ class SplitScores:
     """The base model's scores on the same rows."""
     gain: Scores | None = None
     """Adapted minus base, paired on the rows. For a loss, a negative gain is an improvement."""
+    source: Text | None = None
+    """Where the rows come from, if they are passages of neutral text (the value of score.forgetting)."""
     signatures: dict[Text, Text] | None = None
     """Metric -> the implementation and settings that computed it, if its name does not say enough."""
     files: dict[Text, Text] = field(default_factory=dict)
@@ -340,7 +342,7 @@ def _check(record: RunRecord) -> None:
         if split not in SPLITS:
             raise UserError(f"'data.{split:.40}' is not a split's digest")
     for split, scores in record.scores.items():
-        if split not in SCORED_SPLITS:
+        if split not in (*SCORED_SPLITS, FORGETTING):
             raise UserError(f"'scores.{split:.40}' is not a split that is scored")
         if (scores.base is None) != (scores.gain is None):
             raise UserError(f"'scores.{split}' has only one of base and gain")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tiedlora.adapter import save
 from tiedlora.config.identity import run_id
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.errors import StoppedEarly, UserError
 from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
@@ -80,6 +80,8 @@ def _train_and_score(session: RunSession, folder: RunFolder, stop: StopSignal) -
     splits = session.config.score.splits
     passes = wanted_passes(session.config.score.metrics, session.task)
     scores = {split: scorer.score_split(split, session.examples(split), folder, passes) for split in splits}
+    if session.config.score.forgetting is not None:
+        scores[FORGETTING] = scorer.score_forgetting(session.config.score.forgetting, folder)
     record = build_record(session, trained, folder, adapter_bytes, scores)
     trained.trackers.finish(flat_summary(record))
     folder.write_record(record)

@@ -28,11 +28,12 @@ def add_scores(
     paths_from: Config | None = None,
     metrics: Sequence[str] | None = None,
     again: bool = False,
+    forgetting: str | None = None,
 ) -> RunRecord:
     """Score more splits or metrics of a finished run; see add_scores.py."""
     from tiedlora.runs import add_scores
 
-    return add_scores.add_scores(folder, splits, data_root, paths_from, metrics, again)
+    return add_scores.add_scores(folder, splits, data_root, paths_from, metrics, again, forgetting)
 
 
 def check_adapter(run: CheckedRun) -> Iterator[Finding]:

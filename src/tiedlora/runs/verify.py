@@ -14,7 +14,7 @@ from typing import Any
 from tiedlora import storage
 from tiedlora.config import compose
 from tiedlora.config.identity import config_tree, identity, run_id
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.errors import UserError
 from tiedlora.models.identity import known_digest
 from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN, is_loss, loss_scores
@@ -23,6 +23,7 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import ADAPTER, TEXTS, RunRecord, Scores, SplitScores
 from tiedlora.runs import lazy
 from tiedlora.runs.findings import CheckedRun, Finding
+from tiedlora.scoring.passages import as_passages
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Example, Task, digest, load_examples, load_task
 from tiedlora.text import visible
@@ -154,7 +155,9 @@ def _check_files(run: CheckedRun) -> Iterator[Finding]:
 def _check_data(run: CheckedRun) -> Iterator[Finding]:
     """Check the rows of every split that the run used, by content."""
     expected = {split: data.digest for split, data in run.record.data.items()}
-    expected |= {split: scores.digest for split, scores in run.record.scores.items()}
+    expected |= {split: scores.digest for split, scores in run.record.scores.items() if split != FORGETTING}
+    if FORGETTING in run.record.scores:
+        yield _check_passages(run)
     for split, sha256 in expected.items():
         try:
             run.examples[split] = load_examples(run.task, split, run.config.data_root)
@@ -166,6 +169,19 @@ def _check_data(run: CheckedRun) -> Iterator[Finding]:
             continue
         row_id, explanation = _changed_row(run, split)
         yield Finding(f"data {split}", False, f"is not what the run saw; {explanation}", row_id)
+
+
+def _check_passages(run: CheckedRun) -> Finding:
+    """Check the passages of neutral text. The predictions hold the whole texts, so their source is not needed."""
+    texts = [
+        row.references[0] if row.references else "" for row in read_predictions(run.folder.predictions_file(FORGETTING))
+    ]
+    run.examples[FORGETTING] = list(as_passages(texts))
+    now, recorded = digest(run.examples[FORGETTING]), run.record.scores[FORGETTING].digest
+    explanation = f"{len(texts):,} passages, sha256 {now[:12]}" + (
+        "" if now == recorded else f", result.json says {recorded[:12]}"
+    )
+    return Finding(f"data {FORGETTING}", now == recorded, explanation)
 
 
 def _changed_row(run: CheckedRun, split: str) -> tuple[str | None, str]:

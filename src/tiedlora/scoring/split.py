@@ -16,13 +16,14 @@ from filelock import FileLock
 
 from tiedlora.adapter import Attached
 from tiedlora.config.identity import identity
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import PredictionRow, read_predictions, write_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import BaseModelRecord, SplitScores, plain
+from tiedlora.scoring.passages import read_passages
 from tiedlora.scoring.passes import ALL_PASSES, Passes
 from tiedlora.scoring.predict import predict
 from tiedlora.scoring.summary import gains, summarise
@@ -106,6 +107,18 @@ class Scorer:
             recorded,
         )
 
+    def score_forgetting(self, source: str, folder: RunFolder) -> SplitScores:
+        """Score the losses of neutral text, as `score_split` does for a split.
+
+        Args:
+            source: as score.forgetting.
+
+        Raises:
+            UserError: as read_passages and score_split.
+        """
+        passages = read_passages(source, self.encoder, self.config.data_root)
+        return replace(self.score_split(FORGETTING, passages, folder, Passes(answers=False)), source=source)
+
     def adapted_rows(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
         """The adapted model's answers. `title` is the text of the progress bar."""
         with merged_for_scoring(self.attached, self.config) as model:
@@ -137,8 +150,9 @@ class Scorer:
 
     def cached_base_losses(self, split: str, examples: Sequence[Example]) -> list[PredictionRow]:
         """The base model's losses, in a cache of their own: answers of earlier versions stay usable."""
-        # The end of a target that is cut depends on the context.
-        name = f"{self.config.task.name}-{split}-loss-{self._base_key(examples, self.encoder.context)}"
+        # The end of a target that is cut depends on the context. Neutral text depends on no task.
+        task = f"{self.config.task.name}-" if split != FORGETTING else ""
+        name = f"{task}{split}-loss-{self._base_key(examples, self.encoder.context, with_task=bool(task))}"
         return self._cached(name, examples, self.compute_base_losses, f"base model's loss on {split}")
 
     def _cached(
@@ -163,12 +177,13 @@ class Scorer:
             write_predictions(path, rows)
             return rows
 
-    def _base_key(self, examples: Sequence[Example], *more: object) -> str:
+    def _base_key(self, examples: Sequence[Example], *more: object, with_task: bool = True) -> str:
         """A hash of everything that the base model's rows depend on."""
         score, task = self.config.score, identity(self.config.task)
-        key: list[Any] = [plain(self.base), self.config.train.dtype, score.batch_size, self.encoder.prompt_limit]
+        key: list[Any] = [plain(self.base), self.config.train.dtype, score.batch_size]
+        key += [self.encoder.prompt_limit] if with_task else []
         key += [digest(examples), *([score.batch_tokens] if score.batch_tokens else []), *more]
-        key.append({name: value for name, value in task.items() if name in PROTOCOL_KEYS})
+        key += [{name: value for name, value in task.items() if name in PROTOCOL_KEYS}] if with_task else []
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
 
