@@ -11,6 +11,7 @@ from tiedlora.config.schema import Config
 from tiedlora.data.batching import collate
 from tiedlora.data.encoding import Encoded, Encoder
 from tiedlora.errors import UserError
+from tiedlora.models.placement import input_device
 from tiedlora.records.loss_metrics import loss_scores
 from tiedlora.records.rows import NOT_GENERATED, PredictionRow
 from tiedlora.scoring.batches import batches_by_length
@@ -48,7 +49,7 @@ def predict_losses(
     progress = ProgressBar(title, len(examples), "rows")
     for numbers in _batches(asked, config):
         batch = collate([asked[number].tokens for number in numbers], encoder.tokenizer.eos_token_id)
-        losses = row_losses(model, batch.to(model.device))
+        losses = row_losses(model, batch.to(input_device(model)))
         for number, total, tokens in zip(numbers, losses.sums.tolist(), losses.tokens.tolist(), strict=True):
             rows[number] = _row(examples[number], asked[number], total, tokens)
         progress.advance(len(numbers))
