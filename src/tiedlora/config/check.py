@@ -127,6 +127,11 @@ def _check_placement(config: Config) -> None:
             )
         if size is not None and model.device_map is None:
             raise UserError(f"model.{name}={size}: limits what model.device_map fills; set model.device_map=auto")
+    if config.train.shard and (model.device_map or model.quantization):
+        other = "device_map" if model.device_map else "quantization"
+        raise UserError(
+            f"train.shard=true: cannot be combined with model.{other}={getattr(model, other)}; set one to null"
+        )
     if model.device_map is None:
         return
     if model.source == "random":

@@ -153,6 +153,9 @@ class TrainConfig:
     compile: str = key("auto", choices=("auto", "always", "never"), execution=True)
     """Whether torch compiles the blocks: auto (if the run is long enough to gain from it), always or never. It changes
     rounding."""
+    shard: bool = key(False, execution=True)
+    """Whether the processes that torchrun starts share the frozen base model (FSDP2), for a model that is too large for
+    one GPU. Each block is gathered while it runs."""
     bucket: bool = key(True)
     """Whether rows of similar length share a step. The order stays random, with every row once per epoch."""
     lr: Optional[float] = key(None, low=1e-12, high=1e3)

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from tiedlora import storage
 from tiedlora.adapter import architectures, linear, load, save
 from tiedlora.config.identity import config_tree
-from tiedlora.data.batching import Batch, BatchSampler, by_length, microbatches
+from tiedlora.data.batching import Batch, BatchSampler, by_length, empty_batch, microbatches
 from tiedlora.errors import UserError
 from tiedlora.models.device import peak_memory_bytes, restart_peak_memory
 from tiedlora.records.rows import MetricsRow, ValidationLosses, read_validation_losses
@@ -26,7 +26,7 @@ from tiedlora.tracking.appended_file import AppendedFile
 from tiedlora.tracking.base import TrackedRun
 from tiedlora.tracking.progress import ProgressBar
 from tiedlora.tracking.run_trackers import RunTrackers
-from tiedlora.training import checkpoint, compiling, loop
+from tiedlora.training import checkpoint, compiling, loop, sharding
 from tiedlora.training.loss import RowLosses, mean_loss, row_losses, target_loss
 from tiedlora.training.optimizer import build_optimizer
 from tiedlora.training.signals import StopSignal
@@ -94,11 +94,12 @@ class Trainer:
         restart_peak_memory(self.session.device)
         self._run_loop()
         peak = peak_memory_bytes(self.session.device)
-        # 3. Load the adapter of the step that is scored. Only the first process scores.
-        if self.config.score.checkpoint == "best" and self.session.world.is_first:
-            best, _ = load(self._best_folder(self.state.best_step()))
-            for name, parameter in best.parts().items():
-                self.adapter.parts()[name].data.copy_(parameter.data)
+        # 3. Load the adapter of the step that is scored. Only the first process has its file.
+        if self.config.score.checkpoint == "best":
+            world, folder = self.session.world, self._best_folder(self.state.best_step())
+            best = {name: part.data for name, part in load(folder)[0].parts().items()} if world.is_first else {}
+            for name, values in world.gather(best)[0].items():
+                self.adapter.parts()[name].data.copy_(values)
         return Trained(self.state, peak, self.trackers)
 
     def _check_same_step(self) -> None:
@@ -163,6 +164,10 @@ class Trainer:
         train, context = self.config.train, self.session.encoder.context
         own_rows = self.session.world.local_rows(rows)
         batches = microbatches(own_rows, self.pad_id, train.microbatch_size, train.microbatch_tokens, context)
+        if train.shard:
+            # All processes must make the same number of passes. One without targets adds zeros to the gradients.
+            most = -self.session.world.smallest(-len(batches))
+            batches += [empty_batch(self.pad_id)] * (most - len(batches))
         return [batch.to(self.session.device) for batch in batches]
 
     def _validate(self) -> float:
@@ -172,7 +177,7 @@ class Trainer:
         """
         self.session.model.eval()
         with compiling.eager():
-            losses = [row_losses(self.session.model, batch) for batch in self.validation_batches]
+            losses = self._row_losses()
         self.session.model.train()
         loss = mean_loss(losses)
         # The loop refuses a loss that is not finite, which JSON cannot represent.
@@ -182,6 +187,16 @@ class Trainer:
         if self.config.score.checkpoint == "best" and self.session.world.is_first and best_so_far:
             save(self.adapter, self._best_folder(self.state.step), self.session.base.record)
         return loss
+
+    def _row_losses(self) -> list[RowLosses]:
+        """The losses of all validation batches. Each process computes those of its share."""
+        world, model = self.session.world, self.session.model
+        with sharding.equal_passes(model, world):
+            own = [row_losses(model, batch) for batch in world.local_rows(self.validation_batches)]
+        if world.size == 1:
+            return own
+        shares = world.gather([losses.to_cpu() for losses in own])
+        return [shares[number % world.size][number // world.size] for number in range(len(self.validation_batches))]
 
     def _in_row_order(self, losses: list[RowLosses]) -> ValidationLosses:
         tokens = torch.cat([batch.tokens for batch in losses])
