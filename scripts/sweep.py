@@ -53,7 +53,9 @@ def main() -> None:
 
 
 def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
-    chosen = selection.select_rates(sweep, by)
+    # The choices of the staged sweeper stand, unless another criterion is asked for.
+    staged = selection.staged_selection(sweep) if by is None else None
+    chosen = staged or selection.select_rates(sweep, by)
     if test:
         chosen = selection.score_test(sweep, chosen)
     write_selection(selection.selection_file(sweep), chosen)

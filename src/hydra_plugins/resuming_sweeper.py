@@ -17,9 +17,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from tiedlora.errors import UserError
-from tiedlora.sweeps.cells import FrozenCells, SweepCell
+from tiedlora.sweeps.cells import FrozenCells, Sweep, SweepCell
 from tiedlora.sweeps.expand import expand
-from tiedlora.sweeps.launching import run_sweep, stopped_by_signals
+from tiedlora.sweeps.launching import Launch, run_sweep, stopped_by_signals
 
 
 class ResumingSweeper(BasicSweeper):
@@ -53,8 +53,12 @@ class ResumingSweeper(BasicSweeper):
         assert self.hydra_context is not None
         sweep = expand(self.config, self.hydra_context.config_loader, arguments)
         launcher = self._launcher(sweep.freeze())
-        run_sweep(sweep, partial(_launch, launcher), self.fail_fast)
+        self.run(sweep, partial(_launch, launcher))
         return []
+
+    def run(self, sweep: Sweep, launch: Launch) -> None:
+        """Carry out the sweep. The arguments and errors are those of run_sweep."""
+        run_sweep(sweep, launch, self.fail_fast)
 
     def _launcher(self, frozen: FrozenCells) -> Launcher:
         assert self.config is not None
@@ -73,4 +77,4 @@ class ResumingSweeper(BasicSweeper):
 
 
 def _launch(launcher: Launcher, cells: Sequence[SweepCell], first_job: int) -> None:
-    launcher.launch([[f"cell={cell.run_id}"] for cell in cells], initial_job_idx=first_job)
+    launcher.launch([[f"cell={cell.run_id}", *cell.launch_words] for cell in cells], initial_job_idx=first_job)

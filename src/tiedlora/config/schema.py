@@ -186,6 +186,9 @@ class TrainConfig:
     """Steps between checkpoints. An interrupted run continues from the newest one."""
     log_every: int = count(10, execution=True)
     """Steps between rows of metrics."""
+    pause_after: Optional[int] = count(None, execution=True)
+    """End after this step with a checkpoint. The same command without it continues, and the result is the same. The
+    staged sweeper sets it."""
     init_from: Optional[str] = key(None, execution=True)
     """Start from the adapter of this run or folder, not from initial values. The identity has its content, not its
     path."""

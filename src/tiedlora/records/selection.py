@@ -52,6 +52,36 @@ class RateChoice:
 
 
 @dataclass(frozen=True)
+class SearchDecision:
+    """One decision of the staged sweeper, with its reason."""
+
+    lr: Number
+    action: Text
+    """stopped, diverged, outward (the rate joined beyond an edge), edge (no rate joined), finalist, chosen, fallback
+    (chosen because a better one diverged), or none (no rate is left)."""
+    reason: Text
+    seed: Whole | None = None
+    step: Whole | None = None
+    """The step of training after which the run stopped."""
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """How the staged sweeper searched the rate of one configuration."""
+
+    group: Text
+    """Configuration, rank, task and model in words."""
+    seeds: list[Whole]
+    """In the order of use: the first two search."""
+    rungs: list[Whole]
+    """The steps at which rates could stop."""
+    lowest: Number
+    """The bounds of rates outside the grid."""
+    highest: Number
+    decisions: list[SearchDecision]
+
+
+@dataclass(frozen=True)
 class Selection:
     """The choices for a sweep."""
 
@@ -60,6 +90,8 @@ class Selection:
     by: Text
     """The criterion: `score` or `loss`."""
     choices: list[RateChoice]
+    searches: list[RateSearch] = field(default_factory=list)
+    """The decisions of the staged sweeper, for each configuration; empty after a plain sweep."""
 
 
 def write_selection(path: Path, selection: Selection) -> None:

@@ -35,6 +35,7 @@ def execute(config: Config) -> RunRecord | None:
     Raises:
         UserError: a mistake that the user can correct, or too little memory.
         Busy: another process is working on this run.
+        Paused: train.pause_after is reached.
         StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
     """
     with join_world(resolve_device(config.train.device).type == "cuda") as world:
@@ -60,6 +61,7 @@ def _run_first_process(config: Config, world: World) -> RunRecord | None:
                 folder.clear()
             folder.tidy()
             folder.error_file.unlink(missing_ok=True)
+            folder.pruned_file.unlink(missing_ok=True)
             # Another process with the same command may have finished the run while this one was loading.
             if world.any(folder.record() is not None):
                 return folder.record()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
-from tiedlora.errors import UserError, is_out_of_memory
+from tiedlora.errors import Paused, UserError, is_out_of_memory
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.records.summary import terminal_lines
@@ -23,7 +23,8 @@ def main(config: Config) -> RunRecord | None:
     """Carry out a run if it is not finished, and print its result.
 
     Returns:
-        The record. Of several processes that train together, only the first gets it; the others get None.
+        The record. None if the run has paused (train.pause_after). Of several processes that train together, only the
+        first gets the record; the others get None.
 
     Raises:
         UserError: a mistake that the user can correct, or too little memory.
@@ -39,7 +40,11 @@ def main(config: Config) -> RunRecord | None:
     with _explained_out_of_memory(config):
         # Several processes must agree that the run is finished, so they connect first.
         if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            record = lazy.execute(config)
+            try:
+                record = lazy.execute(config)
+            except Paused:
+                print(f"paused after step {config.train.pause_after}: {folder.path}")
+                return None
         if record is None:
             return None
         if finished is not None:

@@ -7,7 +7,8 @@ A cell is a run like any other (config.identity names its folder), so sweeps sha
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,8 +20,11 @@ from tiedlora.config.schema import Config
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.sweeps.control import SweepControl
 
-STATES = ("done", "running", "interrupted", "failed", "dropped", "missing")
-"""Dropped: taken out of the sweep by a person (control.py), and not done."""
+STATES = ("done", "running", "paused", "pruned", "interrupted", "failed", "dropped", "missing")
+"""Paused: at the cell's train.pause_after. Pruned: stopped by a search; a plain sweep continues it. Dropped: taken out
+of the sweep by a person (control.py), and not done."""
+ENDED = ("done", "paused", "failed")
+"""The states in which a launch has nothing more to do."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,15 @@ class SweepCell:
     overrides: tuple[str, ...]
     """The cell as the command line writes it. Two ways to write the same configuration give one cell."""
     config: Config
+    launch_words: tuple[str, ...] = ()
+    """Facts of execution that only this launch sets, as overrides."""
+
+    def until(self, step: int | None, splits: Sequence[str]) -> SweepCell:
+        """The same run for a launch that pauses it after a step, or (None) finishes it and scores these splits."""
+        train = replace(self.config.train, pause_after=step)
+        score = replace(self.config.score, splits=list(splits))
+        words = (f"train.pause_after={'null' if step is None else step}", f"score.splits=[{','.join(splits)}]")
+        return replace(self, config=replace(self.config, train=train, score=score), launch_words=words)
 
     @cached_property
     def run_id(self) -> str:
@@ -64,8 +77,12 @@ class SweepCell:
 
     def state(self) -> str:
         """One of STATES, except dropped, which only the sweep knows."""
-        state = self.folder.state()
-        return "interrupted" if state == "done" and not self.finished() else state
+        state, pause = self.folder.state(), self.config.train.pause_after
+        if state == "done":
+            return "done" if self.finished() else "interrupted"
+        if state in ("interrupted", "pruned") and pause is not None and self.folder.checkpoint_step() >= pause:
+            return "paused"
+        return state
 
     def parameters(self) -> CellParameters:
         """The names of the cell in tables."""
@@ -140,11 +157,14 @@ class FrozenCells:
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """The frozen configuration that `cell=RUN_ID` names, with Hydra's own section for this launch.
 
+        Further overrides are facts of execution that only this launch sets (SweepCell.launch_words).
+
         Raises:
             UserError: the file is missing or damaged.
         """
         cell_id = sweep_overrides[0].removeprefix("cell=")
         frozen = OmegaConf.create({**storage.read_json(self.path / f"{cell_id}.json"), "hydra": master_config.hydra})
+        frozen.merge_with_dotlist(list(sweep_overrides[1:]))
         frozen.hydra.overrides.task = list(sweep_overrides)
         # The cell finds the files that steer the sweep in Hydra's output directory, which is this folder for it.
         OmegaConf.update(frozen, "hydra.sweep.dir", str(self.path.parent), force_add=True)

@@ -11,14 +11,14 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from tiedlora.errors import UserError
 from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.sweeps import status
-from tiedlora.sweeps.cells import Sweep, SweepCell
+from tiedlora.sweeps.cells import ENDED, Sweep, SweepCell
 from tiedlora.sweeps.control import SweepControl
 from tiedlora.sweeps.watch import EndedCellsLogger
 from tiedlora.training.signals import SIGNALS
@@ -57,22 +57,46 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
     log.info("%s: %d cells, %d finished before, %d to run", sweep.id, *numbers)
     try:
         with EndedCellsLogger(sweep):
-            _Launches(launch, control).run(wanted)
+            launch_cells(wanted, launch, control)
     except KeyboardInterrupt:
         print(status.summary_line(sweep, status.statuses(sweep)))
         raise
     cells = status.statuses(sweep)
     print(f"\n{status.table(cells)}\n\n{status.summary_line(sweep, cells)}")
     first_failure = control.first_failure()
-    ended = ("done", "dropped") if first_failure is None else ("done", "dropped", "missing", "interrupted")
+    ended = {"done", "paused", "dropped"} | ({"missing", "interrupted"} if first_failure else set())
     errors.update({cell.run_id: cell.error or "" for cell in cells if cell.state not in ended})
+    end_with(errors, len(cells), first_failure)
+
+
+def end_with(errors: Mapping[str, str], cells: int, first_failure: str | None) -> None:
+    """End a sweep of so many cells.
+
+    Args:
+        errors: run id -> why it failed.
+        first_failure: the cell that has stopped the sweep (fail_fast), or None.
+
+    Raises:
+        SystemExit: with code 1, after naming every cell that failed.
+    """
     if first_failure is not None:
         print(f"\nfail_fast: {first_failure} failed, so the others stopped; fix it and run this again", file=sys.stderr)
     if errors:
-        print(f"\n{len(errors)} of {len(cells)} cells failed; their tracebacks are in error.txt:", file=sys.stderr)
+        print(f"\n{len(errors)} of {cells} cells failed; their tracebacks are in error.txt:", file=sys.stderr)
         for run_id, error in errors.items():
             print(f"  {run_id}: {error}", file=sys.stderr)
         raise SystemExit(1)
+
+
+def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepControl, first_job: int = 0) -> int:
+    """Launch the cells until each is done, paused, failed or dropped.
+
+    Returns:
+        The number of the next job, to be the first of the next launch.
+    """
+    launches = _Launches(launch, control, first_job)
+    launches.run([cell for cell in cells if not control.stops(cell.run_id)])
+    return launches.next_job
 
 
 def changed_inputs(cells: Iterable[SweepCell]) -> dict[str, str]:
@@ -111,13 +135,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 class _Launches:
-    """Launches cells until each has a result or an error, or was dropped."""
+    """Launches cells until each has a result or an error, has paused, or was dropped."""
 
-    def __init__(self, launch: Launch, control: SweepControl) -> None:
-        self.launch, self.control = launch, control
+    def __init__(self, launch: Launch, control: SweepControl, first_job: int) -> None:
+        self.launch, self.control, self.next_job = launch, control, first_job
         self.counts: Counter[str] = Counter()
         """Run id -> how often the cell was launched."""
-        self.next_job = 0
         self._waiting_logged = False
 
     def run(self, cells: Sequence[SweepCell]) -> None:
@@ -135,15 +158,15 @@ class _Launches:
             cells = [cell for cell in wanted if self._needs_launch(cell)]
 
     def _needs_launch(self, cell: SweepCell) -> bool:
-        """Whether the cell may be launched once more: it has neither a result nor an error, or a person asks for it."""
+        """Whether the cell may be launched once more: it has not ended, or a person asks for it."""
         state = self._state_when_free(cell)
-        if state == "done" or self.control.stops(cell.run_id):
+        if state in ("done", "paused") or self.control.stops(cell.run_id):
             return False
         if self.control.take_retry(cell.run_id):
             cell.folder.error_file.unlink(missing_ok=True)
             del self.counts[cell.run_id]
             return True
-        if state == "failed":
+        if state in ENDED:
             return False
         if self.counts[cell.run_id] < LAUNCHES:
             log.warning("%s: stopped without a result; launching it once more", cell.run_id)

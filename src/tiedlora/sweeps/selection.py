@@ -12,11 +12,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 
+from tiedlora.config.compose import read_config
 from tiedlora.config.identity import identity
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import SplitScores
-from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection
+from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection, read_selection
 from tiedlora.runs import lazy
 from tiedlora.statistics.rate_choice import RateTrial, choose_rate
 from tiedlora.sweeps.cells import Sweep, SweepCell
@@ -152,15 +153,22 @@ def score_test(sweep: Sweep, selection: Selection) -> Selection:
     Raises:
         UserError: a run's folder is damaged, or the rows of test cannot be loaded.
     """
-    cells = {cell.run_id: cell for cell in sweep.cells}
     choices = []
     for choice in selection.choices:
-        scored = [_scored_on_test(cells[run_id]) for run_id in choice.run_ids]
+        scores = [_scored_on_test(_cell(sweep, run_id)) for run_id in choice.run_ids]
         # If the validation loss was the criterion, the test score is by the task's first metric.
-        metric = choice.metric if choice.metric in scored[0].metrics else scored[0].first_metric
-        value = mean(scores.metrics[metric].value for scores in scored)
+        metric = choice.metric if choice.metric in scores[0].metrics else scores[0].first_metric
+        value = mean(split.metrics[metric].value for split in scores)
         choices.append(replace(choice, test=value, test_metric=metric))
     return replace(selection, choices=choices)
+
+
+def _cell(sweep: Sweep, run_id: str) -> SweepCell:
+    """A cell of the grid, or one that the staged sweeper has added beyond it."""
+    for cell in sweep.cells:
+        if cell.run_id == run_id:
+            return cell
+    return SweepCell((), read_config(sweep.path / "cells" / f"{run_id}.json"))
 
 
 def _scored_on_test(cell: SweepCell) -> SplitScores:
@@ -170,6 +178,24 @@ def _scored_on_test(cell: SweepCell) -> SplitScores:
         log.info("scoring %s on test", cell.run_id)
         record = lazy.add_scores(cell.folder, ["test"], cell.config.data_root, cell.config, cell.config.score.metrics)
     return record.scores["test"]
+
+
+def staged_selection(sweep: Sweep) -> Selection | None:
+    """The selection of the staged sweeper for these cells; None if it has not run on them.
+
+    Raises:
+        UserError: it has not chosen a rate for every configuration, or selection.json is damaged.
+    """
+    path = selection_file(sweep)
+    selected = read_selection(path) if path.exists() else None
+    if selected is None or not selected.searches:
+        return None
+    if (left := len(selected.searches) - len(selected.choices)) > 0:
+        raise UserError(
+            f"{path}: {left} of {len(selected.searches)} configurations have no chosen rate yet; run the staged "
+            "sweep's command first"
+        )
+    return selected
 
 
 def selection_file(sweep: Sweep) -> Path:
