@@ -9,6 +9,7 @@ import gc
 from collections.abc import Iterator, Sequence
 
 from tiedlora.config.schema import Config
+from tiedlora.models.arithmetic import DeviceSpeed
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.findings import CheckedRun, Finding
@@ -48,6 +49,13 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
     from tiedlora.runs import regenerate
 
     return regenerate.regenerate(run, least, suspects)
+
+
+def device_speed(config: Config, seconds: float) -> DeviceSpeed:
+    """Measure the matrix products of the device that a run would use; see device_speed.py."""
+    from tiedlora.runs import device_speed
+
+    return device_speed.measure(config, seconds)
 
 
 def free_device_memory() -> None:
