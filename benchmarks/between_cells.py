@@ -49,7 +49,7 @@ def run_sweep(model: str) -> tuple[list[Span], list[Span], list[Span]]:
     validations: list[Span] = []
     scorings: list[Span] = []
     torch.optim.AdamW.step = timed(torch.optim.AdamW.step, steps)
-    trainer.mean_loss = timed(trainer.mean_loss, validations)
+    trainer.row_losses = timed(trainer.row_losses, validations)
     Scorer.score_split = timed(Scorer.score_split, scorings)
     with tempfile.TemporaryDirectory() as outputs:
         overrides = [f"model={model}", "train=tiny", f"train.steps={STEPS}", f"tying={','.join(CELLS)}"]

@@ -10,7 +10,8 @@ from pathlib import Path
 from tiedlora import errors
 from tiedlora.report import peft_results, write
 
-CLAIMS = Path(__file__).resolve().parents[1] / "claims" / "tied_lora.yaml"
+PROJECT = Path(__file__).resolve().parents[1]
+CLAIMS = PROJECT / "claims" / "tied_lora.yaml"
 
 
 def main() -> None:
@@ -20,11 +21,16 @@ def main() -> None:
     parser.add_argument("--claims", type=Path, default=CLAIMS, help="a claims file; default claims/tied_lora.yaml")
     parser.add_argument("--split", choices=("validation", "test"), help="default: test where the chosen runs have it")
     parser.add_argument("--sections", type=int, default=24, help="groups with a section of their own on the page")
+    parser.add_argument("--reference", type=Path, default=PROJECT / "reference", help="folder of published scores")
     parser.add_argument("--peft-results", type=Path, help="results folder of PEFT's method_comparison/MetaMathQA")
     parser.add_argument("--export-peft", type=Path, help="also write our GSM8K test runs there, in PEFT's schema")
     arguments = parser.parse_args()
     report = write.build(
-        arguments.runs, claims=arguments.claims, split=arguments.split, peft_results_in=arguments.peft_results
+        arguments.runs,
+        claims=arguments.claims,
+        split=arguments.split,
+        peft_results_in=arguments.peft_results,
+        published_in=arguments.reference,
     )
     for line in write.write(report, arguments.out, sections=arguments.sections):
         print(line)

@@ -10,7 +10,9 @@ import logging
 
 from tiedlora import errors
 from tiedlora.config.project import PROJECT
-from tiedlora.report import claims
+from tiedlora.records.selection import write_selection
+from tiedlora.report import claims, planning
+from tiedlora.statistics.rate_choice import CRITERIA
 from tiedlora.sweeps import selection, status
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.expand import compose_sweep
@@ -27,7 +29,9 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument(
-        "--by", choices=selection.CRITERIA, default="score", help="select: the task's first metric, or the loss"
+        "--by",
+        choices=CRITERIA,
+        help="select: the task's first metric, or the loss; by default the metric if every run has it",
     )
     parser.add_argument("--no-test", action="store_true", help="select: choose only, and leave test for later")
     arguments = parser.parse_intermixed_args()
@@ -40,11 +44,11 @@ def main() -> None:
         show(sweep, plan=arguments.what == "plan", json=arguments.json)
 
 
-def select(sweep: Sweep, by: str, test: bool, json: bool) -> None:
+def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
     chosen = selection.select_rates(sweep, by)
     if test:
         chosen = selection.score_test(sweep, chosen)
-    selection.write_selection(sweep, chosen)
+    write_selection(selection.selection_file(sweep), chosen)
     print(selection.to_json(chosen.choices) if json else selection.table(chosen.choices))
 
 
@@ -63,7 +67,7 @@ def decidable_claims(sweep: Sweep) -> list[str]:
     """Which of the paper's claims the sweep's seeds and test rows can decide, before the sweep is run."""
     seeds = len({cell.config.seed for cell in sweep.cells})
     rows = min(cell.config.task.rows.test or GSM8K_TEST_ROWS for cell in sweep.cells)
-    return claims.plan(claims.read(PROJECT / "claims/tied_lora.yaml"), seeds, rows)
+    return planning.plan(claims.read(PROJECT / "claims/tied_lora.yaml"), seeds, rows)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from helpers.tiny import EIGHT, model_option, tying_option
 
 from tiedlora import tying
 from tiedlora.errors import UserError
-from tiedlora.tying import Architecture, Factor, Part, Tying
+from tiedlora.tying import Architecture, Tying
 
 # From the paper's formulas of trainable parameters with L = 32, d_in = 4096, d_out = 3 x 4096 and r = 8: for example
 # TABuv = r (d_in + d_out) + L (r + d_out).
@@ -75,25 +75,37 @@ def test_sharing_by_n_layers_scales_with_the_ceiling():
     assert tying.label(tying_option("TAB", "tying.A.share=4")) == "custom"
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"B": Factor(init=1.0)}, "no part starts at zero"),
-        ({"v": Part(init=0.0)}, "B and v both start at zero"),
-        ({"B": Factor(trained=False, init=0.0)}, "starts at zero and is frozen"),
-        ({"A": Factor(init="gaussian")}, "tying.A.init=gaussian"),
-        ({"u": Part(init=float("nan"))}, "tying.u.init=nan"),
-        ({"A": Factor(init="uniform", share=0)}, "tying.A.share=0"),
-        ({"A": Factor(init="uniform", share="some")}, "tying.A.share=some"),
-        ({"targets": []}, "tying.targets"),
-        ({"targets": ["qkv", "k"]}, "adapted twice"),
-        ({"targets": ["query"]}, "'query' is not a projection"),
-        ({"dropout": 1.0}, "tying.dropout"),
-    ],
-)
-def test_specifications_that_cannot_train_are_refused(change, says):
-    with pytest.raises(UserError, match=says):
-        tying.check(replace(Tying(), **change))
+def test_the_start_of_the_authors_branch_is_tabuv_with_other_initial_values():
+    spec = tying_option("TABuv_v0")
+    assert spec == replace(tying.named("TABuv_v0"), suggested_lr=spec.suggested_lr)
+    assert tuple(getattr(spec, part).init for part in tying.PARTS) == ("uniform", "uniform", 1.0, 0.0)
+    assert {part: getattr(spec, part).trained for part in tying.PARTS} == dict.fromkeys(tying.PARTS, True)
+    # The run ids of this start had `custom` before it had a name.
+    assert tying.label(spec) == "custom"
+
+
+@pytest.mark.parametrize("name", [*EIGHT, "LoRA_qkv", "TABuv_v0"])
+def test_counts_depend_on_the_adapted_layers_only(name):
+    """A model of three layers needs as much as three adapted layers of thirty."""
+    thirty = model_option("smollm2_135m").architecture
+    three = replace(thirty, layers=3)
+    for extra in ([], ["tying.A.share=2", "tying.B.share=2"]):
+        some = tying_option(name, "tying.layers=[0,5,29]", *extra)
+        assert tying.trainable_params(some, 4, thirty) == tying.trainable_params(tying_option(name, *extra), 4, three)
+        assert tying.label(some) == "custom"
+
+
+def test_layers_are_numbers_and_ranges():
+    assert Tying(layers=[7, "2-4", 3, "0"]).layers == [0, 2, 3, 4, 7]
+    for wrong in ("a", "4-2", "-1", "2-", "0-99999", 1.5, True, None, [1]):
+        with pytest.raises(UserError, match=r"tying\.layers: .* is neither a layer's number nor a range"):
+            Tying(layers=[wrong])
+
+
+def test_scales():
+    """s = alpha / r, and alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732)."""
+    assert [tying.scale(16.0, r) for r in (1, 4, 64)] == [16.0, 4.0, 0.25]
+    assert [tying.scale(16.0, r, "rslora") for r in (1, 4, 64)] == [16.0, 8.0, 2.0]
 
 
 def test_every_projection_has_a_shape():

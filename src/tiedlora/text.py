@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,95}")
 """What conf/ allows as the name of a model, a task or a configuration."""
@@ -50,3 +50,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def number_list(numbers: Iterable[int]) -> str:
+    """Whole numbers in few words: `0 to 4`, or `0, 2, 7`."""
+    ordered = sorted(numbers)
+    if len(ordered) > 2 and ordered[-1] - ordered[0] == len(ordered) - 1:
+        return f"{ordered[0]} to {ordered[-1]}"
+    return ", ".join(map(str, ordered))

@@ -4,22 +4,35 @@ This is arithmetic only: no torch, no files. The formula (Tied-LoRA, arXiv 2311.
 frozen weight W_l (d_out x d_in), is
 
     z = W_l x + s * diag(v_l) B diag(u_l) A x        A: r x d_in   B: d_out x r   u_l: r   v_l: d_out
+
+config/check_tying.py refuses specifications that cannot train.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Union
+from typing import Optional, Union
 
 from tiedlora.errors import UserError
 from tiedlora.keys import key
 
 RANDOM_INITS = ("uniform", "normal")
+SCALINGS = ("standard", "rslora")
+"""How s follows from alpha and the rank; see `scale`."""
 ALL_LAYERS = "all"
 NAMES = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
 """The paper's eight configurations."""
+STARTS: dict[str, tuple[str, dict[str, Union[float, str]]]] = {"TABuv_v0": ("TABuv", {"B": "uniform", "v": 0.0})}
+"""Name -> one of the eight, and the parts that start with another value than there.
+
+TABuv_v0 is the start of the authors' public branch. The label of a start, and so its run id, has `custom`, as before it
+had a name: finished runs keep their ids.
+"""
+MOST_LAYERS = 10_000
+"""Upper bound of a model's layers."""
 
 
 @dataclass
@@ -28,8 +41,13 @@ class Part:
 
     trained: bool = key(True)
     """Whether the optimizer changes it."""
-    init: Union[float, str] = key(1.0)
+    init: Union[float, int, str] = key(1.0)
     """`uniform` = U(-1/sqrt(n), 1/sqrt(n)), n the last dimension; `normal` = N(0, 1); or a constant."""
+
+    def __post_init__(self) -> None:
+        # 0 and 0.0 are the same start, and so the same run.
+        if isinstance(self.init, int) and not isinstance(self.init, bool):
+            self.init = float(self.init)
 
 
 @dataclass
@@ -60,6 +78,27 @@ class Tying:
     """Dropout probability on the adapter's input while training."""
     suggested_lr: float = key(1e-2, execution=True)
     """The learning rate that train.lr takes when it is null: no single rate suits all eight configurations."""
+    layers: Optional[list[Union[int, str]]] = key(None, neutral=None)
+    """The adapted layers, counted from 0, as numbers and ranges: [0,5,20-29]; null adapts every layer. Only adapted
+    layers share a factor."""
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            self.layers = sorted({layer for item in self.layers for layer in _numbers(item)})
+
+
+def _numbers(item: object) -> list[int]:
+    """The numbers of one item of tying.layers: 5, or a range such as 20-29, both ends included.
+
+    Raises:
+        UserError: the item is neither.
+    """
+    ends = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", str(item), re.ASCII)
+    if ends is None or int(ends[1]) > int(ends[2] or ends[1]) or int(ends[2] or ends[1]) >= MOST_LAYERS:
+        raise UserError(
+            f"tying.layers: {item!r:.40} is neither a layer's number nor a range; write for example [0,5,20-29]"
+        )
+    return list(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
 
 
 @dataclass
@@ -83,7 +122,7 @@ class Architecture:
 
     family: str = key("llama", name=True)
     """The model's family in adapter/architectures.py: transformers' `model_type`."""
-    layers: int = key(0, low=1, high=10_000)
+    layers: int = key(0, low=1, high=MOST_LAYERS)
     """Transformer layers."""
     hidden: int = key(0, low=1, high=10**6)
     """The width between layers."""
@@ -124,13 +163,23 @@ def target_shape(architecture: Architecture, target: str) -> tuple[int, int]:
     return shapes[target]
 
 
+def adapted_layers(tying: Tying, architecture: Architecture) -> list[int]:
+    """The numbers of the layers that get an update, in order."""
+    return list(range(architecture.layers)) if tying.layers is None else [int(layer) for layer in tying.layers]
+
+
+def scale(alpha: float, rank: int, scaling: str = "standard") -> float:
+    """The factor s of the update: alpha / r (standard), or alpha / sqrt(r) (rslora, arXiv 2312.03732)."""
+    return alpha / math.sqrt(rank) if scaling == "rslora" else alpha / rank
+
+
 def layers_per_group(share: int | str, layers: int) -> int:
     """How many consecutive layers share one factor (the last group may have fewer)."""
     return layers if share == ALL_LAYERS else min(int(share), layers)
 
 
 def group_count(share: int | str, layers: int) -> int:
-    """How many separate factors a model of `layers` layers has: ceil(layers / layers per group)."""
+    """How many separate factors `layers` adapted layers have: ceil(layers / layers per group)."""
     return math.ceil(layers / layers_per_group(share, layers))
 
 
@@ -141,6 +190,7 @@ class PartSizes:
     groups: int
     """How many separate factors there are: ceil(layers / layers that share one)."""
     layers: int
+    """How many layers are adapted."""
     rank: int
     d_in: int
     d_out: int
@@ -207,15 +257,15 @@ def part_of(parameter_name: str) -> str:
 
 
 def part_shape(tying: Tying, part: str, rank: int, architecture: Architecture, target: str) -> tuple[int, ...]:
-    """The shape of one part for one target, all layers together.
+    """The shape of one part for one target, all adapted layers together.
 
-    A: (groups, r, d_in)   B: (groups, d_out, r)   u: (L, r)   v: (L, d_out)
+    A: (groups, r, d_in)   B: (groups, d_out, r)   u: (L, r)   v: (L, d_out), with L the number of adapted layers
 
     Raises:
         UserError: `target` is not a known projection.
     """
     d_in, d_out = target_shape(architecture, target)
-    layers, specification = architecture.layers, getattr(tying, part)
+    layers, specification = len(adapted_layers(tying, architecture)), getattr(tying, part)
     groups = group_count(specification.share, layers) if isinstance(specification, Factor) else layers
     return PARTS[part].shape(PartSizes(groups, layers, rank, d_in, d_out))
 
@@ -231,9 +281,10 @@ def trainable_params(tying: Tying, rank: int, architecture: Architecture) -> int
 
 
 def lora_params(rank: int, architecture: Architecture) -> int:
-    """Trainable parameters of the paper's LoRA at this rank: L r (d_in + d_out), on the fused QKV.
+    """Trainable parameters of the paper's LoRA at this rank: L r (d_in + d_out), on the fused QKV of every layer.
 
-    Every "share of LoRA" in this project is relative to this number.
+    Every "share of LoRA" in this project is relative to this number, also that of a specification that adapts only some
+    layers: to leave out layers is one way to need fewer parameters, and the share must show it.
     """
     d_in, d_out = target_shape(architecture, "qkv")
     return architecture.layers * rank * (d_in + d_out)
@@ -252,9 +303,13 @@ def is_stored(tying: Tying, part: str) -> bool:
 
 
 def label(tying: Tying) -> str:
-    """The paper's name of a specification, or `custom`. It depends on the specification's values, not on its name."""
+    """The paper's name of a specification, or `custom`. It depends on the specification's values, not on its name.
+
+    It is part of the run id. config.identity.start_of names a start of STARTS.
+    """
     trained = [part for part in PARTS if getattr(tying, part).trained]
-    if tying.dropout or any(getattr(tying, part).init != init for part, init in default_inits(trained).items()):
+    starts_otherwise = any(getattr(tying, part).init != init for part, init in default_inits(trained).items())
+    if tying.dropout or tying.layers is not None or starts_otherwise:
         return "custom"
     shares = {getattr(tying, factor).share for factor in FACTORS}
     if shares == {1} and trained == list(FACTORS):
@@ -273,77 +328,19 @@ def default_inits(trained: list[str]) -> dict[str, float | str]:
 
 
 def named(name: str) -> Tying:
-    """One of the paper's eight specifications, with the values of conf/tying/.
+    """One of the paper's eight specifications or of STARTS, with the values of conf/tying/.
 
     Raises:
-        UserError: `name` is not one of the eight; the message lists them.
+        UserError: there is no such name; the message lists them.
     """
-    if name not in NAMES:
-        raise UserError(f"tying={name}: is not one of {', '.join(NAMES)}; for another, build a tiedlora.Tying")
-    trained = list(FACTORS) if name == "LoRA" else [part for part in PARTS if part in name[1:]]
-    share = 1 if name == "LoRA" else ALL_LAYERS
+    if name not in (*NAMES, *STARTS):
+        names = ", ".join((*NAMES, *STARTS))
+        raise UserError(f"tying={name}: is not one of {names}; for another, build a tiedlora.Tying")
+    base, other_inits = STARTS.get(name, (name, {}))
+    trained = list(FACTORS) if base == "LoRA" else [part for part in PARTS if part in base[1:]]
+    share = 1 if base == "LoRA" else ALL_LAYERS
     tying = Tying(name=name)
-    for part, init in default_inits(trained).items():
+    for part, init in {**default_inits(trained), **other_inits}.items():
         is_trained = part in trained
         setattr(tying, part, Factor(is_trained, init, share) if part in FACTORS else Part(is_trained, init))
     return tying
-
-
-def check(tying: Tying, architecture: Architecture | None = None) -> None:
-    """Refuse a specification that cannot train from the base model.
-
-    Exactly one part must start at zero, and it must be trained. If no part starts at zero, the run does not start at
-    the base model. If the zero part is frozen, the update stays zero. If two parts start at zero, no part ever gets a
-    gradient.
-
-    Raises:
-        UserError: a value is not allowed; the message names the key under `tying.`.
-    """
-    for name in PARTS:
-        _check_part(name, getattr(tying, name))
-    zeros = [name for name in PARTS if getattr(tying, name).init == 0.0]
-    if not zeros:
-        raise UserError(
-            "tying: no part starts at zero, so the run would not start at the base model; "
-            "give exactly one trained part of A, B, u, v init=0 (usually B)"
-        )
-    if len(zeros) > 1:
-        raise UserError(
-            f"tying: {' and '.join(zeros)} both start at zero, so no part would ever get a gradient; "
-            "give exactly one trained part init=0"
-        )
-    if not getattr(tying, zeros[0]).trained:
-        raise UserError(
-            f"tying.{zeros[0]}: starts at zero and is frozen, so the update would always stay zero; "
-            f"set tying.{zeros[0]}.trained=true or give it another init"
-        )
-    if not 0.0 <= tying.dropout < 1.0:
-        raise UserError(f"tying.dropout={tying.dropout}: must be in [0, 1)")
-    if not 0.0 < tying.suggested_lr < math.inf:
-        raise UserError(f"tying.suggested_lr={tying.suggested_lr}: must be a positive number")
-    _check_targets(tying.targets, architecture or Architecture(layers=1, hidden=1, heads=1, kv_heads=1, head_dim=1))
-
-
-def _check_part(name: str, part: Part) -> None:
-    if isinstance(part.init, str):
-        if part.init not in RANDOM_INITS:
-            raise UserError(f"tying.{name}.init={part.init}: choose {', '.join(RANDOM_INITS)} or a number")
-    elif not abs(part.init) <= 1e6:
-        raise UserError(f"tying.{name}.init={part.init}: must be a finite number, from -1e6 to 1e6")
-    if isinstance(part, Factor):
-        share: object = part.share
-        if share != ALL_LAYERS and (not isinstance(share, int) or isinstance(share, bool) or share < 1):
-            raise UserError(f"tying.{name}.share={share}: choose all (tied) or how many layers share it (1 = untied)")
-
-
-def _check_targets(targets: list[str], architecture: Architecture) -> None:
-    if not targets:
-        raise UserError("tying.targets: is empty; name at least one projection, usually [qkv]")
-    for target in targets:
-        # OmegaConf accepts a list in the place of a text.
-        if not isinstance(target, str):
-            raise UserError(f"tying.targets={targets}: must be a list of names")
-        target_shape(architecture, target)
-    overlap = {"q", "k", "v"} & set(targets) if "qkv" in targets else set()
-    if len(set(targets)) != len(targets) or overlap:
-        raise UserError(f"tying.targets={targets}: a projection is adapted twice; qkv holds q, k and v already")

@@ -143,7 +143,8 @@ def leftovers(outputs: Path) -> dict[str, Any]:
     logged = read_metrics(folder.metrics_file)
     clock = [row.values["train/seconds"] for row in logged if "train/seconds" in row.values]
     rows = [{k: v for k, v in row.to_json().items() if "seconds" not in k} for row in logged]
-    files = ["adapter/adapter.safetensors", "predictions/validation.jsonl", "predictions/validation.base.jsonl"]
+    files = ["validation_losses.jsonl"]
+    files += ["adapter/adapter.safetensors", "predictions/validation.jsonl", "predictions/validation.base.jsonl"]
     return {
         "result": json.dumps(without_times(result.to_json()), sort_keys=True),
         "metrics": rows,

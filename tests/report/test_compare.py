@@ -181,3 +181,17 @@ def test_the_ratio_has_no_interval_where_the_denominator_may_be_zero():
     assert crossed.ratio(np.array([0.1, 0.2, 0.1]), np.array([0.3, -0.2, 0.1])) is None
     found = crossed.ratio(np.array([0.30, 0.32, 0.31, 0.29]), np.array([0.40, 0.41, 0.42, 0.40]))
     assert found.low < found.value < found.high
+
+
+def test_a_seed_far_from_the_others_is_flagged(tmp_path):
+    for seed in range(6):
+        right = 5 if seed == 4 else 140 + seed
+        scored_run(tmp_path, [1.0] * right + [0.0] * (200 - right), [0.0] * 200, seed=seed)
+    row = primary_row(write.build([tmp_path]).rows, "TABuv")
+    assert any(note.startswith("seed 4 is far from the others") for note in row.notes)
+
+
+def test_the_least_share_that_is_kept_is_below_the_estimate(tmp_path):
+    world(tmp_path, {"LoRA": 0.7, "TABuv": 0.6}, rows=1000, seed_sd=0.002)
+    row = primary_row(write.build([tmp_path]).rows, "TABuv")
+    assert 0.6 < row.retains_at_least < row.retained.value

@@ -16,8 +16,8 @@ from tiedlora.report.values import (
     NamedEnds,
     Percent,
     PercentInterval,
-    Points,
-    PointsInterval,
+    ScoreInterval,
+    ScoreValue,
     Table,
     TaskScore,
 )
@@ -25,7 +25,7 @@ from tiedlora.statistics.interval import Interval
 
 SCORE, GAP = Interval(0.4213, 0.4, 0.45), Interval(-0.011, -0.03, 0.008)
 NO_ENDS = Interval(0.5, math.nan, math.nan)
-GAIN = PointsInterval(GAP, signed=True)
+GAIN = ScoreInterval(GAP, signed=True)
 CASES = [
     ("squad", "squad", ["squad"]),
     (8, "8", ["8"]),
@@ -39,11 +39,11 @@ CASES = [
     (PercentInterval(NO_ENDS), "50 %", ["50 %", "–", "–"]),
     (LearningRate(0.003, 1), "0.003", ["0.003"]),
     (LearningRate(0.003, 3), "0.003 of 3", ["0.003 of 3"]),
-    (Points(0.4213), "42.1", ["42.1"]),
-    (Points(0.4213, signed=True), "+42.1", ["+42.1"]),
-    (PointsInterval(SCORE), "42.1 [40.0, 45.0]", ["42.1", "40.0", "45.0"]),
+    (ScoreValue(0.4213), "42.1", ["42.1"]),
+    (ScoreValue(0.4213, signed=True), "+42.1", ["+42.1"]),
+    (ScoreInterval(SCORE), "42.1 [40.0, 45.0]", ["42.1", "40.0", "45.0"]),
     (GAIN, "-1.1 [-3.0, +0.8]", ["-1.1", "-3.0", "+0.8"]),
-    (PointsInterval(NO_ENDS), "50.0", ["50.0", "–", "–"]),
+    (ScoreInterval(NO_ENDS), "50.0", ["50.0", "–", "–"]),
     (Ends(SCORE), "[40.0, 45.0]", ["40.0", "45.0"]),
     (Ends(NO_ENDS), "–", ["–", "–"]),
     (NamedEnds(GAP, signed=True), "[-3.0, +0.8]", ["", "-3.0", "+0.8"]),

@@ -3,6 +3,7 @@
 from helpers.hostile import put
 from helpers.report_runs import primary_row, scored_run
 
+from tiedlora.records.selection import RateChoice, Selection, write_selection
 from tiedlora.report import write
 from tiedlora.report.groups import group_runs
 from tiedlora.report.runs import read_runs
@@ -18,7 +19,7 @@ def test_the_rate_is_chosen_on_validation_over_the_seeds_that_all_rates_share(tm
     (group,) = group_runs(read_runs([tmp_path])[0])
     assert group.lr == 1e-2
     assert [run.seed for run in group.runs] == [0, 1, 2, 3, 4]
-    assert [rate.lr for rate in group.rates] == [1e-3, 1e-2, 3e-2]
+    assert group.rates == (1e-3, 1e-2, 3e-2)
     assert not group.marks
 
 
@@ -85,3 +86,34 @@ def test_a_seed_without_the_split_is_missing_not_filled_in(tmp_path):
     row = primary_row(write.build([tmp_path]).rows, "TABuv")
     assert (row.measure.split, row.seeds) == ("test", [0])
     assert any("not scored on test: seed 1" in note for note in row.notes)
+
+
+def test_the_choice_that_a_sweep_recorded_stands(tmp_path):
+    """A staged search compares on other seeds than the report would, so its choice is not made again."""
+    paths = {lr: scored_run(tmp_path, GOOD if lr == 1e-2 else BASE, BASE, lr=lr) for lr in (1e-3, 1e-2)}
+    choice = RateChoice(
+        *("tiny", "chain_sum", "TABuv", 8, 1e-3, [1e-4, 1e-3, 1e-2], "validation/loss", 1.0),
+        seeds=1,
+        trials=4,
+        failed=0,
+        edge=False,
+        run_ids=[paths[1e-3].name],
+    )
+    write_selection(tmp_path / "sweeps" / "s" / "selection.json", Selection("s", "loss", [choice]))
+    (group,) = write.build([tmp_path]).groups
+    assert group.lr == 1e-3
+    assert group.rates == (1e-4, 1e-3, 1e-2), "pruned rates have no run, and count as tried"
+    assert group.marks == ["selection.json chose the rate 0.001; the runs here would choose 0.01"]
+    (tmp_path / "sweeps" / "s" / "selection.json").write_text("{}")
+    report = write.build([tmp_path])
+    assert report.groups[0].lr == 1e-2
+    assert report.left_out[0].reason.startswith("has no 'sweep'")
+
+
+def test_a_single_rate_is_not_at_an_edge_and_the_lower_of_two_is(tmp_path):
+    scored_run(tmp_path, GOOD, BASE, lr=1e-3)
+    (group,) = group_runs(read_runs([tmp_path])[0])
+    assert not group.marks
+    scored_run(tmp_path, BASE, BASE, lr=1e-2)
+    (group,) = group_runs(read_runs([tmp_path])[0])
+    assert group.marks == ["the chosen rate 0.001 is at the edge of those tried (0.001 to 0.01)"]

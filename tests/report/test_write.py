@@ -45,7 +45,7 @@ def test_tables_come_in_three_formats_with_the_same_cells(tmp_path):
     latex = (tmp_path / "report" / "results.tex").read_text()
     markdown = (tmp_path / "report" / "results.md").read_text()
     for text in (latex, markdown):
-        assert formats.points(report.rows[0].score.value) in text
+        assert formats.score(report.rows[0].score.value) in text
     assert all(line.endswith((r"\\", "rule")) for line in latex.splitlines()[4:-2])
     for name in ("pareto", "rank", "curves", "cost"):
         assert (tmp_path / "report" / f"{name}.png").stat().st_size > 5000

@@ -1,6 +1,7 @@
 """A run on a tiny random model: record, repeat, resume, more splits, refusals."""
 
 import json
+import operator
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.records.rows import read_metrics
+from tiedlora.records.rows import read_metrics, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import inputs, lazy, run
 from tiedlora.scoring import split
@@ -44,6 +45,10 @@ def test_the_record_is_complete(tiny_config, capsys):
     assert training.peak_memory_bytes > 0
     rows = read_metrics(folder.metrics_file)
     assert [row.step for row in rows if "train/loss" in row.values] == list(range(1, 7))
+    evaluations = read_validation_losses(folder.validation_losses_file)
+    assert [(row.step, len(row.losses)) for row in evaluations] == [(step, 12) for step in (0, 3, 6)]
+    loss = sum(map(operator.mul, evaluations[-1].losses, evaluations[-1].tokens)) / sum(evaluations[-1].tokens)
+    assert loss == pytest.approx(training.validation_loss_last, rel=1e-6)
     predictions = [json.loads(line) for line in folder.predictions_file("validation").read_text().splitlines()]
     assert len(predictions) == result.scores["validation"].rows > 0
     assert set(predictions[0]) >= {"id", "prompt", "references", "output", "ended", "scores"}
@@ -258,6 +263,8 @@ class TestCommand:
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         steps = [row.step for row in read_metrics(folder.metrics_file) if "train/loss" in row.values]
         assert steps == list(range(1, 201))
+        assert [row.step for row in read_validation_losses(folder.validation_losses_file)] == [0, 200]
+        assert folder.validation_losses_file.read_bytes() == folder_of(whole).validation_losses_file.read_bytes()
 
     def test_score_script_adds_a_split(self, tiny_config, script):
         config = tiny_config()

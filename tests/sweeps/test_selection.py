@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tiedlora.errors import UserError
+from tiedlora.records.selection import RateChoice, Selection, read_selection, write_selection
 from tiedlora.sweeps import selection
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.run_cell import run_cell
@@ -53,29 +54,49 @@ def test_a_rate_that_fails_at_one_seed_is_not_chosen(tiny_run):
 
 
 @pytest.fixture
-def chosen() -> selection.Selection:
-    choice = selection.RateChoice(
+def chosen() -> Selection:
+    choice = RateChoice(
         *("llama", "chain_sum", "TABuv", 8, 1e-3, [1e-4, 1e-3, 1e-2]),
         *("exact_match_strict", 0.25, 2, 6, 0, False, ["TABuv-1", "TABuv-2"]),
     )
-    return selection.Selection("sweep-1a2b3c4d", "score", [choice])
+    return Selection("sweep-1a2b3c4d", "score", [choice])
 
 
 def test_selection_json_is_read_as_it_was_written(tiny_run, chosen):
     sweep = compose_sweep(tiny_run())
-    selection.write_selection(sweep, chosen)
-    assert selection.read_selection(sweep.path / "selection.json") == chosen
+    write_selection(selection.selection_file(sweep), chosen)
+    assert read_selection(sweep.path / "selection.json") == chosen
     tree = json.loads((sweep.path / "selection.json").read_text())
     assert list(tree) == ["sweep", "by", "choices"]
     assert list(tree["choices"][0]) == [
         *("model", "task", "configuration", "rank", "lr", "lrs", "metric", "value", "seeds", "trials", "failed"),
-        *("edge", "run_ids", "test"),
+        *("edge", "run_ids", "test", "selection_seeds"),
     ]
+
+
+def test_a_selection_of_an_earlier_version_is_read(tiny_run, chosen):
+    file = selection.selection_file(compose_sweep(tiny_run()))
+    write_selection(file, chosen)
+    tree = json.loads(file.read_text())
+    del tree["choices"][0]["selection_seeds"]
+    file.write_text(json.dumps(tree))
+    (choice,) = read_selection(file).choices
+    assert (choice.lr, choice.by, choice.selection_seeds) == (1e-3, "score", [])
+
+
+def test_without_scores_the_rate_is_chosen_by_loss_unless_the_score_is_asked_for(tiny_run):
+    sweep = compose_sweep(tiny_run("train.lr=1e-3,1e-2", "score.splits=[]"))
+    for cell in sweep.cells:
+        run_cell(cell.config)
+    chosen = selection.select_rates(sweep)
+    assert (chosen.by, chosen.choices[0].metric, chosen.choices[0].selection_seeds) == ("loss", "validation/loss", [0])
+    with pytest.raises(UserError, match="choose by loss with --by loss"):
+        selection.select_rates(sweep, "score")
 
 
 def test_a_damaged_selection_is_one_line_that_names_file_and_key(tiny_run, chosen):
     sweep = compose_sweep(tiny_run())
-    selection.write_selection(sweep, chosen)
+    write_selection(selection.selection_file(sweep), chosen)
     file = selection.selection_file(sweep)
     tree = json.loads(file.read_text())
     for damage, message in (
@@ -85,7 +106,7 @@ def test_a_damaged_selection_is_one_line_that_names_file_and_key(tiny_run, chose
     ):
         file.write_text(json.dumps(damage))
         with pytest.raises(UserError, match=message):
-            selection.read_selection(file)
+            read_selection(file)
 
 
 def test_trials_that_differ_are_no_fair_comparison(chosen):

@@ -5,9 +5,10 @@ from types import ModuleType
 
 import pytest
 
-from tiedlora.records.rows import MetricsRow, read_metrics
+from tiedlora.records.rows import MetricsRow, ValidationLosses, read_metrics, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import execute, run
+from tiedlora.tracking.appended_file import AppendedFile
 from tiedlora.tracking.base import TrackedRun
 from tiedlora.tracking.metrics_file import MetricsFile
 from tiedlora.tracking.run_trackers import RunTrackers
@@ -68,6 +69,17 @@ class TestMetricsFile:
         MetricsFile(tmp_path / "metrics.jsonl").log(rows(1, 2))
         assert MetricsFile(tmp_path / "metrics.jsonl").rows == []
         assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+    def test_the_losses_of_validation_rows_are_kept_in_the_same_way(self, tmp_path):
+        path = tmp_path / "validation_losses.jsonl"
+        losses = [ValidationLosses(step, [1.5, step / 2], [3, 2]) for step in (0, 2, 4)]
+        AppendedFile(path, read_validation_losses).append(losses)
+        with path.open("a") as file:
+            file.write('{"step": 6, "losses": [1.0')
+        resumed = AppendedFile(path, read_validation_losses, step=3)
+        resumed.append([losses[2]])
+        assert read_validation_losses(path) == losses
+        assert read_validation_losses(tmp_path / "of-an-older-run.jsonl") == []
 
 
 class TestRunTrackers:

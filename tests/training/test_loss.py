@@ -6,7 +6,7 @@ from helpers.tiny import TINY, mask_of, randomise, tiny, tying_option
 from torch.nn import functional as F
 
 from tiedlora.adapter import attach
-from tiedlora.data.batching import collate, microbatches
+from tiedlora.data.batching import by_length, collate, microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.training import loss as chunked
 
@@ -53,6 +53,32 @@ def test_labels_are_the_target_and_its_end_alone():
     # The end-of-text token is a target although it is also the padding.
     assert (batch.targets == 256).sum() == len(ROWS)
     assert batch.tokens == sum(len(row) for row in ROWS)
+
+
+@pytest.mark.parametrize("size", [None, 1, 3])
+def test_row_losses_are_those_of_each_row_alone(size):
+    base = tiny("tiny_llama")
+    base.model.double()
+    losses = [chunked.row_losses(base.model, batch) for batch in microbatches(ROWS, 256, size)]
+    sums = torch.cat([batch.sums for batch in losses])
+    tokens = torch.cat([batch.tokens for batch in losses])
+    for row, ours, count in zip(by_length(ROWS), sums, tokens, strict=True):
+        alone = chunked.target_loss(base.model, collate([ROWS[row]], pad_id=256))
+        # The normalisation of tiny_llama is in float32, and rounds otherwise in another batch.
+        assert float(ours) == pytest.approx(float(alone), rel=1e-6)
+        assert count == len(ROWS[row].target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_over_rows_has_the_bits_of_the_training_loss(dtype):
+    base = tiny("tiny_llama", str(dtype).removeprefix("torch."))
+    batches = microbatches(ROWS, 256, 2)
+    with torch.inference_mode():
+        expected = sum(chunked.target_loss(base.model, batch).double() for batch in batches)
+    losses = [chunked.row_losses(base.model, batch) for batch in batches]
+    assert chunked.mean_loss(losses) == float(expected / sum(len(batch.targets) for batch in batches))
+    for batch in losses:
+        assert float(batch.sums.sum()) == pytest.approx(float(batch.total), rel=1e-6)
 
 
 def test_accumulation_does_not_change_the_step():

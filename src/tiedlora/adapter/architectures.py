@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tiedlora.adapter import linear
 from tiedlora.errors import UserError
 from tiedlora.tying import Architecture, Layout, target_shape
 
@@ -241,7 +242,7 @@ def _interleaved_outputs(architecture: Architecture, block: str) -> tuple[HeadBl
     return HeadBlocks(heads, head_dim, slice(first, first + 1 if block else 3)), 3 * heads * head_dim
 
 
-def check(model: nn.Module, architecture: Architecture, targets: list[str]) -> None:
+def check(model: nn.Module, architecture: Architecture, targets: list[str], layers: list[int]) -> None:
     """Compare every module that will be adapted with what its layout says.
 
     Raises:
@@ -250,7 +251,7 @@ def check(model: nn.Module, architecture: Architecture, targets: list[str]) -> N
     transposed = layout_of(architecture).transposed
     for target in targets:
         d_in = target_shape(architecture, target)[0]
-        for layer in range(architecture.layers):
+        for layer in layers:
             for site in sites(architecture, target, layer):
                 _check_module(model, site, target, d_in, transposed)
 
@@ -263,15 +264,15 @@ def _check_module(model: nn.Module, site: Site, target: str, d_in: int, transpos
             f"attach: the model has no module {site.module_path}, where '{target}' should be; "
             f"{_candidates_in_words(model)}"
         ) from None
-    if not isinstance(module, Conv1D if transposed else nn.Linear):
+    if not linear.is_linear(module, transposed):
         raise UserError(
             f"attach: {site.module_path} is a {type(module).__name__}, not a plain linear layer; "
-            "load the model unquantised, or correct its layout"
+            "load the model unquantised or with model.quantization, or correct its layout"
         )
-    expected = (d_in, site.width) if transposed else (site.width, d_in)
-    if tuple(module.weight.shape) != expected:
+    expected = (d_in, site.width) if isinstance(module, Conv1D) else (site.width, d_in)
+    if linear.weight_shape(module) != expected:
         raise UserError(
-            f"attach: {site.module_path} has a weight of {tuple(module.weight.shape)}, "
+            f"attach: {site.module_path} has a weight of {linear.weight_shape(module)}, "
             f"the layout of '{target}' says {expected}; correct model.architecture"
         )
 
@@ -283,7 +284,7 @@ def candidates(model: nn.Module) -> list[str]:
         if isinstance(module, (nn.Linear, Conv1D)) and _PROJECTION_NAME.search(path):
             pattern = re.sub(r"\.\d+\.", ".*.", path, count=1)
             if pattern != path:
-                described.setdefault(pattern, f"{pattern} ({' x '.join(str(n) for n in module.weight.shape)})")
+                described.setdefault(pattern, f"{pattern} ({' x '.join(map(str, linear.weight_shape(module)))})")
     return list(described.values())
 
 

@@ -21,11 +21,11 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from tiedlora.adapter import architectures, files
+from tiedlora.adapter import architectures, files, linear
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
-from tiedlora.tying import Architecture, Layout, Tying, named
+from tiedlora.tying import Architecture, Layout, Tying, adapted_layers, named
 
 
 class Adapted(nn.Module):
@@ -87,13 +87,16 @@ class Attached:
         if self.active:
             return
         modules: dict[str, Any] = {path: self.model.get_submodule(path) for path in self.paths}
-        for module in modules.values():
+        for path, module in modules.items():
+            linear.use_class_forward(module, path)
+        for path, module in modules.items():
             module.__class__ = _adapted_class(type(module))  # type: ignore[arg-type]
+            linear.use_class_forward(module, path)
             module.adapter_dropout = self.adapter.tying.dropout
         # Every call of the model, with or without its head, goes through the module that owns the layers.
         owner_path = architectures.layout_of(self.adapter.architecture).layers.rpartition(".")[0]
         owner: nn.Module = self.model.get_submodule(owner_path)
-        self._fold_hook = owner.register_forward_pre_hook(_FoldFactors(self.adapter, modules))
+        self._fold_hook = owner.register_forward_pre_hook(_FoldFactors(self.model, self.adapter, modules))
 
     def disable(self) -> None:
         """Make the model give the base model's outputs."""
@@ -104,6 +107,7 @@ class Attached:
         for path in self.paths:
             module = self.model.get_submodule(path)
             module.__class__ = type(module).__bases__[1]
+            linear.use_class_forward(module, path)
             for name in ("folded_A", "folded_B", "adapter_dropout"):
                 module.__dict__.pop(name, None)
 
@@ -134,25 +138,39 @@ class Attached:
         self.disable()
         del self.model.tied_adapter
 
+    def cannot_merge(self) -> str | None:
+        """Why the update cannot be added to the weights, in words; None if it can."""
+        reasons = (linear.cannot_merge(self.model.get_submodule(path), path) for path in self.paths)
+        return next((reason for reason in reasons if reason), None)
+
     @torch.no_grad()
     def merge(self) -> None:
         """Add every update to its weight, in the weight's dtype.
 
         bfloat16 rounds small updates away (the argmax then differs at 1-1.5 % of positions), so scoring merges only
         in float32. A copy of each weight is kept for `unmerge`.
+
+        Raises:
+            UserError: a weight is quantised or offloaded.
         """
         if self.merged:
             return
+        if reason := self.cannot_merge():
+            raise UserError(f"merge: {reason}")
         for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale).items():
             module = self.model.get_submodule(path)
             weight: Tensor = module.weight  # type: ignore[assignment]
             self._base_weights[path] = weight.detach().clone()
             update = B_l @ A_l
-            weight += (update.T if isinstance(module, Conv1D) else update).to(weight.dtype)
+            weight += (update.T if isinstance(module, Conv1D) else update).to(weight)
         self.disable()
 
     def fuse(self) -> None:
-        """Merge permanently: the update stays in the weights, no copy is kept, and the adapter leaves the model."""
+        """Merge permanently: the update stays in the weights, no copy is kept, and the adapter leaves the model.
+
+        Raises:
+            UserError: as `merge`.
+        """
         self.merge()
         self._base_weights.clear()
         del self.model.tied_adapter
@@ -171,13 +189,20 @@ class Attached:
 class _FoldFactors:
     """The forward pre-hook. Before each pass through the layers it gives every adapted module its folded factors."""
 
-    def __init__(self, adapter: TiedAdapter, modules: dict[str, Any]) -> None:
-        self.adapter, self.modules = adapter, modules
+    def __init__(self, model: nn.Module, adapter: TiedAdapter, modules: dict[str, Any]) -> None:
+        self.model, self.adapter, self.modules = model, adapter, modules
 
     def __call__(self, *_: Any) -> None:
-        dtype = next(iter(self.modules.values())).weight.dtype
-        for path, pair in self.adapter.pairs(self.adapter.scale, dtype).items():
-            self.modules[path].folded_A, self.modules[path].folded_B = pair
+        dtype = linear.activation_dtype(self.model, next(iter(self.modules.values())))
+        for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale, dtype).items():
+            module = self.modules[path]
+            device = linear.execution_device(module)
+            if A_l.is_meta and device.type != "meta":
+                raise UserError(
+                    "the adapter's parts were offloaded to the meta device (accelerate's cpu_offload or disk_offload), "
+                    "so they are lost; offload the model first, then attach the adapter"
+                )
+            module.folded_A, module.folded_B = A_l.to(device), B_l.to(device)
 
 
 def attach(
@@ -187,15 +212,17 @@ def attach(
     alpha: float | None = None,
     seed: int = 0,
     layout: Layout | None = None,
+    scaling: str = "standard",
 ) -> Attached:
     """Attach a new adapter to `model` and freeze the base. The update is exactly zero until the adapter is trained.
 
     Args:
         model: a causal language model of transformers, of a family in architectures.FAMILIES.
-        tying: a specification, or the name of one of the paper's eight ("LoRA", "TABuv", ...).
-        alpha: the update's scale is alpha / rank; None means `rank`, so the scale is 1.
+        tying: a specification, or its name in conf/tying/ ("LoRA", "TABuv", "TABuv_v0", ...; see tying.named).
+        alpha: gives the update's scale (see `scaling`); None means `rank`.
         seed: the seed of the random parts.
         layout: where the model keeps its projections, for a family that is not in architectures.FAMILIES.
+        scaling: standard (the scale is alpha / rank) or rslora (alpha / sqrt(rank)).
 
     Raises:
         UserError: the family or a target is unknown, the specification cannot train, or the model is sharded or has an
@@ -204,7 +231,8 @@ def attach(
     tying = named(tying) if isinstance(tying, str) else tying
     _refuse_sharded(model)
     architecture = architectures.read(model, layout)
-    return attach_adapter(model, TiedAdapter(tying, rank, rank if alpha is None else alpha, architecture, seed))
+    alpha = rank if alpha is None else alpha
+    return attach_adapter(model, TiedAdapter(tying, rank, alpha, architecture, seed, scaling))
 
 
 def attach_adapter(model: nn.Module, adapter: TiedAdapter) -> Attached:
@@ -218,9 +246,10 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter) -> Attached:
     _refuse_sharded(model)
     architecture = architectures.read(model, adapter.architecture.layout)
     _check_architecture(adapter.architecture, architecture)
-    architectures.check(model, architecture, adapter.tying.targets)
+    architectures.check(model, architecture, adapter.tying.targets, adapted_layers(adapter.tying, architecture))
+    linear.keep_gradients(model)
     model.requires_grad_(False)
-    adapter.to(next(model.parameters()).device)
+    adapter.to(linear.execution_device(model.get_submodule(adapter.paths()[0])))
     model.add_module("tied_adapter", adapter)
     attached = Attached(model, adapter, adapter.paths())
     attached.enable()

@@ -24,6 +24,7 @@ from tiedlora import storage
 from tiedlora import tying as spec
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config.adapter_folder import DESCRIPTION
+from tiedlora.config.check_tying import check_tying
 from tiedlora.errors import UserError
 from tiedlora.records.reading import is_number, typed
 from tiedlora.records.run_record import BaseModelRecord, plain
@@ -31,6 +32,9 @@ from tiedlora.tying import Architecture, Tying
 
 T = TypeVar("T")
 FORMAT = 1
+SCALED_FORMAT = 2
+"""The format of an adapter with another scaling than the standard one. Earlier versions, which know only the standard
+scaling, refuse this number: they would apply another update without a word."""
 TENSORS = "adapter.safetensors"
 LARGEST_REBUILT = 2**28
 """Most numbers of frozen random parts that a file may leave out: a gigabyte of float32."""
@@ -63,11 +67,13 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_froz
             rebuilt[name] = checksum(parameter)
     data = to_bytes(stored)
     description = {
-        "format": FORMAT,
+        "format": _format(adapter.scaling),
         "base": plain(base),
-        "tying": asdict(adapter.tying),
+        # Without the key `layers` if all layers are adapted, so that earlier versions can read the file.
+        "tying": plain(adapter.tying),
         "rank": adapter.rank,
         "alpha": adapter.alpha,
+        **({} if adapter.scaling == "standard" else {"scaling": adapter.scaling}),
         "seed": adapter.seed,
         "architecture": asdict(adapter.architecture),
         "rebuilt": rebuilt,
@@ -79,6 +85,10 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_froz
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
+def _format(scaling: str) -> int:
+    return FORMAT if scaling == "standard" else SCALED_FORMAT
+
+
 @dataclass(frozen=True)
 class _Description:
     """The checked content of adapter.json."""
@@ -87,6 +97,7 @@ class _Description:
     architecture: Architecture
     rank: int
     alpha: float
+    scaling: str
     seed: int
     base: BaseModelRecord
     """The base model that the adapter was trained on."""
@@ -121,7 +132,12 @@ def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
     in_file = {name: shape for name, shape in description.shapes().items() if name not in description.rebuilt}
     tensors = _read_tensors(path, in_file)
     adapter = TiedAdapter(
-        description.tying, description.rank, description.alpha, description.architecture, description.seed
+        description.tying,
+        description.rank,
+        description.alpha,
+        description.architecture,
+        description.seed,
+        description.scaling,
     )
     with torch.no_grad():
         for name, parameter in adapter.parts().items():
@@ -137,8 +153,14 @@ def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
 
 def _read_description(path: Path) -> _Description:
     tree = storage.read_json(path)
-    if tree.get("format") != FORMAT:
-        raise UserError(f"{path}: format {tree.get('format')!r} is not {FORMAT}, which this version reads")
+    scaling = tree.get("scaling", "standard")
+    if scaling not in spec.SCALINGS:
+        raise UserError(f"{path}: scaling={scaling!r:.40}: must be one of {', '.join(spec.SCALINGS)}")
+    if tree.get("format") != _format(scaling):
+        raise UserError(
+            f"{path}: format {tree.get('format')!r} is not {_format(scaling)}, which this version reads "
+            f"for {scaling} scaling"
+        )
     for key in ("tying", "architecture", "rank", "alpha", "seed"):
         if key not in tree:
             raise UserError(f"{path}: has no '{key}'")
@@ -149,11 +171,13 @@ def _read_description(path: Path) -> _Description:
     rank, alpha, seed = tree["rank"], tree["alpha"], tree["seed"]
     _check_numbers(rank, alpha, seed, architecture, path)
     try:
-        spec.check(tying, architecture)
+        check_tying(tying, architecture)
         base_record = typed(BaseModelRecord, {"revision": None, **base})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    description = _Description(tying, architecture, rank, float(alpha), seed, base_record, rebuilt, tree.get("sha256"))
+    description = _Description(
+        tying, architecture, rank, float(alpha), scaling, seed, base_record, rebuilt, tree.get("sha256")
+    )
     # The size of the file limits the parts in it, but a few bytes of a description could ask for huge rebuilt parts.
     drawn = sum(math.prod(shape) for name, shape in description.shapes().items() if name in rebuilt)
     if drawn > LARGEST_REBUILT:
@@ -218,7 +242,7 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
         base: the base model of `adapter`.
 
     Raises:
-        UserError: the base model, scale, rank or a shape differs, or only one of the two adapters has a part.
+        UserError: the base model, scale, rank, adapted layers or a shape differs, or only one of the two has a part.
     """
     saved, trained_on = load(folder)
     if (trained_on.name, trained_on.digest) != (base.name, base.digest):
@@ -226,8 +250,11 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
     if (saved.rank, saved.scale) != (adapter.rank, adapter.scale):
         raise UserError(
             f"train.init_from={folder}: has rank {saved.rank} and alpha {saved.alpha:g}, this run has {adapter.rank} "
-            f"and {adapter.alpha:g}; set rank.r and rank.alpha to the adapter's"
+            f"and {adapter.alpha:g}; set rank.r, rank.alpha and rank.scaling to the adapter's"
         )
+    saved_layers, own_layers = (spec.adapted_layers(each.tying, each.architecture) for each in (saved, adapter))
+    if saved_layers != own_layers:
+        raise UserError(f"train.init_from={folder}: adapts the layers {saved_layers}; set tying.layers to them")
     own_parts, saved_parts = adapter.parts(), saved.parts()
     for name in sorted(set(own_parts) | set(saved_parts)):
         own, other, part = own_parts.get(name), saved_parts.get(name), spec.part_of(name)

@@ -2,7 +2,7 @@
 
 Each part of each target is one nn.Parameter for all its layers or groups:
 
-    A: (groups, r, d_in)   B: (groups, d_out, r)   u: (L, r)   v: (L, d_out)
+    A: (groups, r, d_in)   B: (groups, d_out, r)   u: (L, r)   v: (L, d_out)   with L the number of adapted layers
 
 So a tied factor is one object in the optimizer, in the file and in the parameter count. Its gradient is the sum over
 the layers that use it.
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from tiedlora import tying as spec
 from tiedlora.adapter import architectures
 from tiedlora.adapter.architectures import Site
+from tiedlora.config.check_tying import check_tying
+from tiedlora.errors import UserError
 from tiedlora.tying import Architecture, Tying
 
 
@@ -57,10 +59,10 @@ class TargetParts(nn.Module):
 
     def __init__(self, tying: Tying, rank: int, architecture: Architecture, target: str, seed: int) -> None:
         super().__init__()
-        self.layers = architecture.layers
+        self.layers = len(spec.adapted_layers(tying, architecture))
         self.shares = {
-            "A": spec.layers_per_group(tying.A.share, architecture.layers),
-            "B": spec.layers_per_group(tying.B.share, architecture.layers),
+            "A": spec.layers_per_group(tying.A.share, self.layers),
+            "B": spec.layers_per_group(tying.B.share, self.layers),
         }
         for name in spec.PARTS:
             part = getattr(tying, name)
@@ -71,7 +73,7 @@ class TargetParts(nn.Module):
             self.register_parameter(name, parameter)
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """(diag(u_l) A, diag(v_l) B) of all layers l at once. These are ordinary LoRA pairs.
+        """(diag(u_l) A, diag(v_l) B) of all adapted layers l at once. These are ordinary LoRA pairs.
 
         To scale the factors, r x d_in and d_out x r, is cheap. To scale the activations would need a tensor of
         tokens x d_out.
@@ -100,18 +102,29 @@ class TiedAdapter(nn.Module):
     """All parts of one adapter, always in float32, also if the base model has another dtype.
 
     Args:
-        alpha: gives the scale of the update, s = alpha / rank.
+        alpha: gives the scale of the update, s (see tying.scale).
         seed: the seed of the random parts.
+        scaling: how s follows from alpha and the rank, one of tying.SCALINGS.
 
     Raises:
-        UserError: the specification cannot train (see tying.check).
+        UserError: the specification cannot train, or does not fit the model (see config/check_tying.py).
     """
 
-    def __init__(self, tying: Tying, rank: int, alpha: float, architecture: Architecture, seed: int) -> None:
+    def __init__(
+        self,
+        tying: Tying,
+        rank: int,
+        alpha: float,
+        architecture: Architecture,
+        seed: int,
+        scaling: str = "standard",
+    ) -> None:
         super().__init__()
-        spec.check(tying, architecture)
+        check_tying(tying, architecture)
+        if scaling not in spec.SCALINGS:
+            raise UserError(f"scaling={scaling}: choose one of {', '.join(spec.SCALINGS)}")
         self.tying, self.rank, self.alpha, self.architecture, self.seed = tying, rank, alpha, architecture, seed
-        self.scale = alpha / rank
+        self.scaling, self.scale = scaling, spec.scale(alpha, rank, scaling)
         self.targets = nn.ModuleDict(
             {target: TargetParts(tying, rank, architecture, target, seed) for target in tying.targets}
         )
@@ -133,7 +146,7 @@ class TiedAdapter(nn.Module):
             A, B = parts.folded()  # type: ignore[operator]
             A = scale * A if scale != 1.0 else A
             for same_site in zip(*self._sites[target], strict=True):
-                # This is the same module in every layer: rows, outputs and width do not depend on the layer.
+                # This is the same module in every adapted layer: rows, outputs and width do not depend on the layer.
                 placed = same_site[0].place(B[:, same_site[0].rows])
                 B_layers = placed.to(dtype or B.dtype).unbind()
                 # Rounded for each site: the gradients of q, k and v are then added in float32, not in the base's dtype.
@@ -149,8 +162,8 @@ class TiedAdapter(nn.Module):
 
     @cached_property
     def _sites(self) -> dict[str, list[list[Site]]]:
-        """Target -> for each layer, the modules that contain the target."""
-        layers = range(self.architecture.layers)
+        """Target -> for each adapted layer, the modules that contain the target."""
+        layers = spec.adapted_layers(self.tying, self.architecture)
         return {
             target: [architectures.sites(self.architecture, target, layer) for layer in layers]
             for target in self.tying.targets

@@ -6,7 +6,7 @@ import of this module registers the method with PEFT, also for `PeftModel.from_p
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Optional, Union
 
 from omegaconf import OmegaConf
@@ -45,9 +45,9 @@ class TiedLoraConfig(PeftConfig):
 
     r: int = 8
     alpha: Optional[float] = None
-    """The scale is s = alpha / r; None means alpha = r, so s = 1."""
+    """It gives the scale s; None means alpha = r, so s = 1 with the standard scaling."""
     tying: Union[str, dict[str, Any], Tying] = "TABuv"
-    """One of the paper's eight names, or a `tiedlora.Tying`. The latter is kept as plain data, so that it fits JSON."""
+    """A name such as "TABuv", or a `tiedlora.Tying`. The latter is kept as plain data, so that it fits JSON."""
     targets: Optional[list[str]] = None
     """The adapted projections; None takes those of the specification (by default the fused QKV)."""
     dropout: Optional[float] = None
@@ -56,6 +56,10 @@ class TiedLoraConfig(PeftConfig):
     """The seed of the random parts."""
     layout: Optional[dict[str, Any]] = None
     """Where the model keeps its projections, for an unknown family: the fields of `tiedlora.Layout`."""
+    scaling: str = "standard"
+    """standard: s = alpha / r; rslora: s = alpha / sqrt(r)."""
+    layers: Optional[list[Union[int, str]]] = None
+    """The adapted layers, such as [0, 5, "20-29"]; None takes those of the specification (by default all)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -67,7 +71,7 @@ class TiedLoraConfig(PeftConfig):
         self.specification()
 
     def specification(self) -> Tying:
-        """The complete specification, with the values of `targets` and `dropout`.
+        """The complete specification, with the values of `targets`, `dropout` and `layers`.
 
         Raises:
             UserError: `tying` is neither one of the eight names nor a specification.
@@ -77,6 +81,8 @@ class TiedLoraConfig(PeftConfig):
             tying.targets = list(self.targets)
         if self.dropout is not None:
             tying.dropout = self.dropout
+        if self.layers is not None:
+            tying = replace(tying, layers=self.layers)
         assert isinstance(tying, Tying)
         return tying
 
@@ -130,7 +136,9 @@ class TiedLoraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, TiedLoraConfig)
         layout = None if config.layout is None else _typed(Layout, config.layout)
-        self.attached = attach(model, config.specification(), config.r, config.alpha, config.seed, layout)
+        self.attached = attach(
+            model, config.specification(), config.r, config.alpha, config.seed, layout, config.scaling
+        )
         self.status = _AdapterStatus(self)
         if config.inference_mode:
             self.attached.adapter.requires_grad_(False)

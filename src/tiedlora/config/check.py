@@ -9,6 +9,7 @@ import re
 from dataclasses import fields, is_dataclass
 
 from tiedlora import tying
+from tiedlora.config.check_tying import check_tying
 from tiedlora.config.explain import nearest, options
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS, Config, ModelConfig, TrainConfig
 from tiedlora.errors import UserError
@@ -35,7 +36,7 @@ def check(config: Config) -> None:
     _check_lists(config)
     check_device("train.device", config.train.device)
     _check_training(config)
-    tying.check(config.tying)
+    check_tying(config.tying, config.model.architecture)
     _check_sizes(config.model)
     _check_rank(config)
 

@@ -58,6 +58,9 @@ def load(composed: DictConfig) -> Config:
     check(config)
     if config.rank.alpha is None:
         config.rank.alpha = float(config.rank.r)
+    if config.tying.layers == list(range(config.model.architecture.layers)):
+        # Every layer by number is the same run as null.
+        config.tying.layers = None
     return config
 
 

@@ -18,7 +18,8 @@ TYPE_WORDS = {
     "dict[str, str]": "a mapping of texts",
     "dict[str, Any]": "a mapping",
     "Union[int, str]": "a whole number or a text",
-    "Union[float, str]": "a number or a text",
+    "Union[float, int, str]": "a number or a text",
+    "list[Union[int, str]]": "a list of whole numbers and ranges",
     "section": "a section of keys",
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import Field, asdict, fields, is_dataclass
 from typing import Any
 
@@ -41,6 +42,15 @@ def run_id(config: Config) -> str:
     model = config.model.name.rsplit("/", 1)[-1].lower()
     words = [tying.label(config.tying), f"r{config.rank.r}", config.task.name, model, f"s{config.seed}", digest]
     return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", word) for word in words)
+
+
+def start_of(tying_values: Mapping[str, object]) -> str | None:
+    """The name of a configuration with another start (tying.STARTS), such as TABuv_v0; None for any other.
+
+    Args:
+        tying_values: the identity's values of `tying`, from a configuration or from a record.
+    """
+    return next((name for name in tying.STARTS if identity(tying.named(name)) == tying_values), None)
 
 
 def config_tree(config: Config) -> dict[str, Any]:

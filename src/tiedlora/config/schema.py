@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from tiedlora.keys import count, key
-from tiedlora.tying import Architecture, Tying
+from tiedlora.tying import SCALINGS, Architecture, Tying
 
 SPLITS = ("train", "validation", "test")
 SCORED_SPLITS = ("validation", "test")
@@ -29,6 +29,15 @@ class ModelConfig:
     for tests; architecture: numbers only, for parameter counts."""
     path: Optional[str] = key(None, execution=True)
     """A local folder with this model. The hash of its weights is recorded and compared."""
+    quantization: Optional[str] = key(None, choices=("nf4", "int8"), neutral=None)
+    """nf4 (4 bits, as in QLoRA) or int8: the linear layers of the frozen base are quantised when it is loaded. This
+    needs bitsandbytes (the extra `quantization`). The adapter cannot be merged. null does not quantise."""
+    device_map: Optional[str] = key(None, choices=("auto", "balanced", "balanced_low_0", "sequential"), execution=True)
+    """How a base model that is larger than one GPU is spread over the GPUs, the CPU's memory and the disk (accelerate's
+    device maps). null puts it on train.device."""
+    max_memory: dict[str, str] = key(factory=dict, execution=True)
+    """The most memory that device_map uses on each device, such as {0: 20GiB, cpu: 60GiB}; other weights go to the
+    disk. Empty takes all free memory."""
     context: int = count(0)
     """How many tokens the model can attend to. A prompt and max_new_tokens, or a prompt and its target, must fit into
     it. Rows that do not fit are counted."""
@@ -103,7 +112,9 @@ class RankConfig:
     r: int = count(8)
     """The rank of every adapted projection."""
     alpha: Optional[float] = key(None, low=1e-12, high=1e12)
-    """The scale is s = alpha / r; null means alpha = r, so s = 1."""
+    """It gives the scale s of the update; null means alpha = r, so s = 1 with the standard scaling."""
+    scaling: str = key("standard", choices=SCALINGS, neutral="standard")
+    """standard: s = alpha / r; rslora: s = alpha / sqrt(r). Give alpha a fixed value to compare ranks."""
 
 
 @dataclass

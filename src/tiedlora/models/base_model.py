@@ -8,16 +8,17 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiedlora.adapter import architectures
+from tiedlora.adapter import architectures, linear
 from tiedlora.config.schema import ModelConfig
 from tiedlora.errors import UserError
-from tiedlora.models import attention
+from tiedlora.models import attention, placement
 from tiedlora.models.embedded import embedded_folder
 from tiedlora.models.identity import known_digest
 from tiedlora.models.random_model import random_model
@@ -51,34 +52,45 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
             f"model={config.name}: transformers cannot load its weights; this option is only for scripts/params.py. "
             "To train, take another, such as model=gpt2_xl"
         )
+    settings = placement.loading_settings(config, getattr(torch, dtype), device, cache)
     if config.source == "random":
         model, tokenizer = random_model(config)
-        model = model.to(getattr(torch, dtype))
+        model = _reloaded(model, settings) if settings else model.to(getattr(torch, dtype))
     else:
         folder = embedded_folder(cache) if config.source == "embedded" and not config.path else config.path
-        model, tokenizer = _pretrained(config, folder, getattr(torch, dtype))
+        model, tokenizer = _pretrained(config, folder, {"dtype": getattr(torch, dtype), **settings})
     _check_architecture(config, model)
-    model.requires_grad_(False).eval().to(device)
+    linear.keep_gradients(model)
+    model.requires_grad_(False).eval()
+    if not settings:
+        model.to(device)
     attention.use(model)
     commit = getattr(model.config, "_commit_hash", None)
-    record = BaseModelRecord(config.name, config.revision, digest or f"commit:{commit}")
+    record = BaseModelRecord(config.name, config.revision, digest or f"commit:{commit}", config.quantization)
     return BaseModel(model, tokenizer, record, digest_is_known=digest is not None or commit is not None)
+
+
+def _reloaded(model: Any, settings: dict[str, Any]) -> Any:
+    """A random model, written and loaded again, because transformers quantises weights when it loads them."""
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, **settings)
 
 
 def _silence_libraries() -> None:
     """Inside the block, these libraries show no progress bars and no warnings. Errors are still raised."""
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    for library in ("transformers", "huggingface_hub"):
+    for library in ("transformers", "huggingface_hub", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def _pretrained(config: ModelConfig, folder: Path | str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+def _pretrained(config: ModelConfig, folder: Path | str | None, settings: dict[str, Any]) -> tuple[Any, Any]:
     source = str(folder) if folder else config.name
     revision = {} if folder else {"revision": config.revision}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **revision, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            source, **revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            source, **revision, **settings, use_safetensors=True, trust_remote_code=False
         )
     except Exception as error:  # tokenizers raises Exception itself, and a damaged folder can cause any other
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,9 +1,9 @@
-"""The rows of a run's two JSON Lines files: predictions/<split>.jsonl and metrics.jsonl."""
+"""The rows of a run's JSON Lines files: predictions/<split>.jsonl, metrics.jsonl and validation_losses.jsonl."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,15 +104,56 @@ def read_metrics(path: Path, metric: str = "") -> list[MetricsRow]:
     Raises:
         UserError: the file exists and cannot be read.
     """
+    rows = (MetricsRow.from_json(tree) for tree in _appended_objects(path, metric))
+    return [row for row in rows if row is not None]
+
+
+@dataclass(frozen=True)
+class ValidationLosses:
+    """The loss of every validation row at one step of training."""
+
+    step: Count
+    losses: list[Number]
+    """Each row's mean cross-entropy per target token, in nats, in the order of the validation rows."""
+    tokens: list[Count]
+    """Each row's number of target tokens."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {"step": self.step, "losses": self.losses, "tokens": self.tokens}
+
+
+def read_validation_losses(path: Path) -> list[ValidationLosses]:
+    """The rows of validation_losses.jsonl, one for each evaluation; no rows if the file is missing (an older run).
+
+    A line that is not a row is left out, as in `read_metrics`.
+
+    Raises:
+        UserError: the file exists and cannot be read.
+    """
     rows = []
+    for tree in _appended_objects(path):
+        try:
+            row = typed(ValidationLosses, tree)
+        except UserError:
+            continue
+        if 0 < len(row.losses) == len(row.tokens):
+            rows.append(row)
+    return rows
+
+
+def _appended_objects(path: Path, text: str = "") -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file whose lines are appended; none if it is missing. Other lines are left out.
+
+    Args:
+        text: parse only lines that contain this text.
+    """
     for line in storage.read_bytes(path).splitlines() if path.exists() else []:
-        if metric.encode() not in line:
+        if text.encode() not in line:
             continue
         try:
             tree = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        row = MetricsRow.from_json(tree) if isinstance(tree, dict) else None
-        if row is not None:
-            rows.append(row)
-    return rows
+        if isinstance(tree, dict):
+            yield tree

@@ -29,6 +29,7 @@ class RunFolder:
         self.path = path
         self.result_file = path / "result.json"
         self.metrics_file = path / "metrics.jsonl"
+        self.validation_losses_file = path / "validation_losses.jsonl"
         self.config_file = path / "config.yaml"
         self.error_file = path / "error.txt"
         self.adapter = path / "adapter"

@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from tiedlora import storage
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
+from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, typed
 from tiedlora.statistics.interval import Interval
 from tiedlora.text import is_name
@@ -50,9 +51,11 @@ class BaseModelRecord:
     revision: Text | None
     digest: Text | None
     """The sha256 of its files, or its commit on the hub. Digest and revision are None if a program made the model."""
+    quantization: Text | None = None
+    """nf4 or int8, if its linear layers are quantised after loading; the digest is that of the files."""
 
     def __str__(self) -> str:
-        return f"{self.name} at {self.revision} ({self.digest})"
+        return f"{self.name} at {self.revision} ({self.digest}{f', {self.quantization}' if self.quantization else ''})"
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ class NamedTask:
 class RankValues:
     r: Whole
     alpha: Number | None = None
+    scaling: Text = "standard"
 
 
 @dataclass(frozen=True)
@@ -268,6 +272,15 @@ class RunRecord:
                 tree["device"] = str(self.execution)
             tree[item.name] = plain(getattr(self, item.name))
         return {**tree, "identity": self.identity.tree, "config": self.config.tree}
+
+    @property
+    def validation_score(self) -> float | None:
+        """The first metric on validation, where more is better: a loss is negated. None if it is not scored."""
+        scores = self.scores.get("validation")
+        if scores is None:
+            return None
+        value = scores.metrics[scores.first_metric].value
+        return -value if is_loss(scores.first_metric) else value
 
     @property
     def label(self) -> str:

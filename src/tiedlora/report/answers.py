@@ -1,35 +1,31 @@
-"""The answer of the runs to each claim.
+"""The answer of the runs to each claim, for every model and task.
 
-The possible verdicts, for every model and task that a claim is about:
+A claim's plan fixes the numbers of seeds at which it is looked at. A look uses the first seeds in the declared order,
+and is taken when all of them have ended on both sides. The first look that decides stands; later seeds change nothing.
 
-- supported: the interval of the paired difference (over seeds and examples) is above -margin;
-- contradicted: the interval is below -margin;
-- undecided: the interval contains -margin, runs are missing, or there are fewer seeds than the minimum;
-- uninformative: the comparator itself does not beat the base model, so any method would be as good.
+- supported, contradicted: the rule is, at the level of the look (statistics.rules);
+- uninformative: at the last look, the comparator's own gain over the base may be 0, so any method would do as well;
+- undecided: none of these. `decide` says which look comes next.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from tiedlora.errors import UserError
-from tiedlora.report import compare
-from tiedlora.report.claims import ASSUMED, LEAST_SEEDS, Claim, needed_in_words
-from tiedlora.report.compare import Estimate, Measure
+from tiedlora.report import compare, estimates, partners
+from tiedlora.report.claims import Claim, Plan
+from tiedlora.report.estimates import Estimate, Measure, PairedScores
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.scorebook import Scorebook
-from tiedlora.statistics import crossed
-from tiedlora.statistics.crossed import Spread
+from tiedlora.statistics import crossed, looks, rules
 from tiedlora.statistics.interval import Interval
+from tiedlora.text import number_list
 
-TOLERANCE = 0.25
-"""Numbers of parameters count as equal up to this share, because LoRA's rank allows only steps. (For SmolLM2-135M,
-LoRA has 46,080 at r = 1, and TABuv has 41,328 at r = 8.)"""
-ASSUMED_ROWS = 1000
-"""The number of rows for a plan if nothing was scored yet."""
+EXPLORATORY_LEVEL = 0.05
+"""The two-sided level of a verdict outside the plan."""
 
 
 class Verdict(StrEnum):
@@ -48,129 +44,175 @@ class Answer:
     claim: Claim
     model: str
     task: str
-    verdict: Verdict
-    reason: str
+    """The task, with the variant of its setting if there are several."""
+    verdict: Verdict = Verdict.UNDECIDED
+    exploratory: bool = False
+    """Whether the verdict rests on seeds outside the plan."""
+    is_futile: bool = False
+    """Whether no later look is likely to decide."""
+    reason: str = ""
+    measure: Measure | None = None
     difference: Estimate | None = None
+    contrast: Interval | None = None
+    """The number that the rule compares with 0, with its interval at the level of the look. More is better."""
     retained: Interval | None = None
+    """The share of the comparator's gain, with Fieller's interval."""
+    retains_at_least: float | None = None
+    """The largest share that the rule `retains` would support at the level of the look."""
+    contradicted_level: float = 1.0
+    """The level of the whole plan at which the claim is contradicted, for Holm's procedure over tasks."""
+    look: int | None = None
+    """The look that the answer rests on, counted from 0."""
     seeds: int = 0
     rows: int = 0
     decide: str = ""
-    """The seeds and rows that would decide the claim."""
+    """What would decide the claim, in planned looks."""
 
 
 def answer_claims(
     claims: Iterable[Claim], groups: Sequence[RunGroup], book: Scorebook, split: str | None = None
 ) -> list[Answer]:
-    """The answers to all claims, for every setting in which the method was run, and for tasks without such a run."""
+    """The answers to all claims, for every setting with a run of the claim, and for tasks without such a run."""
     shown = compare.shown_splits(groups)
     answers = []
     for claim in claims:
-        methods = [
-            group
-            for group in groups
-            if (group.label, group.rank) == (claim.configuration, claim.rank)
-            and (not claim.tasks or group.task in claim.tasks)
-        ]
-        answers += [_answer(claim, method, groups, split or shown[method.task], book) for method in methods]
-        tasks = claim.tasks or tuple(sorted({group.task for group in groups}))
-        for task in sorted(set(tasks) - {method.task for method in methods}):
-            reason = f"{claim.configuration} r={claim.rank} was not run on it"
-            decide = needed_in_words(claim, ASSUMED, ASSUMED_ROWS)
-            answers.append(Answer(claim, "", task, Verdict.UNDECIDED, reason, decide=decide))
+        pairs = partners.pairs(claim, groups)
+        answers += [_answer(claim, pair, split or shown[pair.task], book) for pair in pairs]
+        tasks = tuple(claim.metrics) or tuple(sorted({group.task for group in groups}))
+        for task in sorted(set(tasks) - {pair.task for pair in pairs}):
+            reason = f"{partners.in_words(claim)} was not run on it"
+            answers.append(Answer(claim, "", task, reason=reason, decide=next_look(claim.plan, 0)))
     return answers
 
 
-def _answer(claim: Claim, method: RunGroup, groups: Sequence[RunGroup], split: str, book: Scorebook) -> Answer:
-    task = f"{method.task} ({method.variant})" if method.variant else method.task
-    answer = Answer(claim, method.model, task, Verdict.UNDECIDED, "")
-    comparator, answer.reason = _comparator(claim, method, groups)
-    scored = [run.splits[split] for run in method.runs if split in run.splits]
-    answer.rows = scored[0].rows if scored else 0
-    answer.decide = needed_in_words(claim, ASSUMED, answer.rows or ASSUMED_ROWS)
-    if comparator is None or not scored:
-        answer.reason = answer.reason or f"not scored on {split}"
+def _answer(claim: Claim, pair: partners.Pair, split: str, book: Scorebook) -> Answer:
+    answer = Answer(claim, pair.model, pair.task_in_words, reason=pair.problem, decide=next_look(claim.plan, 0))
+    if pair.method is None or pair.comparator is None:
         return answer
-    measure = Measure(split, scored[0].first_metric)
-    answer.difference, why = compare.difference(method, comparator, measure, book)
-    if answer.difference is None:
-        answer.reason = why
+    method, comparator = pair.method, pair.comparator
+    try:
+        answer.measure = measure = _measure(claim, method, split)
+        scores = estimates.paired_scores(method, comparator, measure, book)
+    except UserError as error:
+        answer.reason = f"{method.name} and {comparator.name}: {error}"
         return answer
-    answer.retained = compare.retained(method, comparator, measure)
-    _decide(answer, method, comparator, measure, book)
+    answer.difference, _ = estimates.difference(method, comparator, measure, book)
+    answer.retained = estimates.retained(method, comparator, measure)
+    answer.rows = scores.method.shape[1]
+    _decide(answer, scores, _ended(method, measure) & _ended(comparator, measure))
+    answer.reason += f" ({method.name} against {comparator.name}, {split}, {measure.metric})"
+    if effort := partners.unequal_effort(method, comparator):
+        answer.reason += f"; {effort}"
     return answer
 
 
-def _decide(answer: Answer, method: RunGroup, comparator: RunGroup, measure: Measure, book: Scorebook) -> None:
-    """Set the verdict, with its reason, if method and comparator were both scored."""
-    claim, split = answer.claim, measure.split
-    seeds = {run.seed for run in method.runs if split in run.splits}
-    answer.seeds = len(seeds & {run.seed for run in comparator.runs if split in run.splits})
-    spread = _spread(method, comparator, measure, book, answer.seeds)
-    compared = f"{comparator.name}, {split}, {measure.metric}"
-    if floor := _at_the_floor(comparator, measure, book):
-        answer.verdict, answer.reason = Verdict.UNINFORMATIVE, f"at the floor: {floor} ({compared})"
-        answer.decide = "a task, model or training on which the comparator beats the base"
+def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
+    """What the claim compares: the metric that it names for the task, or the task's first.
+
+    Raises:
+        UserError: the split was not scored, or not by this metric.
+    """
+    scored = [run.splits[split] for run in method.runs if split in run.splits]
+    if not scored:
+        raise UserError(f"not scored on {split}")
+    metric = claim.metrics.get(method.task) or scored[0].first_metric
+    if all(metric not in scores.metrics for scores in scored):
+        raise UserError(f"{split} has no {metric}; it has {', '.join(scored[0].metrics)}")
+    return Measure(split, metric)
+
+
+def _ended(group: RunGroup, measure: Measure) -> set[int]:
+    """The seeds that are scored, and those that failed and never will be."""
+    return {run.seed for run in measure.scored(group)} | group.failed_seeds
+
+
+def _decide(answer: Answer, scores: PairedScores, ended: set[int]) -> None:
+    """Take every look of the plan whose seeds have ended, up to the first one that decides."""
+    plan = answer.claim.plan
+    answer.seeds = len(scores.seeds)
+    if answer.claim.rule.needs_base and scores.base is None:
+        answer.reason, answer.decide = "the base model was not scored", "scores of the base model (score.base=true)"
         return
-    if answer.seeds < claim.minimum_seeds:
-        answer.reason = f"{answer.seeds} of at least {claim.minimum_seeds} seeds ({compared})"
-        answer.decide = needed_in_words(claim, spread, answer.rows)
+    for number in range(len(plan.looks.seeds)):
+        declared = plan.of_look(number)
+        if not set(declared) <= ended:
+            _wait_for(answer, scores, number, ended)
+            return
+        seen = scores.of(declared)
+        if len(seen.seeds) < 2:
+            answer.reason = f"seeds {number_list(declared)}: fewer than 2 of them finished on both sides"
+            continue
+        if _look(answer, seen, number):
+            answer.decide = ""
+            return
+    if answer.verdict == Verdict.UNDECIDED:
+        answer.decide = "no planned look is left; a new plan with new seeds"
+
+
+def _look(answer: Answer, seen: PairedScores, number: int) -> bool:
+    """Take one look, and return whether it decides."""
+    planned, count = answer.claim.plan.looks, len(answer.claim.plan.looks.seeds)
+    level = planned.levels[number]
+    evidence = _test(answer, seen, level)
+    answer.look, answer.seeds = number, len(seen.seeds)
+    answer.contradicted_level = min(answer.contradicted_level, looks.adjusted(planned, number, evidence.contradicted))
+    missing = len(answer.claim.plan.of_look(number)) - len(seen.seeds)
+    answer.reason = f"look {number + 1} of {count}: {len(seen.seeds)} seeds at level {100 * level:.2g} %"
+    answer.reason += f", {missing} failed" if missing else ""
+    if evidence.gain is not None and evidence.gain > level:
+        answer.reason += ": the comparator's own gain over the base may be 0"
+        if number == count - 1:
+            answer.verdict = Verdict.UNINFORMATIVE
+            answer.decide = "a task, model or training on which the comparator beats the base"
+            return True
+    return answer.verdict != Verdict.UNDECIDED
+
+
+def _test(answer: Answer, seen: PairedScores, level: float) -> rules.Evidence:
+    """Set the contrast, the verdict and the least share that is kept, from these seeds at this level."""
+    rule, sides = answer.claim.rule, (seen.method, seen.comparator, seen.base)
+    evidence = rule.evidence(*sides)
+    answer.contrast = crossed.both_interval(rule.contrast(*sides), level)
+    if seen.base is not None:
+        answer.retains_at_least = rules.retained_at_least(seen.method, seen.comparator, seen.base, level)
+    if evidence.supported <= level:
+        answer.verdict = Verdict.SUPPORTED
+    elif evidence.contradicted <= level:
+        answer.verdict = Verdict.CONTRADICTED
+    return evidence
+
+
+def _wait_for(answer: Answer, scores: PairedScores, number: int, ended: set[int]) -> None:
+    """Say what the next look needs. Without any look so far, give an exploratory verdict on the seeds there are."""
+    plan = answer.claim.plan
+    answer.decide = next_look(plan, number, ended)
+    if answer.look is not None:
+        _predict(answer, scores)
+    elif len(scores.seeds) >= plan.looks.seeds[0]:
+        answer.exploratory = True
+        answer.contradicted_level = _test(answer, scores, EXPLORATORY_LEVEL).contradicted
+        answer.reason = f"exploratory: seeds {number_list(scores.seeds)} are not the planned ones"
+    else:
+        answer.reason = f"before the first look: {len(scores.seeds)} of {plan.looks.seeds[0]} seeds"
+
+
+def _predict(answer: Answer, scores: PairedScores) -> None:
+    """Say how likely a later look decides, from the seeds of the last look."""
+    plan, look = answer.claim.plan, answer.look
+    assert look is not None
+    seen = scores.of(plan.of_look(look))
+    if len(seen.seeds) < plan.looks.seeds[look]:
         return
-    assert answer.difference is not None
-    interval = answer.difference.both or answer.difference.seeds
-    assert interval is not None
-    covers = "seeds and examples" if answer.difference.both else "seeds only, on these examples"
-    answer.verdict = verdict(interval, claim.margin)
-    answer.reason = f"95 % over {covers} ({compared})"
-    distance = abs(interval.value + claim.margin)
-    undecided = answer.verdict == Verdict.UNDECIDED
-    answer.decide = needed_in_words(claim, spread, answer.rows, distance) if undecided else ""
+    sides = (seen.method, seen.comparator, seen.base)
+    chance = looks.chance_of_decision(answer.claim.rule, *sides, plan.looks, look)
+    answer.is_futile = looks.is_futile(chance)
+    if answer.is_futile:
+        answer.decide = f"no planned look is likely to change it (chance {100 * chance:.0f} %)"
+    else:
+        answer.decide += f"; a later look decides with a chance of {100 * chance:.0f} %"
 
 
-def verdict(interval: Interval, margin: float) -> Verdict:
-    """supported, contradicted or undecided: the position of the difference's interval relative to -margin."""
-    if interval.low > -margin:
-        return Verdict.SUPPORTED
-    return Verdict.CONTRADICTED if interval.high < -margin else Verdict.UNDECIDED
-
-
-def _comparator(claim: Claim, method: RunGroup, groups: Sequence[RunGroup]) -> tuple[RunGroup | None, str]:
-    """The group that the claim compares with, or None and the reason."""
-    candidates = [group for group in groups if group.setting == method.setting and group.label == claim.comparator]
-    if claim.at == "equal_rank":
-        of_rank = [group for group in candidates if group.rank == method.rank]
-        if not of_rank:
-            return None, f"{claim.comparator} r={method.rank} was not run in the same setting"
-        return of_rank[0], ""
-    if not candidates:
-        return None, f"{claim.comparator} was not run in the same setting"
-    nearest = min(candidates, key=lambda group: abs(math.log(group.params / method.params)))
-    if abs(nearest.params / method.params - 1) > TOLERANCE:
-        rank = max(1, round(nearest.rank * method.params / nearest.params))
-        return None, (
-            f"no {claim.comparator} of about {method.params:,} parameters was run (nearest: r={nearest.rank} with "
-            f"{nearest.params:,}); run rank.r={rank}"
-        )
-    return nearest, ""
-
-
-def _at_the_floor(comparator: RunGroup, measure: Measure, book: Scorebook) -> str:
-    """Why the comparator does not beat the base model; empty if it does."""
-    gain = compare.gain(comparator, measure, book)
-    if gain is None:
-        return ""
-    # With fewer than 5 seeds, an interval over seeds says little, so the one over examples is used.
-    interval = (gain.both if len(comparator.runs) >= LEAST_SEEDS else gain.examples) or gain.widest
-    if math.isnan(interval.low) or interval.low > 0:
-        return ""
-    low, high = 100 * interval.low, 100 * interval.high
-    return f"{comparator.name} gains {100 * interval.value:+.1f} [{low:+.1f}, {high:+.1f}] over the base"
-
-
-def _spread(method: RunGroup, comparator: RunGroup, measure: Measure, book: Scorebook, seeds: int) -> Spread:
-    """The spread, measured on the given runs if they have two seeds, otherwise assumed."""
-    if seeds < 2:
-        return ASSUMED
-    try:
-        return crossed.measured_spread(compare.paired_differences(method, comparator, measure, book))
-    except UserError:
-        return ASSUMED
+def next_look(plan: Plan, number: int, ended: Iterable[int] = ()) -> str:
+    """The look with this number in words, and the seeds that it still needs."""
+    missing = [seed for seed in plan.of_look(number) if seed not in set(ended)]
+    return f"the look at {plan.looks.seeds[number]} seeds: needs seeds {number_list(missing)} on both sides"

@@ -1,8 +1,8 @@
-"""A paper's claims as comparisons, read from a YAML file, and the number of seeds and rows that would decide them."""
+"""A paper's claims as comparisons, read from a YAML file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,38 @@ from omegaconf import OmegaConf
 
 from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.statistics import crossed
-from tiedlora.statistics.crossed import Spread
+from tiedlora.records.reading import is_number
+from tiedlora.statistics import looks
+from tiedlora.statistics.looks import Looks
+from tiedlora.statistics.rules import Better, Level, Retains, Rule, WithinMargin
 
-AT = ("equal_rank", "equal_parameters")
+EQUAL_RANK, EQUAL_PARAMETERS = "equal_rank", "equal_parameters"
+AT = (EQUAL_RANK, EQUAL_PARAMETERS)
 LEAST_SEEDS = 5
-"""With fewer seeds there is never a verdict: a claims file may only ask for more (docs/results.md, Claims)."""
-ASSUMED = Spread(seeds=0.01, examples=0.3, rest=0.45)
-"""The spread of a paired difference that is assumed before anything was measured: one point between seeds; a third of
-the examples differ between two methods, and a half between two seeds of one method."""
-PLANNED_DIFFERENCE = 0.02
-"""A claim without a margin is planned for a true difference of two points."""
+"""The least `minimum_seeds` that the files of earlier versions could ask for."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: a configuration at a rank, or at the rank that matches the other side."""
+
+    configuration: str
+    rank: int | None
+    at: str = ""
+    """One of AT if the rank follows from the other side, otherwise empty."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """At which numbers of seeds a verdict is given, and which seeds these are."""
+
+    looks: Looks
+    seeds: tuple[int, ...]
+    """The seeds in declared order. A look at n seeds uses the first n."""
+
+    def of_look(self, number: int) -> tuple[int, ...]:
+        """The seeds of a look, which is counted from 0."""
+        return self.seeds[: self.looks.seeds[number]]
 
 
 @dataclass(frozen=True)
@@ -30,15 +51,16 @@ class Claim:
 
     paper: str
     name: str
-    configuration: str
-    rank: int
-    comparator: str
-    at: str
-    """equal_rank or equal_parameters."""
-    margin: float
-    tasks: tuple[str, ...]
-    """The tasks of the claim; empty means every task."""
-    minimum_seeds: int
+    method: Side
+    comparator: Side
+    rule: Rule
+    metrics: dict[str, str]
+    """Task -> the metric that decides, or an empty text for the task's first. Without tasks, every task counts."""
+    plan: Plan
+
+    def covers(self, task: str) -> bool:
+        """Whether the claim is about the task."""
+        return not self.metrics or task in self.metrics
 
 
 def read(path: Path) -> list[Claim]:
@@ -53,74 +75,124 @@ def read(path: Path) -> list[Claim]:
     text: Any = OmegaConf.to_container(storage.read_yaml(path))
     if not isinstance(text, dict) or not isinstance(text.get("claims"), list) or not text["claims"]:
         raise UserError(f"{path}: needs the keys paper and claims, a list of at least one")
-    return [_claim(path, str(text.get("paper", "")), number, entry) for number, entry in enumerate(text["claims"])]
+    _check_keys(str(path), text, ("claims",), ("paper", "looks", "levels", "seeds"))
+    plan = _plan(path, text)
+    paper = str(text.get("paper", ""))
+    return [_claim(f"{path}: claims[{number}]", paper, plan, entry) for number, entry in enumerate(text["claims"])]
 
 
-_KEYS = ("name", "method", "comparator", "margin", "tasks", "minimum_seeds")
+def _check_keys(where: str, entry: dict[Any, Any], needed: Sequence[str], optional: Sequence[str]) -> None:
+    for key in entry:
+        if key not in (*needed, *optional):
+            raise UserError(f"{where}: unknown key '{key}'; the keys are {', '.join((*needed, *optional))}")
+    for key in needed:
+        if key not in entry:
+            raise UserError(f"{where}: has no key '{key}'; the keys are {', '.join((*needed, *optional))}")
 
 
-def _claim(path: Path, paper: str, number: int, entry: Any) -> Claim:
-    where = f"{path}: claims[{number}]"
-    if not isinstance(entry, dict) or set(entry) != set(_KEYS):
-        given = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
-        raise UserError(f"{where}: needs exactly the keys {', '.join(_KEYS)}; it has {given}")
-    method, comparator, tasks = entry["method"], entry["comparator"], entry["tasks"]
-    if not isinstance(method, dict) or set(method) != {"configuration", "rank"} or not _is_whole(method["rank"], 1):
-        raise UserError(f"{where}.method: needs configuration and rank, a whole number from 1")
-    if not isinstance(comparator, dict) or set(comparator) != {"configuration", "at"} or comparator["at"] not in AT:
-        raise UserError(f"{where}.comparator: needs configuration and at, one of {', '.join(AT)}")
-    margin = entry["margin"]
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < 1:
-        raise UserError(f"{where}.margin={margin}: must be in [0, 1), in the score's unit (0.02 is two points)")
-    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
-        raise UserError(f"{where}.tasks={tasks}: must be a list of task names; [] takes every task")
-    if not _is_whole(entry["minimum_seeds"], LEAST_SEEDS):
-        raise UserError(f"{where}.minimum_seeds={entry['minimum_seeds']}: must be {LEAST_SEEDS} or more")
-    return Claim(
-        paper,
-        str(entry["name"]),
-        str(method["configuration"]),
-        method["rank"],
-        str(comparator["configuration"]),
-        comparator["at"],
-        float(margin),
-        tuple(tasks),
-        entry["minimum_seeds"],
+def _plan(path: Path, text: dict[Any, Any]) -> Plan:
+    counts, levels, seeds = (text.get(key) for key in ("looks", "levels", "seeds"))
+    if counts is not None and not _are_whole(counts, 2):
+        raise UserError(f"{path}: looks={counts}: must be a list of numbers of seeds, each 2 or more, such as [3, 5]")
+    if levels is not None and not (isinstance(levels, list) and all(map(is_number, levels))):
+        raise UserError(f"{path}: levels={levels}: must be a list of numbers, one for each look")
+    try:
+        planned = looks.planned(
+            tuple(counts) if counts is not None else looks.SEEDS, tuple(levels) if levels is not None else None
+        )
+    except ValueError as error:
+        raise UserError(f"{path}: looks and levels: {error}") from None
+    last = planned.seeds[-1]
+    if seeds is None:
+        return Plan(planned, tuple(range(last)))
+    if not _are_whole(seeds, 0) or len(set(seeds)) < len(seeds) or len(seeds) < last:
+        raise UserError(f"{path}: seeds={seeds}: must be a list of at least {last} different seeds, for the last look")
+    return Plan(planned, tuple(seeds))
+
+
+def _claim(where: str, paper: str, plan: Plan, entry: Any) -> Claim:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: must have the keys name, method, comparator, tasks and a rule")
+    _check_keys(where, entry, ("name", "method", "comparator", "tasks"), (*RULES, "minimum_seeds"))
+    method, comparator = _side(f"{where}.method", entry["method"]), _side(f"{where}.comparator", entry["comparator"])
+    if method.at and comparator.at:
+        raise UserError(f"{where}: method and comparator both have 'at'; one of them needs a rank")
+    if (minimum := entry.get("minimum_seeds")) is not None:
+        plan = _with_minimum(where, plan, minimum)
+    rule, metrics = _rule(where, entry), _metrics(where, entry["tasks"])
+    return Claim(paper, str(entry["name"]), method, comparator, rule, metrics, plan)
+
+
+def _side(where: str, side: Any) -> Side:
+    keys = set(side) if isinstance(side, dict) else set()
+    if keys == {"configuration", "rank"} and _is_whole(side["rank"], 1):
+        return Side(str(side["configuration"]), side["rank"])
+    if keys == {"configuration", "at"} and side["at"] in AT:
+        return Side(str(side["configuration"]), None, side["at"])
+    raise UserError(
+        f"{where}={side}: needs configuration, and either rank (a whole number from 1) or at (one of {', '.join(AT)})"
     )
+
+
+def _rule(where: str, entry: dict[Any, Any]) -> Rule:
+    given = [key for key in RULES if key in entry]
+    if len(given) != 1:
+        raise UserError(f"{where}: needs exactly one rule of {', '.join(RULES)}; it has {', '.join(given) or 'none'}")
+    (key,) = given
+    value, (make, low, high, unit) = entry[key], RULES[key]
+    if not is_number(value) or not low <= value < high:
+        raise UserError(f"{where}.{key}={value}: must be in [{low:g}, {high:g}), {unit}")
+    return make(float(value))
+
+
+RULES: dict[str, tuple[Callable[[float], Rule], float, float, str]] = {
+    "retains": (Retains, 0.01, 1.0, "the share of the comparator's gain that is kept"),
+    "better_by": (Better, 0.0, 1.0, "in the score's unit (0.02 is two points)"),
+    "level_within": (Level, 0.001, 1.0, "a share of the comparator's gain"),
+    "margin": (WithinMargin, 0.0, 1.0, "in the score's unit (0.02 is two points)"),
+}
+"""Key -> the rule, the bounds of its number, and the number's unit. `margin` is of the files of earlier versions."""
+
+
+def _metrics(where: str, tasks: Any) -> dict[str, str]:
+    if isinstance(tasks, list) and all(isinstance(task, str) for task in tasks):
+        return dict.fromkeys(tasks, "")
+    if isinstance(tasks, dict) and all(isinstance(text, str) for item in tasks.items() for text in item):
+        return dict(tasks)
+    raise UserError(
+        f"{where}.tasks={tasks}: must be a list of task names, or their metrics such as {{squad: f1}}; [] takes every "
+        "task"
+    )
+
+
+def _with_minimum(where: str, plan: Plan, minimum: Any) -> Plan:
+    """The plan without its looks below an earlier version's `minimum_seeds`."""
+    if not _is_whole(minimum, LEAST_SEEDS):
+        raise UserError(f"{where}.minimum_seeds={minimum}: must be {LEAST_SEEDS} or more")
+    if minimum > plan.looks.seeds[-1]:
+        return Plan(looks.planned((minimum,)), tuple(range(minimum)))
+    return Plan(looks.from_minimum(plan.looks, minimum), plan.seeds)
 
 
 def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def needed_in_words(claim: Claim, spread: Spread, rows: int, distance: float | None = None) -> str:
-    """The seeds and rows that would decide a claim, at the measured distance from the margin or a difference of 0."""
-    where = "at the difference measured" if distance is not None else "if the true difference is 0"
-    if distance is None and claim.margin == 0:
-        distance, where = PLANNED_DIFFERENCE, "if the true difference is 2 points"
-    distance = claim.margin if distance is None else distance
-    needed = crossed.needed_seeds_and_rows(distance, spread, rows, claim.minimum_seeds)
-    known = ", assuming a usual spread" if spread is ASSUMED else ""
-    if needed is None:
-        most = f"{crossed.MOST_SEEDS} seeds of {crossed.MOST_ROWS:,} rows"
-        return f"more than {most} ({where}{known})"
-    return f"{needed[0]} seeds of {needed[1]:,} rows ({where}, found in 4 of 5 tries{known})"
+def _are_whole(values: Any, least: int) -> bool:
+    return isinstance(values, list) and bool(values) and all(_is_whole(value, least) for value in values)
 
 
-def plan(claims: Iterable[Claim], seeds: int, rows: int, spread: Spread = ASSUMED) -> list[str]:
-    """Whether a sweep with so many seeds and test rows can decide the claims, before it is run. One line per claim.
-
-    Args:
-        spread: the spread of the paired difference, from earlier runs (crossed.measured_spread) if there are any.
-    """
-    lines = []
-    for claim in claims:
-        distance = claim.margin or PLANNED_DIFFERENCE
-        needed = crossed.needed_seeds_and_rows(distance, spread, rows, claim.minimum_seeds)
-        is_enough = needed is not None and needed[1] <= rows and needed[0] <= seeds
-        outlook = "is enough to decide" if is_enough else "will probably not decide"
-        rest = "" if is_enough else f"; needs {needed_in_words(claim, spread, rows)}"
-        lines.append(
-            f"{seeds} seeds of {rows:,} rows {outlook}: {claim.name} (margin {100 * claim.margin:g} points){rest}"
-        )
-    return lines
+def in_words(rule: Rule) -> str:
+    """What the rule asks for, such as `keeps 90 % of the gain`."""
+    match rule:
+        case Retains(rho):
+            return f"keeps {100 * rho:g} % of the gain"
+        case Better(0.0):
+            return "is better"
+        case Better(margin):
+            return f"is better by {margin:g}"
+        case Level(delta):
+            return f"is level within {100 * delta:g} % of the gain"
+        case WithinMargin(margin):
+            return f"is worse by at most {margin:g}"
+    raise TypeError(f"{rule} is no rule of a claim")

@@ -18,10 +18,11 @@ from tiedlora.report.values import (
     NamedEnds,
     Percent,
     PercentInterval,
-    Points,
-    PointsInterval,
+    ScoreInterval,
+    ScoreValue,
     Table,
     TaskScore,
+    Unit,
     Value,
 )
 from tiedlora.statistics.interval import Interval
@@ -30,22 +31,22 @@ from tiedlora.text import visible
 MISSING = "–"
 
 
-def points(value: float, signed: bool = False) -> str:
-    """0.4213 -> 42.1."""
-    return MISSING if math.isnan(value) else f"{100 * value:{'+' if signed else ''}.1f}"
+def score(value: float, signed: bool = False, unit: Unit = Unit.POINTS) -> str:
+    """0.4213 -> 42.1 in points, 0.421 in nats."""
+    return MISSING if math.isnan(value) else f"{unit.factor * value:{'+' if signed else ''}.{unit.decimals}f}"
 
 
-def ends(interval: Interval, signed: bool = False) -> str:
+def ends(interval: Interval, signed: bool = False, unit: Unit = Unit.POINTS) -> str:
     """[40.1, 44.2]."""
     if math.isnan(interval.low):
         return MISSING
-    return f"[{points(interval.low, signed)}, {points(interval.high, signed)}]"
+    return f"[{score(interval.low, signed, unit)}, {score(interval.high, signed, unit)}]"
 
 
-def points_interval(interval: Interval, signed: bool = False) -> str:
+def score_interval(interval: Interval, signed: bool = False, unit: Unit = Unit.POINTS) -> str:
     """42.1 [40.1, 44.2], or 42.1 if there is no interval."""
-    value = points(interval.value, signed)
-    return value if math.isnan(interval.low) else f"{value} {ends(interval, signed)}"
+    value = score(interval.value, signed, unit)
+    return value if math.isnan(interval.low) else f"{value} {ends(interval, signed, unit)}"
 
 
 def text(value: Value) -> str:
@@ -67,18 +68,18 @@ def text(value: Value) -> str:
             return _percent_interval(value.interval)
         case LearningRate():
             return f"{value.value:g} of {value.tried}" if value.tried > 1 else f"{value.value:g}"
-        case Points():
-            return points(value.value, value.signed)
-        case PointsInterval():
-            return points_interval(value.interval, value.signed)
+        case ScoreValue():
+            return score(value.value, value.signed, value.unit)
+        case ScoreInterval():
+            return score_interval(value.interval, value.signed, value.unit)
         case Ends():
-            return ends(value.interval, value.signed)
+            return ends(value.interval, value.signed, value.unit)
         case NamedEnds():
-            return f"{ends(value.interval, value.signed)} {value.covers}".rstrip()
+            return f"{ends(value.interval, value.signed, value.unit)} {value.covers}".rstrip()
         case TaskScore():
             return _task_score(value)
         case AverageScore():
-            return f"{points_interval(value.interval)} (n={value.seeds})"
+            return f"{score_interval(value.interval, unit=value.unit)} (n={value.seeds})"
 
 
 def _percent_interval(interval: Interval) -> str:
@@ -90,7 +91,7 @@ def _task_score(value: TaskScore) -> str:
     star = "*" if value.has_notes else ""
     if value.score is None:
         return f"{MISSING}{star}"
-    shown = f"{points(value.score)} (n={value.seeds}){star}"
+    shown = f"{score(value.score, unit=value.unit)} (n={value.seeds}){star}"
     return shown if value.difference is None else f"{shown} ({text(value.difference)})"
 
 
@@ -112,7 +113,7 @@ def _markdown(cell: str) -> str:
 
 _CSV_COLUMNS: dict[type, tuple[str, ...]] = {
     PercentInterval: ("", " low", " high"),
-    PointsInterval: ("", " low", " high"),
+    ScoreInterval: ("", " low", " high"),
     Ends: (" low", " high"),
     NamedEnds: ("", " low", " high"),
     TaskScore: ("", " seeds", " notes", " minus LoRA", " minus LoRA low", " minus LoRA high"),
@@ -156,33 +157,33 @@ def _csv_cells(column: Column, value: Value) -> list[str]:
         case PercentInterval(interval):
             share = f"{100 * interval.value:.0f} %"
             return [share, *(f"{100 * end:.0f}" if not math.isnan(end) else MISSING for end in _ends(interval))]
-        case PointsInterval(interval, signed):
-            return [points(interval.value, signed), *_point_ends(interval, signed)]
-        case Ends(interval, signed):
-            return _point_ends(interval, signed)
-        case NamedEnds(interval, covers, signed):
-            return [covers, *_point_ends(interval, signed)]
+        case ScoreInterval():
+            return _csv_interval(value)
+        case Ends(interval, signed, unit):
+            return _score_ends(interval, signed, unit)
+        case NamedEnds(interval, covers, signed, unit):
+            return [covers, *_score_ends(interval, signed, unit)]
         case TaskScore():
-            score = MISSING if value.score is None else points(value.score)
-            return [score, str(value.seeds), "*" if value.has_notes else "", *_csv_difference(value.difference)]
-        case AverageScore(interval, seeds):
-            return [points(interval.value), str(seeds), *_point_ends(interval)]
+            shown = MISSING if value.score is None else score(value.score, unit=value.unit)
+            difference = [MISSING] * 3 if value.difference is None else _csv_interval(value.difference)
+            return [shown, str(value.seeds), "*" if value.has_notes else "", *difference]
+        case AverageScore(interval, seeds, unit):
+            return [score(interval.value, unit=unit), str(seeds), *_score_ends(interval, unit=unit)]
         case _:
             return [text(value)]
 
 
-def _csv_difference(difference: PointsInterval | None) -> list[str]:
-    if difference is None:
-        return [MISSING] * 3
-    return [points(difference.interval.value, signed=True), *_point_ends(difference.interval, signed=True)]
+def _csv_interval(value: ScoreInterval) -> list[str]:
+    interval, signed, unit = value.interval, value.signed, value.unit
+    return [score(interval.value, signed, unit), *_score_ends(interval, signed, unit)]
 
 
 def _ends(interval: Interval) -> tuple[float, float]:
     return interval.low, interval.high
 
 
-def _point_ends(interval: Interval, signed: bool = False) -> list[str]:
-    return [points(end, signed) for end in _ends(interval)]
+def _score_ends(interval: Interval, signed: bool = False, unit: Unit = Unit.POINTS) -> list[str]:
+    return [score(end, signed, unit) for end in _ends(interval)]
 
 
 def safe_text(cell: str) -> str:

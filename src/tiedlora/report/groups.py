@@ -2,7 +2,7 @@
 
 A *setting* is everything that two configurations must share to be compared: base model, task and protocol, training
 (except the learning rate), and scoring. A *group* is one configuration at one rank in one setting. Its runs differ only
-in seed and learning rate. The rate is chosen on validation.
+in seed and learning rate. The rate is chosen on validation (statistics.rate_choice), or by a sweep's selection.json.
 """
 
 from __future__ import annotations
@@ -11,30 +11,17 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import mean
 from typing import Any
 
+from tiedlora.records.selection import RateChoice, Selection
 from tiedlora.report.runs import LeftOut, Run, UnfinishedRun
 from tiedlora.report.variants import differing_values
+from tiedlora.statistics.rate_choice import ChosenRate, RateTrial, choose_rate
 
 OPEN_IN_A_SETTING = ("tying", "rank", "seed")
 """Keys of the identity that may differ between runs of one setting."""
 OPEN_IN_TRAIN = ("lr", "lr_factor")
 """Keys below `train` that may differ between runs of one setting."""
-
-
-@dataclass(frozen=True)
-class RateTrial:
-    """One learning rate that was tried in a group."""
-
-    lr: float
-    seeds: list[int]
-    score: float | None
-    """The mean of the task's first metric on validation, over the seeds that all usable rates have."""
-    loss: float
-    """The mean of the last validation loss over the same seeds."""
-    failed: bool
-    """Whether a run at this rate failed. Then the rate is not chosen, except if all failed."""
 
 
 @dataclass(eq=False)
@@ -54,7 +41,10 @@ class RunGroup:
     """The values that distinguish the setting from others of the same model and task, such as train.steps=300."""
     runs: list[Run] = field(default_factory=list)
     """The runs at the chosen rate, sorted by seed."""
-    rates: list[RateTrial] = field(default_factory=list)
+    rates: tuple[float, ...] = ()
+    """The learning rates that were tried, in ascending order."""
+    failed_seeds: set[int] = field(default_factory=set)
+    """The seeds that failed at the chosen rate."""
     marks: list[str] = field(default_factory=list)
     """Remarks that a reader must know before using the group's numbers."""
 
@@ -89,8 +79,15 @@ class RunGroup:
         return len(self.training_digests) > 1 or len(self.digests(split)) > 1
 
 
-def group_runs(runs: Sequence[Run], left_out: Iterable[LeftOut] = ()) -> list[RunGroup]:
-    """Group the runs, choose the learning rates, and mark mixed groups. The groups are sorted for a table."""
+def group_runs(
+    runs: Sequence[Run], left_out: Iterable[LeftOut] = (), selections: Iterable[Selection] = ()
+) -> list[RunGroup]:
+    """Group the runs, choose the learning rates, and mark mixed groups. The groups are sorted for a table.
+
+    Args:
+        selections: the choices that sweeps have recorded. They stand, also where other runs would choose otherwise.
+    """
+    choices = [choice for selection in selections for choice in selection.choices]
     runs_of: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
         runs_of[_key(_setting(run)), _key(_own_values(run))].append(run)
@@ -99,7 +96,8 @@ def group_runs(runs: Sequence[Run], left_out: Iterable[LeftOut] = ()) -> list[Ru
     for (setting, _), members in runs_of.items():
         first = members[0]
         group = RunGroup(setting, first.model, first.task, first.configuration, first.rank, first.configuration)
-        _choose_rate(group, members, [other for other in unfinished if _could_belong(other, first)])
+        siblings = [other for other in unfinished if _could_belong(other, first)]
+        _choose_rate(group, members, siblings, _recorded_choice(members, choices))
         _mark_mixtures(group)
         groups.append(group)
     firsts = [members[0] for members in runs_of.values()]
@@ -142,46 +140,62 @@ def _could_belong(unfinished: UnfinishedRun, run: Run) -> bool:
     )
 
 
-def _choose_rate(group: RunGroup, runs: Sequence[Run], unfinished: Sequence[UnfinishedRun]) -> None:
-    """Set the group's rates and its runs at the best rate, and add marks about the choice."""
+def _recorded_choice(runs: Sequence[Run], choices: Iterable[RateChoice]) -> RateChoice | None:
+    """The choice that a sweep has recorded for these runs; of several, the one of the largest search."""
+    run_ids = {run.run_id for run in runs}
+    own = [choice for choice in choices if run_ids & set(choice.run_ids)]
+    return max(own, key=lambda choice: (choice.trials, choice.lr), default=None)
+
+
+def _choose_rate(
+    group: RunGroup, runs: Sequence[Run], unfinished: Sequence[UnfinishedRun], recorded: RateChoice | None
+) -> None:
+    """Set the group's rates and its runs at the chosen rate, and add marks about the choice."""
     by_rate: dict[float, dict[int, Run]] = defaultdict(dict)
     for run in runs:
         by_rate[run.lr][run.seed] = run
-    failed = {other.lr for other in unfinished if other.failed}
-    usable = [lr for lr in by_rate if lr not in failed] or list(by_rate)
-    shared = set.intersection(*(set(by_rate[lr]) for lr in usable))
-    group.rates = [_trial(lr, by_rate[lr], shared, lr in failed) for lr in sorted(by_rate)]
-    candidates = [trial for trial in group.rates if trial.lr in usable]
-    by_score = all(trial.score is not None for trial in candidates)
-    # For equal scores, take the lower validation loss, then the lower rate, so that the order of runs does not matter.
-    best = min(
-        candidates,
-        key=lambda trial: (-trial.score if by_score and trial.score is not None else 0.0, trial.loss, trial.lr),
-    )
-    group.runs = [by_rate[best.lr][seed] for seed in best.seeds]
-    tried = [trial.lr for trial in group.rates]
-    if len(tried) > 2 and best.lr in (tried[0], tried[-1]):
-        group.marks.append(f"the chosen rate {best.lr:g} is at the edge of those tried ({tried[0]:g} to {tried[-1]:g})")
-    if len(usable) > 1 and not shared:
-        group.marks.append("learning rates were tried with different seeds, so their choice is not paired")
-    if len(tried) > 1 and not by_score:
-        group.marks.append("the rate was chosen by validation loss, since not all runs have a validation score")
+    failed: dict[float, set[int]] = defaultdict(set)
     for other in unfinished:
-        if other.lr in (None, best.lr) or other.failed:
+        if other.failed and other.lr is not None:
+            failed[other.lr].add(other.seed)
+    trials = [_trial(lr, by_rate.get(lr, {}), failed.get(lr, set())) for lr in sorted({*by_rate, *failed})]
+    best = choose_rate(trials, accept_failed=True)
+    assert best is not None, "a finished run has a finite loss"
+    lr = best.lr if recorded is None else recorded.lr
+    group.runs = [by_rate[lr][seed] for seed in sorted(by_rate[lr])]
+    group.rates = tuple(sorted({*best.tried, *(recorded.lrs if recorded else ())}))
+    group.failed_seeds = failed.get(lr, set()) | {other.seed for other in unfinished if other.failed and not other.lr}
+    group.marks += _marks_of_choice(group, best, recorded)
+    for other in unfinished:
+        if other.lr in (None, lr) or other.failed:
             rate = f" at lr {other.lr:g}" if other.lr else ""
             group.marks.append(f"seed {other.seed}{rate} {'failed' if other.failed else 'is not finished'}")
 
 
-def _trial(lr: float, by_seed: Mapping[int, Run], shared: set[int], failed: bool) -> RateTrial:
-    runs = [by_seed[seed] for seed in sorted(shared & set(by_seed) or by_seed)]
-    scores = [score for run in runs if (score := _validation_score(run)) is not None]
-    loss = mean(run.record.training.validation_loss_last for run in runs)
-    return RateTrial(lr, sorted(by_seed), mean(scores) if len(scores) == len(runs) else None, loss, failed)
+def _marks_of_choice(group: RunGroup, best: ChosenRate, recorded: RateChoice | None) -> list[str]:
+    """What a reader must know about the choice of the rate."""
+    marks = []
+    lowest, highest = group.rates[0], group.rates[-1]
+    if len(group.rates) > 1 and group.lr in (lowest, highest):
+        marks.append(f"the chosen rate {group.lr:g} is at the edge of those tried ({lowest:g} to {highest:g})")
+    if recorded is not None:
+        if recorded.lr != best.lr:
+            marks.append(f"selection.json chose the rate {recorded.lr:g}; the runs here would choose {best.lr:g}")
+        return marks
+    if not best.paired:
+        marks.append("learning rates were tried with different seeds, so their choice is not paired")
+    if best.failed and len(best.usable) > 1:
+        marks.append("every rate failed at some seed")
+    if len(best.tried) > 1 and best.by == "loss":
+        marks.append("the rate was chosen by validation loss, since not all runs have a validation score")
+    return marks
 
 
-def _validation_score(run: Run) -> float | None:
-    scores = run.splits.get("validation")
-    return None if scores is None else scores.metrics[scores.first_metric].value
+def _trial(lr: float, by_seed: Mapping[int, Run], failed: Iterable[int]) -> RateTrial:
+    records = {seed: run.record for seed, run in by_seed.items()}
+    losses = {seed: record.training.validation_loss_last for seed, record in records.items()}
+    scores = {seed: score for seed, record in records.items() if (score := record.validation_score) is not None}
+    return RateTrial(lr, losses, scores, frozenset(failed))
 
 
 def _mark_mixtures(group: RunGroup) -> None:

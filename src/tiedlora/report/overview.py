@@ -10,7 +10,7 @@ import numpy as np
 
 from tiedlora.report.compare import ResultRow
 from tiedlora.report.runs import LeftOut
-from tiedlora.report.values import AverageScore, Column, Count, Percent, PointsInterval, Table, TaskScore
+from tiedlora.report.values import AverageScore, Column, Count, Percent, ScoreInterval, Table, TaskScore
 from tiedlora.statistics import crossed
 from tiedlora.statistics.interval import Interval
 
@@ -30,6 +30,8 @@ def _of_model(model: str, rows: Sequence[ResultRow], left_out: Sequence[LeftOut]
     by_place = {(_line(row), (row.group.task, row.group.variant)): row for row in rows}
     # An average is over tasks. A task with two settings must not count twice, and must not be left out silently.
     is_averaged = len(settings) > 1 and len({task for task, _ in settings}) == len(settings)
+    # Points and nats have no common mean.
+    is_averaged = is_averaged and len({row.measure.unit for row in rows}) == 1
     body = []
     for line in sorted({_line(row) for row in rows}):
         rank, params, configuration, share = line
@@ -61,8 +63,9 @@ def _line(row: ResultRow) -> Line:
 
 def _caption(model: str, names: Sequence[str], is_averaged: bool) -> str:
     caption = (
-        f"{model}: score in points of 100 (mean over seeds, n seeds) and, in brackets, the paired difference to "
-        "LoRA at the same rank with its 95 % interval over seeds and examples (only over examples for one seed). "
+        f"{model}: score in points of 100, loss in nats (mean over seeds, n seeds) and, in brackets, the paired "
+        "difference to LoRA at the same rank with its 95 % interval over seeds and examples (only over examples for "
+        "one seed). "
         "* has notes in the table of results."
     )
     if is_averaged:
@@ -75,9 +78,10 @@ def _caption(model: str, names: Sequence[str], is_averaged: bool) -> str:
 
 
 def _task_score(row: ResultRow) -> TaskScore:
-    difference = PointsInterval(row.difference.widest, signed=True) if row.difference is not None else None
+    unit = row.measure.unit
+    difference = ScoreInterval(row.difference.widest, signed=True, unit=unit) if row.difference is not None else None
     score = None if row.score is None else row.score.value
-    return TaskScore(score, len(row.seeds), score is None or bool(row.group.marks or row.notes), difference)
+    return TaskScore(score, len(row.seeds), score is None or bool(row.group.marks or row.notes), difference, unit)
 
 
 def _missing(configuration: str, rank: int, task: str, left_out: Sequence[LeftOut]) -> str | None:
@@ -97,8 +101,8 @@ def _average(rows: Sequence[ResultRow | None]) -> AverageScore | None:
         return None
     values = np.array([_values(row, shared) for row in scored]).mean(0)
     if len(shared) == 1:
-        return AverageScore(Interval(float(values[0]), math.nan, math.nan), 1)
-    return AverageScore(crossed.seeds_interval(values), len(shared))
+        return AverageScore(Interval(float(values[0]), math.nan, math.nan), 1, scored[0].measure.unit)
+    return AverageScore(crossed.seeds_interval(values), len(shared), scored[0].measure.unit)
 
 
 def _values(row: ResultRow, seeds: Sequence[int]) -> list[float]:

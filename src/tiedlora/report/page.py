@@ -116,6 +116,7 @@ def render(
         css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        verdicts=shown(tables.verdicts),
         claims=shown(tables.claims),
         overview=[shown(table) for table in tables.overview],
         figures=[(figure.name, figure.caption, Markup(figure.svg.replace(INK, "currentColor"))) for figure in figures],

@@ -22,6 +22,7 @@ STYLES = {
     "LoRA": ("#0072B2", "o", "-"),
     "LoRA_qkv": ("#56B4E9", "h", "-"),
     "TABuv": ("#D55E00", "D", "-"),
+    "TABuv_v0": ("#D55E00", "d", "-."),
     "TAB": ("#009E73", "s", "-"),
     "TA": ("#009E73", "^", "--"),
     "TB": ("#009E73", "v", ":"),
@@ -49,11 +50,14 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pareto_panel(ax: Axes, rows: list[ResultRow]) -> None:
-    places = [(row.group.params, 100 * row.score.value) for row in rows if row.score is not None]
-    best = front(places)
+    places = [(row.group.params, _shown(row)) for row in rows]
+    best = front([(params, row.measure.sign * value) for row, (params, value) in zip(rows, places, strict=True)])
     _draw_front(ax, [places[number] for number in best])
     for number, row in enumerate(rows):
         _errorbar(ax, row, places[number][0], filled=number in best)
+        for score in row.published:
+            colour = style(row.group)[0]
+            ax.scatter(row.group.params, 100 * score.value, marker="*", s=130, facecolors="none", edgecolors=colour)
     _parameters_axis(ax)
 
 
@@ -100,15 +104,20 @@ def short_count(count: float) -> str:
     return f"{count:.3g}"
 
 
+def _shown(row: ResultRow) -> float:
+    """The score in the unit of the axis."""
+    assert row.score is not None
+    return row.measure.unit.factor * row.score.value
+
+
 def _errorbar(ax: Axes, row: ResultRow, x: float, filled: bool = True) -> None:
     assert row.score is not None
     colour, marker, _ = style(row.group)
-    interval = row.score.examples
-    value = 100 * row.score.value
+    interval, factor, value = row.score.examples, row.measure.unit.factor, _shown(row)
     # By rounding, a bound can lie beyond its mean, but matplotlib refuses negative lengths.
     error = None
     if interval is not None:
-        error = [[max(0.0, value - 100 * interval.low)], [max(0.0, 100 * interval.high - value)]]
+        error = [[max(0.0, value - factor * interval.low)], [max(0.0, factor * interval.high - value)]]
     ax.errorbar(
         *([x], [value], error),
         color=colour,
@@ -134,7 +143,7 @@ def rank_panel(ax: Axes, rows: list[ResultRow]) -> None:
             _errorbar(ax, row, row.group.rank * shift)
         ax.plot(
             [row.group.rank * shift for row in of_name],
-            [100 * row.score.value for row in of_name if row.score],
+            [_shown(row) for row in of_name],
             color=style(of_name[0].group)[0],
             linewidth=1,
             alpha=0.7,

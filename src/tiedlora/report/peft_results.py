@@ -187,6 +187,7 @@ def _run_info(run: Run) -> dict[str, Any]:
             "base_model_name_or_path": record.base.name,
             "r": run.rank,
             "lora_alpha": record.identity.rank.alpha,
+            "use_rslora": record.identity.rank.scaling == "rslora",
             "lora_dropout": tying.get("dropout", 0.0),
             "target_modules": tying.get("targets"),
             "tying": tying,

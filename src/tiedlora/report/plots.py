@@ -24,6 +24,7 @@ from tiedlora.report.groups import RunGroup
 from tiedlora.report.panels import INK, curve_panel, pareto_panel, peer_panel, rank_panel, style
 from tiedlora.report.peft_results import Peer
 from tiedlora.report.runs import Run
+from tiedlora.report.values import Unit
 
 PANELS = 12
 """The most panels of a figure. More would be unreadable; the tables have every setting."""
@@ -85,10 +86,17 @@ def draw(rows: Sequence[ResultRow], peers: Sequence[Peer], out: Path) -> list[Dr
     with mpl.rc_context(RC):
         return [
             _save(out, "pareto", _PARETO + more, pareto(panels, peers)),
-            _save(out, "rank", _RANK + more, _by_setting(panels, rank_panel, "rank r", "score (points of 100)")),
+            _save(out, "rank", _RANK + more, _by_setting(panels, rank_panel, "rank r", _score_axis(panels))),
             _save(out, "curves", _CURVES + more, _by_setting(panels, curve_panel, "step", "validation loss")),
             _save(out, "cost", costs, cost([row.group for row in widest])),
         ]
+
+
+def _score_axis(panels: Sequence[Panel]) -> str:
+    """The name of the axis of scores, with the unit of every panel."""
+    names = {Unit.POINTS: "score", Unit.NATS: "loss"}
+    units = {row.measure.unit for panel in panels for row in panel.rows}
+    return " or ".join(f"{name} ({unit.words})" for unit, name in names.items() if unit in units)
 
 
 def _title(task: str, model: str, variant: str) -> str:
@@ -97,7 +105,8 @@ def _title(task: str, model: str, variant: str) -> str:
 
 _PARETO = (
     "Score against trainable parameters. Filled markers joined by the line are not beaten by anything with as few "
-    "parameters (the Pareto front); bars are 95 % intervals over examples."
+    "parameters (the Pareto front); bars are 95 % intervals over examples. Hollow stars are scores that "
+    "others have published for the same model, task, configuration and rank."
 )
 _RANK = "Score against rank, by configuration; bars are 95 % intervals over examples."
 _CURVES = "Validation loss by step: the mean over seeds, and their range where there are several."
@@ -153,7 +162,7 @@ def _by_setting(
 
 def pareto(panels: Sequence[Panel], peers: Sequence[Peer]) -> Figure:
     """Score against trainable parameters, with the Pareto front. PEFT's results have a separate panel."""
-    return _by_setting(panels, pareto_panel, "trainable parameters (log)", "score (points of 100)", peers)
+    return _by_setting(panels, pareto_panel, "trainable parameters (log)", _score_axis(panels), peers)
 
 
 def cost(groups: Sequence[RunGroup]) -> Figure:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiedlora import storage
+from tiedlora.config.identity import start_of
 from tiedlora.errors import UserError
 from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord, SplitScores, read_record
+from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 
 FOLDER_NAME = re.compile(r"(?P<label>\w+?)-r(?P<rank>\d+)-(?P<task>.+)-(?P<model>[^-]+)-s(?P<seed>\d+)-[0-9a-f]{10}")
 PART_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoint", "error.txt", ".lock", "adapter", "predictions")
@@ -56,7 +58,7 @@ class Run:
     path: Path
     record: RunRecord
     configuration: str
-    """LoRA, TABuv, ...: the name that follows from the specification's values, or `custom (<its own name>)`."""
+    """LoRA, TABuv_v0, ...: the name that follows from the specification's values, or `custom (<its own name>)`."""
 
     @property
     def run_id(self) -> str:
@@ -131,6 +133,17 @@ def read_runs(roots: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
     return list(runs.values()), left_out
 
 
+def read_selections(roots: Iterable[Path]) -> tuple[list[Selection], list[LeftOut]]:
+    """The choices of learning rates in the roots' sweeps/, and the files that cannot be read."""
+    selections, left_out = [], []
+    for path in sorted(path for root in roots for path in root.glob(f"sweeps/*/{SELECTION_FILE}")):
+        try:
+            selections.append(read_selection(path))
+        except UserError as error:
+            left_out.append(LeftOut(path, str(error).removeprefix(f"{path}: ")))
+    return selections, left_out
+
+
 def _folders(roots: Iterable[Path]) -> Iterator[Path]:
     for root in roots:
         if not root.is_dir():
@@ -159,8 +172,13 @@ def read_run(path: Path) -> Run | LeftOut:
         record = read_record(folder.result_file)
     except UserError as error:
         return LeftOut(path, f"result.json: {str(error).removeprefix(f'{folder.result_file}: ')}", named)
-    own_name = record.config.tying.name
-    return Run(path, record, f"custom ({own_name})" if record.label == "custom" else record.label)
+    return Run(path, record, _configuration(record))
+
+
+def _configuration(record: RunRecord) -> str:
+    if record.label != "custom":
+        return record.label
+    return start_of(record.identity.tying) or f"custom ({record.config.tying.name})"
 
 
 def _run_of_name(name: str) -> UnfinishedRun | None:

@@ -76,7 +76,7 @@ def _facts(group: RunGroup, run: Run) -> list[tuple[str, str]]:
         ("base model", f"{record.base.name} ({record.base.digest})"),
         ("trained", ", ".join(trained)),
         ("trainable parameters", f"{run.params:,} ({100 * group.share:.2f} % of LoRA)"),
-        ("learning rate", ", ".join(f"{trial.lr:g}" for trial in group.rates) + f"; chosen {group.lr:g}"),
+        ("learning rate", ", ".join(f"{lr:g}" for lr in group.rates) + f"; chosen {group.lr:g}"),
         ("seeds", ", ".join(str(member.seed) for member in group.runs)),
         ("steps, batch", f"{training.steps} of {identity.tree['train'].get('batch_size')} rows"),
         ("validation loss", f"{training.validation_loss_first:.3f} → {training.validation_loss_last:.3f}"),

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from tiedlora.report.answers import Answer
-from tiedlora.report.compare import Estimate, ResultRow
+from tiedlora.report.answers import Answer, Verdict
+from tiedlora.report.claim_verdicts import ClaimVerdict, error_note
+from tiedlora.report.compare import ResultRow
+from tiedlora.report.estimates import Estimate
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.peft_results import Peer
 from tiedlora.report.runs import LeftOut
@@ -20,9 +22,10 @@ from tiedlora.report.values import (
     NamedEnds,
     Percent,
     PercentInterval,
-    Points,
-    PointsInterval,
+    ScoreInterval,
+    ScoreValue,
     Table,
+    Unit,
     Value,
 )
 from tiedlora.statistics.interval import Interval
@@ -45,22 +48,25 @@ class ReportTables:
     """One per base model."""
     results: Table
     cost: Table
+    verdicts: Table
+    """Claims over all their tasks; without rows if every claim has one task."""
     claims: Table
     peers: Table
     left_out: Table
 
     def all(self) -> list[Table]:
         """Every table, each once."""
-        return [*self.overview, self.results, self.cost, self.claims, self.peers, self.left_out]
+        return [*self.overview, self.results, self.cost, self.verdicts, self.claims, self.peers, self.left_out]
 
 
 def results(rows: Iterable[ResultRow]) -> Table:
     """One row per group and metric, with all its numbers."""
     caption = (
-        "Scores in points of 100, mean over seeds. '95 % seeds': t over seeds, these examples. '95 % examples': over "
-        "which examples were drawn, these seeds (Wilson or Newcombe for one seed's proportion, bootstrap otherwise). "
-        "'seeds+examples': both. 'minus LoRA' and 'minus base' are paired on the same examples and seeds. The learning "
-        "rate was chosen on validation."
+        "Scores in points of 100, losses (lower is better) in nats, mean over seeds. '95 % seeds': t over seeds, these "
+        "examples. '95 % examples': over which examples were drawn, these seeds (Wilson or Newcombe for one seed's "
+        "proportion, bootstrap otherwise). 'seeds+examples': both. 'minus LoRA' and 'minus base' are paired on the "
+        "same examples and seeds. 'of n' after a learning rate: n rates were tried, and validation chose. "
+        "'published': what others report, measured in another way (see the notes)."
     )
     columns = (
         *GROUP_COLUMNS,
@@ -71,21 +77,23 @@ def results(rows: Iterable[ResultRow]) -> Table:
         Column("rows", Count),
         Column("parameters", Count),
         Column("share of LoRA", Percent),
-        Column("score", Points),
+        Column("score", ScoreValue),
         Column("95 % seeds", Ends),
         Column("95 % examples", Ends),
-        Column("minus LoRA", Points),
+        Column("minus LoRA", ScoreValue),
         Column("95 % seeds", Ends, csv_name="95 % seeds (difference)"),
         Column("95 % seeds+examples", NamedEnds),
-        Column("minus base", PointsInterval),
+        Column("minus base", ScoreInterval),
         Column("retained gain", PercentInterval),
+        Column("retains at least", Percent),
+        Column("published", ScoreValue),
         Column("notes", wraps=True),
     )
     return Table("results", caption, columns, [_result(row) for row in rows])
 
 
 def _result(row: ResultRow) -> tuple[Value, ...]:
-    group, score, difference = row.group, row.score, row.difference
+    group, score, difference, unit = row.group, row.score, row.difference, row.measure.unit
     return (
         *_group_values(group),
         LearningRate(group.lr, len(group.rates)),
@@ -95,15 +103,17 @@ def _result(row: ResultRow) -> tuple[Value, ...]:
         Count(row.examples) if row.examples else None,
         Count(group.params),
         Percent(group.share),
-        Points(score.value) if score else None,
-        _ends(score.seeds) if score else None,
-        _ends(score.examples) if score else None,
-        Points(difference.value, signed=True) if difference else None,
-        _ends(difference.seeds, signed=True) if difference else None,
-        _difference_ends(difference),
-        PointsInterval(row.gain.widest, signed=True) if row.gain else None,
+        ScoreValue(score.value, unit=unit) if score else None,
+        _ends(score.seeds, unit) if score else None,
+        _ends(score.examples, unit) if score else None,
+        ScoreValue(difference.value, signed=True, unit=unit) if difference else None,
+        _ends(difference.seeds, unit, signed=True) if difference else None,
+        _difference_ends(difference, unit),
+        ScoreInterval(row.gain.widest, signed=True, unit=unit) if row.gain else None,
         PercentInterval(row.retained) if row.retained else None,
-        "; ".join([*group.marks, *row.notes]),
+        Percent(row.retains_at_least, 0) if row.retains_at_least is not None else None,
+        ScoreValue(row.published[0].value, unit=unit) if row.published else None,
+        "; ".join([*group.marks, *row.notes, *(score.note() for score in row.published)]),
     )
 
 
@@ -111,16 +121,18 @@ def _group_values(group: RunGroup) -> tuple[Value, ...]:
     return group.model, group.task, group.variant, group.configuration, group.rank
 
 
-def _ends(interval: Interval | None, signed: bool = False) -> Ends | None:
-    return None if interval is None else Ends(interval, signed)
+def _ends(interval: Interval | None, unit: Unit, signed: bool = False) -> Ends | None:
+    return None if interval is None else Ends(interval, signed, unit)
 
 
-def _difference_ends(difference: Estimate | None) -> NamedEnds | None:
+def _difference_ends(difference: Estimate | None, unit: Unit) -> NamedEnds | None:
     if difference is None:
         return None
     if difference.both is not None:
-        return NamedEnds(difference.both, signed=True)
-    return NamedEnds(difference.examples, "examples", signed=True) if difference.examples is not None else None
+        return NamedEnds(difference.both, signed=True, unit=unit)
+    if difference.examples is None:
+        return None
+    return NamedEnds(difference.examples, "examples", signed=True, unit=unit)
 
 
 def cost(groups: Iterable[RunGroup]) -> Table:
@@ -152,41 +164,76 @@ def cost(groups: Iterable[RunGroup]) -> Table:
     return Table("cost", caption, columns, rows)
 
 
-def claims(answers: Iterable[Answer]) -> Table:
-    """One row per answer."""
+def verdicts(over_tasks: Iterable[ClaimVerdict]) -> Table:
+    """One row per claim and model, over all tasks of the claim."""
     rows = [
         (
-            answer.claim.name,
-            answer.model or None,
-            answer.task,
-            answer.verdict.value,
-            100 * answer.claim.margin,
-            PointsInterval(answer.difference.widest, signed=True) if answer.difference else None,
-            PercentInterval(answer.retained) if answer.retained else None,
-            answer.seeds,
-            answer.reason,
-            answer.decide or None,
+            verdict.claim.name,
+            verdict.model or None,
+            _verdict(verdict.verdict, verdict.exploratory),
+            len(verdict.answers),
+            verdict.reason,
         )
-        for answer in answers
+        for verdict in over_tasks
     ]
+    columns = (
+        Column("claim", wraps=True),
+        Column("model"),
+        Column("verdict"),
+        Column("tasks", int),
+        Column("because", wraps=True),
+    )
+    caption = (
+        "Each claim over its tasks. Supported: by every informative task, and at least one. Contradicted: on at least "
+        "one task, by Holm's procedure over all planned tasks, so that many tasks do not make a wrong verdict likelier."
+    )
+    return Table("verdicts", caption, columns, rows)
+
+
+def claims(answers: Sequence[Answer]) -> Table:
+    """One row per answer."""
     columns = (
         Column("claim", wraps=True),
         Column("model"),
         Column("task", wraps=True),
         Column("verdict"),
-        Column("margin", float),
-        Column("difference, 95 %", PointsInterval),
         Column("retained gain", PercentInterval),
+        Column("retains at least", Percent),
+        Column("contrast at the look's level", ScoreInterval),
+        Column("difference, 95 %", ScoreInterval),
         Column("seeds", int),
         Column("because", wraps=True),
         Column("what would decide it", wraps=True),
     )
     caption = (
-        "supported: the interval of the paired difference is above minus the margin; contradicted: below it; "
-        "undecided: neither, or fewer than the minimum of seeds; uninformative: the comparator itself does not beat "
-        "the base model. Retained gain: (method - base) / (comparator - base), Fieller's interval over seeds."
+        "The rule compares the contrast with 0, at the level of the planned look: 'keeps 90 % of the gain' has the "
+        "contrast method - 0.9 comparator - 0.1 base, and more is better (losses are negated). Supported: the interval "
+        "is above 0, and the comparator gains over the base. Contradicted: it is below 0. Uninformative: at the last "
+        "look, the comparator's own gain may be 0. 'Retains at least' is the largest share that the same rule would "
+        f"support. Difference: method minus comparator. {error_note(answers)}"
     )
-    return Table("claims", caption, columns, rows)
+    return Table("claims", caption, columns, [_answer(answer) for answer in answers])
+
+
+def _answer(answer: Answer) -> tuple[Value, ...]:
+    unit = answer.measure.unit if answer.measure else Unit.POINTS
+    return (
+        answer.claim.name,
+        answer.model or None,
+        answer.task,
+        _verdict(answer.verdict, answer.exploratory),
+        PercentInterval(answer.retained) if answer.retained else None,
+        Percent(answer.retains_at_least, 0) if answer.retains_at_least is not None else None,
+        ScoreInterval(answer.contrast, signed=True, unit=unit) if answer.contrast else None,
+        ScoreInterval(answer.difference.widest, signed=True, unit=unit) if answer.difference else None,
+        answer.seeds,
+        answer.reason,
+        answer.decide or None,
+    )
+
+
+def _verdict(verdict: Verdict, exploratory: bool) -> str:
+    return f"{verdict.value} (exploratory)" if exploratory else verdict.value
 
 
 def peers(published: Sequence[Peer]) -> Table:
@@ -197,7 +244,7 @@ def peers(published: Sequence[Peer]) -> Table:
             peer.method,
             peer.model,
             Count(peer.params),
-            Points(peer.accuracy),
+            ScoreValue(peer.accuracy),
             Ends(peer.interval()),
             Amount(peer.file_bytes / MIB),
             Amount(peer.memory_bytes / GIB),
@@ -209,7 +256,7 @@ def peers(published: Sequence[Peer]) -> Table:
         Column("method"),
         Column("model"),
         Column("parameters", Count),
-        Column("score", Points),
+        Column("score", ScoreValue),
         Column("95 % examples", Ends),
         Column("adapter MiB", Amount),
         Column("peak memory GiB", Amount),

@@ -1,14 +1,38 @@
 """The values of a table. Each column has one type. formats.py and page.py turn the values into text.
 
-Scores, differences and shares are fractions of 1 here. They are shown as points of 100 and as per cent.
+Scores, differences and shares are fractions of 1 here. They are shown as points of 100 and as per cent. Losses are in
+nats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from tiedlora.statistics.interval import Interval
+
+
+class Unit(Enum):
+    """The unit of a metric: the factor from the stored value to the shown one, and the number of decimals."""
+
+    POINTS = (100, 1)
+    NATS = (1, 3)
+
+    @property
+    def factor(self) -> int:
+        """Shown value / stored value."""
+        return self.value[0]
+
+    @property
+    def decimals(self) -> int:
+        """The digits after the point that are shown."""
+        return self.value[1]
+
+    @property
+    def words(self) -> str:
+        """The unit's name, for axes and captions."""
+        return "points of 100" if self is Unit.POINTS else "nats"
 
 
 @dataclass(frozen=True)
@@ -50,19 +74,21 @@ class LearningRate:
 
 
 @dataclass(frozen=True)
-class Points:
+class ScoreValue:
     """A score, or a difference of scores (signed)."""
 
     value: float
     signed: bool = False
+    unit: Unit = Unit.POINTS
 
 
 @dataclass(frozen=True)
-class PointsInterval:
+class ScoreInterval:
     """A score or a difference with the ends of its interval; the ends are NaN if there is no interval."""
 
     interval: Interval
     signed: bool = False
+    unit: Unit = Unit.POINTS
 
 
 @dataclass(frozen=True)
@@ -71,6 +97,7 @@ class Ends:
 
     interval: Interval
     signed: bool = False
+    unit: Unit = Unit.POINTS
 
 
 @dataclass(frozen=True)
@@ -81,6 +108,7 @@ class NamedEnds:
     covers: str = ""
     """What it covers instead, such as `examples`; empty if the column's name is right."""
     signed: bool = False
+    unit: Unit = Unit.POINTS
 
 
 @dataclass(frozen=True)
@@ -90,7 +118,8 @@ class TaskScore:
     score: float | None
     seeds: int
     has_notes: bool
-    difference: PointsInterval | None = None
+    difference: ScoreInterval | None = None
+    unit: Unit = Unit.POINTS
 
 
 @dataclass(frozen=True)
@@ -99,6 +128,7 @@ class AverageScore:
 
     interval: Interval
     seeds: int
+    unit: Unit = Unit.POINTS
 
 
 Value = (
@@ -110,8 +140,8 @@ Value = (
     | Percent
     | PercentInterval
     | LearningRate
-    | Points
-    | PointsInterval
+    | ScoreValue
+    | ScoreInterval
     | Ends
     | NamedEnds
     | TaskScore

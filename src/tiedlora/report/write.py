@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +9,17 @@ from pathlib import Path
 from tiedlora import storage
 from tiedlora.report import answers as claim_answers
 from tiedlora.report import claims as claim_files
-from tiedlora.report import compare, formats, page, peft_results, plots, tables
+from tiedlora.report import compare, formats, page, peft_results, plots, reference, tables
 from tiedlora.report.answers import Answer
+from tiedlora.report.claim_verdicts import ClaimVerdict, claim_verdicts
 from tiedlora.report.compare import ResultRow
 from tiedlora.report.groups import RunGroup, group_runs, short_commit
 from tiedlora.report.overview import overview
 from tiedlora.report.peft_results import Peer
-from tiedlora.report.runs import LeftOut, Run, read_runs
+from tiedlora.report.runs import LeftOut, Run, read_runs, read_selections
 from tiedlora.report.scorebook import Scorebook
 from tiedlora.report.tables import ReportTables
+from tiedlora.report.values import Unit
 from tiedlora.text import visible
 
 LISTED = 20
@@ -47,12 +48,22 @@ class Report:
             f"{len(self.left_out):,} folders left out."
         )
 
+    @property
+    def verdicts(self) -> list[ClaimVerdict]:
+        """The verdicts over all tasks."""
+        return claim_verdicts(self.answers)
+
+    def has_several_tasks(self) -> bool:
+        """Whether a claim is about several tasks, so that its verdict says more than its answers."""
+        return any(len(verdict.answers) > 1 for verdict in self.verdicts)
+
     def tables(self) -> ReportTables:
         """The report's tables."""
         return ReportTables(
             overview=overview(self.rows, self.left_out),
             results=tables.results(self.rows),
             cost=tables.cost(self.groups),
+            verdicts=tables.verdicts(self.verdicts if self.has_several_tasks() else []),
             claims=tables.claims(self.answers),
             peers=tables.peers(self.peers),
             left_out=tables.left_out(self.left_out),
@@ -60,21 +71,32 @@ class Report:
 
 
 def build(
-    roots: Sequence[Path], *, claims: Path | None = None, split: str | None = None, peft_results_in: Path | None = None
+    roots: Sequence[Path],
+    *,
+    claims: Path | None = None,
+    split: str | None = None,
+    peft_results_in: Path | None = None,
+    published_in: Path | None = None,
 ) -> Report:
     """Read the runs and compute every number of the report.
 
     Args:
         split: validation or test; None shows test if the chosen runs have it.
+        published_in: a folder of published scores (reference.read), which are shown beside ours.
 
     Raises:
-        UserError: a folder or the claims file cannot be read at all. A damaged run is listed instead.
+        UserError: a folder, a published score or the claims file cannot be read. A damaged run is listed instead.
     """
     stated = claim_files.read(claims) if claims else []
     runs, left_out = read_runs(roots)
-    groups = group_runs(runs, left_out)
+    selections, damaged = read_selections(roots)
+    left_out = [*left_out, *damaged]
+    groups = group_runs(runs, left_out, selections)
     book = Scorebook()
     rows = compare.result_rows(groups, book, split)
+    scores = reference.read(published_in) if published_in else []
+    for row in rows:
+        row.published = reference.published(scores, row.group, row.measure.split, row.measure.metric)
     answers = claim_answers.answer_claims(stated, groups, book, split)
     peers: list[Peer] = []
     if peft_results_in is not None:
@@ -107,8 +129,8 @@ def write(report: Report, out: Path, *, sections: int = 24) -> list[str]:
 
 def _lines(report: Report, out: Path) -> list[str]:
     lines = [report.summary()]
-    for answer in report.answers:
-        lines += _answer_lines(answer)
+    for verdict in report.verdicts:
+        lines += _verdict_lines(verdict)
     lines += [f"left out       {folder.path.name}: {folder.reason}" for folder in report.left_out[:LISTED]]
     if len(report.left_out) > LISTED:
         lines.append(f"left out       {len(report.left_out) - LISTED} more; left-out.md has them all")
@@ -116,13 +138,25 @@ def _lines(report: Report, out: Path) -> list[str]:
     return [visible(line) for line in lines]
 
 
+def _verdict_lines(verdict: ClaimVerdict) -> list[str]:
+    """The verdict over all tasks, if there are several, and below it the answer of each task."""
+    lines = []
+    if len(verdict.answers) > 1:
+        lines.append(f"{verdict.verdict.upper():<14} {verdict.claim.name} [{verdict.model}]: {verdict.reason}")
+    for answer in verdict.answers:
+        lines += _answer_lines(answer)
+    return lines
+
+
 def _answer_lines(answer: Answer) -> list[str]:
-    claim, retained = answer.claim, answer.retained
-    difference = f" {formats.points_interval(answer.difference.widest, signed=True)}" if answer.difference else ""
-    has_share = retained is not None and not math.isnan(retained.value)
-    share = f", retained gain {100 * retained.value:.0f} %" if retained is not None and has_share else ""
-    decide = f"; would decide it: {answer.decide}" if answer.decide else ""
+    unit = answer.measure.unit if answer.measure else Unit.POINTS
+    difference = ""
+    if answer.difference:
+        difference = f" {formats.score_interval(answer.difference.widest, signed=True, unit=unit)}"
+    share = f", retains at least {100 * answer.retains_at_least:.0f} %" if answer.retains_at_least is not None else ""
+    decide = f"; next: {answer.decide}" if answer.decide else ""
+    verdict = answer.verdict.upper() + ("?" if answer.exploratory else "")
     return [
-        f"{answer.verdict.upper():<14} {claim.name} [{answer.model} {answer.task}]{difference}{share}",
+        f"{verdict:<14} {answer.claim.name} [{answer.model} {answer.task}]{difference}{share}",
         f"{'':<14} {answer.reason}{decide}",
     ]

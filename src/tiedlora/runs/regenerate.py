@@ -32,6 +32,7 @@ def check_adapter(run: CheckedRun) -> Iterator[Finding]:
         "tying": (identity(adapter.tying), identity(run.config.tying)),
         "rank": (adapter.rank, run.config.rank.r),
         "alpha": (adapter.alpha, run.config.rank.alpha),
+        "scaling": (adapter.scaling, run.config.rank.scaling),
         "seed": (adapter.seed, run.config.seed),
         "trainable parameters": (adapter.trainable_params(), run.record.trainable_params),
     }

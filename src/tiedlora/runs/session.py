@@ -82,7 +82,8 @@ class RunSession:
     def _adapter(self) -> TiedAdapter:
         config = self.config
         assert config.rank.alpha is not None
-        adapter = TiedAdapter(config.tying, config.rank.r, config.rank.alpha, config.model.architecture, config.seed)
+        rank, architecture = config.rank, config.model.architecture
+        adapter = TiedAdapter(config.tying, rank.r, config.rank.alpha, architecture, config.seed, rank.scaling)
         if config.train.init_from:
             folder = Path(config.train.init_from)
             if adapter_folder.adapter_digest(folder) != config.train.init_digest:

@@ -10,22 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from tiedlora import storage
 from tiedlora.adapter import architectures, load, save
 from tiedlora.config.identity import config_tree
-from tiedlora.data.batching import Batch, BatchSampler, microbatches
+from tiedlora.data.batching import Batch, BatchSampler, by_length, microbatches
 from tiedlora.errors import UserError
 from tiedlora.models.device import peak_memory_bytes, restart_peak_memory
-from tiedlora.records.rows import MetricsRow
+from tiedlora.records.rows import MetricsRow, ValidationLosses, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs.session import RunSession
+from tiedlora.tracking.appended_file import AppendedFile
 from tiedlora.tracking.base import TrackedRun
 from tiedlora.tracking.progress import ProgressBar
 from tiedlora.tracking.run_trackers import RunTrackers
 from tiedlora.training import checkpoint, compiling, loop
-from tiedlora.training.loss import mean_loss, target_loss
+from tiedlora.training.loss import RowLosses, mean_loss, row_losses, target_loss
 from tiedlora.training.optimizer import build_optimizer
 from tiedlora.training.signals import StopSignal
 
@@ -46,7 +48,8 @@ class Trainer:
     """One training.
 
     Args:
-        folder: the run's folder. config.yaml, metrics.jsonl and the checkpoints are written there.
+        folder: the run's folder. config.yaml, metrics.jsonl, validation_losses.jsonl and the checkpoints are written
+            there.
         stop: if a signal came, training writes a checkpoint after the current step and ends.
         resume_from: the folder of the checkpoints to continue from; None takes the run's own.
     """
@@ -70,6 +73,7 @@ class Trainer:
         self.sampler = BatchSampler([len(row) for row in self.rows], self.config.train, self.config.seed)
         self.pad_id = session.base.tokenizer.eos_token_id
         held_out = session.fitted["validation"].encoded[: self.config.train.validation_rows]
+        self.validation_order = by_length(held_out)
         batches = microbatches(held_out, self.pad_id, self.config.score.batch_size)
         self.validation_batches = [batch.to(session.device) for batch in batches]
 
@@ -85,6 +89,7 @@ class Trainer:
         storage.write_bytes(self.folder.config_file, config_yaml.encode())
         run = TrackedRun(self.folder.path.name, self.folder.path, self.config, self.session.trainable_params)
         self.trackers = RunTrackers(run, self.folder.metrics_file, self.state.step)
+        self.row_losses_file = AppendedFile(self.folder.validation_losses_file, read_validation_losses, self.state.step)
         # 2. Train.
         restart_peak_memory(self.session.device)
         self._run_loop()
@@ -159,15 +164,28 @@ class Trainer:
         return [batch.to(self.session.device) for batch in batches]
 
     def _validate(self) -> float:
-        """The validation loss. If the best adapter is scored, it is stored when its loss is the lowest so far."""
+        """The validation loss. The loss of each row is appended to validation_losses.jsonl.
+
+        If the best adapter is scored, it is stored when its loss is the lowest so far.
+        """
         self.session.model.eval()
         with compiling.eager():
-            loss = mean_loss(self.session.model, self.validation_batches)
+            losses = [row_losses(self.session.model, batch) for batch in self.validation_batches]
         self.session.model.train()
+        loss = mean_loss(losses)
+        # The loop refuses a loss that is not finite, which JSON cannot represent.
+        if math.isfinite(loss):
+            self.row_losses_file.append([self._in_row_order(losses)])
         best_so_far = all(loss < earlier for _, earlier in self.state.validation)
         if self.config.score.checkpoint == "best" and self.session.world.is_first and best_so_far:
             save(self.adapter, self._best_folder(self.state.step), self.session.base.record)
         return loss
+
+    def _in_row_order(self, losses: list[RowLosses]) -> ValidationLosses:
+        tokens = torch.cat([batch.tokens for batch in losses])
+        means = torch.cat([batch.sums for batch in losses]) / tokens
+        rows = sorted(zip(self.validation_order, means.tolist(), tokens.tolist(), strict=True))
+        return ValidationLosses(self.state.step, [mean for _, mean, _ in rows], [count for _, _, count in rows])
 
     def _best_folder(self, step: int) -> Path:
         # Each step has its own folder: to replace a folder would leave a moment without any.

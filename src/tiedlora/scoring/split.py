@@ -118,8 +118,10 @@ class Scorer:
 
 @contextmanager
 def merged_for_scoring(attached: Attached, config: Config) -> Iterator[Any]:
-    """Inside the block, the model is as it is scored. It is merged in float32 only: bfloat16 would round the update."""
-    if config.train.dtype == "float32":
+    """Inside the block, the model is as it is scored. It is merged in float32 only: bfloat16 would round the update. A
+    quantised or offloaded base cannot be merged, and is scored unmerged.
+    """
+    if config.train.dtype == "float32" and attached.cannot_merge() is None:
         attached.merge()
     try:
         yield attached.model

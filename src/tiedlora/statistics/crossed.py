@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from tiedlora.statistics.bootstrap import bootstrap_mean
 from tiedlora.statistics.interval import LEVEL, Interval
@@ -23,6 +23,9 @@ from tiedlora.statistics.intervals import is_binary, paired_proportions
 
 Array = NDArray[np.float64]
 TAIL = (1 - LEVEL) / 2
+ROUNDING = 1e-12
+"""Means and standard deviations below this are rounding. Scores are fractions of 1, and losses are a few units."""
+SMALLEST_LEVEL = 1e-300
 
 
 def over_seeds(values: Array) -> tuple[Array, Array, Array]:
@@ -37,30 +40,99 @@ def over_seeds(values: Array) -> tuple[Array, Array, Array]:
     return mean, mean - half, mean + half
 
 
-def over_both(values: Array) -> tuple[Array, Array, Array]:
-    """The mean and the interval of a table of seeds x examples. Both seeds and examples are random samples.
+@dataclass(frozen=True)
+class MeanSquares:
+    """The mean and the mean squares of tables of seeds x rows: the analysis of variance of two crossed random factors.
 
-    The model has two-way crossed random effects without replication. The variance of the grand mean is estimated by
-    (MS_seeds + MS_examples - MS_rest) / (seeds * examples), with Satterthwaite's degrees of freedom (Biometrics
-    Bulletin 2, 1946). By chance, this estimate can be smaller than that from MS_seeds or MS_examples only. Then the
-    larger of these two is taken.
+    The arrays have the shape of the tables' leading axes.
+    """
+
+    mean: Array
+    of_seeds: Array
+    of_rows: Array
+    of_rest: Array
+    seeds: int
+    rows: int
+
+    def half_width(self, level: float) -> Array:
+        """Half the width of the two-sided interval of the mean, as `over_both` explains it."""
+        t_seeds, t_rows = stats.t.isf(level / 2, np.array([self.seeds - 1, self.rows - 1]))
+        both = np.hypot(
+            t_seeds * np.sqrt(self.of_seeds), t_rows * np.sqrt(np.maximum(self.of_rows - self.of_rest, 0.0))
+        )
+        half: Array = np.maximum(both, t_rows * np.sqrt(self.of_rows)) / math.sqrt(self.seeds * self.rows)
+        return half
+
+
+def mean_squares(values: Array) -> MeanSquares:
+    """The mean squares of tables without replication.
 
     Args:
-        values: (..., seeds, examples), with at least two of each.
+        values: (..., seeds, rows), with at least two of each, all finite.
+
+    Raises:
+        ValueError: there are fewer than two seeds or rows, or a value is not finite.
     """
-    seeds, examples = values.shape[-2:]
-    of_seed, of_example = values.mean(-1), values.mean(-2)
+    seeds, rows = values.shape[-2:]
+    if seeds < 2 or rows < 2:
+        raise ValueError(f"an interval over seeds and rows needs two of each; there are {seeds} seeds and {rows} rows")
+    of_seed, of_row = values.mean(-1), values.mean(-2)
     mean = of_seed.mean(-1)
-    ms_seeds = examples * of_seed.var(-1, ddof=1)
-    ms_examples = seeds * of_example.var(-1, ddof=1)
-    total = ((values - mean[..., None, None]) ** 2).sum((-2, -1))
-    rest = total - (seeds - 1) * ms_seeds - (examples - 1) * ms_examples
-    ms_rest = np.maximum(rest, 0.0) / ((seeds - 1) * (examples - 1))
-    variance = np.maximum.reduce([ms_seeds + ms_examples - ms_rest, ms_seeds, ms_examples])
-    spread = ms_seeds**2 / (seeds - 1) + ms_examples**2 / (examples - 1) + ms_rest**2 / ((seeds - 1) * (examples - 1))
-    freedom = np.where(spread > 0, variance**2 / np.where(spread > 0, spread, 1.0), seeds - 1.0)
-    half = stats.t.ppf(1 - TAIL, np.maximum(freedom, 1.0)) * np.sqrt(variance / (seeds * examples))
-    return mean, mean - half, mean + half
+    if not np.isfinite(mean).all():
+        raise ValueError("an interval over seeds and rows needs finite values")
+    of_seeds = rows * of_seed.var(-1, ddof=1)
+    of_rows = seeds * of_row.var(-1, ddof=1)
+    total = np.einsum("...sr,...sr->...", values, values) - seeds * rows * mean**2
+    rest = (total - (seeds - 1) * of_seeds - (rows - 1) * of_rows) / ((seeds - 1) * (rows - 1))
+    # A contrast of equal scores is not exactly 0, and rounding must not look like a difference.
+    mean = np.where(np.abs(mean) < ROUNDING, 0.0, mean)
+    of_seeds, of_rows, rest = (np.where(square < ROUNDING**2, 0.0, square) for square in (of_seeds, of_rows, rest))
+    return MeanSquares(mean, of_seeds, of_rows, rest, seeds, rows)
+
+
+def over_both(values: Array, level: float = 1 - LEVEL) -> tuple[Array, Array, Array]:
+    """The mean and the interval of a table of seeds x rows. Both seeds and rows are random samples.
+
+    The model has two-way crossed random effects without replication. The variance of the mean has two parts,
+    MS_seeds and MS_rows - MS_rest, each divided by seeds * rows. Each part is multiplied by the square of its own
+    Student quantile:
+
+        half^2 = (t(seeds - 1)^2 MS_seeds + t(rows - 1)^2 max(0, MS_rows - MS_rest)) / (seeds * rows)
+
+    For independent estimates of variance, such a sum is never too small (Banerjee, Sankhya A 23, 1961): the chance
+    that a squared normal stays below a bound is a concave function of the bound, so the coverage is at least the
+    average of the coverages of the parts. This holds at every level. By chance all seeds may have the same mean, so
+    the interval is never narrower than that over rows only, t(rows - 1)^2 MS_rows / (seeds * rows).
+
+    Args:
+        values: (..., seeds, rows), with at least two of each.
+        level: the two-sided level, 0.05 for a 95 % interval.
+    """
+    squares = mean_squares(values)
+    half = squares.half_width(level)
+    return squares.mean, squares.mean - half, squares.mean + half
+
+
+def p_value(values: Array) -> float:
+    """The smallest two-sided level at which the interval of `over_both` excludes 0.
+
+    A table without any variance has 0.0, or 1.0 if its mean is 0.
+
+    Args:
+        values: (seeds, rows), with at least two of each.
+    """
+    squares = mean_squares(values)
+    distance = abs(float(squares.mean))
+    if distance == 0.0:
+        return 1.0
+
+    def excess(log_level: float) -> float:
+        return float(squares.half_width(math.exp(log_level))) - distance
+
+    smallest = math.log(SMALLEST_LEVEL)
+    if excess(smallest) < 0:
+        return 0.0
+    return math.exp(optimize.brentq(excess, smallest, 0.0, xtol=1e-10))
 
 
 def seeds_interval(values: Array) -> Interval:
@@ -68,9 +140,9 @@ def seeds_interval(values: Array) -> Interval:
     return _interval(over_seeds(values), "t")
 
 
-def both_interval(values: Array) -> Interval:
-    """`over_both` of one table, (seeds, examples), as an Interval."""
-    return _interval(over_both(values), "crossed")
+def both_interval(values: Array, level: float = 1 - LEVEL) -> Interval:
+    """`over_both` of one table, (seeds, rows), as an Interval."""
+    return _interval(over_both(values, level), "crossed")
 
 
 def _interval(ends: tuple[Array, Array, Array], method: str) -> Interval:

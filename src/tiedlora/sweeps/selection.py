@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 
-from tiedlora import storage
 from tiedlora.config.identity import identity
 from tiedlora.errors import UserError
-from tiedlora.records.reading import Count, Flag, Number, Text, Whole, typed
-from tiedlora.records.run_record import RunRecord
+from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection
 from tiedlora.runs import lazy
+from tiedlora.statistics.rate_choice import RateTrial, choose_rate
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.text import aligned
 
 log = logging.getLogger(__name__)
 
-CRITERIA = ("score", "loss")
-"""The criteria of the choice: the task's first metric on validation, or the validation loss."""
-LOSS = "validation/loss"
 COLUMNS = (
     "model",
     "task",
@@ -42,80 +38,41 @@ COLUMNS = (
 EDGE_REMARK = "at the edge of the grid"
 
 
-@dataclass(frozen=True)
-class RateChoice:
-    """The chosen rate of one model, task, configuration and rank, and the trials that chose it."""
-
-    model: Text
-    task: Text
-    configuration: Text
-    rank: Whole
-    lr: Number
-    lrs: list[Number]
-    """The grid's rates, in ascending order."""
-    metric: Text
-    """The metric that chose: the task's first, or LOSS."""
-    value: Number
-    """Mean over the seeds, on validation."""
-    seeds: Count
-    trials: Count
-    """The number of cells that were tried: rates times seeds, failed cells included."""
-    failed: Count
-    edge: Flag
-    """Whether the chosen rate is the grid's lowest or highest. Then the best rate may be outside the grid."""
-    run_ids: list[Text]
-    """The runs of the chosen rate, one for each seed."""
-    test: Number | None = None
-    """Mean over the seeds of the metric on test, once it is scored."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The choices of `select` for a sweep."""
-
-    sweep: Text
-    """The sweep's id."""
-    by: Text
-    """One of CRITERIA."""
-    choices: list[RateChoice]
-
-
-@dataclass(frozen=True)
-class _RateResult:
-    """The validation scores of a rate, as means over the seeds. Every seed has finished."""
-
-    lr: float
-    loss: float
-    metric: str
-    value: float
-
-    def order(self) -> tuple[float, float, float]:
-        """A sort key that puts the best rate first. For equal scores, the lower loss is better, then the lower rate."""
-        return (self.loss if self.metric == LOSS else -self.value), self.loss, self.lr
-
-
-def select_rates(sweep: Sweep, by: str = "score") -> Selection:
-    """Choose a rate for each configuration by its mean over the seeds.
-
-    A rate counts only if all its seeds finished, because a rate that diverges at one seed should not be used. For equal
-    scores, the lower validation loss is better, then the lower rate.
+def select_rates(sweep: Sweep, by: str | None = None) -> Selection:
+    """Choose a rate for each configuration, by the rule of statistics.rate_choice.
 
     Args:
-        by: one of CRITERIA.
+        by: one of rate_choice.CRITERIA. None takes the score if every configuration can be chosen by it, and otherwise
+            the loss for all, because one criterion must serve the whole comparison.
 
     Raises:
-        UserError: cells are not finished, no rate of a configuration finished at every seed, or a run has no validation
-            scores.
+        UserError: cells are not finished, no rate of a configuration finished at every seed, or `by` is "score" and a
+            run has no validation scores.
     """
     unfinished = sum(cell.state() not in ("done", "failed") for cell in sweep.cells)
     if unfinished:
         raise UserError(
             f"{sweep.id}: {unfinished} of {len(sweep.cells)} cells are not finished; run the sweep's command first"
         )
+    groups = list(rate_groups(sweep.cells).values())
+    used = by or "score"
+    choices = [choose(cells, used) for cells in groups]
+    if any(choice.by != used for choice in choices):
+        if by is not None:
+            raise UserError(
+                "select: not every run is scored on validation (score.splits); choose by loss with --by loss"
+            )
+        used = "loss"
+        choices = [choose(cells, used) for cells in groups]
+    return Selection(sweep.id, used, choices)
+
+
+def rate_groups(cells: Iterable[SweepCell]) -> dict[str, list[SweepCell]]:
+    """The cells by what they share: those of one group differ only in learning rate and seed."""
     groups: dict[str, list[SweepCell]] = {}
-    for cell in sweep.cells:
+    for cell in cells:
         groups.setdefault(_comparison_key(cell), []).append(cell)
-    return Selection(sweep.id, by, [_choose_rate(cells, by) for cells in groups.values()])
+    return groups
 
 
 def _comparison_key(cell: SweepCell) -> str:
@@ -125,51 +82,61 @@ def _comparison_key(cell: SweepCell) -> str:
     return json.dumps(tree, sort_keys=True)
 
 
-def _choose_rate(cells: list[SweepCell], by: str) -> RateChoice:
-    """The choice among cells that differ only in rate and seed."""
+def rate_trials(cells: Iterable[SweepCell]) -> list[RateTrial]:
+    """The trials of one group, in ascending order of their rates. A cell without a result or an error adds nothing."""
     by_rate: dict[float, list[SweepCell]] = {}
     for cell in cells:
         by_rate.setdefault(cell.parameters().lr, []).append(cell)
-    results, failed = [], 0
-    for lr, seeds in by_rate.items():
-        records = [record for cell in seeds if (record := cell.folder.record()) is not None]
-        failed += len(seeds) - len(records)
-        if len(records) == len(seeds):
-            results.append(_rate_result(lr, records, by))
-    named = cells[0].parameters()
-    if not results:
+    return [_rate_trial(lr, by_rate[lr]) for lr in sorted(by_rate)]
+
+
+def _rate_trial(lr: float, cells: Iterable[SweepCell]) -> RateTrial:
+    losses, scores, failed = {}, {}, set()
+    for cell in cells:
+        seed, record = cell.config.seed, cell.folder.record()
+        if record is not None:
+            losses[seed] = record.training.validation_loss_last
+            if (score := record.validation_score) is not None:
+                scores[seed] = score
+        elif cell.state() == "failed":
+            failed.add(seed)
+    return RateTrial(lr, losses, scores, frozenset(failed))
+
+
+def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
+    """The choice among cells that differ only in rate and seed. By score, it is by loss if scores are missing.
+
+    Raises:
+        UserError: every rate failed at some seed.
+    """
+    named, trials = cells[0].parameters(), rate_trials(cells)
+    best = choose_rate(trials, by)
+    if best is None:
         raise UserError(
             f"{named.configuration} r={named.rank} on {named.task}, {named.model}: no rate finished at every seed; "
             "add lower ones with train.lr="
         )
-    best = min(results, key=_RateResult.order)
-    lrs = sorted(by_rate)
+    chosen = [cell for cell in cells if cell.parameters().lr == best.lr and cell.folder.result_file.exists()]
     return RateChoice(
         model=named.model,
         task=named.task,
         configuration=named.configuration,
         rank=named.rank,
         lr=best.lr,
-        lrs=lrs,
-        metric=best.metric,
+        lrs=list(best.tried),
+        metric=LOSS if best.by == "loss" else _first_metric(chosen[0]),
         value=best.value,
-        seeds=len(by_rate[best.lr]),
+        seeds=len(chosen),
         trials=len(cells),
-        failed=failed,
-        edge=best.lr in (lrs[0], lrs[-1]),
-        run_ids=sorted(cell.run_id for cell in by_rate[best.lr]),
+        failed=sum(len(trial.failed_seeds()) for trial in trials),
+        edge=best.edge,
+        run_ids=sorted(cell.run_id for cell in chosen),
+        selection_seeds=list(best.seeds),
     )
 
 
-def _rate_result(lr: float, records: list[RunRecord], by: str) -> _RateResult:
-    loss = mean(record.training.validation_loss_last for record in records)
-    if by == "loss":
-        return _RateResult(lr, loss, LOSS, loss)
-    scores = [record.scores["validation"] for record in records if "validation" in record.scores]
-    if len(scores) < len(records):
-        raise UserError("select: not every run is scored on validation (score.splits); choose by loss with --by loss")
-    metric = scores[0].first_metric
-    return _RateResult(lr, loss, metric, mean(split.metrics[metric].value for split in scores))
+def _first_metric(cell: SweepCell) -> str:
+    return cell.folder.finished_record().scores["validation"].first_metric
 
 
 def score_test(sweep: Sweep, selection: Selection) -> Selection:
@@ -201,29 +168,7 @@ def _test_score(cell: SweepCell, metric: str) -> float:
 
 def selection_file(sweep: Sweep) -> Path:
     """The path of a sweep's selection.json."""
-    return sweep.path / "selection.json"
-
-
-def write_selection(sweep: Sweep, selection: Selection) -> None:
-    """Write selection.json beside the sweep's frozen cells.
-
-    Raises:
-        OSError: the disk is full, or there is no permission.
-    """
-    storage.write_json(selection_file(sweep), asdict(selection))
-
-
-def read_selection(path: Path) -> Selection:
-    """The selection in a selection.json.
-
-    Raises:
-        UserError: a key is missing or wrong; the message names the file and the key.
-    """
-    tree = storage.read_json(path)
-    try:
-        return typed(Selection, tree, what="a sweep's selection")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    return sweep.path / SELECTION_FILE
 
 
 def table(choices: Sequence[RateChoice]) -> str:

@@ -9,7 +9,8 @@ two products with the head instead of three.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,30 +47,58 @@ def log_likelihoods_(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]
     return (shifted - sums.log()).squeeze(1), sums
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """One chunk of target positions."""
+
+    places: slice
+    """Where the chunk is among all target positions."""
+    exps: Tensor
+    """(rows, vocabulary) the exponentials of the logits, less the largest logit of each row."""
+    sums: Tensor
+    """(rows, 1) the sums of `exps`."""
+    log_probs: Tensor
+    """(rows,) log p of each target."""
+    slope: Tensor | None
+    """(rows, vocabulary) the derivative of the softcap, if the model has one."""
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
+) -> Iterator[_Chunk]:
+    """The log-likelihoods of the labels, chunk by chunk. A chunk's logits are freed before the next one is computed."""
+    size = chunk_rows(weight.shape[0])
+    for start in range(0, hidden.shape[0], size):
+        places = slice(start, start + size)
+        logits = F.linear(hidden[places], weight, bias).to(_summed_in(hidden.dtype))
+        slope = None
+        if softcap is not None:
+            squashed = torch.tanh(logits / softcap)
+            logits, slope = softcap * squashed, 1 - squashed.square()
+        log_probs, sums = log_likelihoods_(logits, labels[places])
+        yield _Chunk(places, logits, sums, log_probs, slope)
+
+
+def _summed_in(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64, so that tests can compare to 1e-12. bfloat16 is summed in float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # float64 stays float64, so that tests can compare to 1e-12. bfloat16 is summed in float32.
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        size = chunk_rows(weight.shape[0])
-        for start in range(0, hidden.shape[0], size):
-            rows, targets = hidden[start : start + size], labels[start : start + size]
-            logits = F.linear(rows, weight, bias).to(total.dtype)
-            slope = None
-            if softcap is not None:
-                squashed = torch.tanh(logits / softcap)
-                logits, slope = softcap * squashed, 1 - squashed.square()
-            log_probs, sums = log_likelihoods_(logits, targets)
-            total -= log_probs.sum()
+        total = torch.zeros((), dtype=_summed_in(hidden.dtype), device=hidden.device)
+        for chunk in _chunks(hidden, weight, bias, labels, softcap):
+            total -= chunk.log_probs.sum()
             if gradient is not None:
-                delta = logits.div_(sums)
+                delta, targets = chunk.exps.div_(chunk.sums), labels[chunk.places]
                 delta[torch.arange(len(targets), device=delta.device), targets] -= 1
-                if slope is not None:
-                    delta *= slope
-                gradient[start : start + size] = delta.to(weight.dtype) @ weight
+                if chunk.slope is not None:
+                    delta *= chunk.slope
+                gradient[chunk.places] = delta.to(weight.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -89,20 +118,52 @@ def target_loss(model: Any, batch: Batch) -> Tensor:
     Raises:
         ValueError: the output head is trained. This loss gives no gradient for it.
     """
+    total: Tensor = _ChunkedCrossEntropy.apply(*_head_inputs(model, batch))  # type: ignore[no-untyped-call]
+    return total
+
+
+def _head_inputs(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor, float | None]:
+    """The hidden states of the target positions, the head's weight and bias, the targets, and the softcap."""
     head = model.get_output_embeddings()
     if head.weight.requires_grad:
         raise ValueError("target_loss needs a frozen output head")
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     states = hidden.flatten(0, 1).index_select(0, batch.positions)
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        states, head.weight, getattr(head, "bias", None), batch.targets, softcap
-    )
-    return total
+    return states, head.weight, getattr(head, "bias", None), batch.targets, softcap
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """The losses of a batch's rows."""
+
+    sums: Tensor
+    """(rows,) the sum of the cross-entropy over each row's target tokens, in nats, float64."""
+    tokens: Tensor
+    """(rows,) the number of target tokens of each row, int64."""
+    total: Tensor
+    """The sum over the batch, a scalar, exactly as `target_loss` computes it."""
 
 
 @torch.inference_mode()
-def mean_loss(model: Any, batches: Sequence[Batch]) -> float:
-    """The mean cross-entropy per target token over all batches."""
-    total = sum(target_loss(model, batch).double() for batch in batches)
-    return float(total / sum(len(batch.targets) for batch in batches))
+def row_losses(model: Any, batch: Batch) -> RowLosses:
+    """The losses of a batch's rows, from one forward pass.
+
+    Raises:
+        ValueError: as target_loss.
+    """
+    inputs = _head_inputs(model, batch)
+    total = torch.zeros((), dtype=_summed_in(inputs[0].dtype), device=inputs[0].device)
+    log_probs = []
+    for chunk in _chunks(*inputs):
+        total -= chunk.log_probs.sum()
+        log_probs.append(chunk.log_probs)
+    sums = batch.sums_by_row(-torch.cat(log_probs).double())
+    return RowLosses(sums, batch.sums_by_row(torch.ones_like(batch.targets)), total)
+
+
+@torch.inference_mode()
+def mean_loss(losses: Sequence[RowLosses]) -> float:
+    """The mean cross-entropy per target token over the rows of all batches."""
+    total = sum(batch.total.double() for batch in losses)
+    return float(total / sum(batch.tokens.sum() for batch in losses))

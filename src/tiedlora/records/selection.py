@@ -1,0 +1,82 @@
+"""The chosen learning rates of a sweep, selection.json, as typed values. It lies beside the sweep's frozen cells."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tiedlora import storage
+from tiedlora.errors import UserError
+from tiedlora.records.reading import Count, Flag, Number, Text, Whole, typed
+
+SELECTION_FILE = "selection.json"
+LOSS = "validation/loss"
+"""The metric of a choice by loss."""
+
+
+@dataclass(frozen=True)
+class RateChoice:
+    """The chosen rate of one model, task, configuration and rank, and the trials that chose it."""
+
+    model: Text
+    task: Text
+    configuration: Text
+    rank: Whole
+    lr: Number
+    lrs: list[Number]
+    """The rates that were tried, in ascending order."""
+    metric: Text
+    """The metric that chose: the task's first, or LOSS."""
+    value: Number
+    """Mean over the selection seeds, on validation."""
+    seeds: Count
+    """The number of runs at the chosen rate."""
+    trials: Count
+    """The number of runs that were tried, failed and stopped ones included. It is the effort of the search."""
+    failed: Count
+    edge: Flag
+    """Whether the chosen rate is the lowest or highest of those tried. Then the best rate may be outside them."""
+    run_ids: list[Text]
+    """The runs of the chosen rate, one for each seed."""
+    test: Number | None = None
+    """Mean over the seeds of the metric on test, once it is scored."""
+    selection_seeds: list[Whole] = field(default_factory=list)
+    """The seeds that the rate was compared on. Empty in a file of version 0.1 or 0.2, where it was all of them."""
+
+    @property
+    def by(self) -> str:
+        """The criterion, `score` or `loss`."""
+        return "loss" if self.metric == LOSS else "score"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The choices for a sweep."""
+
+    sweep: Text
+    """The sweep's id."""
+    by: Text
+    """The criterion: `score` or `loss`."""
+    choices: list[RateChoice]
+
+
+def write_selection(path: Path, selection: Selection) -> None:
+    """Write a selection.json, completely or not at all.
+
+    Raises:
+        OSError: the disk is full, or there is no permission.
+    """
+    storage.write_json(path, asdict(selection))
+
+
+def read_selection(path: Path) -> Selection:
+    """The selection in a selection.json, also in one of an earlier version.
+
+    Raises:
+        UserError: a key is missing or wrong; the message names the file and the key.
+    """
+    tree = storage.read_json(path)
+    try:
+        return typed(Selection, tree, what="a sweep's selection")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

@@ -1,0 +1,87 @@
+"""One verdict for each claim and model, over all tasks of the claim.
+
+Supported if every informative task supports the claim, and at least one task is informative. Contradicted if Holm's
+procedure over the planned tasks (Scand. J. Statist. 6, 1979) contradicts it on at least one task, so that many tasks
+do not make a wrong verdict more likely. Otherwise undecided, or uninformative if no task is informative.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tiedlora.report.answers import Answer, Verdict
+from tiedlora.report.claims import Claim
+from tiedlora.statistics import looks
+
+LEVEL = 0.05
+"""The two-sided level of each verdict, over all planned looks."""
+
+
+@dataclass(frozen=True)
+class ClaimVerdict:
+    """The verdict on a claim for one model, and the answers that it rests on."""
+
+    claim: Claim
+    model: str
+    """Empty if no run of the claim exists."""
+    verdict: Verdict
+    reason: str
+    answers: tuple[Answer, ...]
+
+    @property
+    def exploratory(self) -> bool:
+        """Whether it rests on a verdict outside the plan."""
+        return any(answer.exploratory for answer in self.answers)
+
+
+def claim_verdicts(answers: Sequence[Answer]) -> list[ClaimVerdict]:
+    """The verdicts in the order of the claims. Tasks without a run are part of every model's verdict.
+
+    Args:
+        answers: those of one claim follow each other, as answer_claims returns them.
+    """
+    verdicts = []
+    for _, group in itertools.groupby(answers, key=lambda answer: id(answer.claim)):
+        own = list(group)
+        not_run = [answer for answer in own if not answer.model]
+        models = list(dict.fromkeys(answer.model for answer in own if answer.model)) or [""]
+        for model in models:
+            of_model = [answer for answer in own if answer.model == model and model] + not_run
+            verdicts.append(_verdict(of_model, model))
+    return verdicts
+
+
+def _verdict(answers: Sequence[Answer], model: str) -> ClaimVerdict:
+    informative = [answer for answer in answers if answer.verdict != Verdict.UNINFORMATIVE]
+    contradicting = [
+        answer
+        for answer, is_rejected in zip(answers, looks.holm([a.contradicted_level for a in answers], LEVEL), strict=True)
+        if is_rejected
+    ]
+    supporting = [answer for answer in informative if answer.verdict == Verdict.SUPPORTED]
+    counts = f"{len(supporting)} of {len(informative)} informative tasks support it"
+    if contradicting:
+        names = ", ".join(answer.task for answer in contradicting)
+        verdict, reason = Verdict.CONTRADICTED, f"contradicted on {names} (Holm over {len(answers)} tasks)"
+    elif not informative:
+        verdict, reason = Verdict.UNINFORMATIVE, "no task is informative"
+    elif len(supporting) == len(informative):
+        verdict, reason = Verdict.SUPPORTED, counts
+    else:
+        verdict, reason = Verdict.UNDECIDED, counts
+    return ClaimVerdict(answers[0].claim, model, verdict, reason, tuple(answers))
+
+
+def error_note(answers: Sequence[Answer]) -> str:
+    """How many verdicts there are, and how many wrong ones the levels allow."""
+    tested = [answer for answer in answers if answer.look is not None or answer.exploratory]
+    decided = [answer for answer in tested if answer.verdict in (Verdict.SUPPORTED, Verdict.CONTRADICTED)]
+    if not tested:
+        return "No planned look has been taken yet."
+    return (
+        f"{len(decided)} verdicts (supported or contradicted) from {len(tested)} comparisons that were tested. With "
+        f"every truth at the boundary, {100 * LEVEL:g} % of the comparisons ({LEVEL * len(tested):.1f}) would get a "
+        "wrong one."
+    )

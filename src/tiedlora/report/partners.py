@@ -1,0 +1,121 @@
+"""Which groups a claim compares: the two sides in one setting, by rank or by the number of parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tiedlora import tying
+from tiedlora.config import compose
+from tiedlora.errors import UserError
+from tiedlora.report.claims import EQUAL_RANK, Claim, Side
+from tiedlora.report.groups import RunGroup
+
+TOLERANCE = 0.05
+"""Numbers of parameters count as equal up to this share."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two sides of a claim in one setting."""
+
+    anchor: RunGroup
+    """The group of the side that has a rank of its own. The other side is matched to it."""
+    method: RunGroup | None
+    comparator: RunGroup | None
+    problem: str = ""
+    """Why a side is missing."""
+
+    @property
+    def task(self) -> str:
+        return self.anchor.task
+
+    @property
+    def task_in_words(self) -> str:
+        """The task, with the variant of its setting if there are several."""
+        return f"{self.task} ({self.anchor.variant})" if self.anchor.variant else self.task
+
+    @property
+    def model(self) -> str:
+        return self.anchor.model
+
+
+def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
+    """A pair for every group of the side with a rank (of two such sides: the method), on the claim's tasks."""
+    anchored = claim.comparator if claim.method.at else claim.method
+    anchors = [
+        group
+        for group in groups
+        if claim.covers(group.task) and _is_of(group, anchored) and group.rank == anchored.rank
+    ]
+    return [_pair(claim, anchor, groups) for anchor in anchors]
+
+
+def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
+    matched = claim.method if claim.method.at else claim.comparator
+    partner, problem = _partner(matched, anchor, groups)
+    if claim.method.at:
+        return Pair(anchor, partner, anchor, problem)
+    return Pair(anchor, anchor, partner, problem)
+
+
+def _is_of(group: RunGroup, side: Side) -> bool:
+    """Whether the group is of the side's configuration, which is a name of the paper's or a specification's own."""
+    return group.label in (side.configuration, f"custom ({side.configuration})")
+
+
+def _partner(side: Side, anchor: RunGroup, groups: Sequence[RunGroup]) -> tuple[RunGroup | None, str]:
+    """The group of the side in the anchor's setting, or None and the reason."""
+    candidates = [group for group in groups if group.setting == anchor.setting and _is_of(group, side)]
+    # With the plain scale (alpha = r) first, and otherwise in the order of the tables.
+    candidates.sort(key=lambda group: group.runs[0].record.identity.rank.alpha != group.rank)
+    if side.rank is not None or side.at == EQUAL_RANK:
+        rank = side.rank or anchor.rank
+        of_rank = [group for group in candidates if group.rank == rank and group is not anchor]
+        return (of_rank[0], "") if of_rank else (None, f"{side.configuration} r={rank} was not run in the same setting")
+    if not candidates:
+        return None, f"{side.configuration} was not run in the same setting"
+    nearest = min(candidates, key=lambda group: abs(math.log(group.params / anchor.params)))
+    if abs(nearest.params / anchor.params - 1) <= TOLERANCE:
+        return nearest, ""
+    return None, (
+        f"no {side.configuration} of about {anchor.params:,} parameters was run (nearest: r={nearest.rank} with "
+        f"{nearest.params:,}); {_advice(nearest, anchor.params)}"
+    )
+
+
+def _advice(group: RunGroup, params: int) -> str:
+    """The rank to run for this number of parameters."""
+    try:
+        config = compose.load(OmegaConf.create(group.runs[0].record.config.tree))
+    except (UserError, OmegaConfBaseException):
+        return "run another rank"
+    # The number of parameters is a straight line over the rank.
+    at_one, at_two = (tying.trainable_params(config.tying, rank, config.model.architecture) for rank in (1, 2))
+    rank = 1 + max(0, round((params - at_one) / max(1, at_two - at_one)))
+    count = tying.trainable_params(config.tying, rank, config.model.architecture)
+    if abs(count / params - 1) <= TOLERANCE:
+        return f"run rank.r={rank}"
+    return f"no rank comes within {100 * TOLERANCE:g} % of it (nearest: r={rank} with {count:,}); match the other side"
+
+
+def unequal_effort(first: RunGroup, second: RunGroup) -> str:
+    """A note if the learning rates of two groups were searched with unequal effort; empty if they were not."""
+    counts = len(first.rates), len(second.rates)
+    if counts[0] == counts[1]:
+        return ""
+    return f"unequal search: {_rates(counts[0])} of {first.name} against {_rates(counts[1])} of {second.name}"
+
+
+def _rates(count: int) -> str:
+    return f"{count} rate{'s' if count > 1 else ''}"
+
+
+def in_words(claim: Claim) -> str:
+    """The side that has a rank, such as `TABuv r=8`."""
+    side = claim.comparator if claim.method.at else claim.method
+    return f"{side.configuration} r={side.rank}"

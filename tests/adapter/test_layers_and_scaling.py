@@ -1,0 +1,174 @@
+"""Adapters of some layers only, and of another scale: the update, the file, PEFT's format, and a run."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers.families import family_model
+from helpers.tiny import randomise, tying_option
+from peft import PeftModel, get_peft_model
+
+from tiedlora import TiedLoraConfig, attach, attach_adapter, named, to_peft
+from tiedlora.adapter import files
+from tiedlora.errors import UserError
+from tiedlora.records.run_record import BaseModelRecord
+from tiedlora.runs import run
+
+RANK, ALPHA, SOME = 4, 6.0, [0, 2]
+BASE = BaseModelRecord("a/base", None, "digest")
+SHARED_BY_TWO = ("tying.A.share=2", "tying.B.share=2")
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def close(one, two):
+    return (one - two).abs().max() <= 1e-5 * two.abs().max()
+
+
+def some_layers(family, name, *overrides, layers=tuple(SOME), **more):
+    """A model of three layers with random parts on some of them."""
+    spec = tying_option(name, f"tying.layers={list(layers)}", *overrides)
+    attached = attach(family_model(family), spec, RANK, ALPHA, **more)
+    randomise(attached.adapter, scale=0.25)
+    return attached
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"), [("LoRA", ()), ("TABuv", ()), ("TAB", SHARED_BY_TWO), ("Tuv", ()), ("LoRA_qkv", ())]
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_other_layers_get_no_update(family, name, overrides, ids):
+    """The same as a LoRA on every layer whose B is zero in the others."""
+    attached = some_layers(family, name, *overrides)
+    assert not any(".1." in path for path in attached.paths)
+    assert len(attached.paths) == 2 * (3 if family == "llama" else 1)
+    full = attach(family_model(family), tying_option("LoRA_qkv" if name == "LoRA_qkv" else "LoRA"), RANK, ALPHA)
+    for target, parts in attached.adapter.targets.items():
+        A, B = parts.folded()
+        assert len(A) == len(B) == 2
+        all_layers = full.adapter.targets[target]
+        with torch.no_grad():
+            all_layers.A[SOME], all_layers.B[SOME] = A, B
+    adapted = logits(attached.model, ids)
+    assert torch.equal(adapted, logits(full.model, ids))
+    assert (adapted - logits(family_model(family), ids)).abs().max() > 0.1
+
+
+def test_a_factor_is_tied_over_the_adapted_layers():
+    """Two adapted layers that are not neighbours, and a group of two, share one A."""
+    parts = some_layers("llama", "TAB", *SHARED_BY_TWO).adapter.parts()
+    assert {name: len(part) for name, part in parts.items()} == {"qkv.A": 1, "qkv.B": 1}
+    assert {name: len(part) for name, part in some_layers("llama", "TABuv").adapter.parts().items()} == {
+        **{"qkv.A": 1, "qkv.B": 1},
+        **{"qkv.u": 2, "qkv.v": 2},
+    }
+
+
+def test_merging_and_detaching_touch_the_adapted_layers_only(ids):
+    attached = some_layers("gpt2", "TABuv")
+    before = {name: value.clone() for name, value in attached.model.state_dict().items()}
+    adapted = logits(attached.model, ids)
+    attached.merge()
+    assert close(logits(attached.model, ids), adapted)
+    after = attached.model.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {f"{path}.weight" for path in attached.paths}
+    attached.detach()
+    assert torch.equal(logits(attached.model, ids), logits(family_model("gpt2"), ids))
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+def test_the_file_loads_back(scaling, ids, tmp_path):
+    attached = some_layers("llama", "TABuv", scaling=scaling)
+    files.save(attached.adapter, tmp_path / "adapter", BASE)
+    loaded, _ = files.load(tmp_path / "adapter")
+    # s = 6 / 4, and 6 / sqrt(4).
+    assert loaded.scale == (1.5 if scaling == "standard" else 3.0)
+    again = attach_adapter(family_model("llama"), loaded)
+    assert torch.equal(logits(again.model, ids), logits(attached.model, ids))
+
+
+def test_the_file_of_what_earlier_versions_know_has_no_new_key(tmp_path):
+    files.save(attach(family_model("llama"), "TABuv", RANK).adapter, tmp_path / "adapter", BASE)
+    description = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
+    assert description["format"] == 1
+    assert not {"layers", "scaling"} & (set(description) | set(description["tying"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"format": 1}, "format 1 is not 2, which this version reads for rslora scaling"),
+        ({"scaling": "standard"}, "format 2 is not 1"),
+        ({"scaling": "other"}, "scaling='other': must be one of standard, rslora"),
+        ({"scaling": ["rslora"]}, "must be one of standard, rslora"),
+    ],
+)
+def test_a_wrong_scaling_is_refused(changes, says, tmp_path):
+    files.save(some_layers("llama", "TABuv", scaling="rslora").adapter, tmp_path / "adapter", BASE)
+    path = tmp_path / "adapter" / "adapter.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError, match=says):
+        files.load(tmp_path / "adapter")
+
+
+def test_layers_that_the_model_lacks_are_refused():
+    with pytest.raises(UserError, match=r"tying\.layers: holds 3, but the model has 3 layers: 0 to 2 are allowed"):
+        attach(family_model("llama"), tying_option("TABuv", "tying.layers=[3]"), RANK)
+
+
+def test_training_does_not_start_from_an_adapter_of_other_layers(tmp_path):
+    files.save(some_layers("llama", "TABuv").adapter, tmp_path / "adapter", BASE)
+    other = some_layers("llama", "TABuv", layers=(1, 2))
+    with pytest.raises(UserError, match=r"adapts the layers \[0, 2\]; set tying.layers"):
+        files.start_from(other.adapter, tmp_path / "adapter", BASE)
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+@pytest.mark.parametrize("targets", [["qkv"], ["q", "k", "v", "o"]])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_pefts_format_has_the_layers_and_the_scale(family, targets, scaling, ids, tmp_path):
+    attached = some_layers(family, "TABuv", f"tying.targets=[{','.join(targets)}]", scaling=scaling)
+    to_peft(attached.adapter, tmp_path, "a/base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == ALPHA
+    assert config["use_rslora"] == (scaling == "rslora")
+    assert config["layers_to_transform"] == SOME
+    theirs = PeftModel.from_pretrained(family_model(family), tmp_path)
+    assert close(logits(theirs, ids), logits(attached.model, ids))
+
+
+def test_pefts_method_takes_both(ids, tmp_path):
+    config = TiedLoraConfig(r=RANK, alpha=ALPHA, layers=["0-1"], scaling="rslora", task_type="CAUSAL_LM")
+    model = get_peft_model(family_model("llama"), config)
+    adapter = model.base_model.attached.adapter
+    assert (adapter.scale, adapter.tying.layers) == (3.0, [0, 1])
+    assert named("TABuv").layers is None
+    randomise(adapter, scale=0.25)
+    adapted = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(family_model("llama"), tmp_path), ids), adapted)
+
+
+def test_a_copy_of_the_model_adapts_the_same_layers(ids):
+    attached = some_layers("llama", "TABuv")
+    assert torch.equal(logits(copy.deepcopy(attached.model), ids), logits(attached.model, ids))
+
+
+def test_a_run_records_both_and_verifies(tiny_config, tmp_path, script):
+    """The share of LoRA stays one of LoRA on all layers."""
+    config = tiny_config("tying=LoRA", "tying.layers=[1]", "rank.scaling=rslora", "rank.alpha=16")
+    record = run.main(config)
+    assert record.share_of_lora == pytest.approx(1 / 3)
+    assert record.identity.tree["tying"]["layers"] == [1]
+    assert record.identity.tree["rank"] == {"r": 8, "alpha": 16.0, "scaling": "rslora"}
+    folder = tmp_path / "outputs" / record.run_id
+    code, printed, errors = script("scripts/verify.py", folder)
+    assert code == 0, printed + errors
+    assert script("scripts/export.py", folder, "--to", "peft")[0] == 0
+    card = (folder / "export" / "peft" / "README.md").read_text()
+    assert "alpha = 16, rslora scaling, targets ['qkv'], layers [1]" in card
