@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +37,17 @@ def execution_on(device: torch.device, processes: int = 1) -> Execution:
     if device.type == "cuda":
         return Execution(torch.cuda.get_device_name(device), None, processes)
     return Execution(device.type, torch.get_num_threads(), processes)
+
+
+def free_memory() -> None:
+    """Free what is no longer used, after memory ran out, so that something else can have it.
+
+    Call it outside the `except` block: until the block ends, the exception holds the tensors of the failed work.
+    """
+    # Frames of a traceback can refer to each other in a circle.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def restart_peak_memory(device: torch.device) -> None:

@@ -111,6 +111,18 @@ class DataRecord:
 
 
 @dataclass(frozen=True)
+class Halving:
+    """Memory ran out, and from then on passes were at most half as large. The gradients are the same sums."""
+
+    step: Count
+    """The optimizer step, counted from 1; 0 for the validation before it."""
+    during: Text
+    """`training` or `validation`."""
+    tokens: Count
+    """Most tokens of a pass from then on, without padding. A row that has more is a pass of its own."""
+
+
+@dataclass(frozen=True)
 class TrainingRecord:
     """The costs and the losses of training."""
 
@@ -133,6 +145,8 @@ class TrainingRecord:
     """The step of the lowest validation loss."""
     scored_step: Count | None = None
     """The step whose adapter was saved and scored."""
+    halvings: list[Halving] | None = None
+    """Where memory ran out, in order; None if it never did."""
 
 
 @dataclass(frozen=True)

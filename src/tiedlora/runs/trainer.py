@@ -17,10 +17,12 @@ from tiedlora import storage
 from tiedlora.adapter import architectures, load, save
 from tiedlora.config.identity import config_tree
 from tiedlora.data.batching import Batch, BatchSampler, by_length, microbatches
-from tiedlora.errors import UserError
-from tiedlora.models.device import peak_memory_bytes, restart_peak_memory
+from tiedlora.errors import UserError, is_out_of_memory
+from tiedlora.models import attention
+from tiedlora.models.device import free_memory, peak_memory_bytes, restart_peak_memory
 from tiedlora.records.rows import MetricsRow, ValidationLosses, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import Halving
 from tiedlora.runs.session import RunSession
 from tiedlora.tracking.appended_file import AppendedFile
 from tiedlora.tracking.base import TrackedRun
@@ -72,10 +74,9 @@ class Trainer:
         self.rows = session.fitted["train"].encoded
         self.sampler = BatchSampler([len(row) for row in self.rows], self.config.train, self.config.seed)
         self.pad_id = session.base.tokenizer.eos_token_id
-        held_out = session.fitted["validation"].encoded[: self.config.train.validation_rows]
-        self.validation_order = by_length(held_out)
-        batches = microbatches(held_out, self.pad_id, self.config.score.batch_size)
-        self.validation_batches = [batch.to(session.device) for batch in batches]
+        self.held_out = session.fitted["validation"].encoded[: self.config.train.validation_rows]
+        self.validation_order = by_length(self.held_out)
+        self.validation_batches = self._validation_batches()
 
     def train(self) -> Trained:
         """Train to the last step.
@@ -122,8 +123,7 @@ class Trainer:
             log_metrics=self._log_metrics,
             describe_rows=self._describe_rows,
             stop_requested=lambda: self.session.world.any(self.stop.requested()),
-            all_reduce_sum=self.session.world.all_reduce_sum,
-            process_index=self.session.world.process_index,
+            world=self.session.world,
         )
         model.train()
         self.stop.finish_step_first = True
@@ -149,7 +149,7 @@ class Trainer:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         try:
             compiled = compiling.decide(train.compile, self.session.device.type, weights, tokens)
-            with compiling.compiled(blocks) if compiled else nullcontext():
+            with attention.rows_not_packed(), compiling.compiled(blocks) if compiled else nullcontext():
                 yield
         finally:
             if train.recompute_activations:
@@ -160,8 +160,14 @@ class Trainer:
         rows = sorted((self.rows[number] for number in self.sampler.rows_of_step(step)), key=len)
         train, context = self.config.train, self.session.encoder.context
         own_rows = self.session.world.local_rows(rows)
-        batches = microbatches(own_rows, self.pad_id, train.microbatch_size, train.microbatch_tokens, context)
+        limits = (train.microbatch_tokens, self.state.pass_tokens("training"))
+        tokens = min((limit for limit in limits if limit is not None), default=None)
+        batches = microbatches(own_rows, self.pad_id, train.microbatch_size, tokens, context)
         return [batch.to(self.session.device) for batch in batches]
+
+    def _validation_batches(self) -> list[Batch]:
+        size, tokens = self.config.score.batch_size, self.state.pass_tokens("validation")
+        return [batch.to(self.session.device) for batch in microbatches(self.held_out, self.pad_id, size, tokens)]
 
     def _validate(self) -> float:
         """The validation loss. The loss of each row is appended to validation_losses.jsonl.
@@ -170,7 +176,8 @@ class Trainer:
         """
         self.session.model.eval()
         with compiling.eager():
-            losses = [row_losses(self.session.model, batch) for batch in self.validation_batches]
+            while (losses := self._row_losses()) is None:
+                self.validation_batches = self._validation_batches()
         self.session.model.train()
         loss = mean_loss(losses)
         # The loop refuses a loss that is not finite, which JSON cannot represent.
@@ -180,6 +187,28 @@ class Trainer:
         if self.config.score.checkpoint == "best" and self.session.world.is_first and best_so_far:
             save(self.adapter, self._best_folder(self.state.step), self.session.base.record)
         return loss
+
+    def _row_losses(self) -> list[RowLosses] | None:
+        """The losses of the validation rows, batch by batch; None if memory ran out, and smaller batches are possible.
+
+        Raises:
+            MemoryError, RuntimeError: memory ran out with a single row.
+        """
+        losses = []
+        for batch in self.validation_batches:
+            try:
+                losses.append(row_losses(self.session.model, batch))
+            except (MemoryError, RuntimeError) as error:
+                if len(batch.input_ids) == 1 or not is_out_of_memory(error):
+                    raise
+                break
+        else:
+            return losses
+        halving = Halving(self.state.step, "validation", batch.tokens // 2)
+        log.warning("validation: out of memory; batches have at most %d tokens from now on", halving.tokens)
+        self.state.halvings.append(halving)
+        free_memory()
+        return None
 
     def _in_row_order(self, losses: list[RowLosses]) -> ValidationLosses:
         tokens = torch.cat([batch.tokens for batch in losses])

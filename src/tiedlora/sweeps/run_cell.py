@@ -39,7 +39,7 @@ def run_cell(config: Config) -> None:
     else:
         return
     # Here, and not in the block above, where the exception still holds the frames and tensors of the failed cell.
-    lazy.free_device_memory()
+    lazy.free_memory()
 
 
 def _one_line(error: Exception) -> str:
