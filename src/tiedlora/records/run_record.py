@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from tiedlora import storage
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
+from tiedlora.records.halving import Halving
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, typed
 from tiedlora.statistics.interval import Interval
@@ -111,18 +112,6 @@ class DataRecord:
 
 
 @dataclass(frozen=True)
-class Halving:
-    """Memory ran out, and from then on passes were at most half as large. The gradients are the same sums."""
-
-    step: Count
-    """The optimizer step, counted from 1; 0 for the validation before it."""
-    during: Text
-    """`training` or `validation`."""
-    tokens: Count
-    """Most tokens of a pass from then on, without padding. A row that has more is a pass of its own."""
-
-
-@dataclass(frozen=True)
 class TrainingRecord:
     """The costs and the losses of training."""
 
@@ -159,6 +148,8 @@ class SplitScores:
     seconds: Number = 0.0
     shortened: Count = 0
     output_tokens: Count = 0
+    batch_halvings: Count | None = None
+    """How often score.batch_size and score.batch_tokens were halved, for the base model too, because memory ran out."""
     base: Scores | None = None
     """The base model's scores on the same rows."""
     gain: Scores | None = None

@@ -13,6 +13,7 @@ from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.session import cached_base
+from tiedlora.scoring.memory import score_within_memory
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import load_examples, load_task
 
@@ -50,7 +51,7 @@ def add_scores(
             record = folder.finished_record()
             for split in splits:
                 examples = load_examples(task, split, config.data_root)
-                scores = scorer.score_split(split, examples, folder)
+                scores = score_within_memory(scorer, split, examples, folder)
                 record = replace(record, scores={**record.scores, split: scores})
                 folder.write_record(record)
     finally:

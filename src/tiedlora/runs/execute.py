@@ -19,6 +19,7 @@ from tiedlora.records.summary import flat_summary
 from tiedlora.runs.recording import build_record
 from tiedlora.runs.session import RunSession
 from tiedlora.runs.trainer import Trainer
+from tiedlora.scoring.memory import score_within_memory
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import load_task
 from tiedlora.training.distributed import World, join_world
@@ -75,7 +76,7 @@ def _train_and_score(session: RunSession, folder: RunFolder, stop: StopSignal) -
     adapter_bytes = save(session.attached.adapter, folder.adapter, session.base.record)
     scorer = Scorer(session.attached, session.encoder, session.task, session.config, session.base.record)
     splits = session.config.score.splits
-    scores = {split: scorer.score_split(split, session.examples(split), folder) for split in splits}
+    scores = {split: score_within_memory(scorer, split, session.examples(split), folder) for split in splits}
     record = build_record(session, trained, folder, adapter_bytes, scores)
     trained.trackers.finish(flat_summary(record))
     folder.write_record(record)

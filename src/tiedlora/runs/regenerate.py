@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from tiedlora.models.base_model import load_base
 from tiedlora.models.device import resolve_device
 from tiedlora.records.rows import PredictionRow, read_predictions
 from tiedlora.runs.findings import CheckedRun, Finding
+from tiedlora.scoring.memory import with_halved_batches
 from tiedlora.scoring.predict import scoring_batches
 from tiedlora.scoring.split import Scorer
 
@@ -66,10 +68,11 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
         return
     adapter, _ = load(run.folder.adapter)
     attached, encoder = attach_adapter(base.model, adapter), Encoder(base.tokenizer, config.task, config.model.context)
-    scorer = Scorer(attached, encoder, run.task, config, base.record)
-    for split in run.record.scores:
+    for split, scores in run.record.scores.items():
         if run.examples.get(split):
-            yield from _regenerate_split(run, scorer, split, least, suspects)
+            as_scored = replace(run, config=with_halved_batches(config, scores.batch_halvings or 0))
+            scorer = Scorer(attached, encoder, run.task, as_scored.config, base.record)
+            yield from _regenerate_split(as_scored, scorer, split, least, suspects)
     attached.detach()
 
 

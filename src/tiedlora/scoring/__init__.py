@@ -5,6 +5,8 @@
 3. decoding.py     generates answers; likelihoods.py compares given ones; batches.py has what both share;
 4. summary.py      the metrics of a split with their 95 % intervals.
 
+memory.py scores a split in smaller batches if memory runs out.
+
 summary.py imports no torch, so that finished runs are checked without it. The package may import training (the loss),
 tracking (the progress bar), data, tasks, adapter, records, config and statistics.
 """
