@@ -67,10 +67,10 @@ def attend(
     """
     changed = any(settings.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
     plain = attention_mask is None and not dropout and is_causal is not False and not changed
-    short = (
-        query.shape[2] == key.shape[2] <= LONGEST_ROW and query.dtype == torch.bfloat16 and query.device.type == "cpu"
-    )
-    if not (plain and short and getattr(module, "is_causal", True)):
+    # The length is compared last: torch.compile makes a graph for each answer, and on a GPU none is needed.
+    fast = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    short = plain and fast and query.shape[2] == key.shape[2] <= LONGEST_ROW
+    if not (short and getattr(module, "is_causal", True)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **settings
         )

@@ -149,7 +149,10 @@ class Trainer:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         try:
             compiled = compiling.decide(train.compile, self.session.device.type, weights, tokens)
-            with attention.rows_not_packed(), compiling.compiled(blocks) if compiled else nullcontext():
+            with (
+                attention.rows_not_packed(),
+                compiling.compiled(blocks, model.get_input_embeddings()) if compiled else nullcontext(),
+            ):
                 yield
         finally:
             if train.recompute_activations:
