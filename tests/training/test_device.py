@@ -1,6 +1,8 @@
 """What a GPU needs, shown without one: by tensors that have a device and no values (torch's meta and fake tensors)."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 from tiedlora.adapter import TiedAdapter, attach
 from tiedlora.adapter.architectures import FAMILIES
+from tiedlora.config.identity import run_id
 from tiedlora.config.schema import TrainConfig
 from tiedlora.data.batching import Batch, microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.models import attention
+from tiedlora.runs import run, trainer
 from tiedlora.training import checkpoint, loop
 from tiedlora.training.checkpoint import RunInputs
 from tiedlora.training.loss import target_loss
@@ -131,3 +135,26 @@ def train_two_steps_on_a_fake_gpu(model: str) -> None:
 def test_no_step_waits_for_the_device(model):
     code, told = forked(lambda: train_two_steps_on_a_fake_gpu(model))
     assert code == 0, told
+
+
+def test_deterministic_switches_torch_for_the_run_only_and_changes_nothing_on_a_cpu(tiny_config, tmp_path, monkeypatch):
+    # Set and deleted, so that the end of the test restores it.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    plain, wished = tiny_config(f"outputs={tmp_path}/plain"), tiny_config("train.deterministic=true")
+    assert run_id(plain) == run_id(wished)
+    run.main(plain)
+    during, loss = [], trainer.target_loss
+
+    def watched(model, batch):
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        during.append((torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]))
+        return loss(model, batch)
+
+    monkeypatch.setattr(trainer, "target_loss", watched)
+    run.main(wished)
+    assert set(during) == {(True, ":4096:8")}
+    assert not torch.are_deterministic_algorithms_enabled()
+    first, second = (Path(config.outputs) / run_id(config) for config in (plain, wished))
+    for name in ("adapter/adapter.safetensors", "predictions/validation.jsonl"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()

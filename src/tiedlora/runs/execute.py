@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from tiedlora.adapter import save
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
 from tiedlora.errors import StoppedEarly, UserError
-from tiedlora.models.device import resolve_device
+from tiedlora.models.device import only_deterministic_algorithms, resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.records.summary import flat_summary
@@ -37,7 +37,8 @@ def execute(config: Config) -> RunRecord | None:
         Busy: another process is working on this run.
         StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
     """
-    with join_world(resolve_device(config.train.device).type == "cuda") as world:
+    algorithms = only_deterministic_algorithms() if config.train.deterministic else nullcontext()
+    with algorithms, join_world(resolve_device(config.train.device).type == "cuda") as world:
         if world.is_first:
             return _run_first_process(config, world)
         _run_worker_process(config, world)
