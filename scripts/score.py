@@ -1,6 +1,7 @@
-"""python scripts/score.py RUN --split test: score another split of a finished run, without changing its identity.
+"""python scripts/score.py RUN --split test: score more of a finished run, without changing its identity.
 
 RUN is a run's folder. The split's predictions are written to RUN/predictions/, and its scores to RUN/result.json.
+`--metrics target_loss` scores only the loss of the split's targets, without generation. What is recorded stays.
 """
 
 import argparse
@@ -9,24 +10,35 @@ import os
 from pathlib import Path
 
 from tiedlora import errors
+from tiedlora.config import compose
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.summary import terminal_lines
 from tiedlora.runs import lazy
+from tiedlora.scoring.passes import missing_passes
+from tiedlora.tasks import load_task
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--metrics", nargs="+", help="as score.metrics= of train.py; all if it is left out")
     parser.add_argument("--data-root", default=os.environ.get("TIEDLORA_DATA"), help="as data_root= of train.py")
-    parser.add_argument("--again", action="store_true", help="score a split that was scored before")
+    parser.add_argument("--again", action="store_true", help="score again what was scored before")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("tiedlora").setLevel(logging.INFO)
     folder = RunFolder(arguments.run.absolute())
     record = folder.finished_record()
-    if arguments.again or arguments.split not in record.scores:
-        record = lazy.add_scores(folder, [arguments.split], data_root=arguments.data_root)
+    task = load_task(compose.read_config(folder.config_file).task)
+    if arguments.again or missing_passes(arguments.metrics, task, record.scores.get(arguments.split)):
+        record = lazy.add_scores(
+            folder,
+            [arguments.split],
+            data_root=arguments.data_root,
+            metrics=arguments.metrics,
+            again=arguments.again,
+        )
     print(terminal_lines(record, folder.path))
 
 

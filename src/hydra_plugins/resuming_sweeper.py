@@ -17,21 +17,23 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from tiedlora.errors import UserError
-from tiedlora.sweeps.cells import FrozenCells, SweepCell
+from tiedlora.sweeps.cells import FrozenCells, Sweep, SweepCell
 from tiedlora.sweeps.expand import expand
-from tiedlora.sweeps.launching import run_sweep, stopped_by_signals
+from tiedlora.sweeps.launching import Launch, run_sweep, stopped_by_signals
 
 
 class ResumingSweeper(BasicSweeper):
     """Composes, checks and freezes all cells, and then launches those that are not finished."""
 
-    def __init__(self, params: dict[str, str], match_lora: bool) -> None:
+    def __init__(self, params: dict[str, str], match_lora: bool, fail_fast: bool = False) -> None:
         """
         Args:
             params: the axes of the grids on the command line. The command line's own axes replace them.
             match_lora: whether to add to each tied cell the LoRA cell with the nearest trainable count.
+            fail_fast: whether the first cell that fails stops the sweep.
         """
         super().__init__(max_batch_size=None, params=params)
+        self.fail_fast = fail_fast
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Store the arguments of the launcher, which is made when the cells are frozen."""
@@ -51,8 +53,12 @@ class ResumingSweeper(BasicSweeper):
         assert self.hydra_context is not None
         sweep = expand(self.config, self.hydra_context.config_loader, arguments)
         launcher = self._launcher(sweep.freeze())
-        run_sweep(sweep, partial(_launch, launcher))
+        self.run(sweep, partial(_launch, launcher))
         return []
+
+    def run(self, sweep: Sweep, launch: Launch) -> None:
+        """Carry out the sweep. The arguments and errors are those of run_sweep."""
+        run_sweep(sweep, launch, self.fail_fast)
 
     def _launcher(self, frozen: FrozenCells) -> Launcher:
         assert self.config is not None
@@ -71,4 +77,4 @@ class ResumingSweeper(BasicSweeper):
 
 
 def _launch(launcher: Launcher, cells: Sequence[SweepCell], first_job: int) -> None:
-    launcher.launch([[f"cell={cell.run_id}"] for cell in cells], initial_job_idx=first_job)
+    launcher.launch([[f"cell={cell.run_id}", *cell.launch_words] for cell in cells], initial_job_idx=first_job)

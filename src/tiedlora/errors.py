@@ -21,8 +21,16 @@ class UserError(Exception):
     """
 
 
+class Diverged(UserError):
+    """A loss or a gradient was not finite. In a search, this is a result, and no other failure is."""
+
+
 class StoppedEarly(Exception):
     """The run was asked to stop and has saved a checkpoint."""
+
+
+class Paused(StoppedEarly):
+    """The run has reached train.pause_after and has saved a checkpoint."""
 
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")

@@ -40,7 +40,7 @@ from tiedlora.training import checkpoint
 
 CHECKPOINT_EVERY = 3
 STEPS = 12
-TIMES = ("seconds", "tokens_per_s", "peak_memory_bytes")
+TIMES = ("seconds", "loss_seconds", "tokens_per_s", "peak_memory_bytes")
 
 
 def config(outputs: Path) -> Config:

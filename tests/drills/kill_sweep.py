@@ -143,7 +143,7 @@ def results(outputs: Path) -> dict[str, tuple[str, str]]:
         training = {
             k: v for k, v in record["training"].items() if "second" not in k and k[-2:] != "_s" and "peak" not in k
         }
-        scores = {name: {k: v for k, v in s.items() if k != "seconds"} for name, s in record["scores"].items()}
+        scores = {name: {k: v for k, v in s.items() if "seconds" not in k} for name, s in record["scores"].items()}
         predictions = (file.parent / "predictions" / "validation.jsonl").read_text()
         without_times = json.dumps([training, scores, predictions], sort_keys=True)
         by_run[file.parent.name] = (hashlib.sha256(tensors).hexdigest(), without_times)

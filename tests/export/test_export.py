@@ -149,6 +149,7 @@ class TestScript:
     [
         [],
         ["tying=Tuv", "rank=r2", "seed=3"],
+        ["tying=TABuv_v0", "tying.layers=[0-4,7]", "rank.scaling=rslora", "rank.alpha=16", "train.skip_nonfinite=2"],
         ["model=gpt2_xl", "task=gsm8k", "train=paper", "rank.r=5"],
         [
             "tying.A.share=4",

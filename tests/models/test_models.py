@@ -1,5 +1,6 @@
 """Base models: a local folder, the random models, and the messages if a model cannot be loaded."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from helpers.tiny import model_option, tiny
 
+from tiedlora import storage
 from tiedlora.errors import UserError
 from tiedlora.models import embedded
 from tiedlora.models.base_model import load_base
@@ -33,6 +35,62 @@ def test_a_local_folder_is_the_same_model_and_is_known_by_its_content(saved, ids
     data[-1] ^= 1
     weights.write_bytes(data)
     assert known_digest(saved) != base.record.digest
+
+
+class TestRememberedDigests:
+    """A model's files are hashed once, and again when they change."""
+
+    @pytest.fixture
+    def hashed(self, monkeypatch):
+        """The names of the files that were hashed."""
+        names, sha256 = [], storage.sha256
+        monkeypatch.setattr(storage, "sha256", lambda path: names.append(path.name) or sha256(path))
+        return names
+
+    @pytest.fixture
+    def settled(self, saved):
+        for file in Path(saved.path).iterdir():
+            os.utime(file, (1_700_000_000, 1_700_000_000))
+        return saved
+
+    def test_only_a_changed_file_is_hashed_again(self, settled, tmp_path, hashed):
+        digest = known_digest(settled)
+        hashed.clear()
+        assert known_digest(settled, tmp_path / "cache") == digest
+        assert "model.safetensors" in hashed
+        hashed.clear()
+        assert known_digest(settled, tmp_path / "cache") == digest
+        assert hashed == []
+
+        # The same size and the same time of writing: the inode, or the time of the change itself, tells.
+        weights = Path(settled.path) / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        os.utime(weights, (1_700_000_000, 1_700_000_000))
+        changed = known_digest(settled, tmp_path / "cache")
+        assert hashed == ["model.safetensors"]
+        assert changed == known_digest(settled) != digest
+
+    def test_a_file_that_was_just_written_is_not_remembered(self, saved, tmp_path, hashed):
+        known_digest(saved, tmp_path)
+        hashed.clear()
+        os.utime(Path(saved.path) / "model.safetensors")
+        known_digest(saved, tmp_path)
+        known_digest(saved, tmp_path)
+        assert hashed.count("model.safetensors") == 2
+
+    @pytest.mark.parametrize("content", ["no JSON", "[]", '{"a": 1}'])
+    def test_a_damaged_or_unwritable_cache_costs_only_time(self, settled, tmp_path, content, hashed):
+        digest = known_digest(settled, tmp_path)
+        (file,) = (tmp_path / "digests").iterdir()
+        file.write_text(content)
+        hashed.clear()
+        assert known_digest(settled, tmp_path) == digest
+        assert "model.safetensors" in hashed
+        blocked = tmp_path / "file"
+        blocked.write_text("")
+        assert known_digest(settled, blocked) == digest
 
 
 def test_random_models_are_the_same_every_time(ids):

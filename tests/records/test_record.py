@@ -52,6 +52,9 @@ def test_ten_ids_are_frozen_and_differ():
         ([], ["outputs=elsewhere", "cache=there", "data_root=here", "force=true", "tracking=wandb"]),
         ([], ["score.splits=[validation,test]", "train.checkpoint_every=7", "model.path=folder"]),
         ([], ["task.folder=other", "task.hub.id=another/copy"]),
+        ([], ["tying.u.init=1", "rank.scaling=standard", "tying.layers=[0-29]"]),
+        (["tying.layers=[0,1,2,9]"], ["tying.layers=[9,0-2,1]"]),
+        (["tying=TABuv_v0", "train.lr=1e-2"], ["tying=TABuv", "tying.v.init=0", "tying.B.init=uniform"]),
     ],
 )
 def test_the_same_meaning_is_the_same_run(written, otherwise):
@@ -71,6 +74,8 @@ def test_the_same_meaning_is_the_same_run(written, otherwise):
         "tying.u.init=0.1",
         "tying.A.share=2",
         "tying.dropout=0.1",
+        "tying.layers=[0-28]",
+        "rank.scaling=rslora",
         "task.version=2",
         "task.rows.train=100",
         "task.max_new_tokens=41",
@@ -81,6 +86,11 @@ def test_the_same_meaning_is_the_same_run(written, otherwise):
 )
 def test_another_meaning_is_another_run(change):
     assert id_of(change) != id_of()
+
+
+def test_a_start_that_got_a_name_keeps_its_ids():
+    """The id that earlier versions give `tying=TABuv tying.B.init=uniform tying.v.init=0.0`."""
+    assert id_of("tying=TABuv_v0", "train.lr=1e-2") == "custom-r8-chain_sum-smollm2_135m_instruct_q4_1-s0-831449f583"
 
 
 def test_a_new_neutral_key_changes_no_id_and_a_changed_default_does():

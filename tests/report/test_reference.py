@@ -61,6 +61,7 @@ def test_a_score_has_the_values_of_its_file(folder):
         ("value: 0.5", "value: 0.5, seeds: 3", r"scores\[1\]: has the unknown key 'seeds'; its keys are source, link"),
         ("protocol:", "remark: x\nprotocol:", r"paper.yaml: has the unknown key 'remark'; its keys are source, link"),
         ("TABuv_v0", "TABuv", r"scores\[1\]: is about the same run as an earlier score"),
+        (f"metric: {METRIC}", "metric: target_loss", r"scores\[0\]: 'target_loss' is a loss"),
         (SCORE, "  - 3", r"scores\[0\]: must be a mapping with the keys"),
         (FILE[FILE.index("scores:") :], "scores: []\n", "needs the key scores, a list of at least one"),
         (FILE, "- 1\n", "paper.yaml"),

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
+from statsmodels.stats.weightstats import DescrStatsW
 
 from tiedlora.statistics import crossed
 from tiedlora.statistics.bootstrap import bootstrap_corpus, bootstrap_mean, bootstrap_means
@@ -26,6 +28,31 @@ def test_paired_proportions_is_newcombes_example():
     theirs = [1] * 36 + [0] * 12 + [1] * 2
     interval = paired_proportions(ours, theirs)
     assert (interval.value, interval.low, interval.high) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
+
+
+class TestStatsmodels:
+    @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (1, 200), (37, 100), (500, 1000), (1000, 1000)])
+    def test_wilson(self, successes, trials):
+        interval = wilson(successes, trials)
+        assert (interval.low, interval.high) == pytest.approx(
+            proportion_confint(successes, trials, method="wilson"), abs=1e-12
+        )
+
+    def test_paired_proportions_without_correlation_are_newcombes_independent_ones(self):
+        # 30 of 100 and 60 of 100 with 18 in common: 0.18 = 0.3 * 0.6, so that the correlation is 0.
+        ours = [1] * 18 + [1] * 12 + [0] * 42 + [0] * 28
+        theirs = [1] * 18 + [0] * 12 + [1] * 42 + [0] * 28
+        interval = paired_proportions(ours, theirs)
+        independent = confint_proportions_2indep(30, 100, 60, 100, method="newcomb", compare="diff")
+        assert (interval.low, interval.high) == pytest.approx(independent, abs=1e-12)
+
+    def test_many_paired_proportions_have_the_normal_interval_of_their_differences(self):
+        generator = np.random.default_rng(2)
+        difficulty = generator.random(20_000)
+        ours, theirs = ((difficulty < rate + 0.3 * generator.random(20_000)).astype(float) for rate in (0.3, 0.4))
+        interval = paired_proportions(ours.tolist(), theirs.tolist())
+        low, high = DescrStatsW(ours - theirs).zconfint_mean()
+        assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.02 * (high - low))
 
 
 def test_binary_scores_are_zeros_and_ones_alone():

@@ -67,7 +67,7 @@ def test_selection_json_is_read_as_it_was_written(tiny_run, chosen):
     write_selection(selection.selection_file(sweep), chosen)
     assert read_selection(sweep.path / "selection.json") == chosen
     tree = json.loads((sweep.path / "selection.json").read_text())
-    assert list(tree) == ["sweep", "by", "choices"]
+    assert list(tree) == ["sweep", "by", "choices", "searches"]
     assert list(tree["choices"][0]) == [
         *("model", "task", "configuration", "rank", "lr", "lrs", "metric", "value", "seeds", "trials", "failed"),
         *("edge", "run_ids", "test", "selection_seeds"),

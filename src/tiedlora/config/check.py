@@ -37,6 +37,7 @@ def check(config: Config) -> None:
     check_device("train.device", config.train.device)
     _check_training(config)
     check_tying(config.tying, config.model.architecture)
+    _check_placement(config)
     _check_sizes(config.model)
     _check_rank(config)
 
@@ -93,6 +94,28 @@ def _check_training(config: Config) -> None:
         raise UserError("train.lr_factor: is 0 for every trained part, so nothing would be trained; raise one of them")
     if train.warmup_steps > train.steps:
         raise UserError(f"train.warmup_steps={train.warmup_steps}: is more than train.steps={train.steps}")
+
+
+def _check_placement(config: Config) -> None:
+    """Refuse wishes about the place of the base model's weights that cannot be met together."""
+    model = config.model
+    for name in ("gpu_memory", "cpu_memory"):
+        size = getattr(model, name)
+        if size is not None and not re.fullmatch(r"\d{1,6}[KMG]i?B", size, re.ASCII):
+            raise UserError(
+                f"model.{name}={size}: must be a whole number and KB, MB, GB, KiB, MiB or GiB, such as 20GiB"
+            )
+        if size is not None and model.device_map is None:
+            raise UserError(f"model.{name}={size}: limits what model.device_map fills; set model.device_map=auto")
+    if model.device_map is None:
+        return
+    if model.source == "random":
+        raise UserError(f"model.device_map={model.device_map}: a random model has no files to load; use null")
+    if config.train.compile == "always":
+        raise UserError(
+            f"train.compile=always: blocks are not compiled with model.device_map={model.device_map} (weights move); "
+            "use train.compile=auto"
+        )
 
 
 def _check_sizes(model: ModelConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -37,31 +38,56 @@ def load(composed: DictConfig) -> Config:
     Raises:
         UserError: one line that names the key.
     """
+    return complete(typed(composed))
+
+
+def typed(composed: DictConfig) -> Config:
+    """The values of a composed configuration as typed objects. Its interpolations are resolved; nothing is checked yet.
+
+    Raises:
+        UserError: a key is unknown, missing or of a wrong type; the message names it.
+    """
     with readable_errors(), _own_variables_only():
         # The way through plain data also checks keys that were added with + against the schema.
         values = OmegaConf.to_container(composed, resolve=True)
-        typed = OmegaConf.merge(OmegaConf.structured(Config), values)
-        missing = sorted(OmegaConf.missing_keys(typed))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+        missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise UserError(f"{missing[0]}: has no value; choose an option of its group or set it")
-        config = OmegaConf.to_object(typed)
+        config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
-    if config.train.lr is None:
-        config.train.lr = config.tying.suggested_lr
-    for key in ("outputs", "cache", "data_root"):
-        path = getattr(config, key)
-        setattr(config, key, path and str(Path(os.path.expanduser(path)).absolute()))
+    return config
+
+
+def complete(config: Config) -> Config:
+    """Fill in the values that depend on others, and check all.
+
+    Returns:
+        A new object. It shares the sections that did not change with `config`, whose sections stay as they were.
+
+    Raises:
+        UserError: one line that names the key.
+    """
+    train, rank = config.train, config.rank
+    if train.lr is None:
+        train = replace(train, lr=config.tying.suggested_lr)
+    config = replace(config, train=train, outputs=_absolute(config.outputs), cache=_absolute(config.cache))
+    config.data_root = config.data_root and _absolute(config.data_root)
     check_texts("", config)
-    if config.train.init_from and config.train.init_digest is None:
-        folder = adapter_folder(config.train.init_from).absolute()
-        config.train.init_from, config.train.init_digest = str(folder), adapter_digest(folder)
+    if train.init_from and train.init_digest is None:
+        folder = adapter_folder(train.init_from).absolute()
+        config.train = replace(train, init_from=str(folder), init_digest=adapter_digest(folder))
     check(config)
-    if config.rank.alpha is None:
-        config.rank.alpha = float(config.rank.r)
+    if rank.alpha is None:
+        config.rank = replace(rank, alpha=float(rank.r))
     if config.tying.layers == list(range(config.model.architecture.layers)):
         # Every layer by number is the same run as null.
-        config.tying.layers = None
+        config.tying = replace(config.tying, layers=None)
     return config
+
+
+def _absolute(path: str) -> str:
+    return path and str(Path(os.path.expanduser(path)).absolute())
 
 
 def compose_config(overrides: list[str]) -> Config:

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tiedlora.config.describe import describe_key, schema_keys
-from tiedlora.config.project import CONF
+from tiedlora.config.project import CONF, PROJECT
 from tiedlora.errors import UserError
 from tiedlora.text import visible
 
@@ -97,5 +97,5 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def options(group: str) -> list[str]:
-    """The options of a group of conf/, by name."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    """The options of a group of conf/, or of `grid`, whose files are in sweeps/grid/. By name."""
+    return sorted(path.stem for folder in (CONF, PROJECT / "sweeps") for path in (folder / group).glob("*.yaml"))

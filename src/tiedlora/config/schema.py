@@ -35,9 +35,12 @@ class ModelConfig:
     device_map: Optional[str] = key(None, choices=("auto", "balanced", "balanced_low_0", "sequential"), execution=True)
     """How a base model that is larger than one GPU is spread over the GPUs, the CPU's memory and the disk (accelerate's
     device maps). null puts it on train.device."""
-    max_memory: dict[str, str] = key(factory=dict, execution=True)
-    """The most memory that device_map uses on each device, such as {0: 20GiB, cpu: 60GiB}; other weights go to the
-    disk. Empty takes all free memory."""
+    gpu_memory: Optional[str] = key(None, execution=True)
+    """The most memory of each GPU that device_map fills with weights, such as 20GiB; the rest is for activations. null
+    takes all that is free."""
+    cpu_memory: Optional[str] = key(None, execution=True)
+    """The most memory of the CPU that device_map fills with weights; other weights stay on the disk. null takes all
+    that is free."""
     context: int = count(0)
     """How many tokens the model can attend to. A prompt and max_new_tokens, or a prompt and its target, must fit into
     it. Rows that do not fit are counted."""
@@ -183,6 +186,9 @@ class TrainConfig:
     """Steps between checkpoints. An interrupted run continues from the newest one."""
     log_every: int = count(10, execution=True)
     """Steps between rows of metrics."""
+    pause_after: Optional[int] = count(None, execution=True)
+    """End after this step with a checkpoint. The same command without it continues, and the result is the same. The
+    staged sweeper sets it."""
     init_from: Optional[str] = key(None, execution=True)
     """Start from the adapter of this run or folder, not from initial values. The identity has its content, not its
     path."""
@@ -203,6 +209,9 @@ class ScoreConfig:
 
     splits: list[str] = key(factory=lambda: ["validation"], execution=True)
     """The splits that train.py scores: [validation], or also test when the run is chosen; [] scores nothing."""
+    metrics: Optional[list[str]] = key(None, execution=True)
+    """What is scored: null takes the task's own metrics and the loss of the targets. [target_loss] takes only the loss,
+    without generation, which is much cheaper. A name of the task's metrics takes all of them."""
     checkpoint: str = key("last", choices=("last", "best"))
     """Which adapter is scored: that of the last step, or best, that of the step with the lowest validation loss."""
     batch_size: int = key(64, low=1, high=LARGEST_SCORING)

@@ -10,6 +10,7 @@ from tiedlora import tying
 from tiedlora.config import command
 from tiedlora.config.identity import identity, start_of
 from tiedlora.config.schema import Config
+from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord
 from tiedlora.statistics.interval import Interval
 from tiedlora.text import visible
@@ -151,9 +152,14 @@ def _score_lines(record: RunRecord) -> list[str]:
     ]
     for split, scores in record.scores.items():
         for metric, adapted in scores.metrics.items():
-            base = "" if scores.base is None else _percent(scores.base[metric])
-            lines.append(f"| {split} | {metric} | {scores.rows} | {base} | {_percent(adapted)} |")
+            shown = _nats if is_loss(metric) else _percent
+            base = "" if scores.base is None else shown(scores.base[metric])
+            lines.append(f"| {split} | {metric} | {scores.rows} | {base} | {shown(adapted)} |")
     return lines
+
+
+def _nats(interval: Interval) -> str:
+    return f"{interval.value:.3f} nats [{interval.low:.3f}, {interval.high:.3f}]"
 
 
 def _percent(interval: Interval) -> str:

@@ -45,7 +45,7 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
     Raises:
         UserError: it cannot be loaded here (the message says how to get it), or its sizes are not those of conf/model.
     """
-    digest = known_digest(config)
+    digest = known_digest(config, cache)
     _silence_libraries()
     if config.source == "architecture":
         raise UserError(

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from accelerate.utils import get_max_memory
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
+from tiedlora.adapter import linear
 from tiedlora.config.schema import ModelConfig
 from tiedlora.errors import UserError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def loading_settings(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache: Path) -> dict[str, Any]:
@@ -32,10 +41,11 @@ def loading_settings(config: ModelConfig, dtype: torch.dtype, device: torch.devi
     if config.device_map:
         settings["device_map"] = config.device_map
         settings["offload_folder"] = str(cache / "offload")
-        if config.max_memory:
-            # A GPU's number is a text in the configuration.
-            limits = {int(name) if name.isdecimal() else name: size for name, size in config.max_memory.items()}
-            settings["max_memory"] = limits
+        settings["max_memory"] = get_max_memory()
+        if config.gpu_memory:
+            settings["max_memory"] |= dict.fromkeys(range(torch.cuda.device_count()), config.gpu_memory)
+        if config.cpu_memory:
+            settings["max_memory"]["cpu"] = config.cpu_memory
     return {"dtype": dtype, **settings} if settings else {}
 
 
@@ -49,3 +59,44 @@ def _bitsandbytes(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def input_device(model: Any) -> torch.device:
+    """The device where the model expects token ids."""
+    return linear.execution_device(model.get_input_embeddings())
+
+
+@contextmanager
+def weights_in_place(module: nn.Module, *inputs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Inside the block, the module's weights are where it runs, and so are `inputs`. For code that reads the weights
+    instead of calling the module.
+    """
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield inputs
+        return
+    moved, _ = hook.pre_forward(module, *inputs)
+    try:
+        yield moved
+    finally:
+        hook.post_forward(module, None)
+
+
+def without_gradients(function: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """Call the function, whose first argument is a model, without gradients.
+
+    This is inference_mode for a model whose weights stay in place. Weights that are loaded or gathered in inference
+    mode could not be used in training afterwards, so other models get no_grad.
+    """
+
+    @functools.wraps(function)
+    def call(model: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.no_grad() if _weights_move(model) else torch.inference_mode():
+            return function(model, *args, **kwargs)
+
+    return call
+
+
+def _weights_move(model: nn.Module) -> bool:
+    """Whether accelerate or FSDP puts weights in place only while a module runs."""
+    return any("_hf_hook" in module.__dict__ or hasattr(type(module), "_get_fsdp_state") for module in model.modules())

@@ -13,33 +13,45 @@ from tiedlora.errors import UserError
 from tiedlora.records.reading import Count, Flag, Number, Text, is_number, typed
 
 Score = Number | list[Number]
-"""A number in [0, 1], or the statistics of one output. A corpus-level metric comes from their sum over outputs."""
+"""A number in [0, 1] (for a loss, nats per token), or the statistics of one row. A corpus-level metric comes from their
+sum over rows."""
+NOT_GENERATED = "not generated"
+"""The `ended` of a row that has only a loss, because the model was asked for no answer."""
 
 
 @dataclass(frozen=True)
 class PredictionRow:
-    """The model's answer to one example, and its scores."""
+    """The model's answer to one example, and its scores. A row with only a loss has no answer."""
 
     id: Text
     prompt: Text
     """The prompt that the model got."""
     references: list[Text]
     output: Text
-    """The generated text, or the most likely of `choices`."""
+    """The generated text, or the most likely of `choices`; empty without an answer."""
     scores: dict[Text, Score]
     shortened: Flag = False
     """Whether the prompt was shortened to fit."""
     output_tokens: Count = 0
     ended: Text = ""
-    """How generation ended: end (end-of-text token), stop (stop string) or length; `choice` if texts were compared."""
+    """How generation ended: end (end-of-text token), stop (stop string) or length; `choice` if texts were compared;
+    NOT_GENERATED without an answer."""
     choices: list[Text] | None = None
     log_likelihoods: list[Number] | None = None
     """One for each of `choices`, in nats."""
+    cut_target: Flag = False
+    """Whether the loss leaves out the end of the target, because prompt and target do not fit into the context."""
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the model was asked for an answer. Without one, `output` is empty and means nothing."""
+        return self.ended != NOT_GENERATED
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object, with its keys in the file's order."""
         names = ["id", "prompt", "shortened", "references", "output", "output_tokens", "ended"]
         names += ["choices", "log_likelihoods"] if self.choices is not None else []
+        names += ["cut_target"] if self.cut_target else []
         return {name: getattr(self, name) for name in [*names, "scores"]}
 
 

@@ -32,6 +32,7 @@ class RunFolder:
         self.validation_losses_file = path / "validation_losses.jsonl"
         self.config_file = path / "config.yaml"
         self.error_file = path / "error.txt"
+        self.pruned_file = path / "pruned.txt"
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoint"
 
@@ -78,7 +79,10 @@ class RunFolder:
         storage.write_json(self.result_file, {**kept, **record.to_json()})
 
     def state(self) -> str:
-        """missing, done, failed, running or interrupted, from the files and the lock."""
+        """missing, done, failed, running, pruned or interrupted, from the files and the lock.
+
+        A pruned run was stopped by a search for the reason in pruned.txt. Its checkpoint stays, until it continues.
+        """
         if self.result_file.exists():
             return "done"
         if not self.path.exists():
@@ -88,9 +92,20 @@ class RunFolder:
                 # Checked again under the lock, because another process may have finished the run in between.
                 if self.result_file.exists():
                     return "done"
-                return "failed" if self.error_file.exists() else "interrupted"
+                if self.error_file.exists():
+                    return "failed"
+                return "pruned" if self.pruned_file.exists() else "interrupted"
         except Busy:
             return "running"
+
+    def checkpoint_step(self) -> int:
+        """The step of the newest checkpoint; 0 without one."""
+        return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*[0-9]")), default=0)
+
+    def diverged(self) -> bool:
+        """Whether the run failed because a loss was not finite."""
+        last = storage.read_bytes(self.error_file).strip().splitlines()[-1:] if self.error_file.exists() else []
+        return any(line.startswith(b"tiedlora.errors.Diverged:") for line in last)
 
     @contextmanager
     def locked(self, patience: float = LOCK_PATIENCE_SECONDS) -> Iterator[None]:

@@ -18,7 +18,8 @@ from tiedlora.config.schema import SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
 from tiedlora.records.halving import Halving
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, typed
+from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, is_number, typed
+from tiedlora.records.recorded_config import ConfigRecord, Identity, with_tree
 from tiedlora.statistics.interval import Interval
 from tiedlora.text import is_name
 from tiedlora.tying import PARTS
@@ -28,20 +29,18 @@ CPU_DEVICE = re.compile(r"(?P<device>.+?)(, (?P<threads>\d+) threads)?(, (?P<pro
 """How records before version 0.2 write device, threads and processes: "cpu, 2 threads, 2 processes"."""
 
 
-def _score_interval(value: Any) -> Any:
-    """Check that a score (or a difference of scores) and the ends of its interval are fractions of 1."""
+def _numbers(value: Any) -> Any:
+    """Check that a value and the ends of its interval are finite numbers."""
     ends = [value.get(key) for key in ("value", "low", "high")] if isinstance(value, dict) else [None]
-    if isinstance(value, Interval) or all(
-        isinstance(end, (int, float)) and not isinstance(end, bool) and abs(end) <= 1 + 1e-9 for end in ends
-    ):
+    if isinstance(value, Interval) or all(map(is_number, ends)):
         return value
-    raise PydanticCustomError("not_an_interval", "is not a value with an interval, all within [-1, 1]")
+    raise PydanticCustomError("not_an_interval", f"is {NOT_A_SCORE}")
 
 
-ScoreInterval = Annotated[Interval, BeforeValidator(_score_interval)]
-"""An interval whose three numbers lie in [-1, 1]."""
+NOT_A_SCORE = "not a value with an interval, all within [-1, 1]"
+ScoreInterval = Annotated[Interval, BeforeValidator(_numbers)]
 Scores = dict[Name, ScoreInterval]
-"""Metric -> its value with its interval."""
+"""Metric -> its value with its interval: within [-1, 1], or in nats if the metric is a loss."""
 
 
 @dataclass(frozen=True)
@@ -140,20 +139,25 @@ class TrainingRecord:
 
 @dataclass(frozen=True)
 class SplitScores:
-    """The scores of one split. All scores are fractions of 1, BLEU and chrF too."""
+    """The scores of one split. All scores are fractions of 1, BLEU and chrF too. Only losses are in nats."""
 
     rows: Annotated[Count, Field(gt=0)]
     digest: Text
     metrics: Annotated[Scores, Field(min_length=1)]
     seconds: Number = 0.0
+    """Seconds of the adapted model's answers."""
+    loss_seconds: Number | None = None
+    """Seconds of the adapted model's losses."""
     shortened: Count = 0
     output_tokens: Count = 0
     batch_halvings: Count | None = None
     """How often score.batch_size and score.batch_tokens were halved, for the base model too, because memory ran out."""
+    cut_targets: Count | None = None
+    """Rows whose loss leaves out the end of the target, which does not fit into the context; None if there are none."""
     base: Scores | None = None
     """The base model's scores on the same rows."""
     gain: Scores | None = None
-    """Adapted minus base, paired on the rows."""
+    """Adapted minus base, paired on the rows. For a loss, a negative gain is an improvement."""
     signatures: dict[Text, Text] | None = None
     """Metric -> the implementation and settings that computed it, if its name does not say enough."""
     files: dict[Text, Text] = field(default_factory=dict)
@@ -166,77 +170,12 @@ class SplitScores:
 
 
 @dataclass(frozen=True)
-class NamedModel:
-    name: Name
-
-
-@dataclass(frozen=True)
-class NamedTask:
-    name: Name
-    kind: Text = ""
-
-
-@dataclass(frozen=True)
-class RankValues:
-    r: Whole
-    alpha: Number | None = None
-    scaling: Text = "standard"
-
-
-@dataclass(frozen=True)
-class TrainValues:
-    lr: Number
-
-
-@dataclass(frozen=True)
-class NamedTying:
-    name: Name
-
-
-def _with_tree(value: Any) -> Any:
-    return {**value, "tree": value} if isinstance(value, dict) else value
-
-
-@dataclass(frozen=True)
-class Identity:
-    """The values that a run's id is a hash of. The attributes are those that tables show; `tree` holds every value."""
-
-    model: NamedModel
-    task: NamedTask
-    rank: RankValues
-    train: TrainValues
-    tying: dict[str, Any]
-    score: dict[str, Any]
-    tree: dict[str, Any]
-
-    @classmethod
-    def from_tree(cls, tree: dict[str, Any]) -> Identity:
-        """The values that config.identity.identity returns."""
-        return typed(cls, _with_tree(tree))
-
-
-@dataclass(frozen=True)
-class ConfigRecord:
-    """The whole resolved configuration, facts of execution included, as `Identity`."""
-
-    task: NamedTask
-    rank: RankValues
-    tying: NamedTying
-    tree: dict[str, Any]
-
-    @classmethod
-    def from_tree(cls, tree: dict[str, Any]) -> ConfigRecord:
-        """The values that config.identity.config_tree returns."""
-        return typed(cls, _with_tree(tree))
-
-
-@dataclass(frozen=True)
 class RunRecord:
     """The content of result.json of a finished run."""
 
     run_id: Text
-    identity: Annotated[Identity, BeforeValidator(_with_tree)]
-    config: Annotated[ConfigRecord, BeforeValidator(_with_tree)]
+    identity: Annotated[Identity, BeforeValidator(with_tree)]
+    config: Annotated[ConfigRecord, BeforeValidator(with_tree)]
     seed: Whole
     code: CodeVersion
     versions: dict[str, str]
@@ -343,3 +282,8 @@ def _check(record: RunRecord) -> None:
         for kind, others in (("base", scores.base), ("gain", scores.gain)):
             if others is not None and set(others) != set(scores.metrics):
                 raise UserError(f"'scores.{split}.{kind}' has other metrics than 'scores.{split}.metrics'")
+        for kind in ("metrics", "base", "gain"):
+            for metric, interval in (getattr(scores, kind) or {}).items():
+                ends = (interval.value, interval.low, interval.high)
+                if not is_loss(metric) and max(map(abs, ends)) > 1 + 1e-9:
+                    raise UserError(f"'scores.{split}.{kind}.{metric}' is {NOT_A_SCORE}")

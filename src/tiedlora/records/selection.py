@@ -39,7 +39,9 @@ class RateChoice:
     run_ids: list[Text]
     """The runs of the chosen rate, one for each seed."""
     test: Number | None = None
-    """Mean over the seeds of the metric on test, once it is scored."""
+    """Mean over the seeds on test, once it is scored."""
+    test_metric: Text = ""
+    """The metric of `test`: the one that chose if test has it, otherwise the task's first."""
     selection_seeds: list[Whole] = field(default_factory=list)
     """The seeds that the rate was compared on. Empty in a file of version 0.1 or 0.2, where it was all of them."""
 
@@ -47,6 +49,36 @@ class RateChoice:
     def by(self) -> str:
         """The criterion, `score` or `loss`."""
         return "loss" if self.metric == LOSS else "score"
+
+
+@dataclass(frozen=True)
+class SearchDecision:
+    """One decision of the staged sweeper, with its reason."""
+
+    lr: Number
+    action: Text
+    """stopped, diverged, outward (the rate joined beyond an edge), edge (no rate joined), finalist, chosen, fallback
+    (chosen because a better one diverged), or none (no rate is left)."""
+    reason: Text
+    seed: Whole | None = None
+    step: Whole | None = None
+    """The step of training after which the run stopped."""
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """How the staged sweeper searched the rate of one configuration."""
+
+    group: Text
+    """Configuration, rank, task and model in words."""
+    seeds: list[Whole]
+    """In the order of use: the first two search."""
+    rungs: list[Whole]
+    """The steps at which rates could stop."""
+    lowest: Number
+    """The bounds of rates outside the grid."""
+    highest: Number
+    decisions: list[SearchDecision]
 
 
 @dataclass(frozen=True)
@@ -58,6 +90,8 @@ class Selection:
     by: Text
     """The criterion: `score` or `loss`."""
     choices: list[RateChoice]
+    searches: list[RateSearch] = field(default_factory=list)
+    """The decisions of the staged sweeper, for each configuration; empty after a plain sweep."""
 
 
 def write_selection(path: Path, selection: Selection) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores, plain
 from tiedlora.statistics.interval import Interval
 from tiedlora.text import visible
@@ -31,14 +32,19 @@ def terminal_lines(record: RunRecord, folder: Path) -> str:
 
 def _split_lines(split: str, scores: SplitScores) -> list[str]:
     shortened = f" ({scores.shortened} prompts shortened)" if scores.shortened else ""
-    lines = [f"  {split}: {scores.rows} rows{shortened}, scores x 100, 95 % intervals over which rows were drawn"]
+    units = ["scores x 100"] if not all(map(is_loss, scores.metrics)) else []
+    units += ["losses in nats per token"] if any(map(is_loss, scores.metrics)) else []
+    lines = [f"  {split}: {scores.rows} rows{shortened}, {', '.join(units)}, 95 % intervals over which rows were drawn"]
     for name, adapted in scores.metrics.items():
         text = f"    {name:<22}"
+        shown, difference = (_nats, "change") if is_loss(name) else (_points, "gain")
         if scores.base is None or scores.gain is None:
-            lines.append(f"{text}adapted {_points(adapted)}")
+            lines.append(f"{text}adapted {shown(adapted)}")
         else:
-            gain = _points(scores.gain[name], sign="+")
-            lines.append(f"{text}base {_points(scores.base[name])}   adapted {_points(adapted)}   gain {gain}")
+            gain = f"{difference} {shown(scores.gain[name], sign='+')}"
+            lines.append(f"{text}base {shown(scores.base[name])}   adapted {shown(adapted)}   {gain}")
+    if scores.cut_targets:
+        lines.append(f"    {scores.cut_targets} rows lose the end of their target, which does not fit into the context")
     if remark := _remark(scores):
         lines.append(f"    {remark}")
     return lines
@@ -50,18 +56,23 @@ def _points(interval: Interval, sign: str = "") -> str:
     return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
+def _nats(interval: Interval, sign: str = "") -> str:
+    return f"{interval.value:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+
+
 def _remark(scores: SplitScores) -> str:
     """A warning if the first metric shows no gain; empty otherwise."""
     name = scores.first_metric
-    if scores.base is None or scores.gain is None or scores.gain[name].low > 0:
+    if scores.base is None or scores.gain is None:
         return ""
-    if max(scores.base[name].high, scores.metrics[name].high) < FLOOR:
+    gain = scores.gain[name]
+    # Of a loss, less is better.
+    least, most = (-gain.high, -gain.low) if is_loss(name) else (gain.low, gain.high)
+    if least > 0:
+        return ""
+    if not is_loss(name) and max(scores.base[name].high, scores.metrics[name].high) < FLOOR:
         return f"{name}: at the floor for this model; a comparison of methods on it is uninformative"
-    return (
-        f"{name}: no gain shown, the interval includes 0"
-        if scores.gain[name].high >= 0
-        else f"{name}: worse than the base"
-    )
+    return f"{name}: no gain shown, the interval includes 0" if most >= 0 else f"{name}: worse than the base"
 
 
 def flat_summary(record: RunRecord) -> dict[str, float | int | str]:

@@ -35,8 +35,8 @@ LEFT_ALIGNED = (str, TaskScore, AverageScore)
 COVERAGE_NOTE = (
     "Intervals over seeds assume roughly normal scores. Where scores near 0 or 100 and few seeds make one cover less "
     "than 93 %, its row says what it covers (by simulation). The worst found, of intervals that claim 95 %: at 200 "
-    "rows and a score of 1 point the bootstrap covers 87 %, the paired one 83 %, t over 2 seeds 86 %, paired 90 %; "
-    "over seeds and examples 87 % with 2 seeds. docs/results.md has the table."
+    "rows and a score of 1 point the bootstrap covers 87 %, the paired one 83 %, t over 2 seeds 86 %, paired 90 %. "
+    "docs/results.md has the table."
 )
 
 

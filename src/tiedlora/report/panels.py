@@ -57,7 +57,14 @@ def pareto_panel(ax: Axes, rows: list[ResultRow]) -> None:
         _errorbar(ax, row, places[number][0], filled=number in best)
         for score in row.published:
             colour = style(row.group)[0]
-            ax.scatter(row.group.params, 100 * score.value, marker="*", s=130, facecolors="none", edgecolors=colour)
+            ax.scatter(
+                row.group.params,
+                row.measure.unit.factor * score.value,
+                marker="*",
+                s=130,
+                facecolors="none",
+                edgecolors=colour,
+            )
     _parameters_axis(ax)
 
 

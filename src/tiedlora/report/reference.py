@@ -16,6 +16,7 @@ from pydantic import Field
 
 from tiedlora import storage
 from tiedlora.errors import UserError
+from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.reading import Name, Number, Text, typed
 from tiedlora.report.groups import RunGroup
 
@@ -87,6 +88,10 @@ def _read_file(path: Path) -> list[PublishedScore]:
             score = typed(PublishedScore, {**tree, **entry}, WHAT)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        if is_loss(score.metric):
+            raise UserError(
+                f"{where}: '{score.metric}' is a loss, which compares within one tokenization; give a score"
+            )
         key = (score.model, score.task, score.split, score.metric, score.configuration, score.rank)
         if key in scores:
             raise UserError(f"{where}: is about the same run as an earlier score of this file; keep one of them")

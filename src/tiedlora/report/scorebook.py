@@ -9,6 +9,7 @@ import numpy as np
 
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
+from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, mean_per_token
 from tiedlora.records.rows import Score
 from tiedlora.report.runs import Run
 from tiedlora.statistics.crossed import Array
@@ -105,6 +106,8 @@ def corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
     Raises:
         UserError: this version of the code has no such task, or the task has no such metric.
     """
+    if metric == TARGET_LOSS_BY_TOKEN:
+        return mean_per_token
     identity = run.record.identity
     options = identity.tree["task"].get("options", {})
     task = load_task(TaskConfig(name=run.task, kind=identity.task.kind, options=options))

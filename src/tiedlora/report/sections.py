@@ -110,7 +110,7 @@ def _shown_prediction(row: PredictionRow) -> ShownPrediction:
     return ShownPrediction(
         id=visible(row.id),
         prompt=_shortened(row.prompt),
-        output=_shortened(row.output),
+        output=_shortened(row.output) if row.has_answer else f"({row.ended})",
         references=_shortened("\n".join(row.references)),
         scores=", ".join(_score(name, score) for name, score in row.scores.items()),
     )

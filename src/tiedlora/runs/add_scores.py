@@ -1,7 +1,8 @@
-"""Score more splits of a finished run. Its identity, its training record and its other scores stay unchanged."""
+"""Score more splits or metrics of a finished run. Its identity, its training and its other scores stay unchanged."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tiedlora.adapter import attach_adapter, load
@@ -14,21 +15,29 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.session import cached_base
 from tiedlora.scoring.memory import score_within_memory
+from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import load_examples, load_task
 
 
 def add_scores(
-    folder: RunFolder, splits: list[str], data_root: str | None, paths_from: Config | None = None
+    folder: RunFolder,
+    splits: Sequence[str],
+    data_root: str | None,
+    paths_from: Config | None = None,
+    metrics: Sequence[str] | None = None,
+    again: bool = False,
 ) -> RunRecord:
-    """Score the splits and write them into the run's record and predictions/.
+    """Score what the splits lack, and write it into the run's record and predictions/.
 
     Args:
         data_root: where the splits' rows are now; None means the hub.
         paths_from: where to take the other paths and the device from; None takes the run's own configuration.
+        metrics: as score.metrics.
+        again: also score what is recorded. With None as `metrics`, the split's earlier scores are replaced.
 
     Raises:
-        UserError: the run is not finished, or its base model or adapter has changed.
+        UserError: the run is not finished, its base model or adapter has changed, or a metric is unknown.
     """
     folder.finished_record()
     config = compose.read_config(folder.config_file)
@@ -37,7 +46,9 @@ def add_scores(
     if paths_from is not None:
         config.outputs, config.cache = paths_from.outputs, paths_from.cache
         config.model.path, config.train.device = paths_from.model.path, paths_from.train.device
+        config.model.device_map = paths_from.model.device_map
     task = load_task(config.task)
+    wanted = wanted_passes(metrics, task)
     base = cached_base(config, resolve_device(config.train.device))
     adapter, trained_on = load(folder.adapter)
     if trained_on != base.record:
@@ -50,8 +61,14 @@ def add_scores(
             # Read again now that no other process can add scores.
             record = folder.finished_record()
             for split in splits:
+                recorded = record.scores.get(split)
+                passes = wanted if again else missing_passes(metrics, task, recorded)
+                if not passes:
+                    continue
+                kept = None if again and metrics is None else recorded
                 examples = load_examples(task, split, config.data_root)
-                scores = score_within_memory(scorer, split, examples, folder)
+                halvings = 0 if kept is None else kept.batch_halvings or 0
+                scores = score_within_memory(scorer, split, examples, folder, passes, kept, halvings=halvings)
                 record = replace(record, scores={**record.scores, split: scores})
                 folder.write_record(record)
     finally:

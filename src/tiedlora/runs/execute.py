@@ -20,6 +20,7 @@ from tiedlora.runs.recording import build_record
 from tiedlora.runs.session import RunSession
 from tiedlora.runs.trainer import Trainer
 from tiedlora.scoring.memory import score_within_memory
+from tiedlora.scoring.passes import wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import load_task
 from tiedlora.training.distributed import World, join_world
@@ -35,6 +36,7 @@ def execute(config: Config) -> RunRecord | None:
     Raises:
         UserError: a mistake that the user can correct, or too little memory.
         Busy: another process is working on this run.
+        Paused: train.pause_after is reached.
         StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
     """
     algorithms = only_deterministic_algorithms() if config.train.deterministic else nullcontext()
@@ -61,6 +63,7 @@ def _run_first_process(config: Config, world: World) -> RunRecord | None:
                 folder.clear()
             folder.tidy()
             folder.error_file.unlink(missing_ok=True)
+            folder.pruned_file.unlink(missing_ok=True)
             # Another process with the same command may have finished the run while this one was loading.
             if world.any(folder.record() is not None):
                 return folder.record()
@@ -77,7 +80,8 @@ def _train_and_score(session: RunSession, folder: RunFolder, stop: StopSignal) -
     adapter_bytes = save(session.attached.adapter, folder.adapter, session.base.record)
     scorer = Scorer(session.attached, session.encoder, session.task, session.config, session.base.record)
     splits = session.config.score.splits
-    scores = {split: score_within_memory(scorer, split, session.examples(split), folder) for split in splits}
+    passes = wanted_passes(session.config.score.metrics, session.task)
+    scores = {split: score_within_memory(scorer, split, session.examples(split), folder, passes) for split in splits}
     record = build_record(session, trained, folder, adapter_bytes, scores)
     trained.trackers.finish(flat_summary(record))
     folder.write_record(record)

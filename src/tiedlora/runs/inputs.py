@@ -110,7 +110,7 @@ def check_same_inputs(config: Config, record: RunRecord, folder: RunFolder) -> N
                 f"{folder.path}: finished on other {split} data (sha256 {recorded[:12]}, now {now[:12]}); "
                 "restore the data, or repeat the run with force=true"
             )
-    base = known_digest(config.model)
+    base = known_digest(config.model, Path(config.cache))
     if base is not None and base != record.base.digest:
         raise UserError(
             f"{folder.path}: finished on another base model ({record.base.digest}, now {base}); "

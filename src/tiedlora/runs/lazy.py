@@ -5,7 +5,7 @@ Importing torch and transformers takes seconds. A finished run, a wrong option a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tiedlora.config.schema import Config
 from tiedlora.records.run_folder import RunFolder
@@ -21,12 +21,17 @@ def execute(config: Config) -> RunRecord | None:
 
 
 def add_scores(
-    folder: RunFolder, splits: list[str], data_root: str | None, paths_from: Config | None = None
+    folder: RunFolder,
+    splits: Sequence[str],
+    data_root: str | None,
+    paths_from: Config | None = None,
+    metrics: Sequence[str] | None = None,
+    again: bool = False,
 ) -> RunRecord:
-    """Score more splits of a finished run; see add_scores.py."""
+    """Score more splits or metrics of a finished run; see add_scores.py."""
     from tiedlora.runs import add_scores
 
-    return add_scores.add_scores(folder, splits, data_root, paths_from)
+    return add_scores.add_scores(folder, splits, data_root, paths_from, metrics, again)
 
 
 def check_adapter(run: CheckedRun) -> Iterator[Finding]:

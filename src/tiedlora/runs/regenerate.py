@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,16 @@ from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import resolve_device
+from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss
 from tiedlora.records.rows import PredictionRow, read_predictions
 from tiedlora.runs.findings import CheckedRun, Finding
 from tiedlora.scoring.memory import with_halved_batches
 from tiedlora.scoring.predict import scoring_batches
 from tiedlora.scoring.split import Scorer
+from tiedlora.scoring.target_losses import loss_batches
+
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+"""How much a row's loss may differ on another device, as a share of it, or in nats if it is below 1."""
 
 
 def check_adapter(run: CheckedRun) -> Iterator[Finding]:
@@ -77,17 +83,23 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
 
 
 def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int, suspects: set[str]) -> Iterator[Finding]:
-    examples, batches = run.examples[split], scoring_batches(scorer.encoder, run.examples[split], run.config)
-    for kind in ("", ".base") if run.record.scores[split].base is not None else ("",):
-        check = f"regenerate {split}{kind}"
+    examples, scores = run.examples[split], run.record.scores[split]
+    for kind in ("", ".base") if scores.base is not None else ("",):
         recorded = read_predictions(run.folder.predictions_file(f"{split}{kind}"))
         if len(recorded) != len(examples):
-            yield Finding(check, False, f"{len(recorded)} predictions of {len(examples)} rows")
+            yield Finding(f"regenerate {split}{kind}", False, f"{len(recorded)} predictions of {len(examples)} rows")
             continue
-        places = _chosen_places([row.id for row in recorded], batches, least, suspects)
-        rows_of = scorer.compute_base_rows if kind else scorer.adapted_rows
-        rows = rows_of([examples[place] for place in places], f"regenerating {split}{kind}")
-        yield _compared(run, check, rows, [recorded[place] for place in places])
+        ids = [row.id for row in recorded]
+        if not all(map(is_loss, scores.metrics)):
+            places = _chosen_places(ids, scoring_batches(scorer.encoder, examples, run.config), least, suspects)
+            rows_of = scorer.compute_base_rows if kind else scorer.adapted_rows
+            rows = rows_of([examples[place] for place in places], f"regenerating {split}{kind}")
+            yield _compared(run, f"regenerate {split}{kind}", rows, [recorded[place] for place in places])
+        if any(map(is_loss, scores.metrics)):
+            places = _chosen_places(ids, loss_batches(scorer.encoder, examples, run.config), least, suspects)
+            losses_of = scorer.compute_base_losses if kind else scorer.adapted_losses
+            rows = losses_of([examples[place] for place in places], f"computing the losses of {split}{kind} again")
+            yield _compared_losses(run, f"losses {split}{kind}", rows, [recorded[place] for place in places])
 
 
 def _chosen_places(ids: Sequence[str], batches: Sequence[list[int]], least: int, suspects: set[str]) -> list[int]:
@@ -103,6 +115,24 @@ def _chosen_places(ids: Sequence[str], batches: Sequence[list[int]], least: int,
         places += batch
     # In the order of the split: scoring sorts by length, and rows of equal length must keep their order.
     return sorted(places)
+
+
+def _compared_losses(
+    run: CheckedRun, check: str, rows: Sequence[PredictionRow], recorded: Sequence[PredictionRow]
+) -> Finding:
+    """Compare the sums and counts of the rows' losses, up to the rounding of another device."""
+    tolerance = LOSS_TOLERANCE[run.config.train.dtype]
+    for new, old in zip(rows, recorded, strict=True):
+        now, before = (row.scores.get(TARGET_LOSS_BY_TOKEN) for row in (new, old))
+        assert isinstance(now, list)
+        if (
+            not isinstance(before, list)
+            or now[1:] != before[1:]
+            or not math.isclose(now[0], before[0], rel_tol=tolerance, abs_tol=tolerance)
+        ):
+            explanation = f"row {new.id}: its loss and target tokens are {now}, the file says {before}"
+            return Finding(check, False, f"{explanation}; recorded on {run.record.execution}", new.id)
+    return Finding(check, True, f"{len(rows)} losses come out as they were, within {tolerance:g}")
 
 
 def _compared(run: CheckedRun, check: str, rows: Sequence[PredictionRow], recorded: Sequence[PredictionRow]) -> Finding:

@@ -9,36 +9,46 @@ from pathlib import Path
 
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
-from tiedlora.errors import UserError, is_out_of_memory
+from tiedlora.errors import Paused, UserError, is_out_of_memory
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.records.summary import terminal_lines
 from tiedlora.runs import lazy
 from tiedlora.runs.inputs import check_same_inputs
+from tiedlora.scoring.passes import missing_passes, wanted_passes
+from tiedlora.tasks import Task, load_task
 
 
 def main(config: Config) -> RunRecord | None:
     """Carry out a run if it is not finished, and print its result.
 
     Returns:
-        The record. Of several processes that train together, only the first gets it; the others get None.
+        The record. None if the run has paused (train.pause_after). Of several processes that train together, only the
+        first gets the record; the others get None.
 
     Raises:
         UserError: a mistake that the user can correct, or too little memory.
         Busy: another process is working on this run.
         StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
     """
+    task = load_task(config.task)
+    # A wrong name of a metric is an error before anything is loaded.
+    wanted_passes(config.score.metrics, task)
     folder = RunFolder(Path(config.outputs) / run_id(config))
     record = folder.record()
     finished = None if config.force else record
     with _explained_out_of_memory():
         # Several processes must agree that the run is finished, so they connect first.
         if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            record = lazy.execute(config)
+            try:
+                record = lazy.execute(config)
+            except Paused:
+                print(f"paused after step {config.train.pause_after}: {folder.path}")
+                return None
         if record is None:
             return None
         if finished is not None:
-            record = _reuse(config, folder, finished)
+            record = _reuse(config, task, folder, finished)
     print(terminal_lines(record, folder.path))
     return record
 
@@ -57,13 +67,14 @@ def _explained_out_of_memory() -> Iterator[None]:
         ) from error
 
 
-def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> RunRecord:
-    """The record of the finished run, after it has scored the splits that were requested and are missing."""
+def _reuse(config: Config, task: Task, folder: RunFolder, record: RunRecord) -> RunRecord:
+    """The record of the finished run, after it has scored the splits and metrics that are requested and missing."""
     check_same_inputs(config, record, folder)
     # A read-only archive cannot be tidied. That is no problem.
     with suppress(OSError), folder.locked():
         folder.tidy()
-    if missing := [split for split in config.score.splits if split not in record.scores]:
-        return lazy.add_scores(folder, missing, config.data_root, config)
+    score = config.score
+    if any(missing_passes(score.metrics, task, record.scores.get(split)) for split in score.splits):
+        return lazy.add_scores(folder, score.splits, config.data_root, config, score.metrics)
     print(f"finished before: {folder.path} (force=true repeats it)")
     return record

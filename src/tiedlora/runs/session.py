@@ -52,6 +52,11 @@ class RunSession:
         self.device = resolve_device(config.train.device, world.local_index if world.size > 1 else None)
         if self.device.type == "cpu":
             keep_freed_memory()
+        if world.size > 1 and config.model.device_map:
+            raise UserError(
+                f"model.device_map={config.model.device_map}: every process would spread the model over all GPUs; "
+                "start one process without torchrun, or use model.device_map=null"
+            )
         # 1. The rows and the base model. Consecutive runs share them.
         rows = read_rows(config)
         self.base = cached_base(config, self.device)

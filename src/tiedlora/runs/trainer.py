@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tiedlora import storage
-from tiedlora.adapter import architectures, load, save
+from tiedlora.adapter import architectures, linear, load, save
 from tiedlora.config.identity import config_tree
 from tiedlora.data.batching import Batch, BatchSampler, by_length, microbatches
 from tiedlora.errors import UserError, is_out_of_memory
@@ -143,16 +143,16 @@ class Trainer:
         """Inside the context, the blocks are compiled and recompute activations, as the configuration says."""
         train, model = self.config.train, self.session.model
         blocks: Any = model.get_submodule(architectures.layout_of(self.config.model.architecture).layers)
-        weights = sum(parameter.numel() for parameter in blocks.parameters())
+        weights = linear.weight_count(blocks)
         tokens = train.steps * train.batch_size * sum(map(len, self.rows)) / len(self.rows)
         if train.recompute_activations:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         try:
-            compiled = compiling.decide(train.compile, self.session.device.type, weights, tokens)
-            with (
-                attention.rows_not_packed(),
-                compiling.compiled(blocks, model.get_input_embeddings()) if compiled else nullcontext(),
-            ):
+            # accelerate's hooks move weights while a block runs, which cannot be compiled.
+            wish = "never" if self.config.model.device_map else train.compile
+            worth_it = compiling.decide(wish, self.session.device.type, weights, tokens)
+            compiled = compiling.compiled(blocks, model.get_input_embeddings()) if worth_it else nullcontext()
+            with attention.rows_not_packed(), compiled:
                 yield
         finally:
             if train.recompute_activations:

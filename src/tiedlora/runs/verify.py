@@ -16,6 +16,7 @@ from tiedlora.config.identity import config_tree, identity, run_id
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.models.identity import known_digest
+from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN, is_loss, loss_scores
 from tiedlora.records.rows import PredictionRow, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord, Scores, SplitScores
@@ -214,23 +215,44 @@ def _misscored(run: CheckedRun, rows: Sequence[PredictionRow], split: str, check
         example = by_id.get(row.id) or Example(row.id, row.prompt, "", tuple(row.references), tuple(row.choices or ()))
         # A choice among given texts is scored by the likelihoods of the texts, which are in the row.
         answer = row.output if row.log_likelihoods is None else row.log_likelihoods
-        scores = _as_json(run.task.score(answer, example))
-        if scores != row.scores:
-            explanation = f"row {row.id}: its output scores {scores}, the file says {row.scores}"
+        scores = _as_json(run.task.score(answer, example)) if row.has_answer else {}
+        recorded = {name: score for name, score in row.scores.items() if not is_loss(name)}
+        if scores != recorded:
+            explanation = f"row {row.id}: its output scores {scores}, the file says {recorded}"
             yield Finding(check, False, explanation, row.id)
+        elif not _is_one_loss(row):
+            explanation = (
+                f"row {row.id}: {TARGET_LOSS} is not the quotient of the two numbers of {TARGET_LOSS_BY_TOKEN}"
+            )
+            yield Finding(check, False, explanation, row.id)
+
+
+def _is_one_loss(row: PredictionRow) -> bool:
+    """Whether the row's two losses agree. Only the model can tell what they should be: regeneration asks it."""
+    mean, statistics = (row.scores.get(name) for name in LOSS_METRICS)
+    if mean is None and statistics is None:
+        return True
+    if not isinstance(statistics, list) or len(statistics) != 2 or statistics[1] < 1:
+        return False
+    return loss_scores(statistics[0], int(statistics[1])) == {TARGET_LOSS: mean, TARGET_LOSS_BY_TOKEN: statistics}
 
 
 def _differing_metrics(
     task: Task, recorded: SplitScores, rows: Sequence[PredictionRow], base_rows: Sequence[PredictionRow] | None
 ) -> list[str]:
     """The metrics in which the record differs from the predictions."""
-    kinds: dict[str, tuple[Scores | None, Scores]] = {"metrics": (recorded.metrics, summarise(rows, task))}
-    if base_rows is not None:
-        kinds["base"] = (recorded.base, summarise(base_rows, task))
-        kinds["gain"] = (recorded.gain, gains(rows, base_rows, task))
+    try:
+        kinds: dict[str, tuple[Scores | None, Scores]] = {"metrics": (recorded.metrics, summarise(rows, task))}
+        if base_rows is not None:
+            kinds["base"] = (recorded.base, summarise(base_rows, task))
+            kinds["gain"] = (recorded.gain, gains(rows, base_rows, task))
+    except ValueError as error:
+        return [f"predictions ({error})"]
     differing = []
     for kind, (before, now) in kinds.items():
-        for metric, interval in (before or {}).items():
+        if missing := sorted((before or {}).keys() - now.keys()):
+            differing.append(f"{kind}.{missing[0]} (predictions have no such scores)")
+        for metric, interval in ((name, value) for name, value in (before or {}).items() if name in now):
             for end in ("value", "low", "high"):
                 was, is_now = getattr(interval, end), getattr(now[metric], end)
                 if abs(was - is_now) > CLOSE:

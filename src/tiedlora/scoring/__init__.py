@@ -1,12 +1,14 @@
 """From a prompt to a metric with its interval, in this order:
 
-1. split.py        scores one split: the adapted model, and the base model beside it;
-2. predict.py      asks the model every example, and has the task score each answer (tasks/task_metric.py);
-3. decoding.py     generates answers; likelihoods.py compares given ones; batches.py has what both share;
-4. summary.py      the metrics of a split with their 95 % intervals.
+1. passes.py       which passes over a split give the metrics that are wanted: answers, losses or both;
+2. split.py        scores one split: the adapted model, and the base model beside it;
+3. predict.py      asks the model every example, and has the task score each answer (tasks/task_metric.py);
+4. decoding.py     generates answers; likelihoods.py compares given ones; batches.py has what both share;
+5. target_losses.py  the loss of every example's target, without generation;
+6. summary.py      the metrics of a split with their 95 % intervals.
 
 memory.py scores a split in smaller batches if memory runs out.
 
-summary.py imports no torch, so that finished runs are checked without it. The package may import training (the loss),
-tracking (the progress bar), data, tasks, adapter, records, config and statistics.
+passes.py and summary.py import no torch, so that finished runs are checked without it. The package may import training
+(the loss), tracking (the progress bar), data, tasks, adapter, records, config and statistics.
 """

@@ -57,7 +57,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
+        super().batch_select_indices(indices.to(self.keys.device))  # type: ignore[union-attr]
         self.buffers = None
 
 
@@ -73,4 +73,5 @@ def hidden_states(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cach
     states: Tensor = model.base_model(
         input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
     ).last_hidden_state
-    return states
+    # With device_map, the last layer may be on another device than the token ids.
+    return states.to(ids.device)

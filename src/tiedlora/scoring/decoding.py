@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tiedlora.models.placement import input_device, without_gradients
 from tiedlora.scoring.batches import batches_by_length, hidden_states, new_cache, padded_left
 
 MIN_STOP_SEARCH_TOKENS = 12
@@ -39,7 +40,7 @@ def generation_batches(
     return batches_by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_size, batch_tokens)
 
 
-@torch.inference_mode()
+@without_gradients
 def generate(
     model: Any,
     tokenizer: Any,
@@ -78,7 +79,7 @@ def _decode(
     stop: Sequence[str],
     progress: Callable[[int], None],
 ) -> list[Output]:
-    device, end_id = model.device, tokenizer.eos_token_id
+    device, end_id = input_device(model), tokenizer.eos_token_id
     ids, mask, positions = padded_left(prompts, end_id, device)
     cache = new_cache(model)
     written: list[list[int]] = [[] for _ in prompts]

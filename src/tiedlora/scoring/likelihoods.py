@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiedlora.models.placement import input_device, without_gradients
 from tiedlora.scoring.batches import batches_by_length, hidden_states, new_cache, padded_left
 from tiedlora.training.loss import chunk_rows, log_likelihoods_
 
@@ -25,7 +26,7 @@ def choice_batches(
     return batches_by_length(lengths, max(1, batch_size // choices_per_prompt), batch_tokens)
 
 
-@torch.inference_mode()
+@without_gradients
 def choice_log_likelihoods(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -56,7 +57,7 @@ def choice_log_likelihoods(
 def _score_choices(
     model: Any, prompts: list[Sequence[int]], choices: list[Sequence[Sequence[int]]]
 ) -> list[list[float]]:
-    device, pad_id = model.device, 0
+    device, pad_id = input_device(model), 0
     texts = [list(choice) for prompt_choices in choices for choice in prompt_choices]
     prompt_of = torch.tensor([row for row, own in enumerate(choices) for _ in own], device=device)
     # 1. The prompts. Their last hidden state predicts the first token of each of their choices.
@@ -93,5 +94,5 @@ def _token_log_likelihoods(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor
         logits = head(states).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        results.append(log_likelihoods_(logits, chunk_tokens)[0])
+        results.append(log_likelihoods_(logits, chunk_tokens.to(logits.device))[0].to(hidden.device))
     return torch.cat(results)

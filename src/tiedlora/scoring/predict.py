@@ -42,7 +42,7 @@ def predict(
     # Imported here because the `evaluate` package takes a second to import, and only scoring needs it.
     from tiedlora.tasks.task_metric import TaskMetric
 
-    asked = [_fitting(encoder, example, config) for example in examples]
+    asked = [fitting(encoder, example, config) for example in examples]
     by_likelihood = bool(asked[0].choices)
     progress = ProgressBar(title, len(examples), "rows")
     answers = (_choose if by_likelihood else _generate)(model, encoder, asked, config, progress)
@@ -74,14 +74,14 @@ def _as_floats(scores: Mapping[str, Score]) -> dict[str, Score]:
 
 def scoring_batches(encoder: Encoder, examples: Sequence[Example], config: Config) -> list[list[int]]:
     """The example numbers of each batch of `predict`. In the same batches, a model gives the same outputs again."""
-    asked = [_fitting(encoder, example, config) for example in examples]
+    asked = [fitting(encoder, example, config) for example in examples]
     prompts = _prompts(encoder, asked)
     if asked[0].choices:
         return choice_batches(prompts, _choices(encoder, asked), config.score.batch_size, config.score.batch_tokens)
     return generation_batches(prompts, config.task.max_new_tokens, config.score.batch_size, config.score.batch_tokens)
 
 
-def _fitting(encoder: Encoder, example: Example, config: Config) -> Example:
+def fitting(encoder: Encoder, example: Example, config: Config) -> Example:
     """The example, with its prompt shortened if needed, so that the answer fits. No example may be left out."""
     shortened = encoder.shortened(example)
     answer_tokens = max([config.task.max_new_tokens, *map(len, _choices(encoder, [example])[0])])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
+from tiedlora.records.loss_metrics import LARGEST_LOSS, LOSS_METRICS, TARGET_LOSS_BY_TOKEN, is_loss, mean_per_token
 from tiedlora.records.rows import PredictionRow, Score
 from tiedlora.statistics.bootstrap import bootstrap_corpus, bootstrap_mean
 from tiedlora.statistics.interval import Interval
@@ -13,7 +15,7 @@ from tiedlora.tasks import Task
 
 def summarise(rows: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
     """Each metric over the rows, with Wilson's interval if every score is 0 or 1, otherwise with a bootstrap."""
-    return {metric: _estimate(task, metric, [row.scores[metric] for row in rows]) for metric in task.metrics}
+    return {metric: _estimate(task, metric, _scores(rows, metric)) for metric in _metrics(rows, task)}
 
 
 def gains(adapted: Sequence[PredictionRow], base: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
@@ -22,30 +24,59 @@ def gains(adapted: Sequence[PredictionRow], base: Sequence[PredictionRow], task:
     The interval is Newcombe's if every score is 0 or 1, and otherwise a bootstrap that resamples pairs.
 
     Raises:
-        ValueError: the two sides do not have the same examples in the same order.
+        ValueError: the two sides do not have the same examples in the same order, or not the same metrics.
     """
     if [row.id for row in adapted] != [row.id for row in base]:
         raise ValueError("paired scores need the same examples in the same order")
     return {
-        metric: _difference(task, metric, *([row.scores[metric] for row in rows] for rows in (adapted, base)))
-        for metric in task.metrics
+        metric: _difference(task, metric, _scores(adapted, metric), _scores(base, metric))
+        for metric in _metrics(adapted, task)
     }
 
 
+def _metrics(rows: Sequence[PredictionRow], task: Task) -> list[str]:
+    """The metrics that the rows have: the task's own, then the losses."""
+    own = task.metrics if rows[0].has_answer else ()
+    return [*own, *(metric for metric in LOSS_METRICS if metric in rows[0].scores)]
+
+
+def _scores(rows: Sequence[PredictionRow], metric: str) -> list[Score]:
+    if any(metric not in row.scores for row in rows):
+        raise ValueError(f"some rows have {metric} and others do not")
+    return [row.scores[metric] for row in rows]
+
+
 def _estimate(task: Task, metric: str, scores: list[Score]) -> Interval:
-    if metric in task.corpus_metrics:
-        return bootstrap_corpus(_table(scores), lambda sums: task.corpus_score(metric, sums))
+    largest = _largest(metric)
+    if (corpus_score := _corpus_score(task, metric)) is not None:
+        return bootstrap_corpus(_table(scores), corpus_score, largest=largest)
     values = _numbers(scores)
-    return wilson(int(sum(values)), len(values)) if is_binary(values) else bootstrap_mean(values, (0.0, 1.0))
+    # A loss may be exactly 0 or 1 nats, and is no proportion.
+    if is_binary(values) and not is_loss(metric):
+        return wilson(int(sum(values)), len(values))
+    return bootstrap_mean(values, (0.0, largest))
 
 
 def _difference(task: Task, metric: str, adapted: list[Score], base: list[Score]) -> Interval:
-    if metric in task.corpus_metrics:
-        return bootstrap_corpus(_table(adapted), lambda sums: task.corpus_score(metric, sums), _table(base))
+    largest = _largest(metric)
+    if (corpus_score := _corpus_score(task, metric)) is not None:
+        return bootstrap_corpus(_table(adapted), corpus_score, _table(base), largest=largest)
     first, second = _numbers(adapted), _numbers(base)
-    if is_binary([*first, *second]):
+    if is_binary([*first, *second]) and not is_loss(metric):
         return paired_proportions(first, second)
-    return bootstrap_mean([a - b for a, b in zip(first, second, strict=True)], (-1.0, 1.0))
+    return bootstrap_mean([a - b for a, b in zip(first, second, strict=True)], (-largest, largest))
+
+
+def _largest(metric: str) -> float:
+    """The largest possible value, for the interval that a single row cannot give."""
+    return LARGEST_LOSS if is_loss(metric) else 1.0
+
+
+def _corpus_score(task: Task, metric: str) -> Callable[[Iterable[float]], float] | None:
+    """The function from summed statistics to a corpus-level metric; None for a metric that is a mean over rows."""
+    if metric == TARGET_LOSS_BY_TOKEN:
+        return mean_per_token
+    return functools.partial(task.corpus_score, metric) if metric in task.corpus_metrics else None
 
 
 def _numbers(scores: list[Score]) -> list[float]:

@@ -103,12 +103,14 @@ def bootstrap_corpus(
     statistics: Sequence[Sequence[float]],
     score: Callable[[Array], float],
     theirs: Sequence[Sequence[float]] | None = None,
+    largest: float = 1.0,
 ) -> Interval:
     """A corpus-level score such as BLEU, with its interval; with `theirs`, the paired difference of two such scores.
 
     Args:
         statistics: (examples, statistics). `score` takes their sum over examples.
         theirs: the statistics of the other side, for the same examples.
+        largest: the largest possible score; the smallest is 0. They are the interval if there is only one example.
 
     Raises:
         ValueError: there are no examples.
@@ -119,9 +121,9 @@ def bootstrap_corpus(
     lowest = 0.0
     if theirs is not None:
         their_value, their_resampled = _corpus_scores(theirs, score)
-        value, resampled, lowest = value - their_value, resampled - their_resampled, -1.0
+        value, resampled, lowest = value - their_value, resampled - their_resampled, -largest
     if len(statistics) == 1:
-        return Interval(value, lowest, 1.0, "bootstrap")
+        return Interval(value, lowest, largest, "bootstrap")
     low, high = np.quantile(resampled, TAILS)
     return Interval(value, float(low), float(high), "bootstrap")
 

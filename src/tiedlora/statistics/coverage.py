@@ -35,8 +35,6 @@ def remarks(score: float, *, seeds: int, examples: int, scoring_examples: int, b
         share = seeds_interval_coverage(examples, score, seeds)
         if share < ENOUGH:
             notes.append(f"the interval over seeds covers {100 * share:.0f} % here, not 95 %")
-    if seeds == 2:
-        notes.append("with 2 seeds the interval over seeds and examples covers 87 to 99 %, not 95 %")
     if by_bootstrap and scoring_examples < FEW_EXAMPLES:
         notes.append(f"only {scoring_examples} examples score, so the bootstrap covers about 85 %, not 95 %")
     return notes

@@ -65,7 +65,12 @@ class Rule(ABC):
         return min(self.contrasts(method, comparator, base), key=lambda table: float(table.mean()))
 
     def evidence(self, method: Array, comparator: Array, base: Array | None) -> Evidence:
-        """The levels of both conclusions: the largest over what must all hold, the smallest over what may hold."""
+        """The levels of both conclusions: the largest over what must all hold, the smallest over what may hold.
+
+        Raises:
+            ValueError: the rule needs the base scores and there are none; there are fewer than two seeds or rows; or a
+                score is not finite.
+        """
         contrasts = self.contrasts(method, comparator, base)
         gain = None if base is None else _level_above(_gain(comparator, base))
         needed = [gain] if self.needs_base and gain is not None else []
@@ -233,7 +238,8 @@ def _gain(comparator: Array, base: Array) -> Array:
 
 def _level_above(table: Array) -> float:
     """The smallest two-sided level at which the mean of a table is above 0; 1.0 if its mean is not."""
-    return crossed.p_value(table) if table.mean() > 0 else 1.0
+    p = crossed.p_value(table)
+    return p if table.mean() > 0 else 1.0
 
 
 def _given(base: Array | None, rule: Rule) -> Array:

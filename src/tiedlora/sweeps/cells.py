@@ -7,7 +7,8 @@ A cell is a run like any other (config.identity names its folder), so sweeps sha
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,8 +18,13 @@ from tiedlora import storage, tying
 from tiedlora.config.identity import config_tree, run_id
 from tiedlora.config.schema import Config
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.sweeps.control import SweepControl
 
-STATES = ("done", "running", "interrupted", "failed", "missing")
+STATES = ("done", "running", "paused", "pruned", "interrupted", "failed", "dropped", "missing")
+"""Paused: at the cell's train.pause_after. Pruned: stopped by a search; a plain sweep continues it. Dropped: taken out
+of the sweep by a person (control.py), and not done."""
+ENDED = ("done", "paused", "failed")
+"""The states in which a launch has nothing more to do."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,15 @@ class SweepCell:
     overrides: tuple[str, ...]
     """The cell as the command line writes it. Two ways to write the same configuration give one cell."""
     config: Config
+    launch_words: tuple[str, ...] = ()
+    """Facts of execution that only this launch sets, as overrides."""
+
+    def until(self, step: int | None, splits: Sequence[str]) -> SweepCell:
+        """The same run for a launch that pauses it after a step, or (None) finishes it and scores these splits."""
+        train = replace(self.config.train, pause_after=step)
+        score = replace(self.config.score, splits=list(splits))
+        words = (f"train.pause_after={'null' if step is None else step}", f"score.splits=[{','.join(splits)}]")
+        return replace(self, config=replace(self.config, train=train, score=score), launch_words=words)
 
     @cached_property
     def run_id(self) -> str:
@@ -61,9 +76,13 @@ class SweepCell:
         return record is not None and set(self.config.score.splits) <= set(record.scores)
 
     def state(self) -> str:
-        """One of STATES."""
-        state = self.folder.state()
-        return "interrupted" if state == "done" and not self.finished() else state
+        """One of STATES, except dropped, which only the sweep knows."""
+        state, pause = self.folder.state(), self.config.train.pause_after
+        if state == "done":
+            return "done" if self.finished() else "interrupted"
+        if state in ("interrupted", "pruned") and pause is not None and self.folder.checkpoint_step() >= pause:
+            return "paused"
+        return state
 
     def parameters(self) -> CellParameters:
         """The names of the cell in tables."""
@@ -98,14 +117,31 @@ class Sweep:
         """The folder of the sweep's frozen cells and its selection."""
         return Path(self.cells[0].config.outputs) / "sweeps" / self.id
 
+    def run_ids(self) -> list[str]:
+        """The ids of the cells, and of frozen cells that a search has added."""
+        added = {path.stem for path in (self.path / "cells").glob("*.json")}
+        return list(dict.fromkeys([*(cell.run_id for cell in self.cells), *sorted(added)]))
+
+    @property
+    def control(self) -> SweepControl:
+        """The files that steer the sweep while it runs."""
+        return SweepControl(self.path)
+
     def freeze(self) -> FrozenCells:
         """Write every cell's resolved configuration. A cell is run from this file, so a later edit of conf/ does not
-        change it."""
+        change it.
+
+        Files with the same content stay. So the next start of a large sweep writes nothing, and a job that reads its
+        file meanwhile is not disturbed.
+        """
+        frozen = FrozenCells(self.path / "cells")
         for cell in self.cells:
             tree = config_tree(cell.config)
             tree["tracking"]["group"] = tree["tracking"]["group"] or self.id
-            storage.write_json(self.path / "cells" / f"{cell.run_id}.json", tree)
-        return FrozenCells(self.path / "cells")
+            path, data = frozen.path / f"{cell.run_id}.json", storage.json_bytes(tree)
+            if not path.is_file() or storage.read_bytes(path) != data:
+                storage.write_bytes(path, data, flush=False)
+        return frozen
 
 
 @dataclass(frozen=True)
@@ -121,10 +157,15 @@ class FrozenCells:
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """The frozen configuration that `cell=RUN_ID` names, with Hydra's own section for this launch.
 
+        Further overrides are facts of execution that only this launch sets (SweepCell.launch_words).
+
         Raises:
             UserError: the file is missing or damaged.
         """
         cell_id = sweep_overrides[0].removeprefix("cell=")
         frozen = OmegaConf.create({**storage.read_json(self.path / f"{cell_id}.json"), "hydra": master_config.hydra})
+        frozen.merge_with_dotlist(list(sweep_overrides[1:]))
         frozen.hydra.overrides.task = list(sweep_overrides)
+        # The cell finds the files that steer the sweep in Hydra's output directory, which is this folder for it.
+        OmegaConf.update(frozen, "hydra.sweep.dir", str(self.path.parent), force_add=True)
         return frozen

@@ -1,6 +1,6 @@
 """From a sweep's command line to its cells. All are composed, checked and resolved before the first one runs.
 
-This is the only module of the package that imports Hydra.
+This module and cell_composer.py are the only ones of the package that import Hydra.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, flag_override
+from omegaconf import DictConfig
 
 from tiedlora import tying
 from tiedlora.config import compose
 from tiedlora.config.explain import readable_errors
 from tiedlora.config.project import CONF
-from tiedlora.config.schema import Config, ModelConfig, TaskConfig
+from tiedlora.config.schema import ModelConfig, TaskConfig
 from tiedlora.errors import UserError
+from tiedlora.sweeps.cell_composer import CellComposer
 from tiedlora.sweeps.cells import Sweep, SweepCell
 
 _GRID_OVERRIDE = "+grid="
@@ -54,10 +55,11 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str]) -> Sw
     Raises:
         UserError: naming the cell and the key.
     """
-    composer = _CellComposer(master, loader)
+    composer = CellComposer(master, loader)
+    match_lora = bool(master.hydra.sweeper.match_lora)
     cells: dict[str, SweepCell] = {}
     for cell_overrides in combinations(master, loader, overrides):
-        for cell in composer.cells(cell_overrides):
+        for cell in _cells(composer, cell_overrides, match_lora):
             cells.setdefault(cell.run_id, cell)
     return Sweep("+".join(_grid_names(overrides)) or "sweep", _grouped(list(cells.values())))
 
@@ -71,42 +73,29 @@ def combinations(master: DictConfig, loader: ConfigLoader, overrides: list[str])
     return batch
 
 
-class _CellComposer:
-    """Composes the cells of one sweep."""
+def _cells(composer: CellComposer, overrides: list[str], match_lora: bool) -> Iterator[SweepCell]:
+    """The cell of one combination, and its matching LoRA cell if the sweep has matching cells (+grid=matched).
 
-    def __init__(self, master: DictConfig, loader: ConfigLoader) -> None:
-        self.master, self.loader = master, loader
+    Raises:
+        UserError: naming the cell and the key.
+    """
+    cell = _cell(composer, overrides)
+    yield cell
+    if match_lora:
+        yield _cell(composer, _matching_lora(cell))
 
-    def cells(self, overrides: list[str]) -> Iterator[SweepCell]:
-        """The cell of one combination, and its matching LoRA cell if the sweep has matching cells (+grid=matched).
 
-        Raises:
-            UserError: naming the cell and the key.
-        """
-        cell = self._cell(overrides)
-        yield cell
-        if self.master.hydra.sweeper.match_lora:
-            yield self._cell(_matching_lora(cell))
-
-    def _cell(self, overrides: list[str]) -> SweepCell:
-        try:
-            config = self._compose(overrides)
-        except UserError as error:
-            raise UserError(f"cell {' '.join(overrides)}: {error}") from None
-        if config.force:
-            raise UserError(
-                "force=true: a sweep that repeats its finished cells could not be resumed; delete the folders of the "
-                "runs to repeat"
-            )
-        return SweepCell(tuple(overrides), config)
-
-    def _compose(self, overrides: list[str]) -> Config:
-        with readable_errors():
-            composed = self.loader.load_sweep_config(self.master, overrides)
-            # Hydra's own section is for the launcher, and some of its values are missing on purpose.
-            with flag_override(composed, ["struct", "readonly"], False):
-                del composed["hydra"]
-            return compose.load(composed)
+def _cell(composer: CellComposer, overrides: list[str]) -> SweepCell:
+    try:
+        config = composer.compose(overrides)
+    except UserError as error:
+        raise UserError(f"cell {' '.join(overrides)}: {error}") from None
+    if config.force:
+        raise UserError(
+            "force=true: a sweep that repeats its finished cells could not be resumed; delete the folders of the "
+            "runs to repeat"
+        )
+    return SweepCell(tuple(overrides), config)
 
 
 def _matching_lora(cell: SweepCell) -> list[str]:

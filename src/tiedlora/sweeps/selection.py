@@ -12,9 +12,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 
+from tiedlora.config.compose import read_config
 from tiedlora.config.identity import identity
 from tiedlora.errors import UserError
-from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection
+from tiedlora.records.loss_metrics import is_loss
+from tiedlora.records.run_record import SplitScores
+from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection, read_selection
 from tiedlora.runs import lazy
 from tiedlora.statistics.rate_choice import RateTrial, choose_rate
 from tiedlora.sweeps.cells import Sweep, SweepCell
@@ -117,6 +120,7 @@ def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
             "add lower ones with train.lr="
         )
     chosen = [cell for cell in cells if cell.parameters().lr == best.lr and cell.folder.result_file.exists()]
+    metric = LOSS if best.by == "loss" else _first_metric(chosen[0])
     return RateChoice(
         model=named.model,
         task=named.task,
@@ -124,8 +128,9 @@ def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
         rank=named.rank,
         lr=best.lr,
         lrs=list(best.tried),
-        metric=LOSS if best.by == "loss" else _first_metric(chosen[0]),
-        value=best.value,
+        metric=metric,
+        # The rule takes more as better, so it has seen a loss with the other sign.
+        value=-best.value if is_loss(metric) else best.value,
         seeds=len(chosen),
         trials=len(cells),
         failed=sum(len(trial.failed_seeds()) for trial in trials),
@@ -148,22 +153,49 @@ def score_test(sweep: Sweep, selection: Selection) -> Selection:
     Raises:
         UserError: a run's folder is damaged, or the rows of test cannot be loaded.
     """
-    cells = {cell.run_id: cell for cell in sweep.cells}
     choices = []
     for choice in selection.choices:
-        scores = [_test_score(cells[run_id], choice.metric) for run_id in choice.run_ids]
-        choices.append(replace(choice, test=mean(scores)))
+        scores = [_scored_on_test(_cell(sweep, run_id)) for run_id in choice.run_ids]
+        # If the validation loss was the criterion, the test score is by the task's first metric.
+        metric = choice.metric if choice.metric in scores[0].metrics else scores[0].first_metric
+        value = mean(split.metrics[metric].value for split in scores)
+        choices.append(replace(choice, test=value, test_metric=metric))
     return replace(selection, choices=choices)
 
 
-def _test_score(cell: SweepCell, metric: str) -> float:
-    """The run's value of the metric on test. If the loss was the criterion, it is the task's first metric."""
+def _cell(sweep: Sweep, run_id: str) -> SweepCell:
+    """A cell of the grid, or one that the staged sweeper has added beyond it."""
+    for cell in sweep.cells:
+        if cell.run_id == run_id:
+            return cell
+    return SweepCell((), read_config(sweep.path / "cells" / f"{run_id}.json"))
+
+
+def _scored_on_test(cell: SweepCell) -> SplitScores:
+    """The run's scores on test, which are computed if they are missing."""
     record = cell.folder.finished_record()
     if "test" not in record.scores:
         log.info("scoring %s on test", cell.run_id)
-        record = lazy.add_scores(cell.folder, ["test"], cell.config.data_root, cell.config)
-    scores = record.scores["test"]
-    return scores.metrics[metric if metric in scores.metrics else scores.first_metric].value
+        record = lazy.add_scores(cell.folder, ["test"], cell.config.data_root, cell.config, cell.config.score.metrics)
+    return record.scores["test"]
+
+
+def staged_selection(sweep: Sweep) -> Selection | None:
+    """The selection of the staged sweeper for these cells; None if it has not run on them.
+
+    Raises:
+        UserError: it has not chosen a rate for every configuration, or selection.json is damaged.
+    """
+    path = selection_file(sweep)
+    selected = read_selection(path) if path.exists() else None
+    if selected is None or not selected.searches:
+        return None
+    if (left := len(selected.searches) - len(selected.choices)) > 0:
+        raise UserError(
+            f"{path}: {left} of {len(selected.searches)} configurations have no chosen rate yet; run the staged "
+            "sweep's command first"
+        )
+    return selected
 
 
 def selection_file(sweep: Sweep) -> Path:
@@ -191,14 +223,19 @@ def table(choices: Sequence[RateChoice]) -> str:
 
 
 def _table_row(choice: RateChoice) -> list[str]:
-    value = f"{choice.value:.3f}" if choice.metric == LOSS else f"{100 * choice.value:.1f} %"
-    test = "" if choice.test is None else f"{100 * choice.test:.1f} %"
+    value = _shown(choice.value, choice.metric)
+    test = "" if choice.test is None else _shown(choice.test, choice.test_metric)
     return [
         *(choice.model, choice.task, choice.configuration, str(choice.rank)),
         *(f"{choice.lr:g}", str(len(choice.lrs)), value),
         *(str(choice.seeds), str(choice.trials), str(choice.failed)),
         *(test, EDGE_REMARK if choice.edge else ""),
     ]
+
+
+def _shown(value: float, metric: str) -> str:
+    """A loss in nats, any other metric in per cent."""
+    return f"{value:.3f}" if metric == LOSS or is_loss(metric) else f"{100 * value:.1f} %"
 
 
 def to_json(choices: Sequence[RateChoice]) -> str:

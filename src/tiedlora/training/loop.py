@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tiedlora.config.schema import TrainConfig
 from tiedlora.data.batching import Batch
-from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
+from tiedlora.errors import Diverged, Paused, StoppedEarly, UserError, is_out_of_memory
 from tiedlora.keys import LARGEST_COUNT
 from tiedlora.models.device import free_memory
 from tiedlora.records.halving import Halving
@@ -110,7 +110,9 @@ def train(
     on how the step is split into microbatches.
 
     Raises:
-        UserError: the loss or the gradient is not finite (more often than config.skip_nonfinite), or memory is short.
+        Diverged: the loss or the gradient is not finite, more often than config.skip_nonfinite.
+        UserError: memory is short.
+        Paused: config.pause_after is reached; a checkpoint of that step is written.
         StoppedEarly: `hooks.stop_requested` returned true; a checkpoint of the last finished step is written.
     """
     _Loop(state, hooks, optimizer, config, seed).run()
@@ -132,6 +134,8 @@ class _Loop:
             self._validate()
         self.clock_started = time.perf_counter()
         while self.state.step < self.config.steps:
+            if self.config.pause_after is not None and self.state.step >= self.config.pause_after:
+                raise Paused
             self._train_step(self.state.step + 1)
             self._after_step()
 
@@ -225,7 +229,7 @@ class _Loop:
         step, config = self.state.step, self.config
         last, stopping = step == config.steps, self.hooks.stop_requested()
         validating = last or (config.validate_every and step % config.validate_every == 0)
-        saving = last or stopping or step % config.checkpoint_every == 0
+        saving = last or stopping or step == config.pause_after or step % config.checkpoint_every == 0
         if validating or saving or step % config.log_every == 0:
             self._flush_metrics()
         if validating:
@@ -250,7 +254,7 @@ class _Loop:
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     skipped = f" ({self.state.skipped_steps} are skipped already)" if self.state.skipped_steps else ""
                     advice = f"lower train.lr, or raise train.skip_nonfinite{skipped}"
-                    raise UserError(self._not_finite_message(numbers, advice))
+                    raise Diverged(self._not_finite_message(numbers, advice))
                 self.state.clipped_steps += self.config.clip is not None and grad_norm > self.config.clip
                 values = {"train/loss": loss, "train/grad_norm": grad_norm, **values}
             rows.append(MetricsRow(numbers.step, values))
@@ -266,7 +270,7 @@ class _Loop:
         loss = self.hooks.validate()
         if not math.isfinite(loss):
             advice = "lower train.lr" if step else "this is before any training, so try train.dtype=float32"
-            raise UserError(f"step {step}: the validation loss is {loss}; {advice}")
+            raise Diverged(f"step {step}: the validation loss is {loss}; {advice}")
         self.state.validation.append([step, loss])
         self.hooks.log_metrics([MetricsRow(step, {"validation/loss": loss})])
         if len(self.state.halvings) > halvings:

@@ -10,6 +10,7 @@ two products with the head instead of three.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tiedlora.data.batching import Batch
+from tiedlora.models.placement import weights_in_place, without_gradients
 
 CHUNK = 256
 """Most target positions of a chunk. These are enough for the full speed of matrix products."""
@@ -118,19 +120,22 @@ def target_loss(model: Any, batch: Batch) -> Tensor:
     Raises:
         ValueError: the output head is trained. This loss gives no gradient for it.
     """
-    total: Tensor = _ChunkedCrossEntropy.apply(*_head_inputs(model, batch))  # type: ignore[no-untyped-call]
-    return total
+    with _head_inputs(model, batch) as inputs:
+        total: Tensor = _ChunkedCrossEntropy.apply(*inputs)  # type: ignore[no-untyped-call]
+    return total.to(batch.targets.device)
 
 
-def _head_inputs(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor, float | None]:
+@contextmanager
+def _head_inputs(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, float | None]]:
     """The hidden states of the target positions, the head's weight and bias, the targets, and the softcap."""
     head = model.get_output_embeddings()
     if head.weight.requires_grad:
         raise ValueError("target_loss needs a frozen output head")
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    states = hidden.flatten(0, 1).index_select(0, batch.positions)
+    states = hidden.flatten(0, 1).index_select(0, batch.positions.to(hidden.device))
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    return states, head.weight, getattr(head, "bias", None), batch.targets, softcap
+    with weights_in_place(head, states, batch.targets) as (states, targets):
+        yield states, head.weight, getattr(head, "bias", None), targets, softcap
 
 
 @dataclass(frozen=True)
@@ -145,21 +150,22 @@ class RowLosses:
     """The sum over the batch, a scalar, exactly as `target_loss` computes it."""
 
 
-@torch.inference_mode()
+@without_gradients
 def row_losses(model: Any, batch: Batch) -> RowLosses:
     """The losses of a batch's rows, from one forward pass.
 
     Raises:
         ValueError: as target_loss.
     """
-    inputs = _head_inputs(model, batch)
-    total = torch.zeros((), dtype=_summed_in(inputs[0].dtype), device=inputs[0].device)
-    log_probs = []
-    for chunk in _chunks(*inputs):
-        total -= chunk.log_probs.sum()
-        log_probs.append(chunk.log_probs)
-    sums = batch.sums_by_row(-torch.cat(log_probs).double())
-    return RowLosses(sums, batch.sums_by_row(torch.ones_like(batch.targets)), total)
+    device = batch.targets.device
+    with _head_inputs(model, batch) as inputs:
+        total = torch.zeros((), dtype=_summed_in(inputs[0].dtype), device=inputs[0].device)
+        log_probs = []
+        for chunk in _chunks(*inputs):
+            total -= chunk.log_probs.sum()
+            log_probs.append(chunk.log_probs)
+    sums = batch.sums_by_row(-torch.cat(log_probs).double().to(device))
+    return RowLosses(sums, batch.sums_by_row(torch.ones_like(batch.targets)), total.to(device))
 
 
 @torch.inference_mode()

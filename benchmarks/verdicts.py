@@ -1,0 +1,339 @@
+"""python benchmarks/verdicts.py [--quick] [--json FILE]: how often verdicts are wrong, by simulation.
+
+Synthetic scores with a known truth are drawn again and again, and the functions of tiedlora.statistics decide. With the
+truth exactly at a rule's boundary, every verdict is wrong. The program prints, as Markdown:
+
+- the worst settings of each rule, found with --draws populations and measured again with --worst-draws;
+- how often a claim to retain the gain is supported where nothing gains anything;
+- the power: how often the right verdict comes where the truth is not at the boundary;
+- what stopping for futility costs.
+
+Scores are binary, like ROUGE (0 for many rows, otherwise in (0, 1)), or losses (positive and skewed), with 200 to 1,200
+rows, 3 to 12 seeds, and standard deviations between seeds of 0.5 to 3 points (benchmarks/populations.py). Rows and
+seeds are drawn again each time. The full program takes about 12 minutes on two cores, and --quick takes one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+import numpy as np
+from numpy.typing import NDArray
+from populations import SEEDS, Array, Population, World
+
+from tiedlora.statistics import crossed, looks
+from tiedlora.statistics.crossed import MeanSquares
+from tiedlora.statistics.looks import Looks
+from tiedlora.statistics.rules import Better, Level, Retains, Rule, WithinMargin
+
+PLANS: dict[str, Looks] = {
+    **{f"{n} seeds": looks.planned([n]) for n in looks.SEEDS},
+    "looks": looks.planned(),
+    "looks, simulated levels": looks.planned(levels=list(looks.SIMULATED.values())),
+}
+UNPLANNED = "looks at 5 % each"
+NUMBERS_AT_ONCE = 400_000
+"""So many scores of one method are in memory together; more are slower, because they leave the cache."""
+
+
+def boundaries() -> list[tuple[str, Rule, Callable[[World], float]]]:
+    """Every rule with the method's true score at which any verdict is wrong."""
+
+    def retained(rho: float) -> Callable[[World], float]:
+        return lambda world: world.base + rho * world.gain
+
+    return [
+        ("retains 0.9", Retains(0.9), retained(0.9)),
+        ("retains 0.5", Retains(0.5), retained(0.5)),
+        ("better", Better(), retained(1.0)),
+        ("better by 0.02", Better(0.02), lambda world: world.comparator + 0.02),
+        ("level 0.2, worse", Level(0.2), retained(0.8)),
+        ("level 0.2, better", Level(0.2), retained(1.2)),
+        ("within 0.02", WithinMargin(0.02), lambda world: world.comparator - 0.02),
+    ]
+
+
+Counts = dict[str, NDArray[np.int64]]
+"""For each plan, how many populations gave (supported, contradicted)."""
+Squares = dict[int, MeanSquares]
+"""The mean squares of the first n seeds."""
+
+
+def mean_squares(table: Array) -> Squares:
+    """Those of every look."""
+    return {n: crossed.mean_squares(table[:, :n].astype(np.float64)) for n in looks.SEEDS}
+
+
+def count(rule: Rule, contrasts: Sequence[Squares], gains: Squares) -> Counts:
+    """The verdicts of every plan on the same populations."""
+    draws = len(gains[SEEDS].mean)
+
+    def verdicts(seeds: Sequence[int], levels: Sequence[float]) -> NDArray[np.int64]:
+        supported, contradicted = np.zeros((2, draws), dtype=bool)
+        for n, level in zip(seeds, levels, strict=True):
+            yes, no = rule.decide([squares[n] for squares in contrasts], gains[n], level)
+            undecided = ~(supported | contradicted)
+            supported, contradicted = supported | (yes & undecided), contradicted | (no & undecided)
+        return np.array([supported.sum(), contradicted.sum()])
+
+    counts = {name: verdicts(plan.seeds, plan.levels) for name, plan in PLANS.items()}
+    counts[UNPLANNED] = verdicts(looks.SEEDS, [looks.TOTAL] * len(looks.SEEDS))
+    return counts
+
+
+@dataclass(frozen=True)
+class Job:
+    """Several rules on one world, each at a true score of the method, with so many populations."""
+
+    world: World
+    rules: tuple[tuple[str, Rule, float], ...]
+    draws: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How often a plan gave each verdict."""
+
+    rule: str
+    world: World
+    truth: float
+    plan: str
+    supported: float
+    contradicted: float
+    draws: int
+
+    @property
+    def wrong(self) -> float:
+        """At a boundary, every verdict is wrong."""
+        return self.supported + self.contradicted
+
+    @property
+    def error(self) -> float:
+        """The Monte Carlo standard error of `wrong`."""
+        return math.sqrt(max(self.wrong * (1 - self.wrong), 1 / self.draws) / self.draws)
+
+
+def run(job: Job) -> list[Outcome]:
+    """Draw the job's populations in chunks and count the verdicts."""
+    generator = np.random.default_rng([job.seed, job.world.rows, round(1e4 * job.world.seed_sd), job.draws])
+    chunk = max(1, NUMBERS_AT_ONCE // (SEEDS * job.world.rows))
+    totals: dict[tuple[str, str], NDArray[np.int64]] = {}
+    drawn = 0
+    while drawn < job.draws:
+        population = Population(job.world, min(chunk, job.draws - drawn), generator)
+        drawn += population.draws
+        gains = mean_squares(population.comparator - population.base)
+        for name, rule, truth in job.rules:
+            tables = rule.contrasts(population.method(truth), population.comparator, population.base)
+            counts = count(rule, [mean_squares(table) for table in tables], gains)
+            for plan, verdicts in counts.items():
+                totals[name, plan] = totals.get((name, plan), np.zeros(2, dtype=np.int64)) + verdicts
+    truths = {name: truth for name, _, truth in job.rules}
+    return [
+        Outcome(name, job.world, truths[name], plan, *(verdicts / job.draws).tolist(), job.draws)
+        for (name, plan), verdicts in totals.items()
+    ]
+
+
+SCORES = {
+    "binary": [(0.20, 0.50), (0.02, 0.06)],
+    "rouge": [(0.10, 0.25), (0.02, 0.05)],
+    "loss": [(-2.0, -1.5), (-2.0, -1.9)],
+}
+ROWS = (200, 1200)
+SEED_SD = (0.005, 0.01, 0.03)
+
+
+NOTHING_GAINED = [
+    World(kind, score, score, rows, 0.01)
+    for kind, score in (("binary", 0.3), ("binary", 0.03), ("rouge", 0.1), ("loss", -2.0))
+    for rows in (200, 1200)
+]
+TRUTHS: list[tuple[str, Rule, Callable[[World], float]]] = [
+    ("retains 0.9: the method retains all", Retains(0.9), lambda world: world.comparator),
+    ("retains 0.9: the method retains 0.7", Retains(0.9), lambda world: world.base + 0.7 * world.gain),
+    ("retains 0.9: the method is the base", Retains(0.9), lambda world: world.base),
+    ("better: by 0.05", Better(), lambda world: world.comparator + 0.05),
+    ("level 0.2: equal", Level(0.2), lambda world: world.comparator),
+    ("within 0.02: equal", WithinMargin(0.02), lambda world: world.comparator),
+]
+"""What the power is measured at. The right verdict is *contradicted* where the method retains 0.7 or nothing."""
+FUTILITY_THRESHOLDS = (0.01, 0.02, 0.05, 0.10)
+
+
+def worlds() -> Iterator[World]:
+    """The grid of settings: large and small gains of each kind of score."""
+    for kind, scores in SCORES.items():
+        for (base, comparator), rows, seed_sd, seeds_agree in itertools.product(scores, ROWS, SEED_SD, (False, True)):
+            yield World(kind, base, comparator, rows, seed_sd, seeds_agree)
+
+
+def at_boundaries(world: World, draws: int, only: str = "", seed: int = 0) -> Job:
+    """All rules, or only one, whose boundary is a possible score in this world."""
+    rules = [(name, rule, truth(world)) for name, rule, truth in boundaries() if only in ("", name)]
+    return Job(world, tuple(rule for rule in rules if world.kind == "loss" or rule[2] > 0.005), draws, seed)
+
+
+def without_gain(world: World, draws: int) -> Job:
+    """Nobody gains anything: base, comparator and method have one true score."""
+    return Job(world, (("retains 0.9", Retains(0.9), world.base), ("retains 0.5", Retains(0.5), world.base)), draws)
+
+
+def with_power(world: World, draws: int) -> Job:
+    return Job(world, tuple((name, rule, truth(world)) for name, rule, truth in TRUTHS), draws)
+
+
+def run_all(jobs: Sequence[Job], processes: int) -> list[Outcome]:
+    """The outcomes of all jobs, in their order."""
+    with concurrent.futures.ProcessPoolExecutor(processes) as pool:
+        return [outcome for found in pool.map(run, jobs) for outcome in found]
+
+
+@dataclass(frozen=True)
+class Futility:
+    """What it costs and saves to stop a plan whose chance of a decision is below a threshold."""
+
+    world: World
+    retained: float
+    """The method's true share of the gain."""
+    threshold: float
+    stopped: float
+    """The share of plans that stop before the last look, undecided."""
+    lost: float
+    """The share of verdicts that would have come at a later look and are lost."""
+    seeds: float
+    """The mean number of seeds that a plan runs."""
+    seeds_without: float
+
+
+def futility(world: World, retained: float, draws: int) -> list[Futility]:
+    """Run plans for `Retains(0.9)` with the method's true share of the gain, with and without stopping."""
+    rule, plan, generator = Retains(0.9), looks.planned(), np.random.default_rng(world.rows)
+    decided_at = np.full(draws, len(plan.seeds))
+    chances = np.ones((draws, len(plan.seeds)))
+    for draw in range(draws):
+        population = Population(world, 1, generator)
+        scores = [population.method(world.base + retained * world.gain), population.comparator]
+        method, comparator = (table[0].astype(np.float64) for table in scores)
+        base = population.base[0].astype(np.float64)
+        for look, (n, level) in enumerate(zip(plan.seeds, plan.levels, strict=True)):
+            if any(rule.decisions(method[:n], comparator[:n], base, level)):
+                decided_at[draw] = look
+                break
+            if n < SEEDS:
+                chances[draw, look] = looks.chance_of_decision(rule, method[:n], comparator[:n], base, plan, look)
+    ends = np.array([*plan.seeds, SEEDS])
+    found = []
+    for threshold in FUTILITY_THRESHOLDS:
+        low = chances < threshold
+        stopped_at = np.where(low.any(1), low.argmax(1), len(plan.seeds))
+        stops = stopped_at < decided_at
+        verdicts = decided_at < len(plan.seeds)
+        lost = float((stops & verdicts).sum() / max(1, verdicts.sum()))
+        seeds, without = ends[np.minimum(stopped_at, decided_at)].mean(), ends[decided_at].mean()
+        found.append(Futility(world, retained, threshold, float(stops.mean()), lost, float(seeds), float(without)))
+    return found
+
+
+def in_words(world: World) -> list[str]:
+    kind = f"{world.kind}, seeds agree" if world.seeds_agree else world.kind
+    return [kind, f"{world.base:g} to {world.comparator:g}", f"{world.rows:,}", f"{100 * world.seed_sd:g}"]
+
+
+SETTING = ["scores", "base to comparator", "rows", "SD of seeds"]
+
+
+def by_plan(outcomes: Sequence[Outcome], shown: Callable[[Outcome], str]) -> str:
+    """A table with a column for each plan."""
+    plans = [*PLANS, UNPLANNED]
+    cells = {(o.rule, o.world, o.plan): shown(o) for o in outcomes}
+    keys = list(dict.fromkeys((o.rule, o.world) for o in outcomes))
+    rows = [[rule, *in_words(world), *(cells[rule, world, plan] for plan in plans)] for rule, world in keys]
+    return common.table(["rule", *SETTING, *plans], rows)
+
+
+def worst(outcomes: Sequence[Outcome], how_many: int) -> list[tuple[str, World]]:
+    """For each rule, the settings in which a plan had the most wrong verdicts."""
+    found = []
+    for rule in dict.fromkeys(o.rule for o in outcomes):
+        ranked = sorted((o for o in outcomes if o.rule == rule and o.plan != UNPLANNED), key=lambda o: -o.wrong)
+        found += [(rule, world) for world in list(dict.fromkeys(o.world for o in ranked))[:how_many]]
+    return found
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--draws", type=int, default=2500, help="populations of each setting of the grid")
+    arguments.add_argument("--worst", type=int, default=1, help="settings of each rule that are measured again")
+    arguments.add_argument("--worst-draws", type=int, default=100_000)
+    arguments.add_argument("--futility-draws", type=int, default=400)
+    arguments.add_argument("--processes", type=int, default=2)
+    arguments.add_argument("--quick", action="store_true", help="200 rows only, and few populations")
+    arguments.add_argument("--json", type=Path)
+    options = arguments.parse_args()
+    draws, worst_draws, futility_draws = options.draws, options.worst_draws, options.futility_draws
+    settings = list(worlds())
+    if options.quick:
+        draws, worst_draws, futility_draws = 1000, 4000, 50
+        settings = [world for world in settings if world.rows == ROWS[0]]
+    started = time.perf_counter()
+
+    grid = run_all([at_boundaries(world, draws) for world in settings], options.processes)
+    print(
+        f"## Wrong verdicts at the boundary, %: the largest of {len(settings)} settings, {draws:,} populations each\n"
+    )
+    rules = list(dict.fromkeys(o.rule for o in grid))
+    plans = [*PLANS, UNPLANNED]
+    highest = {(r, p): max(o.wrong for o in grid if (o.rule, o.plan) == (r, p)) for r in rules for p in plans}
+    print(common.table(["rule", *plans], [[r, *(f"{100 * highest[r, p]:.1f}" for p in plans)] for r in rules]))
+    print(
+        f"\nOne figure is known to within {200 * math.sqrt(0.05 * 0.95 / draws):.1f} (95 %); the largest is too large."
+    )
+
+    # Other seeds than the grid's: the worst of many is partly chance, and must not be measured on the same draws.
+    again = [at_boundaries(world, worst_draws, rule, seed=1) for rule, world in worst(grid, options.worst)]
+    repeated = run_all(again, options.processes)
+    print(f"\n## The worst settings again, {worst_draws:,} populations each, wrong verdicts in %\n")
+    print(by_plan(repeated, lambda o: f"{100 * o.wrong:.2f}"))
+    print(f"\nOne figure is known to within {200 * math.sqrt(0.05 * 0.95 / worst_draws):.2f} (95 %).")
+
+    empty = run_all([without_gain(world, 5 * draws) for world in NOTHING_GAINED], options.processes)
+    print(f"\n## Nothing is gained: supported in %, {5 * draws:,} populations each\n")
+    print(by_plan(empty, lambda o: f"{100 * o.supported:.2f}"))
+
+    strong = [World(kind, *SCORES[kind][0], rows, 0.01) for kind in SCORES for rows in (ROWS[0], ROWS[-1])]
+    power = run_all([with_power(world, draws) for world in strong], options.processes)
+    print(f"\n## Power: supported / contradicted in %, {draws:,} populations each\n")
+    print(by_plan(power, lambda o: f"{100 * o.supported:.0f} / {100 * o.contradicted:.0f}"))
+
+    print(f"\n## Stopping for futility, retains 0.9, {futility_draws} plans each\n")
+    stopped = [(world, retained) for world in strong[1::2] for retained in (1.0, 0.9, 0.7)]
+    with concurrent.futures.ProcessPoolExecutor(options.processes) as pool:
+        calls = [pool.submit(futility, world, retained, futility_draws) for world, retained in stopped]
+        stopping = [found for call in calls for found in call.result()]
+    rows = [
+        [
+            *(f"{f.retained:g}", *in_words(f.world), f"{f.threshold:g}", f"{100 * f.stopped:.0f}"),
+            *(f"{100 * f.lost:.1f}", f"{f.seeds:.1f}", f"{f.seeds_without:.1f}"),
+        ]
+        for f in stopping
+    ]
+    header = ["retained", *SETTING, "threshold", "stopped, %", "verdicts lost, %", "seeds", "seeds without"]
+    print(common.table(header, rows))
+    print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes, {options.processes} processes")
+    figures = {"grid": grid, "worst": repeated, "nothing gained": empty, "power": power, "futility": stopping}
+    common.write(options.json, {name: [dataclasses.asdict(f) for f in found] for name, found in figures.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Which passes over a split give the metrics that are wanted. No torch is imported: a finished run is checked fast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tiedlora.config.explain import nearest
+from tiedlora.errors import UserError
+from tiedlora.records.loss_metrics import LOSS_METRICS, is_loss
+from tiedlora.records.run_record import SplitScores
+from tiedlora.tasks import Task
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes over the rows of a split. All metrics of a pass are recorded together."""
+
+    answers: bool = True
+    """Ask the model every row. This gives the task's own metrics."""
+    losses: bool = True
+    """The losses of the rows' targets, without generation."""
+    needs_targets: bool = False
+    """Whether rows without a target are an error. Otherwise their split gets no losses."""
+
+    def __bool__(self) -> bool:
+        return self.answers or self.losses
+
+
+ALL_PASSES = Passes()
+
+
+def wanted_passes(metrics: Sequence[str] | None, task: Task) -> Passes:
+    """The passes for `score.metrics`. None means the task's own metrics and the losses.
+
+    Raises:
+        UserError: a name is no metric of the task.
+    """
+    if metrics is None:
+        return ALL_PASSES
+    known = (*task.metrics, *LOSS_METRICS)
+    for name in metrics:
+        if name not in known:
+            raise UserError(
+                f"score.metrics={name!s:.40}: no such metric of task={task.config.name}; choose from "
+                f"{', '.join(known)}{nearest(name, known)}"
+            )
+    if not metrics:
+        raise UserError("score.metrics=[]: names no metric; null takes all, and score.splits=[] scores nothing")
+    losses = any(map(is_loss, metrics))
+    return Passes(answers=not all(map(is_loss, metrics)), losses=losses, needs_targets=losses)
+
+
+def missing_passes(metrics: Sequence[str] | None, task: Task, recorded: SplitScores | None) -> Passes:
+    """The wanted passes that a split's record lacks.
+
+    With None, a record with the task's own metrics lacks nothing: runs of earlier versions, which have no losses, stay
+    finished.
+
+    Raises:
+        UserError: as wanted_passes.
+    """
+    wanted = wanted_passes(metrics, task)
+    if recorded is None:
+        return wanted
+    has_losses = any(map(is_loss, recorded.metrics))
+    has_answers = not all(map(is_loss, recorded.metrics))
+    answers, losses = wanted.answers and not has_answers, wanted.losses and not has_losses
+    return Passes(answers, losses and metrics is not None, wanted.needs_targets)

@@ -1,0 +1,294 @@
+"""The staged sweep: launch what each configuration's search asks for, until all have a chosen rate with scored runs.
+
+staged_search.py decides, from the files in the cells' folders only. This module reads these files, launches, and writes
+the decisions to selection.json.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import mean
+
+from tiedlora import storage
+from tiedlora.config.identity import config_tree
+from tiedlora.errors import UserError
+from tiedlora.records.rows import read_validation_losses
+from tiedlora.records.selection import LOSS, RateChoice, RateSearch, Selection, write_selection
+from tiedlora.statistics.paired_rows import RowLosses
+from tiedlora.statistics.rate_choice import ChosenRate
+from tiedlora.sweeps import selection, status
+from tiedlora.sweeps.cells import Sweep, SweepCell
+from tiedlora.sweeps.control import SweepControl
+from tiedlora.sweeps.launching import Launch, changed_inputs, end_with, launch_cells
+from tiedlora.sweeps.staged_search import Observation, Request, SearchPlan, SearchStage, next_stage, rung_steps
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """The options of the staged sweeper."""
+
+    rungs: tuple[float, ...]
+    """Shares of the steps, after which rates that are clearly behind stop."""
+    finalists: int
+    """The most rates that run at the second seed."""
+    lowest_rate: float
+    """The bounds of rates outside the grid."""
+    highest_rate: float
+
+    @classmethod
+    def checked(cls, rungs: Sequence[float], finalists: int, lowest_rate: float, highest_rate: float) -> SearchOptions:
+        """The options of the command line.
+
+        Raises:
+            UserError: a value is not allowed.
+        """
+        if not all(0 < rung < 1 for rung in rungs):
+            raise UserError(f"hydra.sweeper.rungs={list(rungs)}: give shares of the steps between 0 and 1, or []")
+        if finalists < 2:
+            raise UserError(f"hydra.sweeper.finalists={finalists}: must be at least 2")
+        if not 0 < lowest_rate <= highest_rate:
+            raise UserError(
+                f"hydra.sweeper.lowest_rate={lowest_rate:g}: must be above 0, and not above hydra.sweeper.highest_rate"
+                f"={highest_rate:g}"
+            )
+        return cls(tuple(rungs), finalists, lowest_rate, highest_rate)
+
+
+class SearchGroup:
+    """The search of one configuration: its plan, and its cells by rate and seed."""
+
+    def __init__(self, name: str, cells: Sequence[SweepCell], options: SearchOptions) -> None:
+        self.name, self.first = name, cells[0]
+        self._cells = {(cell.parameters().lr, cell.config.seed): cell for cell in cells}
+        train = self.first.config.train
+        self.plan = SearchPlan(
+            rates=tuple(sorted({lr for lr, _ in self._cells})),
+            # Sorted, because the same cells are the same sweep in any order.
+            seeds=tuple(sorted({seed for _, seed in self._cells})),
+            rungs=rung_steps(train.steps, train.validate_every, options.rungs),
+            lowest=options.lowest_rate,
+            highest=options.highest_rate,
+            finalists=options.finalists,
+        )
+
+    def cell(self, lr: float, seed: int) -> SweepCell:
+        """The cell of the grid, or one with a rate outside of it."""
+        if (lr, seed) not in self._cells:
+            config = replace(self.first.config, seed=seed, train=replace(self.first.config.train, lr=lr))
+            kept = [word for word in self.first.overrides if word.split("=")[0] not in ("train.lr", "seed")]
+            self._cells[lr, seed] = SweepCell((*kept, f"train.lr={lr:g}", f"seed={seed}"), config)
+        return self._cells[lr, seed]
+
+    def requested(self, request: Request) -> SweepCell:
+        """The cell for the launch that a request needs."""
+        cell = self.cell(request.lr, request.seed)
+        return cell.until(request.until, cell.config.score.splits if request.score else [])
+
+    def next(self) -> SearchStage:
+        """What the search has decided so far, and what it needs next.
+
+        Raises:
+            UserError: a file of a run is damaged, or its rows are not those of the other runs.
+        """
+        seen: dict[tuple[float, int], Observation] = {}
+
+        def observe(lr: float, seed: int) -> Observation:
+            if (lr, seed) not in seen:
+                seen[lr, seed] = observation(self.cell(lr, seed))
+            return seen[lr, seed]
+
+        try:
+            return next_stage(self.plan, observe)
+        except ValueError as error:
+            raise UserError(f"{self.name}: {error}: the validation rows have changed; restore them") from None
+
+    def search(self, stage: SearchStage) -> RateSearch:
+        """The decisions, as selection.json holds them."""
+        plan = self.plan
+        return RateSearch(
+            self.name, list(plan.seeds), list(plan.rungs), plan.lowest, plan.highest, list(stage.decisions)
+        )
+
+    def choice(self, stage: SearchStage, chosen: ChosenRate) -> RateChoice:
+        """The chosen rate with its runs, once the search has ended."""
+        named, cells = self.first.parameters(), [self.cell(chosen.lr, seed) for seed in self.plan.seeds]
+        test, test_metric = _mean_test(cells)
+        return RateChoice(
+            model=named.model,
+            task=named.task,
+            configuration=named.configuration,
+            rank=named.rank,
+            lr=chosen.lr,
+            lrs=list(chosen.tried),
+            metric=LOSS,
+            value=chosen.value,
+            seeds=len(cells),
+            trials=stage.runs,
+            failed=sum(len(trial.failed) for trial in stage.trials),
+            edge=chosen.edge,
+            run_ids=sorted(cell.run_id for cell in cells),
+            test=test,
+            test_metric=test_metric,
+            selection_seeds=list(chosen.seeds),
+        )
+
+
+def observation(cell: SweepCell) -> Observation:
+    """What the files of a cell's folder show."""
+    folder, record = cell.folder, cell.folder.record()
+    return Observation(
+        evaluations={
+            row.step: RowLosses(row.losses, row.tokens) for row in read_validation_losses(folder.validation_losses_file)
+        },
+        loss=None if record is None else record.training.validation_loss_last,
+        diverged=record is None and folder.diverged(),
+        scored=cell.finished(),
+    )
+
+
+def _mean_test(cells: Sequence[SweepCell]) -> tuple[float | None, str]:
+    """The mean over the seeds of the first metric on test, and its name; None if test is not scored."""
+    records = [record for cell in cells if (record := cell.folder.record()) is not None]
+    scores = [record.scores["test"] for record in records if "test" in record.scores]
+    if len(scores) < len(cells):
+        return None, ""
+    metric = scores[0].first_metric
+    return mean(split.metrics[metric].value for split in scores), metric
+
+
+def search_groups(sweep: Sweep, options: SearchOptions) -> list[SearchGroup]:
+    """The searches of a sweep: one for each model, task, configuration and rank."""
+    groups: list[SearchGroup] = []
+    for cells in selection.rate_groups(sweep.cells).values():
+        named = cells[0].parameters()
+        name = f"{named.configuration} r={named.rank} on {named.task}, {named.model}"
+        # Two groups can have the same name, if they differ in another key.
+        alike = sum(group.name.split(" (")[0] == name for group in groups)
+        groups.append(SearchGroup(f"{name} ({alike + 1})" if alike else name, cells, options))
+    return groups
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """A search and how far it has come."""
+
+    group: SearchGroup
+    stage: SearchStage
+
+    def asked(self) -> list[SweepCell]:
+        """The cells that the search needs next."""
+        return [self.group.requested(request) for request in self.stage.requests]
+
+    def used(self) -> list[SweepCell]:
+        """The finished cells that the search used."""
+        return [self.group.cell(trial.lr, seed) for trial in self.stage.trials for seed in trial.losses]
+
+
+def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch, fail_fast: bool = False) -> None:
+    """Carry out the staged sweep, then print the chosen rates. The same command continues a stopped one.
+
+    Args:
+        fail_fast: as for run_sweep.
+
+    Raises:
+        UserError: a file of a run is damaged.
+        SystemExit: with code 1, after naming every cell that failed and every configuration without a usable rate.
+        KeyboardInterrupt: the sweep was asked to stop.
+    """
+    groups = search_groups(sweep, options)
+    finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
+    launched: set[tuple[str, tuple[str, ...]]] = set()
+    next_job = 0
+    control = sweep.control
+    control.start(fail_fast)
+    while True:
+        searches = [_Progress(group, group.next()) for group in groups]
+        _mark_pruned(searches)
+        chosen = _selection(sweep, searches)
+        write_selection(selection.selection_file(sweep), chosen)
+        asked = [cell for search in searches for cell in search.asked()]
+        # A cell that has failed is launched again by the next command, and not by this one.
+        cells = [cell for cell in asked if (cell.run_id, cell.launch_words) not in launched]
+        if not cells or control.first_failure() is not None:
+            break
+        log.info("%s: %s", sweep.id, _stage_line(searches))
+        for search in searches:
+            for request in search.stage.requests:
+                _freeze(sweep, search.group.cell(request.lr, request.seed))
+        launched.update((cell.run_id, cell.launch_words) for cell in cells)
+        next_job = launch_cells(cells, launch, control, next_job)
+    print(f"\n{summary(chosen)}")
+    errors = {cell.run_id: _why_unfinished(cell, control) for cell in asked}
+    used = [cell for search in searches for cell in search.used()]
+    errors.update(changed_inputs(cell for cell in used if cell.run_id in finished_before))
+    without = [search.group.name for search in searches if not search.stage.requests and search.stage.chosen is None]
+    for name in without:
+        print(f"{name}: every rate diverged; add lower ones with train.lr=", file=sys.stderr)
+    end_with(errors, len(used) + len(asked), control.first_failure())
+    if without:
+        raise SystemExit(1)
+
+
+def _mark_pruned(searches: Sequence[_Progress]) -> None:
+    """Write pruned.txt, which is the state `pruned`, for the stopped runs that nothing has continued since."""
+    for search in searches:
+        for made in search.stage.decisions:
+            if made.action == "stopped" and made.seed is not None:
+                cell = search.group.cell(made.lr, made.seed)
+                if cell.folder.state() == "interrupted":
+                    storage.write_bytes(cell.folder.pruned_file, f"{made.reason}\n".encode())
+
+
+def _selection(sweep: Sweep, searches: Sequence[_Progress]) -> Selection:
+    choices = [
+        search.group.choice(search.stage, search.stage.chosen)
+        for search in searches
+        if search.stage.chosen is not None and not search.stage.requests
+    ]
+    return Selection(sweep.id, "loss", choices, [search.group.search(search.stage) for search in searches])
+
+
+def _stage_line(searches: Sequence[_Progress]) -> str:
+    """What runs next, such as `21 cells to step 20, 2 cells to the end`."""
+    goals = Counter(
+        "are scored" if request.score else f"to step {request.until}" if request.until else "to the end"
+        for search in searches
+        for request in search.stage.requests
+    )
+    return ", ".join(f"{count} cells {goal}" for goal, count in goals.items())
+
+
+def _freeze(sweep: Sweep, cell: SweepCell) -> None:
+    """Write the configuration of a cell outside the grid, as Sweep.freeze does for those of the grid."""
+    path = sweep.path / "cells" / f"{cell.run_id}.json"
+    if not path.exists():
+        tree = config_tree(cell.config)
+        tree["tracking"]["group"] = tree["tracking"]["group"] or sweep.id
+        storage.write_json(path, tree)
+
+
+def _why_unfinished(cell: SweepCell, control: SweepControl) -> str:
+    if control.is_dropped(cell.run_id):
+        return "dropped, but the search needs it; put it back with scripts/sweep.py retry"
+    if cell.state() == "failed":
+        return status.last_error(cell.folder)
+    if control.first_failure() is not None:
+        return "stopped, because another cell failed"
+    return "ended without the losses or scores that the search needs; delete its folder, and start again"
+
+
+def summary(selected: Selection) -> str:
+    """The chosen rates as a table, after the decisions that a reader should know."""
+    notes = [
+        f"{search.group}: {made.lr:g} {made.action}: {made.reason}"
+        for search in selected.searches
+        for made in search.decisions
+        if made.action in ("diverged", "outward", "edge", "fallback", "none")
+    ]
+    return "\n".join([*notes, "", selection.table(selected.choices)] if notes else [selection.table(selected.choices)])

@@ -1,0 +1,208 @@
+"""model.quantization: gradients, footprint, resume, scoring and export on a base of 4 or 8 bits; merging is refused."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from helpers.tiny import model_option, randomise
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import tiedlora
+from tiedlora.adapter import attach, linear
+from tiedlora.config.compose import compose_config
+from tiedlora.config.identity import run_id
+from tiedlora.config.project import PROJECT
+from tiedlora.data.batching import microbatches
+from tiedlora.data.encoding import Encoded
+from tiedlora.errors import StoppedEarly, UserError
+from tiedlora.export.folder import ExportOptions, export_run
+from tiedlora.models.base_model import load_base
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.runs import run
+from tiedlora.training.loss import row_losses, target_loss
+from tiedlora.training.signals import StopSignal
+
+CPU = torch.device("cpu")
+LAYERS = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+
+
+def quantised(name: str, kind: str, dtype: str = "bfloat16"):
+    config = compose_config([f"model={name}", f"model.quantization={kind}"]).model
+    return load_base(config, dtype, CPU, PROJECT / ".cache")
+
+
+def dequantised(name: str, base, dtype: str = "bfloat16"):
+    """The plain model, with the values that the 4-bit weights of `base` stand for."""
+    plain = load_base(model_option(name), dtype, CPU, PROJECT / ".cache")
+    for path, module in base.model.named_modules():
+        if isinstance(module, LAYERS[0]):
+            there = plain.model.get_submodule(path)
+            values = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            there.weight.data.copy_(values.T if isinstance(there, Conv1D) else values)
+    return plain
+
+
+def batch_of(base):
+    rows = [Encoded(tuple(range(5, 30)), tuple(range(40, 52))), Encoded(tuple(range(9, 20)), tuple(range(60, 67)))]
+    (batch,) = microbatches(rows, base.tokenizer.eos_token_id)
+    return batch
+
+
+def gradients(base, evaluations: int = 0):
+    """The loss and the gradients of a random adapter, after some evaluation passes. The base stays as it was."""
+    attached, batch = attach(base.model, "TABuv", 4), batch_of(base)
+    randomise(attached.adapter)
+    for _ in range(evaluations):
+        row_losses(base.model, batch)
+    loss = target_loss(base.model, batch)
+    loss.backward()
+    parts = {name: part.grad for name, part in attached.adapter.trained_parts().items()}
+    attached.detach()
+    return loss.detach(), parts
+
+
+def same(one, two) -> bool:
+    return torch.equal(one[0], two[0]) and all(torch.equal(one[1][name], two[1][name]) for name in one[1])
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return quantised("smollm2_135m", "nf4")
+
+
+def test_gradients_through_nf4_are_those_through_the_dequantised_weights(smollm2):
+    """Bit for bit, also after an evaluation pass (bitsandbytes would repack the weights in it, and drop gradients)."""
+    through_nf4 = gradients(smollm2)
+    assert same(through_nf4, gradients(dequantised("smollm2_135m", smollm2)))
+    assert all(grad.abs().max() > 0 for grad in through_nf4[1].values())
+    assert same(through_nf4, gradients(smollm2, evaluations=1))
+
+
+def test_nf4_needs_less_than_45_percent_of_bfloat16(smollm2):
+    """All of the model: the embeddings, a fifth of SmolLM2's weights, stay in bfloat16. Scales are counted."""
+    plain = load_base(model_option("smollm2_135m"), "bfloat16", CPU, PROJECT / ".cache").model
+    layers = [module for module in smollm2.model.modules() if isinstance(module, LAYERS)]
+    states = [module.weight.quant_state for module in layers]
+    scales = [tensor for s in states for tensor in (s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code)]
+    storage = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in [*smollm2.model.parameters(), *scales]}
+    whole = sum(parameter.nbytes for parameter in plain.parameters())
+    assert sum(storage.values()) < 0.45 * whole
+    linears = sum(2 * module.in_features * module.out_features for module in layers)
+    own = sum(module.weight.nbytes for module in layers)
+    assert own == linears / 4
+    assert linear.weight_count(smollm2.model) == sum(parameter.numel() for parameter in plain.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("tiny_llama", "float32"), ("tiny_gpt2", "float32"), ("tiny_gpt2", "bfloat16")]
+)
+def test_every_family_and_dtype_trains_through_nf4(name, dtype):
+    base = quantised(name, "nf4", dtype)
+    through_nf4, through_plain = gradients(base), gradients(dequantised(name, base, dtype))
+    # A Conv1D multiplies in another order than a linear layer.
+    tolerance = 0.0 if name == "tiny_llama" else {"float32": 1e-4, "bfloat16": 5e-2}[dtype]
+    for part, expected in through_plain[1].items():
+        assert (through_nf4[1][part] - expected).abs().max() <= tolerance * expected.abs().max(), part
+
+
+def test_int8_passes_the_gradient_of_its_dequantised_weight():
+    """int8 rounds activations too, so only the gradient of one layer is that of the dequantised weight."""
+    base = quantised("tiny_llama", "int8", "float32")
+    layer = base.model.model.layers[0].self_attn.q_proj
+    values = layer.weight.CB.float() * layer.weight.SCB.unsqueeze(1) / 127
+    plain = load_base(model_option("tiny_llama"), "float32", CPU, Path("unused")).model.model.layers[0].self_attn.q_proj
+    assert (values - plain.weight).abs().max() < 0.01 * values.abs().max()
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, values.sum(0).expand_as(x), rtol=1e-5, atol=1e-6)
+    assert same(gradients(base), gradients(base, evaluations=2)), "an evaluation pass changes nothing"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+class TestRun:
+    @pytest.fixture
+    def config(self, kind, tiny_config):
+        return tiny_config(f"model.quantization={kind}")
+
+    def test_a_stopped_run_goes_on_exactly(self, config, kind, tmp_path, monkeypatch):
+        """float32, so that plain weights would be scored merged: quantised ones are scored unmerged."""
+        whole = run.main(config)
+        assert whole.base.quantization == kind
+        tensors = load_file(tmp_path / "outputs" / whole.run_id / "adapter" / "adapter.safetensors")
+        assert whole.training.validation_loss_last < whole.training.validation_loss_first, "it trained"
+        config.outputs = str(tmp_path / "again")
+        calls = iter(range(100))
+        with monkeypatch.context() as patched:
+            patched.setattr(StopSignal, "requested", lambda _: next(calls) == 2)
+            with pytest.raises(StoppedEarly):
+                run.main(config)
+        again = run.main(config)
+        resumed = load_file(tmp_path / "again" / again.run_id / "adapter" / "adapter.safetensors")
+        assert all(torch.equal(tensors[name], resumed[name]) for name in tensors)
+        assert again.scores["validation"].metrics == whole.scores["validation"].metrics
+
+    def test_exports_keep_the_adapter_apart(self, config, kind, tmp_path, ids):
+        record = run.main(config)
+        folder = RunFolder(tmp_path / "outputs" / record.run_id)
+        with pytest.raises(UserError, match=rf"^--to merged: .*model.quantization={kind}.*--to peft") as refused:
+            export_run(folder, record, config, tmp_path / "merged", ExportOptions("merged"))
+        assert "\n" not in str(refused.value)
+        assert not (tmp_path / "merged").exists()
+        export_run(folder, record, config, tmp_path / "peft", ExportOptions("peft"))
+        assert "BitsAndBytesConfig(load_in_" in (tmp_path / "peft" / "README.md").read_text()
+        attached = tiedlora.load(folder.path)
+        ours = attached.model(ids).logits
+        twin = load_base(config.model, "float32", CPU, Path("unused")).model
+        theirs = PeftModel.from_pretrained(twin, tmp_path / "peft")(ids).logits
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_merging_is_refused_and_changes_nothing(kind, ids):
+    attached = attach(quantised("tiny_llama", kind, "float32").model, "TABuv")
+    randomise(attached.adapter)
+    adapted = attached.model(ids).logits
+    for merge in (attached.merge, attached.fuse):
+        with pytest.raises(UserError, match=r"^merge: .*q_proj is quantised.*keep the adapter apart"):
+            merge()
+    assert torch.equal(attached.model(ids).logits, adapted)
+
+
+def test_repacked_weights_are_refused(monkeypatch):
+    """Simulated, because bitsandbytes repacks only on a processor with AVX512-bf16."""
+    model = quantised("tiny_llama", "nf4").model
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.support_avx512bf16_for_cpu is False
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(UserError, match=r"repacked .*up_proj.*load the model again"):
+        attach(model, "TABuv")
+
+
+def test_quantization_is_part_of_the_identity_and_of_the_adapter(tiny_config, ids, tmp_path):
+    plain, nf4 = tiny_config(), tiny_config("model.quantization=nf4")
+    assert run_id(plain) != run_id(nf4)
+    assert run_id(tiny_config("model.quantization=null")) == run_id(plain)
+    base = quantised("tiny_llama", "nf4")
+    attached = attach(base.model, "TABuv")
+    attached.save_pretrained(tmp_path / "adapter", base.record)
+    assert tiedlora.adapter.load(tmp_path / "adapter")[1].quantization == "nf4"
+
+
+def test_without_bitsandbytes_one_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^model.quantization=nf4: needs bitsandbytes.*tiedlora\[quantization\]"):
+        quantised("tiny_llama", "nf4")
+
+
+def test_a_copy_of_a_quantised_model_folds_its_own_factors(ids):
+    attached = attach(quantised("tiny_llama", "nf4").model, "TABuv")
+    randomise(attached.adapter)
+    twin: nn.Module = copy.deepcopy(attached.model)
+    assert torch.equal(twin(ids).logits, attached.model(ids).logits)

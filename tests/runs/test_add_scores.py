@@ -1,0 +1,163 @@
+"""More scores of a finished run: the loss of its targets is added, and what is recorded stays as it was."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tiedlora.config.compose import compose_config
+from tiedlora.config.identity import run_id
+from tiedlora.errors import UserError
+from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN, loss_scores
+from tiedlora.records.rows import NOT_GENERATED, read_predictions
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.runs import lazy, run, verify
+from tiedlora.scoring import split
+
+OWN = ["exact_match_strict", "exact_match_flexible"]
+
+
+def folder_of(config) -> RunFolder:
+    return RunFolder(Path(config.outputs) / run_id(config))
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory):
+    """The overrides of a run that is finished, and has only the task's own metrics, as runs of earlier versions."""
+    place = tmp_path_factory.mktemp("scores")
+    words = [
+        *("model=tiny_llama", "task=chain_sum", "task.options.rows={train: 40, validation: 10, test: 10}"),
+        *("task.rows.validation=null", "task.max_new_tokens=6", "train.steps=4", "train.batch_size=4"),
+        *("train.warmup_steps=1", "train.dtype=float32", "train.threads=1", "score.batch_size=4"),
+        *(f"outputs={place}/outputs", f"cache={place}/cache"),
+    ]
+    run.main(compose_config([*words, "score.metrics=[exact_match_strict]"]))
+    return words
+
+
+@pytest.fixture
+def config(overrides, tmp_path):
+    """Composes the same run in a copy of the outputs."""
+    (outputs,) = (word.removeprefix("outputs=") for word in overrides if word.startswith("outputs="))
+    shutil.copytree(outputs, tmp_path / "outputs")
+    return lambda *more: compose_config([*overrides, f"outputs={tmp_path}/outputs", *more])
+
+
+def scores_of(folder: RunFolder, name: str = "validation") -> list[dict]:
+    """The JSON objects of a predictions file, without the losses."""
+    rows = [json.loads(line) for line in folder.predictions_file(name).read_text().splitlines()]
+    return [{**row, "scores": {k: v for k, v in row["scores"].items() if k not in LOSS_METRICS}} for row in rows]
+
+
+def wrong(folder: RunFolder, rows: int = 100) -> list[str]:
+    return [f"{f.check}: {f.explanation}" for f in verify.verify(folder.path, rows=rows) if f.ok is False]
+
+
+def test_a_run_without_losses_is_finished_until_they_are_asked_for(config, monkeypatch):
+    """The default adds nothing to a finished run, and never asks a model."""
+    folder = folder_of(config())
+    before = folder.result_file.read_bytes()
+    monkeypatch.setattr(lazy, "add_scores", lambda *_: pytest.fail("scored"))
+    run.main(config())
+    run.main(config("score.metrics=[exact_match_flexible]"))
+    assert folder.result_file.read_bytes() == before
+    with pytest.raises(pytest.fail.Exception):
+        run.main(config("score.metrics=[target_loss]"))
+
+
+@pytest.mark.parametrize("how", ["train.py", "score.py"])
+def test_the_loss_is_added_and_the_rest_stays(config, how, script, monkeypatch):
+    folder = folder_of(config())
+    before, rows, base_rows = folder.record(), scores_of(folder), scores_of(folder, "validation.base")
+    monkeypatch.setattr(split, "predict", lambda *_: pytest.fail("asked for answers"))
+    if how == "train.py":
+        run.main(config("score.metrics=[target_loss]"))
+    else:
+        command = ["scripts/score.py", folder.path, "--split", "validation", "--metrics", "target_loss"]
+        code, out, err = script(*command)
+        assert code == 0, err
+        assert "target_loss " in out
+    after = folder.record()
+    now, then = after.scores["validation"], before.scores["validation"]
+    assert list(now.metrics) == list(now.base) == list(now.gain) == [*OWN, *LOSS_METRICS]
+    for kind in ("metrics", "base", "gain"):
+        assert {name: getattr(now, kind)[name] for name in OWN} == getattr(then, kind)
+    assert (now.first_metric, now.seconds, now.signatures) == (OWN[0], then.seconds, then.signatures)
+    assert now.gain[TARGET_LOSS].value == pytest.approx(now.metrics[TARGET_LOSS].value - now.base[TARGET_LOSS].value)
+    assert scores_of(folder) == rows
+    assert scores_of(folder, "validation.base") == base_rows
+    assert after.to_json() | {"scores": 0} == before.to_json() | {"scores": 0}
+    monkeypatch.undo()
+    assert not wrong(folder)
+
+
+def test_a_split_of_losses_alone_has_no_answers_until_they_are_asked_for(config, monkeypatch):
+    folder = folder_of(config())
+    with monkeypatch.context() as patch:
+        patch.setattr(split, "predict", lambda *_: pytest.fail("asked for answers"))
+        run.main(config("score.metrics=[target_loss]", "score.splits=[test]"))
+    losses = folder.record().scores["test"]
+    assert list(losses.metrics) == list(LOSS_METRICS)
+    assert {(row.output, row.ended) for row in read_predictions(folder.predictions_file("test"))} == {
+        ("", NOT_GENERATED)
+    }
+    assert not wrong(folder)
+    run.main(config("score.splits=[test]"))
+    both = folder.record().scores["test"]
+    assert list(both.metrics) == [*OWN, *LOSS_METRICS]
+    assert {name: both.metrics[name] for name in LOSS_METRICS} == losses.metrics
+    assert all(row.has_answer for row in read_predictions(folder.predictions_file("test")))
+    assert not wrong(folder)
+
+
+def test_without_base_scores_only_the_adapted_loss_is_added(config):
+    folder = folder_of(config())
+    tree = json.loads(folder.result_file.read_text())
+    del tree["scores"]["validation"]["base"], tree["scores"]["validation"]["gain"]
+    folder.result_file.write_text(json.dumps(tree))
+    scores = lazy.add_scores(folder, ["validation"], None, metrics=[TARGET_LOSS]).scores["validation"]
+    assert (scores.base, scores.gain) == (None, None)
+    assert TARGET_LOSS in scores.metrics
+
+
+def test_the_loss_of_other_rows_is_not_added(config, script):
+    folder = folder_of(config())
+    tree = json.loads(folder.result_file.read_text())
+    tree["scores"]["validation"]["digest"] = "0" * 64
+    folder.result_file.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="validation was scored on other rows"):
+        lazy.add_scores(folder, ["validation"], None, metrics=[TARGET_LOSS])
+    # Scored again as a whole, the split has one set of rows.
+    scores = lazy.add_scores(folder, ["validation"], None, again=True).scores["validation"]
+    assert list(scores.metrics) == [*OWN, *LOSS_METRICS]
+    code, _, err = script("scripts/score.py", folder.path, "--split", "validation", "--metrics", "bleu")
+    assert code != 0
+    assert err.strip().startswith("error: score.metrics=bleu: no such metric of task=chain_sum")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_changed_loss_is_named_by_its_row(config):
+    folder = folder_of(config())
+    lazy.add_scores(folder, ["validation"], None, metrics=[TARGET_LOSS])
+    path = folder.predictions_file("validation")
+    lines = path.read_text().splitlines()
+    row = json.loads(lines[3])
+    row["scores"][TARGET_LOSS] -= 0.5
+    path.write_text("\n".join([*lines[:3], json.dumps(row), *lines[4:]]) + "\n")
+    found = "\n".join(wrong(folder, rows=0))
+    assert f"predictions validation: row {row['id']}: target_loss is not the quotient" in found
+    # Consistent with each other, but not what the model computes.
+    total, tokens = row["scores"][TARGET_LOSS_BY_TOKEN]
+    row["scores"] |= loss_scores(total - 0.5 * tokens, int(tokens))
+    path.write_text("\n".join([*lines[:3], json.dumps(row), *lines[4:]]) + "\n")
+    # The file's checksum names the file alone, so the row is among those that are computed again first.
+    found = "\n".join(wrong(folder))
+    assert f"losses validation: row {row['id']}: its loss" in found
+    assert "predictions validation: result.json disagrees on metrics.target_loss.value" in found
+
+
+def test_a_wrong_name_stops_before_anything_is_loaded(tiny_config, tmp_path):
+    with pytest.raises(UserError, match=r"score.metrics=rouge1: no such metric"):
+        run.main(tiny_config("score.metrics=[rouge1]"))
+    assert not (tmp_path / "outputs").exists()

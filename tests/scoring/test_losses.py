@@ -1,0 +1,177 @@
+"""The loss of targets as a score: as transformers computes it, whatever shares a batch, with intervals in nats."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.tiny import randomise, task_option, tiny
+
+from tiedlora.adapter import attach
+from tiedlora.config.compose import compose_config
+from tiedlora.data.encoding import Encoder
+from tiedlora.errors import UserError
+from tiedlora.records.loss_metrics import LARGEST_LOSS, LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN, loss_scores
+from tiedlora.records.rows import NOT_GENERATED, PredictionRow
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import SplitScores
+from tiedlora.scoring import split as scoring
+from tiedlora.scoring.passes import Passes, missing_passes, wanted_passes
+from tiedlora.scoring.split import Scorer
+from tiedlora.scoring.summary import gains, summarise
+from tiedlora.scoring.target_losses import loss_batches, predict_losses
+from tiedlora.statistics.interval import Interval
+from tiedlora.tasks import Example, load_task
+
+EXAMPLES = [Example(str(i), f"Add {'1 and ' * (i * 3 % 5)}2:", f" {'9' * (1 + i * 5 % 7)}", ("9",)) for i in range(9)]
+
+
+def setup(*overrides, context=512):
+    config = compose_config(
+        ["model=tiny_llama", "task=gsm8k", "score.batch_size=4", "task.max_new_tokens=4", *overrides]
+    )
+    base = tiny("tiny_llama")
+    return base, Encoder(base.tokenizer, config.task, context), load_task(config.task), config
+
+
+def transformers_loss(base, prompt, target):
+    """The mean loss of one row as transformers computes it: labels are -100 in the prompt."""
+    tokens = [base.tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, target)]
+    tokens[1].append(base.tokenizer.eos_token_id)
+    ids, labels = torch.tensor([tokens[0] + tokens[1]]), torch.tensor([[-100] * len(tokens[0]) + tokens[1]])
+    with torch.no_grad():
+        return float(base.model(input_ids=ids, labels=labels).loss), len(tokens[1])
+
+
+@pytest.mark.parametrize("limits", [["score.batch_size=1"], ["score.batch_size=4"], ["score.batch_tokens=64"]])
+def test_a_rows_loss_is_that_of_transformers_whatever_shares_its_batch(limits):
+    base, encoder, _, config = setup(*limits)
+    randomise(attach(base.model, "TABuv").adapter, scale=0.2)
+    rows = predict_losses(base.model, encoder, EXAMPLES, config, "test")
+    assert [row.id for row in rows] == [example.id for example in EXAMPLES]
+    for row, example in zip(rows, EXAMPLES, strict=True):
+        mean, tokens = transformers_loss(base, example.prompt, example.target)
+        assert row.scores[TARGET_LOSS] == pytest.approx(mean, rel=1e-5)
+        assert row.scores[TARGET_LOSS_BY_TOKEN] == pytest.approx([mean * tokens, tokens], rel=1e-5)
+        assert (row.output, row.output_tokens, row.ended, row.has_answer) == ("", 0, NOT_GENERATED, False)
+    batches = loss_batches(encoder, EXAMPLES, config)
+    assert sorted(number for batch in batches for number in batch) == list(range(len(EXAMPLES)))
+
+
+def test_of_several_references_the_loss_takes_the_target_of_training():
+    base, encoder, _, config = setup("task=squad")
+    example = Example("0", "Passage: Rome is old.\nQuestion: What?\nAnswer:", " Rome", ("Rome", "old Rome"))
+    (row,) = predict_losses(base.model, encoder, [example], config, "test")
+    assert row.scores[TARGET_LOSS] == pytest.approx(transformers_loss(base, example.prompt, " Rome")[0], rel=1e-5)
+    endings = (" one.", " two three.", " four.", " five.")
+    example = Example("0", "Cooking: He", endings[1], ("1",), endings)
+    (row,) = predict_losses(base.model, encoder, [example], config, "test")
+    assert row.scores[TARGET_LOSS] == pytest.approx(transformers_loss(base, example.prompt, endings[1])[0], rel=1e-5)
+
+
+def test_a_target_that_does_not_fit_loses_its_end_and_is_counted(tmp_path):
+    base, encoder, task, config = setup(f"outputs={tmp_path}", context=24)
+    long = Example("long", "Add 2 and 7 to 1:", " 10 is the answer\n#### 10", ("10",))
+    rows = predict_losses(base.model, encoder, [long, replace(long, target=" 10")], config, "test")
+    assert [row.cut_target for row in rows] == [True, False]
+    # The tiny tokenizer has one token a byte. The end-of-text token is not among the tokens that fit.
+    assert rows[0].scores[TARGET_LOSS_BY_TOKEN][1] == 24 - len(long.prompt)
+    scorer = Scorer(attach(base.model, "TABuv"), encoder, task, config, base.record)
+    scores = scorer.score_split("test", [long], RunFolder(tmp_path / "run"), Passes(answers=False))
+    assert scores.cut_targets == 1
+    assert list(scores.metrics) == list(LOSS_METRICS)
+
+
+def test_rows_without_a_target_have_no_loss(tmp_path):
+    base, encoder, task, config = setup(f"outputs={tmp_path}")
+    scorer = Scorer(attach(base.model, "TABuv"), encoder, task, config, base.record)
+    examples = [EXAMPLES[0], replace(EXAMPLES[1], target="")]
+    scores = scorer.score_split("test", examples, RunFolder(tmp_path / "run"))
+    assert set(scores.metrics) == set(task.metrics)
+    with pytest.raises(UserError, match="row 1 has no target"):
+        scorer.score_split("test", examples, RunFolder(tmp_path / "run"), wanted_passes([TARGET_LOSS], task))
+
+
+def test_the_base_models_losses_have_a_cache_of_their_own(tmp_path, monkeypatch):
+    base, encoder, task, config = setup(f"outputs={tmp_path}")
+    scorer = Scorer(attach(base.model, "TABuv"), encoder, task, config, base.record)
+    answers = scorer.cached_base_rows("test", EXAMPLES)
+    (cached,) = (tmp_path / "base").glob("*.jsonl")
+    monkeypatch.setattr(scoring, "predict", lambda *_: pytest.fail("asked again"))
+    losses = scorer.cached_base_losses("test", EXAMPLES)
+    assert scorer.cached_base_rows("test", EXAMPLES) == answers
+    monkeypatch.setattr(scoring, "predict_losses", lambda *_: pytest.fail("computed again"))
+    assert scorer.cached_base_losses("test", EXAMPLES) == losses
+    assert cached in (tmp_path / "base").glob("*.jsonl")
+    with pytest.raises(pytest.fail.Exception):
+        scorer.cached_base_losses("test", [replace(EXAMPLES[0], target=" other"), *EXAMPLES[1:]])
+
+
+def rows_with(losses):
+    """Rows without answers. Every loss is over four tokens."""
+    return [
+        PredictionRow(str(i), "", [], "", loss_scores(4 * loss, 4), ended=NOT_GENERATED)
+        for i, loss in enumerate(losses)
+    ]
+
+
+def test_a_loss_is_never_a_proportion():
+    task = task_option("gsm8k")
+    adapted, base = rows_with([0.0, 1.0, 1.0]), rows_with([1.0, 1.0, 0.0])
+    for interval in (*summarise(adapted, task).values(), *gains(adapted, base, task).values()):
+        assert interval.method == "bootstrap"
+    nats = summarise(rows_with([2.0, 3.0, 7.0, 8.0]), task)[TARGET_LOSS]
+    assert 2 <= nats.low < nats.value < nats.high <= 8
+    assert nats.value == 5
+    # One row says nothing about other rows.
+    (one, by_token) = summarise(rows_with([2.5]), task).values()
+    assert one == by_token == Interval(2.5, 0.0, LARGEST_LOSS, "bootstrap")
+    (one, by_token) = gains(rows_with([2.5]), rows_with([3.0]), task).values()
+    assert one == by_token == Interval(-0.5, -LARGEST_LOSS, LARGEST_LOSS, "bootstrap")
+
+
+def test_by_token_a_long_row_counts_more():
+    task = task_option("gsm8k")
+    rows = rows_with([1.0, 2.0])
+    rows[1] = replace(rows[1], scores=loss_scores(24.0, 12))
+    metrics = summarise(rows, task)
+    assert metrics[TARGET_LOSS].value == 1.5
+    assert metrics[TARGET_LOSS_BY_TOKEN].value == (4 + 24) / (4 + 12)
+
+
+class TestPasses:
+    OWN = SplitScores(2, "0", {"exact_match": Interval(0, 0, 0), "f1": Interval(0, 0, 0)})
+    LOSSES = SplitScores(2, "0", {TARGET_LOSS: Interval(1, 1, 1), TARGET_LOSS_BY_TOKEN: Interval(1, 1, 1)})
+    BOTH = SplitScores(2, "0", {**OWN.metrics, **LOSSES.metrics})
+
+    @pytest.mark.parametrize(
+        ("metrics", "recorded", "answers", "losses"),
+        [
+            (None, None, True, True),
+            # A run of an earlier version has no losses, and is finished.
+            (None, OWN, False, False),
+            (None, LOSSES, True, False),
+            ([TARGET_LOSS], None, False, True),
+            ([TARGET_LOSS], OWN, False, True),
+            ([TARGET_LOSS], LOSSES, False, False),
+            ([TARGET_LOSS_BY_TOKEN, "f1"], None, True, True),
+            (["f1"], None, True, False),
+            (["f1"], LOSSES, True, False),
+            ([TARGET_LOSS, "f1"], BOTH, False, False),
+        ],
+    )
+    def test_what_is_missing(self, metrics, recorded, answers, losses):
+        passes = missing_passes(metrics, task_option("squad"), recorded)
+        assert (passes.answers, passes.losses) == (answers, losses)
+        assert bool(passes) == (answers or losses)
+
+    @pytest.mark.parametrize(
+        ("metrics", "says"),
+        [
+            (["target_los"], r"score.metrics=target_los: .*exact_match, f1, target_loss.*did you mean target_loss"),
+            (["bleu"], r"no such metric of task=squad"),
+            ([], r"names no metric"),
+        ],
+    )
+    def test_an_unknown_name_is_refused(self, metrics, says):
+        with pytest.raises(UserError, match=says):
+            wanted_passes(metrics, task_option("squad"))

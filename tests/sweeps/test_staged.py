@@ -1,0 +1,174 @@
+"""A staged sweep on a tiny model: what runs, what is kept, and what a stop or a full grid changes."""
+
+import json
+
+import pytest
+from helpers.commands import sweep as sweep_command
+
+from tiedlora.errors import UserError
+from tiedlora.records.selection import read_selection
+from tiedlora.sweeps import selection, staged
+from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.sweeps.launching import run_sweep
+from tiedlora.sweeps.run_cell import run_cell
+
+OPTIONS = staged.SearchOptions(rungs=(0.25, 0.5), finalists=2, lowest_rate=1e-5, highest_rate=1.0)
+GRID = ("train.lr=1e-4,1e-3,1e-2,1e-1", "seed=0,1,2", "train.steps=8", "train.validate_every=2", "score.base=false")
+
+
+class Launcher:
+    """Runs the cells in this process, and raises KeyboardInterrupt before the given run, as a stopped sweep does."""
+
+    def __init__(self, stop_before: int | None = None) -> None:
+        self.stop_before, self.launched = stop_before, []
+
+    def __call__(self, cells, first_job):
+        assert first_job == len(self.launched)
+        for cell in cells:
+            if len(self.launched) == self.stop_before:
+                raise KeyboardInterrupt
+            self.launched.append((cell.run_id, cell.launch_words))
+            run_cell(cell.config)
+
+
+def adapter(cell) -> bytes:
+    (tensors,) = cell.folder.adapter.glob("*.safetensors")
+    return tensors.read_bytes()
+
+
+@pytest.fixture
+def searched(tiny_run):
+    """A finished staged sweep, and its launcher."""
+    sweep, launcher = compose_sweep(tiny_run(*GRID)), Launcher()
+    staged.run_staged(sweep, OPTIONS, launcher)
+    return sweep, launcher
+
+
+def test_it_runs_a_part_of_the_grid_and_scores_only_the_chosen_runs(searched, capsys):
+    sweep, launcher = searched
+    selected = read_selection(selection.selection_file(sweep))
+    ((choice,), (search,)) = selected.choices, selected.searches
+    assert (search.seeds, search.rungs, selected.by) == ([0, 1, 2], [2, 4], "loss")
+    assert len(launcher.launched) == len(set(launcher.launched))
+    assert {words for _, words in launcher.launched[:4]} == {("train.pause_after=2", "score.splits=[]")}
+    states = {(cell.parameters().lr, cell.config.seed): cell.state() for cell in sweep.cells}
+    assert {key for key, state in states.items() if state == "done"} >= {(choice.lr, seed) for seed in (0, 1, 2)}
+    scored = {cell.run_id for cell in sweep.cells if cell.folder.predictions_file("validation").exists()}
+    assert scored == set(choice.run_ids)
+    stopped = [made for made in search.decisions if made.action == "stopped"]
+    assert stopped
+    assert [states[made.lr, made.seed] for made in stopped] == ["pruned"] * len(stopped)
+    # The report and `select` name the same rate from the runs alone.
+    assert selection.choose(sweep.cells, "loss").lr == choice.lr
+
+
+def test_the_same_command_continues_and_decides_the_same(searched, tiny_run, tmp_path):
+    sweep, _ = searched
+    again = Launcher()
+    staged.run_staged(sweep, OPTIONS, again)
+    assert again.launched == []
+    other = compose_sweep(tiny_run(*GRID, f"outputs={tmp_path}/other"))
+    for stop_before in (2, 5, 8):
+        interrupted = Launcher(stop_before - 1)
+        with pytest.raises(KeyboardInterrupt):
+            staged.run_staged(other, OPTIONS, interrupted)
+    staged.run_staged(other, OPTIONS, Launcher())
+    texts = [selection.selection_file(each).read_text() for each in (sweep, other)]
+    assert texts[0] == texts[1]
+    for cell, same in zip(sweep.cells, other.cells, strict=True):
+        assert cell.state() == same.state()
+        if cell.state() == "done":
+            assert adapter(cell) == adapter(same)
+
+
+def test_a_full_grid_continues_the_pruned_runs_exactly_and_trains_no_finished_one(searched, tiny_run, tmp_path):
+    sweep, _ = searched
+    decided = selection.selection_file(sweep).read_text()
+    trained = {cell.run_id: cell.folder.result_file.stat().st_mtime_ns for cell in sweep.cells if cell.finished()}
+    pruned = [cell for cell in sweep.cells if cell.state() == "pruned"]
+    steps = {cell.run_id: cell.folder.checkpoint_step() for cell in pruned}
+    assert set(steps.values()) <= {2, 4}
+    grid = Launcher()
+    run_sweep(sweep, grid)
+    assert {cell.state() for cell in sweep.cells} == {"done"}
+    assert trained == {run_id: sweep_file(sweep, run_id).stat().st_mtime_ns for run_id in trained}
+    expected = compose_sweep(tiny_run(*GRID, f"outputs={tmp_path}/expected"))
+    for cell in expected.cells:
+        if cell.run_id in steps:
+            run_cell(cell.config)
+            (same,) = [other for other in pruned if other.run_id == cell.run_id]
+            assert adapter(cell) == adapter(same)
+            logged = [json.loads(line)["step"] for line in same.folder.metrics_file.read_text().splitlines()]
+            assert sorted(set(logged)) == list(range(9))
+    staged.run_staged(sweep, OPTIONS, Launcher())
+    assert selection.selection_file(sweep).read_text() == decided
+
+
+def sweep_file(sweep, run_id):
+    (cell,) = [cell for cell in sweep.cells if cell.run_id == run_id]
+    return cell.folder.result_file
+
+
+def test_a_failure_that_is_no_divergence_is_named_and_tried_again(tiny_run, monkeypatch, capsys):
+    sweep = compose_sweep(tiny_run(*GRID))
+
+    def failing(cells, first_job):
+        for cell in cells:
+            if cell.parameters().lr == 1e-3:
+                cell.folder.path.mkdir(parents=True, exist_ok=True)
+                cell.folder.error_file.write_text("OSError: the disk is full\n")
+            else:
+                run_cell(cell.config)
+
+    with pytest.raises(SystemExit) as end:
+        staged.run_staged(sweep, OPTIONS, failing)
+    assert end.value.code == 1
+    assert "the disk is full" in capsys.readouterr().err
+    assert read_selection(selection.selection_file(sweep)).choices == []
+    staged.run_staged(sweep, OPTIONS, Launcher())
+    assert len(read_selection(selection.selection_file(sweep)).choices) == 1
+
+
+def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, capsys):
+    words = tiny_run("train.lr=1e-3,1e-2,1000", "seed=0", "train.clip=null", "train.steps=20")
+    sweep = compose_sweep(words)
+    staged.run_staged(sweep, OPTIONS, Launcher())
+    (choice,) = read_selection(selection.selection_file(sweep)).choices
+    assert (choice.lr < 1000, choice.failed, choice.edge) == (True, 1, False)
+    assert "1000 diverged" in capsys.readouterr().out
+    again = Launcher()
+    staged.run_staged(sweep, OPTIONS, again)
+    assert again.launched == []
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"rungs": [1.5]}, r"hydra\.sweeper\.rungs=\[1\.5\]: give shares"),
+        ({"finalists": 1}, "must be at least 2"),
+        ({"lowest_rate": 2.0}, r"hydra\.sweeper\.lowest_rate=2: must be above 0"),
+    ],
+)
+def test_wrong_options_are_one_line(option, message):
+    with pytest.raises(UserError, match=message):
+        staged.SearchOptions.checked(
+            **{"rungs": [0.5], "finalists": 2, "lowest_rate": 1e-5, "highest_rate": 1.0, **option}
+        )
+
+
+def test_as_a_command_and_then_select(tiny_run, script):
+    words = [*tiny_run(*GRID), "hydra/sweeper=staged"]
+    ended = sweep_command(*words).ended()
+    assert ended.code == 0, ended.err
+    assert "cells to step 2" in ended.err
+    assert "cells are scored" in ended.err
+    sweep = compose_sweep(words)
+    (choice,) = read_selection(selection.selection_file(sweep)).choices
+    code, out, err = script("scripts/sweep.py", "select", *words)
+    assert code == 0, err
+    assert f"{choice.lr:g}" in out
+    (tested,) = read_selection(selection.selection_file(sweep)).choices
+    assert (tested.lr, tested.run_ids, tested.test is None) == (choice.lr, choice.run_ids, False)
+    code, out, _ = script("scripts/sweep.py", "status", *words)
+    assert "pruned" in out
+    assert "missing" in out

@@ -1,0 +1,176 @@
+"""The decisions of the staged search, on simulated runs without a model."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tiedlora.statistics.paired_rows import RowLosses, paired_difference
+from tiedlora.sweeps.staged_search import Observation, SearchPlan, next_rate, next_stage, rung_steps
+
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+STEPS = 80
+PLAN = SearchPlan(GRID, (0, 1, 2, 3, 4), rungs=(20, 40), lowest=1e-5, highest=1.0)
+
+
+class Population:
+    """Simulated runs. A rate's loss grows with its distance from the best rate, in decades.
+
+    Args:
+        row_noise: the standard deviation of a row's loss, which the rates do not share.
+        diverges: (rate, seed) -> the step at which the run diverges.
+    """
+
+    def __init__(self, best: float, row_noise: float = 0.02, diverges=()) -> None:
+        self.best, self.row_noise, self.diverges = best, row_noise, dict(diverges)
+        self.reached: dict[tuple[float, int], int] = {}
+        self.scored: set[tuple[float, int]] = set()
+        self.steps = 0
+
+    def losses(self, lr: float, seed: int, step: int) -> RowLosses:
+        generator = np.random.default_rng([round(1e9 * lr), seed, step])
+        mean = 3.0 - 2 * step / STEPS + 0.5 * abs(np.log10(lr / self.best)) * step / STEPS
+        return RowLosses((mean + generator.normal(0, self.row_noise, 64)).tolist(), [10] * 64)
+
+    def __call__(self, lr: float, seed: int) -> Observation:
+        reached = self.reached.get((lr, seed), 0)
+        if (end := self.diverges.get((lr, seed), STEPS + 1)) <= reached:
+            return Observation({step: self.losses(lr, seed, step) for step in range(0, end, 20)}, diverged=True)
+        evaluations = {step: self.losses(lr, seed, step) for step in range(0, reached + 1, 20)} if reached else {}
+        loss = evaluations[STEPS].mean() if reached == STEPS else None
+        return Observation(evaluations, loss, scored=(lr, seed) in self.scored)
+
+    def run(self, requests) -> None:
+        for request in requests:
+            key, until = (request.lr, request.seed), request.until or STEPS
+            self.steps += max(0, until - self.reached.get(key, 0))
+            self.reached[key] = max(until, self.reached.get(key, 0))
+            if request.score:
+                self.scored.add(key)
+
+
+def finish(population: Population, plan: SearchPlan = PLAN):
+    """Run the search to its end. Returns its last stage."""
+    for _ in range(100):
+        stage = next_stage(plan, population)
+        if not stage.requests:
+            return stage
+        population.run(stage.requests)
+    raise AssertionError("the search does not end")
+
+
+def actions(stage) -> list[tuple[str, float]]:
+    return [(made.action, made.lr) for made in stage.decisions]
+
+
+@pytest.mark.parametrize("best", GRID[1:-1])
+def test_it_finds_the_best_rate_at_under_a_third_of_the_steps(best):
+    population = Population(best)
+    stage = finish(population)
+    assert stage.chosen.lr == best
+    assert population.steps <= 0.3 * STEPS * len(GRID) * len(PLAN.seeds)
+    assert population.scored == {(best, seed) for seed in PLAN.seeds}, "only the chosen runs are scored"
+
+
+def test_the_two_best_never_stop_and_nobody_within_the_noise():
+    clear = finish(Population(3e-3))
+    stopped = [lr for action, lr in actions(clear) if action == "stopped"]
+    assert len(stopped) >= 3
+    assert not {1e-3, 3e-3, 1e-2} <= set(stopped)
+    assert 3e-3 not in stopped
+    noisy = Population(3e-3, row_noise=2.0)
+    decisions = [made for made in finish(noisy).decisions if made.action == "stopped"]
+    assert len({(made.lr, made.seed) for made in decisions}) == len(decisions)
+    for made in decisions:
+        losses = [noisy.losses(lr, 0, made.step) for lr in GRID]
+        best = min(losses, key=RowLosses.mean)
+        difference, error = paired_difference(noisy.losses(made.lr, 0, made.step), best)
+        assert difference > error
+    few = finish(Population(3e-3), replace(PLAN, rates=(1e-3, 3e-3)))
+    assert "stopped" not in dict(actions(few))
+
+
+def test_a_winner_at_the_edge_is_followed_outward_within_the_bounds():
+    stage = finish(Population(0.3))
+    assert (stage.chosen.lr, stage.chosen.edge) == (0.3, False)
+    assert [lr for action, lr in actions(stage) if action == "outward"] == [0.3, 1.0]
+    stage = finish(Population(0.3), replace(PLAN, highest=0.2))
+    assert (stage.chosen.lr, stage.chosen.edge) == (0.1, True)
+    assert actions(stage).count(("edge", 0.1)) == 1
+    stage = finish(Population(1e-5))
+    assert [lr for action, lr in actions(stage) if action == "outward"] == [3e-5, 1e-5]
+
+
+def test_a_rate_that_diverges_later_falls_back_to_the_next_best_and_says_so():
+    population = Population(1e-2, diverges={(1e-2, 3): 30})
+    stage = finish(population)
+    assert stage.chosen.lr in (3e-3, 3e-2)
+    assert actions(stage)[-2:] == [("diverged", 1e-2), ("fallback", stage.chosen.lr)]
+    assert population.scored == {(stage.chosen.lr, seed) for seed in PLAN.seeds}
+
+
+def test_a_finalist_that_diverges_is_replaced():
+    population = Population(1e-2, diverges={(1e-2, 1): 10, (3e-2, 1): 10})
+    stage = finish(population, replace(PLAN, rungs=()))
+    finalists = {lr for lr, seed in population.reached if seed == 1}
+    assert finalists >= {3e-3, 1e-2, 3e-2}
+    assert len(finalists) > 3, "the next best rates take the places of those that diverged"
+    assert stage.chosen.lr == 3e-3
+
+
+def test_if_every_rate_diverges_there_is_no_choice():
+    population = Population(1e-2, diverges={(lr, seed): 10 for lr in GRID for seed in PLAN.seeds})
+    stage = finish(population)
+    assert stage.chosen is None
+    assert actions(stage)[-1][0] == "none"
+    assert not population.scored
+
+
+def test_a_search_stopped_at_any_moment_takes_the_same_decisions():
+    expected = finish(Population(1e-1))
+    generator = np.random.default_rng(0)
+    population = Population(1e-1)
+    for _ in range(500):
+        stage = next_stage(PLAN, population)
+        if not stage.requests:
+            break
+        # A killed launch: one of its cells came as far as it should.
+        population.run([stage.requests[generator.integers(len(stage.requests))]])
+    assert (stage.decisions, stage.chosen) == (expected.decisions, expected.chosen)
+
+
+def test_a_full_grid_that_ran_before_or_after_changes_no_decision():
+    expected = finish(Population(1e-2))
+    full = Population(1e-2)
+    full.reached = {(lr, seed): STEPS for lr in GRID for seed in PLAN.seeds}
+    stage = finish(full)
+    assert (stage.decisions, stage.chosen, stage.trials) == (expected.decisions, expected.chosen, expected.trials)
+    assert full.steps == 0
+
+
+def test_one_rate_or_one_seed_needs_no_search():
+    population = Population(1e-2)
+    stage = finish(population, replace(PLAN, rates=(3e-3,)))
+    assert (stage.chosen.lr, stage.chosen.edge) == (3e-3, False)
+    assert set(population.reached) == {(3e-3, seed) for seed in PLAN.seeds}
+    population = Population(1e-2)
+    stage = finish(population, replace(PLAN, seeds=(4,)))
+    assert stage.chosen.lr == 1e-2
+    assert population.scored == {(1e-2, 4)}
+
+
+def test_rungs_are_evaluations_before_the_last_step():
+    assert rung_steps(80, 20, (0.25, 0.5)) == (20, 40)
+    assert rung_steps(100, 50, (0.25, 0.5)) == (50,)
+    assert rung_steps(100, 30, (0.25, 0.5, 0.95)) == (30, 60)
+    assert rung_steps(100, 0, (0.25,)) == rung_steps(100, 20, ()) == rung_steps(8, 50, (0.25,)) == ()
+
+
+def test_the_next_rate_is_half_a_decade_further():
+    rate, upward = 1e-5, []
+    for _ in range(4):
+        rate = next_rate(rate, upward=True)
+        upward.append(rate)
+    assert upward == [3e-5, 1e-4, 3e-4, 1e-3]
+    assert [next_rate(rate, upward=False) for rate in upward] == [1e-5, 3e-5, 1e-4, 3e-4]
+    assert next_rate(2e-3, upward=True) == 6e-3
