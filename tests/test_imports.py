@@ -19,7 +19,7 @@ HYDRA_ROOMS = ("sweeps", "config")
 NO_TORCH = ("sweeps", "report", "records", "config", "statistics", "tasks", "tracking")
 LAZY = {
     # The imports inside functions of src/. A comment there gives the reason of each.
-    "runs/lazy.py": {"tiedlora.runs", "torch"},
+    "runs/lazy.py": {"tiedlora.models", "tiedlora.runs"},
     "scoring/predict.py": {"tiedlora.tasks.task_metric"},
     "scoring/passages.py": {"datasets"},
     "sweeps/worker_slots.py": {"joblib.externals.loky"},

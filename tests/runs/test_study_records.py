@@ -105,7 +105,7 @@ def test_a_changed_score_or_base_file_is_found(study):
 
 
 def test_the_report_reads_a_study_as_it_reads_outputs(study):
-    place, own, kept = study
+    place, own, _ = study
     root = Path(place / "kept")
     (root / "study.yaml").write_text("name: x\n")
     of_study, of_outputs = write.build([root]), write.build([own.path.parent])

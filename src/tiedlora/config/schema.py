@@ -201,6 +201,9 @@ class TrainConfig:
     """The hash of the adapter of init_from. The program fills it in."""
     device: str = key("auto", execution=True)
     """auto (CUDA if there is a GPU), cpu, cuda or cuda:NUMBER."""
+    deterministic: bool = key(False, execution=True)
+    """Whether torch uses only deterministic algorithms, so that a run on a GPU can be repeated bit for bit on the same
+    kind of GPU with the same versions. This is slower. A run on a CPU can be repeated without it."""
     threads: Optional[int] = key(None, low=1, high=4096, execution=True)
     """CPU threads of torch; null leaves the choice to torch. Results are bit-identical only for equal counts."""
 

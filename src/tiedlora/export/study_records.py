@@ -18,7 +18,8 @@ from tiedlora.config.identity import config_tree
 from tiedlora.config.schema import Config
 from tiedlora.records.rows import PredictionRow, read_predictions, write_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import ADAPTER, TEXTS, ConfigRecord, SplitScores
+from tiedlora.records.recorded_config import ConfigRecord
+from tiedlora.records.run_record import ADAPTER, TEXTS, SplitScores
 
 COPIED = ("metrics.jsonl", "validation_losses.jsonl")
 

@@ -16,8 +16,10 @@ from pydantic_core import PydanticCustomError
 from tiedlora import storage
 from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
+from tiedlora.records.halving import Halving
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, is_number, typed
+from tiedlora.records.recorded_config import ConfigRecord, Identity, with_tree
 from tiedlora.statistics.interval import Interval
 from tiedlora.text import is_name
 from tiedlora.tying import PARTS
@@ -131,6 +133,8 @@ class TrainingRecord:
     """The step of the lowest validation loss."""
     scored_step: Count | None = None
     """The step whose adapter was saved and scored."""
+    halvings: list[Halving] | None = None
+    """Where memory ran out, in order; None if it never did."""
 
 
 TEXTS, ADAPTER = "texts", "adapter"
@@ -150,6 +154,8 @@ class SplitScores:
     """Seconds of the adapted model's losses."""
     shortened: Count = 0
     output_tokens: Count = 0
+    batch_halvings: Count | None = None
+    """How often score.batch_size and score.batch_tokens were halved, for the base model too, because memory ran out."""
     cut_targets: Count | None = None
     """Rows whose loss leaves out the end of the target, which does not fit into the context; None if there are none."""
     base: Scores | None = None
@@ -170,77 +176,12 @@ class SplitScores:
 
 
 @dataclass(frozen=True)
-class NamedModel:
-    name: Name
-
-
-@dataclass(frozen=True)
-class NamedTask:
-    name: Name
-    kind: Text = ""
-
-
-@dataclass(frozen=True)
-class RankValues:
-    r: Whole
-    alpha: Number | None = None
-    scaling: Text = "standard"
-
-
-@dataclass(frozen=True)
-class TrainValues:
-    lr: Number
-
-
-@dataclass(frozen=True)
-class NamedTying:
-    name: Name
-
-
-def _with_tree(value: Any) -> Any:
-    return {**value, "tree": value} if isinstance(value, dict) else value
-
-
-@dataclass(frozen=True)
-class Identity:
-    """The values that a run's id is a hash of. The attributes are those that tables show; `tree` holds every value."""
-
-    model: NamedModel
-    task: NamedTask
-    rank: RankValues
-    train: TrainValues
-    tying: dict[str, Any]
-    score: dict[str, Any]
-    tree: dict[str, Any]
-
-    @classmethod
-    def from_tree(cls, tree: dict[str, Any]) -> Identity:
-        """The values that config.identity.identity returns."""
-        return typed(cls, _with_tree(tree))
-
-
-@dataclass(frozen=True)
-class ConfigRecord:
-    """The whole resolved configuration, facts of execution included, as `Identity`."""
-
-    task: NamedTask
-    rank: RankValues
-    tying: NamedTying
-    tree: dict[str, Any]
-
-    @classmethod
-    def from_tree(cls, tree: dict[str, Any]) -> ConfigRecord:
-        """The values that config.identity.config_tree returns."""
-        return typed(cls, _with_tree(tree))
-
-
-@dataclass(frozen=True)
 class RunRecord:
     """The content of result.json of a finished run."""
 
     run_id: Text
-    identity: Annotated[Identity, BeforeValidator(_with_tree)]
-    config: Annotated[ConfigRecord, BeforeValidator(_with_tree)]
+    identity: Annotated[Identity, BeforeValidator(with_tree)]
+    config: Annotated[ConfigRecord, BeforeValidator(with_tree)]
     seed: Whole
     code: CodeVersion
     versions: dict[str, str]

@@ -14,6 +14,7 @@ from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.session import cached_base
+from tiedlora.scoring.memory import score_within_memory
 from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
@@ -71,7 +72,8 @@ def add_scores(
                     continue
                 kept = None if again and metrics is None else recorded
                 examples = load_examples(task, split, config.data_root)
-                scores = scorer.score_split(split, examples, folder, passes, kept)
+                halvings = 0 if kept is None else kept.batch_halvings or 0
+                scores = score_within_memory(scorer, split, examples, folder, passes, kept, halvings=halvings)
                 record = replace(record, scores={**record.scores, split: scores})
                 folder.write_record(record)
             if forgetting is not None:

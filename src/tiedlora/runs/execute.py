@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from tiedlora.adapter import save
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.errors import StoppedEarly, UserError
-from tiedlora.models.device import resolve_device
+from tiedlora.models.device import only_deterministic_algorithms, resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord, SplitScores
 from tiedlora.records.summary import flat_summary
 from tiedlora.runs.recording import build_record
 from tiedlora.runs.session import RunSession
 from tiedlora.runs.trainer import Trainer
+from tiedlora.scoring.memory import score_within_memory
 from tiedlora.scoring.passes import wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import load_task
@@ -38,7 +39,8 @@ def execute(config: Config) -> RunRecord | None:
         Paused: train.pause_after is reached.
         StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
     """
-    with join_world(resolve_device(config.train.device).type == "cuda") as world:
+    algorithms = only_deterministic_algorithms() if config.train.deterministic else nullcontext()
+    with algorithms, join_world(resolve_device(config.train.device).type == "cuda") as world:
         if world.is_first:
             return _run_first_process(config, world)
         _run_worker_process(config, world)
@@ -89,7 +91,7 @@ def _score(session: RunSession, folder: RunFolder) -> dict[str, SplitScores]:
     scorer = Scorer(session.attached, session.encoder, session.task, session.config, session.base.record, session.world)
     passes = wanted_passes(session.config.score.metrics, session.task)
     splits = session.config.score.splits
-    scores = {split: scorer.score_split(split, session.examples(split), folder, passes) for split in splits}
+    scores = {split: score_within_memory(scorer, split, session.examples(split), folder, passes) for split in splits}
     if session.config.score.forgetting is not None:
         scores[FORGETTING] = scorer.score_forgetting(session.config.score.forgetting, folder)
     return scores

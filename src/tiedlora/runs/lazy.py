@@ -5,7 +5,6 @@ Importing torch and transformers takes seconds. A finished run, a wrong option a
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 
 from tiedlora.config.schema import Config
@@ -58,14 +57,8 @@ def device_speed(config: Config, seconds: float) -> DeviceSpeed:
     return device_speed.measure(config, seconds)
 
 
-def free_device_memory() -> None:
-    """Free what a failed run leaves, so that the next run of this process can use the memory.
+def free_memory() -> None:
+    """Free what a failed run leaves; see models/device.py."""
+    from tiedlora.models import device
 
-    Call it outside the `except` block: until the block ends, the exception holds the failed run's tensors.
-    """
-    import torch
-
-    # Frames of a traceback can refer to each other in a circle.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    device.free_memory()

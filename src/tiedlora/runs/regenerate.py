@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_record import ADAPTER
 from tiedlora.runs.findings import CheckedRun, Finding
+from tiedlora.scoring.memory import with_halved_batches
 from tiedlora.scoring.predict import scoring_batches
 from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.target_losses import loss_batches
@@ -79,10 +81,11 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
         return
     adapter, _ = load(run.folder.adapter)
     attached, encoder = attach_adapter(base.model, adapter), Encoder(base.tokenizer, config.task, config.model.context)
-    scorer = Scorer(attached, encoder, run.task, config, base.record)
-    for split in run.record.scores:
+    for split, scores in run.record.scores.items():
         if run.examples.get(split):
-            yield from _regenerate_split(run, scorer, split, least, suspects)
+            as_scored = replace(run, config=with_halved_batches(config, scores.batch_halvings or 0))
+            scorer = Scorer(attached, encoder, run.task, as_scored.config, base.record)
+            yield from _regenerate_split(as_scored, scorer, split, least, suspects)
     attached.detach()
 
 

@@ -40,7 +40,7 @@ def main(config: Config) -> RunRecord | None:
     folder = RunFolder(Path(config.outputs) / run_id(config))
     record = folder.record()
     finished = None if config.force else record
-    with _explained_out_of_memory(config):
+    with _explained_out_of_memory():
         # Several processes must agree that the run is finished, so they connect first.
         if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             try:
@@ -57,16 +57,16 @@ def main(config: Config) -> RunRecord | None:
 
 
 @contextmanager
-def _explained_out_of_memory(config: Config) -> Iterator[None]:
-    """Turn too little memory, outside a training step, into a UserError that says what to lower."""
+def _explained_out_of_memory() -> Iterator[None]:
+    """Turn too little memory, where nothing can be halved, into a UserError."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory; while scoring or validating, lower score.batch_size={config.score.batch_size} (other "
-            "rounding, so another run); while loading, take a smaller model or train.dtype=bfloat16"
+            "out of memory outside of a forward pass, as when loading or at an update; close other programs, or take a "
+            "smaller model, tying or rank, or train.dtype=bfloat16"
         ) from error
 
 

@@ -8,6 +8,8 @@
 6. passages.py     the neutral text whose loss measures forgetting;
 7. summary.py      the metrics of a split with their 95 % intervals.
 
+memory.py scores a split in smaller batches if memory runs out.
+
 passes.py, passages.py and summary.py import no torch, so that finished runs are checked without it. The package may
 import training (the loss), tracking (the progress bar), data, models, tasks, adapter, records, config and statistics.
 """

@@ -47,6 +47,14 @@ class World:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
+    def total(self, numbers: Sequence[int]) -> list[int]:
+        """Each number, summed over all processes. Every process waits here for the others, but not for a GPU."""
+        if self.size == 1:
+            return list(numbers)
+        sums = torch.tensor(numbers)
+        dist.all_reduce(sums)
+        return [int(number) for number in sums]
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process. Every process waits here for the others."""
         if self.size == 1:
