@@ -1,6 +1,7 @@
 """python train.py [tying=TABuv] [task=gsm8k] [rank=r8] [train.lr=3e-3] ...: one run; with --multirun, many runs."""
 
 import os
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,7 +20,7 @@ compose.register()
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN:
-        run_cell(compose.load(composed))
+        run_cell(compose.load(composed), Path(HydraConfig.get().runtime.output_dir))
         return
     with errors.exit_codes():
         run.main(compose.load(composed))

@@ -1,8 +1,9 @@
-"""python scripts/sweep.py plan|status|select +grid=paper [words of train.py]: a sweep before, while and after it runs.
+"""python scripts/sweep.py plan|status|select|drop|retry +grid=paper [words of train.py]: before, during and after it.
 
 plan shows every cell and its state, and which claims the sweep can decide. status shows counts and the time left in one
 line, and then the unfinished cells. select chooses each configuration's learning rate on validation, and scores test
-only for the chosen runs.
+only for the chosen runs. drop takes cells out of a sweep, also while it runs, and retry puts them back or lets failed
+ones run once more: name them by their ids, such as 'LoRA-*-s1-*'.
 """
 
 import argparse
@@ -10,22 +11,24 @@ import logging
 
 from tiedlora import errors
 from tiedlora.config.project import PROJECT
+from tiedlora.errors import UserError
 from tiedlora.records.selection import write_selection
 from tiedlora.report import claims, planning
 from tiedlora.statistics.rate_choice import CRITERIA
-from tiedlora.sweeps import selection, status
+from tiedlora.sweeps import planned_rows, selection, status
 from tiedlora.sweeps.cells import Sweep
+from tiedlora.sweeps.control import matching
 from tiedlora.sweeps.expand import compose_sweep
-
-GSM8K_TEST_ROWS = 1319
-"""The number of test rows in a plan if the task's YAML does not limit them."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("plan", "status", "select"))
+    parser.add_argument("what", choices=("plan", "status", "select", "drop", "retry"))
     parser.add_argument(
-        "words", nargs="*", help="the words after `train.py --multirun`; the same words are the same sweep"
+        "words",
+        nargs="*",
+        help="the words after `train.py --multirun`; the same words are the same sweep. drop, retry: the ids of cells "
+        "too, with * and ? as wildcards",
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument(
@@ -37,6 +40,11 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("tiedlora").setLevel(logging.INFO)
+    # A word of train.py has a '=', or deletes a key with '~'; an id has neither.
+    cells = [word for word in arguments.words if "=" not in word and not word.startswith("~")]
+    if arguments.what in ("drop", "retry"):
+        steer(compose_sweep([word for word in arguments.words if word not in cells]), arguments.what, cells)
+        return
     sweep = compose_sweep(arguments.words)
     if arguments.what == "select":
         select(sweep, by=arguments.by, test=not arguments.no_test, json=arguments.json)
@@ -54,6 +62,14 @@ def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
     print(selection.to_json(chosen.choices) if json else selection.table(chosen.choices))
 
 
+def steer(sweep: Sweep, what: str, patterns: list[str]) -> None:
+    if not patterns:
+        raise UserError(f"{what}: name the cells by their ids, such as 'LoRA-*-s1-*'; status lists them")
+    run_ids = matching(patterns, sweep.run_ids())
+    (sweep.control.drop if what == "drop" else sweep.control.retry)(run_ids)
+    print("\n".join(run_ids))
+
+
 def show(sweep: Sweep, plan: bool, json: bool) -> None:
     cells = status.statuses(sweep)
     if json:
@@ -68,8 +84,14 @@ def show(sweep: Sweep, plan: bool, json: bool) -> None:
 def decidable_claims(sweep: Sweep) -> list[str]:
     """Which of the paper's claims the sweep's seeds and test rows can decide, before the sweep is run."""
     seeds = len({cell.config.seed for cell in sweep.cells})
-    rows = min(cell.config.task.rows.test or GSM8K_TEST_ROWS for cell in sweep.cells)
-    return planning.plan(claims.read(PROJECT / "claims/tied_lora.yaml"), seeds, rows)
+    by_task = {cell.config.task.name: cell.config for cell in sweep.cells}
+    rows = {task: planned_rows.test_rows(config) for task, config in by_task.items()}
+    unknown = [task for task, count in rows.items() if count is None]
+    lines = [f"{task}: the number of test rows is not known here; set task.rows.test or data_root" for task in unknown]
+    known = [count for count in rows.values() if count is not None]
+    if not known:
+        return lines
+    return [*lines, *planning.plan(claims.read(PROJECT / "claims/tied_lora.yaml"), seeds, min(known))]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ hydra_plugins at every start, so this file may import tiedlora's light packages,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from tiedlora.errors import UserError
-from tiedlora.sweeps.worker_slots import SlotJob, WorkerSlots
+from tiedlora.sweeps.worker_slots import SlotJob, WorkerSlots, visible_device
 
 
 class JoblibSlotsLauncher(Launcher):
@@ -28,7 +29,8 @@ class JoblibSlotsLauncher(Launcher):
         """
         Args:
             n_jobs: how many cells run at once.
-            devices: the value of CUDA_VISIBLE_DEVICES in each slot, in turn; None leaves the variable as it is.
+            devices: the device of each slot, in turn. A number counts the devices that this process sees. None leaves
+                CUDA_VISIBLE_DEVICES as it is.
         """
         self.n_jobs, self.devices = n_jobs, devices
 
@@ -36,10 +38,11 @@ class JoblibSlotsLauncher(Launcher):
         """Store what a worker needs.
 
         Raises:
-            UserError: joblib is not installed.
+            UserError: joblib is not installed, or there is no such device.
         """
         if find_spec("joblib") is None:
             raise UserError("hydra/launcher=joblib_slots: joblib is not installed; run: pip install 'tiedlora[joblib]'")
+        self.environments = [self.environment(slot) for slot in range(self.n_jobs)]
         self.context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -56,17 +59,22 @@ class JoblibSlotsLauncher(Launcher):
             SlotJob(overrides[0], partial(run, list(overrides), number))
             for number, overrides in enumerate(job_overrides, start=initial_job_idx)
         ]
-        results = WorkerSlots(jobs, [self.environment(slot) for slot in range(self.n_jobs)]).run()
+        results = WorkerSlots(jobs, self.environments).run()
         return [
             result or JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
             for overrides, result in zip(job_overrides, results, strict=True)
         ]
 
     def environment(self, slot: int) -> dict[str, str]:
-        """The variables that a slot's process has in addition to those of this process."""
+        """The variables that a slot's process has in addition to those of this process.
+
+        Raises:
+            UserError: this process does not see the slot's device.
+        """
         if not self.devices:
             return {}
-        return {"CUDA_VISIBLE_DEVICES": str(self.devices[slot % len(self.devices)])}
+        device = self.devices[slot % len(self.devices)]
+        return {"CUDA_VISIBLE_DEVICES": visible_device(device, os.environ.get("CUDA_VISIBLE_DEVICES"))}
 
 
 def _run_job(

@@ -25,13 +25,15 @@ from tiedlora.sweeps.launching import Launch, run_sweep, stopped_by_signals
 class ResumingSweeper(BasicSweeper):
     """Composes, checks and freezes all cells, and then launches those that are not finished."""
 
-    def __init__(self, params: dict[str, str], match_lora: bool) -> None:
+    def __init__(self, params: dict[str, str], match_lora: bool, fail_fast: bool = False) -> None:
         """
         Args:
             params: the axes of the grids on the command line. The command line's own axes replace them.
             match_lora: whether to add to each tied cell the LoRA cell with the nearest trainable count.
+            fail_fast: whether the first cell that fails stops the sweep.
         """
         super().__init__(max_batch_size=None, params=params)
+        self.fail_fast = fail_fast
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Store the arguments of the launcher, which is made when the cells are frozen."""
@@ -56,7 +58,7 @@ class ResumingSweeper(BasicSweeper):
 
     def run(self, sweep: Sweep, launch: Launch) -> None:
         """Carry out the sweep. The arguments and errors are those of run_sweep."""
-        run_sweep(sweep, launch)
+        run_sweep(sweep, launch, self.fail_fast)
 
     def _launcher(self, frozen: FrozenCells) -> Launcher:
         assert self.config is not None

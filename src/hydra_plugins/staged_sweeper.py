@@ -22,18 +22,19 @@ class StagedSweeper(ResumingSweeper):
         finalists: int,
         lowest_rate: float,
         highest_rate: float,
+        fail_fast: bool = False,
     ) -> None:
         """
         Args:
-            params, match_lora: as for ResumingSweeper.
+            params, match_lora, fail_fast: as for ResumingSweeper.
             rungs, finalists, lowest_rate, highest_rate: as in SearchOptions.
 
         Raises:
             UserError: an option has a value that is not allowed.
         """
-        super().__init__(params, match_lora)
+        super().__init__(params, match_lora, fail_fast)
         self.options = SearchOptions.checked(rungs, finalists, lowest_rate, highest_rate)
 
     def run(self, sweep: Sweep, launch: Launch) -> None:
         """Carry out the staged sweep. The arguments and errors are those of run_staged."""
-        run_staged(sweep, self.options, launch)
+        run_staged(sweep, self.options, launch, self.fail_fast)

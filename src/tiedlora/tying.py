@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from tiedlora.errors import UserError
 from tiedlora.keys import key
 
-RANDOM_INITS = ("uniform", "normal")
 SCALINGS = ("standard", "rslora")
 """How s follows from alpha and the rank; see `scale`."""
 ALL_LAYERS = "all"
@@ -28,9 +27,7 @@ NAMES = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
 STARTS: dict[str, tuple[str, dict[str, Union[float, str]]]] = {"TABuv_v0": ("TABuv", {"B": "uniform", "v": 0.0})}
 """Name -> one of the eight, and the parts that start with another value than there.
 
-TABuv_v0 is the start of the authors' public branch. The label of a start, and so its run id, has `custom`, as before it
-had a name: finished runs keep their ids.
-"""
+The label of a start, and so its run id, has `custom`, as before it had a name: finished runs keep their ids."""
 MOST_LAYERS = 10_000
 """Upper bound of a model's layers."""
 
@@ -78,27 +75,32 @@ class Tying:
     """Dropout probability on the adapter's input while training."""
     suggested_lr: float = key(1e-2, execution=True)
     """The learning rate that train.lr takes when it is null: no single rate suits all eight configurations."""
-    layers: Optional[list[Union[int, str]]] = key(None, neutral=None)
+    layers: Optional[list[Any]] = key(None, neutral=None)
     """The adapted layers, counted from 0, as numbers and ranges: [0,5,20-29]; null adapts every layer. Only adapted
     layers share a factor."""
 
     def __post_init__(self) -> None:
         if self.layers is not None:
-            self.layers = sorted({layer for item in self.layers for layer in _numbers(item)})
+            # OmegaConf's message about a wrong item of a typed list names no key, so the items are checked here.
+            self.layers = layer_numbers(self.layers)
 
 
-def _numbers(item: object) -> list[int]:
-    """The numbers of one item of tying.layers: 5, or a range such as 20-29, both ends included.
+def layer_numbers(items: Iterable[object]) -> list[int]:
+    """The numbers that tying.layers names, in order and each once. An item is 5, or a range 20-29 with both ends.
 
     Raises:
-        UserError: the item is neither.
+        UserError: an item is neither.
     """
-    ends = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", str(item), re.ASCII)
-    if ends is None or int(ends[1]) > int(ends[2] or ends[1]) or int(ends[2] or ends[1]) >= MOST_LAYERS:
-        raise UserError(
-            f"tying.layers: {item!r:.40} is neither a layer's number nor a range; write for example [0,5,20-29]"
-        )
-    return list(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
+    numbers: set[int] = set()
+    for item in items:
+        ends = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", str(item), re.ASCII)
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
+        if not first <= last < MOST_LAYERS:
+            raise UserError(
+                f"tying.layers: {item!r:.40} is neither a layer's number nor a range; write for example [0,5,20-29]"
+            )
+        numbers.update(range(first, last + 1))
+    return sorted(numbers)
 
 
 @dataclass
@@ -165,7 +167,7 @@ def target_shape(architecture: Architecture, target: str) -> tuple[int, int]:
 
 def adapted_layers(tying: Tying, architecture: Architecture) -> list[int]:
     """The numbers of the layers that get an update, in order."""
-    return list(range(architecture.layers)) if tying.layers is None else [int(layer) for layer in tying.layers]
+    return list(range(architecture.layers)) if tying.layers is None else layer_numbers(tying.layers)
 
 
 def scale(alpha: float, rank: int, scaling: str = "standard") -> float:

@@ -121,6 +121,18 @@ def test_layers_that_the_model_lacks_are_refused():
         attach(family_model("llama"), tying_option("TABuv", "tying.layers=[3]"), RANK)
 
 
+def test_layers_that_are_set_later_are_read_in_the_same_way(ids, tmp_path):
+    """A specification is an ordinary object: the order of the layers in it must not swap their u and v in the file."""
+    spec = named("TABuv")
+    spec.layers = [2, "0-0"]
+    attached = attach(family_model("llama"), spec, RANK, ALPHA)
+    randomise(attached.adapter, scale=0.25)
+    files.save(attached.adapter, tmp_path / "adapter", BASE)
+    again = attach_adapter(family_model("llama"), files.load(tmp_path / "adapter")[0])
+    assert again.adapter.tying.layers == SOME
+    assert torch.equal(logits(again.model, ids), logits(attached.model, ids))
+
+
 def test_training_does_not_start_from_an_adapter_of_other_layers(tmp_path):
     files.save(some_layers("llama", "TABuv").adapter, tmp_path / "adapter", BASE)
     other = some_layers("llama", "TABuv", layers=(1, 2))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import tiedlora
 from tiedlora.config.compose import read_config
 from tiedlora.config.identity import run_id
+from tiedlora.records.loss_metrics import LOSS_METRICS
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import Execution
 from tiedlora.report import write
@@ -82,6 +83,21 @@ def test_a_finished_run_verifies_and_its_outputs_are_made_again(old):
 
 
 @FINISHED
+def test_a_finished_run_gets_its_loss_and_keeps_the_rest(old):
+    before = RunFolder(old).finished_record()
+    config = config_of(old)
+    config.score.metrics = ["target_loss"]
+    after = run.main(config)
+    for split, scores in before.scores.items():
+        now = after.scores[split]
+        assert {*now.metrics} == {*scores.metrics, *LOSS_METRICS}
+        assert {name: now.metrics[name] for name in scores.metrics} == scores.metrics
+        assert {name: now.gain[name] for name in scores.metrics} == scores.gain
+    findings = verify.verify(old, rows=12, cache=old.parents[1] / "cache")
+    assert [finding for finding in findings if finding.ok is False] == []
+
+
+@FINISHED
 def test_an_adapter_is_loaded(old):
     attached = tiedlora.load(old)
     stored = load_file(old / "adapter" / "adapter.safetensors")
@@ -90,7 +106,10 @@ def test_an_adapter_is_loaded(old):
 
 @pytest.mark.parametrize("old", [("interrupted", RUN), ("interrupted", BFLOAT16)], indirect=True)
 def test_a_checkpoint_is_continued_to_the_very_adapter(old, capsys):
-    record = run.main(config_of(old))
+    config = config_of(old)
+    # Version 0.1 scored no losses, and its predictions had none.
+    config.score.metrics = list(RunFolder(FIXTURES / "finished" / old.name).finished_record().scores["test"].metrics)
+    record = run.main(config)
     assert record.training.steps == 6
     assert [row["step"] for row in map(json.loads, (old / "metrics.jsonl").read_text().splitlines())][-1] == 6
     expected = load_file(FIXTURES / "finished" / old.name / "adapter" / "adapter.safetensors")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from helpers.commands import FreshCommand, wait_until
 
+from tiedlora.errors import UserError
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.run_cell import run_cell
-from tiedlora.sweeps.worker_slots import SlotJob, WorkerSlots
+from tiedlora.sweeps.worker_slots import SlotJob, WorkerSlots, visible_device
 
 
 def results(finished: Sweep) -> dict[str, tuple[bytes, str]]:
@@ -115,7 +116,8 @@ def test_a_lost_job_costs_no_other_its_result(caplog):
     assert "raising: could not be run (ValueError" in caplog.text
 
 
-def test_joblib_gives_each_slot_its_device():
+def test_joblib_gives_each_slot_its_device(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     from hydra_plugins.joblib_slots import JoblibSlotsLauncher
 
     launcher = JoblibSlotsLauncher(n_jobs=3, devices=[4, 7])
@@ -140,3 +142,15 @@ def test_a_cluster_gives_the_same_results(tiny_run, tmp_path, package, chosen):
     ended = FreshCommand("--multirun", *words, *chosen).ended()
     assert ended.code == 0, ended.err
     assert results(compose_sweep(words)) == results(expected)
+
+
+def test_a_slots_device_is_one_of_those_that_the_command_sees():
+    assert [visible_device(device, "4,7") for device in (0, "1", 1)] == ["4", "7", "7"]
+    assert visible_device(1, "GPU-aa, GPU-bb") == "GPU-bb"
+    assert visible_device("GPU-bb", "GPU-aa,GPU-bb") == "GPU-bb"
+    assert visible_device(3, None) == "3"
+    for device, inherited in ((2, "4,7"), (-1, "4,7"), (0, "")):
+        with pytest.raises(
+            UserError, match=rf"^hydra.launcher.devices: has {device}, but CUDA_VISIBLE_DEVICES={inherited} "
+        ):
+            visible_device(device, inherited)

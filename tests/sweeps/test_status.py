@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from tiedlora.config.compose import compose_config
 from tiedlora.runs import run
-from tiedlora.sweeps import status
-from tiedlora.sweeps.cells import STATES
+from tiedlora.sweeps import planned_rows, status
 from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.tasks import load_examples, load_task
 
 CELL_KEYS = [
     *("run_id", "overrides", "model", "task", "configuration", "rank", "lr", "seed", "trainable", "state"),
@@ -21,7 +22,7 @@ def test_status_counts_and_estimates(tiny_run, capsys):
     assert status.seconds_left(status.statuses(sweep)) is None
     run.main(sweep.cells[0].config)
     cells = status.statuses(sweep)
-    assert status.counts(cells) == {**dict.fromkeys(STATES, 0), "done": 1, "missing": 3}
+    assert status.counts(cells) == {"done": 1, "running": 0, "interrupted": 0, "failed": 0, "dropped": 0, "missing": 3}
     assert status.seconds_left(cells) == pytest.approx(3 * cells[0].seconds)
     with sweep.cells[1].folder.locked():
         assert status.statuses(sweep)[1].state == "running"
@@ -53,3 +54,27 @@ def test_a_finished_run_that_lacks_a_split_of_the_sweep_is_not_done(tiny_run):
     assert (wider.finished(), wider.state()) == (False, "interrupted")
     run.main(wider.config)
     assert (wider.finished(), wider.state()) == (True, "done")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows"),
+    [
+        (["task=gsm8k"], 1_319),
+        (["task=gsm8k", "task.rows.test=7"], 7),
+        (["task=squad"], 8_570),
+        (["task=squad", "task.hub.splits.test=validation"], 10_570),
+        (["task=hellaswag"], 8_042),
+        (["task=dialogsum"], 500),
+        (["task=iwslt2017"], 8_079),
+        (["task=gsm8k", "task.hub.id=my/own"], None),
+        (["task=gsm8k", "data_root=/no/such/folder"], None),
+    ],
+)
+def test_the_test_rows_of_a_plan_are_the_tasks(overrides, rows):
+    assert planned_rows.test_rows(compose_config(overrides)) == rows
+
+
+def test_generated_test_rows_are_counted(tiny_config):
+    config = tiny_config()
+    assert config.task.rows.test is None
+    assert planned_rows.test_rows(config) == len(load_examples(load_task(config.task), "test", None)) <= 12

@@ -88,8 +88,6 @@ class Attached:
             return
         modules: dict[str, Any] = {path: self.model.get_submodule(path) for path in self.paths}
         for path, module in modules.items():
-            linear.use_class_forward(module, path)
-        for path, module in modules.items():
             module.__class__ = _adapted_class(type(module))  # type: ignore[arg-type]
             linear.use_class_forward(module, path)
             module.adapter_dropout = self.adapter.tying.dropout
@@ -248,8 +246,11 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter) -> Attached:
     _check_architecture(adapter.architecture, architecture)
     architectures.check(model, architecture, adapter.tying.targets, adapted_layers(adapter.tying, architecture))
     linear.keep_gradients(model)
+    modules = {path: model.get_submodule(path) for path in adapter.paths()}
+    for path, module in modules.items():
+        linear.use_class_forward(module, path)
     model.requires_grad_(False)
-    adapter.to(linear.execution_device(model.get_submodule(adapter.paths()[0])))
+    adapter.to(linear.execution_device(next(iter(modules.values()))))
     model.add_module("tied_adapter", adapter)
     attached = Attached(model, adapter, adapter.paths())
     attached.enable()

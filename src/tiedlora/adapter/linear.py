@@ -83,7 +83,7 @@ def use_class_forward(module: nn.Module, path: str) -> None:
     own = module.__dict__.get("forward")
     if own is None:
         return
-    if getattr(own, "__func__", None) not in {kind.__dict__.get("forward") for kind in type(module).__mro__}:
+    if getattr(own, "__func__", own) not in [vars(kind).get("forward") for kind in type(module).__mro__]:
         raise UserError(
             f"attach: {path} has a forward of its own ({own!r:.80}), which hides the adapter; "
             "attach the adapter before another library changes the model"

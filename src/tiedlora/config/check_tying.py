@@ -5,18 +5,26 @@ from __future__ import annotations
 import math
 
 from tiedlora.errors import UserError
-from tiedlora.tying import ALL_LAYERS, PARTS, RANDOM_INITS, Architecture, Factor, Part, Tying, target_shape
+from tiedlora.tying import (
+    ALL_LAYERS,
+    PARTS,
+    Architecture,
+    Factor,
+    Part,
+    Tying,
+    adapted_layers,
+    target_shape,
+)
+
+RANDOM_INITS = ("uniform", "normal")
 
 
-def check_tying(tying: Tying, architecture: Architecture | None = None) -> None:
+def check_tying(tying: Tying, architecture: Architecture) -> None:
     """Refuse a specification that cannot train from the base model.
 
     Exactly one part must start at zero, and it must be trained. If no part starts at zero, the run does not start at
     the base model. If the zero part is frozen, the update stays zero. If two parts start at zero, no part ever gets a
     gradient.
-
-    Args:
-        architecture: the base model's sizes; without them, nothing that depends on them is checked.
 
     Raises:
         UserError: a value is not allowed; the message names the key under `tying.`.
@@ -43,8 +51,8 @@ def check_tying(tying: Tying, architecture: Architecture | None = None) -> None:
         raise UserError(f"tying.dropout={tying.dropout}: must be in [0, 1)")
     if not 0.0 < tying.suggested_lr < math.inf:
         raise UserError(f"tying.suggested_lr={tying.suggested_lr}: must be a positive number")
-    _check_layers(tying.layers, architecture)
-    _check_targets(tying.targets, architecture or Architecture(layers=1, hidden=1, heads=1, kv_heads=1, head_dim=1))
+    _check_layers(adapted_layers(tying, architecture), architecture)
+    _check_targets(tying.targets, architecture)
 
 
 def _check_part(name: str, part: Part) -> None:
@@ -59,15 +67,14 @@ def _check_part(name: str, part: Part) -> None:
             raise UserError(f"tying.{name}.share={share}: choose all (tied) or how many layers share it (1 = untied)")
 
 
-def _check_layers(layers: list[int | str] | None, architecture: Architecture | None) -> None:
-    if layers == []:
+def _check_layers(layers: list[int], architecture: Architecture) -> None:
+    if not layers:
         raise UserError("tying.layers: is empty; name at least one layer, or set null to adapt all")
-    for layer in layers or []:
-        if architecture is not None and not (isinstance(layer, int) and 0 <= layer < architecture.layers):
-            raise UserError(
-                f"tying.layers: holds {layer}, but the model has {architecture.layers} layers: "
-                f"0 to {architecture.layers - 1} are allowed"
-            )
+    if layers[-1] >= architecture.layers:
+        raise UserError(
+            f"tying.layers: holds {layers[-1]}, but the model has {architecture.layers} layers: "
+            f"0 to {architecture.layers - 1} are allowed"
+        )
 
 
 def _check_targets(targets: list[str], architecture: Architecture) -> None:

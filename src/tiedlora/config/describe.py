@@ -19,7 +19,7 @@ TYPE_WORDS = {
     "dict[str, Any]": "a mapping",
     "Union[int, str]": "a whole number or a text",
     "Union[float, int, str]": "a number or a text",
-    "list[Union[int, str]]": "a list of whole numbers and ranges",
+    "list[Any]": "a list",
     "section": "a section of keys",
 }
 

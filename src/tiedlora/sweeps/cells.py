@@ -18,9 +18,11 @@ from tiedlora import storage, tying
 from tiedlora.config.identity import config_tree, run_id
 from tiedlora.config.schema import Config
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.sweeps.control import SweepControl
 
-STATES = ("done", "running", "paused", "pruned", "interrupted", "failed", "missing")
-"""Paused: at the cell's train.pause_after. Pruned: stopped by a search; a plain sweep continues it."""
+STATES = ("done", "running", "paused", "pruned", "interrupted", "failed", "dropped", "missing")
+"""Paused: at the cell's train.pause_after. Pruned: stopped by a search; a plain sweep continues it. Dropped: taken out
+of the sweep by a person (control.py), and not done."""
 ENDED = ("done", "paused", "failed")
 """The states in which a launch has nothing more to do."""
 
@@ -74,7 +76,7 @@ class SweepCell:
         return record is not None and set(self.config.score.splits) <= set(record.scores)
 
     def state(self) -> str:
-        """One of STATES."""
+        """One of STATES, except dropped, which only the sweep knows."""
         state, pause = self.folder.state(), self.config.train.pause_after
         if state == "done":
             return "done" if self.finished() else "interrupted"
@@ -115,6 +117,16 @@ class Sweep:
         """The folder of the sweep's frozen cells and its selection."""
         return Path(self.cells[0].config.outputs) / "sweeps" / self.id
 
+    def run_ids(self) -> list[str]:
+        """The ids of the cells, and of frozen cells that a search has added."""
+        added = {path.stem for path in (self.path / "cells").glob("*.json")}
+        return list(dict.fromkeys([*(cell.run_id for cell in self.cells), *sorted(added)]))
+
+    @property
+    def control(self) -> SweepControl:
+        """The files that steer the sweep while it runs."""
+        return SweepControl(self.path)
+
     def freeze(self) -> FrozenCells:
         """Write every cell's resolved configuration. A cell is run from this file, so a later edit of conf/ does not
         change it.
@@ -154,4 +166,6 @@ class FrozenCells:
         frozen = OmegaConf.create({**storage.read_json(self.path / f"{cell_id}.json"), "hydra": master_config.hydra})
         frozen.merge_with_dotlist(list(sweep_overrides[1:]))
         frozen.hydra.overrides.task = list(sweep_overrides)
+        # The cell finds the files that steer the sweep in Hydra's output directory, which is this folder for it.
+        OmegaConf.update(frozen, "hydra.sweep.dir", str(self.path.parent), force_add=True)
         return frozen

@@ -19,6 +19,7 @@ from tiedlora.errors import UserError
 from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.sweeps import status
 from tiedlora.sweeps.cells import ENDED, Sweep, SweepCell
+from tiedlora.sweeps.control import SweepControl
 from tiedlora.sweeps.watch import EndedCellsLogger
 from tiedlora.training.signals import SIGNALS
 
@@ -33,8 +34,11 @@ Launch = Callable[[Sequence[SweepCell], int], None]
 """Starts the cells, and returns when they have ended. The number is the first job's, counted over all launches."""
 
 
-def run_sweep(sweep: Sweep, launch: Launch) -> None:
-    """Run the cells that are not finished, then print the table of all cells.
+def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
+    """Run the cells that are neither finished nor dropped, then print the table of all cells.
+
+    Args:
+        fail_fast: stop all cells when the first one fails. Otherwise the others continue.
 
     Raises:
         UserError: a cell's result.json is damaged.
@@ -46,29 +50,37 @@ def run_sweep(sweep: Sweep, launch: Launch) -> None:
     for cell in sweep.cells:
         (finished if cell.finished() else unfinished).append(cell)
     errors = changed_inputs(finished)
-    numbers = len(sweep.cells), len(finished), len(unfinished)
+    control = sweep.control
+    control.start(fail_fast)
+    wanted = [cell for cell in unfinished if not control.is_dropped(cell.run_id)]
+    numbers = len(sweep.cells), len(finished), len(wanted)
     log.info("%s: %d cells, %d finished before, %d to run", sweep.id, *numbers)
     try:
         with EndedCellsLogger(sweep):
-            launch_cells(unfinished, launch)
+            launch_cells(wanted, launch, control)
     except KeyboardInterrupt:
         print(status.summary_line(sweep, status.statuses(sweep)))
         raise
     cells = status.statuses(sweep)
     print(f"\n{status.table(cells)}\n\n{status.summary_line(sweep, cells)}")
-    errors.update({cell.run_id: cell.error or "" for cell in cells if cell.state not in ("done", "paused")})
-    end_with(errors, len(cells))
+    first_failure = control.first_failure()
+    ended = {"done", "paused", "dropped"} | ({"missing", "interrupted"} if first_failure else set())
+    errors.update({cell.run_id: cell.error or "" for cell in cells if cell.state not in ended})
+    end_with(errors, len(cells), first_failure)
 
 
-def end_with(errors: Mapping[str, str], cells: int) -> None:
+def end_with(errors: Mapping[str, str], cells: int, first_failure: str | None) -> None:
     """End a sweep of so many cells.
 
     Args:
         errors: run id -> why it failed.
+        first_failure: the cell that has stopped the sweep (fail_fast), or None.
 
     Raises:
         SystemExit: with code 1, after naming every cell that failed.
     """
+    if first_failure is not None:
+        print(f"\nfail_fast: {first_failure} failed, so the others stopped; fix it and run this again", file=sys.stderr)
     if errors:
         print(f"\n{len(errors)} of {cells} cells failed; their tracebacks are in error.txt:", file=sys.stderr)
         for run_id, error in errors.items():
@@ -76,15 +88,15 @@ def end_with(errors: Mapping[str, str], cells: int) -> None:
         raise SystemExit(1)
 
 
-def launch_cells(cells: Sequence[SweepCell], launch: Launch, first_job: int = 0) -> int:
-    """Launch the cells until each is done, paused or failed.
+def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepControl, first_job: int = 0) -> int:
+    """Launch the cells until each is done, paused, failed or dropped.
 
     Returns:
         The number of the next job, to be the first of the next launch.
     """
-    launches = _Launches(launch, first_job)
-    launches.run(cells)
-    return first_job + launches.counts.total()
+    launches = _Launches(launch, control, first_job)
+    launches.run([cell for cell in cells if not control.stops(cell.run_id)])
+    return launches.next_job
 
 
 def changed_inputs(cells: Iterable[SweepCell]) -> dict[str, str]:
@@ -123,29 +135,38 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 class _Launches:
-    """Launches cells until each has a result or an error, or has paused."""
+    """Launches cells until each has a result or an error, has paused, or was dropped."""
 
-    def __init__(self, launch: Launch, first_job: int) -> None:
-        self.launch, self.first_job = launch, first_job
+    def __init__(self, launch: Launch, control: SweepControl, first_job: int) -> None:
+        self.launch, self.control, self.next_job = launch, control, first_job
         self.counts: Counter[str] = Counter()
         """Run id -> how often the cell was launched."""
         self._waiting_logged = False
 
     def run(self, cells: Sequence[SweepCell]) -> None:
-        """Return when every cell has ended."""
+        """Return when every cell has ended, or one has stopped the sweep."""
+        wanted = cells
         while cells:
             try:
-                self.launch(cells, self.first_job + self.counts.total())
+                self.launch(cells, self.next_job)
             except Exception as error:
                 # What a launcher returns or raises does not matter: the folders show what it has done.
                 reason = f"{type(error).__name__}: {error}"
                 log.warning("the launcher failed (%s); continuing with what the cells' folders hold", reason)
+            self.next_job += len(cells)
             self.counts.update(cell.run_id for cell in cells)
-            cells = [cell for cell in cells if self._needs_launch(cell)]
+            cells = [cell for cell in wanted if self._needs_launch(cell)]
 
     def _needs_launch(self, cell: SweepCell) -> bool:
-        """Whether the cell has not ended, and may be launched once more."""
-        if self._state_when_free(cell) in ENDED:
+        """Whether the cell may be launched once more: it has not ended, or a person asks for it."""
+        state = self._state_when_free(cell)
+        if state in ("done", "paused") or self.control.stops(cell.run_id):
+            return False
+        if self.control.take_retry(cell.run_id):
+            cell.folder.error_file.unlink(missing_ok=True)
+            del self.counts[cell.run_id]
+            return True
+        if state in ENDED:
             return False
         if self.counts[cell.run_id] < LAUNCHES:
             log.warning("%s: stopped without a result; launching it once more", cell.run_id)
@@ -153,6 +174,7 @@ class _Launches:
         cell.folder.error_file.write_text(
             f"The worker ended {LAUNCHES} times without a result or an error: killed, or out of memory?\n"
         )
+        self.control.failed(cell.run_id)
         return False
 
     def _state_when_free(self, cell: SweepCell) -> str:

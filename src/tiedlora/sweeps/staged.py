@@ -22,6 +22,7 @@ from tiedlora.statistics.paired_rows import RowLosses
 from tiedlora.statistics.rate_choice import ChosenRate
 from tiedlora.sweeps import selection, status
 from tiedlora.sweeps.cells import Sweep, SweepCell
+from tiedlora.sweeps.control import SweepControl
 from tiedlora.sweeps.launching import Launch, changed_inputs, end_with, launch_cells
 from tiedlora.sweeps.staged_search import Observation, Request, SearchPlan, SearchStage, next_stage, rung_steps
 
@@ -189,8 +190,11 @@ class _Progress:
         return [self.group.cell(trial.lr, seed) for trial in self.stage.trials for seed in trial.losses]
 
 
-def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch) -> None:
+def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch, fail_fast: bool = False) -> None:
     """Carry out the staged sweep, then print the chosen rates. The same command continues a stopped one.
+
+    Args:
+        fail_fast: as for run_sweep.
 
     Raises:
         UserError: a file of a run is damaged.
@@ -201,6 +205,8 @@ def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch) -> None:
     finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
     launched: set[tuple[str, tuple[str, ...]]] = set()
     next_job = 0
+    control = sweep.control
+    control.start(fail_fast)
     while True:
         searches = [_Progress(group, group.next()) for group in groups]
         _mark_pruned(searches)
@@ -209,22 +215,22 @@ def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch) -> None:
         asked = [cell for search in searches for cell in search.asked()]
         # A cell that has failed is launched again by the next command, and not by this one.
         cells = [cell for cell in asked if (cell.run_id, cell.launch_words) not in launched]
-        if not cells:
+        if not cells or control.first_failure() is not None:
             break
         log.info("%s: %s", sweep.id, _stage_line(searches))
         for search in searches:
             for request in search.stage.requests:
                 _freeze(sweep, search.group.cell(request.lr, request.seed))
         launched.update((cell.run_id, cell.launch_words) for cell in cells)
-        next_job = launch_cells(cells, launch, next_job)
+        next_job = launch_cells(cells, launch, control, next_job)
     print(f"\n{summary(chosen)}")
-    errors = {cell.run_id: _why_unfinished(cell) for cell in asked}
+    errors = {cell.run_id: _why_unfinished(cell, control) for cell in asked}
     used = [cell for search in searches for cell in search.used()]
     errors.update(changed_inputs(cell for cell in used if cell.run_id in finished_before))
     without = [search.group.name for search in searches if not search.stage.requests and search.stage.chosen is None]
     for name in without:
         print(f"{name}: every rate diverged; add lower ones with train.lr=", file=sys.stderr)
-    end_with(errors, len(used) + len(asked))
+    end_with(errors, len(used) + len(asked), control.first_failure())
     if without:
         raise SystemExit(1)
 
@@ -267,9 +273,13 @@ def _freeze(sweep: Sweep, cell: SweepCell) -> None:
         storage.write_json(path, tree)
 
 
-def _why_unfinished(cell: SweepCell) -> str:
+def _why_unfinished(cell: SweepCell, control: SweepControl) -> str:
+    if control.is_dropped(cell.run_id):
+        return "dropped, but the search needs it; put it back with scripts/sweep.py retry"
     if cell.state() == "failed":
         return status.last_error(cell.folder)
+    if control.first_failure() is not None:
+        return "stopped, because another cell failed"
     return "ended without the losses or scores that the search needs; delete its folder, and start again"
 
 

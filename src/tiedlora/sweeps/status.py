@@ -13,6 +13,7 @@ from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.sweeps.cells import STATES, CellParameters, Sweep, SweepCell
+from tiedlora.sweeps.control import SweepControl
 from tiedlora.text import aligned, clock, visible
 
 KEYS_WITH_COLUMN = ("model", "task", "tying", "rank", "rank.r", "train.lr", "seed")
@@ -61,11 +62,14 @@ def statuses(sweep: Sweep) -> list[CellStatus]:
     Raises:
         UserError: a cell's result.json is damaged.
     """
-    return [_status(cell) for cell in sweep.cells]
+    control = sweep.control
+    return [_status(cell, control) for cell in sweep.cells]
 
 
-def _status(cell: SweepCell) -> CellStatus:
+def _status(cell: SweepCell, control: SweepControl) -> CellStatus:
     state, record = cell.state(), cell.folder.record()
+    if state not in ("done", "running") and control.is_dropped(cell.run_id):
+        state = "dropped"
     metric = score = None
     if record is not None and "validation" in record.scores:
         validation = record.scores["validation"]
@@ -113,7 +117,7 @@ def seconds_left(cells: Sequence[CellStatus]) -> float | None:
     all_seconds = [cell.seconds for cell in done]
     left = 0.0
     for cell in cells:
-        if cell.state not in ("done", "failed"):
+        if cell.state not in ("done", "failed", "dropped"):
             alike = by_model_and_task.get((cell.parameters.model, cell.parameters.task), all_seconds)
             left += max(0.0, mean(alike) - cell.seconds)
     return left

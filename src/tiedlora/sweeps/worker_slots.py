@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+from tiedlora.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,29 @@ class SlotJob(Generic[T]):
 
     name: str
     work: Callable[[], T]
+
+
+def visible_device(device: str | int, inherited: str | None) -> str:
+    """The value of CUDA_VISIBLE_DEVICES for a process that gets one device.
+
+    Args:
+        device: a number counts the devices that this process sees, from 0. Other names, such as a GPU's UUID, stay.
+        inherited: CUDA_VISIBLE_DEVICES of this process; None if it is not set. A cluster sets it to the devices that it
+            has given to the job, so a number must not reach beyond them.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    name = str(device)
+    if inherited is None or not re.fullmatch(r"-?\d+", name):
+        return name
+    given = [item.strip() for item in inherited.split(",") if item.strip()]
+    if not 0 <= int(name) < len(given):
+        raise UserError(
+            f"hydra.launcher.devices: has {name}, but CUDA_VISIBLE_DEVICES={inherited} gives {len(given)} devices to "
+            "this process; number them from 0"
+        )
+    return given[int(name)]
 
 
 class WorkerSlots(Generic[T]):

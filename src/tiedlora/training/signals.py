@@ -5,10 +5,23 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_CONDITIONS: list[Callable[[], bool]] = []
+
+
+@contextmanager
+def also_stopped_by(condition: Callable[[], bool]) -> Iterator[None]:
+    """Inside the context, a true `condition` asks the run of this process to stop after its step, as a signal does."""
+    _CONDITIONS.append(condition)
+    try:
+        yield
+    finally:
+        _CONDITIONS.remove(condition)
 
 
 class StopSignal:
@@ -28,8 +41,8 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def requested(self) -> bool:
-        """Whether a signal asked the run to end."""
-        return self.received is not None
+        """Whether a signal or a condition of `also_stopped_by` asks the run to end."""
+        return self.received is not None or any(condition() for condition in _CONDITIONS)
 
     def __enter__(self) -> StopSignal:
         # Only the main thread may set handlers.
@@ -48,7 +61,7 @@ class StopSignal:
                 handler(self.received, None)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        again, self.received = self.requested(), number
+        again, self.received = self.received is not None, number
         if not self.finish_step_first or (again and number == signal.SIGINT):
             raise KeyboardInterrupt
         print(f"{signal.Signals(number).name}: saving a checkpoint after this step", file=sys.stderr)

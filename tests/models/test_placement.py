@@ -1,0 +1,191 @@
+"""model.device_map and accelerate's hooks: the adapter is seen, its pairs are where their modules run, and the rest is
+refused.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+from helpers.tiny import TINY, model_option, randomise, tiny
+
+from tiedlora.adapter import attach, linear
+from tiedlora.data.batching import microbatches
+from tiedlora.data.encoding import Encoded
+from tiedlora.errors import UserError
+from tiedlora.models.base_model import load_base
+from tiedlora.runs import run
+from tiedlora.runs.session import RunSession
+from tiedlora.scoring.decoding import generate
+from tiedlora.scoring.likelihoods import choice_log_likelihoods
+from tiedlora.tasks import load_task
+from tiedlora.training.distributed import World
+from tiedlora.training.loss import mean_loss, row_losses, target_loss
+
+CPU = torch.device("cpu")
+PROMPTS = [tuple(range(5, 30)), tuple(range(9, 20))]
+TARGETS = [tuple(range(40, 52)), tuple(range(60, 67))]
+
+
+def saved(name: str, folder: Path):
+    """A random model as a folder: weights can only be offloaded to the disk from files."""
+    base = tiny(name)
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return replace(model_option(name), source="hub", path=str(folder))
+
+
+def spread(name: str, folder: Path):
+    """The model with half of its weights in memory, and the rest on the disk."""
+    config = saved(name, folder)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    config = replace(config, device_map="auto", cpu_memory=f"{size // 2000}KB")
+    base = load_base(config, "float32", CPU, folder / "cache")
+    assert set(base.model.hf_device_map.values()) == {"cpu", "disk"}
+    return base
+
+
+def everything(base, recompute: bool = False):
+    """Losses, gradients, answers and likelihoods with a random adapter. The base stays as it was."""
+    model, attached = base.model, attach(base.model, "TABuv", 4)
+    randomise(attached.adapter)
+    (batch,) = microbatches([Encoded(*row) for row in zip(PROMPTS, TARGETS, strict=True)], 256)
+    before = mean_loss([row_losses(model, batch)])
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    # The blocks recompute activations only in training mode. GPT-2's own dropout needs the same seed each time.
+    model.train(recompute)
+    torch.manual_seed(0)
+    loss = target_loss(model, batch)
+    loss.backward()
+    model.gradient_checkpointing_disable()
+    model.eval()
+    gradients = {name: part.grad for name, part in attached.adapter.trained_parts().items()}
+    outputs = generate(model, base.tokenizer, PROMPTS, max_new_tokens=6, batch_size=2)
+    scores = choice_log_likelihoods(model, PROMPTS, [TARGETS, TARGETS], batch_size=4)
+    attached.detach()
+    return before, loss.item(), gradients, outputs, scores
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_half_on_the_disk_is_the_whole_model_bit_for_bit(name, recompute, tmp_path):
+    whole, offloaded = tiny(name), spread(name, tmp_path)
+    ours, theirs = everything(offloaded, recompute), everything(whole, recompute)
+    assert all(torch.equal(ours[2][part], theirs[2][part]) for part in theirs[2])
+    assert all(gradient.abs().max() > 0 for gradient in ours[2].values())
+    assert (*ours[:2], *ours[3:]) == (*theirs[:2], *theirs[3:])
+    assert everything(offloaded)[0] == ours[0], "a second adapter finds the base as the first did"
+
+
+def test_an_offloaded_base_is_scored_unmerged_and_not_merged(tmp_path):
+    attached = attach(spread("tiny_llama", tmp_path).model, "TABuv")
+    with pytest.raises(UserError, match=r"^merge: the weight of .* is offloaded.*device_map=null"):
+        attached.merge()
+
+
+def test_a_run_is_the_run_of_the_whole_model(tiny_config, tmp_path):
+    """Where the weights are is no part of the identity, and a finished run is found again."""
+    path = saved("tiny_llama", tmp_path / "model").path
+    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    source = ["model.source=hub", f"model.path={path}"]
+    whole = run.main(tiny_config(*source))
+    config = tiny_config(*source, "model.device_map=auto", f"model.cpu_memory={size // 2000}KB")
+    config.outputs = str(tmp_path / "spread")
+    other = run.main(config)
+    assert other.run_id == whole.run_id
+    assert other.training.validation_loss_last == whole.training.validation_loss_last
+    # The whole model is scored merged, which rounds otherwise.
+    assert other.scores["validation"].output_tokens > 0
+
+
+class TestHookedByTheUser:
+    """tiedlora.attach on a model that another program has put hooks on."""
+
+    @pytest.mark.parametrize("name", TINY)
+    def test_dispatched(self, name, ids):
+        plain, hooked = tiny(name).model, tiny(name).model
+        dispatch_model(hooked, {"": "cpu"}, force_hooks=True)
+        first = attach(plain, "TABuv").adapter.paths()[0]
+        add_hook_to_module(hooked.get_submodule(first), AlignDevicesHook("cpu"))
+        attached = attach(hooked, "TABuv")
+        before = hooked(ids).logits
+        for model in (plain, hooked):
+            randomise(model.tied_adapter)
+        adapted = hooked(ids).logits
+        assert torch.equal(adapted, plain(ids).logits)
+        assert not torch.equal(adapted, before)
+        attached.detach()
+        assert torch.equal(hooked(ids).logits, before)
+
+    def test_offloaded_before(self, ids):
+        plain, hooked = tiny("tiny_llama").model, cpu_offload(tiny("tiny_llama").model, CPU)
+        for model in (plain, hooked):
+            randomise(attach(model, "TABuv").adapter)
+            model(ids).logits.sum().backward()
+        for one, two in zip(plain.tied_adapter.parameters(), hooked.tied_adapter.parameters(), strict=True):
+            assert two.device == CPU
+            assert torch.equal(one.grad, two.grad)
+
+    def test_offloaded_afterwards_is_refused(self, ids):
+        """accelerate moves the adapter to the meta device, and its values are garbage."""
+        attached = attach(tiny("tiny_llama").model, "TABuv")
+        cpu_offload(attached.model, CPU)
+        with pytest.raises(UserError, match=r"offloaded to the meta device.*offload the model first") as refused:
+            attached.model(ids)
+        assert "\n" not in str(refused.value)
+
+    def test_hooks_that_were_removed(self, ids):
+        model = tiny("tiny_llama").model
+        cpu_offload(model, CPU)
+        remove_hook_from_submodules(model)
+        before = model(ids).logits
+        attached = attach(model, "TABuv")
+        randomise(attached.adapter)
+        assert not torch.equal(model(ids).logits, before)
+
+    def test_a_forward_of_another_library_is_refused(self, ids):
+        model = tiny("tiny_llama").model
+        layer = model.model.layers[1].self_attn.v_proj
+        layer.forward = lambda x: x[..., :16]
+        with pytest.raises(UserError, match=r"layers.1.self_attn.v_proj has a forward of its own"):
+            attach(model, "TABuv")
+        del layer.forward
+        randomise(attach(model, "TABuv").adapter)
+
+
+def test_pairs_go_where_their_module_runs(monkeypatch):
+    """Two devices, on a machine with one: the folded pairs of a hooked layer are on the hook's device."""
+    model = tiny("tiny_llama").model
+    layer = model.model.layers[1].self_attn.q_proj
+    add_hook_to_module(layer, AlignDevicesHook("meta", tied_params_map={}))
+    attached = attach(model, "TABuv")
+    assert {parameter.device.type for parameter in attached.adapter.parameters()} == {"cpu"}
+    (fold,) = (hook for hook in model.model._forward_pre_hooks.values())
+    fold()
+    assert linear.execution_device(layer).type == "meta"
+    assert layer.folded_A.device.type == "meta"
+    assert model.model.layers[0].self_attn.q_proj.folded_A.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.device_map=auto"], r"^model.device_map=auto: a random model has no files"),
+        (["model.device_map=row"], r"model.device_map=row: choose one of auto, balanced"),
+        (["model.cpu_memory=20GiB"], r"^model.cpu_memory=20GiB: limits what model.device_map fills"),
+        (["model.device_map=auto", "model.gpu_memory=much"], r"^model.gpu_memory=much: must be a whole number"),
+        (["model.source=hub", "model.device_map=auto", "train.compile=always"], r"^train.compile=always: .*device_map"),
+    ],
+)
+def test_what_cannot_be_placed_is_refused(overrides, says, tiny_config):
+    with pytest.raises(UserError, match=says):
+        tiny_config(*overrides)
+
+
+def test_several_processes_cannot_spread_one_model(tiny_config):
+    config = tiny_config("model.source=hub", "model.device_map=auto")
+    with pytest.raises(UserError, match=r"^model.device_map=auto: every process would spread"):
+        RunSession(config, load_task(config.task), World(0, 2))
