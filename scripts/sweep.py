@@ -85,7 +85,7 @@ def decidable_claims(sweep: Sweep) -> list[str]:
     """Which of the paper's claims the sweep's seeds and test rows can decide, before the sweep is run."""
     seeds = len({cell.config.seed for cell in sweep.cells})
     by_task = {cell.config.task.name: cell.config for cell in sweep.cells}
-    rows = {task: planned_rows.test_rows(config) for task, config in by_task.items()}
+    rows = {task: planned_rows.split_rows(config, "test") for task, config in by_task.items()}
     unknown = [task for task, count in rows.items() if count is None]
     lines = [f"{task}: the number of test rows is not known here; set task.rows.test or data_root" for task in unknown]
     known = [count for count in rows.values() if count is not None]

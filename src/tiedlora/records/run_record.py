@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from tiedlora import storage
-from tiedlora.config.schema import SCORED_SPLITS, SPLITS
+from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
 from tiedlora.records.halving import Halving
 from tiedlora.records.loss_metrics import is_loss
@@ -137,6 +137,10 @@ class TrainingRecord:
     """Where memory ran out, in order; None if it never did."""
 
 
+TEXTS, ADAPTER = "texts", "adapter"
+"""What a study may leave out of a run: prompts, references and texts of choices; the adapter's files."""
+
+
 @dataclass(frozen=True)
 class SplitScores:
     """The scores of one split. All scores are fractions of 1, BLEU and chrF too. Only losses are in nats."""
@@ -158,6 +162,8 @@ class SplitScores:
     """The base model's scores on the same rows."""
     gain: Scores | None = None
     """Adapted minus base, paired on the rows. For a loss, a negative gain is an improvement."""
+    source: Text | None = None
+    """Where the rows come from, if they are passages of neutral text (the value of score.forgetting)."""
     signatures: dict[Text, Text] | None = None
     """Metric -> the implementation and settings that computed it, if its name does not say enough."""
     files: dict[Text, Text] = field(default_factory=dict)
@@ -193,6 +199,8 @@ class RunRecord:
     """Always `done`: other runs have no record."""
     files: dict[str, str] = field(default_factory=dict)
     """File of the adapter -> its sha256."""
+    left_out: list[Text] | None = None
+    """What a study does not keep of the run's folder: TEXTS, ADAPTER. None for the run's own folder."""
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> RunRecord:
@@ -275,7 +283,7 @@ def _check(record: RunRecord) -> None:
         if split not in SPLITS:
             raise UserError(f"'data.{split:.40}' is not a split's digest")
     for split, scores in record.scores.items():
-        if split not in SCORED_SPLITS:
+        if split not in (*SCORED_SPLITS, FORGETTING):
             raise UserError(f"'scores.{split:.40}' is not a split that is scored")
         if (scores.base is None) != (scores.gain is None):
             raise UserError(f"'scores.{split}' has only one of base and gain")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tiedlora.config.schema import Config
+from tiedlora.models.arithmetic import DeviceSpeed
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.findings import CheckedRun, Finding
@@ -27,11 +28,12 @@ def add_scores(
     paths_from: Config | None = None,
     metrics: Sequence[str] | None = None,
     again: bool = False,
+    forgetting: str | None = None,
 ) -> RunRecord:
     """Score more splits or metrics of a finished run; see add_scores.py."""
     from tiedlora.runs import add_scores
 
-    return add_scores.add_scores(folder, splits, data_root, paths_from, metrics, again)
+    return add_scores.add_scores(folder, splits, data_root, paths_from, metrics, again, forgetting)
 
 
 def check_adapter(run: CheckedRun) -> Iterator[Finding]:
@@ -46,6 +48,13 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
     from tiedlora.runs import regenerate
 
     return regenerate.regenerate(run, least, suspects)
+
+
+def device_speed(config: Config, seconds: float) -> DeviceSpeed:
+    """Measure the matrix products of the device that a run would use; see device_speed.py."""
+    from tiedlora.runs import device_speed
+
+    return device_speed.measure(config, seconds)
 
 
 def free_memory() -> None:

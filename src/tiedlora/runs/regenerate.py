@@ -16,7 +16,8 @@ from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import resolve_device
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss
-from tiedlora.records.rows import PredictionRow, read_predictions
+from tiedlora.records.rows import PredictionRow
+from tiedlora.records.run_record import ADAPTER
 from tiedlora.runs.findings import CheckedRun, Finding
 from tiedlora.scoring.memory import with_halved_batches
 from tiedlora.scoring.predict import scoring_batches
@@ -29,6 +30,9 @@ LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 
 def check_adapter(run: CheckedRun) -> Iterator[Finding]:
     """Check that the adapter has its own hash, and that it belongs to this run."""
+    if not run.keeps(ADAPTER):
+        yield Finding("adapter", None, "the study keeps only its sha256; the run's command gives the files again")
+        return
     try:
         adapter, base = load(run.folder.adapter)
     except UserError as error:
@@ -62,6 +66,9 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
         suspects: the ids of rows that are regenerated first.
     """
     config = run.config
+    if not run.keeps(ADAPTER):
+        yield Finding("regenerate", None, "the study keeps no adapter of this run")
+        return
     if run.record.execution.threads is not None:
         torch.set_num_threads(run.record.execution.threads)
     try:
@@ -85,7 +92,7 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
 def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int, suspects: set[str]) -> Iterator[Finding]:
     examples, scores = run.examples[split], run.record.scores[split]
     for kind in ("", ".base") if scores.base is not None else ("",):
-        recorded = read_predictions(run.folder.predictions_file(f"{split}{kind}"))
+        recorded = run.predictions(split, base=bool(kind))
         if len(recorded) != len(examples):
             yield Finding(f"regenerate {split}{kind}", False, f"{len(recorded)} predictions of {len(examples)} rows")
             continue

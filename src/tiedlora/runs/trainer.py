@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from tiedlora import storage
 from tiedlora.adapter import architectures, linear, load, save
 from tiedlora.config.identity import config_tree
-from tiedlora.data.batching import Batch, BatchSampler, by_length, microbatches
+from tiedlora.data.batching import Batch, BatchSampler, by_length, empty_batch, microbatches
 from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.models import attention
 from tiedlora.models.device import free_memory, peak_memory_bytes, restart_peak_memory
@@ -28,7 +29,7 @@ from tiedlora.tracking.appended_file import AppendedFile
 from tiedlora.tracking.base import TrackedRun
 from tiedlora.tracking.progress import ProgressBar
 from tiedlora.tracking.run_trackers import RunTrackers
-from tiedlora.training import checkpoint, compiling, loop
+from tiedlora.training import checkpoint, compiling, loop, sharding
 from tiedlora.training.loss import RowLosses, mean_loss, row_losses, target_loss
 from tiedlora.training.optimizer import build_optimizer
 from tiedlora.training.signals import StopSignal
@@ -95,11 +96,12 @@ class Trainer:
         restart_peak_memory(self.session.device)
         self._run_loop()
         peak = peak_memory_bytes(self.session.device)
-        # 3. Load the adapter of the step that is scored. Only the first process scores.
-        if self.config.score.checkpoint == "best" and self.session.world.is_first:
-            best, _ = load(self._best_folder(self.state.best_step()))
-            for name, parameter in best.parts().items():
-                self.adapter.parts()[name].data.copy_(parameter.data)
+        # 3. Load the adapter of the step that is scored. Only the first process has its file.
+        if self.config.score.checkpoint == "best":
+            world, folder = self.session.world, self._best_folder(self.state.best_step())
+            best = {name: part.data for name, part in load(folder)[0].parts().items()} if world.is_first else {}
+            for name, values in world.gather(best)[0].items():
+                self.adapter.parts()[name].data.copy_(values)
         return Trained(self.state, peak, self.trackers)
 
     def _check_same_step(self) -> None:
@@ -166,6 +168,10 @@ class Trainer:
         limits = (train.microbatch_tokens, self.state.pass_tokens("training"))
         tokens = min((limit for limit in limits if limit is not None), default=None)
         batches = microbatches(own_rows, self.pad_id, train.microbatch_size, tokens, context)
+        if train.shard:
+            # All processes must make the same number of passes. One without targets adds zeros to the gradients.
+            most = -self.session.world.smallest(-len(batches))
+            batches += [empty_batch(self.pad_id)] * (most - len(batches))
         return [batch.to(self.session.device) for batch in batches]
 
     def _validation_batches(self) -> list[Batch]:
@@ -192,26 +198,36 @@ class Trainer:
         return loss
 
     def _row_losses(self) -> list[RowLosses] | None:
-        """The losses of the validation rows, batch by batch; None if memory ran out, and smaller batches are possible.
+        """The losses of all validation batches, each process computing its share; None if memory ran out.
+
+        Then the next batches are smaller.
 
         Raises:
-            MemoryError, RuntimeError: memory ran out with a single row.
+            MemoryError, RuntimeError: memory ran out with a single row, or the model is sharded.
         """
-        losses = []
-        for batch in self.validation_batches:
-            try:
-                losses.append(row_losses(self.session.model, batch))
-            except (MemoryError, RuntimeError) as error:
-                if len(batch.input_ids) == 1 or not is_out_of_memory(error):
-                    raise
-                break
-        else:
-            return losses
-        halving = Halving(self.state.step, "validation", batch.tokens // 2)
-        log.warning("validation: out of memory; batches have at most %d tokens from now on", halving.tokens)
-        self.state.halvings.append(halving)
+        world, model, too_large = self.session.world, self.session.model, None
+        own: list[RowLosses] = []
+        with sharding.equal_passes(model, world):
+            for batch in world.local_rows(self.validation_batches):
+                try:
+                    own.append(row_losses(model, batch))
+                except (MemoryError, RuntimeError) as error:
+                    if len(batch.input_ids) == 1 or sharding.is_sharded(model) or not is_out_of_memory(error):
+                        raise
+                    too_large = batch.tokens
+                    break
+        if world.any(too_large is not None):
+            self._halve_validation(world.smallest(too_large or sys.maxsize) // 2)
+            return None
+        if world.size == 1:
+            return own
+        shares = world.gather([losses.to_cpu() for losses in own])
+        return [shares[number % world.size][number // world.size] for number in range(len(self.validation_batches))]
+
+    def _halve_validation(self, tokens: int) -> None:
+        log.warning("validation: out of memory; batches have at most %d tokens from now on", tokens)
+        self.state.halvings.append(Halving(self.state.step, "validation", tokens))
         free_memory()
-        return None
 
     def _in_row_order(self, losses: list[RowLosses]) -> ValidationLosses:
         tokens = torch.cat([batch.tokens for batch in losses])
