@@ -7,6 +7,7 @@ import pytest
 from tiedlora.config.compose import compose_config
 from tiedlora.runs import run
 from tiedlora.sweeps import planned_rows, status
+from tiedlora.sweeps.cells import STATES
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.tasks import load_examples, load_task
 
@@ -22,7 +23,7 @@ def test_status_counts_and_estimates(tiny_run, capsys):
     assert status.seconds_left(status.statuses(sweep)) is None
     run.main(sweep.cells[0].config)
     cells = status.statuses(sweep)
-    assert status.counts(cells) == {"done": 1, "running": 0, "interrupted": 0, "failed": 0, "dropped": 0, "missing": 3}
+    assert status.counts(cells) == {**dict.fromkeys(STATES, 0), "done": 1, "missing": 3}
     assert status.seconds_left(cells) == pytest.approx(3 * cells[0].seconds)
     with sweep.cells[1].folder.locked():
         assert status.statuses(sweep)[1].state == "running"
@@ -71,10 +72,10 @@ def test_a_finished_run_that_lacks_a_split_of_the_sweep_is_not_done(tiny_run):
     ],
 )
 def test_the_test_rows_of_a_plan_are_the_tasks(overrides, rows):
-    assert planned_rows.test_rows(compose_config(overrides)) == rows
+    assert planned_rows.split_rows(compose_config(overrides), "test") == rows
 
 
 def test_generated_test_rows_are_counted(tiny_config):
     config = tiny_config()
     assert config.task.rows.test is None
-    assert planned_rows.test_rows(config) == len(load_examples(load_task(config.task), "test", None)) <= 12
+    assert planned_rows.split_rows(config, "test") == len(load_examples(load_task(config.task), "test", None)) <= 12
