@@ -20,6 +20,7 @@ from tiedlora.records.run_record import RunRecord, SplitScores, read_record
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 
 FOLDER_NAME = re.compile(r"(?P<label>\w+?)-r(?P<rank>\d+)-(?P<task>.+)-(?P<model>[^-]+)-s(?P<seed>\d+)-[0-9a-f]{10}")
+NOT_FINISHED = "not finished: it has no result.json (running, or interrupted)"
 PART_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoint", "error.txt", ".lock", "adapter", "predictions")
 NOT_RUNS = ("base", "sweeps")
 """Folders in outputs/ that are not runs: scores of base models, and frozen configurations of sweeps."""
@@ -164,7 +165,8 @@ def read_run(path: Path) -> Run | LeftOut:
         if not any((path / name).exists() for name in PART_OF_A_RUN):
             return LeftOut(path, "not a run: it holds none of a run's files")
         error = _last_line(folder.error_file)
-        reason = f"failed: {error}" if error else "not finished: it has no result.json (running, or interrupted)"
+        pruned = _last_line(folder.pruned_file)
+        reason = f"failed: {error}" if error else f"stopped by a search: {pruned}" if pruned else NOT_FINISHED
         if named is not None:
             named = dataclasses.replace(named, lr=_planned_lr(folder.config_file), failed=bool(error))
         return LeftOut(path, reason, named)
