@@ -72,10 +72,10 @@ def test_a_finished_run_that_lacks_a_split_of_the_sweep_is_not_done(tiny_run):
     ],
 )
 def test_the_test_rows_of_a_plan_are_the_tasks(overrides, rows):
-    assert planned_rows.test_rows(compose_config(overrides)) == rows
+    assert planned_rows.split_rows(compose_config(overrides), "test") == rows
 
 
 def test_generated_test_rows_are_counted(tiny_config):
     config = tiny_config()
     assert config.task.rows.test is None
-    assert planned_rows.test_rows(config) == len(load_examples(load_task(config.task), "test", None)) <= 12
+    assert planned_rows.split_rows(config, "test") == len(load_examples(load_task(config.task), "test", None)) <= 12

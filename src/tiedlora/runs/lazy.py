@@ -5,10 +5,10 @@ Importing torch and transformers takes seconds. A finished run, a wrong option a
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 
 from tiedlora.config.schema import Config
+from tiedlora.models.arithmetic import DeviceSpeed
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.findings import CheckedRun, Finding
@@ -28,11 +28,12 @@ def add_scores(
     paths_from: Config | None = None,
     metrics: Sequence[str] | None = None,
     again: bool = False,
+    forgetting: str | None = None,
 ) -> RunRecord:
     """Score more splits or metrics of a finished run; see add_scores.py."""
     from tiedlora.runs import add_scores
 
-    return add_scores.add_scores(folder, splits, data_root, paths_from, metrics, again)
+    return add_scores.add_scores(folder, splits, data_root, paths_from, metrics, again, forgetting)
 
 
 def check_adapter(run: CheckedRun) -> Iterator[Finding]:
@@ -49,14 +50,15 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
     return regenerate.regenerate(run, least, suspects)
 
 
-def free_device_memory() -> None:
-    """Free what a failed run leaves, so that the next run of this process can use the memory.
+def device_speed(config: Config, seconds: float) -> DeviceSpeed:
+    """Measure the matrix products of the device that a run would use; see device_speed.py."""
+    from tiedlora.runs import device_speed
 
-    Call it outside the `except` block: until the block ends, the exception holds the failed run's tensors.
-    """
-    import torch
+    return device_speed.measure(config, seconds)
 
-    # Frames of a traceback can refer to each other in a circle.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+
+def free_memory() -> None:
+    """Free what a failed run leaves; see models/device.py."""
+    from tiedlora.models import device
+
+    device.free_memory()
