@@ -2,6 +2,7 @@
 
 RUN is a run's folder. The split's predictions are written to RUN/predictions/, and its scores to RUN/result.json.
 `--metrics target_loss` scores only the loss of the split's targets, without generation. What is recorded stays.
+`--forgetting FILE.txt` scores the loss of a text that has nothing to do with the task.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from tiedlora.tasks import load_task
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--split", choices=("validation", "test"), help="test, unless --forgetting is given alone")
     parser.add_argument("--metrics", nargs="+", help="as score.metrics= of train.py; all if it is left out")
+    parser.add_argument("--forgetting", metavar="SOURCE", help="FILE.txt, task:NAME or hub:ID")
     parser.add_argument("--data-root", default=os.environ.get("TIEDLORA_DATA"), help="as data_root= of train.py")
     parser.add_argument("--again", action="store_true", help="score again what was scored before")
     arguments = parser.parse_args()
@@ -31,13 +33,16 @@ def main() -> None:
     folder = RunFolder(arguments.run.absolute())
     record = folder.finished_record()
     task = load_task(compose.read_config(folder.config_file).task)
-    if arguments.again or missing_passes(arguments.metrics, task, record.scores.get(arguments.split)):
+    split = arguments.split or (None if arguments.forgetting else "test")
+    missing = split is not None and missing_passes(arguments.metrics, task, record.scores.get(split))
+    if arguments.again or arguments.forgetting or missing:
         record = lazy.add_scores(
             folder,
-            [arguments.split],
+            [split] if split else [],
             data_root=arguments.data_root,
             metrics=arguments.metrics,
             again=arguments.again,
+            forgetting=arguments.forgetting,
         )
     print(terminal_lines(record, folder.path))
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.project import PROJECT
+from tiedlora.records.loss_metrics import LOSS_METRICS
 from tiedlora.tying import trainable_params
 
 PAGE = PROJECT / "docs" / "extending.md"
@@ -103,7 +104,7 @@ def test_the_page_is_read_completely():
 
 def test_the_task_is_scored(record):
     scores = record["scores"]["validation"]
-    assert set(scores["metrics"]) == {"exact_match"}
+    assert list(scores["metrics"]) == ["exact_match", *LOSS_METRICS]
     assert scores["metrics"]["exact_match"]["method"] == "wilson"
 
 

@@ -19,15 +19,16 @@ HYDRA_ROOMS = ("sweeps", "config")
 NO_TORCH = ("sweeps", "report", "records", "config", "statistics", "tasks", "tracking")
 LAZY = {
     # The imports inside functions of src/. A comment there gives the reason of each.
-    "runs/lazy.py": {"tiedlora.runs", "torch"},
+    "runs/lazy.py": {"tiedlora.models", "tiedlora.runs"},
     "scoring/predict.py": {"tiedlora.tasks.task_metric"},
+    "scoring/passages.py": {"datasets"},
     "sweeps/worker_slots.py": {"joblib.externals.loky"},
     "report/wandb_dashboard.py": {"wandb"},
     "tasks/dialogsum.py": {"rouge_score.rouge_scorer"},
     "tasks/generated.py": {"reasoning_gym"},
     "tasks/rows.py": {"datasets"},
 }
-WITHOUT_TORCH = ("runs.run", "runs.inputs", "runs.verify", "scoring.summary", "models.identity")
+WITHOUT_TORCH = ("runs.run", "runs.inputs", "runs.verify", "scoring.summary", "scoring.passages", "models.identity")
 """Modules of other packages that must import no torch either."""
 LONGEST_FILE = 350
 

@@ -126,3 +126,15 @@ def test_cells_share_their_sections_and_none_is_changed_by_another():
         assert (other.rank.alpha, default.rank.alpha) == (3.0, 8.0)
         assert other.train.lr != default.train.lr
         assert json.dumps(config_tree(default)) == before
+
+
+def test_layers_depend_on_the_model_of_their_cell_only():
+    """Every layer by number means null, and a model has its own number of layers: 3 here, then 30."""
+    tyings = (["tying.layers=[2,0-1]"], ["tying.layers=[0-29]"], ["tying=TABuv_v0", "tying.u.init=0"])
+    with composer() as fast:
+        for model in (["model=tiny_llama"], []):
+            for own in tyings:
+                cell = [*model, *own, "rank.scaling=rslora"]
+                assert outcome(fast.compose, cell) == outcome(fast.compose_whole, cell), cell
+        assert fast.compose(["model=tiny_llama", *tyings[0]]).tying.layers is None
+        assert fast.compose(tyings[0]).tying.layers == [0, 1, 2]

@@ -18,6 +18,6 @@ def test_a_failed_cells_tensors_are_gone_when_its_memory_is_freed(tiny_config, m
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(run, "main", fail)
-    monkeypatch.setattr(lazy, "free_device_memory", lambda: alive.append(tensors[0]()))
+    monkeypatch.setattr(lazy, "free_memory", lambda: alive.append(tensors[0]()))
     run_cell(tiny_config())
     assert alive == [None]

@@ -70,7 +70,7 @@ def test_selection_json_is_read_as_it_was_written(tiny_run, chosen):
     assert list(tree) == ["sweep", "by", "choices", "searches"]
     assert list(tree["choices"][0]) == [
         *("model", "task", "configuration", "rank", "lr", "lrs", "metric", "value", "seeds", "trials", "failed"),
-        *("edge", "run_ids", "test", "selection_seeds"),
+        *("edge", "run_ids", "test", "test_metric", "selection_seeds"),
     ]
 
 

@@ -1,13 +1,21 @@
-"""What a GPU needs, shown without one: by tensors on torch's meta device, which have a device and no values."""
+"""What a GPU needs, shown without one: by tensors that have a device and no values (torch's meta and fake tensors)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
-from helpers.tiny import tying_option
+from helpers.tiny import TINY, tying_option
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tiedlora.adapter import TiedAdapter
 from tiedlora.adapter.architectures import FAMILIES
+from tiedlora.config.identity import run_id
+from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import TrainConfig
+from tiedlora.runs import run, trainer
 from tiedlora.training import checkpoint, loop
 from tiedlora.training.checkpoint import RunInputs
 from tiedlora.training.optimizer import build_optimizer
@@ -62,3 +70,33 @@ def test_folding_copies_nothing_to_the_device_in_any_family():
             adapter.pairs()  # The sites are found once.
             with OnlyOn("meta"):
                 adapter.pairs(0.5, torch.bfloat16)
+
+
+def test_no_step_waits_for_the_device():
+    """In a process of its own, because autograd counts devices at its first backward pass."""
+    script = PROJECT / "tests/helpers/fake_gpu.py"
+    done = subprocess.run([sys.executable, script, *TINY], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_deterministic_switches_torch_for_the_run_only_and_changes_nothing_on_a_cpu(tiny_config, tmp_path, monkeypatch):
+    # Set and deleted, so that the end of the test restores it.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    plain, wished = tiny_config(f"outputs={tmp_path}/plain"), tiny_config("train.deterministic=true")
+    assert run_id(plain) == run_id(wished)
+    run.main(plain)
+    during, loss = [], trainer.target_loss
+
+    def watched(model, batch):
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        during.append((torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]))
+        return loss(model, batch)
+
+    monkeypatch.setattr(trainer, "target_loss", watched)
+    run.main(wished)
+    assert set(during) == {(True, ":4096:8")}
+    assert not torch.are_deterministic_algorithms_enabled()
+    first, second = (Path(config.outputs) / run_id(config) for config in (plain, wished))
+    for name in ("adapter/adapter.safetensors", "predictions/validation.jsonl"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers.forks import forked_world
 from helpers.tiny import tiny
 from safetensors.torch import load_file
@@ -16,10 +15,11 @@ from tiedlora.adapter import attach
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.records.rows import read_metrics
+from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
-from tiedlora.scoring.split import Scorer
+from tiedlora.scoring import split
+from tiedlora.scoring.sharing import score_in_shares
 from tiedlora.training import checkpoint, distributed
 from tiedlora.training.distributed import World
 from tiedlora.training.signals import StopSignal
@@ -70,10 +70,11 @@ class TestResume:
         """The configuration of the run. Its validation loss grows with every step."""
         config = tiny_config("score.checkpoint=best", "train.validate_every=1")
 
-        def grows(model, batches):
-            return float(model.tied_adapter.parts()["qkv.B"].detach().abs().sum())
-
-        monkeypatch.setattr(trainer, "mean_loss", grows)
+        trainers, row_losses = [], trainer.Trainer._row_losses
+        monkeypatch.setattr(trainer.Trainer, "_row_losses", lambda self: trainers.append(self) or row_losses(self))
+        monkeypatch.setattr(
+            trainer, "mean_loss", lambda _: float(trainers[-1].adapter.parts()["qkv.B"].detach().abs().sum())
+        )
         votes = []
         with monkeypatch.context() as patch:
             patch.setattr(StopSignal, "requested", lambda self: votes.append(1) or len(votes) >= 3)
@@ -100,16 +101,53 @@ class TestResume:
             assert "of the 2 processes, one continues from step 0 and another from step 3" in told
 
 
-def test_no_process_waits_while_the_first_scores(tiny_config, monkeypatch):
-    """The others leave the group when training has ended, so the first must have left it too."""
-    score_split = Scorer.score_split
+def test_every_process_validates_and_scores_its_share(tiny_config, tmp_path, monkeypatch):
+    """Each batch is asked once, and losses and answers are those of one process, bit for bit."""
+    # Three batches for two processes.
+    config = tiny_config("score.batch_size=5", "train.steps=2")
+    alone = run.main(config)
+    config.outputs = str(tmp_path / "together")
+    asked = tmp_path / "asked"
+    predict = split.predict
 
-    def scores(*arguments):
-        assert not dist.is_initialized()
-        return score_split(*arguments)
+    def noted(model, encoder, task, examples, *more):
+        with asked.open("a") as file:
+            file.write(f"{os.getpid()} {len(examples)}\n")
+        return predict(model, encoder, task, examples, *more)
 
-    monkeypatch.setattr(Scorer, "score_split", scores)
-    ended = forked_world(lambda rank: run.main(tiny_config()))
+    monkeypatch.setattr(split, "predict", noted)
+    ended = forked_world(lambda rank: run.main(config))
+    assert [code for code, _ in ended] == [0, 0], ended
+    lines = asked.read_text().splitlines()
+    assert sorted(int(line.split()[1]) for line in lines) == [2, 2, 5, 5, 5, 5], "base and adapted model"
+    assert len({line.split()[0] for line in lines}) == 2
+    one, two = RunFolder(tmp_path / "outputs" / alone.run_id), folder_of(config)
+    assert read_predictions(one.predictions_file("validation.base")) == read_predictions(
+        two.predictions_file("validation.base")
+    )
+    first, second = (read_validation_losses(place.validation_losses_file)[0] for place in (one, two))
+    assert first == second, "before the first step, all processes have the same model"
+
+
+def test_memory_that_runs_out_in_one_process_is_known_in_all(tiny_config, monkeypatch):
+    """Otherwise the others would wait for its share forever."""
+    told = []
+
+    def score(rank):
+        with distributed.join_world(cuda=False) as world:
+            base = tiny("tiny_llama")
+
+            def rows_of(examples):
+                if rank == 1:
+                    raise MemoryError
+                return list(examples)
+
+            with pytest.raises(MemoryError):
+                score_in_shares(world, base.model, ["a", "b"], [[0], [1]], rows_of)
+            told.append(rank)
+        assert told == [rank]
+
+    ended = forked_world(score)
     assert [code for code, _ in ended] == [0, 0], ended
 
 

@@ -133,8 +133,9 @@ class Site:
             return placed
         # Views, and no index of the outputs: an index on the CPU would be copied to the GPU at every forward pass.
         heads, head_dim = self.outputs.heads, self.outputs.head_dim
-        by_head = placed.unflatten(-2, (heads, 3, head_dim))
-        by_head[..., self.outputs.blocks, :, :] = B.unflatten(-2, (-1, heads, head_dim)).transpose(-4, -3)
+        by_head = placed.view(*B.shape[:-2], heads, 3, head_dim, B.shape[-1])
+        rows = B.reshape(*B.shape[:-2], -1, heads, head_dim, B.shape[-1])
+        by_head[..., self.outputs.blocks, :, :] = rows.transpose(-4, -3)
         return placed
 
 

@@ -233,15 +233,19 @@ def attach(
     return attach_adapter(model, TiedAdapter(tying, rank, alpha, architecture, seed, scaling))
 
 
-def attach_adapter(model: nn.Module, adapter: TiedAdapter) -> Attached:
+def attach_adapter(model: nn.Module, adapter: TiedAdapter, sharded: bool = False) -> Attached:
     """Attach an existing adapter to `model` and freeze the base.
+
+    Args:
+        sharded: whether the model may be sharded. The caller then sums the adapter's gradients over the processes.
 
     Raises:
         UserError: the adapter was made for another architecture, the model is sharded, or it has an adapter already.
     """
     if hasattr(model, "tied_adapter"):
         raise UserError("attach: the model has an adapter already; detach it first")
-    _refuse_sharded(model)
+    if not sharded:
+        _refuse_sharded(model)
     architecture = architectures.read(model, adapter.architecture.layout)
     _check_architecture(adapter.architecture, architecture)
     architectures.check(model, architecture, adapter.tying.targets, adapted_layers(adapter.tying, architecture))
@@ -272,5 +276,5 @@ def _refuse_sharded(model: nn.Module) -> None:
     if sharded or type(model).__name__ == "FullyShardedDataParallel":
         raise UserError(
             "attach: the model is sharded (FSDP or tensor parallel), which tied factors do not support; "
-            "load it whole on each device and start the run with torchrun (data parallel)"
+            "load it whole on each device, or start train.py with torchrun and train.shard=true"
         )

@@ -99,6 +99,8 @@ def cannot_merge(module: nn.Module, path: str) -> str | None:
             f"{path} is quantised, and 4 or 8 bits would lose the update; keep the adapter apart, or load the base "
             "model unquantised (model.quantization=null)"
         )
+    if type(module.weight).__name__ == "DTensor":
+        return f"the weight of {path} is shared by several processes; start one process, with train.shard=false"
     if module.weight.device.type == "meta":
         return f"the weight of {path} is offloaded; load the base model whole (model.device_map=null)"
     return None

@@ -20,6 +20,8 @@ LARGEST_RANDOM = 10**9
 """Most parameters of a random model."""
 LONGEST_TEXT = 100_000
 """Most characters of a text in a configuration. The longest texts are prompt templates."""
+TASK_TEXT, HUB_TEXT = "task", "hub"
+"""The prefixes of the two sources of neutral text that are not files."""
 LONGEST_TAG = 64
 """Most characters of a tag that W&B accepts."""
 
@@ -73,9 +75,27 @@ def _check_lists(config: Config) -> None:
     for split in config.score.splits:
         if split not in SCORED_SPLITS:
             raise UserError(f"score.splits={split}: choose validation, test or both")
+    if config.score.forgetting is not None:
+        check_forgetting(config.score.forgetting, config.task.name)
     betas = config.train.betas
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise UserError(f"train.betas={betas}: needs two numbers in [0, 1)")
+
+
+def check_forgetting(source: str, task: str) -> None:
+    """Refuse what cannot name neutral text. Whether it exists is another question: the run may be read elsewhere.
+
+    Args:
+        task: the name of the run's task, whose text is not neutral.
+    """
+    kind, _, name = source.partition(":")
+    if kind in (TASK_TEXT, HUB_TEXT):
+        if not all(map(is_name, name.split(":"))):
+            raise UserError(f"score.forgetting={source!r:.80}: needs a name, as in hub:HuggingFaceFW/finewiki")
+        if (kind, name) == (TASK_TEXT, task):
+            raise UserError(f"score.forgetting={source}: is the task that the run trains; choose another one")
+    elif not source.endswith(".txt"):
+        raise UserError(f"score.forgetting={source!r:.80}: must be FILE.txt, task:NAME or hub:ID")
 
 
 def check_device(key: str, name: str) -> None:
@@ -107,6 +127,11 @@ def _check_placement(config: Config) -> None:
             )
         if size is not None and model.device_map is None:
             raise UserError(f"model.{name}={size}: limits what model.device_map fills; set model.device_map=auto")
+    if config.train.shard and (model.device_map or model.quantization):
+        other = "device_map" if model.device_map else "quantization"
+        raise UserError(
+            f"train.shard=true: cannot be combined with model.{other}={getattr(model, other)}; set one to null"
+        )
     if model.device_map is None:
         return
     if model.source == "random":

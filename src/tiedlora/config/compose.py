@@ -20,7 +20,7 @@ from tiedlora.config.adapter_folder import adapter_digest, adapter_folder
 from tiedlora.config.check import check, check_texts
 from tiedlora.config.explain import cause_chain, readable_errors
 from tiedlora.config.project import CONF, PROJECT
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import Config, TaskConfig
 from tiedlora.errors import UserError
 
 
@@ -102,6 +102,19 @@ def compose_config(overrides: list[str]) -> Config:
         with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
             composed = compose(config_name="config", overrides=overrides)
     return load(composed)
+
+
+def task_option(name: str) -> TaskConfig:
+    """The task of conf/task/NAME.yaml, for a run that also needs another task than its own.
+
+    Raises:
+        UserError: there is no such file, or a key of it is wrong.
+    """
+    with readable_errors():
+        values = storage.read_yaml(CONF / "task" / f"{name}.yaml")
+        task = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), values))
+    assert isinstance(task, TaskConfig)
+    return task
 
 
 def read_config(path: Path) -> Config:

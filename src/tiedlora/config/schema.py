@@ -14,6 +14,8 @@ from tiedlora.tying import SCALINGS, Architecture, Tying
 
 SPLITS = ("train", "validation", "test")
 SCORED_SPLITS = ("validation", "test")
+FORGETTING = "forgetting"
+"""The name under which a run's record holds the losses of neutral text, beside the splits."""
 LARGEST_SCORING = 65_536
 """Upper bound of the rows that are scored together, and of the tokens of an answer."""
 
@@ -151,6 +153,9 @@ class TrainConfig:
     compile: str = key("auto", choices=("auto", "always", "never"), execution=True)
     """Whether torch compiles the blocks: auto (if the run is long enough to gain from it), always or never. It changes
     rounding."""
+    shard: bool = key(False, execution=True)
+    """Whether the processes that torchrun starts share the frozen base model (FSDP2), for a model that is too large for
+    one GPU. Each block is gathered while it runs."""
     bucket: bool = key(True)
     """Whether rows of similar length share a step. The order stays random, with every row once per epoch."""
     lr: Optional[float] = key(None, low=1e-12, high=1e3)
@@ -196,6 +201,9 @@ class TrainConfig:
     """The hash of the adapter of init_from. The program fills it in."""
     device: str = key("auto", execution=True)
     """auto (CUDA if there is a GPU), cpu, cuda or cuda:NUMBER."""
+    deterministic: bool = key(False, execution=True)
+    """Whether torch uses only deterministic algorithms, so that a run on a GPU can be repeated bit for bit on the same
+    kind of GPU with the same versions. This is slower. A run on a CPU can be repeated without it."""
     threads: Optional[int] = key(None, low=1, high=4096, execution=True)
     """CPU threads of torch; null leaves the choice to torch. Results are bit-identical only for equal counts."""
 
@@ -209,6 +217,10 @@ class ScoreConfig:
     metrics: Optional[list[str]] = key(None, execution=True)
     """What is scored: null takes the task's own metrics and the loss of the targets. [target_loss] takes only the loss,
     without generation, which is much cheaper. A name of the task's metrics takes all of them."""
+    forgetting: Optional[str] = key(None, execution=True)
+    """Neutral text whose loss is scored with and without the adapter: FILE.txt, task:NAME (another task's validation
+    rows), or hub:ID (the first pages of a data set, such as hub:HuggingFaceFW/finewiki); null scores none. It changes
+    neither the training nor other scores, so it is not part of the identity. The record has the digest of the text."""
     checkpoint: str = key("last", choices=("last", "best"))
     """Which adapter is scored: that of the last step, or best, that of the step with the lowest validation loss."""
     batch_size: int = key(64, low=1, high=LARGEST_SCORING)

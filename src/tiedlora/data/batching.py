@@ -120,6 +120,12 @@ class BatchSampler:
         return batches
 
 
+def empty_batch(pad_id: int) -> Batch:
+    """A batch of one padding token, without targets: its loss and its gradients are zero."""
+    nothing = torch.zeros(0, dtype=torch.long)
+    return Batch(torch.tensor([[pad_id]]), nothing, nothing, 0)
+
+
 def collate(rows: Sequence[Encoded], pad_id: int, context: int = 0) -> Batch:
     """Pad rows on the right, and mark the target positions.
 

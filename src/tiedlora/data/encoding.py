@@ -55,6 +55,10 @@ class Encoder:
             turn = [{"role": "user", "content": text}]
             text = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
             return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return self.text(text)
+
+    def text(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that starts a sequence, with the token that the model expects there, and no template."""
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         bos = self.tokenizer.bos_token_id
         starts_with_bos = bos is not None and self.tokenizer("x").input_ids[:1] == [bos]

@@ -7,11 +7,13 @@ matrix products take 31 ms, the fused kernel 43 ms, and the fused kernel with a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -24,6 +26,23 @@ def use(model: Any) -> None:
     """Replace torch's attention in a model by this one. Any other (eager, flash, flex) was chosen, and stays."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
+    # cuDNN's attention makes a plan for every new shape, and the batches of a run have many shapes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@contextmanager
+def rows_not_packed() -> Iterator[None]:
+    """Inside the block, transformers takes every row for one sequence, as the rows of this project are.
+
+    Otherwise, each forward pass without a mask and a cache asks the device whether a row has several sequences (whose
+    positions start again at 0), and Python waits for the answer.
+    """
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
 
 
 def attend(
@@ -48,10 +67,10 @@ def attend(
     """
     changed = any(settings.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
     plain = attention_mask is None and not dropout and is_causal is not False and not changed
-    short = (
-        query.shape[2] == key.shape[2] <= LONGEST_ROW and query.dtype == torch.bfloat16 and query.device.type == "cpu"
-    )
-    if not (plain and short and getattr(module, "is_causal", True)):
+    # The length is compared last: torch.compile makes a graph for each answer, and on a GPU none is needed.
+    fast = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    short = plain and fast and query.shape[2] == key.shape[2] <= LONGEST_ROW
+    if not (short and getattr(module, "is_causal", True)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **settings
         )

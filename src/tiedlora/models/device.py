@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import resource
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -36,6 +39,30 @@ def execution_on(device: torch.device, processes: int = 1) -> Execution:
     if device.type == "cuda":
         return Execution(torch.cuda.get_device_name(device), None, processes)
     return Execution(device.type, torch.get_num_threads(), processes)
+
+
+@contextmanager
+def only_deterministic_algorithms() -> Iterator[None]:
+    """Inside the block, torch uses deterministic algorithms. An operation that has none raises RuntimeError."""
+    # cuBLAS reads this when it starts: with these workspaces, its products are the same in every run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def free_memory() -> None:
+    """Free what is no longer used, after memory ran out, so that something else can have it.
+
+    Call it outside the `except` block: until the block ends, the exception holds the tensors of the failed work.
+    """
+    # Frames of a traceback can refer to each other in a circle.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def restart_peak_memory(device: torch.device) -> None:

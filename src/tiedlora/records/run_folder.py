@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -39,6 +39,21 @@ class RunFolder:
     def predictions_file(self, split: str) -> Path:
         """predictions/<split>.jsonl, with one row for each example."""
         return self.path / "predictions" / f"{split}.jsonl"
+
+    def shared_base_file(self, sha256: str) -> Path:
+        """Where a study keeps a file of the base model's predictions, once for all its runs."""
+        return self.path.parent / "base" / f"{sha256}.jsonl"
+
+    def base_predictions_file(self, split: str, files: Mapping[str, str]) -> Path:
+        """The file of the base model's predictions: the run's own, or the one that a study's runs share.
+
+        Args:
+            files: the split's files with their sha256, as the record has them.
+        """
+        own = self.predictions_file(f"{split}.base")
+        sha256 = files.get(f"predictions/{split}.base.jsonl", "")
+        shared = self.shared_base_file(sha256)
+        return shared if sha256 and not own.exists() and shared.exists() else own
 
     def checksums(self, *patterns: str) -> dict[str, str]:
         """Path inside the folder -> sha256, for the files that match."""

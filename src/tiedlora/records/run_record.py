@@ -14,10 +14,12 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from tiedlora import storage
-from tiedlora.config.schema import SCORED_SPLITS, SPLITS
+from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
+from tiedlora.records.halving import Halving
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, is_number, typed
+from tiedlora.records.recorded_config import ConfigRecord, Identity, with_tree
 from tiedlora.statistics.interval import Interval
 from tiedlora.text import is_name
 from tiedlora.tying import PARTS
@@ -131,6 +133,12 @@ class TrainingRecord:
     """The step of the lowest validation loss."""
     scored_step: Count | None = None
     """The step whose adapter was saved and scored."""
+    halvings: list[Halving] | None = None
+    """Where memory ran out, in order; None if it never did."""
+
+
+TEXTS, ADAPTER = "texts", "adapter"
+"""What a study may leave out of a run: prompts, references and texts of choices; the adapter's files."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +154,16 @@ class SplitScores:
     """Seconds of the adapted model's losses."""
     shortened: Count = 0
     output_tokens: Count = 0
+    batch_halvings: Count | None = None
+    """How often score.batch_size and score.batch_tokens were halved, for the base model too, because memory ran out."""
     cut_targets: Count | None = None
     """Rows whose loss leaves out the end of the target, which does not fit into the context; None if there are none."""
     base: Scores | None = None
     """The base model's scores on the same rows."""
     gain: Scores | None = None
     """Adapted minus base, paired on the rows. For a loss, a negative gain is an improvement."""
+    source: Text | None = None
+    """Where the rows come from, if they are passages of neutral text (the value of score.forgetting)."""
     signatures: dict[Text, Text] | None = None
     """Metric -> the implementation and settings that computed it, if its name does not say enough."""
     files: dict[Text, Text] = field(default_factory=dict)
@@ -164,77 +176,12 @@ class SplitScores:
 
 
 @dataclass(frozen=True)
-class NamedModel:
-    name: Name
-
-
-@dataclass(frozen=True)
-class NamedTask:
-    name: Name
-    kind: Text = ""
-
-
-@dataclass(frozen=True)
-class RankValues:
-    r: Whole
-    alpha: Number | None = None
-    scaling: Text = "standard"
-
-
-@dataclass(frozen=True)
-class TrainValues:
-    lr: Number
-
-
-@dataclass(frozen=True)
-class NamedTying:
-    name: Name
-
-
-def _with_tree(value: Any) -> Any:
-    return {**value, "tree": value} if isinstance(value, dict) else value
-
-
-@dataclass(frozen=True)
-class Identity:
-    """The values that a run's id is a hash of. The attributes are those that tables show; `tree` holds every value."""
-
-    model: NamedModel
-    task: NamedTask
-    rank: RankValues
-    train: TrainValues
-    tying: dict[str, Any]
-    score: dict[str, Any]
-    tree: dict[str, Any]
-
-    @classmethod
-    def from_tree(cls, tree: dict[str, Any]) -> Identity:
-        """The values that config.identity.identity returns."""
-        return typed(cls, _with_tree(tree))
-
-
-@dataclass(frozen=True)
-class ConfigRecord:
-    """The whole resolved configuration, facts of execution included, as `Identity`."""
-
-    task: NamedTask
-    rank: RankValues
-    tying: NamedTying
-    tree: dict[str, Any]
-
-    @classmethod
-    def from_tree(cls, tree: dict[str, Any]) -> ConfigRecord:
-        """The values that config.identity.config_tree returns."""
-        return typed(cls, _with_tree(tree))
-
-
-@dataclass(frozen=True)
 class RunRecord:
     """The content of result.json of a finished run."""
 
     run_id: Text
-    identity: Annotated[Identity, BeforeValidator(_with_tree)]
-    config: Annotated[ConfigRecord, BeforeValidator(_with_tree)]
+    identity: Annotated[Identity, BeforeValidator(with_tree)]
+    config: Annotated[ConfigRecord, BeforeValidator(with_tree)]
     seed: Whole
     code: CodeVersion
     versions: dict[str, str]
@@ -252,6 +199,8 @@ class RunRecord:
     """Always `done`: other runs have no record."""
     files: dict[str, str] = field(default_factory=dict)
     """File of the adapter -> its sha256."""
+    left_out: list[Text] | None = None
+    """What a study does not keep of the run's folder: TEXTS, ADAPTER. None for the run's own folder."""
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> RunRecord:
@@ -334,7 +283,7 @@ def _check(record: RunRecord) -> None:
         if split not in SPLITS:
             raise UserError(f"'data.{split:.40}' is not a split's digest")
     for split, scores in record.scores.items():
-        if split not in SCORED_SPLITS:
+        if split not in (*SCORED_SPLITS, FORGETTING):
             raise UserError(f"'scores.{split:.40}' is not a split that is scored")
         if (scores.base is None) != (scores.gain is None):
             raise UserError(f"'scores.{split}' has only one of base and gain")

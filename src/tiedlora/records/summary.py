@@ -34,7 +34,8 @@ def _split_lines(split: str, scores: SplitScores) -> list[str]:
     shortened = f" ({scores.shortened} prompts shortened)" if scores.shortened else ""
     units = ["scores x 100"] if not all(map(is_loss, scores.metrics)) else []
     units += ["losses in nats per token"] if any(map(is_loss, scores.metrics)) else []
-    lines = [f"  {split}: {scores.rows} rows{shortened}, {', '.join(units)}, 95 % intervals over which rows were drawn"]
+    rows = f"{scores.rows} rows{shortened}" if scores.source is None else f"{scores.rows} passages of {scores.source}"
+    lines = [f"  {split}: {rows}, {', '.join(units)}, 95 % intervals over which rows were drawn"]
     for name, adapted in scores.metrics.items():
         text = f"    {name:<22}"
         shown, difference = (_nats, "change") if is_loss(name) else (_points, "gain")
@@ -63,7 +64,8 @@ def _nats(interval: Interval, sign: str = "") -> str:
 def _remark(scores: SplitScores) -> str:
     """A warning if the first metric shows no gain; empty otherwise."""
     name = scores.first_metric
-    if scores.base is None or scores.gain is None:
+    # Neutral text is not expected to gain.
+    if scores.base is None or scores.gain is None or scores.source is not None:
         return ""
     gain = scores.gain[name]
     # Of a loss, less is better.
@@ -81,7 +83,8 @@ def flat_summary(record: RunRecord) -> dict[str, float | int | str]:
         "trainable_params": record.trainable_params,
         "share_of_lora": record.share_of_lora,
         "adapter_bytes": record.adapter_bytes,
-        **{f"training/{key}": value for key, value in plain(record.training).items()},
+        **{f"training/{key}": value for key, value in plain(record.training).items() if key != "halvings"},
+        "training/halvings": len(record.training.halvings or ()),
     }
     for split, scores in record.scores.items():
         for prefix, intervals in (

@@ -213,6 +213,10 @@ def _mark_mixtures(group: RunGroup) -> None:
         group.marks.append(f"mixed devices: {'; '.join(devices)}")
     if len(group.training_digests) > 1:
         group.marks.append("mixed data: seeds were trained on different rows")
+    halved = [run.seed for run in group.runs if any(scores.batch_halvings for scores in run.splits.values())]
+    if halved:
+        seeds = f"seed{'s' if len(halved) > 1 else ''} {', '.join(map(str, halved))}"
+        group.marks.append(f"too little memory: {seeds} scored in smaller batches than score.batch_size")
 
 
 def short_commit(run: Run) -> str:

@@ -100,7 +100,10 @@ class Run:
         Raises:
             UserError: the file is missing or a row is damaged; the message names file and line.
         """
-        return read_predictions(RunFolder(self.path).predictions_file(f"{split}.base" if base else split))
+        folder = RunFolder(self.path)
+        if base:
+            return read_predictions(folder.base_predictions_file(split, self.splits[split].files))
+        return read_predictions(folder.predictions_file(split))
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric of metrics.jsonl; both are empty if the file cannot be read."""
@@ -109,6 +112,22 @@ class Run:
         except UserError:
             return [], []
         return [row.step for row in rows], [float(row.values[metric]) for row in rows]
+
+
+def run_roots(roots: Iterable[Path]) -> list[Path]:
+    """The roots, with the folder of runs for each one that is a study.
+
+    Raises:
+        UserError: a study has no runs yet.
+    """
+    found = []
+    for root in roots:
+        if (root / "study.yaml").is_file():
+            root = root / "runs"
+            if not root.is_dir():
+                raise UserError(f"{root}: the study has no runs yet; scripts/study.py run {root.parent} makes them")
+        found.append(root)
+    return found
 
 
 def read_runs(roots: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
@@ -165,6 +184,8 @@ def read_run(path: Path) -> Run | LeftOut:
             return LeftOut(path, "not a run: it holds none of a run's files")
         error = _last_line(folder.error_file)
         reason = f"failed: {error}" if error else "not finished: it has no result.json (running, or interrupted)"
+        if pruned := _last_line(folder.pruned_file):
+            reason = f"pruned by the search of a learning rate: {pruned}"
         if named is not None:
             named = dataclasses.replace(named, lr=_planned_lr(folder.config_file), failed=bool(error))
         return LeftOut(path, reason, named)

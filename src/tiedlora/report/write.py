@@ -16,7 +16,7 @@ from tiedlora.report.compare import ResultRow
 from tiedlora.report.groups import RunGroup, group_runs, short_commit
 from tiedlora.report.overview import overview
 from tiedlora.report.peft_results import Peer
-from tiedlora.report.runs import LeftOut, Run, read_runs, read_selections
+from tiedlora.report.runs import LeftOut, Run, read_runs, read_selections, run_roots
 from tiedlora.report.scorebook import Scorebook
 from tiedlora.report.tables import ReportTables
 from tiedlora.report.values import Unit
@@ -88,6 +88,7 @@ def build(
         UserError: a folder, a published score or the claims file cannot be read. A damaged run is listed instead.
     """
     stated = claim_files.read(claims) if claims else []
+    roots = run_roots(roots)
     runs, left_out = read_runs(roots)
     selections, damaged = read_selections(roots)
     left_out = [*left_out, *damaged]

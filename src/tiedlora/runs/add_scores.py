@@ -7,13 +7,15 @@ from dataclasses import replace
 
 from tiedlora.adapter import attach_adapter, load
 from tiedlora.config import compose
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.session import cached_base
+from tiedlora.scoring.memory import score_within_memory
+from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import load_examples, load_task
@@ -26,6 +28,7 @@ def add_scores(
     paths_from: Config | None = None,
     metrics: Sequence[str] | None = None,
     again: bool = False,
+    forgetting: str | None = None,
 ) -> RunRecord:
     """Score what the splits lack, and write it into the run's record and predictions/.
 
@@ -34,6 +37,7 @@ def add_scores(
         paths_from: where to take the other paths and the device from; None takes the run's own configuration.
         metrics: as score.metrics.
         again: also score what is recorded. With None as `metrics`, the split's earlier scores are replaced.
+        forgetting: as score.forgetting. Earlier losses of neutral text are replaced.
 
     Raises:
         UserError: the run is not finished, its base model or adapter has changed, or a metric is unknown.
@@ -48,6 +52,8 @@ def add_scores(
         config.model.device_map = paths_from.model.device_map
     task = load_task(config.task)
     wanted = wanted_passes(metrics, task)
+    if forgetting is not None:
+        check_source(forgetting, config.task.name)
     base = cached_base(config, resolve_device(config.train.device))
     adapter, trained_on = load(folder.adapter)
     if trained_on != base.record:
@@ -66,8 +72,14 @@ def add_scores(
                     continue
                 kept = None if again and metrics is None else recorded
                 examples = load_examples(task, split, config.data_root)
-                scores = scorer.score_split(split, examples, folder, passes, kept)
+                halvings = 0 if kept is None else kept.batch_halvings or 0
+                scores = score_within_memory(scorer, split, examples, folder, passes, kept, halvings=halvings)
                 record = replace(record, scores={**record.scores, split: scores})
+                folder.write_record(record)
+            if forgetting is not None:
+                record = replace(
+                    record, scores={**record.scores, FORGETTING: scorer.score_forgetting(forgetting, folder)}
+                )
                 folder.write_record(record)
     finally:
         attached.detach()

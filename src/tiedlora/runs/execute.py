@@ -1,24 +1,25 @@
-"""Carry out one run: load, train, save, score, record. Of several processes, only the first writes and scores."""
+"""Carry out one run: load, train, save, score, record. Of several processes, only the first writes."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from tiedlora.adapter import save
 from tiedlora.config.identity import run_id
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.errors import StoppedEarly, UserError
-from tiedlora.models.device import resolve_device
+from tiedlora.models.device import only_deterministic_algorithms, resolve_device
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import RunRecord
+from tiedlora.records.run_record import RunRecord, SplitScores
 from tiedlora.records.summary import flat_summary
 from tiedlora.runs.recording import build_record
 from tiedlora.runs.session import RunSession
 from tiedlora.runs.trainer import Trainer
+from tiedlora.scoring.memory import score_within_memory
 from tiedlora.scoring.passes import wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import load_task
@@ -38,7 +39,8 @@ def execute(config: Config) -> RunRecord | None:
         Paused: train.pause_after is reached.
         StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
     """
-    with join_world(resolve_device(config.train.device).type == "cuda") as world:
+    algorithms = only_deterministic_algorithms() if config.train.deterministic else nullcontext()
+    with algorithms, join_world(resolve_device(config.train.device).type == "cuda") as world:
         if world.is_first:
             return _run_first_process(config, world)
         _run_worker_process(config, world)
@@ -73,13 +75,10 @@ def _run_first_process(config: Config, world: World) -> RunRecord | None:
 def _train_and_score(session: RunSession, folder: RunFolder, stop: StopSignal) -> RunRecord:
     """Train from the newest checkpoint or from the start, save the adapter, score, and write result.json last."""
     trained = Trainer(session, folder, stop).train()
-    # The other processes have nothing left to do. They leave now, and do not wait until this one has scored.
-    session.world.leave()
     adapter_bytes = save(session.attached.adapter, folder.adapter, session.base.record)
-    scorer = Scorer(session.attached, session.encoder, session.task, session.config, session.base.record)
-    splits = session.config.score.splits
-    passes = wanted_passes(session.config.score.metrics, session.task)
-    scores = {split: scorer.score_split(split, session.examples(split), folder, passes) for split in splits}
+    scores = _score(session, folder)
+    # The other processes have nothing left to do. They leave now.
+    session.world.leave()
     record = build_record(session, trained, folder, adapter_bytes, scores)
     trained.trackers.finish(flat_summary(record))
     folder.write_record(record)
@@ -87,8 +86,19 @@ def _train_and_score(session: RunSession, folder: RunFolder, stop: StopSignal) -
     return record
 
 
+def _score(session: RunSession, folder: RunFolder) -> dict[str, SplitScores]:
+    """Score the splits. Every process scores its share, and writes the predictions of all into its own folder."""
+    scorer = Scorer(session.attached, session.encoder, session.task, session.config, session.base.record, session.world)
+    passes = wanted_passes(session.config.score.metrics, session.task)
+    splits = session.config.score.splits
+    scores = {split: score_within_memory(scorer, split, session.examples(split), folder, passes) for split in splits}
+    if session.config.score.forgetting is not None:
+        scores[FORGETTING] = scorer.score_forgetting(session.config.score.forgetting, folder)
+    return scores
+
+
 def _run_worker_process(config: Config, world: World) -> None:
-    """The work of every process except the first: it computes the gradients of its rows, and leaves no files."""
+    """The work of every process except the first: the gradients and scores of its rows. It leaves no files."""
     logging.getLogger("tiedlora").setLevel(logging.WARNING)
     folder = RunFolder(Path(config.outputs) / run_id(config))
     if world.any(folder.record() is not None and not config.force):
@@ -100,6 +110,7 @@ def _run_worker_process(config: Config, world: World) -> None:
             # Here the first process tells the others whether another command has finished the run in the meantime.
             if not world.any(False):
                 Trainer(session, RunFolder(Path(scratch)), stop, resume_from=folder.checkpoints).train()
+                _score(session, RunFolder(Path(scratch)))
                 world.leave()
     finally:
         session.release()

@@ -5,7 +5,6 @@ Importing torch and transformers takes seconds. A finished run, a wrong option a
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 
 from tiedlora.config.schema import Config
@@ -29,11 +28,12 @@ def add_scores(
     paths_from: Config | None = None,
     metrics: Sequence[str] | None = None,
     again: bool = False,
+    forgetting: str | None = None,
 ) -> RunRecord:
     """Score more splits or metrics of a finished run; see add_scores.py."""
     from tiedlora.runs import add_scores
 
-    return add_scores.add_scores(folder, splits, data_root, paths_from, metrics, again)
+    return add_scores.add_scores(folder, splits, data_root, paths_from, metrics, again, forgetting)
 
 
 def check_adapter(run: CheckedRun) -> Iterator[Finding]:
@@ -57,14 +57,8 @@ def device_speed(config: Config, seconds: float) -> DeviceSpeed:
     return device_speed.measure(config, seconds)
 
 
-def free_device_memory() -> None:
-    """Free what a failed run leaves, so that the next run of this process can use the memory.
+def free_memory() -> None:
+    """Free what a failed run leaves; see models/device.py."""
+    from tiedlora.models import device
 
-    Call it outside the `except` block: until the block ends, the exception holds the failed run's tensors.
-    """
-    import torch
-
-    # Frames of a traceback can refer to each other in a circle.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    device.free_memory()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from tiedlora import tying
 from tiedlora.config.identity import config_tree, identity, run_id
+from tiedlora.records.recorded_config import ConfigRecord, Identity
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import (
-    ConfigRecord,
     DataRecord,
-    Identity,
     RunRecord,
     SplitScores,
     TrainingRecord,
@@ -60,4 +59,5 @@ def _training(session: RunSession, trained: Trained) -> TrainingRecord:
         best_step=state.best_step(),
         scored_step=state.best_step() if session.config.score.checkpoint == "best" else state.step,
         peak_memory_bytes=trained.peak_memory_bytes,
+        halvings=state.halvings or None,
     )

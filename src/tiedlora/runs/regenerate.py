@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import resolve_device
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss
-from tiedlora.records.rows import PredictionRow, read_predictions
+from tiedlora.records.rows import PredictionRow
+from tiedlora.records.run_record import ADAPTER
 from tiedlora.runs.findings import CheckedRun, Finding
+from tiedlora.scoring.memory import with_halved_batches
 from tiedlora.scoring.predict import scoring_batches
 from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.target_losses import loss_batches
@@ -27,6 +30,9 @@ LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 
 def check_adapter(run: CheckedRun) -> Iterator[Finding]:
     """Check that the adapter has its own hash, and that it belongs to this run."""
+    if not run.keeps(ADAPTER):
+        yield Finding("adapter", None, "the study keeps only its sha256; the run's command gives the files again")
+        return
     try:
         adapter, base = load(run.folder.adapter)
     except UserError as error:
@@ -60,6 +66,9 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
         suspects: the ids of rows that are regenerated first.
     """
     config = run.config
+    if not run.keeps(ADAPTER):
+        yield Finding("regenerate", None, "the study keeps no adapter of this run")
+        return
     if run.record.execution.threads is not None:
         torch.set_num_threads(run.record.execution.threads)
     try:
@@ -72,17 +81,18 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
         return
     adapter, _ = load(run.folder.adapter)
     attached, encoder = attach_adapter(base.model, adapter), Encoder(base.tokenizer, config.task, config.model.context)
-    scorer = Scorer(attached, encoder, run.task, config, base.record)
-    for split in run.record.scores:
+    for split, scores in run.record.scores.items():
         if run.examples.get(split):
-            yield from _regenerate_split(run, scorer, split, least, suspects)
+            as_scored = replace(run, config=with_halved_batches(config, scores.batch_halvings or 0))
+            scorer = Scorer(attached, encoder, run.task, as_scored.config, base.record)
+            yield from _regenerate_split(as_scored, scorer, split, least, suspects)
     attached.detach()
 
 
 def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int, suspects: set[str]) -> Iterator[Finding]:
     examples, scores = run.examples[split], run.record.scores[split]
     for kind in ("", ".base") if scores.base is not None else ("",):
-        recorded = read_predictions(run.folder.predictions_file(f"{split}{kind}"))
+        recorded = run.predictions(split, base=bool(kind))
         if len(recorded) != len(examples):
             yield Finding(f"regenerate {split}{kind}", False, f"{len(recorded)} predictions of {len(examples)} rows")
             continue

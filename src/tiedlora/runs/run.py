@@ -8,13 +8,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tiedlora.config.identity import run_id
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.errors import Paused, UserError, is_out_of_memory
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.records.summary import terminal_lines
 from tiedlora.runs import lazy
 from tiedlora.runs.inputs import check_same_inputs
+from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.tasks import Task, load_task
 
@@ -32,12 +33,14 @@ def main(config: Config) -> RunRecord | None:
         StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
     """
     task = load_task(config.task)
-    # A wrong name of a metric is an error before anything is loaded.
+    # A wrong name of a metric or of a text is an error before anything is loaded.
     wanted_passes(config.score.metrics, task)
+    if config.score.forgetting is not None:
+        check_source(config.score.forgetting, config.task.name)
     folder = RunFolder(Path(config.outputs) / run_id(config))
     record = folder.record()
     finished = None if config.force else record
-    with _explained_out_of_memory(config):
+    with _explained_out_of_memory():
         # Several processes must agree that the run is finished, so they connect first.
         if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             try:
@@ -54,16 +57,16 @@ def main(config: Config) -> RunRecord | None:
 
 
 @contextmanager
-def _explained_out_of_memory(config: Config) -> Iterator[None]:
-    """Turn too little memory, outside a training step, into a UserError that says what to lower."""
+def _explained_out_of_memory() -> Iterator[None]:
+    """Turn too little memory, where nothing can be halved, into a UserError."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory; while scoring or validating, lower score.batch_size={config.score.batch_size} (other "
-            "rounding, so another run); while loading, take a smaller model or train.dtype=bfloat16"
+            "out of memory outside of a forward pass, as when loading or at an update; close other programs, or take a "
+            "smaller model, tying or rank, or train.dtype=bfloat16"
         ) from error
 
 
@@ -74,7 +77,9 @@ def _reuse(config: Config, task: Task, folder: RunFolder, record: RunRecord) -> 
     with suppress(OSError), folder.locked():
         folder.tidy()
     score = config.score
-    if any(missing_passes(score.metrics, task, record.scores.get(split)) for split in score.splits):
-        return lazy.add_scores(folder, score.splits, config.data_root, config, score.metrics)
+    measured = record.scores.get(FORGETTING)
+    forgetting = None if measured is not None and measured.source == score.forgetting else score.forgetting
+    if forgetting or any(missing_passes(score.metrics, task, record.scores.get(split)) for split in score.splits):
+        return lazy.add_scores(folder, score.splits, config.data_root, config, score.metrics, forgetting=forgetting)
     print(f"finished before: {folder.path} (force=true repeats it)")
     return record

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tiedlora import tying
-from tiedlora.adapter import Attached, TiedAdapter, attach_adapter, files
+from tiedlora.adapter import Attached, TiedAdapter, architectures, attach_adapter, files
 from tiedlora.config import adapter_folder
 from tiedlora.config.schema import Config
 from tiedlora.data import token_cache
@@ -20,6 +20,7 @@ from tiedlora.records.provenance import code_version, package_versions
 from tiedlora.runs.inputs import RunRows, read_rows
 from tiedlora.runs.process_cache import SingleSlotCache
 from tiedlora.tasks import Example, Task, load_examples
+from tiedlora.training import sharding
 from tiedlora.training.allocator import keep_freed_memory
 from tiedlora.training.checkpoint import RunInputs
 from tiedlora.training.distributed import World
@@ -28,14 +29,25 @@ TOKENS: SingleSlotCache[dict[str, EncodedRows]] = SingleSlotCache()
 _BASE: SingleSlotCache[BaseModel] = SingleSlotCache()
 
 
-def cached_base(config: Config, device: torch.device) -> BaseModel:
+def cached_base(config: Config, device: torch.device, shared_by: World | None = None) -> BaseModel:
     """The base model of a configuration. The caller must detach its adapter, because the next run gets the same model.
+
+    Args:
+        shared_by: the processes that share the model; None if this process has the whole model.
 
     Raises:
         UserError: as models.base_model.load_base.
     """
-    key = (config.model, config.train.dtype, device)
-    return _BASE.get(key, lambda: load_base(config.model, config.train.dtype, device, Path(config.cache)))
+
+    def make() -> BaseModel:
+        first_device = device if shared_by is None else torch.device("cpu")
+        base = load_base(config.model, config.train.dtype, first_device, Path(config.cache))
+        if shared_by is not None:
+            layers = architectures.layout_of(config.model.architecture).layers
+            sharding.shard(base.model, layers, device, shared_by)
+        return base
+
+    return _BASE.get((config.model, config.train.dtype, device, shared_by), make)
 
 
 class RunSession:
@@ -52,6 +64,11 @@ class RunSession:
         self.device = resolve_device(config.train.device, world.local_index if world.size > 1 else None)
         if self.device.type == "cpu":
             keep_freed_memory()
+        if config.train.shard and world.size == 1:
+            raise UserError(
+                "train.shard=true: needs several processes that share the model; start torchrun --nproc-per-node N "
+                "train.py ..., or use train.shard=false"
+            )
         if world.size > 1 and config.model.device_map:
             raise UserError(
                 f"model.device_map={config.model.device_map}: every process would spread the model over all GPUs; "
@@ -59,14 +76,14 @@ class RunSession:
             )
         # 1. The rows and the base model. Consecutive runs share them.
         rows = read_rows(config)
-        self.base = cached_base(config, self.device)
+        self.base = cached_base(config, self.device, world if config.train.shard else None)
         # 2. The rows as token ids, without those that do not fit.
         self.encoder = Encoder(self.base.tokenizer, config.task, config.model.context)
         self.fitted = self._fit(rows)
         self.train_examples = [rows.examples["train"][number] for number in self.fitted["train"].kept]
         self.validation_examples = rows.examples["validation"]
         # 3. The adapter. It is complete before it is attached, so an adapter that does not fit leaves no trace.
-        self.attached: Attached = attach_adapter(self.base.model, self._adapter())
+        self.attached: Attached = attach_adapter(self.base.model, self._adapter(), config.train.shard)
         self.trainable_params = self.attached.adapter.trainable_params()
         expected = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
         assert self.trainable_params == expected, f"{self.trainable_params} parameters, the formula says {expected}"
@@ -120,3 +137,6 @@ class RunSession:
         """Restore the base model, because the next cell of a sweep may use it."""
         self.attached.detach()
         self.base.model.eval()
+        if self.config.train.shard:
+            # Its parts belong to these processes' connections, which end with the run.
+            _BASE.clear()

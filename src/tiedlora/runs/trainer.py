@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from omegaconf import OmegaConf
 from tiedlora import storage
 from tiedlora.adapter import architectures, linear, load, save
 from tiedlora.config.identity import config_tree
-from tiedlora.data.batching import Batch, BatchSampler, by_length, microbatches
-from tiedlora.errors import UserError
-from tiedlora.models.device import peak_memory_bytes, restart_peak_memory
+from tiedlora.data.batching import Batch, BatchSampler, by_length, empty_batch, microbatches
+from tiedlora.errors import UserError, is_out_of_memory
+from tiedlora.models import attention
+from tiedlora.models.device import free_memory, peak_memory_bytes, restart_peak_memory
+from tiedlora.records.halving import Halving
 from tiedlora.records.rows import MetricsRow, ValidationLosses, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs.session import RunSession
@@ -26,7 +29,7 @@ from tiedlora.tracking.appended_file import AppendedFile
 from tiedlora.tracking.base import TrackedRun
 from tiedlora.tracking.progress import ProgressBar
 from tiedlora.tracking.run_trackers import RunTrackers
-from tiedlora.training import checkpoint, compiling, loop
+from tiedlora.training import checkpoint, compiling, loop, sharding
 from tiedlora.training.loss import RowLosses, mean_loss, row_losses, target_loss
 from tiedlora.training.optimizer import build_optimizer
 from tiedlora.training.signals import StopSignal
@@ -72,10 +75,9 @@ class Trainer:
         self.rows = session.fitted["train"].encoded
         self.sampler = BatchSampler([len(row) for row in self.rows], self.config.train, self.config.seed)
         self.pad_id = session.base.tokenizer.eos_token_id
-        held_out = session.fitted["validation"].encoded[: self.config.train.validation_rows]
-        self.validation_order = by_length(held_out)
-        batches = microbatches(held_out, self.pad_id, self.config.score.batch_size)
-        self.validation_batches = [batch.to(session.device) for batch in batches]
+        self.held_out = session.fitted["validation"].encoded[: self.config.train.validation_rows]
+        self.validation_order = by_length(self.held_out)
+        self.validation_batches = self._validation_batches()
 
     def train(self) -> Trained:
         """Train to the last step.
@@ -94,11 +96,12 @@ class Trainer:
         restart_peak_memory(self.session.device)
         self._run_loop()
         peak = peak_memory_bytes(self.session.device)
-        # 3. Load the adapter of the step that is scored. Only the first process scores.
-        if self.config.score.checkpoint == "best" and self.session.world.is_first:
-            best, _ = load(self._best_folder(self.state.best_step()))
-            for name, parameter in best.parts().items():
-                self.adapter.parts()[name].data.copy_(parameter.data)
+        # 3. Load the adapter of the step that is scored. Only the first process has its file.
+        if self.config.score.checkpoint == "best":
+            world, folder = self.session.world, self._best_folder(self.state.best_step())
+            best = {name: part.data for name, part in load(folder)[0].parts().items()} if world.is_first else {}
+            for name, values in world.gather(best)[0].items():
+                self.adapter.parts()[name].data.copy_(values)
         return Trained(self.state, peak, self.trackers)
 
     def _check_same_step(self) -> None:
@@ -122,8 +125,7 @@ class Trainer:
             log_metrics=self._log_metrics,
             describe_rows=self._describe_rows,
             stop_requested=lambda: self.session.world.any(self.stop.requested()),
-            all_reduce_sum=self.session.world.all_reduce_sum,
-            process_index=self.session.world.process_index,
+            world=self.session.world,
         )
         model.train()
         self.stop.finish_step_first = True
@@ -150,8 +152,9 @@ class Trainer:
         try:
             # accelerate's hooks move weights while a block runs, which cannot be compiled.
             wish = "never" if self.config.model.device_map else train.compile
-            compiled = compiling.decide(wish, self.session.device.type, weights, tokens)
-            with compiling.compiled(blocks) if compiled else nullcontext():
+            worth_it = compiling.decide(wish, self.session.device.type, weights, tokens)
+            compiled = compiling.compiled(blocks, model.get_input_embeddings()) if worth_it else nullcontext()
+            with attention.rows_not_packed(), compiled:
                 yield
         finally:
             if train.recompute_activations:
@@ -162,8 +165,18 @@ class Trainer:
         rows = sorted((self.rows[number] for number in self.sampler.rows_of_step(step)), key=len)
         train, context = self.config.train, self.session.encoder.context
         own_rows = self.session.world.local_rows(rows)
-        batches = microbatches(own_rows, self.pad_id, train.microbatch_size, train.microbatch_tokens, context)
+        limits = (train.microbatch_tokens, self.state.pass_tokens("training"))
+        tokens = min((limit for limit in limits if limit is not None), default=None)
+        batches = microbatches(own_rows, self.pad_id, train.microbatch_size, tokens, context)
+        if train.shard:
+            # All processes must make the same number of passes. One without targets adds zeros to the gradients.
+            most = -self.session.world.smallest(-len(batches))
+            batches += [empty_batch(self.pad_id)] * (most - len(batches))
         return [batch.to(self.session.device) for batch in batches]
+
+    def _validation_batches(self) -> list[Batch]:
+        size, tokens = self.config.score.batch_size, self.state.pass_tokens("validation")
+        return [batch.to(self.session.device) for batch in microbatches(self.held_out, self.pad_id, size, tokens)]
 
     def _validate(self) -> float:
         """The validation loss. The loss of each row is appended to validation_losses.jsonl.
@@ -172,7 +185,8 @@ class Trainer:
         """
         self.session.model.eval()
         with compiling.eager():
-            losses = [row_losses(self.session.model, batch) for batch in self.validation_batches]
+            while (losses := self._row_losses()) is None:
+                self.validation_batches = self._validation_batches()
         self.session.model.train()
         loss = mean_loss(losses)
         # The loop refuses a loss that is not finite, which JSON cannot represent.
@@ -182,6 +196,38 @@ class Trainer:
         if self.config.score.checkpoint == "best" and self.session.world.is_first and best_so_far:
             save(self.adapter, self._best_folder(self.state.step), self.session.base.record)
         return loss
+
+    def _row_losses(self) -> list[RowLosses] | None:
+        """The losses of all validation batches, each process computing its share; None if memory ran out.
+
+        Then the next batches are smaller.
+
+        Raises:
+            MemoryError, RuntimeError: memory ran out with a single row, or the model is sharded.
+        """
+        world, model, too_large = self.session.world, self.session.model, None
+        own: list[RowLosses] = []
+        with sharding.equal_passes(model, world):
+            for batch in world.local_rows(self.validation_batches):
+                try:
+                    own.append(row_losses(model, batch))
+                except (MemoryError, RuntimeError) as error:
+                    if len(batch.input_ids) == 1 or sharding.is_sharded(model) or not is_out_of_memory(error):
+                        raise
+                    too_large = batch.tokens
+                    break
+        if world.any(too_large is not None):
+            self._halve_validation(world.smallest(too_large or sys.maxsize) // 2)
+            return None
+        if world.size == 1:
+            return own
+        shares = world.gather([losses.to_cpu() for losses in own])
+        return [shares[number % world.size][number // world.size] for number in range(len(self.validation_batches))]
+
+    def _halve_validation(self, tokens: int) -> None:
+        log.warning("validation: out of memory; batches have at most %d tokens from now on", tokens)
+        self.state.halvings.append(Halving(self.state.step, "validation", tokens))
+        free_memory()
 
     def _in_row_order(self, losses: list[RowLosses]) -> ValidationLosses:
         tokens = torch.cat([batch.tokens for batch in losses])

@@ -11,21 +11,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tiedlora import storage
 from tiedlora.config import compose
 from tiedlora.config.identity import config_tree, identity, run_id
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.errors import UserError
 from tiedlora.models.identity import known_digest
 from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN, is_loss, loss_scores
 from tiedlora.records.rows import PredictionRow, read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import RunRecord, Scores, SplitScores
+from tiedlora.records.run_record import ADAPTER, TEXTS, RunRecord, Scores, SplitScores
 from tiedlora.runs import lazy
 from tiedlora.runs.findings import CheckedRun, Finding
+from tiedlora.scoring.passages import as_passages
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Example, Task, digest, load_examples, load_task
 from tiedlora.text import visible
 
+PATHS = ("outputs", "cache", "data_root")
 CLOSE = 1e-9
 """A small tolerance is enough: the metrics are computed in the same order from the same numbers, read from JSON."""
 
@@ -79,7 +82,11 @@ def _check_configuration(folder: RunFolder, record: RunRecord, config: Config) -
     """Check that config.yaml, result.json (configuration and identity) and the folder's name describe one run."""
     # An older run lacks keys that were added later. They have their default values.
     recorded = _filled(record.config.tree, _as_json(config_tree(Config())))
-    differing = list(_differences(recorded, _as_json(config_tree(config))))
+    own = _as_json(config_tree(config))
+    if record.left_out is not None:
+        # A study keeps no paths, and config.yaml's default ones are read as paths of this machine.
+        recorded, own = _without_paths(recorded), _without_paths(own)
+    differing = list(_differences(recorded, own))
     differing += [f"identity.{key}" for key in _differences(record.identity.tree, _as_json(identity(config)))]
     if differing:
         explanation = f"result.json and config.yaml disagree on {', '.join(differing[:5])}"
@@ -96,6 +103,10 @@ def _check_configuration(folder: RunFolder, record: RunRecord, config: Config) -
 def _as_json(tree: Any) -> Any:
     """The tree after a JSON round trip, so that it can be compared with one that was read from a file."""
     return json.loads(json.dumps(tree))
+
+
+def _without_paths(tree: Any) -> Any:
+    return {**{key: value for key, value in tree.items() if key not in PATHS}, "model": {**tree["model"], "path": None}}
 
 
 def _filled(tree: Any, defaults: Any) -> Any:
@@ -115,14 +126,17 @@ def _differences(a: Any, b: Any, prefix: str = "") -> Iterator[str]:
 
 def _check_files(run: CheckedRun) -> Iterator[Finding]:
     """Check the adapter's files and the predictions against the sha256 values in result.json."""
-    expected: dict[str, str | None] = {
-        name: run.record.files.get(name) for name in ("adapter/adapter.json", "adapter/adapter.safetensors")
-    }
-    for split, scores in run.record.scores.items():
-        kinds = ("", ".base") if scores.base is not None else ("",)
-        names = [f"predictions/{split}{kind}.jsonl" for kind in kinds]
-        expected |= {name: scores.files.get(name) for name in names}
+    expected: dict[str, str | None] = {}
+    if run.keeps(ADAPTER):
+        names = ("adapter/adapter.json", "adapter/adapter.safetensors")
+        expected = {name: run.record.files.get(name) for name in names}
     now = run.folder.checksums(*expected)
+    for split, scores in run.record.scores.items():
+        paths = {f"predictions/{split}.jsonl": run.folder.predictions_file(split)}
+        if scores.base is not None:
+            paths[f"predictions/{split}.base.jsonl"] = run.folder.base_predictions_file(split, scores.files)
+        expected |= {name: scores.files.get(name) for name in paths}
+        now |= {name: storage.sha256(path) for name, path in paths.items() if path.exists()}
     wrong = False
     for name, sha256 in expected.items():
         if name not in now:
@@ -141,7 +155,9 @@ def _check_files(run: CheckedRun) -> Iterator[Finding]:
 def _check_data(run: CheckedRun) -> Iterator[Finding]:
     """Check the rows of every split that the run used, by content."""
     expected = {split: data.digest for split, data in run.record.data.items()}
-    expected |= {split: scores.digest for split, scores in run.record.scores.items()}
+    expected |= {split: scores.digest for split, scores in run.record.scores.items() if split != FORGETTING}
+    if FORGETTING in run.record.scores:
+        yield _check_passages(run)
     for split, sha256 in expected.items():
         try:
             run.examples[split] = load_examples(run.task, split, run.config.data_root)
@@ -155,8 +171,23 @@ def _check_data(run: CheckedRun) -> Iterator[Finding]:
         yield Finding(f"data {split}", False, f"is not what the run saw; {explanation}", row_id)
 
 
+def _check_passages(run: CheckedRun) -> Finding:
+    """Check the passages of neutral text. The predictions hold the whole texts, so their source is not needed."""
+    texts = [
+        row.references[0] if row.references else "" for row in read_predictions(run.folder.predictions_file(FORGETTING))
+    ]
+    run.examples[FORGETTING] = list(as_passages(texts))
+    now, recorded = digest(run.examples[FORGETTING]), run.record.scores[FORGETTING].digest
+    explanation = f"{len(texts):,} passages, sha256 {now[:12]}" + (
+        "" if now == recorded else f", result.json says {recorded[:12]}"
+    )
+    return Finding(f"data {FORGETTING}", now == recorded, explanation)
+
+
 def _changed_row(run: CheckedRun, split: str) -> tuple[str | None, str]:
     """The id of the first row that differs from its prediction, and what differs."""
+    if not run.keeps(TEXTS):
+        return None, "the study keeps no texts, so the row cannot be named"
     try:
         rows = read_predictions(run.folder.predictions_file(split))
     except UserError:
@@ -191,10 +222,11 @@ def _check_predictions(run: CheckedRun) -> Iterator[Finding]:
     """Check the scores of each prediction from its output, and the metrics of the record from the scores."""
     for split, recorded in run.record.scores.items():
         check = f"predictions {split}"
-        rows = read_predictions(run.folder.predictions_file(split))
-        base_rows = None
-        if recorded.base is not None:
-            base_rows = read_predictions(run.folder.predictions_file(f"{split}.base"))
+        if not run.keeps(TEXTS) and split not in run.examples:
+            yield Finding(check, None, "the study keeps no texts, and the rows cannot be read here")
+            continue
+        rows = run.predictions(split)
+        base_rows = run.predictions(split, base=True) if recorded.base is not None else None
         counts = {len(some) for some in (rows, base_rows) if some is not None}
         if counts != {recorded.rows}:
             count = " and ".join(map(str, sorted(counts)))

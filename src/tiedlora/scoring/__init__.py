@@ -5,8 +5,11 @@
 3. predict.py      asks the model every example, and has the task score each answer (tasks/task_metric.py);
 4. decoding.py     generates answers; likelihoods.py compares given ones; batches.py has what both share;
 5. target_losses.py  the loss of every example's target, without generation;
-6. summary.py      the metrics of a split with their 95 % intervals.
+6. passages.py     the neutral text whose loss measures forgetting;
+7. summary.py      the metrics of a split with their 95 % intervals.
 
-passes.py and summary.py import no torch, so that finished runs are checked without it. The package may import training
-(the loss), tracking (the progress bar), data, tasks, adapter, records, config and statistics.
+memory.py scores a split in smaller batches if memory runs out.
+
+passes.py, passages.py and summary.py import no torch, so that finished runs are checked without it. The package may
+import training (the loss), tracking (the progress bar), data, models, tasks, adapter, records, config and statistics.
 """

@@ -7,8 +7,8 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,21 @@ from filelock import FileLock
 
 from tiedlora.adapter import Attached
 from tiedlora.config.identity import identity
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import PredictionRow, read_predictions, write_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import BaseModelRecord, SplitScores, plain
+from tiedlora.scoring.passages import read_passages
 from tiedlora.scoring.passes import ALL_PASSES, Passes
-from tiedlora.scoring.predict import predict
+from tiedlora.scoring.predict import predict, scoring_batches
+from tiedlora.scoring.sharing import score_in_shares
 from tiedlora.scoring.summary import gains, summarise
-from tiedlora.scoring.target_losses import predict_losses
+from tiedlora.scoring.target_losses import loss_batches, predict_losses
 from tiedlora.tasks import Example, Task, digest
+from tiedlora.training.distributed import World
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,8 @@ class Scorer:
     config: Config
     base: BaseModelRecord
     """The base model under `attached`."""
+    world: World = field(default_factory=World)
+    """The processes that score together. Each scores some of the batches, and gets the rows of all."""
 
     def score_split(
         self,
@@ -106,25 +111,55 @@ class Scorer:
             recorded,
         )
 
+    def score_forgetting(self, source: str, folder: RunFolder) -> SplitScores:
+        """Score the losses of neutral text, as `score_split` does for a split.
+
+        Args:
+            source: as score.forgetting.
+
+        Raises:
+            UserError: as read_passages and score_split.
+        """
+        passages = read_passages(source, self.encoder, self.config.data_root)
+        return replace(self.score_split(FORGETTING, passages, folder, Passes(answers=False)), source=source)
+
     def adapted_rows(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
         """The adapted model's answers. `title` is the text of the progress bar."""
         with merged_for_scoring(self.attached, self.config) as model:
-            return predict(model, self.encoder, self.task, examples, self.config, title)
+            return self._answers(model, examples, title)
 
     def adapted_losses(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
         """The adapted model's losses, as rows without answers."""
         with merged_for_scoring(self.attached, self.config) as model:
-            return predict_losses(model, self.encoder, examples, self.config, title)
+            return self._losses(model, examples, title)
 
     def compute_base_rows(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
         """The base model's answers, computed now. `title` is what the progress bar says."""
         with _disabled(self.attached) as model:
-            return predict(model, self.encoder, self.task, examples, self.config, title)
+            return self._answers(model, examples, title)
 
     def compute_base_losses(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
         """The base model's losses, computed now."""
         with _disabled(self.attached) as model:
-            return predict_losses(model, self.encoder, examples, self.config, title)
+            return self._losses(model, examples, title)
+
+    def _answers(self, model: Any, examples: Sequence[Example], title: str) -> list[PredictionRow]:
+        def rows_of(some: Sequence[Example]) -> list[PredictionRow]:
+            return predict(model, self.encoder, self.task, some, self.config, title)
+
+        if self.world.size == 1:
+            return rows_of(examples)
+        batches = scoring_batches(self.encoder, examples, self.config)
+        return score_in_shares(self.world, model, examples, batches, rows_of)
+
+    def _losses(self, model: Any, examples: Sequence[Example], title: str) -> list[PredictionRow]:
+        def rows_of(some: Sequence[Example]) -> list[PredictionRow]:
+            return predict_losses(model, self.encoder, some, self.config, title)
+
+        if self.world.size == 1:
+            return rows_of(examples)
+        batches = loss_batches(self.encoder, examples, self.config)
+        return score_in_shares(self.world, model, examples, batches, rows_of)
 
     def cached_base_rows(self, split: str, examples: Sequence[Example]) -> list[PredictionRow]:
         """The base model's answers, computed once for each model, protocol and rows, and then reused by every run.
@@ -137,8 +172,9 @@ class Scorer:
 
     def cached_base_losses(self, split: str, examples: Sequence[Example]) -> list[PredictionRow]:
         """The base model's losses, in a cache of their own: answers of earlier versions stay usable."""
-        # The end of a target that is cut depends on the context.
-        name = f"{self.config.task.name}-{split}-loss-{self._base_key(examples, self.encoder.context)}"
+        # The end of a target that is cut depends on the context. Neutral text depends on no task.
+        task = f"{self.config.task.name}-" if split != FORGETTING else ""
+        name = f"{task}{split}-loss-{self._base_key(examples, self.encoder.context, with_task=bool(task))}"
         return self._cached(name, examples, self.compute_base_losses, f"base model's loss on {split}")
 
     def _cached(
@@ -148,27 +184,31 @@ class Scorer:
         compute: Callable[[Sequence[Example], str], list[PredictionRow]],
         title: str,
     ) -> list[PredictionRow]:
-        path = Path(self.config.outputs) / "base" / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if path.exists():
-                log.info("%s: reusing %s", title, path)
-                rows = read_predictions(path)
-                if [row.id for row in rows] != [example.id for example in examples]:
-                    raise UserError(
-                        f"{path}: holds the predictions of other rows; remove it, and the same command makes it"
-                    )
+        path, first = Path(self.config.outputs) / "base" / f"{name}.jsonl", self.world.is_first
+        if first:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        # The first process decides, and reads and writes the file.
+        with FileLock(path.with_suffix(".lock")) if first else nullcontext():
+            if not self.world.any(first and path.exists()):
+                rows = compute(examples, title)
+                if first:
+                    write_predictions(path, rows)
                 return rows
-            rows = compute(examples, title)
-            write_predictions(path, rows)
+            log.info("%s: reusing %s", title, path)
+            rows = self.world.gather(read_predictions(path) if first else [])[0]
+            if [row.id for row in rows] != [example.id for example in examples]:
+                raise UserError(
+                    f"{path}: holds the predictions of other rows; remove it, and the same command makes it"
+                )
             return rows
 
-    def _base_key(self, examples: Sequence[Example], *more: object) -> str:
+    def _base_key(self, examples: Sequence[Example], *more: object, with_task: bool = True) -> str:
         """A hash of everything that the base model's rows depend on."""
         score, task = self.config.score, identity(self.config.task)
-        key: list[Any] = [plain(self.base), self.config.train.dtype, score.batch_size, self.encoder.prompt_limit]
+        key: list[Any] = [plain(self.base), self.config.train.dtype, score.batch_size]
+        key += [self.encoder.prompt_limit] if with_task else []
         key += [digest(examples), *([score.batch_tokens] if score.batch_tokens else []), *more]
-        key.append({name: value for name, value in task.items() if name in PROTOCOL_KEYS})
+        key += [{name: value for name, value in task.items() if name in PROTOCOL_KEYS}] if with_task else []
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -252,9 +292,10 @@ def merged_for_scoring(attached: Attached, config: Config) -> Iterator[Any]:
     """Inside the block, the model is as it is scored. It is merged in float32 only: bfloat16 would round the update. A
     quantised or offloaded base cannot be merged, and is scored unmerged.
     """
-    if config.train.dtype == "float32" and attached.cannot_merge() is None:
-        attached.merge()
     try:
+        # Inside the block that restores the weights: memory may run out when some of them are merged.
+        if config.train.dtype == "float32" and attached.cannot_merge() is None:
+            attached.merge()
         yield attached.model
     finally:
         attached.unmerge()

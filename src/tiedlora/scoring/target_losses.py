@@ -1,4 +1,7 @@
-"""The loss of each row's target, teacher-forced: prompt and target are the tokens that training would use."""
+"""The loss of each row's target, teacher-forced: prompt and target are the tokens that training would use.
+
+The loss of a passage of neutral text is computed in the same way. Its target is all of it after the first token.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from tiedlora.config.schema import Config
 from tiedlora.data.batching import collate
 from tiedlora.data.encoding import Encoded, Encoder
 from tiedlora.errors import UserError
+from tiedlora.models.placement import input_device
 from tiedlora.records.loss_metrics import loss_scores
 from tiedlora.records.rows import NOT_GENERATED, PredictionRow
 from tiedlora.scoring.batches import batches_by_length
+from tiedlora.scoring.passages import Passage
 from tiedlora.scoring.predict import fitting
 from tiedlora.tasks import Example
 from tiedlora.tracking.progress import ProgressBar
@@ -48,7 +53,7 @@ def predict_losses(
     progress = ProgressBar(title, len(examples), "rows")
     for numbers in _batches(asked, config):
         batch = collate([asked[number].tokens for number in numbers], encoder.tokenizer.eos_token_id)
-        losses = row_losses(model, batch.to(model.device))
+        losses = row_losses(model, batch.to(input_device(model)))
         for number, total, tokens in zip(numbers, losses.sums.tolist(), losses.tokens.tolist(), strict=True):
             rows[number] = _row(examples[number], asked[number], total, tokens)
         progress.advance(len(numbers))
@@ -67,6 +72,8 @@ def _batches(asked: Sequence[_Asked], config: Config) -> list[list[int]]:
 
 def _asked(encoder: Encoder, example: Example, config: Config) -> _Asked:
     """The tokens of a row. No example may be left out, so a target that does not fit loses its end."""
+    if isinstance(example, Passage):
+        return _Asked(example, example.tokens(encoder), cut=False)
     shortened = fitting(encoder, example, config)
     tokens = encoder.example(shortened)
     cut = len(tokens) > encoder.context

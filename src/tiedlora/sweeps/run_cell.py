@@ -54,7 +54,7 @@ def run_cell(config: Config, sweep_folder: Path | None = None) -> None:
     else:
         return
     # Here, and not in the block above, where the exception still holds the frames and tensors of the failed cell.
-    lazy.free_device_memory()
+    lazy.free_memory()
 
 
 def _never() -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.fx.experimental._config
+from torch import Tensor, nn
 
 from tiedlora.errors import UserError
 
@@ -44,22 +45,34 @@ def decide(wish: str, device: str, weights: int, tokens: float) -> bool:
 
 
 @contextmanager
-def compiled(blocks: Any) -> Iterator[None]:
+def compiled(blocks: Any, embeddings: nn.Module) -> Iterator[None]:
     """Inside the context, the blocks are compiled. All share one graph, so only the first block is really compiled.
 
-    Shapes are dynamic, because batches differ in length: to compile a graph for each length would take too long.
+    Shapes are dynamic, because batches differ in length: to compile a graph for each length would take too long. A pass
+    of a single row has a second graph. On a CPU in bfloat16, rows beyond attention.LONGEST_ROW have one more.
+
+    Args:
+        embeddings: the module whose output is the first block's input. Inside the context, the output needs a gradient
+            like the other blocks' inputs. Otherwise the first block would have graphs of its own.
     """
     torch._dynamo.reset()
     for block in blocks:
         block.compile(dynamic=True)
+    hook = embeddings.register_forward_hook(_needs_gradient)
     try:
         # Otherwise two sizes that are equal by chance (such as rank and batch) count as one size, and a batch of
         # another size is compiled again.
         with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             yield
     finally:
+        hook.remove()
         for block in blocks:
             block._compiled_call_impl = None
+
+
+def _needs_gradient(_: nn.Module, __: Any, output: Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_()
 
 
 def eager() -> Any:

@@ -12,13 +12,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tiedlora.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes, prints and scores."""
+        """Whether this process writes and prints."""
         return self.process_index == 0
 
     def local_rows(self, rows: Sequence[Any]) -> list[Any]:
@@ -44,6 +46,14 @@ class World:
             return
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+    def total(self, numbers: Sequence[int]) -> list[int]:
+        """Each number, summed over all processes. Every process waits here for the others, but not for a GPU."""
+        if self.size == 1:
+            return list(numbers)
+        sums = torch.tensor(numbers)
+        dist.all_reduce(sums)
+        return [int(number) for number in sums]
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process. Every process waits here for the others."""
@@ -58,6 +68,13 @@ class World:
         numbers = torch.tensor([number])
         dist.all_reduce(numbers, dist.ReduceOp.MIN)
         return int(numbers.item())
+
+    def gather(self, share: T) -> list[T]:
+        """The shares of all processes, by process number, in every process. Tensors in them must be on the CPU."""
+        shares: list[Any] = [share] * self.size
+        if self.size > 1:
+            dist.all_gather_object(shares, share)
+        return shares
 
     def leave(self) -> None:
         """End the communication. Every process calls this at the same point, after the last message.
@@ -81,8 +98,8 @@ def join_world(cuda: bool) -> Iterator[World]:
     for wish, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(wish, "false").lower() in ("1", "true"):
             raise UserError(
-                f"{wish}: {name} shards the model, and a tied factor belongs to every layer; not supported. "
-                "Start data parallel training: torchrun --nproc-per-node N train.py ..."
+                f"{wish}: {name} would shard the adapter too, and a tied factor belongs to every layer; not supported. "
+                "Start torchrun --nproc-per-node N train.py ..., with train.shard=true for a model larger than one GPU"
             )
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

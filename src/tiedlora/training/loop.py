@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,11 @@ from torch import Tensor
 from tiedlora.config.schema import TrainConfig
 from tiedlora.data.batching import Batch
 from tiedlora.errors import Diverged, Paused, StoppedEarly, UserError, is_out_of_memory
+from tiedlora.keys import LARGEST_COUNT
+from tiedlora.models.device import free_memory
+from tiedlora.records.halving import Halving
 from tiedlora.records.rows import MetricsRow
+from tiedlora.training.distributed import World
 from tiedlora.training.optimizer import learning_rate
 
 log = logging.getLogger(__name__)
@@ -37,6 +41,12 @@ class TrainState:
     """Seconds of the training steps, without validation and checkpoints."""
     validation: list[list[float]] = field(default_factory=list)
     """[step, loss] pairs. The loss is a mean over target tokens."""
+    halvings: list[Halving] = field(default_factory=list)
+    """Where memory ran out. They decide which rows share a pass, and so the rounding: a resumed run needs them."""
+
+    def pass_tokens(self, during: str) -> int | None:
+        """Most tokens of a pass of `training` or `validation`, after the halvings so far; None if there was none."""
+        return min((halving.tokens for halving in self.halvings if halving.during == during), default=None)
 
     def best_step(self) -> int:
         """The step of the lowest validation loss; of equal losses, the earliest step."""
@@ -52,7 +62,7 @@ class LoopHooks:
     loss_sum: Callable[[Batch], Tensor]
     """The sum of the cross-entropy over a batch's target tokens."""
     validate: Callable[[], float]
-    """The mean loss per target token on the validation rows."""
+    """The mean loss per target token on the validation rows. If memory runs out, it adds to the state's halvings."""
     save_checkpoint: Callable[[TrainState], None]
     log_metrics: Callable[[list[MetricsRow]], None]
     """Logs rows of metrics, of several steps at once."""
@@ -60,10 +70,22 @@ class LoopHooks:
     """Optimizer step -> its rows in words, for the message about a loss that is not finite."""
     stop_requested: Callable[[], bool]
     """Whether the run should end after this step. With several processes, all get the same answer."""
-    all_reduce_sum: Callable[[Sequence[Tensor]], None] = lambda tensors: None
-    """Replaces tensors by their sums over all processes that train together."""
-    process_index: int = 0
-    """The number of this process among them. Each process draws its own dropout masks."""
+    world: World = field(default_factory=World)
+    """The processes that train together. Each draws its own dropout masks."""
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What the passes of one step leave, besides the gradients."""
+
+    loss: Tensor
+    """This process's share of the mean loss, on the device."""
+    tokens: int
+    target_tokens: int
+
+
+ENOUGH = LARGEST_COUNT
+"""In place of a limit on the tokens of a pass: the memory was enough."""
 
 
 @dataclass
@@ -119,51 +141,77 @@ class _Loop:
 
     def _train_step(self, step: int) -> None:
         """One optimizer step."""
-        # 1. The learning rate and the dropout masks depend only on the step.
+        # 1. The learning rate depends only on the step.
         rate = learning_rate(step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_factor"]
-        torch.manual_seed(step_seed(self.seed, step, self.hooks.process_index))
 
-        # 2. Count the target tokens of the whole step, over all processes, before any loss is computed.
-        batches = self.hooks.batches(step)
-        counts = torch.tensor([sum(len(batch.targets) for batch in batches), sum(batch.tokens for batch in batches)])
-        self.hooks.all_reduce_sum([counts])
-        target_tokens, tokens = (int(count) for count in counts)
+        # 2. Forward and backward passes. If memory runs out, the step starts again with smaller passes.
+        while (passed := self._passes(step)) is None:
+            pass
 
-        # 3. Forward and backward passes of the microbatches. The gradients are summed.
-        loss = self._backward(batches, step, target_tokens)
-
-        # 4. Sum over processes, then clip.
-        self.hooks.all_reduce_sum([loss, *_gradients(self.parameters)])
+        # 3. Sum over processes, then clip.
+        self.hooks.world.all_reduce_sum([passed.loss, *_gradients(self.parameters)])
         clip = self.config.clip if self.config.clip is not None else math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
 
-        # 5. Update the parameters, or skip the update.
+        # 4. Update the parameters, or skip the update.
         self.state.step = step
-        self.state.tokens += tokens
-        self.state.target_tokens += target_tokens
-        numbers = _StepNumbers(step, loss, grad_norm, rate, self.state.tokens)
-        if self._must_skip(loss, grad_norm):
+        self.state.tokens += passed.tokens
+        self.state.target_tokens += passed.target_tokens
+        numbers = _StepNumbers(step, passed.loss, grad_norm, rate, self.state.tokens)
+        if self._must_skip(passed.loss, grad_norm):
             self._skip(numbers)
         else:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.pending.append(numbers)
 
-    def _backward(self, batches: list[Batch], step: int, target_tokens: int) -> Tensor:
-        """Sum the gradients of the mean loss, and return this process's share of the loss."""
+    def _passes(self, step: int) -> _Passed | None:
+        """The forward and backward passes of a step; None if memory ran out, and smaller passes are possible."""
+        # The dropout masks depend only on the step and the process.
+        torch.manual_seed(step_seed(self.seed, step, self.hooks.world.process_index))
+        # The target tokens of the whole step, over all processes, are counted before any loss is computed.
+        batches = self.hooks.batches(step)
+        counts = [sum(len(batch.targets) for batch in batches), sum(batch.tokens for batch in batches)]
+        target_tokens, tokens = self.hooks.world.total(counts)
+        loss, too_large = self._backward(batches, target_tokens)
+        # If memory ran out in one process, all processes start the step again, with the same limit.
+        limit = self.hooks.world.smallest(ENOUGH if too_large is None else _half(too_large))
+        if limit == ENOUGH:
+            return _Passed(loss, tokens, target_tokens)
+        self.optimizer.zero_grad(set_to_none=True)
+        free_memory()
+        if limit == 0:
+            raise UserError(_out_of_memory_message(step, too_large, self.config))
+        self._halve(Halving(step, "training", limit))
+        return None
+
+    def _backward(self, batches: list[Batch], target_tokens: int) -> tuple[Tensor, Batch | None]:
+        """Sum the gradients of the mean loss.
+
+        Returns:
+            This process's share of the loss, and the pass for which the memory was too short, if there is one.
+        """
         total = torch.zeros((), device=self.parameters[0].device)
-        try:
-            for batch in batches:
+        for batch in batches:
+            try:
                 loss = self.hooks.loss_sum(batch) / target_tokens
                 loss.backward()  # type: ignore[no-untyped-call]
-                total = total + loss.detach()
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(_out_of_memory_message(step, batches, self.config)) from error
-        return total
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return total, batch
+            total = total + loss.detach()
+        return total, None
+
+    def _halve(self, halving: Halving) -> None:
+        """Continue with smaller passes. A checkpoint has this before any step is finished with them."""
+        log.warning("step %d: out of memory; passes have at most %d tokens from now on", halving.step, halving.tokens)
+        self.state.halvings.append(halving)
+        self._flush_metrics()
+        self.hooks.save_checkpoint(self.state)
+        self.clock_started = time.perf_counter()
 
     def _must_skip(self, loss: Tensor, grad_norm: Tensor) -> bool:
         # Only a run that may skip updates waits here for the device. The sums are equal in all processes.
@@ -218,12 +266,15 @@ class _Loop:
         self.clock_started = time.perf_counter()
 
     def _validate(self) -> None:
-        step, loss = self.state.step, self.hooks.validate()
+        step, halvings = self.state.step, len(self.state.halvings)
+        loss = self.hooks.validate()
         if not math.isfinite(loss):
             advice = "lower train.lr" if step else "this is before any training, so try train.dtype=float32"
             raise Diverged(f"step {step}: the validation loss is {loss}; {advice}")
         self.state.validation.append([step, loss])
         self.hooks.log_metrics([MetricsRow(step, {"validation/loss": loss})])
+        if len(self.state.halvings) > halvings:
+            self.hooks.save_checkpoint(self.state)
 
     def _not_finite_message(self, numbers: _StepNumbers, advice: str) -> str:
         return (
@@ -247,12 +298,15 @@ def step_seed(seed: int, step: int, process_index: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
-def _out_of_memory_message(step: int, batches: list[Batch], config: TrainConfig) -> str:
-    rows, length = max((tuple(batch.input_ids.shape) for batch in batches), key=lambda shape: shape[0] * shape[1])
-    ways = []
-    if rows > 1:
-        ways.append(f"lower train.microbatch_tokens below {rows * length} or train.microbatch_size below {rows}")
-    if not config.recompute_activations:
-        ways.append("set train.recompute_activations=true (slower)")
-    advice = f"{', or '.join(ways)}, then the run continues" if ways else "shorten the rows, or take a smaller model"
-    return f"step {step}: out of memory with {rows} rows of up to {length} tokens a forward pass; {advice}"
+def _half(batch: Batch) -> int:
+    """Half of a pass's tokens: its rows then need at least two passes. 0 if it has only one row."""
+    return batch.tokens // 2 if len(batch.input_ids) > 1 else 0
+
+
+def _out_of_memory_message(step: int, batch: Batch | None, config: TrainConfig) -> str:
+    if batch is None:
+        return f"step {step}: another of the processes ran out of memory with a single row; its message says more"
+    length = batch.input_ids.shape[1]
+    ways = [] if config.recompute_activations else ["set train.recompute_activations=true (slower)"]
+    ways.append("shorten the rows, or take a smaller model")
+    return f"step {step}: out of memory with a single row of {length} tokens; {', or '.join(ways)}"

@@ -149,6 +149,10 @@ class RowLosses:
     total: Tensor
     """The sum over the batch, a scalar, exactly as `target_loss` computes it."""
 
+    def to_cpu(self) -> RowLosses:
+        """The same losses on the CPU."""
+        return RowLosses(self.sums.cpu(), self.tokens.cpu(), self.total.cpu())
+
 
 @without_gradients
 def row_losses(model: Any, batch: Batch) -> RowLosses:

@@ -1,0 +1,98 @@
+"""A run's folder as a study keeps it: everything that a reader needs to check the run, without what must not be shared.
+
+Prompts, references and texts of choices belong to the data sets, so they are left out: scripts/verify.py takes them
+from the rows again, by id. Paths of the machine are left out too. The base model's predictions are equal for many runs,
+so a study holds each file once, in base/, named by its sha256. The record's `left_out` says what is missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from tiedlora import storage
+from tiedlora.config.compose import read_config
+from tiedlora.config.identity import config_tree
+from tiedlora.config.schema import Config
+from tiedlora.records.recorded_config import ConfigRecord
+from tiedlora.records.rows import PredictionRow, read_predictions, write_predictions
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import ADAPTER, TEXTS, SplitScores
+
+COPIED = ("metrics.jsonl", "validation_losses.jsonl", "pruned.txt")
+
+
+def export_record(run: RunFolder, out: Path, *, keep_adapter: bool) -> RunFolder:
+    """Write a finished run to out/<run id>.
+
+    Args:
+        out: the folder of the study's runs.
+        keep_adapter: whether the adapter's files are kept. Otherwise the record has only their sha256.
+
+    Raises:
+        UserError: the run is not finished, or a file is damaged.
+        OSError: the folder cannot be written.
+    """
+    record = run.finished_record()
+    exported = RunFolder(out / record.run_id)
+    scores = {split: _split(run, exported, split, recorded) for split, recorded in record.scores.items()}
+    if keep_adapter:
+        for name in record.files:
+            storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
+    tree = _copy_files(run, exported)
+    left_out = [TEXTS] if keep_adapter else [TEXTS, ADAPTER]
+    exported.result_file.unlink(missing_ok=True)
+    exported.write_record(replace(record, config=ConfigRecord.from_tree(tree), scores=scores, left_out=left_out))
+    return exported
+
+
+def export_stopped(run: RunFolder, out: Path) -> None:
+    """Write what shows why a search stopped a run: its configuration, its losses, and the reason.
+
+    Raises:
+        UserError: config.yaml is damaged.
+        OSError: the folder cannot be written.
+    """
+    _copy_files(run, RunFolder(out / run.path.name))
+
+
+def _copy_files(run: RunFolder, exported: RunFolder) -> dict[str, Any]:
+    """Copy the files without texts, and config.yaml without paths. Returns the configuration's tree."""
+    for name in COPIED:
+        if (run.path / name).exists():
+            storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
+    tree = config_tree(_without_paths(read_config(run.config_file)))
+    storage.write_bytes(exported.config_file, OmegaConf.to_yaml(tree).encode())
+    return tree
+
+
+def _without_paths(config: Config) -> Config:
+    """The configuration with the default places of files."""
+    return replace(config, outputs="outputs", cache=".cache", data_root=None, model=replace(config.model, path=None))
+
+
+def _split(run: RunFolder, exported: RunFolder, split: str, recorded: SplitScores) -> SplitScores:
+    """Write a split's predictions without texts, and return its scores with the new files' sha256."""
+    rows = read_predictions(run.predictions_file(split))
+    write_predictions(exported.predictions_file(split), map(_without_texts, rows))
+    files = exported.prediction_checksums(split)
+    if recorded.base is not None:
+        name = f"predictions/{split}.base.jsonl"
+        base_rows = read_predictions(run.predictions_file(f"{split}.base"))
+        written = exported.predictions_file(f"{split}.base")
+        write_predictions(written, map(_without_texts, base_rows))
+        files[name] = storage.sha256(written)
+        shared = exported.shared_base_file(files[name])
+        shared.parent.mkdir(parents=True, exist_ok=True)
+        written.replace(shared)
+    return replace(recorded, files=files)
+
+
+def _without_texts(row: PredictionRow) -> PredictionRow:
+    """The row without what belongs to the data set. An output that was chosen among its texts belongs to it too."""
+    if row.choices is None:
+        return replace(row, prompt="", references=[])
+    return replace(row, prompt="", references=[], output="", choices=[""] * len(row.choices))

@@ -1,0 +1,53 @@
+"""Score in smaller batches if memory runs out, so that a trained run is not lost because of its answers' batches."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import replace
+from typing import Any
+
+from tiedlora.config.schema import Config
+from tiedlora.errors import UserError, is_out_of_memory
+from tiedlora.models.device import free_memory
+from tiedlora.records.run_record import SplitScores
+from tiedlora.scoring.split import Scorer
+
+log = logging.getLogger(__name__)
+
+
+def with_halved_batches(config: Config, times: int) -> Config:
+    """The configuration with score.batch_size and score.batch_tokens halved so many times; neither is below 1."""
+    score = config.score
+    tokens = None if score.batch_tokens is None else max(1, score.batch_tokens >> times)
+    return replace(config, score=replace(score, batch_size=max(1, score.batch_size >> times), batch_tokens=tokens))
+
+
+def score_within_memory(scorer: Scorer, *arguments: Any, halvings: int = 0) -> SplitScores:
+    """The result of Scorer.score_split, which gets the arguments.
+
+    If memory runs out, the split is scored again from its start, in halved batches: the adapted model and the base
+    model in the same ones, because rounding depends on them. Little work is lost, because the longest rows come first.
+
+    Args:
+        halvings: how often the batches are halved already, by an earlier scoring of the same split.
+
+    Raises:
+        UserError: memory runs out with a single row; or as Scorer.score_split.
+    """
+    for times in itertools.count(halvings):
+        smaller = replace(scorer, config=with_halved_batches(scorer.config, times))
+        batch_size = smaller.config.score.batch_size
+        try:
+            return replace(smaller.score_split(*arguments), batch_halvings=times or None)
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+        free_memory()
+        if batch_size == 1:
+            break
+        log.warning("scoring: out of memory; score.batch_size=%d is halved to %d", batch_size, batch_size // 2)
+    raise UserError(
+        "scoring: out of memory with score.batch_size=1; the trained adapter and its checkpoint are kept, so with more "
+        "memory the same command continues with scoring"
+    )

@@ -1,0 +1,95 @@
+"""Memory runs out while scoring: the batches are halved, for the adapted model and the base model alike."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny import randomise, tiny
+
+from tiedlora.adapter import attach
+from tiedlora.config.identity import run_id
+from tiedlora.errors import UserError
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.report import write
+from tiedlora.runs import run, verify
+from tiedlora.scoring import decoding
+from tiedlora.scoring.split import merged_for_scoring
+
+PREDICTIONS = ("predictions/validation.jsonl", "predictions/validation.base.jsonl")
+
+
+def folder_of(config) -> RunFolder:
+    return RunFolder(Path(config.outputs) / run_id(config))
+
+
+def too_small(monkeypatch, rows):
+    """More than so many rows together do not fit. Returns the sizes of the batches that fit."""
+    plain, sizes = decoding.padded_left, []
+
+    def limited(prompts, *rest):
+        if len(prompts) > rows:
+            raise MemoryError
+        sizes.append(len(prompts))
+        return plain(prompts, *rest)
+
+    monkeypatch.setattr(decoding, "padded_left", limited)
+    return sizes
+
+
+def test_a_split_is_scored_in_halved_batches_with_its_base(tiny_config, tmp_path, monkeypatch, caplog):
+    threes = tiny_config(f"outputs={tmp_path}/threes", "score.batch_size=3", "train.steps=2")
+    run.main(threes)
+    config, second = (tiny_config("score.batch_size=12", "train.steps=2", f"seed={seed}") for seed in (0, 1))
+    sizes = too_small(monkeypatch, rows=4)
+    record = run.main(config)
+    assert record.scores["validation"].batch_halvings == 2
+    assert "score.batch_size=12 is halved to 6" in caplog.text
+    assert "score.batch_size=6 is halved to 3" in caplog.text
+    assert sizes == [3] * 8, "the base's batches, and the adapted model's"
+    for name in PREDICTIONS:
+        assert (folder_of(config).path / name).read_bytes() == (folder_of(threes).path / name).read_bytes()
+    # Another arm finds the base's scores of batches that fit.
+    sizes.clear()
+    assert run.main(second).scores["validation"].batch_halvings == 2
+    assert sizes == [3] * 4
+    # The record says enough to make the outputs again, and the report marks the numbers.
+    monkeypatch.undo()
+    findings = verify.verify(folder_of(config).path, rows=12, cache=Path(config.cache))
+    assert [finding for finding in findings if finding.ok is not True] == []
+    (group,) = write.build([Path(config.outputs)]).groups
+    assert "too little memory: seeds 0, 1 scored in smaller batches than score.batch_size" in group.marks
+
+
+def test_no_memory_for_one_row_keeps_the_trained_run(tiny_config, monkeypatch):
+    config = tiny_config("train.steps=2")
+    sizes = too_small(monkeypatch, rows=0)
+    with pytest.raises(UserError, match=r"score\.batch_size=1; the trained adapter and its checkpoint are kept"):
+        run.main(config)
+    assert not sizes
+    monkeypatch.undo()
+    trained = folder_of(config).path / "adapter" / "adapter.safetensors"
+    before = trained.read_bytes()
+    record = run.main(config)
+    assert record.scores["validation"].batch_halvings is None
+    assert trained.read_bytes() == before
+
+
+def test_no_memory_in_the_middle_of_a_merge_leaves_the_weights_as_they_were(tiny_config, monkeypatch, ids):
+    base = tiny("tiny_llama")
+    attached = attach(base.model, "TABuv", 4)
+    randomise(attached.adapter)
+    expected = base.model(ids).logits
+    clone, clones = torch.Tensor.clone, []
+
+    def fails_at_the_fourth_weight(tensor, *rest, **more):
+        clones.append(1)
+        if len(clones) == 4:
+            raise MemoryError
+        return clone(tensor, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", fails_at_the_fourth_weight)
+        with pytest.raises(MemoryError), merged_for_scoring(attached, tiny_config()):
+            pass
+    assert attached.active
+    assert torch.equal(base.model(ids).logits, expected)
