@@ -77,9 +77,8 @@ def add_scores(
                 record = replace(record, scores={**record.scores, split: scores})
                 folder.write_record(record)
             if forgetting is not None:
-                record = replace(
-                    record, scores={**record.scores, FORGETTING: scorer.score_forgetting(forgetting, folder)}
-                )
+                scores = score_within_memory(scorer, forgetting, folder, score=Scorer.score_forgetting)
+                record = replace(record, scores={**record.scores, FORGETTING: scores})
                 folder.write_record(record)
     finally:
         attached.detach()

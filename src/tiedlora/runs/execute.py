@@ -92,8 +92,8 @@ def _score(session: RunSession, folder: RunFolder) -> dict[str, SplitScores]:
     passes = wanted_passes(session.config.score.metrics, session.task)
     splits = session.config.score.splits
     scores = {split: score_within_memory(scorer, split, session.examples(split), folder, passes) for split in splits}
-    if session.config.score.forgetting is not None:
-        scores[FORGETTING] = scorer.score_forgetting(session.config.score.forgetting, folder)
+    if (source := session.config.score.forgetting) is not None:
+        scores[FORGETTING] = score_within_memory(scorer, source, folder, score=Scorer.score_forgetting)
     return scores
 
 

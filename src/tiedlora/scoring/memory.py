@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,23 +24,26 @@ def with_halved_batches(config: Config, times: int) -> Config:
     return replace(config, score=replace(score, batch_size=max(1, score.batch_size >> times), batch_tokens=tokens))
 
 
-def score_within_memory(scorer: Scorer, *arguments: Any, halvings: int = 0) -> SplitScores:
-    """The result of Scorer.score_split, which gets the arguments.
+def score_within_memory(
+    scorer: Scorer, *arguments: Any, score: Callable[..., SplitScores] | None = None, halvings: int = 0
+) -> SplitScores:
+    """The result of a method of Scorer, which gets the arguments.
 
     If memory runs out, the split is scored again from its start, in halved batches: the adapted model and the base
     model in the same ones, because rounding depends on them. Little work is lost, because the longest rows come first.
 
     Args:
+        score: the method; None takes Scorer.score_split.
         halvings: how often the batches are halved already, by an earlier scoring of the same split.
 
     Raises:
-        UserError: memory runs out with a single row; or as Scorer.score_split.
+        UserError: memory runs out with a single row; or as the method.
     """
     for times in itertools.count(halvings):
         smaller = replace(scorer, config=with_halved_batches(scorer.config, times))
         batch_size = smaller.config.score.batch_size
         try:
-            return replace(smaller.score_split(*arguments), batch_halvings=times or None)
+            return replace((score or Scorer.score_split)(smaller, *arguments), batch_halvings=times or None)
         except (MemoryError, RuntimeError, OSError) as error:
             if not is_out_of_memory(error):
                 raise
