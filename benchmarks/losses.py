@@ -10,10 +10,10 @@ with the cross-entropy of transformers' float32 logits. transformers' own number
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import tiedlora
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
+from tiedlora.config.schema import FORGETTING
 from tiedlora.export.merged import to_merged
 from tiedlora.records.loss_metrics import TARGET_LOSS
 from tiedlora.records.rows import read_predictions
@@ -35,38 +36,45 @@ from tiedlora.runs.library import config_of
 from tiedlora.tasks import load_examples, load_task
 
 TOLERANCE, OWN_TOLERANCE = 1e-5, 2e-5
-FORGETTING = PROJECT / "LICENSE"
+TEXT = "\n\n".join((PROJECT / name).read_text() for name in ("LICENSE", "CONTRIBUTING.md"))
 """A text that has nothing to do with sums."""
 
-Text = tuple[str, str]
-"""(what the model is given, what it must predict)."""
 
+def train(tying: str, seed: int, steps: int, rows: int, characters: int, outputs: Path) -> RunFolder:
+    """Train and score one run.
 
-def train(tying: str, seed: int, steps: int, rows: int, outputs: Path) -> RunFolder:
-    """Train and score one run."""
+    Args:
+        rows: how many validation rows are scored.
+        characters: how much of TEXT is scored. A passage has about 3,000.
+    """
+    neutral = outputs / "neutral.txt"
+    neutral.write_text(TEXT[:characters])
     config = compose_config(
         [
             *(f"tying={tying}", f"seed={seed}", "task=chain_sum", "train=quick", f"train.steps={steps}"),
             *(f"task.rows.validation={rows}", "train.dtype=float32", f"train.warmup_steps={min(5, steps)}"),
-            *("train.batch_size=4", "train.validation_rows=8", "score.metrics=[target_loss]", f"outputs={outputs}"),
+            *("train.batch_size=4", "train.validation_rows=2", "score.metrics=[target_loss]", f"outputs={outputs}"),
+            f"score.forgetting={neutral}",
         ]
     )
     run.main(config)
     return RunFolder(outputs / run_id(config))
 
 
-@contextmanager
-def plain_models(folder: RunFolder) -> Iterator[dict[str, Any]]:
-    """The adapted model, loaded from merged weights, and the base model, both as transformers has them."""
+def adapted_model(folder: RunFolder) -> Any:
+    """The adapted model, loaded by transformers from merged weights."""
     attached = tiedlora.load(folder.path, dtype="float32")
     with tempfile.TemporaryDirectory() as merged:
         to_merged(attached, None, Path(merged))
-        adapted = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
-    config = config_of(folder.path)
-    (source,) = (Path(config.cache) / "models").glob("smollm2-135m-instruct-*/")
-    base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    yield {"": adapted, ".base": base, "tokenizer": tokenizer}
+        return transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+
+
+@functools.cache
+def base_model(cache: str) -> tuple[Any, Any]:
+    """The base model and its tokenizer, loaded by transformers."""
+    (source,) = (Path(cache) / "models").glob("smollm2-135m-instruct-*/")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(source)
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,16 @@ def target_losses(folder: RunFolder, model: Any, tokenizer: Any, split: str) -> 
     ]
 
 
+def passage_losses(folder: RunFolder, model: Any, tokenizer: Any) -> list[PlainLoss]:
+    """The loss of each passage of neutral text after its first token."""
+    rows = read_predictions(folder.predictions_file(FORGETTING))
+    passages = [tokenizer(row.references[0]).input_ids for row in rows]
+    # The passages are consecutive pieces of the file: nothing is left out, and nothing is there twice.
+    text = (folder.path.parent / "neutral.txt").read_text()
+    assert "".join("".join(row.references[0] for row in rows).split()) == "".join(text.split())
+    return [plain_loss(model, ids[:1], ids[1:]) for ids in passages]
+
+
 @dataclass(frozen=True)
 class Difference:
     """How far the recorded losses are from those of transformers, in nats per token."""
@@ -124,13 +142,20 @@ def difference(folder: RunFolder, split: str, kind: str, plain: Sequence[PlainLo
     )
 
 
-def differences(folder: RunFolder) -> dict[str, Difference]:
-    """Name of a score -> its difference from transformers."""
+def differences(folder: RunFolder, kinds: Sequence[str] = ("", ".base")) -> dict[str, Difference]:
+    """Name of a score -> its difference from transformers.
+
+    Args:
+        kinds: "" for the adapted model, ".base" for the base model.
+    """
     found = {}
-    with plain_models(folder) as models:
-        for kind in ("", ".base"):
-            plain = target_losses(folder, models[kind], models["tokenizer"], "validation")
-            found[f"target_loss{kind}"] = difference(folder, "validation", kind, plain)
+    base, tokenizer = base_model(config_of(folder.path).cache)
+    for kind in kinds:
+        model = base if kind else adapted_model(folder)
+        plain = target_losses(folder, model, tokenizer, "validation")
+        found[f"target_loss{kind}"] = difference(folder, "validation", kind, plain)
+        plain = passage_losses(folder, model, tokenizer)
+        found[f"{FORGETTING}{kind}"] = difference(folder, FORGETTING, kind, plain)
     return found
 
 
@@ -145,11 +170,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rows", type=int, default=50)
+    parser.add_argument("--characters", type=int, default=12_000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as outputs:
         for tying in ("LoRA", "TABuv"):
             for seed in arguments.seeds:
-                folder = train(tying, seed, arguments.steps, arguments.rows, Path(outputs))
+                folder = train(tying, seed, arguments.steps, arguments.rows, arguments.characters, Path(outputs))
                 for name, found in differences(folder).items():
                     numbers = ", ".join(f"{key} {value:.1e}" for key, value in vars(found).items())
                     print(f"{tying} seed {seed} {name}, difference: {numbers}")

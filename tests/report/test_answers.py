@@ -176,6 +176,15 @@ class TestPartners:
         found = of_world(tmp_path, truth, seeds=3, claim=ranks)
         assert (found.verdict, found.seeds) == ("supported", 3)
 
+    def test_a_configuration_is_compared_with_itself_on_other_seeds(self, tmp_path):
+        other = "LoRA, rank: 8, seed_offset: 5"
+        control = {"rule": "level", "method": "LoRA, rank: 8", "other": other}
+        found = of_world(tmp_path, {"LoRA": 0.6}, seeds=10, claim=control)
+        assert (found.verdict, found.seeds) == ("supported", 3)
+        assert "LoRA r=8 against LoRA (seeds from 5) r=8" in found.reason
+        shutil.rmtree(tmp_path / "runs")
+        assert of_world(tmp_path, {"LoRA": 0.6}, seeds=5, claim=control).verdict == "undecided"
+
     def test_a_missing_comparator_or_method_is_named(self, tmp_path):
         found = of_world(tmp_path, {"TABuv": 0.5}, seeds=1, rows=50)
         assert "LoRA r=8 was not run in the same setting" in found.reason

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -21,7 +22,7 @@ from tiedlora.records.rows import PredictionRow, read_predictions, write_predict
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import ADAPTER, TEXTS, SplitScores
 
-COPIED = ("metrics.jsonl", "validation_losses.jsonl")
+COPIED = ("metrics.jsonl", "validation_losses.jsonl", "pruned.txt")
 
 
 def export_record(run: RunFolder, out: Path, *, keep_adapter: bool) -> RunFolder:
@@ -37,20 +38,35 @@ def export_record(run: RunFolder, out: Path, *, keep_adapter: bool) -> RunFolder
     """
     record = run.finished_record()
     exported = RunFolder(out / record.run_id)
-    config = _without_paths(read_config(run.config_file))
     scores = {split: _split(run, exported, split, recorded) for split, recorded in record.scores.items()}
-    for name in COPIED:
-        if (run.path / name).exists():
-            storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
     if keep_adapter:
         for name in record.files:
             storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
-    tree = config_tree(config)
-    storage.write_bytes(exported.config_file, OmegaConf.to_yaml(tree).encode())
+    tree = _copy_files(run, exported)
     left_out = [TEXTS] if keep_adapter else [TEXTS, ADAPTER]
     exported.result_file.unlink(missing_ok=True)
     exported.write_record(replace(record, config=ConfigRecord.from_tree(tree), scores=scores, left_out=left_out))
     return exported
+
+
+def export_stopped(run: RunFolder, out: Path) -> None:
+    """Write what shows why a search stopped a run: its configuration, its losses, and the reason.
+
+    Raises:
+        UserError: config.yaml is damaged.
+        OSError: the folder cannot be written.
+    """
+    _copy_files(run, RunFolder(out / run.path.name))
+
+
+def _copy_files(run: RunFolder, exported: RunFolder) -> dict[str, Any]:
+    """Copy the files without texts, and config.yaml without paths. Returns the configuration's tree."""
+    for name in COPIED:
+        if (run.path / name).exists():
+            storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
+    tree = config_tree(_without_paths(read_config(run.config_file)))
+    storage.write_bytes(exported.config_file, OmegaConf.to_yaml(tree).encode())
+    return tree
 
 
 def _without_paths(config: Config) -> Config:

@@ -30,6 +30,9 @@ class Side:
     rank: int | None
     at: str = ""
     """One of AT if the rank follows from the other side, otherwise empty."""
+    seed_offset: int = 0
+    """This side's run of seed s + offset is paired with the other side's run of seed s. With it, a configuration is
+    compared with itself (an A/A control)."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +128,16 @@ def _claim(where: str, paper: str, plan: Plan, entry: Any) -> Claim:
 
 def _side(where: str, side: Any) -> Side:
     keys = set(side) if isinstance(side, dict) else set()
-    if keys == {"configuration", "rank"} and _is_whole(side["rank"], 1):
-        return Side(str(side["configuration"]), side["rank"])
-    if keys == {"configuration", "at"} and side["at"] in AT:
-        return Side(str(side["configuration"]), None, side["at"])
+    offset = side.get("seed_offset", 0) if keys else 0
+    keys.discard("seed_offset")
+    if _is_whole(offset, 0):
+        if keys == {"configuration", "rank"} and _is_whole(side["rank"], 1):
+            return Side(str(side["configuration"]), side["rank"], seed_offset=offset)
+        if keys == {"configuration", "at"} and side["at"] in AT:
+            return Side(str(side["configuration"]), None, side["at"], offset)
     raise UserError(
-        f"{where}={side}: needs configuration, and either rank (a whole number from 1) or at (one of {', '.join(AT)})"
+        f"{where}={side}: needs configuration, and either rank (a whole number from 1) or at (one of {', '.join(AT)}); "
+        "seed_offset (a whole number from 0) is optional"
     )
 
 

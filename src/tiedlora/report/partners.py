@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -58,9 +58,22 @@ def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
 def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
     matched = claim.method if claim.method.at else claim.comparator
     partner, problem = _partner(matched, anchor, groups)
-    if claim.method.at:
-        return Pair(anchor, partner, anchor, problem)
-    return Pair(anchor, anchor, partner, problem)
+    method, comparator = (partner, anchor) if claim.method.at else (anchor, partner)
+    return Pair(anchor, _shifted(method, claim.method), _shifted(comparator, claim.comparator), problem)
+
+
+def _shifted(group: RunGroup | None, side: Side) -> RunGroup | None:
+    """The group with its seeds counted from the side's offset. Runs of lower seeds are left out."""
+    if group is None or side.seed_offset == 0:
+        return group
+    runs = [
+        replace(run, record=replace(run.record, seed=run.seed - side.seed_offset))
+        for run in group.runs
+        if run.seed >= side.seed_offset
+    ]
+    failed = {seed - side.seed_offset for seed in group.failed_seeds if seed >= side.seed_offset}
+    name = f"{group.configuration} (seeds from {side.seed_offset})"
+    return replace(group, configuration=name, runs=runs, failed_seeds=failed)
 
 
 def _is_of(group: RunGroup, side: Side) -> bool:
@@ -75,7 +88,9 @@ def _partner(side: Side, anchor: RunGroup, groups: Sequence[RunGroup]) -> tuple[
     candidates.sort(key=lambda group: group.runs[0].record.identity.rank.alpha != group.rank)
     if side.rank is not None or side.at == EQUAL_RANK:
         rank = side.rank or anchor.rank
-        of_rank = [group for group in candidates if group.rank == rank and group is not anchor]
+        of_rank = [
+            group for group in candidates if group.rank == rank and (group is not anchor or side.seed_offset > 0)
+        ]
         return (of_rank[0], "") if of_rank else (None, f"{side.configuration} r={rank} was not run in the same setting")
     if not candidates:
         return None, f"{side.configuration} was not run in the same setting"

@@ -184,6 +184,8 @@ def read_run(path: Path) -> Run | LeftOut:
             return LeftOut(path, "not a run: it holds none of a run's files")
         error = _last_line(folder.error_file)
         reason = f"failed: {error}" if error else "not finished: it has no result.json (running, or interrupted)"
+        if pruned := _last_line(folder.pruned_file):
+            reason = f"pruned by the search of a learning rate: {pruned}"
         if named is not None:
             named = dataclasses.replace(named, lr=_planned_lr(folder.config_file), failed=bool(error))
         return LeftOut(path, reason, named)

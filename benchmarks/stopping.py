@@ -1,0 +1,59 @@
+"""What stopping for futility costs and saves: lost verdicts, and seeds that need not run (benchmarks/verdicts.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from populations import SEEDS, Population, World
+
+from tiedlora.statistics import looks
+from tiedlora.statistics.rules import Retains
+
+FUTILITY_THRESHOLDS = (0.01, 0.02, 0.05, 0.10)
+
+
+@dataclass(frozen=True)
+class Futility:
+    """What it costs and saves to stop a plan whose chance of a decision is below a threshold."""
+
+    world: World
+    retained: float
+    """The method's true share of the gain."""
+    threshold: float
+    stopped: float
+    """The share of plans that stop before the last look, undecided."""
+    lost: float
+    """The share of verdicts that would have come at a later look and are lost."""
+    seeds: float
+    """The mean number of seeds that a plan runs."""
+    seeds_without: float
+
+
+def futility(world: World, retained: float, draws: int) -> list[Futility]:
+    """Run plans for `Retains(0.9)` with the method's true share of the gain, with and without stopping."""
+    rule, plan, generator = Retains(0.9), looks.planned(), np.random.default_rng(world.rows)
+    decided_at = np.full(draws, len(plan.seeds))
+    chances = np.ones((draws, len(plan.seeds)))
+    for draw in range(draws):
+        population = Population(world, 1, generator)
+        scores = [population.method(world.base + retained * world.gain), population.comparator]
+        method, comparator = (table[0].astype(np.float64) for table in scores)
+        base = population.base[0].astype(np.float64)
+        for look, (n, level) in enumerate(zip(plan.seeds, plan.levels, strict=True)):
+            if any(rule.decisions(method[:n], comparator[:n], base, level)):
+                decided_at[draw] = look
+                break
+            if n < SEEDS:
+                chances[draw, look] = looks.chance_of_decision(rule, method[:n], comparator[:n], base, plan, look)
+    ends = np.array([*plan.seeds, SEEDS])
+    found = []
+    for threshold in FUTILITY_THRESHOLDS:
+        low = chances < threshold
+        stopped_at = np.where(low.any(1), low.argmax(1), len(plan.seeds))
+        stops = stopped_at < decided_at
+        verdicts = decided_at < len(plan.seeds)
+        lost = float((stops & verdicts).sum() / max(1, verdicts.sum()))
+        seeds, without = ends[np.minimum(stopped_at, decided_at)].mean(), ends[decided_at].mean()
+        found.append(Futility(world, retained, threshold, float(stops.mean()), lost, float(seeds), float(without)))
+    return found

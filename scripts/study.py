@@ -1,0 +1,88 @@
+"""python scripts/study.py plan|run|export|repeat studies/NAME: a planned comparison, and the records that it keeps.
+
+    plan     the commands of the study, in their order
+    run      carry them out, and export after each one; the same command continues. The plan must be committed
+    export   write the records of the ended runs to studies/NAME/runs, without texts of the data and without paths
+    repeat   train the run RUN of the study again, and compare its adapter with the recorded sha256
+
+The report reads the folder: python scripts/report.py studies/NAME --claims studies/NAME/claims.yaml
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tiedlora import errors
+from tiedlora.config import compose
+from tiedlora.config.project import PROJECT
+from tiedlora.errors import UserError
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.runs import run
+from tiedlora.sweeps import study
+
+DISAGREES = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("plan", "run", "export", "repeat"))
+    parser.add_argument("study", type=Path, help="the study's folder")
+    parser.add_argument("run_id", nargs="?", help="repeat: the id of the run")
+    parser.add_argument("--part", help="plan, run: only this part")
+    parser.add_argument("--outputs", type=Path, help="where the runs are; default outputs/studies/NAME")
+    parser.add_argument(
+        "--data-root", default=os.environ.get("TIEDLORA_DATA"), help="repeat: as data_root= of train.py"
+    )
+    arguments = parser.parse_args()
+    planned = study.read_study(arguments.study)
+    outputs = (arguments.outputs or PROJECT / "outputs" / "studies" / planned.name).absolute()
+    if arguments.what == "plan":
+        for part, words in planned.commands(arguments.part):
+            print(f"{part}: python train.py --multirun {' '.join(words)}")
+    elif arguments.what == "run":
+        carry_out(planned, arguments.study, outputs, arguments.part)
+    elif arguments.what == "export":
+        print(f"{study.export_study(arguments.study, outputs)} runs in {arguments.study / 'runs'}")
+    else:
+        repeat(arguments.study, arguments.run_id, outputs / "repeated", arguments.data_root)
+
+
+def carry_out(planned: study.Study, folder: Path, outputs: Path, part: str | None) -> None:
+    study.check_committed(folder)
+    failed = []
+    for name, words in planned.commands(part):
+        print(f"{name}: {' '.join(words)}", flush=True)
+        command = [sys.executable, str(PROJECT / "train.py"), "--multirun", *words, f"outputs={outputs}"]
+        ended = subprocess.run(command, cwd=PROJECT, check=False).returncode
+        study.export_study(folder, outputs)
+        if ended in (errors.STOPPED, 130):
+            raise SystemExit(ended)
+        if ended != 0:
+            failed.append(f"{name}: {' '.join(words)}")
+    if failed:
+        raise UserError(f"{len(failed)} sweeps did not end well; the same command continues them: {'; '.join(failed)}")
+
+
+def repeat(folder: Path, run_id: str | None, outputs: Path, data_root: str | None) -> None:
+    kept = RunFolder(folder / "runs" / str(run_id))
+    if run_id is None or not kept.result_file.is_file():
+        raise UserError(f"{kept.path}: is no finished run of the study; give the name of a folder in {folder / 'runs'}")
+    recorded = kept.finished_record()
+    config = compose.read_config(kept.config_file)
+    config.outputs, config.data_root, config.score.splits, config.force = str(outputs), data_root, [], True
+    repeated = run.main(config)
+    assert repeated is not None
+    for name, sha256 in recorded.files.items():
+        equal = repeated.files.get(name) == sha256
+        print(f"{name}: {'the same bytes' if equal else f'differs: {repeated.files.get(name)}, recorded {sha256}'}")
+    print(f"validation loss: {repeated.training.validation_loss_last}, was {recorded.training.validation_loss_last}")
+    print(f"device: {repeated.execution}, was {recorded.execution}")
+    if repeated.files != recorded.files:
+        raise SystemExit(DISAGREES)
+
+
+if __name__ == "__main__":
+    with errors.exit_codes():
+        main()

@@ -1,0 +1,132 @@
+"""A study: sweeps that are planned in one file before they run, and the records that it keeps of their runs.
+
+    studies/NAME/study.yaml    the plan: the question and the words of every sweep; committed before the first run
+    studies/NAME/claims.yaml   the claims, with their planned looks
+    studies/NAME/runs/         the records (export/study_records.py), which the report reads as it reads outputs/
+
+A sweep of a study is an ordinary `train.py --multirun` command, so it stops and continues like any other.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from tiedlora import storage
+from tiedlora.config.project import PROJECT
+from tiedlora.errors import UserError
+from tiedlora.export.study_records import export_record, export_stopped
+from tiedlora.records.provenance import code_version
+from tiedlora.records.reading import Text, typed
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.selection import SELECTION_FILE, read_selection
+
+PLAN = "study.yaml"
+
+
+@dataclass(frozen=True)
+class StudyPart:
+    """Sweeps that share a task and its settings."""
+
+    name: Text
+    words: list[Text]
+    """The words that all sweeps of the part add to those of the study."""
+    sweeps: list[list[Text]]
+    """The words of each sweep, such as [tying=LoRA,TABuv, rank=r8, seed=0,1,2]."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """The plan of a study. Its file may have more keys, for people."""
+
+    name: Text
+    words: list[Text]
+    """The words of every sweep."""
+    parts: list[StudyPart]
+
+    def commands(self, only: str | None = None) -> Iterator[tuple[str, list[str]]]:
+        """The name of the part and the words after `train.py --multirun`, for each sweep in the planned order.
+
+        Args:
+            only: the name of one part; None takes all.
+
+        Raises:
+            UserError: no part has this name.
+        """
+        names = [part.name for part in self.parts]
+        if only is not None and only not in names:
+            raise UserError(f"{only}: is no part of {self.name}; its parts are {', '.join(names)}")
+        for part in self.parts:
+            if only in (None, part.name):
+                for sweep in part.sweeps:
+                    yield part.name, [*self.words, *part.words, *sweep]
+
+
+def read_study(folder: Path) -> Study:
+    """The study of a folder.
+
+    Raises:
+        UserError: study.yaml is missing, or a key is missing or wrong; the message names it.
+    """
+    path = folder / PLAN
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a study is a folder with a {PLAN}, such as studies/tied-lora-smollm2")
+    try:
+        return typed(Study, OmegaConf.to_container(storage.read_yaml(path)), what="a study's plan")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def check_committed(folder: Path) -> None:
+    """Check that the plan is in the commit that the runs will record.
+
+    Raises:
+        UserError: there are uncommitted changes, or the plan is not in the commit.
+    """
+    plan = (folder / PLAN).resolve()
+    listed = subprocess.run(
+        ["git", "-C", str(PROJECT), "ls-files", "--error-unmatch", str(plan)], capture_output=True, check=False
+    )
+    if listed.returncode != 0:
+        raise UserError(f"{folder / PLAN}: is not committed; commit the plan before the first run")
+    if code_version().dirty is not False:
+        raise UserError(
+            f"{PROJECT}: has uncommitted changes, so the runs could not be repeated from their commit; commit them"
+        )
+
+
+def export_study(folder: Path, outputs: Path) -> int:
+    """Write the records of all ended runs to the study's folder. Of each chosen rate, one adapter is kept.
+
+    Returns:
+        The number of runs.
+
+    Raises:
+        UserError: a run or a selection.json is damaged.
+    """
+    runs = folder / "runs"
+    with_adapter = set()
+    for path in sorted((outputs / "sweeps").glob(f"*/{SELECTION_FILE}")):
+        for choice in read_selection(path).choices:
+            with_adapter.add(min(choice.run_ids, key=_seed))
+        storage.write_bytes(runs / "sweeps" / path.parent.name / SELECTION_FILE, storage.read_bytes(path))
+    count = 0
+    for path in sorted(outputs.iterdir()):
+        run = RunFolder(path)
+        if run.result_file.is_file():
+            export_record(run, runs, keep_adapter=path.name in with_adapter)
+        elif run.validation_losses_file.is_file() and run.config_file.is_file():
+            export_stopped(run, runs)
+        else:
+            continue
+        count += 1
+    return count
+
+
+def _seed(run_id: str) -> int:
+    """The seed in a run's id, which ends in -s<seed>-<hash>."""
+    return int(run_id.rsplit("-", 2)[1].removeprefix("s"))

@@ -1,0 +1,181 @@
+"""Forgetting: neutral text is split into passages, scored without a prompt, and recorded beside the splits."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.tiny import randomise, tiny
+
+from tiedlora.adapter import attach
+from tiedlora.config.compose import compose_config
+from tiedlora.config.identity import run_id
+from tiedlora.data.encoding import Encoder
+from tiedlora.errors import UserError
+from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.summary import terminal_lines
+from tiedlora.runs import lazy, run, verify
+from tiedlora.scoring import split
+from tiedlora.scoring.passages import PASSAGE_TOKENS, PASSAGES, as_passages, read_passages, split_text
+from tiedlora.scoring.target_losses import predict_losses
+
+WORDS = " ".join(f"word{i}" for i in range(400))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "neutral.txt"
+    path.write_text(f"A title\n\n{WORDS}\n\nThe end.\n")
+    return path
+
+
+@pytest.fixture
+def encoder():
+    base = tiny("tiny_llama")
+    config = compose_config(["model=tiny_llama", "task=gsm8k", "task.max_new_tokens=4"])
+    return Encoder(base.tokenizer, config.task, 64)
+
+
+@pytest.mark.parametrize("most", [1, 7, 40, 10_000])
+def test_a_split_text_has_every_word_once_in_pieces_that_fit(most):
+    pieces = list(split_text(WORDS, lambda piece: len(piece) <= most))
+    assert max(map(len, pieces)) <= most
+    assert "".join("".join(pieces).split()) == "".join(WORDS.split())
+    if most >= 7:
+        # No word is cut where a piece can hold a whole one, and the next word would not fit.
+        assert " ".join(pieces) == WORDS
+        assert all(len(f"{a} {b.split()[0]}") > most for a, b in itertools.pairwise(pieces))
+
+
+def test_a_file_becomes_consecutive_passages_of_at_most_the_context(text, encoder):
+    found = read_passages(str(text), encoder, None)
+    assert all(2 <= len(encoder.text(passage.target)) <= 64 for passage in found)
+    assert (
+        " ".join(passage.target for passage in found).split()
+        == text.read_text().split()[: sum(len(passage.target.split()) for passage in found)]
+    )
+    assert len({passage.id for passage in found}) == len(found)
+    # Other texts have other ids, so their rows are never paired.
+    assert not {passage.id for passage in found} & {passage.id for passage in as_passages(["another text"])}
+
+
+def test_only_the_first_passages_are_scored(tmp_path, encoder):
+    path = tmp_path / "long.txt"
+    path.write_text(" ".join([WORDS] * 10))
+    assert len(read_passages(str(path), encoder, None)) == PASSAGES
+    encoder.context = 100_000
+    assert (
+        max(len(encoder.text(passage.target)) for passage in read_passages(str(path), encoder, None)) <= PASSAGE_TOKENS
+    )
+
+
+def test_another_task_gives_one_passage_for_each_row(tmp_path, encoder):
+    rows = [{"id": f"dev_{i}", "dialogue": f"#Person1#: {i}. {WORDS}", "summary": "words"} for i in range(5)]
+    (tmp_path / "dialogsum").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "dialogsum" / "validation.jsonl").write_text(lines)
+    found = read_passages("task:dialogsum", encoder, str(tmp_path))
+    assert [passage.target[:14] for passage in found] == [f"#Person1#: {i}. " for i in range(5)]
+
+
+def test_the_hub_gives_the_first_pages(encoder, monkeypatch):
+    """Without the network: the call of `datasets` is replaced, so only what is asked and taken is tested."""
+    asked = []
+
+    def load_dataset(*arguments, **keywords):
+        asked.append((arguments, keywords))
+        return ({"text": f"Page {i}. {WORDS}"} for i in range(10**9))
+
+    fake = SimpleNamespace(load_dataset=load_dataset, exceptions=SimpleNamespace(DatasetsError=RuntimeError))
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    found = read_passages("hub:HuggingFaceFW/finewiki:en", encoder, None)
+    assert asked == [(("HuggingFaceFW/finewiki", "en"), {"split": "train", "streaming": True})]
+    assert [passage.target.split(".")[0] for passage in found] == [f"Page {i}" for i in range(PASSAGES)]
+    monkeypatch.setattr(fake, "load_dataset", lambda *_, **__: iter([{"title": "no text"}]))
+    with pytest.raises(UserError, match=r"score.forgetting=hub:a/b: cannot be loaded"):
+        read_passages("hub:a/b", encoder, None)
+
+
+def test_every_token_but_the_first_is_predicted(encoder):
+    base = tiny("tiny_llama")
+    randomise(attach(base.model, "TABuv").adapter, scale=0.2)
+    config = compose_config(["model=tiny_llama", "score.batch_size=2"])
+    texts = ["One sentence.", "Another, longer sentence.", "Yes"]
+    rows = predict_losses(base.model, encoder, as_passages(texts), config, "test")
+    for row, text in zip(rows, texts, strict=True):
+        ids = torch.tensor([base.tokenizer(text, add_special_tokens=False).input_ids])
+        with torch.no_grad():
+            expected = float(base.model(input_ids=ids, labels=ids).loss)
+        assert row.scores[TARGET_LOSS] == pytest.approx(expected, rel=1e-5)
+        assert row.scores[TARGET_LOSS_BY_TOKEN][1] == ids.shape[1] - 1
+        assert (row.prompt, row.references, row.has_answer) == ("", [text], False)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("neutral.md", r"score.forgetting='neutral.md': must be FILE.txt, task:NAME or hub:ID"),
+        ("nowhere.txt", r"score.forgetting=nowhere.txt: no such file"),
+        ("task:chain_sum", r"is the task that the run trains"),
+        ("task:squat", r"no such task; choose from .*did you mean squad"),
+        ("task:", r"needs a name"),
+        ("hub:../etc", r"needs a name"),
+    ],
+)
+def test_what_is_no_neutral_text_is_refused_before_anything_is_loaded(source, says, tiny_config, tmp_path):
+    with pytest.raises(UserError, match=says):
+        run.main(tiny_config(f"score.forgetting='{source}'"))
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_no_text_is_one_line(tmp_path, encoder):
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(UserError, match="holds no text"):
+        read_passages(str(tmp_path / "empty.txt"), encoder, None)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        read_passages(str(tmp_path / "latin.txt"), encoder, None)
+
+
+def test_a_run_records_it_and_a_finished_one_gets_it(tiny_config, text, script, monkeypatch, tmp_path):
+    config = tiny_config("score.metrics=[target_loss]", f"score.forgetting={text}")
+    assert run_id(config) == run_id(tiny_config())
+    record = run.main(config)
+    folder = RunFolder(Path(config.outputs) / run_id(config))
+    scores = record.scores["forgetting"]
+    assert list(scores.metrics) == list(scores.base) == list(scores.gain) == list(LOSS_METRICS)
+    assert scores.source == str(text)
+    assert scores.gain[TARGET_LOSS].value == pytest.approx(
+        scores.metrics[TARGET_LOSS].value - scores.base[TARGET_LOSS].value
+    )
+    assert f"forgetting: {scores.rows} passages of {text}, losses in nats" in terminal_lines(record, folder.path)
+    assert not [finding for finding in verify.verify(folder.path, rows=100) if finding.ok is False]
+    # The same text is not scored again, and the base model's losses are shared by runs of every task.
+    with monkeypatch.context() as patch:
+        patch.setattr(lazy, "add_scores", lambda *_, **__: pytest.fail("scored again"))
+        run.main(config)
+    asked = []
+    compute = split.predict_losses
+    monkeypatch.setattr(split, "predict_losses", lambda *a: asked.append(a[-1]) or compute(*a))
+    other = tiny_config("score.metrics=[target_loss]", "score.splits=[]", f"score.forgetting={text}", "tying=LoRA")
+    run.main(other)
+    assert asked == ["adapted model's loss on forgetting"]
+    # Another text replaces it; verification needs neither file.
+    (tmp_path / "other.txt").write_text("Another text. " * 30)
+    before = record.scores["validation"]
+    code, _, err = script("scripts/score.py", folder.path, "--forgetting", tmp_path / "other.txt")
+    assert code == 0, err
+    text.unlink()
+    after = folder.record()
+    assert after.scores["validation"] == before
+    assert list(after.scores) == ["validation", "forgetting"]
+    assert after.scores["forgetting"].digest != scores.digest
+    assert not [finding for finding in verify.verify(folder.path, rows=100) if finding.ok is False]
+    path = folder.predictions_file("forgetting")
+    path.write_text(path.read_text().replace("Another text", "Another word", 1))
+    wrong = {finding.check for finding in verify.verify(folder.path, rows=0) if finding.ok is False}
+    assert {"data forgetting", "file predictions/forgetting.jsonl"} <= wrong

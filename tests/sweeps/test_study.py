@@ -1,0 +1,120 @@
+"""A study: a plan that is read strictly, records that are kept by a rule, and runs that anyone can repeat."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tiedlora import storage
+from tiedlora.config.compose import compose_config
+from tiedlora.config.identity import run_id
+from tiedlora.config.project import PROJECT
+from tiedlora.errors import UserError
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.selection import RateChoice, Selection, write_selection
+from tiedlora.report.runs import read_runs, run_roots
+from tiedlora.runs import run
+from tiedlora.sweeps import study
+
+PLAN = """
+name: small
+question: does it?
+words: [model=tiny_llama, seed=0]
+parts:
+  - name: first
+    words: [task=chain_sum]
+    sweeps:
+      - [tying=LoRA, rank=r1]
+      - ['tying=TABuv,TAB', rank=r8]
+  - name: second
+    words: [task=gsm_symbolic]
+    sweeps:
+      - [tying=LoRA]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "study.yaml").write_text(PLAN)
+    return tmp_path / "small"
+
+
+def test_the_commands_are_those_of_the_plan_in_its_order(folder):
+    planned = study.read_study(folder)
+    assert list(planned.commands()) == [
+        ("first", ["model=tiny_llama", "seed=0", "task=chain_sum", "tying=LoRA", "rank=r1"]),
+        ("first", ["model=tiny_llama", "seed=0", "task=chain_sum", "tying=TABuv,TAB", "rank=r8"]),
+        ("second", ["model=tiny_llama", "seed=0", "task=gsm_symbolic", "tying=LoRA"]),
+    ]
+    assert [name for name, _ in planned.commands("second")] == ["second"]
+
+
+def test_mistakes_in_a_plan_are_named(folder):
+    with pytest.raises(UserError, match=r"third: is no part of small; its parts are first, second"):
+        list(study.read_study(folder).commands("third"))
+    (folder / "study.yaml").write_text(PLAN.replace("    sweeps:\n      - [tying=LoRA, rank=r1]\n", "    swept:\n"))
+    with pytest.raises(UserError, match=r"study.yaml: "):
+        study.read_study(folder)
+    with pytest.raises(UserError, match=r"no such file; a study is a folder with a study\.yaml"):
+        study.read_study(folder.parent)
+
+
+def test_a_plan_outside_of_the_commit_does_not_run(folder):
+    with pytest.raises(UserError, match="is not committed; commit the plan before the first run"):
+        study.check_committed(folder)
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """Two seeds of one arm, and a run that a search has stopped."""
+    place = tmp_path_factory.mktemp("outputs")
+    words = [
+        *("model=tiny_llama", "task.rows.validation=6", "task.max_new_tokens=4", "train.steps=2", "train.batch_size=2"),
+        *("train.warmup_steps=1", "train.threads=1", f"outputs={place}", f"cache={place}/.cache"),
+    ]
+    ids = []
+    for seed in (0, 1):
+        config = compose_config([*words, f"seed={seed}"])
+        run.main(config)
+        ids.append(run_id(config))
+    choice = RateChoice(
+        *("llama", "chain_sum", "TABuv", 8, 1e-2, [1e-2], "validation/loss", 5.0),
+        **{"seeds": 2, "trials": 3, "failed": 0, "edge": False, "run_ids": sorted(ids, reverse=True)},
+    )
+    write_selection(place / "sweeps" / "s-1" / "selection.json", Selection("s-1", "loss", [choice]))
+    stopped = RunFolder(place / ids[0].replace("-s0-", "-s7-"))
+    for name in ("config.yaml", "validation_losses.jsonl"):
+        storage.write_bytes(stopped.path / name, storage.read_bytes(place / ids[0] / name))
+    stopped.pruned_file.write_text("behind by 0.3\n")
+    return place, ids
+
+
+def test_the_records_are_every_run_and_the_adapter_of_one_seed(folder, outputs):
+    place, ids = outputs
+    assert study.export_study(folder, place) == 3
+    kept = folder / "runs"
+    assert [(kept / name / "adapter").exists() for name in ids] == [True, False]
+    runs, left_out = read_runs(run_roots([folder]))
+    assert sorted(run.run_id for run in runs) == sorted(ids)
+    assert [folder.reason for folder in left_out] == ["pruned by the search of a learning rate: behind by 0.3"]
+    assert (kept / "sweeps" / "s-1" / "selection.json").exists()
+    before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    study.export_study(folder, place)
+    assert before == {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}, "a second export differs"
+
+
+def test_a_run_is_repeated_from_its_record_to_the_same_bytes(folder, outputs):
+    place, ids = outputs
+    study.export_study(folder, place)
+    command = [sys.executable, str(PROJECT / "scripts/study.py"), "repeat", str(folder), ids[1]]
+    done = subprocess.run(
+        [*command, "--outputs", str(folder / "again")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TIEDLORA_CACHE": str(place / ".cache")},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "adapter/adapter.safetensors: the same bytes" in done.stdout
