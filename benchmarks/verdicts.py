@@ -267,6 +267,7 @@ def main() -> None:
         common.write(options.json, figures)
 
     grid = run_all([at_boundaries(world, draws) for world in settings], options.processes)
+    keep("grid", grid)
     print(
         f"## Wrong verdicts at the boundary, %: the largest of {len(settings)} settings, {draws:,} populations each\n"
     )
