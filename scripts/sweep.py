@@ -1,9 +1,10 @@
-"""python scripts/sweep.py plan|status|select|drop|retry +grid=paper [words of train.py]: before, during and after it.
+"""python scripts/sweep.py plan|status|select|drop|retry|clean +grid=paper [words of train.py]: a sweep and its cells.
 
-plan shows every cell and its state, and which claims the sweep can decide. status shows counts and the time left in one
-line, and then the unfinished cells. select chooses each configuration's learning rate on validation, and scores test
-only for the chosen runs. drop takes cells out of a sweep, also while it runs, and retry puts them back or lets failed
-ones run once more: name them by their ids, such as 'LoRA-*-s1-*'.
+plan shows every cell and its state, what the sweep will cost, and which claims it can decide. status shows counts and
+the time left in one line, and then the unfinished cells. select chooses each configuration's learning rate on
+validation, and scores test only for the chosen runs. drop takes cells out of a sweep, also while it runs, and retry
+puts them back or lets failed ones run once more: name them by their ids, such as 'LoRA-*-s1-*'. clean frees the
+checkpoints of the cells that a staged sweep has stopped.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.selection import write_selection
 from tiedlora.report import claims, planning
 from tiedlora.statistics.rate_choice import CRITERIA
-from tiedlora.sweeps import planned_rows, selection, status
+from tiedlora.sweeps import cleaning, forecast, planned_rows, selection, status
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.control import matching
 from tiedlora.sweeps.expand import compose_sweep
@@ -23,7 +24,7 @@ from tiedlora.sweeps.expand import compose_sweep
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("plan", "status", "select", "drop", "retry"))
+    parser.add_argument("what", choices=("plan", "status", "select", "drop", "retry", "clean"))
     parser.add_argument(
         "words",
         nargs="*",
@@ -37,6 +38,7 @@ def main() -> None:
         help="select: the task's first metric, or the loss; by default the metric if every run has it",
     )
     parser.add_argument("--no-test", action="store_true", help="select: choose only, and leave test for later")
+    parser.add_argument("--dry-run", action="store_true", help="clean: only say how much it would free")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("tiedlora").setLevel(logging.INFO)
@@ -46,7 +48,9 @@ def main() -> None:
         steer(compose_sweep([word for word in arguments.words if word not in cells]), arguments.what, cells)
         return
     sweep = compose_sweep(arguments.words)
-    if arguments.what == "select":
+    if arguments.what == "clean":
+        clean(sweep, arguments.dry_run)
+    elif arguments.what == "select":
         select(sweep, by=arguments.by, test=not arguments.no_test, json=arguments.json)
     else:
         show(sweep, plan=arguments.what == "plan", json=arguments.json)
@@ -70,12 +74,21 @@ def steer(sweep: Sweep, what: str, patterns: list[str]) -> None:
     print("\n".join(run_ids))
 
 
+def clean(sweep: Sweep, dry_run: bool) -> None:
+    freed = cleaning.free_pruned(sweep, dry_run)
+    print("\n".join(freed.run_ids))
+    verb = "would free" if dry_run else "freed"
+    print(f"{verb} {freed.bytes / 1e6:,.1f} MB: the checkpoints of {len(freed.run_ids)} pruned cells")
+
+
 def show(sweep: Sweep, plan: bool, json: bool) -> None:
     cells = status.statuses(sweep)
+    forecasts, unknown = forecast.forecast(sweep) if plan else ([], [])
     if json:
-        print(status.to_json(sweep, cells))
+        print(status.to_json(sweep, cells, forecast.to_json(forecasts) if plan else None))
     elif plan:
         print(f"{status.table(cells)}\n\n{status.summary_line(sweep, cells)}\n")
+        print("\n".join([*([forecast.table(forecasts)] if forecasts else []), *unknown, ""]))
         print("\n".join(decidable_claims(sweep)))
     else:
         print("\n".join([status.summary_line(sweep, cells), *status.unfinished_lines(cells)]))

@@ -3,13 +3,17 @@
 from pathlib import Path
 
 import pytest
+import torch
+from helpers.tiny import randomise, tiny
 
+from tiedlora.adapter import attach
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.report import write
 from tiedlora.runs import run, verify
 from tiedlora.scoring import decoding
+from tiedlora.scoring.split import merged_for_scoring
 
 PREDICTIONS = ("predictions/validation.jsonl", "predictions/validation.base.jsonl")
 
@@ -68,3 +72,24 @@ def test_no_memory_for_one_row_keeps_the_trained_run(tiny_config, monkeypatch):
     record = run.main(config)
     assert record.scores["validation"].batch_halvings is None
     assert trained.read_bytes() == before
+
+
+def test_no_memory_in_the_middle_of_a_merge_leaves_the_weights_as_they_were(tiny_config, monkeypatch, ids):
+    base = tiny("tiny_llama")
+    attached = attach(base.model, "TABuv", 4)
+    randomise(attached.adapter)
+    expected = base.model(ids).logits
+    clone, clones = torch.Tensor.clone, []
+
+    def fails_at_the_fourth_weight(tensor, *rest, **more):
+        clones.append(1)
+        if len(clones) == 4:
+            raise MemoryError
+        return clone(tensor, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", fails_at_the_fourth_weight)
+        with pytest.raises(MemoryError), merged_for_scoring(attached, tiny_config()):
+            pass
+    assert attached.active
+    assert torch.equal(base.model(ids).logits, expected)

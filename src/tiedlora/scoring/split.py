@@ -279,9 +279,10 @@ def merged_for_scoring(attached: Attached, config: Config) -> Iterator[Any]:
     """Inside the block, the model is as it is scored. It is merged in float32 only: bfloat16 would round the update. A
     quantised or offloaded base cannot be merged, and is scored unmerged.
     """
-    if config.train.dtype == "float32" and attached.cannot_merge() is None:
-        attached.merge()
     try:
+        # Inside the block that restores the weights: memory may run out when some of them are merged.
+        if config.train.dtype == "float32" and attached.cannot_merge() is None:
+            attached.merge()
         yield attached.model
     finally:
         attached.unmerge()

@@ -12,15 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
 
+from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.models import arithmetic
 from tiedlora.models.arithmetic import DeviceSpeed
+from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs import lazy
 from tiedlora.sweeps.cells import Sweep, SweepCell
-from tiedlora.sweeps.planned_rows import RowLengths, row_lengths, split_rows
+from tiedlora.sweeps.planned_rows import CHARACTERS_PER_TOKEN, RowCounts, RowLengths, row_lengths
 from tiedlora.sweeps.selection import rate_groups
 from tiedlora.text import aligned
 
@@ -47,9 +49,9 @@ class Speeds:
     validating: float
     """Tokens a second of a validation loss."""
     scoring: float
-    """Rows a second that are scored."""
+    """Rows a second that are answered."""
     scoring_base: float
-    """Rows a second of the base model, whose answers seldom end before max_new_tokens; infinite if it is scored."""
+    """The same for the base model, whose answers seldom end before max_new_tokens; infinite if it is scored already."""
     peak_memory_bytes: int
     source: str
     """Where the speeds come from, in words."""
@@ -80,43 +82,45 @@ class TaskForecast:
     seconds_left: float
     """The cells that are not finished."""
     staged_seconds: tuple[float, float]
-    """The same grid with the staged sweeper: if every rate that may stop does so at the first rung, and if none does.
-    Equal to `seconds` twice for a grid with a single rate or seed."""
+    """The same grid with the staged sweeper: if all rates that may stop do so at the first rung, and if none does."""
     peak_memory_bytes: int
     source: str
 
 
 def forecast(sweep: Sweep) -> tuple[list[TaskForecast], list[str]]:
     """The forecast of each model and task, and a line for each one without a forecast."""
-    groups: dict[tuple[str, str], list[SweepCell]] = {}
+    groups: dict[tuple[str, str, str], list[SweepCell]] = {}
     for cell in sweep.cells:
-        groups.setdefault((cell.config.model.name, cell.config.task.name), []).append(cell)
+        config = cell.config
+        groups.setdefault((config.model.name, config.train.dtype, config.task.name), []).append(cell)
     observed = {key: finished_runs(cells[0].config) for key, cells in groups.items()}
     lengths = {key: row_lengths(cells[0].config) for key, cells in groups.items() if not observed[key]}
-    models = {model for (model, _), found in lengths.items() if found is not None}
-    speeds: dict[str, DeviceSpeed] = {}
-    forecasts, unknown = [], []
-    for (model, task), cells in groups.items():
+    models = {key[:2] for key, found in lengths.items() if found is not None}
+    speeds: dict[tuple[str, str], DeviceSpeed] = {}
+    forecasts, unknown, counts = [], [], RowCounts()
+    for key, cells in groups.items():
         config = cells[0].config
-        if records := observed[model, task]:
+        if records := observed[key]:
             known = observed_speeds(config, records)
-        elif (found := lengths[model, task]) is None:
+        elif (found := lengths[key]) is None:
+            name = config.task.name
             unknown.append(
-                f"{task}: its rows are not here, so its cost is unknown; set data_root, or run one cell first"
+                f"{name}: its rows are not here, so its cost is unknown; set data_root, or run one cell first"
             )
             continue
         else:
-            if model not in speeds:
-                speeds[model] = lazy.device_speed(config, MEASURED_SECONDS / len(models))
-            known = computed_speeds(config, found, speeds[model])
-        forecasts.append(_task_forecast(cells, known))
-    return forecasts, unknown
+            if key[:2] not in speeds:
+                speeds[key[:2]] = lazy.device_speed(config, MEASURED_SECONDS / len(models))
+            known = computed_speeds(config, found, speeds[key[:2]])
+        forecasts.append(_task_forecast(cells, known, counts))
+    return forecasts, list(dict.fromkeys(unknown))
 
 
 def finished_runs(config: Config) -> list[RunRecord]:
     """The newest finished runs of the configuration's model and task in its folder of outputs."""
-    model = config.model.name.rsplit("/", 1)[-1].lower()
-    folders = Path(config.outputs).glob(f"*-{config.task.name}-{model}-s*/result.json")
+    # An id is five words and a hash: configuration, rank, task, model, seed.
+    _, _, task, model, *_ = run_id(config).split("-")
+    folders = Path(config.outputs).glob(f"*-{task}-{model}-s*/result.json")
     newest = sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)[:NEWEST_RUNS]
     records = []
     for path in newest:
@@ -161,41 +165,60 @@ def computed_speeds(config: Config, rows: RowLengths, speed: DeviceSpeed) -> Spe
     a, tokens = config.model.architecture, rows.prompt + rows.target
     training = arithmetic.training_flop(a, tokens, rows.target) / (TRAINING_SHARE * speed.flop_per_s)
     validating = arithmetic.forward_flop(a, tokens, rows.target) / (TRAINING_SHARE * speed.flop_per_s)
-    prompt = arithmetic.forward_flop(a, rows.prompt, 1) / (TRAINING_SHARE * speed.flop_per_s)
-    token = arithmetic.answer_flop(a, 1) / (DECODING_SHARE * speed.flop_per_s)
-    memory = arithmetic.training_bytes(config, rows.longest)
-    counted = "" if rows.is_exact else ", 4 characters a token"
+    # An adapted model's answers are about as long as the targets.
+    answer = _seconds_of_answer(config, rows, speed, min(rows.target, config.task.max_new_tokens))
+    counted = "" if rows.is_exact else f", {CHARACTERS_PER_TOKEN:g} characters a token"
     untried = ", untried on a GPU" if speed.is_gpu else ""
     return Speeds(
         row_tokens=tokens,
         training=tokens / training,
         validating=tokens / validating,
-        # An adapted model's answers are about as long as the targets.
-        scoring=1 / (prompt + min(rows.target, config.task.max_new_tokens) * token),
-        scoring_base=1 / (prompt + config.task.max_new_tokens * token),
-        peak_memory_bytes=memory + (0 if speed.is_gpu else arithmetic.PROCESS_BYTES),
+        scoring=1 / answer,
+        scoring_base=1 / _seconds_of_answer(config, rows, speed, config.task.max_new_tokens),
+        peak_memory_bytes=arithmetic.training_bytes(config, rows.longest)
+        + (0 if speed.is_gpu else arithmetic.PROCESS_BYTES),
         source=f"arithmetic, {speed.flop_per_s / 1e9:,.0f} GFLOP/s ({speed.device}{counted}{untried})",
     )
 
 
-def cost(config: Config, speeds: Speeds) -> Cost:
+def _seconds_of_answer(config: Config, rows: RowLengths, speed: DeviceSpeed, new_tokens: float) -> float:
+    """The time to score one row: the prompt, and then an answer of so many tokens, or each of the choices."""
+    a, fast, slow = config.model.architecture, TRAINING_SHARE * speed.flop_per_s, DECODING_SHARE * speed.flop_per_s
+    prompt = arithmetic.forward_flop(a, rows.prompt, 1) / fast
+    if rows.choices:
+        return prompt + rows.choices * arithmetic.forward_flop(a, rows.target, rows.target) / fast
+    return prompt + arithmetic.answer_flop(a, new_tokens) / slow
+
+
+def cost(config: Config, speeds: Speeds, counts: RowCounts) -> Cost:
     """What one run costs. The base model's scores, which runs share, are not in it."""
     train = config.train
     batch_tokens = train.batch_size * speeds.row_tokens
     tokens = train.steps * min(batch_tokens, train.batch_tokens or batch_tokens)
     evaluations = 2 + ((train.steps - 1) // train.validate_every if train.validate_every else 0)
-    validation_rows = train.validation_rows or split_rows(config, "validation") or 0
+    validation_rows = train.validation_rows or counts.rows(config, "validation")
     validated = evaluations * validation_rows * speeds.row_tokens
-    scored = sum(split_rows(config, split) or 0 for split in config.score.splits)
-    return Cost(tokens, tokens / speeds.training + validated / speeds.validating, scored / speeds.scoring)
+    scoring = _seconds_of_scoring(config, speeds, speeds.scoring, counts)
+    return Cost(tokens, tokens / speeds.training + validated / speeds.validating, scoring)
 
 
-def _task_forecast(cells: Sequence[SweepCell], speeds: Speeds) -> TaskForecast:
+def _seconds_of_scoring(config: Config, speeds: Speeds, answers_per_s: float, counts: RowCounts) -> float:
+    """The time to score every split: the answers, and the losses of the targets, as score.metrics says."""
+    metrics = config.score.metrics
+    seconds_per_row = 0.0
+    if metrics is None or not all(map(is_loss, metrics)):
+        seconds_per_row += 1 / answers_per_s
+    if metrics is None or any(map(is_loss, metrics)):
+        seconds_per_row += speeds.row_tokens / speeds.validating
+    return seconds_per_row * sum(counts.rows(config, split) for split in config.score.splits)
+
+
+def _task_forecast(cells: Sequence[SweepCell], speeds: Speeds, counts: RowCounts) -> TaskForecast:
     config, named = cells[0].config, cells[0].parameters()
-    costs = {cell.run_id: cost(cell.config, speeds) for cell in cells}
+    costs = {cell.run_id: cost(cell.config, speeds, counts) for cell in cells}
     base = 0.0
     if config.score.base and not math.isinf(speeds.scoring_base):
-        base = sum(split_rows(config, split) or 0 for split in config.score.splits) / speeds.scoring_base
+        base = _seconds_of_scoring(config, speeds, speeds.scoring_base, counts)
     seconds = {run_id: cost.training_seconds + cost.scoring_seconds for run_id, cost in costs.items()}
     low = high = base
     for group in rate_groups(cells).values():
@@ -238,21 +261,32 @@ def staged_runs(rates: int, seeds: int) -> tuple[float, float]:
     return low + second[0] + later, rates + second[1] + later
 
 
+NOTE = """\
+Hours are those of one process, without its start. The first finished runs of a model and task make them more exact.
+Staged: from the case that every rate which may stop does so at the first rung, to the case that none stops."""
+
+
 def table(forecasts: Sequence[TaskForecast]) -> str:
-    """The forecasts as a table with their sums."""
+    """The forecasts as a table with their sums, and what the reader must know."""
     lines = [["model", "task", "cells", "tokens", "hours", "left", "hours, staged", "peak memory", "from"]]
     for row in forecasts:
         lines.append([row.model, row.task, str(row.cells), *_amounts([row]), _gigabytes(row), row.source])
     if len(forecasts) > 1:
         cells = sum(row.cells for row in forecasts)
         lines.append(["together", "", str(cells), *_amounts(forecasts), "", ""])
-    return aligned(lines)
+    return f"{aligned(lines)}\n{NOTE}"
 
 
 def _amounts(rows: Sequence[TaskForecast]) -> list[str]:
     low, high = (sum(row.staged_seconds[place] for row in rows) for place in (0, 1))
-    hours = [f"{sum(values) / 3600:.2f}" for values in ([r.seconds for r in rows], [r.seconds_left for r in rows])]
-    return [f"{sum(row.tokens for row in rows):,.0f}", *hours, f"{low / 3600:.2f} to {high / 3600:.2f}"]
+    staged = _hours(low) if low == high else f"{_hours(low)} to {_hours(high)}"
+    all_cells, left = sum(row.seconds for row in rows), sum(row.seconds_left for row in rows)
+    return [f"{sum(row.tokens for row in rows):,.0f}", _hours(all_cells), _hours(left), staged]
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2f}"
 
 
 def _gigabytes(row: TaskForecast) -> str:

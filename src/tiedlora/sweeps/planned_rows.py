@@ -40,6 +40,8 @@ class RowLengths:
     """The mean, with the end-of-text token."""
     longest: int
     """Prompt and target of the longest row."""
+    choices: int
+    """How many given texts are compared after each prompt; 0 if an answer is generated."""
     is_exact: bool
     """Whether the model's tokenizer counted, and not the number of characters."""
 
@@ -59,6 +61,21 @@ def split_rows(config: Config, split: str) -> int | None:
         return HUB_ROWS.get((str(task.hub.id), task.hub.splits.get(split, "")))
     examples = _examples(config, split)
     return None if examples is None else len(examples)
+
+
+class RowCounts:
+    """`split_rows` for the cells of a sweep. Cells share their sections, and each task is counted once."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[int, str | None, str], tuple[Config, int]] = {}
+
+    def rows(self, config: Config, split: str) -> int:
+        """The number of rows; 0 if it is not known here."""
+        key = id(config.task), config.data_root, split
+        if key not in self._counts:
+            # The configuration is kept, because its id is only unique while it exists.
+            self._counts[key] = config, split_rows(config, split) or 0
+        return self._counts[key][1]
 
 
 def row_lengths(config: Config) -> RowLengths | None:
@@ -83,7 +100,8 @@ def row_lengths(config: Config) -> RowLengths | None:
     targets = [tokens(example.target) + 1 for example in sample]
     longest = max(prompt + target for prompt, target in zip(prompts, targets, strict=True))
     is_exact = tokenizer is not None or config.model.source == "random"
-    return RowLengths(mean(prompts), mean(targets), round(longest), is_exact)
+    choices = max(len(example.choices) for example in sample)
+    return RowLengths(mean(prompts), mean(targets), round(longest), choices, is_exact)
 
 
 def _examples(config: Config, split: str) -> list[Example] | None:

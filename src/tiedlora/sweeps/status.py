@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean
 
@@ -173,12 +173,17 @@ def unfinished_lines(cells: Iterable[CellStatus]) -> list[str]:
     ]
 
 
-def to_json(sweep: Sweep, cells: Sequence[CellStatus]) -> str:
-    """The sweep with its cells as plain data, for programs."""
+def to_json(sweep: Sweep, cells: Sequence[CellStatus], forecast: Sequence[Mapping[str, object]] | None = None) -> str:
+    """The sweep with its cells as plain data, for programs.
+
+    Args:
+        forecast: the cost of each model and task, for a plan.
+    """
     tree = {
         "sweep": sweep.id,
         "counts": counts(cells),
         "seconds_left": seconds_left(cells),
+        **({} if forecast is None else {"forecast": list(forecast)}),
         "cells": [cell.to_json() for cell in cells],
     }
     return json.dumps(tree, indent=2, ensure_ascii=False)
