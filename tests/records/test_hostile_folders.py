@@ -301,16 +301,19 @@ def test_a_cache_of_the_base_model_that_was_changed_is_named(folder, words):
     (cache,) = (folder.parent / "base").glob("*.jsonl") if (folder.parent / "base").exists() else [None]
     assert cache is None
     run.main(compose_config([*words, "seed=1"]))
-    (cache,) = (folder.parent / "base").glob("*.jsonl")
-    lines = cache.read_bytes().splitlines()
-    for data, says in (
-        (b"\n".join(reversed(lines)), "holds the predictions of other rows; remove it"),
-        (b"\n".join(lines)[:-9], "is not a prediction"),
-    ):
-        cache.write_bytes(data)
-        with refused(says):
-            run.main(compose_config([*words, "seed=2"]))
-        assert cache.read_bytes() == data
+    answers, losses = sorted((folder.parent / "base").glob("*.jsonl"), key=lambda path: "-loss-" in path.name)
+    for cache in (answers, losses):
+        whole = cache.read_bytes()
+        lines = whole.splitlines()
+        for data, says in (
+            (b"\n".join(reversed(lines)), "holds the predictions of other rows; remove it"),
+            (b"\n".join(lines)[:-9], "is not a prediction"),
+        ):
+            cache.write_bytes(data)
+            with refused(says):
+                run.main(compose_config([*words, "seed=2"]))
+            assert cache.read_bytes() == data
+        cache.write_bytes(whole)
 
 
 def test_a_loaded_run_is_an_error_of_one_kind(folder):

@@ -58,7 +58,7 @@ def test_a_run_without_losses_is_finished_until_they_are_asked_for(config, monke
     """The default adds nothing to a finished run, and never asks a model."""
     folder = folder_of(config())
     before = folder.result_file.read_bytes()
-    monkeypatch.setattr(lazy, "add_scores", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(lazy, "add_scores", lambda *_, **__: pytest.fail("scored"))
     run.main(config())
     run.main(config("score.metrics=[exact_match_flexible]"))
     assert folder.result_file.read_bytes() == before
