@@ -144,7 +144,7 @@ def results(outputs: Path) -> dict[str, tuple[str, str]]:
             k: v for k, v in record["training"].items() if "second" not in k and k[-2:] != "_s" and "peak" not in k
         }
         scores = {name: {k: v for k, v in s.items() if "seconds" not in k} for name, s in record["scores"].items()}
-        predictions = (file.parent / "predictions" / "validation.jsonl").read_text()
+        predictions = [path.read_text() for path in sorted(file.parent.glob("predictions/validation.jsonl"))]
         without_times = json.dumps([training, scores, predictions], sort_keys=True)
         by_run[file.parent.name] = (hashlib.sha256(tensors).hexdigest(), without_times)
     return by_run

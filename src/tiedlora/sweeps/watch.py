@@ -19,10 +19,11 @@ LARGEST_SHARE = 0.02
 
 @dataclass(frozen=True)
 class EndedCells:
-    """How many cells are done, and how many have failed."""
+    """How many cells are done, have failed, or were stopped by a search."""
 
     done: int
     failed: int
+    pruned: int
 
 
 class EndedCellsLogger:
@@ -50,7 +51,8 @@ class EndedCellsLogger:
         folders = [cell.folder for cell in self.sweep.cells]
         done = sum(folder.result_file.exists() for folder in folders)
         failed = sum(folder.error_file.exists() and not folder.result_file.exists() for folder in folders)
-        return EndedCells(done, failed)
+        pruned = sum(folder.pruned_file.exists() and not folder.result_file.exists() for folder in folders)
+        return EndedCells(done, failed, pruned)
 
     def _look(self) -> None:
         first = last = self._count()
@@ -64,7 +66,10 @@ class EndedCellsLogger:
 
     def _line(self, first: EndedCells, now: EndedCells) -> str:
         total = len(self.sweep.cells)
-        line = f"{self.sweep.id}: {now.done} of {total} done" + (f", {now.failed} failed" if now.failed else "")
+        line = f"{self.sweep.id}: {now.done} of {total} done"
+        line += "".join(
+            f", {count} {state}" for count, state in ((now.failed, "failed"), (now.pruned, "pruned")) if count
+        )
         if (done_since := now.done - first.done) > 0:
             seconds_per_cell = (time.monotonic() - self.started) / done_since
             line += f", about {clock(seconds_per_cell * (total - now.done - now.failed))} left"
