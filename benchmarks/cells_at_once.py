@@ -24,12 +24,12 @@ WAYS = {
 SWEEP = ["tying=LoRA,TABuv", "seed=0,1", "train=quick", "score.base=false", "task.rows.validation=32"]
 
 
-def seconds(way: list[str], steps: int) -> float:
+def seconds(way: list[str], model: str, steps: int) -> float:
     """The time of one sweep, from the start of the command to its end."""
     with tempfile.TemporaryDirectory() as outputs:
         words = [*SWEEP, *way, f"train.steps={steps}", f"train.validate_every={steps}", f"outputs={outputs}"]
         started = time.perf_counter()
-        command = [sys.executable, str(common.PROJECT / "train.py"), "--multirun", f"model={common.MODEL}", *words]
+        command = [sys.executable, str(common.PROJECT / "train.py"), "--multirun", f"model={model}", *words]
         subprocess.run(command, check=True, capture_output=True)
         return time.perf_counter() - started
 
@@ -38,14 +38,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--alternations", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a cell")
+    parser.add_argument("--model", default=common.MODEL)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     for way in WAYS.values():
-        seconds(way, steps=2)
+        seconds(way, arguments.model, steps=8)
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(arguments.alternations):
         for name, way in WAYS.items():
-            times[name].append(seconds(way, arguments.steps))
+            times[name].append(seconds(way, arguments.model, arguments.steps))
     print(f"four cells of {arguments.steps} steps, seconds: median [smallest, largest] of {arguments.alternations}\n")
     print(common.table(["way", "seconds"], [[name, common.spread(values)] for name, values in times.items()]))
     common.write(arguments.json, {"steps": arguments.steps, "seconds": times})

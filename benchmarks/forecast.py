@@ -1,4 +1,4 @@
-"""python benchmarks/forecast.py [--steps 60]: the forecast of scripts/sweep.py plan, and what the sweep then took.
+"""python benchmarks/forecast.py [--steps 120]: the forecast of scripts/sweep.py plan, and what the sweep then took.
 
 The sweep has four cells of SmolLM2-135M (LoRA and TABuv at two seeds), which run one after the other in a fresh folder.
 There are two forecasts: one before anything has run, from arithmetic and a measurement of this device, and one from the
@@ -41,7 +41,7 @@ def seconds(*arguments: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--model", default=common.MODEL)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()

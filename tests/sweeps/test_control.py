@@ -23,7 +23,7 @@ def states(swept) -> list[str]:
 
 
 def test_a_dropped_cell_stops_with_its_checkpoint_and_a_retried_one_continues(tiny_run, script):
-    words = tiny_run("seed=0,1", "train.steps=4000", "train.checkpoint_every=4000", "train.validate_every=0")
+    words = tiny_run("seed=0,1", "train.steps=100000", "train.checkpoint_every=100000", "train.validate_every=0")
     swept = compose_sweep(words)
     first, second = swept.cells
     command = sweep(*words)
@@ -84,7 +84,7 @@ def test_fail_fast_starts_no_cell_after_the_first_failure(tiny_run, capsys):
 
 
 def test_fail_fast_stops_a_running_cell_with_a_checkpoint(tiny_run):
-    words = tiny_run("seed=0,1", "train.steps=4000", "train.checkpoint_every=4000", "train.validate_every=0")
+    words = tiny_run("seed=0,1", "train.steps=100000", "train.checkpoint_every=100000", "train.validate_every=0")
     swept = compose_sweep(words)
     first, second = swept.cells
     command = sweep(*words, "hydra.sweeper.fail_fast=true")
