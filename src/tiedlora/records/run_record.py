@@ -218,11 +218,11 @@ class RunRecord:
     def to_json(self) -> dict[str, Any]:
         """The JSON object, with the keys that earlier versions of the code read."""
         tree: dict[str, Any] = {}
-        for item in fields(self):
-            if item.name == "execution":
+        for name, value in plain(self).items():
+            if name == "execution":
                 # For readers of version 0.1.
                 tree["device"] = str(self.execution)
-            tree[item.name] = plain(getattr(self, item.name))
+            tree[name] = value
         return {**tree, "identity": self.identity.tree, "config": self.config.tree}
 
     @property
