@@ -86,6 +86,15 @@ def test_an_offloaded_base_is_scored_unmerged_and_not_merged(tmp_path):
         attached.merge()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_weights_are_not_offloaded(kind, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = replace(saved("tiny_llama", tmp_path), device_map="auto", quantization=kind)
+    with pytest.raises(UserError, match=rf"^model.quantization={kind}: the model does not fit.*model.gpu_memory"):
+        load_base(replace(config, cpu_memory="90KB"), "float32", CPU, tmp_path / "cache")
+    randomise(attach(load_base(config, "float32", CPU, tmp_path / "cache").model, "TABuv").adapter)
+
+
 def test_a_run_is_the_run_of_the_whole_model(tiny_config, tmp_path):
     """Where the weights are is no part of the identity, and a finished run is found again."""
     path = saved("tiny_llama", tmp_path / "model").path

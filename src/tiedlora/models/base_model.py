@@ -94,6 +94,11 @@ def _pretrained(config: ModelConfig, folder: Path | str | None, settings: dict[s
         )
     except Exception as error:  # tokenizers raises Exception itself, and a damaged folder can cause any other
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if config.quantization and config.device_map and "dispatched on the CPU or the disk" in reason:
+            raise UserError(
+                f"model.quantization={config.quantization}: the model does not fit, and quantised weights cannot "
+                "be moved from the CPU or the disk for each pass; raise model.gpu_memory, or use more GPUs or nf4"
+            ) from None
         raise UserError(
             f"model={source}: cannot be loaded ({reason}) Three ways: reach the hub (gated models: "
             "accept the licence there, then `hf auth login`); or model.path=FOLDER with its config.json, "
