@@ -1,4 +1,4 @@
-"""What stopping for futility costs and saves: lost verdicts, and seeds that need not run (benchmarks/verdicts.py)."""
+"""What stopping for futility costs and saves: lost verdicts, and seeds not run. For benchmarks/verdicts.py."""
 
 from __future__ import annotations
 

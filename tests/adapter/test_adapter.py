@@ -31,7 +31,7 @@ def captured(model, path, ids):
     return seen["x"], seen["z"]
 
 
-@pytest.mark.parametrize("name", [*EIGHT, "LoRA_qkv"])
+@pytest.mark.parametrize("name", [*EIGHT, "LoRA_qkv", "TABuv_v0"])
 @pytest.mark.parametrize("model_name", TINY)
 class TestEveryConfiguration:
     def test_untrained_adapter_changes_no_logit(self, model_name, name, ids):

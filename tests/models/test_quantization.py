@@ -4,10 +4,8 @@ import copy
 import importlib.util
 from pathlib import Path
 
-import bitsandbytes
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from helpers.tiny import model_option, randomise
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -29,6 +27,8 @@ from tiedlora.runs import run
 from tiedlora.training.loss import row_losses, target_loss
 from tiedlora.training.signals import StopSignal
 
+bitsandbytes = pytest.importorskip("bitsandbytes")
+dequantize_4bit = bitsandbytes.functional.dequantize_4bit
 CPU = torch.device("cpu")
 LAYERS = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
 

@@ -40,8 +40,10 @@ def study(request, tmp_path_factory):
     # GSM8K's validation rows are taken from its training rows.
     for split, of_split in {"train": rows if task == "gsm8k" else rows[:15], "validation": rows[15:]}.items():
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_split))
+    (place / "neutral.txt").write_text("A neutral sentence. " * 50)
     config = compose_config(
         [
+            f"score.forgetting={place}/neutral.txt",
             *("model=tiny_llama", f"task={task}", "task.rows.validation=12", "task.max_new_tokens=6"),
             *(("task.validation_from_train=12",) if task == "gsm8k" else ()),
             *("train.steps=2", "train.batch_size=4", "train.warmup_steps=1", "train.threads=1", "score.batch_size=4"),
@@ -61,6 +63,7 @@ def test_it_holds_no_text_of_the_data_and_no_path(study):
     place, _, kept = study
     texts = [path.read_text() for path in (place / "kept").rglob("*") if path.suffix in (".json", ".jsonl", ".yaml")]
     assert len(texts) > 5
+    assert not any("neutral sentence" in text for text in texts)
     assert not any("plus one" in text or "Number 3" in text or '"bb"' in text for text in texts)
     assert not any(str(place) in text for text in texts)
     assert not (kept.path / "predictions" / "validation.base.jsonl").exists()
@@ -70,7 +73,9 @@ def test_every_check_passes_with_the_data_at_hand(study):
     place, _, kept = study
     found = findings(kept, place, rows=100)
     assert [finding for finding in found if finding.ok is False] == []
-    assert {"adapter", "files", "predictions validation"} <= {finding.check for finding in found if finding.ok}
+    passed = {finding.check for finding in found if finding.ok}
+    # A loss is checked without the text that it belongs to.
+    assert {"adapter", "files", "predictions validation", "losses validation", "predictions forgetting"} <= passed
     assert any(finding.check.startswith("regenerate") and finding.ok for finding in found)
 
 
@@ -94,8 +99,9 @@ def test_without_the_data_the_scores_are_not_called_wrong(study, tmp_path):
 
 def test_a_changed_score_or_base_file_is_found(study):
     place, _, kept = study
-    (base,) = (kept.path.parent / "base").glob("*.jsonl")
-    for path in (base, kept.predictions_file("validation")):
+    # Of the split, and of the neutral text.
+    of_split, of_text = (kept.path.parent / "base").glob("*.jsonl")
+    for path in (of_split, of_text, kept.predictions_file("validation")):
         before = path.read_text()
         rows = [json.loads(line) for line in before.splitlines()]
         rows[1]["output_tokens"] += 1

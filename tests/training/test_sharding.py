@@ -16,7 +16,7 @@ from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import run
+from tiedlora.runs import run, trainer
 from tiedlora.runs.session import RunSession
 from tiedlora.tasks import load_task
 from tiedlora.training import distributed
@@ -115,6 +115,26 @@ def test_an_empty_batch_adds_zeros(tiny_config):
     loss.backward()
     assert loss.item() == 0.0
     assert all(torch.equal(part.grad, grad) for part, grad in zip(parts, before, strict=True))
+
+
+def test_memory_that_runs_out_ends_the_run(shared, monkeypatch):
+    """The other process is inside the same pass, so this one must not wait for it."""
+    config, target_loss = shared(), trainer.target_loss
+
+    def act(rank):
+        def short(model, batch):
+            if rank == 1:
+                raise MemoryError
+            return target_loss(model, batch)
+
+        monkeypatch.setattr(trainer, "target_loss", short)
+        run.main(config)
+
+    (other, _), (code, told) = forked_world(act)
+    assert code == 2, told
+    assert "out of memory with 1 rows" in told
+    assert "lower train.microbatch_tokens below" in told
+    assert other not in (0, -14), "neither finished nor waiting"
 
 
 def test_one_process_cannot_share(shared):

@@ -71,7 +71,14 @@ def _copy_files(run: RunFolder, exported: RunFolder) -> dict[str, Any]:
 
 def _without_paths(config: Config) -> Config:
     """The configuration with the default places of files."""
-    return replace(config, outputs="outputs", cache=".cache", data_root=None, model=replace(config.model, path=None))
+    score = replace(config.score, forgetting=_without_folder(config.score.forgetting))
+    model = replace(config.model, path=None)
+    return replace(config, outputs="outputs", cache=".cache", data_root=None, model=model, score=score)
+
+
+def _without_folder(text: str | None) -> str | None:
+    """The source of neutral text; of a file only its name."""
+    return text if text is None or not text.endswith(".txt") else Path(text).name
 
 
 def _split(run: RunFolder, exported: RunFolder, split: str, recorded: SplitScores) -> SplitScores:
@@ -88,7 +95,7 @@ def _split(run: RunFolder, exported: RunFolder, split: str, recorded: SplitScore
         shared = exported.shared_base_file(files[name])
         shared.parent.mkdir(parents=True, exist_ok=True)
         written.replace(shared)
-    return replace(recorded, files=files)
+    return replace(recorded, files=files, source=_without_folder(recorded.source))
 
 
 def _without_texts(row: PredictionRow) -> PredictionRow:

@@ -14,7 +14,7 @@ from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.session import cached_base
-from tiedlora.scoring.memory import score_within_memory
+from tiedlora.scoring.memory import score_forgetting, score_within_memory
 from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
@@ -77,9 +77,8 @@ def add_scores(
                 record = replace(record, scores={**record.scores, split: scores})
                 folder.write_record(record)
             if forgetting is not None:
-                record = replace(
-                    record, scores={**record.scores, FORGETTING: scorer.score_forgetting(forgetting, folder)}
-                )
+                scores = score_forgetting(scorer, forgetting, folder)
+                record = replace(record, scores={**record.scores, FORGETTING: scores})
                 folder.write_record(record)
     finally:
         attached.detach()

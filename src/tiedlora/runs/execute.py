@@ -19,7 +19,7 @@ from tiedlora.records.summary import flat_summary
 from tiedlora.runs.recording import build_record
 from tiedlora.runs.session import RunSession
 from tiedlora.runs.trainer import Trainer
-from tiedlora.scoring.memory import score_within_memory
+from tiedlora.scoring.memory import score_forgetting, score_within_memory
 from tiedlora.scoring.passes import wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import load_task
@@ -93,7 +93,7 @@ def _score(session: RunSession, folder: RunFolder) -> dict[str, SplitScores]:
     splits = session.config.score.splits
     scores = {split: score_within_memory(scorer, split, session.examples(split), folder, passes) for split in splits}
     if session.config.score.forgetting is not None:
-        scores[FORGETTING] = scorer.score_forgetting(session.config.score.forgetting, folder)
+        scores[FORGETTING] = score_forgetting(scorer, session.config.score.forgetting, folder)
     return scores
 
 

@@ -50,7 +50,7 @@ class CheckedRun:
         else:
             path = self.folder.predictions_file(split)
         rows = read_predictions(path)
-        if self.keeps(TEXTS):
+        if self.keeps(TEXTS) or not any(row.has_answer for row in rows):
             return rows
         by_id = {example.id: example for example in self.examples.get(split, [])}
         if missing := [row.id for row in rows if row.id not in by_id]:

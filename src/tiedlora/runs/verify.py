@@ -173,9 +173,10 @@ def _check_data(run: CheckedRun) -> Iterator[Finding]:
 
 def _check_passages(run: CheckedRun) -> Finding:
     """Check the passages of neutral text. The predictions hold the whole texts, so their source is not needed."""
-    texts = [
-        row.references[0] if row.references else "" for row in read_predictions(run.folder.predictions_file(FORGETTING))
-    ]
+    if not run.keeps(TEXTS):
+        return Finding(f"data {FORGETTING}", None, "the study keeps no texts")
+    rows = read_predictions(run.folder.predictions_file(FORGETTING))
+    texts = [row.references[0] if row.references else "" for row in rows]
     run.examples[FORGETTING] = list(as_passages(texts))
     now, recorded = digest(run.examples[FORGETTING]), run.record.scores[FORGETTING].digest
     explanation = f"{len(texts):,} passages, sha256 {now[:12]}" + (
@@ -222,7 +223,8 @@ def _check_predictions(run: CheckedRun) -> Iterator[Finding]:
     """Check the scores of each prediction from its output, and the metrics of the record from the scores."""
     for split, recorded in run.record.scores.items():
         check = f"predictions {split}"
-        if not run.keeps(TEXTS) and split not in run.examples:
+        has_answers = not all(map(is_loss, recorded.metrics))
+        if has_answers and not run.keeps(TEXTS) and split not in run.examples:
             yield Finding(check, None, "the study keeps no texts, and the rows cannot be read here")
             continue
         rows = run.predictions(split)

@@ -7,10 +7,13 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.models.device import free_memory
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import SplitScores
+from tiedlora.scoring.passages import read_passages
+from tiedlora.scoring.passes import Passes
 from tiedlora.scoring.split import Scorer
 
 log = logging.getLogger(__name__)
@@ -51,3 +54,17 @@ def score_within_memory(scorer: Scorer, *arguments: Any, halvings: int = 0) -> S
         "scoring: out of memory with score.batch_size=1; the trained adapter and its checkpoint are kept, so with more "
         "memory the same command continues with scoring"
     )
+
+
+def score_forgetting(scorer: Scorer, source: str, folder: RunFolder) -> SplitScores:
+    """The losses of neutral text, with the adapter and without it, scored as a split without answers.
+
+    Args:
+        source: as score.forgetting.
+
+    Raises:
+        UserError: the text cannot be read; or as score_within_memory.
+    """
+    passages = read_passages(source, scorer.encoder, scorer.config.data_root)
+    scores = score_within_memory(scorer, FORGETTING, passages, folder, Passes(answers=False))
+    return replace(scores, source=source)

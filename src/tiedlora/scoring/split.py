@@ -23,7 +23,6 @@ from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import PredictionRow, read_predictions, write_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import BaseModelRecord, SplitScores, plain
-from tiedlora.scoring.passages import read_passages
 from tiedlora.scoring.passes import ALL_PASSES, Passes
 from tiedlora.scoring.predict import predict, scoring_batches
 from tiedlora.scoring.sharing import score_in_shares
@@ -110,18 +109,6 @@ class Scorer:
             passes,
             recorded,
         )
-
-    def score_forgetting(self, source: str, folder: RunFolder) -> SplitScores:
-        """Score the losses of neutral text, as `score_split` does for a split.
-
-        Args:
-            source: as score.forgetting.
-
-        Raises:
-            UserError: as read_passages and score_split.
-        """
-        passages = read_passages(source, self.encoder, self.config.data_root)
-        return replace(self.score_split(FORGETTING, passages, folder, Passes(answers=False)), source=source)
 
     def adapted_rows(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
         """The adapted model's answers. `title` is the text of the progress bar."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
 
+from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.models import arithmetic
@@ -117,8 +118,9 @@ def forecast(sweep: Sweep) -> tuple[list[TaskForecast], list[str]]:
 
 def finished_runs(config: Config) -> list[RunRecord]:
     """The newest finished runs of the configuration's model and task in its folder of outputs."""
-    model = config.model.name.rsplit("/", 1)[-1].lower()
-    folders = Path(config.outputs).glob(f"*-{config.task.name}-{model}-s*/result.json")
+    # An id is five words and a hash: configuration, rank, task, model, seed.
+    _, _, task, model, *_ = run_id(config).split("-")
+    folders = Path(config.outputs).glob(f"*-{task}-{model}-s*/result.json")
     newest = sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)[:NEWEST_RUNS]
     records = []
     for path in newest:

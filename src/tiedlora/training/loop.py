@@ -192,6 +192,9 @@ class _Loop:
 
         Returns:
             This process's share of the loss, and the pass for which the memory was too short, if there is one.
+
+        Raises:
+            UserError: memory ran out, and the processes share the model.
         """
         total = torch.zeros((), device=self.parameters[0].device)
         for batch in batches:
@@ -201,6 +204,8 @@ class _Loop:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.config.shard:
+                    raise UserError(_out_of_memory_when_sharded(batch)) from error
                 return total, batch
             total = total + loss.detach()
         return total, None
@@ -310,3 +315,12 @@ def _out_of_memory_message(step: int, batch: Batch | None, config: TrainConfig) 
     ways = [] if config.recompute_activations else ["set train.recompute_activations=true (slower)"]
     ways.append("shorten the rows, or take a smaller model")
     return f"step {step}: out of memory with a single row of {length} tokens; {', or '.join(ways)}"
+
+
+def _out_of_memory_when_sharded(batch: Batch) -> str:
+    rows, length = batch.input_ids.shape
+    return (
+        f"out of memory with {rows} rows of {length} tokens; with train.shard=true the others wait inside this "
+        f"pass, so the step cannot start again; lower train.microbatch_tokens below {rows * length}, or take more "
+        "processes; the same command continues"
+    )
