@@ -1,6 +1,7 @@
-"""hydra/sweeper=staged: search the learning rate of each configuration, then repeat and test only the best one.
+"""hydra/sweeper=staged and hydra/sweeper=deciding: search learning rates, and decide claims, with few runs.
 
-This file has only what Hydra needs from a sweeper. The work is in tiedlora.sweeps.
+This file has only what Hydra needs from a sweeper. The work is in tiedlora.sweeps. Hydra imports this file at every
+start, so what needs numpy or scipy is imported when a sweep starts.
 """
 
 from __future__ import annotations
@@ -8,11 +9,10 @@ from __future__ import annotations
 from hydra_plugins.resuming_sweeper import ResumingSweeper
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.launching import Launch
-from tiedlora.sweeps.staged import SearchOptions, run_staged
 
 
 class StagedSweeper(ResumingSweeper):
-    """Runs the cells of the grid that the staged search asks for."""
+    """Runs the cells of the grid that the search of the learning rates asks for."""
 
     def __init__(
         self,
@@ -28,13 +28,45 @@ class StagedSweeper(ResumingSweeper):
         Args:
             params, match_lora, fail_fast: as for ResumingSweeper.
             rungs, finalists, lowest_rate, highest_rate: as in SearchOptions.
-
-        Raises:
-            UserError: an option has a value that is not allowed.
         """
         super().__init__(params, match_lora, fail_fast)
-        self.options = SearchOptions.checked(rungs, finalists, lowest_rate, highest_rate)
+        self.search = (rungs, finalists, lowest_rate, highest_rate)
 
     def run(self, sweep: Sweep, launch: Launch) -> None:
         """Carry out the staged sweep. The arguments and errors are those of run_staged."""
-        run_staged(sweep, self.options, launch, self.fail_fast)
+        from tiedlora.sweeps.staged import SearchOptions, run_staged
+
+        run_staged(sweep, SearchOptions.checked(*self.search), launch, self.fail_fast)
+
+
+class DecidingSweeper(StagedSweeper):
+    """After the search, runs the seeds that open claims need."""
+
+    def __init__(
+        self,
+        params: dict[str, str],
+        match_lora: bool,
+        rungs: list[float],
+        finalists: int,
+        lowest_rate: float,
+        highest_rate: float,
+        claims: str,
+        budget: int | None,
+        fail_fast: bool = False,
+    ) -> None:
+        """
+        Args:
+            params, match_lora, rungs, finalists, lowest_rate, highest_rate, fail_fast: as for StagedSweeper.
+            claims: the file with the claims and their planned looks.
+            budget: the most runs of the sweep; None sets no limit.
+        """
+        super().__init__(params, match_lora, rungs, finalists, lowest_rate, highest_rate, fail_fast)
+        self.claims, self.budget = claims, budget
+
+    def run(self, sweep: Sweep, launch: Launch) -> None:
+        """Carry out the deciding sweep. The arguments and errors are those of run_deciding."""
+        from tiedlora.sweeps.deciding import run_deciding
+        from tiedlora.sweeps.staged import SearchOptions
+
+        options = SearchOptions.checked(*self.search)
+        run_deciding(sweep, options, self.claims, self.budget, launch, self.fail_fast)

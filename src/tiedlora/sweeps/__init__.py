@@ -6,7 +6,7 @@ their cost (status.py, forecast.py, planned_rows.py), chooses a learning rate (s
 wanted any more (cleaning.py). A cell is a run like any other. The state of a sweep is read from its runs' folders, so
 there is no second state that could differ; only what a person asks of a running sweep is in the sweep's own folder.
 
-It may import every other package except report and export. No module here imports torch, so it is quick to plan a sweep
+It may import every other package. No module here imports torch, so it is quick to plan a sweep
 and to skip finished cells; runs.lazy imports torch when it is needed. Only expand.py and cell_composer.py import Hydra.
 The plug-ins in src/hydra_plugins/ connect the other modules to Hydra.
 """

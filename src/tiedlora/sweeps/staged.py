@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 
@@ -63,14 +63,16 @@ class SearchOptions:
 class SearchGroup:
     """The search of one configuration: its plan, and its cells by rate and seed."""
 
-    def __init__(self, name: str, cells: Sequence[SweepCell], options: SearchOptions) -> None:
+    def __init__(
+        self, name: str, cells: Sequence[SweepCell], options: SearchOptions, seeds: Sequence[int] | None = None
+    ) -> None:
         self.name, self.first = name, cells[0]
         self._cells = {(cell.parameters().lr, cell.config.seed): cell for cell in cells}
         train = self.first.config.train
         self.plan = SearchPlan(
             rates=tuple(sorted({lr for lr, _ in self._cells})),
             # Sorted, because the same cells are the same sweep in any order.
-            seeds=tuple(sorted({seed for _, seed in self._cells})),
+            seeds=tuple(seeds or sorted({seed for _, seed in self._cells})),
             rungs=rung_steps(train.steps, train.validate_every, options.rungs),
             lowest=options.lowest_rate,
             highest=options.highest_rate,
@@ -129,7 +131,7 @@ class SearchGroup:
             metric=LOSS,
             value=chosen.value,
             seeds=len(cells),
-            trials=stage.runs,
+            trials=len(stage.runs),
             failed=sum(len(trial.failed) for trial in stage.trials),
             edge=chosen.edge,
             run_ids=sorted(cell.run_id for cell in cells),
@@ -162,32 +164,77 @@ def _mean_test(cells: Sequence[SweepCell]) -> tuple[float | None, str]:
     return mean(split.metrics[metric].value for split in scores), metric
 
 
-def search_groups(sweep: Sweep, options: SearchOptions) -> list[SearchGroup]:
-    """The searches of a sweep: one for each model, task, configuration and rank."""
+def search_groups(sweep: Sweep, options: SearchOptions, seeds: Sequence[int] | None = None) -> list[SearchGroup]:
+    """The searches of a sweep: one for each model, task, configuration and rank.
+
+    Args:
+        seeds: the seeds in the order of use; None takes those of the grid.
+    """
     groups: list[SearchGroup] = []
     for cells in selection.rate_groups(sweep.cells).values():
         named = cells[0].parameters()
         name = f"{named.configuration} r={named.rank} on {named.task}, {named.model}"
         # Two groups can have the same name, if they differ in another key.
         alike = sum(group.name.split(" (")[0] == name for group in groups)
-        groups.append(SearchGroup(f"{name} ({alike + 1})" if alike else name, cells, options))
+        groups.append(SearchGroup(f"{name} ({alike + 1})" if alike else name, cells, options, seeds))
     return groups
 
 
 @dataclass(frozen=True)
-class _Progress:
+class Search:
     """A search and how far it has come."""
 
     group: SearchGroup
     stage: SearchStage
 
+    @property
+    def choice(self) -> RateChoice | None:
+        """The chosen rate, once the search has ended."""
+        chosen = self.stage.chosen
+        return None if chosen is None or self.stage.requests else self.group.choice(self.stage, chosen)
+
     def asked(self) -> list[SweepCell]:
         """The cells that the search needs next."""
         return [self.group.requested(request) for request in self.stage.requests]
 
+    def runs(self) -> list[SweepCell]:
+        """Every cell that the search has asked for."""
+        return [self.group.cell(lr, seed) for lr, seed in self.stage.runs]
+
     def used(self) -> list[SweepCell]:
         """The finished cells that the search used."""
         return [self.group.cell(trial.lr, seed) for trial in self.stage.trials for seed in trial.losses]
+
+
+class StageLaunches:
+    """The launches of one command. Each run is launched at most once for each goal: one that has failed is launched
+    again by the next command."""
+
+    def __init__(self, sweep: Sweep, launch: Launch, fail_fast: bool) -> None:
+        self.sweep, self.launch, self.control = sweep, launch, sweep.control
+        self.control.start(fail_fast)
+        self._launched: set[tuple[str, tuple[str, ...]]] = set()
+        self._next_job = 0
+
+    def run(self, cells: Sequence[SweepCell], what: str) -> bool:
+        """Launch the cells that are new, and return when they have ended. Whether there were any.
+
+        Args:
+            what: the stage, for the log.
+        """
+        new = [cell for cell in cells if (cell.run_id, cell.launch_words) not in self._launched]
+        if not new or self.control.first_failure() is not None:
+            return False
+        log.info("%s: %s", self.sweep.id, what)
+        for cell in new:
+            _freeze(self.sweep, cell)
+        self._launched.update((cell.run_id, cell.launch_words) for cell in new)
+        self._next_job = launch_cells(new, self.launch, self.control, self._next_job)
+        return True
+
+    def errors(self, asked: Sequence[SweepCell]) -> dict[str, str]:
+        """Why cells are not as far as they should be: run id -> the reason."""
+        return {cell.run_id: _why_unfinished(cell, self.control) for cell in asked}
 
 
 def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch, fail_fast: bool = False) -> None:
@@ -201,41 +248,52 @@ def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch, fail_fast: 
         SystemExit: with code 1, after naming every cell that failed and every configuration without a usable rate.
         KeyboardInterrupt: the sweep was asked to stop.
     """
-    groups = search_groups(sweep, options)
+    launches = StageLaunches(sweep, launch, fail_fast)
     finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
-    launched: set[tuple[str, tuple[str, ...]]] = set()
-    next_job = 0
-    control = sweep.control
-    control.start(fail_fast)
+    searches = run_searches(sweep, search_groups(sweep, options), launches)
+    print(f"\n{summary(selection_of(sweep, searches))}")
+    end_searches(searches, launches, finished_before)
+
+
+def run_searches(sweep: Sweep, groups: Sequence[SearchGroup], launches: StageLaunches) -> list[Search]:
+    """Launch what the searches ask for until they have ended, or need a run that has failed."""
     while True:
-        searches = [_Progress(group, group.next()) for group in groups]
+        searches = [Search(group, group.next()) for group in groups]
         _mark_pruned(searches)
-        chosen = _selection(sweep, searches)
-        write_selection(selection.selection_file(sweep), chosen)
+        write_selection(selection.selection_file(sweep), selection_of(sweep, searches))
         asked = [cell for search in searches for cell in search.asked()]
-        # A cell that has failed is launched again by the next command, and not by this one.
-        cells = [cell for cell in asked if (cell.run_id, cell.launch_words) not in launched]
-        if not cells or control.first_failure() is not None:
-            break
-        log.info("%s: %s", sweep.id, _stage_line(searches))
-        for search in searches:
-            for request in search.stage.requests:
-                _freeze(sweep, search.group.cell(request.lr, request.seed))
-        launched.update((cell.run_id, cell.launch_words) for cell in cells)
-        next_job = launch_cells(cells, launch, control, next_job)
-    print(f"\n{summary(chosen)}")
-    errors = {cell.run_id: _why_unfinished(cell, control) for cell in asked}
+        if not launches.run(asked, _stage_line(searches)):
+            return searches
+
+
+def end_searches(
+    searches: Sequence[Search],
+    launches: StageLaunches,
+    finished_before: Container[str],
+    unfinished: Sequence[SweepCell] = (),
+) -> None:
+    """End the command.
+
+    Args:
+        finished_before: the runs that this command has found finished. Their inputs are checked.
+        unfinished: runs that are missing, in addition to those that the searches need.
+
+    Raises:
+        SystemExit: as run_staged.
+    """
+    asked = [*(cell for search in searches for cell in search.asked()), *unfinished]
     used = [cell for search in searches for cell in search.used()]
+    errors = launches.errors(asked)
     errors.update(changed_inputs(cell for cell in used if cell.run_id in finished_before))
     without = [search.group.name for search in searches if not search.stage.requests and search.stage.chosen is None]
     for name in without:
         print(f"{name}: every rate diverged; add lower ones with train.lr=", file=sys.stderr)
-    end_with(errors, len(used) + len(asked), control.first_failure())
+    end_with(errors, len(used) + len(asked), launches.control.first_failure())
     if without:
         raise SystemExit(1)
 
 
-def _mark_pruned(searches: Sequence[_Progress]) -> None:
+def _mark_pruned(searches: Sequence[Search]) -> None:
     """Write pruned.txt, which is the state `pruned`, for the stopped runs that nothing has continued since."""
     for search in searches:
         for made in search.stage.decisions:
@@ -245,16 +303,13 @@ def _mark_pruned(searches: Sequence[_Progress]) -> None:
                     storage.write_bytes(cell.folder.pruned_file, f"{made.reason}\n".encode())
 
 
-def _selection(sweep: Sweep, searches: Sequence[_Progress]) -> Selection:
-    choices = [
-        search.group.choice(search.stage, search.stage.chosen)
-        for search in searches
-        if search.stage.chosen is not None and not search.stage.requests
-    ]
+def selection_of(sweep: Sweep, searches: Sequence[Search]) -> Selection:
+    """The choices and decisions so far."""
+    choices = [choice for search in searches if (choice := search.choice) is not None]
     return Selection(sweep.id, "loss", choices, [search.group.search(search.stage) for search in searches])
 
 
-def _stage_line(searches: Sequence[_Progress]) -> str:
+def _stage_line(searches: Sequence[Search]) -> str:
     """What runs next, such as `21 cells to step 20, 2 cells to the end`."""
     goals = Counter(
         "are scored" if request.score else f"to step {request.until}" if request.until else "to the end"
@@ -268,7 +323,7 @@ def _freeze(sweep: Sweep, cell: SweepCell) -> None:
     """Write the configuration of a cell outside the grid, as Sweep.freeze does for those of the grid."""
     path = sweep.path / "cells" / f"{cell.run_id}.json"
     if not path.exists():
-        tree = config_tree(cell.config)
+        tree = config_tree(cell.until(None, sweep.cells[0].config.score.splits).config)
         tree["tracking"]["group"] = tree["tracking"]["group"] or sweep.id
         storage.write_json(path, tree)
 

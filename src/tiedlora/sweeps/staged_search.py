@@ -84,8 +84,8 @@ class SearchStage:
     """The rates that were tried, with the losses of their finished runs."""
     chosen: ChosenRate | None
     """The chosen rate so far. None before the first choice, and if every rate diverged."""
-    runs: int
-    """How many runs the search has asked for."""
+    runs: tuple[tuple[float, int], ...]
+    """(Rate, seed) of every run that the search has asked for."""
 
 
 def next_stage(plan: SearchPlan, observe: Observe) -> SearchStage:
@@ -96,7 +96,9 @@ def next_stage(plan: SearchPlan, observe: Observe) -> SearchStage:
         search.run()
     except _Waiting as waiting:
         requests = waiting.requests
-    return SearchStage(requests, tuple(search.decisions), tuple(search.trials()), search.chosen, len(search.asked))
+    return SearchStage(
+        requests, tuple(search.decisions), tuple(search.trials()), search.chosen, tuple(sorted(search.asked))
+    )
 
 
 class _Waiting(Exception):

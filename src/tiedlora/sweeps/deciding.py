@@ -1,0 +1,241 @@
+"""The deciding sweep: search the rates, then run the seeds of the planned looks that open claims still need.
+
+The claims, their looks and the budget are written to plan.json before the first run. A claim is closed when the rules
+of the report have decided it (supported, contradicted or uninformative), when no planned look is likely to decide it
+(futile), or after its last look.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tiedlora import storage
+from tiedlora.config.project import PROJECT
+from tiedlora.errors import UserError
+from tiedlora.records.selection import RateChoice
+from tiedlora.report import claims as claim_files
+from tiedlora.report import partners
+from tiedlora.report.answers import Answer, Verdict, answer_claims
+from tiedlora.report.claims import Claim, Side
+from tiedlora.report.groups import RunGroup, group_runs
+from tiedlora.report.runs import LeftOut, Run, read_run
+from tiedlora.report.scorebook import Scorebook
+from tiedlora.sweeps.cells import Sweep, SweepCell
+from tiedlora.sweeps.launching import Launch
+from tiedlora.sweeps.staged import (
+    Search,
+    SearchOptions,
+    StageLaunches,
+    end_searches,
+    run_searches,
+    search_groups,
+    selection_of,
+    summary,
+)
+
+PLAN_FILE, VERDICTS_FILE = "plan.json", "verdicts.json"
+
+
+@dataclass(frozen=True)
+class PlannedClaim:
+    """A claim as it was planned."""
+
+    name: str
+    rule: str
+    looks: list[int]
+    """Numbers of seeds."""
+    levels: list[float]
+    seeds: list[int]
+    """In declared order."""
+
+
+@dataclass(frozen=True)
+class DecidingPlan:
+    """What is fixed before the first run."""
+
+    claims_file: str
+    claims_sha256: str
+    claims: list[PlannedClaim]
+    search_seeds: list[int]
+    budget: int | None
+    """The most runs of the sweep; None sets no limit."""
+
+
+@dataclass(frozen=True)
+class ClaimState:
+    """A claim on one model and task, and what it still needs."""
+
+    answer: Answer
+    needed: tuple[SweepCell, ...]
+    """The runs of the next look. Empty if the claim is closed."""
+
+    def __str__(self) -> str:
+        answer = self.answer
+        verdict = "futile" if answer.is_futile else str(answer.verdict)
+        where = f" ({answer.model}, {answer.task})" if answer.model else ""
+        return f"{answer.claim.name}{where}: {verdict}: {answer.reason}"
+
+
+def run_deciding(
+    sweep: Sweep, options: SearchOptions, claims: str, budget: int | None, launch: Launch, fail_fast: bool = False
+) -> None:
+    """Carry out the deciding sweep, then print the chosen rates and the verdicts. The same command continues it.
+
+    Args:
+        claims: the claims' file, relative to the working folder or to the project.
+        budget: the most runs; None sets no limit.
+        fail_fast: as for run_sweep.
+
+    Raises:
+        UserError: the claims' file is wrong, or not the one of the plan; a claim needs scores of the base model, and
+            score.base is false; or a file of a run is damaged.
+        SystemExit: with code 1, as run_staged.
+        KeyboardInterrupt: the sweep was asked to stop.
+    """
+    path = Path(claims) if Path(claims).exists() else PROJECT / claims
+    planned = claim_files.read(path)
+    _check_base(sweep, planned)
+    plan = plan_of(path, planned, budget)
+    _write_plan(sweep, plan)
+    launches = StageLaunches(sweep, launch, fail_fast)
+    finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
+    searches = run_searches(sweep, search_groups(sweep, options, plan.search_seeds), launches)
+    used = {cell.run_id for search in searches for cell in search.runs()}
+    while True:
+        states = claim_states(planned, sweep, searches)
+        needed = {cell.run_id: cell for state in states for cell in state.needed}
+        spent = budget is not None and len(used | set(needed)) > budget
+        what = f"{len(needed)} cells for the next looks of {sum(bool(state.needed) for state in states)} claims"
+        if spent or not launches.run(list(needed.values()), what):
+            break
+        used |= set(needed)
+    storage.write_json(sweep.path / VERDICTS_FILE, [_to_json(state) for state in states])
+    print(f"\n{summary(selection_of(sweep, searches))}\n")
+    print("\n".join(map(str, states)))
+    print(f"{len(used)} runs in all" + (f"; the budget of {budget} runs is spent" if spent else ""))
+    end_searches(searches, launches, finished_before, () if spent else tuple(needed.values()))
+
+
+def _check_base(sweep: Sweep, claims: Sequence[Claim]) -> None:
+    """Refuse a sweep that could not decide a claim with any number of seeds.
+
+    Raises:
+        UserError: a claim needs the scores of the base model, and the sweep does not compute them.
+    """
+    for claim in claims:
+        if claim.rule.needs_base and not all(cell.config.score.base for cell in sweep.cells):
+            raise UserError(f"score.base=false: the claim '{claim.name}' needs the scores of the base model")
+
+
+def plan_of(path: Path, claims: Sequence[Claim], budget: int | None) -> DecidingPlan:
+    """The plan. The rates are searched at the seeds of the earliest look."""
+    first = min(claims, key=lambda claim: claim.plan.looks.seeds[0])
+    planned = [
+        PlannedClaim(
+            claim.name,
+            claim_files.in_words(claim.rule),
+            list(claim.plan.looks.seeds),
+            list(claim.plan.looks.levels),
+            list(claim.plan.seeds),
+        )
+        for claim in claims
+    ]
+    digest = hashlib.sha256(storage.read_bytes(path)).hexdigest()
+    return DecidingPlan(path.name, digest, planned, list(first.plan.of_look(0)), budget)
+
+
+def _write_plan(sweep: Sweep, plan: DecidingPlan) -> None:
+    """Write the plan before the first run, or compare it with the one that was written then.
+
+    Raises:
+        UserError: another plan was written.
+    """
+    path, tree = sweep.path / PLAN_FILE, asdict(plan)
+    if not path.exists():
+        storage.write_json(path, tree)
+    elif (written := storage.read_json(path)) != tree:
+        different = ", ".join(key for key in tree if tree[key] != written.get(key))
+        raise UserError(
+            f"{path}: was written before the first run with other values of {different}; restore them, or take another "
+            "outputs= for a new plan with new seeds"
+        )
+
+
+def claim_states(claims: Sequence[Claim], sweep: Sweep, searches: Sequence[Search]) -> list[ClaimState]:
+    """The answer to every claim from the chosen runs of this sweep, and the runs that open claims need next."""
+    chosen = {id(search): choice for search in searches if (choice := search.choice) is not None}
+    owners: dict[str, tuple[Search, RateChoice]] = {}
+    runs: list[Run] = []
+    left_out: list[LeftOut] = []
+    for search in searches:
+        if (choice := chosen.get(id(search))) is None:
+            continue
+        for seed in _all_seeds(claims):
+            folder = search.group.cell(choice.lr, seed).folder
+            owners[folder.path.name] = search, choice
+            if folder.path.exists():
+                run = read_run(folder.path)
+                runs.append(run) if isinstance(run, Run) else left_out.append(run)
+    groups, book, states = group_runs(runs, left_out, [selection_of(sweep, searches)]), Scorebook(), []
+    for claim in claims:
+        pairs = partners.pairs(claim, groups)
+        answers = answer_claims([claim], groups, book)
+        for number, answer in enumerate(answers):
+            needed: tuple[SweepCell, ...] = ()
+            if number < len(pairs) and answer.verdict == Verdict.UNDECIDED and not answer.is_futile:
+                needed = _next_look(claim, pairs[number], owners)
+            states.append(ClaimState(answer, needed))
+    return states
+
+
+def _all_seeds(claims: Iterable[Claim]) -> list[int]:
+    """Every seed of a planned look, on either side."""
+    return sorted(
+        {
+            seed + side.seed_offset
+            for claim in claims
+            for side in (claim.method, claim.comparator)
+            for seed in claim.plan.of_look(-1)
+        }
+    )
+
+
+def _next_look(
+    claim: Claim, pair: partners.Pair, owners: dict[str, tuple[Search, RateChoice]]
+) -> tuple[SweepCell, ...]:
+    """The runs of the first look that has not all of them: not scored, and not diverged."""
+    sides: list[tuple[RunGroup, Side]] = []
+    for group, side in ((pair.method, claim.method), (pair.comparator, claim.comparator)):
+        if group is None or not group.runs:
+            return ()
+        sides.append((group, side))
+    for number in range(len(claim.plan.looks.seeds)):
+        cells = [
+            search.group.cell(choice.lr, seed + side.seed_offset)
+            for group, side in sides
+            for search, choice in [owners[group.runs[0].path.name]]
+            for seed in claim.plan.of_look(number)
+        ]
+        missing = [cell for cell in cells if not cell.finished() and not cell.folder.diverged()]
+        if missing:
+            return tuple(cell.until(None, cell.config.score.splits) for cell in missing)
+    return ()
+
+
+def _to_json(state: ClaimState) -> dict[str, object]:
+    answer = state.answer
+    return {
+        "claim": answer.claim.name,
+        "model": answer.model,
+        "task": answer.task,
+        "verdict": str(answer.verdict),
+        "futile": answer.is_futile,
+        "exploratory": answer.exploratory,
+        "look": None if answer.look is None else answer.look + 1,
+        "seeds": answer.seeds,
+        "reason": answer.reason,
+        "open": bool(state.needed),
+    }

@@ -1,0 +1,135 @@
+"""A deciding sweep on a tiny model: the plan comes first, and a claim that is decided takes no further run."""
+
+import json
+
+import pytest
+from helpers.commands import sweep as sweep_command
+
+from tiedlora.errors import UserError
+from tiedlora.records.run_record import read_record
+from tiedlora.records.selection import read_selection
+from tiedlora.sweeps import staged
+from tiedlora.sweeps.deciding import run_deciding
+from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.sweeps.run_cell import run_cell
+from tiedlora.sweeps.selection import selection_file
+
+OPTIONS = staged.SearchOptions(rungs=(0.5,), finalists=2, lowest_rate=1e-3, highest_rate=0.1)
+WORDS = (
+    *("tying=LoRA,TABuv", "train.lr=1e-3,1e-1", "train.steps=8", "train.validate_every=2"),
+    "score.metrics=[target_loss]",
+)
+CLAIMS = """
+paper: a test
+looks: [2, 5]
+claims:
+  - name: the method has a lower loss
+    method: {configuration: METHOD, rank: 8}
+    comparator: {configuration: COMPARATOR, rank: 8}
+    tasks: {chain_sum: target_loss}
+"""
+
+
+class Launcher:
+    """Runs the cells in this process."""
+
+    def __init__(self, plan=None) -> None:
+        self.plan, self.launched = plan, []
+
+    def __call__(self, cells, first_job):
+        assert self.plan is None or self.plan.exists(), "the plan is written before the first run"
+        for cell in cells:
+            self.launched.append((cell.config.tying.name, cell.parameters().lr, cell.config.seed))
+            run_cell(cell.config)
+
+    def seeds(self) -> set[int]:
+        return {seed for _, _, seed in self.launched}
+
+
+@pytest.fixture
+def swept(tiny_run):
+    return compose_sweep(tiny_run(*WORDS))
+
+
+def claims_file(tmp_path, margin: float, rule: str = "better_by", sides=("LoRA", "TABuv")) -> str:
+    path, (method, comparator) = tmp_path / "claims.yaml", sides
+    text = CLAIMS.replace("METHOD", method).replace("COMPARATOR", comparator)
+    path.write_text(text + f"    {rule}: {margin:.9f}\n")
+    return str(path)
+
+
+def verdicts(sweep):
+    return json.loads((sweep.path / "verdicts.json").read_text())
+
+
+def test_a_decided_claim_takes_no_further_run_and_an_open_one_goes_on(swept, tmp_path, capsys):
+    far = claims_file(tmp_path, 0.9)
+    launcher = Launcher(swept.path / "plan.json")
+    run_deciding(swept, OPTIONS, far, None, launcher)
+    (verdict,) = verdicts(swept)
+    # The losses differ by less than 0.9 nats in every seed, so the first look contradicts the claim.
+    assert (verdict["verdict"], verdict["look"], verdict["open"]) == ("contradicted", 1, False)
+    assert launcher.seeds() == {0, 1}
+    assert "contradicted: look 1 of 2" in capsys.readouterr().out
+    again = Launcher()
+    run_deciding(swept, OPTIONS, far, None, again)
+    assert again.launched == []
+
+
+def test_other_claims_than_the_planned_ones_are_refused(swept, tmp_path):
+    run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), None, Launcher())
+    with pytest.raises(
+        UserError, match=r"plan\.json: was written before the first run with other values of claims_sha256"
+    ):
+        run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.8), None, Launcher())
+    with pytest.raises(UserError, match="other values of budget"):
+        run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), 30, Launcher())
+
+
+def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept, tmp_path, capsys):
+    run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), None, Launcher())
+    runs = len(list(swept.path.parents[1].glob("*/result.json")))
+    # Half of the first seeds' mean difference as the margin: two seeds are too few to decide, and later looks may.
+    losses = target_losses(swept)
+    differences = [losses["TABuv", seed] - losses["LoRA", seed] for seed in (0, 1)]
+    margin = sum(differences) / 4
+    sides = ("LoRA", "TABuv") if margin > 0 else ("TABuv", "LoRA")
+    open_claim = claims_file(tmp_path, abs(margin), sides=sides)
+    (swept.path / "plan.json").unlink()
+    limited = Launcher()
+    run_deciding(swept, OPTIONS, open_claim, runs + 1, limited)
+    assert limited.launched == []
+    assert f"the budget of {runs + 1} runs is spent" in capsys.readouterr().out
+    (swept.path / "plan.json").unlink()
+    further = Launcher()
+    run_deciding(swept, OPTIONS, open_claim, None, further)
+    (verdict,) = verdicts(swept)
+    assert not verdict["open"]
+    assert verdict["look"] > 1
+    assert further.seeds() == set(range(2, verdict["seeds"]))
+    assert {(name, seed) for name, _, seed in further.launched} == {
+        (name, seed) for name in ("LoRA", "TABuv") for seed in further.seeds()
+    }
+
+
+def test_a_claim_that_needs_the_base_is_refused_without_it(tiny_run, tmp_path):
+    sweep = compose_sweep(tiny_run(*WORDS, "score.base=false"))
+    with pytest.raises(UserError, match=r"score\.base=false: the claim 'the method has a lower loss' needs"):
+        run_deciding(sweep, OPTIONS, claims_file(tmp_path, 0.1, rule="margin"), None, Launcher())
+
+
+def target_losses(sweep) -> dict[tuple[str, int], float]:
+    """(Configuration, seed) -> the target loss of the chosen run."""
+    losses = {}
+    for choice in read_selection(selection_file(sweep)).choices:
+        for run_id in choice.run_ids:
+            record = read_record(sweep.path.parents[1] / run_id / "result.json")
+            losses[choice.configuration, record.seed] = record.scores["validation"].metrics["target_loss"].value
+    return losses
+
+
+def test_as_a_command(tiny_run, tmp_path):
+    words = [*tiny_run(*WORDS), "hydra/sweeper=deciding", f"hydra.sweeper.claims={claims_file(tmp_path, 0.9)}"]
+    ended = sweep_command(*words, "hydra.sweeper.highest_rate=0.1").ended()
+    assert ended.code == 0, ended.err
+    assert "contradicted: look 1 of 2" in ended.out
