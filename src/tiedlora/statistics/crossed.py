@@ -224,24 +224,3 @@ def measured_spread(values: Array) -> Spread:
     between_seeds = float(of_seed.var(ddof=1)) - rest / examples
     between_examples = float(of_example.var(ddof=1)) - rest / seeds
     return Spread(math.sqrt(max(0.0, between_seeds)), math.sqrt(max(0.0, between_examples)), math.sqrt(rest))
-
-
-POWER = 0.8
-MOST_SEEDS, MOST_ROWS = 50, 20_000
-
-
-def needed_seeds_and_rows(distance: float, spread: Spread, rows: int, least_seeds: int) -> tuple[int, int] | None:
-    """The smallest (seeds, rows) that find a difference at `distance` from the margin in 4 of 5 repetitions.
-
-    Seeds are increased first, at the given number of rows. If MOST_SEEDS seeds are too few, the rows are doubled.
-
-    Returns:
-        None if even MOST_SEEDS seeds of MOST_ROWS rows are too few.
-    """
-    while rows <= MOST_ROWS:
-        for seeds in range(max(2, least_seeds), MOST_SEEDS + 1):
-            t_quantiles = stats.t.ppf(1 - TAIL, seeds - 1) + stats.t.ppf(POWER, seeds - 1)
-            if t_quantiles * spread.of_mean(seeds, rows) <= distance:
-                return seeds, rows
-        rows = MOST_ROWS if rows < MOST_ROWS < 2 * rows else 2 * rows
-    return None

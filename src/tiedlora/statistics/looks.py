@@ -22,7 +22,7 @@ TOTAL = 0.05
 """The chance of a wrong verdict in a whole plan, at most."""
 SEEDS = (3, 5, 8, 12)
 SIMULATED = {3: 0.0020, 5: 0.0060, 8: 0.0155, 12: 0.0350}
-"""Levels for looks at 3, 5, 8 and 12 seeds. Their sum is above 0.05, but the looks share seeds: 3.7 to 4.9 % of the
+"""Levels for looks at 3, 5, 8 and 12 seeds. Their sum is above 0.05, but the looks share seeds: at most 4.9 % of
 verdicts are wrong in benchmarks/verdicts.py, but 5.6 % where seeds differ as much as their mean score. There the
 default levels give 4.9 % (docs/results.md)."""
 DRAWS = 4000
