@@ -86,11 +86,11 @@ class Attached:
         """Make every adapted module add its update. A second call changes nothing."""
         if self.active:
             return
-        modules: dict[str, Any] = {path: self.model.get_submodule(path) for path in self.paths}
+        modules = {path: self.model.get_submodule(path) for path in self.paths}
         for path, module in modules.items():
             module.__class__ = _adapted_class(type(module))  # type: ignore[arg-type]
             linear.use_class_forward(module, path)
-            module.adapter_dropout = self.adapter.tying.dropout
+            module.adapter_dropout = self.adapter.tying.dropout  # type: ignore[assignment]
         # Every call of the model, with or without its head, goes through the module that owns the layers.
         owner_path = architectures.layout_of(self.adapter.architecture).layers.rpartition(".")[0]
         owner: nn.Module = self.model.get_submodule(owner_path)
@@ -187,7 +187,7 @@ class Attached:
 class _FoldFactors:
     """The forward pre-hook. Before each pass through the layers it gives every adapted module its folded factors."""
 
-    def __init__(self, model: nn.Module, adapter: TiedAdapter, modules: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, adapter: TiedAdapter, modules: dict[str, nn.Module]) -> None:
         self.model, self.adapter, self.modules = model, adapter, modules
 
     def __call__(self, *_: Any) -> None:

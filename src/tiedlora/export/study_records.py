@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -42,10 +41,12 @@ def export_record(run: RunFolder, out: Path, *, keep_adapter: bool) -> RunFolder
     if keep_adapter:
         for name in record.files:
             storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
-    tree = _copy_files(run, exported)
+    config = _copy_files(run, exported)
     left_out = [TEXTS] if keep_adapter else [TEXTS, ADAPTER]
     exported.result_file.unlink(missing_ok=True)
-    exported.write_record(replace(record, config=ConfigRecord.from_tree(tree), scores=scores, left_out=left_out))
+    exported.write_record(
+        replace(record, config=ConfigRecord.from_tree(config_tree(config)), scores=scores, left_out=left_out)
+    )
     return exported
 
 
@@ -59,14 +60,14 @@ def export_stopped(run: RunFolder, out: Path) -> None:
     _copy_files(run, RunFolder(out / run.path.name))
 
 
-def _copy_files(run: RunFolder, exported: RunFolder) -> dict[str, Any]:
-    """Copy the files without texts, and config.yaml without paths. Returns the configuration's tree."""
+def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
+    """Copy the files without texts, and config.yaml without paths. Returns the configuration."""
     for name in COPIED:
         if (run.path / name).exists():
             storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
-    tree = config_tree(_without_paths(read_config(run.config_file)))
-    storage.write_bytes(exported.config_file, OmegaConf.to_yaml(tree).encode())
-    return tree
+    config = _without_paths(read_config(run.config_file))
+    storage.write_bytes(exported.config_file, OmegaConf.to_yaml(config_tree(config)).encode())
+    return config
 
 
 def _without_paths(config: Config) -> Config:

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar
 
 import torch
 from accelerate.utils import get_max_memory
@@ -22,7 +22,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def loading_settings(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache: Path) -> dict[str, Any]:
+class LoadingSettings(TypedDict, total=False):
+    """The arguments of `from_pretrained` that quantise and place the weights."""
+
+    dtype: torch.dtype
+    quantization_config: BitsAndBytesConfig
+    device_map: str | dict[str, torch.device]
+    offload_folder: str
+    max_memory: dict[int | str, int | str]
+
+
+def loading_settings(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache: Path) -> LoadingSettings:
     """The arguments of `from_pretrained` that quantise and place the weights; empty for a plain model.
 
     Args:
@@ -32,7 +42,7 @@ def loading_settings(config: ModelConfig, dtype: torch.dtype, device: torch.devi
     Raises:
         UserError: model.quantization is set, and bitsandbytes is not installed.
     """
-    settings: dict[str, Any] = {}
+    settings: LoadingSettings = {}
     if config.quantization:
         if importlib.util.find_spec("bitsandbytes") is None:
             command = "pip install 'tiedlora[quantization]'"
@@ -46,7 +56,9 @@ def loading_settings(config: ModelConfig, dtype: torch.dtype, device: torch.devi
             settings["max_memory"] |= dict.fromkeys(range(torch.cuda.device_count()), config.gpu_memory)
         if config.cpu_memory:
             settings["max_memory"]["cpu"] = config.cpu_memory
-    return {"dtype": dtype, **settings} if settings else {}
+    if settings:
+        settings["dtype"] = dtype
+    return settings
 
 
 def _bitsandbytes(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
