@@ -9,6 +9,8 @@ import subprocess
 from tiedlora.config.project import PROJECT
 from tiedlora.records.run_record import CodeVersion
 
+STUDY_RECORDS = "studies/*/runs/**"
+"""The records of studies, from the top of the checkout."""
 PACKAGES = (
     "torch",
     "transformers",
@@ -26,8 +28,11 @@ PACKAGES = (
 
 
 def code_version() -> CodeVersion:
-    """The commit of this checkout, and whether it has uncommitted changes."""
-    status = _git("status", "--porcelain")
+    """The commit of this checkout, and whether it has uncommitted changes.
+
+    The records that a study writes while it runs are results, and no part of the code.
+    """
+    status = _git("status", "--porcelain", "--", ".", f":(exclude,glob){STUDY_RECORDS}")
     return CodeVersion(_git("rev-parse", "HEAD"), None if status is None else bool(status))
 
 
