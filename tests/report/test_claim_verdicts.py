@@ -51,7 +51,7 @@ def test_a_task_that_was_not_run_leaves_the_claim_undecided(claim):
 
 def test_the_page_says_how_many_wrong_verdicts_to_expect(claim):
     note = error_note(answers(claim, (SUPPORTED, 1.0), (CONTRADICTED, 0.01), (UNDECIDED, 0.3), (UNDECIDED, 0.3)))
-    assert note.startswith("2 verdicts (supported or contradicted) from 4 comparisons")
+    assert note.startswith("Verdicts (supported or contradicted): 2. Comparisons that were tested: 4.")
     assert "(0.2)" in note
     assert error_note([]) == "No planned look has been taken yet."
 
