@@ -81,7 +81,7 @@ def error_note(answers: Sequence[Answer]) -> str:
     if not tested:
         return "No planned look has been taken yet."
     return (
-        f"Verdicts (supported or contradicted): {len(decided)}. Comparisons that were tested: {len(tested)}. With every "
-        f"truth at the boundary, {100 * LEVEL:g} % of the comparisons ({LEVEL * len(tested):.1f}) would get a wrong "
-        "verdict."
+        f"Verdicts (supported or contradicted): {len(decided)}. Comparisons that were tested: {len(tested)}. With "
+        f"every truth at the boundary, {100 * LEVEL:g} % of the comparisons ({LEVEL * len(tested):.1f}) would get a "
+        "wrong verdict."
     )
