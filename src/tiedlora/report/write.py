@@ -158,6 +158,6 @@ def _answer_lines(answer: Answer) -> list[str]:
     decide = f"; next: {answer.decide}" if answer.decide else ""
     verdict = answer.verdict.upper() + ("?" if answer.exploratory else "")
     return [
-        f"{verdict:<14} {answer.claim.name} [{answer.model} {answer.task}]{difference}{share}",
+        f"{verdict:<14} {answer.claim.name} [{f'{answer.model} {answer.task}'.strip()}]{difference}{share}",
         f"{'':<14} {answer.reason}{decide}",
     ]
