@@ -6,6 +6,8 @@ start, so what needs numpy or scipy is imported when a sweep starts.
 
 from __future__ import annotations
 
+from typing import Any
+
 from hydra_plugins.resuming_sweeper import ResumingSweeper
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.launching import Launch
@@ -42,25 +44,14 @@ class StagedSweeper(ResumingSweeper):
 class DecidingSweeper(StagedSweeper):
     """After the search, runs the seeds that open claims need."""
 
-    def __init__(
-        self,
-        params: dict[str, str],
-        match_lora: bool,
-        rungs: list[float],
-        finalists: int,
-        lowest_rate: float,
-        highest_rate: float,
-        claims: str,
-        budget: int | None,
-        fail_fast: bool = False,
-    ) -> None:
+    def __init__(self, claims: str, budget: int | None, **search: Any) -> None:
         """
         Args:
-            params, match_lora, rungs, finalists, lowest_rate, highest_rate, fail_fast: as for StagedSweeper.
             claims: the file with the claims and their planned looks.
             budget: the most runs of the sweep; None sets no limit.
+            search: the arguments of StagedSweeper.
         """
-        super().__init__(params, match_lora, rungs, finalists, lowest_rate, highest_rate, fail_fast)
+        super().__init__(**search)
         self.claims, self.budget = claims, budget
 
     def run(self, sweep: Sweep, launch: Launch) -> None:

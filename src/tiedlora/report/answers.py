@@ -24,9 +24,6 @@ from tiedlora.statistics import crossed, looks, rules
 from tiedlora.statistics.interval import Interval
 from tiedlora.text import number_list
 
-EXPLORATORY_LEVEL = 0.05
-"""The two-sided level of a verdict outside the plan."""
-
 
 class Verdict(StrEnum):
     """The verdict on a claim."""
@@ -190,7 +187,7 @@ def _wait_for(answer: Answer, scores: PairedScores, number: int, ended: set[int]
         _predict(answer, scores)
     elif len(scores.seeds) >= plan.looks.seeds[0]:
         answer.exploratory = True
-        answer.contradicted_level = _test(answer, scores, EXPLORATORY_LEVEL).contradicted
+        answer.contradicted_level = _test(answer, scores, looks.TOTAL).contradicted
         answer.reason = f"exploratory: seeds {number_list(scores.seeds)} are not the planned ones"
     else:
         answer.reason = f"before the first look: {len(scores.seeds)} of {plan.looks.seeds[0]} seeds"

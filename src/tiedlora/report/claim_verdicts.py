@@ -15,9 +15,6 @@ from tiedlora.report.answers import Answer, Verdict
 from tiedlora.report.claims import Claim
 from tiedlora.statistics import looks
 
-LEVEL = 0.05
-"""The two-sided level of each verdict, over all planned looks."""
-
 
 @dataclass(frozen=True)
 class ClaimVerdict:
@@ -57,7 +54,9 @@ def _verdict(answers: Sequence[Answer], model: str) -> ClaimVerdict:
     informative = [answer for answer in answers if answer.verdict != Verdict.UNINFORMATIVE]
     contradicting = [
         answer
-        for answer, is_rejected in zip(answers, looks.holm([a.contradicted_level for a in answers], LEVEL), strict=True)
+        for answer, is_rejected in zip(
+            answers, looks.holm([a.contradicted_level for a in answers], looks.TOTAL), strict=True
+        )
         if is_rejected
     ]
     supporting = [answer for answer in informative if answer.verdict == Verdict.SUPPORTED]
@@ -80,8 +79,9 @@ def error_note(answers: Sequence[Answer]) -> str:
     decided = [answer for answer in tested if answer.verdict in (Verdict.SUPPORTED, Verdict.CONTRADICTED)]
     if not tested:
         return "No planned look has been taken yet."
+    wrong = looks.TOTAL * len(tested)
     return (
         f"Verdicts (supported or contradicted): {len(decided)}. Comparisons that were tested: {len(tested)}. With "
-        f"every truth at the boundary, {100 * LEVEL:g} % of the comparisons ({LEVEL * len(tested):.1f}) would get a "
-        "wrong verdict."
+        f"every truth at the boundary, {100 * looks.TOTAL:g} % of the comparisons ({wrong:.1f}) would get a wrong "
+        "verdict."
     )

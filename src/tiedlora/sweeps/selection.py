@@ -19,7 +19,7 @@ from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import SplitScores
 from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection, read_selection
 from tiedlora.runs import lazy
-from tiedlora.statistics.rate_choice import RateTrial, choose_rate
+from tiedlora.statistics.rate_choice import ChosenRate, RateTrial, choose_rate
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.text import aligned
 
@@ -121,22 +121,38 @@ def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
         )
     chosen = [cell for cell in cells if cell.parameters().lr == best.lr and cell.folder.result_file.exists()]
     metric = LOSS if best.by == "loss" else _first_metric(chosen[0])
+    # The rule takes more as better, so it has seen a loss with the other sign.
+    value = -best.value if is_loss(metric) else best.value
+    failed = sum(len(trial.failed_seeds()) for trial in trials)
+    return recorded_choice(best, chosen, metric=metric, value=value, trials=len(cells), failed=failed)
+
+
+def recorded_choice(
+    chosen: ChosenRate, runs: Sequence[SweepCell], *, metric: str, value: float, trials: int, failed: int
+) -> RateChoice:
+    """The chosen rate as selection.json holds it, without test scores.
+
+    Args:
+        runs: the cells at the chosen rate.
+        metric: what chose, with its mean `value` on validation.
+        trials: the number of runs that were tried, of which `failed` failed.
+    """
+    named = runs[0].parameters()
     return RateChoice(
         model=named.model,
         task=named.task,
         configuration=named.configuration,
         rank=named.rank,
-        lr=best.lr,
-        lrs=list(best.tried),
+        lr=chosen.lr,
+        lrs=list(chosen.tried),
         metric=metric,
-        # The rule takes more as better, so it has seen a loss with the other sign.
-        value=-best.value if is_loss(metric) else best.value,
-        seeds=len(chosen),
-        trials=len(cells),
-        failed=sum(len(trial.failed_seeds()) for trial in trials),
-        edge=best.edge,
-        run_ids=sorted(cell.run_id for cell in chosen),
-        selection_seeds=list(best.seeds),
+        value=value,
+        seeds=len(runs),
+        trials=trials,
+        failed=failed,
+        edge=chosen.edge,
+        run_ids=sorted(cell.run_id for cell in runs),
+        selection_seeds=list(chosen.seeds),
     )
 
 

@@ -119,26 +119,13 @@ class SearchGroup:
 
     def choice(self, stage: SearchStage, chosen: ChosenRate) -> RateChoice:
         """The chosen rate with its runs, once the search has ended."""
-        named, cells = self.first.parameters(), [self.cell(chosen.lr, seed) for seed in self.plan.seeds]
-        test, test_metric = _mean_test(cells)
-        return RateChoice(
-            model=named.model,
-            task=named.task,
-            configuration=named.configuration,
-            rank=named.rank,
-            lr=chosen.lr,
-            lrs=list(chosen.tried),
-            metric=LOSS,
-            value=chosen.value,
-            seeds=len(cells),
-            trials=len(stage.runs),
-            failed=sum(len(trial.failed) for trial in stage.trials),
-            edge=chosen.edge,
-            run_ids=sorted(cell.run_id for cell in cells),
-            test=test,
-            test_metric=test_metric,
-            selection_seeds=list(chosen.seeds),
+        cells = [self.cell(chosen.lr, seed) for seed in self.plan.seeds]
+        failed = sum(len(trial.failed) for trial in stage.trials)
+        choice = selection.recorded_choice(
+            chosen, cells, metric=LOSS, value=chosen.value, trials=len(stage.runs), failed=failed
         )
+        test, test_metric = _mean_test(cells)
+        return replace(choice, test=test, test_metric=test_metric)
 
 
 def observation(cell: SweepCell) -> Observation:

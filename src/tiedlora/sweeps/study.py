@@ -112,7 +112,7 @@ def export_study(folder: Path, outputs: Path) -> int:
     with_adapter = set()
     for path in sorted((outputs / "sweeps").glob(f"*/{SELECTION_FILE}")):
         for choice in read_selection(path).choices:
-            with_adapter.add(min(choice.run_ids, key=_seed))
+            with_adapter.add(min(choice.run_ids, key=lambda run_id: RunFolder(outputs / run_id).finished_record().seed))
         storage.write_bytes(runs / "sweeps" / path.parent.name / SELECTION_FILE, storage.read_bytes(path))
     count = 0
     for path in sorted(outputs.iterdir()):
@@ -125,8 +125,3 @@ def export_study(folder: Path, outputs: Path) -> int:
             continue
         count += 1
     return count
-
-
-def _seed(run_id: str) -> int:
-    """The seed in a run's id, which ends in -s<seed>-<hash>."""
-    return int(run_id.rsplit("-", 2)[1].removeprefix("s"))
