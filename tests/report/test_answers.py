@@ -103,6 +103,8 @@ class TestLooks:
         assert three.verdict == four.verdict == "undecided"
         assert (four.look, four.seeds, four.contrast) == (0, 3, three.contrast)
         assert "needs seeds 4 on both sides; a later look decides with a chance of" in four.decide
+        assert "the plan decides in 4 of 5 tries where the comparator gains" in four.decide
+        assert four.gain_needed > 0.4, "the comparator's gain of 0.4 was too small at these rows"
 
     def test_a_failed_seed_is_missing_and_does_not_stop_the_look(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)

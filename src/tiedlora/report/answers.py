@@ -19,6 +19,7 @@ from tiedlora.report import compare, estimates, partners
 from tiedlora.report.claims import Claim, Plan
 from tiedlora.report.estimates import Estimate, Measure, PairedScores
 from tiedlora.report.groups import RunGroup
+from tiedlora.report.planning import slack
 from tiedlora.report.scorebook import Scorebook
 from tiedlora.statistics import crossed, looks, rules
 from tiedlora.statistics.interval import Interval
@@ -58,6 +59,8 @@ class Answer:
     """The largest share that the rule `retains` would support at the level of the look."""
     contradicted_level: float = 1.0
     """The level of the whole plan at which the claim is contradicted, for Holm's procedure over tasks."""
+    gain_needed: float | None = None
+    """The comparator's gain at which the last look decides in 4 of 5 tries, if the method equals the comparator."""
     look: int | None = None
     """The look that the answer rests on, counted from 0."""
     seeds: int = 0
@@ -202,11 +205,18 @@ def _predict(answer: Answer, scores: PairedScores) -> None:
         return
     sides = (seen.method, seen.comparator, seen.base)
     chance = looks.chance_of_decision(answer.claim.rule, *sides, plan.looks, look)
+    if (share := slack(answer.claim.rule)) is not None:
+        spread = crossed.measured_spread(answer.claim.rule.contrast(*sides))
+        answer.gain_needed = looks.gain_needed_at_last_look(1 - share, spread, answer.rows, plan.looks)
     answer.is_futile = looks.is_futile(chance)
     if answer.is_futile:
         answer.decide = f"no planned look is likely to change it (chance {100 * chance:.0f} %)"
     else:
         answer.decide += f"; a later look decides with a chance of {100 * chance:.0f} %"
+    if answer.gain_needed is not None and answer.measure is not None:
+        unit = answer.measure.unit
+        gain = f"{unit.factor * answer.gain_needed:.{unit.decimals}f} {unit.words}"
+        answer.decide += f"; the plan decides in 4 of 5 tries where the comparator gains {gain} or more"
 
 
 def next_look(plan: Plan, number: int, ended: Iterable[int] = ()) -> str:

@@ -34,7 +34,7 @@ def _outlook(claim: Claim, seeds: int, rows: int, spread: Spread) -> str:
     reached = Looks(planned.seeds[:count], planned.levels[:count])
     where = f"looks at {', '.join(map(str, reached.seeds))} seeds of {rows:,} rows"
     known = ", assuming a usual spread of scores" if spread is ASSUMED else ""
-    if (share := _slack(claim.rule)) is not None:
+    if (share := slack(claim.rule)) is not None:
         gain = 100 * looks.gain_needed_at_last_look(1 - share, spread, rows, reached)
         if gain > 100:
             return f"{where} will hardly decide it: use more seeds or rows, or compare the loss{known}"
@@ -44,7 +44,7 @@ def _outlook(claim: Claim, seeds: int, rows: int, spread: Spread) -> str:
     return f"{where} decide it with a chance of {100 * chance:.0f} % if it is true by {100 * distance:g} points{known}"
 
 
-def _slack(rule: Rule) -> float | None:
+def slack(rule: Rule) -> float | None:
     """The share of the comparator's gain between a method that equals the comparator and the rule's boundary."""
     match rule:
         case Retains(rho):
