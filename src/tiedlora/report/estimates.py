@@ -134,17 +134,14 @@ def gain(group: RunGroup, measure: Measure, book: Scorebook) -> Estimate | None:
 
 def difference(ours: RunGroup, theirs: RunGroup, measure: Measure, book: Scorebook) -> tuple[Estimate | None, str]:
     """The paired difference of two groups over the seeds that both have, and notes for the reader."""
-    pairs = _pairs(ours, theirs, measure)
-    if not pairs:
-        return None, "no seed in common"
-    split = measure.split
-    if ours.digests(split) != theirs.digests(split) or ours.has_mixed_data(split) or theirs.has_mixed_data(split):
-        return None, "other data"
-    first, second = zip(*pairs, strict=True)
+    try:
+        first, second = _comparable_runs(ours, theirs, measure)
+    except UserError as error:
+        return None, str(error)
     values = measure.values(first) - measure.values(second)
     estimate = Estimate(float(values.mean()))
     notes = []
-    if len(pairs) > 1:
+    if len(first) > 1:
         estimate.seeds = crossed.seeds_interval(values)
     try:
         _add_paired_intervals(estimate, *_paired_tables(first, second, measure, book))
@@ -153,9 +150,24 @@ def difference(ours: RunGroup, theirs: RunGroup, measure: Measure, book: Scorebo
     commits = [{str(run.record.code.commit) for run in side} for side in (first, second)]
     if commits[0] != commits[1]:
         notes.append("made by another commit")
-    if len(pairs) < max(len(ours.runs), len(theirs.runs)):
-        notes.append(f"{len(pairs)} seed{'s' if len(pairs) > 1 else ''} in common")
+    if (common := len(first)) < max(len(ours.runs), len(theirs.runs)):
+        notes.append(f"{common} seed{'s' if common > 1 else ''} in common")
     return estimate, "; ".join(notes)
+
+
+def _comparable_runs(ours: RunGroup, theirs: RunGroup, measure: Measure) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+    """The runs of both groups that have the same seeds, in the same order.
+
+    Raises:
+        UserError: there is no seed in common, or the groups saw other rows.
+    """
+    pairs, split = _pairs(ours, theirs, measure), measure.split
+    if not pairs:
+        raise UserError("no seed in common")
+    if ours.digests(split) != theirs.digests(split) or any(group.has_mixed_data(split) for group in (ours, theirs)):
+        raise UserError("other data")
+    first, second = zip(*pairs, strict=True)
+    return first, second
 
 
 def _pairs(ours: RunGroup, theirs: RunGroup, measure: Measure) -> list[tuple[Run, Run]]:
@@ -206,15 +218,8 @@ def paired_scores(method: RunGroup, comparator: RunGroup, measure: Measure, book
     Raises:
         UserError: predictions are missing or damaged, the examples differ, or there is no seed in common.
     """
-    pairs = _pairs(method, comparator, measure)
-    if not pairs:
-        raise UserError("no seed in common")
     split = measure.split
-    if method.digests(split) != comparator.digests(split) or any(
-        group.has_mixed_data(split) for group in (method, comparator)
-    ):
-        raise UserError("their rows differ")
-    first, second = zip(*pairs, strict=True)
+    first, second = _comparable_runs(method, comparator, measure)
     ids, _ = book.scores(first[0], split, measure.metric)
     tables = _paired_tables(first, second, measure, book)
     base = next((run for run in (*first, *second) if measure.has_base(run)), None)
