@@ -192,6 +192,19 @@ class TestPartners:
         assert "LoRA r=8 was not run in the same setting" in found.reason
         assert "TAB r=8 was not run on it" in answer(tmp_path, method="TAB, rank: 8").reason
 
+    def test_a_changed_specification_answers_by_a_name_of_its_own_only(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.6}, rows=50, seeds=3)
+        for name in ("TABuv", "mine"):
+            changes = {"config.tying.dropout": 0.1, "config.tying.name": name}
+            for seed in range(3):
+                scored_run(tmp_path / "runs" / name, [1.0] * 50, [0.0] * 50, seed=seed, changes=changes)
+        roots = [tmp_path / "runs", tmp_path / "runs" / "TABuv"]
+        (found,) = write.build(roots, claims=claims_file(tmp_path)).answers
+        assert "TABuv r=8 was not run on it" in found.reason
+        roots = [tmp_path / "runs", tmp_path / "runs" / "mine"]
+        (found,) = write.build(roots, claims=claims_file(tmp_path, method="mine, rank: 8")).answers
+        assert "custom (mine) r=8 against LoRA r=8" in found.reason
+
     def test_the_metric_of_a_task_is_chosen_by_name(self, tmp_path):
         found = of_world(tmp_path, {"LoRA": 0.6, "TABuv": 0.3}, rows=50, claim={"tasks": "{chain_sum: f1}"})
         assert "validation has no f1; it has exact_match_strict" in found.reason

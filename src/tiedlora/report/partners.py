@@ -15,6 +15,8 @@ from tiedlora.errors import UserError
 from tiedlora.report.claims import EQUAL_RANK, Claim, Side
 from tiedlora.report.groups import RunGroup
 
+KNOWN = (*tying.NAMES, *tying.STARTS, "LoRA_qkv")
+"""Configurations whose name follows from their values."""
 TOLERANCE = 0.05
 """Numbers of parameters count as equal up to this share."""
 
@@ -77,8 +79,15 @@ def _shifted(group: RunGroup | None, side: Side) -> RunGroup | None:
 
 
 def _is_of(group: RunGroup, side: Side) -> bool:
-    """Whether the group is of the side's configuration, which is a name of the paper's or a specification's own."""
-    return group.label in (side.configuration, f"custom ({side.configuration})")
+    """Whether the group is of the side's configuration: a known name, or the name of a specification of one's own.
+
+    A changed TABuv, such as one with dropout, may still be called TABuv. It is not the TABuv of a claim.
+    """
+    if group.label == side.configuration:
+        return True
+    record = group.runs[0].record
+    is_own_name = record.label == "custom" and record.config.tying.name == side.configuration
+    return is_own_name and side.configuration not in KNOWN
 
 
 def _partner(side: Side, anchor: RunGroup, groups: Sequence[RunGroup]) -> tuple[RunGroup | None, str]:
