@@ -15,7 +15,7 @@ SUPPORTED, CONTRADICTED, UNDECIDED, FLOOR = Verdict
 def answers(claim, *given):
     """Answers of tasks, each a verdict with the level at which the task contradicts the claim."""
     return [
-        Answer(claim, "model", f"task {number}", verdict, contradicted_level=level, look=0)
+        Answer(claim, "model", f"task {number}", verdict=verdict, contradicted_level=level, look=0)
         for number, (verdict, level) in enumerate(given)
     ]
 

@@ -43,6 +43,8 @@ class Answer:
     model: str
     task: str
     """The task, with the variant of its setting if there are several."""
+    pair: partners.Pair | None = None
+    """The groups that were compared; None if no run of the claim exists."""
     verdict: Verdict = Verdict.UNDECIDED
     exploratory: bool = False
     """Whether the verdict rests on seeds outside the plan."""
@@ -86,7 +88,7 @@ def answer_claims(
 
 
 def _answer(claim: Claim, pair: partners.Pair, split: str, book: Scorebook) -> Answer:
-    answer = Answer(claim, pair.model, pair.task_in_words, reason=pair.problem, decide=next_look(claim.plan, 0))
+    answer = Answer(claim, pair.model, pair.task_in_words, pair, reason=pair.problem, decide=next_look(claim.plan, 0))
     if pair.method is None or pair.comparator is None:
         return answer
     method, comparator = pair.method, pair.comparator

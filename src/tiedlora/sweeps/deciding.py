@@ -181,12 +181,10 @@ def claim_states(claims: Sequence[Claim], sweep: Sweep, searches: Sequence[Searc
                 runs.append(run) if isinstance(run, Run) else left_out.append(run)
     groups, book, states = group_runs(runs, left_out, [selection_of(sweep, searches)]), Scorebook(), []
     for claim in claims:
-        pairs = partners.pairs(claim, groups)
-        answers = answer_claims([claim], groups, book)
-        for number, answer in enumerate(answers):
+        for answer in answer_claims([claim], groups, book):
             needed: tuple[SweepCell, ...] = ()
-            if number < len(pairs) and answer.verdict == Verdict.UNDECIDED and not answer.is_futile:
-                needed = _next_look(claim, pairs[number], owners)
+            if answer.pair is not None and answer.verdict == Verdict.UNDECIDED and not answer.is_futile:
+                needed = _next_look(claim, answer.pair, owners)
             states.append(ClaimState(answer, needed))
     return states
 
