@@ -22,10 +22,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from tiedlora.adapter import architectures, files, linear
+from tiedlora.adapter.arms import ParameterGroup
 from tiedlora.adapter.parts import TiedAdapter
+from tiedlora.config.families import layout_of
+from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
-from tiedlora.tying import Architecture, Layout, Tying, adapted_layers, named
+from tiedlora.tying import PARTS, Architecture, Layout, Tying, adapted_layers, named, part_of
 
 
 class Adapted(nn.Module):
@@ -92,7 +95,7 @@ class Attached:
             linear.use_class_forward(module, path)
             module.adapter_dropout = self.adapter.tying.dropout  # type: ignore[assignment]
         # Every call of the model, with or without its head, goes through the module that owns the layers.
-        owner_path = architectures.layout_of(self.adapter.architecture).layers.rpartition(".")[0]
+        owner_path = layout_of(self.adapter.architecture).layers.rpartition(".")[0]
         owner: nn.Module = self.model.get_submodule(owner_path)
         self._fold_hook = owner.register_forward_pre_hook(_FoldFactors(self.model, self.adapter, modules))
 
@@ -108,6 +111,43 @@ class Attached:
             linear.use_class_forward(module, path)
             for name in ("folded_A", "folded_B", "adapter_dropout"):
                 module.__dict__.pop(name, None)
+
+    compiles = True
+
+    def trained_parts(self) -> dict[str, nn.Parameter]:
+        """`target.part` -> its parameter, for the trained parts."""
+        return self.adapter.trained_parts()
+
+    def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
+        """One group for each of A, B, u and v."""
+        groups = []
+        for letter, traits in PARTS.items():
+            parameters = [parameter for name, parameter in self.trained_parts().items() if part_of(name) == letter]
+            if parameters:
+                groups.append(ParameterGroup(parameters, getattr(lr_factors, letter), traits.decays))
+        return groups
+
+    def buffers(self) -> dict[str, Tensor]:
+        """None: all tensors of the adapter are parts."""
+        return {}
+
+    def changed_buffers(self) -> dict[str, Tensor]:
+        """None: all tensors of the adapter are parts."""
+        return {}
+
+    def stored_params(self) -> int:
+        """How many numbers a saved folder holds."""
+        return sum(parameter.numel() for parameter in files.stored_parts(self.adapter).values())
+
+    def save(self, folder: Path, base: BaseModelRecord) -> int:
+        """As `save_pretrained`."""
+        return files.save(self.adapter, folder, base)
+
+    def load_values(self, folder: Path) -> None:
+        """Take the values of a saved adapter with the same specification."""
+        saved = files.load(folder)[0].parts()
+        for name, parameter in self.adapter.parts().items():
+            parameter.data.copy_(saved[name])
 
     def save_pretrained(self, folder: Path | str, base: BaseModelRecord | None = None) -> int:
         """Write the adapter's folder, with each part once; see `files.save`.
@@ -215,11 +255,11 @@ def attach(
     """Attach a new adapter to `model` and freeze the base. The update is exactly zero until the adapter is trained.
 
     Args:
-        model: a causal language model of transformers, of a family in architectures.FAMILIES.
+        model: a causal language model of transformers, of a family in config.families.FAMILIES.
         tying: a specification, or its name in conf/tying/ ("LoRA", "TABuv", "TABuv_v0", ...; see tying.named).
         alpha: gives the update's scale (see `scaling`); None means `rank`.
         seed: the seed of the random parts.
-        layout: where the model keeps its projections, for a family that is not in architectures.FAMILIES.
+        layout: where the model keeps its projections, for a family that is not in config.families.FAMILIES.
         scaling: standard (the scale is alpha / rank) or rslora (alpha / sqrt(rank)).
 
     Raises:

@@ -19,8 +19,10 @@ from tiedlora import storage
 from tiedlora.config.adapter_folder import adapter_digest, adapter_folder
 from tiedlora.config.check import check, check_texts
 from tiedlora.config.explain import cause_chain, readable_errors
+from tiedlora.config.methods import complete_method
 from tiedlora.config.project import CONF, PROJECT
 from tiedlora.config.schema import Config, TaskConfig
+from tiedlora.config.sizes import at_budget
 from tiedlora.errors import UserError
 
 
@@ -68,7 +70,7 @@ def complete(config: Config) -> Config:
     Raises:
         UserError: one line that names the key.
     """
-    train, rank = config.train, config.rank
+    train = config.train
     if train.lr is None:
         train = replace(train, lr=config.tying.suggested_lr)
     config = replace(config, train=train, outputs=_absolute(config.outputs), cache=_absolute(config.cache))
@@ -77,7 +79,12 @@ def complete(config: Config) -> Config:
     if train.init_from and train.init_digest is None:
         folder = adapter_folder(train.init_from).absolute()
         config.train = replace(train, init_from=str(folder), init_digest=adapter_digest(folder))
+    config = complete_method(config)
     check(config)
+    if config.budget is not None:
+        config = at_budget(config)
+        check(config)
+    rank = config.rank
     if rank.alpha is None:
         config.rank = replace(rank, alpha=float(rank.r))
     if config.tying.layers == list(range(config.model.architecture.layers)):

@@ -98,4 +98,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 def options(group: str) -> list[str]:
     """The options of a group of conf/, or of `grid`, whose files are in sweeps/grid/. By name."""
-    return sorted(path.stem for folder in (CONF, PROJECT / "sweeps") for path in (folder / group).glob("*.yaml"))
+    folders = [root / group for root in (CONF, PROJECT / "sweeps")]
+    return sorted(
+        path.relative_to(folder).with_suffix("").as_posix() for folder in folders for path in folder.rglob("*.yaml")
+    )

@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tiedlora.adapter import attach_adapter, load
+from tiedlora.adapter.attach_arm import is_other_method
 from tiedlora.adapter.files import TENSORS
+from tiedlora.adapter.other_arm import check_tensors, read_description
 from tiedlora.config.adapter_folder import DESCRIPTION
+from tiedlora.config.methods import PEFT_FILE
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.export.card import card
@@ -93,7 +96,9 @@ def _write(run: RunFolder, record: RunRecord, config: Config, out: Path, options
     if config.model.quantization:
         notes.append(QUANTISED_NOTES[config.model.quantization].format(dtype=config.train.dtype))
     rounding = None
-    if options.form == "hub-card":
+    if is_other_method(run.adapter):
+        _copy_arm(run, config, out, options)
+    elif options.form == "hub-card":
         _copy_adapter(run, out)
     elif options.form == "peft":
         adapter, _ = load(run.adapter)
@@ -115,6 +120,20 @@ def _copy_adapter(run: RunFolder, out: Path) -> None:
     # Only these files are copied, after they have loaded. The run of a stranger may hold other files, and links.
     for name in (DESCRIPTION, TENSORS):
         shutil.copyfile(run.adapter / name, out / name)
+
+
+def _copy_arm(run: RunFolder, config: Config, out: Path, options: ExportOptions) -> None:
+    """Copy the files of an arm of another method: PEFT's own, and for a hub-card ours too."""
+    if options.form == "merged":
+        raise UserError(
+            f"--to merged: is for this project's own adapters; load the run with --to peft, and use PEFT's "
+            f"merge_and_unload if {config.tying.method} has it"
+        )
+    check_tensors(run.adapter)
+    own = [DESCRIPTION] if options.form == "hub-card" else []
+    for name in (*own, read_description(run.adapter).tensors_file, PEFT_FILE):
+        if (run.adapter / name).is_file():
+            shutil.copyfile(run.adapter / name, out / name)
 
 
 def _write_merged(run: RunFolder, config: Config, out: Path, options: ExportOptions) -> str:

@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from tiedlora import storage
 from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
+from tiedlora.records.admission import Admission
 from tiedlora.records.halving import Halving
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, is_number, typed
@@ -199,6 +200,10 @@ class RunRecord:
     """Always `done`: other runs have no record."""
     files: dict[str, str] = field(default_factory=dict)
     """File of the adapter -> its sha256."""
+    stored_params: Count | None = None
+    """Numbers in the files of the arm of another method. It may have to store frozen ones too."""
+    admission: Admission | None = None
+    """The checks of an arm of another method before its first step."""
     left_out: list[Text] | None = None
     """What a study does not keep of the run's folder: TEXTS, ADAPTER. None for the run's own folder."""
 
@@ -233,6 +238,11 @@ class RunRecord:
             return None
         value = scores.metrics[scores.first_metric].value
         return -value if is_loss(scores.first_metric) else value
+
+    @property
+    def is_other_method(self) -> bool:
+        """Whether another method than this project's own was trained."""
+        return self.identity.tying.get("method") is not None
 
     @property
     def label(self) -> str:

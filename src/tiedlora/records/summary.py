@@ -16,7 +16,8 @@ FLOOR = 0.05
 def terminal_lines(record: RunRecord, folder: Path) -> str:
     """The lines that end `python train.py`: loss, scores with intervals, size, folder."""
     training = record.training
-    head = f"{record.config.tying.name} r={record.config.rank.r} on {record.config.task.name}, {record.base.name}"
+    rank = "" if record.is_other_method else f" r={record.config.rank.r}"
+    head = f"{record.config.tying.name}{rank} on {record.config.task.name}, {record.base.name}"
     lines = [
         "",
         f"{head}, seed {record.seed}",

@@ -63,7 +63,12 @@ class RunGroup:
 
     @property
     def name(self) -> str:
-        return f"{self.configuration} r={self.rank}"
+        return self.configuration if self.is_other_method else f"{self.configuration} r={self.rank}"
+
+    @property
+    def is_other_method(self) -> bool:
+        """Whether another method was trained, which has no rank of ours."""
+        return self.runs[0].is_other_method
 
     @property
     def training_digests(self) -> set[str]:

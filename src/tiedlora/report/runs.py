@@ -74,6 +74,11 @@ class Run:
         return self.record.identity.task.name
 
     @property
+    def is_other_method(self) -> bool:
+        """Whether another method was trained, which has no rank of ours."""
+        return self.record.is_other_method
+
+    @property
     def rank(self) -> int:
         return self.record.identity.rank.r
 
@@ -197,6 +202,8 @@ def read_run(path: Path) -> Run | LeftOut:
 
 
 def _configuration(record: RunRecord) -> str:
+    if record.is_other_method:
+        return record.config.tying.name
     if record.label != "custom":
         return record.label
     return start_of(record.identity.tying) or f"custom ({record.config.tying.name})"

@@ -5,6 +5,7 @@ All of it may contain text of a model or of a damaged record, so control charact
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -15,6 +16,7 @@ from tiedlora.config import command, compose
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.records.rows import PredictionRow, Score
+from tiedlora.records.run_record import RunRecord
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.runs import Run
 from tiedlora.text import visible, visible_lines
@@ -74,7 +76,8 @@ def _facts(group: RunGroup, run: Run) -> list[tuple[str, str]]:
     return [
         ("run", run.run_id),
         ("base model", f"{record.base.name} ({record.base.digest})"),
-        ("trained", ", ".join(trained)),
+        ("trained", identity.tying.get("method") or ", ".join(trained)),
+        *_arm_facts(record),
         ("trainable parameters", f"{run.params:,} ({100 * group.share:.2f} % of LoRA)"),
         ("learning rate", ", ".join(f"{lr:g}" for lr in group.rates) + f"; chosen {group.lr:g}"),
         ("seeds", ", ".join(str(member.seed) for member in group.runs)),
@@ -84,6 +87,17 @@ def _facts(group: RunGroup, run: Run) -> list[tuple[str, str]]:
         ("commit", f"{record.code.commit}{' with changes' if record.code.dirty else ''}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
     ]
+
+
+def _arm_facts(record: RunRecord) -> list[tuple[str, str]]:
+    """What only an arm of another method has."""
+    if not record.is_other_method:
+        return []
+    arguments = record.identity.tying.get("resolved")
+    facts = [("arguments", json.dumps(arguments, sort_keys=True)), ("stored numbers", f"{record.stored_params or 0:,}")]
+    if record.admission is not None:
+        facts.append(("admission", "; ".join(record.admission.marks()) or "all checks passed"))
+    return facts
 
 
 def _command(run: Run) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tiedlora.adapter import attach_adapter, load
+from tiedlora.adapter.attach_arm import attach_saved, trained_on
 from tiedlora.config import compose
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
@@ -55,10 +55,10 @@ def add_scores(
     if forgetting is not None:
         check_source(forgetting, config.task.name)
     base = cached_base(config, resolve_device(config.train.device))
-    adapter, trained_on = load(folder.adapter)
-    if trained_on != base.record:
-        raise UserError(f"{folder.adapter}: was trained on {trained_on}, the base model here is {base.record}")
-    attached = attach_adapter(base.model, adapter)
+    trained = trained_on(folder.adapter)
+    if trained != base.record:
+        raise UserError(f"{folder.adapter}: was trained on {trained}, the base model here is {base.record}")
+    attached = attach_saved(base.model, folder.adapter)
     encoder = Encoder(base.tokenizer, config.task, config.model.context)
     scorer = Scorer(attached, encoder, task, config, base.record)
     try:

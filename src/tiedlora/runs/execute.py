@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from tiedlora.adapter import save
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.errors import StoppedEarly, UserError
@@ -75,7 +74,7 @@ def _run_first_process(config: Config, world: World) -> RunRecord | None:
 def _train_and_score(session: RunSession, folder: RunFolder, stop: StopSignal) -> RunRecord:
     """Train from the newest checkpoint or from the start, save the adapter, score, and write result.json last."""
     trained = Trainer(session, folder, stop).train()
-    adapter_bytes = save(session.attached.adapter, folder.adapter, session.base.record)
+    adapter_bytes = session.attached.save(folder.adapter, session.base.record)
     scores = _score(session, folder)
     # The other processes have nothing left to do. They leave now.
     session.world.leave()

@@ -41,6 +41,8 @@ def build_record(
         scores=scores,
         status="done",
         files=folder.checksums("adapter/*"),
+        stored_params=session.attached.stored_params() if config.tying.method is not None else None,
+        admission=session.admission,
     )
 
 

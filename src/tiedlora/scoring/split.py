@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from tiedlora.adapter import Attached
+from tiedlora.adapter.arms import Arm
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
@@ -43,7 +43,7 @@ PROTOCOL_KEYS = {
 class Scorer:
     """Scores splits of one run, with the adapted model and with the base model."""
 
-    attached: Attached
+    attached: Arm
     encoder: Encoder
     task: Task
     config: Config
@@ -275,7 +275,7 @@ def _with_recorded(new: SplitScores, passes: Passes, recorded: SplitScores | Non
 
 
 @contextmanager
-def merged_for_scoring(attached: Attached, config: Config) -> Iterator[Any]:
+def merged_for_scoring(attached: Arm, config: Config) -> Iterator[Any]:
     """Inside the block, the model is as it is scored. It is merged in float32 only: bfloat16 would round the update. A
     quantised or offloaded base cannot be merged, and is scored unmerged.
     """
@@ -289,7 +289,7 @@ def merged_for_scoring(attached: Attached, config: Config) -> Iterator[Any]:
 
 
 @contextmanager
-def _disabled(attached: Attached) -> Iterator[Any]:
+def _disabled(attached: Arm) -> Iterator[Any]:
     """Inside the block, the model computes as the base model."""
     attached.disable()
     try:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from tiedlora import storage, tying
+from tiedlora import storage
 from tiedlora.config.identity import config_tree, run_id
 from tiedlora.config.schema import Config
+from tiedlora.config.sizes import trainable_params
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.sweeps.control import SweepControl
 
@@ -95,7 +96,7 @@ class SweepCell:
             rank=config.rank.r,
             lr=config.train.lr,
             seed=config.seed,
-            trainable=tying.trainable_params(config.tying, config.rank.r, config.model.architecture),
+            trainable=trainable_params(config) or 0,
         )
 
 

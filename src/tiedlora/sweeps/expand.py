@@ -21,6 +21,7 @@ from tiedlora.config import compose
 from tiedlora.config.explain import readable_errors
 from tiedlora.config.project import CONF
 from tiedlora.config.schema import ModelConfig, TaskConfig
+from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 from tiedlora.sweeps.cell_composer import CellComposer
 from tiedlora.sweeps.cells import Sweep, SweepCell
@@ -101,7 +102,7 @@ def _cell(composer: CellComposer, overrides: list[str]) -> SweepCell:
 def _matching_lora(cell: SweepCell) -> list[str]:
     """The overrides of the LoRA cell with the nearest trainable count, which is otherwise equal to `cell`."""
     config = cell.config
-    count = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
+    count = trainable_params(config) or 0
     rank = tying.nearest_lora_rank(count, config.model.architecture)
     others = [override for override in cell.overrides if override.split("=")[0].split(".")[0] not in ("tying", "rank")]
     return [*others, "tying=LoRA", f"rank.r={rank}"]
