@@ -21,6 +21,7 @@ from tiedlora.records.run_record import BaseModelRecord
 
 try:
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
 except ImportError:
     raise UserError("tying.method: needs PEFT; install it with pip install 'tiedlora[peft]'") from None
 
@@ -51,6 +52,7 @@ class PeftArm(OtherArm):
             try:
                 self.peft: Any = get_peft_model(model, config)
             except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+                _restore_modules(model)
                 raise UserError(
                     f"tying.method={spec.tying.method}: PEFT refuses it: {' '.join(str(error).split()):.300}"
                 ) from None
@@ -103,6 +105,14 @@ class PeftArm(OtherArm):
             folder / PEFT_FILE,
             {**tree, "base_model_name_or_path": base.name, "revision": base.revision, "inference_mode": True},
         )
+
+
+def _restore_modules(model: nn.Module) -> None:
+    """Put back the modules that PEFT had replaced when it failed."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module.get_base_layer())
 
 
 def _short(name: str) -> str:

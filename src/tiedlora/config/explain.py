@@ -55,6 +55,8 @@ def explain(error: BaseException) -> str:
         return f"{group}={option}: no such option; choose one of {', '.join(names)}{nearest(option, names)}"
     if match := re.search(r"Could not override '([\w.]+)'|Key '([\w.]+)' (?:is )?not in '?(\w+)", text):
         key = match[1] or _full_key(text) or match[2]
+        if key.split("[")[0].startswith("tying.arguments"):
+            return "tying.arguments: to add an argument to those of the option, write ++tying.arguments.NAME=VALUE"
         return f"{key}: unknown key{nearest(key, schema_keys())}; `python train.py --cfg job` shows them all"
     if isinstance(error, OverrideParseException):
         return (

@@ -89,7 +89,10 @@ def _search_peft(tying: str, knob: str, architecture: str, budget: int) -> int:
         except UserError:
             return None
 
-    return Search(count, budget, LARGEST_KNOB).nearest()
+    sizes = Architecture(**{**json.loads(architecture), "layout": spec.Layout()})
+    # Some counts fall and rise: they are lowest where the rank is a side of the matrix.
+    landmarks = {side for target in ("q", "k") for side in spec.target_shape(sizes, target)}
+    return Search(count, budget, LARGEST_KNOB, tuple(sorted(landmarks))).nearest()
 
 
 def _with_knob(tying: TyingConfig, value: int) -> TyingConfig:
@@ -107,6 +110,8 @@ class Search:
     budget: int
     highest: int
     """The largest value that may be tried."""
+    landmarks: tuple[int, ...] = ()
+    """Values to try as well, if the search finds none near enough."""
 
     def nearest(self) -> int:
         """The nearest value; of two that are equally near, the lower one.
@@ -122,8 +127,13 @@ class Search:
         self._try(counts, 2)
         for _ in range(TRIES):
             guess = self._guess(counts)
-            if guess in counts or not self._try(counts, guess):
+            # Some values are impossible, for example because they must divide a side of the matrix.
+            near = [value for value in (guess, guess - 1, guess + 1) if 1 <= value <= self.highest]
+            if guess in counts or not any(self._try(counts, value) for value in near if value not in counts):
                 break
+        if not any(is_near(count, self.budget) for count in counts.values()):
+            for value in self.landmarks:
+                self._try(counts, value)
         if not counts:
             raise UserError(f"budget={self.budget}: no value of the method's size is possible for this model")
         best = min(counts, key=lambda value: (self._distance(counts[value]), value))
@@ -139,12 +149,16 @@ class Search:
         return number is not None
 
     def _guess(self, counts: dict[int, int]) -> int:
-        """The value where the line through the two points nearest to the budget reaches it."""
+        """The value where a line reaches the budget: through the nearest point on each side, or the nearest two."""
         if not counts:
             return 4
         if len(counts) == 1:
             return 2 * next(iter(counts))
-        first, second = sorted(counts, key=lambda value: (self._distance(counts[value]), value))[:2]
+        nearest = sorted(counts, key=lambda value: (self._distance(counts[value]), value))
+        first = nearest[0]
+        is_above = counts[first] > self.budget
+        across = [value for value in nearest if (counts[value] > self.budget) != is_above]
+        second = across[0] if across else nearest[1]
         slope = (counts[second] - counts[first]) / (second - first)
         if slope <= 0:
             return min(self.highest, 2 * max(counts))

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tiedlora.config.sizes import is_near
 from tiedlora.records.selection import RateChoice, Selection
 from tiedlora.report.runs import LeftOut, Run, UnfinishedRun
 from tiedlora.report.variants import differing_values
@@ -104,6 +105,7 @@ def group_runs(
         siblings = [other for other in unfinished if _could_belong(other, first)]
         _choose_rate(group, members, siblings, _recorded_choice(members, choices))
         _mark_mixtures(group)
+        group.marks += _marks_of_arm(group)
         groups.append(group)
     firsts = [members[0] for members in runs_of.values()]
     variants = differing_values([(group.model, group.task) for group in groups], list(map(_setting, firsts)))
@@ -222,6 +224,18 @@ def _mark_mixtures(group: RunGroup) -> None:
     if halved:
         seeds = f"seed{'s' if len(halved) > 1 else ''} {', '.join(map(str, halved))}"
         group.marks.append(f"too little memory: {seeds} scored in smaller batches than score.batch_size")
+
+
+def _marks_of_arm(group: RunGroup) -> list[str]:
+    """What was found of another method before its first step, and whether the size is that of the budget."""
+    marks = []
+    for run in group.runs:
+        record = run.record
+        marks += record.admission.marks() if record.admission is not None else []
+        budget = record.config.tree.get("budget")
+        if isinstance(budget, int) and budget > 0 and not is_near(run.params, budget):
+            marks.append(f"{run.params / budget - 1:+.0%} off the budget of {budget:,} parameters")
+    return list(dict.fromkeys(marks))
 
 
 def short_commit(run: Run) -> str:
