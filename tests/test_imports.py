@@ -19,6 +19,9 @@ HYDRA_ROOMS = ("sweeps", "config")
 NO_TORCH = ("sweeps", "report", "records", "config", "statistics", "tasks", "tracking")
 LAZY = {
     # The imports inside functions of src/. A comment there gives the reason of each.
+    "adapter/attach_arm.py": {"tiedlora.adapter.peft_arm"},
+    "config/methods.py": {"peft.mapping", "peft.tuners.tuners_utils"},
+    "config/sizes.py": {"torch", "peft.mapping"},
     "runs/lazy.py": {"tiedlora.models", "tiedlora.runs"},
     "scoring/predict.py": {"tiedlora.tasks.task_metric"},
     "scoring/passages.py": {"datasets"},

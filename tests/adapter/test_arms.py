@@ -1,4 +1,4 @@
-"""Arms of other methods: they start, move, resume, reload and leave the base as it was; PEFT's LoRA and VeRA are ours."""
+"""Arms of other methods: they move, reload, and leave the base as it was; PEFT's LoRA and VeRA are ours."""
 
 import copy
 import json
@@ -127,7 +127,10 @@ def test_peft_lora_is_our_lora_qkv_over_twenty_steps(ids):
                 prefix = f"model.layers.{layer}.self_attn.{target}_proj"
                 parts[f"{prefix}.lora_A.weight"].copy_(ours.adapter.parts()[f"{target}.A"][layer])
     optimizers = adamw(ours), adamw(theirs)
-    losses = [[step(arm, optimizer, ids) for arm, optimizer in zip((ours, theirs), optimizers)] for _ in range(20)]
+    losses = [
+        [step(arm, optimizer, ids) for arm, optimizer in zip((ours, theirs), optimizers, strict=True)]
+        for _ in range(20)
+    ]
     assert losses[0][0] > losses[-1][0] + 0.05
     for ours_loss, theirs_loss in losses:
         assert ours_loss == pytest.approx(theirs_loss, rel=1e-5)
@@ -155,7 +158,9 @@ def test_on_a_fused_module_peft_is_ours_over_twenty_steps(option, ids):
                     tensor[:d_out].copy_(our_parts["qkv.B"][0])
     optimizers = adamw(ours), adamw(theirs)
     for _ in range(20):
-        ours_loss, theirs_loss = (step(arm, optimizer, ids) for arm, optimizer in zip((ours, theirs), optimizers))
+        ours_loss, theirs_loss = (
+            step(arm, optimizer, ids) for arm, optimizer in zip((ours, theirs), optimizers, strict=True)
+        )
         assert ours_loss == pytest.approx(theirs_loss, rel=1e-4)
 
 
@@ -193,7 +198,7 @@ def test_an_arm_whose_rows_change_each_other_is_scored_singly():
     base = tiny("tiny_llama")
     admission = measure(base.model, spec_of("peft/lily"), base.record, ROWS, 1e-2)
     words = ["tying=peft/lily", "score.metrics=[exact_match_strict]"]
-    with pytest.raises(UserError, match="score.batch_size=1"):
+    with pytest.raises(UserError, match=r"score\.batch_size=1"):
         check_scores_mean_something(admission, compose_config(words))
     check_scores_mean_something(admission, compose_config([*words, "score.batch_size=1"]))
 
@@ -203,7 +208,7 @@ def test_patterns_give_rates_and_decay():
     first, second = groups_by_pattern(parts, {"bank$": 10.0}, ["logits"])
     assert (len(first.parameters), first.lr_factor, first.decays) == (2, 10.0, True)
     assert (len(second.parameters), second.lr_factor, second.decays) == (1, 1.0, False)
-    with pytest.raises(UserError, match="'u_l' matches no trained parameter; they are .*bank"):
+    with pytest.raises(UserError, match=r"'u_l' matches no trained parameter; they are .*bank"):
         groups_by_pattern(parts, {"u_l": 2.0}, None)
 
 

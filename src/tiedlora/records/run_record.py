@@ -201,7 +201,7 @@ class RunRecord:
     files: dict[str, str] = field(default_factory=dict)
     """File of the adapter -> its sha256."""
     stored_params: Count | None = None
-    """Numbers in the files of the arm of another method. It may have to store frozen ones too."""
+    """Numbers in the adapter's files, frozen ones included; None if these are the trained parameters."""
     admission: Admission | None = None
     """The checks of an arm of another method before its first step."""
     left_out: list[Text] | None = None

@@ -48,6 +48,8 @@ class RunGroup:
     """The seeds that failed at the chosen rate."""
     marks: list[str] = field(default_factory=list)
     """Remarks that a reader must know before using the group's numbers."""
+    marks_of_arm: list[str] = field(default_factory=list)
+    """Those of them that are about another method: its admission, and its size."""
 
     @property
     def lr(self) -> float:
@@ -105,7 +107,8 @@ def group_runs(
         siblings = [other for other in unfinished if _could_belong(other, first)]
         _choose_rate(group, members, siblings, _recorded_choice(members, choices))
         _mark_mixtures(group)
-        group.marks += _marks_of_arm(group)
+        group.marks_of_arm = _marks_of_arm(group)
+        group.marks += group.marks_of_arm
         groups.append(group)
     firsts = [members[0] for members in runs_of.values()]
     variants = differing_values([(group.model, group.task) for group in groups], list(map(_setting, firsts)))

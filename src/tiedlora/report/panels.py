@@ -65,7 +65,7 @@ def pareto_panel(ax: Axes, rows: list[ResultRow]) -> None:
                 facecolors="none",
                 edgecolors=colour,
             )
-    _parameters_axis(ax)
+    axis_of_counts(ax)
 
 
 def _draw_front(ax: Axes, places: Sequence[tuple[float, float]]) -> None:
@@ -87,10 +87,10 @@ def peer_panel(ax: Axes, peers: Sequence[Peer]) -> None:
             ax.annotate(
                 by_place[places[number]], places[number], fontsize=6, xytext=(3, -7), textcoords="offset points"
             )
-    _parameters_axis(ax)
+    axis_of_counts(ax)
 
 
-def _parameters_axis(ax: Axes) -> None:
+def axis_of_counts(ax: Axes) -> None:
     """A log axis with labels such as 50k and 2M. Powers of ten would say little about counts within a decade."""
     ax.set_xscale("log")
     low, high = ax.get_xlim()

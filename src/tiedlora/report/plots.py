@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tiedlora.report import arena_figure
+from tiedlora.report.arena_figure import arena
 from tiedlora.report.compare import ResultRow
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.panels import INK, curve_panel, pareto_panel, peer_panel, rank_panel, style
@@ -82,6 +84,7 @@ def draw(rows: Sequence[ResultRow], peers: Sequence[Peer], out: Path) -> list[Dr
     # Costs can be compared only within a setting, so the setting with the most groups is drawn.
     (task, model, variant), widest = max(list(by_setting.items())[:PANELS], key=lambda item: len(item[1]))
     costs = _COST.format(f"{task}, {model}" + (f" ({variant})" if variant else ""))
+    arms, widest_name = arena_figure.has_other_methods(widest), f"{task}, {model}"
     out.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(RC):
         return [
@@ -89,6 +92,7 @@ def draw(rows: Sequence[ResultRow], peers: Sequence[Peer], out: Path) -> list[Dr
             _save(out, "rank", _RANK + more, _by_setting(panels, rank_panel, "rank r", _score_axis(panels))),
             _save(out, "curves", _CURVES + more, _by_setting(panels, curve_panel, "step", "validation loss")),
             _save(out, "cost", costs, cost([row.group for row in widest])),
+            *([_save(out, "arena", f"{arena_figure.CAPTION} {widest_name}.", arena(widest))] if arms else []),
         ]
 
 

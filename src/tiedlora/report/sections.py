@@ -94,7 +94,10 @@ def _arm_facts(record: RunRecord) -> list[tuple[str, str]]:
     if not record.is_other_method:
         return []
     arguments = record.identity.tying.get("resolved")
-    facts = [("arguments", json.dumps(arguments, sort_keys=True)), ("stored numbers", f"{record.stored_params or 0:,}")]
+    facts = [
+        ("arguments", json.dumps(arguments, sort_keys=True)),
+        ("stored numbers", f"{record.stored_params or record.trainable_params:,}"),
+    ]
     if record.admission is not None:
         facts.append(("admission", "; ".join(record.admission.marks()) or "all checks passed"))
     return facts
