@@ -18,7 +18,7 @@ from tiedlora.config.methods import REGISTERED
 from tiedlora.config.schema import LrFactors, TyingConfig
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
-from tiedlora.tying import Architecture
+from tiedlora.tying import PARTS, Architecture, part_of
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,20 @@ def register(kind: str, factory: ArmFactory) -> None:
     if REGISTERED.get(kind, factory) is not factory:
         raise UserError(f"arms: '{kind}' is taken")
     REGISTERED[kind] = factory
+
+
+def groups_by_part(parts: Mapping[str, nn.Parameter], lr_factors: LrFactors) -> list[ParameterGroup]:
+    """One parameter group for each of A, B, u and v.
+
+    Args:
+        parts: `target.part` -> its parameter.
+    """
+    groups = []
+    for letter, traits in PARTS.items():
+        parameters = [parameter for name, parameter in parts.items() if part_of(name) == letter]
+        if parameters:
+            groups.append(ParameterGroup(parameters, getattr(lr_factors, letter), traits.decays))
+    return groups
 
 
 def groups_by_pattern(

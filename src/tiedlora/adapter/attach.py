@@ -22,13 +22,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from tiedlora.adapter import architectures, files, linear
-from tiedlora.adapter.arms import ParameterGroup
+from tiedlora.adapter.arms import ParameterGroup, groups_by_part
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config.families import layout_of
 from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
-from tiedlora.tying import PARTS, Architecture, Layout, Tying, adapted_layers, named, part_of
+from tiedlora.tying import Architecture, Layout, Tying, adapted_layers, named
 
 
 class Adapted(nn.Module):
@@ -120,12 +120,7 @@ class Attached:
 
     def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
         """One group for each of A, B, u and v."""
-        groups = []
-        for letter, traits in PARTS.items():
-            parameters = [parameter for name, parameter in self.trained_parts().items() if part_of(name) == letter]
-            if parameters:
-                groups.append(ParameterGroup(parameters, getattr(lr_factors, letter), traits.decays))
-        return groups
+        return groups_by_part(self.trained_parts(), lr_factors)
 
     def buffers(self) -> dict[str, Tensor]:
         """None: all tensors of the adapter are parts."""
