@@ -114,7 +114,12 @@ def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int]) -> Shee
         left_out.append(f"base: {problem}")
     for group, run in runs:
         column = _Column(_name(group, run), run.run_id[-10:], [visible(mark) for mark in group.short_marks])
-        column.facts = {"group": visible(group.name), "label": visible(group.label), "seed": run.seed}
+        column.facts = {
+            "group": visible(group.name),
+            "label": visible(group.label),
+            "rank": group.rank,
+            "seed": run.seed,
+        }
         if problem := rows.add(column, run, split):
             left_out.append(f"{column.name}: {problem}")
     if not any(column.facts for column in rows.columns):
@@ -216,14 +221,15 @@ def _score(row: PredictionRow, metric: str) -> float | None:
 
 
 def _pair(columns: Sequence[_Column]) -> list[int]:
-    """The two columns that are compared at first: LoRA and TABuv at one seed, or else the first and the last two."""
-    of_label: dict[str, list[int]] = defaultdict(list)
-    for number, column in enumerate(columns):
-        of_label[column.facts.get("label", "base")].append(number)
-    for one in of_label[BASELINE]:
-        for other in of_label[METHOD]:
-            if columns[one].facts["seed"] == columns[other].facts["seed"]:
-                return [one, other]
+    """The two columns that are compared at first: LoRA and TABuv at one rank and seed, or else the first two runs."""
+    pairs = [
+        (one.facts["rank"] != other.facts["rank"], one.facts["seed"] != other.facts["seed"], first, second)
+        for first, one in enumerate(columns)
+        for second, other in enumerate(columns)
+        if one.facts.get("label") == BASELINE and other.facts.get("label") == METHOD
+    ]
+    if pairs:
+        return list(min(pairs)[2:])
     return [0, len(columns) - 1] if len(columns) < 3 else [1, 2]
 
 

@@ -215,17 +215,31 @@ def _curves(tables: Sequence[tuple[RunGroup, list[int], np.ndarray]], metric: st
     is_wide = min(values) > 0 and max(values) > 3 * min(values) and is_nats(metric)
     y = log_axis(name, values, widen=1.1) if is_wide else linear_axis(name, values)
     finals = "; ".join(f"{group.name} ends at {table.mean(0)[-1]:.3g}" for group, _, table in tables)
-    chart = Chart(linear_axis("step", [0, last]), y, f"{name} by step: {finals}")
+    chart = Chart(_with_room(linear_axis("step", [0, last])), y, f"{name} by step: {finals}")
     for group, steps, table in tables:
         if len(table) > 1:
             chart.band([float(step) for step in steps], list(table.min(0)), list(table.max(0)), css(group))
     for group, steps, table in tables:
         mean = table.mean(0)
         _, shape, dash = style(group)
-        chart.line([(float(step), float(value)) for step, value in zip(steps, mean, strict=True)], css(group), dash)
+        points = [(float(step), float(value)) for step, value in zip(steps, mean, strict=True)]
+        chart.line(points, css(group), dash, _width(group, [other for other, _, _ in tables]))
         seeds = f"{len(table)} seed{'s' if len(table) != 1 else ''}"
         chart.mark(float(steps[-1]), float(mean[-1]), shape, css(group), f"{group.name}: {mean[-1]:.4g}, {seeds}")
+    for group, steps, table in tables:
+        chart.name(float(steps[-1]), float(table.mean(0)[-1]), group.name)
     return chart.svg()
+
+
+def _with_room(axis: Axis) -> Axis:
+    """The axis with room for names at the right ends of lines."""
+    return Axis(axis.name, axis.low, axis.high + 0.25 * (axis.high - axis.low), axis.ticks)
+
+
+def _width(group: RunGroup, others: Sequence[RunGroup]) -> float:
+    """The width of a group's lines. Of one configuration, a higher rank has a thicker line."""
+    ranks = sorted({other.rank for other in others if other.label == group.label})
+    return 1.8 if len(ranks) == 1 else 1.1 + 1.3 * ranks.index(group.rank) / (len(ranks) - 1)
 
 
 def is_nats(metric: str) -> bool:
@@ -295,9 +309,12 @@ def _profile(profiles: Sequence[LayerProfile], title: str, y_name: str, include:
         return None
     last = max(profile.layers[-1] for profile in profiles)
     means = "; ".join(f"{profile.name}: {np.nanmean(profile.values):.3g} on average" for profile in profiles)
-    chart = Chart(linear_axis("layer", [0, last]), linear_axis(y_name, values, include), f"{title}. {means}")
+    chart = Chart(
+        _with_room(linear_axis("layer", [0, last])), linear_axis(y_name, values, include), f"{title}. {means}"
+    )
     for level in include:
         chart.level(level)
+    ends: list[tuple[LayerProfile, tuple[float, float]]] = []
     for profile in profiles:
         colour = "reference" if profile.is_reference else css(profile.group)
         dash = ":" if profile.is_reference else style(profile.group)[2]
@@ -306,10 +323,12 @@ def _profile(profiles: Sequence[LayerProfile], title: str, y_name: str, include:
         if len(table) > 1:
             chart.band(xs, list(table.min(0)), list(table.max(0)), colour)
         points = [point for point in zip(xs, table.mean(0), strict=True) if math.isfinite(point[1])]
-        chart.line(points, colour, dash)
-        if profile.is_reference and points:
-            chart.name(*points[len(points) // 2], profile.name)
-        elif points:
+        width = 1.4 if profile.is_reference else _width(profile.group, [other.group for other in profiles])
+        chart.line(points, colour, dash, width)
+        if points and not profile.is_reference:
             seeds = f"{len(table)} seed{'s' if len(table) != 1 else ''}"
             chart.mark(*points[-1], style(profile.group)[1], colour, f"{profile.name}, {seeds}")
+        ends += [(profile, points[-1])] if points else []
+    for profile, end in ends:
+        chart.name(*end, profile.name)
     return Panel(visible(title), chart.svg())

@@ -11,7 +11,7 @@ from tiedlora.report.answers import Answer
 from tiedlora.report.claims import Claim
 from tiedlora.statistics.interval import Interval
 
-LEAST, MOST = -0.5, 2.0
+LEAST, MOST = -0.25, 1.6
 """The widest axis, in shares of the comparator's gain. What lies beyond it ends in an arrow."""
 USUAL = (-0.1, 1.3)
 """The narrowest axis: the base at 0 and the comparator at 1 are always on it."""

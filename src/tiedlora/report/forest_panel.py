@@ -61,13 +61,15 @@ def _line(ax: Axes, line: ForestLine, place: int, scale: ShareAxis) -> None:
         dash = "-" if line.is_planned else "--"
         ax.plot([low, high], [place, place], color=colour, linewidth=1.8, linestyle=dash, solid_capstyle="butt")
         for end, is_cut, marker in (
-            (scale.low, line.share.low < scale.low, "<"),
-            (scale.high, line.share.high > scale.high, ">"),
+            (scale.low, min(line.share.low, line.share.value) < scale.low, "<"),
+            (scale.high, max(line.share.high, line.share.value) > scale.high, ">"),
         ):
             if is_cut:
                 ax.plot([end], [place], marker=marker, color=colour, markersize=6, clip_on=False)
     is_filled = line.is_planned and line.verdict != "undecided"
-    value = min(max(line.share.value, scale.low), scale.high)
+    value = line.share.value
+    if not scale.low <= value <= scale.high:
+        return
     ax.plot(
         *([value], [place]),
         marker=MARKERS[line.verdict],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from tiedlora.report import claims, forest, formats
 from tiedlora.report.answers import Answer, Verdict
 from tiedlora.report.claim_verdicts import ClaimVerdict
 from tiedlora.report.forest import ForestGroup
+from tiedlora.report.values import Unit
 from tiedlora.text import visible
 
 ORDER = (Verdict.SUPPORTED, Verdict.CONTRADICTED, Verdict.UNDECIDED, Verdict.UNINFORMATIVE)
@@ -23,10 +25,9 @@ class Cell:
     """One of the words of Verdict, or `not run`."""
     exploratory: bool
     effect: str
-    """The difference of method and comparator with its 95 % interval; empty if there is none."""
-    unit: str
-    """The effect's unit."""
-    seeds: int
+    """The difference of method and comparator, with its unit; empty if there is none."""
+    interval: str
+    """Its 95 % interval; empty if there is none."""
     reasons: str
     """The id of the group of reasons that holds this answer's."""
 
@@ -127,12 +128,15 @@ def _side(side: claims.Side) -> str:
 
 def _cell(task: str, answer: Answer | None, reasons: str) -> Cell:
     if answer is None or answer.pair is None:
-        return Cell(visible(task), "not run", False, "", "", 0, reasons if answer is not None else "")
-    effect = unit = ""
+        return Cell(visible(task), "not run", False, "", "", reasons if answer is not None else "")
+    effect = interval = ""
     if answer.difference is not None and answer.measure is not None:
-        effect = minus(formats.score_interval(answer.difference.widest, signed=True, unit=answer.measure.unit))
-        unit = "points" if answer.measure.unit.factor == 100 else answer.measure.unit.words
-    return Cell(visible(task), answer.verdict.value, answer.exploratory, effect, unit, answer.seeds, reasons)
+        unit, difference = answer.measure.unit, answer.difference.widest
+        words = "points" if unit is Unit.POINTS else unit.words
+        effect = minus(f"{formats.score(difference.value, signed=True, unit=unit)} {words}")
+        if not math.isnan(difference.low):
+            interval = minus(formats.ends(difference, signed=True, unit=unit))
+    return Cell(visible(task), answer.verdict.value, answer.exploratory, effect, interval, reasons)
 
 
 def minus(text: str) -> str:

@@ -61,6 +61,7 @@ class ShownTable:
 
     columns: list[ShownColumn]
     rows: list[list[str]]
+    name: str
     caption: str
     constant: str
     """Name and value of the columns in which all rows have the same value."""
@@ -106,7 +107,7 @@ def shown(table: Table, hidden: Sequence[str] = ()) -> ShownTable:
             kept.append(place)
     columns = [_shown_column(table.columns[place]) for place in kept]
     rows = [[visible(formats.text(row[place])) for place in kept] for row in table.rows]
-    return ShownTable(columns, rows, table.caption, "; ".join(constant))
+    return ShownTable(columns, rows, table.name, table.caption, "; ".join(constant))
 
 
 def _shown_column(column: Column) -> ShownColumn:

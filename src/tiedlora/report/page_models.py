@@ -12,6 +12,7 @@ from tiedlora.report.claim_verdicts import ClaimVerdict
 from tiedlora.report.compare import ResultRow
 from tiedlora.report.forest import ForestGroup, ForestLine, ShareAxis, axis
 from tiedlora.report.matrix import ModelVerdicts, minus
+from tiedlora.statistics.interval import Interval
 from tiedlora.text import visible
 
 SHAPES = {
@@ -64,6 +65,7 @@ class ShownLine:
     zone: tuple[str, str] | None
     """The left end and the width."""
     point: str | None
+    """None if the value is beyond an end of the axis."""
     low: str | None
     high: str | None
     beyond_low: bool
@@ -75,6 +77,8 @@ class ShownLine:
 class ShownForestGroup:
     claim: str
     lines: list[ShownLine]
+    missing: list[tuple[str, list[str]]]
+    """Why nothing is drawn, and on which tasks."""
 
 
 @dataclass(frozen=True)
@@ -153,22 +157,27 @@ def forest(groups: Sequence[ForestGroup]) -> ShownForest | None:
         )
         for tick in scale.ticks
     ]
-    shown = [ShownForestGroup(visible(group.claim), [_line(line, scale) for line in group.lines]) for group in groups]
-    return ShownForest(FOREST_CAPTION, shown, ticks)
+    return ShownForest(FOREST_CAPTION, [_forest_group(group, scale) for group in groups], ticks)
+
+
+def _forest_group(group: ForestGroup, scale: ShareAxis) -> ShownForestGroup:
+    missing: dict[str, list[str]] = {}
+    for line in group.lines:
+        if line.share is None:
+            missing.setdefault(line.missing, []).append(visible(line.task))
+    lines = [_line(line, line.share, scale) for line in group.lines if line.share is not None]
+    return ShownForestGroup(visible(group.claim), lines, list(missing.items()))
 
 
 def _place(scale: ShareAxis, share: float) -> str:
     return f"{100 * scale.place(share):.2f}"
 
 
-def _line(line: ForestLine, scale: ShareAxis) -> ShownLine:
-    zone = point = low = high = None
-    beyond_low = beyond_high = False
-    if line.share is not None:
-        beyond_low, beyond_high = line.share.low < scale.low, line.share.high > scale.high
-        point = _place(scale, line.share.value)
-        if not math.isnan(line.share.low):
-            low, high = _place(scale, line.share.low), _place(scale, line.share.high)
+def _line(line: ForestLine, share: Interval, scale: ShareAxis) -> ShownLine:
+    zone = low = high = None
+    point = _place(scale, share.value) if scale.low <= share.value <= scale.high else None
+    if not math.isnan(share.low):
+        low, high = _place(scale, share.low), _place(scale, share.high)
     if line.zone is not None:
         left, right = scale.place(line.zone[0]), scale.place(line.zone[1])
         zone = f"{100 * left:.2f}", f"{100 * (right - left):.2f}"
@@ -177,7 +186,9 @@ def _line(line: ForestLine, scale: ShareAxis) -> ShownLine:
         line.verdict,
         line.is_planned,
         minus(line.in_words),
-        *(zone, point, low, high, beyond_low, beyond_high),
+        *(zone, point, low, high),
+        min(share.value, share.low) < scale.low,
+        max(share.value, share.high) > scale.high,
         SHAPES[line.verdict],
     )
 
