@@ -1,8 +1,8 @@
 """python benchmarks/answers_page.py [--rows 5000] [--runs 6]: how fast the report's answers open and filter.
 
 It writes synthetic runs with texts of usual lengths, makes their report, and opens it in a headless Chromium
-(`pip install 'tiedlora[browser]'`, and a chromium on the PATH). Times are from the start of the navigation, and from the
-event of a control to the next frame that shows its rows.
+(`pip install 'tiedlora[browser]'`, and a chromium on the PATH). Times are from the start of the navigation, and
+from the event of a control to the next frame that shows its rows.
 """
 
 import argparse
@@ -21,9 +21,8 @@ from helpers.report_runs import add_scores, make_record, prediction_rows, write_
 
 from tiedlora.report import write
 
-WORDS = (
-    "the of a model answer number sum first then because result total train rows step loss apples pears left".split()
-)
+WORDS = ["the", "of", "a", "model", "answer", "number", "sum", "first", "then", "because", "result", "total", "train"]
+WORDS += ["rows", "step", "loss", "apples", "pears", "left"]
 
 
 def sentence(generator: np.random.Generator, words: int) -> str:
@@ -60,7 +59,8 @@ def seconds(page: Page, script: str) -> float:
         "async (change) => { const rows = document.getElementById('answers-rows');"
         "const shown = new Promise((done) => new MutationObserver(() => done()).observe(rows, {childList: true}));"
         "const start = performance.now(); eval(change); await shown;"
-        "await new Promise((done) => requestAnimationFrame(() => setTimeout(done))); return performance.now() - start; }"
+        "await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));"
+        "return performance.now() - start; }"
     )
     return float(page.evaluate(code, script)) / 1000
 
@@ -73,7 +73,8 @@ CHANGES = {
     "q.dispatchEvent(new Event('input'))",
     "second search": "const q = document.getElementById('answers-query'); q.value = 'model the';"
     "q.dispatchEvent(new Event('input'))",
-    "another run": "const s = document.getElementById('answers-second'); s.value = 3; s.dispatchEvent(new Event('change'))",
+    "another run": "const s = document.getElementById('answers-second'); s.value = 3;"
+    "s.dispatchEvent(new Event('change'))",
     "order by gain": "const s = document.getElementById('answers-order'); s.value = 'gain';"
     "s.dispatchEvent(new Event('change'))",
     "next page": "document.getElementById('answers-next').click()",

@@ -2,7 +2,7 @@
 (() => {
   const get = (name) => document.getElementById(`answers-${name}`);
   if (!get("rows")) return;
-  const PAGE = 20, LONG = 700, MOST_WORDS = 600;
+  const PAGE = 20, LONG = 700, MOST_WORDS = 600, LEAST_COMMON = 0.4;
   const make = (tag, css, text) => {
     const element = document.createElement(tag);
     if (css) element.className = css;
@@ -55,7 +55,8 @@
     gained: { words: () => `${name(second)} gained`, holds: (row) => gain(row) > 0 },
     lost: { words: () => `${name(second)} lost`, holds: (row) => gain(row) < 0 },
   };
-  const columns = () => [...new Set([first, second, ...[...also].sort((a, b) => a - b)])].sort((a, b) => a - b);
+  // The base model comes first (it is column 0), then the pair, then the others in their order.
+  const columns = () => [...new Set([...(also.has(0) ? [0] : []), first, second, ...[...also].sort((a, b) => a - b)])];
 
   const select = async () => {
     const mine = ++drawing;
@@ -111,8 +112,8 @@
       const box = make("div", column === first ? "first" : column === second ? "second" : "");
       const head = make("h4");
       head.append(make("b", "", name(column)), ...sheet.head.runs[column].marks.map((mark) => make("span", "mark-word", mark)));
-      const scores = sheet.scores[metric]?.[column]?.[row];
-      if (scores != null) head.append(make("span", "", `${sheet.head.metrics[metric].name} ${+scores.toFixed(3)}`));
+      const score = sheet.scores[metric]?.[column]?.[row];
+      if (score != null) head.append(make("span", "", `${sheet.head.metrics[metric].sign < 0 ? "loss" : "score"} ${+score.toFixed(3)}`));
       box.append(head);
       if (other === null) box.append(make("p", "none", "no answer was generated"));
       else if (other === "") box.append(make("p", "none", "an empty answer"));
@@ -150,7 +151,7 @@
     if (one === other) return "the same answer";
     let i = 0;
     while (i < one.length && i < other.length && one[i] === other[i]) i++;
-    return i ? `parts after ${i.toLocaleString("en")} characters` : "parts at the first character";
+    return i ? `parts after ${i.toLocaleString("en")} character${i > 1 ? "s" : ""}` : "parts at the first character";
   };
   const marked = (text, other) => {
     if (other === null || text === other) return [text];
@@ -159,6 +160,8 @@
     while (start < mine.length && start < theirs.length && mine[start] === theirs[start]) start++;
     while (end < mine.length - start && end < theirs.length - start && mine.at(-1 - end) === theirs.at(-1 - end)) end++;
     const kept = common(mine.slice(start, mine.length - end), theirs.slice(start, theirs.length - end));
+    // Marks in a wholly different text would say nothing.
+    if (start + end + kept.filter(Boolean).length < LEAST_COMMON * mine.length) return [text];
     const pieces = [mine.slice(0, start).join("")];
     let run = "", isRunKept = true;
     const close = () => { if (run) pieces.push(isRunKept ? run : make("mark", "", run)); run = ""; };
@@ -212,7 +215,7 @@
     for (const key of ["gained", "lost", "differ", "all"])
       get("filter").querySelector(`[data-words="${key}"]`).textContent = FILTERS[key].words();
     get("legend").textContent = `Gained and lost: ${name(second)} against ${name(first)}, by ${sheet.head.metrics[metric]?.name ?? "no score"}. ` +
-      `Marked words are not in the other answer.${sheet.head.leftOut.length ? ` Not shown: ${sheet.head.leftOut.join("; ")}.` : ""}`;
+      `Marked words are not in ${name(first)}'s answer (and in its own, not in the other's).${sheet.head.leftOut.length ? ` Not shown: ${sheet.head.leftOut.join("; ")}.` : ""}`;
   };
   const use = async (number) => {
     sheet = await open(number);
