@@ -38,17 +38,20 @@ def opened(
     messages: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
-        context = browser.new_context(viewport={"width": width, "height": 850}, color_scheme=theme, offline=offline)
+        viewport = {"width": width, "height": 850}
+        context = browser.new_context(viewport=viewport, color_scheme=theme, offline=True, bypass_csp=bypass_csp)
         page = context.new_page()
         page.on("console", lambda message: messages.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: messages.append(f"error: {error}"))
         page.on("dialog", lambda dialog: (messages.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on(
-            "request",
-            lambda request: messages.append(request.url) if not request.url.startswith(("file:", "data:")) else 0,
-        )
+        page.on("request", lambda request: _note(request.url, messages))
         page.goto(f"file://{page_file}{suffix}")
         try:
             yield page, messages
         finally:
             browser.close()
+
+
+def _note(address: str, messages: list[str]) -> None:
+    if not address.startswith(("file:", "data:")):
+        messages.append(f"request: {address}")

@@ -157,9 +157,11 @@ class _Rows:
             return "its predictions are of other rows"
         if not self.ids:
             self.ids = ids
+            self.answers, self._numbers = [[] for _ in rows], [{} for _ in rows]
+        if not any(self.prompts):
+            # A record that was exported without prompts has empty ones; another run may have them.
             self.prompts = [shortened(row.prompt) for row in rows]
             self.references = [[shortened(reference) for reference in row.references] for row in rows]
-            self.answers, self._numbers = [[] for _ in rows], [{} for _ in rows]
         column.which = [self._number(place, row) for place, row in enumerate(rows)]
         for metric in run.splits[split].metrics:
             scores = [_score(row, metric) for row in rows]

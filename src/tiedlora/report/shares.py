@@ -57,6 +57,9 @@ def kept(rule: Rule, sides: tuple[Array, Array, Array], level: float) -> Interva
     if len(contrasts) > 1 and high >= low_end:
         # The second contrast of Level is the distance below the zone's high end.
         below = crossed.both_interval(contrasts[1], level)
-        high = high_end - below.low / gain
-        low = high_end - below.high / gain if below.high < 0 else low
+        if below.high < 0:
+            low, high = high_end - below.high / gain, high_end - below.low / gain
+        else:
+            # The two contrasts have intervals of different widths; the bar reaches into the zone if neither is below 0.
+            low, high = min(low, high_end), max(high_end - below.low / gain, low_end)
     return Interval(value, low, high, "crossed")
