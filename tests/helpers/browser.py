@@ -29,9 +29,14 @@ def needs_browser() -> pytest.MarkDecorator:
 
 @contextmanager
 def opened(
-    page_file: Path, width: int = 1300, theme: str = "light", suffix: str = "", offline: bool = True
+    page_file: Path, width: int = 1300, theme: str = "light", suffix: str = "", bypass_csp: bool = False
 ) -> Iterator:
-    """(page, messages) of a page of the report. `messages` collects what the console, a fault or a request says."""
+    """(page, messages) of a page of the report. `messages` collects what the console, a fault or a request says.
+
+    Args:
+        suffix: the address's part after the file.
+        bypass_csp: allow the test's own scripts, which the page's policy forbids.
+    """
     # The module is part of an extra that most machines of developers do not have.
     from playwright.sync_api import sync_playwright
 

@@ -64,7 +64,7 @@ def test_the_forest_has_a_bar_in_the_zone_and_says_why_one_is_missing(two_tasks)
     group, *_ = forest.groups(answer for answer in two_tasks.answers if answer.pair is not None)
     lines = {line.task: line for line in group.lines}
     supported, contradicted, floor = lines["chain_sum"], lines["squad"], lines["gsm8k"]
-    assert supported.is_planned
+    assert supported.is_firm
     assert supported.share.low > supported.zone[0] == 0.9
     assert contradicted.share.high < 0.9
     assert floor.share is None
@@ -76,7 +76,7 @@ def test_one_seed_has_an_interval_over_rows_and_no_planned_look(tmp_path):
         scored_run(tmp_path / "runs", [1.0] * right + [0.0] * (50 - right), [1.0] * 10 + [0.0] * 40, name=name)
     (group,) = forest.groups(answer for answer in report_of(tmp_path).answers if answer.pair is not None)
     (line,) = group.lines
-    assert not line.is_planned
+    assert not line.is_firm
     assert line.share.value == pytest.approx((24 - 10) / (30 - 10))
     assert line.share.low < line.share.value < line.share.high
 

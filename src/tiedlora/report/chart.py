@@ -16,7 +16,7 @@ from tiedlora.text import visible
 
 Point = tuple[float, float]
 WIDTH, HEIGHT = 380, 262
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
 LETTER = 5.6
 """The usual width of a letter of the labels, to keep labels apart."""
 
@@ -213,7 +213,7 @@ class Chart:
         parts.append(Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, right, floor, floor))
         parts.append(_text((LEFT + right) / 2, HEIGHT - 6, "middle", self.x.name))
         parts.append(
-            Markup('<text transform="translate(11,{:.1f}) rotate(-90)" text-anchor="middle">{}</text>').format(
+            Markup('<text transform="translate(10,{:.1f}) rotate(-90)" text-anchor="middle">{}</text>').format(
                 (TOP + floor) / 2, self.y.name
             )
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tiedlora.report import claims, shares
-from tiedlora.report.answers import Answer
+from tiedlora.report.answers import Answer, Verdict
 from tiedlora.report.claims import Claim
 from tiedlora.statistics.interval import Interval
 
@@ -24,8 +24,9 @@ class ForestLine:
 
     task: str
     verdict: str
-    is_planned: bool
-    """Whether the interval is that of a planned look. Otherwise it is a 95 % interval of the seeds there are."""
+    is_firm: bool
+    """Whether a verdict can rest on the interval. It cannot before the first look, where it is a 95 % interval of the
+    seeds there are, or while the comparator's own gain may be 0."""
     share: Interval | None
     """The share that the method keeps: 0 is the base, 1 the comparator."""
     zone: tuple[float, float] | None
@@ -66,10 +67,11 @@ def line(answer: Answer) -> ForestLine:
         missing = "not run" if answer.pair is None else "no comparison yet"
     elif share is None:
         missing = "no gain of the comparator" if gain is not None else "no scores of the base"
-    elif answer.gain_may_be_zero and answer.claim.rule.needs_base:
+    elif answer.verdict == Verdict.UNINFORMATIVE:
         share, missing = None, "the comparator's gain may be 0"
+    is_firm = answer.look is not None and not (answer.gain_may_be_zero and answer.claim.rule.needs_base)
     zone = shares.zone(answer.claim.rule, gain) if share is not None and gain else None
-    return ForestLine(answer.task, answer.verdict.value, answer.look is not None, share, zone, missing)
+    return ForestLine(answer.task, answer.verdict.value, is_firm, share, zone, missing)
 
 
 def _of_one_seed(answer: Answer, gain: float) -> Interval:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from tiedlora.report.forest import ForestGroup, ForestLine, ShareAxis, axis
@@ -13,7 +14,7 @@ from tiedlora.report.panels import INK
 COLOURS = {"supported": "#00674a", "contradicted": "#b23b00", "undecided": "#8a6d00", "uninformative": "#6f6f6f"}
 MARKERS = {"supported": "o", "contradicted": "D", "undecided": "o", "uninformative": "s"}
 ZONE = "#4fa884"
-LONGEST = 92
+LONGEST = 76
 """The most characters of a claim's name over its lines."""
 
 
@@ -29,7 +30,7 @@ def forest_panel(ax: Axes, groups: Sequence[ForestGroup]) -> None:
     place, ticks = 0, []
     for group in groups:
         name = group.claim if len(group.claim) <= LONGEST else f"{group.claim[: LONGEST - 3]}..."
-        ax.text(-0.19, place, name, transform=across, va="center", fontsize=9, fontweight="bold", color=INK)
+        ax.text(0.0, place, name, transform=across, va="center", fontsize=9, fontweight="bold", color=INK)
         place += 1
         for line in group.lines:
             _line(ax, line, place, scale)
@@ -41,10 +42,14 @@ def forest_panel(ax: Axes, groups: Sequence[ForestGroup]) -> None:
     ax.set_xlim(scale.low, scale.high)
     ax.set_xticks(list(scale.ticks), [f"{100 * tick:.0f} %" for tick in scale.ticks])
     ax.set_xlabel("share of the comparator's gain that is kept (0 %: base, 100 %: comparator)")
-    ax.grid(axis="y", visible=False)
+    ax.grid(visible=False)
     ax.spines["left"].set_visible(False)
-    for full in (0.0, 1.0):
-        ax.axvline(full, color=INK, linewidth=0.7, alpha=0.5, zorder=1)
+    # Lines to compare with stand only beside the bars, so that they do not cross the claims' names.
+    rows = np.array([tick for tick, _ in ticks])
+    for tick in scale.ticks:
+        weight = 0.9 if tick in (0.0, 1.0) else 0.4
+        alpha = 0.55 if tick in (0.0, 1.0) else 0.3
+        ax.vlines([tick] * len(rows), rows - 0.5, rows + 0.5, color=INK, linewidth=weight, alpha=alpha, zorder=1)
 
 
 def _line(ax: Axes, line: ForestLine, place: int, scale: ShareAxis) -> None:
@@ -58,7 +63,7 @@ def _line(ax: Axes, line: ForestLine, place: int, scale: ShareAxis) -> None:
         return
     if not math.isnan(line.share.low):
         low, high = max(line.share.low, scale.low), min(line.share.high, scale.high)
-        dash = "-" if line.is_planned else "--"
+        dash = "-" if line.is_firm else "--"
         ax.plot([low, high], [place, place], color=colour, linewidth=1.8, linestyle=dash, solid_capstyle="butt")
         for end, is_cut, marker in (
             (scale.low, min(line.share.low, line.share.value) < scale.low, "<"),
@@ -66,7 +71,7 @@ def _line(ax: Axes, line: ForestLine, place: int, scale: ShareAxis) -> None:
         ):
             if is_cut:
                 ax.plot([end], [place], marker=marker, color=colour, markersize=6, clip_on=False)
-    is_filled = line.is_planned and line.verdict != "undecided"
+    is_filled = line.is_firm and line.verdict != "undecided"
     value = line.share.value
     if not scale.low <= value <= scale.high:
         return

@@ -161,7 +161,9 @@
     while (end < mine.length - start && end < theirs.length - start && mine.at(-1 - end) === theirs.at(-1 - end)) end++;
     const kept = common(mine.slice(start, mine.length - end), theirs.slice(start, theirs.length - end));
     // Marks in a wholly different text would say nothing.
-    if (start + end + kept.filter(Boolean).length < LEAST_COMMON * mine.length) return [text];
+    const words = mine.filter((word) => word.trim()).length;
+    const changed = mine.slice(start, mine.length - end).filter((word, i) => word.trim() && !kept[i]).length;
+    if (words - changed < LEAST_COMMON * words) return [text];
     const pieces = [mine.slice(0, start).join("")];
     let run = "", isRunKept = true;
     const close = () => { if (run) pieces.push(isRunKept ? run : make("mark", "", run)); run = ""; };

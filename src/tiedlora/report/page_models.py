@@ -24,8 +24,8 @@ SHAPES = {
 """Verdict -> the marker of its line: a circle, a diamond, a hollow circle (by its style), a square."""
 FOREST_CAPTION = (
     "0 % is the base model, 100 % the comparator. Shaded: what the claim asks for. A bar inside the shade supports its "
-    "claim, one outside contradicts it. Bars have the level of the planned look; dashed ones, before the first look, "
-    "are 95 % intervals."
+    "claim, a bar outside contradicts it. Bars have the level of the planned look. No verdict can rest on a dashed "
+    "one: it is a 95 % interval before the first look, or the comparator's own gain may be 0."
 )
 PARETO_CAPTION = (
     "Filled markers on the line are not beaten by anything with as few parameters; bars are 95 % intervals over rows. "
@@ -60,7 +60,7 @@ class ShownLine:
 
     task: str
     verdict: str
-    is_planned: bool
+    is_firm: bool
     words: str
     zone: tuple[str, str] | None
     """The left end and the width."""
@@ -104,7 +104,7 @@ class ShownModel:
 @dataclass(frozen=True)
 class CurvePart:
     title: str
-    caption: str
+    captions: list[str]
     panels: list[Panel]
 
 
@@ -184,7 +184,7 @@ def _line(line: ForestLine, share: Interval, scale: ShareAxis) -> ShownLine:
     return ShownLine(
         visible(line.task),
         line.verdict,
-        line.is_planned,
+        line.is_firm,
         minus(line.in_words),
         *(zone, point, low, high),
         min(share.value, share.low) < scale.low,
@@ -203,10 +203,22 @@ def curves(rows: Sequence[ResultRow]) -> list[ModelCurves]:
         more = f" {charts.MOST_LINES} configurations of a task are drawn; {hidden} are not." if hidden else ""
         losses = [panel for groups in drawn for panel in charts.validation_curves(groups)]
         searches = [panel for groups in drawn if (panel := charts.search(groups)) is not None]
-        parts = [CurvePart("Loss over steps", LOSS + more, losses), CurvePart("Search of the rate", SEARCH, searches)]
-        for groups in drawn:
-            title = f"Where the parameters went: {charts.task_title(groups[0])}"
-            parts.append(CurvePart(title, LAYERS, charts.layers(groups)))
+        layers = [(charts.task_title(groups[0]), charts.layers(groups)) for groups in drawn]
+        if len(drawn) == 1:
+            # One task has few panels, which share one row of the page.
+            named = [
+                Panel("loss over steps" if place == 0 else panel.title, panel.svg) for place, panel in enumerate(losses)
+            ]
+            named += [Panel("search of the learning rate", panel.svg) for panel in searches]
+            of_layers = layers[0][1]
+            captions = [LOSS + more, *([SEARCH] if searches else []), *([LAYERS] if of_layers else [])]
+            parts = [CurvePart(layers[0][0], captions, [*named, *of_layers])]
+        else:
+            parts = [
+                CurvePart("Loss over steps", [LOSS + more], losses),
+                CurvePart("Search of the rate", [SEARCH], searches),
+            ]
+            parts += [CurvePart(f"Where the parameters went: {task}", [LAYERS], panels) for task, panels in layers]
         parts = [part for part in parts if part.panels]
         if parts:
             blocks.append(ModelCurves(visible(name), charts.legend(g for groups in drawn for g in groups), parts))
