@@ -11,6 +11,7 @@ so no d_out x d_in matrix is formed.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from tiedlora import storage, tying
 from tiedlora.config.adapter_folder import DESCRIPTION
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.report.compare import BASELINE
 from tiedlora.report.groups import RunGroup
 
 Array = NDArray[np.float64]
@@ -100,7 +102,9 @@ def cosines(one: SavedAdapter, other: SavedAdapter) -> Array | None:
     if one.layers != other.layers or sizes[0] != sizes[1]:
         return None
     lengths = np.sqrt(np.maximum(_inner(one, one), 0) * np.maximum(_inner(other, other), 0))
-    return np.divide(_inner(one, other), lengths, out=np.full(len(lengths), np.nan), where=lengths > 0)
+    with np.errstate(invalid="ignore"):
+        quotients: Array = np.where(lengths > 0, _inner(one, other) / lengths, np.nan)
+    return quotients
 
 
 def read_adapter(run: Path) -> SavedAdapter:
@@ -179,18 +183,24 @@ class LayerProfiles:
     updates: list[LayerProfile]
     cosines: list[LayerProfile]
     """With LoRA's update at the same seed. The reference is LoRA with itself at another seed."""
+    compared_with: str
+    """The name of the group in `cosines`."""
     unread: list[str]
     """Groups without a file that can be read."""
 
 
-def layer_profiles(groups: Sequence[RunGroup], lora: RunGroup | None) -> LayerProfiles:
-    """The profiles of groups of one setting.
+def comparator(groups: Sequence[RunGroup]) -> RunGroup | None:
+    """LoRA, whose updates the others are compared with; of several, the one at the rank that most groups have."""
+    usual = Counter(group.rank for group in groups).most_common(1)
+    loras = [group for group in groups if group.label == BASELINE]
+    return min(loras, key=lambda group: group.rank != usual[0][0], default=None)
 
-    Args:
-        lora: the group whose updates the others are compared with.
-    """
+
+def layer_profiles(groups: Sequence[RunGroup]) -> LayerProfiles:
+    """The profiles of groups of one setting."""
+    lora = comparator(groups)
     adapters: dict[int, dict[int, SavedAdapter]] = {}
-    found = LayerProfiles([], [], [], [], [])
+    found = LayerProfiles([], [], [], [], lora.name if lora is not None else "", [])
     for group in groups:
         adapters[id(group)] = own = _adapters(group)
         if not own:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.report import adapters, compare
+from tiedlora.report import adapters
 from tiedlora.report.adapters import LayerProfile
 from tiedlora.report.chart import Axis, Chart, linear_axis, log_axis, marker, number
 from tiedlora.report.compare import ResultRow
@@ -288,12 +288,8 @@ def _mean_losses(group: RunGroup) -> dict[float, float]:
 
 def layers(groups: Sequence[RunGroup]) -> list[Panel]:
     """Norms of u_l and v_l, norms of the updates, and their cosine with LoRA's, by layer; empty without adapters."""
-    # Of several LoRA, the one at the rank that most groups have.
-    usual = Counter(group.rank for group in groups).most_common(1)[0][0]
-    loras = [group for group in groups if group.label == compare.BASELINE]
-    lora = min(loras, key=lambda group: group.rank != usual, default=None)
-    found = adapters.layer_profiles(groups, lora)
-    against = f"cosine with {lora.name}" if lora is not None else ""
+    found = adapters.layer_profiles(groups)
+    against = f"cosine with {found.compared_with}"
     panels = [
         _profile(found.u, "‖u‖ by layer", "‖u‖ / √r", include=(1.0,)),
         _profile(found.v, "‖v‖ by layer", "‖v‖ / √d", include=(1.0,)),

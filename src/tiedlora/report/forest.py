@@ -78,8 +78,8 @@ def _of_one_seed(answer: Answer, gain: float) -> Interval:
     assert answer.difference is not None
     assert answer.measure is not None
     difference, sign = answer.difference.widest, answer.measure.sign
-    ends = sorted(1 + sign * end / gain for end in (difference.low, difference.high))
-    return Interval(1 + sign * difference.value / gain, *ends)
+    low, high = sorted(1 + sign * end / gain for end in (difference.low, difference.high))
+    return Interval(1 + sign * difference.value / gain, low, high)
 
 
 def groups(answers: Iterable[Answer]) -> list[ForestGroup]:

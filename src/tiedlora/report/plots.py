@@ -19,10 +19,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tiedlora.report import forest
+from tiedlora.report.adapters import layer_profiles
 from tiedlora.report.answers import Answer
+from tiedlora.report.charts import drawn
 from tiedlora.report.compare import ResultRow
 from tiedlora.report.forest_panel import forest_panel, height
 from tiedlora.report.groups import RunGroup
+from tiedlora.report.layer_panels import layer_panel, titled
 from tiedlora.report.panels import INK, curve_panel, pareto_panel, peer_panel, rank_panel, style
 from tiedlora.report.peft_results import Peer
 from tiedlora.report.runs import Run
@@ -82,6 +85,8 @@ def draw(rows: Sequence[ResultRow], peers: Sequence[Peer], answers: Sequence[Ans
         _save(out, "cost", cost([row.group for row in widest]))
         if (figure := forest_figure(answers)) is not None:
             _save(out, "forest", figure)
+        if (figure := layers_figure([row.group for row in widest])) is not None:
+            _save(out, "layers", figure)
 
 
 def _score_axis(panels: Sequence[Panel]) -> str:
@@ -127,6 +132,20 @@ def forest_figure(answers: Sequence[Answer]) -> Figure | None:
         forest_panel(ax, own)
         if len(models) > 1:
             ax.set_title(model, fontsize=10, loc="left")
+    return figure
+
+
+def layers_figure(groups: Sequence[RunGroup]) -> Figure | None:
+    """The profiles of the layers of one setting's groups; None if no adapter can be read."""
+    panels = titled(layer_profiles(drawn(groups)))
+    if not panels:
+        return None
+    lines = math.ceil(len(panels) / 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(WIDE, 2.9 * lines), squeeze=False, layout="constrained")
+    for ax, (title, profiles) in zip(axes.flat, panels, strict=False):
+        layer_panel(ax, title, profiles)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
     return figure
 
 
