@@ -103,7 +103,7 @@ def drill(arm: str, model: str, budget: int, folder: Path) -> str:
     assert not torch.equal(first, before), "nothing was trained"
     assert record.admission is not None
     losses = f"{record.training.validation_loss_first:.3f} -> {record.training.validation_loss_last:.3f}"
-    return f"{record.trainable_params:>9,} trained {losses}  {'; '.join(record.admission.marks())}"
+    return f"{record.trainable_params:>9,} trained {losses}  {'; '.join(record.admission.marks().values())}"
 
 
 def main() -> None:

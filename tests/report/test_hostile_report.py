@@ -122,7 +122,7 @@ def test_any_record_is_read_or_refused(place, tmp_path_factory, data):
     for table in tables.all():
         for render in (formats.to_csv, formats.to_latex, formats.to_markdown):
             assert not ALIVE.search(render(table))
-    drawn = page.render(report.summary(), report.rows, tables, figures=(), most_sections=1)
+    drawn = page.render(report.summary(), report.rows, tables, report.verdicts, most_sections=1)
     assert drawn.count("<script>") == 1
     assert not ALIVE.search(drawn)
     with right_or_refused():

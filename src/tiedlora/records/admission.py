@@ -42,17 +42,13 @@ class Admission:
         """Whether the logits of a row do not depend on the other rows of its batch."""
         return self.other_rows == 0
 
-    def marks(self) -> list[str]:
-        """What a reader of scores must know, in words."""
-        marks = []
-        if not self.starts_at_base:
-            marks.append("starts off the base model")
-        if not self.moves:
-            marks.append("does not move at its first step")
-        if not self.is_causal:
-            marks.append("not causal: answers depend on later tokens")
-        if not self.is_of_its_row:
-            marks.append("answers depend on the other rows of a batch")
-        if self.reload > ROUNDING:
-            marks.append("computes otherwise after it is saved and loaded")
-        return marks
+    def marks(self) -> dict[str, str]:
+        """What a reader of scores must know: a mark of a few words -> the sentence that explains it."""
+        failed = {
+            "off the base": (not self.starts_at_base, "starts off the base model"),
+            "does not move": (not self.moves, "does not move at its first step"),
+            "not causal": (not self.is_causal, "not causal: answers depend on later tokens"),
+            "mixes rows": (not self.is_of_its_row, "answers depend on the other rows of a batch"),
+            "not reloaded": (self.reload > ROUNDING, "computes otherwise after it is saved and loaded"),
+        }
+        return {mark: sentence for mark, (is_failed, sentence) in failed.items() if is_failed}

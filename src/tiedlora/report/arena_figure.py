@@ -13,11 +13,6 @@ from tiedlora.report.compare import ResultRow
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.panels import INK, axis_of_counts, style
 
-CAPTION = (
-    "Score against trained parameters, and against the numbers that an arm's files hold, each with its 95 % interval. "
-    "Names with * have marks: what the admission found, or a size more than 5 % off the budget. The notes of the table "
-    "of results say which."
-)
 ROW_HEIGHT = 0.34
 """Inches for each name beside the panels."""
 
@@ -30,7 +25,8 @@ def has_other_methods(rows: Sequence[ResultRow]) -> bool:
 def arena(rows: Sequence[ResultRow]) -> Figure:
     """Three panels that share their vertical axis: the names with intervals, trained parameters, stored parameters.
 
-    The names are sorted by score, so no label covers another one.
+    The names are sorted by score, so no label covers another one. A name with * has marks: what the admission found, or
+    a size more than 5 % off the budget.
 
     Args:
         rows: the results of one setting, each with a score.
@@ -70,7 +66,7 @@ def stored_params(group: RunGroup) -> int:
 
 
 def _label(group: RunGroup) -> str:
-    star = " *" if group.marks_of_arm else ""
+    star = " *" if group.short_marks else ""
     return f"{group.name}{star}"
 
 

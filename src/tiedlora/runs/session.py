@@ -126,7 +126,7 @@ class RunSession:
         rows = [list(row.prompt + row.target) for row in self.fitted["train"].encoded]
         admission = measure(self.base.model, self._spec(), self.base.record, rows, self.config.train.lr or 0.0)
         check_scores_mean_something(admission, self.config)
-        for mark in admission.marks():
+        for mark in admission.marks().values():
             log.warning("%s: %s", self.config.tying.name, mark)
         return admission
 
