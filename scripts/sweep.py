@@ -19,7 +19,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.selection import write_selection
 from tiedlora.report import claims, planning
 from tiedlora.statistics.rate_choice import CRITERIA
-from tiedlora.sweeps import cleaning, forecast, planned_rows, selection, status, watch
+from tiedlora.sweeps import cleaning, forecast, planned_rows, selection, status, summary_run, watch
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.control import matching
 from tiedlora.sweeps.expand import compose_sweep
@@ -70,6 +70,7 @@ def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
     if test:
         chosen = selection.score_test(sweep, chosen)
     write_selection(selection.selection_file(sweep), chosen)
+    summary_run.track_sweep(sweep)
     print(selection.to_json(chosen.choices) if json else selection.table(chosen.choices))
 
 

@@ -6,8 +6,10 @@ namespace package, at every start, so this file may import tiedlora's light pack
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.plugins import Plugins
@@ -20,6 +22,7 @@ from tiedlora.errors import UserError
 from tiedlora.sweeps.cells import FrozenCells, Sweep, SweepCell
 from tiedlora.sweeps.expand import expand
 from tiedlora.sweeps.launching import Launch, run_sweep, stopped_by_signals
+from tiedlora.tracking.choose import NONE, backend_of
 
 
 class ResumingSweeper(BasicSweeper):
@@ -53,8 +56,25 @@ class ResumingSweeper(BasicSweeper):
         assert self.hydra_context is not None
         sweep = expand(self.config, self.hydra_context.config_loader, arguments)
         launcher = self._launcher(sweep.freeze())
-        self.run(sweep, partial(_launch, launcher))
+        try:
+            self.run(sweep, partial(_launch, launcher))
+        finally:
+            # After failed cells too, which end it with SystemExit. A stopped sweep has no result yet.
+            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                self.track(sweep)
         return []
+
+    def track(self, sweep: Sweep) -> None:
+        """Send the sweep's summary to its tracker, if it has one."""
+        if backend_of(sweep.cells[0].config) != NONE:
+            # The verdicts need numpy and scipy, which the start of a single run should not import.
+            from tiedlora.sweeps.summary_run import track_sweep
+
+            track_sweep(sweep, *self.claims_file())
+
+    def claims_file(self) -> tuple[Path, ...]:
+        """The file with the sweep's own claims, or nothing."""
+        return ()
 
     def run(self, sweep: Sweep, launch: Launch) -> None:
         """Carry out the sweep. The arguments and errors are those of run_sweep."""
