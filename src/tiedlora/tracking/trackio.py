@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from typing import Any
 
 from tiedlora.errors import UserError
@@ -37,8 +37,10 @@ class TrackioTracker:
         project = run.config.tracking.project
         # Trackio talks on standard output, which belongs to the run's result.
         with redirect_stdout(sys.stderr):
-            for old in [old for old in Api().runs(project) if old.name == run.run_id]:
-                old.delete()
+            # Without a project, there is no earlier run.
+            with suppress(ValueError):
+                for old in [old for old in Api().runs(project) if old.name == run.run_id]:
+                    old.delete()
             settings = {"name": run.name, "tags": run.tags, **run.settings()}
             # Nothing but metrics.jsonl is logged: no figures of the machine.
             self.run = trackio.init(
