@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
@@ -25,7 +25,7 @@ from tiedlora.sweeps.launching import Launch, run_sweep, stopped_by_signals
 from tiedlora.tracking.choose import NONE, backend_of
 
 
-class ResumingSweeper(BasicSweeper):
+class ResumingSweeper(Sweeper):
     """Composes, checks and freezes all cells, and then launches those that are not finished."""
 
     def __init__(self, params: dict[str, str], match_lora: bool, fail_fast: bool = False) -> None:
@@ -35,7 +35,7 @@ class ResumingSweeper(BasicSweeper):
             match_lora: whether to add to each tied cell the LoRA cell with the nearest trainable count.
             fail_fast: whether the first cell that fails stops the sweep.
         """
-        super().__init__(max_batch_size=None, params=params)
+        # The axes and the matching cells are read from the configuration (sweeps/expand.py).
         self.fail_fast = fail_fast
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:

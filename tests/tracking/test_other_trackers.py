@@ -43,7 +43,7 @@ def test_trackio_reads_the_run_back(tiny_run, tmp_path):
         environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
         return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
-    assert [run["name"] for run in ask("list", "runs", "--project", "tiedlora")["runs"]] == [folder.path.name]
+    assert ask("list", "runs", "--project", "tiedlora")["runs"] == [folder.path.name]
     named = ("--project", "tiedlora", "--run", folder.path.name)
     for key in KEYS:
         values = ask("get", "metric", *named, "--metric", key)["values"]

@@ -101,7 +101,8 @@ def logged_keys(records: list[dict]) -> set[str]:
     found = set()
     for record in records:
         if record["type"] == "history":
-            found |= set(record["history"]["item"])
+            # A table has several keys, such as answers.nrows.
+            found |= {key.split(".")[0] for key in record["history"]["item"]}
     return found
 
 
