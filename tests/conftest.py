@@ -6,6 +6,11 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+# tracking=auto must find no account, whatever machine the tests run on; and no tracker may report its use.
+os.environ["NETRC"] = os.environ["WANDB_CONFIG_DIR"] = "/nonexistent"
+for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "MLFLOW_TRACKING_URI", "TRACKIO_SPACE_ID"):
+    os.environ.pop(name, None)
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 # Two workers of pytest-xdist share two cores; more threads than cores would wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("TIEDLORA_DATA", "TIEDLORA_OUTPUTS", "TIEDLORA_CACHE"):

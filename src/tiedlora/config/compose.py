@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import omegaconf
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -25,11 +27,15 @@ from tiedlora.config.schema import Config, TaskConfig
 from tiedlora.config.sizes import at_budget
 from tiedlora.errors import UserError
 
+# OmegaConf 2.4 has another name for register_new_resolver. 2.3 has an older function of that name.
+_IS_NEW = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
+_register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.register_new_resolver
+
 
 def register() -> None:
     """Register the schema and the `project` resolver with Hydra. It may be called more than once."""
     ConfigStore.instance().store(name="schema", node=Config)
-    OmegaConf.register_new_resolver("project", lambda: str(PROJECT), replace=True)
+    _register_resolver("project", lambda: str(PROJECT), replace=True)
 
 
 def load(composed: DictConfig) -> Config:
@@ -146,7 +152,7 @@ def _own_variable(name: str, *default: str | None) -> str | None:
 @contextmanager
 def _own_variables_only() -> Iterator[None]:
     """Inside the block, interpolations may read only TIEDLORA_... variables of the environment."""
-    OmegaConf.register_new_resolver("oc.env", _own_variable, replace=True)
+    _register_resolver("oc.env", _own_variable, replace=True)
     try:
         yield
     except InterpolationResolutionError as error:
@@ -155,4 +161,4 @@ def _own_variables_only() -> Iterator[None]:
                 raise UserError(str(cause)) from None
         raise
     finally:
-        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+        _register_resolver("oc.env", oc.env, replace=True)

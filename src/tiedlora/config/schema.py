@@ -260,7 +260,8 @@ class ScoreConfig:
 @dataclass
 class TrackingConfig:
     backend: str = key("none", option_of="tracking")
-    """none (only metrics.jsonl), or the name of the file in src/tiedlora/tracking/ that gets the metrics too."""
+    """none (only metrics.jsonl), the name of the file in src/tiedlora/tracking/ that gets the metrics too, or auto (W&B
+    where this machine is logged in, otherwise none)."""
     project: str = key("tiedlora", name=True)
     """The tracker's project for the runs."""
     entity: Optional[str] = key(None, name=True)
@@ -269,6 +270,9 @@ class TrackingConfig:
     """The group of the run; null takes model/task."""
     tags: list[str] = key(factory=list)
     """Tags of the run, in addition to model, task, tying and rank."""
+    answers: int = count(64, low=0)
+    """The most rows of the table of answers that the tracker gets when the run ends; 0 sends none. A sweep that
+    searches learning rates sends the tables of the chosen runs alone, when it has chosen."""
 
 
 @dataclass

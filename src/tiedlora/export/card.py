@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from tiedlora.config import command
 from tiedlora.config.identity import identity, start_of
 from tiedlora.config.identity import label as label_of
 from tiedlora.config.schema import Config
+from tiedlora.export.evaluation_results import model_index
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord
 from tiedlora.statistics.interval import Interval
@@ -61,18 +63,21 @@ def card(record: RunRecord, config: Config, form: str, notes: list[str]) -> str:
     label = start_of(identity(config.tying)) or label_of(config.tying)
     is_other = config.tying.method is not None
     kind = f"PEFT adapter ({config.tying.method})" if is_other else "Tied-LoRA adapter (arXiv 2311.09578)"
-    front_matter = {
+    title = f"{label}{'' if is_other else f', r = {config.rank.r}'}, on {config.task.name}"
+    front_matter: dict[str, Any] = {
         "base_model": record.base.name,
         "library_name": _FORMS[form].library,
         "pipeline_tag": "text-generation",
         "tags": ["peft"] if is_other else ["tied-lora", "lora", "arxiv:2311.09578"],
     }
+    if index := model_index(record, config, title):
+        front_matter["model-index"] = index
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front_matter.items()),
         "---",
         "",
-        f"# {label}{'' if is_other else f', r = {config.rank.r}'}, on {config.task.name}",
+        f"# {title}",
         "",
         f"A {kind} trained with the tiedlora research harness.",
         *(["", *notes] if notes else []),

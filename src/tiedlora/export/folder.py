@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tiedlora import storage
 from tiedlora.adapter import attach_adapter, load
 from tiedlora.adapter.attach_arm import is_other_method
 from tiedlora.adapter.files import TENSORS
@@ -15,6 +16,7 @@ from tiedlora.config.methods import PEFT_FILE
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.export.card import card
+from tiedlora.export.evaluation_results import benchmark_file
 from tiedlora.export.lm_eval_task import write_task
 from tiedlora.export.merged import to_merged
 from tiedlora.export.peft import to_peft
@@ -87,8 +89,10 @@ def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, opt
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
-    files = sorted(out.iterdir())
-    return Exported([file.name for file in files], sum(file.stat().st_size for file in files), rounding)
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    return Exported(
+        [file.relative_to(out).as_posix() for file in files], sum(file.stat().st_size for file in files), rounding
+    )
 
 
 def _write(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> str | None:
@@ -111,6 +115,9 @@ def _write(run: RunFolder, record: RunRecord, config: Config, out: Path, options
         task = write_task(config, run.predictions_file(options.split), out)
         if task is not None:
             notes.append(_lm_eval_note(task, record.scores[options.split].rows, config, options))
+    if options.form == "hub-card" and (found := benchmark_file(record, config)) is not None:
+        path, text = found
+        storage.write_bytes(out / path, text.encode())
     (out / "README.md").write_text(card(record, config, options.form, notes), encoding="utf-8")
     return rounding
 

@@ -5,14 +5,15 @@ This module and cell_composer.py are the only ones of the package that import Hy
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 
 from hydra import initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -70,8 +71,25 @@ def combinations(master: DictConfig, loader: ConfigLoader, overrides: list[str])
     params = [f"{key}={value}" for key, value in master.hydra.sweeper.params.items()]
     with readable_errors():
         parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *overrides])
-        (batch,) = BasicSweeper.split_arguments(parsed, None)
-    return batch
+        axes: dict[str, list[str]] = {}
+        for override in parsed:
+            # A later override replaces an earlier one of the same key, and keeps its place.
+            key = override.get_key_element()
+            axes[key] = [f"{key}={value}" for value in _values(override)]
+    return [list(words) for words in itertools.product(*axes.values())]
+
+
+def _values(override: Override) -> list[str]:
+    """The values of an override, as the command line writes them.
+
+    Raises:
+        UserError: it is an interval, which only an optimiser can draw from.
+    """
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    if not override.is_discrete_sweep():
+        raise UserError(f"{override.input_line}: give the values one by one, as in train.lr=1e-3,1e-2")
+    return list(override.sweep_string_iterator())
 
 
 def _cells(composer: CellComposer, overrides: list[str], match_lora: bool) -> Iterator[SweepCell]:
