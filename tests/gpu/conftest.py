@@ -16,7 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 REHEARSED = os.environ.get("TIEDLORA_REHEARSE") == "1"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def gpu() -> torch.device:
     """The GPU; in a rehearsal the CPU."""
     if REHEARSED:
