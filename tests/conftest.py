@@ -30,6 +30,12 @@ from tiedlora.config.schema import Config
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # The other tests promise what a CPU computes, and some fork, which a process with a GPU must not do.
+    if config.option.markexpr != "gpu" and torch.backends.cuda.is_built():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Run a file of the repository as a command in this process, because the start of a process would take longer.

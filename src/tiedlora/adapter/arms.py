@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,6 +67,9 @@ class Arm(Protocol):
 
     def disable(self) -> None:
         """Make the model compute as the base model."""
+
+    def folded_once(self) -> AbstractContextManager[None]:
+        """Inside the block the arm does not change, so what it prepares before a pass may be prepared once."""
 
     def detach(self) -> None:
         """Take the arm off. The base model is then bit for bit as it was."""

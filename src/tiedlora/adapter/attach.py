@@ -10,6 +10,8 @@ layer separately.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -71,6 +73,7 @@ class Attached:
     adapter: TiedAdapter
     paths: list[str]
     """The paths of the adapted modules."""
+    _fold: _FoldFactors | None = None
     _fold_hook: RemovableHandle | None = None
     _base_weights: dict[str, Tensor] = field(default_factory=dict)
     """While the update is merged: module path -> the weight without the update."""
@@ -97,14 +100,15 @@ class Attached:
         # Every call of the model, with or without its head, goes through the module that owns the layers.
         owner_path = layout_of(self.adapter.architecture).layers.rpartition(".")[0]
         owner: nn.Module = self.model.get_submodule(owner_path)
-        self._fold_hook = owner.register_forward_pre_hook(_FoldFactors(self.model, self.adapter, modules))
+        self._fold = _FoldFactors(self.model, self.adapter, modules)
+        self._fold_hook = owner.register_forward_pre_hook(self._fold)
 
     def disable(self) -> None:
         """Make the model give the base model's outputs."""
         if self._fold_hook is None:
             return
         self._fold_hook.remove()
-        self._fold_hook = None
+        self._fold = self._fold_hook = None
         for path in self.paths:
             module = self.model.get_submodule(path)
             module.__class__ = type(module).__bases__[1]
@@ -143,6 +147,19 @@ class Attached:
         saved = files.load(folder)[0].parts()
         for name, parameter in self.adapter.parts().items():
             parameter.data.copy_(saved[name])
+
+    @contextmanager
+    def folded_once(self) -> Iterator[None]:
+        """Inside the block, the factors are folded only before the first pass. The adapter must not change there."""
+        fold = self._fold
+        if fold is None:
+            yield
+            return
+        fold.once, fold.done = True, False
+        try:
+            yield
+        finally:
+            fold.once = False
 
     def save_pretrained(self, folder: Path | str, base: BaseModelRecord | None = None) -> int:
         """Write the adapter's folder, with each part once; see `files.save`.
@@ -222,10 +239,17 @@ class Attached:
 class _FoldFactors:
     """The forward pre-hook. Before each pass through the layers it gives every adapted module its folded factors."""
 
+    once = False
+    """Whether to fold only before the first pass: see Attached.folded_once."""
+    done = False
+
     def __init__(self, model: nn.Module, adapter: TiedAdapter, modules: dict[str, nn.Module]) -> None:
         self.model, self.adapter, self.modules = model, adapter, modules
 
     def __call__(self, *_: Any) -> None:
+        if self.once and self.done:
+            return
+        self.done = True
         dtype = linear.activation_dtype(self.model, next(iter(self.modules.values())))
         for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale, dtype).items():
             module = self.modules[path]

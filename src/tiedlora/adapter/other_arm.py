@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,9 @@ class OtherArm:
 
     def stored_params(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors().values())
+
+    def folded_once(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def cannot_merge(self) -> str | None:
         return f"the update of {self.spec.tying.method} cannot be taken off the weights exactly"

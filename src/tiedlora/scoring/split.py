@@ -283,7 +283,8 @@ def merged_for_scoring(attached: Arm, config: Config) -> Iterator[Any]:
         # Inside the block that restores the weights: memory may run out when some of them are merged.
         if config.train.dtype == "float32" and attached.cannot_merge() is None:
             attached.merge()
-        yield attached.model
+        with attached.folded_once():
+            yield attached.model
     finally:
         attached.unmerge()
 
