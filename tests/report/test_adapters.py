@@ -11,7 +11,7 @@ from tiedlora import tying
 from tiedlora.adapter import TiedAdapter, files
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
-from tiedlora.report import adapters
+from tiedlora.report import adapters, write
 from tiedlora.report.groups import group_runs
 from tiedlora.report.runs import read_runs
 from tiedlora.tying import Architecture, Factor
@@ -136,3 +136,16 @@ def test_profiles_pair_seeds_and_have_a_reference(tmp_path):
     tied, reference = found.cosines
     assert (tied.name, tied.values.shape) == ("TABuv r=8", (3, 5))
     assert (reference.name, reference.values.shape, reference.is_reference) == ("LoRA r=8, two seeds", (2, 5), True)
+
+
+def test_the_layers_are_a_figure_and_panels_of_the_page(tmp_path):
+    for name in ("LoRA", "TABuv"):
+        for seed in (0, 1):
+            saved(
+                scored_run(tmp_path / "runs", [1.0, 0.0], [0.0, 0.0], name=name, seed=seed), SPECIFICATIONS[name], seed
+            )
+    write.write(write.build([tmp_path / "runs"]), tmp_path / "report")
+    assert "LoRA r=8, two seeds" in (tmp_path / "report" / "layers.svg").read_text()
+    page = (tmp_path / "report" / "index.html").read_text()
+    for title in ("‖u‖ by layer", "‖v‖ by layer", "size of the update by layer", "cosine with LoRA r=8 by layer"):
+        assert f"<figcaption>{title}</figcaption>" in page
