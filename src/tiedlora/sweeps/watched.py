@@ -128,7 +128,8 @@ class WatchedSweep:
             curve, record = self._curves.get(run_id, Curve()), records[run_id]
             step = max(curve.losses, default=None)
             loss = None if step is None else curve.losses[step]
-            rivals = {} if step is None else lowest[self._rivals(cell, compares_rates)].get(step, {})
+            # Before the first step, all cells are the base model.
+            rivals = {} if not step else lowest[self._rivals(cell, compares_rates)].get(step, {})
             view = CellView(
                 cell,
                 states[run_id],
