@@ -16,12 +16,14 @@ from rich.console import Console
 
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
+from tiedlora.records.selection import read_selection
 from tiedlora.runs import run
-from tiedlora.sweeps import status
+from tiedlora.sweeps import staged, status
 from tiedlora.sweeps.cells import STATES
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.lock_probe import is_locked, locked_inodes
 from tiedlora.sweeps.run_cell import run_cell
+from tiedlora.sweeps.selection import selection_file
 from tiedlora.sweeps.watch import find_sweep
 from tiedlora.sweeps.watch_table import frame, news
 from tiedlora.sweeps.watched import FRESH_SECONDS, WatchedSweep
@@ -263,3 +265,31 @@ class TestCommand:
         assert watching.returncode == 0
         assert b"\x1b[?1049l" in screen()
         assert b"1 of 4 done" in shown[shown.index(b"\x1b[?1049l") :]
+
+
+def test_a_search_shows_its_decisions_and_ends(tiny_run):
+    grid = ("train.lr=1e-4,1e-3,1e-2,1e-1", "seed=0,1", "train.steps=8", "train.validate_every=2", "score.base=false")
+    sweep = compose_sweep(tiny_run(*grid))
+    sweep.freeze()
+    options = staged.SearchOptions(rungs=(0.25, 0.5), finalists=2, lowest_rate=1e-5, highest_rate=1.0)
+    looks = []
+
+    def launch(cells, first_job):
+        for cell in cells:
+            run_cell(cell.config)
+            looks.append(WatchedSweep(sweep.path).look())
+
+    staged.run_staged(sweep, options, launch)
+    view = WatchedSweep(sweep.path).look()
+    assert view.ended
+    assert not any(look.ended for look in looks[:-1])
+    assert any(look.counts["paused"] for look in looks)
+    selected = read_selection(selection_file(sweep))
+    assert len(view.decisions) == sum(len(search.decisions) for search in selected.searches)
+    assert any("chosen" in line for line in view.decisions)
+    done = {cell.cell.run_id for cell in view.cells if cell.state == "done"}
+    assert done >= set(selected.choices[0].run_ids)
+    assert view.counts["pruned"] == sum(cell.state() == "pruned" for cell in sweep.cells)
+    # What changed between two looks is said once.
+    said = [line for before, now in zip([None, *looks], [*looks, view], strict=True) for line in news(before, now)]
+    assert len([line for line in said if line.startswith("decided: ")]) == len(view.decisions)

@@ -70,7 +70,7 @@ def frame(view: SweepView, width: int, height: int) -> RenderableType:
     # Title, bar, counts, an empty line, the table's head and its last line, and the footer.
     room = max(3, height - 6 - len(footer))
     failures = failed[: max(1, room // 5)]
-    reasons = decisions[-max(1, room // 4) :] if decisions else []
+    reasons = decisions[-max(1, room // 5) :] if decisions else []
     room -= (len(failures) + 2 if failures else 0) + (len(reasons) + 2 if reasons else 0)
     parts: list[RenderableType] = [_title(view), _bar(view, width), _counts(view), Text()]
     parts.append(_table(view, width, max(1, room)))
