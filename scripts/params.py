@@ -83,4 +83,4 @@ def by_count(size: Size) -> tuple[int, str]:
 
 if __name__ == "__main__":
     with errors.exit_codes():
-        main(sys.argv[1:])
+        print(__doc__) if {"-h", "--help"} & set(sys.argv[1:]) else main(sys.argv[1:])

@@ -33,7 +33,7 @@ from tiedlora.errors import UserError
         ("score.splits=[train]", r"score.splits=train"),
         ("score.checkpoint=first", r"score.checkpoint=first"),
         ("seed=-1", r"seed=-1"),
-        ("tracking.backend=mlflow", r"tracking.backend=mlflow"),
+        ("tracking.backend=aim", r"tracking.backend=aim"),
         ("model.name=../../etc", r"model.name"),
         ("task.name='a b'", r"task.name"),
         ("task.rows.train=0", r"task.rows.train=0"),

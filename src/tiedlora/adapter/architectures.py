@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -86,8 +87,10 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
         UserError: the family is unknown (the message lists modules that may be projections), or the model's
             configuration lacks a size.
     """
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    config = text_config(model)
     layout = layout or Layout()
+    if not layout.layers and (getattr(config, "is_encoder_decoder", False) or not _is_causal(config, model)):
+        raise UserError(not_causal(model))
     if not layout.layers and config.model_type not in FAMILIES:
         raise UserError(unknown_family(config.model_type, candidates(model)))
     try:
@@ -109,6 +112,36 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
         raise UserError(
             f"model: its configuration ({config.model_type}) lacks a number that is needed: {error}"
         ) from None
+
+
+def text_config(model: object) -> Any:
+    """The configuration of a transformers model's text part.
+
+    Raises:
+        UserError: it is no such model.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not callable(getattr(config, "get_text_config", None)):
+        raise UserError(not_causal(model))
+    return config.get_text_config()  # type: ignore[union-attr]
+
+
+def _is_causal(config: Any, model: nn.Module) -> bool:
+    """Whether a model may be a causal language model: of a family of the table, or by the name of its class."""
+    return config.model_type in FAMILIES or _has_head(model)
+
+
+def _has_head(model: nn.Module) -> bool:
+    return any(word in type(model).__name__ for word in ("CausalLM", "LMHead"))
+
+
+def not_causal(model: object) -> str:
+    """The message for what no adapter can be attached to."""
+    return (
+        f"attach: {type(model).__name__} is no causal language model of transformers; load one with "
+        "AutoModelForCausalLM.from_pretrained(NAME), or name the projections of another one with "
+        "layout=tiedlora.Layout(...)"
+    )
 
 
 def sites(architecture: Architecture, target: str, layer: int) -> list[Site]:
@@ -184,10 +217,11 @@ def _check_module(model: nn.Module, site: Site, target: str, d_in: int, transpos
     try:
         module = model.get_submodule(site.module_path)
     except AttributeError:
-        raise UserError(
-            f"attach: the model has no module {site.module_path}, where '{target}' should be; "
-            f"{_candidates_in_words(model)}"
-        ) from None
+        missing = f"no module {site.module_path}, where '{target}' should be; {_candidates_in_words(model)}"
+        if not _has_head(model):
+            # The body alone, such as a LlamaModel.
+            raise UserError(f"{not_causal(model)}; it has {missing}") from None
+        raise UserError(f"attach: the model has {missing}") from None
     if not linear.is_linear(module, transposed):
         raise UserError(
             f"attach: {site.module_path} is a {type(module).__name__}, not a plain linear layer; "

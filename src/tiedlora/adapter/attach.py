@@ -282,10 +282,11 @@ def attach(
         scaling: standard (the scale is alpha / rank) or rslora (alpha / sqrt(rank)).
 
     Raises:
-        UserError: the family or a target is unknown, the specification cannot train, or the model is sharded or has an
-            adapter already.
+        UserError: the model is no causal language model, the family or a target is unknown, the specification cannot
+            train, or the model is sharded or has an adapter already.
     """
     tying = named(tying) if isinstance(tying, str) else tying
+    architectures.text_config(model)
     _refuse_sharded(model)
     architecture = architectures.read(model, layout)
     alpha = rank if alpha is None else alpha
@@ -301,6 +302,7 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter, sharded: bool = False
     Raises:
         UserError: the adapter was made for another architecture, the model is sharded, or it has an adapter already.
     """
+    architectures.text_config(model)
     if hasattr(model, "tied_adapter"):
         raise UserError("attach: the model has an adapter already; detach it first")
     if not sharded:

@@ -49,7 +49,8 @@ def explain(error: BaseException) -> str:
         message for cause in cause_chain(error) if not (message := str(cause)).startswith("Error merging override ")
     ]
     text = " ".join(messages)
-    if match := re.search(r"Could not find '([\w-]+)/(.+?)'", text):
+    # "Could not load" stands in the message about a list of options, such as +grid=[papr,quick].
+    if match := re.search(r"Could not (?:find|load) '([\w-]+)/(.+?)'", text):
         group, option = match.groups()
         names = options(group)
         return f"{group}={option}: no such option; choose one of {', '.join(names)}{nearest(option, names)}"

@@ -29,7 +29,7 @@ STYLES = {
 SHOWN_FIRST = ("running", "failed", "interrupted", "paused", "done", "pruned", "missing", "dropped")
 """The order of the lines when not all fit."""
 WIDE = 100
-"""From so many columns on, the table has all its columns."""
+"""From so many characters on, the table has all its columns and wider gaps."""
 QUIET_SECONDS = 120.0
 """After so long without a change, the table asks whether the sweep still runs."""
 
@@ -38,7 +38,8 @@ QUIET_SECONDS = 120.0
 class _Column:
     name: str
     right: bool
-    only_wide: bool = False
+    least: int = 0
+    """The narrowest terminal that shows it, in characters."""
 
 
 _COLUMNS = (
@@ -47,13 +48,13 @@ _COLUMNS = (
     _Column("task", right=False),
     _Column("configuration", right=False),
     _Column("rate", right=True),
-    _Column("seed", right=True),
+    _Column("seed", right=True, least=50),
     _Column("step", right=True),
     _Column("loss", right=True),
-    _Column("to best", right=True),
-    _Column("score", right=True, only_wide=True),
-    _Column("time", right=True),
-    _Column("left", right=True),
+    _Column("to best", right=True, least=60),
+    _Column("score", right=True, least=WIDE),
+    _Column("time", right=True, least=70),
+    _Column("left", right=True, least=60),
     _Column("differs in", right=False),
 )
 
@@ -69,7 +70,7 @@ def frame(view: SweepView, width: int, height: int) -> RenderableType:
     # Title, bar, counts, an empty line, the table's head and its last line, and the footer.
     room = max(3, height - 6 - len(footer))
     failures = failed[: max(1, room // 5)]
-    reasons = decisions[-max(1, room // 4) :] if decisions else []
+    reasons = decisions[-max(1, room // 5) :] if decisions else []
     room -= (len(failures) + 2 if failures else 0) + (len(reasons) + 2 if reasons else 0)
     parts: list[RenderableType] = [_title(view), _bar(view, width), _counts(view), Text()]
     parts.append(_table(view, width, max(1, room)))
@@ -138,7 +139,7 @@ def _footer(view: SweepView) -> list[Text]:
     return [*lines, _line(words + ("" if view.ended else " · Ctrl-C leaves"), "dim")]
 
 
-def _table(view: SweepView, width: int, lines: int) -> Table:
+def _table(view: SweepView, width: int, lines: int) -> RenderableType:
     """At most `lines` cells, the most telling ones, in the sweep's order."""
     shown = view.cells
     if len(shown) > lines:
@@ -157,9 +158,9 @@ def _table(view: SweepView, width: int, lines: int) -> Table:
         words = _words(cell)
         style = "dim" if cell.state in ("missing", "dropped") else ""
         table.add_row(*(_cell_text(column.name, words[column.name], cell.state) for column in names), style=style)
-    if len(shown) < len(view.cells):
-        table.add_row(Text(f"+ {len(view.cells) - len(shown)} more", style="dim"))
-    return table
+    if len(shown) == len(view.cells):
+        return table
+    return Group(table, Text(f"+ {len(view.cells) - len(shown)} more", style="dim"))
 
 
 def _is_shown(column: _Column, view: SweepView, width: int) -> bool:
@@ -167,7 +168,7 @@ def _is_shown(column: _Column, view: SweepView, width: int) -> bool:
         return len({getattr(cell.cell, column.name) for cell in view.cells}) > 1
     if column.name == "differs in":
         return any(cell.apart for cell in view.cells)
-    return width >= WIDE or not column.only_wide
+    return width >= column.least
 
 
 def _cell_text(column: str, text: str, state: str) -> Text:

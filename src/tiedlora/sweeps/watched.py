@@ -101,6 +101,7 @@ class WatchedSweep:
         self._curves: dict[str, Curve] = {}
         self._records: dict[str, tuple[tuple[int, int], RunRecord | str]] = {}
         self._locked_before: set[str] = set()
+        self._searches = False
 
     def look(self) -> SweepView:
         """The sweep as it is now.
@@ -110,6 +111,7 @@ class WatchedSweep:
         """
         self._cells = frozen_cells(self.folder, self._cells)
         selection, inodes, now = self._selection(), locked_inodes(), time.time()
+        self._searches = bool(selection and selection.searches)
         rungs = {step for search in selection.searches for step in search.rungs} if selection else set()
         control = SweepControl(self.folder)
         records = {run_id: self._record(cell.folder) for run_id, cell in self._cells.items()}
@@ -128,7 +130,8 @@ class WatchedSweep:
             curve, record = self._curves.get(run_id, Curve()), records[run_id]
             step = max(curve.losses, default=None)
             loss = None if step is None else curve.losses[step]
-            rivals = {} if step is None else lowest[self._rivals(cell, compares_rates)].get(step, {})
+            # Before the first step, all cells are the base model.
+            rivals = {} if not step else lowest[self._rivals(cell, compares_rates)].get(step, {})
             view = CellView(
                 cell,
                 states[run_id],
@@ -188,7 +191,8 @@ class WatchedSweep:
     ) -> str:
         """As SweepCell.state, from what can be seen without the lock."""
         folder = cell.folder
-        if isinstance(record, RunRecord) and set(cell.splits) <= set(record.scores):
+        # A search scores only the chosen runs. The others are done without.
+        if isinstance(record, RunRecord) and (self._searches or set(cell.splits) <= set(record.scores)):
             return "done"
         if is_locked(folder.path / ".lock", inodes):
             self._locked_before.add(cell.run_id)
