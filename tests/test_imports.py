@@ -9,7 +9,7 @@ from pathlib import Path
 SRC = Path(__file__).parents[1] / "src"
 HOUSE = SRC / "tiedlora"
 ORDER = (
-    *("sweeps", "runs", "report", "export", "scoring", "training", "tracking", "data"),
+    *("sweeps", "runs", "report", "scoring", "export", "training", "tracking", "data"),
     *("models", "tasks", "adapter", "records", "config", "statistics"),
     # The modules of tiedlora itself. They import no package.
     *("text", "storage", "tying", "keys", "errors"),
@@ -25,6 +25,7 @@ LAZY = {
     "runs/lazy.py": {"tiedlora.models", "tiedlora.runs"},
     "scoring/predict.py": {"tiedlora.tasks.task_metric"},
     "scoring/passages.py": {"datasets"},
+    "scoring/vllm_engine.py": {"vllm", "vllm.lora.request"},
     "sweeps/worker_slots.py": {"joblib.externals.loky"},
     "report/wandb_dashboard.py": {"wandb"},
     "tasks/dialogsum.py": {"rouge_score.rouge_scorer"},

@@ -14,6 +14,7 @@ from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.session import cached_base
+from tiedlora.scoring.engines import check_usable
 from tiedlora.scoring.memory import score_forgetting, score_within_memory
 from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
@@ -52,6 +53,7 @@ def add_scores(
         config.model.device_map = paths_from.model.device_map
     task = load_task(config.task)
     wanted = wanted_passes(metrics, task)
+    check_usable(config.score.engine, processes=1)
     if forgetting is not None:
         check_source(forgetting, config.task.name)
     base = cached_base(config, resolve_device(config.train.device))

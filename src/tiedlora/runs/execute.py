@@ -18,6 +18,7 @@ from tiedlora.records.summary import flat_summary
 from tiedlora.runs.recording import build_record
 from tiedlora.runs.session import RunSession
 from tiedlora.runs.trainer import Trainer
+from tiedlora.scoring.engines import check_usable
 from tiedlora.scoring.memory import score_forgetting, score_within_memory
 from tiedlora.scoring.passes import wanted_passes
 from tiedlora.scoring.split import Scorer
@@ -40,6 +41,7 @@ def execute(config: Config) -> RunRecord | None:
     """
     algorithms = only_deterministic_algorithms() if config.train.deterministic else nullcontext()
     with algorithms, join_world(resolve_device(config.train.device).type == "cuda") as world:
+        check_usable(config.score.engine, world.size)
         if world.is_first:
             return _run_first_process(config, world)
         _run_worker_process(config, world)

@@ -114,7 +114,10 @@ def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int, s
             yield Finding(f"regenerate {split}{kind}", False, f"{len(recorded)} predictions of {len(examples)} rows")
             continue
         ids = [row.id for row in recorded]
-        if not all(map(is_loss, scores.metrics)):
+        if scores.engine is not None:
+            explanation = f"{scores.engine}; only this project's decoding gives the same texts again"
+            yield Finding(f"regenerate {split}{kind}", None, explanation)
+        elif not all(map(is_loss, scores.metrics)):
             places = _chosen_places(ids, scoring_batches(scorer.encoder, examples, run.config), least, suspects)
             rows_of = scorer.compute_base_rows if kind else scorer.adapted_rows
             rows = rows_of([examples[place] for place in places], f"regenerating {split}{kind}")
