@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 from tiedlora.adapter import TiedAdapter
+from tiedlora.errors import UserError
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_record import EngineRecord
 from tiedlora.scoring import continuous, decoding, vllm_engine
@@ -43,18 +44,24 @@ class Engine(Protocol):
         ...
 
 
-def engine(name: str, adapter: TiedAdapter, active: bool) -> Engine:
+def engine(name: str, adapter: TiedAdapter | None, active: bool) -> Engine:
     """The engine that `score.engine` names.
 
     Args:
         adapter: the run's adapter, and `active` whether the model adds it. (Only vLLM needs to be told, because it has
-            a model of its own.)
+            a model of its own.) None for the arm of another method.
+
+    Raises:
+        UserError: vLLM would have to serve the arm of another method.
     """
+    if name == "vllm":
+        if adapter is None:
+            raise UserError("score.engine=vllm: serves this project's own adapters; use score.engine=transformers")
+        return partial(vllm_engine.generate, adapter=adapter, active=active)
     engines: dict[str, Engine] = {
         OURS: decoding.generate,
         "static": partial(decoding.generate, steps=StaticSteps),
         "continuous": continuous.generate,
-        "vllm": partial(vllm_engine.generate, adapter=adapter, active=active),
     }
     return engines[name]
 

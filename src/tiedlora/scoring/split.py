@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from tiedlora.adapter import Attached
 from tiedlora.adapter.arms import Arm
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import FORGETTING, Config
@@ -143,7 +144,8 @@ class Scorer:
             return self._losses(model, examples, title)
 
     def _answers(self, model: Any, examples: Sequence[Example], title: str, active: bool) -> list[PredictionRow]:
-        answering = engine(self.config.score.engine, self.attached.adapter, active)
+        adapter = self.attached.adapter if isinstance(self.attached, Attached) else None
+        answering = engine(self.config.score.engine, adapter, active)
 
         def rows_of(some: Sequence[Example]) -> list[PredictionRow]:
             return predict(model, self.encoder, self.task, some, self.config, title, answering)
