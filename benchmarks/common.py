@@ -83,6 +83,23 @@ def measure(script: str, *arguments: str, threads: int | None = None) -> dict[st
     return {**figures, "whole_seconds": time.perf_counter() - started}
 
 
+def run_command(command: Sequence[str]) -> None:
+    """Run a command to its end, without its output.
+
+    Raises:
+        RuntimeError: it failed; with the last line of its standard error.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(last_line(done.stderr))
+
+
+def last_line(text: str) -> str:
+    """The last line that is not blank, at most 500 characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines or ["ended without a message"])[-1][:500]
+
+
 def matmul_rate(dtype: str, shape: tuple[int, int, int], seconds: float = 1.0) -> float:
     """The rate of the product (m, k) @ (n, k)^T in FLOP/s: the median of as many repeats as `seconds` allow."""
     import torch

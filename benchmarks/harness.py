@@ -9,6 +9,7 @@ import torch
 from tiedlora.config.schema import Config
 from tiedlora.data.encoding import Encoded, Encoder, encode_rows
 from tiedlora.models.base_model import BaseModel
+from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs.inputs import read_rows
 from tiedlora.runs.session import RunSession, cached_base
@@ -26,8 +27,14 @@ def train(config: Config, folder: Path) -> tuple[RunSession, Trained]:
 
 
 def base_model(config: Config) -> BaseModel:
-    """The base model of a configuration, on the CPU."""
-    return cached_base(config, torch.device("cpu"))
+    """The base model of a configuration, on its device."""
+    return cached_base(config, resolve_device(config.train.device))
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has computed everything, so that a time can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def encoder_of(config: Config, base: BaseModel) -> Encoder:

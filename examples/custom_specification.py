@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiedlora
-from tiedlora import Factor, Part, Tying
+from tiedlora import Factor, Part, Tying, errors
 
 
 def main() -> None:
@@ -49,4 +49,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors.exit_codes():
+        main()

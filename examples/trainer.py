@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from tiedlora import TiedLoraConfig
+from tiedlora import TiedLoraConfig, errors
 
 
 def tiny_model() -> LlamaForCausalLM:
@@ -48,4 +48,5 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+    with errors.exit_codes():
+        main(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())

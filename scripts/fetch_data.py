@@ -31,4 +31,4 @@ def main(overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     with errors.exit_codes():
-        main(sys.argv[1:])
+        print(__doc__) if {"-h", "--help"} & set(sys.argv[1:]) else main(sys.argv[1:])

@@ -22,7 +22,7 @@ from tiedlora.errors import UserError
 from tiedlora.text import visible, visible_lines
 
 if TYPE_CHECKING:
-    from tiedlora.adapter import Attached
+    from tiedlora.adapter.arms import Arm
     from tiedlora.data.encoding import Encoder
 
 
@@ -58,7 +58,7 @@ def main() -> None:
 class Generator:
     """Generates answers with the base model and with the adapted model."""
 
-    def __init__(self, attached: Attached, encoder: Encoder, config: Config, max_new_tokens: int) -> None:
+    def __init__(self, attached: Arm, encoder: Encoder, config: Config, max_new_tokens: int) -> None:
         self.attached, self.encoder, self.config, self.max_new_tokens = attached, encoder, config, max_new_tokens
 
     def answers(self, prompt: str) -> tuple[str, str]:

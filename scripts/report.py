@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from tiedlora import errors
-from tiedlora.report import peft_results, write
+from tiedlora.report import every_eval_ever, peft_results, write
 
 PROJECT = Path(__file__).resolve().parents[1]
 CLAIMS = PROJECT / "claims" / "tied_lora.yaml"
@@ -23,6 +23,11 @@ def main() -> None:
     parser.add_argument("--sections", type=int, default=24, help="groups with a section of their own on the page")
     parser.add_argument("--reference", type=Path, default=PROJECT / "reference", help="folder of published scores")
     parser.add_argument("--peft-results", type=Path, help="results folder of PEFT's method_comparison/MetaMathQA")
+    parser.add_argument(
+        "--export",
+        choices=("every-eval-ever",),
+        help="also write the runs with their rows in this shared schema, to OUT/every-eval-ever",
+    )
     parser.add_argument("--export-peft", type=Path, help="also write our GSM8K test runs there, in PEFT's schema")
     arguments = parser.parse_args()
     report = write.build(
@@ -34,6 +39,10 @@ def main() -> None:
     )
     for line in write.write(report, arguments.out, sections=arguments.sections):
         print(line)
+    if arguments.export:
+        folder = arguments.out / arguments.export
+        count = every_eval_ever.export(report.runs, folder)
+        print(f"exported       {count} runs to {folder}")
     if arguments.export_peft:
         count = peft_results.export(report.runs, arguments.export_peft)
         print(f"exported       {count} runs on GSM8K's test split to {arguments.export_peft}")

@@ -1,14 +1,17 @@
-"""python scripts/sweep.py plan|status|select|drop|retry|clean +grid=paper [words of train.py]: a sweep and its cells.
+"""python scripts/sweep.py plan|status|watch|select|drop|retry|clean +grid=paper [words of train.py]: a sweep.
 
 plan shows every cell and its state, what the sweep will cost, and which claims it can decide. status shows counts and
-the time left in one line, and then the unfinished cells. select chooses each configuration's learning rate on
-validation, and scores test only for the chosen runs. drop takes cells out of a sweep, also while it runs, and retry
-puts them back or lets failed ones run once more: name them by their ids, such as 'LoRA-*-s1-*'. clean frees the
-checkpoints of the cells that a staged sweep has stopped.
+the time left in one line, and then the unfinished cells. watch shows them in a live table while the sweep runs, from
+any terminal on the same folder; instead of words it takes a sweep's id or name, or nothing for the newest one. select
+chooses each configuration's learning rate on validation, and scores test only for the chosen runs. drop takes cells
+out of a sweep, also while it runs, and retry puts them back or lets failed ones run once more: name them by their ids,
+such as 'LoRA-*-s1-*'. clean frees the checkpoints of the cells that a staged sweep has stopped.
 """
 
 import argparse
 import logging
+import os
+from pathlib import Path
 
 from tiedlora import errors
 from tiedlora.config.project import PROJECT
@@ -16,7 +19,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.selection import write_selection
 from tiedlora.report import claims, planning
 from tiedlora.statistics.rate_choice import CRITERIA
-from tiedlora.sweeps import cleaning, forecast, planned_rows, selection, status
+from tiedlora.sweeps import cleaning, forecast, planned_rows, selection, status, summary_run, watch
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.control import matching
 from tiedlora.sweeps.expand import compose_sweep
@@ -24,12 +27,12 @@ from tiedlora.sweeps.expand import compose_sweep
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("plan", "status", "select", "drop", "retry", "clean"))
+    parser.add_argument("what", choices=("plan", "status", "watch", "select", "drop", "retry", "clean"))
     parser.add_argument(
         "words",
         nargs="*",
         help="the words after `train.py --multirun`; the same words are the same sweep. drop, retry: the ids of cells "
-        "too, with * and ? as wildcards",
+        "too, with * and ? as wildcards. watch: a sweep's id, name or folder, and outputs=FOLDER",
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument(
@@ -38,6 +41,7 @@ def main() -> None:
         help="select: the task's first metric, or the loss; by default the metric if every run has it",
     )
     parser.add_argument("--no-test", action="store_true", help="select: choose only, and leave test for later")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="watch: keep the report's page up to date there")
     parser.add_argument("--dry-run", action="store_true", help="clean: only say how much it would free")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -46,6 +50,9 @@ def main() -> None:
     cells = [word for word in arguments.words if "=" not in word and not word.startswith("~")]
     if arguments.what in ("drop", "retry"):
         steer(compose_sweep([word for word in arguments.words if word not in cells]), arguments.what, cells)
+        return
+    if arguments.what == "watch":
+        show_live([word for word in arguments.words if word not in cells], cells, arguments.html)
         return
     sweep = compose_sweep(arguments.words)
     if arguments.what == "clean":
@@ -63,6 +70,7 @@ def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
     if test:
         chosen = selection.score_test(sweep, chosen)
     write_selection(selection.selection_file(sweep), chosen)
+    summary_run.track_sweep(sweep)
     print(selection.to_json(chosen.choices) if json else selection.table(chosen.choices))
 
 
@@ -72,6 +80,22 @@ def steer(sweep: Sweep, what: str, patterns: list[str]) -> None:
     run_ids = matching(patterns, sweep.run_ids())
     (sweep.control.drop if what == "drop" else sweep.control.retry)(run_ids)
     print("\n".join(run_ids))
+
+
+def show_live(words: list[str], names: list[str], html: Path | None) -> None:
+    """Watch the sweep of the words, or the one with this name; outputs= alone says only where to look."""
+    if len(names) > 1 or (names and [word for word in words if not word.startswith("outputs=")]):
+        raise UserError("watch: takes one sweep: its id, its name, its folder, or the words of train.py --multirun")
+    if all(word.startswith("outputs=") for word in words):
+        places = [word.removeprefix("outputs=") for word in words]
+        outputs = Path(*(places[-1:] or [os.environ.get("TIEDLORA_OUTPUTS", PROJECT / "outputs")])).expanduser()
+        folder = watch.find_sweep(outputs.absolute(), *names)
+    else:
+        folder = compose_sweep(words).path
+        if not folder.is_dir():
+            raise UserError(f"{folder.name}: this sweep has not been started; train.py --multirun starts it")
+    if not watch.watch(folder, html):
+        raise SystemExit(1)
 
 
 def clean(sweep: Sweep, dry_run: bool) -> None:

@@ -6,6 +6,11 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+# tracking=auto must find no account, whatever machine the tests run on; and no tracker may report its use.
+os.environ["NETRC"] = os.environ["WANDB_CONFIG_DIR"] = "/nonexistent"
+for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "MLFLOW_TRACKING_URI", "TRACKIO_SPACE_ID"):
+    os.environ.pop(name, None)
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 # Two workers of pytest-xdist share two cores; more threads than cores would wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 for name in ("TIEDLORA_DATA", "TIEDLORA_OUTPUTS", "TIEDLORA_CACHE"):
@@ -23,6 +28,12 @@ from tiedlora.config.schema import Config
 # absl, which rouge-score imports, keeps the stream that standard error is at its import, and closes it when Hydra sets
 # up logging. Under pytest that would be the file that captures all output.
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The other tests promise what a CPU computes, and some fork, which a process with a GPU must not do.
+    if config.option.markexpr != "gpu" and torch.backends.cuda.is_built():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture

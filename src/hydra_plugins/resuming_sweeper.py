@@ -6,13 +6,15 @@ namespace package, at every start, so this file may import tiedlora's light pack
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
@@ -20,9 +22,10 @@ from tiedlora.errors import UserError
 from tiedlora.sweeps.cells import FrozenCells, Sweep, SweepCell
 from tiedlora.sweeps.expand import expand
 from tiedlora.sweeps.launching import Launch, run_sweep, stopped_by_signals
+from tiedlora.tracking.choose import NONE, backend_of
 
 
-class ResumingSweeper(BasicSweeper):
+class ResumingSweeper(Sweeper):
     """Composes, checks and freezes all cells, and then launches those that are not finished."""
 
     def __init__(self, params: dict[str, str], match_lora: bool, fail_fast: bool = False) -> None:
@@ -32,7 +35,7 @@ class ResumingSweeper(BasicSweeper):
             match_lora: whether to add to each tied cell the LoRA cell with the nearest trainable count.
             fail_fast: whether the first cell that fails stops the sweep.
         """
-        super().__init__(max_batch_size=None, params=params)
+        # The axes and the matching cells are read from the configuration (sweeps/expand.py).
         self.fail_fast = fail_fast
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -53,8 +56,25 @@ class ResumingSweeper(BasicSweeper):
         assert self.hydra_context is not None
         sweep = expand(self.config, self.hydra_context.config_loader, arguments)
         launcher = self._launcher(sweep.freeze())
-        self.run(sweep, partial(_launch, launcher))
+        try:
+            self.run(sweep, partial(_launch, launcher))
+        finally:
+            # After failed cells too, which end it with SystemExit. A stopped sweep has no result yet.
+            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                self.track(sweep)
         return []
+
+    def track(self, sweep: Sweep) -> None:
+        """Send the sweep's summary to its tracker, if it has one."""
+        if backend_of(sweep.cells[0].config) != NONE:
+            # The verdicts need numpy and scipy, which the start of a single run should not import.
+            from tiedlora.sweeps.summary_run import track_sweep
+
+            track_sweep(sweep, *self.claims_file())
+
+    def claims_file(self) -> tuple[Path, ...]:
+        """The file with the sweep's own claims, or nothing."""
+        return ()
 
     def run(self, sweep: Sweep, launch: Launch) -> None:
         """Carry out the sweep. The arguments and errors are those of run_sweep."""

@@ -6,9 +6,11 @@ start, so what needs numpy or scipy is imported when a sweep starts.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hydra_plugins.resuming_sweeper import ResumingSweeper
+from tiedlora.config.project import PROJECT
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.launching import Launch
 
@@ -61,3 +63,7 @@ class DecidingSweeper(StagedSweeper):
 
         options = SearchOptions.checked(*self.search)
         run_deciding(sweep, options, self.claims, self.budget, launch, self.fail_fast)
+
+    def claims_file(self) -> tuple[Path, ...]:
+        """The file with the sweep's own claims."""
+        return (Path(self.claims) if Path(self.claims).exists() else PROJECT / self.claims,)

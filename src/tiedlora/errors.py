@@ -7,7 +7,9 @@ checkpoint (the same command continues from it).
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,12 +76,19 @@ def exit_codes() -> Iterator[None]:
         SystemExit: with code 2 after a mistake, 75 after a stop, 141 if the reader of the output has closed it.
     """
     try:
-        yield
-        sys.stdout.flush()
+        with _quiet_handlers():
+            yield
+            sys.stdout.flush()
     except BrokenPipeError:
-        # The reader, such as `head`, has ended. Without this, Python would report the error again when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         raise SystemExit(CLOSED_PIPE) from None
+    except SystemExit:
+        # As of a command that has named its failures. What it printed may still wait for a reader that has ended.
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            drop_output()
+        raise
     except UserError as error:
         _end(f"error: {error}", MISTAKE)
     except StoppedEarly:
@@ -94,6 +103,41 @@ def exit_codes() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         _end("error: out of memory; lower train.microbatch_tokens (same result) or score.batch_size", MISTAKE)
+
+
+def drop_output() -> None:
+    """Let standard output lead nowhere, because its reader, such as `head`, has ended.
+
+    Without this, Python would report the error again when it exits.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def output_is_closed() -> bool:
+    """Whether the reader of standard output has ended."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        # A stream without a file, as in a notebook.
+        return False
+
+
+@contextmanager
+def _quiet_handlers() -> Iterator[None]:
+    """Inside the block, a log line for a reader that has ended is lost without a traceback."""
+    original = logging.Handler.handleError
+
+    def handle(handler: logging.Handler, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            original(handler, record)
+
+    logging.Handler.handleError = handle  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        logging.Handler.handleError = original  # type: ignore[method-assign]
 
 
 def _end(message: str, code: int) -> None:

@@ -6,9 +6,10 @@ from helpers.tiny import EIGHT, model_option, tying_option
 
 from tiedlora import tying
 from tiedlora.adapter import attach
+from tiedlora.adapter.arms import groups_by_part
 from tiedlora.config.compose import compose_config
 from tiedlora.config.project import PROJECT
-from tiedlora.config.schema import TrainConfig
+from tiedlora.config.schema import LrFactors, TrainConfig
 from tiedlora.data.batching import microbatches
 from tiedlora.data.encoding import Encoder
 from tiedlora.models.base_model import load_base
@@ -48,7 +49,7 @@ def test_it_starts_at_the_base_moves_at_once_and_counts_as_the_formula(base, bat
         assert attached.adapter.trainable_params() == tying.trainable_params(spec, 8, architecture)
         parts = attached.adapter.trained_parts()
         start = {key: p.detach().clone() for key, p in parts.items()}
-        optimizer = build_optimizer(parts, TrainConfig(lr=spec.suggested_lr))
+        optimizer = build_optimizer(groups_by_part(parts, LrFactors()), TrainConfig(lr=spec.suggested_lr))
         losses = []
         for group in optimizer.param_groups:
             group["lr"] = spec.suggested_lr

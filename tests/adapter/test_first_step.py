@@ -8,7 +8,7 @@ from helpers.tiny import tiny
 from torch.nn import functional as F
 
 from tiedlora.adapter import attach
-from tiedlora.config.schema import TrainConfig
+from tiedlora.config.schema import LrFactors, TrainConfig
 from tiedlora.training.optimizer import build_optimizer
 
 RANKS, ALPHA, SEEDS = (1, 4, 16), 4.0, range(6)
@@ -30,7 +30,7 @@ def drops():
         attached = attach(base.model, "LoRA", rank, alpha, seed, scaling=scaling)
         attached.adapter.double()
         # eps must be far below the gradients, which a small s makes small too.
-        optimizer = build_optimizer(attached.adapter.trained_parts(), TrainConfig(lr=1e-6, eps=1e-20))
+        optimizer = build_optimizer(attached.parameter_groups(LrFactors()), TrainConfig(lr=1e-6, eps=1e-20))
         before = loss()
         before.backward()
         optimizer.step()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import omegaconf
 import pytest
 from helpers.hostile import ODD_VALUES, refused, right_or_refused, search
 from hypothesis import given
@@ -20,6 +21,8 @@ from tiedlora.runs import run
 
 SECRET = "hunter2-0123456789abcdef0123456789abcdef"
 HUGE = "9" * 5000
+NEXT = omegaconf.__version__ >= "2.4"
+"""Whether these are Hydra 1.4 and OmegaConf 2.4, which have other messages (.ci/hydra-next)."""
 
 TABLE = {
     # Unknown keys and options
@@ -27,7 +30,7 @@ TABLE = {
     "unknown key, added": ("+evil=1", "evil: unknown key"),
     "a key of Hydra's instantiation": ("+_target_=os.system", "_target_: unknown key"),
     "unknown option": ("tying=TABXY", "no such option; choose one of"),
-    "an option outside conf/": ("tying=../../etc/passwd", "no such option; choose one of"),
+    "an option outside conf/": ("tying=../../etc/passwd", "Parent traversal" if NEXT else "no such option;"),
     "unknown group": ("evil@train=x", "config group 'evil' does not exist"),
     # What cannot be parsed
     "nothing": ("", "cannot be parsed as KEY=VALUE"),
@@ -43,7 +46,7 @@ TABLE = {
     "a flag for a number": ("seed=true", "seed: Value 'True'"),
     "a list for a number": ("seed=[0,1]", "seed: Value '[0, 1]'"),
     "a mapping for a text": ("task.prompt={a: b}", "task.prompt: Cannot convert 'dict' to string"),
-    "a mapping for a list": ("train.betas={a: 1}", "train.betas: Cannot merge DictConfig with ListConfig"),
+    "a mapping for a list": ("train.betas={a: 1}", "train.betas: Cannot merge"),
     "a word for a flag": ("train.bucket=maybe", "train.bucket: Value 'maybe' is not a valid bool"),
     "a key below a number": ("++train.steps.x=3", "train.steps: Value '{}'"),
     "a list for a target": ("tying.targets=[[]]", "tying.targets=[[]]: holds a list where"),
@@ -165,7 +168,7 @@ FILES = {
     "a key twice": (b"seed: 1\nseed: 2\n", "is not readable YAML"),
     "a key that is a number": (b"1: 2\n", "1: unknown key"),
     "an unknown key": (b"evil: 1\n", "evil: unknown key"),
-    "a surrogate by escape": (PLAIN + b'tracking: {group: "\\ud800"}\n', "surrogate"),
+    "a surrogate by escape": (PLAIN + b'tracking: {group: "\\ud800"}\n', "invalid Unicode" if NEXT else "surrogate"),
     "an escape for a terminal": (PLAIN + b'tracking: {group: "\\e[2J"}\n', "holds a control character"),
     "a secret of the environment": (b"tracking: {group: '${oc.env:WANDB_API_KEY}'}\n", "may read TIEDLORA_"),
     "a secret by a name put together": (

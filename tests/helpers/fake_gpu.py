@@ -1,6 +1,7 @@
 """python tests/helpers/fake_gpu.py MODEL ...: the training loop on a GPU that does not exist.
 
 Its tensors have a device and no values. To read one, as `.item()` or `bool()` do, raises DataDependentOutputException.
+A copy between the CPU and the GPU waits too, and raises AssertionError.
 """
 
 import sys
@@ -14,8 +15,11 @@ import torch
 from helpers.tiny import tiny, tying_option
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tiedlora.adapter import attach
+from tiedlora.adapter.arms import groups_by_part
 from tiedlora.config.schema import TrainConfig
 from tiedlora.data.batching import Batch, microbatches
 from tiedlora.data.encoding import Encoded
@@ -27,6 +31,20 @@ from tiedlora.training.optimizer import build_optimizer
 
 class TwoStepsDone(Exception):
     pass
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses an operation whose result is on another device than one of its tensors (a single number is allowed)."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        devices = {
+            value.device.type
+            for value in tree_leaves((args, kwargs or {}, result))
+            if isinstance(value, torch.Tensor) and (value.dim() or "copy" in str(func))
+        }
+        assert len(devices) <= 1, f"{func} copies between {devices}"
+        return result
 
 
 def train_two_steps_on_a_fake_gpu(model: str) -> None:
@@ -45,7 +63,9 @@ def train_two_steps_on_a_fake_gpu(model: str) -> None:
                 if old is not None:
                     fake = torch.empty(old.shape, dtype=old.dtype, device=gpu)
                     module._parameters[name] = torch.nn.Parameter(fake, requires_grad=old.requires_grad)
-        groups = build_optimizer(attached.adapter.trained_parts(), config).param_groups
+        groups = build_optimizer(
+            groups_by_part(attached.adapter.trained_parts(), config.lr_factor), config
+        ).param_groups
         optimizer = torch.optim.AdamW([{**group, "fused": True} for group in groups], lr=1e-2)
 
         def batches(step: int) -> list[Batch]:
@@ -54,6 +74,7 @@ def train_two_steps_on_a_fake_gpu(model: str) -> None:
             names = ("input_ids", "positions", "targets")
             return [replace(batch, **{name: getattr(batch, name).to(gpu) for name in names}) for batch in passes]
 
+        passes_of_step = {step: batches(step) for step in (1, 2)}
         state = loop.TrainState(validation=[[0, 1.0]])
 
         def after_step() -> bool:
@@ -63,7 +84,8 @@ def train_two_steps_on_a_fake_gpu(model: str) -> None:
             return False
 
         hooks = loop.LoopHooks(
-            batches=batches,
+            # Batch.to copies from pinned memory, without waiting: so these copies are made before.
+            batches=passes_of_step.__getitem__,
             loss_sum=lambda batch: target_loss(base.model, batch),
             validate=lambda: 1.0,
             save_checkpoint=lambda _: None,
@@ -71,7 +93,7 @@ def train_two_steps_on_a_fake_gpu(model: str) -> None:
             describe_rows=str,
             stop_requested=after_step,
         )
-        with attention.rows_not_packed(), suppress(TwoStepsDone):
+        with attention.rows_not_packed(), NoCopies(), suppress(TwoStepsDone):
             loop.train(state, hooks, optimizer, config, 0)
         assert state.step == 2
         for parameter in attached.adapter.trained_parts().values():

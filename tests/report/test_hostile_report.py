@@ -15,7 +15,7 @@ from tiedlora.records.rows import read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import read_record
 from tiedlora.records.summary import terminal_lines
-from tiedlora.report import formats, page, write
+from tiedlora.report import browser, formats, page, write
 from tiedlora.runs import library, verify
 from tiedlora.text import visible, visible_lines
 
@@ -122,7 +122,8 @@ def test_any_record_is_read_or_refused(place, tmp_path_factory, data):
     for table in tables.all():
         for render in (formats.to_csv, formats.to_latex, formats.to_markdown):
             assert not ALIVE.search(render(table))
-    drawn = page.render(report.summary(), report.rows, tables, figures=(), most_sections=1)
+    sheets = browser.sheets(report.groups, {row.group: row.measure.split for row in report.rows})
+    drawn = page.render(report.summary(), report.rows, tables, report.verdicts, most_sections=1, sheets=sheets)
     assert drawn.count("<script>") == 1
     assert not ALIVE.search(drawn)
     with right_or_refused():

@@ -1,6 +1,8 @@
 """The whole report: tables in three formats, figures, a page on which nothing runs, and errors in one line."""
 
+import base64
 import csv
+import hashlib
 import re
 import subprocess
 import sys
@@ -22,12 +24,24 @@ def test_predictions_cannot_run_or_hide(tmp_path):
     write.write(write.build([tmp_path / "runs"]), tmp_path / "report")
     page = (tmp_path / "report" / "index.html").read_text()
     assert "<script>alert" not in page
-    assert "&lt;script&gt;alert(1)" in page
     assert not set(page) & {"\x1b", "\x00", "\u202e"}
     assert page.count("<script>") == 1
     assert "default-src 'none'" in page
+    assert "unsafe" not in page
     loads = re.findall(r"(?:src|href)=\"(?!#|data:)([^\"]+)", page)
     assert not loads, "the page loads nothing"
+
+
+def test_the_policy_of_the_page_allows_its_script_and_style_and_no_other(tmp_path):
+    scored_run(tmp_path / "runs", GOOD, BASE)
+    write.write(write.build([tmp_path / "runs"]), tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', page)
+    for kind in ("style", "script"):
+        ((text),) = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert not re.search(r"<[^>]* (?:style|on[a-z]+)=", page), "an attribute that the policy would refuse"
 
 
 def test_tables_come_in_three_formats_with_the_same_cells(tmp_path):
@@ -47,7 +61,7 @@ def test_tables_come_in_three_formats_with_the_same_cells(tmp_path):
     for text in (latex, markdown):
         assert formats.score(report.rows[0].score.value) in text
     assert all(line.endswith((r"\\", "rule")) for line in latex.splitlines()[4:-2])
-    for name in ("pareto", "rank", "curves", "cost"):
+    for name in ("pareto", "rank", "curves", "cost"):  # forest: tests/report/test_forest.py
         assert (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
         assert (tmp_path / "report" / f"{name}.svg").read_text().startswith("<?xml")
 

@@ -13,7 +13,8 @@ from tiedlora.config import compose as configuration
 from tiedlora.config.project import PROJECT
 from tiedlora.data.encoding import Encoder
 from tiedlora.models.base_model import load_base
-from tiedlora.scoring.decoding import _finished_output, generate
+from tiedlora.scoring.answer_ends import AnswerEnds
+from tiedlora.scoring.decoding import generate
 from tiedlora.scoring.likelihoods import choice_log_likelihoods
 from tiedlora.scoring.predict import predict
 from tiedlora.tasks import load_examples, load_task
@@ -70,10 +71,10 @@ def test_generation_stops_at_the_end_of_the_answer(batch_size):
 def output_of(text, stop):
     """The output of a model that writes `text`, with one token for each byte."""
     tokenizer = tiny("tiny_llama").tokenizer
-    written = []
+    written, ends = [], AnswerEnds(tokenizer, stop, 100)
     for token in tokenizer(text).input_ids:
         written.append(token)
-        if output := _finished_output(tokenizer, written, tokenizer.eos_token_id, stop, 100):
+        if output := ends.output(written):
             return output
     return None
 

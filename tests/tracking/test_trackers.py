@@ -1,13 +1,24 @@
 """Any tracker, W&B's or a new one: metrics.jsonl is written first, and the tracker gets a copy of it."""
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from tiedlora.records.rows import MetricsRow, ValidationLosses, read_metrics, read_validation_losses
+from tiedlora.errors import UserError
+from tiedlora.records.rows import (
+    NOT_GENERATED,
+    MetricsRow,
+    PredictionRow,
+    ValidationLosses,
+    read_metrics,
+    read_validation_losses,
+    write_predictions,
+)
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import execute, run
+from tiedlora.tracking.answers_table import answers_table
 from tiedlora.tracking.appended_file import AppendedFile
 from tiedlora.tracking.base import TrackedRun
 from tiedlora.tracking.metrics_file import MetricsFile
@@ -26,6 +37,9 @@ class FakeTracker:
     def log(self, rows):
         self.logged += rows
         self.rows_on_disk.append(len(read_metrics(RunFolder(self.run.folder).metrics_file)))
+
+    def log_tables(self, tables):
+        self.tables = dict(tables)
 
     def finish(self, summary, exit_code=0):
         self.finished.append((dict(summary), exit_code))
@@ -106,6 +120,54 @@ class TestRunTrackers:
         assert fake == []
 
 
+class TestFailures:
+    @pytest.mark.parametrize("moment", ["start", "log", "log_tables", "finish"])
+    def test_a_tracker_that_fails_does_not_end_the_run(self, moment, faked, fake, monkeypatch, caplog):
+        def fail(*arguments):
+            raise RuntimeError("server on fire \x1b[31m")
+
+        monkeypatch.setattr(FakeTracker, moment, fail)
+        config = faked()
+        record = run.main(config)
+        assert record is not None
+        assert len(read_metrics(RunFolder(Path(config.outputs) / record.run_id).metrics_file)) > 1
+        warnings = [entry.getMessage() for entry in caplog.records if "has failed" in entry.getMessage()]
+        assert len(warnings) == 1
+        assert "server on fire ␛[31m" in warnings[0]
+
+    def test_a_package_that_is_missing_is_a_mistake_only_if_it_was_asked_for(self, tiny_config, monkeypatch, tmp_path):
+        def missing(name):
+            raise UserError("not installed")
+
+        auto, named = tiny_config(), tiny_config("tracking=wandb")
+        monkeypatch.setattr("tiedlora.tracking.run_trackers.importlib.import_module", missing)
+        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+        RunTrackers(TrackedRun("run", tmp_path, auto, 1), tmp_path / "metrics.jsonl", step=0).log(rows(1))
+        assert read_metrics(tmp_path / "metrics.jsonl") == rows(1)
+        with pytest.raises(UserError, match="not installed"):
+            RunTrackers(TrackedRun("run", tmp_path, named, 1), tmp_path / "m.jsonl", step=0)
+
+
+class TestAnswers:
+    def test_the_table_is_bounded_and_its_texts_are_plain(self, tmp_path):
+        long = PredictionRow("1", "p" * 10**6, ["r"], "\x1b]0;x\x07<script>alert(1)</script>", {"f1": 0.5})
+        folder = RunFolder(tmp_path)
+        write_predictions(folder.predictions_file("validation"), [long] * 100)
+        write_predictions(folder.predictions_file("validation.base"), [long])
+        table = answers_table(folder, 7)
+        assert table.columns == ("split", "row", "prompt", "references", "base", "answer", "f1")
+        assert len(table.rows) == 7
+        assert max(len(cell) for row in table.rows for cell in row if isinstance(cell, str)) < 2100
+        assert table.rows[0][5] == "␛]0;x␇<script>alert(1)</script>"
+
+    def test_losses_alone_are_no_answers(self, tmp_path):
+        folder = RunFolder(tmp_path)
+        row = PredictionRow("1", "p", ["r"], "", {"target_loss": 0.5}, ended=NOT_GENERATED)
+        write_predictions(folder.predictions_file("validation"), [row])
+        assert answers_table(folder, 7) is None
+        assert answers_table(RunFolder(tmp_path / "nothing"), 7) is None
+
+
 class TestRun:
     def test_a_run_starts_its_tracker_logs_every_row_and_ends_with_the_summary(self, faked, fake):
         config = faked()
@@ -117,6 +179,7 @@ class TestRun:
         ((summary, exit_code),) = tracker.finished
         assert exit_code == 0
         assert summary["trainable_params"] == record.trainable_params
+        assert len(tracker.tables["answers"].rows) == record.scores["validation"].rows
         value = record.scores["validation"].metrics["exact_match_strict"].value
         assert summary["validation/exact_match_strict"] == value
 

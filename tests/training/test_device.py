@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from tiedlora.adapter import TiedAdapter
 from tiedlora.adapter.architectures import FAMILIES
+from tiedlora.adapter.arms import groups_by_part
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import TrainConfig
@@ -31,14 +32,14 @@ def parts_on(device: str) -> dict[str, torch.nn.Parameter]:
 def test_a_restored_fused_optimizer_has_its_whole_state_on_the_device(tmp_path):
     """A fused AdamW takes no step while its step count is on the CPU."""
     parts = parts_on("cpu")
-    optimizer = build_optimizer(parts, TRAIN)
+    optimizer = build_optimizer(groups_by_part(parts, TRAIN.lr_factor), TRAIN)
     for parameter in parts.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     checkpoint.save(tmp_path, loop.TrainState(step=1), parts, optimizer, RunInputs())
 
     there = parts_on("meta")
-    groups = build_optimizer(there, TRAIN).param_groups
+    groups = build_optimizer(groups_by_part(there, TRAIN.lr_factor), TRAIN).param_groups
     fused = torch.optim.AdamW([{**group, "fused": True} for group in groups], lr=TRAIN.lr)
     assert checkpoint.restore(tmp_path, there, fused, RunInputs()) == loop.TrainState(step=1)
     for parameter in there.values():

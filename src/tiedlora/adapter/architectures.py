@@ -15,75 +15,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tiedlora.adapter import linear
+from tiedlora.config.families import CANDIDATES_SHOWN, FAMILIES, layout_of, unknown_family
 from tiedlora.errors import UserError
 from tiedlora.tying import Architecture, Layout, target_shape
-
-# These families differ only outside the projections: in biases, norms of q and k, norms after the sublayers, and capped
-# logits. The update of a projection's output does not depend on these.
-_SEPARATE = Layout(
-    layers="model.layers",
-    sites={
-        "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        "q": ["self_attn.q_proj"],
-        "k": ["self_attn.k_proj"],
-        "v": ["self_attn.v_proj"],
-        "o": ["self_attn.o_proj"],
-        "gate": ["mlp.gate_proj"],
-        "up": ["mlp.up_proj"],
-        "down": ["mlp.down_proj"],
-    },
-)
-
-FAMILIES: dict[str, Layout] = {
-    **{
-        family: _SEPARATE
-        for family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3")
-    },
-    "gpt2": Layout(
-        layers="transformer.h",
-        sites={
-            "qkv": ["attn.c_attn"],
-            "q": ["attn.c_attn:q"],
-            "k": ["attn.c_attn:k"],
-            "v": ["attn.c_attn:v"],
-            "o": ["attn.c_proj"],
-            "up": ["mlp.c_fc"],
-            "down": ["mlp.c_proj"],
-        },
-        transposed=True,
-    ),
-    "phi3": Layout(
-        layers="model.layers",
-        sites={
-            "qkv": ["self_attn.qkv_proj"],
-            "q": ["self_attn.qkv_proj:q"],
-            "k": ["self_attn.qkv_proj:k"],
-            "v": ["self_attn.qkv_proj:v"],
-            "o": ["self_attn.o_proj"],
-            "gate": ["mlp.gate_up_proj:gate"],
-            "up": ["mlp.gate_up_proj:up"],
-            "down": ["mlp.down_proj"],
-        },
-    ),
-    "gpt_neox": Layout(
-        layers="gpt_neox.layers",
-        sites={
-            "qkv": ["attention.query_key_value"],
-            "q": ["attention.query_key_value:q"],
-            "k": ["attention.query_key_value:k"],
-            "v": ["attention.query_key_value:v"],
-            "o": ["attention.dense"],
-            "up": ["mlp.dense_h_to_4h"],
-            "down": ["mlp.dense_4h_to_h"],
-        },
-        interleaved=True,
-    ),
-}
 
 _QKV = ("q", "k", "v")
 _FUSED_BLOCKS = {"q": _QKV, "k": _QKV, "v": _QKV, "gate": ("gate", "up"), "up": ("gate", "up")}
@@ -93,8 +33,6 @@ _PROJECTION_NAME = re.compile(
     r"(^|[._])(q|k|v|o|qkv|query|key|value|attn|attention|c_attn|fc\d?|w\d|mlp|dense)([._]|$)|proj"
 )
 """A guess at the paths of projections, in families that this project does not know."""
-CANDIDATES_SHOWN = 12
-"""How many modules an error message lists at most."""
 
 
 @dataclass(frozen=True)
@@ -149,10 +87,12 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
         UserError: the family is unknown (the message lists modules that may be projections), or the model's
             configuration lacks a size.
     """
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    config = text_config(model)
     layout = layout or Layout()
+    if not layout.layers and (getattr(config, "is_encoder_decoder", False) or not _is_causal(config, model)):
+        raise UserError(not_causal(model))
     if not layout.layers and config.model_type not in FAMILIES:
-        raise UserError(_unknown_family(config.model_type, candidates(model)))
+        raise UserError(unknown_family(config.model_type, candidates(model)))
     try:
         heads = config.num_attention_heads
         return Architecture(
@@ -174,17 +114,34 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
         ) from None
 
 
-def layout_of(architecture: Architecture) -> Layout:
-    """Where a model keeps its projections: the layout that the user gave, or that of the family.
+def text_config(model: object) -> Any:
+    """The configuration of a transformers model's text part.
 
     Raises:
-        UserError: the family is unknown; the message names the known ones.
+        UserError: it is no such model.
     """
-    if architecture.layout.layers:
-        return architecture.layout
-    if architecture.family not in FAMILIES:
-        raise UserError(_unknown_family(architecture.family, []))
-    return FAMILIES[architecture.family]
+    config = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not callable(getattr(config, "get_text_config", None)):
+        raise UserError(not_causal(model))
+    return config.get_text_config()  # type: ignore[union-attr]
+
+
+def _is_causal(config: Any, model: nn.Module) -> bool:
+    """Whether a model may be a causal language model: of a family of the table, or by the name of its class."""
+    return config.model_type in FAMILIES or _has_head(model)
+
+
+def _has_head(model: nn.Module) -> bool:
+    return any(word in type(model).__name__ for word in ("CausalLM", "LMHead"))
+
+
+def not_causal(model: object) -> str:
+    """The message for what no adapter can be attached to."""
+    return (
+        f"attach: {type(model).__name__} is no causal language model of transformers; load one with "
+        "AutoModelForCausalLM.from_pretrained(NAME), or name the projections of another one with "
+        "layout=tiedlora.Layout(...)"
+    )
 
 
 def sites(architecture: Architecture, target: str, layer: int) -> list[Site]:
@@ -260,10 +217,11 @@ def _check_module(model: nn.Module, site: Site, target: str, d_in: int, transpos
     try:
         module = model.get_submodule(site.module_path)
     except AttributeError:
-        raise UserError(
-            f"attach: the model has no module {site.module_path}, where '{target}' should be; "
-            f"{_candidates_in_words(model)}"
-        ) from None
+        missing = f"no module {site.module_path}, where '{target}' should be; {_candidates_in_words(model)}"
+        if not _has_head(model):
+            # The body alone, such as a LlamaModel.
+            raise UserError(f"{not_causal(model)}; it has {missing}") from None
+        raise UserError(f"attach: the model has {missing}") from None
     if not linear.is_linear(module, transposed):
         raise UserError(
             f"attach: {site.module_path} is a {type(module).__name__}, not a plain linear layer; "
@@ -293,12 +251,3 @@ def _candidates_in_words(model: nn.Module) -> str:
     if not names:
         return "it has no linear layers that look like projections"
     return f"its candidates are {', '.join(names[:CANDIDATES_SHOWN])}"
-
-
-def _unknown_family(family: str, names: list[str]) -> str:
-    listed = f"its linear layers are {', '.join(names[:CANDIDATES_SHOWN])}; " if names else ""
-    return (
-        f"model.architecture.family={family}: its layout is unknown; known are {', '.join(sorted(FAMILIES))}; {listed}"
-        "name its projections by hand: +model.architecture.layout='{layers: model.layers, sites: {qkv: "
-        "[self_attn.q_proj, self_attn.k_proj, self_attn.v_proj]}}', or layout=tiedlora.Layout(...) from Python"
-    )

@@ -10,6 +10,8 @@ layer separately.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,7 +24,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from tiedlora.adapter import architectures, files, linear
+from tiedlora.adapter.arms import ParameterGroup, groups_by_part
 from tiedlora.adapter.parts import TiedAdapter
+from tiedlora.config.families import layout_of
+from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
 from tiedlora.tying import Architecture, Layout, Tying, adapted_layers, named
@@ -68,6 +73,7 @@ class Attached:
     adapter: TiedAdapter
     paths: list[str]
     """The paths of the adapted modules."""
+    _fold: _FoldFactors | None = None
     _fold_hook: RemovableHandle | None = None
     _base_weights: dict[str, Tensor] = field(default_factory=dict)
     """While the update is merged: module path -> the weight without the update."""
@@ -92,22 +98,68 @@ class Attached:
             linear.use_class_forward(module, path)
             module.adapter_dropout = self.adapter.tying.dropout  # type: ignore[assignment]
         # Every call of the model, with or without its head, goes through the module that owns the layers.
-        owner_path = architectures.layout_of(self.adapter.architecture).layers.rpartition(".")[0]
+        owner_path = layout_of(self.adapter.architecture).layers.rpartition(".")[0]
         owner: nn.Module = self.model.get_submodule(owner_path)
-        self._fold_hook = owner.register_forward_pre_hook(_FoldFactors(self.model, self.adapter, modules))
+        self._fold = _FoldFactors(self.model, self.adapter, modules)
+        self._fold_hook = owner.register_forward_pre_hook(self._fold)
 
     def disable(self) -> None:
         """Make the model give the base model's outputs."""
         if self._fold_hook is None:
             return
         self._fold_hook.remove()
-        self._fold_hook = None
+        self._fold = self._fold_hook = None
         for path in self.paths:
             module = self.model.get_submodule(path)
             module.__class__ = type(module).__bases__[1]
             linear.use_class_forward(module, path)
             for name in ("folded_A", "folded_B", "adapter_dropout"):
                 module.__dict__.pop(name, None)
+
+    compiles = True
+
+    def trained_parts(self) -> dict[str, nn.Parameter]:
+        """`target.part` -> its parameter, for the trained parts."""
+        return self.adapter.trained_parts()
+
+    def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
+        """One group for each of A, B, u and v."""
+        return groups_by_part(self.trained_parts(), lr_factors)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """None: all tensors of the adapter are parts."""
+        return {}
+
+    def changed_buffers(self) -> dict[str, Tensor]:
+        """None: all tensors of the adapter are parts."""
+        return {}
+
+    def stored_params(self) -> int:
+        """How many numbers a saved folder holds."""
+        return sum(parameter.numel() for parameter in files.stored_parts(self.adapter).values())
+
+    def save(self, folder: Path, base: BaseModelRecord) -> int:
+        """As `save_pretrained`."""
+        return files.save(self.adapter, folder, base)
+
+    def load_values(self, folder: Path) -> None:
+        """Take the values of a saved adapter with the same specification."""
+        saved = files.load(folder)[0].parts()
+        for name, parameter in self.adapter.parts().items():
+            parameter.data.copy_(saved[name])
+
+    @contextmanager
+    def folded_once(self) -> Iterator[None]:
+        """Inside the block, the factors are folded only before the first pass. The adapter must not change there."""
+        fold = self._fold
+        if fold is None:
+            yield
+            return
+        fold.once, fold.done = True, False
+        try:
+            yield
+        finally:
+            fold.once = False
 
     def save_pretrained(self, folder: Path | str, base: BaseModelRecord | None = None) -> int:
         """Write the adapter's folder, with each part once; see `files.save`.
@@ -187,10 +239,17 @@ class Attached:
 class _FoldFactors:
     """The forward pre-hook. Before each pass through the layers it gives every adapted module its folded factors."""
 
+    once = False
+    """Whether to fold only before the first pass: see Attached.folded_once."""
+    done = False
+
     def __init__(self, model: nn.Module, adapter: TiedAdapter, modules: dict[str, nn.Module]) -> None:
         self.model, self.adapter, self.modules = model, adapter, modules
 
     def __call__(self, *_: Any) -> None:
+        if self.once and self.done:
+            return
+        self.done = True
         dtype = linear.activation_dtype(self.model, next(iter(self.modules.values())))
         for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale, dtype).items():
             module = self.modules[path]
@@ -215,18 +274,19 @@ def attach(
     """Attach a new adapter to `model` and freeze the base. The update is exactly zero until the adapter is trained.
 
     Args:
-        model: a causal language model of transformers, of a family in architectures.FAMILIES.
+        model: a causal language model of transformers, of a family in config.families.FAMILIES.
         tying: a specification, or its name in conf/tying/ ("LoRA", "TABuv", "TABuv_v0", ...; see tying.named).
         alpha: gives the update's scale (see `scaling`); None means `rank`.
         seed: the seed of the random parts.
-        layout: where the model keeps its projections, for a family that is not in architectures.FAMILIES.
+        layout: where the model keeps its projections, for a family that is not in config.families.FAMILIES.
         scaling: standard (the scale is alpha / rank) or rslora (alpha / sqrt(rank)).
 
     Raises:
-        UserError: the family or a target is unknown, the specification cannot train, or the model is sharded or has an
-            adapter already.
+        UserError: the model is no causal language model, the family or a target is unknown, the specification cannot
+            train, or the model is sharded or has an adapter already.
     """
     tying = named(tying) if isinstance(tying, str) else tying
+    architectures.text_config(model)
     _refuse_sharded(model)
     architecture = architectures.read(model, layout)
     alpha = rank if alpha is None else alpha
@@ -242,6 +302,7 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter, sharded: bool = False
     Raises:
         UserError: the adapter was made for another architecture, the model is sharded, or it has an adapter already.
     """
+    architectures.text_config(model)
     if hasattr(model, "tied_adapter"):
         raise UserError("attach: the model has an adapter already; detach it first")
     if not sharded:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiedlora import storage
 from tiedlora import tying as spec
@@ -28,7 +28,7 @@ from tiedlora.config.check_tying import check_tying
 from tiedlora.errors import UserError
 from tiedlora.records.reading import is_number, typed
 from tiedlora.records.run_record import BaseModelRecord, plain
-from tiedlora.tying import Architecture, Tying
+from tiedlora.tying import Architecture, Part, Tying
 
 T = TypeVar("T")
 FORMAT = 1
@@ -58,14 +58,9 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_froz
     Returns:
         The size of the folder in bytes.
     """
-    stored, rebuilt = {}, {}
-    for name, parameter in adapter.parts().items():
-        part = getattr(adapter.tying, spec.part_of(name))
-        if part.trained or (isinstance(part.init, str) and not rebuild_frozen):
-            stored[name] = parameter.detach().float().cpu().contiguous()
-        else:
-            rebuilt[name] = checksum(parameter)
-    data = to_bytes(stored)
+    parts, kept = adapter.parts(), stored_parts(adapter, rebuild_frozen)
+    rebuilt = {name: checksum(parameter) for name, parameter in parts.items() if name not in kept}
+    data = to_bytes({name: parameter.detach().float().cpu().contiguous() for name, parameter in kept.items()})
     description = {
         "format": _format(adapter.scaling),
         "base": plain(base),
@@ -83,6 +78,20 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_froz
         (beside / TENSORS).write_bytes(data)
         storage.write_json(beside / DESCRIPTION, description)
     return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def stored_parts(adapter: TiedAdapter, rebuild_frozen: bool = False) -> dict[str, nn.Parameter]:
+    """`target.part` -> its parameter, for the parts whose values a file holds.
+
+    Args:
+        rebuild_frozen: as in `save`.
+    """
+
+    def is_stored(part: Part) -> bool:
+        return part.trained or (isinstance(part.init, str) and not rebuild_frozen)
+
+    tying = adapter.tying
+    return {name: part for name, part in adapter.parts().items() if is_stored(getattr(tying, spec.part_of(name)))}
 
 
 def _format(scaling: str) -> int:

@@ -9,7 +9,7 @@ import re
 from dataclasses import fields, is_dataclass
 
 from tiedlora import tying
-from tiedlora.config.check_tying import check_tying
+from tiedlora.config.check_tying import check_layers, check_tying
 from tiedlora.config.explain import nearest, options
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS, Config, ModelConfig, TrainConfig
 from tiedlora.errors import UserError
@@ -22,6 +22,8 @@ LONGEST_TEXT = 100_000
 """Most characters of a text in a configuration. The longest texts are prompt templates."""
 TASK_TEXT, HUB_TEXT = "task", "hub"
 """The prefixes of the two sources of neutral text that are not files."""
+FREE_FORM = ("task.options", "tying.arguments", "tying.resolved")
+"""Keys that may hold nested lists and mappings."""
 LONGEST_TAG = 64
 """Most characters of a tag that W&B accepts."""
 
@@ -38,8 +40,12 @@ def check(config: Config) -> None:
     _check_lists(config)
     check_device("train.device", config.train.device)
     _check_training(config)
-    check_tying(config.tying, config.model.architecture)
+    if config.tying.method is None:
+        check_tying(config.tying, config.model.architecture)
+    else:
+        _check_method(config)
     _check_placement(config)
+    _check_engine(config)
     _check_sizes(config.model)
     _check_rank(config)
 
@@ -110,10 +116,41 @@ def check_device(key: str, name: str) -> None:
 
 def _check_training(config: Config) -> None:
     train: TrainConfig = config.train
-    if not any(getattr(train.lr_factor, part) > 0 for part in tying.PARTS if getattr(config.tying, part).trained):
+    if config.tying.method is None and not any(
+        getattr(train.lr_factor, part) > 0 for part in tying.PARTS if getattr(config.tying, part).trained
+    ):
         raise UserError("train.lr_factor: is 0 for every trained part, so nothing would be trained; raise one of them")
     if train.warmup_steps > train.steps:
         raise UserError(f"train.warmup_steps={train.warmup_steps}: is more than train.steps={train.steps}")
+
+
+def _check_method(config: Config) -> None:
+    """Refuse what another method than this project's own cannot have."""
+    tying_config, train = config.tying, config.train
+    check_layers(tying.adapted_layers(tying_config, config.model.architecture), config.model.architecture)
+    factors = {name: getattr(train.lr_factor, name) for name in tying.PARTS}
+    if set(factors.values()) != {1.0}:
+        name = next(name for name, factor in factors.items() if factor != 1.0)
+        raise UserError(
+            f"train.lr_factor.{name}={factors[name]:g}: {tying_config.method} has no part {name}; "
+            "use tying.lr_factors='{PATTERN: FACTOR}'"
+        )
+    for key, patterns in (("lr_factors", tying_config.lr_factors), ("no_decay", tying_config.no_decay)):
+        for pattern in patterns or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"tying.{key}={pattern!r:.60}: is no regular expression ({error})") from None
+    for pattern, factor in (tying_config.lr_factors or {}).items():
+        if not 0.0 <= factor <= 1e6:
+            raise UserError(f"tying.lr_factors: {pattern} has {factor}; must be from 0 to 1e6")
+    if train.init_from:
+        raise UserError(f"train.init_from: starts an adapter of A, B, u and v; {tying_config.method} has none")
+    if train.shard or config.model.device_map or config.model.quantization:
+        raise UserError(
+            f"tying.method={tying_config.method}: needs the whole model, unquantised and on one device; use "
+            "train.shard=false, model.device_map=null and model.quantization=null"
+        )
 
 
 def _check_placement(config: Config) -> None:
@@ -141,6 +178,23 @@ def _check_placement(config: Config) -> None:
             f"train.compile=always: blocks are not compiled with model.device_map={model.device_map} (weights move); "
             "use train.compile=auto"
         )
+
+
+def _check_engine(config: Config) -> None:
+    """Refuse an engine that cannot answer with this base model."""
+    engine, model = config.score.engine, config.model
+    if engine != "transformers" and (config.train.shard or model.device_map):
+        other = "train.shard=true" if config.train.shard else f"model.device_map={model.device_map}"
+        raise UserError(
+            f"score.engine={engine}: needs the whole base model on one device; use transformers with {other}"
+        )
+    if engine == "vllm" and model.quantization:
+        raise UserError(
+            f"score.engine=vllm: would load the base model unquantised; use transformers with "
+            f"model.quantization={model.quantization}"
+        )
+    if engine == "vllm" and model.source == "random":
+        raise UserError(f"score.engine=vllm: {model.name} is a random model without files; use transformers")
 
 
 def _check_sizes(model: ModelConfig) -> None:
@@ -188,8 +242,8 @@ def check_texts(key: str, value: object) -> None:
             check_texts(f"{key} (a key)", name)
     elif isinstance(value, list):
         for item in value:
-            # OmegaConf accepts a list in the place of a text or a number. Only task.options may hold nested lists.
-            if isinstance(item, (list, dict)) and not key.startswith("task.options"):
+            # OmegaConf accepts a list in the place of a text or a number. Only FREE_FORM may hold nested lists.
+            if isinstance(item, (list, dict)) and not key.startswith(FREE_FORM):
                 raise UserError(f"{key}={value!r:.80}: holds a list where a single value belongs")
             check_texts(key, item)
     elif is_dataclass(value):

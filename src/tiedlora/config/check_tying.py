@@ -51,7 +51,7 @@ def check_tying(tying: Tying, architecture: Architecture) -> None:
         raise UserError(f"tying.dropout={tying.dropout}: must be in [0, 1)")
     if not 0.0 < tying.suggested_lr < math.inf:
         raise UserError(f"tying.suggested_lr={tying.suggested_lr}: must be a positive number")
-    _check_layers(adapted_layers(tying, architecture), architecture)
+    check_layers(adapted_layers(tying, architecture), architecture)
     _check_targets(tying.targets, architecture)
 
 
@@ -67,7 +67,12 @@ def _check_part(name: str, part: Part) -> None:
             raise UserError(f"tying.{name}.share={share}: choose all (tied) or how many layers share it (1 = untied)")
 
 
-def _check_layers(layers: list[int], architecture: Architecture) -> None:
+def check_layers(layers: list[int], architecture: Architecture) -> None:
+    """Refuse layers that the model does not have.
+
+    Raises:
+        UserError: there is no layer, or one is out of range.
+    """
     if not layers:
         raise UserError("tying.layers: is empty; name at least one layer, or set null to adapt all")
     if layers[-1] >= architecture.layers:

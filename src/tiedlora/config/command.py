@@ -18,6 +18,8 @@ from tiedlora.config.project import CONF
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 
+ARGUMENTS = "tying.resolved."
+"""Where the identity has the arguments of another method. The user sets them under tying.arguments."""
 NOT_EXACT = "   # and the rest of config.yaml: this version of the code composes another run from it"
 
 
@@ -52,6 +54,14 @@ def _overrides(config: Config, train: str) -> list[str]:
         for key, value in _identity_values(config).items()
         if from_options.get(key) != value and not _is_derived(key, value, config)
     ]
+    if arguments := {
+        key.removeprefix(ARGUMENTS): value
+        for key, value in _identity_values(config).items()
+        if key.startswith(ARGUMENTS) and from_options.get(key) != value
+    }:
+        # Hydra's ++ changes a key of the option, and adds others.
+        pairs = ", ".join(f"{name}: {value}" for name, value in arguments.items())
+        differences.append(f"++tying.arguments={{{pairs}}}")
     if config.train.init_from:
         differences.append(f"train.init_from={_in_hydras_grammar(config.train.init_from)}")
     return [*options, *differences]
@@ -60,7 +70,8 @@ def _overrides(config: Config, train: str) -> list[str]:
 def _is_derived(key: str, value: str, config: Config) -> bool:
     """Whether the value follows from another key: alpha from the rank if it is not set, init_digest from init_from."""
     default_alpha = _in_hydras_grammar(float(config.rank.r))
-    return key == "train.init_digest" or (key == "rank.alpha" and value == default_alpha)
+    is_alpha = key == "rank.alpha" and value == default_alpha
+    return key == "train.init_digest" or is_alpha or key.startswith(ARGUMENTS)
 
 
 @functools.cache

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import omegaconf
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -18,16 +20,23 @@ from omegaconf.resolvers import oc
 from tiedlora import storage
 from tiedlora.config.adapter_folder import adapter_digest, adapter_folder
 from tiedlora.config.check import check, check_texts
+from tiedlora.config.describe import schema_keys
 from tiedlora.config.explain import cause_chain, readable_errors
+from tiedlora.config.methods import complete_method
 from tiedlora.config.project import CONF, PROJECT
 from tiedlora.config.schema import Config, TaskConfig
+from tiedlora.config.sizes import at_budget
 from tiedlora.errors import UserError
+
+# OmegaConf 2.4 has another name for register_new_resolver. 2.3 has an older function of that name.
+_IS_NEW = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
+_register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.register_new_resolver
 
 
 def register() -> None:
     """Register the schema and the `project` resolver with Hydra. It may be called more than once."""
     ConfigStore.instance().store(name="schema", node=Config)
-    OmegaConf.register_new_resolver("project", lambda: str(PROJECT), replace=True)
+    _register_resolver("project", lambda: str(PROJECT), replace=True)
 
 
 def load(composed: DictConfig) -> Config:
@@ -50,13 +59,35 @@ def typed(composed: DictConfig) -> Config:
     with readable_errors(), _own_variables_only():
         # The way through plain data also checks keys that were added with + against the schema.
         values = OmegaConf.to_container(composed, resolve=True)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+        merged = _merged(values)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise UserError(f"{missing[0]}: has no value; choose an option of its group or set it")
         config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
+
+
+def _merged(values: Any) -> Any:
+    """The schema with these values.
+
+    Raises:
+        UserError: a list stands where a mapping belongs, or a mapping where a list belongs. (OmegaConf 2.4 does not say
+            where; other errors of its own are left to readable_errors.)
+    """
+    try:
+        return OmegaConf.merge(OmegaConf.structured(Config), values)
+    except TypeError:
+        for key in schema_keys().values():
+            value = OmegaConf.select(OmegaConf.create(values), key.name, throw_on_missing=False)
+            for kind, other in ((list, "mapping"), (dict, "list")):
+                if (
+                    isinstance(key.value, kind)
+                    and OmegaConf.is_config(value)
+                    and not isinstance(OmegaConf.to_container(value), kind)
+                ):
+                    raise UserError(f"{key.name}: Cannot merge a {other} into a {kind.__name__}") from None
+        raise
 
 
 def complete(config: Config) -> Config:
@@ -68,7 +99,7 @@ def complete(config: Config) -> Config:
     Raises:
         UserError: one line that names the key.
     """
-    train, rank = config.train, config.rank
+    train = config.train
     if train.lr is None:
         train = replace(train, lr=config.tying.suggested_lr)
     config = replace(config, train=train, outputs=_absolute(config.outputs), cache=_absolute(config.cache))
@@ -77,7 +108,12 @@ def complete(config: Config) -> Config:
     if train.init_from and train.init_digest is None:
         folder = adapter_folder(train.init_from).absolute()
         config.train = replace(train, init_from=str(folder), init_digest=adapter_digest(folder))
+    config = complete_method(config)
     check(config)
+    if config.budget is not None:
+        config = at_budget(config)
+        check(config)
+    rank = config.rank
     if rank.alpha is None:
         config.rank = replace(rank, alpha=float(rank.r))
     if config.tying.layers == list(range(config.model.architecture.layers)):
@@ -139,7 +175,7 @@ def _own_variable(name: str, *default: str | None) -> str | None:
 @contextmanager
 def _own_variables_only() -> Iterator[None]:
     """Inside the block, interpolations may read only TIEDLORA_... variables of the environment."""
-    OmegaConf.register_new_resolver("oc.env", _own_variable, replace=True)
+    _register_resolver("oc.env", _own_variable, replace=True)
     try:
         yield
     except InterpolationResolutionError as error:
@@ -148,4 +184,4 @@ def _own_variables_only() -> Iterator[None]:
                 raise UserError(str(cause)) from None
         raise
     finally:
-        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+        _register_resolver("oc.env", oc.env, replace=True)

@@ -49,12 +49,15 @@ def explain(error: BaseException) -> str:
         message for cause in cause_chain(error) if not (message := str(cause)).startswith("Error merging override ")
     ]
     text = " ".join(messages)
-    if match := re.search(r"Could not find '([\w-]+)/(.+?)'", text):
+    # "Could not load" stands in the message about a list of options, such as +grid=[papr,quick].
+    if match := re.search(r"Could not (?:find|load) '([\w-]+)/(.+?)'", text):
         group, option = match.groups()
         names = options(group)
         return f"{group}={option}: no such option; choose one of {', '.join(names)}{nearest(option, names)}"
     if match := re.search(r"Could not override '([\w.]+)'|Key '([\w.]+)' (?:is )?not in '?(\w+)", text):
         key = match[1] or _full_key(text) or match[2]
+        if key.split("[")[0].startswith("tying.arguments"):
+            return "tying.arguments: to add an argument to those of the option, write ++tying.arguments.NAME=VALUE"
         return f"{key}: unknown key{nearest(key, schema_keys())}; `python train.py --cfg job` shows them all"
     if isinstance(error, OverrideParseException):
         return (
@@ -98,4 +101,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 def options(group: str) -> list[str]:
     """The options of a group of conf/, or of `grid`, whose files are in sweeps/grid/. By name."""
-    return sorted(path.stem for folder in (CONF, PROJECT / "sweeps") for path in (folder / group).glob("*.yaml"))
+    folders = [root / group for root in (CONF, PROJECT / "sweeps")]
+    return sorted(
+        path.relative_to(folder).with_suffix("").as_posix() for folder in folders for path in folder.rglob("*.yaml")
+    )

@@ -15,6 +15,7 @@ from typing import Any
 
 from tiedlora import tying
 from tiedlora.config.schema import Config
+from tiedlora.tying import Tying
 
 IDENTITY_VERSION = 1
 """Raise it when the meaning of a configuration changes although no key changes. Every run then gets a new id."""
@@ -25,7 +26,12 @@ def identity(config: Any) -> dict[str, Any]:
 
     A key is left out if it is a fact of execution, or at its `neutral` value (see keys.py).
     """
-    values = {item.name: getattr(config, item.name) for item in fields(config) if _is_hashed(item, config)}
+    unused = _unused(config)
+    values = {
+        item.name: getattr(config, item.name)
+        for item in fields(config)
+        if _is_hashed(item, config) and item.name not in unused
+    }
     return {name: identity(value) if is_dataclass(value) else value for name, value in values.items()}
 
 
@@ -35,12 +41,26 @@ def _is_hashed(key: Field[Any], config: Any) -> bool:
     return not key.metadata.get("execution")
 
 
+def _unused(section: Any) -> tuple[str, ...]:
+    """The keys of a section that mean nothing with its other values: another method has no A, B, u and v."""
+    return (*tying.PARTS, "dropout") if getattr(section, "method", None) is not None else ()
+
+
+def label(values: Tying) -> str:
+    """`LoRA`, `TABuv`, ..., `custom`, or `peft_Vera` for another method: the first word of a run's id."""
+    method = getattr(values, "method", None)
+    if method is None:
+        return tying.label(values)
+    kind = method.removesuffix("Config")
+    return kind if kind == method else f"peft_{kind}"
+
+
 def run_id(config: Config) -> str:
     """`TABuv-r8-chain_sum-smollm2-...-s0-1a2b3c4d5e`: a readable name that depends only on the identity."""
     canonical = json.dumps([IDENTITY_VERSION, identity(config)], sort_keys=True, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
     model = config.model.name.rsplit("/", 1)[-1].lower()
-    words = [tying.label(config.tying), f"r{config.rank.r}", config.task.name, model, f"s{config.seed}", digest]
+    words = [label(config.tying), f"r{config.rank.r}", config.task.name, model, f"s{config.seed}", digest]
     return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", word) for word in words)
 
 

@@ -113,6 +113,31 @@ class TaskConfig:
 
 
 @dataclass
+class TyingConfig(Tying):
+    """The adapter: this project's own parts (see Tying), or another method."""
+
+    method: Optional[str] = key(None, neutral=None)
+    """Another method instead of A, B, u and v: a configuration class of PEFT, such as VeraConfig, or a kind that a
+    program has registered (docs/arena.md). null is this project's own method. A, B, u, v and rank then have no
+    meaning."""
+    arguments: Optional[dict[str, Any]] = key(None, execution=True)
+    """The method's arguments that differ from its defaults."""
+    config: Optional[str] = key(None, execution=True)
+    """A folder with PEFT's adapter_config.json, which gives method and arguments."""
+    resolved: Optional[dict[str, Any]] = key(None, neutral=None)
+    """All arguments of the method, defaults included. The program fills them in, so a changed default is another
+    run."""
+    knob: Optional[str] = key(None, execution=True)
+    """The argument that `budget` changes."""
+    lr_factors: Optional[dict[str, float]] = key(None, neutral=None)
+    """Factors on the learning rate: a regular expression for names of parameters -> factor. The first that matches
+    counts."""
+    no_decay: Optional[list[str]] = key(None, neutral=None)
+    """Regular expressions for names of parameters without weight decay: those that start at 1, or at a size of the
+    base's weights."""
+
+
+@dataclass
 class RankConfig:
     r: int = count(8)
     """The rank of every adapted projection."""
@@ -228,6 +253,11 @@ class ScoreConfig:
     batch_tokens: Optional[int] = count(None, neutral=None)
     """Most tokens in the cache of rows that are decoded together: prompts with their padding, and space for the
     answers. null sets no limit."""
+    engine: str = key("transformers", choices=("transformers", "static", "continuous", "vllm"), neutral="transformers")
+    """The program that writes answers. transformers: this project's decoding. static: the same with steps of equal
+    shapes, which a GPU can repeat as a CUDA graph. continuous: transformers' continuous batching. vllm: the extra
+    `vllm`, on a GPU. They add in another order, so texts may differ: the record says how many of 16 are those of
+    transformers. CUDA graphs and vllm are untried."""
     base: bool = key(True, execution=True)
     """Whether the base model is scored too. It is scored once per model, task and protocol; later runs reuse this."""
 
@@ -235,7 +265,8 @@ class ScoreConfig:
 @dataclass
 class TrackingConfig:
     backend: str = key("none", option_of="tracking")
-    """none (only metrics.jsonl), or the name of the file in src/tiedlora/tracking/ that gets the metrics too."""
+    """none (only metrics.jsonl), the name of the file in src/tiedlora/tracking/ that gets the metrics too, or auto (W&B
+    where this machine is logged in, otherwise none)."""
     project: str = key("tiedlora", name=True)
     """The tracker's project for the runs."""
     entity: Optional[str] = key(None, name=True)
@@ -244,6 +275,9 @@ class TrackingConfig:
     """The group of the run; null takes model/task."""
     tags: list[str] = key(factory=list)
     """Tags of the run, in addition to model, task, tying and rank."""
+    answers: int = count(64, low=0)
+    """The most rows of the table of answers that the tracker gets when the run ends; 0 sends none. A sweep that
+    searches learning rates sends the tables of the chosen runs alone, when it has chosen."""
 
 
 @dataclass
@@ -252,7 +286,7 @@ class Config:
     """The base model."""
     task: TaskConfig = key(factory=TaskConfig)
     """Rows, prompts and scores."""
-    tying: Tying = key(factory=Tying)
+    tying: TyingConfig = key(factory=TyingConfig)
     """The parts that the adapter trains, and what its layers share."""
     rank: RankConfig = key(factory=RankConfig)
     """The size of the adapter."""
@@ -262,6 +296,9 @@ class Config:
     """How the adapter is scored."""
     tracking: TrackingConfig = key(factory=TrackingConfig, execution=True)
     """Where metrics go in addition to the run's own folder."""
+    budget: Optional[int] = count(None, execution=True)
+    """Trained parameters: the rank, or the argument tying.knob of another method, is chosen to come nearest to them.
+    null leaves the size as it is. The identity has the chosen size."""
     seed: int = key(0, low=0, high=2**63 - 1)
     """The seed of the adapter's initial values, the order of the rows, and dropout."""
     outputs: str = key("outputs", execution=True)

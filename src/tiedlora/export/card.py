@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from tiedlora import tying
 from tiedlora.config import command
 from tiedlora.config.identity import identity, start_of
+from tiedlora.config.identity import label as label_of
 from tiedlora.config.schema import Config
+from tiedlora.export.evaluation_results import model_index
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord
 from tiedlora.statistics.interval import Interval
@@ -58,21 +60,26 @@ def card(record: RunRecord, config: Config, form: str, notes: list[str]) -> str:
         form: the content of the folder: `peft`, `merged` or `hub-card` (the tied adapter itself).
         notes: sentences about this export, such as the effect of rounding.
     """
-    label = start_of(identity(config.tying)) or tying.label(config.tying)
-    front_matter = {
+    label = start_of(identity(config.tying)) or label_of(config.tying)
+    is_other = config.tying.method is not None
+    kind = f"PEFT adapter ({config.tying.method})" if is_other else "Tied-LoRA adapter (arXiv 2311.09578)"
+    title = f"{label}{'' if is_other else f', r = {config.rank.r}'}, on {config.task.name}"
+    front_matter: dict[str, Any] = {
         "base_model": record.base.name,
         "library_name": _FORMS[form].library,
         "pipeline_tag": "text-generation",
-        "tags": ["tied-lora", "lora", "arxiv:2311.09578"],
+        "tags": ["peft"] if is_other else ["tied-lora", "lora", "arxiv:2311.09578"],
     }
+    if index := model_index(record, config, title):
+        front_matter["model-index"] = index
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front_matter.items()),
         "---",
         "",
-        f"# {label}, r = {config.rank.r}, on {config.task.name}",
+        f"# {title}",
         "",
-        "A Tied-LoRA adapter (arXiv 2311.09578) trained with the tiedlora research harness.",
+        f"A {kind} trained with the tiedlora research harness.",
         *(["", *notes] if notes else []),
         "",
         "## Use",
@@ -105,7 +112,7 @@ def _facts(record: RunRecord, config: Config, label: str) -> dict[str, str]:
         "base model": f"`{base.name}`, revision `{base.revision}`, `{base.digest}`",
         "configuration": ", ".join(_configuration(config, label)),
         "trainable parameters": f"{record.trainable_params:,} "
-        f"({100 * record.share_of_lora:.2f} % of LoRA's at this rank)",
+        f"({100 * record.share_of_lora:.2f} % of LoRA's at {'this rank' if config.tying.method is None else 'rank 8'})",
         "task": f"{config.task.name} (version {config.task.version}), {train_data.rows} training rows, "
         f"sha256 `{train_data.digest[:16]}`",
         "training": f"{training.steps} steps of {config.train.batch_size} rows, lr {config.train.lr:g}, "
@@ -123,6 +130,10 @@ def _facts(record: RunRecord, config: Config, label: str) -> dict[str, str]:
 
 def _configuration(config: Config, label: str) -> Iterator[str]:
     rank, specification = config.rank, config.tying
+    if specification.method is not None:
+        arguments = json.dumps(specification.resolved, sort_keys=True)
+        yield from (f"{specification.method} of PEFT", f"targets {specification.targets}", f"arguments `{arguments}`")
+        return
     yield from (label, f"r = {rank.r}", f"alpha = {rank.alpha:g}")
     if rank.scaling != "standard":
         yield f"{rank.scaling} scaling"

@@ -6,12 +6,17 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tiedlora import storage
 from tiedlora.adapter import attach_adapter, load
+from tiedlora.adapter.attach_arm import is_other_method
 from tiedlora.adapter.files import TENSORS
+from tiedlora.adapter.other_arm import check_tensors, read_description
 from tiedlora.config.adapter_folder import DESCRIPTION
+from tiedlora.config.methods import PEFT_FILE
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.export.card import card
+from tiedlora.export.evaluation_results import benchmark_file
 from tiedlora.export.lm_eval_task import write_task
 from tiedlora.export.merged import to_merged
 from tiedlora.export.peft import to_peft
@@ -84,8 +89,10 @@ def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, opt
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
-    files = sorted(out.iterdir())
-    return Exported([file.name for file in files], sum(file.stat().st_size for file in files), rounding)
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    return Exported(
+        [file.relative_to(out).as_posix() for file in files], sum(file.stat().st_size for file in files), rounding
+    )
 
 
 def _write(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> str | None:
@@ -93,7 +100,9 @@ def _write(run: RunFolder, record: RunRecord, config: Config, out: Path, options
     if config.model.quantization:
         notes.append(QUANTISED_NOTES[config.model.quantization].format(dtype=config.train.dtype))
     rounding = None
-    if options.form == "hub-card":
+    if is_other_method(run.adapter):
+        _copy_arm(run, config, out, options)
+    elif options.form == "hub-card":
         _copy_adapter(run, out)
     elif options.form == "peft":
         adapter, _ = load(run.adapter)
@@ -106,6 +115,9 @@ def _write(run: RunFolder, record: RunRecord, config: Config, out: Path, options
         task = write_task(config, run.predictions_file(options.split), out)
         if task is not None:
             notes.append(_lm_eval_note(task, record.scores[options.split].rows, config, options))
+    if options.form == "hub-card" and (found := benchmark_file(record, config)) is not None:
+        path, text = found
+        storage.write_bytes(out / path, text.encode())
     (out / "README.md").write_text(card(record, config, options.form, notes), encoding="utf-8")
     return rounding
 
@@ -115,6 +127,20 @@ def _copy_adapter(run: RunFolder, out: Path) -> None:
     # Only these files are copied, after they have loaded. The run of a stranger may hold other files, and links.
     for name in (DESCRIPTION, TENSORS):
         shutil.copyfile(run.adapter / name, out / name)
+
+
+def _copy_arm(run: RunFolder, config: Config, out: Path, options: ExportOptions) -> None:
+    """Copy the files of an arm of another method: PEFT's own, and for a hub-card ours too."""
+    if options.form == "merged":
+        raise UserError(
+            f"--to merged: is for this project's own adapters; load the run with --to peft, and use PEFT's "
+            f"merge_and_unload if {config.tying.method} has it"
+        )
+    check_tensors(run.adapter)
+    own = [DESCRIPTION] if options.form == "hub-card" else []
+    for name in (*own, read_description(run.adapter).tensors_file, PEFT_FILE):
+        if (run.adapter / name).is_file():
+            shutil.copyfile(run.adapter / name, out / name)
 
 
 def _write_merged(run: RunFolder, config: Config, out: Path, options: ExportOptions) -> str:

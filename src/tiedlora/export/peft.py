@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tiedlora import storage
-from tiedlora.adapter import architectures
 from tiedlora.adapter.parts import TiedAdapter
+from tiedlora.config.families import layout_of
 from tiedlora.tying import adapted_layers, scale
 
 PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -81,7 +81,7 @@ def lora_pairs(adapter: TiedAdapter) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _peft_config(adapter: TiedAdapter, ranks: dict[str, int], base: str, revision: str | None) -> _PeftConfig:
-    layout = architectures.layout_of(adapter.architecture)
+    layout = layout_of(adapter.architecture)
     # A path inside a layer means this module in every layer. The last name is not enough: GPT-2 has two c_proj.
     in_layer = {path.removeprefix(f"{layout.layers}.").partition(".")[2]: rank for path, rank in ranks.items()}
     stacked = {path: rank for path, rank in in_layer.items() if rank != adapter.rank}

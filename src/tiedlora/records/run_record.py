@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from tiedlora import storage
 from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
+from tiedlora.records.admission import Admission
 from tiedlora.records.halving import Halving
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, is_number, typed
@@ -142,6 +143,23 @@ TEXTS, ADAPTER = "texts", "adapter"
 
 
 @dataclass(frozen=True)
+class EngineRecord:
+    """The program that wrote the answers of a split, if it is not this project's decoding."""
+
+    name: Text
+    """As score.engine."""
+    version: Text
+    compared: Count
+    """So many rows of the split were also answered by this project's decoding,"""
+    same: Count
+    """and so many of those answers are the same texts."""
+
+    def __str__(self) -> str:
+        compared = f"{self.same} of {self.compared} compared answers are those of score.engine=transformers"
+        return f"answers by {self.name} ({self.version}): {compared}"
+
+
+@dataclass(frozen=True)
 class SplitScores:
     """The scores of one split. All scores are fractions of 1, BLEU and chrF too. Only losses are in nats."""
 
@@ -156,6 +174,8 @@ class SplitScores:
     output_tokens: Count = 0
     batch_halvings: Count | None = None
     """How often score.batch_size and score.batch_tokens were halved, for the base model too, because memory ran out."""
+    engine: EngineRecord | None = None
+    """Who wrote the answers, if not this project's decoding."""
     cut_targets: Count | None = None
     """Rows whose loss leaves out the end of the target, which does not fit into the context; None if there are none."""
     base: Scores | None = None
@@ -199,6 +219,10 @@ class RunRecord:
     """Always `done`: other runs have no record."""
     files: dict[str, str] = field(default_factory=dict)
     """File of the adapter -> its sha256."""
+    stored_params: Count | None = None
+    """Numbers in the adapter's files, frozen ones included; None if these are the trained parameters."""
+    admission: Admission | None = None
+    """The checks of an arm of another method before its first step."""
     left_out: list[Text] | None = None
     """What a study does not keep of the run's folder: TEXTS, ADAPTER. None for the run's own folder."""
 
@@ -233,6 +257,11 @@ class RunRecord:
             return None
         value = scores.metrics[scores.first_metric].value
         return -value if is_loss(scores.first_metric) else value
+
+    @property
+    def is_other_method(self) -> bool:
+        """Whether another method than this project's own was trained."""
+        return self.identity.tying.get("method") is not None
 
     @property
     def label(self) -> str:

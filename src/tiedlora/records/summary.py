@@ -16,7 +16,8 @@ FLOOR = 0.05
 def terminal_lines(record: RunRecord, folder: Path) -> str:
     """The lines that end `python train.py`: loss, scores with intervals, size, folder."""
     training = record.training
-    head = f"{record.config.tying.name} r={record.config.rank.r} on {record.config.task.name}, {record.base.name}"
+    rank = "" if record.is_other_method else f" r={record.config.rank.r}"
+    head = f"{record.config.tying.name}{rank} on {record.config.task.name}, {record.base.name}"
     lines = [
         "",
         f"{head}, seed {record.seed}",
@@ -44,6 +45,8 @@ def _split_lines(split: str, scores: SplitScores) -> list[str]:
         else:
             gain = f"{difference} {shown(scores.gain[name], sign='+')}"
             lines.append(f"{text}base {shown(scores.base[name])}   adapted {shown(adapted)}   {gain}")
+    if scores.engine is not None:
+        lines.append(f"    {scores.engine}")
     if scores.cut_targets:
         lines.append(f"    {scores.cut_targets} rows lose the end of their target, which does not fit into the context")
     if remark := _remark(scores):

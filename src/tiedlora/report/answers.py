@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tiedlora.errors import UserError
-from tiedlora.report import compare, estimates, partners
+from tiedlora.report import compare, estimates, partners, shares
 from tiedlora.report.claims import Claim, Plan
 from tiedlora.report.estimates import Estimate, Measure, PairedScores
 from tiedlora.report.groups import RunGroup
@@ -59,6 +59,13 @@ class Answer:
     """The share of the comparator's gain, with Fieller's interval."""
     retains_at_least: float | None = None
     """The largest share that the rule `retains` would support at the level of the look."""
+    kept: Interval | None = None
+    """The share that the method keeps, with the ends at which the rule decides (shares.kept). Before the first look it
+    has the level 5 % and all common seeds. None without two seeds, base scores or a gain of the comparator."""
+    comparator_gain: float | None = None
+    """The comparator's mean gain over the base, on the seeds of `kept`; None without base scores."""
+    gain_may_be_zero: bool = False
+    """Whether the interval of the comparator's gain includes 0, so that a share of it means little."""
     contradicted_level: float = 1.0
     """The level of the whole plan at which the claim is contradicted, for Holm's procedure over tasks."""
     gain_needed: float | None = None
@@ -101,6 +108,7 @@ def _answer(claim: Claim, pair: partners.Pair, split: str, book: Scorebook) -> A
     answer.difference, _ = estimates.difference(method, comparator, measure, book)
     answer.retained = estimates.retained(method, comparator, measure)
     answer.rows = scores.method.shape[1]
+    _set_share(answer, scores, looks.TOTAL)
     _decide(answer, scores, _ended(method, measure) & _ended(comparator, measure))
     answer.reason += f" ({method.name} against {comparator.name}, {split}, {measure.metric})"
     if effort := partners.unequal_effort(method, comparator):
@@ -175,6 +183,8 @@ def _test(answer: Answer, seen: PairedScores, level: float) -> rules.Evidence:
     rule, sides = answer.claim.rule, (seen.method, seen.comparator, seen.base)
     evidence = rule.evidence(*sides)
     answer.contrast = crossed.both_interval(rule.contrast(*sides), level)
+    _set_share(answer, seen, level)
+    answer.gain_may_be_zero = evidence.gain is not None and evidence.gain > level
     if seen.base is not None:
         answer.retains_at_least = rules.retained_at_least(seen.method, seen.comparator, seen.base, level)
     if evidence.supported <= level:
@@ -182,6 +192,15 @@ def _test(answer: Answer, seen: PairedScores, level: float) -> rules.Evidence:
     elif evidence.contradicted <= level:
         answer.verdict = Verdict.CONTRADICTED
     return evidence
+
+
+def _set_share(answer: Answer, seen: PairedScores, level: float) -> None:
+    """Set the comparator's gain and the share of it that the method keeps, from these seeds at this level."""
+    if seen.base is None:
+        return
+    answer.comparator_gain = float((seen.comparator - seen.base).mean())
+    if min(seen.method.shape) > 1:
+        answer.kept = shares.kept(answer.claim.rule, (seen.method, seen.comparator, seen.base), level)
 
 
 def _wait_for(answer: Answer, scores: PairedScores, number: int, ended: set[int]) -> None:

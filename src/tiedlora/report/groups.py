@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tiedlora.config.sizes import is_near
 from tiedlora.records.selection import RateChoice, Selection
 from tiedlora.report.runs import LeftOut, Run, UnfinishedRun
 from tiedlora.report.variants import differing_values
@@ -22,6 +23,20 @@ OPEN_IN_A_SETTING = ("tying", "rank", "seed")
 """Keys of the identity that may differ between runs of one setting."""
 OPEN_IN_TRAIN = ("lr", "lr_factor")
 """Keys below `train` that may differ between runs of one setting."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of the search of a group's learning rate, at any rate, finished or not."""
+
+    lr: float
+    seed: int
+    state: str
+    """finished, pruned or failed."""
+    step: int
+    """The step of its last validation."""
+    loss: float | None
+    """Its last validation loss; None if it failed before the first."""
 
 
 @dataclass(eq=False)
@@ -47,6 +62,10 @@ class RunGroup:
     """The seeds that failed at the chosen rate."""
     marks: list[str] = field(default_factory=list)
     """Remarks that a reader must know before using the group's numbers."""
+    short_marks: list[str] = field(default_factory=list)
+    """The remarks that stand beside the configuration's name wherever it is shown: one to three words each."""
+    trials: list[Trial] = field(default_factory=list)
+    """Every run of the search, sorted by rate and seed."""
 
     @property
     def lr(self) -> float:
@@ -63,7 +82,12 @@ class RunGroup:
 
     @property
     def name(self) -> str:
-        return f"{self.configuration} r={self.rank}"
+        return self.configuration if self.is_other_method else f"{self.configuration} r={self.rank}"
+
+    @property
+    def is_other_method(self) -> bool:
+        """Whether another method was trained, which has no rank of ours."""
+        return self.runs[0].is_other_method
 
     @property
     def training_digests(self) -> set[str]:
@@ -99,6 +123,7 @@ def group_runs(
         siblings = [other for other in unfinished if _could_belong(other, first)]
         _choose_rate(group, members, siblings, _recorded_choice(members, choices))
         _mark_mixtures(group)
+        _mark_arm(group)
         groups.append(group)
     firsts = [members[0] for members in runs_of.values()]
     variants = differing_values([(group.model, group.task) for group in groups], list(map(_setting, firsts)))
@@ -130,13 +155,18 @@ def _own_values(run: Run) -> dict[str, Any]:
 
 
 def _could_belong(unfinished: UnfinishedRun, run: Run) -> bool:
-    """Whether a folder without a result may belong to the run's group, judged by the folder's name."""
+    """Whether a folder without a result may belong to the run's group, by its name and its settings of training."""
     start = f"{unfinished.label}-r{unfinished.rank}-{unfinished.task}-{unfinished.model}-s"
     return (
         unfinished.label == run.record.label
         and unfinished.rank == run.rank
         and unfinished.task == run.task
         and run.run_id.startswith(start)
+        and all(
+            unfinished.train.get(key, value) == value
+            for key, value in run.record.identity.tree["train"].items()
+            if key not in OPEN_IN_TRAIN
+        )
     )
 
 
@@ -165,11 +195,25 @@ def _choose_rate(
     group.runs = [by_rate[lr][seed] for seed in sorted(by_rate[lr])]
     group.rates = tuple(sorted({*best.tried, *(recorded.lrs if recorded else ())}))
     group.failed_seeds = failed.get(lr, set()) | {other.seed for other in unfinished if other.failed and not other.lr}
+    group.trials = _trials(runs, unfinished)
     group.marks += _marks_of_choice(group, best, recorded)
+    if group.failed_seeds:
+        group.short_marks.append(f"{len(group.failed_seeds)} failed")
     for other in unfinished:
         if other.lr in (None, lr) or other.failed:
             rate = f" at lr {other.lr:g}" if other.lr else ""
             group.marks.append(f"seed {other.seed}{rate} {'failed' if other.failed else 'is not finished'}")
+
+
+def _trials(runs: Sequence[Run], unfinished: Iterable[UnfinishedRun]) -> list[Trial]:
+    trials = []
+    for run in runs:
+        training = run.record.training
+        trials.append(Trial(run.lr, run.seed, "finished", training.steps, training.validation_loss_last))
+    for other in unfinished:
+        if other.lr is not None and (other.failed or other.pruned):
+            trials.append(Trial(other.lr, other.seed, "failed" if other.failed else "pruned", other.step, other.loss))
+    return sorted(trials, key=lambda trial: (trial.lr, trial.seed))
 
 
 def _marks_of_choice(group: RunGroup, best: ChosenRate, recorded: RateChoice | None) -> list[str]:
@@ -178,6 +222,7 @@ def _marks_of_choice(group: RunGroup, best: ChosenRate, recorded: RateChoice | N
     lowest, highest = group.rates[0], group.rates[-1]
     if len(group.rates) > 1 and group.lr in (lowest, highest):
         marks.append(f"the chosen rate {group.lr:g} is at the edge of those tried ({lowest:g} to {highest:g})")
+        group.short_marks.append("rate at the edge")
     if recorded is not None:
         if recorded.lr != best.lr:
             marks.append(f"selection.json chose the rate {recorded.lr:g}; the runs here would choose {best.lr:g}")
@@ -213,10 +258,26 @@ def _mark_mixtures(group: RunGroup) -> None:
         group.marks.append(f"mixed devices: {'; '.join(devices)}")
     if len(group.training_digests) > 1:
         group.marks.append("mixed data: seeds were trained on different rows")
+    if any(mark.startswith("mixed ") for mark in group.marks):
+        group.short_marks.append("mixed")
     halved = [run.seed for run in group.runs if any(scores.batch_halvings for scores in run.splits.values())]
     if halved:
         seeds = f"seed{'s' if len(halved) > 1 else ''} {', '.join(map(str, halved))}"
         group.marks.append(f"too little memory: {seeds} scored in smaller batches than score.batch_size")
+
+
+def _mark_arm(group: RunGroup) -> None:
+    """Mark what was found of another method before its first step, and a size that is not that of the budget."""
+    found: dict[str, str] = {}
+    for run in group.runs:
+        record = run.record
+        found |= record.admission.marks() if record.admission is not None else {}
+        budget = record.config.tree.get("budget")
+        if isinstance(budget, int) and budget > 0 and not is_near(run.params, budget):
+            off = f"{run.params / budget - 1:+.0%}"
+            found[f"size {off}"] = f"{off} off the budget of {budget:,} parameters"
+    group.short_marks += found
+    group.marks += found.values()
 
 
 def short_commit(run: Run) -> str:

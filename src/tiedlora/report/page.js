@@ -6,6 +6,29 @@
     root.dataset.theme = dark ? "light" : "dark";
   });
 
+  // A link into a folded part opens it. (Not every browser does so by itself.)
+  const reveal = () => {
+    const target = location.hash.length > 1 && !location.hash.includes("?") && document.getElementById(location.hash.slice(1));
+    if (!target) return;
+    let closed = false;
+    for (let fold = target.closest("details"); fold; fold = fold.parentElement.closest("details")) {
+      closed ||= !fold.open;
+      fold.open = true;
+    }
+    if (closed) target.scrollIntoView();
+    if (target.tabIndex < 0) target.focus({ preventScroll: true });
+  };
+  addEventListener("hashchange", reveal);
+  reveal();
+
+  // Print shows the reasons, whether they are open or not.
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll(".reasons details:not([open])")];
+    opened.forEach((fold) => { fold.open = true; });
+  });
+  addEventListener("afterprint", () => opened.forEach((fold) => { fold.open = false; }));
+
   // Numbers sort by value, everything else as text, and what is missing comes last either way.
   const key = (row, column) => {
     const text = row.cells[column].textContent.trim();
@@ -36,6 +59,8 @@
     }
     document.getElementById("count").textContent = `${shown} of ${rows.length} rows`;
   };
-  selects.forEach((select) => select.addEventListener("change", filter));
-  filter();
+  if (document.getElementById("count")) {
+    selects.forEach((select) => select.addEventListener("change", filter));
+    filter();
+  }
 })();

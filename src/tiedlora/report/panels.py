@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from tiedlora.report.groups import RunGroup
 from tiedlora.report.peft_results import Peer
 
 INK = "#1b1b1d"
-"""The colour of text and axes. The page replaces exactly this colour by its own text colour, for both themes."""
+"""The colour of text and axes."""
 # Okabe and Ito's palette without black and yellow, each of which is invisible on one of the two backgrounds. A family
 # has one colour, and each configuration has its own marker and dash, so that they differ in a grey print too.
 STYLES = {
@@ -30,13 +31,16 @@ STYLES = {
     "TAuv": ("#E69F00", "<", "--"),
     "TBuv": ("#E69F00", ">", ":"),
 }
-OTHER = ("#7f7f7f", "X", "-.")
+COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#7f7f7f")
+"""Every colour of a series. The page has a class for each, k0 to k6, with a lighter one for its dark theme."""
+OTHERS = [(colour, marker, dash) for marker, dash in (("X", "-."), ("p", "--"), ("H", ":")) for colour in COLOURS]
+"""The styles of all other configurations: one of these, which follows from the name."""
 PEER = ("#7f7f7f", "*")
 
 
 def style(group: RunGroup) -> tuple[str, str, str]:
     """The colour, marker and dash of a configuration. They are the same in every figure."""
-    return STYLES.get(group.label, OTHER)
+    return STYLES.get(group.label) or OTHERS[zlib.crc32(group.label.encode("utf-8", "replace")) % len(OTHERS)]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -65,7 +69,7 @@ def pareto_panel(ax: Axes, rows: list[ResultRow]) -> None:
                 facecolors="none",
                 edgecolors=colour,
             )
-    _parameters_axis(ax)
+    axis_of_counts(ax)
 
 
 def _draw_front(ax: Axes, places: Sequence[tuple[float, float]]) -> None:
@@ -87,10 +91,10 @@ def peer_panel(ax: Axes, peers: Sequence[Peer]) -> None:
             ax.annotate(
                 by_place[places[number]], places[number], fontsize=6, xytext=(3, -7), textcoords="offset points"
             )
-    _parameters_axis(ax)
+    axis_of_counts(ax)
 
 
-def _parameters_axis(ax: Axes) -> None:
+def axis_of_counts(ax: Axes) -> None:
     """A log axis with labels such as 50k and 2M. Powers of ten would say little about counts within a decade."""
     ax.set_xscale("log")
     low, high = ax.get_xlim()

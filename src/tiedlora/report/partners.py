@@ -86,8 +86,9 @@ def _is_of(group: RunGroup, side: Side) -> bool:
     if group.label == side.configuration:
         return True
     record = group.runs[0].record
-    is_own_name = record.label == "custom" and record.config.tying.name == side.configuration
-    return is_own_name and side.configuration not in KNOWN
+    has_own_name = record.label == "custom" or record.is_other_method
+    is_its_name = has_own_name and record.config.tying.name == side.configuration
+    return is_its_name and side.configuration not in KNOWN
 
 
 def _partner(side: Side, anchor: RunGroup, groups: Sequence[RunGroup]) -> tuple[RunGroup | None, str]:

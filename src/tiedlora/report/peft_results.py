@@ -16,14 +16,19 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from tiedlora import storage
+from tiedlora.config.schema import FORGETTING
 from tiedlora.errors import UserError
+from tiedlora.records.loss_metrics import TARGET_LOSS
 from tiedlora.records.reading import Number, Text, typed
+from tiedlora.records.run_record import RunRecord
 from tiedlora.report.runs import LeftOut, Run
 from tiedlora.statistics.interval import Interval
 from tiedlora.statistics.intervals import wilson
 
 GSM8K_TEST_ROWS = 1319
 """The number of rows that PEFT tests on. Its files do not have it."""
+PEFT_TYPES = {"LNTuningConfig": "LN_TUNING"}
+"""Classes whose name does not give PEFT's name of the method."""
 RESULTS_FILE = "a results file of PEFT's comparison"
 
 
@@ -144,7 +149,7 @@ def _peer(file: Path) -> Peer:
 def export(runs: Sequence[Run], folder: Path) -> int:
     """Write runs that were scored on GSM8K's test split as files of PEFT's schema.
 
-    A file's name is the run's id. What we do not measure (average and 99th-percentile memory, forgetting) is null.
+    A file's name is the run's id. What we do not measure (average and 99th-percentile memory) is null.
 
     Returns:
         How many were written. (Runs on other tasks do not belong in that comparison.)
@@ -164,6 +169,7 @@ def _run_info(run: Run) -> dict[str, Any]:
         "total_time": record.training.seconds + run.splits["test"].seconds,
         "experiment_name": f"tiedlora/{run.run_id}",
         "peft_branch": None,
+        "peft_worktree_is_dirty": record.code.dirty,
         "train_config": {
             "model_id": record.base.name,
             "dtype": train.get("dtype"),
@@ -180,7 +186,9 @@ def _run_info(run: Run) -> dict[str, Any]:
             "lr_scheduler": train.get("schedule"),
             "generation_kwargs": {"max_new_tokens": identity["task"].get("max_new_tokens")},
         },
-        "peft_config": {
+        "peft_config": _other_method(record, tying)
+        if record.is_other_method
+        else {
             # After folding, every configuration is exactly a LoRA, but it was not trained as one.
             "peft_type": "LORA" if run.configuration.startswith("LoRA") else f"TIED_LORA_{run.configuration.upper()}",
             "task_type": "CAUSAL_LM",
@@ -196,6 +204,19 @@ def _run_info(run: Run) -> dict[str, Any]:
     }
 
 
+def _other_method(record: RunRecord, tying: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's configuration of an arm: its type, and all its arguments."""
+    method = str(tying["method"])
+    return {
+        "peft_type": PEFT_TYPES.get(method, method.removesuffix("Config").upper()),
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": record.base.name,
+        "targets": tying.get("targets"),
+        "layers_to_transform": tying.get("layers"),
+        **(tying.get("resolved") or {}),
+    }
+
+
 def _train_info(run: Run) -> dict[str, Any]:
     record, training, test = run.record, run.record.training, run.splits["test"]
     batch_size = record.identity.tree["train"].get("batch_size", 0)
@@ -206,7 +227,7 @@ def _train_info(run: Run) -> dict[str, Any]:
         "train loss": _last_loss(run),
         "train samples": training.steps * batch_size,
         "train total tokens": training.tokens,
-        "forgetting": None,
+        "forgetting": _forgetting(record),
     }
     return {
         "accelerator_memory_reserved_avg": None,
@@ -219,6 +240,15 @@ def _train_info(run: Run) -> dict[str, Any]:
         "status": "success",
         "metrics": [*curve, last],
     }
+
+
+def _forgetting(record: RunRecord) -> float | None:
+    """How much the loss of neutral text grows, in nats per token.
+
+    PEFT's own figure compares logits with the token at the same position, so the two are not the same quantity.
+    """
+    scores = record.scores.get(FORGETTING)
+    return scores.gain[TARGET_LOSS].value if scores is not None and scores.gain is not None else None
 
 
 def _last_loss(run: Run) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tiedlora.report import forest
+from tiedlora.report.adapters import layer_profiles
+from tiedlora.report.answers import Answer
+from tiedlora.report.arena_figure import arena, has_other_methods
+from tiedlora.report.charts import drawn
 from tiedlora.report.compare import ResultRow
+from tiedlora.report.forest_panel import forest_panel, height
 from tiedlora.report.groups import RunGroup
+from tiedlora.report.layer_panels import layer_panel, titled
 from tiedlora.report.panels import INK, curve_panel, pareto_panel, peer_panel, rank_panel, style
 from tiedlora.report.peft_results import Peer
 from tiedlora.report.runs import Run
@@ -28,6 +34,8 @@ from tiedlora.report.values import Unit
 
 PANELS = 12
 """The most panels of a figure. More would be unreadable; the tables have every setting."""
+WIDE = 8.0
+"""The width of every figure in inches. At 800 pixels, text of 9 points is 12 pixels high."""
 RC: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -51,16 +59,6 @@ RC: Any = {
 
 
 @dataclass(frozen=True)
-class DrawnFigure:
-    """A figure that was written, for the page."""
-
-    name: str
-    caption: str
-    svg: str
-    """Its text, with ids that no other figure has."""
-
-
-@dataclass(frozen=True)
 class Panel:
     """The rows of one setting, which share a panel of a figure."""
 
@@ -68,28 +66,30 @@ class Panel:
     rows: list[ResultRow]
 
 
-def draw(rows: Sequence[ResultRow], peers: Sequence[Peer], out: Path) -> list[DrawnFigure]:
-    """Write every figure to `out`, as PNG and SVG."""
+def draw(rows: Sequence[ResultRow], peers: Sequence[Peer], answers: Sequence[Answer], out: Path) -> None:
+    """Write every figure to `out`, as PNG and SVG. They are as wide as a page of text, so they stay readable there."""
     by_setting: dict[tuple[str, str, str], list[ResultRow]] = defaultdict(list)
     for row in rows:
         if row.primary and row.score is not None:
             by_setting[row.group.task, row.group.model, row.group.variant].append(row)
     if not by_setting:
-        return []
+        return
     settings = list(by_setting)
     panels = [Panel(_title(*setting), by_setting[setting]) for setting in settings[:PANELS]]
-    more = f" The first {PANELS} of {len(settings)} settings." if len(settings) > PANELS else ""
     # Costs can be compared only within a setting, so the setting with the most groups is drawn.
-    (task, model, variant), widest = max(list(by_setting.items())[:PANELS], key=lambda item: len(item[1]))
-    costs = _COST.format(f"{task}, {model}" + (f" ({variant})" if variant else ""))
+    widest = max(list(by_setting.values())[:PANELS], key=len)
     out.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(RC):
-        return [
-            _save(out, "pareto", _PARETO + more, pareto(panels, peers)),
-            _save(out, "rank", _RANK + more, _by_setting(panels, rank_panel, "rank r", _score_axis(panels))),
-            _save(out, "curves", _CURVES + more, _by_setting(panels, curve_panel, "step", "validation loss")),
-            _save(out, "cost", costs, cost([row.group for row in widest])),
-        ]
+        _save(out, "pareto", pareto(panels, peers))
+        _save(out, "rank", _by_setting(panels, rank_panel, "rank r", _score_axis(panels)))
+        _save(out, "curves", _by_setting(panels, curve_panel, "step", "validation loss"))
+        _save(out, "cost", cost([row.group for row in widest]))
+        if (figure := forest_figure(answers)) is not None:
+            _save(out, "forest", figure)
+        if (figure := layers_figure([row.group for row in widest])) is not None:
+            _save(out, "layers", figure)
+        if has_other_methods(widest):
+            _save(out, "arena", arena(widest))
 
 
 def _score_axis(panels: Sequence[Panel]) -> str:
@@ -103,29 +103,53 @@ def _title(task: str, model: str, variant: str) -> str:
     return f"{task}, {model}" + (f"\n{variant[:60]}" if variant else "")
 
 
-_PARETO = (
-    "Score against trainable parameters. Filled markers joined by the line are not beaten by anything with as few "
-    "parameters (the Pareto front); bars are 95 % intervals over examples. Hollow stars are scores that "
-    "others have published for the same model, task, configuration and rank."
-)
-_RANK = "Score against rank, by configuration; bars are 95 % intervals over examples."
-_CURVES = "Validation loss by step: the mean over seeds, and their range where there are several."
-_COST = "Training speed, peak memory and adapter size on {}: means over the chosen runs. The table has every setting."
-
-
-def _save(out: Path, name: str, caption: str, figure: Figure) -> DrawnFigure:
+def _save(out: Path, name: str, figure: Figure) -> None:
     # The layout takes half of the time, so it is computed once for both files.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    figure.savefig(out / f"{name}.png", dpi=160, facecolor="white")
+    figure.savefig(out / f"{name}.png", dpi=200, facecolor="white")
     # Without a date, the same runs give the same bytes.
     figure.savefig(out / f"{name}.svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
-    text = (out / f"{name}.svg").read_text(encoding="utf-8")
-    text = text[text.index("<svg") :]
-    for pattern in (r'id="', r"url\(#", r'href="#'):
-        text = re.sub(pattern, lambda match: f"{match[0]}{name}-", text)
-    return DrawnFigure(name, caption, text)
+
+
+def forest_figure(answers: Sequence[Answer]) -> Figure | None:
+    """The forest plot, with a panel for each model; None if no answer has a share to draw."""
+    models = list(dict.fromkeys(answer.model for answer in answers if answer.model))[:PANELS]
+    of_model = {
+        model: forest.groups(answer for answer in answers if answer.model == model and answer.pair is not None)
+        for model in models
+    }
+    groups = [group for own in of_model.values() for group in own]
+    if not any(line.share is not None for group in groups for line in group.lines):
+        return None
+    heights = [height(own) + 2 for own in of_model.values()]
+    figure, axes = plt.subplots(
+        len(models),
+        figsize=(WIDE, 0.5 + 0.27 * sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax, (model, own) in zip(axes.flat, of_model.items(), strict=True):
+        forest_panel(ax, own)
+        if len(models) > 1:
+            ax.set_title(model, fontsize=10, loc="left")
+    return figure
+
+
+def layers_figure(groups: Sequence[RunGroup]) -> Figure | None:
+    """The profiles of the layers of one setting's groups; None if no adapter can be read."""
+    panels = titled(layer_profiles(drawn(groups)))
+    if not panels:
+        return None
+    lines = math.ceil(len(panels) / 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(WIDE, 2.9 * lines), squeeze=False, layout="constrained")
+    for ax, (title, profiles) in zip(axes.flat, panels, strict=False):
+        layer_panel(ax, title, profiles)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    return figure
 
 
 def _by_setting(
@@ -133,10 +157,10 @@ def _by_setting(
 ) -> Figure:
     """A figure with one panel per setting, a panel for PEFT's results if there are any, and one legend."""
     count = len(panels) + bool(peers)
-    columns = min(3, count)
+    columns = min(2, count)
     lines = math.ceil(count / columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(4.4 * columns + 1.6, 3.4 * lines), squeeze=False, layout="constrained"
+        lines, columns, figsize=(WIDE, (3.6 if columns == 1 else 2.9) * lines), squeeze=False, layout="constrained"
     )
     for ax, panel in zip(axes.flat, panels, strict=False):
         fill(ax, panel.rows)
@@ -156,7 +180,7 @@ def _by_setting(
         colour, marker, dash = style(row.group)
         label = row.group.configuration[:32]
         handles[label] = Line2D([], [], color=colour, marker=marker, linestyle=dash, markersize=6, label=label)  # type: ignore[arg-type]
-    figure.legend(handles=[handles[label] for label in sorted(handles)], loc="outside right center")
+    figure.legend(handles=[handles[label] for label in sorted(handles)], loc="outside lower center", ncols=5)
     return figure
 
 
@@ -174,7 +198,7 @@ def cost(groups: Sequence[RunGroup]) -> Figure:
         ("adapter, MiB", lambda run: run.record.adapter_bytes / 2**20),
     )
     figure, axes = plt.subplots(
-        1, 3, figsize=(12, 1.2 + 0.28 * len(groups)), sharey=True, squeeze=False, layout="constrained"
+        1, 3, figsize=(WIDE, 1.2 + 0.28 * len(groups)), sharey=True, squeeze=False, layout="constrained"
     )
     for ax, (title, measure) in zip(axes[0], measures, strict=True):
         values = [np.mean([measure(run) for run in group.runs]) for group in groups]

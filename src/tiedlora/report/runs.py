@@ -8,8 +8,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from tiedlora import storage
 from tiedlora.config.identity import start_of
@@ -39,6 +42,14 @@ class UnfinishedRun:
     """None if it is not known."""
     failed: bool = False
     """Whether the run ended with an error."""
+    pruned: bool = False
+    """Whether the search of a learning rate stopped it."""
+    step: int = 0
+    """The step of the last validation; 0 without one."""
+    loss: float | None = None
+    """The last validation loss."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """The section `train` of its configuration; empty if config.yaml cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,11 @@ class Run:
         return self.record.identity.task.name
 
     @property
+    def is_other_method(self) -> bool:
+        """Whether another method was trained, which has no rank of ours."""
+        return self.record.is_other_method
+
+    @property
     def rank(self) -> int:
         return self.record.identity.rank.r
 
@@ -107,11 +123,7 @@ class Run:
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric of metrics.jsonl; both are empty if the file cannot be read."""
-        try:
-            rows = [row for row in read_metrics(RunFolder(self.path).metrics_file, metric) if metric in row.values]
-        except UserError:
-            return [], []
-        return [row.step for row in rows], [float(row.values[metric]) for row in rows]
+        return curve(RunFolder(self.path), metric)
 
 
 def run_roots(roots: Iterable[Path]) -> list[Path]:
@@ -187,7 +199,7 @@ def read_run(path: Path) -> Run | LeftOut:
         if pruned := _last_line(folder.pruned_file):
             reason = f"pruned by the search of a learning rate: {pruned}"
         if named is not None:
-            named = dataclasses.replace(named, lr=_planned_lr(folder.config_file), failed=bool(error))
+            named = _with_progress(named, folder, failed=bool(error), pruned=bool(pruned))
         return LeftOut(path, reason, named)
     try:
         record = read_record(folder.result_file)
@@ -197,6 +209,8 @@ def read_run(path: Path) -> Run | LeftOut:
 
 
 def _configuration(record: RunRecord) -> str:
+    if record.is_other_method:
+        return record.config.tying.name
     if record.label != "custom":
         return record.label
     return start_of(record.identity.tying) or f"custom ({record.config.tying.name})"
@@ -218,9 +232,22 @@ def _last_line(path: Path) -> str:
     return lines[-1][:200] if lines else "error.txt is empty"
 
 
-def _planned_lr(path: Path) -> float | None:
-    """The learning rate of an unfinished run. Only its configuration has it."""
+def _with_progress(run: UnfinishedRun, folder: RunFolder, failed: bool, pruned: bool) -> UnfinishedRun:
+    """The run with its learning rate, which only its configuration has, and its last validation loss."""
     try:
-        return float(storage.read_yaml(path).train.lr)
+        train: Any = OmegaConf.to_container(storage.read_yaml(folder.config_file).train)
+        lr = float(train["lr"])
     except Exception:  # A file that a kill has cut off may be wrong in any way. Then the rate is not known.
-        return None
+        train, lr = {}, None
+    steps, losses = curve(folder, "validation/loss")
+    last = (steps[-1], losses[-1]) if steps else (0, None)
+    return dataclasses.replace(run, lr=lr, failed=failed, pruned=pruned, step=last[0], loss=last[1], train=train)
+
+
+def curve(folder: RunFolder, metric: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric of a run's metrics.jsonl; both are empty if the file cannot be read."""
+    try:
+        rows = [row for row in read_metrics(folder.metrics_file, metric) if metric in row.values]
+    except UserError:
+        return [], []
+    return [row.step for row in rows], [float(row.values[metric]) for row in rows]

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.report import answers as claim_answers
+from tiedlora.report import browser, compare, formats, page, peft_results, plots, reference, tables
 from tiedlora.report import claims as claim_files
-from tiedlora.report import compare, formats, page, peft_results, plots, reference, tables
 from tiedlora.report.answers import Answer
 from tiedlora.report.claim_verdicts import ClaimVerdict, claim_verdicts
 from tiedlora.report.compare import ResultRow
 from tiedlora.report.groups import RunGroup, group_runs, short_commit
 from tiedlora.report.overview import overview
+from tiedlora.report.page import SheetLink
 from tiedlora.report.peft_results import Peer
 from tiedlora.report.runs import LeftOut, Run, read_runs, read_selections, run_roots
 from tiedlora.report.scorebook import Scorebook
@@ -22,6 +23,10 @@ from tiedlora.report.tables import ReportTables
 from tiedlora.report.values import Unit
 from tiedlora.text import visible
 
+ANSWERS = "answers"
+"""The folder of pages of answers, beside index.html."""
+FOR_THE_REST = 3_000_000
+"""Bytes of index.html that are kept for everything but answers."""
 LISTED = 20
 """The most left-out folders that the terminal names."""
 
@@ -107,7 +112,7 @@ def build(
 
 
 def write(report: Report, out: Path, *, sections: int = 24) -> list[str]:
-    """Write tables (Markdown, CSV, LaTeX), figures (PNG, SVG) and index.html.
+    """Write tables (Markdown, CSV, LaTeX), figures (PNG, SVG) and index.html, with pages of answers if they are many.
 
     Args:
         sections: the most groups that have a section on the page.
@@ -122,10 +127,38 @@ def write(report: Report, out: Path, *, sections: int = 24) -> list[str]:
             storage.write_bytes(out / f"{table.name}.md", formats.to_markdown(table).encode())
             storage.write_bytes(out / f"{table.name}.csv", formats.to_csv(table).encode())
             storage.write_bytes(out / f"{table.name}.tex", formats.to_latex(table).encode())
-    figures = plots.draw(report.rows, report.peers, out)
-    html = page.render(report.summary(), report.rows, all_tables, figures, most_sections=sections)
-    storage.write_bytes(out / "index.html", html.encode("utf-8", "replace"))
+    plots.draw(report.rows, report.peers, report.answers, out)
+    _write_page(report, all_tables, out, sections)
     return _lines(report, out)
+
+
+def _write_page(report: Report, all_tables: ReportTables, out: Path, sections: int) -> None:
+    """Write index.html with all answers in it; or, if it would be too large, a page of answers for each sheet."""
+    splits = {row.group: row.measure.split for row in report.rows}
+    sheets = browser.sheets(report.groups, splits)
+    folder = out / ANSWERS
+    for old in folder.glob("*.html"):
+        # Only pages of an earlier report. What else a user keeps there stays.
+        if not old.is_symlink() and page.GENERATOR in storage.read_bytes(old)[:4000].decode("utf-8", "replace"):
+            old.unlink()
+    links = []
+    if sum(sheet.size for sheet in sheets) > browser.MOST_BYTES - FOR_THE_REST:
+        folder.mkdir(exist_ok=True)
+        for sheet in sheets:
+            storage.write_bytes(folder / f"{sheet.key}.html", page.render_sheet(sheet, "../index.html").encode())
+            about = f"{sheet.head['rows']:,} rows of {sheet.head['split']}, {len(sheet.head['runs'])} columns"
+            links.append(SheetLink(f"{ANSWERS}/{sheet.key}.html", sheet.title, about))
+        sheets = []
+    html = page.render(
+        report.summary(),
+        report.rows,
+        all_tables,
+        report.verdicts,
+        most_sections=sections,
+        sheets=sheets,
+        links=links,
+    )
+    storage.write_bytes(out / "index.html", html.encode("utf-8", "replace"))
 
 
 def _lines(report: Report, out: Path) -> list[str]:

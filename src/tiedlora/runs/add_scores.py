@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tiedlora.adapter import attach_adapter, load
+from tiedlora.adapter.attach_arm import attach_saved, trained_on
 from tiedlora.config import compose
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
@@ -14,6 +14,7 @@ from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.session import cached_base
+from tiedlora.scoring.engines import check_usable
 from tiedlora.scoring.memory import score_forgetting, score_within_memory
 from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
@@ -52,13 +53,14 @@ def add_scores(
         config.model.device_map = paths_from.model.device_map
     task = load_task(config.task)
     wanted = wanted_passes(metrics, task)
+    check_usable(config.score.engine, processes=1)
     if forgetting is not None:
         check_source(forgetting, config.task.name)
     base = cached_base(config, resolve_device(config.train.device))
-    adapter, trained_on = load(folder.adapter)
-    if trained_on != base.record:
-        raise UserError(f"{folder.adapter}: was trained on {trained_on}, the base model here is {base.record}")
-    attached = attach_adapter(base.model, adapter)
+    trained = trained_on(folder.adapter)
+    if trained != base.record:
+        raise UserError(f"{folder.adapter}: was trained on {trained}, the base model here is {base.record}")
+    attached = attach_saved(base.model, folder.adapter)
     encoder = Encoder(base.tokenizer, config.task, config.model.context)
     scorer = Scorer(attached, encoder, task, config, base.record)
     try:

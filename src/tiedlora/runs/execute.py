@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from tiedlora.adapter import save
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.errors import StoppedEarly, UserError
@@ -19,6 +18,7 @@ from tiedlora.records.summary import flat_summary
 from tiedlora.runs.recording import build_record
 from tiedlora.runs.session import RunSession
 from tiedlora.runs.trainer import Trainer
+from tiedlora.scoring.engines import check_usable
 from tiedlora.scoring.memory import score_forgetting, score_within_memory
 from tiedlora.scoring.passes import wanted_passes
 from tiedlora.scoring.split import Scorer
@@ -41,6 +41,7 @@ def execute(config: Config) -> RunRecord | None:
     """
     algorithms = only_deterministic_algorithms() if config.train.deterministic else nullcontext()
     with algorithms, join_world(resolve_device(config.train.device).type == "cuda") as world:
+        check_usable(config.score.engine, world.size)
         if world.is_first:
             return _run_first_process(config, world)
         _run_worker_process(config, world)
@@ -75,7 +76,7 @@ def _run_first_process(config: Config, world: World) -> RunRecord | None:
 def _train_and_score(session: RunSession, folder: RunFolder, stop: StopSignal) -> RunRecord:
     """Train from the newest checkpoint or from the start, save the adapter, score, and write result.json last."""
     trained = Trainer(session, folder, stop).train()
-    adapter_bytes = save(session.attached.adapter, folder.adapter, session.base.record)
+    adapter_bytes = session.attached.save(folder.adapter, session.base.record)
     scores = _score(session, folder)
     # The other processes have nothing left to do. They leave now.
     session.world.leave()

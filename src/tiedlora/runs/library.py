@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tiedlora.adapter import Attached, attach_adapter, files
+from tiedlora.adapter.arms import Arm
+from tiedlora.adapter.attach_arm import attach_saved, trained_on
 from tiedlora.config import compose
 from tiedlora.config.adapter_folder import adapter_folder
 from tiedlora.config.check import check_device
@@ -43,7 +44,7 @@ def base_of(run: Path | str, dtype: str | None = None, device: str = "cpu", cach
     return load_base(config.model, dtype or config.train.dtype, resolve_device(device), Path(cache or config.cache))
 
 
-def load(source: Path | str, model: Any = None, *, dtype: str | None = None, device: str = "cpu") -> Attached:
+def load(source: Path | str, model: Any = None, *, dtype: str | None = None, device: str = "cpu") -> Arm:
     """Load a saved adapter and attach it to its base model.
 
     Args:
@@ -57,10 +58,11 @@ def load(source: Path | str, model: Any = None, *, dtype: str | None = None, dev
     Raises:
         UserError: there is no adapter, a file is damaged, or the base model is not the one that it was trained on.
     """
-    adapter, trained_on = files.load(adapter_folder(source))
+    folder = adapter_folder(source)
+    trained = trained_on(folder)
     if model is None:
         base = base_of(source, dtype, device)
-        if base.record != trained_on:
-            raise UserError(f"{source}: was trained on {trained_on}, the base model here is {base.record}")
+        if base.record != trained:
+            raise UserError(f"{source}: was trained on {trained}, the base model here is {base.record}")
         model = base.model
-    return attach_adapter(model, adapter)
+    return attach_saved(model, folder)

@@ -41,7 +41,15 @@ def build_record(
         scores=scores,
         status="done",
         files=folder.checksums("adapter/*"),
+        stored_params=_stored_params(session),
+        admission=session.admission,
     )
+
+
+def _stored_params(session: RunSession) -> int | None:
+    """How many numbers the arm's files hold; None if they are the trained ones."""
+    count = session.attached.stored_params()
+    return count if count != session.trainable_params else None
 
 
 def _training(session: RunSession, trained: Trained) -> TrainingRecord:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from tiedlora.adapter import attach_adapter, load
+from tiedlora.adapter import load
+from tiedlora.adapter.attach_arm import attach_saved, is_other_method, read_spec
+from tiedlora.adapter.other_arm import check_tensors
 from tiedlora.config.identity import identity
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
@@ -34,12 +36,23 @@ def check_adapter(run: CheckedRun) -> Iterator[Finding]:
         yield Finding("adapter", None, "the study keeps only its sha256; the run's command gives the files again")
         return
     try:
-        adapter, base = load(run.folder.adapter)
+        same = _arm_values(run) if is_other_method(run.folder.adapter) else _adapter_values(run)
     except UserError as error:
         yield Finding("adapter", False, str(error))
         return
+    for name, (here, expected) in same.items():
+        if here != expected:
+            explanation = f"adapter.json: its {name} is {here!r:.80}, the run's {expected!r:.80}"
+            yield Finding("adapter", False, explanation)
+            return
+    yield Finding("adapter", True, "its tensors have the sha256 of adapter.json, and are this run's")
+
+
+def _adapter_values(run: CheckedRun) -> dict[str, tuple[object, object]]:
+    """Name -> (the adapter's value, the run's value)."""
+    adapter, base = load(run.folder.adapter)
     # The name and the suggested rate of a tying are only labels: its other values are compared.
-    same = {
+    return {
         "base": (base, run.record.base),
         "tying": (identity(adapter.tying), identity(run.config.tying)),
         "rank": (adapter.rank, run.config.rank.r),
@@ -48,12 +61,16 @@ def check_adapter(run: CheckedRun) -> Iterator[Finding]:
         "seed": (adapter.seed, run.config.seed),
         "trainable parameters": (adapter.trainable_params(), run.record.trainable_params),
     }
-    for name, (here, expected) in same.items():
-        if here != expected:
-            explanation = f"adapter.json: its {name} is {here!r:.80}, the run's {expected!r:.80}"
-            yield Finding("adapter", False, explanation)
-            return
-    yield Finding("adapter", True, "adapter.safetensors has the sha256 of adapter.json, and is this run's")
+
+
+def _arm_values(run: CheckedRun) -> dict[str, tuple[object, object]]:
+    """As `_adapter_values`, for an arm of another method."""
+    spec, base = read_spec(run.folder.adapter)
+    check_tensors(run.folder.adapter)
+    values = {"base": (base, run.record.base), "seed": (spec.seed, run.config.seed)}
+    for name in ("method", "resolved", "targets", "layers"):
+        values[name] = getattr(spec.tying, name), getattr(run.config.tying, name)
+    return values
 
 
 def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Finding]:
@@ -79,8 +96,8 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
     if base.record != run.record.base:
         yield Finding("base", False, f"was {run.record.base}, here it is {base.record}")
         return
-    adapter, _ = load(run.folder.adapter)
-    attached, encoder = attach_adapter(base.model, adapter), Encoder(base.tokenizer, config.task, config.model.context)
+    attached = attach_saved(base.model, run.folder.adapter)
+    encoder = Encoder(base.tokenizer, config.task, config.model.context)
     for split, scores in run.record.scores.items():
         if run.examples.get(split):
             as_scored = replace(run, config=with_halved_batches(config, scores.batch_halvings or 0))
@@ -97,7 +114,10 @@ def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int, s
             yield Finding(f"regenerate {split}{kind}", False, f"{len(recorded)} predictions of {len(examples)} rows")
             continue
         ids = [row.id for row in recorded]
-        if not all(map(is_loss, scores.metrics)):
+        if scores.engine is not None:
+            explanation = f"{scores.engine}; only this project's decoding gives the same texts again"
+            yield Finding(f"regenerate {split}{kind}", None, explanation)
+        elif not all(map(is_loss, scores.metrics)):
             places = _chosen_places(ids, scoring_batches(scorer.encoder, examples, run.config), least, suspects)
             rows_of = scorer.compute_base_rows if kind else scorer.adapted_rows
             rows = rows_of([examples[place] for place in places], f"regenerating {split}{kind}")

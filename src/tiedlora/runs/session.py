@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tiedlora import tying
-from tiedlora.adapter import Attached, TiedAdapter, architectures, attach_adapter, files
+from tiedlora.adapter import TiedAdapter, attach_adapter, files
+from tiedlora.adapter.admission import measure
+from tiedlora.adapter.arms import Arm, ArmSpec
+from tiedlora.adapter.attach_arm import new_arm
 from tiedlora.config import adapter_folder
+from tiedlora.config.families import layout_of
 from tiedlora.config.schema import Config
+from tiedlora.config.sizes import missed_budget, trainable_params
 from tiedlora.data import token_cache
 from tiedlora.data.encoding import EncodedRows, Encoder
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.models.device import execution_on, resolve_device
+from tiedlora.records.admission import Admission
 from tiedlora.records.provenance import code_version, package_versions
+from tiedlora.runs.admission_rules import check_scores_mean_something
 from tiedlora.runs.inputs import RunRows, read_rows
 from tiedlora.runs.process_cache import SingleSlotCache
 from tiedlora.tasks import Example, Task, load_examples
@@ -24,6 +31,8 @@ from tiedlora.training import sharding
 from tiedlora.training.allocator import keep_freed_memory
 from tiedlora.training.checkpoint import RunInputs
 from tiedlora.training.distributed import World
+
+log = logging.getLogger(__name__)
 
 TOKENS: SingleSlotCache[dict[str, EncodedRows]] = SingleSlotCache()
 _BASE: SingleSlotCache[BaseModel] = SingleSlotCache()
@@ -43,7 +52,7 @@ def cached_base(config: Config, device: torch.device, shared_by: World | None = 
         first_device = device if shared_by is None else torch.device("cpu")
         base = load_base(config.model, config.train.dtype, first_device, Path(config.cache))
         if shared_by is not None:
-            layers = architectures.layout_of(config.model.architecture).layers
+            layers = layout_of(config.model.architecture).layers
             sharding.shard(base.model, layers, device, shared_by)
         return base
 
@@ -82,11 +91,14 @@ class RunSession:
         self.fitted = self._fit(rows)
         self.train_examples = [rows.examples["train"][number] for number in self.fitted["train"].kept]
         self.validation_examples = rows.examples["validation"]
-        # 3. The adapter. It is complete before it is attached, so an adapter that does not fit leaves no trace.
-        self.attached: Attached = attach_adapter(self.base.model, self._adapter(), config.train.shard)
-        self.trainable_params = self.attached.adapter.trainable_params()
-        expected = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
-        assert self.trainable_params == expected, f"{self.trainable_params} parameters, the formula says {expected}"
+        # 3. The adapter, or the arm of another method. An arm of another method is admitted first.
+        self.admission = self._admission() if config.tying.method is not None and world.is_first else None
+        self.attached: Arm = self._attach()
+        self.trainable_params = sum(parameter.numel() for parameter in self.attached.trained_parts().values())
+        expected = trainable_params(config)
+        assert expected in (None, self.trainable_params), f"{self.trainable_params} parameters, expected {expected}"
+        if missed := missed_budget(config, self.trainable_params):
+            log.warning("budget: %s", missed)
         # 4. The values for the record and the checkpoints.
         self.execution = execution_on(self.device, world.size)
         self.code, self.versions, self.data_digests = code_version(), package_versions(), rows.digests
@@ -100,6 +112,23 @@ class RunSession:
                 for split, examples in rows.examples.items()
             },
         )
+
+    def _attach(self) -> Arm:
+        """A new arm on the base model. One that does not fit leaves no trace."""
+        if self.config.tying.method is None:
+            return attach_adapter(self.base.model, self._adapter(), self.config.train.shard)
+        return new_arm(self.base.model, self._spec())
+
+    def _spec(self) -> ArmSpec:
+        return ArmSpec(self.config.tying, self.config.model.architecture, self.config.seed)
+
+    def _admission(self) -> Admission:
+        rows = [list(row.prompt + row.target) for row in self.fitted["train"].encoded]
+        admission = measure(self.base.model, self._spec(), self.base.record, rows, self.config.train.lr or 0.0)
+        check_scores_mean_something(admission, self.config)
+        for mark in admission.marks().values():
+            log.warning("%s: %s", self.config.tying.name, mark)
+        return admission
 
     def _adapter(self) -> TiedAdapter:
         config = self.config

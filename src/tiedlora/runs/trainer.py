@@ -15,7 +15,8 @@ import torch
 from omegaconf import OmegaConf
 
 from tiedlora import storage
-from tiedlora.adapter import architectures, linear, load, save
+from tiedlora.adapter import linear
+from tiedlora.config.families import layout_of
 from tiedlora.config.identity import config_tree
 from tiedlora.data.batching import Batch, BatchSampler, by_length, empty_batch, microbatches
 from tiedlora.errors import UserError, is_out_of_memory
@@ -61,12 +62,12 @@ class Trainer:
         self, session: RunSession, folder: RunFolder, stop: StopSignal, resume_from: Path | None = None
     ) -> None:
         self.session, self.folder, self.stop = session, folder, stop
-        self.config, self.adapter = session.config, session.attached.adapter
+        self.config, self.arm = session.config, session.attached
         # 1. The optimizer, and the newest checkpoint if there is one.
-        self.parts = self.adapter.trained_parts()
-        self.optimizer = build_optimizer(self.parts, self.config.train)
+        self.parts = self.arm.trained_parts()
+        self.optimizer = build_optimizer(self.arm.parameter_groups(self.config.train.lr_factor), self.config.train)
         checkpoints = resume_from or folder.checkpoints
-        state = checkpoint.restore(checkpoints, self.parts, self.optimizer, session.inputs())
+        state = checkpoint.restore(checkpoints, self.parts, self.optimizer, session.inputs(), self.arm.buffers())
         self.state = state or loop.TrainState()
         self._check_same_step()
         if state is not None:
@@ -99,9 +100,11 @@ class Trainer:
         # 3. Load the adapter of the step that is scored. Only the first process has its file.
         if self.config.score.checkpoint == "best":
             world, folder = self.session.world, self._best_folder(self.state.best_step())
-            best = {name: part.data for name, part in load(folder)[0].parts().items()} if world.is_first else {}
+            if world.is_first:
+                self.arm.load_values(folder)
+            best = {name: part.data for name, part in self.parts.items()} if world.is_first else {}
             for name, values in world.gather(best)[0].items():
-                self.adapter.parts()[name].data.copy_(values)
+                self.parts[name].data.copy_(values)
         return Trained(self.state, peak, self.trackers)
 
     def _check_same_step(self) -> None:
@@ -144,14 +147,14 @@ class Trainer:
     def _training_blocks(self) -> Iterator[None]:
         """Inside the context, the blocks are compiled and recompute activations, as the configuration says."""
         train, model = self.config.train, self.session.model
-        blocks: Any = model.get_submodule(architectures.layout_of(self.config.model.architecture).layers)
+        blocks: Any = model.get_submodule(layout_of(self.config.model.architecture).layers)
         weights = linear.weight_count(blocks)
         tokens = train.steps * train.batch_size * sum(map(len, self.rows)) / len(self.rows)
         if train.recompute_activations:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         try:
             # accelerate's hooks move weights while a block runs, which cannot be compiled.
-            wish = "never" if self.config.model.device_map else train.compile
+            wish = train.compile if self.arm.compiles and not self.config.model.device_map else "never"
             worth_it = compiling.decide(wish, self.session.device.type, weights, tokens)
             compiled = compiling.compiled(blocks, model.get_input_embeddings()) if worth_it else nullcontext()
             with attention.rows_not_packed(), compiled:
@@ -194,7 +197,7 @@ class Trainer:
             self.row_losses_file.append([self._in_row_order(losses)])
         best_so_far = all(loss < earlier for _, earlier in self.state.validation)
         if self.config.score.checkpoint == "best" and self.session.world.is_first and best_so_far:
-            save(self.adapter, self._best_folder(self.state.step), self.session.base.record)
+            self.arm.save(self._best_folder(self.state.step), self.session.base.record)
         return loss
 
     def _row_losses(self) -> list[RowLosses] | None:
@@ -241,7 +244,8 @@ class Trainer:
 
     def _save_checkpoint(self, state: loop.TrainState) -> None:
         if self.session.world.is_first:
-            checkpoint.save(self.folder.checkpoints, state, self.parts, self.optimizer, self.session.inputs())
+            inputs, buffers = self.session.inputs(), self.arm.changed_buffers()
+            checkpoint.save(self.folder.checkpoints, state, self.parts, self.optimizer, inputs, buffers)
 
     def _log_metrics(self, rows: list[MetricsRow]) -> None:
         self.trackers.log(rows)

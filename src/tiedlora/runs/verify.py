@@ -128,7 +128,8 @@ def _check_files(run: CheckedRun) -> Iterator[Finding]:
     """Check the adapter's files and the predictions against the sha256 values in result.json."""
     expected: dict[str, str | None] = {}
     if run.keeps(ADAPTER):
-        names = ("adapter/adapter.json", "adapter/adapter.safetensors")
+        # Records of the earliest version name no files.
+        names = list(run.record.files) or ["adapter/adapter.json", "adapter/adapter.safetensors"]
         expected = {name: run.record.files.get(name) for name in names}
     now = run.folder.checksums(*expected)
     for split, scores in run.record.scores.items():

@@ -12,9 +12,6 @@ from transformers.cache_utils import DynamicLayer
 
 from tiedlora.data.batching import split_by_limits
 
-SPARE_TOKENS = 64
-"""How many tokens a full cache grows by. So it is copied only once per so many new tokens."""
-
 
 def batches_by_length(lengths: Sequence[int], rows: int, tokens: int | None) -> list[list[int]]:
     """The row numbers of each batch, with the longest rows first. A batch has at most `rows` rows and `tokens` tokens.
@@ -36,35 +33,60 @@ def padded_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.dev
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """The keys and values of a layer, at the start of larger buffers. (transformers' own layer copies all of them for
-    every new token.)
+    """The keys and values of a layer, at the start of buffers for all tokens that will come. (transformers' own layer
+    copies all keys and values for every new token.)
+
+    Args:
+        tokens: the most tokens of a row, with padding.
     """
 
-    buffers: list[Tensor] | None = None
+    def __init__(self, tokens: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tokens = tokens
+        self.buffers: list[Tensor] = []
+        self.column: Tensor | None = None
+        """With `fix_shapes`: where the next token goes, (1,)."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        start, new_states = self.get_seq_length(), (key_states, value_states)
+        new_states = (key_states, value_states)
+        if self.column is not None:
+            for buffer, new in zip(self.buffers, new_states, strict=True):
+                buffer.index_copy_(2, self.column, new)
+            return self.keys, self.values  # type: ignore[return-value]
+        start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        if self.buffers is None or end > self.buffers[0].shape[-2]:
+        if not self.buffers:
             self.device, self.is_initialized = key_states.device, True
-            self.buffers = [new.new_empty(*new.shape[:2], end + SPARE_TOKENS, new.shape[3]) for new in new_states]
-            if start:
-                for buffer, old in zip(self.buffers, (self.keys, self.values), strict=True):
-                    buffer[..., :start, :] = old  # type: ignore[assignment]
+            self.buffers = [new.new_empty(*new.shape[:2], self.tokens, new.shape[3]) for new in new_states]
         for buffer, new in zip(self.buffers, new_states, strict=True):
             buffer[..., start:end, :] = new
         self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
         return self.keys, self.values
 
+    def fix_shapes(self, column: Tensor) -> None:
+        """From now on, write one token a pass at `column`, and return the whole buffers. Then every pass has the same
+        shapes, and a mask must hide the columns that are not written yet.
+        """
+        self.column = column
+        for buffer in self.buffers:
+            # A hidden value is multiplied by zero, which only a finite value survives.
+            buffer[..., self.get_seq_length() :, :] = 0
+        self.keys, self.values = self.buffers
+
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices.to(self.keys.device))  # type: ignore[union-attr]
-        self.buffers = None
+        length = self.get_seq_length()
+        self.buffers = [buffer.index_select(0, indices.to(buffer.device)) for buffer in self.buffers]
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
 
 
-def new_cache(model: Any) -> DynamicCache:
-    """An empty key-value cache for the model."""
+def new_cache(model: Any, tokens: int) -> DynamicCache:
+    """An empty key-value cache for the model.
+
+    Args:
+        tokens: the most tokens of a row, with padding.
+    """
     cache = DynamicCache(config=model.config)
-    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]  # type: ignore[no-untyped-call]
+    cache.layers = [PreallocatedLayer(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 

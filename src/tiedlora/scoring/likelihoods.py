@@ -62,10 +62,10 @@ def _score_choices(
     prompt_of = torch.tensor([row for row, own in enumerate(choices) for _ in own], device=device)
     # 1. The prompts. Their last hidden state predicts the first token of each of their choices.
     ids, mask, positions = padded_left(prompts, pad_id, device)
-    cache = new_cache(model)
+    longest = max(map(len, texts)) - 1
+    cache = new_cache(model, ids.shape[1] + longest)
     hidden = [hidden_states(model, ids, mask, positions, cache)[prompt_of, -1:]]
     # 2. The choices without their last token, which predicts nothing that is scored.
-    longest = max(map(len, texts)) - 1
     if longest:
         cache.batch_select_indices(prompt_of)
         padding = [longest - len(text) + 1 for text in texts]

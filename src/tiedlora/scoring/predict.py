@@ -11,6 +11,7 @@ from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.records.rows import PredictionRow, Score
 from tiedlora.scoring.decoding import generate, generation_batches
+from tiedlora.scoring.engines import Engine
 from tiedlora.scoring.likelihoods import choice_batches, choice_log_likelihoods
 from tiedlora.tasks import Example, Task
 from tiedlora.tracking.progress import ProgressBar
@@ -28,13 +29,20 @@ class _Answer:
 
 
 def predict(
-    model: Any, encoder: Encoder, task: Task, examples: Sequence[Example], config: Config, title: str
+    model: Any,
+    encoder: Encoder,
+    task: Task,
+    examples: Sequence[Example],
+    config: Config,
+    title: str,
+    engine: Engine = generate,
 ) -> list[PredictionRow]:
     """The rows of predictions/, one for each example.
 
     Args:
         model: the base model, with or without an adapter.
         title: the text of the progress bar.
+        engine: writes the answers. (Given texts are always compared by our own code.)
 
     Raises:
         UserError: a prompt does not fit, and the task does not allow to shorten it enough.
@@ -45,7 +53,10 @@ def predict(
     asked = [fitting(encoder, example, config) for example in examples]
     by_likelihood = bool(asked[0].choices)
     progress = ProgressBar(title, len(examples), "rows")
-    answers = (_choose if by_likelihood else _generate)(model, encoder, asked, config, progress)
+    if by_likelihood:
+        answers = _choose(model, encoder, asked, config, progress)
+    else:
+        answers = _generate(model, encoder, asked, config, progress, engine)
     progress.close()
     scores = TaskMetric(task, by_likelihood).compute(
         predictions=[answer.log_likelihoods if by_likelihood else answer.output for answer in answers],
@@ -105,9 +116,9 @@ def _choices(encoder: Encoder, examples: Sequence[Example]) -> list[list[tuple[i
 
 
 def _generate(
-    model: Any, encoder: Encoder, examples: Sequence[Example], config: Config, progress: ProgressBar
+    model: Any, encoder: Encoder, examples: Sequence[Example], config: Config, progress: ProgressBar, engine: Engine
 ) -> list[_Answer]:
-    outputs = generate(
+    outputs = engine(
         model,
         encoder.tokenizer,
         _prompts(encoder, examples),

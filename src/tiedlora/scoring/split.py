@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from tiedlora.adapter import Attached
+from tiedlora.adapter.arms import Arm
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
@@ -22,7 +23,8 @@ from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import PredictionRow, read_predictions, write_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import BaseModelRecord, SplitScores, plain
+from tiedlora.records.run_record import BaseModelRecord, EngineRecord, SplitScores, plain
+from tiedlora.scoring.engines import OURS, agreement, compared_places, engine
 from tiedlora.scoring.passes import ALL_PASSES, Passes
 from tiedlora.scoring.predict import predict, scoring_batches
 from tiedlora.scoring.sharing import score_in_shares
@@ -43,7 +45,7 @@ PROTOCOL_KEYS = {
 class Scorer:
     """Scores splits of one run, with the adapted model and with the base model."""
 
-    attached: Attached
+    attached: Arm
     encoder: Encoder
     task: Task
     config: Config
@@ -99,6 +101,7 @@ class Scorer:
                 loss_seconds=seconds[-1] if passes.losses else None,
                 shortened=sum(row.shortened for row in rows),
                 output_tokens=sum(row.output_tokens for row in rows),
+                engine=self._agreement(examples, rows) if passes.answers else None,
                 cut_targets=sum(row.cut_target for row in rows) or None,
                 metrics=summarise(rows, self.task),
                 base=None if base_rows is None else summarise(base_rows, self.task),
@@ -110,10 +113,20 @@ class Scorer:
             recorded,
         )
 
+    def _agreement(self, examples: Sequence[Example], rows: Sequence[PredictionRow]) -> EngineRecord | None:
+        """How the answers of another engine compare with ours, on some rows; None if they are ours."""
+        score = self.config.score
+        if score.engine == OURS or rows[0].choices is not None:
+            return None
+        places = compared_places(len(rows))
+        ourselves = replace(self, config=replace(self.config, score=replace(score, engine=OURS)))
+        own = ourselves.adapted_rows([examples[place] for place in places], "comparing with our answers")
+        return agreement(score.engine, [rows[place] for place in places], own)
+
     def adapted_rows(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
         """The adapted model's answers. `title` is the text of the progress bar."""
         with merged_for_scoring(self.attached, self.config) as model:
-            return self._answers(model, examples, title)
+            return self._answers(model, examples, title, active=True)
 
     def adapted_losses(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
         """The adapted model's losses, as rows without answers."""
@@ -123,16 +136,19 @@ class Scorer:
     def compute_base_rows(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
         """The base model's answers, computed now. `title` is what the progress bar says."""
         with _disabled(self.attached) as model:
-            return self._answers(model, examples, title)
+            return self._answers(model, examples, title, active=False)
 
     def compute_base_losses(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
         """The base model's losses, computed now."""
         with _disabled(self.attached) as model:
             return self._losses(model, examples, title)
 
-    def _answers(self, model: Any, examples: Sequence[Example], title: str) -> list[PredictionRow]:
+    def _answers(self, model: Any, examples: Sequence[Example], title: str, active: bool) -> list[PredictionRow]:
+        adapter = self.attached.adapter if isinstance(self.attached, Attached) else None
+        answering = engine(self.config.score.engine, adapter, active)
+
         def rows_of(some: Sequence[Example]) -> list[PredictionRow]:
-            return predict(model, self.encoder, self.task, some, self.config, title)
+            return predict(model, self.encoder, self.task, some, self.config, title, answering)
 
         if self.world.size == 1:
             return rows_of(examples)
@@ -194,6 +210,8 @@ class Scorer:
         score, task = self.config.score, identity(self.config.task)
         key: list[Any] = [plain(self.base), self.config.train.dtype, score.batch_size]
         key += [self.encoder.prompt_limit] if with_task else []
+        # The losses are ours under every engine.
+        key += [score.engine] if score.engine != OURS and with_task and not more else []
         key += [digest(examples), *([score.batch_tokens] if score.batch_tokens else []), *more]
         key += [{name: value for name, value in task.items() if name in PROTOCOL_KEYS}] if with_task else []
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
@@ -271,11 +289,12 @@ def _with_recorded(new: SplitScores, passes: Passes, recorded: SplitScores | Non
         seconds=new.seconds if passes.answers else recorded.seconds,
         loss_seconds=new.loss_seconds if passes.losses else recorded.loss_seconds,
         signatures=new.signatures if passes.answers else recorded.signatures,
+        engine=new.engine if passes.answers else recorded.engine,
     )
 
 
 @contextmanager
-def merged_for_scoring(attached: Attached, config: Config) -> Iterator[Any]:
+def merged_for_scoring(attached: Arm, config: Config) -> Iterator[Any]:
     """Inside the block, the model is as it is scored. It is merged in float32 only: bfloat16 would round the update. A
     quantised or offloaded base cannot be merged, and is scored unmerged.
     """
@@ -283,13 +302,14 @@ def merged_for_scoring(attached: Attached, config: Config) -> Iterator[Any]:
         # Inside the block that restores the weights: memory may run out when some of them are merged.
         if config.train.dtype == "float32" and attached.cannot_merge() is None:
             attached.merge()
-        yield attached.model
+        with attached.folded_once():
+            yield attached.model
     finally:
         attached.unmerge()
 
 
 @contextmanager
-def _disabled(attached: Attached) -> Iterator[Any]:
+def _disabled(attached: Arm) -> Iterator[Any]:
     """Inside the block, the model computes as the base model."""
     attached.disable()
     try:

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tiedlora import storage, tying
+from tiedlora import storage
 from tiedlora.config.identity import config_tree, run_id
 from tiedlora.config.schema import Config
+from tiedlora.config.sizes import trainable_params
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.sweeps.control import SweepControl
 
@@ -95,7 +97,7 @@ class SweepCell:
             rank=config.rank.r,
             lr=config.train.lr,
             seed=config.seed,
-            trainable=tying.trainable_params(config.tying, config.rank.r, config.model.architecture),
+            trainable=trainable_params(config) or 0,
         )
 
 
@@ -122,6 +124,16 @@ class Sweep:
         added = {path.stem for path in (self.path / "cells").glob("*.json")}
         return list(dict.fromkeys([*(cell.run_id for cell in self.cells), *sorted(added)]))
 
+    @cached_property
+    def searches_rates(self) -> bool:
+        """Whether a configuration has several learning rates, so that its runs are candidates until one is chosen."""
+        rates: dict[tuple[object, ...], set[float | None]] = {}
+        for cell in self.cells:
+            config = cell.config
+            named = (config.model.name, config.task.name, config.tying.name, config.rank.r)
+            rates.setdefault(named, set()).add(config.train.lr)
+        return any(len(tried) > 1 for tried in rates.values())
+
     @property
     def control(self) -> SweepControl:
         """The files that steer the sweep while it runs."""
@@ -134,14 +146,22 @@ class Sweep:
         Files with the same content stay. So the next start of a large sweep writes nothing, and a job that reads its
         file meanwhile is not disturbed.
         """
-        frozen = FrozenCells(self.path / "cells")
+        frozen, searches = FrozenCells(self.path / "cells"), self.searches_rates
         for cell in self.cells:
-            tree = config_tree(cell.config)
-            tree["tracking"]["group"] = tree["tracking"]["group"] or self.id
+            tree = frozen_tree(cell.config, self.id, searches)
             path, data = frozen.path / f"{cell.run_id}.json", storage.json_bytes(tree)
             if not path.is_file() or storage.read_bytes(path) != data:
                 storage.write_bytes(path, data, flush=False)
         return frozen
+
+
+def frozen_tree(config: Config, sweep_id: str, searches_rates: bool) -> dict[str, Any]:
+    """The configuration that a cell is run from: in the sweep's group, and without a table of a candidate's answers."""
+    tree = config_tree(config)
+    tree["tracking"]["group"] = tree["tracking"]["group"] or sweep_id
+    if searches_rates:
+        tree["tracking"]["answers"] = 0
+    return tree
 
 
 @dataclass(frozen=True)

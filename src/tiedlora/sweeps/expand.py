@@ -5,14 +5,15 @@ This module and cell_composer.py are the only ones of the package that import Hy
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 
 from hydra import initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -21,6 +22,7 @@ from tiedlora.config import compose
 from tiedlora.config.explain import readable_errors
 from tiedlora.config.project import CONF
 from tiedlora.config.schema import ModelConfig, TaskConfig
+from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 from tiedlora.sweeps.cell_composer import CellComposer
 from tiedlora.sweeps.cells import Sweep, SweepCell
@@ -69,8 +71,25 @@ def combinations(master: DictConfig, loader: ConfigLoader, overrides: list[str])
     params = [f"{key}={value}" for key, value in master.hydra.sweeper.params.items()]
     with readable_errors():
         parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *overrides])
-        (batch,) = BasicSweeper.split_arguments(parsed, None)
-    return batch
+        axes: dict[str, list[str]] = {}
+        for override in parsed:
+            # A later override replaces an earlier one of the same key, and keeps its place.
+            key = override.get_key_element()
+            axes[key] = [f"{key}={value}" for value in _values(override)]
+    return [list(words) for words in itertools.product(*axes.values())]
+
+
+def _values(override: Override) -> list[str]:
+    """The values of an override, as the command line writes them.
+
+    Raises:
+        UserError: it is an interval, which only an optimiser can draw from.
+    """
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    if not override.is_discrete_sweep():
+        raise UserError(f"{override.input_line}: give the values one by one, as in train.lr=1e-3,1e-2")
+    return list(override.sweep_string_iterator())
 
 
 def _cells(composer: CellComposer, overrides: list[str], match_lora: bool) -> Iterator[SweepCell]:
@@ -101,7 +120,7 @@ def _cell(composer: CellComposer, overrides: list[str]) -> SweepCell:
 def _matching_lora(cell: SweepCell) -> list[str]:
     """The overrides of the LoRA cell with the nearest trainable count, which is otherwise equal to `cell`."""
     config = cell.config
-    count = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
+    count = trainable_params(config) or 0
     rank = tying.nearest_lora_rank(count, config.model.architecture)
     others = [override for override in cell.overrides if override.split("=")[0].split(".")[0] not in ("tying", "rank")]
     return [*others, "tying=LoRA", f"rank.r={rank}"]

@@ -18,9 +18,9 @@ from types import FrameType
 from tiedlora.errors import UserError
 from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.sweeps import status
+from tiedlora.sweeps.cell_log import EndedCellsLogger
 from tiedlora.sweeps.cells import ENDED, Sweep, SweepCell
 from tiedlora.sweeps.control import SweepControl
-from tiedlora.sweeps.watch import EndedCellsLogger
 from tiedlora.training.signals import SIGNALS
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
-from tiedlora.errors import StoppedEarly
+from tiedlora.errors import StoppedEarly, drop_output, output_is_closed
 from tiedlora.records.run_folder import Busy, RunFolder
 from tiedlora.runs import lazy, run
 from tiedlora.sweeps.control import StopFiles, SweepControl
@@ -47,6 +47,10 @@ def run_cell(config: Config, sweep_folder: Path | None = None) -> None:
     except Busy as busy:
         log.info("%s", busy)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and output_is_closed():
+            # The sweep is piped into a program such as `head`, which has ended. That is no failure of the cell.
+            drop_output()
+            raise KeyboardInterrupt from None
         folder.write_error()
         if control:
             control.failed(folder.path.name)

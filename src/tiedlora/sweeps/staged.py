@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 from statistics import mean
 
 from tiedlora import storage
-from tiedlora.config.identity import config_tree
 from tiedlora.errors import UserError
 from tiedlora.records.rows import read_validation_losses
 from tiedlora.records.selection import LOSS, RateChoice, RateSearch, Selection, write_selection
 from tiedlora.statistics.paired_rows import RowLosses
 from tiedlora.statistics.rate_choice import ChosenRate
 from tiedlora.sweeps import selection, status
-from tiedlora.sweeps.cells import Sweep, SweepCell
+from tiedlora.sweeps.cells import Sweep, SweepCell, frozen_tree
 from tiedlora.sweeps.control import SweepControl
 from tiedlora.sweeps.launching import Launch, changed_inputs, end_with, launch_cells
 from tiedlora.sweeps.staged_search import Observation, Request, SearchPlan, SearchStage, next_stage, rung_steps
@@ -310,9 +309,8 @@ def _freeze(sweep: Sweep, cell: SweepCell) -> None:
     """Write the configuration of a cell outside the grid, as Sweep.freeze does for those of the grid."""
     path = sweep.path / "cells" / f"{cell.run_id}.json"
     if not path.exists():
-        tree = config_tree(cell.until(None, sweep.cells[0].config.score.splits).config)
-        tree["tracking"]["group"] = tree["tracking"]["group"] or sweep.id
-        storage.write_json(path, tree)
+        config = cell.until(None, sweep.cells[0].config.score.splits).config
+        storage.write_json(path, frozen_tree(config, sweep.id, searches_rates=True))
 
 
 def _why_unfinished(cell: SweepCell, control: SweepControl) -> str:

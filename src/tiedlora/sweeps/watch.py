@@ -1,76 +1,136 @@
-"""Log the progress of a sweep while it runs, in any processes."""
+"""`scripts/sweep.py watch`: find a sweep by its name, and show it while it runs, in any terminal on the same folder."""
 
 from __future__ import annotations
 
-import logging
-import threading
+import fnmatch
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from pathlib import Path
 
-from tiedlora.sweeps.cells import Sweep
-from tiedlora.text import clock
+from rich.console import Console
+from rich.live import Live
 
-log = logging.getLogger(__name__)
+from tiedlora.errors import UserError
+from tiedlora.sweeps.kept_page import KeptPage
+from tiedlora.sweeps.watch_table import counts_line, frame, news
+from tiedlora.sweeps.watched import SweepView, WatchedSweep
 
-SECONDS_BETWEEN_COUNTS = 2.0
-LARGEST_SHARE = 0.02
-"""Most of the time that is spent on counting: the files of ten thousand cells take seconds on a network file system."""
-
-
-@dataclass(frozen=True)
-class EndedCells:
-    """How many cells are done, have failed, or were stopped by a search."""
-
-    done: int
-    failed: int
-    pruned: int
+SECONDS_BETWEEN_LOOKS = 1.0
+LARGEST_SHARE = 0.05
+"""Most of the time that is spent on looking: ten thousand cells on a network file system take seconds."""
+SECONDS_BETWEEN_COUNTS = 60.0
+"""Without a terminal, the counts are printed at least so often."""
+LISTED = 10
+"""Most sweeps that an error message names."""
 
 
-class EndedCellsLogger:
-    """Inside the context, logs a line whenever a cell ends.
+def find_sweep(outputs: Path, name: str | None = None) -> Path:
+    """The folder of a sweep.
 
-    It looks at the cells' folders, so it works under every launcher.
+    Args:
+        outputs: the folder of the runs.
+        name: the sweep's id, its name (as `paper` of paper-1a2b3c4d), a pattern with * and ?, or its folder. If several
+            match, the one that changed last is taken. None matches all.
+
+    Raises:
+        UserError: there is no such sweep.
     """
+    if name is not None and (Path(name) / "cells").is_dir():
+        return Path(name).absolute()
+    sweeps = [path.parent for path in (outputs / "sweeps").glob("*/cells") if path.is_dir()]
+    matching = [
+        path
+        for path in sweeps
+        if name is None or path.name.rpartition("-")[0] == name or fnmatch.fnmatch(path.name, name)
+    ]
+    if matching:
+        return max(matching, key=_last_change)
+    newest = [path.name for path in sorted(sweeps, key=_last_change, reverse=True)]
+    if name is None or not newest:
+        raise UserError(f"{outputs}: has no sweeps/; start one with train.py --multirun, or name its outputs=FOLDER")
+    raise UserError(f"{name}: no such sweep in {outputs}; choose one of {', '.join(newest[:LISTED])}")
 
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep = sweep
-        self.started = time.monotonic()
-        self._leave = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
 
-    def __enter__(self) -> EndedCellsLogger:
-        self._thread.start()
-        return self
+def _last_change(sweep: Path) -> float:
+    """When a file of the sweep or of its cells changed last: a sweep that continues does not write its own folder."""
+    outputs = sweep.parent.parent
+    cells = [outputs / path.stem for path in (sweep / "cells").glob("*.json")]
+    places = [sweep, sweep / "cells", *cells, *(cell / "metrics.jsonl" for cell in cells)]
+    return max((path.stat().st_mtime for path in places if path.exists()), default=0.0)
 
-    def __exit__(self, *error: object) -> None:
-        self._leave.set()
-        self._thread.join()
 
-    def _count(self) -> EndedCells:
-        # This reads only the files. RunFolder.state() would take the run's lock for a moment, and a worker may need it.
-        folders = [cell.folder for cell in self.sweep.cells]
-        done = sum(folder.result_file.exists() for folder in folders)
-        failed = sum(folder.error_file.exists() and not folder.result_file.exists() for folder in folders)
-        pruned = sum(folder.pruned_file.exists() and not folder.result_file.exists() for folder in folders)
-        return EndedCells(done, failed, pruned)
+def watch(folder: Path, html: Path | None = None) -> bool:
+    """Show the sweep until it has ended, or until Ctrl-C: as a live table on a terminal, otherwise as lines.
 
-    def _look(self) -> None:
-        first = last = self._count()
-        pause = SECONDS_BETWEEN_COUNTS
-        while not self._leave.wait(pause):
+    Args:
+        html: a file that is kept up to date with the report's page of all runs beside the sweep.
+
+    Returns:
+        Whether no cell has failed.
+
+    Raises:
+        UserError: the sweep's own files are damaged.
+    """
+    sweep, page = WatchedSweep(folder), KeptPage(folder.parent.parent, html) if html else None
+    console = Console(highlight=False, markup=False, emoji=False)
+    try:
+        if console.is_terminal and not console.is_dumb_terminal:
+            view = _show_table(sweep, console, page)
+        else:
+            view = _print_lines(sweep, page)
+    finally:
+        if page is not None:
+            page.stop()
+    if page is not None:
+        print(page.finish(view))
+    return not view.failed()
+
+
+def _show_table(sweep: WatchedSweep, console: Console, page: KeptPage | None) -> SweepView:
+    view = sweep.look()
+    if not view.ended:
+        # The alternate screen: what the terminal showed before comes back at the end, with the last table below it.
+        with Live(console=console, screen=True, auto_refresh=False) as live:
+
+            def show(now: SweepView) -> None:
+                live.update(frame(now, console.width, console.height), refresh=True)
+
+            view = _look_until_ended(sweep, view, page, show)
+    console.print(frame(view, console.width, max(console.height, len(view.cells) + 40)))
+    return view
+
+
+def _print_lines(sweep: WatchedSweep, page: KeptPage | None) -> SweepView:
+    before: SweepView | None = None
+    printed = 0.0
+
+    def show(now: SweepView) -> None:
+        nonlocal before, printed
+        lines = list(news(before, now))
+        if not lines and time.monotonic() - printed > SECONDS_BETWEEN_COUNTS:
+            lines = [counts_line(now)]
+        for line in lines:
+            print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+            printed = time.monotonic()
+        before = now
+
+    return _look_until_ended(sweep, sweep.look(), page, show)
+
+
+def _look_until_ended(
+    sweep: WatchedSweep, view: SweepView, page: KeptPage | None, show: Callable[[SweepView], None]
+) -> SweepView:
+    """Look and show again and again. Ctrl-C ends it: it ends the watch, and not the sweep."""
+    try:
+        show(view)
+        while not view.ended:
+            if page is not None:
+                page.keep(view)
             begun = time.monotonic()
-            if (now := self._count()) != last:
-                last = now
-                log.info("%s", self._line(first, now))
-            pause = max(SECONDS_BETWEEN_COUNTS, (time.monotonic() - begun) / LARGEST_SHARE)
-
-    def _line(self, first: EndedCells, now: EndedCells) -> str:
-        total = len(self.sweep.cells)
-        line = f"{self.sweep.id}: {now.done} of {total} done"
-        line += "".join(
-            f", {count} {state}" for count, state in ((now.failed, "failed"), (now.pruned, "pruned")) if count
-        )
-        if (done_since := now.done - first.done) > 0:
-            seconds_per_cell = (time.monotonic() - self.started) / done_since
-            line += f", about {clock(seconds_per_cell * (total - now.done - now.failed))} left"
-        return line
+            view = sweep.look()
+            show(view)
+            spent = time.monotonic() - begun
+            time.sleep(max(SECONDS_BETWEEN_LOOKS, spent / LARGEST_SHARE))
+    except KeyboardInterrupt:
+        pass
+    return view

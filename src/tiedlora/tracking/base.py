@@ -1,19 +1,25 @@
-"""The interface of a tracker, and the trackers of one run.
+"""The interface of a tracker, and what it gets of a run.
 
 A tracker is one file here with a `TRACKER` class, and one option of conf/tracking/ that names it. The run's own
-metrics.jsonl is the record, and every other tracker gets a copy of it. So no failure of another tracker may end a run.
-A tracker catches its own failures and logs one warning, and the run continues without it.
+metrics.jsonl is the record, and every other tracker gets a copy of it: after an interruption it gets all rows again. So
+no failure of another tracker may end a run. RunTrackers catches it, logs one warning, and the run continues without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from tiedlora.config.identity import config_tree
 from tiedlora.config.schema import Config
 from tiedlora.records.rows import MetricsRow
+
+TRAIN, SWEEP = "train", "sweep"
+"""The two kinds of a tracked run: a training, and the summary of a sweep."""
+LONGEST_TAG = 64
+"""Most characters of a tag."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +27,62 @@ class TrackedRun:
     """The description of a run that a tracker gets before the first step."""
 
     run_id: str
+    """The run's id; of a summary, the sweep's id."""
     folder: Path
     config: Config
-    trainable_params: int
+    """The run's configuration; of a summary, that of the sweep's first cell."""
+    trainable_params: int = 0
+    kind: str = TRAIN
+    chosen: bool = False
+    """Whether a sweep has chosen the run."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Of a summary: what describes the sweep, in the place of a configuration."""
+
+    @property
+    def name(self) -> str:
+        """The name for people, such as `TABuv r8 chain_sum s0`."""
+        if self.kind == SWEEP:
+            return self.run_id
+        config = self.config
+        return f"{config.tying.name} r{config.rank.r} {config.task.name} s{config.seed}"
+
+    @property
+    def group(self) -> str:
+        """The sweep that the run belongs to, or the model and the task of a single run."""
+        if self.config.tracking.group or self.kind == SWEEP:
+            return self.config.tracking.group or self.run_id
+        return f"{self._model}/{self.config.task.name}"
+
+    @property
+    def tags(self) -> list[str]:
+        """Words to filter by."""
+        config = self.config
+        if self.kind == SWEEP:
+            return [SWEEP, *config.tracking.tags]
+        words = [self._model[:LONGEST_TAG], config.task.name, config.tying.name, f"r{config.rank.r}"]
+        return [*words, *config.tracking.tags, *(["chosen"] if self.chosen else [])]
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration as nested plain data, with the run's id and size."""
+        if self.kind == SWEEP:
+            return {"sweep": self.run_id, **self.values}
+        return {**config_tree(self.config), "run_id": self.run_id, "trainable_params": self.trainable_params}
+
+    @property
+    def _model(self) -> str:
+        return self.config.model.name.rsplit("/", 1)[-1]
+
+
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table for people. Its texts may be those of a model: a tracker must show them as text."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[Cell, ...]]
+    """Each has a value for every column."""
 
 
 class Tracker(Protocol):
@@ -36,7 +95,7 @@ class Tracker(Protocol):
             earlier: the rows that were logged before the run was interrupted; the tracker should write them again.
 
         Raises:
-            UserError: the tracker's package is not installed, or its settings are wrong.
+            UserError: the tracker's package is not installed.
         """
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
@@ -48,3 +107,11 @@ class Tracker(Protocol):
         Args:
             summary: the finished run's record as flat keys (records.summary.flat_summary); empty if the run failed.
         """
+
+
+@runtime_checkable
+class TableTracker(Protocol):
+    """A tracker that can show tables too."""
+
+    def log_tables(self, tables: Mapping[str, TextTable]) -> None:
+        """Write tables by their names, after the last row and before the end."""

@@ -11,8 +11,10 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,12 +56,14 @@ def save(
     parts: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     inputs: RunInputs,
+    buffers: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write a checkpoint of this step, and then remove all but the newest ones.
 
     Args:
         folder: the folder of all checkpoints of the run.
         parts: the trained parts, by name.
+        buffers: the arm's other tensors that have changed, by name.
 
     Raises:
         OSError: it could not be written; earlier checkpoints are unchanged.
@@ -68,6 +72,7 @@ def save(
     for name, parameter in parts.items():
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
+    tensors |= {f"buffer/{name}": value.detach().cpu().contiguous() for name, value in buffers.items()}
     data = to_bytes(tensors)
     tree = {"progress": asdict(state), "facts": plain(inputs), "sha256": hashlib.sha256(data).hexdigest()}
     tree["state_sha256"] = _digest(tree)
@@ -79,29 +84,41 @@ def save(
 
 
 def restore(
-    folder: Path, parts: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, inputs: RunInputs
+    folder: Path,
+    parts: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    inputs: RunInputs,
+    buffers: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> TrainState | None:
     """Load the newest undamaged checkpoint into `parts` and `optimizer`; None if there is none.
 
     For a damaged checkpoint there is a warning, and the one before it is used. If package versions, commit or device
     have changed, there is a warning. If the data or the base model has changed, this is an error.
 
+    Args:
+        buffers: the arm's other tensors, by name. Those that the checkpoint has are changed in place.
+
     Raises:
         UserError: the checkpoint was trained on other data or another base model.
     """
     for candidate in _newest_first(folder):
         try:
-            state, saved_inputs, tensors = _read(candidate, parts)
+            state, saved_inputs, tensors = _read(candidate, parts, buffers)
         except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("checkpoint %s is damaged (%s); using the one before", candidate, error)
             continue
         _compare(saved_inputs, inputs, candidate)
         _load(tensors, parts, optimizer)
+        for name, buffer in buffers.items():
+            if f"buffer/{name}" in tensors:
+                buffer.copy_(tensors[f"buffer/{name}"])
         return state
     return None
 
 
-def _read(candidate: Path, parts: dict[str, nn.Parameter]) -> tuple[TrainState, RunInputs, dict[str, Tensor]]:
+def _read(
+    candidate: Path, parts: dict[str, nn.Parameter], buffers: Mapping[str, Tensor]
+) -> tuple[TrainState, RunInputs, dict[str, Tensor]]:
     tree = storage.read_json(candidate / STATE)
     if storage.sha256(candidate / TENSORS) != tree["sha256"]:
         raise ValueError("its tensors are not those it was written with")
@@ -113,6 +130,10 @@ def _read(candidate: Path, parts: dict[str, nn.Parameter]) -> tuple[TrainState, 
     for name, part in parts.items():
         if tensors[f"part/{name}"].shape != part.shape:
             raise ValueError(f"{name} has another shape than in this run")
+    for key in tensors:
+        kind, _, name = key.partition("/")
+        if kind == "buffer" and (name not in buffers or buffers[name].shape != tensors[key].shape):
+            raise ValueError(f"{name} is no tensor of this run, or has another shape")
     return state, inputs, tensors
 
 

@@ -41,11 +41,13 @@ class World:
         return list(rows[self.process_index :: self.size])
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over all processes."""
+        """Replace each tensor by its sum over all processes. All have one dtype, so one message is enough."""
         if self.size == 1:
             return
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
     def total(self, numbers: Sequence[int]) -> list[int]:
         """Each number, summed over all processes. Every process waits here for the others, but not for a GPU."""

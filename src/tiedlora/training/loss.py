@@ -121,8 +121,23 @@ def target_loss(model: Any, batch: Batch) -> Tensor:
         ValueError: the output head is trained. This loss gives no gradient for it.
     """
     with _head_inputs(model, batch) as inputs:
-        total: Tensor = _ChunkedCrossEntropy.apply(*inputs)  # type: ignore[no-untyped-call]
+        total = chunked_cross_entropy(*inputs)
     return total.to(batch.targets.device)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None = None
+) -> Tensor:
+    """The sum of the cross-entropy of the logits `hidden @ weight.T + bias`, a scalar. Only `hidden` gets a gradient.
+
+    Args:
+        hidden: (positions, hidden size).
+        weight: (vocabulary, hidden size), frozen; bias: (vocabulary,).
+        labels: (positions,) the id of each position's next token.
+        softcap: logits are replaced by softcap * tanh(logits / softcap); None leaves them.
+    """
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, softcap)  # type: ignore[no-untyped-call]
+    return total
 
 
 @contextmanager

@@ -6,14 +6,13 @@ Each name is also in the choices of `train.optimizer` or `train.schedule` (confi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
+from tiedlora.adapter.arms import ParameterGroup
 from tiedlora.config.schema import TrainConfig
-from tiedlora.tying import PARTS, part_of
 
 
 def _adamw(groups: list[dict[str, Any]], train: TrainConfig, on_cuda: bool) -> torch.optim.Optimizer:
@@ -56,17 +55,18 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     return SCHEDULES[train.schedule](share, train.lr, train.min_lr)
 
 
-def build_optimizer(parts: Mapping[str, nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of the trained parts, with one parameter group for each.
+def build_optimizer(groups: Sequence[ParameterGroup], train: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of an arm's trained parameters.
 
     Args:
-        parts: `target.part` -> its parameter.
+        groups: the arm's groups, with all its trained parameters.
     """
-    groups: list[dict[str, Any]] = []
-    for name, traits in PARTS.items():
-        parameters = [parameter for path, parameter in parts.items() if part_of(path) == name]
-        if parameters:
-            decay = train.weight_decay if traits.decays else 0.0
-            factor = getattr(train.lr_factor, name)
-            groups.append({"params": parameters, "lr_factor": factor, "weight_decay": decay})
-    return OPTIMIZERS[train.optimizer](groups, train, next(iter(parts.values())).is_cuda)
+    settings: list[dict[str, Any]] = [
+        {
+            "params": group.parameters,
+            "lr_factor": group.lr_factor,
+            "weight_decay": train.weight_decay if group.decays else 0.0,
+        }
+        for group in groups
+    ]
+    return OPTIMIZERS[train.optimizer](settings, train, groups[0].parameters[0].is_cuda)

@@ -1,0 +1,198 @@
+"""The base of arms of other methods: parameters by name, groups by pattern, and a folder of files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from tiedlora import storage
+from tiedlora.adapter.arms import ArmSpec, ParameterGroup, groups_by_pattern
+from tiedlora.config.adapter_folder import DESCRIPTION
+from tiedlora.config.schema import LrFactors
+from tiedlora.errors import UserError
+from tiedlora.records.reading import Name, Text, Whole, typed
+from tiedlora.records.run_record import BaseModelRecord, plain
+from tiedlora.tying import Architecture
+
+FORMAT = 3
+"""The format of adapter.json for arms of other methods. Earlier versions refuse the number."""
+
+
+@dataclass(frozen=True)
+class ArmDescription:
+    """The content of adapter.json of an arm of another method."""
+
+    format: Whole
+    base: BaseModelRecord
+    method: Text
+    resolved: dict[str, Any]
+    targets: list[Text]
+    seed: Whole
+    architecture: dict[str, Any]
+    tensors_file: Name
+    sha256: Text
+    """The sha256 of the tensors' file."""
+    layers: list[Whole] | None = None
+
+
+class OtherArm:
+    """An arm of another method. A subclass attaches itself in `__init__`, and says what its tensors are.
+
+    Attributes:
+        model: the base model.
+        spec: what the arm is made from.
+    """
+
+    tensors_file = "adapter.safetensors"
+    compiles = False
+
+    def __init__(self, model: nn.Module, spec: ArmSpec) -> None:
+        self.model, self.spec = model, spec
+        self._versions: dict[str, tuple[int, int]] = {}
+
+    # What a subclass defines.
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> every parameter of the arm, trained or frozen, once."""
+        raise NotImplementedError
+
+    def enable(self) -> None:
+        """Make the model compute with the arm."""
+        raise NotImplementedError
+
+    def disable(self) -> None:
+        """Make the model compute as the base model."""
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        """Take the arm off. The base model is then bit for bit as it was."""
+        raise NotImplementedError
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Name -> each tensor of the arm that is no parameter."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the tensors' file holds."""
+        return {**self.named_parameters(), **self.buffers()}
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the values of a tensors' file with the right names and shapes."""
+        with torch.no_grad():
+            for name, own in self.tensors().items():
+                own.copy_(tensors[name])
+
+    def write_more(self, folder: Path, base: BaseModelRecord) -> None:
+        """Write further files beside adapter.json and the tensors."""
+
+    # What every such arm has.
+
+    def started(self) -> None:
+        """Remember the buffers as they are now. `changed_buffers` compares with them."""
+        self._versions = {name: (id(tensor), tensor._version) for name, tensor in self.buffers().items()}
+
+    def trained_parts(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.named_parameters().items() if parameter.requires_grad}
+
+    def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
+        return groups_by_pattern(self.trained_parts(), self.spec.tying.lr_factors, self.spec.tying.no_decay)
+
+    def changed_buffers(self) -> dict[str, Tensor]:
+        return {
+            name: tensor
+            for name, tensor in self.buffers().items()
+            if self._versions.get(name) != (id(tensor), tensor._version)
+        }
+
+    def stored_params(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+    def folded_once(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def cannot_merge(self) -> str | None:
+        return f"the update of {self.spec.tying.method} cannot be taken off the weights exactly"
+
+    def merge(self) -> None:
+        raise UserError(f"merge: {self.cannot_merge()}")
+
+    def unmerge(self) -> None:
+        pass
+
+    def save(self, folder: Path, base: BaseModelRecord) -> int:
+        # Copies: some methods have one tensor under several names, and the file format has no shared tensors.
+        data = to_bytes({name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.tensors().items()})
+        tying = self.spec.tying
+        assert tying.method is not None
+        description = ArmDescription(
+            format=FORMAT,
+            base=base,
+            method=tying.method,
+            resolved=tying.resolved or {},
+            targets=tying.targets,
+            seed=self.spec.seed,
+            architecture=asdict(self.spec.architecture),
+            tensors_file=self.tensors_file,
+            sha256=hashlib.sha256(data).hexdigest(),
+            layers=tying.layers,
+        )
+        with storage.new_folder(folder) as beside:
+            (beside / self.tensors_file).write_bytes(data)
+            self.write_more(beside, base)
+            storage.write_json(beside / DESCRIPTION, plain(description))
+        return sum(file.stat().st_size for file in folder.iterdir())
+
+    def load_values(self, folder: Path) -> None:
+        tensors = check_tensors(folder)
+        own = {name: tuple(tensor.shape) for name, tensor in self.tensors().items()}
+        if own != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+            raise UserError(f"{folder}: has other tensors or shapes than {self.spec.tying.method} has here")
+        self.take(tensors)
+
+
+def check_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved arm, with the sha256 of adapter.json.
+
+    Raises:
+        UserError: a file is missing or damaged, or holds values that are not finite; the message names it.
+    """
+    description = read_description(folder)
+    path = folder / description.tensors_file
+    data = storage.read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != description.sha256:
+        raise UserError(f"{path}: is damaged or was changed (its sha256 is not the one in {DESCRIPTION})")
+    try:
+        tensors = from_bytes(data)
+    except SafetensorError as error:
+        raise UserError(f"{path}: is not a readable safetensors file ({error})") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} holds values that are not finite")
+    return tensors
+
+
+def read_description(folder: Path) -> ArmDescription:
+    """adapter.json of an arm of another method.
+
+    Raises:
+        UserError: it is missing or wrong; the message names the file and the key.
+    """
+    path = folder / DESCRIPTION
+    try:
+        description = typed(ArmDescription, storage.read_json(path))
+        Architecture(**{**description.architecture, "layout": {}})
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    if description.format != FORMAT:
+        raise UserError(f"{path}: format {description.format} is not {FORMAT}, which this version reads")
+    return description

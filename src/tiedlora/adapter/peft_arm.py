@@ -1,0 +1,132 @@
+"""A method of PEFT as an arm. Needs the extra `peft`."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiedlora import storage
+from tiedlora.adapter.arms import ArmSpec
+from tiedlora.adapter.other_arm import OtherArm
+from tiedlora.config.methods import PEFT_FILE, peft_config
+from tiedlora.errors import UserError
+from tiedlora.records.run_record import BaseModelRecord
+
+try:
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+except ImportError:
+    raise UserError("tying.method: needs PEFT; install it with pip install 'tiedlora[peft]'") from None
+
+NAME = "default"
+"""PEFT's name for the one adapter of a model. It stands in the names of its parameters."""
+
+
+class PeftArm(OtherArm):
+    """A method of PEFT on a base model.
+
+    Its initial values and frozen random parts are drawn from the run's seed. The state of torch's global generator is
+    the same before and after.
+
+    Raises:
+        UserError: PEFT refuses the method for this model.
+    """
+
+    tensors_file = "adapter_model.safetensors"
+
+    def __init__(self, model: nn.Module, spec: ArmSpec) -> None:
+        super().__init__(model, spec)
+        config = peft_config(spec.tying, spec.architecture, spec.seed)
+        model.requires_grad_(False)
+        self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._attributes = set(vars(model))
+        with torch.random.fork_rng(devices=[]), _quiet():
+            torch.manual_seed(spec.seed)
+            try:
+                self.peft: Any = get_peft_model(model, config)
+            except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+                _restore_modules(model)
+                raise UserError(
+                    f"tying.method={spec.tying.method}: PEFT refuses it: {' '.join(str(error).split()):.300}"
+                ) from None
+        # PEFT's new modules are in training mode, whatever the model's is. Some draw random numbers in it.
+        model.train(model.training)
+        self._is_trained = {name: parameter.requires_grad for name, parameter in self.named_parameters().items()}
+        if any(parameter.requires_grad for parameter in model.parameters() if id(parameter) in self._own):
+            self._refuse("it trains weights of the base itself")
+        if not self.trained_parts():
+            self._refuse("nothing is trained")
+        self.started()
+
+    def _refuse(self, reason: str) -> None:
+        self.detach()
+        raise UserError(f"tying.method={self.spec.tying.method}: {reason}, which no arm may do")
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {_short(name): value for name, value in self.peft.named_parameters() if id(value) not in self._own}
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {_short(name): value for name, value in self.peft.named_buffers() if id(value) not in self._own}
+
+    def tensors(self) -> dict[str, Tensor]:
+        with _quiet():
+            return dict(get_peft_model_state_dict(self.peft, save_embedding_layers=False))
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        with _quiet():
+            set_peft_model_state_dict(self.peft, dict(tensors))
+
+    def enable(self) -> None:
+        self.peft.base_model.enable_adapter_layers()
+        # PEFT lets every parameter of the adapter be trained again, also those that its method freezes.
+        for name, parameter in self.named_parameters().items():
+            parameter.requires_grad_(self._is_trained[name])
+
+    def disable(self) -> None:
+        self.peft.base_model.disable_adapter_layers()
+
+    def detach(self) -> None:
+        with _quiet():
+            self.peft.unload()
+        for name in set(vars(self.model)) - self._attributes:
+            delattr(self.model, name)
+        self.model.requires_grad_(False)
+
+    def write_more(self, folder: Path, base: BaseModelRecord) -> None:
+        tree = {name: _sorted(value) for name, value in self.peft.peft_config[NAME].to_dict().items()}
+        storage.write_json(
+            folder / PEFT_FILE,
+            {**tree, "base_model_name_or_path": base.name, "revision": base.revision, "inference_mode": True},
+        )
+
+
+def _restore_modules(model: nn.Module) -> None:
+    """Put back the modules that PEFT had replaced when it failed."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module.get_base_layer())
+
+
+def _short(name: str) -> str:
+    """A parameter's name without PEFT's wrappers: `model.layers.0.self_attn.q_proj.lora_A.weight`."""
+    return re.sub(rf"\.{NAME}(?=\.|$)", "", name.removeprefix("base_model.").removeprefix("model."))
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT warns of choices that this project makes on purpose, once for each layer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,226 @@
+"""Other methods than this project's own: what tying.method names, and its arguments with all their defaults.
+
+A method is a configuration class of PEFT, or a kind that a program has registered. PEFT is imported inside functions,
+because it loads torch: only a configuration with one of its methods waits for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from tiedlora import storage
+from tiedlora.config.families import layout_of
+from tiedlora.config.schema import Config, RankConfig, TyingConfig
+from tiedlora.errors import UserError
+from tiedlora.tying import Architecture
+
+REGISTERED: dict[str, Any] = {}
+"""Kind -> how it is made. adapter/arms.py has the type, and the function that registers one."""
+METHOD_KEYS = ("arguments", "config", "resolved", "knob", "lr_factors", "no_decay")
+"""The keys under `tying.` that only another method uses."""
+SEED_ARGUMENTS = ("projection_prng_key", "projection_seed", "proj_seed", "random_loc_seed", "random_seed")
+"""PEFT's names for the seed of a method's frozen random parts. The run's seed is taken, unless the user sets one: with
+PEFT's defaults, all seeds of a comparison would share the same random parts."""
+NOT_ARGUMENTS = (
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config"),
+)
+"""Fields of PEFT's configurations that say nothing about the method."""
+REFUSED = {
+    "AdaLoraConfig": "changes its ranks in a step of its own after each optimizer step",
+    "AdamssConfig": "has a schedule of its own in the training loop",
+    "PolyConfig": "needs the number of a task with every row",
+    "ShadowConfig": "has a loss of its own",
+    "TrainableTokensConfig": "trains the embedding, which is also the head",
+    "XLoraConfig": "mixes adapters that are trained already",
+}
+"""Classes of PEFT that need more than a loss and a gradient -> what they need."""
+PEFT_FILE = "adapter_config.json"
+
+
+def complete_method(config: Config) -> Config:
+    """The configuration with the full name of its method and all its arguments.
+
+    A method of this kind has no rank of ours. Its `rank` is the default, so that it is one cell in a grid over ranks,
+    and is compared with LoRA of that rank.
+
+    Raises:
+        UserError: the method or an argument is unknown, or PEFT is missing.
+    """
+    tying = config.tying
+    if tying.config is not None and tying.resolved is None:
+        tying = _with_file(tying)
+    if tying.method == "":
+        raise UserError("tying=peft: names no method; add tying.method=NAME, or tying.config=FOLDER")
+    if tying.method is None:
+        for name in METHOD_KEYS:
+            if getattr(tying, name) is not None:
+                raise UserError(f"tying.{name}: belongs to another method; set tying.method, or tying.{name}=null")
+        return config
+    if tying.resolved is None:
+        method, resolved = resolve(tying.method, tying.arguments or {})
+        tying = replace(tying, method=method, resolved=resolved)
+    return replace(config, tying=tying, rank=RankConfig())
+
+
+def resolve(method: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The method's full name, and its arguments with all defaults that are not None, as plain data.
+
+    Raises:
+        UserError: the method or an argument is unknown, or PEFT is missing.
+    """
+    if method in REGISTERED:
+        return method, dict(arguments)
+    kind = peft_class(method)
+    instance = _instance(kind, arguments)
+    values = {name: _plain(value) for name, value in asdict(instance).items()}
+    for name in (*NOT_ARGUMENTS, *(seed for seed in SEED_ARGUMENTS if seed not in arguments)):
+        values.pop(name, None)
+    if values.get("modules_to_save"):
+        raise UserError("tying.arguments.modules_to_save: whole layers would be trained; leave it out")
+    return kind.__name__, {name: value for name, value in sorted(values.items()) if value is not None}
+
+
+def peft_class(method: str) -> type[Any]:
+    """The configuration class of PEFT that `method` names: VeraConfig, Vera or VERA.
+
+    Raises:
+        UserError: there is no such class, it does not change layers, or PEFT is missing.
+    """
+    classes = peft_classes()
+    wanted = method.lower().removesuffix("config")
+    for name, kind in classes.items():
+        if name.lower().removesuffix("config") == wanted:
+            if name in REFUSED:
+                raise UserError(f"tying.method={method}: {name} {REFUSED[name]}, which this loop does not do")
+            return kind
+    names = ", ".join(sorted(name for name in classes if name not in REFUSED))
+    raise UserError(f"tying.method={method}: is no method of PEFT that changes a model's layers; choose from {names}")
+
+
+def peft_classes() -> dict[str, type[Any]]:
+    """Name -> the configuration class, for the methods of PEFT that change a model's layers.
+
+    Raises:
+        UserError: PEFT is missing.
+    """
+    try:
+        # PEFT is an extra, and loads torch.
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+        from peft.tuners.tuners_utils import BaseTuner
+    except ImportError:
+        raise UserError("tying.method: needs PEFT; install it with pip install 'tiedlora[peft]'") from None
+    return {
+        kind.__name__: kind
+        for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+        if inspect.isclass(tuner := PEFT_TYPE_TO_TUNER_MAPPING.get(name)) and issubclass(tuner, BaseTuner)
+    }
+
+
+def peft_config(tying: TyingConfig, architecture: Architecture, seed: int) -> Any:
+    """PEFT's configuration object of a completed `tying`.
+
+    Args:
+        seed: the run's seed, for the method's frozen random parts.
+
+    Raises:
+        UserError: the method cannot adapt these targets or layers, or PEFT is missing.
+    """
+    assert tying.method is not None
+    assert tying.resolved is not None
+    kind = peft_class(tying.method)
+    names = set(inspect.signature(kind).parameters)
+    values = dict(tying.resolved)
+    for name in SEED_ARGUMENTS:
+        if name in names:
+            values.setdefault(name, seed)
+    values.setdefault("target_modules", module_names(tying, architecture))
+    if tying.layers is not None:
+        if "layers_to_transform" not in names:
+            raise UserError(f"tying.layers: {tying.method} adapts all layers; set tying.layers=null")
+        values["layers_to_transform"] = list(tying.layers)
+        values["layers_pattern"] = layout_of(architecture).layers.rpartition(".")[2]
+    return _instance(kind, {**values, "task_type": "CAUSAL_LM"})
+
+
+def module_names(tying: TyingConfig, architecture: Architecture) -> list[str]:
+    """The modules that `tying.targets` names, as paths inside a layer, in order.
+
+    Raises:
+        UserError: a target is unknown, or a part of a fused module: PEFT adapts whole modules.
+    """
+    layout, names = layout_of(architecture), []
+    for target in tying.targets:
+        if target not in layout.sites:
+            raise UserError(
+                f"tying.targets: {architecture.family} has no '{target}' projection; "
+                f"choose from {', '.join(layout.sites)}"
+            )
+        for path in layout.sites[target]:
+            if ":" in path:
+                raise UserError(
+                    f"tying.targets: '{target}' is a part of {path.partition(':')[0]}, and {tying.method} adapts whole "
+                    "modules; choose targets that are modules, such as [qkv]"
+                )
+            names.append(path)
+    return names
+
+
+def _with_file(tying: TyingConfig) -> TyingConfig:
+    """The method and the arguments of an adapter_config.json. `tying.arguments` wins over them."""
+    assert tying.config is not None
+    path = Path(tying.config).expanduser() / PEFT_FILE
+    tree = storage.read_json(path)
+    method = tree.get("peft_type")
+    if not isinstance(method, str):
+        raise UserError(f"{path}: has no peft_type, so it is no configuration of PEFT")
+    kind = peft_class(method)
+    known = set(inspect.signature(kind).parameters)
+    arguments = {
+        name: sorted(value) if name == "target_modules" and isinstance(value, list) else value
+        for name, value in tree.items()
+        if name in known and name not in NOT_ARGUMENTS and value is not None
+    }
+    if tying.method and peft_class(tying.method) is not kind:
+        raise UserError(f"tying.method={tying.method}: {path} is of {kind.__name__}; leave tying.method out")
+    return replace(tying, method=kind.__name__, arguments={**arguments, **(tying.arguments or {})})
+
+
+def _instance(kind: type[Any], arguments: Mapping[str, Any]) -> Any:
+    known = set(inspect.signature(kind).parameters)
+    for name in arguments:
+        if name not in known:
+            allowed = ", ".join(sorted(known - set(NOT_ARGUMENTS)))
+            raise UserError(f"tying.arguments.{name}: {kind.__name__} has no such argument; it has {allowed}")
+    try:
+        with warnings.catch_warnings():
+            # They are about missing targets and the like, which are filled in later.
+            warnings.simplefilter("ignore")
+            return kind(**arguments)
+    except (TypeError, ValueError, ImportError) as error:
+        reason = re.sub(r"\s+", " ", str(error))
+        raise UserError(f"tying.arguments: {kind.__name__} refuses them: {reason:.300}") from None
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it. Sets are sorted, because their order is not the same in every process."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(_plain, value))
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    json.dumps(value)
+    return value

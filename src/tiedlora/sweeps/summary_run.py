@@ -1,0 +1,206 @@
+"""What a tracker gets of a whole sweep: a run with its verdicts, rates and decisions, and the chosen runs' answers.
+
+Everything is read from the files of the sweep and its runs, so it can be sent at any time, and again. Nothing is sent
+twice: summary_run.json in the sweep's folder says what was sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tiedlora import storage
+from tiedlora.config.compose import read_config
+from tiedlora.config.project import PROJECT
+from tiedlora.config.schema import Config
+from tiedlora.errors import UserError
+from tiedlora.records.rows import read_metrics
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.selection import Selection, read_selection
+from tiedlora.records.summary import flat_summary
+from tiedlora.report import claims as claim_files
+from tiedlora.report.answers import Answer, Verdict, answer_claims
+from tiedlora.report.groups import group_runs
+from tiedlora.report.runs import LeftOut, Run, read_run
+from tiedlora.report.scorebook import Scorebook
+from tiedlora.sweeps.cells import Sweep
+from tiedlora.sweeps.decided import decided
+from tiedlora.sweeps.selection import selection_file
+from tiedlora.tracking.answers_table import answers_table
+from tiedlora.tracking.base import SWEEP, Cell, TextTable, TrackedRun
+from tiedlora.tracking.choose import NONE, backend_of
+from tiedlora.tracking.run_trackers import SafeTracker, run_tables
+
+log = logging.getLogger(__name__)
+
+SENT_FILE = "summary_run.json"
+CLAIMS = PROJECT / "claims" / "tied_lora.yaml"
+"""The claims whose verdicts a sweep shows that has no claims of its own."""
+MOST_ANSWERS = 1000
+"""Most rows of the summary's table of answers."""
+
+
+def track_sweep(sweep: Sweep, claims: Path = CLAIMS) -> None:
+    """Send the summary of a sweep, and the chosen runs once more with their answers, if the sweep has a tracker.
+
+    A failure is a warning: the sweep's result is in its files.
+    """
+    config = sweep.cells[0].config
+    if (backend := backend_of(config)) == NONE:
+        return
+    try:
+        _send(sweep, config, backend, claims)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        log.warning("%s: its summary is not tracked (%s); its files have everything", sweep.id, reason[:300])
+
+
+def _send(sweep: Sweep, config: Config, backend: str, claims: Path) -> None:
+    path = selection_file(sweep)
+    selection = read_selection(path) if path.exists() else None
+    runs, left_out = _runs(sweep)
+    if not runs:
+        return
+    tables = {"verdicts": verdicts_table(_answers(runs, left_out, selection, claims)), **_selection_tables(selection)}
+    chosen = _chosen(sweep, runs, selection)
+    most = config.tracking.answers
+    if most and (answers := _all_answers(chosen, most)) is not None:
+        tables["answers"] = answers
+    sent = _read_sent(sweep.path / SENT_FILE)
+    digest = hashlib.sha256(json.dumps([backend, {k: asdict(t) for k, t in tables.items()}]).encode()).hexdigest()
+    if sent.get("digest") == digest:
+        return
+    # A sweep without a search has sent the answers of its runs when they ended.
+    replayed = set(sent.get("chosen", ())) if sent.get("backend") == backend else set()
+    if most and sweep.searches_rates:
+        for run in chosen:
+            if run.run_id not in replayed and _replay(sweep, run, most):
+                replayed.add(run.run_id)
+    values = {"cells": len(sweep.cells), "finished": len(runs), "claims": claims.name}
+    summary = TrackedRun(sweep.id, sweep.path, config, kind=SWEEP, values=values)
+    tracker = SafeTracker(summary, [])
+    tracker.log_tables(lambda: tables)
+    tracker.finish(_figures(tables["verdicts"], len(sweep.cells), runs))
+    if tracker.works:
+        storage.write_json(sweep.path / SENT_FILE, {"backend": backend, "digest": digest, "chosen": sorted(replayed)})
+
+
+def _read_sent(path: Path) -> dict[str, Any]:
+    try:
+        return storage.read_json(path)
+    except UserError:
+        return {}
+
+
+def _runs(sweep: Sweep) -> tuple[list[Run], list[LeftOut]]:
+    """The sweep's finished runs, those outside its grid too, and the folders without one."""
+    outputs = Path(sweep.cells[0].config.outputs)
+    found = [read_run(outputs / run_id) for run_id in sweep.run_ids() if (outputs / run_id).is_dir()]
+    return [run for run in found if isinstance(run, Run)], [run for run in found if isinstance(run, LeftOut)]
+
+
+def _answers(
+    runs: Sequence[Run], left_out: Sequence[LeftOut], selection: Selection | None, claims: Path
+) -> list[Answer]:
+    groups = group_runs(runs, left_out, [selection] if selection else [])
+    stated = claim_files.read(claims) if claims.exists() else []
+    # A claim that no run is about says nothing of this sweep.
+    return [answer for answer in answer_claims(stated, groups, Scorebook()) if answer.pair is not None]
+
+
+def verdicts_table(answers: Sequence[Answer]) -> TextTable:
+    """The verdicts with their effects and reasons."""
+    columns = ("claim", "model", "task", "verdict", "difference", "low", "high", "seeds", "rows", "reason", "next")
+    return TextTable(columns, [_verdict_row(answer) for answer in answers])
+
+
+def _verdict_row(answer: Answer) -> tuple[Cell, ...]:
+    ends: tuple[Cell, ...] = (None, None, None)
+    if answer.difference is not None:
+        interval = answer.difference.widest
+        ends = (interval.value, interval.low, interval.high)
+    verdict = f"{answer.verdict}{' (exploratory)' if answer.exploratory else ''}"
+    named = (answer.claim.name, answer.model, answer.task, verdict)
+    return (*named, *ends, answer.seeds, answer.rows, answer.reason, answer.decide)
+
+
+def _selection_tables(selection: Selection | None) -> dict[str, TextTable]:
+    if selection is None:
+        return {}
+    columns = (
+        "configuration",
+        "rank",
+        "task",
+        "model",
+        "rate",
+        "rates tried",
+        "metric",
+        "value",
+        "seeds",
+        "at the edge",
+    )
+    rows: list[tuple[Cell, ...]] = [
+        (
+            *(choice.configuration, choice.rank, choice.task, choice.model, choice.lr),
+            *(len(choice.lrs), choice.metric, choice.value, choice.seeds, str(choice.edge).lower()),
+        )
+        for choice in selection.choices
+    ]
+    tables = {"rates": TextTable(columns, rows)} if rows else {}
+    if selection.searches:
+        tables["decisions"] = TextTable(("decision",), [(line,) for line in decided(selection)])
+    return tables
+
+
+def _chosen(sweep: Sweep, runs: Sequence[Run], selection: Selection | None) -> list[Run]:
+    """The runs at chosen rates; all runs of a sweep that searches none."""
+    if not sweep.searches_rates:
+        return list(runs)
+    ids = {run_id for choice in (selection.choices if selection else ()) for run_id in choice.run_ids}
+    return [run for run in runs if run.run_id in ids]
+
+
+def _all_answers(runs: Sequence[Run], most: int) -> TextTable | None:
+    """The answers of all chosen runs in one table; None without answers."""
+    columns: dict[str, None] = {}
+    found: list[tuple[Run, TextTable]] = []
+    for run in runs:
+        if (table := answers_table(RunFolder(run.path), min(most, max(1, MOST_ANSWERS // len(runs))))) is not None:
+            columns.update(dict.fromkeys(table.columns))
+            found.append((run, table))
+    if not found:
+        return None
+    rows: list[tuple[Cell, ...]] = []
+    for run, table in found:
+        for row in table.rows:
+            named = dict(zip(table.columns, row, strict=True))
+            rows.append((run.configuration, run.rank, run.seed, *(named.get(column) for column in columns)))
+    return TextTable(("configuration", "rank", "seed", *columns), rows)
+
+
+def _figures(verdicts: TextTable, cells: int, runs: Sequence[Run]) -> dict[str, float | int | str]:
+    """The summary's figures: how many verdicts of each kind, and every verdict by its claim."""
+    figures: dict[str, float | int | str] = {"cells": cells, "finished": len(runs)}
+    words = [str(row[3]).split()[0] for row in verdicts.rows]
+    figures.update({f"verdicts/{verdict}": words.count(verdict) for verdict in Verdict})
+    for row in verdicts.rows:
+        figures[f"verdict/{row[0]} ({row[1]}, {row[2]})"] = str(row[3])
+    return figures
+
+
+def _replay(sweep: Sweep, run: Run, most: int) -> bool:
+    """Send a chosen run once more as a whole, now with its answers. Whether the tracker took it."""
+    folder = RunFolder(run.path)
+    config = read_config(folder.config_file)
+    tracking = sweep.cells[0].config.tracking
+    config.tracking = replace(tracking, group=tracking.group or sweep.id)
+    tracked = TrackedRun(run.run_id, run.path, config, run.params, chosen=True)
+    tracker = SafeTracker(tracked, read_metrics(folder.metrics_file))
+    tracker.log_tables(lambda: run_tables(tracked, most))
+    tracker.finish(flat_summary(run.record))
+    return tracker.works

@@ -1,0 +1,116 @@
+"""tracking=mlflow: an MLflow server, or a database in outputs/.
+
+A run is written again as a whole when it continues.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tiedlora.errors import UserError
+from tiedlora.records.rows import MetricsRow
+from tiedlora.tracking.base import TextTable, TrackedRun
+
+# MLflow reads these when it is imported: it would report its use, and wait minutes for a server that is away.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+try:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param, RunTag
+except ImportError:
+    raise UserError("tracking=mlflow: mlflow is not installed; run: pip install 'tiedlora[mlflow]'") from None
+
+ID_TAG = "tiedlora_run_id"
+LONGEST_PARAM = 500
+"""Most characters of a parameter that every MLflow server takes."""
+MOST_METRICS, MOST_PARAMS = 1000, 100
+"""Most metrics and parameters of one request."""
+
+
+class MlflowTracker:
+    """One MLflow run."""
+
+    title = "MLflow"
+
+    def __init__(self) -> None:
+        self.client: Any = None
+        self.run = ""
+        """MLflow's own id of the run."""
+
+    def start(self, run: TrackedRun, earlier: Sequence[MetricsRow]) -> None:
+        """Open the run. An earlier run with this id is deleted, because all its rows come again."""
+        # The database's migrations log many lines.
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        outputs = Path(run.config.outputs)
+        server = os.environ.get("MLFLOW_TRACKING_URI")
+        if server is None:
+            outputs.mkdir(parents=True, exist_ok=True)
+        self.client = MlflowClient(tracking_uri=server or f"sqlite:///{outputs}/mlflow.db")
+        experiment = self._experiment(run.config.tracking.project, None if server else f"file://{outputs}/mlartifacts")
+        for old in self.client.search_runs([experiment], f"tags.{ID_TAG} = '{run.run_id}'"):
+            self.client.delete_run(old.info.run_id)
+        tags = {ID_TAG: run.run_id, "group": run.group, "kind": run.kind, "tags": ", ".join(run.tags)}
+        self.run = self.client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
+        params = [Param(key, value) for key, value in _flat(run.settings())]
+        for some in _batches(params, MOST_PARAMS):
+            self.client.log_batch(self.run, params=some)
+        self.log(earlier)
+
+    def log(self, rows: Sequence[MetricsRow]) -> None:
+        """Write the rows."""
+        now = int(1000 * time.time())
+        metrics = [Metric(key, value, now, row.step) for row in rows for key, value in row.values.items()]
+        for some in _batches(metrics, MOST_METRICS):
+            self.client.log_batch(self.run, metrics=some)
+
+    def log_tables(self, tables: Mapping[str, TextTable]) -> None:
+        """Write the tables as artifacts, which MLflow's page shows as tables."""
+        for name, table in tables.items():
+            columns = {column: [row[place] for row in table.rows] for place, column in enumerate(table.columns)}
+            self.client.log_table(self.run, columns, f"{name}.json")
+
+    def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
+        """Write the summary as metrics without a step, and close the run."""
+        now = int(1000 * time.time())
+        metrics = [Metric(key, value, now, 0) for key, value in summary.items() if not isinstance(value, str)]
+        tags = [RunTag(key, value) for key, value in summary.items() if isinstance(value, str)]
+        for some in _batches(metrics, MOST_METRICS):
+            self.client.log_batch(self.run, metrics=some)
+        self.client.log_batch(self.run, tags=tags)
+        self.client.set_terminated(self.run, "FAILED" if exit_code else "FINISHED")
+
+    def abandon(self) -> None:
+        """Mark the run as failed, if MLflow still answers."""
+        self.client.set_terminated(self.run, "FAILED")
+
+    def _experiment(self, name: str, artifacts: str | None) -> str:
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is not None:
+            return str(experiment.experiment_id)
+        return str(self.client.create_experiment(name, artifact_location=artifacts))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            # MLflow takes only these characters in a name.
+            yield re.sub(r"[^\w./ -]", "_", prefix + key), str(value)[:LONGEST_PARAM]
+
+
+def _batches(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+    for first in range(0, len(items), most):
+        yield items[first : first + most]
+
+
+TRACKER = MlflowTracker

@@ -1,0 +1,279 @@
+"""Arms of other methods: they move, reload, and leave the base as it was; PEFT's LoRA and VeRA are ours."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.leak import MeanArm
+from helpers.tiny import tiny, tying_option
+
+from tiedlora.adapter import attach
+from tiedlora.adapter.admission import measure
+from tiedlora.adapter.arms import ArmSpec, groups_by_pattern
+from tiedlora.adapter.attach_arm import attach_saved, new_arm
+from tiedlora.config import methods
+from tiedlora.config.compose import compose_config
+from tiedlora.config.explain import options
+from tiedlora.config.identity import run_id
+from tiedlora.config.schema import LrFactors
+from tiedlora.config.sizes import Search, trainable_params
+from tiedlora.errors import UserError
+from tiedlora.runs.admission_rules import check_scores_mean_something
+
+# Blocks of these sizes do not fit the tiny model, or it has too few layers; tests/drills/arms.py tries all on the real
+# model.
+TOO_LARGE = ("c3a", "c3a_l16", "road", "boft_l10", "delora_l17", "dora_kv24", "loha_l9", "randlora_l17", "vblora")
+ARMS = [name for name in options("tying") if name.startswith("peft/") and name.removeprefix("peft/") not in TOO_LARGE]
+SMALLER = {"peft/miss": ("tying.arguments.r=8",)}
+ROWS = [[(7 * i + j * j) % 200 for i in range(30)] for j in range(4)]
+
+
+def spec_of(name: str, *words: str, model: str = "tiny_llama", seed: int = 0) -> ArmSpec:
+    config = compose_config([f"tying={name}", f"model={model}", *SMALLER.get(name, ()), *words])
+    return ArmSpec(config.tying, config.model.architecture, seed)
+
+
+def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def step(arm, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> float:
+    loss = arm.model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def adamw(arm, lr: float = 1e-2) -> torch.optim.Optimizer:
+    groups = [{"params": group.parameters} for group in arm.parameter_groups(LrFactors())]
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_arm_moves_reloads_and_leaves_the_base_as_it_was(name, ids, tmp_path):
+    base = tiny("tiny_llama")
+    state, attributes = copy.deepcopy(base.model.state_dict()), set(vars(base.model))
+    before = logits(base.model, ids)
+    config = compose_config([f"tying={name}", "model=tiny_llama", *SMALLER.get(name, ())])
+    generator = torch.get_rng_state()
+    arm = new_arm(base.model, spec_of(name))
+    assert torch.equal(torch.get_rng_state(), generator)
+    count = sum(parameter.numel() for parameter in arm.trained_parts().values())
+    assert count == trainable_params(config)
+    grouped = [parameter for group in arm.parameter_groups(LrFactors()) for parameter in group.parameters]
+    assert sorted(map(id, grouped)) == sorted(map(id, arm.trained_parts().values()))
+    optimizer = adamw(arm)
+    for _ in range(3):
+        step(arm, optimizer, ids)
+    after = logits(base.model, ids)
+    assert not torch.equal(after, before)
+    trained = [name for name, parameter in arm.trained_parts().items() if parameter.requires_grad]
+    arm.disable()
+    assert torch.equal(logits(base.model, ids), before)
+    arm.enable()
+    assert torch.equal(logits(base.model, ids), after)
+    assert [name for name, parameter in arm.trained_parts().items() if parameter.requires_grad] == trained
+    arm.save(tmp_path / "arm", base.record)
+    arm.detach()
+    loaded = attach_saved(base.model, tmp_path / "arm")
+    assert torch.equal(logits(base.model, ids), after)
+    loaded.detach()
+    assert torch.equal(logits(base.model, ids), before)
+    assert set(base.model.state_dict()) == set(state)
+    assert all(torch.equal(value, state[key]) for key, value in base.model.state_dict().items())
+    assert set(vars(base.model)) == attributes
+
+
+def test_peft_loads_the_folder_that_a_run_writes(ids, tmp_path):
+    from peft import PeftModel
+
+    base = tiny("tiny_llama")
+    twin = copy.deepcopy(base.model)
+    arm = new_arm(base.model, spec_of("peft/vera", "tying.arguments={r: 8}"))
+    optimizer = adamw(arm)
+    step(arm, optimizer, ids)
+    step(arm, optimizer, ids)
+    arm.save(tmp_path / "arm", base.record)
+    theirs = PeftModel.from_pretrained(twin, tmp_path / "arm").eval()
+    assert torch.equal(logits(theirs, ids), logits(base.model, ids))
+    saved = json.loads((tmp_path / "arm" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == base.record.name
+    assert saved["target_modules"] == sorted(saved["target_modules"])
+
+
+def test_seeds_draw_other_values_and_the_same_seed_the_same_ones():
+    base = tiny("tiny_llama")
+    drawn = []
+    for seed in (0, 1, 0):
+        arm = new_arm(base.model, spec_of("peft/vera", seed=seed))
+        drawn.append(torch.cat([buffer.flatten() for buffer in arm.buffers().values()]))
+        arm.detach()
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_peft_lora_is_our_lora_qkv_over_twenty_steps(ids):
+    ours_base, theirs_base = tiny("tiny_llama"), tiny("tiny_llama")
+    ours = attach(ours_base.model, tying_option("LoRA_qkv"), 4)
+    theirs = new_arm(theirs_base.model, spec_of("peft/lora", "tying.arguments={r: 4, lora_alpha: 4}"))
+    parts = theirs.trained_parts()
+    with torch.no_grad():
+        for target in "qkv":
+            for layer in range(3):
+                prefix = f"model.layers.{layer}.self_attn.{target}_proj"
+                parts[f"{prefix}.lora_A.weight"].copy_(ours.adapter.parts()[f"{target}.A"][layer])
+    optimizers = adamw(ours), adamw(theirs)
+    losses = [
+        [step(arm, optimizer, ids) for arm, optimizer in zip((ours, theirs), optimizers, strict=True)]
+        for _ in range(20)
+    ]
+    assert losses[0][0] > losses[-1][0] + 0.05
+    for ours_loss, theirs_loss in losses:
+        assert ours_loss == pytest.approx(theirs_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("option", ["LoRA", "Tuv"])
+def test_on_a_fused_module_peft_is_ours_over_twenty_steps(option, ids):
+    """GPT-2's c_attn is one module, so PEFT's LoRA is LoRA, and its VeRA is Tuv with u = lambda_d and v = lambda_b."""
+    ours_base, theirs_base = tiny("tiny_gpt2"), tiny("tiny_gpt2")
+    ours = attach(ours_base.model, tying_option(option), 4)
+    name, argument = ("lora", "lora_alpha=4") if option == "LoRA" else ("vera", "d_initial=1.0")
+    words = ("tying.arguments.r=4", f"++tying.arguments.{argument}")
+    theirs = new_arm(theirs_base.model, spec_of(f"peft/{name}", *words, model="tiny_gpt2"))
+    our_parts, tensors = ours.adapter.parts(), {**theirs.trained_parts(), **theirs.buffers()}
+    with torch.no_grad():
+        if option == "LoRA":
+            for layer in range(3):
+                tensors[f"transformer.h.{layer}.attn.c_attn.lora_A.weight"].copy_(our_parts["qkv.A"][layer])
+        else:
+            d_out, d_in = our_parts["qkv.B"].shape[1], our_parts["qkv.A"].shape[2]
+            for key, tensor in tensors.items():
+                if key.endswith("vera_A"):
+                    tensor[:, :d_in].copy_(our_parts["qkv.A"][0])
+                elif key.endswith("vera_B"):
+                    tensor[:d_out].copy_(our_parts["qkv.B"][0])
+    optimizers = adamw(ours), adamw(theirs)
+    for _ in range(20):
+        ours_loss, theirs_loss = (
+            step(arm, optimizer, ids) for arm, optimizer in zip((ours, theirs), optimizers, strict=True)
+        )
+        assert ours_loss == pytest.approx(theirs_loss, rel=1e-4)
+
+
+def test_the_admission_finds_what_is_not_causal():
+    base = tiny("tiny_llama")
+    found = {}
+    for name in ARMS:
+        found[name] = measure(base.model, spec_of(name), base.record, ROWS, 1e-2)
+    assert len(found) >= 12
+    assert [name for name, admission in found.items() if not admission.is_causal] == ["peft/lily"]
+    assert [name for name, admission in found.items() if not admission.is_of_its_row] == ["peft/lily"]
+    assert all(admission.moves and admission.reload == 0 for admission in found.values())
+    off = {name for name, admission in found.items() if not admission.starts_at_base}
+    assert "peft/unilora" in off
+    assert off.isdisjoint({"peft/vera", "peft/lora", "peft/randlora", "peft/tinylora"})
+
+
+def test_the_admission_finds_a_planted_leak(monkeypatch):
+    monkeypatch.setitem(methods.REGISTERED, "mean", MeanArm)
+    base = tiny("tiny_llama")
+    admission = measure(base.model, spec_of("peft", "tying.method=mean"), base.record, ROWS, 1e-2)
+    assert not admission.is_causal
+    assert admission.is_of_its_row
+    assert admission.starts_at_base
+    assert admission.moves
+    config = compose_config(["tying=peft", "tying.method=mean", "model=tiny_llama"])
+    with pytest.raises(UserError, match=r"is not causal .*score\.metrics=\[METRIC\]"):
+        check_scores_mean_something(admission, config)
+    check_scores_mean_something(
+        admission, compose_config(["tying=peft", "tying.method=mean", "score.metrics=[exact_match_strict]"])
+    )
+
+
+def test_an_arm_whose_rows_change_each_other_is_scored_singly():
+    base = tiny("tiny_llama")
+    admission = measure(base.model, spec_of("peft/lily"), base.record, ROWS, 1e-2)
+    words = ["tying=peft/lily", "score.metrics=[exact_match_strict]"]
+    with pytest.raises(UserError, match=r"score\.batch_size=1"):
+        check_scores_mean_something(admission, compose_config(words))
+    check_scores_mean_something(admission, compose_config([*words, "score.batch_size=1"]))
+
+
+def test_patterns_give_rates_and_decay():
+    parts = {name: torch.nn.Parameter(torch.zeros(1)) for name in ("layer.0.bank", "layer.0.logits", "layer.1.bank")}
+    first, second = groups_by_pattern(parts, {"bank$": 10.0}, ["logits"])
+    assert (len(first.parameters), first.lr_factor, first.decays) == (2, 10.0, True)
+    assert (len(second.parameters), second.lr_factor, second.decays) == (1, 1.0, False)
+    with pytest.raises(UserError, match=r"'u_l' matches no trained parameter; they are .*bank"):
+        groups_by_pattern(parts, {"u_l": 2.0}, None)
+
+
+def test_the_identity_has_all_arguments_and_not_the_budget():
+    plain = compose_config(["tying=peft/vera", "tying.arguments.r=192", "model=smollm2_135m"])
+    budget = compose_config(["tying=peft/vera", "budget=46080", "model=smollm2_135m"])
+    assert run_id(plain) == run_id(budget)
+    assert run_id(plain).startswith("peft_Vera-r8-")
+    assert plain.tying.resolved["d_initial"] == 0.1
+    assert "projection_prng_key" not in plain.tying.resolved
+    other = compose_config(["tying=peft/vera", "tying.arguments.r=192", "model=smollm2_135m"])
+    other.tying.resolved["d_initial"] = 0.2
+    assert run_id(other) != run_id(plain)
+    assert run_id(compose_config(["tying=peft/vera", "tying.arguments.r=192", "model=smollm2_135m", "rank=r2"])) == (
+        run_id(plain)
+    )
+
+
+def test_a_folder_of_peft_is_a_configuration(tmp_path):
+    from peft import VeraConfig
+
+    VeraConfig(r=192, target_modules=["q_proj", "v_proj"], projection_prng_key=3).save_pretrained(tmp_path)
+    config = compose_config(["tying=peft", f"tying.config={tmp_path}", "model=smollm2_135m"])
+    assert config.tying.method == "VeraConfig"
+    assert config.tying.resolved["target_modules"] == ["q_proj", "v_proj"]
+    assert config.tying.resolved["projection_prng_key"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tying=peft"], "tying=peft: names no method; add tying.method=NAME, or tying.config=FOLDER"),
+        (["tying=peft", "tying.method=Veera"], "tying.method=Veera: is no method of PEFT .*VeraConfig"),
+        (["tying=peft", "tying.method=PrefixTuningConfig"], "is no method of PEFT that changes a model's layers"),
+        (["tying=peft", "tying.method=AdaLoraConfig"], "AdaLoraConfig changes its ranks"),
+        (["tying=peft/vera", "tying.arguments.d_initial=1"], r"write \+\+tying.arguments.NAME=VALUE"),
+        (["tying=peft/vera", "+tying.arguments.rank=3"], r"tying.arguments.rank: VeraConfig has no such argument"),
+        (["tying=peft/vera", "tying.knob=d_initial", "budget=1000"], "tying.knob=d_initial: is no whole number"),
+        (["tying=peft/vera", "train.lr_factor.u=2"], "train.lr_factor.u=2: VeraConfig has no part u"),
+        (["tying=TABuv", "tying.knob=r"], "tying.knob: belongs to another method"),
+        (["tying=peft/lora_kv", "model=tiny_gpt2"], r"tying.targets: 'k' is a part of attn.c_attn, .*\[qkv\]"),
+        (["tying=peft/vera", "tying.no_decay=['(']"], "tying.no_decay='\\('.*no regular expression"),
+    ],
+)
+def test_mistakes_are_one_line(words, message):
+    with pytest.raises(UserError, match=message) as caught:
+        trainable_params(compose_config(["model=tiny_llama", *words]))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_search_for_a_size_finds_the_nearest():
+    assert Search(lambda value: 90 * value, 46_080, 10**6).nearest() == 512
+    assert Search(lambda value: 46_080 if value >= 100 else 10 * value, 46_080, 10**6).nearest() >= 100
+    assert Search(lambda value: value * value if value % 2 == 0 else None, 101, 10**6).nearest() == 10
+    falling = Search(lambda value: 1000 // value + value, 63, 10**6, landmarks=(32,))
+    assert abs(1000 // falling.nearest() + falling.nearest() - 63) <= 3
+
+
+def test_a_damaged_folder_is_refused(tmp_path):
+    base = tiny("tiny_llama")
+    arm = new_arm(base.model, spec_of("peft/lora"))
+    arm.save(tmp_path / "arm", base.record)
+    arm.detach()
+    file: Path = tmp_path / "arm" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError, match="is damaged or was changed"):
+        attach_saved(base.model, tmp_path / "arm")
+    assert not [module for module in base.model.modules() if type(module).__module__.startswith("peft")]

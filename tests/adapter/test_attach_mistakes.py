@@ -1,0 +1,36 @@
+"""attach on what is no causal language model says so."""
+
+import pytest
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5ForConditionalGeneration
+
+import tiedlora
+from tiedlora.errors import UserError
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+
+
+class OddConfig(nn.Module):
+    """A module whose configuration is not that of transformers."""
+
+    config = {"model_type": "llama"}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "gpt2",
+        None,
+        nn.Sequential(nn.Linear(3, 3)),
+        OddConfig(),
+        BertModel(BertConfig(**SIZES)),
+        LlamaModel(LlamaConfig(**SIZES)),
+        T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, num_layers=2, num_heads=4, d_ff=64, vocab_size=50)),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_what_is_no_causal_language_model_is_named(model):
+    with pytest.raises(UserError, match=rf"attach: {type(model).__name__} is no causal language model") as caught:
+        tiedlora.attach(model, "TABuv", rank=2)
+    assert "\n" not in str(caught.value)
+    assert "AutoModelForCausalLM" in str(caught.value)

@@ -1,0 +1,60 @@
+"""The scores of a run as the hub's own library reads them back: with their intervals, and as text."""
+
+import pytest
+import yaml
+from helpers.report_runs import add_scores, make_config, make_record, prediction_rows
+from huggingface_hub import ModelCard
+
+from tiedlora.config.schema import HubSource
+from tiedlora.export.card import card
+from tiedlora.export.evaluation_results import benchmark_file
+
+COMMIT = "5503434ddd753f426f4b38109466949a1217c2bb"
+
+
+def scored(metric="exact_match_strict", split="test", **about):
+    rows = prediction_rows([1.0, 0.0, 1.0, 1.0] * 10, metric)
+    return add_scores(make_record(**about), split, rows)
+
+
+def on_hub(revision="main"):
+    config = make_config()
+    config.task.hub = HubSource(id="openai/gsm8k", subset="main", revision=revision)
+    return config
+
+
+def test_the_hub_reads_every_score_with_its_interval_from_the_card():
+    record, config = scored(), on_hub(COMMIT)
+    (result,) = ModelCard(card(record, config, "hub-card", [])).data.eval_results
+    interval = record.scores["test"].metrics["exact_match_strict"]
+    assert (result.dataset_type, result.dataset_config, result.dataset_split) == ("openai/gsm8k", "main", "test")
+    assert (result.dataset_revision, result.metric_type) == (COMMIT, "exact_match_strict")
+    assert result.metric_value == interval.value == 0.75
+    assert result.metric_args == {"low": interval.low, "high": interval.high, "level": 0.95, "rows": 40}
+    assert f"{interval.low:.3f} to {interval.high:.3f}" in result.metric_name
+
+
+def test_without_scores_there_is_no_index():
+    data = ModelCard(card(make_record(), make_config(), "hub-card", [])).data
+    assert data.eval_results is None
+    assert data.base_model == "org/tiny"
+
+
+def test_a_benchmark_of_the_hub_has_a_file_for_its_leaderboard():
+    path, text = benchmark_file(scored(), on_hub(COMMIT))
+    assert path == ".eval_results/chain_sum.yaml"
+    (entry,) = yaml.safe_load(text)
+    assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "main", "revision": COMMIT}
+    assert entry["value"] == 0.75
+    assert "95 % interval" in entry["notes"]
+    # A branch moves, so it is no revision.
+    assert "revision" not in yaml.safe_load(benchmark_file(scored(), on_hub())[1])[0]["dataset"]
+
+
+@pytest.mark.parametrize(
+    ("record", "config"),
+    [(scored(split="validation"), on_hub()), (scored(), make_config()), (scored("target_loss"), on_hub())],
+    ids=["not test", "not on the hub", "a loss"],
+)
+def test_what_is_no_benchmark_has_no_such_file(record, config):
+    assert benchmark_file(record, config) is None

@@ -1,0 +1,103 @@
+"""benchmarks/gpu.py without a GPU: a page from tiny measurements, failures as lines of it, and refusals.
+
+`make gpu REHEARSE=1` runs all parts, each in a process of its own. Here the quick ones run, in this process.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+
+from tiedlora.config.project import PROJECT
+from tiedlora.runs import session
+
+sys.path.append(str(PROJECT / "benchmarks"))
+
+import gpu
+import gpu_parts
+
+PLAN = replace(gpu_parts.REHEARSAL, skipped=1, timed=1, rows=2, product=64)
+QUICK = {
+    ("machine",),
+    ("training", "tiny Llama", "not compiled"),
+    ("peft", "tiny Llama", "grouped"),
+    ("losses", 64, 32, 260),
+}
+
+
+def measure(part, arguments):
+    if part == "scoring" or (part, *arguments) in QUICK:
+        # Each part has a model of its own, as it would in its own process.
+        session._BASE.clear()
+        return gpu_parts.measure(PLAN, part, arguments)
+    raise RuntimeError(f"not {part} here")
+
+
+@pytest.fixture(autouse=True)
+def _no_model_left():
+    yield
+    session._BASE.clear()
+
+
+def test_the_page_has_a_table_of_each_part_and_says_what_failed(tmp_path):
+    out = tmp_path / "new" / "page.md"
+    reporter = gpu.Reporter(out, PLAN, measure, "python benchmarks/gpu.py --rehearse", minutes=60)
+    results = reporter.run(["machine", "training", "peft", "losses", "scoring", "smoke"], gpus=0)
+    page = out.read_text()
+    assert "This is a rehearsal on a CPU with a tiny model" in page
+    for title in ("Machine", "Training", "Loss", "Scoring", "Not measured"):
+        assert f"\n## {title}\n" in page, page
+    assert "| PEFT LoRA + Trainer, tiny Llama, bfloat16, grouped |" in page
+    assert "- smoke: not smoke here" in page
+    trained = results["training", "tiny Llama", "not compiled"]
+    assert trained["tokens_per_s"] > 0
+    assert trained["share"] > 0
+    assert results["scoring", "ours"]["tokens"] > 0
+    assert results["scoring", "generate"]["outputs"] == results["scoring", "ours"]["outputs"]
+    losses = results["losses", 64, 32, 260]
+    assert losses["ours"]["loss"] == pytest.approx(losses["torch, whole logits"]["loss"], rel=1e-2)
+    assert losses["ours"]["gradient"] == pytest.approx(losses["torch, whole logits"]["gradient"], rel=1e-2)
+    assert "liger, fused: 64 positions" in page
+    (block,) = [line for line in page.splitlines() if line.startswith("[[")]
+    assert json.loads(block)
+    assert str(tmp_path) not in page
+
+
+def test_no_part_starts_when_the_time_is_over(tmp_path):
+    reporter = gpu.Reporter(tmp_path / "page.md", PLAN, measure, "", minutes=-1)
+    results = reporter.run([], gpus=0)
+    assert all("minutes were over" in figures["error"] for key, figures in results.items() if key != ("processes",))
+    assert "needs two GPUs" in results["processes",]["error"]
+
+
+def test_a_part_has_its_own_process_and_its_last_line_says_what_went_wrong():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    figures = gpu.in_own_process(PLAN, environment, "losses", [4, 8, 16])
+    assert figures["ours"]["seconds"] > 0
+    with pytest.raises(RuntimeError, match="KeyError: 'no such part'"):
+        gpu.in_own_process(PLAN, environment, "no such part", [])
+
+
+def test_the_smoke_suite_says_why_it_is_skipped_without_a_gpu():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TIEDLORA_REHEARSE": "0"}
+    figures = gpu.smoke(environment)
+    assert (figures["passed"], figures["failed"]) == (0, 0)
+    assert figures["skipped"] >= 13
+    assert all("needs a GPU" in text for text in figures["skips"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is no CUDA device here"),
+        (["--rehearse", "--out", str(gpu.REPORT)], "a rehearsal does not write gpu-report.md"),
+        (["--only", "speed"], "choose from smoke, machine"),
+    ],
+)
+def test_refusals(script, words, message):
+    code, _, error = script("benchmarks/gpu.py", *words)
+    assert code == 2
+    assert message in error
+    assert not gpu.REPORT.exists() or gpu.REPORT.read_text().startswith("# GPU report")

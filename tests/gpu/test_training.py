@@ -1,0 +1,193 @@
+"""Training on a GPU: the losses of a CPU, resume, the best checkpoint, memory, no waiting, no recompilation."""
+
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tiedlora.config.identity import run_id
+from tiedlora.errors import StoppedEarly
+from tiedlora.models.device import execution_on, free_memory
+from tiedlora.records.rows import read_metrics
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.runs import run, trainer
+from tiedlora.training.signals import StopSignal
+
+pytestmark = pytest.mark.gpu
+QUIET = ("train.log_every=100", "train.validate_every=0", "train.checkpoint_every=100", "score.splits=[]")
+"""Nothing that reads numbers from the device between the first step and the last."""
+LARGER = (
+    "model.architecture.hidden=256",
+    "model.architecture.head_dim=64",
+    "model.architecture.intermediate=1024",
+    *("train.steps=2", "train.warmup_steps=0", "train.validation_rows=2", *QUIET),
+)
+"""A model whose activations are more than the workspace of the products."""
+
+
+def folder_of(config) -> RunFolder:
+    return RunFolder(Path(config.outputs) / run_id(config))
+
+
+def losses_of(config) -> list[float]:
+    rows = read_metrics(folder_of(config).metrics_file)
+    return [row.values["train/loss"] for row in rows if "train/loss" in row.values]
+
+
+def adapter_of(config) -> bytes:
+    return (folder_of(config).adapter / "adapter.safetensors").read_bytes()
+
+
+def test_a_run_on_the_gpu_has_the_losses_of_a_cpu(gpu, gpu_config):
+    config, on_cpu = gpu_config("gpu"), gpu_config("cpu", "train.device=cpu")
+    record = run.main(config)
+    assert record.execution == execution_on(gpu)
+    assert record.training.peak_memory_bytes > 0
+    expected = run.main(on_cpu)
+    assert record.run_id == expected.run_id, "the device is no part of the identity"
+    assert losses_of(config) == pytest.approx(losses_of(on_cpu), rel=1e-3)
+    assert losses_of(config)[-1] < losses_of(config)[0], "it trained"
+    for name, part in load_file(folder_of(on_cpu).adapter / "adapter.safetensors").items():
+        ours = load_file(folder_of(config).adapter / "adapter.safetensors")[name]
+        assert (ours - part).abs().max() <= 2e-2 * part.abs().max(), name
+
+
+@pytest.mark.parametrize("checkpoint", ["last", "best"])
+def test_a_paused_run_continues_bit_for_bit_if_algorithms_are_deterministic(gpu_config, checkpoint):
+    words = ("train.deterministic=true", f"score.checkpoint={checkpoint}", "train.validate_every=1")
+    whole, paused = gpu_config("whole", *words), gpu_config("paused", *words)
+    expected = run.main(whole)
+    paused.train.pause_after = 3
+    assert run.main(paused) is None
+    paused.train.pause_after = None
+    record = run.main(paused)
+    assert losses_of(paused) == losses_of(whole)
+    assert adapter_of(paused) == adapter_of(whole)
+    assert record.training.scored_step == expected.training.scored_step
+    if checkpoint == "best":
+        assert record.training.scored_step == record.training.best_step
+
+
+def test_a_signal_saves_a_checkpoint_after_the_step(gpu_config, monkeypatch):
+    config, asked = gpu_config("stopped"), []
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "requested", lambda self: asked.append(1) or len(asked) >= 2)
+        with pytest.raises(StoppedEarly):
+            run.main(config)
+    assert run.main(config).training.steps == config.train.steps
+
+
+def test_tokens_of_a_pass_bound_the_memory_whatever_the_batch(gpu, gpu_config):
+    peaks = {}
+    for name, words in {
+        "small": ("train.batch_size=8", "train.microbatch_tokens=256"),
+        "large": ("train.batch_size=32", "train.microbatch_tokens=256"),
+        "unbounded": ("train.batch_size=32", "train.microbatch_tokens=null"),
+    }.items():
+        free_memory()
+        peaks[name] = run.main(gpu_config(name, *LARGER, *words)).training.peak_memory_bytes
+    assert peaks["large"] <= 1.25 * peaks["small"], peaks
+    if gpu.type == "cuda":
+        # On a CPU, the peak is that of the whole process.
+        assert peaks["unbounded"] > 1.5 * peaks["large"], peaks
+
+
+@contextmanager
+def memory_between(gpu, small: int, large: int, monkeypatch):
+    """Inside the block, the process gets the memory in the middle of two peaks. On a CPU, large passes fail instead."""
+    if gpu.type == "cuda":
+        free_memory()
+        whole = torch.cuda.get_device_properties(gpu).total_memory
+        torch.cuda.set_per_process_memory_fraction((small + large) / 2 / whole, 0)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, 0)
+        return
+    plain = trainer.target_loss
+
+    def limited(model, batch):
+        if batch.input_ids.numel() > 1024:
+            raise torch.OutOfMemoryError("CUDA out of memory. (rehearsed)")
+        return plain(model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "target_loss", limited)
+        yield
+
+
+def test_too_little_memory_halves_the_passes_and_the_run_ends(gpu, gpu_config, monkeypatch):
+    words = (*LARGER, "train.batch_size=32", "train.microbatch_tokens=null")
+    plain, bounded = (gpu_config(name, *words) for name in ("plain", "bounded"))
+    bounded.train.microbatch_tokens = 256
+    large, small = (run.main(config).training.peak_memory_bytes for config in (plain, bounded))
+    halved = gpu_config("halved", *words)
+    with memory_between(gpu, small, large, monkeypatch):
+        record = run.main(halved)
+    assert record.training.halvings
+    assert record.training.halvings[0].during == "training"
+    assert losses_of(halved) == pytest.approx(losses_of(plain), rel=1e-3)
+
+
+def sync_debug(gpu, mode: str) -> None:
+    """What torch does if the program waits for the device: `error` or `default` (nothing)."""
+    if gpu.type == "cuda":
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def between_the_first_step_and_the_last(monkeypatch, steps: int, begin, end) -> list[int]:
+    """Call `begin` after the first step and `end` after the last. The list counts the steps."""
+    calls: list[int] = []
+
+    def requested(self) -> bool:
+        # The loop asks this after each step, before it fetches any number.
+        calls.append(1)
+        if len(calls) == 1:
+            begin()
+        if len(calls) == steps:
+            end()
+        return False
+
+    monkeypatch.setattr(StopSignal, "requested", requested)
+    return calls
+
+
+def test_no_step_after_the_first_waits_for_the_gpu(gpu, gpu_config, monkeypatch):
+    config = gpu_config("quiet", *QUIET, "train.microbatch_size=2")
+
+    def begin():
+        sync_debug(gpu, "error")
+        if gpu.type == "cuda":
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                torch.ones(1, device=gpu).item()
+
+    calls = between_the_first_step_and_the_last(monkeypatch, 6, begin, lambda: sync_debug(gpu, "default"))
+    try:
+        record = run.main(config)
+    finally:
+        sync_debug(gpu, "default")
+    assert len(calls) == 6
+    assert math.isfinite(record.training.validation_loss_last)
+
+
+def test_no_batch_after_the_first_compiles_again(gpu_config, monkeypatch):
+    config = gpu_config("compiled", *QUIET, "train.compile=always", "train.steps=10")
+    stances: list[object] = []
+
+    def begin():
+        stances.append(torch.compiler.set_stance("fail_on_recompile"))
+
+    def end():
+        torch.compiler.set_stance("default")
+
+    calls = between_the_first_step_and_the_last(monkeypatch, 10, begin, end)
+    try:
+        record = run.main(config)
+    finally:
+        end()
+    assert len(calls) == 10
+    assert stances
+    assert record.training.validation_loss_last < record.training.validation_loss_first

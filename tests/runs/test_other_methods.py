@@ -1,0 +1,134 @@
+"""Runs of other methods: record, exact resume, kill, more scores, verification, export and report."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from helpers.forks import forked
+from helpers.leak import BiasArm, MeanArm
+from safetensors.torch import load_file
+
+from tiedlora.adapter import arms
+from tiedlora.config import methods
+from tiedlora.config.compose import read_config
+from tiedlora.config.identity import run_id
+from tiedlora.errors import UserError
+from tiedlora.export.folder import ExportOptions, export_run
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.report import write
+from tiedlora.runs import library, run
+from tiedlora.runs.verify import verify
+from tiedlora.training import checkpoint
+
+
+@pytest.fixture
+def third_kinds():
+    """Two kinds of arms that no file of src/ knows."""
+    arms.register("bias", BiasArm)
+    arms.register("mean", MeanArm)
+    yield
+    methods.REGISTERED.clear()
+
+
+def folder_of(config) -> RunFolder:
+    return RunFolder(Path(config.outputs) / run_id(config))
+
+
+def adapter_bytes(folder: RunFolder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.adapter.iterdir()}
+
+
+def killed_after(config, saves: int) -> None:
+    """Start the run in another process, and kill it with SIGKILL after so many checkpoints."""
+
+    def act() -> None:
+        write, count = checkpoint.save, 0
+
+        def save_and_die(*arguments) -> None:
+            nonlocal count
+            write(*arguments)
+            count += 1
+            if count == saves:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.save = save_and_die
+        run.main(config)
+
+    assert forked(act)[0] == -signal.SIGKILL
+
+
+def test_a_method_of_peft_is_a_run_like_any_other(tiny_config, tmp_path):
+    words = ["tying=peft/vera", "tying.arguments.r=8", "score.splits=[validation]"]
+    record = run.main(tiny_config(*words, f"outputs={tmp_path}/whole"))
+    whole = folder_of(tiny_config(*words, f"outputs={tmp_path}/whole"))
+    assert record == whole.record()
+    assert record.admission.marks() == {}
+    assert record.admission.moves
+    assert record.trainable_params == 3 * 3 * 8 + 3 * (32 + 16 + 16)  # L targets r, and L d_out of q, k and v
+    assert record.stored_params > record.trainable_params
+    assert set(record.files) == {f"adapter/{name}" for name in adapter_bytes(whole)}
+    # Killed after its first checkpoint, the same command continues to the same bytes.
+    config = tiny_config(*words, f"outputs={tmp_path}/killed")
+    killed_after(config, 1)
+    assert folder_of(config).state() == "interrupted"
+    again = run.main(tiny_config(*words, f"outputs={tmp_path}/killed"))
+    assert adapter_bytes(folder_of(config)) == adapter_bytes(whole)
+    assert again.training.validation_loss_last == record.training.validation_loss_last
+    assert again.scores["validation"].metrics == record.scores["validation"].metrics
+    # It is verified, scored on another split, loaded, exported and reported.
+    assert [finding for finding in verify(whole.path) if finding.ok is False] == []
+    scored = library.load(whole.path)
+    assert len(scored.trained_parts()) == 2 * 9
+    scored.detach()
+    options = ExportOptions(form="peft", split="validation")
+    exported = export_run(whole, record, read_config(whole.config_file), tmp_path / "exported", options)
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(exported.files)
+    assert "VeraConfig of PEFT" in (tmp_path / "exported" / "README.md").read_text()
+    with pytest.raises(UserError, match="--to merged"):
+        export_run(
+            whole, record, read_config(whole.config_file), tmp_path / "m", ExportOptions(form="merged", split="test")
+        )
+
+
+def test_the_best_checkpoint_of_an_arm_is_scored(tiny_config):
+    config = tiny_config("tying=peft/unilora", "tying.arguments.theta_d_length=200", "score.checkpoint=best")
+    record = run.main(config)
+    assert record.training.scored_step == record.training.best_step
+
+
+def test_a_third_kind_is_killed_resumes_and_is_scored(third_kinds, tiny_config, tmp_path):
+    words = ["tying=peft", "tying.method=bias", "tying.name=bias"]
+    record = run.main(tiny_config(*words, f"outputs={tmp_path}/whole"))
+    config = tiny_config(*words, f"outputs={tmp_path}/killed")
+    assert record.run_id.startswith("bias-")
+    assert record.trainable_params == 32
+    assert record.training.validation_loss_last < record.training.validation_loss_first
+    assert set(record.scores["validation"].metrics) >= {"exact_match_strict", "target_loss"}
+    killed_after(config, 2)
+    run.main(tiny_config(*words, f"outputs={tmp_path}/killed"))
+    whole = folder_of(tiny_config(*words, f"outputs={tmp_path}/whole"))
+    assert adapter_bytes(folder_of(config)) == adapter_bytes(whole)
+    assert load_file(whole.adapter / "adapter.safetensors")["bias"].abs().sum() > 0
+    assert [finding for finding in verify(whole.path) if finding.ok is False] == []
+
+
+def test_the_loss_of_what_is_not_causal_is_refused_before_training(third_kinds, tiny_config):
+    config = tiny_config("tying=peft", "tying.method=mean")
+    with pytest.raises(UserError, match="is not causal"):
+        run.main(config)
+    assert not folder_of(config).path.exists()
+    record = run.main(tiny_config("tying=peft", "tying.method=mean", "score.metrics=[exact_match_strict]"))
+    assert list(record.admission.marks()) == ["not causal"]
+
+
+def test_arms_stand_beside_ours_in_a_report(tiny_config, tmp_path):
+    for seed in (0, 1):
+        for tying in ("tying=LoRA", "tying=peft/unilora"):
+            run.main(tiny_config(tying, f"seed={seed}", "budget=768"))
+    write.write(write.build([Path(tiny_config().outputs)]), tmp_path / "report")
+    text = "".join(path.read_text() for path in (tmp_path / "report").glob("*.csv"))
+    assert "peft/unilora" in text
+    assert "starts off the base model" in text
+    assert json.loads(next(Path(tiny_config().outputs).glob("peft_UniLora-*/result.json")).read_text())["admission"]

@@ -1,0 +1,295 @@
+"""scripts/sweep.py watch: what it finds, what it shows, and that it leaves the sweep alone."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from helpers.commands import Command, wait_until
+from rich.console import Console
+
+from tiedlora.config.project import PROJECT
+from tiedlora.errors import UserError
+from tiedlora.records.selection import read_selection
+from tiedlora.runs import run
+from tiedlora.sweeps import staged, status
+from tiedlora.sweeps.cells import STATES
+from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.sweeps.lock_probe import is_locked, locked_inodes
+from tiedlora.sweeps.run_cell import run_cell
+from tiedlora.sweeps.selection import selection_file
+from tiedlora.sweeps.watch import find_sweep
+from tiedlora.sweeps.watch_table import frame, news
+from tiedlora.sweeps.watched import FRESH_SECONDS, WatchedSweep
+
+HOSTILE = "\x1b]0;title\x07[bold red]markup[/] \u202eevil " + "a" * 10**6
+SIZES = ((80, 24), (140, 35), (40, 10))
+
+
+@pytest.fixture
+def sweep(tiny_run):
+    """A frozen sweep of two rates and two seeds, with nothing run."""
+    made = compose_sweep(tiny_run("train.lr=1e-3,1e-2", "seed=0,1", "train.log_every=1"))
+    made.freeze()
+    return made
+
+
+def age(folder: Path, seconds: float = 10 * FRESH_SECONDS) -> None:
+    """Make the files of a folder old."""
+    for path in [folder, *folder.rglob("*")]:
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+def drawn(view, width: int, height: int) -> str:
+    console = Console(width=width, height=height, highlight=False, markup=False, emoji=False)
+    with console.capture() as shown:
+        console.print(frame(view, width, height))
+    return shown.get()
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+class TestStates:
+    def test_it_shows_what_status_shows(self, sweep):
+        first, second, third, fourth = sweep.cells
+        run.main(first.config)
+        second.folder.path.mkdir()
+        second.folder.error_file.write_text("Traceback\ntiedlora.errors.Diverged: step 3\n")
+        third.folder.path.mkdir()
+        (third.folder.path / "config.yaml").write_text("")
+        age(third.folder.path)
+        sweep.control.drop([fourth.run_id])
+        view = WatchedSweep(sweep.path).look()
+        shown = {cell.cell.run_id: cell for cell in view.cells}
+        for cell in status.statuses(sweep):
+            assert shown[cell.run_id].state == cell.state
+            assert shown[cell.run_id].error == (cell.error or "")
+            assert shown[cell.run_id].score == cell.score
+        assert view.counts == {**dict.fromkeys(STATES, 0), "done": 1, "failed": 1, "interrupted": 1, "dropped": 1}
+        assert not view.ended
+
+    def test_a_cell_is_running_while_its_lock_is_held_or_its_files_are_fresh(self, sweep):
+        first, second = sweep.cells[:2]
+        watched = WatchedSweep(sweep.path)
+        with first.folder.locked():
+            age(first.folder.path)
+            assert watched.look().counts["running"] == 1
+        # Its lock was seen, so fresh files are those of a stopped run.
+        first.folder.metrics_file.write_text('{"step": 1, "train/loss": 2.0, "train/seconds": 3.0}\n')
+        assert watched.look().counts["interrupted"] == 1
+        second.folder.path.mkdir()
+        second.folder.metrics_file.write_text('{"step": 1, "train/loss": 2.0}\n')
+        assert watched.look().counts["running"] == 1
+        age(second.folder.path)
+        assert watched.look().counts["running"] == 0
+
+    def test_the_loss_is_compared_at_the_same_step(self, sweep):
+        slow, fast = (cell for cell in sweep.cells if cell.config.seed == 0)
+        for cell, losses in ((slow, (5.0, 4.0)), (fast, (5.0, 3.5, 3.0))):
+            cell.folder.path.mkdir()
+            lines = [json.dumps({"step": 3 * number, "validation/loss": loss}) for number, loss in enumerate(losses)]
+            cell.folder.metrics_file.write_text("\n".join(lines) + "\n")
+        behind = {cell.cell.run_id: cell.behind for cell in WatchedSweep(sweep.path).look().cells}
+        assert behind[slow.run_id] == pytest.approx(0.5)
+        # Nobody else has come as far.
+        assert behind[fast.run_id] is None
+
+    def test_a_run_that_continues_replaces_its_curve(self, sweep):
+        cell, watched = sweep.cells[0], WatchedSweep(sweep.path)
+        cell.folder.path.mkdir()
+        cell.folder.metrics_file.write_text('{"step": 4, "validation/loss": 9.0}\n{"step": 5, "validation')
+        assert watched.look().cells[0].loss == 9.0
+        with cell.folder.metrics_file.open("a") as file:
+            file.write('/loss": 8.0}\n')
+        assert watched.look().cells[0].loss == 8.0
+        (cell.folder.path / "new").write_text('{"step": 2, "validation/loss": 7.0}\n')
+        os.replace(cell.folder.path / "new", cell.folder.metrics_file)
+        assert (watched.look().cells[0].loss, watched.look().cells[0].step) == (7.0, 2)
+
+    def test_the_end_and_the_time_left(self, sweep):
+        run_cell(sweep.cells[0].config)
+        watched = WatchedSweep(sweep.path)
+        view = watched.look()
+        assert view.seconds_left == pytest.approx(3 * view.cells[0].seconds)
+        for cell in sweep.cells[1:]:
+            run_cell(cell.config)
+        assert watched.look().ended
+
+
+class TestReadOnly:
+    def test_a_look_changes_nothing_and_takes_no_lock(self, sweep):
+        run.main(sweep.cells[0].config)
+        outputs = Path(sweep.cells[0].config.outputs)
+        before = snapshot(outputs)
+        with sweep.cells[1].folder.locked(patience=0):
+            before = snapshot(outputs)
+            for _ in range(3):
+                WatchedSweep(sweep.path).look()
+        assert snapshot(outputs) == before
+        # A folder that was never started is not made.
+        assert not sweep.cells[2].folder.path.exists()
+
+    def test_the_probe_sees_both_kinds_of_locks(self, tmp_path):
+        path = tmp_path / ".lock"
+        assert not is_locked(path, locked_inodes())
+        with FileLock(path):
+            assert is_locked(path, locked_inodes())
+        assert not is_locked(path, locked_inodes())
+        # On NFS, Linux turns flock into a lock of the file's bytes, which /proc/locks of another machine does not list.
+        code = (
+            f"import fcntl; f = open({str(path)!r}, 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+        )
+        with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1) as other:
+            other.stdout.readline()
+            assert is_locked(path, set())
+            other.stdin.close()
+
+    def test_a_pipe_in_the_place_of_a_file_does_not_hang_it(self, sweep):
+        cell = sweep.cells[0]
+        cell.folder.path.mkdir()
+        for path in (cell.folder.path / ".lock", cell.folder.metrics_file, cell.folder.error_file):
+            os.mkfifo(path)
+        assert WatchedSweep(sweep.path).look().counts["failed"] == 1
+
+
+class TestFrames:
+    @pytest.mark.parametrize(("width", "height"), SIZES)
+    def test_a_frame_fits_the_terminal(self, width, height, tiny_run):
+        sweep = compose_sweep(tiny_run("train.lr=1e-4,1e-3,1e-2,1e-1", "tying=LoRA,TABuv", "seed=0,1,2,3,4"))
+        sweep.freeze()
+        for cell in sweep.cells[::3]:
+            cell.folder.path.mkdir()
+            cell.folder.error_file.write_text("Traceback\n" + HOSTILE)
+        text = drawn(WatchedSweep(sweep.path).look(), width, height)
+        lines = text.splitlines()
+        assert len(lines) <= max(height, 14)
+        assert max(map(len, lines)) <= width
+        assert "more" in text
+        assert "40" in lines[0]
+
+    def test_hostile_text_stays_text(self, sweep):
+        cell = sweep.cells[0]
+        cell.folder.path.mkdir()
+        cell.folder.error_file.write_text("Traceback\n" + HOSTILE)
+        cell.folder.metrics_file.write_bytes(
+            b"\xff" * 10**6 + b"\n" + b'{"step": 1, "validation/loss": 2.0}\n' + b"[" * 10**5
+        )
+        (sweep.path / "verdicts.json").write_text(
+            json.dumps([{"claim": HOSTILE, "verdict": "\x1b[2J", "reason": HOSTILE}])
+        )
+        view = WatchedSweep(sweep.path).look()
+        assert view.cells[0].loss == 2.0
+        for text in (drawn(view, 400, 50), "\n".join(news(None, view))):
+            assert "\x1b" not in text
+            assert "\u202e" not in text
+            assert "[bold red]markup[/]" in text
+            assert len(text) < 20_000
+
+    def test_cells_with_equal_names_are_told_apart(self, tiny_run):
+        sweep = compose_sweep(tiny_run("train.eps=1e-8,1e-6"))
+        sweep.freeze()
+        text = drawn(WatchedSweep(sweep.path).look(), 140, 30)
+        assert "train.eps=1e-06" in text
+        assert "train.eps=1e-08" in text
+
+
+class TestFinding:
+    def test_by_id_name_pattern_folder_or_the_newest(self, tiny_run):
+        older, newer = compose_sweep(tiny_run("seed=0,1")), compose_sweep(tiny_run("seed=0,1,2"))
+        for sweep in (older, newer):
+            sweep.freeze()
+        outputs = older.path.parent.parent
+        age(outputs)
+        os.utime(newer.path)
+        assert find_sweep(outputs) == find_sweep(outputs, "sweep") == newer.path
+        assert find_sweep(outputs, older.id) == find_sweep(outputs, f"*{older.id[-4:]}") == older.path
+        assert find_sweep(outputs, str(older.path)) == older.path
+        # A sweep that continues writes only into its cells.
+        older.cells[0].folder.path.mkdir()
+        assert find_sweep(outputs) in (older.path, newer.path)
+        with pytest.raises(UserError, match=rf"papr: no such sweep in .*; choose one of .*{newer.id}"):
+            find_sweep(outputs, "papr")
+        with pytest.raises(UserError, match="has no sweeps/"):
+            find_sweep(outputs / "empty")
+
+
+class TestCommand:
+    def test_lines_without_a_terminal_from_another_process(self, tiny_run, tmp_path):
+        """A real sweep with a cell that fails, watched from its start to its end."""
+        words = tiny_run("train.lr=1e-3,1000", "seed=0,1", "train.clip=null", "train.steps=30")
+        sweeping = Command("--multirun", *words)
+        wait_until(lambda: list((tmp_path / "outputs" / "sweeps").glob("*/cells/*")))
+        page = tmp_path / "page.html"
+        command = [sys.executable, "scripts/sweep.py", "watch", f"outputs={tmp_path}/outputs", "--html", str(page)]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=200)
+        assert sweeping.ended().code == 1
+        assert done.returncode == 1, done.stderr
+        lines = done.stdout.splitlines()
+        assert sum("failed: Diverged" in line or ": Diverged: step" in line for line in lines) == 2
+        assert "4 cells: 2 done, 2 failed, ended" in lines[-2]
+        assert lines[-1] == f"open {page}"
+        assert page.read_text().lstrip().lower().startswith("<!doctype html")
+        assert not list(tmp_path.glob(".page*"))
+
+    def test_a_live_table_on_a_terminal(self, sweep, tmp_path):
+        """On a terminal it redraws the screen, and Ctrl-C leaves it, with the last table below."""
+        run.main(sweep.cells[0].config)
+        main, terminal = pty.openpty()
+        command = [sys.executable, "scripts/sweep.py", "watch", "sweep", f"outputs={tmp_path}/outputs"]
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
+        watching = subprocess.Popen(
+            command, cwd=PROJECT, stdin=terminal, stdout=terminal, stderr=terminal, env=environment
+        )
+        os.close(terminal)
+        os.set_blocking(main, False)
+        shown = b""
+
+        def screen() -> bytes:
+            nonlocal shown
+            with suppress(OSError):
+                shown += os.read(main, 2**16)
+            return shown
+
+        wait_until(lambda: screen().count(b"Ctrl-C leaves") > 1)
+        assert b"\x1b[?1049h" in shown
+        watching.send_signal(2)
+        wait_until(lambda: screen() and watching.poll() is not None)
+        assert watching.returncode == 0
+        assert b"\x1b[?1049l" in screen()
+        assert b"1 of 4 done" in shown[shown.index(b"\x1b[?1049l") :]
+
+
+def test_a_search_shows_its_decisions_and_ends(tiny_run):
+    grid = ("train.lr=1e-4,1e-3,1e-2,1e-1", "seed=0,1", "train.steps=8", "train.validate_every=2", "score.base=false")
+    sweep = compose_sweep(tiny_run(*grid))
+    sweep.freeze()
+    options = staged.SearchOptions(rungs=(0.25, 0.5), finalists=2, lowest_rate=1e-5, highest_rate=1.0)
+    looks = []
+
+    def launch(cells, first_job):
+        for cell in cells:
+            run_cell(cell.config)
+            looks.append(WatchedSweep(sweep.path).look())
+
+    staged.run_staged(sweep, options, launch)
+    view = WatchedSweep(sweep.path).look()
+    assert view.ended
+    assert not any(look.ended for look in looks[:-1])
+    assert any(look.counts["paused"] for look in looks)
+    selected = read_selection(selection_file(sweep))
+    assert len(view.decisions) == sum(len(search.decisions) for search in selected.searches)
+    assert any("chosen" in line for line in view.decisions)
+    done = {cell.cell.run_id for cell in view.cells if cell.state == "done"}
+    assert done >= set(selected.choices[0].run_ids)
+    assert view.counts["pruned"] == sum(cell.state() == "pruned" for cell in sweep.cells)
+    # What changed between two looks is said once.
+    said = [line for before, now in zip([None, *looks], [*looks, view], strict=True) for line in news(before, now)]
+    assert len([line for line in said if line.startswith("decided: ")]) == len(view.decisions)
