@@ -39,10 +39,17 @@ class ForestLine:
         """The share as text, such as `97 % [88, 106]`, or why there is none."""
         if self.share is None:
             return self.missing
-        value = f"{100 * self.share.value:.0f} %"
+        value = f"{_percent(self.share.value)} %"
         if math.isnan(self.share.low):
             return value
-        return f"{value} [{100 * self.share.low:.0f}, {100 * self.share.high:.0f}]"
+        return f"{value} [{_percent(self.share.low)}, {_percent(self.share.high)}]"
+
+
+def _percent(share: float) -> str:
+    """A share in per cent. Beyond ten times the comparator's gain, its size says nothing more."""
+    if abs(share) >= 10:
+        return "> 999" if share > 0 else "< -999"
+    return f"{100 * share:.0f}"
 
 
 @dataclass(frozen=True)
