@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import subprocess
@@ -45,7 +46,8 @@ def parts(plan: gpu_parts.Plan, scratch: str, gpus: int) -> Iterator[tuple[Any, 
     yield ("peft", first, "plain")
     yield ("peft", first, "grouped")
     yield ("training", first, "not compiled")
-    for way in ("train", "ours", "generate", "generate_batch"):
+    vllm = ["vllm"] if importlib.util.find_spec("vllm") is not None and not plan.rehearsed else []
+    for way in ("train", "ours", "generate", "static", "continuous", "generate_batch", *vllm):
         yield ("scoring", way, scratch)
     for model in others or [first]:
         variants = [variant for variant in gpu_parts.VARIANTS if model != first or "," in variant]

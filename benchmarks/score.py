@@ -5,6 +5,7 @@ trained for 20 steps by this project and exported to PEFT's format). Decoding is
 token, at "Question:" or at 256 tokens. Loading is not timed, but tokenising is. The ways:
 
 - ours: the scoring code of train.py, at score.batch_size=200;
+- static, continuous, vllm: the same with another score.engine;
 - generate: transformers' generate on the unmerged PEFT model at batch 16, with prompts sorted by length;
 - generate_batch: its continuous batching, at most 64 rows at once. It knows no stop strings, so it writes beyond them.
 
@@ -21,6 +22,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,12 +57,18 @@ def train(folder: Path, *overrides: str) -> None:
 
 
 def ours(
-    folder: Path, run_config: Config, base: BaseModel, encoder: Encoder, examples: list[Example]
+    folder: Path,
+    run_config: Config,
+    base: BaseModel,
+    encoder: Encoder,
+    examples: list[Example],
+    engine: str = "transformers",
 ) -> tuple[list[str], int]:
     from tiedlora.adapter import attach_adapter, load
     from tiedlora.scoring.split import Scorer
     from tiedlora.tasks import load_task
 
+    run_config = replace(run_config, score=replace(run_config.score, engine=engine))
     attached = attach_adapter(base.model, load(folder / "ours")[0])
     scorer = Scorer(attached, encoder, load_task(run_config.task), run_config, base.record)
     predictions = scorer.adapted_rows(examples, "ours")
@@ -83,8 +92,9 @@ def theirs(
 
 WAYS: dict[str, Callable[..., tuple[list[str], int]]] = {
     "ours": ours,
-    "generate": lambda *arguments: theirs(*arguments, continuous=False),
-    "generate_batch": lambda *arguments: theirs(*arguments, continuous=True),
+    **{engine: partial(ours, engine=engine) for engine in ("static", "continuous", "vllm")},
+    "generate": partial(theirs, continuous=False),
+    "generate_batch": partial(theirs, continuous=True),
 }
 
 
