@@ -34,7 +34,7 @@ from tiedlora.models import base_model
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import execute, run, trainer
-from tiedlora.scoring import decoding
+from tiedlora.scoring import steps
 from tiedlora.tracking import metrics_file
 from tiedlora.training import checkpoint
 
@@ -102,7 +102,7 @@ class Events:
         before(torch.optim.AdamW, "step", "training", lambda: self.write("step"))
         before(metrics_file.MetricsFile, "log", "training")
         before(checkpoint, "save", "checkpointing")
-        before(decoding, "_next_tokens", "scoring")
+        before(steps.GrowingSteps, "next_tokens", "scoring")
         before(execute, "flat_summary", "result")
         before(os, "fsync", None)
         before(os, "replace", None)

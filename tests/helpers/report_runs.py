@@ -10,7 +10,7 @@ import numpy as np
 
 from tiedlora import tying
 from tiedlora.config.identity import config_tree, identity, run_id
-from tiedlora.config.schema import Config, LrFactors, ModelConfig, RankConfig, TaskConfig, TrainConfig
+from tiedlora.config.schema import Config, LrFactors, ModelConfig, RankConfig, TaskConfig, TrainConfig, TyingConfig
 from tiedlora.records.recorded_config import ConfigRecord, Identity
 from tiedlora.records.rows import MetricsRow, PredictionRow, Score
 from tiedlora.records.run_folder import RunFolder
@@ -44,7 +44,7 @@ def make_config(name="TABuv", rank=8, seed=0, lr=1e-2, task="chain_sum", kind="g
     return Config(
         model=ModelConfig(name=model, context=512, architecture=SMOLLM2_135M),
         task=TaskConfig(name=task, kind=kind, prompt="{q}", target=" {a}"),
-        tying=tying.named(name),
+        tying=TyingConfig(**vars(tying.named(name))),
         rank=RankConfig(rank, float(rank)),
         train=TrainConfig(steps=100, batch_size=16, lr=lr, lr_factor=LrFactors()),
         seed=seed,

@@ -31,6 +31,8 @@ def test_importing_it_loads_neither_torch_nor_hydra():
 @pytest.mark.parametrize("name", EIGHT)
 def test_a_name_is_the_option_of_conf(name):
     ours, option = asdict(tiedlora.named(name)), asdict(tying_option(name))
+    # What only another method has is null.
+    assert all(option.pop(key) is None for key in set(option) - set(ours))
     # The suggested rate is for the harness's own loop; an attached adapter has none.
     assert ours.pop("suggested_lr")
     option.pop("suggested_lr")

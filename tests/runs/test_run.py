@@ -123,7 +123,7 @@ def test_added_split_equals_one_scored_at_once(tiny_config, tmp_path):
 def test_the_base_is_scored_once_for_all_configurations(tiny_config, monkeypatch):
     asked = []
     predict = split.predict
-    monkeypatch.setattr(split, "predict", lambda *a: asked.append(a[-1]) or predict(*a))
+    monkeypatch.setattr(split, "predict", lambda *a: asked.append(a[5]) or predict(*a))
     for tying in ("TABuv", "LoRA", "TA"):
         run.main(tiny_config(f"tying={tying}"))
     assert sum("base" in what for what in asked) == 1

@@ -72,9 +72,7 @@ class TestResume:
 
         trainers, row_losses = [], trainer.Trainer._row_losses
         monkeypatch.setattr(trainer.Trainer, "_row_losses", lambda self: trainers.append(self) or row_losses(self))
-        monkeypatch.setattr(
-            trainer, "mean_loss", lambda _: float(trainers[-1].adapter.parts()["qkv.B"].detach().abs().sum())
-        )
+        monkeypatch.setattr(trainer, "mean_loss", lambda _: float(trainers[-1].parts["qkv.B"].detach().abs().sum()))
         votes = []
         with monkeypatch.context() as patch:
             patch.setattr(StopSignal, "requested", lambda self: votes.append(1) or len(votes) >= 3)

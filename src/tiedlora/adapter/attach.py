@@ -286,7 +286,6 @@ def attach(
             train, or the model is sharded or has an adapter already.
     """
     tying = named(tying) if isinstance(tying, str) else tying
-    architectures.text_config(model)
     _refuse_sharded(model)
     architecture = architectures.read(model, layout)
     alpha = rank if alpha is None else alpha
@@ -302,7 +301,6 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter, sharded: bool = False
     Raises:
         UserError: the adapter was made for another architecture, the model is sharded, or it has an adapter already.
     """
-    architectures.text_config(model)
     if hasattr(model, "tied_adapter"):
         raise UserError("attach: the model has an adapter already; detach it first")
     if not sharded:
@@ -333,7 +331,9 @@ def _check_architecture(expected: Architecture, actual: Architecture) -> None:
 
 def _refuse_sharded(model: nn.Module) -> None:
     """Refuse a sharded model. FSDP and tensor parallelism split parameters, but a tied factor serves every layer."""
-    sharded = any(type(parameter).__name__ in ("DTensor", "FlatParameter") for parameter in model.parameters())
+    # What is no module is refused by architectures.read, in its own words.
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    sharded = any(type(parameter).__name__ in ("DTensor", "FlatParameter") for parameter in parameters)
     if sharded or type(model).__name__ == "FullyShardedDataParallel":
         raise UserError(
             "attach: the model is sharded (FSDP or tensor parallel), which tied factors do not support; "

@@ -87,7 +87,7 @@ class RunGroup:
     @property
     def is_other_method(self) -> bool:
         """Whether another method was trained, which has no rank of ours."""
-        return self.runs[0].is_other_method
+        return any(run.is_other_method for run in self.runs)
 
     @property
     def training_digests(self) -> set[str]:
