@@ -212,6 +212,16 @@ def pieces_of(tokenizer, text, draw):
     return ids
 
 
+def test_a_tail_that_begins_within_a_character_hides_no_stop_string():
+    """A run of bytes that is no text decodes to no text at all, also where a stop string follows in it."""
+    tokenizer = metaspace_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    written = [vocabulary[f"<0x{byte:02X}>"] for byte in "aééQuestion:".encode()]
+    ends = AnswerEnds(tokenizer, ["Question:"], 100)
+    assert len(written) > ends.tail_tokens
+    assert ends.output(written) == Output("aéé", len(written), "stop")
+
+
 @pytest.mark.parametrize("stop", [["\n"], ["Question:"], ["é"], [" ."], ["x y "], ["a\nb", "Answer:"], []])
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])
 def test_ends_are_those_of_decoding_every_answer_at_every_token(kind, stop):

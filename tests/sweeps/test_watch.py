@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -246,7 +247,14 @@ class TestCommand:
         command = [sys.executable, "scripts/sweep.py", "watch", "sweep", f"outputs={tmp_path}/outputs"]
         environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
         watching = subprocess.Popen(
-            command, cwd=PROJECT, stdin=terminal, stdout=terminal, stderr=terminal, env=environment
+            command,
+            cwd=PROJECT,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            env=environment,
+            # A shell's background jobs, and so these tests as one, ignore the signal of Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         os.close(terminal)
         os.set_blocking(main, False)

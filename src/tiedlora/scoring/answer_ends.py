@@ -88,7 +88,8 @@ class AnswerEnds:
     def _is_near_end(self, written: list[int]) -> bool:
         """Whether a stop string is in the last tokens. To decode only these is faster than to decode all of them."""
         tail = self._text(written[-self.tail_tokens :])
-        return any(string in tail for string in self.stop)
+        # Where tokens are single bytes, a tail that begins within a character spoils the whole characters after it too.
+        return PART_OF_A_CHARACTER in tail or any(string in tail for string in self.stop)
 
     def _text(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
