@@ -47,6 +47,9 @@ def arena(rows: Sequence[ResultRow]) -> Figure:
     names.set_xlabel(f"{measure.metric} on {measure.split} ({measure.unit.words})")
     for axis, title in ((trained, "trained parameters"), (stored, "stored numbers")):
         axis.set_xlabel(title)
+        # Wide enough for labels at 1, 2 and 5, also where all arms have one size.
+        low, high = axis.get_xlim()
+        axis.set_xlim(low / 3, high * 3)
         axis_of_counts(axis)
         axis.tick_params(axis="y", length=0)
     for axis in axes:
