@@ -12,10 +12,10 @@ from tiedlora.adapter.arms import Arm, ArmSpec
 from tiedlora.adapter.attach import attach_adapter
 from tiedlora.adapter.other_arm import FORMAT, read_description
 from tiedlora.config.adapter_folder import DESCRIPTION
+from tiedlora.config.families import architecture_of
 from tiedlora.config.methods import REGISTERED
 from tiedlora.config.schema import TyingConfig
 from tiedlora.records.run_record import BaseModelRecord
-from tiedlora.tying import Architecture, Layout
 
 
 def new_arm(model: nn.Module, spec: ArmSpec) -> Arm:
@@ -51,7 +51,7 @@ def read_spec(folder: Path) -> tuple[ArmSpec, BaseModelRecord]:
         UserError: adapter.json is missing or wrong.
     """
     saved = read_description(folder)
-    sizes = Architecture(**{**saved.architecture, "layout": Layout(**saved.architecture["layout"])})
+    sizes = architecture_of(saved.architecture)
     tying = TyingConfig(method=saved.method, resolved=saved.resolved, targets=list(saved.targets), layers=saved.layers)
     return ArmSpec(tying, sizes, saved.seed), saved.base
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from tiedlora import storage
 from tiedlora.adapter.arms import ArmSpec, ParameterGroup, groups_by_pattern
 from tiedlora.config.adapter_folder import DESCRIPTION
+from tiedlora.config.families import architecture_of
 from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
 from tiedlora.records.reading import Name, Text, Whole, typed
 from tiedlora.records.run_record import BaseModelRecord, plain
-from tiedlora.tying import Architecture
 
 FORMAT = 3
 """The format of adapter.json for arms of other methods. Earlier versions refuse the number."""
@@ -45,7 +46,7 @@ class ArmDescription:
     layers: list[Whole] | None = None
 
 
-class OtherArm:
+class OtherArm(ABC):
     """An arm of another method. A subclass attaches itself in `__init__`, and says what its tensors are.
 
     Attributes:
@@ -62,21 +63,21 @@ class OtherArm:
 
     # What a subclass defines.
 
+    @abstractmethod
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> every parameter of the arm, trained or frozen, once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def enable(self) -> None:
         """Make the model compute with the arm."""
-        raise NotImplementedError
 
+    @abstractmethod
     def disable(self) -> None:
         """Make the model compute as the base model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def detach(self) -> None:
         """Take the arm off. The base model is then bit for bit as it was."""
-        raise NotImplementedError
 
     def buffers(self) -> dict[str, Tensor]:
         """Name -> each tensor of the arm that is no parameter."""
@@ -92,8 +93,9 @@ class OtherArm:
             for name, own in self.tensors().items():
                 own.copy_(tensors[name])
 
-    def write_more(self, folder: Path, base: BaseModelRecord) -> None:
-        """Write further files beside adapter.json and the tensors."""
+    def files_beside(self, base: BaseModelRecord) -> dict[str, object]:
+        """Name -> content of further JSON files beside adapter.json and the tensors."""
+        return {}
 
     # What every such arm has.
 
@@ -127,7 +129,7 @@ class OtherArm:
         raise UserError(f"merge: {self.cannot_merge()}")
 
     def unmerge(self) -> None:
-        pass
+        return None  # It is never merged.
 
     def save(self, folder: Path, base: BaseModelRecord) -> int:
         # Copies: some methods have one tensor under several names, and the file format has no shared tensors.
@@ -148,7 +150,8 @@ class OtherArm:
         )
         with storage.new_folder(folder) as beside:
             (beside / self.tensors_file).write_bytes(data)
-            self.write_more(beside, base)
+            for name, content in self.files_beside(base).items():
+                storage.write_json(beside / name, content)
             storage.write_json(beside / DESCRIPTION, plain(description))
         return sum(file.stat().st_size for file in folder.iterdir())
 
@@ -190,8 +193,8 @@ def read_description(folder: Path) -> ArmDescription:
     path = folder / DESCRIPTION
     try:
         description = typed(ArmDescription, storage.read_json(path))
-        Architecture(**{**description.architecture, "layout": {}})
-    except (UserError, TypeError) as error:
+        architecture_of(description.architecture)
+    except (UserError, TypeError, KeyError) as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     if description.format != FORMAT:
         raise UserError(f"{path}: format {description.format} is not {FORMAT}, which this version reads")

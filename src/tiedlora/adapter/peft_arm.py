@@ -6,13 +6,11 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tiedlora import storage
 from tiedlora.adapter.arms import ArmSpec
 from tiedlora.adapter.other_arm import OtherArm
 from tiedlora.config.methods import PEFT_FILE, peft_config
@@ -99,12 +97,10 @@ class PeftArm(OtherArm):
             delattr(self.model, name)
         self.model.requires_grad_(False)
 
-    def write_more(self, folder: Path, base: BaseModelRecord) -> None:
+    def files_beside(self, base: BaseModelRecord) -> dict[str, object]:
         tree = {name: _sorted(value) for name, value in self.peft.peft_config[NAME].to_dict().items()}
-        storage.write_json(
-            folder / PEFT_FILE,
-            {**tree, "base_model_name_or_path": base.name, "revision": base.revision, "inference_mode": True},
-        )
+        about_base = {"base_model_name_or_path": base.name, "revision": base.revision}
+        return {PEFT_FILE: {**tree, **about_base, "inference_mode": True}}
 
 
 def _restore_modules(model: nn.Module) -> None:

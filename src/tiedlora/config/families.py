@@ -5,7 +5,8 @@ A target such as `qkv` is one module, three modules, or a part of a fused one (a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tiedlora.errors import UserError
 from tiedlora.tying import Architecture, Layout
@@ -74,6 +75,15 @@ FAMILIES: dict[str, Layout] = {
 
 CANDIDATES_SHOWN = 12
 """How many modules an error message lists at most."""
+
+
+def architecture_of(tree: Mapping[str, Any]) -> Architecture:
+    """The sizes of a model from plain data, as `dataclasses.asdict` gives them.
+
+    Raises:
+        TypeError: a key is unknown.
+    """
+    return Architecture(**{**tree, "layout": Layout(**tree["layout"])})
 
 
 def layout_of(architecture: Architecture) -> Layout:

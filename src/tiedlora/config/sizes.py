@@ -11,7 +11,7 @@ from typing import Any
 
 from tiedlora import tying as spec
 from tiedlora.config import methods
-from tiedlora.config.families import layout_of
+from tiedlora.config.families import architecture_of, layout_of
 from tiedlora.config.schema import Config, TyingConfig
 from tiedlora.errors import UserError
 from tiedlora.tying import Architecture
@@ -89,7 +89,7 @@ def _search_peft(tying: str, knob: str, architecture: str, budget: int) -> int:
         except UserError:
             return None
 
-    sizes = Architecture(**{**json.loads(architecture), "layout": spec.Layout()})
+    sizes = architecture_of(json.loads(architecture))
     # Some counts fall and rise: they are lowest where the rank is a side of the matrix.
     landmarks = {side for target in ("q", "k") for side in spec.target_shape(sizes, target)}
     return Search(count, budget, LARGEST_KNOB, tuple(sorted(landmarks))).nearest()
@@ -182,8 +182,7 @@ def _peft_params(tying: str, architecture: str) -> int | None:
     The method is put on linear layers of the model's sizes on the meta device, which hold no numbers.
     """
     values = json.loads(tying)
-    tree = json.loads(architecture)
-    sizes = Architecture(**{**tree, "layout": spec.Layout(**tree["layout"])})
+    sizes = architecture_of(json.loads(architecture))
     if values["method"] == "ShiraConfig":
         # Its masks are drawn with the values of the weights, so it cannot be built without them.
         return _shira_params(TyingConfig(**values), sizes)
