@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from tiedlora import errors
-from tiedlora.report import every_eval_ever, peft_results, write
+from tiedlora.report import every_eval_ever, peft_results, readme, write
 
 PROJECT = Path(__file__).resolve().parents[1]
 CLAIMS = PROJECT / "claims" / "tied_lora.yaml"
@@ -29,6 +29,9 @@ def main() -> None:
         help="also write the runs with their rows in this shared schema, to OUT/every-eval-ever",
     )
     parser.add_argument("--export-peft", type=Path, help="also write our GSM8K test runs there, in PEFT's schema")
+    parser.add_argument(
+        "--readme", type=Path, help="also write tables between the marks of this file (docs/results.md)"
+    )
     arguments = parser.parse_args()
     report = write.build(
         arguments.runs,
@@ -39,6 +42,8 @@ def main() -> None:
     )
     for line in write.write(report, arguments.out, sections=arguments.sections):
         print(line)
+    if arguments.readme:
+        print(f"wrote          {', '.join(readme.write(report, arguments.readme))} into {arguments.readme}")
     if arguments.export:
         folder = arguments.out / arguments.export
         count = every_eval_ever.export(report.runs, folder)

@@ -1,8 +1,9 @@
-"""python scripts/study.py plan|run|export|repeat studies/NAME: a planned comparison, and the records that it keeps.
+"""python scripts/study.py plan|run|export|restore|repeat studies/NAME: a planned comparison, and its records.
 
     plan     the commands of the study, in their order
     run      carry them out, and export after each one; the same command continues. The plan must be committed
     export   write the records of the ended runs to studies/NAME/runs, without texts of the data and without paths
+    restore  copy these records to where the runs are, so that `run` on another machine does not repeat them
     repeat   train the run RUN of the study again, and compare its adapter with the recorded sha256
 
 The report reads the folder: python scripts/report.py studies/NAME --claims studies/NAME/claims.yaml
@@ -27,7 +28,7 @@ DISAGREES = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("plan", "run", "export", "repeat"))
+    parser.add_argument("what", choices=("plan", "run", "export", "restore", "repeat"))
     parser.add_argument("study", type=Path, help="the study's folder")
     parser.add_argument("run_id", nargs="?", help="repeat: the id of the run")
     parser.add_argument("--part", help="plan, run: only this part")
@@ -45,6 +46,8 @@ def main() -> None:
         carry_out(planned, arguments.study, outputs, arguments.part)
     elif arguments.what == "export":
         print(f"{study.export_study(arguments.study, outputs)} runs in {arguments.study / 'runs'}")
+    elif arguments.what == "restore":
+        print(f"{study.restore_study(arguments.study, outputs)} runs copied to {outputs}")
     else:
         repeat(arguments.study, arguments.run_id, outputs / "repeated", arguments.data_root)
 

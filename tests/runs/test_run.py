@@ -17,7 +17,8 @@ from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.records.rows import read_metrics, read_validation_losses
+from tiedlora.records.loss_metrics import is_loss
+from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import inputs, lazy, run
 from tiedlora.scoring import split
@@ -58,6 +59,27 @@ def test_the_record_is_complete(tiny_config, capsys):
     shown = capsys.readouterr().out
     assert "of LoRA)" in shown
     assert str(folder.path) in shown
+
+
+def test_answers_at_every_validation_give_curves_of_the_scores_and_change_nothing(tiny_config):
+    without = run.main(tiny_config())
+    config = tiny_config("train.validation_answers=5", "force=true")
+    with_answers = run.main(config)
+    assert with_answers.run_id == without.run_id
+    assert with_answers.files == without.files
+    assert with_answers.scores["validation"].files == without.scores["validation"].files
+    folder = folder_of(config)
+    metrics = without.scores["validation"].metrics
+    curves = {
+        name: {row.step: row.values[f"validation/{name}"] for row in read_metrics(folder.metrics_file, "validation/")}
+        for name in metrics
+        if not is_loss(name)
+    }
+    assert curves
+    first = read_predictions(folder.predictions_file("validation"))[:5]
+    for name, curve in curves.items():
+        assert list(curve) == [0, 3, 6]
+        assert curve[6] == pytest.approx(sum(float(row.scores[name]) for row in first) / 5)
 
 
 def test_finished_runs_are_not_repeated_unless_forced(tiny_config, capsys):

@@ -66,14 +66,17 @@ def test_a_plan_outside_of_the_commit_does_not_run(folder):
         study.check_committed(folder)
 
 
+WORDS = [
+    *("model=tiny_llama", "task.rows.validation=6", "task.max_new_tokens=4", "train.steps=2", "train.batch_size=2"),
+    *("train.warmup_steps=1", "train.threads=1", "task.rows.test=3"),
+]
+
+
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     """Two seeds of one arm, and a run that a search has stopped."""
     place = tmp_path_factory.mktemp("outputs")
-    words = [
-        *("model=tiny_llama", "task.rows.validation=6", "task.max_new_tokens=4", "train.steps=2", "train.batch_size=2"),
-        *("train.warmup_steps=1", "train.threads=1", f"outputs={place}", f"cache={place}/.cache"),
-    ]
+    words = [*WORDS, f"outputs={place}", f"cache={place}/.cache"]
     ids = []
     for seed in (0, 1):
         config = compose_config([*words, f"seed={seed}"])
@@ -103,6 +106,49 @@ def test_the_records_are_every_run_and_the_adapter_of_one_seed(folder, outputs):
     before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
     study.export_study(folder, place)
     assert before == {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}, "a second export differs"
+
+
+def test_a_study_continues_from_its_records_on_another_machine(folder, outputs, tmp_path, capsys):
+    place, ids = outputs
+    study.export_study(folder, place)
+    kept = {path: path.read_bytes() for path in (folder / "runs").rglob("*") if path.is_file()}
+    elsewhere = tmp_path / "elsewhere"
+    assert study.restore_study(folder, elsewhere) == 3
+    assert study.restore_study(folder, elsewhere) == 0, "runs that are there stay"
+    states = [RunFolder(path).state() for path in sorted(elsewhere.iterdir()) if path.name != "base"]
+    assert states == ["done", "done", "pruned"]
+    study.export_study(folder, elsewhere)
+    assert kept == {path: path.read_bytes() for path in kept}, "an export of restored runs changes them"
+
+    words = [f"outputs={elsewhere}", f"cache={place}/.cache", *WORDS]
+    run.main(compose_config([*words, "seed=1"]))
+    assert "finished before" in capsys.readouterr().out
+    before = RunFolder(elsewhere / ids[1]).finished_record()
+    assert not (elsewhere / ids[1] / "adapter").exists()
+    scored = run.main(compose_config([*words, "seed=1", "score.splits=[validation,test]"]))
+    assert "the run is trained again" in capsys.readouterr().out
+    assert set(scored.scores) == {"validation", "test"}
+    assert scored.files == before.files, "the adapter that was trained again differs"
+    assert scored.left_out is None
+
+
+def test_a_study_takes_the_runs_that_another_study_has_kept(folder, outputs, tmp_path):
+    place, _ = outputs
+    study.export_study(folder, place)
+    study.restore_study(folder, tmp_path / "outputs")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "study.yaml").write_text(PLAN)
+    assert study.export_study(tmp_path / "other", tmp_path / "outputs") == 3
+    first, second = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (folder / "runs", tmp_path / "other" / "runs")
+    )
+    assert {path: kept for path, kept in first.items() if path.parts[0] != "sweeps"} == second
+
+
+def test_a_study_without_records_cannot_be_restored(folder, tmp_path):
+    with pytest.raises(UserError, match="has no records to continue from"):
+        study.restore_study(folder, tmp_path / "outputs")
 
 
 def test_a_run_is_repeated_from_its_record_to_the_same_bytes(folder, outputs):

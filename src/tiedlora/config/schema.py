@@ -212,6 +212,9 @@ class TrainConfig:
     """Steps between validation losses; 0 leaves only those before and after training."""
     validation_rows: Optional[int] = count(64)
     """Rows of the validation loss; null takes all."""
+    validation_answers: int = count(0, low=0, execution=True)
+    """The first validation rows that are also answered and scored at every validation, for curves of the scores. 0
+    answers none, because answers take much longer than losses. They change nothing in the training."""
     checkpoint_every: int = count(50, execution=True)
     """Steps between checkpoints. An interrupted run continues from the newest one."""
     log_every: int = count(10, execution=True)

@@ -7,6 +7,7 @@ so a study holds each file once, in base/, named by its sha256. The record's `le
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,23 @@ def export_stopped(run: RunFolder, out: Path) -> None:
         OSError: the folder cannot be written.
     """
     _copy_files(run, RunFolder(out / run.path.name))
+
+
+def copy_exported(run: RunFolder, out: Path) -> None:
+    """Copy a run that a study has exported, with the predictions of the base model that its study's runs share.
+
+    Raises:
+        UserError: result.json is damaged.
+        OSError: the folder cannot be written.
+    """
+    copied = RunFolder(out / run.path.name)
+    shutil.copytree(run.path, copied.path)
+    for split, scores in run.finished_record().scores.items():
+        if scores.base is not None:
+            source = run.base_predictions_file(split, scores.files)
+            shared = copied.shared_base_file(scores.files[f"predictions/{split}.base.jsonl"])
+            shared.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, shared)
 
 
 def _copy_files(run: RunFolder, exported: RunFolder) -> Config:

@@ -259,6 +259,11 @@ class RunRecord:
         return -value if is_loss(scores.first_metric) else value
 
     @property
+    def lacks_adapter(self) -> bool:
+        """Whether a study has left the adapter out, so that nothing more can be scored."""
+        return ADAPTER in (self.left_out or [])
+
+    @property
     def is_other_method(self) -> bool:
         """Whether another method than this project's own was trained."""
         return self.identity.tying.get("method") is not None

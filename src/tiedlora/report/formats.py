@@ -97,12 +97,12 @@ def _task_score(value: TaskScore) -> str:
 
 def to_markdown(table: Table) -> str:
     """The caption, and below it a pipe table."""
-    lines = [
-        _markdown(table.caption),
-        "",
-        f"| {' | '.join(map(_markdown, table.head))} |",
-        f"|{' --- |' * len(table.head)}",
-    ]
+    return f"{_markdown(table.caption)}\n\n{pipe_table(table)}"
+
+
+def pipe_table(table: Table) -> str:
+    """The table in Markdown, without its caption."""
+    lines = [f"| {' | '.join(map(_markdown, table.head))} |", f"|{' --- |' * len(table.head)}"]
     lines += [f"| {' | '.join(_markdown(text(value)) for value in row)} |" for row in table.rows]
     return "\n".join(lines) + "\n"
 

@@ -39,6 +39,9 @@ def main(config: Config) -> RunRecord | None:
         check_source(config.score.forgetting, config.task.name)
     folder = RunFolder(Path(config.outputs) / run_id(config))
     record = folder.record()
+    if record is not None and record.lacks_adapter and _to_score(config, task, record):
+        print(f"{folder.path}: a study's record without the adapter, which the scores need; the run is trained again")
+        config.force = True
     finished = None if config.force else record
     with _explained_out_of_memory():
         # Several processes must agree that the run is finished, so they connect first.
@@ -76,10 +79,22 @@ def _reuse(config: Config, task: Task, folder: RunFolder, record: RunRecord) -> 
     # A read-only archive cannot be tidied. That is no problem.
     with suppress(OSError), folder.locked():
         folder.tidy()
-    score = config.score
-    measured = record.scores.get(FORGETTING)
-    forgetting = None if measured is not None and measured.source == score.forgetting else score.forgetting
-    if forgetting or any(missing_passes(score.metrics, task, record.scores.get(split)) for split in score.splits):
+    if _to_score(config, task, record):
+        score, forgetting = config.score, _forgetting_to_score(config, record)
         return lazy.add_scores(folder, score.splits, config.data_root, config, score.metrics, forgetting=forgetting)
     print(f"finished before: {folder.path} (force=true repeats it)")
     return record
+
+
+def _to_score(config: Config, task: Task, record: RunRecord) -> bool:
+    """Whether splits or metrics are requested that the finished run lacks."""
+    score = config.score
+    lacking = any(missing_passes(score.metrics, task, record.scores.get(split)) for split in score.splits)
+    return lacking or _forgetting_to_score(config, record) is not None
+
+
+def _forgetting_to_score(config: Config, record: RunRecord) -> str | None:
+    """The requested neutral text, if the finished run's losses on it are missing."""
+    measured = record.scores.get(FORGETTING)
+    requested = config.score.forgetting
+    return None if measured is not None and measured.source == requested else requested

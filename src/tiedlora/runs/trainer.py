@@ -26,6 +26,9 @@ from tiedlora.records.halving import Halving
 from tiedlora.records.rows import MetricsRow, ValidationLosses, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs.session import RunSession
+from tiedlora.scoring.memory import within_memory
+from tiedlora.scoring.split import Scorer
+from tiedlora.scoring.summary import summarise
 from tiedlora.tracking.appended_file import AppendedFile
 from tiedlora.tracking.base import TrackedRun
 from tiedlora.tracking.progress import ProgressBar
@@ -127,6 +130,7 @@ class Trainer:
             save_checkpoint=self._save_checkpoint,
             log_metrics=self._log_metrics,
             describe_rows=self._describe_rows,
+            validation_scores=self._validation_scores,
             stop_requested=lambda: self.session.world.any(self.stop.requested()),
             world=self.session.world,
         )
@@ -199,6 +203,19 @@ class Trainer:
         if self.config.score.checkpoint == "best" and self.session.world.is_first and best_so_far:
             self.arm.save(self._best_folder(self.state.step), self.session.base.record)
         return loss
+
+    def _validation_scores(self) -> dict[str, float]:
+        """The scores of the first rows of validation, as train.validation_answers asks for."""
+        session, count = self.session, self.config.train.validation_answers
+        if not count:
+            return {}
+        examples = session.examples("validation")[:count]
+        scorer = Scorer(self.arm, session.encoder, session.task, self.config, session.base.record, session.world)
+        session.model.eval()
+        with compiling.eager():
+            rows, _ = within_memory(scorer, lambda smaller: smaller.adapted_rows(examples, f"step {self.state.step}"))
+        session.model.train()
+        return {f"validation/{name}": scored.value for name, scored in summarise(rows, session.task).items()}
 
     def _row_losses(self) -> list[RowLosses] | None:
         """The losses of all validation batches, each process computing its share; None if memory ran out.

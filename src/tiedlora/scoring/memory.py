@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.errors import UserError, is_out_of_memory
@@ -17,6 +18,8 @@ from tiedlora.scoring.passes import Passes
 from tiedlora.scoring.split import Scorer
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def with_halved_batches(config: Config, times: int) -> Config:
@@ -38,11 +41,25 @@ def score_within_memory(scorer: Scorer, *arguments: Any, halvings: int = 0) -> S
     Raises:
         UserError: memory runs out with a single row; or as Scorer.score_split.
     """
+    scores, times = within_memory(scorer, lambda smaller: smaller.score_split(*arguments), halvings)
+    return replace(scores, batch_halvings=times or None)
+
+
+def within_memory(scorer: Scorer, score: Callable[[Scorer], T], halvings: int = 0) -> tuple[T, int]:
+    """What `score` returns, and how often the batches were halved until it had enough memory.
+
+    Args:
+        score: gets the scorer, with smaller batches from call to call.
+        halvings: as score_within_memory.
+
+    Raises:
+        UserError: memory runs out with a single row.
+    """
     for times in itertools.count(halvings):
         smaller = replace(scorer, config=with_halved_batches(scorer.config, times))
         batch_size = smaller.config.score.batch_size
         try:
-            return replace(smaller.score_split(*arguments), batch_halvings=times or None)
+            return score(smaller), times
         except (MemoryError, RuntimeError, OSError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -198,8 +198,9 @@ def cost(config: Config, speeds: Speeds, counts: RowCounts) -> Cost:
     evaluations = 2 + ((train.steps - 1) // train.validate_every if train.validate_every else 0)
     validation_rows = train.validation_rows or counts.rows(config, "validation")
     validated = evaluations * validation_rows * speeds.row_tokens
+    validating = validated / speeds.validating + evaluations * train.validation_answers / speeds.scoring
     scoring = _seconds_of_scoring(config, speeds, speeds.scoring, counts)
-    return Cost(tokens, tokens / speeds.training + validated / speeds.validating, scoring)
+    return Cost(tokens, tokens / speeds.training + validating, scoring)
 
 
 def _seconds_of_scoring(config: Config, speeds: Speeds, answers_per_s: float, counts: RowCounts) -> float:

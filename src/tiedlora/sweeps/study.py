@@ -9,6 +9,7 @@ A sweep of a study is an ordinary `train.py --multirun` command, so it stops and
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,13 +20,15 @@ from omegaconf import OmegaConf
 from tiedlora import storage
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.export.study_records import export_record, export_stopped
+from tiedlora.export.study_records import copy_exported, export_record, export_stopped
 from tiedlora.records.provenance import code_version
 from tiedlora.records.reading import Text, typed
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.selection import SELECTION_FILE, read_selection
 
 PLAN = "study.yaml"
+LARGEST_ADAPTER = 4 * 2**20
+"""Bytes. Of a larger adapter (some methods store their frozen projections) a study keeps the sha256 alone."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def check_committed(folder: Path) -> None:
 
 
 def export_study(folder: Path, outputs: Path) -> int:
-    """Write the records of all ended runs to the study's folder. Of each chosen rate, one adapter is kept.
+    """Write the records of all ended runs to the study's folder. Of each chosen rate, one small adapter is kept.
 
     Returns:
         The number of runs.
@@ -118,10 +121,45 @@ def export_study(folder: Path, outputs: Path) -> int:
     for path in sorted(outputs.iterdir()):
         run = RunFolder(path)
         if run.result_file.is_file():
-            export_record(run, runs, keep_adapter=path.name in with_adapter)
+            record = run.finished_record()
+            if record.left_out is None:
+                is_small = record.adapter_bytes <= LARGEST_ADAPTER
+                export_record(run, runs, keep_adapter=path.name in with_adapter and is_small)
+            elif not (runs / path.name).exists():
+                # It was restored from another study, which has runs in common with this one.
+                copy_exported(run, runs)
         elif run.validation_losses_file.is_file() and run.config_file.is_file():
             export_stopped(run, runs)
         else:
             continue
         count += 1
+    return count
+
+
+def restore_study(folder: Path, outputs: Path) -> int:
+    """Copy the study's records to where its runs are, so that `run` continues from them on another machine.
+
+    A run that is already in `outputs` stays as it is.
+
+    Returns:
+        The number of runs that were copied.
+
+    Raises:
+        UserError: the study has no records.
+        OSError: the folder cannot be written.
+    """
+    runs = folder / "runs"
+    if not runs.is_dir():
+        raise UserError(f"{runs}: no such folder, so the study has no records to continue from; start it with `run`")
+    count = 0
+    for kept in sorted(path for path in runs.iterdir() if (path / "config.yaml").is_file()):
+        if not (outputs / kept.name).exists():
+            # Copied under another name first: a kill in between must not leave half a run.
+            incomplete = outputs / f".{kept.name}.tmp"
+            shutil.rmtree(incomplete, ignore_errors=True)
+            shutil.copytree(kept, incomplete)
+            incomplete.rename(outputs / kept.name)
+            count += 1
+    if (runs / "base").is_dir():
+        shutil.copytree(runs / "base", outputs / "base", dirs_exist_ok=True)
     return count

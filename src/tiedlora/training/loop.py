@@ -70,6 +70,8 @@ class LoopHooks:
     """Optimizer step -> its rows in words, for the message about a loss that is not finite."""
     stop_requested: Callable[[], bool]
     """Whether the run should end after this step. With several processes, all get the same answer."""
+    validation_scores: Callable[[], dict[str, float]] = dict
+    """Further metrics of a validation, such as validation/exact_match; by default there are none."""
     world: World = field(default_factory=World)
     """The processes that train together. Each draws its own dropout masks."""
 
@@ -277,7 +279,7 @@ class _Loop:
             advice = "lower train.lr" if step else "this is before any training, so try train.dtype=float32"
             raise Diverged(f"step {step}: the validation loss is {loss}; {advice}")
         self.state.validation.append([step, loss])
-        self.hooks.log_metrics([MetricsRow(step, {"validation/loss": loss})])
+        self.hooks.log_metrics([MetricsRow(step, {"validation/loss": loss, **self.hooks.validation_scores()})])
         if len(self.state.halvings) > halvings:
             self.hooks.save_checkpoint(self.state)
 

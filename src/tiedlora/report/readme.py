@@ -1,0 +1,150 @@
+"""A report's tables inside a README, so that the numbers that people read there are those of the runs.
+
+The README marks where a table goes, and `scripts/report.py ... --readme FILE` writes what stands between the marks:
+
+    <!-- report: verdicts -->
+    (the table)
+    <!-- end of report -->
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tiedlora import storage
+from tiedlora.errors import UserError
+from tiedlora.report import formats, matrix, tables
+from tiedlora.report.compare import ResultRow
+from tiedlora.report.groups import RunGroup
+from tiedlora.report.values import Column, Count, LearningRate, Percent, ScoreInterval, Table, Value
+from tiedlora.report.write import Report
+from tiedlora.text import visible
+
+BLOCK = re.compile(r"(?P<start><!-- report: (?P<name>[^>]*?) -->\n).*?(?P<end><!-- end of report -->)", re.DOTALL)
+START = re.compile(r"<!-- report: ")
+RUNS = "runs"
+"""The name of the line that says how many runs the report has, of which models, tasks and commits."""
+COST = ("configuration", "rank", "parameters", "tokens/s", "peak memory GiB", "adapter MiB")
+"""The columns of the table of costs."""
+
+
+def write(report: Report, file: Path) -> list[str]:
+    """Write the tables of a report between the marks of a README.
+
+    Returns:
+        The names of the tables that were written.
+
+    Raises:
+        UserError: the file cannot be read, has no marks, or a mark is wrong; nothing is written then.
+        OSError: the file cannot be written.
+    """
+    before = storage.read_bytes(file).decode("utf-8", "replace")
+    try:
+        after = filled(before, report)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    if after != before:
+        storage.write_bytes(file, after.encode())
+    return [found["name"] for found in BLOCK.finditer(after)]
+
+
+def filled(text: str, report: Report) -> str:
+    """The text with the report's tables between its marks.
+
+    Raises:
+        UserError: there is no mark, one has no end, or no table has its name.
+    """
+    blocks = list(BLOCK.finditer(text))
+    if not blocks:
+        raise UserError(f"has no marks; write <!-- report: NAME --> and <!-- end of report -->; NAME is {_names()}")
+    for found in blocks:
+        if found["name"] not in (RUNS, *TABLES) or START.search(text, found.end("start"), found.start("end")):
+            raise UserError(
+                f"<!-- report: {found['name']} -->: the name is {_names()}, and each mark needs its own end"
+            )
+    return BLOCK.sub(lambda found: f"{found['start']}{_block(found['name'], report)}{found['end']}", text)
+
+
+def _names() -> str:
+    return ", ".join((RUNS, *TABLES))
+
+
+def _block(name: str, report: Report) -> str:
+    if name == RUNS:
+        return f"{visible(report.summary())}\n"
+    table = TABLES[name](report)
+    return formats.pipe_table(table) if table.rows else "There are no runs for this table yet.\n"
+
+
+def _verdicts(report: Report) -> Table:
+    """One row for each model and claim, one column for each task."""
+    models = matrix.by_model(report.verdicts, sorted({answer.model for answer in report.answers if answer.model}))
+    tasks = list(dict.fromkeys(task for model in models for task in model.tasks))
+    seeds = {(answer.model, answer.claim.name, answer.task): answer.seeds for answer in report.answers}
+    rows = []
+    for model in models:
+        for row in model.rows:
+            cells = {cell.task: _cell(cell, seeds.get((model.model, row.name, cell.task), 0)) for cell in row.cells}
+            rows.append((row.name, *(cells.get(task) for task in tasks)))
+    return Table("verdicts", "", (Column("claim"), *map(Column, tasks)), rows)
+
+
+def _cell(cell: matrix.Cell, seeds: int) -> str | None:
+    if not cell.effect:
+        return cell.verdict
+    verdict = f"{cell.verdict} (exploratory)" if cell.exploratory else cell.verdict
+    return f"{verdict}: {cell.effect} {cell.interval}".rstrip() + f", {seeds} seed{'s' if seeds != 1 else ''}"
+
+
+def _scores(report: Report) -> Table:
+    """One row for each group, task and metric that a claim names; without claims, for each task's first metric."""
+    asked = {(answer.pair.task, answer.measure.metric) for answer in report.answers if answer.pair and answer.measure}
+    rows = [
+        row
+        for row in report.rows
+        if row.score is not None and ((row.group.task, row.measure.metric) in asked or (row.primary and not asked))
+    ]
+    columns = (
+        *(Column("task"), Column("metric"), Column("configuration"), Column("rank", int)),
+        *(Column("parameters", Count), Column("share of LoRA", Percent), Column("lr", LearningRate)),
+        *(Column("seeds", int), Column("score", ScoreInterval), Column("minus LoRA at this rank", ScoreInterval)),
+    )
+    return Table("scores", "", columns, [_score(row) for row in sorted(rows, key=_order)])
+
+
+def _order(row: ResultRow) -> tuple[str, str, int, str]:
+    return row.group.task, row.measure.metric, -row.group.params, row.group.name
+
+
+def _score(row: ResultRow) -> tuple[Value, ...]:
+    group, unit = row.group, row.measure.unit
+    assert row.score is not None
+    return (
+        *(group.task, row.measure.metric, group.configuration, group.rank, Count(group.params), Percent(group.share)),
+        *(LearningRate(group.lr, len(group.rates)), len(row.seeds), ScoreInterval(row.score.widest, unit=unit)),
+        ScoreInterval(row.difference.widest, signed=True, unit=unit) if row.difference else None,
+    )
+
+
+def _cost(report: Report) -> Table:
+    return _only(tables.cost(_largest_task(report.groups)), COST)
+
+
+def _largest_task(groups: Sequence[RunGroup]) -> list[RunGroup]:
+    """The groups of the task with most of them: speeds of different tasks are no comparison of configurations."""
+    tasks = [group.task for group in groups]
+    most = max(sorted(set(tasks)), key=tasks.count, default=None)
+    return [group for group in groups if group.task == most]
+
+
+def _only(table: Table, names: Sequence[str]) -> Table:
+    """The columns with these names."""
+    places = [table.head.index(name) for name in names]
+    columns = tuple(table.columns[place] for place in places)
+    return Table(table.name, table.caption, columns, [tuple(row[place] for place in places) for row in table.rows])
+
+
+TABLES: dict[str, Callable[[Report], Table]] = {"verdicts": _verdicts, "scores": _scores, "cost": _cost}
+"""The tables that a README can hold."""

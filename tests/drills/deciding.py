@@ -1,0 +1,99 @@
+"""python tests/drills/deciding.py [--model smollm2_135m] [--folder /tmp/deciding]: a claim that ends before its plan.
+
+A deciding sweep of LoRA, TABuv and Tuv on short sums, with planned looks at 3, 5 and 8 seeds and two claims:
+
+- LoRA has a lower loss than Tuv, whose projections are frozen, at the same rank;
+- LoRA has a lower loss than TABuv by more than a nat, in 24 steps.
+
+Both are far from their boundary. The drill ends with an error unless each is closed at the first look, no run has a
+seed of a later look, and the same command has nothing left to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tiedlora.config.project import PROJECT
+from tiedlora.records.run_folder import RunFolder
+
+LOOKS = (3, 5, 8)
+CLAIMS = f"""
+paper: a drill of this project
+looks: {list(LOOKS)}
+claims:
+  - name: LoRA has a lower loss than Tuv
+    method: {{configuration: LoRA, rank: 8}}
+    comparator: {{configuration: Tuv, rank: 8}}
+    better_by: 0.0
+    tasks: {{chain_sum: target_loss}}
+  - name: LoRA's loss is lower than TABuv's by more than a nat
+    method: {{configuration: LoRA, rank: 8}}
+    comparator: {{configuration: TABuv, rank: 8}}
+    better_by: 1.0
+    tasks: {{chain_sum: target_loss}}
+"""
+EXPECTED = ["supported", "contradicted"]
+WORDS = (
+    *("hydra/sweeper=deciding", "tying=LoRA,TABuv,Tuv", "rank=r8", "train.lr=3e-3,1e-2", "task=chain_sum"),
+    *("task.options.rows={train: 400, validation: 32, test: 64}", "task.rows.validation=32", "train=tiny"),
+    *("train.steps=24", "train.batch_size=8", "train.validate_every=6", "train.validation_rows=32"),
+    *("score.splits=[test]", "score.metrics=[target_loss]", "train.threads=1", "tracking=none"),
+    *("hydra.sweeper.lowest_rate=1e-3", "hydra.sweeper.highest_rate=0.1"),
+)
+
+
+def sweep(model: str, folder: Path) -> str:
+    """Start the sweep once. Returns what it printed."""
+    claims = folder / "claims.yaml"
+    claims.write_text(CLAIMS)
+    words = [*WORDS, f"model={model}", f"hydra.sweeper.claims={claims}", f"outputs={folder / 'outputs'}"]
+    done = subprocess.run(
+        [sys.executable, str(PROJECT / "train.py"), "--multirun", *words],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+        check=False,
+    )
+    if done.returncode != 0:
+        sys.exit(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """Run -> the bytes of its record."""
+    return {path.parent.name: path.read_bytes() for path in sorted(folder.glob("outputs/*/result.json"))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2_135m")
+    parser.add_argument("--folder", type=Path, help="where the sweep goes; a new temporary folder if left out")
+    arguments = parser.parse_args()
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="deciding-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    sweep(arguments.model, folder)
+    took = time.monotonic() - started
+    (file,) = folder.glob("outputs/sweeps/*/verdicts.json")
+    verdicts = json.loads(file.read_text())
+    for verdict in verdicts:
+        print(f"{verdict['claim']}: {verdict['verdict']} at look {verdict['look']}: {verdict['reason']}")
+    assert [verdict["verdict"] for verdict in verdicts] == EXPECTED
+    assert all(verdict["look"] == 1 and not verdict["open"] for verdict in verdicts)
+    finished = results(folder)
+    seeds = {RunFolder(folder / "outputs" / name).finished_record().seed for name in finished}
+    assert seeds == set(range(LOOKS[0])), f"runs of seeds {sorted(seeds)}"
+    sweep(arguments.model, folder)
+    assert results(folder) == finished, "the same command once more has changed a run"
+    plan = 3 * LOOKS[-1]
+    print(f"{len(finished)} runs finished in {took:.0f} s, at seeds 0 to {LOOKS[0] - 1}; all looks are {plan} runs")
+
+
+if __name__ == "__main__":
+    main()

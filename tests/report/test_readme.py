@@ -1,0 +1,84 @@
+"""Tables of a report inside a README."""
+
+import pytest
+from helpers.report_runs import world
+
+from tiedlora.errors import UserError
+from tiedlora.report import formats, readme, write
+
+TEXT = """# A study
+
+<!-- report: verdicts -->
+an old table
+<!-- end of report -->
+
+Words between the tables stay.
+
+<!-- report: scores -->
+<!-- end of report -->
+<!-- report: runs -->
+<!-- end of report -->
+<!-- report: cost -->
+<!-- end of report -->
+"""
+CLAIMS = """
+looks: [3, 5]
+claims:
+  - name: TABuv keeps 90 % of the gain
+    method: {configuration: TABuv, rank: 8}
+    comparator: {configuration: LoRA, at: equal_rank}
+    retains: 0.9
+    tasks: []
+"""
+
+
+@pytest.fixture
+def report(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.5, "TABuv": 0.3}, seeds=5, rows=200)
+    (tmp_path / "claims.yaml").write_text(CLAIMS)
+    return write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
+
+
+def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(TEXT)
+    assert readme.write(report, file) == ["verdicts", "scores", "runs", "cost"]
+    text = file.read_text()
+    assert "an old table" not in text
+    assert "Words between the tables stay." in text
+    (answer,) = report.answers
+    assert f"{answer.verdict.value}: {formats.score(answer.difference.widest.value, signed=True)[1:]}" in text.replace(
+        "\N{MINUS SIGN}", ""
+    )
+    assert ", 5 seeds |" in text
+    for row in report.rows:
+        assert formats.score(row.score.value) in text
+    assert report.summary() in text
+    assert "peak memory GiB" in text
+
+
+def test_a_second_writing_changes_nothing(report):
+    once = readme.filled(TEXT, report)
+    assert readme.filled(once, report) == once
+
+
+def test_an_empty_report_says_so(tmp_path):
+    (tmp_path / "runs").mkdir()
+    text = readme.filled(TEXT, write.build([tmp_path / "runs"]))
+    assert text.count("There are no runs for this table yet.") == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# No marks", r"has no marks; write <!-- report: NAME --> .*; NAME is runs, verdicts, scores, cost"),
+        ("<!-- report: veredicts -->\n<!-- end of report -->\n", r"veredicts -->: the name is runs, verdicts"),
+        (TEXT.replace("<!-- end of report -->\n\nWords", "Words"), "each mark needs its own end"),
+    ],
+)
+def test_wrong_marks_are_named_and_change_nothing(report, tmp_path, text, message):
+    file = tmp_path / "README.md"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        readme.write(report, file)
+    assert file.read_text() == text
