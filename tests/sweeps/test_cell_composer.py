@@ -88,7 +88,7 @@ def test_random_cells_equal_hydras_own_composition():
 
 def test_a_grid_costs_one_composition_for_each_value_of_each_axis(monkeypatch):
     axes = {"model": ["gpt2", "llama2_7b"], "tying": ["LoRA", "TA", "TB"], "train.lr": ["1e-3", "1e-2"], "seed": "0123"}
-    with composer() as fast:
+    with composer("+grid=paper") as fast:
         monkeypatch.setattr(fast, "compose_whole", lambda cell: pytest.fail(f"composed as a whole: {cell}"))
         loaded = []
         load = fast._load
