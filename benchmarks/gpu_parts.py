@@ -173,7 +173,7 @@ def training(plan: Plan, model: str, variant: str) -> dict[str, Any]:
     from tiedlora.data.batching import BatchSampler
     from tiedlora.models.arithmetic import training_bytes, training_flop
     from tiedlora.models.device import only_deterministic_algorithms
-    from tiedlora.runs.device_speed import measure
+    from tiedlora.runs.device_speed import products_rate
 
     config = config_of(plan, model, "tying=TABuv", *VARIANTS[variant])
     algorithms = only_deterministic_algorithms() if config.train.deterministic else contextlib.nullcontext()
@@ -185,7 +185,7 @@ def training(plan: Plan, model: str, variant: str) -> dict[str, Any]:
     numbers = [n for step in range(plan.skipped + 1, config.train.steps + 1) for n in sampler.rows_of_step(step)]
     a = config.model.architecture
     flop = sum(training_flop(a, len(rows[n]), len(rows[n].target)) for n in numbers)
-    rate = measure(config, 0.5).flop_per_s
+    rate = products_rate(config, 0.5)
     return {
         **figures,
         "flop_per_s": flop / figures["seconds"],

@@ -17,12 +17,17 @@ PROCESS_BYTES = 500_000_000
 
 @dataclass(frozen=True)
 class DeviceSpeed:
-    """How fast a device multiplies matrices."""
+    """How fast a device is with one base model."""
 
     device: str
     """Such as `cpu, 2 threads`."""
     is_gpu: bool
     flop_per_s: float
+    """Of matrix products."""
+    training_seconds: float
+    """One token through one block in training: forward, and backward through frozen weights to the activations."""
+    answering_seconds: float
+    """One token of an answer through one block, when score.batch_size rows are answered at once."""
 
 
 def block_weights(a: Architecture) -> int:
@@ -54,9 +59,9 @@ def training_flop(a: Architecture, tokens: float, target_tokens: float) -> float
     return 2 * forward + 4 * a.layers * a.heads * a.head_dim * tokens * tokens / 2
 
 
-def answer_flop(a: Architecture, new_tokens: float) -> float:
-    """FLOP of generating so many tokens of an answer, after its prompt."""
-    return 2 * (block_weights(a) + a.vocabulary * a.hidden) * new_tokens
+def head_flop(a: Architecture, tokens: float) -> float:
+    """FLOP of the output head for so many tokens."""
+    return 2 * a.vocabulary * a.hidden * tokens
 
 
 def training_bytes(config: Config, longest_row: int) -> int:

@@ -1,43 +1,158 @@
-"""How fast this device multiplies matrices: two seconds of measurement, for a forecast."""
+"""How fast this device is with one block of the base model: two seconds of measurement, for a forecast."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from tiedlora.config.schema import Config
-from tiedlora.models.arithmetic import DeviceSpeed
+from tiedlora.models.arithmetic import DeviceSpeed, block_weights
 from tiedlora.models.device import execution_on, resolve_device
+from tiedlora.training.allocator import keep_freed_memory
+from tiedlora.tying import Architecture
 
-TOKENS = 2048
-"""Rows of the product. More do not make it faster on a CPU."""
+PASS_TOKENS = 2048
+"""The most tokens of a measured pass. More do not make it faster on a CPU."""
+LEAST_TIMES = 5
+"""How often a pass is measured at least."""
 AT_ONCE = {"cpu": 1, "cuda": 100}
 """Products of one time. On a GPU one takes a few microseconds, less than to start it and to wait for its end."""
+RANK = 8
+"""The rank of the block's adapter: products of few columns cost the same at any small rank."""
 
 
-def measure(config: Config, seconds: float) -> DeviceSpeed:
-    """The rate of the product of tokens with a feed-forward weight, in the number type of the run: a median.
+def products_rate(config: Config, seconds: float) -> float:
+    """The rate of the product of tokens with a feed-forward weight, in the number type of the run: FLOP a second.
 
     Raises:
         UserError: train.device is not here.
     """
-    device, a = resolve_device(config.train.device), config.model.architecture
-    if device.type == "cpu" and config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    dtype = getattr(torch, config.train.dtype)
-    x = torch.randn(TOKENS, a.hidden).to(device, dtype)
+    device, a, dtype = _prepare(config), config.model.architecture, getattr(torch, config.train.dtype)
+    x = torch.randn(PASS_TOKENS, a.hidden).to(device, dtype)
     weight = torch.randn(a.intermediate or 4 * a.hidden, a.hidden).to(device, dtype)
-    times: list[float] = []
     at_once = AT_ONCE[device.type]
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        started = time.perf_counter()
+
+    def products() -> None:
         for _ in range(at_once):
-            torch.nn.functional.linear(x, weight)
+            F.linear(x, weight)
+
+    return 2 * at_once * x.shape[0] * weight.numel() / _median_seconds(products, device, seconds)
+
+
+def measure(config: Config, seconds: float, prompt: float, row: float) -> DeviceSpeed:
+    """The speed of one block with random activations, and of the products alone.
+
+    Args:
+        seconds: the time of the measurement.
+        prompt: tokens of a prompt.
+        row: tokens of a training row.
+
+    Raises:
+        UserError: train.device is not here.
+    """
+    device, a = _prepare(config), config.model.architecture
+    rate = products_rate(config, seconds / 5)
+    # A pass takes at most a tenth of the time, if it reaches a fifth of the products' rate.
+    affordable = int(seconds / 10 * rate / 5 / (4 * block_weights(a) / a.layers))
+    length = max(1, round(row))
+    rows = max(1, min(config.train.batch_size, config.train.microbatch_size or PASS_TOKENS, PASS_TOKENS // length))
+    rows = max(1, min(rows, affordable // length))
+    block = _Block(a, device, getattr(torch, config.train.dtype))
+    x = block.activations(rows, length).requires_grad_()
+
+    def train() -> None:
+        block(x).sum().backward()  # type: ignore[no-untyped-call]
+
+    training = _median_seconds(train, device, seconds / 2) / (rows * length)
+    answered = max(1, min(config.score.batch_size, affordable))
+    token = block.activations(answered, 1)
+    cache = block.cache(answered, max(1, round(prompt + (row - prompt) / 2)))
+
+    def answer() -> None:
+        with torch.no_grad():
+            block(token, cache)
+
+    answering = _median_seconds(answer, device, seconds * 3 / 10) / answered
+    return DeviceSpeed(str(execution_on(device)), device.type == "cuda", rate, training, answering)
+
+
+def _prepare(config: Config) -> torch.device:
+    device = resolve_device(config.train.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+    return device
+
+
+def _median_seconds(work: Callable[[], None], device: torch.device, seconds: float) -> float:
+    """The median time of the work, which is repeated for so many seconds. The first time is not counted."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) <= LEAST_TIMES or time.perf_counter() < end:
+        started = time.perf_counter()
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
-    flop = 2 * at_once * x.shape[0] * weight.numel()
-    return DeviceSpeed(str(execution_on(device)), device.type == "cuda", flop / statistics.median(times))
+    return statistics.median(times[1:])
+
+
+class _Block:
+    """A block of a Llama with an adapter on q, k and v, in the sizes of the base model. Its weights are constant."""
+
+    def __init__(self, a: Architecture, device: torch.device, dtype: torch.dtype) -> None:
+        def matrix(d_out: int, d_in: int) -> Tensor:
+            return torch.full((d_out, d_in), 0.01, device=device, dtype=dtype)
+
+        self.a, self.device, self.dtype = a, device, dtype
+        inside = a.intermediate or 4 * a.hidden
+        heads = (a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim)
+        self.qkv = [matrix(d_out, a.hidden) for d_out in heads]
+        self.o, self.down = matrix(a.hidden, a.heads * a.head_dim), matrix(a.hidden, inside)
+        self.gate, self.up = matrix(inside, a.hidden), matrix(inside, a.hidden)
+        self.norm = torch.ones(a.hidden, device=device, dtype=dtype)
+        self.A = matrix(RANK, a.hidden).requires_grad_()
+        self.B = [matrix(d_out, RANK).requires_grad_() for d_out in heads]
+
+    def activations(self, rows: int, tokens: int) -> Tensor:
+        """Random hidden states, (rows, tokens, hidden)."""
+        return torch.randn(rows, tokens, self.a.hidden).to(self.device, self.dtype)
+
+    def cache(self, rows: int, tokens: int) -> Tensor:
+        """Random keys or values of earlier tokens, (rows, key heads, tokens, head size)."""
+        return torch.randn(rows, self.a.kv_heads, tokens, self.a.head_dim).to(self.device, self.dtype)
+
+    def __call__(self, x: Tensor, cache: Tensor | None = None) -> Tensor:
+        """The block's output for hidden states x, (rows, tokens, hidden), after the cached tokens."""
+        h = self._normed(x)
+        q, k, v = (
+            (F.linear(h, weight) + F.linear(F.linear(h, self.A), B))
+            .unflatten(-1, (-1, self.a.head_dim))
+            .transpose(1, 2)
+            for weight, B in zip(self.qkv, self.B, strict=True)
+        )
+        q, k = _rotated(q), _rotated(k)
+        if cache is not None:
+            k, v = torch.cat((cache, k), 2), torch.cat((cache, v), 2)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, is_causal=cache is None, enable_gqa=self.a.kv_heads != self.a.heads
+        )
+        x = x + F.linear(attended.transpose(1, 2).flatten(2), self.o)
+        h = self._normed(x)
+        return x + F.linear(F.silu(F.linear(h, self.gate)) * F.linear(h, self.up), self.down)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.norm * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(self.dtype)
+
+
+def _rotated(x: Tensor) -> Tensor:
+    """As much work as rotary positions, (rows, heads, tokens, head size)."""
+    first, second = x.chunk(2, -1)
+    return x * 0.8 + torch.cat((-second, first), -1) * 0.6

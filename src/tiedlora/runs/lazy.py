@@ -50,11 +50,11 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
     return regenerate.regenerate(run, least, suspects)
 
 
-def device_speed(config: Config, seconds: float) -> DeviceSpeed:
-    """Measure the matrix products of the device that a run would use; see device_speed.py."""
+def device_speed(config: Config, seconds: float, prompt: float, row: float) -> DeviceSpeed:
+    """Measure the device that a run would use; see device_speed.py."""
     from tiedlora.runs import device_speed
 
-    return device_speed.measure(config, seconds)
+    return device_speed.measure(config, seconds, prompt, row)
 
 
 def free_memory() -> None:

@@ -1,7 +1,7 @@
 """What a sweep will cost, before it is run: tokens, hours and peak memory for each model and task.
 
 The speeds come from finished runs of the same model and task in the same folder of outputs, if there are any. If not,
-they come from the model's arithmetic (models/arithmetic.py) and a measurement of this device's matrix products.
+they come from one block of the model, measured on this device, and from the model's arithmetic (models/arithmetic.py).
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from tiedlora.text import aligned
 
 MEASURED_SECONDS = 2.0
 """The time of the measurement, all models of a sweep together."""
-TRAINING_SHARE, DECODING_SHARE = 0.6, 0.14
-"""The share of the matrix products' rate that training and decoding reach, on two CPU cores with the embedded model.
-docs/performance.md: training 0.606; decoding 20,600 tokens of 200 answers in 43 s, at 950 GFLOP/s. On a GPU untried."""
+LOSS_SHARE = 0.3
+"""The share of the products' rate that the output head reaches with its softmax, on two CPU cores. On a GPU untried."""
 NEWEST_RUNS = 20
 """How many finished runs of a model and task are read."""
 RUNGS, FINALISTS, SEARCH_SEEDS = (0.25, 0.5), (2, 3), 2
@@ -110,7 +109,8 @@ def forecast(sweep: Sweep) -> tuple[list[TaskForecast], list[str]]:
             continue
         else:
             if key[:2] not in speeds:
-                speeds[key[:2]] = lazy.device_speed(config, MEASURED_SECONDS / len(models))
+                row = found.prompt + found.target
+                speeds[key[:2]] = lazy.device_speed(config, MEASURED_SECONDS / len(models), found.prompt, row)
             known = computed_speeds(config, found, speeds[key[:2]])
         forecasts.append(_task_forecast(cells, known, counts))
     return forecasts, list(dict.fromkeys(unknown))
@@ -161,10 +161,12 @@ def _batch(record: RunRecord) -> int:
 
 
 def computed_speeds(config: Config, rows: RowLengths, speed: DeviceSpeed) -> Speeds:
-    """The speeds that follow from the model's arithmetic."""
+    """The speeds that follow from the measured block and the model's arithmetic. Blocks count as not compiled."""
     a, tokens = config.model.architecture, rows.prompt + rows.target
-    training = arithmetic.training_flop(a, tokens, rows.target) / (TRAINING_SHARE * speed.flop_per_s)
-    validating = arithmetic.forward_flop(a, tokens, rows.target) / (TRAINING_SHARE * speed.flop_per_s)
+    head = arithmetic.head_flop(a, rows.target) / (LOSS_SHARE * speed.flop_per_s)
+    # The head's backward pass has one more product. A validation loss is a forward pass only, half of the arithmetic.
+    training = tokens * a.layers * speed.training_seconds + 2 * head
+    validating = training / 2
     # An adapted model's answers are about as long as the targets.
     answer = _seconds_of_answer(config, rows, speed, min(rows.target, config.task.max_new_tokens))
     counted = "" if rows.is_exact else f", {CHARACTERS_PER_TOKEN:g} characters a token"
@@ -177,17 +179,18 @@ def computed_speeds(config: Config, rows: RowLengths, speed: DeviceSpeed) -> Spe
         scoring_base=1 / _seconds_of_answer(config, rows, speed, config.task.max_new_tokens),
         peak_memory_bytes=arithmetic.training_bytes(config, rows.longest)
         + (0 if speed.is_gpu else arithmetic.PROCESS_BYTES),
-        source=f"arithmetic, {speed.flop_per_s / 1e9:,.0f} GFLOP/s ({speed.device}{counted}{untried})",
+        source=f"a measured block and arithmetic ({speed.device}{counted}{untried})",
     )
 
 
 def _seconds_of_answer(config: Config, rows: RowLengths, speed: DeviceSpeed, new_tokens: float) -> float:
     """The time to score one row: the prompt, and then an answer of so many tokens, or each of the choices."""
-    a, fast, slow = config.model.architecture, TRAINING_SHARE * speed.flop_per_s, DECODING_SHARE * speed.flop_per_s
-    prompt = arithmetic.forward_flop(a, rows.prompt, 1) / fast
+    a = config.model.architecture
+    head, forward = arithmetic.head_flop(a, 1) / (LOSS_SHARE * speed.flop_per_s), a.layers * speed.training_seconds / 2
+    prompt = rows.prompt * forward + head
     if rows.choices:
-        return prompt + rows.choices * arithmetic.forward_flop(a, rows.target, rows.target) / fast
-    return prompt + arithmetic.answer_flop(a, new_tokens) / slow
+        return prompt + rows.choices * rows.target * (forward + head)
+    return prompt + new_tokens * (a.layers * speed.answering_seconds + head)
 
 
 def cost(config: Config, speeds: Speeds, counts: RowCounts) -> Cost:
