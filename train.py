@@ -17,7 +17,7 @@ from tiedlora.sweeps.run_cell import run_cell
 compose.register()
 
 
-@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+@hydra.main(config_path="conf", config_name="config", **compose.VERSION_BASE)
 def main(composed: DictConfig) -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         run_cell(compose.load(composed), Path(HydraConfig.get().runtime.output_dir))

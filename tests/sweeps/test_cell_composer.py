@@ -48,7 +48,7 @@ USUALLY_ABSENT = ("added", "odd", "refers", "text")
 def composer(*shared: str) -> Iterator[CellComposer]:
     compose.register()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+    with initialize_config_dir(config_dir=str(CONF), **compose.VERSION_BASE):
         loader = GlobalHydra.instance().config_loader()
         yield CellComposer(loader.load_configuration("config", list(shared), run_mode=RunMode.MULTIRUN), loader)
 

@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from tiedlora.config.compose import compose_config, load
+from tiedlora.config.compose import VERSION_BASE, compose_config, load
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import CONF, PROJECT
 from tiedlora.errors import UserError
@@ -29,7 +29,7 @@ def test_the_same_cell_written_differently_is_one_run(tiny_run, tmp_path, monkey
 
 
 def test_the_papers_grid_is_320_cells():
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+    with initialize_config_dir(config_dir=str(CONF), **VERSION_BASE):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration("config", ["+grid=paper"], run_mode=RunMode.MULTIRUN)
         rows = combinations(master, loader, ["+grid=paper"])

@@ -35,6 +35,19 @@ for words in json.loads(sys.argv[1]):
 """
 
 
+def test_a_launcher_that_fails_at_once_fails_its_cells(tiny_run, capsys):
+    swept = compose_sweep(tiny_run("seed=0,1"))
+
+    def broken(cells, first_job):
+        raise RuntimeError("no queue here")
+
+    with pytest.raises(SystemExit) as end:
+        launching.run_sweep(swept, broken)
+    assert end.value.code == 1
+    assert "2 of 2 cells failed" in capsys.readouterr().err
+    assert [cell.state() for cell in swept.cells] == ["failed", "failed"]
+
+
 def test_a_sweep_is_stopped_shared_finished_and_skipped(tiny_run, tmp_path):
     words = tiny_run("seed=0,1", "train.steps=80", "train.log_every=1", "train.checkpoint_every=80")
     cells = compose_sweep(words).cells

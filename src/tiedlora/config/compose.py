@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hydra
 import omegaconf
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -30,12 +31,16 @@ from tiedlora.errors import UserError
 
 # OmegaConf 2.4 has another name for register_new_resolver. 2.3 has an older function of that name.
 _IS_NEW = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
+_HYDRA_IS_NEW = tuple(map(int, hydra.__version__.split(".")[:2])) >= (1, 4)
+VERSION_BASE: dict[str, Any] = {} if _HYDRA_IS_NEW else {"version_base": "1.3"}
+"""Hydra 1.3 asks which version's defaults to take. 1.4 has these defaults, and warns if it is told."""
 _register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.register_new_resolver
 
 
 def register() -> None:
     """Register the schema and the `project` resolver with Hydra. It may be called more than once."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    again: dict[str, Any] = {"replace": True} if _HYDRA_IS_NEW else {}
+    ConfigStore.instance().store(name="schema", node=Config, **again)
     _register_resolver("project", lambda: str(PROJECT), replace=True)
 
 
@@ -135,7 +140,7 @@ def compose_config(overrides: list[str]) -> Config:
     register()
     with readable_errors():
         GlobalHydra.instance().clear()
-        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        with initialize_config_dir(config_dir=str(CONF), **VERSION_BASE):
             composed = compose(config_name="config", overrides=overrides)
     return load(composed)
 

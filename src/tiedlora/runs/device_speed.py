@@ -133,7 +133,7 @@ class _Block:
         h = self._normed(x)
         q, k, v = (
             (F.linear(h, weight) + F.linear(F.linear(h, self.A), B))
-            .unflatten(-1, (-1, self.a.head_dim))
+            .reshape(*x.shape[:2], -1, self.a.head_dim)
             .transpose(1, 2)
             for weight, B in zip(self.qkv, self.B, strict=True)
         )

@@ -184,6 +184,8 @@ class FrozenCells:
         """
         cell_id = sweep_overrides[0].removeprefix("cell=")
         frozen = OmegaConf.create({**storage.read_json(self.path / f"{cell_id}.json"), "hydra": master_config.hydra})
+        # Hydra 1.4 locks its section, and launchers write the job's number into it.
+        OmegaConf.set_readonly(frozen.hydra, False)
         frozen.merge_with_dotlist(list(sweep_overrides[1:]))
         frozen.hydra.overrides.task = list(sweep_overrides)
         # The cell finds the files that steer the sweep in Hydra's output directory, which is this folder for it.

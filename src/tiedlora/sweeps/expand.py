@@ -40,7 +40,7 @@ def compose_sweep(overrides: list[str]) -> Sweep:
     compose.register()
     with readable_errors():
         GlobalHydra.instance().clear()
-        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        with initialize_config_dir(config_dir=str(CONF), **compose.VERSION_BASE):
             loader = GlobalHydra.instance().config_loader()
             master = loader.load_configuration("config", overrides, run_mode=RunMode.MULTIRUN)
             return expand(master, loader, overrides)

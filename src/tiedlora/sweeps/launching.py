@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from tiedlora import storage
 from tiedlora.errors import UserError
 from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.sweeps import status
@@ -171,9 +172,9 @@ class _Launches:
         if self.counts[cell.run_id] < LAUNCHES:
             log.warning("%s: stopped without a result; launching it once more", cell.run_id)
             return True
-        cell.folder.error_file.write_text(
-            f"The worker ended {LAUNCHES} times without a result or an error: killed, or out of memory?\n"
-        )
+        # A launcher that has failed at once leaves no folder.
+        message = f"The worker ended {LAUNCHES} times without a result or an error: killed, or out of memory?\n"
+        storage.write_bytes(cell.folder.error_file, message.encode())
         self.control.failed(cell.run_id)
         return False
 
