@@ -1,10 +1,12 @@
-"""How fast this device is with one block of the base model: two seconds of measurement, for a forecast."""
+"""How fast this device is with one block of the base model: a second or two of measurement, for a forecast."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,9 +18,11 @@ from tiedlora.models.device import execution_on, resolve_device
 from tiedlora.training.allocator import keep_freed_memory
 from tiedlora.tying import Architecture
 
-PASS_TOKENS = 2048
-"""The most tokens of a measured pass. More do not make it faster on a CPU."""
-LEAST_TIMES = 5
+PASS_TOKENS, LEAST_TOKENS = 2048, 64
+"""The most tokens of a measured pass (more do not make it faster on a CPU), and the fewest."""
+CPU_WEIGHTS = 20_000_000
+"""The most weights of a block that is measured on a CPU. A larger one is measured in half its widths, or a quarter."""
+LEAST_TIMES = 2
 """How often a pass is measured at least."""
 AT_ONCE = {"cpu": 1, "cuda": 100}
 """Products of one time. On a GPU one takes a few microseconds, less than to start it and to wait for its end."""
@@ -32,16 +36,19 @@ def products_rate(config: Config, seconds: float) -> float:
     Raises:
         UserError: train.device is not here.
     """
-    device, a, dtype = _prepare(config), config.model.architecture, getattr(torch, config.train.dtype)
+    device, dtype = _prepare(config), getattr(torch, config.train.dtype)
+    a, _ = _measurable(config.model.architecture, device)
     x = torch.randn(PASS_TOKENS, a.hidden).to(device, dtype)
-    weight = torch.randn(a.intermediate or 4 * a.hidden, a.hidden).to(device, dtype)
+    weight = torch.full((a.intermediate or 4 * a.hidden, a.hidden), 0.01, device=device, dtype=dtype)
     at_once = AT_ONCE[device.type]
 
-    def products() -> None:
+    def products(rows: int) -> None:
         for _ in range(at_once):
-            F.linear(x, weight)
+            F.linear(x[:rows], weight)
 
-    return 2 * at_once * x.shape[0] * weight.numel() / _median_seconds(products, device, seconds)
+    # On a slow device, fewer rows.
+    rows = _rows_within(seconds / 5, _median_seconds(lambda: products(LEAST_TOKENS), device, 0) / LEAST_TOKENS)
+    return 2 * at_once * rows * weight.numel() / _median_seconds(lambda: products(rows), device, seconds)
 
 
 def measure(config: Config, seconds: float, prompt: float, row: float) -> DeviceSpeed:
@@ -55,13 +62,13 @@ def measure(config: Config, seconds: float, prompt: float, row: float) -> Device
     Raises:
         UserError: train.device is not here.
     """
-    device, a = _prepare(config), config.model.architecture
+    device = _prepare(config)
+    a, times = _measurable(config.model.architecture, device)
     rate = products_rate(config, seconds / 5)
     # A pass takes at most a tenth of the time, if it reaches a fifth of the products' rate.
-    affordable = int(seconds / 10 * rate / 5 / (4 * block_weights(a) / a.layers))
-    length = max(1, round(row))
-    rows = max(1, min(config.train.batch_size, config.train.microbatch_size or PASS_TOKENS, PASS_TOKENS // length))
-    rows = max(1, min(rows, affordable // length))
+    affordable = _rows_within(seconds / 10, 4 * block_weights(a) / a.layers / (rate / 5))
+    length = max(1, min(round(row), affordable))
+    rows = min(config.train.batch_size, config.train.microbatch_size or PASS_TOKENS, affordable // length)
     block = _Block(a, device, getattr(torch, config.train.dtype))
     x = block.activations(rows, length).requires_grad_()
 
@@ -69,7 +76,7 @@ def measure(config: Config, seconds: float, prompt: float, row: float) -> Device
         block(x).sum().backward()  # type: ignore[no-untyped-call]
 
     training = _median_seconds(train, device, seconds / 2) / (rows * length)
-    answered = max(1, min(config.score.batch_size, affordable))
+    answered = min(config.score.batch_size, affordable)
     token = block.activations(answered, 1)
     cache = block.cache(answered, max(1, round(prompt + (row - prompt) / 2)))
 
@@ -78,7 +85,7 @@ def measure(config: Config, seconds: float, prompt: float, row: float) -> Device
             block(token, cache)
 
     answering = _median_seconds(answer, device, seconds * 3 / 10) / answered
-    return DeviceSpeed(str(execution_on(device)), device.type == "cuda", rate, training, answering)
+    return DeviceSpeed(str(execution_on(device)), device.type == "cuda", rate, times * training, times * answering)
 
 
 def _prepare(config: Config) -> torch.device:
@@ -88,6 +95,26 @@ def _prepare(config: Config) -> torch.device:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
     return device
+
+
+def _measurable(a: Architecture, device: torch.device) -> tuple[Architecture, float]:
+    """The sizes to measure, and how many times as many weights a block of the whole model has."""
+    weights, halvings = block_weights(a) / a.layers, 0
+    if device.type == "cpu":
+        halvings = max(0, math.ceil(math.log(weights / CPU_WEIGHTS, 4)))
+    heads, kv_heads = (max(1, count >> halvings) for count in (a.heads, a.kv_heads))
+    smaller = replace(
+        a,
+        hidden=a.hidden >> halvings,
+        heads=kv_heads * max(1, heads // kv_heads),
+        kv_heads=kv_heads,
+        intermediate=(a.intermediate or 4 * a.hidden) >> halvings,
+    )
+    return smaller, weights / (block_weights(smaller) / a.layers)
+
+
+def _rows_within(seconds: float, seconds_per_row: float) -> int:
+    return max(LEAST_TOKENS, min(PASS_TOKENS, int(seconds / seconds_per_row)))
 
 
 def _median_seconds(work: Callable[[], None], device: torch.device, seconds: float) -> float:

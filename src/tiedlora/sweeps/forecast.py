@@ -26,7 +26,7 @@ from tiedlora.sweeps.planned_rows import CHARACTERS_PER_TOKEN, RowCounts, RowLen
 from tiedlora.sweeps.selection import rate_groups
 from tiedlora.text import aligned
 
-MEASURED_SECONDS = 2.0
+MEASURED_SECONDS = 1.5
 """The time of the measurement, all models of a sweep together."""
 LOSS_SHARE = 0.3
 """The share of the products' rate that the output head reaches with its softmax, on two CPU cores. On a GPU untried."""
