@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
@@ -52,6 +53,13 @@ def scores_of(folder: RunFolder, name: str = "validation") -> list[dict]:
 
 def wrong(folder: RunFolder, rows: int = 100) -> list[str]:
     return [f"{f.check}: {f.explanation}" for f in verify.verify(folder.path, rows=rows) if f.ok is False]
+
+
+def test_more_scores_are_computed_with_the_threads_of_the_run(config):
+    """As in a new process of a sweep's launcher, which has trained nothing before."""
+    torch.set_num_threads(2)
+    run.main(config("score.splits=[test]"))
+    assert torch.get_num_threads() == 1
 
 
 def test_a_run_without_losses_is_finished_until_they_are_asked_for(config, monkeypatch):

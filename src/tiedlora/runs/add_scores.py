@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from tiedlora.adapter.attach_arm import attach_saved, trained_on
 from tiedlora.config import compose
 from tiedlora.config.schema import FORGETTING, Config
@@ -20,6 +22,7 @@ from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import load_examples, load_task
+from tiedlora.training.allocator import keep_freed_memory
 
 
 def add_scores(
@@ -43,7 +46,7 @@ def add_scores(
     Raises:
         UserError: the run is not finished, its base model or adapter has changed, or a metric is unknown.
     """
-    folder.finished_record()
+    execution = folder.finished_record().execution
     config = compose.read_config(folder.config_file)
     # The run may have been moved, or made by another user: it is written where it is now.
     config.data_root, config.outputs = data_root, str(folder.path.parent)
@@ -56,7 +59,13 @@ def add_scores(
     check_usable(config.score.engine, processes=1)
     if forgetting is not None:
         check_source(forgetting, config.task.name)
-    base = cached_base(config, resolve_device(config.train.device))
+    device = resolve_device(config.train.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+        if execution.threads is not None:
+            # As in training: rounding depends on it, and several cells may share the machine.
+            torch.set_num_threads(execution.threads)
+    base = cached_base(config, device)
     trained = trained_on(folder.adapter)
     if trained != base.record:
         raise UserError(f"{folder.adapter}: was trained on {trained}, the base model here is {base.record}")
