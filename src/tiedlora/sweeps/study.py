@@ -129,11 +129,21 @@ def export_study(folder: Path, outputs: Path) -> int:
                 # It was restored from another study, which has runs in common with this one.
                 copy_exported(run, runs)
         elif run.validation_losses_file.is_file() and run.config_file.is_file():
-            export_stopped(run, runs)
+            if not _is_exported(run, RunFolder(runs / path.name)):
+                export_stopped(run, runs)
         else:
             continue
         count += 1
     return count
+
+
+def _is_exported(run: RunFolder, exported: RunFolder) -> bool:
+    """Whether a stopped run has gone no further since its export. Then its files stay as they were written."""
+    now, kept = (
+        [file.exists() and storage.read_bytes(file) for file in (folder.validation_losses_file, folder.pruned_file)]
+        for folder in (run, exported)
+    )
+    return now == kept
 
 
 def restore_study(folder: Path, outputs: Path) -> int:
