@@ -23,6 +23,12 @@ def test_every_table_of_a_readme_has_the_numbers_of_the_records(folder):
     assert readme.filled(text, report) == text, f"write it with scripts/report.py {folder} --readme"
 
 
+def test_the_projects_readme_has_the_numbers_of_the_first_study():
+    folder = PROJECT / "studies" / "tied-lora-smollm2"
+    text = (PROJECT / "README.md").read_text()
+    assert readme.filled(text, write.build([folder], claims=folder / "claims.yaml")) == text
+
+
 @each_study
 def test_every_record_has_a_clean_commit_and_no_texts(folder):
     assert read_study(folder).name == folder.name

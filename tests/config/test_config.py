@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from tiedlora.config import compose as configuration
 from tiedlora.config.compose import CONF, compose_config
-from tiedlora.config.identity import config_tree
+from tiedlora.config.identity import config_tree, run_id
 from tiedlora.errors import UserError
 
 
@@ -88,3 +88,9 @@ def test_paths_are_those_of_the_project_wherever_it_is_started(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert compose_config([]).outputs == str(configuration.PROJECT / "outputs")
     assert compose_config(["outputs=here"]).outputs == str(tmp_path / "here")
+
+
+def test_an_infinite_value_has_no_id():
+    config = compose_config(["model=tiny_llama", "+task.options.odd=inf"])
+    with pytest.raises(UserError, match="infinite or no number"):
+        run_id(config)

@@ -49,6 +49,13 @@ def test_a_cell_has_the_verdict_and_the_difference(two_tasks):
     assert model.rows[0].verdict == "contradicted"
 
 
+def test_a_task_that_a_claim_is_not_about_is_not_asked(two_tasks, tmp_path):
+    report = report_of(tmp_path, CLAIMS.replace("tasks: []", "tasks: [squad]", 1))
+    (model,) = matrix.by_model(report.verdicts, ["tiny"])
+    verdicts = {cell.task: cell.verdict for cell in model.rows[0].cells}
+    assert verdicts == {"chain_sum": "not asked", "gsm8k": "not asked", "squad": "contradicted"}
+
+
 def test_equal_reasons_are_one_group_and_every_cell_leads_to_its_reason(two_tasks):
     (model,) = matrix.by_model(two_tasks.verdicts, ["tiny"])
     (group,) = model.rows[1].reasons

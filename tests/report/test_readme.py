@@ -16,6 +16,8 @@ Words between the tables stay.
 
 <!-- report: scores -->
 <!-- end of report -->
+<!-- report: overview -->
+<!-- end of report -->
 <!-- report: runs -->
 <!-- end of report -->
 <!-- report: cost -->
@@ -42,7 +44,7 @@ def report(tmp_path):
 def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
     file = tmp_path / "README.md"
     file.write_text(TEXT)
-    assert readme.write(report, file) == ["verdicts", "scores", "runs", "cost"]
+    assert readme.write(report, file) == ["verdicts", "scores", "overview", "runs", "cost"]
     text = file.read_text()
     assert "an old table" not in text
     assert "Words between the tables stay." in text
@@ -52,7 +54,7 @@ def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
     )
     assert ", 5 seeds |" in text
     for row in report.rows:
-        assert formats.score(row.score.value) in text
+        assert text.count(formats.score_interval(row.score.widest).replace("[", "\\[").replace("]", "\\]")) == 2
     assert report.summary() in text
     assert "peak memory GiB" in text
 
@@ -65,13 +67,13 @@ def test_a_second_writing_changes_nothing(report):
 def test_an_empty_report_says_so(tmp_path):
     (tmp_path / "runs").mkdir()
     text = readme.filled(TEXT, write.build([tmp_path / "runs"]))
-    assert text.count("There are no runs for this table yet.") == 3
+    assert text.count("There are no runs for this table yet.") == 4
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("# No marks", r"has no marks; write <!-- report: NAME --> .*; NAME is runs, verdicts, scores, cost"),
+        ("# No marks", r"has no marks; write <!-- report: NAME --> .*; NAME is runs, verdicts, overview, scores, cost"),
         ("<!-- report: veredicts -->\n<!-- end of report -->\n", r"veredicts -->: the name is runs, verdicts"),
         (TEXT.replace("<!-- end of report -->\n\nWords", "Words"), "each mark needs its own end"),
     ],

@@ -15,6 +15,7 @@ from typing import Any
 
 from tiedlora import tying
 from tiedlora.config.schema import Config
+from tiedlora.errors import UserError
 from tiedlora.tying import Tying
 
 IDENTITY_VERSION = 1
@@ -56,8 +57,16 @@ def label(values: Tying) -> str:
 
 
 def run_id(config: Config) -> str:
-    """`TABuv-r8-chain_sum-smollm2-...-s0-1a2b3c4d5e`: a readable name that depends only on the identity."""
-    canonical = json.dumps([IDENTITY_VERSION, identity(config)], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """`TABuv-r8-chain_sum-smollm2-...-s0-1a2b3c4d5e`: a readable name that depends only on the identity.
+
+    Raises:
+        UserError: a value is infinite or no number.
+    """
+    values = [IDENTITY_VERSION, identity(config)]
+    try:
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        raise UserError("the configuration has a value that is infinite or no number; give a finite one") from None
     digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
     model = config.model.name.rsplit("/", 1)[-1].lower()
     words = [label(config.tying), f"r{config.rank.r}", config.task.name, model, f"s{config.seed}", digest]

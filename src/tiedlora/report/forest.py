@@ -73,7 +73,8 @@ def line(answer: Answer) -> ForestLine:
     if answer.pair is None or answer.measure is None:
         missing = "not run" if answer.pair is None else "no comparison yet"
     elif share is None:
-        missing = "no gain of the comparator" if gain is not None else "no scores of the base"
+        without_base = "no scores of the base" if answer.seeds else "no comparison yet"
+        missing = "no gain of the comparator" if gain is not None else without_base
     elif answer.verdict == Verdict.UNINFORMATIVE:
         share, missing = None, "the comparator's gain may be 0"
     is_firm = answer.look is not None and not (answer.gain_may_be_zero and answer.claim.rule.needs_base)

@@ -22,7 +22,7 @@ class Cell:
 
     task: str
     verdict: str
-    """One of the words of Verdict, or `not run`."""
+    """One of the words of Verdict, `not run`, or `not asked` if the claim is not about the task."""
     exploratory: bool
     effect: str
     """The difference of method and comparator, with its unit; empty if there is none."""
@@ -127,8 +127,10 @@ def _side(side: claims.Side) -> str:
 
 
 def _cell(task: str, answer: Answer | None, reasons: str) -> Cell:
-    if answer is None or answer.pair is None:
-        return Cell(visible(task), "not run", False, "", "", reasons if answer is not None else "")
+    if answer is None:
+        return Cell(visible(task), "not asked", False, "", "", "")
+    if answer.pair is None:
+        return Cell(visible(task), "not run", False, "", "", reasons)
     effect = interval = ""
     if answer.difference is not None and answer.measure is not None:
         unit, difference = answer.measure.unit, answer.difference.widest

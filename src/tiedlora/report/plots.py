@@ -114,10 +114,14 @@ def _save(out: Path, name: str, figure: Figure) -> None:
 
 
 def forest_figure(answers: Sequence[Answer]) -> Figure | None:
-    """The forest plot, with a panel for each model; None if no answer has a share to draw."""
+    """The forest plot of the compared claims, a panel for each model; None if no answer has a share to draw."""
     models = list(dict.fromkeys(answer.model for answer in answers if answer.model))[:PANELS]
     of_model = {
-        model: forest.groups(answer for answer in answers if answer.model == model and answer.pair is not None)
+        model: forest.groups(
+            answer
+            for answer in answers
+            if answer.model == model and answer.measure is not None and answer.difference is not None
+        )
         for model in models
     }
     groups = [group for own in of_model.values() for group in own]

@@ -18,7 +18,7 @@ from tiedlora.errors import UserError
 from tiedlora.report import formats, matrix, tables
 from tiedlora.report.compare import ResultRow
 from tiedlora.report.groups import RunGroup
-from tiedlora.report.values import Column, Count, LearningRate, Percent, ScoreInterval, Table, Value
+from tiedlora.report.values import Column, Count, LearningRate, ScoreInterval, Table, Value
 from tiedlora.report.write import Report
 from tiedlora.text import visible
 
@@ -100,18 +100,47 @@ def _cell(cell: matrix.Cell, seeds: int) -> str | None:
 
 def _scores(report: Report) -> Table:
     """One row for each group, task and metric that a claim names; without claims, for each task's first metric."""
+    columns = (
+        *(Column("task"), Column("metric"), Column("configuration"), Column("rank", int)),
+        *(Column("parameters", Count), Column("lr", LearningRate)),
+        *(Column("seeds", int), Column("score", ScoreInterval), Column("minus LoRA at this rank", ScoreInterval)),
+    )
+    return Table("scores", "", columns, [_score(row) for row in sorted(_asked(report), key=_order)])
+
+
+def _asked(report: Report) -> list[ResultRow]:
+    """The scored rows by the metrics that claims name; without claims, by each task's first metric."""
     asked = {(answer.pair.task, answer.measure.metric) for answer in report.answers if answer.pair and answer.measure}
-    rows = [
+    return [
         row
         for row in report.rows
         if row.score is not None and ((row.group.task, row.measure.metric) in asked or (row.primary and not asked))
     ]
+
+
+def _overview(report: Report) -> Table:
+    """One row for each configuration and rank, one column for each task and metric; the numbers of `scores`."""
+    rows = sorted(_asked(report), key=_order)
+    places = list(dict.fromkeys((row.group.task, row.measure.metric) for row in rows))
+    scores = {(row.group.configuration, row.group.rank, row.group.task, row.measure.metric): row for row in rows}
+    groups = {(row.group.configuration, row.group.rank): row.group for row in rows}
     columns = (
-        *(Column("task"), Column("metric"), Column("configuration"), Column("rank", int)),
-        *(Column("parameters", Count), Column("share of LoRA", Percent), Column("lr", LearningRate)),
-        *(Column("seeds", int), Column("score", ScoreInterval), Column("minus LoRA at this rank", ScoreInterval)),
+        *(Column("configuration"), Column("rank", int), Column("parameters", Count)),
+        *(Column(f"{task}, {metric}", ScoreInterval) for task, metric in places),
     )
-    return Table("scores", "", columns, [_score(row) for row in sorted(rows, key=_order)])
+    return Table(
+        "overview",
+        "",
+        columns,
+        [
+            (*name, Count(group.params), *(_interval(scores.get((*name, *place))) for place in places))
+            for name, group in groups.items()
+        ],
+    )
+
+
+def _interval(row: ResultRow | None) -> ScoreInterval | None:
+    return None if row is None or row.score is None else ScoreInterval(row.score.widest, unit=row.measure.unit)
 
 
 def _order(row: ResultRow) -> tuple[str, str, int, str]:
@@ -122,7 +151,7 @@ def _score(row: ResultRow) -> tuple[Value, ...]:
     group, unit = row.group, row.measure.unit
     assert row.score is not None
     return (
-        *(group.task, row.measure.metric, group.configuration, group.rank, Count(group.params), Percent(group.share)),
+        *(group.task, row.measure.metric, group.configuration, group.rank, Count(group.params)),
         *(LearningRate(group.lr, len(group.rates)), len(row.seeds), ScoreInterval(row.score.widest, unit=unit)),
         ScoreInterval(row.difference.widest, signed=True, unit=unit) if row.difference else None,
     )
@@ -146,5 +175,10 @@ def _only(table: Table, names: Sequence[str]) -> Table:
     return Table(table.name, table.caption, columns, [tuple(row[place] for place in places) for row in table.rows])
 
 
-TABLES: dict[str, Callable[[Report], Table]] = {"verdicts": _verdicts, "scores": _scores, "cost": _cost}
+TABLES: dict[str, Callable[[Report], Table]] = {
+    "verdicts": _verdicts,
+    "overview": _overview,
+    "scores": _scores,
+    "cost": _cost,
+}
 """The tables that a README can hold."""

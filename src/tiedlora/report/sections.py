@@ -92,6 +92,6 @@ def _command(run: Run) -> str:
     elsewhere = f"# this version of the code reads another run; its whole configuration is in {run.run_id}/config.yaml"
     try:
         config = compose.load(OmegaConf.create(run.record.config.tree))
+        return command.command(config) if run_id(config) == run.run_id else elsewhere
     except (UserError, OmegaConfBaseException):
         return elsewhere
-    return command.command(config) if run_id(config) == run.run_id else elsewhere
