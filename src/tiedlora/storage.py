@@ -187,6 +187,21 @@ def _reason_to_refuse(events: Iterator[yaml.Event]) -> str:
     return ""
 
 
+def copy_folder(source: Path, path: Path) -> None:
+    """Copy a folder completely or not at all.
+
+    Raises:
+        OSError: the disk is full, or there is no permission; `path` does not exist then.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        shutil.copytree(source, beside)
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that replaces `path` when the block ends without an error. After an error it is removed."""

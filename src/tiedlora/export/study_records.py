@@ -69,7 +69,7 @@ def copy_exported(run: RunFolder, out: Path) -> None:
         OSError: the folder cannot be written.
     """
     copied = RunFolder(out / run.path.name)
-    shutil.copytree(run.path, copied.path)
+    storage.copy_folder(run.path, copied.path)
     for split, scores in run.finished_record().scores.items():
         if scores.base is not None:
             source = run.base_predictions_file(split, scores.files)

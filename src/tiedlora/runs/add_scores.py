@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from tiedlora.adapter.attach_arm import attach_saved, trained_on
 from tiedlora.config import compose
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
-from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
+from tiedlora.runs.process_device import set_up_device
 from tiedlora.runs.session import cached_base
 from tiedlora.scoring.engines import check_usable
 from tiedlora.scoring.memory import score_forgetting, score_within_memory
@@ -22,7 +20,6 @@ from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import load_examples, load_task
-from tiedlora.training.allocator import keep_freed_memory
 
 
 def add_scores(
@@ -59,13 +56,7 @@ def add_scores(
     check_usable(config.score.engine, processes=1)
     if forgetting is not None:
         check_source(forgetting, config.task.name)
-    device = resolve_device(config.train.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-        if execution.threads is not None:
-            # As in training: rounding depends on it, and several cells may share the machine.
-            torch.set_num_threads(execution.threads)
-    base = cached_base(config, device)
+    base = cached_base(config, set_up_device(config.train.device, execution.threads))
     trained = trained_on(folder.adapter)
     if trained != base.record:
         raise UserError(f"{folder.adapter}: was trained on {trained}, the base model here is {base.record}")

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from tiedlora.config.schema import Config
 from tiedlora.models.arithmetic import DeviceSpeed, block_weights
-from tiedlora.models.device import execution_on, resolve_device
-from tiedlora.training.allocator import keep_freed_memory
+from tiedlora.models.device import execution_on
+from tiedlora.runs.process_device import set_up_device
 from tiedlora.tying import Architecture
 
 PASS_TOKENS, LEAST_TOKENS = 2048, 64
@@ -36,7 +36,7 @@ def products_rate(config: Config, seconds: float) -> float:
     Raises:
         UserError: train.device is not here.
     """
-    device, dtype = _prepare(config), getattr(torch, config.train.dtype)
+    device, dtype = set_up_device(config.train.device, config.train.threads), getattr(torch, config.train.dtype)
     a, _ = _measurable(config.model.architecture, device)
     x = torch.randn(PASS_TOKENS, a.hidden).to(device, dtype)
     weight = torch.full((a.intermediate or 4 * a.hidden, a.hidden), 0.01, device=device, dtype=dtype)
@@ -62,7 +62,7 @@ def measure(config: Config, seconds: float, prompt: float, row: float) -> Device
     Raises:
         UserError: train.device is not here.
     """
-    device = _prepare(config)
+    device = set_up_device(config.train.device, config.train.threads)
     a, times = _measurable(config.model.architecture, device)
     rate = products_rate(config, seconds / 5)
     # A pass takes at most a tenth of the time, if it reaches a fifth of the products' rate.
@@ -86,15 +86,6 @@ def measure(config: Config, seconds: float, prompt: float, row: float) -> Device
 
     answering = _median_seconds(answer, device, seconds * 3 / 10) / answered
     return DeviceSpeed(str(execution_on(device)), device.type == "cuda", rate, times * training, times * answering)
-
-
-def _prepare(config: Config) -> torch.device:
-    device = resolve_device(config.train.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
-    return device
 
 
 def _measurable(a: Architecture, device: torch.device) -> tuple[Architecture, float]:

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from tiedlora.adapter import load
 from tiedlora.adapter.attach_arm import attach_saved, is_other_method, read_spec
 from tiedlora.adapter.other_arm import check_tensors
@@ -16,11 +14,11 @@ from tiedlora.config.identity import identity
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_base
-from tiedlora.models.device import resolve_device
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_record import ADAPTER
 from tiedlora.runs.findings import CheckedRun, Finding
+from tiedlora.runs.process_device import set_up_device
 from tiedlora.scoring.memory import with_halved_batches
 from tiedlora.scoring.predict import scoring_batches
 from tiedlora.scoring.split import Scorer
@@ -86,10 +84,9 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
     if not run.keeps(ADAPTER):
         yield Finding("regenerate", None, "the study keeps no adapter of this run")
         return
-    if run.record.execution.threads is not None:
-        torch.set_num_threads(run.record.execution.threads)
     try:
-        base = load_base(config.model, config.train.dtype, resolve_device(config.train.device), Path(config.cache))
+        device = set_up_device(config.train.device, run.record.execution.threads)
+        base = load_base(config.model, config.train.dtype, device, Path(config.cache))
     except UserError as error:
         yield Finding("regenerate", None, f"the base model cannot be loaded here ({error})")
         return

@@ -20,15 +20,15 @@ from tiedlora.data import token_cache
 from tiedlora.data.encoding import EncodedRows, Encoder
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import BaseModel, load_base
-from tiedlora.models.device import execution_on, resolve_device
+from tiedlora.models.device import execution_on
 from tiedlora.records.admission import Admission
 from tiedlora.records.provenance import code_version, package_versions
 from tiedlora.runs.admission_rules import check_scores_mean_something
 from tiedlora.runs.inputs import RunRows, read_rows
 from tiedlora.runs.process_cache import SingleSlotCache
+from tiedlora.runs.process_device import set_up_device
 from tiedlora.tasks import Example, Task, load_examples
 from tiedlora.training import sharding
-from tiedlora.training.allocator import keep_freed_memory
 from tiedlora.training.checkpoint import RunInputs
 from tiedlora.training.distributed import World
 
@@ -68,11 +68,8 @@ class RunSession:
 
     def __init__(self, config: Config, task: Task, world: World) -> None:
         self.config, self.task, self.world = config, task, world
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
-        self.device = resolve_device(config.train.device, world.local_index if world.size > 1 else None)
-        if self.device.type == "cpu":
-            keep_freed_memory()
+        local_index = world.local_index if world.size > 1 else None
+        self.device = set_up_device(config.train.device, config.train.threads, local_index)
         if config.train.shard and world.size == 1:
             raise UserError(
                 "train.shard=true: needs several processes that share the model; start torchrun --nproc-per-node N "

@@ -185,16 +185,22 @@ class Trainer:
         size, tokens = self.config.score.batch_size, self.state.pass_tokens("validation")
         return [batch.to(self.session.device) for batch in microbatches(self.held_out, self.pad_id, size, tokens)]
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Inside the context, the model evaluates, and its blocks run uncompiled."""
+        self.session.model.eval()
+        with compiling.eager():
+            yield
+        self.session.model.train()
+
     def _validate(self) -> float:
         """The validation loss. The loss of each row is appended to validation_losses.jsonl.
 
         If the best adapter is scored, it is stored when its loss is the lowest so far.
         """
-        self.session.model.eval()
-        with compiling.eager():
+        with self._evaluating():
             while (losses := self._row_losses()) is None:
                 self.validation_batches = self._validation_batches()
-        self.session.model.train()
         loss = mean_loss(losses)
         # The loop refuses a loss that is not finite, which JSON cannot represent.
         if math.isfinite(loss):
@@ -211,10 +217,8 @@ class Trainer:
             return {}
         examples = session.examples("validation")[:count]
         scorer = Scorer(self.arm, session.encoder, session.task, self.config, session.base.record, session.world)
-        session.model.eval()
-        with compiling.eager():
+        with self._evaluating():
             rows, _ = within_memory(scorer, lambda smaller: smaller.adapted_rows(examples, f"step {self.state.step}"))
-        session.model.train()
         return {f"validation/{name}": scored.value for name, scored in summarise(rows, session.task).items()}
 
     def _row_losses(self) -> list[RowLosses] | None:

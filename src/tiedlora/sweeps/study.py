@@ -118,7 +118,8 @@ def export_study(folder: Path, outputs: Path) -> int:
             with_adapter.add(min(choice.run_ids, key=lambda run_id: RunFolder(outputs / run_id).finished_record().seed))
         storage.write_bytes(runs / "sweeps" / path.parent.name / SELECTION_FILE, storage.read_bytes(path))
     count = 0
-    for path in sorted(outputs.iterdir()):
+    # A hidden folder is a copy that a kill has left incomplete.
+    for path in sorted(path for path in outputs.iterdir() if not path.name.startswith(".")):
         run = RunFolder(path)
         if run.result_file.is_file():
             record = run.finished_record()
@@ -164,11 +165,7 @@ def restore_study(folder: Path, outputs: Path) -> int:
     count = 0
     for kept in sorted(path for path in runs.iterdir() if (path / "config.yaml").is_file()):
         if not (outputs / kept.name).exists():
-            # Copied under another name first: a kill in between must not leave half a run.
-            incomplete = outputs / f".{kept.name}.tmp"
-            shutil.rmtree(incomplete, ignore_errors=True)
-            shutil.copytree(kept, incomplete)
-            incomplete.rename(outputs / kept.name)
+            storage.copy_folder(kept, outputs / kept.name)
             count += 1
     if (runs / "base").is_dir():
         shutil.copytree(runs / "base", outputs / "base", dirs_exist_ok=True)

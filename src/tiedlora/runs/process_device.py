@@ -1,0 +1,29 @@
+"""The device of a process, with the settings of torch and of the allocator that a run has."""
+
+from __future__ import annotations
+
+import torch
+
+from tiedlora.models.device import resolve_device
+from tiedlora.training.allocator import keep_freed_memory
+
+
+def set_up_device(name: str, threads: int | None, local_index: int | None = None) -> torch.device:
+    """The device, after the process has its number of threads and, on a CPU, keeps freed memory.
+
+    Training, later scores and measurements share this: rounding and speed depend on both settings.
+
+    Args:
+        name: as train.device.
+        threads: as train.threads; None leaves torch's number.
+        local_index: as resolve_device.
+
+    Raises:
+        UserError: the device is not here.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    device = resolve_device(name, local_index)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
