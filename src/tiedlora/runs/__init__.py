@@ -9,8 +9,8 @@
 7. recording.py the record, built once.
 
 Later: add_scores.py scores more splits, verify.py and regenerate.py check a run (findings.py), library.py
-loads one back; process_cache.py keeps what the next run of the same process can use; device_speed.py measures for a
-forecast.
+loads one back; process_cache.py keeps what the next run of the same process can use; process_device.py sets up its
+device; device_speed.py measures for a forecast.
 
 It may import every package but sweeps, report and export. run.py, inputs.py and verify.py import no torch.
 """
