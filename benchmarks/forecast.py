@@ -27,7 +27,7 @@ def hours(words: list[str]) -> Any:
     from tiedlora.sweeps.expand import compose_sweep
     from tiedlora.sweeps.forecast import forecast
 
-    ((row,), _) = forecast(compose_sweep(words))
+    ((row,), _) = forecast(compose_sweep(words).cells)
     return row
 
 

@@ -1,6 +1,7 @@
-"""python scripts/study.py plan|run|export|restore|repeat studies/NAME: a planned comparison, and its records.
+"""python scripts/study.py plan|forecast|run|export|restore|repeat studies/NAME: a planned comparison, and its records.
 
     plan     the commands of the study, in their order
+    forecast what the study will cost on this machine, or with another model: forecast studies/NAME model=llama3_2_1b
     run      carry them out, and export after each one; the same command continues. The plan must be committed
     export   write the records of the ended runs to studies/NAME/runs, without texts of the data and without paths
     restore  copy these records to where the runs are, so that `run` on another machine does not repeat them
@@ -21,27 +22,32 @@ from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
-from tiedlora.sweeps import study
+from tiedlora.sweeps import forecast, study
+from tiedlora.sweeps.expand import compose_sweep
 
 DISAGREES = 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("plan", "run", "export", "restore", "repeat"))
+    parser.add_argument("what", choices=("plan", "forecast", "run", "export", "restore", "repeat"))
     parser.add_argument("study", type=Path, help="the study's folder")
-    parser.add_argument("run_id", nargs="?", help="repeat: the id of the run")
-    parser.add_argument("--part", help="plan, run: only this part")
+    parser.add_argument("words", nargs="*", help="repeat: the id of the run. forecast: words of train.py to add")
+    parser.add_argument("--part", help="plan, forecast, run: only this part")
     parser.add_argument("--outputs", type=Path, help="where the runs are; default outputs/studies/NAME")
     parser.add_argument(
         "--data-root", default=os.environ.get("TIEDLORA_DATA"), help="repeat: as data_root= of train.py"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.words and arguments.what not in ("forecast", "repeat"):
+        raise UserError(f"{' '.join(arguments.words)}: {arguments.what} takes no words; change {study.PLAN} instead")
     planned = study.read_study(arguments.study)
     outputs = (arguments.outputs or PROJECT / "outputs" / "studies" / planned.name).absolute()
     if arguments.what == "plan":
         for part, words in planned.commands(arguments.part):
             print(f"{part}: python train.py --multirun {' '.join(words)}")
+    elif arguments.what == "forecast":
+        show_forecast(planned, outputs, arguments.part, arguments.words)
     elif arguments.what == "run":
         carry_out(planned, arguments.study, outputs, arguments.part)
     elif arguments.what == "export":
@@ -49,7 +55,18 @@ def main() -> None:
     elif arguments.what == "restore":
         print(f"{study.restore_study(arguments.study, outputs)} runs copied to {outputs}")
     else:
-        repeat(arguments.study, arguments.run_id, outputs / "repeated", arguments.data_root)
+        repeat(arguments.study, arguments.words, outputs / "repeated", arguments.data_root)
+
+
+def show_forecast(planned: study.Study, outputs: Path, part: str | None, words: list[str]) -> None:
+    # Two parts may have cells in common, which will run once.
+    cells = {
+        cell.run_id: cell
+        for _, planned_words in planned.commands(part)
+        for cell in compose_sweep([*planned_words, *words, f"outputs={outputs}"]).cells
+    }
+    forecasts, unknown = forecast.forecast(cells.values())
+    print("\n".join([*([forecast.table(forecasts)] if forecasts else []), *unknown]))
 
 
 def carry_out(planned: study.Study, folder: Path, outputs: Path, part: str | None) -> None:
@@ -68,9 +85,11 @@ def carry_out(planned: study.Study, folder: Path, outputs: Path, part: str | Non
         raise UserError(f"{len(failed)} sweeps did not end well; the same command continues them: {'; '.join(failed)}")
 
 
-def repeat(folder: Path, run_id: str | None, outputs: Path, data_root: str | None) -> None:
-    kept = RunFolder(folder / "runs" / str(run_id))
-    if run_id is None or not kept.result_file.is_file():
+def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | None) -> None:
+    if len(run_ids) != 1:
+        raise UserError(f"repeat: takes one run; give the name of a folder in {folder / 'runs'}")
+    kept = RunFolder(folder / "runs" / run_ids[0])
+    if not kept.result_file.is_file():
         raise UserError(f"{kept.path}: is no finished run of the study; give the name of a folder in {folder / 'runs'}")
     recorded = kept.finished_record()
     config = compose.read_config(kept.config_file)

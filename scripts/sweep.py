@@ -107,7 +107,7 @@ def clean(sweep: Sweep, dry_run: bool) -> None:
 
 def show(sweep: Sweep, plan: bool, json: bool) -> None:
     cells = status.statuses(sweep)
-    forecasts, unknown = forecast.forecast(sweep) if plan else ([], [])
+    forecasts, unknown = forecast.forecast(sweep.cells) if plan else ([], [])
     if json:
         print(status.to_json(sweep, cells, forecast.to_json(forecasts) if plan else None))
     elif plan:

@@ -69,7 +69,7 @@ def test_finished_runs_forecast_themselves(tiny_run):
     swept = compose_sweep(words)
     run_cell(swept.cells[0].config)
     record = swept.cells[0].folder.finished_record()
-    ((row,), unknown) = forecast.forecast(swept)
+    ((row,), unknown) = forecast.forecast(swept.cells)
     assert unknown == []
     assert row.source == "1 finished runs (cpu, 1 threads)"
     assert row.tokens == pytest.approx(4 * record.training.tokens)

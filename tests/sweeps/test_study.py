@@ -164,3 +164,20 @@ def test_a_run_is_repeated_from_its_record_to_the_same_bytes(folder, outputs):
     )
     assert done.returncode == 0, done.stderr
     assert "adapter/adapter.safetensors: the same bytes" in done.stdout
+
+
+def test_a_forecast_adds_up_the_sweeps_and_counts_shared_cells_once(folder):
+    plan = (folder / "study.yaml").read_text()
+    # The third sweep has the cell of the first one again.
+    (folder / "study.yaml").write_text(plan.replace("task=gsm_symbolic", "task=chain_sum, rank=r1"))
+    command = [sys.executable, str(PROJECT / "scripts/study.py"), "forecast", str(folder)]
+    words = ["train=tiny", "tracking=none", "train.threads=1"]
+    done = subprocess.run(
+        [*command, *words, "--outputs", str(folder / "none")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if " chain_sum " in line]
+    assert row.split()[2] == "3"
+    refused = subprocess.run([*command[:2], "plan", str(folder), "seed=1"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.strip() == "error: seed=1: plan takes no words; change study.yaml instead"

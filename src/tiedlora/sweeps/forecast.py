@@ -21,7 +21,7 @@ from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs import lazy
-from tiedlora.sweeps.cells import Sweep, SweepCell
+from tiedlora.sweeps.cells import SweepCell
 from tiedlora.sweeps.planned_rows import CHARACTERS_PER_TOKEN, RowCounts, RowLengths, row_lengths
 from tiedlora.sweeps.selection import rate_groups
 from tiedlora.text import aligned
@@ -86,10 +86,14 @@ class TaskForecast:
     source: str
 
 
-def forecast(sweep: Sweep) -> tuple[list[TaskForecast], list[str]]:
-    """The forecast of each model and task, and a line for each one without a forecast."""
+def forecast(sweep_cells: Iterable[SweepCell]) -> tuple[list[TaskForecast], list[str]]:
+    """The forecast of each model and task, and a line for each one without a forecast.
+
+    Args:
+        sweep_cells: of one sweep, or of several.
+    """
     groups: dict[tuple[str, str, str], list[SweepCell]] = {}
-    for cell in sweep.cells:
+    for cell in sweep_cells:
         config = cell.config
         groups.setdefault((config.model.name, config.train.dtype, config.task.name), []).append(cell)
     observed = {key: finished_runs(cells[0].config) for key, cells in groups.items()}
