@@ -1,4 +1,4 @@
-"""python scripts/study.py plan|forecast|run|export|restore|repeat studies/NAME: a planned comparison, and its records.
+"""python scripts/study.py WHAT studies/NAME: a planned comparison, and its records.
 
     plan     the commands of the study, in their order
     forecast what the study will cost on this machine, or with another model: forecast studies/NAME model=llama3_2_1b
@@ -6,6 +6,7 @@
     export   write the records of the ended runs to studies/NAME/runs, without texts of the data and without paths
     restore  copy these records to where the runs are, so that `run` on another machine does not repeat them
     repeat   train the run RUN of the study again, and compare its adapter with the recorded sha256
+    verify   check every finished run, or those that are named, as scripts/verify.py does
 
 The report reads the folder: python scripts/report.py studies/NAME --claims studies/NAME/claims.yaml
 """
@@ -21,7 +22,7 @@ from tiedlora.config import compose
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import run
+from tiedlora.runs import run, verify
 from tiedlora.sweeps import forecast, study
 from tiedlora.sweeps.expand import compose_sweep
 
@@ -30,16 +31,16 @@ DISAGREES = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("plan", "forecast", "run", "export", "restore", "repeat"))
+    parser.add_argument("what", choices=("plan", "forecast", "run", "export", "restore", "repeat", "verify"))
     parser.add_argument("study", type=Path, help="the study's folder")
-    parser.add_argument("words", nargs="*", help="repeat: the id of the run. forecast: words of train.py to add")
+    parser.add_argument("words", nargs="*", help="repeat, verify: ids of runs. forecast: words of train.py to add")
     parser.add_argument("--part", help="plan, forecast, run: only this part")
     parser.add_argument("--outputs", type=Path, help="where the runs are; default outputs/studies/NAME")
     parser.add_argument(
-        "--data-root", default=os.environ.get("TIEDLORA_DATA"), help="repeat: as data_root= of train.py"
+        "--data-root", default=os.environ.get("TIEDLORA_DATA"), help="repeat, verify: as data_root= of train.py"
     )
     arguments = parser.parse_intermixed_args()
-    if arguments.words and arguments.what not in ("forecast", "repeat"):
+    if arguments.words and arguments.what not in ("forecast", "repeat", "verify"):
         raise UserError(f"{' '.join(arguments.words)}: {arguments.what} takes no words; change {study.PLAN} instead")
     planned = study.read_study(arguments.study)
     outputs = (arguments.outputs or PROJECT / "outputs" / "studies" / planned.name).absolute()
@@ -54,6 +55,8 @@ def main() -> None:
         print(f"{study.export_study(arguments.study, outputs)} runs in {arguments.study / 'runs'}")
     elif arguments.what == "restore":
         print(f"{study.restore_study(arguments.study, outputs)} runs copied to {outputs}")
+    elif arguments.what == "verify":
+        verify_runs(arguments.study, arguments.words, arguments.data_root)
     else:
         repeat(arguments.study, arguments.words, outputs / "repeated", arguments.data_root)
 
@@ -88,9 +91,7 @@ def carry_out(planned: study.Study, folder: Path, outputs: Path, part: str | Non
 def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | None) -> None:
     if len(run_ids) != 1:
         raise UserError(f"repeat: takes one run; give the name of a folder in {folder / 'runs'}")
-    kept = RunFolder(folder / "runs" / run_ids[0])
-    if not kept.result_file.is_file():
-        raise UserError(f"{kept.path}: is no finished run of the study; give the name of a folder in {folder / 'runs'}")
+    (kept,) = finished_runs(folder, run_ids)
     recorded = kept.finished_record()
     config = compose.read_config(kept.config_file)
     config.outputs, config.data_root, config.score.splits, config.force = str(outputs), data_root, [], True
@@ -103,6 +104,39 @@ def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | Non
     print(f"device: {repeated.execution}, was {recorded.execution}")
     if repeated.files != recorded.files:
         raise SystemExit(DISAGREES)
+
+
+def verify_runs(folder: Path, run_ids: list[str], data_root: str | None) -> None:
+    checked, wrong = finished_runs(folder, run_ids), []
+    for kept in checked:
+        findings = verify.verify(kept.path, data_root=data_root)
+        disagreeing = [finding for finding in findings if finding.ok is False]
+        made = sum(finding.ok is True for finding in findings)
+        print(
+            f"{'WRONG' if disagreeing else 'ok':<6} {kept.path.name}  {made} of {len(findings)} checks made", flush=True
+        )
+        if disagreeing:
+            wrong.append(kept.path.name)
+            print("\n".join(verify.lines(disagreeing)[:-1]))
+    print(f"{len(checked) - len(wrong)} of {len(checked)} runs agree with their records")
+    if wrong:
+        raise SystemExit(DISAGREES)
+
+
+def finished_runs(folder: Path, run_ids: list[str]) -> list[RunFolder]:
+    """The finished runs of the study with these ids, or all of them.
+
+    Raises:
+        UserError: one of them is no finished run, or there is none.
+    """
+    runs = folder / "runs"
+    names = run_ids or sorted(path.parent.name for path in runs.glob("*/result.json"))
+    if not names:
+        raise UserError(f"{runs}: has no finished run yet")
+    for name in names:
+        if not (runs / name / "result.json").is_file():
+            raise UserError(f"{runs / name}: is no finished run of the study; give the name of a folder in {runs}")
+    return [RunFolder(runs / name) for name in names]
 
 
 if __name__ == "__main__":

@@ -166,6 +166,26 @@ def test_a_run_is_repeated_from_its_record_to_the_same_bytes(folder, outputs):
     assert "adapter/adapter.safetensors: the same bytes" in done.stdout
 
 
+def test_all_runs_of_a_study_are_verified_at_once(folder, outputs):
+    place, ids = outputs
+    study.export_study(folder, place)
+    command = [sys.executable, str(PROJECT / "scripts/study.py"), "verify", str(folder)]
+    environment = {**os.environ, "TIEDLORA_CACHE": str(place / ".cache")}
+
+    def verified():
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    done = verified()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "2 of 2 runs agree with their records"
+    predictions = folder / "runs" / ids[0] / "predictions" / "validation.jsonl"
+    predictions.write_text(predictions.read_text() + "\n")
+    done = verified()
+    assert done.returncode == 3
+    assert f"WRONG  {ids[0]}" in done.stdout
+    assert done.stdout.splitlines()[-1] == "1 of 2 runs agree with their records"
+
+
 def test_a_forecast_adds_up_the_sweeps_and_counts_shared_cells_once(folder):
     plan = (folder / "study.yaml").read_text()
     # The third sweep has the cell of the first one again.
