@@ -170,8 +170,8 @@ class TrainConfig:
     microbatch_size: Optional[int] = count(None, execution=True)
     """Rows of a forward pass; null takes the whole batch. It changes memory and rounding only."""
     microbatch_tokens: Optional[int] = count(None, execution=True)
-    """Most tokens of a forward pass, padding included except the last few up to a multiple of 16; null sets no limit.
-    It limits the memory if rows differ in length."""
+    """Most tokens of a forward pass in training and in validation losses, padding included except the last few up to a
+    multiple of 16; null sets no limit. It limits the memory if rows differ in length. It changes rounding."""
     recompute_activations: bool = key(False, execution=True)
     """Whether the backward pass computes a block's activations again. This takes a third more time and far less
     memory."""

@@ -172,8 +172,7 @@ class Trainer:
         rows = sorted((self.rows[number] for number in self.sampler.rows_of_step(step)), key=len)
         train, context = self.config.train, self.session.encoder.context
         own_rows = self.session.world.local_rows(rows)
-        limits = (train.microbatch_tokens, self.state.pass_tokens("training"))
-        tokens = min((limit for limit in limits if limit is not None), default=None)
+        tokens = self._pass_tokens("training")
         batches = microbatches(own_rows, self.pad_id, train.microbatch_size, tokens, context)
         if train.shard:
             # All processes must make the same number of passes. One without targets adds zeros to the gradients.
@@ -182,8 +181,13 @@ class Trainer:
         return [batch.to(self.session.device) for batch in batches]
 
     def _validation_batches(self) -> list[Batch]:
-        size, tokens = self.config.score.batch_size, self.state.pass_tokens("validation")
+        size, tokens = self.config.score.batch_size, self._pass_tokens("validation")
         return [batch.to(self.session.device) for batch in microbatches(self.held_out, self.pad_id, size, tokens)]
+
+    def _pass_tokens(self, during: str) -> int | None:
+        """The most tokens of a forward pass: what the configuration says, or less after memory ran out."""
+        limits = (self.config.train.microbatch_tokens, self.state.pass_tokens(during))
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
