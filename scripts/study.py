@@ -68,8 +68,7 @@ def show_forecast(planned: study.Study, outputs: Path, part: str | None, words: 
         for _, planned_words in planned.commands(part)
         for cell in compose_sweep([*planned_words, *words, f"outputs={outputs}"]).cells
     }
-    forecasts, unknown = forecast.forecast(cells.values())
-    print("\n".join([*([forecast.table(forecasts)] if forecasts else []), *unknown]))
+    print(forecast.described(*forecast.forecast(cells.values())))
 
 
 def carry_out(planned: study.Study, folder: Path, outputs: Path, part: str | None) -> None:

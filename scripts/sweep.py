@@ -112,7 +112,7 @@ def show(sweep: Sweep, plan: bool, json: bool) -> None:
         print(status.to_json(sweep, cells, forecast.to_json(forecasts) if plan else None))
     elif plan:
         print(f"{status.table(cells)}\n\n{status.summary_line(sweep, cells)}\n")
-        print("\n".join([*([forecast.table(forecasts)] if forecasts else []), *unknown, ""]))
+        print(f"{forecast.described(forecasts, unknown)}\n")
         print("\n".join(decidable_claims(sweep)))
     else:
         print("\n".join([status.summary_line(sweep, cells), *status.unfinished_lines(cells)]))

@@ -285,6 +285,11 @@ def table(forecasts: Sequence[TaskForecast]) -> str:
     return f"{aligned(lines)}\n{NOTE}"
 
 
+def described(forecasts: Sequence[TaskForecast], unknown: Sequence[str]) -> str:
+    """What `forecast` has found, as text: the table, and then a line for each cost that is unknown."""
+    return "\n".join([*([table(forecasts)] if forecasts else []), *unknown])
+
+
 def _amounts(rows: Sequence[TaskForecast]) -> list[str]:
     low, high = (sum(row.staged_seconds[place] for row in rows) for place in (0, 1))
     staged = _hours(low) if low == high else f"{_hours(low)} to {_hours(high)}"
