@@ -59,6 +59,17 @@ def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
     assert "peak memory GiB" in text
 
 
+def test_a_verdict_of_an_earlier_look_says_how_many_seeds_it_had(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.1}, seeds=5, rows=200)
+    (tmp_path / "claims.yaml").write_text(CLAIMS)
+    report = write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
+    (answer,) = report.answers
+    assert (answer.seeds, answer.difference_seeds) == (3, 5)
+    text = readme.filled(TEXT, report)
+    assert "| contradicted at 3 seeds: " in text
+    assert ", 5 seeds |" in text
+
+
 def test_a_second_writing_changes_nothing(report):
     once = readme.filled(TEXT, report)
     assert readme.filled(once, report) == once

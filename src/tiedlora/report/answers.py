@@ -73,6 +73,9 @@ class Answer:
     look: int | None = None
     """The look that the answer rests on, counted from 0."""
     seeds: int = 0
+    """The number of seeds of the look, or of all common seeds before the first one."""
+    difference_seeds: int = 0
+    """The number of seeds of `difference`, which uses all that both sides have."""
     rows: int = 0
     decide: str = ""
     """What would decide the claim, in planned looks."""
@@ -107,7 +110,7 @@ def _answer(claim: Claim, pair: partners.Pair, split: str, book: Scorebook) -> A
         return answer
     answer.difference, _ = estimates.difference(method, comparator, measure, book)
     answer.retained = estimates.retained(method, comparator, measure)
-    answer.rows = scores.method.shape[1]
+    answer.rows, answer.difference_seeds = scores.method.shape[1], len(scores.seeds)
     _set_share(answer, scores, looks.TOTAL)
     _decide(answer, scores, _ended(method, measure) & _ended(comparator, measure))
     answer.reason += f" ({method.name} against {comparator.name}, {split}, {measure.metric})"

@@ -16,6 +16,7 @@ from pathlib import Path
 from tiedlora import storage
 from tiedlora.errors import UserError
 from tiedlora.report import formats, matrix, tables
+from tiedlora.report.answers import Answer
 from tiedlora.report.compare import ResultRow
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.values import Column, Count, LearningRate, ScoreInterval, Table, Value
@@ -82,20 +83,24 @@ def _verdicts(report: Report) -> Table:
     """One row for each model and claim, one column for each task."""
     models = matrix.by_model(report.verdicts, sorted({answer.model for answer in report.answers if answer.model}))
     tasks = list(dict.fromkeys(task for model in models for task in model.tasks))
-    seeds = {(answer.model, answer.claim.name, answer.task): answer.seeds for answer in report.answers}
+    answers = {(answer.model, answer.claim.name, answer.task): answer for answer in report.answers}
     rows = []
     for model in models:
         for row in model.rows:
-            cells = {cell.task: _cell(cell, seeds.get((model.model, row.name, cell.task), 0)) for cell in row.cells}
+            cells = {cell.task: _cell(cell, answers.get((model.model, row.name, cell.task))) for cell in row.cells}
             rows.append((row.name, *(cells.get(task) for task in tasks)))
     return Table("verdicts", "", (Column("claim"), *map(Column, tasks)), rows)
 
 
-def _cell(cell: matrix.Cell, seeds: int) -> str | None:
-    if not cell.effect:
+def _cell(cell: matrix.Cell, answer: Answer | None) -> str | None:
+    """The verdict, with the seeds of its look if the difference has more, and the difference with its own seeds."""
+    if answer is None or not cell.effect:
         return cell.verdict
     verdict = f"{cell.verdict} (exploratory)" if cell.exploratory else cell.verdict
-    return f"{verdict}: {cell.effect} {cell.interval}".rstrip() + f", {seeds} seed{'s' if seeds != 1 else ''}"
+    if answer.look is not None and answer.seeds != answer.difference_seeds:
+        verdict += f" at {answer.seeds} seeds"
+    plural = "s" if answer.difference_seeds != 1 else ""
+    return f"{verdict}: {cell.effect} {cell.interval}".rstrip() + f", {answer.difference_seeds} seed{plural}"
 
 
 def _scores(report: Report) -> Table:
