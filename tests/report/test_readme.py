@@ -70,6 +70,19 @@ def test_a_verdict_of_an_earlier_look_says_how_many_seeds_it_had(tmp_path):
     assert ", 5 seeds |" in text
 
 
+def test_the_overview_leaves_out_what_has_few_of_its_scores(tmp_path):
+    for task in ("chain_sum", "gsm8k", "squad"):
+        world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.5}, seeds=3, task=task)
+    world(tmp_path / "runs", {"TAB": 0.5}, seeds=3, task="gsm8k")
+    text = readme.filled(
+        "<!-- report: overview -->\n<!-- end of report -->\n<!-- report: scores -->\n<!-- end of report -->\n",
+        write.build([tmp_path / "runs"]),
+    )
+    overview, scores = text.split("<!-- end of report -->\n")[:2]
+    assert [f"| {name} |" in overview for name in ("LoRA", "TABuv", "TAB")] == [True, True, False]
+    assert "| TAB |" in scores
+
+
 def test_a_second_writing_changes_nothing(report):
     once = readme.filled(TEXT, report)
     assert readme.filled(once, report) == once

@@ -10,6 +10,7 @@ The README marks where a table goes, and `scripts/report.py ... --readme FILE` w
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -124,11 +125,15 @@ def _asked(report: Report) -> list[ResultRow]:
 
 
 def _overview(report: Report) -> Table:
-    """One row for each configuration and rank, one column for each task and metric; the numbers of `scores`."""
+    """One row for each configuration and rank, one column for each task and metric; the numbers of `scores`.
+
+    A configuration with fewer than half of the scores is left out, because it compares on few tasks only.
+    """
     rows = sorted(_asked(report), key=_order)
     places = list(dict.fromkeys((row.group.task, row.measure.metric) for row in rows))
-    scores = {(row.group.configuration, row.group.rank, row.group.task, row.measure.metric): row for row in rows}
-    groups = {(row.group.configuration, row.group.rank): row.group for row in rows}
+    scores = {(*_name(row), row.group.task, row.measure.metric): row for row in rows}
+    count = Counter(name[:2] for name in scores)
+    groups = {_name(row): row.group for row in rows if 2 * count[_name(row)] >= len(places)}
     columns = (
         *(Column("configuration"), Column("rank", int), Column("parameters", Count)),
         *(Column(f"{task}, {metric}", ScoreInterval) for task, metric in places),
@@ -142,6 +147,10 @@ def _overview(report: Report) -> Table:
             for name, group in groups.items()
         ],
     )
+
+
+def _name(row: ResultRow) -> tuple[str, int]:
+    return row.group.configuration, row.group.rank
 
 
 def _interval(row: ResultRow | None) -> ScoreInterval | None:
