@@ -65,10 +65,18 @@ def test_mixed_commits_are_marked_and_mixed_data_have_no_mean(tmp_path):
     marks = primary_row(rows, "TABuv").group.marks
     assert any(mark.startswith("mixed commits: aaaaaaaa, bbbbbbbb") for mark in marks)
     assert any("uncommitted" in mark for mark in marks)
+    assert not any("processors" in mark for mark in marks), "these records name no processor"
     scored_run(tmp_path, GOOD, BASE, seed=2, changes={"data.train.digest": "other"})
     row = primary_row(write.build([tmp_path]).rows, "TABuv")
     assert row.score is None
     assert any("different data" in note for note in row.notes)
+
+
+def test_mixed_processors_are_marked_and_unknown_ones_are_not(tmp_path):
+    for seed, processor in enumerate((None, "AMD EPYC (AVX512)", "Intel Xeon (AVX512)")):
+        scored_run(tmp_path, GOOD, BASE, seed=seed, changes={"execution.processor": processor})
+    (mark,) = primary_row(write.build([tmp_path]).rows, "TABuv").group.marks
+    assert mark == "mixed processors: AMD EPYC (AVX512); Intel Xeon (AVX512)"
 
 
 def test_groups_on_other_rows_are_not_subtracted(tmp_path):

@@ -71,7 +71,8 @@ def test_finished_runs_forecast_themselves(tiny_run):
     record = swept.cells[0].folder.finished_record()
     ((row,), unknown) = forecast.forecast(swept.cells)
     assert unknown == []
-    assert row.source == "1 finished runs (cpu, 1 threads)"
+    assert row.source == f"1 finished runs ({record.execution})"
+    assert "cpu, 1 threads, " in row.source, "and the processor, because another one has other speeds"
     assert row.tokens == pytest.approx(4 * record.training.tokens)
     assert row.peak_memory_bytes == record.training.peak_memory_bytes
     speeds = forecast.observed_speeds(swept.cells[0].config, [record])

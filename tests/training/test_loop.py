@@ -257,6 +257,7 @@ class TestCheckpoints:
             ("code", CodeVersion("a", False), CodeVersion("b", False), "commit a, now commit b"),
             ("code", CodeVersion("a", False), CodeVersion("a", True), "commit a, now commit a with uncommitted"),
             ("device", "cpu, 1 threads", "cpu, 2 threads", "cpu, 1 threads, now cpu, 2 threads"),
+            ("processor", "EPYC (AVX512)", "Xeon (AVX512)", "EPYC (AVX512), now Xeon (AVX512)"),
         ],
     )
     def test_what_changed_is_said_alone(self, tmp_path, caplog, key, before, after, says):
@@ -268,6 +269,12 @@ class TestCheckpoints:
         assert "numpy" not in said
         with pytest.raises(UserError, match="another base"):
             checkpoint.restore(tmp_path, parts, optimizer, RunInputs(base="2", **{key: after}))
+
+    def test_a_checkpoint_that_names_no_processor_continues_without_a_warning(self, tmp_path, caplog):
+        state, _, optimizer, parts, _ = start()
+        checkpoint.save(tmp_path, state, parts, optimizer, RunInputs())
+        assert checkpoint.restore(tmp_path, parts, optimizer, RunInputs(processor="EPYC (AVX512)")) is not None
+        assert not caplog.records
 
     def test_other_data_is_refused_and_other_versions_are_said(self, tmp_path, caplog):
         state, _, optimizer, parts, _ = start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,9 @@ import torch
 
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import Execution
+
+BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
+"""The CPU flags on which the kernel of a bfloat16 product depends."""
 
 
 def resolve_device(name: str, local_index: int | None = None) -> torch.device:
@@ -35,10 +39,22 @@ def resolve_device(name: str, local_index: int | None = None) -> torch.device:
 
 
 def execution_on(device: torch.device, processes: int = 1) -> Execution:
-    """The record of the device, the threads of this process, and the number of processes."""
+    """The record of the device, the threads of this process, the number of processes, and the processor."""
     if device.type == "cuda":
         return Execution(torch.cuda.get_device_name(device), None, processes)
-    return Execution(device.type, torch.get_num_threads(), processes)
+    return Execution(device.type, torch.get_num_threads(), processes, processor_name())
+
+
+def processor_name() -> str:
+    """The CPU's model, with the vector and bfloat16 instructions on which the rounding of torch's kernels depends."""
+    facts: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    flags = facts.get("flags", "").split()
+    instructions = [torch.backends.cpu.get_cpu_capability(), *(flag for flag in BFLOAT16_FLAGS if flag in flags)]
+    return f"{facts.get('model name') or platform.machine()} ({', '.join(instructions)})"
 
 
 @contextmanager

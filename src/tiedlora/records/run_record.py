@@ -81,10 +81,17 @@ class Execution:
     """CPU threads of torch; None on a GPU."""
     processes: Count = 1
     """How many processes trained together."""
+    processor: Text | None = None
+    """The CPU's model and its vector instructions; None on a GPU, and in records before this key."""
 
-    def __str__(self) -> str:
+    @property
+    def device_and_threads(self) -> str:
+        """Device, threads and processes, in words."""
         threads = f", {self.threads} threads" if self.threads is not None else ""
         return f"{self.device}{threads}" + (f", {self.processes} processes" if self.processes > 1 else "")
+
+    def __str__(self) -> str:
+        return self.device_and_threads + (f", {self.processor}" if self.processor is not None else "")
 
     @classmethod
     def from_text(cls, text: str) -> Execution:

@@ -254,8 +254,10 @@ def _mark_mixtures(group: RunGroup) -> None:
         versions = sorted({str(record.versions.get(package)) for record in records})
         if len(versions) > 1:
             group.marks.append(f"mixed versions of {package}: {', '.join(versions)}")
-    if len(devices := sorted({str(record.execution) for record in records})) > 1:
+    if len(devices := sorted({record.execution.device_and_threads for record in records})) > 1:
         group.marks.append(f"mixed devices: {'; '.join(devices)}")
+    if len(processors := sorted({name for record in records if (name := record.execution.processor)})) > 1:
+        group.marks.append(f"mixed processors: {'; '.join(processors)}")
     if len(group.training_digests) > 1:
         group.marks.append("mixed data: seeds were trained on different rows")
     if any(mark.startswith("mixed ") for mark in group.marks):

@@ -147,7 +147,15 @@ class RunSession:
     def inputs(self) -> RunInputs:
         """The inputs that a checkpoint of this run must agree with."""
         assert self.base.record.digest is not None
-        return RunInputs(self.data_digests, self.base.record.digest, self.versions, self.code, str(self.execution))
+        where = self.execution
+        return RunInputs(
+            self.data_digests,
+            self.base.record.digest,
+            self.versions,
+            self.code,
+            where.device_and_threads,
+            where.processor,
+        )
 
     def examples(self, split: str) -> list[Example]:
         """The rows of a split for scoring.

@@ -48,6 +48,8 @@ class RunInputs:
     code: CodeVersion | None = None
     device: Text = ""
     """Device, threads and processes, in words."""
+    processor: Text | None = None
+    """None on a GPU, and in checkpoints before this key."""
 
 
 def save(
@@ -92,8 +94,8 @@ def restore(
 ) -> TrainState | None:
     """Load the newest undamaged checkpoint into `parts` and `optimizer`; None if there is none.
 
-    For a damaged checkpoint there is a warning, and the one before it is used. If package versions, commit or device
-    have changed, there is a warning. If the data or the base model has changed, this is an error.
+    For a damaged checkpoint there is a warning, and the one before it is used. If package versions, commit, device or
+    processor have changed, there is a warning. If the data or the base model has changed, this is an error.
 
     Args:
         buffers: the arm's other tensors, by name. Those that the checkpoint has are changed in place.
@@ -174,6 +176,10 @@ def _compare(saved: RunInputs, now: RunInputs, where: Path) -> None:
     if changed := [name for name in packages if saved.versions.get(name) != now.versions.get(name)]:
         then, today = ({name: inputs.versions.get(name) for name in changed} for inputs in (saved, now))
         log.warning("resuming with other versions: %s, now %s", then, today)
-    for name, was, is_now in (("code", saved.code, now.code), ("device", saved.device, now.device)):
+    for name, was, is_now in (
+        ("code", saved.code, now.code),
+        ("device", saved.device, now.device),
+        ("processor", saved.processor or now.processor, now.processor),
+    ):
         if was != is_now:
             log.warning("resuming with other %s: %s, now %s", name, was, is_now)
