@@ -103,18 +103,59 @@ class TestLooks:
         assert three.verdict == four.verdict == "undecided"
         assert (four.look, four.seeds, four.contrast) == (0, 3, three.contrast)
         assert "needs seeds 4 on both sides; a later look decides with a chance of" in four.decide
-        assert "the plan decides in 4 of 5 tries where the comparator gains" in four.decide
+        assert "if the two are equal, the plan decides in 4 of 5 tries where the comparator gains" in four.decide
         assert four.gain_needed > 0.4, "the comparator's gain of 0.4 was too small at these rows"
 
-    def test_a_failed_seed_is_missing_and_does_not_stop_the_look(self, tmp_path):
+    def test_a_seed_that_diverged_is_missing_and_one_that_crashed_stops_the_look(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)
         (lost,) = (tmp_path / "runs").glob("TABuv-*-s2-*")
         (lost / "result.json").unlink()
-        (lost / "error.txt").write_text("UserError: the loss is nan")
+        (lost / "error.txt").write_text("Traceback\nOSError: [Errno 28] No space left on device\n")
+        found = answer(tmp_path)
+        assert (found.verdict, found.look) == ("undecided", None), "it can be run again, and would change the look"
+        (lost / "error.txt").write_text("Traceback\ntiedlora.errors.Diverged: step 3: the loss is nan\n")
         found = answer(tmp_path)
         assert found.verdict == "contradicted"
         assert "2 seeds at level" in found.reason
-        assert "1 failed" in found.reason
+        assert "1 diverged" in found.reason
+
+    def test_later_seeds_can_change_a_rate_that_nothing_has_recorded_and_the_answer_says_so(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)
+        world(tmp_path / "runs", {"TABuv": 0.2}, seeds=3, lr=3e-2, **SURE)
+        assert "later seeds" not in answer(tmp_path).reason
+        scored_run(tmp_path / "runs", [1.0] * 1000, [0.0] * 1000, seed=3)
+        found = answer(tmp_path)
+        assert found.verdict == "contradicted"
+        assert "the rate of TABuv r=8 was chosen on later seeds too" in found.reason
+
+    @pytest.mark.parametrize(("base", "method", "verdict"), [(0.1, 0.6, "supported"), (0.5, 0.1, "contradicted")])
+    def test_who_is_better_needs_no_gain_of_the_comparator(self, tmp_path, base, method, verdict):
+        truth = {"LoRA": base, "TABuv": method}
+        found = of_world(
+            tmp_path, truth, seeds=3, rows=300, base=base, seed_sd=0.002, claim={"rule": "better", "top": "looks: [3]"}
+        )
+        assert found.verdict == verdict
+        assert found.gain_may_be_zero
+
+    def test_an_uninformative_claim_says_what_would_decide_it(self, tmp_path):
+        found = of_world(tmp_path, {"LoRA": 0.1, "TABuv": 0.1}, seeds=5, rows=200)
+        assert found.verdict == "uninformative"
+        assert "on which the comparator beats the base" in found.decide
+
+    def test_one_row_decides_nothing(self, tmp_path):
+        for name, score in (("LoRA", 1.0), ("TABuv", 0.0)):
+            for seed in range(3):
+                scored_run(tmp_path / "runs", [score], [0.0], name=name, seed=seed)
+        found = answer(tmp_path)
+        assert (found.verdict, found.look) == ("undecided", None)
+        assert "one row has no interval" in found.reason
+
+    def test_sides_that_were_trained_on_other_rows_are_not_compared(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.6}, seeds=3, **SURE)
+        world(tmp_path / "runs", {"TABuv": 0.3}, seeds=3, changes={"data.train.digest": "other"}, **SURE)
+        found = answer(tmp_path)
+        assert found.verdict == "undecided"
+        assert "trained on other rows" in found.reason
 
     def test_an_unfinished_seed_stops_the_look(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)
@@ -184,8 +225,24 @@ class TestPartners:
         found = of_world(tmp_path, {"LoRA": 0.6}, seeds=10, claim=control)
         assert (found.verdict, found.seeds) == ("supported", 3)
         assert "LoRA r=8 against LoRA (seeds from 5) r=8" in found.reason
+        reverse = answer(tmp_path, rule="level", method=other, other="LoRA, rank: 8")
+        assert (reverse.verdict, reverse.seeds) == ("supported", 3)
         shutil.rmtree(tmp_path / "runs")
         assert of_world(tmp_path, {"LoRA": 0.6}, seeds=5, claim=control).verdict == "undecided"
+
+    def test_of_two_scales_the_plain_one_answers_and_without_it_all_do_by_name(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.65}, seeds=3, **SURE)
+        for alpha in (16.0, 32.0):
+            world(tmp_path / "runs", {"TABuv": 0.3}, seeds=3, changes={"config.rank.alpha": alpha}, **SURE)
+        assert answer(tmp_path).verdict == "supported"
+        for folder in (tmp_path / "runs").glob("TABuv-*"):
+            if '"alpha": 8.0' in (folder / "result.json").read_text():
+                shutil.rmtree(folder)
+        report = write.build([tmp_path / "runs"], claims=claims_file(tmp_path))
+        assert {found.task: found.verdict.value for found in report.answers} == {
+            "chain_sum (TABuv (rank.alpha=16.0))": "contradicted",
+            "chain_sum (TABuv (rank.alpha=32.0))": "contradicted",
+        }
 
     def test_a_missing_comparator_or_method_is_named(self, tmp_path):
         found = of_world(tmp_path, {"TABuv": 0.5}, seeds=1, rows=50)

@@ -5,9 +5,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 from helpers.hostile import HOSTILE
-from helpers.report_runs import make_config, scored_run, world, write_lines
+from helpers.report_runs import make_record, scored_run, world, write_lines
 
-from tiedlora.config.identity import run_id
 from tiedlora.records.rows import MetricsRow
 from tiedlora.report import charts, compare
 from tiedlora.report.chart import Chart, linear_axis, log_axis
@@ -32,9 +31,9 @@ def groups_of(root):
     return group_runs(*read_runs([root]))
 
 
-def unfinished(root, lr, seed, loss, file, text):
+def unfinished(root, lr, seed, loss, file, text, changes=None):
     """A run that a search stopped, or that failed."""
-    folder = root / run_id(make_config(lr=lr, seed=seed))
+    folder = root / make_record(changes, lr=lr, seed=seed).run_id
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(f"train: {{lr: {lr}}}\n")
     (folder / file).write_text(text)
@@ -72,9 +71,7 @@ def test_a_stopped_run_of_another_setting_is_not_in_the_search(tmp_path):
     for lr in (1e-3, 1e-2):
         scored_run(tmp_path, GOOD, BASE, lr=lr)
         scored_run(tmp_path, GOOD, BASE, lr=lr, changes={"config.train.steps": 300})
-    unfinished(tmp_path, 3e-2, 0, 1.7, "pruned.txt", "worse")
-    folder = tmp_path / run_id(make_config(lr=3e-2))
-    (folder / "config.yaml").write_text("train: {lr: 0.03, steps: 300}\n")
+    unfinished(tmp_path, 3e-2, 0, 1.7, "pruned.txt", "worse", {"config.train.steps": 300})
     states = {group.variant: [trial.state for trial in group.trials] for group in groups_of(tmp_path)}
     assert states == {
         "train.steps=100": ["finished", "finished"],

@@ -83,6 +83,15 @@ def test_minimum_seeds_of_version_0_1_drops_the_earlier_looks(tmp_path):
     assert len(late.plan.of_look(0)) == 20
 
 
+def test_minimum_seeds_keeps_the_declared_seeds(tmp_path):
+    top = "looks: [3, 5]\nseeds: [7, 3, 5, 2, 9, 1, 8, 6]"
+    text = entry(top=top).replace("    tasks: []\n", "    tasks: []\n    minimum_seeds: MINIMUM\n")
+    (claim,) = read(tmp_path, text.replace("MINIMUM", "8"))
+    assert claim.plan.of_look(0) == (7, 3, 5, 2, 9, 1, 8, 6)
+    with pytest.raises(UserError, match="minimum_seeds=9: is more than the 8 seeds"):
+        read(tmp_path, text.replace("MINIMUM", "9"))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -1,8 +1,10 @@
 """Groups: which runs are averaged, at which learning rate, and what is marked or refused."""
 
+import pytest
 from helpers.hostile import put
-from helpers.report_runs import primary_row, scored_run
+from helpers.report_runs import make_config, make_record, primary_row, scored_run
 
+from tiedlora.config.identity import run_id
 from tiedlora.records.selection import RateChoice, Selection, write_selection
 from tiedlora.report import write
 from tiedlora.report.groups import group_runs
@@ -26,7 +28,7 @@ def test_the_rate_is_chosen_on_validation_over_the_seeds_that_all_rates_share(tm
 def test_a_winner_at_the_edge_and_a_failed_rate_are_marked(tmp_path):
     for lr, right in ((1e-3, 10), (1e-2, 20), (3e-2, 30), (1e-1, 40)):
         scored_run(tmp_path, [1.0] * right + [0.0] * (50 - right), BASE, lr=lr)
-    failed = tmp_path / "TABuv-r8-chain_sum-tiny-s1-0123456789"
+    failed = tmp_path / run_id(make_config(lr=1e-1, seed=1))
     failed.mkdir()
     (failed / "error.txt").write_text("UserError: the loss is nan")
     (failed / "config.yaml").write_text("train: {lr: 0.1}\n")
@@ -39,6 +41,43 @@ def test_a_winner_at_the_edge_and_a_failed_rate_are_marked(tmp_path):
     (group,) = group_runs(*read_runs([tmp_path]))
     assert group.lr == 1e-1
     assert any("at the edge" in mark for mark in group.marks)
+
+
+@pytest.mark.parametrize("config", ["train: {lr: 0.01}\n", "train: {l"])
+def test_a_failure_counts_for_its_own_group_only_also_if_its_configuration_is_damaged(tmp_path, config):
+    """Two specifications without a name of their own: nothing in the name but the id tells their folders apart."""
+    mine, other = ({"config.tying.dropout": dropout} for dropout in (0.1, 0.2))
+    for changes in (mine, other):
+        scored_run(tmp_path, GOOD, BASE, changes=changes)
+    failed = tmp_path / make_record(other, seed=1).run_id
+    failed.mkdir()
+    (failed / "error.txt").write_text("tiedlora.errors.Diverged: step 3\n")
+    (failed / "config.yaml").write_text(config)
+    groups = group_runs(*read_runs([tmp_path]))
+    found = {group.runs[0].record.identity.tying["dropout"]: group.diverged_seeds for group in groups}
+    assert found == {0.1: set(), 0.2: {1}}
+
+
+def test_a_failed_copy_of_a_finished_run_is_no_failure(tmp_path):
+    done = scored_run(tmp_path / "here", GOOD, BASE)
+    copy = tmp_path / "there" / done.name
+    copy.mkdir(parents=True)
+    (copy / "error.txt").write_text("tiedlora.errors.Diverged: step 3\n")
+    (copy / "config.yaml").write_text("train: {lr: 0.01}\n")
+    (group,) = group_runs(*read_runs([tmp_path / "here", tmp_path / "there"]))
+    assert (len(group.runs), group.failed_seeds) == (1, set())
+
+
+def test_a_stopped_rate_counts_as_tried(tmp_path):
+    scored_run(tmp_path, GOOD, BASE, lr=1e-2)
+    for lr in (1e-3, 3e-2):
+        stopped = tmp_path / run_id(make_config(lr=lr))
+        stopped.mkdir()
+        (stopped / "pruned.txt").write_text("behind\n")
+        (stopped / "config.yaml").write_text(f"train: {{lr: {lr}}}\n")
+    (group,) = group_runs(*read_runs([tmp_path]))
+    assert group.rates == (1e-3, 1e-2, 3e-2)
+    assert group.short_marks == []
 
 
 def test_other_protocols_are_other_rows_and_named(tmp_path):

@@ -70,6 +70,23 @@ def test_a_verdict_of_an_earlier_look_says_how_many_seeds_it_had(tmp_path):
     assert ", 5 seeds |" in text
 
 
+def test_two_models_and_two_settings_are_never_in_one_cell(tmp_path):
+    truth = {"LoRA": 0.9, "TABuv": 0.5}
+    for about in ({}, {"changes": {"config.train.steps": 300}}, {"model": "org/big"}):
+        world(tmp_path / "runs", truth, seeds=3, **about)
+    (tmp_path / "claims.yaml").write_text(CLAIMS)
+    text = readme.filled(TEXT, write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml"))
+    tables = [[line for line in block.splitlines() if line.startswith("|")] for block in text.split("<!-- report: ")]
+    verdicts, scores, overview = tables[1:4]
+    settings = "chain\\_sum (train.steps=100)", "chain\\_sum (train.steps=300)"
+    assert [line.split(" | ")[0] for line in verdicts[2:]] == ["| big", "| tiny"]
+    assert all(f"| {setting} |" in verdicts[0] for setting in settings)
+    assert len(scores) == 2 + 6
+    assert sum("| tiny |" in line and settings[0] in line for line in scores) == 2
+    assert len(overview) == 2 + 4, "one row for each model and configuration"
+    assert all(f"{setting}, exact\\_match\\_strict" in overview[0] for setting in settings)
+
+
 def test_the_overview_leaves_out_what_has_few_of_its_scores(tmp_path):
     for task in ("chain_sum", "gsm8k", "squad"):
         world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.5}, seeds=3, task=task)

@@ -153,6 +153,10 @@ class TestPlanning:
         chance = looks.chance_at_looks(0.1 * gain, self.SPREAD, 500, planned())[-1]
         assert chance == pytest.approx(0.8, abs=0.01)
         assert looks.gain_needed_at_last_look(1.0, self.SPREAD, 500, planned()) == np.inf
+        level = looks.gain_needed_at_last_look(0.9, self.SPREAD, 500, planned(), both_sides=True)
+        assert level > gain, "two contrasts must be clear, not one"
+        chances = looks.chance_at_looks(0.1 * level, self.SPREAD, 500, planned(), both_sides=True)
+        assert chances[-1] == pytest.approx(0.8, abs=0.01)
         assert looks.gain_needed_at_last_look(0.5, self.SPREAD, 500, planned()) == pytest.approx(gain / 5)
 
 

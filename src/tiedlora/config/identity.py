@@ -62,15 +62,22 @@ def run_id(config: Config) -> str:
     Raises:
         UserError: a value is infinite or no number.
     """
-    values = [IDENTITY_VERSION, identity(config)]
-    try:
-        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except ValueError:
-        raise UserError("the configuration has a value that is infinite or no number; give a finite one") from None
-    digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
-    model = config.model.name.rsplit("/", 1)[-1].lower()
+    model, digest = config.model.name.rsplit("/", 1)[-1].lower(), identity_digest(identity(config))
     words = [label(config.tying), f"r{config.rank.r}", config.task.name, model, f"s{config.seed}", digest]
     return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", word) for word in words)
+
+
+def identity_digest(values: Mapping[str, Any]) -> str:
+    """The last word of a run's id, from the values of its identity.
+
+    Raises:
+        UserError: a value is infinite or no number.
+    """
+    try:
+        canonical = json.dumps([IDENTITY_VERSION, values], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        raise UserError("the configuration has a value that is infinite or no number; give a finite one") from None
+    return hashlib.sha256(canonical.encode()).hexdigest()[:10]
 
 
 def start_of(tying_values: Mapping[str, object]) -> str | None:

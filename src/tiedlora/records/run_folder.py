@@ -15,6 +15,8 @@ from tiedlora.errors import UserError
 from tiedlora.records.run_record import RunRecord, read_record
 
 LOCK_PATIENCE_SECONDS = 0.5
+DIVERGED = "tiedlora.errors.Diverged:"
+"""How the last line of error.txt begins if a loss was not finite."""
 """How long to wait for a run's lock. A process that only reads the run's state also holds the lock for a moment."""
 
 
@@ -120,7 +122,7 @@ class RunFolder:
     def diverged(self) -> bool:
         """Whether the run failed because a loss was not finite."""
         last = storage.read_bytes(self.error_file).strip().splitlines()[-1:] if self.error_file.exists() else []
-        return any(line.startswith(b"tiedlora.errors.Diverged:") for line in last)
+        return any(line.startswith(DIVERGED.encode()) for line in last)
 
     @contextmanager
     def locked(self, patience: float = LOCK_PATIENCE_SECONDS) -> Iterator[None]:

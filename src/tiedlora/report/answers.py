@@ -4,7 +4,8 @@ A claim's plan fixes the numbers of seeds at which it is looked at. A look uses 
 and is taken when all of them have ended on both sides. The first look that decides stands; later seeds change nothing.
 
 - supported, contradicted: the rule is, at the level of the look (statistics.rules);
-- uninformative: at the last look, the comparator's own gain over the base may be 0, so any method would do as well;
+- uninformative: at the last look, the comparator's own gain over the base may be 0, so any method would do as well
+  (only for rules that need this gain: who is better can be known without it);
 - undecided: none of these. `decide` says which look comes next.
 """
 
@@ -116,6 +117,12 @@ def _answer(claim: Claim, pair: partners.Pair, split: str, book: Scorebook) -> A
     answer.reason += f" ({method.name} against {comparator.name}, {split}, {measure.metric})"
     if effort := partners.unequal_effort(method, comparator):
         answer.reason += f"; {effort}"
+    for group in (method, comparator):
+        if answer.look is not None and _may_change_its_rate(group, answer.seeds):
+            answer.reason += (
+                f"; the rate of {group.name} was chosen on later seeds too, so they can change this: record the choice "
+                "at the look with scripts/sweep.py select"
+            )
     return answer
 
 
@@ -135,8 +142,13 @@ def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
 
 
 def _ended(group: RunGroup, measure: Measure) -> set[int]:
-    """The seeds that are scored, and those that failed and never will be."""
-    return {run.seed for run in measure.scored(group)} | group.failed_seeds
+    """The seeds that are scored, and those that diverged and never will be. Another failure can be repaired."""
+    return {run.seed for run in measure.scored(group)} | group.diverged_seeds
+
+
+def _may_change_its_rate(group: RunGroup, seeds: int) -> bool:
+    """Whether seeds after a look chose the rate too: several rates, no recorded choice, more seeds than the look."""
+    return len(group.rates) > 1 and not group.has_recorded_rate and len({trial.seed for trial in group.trials}) > seeds
 
 
 def _decide(answer: Answer, scores: PairedScores, ended: set[int]) -> None:
@@ -145,6 +157,9 @@ def _decide(answer: Answer, scores: PairedScores, ended: set[int]) -> None:
     answer.seeds = len(scores.seeds)
     if answer.claim.rule.needs_base and scores.base is None:
         answer.reason, answer.decide = "the base model was not scored", "scores of the base model (score.base=true)"
+        return
+    if answer.rows < 2:
+        answer.reason, answer.decide = "one row has no interval", "two or more rows"
         return
     for number in range(len(plan.looks.seeds)):
         declared = plan.of_look(number)
@@ -156,14 +171,13 @@ def _decide(answer: Answer, scores: PairedScores, ended: set[int]) -> None:
             answer.reason = f"seeds {number_list(declared)}: fewer than 2 of them finished on both sides"
             continue
         if _look(answer, seen, number):
-            answer.decide = ""
             return
     if answer.verdict == Verdict.UNDECIDED:
         answer.decide = "no planned look is left; a new plan with new seeds"
 
 
 def _look(answer: Answer, seen: PairedScores, number: int) -> bool:
-    """Take one look, and return whether it decides."""
+    """Take one look, and return whether it decides. A decided claim needs nothing more."""
     planned, count = answer.claim.plan.looks, len(answer.claim.plan.looks.seeds)
     level = planned.levels[number]
     evidence = _test(answer, seen, level)
@@ -171,14 +185,17 @@ def _look(answer: Answer, seen: PairedScores, number: int) -> bool:
     answer.contradicted_level = min(answer.contradicted_level, looks.adjusted(planned, number, evidence.contradicted))
     missing = len(answer.claim.plan.of_look(number)) - len(seen.seeds)
     answer.reason = f"look {number + 1} of {count}: {len(seen.seeds)} seeds at level {100 * level:.2g} %"
-    answer.reason += f", {missing} failed" if missing else ""
-    if evidence.gain is not None and evidence.gain > level:
+    answer.reason += f", {missing} diverged" if missing else ""
+    if answer.claim.rule.needs_base and evidence.gain is not None and evidence.gain > level:
         answer.reason += ": the comparator's own gain over the base may be 0"
         if number == count - 1:
             answer.verdict = Verdict.UNINFORMATIVE
             answer.decide = "a task, model or training on which the comparator beats the base"
             return True
-    return answer.verdict != Verdict.UNDECIDED
+    if answer.verdict == Verdict.UNDECIDED:
+        return False
+    answer.decide = ""
+    return True
 
 
 def _test(answer: Answer, seen: PairedScores, level: float) -> rules.Evidence:
@@ -231,7 +248,9 @@ def _predict(answer: Answer, scores: PairedScores) -> None:
     chance = looks.chance_of_decision(answer.claim.rule, *sides, plan.looks, look)
     if (share := slack(answer.claim.rule)) is not None:
         spread = crossed.measured_spread(answer.claim.rule.contrast(*sides))
-        answer.gain_needed = looks.gain_needed_at_last_look(1 - share, spread, answer.rows, plan.looks)
+        answer.gain_needed = looks.gain_needed_at_last_look(
+            1 - share, spread, answer.rows, plan.looks, both_sides=isinstance(answer.claim.rule, rules.Level)
+        )
     answer.is_futile = looks.is_futile(chance)
     if answer.is_futile:
         answer.decide = f"no planned look is likely to change it (chance {100 * chance:.0f} %)"
@@ -240,7 +259,9 @@ def _predict(answer: Answer, scores: PairedScores) -> None:
     if answer.gain_needed is not None and answer.measure is not None:
         unit = answer.measure.unit
         gain = f"{unit.factor * answer.gain_needed:.{unit.decimals}f} {unit.words}"
-        answer.decide += f"; the plan decides in 4 of 5 tries where the comparator gains {gain} or more"
+        answer.decide += (
+            f"; if the two are equal, the plan decides in 4 of 5 tries where the comparator gains {gain} or more"
+        )
 
 
 def next_look(plan: Plan, number: int, ended: Iterable[int] = ()) -> str:

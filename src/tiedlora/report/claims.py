@@ -177,7 +177,11 @@ def _with_minimum(where: str, plan: Plan, minimum: Any) -> Plan:
     if not _is_whole(minimum, LEAST_SEEDS):
         raise UserError(f"{where}.minimum_seeds={minimum}: must be {LEAST_SEEDS} or more")
     if minimum > plan.looks.seeds[-1]:
-        return Plan(looks.planned((minimum,)), tuple(range(minimum)))
+        # The seeds of a file without the key `seeds` are counted from 0, and go on.
+        declared = plan.seeds if plan.seeds != tuple(range(len(plan.seeds))) else tuple(range(minimum))
+        if len(declared) < minimum:
+            raise UserError(f"{where}.minimum_seeds={minimum}: is more than the {len(declared)} seeds of `seeds`")
+        return Plan(looks.planned((minimum,)), declared)
     return Plan(looks.from_minimum(plan.looks, minimum), plan.seeds)
 
 

@@ -92,7 +92,8 @@ def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estim
         table = book.table(runs, measure.split, measure.metric)
         recorded = runs[0].splits[measure.split].metrics[measure.metric]
         estimate.examples = recorded if len(runs) == 1 else crossed.score_over_examples(table)
-        scoring_examples = int((table != 0).any(0).sum())
+        # A score near 1 is as skewed as one near 0.
+        scoring_examples = int(min((table != 0).any(0).sum(), (table != 1).any(0).sum()))
         by_bootstrap = len(runs) > 1 or not is_binary(table)
     except UserError as error:
         notes.append(f"no interval over examples: {error}")
@@ -159,13 +160,15 @@ def _comparable_runs(ours: RunGroup, theirs: RunGroup, measure: Measure) -> tupl
     """The runs of both groups that have the same seeds, in the same order.
 
     Raises:
-        UserError: there is no seed in common, or the groups saw other rows.
+        UserError: there is no seed in common, or the groups were trained or scored on other rows.
     """
     pairs, split = _pairs(ours, theirs, measure), measure.split
     if not pairs:
         raise UserError("no seed in common")
     if ours.digests(split) != theirs.digests(split) or any(group.has_mixed_data(split) for group in (ours, theirs)):
         raise UserError("other data")
+    if ours.training_digests != theirs.training_digests:
+        raise UserError("trained on other rows")
     first, second = zip(*pairs, strict=True)
     return first, second
 
@@ -248,14 +251,18 @@ def retains_at_least(ours: RunGroup, theirs: RunGroup, measure: Measure, book: S
 
 def retained(ours: RunGroup, theirs: RunGroup, measure: Measure) -> Interval | None:
     """(ours - base) / (theirs - base) over the seeds that both have; low and high are NaN if there is no interval."""
-    pairs = [pair for pair in _pairs(ours, theirs, measure) if all(map(measure.has_base, pair))]
-    if not pairs or ours.digests(measure.split) != theirs.digests(measure.split):
+    try:
+        pairs = list(zip(*_comparable_runs(ours, theirs, measure), strict=True))
+    except UserError:
+        return None
+    pairs = [pair for pair in pairs if all(map(measure.has_base, pair))]
+    if not pairs:
         return None
     first, second = zip(*pairs, strict=True)
     base = measure.base_values(first)
     our_gains, their_gains = measure.values(first) - base, measure.values(second) - base
-    if (ratio := crossed.ratio(our_gains, their_gains)) is not None:
-        return ratio
     if measure.sign * their_gains.mean() <= 0:
         return None
+    if (ratio := crossed.ratio(our_gains, their_gains)) is not None:
+        return ratio
     return Interval(float(our_gains.mean() / their_gains.mean()), math.nan, math.nan)

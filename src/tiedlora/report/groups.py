@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tiedlora.config.identity import identity_digest
 from tiedlora.config.sizes import is_near
 from tiedlora.records.selection import RateChoice, Selection
 from tiedlora.report.runs import LeftOut, Run, UnfinishedRun
@@ -60,6 +61,10 @@ class RunGroup:
     """The learning rates that were tried, in ascending order."""
     failed_seeds: set[int] = field(default_factory=set)
     """The seeds that failed at the chosen rate."""
+    diverged_seeds: set[int] = field(default_factory=set)
+    """Those of them whose loss was not finite. They have ended; any other failure can be repaired and run again."""
+    has_recorded_rate: bool = False
+    """Whether a sweep has recorded the choice of the rate, so that later seeds do not change it."""
     marks: list[str] = field(default_factory=list)
     """Remarks that a reader must know before using the group's numbers."""
     short_marks: list[str] = field(default_factory=list)
@@ -120,8 +125,7 @@ def group_runs(
     for (setting, _), members in runs_of.items():
         first = members[0]
         group = RunGroup(setting, first.model, first.task, first.configuration, first.rank, first.configuration)
-        siblings = [other for other in unfinished if _could_belong(other, first)]
-        _choose_rate(group, members, siblings, _recorded_choice(members, choices))
+        _choose_rate(group, members, _own_unfinished(unfinished, members), _recorded_choice(members, choices))
         _mark_mixtures(group)
         _mark_arm(group)
         groups.append(group)
@@ -154,20 +158,22 @@ def _own_values(run: Run) -> dict[str, Any]:
     return {"tying": identity["tying"], "rank": identity["rank"], "lr_factor": identity["train"].get("lr_factor")}
 
 
-def _could_belong(unfinished: UnfinishedRun, run: Run) -> bool:
-    """Whether a folder without a result may belong to the run's group, by its name and its settings of training."""
-    start = f"{unfinished.label}-r{unfinished.rank}-{unfinished.task}-{unfinished.model}-s"
-    return (
-        unfinished.label == run.record.label
-        and unfinished.rank == run.rank
-        and unfinished.task == run.task
-        and run.run_id.startswith(start)
-        and all(
-            unfinished.train.get(key, value) == value
-            for key, value in run.record.identity.tree["train"].items()
-            if key not in OPEN_IN_TRAIN
-        )
-    )
+def _own_unfinished(unfinished: Iterable[UnfinishedRun], runs: Sequence[Run]) -> list[UnfinishedRun]:
+    """The runs without a result that belong to the group of these runs: their id is the group's at their seed and rate.
+
+    Where a configuration cannot be read, its rate is looked for among those of the runs.
+    """
+    finished, rates = {run.run_id for run in runs}, sorted({run.lr for run in runs})
+    start, tree = runs[0].run_id.rsplit("-", 2)[0], runs[0].record.identity.tree
+    own = []
+    for other in unfinished:
+        if other.run_id in finished or not other.run_id.startswith(f"{start}-s"):
+            continue
+        for lr in [other.lr] if other.lr is not None else rates:
+            values = {**tree, "seed": other.seed, "train": {**tree["train"], "lr": lr}}
+            if other.run_id == f"{start}-s{other.seed}-{identity_digest(values)}":
+                own.append(replace(other, lr=lr))
+    return own
 
 
 def _recorded_choice(runs: Sequence[Run], choices: Iterable[RateChoice]) -> RateChoice | None:
@@ -185,24 +191,29 @@ def _choose_rate(
     for run in runs:
         by_rate[run.lr][run.seed] = run
     failed: dict[float, set[int]] = defaultdict(set)
+    diverged: dict[float, set[int]] = defaultdict(set)
+    pruned = {other.lr for other in unfinished if other.pruned and other.lr is not None}
     for other in unfinished:
         if other.failed and other.lr is not None:
             failed[other.lr].add(other.seed)
-    trials = [_trial(lr, by_rate.get(lr, {}), failed.get(lr, set())) for lr in sorted({*by_rate, *failed})]
+            if other.diverged:
+                diverged[other.lr].add(other.seed)
+    trials = [_trial(lr, by_rate.get(lr, {}), failed.get(lr, set())) for lr in sorted({*by_rate, *failed, *pruned})]
     best = choose_rate(trials, accept_failed=True)
     assert best is not None, "a finished run has a finite loss"
     lr = best.lr if recorded is None else recorded.lr
     group.runs = [by_rate[lr][seed] for seed in sorted(by_rate[lr])]
     group.rates = tuple(sorted({*best.tried, *(recorded.lrs if recorded else ())}))
-    group.failed_seeds = failed.get(lr, set()) | {other.seed for other in unfinished if other.failed and not other.lr}
+    group.failed_seeds, group.diverged_seeds = failed.get(lr, set()), diverged.get(lr, set())
+    group.has_recorded_rate = recorded is not None
     group.trials = _trials(runs, unfinished)
     group.marks += _marks_of_choice(group, best, recorded)
     if group.failed_seeds:
         group.short_marks.append(f"{len(group.failed_seeds)} failed")
     for other in unfinished:
-        if other.lr in (None, lr) or other.failed:
-            rate = f" at lr {other.lr:g}" if other.lr else ""
-            group.marks.append(f"seed {other.seed}{rate} {'failed' if other.failed else 'is not finished'}")
+        if other.lr == lr or other.failed:
+            ending = "failed" if other.failed else "is not finished"
+            group.marks.append(f"seed {other.seed} at lr {other.lr:g} {ending}")
 
 
 def _trials(runs: Sequence[Run], unfinished: Iterable[UnfinishedRun]) -> list[Trial]:

@@ -31,6 +31,10 @@ class Pair:
     comparator: RunGroup | None
     problem: str = ""
     """Why a side is missing."""
+    searched: tuple[RunGroup | None, RunGroup | None] = (None, None)
+    """The two sides with the runs of all seeds, also those below a side's seed_offset."""
+    name: str = ""
+    """The anchor's configuration, if several anchors of one setting answer the claim."""
 
     @property
     def task(self) -> str:
@@ -38,8 +42,9 @@ class Pair:
 
     @property
     def task_in_words(self) -> str:
-        """The task, with the variant of its setting if there are several."""
-        return f"{self.task} ({self.anchor.variant})" if self.anchor.variant else self.task
+        """The task, with what tells apart several answers to one claim: the variant of the setting, or the anchor."""
+        apart = ", ".join(filter(None, (self.anchor.variant, self.name)))
+        return f"{self.task} ({apart})" if apart else self.task
 
     @property
     def model(self) -> str:
@@ -47,21 +52,35 @@ class Pair:
 
 
 def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
-    """A pair for every group of the side with a rank (of two such sides: the method), on the claim's tasks."""
+    """A pair for every group of the side with a rank (of two such sides: the method), on the claim's tasks.
+
+    Of several such groups in one setting, the one with the plain scale (alpha = r) answers; without one, all do.
+    """
     anchored = claim.comparator if claim.method.at else claim.method
     anchors = [
         group
         for group in groups
         if claim.covers(group.task) and _is_of(group, anchored) and group.rank == anchored.rank
     ]
-    return [_pair(claim, anchor, groups) for anchor in anchors]
+    found = []
+    for anchor in anchors:
+        alike = [other for other in anchors if other.setting == anchor.setting]
+        plain = [other for other in alike if _has_plain_scale(other)]
+        if anchor in (plain or alike):
+            found.append(_pair(claim, anchor, groups, anchor.configuration if len(plain or alike) > 1 else ""))
+    return found
 
 
-def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
-    matched = claim.method if claim.method.at else claim.comparator
-    partner, problem = _partner(matched, anchor, groups)
+def _has_plain_scale(group: RunGroup) -> bool:
+    return group.runs[0].record.identity.rank.alpha == group.rank
+
+
+def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], name: str) -> Pair:
+    matched, own = (claim.method, claim.comparator) if claim.method.at else (claim.comparator, claim.method)
+    partner, problem = _partner(matched, anchor, groups, may_be_anchor=matched.seed_offset != own.seed_offset)
     method, comparator = (partner, anchor) if claim.method.at else (anchor, partner)
-    return Pair(anchor, _shifted(method, claim.method), _shifted(comparator, claim.comparator), problem)
+    shifted = _shifted(method, claim.method), _shifted(comparator, claim.comparator)
+    return Pair(anchor, *shifted, problem, (method, comparator), name)
 
 
 def _shifted(group: RunGroup | None, side: Side) -> RunGroup | None:
@@ -73,9 +92,12 @@ def _shifted(group: RunGroup | None, side: Side) -> RunGroup | None:
         for run in group.runs
         if run.seed >= side.seed_offset
     ]
-    failed = {seed - side.seed_offset for seed in group.failed_seeds if seed >= side.seed_offset}
+    failed, diverged = (
+        {seed - side.seed_offset for seed in seeds if seed >= side.seed_offset}
+        for seeds in (group.failed_seeds, group.diverged_seeds)
+    )
     name = f"{group.configuration} (seeds from {side.seed_offset})"
-    return replace(group, configuration=name, runs=runs, failed_seeds=failed)
+    return replace(group, configuration=name, runs=runs, failed_seeds=failed, diverged_seeds=diverged)
 
 
 def _is_of(group: RunGroup, side: Side) -> bool:
@@ -91,16 +113,20 @@ def _is_of(group: RunGroup, side: Side) -> bool:
     return is_its_name and side.configuration not in KNOWN
 
 
-def _partner(side: Side, anchor: RunGroup, groups: Sequence[RunGroup]) -> tuple[RunGroup | None, str]:
-    """The group of the side in the anchor's setting, or None and the reason."""
+def _partner(
+    side: Side, anchor: RunGroup, groups: Sequence[RunGroup], may_be_anchor: bool
+) -> tuple[RunGroup | None, str]:
+    """The group of the side in the anchor's setting, or None and the reason.
+
+    Args:
+        may_be_anchor: whether the anchor may be compared with itself, on other seeds.
+    """
     candidates = [group for group in groups if group.setting == anchor.setting and _is_of(group, side)]
     # With the plain scale (alpha = r) first, and otherwise in the order of the tables.
-    candidates.sort(key=lambda group: group.runs[0].record.identity.rank.alpha != group.rank)
+    candidates.sort(key=lambda group: not _has_plain_scale(group))
     if side.rank is not None or side.at == EQUAL_RANK:
         rank = side.rank or anchor.rank
-        of_rank = [
-            group for group in candidates if group.rank == rank and (group is not anchor or side.seed_offset > 0)
-        ]
+        of_rank = [group for group in candidates if group.rank == rank and (group is not anchor or may_be_anchor)]
         return (of_rank[0], "") if of_rank else (None, f"{side.configuration} r={rank} was not run in the same setting")
     if not candidates:
         return None, f"{side.configuration} was not run in the same setting"

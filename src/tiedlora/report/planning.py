@@ -35,10 +35,14 @@ def _outlook(claim: Claim, seeds: int, rows: int, spread: Spread) -> str:
     where = f"looks at {', '.join(map(str, reached.seeds))} seeds of {rows:,} rows"
     known = ", assuming a usual spread of scores" if spread is ASSUMED else ""
     if (share := slack(claim.rule)) is not None:
-        gain = 100 * looks.gain_needed_at_last_look(1 - share, spread, rows, reached)
+        is_level = isinstance(claim.rule, Level)
+        gain = 100 * looks.gain_needed_at_last_look(1 - share, spread, rows, reached, both_sides=is_level)
         if gain > 100:
             return f"{where} will hardly decide it: use more seeds or rows, or compare the loss{known}"
-        return f"{where} decide it in 4 of 5 tries if the comparator gains {gain:.0f} points or more{known}"
+        return (
+            f"{where} decide it in 4 of 5 tries if the two are equal and the comparator gains {gain:.0f} points or "
+            f"more{known}"
+        )
     distance = getattr(claim.rule, "margin", 0.0) or PLANNED_DIFFERENCE
     chance = looks.chance_at_looks(distance, spread, rows, reached)[-1]
     return f"{where} decide it with a chance of {100 * chance:.0f} % if it is true by {100 * distance:g} points{known}"

@@ -89,8 +89,8 @@ def _verdicts(report: Report) -> Table:
     for model in models:
         for row in model.rows:
             cells = {cell.task: _cell(cell, answers.get((model.model, row.name, cell.task))) for cell in row.cells}
-            rows.append((row.name, *(cells.get(task) for task in tasks)))
-    return Table("verdicts", "", (Column("claim"), *map(Column, tasks)), rows)
+            rows.append((model.model, row.name, *(cells.get(task) for task in tasks)))
+    return _without_one_model(Table("verdicts", "", (Column("model"), Column("claim"), *map(Column, tasks)), rows))
 
 
 def _cell(cell: matrix.Cell, answer: Answer | None) -> str | None:
@@ -107,11 +107,12 @@ def _cell(cell: matrix.Cell, answer: Answer | None) -> str | None:
 def _scores(report: Report) -> Table:
     """One row for each group, task and metric that a claim names; without claims, for each task's first metric."""
     columns = (
-        *(Column("task"), Column("metric"), Column("configuration"), Column("rank", int)),
+        *(Column("model"), Column("task"), Column("metric"), Column("configuration"), Column("rank", int)),
         *(Column("parameters", Count), Column("lr", LearningRate)),
         *(Column("seeds", int), Column("score", ScoreInterval), Column("minus LoRA at this rank", ScoreInterval)),
     )
-    return Table("scores", "", columns, [_score(row) for row in sorted(_asked(report), key=_order)])
+    rows = [_score(row) for row in sorted(_asked(report), key=_order)]
+    return _without_one_model(Table("scores", "", columns, rows))
 
 
 def _asked(report: Report) -> list[ResultRow]:
@@ -125,61 +126,80 @@ def _asked(report: Report) -> list[ResultRow]:
 
 
 def _overview(report: Report) -> Table:
-    """One row for each configuration and rank, one column for each task and metric; the numbers of `scores`.
+    """One row for each model, configuration and rank, one column for each task and metric; the numbers of `scores`.
 
-    A configuration with fewer than half of the scores is left out, because it compares on few tasks only.
+    A configuration with fewer than half of its model's scores is left out, because it compares on few tasks only.
     """
     rows = sorted(_asked(report), key=_order)
-    places = list(dict.fromkeys((row.group.task, row.measure.metric) for row in rows))
-    scores = {(*_name(row), row.group.task, row.measure.metric): row for row in rows}
-    count = Counter(name[:2] for name in scores)
-    groups = {_name(row): row.group for row in rows if 2 * count[_name(row)] >= len(places)}
+    places = list(dict.fromkeys(map(_place, rows)))
+    scores = {(_name(row), _place(row)): row for row in rows}
+    assert len(scores) == len(rows), "two groups of one name and setting"
+    count = Counter(map(_name, rows))
+    all_of_model = Counter(model for model, _ in {(row.group.model, _place(row)) for row in rows})
+    groups = {_name(row): row.group for row in rows if 2 * count[_name(row)] >= all_of_model[row.group.model]}
     columns = (
-        *(Column("configuration"), Column("rank", int), Column("parameters", Count)),
+        *(Column("model"), Column("configuration"), Column("rank", int), Column("parameters", Count)),
         *(Column(f"{task}, {metric}", ScoreInterval) for task, metric in places),
     )
-    return Table(
+    table = Table(
         "overview",
         "",
         columns,
         [
-            (*name, Count(group.params), *(_interval(scores.get((*name, *place))) for place in places))
+            (*name, Count(group.params), *(_interval(scores.get((name, place))) for place in places))
             for name, group in groups.items()
         ],
     )
+    return _without_one_model(table)
 
 
-def _name(row: ResultRow) -> tuple[str, int]:
-    return row.group.configuration, row.group.rank
+def _name(row: ResultRow) -> tuple[str, str, int]:
+    return row.group.model, row.group.configuration, row.group.rank
+
+
+def _place(row: ResultRow) -> tuple[str, str]:
+    return _task(row.group), row.measure.metric
+
+
+def _task(group: RunGroup) -> str:
+    """The task, with the variant of its setting if there are several."""
+    return f"{group.task} ({group.variant})" if group.variant else group.task
+
+
+def _without_one_model(table: Table) -> Table:
+    """The table without its first column, the model, if that is the same in all rows."""
+    if len({row[0] for row in table.rows}) > 1:
+        return table
+    return Table(table.name, table.caption, table.columns[1:], [row[1:] for row in table.rows])
 
 
 def _interval(row: ResultRow | None) -> ScoreInterval | None:
     return None if row is None or row.score is None else ScoreInterval(row.score.widest, unit=row.measure.unit)
 
 
-def _order(row: ResultRow) -> tuple[str, str, int, str]:
-    return row.group.task, row.measure.metric, -row.group.params, row.group.name
+def _order(row: ResultRow) -> tuple[str, str, str, int, str]:
+    return row.group.model, _task(row.group), row.measure.metric, -row.group.params, row.group.name
 
 
 def _score(row: ResultRow) -> tuple[Value, ...]:
     group, unit = row.group, row.measure.unit
     assert row.score is not None
     return (
-        *(group.task, row.measure.metric, group.configuration, group.rank, Count(group.params)),
+        *(group.model, _task(group), row.measure.metric, group.configuration, group.rank, Count(group.params)),
         *(LearningRate(group.lr, len(group.rates)), len(row.seeds), ScoreInterval(row.score.widest, unit=unit)),
         ScoreInterval(row.difference.widest, signed=True, unit=unit) if row.difference else None,
     )
 
 
 def _cost(report: Report) -> Table:
-    return _only(tables.cost(_largest_task(report.groups)), COST)
+    return _only(tables.cost(_largest_setting(report.groups)), COST)
 
 
-def _largest_task(groups: Sequence[RunGroup]) -> list[RunGroup]:
-    """The groups of the task with most of them: speeds of different tasks are no comparison of configurations."""
-    tasks = [group.task for group in groups]
-    most = max(sorted(set(tasks)), key=tasks.count, default=None)
-    return [group for group in groups if group.task == most]
+def _largest_setting(groups: Sequence[RunGroup]) -> list[RunGroup]:
+    """The groups of the model, task and variant with most of them: other speeds are no comparison of configurations."""
+    places = [(group.model, group.task, group.variant) for group in groups]
+    most = max(sorted(set(places)), key=places.count, default=None)
+    return [group for group, place in zip(groups, places, strict=True) if place == most]
 
 
 def _only(table: Table, names: Sequence[str]) -> Table:

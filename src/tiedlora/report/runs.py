@@ -8,17 +8,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
 
 from tiedlora import storage
 from tiedlora.config.identity import start_of
 from tiedlora.errors import UserError
 from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
-from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_folder import DIVERGED, RunFolder
 from tiedlora.records.run_record import RunRecord, SplitScores, read_record
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 
@@ -32,6 +29,8 @@ NOT_RUNS = ("base", "sweeps")
 class UnfinishedRun:
     """A run without a result, described by its folder's name and config.yaml."""
 
+    run_id: str
+    """The folder's name."""
     label: str
     """LoRA, TABuv, ... or custom."""
     rank: int
@@ -42,14 +41,14 @@ class UnfinishedRun:
     """None if it is not known."""
     failed: bool = False
     """Whether the run ended with an error."""
+    diverged: bool = False
+    """Whether that error was a loss that is not finite. Any other error can be repaired."""
     pruned: bool = False
     """Whether the search of a learning rate stopped it."""
     step: int = 0
     """The step of the last validation; 0 without one."""
     loss: float | None = None
     """The last validation loss."""
-    train: dict[str, Any] = field(default_factory=dict)
-    """The section `train` of its configuration; empty if config.yaml cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,12 @@ def read_run(path: Path) -> Run | LeftOut:
         if pruned := _last_line(folder.pruned_file):
             reason = f"pruned by the search of a learning rate: {pruned}"
         if named is not None:
-            named = _with_progress(named, folder, failed=bool(error), pruned=bool(pruned))
+            named = dataclasses.replace(
+                _with_progress(named, folder),
+                failed=bool(error),
+                diverged=error.startswith(DIVERGED),
+                pruned=bool(pruned),
+            )
         return LeftOut(path, reason, named)
     try:
         record = read_record(folder.result_file)
@@ -220,7 +224,7 @@ def _run_of_name(name: str) -> UnfinishedRun | None:
     match = FOLDER_NAME.fullmatch(name)
     if match is None:
         return None
-    return UnfinishedRun(match["label"], int(match["rank"]), match["task"], match["model"], int(match["seed"]))
+    return UnfinishedRun(name, match["label"], int(match["rank"]), match["task"], match["model"], int(match["seed"]))
 
 
 def _last_line(path: Path) -> str:
@@ -232,16 +236,15 @@ def _last_line(path: Path) -> str:
     return lines[-1][:200] if lines else "error.txt is empty"
 
 
-def _with_progress(run: UnfinishedRun, folder: RunFolder, failed: bool, pruned: bool) -> UnfinishedRun:
+def _with_progress(run: UnfinishedRun, folder: RunFolder) -> UnfinishedRun:
     """The run with its learning rate, which only its configuration has, and its last validation loss."""
     try:
-        train: Any = OmegaConf.to_container(storage.read_yaml(folder.config_file).train)
-        lr = float(train["lr"])
+        lr = float(storage.read_yaml(folder.config_file).train.lr)
     except Exception:  # A file that a kill has cut off may be wrong in any way. Then the rate is not known.
-        train, lr = {}, None
+        lr = None
     steps, losses = curve(folder, "validation/loss")
     last = (steps[-1], losses[-1]) if steps else (0, None)
-    return dataclasses.replace(run, lr=lr, failed=failed, pruned=pruned, step=last[0], loss=last[1], train=train)
+    return dataclasses.replace(run, lr=lr, step=last[0], loss=last[1])
 
 
 def curve(folder: RunFolder, metric: str) -> tuple[list[int], list[float]]:

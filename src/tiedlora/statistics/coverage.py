@@ -16,8 +16,8 @@ ENOUGH = 0.93
 """The report has a note on an interval that covers less than this."""
 DRAWS = 4000
 FEW_EXAMPLES = 10
-"""If fewer examples than this score above zero, a bootstrap over examples is too narrow. It covers 83 to 87 % if 2 to 4
-of 200 examples do."""
+"""If fewer examples than this score above zero, or fewer below one, a bootstrap over examples is too narrow. It covers
+83 to 87 % if 2 to 4 of 200 examples do."""
 ROUNDING = 1e-12
 """An interval can be a single number, which equals the true value up to rounding."""
 
@@ -27,7 +27,7 @@ def remarks(score: float, *, seeds: int, examples: int, scoring_examples: int, b
 
     Args:
         score: the mean over seeds, a fraction of 1.
-        scoring_examples: how many examples have a score above zero with any seed.
+        scoring_examples: how many examples have a score that is not 0 with any seed, or one that is not 1: the fewer.
         by_bootstrap: whether the interval over examples is a bootstrap.
     """
     notes = []
@@ -36,7 +36,8 @@ def remarks(score: float, *, seeds: int, examples: int, scoring_examples: int, b
         if share < ENOUGH:
             notes.append(f"the interval over seeds covers {100 * share:.0f} % here, not 95 %")
     if by_bootstrap and scoring_examples < FEW_EXAMPLES:
-        notes.append(f"only {scoring_examples} examples score, so the bootstrap covers about 85 %, not 95 %")
+        which = "score" if score <= 0.5 else "do not have the full score"
+        notes.append(f"only {scoring_examples} examples {which}, so the bootstrap covers about 85 %, not 95 %")
     return notes
 
 

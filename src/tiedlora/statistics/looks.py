@@ -164,11 +164,16 @@ def is_futile(chance: float) -> bool:
     return chance < FUTILE
 
 
-def chance_at_looks(rule_distance: float, spread: Spread, rows: int, looks: Looks) -> list[float]:
+def chance_at_looks(
+    rule_distance: float, spread: Spread, rows: int, looks: Looks, both_sides: bool = False
+) -> list[float]:
     """The chance that a claim is decided rightly by each look, if its contrast's true value is `rule_distance`.
 
     Simulated with DRAWS draws of a fixed generator: normal effects of seeds and rows with the given spread. A rule that
     needs the comparator's gain is decided only if that gain is clear too; this is not in the chance.
+
+    Args:
+        both_sides: for `Level`: two contrasts at this distance must both be clear, and their errors are opposite.
 
     Returns:
         A chance for each look: it never falls from look to look.
@@ -176,23 +181,24 @@ def chance_at_looks(rule_distance: float, spread: Spread, rows: int, looks: Look
     generator = np.random.default_rng(0)
     of_seed = math.sqrt(spread.seeds**2 + spread.rest**2 / rows) * generator.normal(size=(DRAWS, looks.seeds[-1]))
     of_seed += spread.examples / math.sqrt(rows) * generator.normal(size=(DRAWS, 1))
-    of_seed += abs(rule_distance)
     decided = np.zeros(DRAWS, dtype=bool)
     chances = []
     for n, level in zip(looks.seeds, looks.levels, strict=True):
         found = _at_seeds(of_seed[:, :n], spread.examples**2, spread.rest**2, rows)
-        decided |= found.mean > found.half_width(level)
+        error = -np.abs(found.mean) if both_sides else found.mean
+        decided |= abs(rule_distance) + error > found.half_width(level)
         chances.append(float(decided.mean()))
     return chances
 
 
-def gain_needed_at_last_look(rho: float, spread: Spread, rows: int, looks: Looks) -> float:
+def gain_needed_at_last_look(rho: float, spread: Spread, rows: int, looks: Looks, both_sides: bool = False) -> float:
     """The true gain of the comparator at which `Retains(rho)` is decided by the last look in 4 of 5 repetitions.
 
     The method is taken to equal the comparator, so that the contrast's true value is (1 - rho) gain.
 
     Args:
         spread: that of the contrast m - rho q - (1 - rho) b.
+        both_sides: for `Level(1 - rho)` in place of `Retains(rho)`.
 
     Returns:
         The gain in the unit of the score; infinity if rho is 1.
@@ -202,12 +208,13 @@ def gain_needed_at_last_look(rho: float, spread: Spread, rows: int, looks: Looks
     high = spread.of_mean(looks.seeds[0], rows)
     if high == 0:
         return 0.0
-    while chance_at_looks(high, spread, rows, looks)[-1] < POWER:
+
+    def missing_power(distance: float) -> float:
+        return POWER - chance_at_looks(distance, spread, rows, looks, both_sides)[-1]
+
+    while missing_power(high) > 0:
         high *= 2
-    distance = optimize.bisect(
-        lambda distance: chance_at_looks(distance, spread, rows, looks)[-1] - POWER, 0.0, high, xtol=high * 1e-3
-    )
-    return float(distance) / (1 - rho)
+    return float(optimize.bisect(missing_power, 0.0, high, xtol=high * 1e-3)) / (1 - rho)
 
 
 def holm(p_values: Sequence[float], level: float = TOTAL) -> list[bool]:

@@ -206,8 +206,8 @@ def _next_look(
 ) -> tuple[SweepCell, ...]:
     """The runs of the first look that has not all of them: not scored, and not diverged."""
     sides: list[tuple[RunGroup, Side]] = []
-    for group, side in ((pair.method, claim.method), (pair.comparator, claim.comparator)):
-        if group is None or not group.runs:
+    for group, side in zip(pair.searched, (claim.method, claim.comparator), strict=True):
+        if group is None:
             return ()
         sides.append((group, side))
     for number in range(len(claim.plan.looks.seeds)):
