@@ -15,7 +15,7 @@ from tiedlora.config import compose
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.summary import terminal_lines
 from tiedlora.runs import lazy
-from tiedlora.scoring.passes import missing_passes
+from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.tasks import load_task
 
 
@@ -34,7 +34,8 @@ def main() -> None:
     record = folder.finished_record()
     task = load_task(compose.read_config(folder.config_file).task)
     split = arguments.split or (None if arguments.forgetting else "test")
-    missing = split is not None and missing_passes(arguments.metrics, task, record.scores.get(split))
+    wanted_passes(arguments.metrics, task)
+    missing = split is not None and missing_passes(arguments.metrics, record.scores.get(split))
     if arguments.again or arguments.forgetting or missing:
         record = lazy.add_scores(
             folder,

@@ -13,6 +13,7 @@ The report reads the folder: python scripts/report.py studies/NAME --claims stud
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, verify
 from tiedlora.sweeps import forecast, study
 from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.sweeps.launching import stopped_by_signals
 
 DISAGREES = 3
 
@@ -77,14 +79,29 @@ def carry_out(planned: study.Study, folder: Path, outputs: Path, part: str | Non
     for name, words in planned.commands(part):
         print(f"{name}: {' '.join(words)}", flush=True)
         command = [sys.executable, str(PROJECT / "train.py"), "--multirun", *words, f"outputs={outputs}"]
-        ended = subprocess.run(command, cwd=PROJECT, check=False).returncode
-        study.export_study(folder, outputs)
-        if ended in (errors.STOPPED, 130):
+        ended = run_until_stopped(command)
+        if outputs.is_dir():
+            study.export_study(folder, outputs)
+        if ended == errors.STOPPED:
             raise SystemExit(ended)
         if ended != 0:
             failed.append(f"{name}: {' '.join(words)}")
     if failed:
         raise UserError(f"{len(failed)} sweeps did not end well; the same command continues them: {'; '.join(failed)}")
+
+
+def run_until_stopped(command: list[str]) -> int:
+    """The exit code of a sweep, or STOPPED if a signal came: the sweep gets it too, and first saves its checkpoints."""
+    stopped = False
+    # In a session of its own the sweep gets no Ctrl-C of the terminal as well: a second one would stop it at once.
+    with stopped_by_signals(), subprocess.Popen(command, cwd=PROJECT, start_new_session=True) as sweep:
+        while True:
+            try:
+                ended = sweep.wait()
+                return errors.STOPPED if stopped else ended
+            except KeyboardInterrupt:
+                sweep.send_signal(signal.SIGINT if stopped else signal.SIGTERM)
+                stopped = True
 
 
 def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | None) -> None:

@@ -13,6 +13,7 @@ import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -79,9 +80,9 @@ def exit_codes() -> Iterator[None]:
         with _quiet_handlers():
             yield
             sys.stdout.flush()
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         drop_output()
-        raise SystemExit(CLOSED_PIPE) from None
+        raise SystemExit(STOPPED if _is_stop(error.__context__) else CLOSED_PIPE) from None
     except SystemExit:
         # As of a command that has named its failures. What it printed may still wait for a reader that has ended.
         try:
@@ -105,12 +106,17 @@ def exit_codes() -> Iterator[None]:
         _end("error: out of memory; lower train.microbatch_tokens (same result) or score.batch_size", MISTAKE)
 
 
-def drop_output() -> None:
-    """Let standard output lead nowhere, because its reader, such as `head`, has ended.
+def _is_stop(error: BaseException | None) -> bool:
+    """Whether an error came while the command was ending because it was asked to stop: its last line had no reader."""
+    return error is not None and (isinstance(error, (KeyboardInterrupt, StoppedEarly)) or _is_stop(error.__context__))
+
+
+def drop_output(stream: TextIO | None = None) -> None:
+    """Let standard output, or another stream, lead nowhere, because its reader, such as `head`, has ended.
 
     Without this, Python would report the error again when it exits.
     """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 def output_is_closed() -> bool:
@@ -143,5 +149,14 @@ def _quiet_handlers() -> Iterator[None]:
 def _end(message: str, code: int) -> None:
     # Always one line of printable characters: control characters in an error could rewrite the terminal.
     line = "".join(c if c.isprintable() else " " for c in message)
-    print(line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]} ...", file=sys.stderr)
+    # Whether or not somebody still reads the output, the code says how the command ended.
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{_shortened(line)}\n")):
+        try:
+            print(text, end="", file=stream, flush=True)
+        except BrokenPipeError:
+            drop_output(stream)
     raise SystemExit(code)
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]} ..."

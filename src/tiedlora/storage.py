@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,11 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def _beside(path: Path) -> Path:
+    """A temporary name in the same folder. It is random, because processes of two machines may have the same number."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
 def write_bytes(path: Path, data: bytes, flush: bool = True) -> None:
     """Write a file completely or not at all: write a second file beside `path`, flush it to the disk, then rename it.
 
@@ -55,7 +61,7 @@ def write_bytes(path: Path, data: bytes, flush: bool = True) -> None:
         OSError: the disk is full, or there is no permission; `path` is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = _beside(path)
     try:
         with naming(path), open(beside, "wb") as file:
             file.write(data)
@@ -193,7 +199,7 @@ def copy_folder(source: Path, path: Path) -> None:
     Raises:
         OSError: the disk is full, or there is no permission; `path` does not exist then.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = _beside(path)
     shutil.rmtree(beside, ignore_errors=True)
     try:
         shutil.copytree(source, beside)
@@ -205,7 +211,7 @@ def copy_folder(source: Path, path: Path) -> None:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that replaces `path` when the block ends without an error. After an error it is removed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = _beside(path)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:

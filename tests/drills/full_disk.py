@@ -73,7 +73,7 @@ def kind(path: Path) -> str:
     if path.parent.name == "base":
         return "base/*.jsonl"
     name = re.sub(r"\.(\d+\.)?tmp$", "", path.name).removeprefix(".")
-    parent = re.sub(r"\.\d+\.tmp$", "", path.parent.name).removeprefix(".")
+    parent = re.sub(r"\.[0-9a-f]+\.tmp$", "", path.parent.name).removeprefix(".")
     parent = re.sub(r"-\d{8}$", "", parent)
     return f"{parent}/{name}" if parent in ("step", "best", "adapter", "predictions") else name
 

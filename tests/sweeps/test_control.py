@@ -68,6 +68,22 @@ def test_a_failed_cell_is_retried_when_the_launch_has_ended(tiny_run):
     assert states(swept) == ["done", "done"]
 
 
+def test_a_cell_that_was_dropped_before_the_start_runs_when_it_is_put_back(tiny_run):
+    swept = compose_sweep(tiny_run("seed=0,1"))
+    second = swept.cells[1]
+    swept.control.drop([second.run_id])
+    launched = []
+
+    def launch(cells, first_job):
+        launched.append([cell.config.seed for cell in cells])
+        swept.control.retry([second.run_id])
+        launch_with(swept)(cells, first_job)
+
+    launching.run_sweep(swept, launch)
+    assert launched == [[0], [1]]
+    assert states(swept) == ["done", "done"]
+
+
 def test_fail_fast_starts_no_cell_after_the_first_failure(tiny_run, capsys):
     swept = compose_sweep(tiny_run(*FAILING))
     with pytest.raises(SystemExit) as end:

@@ -1,6 +1,7 @@
 """A deciding sweep on a tiny model: the plan comes first, and a claim that is decided takes no further run."""
 
 import json
+import re
 
 import pytest
 from helpers.commands import sweep as sweep_command
@@ -110,6 +111,25 @@ def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept
     assert {(name, seed) for name, _, seed in further.launched} == {
         (name, seed) for name in ("LoRA", "TABuv") for seed in further.seeds()
     }
+    # A start that finds all runs there has spent as much of its budget.
+    (all_runs,) = re.findall(r"(\d+) runs in all", capsys.readouterr().out.rsplit("verdict", 1)[-1])[-1:]
+    (swept.path / "plan.json").unlink()
+    again = Launcher()
+    run_deciding(swept, OPTIONS, open_claim, int(all_runs), again)
+    assert again.launched == []
+    assert f"{all_runs} runs in all" in capsys.readouterr().out
+
+
+def test_a_control_runs_the_seeds_of_its_offset(tiny_run, tmp_path):
+    sweep = compose_sweep(tiny_run("tying=LoRA", *WORDS[1:]))
+    control = claims_file(tmp_path, 0.2, rule="level_within", sides=("LoRA", "LoRA"))
+    text = (tmp_path / "claims.yaml").read_text().replace("rank: 8}\n    tasks", "rank: 8, seed_offset: 5}\n    tasks")
+    (tmp_path / "claims.yaml").write_text(text.replace("looks: [2, 5]", "looks: [2]"))
+    launcher = Launcher()
+    run_deciding(sweep, OPTIONS, control, None, launcher)
+    assert launcher.seeds() == {0, 1, 5, 6}
+    (verdict,) = verdicts(sweep)
+    assert (verdict["look"], verdict["open"]) == (1, False)
 
 
 def test_a_claim_that_needs_the_base_is_refused_without_it(tiny_run, tmp_path):

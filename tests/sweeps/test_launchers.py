@@ -144,6 +144,22 @@ def test_a_cluster_gives_the_same_results(tiny_run, tmp_path, package, chosen):
     assert results(compose_sweep(words)) == results(expected)
 
 
+def test_a_killed_job_of_submitit_fails_alone(tiny_run):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = tiny_run("seed=0,1,2,3", "train.steps=300", "train.log_every=1")
+    cells = compose_sweep(words).cells
+    command = FreshCommand("--multirun", *words, "hydra/launcher=submitit_slots", "hydra.launcher.jobs_at_once=1")
+    killed = {None}
+    for _ in range(2):
+        # The lock's owner is the job, or for a moment this sweep that looks at the cell's state.
+        owner = wait_until(lambda: {lock_owner(cells[0].folder.path / ".lock")} - killed - {command.pid}).pop()
+        os.kill(owner, signal.SIGKILL)
+        killed.add(owner)
+    ended = command.ended()
+    assert ended.code == 1, ended.err
+    assert [cell.state() for cell in cells] == ["failed", "done", "done", "done"], ended.err
+
+
 def test_a_slots_device_is_one_of_those_that_the_command_sees():
     assert [visible_device(device, "4,7") for device in (0, "1", 1)] == ["4", "7", "7"]
     assert visible_device(1, "GPU-aa, GPU-bb") == "GPU-bb"

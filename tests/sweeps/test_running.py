@@ -157,6 +157,72 @@ class Launcher:
                 run_cell(cell.config)
 
 
+class Queue:
+    """A cluster whose launcher raises an error at the first killed job, while the other jobs wait in the queue."""
+
+    def __init__(self, swept, killed: int, at_once: int) -> None:
+        self.swept, self.killed, self.at_once, self.started = swept, killed, at_once, []
+
+    def __call__(self, cells, first_job):
+        for cell in cells[: self.at_once]:
+            self.started.append(cell.config.seed)
+            if cell.config.seed == self.killed:
+                self.swept.control.note_start(cell.run_id)
+                raise RuntimeError("Job 1 has not produced any output")
+            run_cell(cell.config, self.swept.path)
+
+
+def test_a_cell_that_waits_while_another_one_is_killed_has_not_failed(tiny_run, capsys):
+    swept = compose_sweep(tiny_run("seed=0,1,2,3,4,5"))
+    queue = Queue(swept, killed=1, at_once=2)
+    with pytest.raises(SystemExit):
+        launching.run_sweep(swept, queue)
+    assert [cell.state() for cell in swept.cells] == ["done", "failed", *["done"] * 4]
+    assert queue.started.count(1) == launching.LAUNCHES
+    assert "1 of 6 cells failed" in capsys.readouterr().err
+
+
+def test_a_cell_that_another_process_works_on_is_not_counted_as_a_dead_worker(tiny_run):
+    """Its worker stops every time, as after a preemption, while this command waits for it."""
+    (cell,) = (swept := compose_sweep(tiny_run("seed=0"))).cells
+    launches = []
+
+    def launch(cells, first_job):
+        launches.append(first_job)
+        if len(launches) <= launching.LAUNCHES + 1:
+            with cell.folder.locked():
+                run_cell(cell.config, swept.path)
+        else:
+            run_cell(cell.config, swept.path)
+
+    launching.run_sweep(swept, launch)
+    assert cell.state() == "done"
+    assert len(launches) == launching.LAUNCHES + 2
+
+
+def test_a_launcher_that_starts_nothing_ends_the_sweep(tiny_run):
+    swept = compose_sweep(tiny_run("seed=0,1"))
+
+    def launch(cells, first_job):
+        raise RuntimeError("no such partition")
+
+    with pytest.raises(SystemExit):
+        launching.run_sweep(swept, launch)
+    assert [cell.state() for cell in swept.cells] == ["failed", "failed"]
+    assert "The launcher started no cell: RuntimeError: no such partition" in swept.cells[0].folder.error_file.read_text()
+
+
+def test_a_cell_without_the_metrics_that_are_asked_for_is_not_finished(tiny_run):
+    only_loss = compose_sweep(tiny_run("seed=0", "score.metrics=[target_loss]")).cells[0]
+    run_cell(only_loss.config)
+    everything = compose_sweep(tiny_run("seed=0")).cells[0]
+    assert only_loss.finished()
+    assert (everything.run_id, everything.finished(), everything.state()) == (only_loss.run_id, False, "interrupted")
+    run_cell(everything.config)
+    assert everything.finished()
+    assert "exact_match_strict" in everything.folder.finished_record().scores["validation"].metrics
+
+
 def test_a_cell_that_leaves_nothing_is_launched_once_more_and_then_fails(tiny_run, capsys):
     cells = compose_sweep(tiny_run("seed=0,1,2"))
     launcher = Launcher(0, 2)

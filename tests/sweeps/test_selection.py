@@ -62,6 +62,18 @@ def chosen() -> Selection:
     return Selection("sweep-1a2b3c4d", "score", [choice])
 
 
+def test_a_dropped_cell_is_no_trial(tiny_run):
+    sweep = compose_sweep(tiny_run("seed=0,1", "train.lr=1e-3,1e-2"))
+    *run_now, last = sweep.cells
+    for cell in run_now:
+        run_cell(cell.config)
+    with pytest.raises(UserError, match="1 of 4 cells are not finished"):
+        selection.select_rates(sweep)
+    sweep.control.drop([last.run_id])
+    (choice,) = selection.select_rates(sweep).choices
+    assert choice.trials == 3
+
+
 def test_selection_json_is_read_as_it_was_written(tiny_run, chosen):
     sweep = compose_sweep(tiny_run())
     write_selection(selection.selection_file(sweep), chosen)

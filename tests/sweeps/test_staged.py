@@ -129,6 +129,32 @@ def test_a_failure_that_is_no_divergence_is_named_and_tried_again(tiny_run, monk
     assert len(read_selection(selection.selection_file(sweep)).choices) == 1
 
 
+def test_a_rate_outside_the_grid_takes_the_options_of_the_present_start(tiny_run):
+    """The first start ran out of memory, and the second one names a smaller microbatch."""
+
+    class Crashing(Launcher):
+        def __call__(self, cells, first_job):
+            super().__call__([cell for cell in cells if cell.parameters().lr in (1e-3, 1e-2)], first_job)
+            for cell in cells:
+                if cell.parameters().lr not in (1e-3, 1e-2):
+                    cell.folder.path.mkdir(parents=True, exist_ok=True)
+                    cell.folder.error_file.write_text("RuntimeError: out of memory\n")
+
+    words = [*("train.lr=1e-3,1e-2", "seed=0", "train.steps=8", "train.validate_every=2")]
+    options = staged.SearchOptions(rungs=(0.5,), finalists=1, lowest_rate=1e-5, highest_rate=1.0)
+    sweep = compose_sweep(tiny_run(*words))
+    sweep.freeze()
+    with pytest.raises(SystemExit):
+        staged.run_staged(sweep, options, Crashing())
+    later = compose_sweep(tiny_run(*words, "train.microbatch_tokens=512"))
+    assert later.path == sweep.path
+    later.freeze()
+    staged.run_staged(later, options, Launcher())
+    frozen = [json.loads(path.read_text())["train"] for path in (later.path / "cells").glob("*.json")]
+    assert {train["microbatch_tokens"] for train in frozen} == {512}
+    assert {train["lr"] for train in frozen} > {1e-3, 1e-2}
+
+
 def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, capsys):
     words = tiny_run("train.lr=1e-3,1e-2,1000", "seed=0", "train.clip=null", "train.steps=20")
     sweep = compose_sweep(words)

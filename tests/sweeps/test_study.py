@@ -1,10 +1,13 @@
 """A study: a plan that is read strictly, records that are kept by a rule, and runs that anyone can repeat."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
+from helpers.commands import wait_until
 
 from tiedlora import storage
 from tiedlora.config.compose import compose_config
@@ -16,6 +19,7 @@ from tiedlora.records.selection import RateChoice, Selection, write_selection
 from tiedlora.report.runs import read_runs, run_roots
 from tiedlora.runs import run
 from tiedlora.sweeps import study
+from tiedlora.sweeps.expand import compose_sweep
 
 PLAN = """
 name: small
@@ -130,6 +134,58 @@ def test_a_study_continues_from_its_records_on_another_machine(folder, outputs, 
     assert set(scored.scores) == {"validation", "test"}
     assert scored.files == before.files, "the adapter that was trained again differs"
     assert scored.left_out is None
+
+
+def test_a_run_that_diverged_stays_a_result_on_another_machine(folder, outputs, tmp_path):
+    place, ids = outputs
+    here = tmp_path / "here"
+    shutil.copytree(place, here)
+    diverged = RunFolder(here / ids[0].replace("-s0-", "-s8-"))
+    for name in ("config.yaml", "validation_losses.jsonl"):
+        storage.write_bytes(diverged.path / name, storage.read_bytes(here / ids[0] / name))
+    study.export_study(folder, here)
+    diverged.error_file.write_text('Traceback\n  File "/home/me/x.py"\ntiedlora.errors.Diverged: step 3: nan\n')
+    study.export_study(folder, here)
+    kept = RunFolder(folder / "runs" / diverged.path.name)
+    assert kept.error_file.read_text() == "tiedlora.errors.Diverged: step 3: nan\n"
+    study.restore_study(folder, tmp_path / "there")
+    restored = RunFolder(tmp_path / "there" / diverged.path.name)
+    assert (restored.state(), restored.diverged()) == ("failed", True)
+
+
+def test_a_finished_record_stays_while_its_run_is_trained_again(folder, outputs, tmp_path):
+    place, ids = outputs
+    study.export_study(folder, place)
+    kept = {path: path.read_bytes() for path in (folder / "runs" / ids[1]).rglob("*") if path.is_file()}
+    again = tmp_path / "again"
+    study.restore_study(folder, again)
+    (again / ids[1] / "result.json").unlink()
+    losses = again / ids[1] / "validation_losses.jsonl"
+    losses.write_text(losses.read_text().splitlines()[0] + "\n")
+    study.export_study(folder, again)
+    assert kept == {path: path.read_bytes() for path in (folder / "runs" / ids[1]).rglob("*") if path.is_file()}
+
+
+def test_a_study_without_runs_has_nothing_to_export(folder, tmp_path):
+    with pytest.raises(UserError, match="there are no runs to export"):
+        study.export_study(folder, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_stops_a_study_lets_its_sweep_save_a_checkpoint(tiny_run, number):
+    """The command of `run`, without the plan: it must be committed in the checkout of the tests."""
+    words = tiny_run("seed=0", "train.steps=100000", "train.checkpoint_every=100000", "train.validate_every=0")
+    (cell,) = compose_sweep(words).cells
+    code = (
+        "import runpy, sys; from pathlib import Path; run = runpy.run_path('scripts/study.py')['run_until_stopped']; "
+        "sys.exit(run([sys.executable, 'train.py', '--multirun', *sys.argv[1:]]))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, *words], cwd=PROJECT) as command:
+        wait_until(cell.folder.metrics_file.exists)
+        command.send_signal(number)
+        assert command.wait(150) == 75
+    assert cell.state() == "interrupted"
+    assert cell.folder.checkpoint_step() > 0
 
 
 def test_a_study_takes_the_runs_that_another_study_has_kept(folder, outputs, tmp_path):

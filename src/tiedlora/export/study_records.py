@@ -52,13 +52,17 @@ def export_record(run: RunFolder, out: Path, *, keep_adapter: bool) -> RunFolder
 
 
 def export_stopped(run: RunFolder, out: Path) -> None:
-    """Write what shows why a search stopped a run: its configuration, its losses, and the reason.
+    """Write what shows why a run has no result: its configuration, its losses, and why a search stopped it, or that its
+    loss was not finite. Of this error, the last line alone is kept: the lines before it name paths.
 
     Raises:
         UserError: config.yaml is damaged.
         OSError: the folder cannot be written.
     """
-    _copy_files(run, RunFolder(out / run.path.name))
+    exported = RunFolder(out / run.path.name)
+    _copy_files(run, exported)
+    if run.diverged():
+        storage.write_bytes(exported.error_file, storage.read_bytes(run.error_file).strip().splitlines()[-1] + b"\n")
 
 
 def copy_exported(run: RunFolder, out: Path) -> None:

@@ -69,7 +69,7 @@ def add_scores(
             record = folder.finished_record()
             for split in splits:
                 recorded = record.scores.get(split)
-                passes = wanted if again else missing_passes(metrics, task, recorded)
+                passes = wanted if again else missing_passes(metrics, recorded)
                 if not passes:
                     continue
                 kept = None if again and metrics is None else recorded

@@ -57,20 +57,22 @@ def _run_first_process(config: Config, world: World) -> RunRecord | None:
                 f"{folder.path}: other processes find a result.json there, this one does not; share the folder"
             )
         return finished
-    session = RunSession(config, load_task(config.task), world)
-    try:
-        with folder.locked(), _error_file(folder), StopSignal() as stop:
-            if config.force and folder.record() is not None:
-                folder.clear()
-            folder.tidy()
-            folder.error_file.unlink(missing_ok=True)
-            folder.pruned_file.unlink(missing_ok=True)
-            # Another process with the same command may have finished the run while this one was loading.
-            if world.any(folder.record() is not None):
-                return folder.record()
-            return _train_and_score(session, folder, stop)
-    finally:
-        session.release()
+    # From here on, a signal ends the run as one that can go on, also while it loads.
+    with StopSignal() as stop:
+        session = RunSession(config, load_task(config.task), world)
+        try:
+            with folder.locked(), _error_file(folder):
+                if config.force and folder.record() is not None:
+                    folder.clear()
+                folder.tidy()
+                folder.error_file.unlink(missing_ok=True)
+                folder.pruned_file.unlink(missing_ok=True)
+                # Another process with the same command may have finished the run while this one was loading.
+                if world.any(folder.record() is not None):
+                    return folder.record()
+                return _train_and_score(session, folder, stop)
+        finally:
+            session.release()
 
 
 def _train_and_score(session: RunSession, folder: RunFolder, stop: StopSignal) -> RunRecord:

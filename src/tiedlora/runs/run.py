@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tiedlora.config.identity import run_id
-from tiedlora.config.schema import FORGETTING, Config
+from tiedlora.config.schema import Config
 from tiedlora.errors import Paused, UserError, is_out_of_memory
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
@@ -16,8 +16,8 @@ from tiedlora.records.summary import terminal_lines
 from tiedlora.runs import lazy
 from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.scoring.passages import check_source
-from tiedlora.scoring.passes import missing_passes, wanted_passes
-from tiedlora.tasks import Task, load_task
+from tiedlora.scoring.passes import forgetting_to_score, lacks_scores, wanted_passes
+from tiedlora.tasks import load_task
 
 
 def main(config: Config) -> RunRecord | None:
@@ -39,7 +39,7 @@ def main(config: Config) -> RunRecord | None:
         check_source(config.score.forgetting, config.task.name)
     folder = RunFolder(Path(config.outputs) / run_id(config))
     record = folder.record()
-    if record is not None and record.lacks_adapter and _to_score(config, task, record):
+    if record is not None and record.lacks_adapter and lacks_scores(config.score, record):
         print(f"{folder.path}: a study's record without the adapter, which the scores need; the run is trained again")
         config.force = True
     finished = None if config.force else record
@@ -54,7 +54,7 @@ def main(config: Config) -> RunRecord | None:
         if record is None:
             return None
         if finished is not None:
-            record = _reuse(config, task, folder, finished)
+            record = _reuse(config, folder, finished)
     print(terminal_lines(record, folder.path))
     return record
 
@@ -73,28 +73,14 @@ def _explained_out_of_memory() -> Iterator[None]:
         ) from error
 
 
-def _reuse(config: Config, task: Task, folder: RunFolder, record: RunRecord) -> RunRecord:
+def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> RunRecord:
     """The record of the finished run, after it has scored the splits and metrics that are requested and missing."""
     check_same_inputs(config, record, folder)
     # A read-only archive cannot be tidied. That is no problem.
     with suppress(OSError), folder.locked():
         folder.tidy()
-    if _to_score(config, task, record):
-        score, forgetting = config.score, _forgetting_to_score(config, record)
+    if lacks_scores(config.score, record):
+        score, forgetting = config.score, forgetting_to_score(config.score, record)
         return lazy.add_scores(folder, score.splits, config.data_root, config, score.metrics, forgetting=forgetting)
     print(f"finished before: {folder.path} (force=true repeats it)")
     return record
-
-
-def _to_score(config: Config, task: Task, record: RunRecord) -> bool:
-    """Whether splits or metrics are requested that the finished run lacks."""
-    score = config.score
-    lacking = any(missing_passes(score.metrics, task, record.scores.get(split)) for split in score.splits)
-    return lacking or _forgetting_to_score(config, record) is not None
-
-
-def _forgetting_to_score(config: Config, record: RunRecord) -> str | None:
-    """The requested neutral text, if the finished run's losses on it are missing."""
-    measured = record.scores.get(FORGETTING)
-    requested = config.score.forgetting
-    return None if measured is not None and measured.source == requested else requested

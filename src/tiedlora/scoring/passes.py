@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tiedlora.config.explain import nearest
+from tiedlora.config.schema import FORGETTING, ScoreConfig
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import LOSS_METRICS, is_loss
-from tiedlora.records.run_record import SplitScores
+from tiedlora.records.run_record import RunRecord, SplitScores
 from tiedlora.tasks import Task
 
 
@@ -47,23 +48,38 @@ def wanted_passes(metrics: Sequence[str] | None, task: Task) -> Passes:
             )
     if not metrics:
         raise UserError("score.metrics=[]: names no metric; null takes all, and score.splits=[] scores nothing")
+    return _passes_of(metrics)
+
+
+def _passes_of(metrics: Sequence[str] | None) -> Passes:
+    if metrics is None:
+        return ALL_PASSES
     losses = any(map(is_loss, metrics))
     return Passes(answers=not all(map(is_loss, metrics)), losses=losses, needs_targets=losses)
 
 
-def missing_passes(metrics: Sequence[str] | None, task: Task, recorded: SplitScores | None) -> Passes:
-    """The wanted passes that a split's record lacks.
+def missing_passes(metrics: Sequence[str] | None, recorded: SplitScores | None) -> Passes:
+    """The wanted passes that a split's record lacks. The names of the metrics are not checked.
 
     With None, a record with the task's own metrics lacks nothing: runs of earlier versions, which have no losses, stay
     finished.
-
-    Raises:
-        UserError: as wanted_passes.
     """
-    wanted = wanted_passes(metrics, task)
+    wanted = _passes_of(metrics)
     if recorded is None:
         return wanted
     has_losses = any(map(is_loss, recorded.metrics))
     has_answers = not all(map(is_loss, recorded.metrics))
     answers, losses = wanted.answers and not has_answers, wanted.losses and not has_losses
     return Passes(answers, losses and metrics is not None, wanted.needs_targets)
+
+
+def lacks_scores(score: ScoreConfig, record: RunRecord) -> bool:
+    """Whether splits, metrics or a neutral text are requested that the finished run lacks."""
+    lacking = any(missing_passes(score.metrics, record.scores.get(split)) for split in score.splits)
+    return lacking or forgetting_to_score(score, record) is not None
+
+
+def forgetting_to_score(score: ScoreConfig, record: RunRecord) -> str | None:
+    """The requested neutral text, if the finished run's losses on it are missing."""
+    measured = record.scores.get(FORGETTING)
+    return None if measured is not None and measured.source == score.forgetting else score.forgetting

@@ -20,6 +20,7 @@ from tiedlora.config.identity import config_tree, run_id
 from tiedlora.config.schema import Config
 from tiedlora.config.sizes import trainable_params
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.scoring.passes import lacks_scores
 from tiedlora.sweeps.control import SweepControl
 
 STATES = ("done", "running", "paused", "pruned", "interrupted", "failed", "dropped", "missing")
@@ -73,9 +74,9 @@ class SweepCell:
         return RunFolder(Path(self.config.outputs) / self.run_id)
 
     def finished(self) -> bool:
-        """Whether the run is done, and scored on every split that the sweep scores."""
+        """Whether the run is done, and has every score that the sweep asks for."""
         record = self.folder.record()
-        return record is not None and set(self.config.score.splits) <= set(record.scores)
+        return record is not None and not lacks_scores(self.config.score, record)
 
     def state(self) -> str:
         """One of STATES, except dropped, which only the sweep knows."""
@@ -142,17 +143,21 @@ class Sweep:
     def freeze(self) -> FrozenCells:
         """Write every cell's resolved configuration. A cell is run from this file, so a later edit of conf/ does not
         change it.
-
-        Files with the same content stay. So the next start of a large sweep writes nothing, and a job that reads its
-        file meanwhile is not disturbed.
         """
         frozen, searches = FrozenCells(self.path / "cells"), self.searches_rates
         for cell in self.cells:
-            tree = frozen_tree(cell.config, self.id, searches)
-            path, data = frozen.path / f"{cell.run_id}.json", storage.json_bytes(tree)
-            if not path.is_file() or storage.read_bytes(path) != data:
-                storage.write_bytes(path, data, flush=False)
+            write_frozen(frozen.path / f"{cell.run_id}.json", frozen_tree(cell.config, self.id, searches))
         return frozen
+
+
+def write_frozen(path: Path, tree: dict[str, Any]) -> None:
+    """Write a cell's configuration. A file with the same content stays.
+
+    So the next start of a large sweep writes nothing, and a job that reads its file meanwhile is not disturbed.
+    """
+    data = storage.json_bytes(tree)
+    if not path.is_file() or storage.read_bytes(path) != data:
+        storage.write_bytes(path, data, flush=False)
 
 
 def frozen_tree(config: Config, sweep_id: str, searches_rates: bool) -> dict[str, Any]:

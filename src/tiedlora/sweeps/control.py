@@ -4,6 +4,7 @@
     retried/RUN_ID    the cell runs once more, when the cells that were launched with it have ended
     fail_fast         the first cell that fails stops the sweep
     first_failure     the id of this cell; no further cell starts, and running ones stop with a checkpoint
+    started/RUN_ID    a launcher has started the cell; it says busy if another process was working on the run
 
 Every process and machine of a sweep sees the same files, so this works under every launcher.
 """
@@ -18,6 +19,8 @@ from pathlib import Path
 from tiedlora import storage
 from tiedlora.errors import UserError
 
+STARTED, BUSY = "started", "busy"
+"""What a launcher's process did with a cell: carried it out, or found another process working on it."""
 SECONDS_BETWEEN_LOOKS = 1.0
 """How often a training cell looks at the files. A network file system may need milliseconds for each look."""
 
@@ -32,10 +35,11 @@ class SweepControl:
     def __init__(self, folder: Path) -> None:
         self._dropped, self._retried = folder / "dropped", folder / "retried"
         self._fail_fast, self._first_failure = folder / "fail_fast", folder / "first_failure"
+        self._started = folder / "started"
 
     def start(self, fail_fast: bool) -> None:
         """Begin a sweep. Dropped cells stay dropped; earlier failures and retries count no more."""
-        for path in [self._fail_fast, self._first_failure, *self._retried.glob("*")]:
+        for path in [self._fail_fast, self._first_failure, *self._retried.glob("*"), *self._started.glob("*")]:
             path.unlink(missing_ok=True)
         if fail_fast:
             storage.write_bytes(self._fail_fast, b"")
@@ -61,6 +65,17 @@ class SweepControl:
         asked = (self._retried / run_id).exists()
         (self._retried / run_id).unlink(missing_ok=True)
         return asked
+
+    def note_start(self, run_id: str, what: str = STARTED) -> None:
+        """Note that a launcher's process has started the cell (STARTED), or could not because it is BUSY."""
+        storage.write_bytes(self._started / run_id, what.encode(), flush=False)
+
+    def take_start(self, run_id: str) -> str | None:
+        """What was noted since the last call: STARTED, BUSY, or None if no process has come to the cell."""
+        path = self._started / run_id
+        noted = path.read_text() if path.exists() else None
+        path.unlink(missing_ok=True)
+        return noted
 
     def failed(self, run_id: str) -> None:
         """Note that a cell has failed. With fail_fast, this stops the sweep."""

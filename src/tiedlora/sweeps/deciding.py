@@ -103,7 +103,7 @@ def run_deciding(
     launches = StageLaunches(sweep, launch, fail_fast)
     finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
     searches = run_searches(sweep, search_groups(sweep, options, plan.search_seeds), launches)
-    used = {cell.run_id for search in searches for cell in search.runs()}
+    used = {cell.run_id for search in searches for cell in [*search.runs(), *_ended_looks(planned, search)]}
     while True:
         states = claim_states(planned, sweep, searches)
         needed = {cell.run_id: cell for state in states for cell in state.needed}
@@ -187,6 +187,14 @@ def claim_states(claims: Sequence[Claim], sweep: Sweep, searches: Sequence[Searc
                 needed = _next_look(claim, answer.pair, owners)
             states.append(ClaimState(answer, needed))
     return states
+
+
+def _ended_looks(claims: Iterable[Claim], search: Search) -> list[SweepCell]:
+    """The runs of planned looks that have ended, which an earlier start of the same command has paid for."""
+    if (choice := search.choice) is None:
+        return []
+    cells = [search.group.cell(choice.lr, seed) for seed in _all_seeds(claims)]
+    return [cell for cell in cells if cell.finished() or cell.folder.diverged()]
 
 
 def _all_seeds(claims: Iterable[Claim]) -> list[int]:

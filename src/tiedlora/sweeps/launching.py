@@ -21,13 +21,13 @@ from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.sweeps import status
 from tiedlora.sweeps.cell_log import EndedCellsLogger
 from tiedlora.sweeps.cells import ENDED, Sweep, SweepCell
-from tiedlora.sweeps.control import SweepControl
+from tiedlora.sweeps.control import STARTED, SweepControl
 from tiedlora.training.signals import SIGNALS
 
 log = logging.getLogger(__name__)
 
 LAUNCHES = 2
-"""How often a cell is launched if its worker dies without leaving an error."""
+"""How often a cell is started if its worker dies without leaving an error."""
 SECONDS_BETWEEN_CHECKS = 1.0
 """The time between two checks of a cell that another process is working on."""
 
@@ -58,7 +58,7 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
     log.info("%s: %d cells, %d finished before, %d to run", sweep.id, *numbers)
     try:
         with EndedCellsLogger(sweep):
-            launch_cells(wanted, launch, control)
+            launch_cells(unfinished, launch, control)
     except KeyboardInterrupt:
         print(status.summary_line(sweep, status.statuses(sweep)))
         raise
@@ -90,13 +90,13 @@ def end_with(errors: Mapping[str, str], cells: int, first_failure: str | None) -
 
 
 def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepControl, first_job: int = 0) -> int:
-    """Launch the cells until each is done, paused, failed or dropped.
+    """Launch the cells until each is done, paused, failed or dropped. A dropped one may be put back meanwhile.
 
     Returns:
         The number of the next job, to be the first of the next launch.
     """
     launches = _Launches(launch, control, first_job)
-    launches.run([cell for cell in cells if not control.stops(cell.run_id)])
+    launches.run(cells)
     return launches.next_job
 
 
@@ -141,12 +141,15 @@ class _Launches:
     def __init__(self, launch: Launch, control: SweepControl, first_job: int) -> None:
         self.launch, self.control, self.next_job = launch, control, first_job
         self.counts: Counter[str] = Counter()
-        """Run id -> how often the cell was launched."""
+        """Run id -> how often the cell was started."""
         self._waiting_logged = False
+        self._launcher_error = ""
+        """Why a launch has started no cell at all."""
 
     def run(self, cells: Sequence[SweepCell]) -> None:
         """Return when every cell has ended, or one has stopped the sweep."""
         wanted = cells
+        cells = [cell for cell in wanted if not self.control.stops(cell.run_id)]
         while cells:
             try:
                 self.launch(cells, self.next_job)
@@ -154,9 +157,21 @@ class _Launches:
                 # What a launcher returns or raises does not matter: the folders show what it has done.
                 reason = f"{type(error).__name__}: {error}"
                 log.warning("the launcher failed (%s); continuing with what the cells' folders hold", reason)
+                self._launcher_error = reason
             self.next_job += len(cells)
-            self.counts.update(cell.run_id for cell in cells)
+            self._count(cells)
             cells = [cell for cell in wanted if self._needs_launch(cell)]
+
+    def _count(self, cells: Sequence[SweepCell]) -> None:
+        """Count the starts of a launch.
+
+        A launcher that raises an error may leave cells waiting, as in a queue of Slurm. They have not failed. But where
+        no cell was started at all, the launcher does not work, and each cell counts, so that the sweep ends.
+        """
+        noted = {cell.run_id: self.control.take_start(cell.run_id) for cell in cells}
+        started = [run_id for run_id, what in noted.items() if what == STARTED]
+        self._launcher_error = "" if started else self._launcher_error
+        self.counts.update(started or [run_id for run_id, what in noted.items() if what is None])
 
     def _needs_launch(self, cell: SweepCell) -> bool:
         """Whether the cell may be launched once more: it has not ended, or a person asks for it."""
@@ -173,8 +188,10 @@ class _Launches:
             log.warning("%s: stopped without a result; launching it once more", cell.run_id)
             return True
         # A launcher that has failed at once leaves no folder.
-        message = f"The worker ended {LAUNCHES} times without a result or an error: killed, or out of memory?\n"
-        storage.write_bytes(cell.folder.error_file, message.encode())
+        message = f"The worker ended {LAUNCHES} times without a result or an error: killed, or out of memory?"
+        if self._launcher_error:
+            message = f"The launcher started no cell: {' '.join(self._launcher_error.split())}"
+        storage.write_bytes(cell.folder.error_file, f"{message}\n".encode())
         self.control.failed(cell.run_id)
         return False
 

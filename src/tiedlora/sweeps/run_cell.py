@@ -10,7 +10,7 @@ from tiedlora.config.schema import Config
 from tiedlora.errors import StoppedEarly, drop_output, output_is_closed
 from tiedlora.records.run_folder import Busy, RunFolder
 from tiedlora.runs import lazy, run
-from tiedlora.sweeps.control import StopFiles, SweepControl
+from tiedlora.sweeps.control import BUSY, StopFiles, SweepControl
 from tiedlora.text import visible
 from tiedlora.training.signals import also_stopped_by
 
@@ -36,6 +36,8 @@ def run_cell(config: Config, sweep_folder: Path | None = None) -> None:
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.error_file.unlink(missing_ok=True)
+        if control:
+            control.note_start(folder.path.name)
         with also_stopped_by(stopped):
             run.main(config)
     except StoppedEarly:
@@ -46,6 +48,8 @@ def run_cell(config: Config, sweep_folder: Path | None = None) -> None:
         raise KeyboardInterrupt from None
     except Busy as busy:
         log.info("%s", busy)
+        if control:
+            control.note_start(folder.path.name, BUSY)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and output_is_closed():
             # The sweep is piped into a program such as `head`, which has ended. That is no failure of the cell.

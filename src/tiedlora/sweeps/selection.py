@@ -52,12 +52,14 @@ def select_rates(sweep: Sweep, by: str | None = None) -> Selection:
         UserError: cells are not finished, no rate of a configuration finished at every seed, or `by` is "score" and a
             run has no validation scores.
     """
-    unfinished = sum(cell.state() not in ("done", "failed") for cell in sweep.cells)
+    # What a person has dropped will not be run. It is no trial.
+    cells = [cell for cell in sweep.cells if cell.state() == "done" or not sweep.control.is_dropped(cell.run_id)]
+    unfinished = sum(cell.state() not in ("done", "failed") for cell in cells)
     if unfinished:
         raise UserError(
-            f"{sweep.id}: {unfinished} of {len(sweep.cells)} cells are not finished; run the sweep's command first"
+            f"{sweep.id}: {unfinished} of {len(cells)} cells are not finished; run the sweep's command first"
         )
-    groups = list(rate_groups(sweep.cells).values())
+    groups = list(rate_groups(cells).values())
     used = by or "score"
     choices = [choose(cells, used) for cells in groups]
     if any(choice.by != used for choice in choices):

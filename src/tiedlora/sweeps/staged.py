@@ -20,7 +20,7 @@ from tiedlora.records.selection import LOSS, RateChoice, RateSearch, Selection, 
 from tiedlora.statistics.paired_rows import RowLosses
 from tiedlora.statistics.rate_choice import ChosenRate
 from tiedlora.sweeps import selection, status
-from tiedlora.sweeps.cells import Sweep, SweepCell, frozen_tree
+from tiedlora.sweeps.cells import Sweep, SweepCell, frozen_tree, write_frozen
 from tiedlora.sweeps.control import SweepControl
 from tiedlora.sweeps.launching import Launch, changed_inputs, end_with, launch_cells
 from tiedlora.sweeps.staged_search import Observation, Request, SearchPlan, SearchStage, next_stage, rung_steps
@@ -199,6 +199,7 @@ class StageLaunches:
     def __init__(self, sweep: Sweep, launch: Launch, fail_fast: bool) -> None:
         self.sweep, self.launch, self.control = sweep, launch, sweep.control
         self.control.start(fail_fast)
+        self._grid = {cell.run_id for cell in sweep.cells}
         self._launched: set[tuple[str, tuple[str, ...]]] = set()
         self._next_job = 0
 
@@ -213,10 +214,17 @@ class StageLaunches:
             return False
         log.info("%s: %s", self.sweep.id, what)
         for cell in new:
-            _freeze(self.sweep, cell)
+            self._freeze(cell)
         self._launched.update((cell.run_id, cell.launch_words) for cell in new)
         self._next_job = launch_cells(new, self.launch, self.control, self._next_job)
         return True
+
+    def _freeze(self, cell: SweepCell) -> None:
+        """Write the configuration of a cell outside the grid, as Sweep.freeze does for those of the grid."""
+        if cell.run_id not in self._grid:
+            config = cell.until(None, self.sweep.cells[0].config.score.splits).config
+            path = self.sweep.path / "cells" / f"{cell.run_id}.json"
+            write_frozen(path, frozen_tree(config, self.sweep.id, searches_rates=True))
 
     def errors(self, asked: Sequence[SweepCell]) -> dict[str, str]:
         """Why cells are not as far as they should be: run id -> the reason."""
@@ -303,14 +311,6 @@ def _stage_line(searches: Sequence[Search]) -> str:
         for request in search.stage.requests
     )
     return ", ".join(f"{count} cells {goal}" for goal, count in goals.items())
-
-
-def _freeze(sweep: Sweep, cell: SweepCell) -> None:
-    """Write the configuration of a cell outside the grid, as Sweep.freeze does for those of the grid."""
-    path = sweep.path / "cells" / f"{cell.run_id}.json"
-    if not path.exists():
-        config = cell.until(None, sweep.cells[0].config.score.splits).config
-        storage.write_json(path, frozen_tree(config, sweep.id, searches_rates=True))
 
 
 def _why_unfinished(cell: SweepCell, control: SweepControl) -> str:

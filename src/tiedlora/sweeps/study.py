@@ -109,9 +109,11 @@ def export_study(folder: Path, outputs: Path) -> int:
         The number of runs.
 
     Raises:
-        UserError: a run or a selection.json is damaged.
+        UserError: a run or a selection.json is damaged, or there are no runs.
     """
     runs = folder / "runs"
+    if not outputs.is_dir():
+        raise UserError(f"{outputs}: no such folder, so there are no runs to export; start the study with `run`")
     with_adapter = set()
     for path in sorted((outputs / "sweeps").glob(f"*/{SELECTION_FILE}")):
         for choice in read_selection(path).choices:
@@ -130,7 +132,9 @@ def export_study(folder: Path, outputs: Path) -> int:
                 # It was restored from another study, which has runs in common with this one.
                 copy_exported(run, runs)
         elif run.validation_losses_file.is_file() and run.config_file.is_file():
-            if not _is_exported(run, RunFolder(runs / path.name)):
+            exported = RunFolder(runs / path.name)
+            # A finished record stays while its run is trained again, because its adapter was not kept.
+            if not exported.result_file.is_file() and not _is_exported(run, exported):
                 export_stopped(run, runs)
         else:
             continue
@@ -144,7 +148,7 @@ def _is_exported(run: RunFolder, exported: RunFolder) -> bool:
         [file.exists() and storage.read_bytes(file) for file in (folder.validation_losses_file, folder.pruned_file)]
         for folder in (run, exported)
     )
-    return now == kept
+    return now == kept and run.diverged() == exported.diverged()
 
 
 def restore_study(folder: Path, outputs: Path) -> int:

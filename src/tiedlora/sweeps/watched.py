@@ -17,6 +17,7 @@ from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord, read_record
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
+from tiedlora.scoring.passes import missing_passes
 from tiedlora.sweeps.cells import STATES
 from tiedlora.sweeps.control import SweepControl
 from tiedlora.sweeps.decided import decided, last_line, short, verdicts
@@ -192,7 +193,7 @@ class WatchedSweep:
         """As SweepCell.state, from what can be seen without the lock."""
         folder = cell.folder
         # A search scores only the chosen runs. The others are done without.
-        if isinstance(record, RunRecord) and (self._searches or set(cell.splits) <= set(record.scores)):
+        if isinstance(record, RunRecord) and (self._searches or not _lacks_scores(cell, record)):
             return "done"
         if is_locked(folder.path / ".lock", inodes):
             self._locked_before.add(cell.run_id)
@@ -304,3 +305,7 @@ def _all_left(open_cells: Sequence[CellView], running: int) -> float | None:
         return None
     # A cell without an estimate is taken as the mean of the others: they have the same sweep.
     return sum(known) * len(open_cells) / len(known) / max(1, running)
+
+
+def _lacks_scores(cell: WatchedCell, record: RunRecord) -> bool:
+    return any(missing_passes(cell.metrics, record.scores.get(split)) for split in cell.splits)

@@ -44,6 +44,7 @@ class _Train:
 @dataclass(frozen=True)
 class _Score:
     splits: list[Text]
+    metrics: list[Text] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class WatchedCell:
     steps: int
     splits: tuple[str, ...]
     """The splits that the sweep scores."""
+    metrics: tuple[str, ...] | None
+    """What it scores; None takes everything."""
     group: str
     """Equal for cells that differ only in rate and seed."""
     values: dict[str, str]
@@ -124,6 +127,7 @@ def _read_cell(path: Path, folder: Path) -> WatchedCell:
         seed=config.seed,
         steps=config.train.steps,
         splits=tuple(config.score.splits),
+        metrics=None if config.score.metrics is None else tuple(config.score.metrics),
         group=json.dumps({key: value for key, value in values.items() if key not in apart}, sort_keys=True),
         values=values,
     )

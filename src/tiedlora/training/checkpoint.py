@@ -170,7 +170,7 @@ def _compare(saved: RunInputs, now: RunInputs, where: Path) -> None:
         if before != after:
             raise UserError(
                 f"{where}: was trained on another {name} ({before}, now {after}); "
-                "restore it, or start over with force=true"
+                f"restore it, or remove {where.parent} to start from the first step"
             )
     packages = sorted({*saved.versions, *now.versions})
     if changed := [name for name in packages if saved.versions.get(name) != now.versions.get(name)]:

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -64,4 +64,6 @@ class StopSignal:
         again, self.received = self.received is not None, number
         if not self.finish_step_first or (again and number == signal.SIGINT):
             raise KeyboardInterrupt
-        print(f"{signal.Signals(number).name}: saving a checkpoint after this step", file=sys.stderr)
+        # The reader of the output may have ended by the same Ctrl-C, as `tee` does. The step must go on.
+        with suppress(OSError):
+            print(f"{signal.Signals(number).name}: saving a checkpoint after this step", file=sys.stderr)
