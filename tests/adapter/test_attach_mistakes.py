@@ -1,8 +1,17 @@
 """attach on what is no causal language model says so."""
 
 import pytest
+import torch
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import tiedlora
 from tiedlora.errors import UserError
@@ -34,3 +43,14 @@ def test_what_is_no_causal_language_model_is_named(model):
         tiedlora.attach(model, "TABuv", rank=2)
     assert "\n" not in str(caught.value)
     assert "AutoModelForCausalLM" in str(caught.value)
+
+
+def test_a_replica_of_data_parallel_is_refused():
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    tiedlora.attach(model, "TABuv", rank=2)
+    ids = torch.tensor([[1, 2]])
+    model(input_ids=ids)
+    # What nn.DataParallel makes for each GPU.
+    model.model.__dict__["_is_replica"] = True
+    with pytest.raises(UserError, match=r"^nn\.DataParallel copies the model without the adapter's factors"):
+        model(input_ids=ids)

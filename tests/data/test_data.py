@@ -119,6 +119,19 @@ def test_the_chat_template_of_the_embedded_model():
         Encoder(tiny("tiny_llama").tokenizer, config.task, 512)
 
 
+def test_another_chat_template_has_other_tokens_although_the_models_digest_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "MIN_ROWS", 1)
+    base, prompts = BaseModel(None, None, BaseModelRecord("a", "main", "sha256:1")), set()
+    for template in ("U:{{ messages[0]['content'] }}\nA:", "<<{{ messages[0]['content'] }}>>"):
+        tokenizer = tiny("tiny_llama").tokenizer
+        tokenizer.chat_template = template
+        config = configuration.compose_config(["task=squad", "task.max_new_tokens=20", "task.chat_template=true"])
+        coder = Encoder(tokenizer, config.task, 512)
+        rows = token_cache.load_or_encode(coder, [Example("0", "q7", " yes")], "rows", base, tmp_path)
+        prompts.add(tokenizer.decode(rows.encoded[0].prompt))
+    assert prompts == {"U:q7\nA:", "<<q7>>"}
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(UserError, match=r"row a gives an empty prompt"):
         encoder().example(Example("a", "", " yes"))

@@ -173,7 +173,7 @@ def test_pairs_go_where_their_module_runs(monkeypatch):
     attached = attach(model, "TABuv")
     assert {parameter.device.type for parameter in attached.adapter.parameters()} == {"cpu"}
     (fold,) = (hook for hook in model.model._forward_pre_hooks.values())
-    fold()
+    fold(model.model)
     assert linear.execution_device(layer).type == "meta"
     assert layer.folded_A.device.type == "meta"
     assert model.model.layers[0].self_attn.q_proj.folded_A.device.type == "cpu"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.commands import Command, wait_until
+from helpers.tiny import tiny
 from safetensors.torch import load_file
 
 from tiedlora.config.compose import compose_config
@@ -20,7 +21,8 @@ from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import inputs, lazy, run
+from tiedlora.runs import inputs, lazy, run, session
+from tiedlora.runs.process_cache import SingleSlotCache
 from tiedlora.scoring import split
 from tiedlora.tasks.generated import Generated
 
@@ -264,31 +266,6 @@ class TestCommand:
             assert len(ended.err.strip().splitlines()) == 1, ended.err
         assert not (tmp_path / "outputs").exists()
 
-    @pytest.mark.parametrize("words", [[], ["--multirun"]])
-    def test_a_ctrl_c_that_also_ends_the_reader_of_the_output_saves_a_checkpoint(self, tiny_run, tiny_config, words):
-        """As in `python train.py ... 2>&1 | tee log`, where tee dies of the same Ctrl-C."""
-        long = ["train.steps=100000", "train.checkpoint_every=100000", "train.validate_every=0", "train.log_every=1"]
-        folder = folder_of(tiny_config(*long))
-        command = [sys.executable, "train.py", *words, *tiny_run(*long)]
-        with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as started:
-            wait_until(lambda: len(read_metrics(folder.metrics_file)) >= 3)
-            started.stdout.close()
-            started.send_signal(signal.SIGINT)
-            assert started.wait(150) == 75
-        assert folder.checkpoint_step() > 0
-        assert not folder.error_file.exists()
-
-    def test_a_signal_while_the_model_is_loaded_ends_with_the_code_of_a_stop(self, tiny_run):
-        long = tiny_run("train.steps=100000")
-        code = (
-            "import os, signal, sys; from tiedlora.runs import session; "
-            "session.cached_base = lambda *_: os.kill(os.getpid(), signal.SIGTERM); "
-            "import runpy; sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path('train.py', run_name='__main__')"
-        )
-        ended = subprocess.run([sys.executable, "-c", code, *long], cwd=PROJECT, capture_output=True, text=True)
-        assert ended.returncode == 75, ended.stderr
-        assert "the same command continues" in ended.stderr
-
     def test_a_signal_checkpoints_and_the_same_command_goes_on_exactly(self, tiny_run, tiny_config, tmp_path):
         overrides = tiny_run("train.steps=200", "train.checkpoint_every=1000", "train.validate_every=0")
         config = compose_config(overrides)
@@ -326,6 +303,21 @@ class TestCommand:
         assert code == 0, err
         assert "TABuv                 524,544        12.51 %" in out
         assert "LoRA                4,194,304       100.00 %" in out
+
+
+def test_a_run_is_not_scored_with_another_chat_template(tiny_config, tmp_path, monkeypatch):
+    base = tiny("tiny_llama")
+    base.tokenizer.chat_template = "U:{{ messages[0]['content'] }}A:"
+    for part in (base.model, base.tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    config = tiny_config("model.source=hub", f"model.path={tmp_path}/model", "task.chat_template=true")
+    record = run.main(config)
+    assert len(record.versions["chat template"]) == 16
+    (tmp_path / "model" / "chat_template.jinja").write_text("<<{{ messages[0]['content'] }}>>")
+    # As in another process, which has no model in memory.
+    monkeypatch.setattr(session, "_BASE", SingleSlotCache())
+    with pytest.raises(UserError, match="was trained with another chat template of the model; restore it"):
+        lazy.add_scores(folder_of(config), ["test"], None, config, None)
 
 
 class TestWandb:

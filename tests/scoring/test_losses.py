@@ -160,7 +160,7 @@ class TestPasses:
         ],
     )
     def test_what_is_missing(self, metrics, recorded, answers, losses):
-        passes = missing_passes(metrics, task_option("squad"), recorded)
+        passes = missing_passes(metrics, recorded)
         assert (passes.answers, passes.losses) == (answers, losses)
         assert bool(passes) == (answers or losses)
 

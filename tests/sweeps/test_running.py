@@ -209,7 +209,9 @@ def test_a_launcher_that_starts_nothing_ends_the_sweep(tiny_run):
     with pytest.raises(SystemExit):
         launching.run_sweep(swept, launch)
     assert [cell.state() for cell in swept.cells] == ["failed", "failed"]
-    assert "The launcher started no cell: RuntimeError: no such partition" in swept.cells[0].folder.error_file.read_text()
+    assert (
+        "The launcher started no cell: RuntimeError: no such partition" in swept.cells[0].folder.error_file.read_text()
+    )
 
 
 def test_a_cell_without_the_metrics_that_are_asked_for_is_not_finished(tiny_run):

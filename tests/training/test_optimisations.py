@@ -192,6 +192,22 @@ def test_when_to_compile(monkeypatch):
         compiling.decide("always", "cpu", weights=1, tokens=1)
 
 
+def test_a_gpu_needs_triton_and_a_c_compiler_to_compile(monkeypatch):
+    long = {"weights": 1, "tokens": compiling.COMPILE_PAYS_FROM_FLOP["cuda"] / 4}
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(compiling, "has_triton", lambda: True)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == "gcc" else None)
+    assert compiling.decide("auto", "cuda", **long)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert not compiling.decide("auto", "cuda", **long)
+    with pytest.raises(UserError, match=r"train\.compile=always: there is no C compiler \(gcc or clang\) here"):
+        compiling.decide("always", "cuda", **long)
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert compiling.decide("auto", "cuda", **long)
+    monkeypatch.setattr(compiling, "has_triton", lambda: False)
+    assert not compiling.decide("auto", "cuda", **long)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_no_gradient_for_the_base_nor_for_what_comes_before_the_first_update(name):
     base, _ = adapted(name, torch.float32)

@@ -246,7 +246,12 @@ class _FoldFactors:
     def __init__(self, model: nn.Module, adapter: TiedAdapter, modules: dict[str, nn.Module]) -> None:
         self.model, self.adapter, self.modules = model, adapter, modules
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, called: nn.Module, *_: Any) -> None:
+        if getattr(called, "_is_replica", False):
+            raise UserError(
+                "nn.DataParallel copies the model without the adapter's factors, so it cannot train one; show the "
+                "program one GPU (CUDA_VISIBLE_DEVICES=0), or start a process for each GPU with torchrun"
+            )
         if self.once and self.done:
             return
         self.done = True

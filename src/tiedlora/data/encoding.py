@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -48,6 +50,16 @@ class Encoder:
             raise UserError("task.chat_template=true: this model's tokenizer has no chat template; set it to false")
         if tokenizer.eos_token_id is None:
             raise UserError("model: its tokenizer has no end-of-text token, which every target ends with")
+
+    @property
+    def template_digest(self) -> str | None:
+        """The first characters of the chat template's sha256; None for a task without a template.
+
+        A model's folder may have the template in a file of its own, which the model's digest does not cover.
+        """
+        if not self.config.chat_template:
+            return None
+        return hashlib.sha256(json.dumps(self.tokenizer.chat_template, sort_keys=True).encode()).hexdigest()[:16]
 
     def prompt(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt, with the chat template, or with the token that the model expects at a text's start."""

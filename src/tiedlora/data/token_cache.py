@@ -38,7 +38,7 @@ def load_or_encode(
 
     Args:
         digest: the digest of the examples.
-        base: the base model. Its digest also covers the tokenizer.
+        base: the base model. Its digest also covers the tokenizer, but not the chat template.
         cache: the folder `config.cache`.
 
     Raises:
@@ -47,6 +47,8 @@ def load_or_encode(
     if len(examples) < MIN_ROWS or not base.digest_is_known:
         return encode_rows(encoder, examples)
     key = [ENCODING_VERSION, tokenizers.__version__, identity(encoder.config), encoder.context, digest]
+    if encoder.template_digest is not None:
+        key.append(encoder.template_digest)
     name = hashlib.sha256(json.dumps([*key, plain(base.record)], sort_keys=True).encode()).hexdigest()[:24]
     path = cache / "tokens" / f"{name}.safetensors"
     try:

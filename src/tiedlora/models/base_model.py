@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tiedlora.adapter import architectures, linear
 from tiedlora.config.schema import ModelConfig
 from tiedlora.errors import UserError
-from tiedlora.models import attention, placement
+from tiedlora.models import attention, output_head, placement
 from tiedlora.models.embedded import embedded_folder
 from tiedlora.models.identity import known_digest
 from tiedlora.models.random_model import random_model
@@ -43,7 +43,8 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
         cache: the folder for converted models.
 
     Raises:
-        UserError: it cannot be loaded here (the message says how to get it), or its sizes are not those of conf/model.
+        UserError: it cannot be loaded here (the message says how to get it), its sizes are not those of conf/model, or
+            its logits are not those of its output head.
     """
     digest = known_digest(config, cache)
     _silence_libraries()
@@ -65,6 +66,7 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
     if not settings:
         model.to(device)
     attention.use(model)
+    output_head.check(model)
     commit = getattr(model.config, "_commit_hash", None)
     record = BaseModelRecord(config.name, config.revision, digest or f"commit:{commit}", config.quantization)
     return BaseModel(model, tokenizer, record, digest_is_known=digest is not None or commit is not None)

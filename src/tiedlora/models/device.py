@@ -84,7 +84,8 @@ def free_memory() -> None:
 def restart_peak_memory(device: torch.device) -> None:
     """Start the measurement of peak memory again, if the system allows it."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
         return
     # "5" resets the peak of the resident size (proc(5)). Otherwise a sweep's cell would show an earlier cell's peak.
     with suppress(OSError):
@@ -92,9 +93,12 @@ def restart_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The largest allocation on a GPU, or the process's largest resident size, in bytes since `restart_peak_memory`."""
+    """The largest allocations of this process on its GPUs, added up, or its largest resident size.
+
+    In bytes since `restart_peak_memory`. With model.device_map a process has several GPUs; of others it uses nothing.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -25,6 +25,8 @@ PACKAGES = (
     "tiedlora",
 )
 """The packages that a result depends on. Their versions are recorded."""
+CHAT_TEMPLATE = "chat template"
+"""The entry beside them that holds the digest of the chat template, for a task that uses one."""
 
 
 def code_version() -> CodeVersion:

@@ -130,7 +130,8 @@ class TrainingRecord:
     """Mean loss per target token before the first step."""
     validation_loss_last: Number
     peak_memory_bytes: Count
-    """Bytes, read when training ended: the largest allocation on a GPU, or the process's largest resident size."""
+    """Bytes, read when training ended: the largest allocations of the first process on its GPUs, added up, or the
+    process's largest resident size."""
     tokens: Count = 0
     """Real tokens; padding is not counted."""
     target_tokens: Count = 0

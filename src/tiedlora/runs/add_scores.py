@@ -10,6 +10,7 @@ from tiedlora.config import compose
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
+from tiedlora.records.provenance import CHAT_TEMPLATE
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.process_device import set_up_device
@@ -43,7 +44,7 @@ def add_scores(
     Raises:
         UserError: the run is not finished, its base model or adapter has changed, or a metric is unknown.
     """
-    execution = folder.finished_record().execution
+    finished = folder.finished_record()
     config = compose.read_config(folder.config_file)
     # The run may have been moved, or made by another user: it is written where it is now.
     config.data_root, config.outputs = data_root, str(folder.path.parent)
@@ -56,12 +57,15 @@ def add_scores(
     check_usable(config.score.engine, processes=1)
     if forgetting is not None:
         check_source(forgetting, config.task.name)
-    base = cached_base(config, set_up_device(config.train.device, execution.threads))
+    base = cached_base(config, set_up_device(config.train.device, finished.execution.threads))
     trained = trained_on(folder.adapter)
     if trained != base.record:
         raise UserError(f"{folder.adapter}: was trained on {trained}, the base model here is {base.record}")
     attached = attach_saved(base.model, folder.adapter)
     encoder = Encoder(base.tokenizer, config.task, config.model.context)
+    if finished.versions.get(CHAT_TEMPLATE) not in (None, encoder.template_digest):
+        attached.detach()
+        raise UserError(f"{folder.path}: was trained with another chat template of the model; restore it")
     scorer = Scorer(attached, encoder, task, config, base.record)
     try:
         with folder.locked():

@@ -26,4 +26,7 @@ def set_up_device(name: str, threads: int | None, local_index: int | None = None
     device = resolve_device(name, local_index)
     if device.type == "cpu":
         keep_freed_memory()
+    elif device.index is not None:
+        # What names no device, such as a stream or a CUDA graph, takes the current one.
+        torch.cuda.set_device(device)
     return device

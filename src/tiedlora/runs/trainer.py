@@ -105,7 +105,7 @@ class Trainer:
             world, folder = self.session.world, self._best_folder(self.state.best_step())
             if world.is_first:
                 self.arm.load_values(folder)
-            best = {name: part.data for name, part in self.parts.items()} if world.is_first else {}
+            best = {name: part.data.cpu() for name, part in self.parts.items()} if world.is_first else {}
             for name, values in world.gather(best)[0].items():
                 self.parts[name].data.copy_(values)
         return Trained(self.state, peak, self.trackers)

@@ -75,7 +75,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         length = self.get_seq_length()
-        self.buffers = [buffer.index_select(0, indices.to(buffer.device)) for buffer in self.buffers]
+        self.buffers = [buffer.index_select(0, indices) for buffer in self.buffers]
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
 
 
@@ -88,6 +88,13 @@ def new_cache(model: Any, tokens: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [PreallocatedLayer(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def keep_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Keep these rows of the cache, (rows,) their indices. With device_map, its layers are on several devices."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.batch_select_indices(rows.to(layer.keys.device))
 
 
 def hidden_states(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:

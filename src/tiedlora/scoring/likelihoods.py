@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiedlora.models import output_head
 from tiedlora.models.placement import input_device, without_gradients
-from tiedlora.scoring.batches import batches_by_length, hidden_states, new_cache, padded_left
+from tiedlora.scoring.batches import batches_by_length, hidden_states, keep_rows, new_cache, padded_left
 from tiedlora.training.loss import chunk_rows, log_likelihoods_
 
 
@@ -67,7 +68,7 @@ def _score_choices(
     hidden = [hidden_states(model, ids, mask, positions, cache)[prompt_of, -1:]]
     # 2. The choices without their last token, which predicts nothing that is scored.
     if longest:
-        cache.batch_select_indices(prompt_of)
+        keep_rows(cache, prompt_of)
         padding = [longest - len(text) + 1 for text in texts]
         inputs = [text[:-1] + [pad_id] * pads for text, pads in zip(texts, padding, strict=True)]
         inputs_mask = [[1] * (longest - pads) + [0] * pads for pads in padding]
@@ -87,12 +88,9 @@ def _score_choices(
 
 def _token_log_likelihoods(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
     """log p(token) from the hidden state before it. It is computed in chunks, because logits are the peak of memory."""
-    head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
-    results = []
+    head, results = model.get_output_embeddings(), []
     size = chunk_rows(head.weight.shape[0])
     for states, chunk_tokens in zip(torch.split(hidden, size), torch.split(tokens, size), strict=True):
-        logits = head(states).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = output_head.after(model, head(states).float())
         results.append(log_likelihoods_(logits, chunk_tokens.to(logits.device))[0].to(hidden.device))
     return torch.cat(results)

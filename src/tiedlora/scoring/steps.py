@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tiedlora.errors import UserError
 from tiedlora.models.placement import input_device
-from tiedlora.scoring.batches import PreallocatedLayer, hidden_states, new_cache, padded_left
+from tiedlora.scoring.batches import PreallocatedLayer, hidden_states, keep_rows, new_cache, padded_left
 
 
 class Steps(Protocol):
@@ -53,7 +53,7 @@ class GrowingSteps:
         return tokens
 
     def keep(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
+        keep_rows(self.cache, rows)
         self.ids, self.mask, self.positions = self.ids[rows], self.mask[rows], self.positions[rows]
 
 
@@ -113,7 +113,7 @@ class StaticSteps:
 
     def keep(self, rows: Tensor) -> None:
         self.graph = None
-        self.cache.batch_select_indices(rows)
+        keep_rows(self.cache, rows)
         for layer in self.layers:
             layer.fix_shapes(self.column)
         self.ids, self.visible, self.positions = self.ids[rows], self.visible[rows], self.positions[rows]
@@ -123,13 +123,15 @@ class StaticSteps:
         """Run the step as a CUDA graph, which is recorded first if there is none for this batch."""
         if self.graph is None:
             # A first run outside of the graph lets libraries allocate what they need. It writes what the graph writes.
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
+            device = self.ids.device
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 self.step()
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream(device).wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # By name: torch keeps the stream of its first recording, which may belong to another GPU.
+            with torch.cuda.graph(self.graph, stream=stream):
                 self.step()
         self.graph.replay()
 

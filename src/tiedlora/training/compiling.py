@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.fx.experimental._config
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 
 from tiedlora.errors import UserError
 
@@ -32,16 +34,27 @@ def decide(wish: str, device: str, weights: int, tokens: float) -> bool:
         tokens: the number of tokens of the whole run.
 
     Raises:
-        UserError: train.compile=always, and there is no C++ compiler, which torch needs for code on the CPU.
+        UserError: train.compile=always, and what torch needs to compile for the device is missing.
     """
     if wish == "never" or (wish == "auto" and 4 * weights * tokens < COMPILE_PAYS_FROM_FLOP.get(device, float("inf"))):
         return False
-    if device != "cpu" or shutil.which("g++") or shutil.which("clang++"):
+    if not (missing := _missing_for_code(device)):
         return True
     if wish == "always":
-        raise UserError("train.compile=always: there is no C++ compiler here; install g++, or set train.compile=never")
-    log.info("not compiling: no C++ compiler here (g++ or clang++)")
+        raise UserError(f"train.compile=always: there is no {missing} here; install it, or set train.compile=never")
+    log.info("not compiling: no %s here", missing)
     return False
+
+
+def _missing_for_code(device: str) -> str:
+    """What torch needs to compile for the device and does not find; empty if nothing is missing."""
+    if device == "cpu":
+        return "" if shutil.which("g++") or shutil.which("clang++") else "C++ compiler (g++ or clang++)"
+    if not has_triton():
+        return "Triton for this GPU"
+    # Triton compiles a launcher in C for every kernel. Small container images have no compiler.
+    has_compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return "" if has_compiler else "C compiler (gcc or clang)"
 
 
 @contextmanager

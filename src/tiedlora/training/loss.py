@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tiedlora.data.batching import Batch
+from tiedlora.models import output_head
 from tiedlora.models.placement import weights_in_place, without_gradients
 
 CHUNK = 256
@@ -142,15 +143,19 @@ def chunked_cross_entropy(
 
 @contextmanager
 def _head_inputs(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, float | None]]:
-    """The hidden states of the target positions, the head's weight and bias, the targets, and the softcap."""
+    """The hidden states of the target positions, the head's weight and bias, the targets, and the softcap.
+
+    The logits are linear in the hidden states, so a model's factor on its logits is put on the states. (No model of
+    transformers with such a factor has a bias in its head; output_head.check would refuse it.)
+    """
     head = model.get_output_embeddings()
     if head.weight.requires_grad:
         raise ValueError("target_loss needs a frozen output head")
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     states = hidden.flatten(0, 1).index_select(0, batch.positions.to(hidden.device))
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    with weights_in_place(head, states, batch.targets) as (states, targets):
-        yield states, head.weight, getattr(head, "bias", None), targets, softcap
+    factor = output_head.factor(model)
+    with weights_in_place(head, states if factor == 1 else factor * states, batch.targets) as (states, targets):
+        yield states, head.weight, getattr(head, "bias", None), targets, output_head.softcap(model)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,74 @@
+"""What a model does with its logits after the head: our losses are those of its own logits, or the model is refused."""
+
+import pytest
+import torch
+from helpers.families import COMMON, FAMILIES, GROUPED, family_model
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import tiedlora
+from tiedlora.data.batching import collate
+from tiedlora.data.encoding import Encoded
+from tiedlora.errors import UserError
+from tiedlora.models import output_head
+from tiedlora.scoring.likelihoods import choice_log_likelihoods
+from tiedlora.training.loss import row_losses, target_loss
+
+SCALED = {"granite": {"logits_scaling": 8.0}, "cohere": {"logit_scale": 0.0625}}
+LAYOUT = tiedlora.Layout("model.layers", {"qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]})
+ROWS = [Encoded((3, 4, 5), (6, 7, 8, 1)), Encoded((9, 4), (12, 13, 1))]
+
+
+def scaled_model(family):
+    sizes = {**COMMON, **GROUPED, **SCALED[family]}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes), dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_losses_and_gradients_are_those_of_the_models_own_logits(family):
+    model = scaled_model(family)
+    output_head.check(model)
+    attached = tiedlora.attach(model, "TABuv", 4, layout=LAYOUT)
+    batch = collate(ROWS, 1)
+    parts = list(attached.adapter.parameters())
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.positions]
+    expected = F.cross_entropy(logits, batch.targets, reduction="sum")
+    ours = target_loss(model, batch)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert row_losses(model, batch).total.item() == pytest.approx(expected.item(), rel=1e-5)
+    trained = [part for part in parts if part.requires_grad]
+    for own, theirs in zip(torch.autograd.grad(ours, trained), torch.autograd.grad(expected, trained), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_likelihoods_of_choices_are_those_of_the_models_own_logits(family):
+    model = scaled_model(family)
+    ((found,),) = choice_log_likelihoods(model, [[3, 4, 5]], [[[6, 7, 8]]], batch_size=4)
+    logits = model(input_ids=torch.tensor([[3, 4, 5, 6, 7, 8]])).logits[0, 2:5]
+    expected = F.log_softmax(logits, -1).gather(1, torch.tensor([[6], [7], [8]])).sum()
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_family_passes_the_check(family, dtype):
+    output_head.check(family_model(family).to(dtype))
+
+
+def test_a_model_with_an_unknown_rule_is_refused():
+    model = family_model("llama")
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output)
+    output_head.check(model)
+    forward = model.forward
+
+    def scaled(*arguments, **options):
+        output = forward(*arguments, **options)
+        output.logits = output.logits / 2
+        return output
+
+    model.forward = scaled
+    with pytest.raises(UserError, match="the logits of LlamaForCausalLM are not those of its output head"):
+        output_head.check(model)

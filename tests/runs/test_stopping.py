@@ -1,0 +1,42 @@
+"""A run that is stopped while its output has no reader, or while it loads."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.commands import wait_until
+
+from tiedlora.config.identity import run_id
+from tiedlora.config.project import PROJECT
+from tiedlora.records.rows import read_metrics
+from tiedlora.records.run_folder import RunFolder
+
+
+@pytest.mark.parametrize("words", [[], ["--multirun"]])
+def test_a_ctrl_c_that_also_ends_the_reader_of_the_output_saves_a_checkpoint(tiny_run, tiny_config, words):
+    """As in `python train.py ... 2>&1 | tee log`, where tee dies of the same Ctrl-C."""
+    long = ["train.steps=100000", "train.checkpoint_every=100000", "train.validate_every=0", "train.log_every=1"]
+    config = tiny_config(*long)
+    folder = RunFolder(Path(config.outputs) / run_id(config))
+    command = [sys.executable, "train.py", *words, *tiny_run(*long)]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as started:
+        wait_until(lambda: len(read_metrics(folder.metrics_file)) >= 3)
+        started.stdout.close()
+        started.send_signal(signal.SIGINT)
+        assert started.wait(150) == 75
+    assert folder.checkpoint_step() > 0
+    assert not folder.error_file.exists()
+
+
+def test_a_signal_while_the_model_is_loaded_ends_with_the_code_of_a_stop(tiny_run):
+    long = tiny_run("train.steps=100000")
+    code = (
+        "import os, signal, sys; from tiedlora.runs import session; "
+        "session.cached_base = lambda *_: os.kill(os.getpid(), signal.SIGTERM); "
+        "import runpy; sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path('train.py', run_name='__main__')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, *long], cwd=PROJECT, capture_output=True, text=True)
+    assert ended.returncode == 75, ended.stderr
+    assert "the same command continues" in ended.stderr
