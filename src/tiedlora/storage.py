@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import stat
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
@@ -22,6 +24,8 @@ from tiedlora.errors import UserError
 
 LARGEST_JSON, LARGEST_YAML = 64 * 2**20, 2**20
 """Most bytes of a JSON file (such as a record) and of a YAML file that are read. Ours have some kilobytes."""
+LARGEST_CONTENT = 2**30
+"""Most bytes that a compressed file may hold. A small file can claim to hold any number."""
 DEEPEST_YAML = 50
 """Most levels of nesting in YAML. pyyaml's time grows with their square."""
 
@@ -124,6 +128,60 @@ def sha256(path: Path) -> str:
     """
     with _regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def compress(path: Path) -> None:
+    """Replace a file by its compressed form, path.gz, which `read_content` reads.
+
+    A path.gz with the same content stays: another version of zlib would write other bytes for it.
+
+    Raises:
+        UserError: the file is missing or cannot be read, or path.gz is damaged.
+        OSError: as write_bytes.
+    """
+    data, beside = read_bytes(path), _compressed(path)
+    if not beside.exists() or _decompressed(beside) != data:
+        write_bytes(beside, gzip.compress(data, mtime=0))
+    path.unlink()
+
+
+def has_content(path: Path) -> bool:
+    """Whether the file is there, as it is or compressed."""
+    return path.exists() or _compressed(path).exists()
+
+
+def read_content(path: Path) -> bytes:
+    """The content of a file, or that of path.gz if only this is there.
+
+    Raises:
+        UserError: as read_bytes; or path.gz is damaged, or holds more than LARGEST_CONTENT bytes.
+    """
+    beside = _compressed(path)
+    return _decompressed(beside) if beside.exists() and not path.exists() else read_bytes(path)
+
+
+def content_sha256(path: Path) -> str:
+    """The sha256 of the content of a file, in hexadecimal, also if the file is stored compressed.
+
+    Raises:
+        UserError: as read_content.
+    """
+    return hashlib.sha256(read_content(path)).hexdigest()
+
+
+def _compressed(path: Path) -> Path:
+    return path.with_name(f"{path.name}.gz")
+
+
+def _decompressed(path: Path) -> bytes:
+    with _regular(path) as file:
+        try:
+            content = gzip.GzipFile(fileobj=file).read(LARGEST_CONTENT + 1)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{path}: is not a readable gzip file ({error})") from None
+    if len(content) > LARGEST_CONTENT:
+        raise UserError(f"{path}: holds more than {LARGEST_CONTENT:,} bytes")
+    return content
 
 
 @contextmanager

@@ -235,7 +235,8 @@ def test_all_runs_of_a_study_are_verified_at_once(folder, outputs):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "2 of 2 runs agree with their records"
     predictions = folder / "runs" / ids[0] / "predictions" / "validation.jsonl"
-    predictions.write_text(predictions.read_text() + "\n")
+    predictions.write_bytes(storage.read_content(predictions) + b"\n")
+    storage.compress(predictions)
     done = verified()
     assert done.returncode == 3
     assert f"WRONG  {ids[0]}" in done.stdout

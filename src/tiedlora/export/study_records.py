@@ -1,8 +1,9 @@
 """A run's folder as a study keeps it: everything that a reader needs to check the run, without what must not be shared.
 
 Prompts, references and texts of choices belong to the data sets, so they are left out: scripts/verify.py takes them
-from the rows again, by id. Paths of the machine are left out too. The base model's predictions are equal for many runs,
-so a study holds each file once, in base/, named by its sha256. The record's `left_out` says what is missing.
+from the rows again, by id. Paths of the machine are left out too. The record's `left_out` says what is missing.
+Predictions are compressed, and the record has the sha256 of their content. The base model's are equal for many runs, so
+a study holds each file once, in base/, named by its sha256.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ def _split(run: RunFolder, exported: RunFolder, split: str, recorded: SplitScore
         shared = exported.shared_base_file(files[name])
         shared.parent.mkdir(parents=True, exist_ok=True)
         written.replace(shared)
+    storage.compress(exported.predictions_file(split))
     return replace(recorded, files=files, source=_without_folder(recorded.source))
 
 

@@ -62,7 +62,7 @@ def read_predictions(path: Path) -> list[PredictionRow]:
         UserError: the file is missing or empty, or a row is damaged; the message names file and line.
     """
     rows = []
-    for number, line in enumerate(storage.read_bytes(path).splitlines(), start=1):
+    for number, line in enumerate(storage.read_content(path).splitlines(), start=1):
         try:
             row = typed(PredictionRow, json.loads(line))
         except (ValueError, RecursionError, UserError):

@@ -137,7 +137,7 @@ def _check_files(run: CheckedRun) -> Iterator[Finding]:
         if scores.base is not None:
             paths[f"predictions/{split}.base.jsonl"] = run.folder.base_predictions_file(split, scores.files)
         expected |= {name: scores.files.get(name) for name in paths}
-        now |= {name: storage.sha256(path) for name, path in paths.items() if path.exists()}
+        now |= {name: storage.content_sha256(path) for name, path in paths.items() if storage.has_content(path)}
     wrong = False
     for name, sha256 in expected.items():
         if name not in now:

@@ -1,0 +1,55 @@
+"""Files that a study stores compressed."""
+
+import gzip
+
+import pytest
+
+from tiedlora import storage
+from tiedlora.errors import UserError
+
+
+def test_a_compressed_file_has_the_content_and_the_sha256_of_the_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"id": "1"}\n' * 100)
+    sha256 = storage.sha256(path)
+    storage.compress(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl.gz"]
+    assert storage.has_content(path)
+    assert storage.read_content(path) == b'{"id": "1"}\n' * 100
+    assert storage.content_sha256(path) == sha256
+    path.write_bytes(b"newer\n")
+    assert storage.read_content(path) == b"newer\n", "the plain file comes first"
+
+
+def test_equal_content_is_not_compressed_again(tmp_path):
+    """Another version of zlib writes other bytes, and a study's files would change at every export."""
+    path, beside = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.gz"
+    beside.write_bytes(other_zlib := gzip.compress(b"rows\n", compresslevel=1, mtime=5))
+    path.write_bytes(b"rows\n")
+    storage.compress(path)
+    assert beside.read_bytes() == other_zlib
+    path.write_bytes(b"others\n")
+    storage.compress(path)
+    assert storage.read_content(path) == b"others\n"
+
+
+@pytest.mark.parametrize(
+    "data", [b"no gzip", gzip.compress(b"rows\n" * 99)[:-6], gzip.compress(b"x")[:12] + b"\xff" * 9]
+)
+def test_a_damaged_file_is_one_line(tmp_path, data):
+    (tmp_path / "rows.jsonl.gz").write_bytes(data)
+    with pytest.raises(UserError, match=r"rows\.jsonl\.gz: is not a readable gzip file"):
+        storage.read_content(tmp_path / "rows.jsonl")
+
+
+def test_a_small_file_that_holds_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "LARGEST_CONTENT", 1000)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(bytes(1001)))
+    with pytest.raises(UserError, match="holds more than 1,000 bytes"):
+        storage.read_content(tmp_path / "rows.jsonl")
+
+
+def test_neither_file_is_one_line(tmp_path):
+    assert not storage.has_content(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match=r"rows\.jsonl: is missing"):
+        storage.read_content(tmp_path / "rows.jsonl")
