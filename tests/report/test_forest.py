@@ -7,6 +7,7 @@ from helpers.report_runs import scored_run, world
 
 from tiedlora.report import forest, matrix, write
 from tiedlora.report.page_models import models
+from tiedlora.statistics.interval import Interval
 
 CLAIMS = """looks: [3, 5]
 claims:
@@ -118,3 +119,16 @@ def test_the_forest_is_a_file_too(two_tasks, tmp_path):
     assert "contradicted" in svg
     assert "chain_sum" in svg
     assert (tmp_path / "report" / "forest.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ((0.97, 0.88, 1.06), "97 % [88, 106]"),
+        ((0.9976, 0.9956, 0.9994), "99.8 % [99.6, 99.9]"),
+        ((0.5, math.nan, math.nan), "50 %"),
+        ((12.0, 1.0, 30.0), "> 999 % [100, > 999]"),
+    ],
+)
+def test_a_short_interval_shows_on_which_side_of_the_zone_it_ends(ends, words):
+    assert forest.ForestLine("squad", "contradicted", True, Interval(*ends), (1.0, math.inf), "").in_words == words

@@ -39,17 +39,19 @@ class ForestLine:
         """The share as text, such as `97 % [88, 106]`, or why there is none."""
         if self.share is None:
             return self.missing
-        value = f"{_percent(self.share.value)} %"
         if math.isnan(self.share.low):
-            return value
-        return f"{value} [{_percent(self.share.low)}, {_percent(self.share.high)}]"
+            return f"{_percent(self.share.value)} %"
+        # Without a decimal, an interval that excludes 100 % could read as 100 % [100, 100].
+        decimals = 1 if self.share.high - self.share.low < 0.01 else 0
+        ends = f"[{_percent(self.share.low, decimals)}, {_percent(self.share.high, decimals)}]"
+        return f"{_percent(self.share.value, decimals)} % {ends}"
 
 
-def _percent(share: float) -> str:
+def _percent(share: float, decimals: int = 0) -> str:
     """A share in per cent. Beyond ten times the comparator's gain, its size says nothing more."""
     if abs(share) >= 10:
         return "> 999" if share > 0 else "< -999"
-    return f"{100 * share:.0f}"
+    return f"{100 * share:.{decimals}f}"
 
 
 @dataclass(frozen=True)
