@@ -24,6 +24,9 @@ from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.control import matching
 from tiedlora.sweeps.expand import compose_sweep
 
+SEARCHING = "hydra/sweeper=staged"
+"""The word of a sweep that needs no cell of a rate that its search has not chosen."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -60,7 +63,7 @@ def main() -> None:
     elif arguments.what == "select":
         select(sweep, by=arguments.by, test=not arguments.no_test, json=arguments.json)
     else:
-        show(sweep, plan=arguments.what == "plan", json=arguments.json)
+        show(sweep, SEARCHING in arguments.words, plan=arguments.what == "plan", json=arguments.json)
 
 
 def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
@@ -105,8 +108,9 @@ def clean(sweep: Sweep, dry_run: bool) -> None:
     print(f"{verb} {freed.bytes / 1e6:,.1f} MB: the checkpoints of {len(freed.run_ids)} pruned cells")
 
 
-def show(sweep: Sweep, plan: bool, json: bool) -> None:
-    cells = status.statuses(sweep)
+def show(sweep: Sweep, searches: bool, plan: bool, json: bool) -> None:
+    # The same cells are another amount of work for a plain sweep, which runs all of them.
+    cells = status.statuses(sweep, selection.unneeded(sweep) if searches else ())
     forecasts, unknown = forecast.forecast(sweep.cells) if plan else ([], [])
     if json:
         print(status.to_json(sweep, cells, forecast.to_json(forecasts) if plan else None))

@@ -195,6 +195,12 @@ def test_as_a_command_and_then_select(tiny_run, script):
     assert f"{choice.lr:g}" in out
     (tested,) = read_selection(selection.selection_file(sweep)).choices
     assert (tested.lr, tested.run_ids, tested.test is None) == (choice.lr, choice.run_ids, False)
+    # The search has ended: the cells of other rates will not run. A plain sweep of the same cells would run them.
     code, out, _ = script("scripts/sweep.py", "status", *words)
     assert "pruned" in out
+    assert "unneeded" in out
+    assert "missing" not in out
+    assert " left" not in out
+    code, out, _ = script("scripts/sweep.py", "status", *words[:-1])
     assert "missing" in out
+    assert " left for one process" in out

@@ -275,6 +275,18 @@ class TestCommand:
         assert b"1 of 4 done" in shown[shown.index(b"\x1b[?1049l") :]
 
 
+def test_a_search_in_which_every_rate_diverges_ends_too(tiny_run):
+    swept = compose_sweep(tiny_run("tying=LoRA", "train.lr=1e3", "seed=0,1,2", "train.clip=null", "train.steps=20"))
+    swept.freeze()
+    options = staged.SearchOptions(rungs=(0.5,), finalists=1, lowest_rate=1e2, highest_rate=1e3)
+    with pytest.raises(SystemExit):
+        staged.run_staged(swept, options, lambda cells, _: [run_cell(cell.config) for cell in cells])
+    for cell in swept.cells:
+        if cell.folder.path.exists():
+            age(cell.folder.path)
+    assert WatchedSweep(swept.path).look().ended
+
+
 def test_a_search_shows_its_decisions_and_ends(tiny_run):
     grid = ("train.lr=1e-4,1e-3,1e-2,1e-1", "seed=0,1", "train.steps=8", "train.validate_every=2", "score.base=false")
     sweep = compose_sweep(tiny_run(*grid))

@@ -23,9 +23,9 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.scoring.passes import lacks_scores
 from tiedlora.sweeps.control import SweepControl
 
-STATES = ("done", "running", "paused", "pruned", "interrupted", "failed", "dropped", "missing")
+STATES = ("done", "running", "paused", "pruned", "interrupted", "failed", "dropped", "missing", "unneeded")
 """Paused: at the cell's train.pause_after. Pruned: stopped by a search; a plain sweep continues it. Dropped: taken out
-of the sweep by a person (control.py), and not done."""
+of the sweep by a person (control.py), and not done. Unneeded: a search has chosen the rate without it."""
 ENDED = ("done", "paused", "failed")
 """The states in which a launch has nothing more to do."""
 
@@ -79,7 +79,7 @@ class SweepCell:
         return record is not None and not lacks_scores(self.config.score, record)
 
     def state(self) -> str:
-        """One of STATES, except dropped, which only the sweep knows."""
+        """One of STATES, except dropped and unneeded, which only the sweep knows."""
         state, pause = self.folder.state(), self.config.train.pause_after
         if state == "done":
             return "done" if self.finished() else "interrupted"

@@ -216,6 +216,21 @@ def staged_selection(sweep: Sweep) -> Selection | None:
     return selected
 
 
+def unneeded(sweep: Sweep) -> set[str]:
+    """The cells of the grid that the sweep's search has decided without.
+
+    Raises:
+        UserError: selection.json is damaged.
+    """
+    path = selection_file(sweep)
+    selected = read_selection(path) if path.exists() else None
+    if selected is None or not selected.searches:
+        return set()
+    chosen = {run_id for choice in selected.choices for run_id in choice.run_ids}
+    groups = [{cell.run_id for cell in cells} for cells in rate_groups(sweep.cells).values()]
+    return {run_id for group in groups if group & chosen for run_id in group - chosen}
+
+
 def selection_file(sweep: Sweep) -> Path:
     """The path of a sweep's selection.json."""
     return sweep.path / SELECTION_FILE

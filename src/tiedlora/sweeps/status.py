@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean
 
@@ -40,6 +40,8 @@ class CellStatus:
     """The last line of a failed cell's traceback."""
     seconds: float
     """The time so far, of training and of scoring the splits that the sweep scores."""
+    is_needed: bool = True
+    """Whether the sweep will run it, if it is not done. A search that has chosen a rate needs no other."""
 
     def to_json(self) -> dict[str, str | int | float | list[str] | None]:
         """The JSON object, with one level of keys."""
@@ -56,20 +58,25 @@ class CellStatus:
         }
 
 
-def statuses(sweep: Sweep) -> list[CellStatus]:
+def statuses(sweep: Sweep, unneeded: Container[str] = ()) -> list[CellStatus]:
     """The status of every cell, in the sweep's order.
+
+    Args:
+        unneeded: the ids of the cells that a search has decided without.
 
     Raises:
         UserError: a cell's result.json is damaged.
     """
     control = sweep.control
-    return [_status(cell, control) for cell in sweep.cells]
+    return [_status(cell, control, cell.run_id not in unneeded) for cell in sweep.cells]
 
 
-def _status(cell: SweepCell, control: SweepControl) -> CellStatus:
+def _status(cell: SweepCell, control: SweepControl, is_needed: bool) -> CellStatus:
     state, record = cell.state(), cell.folder.record()
     if state not in ("done", "running") and control.is_dropped(cell.run_id):
         state = "dropped"
+    if not is_needed and state in ("missing", "interrupted"):
+        state = "unneeded"
     metric = score = None
     if record is not None and "validation" in record.scores:
         validation = record.scores["validation"]
@@ -84,6 +91,7 @@ def _status(cell: SweepCell, control: SweepControl) -> CellStatus:
         validation_loss=None if record is None else record.training.validation_loss_last,
         error=last_error(cell.folder) if state == "failed" else None,
         seconds=_seconds(cell, record),
+        is_needed=is_needed,
     )
 
 
@@ -117,7 +125,7 @@ def seconds_left(cells: Sequence[CellStatus]) -> float | None:
     all_seconds = [cell.seconds for cell in done]
     left = 0.0
     for cell in cells:
-        if cell.state not in ("done", "failed", "dropped"):
+        if cell.is_needed and cell.state not in ("done", "failed", "dropped"):
             alike = by_model_and_task.get((cell.parameters.model, cell.parameters.task), all_seconds)
             left += max(0.0, mean(alike) - cell.seconds)
     return left
@@ -165,11 +173,11 @@ def _varying_keys(cells: Iterable[CellStatus]) -> list[str]:
 
 
 def unfinished_lines(cells: Iterable[CellStatus]) -> list[str]:
-    """A line for each cell that is not done: state, seconds so far, run, and why it failed."""
+    """A line for each cell that is not done and is needed: state, seconds so far, run, and why it failed."""
     return [
         f"  {cell.state:<12} {cell.seconds:>6.0f} s  {cell.run_id}  {cell.error or ''}".rstrip()
         for cell in cells
-        if cell.state != "done"
+        if cell.state != "done" and cell.is_needed
     ]
 
 

@@ -254,7 +254,9 @@ class WatchedSweep:
     ) -> bool:
         if running or (open_cells and first_failure is None):
             return False
-        return not (selection and selection.searches) or len(selection.choices) == len(selection.searches)
+        if selection is None or not selection.searches:
+            return True
+        return len(selection.choices) + len(_without_rate(selection)) == len(selection.searches)
 
 
 def _mtime(path: Path) -> float:
@@ -296,7 +298,14 @@ def _open_cells(views: Iterable[CellView], selection: Selection | None) -> list[
         return unfinished
     chosen = {run_id for choice in selection.choices for run_id in choice.run_ids}
     decided = {view.cell.group for view in views if view.cell.run_id in chosen}
+    without = _without_rate(selection)
+    decided |= {view.cell.group for view in views if view.cell.search in without}
     return [view for view in unfinished if view.cell.group not in decided or view.cell.run_id in chosen]
+
+
+def _without_rate(selection: Selection) -> set[str]:
+    """The searches that have ended without a choice, because every rate diverged."""
+    return {search.group for search in selection.searches if any(made.action == "none" for made in search.decisions)}
 
 
 def _all_left(open_cells: Sequence[CellView], running: int) -> float | None:

@@ -84,6 +84,11 @@ class WatchedCell:
     """Every value of the configuration by its dotted key, to tell cells with equal names apart."""
 
     @property
+    def search(self) -> str:
+        """The name of the search that it belongs to, as selection.json has it."""
+        return f"{self.configuration} r={self.rank} on {self.task}, {self.model}"
+
+    @property
     def names(self) -> tuple[str, str, str, int, float, int]:
         """What tables call it, in their order."""
         return self.model, self.task, self.configuration, self.rank, self.lr, self.seed
