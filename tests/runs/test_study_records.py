@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tiedlora import storage
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.export.study_records import export_record
@@ -61,7 +62,8 @@ def findings(folder, place, **options):
 
 def test_it_holds_no_text_of_the_data_and_no_path(study):
     place, _, kept = study
-    texts = [path.read_text() for path in (place / "kept").rglob("*") if path.suffix in (".json", ".jsonl", ".yaml")]
+    files = [path for path in (place / "kept").rglob("*") if path.suffix in (".json", ".jsonl", ".yaml", ".gz")]
+    texts = [storage.read_content(path.with_suffix("") if path.suffix == ".gz" else path).decode() for path in files]
     assert len(texts) > 5
     assert not any("neutral sentence" in text for text in texts)
     assert not any("plus one" in text or "Number 3" in text or '"bb"' in text for text in texts)
@@ -102,12 +104,13 @@ def test_a_changed_score_or_base_file_is_found(study):
     # Of the split, and of the neutral text.
     of_split, of_text = (kept.path.parent / "base").glob("*.jsonl")
     for path in (of_split, of_text, kept.predictions_file("validation")):
-        before = path.read_text()
+        before = storage.read_content(path)
         rows = [json.loads(line) for line in before.splitlines()]
         rows[1]["output_tokens"] += 1
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert any(finding.ok is False for finding in findings(kept, place, rows=0))
-        path.write_text(before)
+        path.write_bytes(before)
+    assert all(finding.ok is not False for finding in findings(kept, place, rows=0))
 
 
 def test_the_report_reads_a_study_as_it_reads_outputs(study):
