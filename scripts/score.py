@@ -34,6 +34,7 @@ def main() -> None:
     record = folder.finished_record()
     task = load_task(compose.read_config(folder.config_file).task)
     split = arguments.split or (None if arguments.forgetting else "test")
+    # A wrong name of a metric is an error, also if nothing is missing.
     wanted_passes(arguments.metrics, task)
     missing = split is not None and missing_passes(arguments.metrics, record.scores.get(split))
     if arguments.again or arguments.forgetting or missing:

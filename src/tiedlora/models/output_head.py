@@ -34,8 +34,9 @@ def softcap(model: Any) -> float | None:
 
 def after(model: Any, outputs: Tensor) -> Tensor:
     """The logits, from the outputs of the head, (..., vocabulary)."""
-    cap = softcap(model)
-    logits = factor(model) * outputs
+    scale, cap = factor(model), softcap(model)
+    # Without a factor no second tensor of the logits' size is made.
+    logits = outputs if scale == 1 else scale * outputs
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

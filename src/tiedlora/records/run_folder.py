@@ -15,9 +15,9 @@ from tiedlora.errors import UserError
 from tiedlora.records.run_record import RunRecord, read_record
 
 LOCK_PATIENCE_SECONDS = 0.5
+"""How long to wait for a run's lock. A process that only reads the run's state also holds the lock for a moment."""
 DIVERGED = "tiedlora.errors.Diverged:"
 """How the last line of error.txt begins if a loss was not finite."""
-"""How long to wait for a run's lock. A process that only reads the run's state also holds the lock for a moment."""
 
 
 class Busy(UserError):

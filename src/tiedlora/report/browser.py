@@ -125,7 +125,7 @@ def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int]) -> Shee
     if not any(column.facts for column in rows.columns):
         return None
     group = groups[0]
-    title = f"{group.task}{f' ({group.variant})' if group.variant else ''}, {group.model}"
+    title = f"{group.task_in_words}, {group.model}"
     setting = hashlib.sha256(f"{group.setting}{split}".encode()).hexdigest()[:6]
     key = re.sub(r"[^A-Za-z0-9_.]+", "-", f"{group.task}.{group.model}.{split}")[:60] + f".{setting}"
     return rows.sheet(key, visible(title), split, [visible(reason) for reason in left_out])

@@ -64,7 +64,7 @@ def legend(groups: Iterable[RunGroup]) -> list[Key]:
 
 def task_title(group: RunGroup) -> str:
     """The task, with the variant of its setting."""
-    return visible(group.task + (f" ({group.variant})" if group.variant else ""))
+    return visible(group.task_in_words)
 
 
 def by_setting(rows: Sequence[ResultRow], model: str) -> list[list[ResultRow]]:

@@ -96,6 +96,11 @@ class RunGroup:
         return any(run.is_other_method for run in self.runs)
 
     @property
+    def task_in_words(self) -> str:
+        """The task, with the variant of its setting if there are several."""
+        return f"{self.task} ({self.variant})" if self.variant else self.task
+
+    @property
     def training_digests(self) -> set[str]:
         """The digests of the rows that the runs were trained on."""
         return {run.record.data["train"].digest for run in self.runs}

@@ -158,12 +158,7 @@ def _name(row: ResultRow) -> tuple[str, str, int]:
 
 
 def _place(row: ResultRow) -> tuple[str, str]:
-    return _task(row.group), row.measure.metric
-
-
-def _task(group: RunGroup) -> str:
-    """The task, with the variant of its setting if there are several."""
-    return f"{group.task} ({group.variant})" if group.variant else group.task
+    return row.group.task_in_words, row.measure.metric
 
 
 def _without_one_model(table: Table) -> Table:
@@ -178,14 +173,14 @@ def _interval(row: ResultRow | None) -> ScoreInterval | None:
 
 
 def _order(row: ResultRow) -> tuple[str, str, str, int, str]:
-    return row.group.model, _task(row.group), row.measure.metric, -row.group.params, row.group.name
+    return row.group.model, row.group.task_in_words, row.measure.metric, -row.group.params, row.group.name
 
 
 def _score(row: ResultRow) -> tuple[Value, ...]:
     group, unit = row.group, row.measure.unit
     assert row.score is not None
     return (
-        *(group.model, _task(group), row.measure.metric, group.configuration, group.rank, Count(group.params)),
+        *(group.model, group.task_in_words, row.measure.metric, group.configuration, group.rank, Count(group.params)),
         *(LearningRate(group.lr, len(group.rates)), len(row.seeds), ScoreInterval(row.score.widest, unit=unit)),
         ScoreInterval(row.difference.widest, signed=True, unit=unit) if row.difference else None,
     )

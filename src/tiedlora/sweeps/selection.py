@@ -204,16 +204,21 @@ def staged_selection(sweep: Sweep) -> Selection | None:
     Raises:
         UserError: it has not chosen a rate for every configuration, or selection.json is damaged.
     """
-    path = selection_file(sweep)
-    selected = read_selection(path) if path.exists() else None
-    if selected is None or not selected.searches:
+    if (selected := _searched(sweep)) is None:
         return None
     if (left := len(selected.searches) - len(selected.choices)) > 0:
         raise UserError(
-            f"{path}: {left} of {len(selected.searches)} configurations have no chosen rate yet; run the staged "
-            "sweep's command first"
+            f"{selection_file(sweep)}: {left} of {len(selected.searches)} configurations have no chosen rate yet; run "
+            "the staged sweep's command first"
         )
     return selected
+
+
+def _searched(sweep: Sweep) -> Selection | None:
+    """What the staged sweeper has written for the sweep; None if it has not run on it."""
+    path = selection_file(sweep)
+    selected = read_selection(path) if path.exists() else None
+    return selected if selected is not None and selected.searches else None
 
 
 def unneeded(sweep: Sweep) -> set[str]:
@@ -222,9 +227,7 @@ def unneeded(sweep: Sweep) -> set[str]:
     Raises:
         UserError: selection.json is damaged.
     """
-    path = selection_file(sweep)
-    selected = read_selection(path) if path.exists() else None
-    if selected is None or not selected.searches:
+    if (selected := _searched(sweep)) is None:
         return set()
     chosen = {run_id for choice in selected.choices for run_id in choice.run_ids}
     groups = [{cell.run_id for cell in cells} for cells in rate_groups(sweep.cells).values()]
