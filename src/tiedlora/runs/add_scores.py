@@ -10,6 +10,7 @@ from tiedlora.config import compose
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
+from tiedlora.models import products
 from tiedlora.records.provenance import CHAT_TEMPLATE
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
@@ -57,7 +58,8 @@ def add_scores(
     check_usable(config.score.engine, processes=1)
     if forgetting is not None:
         check_source(forgetting, config.task.name)
-    base = cached_base(config, set_up_device(config.train.device, finished.execution.threads))
+    device = set_up_device(config.train.device, finished.execution.threads)
+    base = cached_base(config, device)
     trained = trained_on(folder.adapter)
     if trained != base.record:
         raise UserError(f"{folder.adapter}: was trained on {trained}, the base model here is {base.record}")
@@ -68,7 +70,7 @@ def add_scores(
         raise UserError(f"{folder.path}: was trained with another chat template of the model; restore it")
     scorer = Scorer(attached, encoder, task, config, base.record)
     try:
-        with folder.locked():
+        with folder.locked(), products.on_any_cpu(device, config.train.dtype):
             # Read again now that no other process can add scores.
             record = folder.finished_record()
             for split in splits:

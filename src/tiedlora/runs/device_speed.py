@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tiedlora.config.schema import Config
+from tiedlora.models import products
 from tiedlora.models.arithmetic import DeviceSpeed, block_weights
 from tiedlora.models.device import execution_on
 from tiedlora.runs.process_device import set_up_device
@@ -63,6 +64,11 @@ def measure(config: Config, seconds: float, prompt: float, row: float) -> Device
         UserError: train.device is not here.
     """
     device = set_up_device(config.train.device, config.train.threads)
+    with products.on_any_cpu(device, config.train.dtype):
+        return _measure(config, device, seconds, prompt, row)
+
+
+def _measure(config: Config, device: torch.device, seconds: float, prompt: float, row: float) -> DeviceSpeed:
     a, times = _measurable(config.model.architecture, device)
     rate = products_rate(config, seconds / 5)
     # A pass takes at most a tenth of the time, if it reaches a fifth of the products' rate.

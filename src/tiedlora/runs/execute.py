@@ -11,6 +11,7 @@ from pathlib import Path
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.errors import StoppedEarly, UserError
+from tiedlora.models import products
 from tiedlora.models.device import only_deterministic_algorithms, resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord, SplitScores
@@ -40,7 +41,9 @@ def execute(config: Config) -> RunRecord | None:
         StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
     """
     algorithms = only_deterministic_algorithms() if config.train.deterministic else nullcontext()
-    with algorithms, join_world(resolve_device(config.train.device).type == "cuda") as world:
+    device = resolve_device(config.train.device)
+    on_any_cpu = products.on_any_cpu(device, config.train.dtype)
+    with algorithms, on_any_cpu, join_world(device.type == "cuda") as world:
         check_usable(config.score.engine, world.size)
         if world.is_first:
             return _run_first_process(config, world)

@@ -13,6 +13,7 @@ from tiedlora.adapter.other_arm import check_tensors
 from tiedlora.config.identity import identity
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
+from tiedlora.models import products
 from tiedlora.models.base_model import load_base
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss
 from tiedlora.records.rows import PredictionRow
@@ -99,7 +100,9 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
         if run.examples.get(split):
             as_scored = replace(run, config=with_halved_batches(config, scores.batch_halvings or 0))
             scorer = Scorer(attached, encoder, run.task, as_scored.config, base.record)
-            yield from _regenerate_split(as_scored, scorer, split, least, suspects)
+            with products.on_any_cpu(device, config.train.dtype):
+                findings = list(_regenerate_split(as_scored, scorer, split, least, suspects))
+            yield from findings
     attached.detach()
 
 

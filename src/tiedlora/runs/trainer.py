@@ -20,7 +20,7 @@ from tiedlora.config.families import layout_of
 from tiedlora.config.identity import config_tree
 from tiedlora.data.batching import Batch, BatchSampler, by_length, empty_batch, microbatches
 from tiedlora.errors import UserError, is_out_of_memory
-from tiedlora.models import attention
+from tiedlora.models import attention, products
 from tiedlora.models.device import free_memory, peak_memory_bytes, restart_peak_memory
 from tiedlora.records.halving import Halving
 from tiedlora.records.rows import MetricsRow, ValidationLosses, read_validation_losses
@@ -159,7 +159,10 @@ class Trainer:
         try:
             # accelerate's hooks move weights while a block runs, which cannot be compiled.
             wish = train.compile if self.arm.compiles and not self.config.model.device_map else "never"
-            worth_it = compiling.decide(wish, self.session.device.type, weights, tokens)
+            slow = products.without_instructions(self.session.device, train.dtype)
+            if slow:
+                log.info("this CPU has no instructions for bfloat16: products are computed in float32 and rounded")
+            worth_it = compiling.decide(wish, self.session.device.type, weights, tokens, slow)
             compiled = compiling.compiled(blocks, model.get_input_embeddings()) if worth_it else nullcontext()
             with attention.rows_not_packed(), compiled:
                 yield

@@ -22,7 +22,7 @@ COMPILE_PAYS_FROM_FLOP = {"cpu": 4e14, "cuda": 2e16}
 """From this many FLOP of a run, compiling saves time. It takes half a minute, a few per cent of such a run."""
 
 
-def decide(wish: str, device: str, weights: int, tokens: float) -> bool:
+def decide(wish: str, device: str, weights: int, tokens: float, slow_bfloat16: bool = False) -> bool:
     """Whether to compile the blocks: `always`, `never`, or `auto` (if the run is long enough).
 
     The answer depends only on the configuration, the rows and the machine. So a resumed run computes as before.
@@ -32,11 +32,18 @@ def decide(wish: str, device: str, weights: int, tokens: float) -> bool:
         weights: how many numbers the blocks have. A token uses each number twice (forward, and backward to the
             activations), with 2 FLOP each time.
         tokens: the number of tokens of the whole run.
+        slow_bfloat16: as models.products.without_instructions. Compiled blocks would use torch's own slow products.
 
     Raises:
         UserError: train.compile=always, and what torch needs to compile for the device is missing.
     """
-    if wish == "never" or (wish == "auto" and 4 * weights * tokens < COMPILE_PAYS_FROM_FLOP.get(device, float("inf"))):
+    if slow_bfloat16 and wish == "always":
+        raise UserError(
+            "train.compile=always: compiled blocks would be slow, because this CPU has no instructions for bfloat16; "
+            "set train.compile=auto, or train.dtype=float32"
+        )
+    long_enough = 4 * weights * tokens >= COMPILE_PAYS_FROM_FLOP.get(device, float("inf"))
+    if wish == "never" or slow_bfloat16 or (wish == "auto" and not long_enough):
         return False
     if not (missing := _missing_for_code(device)):
         return True
