@@ -2,14 +2,20 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from helpers.tiny import tiny
 
-from tiedlora.config.compose import compose_config
+from tiedlora.config.compose import compose_config, read_config
 from tiedlora.config.identity import run_id
+from tiedlora.data.encoding import Encoder
+from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import lazy, run, verify
+from tiedlora.runs import lazy, rounding, run, verify
+from tiedlora.tasks import load_examples, load_task
 
 ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for i in range(40)]
 
@@ -192,3 +198,79 @@ def test_the_script_exits_with_3_and_names_the_culprit(copy, script):
     code, out, _ = script(*command)
     assert code == 3
     assert "validation.jsonl: is missing" in out
+
+
+@pytest.fixture
+def elsewhere(copy):
+    """The copy, as if its record came from another processor."""
+    path = copy / "result.json"
+    record = json.loads(path.read_text())
+    record["execution"]["processor"] = "Another (AVX512)"
+    path.write_text(json.dumps(record))
+    return copy
+
+
+def change_rows(folder: Path, name: str, change) -> None:
+    path = folder / "predictions" / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        change(row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def regeneration(folder: Path):
+    findings = verify.verify(folder, data_root=str(folder.parent / "data"), rows=100)
+    return {finding.check: finding for finding in findings if finding.check.startswith(("regenerate", "losses"))}
+
+
+def test_on_another_processor_an_output_may_differ_by_rounding(elsewhere, monkeypatch):
+    change_rows(elsewhere, "validation", lambda row: row.update(output="something else"))
+    wrong_here = regeneration(elsewhere)["regenerate validation"]
+    assert wrong_here.ok is False
+    assert "rounding does not explain it" in wrong_here.explanation
+    assert "Another (AVX512)" in wrong_here.explanation
+    # A gap as large as the logits of a random model allows every text.
+    monkeypatch.setitem(rounding.TOLERANCES, "float32", rounding.Tolerances(100.0, 0.5, 0.05))
+    close = regeneration(elsewhere)["regenerate validation"]
+    assert close.ok
+    assert close.explanation.startswith("12 of 12 outputs differ, none by more than another device's rounding")
+
+
+def test_on_the_records_processor_no_output_may_differ(copy, monkeypatch):
+    change_rows(copy, "validation", lambda row: row.update(output="something else"))
+    monkeypatch.setitem(rounding.TOLERANCES, "float32", rounding.Tolerances(100.0, 0.5, 0.05))
+    assert regeneration(copy)["regenerate validation"].ok is False
+
+
+def test_the_gap_of_another_answer_is_that_of_its_logit(finished):
+    base = tiny("tiny_llama")
+    config = read_config(finished[0] / "outputs" / finished[1] / "config.yaml")
+    encoder = Encoder(base.tokenizer, config.task, config.model.context)
+    example = load_examples(load_task(config.task), "validation", config.data_root)[0]
+    prompt = torch.tensor([encoder.prompt(example.prompt)])
+    logits = base.model(prompt).logits[0, -1]
+    for text in "abc#1":
+        (token,) = base.tokenizer(text, add_special_tokens=False).input_ids
+        answer = PredictionRow("0", example.prompt, [], text, {}, ended="length")
+        gap = rounding.largest_gap(base.model, encoder, example, answer, config)
+        # The answer may have begun with a blank, and the smaller gap of the two counts.
+        assert 0 <= gap <= float(logits.max() - logits[token]) + 1e-5
+        ended = rounding.largest_gap(base.model, encoder, example, replace(answer, ended="end"), config)
+        assert ended >= gap - 1e-5
+    assert gap > 0
+
+
+@pytest.mark.parametrize(("factor", "ok"), [(1.01, True), (1.2, False)])
+def test_on_another_processor_the_mean_loss_must_agree(finished, elsewhere, monkeypatch, factor, ok):
+    (elsewhere.parent / "data/gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))
+    lazy.add_scores(RunFolder(elsewhere), ["test"], str(elsewhere.parent / "data"), metrics=["target_loss"])
+    monkeypatch.setitem(rounding.TOLERANCES, "float32", rounding.Tolerances(0.01, 0.5, 0.05))
+
+    def scale(row):
+        total, tokens = row["scores"]["target_loss_by_token"]
+        row["scores"]["target_loss_by_token"] = [total * factor, tokens]
+
+    change_rows(elsewhere, "test", scale)
+    finding = regeneration(elsewhere)["losses test"]
+    assert finding.ok is ok
+    assert "the mean of 8 losses differs by" in finding.explanation

@@ -1,5 +1,6 @@
 """A study: a plan that is read strictly, records that are kept by a rule, and runs that anyone can repeat."""
 
+import json
 import os
 import shutil
 import signal
@@ -207,19 +208,38 @@ def test_a_study_without_records_cannot_be_restored(folder, tmp_path):
         study.restore_study(folder, tmp_path / "outputs")
 
 
-def test_a_run_is_repeated_from_its_record_to_the_same_bytes(folder, outputs):
-    place, ids = outputs
-    study.export_study(folder, place)
-    command = [sys.executable, str(PROJECT / "scripts/study.py"), "repeat", str(folder), ids[1]]
-    done = subprocess.run(
+def repeated(folder, place, run_id):
+    command = [sys.executable, str(PROJECT / "scripts/study.py"), "repeat", str(folder), run_id]
+    return subprocess.run(
         [*command, "--outputs", str(folder / "again")],
         capture_output=True,
         text=True,
         env={**os.environ, "TIEDLORA_CACHE": str(place / ".cache")},
         check=False,
     )
+
+
+def test_a_run_is_repeated_from_its_record_to_the_same_bytes(folder, outputs):
+    place, ids = outputs
+    study.export_study(folder, place)
+    done = repeated(folder, place, ids[1])
     assert done.returncode == 0, done.stderr
     assert "adapter/adapter.safetensors: the same bytes" in done.stdout
+
+
+@pytest.mark.parametrize(("processor", "loss", "code"), [("Another", 1.01, 0), ("Another", 1.2, 3), (None, 1.01, 3)])
+def test_on_another_processor_a_repeated_run_may_differ_by_rounding(folder, outputs, processor, loss, code):
+    place, ids = outputs
+    study.export_study(folder, place)
+    path = folder / "runs" / ids[1] / "result.json"
+    record = json.loads(path.read_text())
+    record["execution"]["processor"] = processor or record["execution"]["processor"]
+    record["training"]["validation_loss_last"] *= loss
+    record["files"]["adapter/adapter.safetensors"] = "0" * 64
+    path.write_text(json.dumps(record))
+    done = repeated(folder, place, ids[1])
+    assert done.returncode == code, done.stdout + done.stderr
+    assert ("the same up to the rounding of another processor" in done.stdout) == (code == 0)
 
 
 def test_all_runs_of_a_study_are_verified_at_once(folder, outputs):

@@ -93,6 +93,11 @@ class Execution:
     def __str__(self) -> str:
         return self.device_and_threads + (f", {self.processor}" if self.processor is not None else "")
 
+    def rounds_as(self, other: Execution) -> bool:
+        """Whether both are the same kind of device. False if a record does not name its processor."""
+        known = self.threads is None or self.processor is not None
+        return known and (self.device, self.processor) == (other.device, other.processor)
+
     @classmethod
     def from_text(cls, text: str) -> Execution:
         """The value for an older record, which writes it as one text."""

@@ -15,9 +15,11 @@ from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models import products
 from tiedlora.models.base_model import load_base
+from tiedlora.models.device import execution_on
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_record import ADAPTER
+from tiedlora.runs import rounding
 from tiedlora.runs.findings import CheckedRun, Finding
 from tiedlora.runs.process_device import set_up_device
 from tiedlora.scoring.memory import with_halved_batches
@@ -26,7 +28,7 @@ from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.target_losses import loss_batches
 
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
-"""How much a row's loss may differ on another device, as a share of it, or in nats if it is below 1."""
+"""How much a row's loss may differ on the same kind of device, as a share of it, or in nats if it is below 1."""
 
 
 def check_adapter(run: CheckedRun) -> Iterator[Finding]:
@@ -100,13 +102,17 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
         if run.examples.get(split):
             as_scored = replace(run, config=with_halved_batches(config, scores.batch_halvings or 0))
             scorer = Scorer(attached, encoder, run.task, as_scored.config, base.record)
+            elsewhere = not run.record.execution.rounds_as(execution_on(device))
             with products.on_any_cpu(device, config.train.dtype):
-                findings = list(_regenerate_split(as_scored, scorer, split, least, suspects))
+                findings = list(_regenerate_split(as_scored, scorer, split, least, suspects, elsewhere))
             yield from findings
     attached.detach()
 
 
-def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int, suspects: set[str]) -> Iterator[Finding]:
+def _regenerate_split(
+    run: CheckedRun, scorer: Scorer, split: str, least: int, suspects: set[str], elsewhere: bool
+) -> Iterator[Finding]:
+    """Args: elsewhere: whether this device may round otherwise than that of the record."""
     examples, scores = run.examples[split], run.record.scores[split]
     for kind in ("", ".base") if scores.base is not None else ("",):
         recorded = run.predictions(split, base=bool(kind))
@@ -120,13 +126,19 @@ def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int, s
         elif not all(map(is_loss, scores.metrics)):
             places = _chosen_places(ids, scoring_batches(scorer.encoder, examples, run.config), least, suspects)
             rows_of = scorer.compute_base_rows if kind else scorer.adapted_rows
-            rows = rows_of([examples[place] for place in places], f"regenerating {split}{kind}")
-            yield _compared(run, f"regenerate {split}{kind}", rows, [recorded[place] for place in places])
+            chosen = [examples[place] for place in places]
+            rows = rows_of(chosen, f"regenerating {split}{kind}")
+            asked = rounding.Asked(chosen, rows, [recorded[place] for place in places])
+            finding = _compared(run, f"regenerate {split}{kind}", rows, asked.recorded)
+            if elsewhere and not finding.ok:
+                finding = rounding.outputs_elsewhere(run, scorer, finding.check, asked, active=not kind)
+            yield finding
         if any(map(is_loss, scores.metrics)):
             places = _chosen_places(ids, loss_batches(scorer.encoder, examples, run.config), least, suspects)
             losses_of = scorer.compute_base_losses if kind else scorer.adapted_losses
             rows = losses_of([examples[place] for place in places], f"computing the losses of {split}{kind} again")
-            yield _compared_losses(run, f"losses {split}{kind}", rows, [recorded[place] for place in places])
+            compared = rounding.losses_elsewhere if elsewhere else _compared_losses
+            yield compared(run, f"losses {split}{kind}", rows, [recorded[place] for place in places])
 
 
 def _chosen_places(ids: Sequence[str], batches: Sequence[list[int]], least: int, suspects: set[str]) -> list[int]:
@@ -170,6 +182,6 @@ def _compared(run: CheckedRun, check: str, rows: Sequence[PredictionRow], record
         check,
         False,
         f"row {different[0]}: another output than the recorded one ({len(different)} of {len(rows)} rows differ); "
-        f"recorded on {run.record.execution}, where other devices may round otherwise",
+        f"recorded on {run.record.execution}",
         different[0],
     )

@@ -135,12 +135,12 @@ class Scorer:
 
     def compute_base_rows(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
         """The base model's answers, computed now. `title` is what the progress bar says."""
-        with _disabled(self.attached) as model:
+        with disabled(self.attached) as model:
             return self._answers(model, examples, title, active=False)
 
     def compute_base_losses(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
         """The base model's losses, computed now."""
-        with _disabled(self.attached) as model:
+        with disabled(self.attached) as model:
             return self._losses(model, examples, title)
 
     def _answers(self, model: Any, examples: Sequence[Example], title: str, active: bool) -> list[PredictionRow]:
@@ -310,7 +310,7 @@ def merged_for_scoring(attached: Arm, config: Config) -> Iterator[Any]:
 
 
 @contextmanager
-def _disabled(attached: Arm) -> Iterator[Any]:
+def disabled(attached: Arm) -> Iterator[Any]:
     """Inside the block, the model computes as the base model."""
     attached.disable()
     try:

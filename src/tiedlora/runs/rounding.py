@@ -1,0 +1,138 @@
+"""What another device may change in a finished run's outputs and losses, by rounding alone.
+
+Another kind of processor adds in another order. In bfloat16 a greedy answer then takes another token where two are
+nearly as likely, and differs from there on. So on another device a recorded answer cannot be expected again. But each
+of its tokens must still be as likely as the likeliest one, up to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from tiedlora.config.schema import Config
+from tiedlora.data.encoding import Encoder
+from tiedlora.models.placement import input_device, without_gradients
+from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN
+from tiedlora.records.rows import PredictionRow
+from tiedlora.runs.findings import CheckedRun, Finding
+from tiedlora.scoring.predict import fitting
+from tiedlora.scoring.split import Scorer, disabled, merged_for_scoring
+from tiedlora.tasks import Example
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How far outputs and losses may be from the recorded ones on another device."""
+
+    gap: float
+    """By how much the logit of a recorded token may be below the largest one, in nats."""
+    row: float
+    """How much the loss of a row may differ, as a share of it, or in nats if it is below 1."""
+    mean: float
+    """The same for the mean loss of the rows."""
+
+
+TOLERANCES = {"float32": Tolerances(0.01, 1e-3, 1e-3), "bfloat16": Tolerances(1.0, 0.5, 0.05)}
+"""By dtype. Records of SmolLM2-135M in bfloat16 from AVX512-bf16 processors were checked on one with AVX2. 32 of 284
+answers differed, and the largest gap was 0.5. The losses of rows differed by up to 28 %, their means by up to 0.6 %."""
+
+
+Rows = Sequence[PredictionRow]
+
+
+class Asked(NamedTuple):
+    """What was asked again, and the rows of now and of then."""
+
+    examples: Sequence[Example]
+    rows: Rows
+    recorded: Rows
+
+
+def outputs_elsewhere(run: CheckedRun, scorer: Scorer, check: str, asked: Asked, active: bool) -> Finding:
+    """Whether each recorded output is one that this model may give on another device.
+
+    Args:
+        active: whether the outputs are the adapted model's; otherwise the base model's.
+    """
+    tolerance, gaps = TOLERANCES[run.config.train.dtype].gap, {0.0: ""}
+    attached = scorer.attached
+    with merged_for_scoring(attached, run.config) if active else disabled(attached) as model:
+        for example, new, old in zip(*asked, strict=True):
+            if new.output != old.output:
+                gaps[_gap(model, scorer.encoder, example, new, old, run.config)] = old.id
+    different = sum(new.output != old.output for new, old in zip(asked.rows, asked.recorded, strict=True))
+    largest = max(gaps)
+    where = f"recorded on {run.record.execution}"
+    if largest <= tolerance:
+        return Finding(
+            check,
+            True,
+            f"{different} of {len(asked.rows)} outputs differ, none by more than another device's rounding: each token "
+            f"is within {largest:.3g} of the largest logit ({tolerance:g} is allowed); {where}",
+        )
+    explanation = (
+        f"row {gaps[largest]}: another output than the recorded one, and rounding does not explain it: a recorded "
+        f"token is {largest:.3g} below the largest logit ({tolerance:g} is allowed); {where}"
+    )
+    return Finding(check, False, explanation, gaps[largest])
+
+
+def losses_elsewhere(run: CheckedRun, check: str, rows: Rows, recorded: Rows) -> Finding:
+    """Whether the recorded losses are those of this model, up to the rounding of another device."""
+    tolerances = TOLERANCES[run.config.train.dtype]
+    sums: list[tuple[float, float]] = []
+    where = f"recorded on {run.record.execution}"
+    for new, old in zip(rows, recorded, strict=True):
+        now, before = (row.scores.get(TARGET_LOSS_BY_TOKEN) for row in (new, old))
+        assert isinstance(now, list)
+        if not isinstance(before, list) or now[1:] != before[1:] or _share(now[0], before[0]) > tolerances.row:
+            explanation = f"row {new.id}: its loss and target tokens are {now}, the file says {before}; {where}"
+            return Finding(check, False, explanation, new.id)
+        sums.append((now[0], before[0]))
+    of_all = _share(sum(now for now, _ in sums), sum(before for _, before in sums), least=float(len(sums)))
+    return Finding(
+        check,
+        of_all <= tolerances.mean,
+        f"the mean of {len(sums)} losses differs by {of_all:.2%} ({tolerances.mean:.2%} is allowed on another device), "
+        f"and no row's by more than {tolerances.row:.0%}; {where}",
+    )
+
+
+def _share(now: float, before: float, least: float = 1.0) -> float:
+    """The difference as a share of the recorded number, or of `least` if that is larger."""
+    return abs(now - before) / max(abs(before), least)
+
+
+def _gap(
+    model: Any, encoder: Encoder, example: Example, new: PredictionRow, old: PredictionRow, config: Config
+) -> float:
+    if new.choices is None or new.log_likelihoods is None:
+        return largest_gap(model, encoder, example, old, config)
+    if old.output not in new.choices:
+        return math.inf
+    return max(new.log_likelihoods) - new.log_likelihoods[new.choices.index(old.output)]
+
+
+@without_gradients
+def largest_gap(model: Any, encoder: Encoder, example: Example, recorded: PredictionRow, config: Config) -> float:
+    """By how much the logit of a token of the recorded answer is below the largest logit, at most, in nats.
+
+    0 means that the answer is the greedy one. The answer's text is tokenised again, so its tokens can differ from those
+    that were generated. The gap is then too large.
+    """
+    prompt = encoder.prompt(fitting(encoder, example, config).prompt)
+    ends = (encoder.tokenizer.eos_token_id,) if recorded.ended == "end" else ()
+    gaps = []
+    # Blanks around an answer are not recorded. It may have begun with one.
+    for text in (recorded.output, " " + recorded.output):
+        answer = (*encoder.tokenizer(text, add_special_tokens=False).input_ids, *ends)
+        ids = torch.tensor([[*prompt, *answer]], device=input_device(model))
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        taken = logits.gather(1, ids[0, len(prompt) :, None].to(logits.device))[:, 0]
+        gaps.append(float((logits.max(1).values - taken).max()) if answer else math.inf)
+    return min(gaps)
