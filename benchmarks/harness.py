@@ -8,6 +8,7 @@ import torch
 
 from tiedlora.config.schema import Config
 from tiedlora.data.encoding import Encoded, Encoder, encode_rows
+from tiedlora.models import products
 from tiedlora.models.base_model import BaseModel
 from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
@@ -22,7 +23,7 @@ from tiedlora.training.signals import StopSignal
 def train(config: Config, folder: Path) -> tuple[RunSession, Trained]:
     """Train as in train.py, without scoring. `folder` becomes the run's folder."""
     session = RunSession(config, load_task(config.task), World())
-    with StopSignal() as stop:
+    with StopSignal() as stop, products.on_any_cpu(session.device, config.train.dtype):
         return session, Trainer(session, RunFolder(folder), stop).train()
 
 

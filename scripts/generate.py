@@ -40,6 +40,8 @@ def main() -> None:
 
     # Imported here because torch and transformers take seconds: --help and a wrong argument do not need them.
     from tiedlora.data.encoding import Encoder
+    from tiedlora.models import products
+    from tiedlora.models.device import resolve_device
     from tiedlora.runs import library
 
     config = library.config_of(arguments.run)
@@ -51,7 +53,8 @@ def main() -> None:
     field = fields[0] if len(fields) == 1 and not arguments.raw else None
     for text in arguments.prompt or typed_prompts(field or "prompt"):
         prompt = text if field is None else config.task.prompt.replace(f"{{{field}}}", text)
-        base_answer, adapted_answer = generator.answers(prompt)
+        with products.on_any_cpu(resolve_device(arguments.device), config.train.dtype):
+            base_answer, adapted_answer = generator.answers(prompt)
         print(visible_lines(prompt), side_by_side(base_answer, adapted_answer), "", sep="\n")
 
 
