@@ -4,7 +4,8 @@ It trains LoRA and TABuv on chain_sum (the embedded model, float32) and scores t
 into the weights, loads them with AutoModelForCausalLM, and has transformers compute the loss of the same texts, one
 text at a time, with labels of -100 where nothing is predicted. Every text's loss must agree within 1e-5 nats per token
 with the cross-entropy of transformers' float32 logits. transformers' own number is compared too, and may differ by
-2e-5: on a CPU, torch's float32 log_softmax over 49,152 logits has a bias of 1.05e-5 (measured against float64).
+2e-5 (4e-5 without AVX512): on a CPU, torch's float32 log_softmax over 49,152 logits has a bias of 1.05e-5 with AVX512,
+and 2.26e-5 with AVX2, whose vectors are half as long (measured against float64).
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from tiedlora.runs import run
 from tiedlora.runs.library import config_of
 from tiedlora.tasks import load_examples, load_task
 
-TOLERANCE, OWN_TOLERANCE = 1e-5, 2e-5
+TOLERANCE = 1e-5
+OWN_TOLERANCE = 2e-5 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4e-5
+"""How far transformers' own float32 loss may be off. Its bias was 1.05e-5 with AVX512, and 2.26e-5 with AVX2."""
 TEXT = "\n\n".join((PROJECT / name).read_text() for name in ("LICENSE", "CONTRIBUTING.md"))
 """A text that has nothing to do with sums."""
 
