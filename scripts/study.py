@@ -123,7 +123,8 @@ def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | Non
     if repeated.files == recorded.files:
         return
     before, now = recorded.training.validation_loss_last, repeated.training.validation_loss_last
-    if recorded.execution.rounds_as(repeated.execution) or abs(now - before) > REPEATED_LOSS * before:
+    # Written so that NaN disagrees.
+    if recorded.execution.rounds_as(repeated.execution) or not abs(now - before) <= REPEATED_LOSS * before:
         raise SystemExit(DISAGREES)
     print(f"the same up to the rounding of another processor: the loss is within {REPEATED_LOSS:.0%}")
 

@@ -59,27 +59,29 @@ def outputs_elsewhere(run: CheckedRun, scorer: Scorer, check: str, asked: Asked,
     Args:
         active: whether the outputs are the adapted model's; otherwise the base model's.
     """
-    tolerance, gaps = TOLERANCES[run.config.train.dtype].gap, {0.0: ""}
-    attached = scorer.attached
+    tolerance = TOLERANCES[run.config.train.dtype].gap
+    attached, encoder = scorer.attached, scorer.encoder
     with merged_for_scoring(attached, run.config) if active else disabled(attached) as model:
-        for example, new, old in zip(*asked, strict=True):
-            if new.output != old.output:
-                gaps[_gap(model, scorer.encoder, example, new, old, run.config)] = old.id
-    different = sum(new.output != old.output for new, old in zip(asked.rows, asked.recorded, strict=True))
-    largest = max(gaps)
+        gaps = {
+            old.id: _gap(model, encoder, example, new, old, run.config)
+            for example, new, old in zip(*asked, strict=True)
+            if new.output != old.output
+        }
     where = f"recorded on {run.record.execution}"
-    if largest <= tolerance:
-        return Finding(
-            check,
-            True,
-            f"{different} of {len(asked.rows)} outputs differ, none by more than another device's rounding: each token "
-            f"is within {largest:.3g} of the largest logit ({tolerance:g} is allowed); {where}",
-        )
-    explanation = (
-        f"row {gaps[largest]}: another output than the recorded one, and rounding does not explain it: a recorded "
-        f"token is {largest:.3g} below the largest logit ({tolerance:g} is allowed); {where}"
+    for row_id, gap in gaps.items():
+        # Written so that NaN is beyond it.
+        if not gap <= tolerance:
+            explanation = (
+                f"row {row_id}: another output than the recorded one, and rounding does not explain it: a recorded "
+                f"token is {gap:.3g} below the largest logit ({tolerance:g} is allowed); {where}"
+            )
+            return Finding(check, False, explanation, row_id)
+    return Finding(
+        check,
+        True,
+        f"{len(gaps)} of {len(asked.rows)} outputs differ, none by more than another device's rounding: each token is "
+        f"within {max(gaps.values(), default=0.0):.3g} of the largest logit ({tolerance:g} is allowed); {where}",
     )
-    return Finding(check, False, explanation, gaps[largest])
 
 
 def losses_elsewhere(run: CheckedRun, check: str, rows: Rows, recorded: Rows) -> Finding:
@@ -90,7 +92,8 @@ def losses_elsewhere(run: CheckedRun, check: str, rows: Rows, recorded: Rows) ->
     for new, old in zip(rows, recorded, strict=True):
         now, before = (row.scores.get(TARGET_LOSS_BY_TOKEN) for row in (new, old))
         assert isinstance(now, list)
-        if not isinstance(before, list) or now[1:] != before[1:] or _share(now[0], before[0]) > tolerances.row:
+        # Written so that NaN is beyond it.
+        if not (isinstance(before, list) and now[1:] == before[1:] and _share(now[0], before[0]) <= tolerances.row):
             explanation = f"row {new.id}: its loss and target tokens are {now}, the file says {before}; {where}"
             return Finding(check, False, explanation, new.id)
         sums.append((now[0], before[0]))
