@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from tiedlora.errors import UserError
 from tiedlora.models import products
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import execution_on
-from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss
+from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_record import ADAPTER
 from tiedlora.runs import rounding
@@ -159,19 +158,10 @@ def _chosen_places(ids: Sequence[str], batches: Sequence[list[int]], least: int,
 def _compared_losses(
     run: CheckedRun, check: str, rows: Sequence[PredictionRow], recorded: Sequence[PredictionRow]
 ) -> Finding:
-    """Compare the sums and counts of the rows' losses, up to the rounding of another device."""
+    """Compare the sums and counts of the rows' losses, up to the rounding of the same kind of device."""
     tolerance = LOSS_TOLERANCE[run.config.train.dtype]
-    for new, old in zip(rows, recorded, strict=True):
-        now, before = (row.scores.get(TARGET_LOSS_BY_TOKEN) for row in (new, old))
-        assert isinstance(now, list)
-        if (
-            not isinstance(before, list)
-            or now[1:] != before[1:]
-            or not math.isclose(now[0], before[0], rel_tol=tolerance, abs_tol=tolerance)
-        ):
-            explanation = f"row {new.id}: its loss and target tokens are {now}, the file says {before}"
-            return Finding(check, False, f"{explanation}; recorded on {run.record.execution}", new.id)
-    return Finding(check, True, f"{len(rows)} losses come out as they were, within {tolerance:g}")
+    wrong = rounding.wrong_loss(run, check, rows, recorded, tolerance)
+    return wrong or Finding(check, True, f"{len(rows)} losses come out as they were, within {tolerance:g}")
 
 
 def _compared(run: CheckedRun, check: str, rows: Sequence[PredictionRow], recorded: Sequence[PredictionRow]) -> Finding:

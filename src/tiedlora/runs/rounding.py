@@ -87,23 +87,37 @@ def outputs_elsewhere(run: CheckedRun, scorer: Scorer, check: str, asked: Asked,
 def losses_elsewhere(run: CheckedRun, check: str, rows: Rows, recorded: Rows) -> Finding:
     """Whether the recorded losses are those of this model, up to the rounding of another device."""
     tolerances = TOLERANCES[run.config.train.dtype]
-    sums: list[tuple[float, float]] = []
-    where = f"recorded on {run.record.execution}"
-    for new, old in zip(rows, recorded, strict=True):
-        now, before = (row.scores.get(TARGET_LOSS_BY_TOKEN) for row in (new, old))
-        assert isinstance(now, list)
-        # Written so that NaN is beyond it.
-        if not (isinstance(before, list) and now[1:] == before[1:] and _share(now[0], before[0]) <= tolerances.row):
-            explanation = f"row {new.id}: its loss and target tokens are {now}, the file says {before}; {where}"
-            return Finding(check, False, explanation, new.id)
-        sums.append((now[0], before[0]))
-    of_all = _share(sum(now for now, _ in sums), sum(before for _, before in sums), least=float(len(sums)))
+    if wrong := wrong_loss(run, check, rows, recorded, tolerances.row):
+        return wrong
+    now, before = (sum(_loss_and_tokens(row)[0] for row in either) for either in (rows, recorded))
+    of_all = _share(now, before, least=float(len(rows)))
     return Finding(
         check,
         of_all <= tolerances.mean,
-        f"the mean of {len(sums)} losses differs by {of_all:.2%} ({tolerances.mean:.2%} is allowed on another device), "
-        f"and no row's by more than {tolerances.row:.0%}; {where}",
+        f"the mean of {len(rows)} losses differs by {of_all:.2%} ({tolerances.mean:.2%} is allowed on another device), "
+        f"and no row's by more than {tolerances.row:.0%}; recorded on {run.record.execution}",
     )
+
+
+def wrong_loss(run: CheckedRun, check: str, rows: Rows, recorded: Rows, tolerance: float) -> Finding | None:
+    """The first row whose loss or number of target tokens is not the recorded one.
+
+    Args:
+        tolerance: how much a loss may differ, as a share of it, or in nats if it is below 1.
+    """
+    for new, old in zip(rows, recorded, strict=True):
+        now, before = _loss_and_tokens(new), _loss_and_tokens(old)
+        # Written so that NaN is beyond it.
+        if not (before and now[1:] == before[1:] and _share(now[0], before[0]) <= tolerance):
+            explanation = f"row {new.id}: its loss and target tokens are {now}, the file says {before or None}"
+            return Finding(check, False, f"{explanation}; recorded on {run.record.execution}", new.id)
+    return None
+
+
+def _loss_and_tokens(row: PredictionRow) -> list[float]:
+    """The loss of a row's target in nats, and its number of tokens; empty if the row has none."""
+    value = row.scores.get(TARGET_LOSS_BY_TOKEN)
+    return list(map(float, value)) if isinstance(value, list) else []
 
 
 def _share(now: float, before: float, least: float = 1.0) -> float:
