@@ -134,10 +134,7 @@ def verify_runs(folder: Path, run_ids: list[str], data_root: str | None) -> None
     for kept in checked:
         findings = verify.verify(kept.path, data_root=data_root)
         disagreeing = [finding for finding in findings if finding.ok is False]
-        made = sum(finding.ok is True for finding in findings)
-        print(
-            f"{'WRONG' if disagreeing else 'ok':<6} {kept.path.name}  {made} of {len(findings)} checks made", flush=True
-        )
+        print(verify.line_of_run(kept.path.name, findings), flush=True)
         if disagreeing:
             wrong.append(kept.path.name)
             print("\n".join(verify.lines(disagreeing)[:-1]))

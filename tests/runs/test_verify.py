@@ -15,6 +15,7 @@ from tiedlora.data.encoding import Encoder
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import lazy, rounding, run, verify
+from tiedlora.runs.findings import Finding
 from tiedlora.tasks import load_examples, load_task
 
 ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for i in range(40)]
@@ -224,6 +225,7 @@ def regeneration(folder: Path):
 
 
 def test_on_another_processor_an_output_may_differ_by_rounding(elsewhere, monkeypatch):
+    assert not regeneration(elsewhere)["regenerate validation"].by_rounding, "nothing differs yet"
     change_rows(elsewhere, "validation", lambda row: row.update(output="something else"))
     wrong_here = regeneration(elsewhere)["regenerate validation"]
     assert wrong_here.ok is False
@@ -233,6 +235,7 @@ def test_on_another_processor_an_output_may_differ_by_rounding(elsewhere, monkey
     monkeypatch.setitem(rounding.TOLERANCES, "float32", rounding.Tolerances(100.0, 0.5, 0.05))
     close = regeneration(elsewhere)["regenerate validation"]
     assert close.ok
+    assert close.by_rounding
     assert close.explanation.startswith("12 of 12 outputs differ, none by more than another device's rounding")
 
 
@@ -273,4 +276,14 @@ def test_on_another_processor_the_mean_loss_must_agree(finished, elsewhere, monk
     change_rows(elsewhere, "test", scale)
     finding = regeneration(elsewhere)["losses test"]
     assert finding.ok is ok
+    assert finding.by_rounding is ok
     assert "the mean of 8 losses differs by" in finding.explanation
+
+
+def test_the_line_of_a_run_says_how_many_checks_hold_only_up_to_rounding():
+    exact, skipped = Finding("files", True, ""), Finding("base", None, "")
+    rounded, wrong = Finding("losses test", True, "", by_rounding=True), Finding("data test", False, "")
+    line = verify.line_of_run
+    assert line("a-run", [exact, skipped]) == "ok     a-run  1 of 2 checks made"
+    assert line("a-run", [exact, rounded]) == "ok     a-run  2 of 2 checks made, 1 up to the rounding of another device"
+    assert line("a-run", [exact, wrong]) == "WRONG  a-run  2 of 2 checks made"

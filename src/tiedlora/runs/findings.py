@@ -22,6 +22,8 @@ class Finding:
     explanation: str
     row_id: str | None = None
     """The id of the row that does not agree, if it is a single row."""
+    by_rounding: bool = False
+    """Whether outputs or losses differ from the recorded ones, but by no more than another device's rounding."""
 
 
 @dataclass

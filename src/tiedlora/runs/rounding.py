@@ -81,6 +81,7 @@ def outputs_elsewhere(run: CheckedRun, scorer: Scorer, check: str, asked: Asked,
         True,
         f"{len(gaps)} of {len(asked.rows)} outputs differ, none by more than another device's rounding: each token is "
         f"within {max(gaps.values(), default=0.0):.3g} of the largest logit ({tolerance:g} is allowed); {where}",
+        by_rounding=bool(gaps),
     )
 
 
@@ -96,6 +97,7 @@ def losses_elsewhere(run: CheckedRun, check: str, rows: Rows, recorded: Rows) ->
         of_all <= tolerances.mean,
         f"the mean of {len(rows)} losses differs by {of_all:.2%} ({tolerances.mean:.2%} is allowed on another device), "
         f"and no row's by more than {tolerances.row:.0%}; recorded on {run.record.execution}",
+        by_rounding=0 < of_all <= tolerances.mean,
     )
 
 

@@ -297,6 +297,15 @@ def _differing_metrics(
     return differing
 
 
+def line_of_run(name: str, findings: Sequence[Finding]) -> str:
+    """One line for a whole run: whether it agrees, how many checks were made, and how many only up to rounding."""
+    made = sum(finding.ok is not None for finding in findings)
+    rounded = sum(finding.by_rounding for finding in findings)
+    word = "WRONG" if any(finding.ok is False for finding in findings) else "ok"
+    line = f"{word:<6} {name}  {made} of {len(findings)} checks made"
+    return line + (f", {rounded} up to the rounding of another device" if rounded else "")
+
+
 def lines(findings: Sequence[Finding]) -> list[str]:
     """One line for each finding, and a last line that sums up."""
     words = {True: "ok", False: "WRONG", None: "skipped"}
