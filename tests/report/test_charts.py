@@ -11,6 +11,7 @@ from tiedlora.records.rows import MetricsRow
 from tiedlora.report import charts, compare
 from tiedlora.report.chart import Chart, linear_axis, log_axis
 from tiedlora.report.groups import group_runs
+from tiedlora.report.panels import rank_ticks
 from tiedlora.report.runs import read_runs
 from tiedlora.report.scorebook import Scorebook
 
@@ -40,6 +41,11 @@ def unfinished(root, lr, seed, loss, file, text, changes=None):
     write_lines(
         folder / "metrics.jsonl", [MetricsRow(0, {"validation/loss": 2.0}), MetricsRow(16, {"validation/loss": loss})]
     )
+
+
+def test_the_ranks_of_an_axis_leave_room_for_their_labels():
+    assert rank_ticks([1, 2, 8, 11, 17, 29, 30, 32, 48, 80, 576]) == [1, 2, 8, 11, 17, 32, 48, 80, 576]
+    assert rank_ticks([29, 30]) == [29]
 
 
 def test_the_search_marks_the_chosen_rate_and_shows_pruned_and_failed_runs(tmp_path):

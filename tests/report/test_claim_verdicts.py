@@ -43,7 +43,7 @@ def test_the_verdict_over_tasks(claim, given, verdict):
 
 
 def test_a_task_that_was_not_run_leaves_the_claim_undecided(claim):
-    not_run = Answer(claim, "", "squad", reason="TABuv r=8 was not run on it")
+    not_run = Answer(claim, "model", "squad", reason="TABuv r=8 was not run on it")
     (found,) = claim_verdicts([*answers(claim, (SUPPORTED, 1.0)), not_run])
     assert found.verdict == "undecided"
     assert found.reason == "1 of 2 informative tasks support it"

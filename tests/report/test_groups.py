@@ -157,6 +157,32 @@ def test_the_choice_that_a_sweep_recorded_stands(tmp_path):
     assert report.left_out[0].reason.startswith("has no 'sweep'")
 
 
+def test_of_several_recorded_choices_the_one_of_the_fewest_seeds_stands_unless_another_had_more_rates(tmp_path):
+    """The choice at a look decides its verdict, so a later sweep with more seeds must not change it."""
+    paths = {
+        (lr, seed): scored_run(tmp_path, GOOD, BASE, lr=lr, seed=seed) for lr in (1e-3, 1e-2, 1e-1) for seed in range(3)
+    }
+
+    def record(sweep, lr, lrs, seeds):
+        choice = RateChoice(
+            *("tiny", "chain_sum", "TABuv", 8, lr, lrs, "validation/loss", 1.0),
+            seeds=seeds,
+            trials=seeds * len(lrs),
+            failed=0,
+            edge=False,
+            run_ids=[paths[lr, seed].name for seed in range(seeds)],
+        )
+        write_selection(tmp_path / "sweeps" / sweep / "selection.json", Selection(sweep, "loss", [choice]))
+        (group,) = write.build([tmp_path]).groups
+        return group
+
+    assert record("b-look", 1e-3, [1e-3, 1e-2], 2).lr == 1e-3
+    group = record("a-later", 1e-2, [1e-3, 1e-2], 3)
+    assert group.lr == 1e-3
+    assert "another selection.json chose 0.01" in group.marks
+    assert record("c-more-rates", 1e-1, [1e-3, 1e-2, 1e-1], 3).lr == 1e-1
+
+
 def test_a_single_rate_is_not_at_an_edge_and_the_lower_of_two_is(tmp_path):
     scored_run(tmp_path, GOOD, BASE, lr=1e-3)
     (group,) = group_runs(read_runs([tmp_path])[0])

@@ -42,8 +42,8 @@ CHOOSERS: dict[str, Callable[[Sweep], Rates]] = {
 
 
 def random_sweep(outputs: Path, draw: random.Random) -> Sweep:
-    """A finished sweep: ties, failed runs, missing seeds, and searches of unequal effort."""
-    scored = draw.random() < 0.5
+    """A finished sweep: ties, failed runs, missing seeds, searches of unequal effort, and runs of different metrics."""
+    metrics = draw.choice(([], ["exact_match_strict"], ["exact_match_strict", "target_loss"]))
     cells = []
     for name in ("LoRA", "TAB", "TABuv"):
         rates = draw.sample(RATES, draw.choice((1, 2, 4, 7)))
@@ -54,7 +54,9 @@ def random_sweep(outputs: Path, draw: random.Random) -> Sweep:
             for seed in seeds:
                 cell = SweepCell((), make_config(name, lr=lr, seed=seed))
                 cell.config.outputs = str(outputs)
-                cell.config.score.splits = ["validation"] if scored else []
+                cell.config.score.splits = ["validation"] if metrics else []
+                metric = draw.choice(metrics or [""])
+                cell.config.score.metrics = ["target_loss"] if metric == "target_loss" else None
                 cells.append(cell)
                 if diverges and draw.random() < 0.7:
                     cell.folder.path.mkdir(parents=True)
@@ -64,9 +66,9 @@ def random_sweep(outputs: Path, draw: random.Random) -> Sweep:
                 # Few different values, so that ties are common.
                 about = {"name": name, "lr": lr, "seed": seed}
                 changes = {"training.validation_loss_last": draw.choice((0.5, 0.75, 1.0))}
-                if scored:
+                if metrics:
                     right = draw.choice((2, 3, 4))
-                    scored_run(outputs, [1.0] * right + [0.0] * (8 - right), changes=changes, **about)
+                    scored_run(outputs, [1.0] * right + [0.0] * (8 - right), metric=metric, changes=changes, **about)
                 else:
                     write_run(outputs, make_record(changes, **about), {})
     draw.shuffle(cells)

@@ -263,15 +263,6 @@ class RunRecord:
         return {**tree, "identity": self.identity.tree, "config": self.config.tree}
 
     @property
-    def validation_score(self) -> float | None:
-        """The first metric on validation, where more is better: a loss is negated. None if it is not scored."""
-        scores = self.scores.get("validation")
-        if scores is None:
-            return None
-        value = scores.metrics[scores.first_metric].value
-        return -value if is_loss(scores.first_metric) else value
-
-    @property
     def lacks_adapter(self) -> bool:
         """Whether a study has left the adapter out, so that nothing more can be scored."""
         return ADAPTER in (self.left_out or [])

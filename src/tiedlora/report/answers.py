@@ -91,10 +91,11 @@ def answer_claims(
     for claim in claims:
         pairs = partners.pairs(claim, groups)
         answers += [_answer(claim, pair, split or shown[pair.task], book) for pair in pairs]
-        tasks = tuple(claim.metrics) or tuple(sorted({group.task for group in groups}))
-        for task in sorted(set(tasks) - {pair.task for pair in pairs}):
-            reason = f"{partners.in_words(claim)} was not run on it"
-            answers.append(Answer(claim, "", task, reason=reason, decide=next_look(claim.plan, 0)))
+        reason, decide = f"{partners.in_words(claim)} was not run on it", next_look(claim.plan, 0)
+        for model in sorted({pair.model for pair in pairs}) or [""]:
+            tasks = set(claim.metrics) or {group.task for group in groups if model in (group.model, "")}
+            missing = tasks - {pair.task for pair in pairs if pair.model == model}
+            answers += [Answer(claim, model, task, reason=reason, decide=decide) for task in sorted(missing)]
     return answers
 
 

@@ -19,7 +19,7 @@ from tiedlora.report.adapters import LayerProfile
 from tiedlora.report.chart import Axis, Chart, linear_axis, log_axis, marker, number
 from tiedlora.report.compare import ResultRow
 from tiedlora.report.groups import RunGroup
-from tiedlora.report.panels import COLOURS, front, short_count, style
+from tiedlora.report.panels import COLOURS, front, rank_ticks, short_count, style
 from tiedlora.report.runs import Run
 from tiedlora.report.values import Unit
 from tiedlora.text import visible
@@ -68,12 +68,12 @@ def task_title(group: RunGroup) -> str:
 
 
 def by_setting(rows: Sequence[ResultRow], model: str) -> list[list[ResultRow]]:
-    """The rows with a score by each task's first metric, for each setting of the model."""
-    settings: dict[tuple[str, str], list[ResultRow]] = defaultdict(list)
+    """The rows with a score by a first metric, for each setting of the model and each such metric."""
+    places: dict[tuple[str, str, str], list[ResultRow]] = defaultdict(list)
     for row in rows:
         if row.primary and row.score is not None and row.group.model == model:
-            settings[row.group.task, row.group.variant].append(row)
-    return list(settings.values())
+            places[row.group.task, row.group.variant, row.measure.metric].append(row)
+    return list(places.values())
 
 
 def pareto(rows: Sequence[ResultRow]) -> Panel:
@@ -104,7 +104,7 @@ def ranks(rows: Sequence[ResultRow]) -> Panel | None:
     values = sorted({row.group.rank for row in rows})
     if len(values) < 2:
         return None
-    ticks = [(float(rank), str(rank)) for rank in values]
+    ticks = [(float(rank), str(rank)) for rank in rank_ticks(values)]
     axis = Axis("rank r", values[0] / 1.4, values[-1] * 1.4, ticks, is_log=True)
     chart = Chart(axis, _score_axis(rows), f"Score against rank on {rows[0].group.task}: {_values(rows)}")
     by_name: dict[str, list[ResultRow]] = defaultdict(list)

@@ -34,19 +34,17 @@ class ClaimVerdict:
 
 
 def claim_verdicts(answers: Sequence[Answer]) -> list[ClaimVerdict]:
-    """The verdicts in the order of the claims. Tasks without a run are part of every model's verdict.
+    """The verdicts in the order of the claims. Tasks without a run of a model are part of its verdict.
 
     Args:
         answers: those of one claim follow each other, as answer_claims returns them.
     """
     verdicts = []
     for _, group in itertools.groupby(answers, key=lambda answer: id(answer.claim)):
-        own = list(group)
-        not_run = [answer for answer in own if not answer.model]
-        models = list(dict.fromkeys(answer.model for answer in own if answer.model)) or [""]
-        for model in models:
-            of_model = [answer for answer in own if answer.model == model and model] + not_run
-            verdicts.append(_verdict(of_model, model))
+        of_model: dict[str, list[Answer]] = {}
+        for answer in group:
+            of_model.setdefault(answer.model, []).append(answer)
+        verdicts += [_verdict(own, model) for model, own in of_model.items()]
     return verdicts
 
 

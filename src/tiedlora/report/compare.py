@@ -24,7 +24,8 @@ class ResultRow:
     group: RunGroup
     measure: Measure
     primary: bool
-    """Whether the metric is the one that comparisons use."""
+    """Whether the metric is the first one of this group, or of another group in its setting. Figures and the overview
+    show these, each in a panel or column of its own."""
     seeds: list[int] = field(default_factory=list)
     examples: int = 0
     score: Estimate | None = None
@@ -58,26 +59,28 @@ def result_rows(groups: Sequence[RunGroup], book: Scorebook, split: str | None =
     """
     splits = {group.task: split for group in groups} if split else shown_splits(groups)
     lora = baselines(groups)
+    metrics = [_metrics(group, splits[group.task]) for group in groups]
+    # Some groups of a setting may be scored by the loss alone, so that their first metric is another one.
+    firsts = {(group.setting, own[0]) for group, own in zip(groups, metrics, strict=True)}
     rows = []
-    for group in groups:
-        shown = splits[group.task]
-        metrics = next((list(run.splits[shown].metrics) for run in group.runs if shown in run.splits), [""])
-        for metric in metrics:
-            row = ResultRow(group, Measure(shown, metric), primary=metric == metrics[0])
+    for group, own in zip(groups, metrics, strict=True):
+        for metric in own:
+            measure = Measure(splits[group.task], metric)
+            row = ResultRow(group, measure, primary=(group.setting, metric) in firsts)
             _fill(row, lora.get((group.setting, group.rank)), book)
             rows.append(row)
     return rows
 
 
+def _metrics(group: RunGroup, split: str) -> list[str]:
+    """The metrics of the group's first scored run, in their order; an empty name if none is scored."""
+    return next((list(run.splits[split].metrics) for run in group.runs if split in run.splits), [""])
+
+
 def baselines(groups: Sequence[RunGroup]) -> Mapping[tuple[str, int], RunGroup]:
-    """(setting, rank) -> LoRA's group; of several groups, the plain one (alpha = r)."""
-    ordered = sorted((group for group in groups if group.label == BASELINE), key=_is_plain)
+    """(setting, rank) -> LoRA's group; of several groups, the plain one."""
+    ordered = sorted((group for group in groups if group.label == BASELINE), key=lambda group: group.is_plain)
     return {(group.setting, group.rank): group for group in ordered}
-
-
-def _is_plain(group: RunGroup) -> bool:
-    rank = group.runs[0].record.identity.rank
-    return rank.alpha == rank.r and rank.scaling == "standard"
 
 
 def _fill(row: ResultRow, lora: RunGroup | None, book: Scorebook) -> None:

@@ -17,6 +17,7 @@ from tiedlora.config.identity import identity_digest
 from tiedlora.config.sizes import is_near
 from tiedlora.records.provenance import CHAT_TEMPLATE
 from tiedlora.records.selection import RateChoice, Selection
+from tiedlora.records.validation_scores import validation_metric, validation_scores
 from tiedlora.report.runs import LeftOut, Run, UnfinishedRun
 from tiedlora.report.variants import differing_values
 from tiedlora.statistics.rate_choice import ChosenRate, RateTrial, choose_rate
@@ -101,6 +102,19 @@ class RunGroup:
         return f"{self.task} ({self.variant})" if self.variant else self.task
 
     @property
+    def is_plain(self) -> bool:
+        """Whether alpha = r, the scaling is the standard one, and all parts have the same learning rate."""
+        identity = self.runs[0].record.identity
+        rank, factors = identity.rank, identity.tree["train"].get("lr_factor") or {}
+        return rank.alpha == rank.r and rank.scaling == "standard" and all(factor == 1 for factor in factors.values())
+
+    @property
+    def step_size(self) -> str:
+        """The key of what scales the steps beside the rate: alpha, the scaling, and the factors of the parts."""
+        tree = self.runs[0].record.identity.tree
+        return _key({"rank": tree["rank"], "lr_factor": tree["train"].get("lr_factor")})
+
+    @property
     def training_digests(self) -> set[str]:
         """The digests of the rows that the runs were trained on."""
         return {run.record.data["train"].digest for run in self.runs}
@@ -131,7 +145,7 @@ def group_runs(
     for (setting, _), members in runs_of.items():
         first = members[0]
         group = RunGroup(setting, first.model, first.task, first.configuration, first.rank, first.configuration)
-        _choose_rate(group, members, _own_unfinished(unfinished, members), _recorded_choice(members, choices))
+        _choose_rate(group, members, _own_unfinished(unfinished, members), _recorded_choices(members, choices))
         _mark_mixtures(group)
         _mark_arm(group)
         groups.append(group)
@@ -182,15 +196,18 @@ def _own_unfinished(unfinished: Iterable[UnfinishedRun], runs: Sequence[Run]) ->
     return own
 
 
-def _recorded_choice(runs: Sequence[Run], choices: Iterable[RateChoice]) -> RateChoice | None:
-    """The choice that a sweep has recorded for these runs; of several, the one of the largest search."""
+def _recorded_choices(runs: Sequence[Run], choices: Iterable[RateChoice]) -> list[RateChoice]:
+    """The choices that sweeps have recorded for these runs. The first one stands.
+
+    It is the one among the most rates. Of these, it is the one with the fewest seeds: it was made at the earliest look.
+    """
     run_ids = {run.run_id for run in runs}
     own = [choice for choice in choices if run_ids & set(choice.run_ids)]
-    return max(own, key=lambda choice: (choice.trials, choice.lr), default=None)
+    return sorted(own, key=lambda choice: (-len(choice.lrs), choice.trials, choice.lr))
 
 
 def _choose_rate(
-    group: RunGroup, runs: Sequence[Run], unfinished: Sequence[UnfinishedRun], recorded: RateChoice | None
+    group: RunGroup, runs: Sequence[Run], unfinished: Sequence[UnfinishedRun], choices: Sequence[RateChoice]
 ) -> None:
     """Set the group's rates and its runs at the chosen rate, and add marks about the choice."""
     by_rate: dict[float, dict[int, Run]] = defaultdict(dict)
@@ -204,9 +221,12 @@ def _choose_rate(
             failed[other.lr].add(other.seed)
             if other.diverged:
                 diverged[other.lr].add(other.seed)
-    trials = [_trial(lr, by_rate.get(lr, {}), failed.get(lr, set())) for lr in sorted({*by_rate, *failed, *pruned})]
+    metric = validation_metric(run.record for run in runs)
+    rates = sorted({*by_rate, *failed, *pruned})
+    trials = [_trial(lr, by_rate.get(lr, {}), failed.get(lr, set()), metric) for lr in rates]
     best = choose_rate(trials, accept_failed=True)
     assert best is not None, "a finished run has a finite loss"
+    recorded = choices[0] if choices else None
     lr = best.lr if recorded is None else recorded.lr
     group.runs = [by_rate[lr][seed] for seed in sorted(by_rate[lr])]
     group.rates = tuple(sorted({*best.tried, *(recorded.lrs if recorded else ())}))
@@ -214,6 +234,8 @@ def _choose_rate(
     group.has_recorded_rate = recorded is not None
     group.trials = _trials(runs, unfinished)
     group.marks += _marks_of_choice(group, best, recorded)
+    if others := sorted({choice.lr for choice in choices if choice.lr != lr}):
+        group.marks.append(f"another selection.json chose {', '.join(f'{other:g}' for other in others)}")
     if group.failed_seeds:
         group.short_marks.append(f"{len(group.failed_seeds)} failed")
     for other in unfinished:
@@ -249,15 +271,14 @@ def _marks_of_choice(group: RunGroup, best: ChosenRate, recorded: RateChoice | N
     if best.failed and len(best.usable) > 1:
         marks.append("every rate failed at some seed")
     if len(best.tried) > 1 and best.by == "loss":
-        marks.append("the rate was chosen by validation loss, since not all runs have a validation score")
+        marks.append("the rate was chosen by validation loss, since not all runs have the same validation score")
     return marks
 
 
-def _trial(lr: float, by_seed: Mapping[int, Run], failed: Iterable[int]) -> RateTrial:
+def _trial(lr: float, by_seed: Mapping[int, Run], failed: Iterable[int], metric: str | None) -> RateTrial:
     records = {seed: run.record for seed, run in by_seed.items()}
     losses = {seed: record.training.validation_loss_last for seed, record in records.items()}
-    scores = {seed: score for seed, record in records.items() if (score := record.validation_score) is not None}
-    return RateTrial(lr, losses, scores, frozenset(failed))
+    return RateTrial(lr, losses, validation_scores(records, metric), frozenset(failed))
 
 
 def _mark_mixtures(group: RunGroup) -> None:

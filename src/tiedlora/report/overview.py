@@ -26,23 +26,27 @@ def overview(rows: Sequence[ResultRow], left_out: Sequence[LeftOut]) -> list[Tab
 
 
 def _of_model(model: str, rows: Sequence[ResultRow], left_out: Sequence[LeftOut]) -> Table:
-    settings = sorted({(row.group.task, row.group.variant) for row in rows})
-    by_place = {(_line(row), (row.group.task, row.group.variant)): row for row in rows}
-    # An average is over tasks. A task with two settings must not count twice, and must not be left out silently.
-    is_averaged = len(settings) > 1 and len({task for task, _ in settings}) == len(settings)
+    places = sorted({_place(row) for row in rows})
+    by_place = {(_line(row), _place(row)): row for row in rows}
+    # An average is over tasks. A task with two columns must not count twice, and must not be left out silently.
+    is_averaged = len(places) > 1 and len({task for task, _, _ in places}) == len(places)
     # Points and nats have no common mean.
     is_averaged = is_averaged and len({row.measure.unit for row in rows}) == 1
     body = []
     for line in sorted({_line(row) for row in rows}):
         rank, params, configuration, share = line
-        rows_of_line = [by_place.get((line, setting)) for setting in settings]
+        rows_of_line = [by_place.get((line, place)) for place in places]
         scores = [
             _task_score(row) if row is not None else _missing(configuration, rank, task, left_out)
-            for row, (task, _) in zip(rows_of_line, settings, strict=True)
+            for row, (task, _, _) in zip(rows_of_line, places, strict=True)
         ]
         average = [_average(rows_of_line)] if is_averaged else []
         body.append((configuration, rank, Count(params), Percent(share), *scores, *average))
-    names = [f"{task} ({variant})" if variant else task for task, variant in settings]
+    settings = [(task, variant) for task, variant, _ in places]
+    names = [
+        (f"{task} ({variant})" if variant else task) + (f", {metric}" if settings.count((task, variant)) > 1 else "")
+        for task, variant, metric in places
+    ]
     columns = (
         Column("configuration"),
         Column("rank", int),
@@ -53,6 +57,10 @@ def _of_model(model: str, rows: Sequence[ResultRow], left_out: Sequence[LeftOut]
     )
     name = f"overview-{re.sub(r'[^A-Za-z0-9]+', '-', model).lower()}"
     return Table(name, _caption(model, names, is_averaged), columns, body)
+
+
+def _place(row: ResultRow) -> tuple[str, str, str]:
+    return row.group.task, row.group.variant, row.measure.metric
 
 
 def _line(row: ResultRow) -> Line:
@@ -70,7 +78,7 @@ def _caption(model: str, names: Sequence[str], is_averaged: bool) -> str:
     )
     if is_averaged:
         caption += (
-            f" The average is the plain mean of each task's first metric over the {len(names)} columns "
+            f" The average is the plain mean of each task's metric over the {len(names)} columns "
             f"{', '.join(names)}; its interval is a t interval over seeds that all of them share, and it is left "
             "out where a column is missing."
         )

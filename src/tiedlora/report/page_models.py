@@ -11,6 +11,7 @@ from tiedlora.report.charts import Key, Panel
 from tiedlora.report.claim_verdicts import ClaimVerdict
 from tiedlora.report.compare import ResultRow
 from tiedlora.report.forest import ForestGroup, ForestLine, ShareAxis, axis
+from tiedlora.report.groups import RunGroup
 from tiedlora.report.matrix import ModelVerdicts, minus
 from tiedlora.statistics.interval import Interval
 from tiedlora.text import visible
@@ -197,7 +198,7 @@ def curves(rows: Sequence[ResultRow]) -> list[ModelCurves]:
     """The curves of every model: validation losses, the search of rates, and layers."""
     blocks = []
     for name in dict.fromkeys(row.group.model for row in rows):
-        settings = [[row.group for row in setting] for setting in _settings(rows, name)]
+        settings = _settings(rows, name)
         drawn = [charts.drawn(groups) for groups in settings]
         hidden = sum(len(groups) for groups in settings) - sum(map(len, drawn))
         more = f" {charts.MOST_LINES} configurations of a task are drawn; {hidden} are not." if hidden else ""
@@ -225,10 +226,10 @@ def curves(rows: Sequence[ResultRow]) -> list[ModelCurves]:
     return blocks
 
 
-def _settings(rows: Sequence[ResultRow], model: str) -> list[list[ResultRow]]:
-    """The primary rows of each setting of the model, also those without a score: a loss needs none."""
-    settings: dict[tuple[str, str], list[ResultRow]] = {}
+def _settings(rows: Sequence[ResultRow], model: str) -> list[list[RunGroup]]:
+    """The groups of each setting of the model, also those without a score: a loss over steps needs none."""
+    settings: dict[tuple[str, str], dict[int, RunGroup]] = {}
     for row in rows:
-        if row.primary and row.group.model == model:
-            settings.setdefault((row.group.task, row.group.variant), []).append(row)
-    return list(settings.values())
+        if row.group.model == model:
+            settings.setdefault((row.group.task, row.group.variant), {})[id(row.group)] = row.group
+    return [list(groups.values()) for groups in settings.values()]

@@ -141,6 +141,15 @@ def _errorbar(ax: Axes, row: ResultRow, x: float, filled: bool = True) -> None:
     )
 
 
+def rank_ticks(ranks: Sequence[int]) -> list[int]:
+    """The ranks that a log axis names. Of close ones, whose labels would overlap, it names a power of two."""
+    kept: list[int] = []
+    for rank in sorted(ranks, key=lambda rank: (rank.bit_count() != 1, rank)):
+        if all(max(rank, other) >= 1.2 * min(rank, other) for other in kept):
+            kept.append(rank)
+    return sorted(kept)
+
+
 def rank_panel(ax: Axes, rows: list[ResultRow]) -> None:
     by_name: dict[str, list[ResultRow]] = defaultdict(list)
     for row in rows:
@@ -160,7 +169,8 @@ def rank_panel(ax: Axes, rows: list[ResultRow]) -> None:
             alpha=0.7,
         )
     ax.set_xscale("log", base=2)
-    ax.set_xticks(ranks, [str(rank) for rank in ranks])
+    ticks = rank_ticks(ranks)
+    ax.set_xticks(ticks, list(map(str, ticks)))
     ax.minorticks_off()
     if len(ranks) == 1:
         ax.set_xlim(ranks[0] / 1.5, ranks[0] * 1.5)

@@ -54,7 +54,7 @@ class Pair:
 def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
     """A pair for every group of the side with a rank (of two such sides: the method), on the claim's tasks.
 
-    Of several such groups in one setting, the one with the plain scale (alpha = r) answers; without one, all do.
+    Of several such groups in one setting, the plain one answers (RunGroup.is_plain); without one, all do.
     """
     anchored = claim.comparator if claim.method.at else claim.method
     anchors = [
@@ -65,14 +65,10 @@ def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
     found = []
     for anchor in anchors:
         alike = [other for other in anchors if other.setting == anchor.setting]
-        plain = [other for other in alike if _has_plain_scale(other)]
+        plain = [other for other in alike if other.is_plain]
         if anchor in (plain or alike):
             found.append(_pair(claim, anchor, groups, anchor.configuration if len(plain or alike) > 1 else ""))
     return found
-
-
-def _has_plain_scale(group: RunGroup) -> bool:
-    return group.runs[0].record.identity.rank.alpha == group.rank
 
 
 def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], name: str) -> Pair:
@@ -122,21 +118,32 @@ def _partner(
         may_be_anchor: whether the anchor may be compared with itself, on other seeds.
     """
     candidates = [group for group in groups if group.setting == anchor.setting and _is_of(group, side)]
-    # With the plain scale (alpha = r) first, and otherwise in the order of the tables.
-    candidates.sort(key=lambda group: not _has_plain_scale(group))
     if side.rank is not None or side.at == EQUAL_RANK:
         rank = side.rank or anchor.rank
         of_rank = [group for group in candidates if group.rank == rank and (group is not anchor or may_be_anchor)]
-        return (of_rank[0], "") if of_rank else (None, f"{side.configuration} r={rank} was not run in the same setting")
+        if of_rank:
+            return _only_one(of_rank, anchor)
+        return None, f"{side.configuration} r={rank} was not run in the same setting"
     if not candidates:
         return None, f"{side.configuration} was not run in the same setting"
-    nearest = min(candidates, key=lambda group: abs(math.log(group.params / anchor.params)))
+    distances = [abs(math.log(group.params / anchor.params)) for group in candidates]
+    nearest = candidates[distances.index(min(distances))]
     if abs(nearest.params / anchor.params - 1) <= TOLERANCE:
-        return nearest, ""
+        return _only_one([group for group in candidates if group.params == nearest.params], anchor)
     return None, (
         f"no {side.configuration} of about {anchor.params:,} parameters was run (nearest: r={nearest.rank} with "
         f"{nearest.params:,}); {_advice(nearest, anchor.params)}"
     )
+
+
+def _only_one(groups: Sequence[RunGroup], anchor: RunGroup) -> tuple[RunGroup | None, str]:
+    """The plain one of several groups; without one, the one that scales its steps as the anchor; else a problem."""
+    alike = [group for group in groups if group.step_size == anchor.step_size]
+    for some in (groups, [group for group in groups if group.is_plain], alike):
+        if len(some) == 1:
+            return some[0], ""
+    names = ", ".join(group.name for group in groups)
+    return None, f"several groups could be compared, and none is the plain one: {names}; move the others elsewhere"
 
 
 def _advice(group: RunGroup, params: int) -> str:

@@ -18,7 +18,7 @@ from pydantic import Field
 from tiedlora import storage
 from tiedlora.config.schema import FORGETTING
 from tiedlora.errors import UserError
-from tiedlora.records.loss_metrics import TARGET_LOSS
+from tiedlora.records.loss_metrics import TARGET_LOSS, is_loss
 from tiedlora.records.reading import Number, Text, typed
 from tiedlora.records.run_record import RunRecord
 from tiedlora.report.runs import LeftOut, Run
@@ -147,18 +147,22 @@ def _peer(file: Path) -> Peer:
 
 
 def export(runs: Sequence[Run], folder: Path) -> int:
-    """Write runs that were scored on GSM8K's test split as files of PEFT's schema.
+    """Write runs whose answers were scored on GSM8K's test split as files of PEFT's schema.
 
     A file's name is the run's id. What we do not measure (average and 99th-percentile memory) is null.
 
     Returns:
-        How many were written. (Runs on other tasks do not belong in that comparison.)
+        How many were written. (Runs on other tasks, or with only a loss, do not belong in that comparison.)
     """
-    exported = [run for run in runs if run.record.identity.task.kind == "gsm8k" and "test" in run.splits]
+    exported = [run for run in runs if run.record.identity.task.kind == "gsm8k" and _has_accuracy(run)]
     for run in exported:
         tree = {"run_info": _run_info(run), "train_info": _train_info(run), "meta_info": _meta_info(run)}
         storage.write_json(folder / f"{run.run_id}.json", tree)
     return len(exported)
+
+
+def _has_accuracy(run: Run) -> bool:
+    return "test" in run.splits and not is_loss(run.splits["test"].first_metric)
 
 
 def _run_info(run: Run) -> dict[str, Any]:

@@ -60,7 +60,7 @@ RC: Any = {
 
 @dataclass(frozen=True)
 class Panel:
-    """The rows of one setting, which share a panel of a figure."""
+    """The rows of one setting and metric, which share a panel of a figure."""
 
     title: str
     rows: list[ResultRow]
@@ -68,21 +68,20 @@ class Panel:
 
 def draw(rows: Sequence[ResultRow], peers: Sequence[Peer], answers: Sequence[Answer], out: Path) -> None:
     """Write every figure to `out`, as PNG and SVG. They are as wide as a page of text, so they stay readable there."""
-    by_setting: dict[tuple[str, str, str], list[ResultRow]] = defaultdict(list)
+    by_place: dict[tuple[str, str, str, str], list[ResultRow]] = defaultdict(list)
     for row in rows:
         if row.primary and row.score is not None:
-            by_setting[row.group.task, row.group.model, row.group.variant].append(row)
-    if not by_setting:
+            by_place[row.group.model, row.group.task, row.group.variant, row.measure.metric].append(row)
+    if not by_place:
         return
-    settings = list(by_setting)
-    panels = [Panel(_title(*setting), by_setting[setting]) for setting in settings[:PANELS]]
+    panels = [Panel(_title(*place), own) for place, own in list(by_place.items())[:PANELS]]
     # Costs can be compared only within a setting, so the setting with the most groups is drawn.
-    widest = max(list(by_setting.values())[:PANELS], key=len)
+    widest = max((panel.rows for panel in panels), key=len)
     out.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(RC):
         _save(out, "pareto", pareto(panels, peers))
         _save(out, "rank", _by_setting(panels, rank_panel, "rank r", _score_axis(panels)))
-        _save(out, "curves", _by_setting(panels, curve_panel, "step", "validation loss"))
+        _save(out, "curves", _by_setting(_settings(rows)[:PANELS], curve_panel, "step", "validation loss"))
         _save(out, "cost", cost([row.group for row in widest]))
         if (figure := forest_figure(answers)) is not None:
             _save(out, "forest", figure)
@@ -99,8 +98,18 @@ def _score_axis(panels: Sequence[Panel]) -> str:
     return " or ".join(f"{name} ({unit.words})" for unit, name in names.items() if unit in units)
 
 
-def _title(task: str, model: str, variant: str) -> str:
-    return f"{task}, {model}" + (f"\n{variant[:60]}" if variant else "")
+def _title(model: str, task: str, variant: str, metric: str = "") -> str:
+    """The title of a panel, in lines that fit above it."""
+    return "\n".join(filter(None, (f"{task}, {metric}" if metric else task, model, variant[:60])))
+
+
+def _settings(rows: Sequence[ResultRow]) -> list[Panel]:
+    """A panel for each setting, with one row of each scored group, whatever its metric."""
+    by_setting: dict[tuple[str, str, str], dict[int, ResultRow]] = defaultdict(dict)
+    for row in rows:
+        if row.primary and row.score is not None:
+            by_setting[row.group.model, row.group.task, row.group.variant].setdefault(id(row.group), row)
+    return [Panel(_title(*setting), list(own.values())) for setting, own in by_setting.items()]
 
 
 def _save(out: Path, name: str, figure: Figure) -> None:

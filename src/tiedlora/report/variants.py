@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
@@ -29,9 +30,19 @@ def differing_values(names: Sequence[Hashable], trees: Sequence[Any]) -> list[st
         flat = [dict(_flat(trees[number])) for number in numbers]
         keys = sorted({key for values in flat for key in values})
         varying = [key for key in keys if len({json.dumps(values.get(key)) for values in flat}) > 1]
-        for number, values in zip(numbers, flat, strict=True):
-            texts[number] = ", ".join(f"{key}={_short(values.get(key))}" for key in varying)
+        short = {key: _short_names([values.get(key) for values in flat]) for key in varying}
+        for place, number in enumerate(numbers):
+            texts[number] = ", ".join(f"{key}={short[key][place]}" for key in varying)
     return texts
+
+
+def _short_names(values: Sequence[Any]) -> list[str]:
+    """The values, cut to LONGEST characters. Where different values are cut to the same text, each has its hash."""
+    names = list(map(_short, values))
+    wholes = [json.dumps(value) for value in values]
+    if len(set(names)) == len(set(wholes)):
+        return names
+    return [f"{name} #{zlib.crc32(whole.encode()):08x}" for name, whole in zip(names, wholes, strict=True)]
 
 
 def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

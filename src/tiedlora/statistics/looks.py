@@ -74,10 +74,10 @@ def planned(seeds: Sequence[int] = SEEDS, levels: Sequence[float] | None = None)
 def adjusted(looks: Looks, look: int, p: float) -> float:
     """The level of the whole plan at which a level `p` decides at this look (0 is the first).
 
-    All levels are scaled together: p decides if it is at most the look's level, and then this is at most the plan's
-    0.05. For `SIMULATED`'s levels, it is exact at 0.05 and approximate elsewhere.
+    All levels are scaled together: p decides if it is at most the look's level, and then this is at most 0.05, also in
+    a plan that spends less. For `SIMULATED`'s levels, it is exact at 0.05 and approximate elsewhere.
     """
-    return min(1.0, p * min(TOTAL, sum(looks.levels)) / looks.levels[look])
+    return min(1.0, p * TOTAL / looks.levels[look])
 
 
 def from_minimum(looks: Looks, minimum: int) -> Looks:

@@ -16,8 +16,9 @@ from tiedlora.config.compose import read_config
 from tiedlora.config.identity import identity
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.run_record import SplitScores
+from tiedlora.records.run_record import RunRecord, SplitScores
 from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection, read_selection
+from tiedlora.records.validation_scores import validation_metric, validation_scores
 from tiedlora.runs import lazy
 from tiedlora.statistics.rate_choice import ChosenRate, RateTrial, choose_rate
 from tiedlora.sweeps.cells import Sweep, SweepCell
@@ -65,7 +66,8 @@ def select_rates(sweep: Sweep, by: str | None = None) -> Selection:
     if any(choice.by != used for choice in choices):
         if by is not None:
             raise UserError(
-                "select: not every run is scored on validation (score.splits); choose by loss with --by loss"
+                "select: not every run is scored on validation by the same metric (score.splits, score.metrics); "
+                "choose by loss with --by loss"
             )
         used = "loss"
         choices = [choose(cells, used) for cells in groups]
@@ -89,23 +91,25 @@ def _comparison_key(cell: SweepCell) -> str:
 
 def rate_trials(cells: Iterable[SweepCell]) -> list[RateTrial]:
     """The trials of one group, in ascending order of their rates. A cell without a result or an error adds nothing."""
-    by_rate: dict[float, list[SweepCell]] = {}
+    records: dict[float, dict[int, RunRecord]] = {}
+    failed: dict[float, set[int]] = {}
     for cell in cells:
-        by_rate.setdefault(cell.parameters().lr, []).append(cell)
-    return [_rate_trial(lr, by_rate[lr]) for lr in sorted(by_rate)]
-
-
-def _rate_trial(lr: float, cells: Iterable[SweepCell]) -> RateTrial:
-    losses, scores, failed = {}, {}, set()
-    for cell in cells:
-        seed, record = cell.config.seed, cell.folder.record()
+        lr, seed, record = cell.parameters().lr, cell.config.seed, cell.folder.record()
+        of_rate = records.setdefault(lr, {})
         if record is not None:
-            losses[seed] = record.training.validation_loss_last
-            if (score := record.validation_score) is not None:
-                scores[seed] = score
+            of_rate[seed] = record
         elif cell.state() == "failed":
-            failed.add(seed)
-    return RateTrial(lr, losses, scores, frozenset(failed))
+            failed.setdefault(lr, set()).add(seed)
+    metric = validation_metric(record for of_rate in records.values() for record in of_rate.values())
+    return [
+        RateTrial(
+            lr,
+            {seed: record.training.validation_loss_last for seed, record in records[lr].items()},
+            validation_scores(records[lr], metric),
+            frozenset(failed.get(lr, ())),
+        )
+        for lr in sorted(records)
+    ]
 
 
 def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
@@ -175,10 +179,19 @@ def score_test(sweep: Sweep, selection: Selection) -> Selection:
     for choice in selection.choices:
         scores = [_scored_on_test(_cell(sweep, run_id)) for run_id in choice.run_ids]
         # If the validation loss was the criterion, the test score is by the task's first metric.
-        metric = choice.metric if choice.metric in scores[0].metrics else scores[0].first_metric
-        value = mean(split.metrics[metric].value for split in scores)
+        value, metric = mean_score(scores, choice.metric)
         choices.append(replace(choice, test=value, test_metric=metric))
     return replace(selection, choices=choices)
+
+
+def mean_score(scores: Sequence[SplitScores], preferred: str = "") -> tuple[float | None, str]:
+    """The mean over seeds of one metric, and its name; None if the seeds have no metric in common.
+
+    Args:
+        preferred: the metric to take if all seeds have it; otherwise it is the first that all have.
+    """
+    common = [name for name in (preferred, *scores[0].metrics) if all(name in split.metrics for split in scores)]
+    return (mean(split.metrics[common[0]].value for split in scores), common[0]) if common else (None, "")
 
 
 def _cell(sweep: Sweep, run_id: str) -> SweepCell:

@@ -11,7 +11,6 @@ import sys
 from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
-from statistics import mean
 
 from tiedlora import storage
 from tiedlora.errors import UserError
@@ -141,13 +140,10 @@ def observation(cell: SweepCell) -> Observation:
 
 
 def _mean_test(cells: Sequence[SweepCell]) -> tuple[float | None, str]:
-    """The mean over the seeds of the first metric on test, and its name; None if test is not scored."""
+    """The mean over the seeds of their first common metric on test, and its name; None if there is none."""
     records = [record for cell in cells if (record := cell.folder.record()) is not None]
     scores = [record.scores["test"] for record in records if "test" in record.scores]
-    if len(scores) < len(cells):
-        return None, ""
-    metric = scores[0].first_metric
-    return mean(split.metrics[metric].value for split in scores), metric
+    return (None, "") if len(scores) < len(cells) else selection.mean_score(scores)
 
 
 def search_groups(sweep: Sweep, options: SearchOptions, seeds: Sequence[int] | None = None) -> list[SearchGroup]:

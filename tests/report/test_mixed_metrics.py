@@ -1,0 +1,84 @@
+"""Runs of one setting that are scored by different metrics: some by answers and loss, others by the loss alone."""
+
+import pytest
+from helpers.report_runs import add_scores, make_record, prediction_rows, scored_run, write_run
+
+from tiedlora.report import charts, formats, peft_results, plots, write
+from tiedlora.report.groups import group_runs
+from tiedlora.report.overview import overview
+from tiedlora.report.runs import read_runs
+
+ROWS = 40
+
+
+def both_metrics(root, name, rank, exact, loss, changes=None, **about):
+    rows = prediction_rows([float(number < exact * ROWS) for number in range(ROWS)])
+    for row in rows:
+        row.scores["target_loss"] = loss
+    record = add_scores(make_record(changes, name=name, rank=rank, **about), "validation", rows)
+    assert list(record.scores["validation"].metrics) == ["exact_match_strict", "target_loss"]
+    write_run(root, record, {"validation": rows})
+
+
+def loss_only(root, name, rank, loss, changes=None, **about):
+    scored_run(root, [loss] * ROWS, metric="target_loss", changes=changes, name=name, rank=rank, **about)
+
+
+@pytest.fixture
+def report(tmp_path):
+    both_metrics(tmp_path, "LoRA", 8, exact=0.5, loss=0.2)
+    both_metrics(tmp_path, "TABuv", 8, exact=0.4, loss=0.3)
+    loss_only(tmp_path, "TAB", 8, loss=0.25)
+    return write.build([tmp_path])
+
+
+def drawn(panels):
+    return {(rows[0].measure.metric, tuple(sorted(row.group.label for row in rows))) for rows in panels}
+
+
+def test_points_and_nats_never_share_an_axis(report, tmp_path, monkeypatch):
+    expected = {("exact_match_strict", ("LoRA", "TABuv")), ("target_loss", ("LoRA", "TAB", "TABuv"))}
+    assert drawn(charts.by_setting(report.rows, "tiny")) == expected
+    panels = {}
+    monkeypatch.setattr(plots, "pareto", lambda given, peers: panels.setdefault("pareto", given) and plots.plt.figure())
+    plots.draw(report.rows, [], [], tmp_path / "figures")
+    assert drawn(panel.rows for panel in panels["pareto"]) == expected
+    assert {panel.title for panel in panels["pareto"]} == {
+        "chain_sum, exact_match_strict\ntiny",
+        "chain_sum, target_loss\ntiny",
+    }
+
+
+def test_the_curves_show_each_group_once(report):
+    (panel,) = plots._settings(report.rows)
+    assert sorted(row.group.label for row in panel.rows) == ["LoRA", "TAB", "TABuv"]
+    assert panel.title == "chain_sum\ntiny"
+
+
+def test_the_overview_has_a_column_for_each_metric_and_no_average(report):
+    (table,) = overview(report.rows, [])
+    assert list(table.head[4:]) == ["chain_sum, exact_match_strict", "chain_sum, target_loss"]
+    lines = {row[0]: list(map(formats.text, row[4:])) for row in table.rows}
+    assert lines["TAB"][0] == "–"
+    assert lines["TAB"][1].startswith("0.25")
+    assert lines["LoRA"][0].startswith("50.0")
+    assert lines["LoRA"][1].startswith("0.20")
+
+
+def test_rates_are_compared_by_the_loss_if_their_scores_are_of_different_metrics(tmp_path):
+    """0 points of exact match are more than -0.15 nats, but not better."""
+    for seed in range(2):
+        loss_only(tmp_path, "TABuv", 8, 0.15, {"training.validation_loss_last": 0.15}, lr=1e-2, seed=seed)
+        both_metrics(tmp_path, "TABuv", 8, 0.0, 3.0, {"training.validation_loss_last": 3.0}, lr=1e-1, seed=seed)
+    (group,) = group_runs(*read_runs([tmp_path]))
+    assert group.lr == 1e-2
+    assert any("not all runs have the same validation score" in mark for mark in group.marks)
+
+
+def test_a_loss_is_no_accuracy_for_pefts_comparison(tmp_path):
+    scored_run(tmp_path / "runs", [1.0] * ROWS, split="test", task="gsm8k")
+    scored_run(tmp_path / "runs", [0.8] * ROWS, split="test", task="gsm8k", metric="target_loss", seed=1)
+    runs, _ = read_runs([tmp_path / "runs"])
+    assert peft_results.export(runs, tmp_path / "out") == 1
+    (peer,), _ = peft_results.read(tmp_path / "out")
+    assert peer.accuracy == 1.0
