@@ -16,9 +16,10 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, ListConfig, open_dict
 
 from tiedlora.errors import UserError
+from tiedlora.keys import is_count
 from tiedlora.sweeps.worker_slots import SlotJob, WorkerSlots, visible_device
 
 
@@ -38,10 +39,11 @@ class JoblibSlotsLauncher(Launcher):
         """Store what a worker needs.
 
         Raises:
-            UserError: joblib is not installed, or there is no such device.
+            UserError: joblib is not installed, an argument is wrong, or there is no such device.
         """
         if find_spec("joblib") is None:
             raise UserError("hydra/launcher=joblib_slots: joblib is not installed; run: pip install 'tiedlora[joblib]'")
+        self._check()
         self.environments = [self.environment(slot) for slot in range(self.n_jobs)]
         self.context, self.task_function, self.config = hydra_context, task_function, config
 
@@ -54,7 +56,9 @@ class JoblibSlotsLauncher(Launcher):
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-        run = partial(_run_job, self.context, self.config, self.task_function, Singleton.get_state())
+        run = partial(
+            _run_job, self.context, self.config, self.task_function, Singleton.get_state(), bool(self.devices)
+        )
         jobs = [
             SlotJob(overrides[0], partial(run, list(overrides), number))
             for number, overrides in enumerate(job_overrides, start=initial_job_idx)
@@ -64,6 +68,13 @@ class JoblibSlotsLauncher(Launcher):
             result or JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
             for overrides, result in zip(job_overrides, results, strict=True)
         ]
+
+    def _check(self) -> None:
+        """Raises UserError if an argument is of another type, such as joblib's own n_jobs=-1."""
+        if not is_count(self.n_jobs):
+            raise UserError(f"hydra.launcher.n_jobs={self.n_jobs}: must be a whole number of at least 1")
+        if self.devices is not None and not isinstance(self.devices, list | ListConfig):
+            raise UserError(f"hydra.launcher.devices={self.devices}: must be a list such as [0,1], or null")
 
     def environment(self, slot: int) -> dict[str, str]:
         """The variables that a slot's process has in addition to those of this process.
@@ -82,6 +93,7 @@ def _run_job(
     config: DictConfig,
     task_function: TaskFunction,
     singletons: dict[type, Singleton],
+    has_device: bool,
     overrides: list[str],
     number: int,
 ) -> JobReturn:
@@ -90,6 +102,9 @@ def _run_job(
     Singleton.set_state(singletons)
     job_config = context.config_loader.load_sweep_config(config, overrides)
     with open_dict(job_config):
+        if has_device and job_config.train.device == "auto":
+            # `auto` would take the CPU without a word if the slot's device does not exist.
+            job_config.train.device = "cuda"
         job_config.hydra.job.id = job_config.hydra.job.num = number
     return run_job(
         hydra_context=context,

@@ -31,6 +31,11 @@ class KeyRules:
     """Whether the value must be a plain name, because it becomes part of a path, a file name or an address."""
 
 
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number from 1 to LARGEST_COUNT."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
+
+
 class _NoNeutral:
     """The mark of a key without a neutral value."""
 

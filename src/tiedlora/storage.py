@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,6 +30,38 @@ LARGEST_CONTENT = 2**30
 """Most bytes that a compressed file may hold. A small file can claim to hold any number."""
 DEEPEST_YAML = 50
 """Most levels of nesting in YAML. pyyaml's time grows with their square."""
+
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What flock answers on a file system without it."""
+
+
+@contextmanager
+def locked(path: Path, patience: float | None = None) -> Iterator[None]:
+    """Hold the lock of a lock file. It ends with its process, also with one that is killed.
+
+    Args:
+        patience: the most seconds to wait; None waits for ever.
+
+    Raises:
+        filelock.Timeout: another process holds the lock.
+        UserError: the file system has no such locks.
+    """
+    # Without flock, filelock would take the file itself for the lock, and a killed process would leave it for ever.
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=-1 if patience is None else patience)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise UserError(
+            f"{path}: the file system has no locks (flock), without which two processes could spoil a run; choose "
+            "another folder with outputs= and cache=, or mount it with them (Lustre: -o flock)"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sync_folder(folder: Path) -> None:

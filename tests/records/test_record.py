@@ -1,5 +1,6 @@
 """Identity is meaning: ten frozen ids, and what may and may not change them."""
 
+import errno
 import re
 from dataclasses import field, make_dataclass
 
@@ -169,3 +170,14 @@ class TestFolder:
         config = configuration.compose_config([])
         written = str([config_tree(config), package_versions(), code_version(), identity(config)])
         assert "not-for-records" not in written
+
+    def test_a_file_system_without_locks_is_refused(self, tmp_path, monkeypatch):
+        """A file that stands for a lock would stay after a kill, and the run could never go on."""
+
+        def no_flock(*_):
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+        monkeypatch.setattr("fcntl.flock", no_flock)
+        folder = RunFolder(tmp_path / "run")
+        with pytest.raises(UserError, match=r"run/\.lock: the file system has no locks \(flock\)"), folder.locked():
+            pass

@@ -1,5 +1,6 @@
-"""A run that is stopped while its output has no reader, or while it loads."""
+"""A run that is stopped while its output has no reader, while it loads, at its last step, or while it is scored."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from helpers.commands import wait_until
 
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
+from tiedlora.errors import StoppedEarly, exit_codes
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.runs import add_scores, run
+from tiedlora.runs.trainer import Trainer
 
 
 @pytest.mark.parametrize("words", [[], ["--multirun"]])
@@ -40,3 +44,37 @@ def test_a_signal_while_the_model_is_loaded_ends_with_the_code_of_a_stop(tiny_ru
     ended = subprocess.run([sys.executable, "-c", code, *long], cwd=PROJECT, capture_output=True, text=True)
     assert ended.returncode == 75, ended.stderr
     assert "the same command continues" in ended.stderr
+
+
+def test_a_signal_during_the_last_validation_stops_before_the_scoring(tiny_config, tmp_path, monkeypatch):
+    """Slurm waits for two minutes only, and the scoring may take longer."""
+    run.main(tiny_config(f"outputs={tmp_path}/plain"))
+    config = tiny_config()
+    folder, validate = RunFolder(Path(config.outputs) / run_id(config)), Trainer._validate
+
+    def signalled(trainer):
+        if trainer.state.step == config.train.steps:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return validate(trainer)
+
+    monkeypatch.setattr(Trainer, "_validate", signalled)
+    with pytest.raises(StoppedEarly):
+        run.main(config)
+    assert folder.state() == "interrupted"
+    assert folder.checkpoint_step() == config.train.steps
+    monkeypatch.undo()
+    run.main(config)
+    plain = RunFolder(tmp_path / "plain" / folder.path.name)
+    assert folder.finished_record().files == plain.finished_record().files
+    steps = [row.step for row in read_metrics(folder.metrics_file)]
+    assert steps == [row.step for row in read_metrics(plain.metrics_file)]
+
+
+def test_a_signal_while_a_finished_run_is_scored_ends_as_a_stop(tiny_config, monkeypatch):
+    run.main(tiny_config("score.splits=[]"))
+    monkeypatch.setattr(add_scores, "score_within_memory", lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1))
+    with pytest.raises(SystemExit) as end, exit_codes():
+        run.main(tiny_config("score.splits=[validation]"))
+    assert end.value.code == 75
+    monkeypatch.undo()
+    assert run.main(tiny_config("score.splits=[validation]")).scores

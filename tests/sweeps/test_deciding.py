@@ -87,6 +87,13 @@ def test_other_claims_than_the_planned_ones_are_refused(swept, tmp_path):
         run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), 30, Launcher())
 
 
+@pytest.mark.parametrize("budget", ["abc", 0, 1.5])
+def test_a_wrong_budget_is_refused_before_the_plan_is_written(swept, tmp_path, budget):
+    with pytest.raises(UserError, match=rf"^hydra\.sweeper\.budget={budget}: must be a whole number"):
+        run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), budget, Launcher())
+    assert not (swept.path / "plan.json").exists()
+
+
 def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept, tmp_path, capsys):
     run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), None, Launcher())
     runs = len(list(swept.path.parents[1].glob("*/result.json")))

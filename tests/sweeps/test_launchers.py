@@ -5,9 +5,11 @@ import signal
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.commands import FreshCommand, wait_until
+from omegaconf import OmegaConf
 
 from tiedlora.errors import UserError
 from tiedlora.sweeps.cells import Sweep, SweepCell
@@ -123,6 +125,38 @@ def test_joblib_gives_each_slot_its_device(monkeypatch):
     launcher = JoblibSlotsLauncher(n_jobs=3, devices=[4, 7])
     assert [launcher.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "7", "4"]
     assert JoblibSlotsLauncher(n_jobs=2, devices=None).environment(1) == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ({"n_jobs": -1}, r"n_jobs=-1: must be a whole number of at least 1"),
+        ({"n_jobs": "many"}, r"n_jobs=many: must be a whole number"),
+        ({"devices": 1}, r"devices=1: must be a list such as \[0,1\], or null"),
+        ({"devices": "0,1"}, r"devices=0,1: must be a list"),
+    ],
+)
+def test_a_wrong_number_of_slots_or_devices_is_refused(words, says):
+    pytest.importorskip("joblib")
+    from hydra_plugins.joblib_slots import JoblibSlotsLauncher
+
+    launcher = JoblibSlotsLauncher(**{"n_jobs": 2, "devices": None, **words})
+    with pytest.raises(UserError, match=rf"^hydra.launcher.{says}"):
+        launcher.setup(hydra_context=None, task_function=None, config=None)
+
+
+@pytest.mark.parametrize(
+    ("has_device", "device", "used"), [(True, "auto", "cuda"), (False, "auto", "auto"), (True, "cpu", "cpu")]
+)
+def test_a_slot_with_a_device_does_not_fall_back_to_the_cpu(monkeypatch, has_device, device, used):
+    from hydra_plugins import joblib_slots
+
+    config = OmegaConf.create({"train": {"device": device}, "hydra": {"job": {"id": None, "num": None}}})
+    loader = SimpleNamespace(load_sweep_config=lambda *_: config)
+    monkeypatch.setattr(joblib_slots, "run_job", lambda **arguments: arguments["config"].train.device)
+    monkeypatch.setattr(joblib_slots.Singleton, "set_state", lambda _: None)
+    context = SimpleNamespace(config_loader=loader)
+    assert joblib_slots._run_job(context, None, None, {}, has_device, ["cell=x"], 0) == used
 
 
 @pytest.mark.parametrize(

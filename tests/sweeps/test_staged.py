@@ -170,9 +170,13 @@ def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"rungs": [1.5]}, r"hydra\.sweeper\.rungs=\[1\.5\]: give shares"),
-        ({"finalists": 1}, "must be at least 2"),
+        ({"rungs": [1.5]}, r"hydra\.sweeper\.rungs=\[1\.5\]: give a list of shares"),
+        ({"finalists": 1}, "must be a whole number of at least 2"),
         ({"lowest_rate": 2.0}, r"hydra\.sweeper\.lowest_rate=2: must be above 0"),
+        ({"rungs": 0.5}, r"hydra\.sweeper\.rungs=0\.5: give a list"),
+        ({"rungs": ["a"]}, r"hydra\.sweeper\.rungs=\['a'\]: give a list"),
+        ({"finalists": None}, r"hydra\.sweeper\.finalists=None: must be a whole number"),
+        ({"highest_rate": "abc"}, r"hydra\.sweeper\.highest_rate=abc: must be a number"),
     ],
 )
 def test_wrong_options_are_one_line(option, message):

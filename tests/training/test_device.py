@@ -16,7 +16,7 @@ from tiedlora.adapter.arms import groups_by_part
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import TrainConfig
-from tiedlora.runs import run, trainer
+from tiedlora.runs import process_device, run, trainer
 from tiedlora.training import checkpoint, loop
 from tiedlora.training.checkpoint import RunInputs
 from tiedlora.training.optimizer import build_optimizer
@@ -101,3 +101,17 @@ def test_deterministic_switches_torch_for_the_run_only_and_changes_nothing_on_a_
     first, second = (Path(config.outputs) / run_id(config) for config in (plain, wished))
     for name in ("adapter/adapter.safetensors", "predictions/validation.jsonl"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_run_without_a_number_of_threads_has_torchs_own_also_after_one_with():
+    before = torch.get_num_threads()
+    process_device.own_threads.cache_clear()
+    try:
+        torch.set_num_threads(2)
+        process_device.set_up_device("cpu", 1)
+        assert torch.get_num_threads() == 1
+        process_device.set_up_device("cpu", None)
+        assert torch.get_num_threads() == 2
+    finally:
+        process_device.own_threads.cache_clear()
+        torch.set_num_threads(before)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.records.halving import Halving
-from tiedlora.records.rows import read_metrics
+from tiedlora.records.rows import read_metrics, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
 from tiedlora.training import checkpoint
@@ -80,11 +80,17 @@ def test_a_step_without_memory_is_taken_again_in_smaller_passes(tiny_config, tmp
 
 
 # A validation is two passes of six rows, so the third call is in the validation after step 3.
-@pytest.mark.parametrize(("name", "tokens", "from_call"), [("target_loss", 300, 3), ("row_losses", 500, 3)])
+@pytest.mark.parametrize(
+    ("name", "tokens", "from_call", "step"),
+    [("target_loss", 300, 3, 3), ("row_losses", 500, 3, 3), ("target_loss", 300, 1, 1), ("row_losses", 500, 1, 0)],
+)
 def test_killed_after_the_halving_it_resumes_exactly_also_with_more_memory(
-    tiny_config, tmp_path, monkeypatch, name, tokens, from_call
+    tiny_config, tmp_path, monkeypatch, name, tokens, from_call, step
 ):
-    """The limit on the passes is in a checkpoint before any result was computed with it."""
+    """The limit on the passes is in a checkpoint before any result was computed with it.
+
+    A halving in step 1 leaves a checkpoint of step 0, which has the first validation already.
+    """
     options = (*SPARSE[:1], "train.validate_every=3")
     whole, killed = tiny_config(f"outputs={tmp_path}/whole", *options), tiny_config(*options)
     with monkeypatch.context() as patch:
@@ -107,9 +113,12 @@ def test_killed_after_the_halving_it_resumes_exactly_also_with_more_memory(
     assert code == -signal.SIGKILL, told
     record = run.main(killed)
     assert record.training.halvings == expected.training.halvings
-    assert [halving.step for halving in record.training.halvings] == [3], "after the resume, the memory is enough"
+    assert [halving.step for halving in record.training.halvings] == [step], "after the resume, the memory is enough"
     assert record.training.validation_loss_last == expected.training.validation_loss_last
     assert losses_of(folder_of(killed)) == losses_of(folder_of(whole))
+    for read, file in ((read_metrics, "metrics_file"), (read_validation_losses, "validation_losses_file")):
+        ours, theirs = (read(getattr(folder_of(config), file)) for config in (killed, whole))
+        assert [row.step for row in ours] == [row.step for row in theirs], file
     assert (folder_of(killed).path / ADAPTER).read_bytes() == (folder_of(whole).path / ADAPTER).read_bytes()
 
 

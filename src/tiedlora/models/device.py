@@ -30,7 +30,11 @@ def resolve_device(name: str, local_index: int | None = None) -> torch.device:
         UserError: the name asks for CUDA, and there is no CUDA device.
     """
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"train.device={name}: no CUDA device here; use train.device=auto or cpu")
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        among = (
+            "" if seen is None else f" among CUDA_VISIBLE_DEVICES={seen} (hydra.launcher.devices sets it for a slot)"
+        )
+        raise UserError(f"train.device={name}: no CUDA device here{among}; use train.device=auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and local_index is not None:

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiedlora import storage
@@ -25,7 +24,7 @@ def embedded_folder(cache: Path) -> Path:
     """
     folder = cache / "models" / f"smollm2-135m-instruct-{EMBEDDED_SHA256[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with storage.locked(folder.with_suffix(".lock")):
         if not (folder / "model.safetensors").is_file():
             source = _embedded_file()
             log.info("converting the embedded model once, to %s", folder)

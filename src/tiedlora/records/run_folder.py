@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from tiedlora import storage
 from tiedlora.errors import UserError
@@ -115,6 +115,17 @@ class RunFolder:
         except Busy:
             return "running"
 
+    def scoring_state(self) -> str:
+        """The state of a finished run that lacks scores: running, failed, or interrupted if nothing scores it."""
+        try:
+            with self.locked(patience=0):
+                return "failed" if self.error_file.exists() else "interrupted"
+        except Busy:
+            return "running"
+        except OSError:
+            # A read-only archive. Nothing can score it there.
+            return "interrupted"
+
     def checkpoint_step(self) -> int:
         """The step of the newest checkpoint; 0 without one."""
         return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*[0-9]")), default=0)
@@ -130,17 +141,15 @@ class RunFolder:
 
         Raises:
             Busy: another process still holds the lock after `patience` seconds.
+            UserError: the file system has no locks.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=patience)
-        except Timeout:
-            raise Busy(f"{self.path}: another process is working on this run; wait for it or stop it") from None
-        try:
+        with ExitStack() as held:
+            try:
+                held.enter_context(storage.locked(self.path / ".lock", patience))
+            except Timeout:
+                raise Busy(f"{self.path}: another process is working on this run; wait for it or stop it") from None
             yield
-        finally:
-            lock.release()
 
     def clear(self) -> None:
         """Remove all files except the lock, for a run that starts again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from tiedlora.adapter.attach_arm import attach_saved, trained_on
@@ -22,6 +23,7 @@ from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import load_examples, load_task
+from tiedlora.training.signals import StopSignal
 
 
 def add_scores(
@@ -44,6 +46,7 @@ def add_scores(
 
     Raises:
         UserError: the run is not finished, its base model or adapter has changed, or a metric is unknown.
+        KeyboardInterrupt: a signal asked to stop. The same command goes on after the last complete split.
     """
     finished = folder.finished_record()
     config = compose.read_config(folder.config_file)
@@ -58,36 +61,36 @@ def add_scores(
     check_usable(config.score.engine, processes=1)
     if forgetting is not None:
         check_source(forgetting, config.task.name)
-    device = set_up_device(config.train.device, finished.execution.threads)
-    base = cached_base(config, device)
-    trained = trained_on(folder.adapter)
-    if trained != base.record:
-        raise UserError(f"{folder.adapter}: was trained on {trained}, the base model here is {base.record}")
-    attached = attach_saved(base.model, folder.adapter)
-    encoder = Encoder(base.tokenizer, config.task, config.model.context)
-    if finished.versions.get(CHAT_TEMPLATE) not in (None, encoder.template_digest):
-        attached.detach()
-        raise UserError(f"{folder.path}: was trained with another chat template of the model; restore it")
-    scorer = Scorer(attached, encoder, task, config, base.record)
-    try:
-        with folder.locked(), products.on_any_cpu(device, config.train.dtype):
-            # Read again now that no other process can add scores.
-            record = folder.finished_record()
-            for split in splits:
-                recorded = record.scores.get(split)
-                passes = wanted if again else missing_passes(metrics, recorded)
-                if not passes:
-                    continue
-                kept = None if again and metrics is None else recorded
-                examples = load_examples(task, split, config.data_root)
-                halvings = 0 if kept is None else kept.batch_halvings or 0
-                scores = score_within_memory(scorer, split, examples, folder, passes, kept, halvings=halvings)
-                record = replace(record, scores={**record.scores, split: scores})
-                folder.write_record(record)
-            if forgetting is not None:
-                scores = score_forgetting(scorer, forgetting, folder)
-                record = replace(record, scores={**record.scores, FORGETTING: scores})
-                folder.write_record(record)
-    finally:
-        attached.detach()
-    return record
+    with StopSignal(), ExitStack() as undone:
+        device = set_up_device(config.train.device, finished.execution.threads)
+        base = cached_base(config, device)
+        trained = trained_on(folder.adapter)
+        if trained != base.record:
+            raise UserError(f"{folder.adapter}: was trained on {trained}, the base model here is {base.record}")
+        attached = attach_saved(base.model, folder.adapter)
+        undone.callback(attached.detach)
+        encoder = Encoder(base.tokenizer, config.task, config.model.context)
+        if finished.versions.get(CHAT_TEMPLATE) not in (None, encoder.template_digest):
+            raise UserError(f"{folder.path}: was trained with another chat template of the model; restore it")
+        scorer = Scorer(attached, encoder, task, config, base.record)
+        undone.enter_context(folder.locked())
+        undone.enter_context(products.on_any_cpu(device, config.train.dtype))
+        folder.error_file.unlink(missing_ok=True)
+        # Read again now that no other process can add scores.
+        record = folder.finished_record()
+        for split in splits:
+            recorded = record.scores.get(split)
+            passes = wanted if again else missing_passes(metrics, recorded)
+            if not passes:
+                continue
+            kept = None if again and metrics is None else recorded
+            examples = load_examples(task, split, config.data_root)
+            halvings = 0 if kept is None else kept.batch_halvings or 0
+            scores = score_within_memory(scorer, split, examples, folder, passes, kept, halvings=halvings)
+            record = replace(record, scores={**record.scores, split: scores})
+            folder.write_record(record)
+        if forgetting is not None:
+            scores = score_forgetting(scorer, forgetting, folder)
+            record = replace(record, scores={**record.scores, FORGETTING: scores})
+            folder.write_record(record)
+        return record

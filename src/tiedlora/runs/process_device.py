@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from tiedlora.models.device import resolve_device
 from tiedlora.training.allocator import keep_freed_memory
+
+
+@functools.cache
+def own_threads() -> int:
+    """Torch's number of threads in this process before any run has set another one."""
+    return torch.get_num_threads()
 
 
 def set_up_device(name: str, threads: int | None, local_index: int | None = None) -> torch.device:
@@ -15,14 +23,14 @@ def set_up_device(name: str, threads: int | None, local_index: int | None = None
 
     Args:
         name: as train.device.
-        threads: as train.threads; None leaves torch's number.
+        threads: as train.threads; None takes torch's own number, also after a run with another one.
         local_index: as resolve_device.
 
     Raises:
         UserError: the device is not here.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    own = own_threads()
+    torch.set_num_threads(own if threads is None else threads)
     device = resolve_device(name, local_index)
     if device.type == "cpu":
         keep_freed_memory()

@@ -72,6 +72,7 @@ class Trainer:
         checkpoints = resume_from or folder.checkpoints
         state = checkpoint.restore(checkpoints, self.parts, self.optimizer, session.inputs(), self.arm.buffers())
         self.state = state or loop.TrainState()
+        self.resumed_step = None if state is None else state.step
         self._check_same_step()
         if state is not None:
             log.info("continuing from step %d", state.step)
@@ -94,8 +95,9 @@ class Trainer:
         config_yaml = OmegaConf.to_yaml(config_tree(self.config))
         storage.write_bytes(self.folder.config_file, config_yaml.encode())
         run = TrackedRun(self.folder.path.name, self.folder.path, self.config, self.session.trainable_params)
-        self.trackers = RunTrackers(run, self.folder.metrics_file, self.state.step)
-        self.row_losses_file = AppendedFile(self.folder.validation_losses_file, read_validation_losses, self.state.step)
+        self.trackers = RunTrackers(run, self.folder.metrics_file, self.resumed_step)
+        losses_file = self.folder.validation_losses_file
+        self.row_losses_file = AppendedFile(losses_file, read_validation_losses, self.resumed_step)
         # 2. Train.
         restart_peak_memory(self.session.device)
         self._run_loop()

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from tiedlora import storage
 from tiedlora.adapter import Attached
 from tiedlora.adapter.arms import Arm
 from tiedlora.config.identity import identity
@@ -191,7 +190,7 @@ class Scorer:
         if first:
             path.parent.mkdir(parents=True, exist_ok=True)
         # The first process decides, and reads and writes the file.
-        with FileLock(path.with_suffix(".lock")) if first else nullcontext():
+        with storage.locked(path.with_suffix(".lock")) if first else nullcontext():
             if not self.world.any(first and path.exists()):
                 rows = compute(examples, title)
                 if first:

@@ -82,7 +82,7 @@ class SweepCell:
         """One of STATES, except dropped and unneeded, which only the sweep knows."""
         state, pause = self.folder.state(), self.config.train.pause_after
         if state == "done":
-            return "done" if self.finished() else "interrupted"
+            return "done" if self.finished() else self.folder.scoring_state()
         if state in ("interrupted", "pruned") and pause is not None and self.folder.checkpoint_step() >= pause:
             return "paused"
         return state

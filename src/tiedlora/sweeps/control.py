@@ -5,6 +5,7 @@
     fail_fast         the first cell that fails stops the sweep
     first_failure     the id of this cell; no further cell starts, and running ones stop with a checkpoint
     started/RUN_ID    a launcher has started the cell; it says busy if another process was working on the run
+    began             written when the latest command began: a cell that has failed since then is not run again
 
 Every process and machine of a sweep sees the same files, so this works under every launcher.
 """
@@ -35,12 +36,13 @@ class SweepControl:
     def __init__(self, folder: Path) -> None:
         self._dropped, self._retried = folder / "dropped", folder / "retried"
         self._fail_fast, self._first_failure = folder / "fail_fast", folder / "first_failure"
-        self._started = folder / "started"
+        self._started, self._began = folder / "started", folder / "began"
 
     def start(self, fail_fast: bool) -> None:
         """Begin a sweep. Dropped cells stay dropped; earlier failures and retries count no more."""
         for path in [self._fail_fast, self._first_failure, *self._retried.glob("*"), *self._started.glob("*")]:
             path.unlink(missing_ok=True)
+        storage.write_bytes(self._began, b"", flush=False)
         if fail_fast:
             storage.write_bytes(self._fail_fast, b"")
 
@@ -76,6 +78,16 @@ class SweepControl:
         noted = path.read_text() if path.exists() else None
         path.unlink(missing_ok=True)
         return noted
+
+    def is_new(self, error_file: Path) -> bool:
+        """Whether the error is of the latest command, or of another one that runs beside it.
+
+        Both files have their times from the same file system, so the clocks of machines do not matter.
+        """
+        try:
+            return error_file.stat().st_mtime_ns > self._began.stat().st_mtime_ns
+        except FileNotFoundError:
+            return False
 
     def failed(self, run_id: str) -> None:
         """Note that a cell has failed. With fail_fast, this stops the sweep."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from tiedlora import storage
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
+from tiedlora.keys import is_count
 from tiedlora.records.selection import RateChoice
 from tiedlora.report import claims as claim_files
 from tiedlora.report import partners
@@ -95,6 +96,8 @@ def run_deciding(
         SystemExit: with code 1, as run_staged.
         KeyboardInterrupt: the sweep was asked to stop.
     """
+    if budget is not None and not is_count(budget):
+        raise UserError(f"hydra.sweeper.budget={budget}: must be a whole number of at least 1, or null")
     path = Path(claims) if Path(claims).exists() else PROJECT / claims
     planned = claim_files.read(path)
     _check_base(sweep, planned)

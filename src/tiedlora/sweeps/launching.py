@@ -100,6 +100,27 @@ def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepContr
     return launches.next_job
 
 
+def wait_for_others(cells: Iterable[SweepCell]) -> bool:
+    """Wait until no other process works on these cells. Whether one did."""
+    others = [cell for cell in cells if cell.state() == "running"]
+    if others:
+        _log_waiting(others[0])
+    for cell in others:
+        _state_when_free(cell)
+    return bool(others)
+
+
+def _log_waiting(cell: SweepCell) -> None:
+    log.info("waiting for cells that another process is working on, such as %s", cell.run_id)
+
+
+def _state_when_free(cell: SweepCell) -> str:
+    """Wait until no process works on the cell, and return its state. (Another command may share the cell.)"""
+    while (state := cell.state()) == "running":
+        time.sleep(SECONDS_BETWEEN_CHECKS)
+    return state
+
+
 def changed_inputs(cells: Iterable[SweepCell]) -> dict[str, str]:
     """Finished cells whose data or base model has changed since then: run id -> what has changed.
 
@@ -120,8 +141,7 @@ def changed_inputs(cells: Iterable[SweepCell]) -> dict[str, str]:
 def stopped_by_signals() -> Iterator[None]:
     """Make the signals that stop a run stop the sweep too, also while none of its cells runs in this process.
 
-    Without a handler, SIGTERM and Slurm's SIGUSR1 would end the process with another exit code than 75. If a signal
-    comes in the last step of a run, the run finishes, and then calls this handler.
+    Without a handler, SIGTERM and Slurm's SIGUSR1 would end the process with another exit code than 75.
     """
     earlier = {number: signal.signal(number, _interrupt) for number in SIGNALS}
     try:
@@ -142,7 +162,7 @@ class _Launches:
         self.launch, self.control, self.next_job = launch, control, first_job
         self.counts: Counter[str] = Counter()
         """Run id -> how often the cell was started."""
-        self._waiting_logged = False
+        self._has_waited = False
         self._launcher_error = ""
         """Why a launch has started no cell at all."""
 
@@ -175,14 +195,18 @@ class _Launches:
 
     def _needs_launch(self, cell: SweepCell) -> bool:
         """Whether the cell may be launched once more: it has not ended, or a person asks for it."""
-        state = self._state_when_free(cell)
+        if not self._has_waited and cell.state() == "running":
+            _log_waiting(cell)
+            self._has_waited = True
+        state = _state_when_free(cell)
         if state in ("done", "paused") or self.control.stops(cell.run_id):
             return False
         if self.control.take_retry(cell.run_id):
             cell.folder.error_file.unlink(missing_ok=True)
             del self.counts[cell.run_id]
             return True
-        if state in ENDED:
+        # An earlier error stays until the run starts. If the worker died before, it says nothing about this launch.
+        if state in ENDED and (state != "failed" or self.control.is_new(cell.folder.error_file)):
             return False
         if self.counts[cell.run_id] < LAUNCHES:
             log.warning("%s: stopped without a result; launching it once more", cell.run_id)
@@ -194,12 +218,3 @@ class _Launches:
         storage.write_bytes(cell.folder.error_file, f"{message}\n".encode())
         self.control.failed(cell.run_id)
         return False
-
-    def _state_when_free(self, cell: SweepCell) -> str:
-        """Wait until no process works on the cell, and return its state. (Another command may share the cell.)"""
-        while (state := cell.state()) == "running":
-            if not self._waiting_logged:
-                log.info("waiting for cells that another process is working on, such as %s", cell.run_id)
-                self._waiting_logged = True
-            time.sleep(SECONDS_BETWEEN_CHECKS)
-        return state

@@ -33,9 +33,11 @@ def run_cell(config: Config, sweep_folder: Path | None = None) -> None:
     stopped = StopFiles(control, folder.path.name) if control else _never
     if stopped():
         return
+    if control and control.is_new(folder.error_file):
+        log.info("%s: has failed in another process; the next command runs it again", folder.path.name)
+        return
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        folder.error_file.unlink(missing_ok=True)
         if control:
             control.note_start(folder.path.name)
         with also_stopped_by(stopped):

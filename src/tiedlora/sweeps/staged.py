@@ -12,8 +12,12 @@ from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
+from omegaconf import ListConfig
+
 from tiedlora import storage
 from tiedlora.errors import UserError
+from tiedlora.keys import is_count
+from tiedlora.records.reading import is_number
 from tiedlora.records.rows import read_validation_losses
 from tiedlora.records.selection import LOSS, RateChoice, RateSearch, Selection, write_selection
 from tiedlora.statistics.paired_rows import RowLosses
@@ -21,7 +25,7 @@ from tiedlora.statistics.rate_choice import ChosenRate
 from tiedlora.sweeps import selection, status
 from tiedlora.sweeps.cells import Sweep, SweepCell, frozen_tree, write_frozen
 from tiedlora.sweeps.control import SweepControl
-from tiedlora.sweeps.launching import Launch, changed_inputs, end_with, launch_cells
+from tiedlora.sweeps.launching import Launch, changed_inputs, end_with, launch_cells, wait_for_others
 from tiedlora.sweeps.staged_search import Observation, Request, SearchPlan, SearchStage, next_stage, rung_steps
 
 log = logging.getLogger(__name__)
@@ -46,10 +50,14 @@ class SearchOptions:
         Raises:
             UserError: a value is not allowed.
         """
-        if not all(0 < rung < 1 for rung in rungs):
-            raise UserError(f"hydra.sweeper.rungs={list(rungs)}: give shares of the steps between 0 and 1, or []")
-        if finalists < 2:
-            raise UserError(f"hydra.sweeper.finalists={finalists}: must be at least 2")
+        is_list = isinstance(rungs, list | ListConfig)
+        if not is_list or not all(is_number(rung) and 0 < rung < 1 for rung in rungs):
+            raise UserError(f"hydra.sweeper.rungs={rungs}: give a list of shares of the steps between 0 and 1, or []")
+        if not is_count(finalists) or finalists < 2:
+            raise UserError(f"hydra.sweeper.finalists={finalists}: must be a whole number of at least 2")
+        for name, rate in (("lowest_rate", lowest_rate), ("highest_rate", highest_rate)):
+            if not is_number(rate):
+                raise UserError(f"hydra.sweeper.{name}={rate}: must be a number above 0")
         if not 0 < lowest_rate <= highest_rate:
             raise UserError(
                 f"hydra.sweeper.lowest_rate={lowest_rate:g}: must be above 0, and not above hydra.sweeper.highest_rate"
@@ -200,14 +208,18 @@ class StageLaunches:
         self._next_job = 0
 
     def run(self, cells: Sequence[SweepCell], what: str) -> bool:
-        """Launch the cells that are new, and return when they have ended. Whether there were any.
+        """Launch the cells that are new, and return when they have ended. Whether the searches should decide again.
+
+        If none is new, another command may be working on some, and the searches wait for it.
 
         Args:
             what: the stage, for the log.
         """
-        new = [cell for cell in cells if (cell.run_id, cell.launch_words) not in self._launched]
-        if not new or self.control.first_failure() is not None:
+        if self.control.first_failure() is not None:
             return False
+        new = [cell for cell in cells if (cell.run_id, cell.launch_words) not in self._launched]
+        if not new:
+            return wait_for_others(cells)
         log.info("%s: %s", self.sweep.id, what)
         for cell in new:
             self._freeze(cell)
@@ -316,7 +328,9 @@ def _why_unfinished(cell: SweepCell, control: SweepControl) -> str:
         return status.last_error(cell.folder)
     if control.first_failure() is not None:
         return "stopped, because another cell failed"
-    return "ended without the losses or scores that the search needs; delete its folder, and start again"
+    if cell.finished():
+        return "its validation_losses.jsonl lacks losses that the search needs; delete its folder, and start again"
+    return "stopped without the losses or scores that the search needs; the same command continues it"
 
 
 def summary(selected: Selection) -> str:

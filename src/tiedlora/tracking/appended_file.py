@@ -27,10 +27,10 @@ Row = TypeVar("Row", bound=StepRow)
 class AppendedFile(Generic[Row]):
     """The file of a run that starts, or that continues from a checkpoint."""
 
-    def __init__(self, path: Path, read: Callable[[Path], list[Row]], step: int = 0) -> None:
-        """Keep only the rows up to `step`, the last finished step. The run will write the rows of later steps again."""
+    def __init__(self, path: Path, read: Callable[[Path], list[Row]], step: int | None = None) -> None:
+        """Keep only the rows up to the step of the checkpoint; without one, none. The run writes later rows again."""
         self.path = path
-        self.rows = [row for row in read(path) if row.step <= step] if step else []
+        self.rows = [] if step is None else [row for row in read(path) if row.step <= step]
         storage.write_json_lines(path, [row.to_json() for row in self.rows])
 
     def append(self, rows: Sequence[Row]) -> None:

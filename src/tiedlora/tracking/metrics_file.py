@@ -13,7 +13,7 @@ from tiedlora.tracking.base import TrackedRun
 class MetricsFile(AppendedFile[MetricsRow]):
     """The tracker that every run has."""
 
-    def __init__(self, path: Path, step: int = 0) -> None:
+    def __init__(self, path: Path, step: int | None = None) -> None:
         super().__init__(path, read_metrics, step)
 
     def start(self, run: TrackedRun, earlier: Sequence[MetricsRow]) -> None:

@@ -84,10 +84,11 @@ class SafeTracker:
 class RunTrackers:
     """metrics.jsonl, and the tracker that `tracking.backend` names."""
 
-    def __init__(self, run: TrackedRun, metrics_file: Path, step: int) -> None:
+    def __init__(self, run: TrackedRun, metrics_file: Path, step: int | None) -> None:
         """
         Args:
-            step: the last finished step. Rows of later steps are dropped, because the run will log them again.
+            step: that of the checkpoint, or None without one. Rows of later steps are dropped, because the run will log
+                them again.
 
         Raises:
             UserError: as SafeTracker.

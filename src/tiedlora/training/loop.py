@@ -243,7 +243,8 @@ class _Loop:
             self._validate()
         if saving:
             self.hooks.save_checkpoint(self.state)
-        if stopping and not last:
+        # A signal that came during the last validation counts too: what follows is the scoring, which may take long.
+        if stopping or (last and self.hooks.stop_requested()):
             raise StoppedEarly
         if validating or saving:
             self.clock_started = time.perf_counter()
