@@ -103,13 +103,21 @@ class TestEveryConfiguration:
     def test_merge_and_unmerge(self, model_name, name, ids):
         base = tiny(model_name)
         weights = {key: value.clone() for key, value in base.model.state_dict().items()}
+        plain = logits(base.model, ids)
         attached = attach(base.model, tying_option(name), 4)
         randomise(attached.adapter)
         adapted = logits(base.model, ids)
         attached.merge()
         merged = logits(base.model, ids)
         assert (merged - adapted).abs().max() <= 1e-5 * adapted.abs().max()
+        attached.enable()
+        assert torch.equal(logits(base.model, ids), merged), "the update is in the weights already"
         attached.unmerge()
+        assert torch.equal(logits(base.model, ids), adapted)
+        attached.merge()
+        attached.disable()
+        assert torch.equal(logits(base.model, ids), plain)
+        attached.enable()
         assert torch.equal(logits(base.model, ids), adapted)
         attached.detach()
         after = base.model.state_dict()

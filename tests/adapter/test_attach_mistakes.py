@@ -54,3 +54,18 @@ def test_a_replica_of_data_parallel_is_refused():
     model.model.__dict__["_is_replica"] = True
     with pytest.raises(UserError, match=r"^nn\.DataParallel copies the model without the adapter's factors"):
         model(input_ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        *(({"rank": rank}, rf"^rank={rank!r}: must be a whole number from 1") for rank in (0, -1, 2.0, "8", True)),
+        *(({"alpha": alpha}, rf"^alpha={alpha!r}: must be a positive") for alpha in (0.0, -1.0, float("nan"), "16")),
+        ({"seed": "a"}, "^seed='a': must be a whole number"),
+    ],
+)
+def test_a_wrong_number_is_named_before_the_model_is_changed(words, says):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    with pytest.raises(UserError, match=says):
+        tiedlora.attach(model, "TABuv", **words)
+    assert not hasattr(model, "tied_adapter")

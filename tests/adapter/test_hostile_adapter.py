@@ -136,7 +136,7 @@ DESCRIPTIONS = {  # the changed values of adapter.json, and words of the message
     "layers that are a word": ({"architecture": {"layers": "many"}}, "'many'"),
     "negative layers": ({"architecture": {"layers": -1}}, "layers=-1"),
     "huge layers": ({"architecture": {"layers": 10**12}}, "layers=1000000000000"),
-    "a huge hidden size": ({"architecture": {"hidden": 10**12, "layers": 3}}, "not the sizes of an adapter"),
+    "a huge hidden size": ({"architecture": {"hidden": 10**12, "layers": 3}}, "not the sizes of a model"),
     "a secret of the environment": ({"tying": {"name": "${oc.env:HOME}"}}, "holds an interpolation"),
     "no base": ({"base": 3}, "base (with name and digest)"),
     "a base without a name": ({"base": {}}, "base (with name and digest)"),

@@ -8,6 +8,7 @@ import torch
 from helpers.families import family_model
 from helpers.tiny import randomise, tying_option
 from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiedlora import TiedLoraConfig, attach, attach_adapter, named, to_peft
 from tiedlora.adapter import files
@@ -184,3 +185,25 @@ def test_a_run_records_both_and_verifies(tiny_config, tmp_path, script):
     assert script("scripts/export.py", folder, "--to", "peft")[0] == 0
     card = (folder / "export" / "peft" / "README.md").read_text()
     assert "alpha = 16, rslora scaling, targets ['qkv'], layers [1]" in card
+
+
+def test_an_adapter_of_other_groups_is_no_start(tmp_path):
+    """Of five layers, shares of 3 and of 4 both make two groups, so the shapes are equal."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4, vocab_size=50
+    )
+    model, base = LlamaForCausalLM(config), BaseModelRecord("tiny", None, None)
+
+    def shared_by(layers):
+        specification = named("TAB")
+        specification.A.share = specification.B.share = layers
+        return specification
+
+    saved = attach(model, shared_by(3), rank=2)
+    saved.save_pretrained(tmp_path / "adapter", base)
+    saved.detach()
+    other = attach(model, shared_by(4), rank=2)
+    with pytest.raises(UserError, match=r"3 layers have one A there, and 4 here; set tying\.A\.share"):
+        files.start_from(other.adapter, tmp_path / "adapter", base)
+    other.detach()
+    files.start_from(attach(model, shared_by(3), rank=2).adapter, tmp_path / "adapter", base)

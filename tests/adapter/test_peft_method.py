@@ -159,3 +159,10 @@ def test_the_public_names_are_all_there():
     for name in tiedlora.__all__:
         assert getattr(tiedlora, name) is not None
     assert isinstance(tiedlora.Tying(), Tying)
+
+
+@pytest.mark.parametrize("key", ["targets", "layers"])
+def test_a_text_in_place_of_a_list_is_refused(key):
+    """`qkv` as a text would be the three targets q, k and v."""
+    with pytest.raises(UserError, match=rf"^{key}=qkv: must be a list, such as \[qkv\]"):
+        TiedLoraConfig(r=2, tying="TABuv", **{key: "qkv"})

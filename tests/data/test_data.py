@@ -3,7 +3,10 @@
 import importlib.util
 
 import pytest
+import tokenizers
 from helpers.tiny import tiny
+from tokenizers import models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from tiedlora.config import compose as configuration
 from tiedlora.data import token_cache
@@ -162,3 +165,24 @@ def test_tokens_are_kept_by_content(tmp_path, monkeypatch):
         file.write_bytes(damaged)
         with pytest.raises(pytest.fail.Exception, match="again"):
             load_or_encode()
+
+
+@pytest.fixture(params=[True, False], ids=["adds a blank", "adds none"])
+def sentencepiece(request):
+    """A tokenizer with SentencePiece's marks, as Mistral's file describes it: with a blank before every text."""
+    marks = [normalizers.Prepend("\u2581")] if request.param else []
+    characters = ["<s>", "</s>", "\u2581", *"Ask:nox"]
+    pieces = {piece: number for number, piece in enumerate(characters)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(pieces, []))
+    tokenizer.normalizer = normalizers.Sequence([*marks, normalizers.Replace(" ", "\u2581")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"), request.param
+
+
+def test_a_target_has_one_blank_also_where_the_tokenizer_adds_one(sentencepiece):
+    tokenizer, adds_blank = sentencepiece
+    coder = Encoder(tokenizer, configuration.compose_config(["task=squad"]).task, 512)
+    assert coder.adds_blank is adds_blank
+    encoded = coder.example(Example("a", "Ask:", " no"))
+    together = tokenizer("Ask: no", add_special_tokens=False).input_ids
+    assert [*encoded.prompt, *encoded.target[:-1]] == together
+    assert not encoder().adds_blank

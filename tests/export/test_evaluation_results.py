@@ -19,7 +19,26 @@ def scored(metric="exact_match_strict", split="test", **about):
 
 def on_hub(revision="main"):
     config = make_config()
-    config.task.hub = HubSource(id="openai/gsm8k", subset="main", revision=revision)
+    config.task.hub = HubSource("openai/gsm8k", "main", revision, {"train": "train", "test": "test"})
+    return config
+
+
+def of_squad():
+    """The configuration of a run whose test rows are only a part of a split of the hub."""
+    config = on_hub()
+    config.task.hub.splits = {"train": "train", "validation": "validation[:2000]", "test": "validation[2000:]"}
+    return config
+
+
+def limited():
+    config = on_hub()
+    config.task.rows.test = 40
+    return config
+
+
+def from_a_folder():
+    config = on_hub()
+    config.data_root = "/data"
     return config
 
 
@@ -53,8 +72,36 @@ def test_a_benchmark_of_the_hub_has_a_file_for_its_leaderboard():
 
 @pytest.mark.parametrize(
     ("record", "config"),
-    [(scored(split="validation"), on_hub()), (scored(), make_config()), (scored("target_loss"), on_hub())],
-    ids=["not test", "not on the hub", "a loss"],
+    [
+        (scored(split="validation"), on_hub()),
+        (scored(), make_config()),
+        (scored("target_loss"), on_hub()),
+        (scored(), of_squad()),
+        (scored(), limited()),
+        (scored(), from_a_folder()),
+        (scored(changes={"left_out": ["texts"]}), on_hub()),
+    ],
+    ids=["not test", "not on the hub", "a loss", "a part of a split", "some rows", "rows of a folder", "of a study"],
 )
 def test_what_is_no_benchmark_has_no_such_file(record, config):
     assert benchmark_file(record, config) is None
+
+
+@pytest.mark.parametrize(
+    ("split", "config", "named"),
+    [
+        ("test", of_squad(), "validation[2000:]"),
+        ("validation", on_hub(), "validation, cut out of train"),
+        ("test", make_config(), "test"),
+    ],
+)
+def test_the_card_names_the_split_of_the_hub_that_was_scored(split, config, named):
+    (result,) = ModelCard(card(scored(split=split), config, "hub-card", [])).data.eval_results
+    assert result.dataset_split == named
+
+
+def test_the_card_names_the_chat_template():
+    config = make_config()
+    assert "chat template" not in card(scored(), config, "hub-card", [])
+    config.task.chat_template = True
+    assert "as one user turn of the tokenizer's chat template" in card(scored(), config, "hub-card", [])

@@ -37,6 +37,13 @@ def test_a_local_folder_is_the_same_model_and_is_known_by_its_content(saved, ids
     assert known_digest(saved) != base.record.digest
 
 
+def test_a_folder_as_the_name_of_a_model_is_refused(saved):
+    """transformers would load it, and the record could not say which weights these were."""
+    named = replace(saved, path=None, name=saved.path)
+    with pytest.raises(UserError, match=r"is a folder here; give it as model\.path="):
+        load_base(named, "float32", CPU, Path("unused"))
+
+
 class TestRememberedDigests:
     """A model's files are hashed once, and again when they change."""
 

@@ -210,3 +210,12 @@ def test_options_that_a_task_does_not_know_are_refused():
         compose_task("dialogsum", "+task.options.stemmer=true").signatures()
     with pytest.raises(UserError, match=r"task\.target"):
         task_option("hellaswag", "task.target=x")
+
+
+def test_an_ending_that_is_only_a_mark_can_be_scored():
+    task = task_option("hellaswag")
+    endings = ["[substeps]", " sings.", " eats it.", " cuts it."]
+    row = {"activity_label": "Cooking", "ctx_a": "A man cuts.", "ctx_b": "he", "endings": endings, "label": "1"}
+    row["source_id"] = "activitynet~v_1"
+    example = task.example(DataRow("here", row), "0")
+    assert task.score([-9.0, -1.0, -5.0, -5.0], example)["accuracy_norm"] == 1.0

@@ -89,8 +89,8 @@ class Attached:
         return bool(self._base_weights)
 
     def enable(self) -> None:
-        """Make every adapted module add its update. A second call changes nothing."""
-        if self.active:
+        """Make every adapted module add its update. If it does already, or the weights contain it, nothing changes."""
+        if self.active or self.merged:
             return
         modules = {path: self.model.get_submodule(path) for path in self.paths}
         for path, module in modules.items():
@@ -104,7 +104,11 @@ class Attached:
         self._fold_hook = owner.register_forward_pre_hook(self._fold)
 
     def disable(self) -> None:
-        """Make the model give the base model's outputs."""
+        """Make the model give the base model's outputs. Merged weights are restored."""
+        self.unmerge()
+        self._stop_adding()
+
+    def _stop_adding(self) -> None:
         if self._fold_hook is None:
             return
         self._fold_hook.remove()
@@ -184,7 +188,6 @@ class Attached:
 
     def detach(self) -> None:
         """Remove the adapter. The base model is then bit for bit as it was before."""
-        self.unmerge()
         self.disable()
         del self.model.tied_adapter
 
@@ -213,7 +216,7 @@ class Attached:
             self._base_weights[path] = weight.detach().clone()
             update = B_l @ A_l
             weight += (update.T if isinstance(module, Conv1D) else update).to(weight)
-        self.disable()
+        self._stop_adding()
 
     def fuse(self) -> None:
         """Merge permanently: the update stays in the weights, no copy is kept, and the adapter leaves the model.

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from tiedlora import storage
 from tiedlora import tying as spec
-from tiedlora.adapter.parts import TiedAdapter
+from tiedlora.adapter.parts import TiedAdapter, check_numbers
 from tiedlora.config.adapter_folder import DESCRIPTION
 from tiedlora.config.check_tying import check_tying
 from tiedlora.errors import UserError
-from tiedlora.records.reading import is_number, typed
+from tiedlora.records.reading import typed
 from tiedlora.records.run_record import BaseModelRecord, plain
 from tiedlora.tying import Architecture, Part, Tying
 
@@ -38,7 +38,7 @@ scaling, refuse this number: they would apply another update without a word."""
 TENSORS = "adapter.safetensors"
 LARGEST_REBUILT = 2**28
 """Most numbers of frozen random parts that a file may leave out: a gigabyte of float32."""
-LARGEST_RANK, LARGEST_SIZE = 2**16, 10**6
+LARGEST_SIZE = 10**6
 """Upper bounds of the sizes in a description. They are far above any model, and keep a damaged file from asking for
 huge tensors."""
 
@@ -178,7 +178,7 @@ def _read_description(path: Path) -> _Description:
     if not isinstance(base, dict) or not {"name", "digest"} <= base.keys() or not isinstance(rebuilt, dict):
         raise UserError(f"{path}: base (with name and digest) and rebuilt must be objects")
     rank, alpha, seed = tree["rank"], tree["alpha"], tree["seed"]
-    _check_numbers(rank, alpha, seed, architecture, path)
+    _check_sizes(rank, alpha, seed, architecture, path)
     try:
         check_tying(tying, architecture)
         base_record = typed(BaseModelRecord, {"revision": None, **base})
@@ -207,17 +207,14 @@ def _typed(kind: type[T], value: object, path: Path) -> T:
     return instance
 
 
-def _check_numbers(rank: object, alpha: object, seed: object, architecture: Architecture, path: Path) -> None:
+def _check_sizes(rank: object, alpha: object, seed: object, architecture: Architecture, path: Path) -> None:
     sizes = [getattr(architecture, name) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")]
-    # Python's bool is a subclass of int, but True is not a size.
-    rank_is_valid = type(rank) is int and 1 <= rank <= LARGEST_RANK
-    if not rank_is_valid or not all(1 <= size <= LARGEST_SIZE for size in sizes):
-        raise UserError(f"{path}: rank={rank!r:.40}, layers={sizes[0]}, hidden={sizes[1]}: not the sizes of an adapter")
-    alpha_is_valid = isinstance(alpha, (int, float)) and is_number(alpha) and 1e-12 <= alpha <= 1e12
-    if type(seed) is not int or not alpha_is_valid:
-        raise UserError(
-            f"{path}: seed={seed!r:.40}, alpha={alpha!r:.40}: seed must be a whole number, alpha a positive number"
-        )
+    if not all(1 <= size <= LARGEST_SIZE for size in sizes):
+        raise UserError(f"{path}: layers={sizes[0]}, hidden={sizes[1]}: not the sizes of a model")
+    try:
+        check_numbers(rank, alpha, seed)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -264,6 +261,15 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
     saved_layers, own_layers = (spec.adapted_layers(each.tying, each.architecture) for each in (saved, adapter))
     if saved_layers != own_layers:
         raise UserError(f"train.init_from={folder}: adapts the layers {saved_layers}; set tying.layers to them")
+    for part in ("A", "B"):
+        theirs, ours = (
+            spec.layers_per_group(getattr(each.tying, part).share, len(own_layers)) for each in (saved, adapter)
+        )
+        if theirs != ours:
+            raise UserError(
+                f"train.init_from={folder}: {theirs} layers have one {part} there, and {ours} here; set "
+                f"tying.{part}.share to the adapter's"
+            )
     own_parts, saved_parts = adapter.parts(), saved.parts()
     for name in sorted(set(own_parts) | set(saved_parts)):
         own, other, part = own_parts.get(name), saved_parts.get(name), spec.part_of(name)

@@ -22,7 +22,21 @@ from tiedlora.adapter import architectures
 from tiedlora.adapter.architectures import Site
 from tiedlora.config.check_tying import check_tying
 from tiedlora.errors import UserError
+from tiedlora.records.reading import is_number
 from tiedlora.tying import Architecture, Tying
+
+LARGEST_RANK = 2**16
+
+
+def check_numbers(rank: object, alpha: object, seed: object) -> None:
+    """Raises UserError unless the rank, alpha and seed are those of an adapter that can be trained and read again."""
+    # Python's bool is a subclass of int, but True is not a rank.
+    if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
+        raise UserError(f"rank={rank!r:.40}: must be a whole number from 1 to {LARGEST_RANK}")
+    if not isinstance(alpha, (int, float)) or not is_number(alpha) or not 1e-12 <= alpha <= 1e12:
+        raise UserError(f"alpha={alpha!r:.40}: must be a positive number")
+    if type(seed) is not int:
+        raise UserError(f"seed={seed!r:.40}: must be a whole number")
 
 
 def draw(init: float | str, shape: tuple[int, ...], seed: int, part: str, target: str) -> Tensor:
@@ -121,6 +135,7 @@ class TiedAdapter(nn.Module):
     ) -> None:
         super().__init__()
         check_tying(tying, architecture)
+        check_numbers(rank, alpha, seed)
         if scaling not in spec.SCALINGS:
             raise UserError(f"scaling={scaling}: choose one of {', '.join(spec.SCALINGS)}")
         self.tying, self.rank, self.alpha, self.architecture, self.seed = tying, rank, alpha, architecture, seed

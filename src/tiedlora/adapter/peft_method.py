@@ -74,8 +74,11 @@ class TiedLoraConfig(PeftConfig):
         """The complete specification, with the values of `targets`, `dropout` and `layers`.
 
         Raises:
-            UserError: `tying` is neither one of the eight names nor a specification.
+            UserError: `tying` is neither one of the eight names nor a specification, or a list is a text.
         """
+        for name in ("targets", "layers"):
+            if isinstance(getattr(self, name), str):
+                raise UserError(f"{name}={getattr(self, name)}: must be a list, such as [{getattr(self, name)}]")
         tying = named(self.tying) if isinstance(self.tying, str) else _typed(Tying, self.tying)
         if self.targets is not None:
             tying.targets = list(self.targets)

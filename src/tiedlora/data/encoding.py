@@ -6,11 +6,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.tasks import Example
+
+BLANK_MARK = "\u2581"
+"""How SentencePiece writes a blank in a token."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,22 @@ class Encoder:
         starts_with_bos = bos is not None and self.tokenizer("x").input_ids[:1] == [bos]
         return (bos, *ids) if starts_with_bos else tuple(ids)
 
+    @cached_property
+    def adds_blank(self) -> bool:
+        """Whether the tokenizer puts a blank before every text, as the files of Mistral and Phi-3 tell it to.
+
+        A text that begins with a blank then begins with two. Prompt and target as one text would have one there.
+        """
+        alone, with_blank = (self.tokenizer(text, add_special_tokens=False).input_ids for text in ("x", " x"))
+        first = self.tokenizer.convert_ids_to_tokens(alone[:1]) if alone else []
+        return bool(first) and str(first[0]).startswith(BLANK_MARK) and alone != with_blank
+
     def continuation(self, text: str) -> tuple[int, ...]:
         """Token ids of a text that follows a prompt. After a chat template, the text loses its leading space."""
-        text = text.lstrip(" ") if self.config.chat_template else text
+        if self.config.chat_template:
+            text = text.lstrip(" ")
+        elif self.adds_blank:
+            text = text.removeprefix(" ")
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def shortened(self, example: Example) -> Example | None:

@@ -86,7 +86,8 @@ def card(record: RunRecord, config: Config, form: str, notes: list[str]) -> str:
         "",
         _FORMS[form].usage.format(base=record.base.name),
         "",
-        f"Prompt, as it was trained: `{_template(config.task.prompt)}`",
+        f"Prompt, as it was trained: `{_template(config.task.prompt)}`"
+        + (", as one user turn of the tokenizer's chat template" if config.task.chat_template else ""),
         "",
         "## Facts",
         "",

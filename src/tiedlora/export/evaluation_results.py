@@ -29,7 +29,7 @@ def model_index(record: RunRecord, config: Config, name: str) -> list[dict[str, 
             dataset_type=config.task.hub.id or config.task.name,
             dataset_name=config.task.name,
             dataset_config=config.task.hub.subset,
-            dataset_split=split,
+            dataset_split=_rows_of(split, config),
             dataset_revision=_commit(config),
             metric_type=metric,
             metric_name=f"{metric} ({interval_words(scores, metric, interval)})",
@@ -47,10 +47,14 @@ def model_index(record: RunRecord, config: Config, name: str) -> list[dict[str, 
 def benchmark_file(record: RunRecord, config: Config) -> tuple[str, str] | None:
     """The path and the text of .eval_results/TASK.yaml, for a leaderboard of the hub.
 
-    None unless the task's rows are a data set of the hub, and its test split is scored by a metric that is no loss.
+    None unless the scored rows are the whole test split of a data set on the hub, and the metric is no loss. A study's
+    record does not say whether its rows came from the hub.
     """
     scores = record.scores.get("test")
     if config.task.hub.id is None or scores is None or is_loss(scores.first_metric):
+        return None
+    is_whole = config.task.hub.splits.get("test") == "test" and config.task.rows.test is None
+    if not is_whole or config.data_root is not None or record.left_out:
         return None
     interval = scores.metrics[scores.first_metric]
     words = interval_words(scores, scores.first_metric, interval)
@@ -69,6 +73,14 @@ def interval_words(scores: SplitScores, metric: str, interval: Interval) -> str:
     """Such as `95 % interval 0.295 to 0.413 over 250 rows`."""
     unit = " nats per token" if is_loss(metric) else ""
     return f"95 % interval {interval.low:.3f} to {interval.high:.3f}{unit} over {scores.rows} rows"
+
+
+def _rows_of(split: str, config: Config) -> str:
+    """Our split as the hub names it, such as validation[2000:]; in words where the harness cuts it out of train."""
+    hub = config.task.hub
+    if hub.id is None:
+        return split
+    return hub.splits.get(split, f"{split}, cut out of {hub.splits.get('train', 'train')}")
 
 
 def _commit(config: Config) -> str | None:

@@ -23,7 +23,7 @@ from tiedlora.export.peft import to_peft
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import RunRecord
+from tiedlora.records.run_record import TEXTS, RunRecord
 
 BASE_PLACEHOLDER = "BASE_MODEL"
 """The placeholder for the base model in the commands of the card."""
@@ -111,7 +111,9 @@ def _write(run: RunFolder, record: RunRecord, config: Config, out: Path, options
     else:
         rounding = _write_merged(run, config, out, options)
         notes.append(rounding)
-    if options.form != "hub-card" and options.split in record.scores:
+    if TEXTS in (record.left_out or []):
+        notes.append("The run's record is a study's, which keeps no prompts, so there is no task for lm_eval here.")
+    elif options.form != "hub-card" and options.split in record.scores:
         task = write_task(config, run.predictions_file(options.split), out)
         if task is not None:
             notes.append(_lm_eval_note(task, record.scores[options.split].rows, config, options))
@@ -170,6 +172,15 @@ def _lm_eval_note(task: str, rows: int, config: Config, options: ExportOptions) 
     chat_template = " --apply_chat_template" if config.task.chat_template else ""
     return (
         f"The {rows} {options.split} rows below, asked by lm-evaluation-harness (start it inside this folder): "
-        f"`lm_eval --model hf --model_args {model},dtype={config.train.dtype} --include_path . --tasks {task} "
+        f"`lm_eval --model hf --model_args {model},{_loaded_as(config)} --include_path . --tasks {task} "
         f"--batch_size {config.score.batch_size}{chat_template}`"
     )
+
+
+def _loaded_as(config: Config) -> str:
+    """How lm-evaluation-harness loads the base as the run did: its dtype, and its quantisation."""
+    dtype = f"dtype={config.train.dtype}"
+    if config.model.quantization == "nf4":
+        four_bits = "load_in_4bit=True,bnb_4bit_quant_type=nf4,bnb_4bit_use_double_quant=True"
+        return f"{dtype},{four_bits},bnb_4bit_compute_dtype={config.train.dtype}"
+    return f"{dtype},load_in_8bit=True" if config.model.quantization == "int8" else dtype

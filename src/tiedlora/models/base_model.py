@@ -53,6 +53,9 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
             f"model={config.name}: transformers cannot load its weights; this option is only for scripts/params.py. "
             "To train, take another, such as model=gpt2_xl"
         )
+    if config.source == "hub" and not config.path and Path(config.name).is_dir():
+        # transformers would load the folder, and the record could not say which weights these were.
+        raise UserError(f"model.name={config.name}: is a folder here; give it as model.path={config.name}")
     settings = placement.loading_settings(config, getattr(torch, dtype), device, cache)
     if config.source == "random":
         model, tokenizer = random_model(config)

@@ -74,7 +74,8 @@ class HellaSwag(Task):
         """The scores of the four log-likelihoods. Of equal ones, the first is chosen."""
         # The length of an ending does not include what the template puts before it (a blank).
         start = self.config.target.index("{ending}")
-        lengths = [len(choice) - start for choice in example.choices]
+        # An ending that is only a mark, such as [substeps], is empty once it is cleaned.
+        lengths = [max(1, len(choice) - start) for choice in example.choices]
         correct = int(example.references[0])
         likeliest = max(range(len(output)), key=lambda i: output[i])
         likeliest_per_character = max(range(len(output)), key=lambda i: output[i] / lengths[i])
