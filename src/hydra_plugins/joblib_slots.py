@@ -20,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, open_dict
 
 from tiedlora.errors import UserError
 from tiedlora.keys import is_count
-from tiedlora.sweeps.worker_slots import SlotJob, WorkerSlots, visible_device
+from tiedlora.sweeps.worker_slots import SLOT_DEVICE, SlotJob, WorkerSlots, visible_device
 
 
 class JoblibSlotsLauncher(Launcher):
@@ -56,9 +56,7 @@ class JoblibSlotsLauncher(Launcher):
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-        run = partial(
-            _run_job, self.context, self.config, self.task_function, Singleton.get_state(), bool(self.devices)
-        )
+        run = partial(_run_job, self.context, self.config, self.task_function, Singleton.get_state())
         jobs = [
             SlotJob(overrides[0], partial(run, list(overrides), number))
             for number, overrides in enumerate(job_overrides, start=initial_job_idx)
@@ -85,7 +83,8 @@ class JoblibSlotsLauncher(Launcher):
         if not self.devices:
             return {}
         device = self.devices[slot % len(self.devices)]
-        return {"CUDA_VISIBLE_DEVICES": visible_device(device, os.environ.get("CUDA_VISIBLE_DEVICES"))}
+        visible = visible_device(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return {"CUDA_VISIBLE_DEVICES": visible, SLOT_DEVICE: str(device)}
 
 
 def _run_job(
@@ -93,7 +92,6 @@ def _run_job(
     config: DictConfig,
     task_function: TaskFunction,
     singletons: dict[type, Singleton],
-    has_device: bool,
     overrides: list[str],
     number: int,
 ) -> JobReturn:
@@ -102,9 +100,6 @@ def _run_job(
     Singleton.set_state(singletons)
     job_config = context.config_loader.load_sweep_config(config, overrides)
     with open_dict(job_config):
-        if has_device and job_config.train.device == "auto":
-            # `auto` would take the CPU without a word if the slot's device does not exist.
-            job_config.train.device = "cuda"
         job_config.hydra.job.id = job_config.hydra.job.num = number
     return run_job(
         hydra_context=context,

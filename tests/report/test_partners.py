@@ -28,12 +28,14 @@ def report_of(tmp_path, tasks="[]"):
     return write.build([tmp_path / "runs"], claims=path)
 
 
-def add(tmp_path, name, success, changes=None):
+def add(tmp_path, name, success, changes=None, rank=8):
     """Three seeds whose scores are near a rate of success."""
     base = np.zeros(400)
     for seed in range(3):
         draws = np.random.default_rng([seed, len(name)]).random(400)
-        scored_run(tmp_path / "runs", (draws < success).astype(float), base, name=name, seed=seed, changes=changes)
+        scored_run(
+            tmp_path / "runs", (draws < success).astype(float), base, name=name, seed=seed, rank=rank, changes=changes
+        )
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -59,13 +61,27 @@ def test_without_a_plain_one_it_is_the_one_that_scales_its_steps_as_the_method(t
     assert found.pair.comparator.step_size == found.pair.method.step_size
 
 
+def test_sides_of_two_ranks_are_matched_by_alpha_for_each_rank(tmp_path):
+    claim = CLAIM.replace("at: equal_rank", "rank: 2")
+    for rank, name, success, change in (
+        (8, "TABuv", 0.5, {"config.rank.scaling": "rslora"}),
+        (2, "LoRA", 0.3, {"config.rank.scaling": "rslora"}),
+        (2, "LoRA", 0.7, {"config.rank.alpha": 16.0}),
+    ):
+        add(tmp_path, name, success, change, rank)
+    path = tmp_path / "claims.yaml"
+    path.write_text(claim % "[]")
+    (found,) = write.build([tmp_path / "runs"], claims=path).answers
+    assert found.verdict == "supported"
+
+
 def test_if_none_of_several_fits_the_answer_names_them(tmp_path):
     add(tmp_path, "TABuv", 0.5)
     for change in ("rank.scaling", "rank.alpha"):
         add(tmp_path, "LoRA", 0.3, CHANGES[change])
     (found,) = report_of(tmp_path).answers
     assert found.verdict == "undecided"
-    assert "several groups could be compared, and none is the plain one" in found.reason
+    assert "several groups fit, and no single one is plain" in found.reason
     assert "rank.scaling=rslora" in found.reason
 
 

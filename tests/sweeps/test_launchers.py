@@ -5,17 +5,16 @@ import signal
 import threading
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from helpers.commands import FreshCommand, wait_until
-from omegaconf import OmegaConf
 
 from tiedlora.errors import UserError
+from tiedlora.models.device import resolve_device
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.run_cell import run_cell
-from tiedlora.sweeps.worker_slots import SlotJob, WorkerSlots, visible_device
+from tiedlora.sweeps.worker_slots import SLOT_DEVICE, SlotJob, WorkerSlots, visible_device
 
 
 def results(finished: Sweep) -> dict[str, tuple[bytes, str]]:
@@ -145,18 +144,17 @@ def test_a_wrong_number_of_slots_or_devices_is_refused(words, says):
         launcher.setup(hydra_context=None, task_function=None, config=None)
 
 
-@pytest.mark.parametrize(
-    ("has_device", "device", "used"), [(True, "auto", "cuda"), (False, "auto", "auto"), (True, "cpu", "cpu")]
-)
-def test_a_slot_with_a_device_does_not_fall_back_to_the_cpu(monkeypatch, has_device, device, used):
-    from hydra_plugins import joblib_slots
+def test_a_slot_with_a_device_does_not_fall_back_to_the_cpu(monkeypatch):
+    from hydra_plugins.joblib_slots import JoblibSlotsLauncher
 
-    config = OmegaConf.create({"train": {"device": device}, "hydra": {"job": {"id": None, "num": None}}})
-    loader = SimpleNamespace(load_sweep_config=lambda *_: config)
-    monkeypatch.setattr(joblib_slots, "run_job", lambda **arguments: arguments["config"].train.device)
-    monkeypatch.setattr(joblib_slots.Singleton, "set_state", lambda _: None)
-    context = SimpleNamespace(config_loader=loader)
-    assert joblib_slots._run_job(context, None, None, {}, has_device, ["cell=x"], 0) == used
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name, value in JoblibSlotsLauncher(n_jobs=1, devices=[7]).environment(0).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"^hydra\.launcher\.devices: has 7, and torch finds no such CUDA device"):
+        resolve_device("auto")
+    assert resolve_device("cpu").type == "cpu"
+    monkeypatch.delenv(SLOT_DEVICE)
+    assert resolve_device("auto").type == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from tiedlora.errors import UserError
 from tiedlora.runs import lazy, run
 from tiedlora.sweeps import launching
+from tiedlora.sweeps.control import BUSY
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.run_cell import run_cell
 from tiedlora.sweeps.staged import StageLaunches
@@ -75,18 +76,32 @@ def test_a_sweep_waits_for_a_process_that_scores_it(unscored):
     launches = []
 
     def launch(cells, _):
-        launches.append(1)
+        launches.append(time.monotonic())
         if len(launches) == 1:
-            with held(cell.folder, 3):
-                # In place of a worker that finds the run busy. The launch ends while the other process works on.
-                threading.Thread(target=run_cell, args=(cell.config, unscored.path)).start()
-                time.sleep(1)
+            # As a worker does that finds the run busy.
+            unscored.control.note_start(cell.run_id, BUSY)
         else:
             run_cell(cell.config, unscored.path)
 
-    launching.run_sweep(unscored, launch)
+    with held(cell.folder, 3):
+        launching.run_sweep(unscored, launch)
     assert cell.state() == "done"
-    assert len(launches) == 2
+    first, second = launches
+    assert second - first > 2, "it is launched again when the other process has ended"
+
+
+def test_an_error_of_this_command_stays_new_when_another_command_begins(tiny_run):
+    swept = compose_sweep(tiny_run())
+    (cell,), ours, theirs = swept.cells, swept.control, swept.control
+    ours.start(fail_fast=False)
+    time.sleep(0.02)
+    cell.folder.path.mkdir(parents=True)
+    cell.folder.error_file.write_text("tiedlora.errors.Diverged: step 3: the loss is nan\n")
+    time.sleep(0.02)
+    theirs.start(fail_fast=False)
+    assert ours.is_new(cell.folder.error_file)
+    assert not theirs.is_new(cell.folder.error_file)
+    assert not swept.control.is_new(cell.folder.error_file), "a worker asks the latest command"
 
 
 def test_a_cell_that_has_failed_elsewhere_since_the_start_is_not_run_again(tiny_run, monkeypatch):

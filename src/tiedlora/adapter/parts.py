@@ -32,11 +32,11 @@ def check_numbers(rank: object, alpha: object, seed: object) -> None:
     """Raises UserError unless the rank, alpha and seed are those of an adapter that can be trained and read again."""
     # Python's bool is a subclass of int, but True is not a rank.
     if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
-        raise UserError(f"rank={rank!r:.40}: must be a whole number from 1 to {LARGEST_RANK}")
+        raise UserError(f"rank={rank!r:.40}: must be an int from 1 to {LARGEST_RANK}")
     if not isinstance(alpha, (int, float)) or not is_number(alpha) or not 1e-12 <= alpha <= 1e12:
-        raise UserError(f"alpha={alpha!r:.40}: must be a positive number")
+        raise UserError(f"alpha={alpha!r:.40}: must be a positive int or float")
     if type(seed) is not int:
-        raise UserError(f"seed={seed!r:.40}: must be a whole number")
+        raise UserError(f"seed={seed!r:.40}: must be an int")
 
 
 def draw(init: float | str, shape: tuple[int, ...], seed: int, part: str, target: str) -> Tensor:

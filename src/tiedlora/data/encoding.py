@@ -80,6 +80,11 @@ class Encoder:
         starts_with_bos = bos is not None and self.tokenizer("x").input_ids[:1] == [bos]
         return (bos, *ids) if starts_with_bos else tuple(ids)
 
+    @property
+    def leaves_out_blank(self) -> bool:
+        """Whether a target loses its leading blank, because the tokenizer adds one."""
+        return not self.config.chat_template and self.adds_blank
+
     @cached_property
     def adds_blank(self) -> bool:
         """Whether the tokenizer puts a blank before every text, as the files of Mistral and Phi-3 tell it to.
@@ -94,7 +99,7 @@ class Encoder:
         """Token ids of a text that follows a prompt. After a chat template, the text loses its leading space."""
         if self.config.chat_template:
             text = text.lstrip(" ")
-        elif self.adds_blank:
+        elif self.leaves_out_blank:
             text = text.removeprefix(" ")
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 

@@ -49,7 +49,7 @@ def load_or_encode(
     key = [ENCODING_VERSION, tokenizers.__version__, identity(encoder.config), encoder.context, digest]
     if encoder.template_digest is not None:
         key.append(encoder.template_digest)
-    if encoder.adds_blank:
+    if encoder.leaves_out_blank:
         # Before the blank was left out, these targets had two.
         key.append("one blank")
     name = hashlib.sha256(json.dumps([*key, plain(base.record)], sort_keys=True).encode()).hexdigest()[:24]

@@ -27,16 +27,18 @@ def resolve_device(name: str, local_index: int | None = None) -> torch.device:
             default GPU.
 
     Raises:
-        UserError: the name asks for CUDA, and there is no CUDA device.
+        UserError: the name, or the slot of a sweep, asks for CUDA, and there is no CUDA device.
     """
     if name.startswith("cuda") and not torch.cuda.is_available():
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        among = (
-            "" if seen is None else f" among CUDA_VISIBLE_DEVICES={seen} (hydra.launcher.devices sets it for a slot)"
-        )
-        raise UserError(f"train.device={name}: no CUDA device here{among}; use train.device=auto or cpu")
+        raise UserError(f"train.device={name}: no CUDA device here; use train.device=auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        # The variable of a slot of hydra/launcher=joblib_slots that has a device (sweeps.worker_slots.SLOT_DEVICE).
+        if name == "cpu" and (slot := os.environ.get("TIEDLORA_SLOT_DEVICE")):
+            raise UserError(
+                f"hydra.launcher.devices: has {slot}, and torch finds no such CUDA device here; correct the list, or "
+                "use train.device=cpu"
+            )
     if name.startswith("cuda") and local_index is not None:
         return torch.device("cuda", local_index)
     return torch.device(name)

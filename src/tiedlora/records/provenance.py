@@ -26,6 +26,7 @@ PACKAGES = (
 )
 """The packages that a result depends on. Their versions are recorded."""
 CHAT_TEMPLATE = "chat template"
+TARGET_BLANK, LEFT_OUT = "target blank", "left out"
 """The entry beside them that holds the digest of the chat template, for a task that uses one."""
 
 

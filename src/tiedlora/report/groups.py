@@ -15,7 +15,7 @@ from typing import Any
 
 from tiedlora.config.identity import identity_digest
 from tiedlora.config.sizes import is_near
-from tiedlora.records.provenance import CHAT_TEMPLATE
+from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK
 from tiedlora.records.selection import RateChoice, Selection
 from tiedlora.records.validation_scores import validation_metric, validation_scores
 from tiedlora.report.runs import LeftOut, Run, UnfinishedRun
@@ -110,9 +110,11 @@ class RunGroup:
 
     @property
     def step_size(self) -> str:
-        """The key of what scales the steps beside the rate: alpha, the scaling, and the factors of the parts."""
-        tree = self.runs[0].record.identity.tree
-        return _key({"rank": tree["rank"], "lr_factor": tree["train"].get("lr_factor")})
+        """The key of what scales the steps beside the rate: alpha / r, the scaling, and the factors of the parts."""
+        identity = self.runs[0].record.identity
+        rank, factors = identity.rank, identity.tree["train"].get("lr_factor")
+        alpha = None if rank.alpha is None else rank.alpha / rank.r
+        return _key({"alpha": alpha, "scaling": rank.scaling, "lr_factor": factors})
 
     @property
     def training_digests(self) -> set[str]:
@@ -288,7 +290,7 @@ def _mark_mixtures(group: RunGroup) -> None:
         group.marks.append(f"mixed commits: {', '.join(commits)}")
     if any(record.code.dirty for record in records):
         group.marks.append("made by uncommitted code")
-    for package in ("torch", "transformers", CHAT_TEMPLATE):
+    for package in ("torch", "transformers", CHAT_TEMPLATE, TARGET_BLANK):
         versions = sorted({str(record.versions.get(package)) for record in records})
         if len(versions) > 1:
             group.marks.append(f"mixed versions of {package}: {', '.join(versions)}")

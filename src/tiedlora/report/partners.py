@@ -138,12 +138,14 @@ def _partner(
 
 def _only_one(groups: Sequence[RunGroup], anchor: RunGroup) -> tuple[RunGroup | None, str]:
     """The plain one of several groups; without one, the one that scales its steps as the anchor; else a problem."""
+    plain = [group for group in groups if group.is_plain]
     alike = [group for group in groups if group.step_size == anchor.step_size]
-    for some in (groups, [group for group in groups if group.is_plain], alike):
+    # The anchor is among them if it is compared with itself, on other seeds.
+    for some in (groups, [group for group in groups if group is anchor], plain, alike):
         if len(some) == 1:
             return some[0], ""
     names = ", ".join(group.name for group in groups)
-    return None, f"several groups could be compared, and none is the plain one: {names}; move the others elsewhere"
+    return None, f"several groups fit, and no single one is plain: {names}; report a folder with only one of them"
 
 
 def _advice(group: RunGroup, params: int) -> str:

@@ -211,7 +211,7 @@ class Scorer:
         key += [self.encoder.prompt_limit] if with_task else []
         key += [template] if with_task and (template := self.encoder.template_digest) else []
         # Before the blank was left out, the targets of these models had two.
-        key += ["one blank"] if with_task and self.encoder.adds_blank else []
+        key += ["one blank"] if with_task and self.encoder.leaves_out_blank else []
         # The losses are ours under every engine.
         key += [score.engine] if score.engine != OURS and with_task and not more else []
         key += [digest(examples), *([score.batch_tokens] if score.batch_tokens else []), *more]

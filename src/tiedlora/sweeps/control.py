@@ -37,12 +37,14 @@ class SweepControl:
         self._dropped, self._retried = folder / "dropped", folder / "retried"
         self._fail_fast, self._first_failure = folder / "fail_fast", folder / "first_failure"
         self._started, self._began = folder / "started", folder / "began"
+        self._began_at: int | None = None
 
     def start(self, fail_fast: bool) -> None:
         """Begin a sweep. Dropped cells stay dropped; earlier failures and retries count no more."""
         for path in [self._fail_fast, self._first_failure, *self._retried.glob("*"), *self._started.glob("*")]:
             path.unlink(missing_ok=True)
         storage.write_bytes(self._began, b"", flush=False)
+        self._began_at = self._began.stat().st_mtime_ns
         if fail_fast:
             storage.write_bytes(self._fail_fast, b"")
 
@@ -72,6 +74,10 @@ class SweepControl:
         """Note that a launcher's process has started the cell (STARTED), or could not because it is BUSY."""
         storage.write_bytes(self._started / run_id, what.encode(), flush=False)
 
+    def has_started(self, run_id: str) -> bool:
+        """Whether a launcher's process has started the cell in a launch that has not ended yet."""
+        return (self._started / run_id).exists()
+
     def take_start(self, run_id: str) -> str | None:
         """What was noted since the last call: STARTED, BUSY, or None if no process has come to the cell."""
         path = self._started / run_id
@@ -80,12 +86,13 @@ class SweepControl:
         return noted
 
     def is_new(self, error_file: Path) -> bool:
-        """Whether the error is of the latest command, or of another one that runs beside it.
+        """Whether a run has failed since this command began; in a worker, since the latest command of the sweep began.
 
-        Both files have their times from the same file system, so the clocks of machines do not matter.
+        Both files are in one file system, so on most of them the clocks of machines do not matter.
         """
         try:
-            return error_file.stat().st_mtime_ns > self._began.stat().st_mtime_ns
+            began = self._began_at if self._began_at is not None else self._began.stat().st_mtime_ns
+            return error_file.stat().st_mtime_ns > began
         except FileNotFoundError:
             return False
 

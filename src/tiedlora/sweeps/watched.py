@@ -198,8 +198,12 @@ class WatchedSweep:
         if is_locked(folder.path / ".lock", inodes):
             self._locked_before.add(cell.run_id)
             return "running"
-        if folder.error_file.exists() or isinstance(record, str):
+        if isinstance(record, str):
             return "failed"
+        if folder.error_file.exists():
+            # An earlier error stays while the run loads again.
+            loads = control.has_started(cell.run_id) and not control.is_new(folder.error_file)
+            return "running" if loads else "failed"
         if control.is_dropped(cell.run_id):
             return "dropped"
         if not folder.path.exists():

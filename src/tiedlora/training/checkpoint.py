@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from tiedlora import storage
 from tiedlora.errors import UserError
+from tiedlora.records.provenance import TARGET_BLANK
 from tiedlora.records.reading import Text, typed
 from tiedlora.records.run_record import CodeVersion, plain
 from tiedlora.training.loop import TrainState
@@ -172,6 +173,11 @@ def _compare(saved: RunInputs, now: RunInputs, where: Path) -> None:
                 f"{where}: was trained on another {name} ({before}, now {after}); "
                 f"restore it, or remove {where.parent} to start from the first step"
             )
+    if saved.versions.get(TARGET_BLANK) != now.versions.get(TARGET_BLANK):
+        raise UserError(
+            f"{where}: was trained on targets with two blanks at their start, which this version does not make; remove "
+            f"{where.parent} to start from the first step"
+        )
     packages = sorted({*saved.versions, *now.versions})
     if changed := [name for name in packages if saved.versions.get(name) != now.versions.get(name)]:
         then, today = ({name: inputs.versions.get(name) for name in changed} for inputs in (saved, now))
