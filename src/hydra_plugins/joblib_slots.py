@@ -18,9 +18,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, open_dict
 
+from tiedlora.config.schema import SLOT_DEVICE
 from tiedlora.errors import UserError
 from tiedlora.keys import is_count
-from tiedlora.sweeps.worker_slots import SLOT_DEVICE, SlotJob, WorkerSlots, visible_device
+from tiedlora.sweeps.worker_slots import SlotJob, WorkerSlots, visible_device
 
 
 class JoblibSlotsLauncher(Launcher):

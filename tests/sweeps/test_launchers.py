@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from helpers.commands import FreshCommand, wait_until
 
+from tiedlora.config.schema import SLOT_DEVICE
 from tiedlora.errors import UserError
 from tiedlora.models.device import resolve_device
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.run_cell import run_cell
-from tiedlora.sweeps.worker_slots import SLOT_DEVICE, SlotJob, WorkerSlots, visible_device
+from tiedlora.sweeps.worker_slots import SlotJob, WorkerSlots, visible_device
 
 
 def results(finished: Sweep) -> dict[str, tuple[bytes, str]]:

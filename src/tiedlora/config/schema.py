@@ -16,6 +16,9 @@ SPLITS = ("train", "validation", "test")
 SCORED_SPLITS = ("validation", "test")
 FORGETTING = "forgetting"
 """The name under which a run's record holds the losses of neutral text, beside the splits."""
+SLOT_DEVICE = "TIEDLORA_SLOT_DEVICE"
+"""The variable that tells a process of hydra/launcher=joblib_slots its device. With it, train.device=auto does not fall
+back to the CPU."""
 LARGEST_SCORING = 65_536
 """Upper bound of the rows that are scored together, and of the tokens of an answer."""
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
+from tiedlora.records.provenance import CHAT_TEMPLATE, LEFT_OUT, TARGET_BLANK
 from tiedlora.tasks import Example
 
 BLANK_MARK = "\u2581"
@@ -79,6 +80,12 @@ class Encoder:
         bos = self.tokenizer.bos_token_id
         starts_with_bos = bos is not None and self.tokenizer("x").input_ids[:1] == [bos]
         return (bos, *ids) if starts_with_bos else tuple(ids)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What a record and the keys of caches hold about the tokens, besides the model's digest; mostly nothing."""
+        found = {CHAT_TEMPLATE: self.template_digest, TARGET_BLANK: LEFT_OUT if self.leaves_out_blank else None}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def leaves_out_blank(self) -> bool:

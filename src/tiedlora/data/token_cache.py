@@ -47,11 +47,7 @@ def load_or_encode(
     if len(examples) < MIN_ROWS or not base.digest_is_known:
         return encode_rows(encoder, examples)
     key = [ENCODING_VERSION, tokenizers.__version__, identity(encoder.config), encoder.context, digest]
-    if encoder.template_digest is not None:
-        key.append(encoder.template_digest)
-    if encoder.leaves_out_blank:
-        # Before the blank was left out, these targets had two.
-        key.append("one blank")
+    key += encoder.versions.values()
     name = hashlib.sha256(json.dumps([*key, plain(base.record)], sort_keys=True).encode()).hexdigest()[:24]
     path = cache / "tokens" / f"{name}.safetensors"
     try:

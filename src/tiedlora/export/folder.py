@@ -111,7 +111,7 @@ def _write(run: RunFolder, record: RunRecord, config: Config, out: Path, options
     else:
         rounding = _write_merged(run, config, out, options)
         notes.append(rounding)
-    if TEXTS in (record.left_out or []):
+    if not record.keeps(TEXTS):
         notes.append("The run's record is a study's, which keeps no prompts, so there is no task for lm_eval here.")
     elif options.form != "hub-card" and options.split in record.scores:
         task = write_task(config, run.predictions_file(options.split), out)

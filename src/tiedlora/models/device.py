@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from tiedlora.config.schema import SLOT_DEVICE
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import Execution
 
@@ -33,8 +34,7 @@ def resolve_device(name: str, local_index: int | None = None) -> torch.device:
         raise UserError(f"train.device={name}: no CUDA device here; use train.device=auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        # The variable of a slot of hydra/launcher=joblib_slots that has a device (sweeps.worker_slots.SLOT_DEVICE).
-        if name == "cpu" and (slot := os.environ.get("TIEDLORA_SLOT_DEVICE")):
+        if name == "cpu" and (slot := os.environ.get(SLOT_DEVICE)):
             raise UserError(
                 f"hydra.launcher.devices: has {slot}, and torch finds no such CUDA device here; correct the list, or "
                 "use train.device=cpu"

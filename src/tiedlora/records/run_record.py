@@ -262,10 +262,14 @@ class RunRecord:
             tree[name] = value
         return {**tree, "identity": self.identity.tree, "config": self.config.tree}
 
+    def keeps(self, what: str) -> bool:
+        """Whether the folder has its texts or its adapter (TEXTS, ADAPTER). A study may leave them out."""
+        return what not in (self.left_out or ())
+
     @property
     def lacks_adapter(self) -> bool:
         """Whether a study has left the adapter out, so that nothing more can be scored."""
-        return ADAPTER in (self.left_out or [])
+        return not self.keeps(ADAPTER)
 
     @property
     def is_other_method(self) -> bool:

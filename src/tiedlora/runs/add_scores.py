@@ -12,7 +12,7 @@ from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models import products
-from tiedlora.records.provenance import CHAT_TEMPLATE, LEFT_OUT, TARGET_BLANK
+from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.process_device import set_up_device
@@ -72,7 +72,7 @@ def add_scores(
         encoder = Encoder(base.tokenizer, config.task, config.model.context)
         if finished.versions.get(CHAT_TEMPLATE) not in (None, encoder.template_digest):
             raise UserError(f"{folder.path}: was trained with another chat template of the model; restore it")
-        if finished.versions.get(TARGET_BLANK) != (LEFT_OUT if encoder.leaves_out_blank else None):
+        if finished.versions.get(TARGET_BLANK) != encoder.versions.get(TARGET_BLANK):
             raise UserError(
                 f"{folder.path}: was trained on targets with two blanks at their start, which this version does not "
                 "make; train it again (force=true)"

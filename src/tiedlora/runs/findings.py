@@ -37,10 +37,6 @@ class CheckedRun:
     examples: dict[str, list[Example]] = field(default_factory=dict)
     """Split -> its rows, if they can be read here."""
 
-    def keeps(self, what: str) -> bool:
-        """Whether the folder has its texts or its adapter (run_record.TEXTS, ADAPTER). A study may leave them out."""
-        return what not in (self.record.left_out or ())
-
     def predictions(self, split: str, base: bool = False) -> list[PredictionRow]:
         """The rows of predictions/. Texts that a study has left out are taken from the data, by the rows' ids.
 
@@ -52,7 +48,7 @@ class CheckedRun:
         else:
             path = self.folder.predictions_file(split)
         rows = read_predictions(path)
-        if self.keeps(TEXTS) or not any(row.has_answer for row in rows):
+        if self.record.keeps(TEXTS) or not any(row.has_answer for row in rows):
             return rows
         by_id = {example.id: example for example in self.examples.get(split, [])}
         if missing := [row.id for row in rows if row.id not in by_id]:

@@ -32,7 +32,7 @@ LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 
 def check_adapter(run: CheckedRun) -> Iterator[Finding]:
     """Check that the adapter has its own hash, and that it belongs to this run."""
-    if not run.keeps(ADAPTER):
+    if not run.record.keeps(ADAPTER):
         yield Finding("adapter", None, "the study keeps only its sha256; the run's command gives the files again")
         return
     try:
@@ -83,7 +83,7 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
         suspects: the ids of rows that are regenerated first.
     """
     config = run.config
-    if not run.keeps(ADAPTER):
+    if not run.record.keeps(ADAPTER):
         yield Finding("regenerate", None, "the study keeps no adapter of this run")
         return
     try:

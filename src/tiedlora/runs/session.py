@@ -22,7 +22,7 @@ from tiedlora.errors import UserError
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.models.device import execution_on
 from tiedlora.records.admission import Admission
-from tiedlora.records.provenance import CHAT_TEMPLATE, LEFT_OUT, TARGET_BLANK, code_version, package_versions
+from tiedlora.records.provenance import code_version, package_versions
 from tiedlora.runs.admission_rules import check_scores_mean_something
 from tiedlora.runs.inputs import RunRows, read_rows
 from tiedlora.runs.process_cache import SingleSlotCache
@@ -99,10 +99,7 @@ class RunSession:
         # 4. The values for the record and the checkpoints.
         self.execution = execution_on(self.device, world.size)
         self.code, self.versions, self.data_digests = code_version(), package_versions(), rows.digests
-        if self.encoder.template_digest is not None:
-            self.versions[CHAT_TEMPLATE] = self.encoder.template_digest
-        if self.encoder.leaves_out_blank:
-            self.versions[TARGET_BLANK] = LEFT_OUT
+        self.versions |= self.encoder.versions
 
     def _fit(self, rows: RunRows) -> dict[str, EncodedRows]:
         config, base = self.config, self.base

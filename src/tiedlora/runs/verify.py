@@ -127,7 +127,7 @@ def _differences(a: Any, b: Any, prefix: str = "") -> Iterator[str]:
 def _check_files(run: CheckedRun) -> Iterator[Finding]:
     """Check the adapter's files and the predictions against the sha256 values in result.json."""
     expected: dict[str, str | None] = {}
-    if run.keeps(ADAPTER):
+    if run.record.keeps(ADAPTER):
         # Records of the earliest version name no files.
         names = list(run.record.files) or ["adapter/adapter.json", "adapter/adapter.safetensors"]
         expected = {name: run.record.files.get(name) for name in names}
@@ -174,7 +174,7 @@ def _check_data(run: CheckedRun) -> Iterator[Finding]:
 
 def _check_passages(run: CheckedRun) -> Finding:
     """Check the passages of neutral text. The predictions hold the whole texts, so their source is not needed."""
-    if not run.keeps(TEXTS):
+    if not run.record.keeps(TEXTS):
         return Finding(f"data {FORGETTING}", None, "the study keeps no texts")
     rows = read_predictions(run.folder.predictions_file(FORGETTING))
     texts = [row.references[0] if row.references else "" for row in rows]
@@ -188,7 +188,7 @@ def _check_passages(run: CheckedRun) -> Finding:
 
 def _changed_row(run: CheckedRun, split: str) -> tuple[str | None, str]:
     """The id of the first row that differs from its prediction, and what differs."""
-    if not run.keeps(TEXTS):
+    if not run.record.keeps(TEXTS):
         return None, "the study keeps no texts, so the row cannot be named"
     try:
         rows = read_predictions(run.folder.predictions_file(split))
@@ -225,7 +225,7 @@ def _check_predictions(run: CheckedRun) -> Iterator[Finding]:
     for split, recorded in run.record.scores.items():
         check = f"predictions {split}"
         has_answers = not all(map(is_loss, recorded.metrics))
-        if has_answers and not run.keeps(TEXTS) and split not in run.examples:
+        if has_answers and not run.record.keeps(TEXTS) and split not in run.examples:
             yield Finding(check, None, "the study keeps no texts, and the rows cannot be read here")
             continue
         rows = run.predictions(split)

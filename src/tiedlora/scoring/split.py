@@ -209,9 +209,7 @@ class Scorer:
         score, task = self.config.score, identity(self.config.task)
         key: list[Any] = [plain(self.base), self.config.train.dtype, score.batch_size]
         key += [self.encoder.prompt_limit] if with_task else []
-        key += [template] if with_task and (template := self.encoder.template_digest) else []
-        # Before the blank was left out, the targets of these models had two.
-        key += ["one blank"] if with_task and self.encoder.leaves_out_blank else []
+        key += self.encoder.versions.values() if with_task else []
         # The losses are ours under every engine.
         key += [score.engine] if score.engine != OURS and with_task and not more else []
         key += [digest(examples), *([score.batch_tokens] if score.batch_tokens else []), *more]

@@ -21,8 +21,6 @@ from tiedlora.errors import UserError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-SLOT_DEVICE = "TIEDLORA_SLOT_DEVICE"
-"""The variable that tells a slot's process its device. With it, train.device=auto does not fall back to the CPU."""
 SECONDS_BETWEEN_SIGNAL_CHECKS = 0.2
 
 
