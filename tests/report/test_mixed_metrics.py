@@ -55,6 +55,27 @@ def test_the_curves_show_each_group_once(report):
     assert panel.title == "chain_sum\ntiny"
 
 
+def test_figures_show_the_metric_that_the_claims_compare(report, tmp_path):
+    claims = tmp_path / "claims.yaml"
+    sides = "method: {configuration: TABuv, rank: 8}, comparator: {configuration: LoRA, rank: 8}"
+
+    def shown(*tasks):
+        claims.write_text(
+            "claims:\n" + "".join(f"- {{name: C, {sides}, retains: 0.9, tasks: {task}}}\n" for task in tasks)
+        )
+        return drawn(charts.by_setting(write.build([tmp_path], claims=claims).rows, "tiny"))
+
+    by_loss = {("target_loss", ("LoRA", "TAB", "TABuv"))}
+    both = drawn(charts.by_setting(report.rows, "tiny"))
+    assert len(both) == 2
+    assert shown("{chain_sum: target_loss}") == by_loss
+    assert shown("{gsm8k: target_loss}") == both
+    # The first claim decides. [] compares every task by its first metric.
+    assert shown("[]", "{chain_sum: target_loss}") == both
+    # A group that has no such metric is shown by its own first one.
+    assert shown("{chain_sum: exact_match_strict}") == both
+
+
 def test_the_overview_has_a_column_for_each_metric_and_no_average(report):
     (table,) = overview(report.rows, [])
     assert list(table.head[4:]) == ["chain_sum, exact_match_strict", "chain_sum, target_loss"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tiedlora.report import estimates
+from tiedlora.report.claims import Claim
 from tiedlora.report.estimates import Estimate, Measure
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.reference import PublishedScore
@@ -24,8 +25,8 @@ class ResultRow:
     group: RunGroup
     measure: Measure
     primary: bool
-    """Whether the metric is the first one of this group, or of another group in its setting. Figures and the overview
-    show these, each in a panel or column of its own."""
+    """Whether this group, or another one in its setting, is shown by this metric (see result_rows). Figures and the
+    overview have a panel or a column for each of these."""
     seeds: list[int] = field(default_factory=list)
     examples: int = 0
     score: Estimate | None = None
@@ -51,8 +52,13 @@ def shown_splits(groups: Sequence[RunGroup]) -> dict[str, str]:
     return shown
 
 
-def result_rows(groups: Sequence[RunGroup], book: Scorebook, split: str | None = None) -> list[ResultRow]:
+def result_rows(
+    groups: Sequence[RunGroup], book: Scorebook, split: str | None = None, claims: Sequence[Claim] = ()
+) -> list[ResultRow]:
     """The numbers of every group, one row for each metric of its task.
+
+    Figures show a group by the first metric that a claim compares on its task and that the group has. Without a claim
+    on the task, this is the task's first metric.
 
     Args:
         split: validation or test; None shows test if the chosen runs have it.
@@ -60,13 +66,13 @@ def result_rows(groups: Sequence[RunGroup], book: Scorebook, split: str | None =
     splits = {group.task: split for group in groups} if split else shown_splits(groups)
     lora = baselines(groups)
     metrics = [_metrics(group, splits[group.task]) for group in groups]
-    # Some groups of a setting may be scored by the loss alone, so that their first metric is another one.
-    firsts = {(group.setting, own[0]) for group, own in zip(groups, metrics, strict=True)}
+    # Some groups of a setting may be scored by the loss alone, so that they are shown by another metric.
+    shown = {(group.setting, _shown(group.task, own, claims)) for group, own in zip(groups, metrics, strict=True)}
     rows = []
     for group, own in zip(groups, metrics, strict=True):
         for metric in own:
             measure = Measure(splits[group.task], metric)
-            row = ResultRow(group, measure, primary=(group.setting, metric) in firsts)
+            row = ResultRow(group, measure, primary=(group.setting, metric) in shown)
             _fill(row, lora.get((group.setting, group.rank)), book)
             rows.append(row)
     return rows
@@ -75,6 +81,12 @@ def result_rows(groups: Sequence[RunGroup], book: Scorebook, split: str | None =
 def _metrics(group: RunGroup, split: str) -> list[str]:
     """The metrics of the group's first scored run, in their order; an empty name if none is scored."""
     return next((list(run.splits[split].metrics) for run in group.runs if split in run.splits), [""])
+
+
+def _shown(task: str, metrics: Sequence[str], claims: Sequence[Claim]) -> str:
+    """Which of a group's metrics stands for it in figures."""
+    claimed = [claim.metrics.get(task) or metrics[0] for claim in claims if claim.covers(task)]
+    return next((metric for metric in claimed if metric in metrics), metrics[0])
 
 
 def baselines(groups: Sequence[RunGroup]) -> Mapping[tuple[str, int], RunGroup]:

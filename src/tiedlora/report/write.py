@@ -99,7 +99,7 @@ def build(
     left_out = [*left_out, *damaged]
     groups = group_runs(runs, left_out, selections)
     book = Scorebook()
-    rows = compare.result_rows(groups, book, split)
+    rows = compare.result_rows(groups, book, split, stated)
     scores = reference.read(published_in) if published_in else []
     for row in rows:
         row.published = reference.published(scores, row.group, row.measure.split, row.measure.metric)
