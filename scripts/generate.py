@@ -47,7 +47,7 @@ def main() -> None:
     config = library.config_of(arguments.run)
     base = library.base_of(arguments.run, device=arguments.device, cache=arguments.cache)
     attached = library.load(arguments.run, base.model)
-    encoder = Encoder(base.tokenizer, config.task, config.model.context)
+    encoder = Encoder(base.tokenizer, config.task, config.model.context, base.more_ends)
     generator = Generator(attached, encoder, config, arguments.max_new_tokens or config.task.max_new_tokens)
     fields = re.findall(r"\{(\w+)\}", config.task.prompt)
     field = fields[0] if len(fields) == 1 and not arguments.raw else None
@@ -91,6 +91,7 @@ class Generator:
             [ids],
             max_new_tokens=self.max_new_tokens,
             stop=self.config.task.stop,
+            more_ends=self.encoder.more_ends,
             batch_size=1,
         )
         return output.text

@@ -41,7 +41,9 @@ def settings_with_stops(base, prompts, new=50):
     free = generate(base.model, base.tokenizer, prompts, max_new_tokens=new, batch_size=9)
     letters = {letter for output in free for letter in output.text if letter.isascii() and letter.isprintable()}
     stop = sorted(letters, key=lambda letter: sum(letter in output.text for output in free))[:4]
-    return {"max_new_tokens": new, "stop": stop}
+    # Some of them as tokens that end an answer.
+    ends = [base.tokenizer(letter, add_special_tokens=False).input_ids[0] for letter in stop[2:]]
+    return {"max_new_tokens": new, "stop": stop[:2], "more_ends": ends}
 
 
 @pytest.mark.parametrize("limits", [{"batch_size": 2}, {"batch_size": 9, "batch_tokens": 128}, {"batch_size": 64}])
@@ -56,7 +58,7 @@ def test_continuous_batching_writes_our_answers(name, limits):
     before = base.model.config._attn_implementation
     theirs = continuous.generate(base.model, base.tokenizer, prompts, **settings, **limits, progress=finished.append)
     assert theirs == ours
-    assert {output.ended for output in ours} >= {"stop", "length"}
+    assert {output.ended for output in ours} >= {"stop", "length", "end"}
     assert sum(finished) == len(prompts)
     assert base.model.config._attn_implementation == before
 
@@ -175,6 +177,8 @@ def test_what_vllm_returns_becomes_our_output():
     assert vllm_engine._output(Completion((*text, 256), "stop"), ends) == expected
     assert vllm_engine._output(Completion(text, "stop"), ends) == expected, "without the end-of-text token"
     assert vllm_engine._output(Completion(longer, "length"), ends) == Output("ab", 3, "stop")
+    more = vllm_engine.AnswerEnds(tokenizer, ["\n"], 5, [7])
+    assert vllm_engine._output(Completion((*text, 7), "stop"), more) == expected
     adapter = attach(tiny("tiny_llama").model, "TABuv", 9).adapter
     assert vllm_engine._lora_rank(adapter) == 16
     assert torch.equal(adapter.parts()["qkv.u"], torch.ones(3, 9))

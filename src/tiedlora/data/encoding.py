@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
-from tiedlora.records.provenance import CHAT_TEMPLATE, LEFT_OUT, TARGET_BLANK
+from tiedlora.records.provenance import CHAT_TEMPLATE, LEFT_OUT, MORE_ENDS, TARGET_BLANK
 from tiedlora.tasks import Example
 
 BLANK_MARK = "\u2581"
@@ -37,13 +37,15 @@ class Encoder:
 
     Args:
         context: how many tokens the model can attend to.
+        more_ends: the tokens that end an answer, besides the tokenizer's end-of-text token (BaseModel.more_ends).
 
     Raises:
         UserError: the task does not fit the tokenizer, or no prompt can fit.
     """
 
-    def __init__(self, tokenizer: Any, config: TaskConfig, context: int) -> None:
+    def __init__(self, tokenizer: Any, config: TaskConfig, context: int, more_ends: Sequence[int] = ()) -> None:
         self.tokenizer, self.config, self.context = tokenizer, config, context
+        self.more_ends = tuple(more_ends)
         self.prompt_limit = min(config.max_prompt_tokens or context, context - config.max_new_tokens)
         """The most tokens that a prompt may have."""
         if self.prompt_limit < 1:
@@ -84,7 +86,11 @@ class Encoder:
     @property
     def versions(self) -> dict[str, str]:
         """What a record and the keys of caches hold about the tokens, besides the model's digest; mostly nothing."""
-        found = {CHAT_TEMPLATE: self.template_digest, TARGET_BLANK: LEFT_OUT if self.leaves_out_blank else None}
+        found = {
+            CHAT_TEMPLATE: self.template_digest,
+            TARGET_BLANK: LEFT_OUT if self.leaves_out_blank else None,
+            MORE_ENDS: " ".join(map(str, self.more_ends)) or None,
+        }
         return {name: value for name, value in found.items() if value is not None}
 
     @property

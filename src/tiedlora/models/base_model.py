@@ -35,6 +35,19 @@ class BaseModel:
     digest_is_known: bool = True
     """False if the hub gave no commit. Then the digest does not identify the weights."""
 
+    @property
+    def more_ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer, besides the tokenizer's end-of-text token, in ascending order.
+
+        Instruct models name several in generation_config.json, such as the end of a turn. A single one that
+        transformers has taken from the model's class is not counted, because it may be any word of this tokenizer.
+        """
+        settings = self.model.generation_config
+        ends = settings.eos_token_id
+        if not isinstance(ends, list):
+            ends = [] if ends is None or settings._from_model_config else [ends]
+        return tuple(sorted({int(end) for end in ends} - {self.tokenizer.eos_token_id}))
+
 
 def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path) -> BaseModel:
     """Load the model in `dtype` onto `device`, in evaluation mode and without gradients.

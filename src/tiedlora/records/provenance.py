@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 
 from tiedlora.config.project import PROJECT
 from tiedlora.records.run_record import CodeVersion
@@ -26,8 +27,11 @@ PACKAGES = (
 )
 """The packages that a result depends on. Their versions are recorded."""
 CHAT_TEMPLATE = "chat template"
-TARGET_BLANK, LEFT_OUT = "target blank", "left out"
 """The entry beside them that holds the digest of the chat template, for a task that uses one."""
+TARGET_BLANK, LEFT_OUT = "target blank", "left out"
+"""The entry for a tokenizer that adds a blank before every text, and its value."""
+MORE_ENDS = "more ends of answers"
+"""The entry for a model that names more tokens that end an answer than its tokenizer does: their ids."""
 
 
 def code_version() -> CodeVersion:
@@ -37,6 +41,11 @@ def code_version() -> CodeVersion:
     """
     status = _git("status", "--porcelain", "--", ".", f":(exclude,glob){STUDY_RECORDS}")
     return CodeVersion(_git("rev-parse", "HEAD"), None if status is None else bool(status))
+
+
+def recorded_ends(versions: Mapping[str, str]) -> tuple[int, ...]:
+    """The ids of MORE_ENDS in a record's versions. Records of earlier versions have none: their answers went on."""
+    return tuple(map(int, versions.get(MORE_ENDS, "").split()))
 
 
 def _git(*arguments: str) -> str | None:

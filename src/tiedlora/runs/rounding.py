@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -145,11 +146,11 @@ def largest_gap(model: Any, encoder: Encoder, example: Example, recorded: Predic
     that were generated. The gap is then too large.
     """
     prompt = encoder.prompt(fitting(encoder, example, config).prompt)
-    ends = (encoder.tokenizer.eos_token_id,) if recorded.ended == "end" else ()
+    # Which token ended an answer is not recorded, and neither are blanks around it. It may have begun with one.
+    ends = [[end] for end in (encoder.tokenizer.eos_token_id, *encoder.more_ends)] if recorded.ended == "end" else [[]]
     gaps = []
-    # Blanks around an answer are not recorded. It may have begun with one.
-    for text in (recorded.output, " " + recorded.output):
-        answer = (*encoder.tokenizer(text, add_special_tokens=False).input_ids, *ends)
+    for text, end in product((recorded.output, " " + recorded.output), ends):
+        answer = [*encoder.tokenizer(text, add_special_tokens=False).input_ids, *end]
         ids = torch.tensor([[*prompt, *answer]], device=input_device(model))
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
         taken = logits.gather(1, ids[0, len(prompt) :, None].to(logits.device))[:, 0]

@@ -84,7 +84,7 @@ class RunSession:
         rows = read_rows(config)
         self.base = cached_base(config, self.device, world if config.train.shard else None)
         # 2. The rows as token ids, without those that do not fit.
-        self.encoder = Encoder(self.base.tokenizer, config.task, config.model.context)
+        self.encoder = Encoder(self.base.tokenizer, config.task, config.model.context, self.base.more_ends)
         self.fitted = self._fit(rows)
         self.train_examples = [rows.examples["train"][number] for number in self.fitted["train"].kept]
         self.validation_examples = rows.examples["validation"]

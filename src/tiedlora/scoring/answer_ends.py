@@ -1,4 +1,4 @@
-"""Where an answer ends: at the end-of-text token, at a stop string, or at the limit of its tokens."""
+"""Where an answer ends: at the end-of-text token or another end, at a stop string, or at the limit of its tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Output:
     """The answer that was generated for one prompt."""
 
     text: str
-    """The text before the stop string or the end-of-text token."""
+    """The text before the stop string or the token that ends it."""
     tokens: int
     ended: str
-    """end (end-of-text token), stop (stop string) or length (max_new_tokens)."""
+    """end (end-of-text token, or another one that ends), stop (stop string) or length (max_new_tokens)."""
 
 
 class AnswerEnds:
@@ -29,11 +29,13 @@ class AnswerEnds:
     Args:
         stop: strings that end an answer. They count only after the answer's first character that is not blank.
         max_new_tokens: the most tokens of an answer.
+        more_ends: ids of tokens that end an answer, besides the tokenizer's end-of-text token.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], max_new_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str], max_new_tokens: int, more_ends: Sequence[int] = ()) -> None:
         self.tokenizer, self.stop, self.max_new_tokens = tokenizer, stop, max_new_tokens
-        self.end_id: int = tokenizer.eos_token_id
+        self.end_ids: list[int] = [tokenizer.eos_token_id, *more_ends]
+        """The end-of-text token is the first."""
         # A stop string has at most as many tokens as bytes.
         longest = max((len(string.encode("utf-8", "surrogatepass")) for string in stop), default=0)
         self.tail_tokens = max(longest, MIN_STOP_SEARCH_TOKENS)
@@ -46,7 +48,7 @@ class AnswerEnds:
         Args:
             written: the ids of an answer's tokens, at least one.
         """
-        if written[-1] == self.end_id:
+        if written[-1] in self.end_ids:
             return Output(self._text(written[:-1]), len(written), "end")
         if self.stop and self._may_end_stop(written[-1]) and self._is_near_end(written):
             text = self._text(written)

@@ -30,6 +30,7 @@ def generate(
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    more_ends: Sequence[int] = (),
     batch_size: int,
     batch_tokens: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
@@ -46,12 +47,15 @@ def generate(
     Raises:
         RuntimeError: it failed; also if memory ran out.
     """
-    ends = AnswerEnds(tokenizer, stop, max_new_tokens)
+    ends = AnswerEnds(tokenizer, stop, max_new_tokens, more_ends)
     pages = sorted((-(-(len(prompt) + max_new_tokens) // PAGE) for prompt in prompts), reverse=True)
     enough = sum(pages[:batch_size])
     blocks = enough if batch_tokens is None else max(pages[0], min(enough, batch_tokens // PAGE))
     generation = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends.end_id, pad_token_id=ends.end_id
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=ends.end_ids,
+        pad_token_id=ends.end_ids[0],
     )
     batching = ContinuousBatchingConfig(
         # One page more, because a part of the cache is kept free.

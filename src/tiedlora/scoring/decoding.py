@@ -31,6 +31,7 @@ def generate(
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    more_ends: Sequence[int] = (),
     batch_size: int,
     batch_tokens: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
@@ -44,13 +45,14 @@ def generate(
     Args:
         prompts: token ids, none empty.
         stop: strings that end an answer. They count only after the answer's first character that is not blank.
+        more_ends: ids of tokens that end an answer, besides the tokenizer's end-of-text token.
         batch_size: the most rows that are decoded together.
         batch_tokens: the most tokens of those rows, with padding and space for their answers; None sets no limit.
         progress: is called with the number of rows that have just finished.
         steps: computes the next tokens of a batch (see steps.py).
     """
     outputs: dict[int, Output] = {}
-    ends = AnswerEnds(tokenizer, stop, max_new_tokens)
+    ends = AnswerEnds(tokenizer, stop, max_new_tokens, more_ends)
     for batch in generation_batches(prompts, max_new_tokens, batch_size, batch_tokens):
         batch_steps = steps(model, [prompts[i] for i in batch], tokenizer.eos_token_id, max_new_tokens)
         outputs.update(zip(batch, _decode(model, batch_steps, len(batch), ends, progress), strict=True))

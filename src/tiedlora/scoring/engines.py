@@ -36,6 +36,7 @@ class Engine(Protocol):
         *,
         max_new_tokens: int,
         stop: Sequence[str],
+        more_ends: Sequence[int],
         batch_size: int,
         batch_tokens: int | None,
         progress: Callable[[int], None],

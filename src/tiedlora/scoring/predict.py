@@ -124,6 +124,7 @@ def _generate(
         _prompts(encoder, examples),
         max_new_tokens=config.task.max_new_tokens,
         stop=config.task.stop,
+        more_ends=encoder.more_ends,
         batch_size=config.score.batch_size,
         batch_tokens=config.score.batch_tokens,
         progress=progress.advance,

@@ -102,6 +102,7 @@ def generate(
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    more_ends: Sequence[int] = (),
     batch_size: int,
     batch_tokens: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
@@ -122,7 +123,7 @@ def generate(
     """
     from vllm import SamplingParams
 
-    ends = AnswerEnds(tokenizer, stop, max_new_tokens)
+    ends = AnswerEnds(tokenizer, stop, max_new_tokens, more_ends)
     longest = max(map(len, prompts)) + max_new_tokens
     engine = _Engine.started(
         _Wish(
@@ -136,9 +137,9 @@ def generate(
     sampling = SamplingParams(
         temperature=0.0,
         max_tokens=max_new_tokens,
-        # This project ends at the tokenizer's end-of-text token, whatever else the model's files name.
+        # The ends are those of this project's own decoding, and not what vLLM reads in the model's files.
         ignore_eos=True,
-        stop_token_ids=[ends.end_id],
+        stop_token_ids=ends.end_ids,
         detokenize=False,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -163,6 +164,6 @@ def _lora_rank(adapter: TiedAdapter) -> int:
 
 def _output(completion: Any, ends: AnswerEnds) -> Output:
     tokens = list(completion.token_ids)
-    if completion.finish_reason == "stop" and tokens[-1:] != [ends.end_id]:
-        tokens.append(ends.end_id)
+    if completion.finish_reason == "stop" and (not tokens or tokens[-1] not in ends.end_ids):
+        tokens.append(ends.end_ids[0])
     return ends.first_output(tokens)

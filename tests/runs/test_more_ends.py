@@ -1,0 +1,82 @@
+"""Models that name more tokens that end an answer than their tokenizer does, in generation_config.json."""
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+from helpers.tiny import tiny
+
+from tiedlora.config.identity import run_id
+from tiedlora.models.base_model import BaseModel
+from tiedlora.records.provenance import MORE_ENDS
+from tiedlora.records.rows import read_predictions
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.runs import lazy, run, session, verify
+from tiedlora.runs.process_cache import SingleSlotCache
+
+ENDS = sorted(tiny("tiny_llama").tokenizer(string.ascii_letters, add_special_tokens=False).input_ids)
+"""Tokens that end an answer: the tiny tokenizer has a token for each letter."""
+
+
+def folder_of(config) -> RunFolder:
+    return RunFolder(Path(config.outputs) / run_id(config))
+
+
+@pytest.fixture
+def config(tiny_config, tmp_path, monkeypatch):
+    base = tiny("tiny_llama")
+    for part in (base.model, base.tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [base.tokenizer.eos_token_id, *ENDS]}))
+    # No model in memory, as in another process.
+    monkeypatch.setattr(session, "_BASE", SingleSlotCache())
+    return tiny_config("model.source=hub", f"model.path={tmp_path}/model", "score.metrics=[exact_match_strict]")
+
+
+def has_letters(folder: RunFolder, name: str) -> bool:
+    return any(letter in string.ascii_letters for output, _ in answers(folder, name) for letter in output)
+
+
+def answers(folder: RunFolder, name: str) -> list[tuple[str, str]]:
+    return [(row.output, row.ended) for row in read_predictions(folder.predictions_file(name))]
+
+
+def test_only_the_models_own_ends_count():
+    base = tiny("tiny_llama")
+    settings = base.model.generation_config
+    eos = base.tokenizer.eos_token_id
+    for named, from_class, more in (
+        (None, False, ()),
+        (eos, False, ()),
+        (7, False, (7,)),
+        # transformers fills in the number of the model's class where the files name none.
+        (7, True, ()),
+        ([9, eos, 7], True, (7, 9)),
+    ):
+        settings.eos_token_id, settings._from_model_config = named, from_class
+        assert base.more_ends == more
+
+
+def test_answers_end_at_every_end_of_the_model_and_the_record_names_them(config):
+    record = run.main(config)
+    assert record.versions[MORE_ENDS] == " ".join(map(str, ENDS))
+    folder = folder_of(config)
+    assert not has_letters(folder, "validation")
+    assert not has_letters(folder, "validation.base")
+    assert "end" in {ended for _, ended in answers(folder, "validation.base")}
+    assert not [finding for finding in verify.verify(folder.path, rows=100) if finding.ok is False]
+
+
+def test_a_run_of_an_earlier_version_keeps_its_ends(config, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(BaseModel, "more_ends", ())
+        assert MORE_ENDS not in run.main(config).versions
+    folder = folder_of(config)
+    before = answers(folder, "validation.base")
+    assert has_letters(folder, "validation.base")
+    lazy.add_scores(folder, ["validation", "test"], None, config)
+    assert answers(folder, "validation.base") == before
+    assert has_letters(folder, "test.base")
+    assert not [finding for finding in verify.verify(folder.path, rows=100) if finding.ok is False]
