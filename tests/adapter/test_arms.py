@@ -248,6 +248,7 @@ def test_a_folder_of_peft_is_a_configuration(tmp_path):
         (["tying=peft/vera", "+tying.arguments.rank=3"], r"tying.arguments.rank: VeraConfig has no such argument"),
         (["tying=peft/vera", "tying.knob=d_initial", "budget=1000"], "tying.knob=d_initial: is no whole number"),
         (["tying=peft/vera", "train.lr_factor.u=2"], "train.lr_factor.u=2: VeraConfig has no part u"),
+        (["tying=peft/vera", "score.engine=vllm"], "score.engine=vllm: serves this project's own adapters"),
         (["tying=TABuv", "tying.knob=r"], "tying.knob: belongs to another method"),
         (["tying=peft/lora_kv", "model=tiny_gpt2"], r"tying.targets: 'k' is a part of attn.c_attn, .*\[qkv\]"),
         (["tying=peft/vera", "tying.no_decay=['(']"], "tying.no_decay='\\('.*no regular expression"),

@@ -55,25 +55,33 @@ def test_the_curves_show_each_group_once(report):
     assert panel.title == "chain_sum\ntiny"
 
 
-def test_figures_show_the_metric_that_the_claims_compare(report, tmp_path):
+def test_figures_and_overview_show_the_metric_that_the_claims_compare(report, tmp_path):
     claims = tmp_path / "claims.yaml"
     sides = "method: {configuration: TABuv, rank: 8}, comparator: {configuration: LoRA, rank: 8}"
 
     def shown(*tasks):
-        claims.write_text(
-            "claims:\n" + "".join(f"- {{name: C, {sides}, retains: 0.9, tasks: {task}}}\n" for task in tasks)
-        )
-        return drawn(charts.by_setting(write.build([tmp_path], claims=claims).rows, "tiny"))
+        entries = [f"- {{name: C, {sides}, retains: 0.9, tasks: {task}}}" for task in tasks]
+        claims.write_text("\n".join(["claims:", *entries]))
+        rows = write.build([tmp_path], claims=claims).rows
+        (table,) = overview(rows, [])
+        return drawn(charts.by_setting(rows, "tiny")), table.head[4:]
 
+    both = drawn(charts.by_setting(report.rows, "tiny")), ("chain_sum, exact_match_strict", "chain_sum, target_loss")
+    assert len(both[0]) == 2
     by_loss = {("target_loss", ("LoRA", "TAB", "TABuv"))}
-    both = drawn(charts.by_setting(report.rows, "tiny"))
-    assert len(both) == 2
-    assert shown("{chain_sum: target_loss}") == by_loss
+    assert shown("{chain_sum: target_loss}") == (by_loss, ("chain_sum, target_loss",))
     assert shown("{gsm8k: target_loss}") == both
     # The first claim decides. [] compares every task by its first metric.
     assert shown("[]", "{chain_sum: target_loss}") == both
     # A group that has no such metric is shown by its own first one.
     assert shown("{chain_sum: exact_match_strict}") == both
+
+
+def test_a_group_without_scores_has_no_column_of_its_own(tmp_path):
+    scored_run(tmp_path, [0.5] * ROWS, split="test", name="LoRA")
+    scored_run(tmp_path, [0.5] * ROWS, split="validation", name="TABuv")
+    (table,) = overview(write.build([tmp_path]).rows, [])
+    assert table.head[4:] == ("chain_sum",)
 
 
 def test_the_overview_has_a_column_for_each_metric_and_no_average(report):

@@ -54,6 +54,7 @@ def test_only_the_models_own_ends_count():
         # transformers fills in the number of the model's class where the files name none.
         (7, True, ()),
         ([9, eos, 7], True, (7, 9)),
+        ([9, -1, 10**6], False, (9,)),
     ):
         settings.eos_token_id, settings._from_model_config = named, from_class
         assert base.more_ends == more

@@ -146,6 +146,11 @@ def _check_method(config: Config) -> None:
             raise UserError(f"tying.lr_factors: {pattern} has {factor}; must be from 0 to 1e6")
     if train.init_from:
         raise UserError(f"train.init_from: starts an adapter of A, B, u and v; {tying_config.method} has none")
+    if config.score.engine == "vllm":
+        raise UserError(
+            f"score.engine=vllm: serves this project's own adapters, and {tying_config.method} is another method; use "
+            "score.engine=transformers"
+        )
     if train.shard or config.model.device_map or config.model.quantization:
         raise UserError(
             f"tying.method={tying_config.method}: needs the whole model, unquantised and on one device; use "

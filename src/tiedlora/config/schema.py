@@ -90,8 +90,8 @@ class TaskConfig:
     chat_template: bool = key(False)
     """Whether the prompt is wrapped as one user turn of the tokenizer's chat template."""
     stop: list[str] = key(factory=list)
-    """The generation of an answer ends at the first of these strings, at the end-of-text token, or at
-    max_new_tokens."""
+    """The generation of an answer ends at the first of these strings, at the end-of-text token or another end of the
+    model, or at max_new_tokens."""
     max_new_tokens: int = key(256, low=1, high=LARGEST_SCORING)
     """Most tokens of an answer. A prompt can use the rest of the model's context."""
     max_prompt_tokens: Optional[int] = count(None)
@@ -310,7 +310,7 @@ class Config:
     outputs: str = key("outputs", execution=True)
     """The folder of the runs, with one folder for each configuration."""
     cache: str = key(".cache", execution=True)
-    """The folder of converted models, encoded rows and base-model scores. You may delete it."""
+    """The folder of converted models, encoded rows and digests. You may delete it."""
     data_root: Optional[str] = key(None, execution=True)
     """A folder with <task>/<split>.jsonl, for machines without the hub; null reads the hub."""
     force: bool = key(False, execution=True)

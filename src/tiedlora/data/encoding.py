@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
-from tiedlora.records.provenance import CHAT_TEMPLATE, LEFT_OUT, MORE_ENDS, TARGET_BLANK
+from tiedlora.records.provenance import CHAT_TEMPLATE, LEFT_OUT, TARGET_BLANK
 from tiedlora.tasks import Example
 
 BLANK_MARK = "\u2581"
@@ -86,11 +86,7 @@ class Encoder:
     @property
     def versions(self) -> dict[str, str]:
         """What a record and the keys of caches hold about the tokens, besides the model's digest; mostly nothing."""
-        found = {
-            CHAT_TEMPLATE: self.template_digest,
-            TARGET_BLANK: LEFT_OUT if self.leaves_out_blank else None,
-            MORE_ENDS: " ".join(map(str, self.more_ends)) or None,
-        }
+        found = {CHAT_TEMPLATE: self.template_digest, TARGET_BLANK: LEFT_OUT if self.leaves_out_blank else None}
         return {name: value for name, value in found.items() if value is not None}
 
     @property

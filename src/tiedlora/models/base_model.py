@@ -46,7 +46,9 @@ class BaseModel:
         ends = settings.eos_token_id
         if not isinstance(ends, list):
             ends = [] if ends is None or settings._from_model_config else [ends]
-        return tuple(sorted({int(end) for end in ends} - {self.tokenizer.eos_token_id}))
+        # -1, or another number that is no token, can end no answer.
+        tokens = range(self.model.get_input_embeddings().num_embeddings)
+        return tuple(sorted({end for end in ends if end in tokens} - {self.tokenizer.eos_token_id}))
 
 
 def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path) -> BaseModel:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tiedlora.config.project import PROJECT
+from tiedlora.errors import UserError
 from tiedlora.records.run_record import CodeVersion
 
 STUDY_RECORDS = "studies/*/runs/**"
@@ -43,9 +44,21 @@ def code_version() -> CodeVersion:
     return CodeVersion(_git("rev-parse", "HEAD"), None if status is None else bool(status))
 
 
+def ends_entry(more_ends: Sequence[int]) -> dict[str, str]:
+    """The entry of MORE_ENDS; none for a model whose only end is its tokenizer's."""
+    return {MORE_ENDS: " ".join(map(str, more_ends))} if more_ends else {}
+
+
 def recorded_ends(versions: Mapping[str, str]) -> tuple[int, ...]:
-    """The ids of MORE_ENDS in a record's versions. Records of earlier versions have none: their answers went on."""
-    return tuple(map(int, versions.get(MORE_ENDS, "").split()))
+    """The ids of MORE_ENDS in a record's versions. Records of earlier versions have none: their answers went on.
+
+    Raises:
+        UserError: the entry is damaged.
+    """
+    try:
+        return tuple(map(int, versions.get(MORE_ENDS, "").split()))
+    except ValueError:
+        raise UserError(f"result.json: versions: {MORE_ENDS!r} must be whole numbers, one blank between two") from None
 
 
 def _git(*arguments: str) -> str | None:

@@ -34,7 +34,7 @@ class PredictionRow:
     """Whether the prompt was shortened to fit."""
     output_tokens: Count = 0
     ended: Text = ""
-    """How generation ended: end (end-of-text token), stop (stop string) or length; `choice` if texts were compared;
+    """How generation ended: end (a token that ends), stop (stop string) or length; `choice` if texts were compared;
     NOT_GENERATED without an answer."""
     choices: list[Text] | None = None
     log_likelihoods: list[Number] | None = None

@@ -116,6 +116,8 @@ def _answer(claim: Claim, pair: partners.Pair, split: str, book: Scorebook) -> A
     _set_share(answer, scores, looks.TOTAL)
     _decide(answer, scores, _ended(method, measure) & _ended(comparator, measure))
     answer.reason += f" ({method.name} against {comparator.name}, {split}, {measure.metric})"
+    if estimates.other_ends(method.runs, comparator.runs, measure):
+        answer.reason += f"; {estimates.OTHER_ENDS}"
     if effort := partners.unequal_effort(method, comparator):
         answer.reason += f"; {effort}"
     for group in (method, comparator):

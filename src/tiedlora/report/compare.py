@@ -27,6 +27,8 @@ class ResultRow:
     primary: bool
     """Whether this group, or another one in its setting, is shown by this metric (see result_rows). Figures and the
     overview have a panel or a column for each of these."""
+    is_first: bool
+    """Whether the metric is the first one of the group's task."""
     seeds: list[int] = field(default_factory=list)
     examples: int = 0
     score: Estimate | None = None
@@ -68,11 +70,14 @@ def result_rows(
     metrics = [_metrics(group, splits[group.task]) for group in groups]
     # Some groups of a setting may be scored by the loss alone, so that they are shown by another metric.
     shown = {(group.setting, _shown(group.task, own, claims)) for group, own in zip(groups, metrics, strict=True)}
+    # A group without scores has no panel of its own beside those that have some.
+    scored = {setting for setting, metric in shown if metric}
+    shown -= {(setting, "") for setting in scored}
     rows = []
     for group, own in zip(groups, metrics, strict=True):
         for metric in own:
             measure = Measure(splits[group.task], metric)
-            row = ResultRow(group, measure, primary=(group.setting, metric) in shown)
+            row = ResultRow(group, measure, (group.setting, metric) in shown, is_first=metric == own[0])
             _fill(row, lora.get((group.setting, group.rank)), book)
             rows.append(row)
     return rows

@@ -14,6 +14,7 @@ import numpy as np
 
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
+from tiedlora.records.provenance import MORE_ENDS
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.runs import Run
 from tiedlora.report.scorebook import Scorebook
@@ -24,6 +25,8 @@ from tiedlora.statistics.interval import LEVEL, Interval
 from tiedlora.statistics.intervals import is_binary
 from tiedlora.statistics.outliers import outlying
 from tiedlora.text import number_list
+
+OTHER_ENDS = "answers of the two sides end at other tokens (docs/tasks.md)"
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,17 @@ def difference(ours: RunGroup, theirs: RunGroup, measure: Measure, book: Scorebo
     commits = [{str(run.record.code.commit) for run in side} for side in (first, second)]
     if commits[0] != commits[1]:
         notes.append("made by another commit")
+    if other_ends(first, second, measure):
+        notes.append(OTHER_ENDS)
     if (common := len(first)) < max(len(ours.runs), len(theirs.runs)):
         notes.append(f"{common} seed{'s' if common > 1 else ''} in common")
     return estimate, "; ".join(notes)
+
+
+def other_ends(first: Iterable[Run], second: Iterable[Run], measure: Measure) -> bool:
+    """Whether the answers of two sides ended at other tokens. A loss has no answers."""
+    ends = [{run.record.versions.get(MORE_ENDS) for run in side} for side in (first, second)]
+    return ends[0] != ends[1] and not is_loss(measure.metric)
 
 
 def _comparable_runs(ours: RunGroup, theirs: RunGroup, measure: Measure) -> tuple[tuple[Run, ...], tuple[Run, ...]]:

@@ -43,8 +43,10 @@ def _of_model(model: str, rows: Sequence[ResultRow], left_out: Sequence[LeftOut]
         average = [_average(rows_of_line)] if is_averaged else []
         body.append((configuration, rank, Count(params), Percent(share), *scores, *average))
     settings = [(task, variant) for task, variant, _ in places]
+    # The task's first metric needs no name, unless there is another one.
+    named = {_place(row) for row in rows if not row.is_first or settings.count((row.group.task, row.group.variant)) > 1}
     names = [
-        (f"{task} ({variant})" if variant else task) + (f", {metric}" if settings.count((task, variant)) > 1 else "")
+        (f"{task} ({variant})" if variant else task) + (f", {metric}" if (task, variant, metric) in named else "")
         for task, variant, metric in places
     ]
     columns = (

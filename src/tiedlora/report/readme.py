@@ -109,7 +109,8 @@ def _scores(report: Report) -> Table:
     columns = (
         *(Column("model"), Column("task"), Column("metric"), Column("configuration"), Column("rank", int)),
         *(Column("parameters", Count), Column("lr", LearningRate)),
-        *(Column("seeds", int), Column("score", ScoreInterval), Column("minus LoRA at this rank", ScoreInterval)),
+        *(Column("seeds", int), Column("rows", Count), Column("score", ScoreInterval)),
+        *(Column("minus base", ScoreInterval), Column("minus LoRA at this rank", ScoreInterval)),
     )
     rows = [_score(row) for row in sorted(_asked(report), key=_order)]
     return _without_one_model(Table("scores", "", columns, rows))
@@ -181,8 +182,12 @@ def _score(row: ResultRow) -> tuple[Value, ...]:
     assert row.score is not None
     return (
         *(group.model, group.task_in_words, row.measure.metric, group.configuration, group.rank, Count(group.params)),
-        *(LearningRate(group.lr, len(group.rates)), len(row.seeds), ScoreInterval(row.score.widest, unit=unit)),
-        ScoreInterval(row.difference.widest, signed=True, unit=unit) if row.difference else None,
+        *(LearningRate(group.lr, len(group.rates)), len(row.seeds), Count(row.examples)),
+        ScoreInterval(row.score.widest, unit=unit),
+        *(
+            ScoreInterval(found.widest, signed=True, unit=unit) if found else None
+            for found in (row.gain, row.difference)
+        ),
     )
 
 

@@ -37,7 +37,7 @@ def generate(
 ) -> list[Output]:
     """As decoding.generate. All rows are known before the first pass, so the passes are the same in every run.
 
-    transformers knows no stop strings here. An answer is written to the end of text or to max_new_tokens, and cut
+    transformers knows no stop strings here. An answer is written to its end or to max_new_tokens, and cut
     afterwards.
 
     Args:

@@ -210,6 +210,9 @@ class Scorer:
         key: list[Any] = [plain(self.base), self.config.train.dtype, score.batch_size]
         key += [self.encoder.prompt_limit] if with_task else []
         key += self.encoder.versions.values() if with_task else []
+        # Losses, and likelihoods of given texts, depend on no end.
+        ends = self.encoder.more_ends if with_task and not more and not examples[0].choices else ()
+        key += [list(ends)] if ends else []
         # The losses are ours under every engine.
         key += [score.engine] if score.engine != OURS and with_task and not more else []
         key += [digest(examples), *([score.batch_tokens] if score.batch_tokens else []), *more]

@@ -111,8 +111,8 @@ def generate(
 ) -> list[Output]:
     """As decoding.generate, with an engine that loads the base model again from where `model` was loaded.
 
-    vLLM's stop strings would also count among the blanks at the start of an answer. So answers are written to the end
-    of text or to max_new_tokens, and cut afterwards.
+    vLLM's stop strings would also count among the blanks at the start of an answer. So answers are written to
+    their end or to max_new_tokens, and cut afterwards.
 
     Args:
         batch_size, batch_tokens: are not used, because vLLM decides about batches.
