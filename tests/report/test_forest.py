@@ -127,7 +127,8 @@ def test_the_forest_is_a_file_too(two_tasks, tmp_path):
         ((0.97, 0.88, 1.06), "97 % [88, 106]"),
         ((0.9976, 0.9956, 0.9994), "99.8 % [99.6, 99.9]"),
         ((0.5, math.nan, math.nan), "50 %"),
-        ((12.0, 1.0, 30.0), "> 999 % [100, > 999]"),
+        ((0.965, 0.934, 0.9954), "96.5 % [93.4, 99.5]"),
+        ((12.0, 1.0, 30.0), "> 999 % [100.0, > 999]"),
     ],
 )
 def test_a_short_interval_shows_on_which_side_of_the_zone_it_ends(ends, words):

@@ -41,10 +41,12 @@ class ForestLine:
             return self.missing
         if math.isnan(self.share.low):
             return f"{_percent(self.share.value)} %"
-        # Without a decimal, an interval that excludes 100 % could read as 100 % [100, 100].
-        decimals = 1 if self.share.high - self.share.low < 0.01 else 0
-        ends = f"[{_percent(self.share.low, decimals)}, {_percent(self.share.high, decimals)}]"
-        return f"{_percent(self.share.value, decimals)} % {ends}"
+        ends = (self.share.low, self.share.high)
+        # Without a decimal, an interval that ends just outside of the zone could read as if it ended at its edge.
+        is_near = any(abs(end - edge) < 0.005 for end in ends for edge in self.zone or ())
+        decimals = 1 if ends[1] - ends[0] < 0.01 or is_near else 0
+        low, high = (_percent(end, decimals) for end in ends)
+        return f"{_percent(self.share.value, decimals)} % [{low}, {high}]"
 
 
 def _percent(share: float, decimals: int = 0) -> str:
