@@ -3,10 +3,13 @@
 import pytest
 from helpers.report_runs import add_scores, make_record, prediction_rows, scored_run, write_run
 
+from tiedlora.config.project import PROJECT
 from tiedlora.report import charts, formats, peft_results, plots, write
+from tiedlora.report.estimates import OTHER_ENDS
 from tiedlora.report.groups import group_runs
 from tiedlora.report.overview import overview
 from tiedlora.report.runs import read_runs
+from tiedlora.statistics.rules import Retains
 
 ROWS = 40
 
@@ -111,3 +114,21 @@ def test_a_loss_is_no_accuracy_for_pefts_comparison(tmp_path):
     assert peft_results.export(runs, tmp_path / "out") == 1
     (peer,), _ = peft_results.read(tmp_path / "out")
     assert peer.accuracy == 1.0
+
+
+def test_other_ends_of_answers_are_said_where_answers_are_compared(tmp_path):
+    for seed in (0, 1):
+        for name, ends in (("LoRA", None), ("TABuv", [7]), ("TAB", [7] if seed else None)):
+            changes = {"more_ends": ends}
+            scored_run(tmp_path, [0.5] * ROWS, [0.0] * ROWS, changes=changes, name=name, seed=seed)
+            loss_only(tmp_path, name, 8, 1.0, changes, seed=seed, task="squad")
+    built = write.build([tmp_path], claims=PROJECT / "claims" / "tied_lora.yaml")
+    notes = {(row.group.task, row.group.label): "; ".join(row.notes) for row in built.rows}
+    assert OTHER_ENDS in notes["chain_sum", "TABuv"]
+    assert OTHER_ENDS not in notes["squad", "TABuv"], "a loss has no answers"
+    reasons = {(answer.task, type(answer.claim.rule)): answer.reason for answer in built.answers}
+    assert OTHER_ENDS in reasons["chain_sum", Retains]
+    assert OTHER_ENDS not in reasons["squad", Retains]
+    marks = {(group.task, group.label): group.marks for group in built.groups}
+    assert "mixed ends of answers" in marks["chain_sum", "TAB"]
+    assert "mixed ends of answers" not in marks["chain_sum", "TABuv"]

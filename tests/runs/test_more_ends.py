@@ -9,7 +9,6 @@ from helpers.tiny import tiny
 
 from tiedlora.config.identity import run_id
 from tiedlora.models.base_model import BaseModel
-from tiedlora.records.provenance import MORE_ENDS
 from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import lazy, run, session, verify
@@ -62,7 +61,8 @@ def test_only_the_models_own_ends_count():
 
 def test_answers_end_at_every_end_of_the_model_and_the_record_names_them(config):
     record = run.main(config)
-    assert record.versions[MORE_ENDS] == " ".join(map(str, ENDS))
+    assert record.more_ends == ENDS
+    assert RunFolder(folder_of(config).path).record().more_ends == ENDS
     folder = folder_of(config)
     assert not has_letters(folder, "validation")
     assert not has_letters(folder, "validation.base")
@@ -73,7 +73,7 @@ def test_answers_end_at_every_end_of_the_model_and_the_record_names_them(config)
 def test_a_run_of_an_earlier_version_keeps_its_ends(config, monkeypatch):
     with monkeypatch.context() as earlier:
         earlier.setattr(BaseModel, "more_ends", ())
-        assert MORE_ENDS not in run.main(config).versions
+        assert run.main(config).more_ends is None
     folder = folder_of(config)
     before = answers(folder, "validation.base")
     assert has_letters(folder, "validation.base")

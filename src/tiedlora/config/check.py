@@ -146,11 +146,6 @@ def _check_method(config: Config) -> None:
             raise UserError(f"tying.lr_factors: {pattern} has {factor}; must be from 0 to 1e6")
     if train.init_from:
         raise UserError(f"train.init_from: starts an adapter of A, B, u and v; {tying_config.method} has none")
-    if config.score.engine == "vllm":
-        raise UserError(
-            f"score.engine=vllm: serves this project's own adapters, and {tying_config.method} is another method; use "
-            "score.engine=transformers"
-        )
     if train.shard or config.model.device_map or config.model.quantization:
         raise UserError(
             f"tying.method={tying_config.method}: needs the whole model, unquantised and on one device; use "
@@ -192,6 +187,11 @@ def _check_engine(config: Config) -> None:
         other = "train.shard=true" if config.train.shard else f"model.device_map={model.device_map}"
         raise UserError(
             f"score.engine={engine}: needs the whole base model on one device; use transformers with {other}"
+        )
+    if engine == "vllm" and config.tying.method is not None:
+        raise UserError(
+            f"score.engine=vllm: serves this project's own adapters, and {config.tying.method} is another method; use "
+            "transformers"
         )
     if engine == "vllm" and model.quantization:
         raise UserError(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
 
 from tiedlora.config.project import PROJECT
-from tiedlora.errors import UserError
 from tiedlora.records.run_record import CodeVersion
 
 STUDY_RECORDS = "studies/*/runs/**"
@@ -31,8 +29,6 @@ CHAT_TEMPLATE = "chat template"
 """The entry beside them that holds the digest of the chat template, for a task that uses one."""
 TARGET_BLANK, LEFT_OUT = "target blank", "left out"
 """The entry for a tokenizer that adds a blank before every text, and its value."""
-MORE_ENDS = "more ends of answers"
-"""The entry for a model that names more tokens that end an answer than its tokenizer does: their ids."""
 
 
 def code_version() -> CodeVersion:
@@ -42,23 +38,6 @@ def code_version() -> CodeVersion:
     """
     status = _git("status", "--porcelain", "--", ".", f":(exclude,glob){STUDY_RECORDS}")
     return CodeVersion(_git("rev-parse", "HEAD"), None if status is None else bool(status))
-
-
-def ends_entry(more_ends: Sequence[int]) -> dict[str, str]:
-    """The entry of MORE_ENDS; none for a model whose only end is its tokenizer's."""
-    return {MORE_ENDS: " ".join(map(str, more_ends))} if more_ends else {}
-
-
-def recorded_ends(versions: Mapping[str, str]) -> tuple[int, ...]:
-    """The ids of MORE_ENDS in a record's versions. Records of earlier versions have none: their answers went on.
-
-    Raises:
-        UserError: the entry is damaged.
-    """
-    try:
-        return tuple(map(int, versions.get(MORE_ENDS, "").split()))
-    except ValueError:
-        raise UserError(f"result.json: versions: {MORE_ENDS!r} must be whole numbers, one blank between two") from None
 
 
 def _git(*arguments: str) -> str | None:

@@ -234,6 +234,9 @@ class RunRecord:
     """File of the adapter -> its sha256."""
     stored_params: Count | None = None
     """Numbers in the adapter's files, frozen ones included; None if these are the trained parameters."""
+    more_ends: list[Count] | None = None
+    """The tokens at which answers end, besides the tokenizer's end-of-text token; None if there are no others, and in
+    records of earlier versions, which knew none."""
     admission: Admission | None = None
     """The checks of an arm of another method before its first step."""
     left_out: list[Text] | None = None

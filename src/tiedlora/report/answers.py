@@ -138,7 +138,7 @@ def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
     scored = [run.splits[split] for run in method.runs if split in run.splits]
     if not scored:
         raise UserError(f"not scored on {split}")
-    metric = claim.metrics.get(method.task) or scored[0].first_metric
+    metric = claim.metric_on(method.task, scored[0].first_metric)
     if all(metric not in scores.metrics for scores in scored):
         raise UserError(f"{split} has no {metric}; it has {', '.join(scored[0].metrics)}")
     return Measure(split, metric)

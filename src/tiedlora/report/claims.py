@@ -65,6 +65,10 @@ class Claim:
         """Whether the claim is about the task."""
         return not self.metrics or task in self.metrics
 
+    def metric_on(self, task: str, first: str) -> str:
+        """The metric that the claim compares on a task whose first metric is `first`."""
+        return self.metrics.get(task) or first
+
 
 def read(path: Path) -> list[Claim]:
     """The claims of a YAML file.

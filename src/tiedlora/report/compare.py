@@ -90,7 +90,7 @@ def _metrics(group: RunGroup, split: str) -> list[str]:
 
 def _shown(task: str, metrics: Sequence[str], claims: Sequence[Claim]) -> str:
     """Which of a group's metrics stands for it in figures."""
-    claimed = [claim.metrics.get(task) or metrics[0] for claim in claims if claim.covers(task)]
+    claimed = [claim.metric_on(task, metrics[0]) for claim in claims if claim.covers(task)]
     return next((metric for metric in claimed if metric in metrics), metrics[0])
 
 

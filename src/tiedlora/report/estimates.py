@@ -14,7 +14,6 @@ import numpy as np
 
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.provenance import MORE_ENDS
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.runs import Run
 from tiedlora.report.scorebook import Scorebook
@@ -163,7 +162,7 @@ def difference(ours: RunGroup, theirs: RunGroup, measure: Measure, book: Scorebo
 
 def other_ends(first: Iterable[Run], second: Iterable[Run], measure: Measure) -> bool:
     """Whether the answers of two sides ended at other tokens. A loss has no answers."""
-    ends = [{run.record.versions.get(MORE_ENDS) for run in side} for side in (first, second)]
+    ends = [{str(run.record.more_ends) for run in side} for side in (first, second)]
     return ends[0] != ends[1] and not is_loss(measure.metric)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tiedlora.config.identity import identity_digest
 from tiedlora.config.sizes import is_near
-from tiedlora.records.provenance import CHAT_TEMPLATE, MORE_ENDS, TARGET_BLANK
+from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK
 from tiedlora.records.selection import RateChoice, Selection
 from tiedlora.records.validation_scores import validation_metric, validation_scores
 from tiedlora.report.runs import LeftOut, Run, UnfinishedRun
@@ -290,10 +290,12 @@ def _mark_mixtures(group: RunGroup) -> None:
         group.marks.append(f"mixed commits: {', '.join(commits)}")
     if any(record.code.dirty for record in records):
         group.marks.append("made by uncommitted code")
-    for package in ("torch", "transformers", CHAT_TEMPLATE, TARGET_BLANK, MORE_ENDS):
+    for package in ("torch", "transformers", CHAT_TEMPLATE, TARGET_BLANK):
         versions = sorted({str(record.versions.get(package)) for record in records})
         if len(versions) > 1:
             group.marks.append(f"mixed versions of {package}: {', '.join(versions)}")
+    if len({str(record.more_ends) for record in records}) > 1:
+        group.marks.append("mixed ends of answers")
     if len(devices := sorted({record.execution.device_and_threads for record in records})) > 1:
         group.marks.append(f"mixed devices: {'; '.join(devices)}")
     if len(processors := sorted({name for record in records if (name := record.execution.processor)})) > 1:

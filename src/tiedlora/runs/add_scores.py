@@ -12,7 +12,7 @@ from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models import products
-from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK, recorded_ends
+from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.process_device import set_up_device
@@ -70,8 +70,7 @@ def add_scores(
         attached = attach_saved(base.model, folder.adapter)
         undone.callback(attached.detach)
         # Answers of a run's splits end alike, also if an earlier version wrote the first of them.
-        ends = recorded_ends(finished.versions)
-        encoder = Encoder(base.tokenizer, config.task, config.model.context, ends)
+        encoder = Encoder(base.tokenizer, config.task, config.model.context, finished.more_ends or ())
         if finished.versions.get(CHAT_TEMPLATE) not in (None, encoder.template_digest):
             raise UserError(f"{folder.path}: was trained with another chat template of the model; restore it")
         if finished.versions.get(TARGET_BLANK) != encoder.versions.get(TARGET_BLANK):

@@ -42,6 +42,7 @@ def build_record(
         status="done",
         files=folder.checksums("adapter/*"),
         stored_params=_stored_params(session),
+        more_ends=list(session.encoder.more_ends) or None,
         admission=session.admission,
     )
 

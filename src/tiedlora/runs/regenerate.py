@@ -16,7 +16,6 @@ from tiedlora.models import products
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import execution_on
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.provenance import recorded_ends
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_record import ADAPTER
 from tiedlora.runs import rounding
@@ -97,7 +96,7 @@ def regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Find
         yield Finding("base", False, f"was {run.record.base}, here it is {base.record}")
         return
     attached = attach_saved(base.model, run.folder.adapter)
-    encoder = Encoder(base.tokenizer, config.task, config.model.context, recorded_ends(run.record.versions))
+    encoder = Encoder(base.tokenizer, config.task, config.model.context, run.record.more_ends or ())
     for split, scores in run.record.scores.items():
         if run.examples.get(split):
             as_scored = replace(run, config=with_halved_batches(config, scores.batch_halvings or 0))

@@ -22,7 +22,7 @@ from tiedlora.errors import UserError
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.models.device import execution_on
 from tiedlora.records.admission import Admission
-from tiedlora.records.provenance import code_version, ends_entry, package_versions
+from tiedlora.records.provenance import code_version, package_versions
 from tiedlora.runs.admission_rules import check_scores_mean_something
 from tiedlora.runs.inputs import RunRows, read_rows
 from tiedlora.runs.process_cache import SingleSlotCache
@@ -84,7 +84,9 @@ class RunSession:
         rows = read_rows(config)
         self.base = cached_base(config, self.device, world if config.train.shard else None)
         # 2. The rows as token ids, without those that do not fit.
-        self.encoder = Encoder(self.base.tokenizer, config.task, config.model.context, self.base.more_ends)
+        # Given texts are compared whole, so no token ends them.
+        more_ends = () if rows.examples["validation"][0].choices else self.base.more_ends
+        self.encoder = Encoder(self.base.tokenizer, config.task, config.model.context, more_ends)
         self.fitted = self._fit(rows)
         self.train_examples = [rows.examples["train"][number] for number in self.fitted["train"].kept]
         self.validation_examples = rows.examples["validation"]
@@ -100,8 +102,6 @@ class RunSession:
         self.execution = execution_on(self.device, world.size)
         self.code, self.versions, self.data_digests = code_version(), package_versions(), rows.digests
         self.versions |= self.encoder.versions
-        if not self.validation_examples[0].choices:
-            self.versions |= ends_entry(self.base.more_ends)
 
     def _fit(self, rows: RunRows) -> dict[str, EncodedRows]:
         config, base = self.config, self.base

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 from tiedlora.adapter import TiedAdapter
-from tiedlora.errors import UserError
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_record import EngineRecord
 from tiedlora.scoring import continuous, decoding, vllm_engine
@@ -50,14 +49,10 @@ def engine(name: str, adapter: TiedAdapter | None, active: bool) -> Engine:
 
     Args:
         adapter: the run's adapter, and `active` whether the model adds it. (Only vLLM needs to be told, because it has
-            a model of its own.) None for the arm of another method.
-
-    Raises:
-        UserError: vLLM would have to serve the arm of another method.
+            a model of its own.) None for the arm of another method, which vLLM cannot serve.
     """
     if name == "vllm":
-        if adapter is None:
-            raise UserError("score.engine=vllm: serves this project's own adapters; use score.engine=transformers")
+        assert adapter is not None, "config/check.py refuses vLLM for the arm of another method"
         return partial(vllm_engine.generate, adapter=adapter, active=active)
     engines: dict[str, Engine] = {
         OURS: decoding.generate,

@@ -210,11 +210,10 @@ class Scorer:
         key: list[Any] = [plain(self.base), self.config.train.dtype, score.batch_size]
         key += [self.encoder.prompt_limit] if with_task else []
         key += self.encoder.versions.values() if with_task else []
-        # Losses, and likelihoods of given texts, depend on no end.
-        ends = self.encoder.more_ends if with_task and not more and not examples[0].choices else ()
-        key += [list(ends)] if ends else []
-        # The losses are ours under every engine.
-        key += [score.engine] if score.engine != OURS and with_task and not more else []
+        # The losses are ours under every engine, and depend on no end of answers.
+        if with_task and not more:
+            key += [list(self.encoder.more_ends)] if self.encoder.more_ends else []
+            key += [score.engine] if score.engine != OURS else []
         key += [digest(examples), *([score.batch_tokens] if score.batch_tokens else []), *more]
         key += [{name: value for name, value in task.items() if name in PROTOCOL_KEYS}] if with_task else []
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
