@@ -25,7 +25,7 @@ from tiedlora.statistics.intervals import is_binary
 from tiedlora.statistics.outliers import outlying
 from tiedlora.text import number_list
 
-OTHER_ENDS = "answers of the two sides end at other tokens (docs/tasks.md)"
+OTHER_ENDS = "the answers of the two sides end at different tokens (docs/tasks.md)"
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def difference(ours: RunGroup, theirs: RunGroup, measure: Measure, book: Scorebo
 
 
 def other_ends(first: Iterable[Run], second: Iterable[Run], measure: Measure) -> bool:
-    """Whether the answers of two sides ended at other tokens. A loss has no answers."""
+    """Whether the answers of two sides ended at different tokens. A loss has no answers, so it is False for a loss."""
     ends = [{str(run.record.more_ends) for run in side} for side in (first, second)]
     return ends[0] != ends[1] and not is_loss(measure.metric)
 
