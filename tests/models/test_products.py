@@ -82,12 +82,25 @@ def test_other_numbers_are_left_alone():
     assert set(seen.dtypes) == {torch.float64}
 
 
-RUNS = [(True, "bfloat16", False), (False, "bfloat16", True), (False, "float32", False)]
+# (kernels for bfloat16, AVX512, its bfloat16 instructions, AMX's), dtype, whether products are widened.
+RUNS = [
+    ((False, False, False, False), "bfloat16", True),
+    ((True, True, False, False), "bfloat16", True),
+    ((True, True, True, False), "bfloat16", False),
+    ((True, True, False, True), "bfloat16", False),
+    ((True, False, False, False), "bfloat16", False),  # ARM
+    ((False, False, False, False), "float32", False),
+    ((True, True, False, False), "float32", False),
+]
 
 
-@pytest.mark.parametrize(("fast", "dtype", "slow"), RUNS)
-def test_only_bfloat16_on_a_cpu_without_instructions_is_widened(monkeypatch, fast, dtype, slow):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+@pytest.mark.parametrize(("processor", "dtype", "slow"), RUNS)
+def test_only_bfloat16_on_a_cpu_without_instructions_is_widened(monkeypatch, processor, dtype, slow):
+    kernels, avx512, avx512_bf16, amx = processor
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: kernels)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert products.without_instructions(CPU, dtype) == slow
     assert isinstance(products.on_any_cpu(CPU, dtype), products.InFloat32) == slow
     assert not products.without_instructions(torch.device("cuda"), dtype)

@@ -1,8 +1,10 @@
 """bfloat16 matrix products on a CPU without instructions for them: computed in float32, and rounded once.
 
-There torch uses a plain loop. On a core of an AMD EPYC with AVX2, for (1024, 576) @ (576, 1536), the loop reaches
-8.7 GFLOP/s, and 1.9 for the product of the backward pass. In float32, with the conversions, both reach 76. The kernels
-of other CPUs add in float32 too and round the sum, so results differ only by the order of the additions.
+Without AVX512 torch uses a plain loop. On a core of an AMD EPYC with AVX2, for (1024, 576) @ (576, 1536), the loop
+reaches 8.7 GFLOP/s, and 1.9 for the product of the backward pass. In float32, with the conversions, both reach 76.
+With AVX512 but without its bfloat16 instructions, torch's kernels reach 26 (an Intel Xeon of the Skylake generation),
+and float32, with the conversions, 121. The kernels of all CPUs add in float32 and round the sum, so results differ
+only by the order of the additions.
 """
 
 from __future__ import annotations
@@ -33,10 +35,17 @@ PRODUCTS = frozenset(
 
 def without_instructions(device: torch.device, dtype: str) -> bool:
     """Whether the run computes in bfloat16 on a CPU for which torch has no fast bfloat16 products."""
-    if device.type != "cpu" or dtype != "bfloat16":
-        return False
+    return device.type == "cpu" and dtype == "bfloat16" and not _has_fast_products()
+
+
+def _has_fast_products() -> bool:
     has_kernels = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return not (has_kernels and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not (has_kernels and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    # With AVX512 alone, the kernels convert each number, which is slower than a product in float32.
+    if torch.cpu._is_avx512_supported():
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return True
 
 
 def on_any_cpu(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
