@@ -46,7 +46,7 @@ def main() -> None:
 
     config = library.config_of(arguments.run)
     base = library.base_of(arguments.run, device=arguments.device, cache=arguments.cache)
-    attached = library.load(arguments.run, base.model)
+    attached = library.load(arguments.run, base)
     encoder = Encoder(base.tokenizer, config.task, config.model.context, base.more_ends)
     generator = Generator(attached, encoder, config, arguments.max_new_tokens or config.task.max_new_tokens)
     fields = re.findall(r"\{(\w+)\}", config.task.prompt)

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -319,3 +319,21 @@ def new_folder(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
+    """Write a folder's files, completely or not at all. If the folder has other files, they stay.
+
+    With other files the folder cannot be replaced as a whole. Then each file is replaced, in the order of `contents`.
+    The last one must hold what identifies the others, such as their sha256.
+
+    Raises:
+        OSError: the disk is full, or there is no permission.
+    """
+    if path.is_dir() and any(file.name not in contents for file in path.iterdir()):
+        for name, data in contents.items():
+            write_bytes(path / name, data)
+        return
+    with new_folder(path) as beside:
+        for name, data in contents.items():
+            (beside / name).write_bytes(data)

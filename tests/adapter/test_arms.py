@@ -244,7 +244,9 @@ def test_a_folder_of_peft_is_a_configuration(tmp_path):
         (["tying=peft", "tying.method=Veera"], "tying.method=Veera: is no method of PEFT .*VeraConfig"),
         (["tying=peft", "tying.method=PrefixTuningConfig"], "is no method of PEFT that changes a model's layers"),
         (["tying=peft", "tying.method=AdaLoraConfig"], "AdaLoraConfig changes its ranks"),
-        (["tying=peft/vera", "tying.arguments.d_initial=1"], r"write \+\+tying.arguments.NAME=VALUE"),
+        (["tying=peft/vera", "tying.arguments.d_initail=1"], r"tying.arguments.d_initail: VeraConfig has no such"),
+        (["tying=TABuv", "tying.arguments={r: 3}"], "tying.arguments: belongs to another method"),
+        (["tying=peft/vera", "tying.resolved={r: 3}"], "tying.resolved: is null, and no key of it can be set"),
         (["tying=peft/vera", "+tying.arguments.rank=3"], r"tying.arguments.rank: VeraConfig has no such argument"),
         (["tying=peft/vera", "tying.knob=d_initial", "budget=1000"], "tying.knob=d_initial: is no whole number"),
         (["tying=peft/vera", "train.lr_factor.u=2"], "train.lr_factor.u=2: VeraConfig has no part u"),
@@ -278,3 +280,16 @@ def test_a_damaged_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="is damaged or was changed"):
         attach_saved(base.model, tmp_path / "arm")
     assert not [module for module in base.model.modules() if type(module).__module__.startswith("peft")]
+
+
+@pytest.mark.parametrize("words", ["tying.arguments={r: 4}", "tying.arguments.r=4", "++tying.arguments.r=4"])
+def test_arguments_are_set_on_the_command_line(words):
+    """Also for `tying=peft`, whose option has none: OmegaConf cannot set a key of a mapping that is null."""
+    hra = ("tying=peft", "tying.method=HRAConfig")
+    assert compose_config([*hra, words]).tying.resolved["r"] == 4
+    factors = compose_config([*hra, words, "tying.lr_factors={hra_u: 2.0}"])
+    assert factors.tying.lr_factors == {"hra_u": 2.0}
+    assert run_id(factors) != run_id(compose_config([*hra, words]))
+    nulls = ("tying.arguments=null", "tying.lr_factors=null")
+    assert run_id(compose_config([*hra, *nulls])) == run_id(compose_config(hra))
+    assert run_id(compose_config(nulls)) == run_id(compose_config([]))

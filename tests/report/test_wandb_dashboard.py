@@ -34,6 +34,20 @@ def test_every_panel_asks_for_a_key_that_runs_log(runs):
         assert key in text
 
 
+def test_the_best_losses_are_the_lowest(runs):
+    def scatters(keys):
+        sections = wandb_dashboard._sections(keys)
+        return {
+            panel.title: panel for section in sections for panel in section.panels if hasattr(panel, "running_ymax")
+        }
+
+    plots = scatters(["test/target_loss", "test/exact_match_strict"])
+    loss, score = (plots[f"test/{name} by trainable parameters"] for name in ("target_loss", "exact_match_strict"))
+    assert (loss.running_ymin, loss.running_ymax) == (True, None)
+    assert (score.running_ymin, score.running_ymax) == (None, True)
+    assert not scatters([])  # runs that have no scores
+
+
 def test_each_tasks_workspace_filters_its_runs(runs):
     workspaces = wandb_dashboard.workspaces(runs, "team", "tiedlora")
     assert [workspace.name for workspace in workspaces] == ["Tied-LoRA: chain_sum", "Tied-LoRA: squad"]

@@ -55,6 +55,16 @@ def test_only_one_token_choices_need_no_second_pass():
     assert scores == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("texts", [[[], [6, 7], [5]], [[], [5]], [[], []]])
+def test_an_empty_choice_has_the_likelihood_of_nothing(texts):
+    """Such as an ending that is only a mark, where the chat template removes blanks."""
+    model = tiny("tiny_llama").model
+    with torch.inference_mode():
+        expected = [alone(model, [1, 2, 3], text) for text in texts]
+    (scores,) = choice_log_likelihoods(model, [[1, 2, 3]], [texts], batch_size=8)
+    assert scores == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_generation_stops_at_the_end_of_the_answer(batch_size):
     base = tiny("tiny_llama")

@@ -164,6 +164,9 @@ def test_a_run_records_it_and_a_finished_one_gets_it(tiny_config, text, script, 
     other = tiny_config("score.metrics=[target_loss]", "score.splits=[]", f"score.forgetting={text}", "tying=LoRA")
     run.main(other)
     assert asked == ["adapted model's loss on forgetting"]
+    # A file that has changed is scored again.
+    text.write_text(f"A title\n\n{WORDS}\n\nAnother end.\n")
+    assert run.main(config).scores["forgetting"].digest != scores.digest
     # Another text replaces it; verification needs neither file.
     (tmp_path / "other.txt").write_text("Another text. " * 30)
     before = record.scores["validation"]

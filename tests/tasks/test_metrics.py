@@ -8,7 +8,8 @@ import sys
 import pytest
 from helpers.tiny import task_option
 
-from tiedlora.tasks import Example
+from tiedlora.errors import UserError
+from tiedlora.tasks import Example, Task
 from tiedlora.tasks.gsm8k import flexible_number, normalise, strict_number
 from tiedlora.tasks.task_metric import TaskMetric
 
@@ -187,3 +188,42 @@ def test_a_metric_of_choices():
     )
     # The second is more likely, but the first is more likely per character: 4/11 against 3/5.
     assert (found["accuracy"], found["accuracy_norm"]) == (0.0, 1.0)
+
+
+class OwnTask(Task):
+    """A task of a user: the score is given by the id of the example, which the built-in tasks do not look at."""
+
+    metrics = ("right",)
+    given: dict[str, dict]
+
+    def score(self, output, example):
+        return self.given[example.id]
+
+
+def own_scores(**given):
+    task = OwnTask(task_option("squad").config)
+    task.given = given
+    examples = [Example(id, "its prompt", "its target") for id in given]
+    empty = [[] for _ in given]
+    metric = TaskMetric(task, examples=examples)
+    return metric.compute(predictions=["answer" for _ in given], references=empty, choices=empty)
+
+
+def test_a_task_scores_the_whole_example():
+    assert own_scores(a={"right": 1.0}, b={"right": True}, c={"right": 0}, d={"right": 1 + 1e-12})[
+        "right"
+    ] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("scores", "says"),
+    [
+        ({"right": 57.0}, "row b has right=57.0; it must be a number from 0 to 1"),
+        ({"right": float("nan")}, "row b has right=nan"),
+        ({"right": "1"}, "row b has right='1'"),
+        ({"wrong": 1.0}, "row b has no right, which the task names"),
+    ],
+)
+def test_a_score_that_a_record_cannot_hold_is_refused(scores, says):
+    with pytest.raises(UserError, match=f"task=squad: the score of {says}"):
+        own_scores(a={"right": 1.0}, b=scores)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiedlora.config.explain import options
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.tasks import digest, load_examples, render
+from tiedlora.tasks import Example, Task, digest, load_examples, render
 from tiedlora.tasks.hellaswag import cleaned
 from tiedlora.tasks.rows import DataRow, RowError
 
@@ -195,6 +195,32 @@ def test_sentences_that_are_scored_are_not_trained_on(tmp_path):
     assert trained("task.rows.train=1") == [" in English: Neu."]
     with pytest.raises(UserError, match=r"task\.rows\.train=3: there are only 2"):
         trained("task.rows.train=3")
+
+
+class Grouped(Task):
+    """Rows like a_1 and a_2 are references of one prompt, and prompts recur."""
+
+    fields = {"id": str, "question": str}
+    inputs_recur = True
+
+    def group_id(self, row_id):
+        return row_id.split("_")[0]
+
+    def example(self, row, id):
+        return Example(id, row["question"], "answer")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_validation_from_train_takes_whole_groups_and_no_prompt_is_in_both(seed, tmp_path):
+    rows = [{"id": f"{group}_{i}", "question": group} for group in "abcd" for i in (1, 2)]
+    rows.append({"id": "e_1", "question": "a"})
+    write(tmp_path, "grouped", *rows, split="train")
+    options = ("task.folder=grouped", "task.validation_from_train=2", f"task.split_seed={seed}", "task.rows.train=null")
+    task = Grouped(task_option("squad", *options, "task.rows.validation=null").config)
+    train, validation = ([e.prompt for e in load_examples(task, s, str(tmp_path))] for s in ("train", "validation"))
+    assert len(validation) == 2
+    assert not set(train) & set(validation)
+    assert set(train) | set(validation) == set("abcd")
 
 
 @pytest.mark.parametrize("option", options("task"))

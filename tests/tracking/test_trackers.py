@@ -18,6 +18,7 @@ from tiedlora.records.rows import (
 )
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import execute, run
+from tiedlora.scoring import split
 from tiedlora.tracking.answers_table import answers_table
 from tiedlora.tracking.appended_file import AppendedFile
 from tiedlora.tracking.base import TrackedRun
@@ -191,3 +192,24 @@ class TestRun:
         with pytest.raises(RuntimeError, match="in the loop"):
             execute.execute(faked())
         assert fake[0].finished == [({}, 1)]
+
+    def test_a_run_whose_scoring_fails_ends_its_tracker_as_failed(self, faked, fake, monkeypatch):
+        monkeypatch.setattr(split.Scorer, "score_split", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            execute.execute(faked())
+        assert fake[0].finished == [({}, 1)]
+
+    def test_a_pause_is_no_failure(self, faked, fake):
+        config = faked("train.pause_after=2")
+        assert run.main(config) is None
+        assert fake[0].finished == [({}, 0)]
+
+    def test_long_names_are_cut_to_tags_that_wandb_takes(self, faked):
+        config = faked("task.name=" + 70 * "n", "tracking.tags=[mine]")
+        tags = TrackedRun("id", Path(), config).tags
+        assert "n" * 64 in tags
+        assert max(map(len, tags)) <= 64
+
+    def test_a_team_in_the_project_is_refused(self, tiny_config):
+        with pytest.raises(UserError, match=r"tracking\.project=team/tied: .*tracking\.entity"):
+            tiny_config("tracking=wandb", "tracking.project=team/tied")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from tiedlora.records.reading import typed
 from tiedlora.records.run_record import BaseModelRecord, plain
 from tiedlora.tying import Architecture, Part, Tying
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 FORMAT = 1
 SCALED_FORMAT = 2
@@ -49,14 +52,14 @@ def checksum(tensor: Tensor) -> str:
 
 
 def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_frozen: bool = False) -> int:
-    """Write the adapter's folder, completely or not at all.
+    """Write the adapter's folder, completely or not at all. Other files of a folder that is there stay.
 
     Args:
         base: which base model the adapter belongs to. `load` returns it, so that the caller can compare it.
         rebuild_frozen: store the seed and a checksum of the frozen random parts instead of their values.
 
     Returns:
-        The size of the folder in bytes.
+        The size of the adapter's files in bytes.
     """
     parts, kept = adapter.parts(), stored_parts(adapter, rebuild_frozen)
     rebuilt = {name: checksum(parameter) for name, parameter in parts.items() if name not in kept}
@@ -74,10 +77,8 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_froz
         "rebuilt": rebuilt,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    with storage.new_folder(folder) as beside:
-        (beside / TENSORS).write_bytes(data)
-        storage.write_json(beside / DESCRIPTION, description)
-    return sum(file.stat().st_size for file in folder.iterdir())
+    storage.write_folder(folder, {TENSORS: data, DESCRIPTION: storage.json_bytes(description)})
+    return sum((folder / name).stat().st_size for name in (TENSORS, DESCRIPTION))
 
 
 def stored_parts(adapter: TiedAdapter, rebuild_frozen: bool = False) -> dict[str, nn.Parameter]:
@@ -253,6 +254,11 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
     saved, trained_on = load(folder)
     if (trained_on.name, trained_on.digest) != (base.name, base.digest):
         raise UserError(f"train.init_from={folder}: was trained on {trained_on}, the base model here is {base}")
+    if trained_on.quantization != base.quantization:
+        log.warning(
+            "train.init_from=%s: was trained on a base in %s, the base here is in %s",
+            *(folder, *(each.quantization or "full precision" for each in (trained_on, base))),
+        )
     if (saved.rank, saved.scale) != (adapter.rank, adapter.scale):
         raise UserError(
             f"train.init_from={folder}: has rank {saved.rank} and alpha {saved.alpha:g}, this run has {adapter.rank} "

@@ -148,12 +148,10 @@ class OtherArm(ABC):
             sha256=hashlib.sha256(data).hexdigest(),
             layers=tying.layers,
         )
-        with storage.new_folder(folder) as beside:
-            (beside / self.tensors_file).write_bytes(data)
-            for name, content in self.files_beside(base).items():
-                storage.write_json(beside / name, content)
-            storage.write_json(beside / DESCRIPTION, plain(description))
-        return sum(file.stat().st_size for file in folder.iterdir())
+        described = {**self.files_beside(base), DESCRIPTION: plain(description)}
+        contents = {self.tensors_file: data, **{name: storage.json_bytes(each) for name, each in described.items()}}
+        storage.write_folder(folder, contents)
+        return sum((folder / name).stat().st_size for name in contents)
 
     def load_values(self, folder: Path) -> None:
         tensors = check_tensors(folder)

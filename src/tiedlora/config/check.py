@@ -76,6 +76,10 @@ def _check_lists(config: Config) -> None:
         raise UserError(f"task.hub.splits: has {unknown[0]!r}; its keys are {', '.join(SPLITS)}")
     if bad := [tag for tag in config.tracking.tags if not 1 <= len(tag) <= LONGEST_TAG]:
         raise UserError(f"tracking.tags={bad[0]!r:.80}: W&B takes 1 to {LONGEST_TAG} characters a tag")
+    if config.tracking.backend in ("wandb", "auto") and "/" in config.tracking.project:
+        raise UserError(
+            f"tracking.project={config.tracking.project}: W&B's names hold no '/'; give the team as tracking.entity"
+        )
     if "" in config.task.stop:
         raise UserError("task.stop: holds an empty text, at which every answer would end; remove it")
     for split in config.score.splits:
@@ -116,6 +120,13 @@ def check_device(key: str, name: str) -> None:
 
 def _check_training(config: Config) -> None:
     train: TrainConfig = config.train
+    for part in tying.PARTS if config.tying.method is None and not train.init_from else ():
+        spec: tying.Part = getattr(config.tying, part)
+        if spec.trained and spec.init == 0.0 and getattr(train.lr_factor, part) == 0.0:
+            raise UserError(
+                f"train.lr_factor.{part}=0: {part} starts at zero, so the update would always stay zero; raise it, or "
+                "start from a trained adapter (train.init_from)"
+            )
     if config.tying.method is None and not any(
         getattr(train.lr_factor, part) > 0 for part in tying.PARTS if getattr(config.tying, part).trained
     ):

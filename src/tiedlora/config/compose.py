@@ -40,7 +40,12 @@ _register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.
 def register() -> None:
     """Register the schema and the `project` resolver with Hydra. It may be called more than once."""
     again: dict[str, Any] = {"replace": True} if _HYDRA_IS_NEW else {}
-    ConfigStore.instance().store(name="schema", node=Config, **again)
+    schema = OmegaConf.structured(Config)
+    # Hydra can set no key of a mapping that is null, and refuses keys that a mapping does not have.
+    for name in ("arguments", "lr_factors"):
+        schema.tying[name] = {}
+        OmegaConf.set_struct(schema.tying[name], False)
+    ConfigStore.instance().store(name="schema", node=schema, **again)
     _register_resolver("project", lambda: str(PROJECT), replace=True)
 
 
@@ -109,6 +114,8 @@ def complete(config: Config) -> Config:
         train = replace(train, lr=config.tying.suggested_lr)
     config = replace(config, train=train, outputs=_absolute(config.outputs), cache=_absolute(config.cache))
     config.data_root = config.data_root and _absolute(config.data_root)
+    if config.model.path:
+        config.model = replace(config.model, path=_absolute(config.model.path))
     check_texts("", config)
     if train.init_from and train.init_digest is None:
         folder = adapter_folder(train.init_from).absolute()

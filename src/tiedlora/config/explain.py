@@ -28,6 +28,11 @@ def readable_errors() -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException, OverflowError) as error:
         raise UserError(explain(error)) from error
+    except AttributeError as error:
+        # OmegaConf's own error for a mapping that is null.
+        if (key := _full_key(str(error))) is None:
+            raise
+        raise UserError(f"{key}: is null, and no key of it can be set{_usage(key)}") from error
     except YAMLError as error:
         raise UserError(f"a file of conf/ is not readable YAML ({' '.join(str(error).split())})") from error
     except RecursionError as error:
@@ -56,8 +61,6 @@ def explain(error: BaseException) -> str:
         return f"{group}={option}: no such option; choose one of {', '.join(names)}{nearest(option, names)}"
     if match := re.search(r"Could not override '([\w.]+)'|Key '([\w.]+)' (?:is )?not in '?(\w+)", text):
         key = match[1] or _full_key(text) or match[2]
-        if key.split("[")[0].startswith("tying.arguments"):
-            return "tying.arguments: to add an argument to those of the option, write ++tying.arguments.NAME=VALUE"
         return f"{key}: unknown key{nearest(key, schema_keys())}; `python train.py --cfg job` shows them all"
     if isinstance(error, OverrideParseException):
         return (

@@ -43,6 +43,10 @@ REFUSED = {
     "XLoraConfig": "mixes adapters that are trained already",
 }
 """Classes of PEFT that need more than a loss and a gradient -> what they need."""
+STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
+"""Values of PEFT's init_lora_weights that give the base other weights. Base and adapted model would not be compared."""
+STARTS_FROM_DATA = ("eva", "lora_ga")
+"""Values of init_lora_weights that take their start from rows of data, in a step that this loop does not do."""
 PEFT_FILE = "adapter_config.json"
 
 
@@ -86,6 +90,16 @@ def resolve(method: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, A
         values.pop(name, None)
     if values.get("modules_to_save"):
         raise UserError("tying.arguments.modules_to_save: whole layers would be trained; leave it out")
+    start = str(values.get("init_lora_weights", "")).lower()
+    for kinds, reason in (
+        (STARTS_THAT_CHANGE_THE_BASE, "changes the base's weights"),
+        (STARTS_FROM_DATA, "takes its start from rows of data"),
+    ):
+        if start.startswith(kinds):
+            raise UserError(
+                f"tying.arguments.init_lora_weights={start:.40}: {reason}, which no arm may do; leave it out, or "
+                "choose false, gaussian or orthogonal"
+            )
     return kind.__name__, {name: value for name, value in sorted(values.items()) if value is not None}
 
 

@@ -102,7 +102,8 @@ class TaskConfig:
     rows: RowCounts = key(factory=RowCounts)
     """How many rows of each split to use."""
     validation_from_train: int = count(0, low=0)
-    """Rows taken from train for validation, from the end of a seeded shuffle: for a task without a validation split."""
+    """Rows taken from train for validation, by a seeded shuffle: for a task without a validation split. Rows of one
+    group count as one."""
     split_seed: int = count(0, low=0)
     """Seed of validation_from_train and of generated rows. It does not depend on the run's seed."""
     shuffle_targets: bool = key(False)
@@ -139,6 +140,10 @@ class TyingConfig(Tying):
     """Regular expressions for names of parameters without weight decay: those that start at 1, or at a size of the
     base's weights."""
 
+    def __post_init__(self) -> None:
+        # An empty mapping means null. Hydra begins with an empty one (see compose.register).
+        self.arguments, self.lr_factors = self.arguments or None, self.lr_factors or None
+
 
 @dataclass
 class RankConfig:
@@ -171,7 +176,8 @@ class TrainConfig:
     batch_tokens: Optional[int] = count(None, neutral=None)
     """Most tokens of an optimizer step, padding included, in addition to batch_size; null sets no limit."""
     microbatch_size: Optional[int] = count(None, execution=True)
-    """Rows of a forward pass; null takes the whole batch. It changes memory and rounding only."""
+    """Rows of a forward pass; null takes the whole batch. It changes memory and rounding only, unless there is dropout:
+    each pass draws its own."""
     microbatch_tokens: Optional[int] = count(None, execution=True)
     """Most tokens of a forward pass in training and in validation losses, padding included except the last few up to a
     multiple of 16; null sets no limit. It limits the memory if rows differ in length. It changes rounding."""

@@ -239,9 +239,11 @@ def _put(root: Any, path: str, module: Any) -> None:
     root.add_module(name, module)
 
 
-def _shira_params(tying: TyingConfig, architecture: Architecture) -> int:
-    """r (d_in + d_out) entries of each weight."""
+def _shira_params(tying: TyingConfig, architecture: Architecture) -> int | None:
+    """r (d_in + d_out) entries of each weight; None if the arguments name the modules themselves."""
     assert tying.resolved is not None
+    if "target_modules" in tying.resolved:
+        return None
     layers = len(spec.adapted_layers(tying, architecture))
     targets = [part for target in tying.targets for part in _single(target, architecture)]
     rank = int(tying.resolved["r"])

@@ -197,6 +197,8 @@ class SplitScores:
     """Adapted minus base, paired on the rows. For a loss, a negative gain is an improvement."""
     source: Text | None = None
     """Where the rows come from, if they are passages of neutral text (the value of score.forgetting)."""
+    source_digest: Text | None = None
+    """The sha256 of the source, if it is a text file."""
     signatures: dict[Text, Text] | None = None
     """Metric -> the implementation and settings that computed it, if its name does not say enough."""
     files: dict[Text, Text] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tiedlora.errors import UserError
+from tiedlora.records.loss_metrics import is_loss
 from tiedlora.report.compare import SPLIT_PREFERENCE
 from tiedlora.report.runs import Run
 
@@ -69,7 +70,7 @@ def _sections(keys: Sequence[str]) -> list[Any]:
             x=summary("trainable_params"),
             y=summary(key),
             log_x=True,
-            running_ymax=True,
+            **{"running_ymin" if is_loss(key.rpartition("/")[2]) else "running_ymax": True},
         )
         for key in keys
     ]
@@ -108,6 +109,7 @@ def _sections(keys: Sequence[str]) -> list[Any]:
     cost = [
         wr.ScatterPlot(title=f"{keys[0]} by {title}", x=summary(key), y=summary(keys[0]))
         for title, key in (("peak memory", "training/peak_memory_bytes"), ("tokens/s", "training/tokens_per_s"))
+        if keys
     ]
     return [
         ws.Section("Score by trainable parameters (Pareto)", pareto, is_open=True),

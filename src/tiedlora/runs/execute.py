@@ -81,11 +81,12 @@ def _run_first_process(config: Config, world: World) -> RunRecord | None:
 def _train_and_score(session: RunSession, folder: RunFolder, stop: StopSignal) -> RunRecord:
     """Train from the newest checkpoint or from the start, save the adapter, score, and write result.json last."""
     trained = Trainer(session, folder, stop).train()
-    adapter_bytes = session.attached.save(folder.adapter, session.base.record)
-    scores = _score(session, folder)
-    # The other processes have nothing left to do. They leave now.
-    session.world.leave()
-    record = build_record(session, trained, folder, adapter_bytes, scores)
+    with trained.trackers.closed_on_error():
+        adapter_bytes = session.attached.save(folder.adapter, session.base.record)
+        scores = _score(session, folder)
+        # The other processes have nothing left to do. They leave now.
+        session.world.leave()
+        record = build_record(session, trained, folder, adapter_bytes, scores)
     trained.trackers.finish(flat_summary(record))
     folder.write_record(record)
     folder.tidy()

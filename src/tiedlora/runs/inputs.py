@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,16 @@ def read_rows(config: Config) -> RunRows:
 
 def _read_rows(config: Config, task: Task) -> RunRows:
     examples = {split: load_examples(task, split, config.data_root) for split in ("train", "validation")}
-    trained = {example.prompt for example in examples["train"]}
-    if shared := [example.id for example in examples["validation"] if example.prompt in trained]:
-        raise UserError(f"task: {len(shared)} validation rows are also training rows (such as id {shared[0]})")
+    if said := shared_rows(examples["train"], examples["validation"], "validation"):
+        raise UserError(f"task: {said}")
     return RunRows(examples, {split: digest(rows) for split, rows in examples.items()})
+
+
+def shared_rows(train: Iterable[Example], scored: Iterable[Example], split: str) -> str:
+    """A sentence that says how many of the scored rows have the prompt of a training row; empty if none has."""
+    trained = {example.prompt for example in train}
+    shared = [example.id for example in scored if example.prompt in trained]
+    return f"{len(shared)} {split} rows are also training rows (such as id {shared[0]})" if shared else ""
 
 
 def row_digests(config: Config) -> dict[str, str]:

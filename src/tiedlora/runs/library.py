@@ -49,7 +49,9 @@ def load(source: Path | str, model: Any = None, *, dtype: str | None = None, dev
 
     Args:
         source: a run's folder, or a folder that `save_pretrained` has written.
-        model: the base model; None loads the one that the run was trained on (`source` must then be a run).
+        model: the base model. A BaseModel (of `base_of`) is compared with the one that the adapter was trained on; a
+            model of transformers has no record that could be compared. None loads the one that the run was trained on
+            (`source` must then be a run).
         dtype: the dtype of the base model that is loaded; None takes the run's own.
 
     Returns:
@@ -60,8 +62,8 @@ def load(source: Path | str, model: Any = None, *, dtype: str | None = None, dev
     """
     folder = adapter_folder(source)
     trained = trained_on(folder)
-    if model is None:
-        base = base_of(source, dtype, device)
+    base = base_of(source, dtype, device) if model is None else model
+    if isinstance(base, BaseModel):
         if base.record != trained:
             raise UserError(f"{source}: was trained on {trained}, the base model here is {base.record}")
         model = base.model

@@ -24,7 +24,7 @@ from tiedlora.models.device import execution_on
 from tiedlora.records.admission import Admission
 from tiedlora.records.provenance import code_version, package_versions
 from tiedlora.runs.admission_rules import check_scores_mean_something
-from tiedlora.runs.inputs import RunRows, read_rows
+from tiedlora.runs.inputs import RunRows, read_rows, shared_rows
 from tiedlora.runs.process_cache import SingleSlotCache
 from tiedlora.runs.process_device import set_up_device
 from tiedlora.tasks import Example, Task, load_examples
@@ -90,18 +90,31 @@ class RunSession:
         self.fitted = self._fit(rows)
         self.train_examples = [rows.examples["train"][number] for number in self.fitted["train"].kept]
         self.validation_examples = rows.examples["validation"]
+        self._test_examples = self._read_test_rows(rows) if "test" in config.score.splits else []
         # 3. The adapter, or the arm of another method. An arm of another method is admitted first.
-        self.admission = self._admission() if config.tying.method is not None and world.is_first else None
-        self.attached: Arm = self._attach()
-        self.trainable_params = sum(parameter.numel() for parameter in self.attached.trained_parts().values())
-        expected = trainable_params(config)
-        assert expected in (None, self.trainable_params), f"{self.trainable_params} parameters, expected {expected}"
+        try:
+            self.admission = self._admission() if config.tying.method is not None and world.is_first else None
+            self.attached: Arm = self._attach()
+            self.trainable_params = sum(parameter.numel() for parameter in self.attached.trained_parts().values())
+            expected = trainable_params(config)
+            assert expected in (None, self.trainable_params), f"{self.trainable_params} parameters, expected {expected}"
+        except BaseException:
+            # The next run of this process must not get a model with parts of this arm.
+            _BASE.clear()
+            raise
         if missed := missed_budget(config, self.trainable_params):
             log.warning("budget: %s", missed)
         # 4. The values for the record and the checkpoints.
         self.execution = execution_on(self.device, world.size)
         self.code, self.versions, self.data_digests = code_version(), package_versions(), rows.digests
         self.versions |= self.encoder.versions
+
+    def _read_test_rows(self, rows: RunRows) -> list[Example]:
+        """The test rows. They are read before training, because a mistake in them would cost the time of a training."""
+        examples = load_examples(self.task, "test", self.config.data_root)
+        if said := shared_rows(rows.examples["train"], examples, "test"):
+            log.warning("task=%s: %s, so their scores count what was trained", self.config.task.name, said)
+        return examples
 
     def _fit(self, rows: RunRows) -> dict[str, EncodedRows]:
         config, base = self.config, self.base
@@ -161,14 +174,8 @@ class RunSession:
         )
 
     def examples(self, split: str) -> list[Example]:
-        """The rows of a split for scoring.
-
-        Raises:
-            UserError: they cannot be read.
-        """
-        if split == "validation":
-            return self.validation_examples
-        return load_examples(self.task, split, self.config.data_root)
+        """The rows of a split of `score.splits` for scoring."""
+        return self.validation_examples if split == "validation" else self._test_examples
 
     def release(self) -> None:
         """Restore the base model, because the next cell of a sweep may use it."""

@@ -139,11 +139,8 @@ class Trainer:
         model.train()
         self.stop.finish_step_first = True
         try:
-            with self._training_blocks():
+            with self.trackers.closed_on_error(), self._training_blocks():
                 loop.train(self.state, hooks, self.optimizer, self.config.train, self.config.seed)
-        except BaseException:
-            self.trackers.finish({}, exit_code=1)
-            raise
         finally:
             self.stop.finish_step_first = False
             self.bar.close()

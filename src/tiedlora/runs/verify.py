@@ -210,7 +210,11 @@ def _changed_row(run: CheckedRun, split: str) -> tuple[str | None, str]:
 
 
 def _check_base(run: CheckedRun) -> Iterator[Finding]:
-    """Check the digest of the base model."""
+    """Check the digest of the base model, if it is here."""
+    path = run.config.model.path
+    if path and not Path(path).exists():
+        yield Finding("base", None, f"model.path={path}: is not here")
+        return
     recorded, now = run.record.base.digest, known_digest(run.config.model)
     if now is None:
         explanation = f"{recorded}: a hub model's commit is known once it loads (regeneration compares it)"

@@ -42,7 +42,7 @@ def choice_log_likelihoods(
     A prompt passes through the model once, and its choices share its key-value cache.
 
     Args:
-        choices: for each prompt, the token ids of its choices, none empty.
+        choices: for each prompt, the token ids of its choices. An empty one has the log-likelihood 0.
         batch_size: the most choices that are scored together (but always all choices of at least one prompt).
         batch_tokens: the most tokens of those choices with their prompts; None sets no limit.
         progress: is called with the number of prompts that have just finished.
@@ -63,13 +63,13 @@ def _score_choices(
     prompt_of = torch.tensor([row for row, own in enumerate(choices) for _ in own], device=device)
     # 1. The prompts. Their last hidden state predicts the first token of each of their choices.
     ids, mask, positions = padded_left(prompts, pad_id, device)
-    longest = max(map(len, texts)) - 1
+    longest = max(1, *map(len, texts)) - 1
     cache = new_cache(model, ids.shape[1] + longest)
     hidden = [hidden_states(model, ids, mask, positions, cache)[prompt_of, -1:]]
     # 2. The choices without their last token, which predicts nothing that is scored.
     if longest:
         keep_rows(cache, prompt_of)
-        padding = [longest - len(text) + 1 for text in texts]
+        padding = [longest - len(text[:-1]) for text in texts]
         inputs = [text[:-1] + [pad_id] * pads for text, pads in zip(texts, padding, strict=True)]
         inputs_mask = [[1] * (longest - pads) + [0] * pads for pads in padding]
         full_mask = torch.cat([mask[prompt_of], torch.tensor(inputs_mask, device=device)], 1)
@@ -77,9 +77,9 @@ def _score_choices(
         hidden.append(hidden_states(model, torch.tensor(inputs, device=device), full_mask, inputs_positions, cache))
     # 3. The log-likelihood of each token, summed over each choice.
     states = torch.cat(hidden, 1)
-    rows = torch.tensor([row for row, text in enumerate(texts) for _ in text], device=device)
-    columns = torch.tensor([column for text in texts for column in range(len(text))], device=device)
-    tokens = torch.tensor([token for text in texts for token in text], device=device)
+    rows = torch.tensor([row for row, text in enumerate(texts) for _ in text], dtype=torch.long, device=device)
+    columns = torch.tensor([column for text in texts for column in range(len(text))], dtype=torch.long, device=device)
+    tokens = torch.tensor([token for text in texts for token in text], dtype=torch.long, device=device)
     sums = torch.zeros(len(texts), dtype=torch.float64, device=device)
     sums.index_add_(0, rows, _token_log_likelihoods(model, states[rows, columns], tokens).double())
     remaining = iter(sums.tolist())

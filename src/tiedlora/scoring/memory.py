@@ -13,7 +13,7 @@ from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.models.device import free_memory
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import SplitScores
-from tiedlora.scoring.passages import read_passages
+from tiedlora.scoring.passages import read_passages, source_digest
 from tiedlora.scoring.passes import Passes
 from tiedlora.scoring.split import Scorer
 
@@ -84,4 +84,4 @@ def score_forgetting(scorer: Scorer, source: str, folder: RunFolder) -> SplitSco
     """
     passages = read_passages(source, scorer.encoder, scorer.config.data_root)
     scores = score_within_memory(scorer, FORGETTING, passages, folder, Passes(answers=False))
-    return replace(scores, source=source)
+    return replace(scores, source=source, source_digest=source_digest(source))

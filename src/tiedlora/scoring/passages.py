@@ -69,6 +69,13 @@ def check_source(source: str, task: str) -> None:
         raise UserError(f"score.forgetting={source}: no such file; a relative path starts at the present folder")
 
 
+def source_digest(source: str) -> str | None:
+    """The sha256 of a text file; None for the text of a task or of the hub, and for a file that is not there."""
+    path = Path(source).expanduser()
+    is_file = source.partition(":")[0] not in (TASK_TEXT, HUB_TEXT) and path.is_file()
+    return storage.sha256(path) if is_file else None
+
+
 def read_passages(source: str, encoder: Encoder, data_root: str | None) -> list[Passage]:
     """The first PASSAGES passages of `score.forgetting`.
 

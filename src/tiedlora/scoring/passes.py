@@ -10,6 +10,7 @@ from tiedlora.config.schema import FORGETTING, ScoreConfig
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import LOSS_METRICS, is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores
+from tiedlora.scoring.passages import source_digest
 from tiedlora.tasks import Task
 
 
@@ -80,6 +81,10 @@ def lacks_scores(score: ScoreConfig, record: RunRecord) -> bool:
 
 
 def forgetting_to_score(score: ScoreConfig, record: RunRecord) -> str | None:
-    """The requested neutral text, if the finished run's losses on it are missing."""
-    measured = record.scores.get(FORGETTING)
-    return None if measured is not None and measured.source == score.forgetting else score.forgetting
+    """The requested neutral text, if the finished run's losses on it are missing, or its file has changed since."""
+    measured, source = record.scores.get(FORGETTING), score.forgetting
+    if source is None or measured is None or measured.source != source:
+        return source
+    # Records of earlier versions have no digest, and a run that was moved may not have the file beside it.
+    digests = (measured.source_digest, source_digest(source))
+    return None if None in digests or digests[0] == digests[1] else source

@@ -58,7 +58,7 @@ def predict(
     else:
         answers = _generate(model, encoder, asked, config, progress, engine)
     progress.close()
-    scores = TaskMetric(task, by_likelihood).compute(
+    scores = TaskMetric(task, by_likelihood, asked).compute(
         predictions=[answer.log_likelihoods if by_likelihood else answer.output for answer in answers],
         references=[example.references for example in asked],
         choices=[example.choices for example in asked],

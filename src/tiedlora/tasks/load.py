@@ -52,12 +52,7 @@ def load_examples(task: Task, split: str, data_root: str | None) -> list[Example
         UserError: there are no rows, or one is wrong; the message names file and line.
     """
     config = task.config
-    if split == "train":
-        rows = _split_train(task, data_root)[0]
-    elif split == "validation" and config.validation_from_train:
-        rows = _split_train(task, data_root)[1]
-    else:
-        rows = _read_rows(task, split, data_root)
+    rows = _split_rows(task, split, data_root)
     examples_in_order, count = _examples(task, _grouped(task, rows)), getattr(config.rows, split)
     if split == "train" and task.inputs_recur:
         scored = _scored_prompts(task, data_root)
@@ -86,19 +81,30 @@ def _read_rows(task: Task, split: str, data_root: str | None) -> list[DataRow]:
     return task.hub_rows(split) if data_root is None else rows_from_folder(task.config, split, Path(data_root))
 
 
+def _split_rows(task: Task, split: str, data_root: str | None) -> list[DataRow]:
+    """The rows of a split. If validation is taken from train, neither has rows of the other."""
+    if split == "train" or (split == "validation" and task.config.validation_from_train):
+        return _split_train(task, data_root)[split == "validation"]
+    return _read_rows(task, split, data_root)
+
+
 def _split_train(task: Task, data_root: str | None) -> tuple[list[DataRow], list[DataRow]]:
-    """(the training rows that stay, the validation rows that are taken). A run's seed does not change the choice."""
+    """(the training rows that stay, the validation rows that are taken), in whole groups.
+
+    A run's seed does not change the choice.
+    """
     rows, count = _read_rows(task, "train", data_root), task.config.validation_from_train
     if not count:
         return rows, []
-    if count >= len(rows):
-        raise UserError(f"task.validation_from_train={count}: must be less than the {len(rows)} train rows")
-    order = list(range(len(rows)))
+    groups = [task.group_id(task.row_id(row, number)) for number, row in enumerate(rows)]
+    order = list(dict.fromkeys(groups))
+    if count >= len(order):
+        raise UserError(f"task.validation_from_train={count}: must be less than the {len(order)} train rows")
     random.Random(f"carve/{task.config.split_seed}").shuffle(order)
-    validation = set(order[:count])
+    taken = set(order[:count])
     return (
-        [row for number, row in enumerate(rows) if number not in validation],
-        [row for number, row in enumerate(rows) if number in validation],
+        [row for row, group in zip(rows, groups, strict=True) if group not in taken],
+        [row for row, group in zip(rows, groups, strict=True) if group in taken],
     )
 
 
@@ -120,7 +126,7 @@ def _scored_prompts(task: Task, data_root: str | None) -> set[str]:
     prompts: set[str] = set()
     for split in SCORED_SPLITS:
         try:
-            rows = _read_rows(task, split, data_root)
+            rows = _split_rows(task, split, data_root)
         except UserError:
             continue  # Training does not need these rows. If the run scores the split, scoring reports the error.
         prompts.update(example.prompt for example in _examples(task, _grouped(task, rows)))

@@ -6,12 +6,18 @@ task's `score` and `total`. To import this module takes seconds, so only scoring
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import datasets
 import evaluate
 
+from tiedlora.errors import UserError
 from tiedlora.tasks.base import Example, Score, Task
+
+ROUNDING = 1e-9
+"""How far a score may be outside [0, 1]."""
 
 
 class TaskMetric(evaluate.Metric):  # type: ignore[misc]
@@ -22,8 +28,14 @@ class TaskMetric(evaluate.Metric):  # type: ignore[misc]
     in [0, 1], and `per_example`, a list of each example's scores.
     """
 
-    def __init__(self, task: Task, by_likelihood: bool = False) -> None:
-        self.task, self.by_likelihood = task, by_likelihood
+    def __init__(self, task: Task, by_likelihood: bool = False, examples: Sequence[Example] | None = None) -> None:
+        """
+        Args:
+            by_likelihood: whether the outputs are log-likelihoods.
+            examples: the examples of `compute`, for a task whose score reads their prompts, targets or ids. Without
+                them, the task's score sees references and choices alone.
+        """
+        self.task, self.by_likelihood, self.examples = task, by_likelihood, examples
         super().__init__(keep_in_memory=True)
 
     def _build_data_dir(self) -> str:
@@ -44,9 +56,24 @@ class TaskMetric(evaluate.Metric):  # type: ignore[misc]
         )
 
     def _compute(self, predictions: Any, references: Any, choices: Any) -> dict[str, float | list[dict[str, Score]]]:
-        scores = [
-            self.task.score(output, Example("", "", "", tuple(answers), tuple(texts)))
-            for output, answers, texts in zip(predictions, references, choices, strict=True)
+        examples = self.examples or [
+            Example("", "", "", tuple(answers), tuple(texts))
+            for answers, texts in zip(references, choices, strict=True)
         ]
+        scores = [self.task.score(output, example) for output, example in zip(predictions, examples, strict=True)]
+        for example, row in zip(examples, scores, strict=True):
+            self._check(example, row)
         totals = {name: self.task.total(name, [row[name] for row in scores]) for name in self.task.metrics}
         return {**totals, "per_example": scores}
+
+    def _check(self, example: Example, scores: Mapping[str, Score]) -> None:
+        """Refuse scores that a record could not hold, before anything is written."""
+        task = self.task
+        where = f"task={task.config.name}: the score of row {example.id}"
+        for metric in task.metrics:
+            if metric not in scores:
+                raise UserError(f"{where} has no {metric}, which the task names in `metrics`")
+            score = scores[metric]
+            is_valid = isinstance(score, Real) and -ROUNDING <= score <= 1 + ROUNDING
+            if metric not in task.corpus_metrics and not is_valid:
+                raise UserError(f"{where} has {metric}={score!r:.40}; it must be a number from 0 to 1")

@@ -59,8 +59,9 @@ class TrackedRun:
         config = self.config
         if self.kind == SWEEP:
             return [SWEEP, *config.tracking.tags]
-        words = [self._model[:LONGEST_TAG], config.task.name, config.tying.name, f"r{config.rank.r}"]
-        return [*words, *config.tracking.tags, *(["chosen"] if self.chosen else [])]
+        words = [self._model, config.task.name, config.tying.name, f"r{config.rank.r}"]
+        own = [word[:LONGEST_TAG] for word in words]
+        return [*own, *config.tracking.tags, *(["chosen"] if self.chosen else [])]
 
     def settings(self) -> dict[str, Any]:
         """The configuration as nested plain data, with the run's id and size."""
@@ -105,7 +106,9 @@ class Tracker(Protocol):
         """Close the run.
 
         Args:
-            summary: the finished run's record as flat keys (records.summary.flat_summary); empty if the run failed.
+            summary: the finished run's record as flat keys (records.summary.flat_summary); empty if the run failed or
+                is paused.
+            exit_code: 1 if the run failed or was stopped.
         """
 
 

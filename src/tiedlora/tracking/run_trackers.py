@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tiedlora.errors import UserError
+from tiedlora.errors import Paused, UserError
 from tiedlora.records.rows import MetricsRow
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.text import visible
@@ -106,11 +106,19 @@ class RunTrackers:
         self._metrics.log(rows)
         self._tracker.log(rows)
 
-    def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
-        """Close every tracker. A finished run gives it a table of its first answers."""
-        if exit_code == 0:
-            self._tracker.log_tables(lambda: run_tables(self._run, self._run.config.tracking.answers))
-        self._tracker.finish(summary, exit_code)
+    def finish(self, summary: Mapping[str, float | int | str]) -> None:
+        """Close every tracker of a finished run. Each gets a table of the run's first answers."""
+        self._tracker.log_tables(lambda: run_tables(self._run, self._run.config.tracking.answers))
+        self._tracker.finish(summary)
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """If the block ends with an error, close every tracker. A pause, as a staged sweep makes it, is no failure."""
+        try:
+            yield
+        except BaseException as error:
+            self._tracker.finish({}, exit_code=0 if isinstance(error, Paused) else 1)
+            raise
 
 
 def run_tables(run: TrackedRun, most: int) -> dict[str, TextTable]:
