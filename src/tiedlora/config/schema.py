@@ -141,6 +141,7 @@ class TyingConfig(Tying):
     base's weights."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # An empty mapping means null. Hydra begins with an empty one (see compose.register).
         self.arguments, self.lr_factors = self.arguments or None, self.lr_factors or None
 
