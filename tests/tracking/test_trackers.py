@@ -212,4 +212,4 @@ class TestRun:
 
     def test_a_team_in_the_project_is_refused(self, tiny_config):
         with pytest.raises(UserError, match=r"tracking\.project=team/tied: .*tracking\.entity"):
-            tiny_config("tracking=wandb", "tracking.project=team/tied")
+            run.main(tiny_config("tracking=wandb", "tracking.project=team/tied"))

@@ -76,10 +76,6 @@ def _check_lists(config: Config) -> None:
         raise UserError(f"task.hub.splits: has {unknown[0]!r}; its keys are {', '.join(SPLITS)}")
     if bad := [tag for tag in config.tracking.tags if not 1 <= len(tag) <= LONGEST_TAG]:
         raise UserError(f"tracking.tags={bad[0]!r:.80}: W&B takes 1 to {LONGEST_TAG} characters a tag")
-    if config.tracking.backend in ("wandb", "auto") and "/" in config.tracking.project:
-        raise UserError(
-            f"tracking.project={config.tracking.project}: W&B's names hold no '/'; give the team as tracking.entity"
-        )
     if "" in config.task.stop:
         raise UserError("task.stop: holds an empty text, at which every answer would end; remove it")
     for split in config.score.splits:
@@ -90,6 +86,18 @@ def _check_lists(config: Config) -> None:
     betas = config.train.betas
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise UserError(f"train.betas={betas}: needs two numbers in [0, 1)")
+
+
+def check_new_run(config: Config) -> None:
+    """Refuse what a new run cannot have. Finished runs of earlier versions may have it, and stay readable.
+
+    Raises:
+        UserError: the message names the key.
+    """
+    if config.tracking.backend in ("wandb", "auto") and "/" in config.tracking.project:
+        raise UserError(
+            f"tracking.project={config.tracking.project}: W&B's names hold no '/'; give the team as tracking.entity"
+        )
 
 
 def check_forgetting(source: str, task: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from tiedlora.config.check import check_new_run
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.errors import StoppedEarly, UserError
@@ -60,6 +61,7 @@ def _run_first_process(config: Config, world: World) -> RunRecord | None:
                 f"{folder.path}: other processes find a result.json there, this one does not; share the folder"
             )
         return finished
+    check_new_run(config)
     # From here on, a signal ends the run as one that can go on, also while it loads.
     with StopSignal() as stop:
         session = RunSession(config, load_task(config.task), world)
