@@ -96,7 +96,7 @@ def test_a_run_that_fails_leaves_no_base_for_the_next(tiny_config, monkeypatch):
 def test_the_part_that_starts_at_zero_must_learn(tiny_config):
     for tying, part in (("TABuv", "B"), ("Tuv", "v"), ("LoRA", "B")):
         with pytest.raises(UserError, match=rf"train\.lr_factor\.{part}=0: {part} starts at zero"):
-            compose_config([f"tying={tying}", f"train.lr_factor.{part}=0"])
+            run.main(tiny_config(f"tying={tying}", f"train.lr_factor.{part}=0"))
     compose_config(["tying=TABuv", "train.lr_factor.A=0"])
 
 

@@ -14,6 +14,7 @@ from tiedlora.config.compose import VERSION_BASE, compose_config, load
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import CONF, PROJECT
 from tiedlora.errors import UserError
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.sweeps.expand import combinations, compose_sweep
 from tiedlora.tying import lora_params, nearest_lora_rank, trainable_params
 
@@ -101,6 +102,17 @@ def test_a_misspelt_grid_is_answered_with_the_grids_there_are():
 def test_a_sweep_that_would_repeat_finished_cells_is_refused(tiny_run):
     with pytest.raises(UserError, match=r"^force=true: "):
         compose_sweep(tiny_run("seed=0,1", "force=true"))
+
+
+def test_a_sweep_refuses_what_a_new_run_cannot_have_before_it_runs(tmp_path):
+    words = ["tying=TABuv", "train.lr_factor.B=1,0", f"outputs={tmp_path}"]
+    with pytest.raises(UserError, match=r"^cell .*train\.lr_factor\.B=0.*: train\.lr_factor\.B=0: B starts at zero"):
+        compose_sweep(words)
+    # A finished run of an earlier version may have it.
+    finished = RunFolder(tmp_path / run_id(compose_config([*words[:1], "train.lr_factor.B=0"])))
+    finished.path.mkdir()
+    finished.result_file.touch()
+    assert len(compose_sweep(words).cells) == 2
 
 
 def test_a_frozen_cell_is_the_same_run_whatever_becomes_of_conf(tiny_run):

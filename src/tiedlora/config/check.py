@@ -98,6 +98,13 @@ def check_new_run(config: Config) -> None:
         raise UserError(
             f"tracking.project={config.tracking.project}: W&B's names hold no '/'; give the team as tracking.entity"
         )
+    for part in tying.PARTS if config.tying.method is None and not config.train.init_from else ():
+        spec: tying.Part = getattr(config.tying, part)
+        if spec.trained and spec.init == 0.0 and getattr(config.train.lr_factor, part) == 0.0:
+            raise UserError(
+                f"train.lr_factor.{part}=0: {part} starts at zero, so the update would always stay zero; raise it, or "
+                "start from a trained adapter (train.init_from)"
+            )
 
 
 def check_forgetting(source: str, task: str) -> None:
@@ -128,13 +135,6 @@ def check_device(key: str, name: str) -> None:
 
 def _check_training(config: Config) -> None:
     train: TrainConfig = config.train
-    for part in tying.PARTS if config.tying.method is None and not train.init_from else ():
-        spec: tying.Part = getattr(config.tying, part)
-        if spec.trained and spec.init == 0.0 and getattr(train.lr_factor, part) == 0.0:
-            raise UserError(
-                f"train.lr_factor.{part}=0: {part} starts at zero, so the update would always stay zero; raise it, or "
-                "start from a trained adapter (train.init_from)"
-            )
     if config.tying.method is None and not any(
         getattr(train.lr_factor, part) > 0 for part in tying.PARTS if getattr(config.tying, part).trained
     ):

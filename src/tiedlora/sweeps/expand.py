@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from tiedlora import tying
 from tiedlora.config import compose
+from tiedlora.config.check import check_new_run
 from tiedlora.config.explain import readable_errors
 from tiedlora.config.project import CONF
 from tiedlora.config.schema import ModelConfig, TaskConfig
@@ -107,6 +108,9 @@ def _cells(composer: CellComposer, overrides: list[str], match_lora: bool) -> It
 def _cell(composer: CellComposer, overrides: list[str]) -> SweepCell:
     try:
         config = composer.compose(overrides)
+        cell = SweepCell(tuple(overrides), config)
+        if not cell.folder.result_file.exists():
+            check_new_run(config)
     except UserError as error:
         raise UserError(f"cell {' '.join(overrides)}: {error}") from None
     if config.force:
@@ -114,7 +118,7 @@ def _cell(composer: CellComposer, overrides: list[str]) -> SweepCell:
             "force=true: a sweep that repeats its finished cells could not be resumed; delete the folders of the "
             "runs to repeat"
         )
-    return SweepCell(tuple(overrides), config)
+    return cell
 
 
 def _matching_lora(cell: SweepCell) -> list[str]:
