@@ -180,6 +180,18 @@ def test_a_changed_configuration_key_is_named(copy):
     assert "train.lr" in wrong(copy, rows=0)["configuration"]
 
 
+def test_a_relative_model_path_of_an_earlier_version_agrees(copy):
+    config, record = copy / "config.yaml", json.loads((copy / "result.json").read_text())
+    config.write_text(config.read_text().replace("  path: null", "  path: models/llama", 1))
+    record["config"]["model"]["path"] = "models/llama"
+    (copy / "result.json").write_text(json.dumps(record))
+    assert "path: models/llama" in config.read_text()
+    assert not wrong(copy, rows=0)
+    record["config"]["model"]["path"] = "models/gemma"
+    (copy / "result.json").write_text(json.dumps(record))
+    assert "model.path" in wrong(copy, rows=0)["configuration"]
+
+
 def test_a_renamed_folder_is_named(copy):
     moved = copy.rename(copy.with_name("best-run"))
     assert "the folder's name is best-run" in wrong(moved, rows=0)["configuration"]

@@ -112,10 +112,10 @@ def complete(config: Config) -> Config:
     train = config.train
     if train.lr is None:
         train = replace(train, lr=config.tying.suggested_lr)
-    config = replace(config, train=train, outputs=_absolute(config.outputs), cache=_absolute(config.cache))
-    config.data_root = config.data_root and _absolute(config.data_root)
+    config = replace(config, train=train, outputs=absolute(config.outputs), cache=absolute(config.cache))
+    config.data_root = config.data_root and absolute(config.data_root)
     if config.model.path:
-        config.model = replace(config.model, path=_absolute(config.model.path))
+        config.model = replace(config.model, path=absolute(config.model.path))
     check_texts("", config)
     if train.init_from and train.init_digest is None:
         folder = adapter_folder(train.init_from).absolute()
@@ -134,7 +134,8 @@ def complete(config: Config) -> Config:
     return config
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
+    """The path from the root, with ~ as the home folder. An empty path stays empty."""
     return path and str(Path(os.path.expanduser(path)).absolute())
 
 

@@ -83,6 +83,9 @@ def _check_configuration(folder: RunFolder, record: RunRecord, config: Config) -
     # An older run lacks keys that were added later. They have their default values.
     recorded = _filled(record.config.tree, _as_json(config_tree(Config())))
     own = _as_json(config_tree(config))
+    if recorded["model"]["path"]:
+        # Earlier versions recorded the path as the command line gave it. The one in config.yaml is read as absolute.
+        recorded["model"]["path"] = compose.absolute(recorded["model"]["path"])
     if record.left_out is not None:
         # A study keeps no paths, and config.yaml's default ones are read as paths of this machine.
         recorded, own = _without_paths(recorded), _without_paths(own)
