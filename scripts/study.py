@@ -119,12 +119,12 @@ def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | Non
         equal = repeated.files.get(name) == sha256
         print(f"{name}: {'the same bytes' if equal else f'differs: {repeated.files.get(name)}, recorded {sha256}'}")
     print(f"validation loss: {repeated.training.validation_loss_last}, was {recorded.training.validation_loss_last}")
-    print(f"device: {repeated.execution}, was {recorded.execution}")
+    print(f"device: {repeated.execution}, was {', then '.join(dict.fromkeys(map(str, recorded.executions)))}")
     if repeated.files == recorded.files:
         return
     before, now = recorded.training.validation_loss_last, repeated.training.validation_loss_last
     # Written so that NaN disagrees.
-    if recorded.execution.rounds_as(repeated.execution) or not abs(now - before) <= REPEATED_LOSS * before:
+    if recorded.rounds_as(repeated.execution) or not abs(now - before) <= REPEATED_LOSS * before:
         raise SystemExit(DISAGREES)
     print(f"the same up to the rounding of another processor: the loss is within {REPEATED_LOSS:.0%}")
 

@@ -5,6 +5,7 @@ from helpers.hostile import put
 from helpers.report_runs import make_config, make_record, primary_row, scored_run
 
 from tiedlora.config.identity import run_id
+from tiedlora.records.execution import CodeVersion, ContinuedFrom, Execution
 from tiedlora.records.selection import RateChoice, Selection, write_selection
 from tiedlora.report import write
 from tiedlora.report.groups import group_runs
@@ -116,6 +117,25 @@ def test_mixed_processors_are_marked_and_unknown_ones_are_not(tmp_path):
         scored_run(tmp_path, GOOD, BASE, seed=seed, changes={"execution.processor": processor})
     (mark,) = primary_row(write.build([tmp_path]).rows, "TABuv").group.marks
     assert mark == "mixed processors: AMD EPYC (AVX512); Intel Xeon (AVX512)"
+
+
+def test_a_run_that_was_continued_elsewhere_is_marked(tmp_path):
+    earlier = ContinuedFrom(
+        step=40,
+        code=CodeVersion("b" * 40, dirty=True),
+        versions={"torch": "2.12", "transformers": "5.24"},
+        execution=Execution("cpu", threads=1, processor="AMD EPYC (AVX512)"),
+    )
+    changes = {"training.continued_from": [earlier], "execution.processor": "Intel Xeon (AVX512)"}
+    scored_run(tmp_path, GOOD, BASE, changes=changes)
+    report = write.build([tmp_path])
+    assert primary_row(report.rows, "TABuv").group.marks == [
+        "mixed commits: aaaaaaaa, bbbbbbbb",
+        "made by uncommitted code",
+        "mixed versions of torch: 2.12, 2.13",
+        "mixed processors: AMD EPYC (AVX512); Intel Xeon (AVX512)",
+    ]
+    assert "code aaaaaaaa, bbbbbbbb;" in report.summary()
 
 
 def test_groups_on_other_rows_are_not_subtracted(tmp_path):

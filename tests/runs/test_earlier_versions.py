@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 import tiedlora
 from tiedlora.config.compose import read_config
 from tiedlora.config.identity import run_id
+from tiedlora.records.execution import Execution
 from tiedlora.records.loss_metrics import LOSS_METRICS
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import Execution
 from tiedlora.report import write
 from tiedlora.runs import run, verify
 

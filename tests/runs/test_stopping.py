@@ -4,17 +4,21 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.commands import wait_until
 
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import StoppedEarly, exit_codes
+from tiedlora.models.device import processor_name
+from tiedlora.records.execution import CodeVersion
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import add_scores, run
+from tiedlora.runs import add_scores, run, session
 from tiedlora.runs.trainer import Trainer
 
 
@@ -68,6 +72,32 @@ def test_a_signal_during_the_last_validation_stops_before_the_scoring(tiny_confi
     assert folder.finished_record().files == plain.finished_record().files
     steps = [row.step for row in read_metrics(folder.metrics_file)]
     assert steps == [row.step for row in read_metrics(plain.metrics_file)]
+
+
+def test_the_record_says_where_a_continued_run_was_before(tiny_config, monkeypatch):
+    config = tiny_config("score.splits=[]")
+    validate = Trainer._validate
+
+    def signalled(trainer):
+        if trainer.state.step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return validate(trainer)
+
+    monkeypatch.setattr(Trainer, "_validate", signalled)
+    with pytest.raises(StoppedEarly):
+        run.main(config)
+    monkeypatch.undo()
+    step, now = RunFolder(Path(config.outputs) / run_id(config)).checkpoint_step(), CodeVersion("b" * 40, dirty=False)
+    before, after = session.code_version(), replace(session.execution_on(torch.device("cpu")), processor="Another")
+    monkeypatch.setattr(session, "code_version", lambda: now)
+    monkeypatch.setattr(session, "execution_on", lambda *_: after)
+    record = run.main(config)
+    (earlier,) = record.training.continued_from
+    assert (earlier.step, earlier.code, earlier.versions) == (step, before, record.versions)
+    assert record.code_versions == [before, now]
+    assert [execution.processor for execution in record.executions] == [processor_name(), "Another"]
+    assert not record.rounds_as(after)
+    assert record == run.main(config), "the record as it is read"
 
 
 def test_a_signal_while_a_finished_run_is_scored_ends_as_a_stop(tiny_config, monkeypatch):

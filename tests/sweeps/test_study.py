@@ -242,6 +242,20 @@ def test_on_another_processor_a_repeated_run_may_differ_by_rounding(folder, outp
     assert ("the same up to the rounding of another processor" in done.stdout) == (code == 0)
 
 
+def test_a_run_that_continued_from_another_processor_may_differ_by_rounding(folder, outputs):
+    place, ids = outputs
+    study.export_study(folder, place)
+    path = folder / "runs" / ids[1] / "result.json"
+    record = json.loads(path.read_text())
+    earlier = {"step": 1, "code": record["code"], "versions": record["versions"]}
+    record["training"]["continued_from"] = [{**earlier, "execution": {**record["execution"], "processor": "Another"}}]
+    record["files"]["adapter/adapter.safetensors"] = "0" * 64
+    path.write_text(json.dumps(record))
+    done = repeated(folder, place, ids[1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", Another, then cpu, " in done.stdout
+
+
 def test_all_runs_of_a_study_are_verified_at_once(folder, outputs):
     place, ids = outputs
     study.export_study(folder, place)

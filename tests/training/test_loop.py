@@ -13,8 +13,8 @@ from tiedlora.config.schema import LrFactors, TrainConfig
 from tiedlora.data.batching import BatchSampler, microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import StoppedEarly, UserError
+from tiedlora.records.execution import CodeVersion, ContinuedFrom, Execution
 from tiedlora.records.rows import MetricsRow
-from tiedlora.records.run_record import CodeVersion
 from tiedlora.training import checkpoint, loop
 from tiedlora.training.checkpoint import RunInputs
 from tiedlora.training.loss import target_loss
@@ -269,6 +269,29 @@ class TestCheckpoints:
         assert "numpy" not in said
         with pytest.raises(UserError, match="another base"):
             checkpoint.restore(tmp_path, parts, optimizer, RunInputs(base="2", **{key: after}))
+
+    def test_the_state_says_how_its_earlier_steps_were_made(self, tmp_path):
+        state, _, optimizer, parts, _ = start()
+
+        def continued(inputs, step=None):
+            """The state of a run that continues with these inputs and saves a checkpoint at `step`."""
+            restored = checkpoint.restore(tmp_path, parts, optimizer, inputs)
+            if step is not None:
+                checkpoint.save(tmp_path, replace(restored, step=step), parts, optimizer, inputs)
+            return restored
+
+        first = RunInputs({}, "", {"torch": "1"}, CodeVersion("a", False), "cpu, 2 threads", "EPYC (AVX512)")
+        second, third = replace(first, processor="Xeon (AVX512)"), replace(first, code=CodeVersion("b", False))
+        checkpoint.save(tmp_path, replace(state, step=3), parts, optimizer, first)
+        assert continued(first).continued_from == []
+        assert continued(second) == continued(second), "a restore without a step changes nothing"
+        (earlier,) = continued(second, step=5).continued_from
+        assert earlier == ContinuedFrom(3, first.code, {"torch": "1"}, Execution("cpu", 2, processor="EPYC (AVX512)"))
+        assert [part.step for part in continued(third, step=6).continued_from] == [3, 5]
+        assert [part.execution.processor for part in continued(third).continued_from] == [
+            "EPYC (AVX512)",
+            "Xeon (AVX512)",
+        ]
 
     def test_a_checkpoint_that_names_no_processor_continues_without_a_warning(self, tmp_path, caplog):
         state, _, optimizer, parts, _ = start()

@@ -121,11 +121,12 @@ def _facts(record: RunRecord, config: Config, label: str) -> dict[str, str]:
         f"{training.validation_loss_last:.3f}",
         "seed": str(record.seed),
     }
-    if record.code.commit is not None:
-        changes = " with uncommitted changes" if record.code.dirty else ""
-        facts["made with"] = f"commit `{record.code.commit}`{changes}"
+    if commits := [code for code in record.code_versions if code.commit is not None]:
+        facts["made with"] = ", then ".join(
+            f"commit `{code.commit}`{' with uncommitted changes' if code.dirty else ''}" for code in commits
+        )
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-    facts["device"] = str(record.execution)
+    facts["device"] = ", then ".join(dict.fromkeys(map(str, record.executions)))
     return facts
 
 

@@ -7,7 +7,7 @@ import platform
 import subprocess
 
 from tiedlora.config.project import PROJECT
-from tiedlora.records.run_record import CodeVersion
+from tiedlora.records.execution import CodeVersion
 
 STUDY_RECORDS = "studies/*/runs/**"
 """The records of studies, from the top of the checkout."""

@@ -17,17 +17,16 @@ from tiedlora import storage
 from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
 from tiedlora.records.admission import Admission
+from tiedlora.records.execution import CodeVersion, ContinuedFrom, Execution
 from tiedlora.records.halving import Halving
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, is_number, typed
+from tiedlora.records.reading import Count, Name, Number, Text, Whole, is_number, typed
 from tiedlora.records.recorded_config import ConfigRecord, Identity, with_tree
 from tiedlora.statistics.interval import Interval
 from tiedlora.text import is_name
 from tiedlora.tying import PARTS
 
 RUN_ID = re.compile(r"\w[A-Za-z0-9._-]{0,400}", re.ASCII)
-CPU_DEVICE = re.compile(r"(?P<device>.+?)(, (?P<threads>\d+) threads)?(, (?P<processes>\d+) processes)?")
-"""How records before version 0.2 write device, threads and processes: "cpu, 2 threads, 2 processes"."""
 
 
 def _numbers(value: Any) -> Any:
@@ -57,54 +56,6 @@ class BaseModelRecord:
 
     def __str__(self) -> str:
         return f"{self.name} at {self.revision} ({self.digest}{f', {self.quantization}' if self.quantization else ''})"
-
-
-@dataclass(frozen=True)
-class CodeVersion:
-    """The commit of the checkout whose code ran; None outside a git checkout."""
-
-    commit: Text | None
-    dirty: Flag | None
-    """Whether the checkout had uncommitted changes."""
-
-    def __str__(self) -> str:
-        return f"commit {self.commit}{' with uncommitted changes' if self.dirty else ''}"
-
-
-@dataclass(frozen=True)
-class Execution:
-    """Where a run was carried out. This is not part of the run's identity, but it changes rounding."""
-
-    device: Text
-    """`cpu`, or the GPU's name."""
-    threads: Count | None = None
-    """CPU threads of torch; None on a GPU."""
-    processes: Count = 1
-    """How many processes trained together."""
-    processor: Text | None = None
-    """The CPU's model and its vector instructions; None on a GPU, and in records before this key."""
-
-    @property
-    def device_and_threads(self) -> str:
-        """Device, threads and processes, in words."""
-        threads = f", {self.threads} threads" if self.threads is not None else ""
-        return f"{self.device}{threads}" + (f", {self.processes} processes" if self.processes > 1 else "")
-
-    def __str__(self) -> str:
-        return self.device_and_threads + (f", {self.processor}" if self.processor is not None else "")
-
-    def rounds_as(self, other: Execution) -> bool:
-        """Whether both are the same kind of device. False if a record does not name its processor."""
-        known = self.threads is None or self.processor is not None
-        return known and (self.device, self.processor) == (other.device, other.processor)
-
-    @classmethod
-    def from_text(cls, text: str) -> Execution:
-        """The value for an older record, which writes it as one text."""
-        match = CPU_DEVICE.fullmatch(text)
-        if match is None or match["device"] != "cpu":
-            return cls(text)
-        return cls("cpu", int(match["threads"]) if match["threads"] else None, int(match["processes"] or 1))
 
 
 @dataclass(frozen=True)
@@ -149,6 +100,9 @@ class TrainingRecord:
     """The step whose adapter was saved and scored."""
     halvings: list[Halving] | None = None
     """Where memory ran out, in order; None if it never did."""
+    continued_from: list[ContinuedFrom] | None = None
+    """How its earlier steps were made, in order, if the run then continued with other code or packages or on another
+    device or processor. None if it did not, and in records before this key."""
 
 
 TEXTS, ADAPTER = "texts", "adapter"
@@ -266,6 +220,26 @@ class RunRecord:
                 tree["device"] = str(self.execution)
             tree[name] = value
         return {**tree, "identity": self.identity.tree, "config": self.config.tree}
+
+    @property
+    def executions(self) -> list[Execution]:
+        """Where its steps were trained, in order; the last is also where it was scored."""
+        return [*(earlier.execution for earlier in self.training.continued_from or ()), self.execution]
+
+    @property
+    def code_versions(self) -> list[CodeVersion]:
+        """The code that made the run, in order: more than one if it continued with other code."""
+        earlier = [earlier.code for earlier in self.training.continued_from or () if earlier.code is not None]
+        return list(dict.fromkeys([*earlier, self.code]))
+
+    @property
+    def all_versions(self) -> list[dict[str, str]]:
+        """The versions of the packages that made the run, in order."""
+        return [*(earlier.versions for earlier in self.training.continued_from or ()), self.versions]
+
+    def rounds_as(self, other: Execution) -> bool:
+        """Whether all its steps were trained on the same kind of device. False if a processor is not recorded."""
+        return all(execution.rounds_as(other) for execution in self.executions)
 
     def keeps(self, what: str) -> bool:
         """Whether the folder has its texts or its adapter (TEXTS, ADAPTER). A study may leave them out."""

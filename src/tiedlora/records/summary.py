@@ -86,7 +86,7 @@ def flat_summary(record: RunRecord) -> dict[str, float | int | str]:
         "trainable_params": record.trainable_params,
         "share_of_lora": record.share_of_lora,
         "adapter_bytes": record.adapter_bytes,
-        **{f"training/{key}": value for key, value in plain(record.training).items() if key != "halvings"},
+        **{f"training/{key}": value for key, value in plain(record.training).items() if not isinstance(value, list)},
         "training/halvings": len(record.training.halvings or ()),
     }
     for split, scores in record.scores.items():

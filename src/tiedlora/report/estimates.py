@@ -150,7 +150,7 @@ def difference(ours: RunGroup, theirs: RunGroup, measure: Measure, book: Scorebo
         _add_paired_intervals(estimate, *_paired_tables(first, second, measure, book))
     except UserError as error:
         notes.append(f"no interval over examples: {error}")
-    commits = [{str(run.record.code.commit) for run in side} for side in (first, second)]
+    commits = [{str(code.commit) for run in side for code in run.record.code_versions} for side in (first, second)]
     if commits[0] != commits[1]:
         notes.append("made by another commit")
     if other_ends(first, second, measure):

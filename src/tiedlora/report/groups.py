@@ -285,20 +285,21 @@ def _trial(lr: float, by_seed: Mapping[int, Run], failed: Iterable[int], metric:
 
 def _mark_mixtures(group: RunGroup) -> None:
     records = [run.record for run in group.runs]
-    commits = sorted({short_commit(run) for run in group.runs})
+    commits = sorted({commit for run in group.runs for commit in short_commits(run)})
     if len(commits) > 1:
         group.marks.append(f"mixed commits: {', '.join(commits)}")
-    if any(record.code.dirty for record in records):
+    if any(code.dirty for record in records for code in record.code_versions):
         group.marks.append("made by uncommitted code")
     for package in ("torch", "transformers", CHAT_TEMPLATE, TARGET_BLANK):
-        versions = sorted({str(record.versions.get(package)) for record in records})
+        versions = sorted({str(named.get(package)) for record in records for named in record.all_versions})
         if len(versions) > 1:
             group.marks.append(f"mixed versions of {package}: {', '.join(versions)}")
     if len({str(record.more_ends) for record in records}) > 1:
         group.marks.append("mixed ends of answers")
-    if len(devices := sorted({record.execution.device_and_threads for record in records})) > 1:
+    executions = [execution for record in records for execution in record.executions]
+    if len(devices := sorted({execution.device_and_threads for execution in executions})) > 1:
         group.marks.append(f"mixed devices: {'; '.join(devices)}")
-    if len(processors := sorted({name for record in records if (name := record.execution.processor)})) > 1:
+    if len(processors := sorted({name for execution in executions if (name := execution.processor)})) > 1:
         group.marks.append(f"mixed processors: {'; '.join(processors)}")
     if len(group.training_digests) > 1:
         group.marks.append("mixed data: seeds were trained on different rows")
@@ -324,6 +325,6 @@ def _mark_arm(group: RunGroup) -> None:
     group.marks += found.values()
 
 
-def short_commit(run: Run) -> str:
-    """The first characters of the run's commit."""
-    return str(run.record.code.commit)[:8]
+def short_commits(run: Run) -> list[str]:
+    """The first characters of the run's commit, or of its commits if it was continued with other code."""
+    return list(dict.fromkeys(str(code.commit)[:8] for code in run.record.code_versions))

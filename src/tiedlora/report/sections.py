@@ -68,6 +68,7 @@ def _facts(group: RunGroup, run: Run) -> list[tuple[str, str]]:
         ("steps, batch", f"{training.steps} of {identity.tree['train'].get('batch_size')} rows"),
         ("validation loss", f"{training.validation_loss_first:.3f} → {training.validation_loss_last:.3f}"),
         ("speed", f"{training.tokens_per_s:,.0f} tokens/s, {training.seconds:,.0f} s, {record.execution}"),
+        *((f"until step {part.step}", f"{part.code}, {part.execution}") for part in training.continued_from or ()),
         ("commit", f"{record.code.commit}{' with changes' if record.code.dirty else ''}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
     ]

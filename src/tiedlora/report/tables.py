@@ -148,7 +148,7 @@ def cost(groups: Iterable[RunGroup]) -> Table:
                 Amount(mean(record.training.seconds for record in records), 0),
                 Amount(max(record.training.peak_memory_bytes for record in records) / GIB),
                 Amount(mean(record.adapter_bytes for record in records) / MIB),
-                "; ".join(sorted({str(record.execution) for record in records})),
+                "; ".join(sorted({str(execution) for record in records for execution in record.executions})),
             )
         )
     columns = (

@@ -13,7 +13,7 @@ from tiedlora.report import claims as claim_files
 from tiedlora.report.answers import Answer
 from tiedlora.report.claim_verdicts import ClaimVerdict, claim_verdicts
 from tiedlora.report.compare import ResultRow
-from tiedlora.report.groups import RunGroup, group_runs, short_commit
+from tiedlora.report.groups import RunGroup, group_runs, short_commits
 from tiedlora.report.overview import overview
 from tiedlora.report.page import SheetLink
 from tiedlora.report.peft_results import Peer
@@ -44,7 +44,7 @@ class Report:
 
     def summary(self) -> str:
         """One line: how many runs and groups, which models and tasks, which code."""
-        commits = sorted({short_commit(run) for run in self.runs})
+        commits = sorted({commit for run in self.runs for commit in short_commits(run)})
         tasks = sorted({run.task for run in self.runs})
         models = sorted({run.model for run in self.runs})
         return (

@@ -69,4 +69,5 @@ def _training(session: RunSession, trained: Trained) -> TrainingRecord:
         scored_step=state.best_step() if session.config.score.checkpoint == "best" else state.step,
         peak_memory_bytes=trained.peak_memory_bytes,
         halvings=state.halvings or None,
+        continued_from=state.continued_from or None,
     )

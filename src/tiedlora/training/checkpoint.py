@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from tiedlora import storage
 from tiedlora.errors import UserError
+from tiedlora.records.execution import CodeVersion, ContinuedFrom, Execution
 from tiedlora.records.provenance import TARGET_BLANK
 from tiedlora.records.reading import Text, typed
-from tiedlora.records.run_record import CodeVersion, plain
+from tiedlora.records.run_record import plain
 from tiedlora.training.loop import TrainState
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,11 @@ class RunInputs:
     """Device, threads and processes, in words."""
     processor: Text | None = None
     """None on a GPU, and in checkpoints before this key."""
+
+    def continued_from(self, step: int) -> ContinuedFrom:
+        """What the record of a run says of its steps up to this one, if others follow from other inputs."""
+        execution = replace(Execution.from_text(self.device), processor=self.processor)
+        return ContinuedFrom(step, self.code, self.versions, execution)
 
 
 def save(
@@ -96,7 +102,8 @@ def restore(
     """Load the newest undamaged checkpoint into `parts` and `optimizer`; None if there is none.
 
     For a damaged checkpoint there is a warning, and the one before it is used. If package versions, commit, device or
-    processor have changed, there is a warning. If the data or the base model has changed, this is an error.
+    processor have changed, there is a warning, and the state says so (`continued_from`). If the data or the base model
+    has changed, this is an error.
 
     Args:
         buffers: the arm's other tensors, by name. Those that the checkpoint has are changed in place.
@@ -110,7 +117,9 @@ def restore(
         except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("checkpoint %s is damaged (%s); using the one before", candidate, error)
             continue
-        _compare(saved_inputs, inputs, candidate)
+        made_before = max((earlier.step for earlier in state.continued_from), default=0)
+        if _compare(saved_inputs, inputs, candidate) and state.step > made_before:
+            state.continued_from.append(saved_inputs.continued_from(state.step))
         _load(tensors, parts, optimizer)
         for name, buffer in buffers.items():
             if f"buffer/{name}" in tensors:
@@ -166,7 +175,8 @@ def _digest(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _compare(saved: RunInputs, now: RunInputs, where: Path) -> None:
+def _compare(saved: RunInputs, now: RunInputs, where: Path) -> bool:
+    """Whether the inputs have changed since the checkpoint; each change that is allowed is a warning."""
     for name, before, after in (("data", saved.data, now.data), ("base", saved.base, now.base)):
         if before != after:
             raise UserError(
@@ -182,10 +192,15 @@ def _compare(saved: RunInputs, now: RunInputs, where: Path) -> None:
     if changed := [name for name in packages if saved.versions.get(name) != now.versions.get(name)]:
         then, today = ({name: inputs.versions.get(name) for name in changed} for inputs in (saved, now))
         log.warning("resuming with other versions: %s, now %s", then, today)
-    for name, was, is_now in (
-        ("code", saved.code, now.code),
-        ("device", saved.device, now.device),
-        ("processor", saved.processor or now.processor, now.processor),
-    ):
-        if was != is_now:
-            log.warning("resuming with other %s: %s, now %s", name, was, is_now)
+    others = [
+        (name, was, is_now)
+        for name, was, is_now in (
+            ("code", saved.code, now.code),
+            ("device", saved.device, now.device),
+            ("processor", saved.processor or now.processor, now.processor),
+        )
+        if was != is_now
+    ]
+    for change in others:
+        log.warning("resuming with other %s: %s, now %s", *change)
+    return bool(changed or others)

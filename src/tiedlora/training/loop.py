@@ -17,6 +17,7 @@ from tiedlora.data.batching import Batch
 from tiedlora.errors import Diverged, Paused, StoppedEarly, UserError, is_out_of_memory
 from tiedlora.keys import LARGEST_COUNT
 from tiedlora.models.device import free_memory
+from tiedlora.records.execution import ContinuedFrom
 from tiedlora.records.halving import Halving
 from tiedlora.records.rows import MetricsRow
 from tiedlora.training.distributed import World
@@ -43,6 +44,8 @@ class TrainState:
     """[step, loss] pairs. The loss is a mean over target tokens."""
     halvings: list[Halving] = field(default_factory=list)
     """Where memory ran out. They decide which rows share a pass, and so the rounding: a resumed run needs them."""
+    continued_from: list[ContinuedFrom] = field(default_factory=list)
+    """How earlier steps were made, if the run continued with other code or packages, or elsewhere."""
 
     def pass_tokens(self, during: str) -> int | None:
         """Most tokens of a pass of `training` or `validation`, after the halvings so far; None if there was none."""
