@@ -119,7 +119,7 @@ def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | Non
         equal = repeated.files.get(name) == sha256
         print(f"{name}: {'the same bytes' if equal else f'differs: {repeated.files.get(name)}, recorded {sha256}'}")
     print(f"validation loss: {repeated.training.validation_loss_last}, was {recorded.training.validation_loss_last}")
-    print(f"device: {repeated.execution}, was {', then '.join(dict.fromkeys(map(str, recorded.executions)))}")
+    print(f"device: {repeated.execution}, was {recorded.executions_in_words}")
     if repeated.files == recorded.files:
         return
     before, now = recorded.training.validation_loss_last, repeated.training.validation_loss_last

@@ -36,7 +36,7 @@ def test_every_record_has_a_clean_commit_and_no_texts(folder):
         pytest.skip("no run yet")
     runs, _ = read_runs(run_roots([folder]))
     for run in runs:
-        assert [code.dirty for code in run.record.code_versions] == [False] * len(run.record.code_versions), run.run_id
+        assert all(code.dirty is False for code in run.record.code_versions), run.run_id
         assert "texts" in (run.record.left_out or []), run.run_id
         assert run.record.config.tree["data_root"] is None, run.run_id
 

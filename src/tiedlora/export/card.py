@@ -126,7 +126,7 @@ def _facts(record: RunRecord, config: Config, label: str) -> dict[str, str]:
             f"commit `{code.commit}`{' with uncommitted changes' if code.dirty else ''}" for code in commits
         )
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-    facts["device"] = ", then ".join(dict.fromkeys(map(str, record.executions)))
+    facts["device"] = record.executions_in_words
     return facts
 
 

@@ -227,6 +227,11 @@ class RunRecord:
         return [*(earlier.execution for earlier in self.training.continued_from or ()), self.execution]
 
     @property
+    def executions_in_words(self) -> str:
+        """Where its steps were trained, for a reader: each place once, in order."""
+        return ", then ".join(dict.fromkeys(map(str, self.executions)))
+
+    @property
     def code_versions(self) -> list[CodeVersion]:
         """The code that made the run, in order: more than one if it continued with other code."""
         earlier = [earlier.code for earlier in self.training.continued_from or () if earlier.code is not None]
