@@ -20,6 +20,7 @@ from tiedlora.records.loss_metrics import LOSS_METRICS
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.report import write
 from tiedlora.runs import run, verify
+from tiedlora.training.checkpoint import RunInputs
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "version_0_1"
 RUN = "custom-r2-chain_sum-llama-s0-8745001118"
@@ -111,6 +112,8 @@ def test_a_checkpoint_is_continued_to_the_very_adapter(old, capsys):
     config.score.metrics = list(RunFolder(FIXTURES / "finished" / old.name).finished_record().scores["test"].metrics)
     record = run.main(config)
     assert record.training.steps == 6
+    (earlier,) = record.training.continued_from
+    assert (earlier.step, earlier.execution) == (3, Execution("cpu", threads=1))
     assert [row["step"] for row in map(json.loads, (old / "metrics.jsonl").read_text().splitlines())][-1] == 6
     expected = load_file(FIXTURES / "finished" / old.name / "adapter" / "adapter.safetensors")
     for name, values in load_file(old / "adapter" / "adapter.safetensors").items():
@@ -119,3 +122,10 @@ def test_a_checkpoint_is_continued_to_the_very_adapter(old, capsys):
     if processor() == PROCESSOR:
         for name in FILES:
             assert (old / name).read_bytes() == (FIXTURES / "finished" / old.name / name).read_bytes(), name
+
+
+def test_an_earlier_checkpoint_has_its_execution_as_text():
+    """Until the key `execution`: device, threads and processes as one text, and later the processor beside it."""
+    facts = {"data": {}, "base": "b", "versions": {}, "code": None, "device": "cpu, 2 threads, 3 processes"}
+    assert RunInputs.from_json(facts).execution == Execution("cpu", 2, 3)
+    assert RunInputs.from_json({**facts, "processor": "EPYC"}).execution == Execution("cpu", 2, 3, "EPYC")

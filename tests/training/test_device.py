@@ -16,6 +16,7 @@ from tiedlora.adapter.arms import groups_by_part
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import TrainConfig
+from tiedlora.records.execution import Execution
 from tiedlora.runs import process_device, run, trainer
 from tiedlora.training import checkpoint, loop
 from tiedlora.training.checkpoint import RunInputs
@@ -36,12 +37,12 @@ def test_a_restored_fused_optimizer_has_its_whole_state_on_the_device(tmp_path):
     for parameter in parts.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    checkpoint.save(tmp_path, loop.TrainState(step=1), parts, optimizer, RunInputs())
+    checkpoint.save(tmp_path, loop.TrainState(step=1), parts, optimizer, RunInputs(Execution("cpu", 1)))
 
     there = parts_on("meta")
     groups = build_optimizer(groups_by_part(there, TRAIN.lr_factor), TRAIN).param_groups
     fused = torch.optim.AdamW([{**group, "fused": True} for group in groups], lr=TRAIN.lr)
-    assert checkpoint.restore(tmp_path, there, fused, RunInputs()) == loop.TrainState(step=1)
+    assert checkpoint.restore(tmp_path, there, fused, RunInputs(Execution("cpu", 1))) == loop.TrainState(step=1)
     for parameter in there.values():
         state = fused.state[parameter]
         assert set(state) == {"step", "exp_avg", "exp_avg_sq"}

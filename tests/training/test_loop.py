@@ -23,6 +23,7 @@ from tiedlora.training.optimizer import build_optimizer, learning_rate
 CONFIG = TrainConfig(
     steps=8, batch_size=3, lr=1e-2, warmup_steps=2, validate_every=4, checkpoint_every=3, log_every=2, clip=0.5
 )
+INPUTS = RunInputs(Execution("cpu", 1))
 ROWS = [Encoded((1, 2, 3), (*tuple(range(20 + i, 24 + i + i % 3)), 256)) for i in range(10)]
 
 
@@ -36,12 +37,12 @@ def start(option="TABuv", config=CONFIG, seed=0, folder=None, stop_after=None, d
     optimizer = build_optimizer(groups_by_part(parts, config.lr_factor), config)
     sampler = BatchSampler([len(row) for row in ROWS], config, seed)
     log: list[MetricsRow] = []
-    state = (folder and checkpoint.restore(folder, parts, optimizer, RunInputs())) or loop.TrainState()
+    state = (folder and checkpoint.restore(folder, parts, optimizer, INPUTS)) or loop.TrainState()
     hooks = loop.LoopHooks(
         batches=lambda step: microbatches([ROWS[i] for i in sampler.rows_of_step(step)], 256, config.microbatch_size),
         loss_sum=lambda batch: target_loss(base.model, batch),
         validate=lambda: float(sum(p.detach().abs().sum() for p in parts.values())),
-        save_checkpoint=lambda now: folder and checkpoint.save(folder, now, parts, optimizer, RunInputs()),
+        save_checkpoint=lambda now: folder and checkpoint.save(folder, now, parts, optimizer, INPUTS),
         log_metrics=log.extend,
         describe_rows=lambda step: str(sampler.rows_of_step(step)),
         stop_requested=lambda: stop_after is not None and state.step >= stop_after,
@@ -139,7 +140,7 @@ def test_non_finite_loss_stops_naming_step_rate_and_rows(tmp_path):
     with pytest.raises(UserError, match=r"step 5: .*nan.*learning rate .*lower train.lr.*rows"):
         loop.train(state, hooks, optimizer, CONFIG, 0)
     # The last checkpoint is from before that step, and finite.
-    restored = checkpoint.restore(tmp_path, parts, optimizer, RunInputs())
+    restored = checkpoint.restore(tmp_path, parts, optimizer, INPUTS)
     assert restored is not None
     assert restored.step == 3
     assert all(torch.isfinite(p).all() for p in parts.values())
@@ -191,7 +192,7 @@ class TestSkipping:
         with pytest.raises(UserError, match=r"step 6: .*inf.*learning rate .*skip_nonfinite \(1 are skipped.*rows"):
             spoiled("loss", {2, 6}, folder=tmp_path, skip_nonfinite=1)
         _, _, optimizer, parts, _ = start()
-        restored = checkpoint.restore(tmp_path, parts, optimizer, RunInputs())
+        restored = checkpoint.restore(tmp_path, parts, optimizer, INPUTS)
         assert (restored.step, restored.skipped_steps) == (3, 1)
         assert all(torch.isfinite(p).all() for p in parts.values())
 
@@ -217,7 +218,7 @@ def test_a_non_finite_validation_loss_stops_before_its_checkpoint(tmp_path):
     hooks.validate = lambda: math.nan if state.step == 8 else whole()
     with pytest.raises(UserError, match=r"step 8: the validation loss is nan; lower train\.lr"):
         loop.train(state, hooks, optimizer, CONFIG, 0)
-    assert checkpoint.restore(tmp_path, parts, optimizer, RunInputs()).step == 6
+    assert checkpoint.restore(tmp_path, parts, optimizer, INPUTS).step == 6
 
 
 class TestCheckpoints:
@@ -226,7 +227,7 @@ class TestCheckpoints:
         newest = tmp_path / "step-00000008" / "tensors.safetensors"
         newest.write_bytes(newest.read_bytes()[:-3])
         _, _, optimizer, parts, _ = start()
-        state = checkpoint.restore(tmp_path, parts, optimizer, RunInputs())
+        state = checkpoint.restore(tmp_path, parts, optimizer, INPUTS)
         assert state is not None
         assert state.step == 6
         assert "step-00000008" in caplog.text
@@ -240,13 +241,13 @@ class TestCheckpoints:
         state = tmp_path / "step-00000008" / "state.json"
         state.write_text(state.read_text().replace('"tokens": ', '"tokens": 1'))
         _, _, optimizer, parts, _ = start()
-        assert checkpoint.restore(tmp_path, parts, optimizer, RunInputs()).step == 6
+        assert checkpoint.restore(tmp_path, parts, optimizer, INPUTS).step == 6
         assert "its state is not the one it was written with" in caplog.text
 
     def test_another_configurations_checkpoint_is_passed_over(self, tmp_path, caplog):
         finish(option="TAB", folder=tmp_path)
         _, _, optimizer, parts, _ = start()
-        assert checkpoint.restore(tmp_path, parts, optimizer, RunInputs()) is None
+        assert checkpoint.restore(tmp_path, parts, optimizer, INPUTS) is None
         assert "part/qkv.u" in caplog.text
 
     @pytest.mark.parametrize(
@@ -256,19 +257,21 @@ class TestCheckpoints:
             ("versions", {}, {"torch": "2.2"}, "{'torch': None}, now {'torch': '2.2'}"),
             ("code", CodeVersion("a", False), CodeVersion("b", False), "commit a, now commit b"),
             ("code", CodeVersion("a", False), CodeVersion("a", True), "commit a, now commit a with uncommitted"),
-            ("device", "cpu, 1 threads", "cpu, 2 threads", "cpu, 1 threads, now cpu, 2 threads"),
-            ("processor", "EPYC (AVX512)", "Xeon (AVX512)", "EPYC (AVX512), now Xeon (AVX512)"),
+            ("device", Execution("cpu", 1), Execution("cpu", 2), "cpu, 1 threads, now cpu, 2 threads"),
+            ("processor", Execution("cpu", 1, 1, "EPYC"), Execution("cpu", 1, 1, "Xeon"), "EPYC, now Xeon"),
         ],
     )
     def test_what_changed_is_said_alone(self, tmp_path, caplog, key, before, after, says):
         state, _, optimizer, parts, _ = start()
-        checkpoint.save(tmp_path, state, parts, optimizer, RunInputs(base="1", **{key: before}))
-        checkpoint.restore(tmp_path, parts, optimizer, RunInputs(base="1", **{key: after}))
+        name = key if key in ("versions", "code") else "execution"
+        then, now = (replace(INPUTS, base="1", **{name: value}) for value in (before, after))
+        checkpoint.save(tmp_path, state, parts, optimizer, then)
+        checkpoint.restore(tmp_path, parts, optimizer, now)
         (said,) = (record.getMessage() for record in caplog.records)
         assert f"other {key}: {says}" in said
         assert "numpy" not in said
         with pytest.raises(UserError, match="another base"):
-            checkpoint.restore(tmp_path, parts, optimizer, RunInputs(base="2", **{key: after}))
+            checkpoint.restore(tmp_path, parts, optimizer, replace(now, base="2"))
 
     def test_the_state_says_how_its_earlier_steps_were_made(self, tmp_path):
         state, _, optimizer, parts, _ = start()
@@ -280,29 +283,27 @@ class TestCheckpoints:
                 checkpoint.save(tmp_path, replace(restored, step=step), parts, optimizer, inputs)
             return restored
 
-        first = RunInputs({}, "", {"torch": "1"}, CodeVersion("a", False), "cpu, 2 threads", "EPYC (AVX512)")
-        second, third = replace(first, processor="Xeon (AVX512)"), replace(first, code=CodeVersion("b", False))
+        epyc, xeon = (Execution("cpu", 2, processor=name) for name in ("EPYC (AVX512)", "Xeon (AVX512)"))
+        first = RunInputs(epyc, versions={"torch": "1"}, code=CodeVersion("a", False))
+        second, third = replace(first, execution=xeon), replace(first, code=CodeVersion("b", False))
         checkpoint.save(tmp_path, replace(state, step=3), parts, optimizer, first)
         assert continued(first).continued_from == []
         assert continued(second) == continued(second), "a restore without a step changes nothing"
         (earlier,) = continued(second, step=5).continued_from
-        assert earlier == ContinuedFrom(3, first.code, {"torch": "1"}, Execution("cpu", 2, processor="EPYC (AVX512)"))
+        assert earlier == ContinuedFrom(3, first.code, {"torch": "1"}, epyc)
         assert [part.step for part in continued(third, step=6).continued_from] == [3, 5]
-        assert [part.execution.processor for part in continued(third).continued_from] == [
-            "EPYC (AVX512)",
-            "Xeon (AVX512)",
-        ]
+        assert [part.execution for part in continued(third).continued_from] == [epyc, xeon]
 
     def test_a_checkpoint_that_names_no_processor_continues_without_a_warning(self, tmp_path, caplog):
         state, _, optimizer, parts, _ = start()
-        checkpoint.save(tmp_path, state, parts, optimizer, RunInputs())
-        assert checkpoint.restore(tmp_path, parts, optimizer, RunInputs(processor="EPYC (AVX512)")) is not None
+        checkpoint.save(tmp_path, state, parts, optimizer, INPUTS)
+        assert checkpoint.restore(tmp_path, parts, optimizer, RunInputs(Execution("cpu", 1, 1, "EPYC"))) is not None
         assert not caplog.records
 
     def test_other_data_is_refused_and_other_versions_are_said(self, tmp_path, caplog):
         state, _, optimizer, parts, _ = start()
         state.step = 1
-        inputs = RunInputs({"train": "a"}, "b", {"torch": "1"}, CodeVersion("a", False), "cpu")
+        inputs = replace(INPUTS, data={"train": "a"}, base="b", versions={"torch": "1"})
         checkpoint.save(tmp_path, state, parts, optimizer, inputs)
         with pytest.raises(UserError, match="another data"):
             checkpoint.restore(tmp_path, parts, optimizer, replace(inputs, data={"train": "c"}))

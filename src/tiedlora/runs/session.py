@@ -163,15 +163,7 @@ class RunSession:
     def inputs(self) -> RunInputs:
         """The inputs that a checkpoint of this run must agree with."""
         assert self.base.record.digest is not None
-        where = self.execution
-        return RunInputs(
-            self.data_digests,
-            self.base.record.digest,
-            self.versions,
-            self.code,
-            where.device_and_threads,
-            where.processor,
-        )
+        return RunInputs(self.execution, self.data_digests, self.base.record.digest, self.versions, self.code)
 
     def examples(self, split: str) -> list[Example]:
         """The rows of a split of `score.splits` for scoring."""

@@ -42,21 +42,30 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 class RunInputs:
     """What a run depends on. It is compared when the run continues from a checkpoint."""
 
+    execution: Execution
     data: dict[str, str] = field(default_factory=dict)
     """Split -> the digest of its rows."""
     base: Text = ""
     """The digest of the base model."""
     versions: dict[str, str] = field(default_factory=dict)
     code: CodeVersion | None = None
-    device: Text = ""
-    """Device, threads and processes, in words."""
-    processor: Text | None = None
-    """None on a GPU, and in checkpoints before this key."""
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> RunInputs:
+        """The inputs from the object that state.json calls `facts`.
+
+        Raises:
+            UserError: a key is missing or wrong; the message names it.
+        """
+        if "execution" not in tree and isinstance(tree.get("device"), str):
+            # Earlier checkpoints have device, threads and processes as one text, and the processor beside it.
+            where = replace(Execution.from_text(tree["device"]), processor=tree.get("processor"))
+            tree = {**tree, "execution": asdict(where)}
+        return typed(cls, tree)
 
     def continued_from(self, step: int) -> ContinuedFrom:
         """What the record of a run says of its steps up to this one, if others follow from other inputs."""
-        execution = replace(Execution.from_text(self.device), processor=self.processor)
-        return ContinuedFrom(step, self.code, self.versions, execution)
+        return ContinuedFrom(step, self.code, self.versions, self.execution)
 
 
 def save(
@@ -137,7 +146,7 @@ def _read(
     # Checkpoints of the earliest version have no digest of their state.
     if tree.pop("state_sha256", None) not in (None, _digest(tree)):
         raise ValueError("its state is not the one it was written with")
-    state, inputs = typed(TrainState, tree["progress"]), typed(RunInputs, tree["facts"])
+    state, inputs = typed(TrainState, tree["progress"]), RunInputs.from_json(tree["facts"])
     tensors = load_file(candidate / TENSORS)
     for name, part in parts.items():
         if tensors[f"part/{name}"].shape != part.shape:
@@ -192,12 +201,13 @@ def _compare(saved: RunInputs, now: RunInputs, where: Path) -> bool:
     if changed := [name for name in packages if saved.versions.get(name) != now.versions.get(name)]:
         then, today = ({name: inputs.versions.get(name) for name in changed} for inputs in (saved, now))
         log.warning("resuming with other versions: %s, now %s", then, today)
+    was_on, is_on = saved.execution, now.execution
     others = [
         (name, was, is_now)
         for name, was, is_now in (
             ("code", saved.code, now.code),
-            ("device", saved.device, now.device),
-            ("processor", saved.processor or now.processor, now.processor),
+            ("device", was_on.device_and_threads, is_on.device_and_threads),
+            ("processor", was_on.processor or is_on.processor, is_on.processor),
         )
         if was != is_now
     ]
