@@ -98,7 +98,7 @@ def _reloaded(model: Any, settings: placement.LoadingSettings) -> Any:
 
 
 def _silence_libraries() -> None:
-    """Inside the block, these libraries show no progress bars and no warnings. Errors are still raised."""
+    """From now on, these libraries show no progress bars and no warnings. Errors are still raised."""
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     for library in ("transformers", "huggingface_hub", "bitsandbytes"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -48,7 +51,9 @@ def _embedded_file() -> Path:
 
 def _convert(source: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # transformers has no switch for the progress bar of this conversion. In a log it is one line of 3,000 characters.
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # The model still has a note about its GGUF quantisation. With it, save_pretrained refuses the dequantised weights.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
