@@ -40,7 +40,7 @@ def folder_of(config) -> RunFolder:
 def settings_with_stops(base, prompts, new=50):
     free = generate(base.model, base.tokenizer, prompts, max_new_tokens=new, batch_size=9)
     letters = {letter for output in free for letter in output.text if letter.isascii() and letter.isprintable()}
-    stop = sorted(letters, key=lambda letter: sum(letter in output.text for output in free))[:4]
+    stop = sorted(letters, key=lambda letter: (sum(letter in output.text for output in free), letter))[:4]
     # Some of them as tokens that end an answer.
     ends = [base.tokenizer(letter, add_special_tokens=False).input_ids[0] for letter in stop[2:]]
     return {"max_new_tokens": new, "stop": stop[:2], "more_ends": ends}
