@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 import tiedlora
 from tiedlora.config.compose import read_config
 from tiedlora.config.identity import run_id
-from tiedlora.records.execution import Execution
+from tiedlora.records.execution import Execution, with_execution
 from tiedlora.records.loss_metrics import LOSS_METRICS
+from tiedlora.records.reading import typed
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.report import write
 from tiedlora.runs import run, verify
@@ -127,5 +128,5 @@ def test_a_checkpoint_is_continued_to_the_very_adapter(old, capsys):
 def test_an_earlier_checkpoint_has_its_execution_as_text():
     """Until the key `execution`: device, threads and processes as one text, and later the processor beside it."""
     facts = {"data": {}, "base": "b", "versions": {}, "code": None, "device": "cpu, 2 threads, 3 processes"}
-    assert RunInputs.from_json(facts).execution == Execution("cpu", 2, 3)
-    assert RunInputs.from_json({**facts, "processor": "EPYC"}).execution == Execution("cpu", 2, 3, "EPYC")
+    assert typed(RunInputs, with_execution(facts)).execution == Execution("cpu", 2, 3)
+    assert typed(RunInputs, with_execution({**facts, "processor": "EPYC"})).execution == Execution("cpu", 2, 3, "EPYC")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from tiedlora.records.reading import Count, Flag, Text
 
@@ -52,11 +53,22 @@ class Execution:
 
     @classmethod
     def from_text(cls, text: str) -> Execution:
-        """The value for `device_and_threads`, as older records and checkpoints write it."""
+        """The value for `device_and_threads`."""
         match = DEVICE.fullmatch(text)
         if match is None:
             return cls(text)
         return cls(match["device"], int(match["threads"]) if match["threads"] else None, int(match["processes"] or 1))
+
+
+def with_execution(tree: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object of a record or a checkpoint, with the key `execution`.
+
+    Earlier versions wrote device, threads and processes as one text, `device`, and later `processor` beside it.
+    """
+    if "execution" in tree or not isinstance(tree.get("device"), str):
+        return tree
+    where = replace(Execution.from_text(tree["device"]), processor=tree.get("processor"))
+    return {**tree, "execution": asdict(where)}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ To read it needs neither torch nor Hydra. The report, the sweeps and the scripts
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from tiedlora import storage
 from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
 from tiedlora.records.admission import Admission
-from tiedlora.records.execution import CodeVersion, ContinuedFrom, Execution
+from tiedlora.records.execution import CodeVersion, ContinuedFrom, Execution, with_execution
 from tiedlora.records.halving import Halving
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.reading import Count, Name, Number, Text, Whole, is_number, typed
@@ -205,9 +205,7 @@ class RunRecord:
         Raises:
             UserError: a key is missing or wrong; the message names it.
         """
-        if "execution" not in tree and isinstance(tree.get("device"), str):
-            tree = {**tree, "execution": asdict(Execution.from_text(tree["device"]))}
-        record = typed(cls, tree)
+        record = typed(cls, with_execution(tree))
         _check(record)
         return record
 

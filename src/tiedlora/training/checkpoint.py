@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.records.execution import CodeVersion, ContinuedFrom, Execution
+from tiedlora.records.execution import CodeVersion, ContinuedFrom, Execution, with_execution
 from tiedlora.records.provenance import TARGET_BLANK
 from tiedlora.records.reading import Text, typed
 from tiedlora.records.run_record import plain
@@ -49,19 +49,6 @@ class RunInputs:
     """The digest of the base model."""
     versions: dict[str, str] = field(default_factory=dict)
     code: CodeVersion | None = None
-
-    @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> RunInputs:
-        """The inputs from the object that state.json calls `facts`.
-
-        Raises:
-            UserError: a key is missing or wrong; the message names it.
-        """
-        if "execution" not in tree and isinstance(tree.get("device"), str):
-            # Earlier checkpoints have device, threads and processes as one text, and the processor beside it.
-            where = replace(Execution.from_text(tree["device"]), processor=tree.get("processor"))
-            tree = {**tree, "execution": asdict(where)}
-        return typed(cls, tree)
 
     def continued_from(self, step: int) -> ContinuedFrom:
         """What the record of a run says of its steps up to this one, if others follow from other inputs."""
@@ -146,7 +133,7 @@ def _read(
     # Checkpoints of the earliest version have no digest of their state.
     if tree.pop("state_sha256", None) not in (None, _digest(tree)):
         raise ValueError("its state is not the one it was written with")
-    state, inputs = typed(TrainState, tree["progress"]), RunInputs.from_json(tree["facts"])
+    state, inputs = typed(TrainState, tree["progress"]), typed(RunInputs, with_execution(tree["facts"]))
     tensors = load_file(candidate / TENSORS)
     for name, part in parts.items():
         if tensors[f"part/{name}"].shape != part.shape:
