@@ -63,6 +63,26 @@ def test_it_is_the_same_adapter(name, ids, tmp_path):
     assert set(merged.state_dict()) == set(family_model("llama").state_dict())
 
 
+def test_low_cpu_mem_usage_gives_the_same_adapter(ids, tmp_path):
+    # PEFT then makes tensors without values, assigns those of the file, and moves them to the base.
+    model = wrapped()
+    randomise(model.base_model.attached.adapter, scale=0.25)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(family_model("llama"), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    half = family_model("llama").to(torch.bfloat16)
+    trainable = PeftModel.from_pretrained(
+        half, tmp_path, low_cpu_mem_usage=True, is_trainable=True, autocast_adapter_dtype=False
+    )
+    parts = trainable.base_model.attached.adapter.parts()
+    assert {part.dtype for part in parts.values()} == {torch.float32}
+    assert all(part.requires_grad for part in parts.values())
+    config = TiedLoraConfig(r=RANK, task_type="CAUSAL_LM")
+    new = get_peft_model(family_model("llama"), config, low_cpu_mem_usage=True)
+    for key, part in wrapped().base_model.attached.adapter.parts().items():
+        assert torch.equal(part, new.base_model.attached.adapter.parts()[key])
+
+
 def test_trainer_trains_resumes_and_saves_each_part_once(tmp_path, ids):
     rows = torch.randint(0, 256, (16, 9), generator=torch.Generator().manual_seed(0)).tolist()
     data = [{"input_ids": row, "labels": row} for row in rows]

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Optional, Union
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from tiedlora.adapter.attach import Attached, attach
+from tiedlora.adapter.linear import execution_device
 from tiedlora.errors import UserError
 from tiedlora.tying import Layout, Tying, named, part_of
 
@@ -25,6 +27,7 @@ try:
         PEFT_TYPE_TO_TUNER_MAPPING,
     )
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils.integrations import skip_init_on_device
 except ImportError:
     raise UserError("TiedLoraConfig: needs PEFT; run: pip install 'tiedlora[peft]'") from None
 if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
@@ -113,6 +116,12 @@ class _AdapterStatus(nn.Module, BaseTunerLayer):
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
         return self.active_adapters if self.tuner[0].attached.merged else []
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move the parts to the device of the adapted modules. PEFT asks for it after it has assigned saved values."""
+        attached = self.tuner[0].attached
+        adapted = attached.model.get_submodule(attached.paths[0])
+        attached.adapter.to(device or execution_device(adapted), torch.float32)
+
     def _get_available_adapters(self) -> set[str]:
         return set(self.tuner[0].peft_config)
 
@@ -124,8 +133,12 @@ class TiedLoraModel(BaseTuner):
     uses_shared_state = True
     attached: Attached
 
+    @skip_init_on_device
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach a new adapter. PEFT loads saved values into it afterwards.
+
+        The parts have values from the start, also with `low_cpu_mem_usage=True`: they are small, and the adapter moves
+        them to the base's device at once, which tensors without values cannot do.
 
         Raises:
             UserError: the model has a tied adapter already, or as `attach`.
