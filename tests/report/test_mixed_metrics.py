@@ -44,7 +44,7 @@ def test_points_and_nats_never_share_an_axis(report, tmp_path, monkeypatch):
     assert drawn(charts.by_setting(report.rows, "tiny")) == expected
     panels = {}
     monkeypatch.setattr(plots, "pareto", lambda given, peers: panels.setdefault("pareto", given) and plots.plt.figure())
-    plots.draw(report.rows, [], [], tmp_path / "figures")
+    plots.draw(report.rows, [], [], [], tmp_path / "figures")
     assert drawn(panel.rows for panel in panels["pareto"]) == expected
     assert {panel.title for panel in panels["pareto"]} == {
         "chain_sum, exact_match_strict\ntiny",

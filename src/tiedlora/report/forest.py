@@ -15,7 +15,7 @@ LEAST, MOST = -0.25, 1.6
 """The widest axis, in shares of the comparator's gain. What lies beyond it ends in an arrow."""
 USUAL = (-0.1, 1.3)
 """The narrowest axis: the base at 0 and the comparator at 1 are always on it."""
-STEPS = (0.1, 0.25, 0.5)
+STEPS = (0.05, 0.1, 0.25, 0.5)
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class ForestLine:
         if self.share is None:
             return self.missing
         if math.isnan(self.share.low):
-            return f"{_percent(self.share.value)} %"
+            return f"{percent(self.share.value)} %"
         ends = (self.share.low, self.share.high)
         # Without a decimal, an interval that ends just outside of the zone could read as if it ended at its edge.
         is_near = any(abs(end - edge) < 0.005 for end in ends for edge in self.zone or ())
         decimals = 1 if ends[1] - ends[0] < 0.01 or is_near else 0
-        low, high = (_percent(end, decimals) for end in ends)
-        return f"{_percent(self.share.value, decimals)} % [{low}, {high}]"
+        low, high = (percent(end, decimals) for end in ends)
+        return f"{percent(self.share.value, decimals)} % [{low}, {high}]"
 
 
-def _percent(share: float, decimals: int = 0) -> str:
+def percent(share: float, decimals: int = 0) -> str:
     """A share in per cent. Beyond ten times the comparator's gain, its size says nothing more."""
     if abs(share) >= 10:
         return "> 999" if share > 0 else "< -999"
@@ -120,11 +120,15 @@ class ShareAxis:
 
 def axis(lines: Sequence[ForestLine]) -> ShareAxis:
     """The axis for these lines: as narrow as their intervals and zones allow, and within LEAST to MOST."""
-    ends = [*USUAL]
-    for one in lines:
-        if one.share is not None:
-            ends += [end for end in (one.share.value, one.share.low, one.share.high) if not math.isnan(end)]
-            ends += [end + 0.1 for end in one.zone or () if math.isfinite(end)]
+    drawn = [(one.share, one.zone or ()) for one in lines if one.share is not None]
+    beyond_zones = [end + 0.1 for _, zone in drawn for end in zone if math.isfinite(end)]
+    return axis_of((share for share, _ in drawn), [*USUAL, *beyond_zones])
+
+
+def axis_of(intervals: Iterable[Interval], more: Iterable[float]) -> ShareAxis:
+    """The axis that holds these shares with their intervals, and `more` shares, within LEAST to MOST."""
+    ends = [end for one in intervals for end in (one.value, one.low, one.high) if not math.isnan(end)]
+    ends += more
     low, high = max(LEAST, min(ends)), min(MOST, max(ends))
     step = next(step for step in (*STEPS, 1.0) if (high - low) / step <= 7 or step == 1.0)
     first = math.ceil(low / step - 1e-9)

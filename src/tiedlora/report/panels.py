@@ -11,9 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from tiedlora.report import forest
 from tiedlora.report.compare import ResultRow
+from tiedlora.report.forest import ShareAxis
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.peft_results import Peer
+from tiedlora.report.shares_by_size import SizedShare, SizePanel
 
 INK = "#1b1b1d"
 """The colour of text and axes."""
@@ -139,6 +142,34 @@ def _errorbar(ax: Axes, row: ResultRow, x: float, filled: bool = True) -> None:
         elinewidth=1,
         capsize=2,
     )
+
+
+def share_panel(ax: Axes, panel: SizePanel, axis: ShareAxis) -> None:
+    ax.axhline(1, color=INK, linewidth=1, alpha=0.6, zorder=1)
+    by_name: dict[str, list[SizedShare]] = defaultdict(list)
+    for arm in sorted(panel.arms, key=lambda arm: arm.group.params):
+        by_name[arm.group.configuration].append(arm)
+    for arms in by_name.values():
+        colour, marker, _ = style(arms[0].group)
+        shown = [min(axis.high, max(axis.low, arm.share.value)) for arm in arms]
+        ax.plot([arm.group.params for arm in arms], shown, color=colour, linewidth=1, alpha=0.7, zorder=2)
+        for arm, value in zip(arms, shown, strict=True):
+            params, share = arm.group.params, arm.share
+            if math.isfinite(share.low) and arm.group is not panel.reference:
+                ax.plot([params, params], [share.low, share.high], color=colour, linewidth=1, zorder=2)
+            is_beyond = value != share.value
+            face = "white" if is_beyond else colour
+            ax.plot([params], [value], color=colour, marker=marker, markersize=6, markerfacecolor=face, clip_on=False)
+            if is_beyond:
+                ax.annotate(
+                    forest.percent(share.value) + " %",
+                    *((params, value), (7, -3)),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
+    ax.set_ylim(axis.low, axis.high)
+    ax.set_yticks(axis.ticks, [f"{100 * tick:.0f} %" for tick in axis.ticks])
+    axis_of_counts(ax)
 
 
 def rank_ticks(ranks: Sequence[int]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,18 @@ from tiedlora.report.compare import ResultRow
 from tiedlora.report.forest_panel import forest_panel, height
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.layer_panels import layer_panel, titled
-from tiedlora.report.panels import INK, curve_panel, pareto_panel, peer_panel, rank_panel, style
+from tiedlora.report.panels import INK, curve_panel, pareto_panel, peer_panel, rank_panel, share_panel, style
 from tiedlora.report.peft_results import Peer
 from tiedlora.report.runs import Run
+from tiedlora.report.shares_by_size import SizePanel
 from tiedlora.report.values import Unit
 
 PANELS = 12
 """The most panels of a figure. More would be unreadable; the tables have every setting."""
 WIDE = 8.0
 """The width of every figure in inches. At 800 pixels, text of 9 points is 12 pixels high."""
+USUAL_SHARES = (0.89, 1.03)
+"""The narrowest axis of shares of a gain. On a narrower one, arms that are level would look far apart."""
 RC: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -66,7 +69,13 @@ class Panel:
     rows: list[ResultRow]
 
 
-def draw(rows: Sequence[ResultRow], peers: Sequence[Peer], answers: Sequence[Answer], out: Path) -> None:
+def draw(
+    rows: Sequence[ResultRow],
+    peers: Sequence[Peer],
+    answers: Sequence[Answer],
+    sizes: Sequence[SizePanel],
+    out: Path,
+) -> None:
     """Write every figure to `out`, as PNG and SVG. They are as wide as a page of text, so they stay readable there."""
     by_place: dict[tuple[str, str, str, str], list[ResultRow]] = defaultdict(list)
     for row in rows:
@@ -80,22 +89,27 @@ def draw(rows: Sequence[ResultRow], peers: Sequence[Peer], answers: Sequence[Ans
     out.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(RC):
         _save(out, "pareto", pareto(panels, peers))
-        _save(out, "rank", _by_setting(panels, rank_panel, "rank r", _score_axis(panels)))
-        _save(out, "curves", _by_setting(_settings(rows)[:PANELS], curve_panel, "step", "validation loss"))
+        _save(out, "rank", _by_setting(panels, rank_panel, "rank r", _score_axis))
+        _save(out, "curves", _by_setting(_settings(rows)[:PANELS], curve_panel, "step", _loss_axis))
         _save(out, "cost", cost([row.group for row in widest]))
         if (figure := forest_figure(answers)) is not None:
             _save(out, "forest", figure)
+        if sizes:
+            _save(out, "shares", shares_figure(sizes[:PANELS]))
         if (figure := layers_figure([row.group for row in widest])) is not None:
             _save(out, "layers", figure)
         if has_other_methods(widest):
             _save(out, "arena", arena(widest))
 
 
-def _score_axis(panels: Sequence[Panel]) -> str:
-    """The name of the axis of scores, with the unit of every panel."""
-    names = {Unit.POINTS: "score", Unit.NATS: "loss"}
-    units = {row.measure.unit for panel in panels for row in panel.rows}
-    return " or ".join(f"{name} ({unit.words})" for unit, name in names.items() if unit in units)
+def _score_axis(panel: Panel) -> str:
+    """The name of a panel's axis of scores, with its unit."""
+    unit = panel.rows[0].measure.unit
+    return f"{'loss' if unit is Unit.NATS else 'score'} ({unit.words})"
+
+
+def _loss_axis(_: Panel) -> str:
+    return "validation loss"
 
 
 def _title(model: str, task: str, variant: str, metric: str = "") -> str:
@@ -151,6 +165,23 @@ def forest_figure(answers: Sequence[Answer]) -> Figure | None:
     return figure
 
 
+def shares_figure(sizes: Sequence[SizePanel]) -> Figure:
+    """The share of a reference's gain that every arm keeps, against trainable parameters. All panels have one scale."""
+    arms = [arm for panel in sizes for arm in panel.arms]
+    axis = forest.axis_of((arm.share for arm in arms), USUAL_SHARES)
+    counts = [arm.group.params for arm in arms]
+    figure, axes = _grid(len(sizes))
+    for ax, panel in zip(axes.flat, sizes, strict=False):
+        ax.set_xlim(min(counts) / 1.3, max(counts) * 1.3)
+        share_panel(ax, panel, axis)
+        first = panel.arms[0].group
+        ax.set_title(_title(first.model, first.task, first.variant, panel.measure.metric), fontsize=9)
+        ax.set_xlabel("trainable parameters (log)")
+        ax.set_ylabel(f"share of the gain of {panel.reference.name[:24]}")
+    _add_legend(figure, [arm.group for arm in arms])
+    return figure
+
+
 def layers_figure(groups: Sequence[RunGroup]) -> Figure | None:
     """The profiles of the layers of one setting's groups; None if no adapter can be read."""
     panels = titled(layer_profiles(drawn(groups)))
@@ -166,40 +197,54 @@ def layers_figure(groups: Sequence[RunGroup]) -> Figure | None:
 
 
 def _by_setting(
-    panels: Sequence[Panel], fill: Callable[[Axes, list[ResultRow]], None], x: str, y: str, peers: Sequence[Peer] = ()
+    panels: Sequence[Panel],
+    fill: Callable[[Axes, list[ResultRow]], None],
+    x: str,
+    y: Callable[[Panel], str],
+    peers: Sequence[Peer] = (),
 ) -> Figure:
     """A figure with one panel per setting, a panel for PEFT's results if there are any, and one legend."""
-    count = len(panels) + bool(peers)
-    columns = min(2, count)
-    lines = math.ceil(count / columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(WIDE, (3.6 if columns == 1 else 2.9) * lines), squeeze=False, layout="constrained"
-    )
+    figure, axes = _grid(len(panels) + bool(peers))
     for ax, panel in zip(axes.flat, panels, strict=False):
         fill(ax, panel.rows)
         ax.set_title(panel.title, fontsize=9)
         ax.set_xlabel(x)
+        ax.set_ylabel(y(panel))
     if peers:
         ax = axes.flat[len(panels)]
         peer_panel(ax, peers)
         ax.set_title("MetaMathQA to GSM8K, PEFT method_comparison, published", fontsize=9)
         ax.set_xlabel(x)
+        ax.set_ylabel("score (points of 100)")
+    _add_legend(figure, [row.group for panel in panels for row in panel.rows], with_lines=fill is curve_panel)
+    return figure
+
+
+def _grid(count: int) -> tuple[Figure, Any]:
+    """A figure with `count` panels, two in a row."""
+    columns = min(2, count)
+    lines = math.ceil(count / columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(WIDE, (3.6 if columns == 1 else 2.9) * lines), squeeze=False, layout="constrained"
+    )
     for ax in axes.flat[count:]:
         ax.set_visible(False)
-    for line in axes:
-        line[0].set_ylabel(y)
+    return figure, axes
+
+
+def _add_legend(figure: Figure, groups: Iterable[RunGroup], with_lines: bool = False) -> None:
     handles = {}
-    for row in (row for panel in panels for row in panel.rows):
-        colour, marker, dash = style(row.group)
-        label = row.group.configuration[:32]
-        handles[label] = Line2D([], [], color=colour, marker=marker, linestyle=dash, markersize=6, label=label)  # type: ignore[arg-type]
+    for group in groups:
+        colour, marker, dash = style(group)
+        label = group.configuration[:32]
+        line = dash if with_lines else "none"
+        handles[label] = Line2D([], [], color=colour, marker=marker, linestyle=line, markersize=6, label=label)  # type: ignore[arg-type]
     figure.legend(handles=[handles[label] for label in sorted(handles)], loc="outside lower center", ncols=5)
-    return figure
 
 
 def pareto(panels: Sequence[Panel], peers: Sequence[Peer]) -> Figure:
     """Score against trainable parameters, with the Pareto front. PEFT's results have a separate panel."""
-    return _by_setting(panels, pareto_panel, "trainable parameters (log)", _score_axis(panels), peers)
+    return _by_setting(panels, pareto_panel, "trainable parameters (log)", _score_axis, peers)
 
 
 def cost(groups: Sequence[RunGroup]) -> Figure:

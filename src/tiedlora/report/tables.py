@@ -13,6 +13,7 @@ from tiedlora.report.estimates import Estimate
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.peft_results import Peer
 from tiedlora.report.runs import LeftOut
+from tiedlora.report.shares_by_size import SizePanel
 from tiedlora.report.values import (
     Amount,
     Column,
@@ -51,12 +52,14 @@ class ReportTables:
     verdicts: Table
     """Claims over all their tasks; without rows if every claim has one task."""
     claims: Table
+    shares: Table
     peers: Table
     left_out: Table
 
     def all(self) -> list[Table]:
         """Every table, each once."""
-        return [*self.overview, self.results, self.cost, self.verdicts, self.claims, self.peers, self.left_out]
+        of_runs = [*self.overview, self.results, self.cost, self.verdicts, self.claims, self.shares]
+        return [*of_runs, self.peers, self.left_out]
 
 
 def results(rows: Iterable[ResultRow]) -> Table:
@@ -234,6 +237,37 @@ def _answer(answer: Answer) -> tuple[Value, ...]:
 
 def _verdict(verdict: Verdict, exploratory: bool) -> str:
     return f"{verdict.value} (exploratory)" if exploratory else verdict.value
+
+
+def shares(panels: Iterable[SizePanel]) -> Table:
+    """One row per arm and metric: what it keeps of the gain of the reference arm."""
+    caption = (
+        "The share of the reference's gain over the base that each arm keeps, on the seeds that both have. The 95 % "
+        "interval is over seeds and examples, and paired."
+    )
+    columns = (
+        *GROUP_COLUMNS,
+        Column("metric"),
+        Column("split"),
+        Column("reference"),
+        Column("seeds", int),
+        Column("parameters", Count),
+        Column("share of its gain", PercentInterval),
+    )
+    rows: list[tuple[Value, ...]] = [
+        (
+            *_group_values(arm.group),
+            panel.measure.metric,
+            panel.measure.split,
+            panel.reference.name,
+            arm.seeds,
+            Count(arm.group.params),
+            PercentInterval(arm.share),
+        )
+        for panel in panels
+        for arm in panel.arms
+    ]
+    return Table("shares", caption, columns, rows)
 
 
 def peers(published: Sequence[Peer]) -> Table:

@@ -19,6 +19,7 @@ from tiedlora.report.page import SheetLink
 from tiedlora.report.peft_results import Peer
 from tiedlora.report.runs import LeftOut, Run, read_runs, read_selections, run_roots
 from tiedlora.report.scorebook import Scorebook
+from tiedlora.report.shares_by_size import SizePanel, size_panels
 from tiedlora.report.tables import ReportTables
 from tiedlora.report.values import Unit
 from tiedlora.text import visible
@@ -41,6 +42,8 @@ class Report:
     rows: list[ResultRow]
     answers: list[Answer]
     peers: list[Peer] = field(default_factory=list)
+    sizes: list[SizePanel] = field(default_factory=list)
+    """What every arm keeps of a reference's gain."""
 
     def summary(self) -> str:
         """One line: how many runs and groups, which models and tasks, which code."""
@@ -70,6 +73,7 @@ class Report:
             cost=tables.cost(self.groups),
             verdicts=tables.verdicts(self.verdicts if self.has_several_tasks() else []),
             claims=tables.claims(self.answers),
+            shares=tables.shares(self.sizes),
             peers=tables.peers(self.peers),
             left_out=tables.left_out(self.left_out),
         )
@@ -108,7 +112,7 @@ def build(
     if peft_results_in is not None:
         peers, unread = peft_results.read(peft_results_in)
         left_out = [*left_out, *unread]
-    return Report(runs, left_out, groups, rows, answers, peers)
+    return Report(runs, left_out, groups, rows, answers, peers, size_panels(rows, answers, book))
 
 
 def write(report: Report, out: Path, *, sections: int = 24) -> list[str]:
@@ -127,7 +131,7 @@ def write(report: Report, out: Path, *, sections: int = 24) -> list[str]:
             storage.write_bytes(out / f"{table.name}.md", formats.to_markdown(table).encode())
             storage.write_bytes(out / f"{table.name}.csv", formats.to_csv(table).encode())
             storage.write_bytes(out / f"{table.name}.tex", formats.to_latex(table).encode())
-    plots.draw(report.rows, report.peers, report.answers, out)
+    plots.draw(report.rows, report.peers, report.answers, report.sizes, out)
     _write_page(report, all_tables, out, sections)
     return _lines(report, out)
 
