@@ -147,8 +147,9 @@ class Chart:
         self._add('<circle class="ring" cx="{}" cy="{}" r="8.5"/>', f"{across:.1f}", f"{down:.1f}")
 
     def level(self, y: float, name: str = "") -> None:
-        """A thin level line to compare with."""
+        """A thin level line to compare with. Labels that come later keep away from it."""
         place = self.at(self.x.low, y)[1]
+        self._taken.append((LEFT, place - 1, WIDTH - RIGHT, place + 1))
         self._add(
             '<line class="level" x1="{}" x2="{}" y1="{}" y2="{}"/>', LEFT, WIDTH - RIGHT, f"{place:.1f}", f"{place:.1f}"
         )

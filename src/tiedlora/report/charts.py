@@ -94,7 +94,7 @@ def pareto(rows: Sequence[ResultRow]) -> Panel:
         chart.mark(*point, style(row.group)[1], css(row.group), _title(row), filled=place in best)
         for published in row.published:
             chart.mark(point[0], unit.factor * published.value, "*", css(row.group), published.note(), filled=False)
-    for row, point in sorted(zip(rows, points, strict=True), key=lambda pair: _order(pair[0].group)):
+    for row, point in sorted(zip(rows, points, strict=True), key=lambda pair: order(pair[0].group)):
         chart.name(*point, row.group.name)
     return Panel(task_title(rows[0].group), chart.svg())
 
@@ -164,13 +164,14 @@ def _values(rows: Sequence[ResultRow]) -> str:
     return shown + (f"; and {len(rows) - 12} more in the table" if len(rows) > 12 else "")
 
 
-def _order(group: RunGroup) -> tuple[int, int]:
+def order(group: RunGroup) -> tuple[int, int]:
+    """The key by which groups are sorted where there is not room for all."""
     return (FIRST.index(group.label) if group.label in FIRST else len(FIRST), group.rank)
 
 
 def drawn(groups: Sequence[RunGroup]) -> list[RunGroup]:
     """The groups of a setting that charts with lines show."""
-    return sorted(groups, key=_order)[:MOST_LINES]
+    return sorted(groups, key=order)[:MOST_LINES]
 
 
 def validation_curves(groups: Sequence[RunGroup]) -> list[Panel]:

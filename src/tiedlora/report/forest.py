@@ -39,14 +39,23 @@ class ForestLine:
         """The share as text, such as `97 % [88, 106]`, or why there is none."""
         if self.share is None:
             return self.missing
-        if math.isnan(self.share.low):
-            return f"{percent(self.share.value)} %"
-        ends = (self.share.low, self.share.high)
-        # Without a decimal, an interval that ends just outside of the zone could read as if it ended at its edge.
-        is_near = any(abs(end - edge) < 0.005 for end in ends for edge in self.zone or ())
-        decimals = 1 if ends[1] - ends[0] < 0.01 or is_near else 0
-        low, high = (percent(end, decimals) for end in ends)
-        return f"{percent(self.share.value, decimals)} % [{low}, {high}]"
+        return share_in_words(self.share, self.zone or ())
+
+
+def share_in_words(share: Interval, edges: Iterable[float] = ()) -> str:
+    """A share with its interval, such as `97 % [88, 106]`.
+
+    Args:
+        edges: the ends of a zone. An interval that ends just beside one gets a decimal: without it, it could read as if
+            it ended at the edge.
+    """
+    if math.isnan(share.low):
+        return f"{percent(share.value)} %"
+    ends = (share.low, share.high)
+    is_near = any(abs(end - edge) < 0.005 for end in ends for edge in edges)
+    decimals = 1 if ends[1] - ends[0] < 0.01 or is_near else 0
+    low, high = (percent(end, decimals) for end in ends)
+    return f"{percent(share.value, decimals)} % [{low}, {high}]"
 
 
 def percent(share: float, decimals: int = 0) -> str:

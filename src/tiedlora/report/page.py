@@ -22,6 +22,7 @@ from tiedlora.report.browser import Sheet
 from tiedlora.report.claim_verdicts import ClaimVerdict, error_note
 from tiedlora.report.compare import ResultRow
 from tiedlora.report.sections import run_section
+from tiedlora.report.shares_by_size import SizePanel
 from tiedlora.report.tables import ReportTables
 from tiedlora.report.values import AverageScore, Column, Table, TaskScore
 from tiedlora.text import visible
@@ -123,6 +124,7 @@ def render(
     verdicts: Sequence[ClaimVerdict],
     *,
     most_sections: int,
+    sizes: Sequence[SizePanel] = (),
     sheets: Sequence[Sheet] = (),
     links: Sequence[SheetLink] = (),
 ) -> str:
@@ -130,6 +132,7 @@ def render(
 
     Args:
         most_sections: the most groups of which a run is shown.
+        sizes: what every arm keeps of a reference's gain.
         sheets: the answers in the page.
         links: the answers in files of their own.
     """
@@ -144,7 +147,7 @@ def render(
         sheets=sheets,
         summary=summary,
         contents=_contents(tables, has_answers=bool(sheets or links), has_curves=bool(curves)),
-        models=page_models.models(rows, verdicts),
+        models=page_models.models(rows, verdicts, sizes),
         error_note=error_note([answer for verdict in verdicts for answer in verdict.answers]) if verdicts else "",
         links=links,
         curves=curves,

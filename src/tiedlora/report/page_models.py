@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tiedlora.report import charts, matrix
+from tiedlora.report import charts, matrix, share_charts
 from tiedlora.report.charts import Key, Panel
 from tiedlora.report.claim_verdicts import ClaimVerdict
 from tiedlora.report.compare import ResultRow
 from tiedlora.report.forest import ForestGroup, ForestLine, ShareAxis, axis
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.matrix import ModelVerdicts, minus
+from tiedlora.report.shares_by_size import SizePanel
 from tiedlora.statistics.interval import Interval
 from tiedlora.text import visible
 
@@ -29,8 +30,13 @@ FOREST_CAPTION = (
     "one: it is a 95 % interval before the first look, or the comparator's own gain may be 0."
 )
 PARETO_CAPTION = (
-    "Filled markers on the line are not beaten by anything with as few parameters; bars are 95 % intervals over rows. "
-    "Hollow stars are published scores."
+    "Filled markers on the line are not beaten by anything with as few parameters; bars are 95 % intervals over rows, "
+    "which all arms share. Hollow stars are published scores."
+)
+SHARES_CAPTION = (
+    "0 % is the base model, 100 % the comparator of the first claim on the task. Bars are 95 % intervals of the paired "
+    "difference to it, over seeds and rows; a line joins the ranks of a configuration. A hollow marker lies beyond the "
+    "axis. All charts have the same axes."
 )
 LOSS = "Mean over seeds, with the band from the lowest to the highest seed."
 SEARCH = (
@@ -96,6 +102,9 @@ class ShownModel:
     name: str
     verdicts: ModelVerdicts
     forest: ShownForest | None
+    shares: list[Panel]
+    shares_caption: str
+    shares_legend: list[Key]
     pareto: list[Panel]
     pareto_caption: str
     ranks: list[Panel]
@@ -118,18 +127,24 @@ class ModelCurves:
     parts: list[CurvePart] = field(default_factory=list)
 
 
-def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict]) -> list[ShownModel]:
+def models(
+    rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], sizes: Sequence[SizePanel] = ()
+) -> list[ShownModel]:
     """Every model of the report, in the order of its tables."""
     names = list(dict.fromkeys(row.group.model for row in rows))
     shown = []
     for name, of_model in zip(names or [""], matrix.by_model(verdicts, names), strict=True):
         settings = charts.by_setting(rows, name)
+        own_sizes = [panel for panel in sizes if panel.reference.model == name]
         ranks = [panel for panel in map(charts.ranks, settings) if panel is not None]
         shown.append(
             ShownModel(
                 visible(name) or "No finished run",
                 of_model,
                 forest(of_model.forest),
+                share_charts.charts(own_sizes),
+                SHARES_CAPTION,
+                share_charts.legend(own_sizes),
                 [charts.pareto(setting) for setting in settings],
                 PARETO_CAPTION,
                 ranks,

@@ -30,15 +30,13 @@ from tiedlora.report.layer_panels import layer_panel, titled
 from tiedlora.report.panels import INK, curve_panel, pareto_panel, peer_panel, rank_panel, share_panel, style
 from tiedlora.report.peft_results import Peer
 from tiedlora.report.runs import Run
-from tiedlora.report.shares_by_size import SizePanel
+from tiedlora.report.shares_by_size import SizePanel, share_axis
 from tiedlora.report.values import Unit
 
 PANELS = 12
 """The most panels of a figure. More would be unreadable; the tables have every setting."""
 WIDE = 8.0
 """The width of every figure in inches. At 800 pixels, text of 9 points is 12 pixels high."""
-USUAL_SHARES = (0.89, 1.03)
-"""The narrowest axis of shares of a gain. On a narrower one, arms that are level would look far apart."""
 RC: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -168,7 +166,7 @@ def forest_figure(answers: Sequence[Answer]) -> Figure | None:
 def shares_figure(sizes: Sequence[SizePanel]) -> Figure:
     """The share of a reference's gain that every arm keeps, against trainable parameters. All panels have one scale."""
     arms = [arm for panel in sizes for arm in panel.arms]
-    axis = forest.axis_of((arm.share for arm in arms), USUAL_SHARES)
+    axis = share_axis(sizes)
     counts = [arm.group.params for arm in arms]
     figure, axes = _grid(len(sizes))
     for ax, panel in zip(axes.flat, sizes, strict=False):

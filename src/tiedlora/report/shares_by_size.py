@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tiedlora.errors import UserError
-from tiedlora.report import estimates, shares
+from tiedlora.report import estimates, forest, shares
 from tiedlora.report.answers import Answer
 from tiedlora.report.compare import ResultRow
 from tiedlora.report.estimates import Measure, PairedScores
+from tiedlora.report.forest import ShareAxis
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.scorebook import Scorebook
 from tiedlora.statistics.interval import LEVEL, Interval
 from tiedlora.statistics.rules import Better
+
+USUAL = (0.89, 1.03)
+"""The narrowest axis. On a narrower one, arms that are level would look far apart."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,11 @@ def size_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Scor
         if arms:
             panels.append(SizePanel(measure, reference, arms))
     return panels
+
+
+def share_axis(panels: Iterable[SizePanel]) -> ShareAxis:
+    """One axis for all panels, so that tasks on which the arms hardly differ look like it."""
+    return forest.axis_of((arm.share for panel in panels for arm in panel.arms), USUAL)
 
 
 def _reference(answers: Sequence[Answer], setting: str, measure: Measure) -> RunGroup | None:

@@ -159,6 +159,7 @@ def _write_page(report: Report, all_tables: ReportTables, out: Path, sections: i
         all_tables,
         report.verdicts,
         most_sections=sections,
+        sizes=report.sizes,
         sheets=sheets,
         links=links,
     )
