@@ -70,12 +70,14 @@ def share_axis(panels: Iterable[SizePanel]) -> ShareAxis:
 
 
 def _reference(answers: Sequence[Answer], setting: str, measure: Measure) -> RunGroup | None:
-    """The comparator of the first answer in the setting by this metric, if it gains something over the base."""
+    """The comparator of the first answer in the setting by this metric that gains something over the base."""
     for answer in answers:
         # With the runs of all seeds, whatever seeds the claim takes.
         comparator = answer.pair.searched[1] if answer.pair else None
-        if comparator is not None and comparator.setting == setting and answer.measure == measure:
-            return comparator if (answer.comparator_gain or 0) > 0 else None
+        if comparator is None or comparator.setting != setting or answer.measure != measure:
+            continue
+        if answer.comparator_gain is not None and answer.comparator_gain > 0:
+            return comparator
     return None
 
 
