@@ -18,6 +18,7 @@ from tiedlora.report import adapters
 from tiedlora.report.adapters import LayerProfile
 from tiedlora.report.chart import Axis, Chart, linear_axis, log_axis, marker, number
 from tiedlora.report.compare import ResultRow
+from tiedlora.report.estimates import Measure
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.panels import COLOURS, front, rank_ticks, short_count, style
 from tiedlora.report.runs import Run
@@ -127,16 +128,16 @@ def _score_axis(rows: Sequence[ResultRow], include: Sequence[float] = ()) -> Axi
     intervals = [row.score.examples for row in rows if row.score is not None and row.score.examples is not None]
     ends = [unit.factor * end for interval in intervals for end in (interval.low, interval.high)]
     values = [*(_shown(row) for row in rows), *ends]
-    axis = linear_axis(f"{row_metric(rows[0])}, {unit.words}", values, include)
+    axis = linear_axis(f"{metric_words(rows[0].measure)}, {unit.words}", values, include)
     if unit is Unit.POINTS:
         # A score has ends, so the axis shows nothing beyond them.
         return Axis(axis.name, max(axis.low, -3.0), min(axis.high, 103.0), axis.ticks)
     return axis
 
 
-def row_metric(row: ResultRow) -> str:
-    """The metric's name for an axis."""
-    return visible(row.measure.metric).replace("_", " ")
+def metric_words(measure: Measure) -> str:
+    """The metric's name for an axis or a title."""
+    return visible(measure.metric).replace("_", " ")
 
 
 def _score_bar(chart: Chart, row: ResultRow, x: float) -> None:

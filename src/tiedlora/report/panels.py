@@ -16,7 +16,7 @@ from tiedlora.report.compare import ResultRow
 from tiedlora.report.forest import ShareAxis
 from tiedlora.report.groups import RunGroup
 from tiedlora.report.peft_results import Peer
-from tiedlora.report.shares_by_size import SizedShare, SizePanel
+from tiedlora.report.shares_by_size import SizePanel
 
 INK = "#1b1b1d"
 """The colour of text and axes."""
@@ -146,12 +146,9 @@ def _errorbar(ax: Axes, row: ResultRow, x: float, filled: bool = True) -> None:
 
 def share_panel(ax: Axes, panel: SizePanel, axis: ShareAxis) -> None:
     ax.axhline(1, color=INK, linewidth=1, alpha=0.6, zorder=1)
-    by_name: dict[str, list[SizedShare]] = defaultdict(list)
-    for arm in sorted(panel.arms, key=lambda arm: arm.group.params):
-        by_name[arm.group.configuration].append(arm)
-    for arms in by_name.values():
+    for arms in panel.lines():
         colour, marker, _ = style(arms[0].group)
-        shown = [min(axis.high, max(axis.low, arm.share.value)) for arm in arms]
+        shown = [axis.nearest(arm.share.value) for arm in arms]
         ax.plot([arm.group.params for arm in arms], shown, color=colour, linewidth=1, alpha=0.7, zorder=2)
         for arm, value in zip(arms, shown, strict=True):
             params, share = arm.group.params, arm.share

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 
 from tiedlora.report import forest
 from tiedlora.report.chart import Axis, Chart, log_axis, marker
-from tiedlora.report.charts import Key, Panel, css, order, task_title
+from tiedlora.report.charts import Key, Panel, css, metric_words, order, task_title
 from tiedlora.report.forest import ShareAxis
 from tiedlora.report.matrix import minus
 from tiedlora.report.panels import short_count, style
@@ -33,7 +32,7 @@ def legend(panels: Sequence[SizePanel]) -> list[Key]:
 
 
 def _chart(panel: SizePanel, params: Axis, scale: ShareAxis) -> Panel:
-    task, metric = task_title(panel.arms[0].group), visible(panel.measure.metric).replace("_", " ")
+    task, metric = task_title(panel.arms[0].group), metric_words(panel.measure)
     ticks = [(tick, minus(f"{100 * tick:.0f} %")) for tick in scale.ticks]
     # Wider by half a marker, so that none is cut off at an end.
     margin = 0.02 * (scale.high - scale.low)
@@ -41,17 +40,14 @@ def _chart(panel: SizePanel, params: Axis, scale: ShareAxis) -> Panel:
     values = "; ".join(map(_title, panel.arms[:12]))
     chart = Chart(params, axis, f"What each arm keeps of the gain of {panel.reference.name} on {task}: {values}")
     chart.level(1.0)
-    by_name: dict[str, list[SizedShare]] = defaultdict(list)
-    for arm in sorted(panel.arms, key=lambda arm: arm.group.params):
-        by_name[arm.group.configuration].append(arm)
-    for arms in by_name.values():
+    for arms in panel.lines():
         chart.line([_place(arm, scale) for arm in arms], css(arms[0].group), width=1.1)
         for arm in arms:
             if math.isfinite(arm.share.low) and arm.group is not panel.reference:
                 ends = arm.group.params, arm.share.low, arm.share.high
                 chart.bar(*ends, css(arm.group))
                 chart.take(*ends)
-            is_inside = scale.low <= arm.share.value <= scale.high
+            is_inside = scale.nearest(arm.share.value) == arm.share.value
             chart.mark(*_place(arm, scale), style(arm.group)[1], css(arm.group), _title(arm), filled=is_inside)
     for arm in sorted(panel.arms, key=lambda arm: order(arm.group)):
         chart.name(*_place(arm, scale), arm.group.name)
@@ -60,7 +56,7 @@ def _chart(panel: SizePanel, params: Axis, scale: ShareAxis) -> Panel:
 
 def _place(arm: SizedShare, scale: ShareAxis) -> tuple[float, float]:
     """Where the arm is drawn. One beyond the axis is at its end."""
-    return float(arm.group.params), min(scale.high, max(scale.low, arm.share.value))
+    return float(arm.group.params), scale.nearest(arm.share.value)
 
 
 def _title(arm: SizedShare) -> str:

@@ -46,6 +46,13 @@ class SizePanel:
     reference: RunGroup
     arms: list[SizedShare]
 
+    def lines(self) -> list[list[SizedShare]]:
+        """The arms of each configuration, sorted by their parameters."""
+        by_name: dict[str, list[SizedShare]] = defaultdict(list)
+        for arm in sorted(self.arms, key=lambda arm: arm.group.params):
+            by_name[arm.group.configuration].append(arm)
+        return list(by_name.values())
+
 
 def size_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Scorebook) -> list[SizePanel]:
     """A panel for every setting and metric of the figures in which a claim names a comparator that gains something."""

@@ -58,8 +58,16 @@ class ReportTables:
 
     def all(self) -> list[Table]:
         """Every table, each once."""
-        of_runs = [*self.overview, self.results, self.cost, self.verdicts, self.claims, self.shares]
-        return [*of_runs, self.peers, self.left_out]
+        return [
+            *self.overview,
+            self.results,
+            self.cost,
+            self.verdicts,
+            self.claims,
+            self.shares,
+            self.peers,
+            self.left_out,
+        ]
 
 
 def results(rows: Iterable[ResultRow]) -> Table:
