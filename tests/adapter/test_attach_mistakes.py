@@ -72,3 +72,38 @@ def test_a_wrong_number_is_named_before_the_model_is_changed(words, says):
     with pytest.raises(UserError, match=says):
         tiedlora.attach(model, "TABuv", **words)
     assert not hasattr(model, "tied_adapter")
+
+
+def test_reentrant_checkpoints_are_refused_where_u_or_v_scale_the_factors_and_only_in_training(ids):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    tiedlora.attach(model, "TABuv", 4)
+    ids = ids % SIZES["vocab_size"]
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.eval()
+    model(input_ids=ids)
+    model.train()
+    with torch.no_grad():
+        model(input_ids=ids)
+    with pytest.raises(UserError, match="use_reentrant=True: its passes cannot share"):
+        model(input_ids=ids)
+    model.gradient_checkpointing_disable()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(input_ids=ids).logits.sum().backward()
+
+
+@pytest.mark.parametrize("tying", ["LoRA", "TAB", "TA"])
+def test_reentrant_checkpoints_train_as_without_them_where_nothing_scales_the_factors(tying, ids):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    adapter = tiedlora.attach(model, tying, 4).adapter
+    model.enable_input_require_grads()
+    model.train()
+    ids = ids % SIZES["vocab_size"]
+    gradients = []
+    for settings in (None, {"use_reentrant": True}):
+        if settings:
+            model.gradient_checkpointing_enable(settings)
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: part.grad.clone() for name, part in adapter.trained_parts().items()})
+        model.zero_grad()
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert any(gradient.any() for gradient in gradients[0].values())

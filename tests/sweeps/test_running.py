@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.commands import sweep, wait_until
 
-from tiedlora.adapter.attach import Adapted
+from tiedlora.adapter.adapted import Adapted
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError

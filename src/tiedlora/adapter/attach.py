@@ -2,10 +2,6 @@
 
 The base model keeps its modules, their names and their weights. An adapted module gets a subclass of its own class,
 whose forward adds the update. Detaching gives the module its own class again, so the base model is as it was before.
-
-One forward pre-hook, on the module that owns the list of layers, folds the factors of all layers before each pass. The
-adapted modules themselves have no hooks. Each hook would be a separate object, so torch.compile would compile every
-layer separately.
 """
 
 from __future__ import annotations
@@ -13,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from tiedlora.adapter import architectures, files, linear
+from tiedlora.adapter.adapted import FoldFactors, adapted_class
 from tiedlora.adapter.arms import ParameterGroup, groups_by_part
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config.families import layout_of
@@ -31,34 +25,6 @@ from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
 from tiedlora.tying import Architecture, Layout, Tying, adapted_layers, named
-
-
-class Adapted(nn.Module):
-    """Added to the class of an adapted module: its output becomes W_l x + s B_l A_l x.
-
-    Where q, k and v are separate modules, each draws its own dropout mask, as in PEFT's LoRA.
-    """
-
-    folded_A: Tensor
-    """s diag(u_l) A, (r, d_in), in the weight's dtype, for the present forward pass."""
-    folded_B: Tensor
-    """diag(v_l) B, (d_out, r), in the weight's dtype, for the present forward pass."""
-    adapter_dropout: float
-
-    def forward(self, x: Tensor) -> Tensor:
-        plain: Tensor = super().forward(x)
-        dropped = F.dropout(x, self.adapter_dropout, self.training) if self.adapter_dropout else x
-        return plain + F.linear(F.linear(dropped, self.folded_A), self.folded_B)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torch refuses to copy a tensor that is part of a graph. A copy of the model folds its own factors.
-        return {key: value for key, value in self.__dict__.items() if key not in ("folded_A", "folded_B")}
-
-
-@cache
-def _adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module class that adds the update. There is one per class, so layers share compiled code."""
-    return type(f"Adapted{kind.__name__}", (Adapted, kind), {})
 
 
 @dataclass
@@ -73,7 +39,7 @@ class Attached:
     adapter: TiedAdapter
     paths: list[str]
     """The paths of the adapted modules."""
-    _fold: _FoldFactors | None = None
+    _fold: FoldFactors | None = None
     _fold_hook: RemovableHandle | None = None
     _base_weights: dict[str, Tensor] = field(default_factory=dict)
     """While the update is merged: module path -> the weight without the update."""
@@ -94,13 +60,13 @@ class Attached:
             return
         modules = {path: self.model.get_submodule(path) for path in self.paths}
         for path, module in modules.items():
-            module.__class__ = _adapted_class(type(module))  # type: ignore[arg-type]
+            module.__class__ = adapted_class(type(module))  # type: ignore[arg-type]
             linear.use_class_forward(module, path)
             module.adapter_dropout = self.adapter.tying.dropout  # type: ignore[assignment]
         # Every call of the model, with or without its head, goes through the module that owns the layers.
         owner_path = layout_of(self.adapter.architecture).layers.rpartition(".")[0]
         owner: nn.Module = self.model.get_submodule(owner_path)
-        self._fold = _FoldFactors(self.model, self.adapter, modules)
+        self._fold = FoldFactors(self.model, self.adapter, modules)
         self._fold_hook = owner.register_forward_pre_hook(self._fold)
 
     def disable(self) -> None:
@@ -237,37 +203,6 @@ class Attached:
             self.model.get_submodule(path).weight.copy_(weight)  # type: ignore[operator]
         self._base_weights.clear()
         self.enable()
-
-
-class _FoldFactors:
-    """The forward pre-hook. Before each pass through the layers it gives every adapted module its folded factors."""
-
-    once = False
-    """Whether to fold only before the first pass: see Attached.folded_once."""
-    done = False
-
-    def __init__(self, model: nn.Module, adapter: TiedAdapter, modules: dict[str, nn.Module]) -> None:
-        self.model, self.adapter, self.modules = model, adapter, modules
-
-    def __call__(self, called: nn.Module, *_: Any) -> None:
-        if getattr(called, "_is_replica", False):
-            raise UserError(
-                "nn.DataParallel copies the model without the adapter's factors, so it cannot train one; show the "
-                "program one GPU (CUDA_VISIBLE_DEVICES=0), or start a process for each GPU with torchrun"
-            )
-        if self.once and self.done:
-            return
-        self.done = True
-        dtype = linear.activation_dtype(self.model, next(iter(self.modules.values())))
-        for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale, dtype).items():
-            module = self.modules[path]
-            device = linear.execution_device(module)
-            if A_l.is_meta and device.type != "meta":
-                raise UserError(
-                    "the adapter's parts were offloaded to the meta device (accelerate's cpu_offload or disk_offload), "
-                    "so they are lost; offload the model first, then attach the adapter"
-                )
-            module.folded_A, module.folded_B = A_l.to(device), B_l.to(device)
 
 
 def attach(
