@@ -1,4 +1,4 @@
-"""The rows that a run scores are read before it trains."""
+"""The test rows are read before a run or a staged sweep trains, and those that were trained are named."""
 
 import json
 
@@ -6,19 +6,57 @@ import pytest
 
 from tiedlora.config.compose import compose_config
 from tiedlora.errors import UserError
-from tiedlora.runs import run
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.runs import lazy, run
+from tiedlora.sweeps import staged
+from tiedlora.sweeps.expand import compose_sweep
+
+SAID = "task=gsm8k: 12 test rows are also training rows (such as id "
+OPTIONS = staged.SearchOptions(rungs=(0.25,), finalists=1, lowest_rate=1e-5, highest_rate=1.0)
 
 
-def test_test_rows_are_read_first_and_those_that_are_trained_are_named(tiny_run, tmp_path, caplog):
-    data = tmp_path / "data" / "gsm8k"
-    data.mkdir(parents=True)
+@pytest.fixture
+def data(tmp_path):
+    """A folder with training rows, 12 of which stay when 8 are taken for validation; `test` adds the test rows."""
+    folder = tmp_path / "data" / "gsm8k"
+    folder.mkdir(parents=True)
     lines = [json.dumps({"question": f"What is {i}?", "answer": f"{i}\n#### {i}"}) + "\n" for i in range(30)]
-    (data / "train.jsonl").write_text("".join(lines[:20]))
-    more = ("task.validation_from_train=8", "task.rows.test=null", f"data_root={tmp_path}/data", "score.splits=[test]")
-    config = compose_config(tiny_run(*more, task="gsm8k"))
+    (folder / "train.jsonl").write_text("".join(lines[:20]))
+    (folder / "more.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def words(tiny_run, data):
+    more = ("task.validation_from_train=8", "task.rows.test=null", f"data_root={data.parent}", "score.splits=[test]")
+    return lambda *others: tiny_run(*more, *others, task="gsm8k")
+
+
+def test_test_rows_are_read_first_and_those_that_are_trained_are_named(words, data, tmp_path, caplog):
+    config = compose_config(words())
     with pytest.raises(UserError, match=r"test\.jsonl: no such file"):
         run.main(config)
     assert not (tmp_path / "outputs").exists()
-    (data / "test.jsonl").write_text("".join(lines))
+    (data / "more.txt").rename(data / "test.jsonl")
     run.main(config)
-    assert "task=gsm8k: 12 test rows are also training rows (such as id " in caplog.text
+    assert SAID in caplog.text
+
+
+def test_those_that_are_trained_are_named_too_when_a_finished_run_is_scored(words, data, tmp_path, caplog):
+    run.main(compose_config([*words(), "score.splits=[]"]))
+    (data / "more.txt").rename(data / "test.jsonl")
+    (path,) = (tmp_path / "outputs").glob("TABuv-*")
+    lazy.add_scores(RunFolder(path), ["test"], str(data.parent), metrics=["target_loss"])
+    assert SAID in caplog.text
+    (data / "train.jsonl").rename(data / "elsewhere.jsonl")
+    record = lazy.add_scores(RunFolder(path), ["test"], str(data.parent), metrics=["target_loss"], again=True)
+    assert record.scores["test"].rows == 30
+    assert "the test rows are not compared with the training rows: " in caplog.text
+
+
+def test_a_staged_sweep_launches_nothing_without_the_rows_that_it_will_score(words):
+    sweep = compose_sweep(words("train.lr=1e-3,1e-2", "score.base=false"))
+    launched = []
+    with pytest.raises(UserError, match=r"test\.jsonl: no such file"):
+        staged.run_staged(sweep, OPTIONS, lambda cells, first_job: launched.extend(cells))
+    assert launched == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,6 +16,7 @@ from tiedlora.models import products
 from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
+from tiedlora.runs.inputs import read_rows, warn_of_trained_rows
 from tiedlora.runs.process_device import set_up_device
 from tiedlora.runs.session import cached_base
 from tiedlora.scoring.engines import check_usable
@@ -22,8 +24,10 @@ from tiedlora.scoring.memory import score_forgetting, score_within_memory
 from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
-from tiedlora.tasks import load_examples, load_task
+from tiedlora.tasks import Example, load_examples, load_task
 from tiedlora.training.signals import StopSignal
+
+log = logging.getLogger(__name__)
 
 
 def add_scores(
@@ -91,6 +95,8 @@ def add_scores(
                 continue
             kept = None if again and metrics is None else recorded
             examples = load_examples(task, split, config.data_root)
+            if split == "test":
+                _look_for_trained_rows(config, examples)
             halvings = 0 if kept is None else kept.batch_halvings or 0
             scores = score_within_memory(scorer, split, examples, folder, passes, kept, halvings=halvings)
             record = replace(record, scores={**record.scores, split: scores})
@@ -100,3 +106,13 @@ def add_scores(
             record = replace(record, scores={**record.scores, FORGETTING: scores})
             folder.write_record(record)
         return record
+
+
+def _look_for_trained_rows(config: Config, test: Sequence[Example]) -> None:
+    """A run that trains and scores in one go has looked before its first step. The training rows may be gone now."""
+    try:
+        rows = read_rows(config)
+    except UserError as error:
+        log.warning("task=%s: the test rows are not compared with the training rows: %s", config.task.name, error)
+    else:
+        warn_of_trained_rows(config.task.name, rows.examples["train"], test)

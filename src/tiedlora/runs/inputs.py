@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class RunRows:
     digests: dict[str, str]
 
 
+log = logging.getLogger(__name__)
+
 TASKS_CODE = Path(tasks.__file__).parent
 _ROWS: SingleSlotCache[RunRows] = SingleSlotCache()
 
@@ -56,6 +59,12 @@ def _read_rows(config: Config, task: Task) -> RunRows:
     if said := shared_rows(examples["train"], examples["validation"], "validation"):
         raise UserError(f"task: {said}")
     return RunRows(examples, {split: digest(rows) for split, rows in examples.items()})
+
+
+def warn_of_trained_rows(task: str, train: Iterable[Example], scored: Iterable[Example]) -> None:
+    """Log how many test rows are also training rows. They are scored all the same: a task's published rows are kept."""
+    if said := shared_rows(train, scored, "test"):
+        log.warning("task=%s: %s, so their scores count what was trained", task, said)
 
 
 def shared_rows(train: Iterable[Example], scored: Iterable[Example], split: str) -> str:

@@ -24,7 +24,7 @@ from tiedlora.models.device import execution_on
 from tiedlora.records.admission import Admission
 from tiedlora.records.provenance import code_version, package_versions
 from tiedlora.runs.admission_rules import check_scores_mean_something
-from tiedlora.runs.inputs import RunRows, read_rows, shared_rows
+from tiedlora.runs.inputs import RunRows, read_rows, warn_of_trained_rows
 from tiedlora.runs.process_cache import SingleSlotCache
 from tiedlora.runs.process_device import set_up_device
 from tiedlora.tasks import Example, Task, load_examples
@@ -112,8 +112,7 @@ class RunSession:
     def _read_test_rows(self, rows: RunRows) -> list[Example]:
         """The test rows. They are read before training, because a mistake in them would cost the time of a training."""
         examples = load_examples(self.task, "test", self.config.data_root)
-        if said := shared_rows(rows.examples["train"], examples, "test"):
-            log.warning("task=%s: %s, so their scores count what was trained", self.config.task.name, said)
+        warn_of_trained_rows(self.config.task.name, rows.examples["train"], examples)
         return examples
 
     def _fit(self, rows: RunRows) -> dict[str, EncodedRows]:

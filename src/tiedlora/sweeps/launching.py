@@ -16,12 +16,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 from tiedlora import storage
+from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.sweeps import status
 from tiedlora.sweeps.cell_log import EndedCellsLogger
 from tiedlora.sweeps.cells import ENDED, Sweep, SweepCell
 from tiedlora.sweeps.control import STARTED, SweepControl
+from tiedlora.tasks import load_examples, load_task
 from tiedlora.training.signals import SIGNALS
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,23 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
     ended = {"done", "paused", "dropped"} | ({"missing", "interrupted"} if first_failure else set())
     errors.update({cell.run_id: cell.error or "" for cell in cells if cell.state not in ended})
     end_with(errors, len(cells), first_failure)
+
+
+def check_test_rows(cells: Iterable[SweepCell]) -> None:
+    """Read the test rows that are scored after all training: a mistake in them would cost the time of the sweep.
+
+    Rows of the hub and rows that a task generates are left to the run that scores them.
+
+    Raises:
+        UserError: there are no rows, or one is wrong.
+    """
+    read: list[tuple[TaskConfig, str]] = []
+    for config in (cell.config for cell in cells):
+        root = config.data_root
+        if "test" in config.score.splits and root is not None and (config.task, root) not in read:
+            read.append((config.task, root))
+            if not (task := load_task(config.task)).generator:
+                load_examples(task, "test", root)
 
 
 def end_with(errors: Mapping[str, str], cells: int, first_failure: str | None) -> None:

@@ -25,7 +25,7 @@ from tiedlora.statistics.rate_choice import ChosenRate
 from tiedlora.sweeps import selection, status
 from tiedlora.sweeps.cells import Sweep, SweepCell, frozen_tree, write_frozen
 from tiedlora.sweeps.control import SweepControl
-from tiedlora.sweeps.launching import Launch, changed_inputs, end_with, launch_cells, wait_for_others
+from tiedlora.sweeps.launching import Launch, changed_inputs, check_test_rows, end_with, launch_cells, wait_for_others
 from tiedlora.sweeps.staged_search import Observation, Request, SearchPlan, SearchStage, next_stage, rung_steps
 
 log = logging.getLogger(__name__)
@@ -214,12 +214,17 @@ class StageLaunches:
 
         Args:
             what: the stage, for the log.
+
+        Raises:
+            UserError: test rows are missing or wrong. Nothing has run then.
         """
         if self.control.first_failure() is not None:
             return False
         new = [cell for cell in cells if (cell.run_id, cell.launch_words) not in self._launched]
         if not new:
             return wait_for_others(cells)
+        if not self._launched:
+            check_test_rows(self.sweep.cells)
         log.info("%s: %s", self.sweep.id, what)
         for cell in new:
             self._freeze(cell)
