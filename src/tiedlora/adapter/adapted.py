@@ -79,9 +79,9 @@ class FoldFactors:
             module.folded_A, module.folded_B = A_l.to(device), B_l.to(device)
 
     def _refuse_reentrant_checkpoints(self) -> None:
-        """u and v scale the factors of all layers in one product.
+        """Refuse them where u or v scale the factors: the scaled factors of all layers come from one product.
 
-        A reentrant checkpoint has a backward pass of its own, and torch frees that product in the first of them.
+        Each reentrant checkpoint runs a backward pass of its own, and the first of these passes frees that product.
         """
         layer: Any = self.model.get_submodule(layout_of(self.adapter.architecture).layers)[0]  # type: ignore[index]
         if not (torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False)):
@@ -89,6 +89,6 @@ class FoldFactors:
         reentrant = getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
         if reentrant and any(name.endswith((".u", ".v")) for name in self.adapter.parts()):
             raise UserError(
-                "gradient checkpointing with use_reentrant=True: its passes cannot share the product of a tied "
-                'adapter with u or v; set gradient_checkpointing_kwargs={"use_reentrant": False}'
+                "gradient checkpointing with use_reentrant=True does not work for an adapter with u or v, because the "
+                'layers share one product; set gradient_checkpointing_kwargs={"use_reentrant": False}'
             )

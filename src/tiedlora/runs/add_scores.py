@@ -109,7 +109,10 @@ def add_scores(
 
 
 def _look_for_trained_rows(config: Config, test: Sequence[Example]) -> None:
-    """A run that trains and scores in one go has looked before its first step. The training rows may be gone now."""
+    """Log how many test rows are training rows, or that the training rows are not here, so nothing was compared.
+
+    A run that trains and scores in one go looks before its first step.
+    """
     try:
         rows = read_rows(config)
     except UserError as error:
