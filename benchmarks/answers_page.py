@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.browser import ARGUMENTS, chromium
 from helpers.report_runs import add_scores, make_record, prediction_rows, write_run
 
-from tiedlora.report import write
+from tiedlora.page import write
 
 WORDS = ["the", "of", "a", "model", "answer", "number", "sum", "first", "then", "because", "result", "total", "train"]
 WORDS += ["rows", "step", "loss", "apples", "pears", "left"]

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from populations import Population, World
 
-from tiedlora.statistics import looks
-from tiedlora.statistics.rules import Better, Retains, Rule
+from tiedlora.analysis import looks
+from tiedlora.analysis.rules import Better, Retains, Rule
 from tiedlora.text import aligned
 
 CHUNK = 50

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from tiedlora import errors, storage
+from tiedlora.analysis.paired_rows import RowLosses, paired_difference
+from tiedlora.analysis.rate_choice import RateTrial, choose_rate
 from tiedlora.config.project import PROJECT
 from tiedlora.records.rows import read_validation_losses
-from tiedlora.statistics.paired_rows import RowLosses, paired_difference
-from tiedlora.statistics.rate_choice import RateTrial, choose_rate
 from tiedlora.sweeps.cells import SweepCell
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.run_cell import run_cell

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from populations import SEEDS, Population, World
 
-from tiedlora.statistics import looks
-from tiedlora.statistics.rules import Retains
+from tiedlora.analysis import looks
+from tiedlora.analysis.rules import Retains
 
 FUTILITY_THRESHOLDS = (0.01, 0.02, 0.05, 0.10)
 

@@ -1,6 +1,6 @@
 """python benchmarks/verdicts.py [--quick] [--json FILE]: how often verdicts are wrong, by simulation.
 
-Synthetic scores with a known truth are drawn again and again, and the functions of tiedlora.statistics decide. With the
+Synthetic scores with a known truth are drawn again and again, and the functions of tiedlora.analysis decide. With the
 truth exactly at a rule's boundary, every verdict is wrong. The program prints, as Markdown:
 
 - the worst settings of each rule, found with --draws populations and measured again with --worst-draws;
@@ -31,10 +31,10 @@ from numpy.typing import NDArray
 from populations import SEEDS, Array, Population, World
 from stopping import Futility, futility
 
-from tiedlora.statistics import looks
-from tiedlora.statistics.crossed import MeanSquares
-from tiedlora.statistics.looks import Looks
-from tiedlora.statistics.rules import Better, Level, Retains, Rule, WithinMargin
+from tiedlora.analysis import looks
+from tiedlora.analysis.crossed import MeanSquares
+from tiedlora.analysis.looks import Looks
+from tiedlora.analysis.rules import Better, Level, Retains, Rule, WithinMargin
 
 PLANS: dict[str, Looks] = {
     **{f"{n} seeds": looks.planned([n]) for n in looks.SEEDS},
@@ -76,7 +76,7 @@ FIRST = np.array([[1 / n if seed < n else 0 for seed in range(SEEDS)] for n in l
 def mean_squares(table: Array) -> Squares:
     """`crossed.mean_squares` of the first n seeds at every look, in one pass and in single precision.
 
-    It is three times as fast. tests/statistics/test_verdicts.py holds that both are equal.
+    It is three times as fast. tests/analysis/test_verdicts.py holds that both are equal.
     """
     rows = table.shape[-1]
     of_seed = table.mean(-1, dtype=np.float64)

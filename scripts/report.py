@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from tiedlora import errors
-from tiedlora.report import every_eval_ever, peft_results, readme, write
+from tiedlora.page import every_eval_ever, peft_results, readme, write
 
 PROJECT = Path(__file__).resolve().parents[1]
 CLAIMS = PROJECT / "claims" / "tied_lora.yaml"

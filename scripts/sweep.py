@@ -14,11 +14,11 @@ import os
 from pathlib import Path
 
 from tiedlora import errors
+from tiedlora.analysis import claims, planning
+from tiedlora.analysis.rate_choice import CRITERIA
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.selection import write_selection
-from tiedlora.report import claims, planning
-from tiedlora.statistics.rate_choice import CRITERIA
 from tiedlora.sweeps import cleaning, forecast, planned_rows, selection, status, summary_run, watch
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.control import matching

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from tiedlora import errors
-from tiedlora.report import wandb_dashboard, wandb_report, write
+from tiedlora.page import wandb_dashboard, wandb_report, write
 
 PROJECT = Path(__file__).resolve().parents[1]
 CLAIMS = PROJECT / "claims" / "tied_lora.yaml"

@@ -9,14 +9,14 @@ from pathlib import Path
 SRC = Path(__file__).parents[1] / "src"
 HOUSE = SRC / "tiedlora"
 ORDER = (
-    *("sweeps", "runs", "report", "scoring", "export", "training", "tracking", "data"),
-    *("models", "tasks", "adapter", "records", "config", "statistics"),
+    *("sweeps", "page", "runs", "scoring", "export", "analysis", "training", "tracking"),
+    *("data", "models", "tasks", "adapter", "records", "config"),
     # The modules of tiedlora itself. They import no package.
     *("text", "storage", "tying", "keys", "errors"),
 )
 """From top to bottom: a package may import what stands after it. CONTRIBUTING.md lists the packages in this order."""
 HYDRA_ROOMS = ("sweeps", "config")
-NO_TORCH = ("sweeps", "report", "records", "config", "statistics", "tasks", "tracking")
+NO_TORCH = ("sweeps", "page", "analysis", "records", "config", "tasks", "tracking")
 LAZY = {
     # The imports inside functions of src/. A comment there gives the reason of each.
     "adapter/attach_arm.py": {"tiedlora.adapter.peft_arm"},
@@ -27,7 +27,7 @@ LAZY = {
     "scoring/passages.py": {"datasets"},
     "scoring/vllm_engine.py": {"vllm", "vllm.lora.request"},
     "sweeps/worker_slots.py": {"joblib.externals.loky"},
-    "report/wandb_dashboard.py": {"wandb"},
+    "page/wandb_dashboard.py": {"wandb"},
     "tasks/dialogsum.py": {"rouge_score.rouge_scorer"},
     "tasks/generated.py": {"reasoning_gym"},
     "tasks/rows.py": {"datasets"},

@@ -2,9 +2,9 @@
 
 import pytest
 
+from tiedlora.analysis.runs import read_runs, run_roots
 from tiedlora.config.project import PROJECT
-from tiedlora.report import readme, write
-from tiedlora.report.runs import read_runs, run_roots
+from tiedlora.page import readme, write
 from tiedlora.sweeps.study import read_study
 
 STUDIES = sorted(path.parent for path in (PROJECT / "studies").glob("*/study.yaml"))

@@ -9,12 +9,12 @@ import pytest
 from helpers.hostile import put, refused, snapshot
 
 import tiedlora
+from tiedlora.analysis.runs import read_run
 from tiedlora.config.compose import compose_config
 from tiedlora.errors import UserError
+from tiedlora.page import write
 from tiedlora.records.rows import read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.report import write
-from tiedlora.report.runs import read_run
 from tiedlora.runs import lazy, run
 
 pytest_plugins = ["helpers.hostile_runs"]

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 import tiedlora
 from tiedlora.config.compose import read_config
 from tiedlora.config.identity import run_id
+from tiedlora.page import write
 from tiedlora.records.execution import Execution, with_execution
 from tiedlora.records.loss_metrics import LOSS_METRICS
 from tiedlora.records.reading import typed
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.report import write
 from tiedlora.runs import run, verify
 from tiedlora.training.checkpoint import RunInputs
 

@@ -16,8 +16,8 @@ from tiedlora.config.compose import read_config
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.export.folder import ExportOptions, export_run
+from tiedlora.page import write
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.report import write
 from tiedlora.runs import library, run
 from tiedlora.runs.verify import verify
 from tiedlora.training import checkpoint

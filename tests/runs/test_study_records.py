@@ -9,8 +9,8 @@ from tiedlora import storage
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.export.study_records import export_record
+from tiedlora.page import write
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.report import write
 from tiedlora.runs import run, verify
 
 ROWS = {

@@ -10,6 +10,7 @@ from tiedlora.adapter import attach
 from tiedlora.config.compose import compose_config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
+from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import LARGEST_LOSS, LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN, loss_scores
 from tiedlora.records.rows import NOT_GENERATED, PredictionRow
 from tiedlora.records.run_folder import RunFolder
@@ -19,7 +20,6 @@ from tiedlora.scoring.passes import Passes, missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.scoring.target_losses import loss_batches, predict_losses
-from tiedlora.statistics.interval import Interval
 from tiedlora.tasks import Example, load_task
 
 EXAMPLES = [Example(str(i), f"Add {'1 and ' * (i * 3 % 5)}2:", f" {'9' * (1 + i * 5 % 7)}", ("9",)) for i in range(9)]

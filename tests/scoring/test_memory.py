@@ -9,8 +9,8 @@ from helpers.tiny import randomise, tiny
 from tiedlora.adapter import attach
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
+from tiedlora.page import write
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.report import write
 from tiedlora.runs import run, verify
 from tiedlora.scoring import steps
 from tiedlora.scoring.split import merged_for_scoring

@@ -11,13 +11,13 @@ from tiedlora.adapter import attach
 from tiedlora.config import compose as configuration
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
+from tiedlora.records.interval import Interval
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.summary import _points
 from tiedlora.scoring import split as scoring
 from tiedlora.scoring.predict import predict
 from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.summary import gains, summarise
-from tiedlora.statistics.interval import Interval
 from tiedlora.tasks import Example, load_task
 from tiedlora.tasks.rows import DataRow
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from helpers.report_runs import make_config, make_record, scored_run, write_run
 
+from tiedlora.page import write
 from tiedlora.records.selection import read_selection, write_selection
-from tiedlora.report import write
 from tiedlora.sweeps import selection
 from tiedlora.sweeps.cells import Sweep, SweepCell
 

@@ -11,13 +11,13 @@ import pytest
 from helpers.commands import wait_until
 
 from tiedlora import storage
+from tiedlora.analysis.runs import read_runs, run_roots
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.selection import RateChoice, Selection, write_selection
-from tiedlora.report.runs import read_runs, run_roots
 from tiedlora.runs import run
 from tiedlora.sweeps import study
 from tiedlora.sweeps.expand import compose_sweep

@@ -12,9 +12,9 @@ from tiedlora.config.identity import identity, start_of
 from tiedlora.config.identity import label as label_of
 from tiedlora.config.schema import Config
 from tiedlora.export.evaluation_results import model_index
+from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord
-from tiedlora.statistics.interval import Interval
 from tiedlora.text import visible
 
 

@@ -10,9 +10,9 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from tiedlora.config.schema import FORGETTING, Config
+from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores
-from tiedlora.statistics.interval import Interval
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

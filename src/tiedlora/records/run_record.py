@@ -19,10 +19,10 @@ from tiedlora.errors import UserError
 from tiedlora.records.admission import Admission
 from tiedlora.records.execution import CodeVersion, ContinuedFrom, Execution, with_execution
 from tiedlora.records.halving import Halving
+from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.reading import Count, Name, Number, Text, Whole, is_number, typed
 from tiedlora.records.recorded_config import ConfigRecord, Identity, with_tree
-from tiedlora.statistics.interval import Interval
 from tiedlora.text import is_name
 from tiedlora.tying import PARTS
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores, plain
-from tiedlora.statistics.interval import Interval
 from tiedlora.text import visible
 
 FLOOR = 0.05

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 
+from tiedlora.analysis.bootstrap import bootstrap_corpus, bootstrap_mean
+from tiedlora.analysis.intervals import is_binary, paired_proportions, wilson
+from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import LARGEST_LOSS, LOSS_METRICS, TARGET_LOSS_BY_TOKEN, is_loss, mean_per_token
 from tiedlora.records.rows import PredictionRow, Score
-from tiedlora.statistics.bootstrap import bootstrap_corpus, bootstrap_mean
-from tiedlora.statistics.interval import Interval
-from tiedlora.statistics.intervals import is_binary, paired_proportions, wilson
 from tiedlora.tasks import Task
 
 

@@ -13,17 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tiedlora import storage
+from tiedlora.analysis import claims as claim_files
+from tiedlora.analysis import partners
+from tiedlora.analysis.answers import Answer, Verdict, answer_claims
+from tiedlora.analysis.claims import Claim, Side
+from tiedlora.analysis.groups import RunGroup, group_runs
+from tiedlora.analysis.runs import LeftOut, Run, read_run
+from tiedlora.analysis.scorebook import Scorebook
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.keys import is_count
 from tiedlora.records.selection import RateChoice
-from tiedlora.report import claims as claim_files
-from tiedlora.report import partners
-from tiedlora.report.answers import Answer, Verdict, answer_claims
-from tiedlora.report.claims import Claim, Side
-from tiedlora.report.groups import RunGroup, group_runs
-from tiedlora.report.runs import LeftOut, Run, read_run
-from tiedlora.report.scorebook import Scorebook
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.launching import Launch
 from tiedlora.sweeps.staged import (

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 
+from tiedlora.analysis.rate_choice import ChosenRate, RateTrial, choose_rate
 from tiedlora.config.compose import read_config
 from tiedlora.config.identity import identity
 from tiedlora.errors import UserError
@@ -20,7 +21,6 @@ from tiedlora.records.run_record import RunRecord, SplitScores
 from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection, read_selection
 from tiedlora.records.validation_scores import validation_metric, validation_scores
 from tiedlora.runs import lazy
-from tiedlora.statistics.rate_choice import ChosenRate, RateTrial, choose_rate
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.text import aligned
 

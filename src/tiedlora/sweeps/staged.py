@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from omegaconf import ListConfig
 
 from tiedlora import storage
+from tiedlora.analysis.paired_rows import RowLosses
+from tiedlora.analysis.rate_choice import ChosenRate
 from tiedlora.errors import UserError
 from tiedlora.keys import is_count
 from tiedlora.records.reading import is_number
 from tiedlora.records.rows import read_validation_losses
 from tiedlora.records.selection import LOSS, RateChoice, RateSearch, Selection, write_selection
-from tiedlora.statistics.paired_rows import RowLosses
-from tiedlora.statistics.rate_choice import ChosenRate
 from tiedlora.sweeps import selection, status
 from tiedlora.sweeps.cells import Sweep, SweepCell, frozen_tree, write_frozen
 from tiedlora.sweeps.control import SweepControl

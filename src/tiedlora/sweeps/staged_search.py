@@ -16,9 +16,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tiedlora.analysis.paired_rows import RowLosses, paired_difference
+from tiedlora.analysis.rate_choice import ChosenRate, RateTrial, choose_rate
 from tiedlora.records.selection import SearchDecision
-from tiedlora.statistics.paired_rows import RowLosses, paired_difference
-from tiedlora.statistics.rate_choice import ChosenRate, RateTrial, choose_rate
 
 NOISE_FACTOR = 2.0
 """A rate is clearly behind if its loss is higher than the best one's by more than this many paired standard errors."""

@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from tiedlora import storage
+from tiedlora.analysis import claims as claim_files
+from tiedlora.analysis.answers import Answer, Verdict, answer_claims
+from tiedlora.analysis.groups import group_runs
+from tiedlora.analysis.runs import LeftOut, Run, read_run
+from tiedlora.analysis.scorebook import Scorebook
 from tiedlora.config.compose import read_config
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import Config
@@ -23,11 +28,6 @@ from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.selection import Selection, read_selection
 from tiedlora.records.summary import flat_summary
-from tiedlora.report import claims as claim_files
-from tiedlora.report.answers import Answer, Verdict, answer_claims
-from tiedlora.report.groups import group_runs
-from tiedlora.report.runs import LeftOut, Run, read_run
-from tiedlora.report.scorebook import Scorebook
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.decided import decided
 from tiedlora.sweeps.selection import selection_file

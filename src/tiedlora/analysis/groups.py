@@ -1,0 +1,330 @@
+"""Groups of runs: which runs may be averaged, at which learning rate.
+
+A *setting* is everything that two configurations must share to be compared: base model, task and protocol, training
+(except the learning rate), and scoring. A *group* is one configuration at one rank in one setting. Its runs differ only
+in seed and learning rate. The rate is chosen on validation (statistics.rate_choice), or by a sweep's selection.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tiedlora.analysis.rate_choice import ChosenRate, RateTrial, choose_rate
+from tiedlora.analysis.runs import LeftOut, Run, UnfinishedRun
+from tiedlora.analysis.variants import differing_values
+from tiedlora.config.identity import identity_digest
+from tiedlora.config.sizes import is_near
+from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK
+from tiedlora.records.selection import RateChoice, Selection
+from tiedlora.records.validation_scores import validation_metric, validation_scores
+
+OPEN_IN_A_SETTING = ("tying", "rank", "seed")
+"""Keys of the identity that may differ between runs of one setting."""
+OPEN_IN_TRAIN = ("lr", "lr_factor")
+"""Keys below `train` that may differ between runs of one setting."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of the search of a group's learning rate, at any rate, finished or not."""
+
+    lr: float
+    seed: int
+    state: str
+    """finished, pruned or failed."""
+    step: int
+    """The step of its last validation."""
+    loss: float | None
+    """Its last validation loss; None if it failed before the first."""
+
+
+@dataclass(eq=False)
+class RunGroup:
+    """Runs of one configuration at one rank in one setting, at the chosen learning rate."""
+
+    setting: str
+    """The key of the setting. Groups with equal keys may be compared."""
+    model: str
+    task: str
+    configuration: str
+    """The label, with the values that differ if two groups of a setting have the same label."""
+    rank: int
+    label: str
+    """Only the name: LoRA, TABuv, ..."""
+    variant: str = ""
+    """The values that distinguish the setting from others of the same model and task, such as train.steps=300."""
+    runs: list[Run] = field(default_factory=list)
+    """The runs at the chosen rate, sorted by seed."""
+    rates: tuple[float, ...] = ()
+    """The learning rates that were tried, in ascending order."""
+    failed_seeds: set[int] = field(default_factory=set)
+    """The seeds that failed at the chosen rate."""
+    diverged_seeds: set[int] = field(default_factory=set)
+    """Those of them whose loss was not finite. They have ended; any other failure can be repaired and run again."""
+    has_recorded_rate: bool = False
+    """Whether a sweep has recorded the choice of the rate, so that later seeds do not change it."""
+    marks: list[str] = field(default_factory=list)
+    """Remarks that a reader must know before using the group's numbers."""
+    short_marks: list[str] = field(default_factory=list)
+    """The remarks that stand beside the configuration's name wherever it is shown: one to three words each."""
+    trials: list[Trial] = field(default_factory=list)
+    """Every run of the search, sorted by rate and seed."""
+
+    @property
+    def lr(self) -> float:
+        return self.runs[0].lr
+
+    @property
+    def params(self) -> int:
+        return self.runs[0].params
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters divided by those of LoRA at the same rank."""
+        return self.runs[0].record.share_of_lora
+
+    @property
+    def name(self) -> str:
+        return self.configuration if self.is_other_method else f"{self.configuration} r={self.rank}"
+
+    @property
+    def is_other_method(self) -> bool:
+        """Whether another method was trained, which has no rank of ours."""
+        return any(run.is_other_method for run in self.runs)
+
+    @property
+    def task_in_words(self) -> str:
+        """The task, with the variant of its setting if there are several."""
+        return f"{self.task} ({self.variant})" if self.variant else self.task
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether alpha = r, the scaling is the standard one, and all parts have the same learning rate."""
+        identity = self.runs[0].record.identity
+        rank, factors = identity.rank, identity.tree["train"].get("lr_factor") or {}
+        return rank.alpha == rank.r and rank.scaling == "standard" and all(factor == 1 for factor in factors.values())
+
+    @property
+    def step_size(self) -> str:
+        """The key of what scales the steps beside the rate: alpha / r, the scaling, and the factors of the parts."""
+        identity = self.runs[0].record.identity
+        rank, factors = identity.rank, identity.tree["train"].get("lr_factor")
+        alpha = None if rank.alpha is None else rank.alpha / rank.r
+        return _key({"alpha": alpha, "scaling": rank.scaling, "lr_factor": factors})
+
+    @property
+    def training_digests(self) -> set[str]:
+        """The digests of the rows that the runs were trained on."""
+        return {run.record.data["train"].digest for run in self.runs}
+
+    def digests(self, split: str) -> set[str]:
+        """The digests of the split's rows, over the runs that scored it."""
+        return {run.splits[split].digest for run in self.runs if split in run.splits}
+
+    def has_mixed_data(self, split: str) -> bool:
+        """Whether the runs may not be averaged, because they saw different rows."""
+        return len(self.training_digests) > 1 or len(self.digests(split)) > 1
+
+
+def group_runs(
+    runs: Sequence[Run], left_out: Iterable[LeftOut] = (), selections: Iterable[Selection] = ()
+) -> list[RunGroup]:
+    """Group the runs, choose the learning rates, and mark mixed groups. The groups are sorted for a table.
+
+    Args:
+        selections: the choices that sweeps have recorded. They stand, also where other runs would choose otherwise.
+    """
+    choices = [choice for selection in selections for choice in selection.choices]
+    runs_of: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        runs_of[_key(_setting(run)), _key(_own_values(run))].append(run)
+    unfinished = [folder.run for folder in left_out if folder.run is not None]
+    groups = []
+    for (setting, _), members in runs_of.items():
+        first = members[0]
+        group = RunGroup(setting, first.model, first.task, first.configuration, first.rank, first.configuration)
+        _choose_rate(group, members, _own_unfinished(unfinished, members), _recorded_choices(members, choices))
+        _mark_mixtures(group)
+        _mark_arm(group)
+        groups.append(group)
+    firsts = [members[0] for members in runs_of.values()]
+    variants = differing_values([(group.model, group.task) for group in groups], list(map(_setting, firsts)))
+    own_values = differing_values(
+        [(group.setting, group.configuration, group.rank) for group in groups], list(map(_own_values, firsts))
+    )
+    for group, variant, own in zip(groups, variants, own_values, strict=True):
+        group.variant = variant
+        group.configuration += f" ({own})" if own else ""
+    return sorted(groups, key=lambda group: (group.model, group.task, group.variant, group.rank, group.params))
+
+
+def _key(values: dict[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True)
+
+
+def _setting(run: Run) -> dict[str, Any]:
+    """The part of the identity, with the base model, that runs must share to be compared."""
+    identity = run.record.identity.tree
+    setting = {key: value for key, value in identity.items() if key not in OPEN_IN_A_SETTING}
+    setting["train"] = {key: value for key, value in identity["train"].items() if key not in OPEN_IN_TRAIN}
+    return {**setting, "base": run.record.base.digest}
+
+
+def _own_values(run: Run) -> dict[str, Any]:
+    """The part of the identity that distinguishes a group from the other groups of its setting."""
+    identity = run.record.identity.tree
+    return {"tying": identity["tying"], "rank": identity["rank"], "lr_factor": identity["train"].get("lr_factor")}
+
+
+def _own_unfinished(unfinished: Iterable[UnfinishedRun], runs: Sequence[Run]) -> list[UnfinishedRun]:
+    """The runs without a result that belong to the group of these runs: their id is the group's at their seed and rate.
+
+    Where a configuration cannot be read, its rate is looked for among those of the runs.
+    """
+    finished, rates = {run.run_id for run in runs}, sorted({run.lr for run in runs})
+    start, tree = runs[0].run_id.rsplit("-", 2)[0], runs[0].record.identity.tree
+    own = []
+    for other in unfinished:
+        if other.run_id in finished or not other.run_id.startswith(f"{start}-s"):
+            continue
+        for lr in [other.lr] if other.lr is not None else rates:
+            values = {**tree, "seed": other.seed, "train": {**tree["train"], "lr": lr}}
+            if other.run_id == f"{start}-s{other.seed}-{identity_digest(values)}":
+                own.append(replace(other, lr=lr))
+    return own
+
+
+def _recorded_choices(runs: Sequence[Run], choices: Iterable[RateChoice]) -> list[RateChoice]:
+    """The choices that sweeps have recorded for these runs. The first one stands.
+
+    It is the one among the most rates. Of these, it is the one with the fewest seeds: it was made at the earliest look.
+    """
+    run_ids = {run.run_id for run in runs}
+    own = [choice for choice in choices if run_ids & set(choice.run_ids)]
+    return sorted(own, key=lambda choice: (-len(choice.lrs), choice.trials, choice.lr))
+
+
+def _choose_rate(
+    group: RunGroup, runs: Sequence[Run], unfinished: Sequence[UnfinishedRun], choices: Sequence[RateChoice]
+) -> None:
+    """Set the group's rates and its runs at the chosen rate, and add marks about the choice."""
+    by_rate: dict[float, dict[int, Run]] = defaultdict(dict)
+    for run in runs:
+        by_rate[run.lr][run.seed] = run
+    failed: dict[float, set[int]] = defaultdict(set)
+    diverged: dict[float, set[int]] = defaultdict(set)
+    pruned = {other.lr for other in unfinished if other.pruned and other.lr is not None}
+    for other in unfinished:
+        if other.failed and other.lr is not None:
+            failed[other.lr].add(other.seed)
+            if other.diverged:
+                diverged[other.lr].add(other.seed)
+    metric = validation_metric(run.record for run in runs)
+    rates = sorted({*by_rate, *failed, *pruned})
+    trials = [_trial(lr, by_rate.get(lr, {}), failed.get(lr, set()), metric) for lr in rates]
+    best = choose_rate(trials, accept_failed=True)
+    assert best is not None, "a finished run has a finite loss"
+    recorded = choices[0] if choices else None
+    lr = best.lr if recorded is None else recorded.lr
+    group.runs = [by_rate[lr][seed] for seed in sorted(by_rate[lr])]
+    group.rates = tuple(sorted({*best.tried, *(recorded.lrs if recorded else ())}))
+    group.failed_seeds, group.diverged_seeds = failed.get(lr, set()), diverged.get(lr, set())
+    group.has_recorded_rate = recorded is not None
+    group.trials = _trials(runs, unfinished)
+    group.marks += _marks_of_choice(group, best, recorded)
+    if others := sorted({choice.lr for choice in choices if choice.lr != lr}):
+        group.marks.append(f"another selection.json chose {', '.join(f'{other:g}' for other in others)}")
+    if group.failed_seeds:
+        group.short_marks.append(f"{len(group.failed_seeds)} failed")
+    for other in unfinished:
+        if other.lr == lr or other.failed:
+            ending = "failed" if other.failed else "is not finished"
+            group.marks.append(f"seed {other.seed} at lr {other.lr:g} {ending}")
+
+
+def _trials(runs: Sequence[Run], unfinished: Iterable[UnfinishedRun]) -> list[Trial]:
+    trials = []
+    for run in runs:
+        training = run.record.training
+        trials.append(Trial(run.lr, run.seed, "finished", training.steps, training.validation_loss_last))
+    for other in unfinished:
+        if other.lr is not None and (other.failed or other.pruned):
+            trials.append(Trial(other.lr, other.seed, "failed" if other.failed else "pruned", other.step, other.loss))
+    return sorted(trials, key=lambda trial: (trial.lr, trial.seed))
+
+
+def _marks_of_choice(group: RunGroup, best: ChosenRate, recorded: RateChoice | None) -> list[str]:
+    """What a reader must know about the choice of the rate."""
+    marks = []
+    lowest, highest = group.rates[0], group.rates[-1]
+    if len(group.rates) > 1 and group.lr in (lowest, highest):
+        marks.append(f"the chosen rate {group.lr:g} is at the edge of those tried ({lowest:g} to {highest:g})")
+        group.short_marks.append("rate at the edge")
+    if recorded is not None:
+        if recorded.lr != best.lr:
+            marks.append(f"selection.json chose the rate {recorded.lr:g}; the runs here would choose {best.lr:g}")
+        return marks
+    if not best.paired:
+        marks.append("learning rates were tried with different seeds, so their choice is not paired")
+    if best.failed and len(best.usable) > 1:
+        marks.append("every rate failed at some seed")
+    if len(best.tried) > 1 and best.by == "loss":
+        marks.append("the rate was chosen by validation loss, since not all runs have the same validation score")
+    return marks
+
+
+def _trial(lr: float, by_seed: Mapping[int, Run], failed: Iterable[int], metric: str | None) -> RateTrial:
+    records = {seed: run.record for seed, run in by_seed.items()}
+    losses = {seed: record.training.validation_loss_last for seed, record in records.items()}
+    return RateTrial(lr, losses, validation_scores(records, metric), frozenset(failed))
+
+
+def _mark_mixtures(group: RunGroup) -> None:
+    records = [run.record for run in group.runs]
+    commits = sorted({commit for run in group.runs for commit in short_commits(run)})
+    if len(commits) > 1:
+        group.marks.append(f"mixed commits: {', '.join(commits)}")
+    if any(code.dirty for record in records for code in record.code_versions):
+        group.marks.append("made by uncommitted code")
+    for package in ("torch", "transformers", CHAT_TEMPLATE, TARGET_BLANK):
+        versions = sorted({str(named.get(package)) for record in records for named in record.all_versions})
+        if len(versions) > 1:
+            group.marks.append(f"mixed versions of {package}: {', '.join(versions)}")
+    if len({str(record.more_ends) for record in records}) > 1:
+        group.marks.append("mixed ends of answers")
+    executions = [execution for record in records for execution in record.executions]
+    if len(devices := sorted({execution.device_and_threads for execution in executions})) > 1:
+        group.marks.append(f"mixed devices: {'; '.join(devices)}")
+    if len(processors := sorted({name for execution in executions if (name := execution.processor)})) > 1:
+        group.marks.append(f"mixed processors: {'; '.join(processors)}")
+    if len(group.training_digests) > 1:
+        group.marks.append("mixed data: seeds were trained on different rows")
+    if any(mark.startswith("mixed ") for mark in group.marks):
+        group.short_marks.append("mixed")
+    halved = [run.seed for run in group.runs if any(scores.batch_halvings for scores in run.splits.values())]
+    if halved:
+        seeds = f"seed{'s' if len(halved) > 1 else ''} {', '.join(map(str, halved))}"
+        group.marks.append(f"too little memory: {seeds} scored in smaller batches than score.batch_size")
+
+
+def _mark_arm(group: RunGroup) -> None:
+    """Mark what was found of another method before its first step, and a size that is not that of the budget."""
+    found: dict[str, str] = {}
+    for run in group.runs:
+        record = run.record
+        found |= record.admission.marks() if record.admission is not None else {}
+        budget = record.config.tree.get("budget")
+        if isinstance(budget, int) and budget > 0 and not is_near(run.params, budget):
+            off = f"{run.params / budget - 1:+.0%}"
+            found[f"size {off}"] = f"{off} off the budget of {budget:,} parameters"
+    group.short_marks += found
+    group.marks += found.values()
+
+
+def short_commits(run: Run) -> list[str]:
+    """The first characters of the run's commit, or of its commits if it was continued with other code."""
+    return list(dict.fromkeys(str(code.commit)[:8] for code in run.record.code_versions))

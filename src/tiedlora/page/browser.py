@@ -1,0 +1,248 @@
+"""The answers browser: what every chosen run answered to every row, packed for the page.
+
+A sheet holds the rows of one setting on one split. Its data are base64 of gzip of JSON, in an index and in blocks of
+texts. The index alone (which runs gave the same answer, and all scores) is enough to filter and count; the page unpacks
+texts as it needs them. Equal answers to a row are stored once, and the answers to a row lie side by side, where gzip
+finds what they share.
+
+Answers are hostile text. They are data here and stay data on the page, whose script only ever sets `textContent`.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlencode
+
+from tiedlora.analysis.compare import BASELINE
+from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.runs import Run
+from tiedlora.errors import UserError
+from tiedlora.records.loss_metrics import is_loss
+from tiedlora.records.rows import PredictionRow
+from tiedlora.text import visible, visible_lines
+
+BLOCK = 250
+"""Rows of a block of texts."""
+LONGEST = 20_000
+"""The most characters of one text. predictions/ has the rest."""
+MOST_BYTES = 15_000_000
+"""The largest file of a report with answers in it. Beyond it, every sheet is a file of its own beside the page."""
+BASE = "base"
+METHOD = "TABuv"
+"""The configuration that the page compares with LoRA when it opens."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One setting's answers on one split."""
+
+    key: str
+    """Names the sheet in links. It does not change when other runs join the report."""
+    title: str
+    head: dict[str, Any]
+    """What the page needs before it unpacks anything: runs, metrics, number of rows."""
+    index: str
+    texts: list[str]
+    """Blocks of BLOCK rows."""
+    left_out: list[str]
+    """Runs that are not in it, and why."""
+
+    @property
+    def size(self) -> int:
+        """Its bytes on the page."""
+        return len(self.index) + sum(map(len, self.texts)) + 100 * len(self.texts)
+
+    def link(self, run_id: str) -> str:
+        """The place of a run's answers on the page that holds the sheet; empty if it is not in it."""
+        own = run_id[-10:]
+        if not any(run["id"] == own for run in self.head["runs"]):
+            return ""
+        return "#answers?" + urlencode({"sheet": self.key, "a": BASE, "b": own})
+
+
+@dataclass
+class _Column:
+    """The answers of one run, or of the base model."""
+
+    name: str
+    id: str
+    marks: list[str]
+    which: list[int] = field(default_factory=list)
+    """For each row, the number of its answer among the row's different answers; -1 without an answer."""
+    scores: dict[str, list[float | None]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def sheets(groups: Iterable[RunGroup], splits: dict[RunGroup, str], most_bytes: int = MOST_BYTES) -> list[Sheet]:
+    """A sheet for each setting whose chosen runs have predictions.
+
+    Args:
+        splits: group -> the split that the report shows.
+        most_bytes: a larger sheet leaves out runs, those of the highest seeds first.
+    """
+    of_setting: dict[tuple[str, str], list[RunGroup]] = defaultdict(list)
+    for group in groups:
+        if group in splits:
+            of_setting[group.setting, splits[group]].append(group)
+    found = []
+    for (_, split), own in of_setting.items():
+        seeds = sorted({run.seed for group in own for run in group.runs})
+        sheet = _sheet(own, split, seeds)
+        while sheet is not None and sheet.size > most_bytes and len(seeds) > 1:
+            seeds = seeds[: max(1, int(len(seeds) * most_bytes / sheet.size))]
+            sheet = _sheet(own, split, seeds)
+        if sheet is not None:
+            found.append(sheet)
+    return found
+
+
+def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int]) -> Sheet | None:
+    runs = [(group, run) for group in groups for run in group.runs if split in run.splits]
+    left_out = [f"{_name(group, run)}: the page would be too large" for group, run in runs if run.seed not in seeds]
+    runs = [(group, run) for group, run in runs if run.seed in seeds]
+    rows = _Rows()
+    base = next((run for _, run in runs if run.splits[split].base), None)
+    if base is not None and (problem := rows.add(_Column(BASE, BASE, []), base, split, base=True)):
+        left_out.append(f"base: {problem}")
+    for group, run in runs:
+        column = _Column(_name(group, run), run.run_id[-10:], [visible(mark) for mark in group.short_marks])
+        column.facts = {
+            "group": visible(group.name),
+            "label": visible(group.label),
+            "rank": group.rank,
+            "seed": run.seed,
+        }
+        if problem := rows.add(column, run, split):
+            left_out.append(f"{column.name}: {problem}")
+    if not any(column.facts for column in rows.columns):
+        return None
+    group = groups[0]
+    title = f"{group.task_in_words}, {group.model}"
+    setting = hashlib.sha256(f"{group.setting}{split}".encode()).hexdigest()[:6]
+    key = re.sub(r"[^A-Za-z0-9_.]+", "-", f"{group.task}.{group.model}.{split}")[:60] + f".{setting}"
+    return rows.sheet(key, visible(title), split, [visible(reason) for reason in left_out])
+
+
+def _name(group: RunGroup, run: Run) -> str:
+    return visible(f"{group.name} · seed {run.seed}")
+
+
+class _Rows:
+    """The rows of a sheet, to which the columns are added one after the other, so that one file is open at a time."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.prompts: list[str] = []
+        self.references: list[list[str]] = []
+        self.answers: list[list[str]] = []
+        self.columns: list[_Column] = []
+        self._numbers: list[dict[str, int]] = []
+
+    def add(self, column: _Column, run: Run, split: str, base: bool = False) -> str:
+        """Add a run's predictions. Returns why they cannot be shown; empty if they are."""
+        try:
+            rows = run.rows(split, base)
+        except UserError as error:
+            return str(error)
+        ids = [visible(row.id) for row in rows]
+        if self.ids and ids != self.ids:
+            return "its predictions are of other rows"
+        if not self.ids:
+            self.ids = ids
+            self.answers, self._numbers = [[] for _ in rows], [{} for _ in rows]
+        if not any(self.prompts):
+            # A record that was exported without prompts has empty ones; another run may have them.
+            self.prompts = [shortened(row.prompt) for row in rows]
+            self.references = [[shortened(reference) for reference in row.references] for row in rows]
+        column.which = [self._number(place, row) for place, row in enumerate(rows)]
+        for metric in run.splits[split].metrics:
+            scores = [_score(row, metric) for row in rows]
+            if any(score is not None for score in scores):
+                column.scores[metric] = scores
+        self.columns.append(column)
+        return ""
+
+    def _number(self, place: int, row: PredictionRow) -> int:
+        if not row.has_answer:
+            return -1
+        text = shortened(row.output)
+        # Texts that differ only beyond the part that is shown still differ.
+        numbers, key = self._numbers[place], row.output
+        if key not in numbers:
+            numbers[key] = len(numbers)
+            self.answers[place].append(text)
+        return numbers[key]
+
+    def sheet(self, key: str, title: str, split: str, left_out: list[str]) -> Sheet:
+        """The packed sheet."""
+        metrics = list(dict.fromkeys(name for column in self.columns for name in column.scores))
+        runs = [
+            {"name": column.name, "id": column.id, "marks": column.marks, **column.facts} for column in self.columns
+        ]
+        head = {
+            "key": key,
+            "title": title,
+            "split": split,
+            "rows": len(self.ids),
+            "block": BLOCK,
+            "runs": runs,
+            "metrics": [{"name": visible(name), "sign": -1 if is_loss(name) else 1} for name in metrics],
+            "pair": _pair(self.columns),
+            "leftOut": left_out,
+        }
+        index = {
+            "ids": self.ids,
+            "which": [column.which for column in self.columns],
+            "scores": [[column.scores.get(name) for column in self.columns] for name in metrics],
+        }
+        texts = [
+            packed(
+                {
+                    "prompts": self.prompts[start : start + BLOCK],
+                    "references": self.references[start : start + BLOCK],
+                    "answers": self.answers[start : start + BLOCK],
+                }
+            )
+            for start in range(0, len(self.ids), BLOCK)
+        ]
+        return Sheet(key, title, head, packed(index), texts, left_out)
+
+
+def _score(row: PredictionRow, metric: str) -> float | None:
+    """One row's score; None without one. The statistics of a corpus metric say nothing about one row."""
+    score = row.scores.get(metric)
+    return None if score is None or isinstance(score, list) else round(float(score), 4)
+
+
+def _pair(columns: Sequence[_Column]) -> list[int]:
+    """The two columns that are compared at first: LoRA and TABuv at one rank and seed, or else the first two runs."""
+    pairs = [
+        (one.facts["rank"] != other.facts["rank"], one.facts["seed"] != other.facts["seed"], first, second)
+        for first, one in enumerate(columns)
+        for second, other in enumerate(columns)
+        if one.facts.get("label") == BASELINE and other.facts.get("label") == METHOD
+    ]
+    if pairs:
+        return list(min(pairs)[2:])
+    return [0, len(columns) - 1] if len(columns) < 3 else [1, 2]
+
+
+def packed(value: Any) -> str:
+    """JSON, compressed and in letters that a page may hold. Equal values give equal bytes."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), 6, mtime=0)).decode()
+
+
+def shortened(text: str) -> str:
+    """The text with visible control characters, and at most LONGEST characters."""
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more characters in predictions/)"
+    return visible_lines(text)

@@ -1,0 +1,178 @@
+"""The page's first screen: for each model a matrix of claims x tasks, and the reasons behind its cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tiedlora.analysis import claims, forest
+from tiedlora.analysis.answers import Answer, Verdict
+from tiedlora.analysis.claim_verdicts import ClaimVerdict
+from tiedlora.analysis.forest import ForestGroup
+from tiedlora.page import formats
+from tiedlora.records.interval import Unit
+from tiedlora.text import visible
+
+ORDER = (Verdict.SUPPORTED, Verdict.CONTRADICTED, Verdict.UNDECIDED, Verdict.UNINFORMATIVE)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The answer to one claim on one task."""
+
+    task: str
+    verdict: str
+    """One of the words of Verdict, `not run`, or `not asked` if the claim is not about the task."""
+    exploratory: bool
+    effect: str
+    """The difference of method and comparator, with its unit; empty if there is none."""
+    interval: str
+    """Its 95 % interval; empty if there is none."""
+    reasons: str
+    """The id of the group of reasons that holds this answer's."""
+
+
+@dataclass(frozen=True)
+class ReasonGroup:
+    """Answers to one claim that have the same reason."""
+
+    id: str
+    tasks: list[str]
+    verdict: str
+    exploratory: bool
+    reason: str
+    decide: str
+    """What would decide it; empty if it is decided."""
+    numbers: list[tuple[str, str]]
+    """Name and value of further numbers; only of a group with one task."""
+
+
+@dataclass(frozen=True)
+class ClaimRow:
+    """One claim for one model."""
+
+    name: str
+    rule: str
+    sides: str
+    """The two sides that are compared, in words."""
+    verdict: str
+    """Over all tasks."""
+    exploratory: bool
+    because: str
+    cells: list[Cell]
+    reasons: list[ReasonGroup]
+
+
+@dataclass(frozen=True)
+class ModelVerdicts:
+    """The matrix, the forest and the reasons of one model."""
+
+    model: str
+    tasks: list[str]
+    rows: list[ClaimRow]
+    forest: list[ForestGroup]
+    headline: str
+
+
+def by_model(verdicts: Sequence[ClaimVerdict], models: Sequence[str]) -> list[ModelVerdicts]:
+    """A matrix for each model. A claim that no run of a model is about has cells that say so.
+
+    Args:
+        models: all models of the report, in order. Without any, claims of which nothing was run stand alone.
+    """
+    return [_of_model(verdicts, model, place) for place, model in enumerate(models or [""])]
+
+
+def _of_model(verdicts: Sequence[ClaimVerdict], model: str, place: int) -> ModelVerdicts:
+    # A claim of which no model has a run has one verdict without a model, and is not run on each of them.
+    own = [verdict for verdict in verdicts if verdict.model in (model, "")]
+    tasks = list(dict.fromkeys(answer.task for verdict in own for answer in verdict.answers))
+    rows = [_row(verdict, tasks, f"reason-{place}-{number}") for number, verdict in enumerate(own)]
+    lines = forest.groups(answer for verdict in own for answer in verdict.answers if answer.pair is not None)
+    return ModelVerdicts(visible(model), [visible(task) for task in tasks], rows, lines, _headline(own))
+
+
+def _headline(verdicts: Sequence[ClaimVerdict]) -> str:
+    counts = [(sum(verdict.verdict == word for verdict in verdicts), word.value) for word in ORDER]
+    found = [f"{count} {word}" for count, word in counts if count]
+    plural = "s" if len(verdicts) != 1 else ""
+    return f"{len(verdicts)} claim{plural}: {', '.join(found)}" if verdicts else ""
+
+
+def _row(verdict: ClaimVerdict, tasks: Sequence[str], prefix: str) -> ClaimRow:
+    claim = verdict.claim
+    grouped: dict[tuple[str, ...], list[Answer]] = {}
+    for answer in verdict.answers:
+        # Answers with numbers of their own stay apart.
+        own = answer.task if answer.measure is not None else ""
+        grouped.setdefault((answer.verdict, answer.reason, answer.decide, own), []).append(answer)
+    reasons = [_reasons(answers, f"{prefix}-{number}") for number, answers in enumerate(grouped.values())]
+    id_of = {task: reason.id for reason in reasons for task in reason.tasks}
+    answer_of = {answer.task: answer for answer in verdict.answers}
+    return ClaimRow(
+        visible(claim.name),
+        claims.in_words(claim.rule),
+        visible(f"{_side(claim.method)} against {_side(claim.comparator)}"),
+        verdict.verdict.value,
+        verdict.exploratory,
+        verdict.reason if len(verdict.answers) > 1 else "",
+        [_cell(task, answer_of.get(task), id_of.get(visible(task), "")) for task in tasks],
+        reasons,
+    )
+
+
+def _side(side: claims.Side) -> str:
+    rank = f"r={side.rank}" if side.rank is not None else f"at {side.at.replace('_', ' ')}"
+    return f"{side.configuration} {rank}"
+
+
+def _cell(task: str, answer: Answer | None, reasons: str) -> Cell:
+    if answer is None:
+        return Cell(visible(task), "not asked", False, "", "", "")
+    if answer.pair is None:
+        return Cell(visible(task), "not run", False, "", "", reasons)
+    effect = interval = ""
+    if answer.difference is not None and answer.measure is not None:
+        unit, difference = answer.measure.unit, answer.difference.widest
+        words = "points" if unit is Unit.POINTS else unit.words
+        effect = minus(f"{formats.score(difference.value, signed=True, unit=unit)} {words}")
+        if not math.isnan(difference.low):
+            interval = minus(formats.ends(difference, signed=True, unit=unit))
+    return Cell(visible(task), answer.verdict.value, answer.exploratory, effect, interval, reasons)
+
+
+def minus(text: str) -> str:
+    """Numbers with the sign that is as wide as the plus."""
+    return text.replace("-", "−")
+
+
+def _reasons(answers: Sequence[Answer], id: str) -> ReasonGroup:
+    first = answers[0]
+    return ReasonGroup(
+        id,
+        [visible(answer.task) for answer in answers],
+        first.verdict.value if first.pair is not None else "not run",
+        first.exploratory,
+        visible(first.reason),
+        visible(first.decide),
+        _numbers(first) if len(answers) == 1 else [],
+    )
+
+
+def _numbers(answer: Answer) -> list[tuple[str, str]]:
+    if answer.measure is None or answer.pair is None:
+        return []
+    unit, numbers = answer.measure.unit, []
+    if answer.difference is not None:
+        text = formats.score_interval(answer.difference.widest, signed=True, unit=unit)
+        numbers.append(("method minus comparator, 95 %", f"{minus(text)} {unit.words}"))
+    if answer.contrast is not None:
+        text = formats.score_interval(answer.contrast, signed=True, unit=unit)
+        numbers.append(("contrast at the look's level", f"{minus(text)} {unit.words}"))
+    if (line := forest.line(answer)).share is not None:
+        numbers.append(("share of the comparator's gain", minus(line.in_words)))
+    if answer.retains_at_least is not None:
+        numbers.append(("keeps at least", f"{100 * answer.retains_at_least:.0f} %"))
+    numbers.append(("seeds and rows", f"{answer.seeds} and {answer.rows:,}"))
+    return numbers

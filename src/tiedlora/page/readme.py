@@ -1,0 +1,218 @@
+"""A report's tables inside a README, so that the numbers that people read there are those of the runs.
+
+The README marks where a table goes, and `scripts/report.py ... --readme FILE` writes what stands between the marks:
+
+    <!-- report: verdicts -->
+    (the table)
+    <!-- end of report -->
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tiedlora import storage
+from tiedlora.analysis.answers import Answer
+from tiedlora.analysis.compare import ResultRow
+from tiedlora.analysis.groups import RunGroup
+from tiedlora.errors import UserError
+from tiedlora.page import formats, matrix, tables
+from tiedlora.page.values import Column, Count, LearningRate, ScoreInterval, Table, Value
+from tiedlora.page.write import Report
+from tiedlora.text import visible
+
+BLOCK = re.compile(r"(?P<start><!-- report: (?P<name>[^>]*?) -->\n).*?(?P<end><!-- end of report -->)", re.DOTALL)
+START = re.compile(r"<!-- report: ")
+RUNS = "runs"
+"""The name of the line that says how many runs the report has, of which models, tasks and commits."""
+COST = ("configuration", "rank", "parameters", "tokens/s", "peak memory GiB", "adapter MiB")
+"""The columns of the table of costs."""
+
+
+def write(report: Report, file: Path) -> list[str]:
+    """Write the tables of a report between the marks of a README.
+
+    Returns:
+        The names of the tables that were written.
+
+    Raises:
+        UserError: the file cannot be read, has no marks, or a mark is wrong; nothing is written then.
+        OSError: the file cannot be written.
+    """
+    before = storage.read_bytes(file).decode("utf-8", "replace")
+    try:
+        after = filled(before, report)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    if after != before:
+        storage.write_bytes(file, after.encode())
+    return [found["name"] for found in BLOCK.finditer(after)]
+
+
+def filled(text: str, report: Report) -> str:
+    """The text with the report's tables between its marks.
+
+    Raises:
+        UserError: there is no mark, one has no end, or no table has its name.
+    """
+    blocks = list(BLOCK.finditer(text))
+    if not blocks:
+        raise UserError(f"has no marks; write <!-- report: NAME --> and <!-- end of report -->; NAME is {_names()}")
+    for found in blocks:
+        if found["name"] not in (RUNS, *TABLES) or START.search(text, found.end("start"), found.start("end")):
+            raise UserError(
+                f"<!-- report: {found['name']} -->: the name is {_names()}, and each mark needs its own end"
+            )
+    return BLOCK.sub(lambda found: f"{found['start']}{_block(found['name'], report)}{found['end']}", text)
+
+
+def _names() -> str:
+    return ", ".join((RUNS, *TABLES))
+
+
+def _block(name: str, report: Report) -> str:
+    if name == RUNS:
+        return f"{visible(report.summary())}\n"
+    table = TABLES[name](report)
+    return formats.pipe_table(table) if table.rows else "There are no runs for this table yet.\n"
+
+
+def _verdicts(report: Report) -> Table:
+    """One row for each model and claim, one column for each task."""
+    models = matrix.by_model(report.verdicts, sorted({answer.model for answer in report.answers if answer.model}))
+    tasks = list(dict.fromkeys(task for model in models for task in model.tasks))
+    answers = {(answer.model, answer.claim.name, answer.task): answer for answer in report.answers}
+    rows = []
+    for model in models:
+        for row in model.rows:
+            cells = {cell.task: _cell(cell, answers.get((model.model, row.name, cell.task))) for cell in row.cells}
+            rows.append((model.model, row.name, *(cells.get(task) for task in tasks)))
+    return _without_one_model(Table("verdicts", "", (Column("model"), Column("claim"), *map(Column, tasks)), rows))
+
+
+def _cell(cell: matrix.Cell, answer: Answer | None) -> str | None:
+    """The verdict, with the seeds of its look if the difference has more, and the difference with its own seeds."""
+    if answer is None or not cell.effect:
+        return cell.verdict
+    verdict = f"{cell.verdict} (exploratory)" if cell.exploratory else cell.verdict
+    if answer.look is not None and answer.seeds != answer.difference_seeds:
+        verdict += f" at {answer.seeds} seeds"
+    plural = "s" if answer.difference_seeds != 1 else ""
+    return f"{verdict}: {cell.effect} {cell.interval}".rstrip() + f", {answer.difference_seeds} seed{plural}"
+
+
+def _scores(report: Report) -> Table:
+    """One row for each group, task and metric that a claim names; without claims, for each task's first metric."""
+    columns = (
+        *(Column("model"), Column("task"), Column("metric"), Column("configuration"), Column("rank", int)),
+        *(Column("parameters", Count), Column("lr", LearningRate)),
+        *(Column("seeds", int), Column("rows", Count), Column("score", ScoreInterval)),
+        *(Column("minus base", ScoreInterval), Column("minus LoRA at this rank", ScoreInterval)),
+    )
+    rows = [_score(row) for row in sorted(_asked(report), key=_order)]
+    return _without_one_model(Table("scores", "", columns, rows))
+
+
+def _asked(report: Report) -> list[ResultRow]:
+    """The scored rows by the metrics that claims name; without claims, by each task's first metric."""
+    asked = {(answer.pair.task, answer.measure.metric) for answer in report.answers if answer.pair and answer.measure}
+    return [
+        row
+        for row in report.rows
+        if row.score is not None and ((row.group.task, row.measure.metric) in asked or (row.primary and not asked))
+    ]
+
+
+def _overview(report: Report) -> Table:
+    """One row for each model, configuration and rank, one column for each task and metric; the numbers of `scores`.
+
+    A configuration with fewer than half of its model's scores is left out, because it compares on few tasks only.
+    """
+    rows = sorted(_asked(report), key=_order)
+    places = list(dict.fromkeys(map(_place, rows)))
+    scores = {(_name(row), _place(row)): row for row in rows}
+    assert len(scores) == len(rows), "two groups of one name and setting"
+    count = Counter(map(_name, rows))
+    all_of_model = Counter(model for model, _ in {(row.group.model, _place(row)) for row in rows})
+    groups = {_name(row): row.group for row in rows if 2 * count[_name(row)] >= all_of_model[row.group.model]}
+    columns = (
+        *(Column("model"), Column("configuration"), Column("rank", int), Column("parameters", Count)),
+        *(Column(f"{task}, {metric}", ScoreInterval) for task, metric in places),
+    )
+    table = Table(
+        "overview",
+        "",
+        columns,
+        [
+            (*name, Count(group.params), *(_interval(scores.get((name, place))) for place in places))
+            for name, group in groups.items()
+        ],
+    )
+    return _without_one_model(table)
+
+
+def _name(row: ResultRow) -> tuple[str, str, int]:
+    return row.group.model, row.group.configuration, row.group.rank
+
+
+def _place(row: ResultRow) -> tuple[str, str]:
+    return row.group.task_in_words, row.measure.metric
+
+
+def _without_one_model(table: Table) -> Table:
+    """The table without its first column, the model, if that is the same in all rows."""
+    if len({row[0] for row in table.rows}) > 1:
+        return table
+    return Table(table.name, table.caption, table.columns[1:], [row[1:] for row in table.rows])
+
+
+def _interval(row: ResultRow | None) -> ScoreInterval | None:
+    return None if row is None or row.score is None else ScoreInterval(row.score.widest, unit=row.measure.unit)
+
+
+def _order(row: ResultRow) -> tuple[str, str, str, int, str]:
+    return row.group.model, row.group.task_in_words, row.measure.metric, -row.group.params, row.group.name
+
+
+def _score(row: ResultRow) -> tuple[Value, ...]:
+    group, unit = row.group, row.measure.unit
+    assert row.score is not None
+    return (
+        *(group.model, group.task_in_words, row.measure.metric, group.configuration, group.rank, Count(group.params)),
+        *(LearningRate(group.lr, len(group.rates)), len(row.seeds), Count(row.examples)),
+        ScoreInterval(row.score.widest, unit=unit),
+        *(
+            ScoreInterval(found.widest, signed=True, unit=unit) if found else None
+            for found in (row.gain, row.difference)
+        ),
+    )
+
+
+def _cost(report: Report) -> Table:
+    return _only(tables.cost(_largest_setting(report.groups)), COST)
+
+
+def _largest_setting(groups: Sequence[RunGroup]) -> list[RunGroup]:
+    """The groups of the model, task and variant with most of them: other speeds are no comparison of configurations."""
+    places = [(group.model, group.task, group.variant) for group in groups]
+    most = max(sorted(set(places)), key=places.count, default=None)
+    return [group for group, place in zip(groups, places, strict=True) if place == most]
+
+
+def _only(table: Table, names: Sequence[str]) -> Table:
+    """The columns with these names."""
+    places = [table.head.index(name) for name in names]
+    columns = tuple(table.columns[place] for place in places)
+    return Table(table.name, table.caption, columns, [tuple(row[place] for place in places) for row in table.rows])
+
+
+TABLES: dict[str, Callable[[Report], Table]] = {
+    "verdicts": _verdicts,
+    "overview": _overview,
+    "scores": _scores,
+    "cost": _cost,
+}
+"""The tables that a README can hold."""

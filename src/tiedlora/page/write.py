@@ -1,0 +1,202 @@
+"""The whole report, from folders of runs to a folder of tables, figures and one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tiedlora import storage
+from tiedlora.analysis import answers as claim_answers
+from tiedlora.analysis import claims as claim_files
+from tiedlora.analysis import compare, reference
+from tiedlora.analysis.answers import Answer
+from tiedlora.analysis.claim_verdicts import ClaimVerdict, claim_verdicts
+from tiedlora.analysis.compare import ResultRow
+from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
+from tiedlora.analysis.runs import LeftOut, Run, read_runs, read_selections, run_roots
+from tiedlora.analysis.scorebook import Scorebook
+from tiedlora.analysis.shares_by_size import SizePanel, size_panels
+from tiedlora.page import browser, formats, page, peft_results, plots, tables
+from tiedlora.page.overview import overview
+from tiedlora.page.page import SheetLink
+from tiedlora.page.peft_results import Peer
+from tiedlora.page.tables import ReportTables
+from tiedlora.records.interval import Unit
+from tiedlora.text import visible
+
+ANSWERS = "answers"
+"""The folder of pages of answers, beside index.html."""
+FOR_THE_REST = 3_000_000
+"""Bytes of index.html that are kept for everything but answers."""
+LISTED = 20
+"""The most left-out folders that the terminal names."""
+
+
+@dataclass
+class Report:
+    """All numbers of a report, before they are written."""
+
+    runs: list[Run]
+    left_out: list[LeftOut]
+    groups: list[RunGroup]
+    rows: list[ResultRow]
+    answers: list[Answer]
+    peers: list[Peer] = field(default_factory=list)
+    sizes: list[SizePanel] = field(default_factory=list)
+    """What every arm keeps of a reference's gain."""
+
+    def summary(self) -> str:
+        """One line: how many runs and groups, which models and tasks, which code."""
+        commits = sorted({commit for run in self.runs for commit in short_commits(run)})
+        tasks = sorted({run.task for run in self.runs})
+        models = sorted({run.model for run in self.runs})
+        return (
+            f"{len(self.runs):,} finished runs in {len(self.groups):,} groups; {', '.join(models) or 'no model'}; "
+            f"{', '.join(tasks) or 'no task'}; code {', '.join(commits) or 'unknown'}; "
+            f"{len(self.left_out):,} folders left out."
+        )
+
+    @property
+    def verdicts(self) -> list[ClaimVerdict]:
+        """The verdicts over all tasks."""
+        return claim_verdicts(self.answers)
+
+    def has_several_tasks(self) -> bool:
+        """Whether a claim is about several tasks, so that its verdict says more than its answers."""
+        return any(len(verdict.answers) > 1 for verdict in self.verdicts)
+
+    def tables(self) -> ReportTables:
+        """The report's tables."""
+        return ReportTables(
+            overview=overview(self.rows, self.left_out),
+            results=tables.results(self.rows),
+            cost=tables.cost(self.groups),
+            verdicts=tables.verdicts(self.verdicts if self.has_several_tasks() else []),
+            claims=tables.claims(self.answers),
+            shares=tables.shares(self.sizes),
+            peers=tables.peers(self.peers),
+            left_out=tables.left_out(self.left_out),
+        )
+
+
+def build(
+    roots: Sequence[Path],
+    *,
+    claims: Path | None = None,
+    split: str | None = None,
+    peft_results_in: Path | None = None,
+    published_in: Path | None = None,
+) -> Report:
+    """Read the runs and compute every number of the report.
+
+    Args:
+        split: validation or test; None shows test if the chosen runs have it.
+        published_in: a folder of published scores (reference.read), which are shown beside ours.
+
+    Raises:
+        UserError: a folder, a published score or the claims file cannot be read. A damaged run is listed instead.
+    """
+    stated = claim_files.read(claims) if claims else []
+    roots = run_roots(roots)
+    runs, left_out = read_runs(roots)
+    selections, damaged = read_selections(roots)
+    left_out = [*left_out, *damaged]
+    groups = group_runs(runs, left_out, selections)
+    book = Scorebook()
+    rows = compare.result_rows(groups, book, split, stated)
+    scores = reference.read(published_in) if published_in else []
+    for row in rows:
+        row.published = reference.published(scores, row.group, row.measure.split, row.measure.metric)
+    answers = claim_answers.answer_claims(stated, groups, book, split)
+    peers: list[Peer] = []
+    if peft_results_in is not None:
+        peers, unread = peft_results.read(peft_results_in)
+        left_out = [*left_out, *unread]
+    return Report(runs, left_out, groups, rows, answers, peers, size_panels(rows, answers, book))
+
+
+def write(report: Report, out: Path, *, sections: int = 24) -> list[str]:
+    """Write tables (Markdown, CSV, LaTeX), figures (PNG, SVG) and index.html, with pages of answers if they are many.
+
+    Args:
+        sections: the most groups that have a section on the page.
+
+    Returns:
+        Lines for the terminal.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    all_tables = report.tables()
+    for table in all_tables.all():
+        if table.rows:
+            storage.write_bytes(out / f"{table.name}.md", formats.to_markdown(table).encode())
+            storage.write_bytes(out / f"{table.name}.csv", formats.to_csv(table).encode())
+            storage.write_bytes(out / f"{table.name}.tex", formats.to_latex(table).encode())
+    plots.draw(report.rows, report.peers, report.answers, report.sizes, out)
+    _write_page(report, all_tables, out, sections)
+    return _lines(report, out)
+
+
+def _write_page(report: Report, all_tables: ReportTables, out: Path, sections: int) -> None:
+    """Write index.html with all answers in it; or, if it would be too large, a page of answers for each sheet."""
+    splits = {row.group: row.measure.split for row in report.rows}
+    sheets = browser.sheets(report.groups, splits)
+    folder = out / ANSWERS
+    for old in folder.glob("*.html"):
+        # Only pages of an earlier report. What else a user keeps there stays.
+        if not old.is_symlink() and page.GENERATOR in storage.read_bytes(old)[:4000].decode("utf-8", "replace"):
+            old.unlink()
+    links = []
+    if sum(sheet.size for sheet in sheets) > browser.MOST_BYTES - FOR_THE_REST:
+        folder.mkdir(exist_ok=True)
+        for sheet in sheets:
+            storage.write_bytes(folder / f"{sheet.key}.html", page.render_sheet(sheet, "../index.html").encode())
+            about = f"{sheet.head['rows']:,} rows of {sheet.head['split']}, {len(sheet.head['runs'])} columns"
+            links.append(SheetLink(f"{ANSWERS}/{sheet.key}.html", sheet.title, about))
+        sheets = []
+    html = page.render(
+        report.summary(),
+        report.rows,
+        all_tables,
+        report.verdicts,
+        most_sections=sections,
+        sizes=report.sizes,
+        sheets=sheets,
+        links=links,
+    )
+    storage.write_bytes(out / "index.html", html.encode("utf-8", "replace"))
+
+
+def _lines(report: Report, out: Path) -> list[str]:
+    lines = [report.summary()]
+    for verdict in report.verdicts:
+        lines += _verdict_lines(verdict)
+    lines += [f"left out       {folder.path.name}: {folder.reason}" for folder in report.left_out[:LISTED]]
+    if len(report.left_out) > LISTED:
+        lines.append(f"left out       {len(report.left_out) - LISTED} more; left-out.md has them all")
+    lines.append(f"open           {out / 'index.html'}")
+    return [visible(line) for line in lines]
+
+
+def _verdict_lines(verdict: ClaimVerdict) -> list[str]:
+    """The verdict over all tasks, if there are several, and below it the answer of each task."""
+    lines = []
+    if len(verdict.answers) > 1:
+        lines.append(f"{verdict.verdict.upper():<14} {verdict.claim.name} [{verdict.model}]: {verdict.reason}")
+    for answer in verdict.answers:
+        lines += _answer_lines(answer)
+    return lines
+
+
+def _answer_lines(answer: Answer) -> list[str]:
+    unit = answer.measure.unit if answer.measure else Unit.POINTS
+    difference = ""
+    if answer.difference:
+        difference = f" {formats.score_interval(answer.difference.widest, signed=True, unit=unit)}"
+    share = f", retains at least {100 * answer.retains_at_least:.0f} %" if answer.retains_at_least is not None else ""
+    decide = f"; next: {answer.decide}" if answer.decide else ""
+    verdict = answer.verdict.upper() + ("?" if answer.exploratory else "")
+    return [
+        f"{verdict:<14} {answer.claim.name} [{f'{answer.model} {answer.task}'.strip()}]{difference}{share}",
+        f"{'':<14} {answer.reason}{decide}",
+    ]

@@ -1,0 +1,152 @@
+"""Norms and cosines by layer, from adapters' files, against the full matrices of updates."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from helpers.report_runs import scored_run
+
+from tiedlora import tying
+from tiedlora.adapter import TiedAdapter, files
+from tiedlora.analysis import adapters
+from tiedlora.analysis.groups import group_runs
+from tiedlora.analysis.runs import read_runs
+from tiedlora.errors import UserError
+from tiedlora.page import write
+from tiedlora.records.run_record import BaseModelRecord
+from tiedlora.tying import Architecture, Factor
+
+SMALL = Architecture(layers=5, hidden=16, heads=4, kv_heads=2, head_dim=4, intermediate=24)
+BASE = BaseModelRecord("org/tiny", "main", "sha256:1")
+SPECIFICATIONS = {
+    "LoRA": tying.named("LoRA"),
+    "TABuv": tying.named("TABuv"),
+    "TAB": tying.named("TAB"),
+    "Tuv": tying.named("Tuv"),
+    "TABuv_v0": tying.named("TABuv_v0"),
+    "shared by 2": dataclasses.replace(tying.named("TABuv"), A=Factor(init="uniform", share=2)),
+    "three targets": dataclasses.replace(tying.named("TABuv"), targets=["q", "o", "down"]),
+    "some layers": dataclasses.replace(tying.named("TABuv"), layers=[0, 3, 4]),
+}
+
+
+def saved(folder, specification, seed=0, rank=3, alpha=6.0, scaling="standard") -> TiedAdapter:
+    """An adapter with random trained parts, in a run's folder."""
+    adapter = TiedAdapter(specification, rank, alpha, SMALL, seed, scaling)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.trained_parts().values():
+            parameter.normal_(generator=generator)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.save(adapter, folder / "adapter", BASE)
+    return adapter
+
+
+def full_updates(adapter: TiedAdapter) -> np.ndarray:
+    """(layers, numbers): every entry of the updates of a layer, over all targets, with its scale."""
+    updates = []
+    for parts in adapter.targets.values():
+        A, B = parts.folded()
+        updates.append((adapter.scale * B.double() @ A.double()).detach().numpy())
+    return np.concatenate([update.reshape(len(update), -1) for update in updates], 1)
+
+
+@pytest.mark.parametrize("name", SPECIFICATIONS)
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+def test_norms_and_cosines_are_those_of_the_full_matrices(tmp_path, name, scaling):
+    full = [full_updates(saved(tmp_path / str(seed), SPECIFICATIONS[name], seed, scaling=scaling)) for seed in (0, 1)]
+    one, other = (adapters.read_adapter(tmp_path / str(seed)) for seed in (0, 1))
+    np.testing.assert_allclose(one.norms(), np.linalg.norm(full[0], axis=1), rtol=1e-6)
+    expected = (full[0] * full[1]).sum(1) / np.linalg.norm(full[0], axis=1) / np.linalg.norm(full[1], axis=1)
+    np.testing.assert_allclose(adapters.cosines(one, other), expected, atol=1e-6)
+    np.testing.assert_allclose(adapters.cosines(one, one), 1.0, atol=1e-9)
+
+
+def test_two_configurations_compare_and_other_layers_or_targets_do_not(tmp_path):
+    full = {name: full_updates(saved(tmp_path / name, SPECIFICATIONS[name])) for name in ("LoRA", "TABuv")}
+    for name in ("three targets", "some layers"):
+        saved(tmp_path / name, SPECIFICATIONS[name])
+    read = {path.name: adapters.read_adapter(path) for path in tmp_path.iterdir()}
+    norms = [np.linalg.norm(full[name], axis=1) for name in ("LoRA", "TABuv")]
+    expected = (full["LoRA"] * full["TABuv"]).sum(1) / norms[0] / norms[1]
+    np.testing.assert_allclose(adapters.cosines(read["LoRA"], read["TABuv"]), expected, atol=1e-6)
+    assert adapters.cosines(read["LoRA"], read["three targets"]) is None
+    assert adapters.cosines(read["LoRA"], read["some layers"]) is None
+
+
+def test_the_size_of_a_vector_is_one_at_its_usual_start(tmp_path):
+    adapter = saved(tmp_path / "run", SPECIFICATIONS["TABuv"])
+    with torch.no_grad():
+        adapter.targets["qkv"].u.fill_(1.0)
+        adapter.targets["qkv"].v[2] = 3.0
+    files.save(adapter, tmp_path / "run" / "adapter", BASE)
+    read = adapters.read_adapter(tmp_path / "run")
+    np.testing.assert_allclose(read.vector_rms("u"), 1.0)
+    assert read.vector_rms("v")[2] == pytest.approx(3.0)
+    saved(tmp_path / "lora", SPECIFICATIONS["LoRA"])
+    assert adapters.read_adapter(tmp_path / "lora").vector_rms("u") is None
+
+
+def test_an_update_of_zero_has_no_direction(tmp_path):
+    TABuv = tying.named("TABuv")
+    (tmp_path / "run").mkdir()
+    files.save(TiedAdapter(TABuv, 3, 3.0, SMALL, 0), tmp_path / "run" / "adapter", BASE)
+    read = adapters.read_adapter(tmp_path / "run")
+    assert np.isnan(adapters.cosines(read, read)).all()
+    np.testing.assert_allclose(read.norms(), 0.0)
+
+
+def test_a_damaged_or_foreign_adapter_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="holds no"):
+        adapters.read_adapter(tmp_path)
+    saved(tmp_path / "run", SPECIFICATIONS["Tuv"])
+    folder = tmp_path / "run" / "adapter"
+    description = (folder / "adapter.json").read_text()
+    for damage in ('{"tying": 5}', '{"format": 1}', description.replace('"rank": 3', '"rank": 4'), description[:50]):
+        (folder / "adapter.json").write_text(damage)
+        with pytest.raises(UserError) as error:
+            adapters.read_adapter(tmp_path / "run")
+        assert "\n" not in str(error.value)
+    (folder / "adapter.json").write_text(description)
+    (folder / "adapter.safetensors").write_bytes(b"\x00" * 40)
+    with pytest.raises(UserError, match="not an adapter"):
+        adapters.read_adapter(tmp_path / "run")
+
+
+def test_random_parts_that_were_not_stored_are_refused(tmp_path):
+    adapter = TiedAdapter(tying.named("Tuv"), 3, 3.0, SMALL, 0)
+    (tmp_path / "run").mkdir()
+    files.save(adapter, tmp_path / "run" / "adapter", BASE, rebuild_frozen=True)
+    with pytest.raises(UserError, match="random part"):
+        adapters.read_adapter(tmp_path / "run")
+
+
+def test_profiles_pair_seeds_and_have_a_reference(tmp_path):
+    for name in ("LoRA", "TABuv", "TAB"):
+        for seed in (0, 1, 2):
+            folder = scored_run(tmp_path, [1.0, 0.0], [0.0, 0.0], name=name, seed=seed)
+            if name != "TAB":
+                saved(folder, SPECIFICATIONS[name], seed)
+    groups = group_runs(read_runs([tmp_path])[0])
+    found = adapters.layer_profiles(groups)
+    assert found.compared_with == "LoRA r=8"
+    assert found.unread == ["TAB r=8"]
+    assert [profile.name for profile in found.u] == ["TABuv r=8"]
+    assert {profile.name for profile in found.updates} == {"LoRA r=8", "TABuv r=8"}
+    tied, reference = found.cosines
+    assert (tied.name, tied.values.shape) == ("TABuv r=8", (3, 5))
+    assert (reference.name, reference.values.shape, reference.is_reference) == ("LoRA r=8, two seeds", (2, 5), True)
+
+
+def test_the_layers_are_a_figure_and_panels_of_the_page(tmp_path):
+    for name in ("LoRA", "TABuv"):
+        for seed in (0, 1):
+            saved(
+                scored_run(tmp_path / "runs", [1.0, 0.0], [0.0, 0.0], name=name, seed=seed), SPECIFICATIONS[name], seed
+            )
+    write.write(write.build([tmp_path / "runs"]), tmp_path / "report")
+    assert "LoRA r=8, two seeds" in (tmp_path / "report" / "layers.svg").read_text()
+    page = (tmp_path / "report" / "index.html").read_text()
+    for title in ("‖u‖ by layer", "‖v‖ by layer", "size of the update by layer", "cosine with LoRA r=8 by layer"):
+        assert f"<figcaption>{title}</figcaption>" in page

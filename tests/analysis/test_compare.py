@@ -1,0 +1,197 @@
+"""The report's numbers: they are computed from predictions, and equal to those of the records."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from helpers.report_runs import (
+    METRIC,
+    OneMetric,
+    add_scores,
+    make_config,
+    make_record,
+    prediction_rows,
+    primary_row,
+    scored_run,
+    world,
+    write_run,
+)
+
+from tiedlora.analysis import crossed
+from tiedlora.analysis.bootstrap import bootstrap_means
+from tiedlora.analysis.runs import read_runs
+from tiedlora.analysis.scorebook import Scorebook, corpus_score, pseudo_values
+from tiedlora.errors import UserError
+from tiedlora.page import write
+from tiedlora.scoring.summary import gains, summarise
+from tiedlora.tasks import Example, load_task
+
+GOOD = [1.0, 0.0] * 25
+BASE = [0.0] * 50
+
+
+def test_every_number_equals_a_recomputation_from_predictions(tmp_path):
+    world(tmp_path, {"LoRA": 0.5, "TABuv": 0.4, "TA": 0.2}, seeds=4, rows=60)
+    for row in write.build([tmp_path]).rows:
+        ours = np.array([recomputed(run.path, "validation") for run in row.group.runs])
+        base = recomputed(row.group.runs[0].path, "validation.base")
+        assert row.score.value == pytest.approx(ours.mean())
+        assert row.gain.value == pytest.approx((ours - base).mean())
+        if row.group.label != "LoRA":
+            lora = primary_row(write.build([tmp_path]).rows, "LoRA")
+            theirs = np.array([recomputed(run.path, "validation") for run in lora.group.runs])
+            per_seed = ours.mean(1) - theirs.mean(1)
+            # Student's t by hand: 3.182 is the 97.5 % point of 3 degrees of freedom.
+            half = 3.18245 * per_seed.std(ddof=1) / 2
+            assert row.difference.value == pytest.approx(per_seed.mean())
+            assert row.difference.seeds.low == pytest.approx(per_seed.mean() - half, abs=1e-6)
+            assert row.retained.value == pytest.approx((ours - base).mean() / (theirs - base).mean())
+
+
+def recomputed(folder, name):
+    lines = (folder / "predictions" / f"{name}.jsonl").read_text().splitlines()
+    return np.array([json.loads(line)["scores"][METRIC] for line in lines])
+
+
+def numbers(interval):
+    return interval.value, interval.low, interval.high
+
+
+def per_example(kind):
+    """Scores of 200 examples, and those of the base model: 0 or 1, or values in between (as for F1)."""
+    generator = np.random.default_rng(2)
+    if kind == "binary":
+        return (generator.random((2, 200)) < [[0.5], [0.3]]).astype(float)
+    return generator.beta([[2], [1]], 5, (2, 200))
+
+
+@pytest.mark.parametrize("kind", ["binary", "mean"])
+def test_one_run_has_the_intervals_that_scoring_gives_its_rows(tmp_path, kind):
+    """The bootstrap of several seeds is the same one: two equal seeds have the interval of either."""
+    ours, base = per_example(kind)
+    scored_run(tmp_path, ours, base, metric="score")
+    row = primary_row(write.build([tmp_path]).rows, "TABuv")
+    our_rows, base_rows, task = prediction_rows(ours, "score"), prediction_rows(base, "score"), OneMetric("score")
+    expected, expected_gain = summarise(our_rows, task)["score"], gains(our_rows, base_rows, task)["score"]
+    recorded = row.group.runs[0].splits["validation"]
+    for interval in (row.score.examples, recorded.metrics["score"]):
+        assert numbers(interval) == pytest.approx(numbers(expected), abs=1e-12)
+    for interval in (row.gain.examples, recorded.gain["score"]):
+        assert numbers(interval) == pytest.approx(numbers(expected_gain), abs=1e-12)
+    assert row.score.seeds is None
+    paired = crossed.difference_over_examples(ours[None], base[None])
+    assert numbers(paired) == pytest.approx(numbers(expected_gain), abs=1e-12)
+    if kind == "mean":
+        table = crossed.score_over_examples(np.stack([ours, ours]))
+        assert numbers(table) == pytest.approx(numbers(expected), abs=1e-12)
+
+
+def translation_rows(task, outputs, references):
+    rows = prediction_rows([0.0] * len(outputs))
+    return [
+        dataclasses.replace(row, output=output, scores=task.score(output, Example(row.id, "", reference, (reference,))))
+        for row, output, reference in zip(rows, outputs, references, strict=True)
+    ]
+
+
+def test_one_run_has_the_intervals_of_scoring_for_a_corpus_metric_too(tmp_path):
+    generator = np.random.default_rng(7)
+    words = np.array(
+        [
+            "the",
+            "a",
+            "cat",
+            "dog",
+            "sat",
+            "ran",
+            "on",
+            "over",
+            "mat",
+            "hill",
+            "and",
+            "then",
+            "it",
+            "was",
+            "seen",
+            "by",
+            "us",
+        ]
+    )
+    references = [" ".join(generator.choice(words, 9)) for _ in range(40)]
+    outputs = [text if number % 3 else " ".join(text.split()[::-1]) for number, text in enumerate(references)]
+    untrained = [" ".join(text.split()[:5]) for text in references]
+    record = make_record(task="iwslt2017", kind="iwslt2017")
+    task = load_task(make_config(task="iwslt2017", kind="iwslt2017").task)
+    ours, base = translation_rows(task, outputs, references), translation_rows(task, untrained, references)
+    record = add_scores(record, "test", ours, base, task)
+    write_run(tmp_path, record, {"test": ours, "test.base": base})
+    rows = write.build([tmp_path]).rows
+    assert [row.measure.metric for row in rows] == ["bleu", "chrf"]
+    expected, expected_gains = summarise(ours, task), gains(ours, base, task)
+    for row in rows:
+        metric = row.measure.metric
+        assert numbers(row.score.examples) == pytest.approx(numbers(expected[metric]), abs=1e-12)
+        assert numbers(row.gain.examples) == pytest.approx(numbers(expected_gains[metric]), abs=1e-12)
+        assert row.score.examples.low < row.score.value < row.score.examples.high
+
+
+def test_the_corpus_score_is_the_tasks_own(tmp_path):
+    task = load_task(make_config(task="iwslt2017", kind="iwslt2017").task)
+    texts = ["the cat sat on the mat", "a dog ran over the hill and back"]
+    rows = translation_rows(task, texts, [texts[0], "a dog ran over a hill and home"])
+    record = add_scores(make_record(task="iwslt2017", kind="iwslt2017"), "test", rows, task=task)
+    write_run(tmp_path, record, {"test": rows})
+    (run,) = read_runs([tmp_path])[0]
+    total = task.corpus_score("bleu", np.sum([row.scores["bleu"] for row in rows], axis=0))
+    _, values = Scorebook().scores(run, "test", "bleu")
+    assert values.mean() == pytest.approx(total)
+    with pytest.raises(UserError, match="has no corpus score for rouge"):
+        corpus_score(run, "rouge")
+
+
+def test_predictions_that_disagree_with_the_record_give_no_interval(tmp_path):
+    folder = scored_run(tmp_path, GOOD, BASE)
+    path = folder / "predictions" / "validation.jsonl"
+    path.write_text(path.read_text().replace("1.0", "0.0", 1))
+    row = primary_row(write.build([tmp_path]).rows, "TABuv")
+    assert row.score.examples is None
+    assert any("verify.py" in note for note in row.notes)
+
+
+def test_corpus_scores_are_served_by_pseudo_values():
+    """For a ratio of sums (as in BLEU), pseudo-values give the score and the spread of resampled sentences."""
+    generator = np.random.default_rng(3)
+    length = generator.integers(5, 30, 400).astype(float)
+    counts = np.stack([generator.binomial(length.astype(int), 0.6), length], axis=1)
+
+    def score(sums):
+        return float(sums[0] / sums[1])
+
+    values = pseudo_values(counts, score)
+    assert values.mean() == pytest.approx(score(counts.sum(0)))
+    drawn = generator.integers(0, 400, (2000, 400))
+    resampled = np.array([score(counts[rows].sum(0)) for rows in drawn])
+    _, low, high = bootstrap_means(values)
+    expected = np.quantile(resampled, [0.025, 0.975])
+    assert [low, high] == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]))
+
+
+def test_the_ratio_has_no_interval_where_the_denominator_may_be_zero():
+    assert crossed.ratio(np.array([0.1, 0.2, 0.1]), np.array([0.3, -0.2, 0.1])) is None
+    found = crossed.ratio(np.array([0.30, 0.32, 0.31, 0.29]), np.array([0.40, 0.41, 0.42, 0.40]))
+    assert found.low < found.value < found.high
+
+
+def test_a_seed_far_from_the_others_is_flagged(tmp_path):
+    for seed in range(6):
+        right = 5 if seed == 4 else 140 + seed
+        scored_run(tmp_path, [1.0] * right + [0.0] * (200 - right), [0.0] * 200, seed=seed)
+    row = primary_row(write.build([tmp_path]).rows, "TABuv")
+    assert any(note.startswith("seed 4 is far from the others") for note in row.notes)
+
+
+def test_the_least_share_that_is_kept_is_below_the_estimate(tmp_path):
+    world(tmp_path, {"LoRA": 0.7, "TABuv": 0.6}, rows=1000, seed_sd=0.002)
+    row = primary_row(write.build([tmp_path]).rows, "TABuv")
+    assert 0.6 < row.retains_at_least < row.retained.value

@@ -1,0 +1,136 @@
+"""The matrix and the forest: what the first screen says about each answer, and the files of the figure."""
+
+import math
+
+import pytest
+from helpers.report_runs import scored_run, world
+
+from tiedlora.analysis import forest
+from tiedlora.page import matrix, write
+from tiedlora.page.page_models import models
+from tiedlora.records.interval import Interval
+
+CLAIMS = """looks: [3, 5]
+claims:
+  - name: keeps
+    method: {configuration: TABuv, rank: 8}
+    comparator: {configuration: LoRA, at: equal_rank}
+    retains: 0.9
+    tasks: []
+  - name: of another rank
+    method: {configuration: TABuv, rank: 128}
+    comparator: {configuration: LoRA, at: equal_rank}
+    retains: 0.9
+    tasks: []
+"""
+
+
+def report_of(tmp_path, claims=CLAIMS):
+    (tmp_path / "claims.yaml").write_text(claims)
+    return write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
+
+
+@pytest.fixture
+def two_tasks(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.62}, rows=1000, seed_sd=0.002)
+    world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, rows=1000, seed_sd=0.002, task="squad")
+    world(tmp_path / "runs", {"LoRA": 0.11, "TABuv": 0.1}, rows=200, task="gsm8k")
+    return report_of(tmp_path)
+
+
+def test_a_cell_has_the_verdict_and_the_difference(two_tasks):
+    (model,) = matrix.by_model(two_tasks.verdicts, ["tiny"])
+    assert model.tasks == ["chain_sum", "gsm8k", "squad"]
+    assert model.headline == "2 claims: 1 contradicted, 1 undecided"
+    keeps = {cell.task: cell for cell in model.rows[0].cells}
+    assert keeps["chain_sum"].verdict == "supported"
+    assert keeps["squad"].verdict == "contradicted"
+    answer = next(answer for answer in two_tasks.answers if answer.task == "squad" and answer.pair)
+    assert keeps["squad"].effect == f"−{abs(100 * answer.difference.value):.1f} points"
+    assert keeps["squad"].interval.startswith("[−")
+    assert model.rows[0].verdict == "contradicted"
+
+
+def test_a_task_that_a_claim_is_not_about_is_not_asked(two_tasks, tmp_path):
+    report = report_of(tmp_path, CLAIMS.replace("tasks: []", "tasks: [squad]", 1))
+    (model,) = matrix.by_model(report.verdicts, ["tiny"])
+    verdicts = {cell.task: cell.verdict for cell in model.rows[0].cells}
+    assert verdicts == {"chain_sum": "not asked", "gsm8k": "not asked", "squad": "contradicted"}
+
+
+def test_equal_reasons_are_one_group_and_every_cell_leads_to_its_reason(two_tasks):
+    (model,) = matrix.by_model(two_tasks.verdicts, ["tiny"])
+    (group,) = model.rows[1].reasons
+    assert group.tasks == ["chain_sum", "gsm8k", "squad"]
+    assert "was not run on it" in group.reason
+    for row in model.rows:
+        assert {cell.reasons for cell in row.cells} == {group.id for group in row.reasons}
+    ids = [group.id for row in model.rows for group in row.reasons]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_forest_has_a_bar_in_the_zone_and_says_why_one_is_missing(two_tasks):
+    group, *_ = forest.groups(answer for answer in two_tasks.answers if answer.pair is not None)
+    lines = {line.task: line for line in group.lines}
+    supported, contradicted, floor = lines["chain_sum"], lines["squad"], lines["gsm8k"]
+    assert supported.is_firm
+    assert supported.share.low > supported.zone[0] == 0.9
+    assert contradicted.share.high < 0.9
+    assert floor.share is None
+    assert floor.missing == "the comparator's gain may be 0"
+
+
+def test_one_seed_has_an_interval_over_rows_and_no_planned_look(tmp_path):
+    for name, right in (("LoRA", 30), ("TABuv", 24)):
+        scored_run(tmp_path / "runs", [1.0] * right + [0.0] * (50 - right), [1.0] * 10 + [0.0] * 40, name=name)
+    (group,) = forest.groups(answer for answer in report_of(tmp_path).answers if answer.pair is not None)
+    (line,) = group.lines
+    assert not line.is_firm
+    assert line.share.value == pytest.approx((24 - 10) / (30 - 10))
+    assert line.share.low < line.share.value < line.share.high
+
+
+def test_the_axis_holds_base_and_comparator_and_is_bounded():
+    def line(value, low, high):
+        share = forest.Interval(value, low, high)
+        return forest.ForestLine("task", "undecided", True, share, (0.9, math.inf), "")
+
+    usual = forest.axis([line(0.9, 0.8, 1.0)])
+    assert usual.low < 0 < 1 < usual.high
+    assert {0.0, 1.0} <= set(usual.ticks)
+    wide = forest.axis([line(5.0, -20.0, 30.0)])
+    assert (wide.low, wide.high) == (forest.LEAST, forest.MOST)
+    assert wide.place(30.0) == 1.0
+    assert wide.place(-20.0) == 0.0
+
+
+def test_a_model_without_runs_of_a_claim_says_so(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.62}, seeds=2, rows=60)
+    world(tmp_path / "runs", {"LoRA": 0.6}, seeds=2, rows=60, model="org/other")
+    report = report_of(tmp_path)
+    shown = models(report.rows, report.verdicts)
+    assert [model.name for model in shown] == ["other", "tiny"]
+    assert shown[0].forest is None
+    assert all(cell.verdict == "not run" for row in shown[0].verdicts.rows for cell in row.cells)
+
+
+def test_the_forest_is_a_file_too(two_tasks, tmp_path):
+    write.write(two_tasks, tmp_path / "report")
+    svg = (tmp_path / "report" / "forest.svg").read_text()
+    assert "contradicted" in svg
+    assert "chain_sum" in svg
+    assert (tmp_path / "report" / "forest.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ((0.97, 0.88, 1.06), "97 % [88, 106]"),
+        ((0.9976, 0.9956, 0.9994), "99.8 % [99.6, 99.9]"),
+        ((0.5, math.nan, math.nan), "50 %"),
+        ((0.965, 0.934, 0.9954), "96.5 % [93.4, 99.5]"),
+        ((12.0, 1.0, 30.0), "> 999 % [100.0, > 999]"),
+    ],
+)
+def test_a_short_interval_shows_on_which_side_of_the_zone_it_ends(ends, words):
+    assert forest.ForestLine("squad", "contradicted", True, Interval(*ends), (1.0, math.inf), "").in_words == words

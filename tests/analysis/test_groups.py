@@ -1,0 +1,212 @@
+"""Groups: which runs are averaged, at which learning rate, and what is marked or refused."""
+
+import pytest
+from helpers.hostile import put
+from helpers.report_runs import make_config, make_record, primary_row, scored_run
+
+from tiedlora.analysis.groups import group_runs
+from tiedlora.analysis.runs import read_runs
+from tiedlora.config.identity import run_id
+from tiedlora.page import write
+from tiedlora.records.execution import CodeVersion, ContinuedFrom, Execution
+from tiedlora.records.selection import RateChoice, Selection, write_selection
+
+GOOD = [1.0, 0.0] * 25
+BASE = [0.0] * 50
+
+
+def test_the_rate_is_chosen_on_validation_over_the_seeds_that_all_rates_share(tmp_path):
+    for lr, right, seeds in ((1e-3, 10, 2), (1e-2, 30, 5), (3e-2, 20, 2)):
+        for seed in range(seeds):
+            scored_run(tmp_path, [1.0] * right + [0.0] * (50 - right), BASE, lr=lr, seed=seed)
+    (group,) = group_runs(read_runs([tmp_path])[0])
+    assert group.lr == 1e-2
+    assert [run.seed for run in group.runs] == [0, 1, 2, 3, 4]
+    assert group.rates == (1e-3, 1e-2, 3e-2)
+    assert not group.marks
+
+
+def test_a_winner_at_the_edge_and_a_failed_rate_are_marked(tmp_path):
+    for lr, right in ((1e-3, 10), (1e-2, 20), (3e-2, 30), (1e-1, 40)):
+        scored_run(tmp_path, [1.0] * right + [0.0] * (50 - right), BASE, lr=lr)
+    failed = tmp_path / run_id(make_config(lr=1e-1, seed=1))
+    failed.mkdir()
+    (failed / "error.txt").write_text("UserError: the loss is nan")
+    (failed / "config.yaml").write_text("train: {lr: 0.1}\n")
+    (group,) = group_runs(*read_runs([tmp_path]))
+    assert group.lr == 3e-2, "a rate that diverges at one seed is not a rate to use"
+    assert any("seed 1 at lr 0.1 failed" in mark for mark in group.marks)
+    failed.joinpath("error.txt").unlink()
+    failed.joinpath("config.yaml").unlink()
+    failed.rmdir()
+    (group,) = group_runs(*read_runs([tmp_path]))
+    assert group.lr == 1e-1
+    assert any("at the edge" in mark for mark in group.marks)
+
+
+@pytest.mark.parametrize("config", ["train: {lr: 0.01}\n", "train: {l"])
+def test_a_failure_counts_for_its_own_group_only_also_if_its_configuration_is_damaged(tmp_path, config):
+    """Two specifications without a name of their own: nothing in the name but the id tells their folders apart."""
+    mine, other = ({"config.tying.dropout": dropout} for dropout in (0.1, 0.2))
+    for changes in (mine, other):
+        scored_run(tmp_path, GOOD, BASE, changes=changes)
+    failed = tmp_path / make_record(other, seed=1).run_id
+    failed.mkdir()
+    (failed / "error.txt").write_text("tiedlora.errors.Diverged: step 3\n")
+    (failed / "config.yaml").write_text(config)
+    groups = group_runs(*read_runs([tmp_path]))
+    found = {group.runs[0].record.identity.tying["dropout"]: group.diverged_seeds for group in groups}
+    assert found == {0.1: set(), 0.2: {1}}
+
+
+def test_a_failed_copy_of_a_finished_run_is_no_failure(tmp_path):
+    done = scored_run(tmp_path / "here", GOOD, BASE)
+    copy = tmp_path / "there" / done.name
+    copy.mkdir(parents=True)
+    (copy / "error.txt").write_text("tiedlora.errors.Diverged: step 3\n")
+    (copy / "config.yaml").write_text("train: {lr: 0.01}\n")
+    (group,) = group_runs(*read_runs([tmp_path / "here", tmp_path / "there"]))
+    assert (len(group.runs), group.failed_seeds) == (1, set())
+
+
+def test_a_stopped_rate_counts_as_tried(tmp_path):
+    scored_run(tmp_path, GOOD, BASE, lr=1e-2)
+    for lr in (1e-3, 3e-2):
+        stopped = tmp_path / run_id(make_config(lr=lr))
+        stopped.mkdir()
+        (stopped / "pruned.txt").write_text("behind\n")
+        (stopped / "config.yaml").write_text(f"train: {{lr: {lr}}}\n")
+    (group,) = group_runs(*read_runs([tmp_path]))
+    assert group.rates == (1e-3, 1e-2, 3e-2)
+    assert group.short_marks == []
+
+
+def test_other_protocols_are_other_rows_and_named(tmp_path):
+    scored_run(tmp_path, GOOD, BASE)
+    scored_run(tmp_path, GOOD, BASE, changes={"config.train.steps": 300})
+    for dropout in (0.1, 0.2):
+        scored_run(tmp_path, GOOD, BASE, changes={"config.tying.dropout": dropout})
+    scored_run(tmp_path, GOOD, BASE, changes={"config.rank.alpha": 16.0})
+    groups = group_runs(read_runs([tmp_path])[0])
+    assert {(group.configuration, group.variant) for group in groups} == {
+        ("TABuv (rank.alpha=8.0)", "train.steps=100"),
+        ("TABuv (rank.alpha=16.0)", "train.steps=100"),
+        ("custom (TABuv) (tying.dropout=0.1)", "train.steps=100"),
+        ("custom (TABuv) (tying.dropout=0.2)", "train.steps=100"),
+        ("TABuv", "train.steps=300"),
+    }
+
+
+def test_mixed_commits_are_marked_and_mixed_data_have_no_mean(tmp_path):
+    scored_run(tmp_path, GOOD, BASE, name="LoRA")
+    scored_run(tmp_path, GOOD, BASE, seed=0)
+    scored_run(tmp_path, GOOD, BASE, seed=1, changes={"code.commit": "b" * 40, "code.dirty": True})
+    rows = write.build([tmp_path]).rows
+    marks = primary_row(rows, "TABuv").group.marks
+    assert any(mark.startswith("mixed commits: aaaaaaaa, bbbbbbbb") for mark in marks)
+    assert any("uncommitted" in mark for mark in marks)
+    assert not any("processors" in mark for mark in marks), "these records name no processor"
+    scored_run(tmp_path, GOOD, BASE, seed=2, changes={"data.train.digest": "other"})
+    row = primary_row(write.build([tmp_path]).rows, "TABuv")
+    assert row.score is None
+    assert any("different data" in note for note in row.notes)
+
+
+def test_mixed_processors_are_marked_and_unknown_ones_are_not(tmp_path):
+    for seed, processor in enumerate((None, "AMD EPYC (AVX512)", "Intel Xeon (AVX512)")):
+        scored_run(tmp_path, GOOD, BASE, seed=seed, changes={"execution.processor": processor})
+    (mark,) = primary_row(write.build([tmp_path]).rows, "TABuv").group.marks
+    assert mark == "mixed processors: AMD EPYC (AVX512); Intel Xeon (AVX512)"
+
+
+def test_a_run_that_was_continued_elsewhere_is_marked(tmp_path):
+    earlier = ContinuedFrom(
+        step=40,
+        code=CodeVersion("b" * 40, dirty=True),
+        versions={"torch": "2.12", "transformers": "5.24"},
+        execution=Execution("cpu", threads=1, processor="AMD EPYC (AVX512)"),
+    )
+    changes = {"training.continued_from": [earlier], "execution.processor": "Intel Xeon (AVX512)"}
+    scored_run(tmp_path, GOOD, BASE, changes=changes)
+    report = write.build([tmp_path])
+    assert primary_row(report.rows, "TABuv").group.marks == [
+        "mixed commits: aaaaaaaa, bbbbbbbb",
+        "made by uncommitted code",
+        "mixed versions of torch: 2.12, 2.13",
+        "mixed processors: AMD EPYC (AVX512); Intel Xeon (AVX512)",
+    ]
+    assert "code aaaaaaaa, bbbbbbbb;" in report.summary()
+
+
+def test_groups_on_other_rows_are_not_subtracted(tmp_path):
+    scored_run(tmp_path, GOOD, BASE, name="LoRA")
+    put(scored_run(tmp_path, GOOD, BASE), "scores.validation.digest", "other rows")
+    row = primary_row(write.build([tmp_path]).rows, "TABuv")
+    assert row.score is not None
+    assert row.difference is None
+    assert any("other data" in note for note in row.notes)
+
+
+def test_a_seed_without_the_split_is_missing_not_filled_in(tmp_path):
+    scored_run(tmp_path, GOOD, BASE, split="test", seed=0)
+    scored_run(tmp_path, GOOD, BASE, split="validation", seed=1)
+    row = primary_row(write.build([tmp_path]).rows, "TABuv")
+    assert (row.measure.split, row.seeds) == ("test", [0])
+    assert any("not scored on test: seed 1" in note for note in row.notes)
+
+
+def test_the_choice_that_a_sweep_recorded_stands(tmp_path):
+    """A staged search compares on other seeds than the report would, so its choice is not made again."""
+    paths = {lr: scored_run(tmp_path, GOOD if lr == 1e-2 else BASE, BASE, lr=lr) for lr in (1e-3, 1e-2)}
+    choice = RateChoice(
+        *("tiny", "chain_sum", "TABuv", 8, 1e-3, [1e-4, 1e-3, 1e-2], "validation/loss", 1.0),
+        seeds=1,
+        trials=4,
+        failed=0,
+        edge=False,
+        run_ids=[paths[1e-3].name],
+    )
+    write_selection(tmp_path / "sweeps" / "s" / "selection.json", Selection("s", "loss", [choice]))
+    (group,) = write.build([tmp_path]).groups
+    assert group.lr == 1e-3
+    assert group.rates == (1e-4, 1e-3, 1e-2), "pruned rates have no run, and count as tried"
+    assert group.marks == ["selection.json chose the rate 0.001; the runs here would choose 0.01"]
+    (tmp_path / "sweeps" / "s" / "selection.json").write_text("{}")
+    report = write.build([tmp_path])
+    assert report.groups[0].lr == 1e-2
+    assert report.left_out[0].reason.startswith("has no 'sweep'")
+
+
+def test_of_several_recorded_choices_the_one_of_the_fewest_seeds_stands_unless_another_had_more_rates(tmp_path):
+    """The choice at a look decides its verdict, so a later sweep with more seeds must not change it."""
+    paths = {
+        (lr, seed): scored_run(tmp_path, GOOD, BASE, lr=lr, seed=seed) for lr in (1e-3, 1e-2, 1e-1) for seed in range(3)
+    }
+
+    def record(sweep, lr, lrs, seeds):
+        choice = RateChoice(
+            *("tiny", "chain_sum", "TABuv", 8, lr, lrs, "validation/loss", 1.0),
+            seeds=seeds,
+            trials=seeds * len(lrs),
+            failed=0,
+            edge=False,
+            run_ids=[paths[lr, seed].name for seed in range(seeds)],
+        )
+        write_selection(tmp_path / "sweeps" / sweep / "selection.json", Selection(sweep, "loss", [choice]))
+        (group,) = write.build([tmp_path]).groups
+        return group
+
+    assert record("b-look", 1e-3, [1e-3, 1e-2], 2).lr == 1e-3
+    group = record("a-later", 1e-2, [1e-3, 1e-2], 3)
+    assert group.lr == 1e-3
+    assert "another selection.json chose 0.01" in group.marks
+    assert record("c-more-rates", 1e-1, [1e-3, 1e-2, 1e-1], 3).lr == 1e-1
+
+
+def test_a_single_rate_is_not_at_an_edge_and_the_lower_of_two_is(tmp_path):
+    scored_run(tmp_path, GOOD, BASE, lr=1e-3)
+    (group,) = group_runs(read_runs([tmp_path])[0])
+    assert not group.marks
+    scored_run(tmp_path, BASE, BASE, lr=1e-2)
+    (group,) = group_runs(read_runs([tmp_path])[0])
+    assert group.marks == ["the chosen rate 0.001 is at the edge of those tried (0.001 to 0.01)"]

@@ -1,0 +1,101 @@
+"""One rule for the choice of a learning rate."""
+
+import math
+from statistics import mean
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiedlora.analysis.rate_choice import RateTrial, choose_rate
+
+LOSSES = st.sampled_from([0.5, 1.0, 1.5, 2.0])
+"""Few values, so that ties are common."""
+
+
+def trial(lr: float, losses=(), scores=(), failed=()) -> RateTrial:
+    return RateTrial(lr, dict(enumerate(losses)), dict(enumerate(scores)), frozenset(failed))
+
+
+@given(st.lists(st.tuples(st.lists(LOSSES, min_size=3, max_size=3), st.booleans()), min_size=1, max_size=5))
+def test_on_equal_seeds_it_is_the_best_mean_of_the_rates_that_did_not_fail(rates):
+    trials = [trial(lr, losses, failed=[2] if failed else []) for lr, (losses, failed) in enumerate(rates, start=1)]
+    chosen = choose_rate(trials)
+    usable = {lr: mean(losses) for lr, (losses, failed) in enumerate(rates, start=1) if not failed}
+    if not usable:
+        assert chosen is None
+        return
+    assert (chosen.lr, chosen.by) == (min(usable, key=lambda lr: (usable[lr], lr)), "loss")
+    assert chosen.value == chosen.loss == usable[chosen.lr]
+    assert (chosen.seeds, chosen.usable, chosen.paired) == ((0, 1, 2), tuple(usable), True)
+    assert chosen.edge == (len(rates) > 1 and chosen.lr in (1, len(rates)))
+
+
+@given(
+    st.dictionaries(st.integers(1, 5), st.dictionaries(st.integers(0, 2), st.tuples(LOSSES, LOSSES), max_size=3)),
+    st.randoms(),
+)
+def test_the_order_of_trials_and_seeds_does_not_matter(rates, random):
+    trials = [
+        RateTrial(
+            lr, {seed: loss for seed, (loss, _) in runs.items()}, {seed: score for seed, (_, score) in runs.items()}
+        )
+        for lr, runs in rates.items()
+    ]
+    shuffled = [
+        RateTrial(t.lr, dict(random.sample(list(t.losses.items()), len(t.losses))), t.scores)
+        for t in random.sample(trials, len(trials))
+    ]
+    assert choose_rate(trials) == choose_rate(shuffled)
+
+
+def test_finalists_are_compared_on_the_seeds_that_only_they_have():
+    search = {1: [1.0], 2: [0.5, 0.9], 3: [0.6, 0.7], 4: [1.1]}
+    chosen = choose_rate([trial(lr, losses) for lr, losses in search.items()])
+    assert (chosen.lr, chosen.seeds, chosen.loss) == (3, (0, 1), mean([0.6, 0.7]))
+    # Further seeds at the chosen rate alone change nothing.
+    repeated = {**search, 3: [0.6, 0.7, 2.0, 2.0]}
+    assert choose_rate([trial(lr, losses) for lr, losses in repeated.items()]) == chosen
+    # Until one of them diverges. Then the next best is chosen.
+    trials = [trial(lr, losses, failed=[4] if lr == 3 else []) for lr, losses in repeated.items()]
+    assert choose_rate(trials).lr == 2
+
+
+def test_ties_go_to_the_lower_loss_and_then_to_the_lower_rate():
+    equal = [trial(lr, [1.0, loss], scores=[0.5, 0.5]) for lr, loss in ((3e-2, 1.0), (1e-2, 1.0), (1e-3, 1.5))]
+    chosen = choose_rate(equal)
+    assert (chosen.lr, chosen.by, chosen.value, chosen.loss) == (1e-2, "score", 0.5, 1.0)
+
+
+def test_the_score_chooses_only_if_all_rates_have_it_on_the_shared_seeds():
+    scored = trial(1e-3, [2.0, 2.0], scores=[0.9, 0.9])
+    assert choose_rate([scored, trial(1e-2, [1.0, 1.0], scores=[0.1, 0.1])]).lr == 1e-3
+    chosen = choose_rate([scored, trial(1e-2, [1.0, 1.0], scores=[0.1])])
+    assert (chosen.lr, chosen.by) == (1e-2, "loss")
+    assert choose_rate([scored, trial(1e-2, [1.0], scores=[0.1])]).by == "score"
+    assert choose_rate([scored, trial(1e-2, [1.0, 1.0], scores=[0.1, 0.1])], by="loss").lr == 1e-2
+
+
+def test_a_loss_that_is_not_finite_is_a_failure():
+    chosen = choose_rate([trial(1e-3, [2.0, 2.0]), trial(1e-2, [1.0, math.nan]), trial(1e-1, [math.inf, 0.1])])
+    assert (chosen.lr, chosen.usable, chosen.tried) == (1e-3, (1e-3,), (1e-3, 1e-2, 1e-1))
+
+
+def test_a_failed_rate_beyond_the_best_is_no_edge_and_a_single_rate_has_none():
+    rates = [trial(1e-3, [2.0]), trial(1e-2, [1.0])]
+    assert choose_rate(rates).edge
+    assert not choose_rate([*rates, trial(1e-1, failed=[0])]).edge
+    assert not choose_rate(rates[:1]).edge
+
+
+def test_if_every_rate_failed_there_is_a_choice_only_when_it_is_asked_for():
+    rates = [trial(1e-3, [1.0], failed=[1]), trial(1e-2, [0.5], failed=[1, 2]), trial(1e-1, failed=[0])]
+    assert choose_rate(rates) is None
+    chosen = choose_rate(rates, accept_failed=True)
+    assert (chosen.lr, chosen.failed, chosen.seeds) == (1e-3, True, (0,))
+    assert choose_rate([trial(1e-1, failed=[0])], accept_failed=True) is None
+    assert choose_rate([]) is None
+
+
+def test_rates_without_a_shared_seed_are_compared_by_their_own_and_it_is_said():
+    chosen = choose_rate([RateTrial(1e-3, {0: 1.0}), RateTrial(1e-2, {1: 0.5})])
+    assert (chosen.lr, chosen.paired, chosen.seeds) == (1e-2, False, (1,))

@@ -1,0 +1,158 @@
+"""Hostile texts in records and predictions: what reaches the page, tables and terminal, and a search for more."""
+
+import csv
+import dataclasses
+import json
+import re
+import shutil
+
+from helpers.hostile import HOSTILE, ODD_VALUES, put, right_or_refused, search
+from helpers.report_runs import prediction_rows, scored_run, write_lines
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiedlora.page import browser, formats, page, write
+from tiedlora.records.rows import read_metrics, read_predictions
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import read_record
+from tiedlora.records.summary import terminal_lines
+from tiedlora.runs import library, verify
+from tiedlora.text import visible, visible_lines
+
+pytest_plugins = ["helpers.hostile_runs"]
+ALIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e]")
+"""Characters that move a cursor, end a line or reverse it. A page and a CSV file may have tabs and line feeds."""
+
+
+def test_what_a_model_wrote_reaches_no_page_table_or_terminal_alive(tmp_path, script):
+    """A run with hostile text in every place: outputs, prompts, ids, settings, devices, versions, errors."""
+    for seed, (variant, lr) in enumerate((("cosine", 1e-2), (HOSTILE, 1e-2), ("=HYPERLINK(1)", 1e-3))):
+        folder = scored_run(tmp_path / "runs", [1, 0, 1, 1], [0, 0, 1, 0], output=HOSTILE, seed=seed, lr=lr)
+        put(folder, "identity.train.schedule", variant)
+        put(folder, "identity.task.prompt", f"$\\frac{{{variant}")
+        put(folder, "execution.device", HOSTILE)
+        put(folder, "versions", {"torch": HOSTILE, HOSTILE: "@SUM(1)"})
+        put(folder, "code", {"commit": HOSTILE, "dirty": None})
+        rows = [
+            dataclasses.replace(row, id=f"{row.id}{HOSTILE}", prompt=HOSTILE, references=[HOSTILE])
+            for row in prediction_rows([1, 0, 1, 1], output=HOSTILE)
+        ]
+        write_lines(folder / "predictions" / "validation.jsonl", rows)
+    failed = tmp_path / "runs" / "=1+1"
+    failed.mkdir()
+    (failed / "error.txt").write_text(f"Traceback\nValueError: {HOSTILE}\n")
+    code, out, err = script("scripts/report.py", tmp_path / "runs", "--out", tmp_path / "report")
+    assert (code, err) == (0, "")
+    assert not ALIVE.search(out)
+    texts = {path.name: path.read_text() for path in (tmp_path / "report").iterdir() if path.suffix != ".png"}
+    for name, text in texts.items():
+        assert not ALIVE.search(text), name
+        assert "<script>alert" not in text or name.endswith((".csv", ".tex")), name
+    assert texts["index.html"].count("<script>") == 1
+    assert "&lt;script&gt;alert(1)" in texts["index.html"]
+    assert r"\input{" not in texts["results.tex"]
+    markdown = "".join(text for name, text in texts.items() if name.endswith(".md"))
+    assert not re.search(r"(?<!\\)\]\(", markdown)
+    for name, text in texts.items():
+        if name.endswith(".csv"):
+            for row in csv.reader(text.splitlines()):
+                formulas = [cell for cell in row if cell.lstrip().startswith(("=", "+", "-", "@", "\t", "\r"))]
+                assert all(re.fullmatch(r"[+-][\d.]+", cell) for cell in formulas), (name, formulas)
+
+
+def test_what_a_record_says_reaches_the_terminal_and_the_card_tamed(folder, script, tmp_path):
+    put(folder, "execution.device", HOSTILE)
+    put(folder, "versions", {"torch": HOSTILE})
+    code, out, err = script("scripts/score.py", folder, "--split", "validation")
+    assert (code, err) == (0, "")
+    code, out, err = script("scripts/export.py", folder, "--to", "hub-card", "--out", tmp_path / "card")
+    assert (code, err) == (0, "")
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "\x1b" not in card
+    assert "<script>" not in card
+    code, out, _ = script("scripts/verify.py", folder, "--rows", "6")
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", out)
+
+
+def test_a_failed_cells_error_reaches_the_terminal_tamed(folder, words, script):
+    (folder / "result.json").unlink()
+    (folder / "error.txt").write_text(f"Traceback\n{HOSTILE}")
+    code, out, err = script("scripts/sweep.py", "status", *words)
+    assert (code, err) == (0, "")
+    assert "failed" in out
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", out)
+    (folder / "error.txt").write_bytes(b"\xff\xfe")
+    assert script("scripts/sweep.py", "status", *words)[0] == 0
+
+
+def test_texts_are_made_visible():
+    assert visible("a\x1b[2J\x00\n\x7f\x9b\u202e\ud800é") == "a␛[2J␀␊␡<U+009B><U+202E><U+D800>é"
+    assert visible_lines("a\nb\x1b") == "a\nb␛"
+
+
+def leaves(node: object, prefix: tuple = ()) -> list[tuple]:
+    found = [prefix] if prefix else []
+    if isinstance(node, dict):
+        found += [path for key, value in node.items() for path in leaves(value, (*prefix, key))]
+    return found
+
+
+@given(st.data())
+@search(25)
+def test_any_record_is_read_or_refused(place, tmp_path_factory, data):
+    """The report and the terminal read a good result.json with values of any kind in one or two places."""
+    record = json.loads((place[0] / "result.json").read_text())
+    for _ in range(data.draw(st.integers(1, 2))):
+        *parents, last = data.draw(st.sampled_from(leaves(record)))
+        node = record
+        for key in parents:
+            node = node.get(key) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node[last] = data.draw(ODD_VALUES)
+    root = tmp_path_factory.getbasetemp() / "any-record"
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(place[0], root / place[0].name)
+    text = json.dumps(record)
+    (root / place[0].name / "result.json").write_text(text)
+    with right_or_refused():
+        terminal_lines(RunFolder(root / place[0].name).finished_record(), root)
+        library.config_of(root / place[0].name)
+    report = write.build([root])
+    tables = report.tables()
+    for table in tables.all():
+        for render in (formats.to_csv, formats.to_latex, formats.to_markdown):
+            assert not ALIVE.search(render(table))
+    sheets = browser.sheets(report.groups, {row.group: row.measure.split for row in report.rows})
+    drawn = page.render(report.summary(), report.rows, tables, report.verdicts, most_sections=1, sheets=sheets)
+    assert drawn.count("<script>") == 1
+    assert not ALIVE.search(drawn)
+    with right_or_refused():
+        verify.lines(verify.verify(root / place[0].name, rows=0))
+    assert (root / place[0].name / "result.json").read_text() == text
+
+
+@given(st.data())
+@search(150)
+def test_any_prediction_is_read_or_refused(place, tmp_path_factory, data):
+    rows = [json.loads(line) for line in (place[0] / "predictions" / "validation.jsonl").read_bytes().splitlines()]
+    row = data.draw(st.sampled_from(rows))
+    row[data.draw(st.sampled_from([*row, "choices", "log_likelihoods"]))] = data.draw(ODD_VALUES)
+    path = tmp_path_factory.getbasetemp() / "any-predictions.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    before = path.read_bytes()
+    with right_or_refused():
+        for prediction in read_predictions(path):
+            prediction.output.splitlines()
+            sum(score for score in prediction.scores.values() if isinstance(score, (int, float)))
+    assert path.read_bytes() == before
+
+
+@given(st.binary(max_size=200) | st.lists(ODD_VALUES.map(lambda v: json.dumps(v).encode()), max_size=4).map(b"\n".join))
+@search(200)
+def test_any_bytes_are_read_or_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "any-bytes"
+    path.write_bytes(data)
+    for reader in (read_record, read_predictions, read_metrics):
+        with right_or_refused():
+            reader(path)
+    assert path.read_bytes() == data

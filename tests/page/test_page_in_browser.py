@@ -1,0 +1,198 @@
+"""The page in a real browser: what a reader sees, hostile texts, the keyboard, print, and accessibility (axe-core)."""
+
+import dataclasses
+
+import pytest
+from helpers.browser import needs_browser, opened
+from helpers.hostile import HOSTILE
+from helpers.report_runs import METRIC, add_scores, make_record, prediction_rows, scored_run, write_run
+
+from tiedlora.page import browser, write
+from tiedlora.text import visible_lines
+
+pytestmark = needs_browser()
+ROWS = 60
+CLAIMS = """looks: [2, 3]
+claims:
+  - name: TABuv keeps 90 % of LoRA's gain
+    method: {configuration: TABuv, rank: 8}
+    comparator: {configuration: LoRA, at: equal_rank}
+    retains: 0.9
+    tasks: []
+"""
+
+
+def answers(root, name, seed, outputs, scores, **about):
+    base = [0.0] * len(outputs)
+    rows = [dataclasses.replace(row, output=text) for row, text in zip(prediction_rows(scores), outputs, strict=True)]
+    own = [dataclasses.replace(row, output="base says so", scores={METRIC: 0.0}) for row in rows[: len(base)]]
+    record = add_scores(make_record(name=name, seed=seed, **about), "validation", rows, own)
+    write_run(root, record, {"validation": rows, "validation.base": own})
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Two tasks, two configurations, two seeds. Of 60 rows LoRA has 30 right, TABuv has 20 of these and 5 others."""
+    root = tmp_path_factory.mktemp("page")
+    lora = [1.0] * 30 + [0.0] * 30
+    tied = [1.0] * 20 + [0.0] * 10 + [1.0] * 5 + [0.0] * 25
+    for task in ("chain_sum", "squad"):
+        for seed in (0, 1):
+            ours = [f"first {place} then {'right' if s else 'wrong'}" for place, s in enumerate(lora)]
+            theirs = [f"first {place} then {'right' if s else 'wrong'}" for place, s in enumerate(tied)]
+            ours[3], theirs[3] = HOSTILE, "<img src=x onerror=alert(1)>"
+            theirs[4] = "z" * 2**20
+            answers(root / "runs", "LoRA", seed, ours, lora, task=task)
+            answers(root / "runs", "TABuv", seed, theirs, tied, task=task)
+    (root / "claims.yaml").write_text(CLAIMS)
+    write.write(write.build([root / "runs"], claims=root / "claims.yaml"), root / "report")
+    return root / "report" / "index.html"
+
+
+def to_answers(page):
+    page.evaluate("document.getElementById('answers').scrollIntoView()")
+    page.wait_for_selector(".answer")
+
+
+def choose(page, what):
+    page.locator(f"#answers-filter [value={what}]").check(force=True)
+
+
+def ids(page):
+    return [text.removeprefix("row ") for text in page.locator(".answer h3 a").all_inner_texts()]
+
+
+def wait_for(page, text):
+    page.wait_for_function("text => document.getElementById('answers-status').textContent.includes(text)", arg=text)
+
+
+def test_rows_side_by_side_with_filters_and_counts(report):
+    with opened(report) as (page, messages):
+        to_answers(page)
+        assert page.locator("#answers-status").inner_text() == "rows 1 to 20 of 60"
+        columns = page.locator(".answer").nth(25 % 20).locator(".given b").all_inner_texts()
+        assert columns == ["base", "LoRA r=8 · seed 0", "TABuv r=8 · seed 0"]
+        counts = page.locator("#answers-filter b").all_inner_texts()
+        # Rows 20 to 34 differ, and rows 3 and 4 do.
+        assert counts == ["60", "17", "5", "10"]
+        choose(page, "gained")
+        wait_for(page, "of 5")
+        assert ids(page) == ["30", "31", "32", "33", "34"]
+        assert page.locator(".answer mark").all_inner_texts() == ["wrong", "right"] * 5
+        assert "parts after" in page.locator(".given .second .none").first.inner_text()
+        choose(page, "lost")
+        wait_for(page, "of 10")
+        assert ids(page) == [str(number) for number in range(20, 30)]
+        assert messages == []
+
+
+def test_search_and_other_runs_and_order(report):
+    with opened(report) as (page, messages):
+        to_answers(page)
+        page.locator("#answers-query").fill("first 41 then")
+        wait_for(page, "rows 1 to 1 of 1")
+        assert ids(page) == ["41"]
+        page.locator("#answers-query").fill("nothing has this")
+        wait_for(page, "no row")
+        page.locator("#answers-query").fill("")
+        page.locator("#answers-order").select_option("loss")
+        wait_for(page, "of 60")
+        page.wait_for_function("document.querySelector('.answer h3').textContent.includes('20')")
+        page.locator(".also summary").click()
+        page.locator("#answers-also label", has_text="TABuv r=8 · seed 1").click()
+        page.wait_for_function("document.querySelector('.answer .given').children.length === 4")
+        page.locator("#answers-first").select_option(label="base")
+        page.wait_for_function("document.querySelector('.answer .first b').textContent === 'base'")
+        assert messages == []
+
+
+def test_a_link_leads_to_a_row_of_another_task_and_the_pager_turns(report):
+    with opened(report) as (page, _):
+        to_answers(page)
+        page.locator("#answers-sheet").select_option(index=1)
+        page.wait_for_timeout(300)
+        page.locator("#answers-next").click()
+        wait_for(page, "rows 21 to 40 of 60")
+        link = page.locator(".answer h3 a").nth(5).get_attribute("href")
+    with opened(report, suffix=link) as (page, messages):
+        page.wait_for_selector(".answer.here")
+        assert page.locator(".answer.here h3 a").inner_text() == "row 25"
+        assert page.locator("#answers-sheet").input_value() == "1"
+        assert page.evaluate("document.activeElement.className") == "answer here"
+        assert messages == []
+
+
+def test_hostile_answers_and_a_megabyte_line_stay_text(report):
+    with opened(report) as (page, messages):
+        to_answers(page)
+        row = page.locator(".answer").nth(3)
+        assert row.locator(".first pre").text_content() == visible_lines(HOSTILE)
+        assert row.locator(".second pre").text_content() == "<img src=x onerror=alert(1)>"
+        assert page.locator("#answers img, #answers script").count() == 0
+        long = page.locator(".answer").nth(4).locator(".second")
+        assert len(long.locator("pre").text_content()) < 1000
+        long.locator("button").click()
+        shown = long.locator("pre").text_content()
+        assert shown.startswith("z" * browser.LONGEST)
+        assert "more characters in predictions/" in shown
+        assert messages == []
+
+
+def test_a_cell_opens_its_reason_by_keyboard(report):
+    with opened(report) as (page, messages):
+        cell = page.locator(".cell a").first
+        cell.focus()
+        page.keyboard.press("Enter")
+        target = cell.get_attribute("href")
+        page.wait_for_function("id => document.querySelector(id).closest('details').open", arg=target)
+        assert page.locator(target).is_visible()
+        assert page.evaluate("document.activeElement.id") == target[1:]
+        assert messages == []
+
+
+def test_print_shows_reasons_and_no_controls(report):
+    with opened(report) as (page, _):
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        page.emulate_media(media="print")
+        assert page.locator(".why-list").first.is_visible()
+        assert not page.locator("#answers").is_visible()
+        assert not page.locator("#theme").is_visible()
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert not page.locator(".reasons details").first.get_attribute("open")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1300, 390])
+def test_axe_finds_no_violation_and_nothing_is_wider_than_the_screen(report, width, theme):
+    # The module is part of the extra `browser`.
+    from axe_playwright_python.sync_playwright import Axe
+
+    with opened(report, width, theme, bypass_csp=True) as (page, messages):
+        page.evaluate("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
+        to_answers(page)
+        found = Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert messages == []
+
+
+def test_an_empty_report_and_one_without_claims_open_without_a_message(tmp_path):
+    (tmp_path / "none").mkdir()
+    write.write(write.build([tmp_path / "none"]), tmp_path / "empty")
+    scored_run(tmp_path / "runs", [1.0, 0.0] * 5, [0.0] * 10)
+    write.write(write.build([tmp_path / "runs"]), tmp_path / "one")
+    for name in ("empty", "one"):
+        with opened(tmp_path / name / "index.html") as (page, messages):
+            page.wait_for_timeout(200)
+            assert page.locator("h1").is_visible()
+            assert messages == []
+
+
+def test_a_page_of_one_sheet_works_as_the_report_does(report, tmp_path, monkeypatch):
+    monkeypatch.setattr(browser, "MOST_BYTES", write.FOR_THE_REST + 100)
+    write.write(write.build([report.parents[1] / "runs"]), tmp_path / "report")
+    first, *_ = sorted((tmp_path / "report" / "answers").glob("*.html"))
+    with opened(first) as (page, messages):
+        to_answers(page)
+        assert page.locator(".answer").count() == 20
+        assert messages == []

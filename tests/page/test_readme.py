@@ -1,0 +1,127 @@
+"""Tables of a report inside a README."""
+
+import pytest
+from helpers.report_runs import world
+
+from tiedlora.errors import UserError
+from tiedlora.page import formats, readme, write
+
+TEXT = """# A study
+
+<!-- report: verdicts -->
+an old table
+<!-- end of report -->
+
+Words between the tables stay.
+
+<!-- report: scores -->
+<!-- end of report -->
+<!-- report: overview -->
+<!-- end of report -->
+<!-- report: runs -->
+<!-- end of report -->
+<!-- report: cost -->
+<!-- end of report -->
+"""
+CLAIMS = """
+looks: [3, 5]
+claims:
+  - name: TABuv keeps 90 % of the gain
+    method: {configuration: TABuv, rank: 8}
+    comparator: {configuration: LoRA, at: equal_rank}
+    retains: 0.9
+    tasks: []
+"""
+
+
+@pytest.fixture
+def report(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.5, "TABuv": 0.3}, seeds=5, rows=200)
+    (tmp_path / "claims.yaml").write_text(CLAIMS)
+    return write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
+
+
+def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(TEXT)
+    assert readme.write(report, file) == ["verdicts", "scores", "overview", "runs", "cost"]
+    text = file.read_text()
+    assert "an old table" not in text
+    assert "Words between the tables stay." in text
+    (answer,) = report.answers
+    assert f"{answer.verdict.value}: {formats.score(answer.difference.widest.value, signed=True)[1:]}" in text.replace(
+        "\N{MINUS SIGN}", ""
+    )
+    assert ", 5 seeds |" in text
+    for row in report.rows:
+        assert text.count(formats.score_interval(row.score.widest).replace("[", "\\[").replace("]", "\\]")) == 2
+    assert report.summary() in text
+    assert "peak memory GiB" in text
+
+
+def test_a_verdict_of_an_earlier_look_says_how_many_seeds_it_had(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.1}, seeds=5, rows=200)
+    (tmp_path / "claims.yaml").write_text(CLAIMS)
+    report = write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
+    (answer,) = report.answers
+    assert (answer.seeds, answer.difference_seeds) == (3, 5)
+    text = readme.filled(TEXT, report)
+    assert "| contradicted at 3 seeds: " in text
+    assert ", 5 seeds |" in text
+
+
+def test_two_models_and_two_settings_are_never_in_one_cell(tmp_path):
+    truth = {"LoRA": 0.9, "TABuv": 0.5}
+    for about in ({}, {"changes": {"config.train.steps": 300}}, {"model": "org/big"}):
+        world(tmp_path / "runs", truth, seeds=3, **about)
+    (tmp_path / "claims.yaml").write_text(CLAIMS)
+    text = readme.filled(TEXT, write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml"))
+    tables = [[line for line in block.splitlines() if line.startswith("|")] for block in text.split("<!-- report: ")]
+    verdicts, scores, overview = tables[1:4]
+    settings = "chain\\_sum (train.steps=100)", "chain\\_sum (train.steps=300)"
+    assert [line.split(" | ")[0] for line in verdicts[2:]] == ["| big", "| tiny"]
+    assert all(f"| {setting} |" in verdicts[0] for setting in settings)
+    assert len(scores) == 2 + 6
+    assert sum("| tiny |" in line and settings[0] in line for line in scores) == 2
+    assert len(overview) == 2 + 4, "one row for each model and configuration"
+    assert all(f"{setting}, exact\\_match\\_strict" in overview[0] for setting in settings)
+
+
+def test_the_overview_leaves_out_what_has_few_of_its_scores(tmp_path):
+    for task in ("chain_sum", "gsm8k", "squad"):
+        world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.5}, seeds=3, task=task)
+    world(tmp_path / "runs", {"TAB": 0.5}, seeds=3, task="gsm8k")
+    text = readme.filled(
+        "<!-- report: overview -->\n<!-- end of report -->\n<!-- report: scores -->\n<!-- end of report -->\n",
+        write.build([tmp_path / "runs"]),
+    )
+    overview, scores = text.split("<!-- end of report -->\n")[:2]
+    assert [f"| {name} |" in overview for name in ("LoRA", "TABuv", "TAB")] == [True, True, False]
+    assert "| TAB |" in scores
+
+
+def test_a_second_writing_changes_nothing(report):
+    once = readme.filled(TEXT, report)
+    assert readme.filled(once, report) == once
+
+
+def test_an_empty_report_says_so(tmp_path):
+    (tmp_path / "runs").mkdir()
+    text = readme.filled(TEXT, write.build([tmp_path / "runs"]))
+    assert text.count("There are no runs for this table yet.") == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# No marks", r"has no marks; write <!-- report: NAME --> .*; NAME is runs, verdicts, overview, scores, cost"),
+        ("<!-- report: veredicts -->\n<!-- end of report -->\n", r"veredicts -->: the name is runs, verdicts"),
+        (TEXT.replace("<!-- end of report -->\n\nWords", "Words"), "each mark needs its own end"),
+    ],
+)
+def test_wrong_marks_are_named_and_change_nothing(report, tmp_path, text, message):
+    file = tmp_path / "README.md"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        readme.write(report, file)
+    assert file.read_text() == text

@@ -1,0 +1,84 @@
+"""The whole report: tables in three formats, figures, a page on which nothing runs, and errors in one line."""
+
+import base64
+import csv
+import hashlib
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers.report_runs import scored_run, world
+
+from tiedlora.config.project import PROJECT
+from tiedlora.errors import UserError
+from tiedlora.page import formats, write
+
+GOOD = [1.0, 0.0] * 25
+BASE = [0.0] * 50
+HOSTILE = "</pre><script>alert(1)</script>\x1b[2J\x00\u202e\ud800 =1+1"
+
+
+def test_predictions_cannot_run_or_hide(tmp_path):
+    scored_run(tmp_path / "runs", GOOD, BASE, output=HOSTILE)
+    write.write(write.build([tmp_path / "runs"]), tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "<script>alert" not in page
+    assert not set(page) & {"\x1b", "\x00", "\u202e"}
+    assert page.count("<script>") == 1
+    assert "default-src 'none'" in page
+    assert "unsafe" not in page
+    loads = re.findall(r"(?:src|href)=\"(?!#|data:)([^\"]+)", page)
+    assert not loads, "the page loads nothing"
+
+
+def test_the_policy_of_the_page_allows_its_script_and_style_and_no_other(tmp_path):
+    scored_run(tmp_path / "runs", GOOD, BASE)
+    write.write(write.build([tmp_path / "runs"]), tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', page)
+    for kind in ("style", "script"):
+        ((text),) = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert not re.search(r"<[^>]* (?:style|on[a-z]+)=", page), "an attribute that the policy would refuse"
+
+
+def test_tables_come_in_three_formats_with_the_same_cells(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.5, "TABuv": 0.4}, seeds=2, rows=40)
+    report = write.build([tmp_path / "runs"])
+    write.write(report, tmp_path / "report")
+    rows = list(csv.reader((tmp_path / "report" / "results.csv").open()))
+    assert len(rows) == 3
+    cells = dict(zip(rows[0], rows[2], strict=True))
+    (row,) = [row for row in report.rows if row.group.configuration == cells["configuration"]]
+    assert float(cells["score"]) == pytest.approx(100 * row.score.value, abs=0.05)
+    assert float(cells["95 % seeds low"]) == pytest.approx(100 * row.score.seeds.low, abs=0.05)
+    assert "95 % seeds (difference) high" in cells
+    assert cells["parameters"] == str(row.group.params)
+    latex = (tmp_path / "report" / "results.tex").read_text()
+    markdown = (tmp_path / "report" / "results.md").read_text()
+    for text in (latex, markdown):
+        assert formats.score(report.rows[0].score.value) in text
+    assert all(line.endswith((r"\\", "rule")) for line in latex.splitlines()[4:-2])
+    for name in ("pareto", "rank", "curves", "cost"):  # forest: tests/analysis/test_forest.py
+        assert (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
+        assert (tmp_path / "report" / f"{name}.svg").read_text().startswith("<?xml")
+
+
+def test_an_empty_folder_gives_an_empty_report_and_a_missing_one_an_error(tmp_path):
+    (tmp_path / "runs").mkdir()
+    lines = write.write(write.build([tmp_path / "runs"]), tmp_path / "report")
+    assert lines[0].startswith("0 finished runs")
+    with pytest.raises(UserError, match="is not a folder"):
+        write.build([tmp_path / "nowhere"])
+
+
+def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(PROJECT / "scripts/report.py"), str(tmp_path / "nowhere")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
