@@ -22,10 +22,9 @@ from tiedlora.page.values import (
     ScoreValue,
     Table,
     TaskScore,
-    Unit,
     Value,
 )
-from tiedlora.records.interval import Interval
+from tiedlora.records.interval import Interval, Unit
 from tiedlora.text import visible
 
 MISSING = "–"

@@ -26,10 +26,9 @@ from tiedlora.page.values import (
     ScoreInterval,
     ScoreValue,
     Table,
-    Unit,
     Value,
 )
-from tiedlora.records.interval import Interval
+from tiedlora.records.interval import Interval, Unit
 
 GIB, MIB = 2**30, 2**20
 GROUP_COLUMNS = (
