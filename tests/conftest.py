@@ -1,8 +1,12 @@
 """Tests use tiny random models, real rows if they are available, and never the network."""
 
+import contextlib
+import hashlib
 import os
 import runpy
+import shutil
 import sys
+from collections.abc import Callable, Sequence
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -21,9 +25,11 @@ from pathlib import Path
 import absl.logging
 import pytest
 import torch
+from filelock import FileLock
 
 from tiedlora.config import compose as configuration
 from tiedlora.config.schema import Config
+from tiedlora.runs import run
 
 # absl, which rouge-score imports, keeps the stream that standard error is at its import, and closes it when Hydra sets
 # up logging. Under pytest that would be the file that captures all output.
@@ -34,6 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # The other tests promise what a CPU computes, and some fork, which a process with a GPU must not do.
     if config.option.markexpr != "gpu" and torch.backends.cuda.is_built():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # A search with hypothesis takes seconds, and one case of each rule is in the tests beside it.
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker("slow")
 
 
 @pytest.fixture
@@ -94,3 +107,46 @@ def tiny_config(tiny_run):
         return configuration.compose_config(tiny_run(*more, task=task))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory) -> Callable[[Sequence[str]], Path]:
+    """outputs/ with the finished run of these overrides: trained once for all tests and workers. Never change it.
+
+    The overrides name neither outputs nor cache.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "trained-once"
+    shared.mkdir(exist_ok=True)
+
+    def outputs(words: Sequence[str]) -> Path:
+        place = shared / hashlib.sha256(repr(words).encode()).hexdigest()[:16]
+        with FileLock(f"{place}.lock"):
+            if not place.exists():
+                begun = place.with_suffix(".begun")
+                shutil.rmtree(begun, ignore_errors=True)
+                config = configuration.compose_config([*words, f"outputs={begun}", f"cache={shared}/cache"])
+                with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                    run.main(config)
+                begun.rename(place)
+        return place
+
+    return outputs
+
+
+@pytest.fixture
+def finished_run(tiny_run, trained_once):
+    """As `tiny_config`, and the run is already finished in the outputs of this test, which may change it.
+
+    It is a copy, so the test trains nothing. Call it before anything is patched, because other tests get the same run.
+    """
+
+    def finished(*more: str, task: str = "chain_sum") -> Config:
+        words = tiny_run(*more, task=task)
+        config = configuration.compose_config(words)
+        of_place = ("outputs=", "cache=")
+        outputs = trained_once([word for word in words if not word.startswith(of_place)])
+        shutil.copytree(outputs, config.outputs, dirs_exist_ok=True)
+        return config
+
+    return finished

@@ -22,7 +22,7 @@ from tiedlora.runs import run
 SECRET = "hunter2-0123456789abcdef0123456789abcdef"
 HUGE = "9" * 5000
 NEXT = omegaconf.__version__ >= "2.4"
-"""Whether these are Hydra 1.4 and OmegaConf 2.4, which have other messages (.ci/hydra-next)."""
+"""Whether these are Hydra 1.4 and OmegaConf 2.4, which have other messages."""
 
 TABLE = {
     # Unknown keys and options
