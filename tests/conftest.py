@@ -26,6 +26,7 @@ import absl.logging
 import pytest
 import torch
 from filelock import FileLock
+from helpers import processes
 
 from tiedlora.config import compose as configuration
 from tiedlora.config.schema import Config
@@ -47,6 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker("slow")
+
+
+@pytest.fixture(autouse=True)
+def processes_end_with_their_test():
+    """Also those of a test that has failed, or that has reached its time limit."""
+    yield
+    processes.end_all()
 
 
 @pytest.fixture

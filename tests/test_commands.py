@@ -3,9 +3,9 @@
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
+from helpers import processes
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
@@ -20,8 +20,7 @@ def into_closed_pipe(*words: str) -> subprocess.CompletedProcess[str]:
     read, write = os.pipe()
     os.close(read)
     try:
-        command = [sys.executable, *words]
-        return subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=PROJECT, timeout=200)
+        return processes.run_python(*words, stdout=write, cwd=PROJECT)
     finally:
         os.close(write)
 
@@ -69,7 +68,7 @@ def test_make_names_an_old_python_in_one_line(tmp_path):
     old = tmp_path / "python3.8"
     old.write_text("#!/bin/sh\ncase $1 in --version) echo Python 3.8.0;; *) exit 1;; esac\n")
     old.chmod(0o755)
-    done = subprocess.run(["make", "run", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True)
+    done = processes.run(["make", "run", f"PYTHON={old}"], cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "no Python 3.11 or newer (Python 3.8.0)" in done.stderr

@@ -5,12 +5,11 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers import processes
 from safetensors.torch import load_file
 
 from tiedlora.config.compose import compose_config
@@ -64,7 +63,7 @@ def apply(block: Block, root: Path) -> None:
 
 def start(root: Path, *arguments: str) -> str:
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1", "HOME": str(root)}
-    done = subprocess.run([sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True)
+    done = processes.run_python(*arguments, cwd=root, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

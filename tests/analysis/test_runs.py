@@ -1,10 +1,8 @@
 """Reading folders of runs: what is read, and what is left out with its reason."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+from helpers import processes
 from helpers.hostile import put
 from helpers.report_runs import scored_run, world, write_lines
 
@@ -86,9 +84,7 @@ def test_no_torch_is_imported(tmp_path):
         f"runpy.run_path({str(PROJECT / 'scripts/report.py')!r}, run_name='__main__')\n"
         "assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path), str(tmp_path / "report")], capture_output=True, text=True
-    )
+    done = processes.run_python("-c", program, tmp_path, tmp_path / "report")
     assert done.returncode == 0, done.stderr
 
 
@@ -115,11 +111,7 @@ def test_a_thousand_folders_fit_in_memory_and_bad_ones_are_listed(tmp_path):
         "peak = re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]\n"
         "print(len(report.runs), len(report.left_out), int(peak) // 1024)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "runs"), str(tmp_path / "report")],
-        capture_output=True,
-        text=True,
-    )
+    done = processes.run_python("-c", program, tmp_path / "runs", tmp_path / "report")
     assert done.returncode == 0, done.stderr
     runs, left_out, mebibytes = map(int, done.stdout.split())
     assert (runs, left_out) == (998, 3)

@@ -2,11 +2,10 @@
 
 import dataclasses
 import os
-import subprocess
-import sys
 
 import omegaconf
 import pytest
+from helpers import processes
 from helpers.hostile import ODD_VALUES, refused, right_or_refused, search
 from hypothesis import given
 from hypothesis import strategies as st
@@ -215,12 +214,8 @@ def test_a_file_of_conf_that_is_no_yaml(tmp_path, monkeypatch):
 
 def test_the_command_ends_in_one_line_and_writes_nothing(tmp_path):
     for override in ("train.lr=nan", "task.prompt=\x1b[2J", f"seed={HUGE}", "a\nb=c", f"outputs={'x' * 5000}/y"):
-        done = subprocess.run(
-            [sys.executable, str(PROJECT / "train.py"), "model=tiny_llama", f"outputs={tmp_path}/outputs", override],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            cwd=tmp_path,
+        done = processes.run_python(
+            PROJECT / "train.py", "model=tiny_llama", f"outputs={tmp_path}/outputs", override, cwd=tmp_path
         )
         assert done.returncode == 2, done.stderr
         assert done.stderr.startswith("error: ")

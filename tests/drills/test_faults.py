@@ -5,13 +5,13 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import wandb
+from helpers import processes
 from helpers.forks import forked
 
 from tiedlora.config.compose import compose_config
@@ -25,14 +25,10 @@ from tiedlora.tracking.metrics_file import MetricsFile
 from tiedlora.training import checkpoint
 
 
+@pytest.mark.timeout(700)
 def test_a_run_killed_at_any_moment_resumes_exactly():
     """tests/drills/kill_run.py with ten moments."""
-    done = subprocess.run(
-        [sys.executable, str(PROJECT / "tests/drills/kill_run.py"), "--moments", "10"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = processes.run_python(PROJECT / "tests/drills/kill_run.py", "--moments", "10", seconds=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "10 of 10 resumed exactly" in done.stdout
     for stage in ("start-up", "training", "checkpointing", "scoring", "result"):
@@ -51,15 +47,11 @@ def test_half_written_files_and_a_finished_runs_checkpoints_are_tidied(tiny_conf
     assert not list(folder.path.rglob("*.tmp"))
 
 
+@pytest.mark.timeout(700)
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_at_any_write_loses_nothing():
     """tests/drills/full_disk.py with eight writes. (By default it takes all of them.)"""
-    done = subprocess.run(
-        [sys.executable, str(PROJECT / "tests/drills/full_disk.py"), "--moments", "8"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = processes.run_python(PROJECT / "tests/drills/full_disk.py", "--moments", "8", seconds=600)
     if "skipped" in done.stdout:
         pytest.skip(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -68,12 +60,7 @@ def test_a_full_disk_at_any_write_loses_nothing():
 
 def test_a_folder_that_cannot_be_written_is_said_in_a_line(tiny_run, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    done = subprocess.run(
-        [sys.executable, str(PROJECT / "train.py"), *tiny_run(f"outputs={tmp_path}/file/outputs")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = processes.run_python(PROJECT / "train.py", *tiny_run(f"outputs={tmp_path}/file/outputs"))
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert str(tmp_path / "file") in done.stderr
@@ -228,9 +215,7 @@ def test_a_hub_that_cannot_be_reached_is_a_line_with_the_ways_round(tmp_path):
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": f"{tmp_path}/hf"}
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, "-c", CUT_OFF, str(tmp_path)], capture_output=True, text=True, timeout=120, env=environment
-    )
+    done = processes.run_python("-c", CUT_OFF, tmp_path, env=environment)
     assert done.stdout.split() == ["2", "2"], done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     model, rows = (line for line in done.stderr.splitlines() if line.startswith("error: "))

@@ -1,12 +1,11 @@
 """Base models of 4 and 8 bits, and several processes, on real GPUs."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import processes
 
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
@@ -58,7 +57,7 @@ def test_two_processes_are_one(gpu, gpu_config, tiny_run, tmp_path, shard):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(PROJECT / "train.py"), *tiny_run("train.batch_size=7"), f"outputs={tmp_path}/together"]
     command += [f"train.device={gpu.type}", f"train.shard={str(shard).lower()}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ})
+    done = processes.run(command, seconds=300)
     assert done.returncode == 0, done.stderr[-3000:]
     together = RunFolder(tmp_path / "together" / run_id(alone))
     assert "2 processes" in str(together.finished_record().execution)

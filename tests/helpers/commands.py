@@ -15,16 +15,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from helpers.processes import SECONDS_AT_MOST, STARTED, end_group
 
 from tiedlora.config.project import PROJECT
 
 T = TypeVar("T")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tiedlora.runs.execute", "tiedlora.tasks.task_metric", "reasoning_gym"])
-SECONDS_AT_MOST = 200
 
 
 @dataclass(frozen=True)
@@ -38,55 +40,57 @@ class Ended:
 
 
 class Command:
-    """A running script of the repository; train.py by default."""
+    """A running script of the repository; train.py by default. Its group of processes ends with it."""
 
     def __init__(
         self, *words: str, script: str = "train.py", project: Path = PROJECT, cwd: Path = PROJECT, **environment: str
     ) -> None:
         self._output = tempfile.TemporaryDirectory()
         self._files = [Path(self._output.name) / name for name in ("out", "err")]
-        arguments = (project / script, words, cwd, {**os.environ, **environment}, self._files)
-        self._process = _CONTEXT.Process(target=_run_script, args=arguments)
-        self._process.start()
+        self.pid = self._start(project / script, words, cwd, {**os.environ, **environment})
+        STARTED.add(self.pid)
 
-    @property
-    def pid(self) -> int:
+    def _start(self, script: Path, words: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> int:
+        self._process = _CONTEXT.Process(target=_run_script, args=(script, words, cwd, environment, self._files))
+        self._process.start()
         return self._process.pid
+
+    def _wait(self, seconds: float) -> int | None:
+        self._process.join(seconds)
+        return self._process.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
     def ended(self) -> Ended:
         """Wait for the end."""
-        self._process.join(SECONDS_AT_MOST)
-        if self._process.exitcode is None:
-            self._process.kill()
-            self._process.join()
-        out, err = (file.read_text() for file in self._files)
+        self._wait(SECONDS_AT_MOST)
+        end_group(self.pid)
+        code = self._wait(SECONDS_AT_MOST)
+        out, err = (file.read_text() if file.exists() else "" for file in self._files)
         self._output.cleanup()
-        return Ended(self._process.exitcode, out, err)
+        return Ended(code, out, err)
 
 
-class FreshCommand:
+class FreshCommand(Command):
     """As Command, in a new interpreter: for commands that start worker processes, which is not safe in a forked one."""
 
-    def __init__(self, *words: str, script: str = "train.py") -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(PROJECT / script), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.pid = self._process.pid
+    def _start(self, script: Path, words: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> int:
+        with open(self._files[0], "w") as out, open(self._files[1], "w") as err:
+            self._popen = subprocess.Popen(
+                [sys.executable, str(script), *words],
+                stdout=out,
+                stderr=err,
+                cwd=cwd,
+                env=environment,
+                start_new_session=True,
+            )
+        return self._popen.pid
 
-    def send_signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def ended(self) -> Ended:
-        """Wait for the end."""
-        try:
-            out, err = self._process.communicate(timeout=SECONDS_AT_MOST)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            out, err = self._process.communicate()
-        return Ended(self._process.returncode, out, err)
+    def _wait(self, seconds: float) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(seconds)
+        return self._popen.returncode
 
 
 def sweep(*words: str, **options) -> Command:
@@ -98,6 +102,8 @@ def _run_script(
     script: Path, words: tuple[str, ...], cwd: Path, environment: dict[str, str], files: list[Path]
 ) -> None:
     """Run the command in the forked process."""
+    # A group of its own, so that the end of the group is not that of the tests.
+    os.setsid()
     # A run collects garbage several times. Without this, each collection would visit all objects of the modules.
     gc.freeze()
     for descriptor, file in zip((1, 2), files, strict=True):

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import IO
 
+from helpers.processes import STARTED, end_group
+
 from tiedlora import errors
 
 
@@ -40,9 +42,13 @@ def forked_world(act: Callable[[int], object], size: int = 2, seconds: int = 60)
 def _fork(act: Callable[[], object], told: IO[str], seconds: int) -> int:
     child = os.fork()
     if child:
+        STARTED.add(child)
         return child
     code = 1
     try:
+        os.setsid()
+        # Python's own handler, which pytest-timeout has set, would not end a child that waits in foreign code.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(seconds)
         os.dup2(told.fileno(), 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -62,5 +68,6 @@ def _fork(act: Callable[[], object], told: IO[str], seconds: int) -> int:
 
 def _ended(child: int, told: IO[str]) -> tuple[int, str]:
     _, status = os.waitpid(child, 0)
+    end_group(child)
     told.seek(0)
     return os.waitstatus_to_exitcode(status), told.read()

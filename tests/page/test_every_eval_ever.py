@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 from importlib.util import find_spec
 
 import pytest
+from helpers import processes
 from helpers.report_runs import scored_run
 
 from tiedlora.analysis.runs import read_runs
@@ -77,6 +77,6 @@ def test_the_schemas_own_validator_passes_the_files(tmp_path, script):
     folder = tmp_path / "every-eval-ever"
     files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     command = [sys.executable, "-m", "every_eval_ever", "validate", *files]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    done = processes.run(command, cwd=folder)
     assert done.returncode == 0, done.stdout
     assert "2 passed" in done.stdout

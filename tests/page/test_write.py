@@ -4,10 +4,9 @@ import base64
 import csv
 import hashlib
 import re
-import subprocess
-import sys
 
 import pytest
+from helpers import processes
 from helpers.report_runs import scored_run, world
 
 from tiedlora.config.project import PROJECT
@@ -75,10 +74,6 @@ def test_an_empty_folder_gives_an_empty_report_and_a_missing_one_an_error(tmp_pa
 
 
 def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(PROJECT / "scripts/report.py"), str(tmp_path / "nowhere")],
-        capture_output=True,
-        text=True,
-    )
+    done = processes.run_python(PROJECT / "scripts/report.py", tmp_path / "nowhere")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

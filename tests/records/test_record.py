@@ -2,9 +2,12 @@
 
 import errno
 import re
+import subprocess
+import sys
 from dataclasses import field, make_dataclass
 
 import pytest
+from helpers import processes
 
 from tiedlora.config import compose as configuration
 from tiedlora.config.identity import config_tree, identity, run_id
@@ -142,26 +145,17 @@ class TestFolder:
         assert folder.state() == "done"
 
     def test_a_locked_folder_is_running_and_refuses_a_second_owner(self, tmp_path):
-        import subprocess
-        import sys
-
         folder = RunFolder(tmp_path / "run")
-        holder = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import sys,time,pathlib; from tiedlora.records.run_folder import RunFolder\n"
-                f"with RunFolder(pathlib.Path({str(folder.path)!r})).locked():\n"
-                "    print('held', flush=True); time.sleep(60)",
-            ],
-            stdout=subprocess.PIPE,
+        code = (
+            "import sys,time,pathlib; from tiedlora.records.run_folder import RunFolder\n"
+            f"with RunFolder(pathlib.Path({str(folder.path)!r})).locked():\n"
+            "    print('held', flush=True); time.sleep(60)"
         )
-        assert holder.stdout.readline() == b"held\n"
-        assert folder.state() == "running"
-        with pytest.raises(UserError, match="another process"), folder.locked():
-            pass
-        holder.kill()
-        holder.wait()
+        with processes.started([sys.executable, "-c", code], stdout=subprocess.PIPE) as holder:
+            assert holder.stdout.readline() == b"held\n"
+            assert folder.state() == "running"
+            with pytest.raises(UserError, match="another process"), folder.locked():
+                pass
         # The lock ends with its process.
         assert folder.state() == "interrupted"
 

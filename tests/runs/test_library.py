@@ -1,12 +1,11 @@
 """Loading runs and adapters, several adapters on one base, training that starts from an adapter, generate.py."""
 
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
 import torch
+from helpers import processes
 from helpers.tiny import EIGHT, randomise, tiny, tying_option
 from safetensors.torch import load_file
 
@@ -25,7 +24,7 @@ def logits(model, ids):
 
 def test_importing_it_loads_neither_torch_nor_hydra():
     code = "import sys, tiedlora; print(sorted({'torch', 'hydra', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert processes.run_python("-c", code).stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", EIGHT)

@@ -3,13 +3,13 @@
 import json
 import operator
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import processes
 from helpers.commands import Command, wait_until
 from helpers.tiny import tiny
 from safetensors.torch import load_file
@@ -103,7 +103,7 @@ def test_a_finished_run_is_printed_without_torch_or_its_generator(tiny_run, tiny
         f"runpy.run_path({str(PROJECT / 'train.py')!r}, run_name='__main__')\n"
         "print(sorted({'torch', 'transformers', 'reasoning_gym', 'scipy'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = processes.run_python("-c", code)
     assert "finished before" in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -327,11 +327,8 @@ class TestWandb:
         config = compose_config(tiny_run())
         folder = folder_of(config)
         (offline,) = (folder.path / "wandb").glob("offline-run-*")
-        leet = subprocess.run(
-            [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--summary", "--json", str(offline)],
-            capture_output=True,
-            text=True,
-            timeout=60,
+        leet = processes.run(
+            [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--summary", "--json", offline]
         )
         assert leet.returncode == 0, leet.stderr
         assert "exact_match_strict" in leet.stdout

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import processes
 from helpers.commands import wait_until
 
 from tiedlora.config.identity import run_id
@@ -29,7 +30,7 @@ def test_a_ctrl_c_that_also_ends_the_reader_of_the_output_saves_a_checkpoint(tin
     config = tiny_config(*long)
     folder = RunFolder(Path(config.outputs) / run_id(config))
     command = [sys.executable, "train.py", *words, *tiny_run(*long)]
-    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as started:
+    with processes.started(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as started:
         wait_until(lambda: len(read_metrics(folder.metrics_file)) >= 3)
         started.stdout.close()
         started.send_signal(signal.SIGINT)
@@ -45,7 +46,7 @@ def test_a_signal_while_the_model_is_loaded_ends_with_the_code_of_a_stop(tiny_ru
         "session.cached_base = lambda *_: os.kill(os.getpid(), signal.SIGTERM); "
         "import runpy; sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path('train.py', run_name='__main__')"
     )
-    ended = subprocess.run([sys.executable, "-c", code, *long], cwd=PROJECT, capture_output=True, text=True)
+    ended = processes.run_python("-c", code, *long, cwd=PROJECT)
     assert ended.returncode == 75, ended.stderr
     assert "the same command continues" in ended.stderr
 

@@ -1,9 +1,7 @@
 """From a command line to cells: the list of cells, checks of all cells before the first run, frozen cells."""
 
-import subprocess
-import sys
-
 import pytest
+from helpers import processes
 from helpers.tiny import EIGHT
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -82,8 +80,7 @@ def test_a_wrong_option_in_any_cell_stops_before_the_first(tiny_run, tmp_path):
     with pytest.raises(UserError, match=r"cell .*seed=-1.*: seed=-1: must be"):
         compose_sweep(tiny_run("seed=0,1,-1"))
     # In its own interpreter, as a user starts it.
-    command = [sys.executable, str(PROJECT / "train.py"), "--multirun", *tiny_run("train.lr=1e-3,-1")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ended = processes.run_python(PROJECT / "train.py", "--multirun", *tiny_run("train.lr=1e-3,-1"))
     assert ended.returncode == 2
     assert "cell" in ended.stderr
     assert "train.lr=-1" in ended.stderr

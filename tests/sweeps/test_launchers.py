@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers import processes
 from helpers.commands import FreshCommand, wait_until
 
 from tiedlora.config.schema import SLOT_DEVICE
@@ -116,6 +117,34 @@ def test_a_lost_job_costs_no_other_its_result(caplog):
     assert WorkerSlots(jobs, [{"SLOT": "0"}]).run() == ["0", None, None, "0"]
     assert "killed: its worker was killed" in caplog.text
     assert "raising: could not be run (ValueError" in caplog.text
+
+
+def test_a_slot_that_cannot_go_on_ends_the_sweep_with_its_error(monkeypatch):
+    loky = pytest.importorskip("joblib.externals.loky")
+
+    def broken(*arguments, **options):
+        raise OSError("no more processes\nhere")
+
+    monkeypatch.setattr(loky, "ProcessPoolExecutor", broken)
+    with pytest.raises(UserError, match=r"joblib_slots has ended: OSError: no more processes here; the same command"):
+        WorkerSlots([SlotJob("first", os.getpid), SlotJob("second", os.getpid)], [{}, {}]).run()
+
+
+def test_joblib_is_imported_before_the_slots_have_threads():
+    """Of two threads that import it at once, one may see half of it."""
+    pytest.importorskip("joblib")
+    code = """
+import os, sys, threading
+from tiedlora.sweeps.worker_slots import SlotJob, WorkerSlots
+start = threading.Thread.start
+def checked(thread):
+    assert "joblib.externals.loky" in sys.modules
+    start(thread)
+threading.Thread.start = checked
+print(WorkerSlots([SlotJob("job", os.getppid)], [{}]).run() == [os.getpid()])
+"""
+    done = processes.run_python("-c", code)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_joblib_gives_each_slot_its_device(monkeypatch):

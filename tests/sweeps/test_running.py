@@ -3,12 +3,11 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import processes
 from helpers.commands import sweep, wait_until
 
 from tiedlora.adapter.adapted import Adapted
@@ -46,6 +45,17 @@ def test_a_launcher_that_fails_at_once_fails_its_cells(tiny_run, capsys):
     assert end.value.code == 1
     assert "2 of 2 cells failed" in capsys.readouterr().err
     assert [cell.state() for cell in swept.cells] == ["failed", "failed"]
+
+
+def test_a_launcher_that_says_why_it_cannot_go_on_ends_the_sweep(tiny_run):
+    swept = compose_sweep(tiny_run("seed=0,1"))
+
+    def broken(cells, first_job):
+        raise UserError("a slot has ended")
+
+    with pytest.raises(UserError, match=r"^a slot has ended$"):
+        launching.run_sweep(swept, broken)
+    assert [cell.state() for cell in swept.cells] == ["missing", "missing"]
 
 
 def test_a_sweep_is_stopped_shared_finished_and_skipped(tiny_run, tmp_path):
@@ -87,8 +97,7 @@ def test_commands_that_run_nothing_import_no_torch(tiny_run):
         [script, "select", "--no-test", "--by", "loss", *words],
         [str(PROJECT / "train.py"), "--multirun", *words],
     ]
-    process = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)]
-    ended = subprocess.run(process, capture_output=True, text=True, timeout=120)
+    ended = processes.run_python("-c", WITHOUT_TORCH, json.dumps(commands))
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("2 cells: 2 done") == 2
     assert "2 finished before, 0 to run" in ended.stderr

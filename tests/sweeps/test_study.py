@@ -4,10 +4,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
+from helpers import processes
 from helpers.commands import wait_until
 
 from tiedlora import storage
@@ -181,7 +181,7 @@ def test_a_signal_that_stops_a_study_lets_its_sweep_save_a_checkpoint(tiny_run, 
         "import runpy, sys; from pathlib import Path; run = runpy.run_path('scripts/study.py')['run_until_stopped']; "
         "sys.exit(run([sys.executable, 'train.py', '--multirun', *sys.argv[1:]]))"
     )
-    with subprocess.Popen([sys.executable, "-c", code, *words], cwd=PROJECT) as command:
+    with processes.started([sys.executable, "-c", code, *words], cwd=PROJECT) as command:
         wait_until(cell.folder.metrics_file.exists)
         command.send_signal(number)
         assert command.wait(150) == 75
@@ -209,14 +209,8 @@ def test_a_study_without_records_cannot_be_restored(folder, tmp_path):
 
 
 def repeated(folder, place, run_id):
-    command = [sys.executable, str(PROJECT / "scripts/study.py"), "repeat", str(folder), run_id]
-    return subprocess.run(
-        [*command, "--outputs", str(folder / "again")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TIEDLORA_CACHE": str(place / ".cache")},
-        check=False,
-    )
+    command = [PROJECT / "scripts/study.py", "repeat", folder, run_id, "--outputs", folder / "again"]
+    return processes.run_python(*command, env={**os.environ, "TIEDLORA_CACHE": str(place / ".cache")})
 
 
 def test_a_run_is_repeated_from_its_record_to_the_same_bytes(folder, outputs):
@@ -263,7 +257,7 @@ def test_all_runs_of_a_study_are_verified_at_once(folder, outputs):
     environment = {**os.environ, "TIEDLORA_CACHE": str(place / ".cache")}
 
     def verified():
-        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        return processes.run(command, env=environment)
 
     done = verified()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -283,12 +277,10 @@ def test_a_forecast_adds_up_the_sweeps_and_counts_shared_cells_once(folder):
     (folder / "study.yaml").write_text(plan.replace("task=gsm_symbolic", "task=chain_sum, rank=r1"))
     command = [sys.executable, str(PROJECT / "scripts/study.py"), "forecast", str(folder)]
     words = ["train=tiny", "tracking=none", "train.threads=1"]
-    done = subprocess.run(
-        [*command, *words, "--outputs", str(folder / "none")], capture_output=True, text=True, check=False
-    )
+    done = processes.run([*command, *words, "--outputs", folder / "none"])
     assert done.returncode == 0, done.stderr
     (row,) = [line for line in done.stdout.splitlines() if " chain_sum " in line]
     assert row.split()[2] == "3"
-    refused = subprocess.run([*command[:2], "plan", str(folder), "seed=1"], capture_output=True, text=True, check=False)
+    refused = processes.run([*command[:2], "plan", folder, "seed=1"])
     assert refused.returncode == 2
     assert refused.stderr.strip() == "error: seed=1: plan takes no words; change study.yaml instead"

@@ -4,14 +4,15 @@ import json
 import os
 import pty
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from helpers import processes
 from helpers.commands import Command, wait_until
 from rich.console import Console
 
@@ -148,7 +149,7 @@ class TestReadOnly:
         code = (
             f"import fcntl; f = open({str(path)!r}, 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
         )
-        with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1) as other:
+        with processes.started([sys.executable, "-c", code], stdin=-1, stdout=-1) as other:
             other.stdout.readline()
             assert is_locked(path, set())
             other.stdin.close()
@@ -230,7 +231,7 @@ class TestCommand:
         wait_until(lambda: list((tmp_path / "outputs" / "sweeps").glob("*/cells/*")))
         page = tmp_path / "page.html"
         command = [sys.executable, "scripts/sweep.py", "watch", f"outputs={tmp_path}/outputs", "--html", str(page)]
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=200)
+        done = processes.run(command, cwd=PROJECT)
         assert sweeping.ended().code == 1
         assert done.returncode == 1, done.stderr
         lines = done.stdout.splitlines()
@@ -246,18 +247,8 @@ class TestCommand:
         main, terminal = pty.openpty()
         command = [sys.executable, "scripts/sweep.py", "watch", "sweep", f"outputs={tmp_path}/outputs"]
         environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
-        watching = subprocess.Popen(
-            command,
-            cwd=PROJECT,
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-            env=environment,
-            # A shell's background jobs, and so these tests as one, ignore the signal of Ctrl-C.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-        os.close(terminal)
-        os.set_blocking(main, False)
+        # A shell's background jobs, and so these tests as one, ignore the signal of Ctrl-C.
+        hears_ctrl_c = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
         shown = b""
 
         def screen() -> bytes:
@@ -266,10 +257,14 @@ class TestCommand:
                 shown += os.read(main, 2**16)
             return shown
 
-        wait_until(lambda: screen().count(b"Ctrl-C leaves") > 1)
-        assert b"\x1b[?1049h" in shown
-        watching.send_signal(2)
-        wait_until(lambda: screen() and watching.poll() is not None)
+        streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+        with processes.started(command, cwd=PROJECT, env=environment, preexec_fn=hears_ctrl_c, **streams) as watching:
+            os.close(terminal)
+            os.set_blocking(main, False)
+            wait_until(lambda: screen().count(b"Ctrl-C leaves") > 1)
+            assert b"\x1b[?1049h" in shown
+            watching.send_signal(2)
+            wait_until(lambda: screen() and watching.poll() is not None)
         assert watching.returncode == 0
         assert b"\x1b[?1049l" in screen()
         assert b"1 of 4 done" in shown[shown.index(b"\x1b[?1049l") :]

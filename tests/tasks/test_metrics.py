@@ -2,10 +2,10 @@
 
 import json
 import random
-import subprocess
 import sys
 
 import pytest
+from helpers import processes
 from helpers.tiny import task_option
 
 from tiedlora.errors import UserError
@@ -106,7 +106,7 @@ def test_bleu_and_chrf_are_sacrebleus_command_line(tmp_path):
     (tmp_path / "out").write_text("\n".join(outputs) + "\n", encoding="utf-8")
     (tmp_path / "ref").write_text("\n".join(references) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "sacrebleu", str(tmp_path / "ref"), "-i", str(tmp_path / "out")]
-    done = subprocess.run([*command, "-m", "bleu", "chrf", "-w", "6"], capture_output=True, text=True, check=True)
+    done = processes.run([*command, "-m", "bleu", "chrf", "-w", "6"], check=True)
     bleu, chrf = json.loads(done.stdout)
     assert 100 * found["bleu"] == pytest.approx(bleu["score"], abs=5e-5)
     assert 100 * found["chrf"] == pytest.approx(chrf["score"], abs=5e-5)

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from helpers import processes
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
@@ -23,7 +23,7 @@ def finished(words: list[str], tmp_path: Path) -> RunFolder:
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
     for more in (["train.pause_after=3"], []):
         command = [sys.executable, str(PROJECT / "train.py"), *words, *more]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = processes.run(command, env=environment, cwd=tmp_path)
         assert done.returncode in (0, 75), done.stderr
         assert "has failed" not in done.stderr
     config = compose_config(words)
@@ -41,7 +41,7 @@ def test_trackio_reads_the_run_back(tiny_run, tmp_path):
     def ask(*words: str):
         command = [str(Path(sys.executable).with_name("trackio")), *words, "--json"]
         environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
-        return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        return json.loads(processes.run(command, env=environment, check=True).stdout)
 
     assert ask("list", "runs", "--project", "tiedlora")["runs"] == [folder.path.name]
     named = ("--project", "tiedlora", "--run", folder.path.name)

@@ -1,11 +1,11 @@
 """W&B without an account: sweeps/wandb, and the W&B runs of our own sweeps."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers import processes
 from helpers.commands import Command
 from wandb.util import get_core_path
 
@@ -75,7 +75,7 @@ def inspect(run_folder: Path) -> list[dict]:
         file,
         run_folder.parent,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = processes.run(command, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

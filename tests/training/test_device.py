@@ -1,11 +1,10 @@
 """What a GPU needs, shown without one: by tensors that have a device and no values (torch's meta and fake tensors)."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from helpers import processes
 from helpers.tiny import TINY, tying_option
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -77,7 +76,7 @@ def test_folding_copies_nothing_to_the_device_in_any_family():
 def test_no_step_waits_for_the_device():
     """In a process of its own, because autograd counts devices at its first backward pass."""
     script = PROJECT / "tests/helpers/fake_gpu.py"
-    done = subprocess.run([sys.executable, script, *TINY], capture_output=True, text=True, timeout=120)
+    done = processes.run_python(script, *TINY)
     assert done.returncode == 0, done.stderr
 
 

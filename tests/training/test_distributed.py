@@ -1,12 +1,12 @@
 """Several processes give the loss curve and the adapter of one process, with each row once; sharding is refused."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import processes
 from helpers.forks import forked_world
 from helpers.tiny import tiny
 from safetensors.torch import load_file
@@ -39,7 +39,7 @@ def test_two_processes_are_one(tiny_config, tiny_run, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(PROJECT / "train.py"), *tiny_run(*more), f"outputs={tmp_path}/together"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    done = processes.run(command, env=environment)
     assert done.returncode == 0, done.stderr
     (folder,) = (RunFolder(path.parent) for path in (tmp_path / "together").glob("*/result.json"))
     together = folder.record()

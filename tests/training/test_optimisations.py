@@ -6,11 +6,10 @@ factors in test_adapter.py.
 
 import random
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers import processes
 from helpers.tiny import TINY, randomise, tiny, tying_option
 from torch.nn import functional as F
 
@@ -140,7 +139,7 @@ allocator.keep_freed_memory()
 faults()
 print(given, faults())
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = processes.run_python("-c", script, check=True)
     given, kept = map(int, done.stdout.split())
     assert kept < 1000, "ten blocks of 64 MB, page by page, would be 156,250"
     assert kept < given

@@ -192,6 +192,9 @@ class _Launches:
         while cells:
             try:
                 self.launch(cells, self.next_job)
+            except UserError:
+                # The launcher itself cannot go on, and says why.
+                raise
             except Exception as error:
                 # What a launcher returns or raises does not matter: the folders show what it has done.
                 reason = f"{type(error).__name__}: {error}"

@@ -6,6 +6,7 @@ joblib gives up a whole pool when it loses a worker.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -70,6 +71,8 @@ class WorkerSlots(Generic[T]):
         self._results: list[T | None] = [None] * len(jobs)
         self._pools: dict[int, Any] = {}
         self._stopping = False
+        self._error: BaseException | None = None
+        """Why a slot has ended before its time."""
         self._ended = [threading.Event() for _ in self.environments]
 
     def run(self) -> list[T | None]:
@@ -80,7 +83,11 @@ class WorkerSlots(Generic[T]):
 
         Raises:
             KeyboardInterrupt: after every running job has ended or saved its checkpoint.
+            UserError: a slot could not go on, as when no process can be started. The running jobs have ended as above.
         """
+        # Now, and not in the slots: of two threads that import it at once, one may see half of it. Not at the top of
+        # the file: joblib is an optional extra, and the plug-in has checked that it is installed.
+        importlib.import_module("joblib.externals.loky")
         for slot in range(len(self.environments)):
             threading.Thread(target=self._work, args=(slot,)).start()
         try:
@@ -88,6 +95,9 @@ class WorkerSlots(Generic[T]):
         except KeyboardInterrupt:
             self._stop()
             self._wait()
+        if self._error is not None:
+            reason = " ".join(f"{type(self._error).__name__}: {self._error}".split())
+            raise UserError(f"a slot of hydra/launcher=joblib_slots has ended: {reason}; the same command continues")
         if self._stopping:
             raise KeyboardInterrupt
         return self._results
@@ -113,11 +123,14 @@ class WorkerSlots(Generic[T]):
     def _work(self, slot: int) -> None:
         try:
             self._take_jobs(slot)
+        except BaseException as error:
+            # Without its slot the sweep would go on with one process fewer, and say nothing.
+            self._error = error
+            self._stop()
         finally:
             self._ended[slot].set()
 
     def _take_jobs(self, slot: int) -> None:
-        # Not at the top of the file: joblib is an optional extra, and the plug-in has checked that it is installed.
         from joblib.externals.loky import BrokenProcessPool, ProcessPoolExecutor
 
         while self._waiting and not self._stopping:
