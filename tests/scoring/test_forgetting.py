@@ -1,5 +1,6 @@
 """Forgetting: neutral text is split into passages, scored without a prompt, and recorded beside the splits."""
 
+import codecs
 import itertools
 import json
 import sys
@@ -61,6 +62,12 @@ def test_a_file_becomes_consecutive_passages_of_at_most_the_context(text, encode
     assert len({passage.id for passage in found}) == len(found)
     # Other texts have other ids, so their rows are never paired.
     assert not {passage.id for passage in found} & {passage.id for passage in as_passages(["another text"])}
+
+
+def test_the_mark_of_an_editor_on_windows_is_not_scored(text, encoder):
+    plain = read_passages(str(text), encoder, None)
+    text.write_bytes(codecs.BOM_UTF8 + text.read_bytes())
+    assert read_passages(str(text), encoder, None) == plain
 
 
 def test_only_the_first_passages_are_scored(tmp_path, encoder):

@@ -28,7 +28,7 @@ WHOLE = line()
 ROWS = {  # the bytes of gsm8k/test.jsonl, and words of the message
     "not UTF-8": (WHOLE + b'{"question": "\xff\xfe"}\n', "test.jsonl:2: is not UTF-8 (byte 14)"),
     "UTF-16": (WHOLE.decode().encode("utf-16"), "test.jsonl:1: is not UTF-8"),
-    "a byte order mark": (b"\xef\xbb\xbf" + WHOLE, "test.jsonl:1: is not valid JSON"),
+    "no row but a byte order mark": (b"\xef\xbb\xbf", "test.jsonl: holds no rows"),
     "cut short": (WHOLE + WHOLE[:40], "test.jsonl:2: is not valid JSON"),
     "an array": (b"[1, 2]\n", "test.jsonl:1: must be a JSON object, not list"),
     "a text": (b'"x"\n', "test.jsonl:1: must be a JSON object, not str"),

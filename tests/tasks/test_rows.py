@@ -1,5 +1,7 @@
 """The sources of rows: the hub, the official zip of IWSLT 2017, and local files that fetch_data.py writes."""
 
+import codecs
+import json
 import sys
 import zipfile
 from dataclasses import replace
@@ -8,10 +10,11 @@ import pytest
 from helpers.task_rows import FIVE, GOOD, one_example, task_option
 from helpers.tiny import task_option as compose_task
 
+from tiedlora import storage
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import SPLITS
 from tiedlora.errors import UserError
-from tiedlora.tasks import Task, load_examples
+from tiedlora.tasks import Task, digest, load_examples
 from tiedlora.tasks.iwslt2017 import evaluation_lines, ted_pair, training_lines, zipped_rows
 from tiedlora.tasks.rows import DataRow
 
@@ -48,6 +51,23 @@ def test_fetch_writes_what_training_reads(tmp_path, monkeypatch):
     fetch_data.main(["task=squad", f"data_root={tmp_path}"])
     (example,) = load_examples(task_option("squad", "task.rows.validation=1"), "validation", str(tmp_path))
     assert example == replace(one_example("squad", GOOD["squad"]), id="q1")
+
+
+def test_files_of_editors_on_windows_are_read_as_any_other(tmp_path):
+    """They may begin with a byte order mark, and end lines with two characters. Joined files have a mark inside."""
+    mark = codecs.BOM_UTF8
+    row, other = ({**GOOD["gsm8k"], "question": f"How many {what}?"} for what in ("äpfel", "\ufeff"))
+    lines = [json.dumps(one, ensure_ascii=False).encode() for one in (row, other)]
+    for name, data in (("plain", b"\n".join(lines)), ("windows", b"".join(mark + line + b"\r\n" for line in lines))):
+        (tmp_path / name / "gsm8k").mkdir(parents=True)
+        (tmp_path / name / "gsm8k" / "test.jsonl").write_bytes(data)
+    (tmp_path / "claims.yaml").write_bytes(mark + b"claims:\r\n- name: x\r\n")
+    plain, windows = (load_examples(task_option("gsm8k"), "test", str(tmp_path / name)) for name in ("plain", "windows"))
+    assert digest(windows) == digest(plain)
+    # A mark that is no file's first character is part of the text.
+    assert "\ufeff" in windows[1].prompt
+    # Claims, plans of studies and published scores are read so.
+    assert storage.read_yaml(tmp_path / "claims.yaml") == {"claims": [{"name": "x"}]}
 
 
 def test_iwslt_pairs_come_out_of_the_official_zip(tmp_path):

@@ -130,7 +130,7 @@ def split_text(text: str, fits: Callable[[str], bool]) -> Iterator[str]:
 
 def _file_text(path: Path) -> str:
     try:
-        return storage.read_bytes(path.expanduser(), LARGEST_FILE).decode("utf-8")
+        return storage.read_bytes(path.expanduser(), LARGEST_FILE).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"score.forgetting={path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
 

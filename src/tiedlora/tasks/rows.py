@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,11 +60,15 @@ def rows_folder(config: TaskConfig, data_root: Path) -> Path:
 def read_json_lines(path: Path) -> list[DataRow]:
     """Rows of a UTF-8 JSON Lines file; blank lines are skipped.
 
+    The byte order mark that editors on Windows write is no part of a row. It stands at the start of a file, and inside
+    one that was joined from several.
+
     Raises:
         UserError: a line is not UTF-8, not JSON, not an object, or too long; the message names the line.
     """
     rows = []
     for number, line in enumerate(storage.read_bytes(path).split(b"\n"), start=1):
+        line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         where = f"{path}:{number}"
