@@ -28,8 +28,8 @@ def encoder(*overrides: str, context: int = 512) -> Encoder:
     return Encoder(tiny("tiny_llama").tokenizer, config.task, context)
 
 
-def squad_example(context: str, answer: str, task: Squad) -> Example:
-    row = {"context": context, "question": "Which one?", "answers": {"text": [answer], "answer_start": [0]}}
+def squad_example(context: str, answer: str, task: Squad, question: str = "Which one?") -> Example:
+    row = {"context": context, "question": question, "answers": {"text": [answer], "answer_start": [0]}}
     return task.example(DataRow("here", row), "0")
 
 
@@ -91,6 +91,16 @@ def test_a_prompt_of_which_nothing_would_be_left_is_not_shortened():
     long_question = Example("0", "short context " + PASSAGE, " x", cuttable=(0, len("short context")))
     assert coder.shortened(long_question) is None
     assert coder.shortened(Example("0", "o" * 100 + "?", " x", cuttable=(0, 100))) is None
+
+
+def test_a_question_that_cannot_fit_is_not_tokenised_again_and_again(monkeypatch):
+    """The search for the part of the passage that fits once took the tokens of the whole question a dozen times."""
+    coder, tokenised = encoder(), []
+    take, question = coder.text, "w " * 5_000
+    monkeypatch.setattr(coder, "text", lambda text: tokenised.append(len(text)) or take(text))
+    rows = [squad_example(PASSAGE, "word1", Squad(coder.config), question=text) for text in ("Which?", question)]
+    assert encode_rows(coder, rows).kept == [0]
+    assert sum(length > len(question) for length in tokenised) == 2
 
 
 def test_no_room_for_a_prompt_names_the_key():

@@ -121,6 +121,10 @@ class Encoder:
         if self._fits(example):
             return example
         start, end = example.cuttable
+        # Where the rest of the prompt alone does not fit, the bisection would find nothing. It takes the tokens of the
+        # whole prompt a dozen times, which are minutes for a question of a million characters.
+        if start == end or not self._fits(_cut(example, 0)):
+            return None
         # Bisection finds the most characters that fit: nearly always, a longer text has more tokens.
         low, high = 0, end - start
         while low < high:
@@ -183,10 +187,11 @@ def encode_rows(encoder: Encoder, examples: Sequence[Example]) -> EncodedRows:
     counts = {"rows": len(examples), "shortened": 0, "dropped_prompt": 0, "dropped_target": 0, "dropped_answer": 0}
     for number, example in enumerate(examples):
         shortened = encoder.shortened(example)
-        tokens = encoder.example(shortened or example)
         if shortened is None:
             counts["dropped_prompt"] += 1
-        elif len(tokens.target) > (config.max_target_tokens or context) or len(tokens) > context:
+            continue
+        tokens = encoder.example(shortened)
+        if len(tokens.target) > (config.max_target_tokens or context) or len(tokens) > context:
             counts["dropped_target"] += 1
         elif shortened is not example and example.must_hold not in shortened.prompt:
             counts["dropped_answer"] += 1

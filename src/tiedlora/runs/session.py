@@ -116,13 +116,18 @@ class RunSession:
         return examples
 
     def _fit(self, rows: RunRows) -> dict[str, EncodedRows]:
-        config, base = self.config, self.base
+        config, base, cache = self.config, self.base, Path(self.config.cache)
+
+        def fitted(split: str, examples: list[Example]) -> EncodedRows:
+            encoded = token_cache.load_or_encode(self.encoder, examples, rows.digests[split], base, cache)
+            if dropped := sorted(set(range(len(examples))) - set(encoded.kept)):
+                first = examples[dropped[0]].id
+                log.info("%d of %d %s rows do not fit, such as id %s", len(dropped), len(examples), split, first)
+            return encoded
+
         return TOKENS.get(
             (config.task, rows.digests, base.record, config.model.context),
-            lambda: {
-                split: token_cache.load_or_encode(self.encoder, examples, rows.digests[split], base, Path(config.cache))
-                for split, examples in rows.examples.items()
-            },
+            lambda: {split: fitted(split, examples) for split, examples in rows.examples.items()},
         )
 
     def _attach(self) -> Arm:
