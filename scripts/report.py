@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from tiedlora import errors
-from tiedlora.page import every_eval_ever, peft_results, readme, write
+from tiedlora.page import readme, write
 
 PROJECT = Path(__file__).resolve().parents[1]
 CLAIMS = PROJECT / "claims" / "tied_lora.yaml"
@@ -22,13 +22,6 @@ def main() -> None:
     parser.add_argument("--split", choices=("validation", "test"), help="default: test where the chosen runs have it")
     parser.add_argument("--sections", type=int, default=24, help="groups with a section of their own on the page")
     parser.add_argument("--reference", type=Path, default=PROJECT / "reference", help="folder of published scores")
-    parser.add_argument("--peft-results", type=Path, help="results folder of PEFT's method_comparison/MetaMathQA")
-    parser.add_argument(
-        "--export",
-        choices=("every-eval-ever",),
-        help="also write the runs with their rows in this shared schema, to OUT/every-eval-ever",
-    )
-    parser.add_argument("--export-peft", type=Path, help="also write our GSM8K test runs there, in PEFT's schema")
     parser.add_argument(
         "--readme", type=Path, help="also write tables between the marks of this file (docs/results.md)"
     )
@@ -37,20 +30,12 @@ def main() -> None:
         arguments.runs,
         claims=arguments.claims,
         split=arguments.split,
-        peft_results_in=arguments.peft_results,
         published_in=arguments.reference,
     )
     for line in write.write(report, arguments.out, sections=arguments.sections):
         print(line)
     if arguments.readme:
         print(f"wrote          {', '.join(readme.write(report, arguments.readme))} into {arguments.readme}")
-    if arguments.export:
-        folder = arguments.out / arguments.export
-        count = every_eval_ever.export(report.runs, folder)
-        print(f"exported       {count} runs to {folder}")
-    if arguments.export_peft:
-        count = peft_results.export(report.runs, arguments.export_peft)
-        print(f"exported       {count} runs on GSM8K's test split to {arguments.export_peft}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.rules import Retains
 from tiedlora.analysis.runs import read_runs
 from tiedlora.config.project import PROJECT
-from tiedlora.page import charts, formats, peft_results, plots, write
+from tiedlora.page import charts, formats, plots, write
 from tiedlora.page.overview import overview
 
 ROWS = 40
@@ -43,8 +43,8 @@ def test_points_and_nats_never_share_an_axis(report, tmp_path, monkeypatch):
     expected = {("exact_match_strict", ("LoRA", "TABuv")), ("target_loss", ("LoRA", "TAB", "TABuv"))}
     assert drawn(charts.by_setting(report.rows, "tiny")) == expected
     panels = {}
-    monkeypatch.setattr(plots, "pareto", lambda given, peers: panels.setdefault("pareto", given) and plots.plt.figure())
-    plots.draw(report.rows, [], [], [], tmp_path / "figures")
+    monkeypatch.setattr(plots, "pareto", lambda given: panels.setdefault("pareto", given) and plots.plt.figure())
+    plots.draw(report.rows, [], [], tmp_path / "figures")
     assert drawn(panel.rows for panel in panels["pareto"]) == expected
     assert {panel.title for panel in panels["pareto"]} == {
         "chain_sum, exact_match_strict\ntiny",
@@ -105,15 +105,6 @@ def test_rates_are_compared_by_the_loss_if_their_scores_are_of_different_metrics
     (group,) = group_runs(*read_runs([tmp_path]))
     assert group.lr == 1e-2
     assert any("not all runs have the same validation score" in mark for mark in group.marks)
-
-
-def test_a_loss_is_no_accuracy_for_pefts_comparison(tmp_path):
-    scored_run(tmp_path / "runs", [1.0] * ROWS, split="test", task="gsm8k")
-    scored_run(tmp_path / "runs", [0.8] * ROWS, split="test", task="gsm8k", metric="target_loss", seed=1)
-    runs, _ = read_runs([tmp_path / "runs"])
-    assert peft_results.export(runs, tmp_path / "out") == 1
-    (peer,), _ = peft_results.read(tmp_path / "out")
-    assert peer.accuracy == 1.0
 
 
 def test_other_ends_of_answers_are_said_where_answers_are_compared(tmp_path):

@@ -157,7 +157,6 @@ def render(
         filters=_filters(tables.results, results),
         results=results,
         cost=shown(tables.cost),
-        peers=shown(tables.peers),
         left_out=shown(tables.left_out),
         sections=sections,
         sections_note=f"One run per group, the one with the lowest seed.{more if len(groups) > most_sections else ''}",
@@ -213,7 +212,6 @@ def _contents(tables: ReportTables, has_answers: bool, has_curves: bool) -> list
         ("results", "Results", True),
         ("claims", "Claims", bool(tables.claims.rows)),
         ("cost", "Cost", True),
-        ("peers", "PEFT's runs", bool(tables.peers.rows)),
         ("runs", "Runs", True),
         ("left-out", f"Left out ({len(tables.left_out.rows)})", True),
     ]

@@ -16,7 +16,6 @@ from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.forest import ShareAxis
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.shares_by_size import SizePanel
-from tiedlora.page.peft_results import Peer
 
 INK = "#1b1b1d"
 """The colour of text and axes."""
@@ -38,7 +37,6 @@ COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#7
 """Every colour of a series. The page has a class for each, k0 to k6, with a lighter one for its dark theme."""
 OTHERS = [(colour, marker, dash) for marker, dash in (("X", "-."), ("p", "--"), ("H", ":")) for colour in COLOURS]
 """The styles of all other configurations: one of these, which follows from the name."""
-PEER = ("#7f7f7f", "*")
 
 
 def style(group: RunGroup) -> tuple[str, str, str]:
@@ -59,7 +57,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 def pareto_panel(ax: Axes, rows: list[ResultRow]) -> None:
     places = [(row.group.params, _shown(row)) for row in rows]
     best = front([(params, row.measure.sign * value) for row, (params, value) in zip(rows, places, strict=True)])
-    _draw_front(ax, [places[number] for number in best])
+    ax.plot(*zip(*(places[number] for number in best), strict=True), color=INK, linewidth=1, alpha=0.6, zorder=1)
     for number, row in enumerate(rows):
         _errorbar(ax, row, places[number][0], filled=number in best)
         for score in row.published:
@@ -71,28 +69,6 @@ def pareto_panel(ax: Axes, rows: list[ResultRow]) -> None:
                 s=130,
                 facecolors="none",
                 edgecolors=colour,
-            )
-    axis_of_counts(ax)
-
-
-def _draw_front(ax: Axes, places: Sequence[tuple[float, float]]) -> None:
-    ax.plot(*zip(*places, strict=True), color=INK, linewidth=1, alpha=0.6, zorder=1)
-
-
-def peer_panel(ax: Axes, peers: Sequence[Peer]) -> None:
-    by_place = {(float(peer.params), 100 * peer.accuracy): peer.method for peer in peers if peer.params > 0}
-    places = list(by_place)
-    best = front(places)
-    _draw_front(ax, [places[number] for number in best])
-    params, scores = zip(*places, strict=True)
-    ax.scatter(params, scores, color=PEER[0], marker=PEER[1], s=40, zorder=2)
-    last = 0.0
-    for number in best:
-        # Names of close points on the front would cover each other, so there is one name per third of a decade.
-        if params[number] > last * 10**0.35:
-            last = params[number]
-            ax.annotate(
-                by_place[places[number]], places[number], fontsize=6, xytext=(3, -7), textcoords="offset points"
             )
     axis_of_counts(ax)
 

@@ -29,8 +29,7 @@ from tiedlora.page.arena_figure import arena, has_other_methods
 from tiedlora.page.charts import drawn
 from tiedlora.page.forest_panel import forest_panel, height
 from tiedlora.page.layer_panels import layer_panel, titled
-from tiedlora.page.panels import INK, curve_panel, pareto_panel, peer_panel, rank_panel, share_panel, style
-from tiedlora.page.peft_results import Peer
+from tiedlora.page.panels import INK, curve_panel, pareto_panel, rank_panel, share_panel, style
 from tiedlora.records.interval import Unit
 
 PANELS = 12
@@ -69,7 +68,6 @@ class Panel:
 
 def draw(
     rows: Sequence[ResultRow],
-    peers: Sequence[Peer],
     answers: Sequence[Answer],
     sizes: Sequence[SizePanel],
     out: Path,
@@ -86,7 +84,7 @@ def draw(
     widest = max((panel.rows for panel in panels), key=len)
     out.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(RC):
-        _save(out, "pareto", pareto(panels, peers))
+        _save(out, "pareto", pareto(panels))
         _save(out, "rank", _by_setting(panels, rank_panel, "rank r", _score_axis))
         _save(out, "curves", _by_setting(_settings(rows)[:PANELS], curve_panel, "step", _loss_axis))
         _save(out, "cost", cost([row.group for row in widest]))
@@ -199,21 +197,14 @@ def _by_setting(
     fill: Callable[[Axes, list[ResultRow]], None],
     x: str,
     y: Callable[[Panel], str],
-    peers: Sequence[Peer] = (),
 ) -> Figure:
-    """A figure with one panel per setting, a panel for PEFT's results if there are any, and one legend."""
-    figure, axes = _grid(len(panels) + bool(peers))
+    """A figure with one panel per setting, and one legend."""
+    figure, axes = _grid(len(panels))
     for ax, panel in zip(axes.flat, panels, strict=False):
         fill(ax, panel.rows)
         ax.set_title(panel.title, fontsize=9)
         ax.set_xlabel(x)
         ax.set_ylabel(y(panel))
-    if peers:
-        ax = axes.flat[len(panels)]
-        peer_panel(ax, peers)
-        ax.set_title("MetaMathQA to GSM8K, PEFT method_comparison, published", fontsize=9)
-        ax.set_xlabel(x)
-        ax.set_ylabel("score (points of 100)")
     _add_legend(figure, [row.group for panel in panels for row in panel.rows], with_lines=fill is curve_panel)
     return figure
 
@@ -240,9 +231,9 @@ def _add_legend(figure: Figure, groups: Iterable[RunGroup], with_lines: bool = F
     figure.legend(handles=[handles[label] for label in sorted(handles)], loc="outside lower center", ncols=5)
 
 
-def pareto(panels: Sequence[Panel], peers: Sequence[Peer]) -> Figure:
-    """Score against trainable parameters, with the Pareto front. PEFT's results have a separate panel."""
-    return _by_setting(panels, pareto_panel, "trainable parameters (log)", _score_axis, peers)
+def pareto(panels: Sequence[Panel]) -> Figure:
+    """Score against trainable parameters, with the Pareto front."""
+    return _by_setting(panels, pareto_panel, "trainable parameters (log)", _score_axis)
 
 
 def cost(groups: Sequence[RunGroup]) -> Figure:

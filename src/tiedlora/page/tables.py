@@ -13,7 +13,6 @@ from tiedlora.analysis.estimates import Estimate
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import LeftOut
 from tiedlora.analysis.shares_by_size import SizePanel
-from tiedlora.page.peft_results import Peer
 from tiedlora.page.values import (
     Amount,
     Column,
@@ -52,7 +51,6 @@ class ReportTables:
     """Claims over all their tasks; without rows if every claim has one task."""
     claims: Table
     shares: Table
-    peers: Table
     left_out: Table
 
     def all(self) -> list[Table]:
@@ -64,7 +62,6 @@ class ReportTables:
             self.verdicts,
             self.claims,
             self.shares,
-            self.peers,
             self.left_out,
         ]
 
@@ -275,39 +272,6 @@ def shares(panels: Iterable[SizePanel]) -> Table:
         for arm in panel.arms
     ]
     return Table("shares", caption, columns, rows)
-
-
-def peers(published: Sequence[Peer]) -> Table:
-    """One row per run that PEFT has published."""
-    rows = [
-        (
-            peer.experiment,
-            peer.method,
-            peer.model,
-            Count(peer.params),
-            ScoreValue(peer.accuracy),
-            Ends(peer.interval()),
-            Amount(peer.file_bytes / MIB),
-            Amount(peer.memory_bytes / GIB),
-        )
-        for peer in published
-    ]
-    columns = (
-        Column("experiment"),
-        Column("method"),
-        Column("model"),
-        Column("parameters", Count),
-        Column("score", ScoreValue),
-        Column("95 % examples", Ends),
-        Column("adapter MiB", Amount),
-        Column("peak memory GiB", Amount),
-    )
-    caption = (
-        "Results files of PEFT's method_comparison/MetaMathQA as published: GSM8K test accuracy after training on "
-        "MetaMathQA, one seed each, so the intervals (Wilson, 1,319 rows) cover only which examples were drawn. "
-        "Another base model, other data and another protocol than ours: compare shapes, not numbers."
-    )
-    return Table("peers", caption, columns, rows)
 
 
 def left_out(folders: Iterable[LeftOut]) -> Table:

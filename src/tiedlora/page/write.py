@@ -17,10 +17,9 @@ from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
 from tiedlora.analysis.runs import LeftOut, Run, read_runs, read_selections, run_roots
 from tiedlora.analysis.scorebook import Scorebook
 from tiedlora.analysis.shares_by_size import SizePanel, size_panels
-from tiedlora.page import browser, formats, page, peft_results, plots, tables
+from tiedlora.page import browser, formats, page, plots, tables
 from tiedlora.page.overview import overview
 from tiedlora.page.page import SheetLink
-from tiedlora.page.peft_results import Peer
 from tiedlora.page.tables import ReportTables
 from tiedlora.records.interval import Unit
 from tiedlora.text import visible
@@ -42,7 +41,6 @@ class Report:
     groups: list[RunGroup]
     rows: list[ResultRow]
     answers: list[Answer]
-    peers: list[Peer] = field(default_factory=list)
     sizes: list[SizePanel] = field(default_factory=list)
     """What every arm keeps of a reference's gain."""
 
@@ -75,7 +73,6 @@ class Report:
             verdicts=tables.verdicts(self.verdicts if self.has_several_tasks() else []),
             claims=tables.claims(self.answers),
             shares=tables.shares(self.sizes),
-            peers=tables.peers(self.peers),
             left_out=tables.left_out(self.left_out),
         )
 
@@ -85,7 +82,6 @@ def build(
     *,
     claims: Path | None = None,
     split: str | None = None,
-    peft_results_in: Path | None = None,
     published_in: Path | None = None,
 ) -> Report:
     """Read the runs and compute every number of the report.
@@ -109,11 +105,7 @@ def build(
     for row in rows:
         row.published = reference.published(scores, row.group, row.measure.split, row.measure.metric)
     answers = claim_answers.answer_claims(stated, groups, book, split)
-    peers: list[Peer] = []
-    if peft_results_in is not None:
-        peers, unread = peft_results.read(peft_results_in)
-        left_out = [*left_out, *unread]
-    return Report(runs, left_out, groups, rows, answers, peers, size_panels(rows, answers, book))
+    return Report(runs, left_out, groups, rows, answers, size_panels(rows, answers, book))
 
 
 def write(report: Report, out: Path, *, sections: int = 24) -> list[str]:
@@ -132,7 +124,7 @@ def write(report: Report, out: Path, *, sections: int = 24) -> list[str]:
             storage.write_bytes(out / f"{table.name}.md", formats.to_markdown(table).encode())
             storage.write_bytes(out / f"{table.name}.csv", formats.to_csv(table).encode())
             storage.write_bytes(out / f"{table.name}.tex", formats.to_latex(table).encode())
-    plots.draw(report.rows, report.peers, report.answers, report.sizes, out)
+    plots.draw(report.rows, report.answers, report.sizes, out)
     _write_page(report, all_tables, out, sections)
     return _lines(report, out)
 
