@@ -24,14 +24,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tiedlora.errors import UserError
 
-LARGEST_JSON, LARGEST_YAML = 64 * 2**20, 2**20
-"""Most bytes of a JSON file (such as a record) and of a YAML file that are read. Ours have some kilobytes."""
-LARGEST_CONTENT = 2**30
-"""Most bytes that a compressed file may hold. A small file can claim to hold any number."""
-DEEPEST_YAML = 50
-"""Most levels of nesting in YAML. pyyaml's time grows with their square."""
-
-
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """What flock answers on a file system without it."""
 
@@ -142,15 +134,13 @@ def write_json_lines(path: Path, rows: Sequence[object]) -> None:
     write_bytes(path, text.encode())
 
 
-def read_bytes(path: Path, most: int | None = None) -> bytes:
+def read_bytes(path: Path) -> bytes:
     """The content of a regular file. A pipe or a device is refused, because reading it might never end.
 
     Raises:
-        UserError: the file is missing, is not a regular file, cannot be read, or has more than `most` bytes.
+        UserError: the file is missing, is not a regular file, or cannot be read.
     """
     with _regular(path) as file:
-        if most is not None and (size := os.fstat(file.fileno()).st_size) > most:
-            raise UserError(f"{path}: has {size:,} bytes, at most {most:,} are read")
         return file.read()
 
 
@@ -188,7 +178,7 @@ def read_content(path: Path) -> bytes:
     """The content of a file, or that of path.gz if only this is there.
 
     Raises:
-        UserError: as read_bytes; or path.gz is damaged, or holds more than LARGEST_CONTENT bytes.
+        UserError: as read_bytes; or path.gz is damaged.
     """
     beside = _compressed(path)
     return _decompressed(beside) if beside.exists() and not path.exists() else read_bytes(path)
@@ -208,14 +198,10 @@ def _compressed(path: Path) -> Path:
 
 
 def _decompressed(path: Path) -> bytes:
-    with _regular(path) as file:
-        try:
-            content = gzip.GzipFile(fileobj=file).read(LARGEST_CONTENT + 1)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path}: is not a readable gzip file ({error})") from None
-    if len(content) > LARGEST_CONTENT:
-        raise UserError(f"{path}: holds more than {LARGEST_CONTENT:,} bytes")
-    return content
+    try:
+        return gzip.decompress(read_bytes(path))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: is not a readable gzip file ({error})") from None
 
 
 @contextmanager
@@ -238,7 +224,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is not UTF-8, not JSON, or not an object.
     """
-    data = read_bytes(path, LARGEST_JSON)
+    data = read_bytes(path)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -252,37 +238,17 @@ def read_yaml(path: Path) -> DictConfig:
     """A YAML mapping as an OmegaConf node. Its interpolations are not resolved, and tags of Python objects are refused.
 
     Raises:
-        UserError: the file cannot be read, is too large, is not UTF-8, not YAML or not a mapping, is nested too
-            deeply, or has aliases.
+        UserError: the file cannot be read, is not UTF-8, not YAML or not a mapping.
     """
-
-    data = read_bytes(path, LARGEST_YAML)
+    data = read_bytes(path)
     try:
-        text = data.decode("utf-8")
-        if reason := _reason_to_refuse(yaml.parse(text, yaml.SafeLoader)):
-            raise UserError(f"{path}: {reason}")
-        node = OmegaConf.create(text)
-    except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        node = OmegaConf.create(data.decode("utf-8"))
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: is not readable YAML ({reason})") from None
-    assert isinstance(node, DictConfig)
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{path}: must hold a YAML mapping of keys to values")
     return node
-
-
-def _reason_to_refuse(events: Iterator[yaml.Event]) -> str:
-    """Why this YAML is refused; empty if it is accepted. (Nine lines of aliases can expand to gigabytes.)"""
-    depth, root = 0, True
-    for event in events:
-        if isinstance(event, yaml.AliasEvent):
-            return "has YAML aliases (*name), which are not read; write the values out"
-        if isinstance(event, yaml.NodeEvent):
-            if root and not isinstance(event, yaml.MappingStartEvent):
-                return "must hold a YAML mapping of keys to values"
-            root = False
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST_YAML:
-            return f"is nested more than {DEEPEST_YAML} levels deep"
-    return ""
 
 
 def copy_folder(source: Path, path: Path) -> None:
@@ -292,7 +258,6 @@ def copy_folder(source: Path, path: Path) -> None:
         OSError: the disk is full, or there is no permission; `path` does not exist then.
     """
     beside = _beside(path)
-    shutil.rmtree(beside, ignore_errors=True)
     try:
         shutil.copytree(source, beside)
         beside.rename(path)
@@ -304,7 +269,6 @@ def copy_folder(source: Path, path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that replaces `path` when the block ends without an error. After an error it is removed."""
     beside = _beside(path)
-    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         with naming(path):

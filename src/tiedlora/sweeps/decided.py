@@ -62,7 +62,7 @@ def decided(selection: Selection | None) -> list[str]:
 def verdicts(sweep_folder: Path) -> list[str]:
     """The verdicts of a deciding sweep; none before its end, or if the file is damaged."""
     try:
-        entries = json.loads(storage.read_bytes(sweep_folder / VERDICTS_FILE, storage.LARGEST_JSON))
+        entries = json.loads(storage.read_bytes(sweep_folder / VERDICTS_FILE))
     except (UserError, ValueError, RecursionError):
         return []
     claims = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
