@@ -1,4 +1,4 @@
-"""The specification: its rule of initial values, its names, and parameter counts."""
+"""The specification: its rule of initial values, its names, parameter counts, and what is refused."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,7 @@ from helpers.tiny import EIGHT, model_option, tying_option
 from tiedlora import tying
 from tiedlora.config.identity import identity
 from tiedlora.errors import UserError
-from tiedlora.tying import Architecture, Tying
+from tiedlora.tying import Architecture, Factor, Part, Tying
 
 # From the paper's formulas of trainable parameters with L = 32, d_in = 4096, d_out = 3 x 4096 and r = 8: for example
 # TABuv = r (d_in + d_out) + L (r + d_out).
@@ -115,3 +115,26 @@ def test_every_projection_has_a_shape():
     assert tying.target_shape(a, "qkv") == (10, 12 + 2 * 4)
     assert tying.target_shape(a, "o") == (12, 10)
     assert tying.target_shape(a, "down") == (7, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"B": Factor(init=1.0)}, "no part starts at zero"),
+        ({"v": Part(init=0.0)}, "B and v both start at zero"),
+        ({"B": Factor(trained=False, init=0.0)}, "starts at zero and is frozen"),
+        ({"A": Factor(init="gaussian")}, "tying.A.init=gaussian"),
+        ({"u": Part(init=float("nan"))}, "tying.u.init=nan"),
+        ({"A": Factor(init="uniform", share=0)}, "tying.A.share=0"),
+        ({"A": Factor(init="uniform", share="some")}, "tying.A.share=some"),
+        ({"targets": []}, "tying.targets"),
+        ({"targets": ["qkv", "k"]}, "adapted twice"),
+        ({"targets": ["query"]}, "'query' is not a projection"),
+        ({"dropout": 1.0}, "tying.dropout"),
+        ({"layers": []}, "tying.layers: is empty"),
+        ({"layers": [0, 4]}, "tying.layers: holds 4, but the model has 4 layers: 0 to 3 are allowed"),
+    ],
+)
+def test_specifications_that_cannot_train_are_refused(change, says):
+    with pytest.raises(UserError, match=says):
+        tying.check_tying(replace(Tying(), **change), Architecture(layers=4, hidden=1, heads=1, kv_heads=1, head_dim=1))

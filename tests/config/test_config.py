@@ -1,55 +1,105 @@
-"""A wrong configuration gives one line that names the key."""
+"""Composing a configuration: the options of conf/, and one line that names the key of each mistake."""
 
+import dataclasses
+import os
+import subprocess
+import sys
+
+import omegaconf
 import pytest
+from helpers.hostile import ODD_VALUES, refused, right_or_refused, search
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from tiedlora.config import compose as configuration
 from tiedlora.config.compose import CONF, compose_config
+from tiedlora.config.explain import schema_keys
 from tiedlora.config.identity import config_tree, run_id
+from tiedlora.config.project import PROJECT
+from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
+from tiedlora.runs import run
+
+SECRET = "hunter2-0123456789abcdef0123456789abcdef"
+NEXT = omegaconf.__version__ >= "2.4"
+"""Whether this is OmegaConf 2.4, which has other messages."""
+
+MISTAKES = {  # one for each rule: overrides, and how the message begins
+    "an option that is none": (["tying=TABvu"], "tying=TABvu: no such option; choose one of LoRA, LoRA_qkv"),
+    "a bare number for an option": (["rank=8"], "a group takes the name of an option, not a bare number: rank=r8"),
+    "a key that is none": (["train.stpes=3"], "train.stpes: unknown key (did you mean train.steps?)"),
+    "the same, added": (["+train.stpes=3"], "train.stpes: unknown key (did you mean train.steps?)"),
+    "a key of Hydra's instantiation": (["+_target_=os.system"], "_target_: unknown key"),
+    "what is no override": (["a=b=c"], "a=b=c: cannot be parsed as KEY=VALUE"),
+    "a group taken away": (["~model"], "model.name: has no value"),
+    # Types
+    "a word for a number": (["train.steps=many"], "train.steps: Value 'many'"),
+    "a key below a number": (["++train.steps.x=3"], "train.steps: Value '{}'"),
+    "a mapping for a list": (["train.betas={a: 1}"], "train.betas: Cannot merge"),
+    "a list for an item": (["tying.targets=[[]]"], "tying.targets=[[]]: holds a list where a single value belongs"),
+    "null for a number": (["seed=null"], "seed: field 'seed' is not Optional"),
+    "more digits than are read": ([f"seed={'9' * 5000}"], "a number has more digits than are read"),
+    "more than any fraction": ([f"train.lr={'9' * 400}"], "train.lr: int too large to convert to float"),
+    # Rules of one key
+    "too little": (["train.steps=0"], "train.steps=0: must be at least 1"),
+    "too much": (["score.batch_size=65537"], "score.batch_size=65537: must be at most 65,536"),
+    "no number": (["train.lr=nan"], "train.lr=nan: must be at least"),
+    "no choice": (
+        ["train.schedule=cosin"],
+        "train.schedule=cosin: choose one of cosine, constant (did you mean",
+    ),
+    "no option": (["tracking.backend=aim"], "tracking.backend=aim: choose one of auto, mlflow, none, trackio, wandb"),
+    "a path for a name": (["task.name=../../x"], "task.name='../../x': use letters"),
+    "a control character": (['task.prompt="a\x1b[2J{question}"'], "task.prompt='a\\x1b[2J{question}': holds a control"),
+    # Rules of items, and of several keys
+    "a split that is none": (["+task.hub.splits.evil=train"], "task.hub.splits: has 'evil'"),
+    "a split that is trained on": (["score.splits=[train]"], "score.splits=train: choose validation, test or both"),
+    "a long tag": ([f"tracking.tags=[{'x' * 65}]"], "tracking.tags='xxx"),
+    "a stop text that always matches": (["task.stop=['']"], "task.stop: holds an empty text"),
+    "one beta": (["train.betas=[0.9]"], "train.betas=[0.9]: needs two numbers in [0, 1)"),
+    "a beta of one": (["train.betas=[1.0,0.9]"], "train.betas=[1.0, 0.9]: needs two numbers in [0, 1)"),
+    "a device that is none": (["train.device=xyz"], "train.device=xyz: choose auto, cpu, cuda or cuda:NUMBER"),
+    "a long warm-up": (["train.warmup_steps=1000"], "train.warmup_steps=1000: is more than train.steps"),
+    "nothing trained": (["tying=TB", "train.lr_factor.B=0"], "train.lr_factor: is 0 for every trained part"),
+    "a start of nothing": (["tying.B.trained=false"], "tying.B: starts at zero and is frozen"),
+    "rank above the projection": (["rank.r=100000"], "rank.r=100000: is more than the projection's"),
+    "heads that share nothing": (
+        ["model.architecture.kv_heads=2"],
+        "model.architecture.kv_heads=2: must divide heads",
+    ),
+    "no adapter": (["train.init_from=nowhere"], "nowhere: is neither a finished run nor an adapter's folder"),
+    # Random models
+    "one that fills the memory": (
+        ["model=tiny_llama", "model.architecture.vocabulary=100000000"],
+        "model.architecture: a random model of about 6,4",
+    ),
+    "an odd head": (
+        ["model=tiny_llama", "model.architecture.head_dim=7"],
+        "model.architecture.head_dim=7: must be",
+    ),
+    "heads that do not fill": (
+        ["model=tiny_gpt2", "model.architecture.heads=3", "model.architecture.kv_heads=3"],
+        "model.architecture.hidden=32: must be heads x",
+    ),
+    # Interpolations
+    "a secret of the environment": (
+        ["tracking.group='${oc.env:TIEDLORA_X,${oc.env:WANDB_API_KEY}}'"],
+        "${oc.env:WANDB_API_KEY}: a configuration is recorded",
+    ),
+    "a value of itself": (["seed=${seed}"], "seed: Recursive interpolation"),
+}
 
 
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [
-        ("tying=TABXY", r"tying=TABXY: no such option; choose one of LoRA,.*TABuv"),
-        ("tying=TABvu", r"did you mean TABuv\?"),
-        ("rank=8", r"rank=r8 selects one, rank.r=8 sets"),
-        ("rank.r=0", r"rank.r=0: must be at least 1"),
-        ("rank.r=100000", r"rank.r=100000: is more than"),
-        ("train.stpes=3", r"train.stpes: unknown key \(did you mean train.steps\?\)"),
-        ("+train.stpes=3", r"train.stpes: unknown key \(did you mean train.steps\?\)"),
-        ("+nonsense=3", r"nonsense: unknown key"),
-        ("tying.A.sahre=3", r"tying.A.sahre: unknown key \(did you mean tying.A.share\?\)"),
-        ("train.steps=many", r"train.steps: .*many.*Integer"),
-        ("train.steps=0", r"train.steps=0: must be at least 1"),
-        ("train.lr=-1", r"train.lr=-1"),
-        ("train.lr=nan", r"train.lr=nan"),
-        ("train.warmup_steps=1000", r"train.warmup_steps=1000: is more than train.steps"),
-        ("train.dtype=float61", r"train.dtype=float61: choose one of float32, bfloat16"),
-        ("train.schedule=cosin", r"did you mean cosine\?"),
-        ("train.betas=[0.9]", r"train.betas"),
-        ("train.betas=[0.9,1.0]", r"train.betas"),
-        ("score.splits=[train]", r"score.splits=train"),
-        ("score.checkpoint=first", r"score.checkpoint=first"),
-        ("seed=-1", r"seed=-1"),
-        ("tracking.backend=aim", r"tracking.backend=aim"),
-        ("model.name=../../etc", r"model.name"),
-        ("task.name='a b'", r"task.name"),
-        ("task.rows.train=0", r"task.rows.train=0"),
-        ("tying.B.trained=false", r"tying.B: starts at zero and is frozen"),
-        ("a=b=c", r"a=b=c: cannot be parsed"),
-    ],
-)
-def test_one_line_names_the_key(override, says):
-    with pytest.raises(UserError, match=says) as caught:
-        compose_config([override])
+@pytest.mark.parametrize("what", MISTAKES)
+def test_one_line_names_the_key(what, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    overrides, says = MISTAKES[what]
+    with pytest.raises(UserError) as caught:
+        compose_config(overrides)
+    assert str(caught.value).startswith(says)
+    assert SECRET not in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_all_factors_at_zero_would_train_nothing():
-    with pytest.raises(UserError, match=r"train\.lr_factor"):
-        compose_config(["tying=TB", "train.lr_factor.B=0"])
 
 
 OPTIONS = [path for path in sorted(CONF.glob("*/**/*.yaml")) if path.parent.parent != CONF / "hydra"]
@@ -94,3 +144,129 @@ def test_an_infinite_value_has_no_id():
     config = compose_config(["model=tiny_llama", "+task.options.odd=inf"])
     with pytest.raises(UserError, match="infinite or no number"):
         run_id(config)
+
+
+PLAIN = b"model: {name: m}\ntask: {name: t, kind: k, prompt: p, target: t}\n"
+FILES = {  # contents of a config.yaml that a command line cannot have
+    "a tag of Python": (b"seed: !!python/object/apply:os.system ['touch owned']\n", "is not readable YAML"),
+    "no mapping": (b"- 1\n- 2\n", "must hold a YAML mapping"),
+    "nothing": (b"", "model.name: has no value"),
+    "not UTF-8": (b"seed: \xff\xfe\n", "is not readable YAML"),
+    "thousands of brackets": (b"task: " + b"[" * 5000, "is not readable YAML"),
+    "a key twice": (b"seed: 1\nseed: 2\n", "is not readable YAML"),
+    "a key that is a number": (b"1: 2\n", "1: unknown key"),
+    "a surrogate by escape": (PLAIN + b'tracking: {group: "\\ud800"}\n', "invalid Unicode" if NEXT else "surrogate"),
+    "a secret by a name put together": (
+        b"tracking: {group: env, project: '${oc.${tracking.group}:WANDB_API_KEY}'}\n",
+        "may read TIEDLORA_",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_wrong_file_is_named(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    data, says = FILES[what]
+    (tmp_path / "config.yaml").write_bytes(data)
+    with refused(says, tmp_path) as caught:
+        values = configuration.read_config(tmp_path / "config.yaml")
+        assert values is None, "it was read"
+    assert SECRET not in str(caught.value)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, says in (("pipe", "is not a regular file"), ("loop", "cannot be read"), ("none", "is missing")):
+        with refused(says):
+            configuration.read_config(tmp_path / name)
+
+
+def test_a_file_of_conf_that_is_no_yaml(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("defaults: [schema\n")
+    monkeypatch.setattr(configuration, "CONF", tmp_path)
+    with refused("is not readable YAML"):
+        compose_config([])
+
+
+def test_the_command_ends_in_one_line_and_writes_nothing(tmp_path):
+    for override in ("task.prompt=\x1b[2J", f"outputs={'x' * 5000}/y"):
+        done = subprocess.run(
+            [sys.executable, str(PROJECT / "train.py"), "model=tiny_llama", f"outputs={tmp_path}/outputs", override],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ")
+        assert len(done.stderr.splitlines()) == 1
+        assert "\x1b" not in done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_no_secret_is_in_anything_a_run_writes(tiny_config, tmp_path, monkeypatch):
+    """Variables that W&B, the hub and clouds read. The run also logs to W&B, offline."""
+    names = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD")
+    for number, name in enumerate(names):
+        monkeypatch.setenv(name, f"{number}{SECRET[:39]}"[:40])
+    record = run.main(tiny_config("tracking=wandb", "train.steps=2"))
+    folder = tmp_path / "outputs" / record.run_id
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"result.json", "config.yaml", "metrics.jsonl"} <= {path.name for path in written}
+    assert any(path.suffix == ".wandb" for path in folder.rglob("*"))
+    for path in written:
+        assert SECRET[:30].encode() not in path.read_bytes(), path
+
+
+WORDS = st.builds(
+    lambda sign, key, equals, value: f"{sign}{key}{equals}{value}",
+    st.sampled_from(["", "", "", "+", "++", "~"]),
+    st.sampled_from([*schema_keys(), "hydra.run.dir", "evil", "tying", "model", "", "train.steps.x"]),
+    st.sampled_from(["=", "=", "=", "", "=="]),
+    ODD_VALUES.map(lambda value: str(value)) | st.text(max_size=30),
+)
+
+
+@pytest.mark.slow
+@given(st.lists(WORDS, min_size=1, max_size=3))
+@search(20)
+def test_any_overrides_compose_or_are_refused(words):
+    with right_or_refused():
+        config = compose_config(words)
+        assert isinstance(config, Config)
+
+
+@pytest.mark.slow
+@given(st.lists(st.tuples(st.sampled_from(sorted(schema_keys())), ODD_VALUES), min_size=1, max_size=3))
+@search(40)
+def test_any_values_load_or_are_refused(tmp_path_factory, changes):
+    """A config.yaml with values of any kind at any place, as the run of a stranger may have."""
+    values = OmegaConf.to_container(OmegaConf.create(dataclasses.asdict(compose_config(["model=tiny_llama"]))))
+    for key, value in changes:
+        node = values
+        *parents, last = key.split(".")
+        for name in parents:
+            node = node.get(name) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node[last] = value
+    with right_or_refused():
+        path = tmp_path_factory.getbasetemp() / "values.yaml"
+        try:
+            path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
+        except Exception:
+            return  # OmegaConf cannot write such a value
+        assert "/" not in run_id(configuration.read_config(path))
+
+
+@pytest.mark.slow
+@given(st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")))
+@search(60)
+def test_any_bytes_load_or_are_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "config.yaml"
+    path.write_bytes(data)
+    with right_or_refused():
+        configuration.read_config(path)
+    assert path.read_bytes() == data

@@ -25,7 +25,6 @@ from tiedlora import storage
 from tiedlora import tying as spec
 from tiedlora.adapter.parts import TiedAdapter, check_numbers
 from tiedlora.config.adapter_folder import DESCRIPTION
-from tiedlora.config.check_tying import check_tying
 from tiedlora.errors import UserError
 from tiedlora.records.reading import typed
 from tiedlora.records.run_record import BaseModelRecord, plain
@@ -181,7 +180,7 @@ def _read_description(path: Path) -> _Description:
     rank, alpha, seed = tree["rank"], tree["alpha"], tree["seed"]
     _check_sizes(rank, alpha, seed, architecture, path)
     try:
-        check_tying(tying, architecture)
+        spec.check_tying(tying, architecture)
         base_record = typed(BaseModelRecord, {"revision": None, **base})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tiedlora import tying as spec
 from tiedlora.adapter import architectures
 from tiedlora.adapter.architectures import Site
-from tiedlora.config.check_tying import check_tying
 from tiedlora.errors import UserError
 from tiedlora.records.reading import is_number
 from tiedlora.tying import Architecture, Tying
@@ -121,7 +120,7 @@ class TiedAdapter(nn.Module):
         scaling: how s follows from alpha and the rank, one of tying.SCALINGS.
 
     Raises:
-        UserError: the specification cannot train, or does not fit the model (see config/check_tying.py).
+        UserError: the specification cannot train, or does not fit the model (see tying.check_tying).
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class TiedAdapter(nn.Module):
         scaling: str = "standard",
     ) -> None:
         super().__init__()
-        check_tying(tying, architecture)
+        spec.check_tying(tying, architecture)
         check_numbers(rank, alpha, seed)
         if scaling not in spec.SCALINGS:
             raise UserError(f"scaling={scaling}: choose one of {', '.join(spec.SCALINGS)}")

@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 
 from tiedlora.config import compose as configuration
 from tiedlora.config import explain
-from tiedlora.config.describe import schema_keys
 from tiedlora.config.identity import identity, run_id
 from tiedlora.config.project import CONF
 from tiedlora.config.schema import Config
@@ -50,7 +49,7 @@ def _overrides(config: Config, train: str) -> list[str]:
     from_options = _values_of_options(tuple(options))
     differences = [
         # A key at its neutral value is not among the values. Hydra's + adds a key that the schema does not have.
-        f"{'' if key in from_options or key in schema_keys() else '+'}{key}={value}"
+        f"{'' if key in from_options or key in explain.schema_keys() else '+'}{key}={value}"
         for key, value in _identity_values(config).items()
         if from_options.get(key) != value and not _is_derived(key, value, config)
     ]

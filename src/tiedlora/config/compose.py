@@ -21,7 +21,6 @@ from omegaconf.resolvers import oc
 from tiedlora import storage
 from tiedlora.config.adapter_folder import adapter_digest, adapter_folder
 from tiedlora.config.check import check, check_texts
-from tiedlora.config.describe import schema_keys
 from tiedlora.config.explain import cause_chain, readable_errors
 from tiedlora.config.methods import complete_method
 from tiedlora.config.project import CONF, PROJECT
@@ -69,35 +68,13 @@ def typed(composed: DictConfig) -> Config:
     with readable_errors(), _own_variables_only():
         # The way through plain data also checks keys that were added with + against the schema.
         values = OmegaConf.to_container(composed, resolve=True)
-        merged = _merged(values)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise UserError(f"{missing[0]}: has no value; choose an option of its group or set it")
         config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
-
-
-def _merged(values: Any) -> Any:
-    """The schema with these values.
-
-    Raises:
-        UserError: a list stands where a mapping belongs, or a mapping where a list belongs. (OmegaConf 2.4 does not say
-            where; other errors of its own are left to readable_errors.)
-    """
-    try:
-        return OmegaConf.merge(OmegaConf.structured(Config), values)
-    except TypeError:
-        for key in schema_keys().values():
-            value = OmegaConf.select(OmegaConf.create(values), key.name, throw_on_missing=False)
-            for kind, other in ((list, "mapping"), (dict, "list")):
-                if (
-                    isinstance(key.value, kind)
-                    and OmegaConf.is_config(value)
-                    and not isinstance(OmegaConf.to_container(value), kind)
-                ):
-                    raise UserError(f"{key.name}: Cannot merge a {other} into a {kind.__name__}") from None
-        raise
 
 
 def complete(config: Config) -> Config:

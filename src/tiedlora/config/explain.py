@@ -1,4 +1,4 @@
-"""Turn errors of Hydra and OmegaConf into one line for a person, with the nearest right name."""
+"""Turn errors of Hydra and OmegaConf into one line for a person, with the nearest right name and what a key takes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,50 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
+from functools import cache
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from tiedlora.config.describe import describe_key, schema_keys
 from tiedlora.config.project import CONF, PROJECT
+from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
+from tiedlora.keys import Key, list_keys
 from tiedlora.text import visible
+
+TYPE_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "list[str]": "a list of texts",
+    "list[float]": "a list of numbers",
+    "dict[str, str]": "a mapping of texts",
+    "dict[str, Any]": "a mapping",
+    "Union[int, str]": "a whole number or a text",
+    "Union[float, int, str]": "a number or a text",
+    "list[Any]": "a list",
+}
+
+
+@cache
+def schema_keys() -> dict[str, Key]:
+    """Every dotted key of the schema, sections included, with its default."""
+    return {key.name: key for key in list_keys(Config())}
+
+
+def allowed(key: Key) -> str:
+    """The values that a key takes, in words, such as `a whole number, at least 1`."""
+    if key.rules.choices:
+        return f"one of {', '.join(key.rules.choices)}"
+    if is_dataclass(key.value):
+        return "a section of keys"
+    declared = str(key.field.type)
+    kind = declared.removeprefix("Optional[").removesuffix("]") if declared.startswith("Optional[") else declared
+    words = TYPE_WORDS.get(kind, kind) + ("" if key.rules.low is None else f", at least {key.rules.low:g}")
+    return words + (" (or null)" if kind != declared else "")
 
 
 @contextmanager
@@ -72,9 +107,9 @@ def explain(error: BaseException) -> str:
 
 
 def _usage(key: str) -> str:
-    """The allowed values and the meaning of a key; empty if the schema does not have the key."""
-    description = describe_key(key)
-    return f"; it takes {description.allowed()}. {description.help}" if description else ""
+    """What a key takes and what it means; empty if the schema does not have the key."""
+    found = schema_keys().get(key)
+    return f"; it takes {allowed(found)}. {found.help}" if found else ""
 
 
 def cause_chain(error: BaseException | None) -> Iterator[BaseException]:
