@@ -8,13 +8,15 @@ import sys
 import omegaconf
 import pytest
 from helpers.hostile import ODD_VALUES, refused, right_or_refused, search
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from tiedlora.config import compose as configuration
 from tiedlora.config.compose import CONF, compose_config
-from tiedlora.config.explain import schema_keys
+from tiedlora.config.explain import options, schema_keys
 from tiedlora.config.identity import config_tree, run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import Config
@@ -115,6 +117,17 @@ def test_every_option_composes_and_opens_with_its_command(path):
     config = compose_config([f"{group}={option}", *NEEDS_MORE.get(f"{group}={option}", [])])
     assert config.rank.alpha is not None
     assert config.train.lr is not None
+
+
+def test_hydra_knows_each_method_of_the_table_as_an_option():
+    """conf/peft_methods.yaml: the options compose, and Hydra lists them (for --help and the shell's completion)."""
+    configuration.register()
+    with initialize_config_dir(config_dir=str(CONF), **configuration.VERSION_BASE):
+        listed = GlobalHydra.instance().config_loader().get_group_options("tying/peft")
+    assert {f"peft/{name}" for name in listed} == {name for name in options("tying") if "/" in name}
+    for name in listed:
+        tying = compose_config([f"tying=peft/{name}"]).tying
+        assert (tying.name, tying.method is not None) == (f"peft/{name}", True)
 
 
 def test_every_field_of_a_group_can_be_set_without_a_plus():

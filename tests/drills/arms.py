@@ -1,4 +1,4 @@
-"""python tests/drills/arms.py [--model smollm2_135m] [--arms peft/vera ...]: methods of conf/tying/peft, killed once.
+"""python tests/drills/arms.py [--model smollm2_135m] [--arms peft/vera ...]: the methods of the table, killed once.
 
 Each method trains a few steps at the budget twice: once without interruption, and once with kill -9 after a checkpoint,
 continued by the same command. The adapters must have the same bytes. The saved arm must give equal logits when it is

@@ -75,9 +75,10 @@ def _is_derived(key: str, value: str, config: Config) -> bool:
 
 @functools.cache
 def _option(group: str, name: str) -> str | None:
-    """The option of a group whose file has this name."""
+    """The option of a group that has this name."""
     for option in explain.options(group):
-        if OmegaConf.select(OmegaConf.load(CONF / group / f"{option}.yaml"), "name") == name:
+        node = explain.peft_options().get(option) or OmegaConf.load(CONF / group / f"{option}.yaml")
+        if OmegaConf.select(node, "name") == name:
             return option
     return None
 

@@ -21,7 +21,7 @@ from omegaconf.resolvers import oc
 from tiedlora import storage
 from tiedlora.config.adapter_folder import adapter_digest, adapter_folder
 from tiedlora.config.check import check, check_texts
-from tiedlora.config.explain import cause_chain, readable_errors
+from tiedlora.config.explain import cause_chain, peft_options, readable_errors
 from tiedlora.config.methods import complete_method
 from tiedlora.config.project import CONF, PROJECT
 from tiedlora.config.schema import Config, TaskConfig
@@ -37,14 +37,25 @@ _register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.
 
 
 def register() -> None:
-    """Register the schema and the `project` resolver with Hydra. It may be called more than once."""
+    """Register the schema, the options `tying=peft/NAME` and the `project` resolver with Hydra.
+
+    It may be called more than once.
+
+    Raises:
+        UserError: conf/peft_methods.yaml is not readable.
+    """
     again: dict[str, Any] = {"replace": True} if _HYDRA_IS_NEW else {}
     schema = OmegaConf.structured(Config)
     # Hydra can set no key of a mapping that is null, and refuses keys that a mapping does not have.
     for name in ("arguments", "lr_factors"):
         schema.tying[name] = {}
         OmegaConf.set_struct(schema.tying[name], False)
-    ConfigStore.instance().store(name="schema", node=schema, **again)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema, **again)
+    if "tying" not in store.repo:
+        for option, node in peft_options().items():
+            group, _, name = f"tying/{option}".rpartition("/")
+            store.store(group=group, name=name, node=node)
     _register_resolver("project", lambda: str(PROJECT), replace=True)
 
 

@@ -10,9 +10,11 @@ from dataclasses import is_dataclass
 from functools import cache
 
 from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from tiedlora import storage
 from tiedlora.config.project import CONF, PROJECT
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
@@ -140,6 +142,17 @@ def nearest(word: str, words: Iterable[str]) -> str:
 def options(group: str) -> list[str]:
     """The options of a group of conf/, or of `grid`, whose files are in sweeps/grid/. By name."""
     folders = [root / group for root in (CONF, PROJECT / "sweeps")]
-    return sorted(
-        path.relative_to(folder).with_suffix("").as_posix() for folder in folders for path in folder.rglob("*.yaml")
-    )
+    files = [path.relative_to(folder).with_suffix("") for folder in folders for path in folder.rglob("*.yaml")]
+    return sorted([*map(str, files), *(peft_options() if group == "tying" else ())])
+
+
+@cache
+def peft_options() -> dict[str, DictConfig]:
+    """`peft/NAME` -> the values of this option of `tying`, for each method of the table conf/peft_methods.yaml.
+
+    Raises:
+        UserError: the table is not readable.
+    """
+    table = storage.read_yaml(CONF / "peft_methods.yaml")
+    names = {name: f"peft/{name}" for name in table}
+    return {option: OmegaConf.create({"name": option, **table[name]}) for name, option in names.items()}
