@@ -53,6 +53,8 @@ STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
 CLOSED_PIPE = 141
 """What a shell reports for a program that SIGPIPE ended."""
+LONGEST_MESSAGE = 2000
+"""Most characters of a message that are printed. Some messages quote a file, which may have any length."""
 
 _OS_ERRORS = {
     errno.ENOSPC: "the disk is full; make space",
@@ -148,9 +150,13 @@ def _end(message: str, code: int) -> None:
     # Always one line of printable characters: control characters in an error could rewrite the terminal.
     line = "".join(c if c.isprintable() else " " for c in message)
     # Whether or not somebody still reads the output, the code says how the command ended.
-    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{line}\n")):
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{_shortened(line)}\n")):
         try:
             print(text, end="", file=stream, flush=True)
         except BrokenPipeError:
             drop_output(stream)
     raise SystemExit(code)
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]} ..."

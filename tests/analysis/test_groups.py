@@ -8,7 +8,7 @@ from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.runs import read_runs
 from tiedlora.config.identity import run_id
 from tiedlora.page import write
-from tiedlora.records.execution import CodeVersion, ContinuedFrom, Execution
+from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
 from tiedlora.records.selection import RateChoice, Selection, write_selection
 
 GOOD = [1.0, 0.0] * 25

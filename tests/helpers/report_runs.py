@@ -11,14 +11,15 @@ import numpy as np
 from tiedlora import tying
 from tiedlora.config.identity import config_tree, identity, run_id
 from tiedlora.config.schema import Config, LrFactors, ModelConfig, RankConfig, TaskConfig, TrainConfig, TyingConfig
-from tiedlora.records.recorded_config import ConfigRecord, Identity
 from tiedlora.records.rows import MetricsRow, PredictionRow, Score
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import (
     BaseModelRecord,
     CodeVersion,
+    ConfigRecord,
     DataRecord,
     Execution,
+    Identity,
     RunRecord,
     SplitScores,
     TrainingRecord,

@@ -44,13 +44,6 @@ def test_a_damaged_file_is_one_line(tmp_path, data):
         storage.read_content(tmp_path / "rows.jsonl")
 
 
-def test_a_small_file_that_holds_too_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "LARGEST_CONTENT", 1000)
-    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(bytes(1001)))
-    with pytest.raises(UserError, match="holds more than 1,000 bytes"):
-        storage.read_content(tmp_path / "rows.jsonl")
-
-
 def test_neither_file_is_one_line(tmp_path):
     assert not storage.has_content(tmp_path / "rows.jsonl")
     with pytest.raises(UserError, match=r"rows\.jsonl: is missing"):

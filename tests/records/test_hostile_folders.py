@@ -21,47 +21,37 @@ pytest_plugins = ["helpers.hostile_runs"]
 SECRET = "hunter2-0123456789abcdef"
 
 
-SCORES = {"rows": 3, "digest": "x", "metrics": {"exact_match": {"value": 0, "low": 0, "high": 1}}}
-RESULTS = {  # a key of result.json, its new value, and words of the message
-    "no run_id": ("run_id", ..., "has no 'run_id'"),
-    "a number for an id": ("run_id", 3, "'run_id' is 3"),
+RESULTS = {  # a key of result.json, its new value, and words of the message: one for each rule
+    "a key that is missing": ("run_id", ..., "has no 'run_id'"),
     "a path for an id": ("run_id", "../../x", "'run_id' is '../../x'"),
-    "a terminal's escape for an id": ("run_id", "TABuv\x1b[2J", "which is no name of this project"),
-    "no identity": ("identity", ..., "has no 'identity'"),
-    "a list for an identity": ("identity", [], "'identity' is []"),
-    "a path for a task": ("identity.task.name", "../../x", "'identity.task.name' is '../../x'"),
-    "script for a task": ("config.task.name", "<script>", "'config.task.name' is '<script>'"),
-    "script for a model": ("base.name", "<script>", "'base.name' is '<script>'"),
-    "a list for a part": ("identity.tying.A", [], "'identity.tying.A' is not an object"),
-    "a text for a rank": ("identity.rank.r", "8", "'identity.rank.r' is '8'"),
-    "a seed without end": ("seed", 10**400, "'seed' is not a finite number"),
-    "a rate that is none": ("identity.train.lr", float("nan"), "'identity.train.lr' is not a finite number"),
-    "an infinite loss": ("training.validation_loss_last", float("inf"), "is not a finite number"),
-    "a text for a loss": ("training.validation_loss_first", "low", "'training.validation_loss_first' is 'low'"),
-    "no training": ("training", None, "'training' is None"),
+    "a list for an object": ("identity", [], "'identity' is []"),
+    "a path for a name": (
+        "identity.task.name",
+        "../../x",
+        "'identity.task.name' is '../../x', which is no name of this",
+    ),
+    "a text for a number": ("identity.rank.r", "8", "'identity.rank.r' is '8'"),
     "a flag for a count": ("trainable_params", True, "'trainable_params' is True"),
-    "a list for data": ("data.train", [], "'data.train' is []"),
-    "data of an unknown split": ("data.evil", {"digest": "x"}, "'data.evil' is not a split's digest"),
-    "no scores": ("scores", ..., "has no 'scores'"),
-    "a list for scores": ("scores", [], "'scores' is []"),
-    "scores of an unknown split": ("scores.\x1b[2J", {}, "has no 'scores.␛[2J.rows'"),
-    "scores without metrics": ("scores.validation", {"rows": 3}, "has no 'scores.validation.digest'"),
+    "a number without end": ("seed", 10**400, "'seed' is not a finite number"),
+    "a number that is none": ("identity.train.lr", float("nan"), "'identity.train.lr' is not a finite number"),
+    "data of an unknown split": ("data.evil", {"digest": "x"}, "'data.evil.[key]' is 'evil'"),
+    "no training rows": ("data.train", ..., "has no 'data.train'"),
+    "scores of an unknown split": ("scores.\x1b[2J", {}, "'scores.␛[2J.[key]' is"),
     "no metric": ("scores.validation.metrics", {}, "'scores.validation.metrics' is {}"),
-    "an unknown split that is scored": ("scores.train", SCORES, "'scores.train' is not a split that is scored"),
-    "scores without rows": ("scores.validation.rows", None, "'scores.validation.rows' is None"),
     "scores of no rows": ("scores.validation.rows", 0, "'scores.validation.rows' is 0"),
-    "a text for a time": ("scores.validation.seconds", "long", "'scores.validation.seconds' is 'long'"),
-    "a metric of no name": ("scores.validation.metrics", {"<b>": {}}, "is '<b>', which is no name of this project"),
     "a score above one": (
         "scores.validation.metrics.exact_match_strict",
         {"value": 1e300, "low": 0, "high": 1},
-        "is not a value with an interval",
+        "is not a finite number",
+    ),
+    "a score above one hundred": (
+        "scores.validation.metrics.exact_match_strict",
+        {"value": 57.0, "low": 0, "high": 1},
+        "is no value with an interval within [-1, 1]",
     ),
     "base without gain": ("scores.validation.gain", ..., "has only one of base and gain"),
     "gain of other metrics": ("scores.validation.gain", {}, "has other metrics than"),
-    "another status": ("status", "running", "its status is 'running', not 'done'"),
-    "versions that are a text": ("versions", "3.11", "'versions' is '3.11'"),
-    "a commit that is a list": ("code.commit", [1], "'code.commit' is [1]"),
+    "another status": ("status", "running", "'status' is 'running'"),
 }
 
 
@@ -78,14 +68,10 @@ def test_a_wrong_result_is_named_by_whoever_reads_it(what, folder, words):
 
 
 TEXTS = {
-    "empty": (b"", "is not valid JSON"),
     "cut short": (b'{"run_id": "TABuv', "is not valid JSON"),
     "a list": (b"[]", "must hold a JSON object"),
     "not UTF-8": (b'{"run_id": "\xff"}', "is not valid JSON"),
     "a hundred thousand brackets": (b"[" * 100_000, "is not valid JSON"),
-    "a number without end": (b'{"seed": ' + b"9" * 5000 + b"}", "is not valid JSON"),
-    "a web page": (b"<html><script>alert(1)</script></html>", "is not valid JSON"),
-    "another object": (b"{}", "has no 'run_id'"),
 }
 COMMANDS = (
     ("scripts/score.py", "--split", "validation"),
@@ -134,16 +120,11 @@ def test_what_is_no_folder(folder, words, tmp_path, script):
 
 
 @pytest.mark.parametrize("name", ["result.json", "config.yaml", "predictions/validation.jsonl", "error.txt"])
-def test_pipes_devices_and_loops_are_not_waited_for(name, folder, tmp_path, script):
+def test_pipes_and_loops_are_not_waited_for(name, folder, tmp_path, script):
     path = folder / name
-    kinds = (
-        lambda: os.mkfifo(path),
-        lambda: path.symlink_to("/dev/zero"),
-        lambda: path.symlink_to(path),
-        path.mkdir,
-    )
+    kinds = (lambda: os.mkfifo(path), lambda: path.symlink_to(path))
     for make in kinds:
-        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         make()
         if name == "error.txt":
             (folder / "result.json").unlink(missing_ok=True)
@@ -182,19 +163,9 @@ def test_starting_over_removes_links_and_not_what_they_lead_to(folder, words, tm
     assert RunFolder(folder).record() is not None
 
 
-CONFIGS = {
-    "a tag of Python": (b"seed: !!python/object/apply:os.system ['touch owned']\n", "is not readable YAML"),
-    "another schema": (b"a: 1\n", "a: unknown key"),
-    "traversal": (b"model: {name: ../../x}\n", "has no value"),
-    "a list": (b"- 1\n", "must hold a YAML mapping"),
-}
-
-
-@pytest.mark.parametrize("what", CONFIGS)
-def test_a_wrong_configuration_in_a_run(what, folder, script, monkeypatch, tmp_path):
+def test_a_wrong_configuration_in_a_run(folder, script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    data, says = CONFIGS[what]
-    (folder / "config.yaml").write_bytes(data)
+    (folder / "config.yaml").write_bytes(b"seed: !!python/object/apply:os.system ['touch owned']\n")
     before = snapshot(folder)
     for name, *arguments in (
         ("scripts/score.py", "--split", "test"),
@@ -204,7 +175,7 @@ def test_a_wrong_configuration_in_a_run(what, folder, script, monkeypatch, tmp_p
     ):
         code, out, err = script(name, folder, *arguments)
         assert (code, out, len(err.splitlines())) == (2, "", 1), (name, err)
-        assert says in err
+        assert "is not readable YAML" in err
     assert snapshot(folder) == before
     assert not (tmp_path / "owned").exists()
 
@@ -236,21 +207,11 @@ def test_arguments_out_of_range(folder, script):
 ROWS = {
     "empty": (b"", "holds no predictions"),
     "cut short": (b'{"id": "0", "prompt', "validation.jsonl:1: is not a prediction"),
-    "a list": (b"[]\n", "validation.jsonl:1: is not a prediction"),
-    "binary": (bytes(range(256)), "is not a prediction"),
     "brackets": (b"[" * 100_000, "validation.jsonl:1: is not a prediction"),
 }
 FIELDS = {
     "an id that is a number": {"id": 3},
-    "an output that is a list": {"output": []},
-    "references that are a text": {"references": "3"},
-    "a reference that is a number": {"references": [3]},
-    "scores that are a list": {"scores": []},
-    "a score that is a text": {"scores": {"exact_match_strict": "1"}},
     "a score that is none": {"scores": {"exact_match_strict": float("nan")}},
-    "a score without end": {"scores": {"exact_match_strict": 10**400}},
-    "statistics that are texts": {"scores": {"exact_match_strict": ["1"]}},
-    "tokens that are a text": {"output_tokens": "3"},
     "likelihoods without choices": {"log_likelihoods": [0.0]},
 }
 

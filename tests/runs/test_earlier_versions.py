@@ -16,8 +16,8 @@ import tiedlora
 from tiedlora.config.compose import read_config
 from tiedlora.config.identity import run_id
 from tiedlora.page import write
-from tiedlora.records.execution import Execution, with_execution
 from tiedlora.records.loss_metrics import LOSS_METRICS
+from tiedlora.records.provenance import Execution, with_execution
 from tiedlora.records.reading import typed
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, verify

@@ -16,7 +16,7 @@ from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import StoppedEarly, exit_codes
 from tiedlora.models.device import processor_name
-from tiedlora.records.execution import CodeVersion
+from tiedlora.records.provenance import CodeVersion
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import add_scores, run, session

@@ -15,7 +15,7 @@ from tiedlora.adapter.arms import groups_by_part
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import TrainConfig
-from tiedlora.records.execution import Execution
+from tiedlora.records.provenance import Execution
 from tiedlora.runs import process_device, run, trainer
 from tiedlora.training import checkpoint, loop
 from tiedlora.training.checkpoint import RunInputs

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
-from tiedlora.records.halving import Halving
 from tiedlora.records.rows import read_metrics, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import Halving
 from tiedlora.runs import run, trainer
 from tiedlora.training import checkpoint
 

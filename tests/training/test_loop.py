@@ -13,7 +13,7 @@ from tiedlora.config.schema import LrFactors, TrainConfig
 from tiedlora.data.batching import BatchSampler, microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import StoppedEarly, UserError
-from tiedlora.records.execution import CodeVersion, ContinuedFrom, Execution
+from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
 from tiedlora.records.rows import MetricsRow
 from tiedlora.training import checkpoint, loop
 from tiedlora.training.checkpoint import RunInputs

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from tiedlora.adapter.arms import Arm, ArmSpec
 from tiedlora.adapter.attach_arm import attach_saved, new_arm
 from tiedlora.config.schema import LrFactors
-from tiedlora.records.admission import Admission
-from tiedlora.records.run_record import BaseModelRecord
+from tiedlora.records.run_record import Admission, BaseModelRecord
 
 ROWS, LENGTH = 3, 24
 """The size of the batch that is measured."""

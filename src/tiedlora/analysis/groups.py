@@ -19,8 +19,7 @@ from tiedlora.analysis.variants import differing_values
 from tiedlora.config.identity import identity_digest
 from tiedlora.config.sizes import is_near
 from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK
-from tiedlora.records.selection import RateChoice, Selection
-from tiedlora.records.validation_scores import validation_metric, validation_scores
+from tiedlora.records.selection import RateChoice, Selection, validation_metric, validation_scores
 
 OPEN_IN_A_SETTING = ("tying", "rank", "seed")
 """Keys of the identity that may differ between runs of one setting."""

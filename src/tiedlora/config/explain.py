@@ -154,5 +154,4 @@ def peft_options() -> dict[str, DictConfig]:
         UserError: the table is not readable.
     """
     table = storage.read_yaml(CONF / "peft_methods.yaml")
-    names = {name: f"peft/{name}" for name in table}
-    return {option: OmegaConf.create({"name": option, **table[name]}) for name, option in names.items()}
+    return {f"peft/{name!s}": OmegaConf.create({"name": f"peft/{name!s}", **table[name]}) for name in table}

@@ -18,10 +18,9 @@ from tiedlora import storage
 from tiedlora.config.compose import read_config
 from tiedlora.config.identity import config_tree
 from tiedlora.config.schema import Config
-from tiedlora.records.recorded_config import ConfigRecord
 from tiedlora.records.rows import PredictionRow, read_predictions, write_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import ADAPTER, TEXTS, SplitScores
+from tiedlora.records.run_record import ADAPTER, TEXTS, ConfigRecord, SplitScores
 
 COPIED = ("metrics.jsonl", "validation_losses.jsonl", "pruned.txt")
 

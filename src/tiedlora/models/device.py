@@ -14,7 +14,7 @@ import torch
 
 from tiedlora.config.schema import SLOT_DEVICE
 from tiedlora.errors import UserError
-from tiedlora.records.execution import Execution
+from tiedlora.records.provenance import Execution
 
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 """The CPU flags on which the kernel of a bfloat16 product depends."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from tiedlora.records.reading import Number, Text
+
 LEVEL = 0.95
 """The confidence level of every interval in this project."""
 
@@ -13,10 +15,10 @@ LEVEL = 0.95
 class Interval:
     """An estimate and the two ends of its 95 % interval, in the unit of the score."""
 
-    value: float
-    low: float
-    high: float
-    method: str = ""
+    value: Number
+    low: Number
+    high: Number
+    method: Text = ""
     """How the ends were computed: wilson, newcombe, bootstrap, t, crossed or fieller."""
 
 

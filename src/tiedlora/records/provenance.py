@@ -1,13 +1,14 @@
-"""Which code and which packages made a result."""
+"""Which code, which packages and which device made a result."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 import subprocess
+from dataclasses import dataclass
 
 from tiedlora.config.project import PROJECT
-from tiedlora.records.execution import CodeVersion
+from tiedlora.records.reading import Count, Flag, Text
 
 STUDY_RECORDS = "studies/*/runs/**"
 """The records of studies, from the top of the checkout."""
@@ -29,6 +30,58 @@ CHAT_TEMPLATE = "chat template"
 """The entry beside them that holds the digest of the chat template, for a task that uses one."""
 TARGET_BLANK, LEFT_OUT = "target blank", "left out"
 """The entry for a tokenizer that adds a blank before every text, and its value."""
+
+
+@dataclass(frozen=True)
+class CodeVersion:
+    """The commit of the checkout whose code ran; None outside a git checkout."""
+
+    commit: Text | None
+    dirty: Flag | None
+    """Whether the checkout had uncommitted changes."""
+
+    def __str__(self) -> str:
+        return f"commit {self.commit}{' with uncommitted changes' if self.dirty else ''}"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where a run was carried out. This is not part of the run's identity, but it changes rounding."""
+
+    device: Text
+    """`cpu`, or the GPU's name."""
+    threads: Count | None = None
+    """CPU threads of torch; None on a GPU."""
+    processes: Count = 1
+    """How many processes trained together."""
+    processor: Text | None = None
+    """The CPU's model and its vector instructions; None on a GPU, and in records before this key."""
+
+    @property
+    def device_and_threads(self) -> str:
+        """Device, threads and processes, in words."""
+        threads = f", {self.threads} threads" if self.threads is not None else ""
+        return f"{self.device}{threads}" + (f", {self.processes} processes" if self.processes > 1 else "")
+
+    def __str__(self) -> str:
+        return self.device_and_threads + (f", {self.processor}" if self.processor is not None else "")
+
+    def rounds_as(self, other: Execution) -> bool:
+        """Whether both are the same kind of device. False if a record does not name its processor."""
+        known = self.threads is None or self.processor is not None
+        return known and (self.device, self.processor) == (other.device, other.processor)
+
+
+@dataclass(frozen=True)
+class ContinuedFrom:
+    """How the first steps of a run were made. The run then continued with other code, packages, or elsewhere."""
+
+    step: Count
+    """The last of these steps."""
+    code: CodeVersion | None
+    versions: dict[str, str]
+    """Package -> installed version."""
+    execution: Execution
 
 
 def code_version() -> CodeVersion:

@@ -71,6 +71,6 @@ def _in_words(error: ErrorDetails, what: str) -> str:
         return f"is not {what}: it is no object"
     if error["type"] == "missing":
         return f"has no '{key}', so it is not {what}"
-    if error["type"] in ("not_finite", "not_a_name", "not_an_interval"):
+    if error["type"] in ("not_finite", "not_a_name"):
         return f"'{key}' {error['msg']}"
     return f"'{key}' is {error['input']!r:.60}, which cannot be a value of {what}"

@@ -5,42 +5,91 @@ To read it needs neither torch nor Hydra. The report, the sweeps and the scripts
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
 
 from tiedlora import storage
 from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
-from tiedlora.records.admission import Admission
-from tiedlora.records.execution import CodeVersion, ContinuedFrom, Execution, with_execution
-from tiedlora.records.halving import Halving
 from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.reading import Count, Name, Number, Text, Whole, is_number, typed
-from tiedlora.records.recorded_config import ConfigRecord, Identity, with_tree
-from tiedlora.text import is_name
-from tiedlora.tying import PARTS
+from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
+from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, typed
 
-RUN_ID = re.compile(r"\w[A-Za-z0-9._-]{0,400}", re.ASCII)
-
-
-def _numbers(value: Any) -> Any:
-    """Check that a value and the ends of its interval are finite numbers."""
-    ends = [value.get(key) for key in ("value", "low", "high")] if isinstance(value, dict) else [None]
-    if isinstance(value, Interval) or all(map(is_number, ends)):
-        return value
-    raise PydanticCustomError("not_an_interval", f"is {NOT_A_SCORE}")
-
-
-NOT_A_SCORE = "not a value with an interval, all within [-1, 1]"
-ScoreInterval = Annotated[Interval, BeforeValidator(_numbers)]
-Scores = dict[Name, ScoreInterval]
+RunId = Annotated[Text, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,400}$")]
+Split = Annotated[Text, Field(pattern=f"^({'|'.join(SPLITS)})$")]
+ScoredSplit = Annotated[Text, Field(pattern=f"^({'|'.join((*SCORED_SPLITS, FORGETTING))})$")]
+Scores = dict[Name, Interval]
 """Metric -> its value with its interval: within [-1, 1], or in nats if the metric is a loss."""
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    name: Name
+
+
+@dataclass(frozen=True)
+class NamedTask:
+    name: Name
+    kind: Text = ""
+
+
+@dataclass(frozen=True)
+class RankValues:
+    r: Whole
+    alpha: Number | None = None
+    scaling: Text = "standard"
+
+
+@dataclass(frozen=True)
+class TrainValues:
+    lr: Number
+
+
+@dataclass(frozen=True)
+class NamedTying:
+    name: Name
+
+
+def with_tree(value: Any) -> Any:
+    """The object with itself as its `tree`. Anything else is left to the check of types."""
+    return {**value, "tree": value} if isinstance(value, dict) else value
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The values that a run's id is a hash of. The attributes are those that tables show; `tree` holds every value."""
+
+    model: NamedModel
+    task: NamedTask
+    rank: RankValues
+    train: TrainValues
+    tying: dict[str, Any]
+    score: dict[str, Any]
+    tree: dict[str, Any]
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> Identity:
+        """The values that config.identity.identity returns."""
+        return typed(cls, with_tree(tree))
+
+
+@dataclass(frozen=True)
+class ConfigRecord:
+    """The whole resolved configuration, facts of execution included, as `Identity`."""
+
+    task: NamedTask
+    rank: RankValues
+    tying: NamedTying
+    tree: dict[str, Any]
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> ConfigRecord:
+        """The values that config.identity.config_tree returns."""
+        return typed(cls, with_tree(tree))
 
 
 @dataclass(frozen=True)
@@ -72,6 +121,18 @@ class DataRecord:
     dropped_target: Count = 0
     dropped_answer: Count = 0
     """Rows left out because shortening the prompt removed the answer from it."""
+
+
+@dataclass(frozen=True)
+class Halving:
+    """Memory ran out, and from then on passes were at most half as large. The gradients are the same sums."""
+
+    step: Count
+    """The optimizer step, counted from 1; 0 for the validation before it."""
+    during: Text
+    """`training` or `validation`."""
+    tokens: Count
+    """Most tokens of a pass from then on, without padding. A row that has more is a pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +225,59 @@ class SplitScores:
         return next(iter(self.metrics))
 
 
+ROUNDING = 1e-3
+"""The largest difference of logits, relative to the largest logit, that counts as rounding."""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """The checks of an arm on a few rows. Differences are the largest ones of any logit, relative to the largest logit
+    of the base model.
+    """
+
+    start: Number
+    """Between the base model and the arm before training."""
+    moves: Flag
+    """Whether one step of training changes a logit."""
+    later_tokens: Number
+    """At a position, when only tokens after it change."""
+    other_rows: Number
+    """In a row, when only the other rows of its batch change."""
+    reload: Number
+    """Between the arm and the arm that is read from its files."""
+
+    @property
+    def starts_at_base(self) -> bool:
+        """Whether the arm computes as the base model before training."""
+        return self.start <= ROUNDING
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the logits at a position depend on that position and earlier ones only."""
+        return self.later_tokens == 0
+
+    @property
+    def is_of_its_row(self) -> bool:
+        """Whether the logits of a row do not depend on the other rows of its batch."""
+        return self.other_rows == 0
+
+    def marks(self) -> dict[str, str]:
+        """What a reader of scores must know: a mark of a few words -> the sentence that explains it."""
+        failed = {
+            "off the base": (not self.starts_at_base, "starts off the base model"),
+            "does not move": (not self.moves, "does not move at its first step"),
+            "not causal": (not self.is_causal, "not causal: answers depend on later tokens"),
+            "mixes rows": (not self.is_of_its_row, "answers depend on the other rows of a batch"),
+            "not reloaded": (self.reload > ROUNDING, "computes otherwise after it is saved and loaded"),
+        }
+        return {mark: sentence for mark, (is_failed, sentence) in failed.items() if is_failed}
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """The content of result.json of a finished run."""
 
-    run_id: Text
+    run_id: RunId
     identity: Annotated[Identity, BeforeValidator(with_tree)]
     config: Annotated[ConfigRecord, BeforeValidator(with_tree)]
     seed: Whole
@@ -180,19 +289,18 @@ class RunRecord:
     trainable_params: Count
     share_of_lora: Number
     """Trainable parameters divided by those of the paper's LoRA at the same rank."""
-    data: dict[str, DataRecord]
+    data: dict[Split, DataRecord]
     training: TrainingRecord
     adapter_bytes: Count
-    scores: dict[str, SplitScores]
-    status: Text
+    scores: dict[ScoredSplit, SplitScores]
+    status: Literal["done"]
     """Always `done`: other runs have no record."""
     files: dict[str, str] = field(default_factory=dict)
     """File of the adapter -> its sha256."""
     stored_params: Count | None = None
     """Numbers in the adapter's files, frozen ones included; None if these are the trained parameters."""
     more_ends: list[Count] | None = None
-    """The tokens at which answers end, besides the tokenizer's end-of-text token; None if there are no others, and in
-    records of earlier versions, which knew none."""
+    """The tokens at which answers end, besides the tokenizer's end-of-text token; None if there are no others."""
     admission: Admission | None = None
     """The checks of an arm of another method before its first step."""
     left_out: list[Text] | None = None
@@ -205,19 +313,13 @@ class RunRecord:
         Raises:
             UserError: a key is missing or wrong; the message names it.
         """
-        record = typed(cls, with_execution(tree))
+        record = typed(cls, tree)
         _check(record)
         return record
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object, with the keys that earlier versions of the code read."""
-        tree: dict[str, Any] = {}
-        for name, value in plain(self).items():
-            if name == "execution":
-                # For readers of version 0.1.
-                tree["device"] = str(self.execution)
-            tree[name] = value
-        return {**tree, "identity": self.identity.tree, "config": self.config.tree}
+        """The JSON object."""
+        return {**plain(self), "identity": self.identity.tree, "config": self.config.tree}
 
     @property
     def executions(self) -> list[Execution]:
@@ -289,26 +391,10 @@ def read_record(path: Path) -> RunRecord:
 
 def _check(record: RunRecord) -> None:
     """Refuse a record that has the right types, but whose values cannot be those of a finished run."""
-    if record.status != "done":
-        raise UserError(f"its status is {record.status!r:.60}, not 'done'")
-    if not RUN_ID.fullmatch(record.run_id):
-        raise UserError(f"'run_id' is {record.run_id!r:.60}, which is no name of this project")
-    if not is_name(record.base.name):
-        raise UserError(f"'base.name' is {record.base.name!r:.60}, which is no name of this project")
-    if record.base.digest is None:
-        raise UserError("'base.digest' is None, which no run has")
-    for part in PARTS:
-        if not isinstance(record.identity.tying.get(part, {}), dict):
-            raise UserError(f"'identity.tying.{part}' is not an object")
-    for split in ("train", "validation"):
+    for split in SPLITS[:2]:
         if split not in record.data:
             raise UserError(f"has no 'data.{split}', so it is not a run's record of this project")
-    for split in record.data:
-        if split not in SPLITS:
-            raise UserError(f"'data.{split:.40}' is not a split's digest")
     for split, scores in record.scores.items():
-        if split not in (*SCORED_SPLITS, FORGETTING):
-            raise UserError(f"'scores.{split:.40}' is not a split that is scored")
         if (scores.base is None) != (scores.gain is None):
             raise UserError(f"'scores.{split}' has only one of base and gain")
         for kind, others in (("base", scores.base), ("gain", scores.gain)):
@@ -318,4 +404,4 @@ def _check(record: RunRecord) -> None:
             for metric, interval in (getattr(scores, kind) or {}).items():
                 ends = (interval.value, interval.low, interval.high)
                 if not is_loss(metric) and max(map(abs, ends)) > 1 + 1e-9:
-                    raise UserError(f"'scores.{split}.{kind}.{metric}' is {NOT_A_SCORE}")
+                    raise UserError(f"'scores.{split}.{kind}.{metric}' is no value with an interval within [-1, 1]")

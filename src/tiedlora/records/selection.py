@@ -1,13 +1,19 @@
-"""The chosen learning rates of a sweep, selection.json, as typed values. It lies beside the sweep's frozen cells."""
+"""The chosen learning rates of a sweep: the scores that rates are compared by, and selection.json as typed values.
+
+selection.json lies beside the sweep's frozen cells.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.errors import UserError
+from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.reading import Count, Flag, Number, Text, Whole, typed
+from tiedlora.records.run_record import RunRecord
 
 SELECTION_FILE = "selection.json"
 LOSS = "validation/loss"
@@ -43,7 +49,7 @@ class RateChoice:
     test_metric: Text = ""
     """The metric of `test`: the one that chose if test has it, otherwise the task's first."""
     selection_seeds: list[Whole] = field(default_factory=list)
-    """The seeds that the rate was compared on. Empty in a file of version 0.1 or 0.2, where it was all of them."""
+    """The seeds that the rate was compared on."""
 
     @property
     def by(self) -> str:
@@ -104,7 +110,7 @@ def write_selection(path: Path, selection: Selection) -> None:
 
 
 def read_selection(path: Path) -> Selection:
-    """The selection in a selection.json, also in one of an earlier version.
+    """The selection in a selection.json.
 
     Raises:
         UserError: a key is missing or wrong; the message names the file and the key.
@@ -114,3 +120,26 @@ def read_selection(path: Path) -> Selection:
         return typed(Selection, tree, what="a sweep's selection")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def validation_metric(records: Iterable[RunRecord]) -> str | None:
+    """The first metric on validation, by which runs can be compared; None if they do not all have the same one.
+
+    Runs without a score on validation do not count.
+    """
+    firsts = {scores.first_metric for record in records if (scores := record.scores.get("validation")) is not None}
+    return firsts.pop() if len(firsts) == 1 else None
+
+
+def validation_scores(records: Mapping[int, RunRecord], metric: str | None) -> dict[int, float]:
+    """Seed -> the score on validation by this metric, where more is better: a loss is negated.
+
+    Args:
+        metric: None gives no scores.
+    """
+    values = {
+        seed: scores.metrics[metric].value
+        for seed, record in records.items()
+        if metric is not None and (scores := record.scores.get("validation")) is not None
+    }
+    return {seed: -value for seed, value in values.items()} if metric and is_loss(metric) else values

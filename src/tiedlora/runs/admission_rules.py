@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
-from tiedlora.records.admission import Admission
 from tiedlora.records.loss_metrics import is_loss
+from tiedlora.records.run_record import Admission
 
 
 def check_scores_mean_something(admission: Admission, config: Config) -> None:

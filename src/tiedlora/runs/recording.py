@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from tiedlora import tying
 from tiedlora.config.identity import config_tree, identity, run_id
-from tiedlora.records.recorded_config import ConfigRecord, Identity
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import (
+    ConfigRecord,
     DataRecord,
+    Identity,
     RunRecord,
     SplitScores,
     TrainingRecord,

@@ -21,8 +21,8 @@ from tiedlora.data.encoding import EncodedRows, Encoder
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.models.device import execution_on
-from tiedlora.records.admission import Admission
 from tiedlora.records.provenance import code_version, package_versions
+from tiedlora.records.run_record import Admission
 from tiedlora.runs.admission_rules import check_scores_mean_something
 from tiedlora.runs.inputs import RunRows, read_rows, warn_of_trained_rows
 from tiedlora.runs.process_cache import SingleSlotCache

@@ -22,9 +22,9 @@ from tiedlora.data.batching import Batch, BatchSampler, by_length, empty_batch, 
 from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.models import attention, products
 from tiedlora.models.device import free_memory, peak_memory_bytes, restart_peak_memory
-from tiedlora.records.halving import Halving
 from tiedlora.records.rows import MetricsRow, ValidationLosses, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import Halving
 from tiedlora.runs.session import RunSession
 from tiedlora.scoring.memory import within_memory
 from tiedlora.scoring.split import Scorer

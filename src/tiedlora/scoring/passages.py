@@ -27,8 +27,6 @@ PASSAGE_TOKENS = 768
 """Most tokens of a passage, as in PEFT's benchmark; fewer if the model's context is shorter."""
 LONGEST_WINDOW = 16 * PASSAGE_TOKENS
 """Most characters that a passage is looked for in. English has about four characters for a token."""
-LARGEST_FILE = 64 * 2**20
-"""Most bytes of a text file."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def split_text(text: str, fits: Callable[[str], bool]) -> Iterator[str]:
 
 def _file_text(path: Path) -> str:
     try:
-        return storage.read_bytes(path.expanduser(), LARGEST_FILE).decode("utf-8-sig")
+        return storage.read_bytes(path.expanduser()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"score.forgetting={path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
 

@@ -18,8 +18,15 @@ from tiedlora.config.identity import identity
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores
-from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection, read_selection
-from tiedlora.records.validation_scores import validation_metric, validation_scores
+from tiedlora.records.selection import (
+    LOSS,
+    SELECTION_FILE,
+    RateChoice,
+    Selection,
+    read_selection,
+    validation_metric,
+    validation_scores,
+)
 from tiedlora.runs import lazy
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.text import aligned

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.records.execution import CodeVersion, ContinuedFrom, Execution, with_execution
-from tiedlora.records.provenance import TARGET_BLANK
+from tiedlora.records.provenance import TARGET_BLANK, CodeVersion, ContinuedFrom, Execution
 from tiedlora.records.reading import Text, typed
 from tiedlora.records.run_record import plain
 from tiedlora.training.loop import TrainState
@@ -133,7 +132,7 @@ def _read(
     # Checkpoints of the earliest version have no digest of their state.
     if tree.pop("state_sha256", None) not in (None, _digest(tree)):
         raise ValueError("its state is not the one it was written with")
-    state, inputs = typed(TrainState, tree["progress"]), typed(RunInputs, with_execution(tree["facts"]))
+    state, inputs = typed(TrainState, tree["progress"]), typed(RunInputs, tree["facts"])
     tensors = load_file(candidate / TENSORS)
     for name, part in parts.items():
         if tensors[f"part/{name}"].shape != part.shape:

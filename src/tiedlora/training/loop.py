@@ -17,9 +17,9 @@ from tiedlora.data.batching import Batch
 from tiedlora.errors import Diverged, Paused, StoppedEarly, UserError, is_out_of_memory
 from tiedlora.keys import LARGEST_COUNT
 from tiedlora.models.device import free_memory
-from tiedlora.records.execution import ContinuedFrom
-from tiedlora.records.halving import Halving
+from tiedlora.records.provenance import ContinuedFrom
 from tiedlora.records.rows import MetricsRow
+from tiedlora.records.run_record import Halving
 from tiedlora.training.distributed import World
 from tiedlora.training.optimizer import learning_rate
 
