@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from tiedlora import errors
+from tiedlora.errors import UserError
 from tiedlora.page import readme, write
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,8 @@ def main() -> None:
         "--readme", type=Path, help="also write tables between the marks of this file (docs/results.md)"
     )
     arguments = parser.parse_args()
+    if arguments.sections < 0:
+        raise UserError(f"--sections {arguments.sections}: must be at least 0")
     report = write.build(
         arguments.runs,
         claims=arguments.claims,

@@ -13,6 +13,8 @@ The report reads the folder: python scripts/report.py studies/NAME --claims stud
 
 import argparse
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,7 +27,6 @@ from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, verify
 from tiedlora.sweeps import forecast, study
-from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import stopped_by_signals
 
 DISAGREES = 3
@@ -49,8 +50,8 @@ def main() -> None:
     planned = study.read_study(arguments.study)
     outputs = (arguments.outputs or PROJECT / "outputs" / "studies" / planned.name).absolute()
     if arguments.what == "plan":
-        for part, words in planned.commands(arguments.part):
-            print(f"{part}: python train.py --multirun {' '.join(words)}")
+        for part, words, _ in planned.composed(outputs, arguments.part):
+            print(f"{part}: python train.py --multirun {' '.join(map(shown, words))}")
     elif arguments.what == "forecast":
         show_forecast(planned, outputs, arguments.part, arguments.words)
     elif arguments.what == "run":
@@ -65,20 +66,22 @@ def main() -> None:
         repeat(arguments.study, arguments.words, outputs / "repeated", arguments.data_root)
 
 
+def shown(word: str) -> str:
+    """The word of a command that a person may paste into a shell. A list such as [test] needs no quotes there."""
+    return word if re.fullmatch(r"[\w@%+=:,./\[\]-]*", word, re.ASCII) else shlex.quote(word)
+
+
 def show_forecast(planned: study.Study, outputs: Path, part: str | None, words: list[str]) -> None:
     # Two parts may have cells in common, which will run once.
-    cells = {
-        cell.run_id: cell
-        for _, planned_words in planned.commands(part)
-        for cell in compose_sweep([*planned_words, *words, f"outputs={outputs}"]).cells
-    }
+    cells = {cell.run_id: cell for *_, sweep in planned.composed(outputs, part, words) for cell in sweep.cells}
     print(forecast.described(*forecast.forecast(cells.values())))
 
 
 def carry_out(planned: study.Study, folder: Path, outputs: Path, part: str | None) -> None:
     study.check_committed(folder)
     failed = []
-    for name, words in planned.commands(part):
+    # A mistake in the last part must not be found after the hours of the others.
+    for name, words, _ in planned.composed(outputs, part):
         print(f"{name}: {' '.join(words)}", flush=True)
         command = [sys.executable, str(PROJECT / "train.py"), "--multirun", *words, f"outputs={outputs}"]
         ended = run_until_stopped(command)

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from tiedlora import errors
+from tiedlora.errors import UserError
 from tiedlora.runs import verify
 
 DISAGREES = 3
@@ -22,6 +23,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="least predictions per split to regenerate; 0: none")
     parser.add_argument("--cache", type=Path, default=os.environ.get("TIEDLORA_CACHE"), help="as cache= of train.py")
     arguments = parser.parse_args()
+    if arguments.rows < 0:
+        raise UserError(f"--rows {arguments.rows}: must be at least 0")
     findings = verify.verify(arguments.run, data_root=arguments.data_root, rows=arguments.rows, cache=arguments.cache)
     for line in verify.lines(findings):
         print(line)

@@ -142,7 +142,7 @@ def test_a_control_runs_the_seeds_of_its_offset(tiny_run, tmp_path):
 def test_a_claim_that_needs_the_base_is_refused_without_it(tiny_run, tmp_path):
     sweep = compose_sweep(tiny_run(*WORDS, "score.base=false"))
     with pytest.raises(UserError, match=r"score\.base=false: the claim 'the method has a lower loss' needs"):
-        run_deciding(sweep, OPTIONS, claims_file(tmp_path, 0.1, rule="margin"), None, Launcher())
+        run_deciding(sweep, OPTIONS, claims_file(tmp_path, 0.1, rule="retains"), None, Launcher())
 
 
 def target_losses(sweep) -> dict[tuple[str, int], float]:

@@ -9,6 +9,7 @@ import sys
 import pytest
 from helpers import processes
 from helpers.commands import wait_until
+from helpers.hostile import snapshot
 
 from tiedlora import storage
 from tiedlora.analysis.runs import read_runs, run_roots
@@ -64,6 +65,62 @@ def test_mistakes_in_a_plan_are_named(folder):
         study.read_study(folder)
     with pytest.raises(UserError, match=r"no such file; a study is a folder with a study\.yaml"):
         study.read_study(folder.parent)
+
+
+# What a study that somebody passes on may not say, and the words that refuse it.
+HOSTILE = {
+    "a name that is a path": (("name: small", "name: ../../evil"), "name: '../../evil' becomes a folder's name"),
+    "a part's name with control characters": (("name: first", 'name: "a\\e[2J"'), "parts.0.name: 'a\\x1b[2J' becomes"),
+    "another place for the runs": (("seed=0", "outputs=/tmp/x"), "words.1: a study cannot set outputs;"),
+    "another place for the cache": (("seed=0", "cache=/tmp/x"), "a study cannot set cache;"),
+    "rows of a machine": (("seed=0", "data_root=/etc"), "a study cannot set data_root;"),
+    "a flag of the command": (("seed=0", "--config-dir=/tmp/x"), "words.1: '--config-dir=/tmp/x' must be KEY=VALUE"),
+    "a short flag": (("seed=0", "-cn=evil"), "must be KEY=VALUE"),
+    "a key that is taken away": (("seed=0", "~task"), "must be KEY=VALUE"),
+    "a key of another package": (("seed=0", "task@hydra=x"), "must be KEY=VALUE"),
+    "a program that is started": (
+        ("seed=0", "hydra.launcher._target_=os.system"),
+        "only these keys of Hydra: hydra/sw",
+    ),
+    "a place of Hydra's": (("seed=0", "hydra.sweep.dir=/tmp/x"), "a study sets only these keys of Hydra"),
+    "a search path of Hydra's": (
+        ("seed=0", "'hydra.searchpath=[file:///tmp/x]'"),
+        "a study sets only these keys of Hydra",
+    ),
+    "commands before a job": (("seed=0", "'hydra.launcher.setup=[reboot]'"), "a study sets only these keys of Hydra"),
+    "a misspelt key of Hydra": (("seed=0", "hydra.sweeper.finalist=2"), "(did you mean hydra.sweeper.finalists?)"),
+    "an option outside conf/": (("task=chain_sum", "task=../../x"), "parts.0.words.0: an option of conf/ is a name"),
+    "a misspelt group": (("tying=LoRA, rank=r1", "tyng=LoRA"), "parts.0.sweeps.0.0: a study cannot set tyng;"),
+    "a misspelt key": (("seed=0", "train.stepz=3"), "part first: train.stepz: unknown key (did you mean train.steps?)"),
+    "a misspelt option": (("tying=TABuv,TAB", "tying=TABuv,TBA"), "tying=TBA: no such option"),
+    "a value that is impossible": (("task=gsm_symbolic", "train.steps=0"), "part second: cell "),
+    "an axis of nothing": (("seed=0", '"seed=range(0,0)"'), "part first: seed=range(0,0): has no value"),
+    "nothing": (("parts:", "parts: []\nold:"), "parts=[]: List should have at least 1 item"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_plan_is_not_trusted(folder, script, tmp_path, what):
+    """Nothing is said to be planned, and nothing is written."""
+    change, says = HOSTILE[what]
+    assert change[0] in PLAN
+    (folder / "study.yaml").write_text(PLAN.replace(*change, 1))
+    before = snapshot(tmp_path)
+    code, out, err = script("scripts/study.py", "plan", folder)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert says in err
+    assert "study.yaml: " in err
+    assert snapshot(tmp_path) == before
+
+
+def test_a_plan_is_printed_as_a_shell_reads_it(folder, script):
+    (folder / "study.yaml").write_text(PLAN.replace("seed=0", "'task.target=\"$(reboot)\"', 'score.splits=[test]'"))
+    code, out, _ = script("scripts/study.py", "plan", folder, "--part", "second")
+    assert (code, out) == (
+        0,
+        "second: python train.py --multirun model=tiny_llama 'task.target=\"$(reboot)\"' score.splits=[test] "
+        "task=gsm_symbolic tying=LoRA\n",
+    )
 
 
 def test_a_plan_outside_of_the_commit_does_not_run(folder):

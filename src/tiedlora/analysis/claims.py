@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from tiedlora import storage
-from tiedlora.analysis import looks
-from tiedlora.analysis.looks import Looks
-from tiedlora.analysis.rules import Better, Level, Retains, Rule, WithinMargin
+from tiedlora.analysis.looks import SEEDS, Looks, planned
+from tiedlora.analysis.rules import Better, Level, Retains, Rule
+from tiedlora.config.compose import task_option
+from tiedlora.config.explain import nearest, options
 from tiedlora.errors import UserError
-from tiedlora.records.reading import is_number
+from tiedlora.keys import LARGEST_COUNT
+from tiedlora.records.loss_metrics import LOSS_METRICS
+from tiedlora.records.reading import Number, Text, Whole, from_person
+from tiedlora.tasks import load_task
 
 EQUAL_RANK, EQUAL_PARAMETERS = "equal_rank", "equal_parameters"
-AT = (EQUAL_RANK, EQUAL_PARAMETERS)
-LEAST_SEEDS = 5
-"""The least `minimum_seeds` that the files of earlier versions could ask for."""
+NO_SUCH = "no run here has this name, and it is no option of"
+_KNOWN_KEYS = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
 class Side:
     """One side of a comparison: a configuration at a rank, or at the rank that matches the other side."""
 
-    configuration: str
-    rank: int | None
-    at: str = ""
-    """One of AT if the rank follows from the other side, otherwise empty."""
-    seed_offset: int = 0
+    __pydantic_config__ = _KNOWN_KEYS
+    configuration: Text
+    rank: Annotated[Whole, Field(ge=1, le=LARGEST_COUNT)] | None = None
+    at: Literal["equal_rank", "equal_parameters"] | None = None
+    """How the rank follows from the other side; None for a side with a rank."""
+    seed_offset: Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)] = 0
     """This side's run of seed s + offset is paired with the other side's run of seed s. With it, a configuration is
     compared with itself (an A/A control)."""
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.at is None):
+            raise ValueError(f"needs either rank, or at ({EQUAL_RANK} or {EQUAL_PARAMETERS})")
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,83 @@ class Claim:
         return self.metrics.get(task) or first
 
 
+def _by_task(tasks: Any) -> Any:
+    if isinstance(tasks, dict) or (isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)):
+        return tasks if isinstance(tasks, dict) else dict.fromkeys(tasks, "")
+    raise ValueError("must be a list of task names, or their metrics such as {squad: f1}; [] takes every task")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A claim as its file has it."""
+
+    __pydantic_config__ = _KNOWN_KEYS
+    name: Annotated[Text, Field(min_length=1)]
+    method: Side
+    comparator: Side
+    tasks: Annotated[dict[Text, Text], BeforeValidator(_by_task)]
+    retains: Annotated[Number, Field(ge=0.01, lt=1)] | None = None
+    """The share of the comparator's gain that is kept."""
+    better_by: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    """In the score's unit: 0.02 is two points."""
+    level_within: Annotated[Number, Field(ge=0.001, lt=1)] | None = None
+    """A share of the comparator's gain."""
+
+    def __post_init__(self) -> None:
+        given = [key for key in RULES if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one rule of {', '.join(RULES)}; it has {', '.join(given) or 'none'}")
+        one, other = self.method, self.comparator
+        if one.at and other.at:
+            raise ValueError("method and comparator both have 'at'; one of them needs a rank")
+        same_size = one.rank == other.rank or one.at or other.at
+        if same_size and (one.configuration, one.seed_offset) == (other.configuration, other.seed_offset):
+            raise ValueError(f"compares {one.configuration} with itself; seed_offset on one side gives it other seeds")
+
+    def rule(self) -> Rule:
+        """The one rule that is given."""
+        return next(make(value) for key, make in RULES.items() if (value := getattr(self, key)) is not None)
+
+
+RULES: dict[str, Callable[[float], Rule]] = {"retains": Retains, "better_by": Better, "level_within": Level}
+
+
+@dataclass(frozen=True)
+class _File:
+    """A claims file."""
+
+    __pydantic_config__ = _KNOWN_KEYS
+    claims: Annotated[list[_Entry], Field(min_length=1)]
+    paper: Text = ""
+    looks: list[Annotated[Whole, Field(ge=2)]] = field(default_factory=lambda: list(SEEDS))
+    levels: list[Number] | None = None
+    seeds: list[Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]] | None = None
+
+    def __post_init__(self) -> None:
+        names = [entry.name for entry in self.claims]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two claims have the name {twice!r:.80}; give each its own")
+        self.plan()
+
+    def plan(self) -> Plan:
+        """The planned looks of every claim.
+
+        Raises:
+            ValueError: the looks, levels or seeds do not fit each other.
+        """
+        planned_looks = planned(self.looks, self.levels)
+        last = planned_looks.seeds[-1]
+        seeds = tuple(range(last) if self.seeds is None else self.seeds)
+        if len(set(seeds)) < len(seeds) or len(seeds) < last:
+            raise ValueError(f"seeds {list(seeds)!s:.60}: must be at least {last} different seeds, for the last look")
+        return Plan(planned_looks, seeds)
+
+
+_KEYS = [item.name for kind in (_File, _Entry, Side) for item in fields(kind)]
+
+
 def read(path: Path) -> list[Claim]:
-    """The claims of a YAML file.
+    """The claims of a YAML file. Whether what they name exists is for `check_names`.
 
     Raises:
         UserError: a key is missing, unknown or has an impossible value; the message names it.
@@ -79,122 +163,54 @@ def read(path: Path) -> list[Claim]:
     if not path.exists():
         raise UserError(f"{path}: no such file; claims are YAML files such as claims/tied_lora.yaml")
     # Interpolations are not resolved: a claim needs none, and must not read the environment.
-    text: Any = OmegaConf.to_container(storage.read_yaml(path))
-    if not isinstance(text, dict) or not isinstance(text.get("claims"), list) or not text["claims"]:
-        raise UserError(f"{path}: needs the keys paper and claims, a list of at least one")
-    _check_keys(str(path), text, ("claims",), ("paper", "looks", "levels", "seeds"))
-    plan = _plan(path, text)
-    paper = str(text.get("paper", ""))
-    return [_claim(f"{path}: claims[{number}]", paper, plan, entry) for number, entry in enumerate(text["claims"])]
-
-
-def _check_keys(where: str, entry: dict[Any, Any], needed: Sequence[str], optional: Sequence[str]) -> None:
-    for key in entry:
-        if key not in (*needed, *optional):
-            raise UserError(f"{where}: unknown key '{key}'; the keys are {', '.join((*needed, *optional))}")
-    for key in needed:
-        if key not in entry:
-            raise UserError(f"{where}: has no key '{key}'; the keys are {', '.join((*needed, *optional))}")
-
-
-def _plan(path: Path, text: dict[Any, Any]) -> Plan:
-    counts, levels, seeds = (text.get(key) for key in ("looks", "levels", "seeds"))
-    if counts is not None and not _are_whole(counts, 2):
-        raise UserError(f"{path}: looks={counts}: must be a list of numbers of seeds, each 2 or more, such as [3, 5]")
-    if levels is not None and not (isinstance(levels, list) and all(map(is_number, levels))):
-        raise UserError(f"{path}: levels={levels}: must be a list of numbers, one for each look")
+    text = OmegaConf.to_container(storage.read_yaml(path))
     try:
-        planned = looks.planned(
-            tuple(counts) if counts is not None else looks.SEEDS, tuple(levels) if levels is not None else None
-        )
-    except ValueError as error:
-        raise UserError(f"{path}: looks and levels: {error}") from None
-    last = planned.seeds[-1]
-    if seeds is None:
-        return Plan(planned, tuple(range(last)))
-    if not _are_whole(seeds, 0) or len(set(seeds)) < len(seeds) or len(seeds) < last:
-        raise UserError(f"{path}: seeds={seeds}: must be a list of at least {last} different seeds, for the last look")
-    return Plan(planned, tuple(seeds))
+        file = from_person(_File, text, _KEYS)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    plan = file.plan()
+    return [
+        Claim(file.paper, entry.name, entry.method, entry.comparator, entry.rule(), entry.tasks, plan)
+        for entry in file.claims
+    ]
 
 
-def _claim(where: str, paper: str, plan: Plan, entry: Any) -> Claim:
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: must have the keys name, method, comparator, tasks and a rule")
-    _check_keys(where, entry, ("name", "method", "comparator", "tasks"), (*RULES, "minimum_seeds"))
-    method, comparator = _side(f"{where}.method", entry["method"]), _side(f"{where}.comparator", entry["comparator"])
-    if method.at and comparator.at:
-        raise UserError(f"{where}: method and comparator both have 'at'; one of them needs a rank")
-    if (minimum := entry.get("minimum_seeds")) is not None:
-        plan = _with_minimum(where, plan, minimum)
-    rule, metrics = _rule(where, entry), _metrics(where, entry["tasks"])
-    return Claim(paper, str(entry["name"]), method, comparator, rule, metrics, plan)
+def check_names(
+    path: Path, claims: Iterable[Claim], configurations: Iterable[str], metrics: Mapping[str, Iterable[str]]
+) -> None:
+    """Refuse a claim about what does not exist, which would be reported as not run for ever.
+
+    Args:
+        path: the claims' file, for the message.
+        configurations: the names of the runs, which are valid beside the options of conf/tying.
+        metrics: task of the runs -> its recorded metrics, which are valid beside conf/task and the tasks' own metrics.
+
+    Raises:
+        UserError: naming the claim, the key and the nearest valid name.
+    """
+    known = {*options("tying"), *configurations}
+    tasks = {*options("task"), *metrics}
+    for claim in claims:
+        where = f"{path}: claim {claim.name!r:.80}"
+        for key, side in (("method", claim.method), ("comparator", claim.comparator)):
+            name = side.configuration
+            if name not in known:
+                raise UserError(f"{where}: {key}.configuration={name:.80}: {NO_SUCH} tying{nearest(name, known)}")
+        for task, metric in claim.metrics.items():
+            if task not in tasks:
+                raise UserError(f"{where}: tasks: {task:.80}: {NO_SUCH} task{nearest(task, tasks)}")
+            names = {*_own_metrics(task), *metrics.get(task, ())}
+            if metric and names and metric not in names:
+                known_names = f"it has {', '.join(sorted(names))}{nearest(metric, names)}"
+                raise UserError(f"{where}: tasks: {task} has no metric {metric:.80}; {known_names}")
 
 
-def _side(where: str, side: Any) -> Side:
-    keys = set(side) if isinstance(side, dict) else set()
-    offset = side.get("seed_offset", 0) if keys else 0
-    keys.discard("seed_offset")
-    if _is_whole(offset, 0):
-        if keys == {"configuration", "rank"} and _is_whole(side["rank"], 1):
-            return Side(str(side["configuration"]), side["rank"], seed_offset=offset)
-        if keys == {"configuration", "at"} and side["at"] in AT:
-            return Side(str(side["configuration"]), None, side["at"], offset)
-    raise UserError(
-        f"{where}={side}: needs configuration, and either rank (a whole number from 1) or at (one of {', '.join(AT)}); "
-        "seed_offset (a whole number from 0) is optional"
-    )
-
-
-def _rule(where: str, entry: dict[Any, Any]) -> Rule:
-    given = [key for key in RULES if key in entry]
-    if len(given) != 1:
-        raise UserError(f"{where}: needs exactly one rule of {', '.join(RULES)}; it has {', '.join(given) or 'none'}")
-    (key,) = given
-    value, (make, low, high, unit) = entry[key], RULES[key]
-    if not is_number(value) or not low <= value < high:
-        raise UserError(f"{where}.{key}={value}: must be in [{low:g}, {high:g}), {unit}")
-    return make(float(value))
-
-
-RULES: dict[str, tuple[Callable[[float], Rule], float, float, str]] = {
-    "retains": (Retains, 0.01, 1.0, "the share of the comparator's gain that is kept"),
-    "better_by": (Better, 0.0, 1.0, "in the score's unit (0.02 is two points)"),
-    "level_within": (Level, 0.001, 1.0, "a share of the comparator's gain"),
-    "margin": (WithinMargin, 0.0, 1.0, "in the score's unit (0.02 is two points)"),
-}
-"""Key -> the rule, the bounds of its number, and the number's unit. `margin` is of the files of earlier versions."""
-
-
-def _metrics(where: str, tasks: Any) -> dict[str, str]:
-    if isinstance(tasks, list) and all(isinstance(task, str) for task in tasks):
-        return dict.fromkeys(tasks, "")
-    if isinstance(tasks, dict) and all(isinstance(text, str) for item in tasks.items() for text in item):
-        return dict(tasks)
-    raise UserError(
-        f"{where}.tasks={tasks}: must be a list of task names, or their metrics such as {{squad: f1}}; [] takes every "
-        "task"
-    )
-
-
-def _with_minimum(where: str, plan: Plan, minimum: Any) -> Plan:
-    """The plan without its looks below an earlier version's `minimum_seeds`."""
-    if not _is_whole(minimum, LEAST_SEEDS):
-        raise UserError(f"{where}.minimum_seeds={minimum}: must be {LEAST_SEEDS} or more")
-    if minimum > plan.looks.seeds[-1]:
-        # The seeds of a file without the key `seeds` are counted from 0, and go on.
-        declared = plan.seeds if plan.seeds != tuple(range(len(plan.seeds))) else tuple(range(minimum))
-        if len(declared) < minimum:
-            raise UserError(f"{where}.minimum_seeds={minimum}: is more than the {len(declared)} seeds of `seeds`")
-        return Plan(looks.planned((minimum,)), declared)
-    return Plan(looks.from_minimum(plan.looks, minimum), plan.seeds)
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _are_whole(values: Any, least: int) -> bool:
-    return isinstance(values, list) and bool(values) and all(_is_whole(value, least) for value in values)
+def _own_metrics(task: str) -> tuple[str, ...]:
+    """The metrics of a task of conf/. None for another one, or if a program registers its kind."""
+    try:
+        return (*load_task(task_option(task)).metrics, *LOSS_METRICS) if task in options("task") else ()
+    except UserError:
+        return ()
 
 
 def in_words(rule: Rule) -> str:
@@ -208,6 +224,4 @@ def in_words(rule: Rule) -> str:
             return f"is better by {margin:g}"
         case Level(delta):
             return f"is level within {100 * delta:g} % of the gain"
-        case WithinMargin(margin):
-            return f"is worse by at most {margin:g}"
     raise TypeError(f"{rule} is no rule of a claim")

@@ -25,6 +25,8 @@ SIMULATED = {3: 0.0020, 5: 0.0060, 8: 0.0155, 12: 0.0350}
 """Levels for looks at 3, 5, 8 and 12 seeds. Their sum is above 0.05, but the looks share seeds: at most 4.9 % of
 verdicts are wrong in benchmarks/verdicts.py, but 5.6 % where seeds differ as much as their mean score. There the
 default levels give 4.9 % (docs/results.md)."""
+MOST_SEEDS = 1000
+"""Of a look. Each seed is a whole run of both sides, and a prediction simulates all of them DRAWS times."""
 DRAWS = 4000
 """A simulated chance of 50 % is known to within 1.6 points (95 %)."""
 FUTILE = 0.02
@@ -37,8 +39,8 @@ class Looks:
     """The numbers of seeds at which a claim is looked at, and the two-sided level at each.
 
     Raises:
-        ValueError: the seeds are not increasing numbers from 2, a level is not positive, the lengths differ, or the
-            levels spend more than 0.05 in all. (`SIMULATED`'s levels, or some of them, are allowed.)
+        ValueError: the seeds are not increasing numbers from 2 to MOST_SEEDS, a level is not positive, the lengths
+            differ, or the levels spend more than 0.05 in all. (`SIMULATED`'s levels, or some of them, are allowed.)
     """
 
     seeds: tuple[int, ...]
@@ -49,6 +51,10 @@ class Looks:
         if not seeds or seeds[0] < 2 or any(later <= earlier for earlier, later in itertools.pairwise(seeds)):
             raise ValueError(
                 f"looks at {list(seeds)} seeds: must be increasing whole numbers from 2 (3 or more is better)"
+            )
+        if seeds[-1] > MOST_SEEDS:
+            raise ValueError(
+                f"looks at {seeds[-1]:,} seeds: at most {MOST_SEEDS:,} are allowed, as each is a run of both sides"
             )
         if len(levels) != len(seeds) or not all(0 < level < 1 for level in levels):
             raise ValueError(f"levels {list(levels)}: must be one number in (0, 1) for each look")

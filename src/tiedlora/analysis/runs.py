@@ -163,6 +163,16 @@ def read_runs(roots: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
     return list(runs.values()), left_out
 
 
+def names_of(runs: Iterable[Run]) -> tuple[set[str], dict[str, set[str]]]:
+    """What a claim about these runs can name: the configurations, and task -> its recorded metrics."""
+    configurations: set[str] = set()
+    metrics: dict[str, set[str]] = {}
+    for run in runs:
+        configurations |= {run.configuration, run.record.config.tying.name}
+        metrics.setdefault(run.task, set()).update(*(scores.metrics for scores in run.splits.values()))
+    return configurations, metrics
+
+
 def read_selections(roots: Iterable[Path]) -> tuple[list[Selection], list[LeftOut]]:
     """The choices of learning rates in the roots' sweeps/, and the files that cannot be read."""
     selections, left_out = [], []

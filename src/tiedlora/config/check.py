@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from tiedlora import tying
 from tiedlora.config.explain import nearest, options
 from tiedlora.config.schema import SCORED_SPLITS, SPLITS, Config, ModelConfig, TrainConfig
+from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 from tiedlora.keys import Key, list_keys
 from tiedlora.text import is_name
@@ -19,6 +20,8 @@ LARGEST_RANDOM = 10**9
 """Most parameters of a random model."""
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters, and halves of surrogate pairs."""
+LARGEST_MISS = 2
+"""By which factor the size of a new run may miss its budget. From 5 % on, a miss is marked."""
 TASK_TEXT, HUB_TEXT = "task", "hub"
 """The prefixes of the two sources of neutral text that are not files."""
 FREE_FORM = ("task.options", "tying.arguments", "tying.resolved")
@@ -96,6 +99,15 @@ def check_new_run(config: Config) -> None:
     if config.tracking.backend in ("wandb", "auto") and "/" in config.tracking.project:
         raise UserError(
             f"tracking.project={config.tracking.project}: W&B's names hold no '/'; give the team as tracking.entity"
+        )
+    if config.train.init_digest is not None and not config.train.init_from:
+        raise UserError("train.init_digest: is filled in by the program; name the adapter with train.init_from=RUN")
+    is_sized = config.tying.method is None or config.tying.knob is not None
+    count = trainable_params(config) if config.budget is not None and is_sized else None
+    if config.budget is not None and count and not 1 / LARGEST_MISS <= count / config.budget <= LARGEST_MISS:
+        raise UserError(
+            f"budget={config.budget}: the nearest size of {config.tying.name} on this model has {count:,} parameters; "
+            "choose a budget near to it, or another tying"
         )
     for part in tying.PARTS if config.tying.method is None and not config.train.init_from else ():
         spec: tying.Part = getattr(config.tying, part)

@@ -123,7 +123,7 @@ def _row(verdict: ClaimVerdict, tasks: Sequence[str], prefix: str) -> ClaimRow:
 
 
 def _side(side: claims.Side) -> str:
-    rank = f"r={side.rank}" if side.rank is not None else f"at {side.at.replace('_', ' ')}"
+    rank = f"r={side.rank}" if side.rank is not None else f"at {str(side.at).replace('_', ' ')}"
     return f"{side.configuration} {rank}"
 
 

@@ -14,7 +14,7 @@ from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.claim_verdicts import ClaimVerdict, claim_verdicts
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
-from tiedlora.analysis.runs import LeftOut, Run, read_runs, read_selections, run_roots
+from tiedlora.analysis.runs import LeftOut, Run, names_of, read_runs, read_selections, run_roots
 from tiedlora.analysis.scorebook import Scorebook
 from tiedlora.analysis.shares_by_size import SizePanel, size_panels
 from tiedlora.page import browser, formats, page, plots, tables
@@ -96,6 +96,8 @@ def build(
     stated = claim_files.read(claims) if claims else []
     roots = run_roots(roots)
     runs, left_out = read_runs(roots)
+    if claims:
+        claim_files.check_names(claims, stated, *names_of(runs))
     selections, damaged = read_selections(roots)
     left_out = [*left_out, *damaged]
     groups = group_runs(runs, left_out, selections)

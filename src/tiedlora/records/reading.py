@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from tiedlora.config.explain import nearest
 from tiedlora.errors import UserError
 from tiedlora.text import is_name, visible
 
@@ -65,8 +67,40 @@ def typed(kind: type[T], value: Any, what: str = "a run's record of this project
     return checked
 
 
+def from_person(kind: type[T], value: Any, keys: Iterable[str] = ()) -> T:
+    """As `typed`, for a file that a person writes: the message also says what the key takes.
+
+    Args:
+        keys: all keys of the file, if its type forbids others, to name the nearest one.
+
+    Raises:
+        UserError: as `typed`; and a key is unknown, if the type forbids it.
+    """
+    try:
+        checked: T = _adapter(kind).validate_python(value)  # type: ignore[arg-type]
+    except ValidationError as error:
+        # A key that is misspelt is also missing; to say so would not help.
+        found = min(error.errors(include_url=False), key=lambda found: found["type"] != "unexpected_keyword_argument")
+        key = _key(found)
+        match found["type"]:
+            case "unexpected_keyword_argument":
+                message = f"{key}: unknown key{nearest(str(found['loc'][-1]), keys)}"
+            case "missing":
+                message = f"{key}: is missing"
+            case "value_error":
+                message = f"{key}: {found['ctx']['error']}" if key else str(found["ctx"]["error"])
+            case _:
+                message = f"{key}={found['input']!r:.60}: {found['msg']}"
+        raise UserError(message) from None
+    return checked
+
+
+def _key(error: ErrorDetails) -> str:
+    return visible(".".join(str(part)[:40] for part in error["loc"]))
+
+
 def _in_words(error: ErrorDetails, what: str) -> str:
-    key = visible(".".join(str(part)[:40] for part in error["loc"]))
+    key = _key(error)
     if not key:
         return f"is not {what}: it is no object"
     if error["type"] == "missing":

@@ -100,6 +100,10 @@ def run_deciding(
         raise UserError(f"hydra.sweeper.budget={budget}: must be a whole number of at least 1, or null")
     path = Path(claims) if Path(claims).exists() else PROJECT / claims
     planned = claim_files.read(path)
+    configs = [cell.config for cell in sweep.cells]
+    names = {config.tying.name for config in configs}
+    claim_files.check_names(path, planned, names, {config.task.name: () for config in configs})
+    _check_sides(sweep, planned)
     _check_base(sweep, planned)
     plan = plan_of(path, planned, budget)
     _write_plan(sweep, plan)
@@ -120,6 +124,34 @@ def run_deciding(
     print("\n".join(map(str, states)))
     print(f"{len(used)} runs in all" + (f"; the budget of {budget} runs is spent" if spent else ""))
     end_searches(searches, launches, finished_before, () if spent else tuple(needed.values()))
+
+
+def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
+    """Refuse a grid that has both sides of no claim: it would search rates, and decide nothing.
+
+    Raises:
+        UserError: naming what the first claim needs, and what the grid has.
+    """
+    arms: dict[tuple[str, str], set[tuple[str, int]]] = {}
+    for config in (cell.config for cell in sweep.cells):
+        arms.setdefault((config.model.name, config.task.name), set()).add((config.tying.name, config.rank.r))
+    if not any(claim.covers(task) and _has_sides(claim, own) for claim in claims for (_, task), own in arms.items()):
+        sides = " and ".join(
+            f"{side.configuration} {side.at or f'r={side.rank}'}" for side in (claims[0].method, claims[0].comparator)
+        )
+        names = ", ".join(sorted({f"{name} r={rank}" for own in arms.values() for name, rank in own}))
+        raise UserError(
+            f"hydra.sweeper.claims: the grid has both sides of no claim; {claims[0].name!r:.80} needs {sides}, and the "
+            f"grid has {names}; add the missing axis, such as tying=LoRA,TABuv, or name other claims"
+        )
+
+
+def _has_sides(claim: Claim, arms: set[tuple[str, int]]) -> bool:
+    """Whether both sides of a claim are among these configurations and ranks of one model and task."""
+    matched, own = (claim.method, claim.comparator) if claim.method.at else (claim.comparator, claim.method)
+    rank = own.rank if matched.at == claim_files.EQUAL_RANK else matched.rank
+    ranks = {arm_rank for name, arm_rank in arms if name == matched.configuration}
+    return (own.configuration, own.rank) in arms and (rank in ranks if rank else bool(ranks))
 
 
 def _check_base(sweep: Sweep, claims: Sequence[Claim]) -> None:

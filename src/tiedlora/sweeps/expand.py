@@ -6,6 +6,7 @@ This module and cell_composer.py are the only ones of the package that import Hy
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator
 
@@ -28,12 +29,19 @@ from tiedlora.errors import UserError
 from tiedlora.sweeps.cell_composer import CellComposer
 from tiedlora.sweeps.cells import Sweep, SweepCell
 
+MOST_CELLS = 100_000
+"""A larger grid is a typing mistake: to compose its cells alone would take an hour."""
+Composers = dict[tuple[str, ...], CellComposer]
+"""Overrides of Hydra's own keys -> the composer of the sweeps that have them."""
 _GRID_OVERRIDE = "+grid="
 _GRID_NAME = re.compile(r"[\w.-]+")
 
 
-def compose_sweep(overrides: list[str]) -> Sweep:
+def compose_sweep(overrides: list[str], composers: Composers | None = None) -> Sweep:
     """The sweep that `train.py --multirun OVERRIDES` would run; for scripts and tests.
+
+    Args:
+        composers: those of the sweeps before, so that what the sweeps share is composed once; it gets this sweep's.
 
     Raises:
         UserError: naming the cell and the key.
@@ -44,21 +52,23 @@ def compose_sweep(overrides: list[str]) -> Sweep:
         with initialize_config_dir(config_dir=str(CONF), **compose.VERSION_BASE):
             loader = GlobalHydra.instance().config_loader()
             master = loader.load_configuration("config", overrides, run_mode=RunMode.MULTIRUN)
-            return expand(master, loader, overrides)
+            return expand(master, loader, overrides, composers)
 
 
-def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str]) -> Sweep:
+def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], composers: Composers | None = None) -> Sweep:
     """The cells of a sweep, each once. Cells of the same model and task follow each other.
 
     Args:
         master: the composed configuration. Its hydra.sweeper.params are the axes of the grids.
         loader: Hydra's config loader.
         overrides: the overrides of the command line. They replace axes of the grids with the same key.
+        composers: as for compose_sweep.
 
     Raises:
         UserError: naming the cell and the key.
     """
-    composer = CellComposer(master, loader)
+    composers = {} if composers is None else composers
+    composer = composers.setdefault(tuple(master.hydra.overrides.hydra), CellComposer(master, loader))
     match_lora = bool(master.hydra.sweeper.match_lora)
     cells: dict[str, SweepCell] = {}
     for cell_overrides in combinations(master, loader, overrides):
@@ -77,6 +87,8 @@ def combinations(master: DictConfig, loader: ConfigLoader, overrides: list[str])
             # A later override replaces an earlier one of the same key, and keeps its place.
             key = override.get_key_element()
             axes[key] = [f"{key}={value}" for value in _values(override)]
+    if (count := math.prod(map(len, axes.values()))) > MOST_CELLS:
+        raise UserError(f"the grid has {count:,} cells, at most {MOST_CELLS:,} are allowed; shorten an axis")
     return [list(words) for words in itertools.product(*axes.values())]
 
 
@@ -84,13 +96,18 @@ def _values(override: Override) -> list[str]:
     """The values of an override, as the command line writes them.
 
     Raises:
-        UserError: it is an interval, which only an optimiser can draw from.
+        UserError: it is an interval, which only an optimiser can draw from; or it has no value, or too many.
     """
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]
     if not override.is_discrete_sweep():
         raise UserError(f"{override.input_line}: give the values one by one, as in train.lr=1e-3,1e-2")
-    return list(override.sweep_string_iterator())
+    # A range may be too long to be listed.
+    values = list(itertools.islice(override.sweep_string_iterator(), MOST_CELLS + 1))
+    if not 0 < len(values) <= MOST_CELLS:
+        size = f"more than {MOST_CELLS:,} values" if values else "no value"
+        raise UserError(f"{override.input_line}: has {size}, so there is no sweep; give some, as in seed=0,1,2")
+    return values
 
 
 def _cells(composer: CellComposer, overrides: list[str], match_lora: bool) -> Iterator[SweepCell]:

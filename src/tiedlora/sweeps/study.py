@@ -9,36 +9,82 @@ A sweep of a study is an ordinary `train.py --multirun` command, so it stops and
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from omegaconf import OmegaConf
+from pydantic import AfterValidator, Field
 
 from tiedlora import storage
+from tiedlora.config.explain import nearest
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.export.study_records import copy_exported, export_record, export_stopped
 from tiedlora.records.provenance import code_version
-from tiedlora.records.reading import Text, typed
+from tiedlora.records.reading import Text, from_person
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.selection import SELECTION_FILE, read_selection
+from tiedlora.sweeps.cell_composer import SECTIONS
+from tiedlora.sweeps.cells import Sweep
+from tiedlora.sweeps.expand import Composers, compose_sweep
+from tiedlora.text import is_name
 
 PLAN = "study.yaml"
+_WORD = re.compile(r"\+{0,2}([A-Za-z_][\w./]*)=(.*)", re.ASCII | re.DOTALL)
+_SECTIONS = ("grid", *(name for name in SECTIONS if name not in ("outputs", "cache", "data_root", "force")))
+"""What a word may set. The other keys of a run say where and how it is carried out, which is for the command."""
+_OF_HYDRA = (
+    *("hydra/sweeper", "hydra/launcher", "hydra.launcher.n_jobs", "hydra.launcher.devices"),
+    *(f"hydra.sweeper.{key}" for key in ("claims", "budget", "rungs", "finalists", "lowest_rate", "highest_rate")),
+    *("hydra.sweeper.match_lora", "hydra.sweeper.fail_fast"),
+)
+"""The other keys of Hydra could start programs, or write elsewhere."""
+Planned = tuple[str, list[str], Sweep]
+"""The name of a part, the words of one of its sweeps after `train.py --multirun`, and that sweep."""
 LARGEST_ADAPTER = 4 * 2**20
 """Bytes. Of a larger adapter (some methods store their frozen projections) a study keeps the sha256 alone."""
+
+
+def _allowed(word: str) -> str:
+    """Check a word. Studies are files that people pass on, so it may set a key of a run or an axis, and no other."""
+    match = _WORD.fullmatch(word)
+    if match is None:
+        raise ValueError(f"{word!r:.60} must be KEY=VALUE, with a key of a run or of its sweep")
+    key, value = match.groups()
+    section = re.split("[./]", key)[0]
+    if section == "hydra":
+        if key not in _OF_HYDRA:
+            raise ValueError(f"a study sets only these keys of Hydra: {', '.join(_OF_HYDRA)}{nearest(key, _OF_HYDRA)}")
+    elif section not in _SECTIONS:
+        raise ValueError(f"a study cannot set {section}; it sets {', '.join(_SECTIONS)}{nearest(section, _SECTIONS)}")
+    if "." not in key and ".." in value:
+        raise ValueError("an option of conf/ is a name, without '..'")
+    return word
+
+
+def _plain(name: str) -> str:
+    if not is_name(name) or "/" in name:
+        raise ValueError(f"{name!r:.60} becomes a folder's name: use letters, digits, '.', '_' and '-' (no '..')")
+    return name
+
+
+Word = Annotated[Text, AfterValidator(_allowed)]
+PlainName = Annotated[Text, AfterValidator(_plain)]
 
 
 @dataclass(frozen=True)
 class StudyPart:
     """Sweeps that share a task and its settings."""
 
-    name: Text
-    words: list[Text]
+    name: PlainName
+    words: list[Word]
     """The words that all sweeps of the part add to those of the study."""
-    sweeps: list[list[Text]]
+    sweeps: Annotated[list[list[Word]], Field(min_length=1)]
     """The words of each sweep, such as [tying=LoRA,TABuv, rank=r8, seed=0,1,2]."""
 
 
@@ -46,10 +92,10 @@ class StudyPart:
 class Study:
     """The plan of a study. Its file may have more keys, for people."""
 
-    name: Text
-    words: list[Text]
+    name: PlainName
+    words: list[Word]
     """The words of every sweep."""
-    parts: list[StudyPart]
+    parts: Annotated[list[StudyPart], Field(min_length=1)]
 
     def commands(self, only: str | None = None) -> Iterator[tuple[str, list[str]]]:
         """The name of the part and the words after `train.py --multirun`, for each sweep in the planned order.
@@ -68,6 +114,25 @@ class Study:
                 for sweep in part.sweeps:
                     yield part.name, [*self.words, *part.words, *sweep]
 
+    def composed(self, outputs: Path, only: str | None = None, more: Sequence[str] = ()) -> list[Planned]:
+        """What `commands` gives, each with its sweep, composed and checked as `train.py --multirun` does it.
+
+        Args:
+            more: words to add to every sweep.
+
+        Raises:
+            UserError: naming the part, and what is wrong in its words.
+        """
+        planned: list[Planned] = []
+        composers: Composers = {}
+        for part, words in self.commands(only):
+            try:
+                sweep = compose_sweep([*words, *more, f"outputs={outputs}"], composers)
+            except UserError as error:
+                raise UserError(f"{PLAN}: part {part}: {error}") from None
+            planned.append((part, words, sweep))
+        return planned
+
 
 def read_study(folder: Path) -> Study:
     """The study of a folder.
@@ -78,8 +143,9 @@ def read_study(folder: Path) -> Study:
     path = folder / PLAN
     if not path.is_file():
         raise UserError(f"{path}: no such file; a study is a folder with a {PLAN}, such as studies/tied-lora-smollm2")
+    text = OmegaConf.to_container(storage.read_yaml(path))
     try:
-        return typed(Study, OmegaConf.to_container(storage.read_yaml(path)), what="a study's plan")
+        return from_person(Study, text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
