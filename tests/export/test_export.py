@@ -159,6 +159,8 @@ class TestScript:
             "task.prompt='It is {question}'",
         ],
         ["model=tiny_llama", "task.options.rows={train: 40, validation: 12, test: 12}", "task.stop=['a b', '#']"],
+        ["model=tiny_llama", "tying=peft/unilora", "budget=768"],
+        ["model=tiny_llama", "tying=peft/dora", "tying.arguments.r=2", "++tying.arguments.lora_dropout=0.1", "seed=1"],
     ],
 )
 def test_the_cards_command_is_the_same_run(overrides):

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,9 @@ from tiedlora.adapter import arms
 from tiedlora.config import methods
 from tiedlora.config.compose import read_config
 from tiedlora.config.identity import run_id
+from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.export.folder import ExportOptions, export_run
-from tiedlora.page import write
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import library, run
 from tiedlora.runs.verify import verify
@@ -127,7 +129,18 @@ def test_arms_stand_beside_ours_in_a_report(tiny_config, tmp_path):
     for seed in (0, 1):
         for tying in ("tying=LoRA", "tying=peft/unilora"):
             run.main(tiny_config(tying, f"seed={seed}", "budget=768"))
-    write.write(write.build([Path(tiny_config().outputs)]), tmp_path / "report")
+    program = (
+        "import runpy, sys; sys.argv[0] = 'report.py'\n"
+        f"runpy.run_path({str(PROJECT / 'scripts/report.py')!r}, run_name='__main__')\n"
+        "assert not {'torch', 'peft', 'bitsandbytes'} & set(sys.modules)"
+    )
+    words = [tiny_config().outputs, "--out", str(tmp_path / "report")]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=120)
+    # What these packages print when they are imported is no business of a report's reader.
+    assert (done.returncode, done.stderr) == (0, "")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "python train.py model=tiny_llama tying=peft/unilora" in page
+    assert "tying.arguments={theta_d_length: 768}" in page
     text = "".join(path.read_text() for path in (tmp_path / "report").glob("*.csv"))
     assert "peft/unilora" in text
     assert "starts off the base model" in text

@@ -6,6 +6,7 @@ import functools
 import json
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -26,7 +27,7 @@ def command(config: Config) -> str:
     """`python train.py ...` for exactly this run, with as few overrides as the options of conf/ allow."""
     try:
         overrides = min((_overrides(config, train) for train in explain.options("train")), key=len)
-        is_exact = run_id(configuration.compose_config(overrides)) == run_id(config)
+        is_exact = run_id(_composed(overrides)) == run_id(_as_set(config))
     except UserError:
         overrides, is_exact = [], False
     if config.data_root:
@@ -50,12 +51,12 @@ def _overrides(config: Config, train: str) -> list[str]:
     differences = [
         # A key at its neutral value is not among the values. Hydra's + adds a key that the schema does not have.
         f"{'' if key in from_options or key in explain.schema_keys() else '+'}{key}={value}"
-        for key, value in _identity_values(config).items()
+        for key, value in _identity_values(_as_set(config)).items()
         if from_options.get(key) != value and not _is_derived(key, value, config)
     ]
     if arguments := {
         key.removeprefix(ARGUMENTS): value
-        for key, value in _identity_values(config).items()
+        for key, value in _identity_values(_as_set(config)).items()
         if key.startswith(ARGUMENTS) and from_options.get(key) != value
     }:
         # Hydra's ++ changes a key of the option, and adds others.
@@ -93,7 +94,26 @@ def _defaults() -> dict[str, str]:
 
 @functools.lru_cache(maxsize=256)
 def _values_of_options(options: tuple[str, ...]) -> dict[str, str]:
-    return _identity_values(configuration.compose_config(list(options)))
+    return _identity_values(_composed(list(options)))
+
+
+def _composed(overrides: list[str]) -> Config:
+    return configuration.complete(_as_set(configuration.compose_typed(overrides)))
+
+
+def _as_set(config: Config) -> Config:
+    """The configuration with the arguments of another method as a user sets them.
+
+    Only PEFT knows the defaults of the others. It loads torch, which a report does without.
+    """
+    tying = config.tying
+    if tying.method is None:
+        return config
+    arguments = dict(tying.arguments or {})
+    if tying.knob is not None and tying.resolved is not None:
+        # The budget may have chosen it.
+        arguments[tying.knob] = tying.resolved[tying.knob]
+    return replace(config, tying=replace(tying, resolved=arguments))
 
 
 def _identity_values(config: Config) -> dict[str, str]:

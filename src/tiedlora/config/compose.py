@@ -108,9 +108,11 @@ def complete(config: Config) -> Config:
     if train.init_from and train.init_digest is None:
         folder = adapter_folder(train.init_from).absolute()
         config.train = replace(train, init_from=str(folder), init_digest=adapter_digest(folder))
+    # A recorded configuration has all arguments of another method. To search those of a budget again would load PEFT.
+    has_arguments = config.tying.resolved is not None
     config = complete_method(config)
     check(config)
-    if config.budget is not None:
+    if config.budget is not None and not has_arguments:
         config = at_budget(config)
         check(config)
     rank = config.rank
@@ -133,12 +135,21 @@ def compose_config(overrides: list[str]) -> Config:
     Raises:
         UserError: one line that names the key.
     """
+    return complete(compose_typed(overrides))
+
+
+def compose_typed(overrides: list[str]) -> Config:
+    """As compose_config, but nothing is filled in or checked yet.
+
+    Raises:
+        UserError: one line that names the key.
+    """
     register()
     with readable_errors():
         GlobalHydra.instance().clear()
         with initialize_config_dir(config_dir=str(CONF), **VERSION_BASE):
             composed = compose(config_name="config", overrides=overrides)
-    return load(composed)
+    return typed(composed)
 
 
 def task_option(name: str) -> TaskConfig:
