@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import json
 import os
 import subprocess
@@ -46,8 +45,7 @@ def parts(plan: gpu_parts.Plan, scratch: str, gpus: int) -> Iterator[tuple[Any, 
     yield ("peft", first, "plain")
     yield ("peft", first, "grouped")
     yield ("training", first, "not compiled")
-    vllm = ["vllm"] if importlib.util.find_spec("vllm") is not None and not plan.rehearsed else []
-    for way in ("train", "ours", "generate", "static", "continuous", "generate_batch", *vllm):
+    for way in ("train", "ours", "generate", "generate_batch"):
         yield ("scoring", way, scratch)
     for model in others or [first]:
         variants = [variant for variant in gpu_parts.VARIANTS if model != first or "," in variant]

@@ -116,7 +116,7 @@ def machine(plan: Plan) -> dict[str, Any]:
         x, weight = (torch.randn(plan.product, plan.product).to(device, getattr(torch, dtype)) for _ in range(2))
         seconds = timed(lambda x=x, weight=weight: x @ weight, device, harness.wait_for)
         figures[f"{dtype} products of size {plan.product}"] = f"{2e-12 * plan.product**3 / seconds:.1f} TFLOP/s"
-    for package in ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "liger-kernel", "vllm"):
+    for package in ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "liger-kernel"):
         try:
             figures[package] = version(package)
         except PackageNotFoundError:
@@ -178,9 +178,9 @@ def training(plan: Plan, model: str, variant: str) -> dict[str, Any]:
     config = config_of(plan, model, "tying=TABuv", *VARIANTS[variant])
     algorithms = only_deterministic_algorithms() if config.train.deterministic else contextlib.nullcontext()
     with tempfile.TemporaryDirectory() as folder, algorithms:
-        session, trained = harness.train(config, Path(folder))
+        trained = harness.train(config, Path(folder))
         figures = speed_in(Path(folder), plan)
-    rows = session.fitted["train"].encoded
+    rows = trained.fitted["train"].encoded
     sampler = BatchSampler([len(row) for row in rows], config.train, config.seed)
     numbers = [n for step in range(plan.skipped + 1, config.train.steps + 1) for n in sampler.rows_of_step(step)]
     a = config.model.architecture

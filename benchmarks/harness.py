@@ -13,18 +13,18 @@ from tiedlora.models.base_model import BaseModel
 from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs.inputs import read_rows
-from tiedlora.runs.session import RunSession, cached_base
-from tiedlora.runs.trainer import Trained, Trainer
-from tiedlora.tasks import Example, load_task
+from tiedlora.runs.trainer import Trainer, cached_base
+from tiedlora.tasks import Example
 from tiedlora.training.distributed import World
 from tiedlora.training.signals import StopSignal
 
 
-def train(config: Config, folder: Path) -> tuple[RunSession, Trained]:
+def train(config: Config, folder: Path) -> Trainer:
     """Train as in train.py, without scoring. `folder` becomes the run's folder."""
-    session = RunSession(config, load_task(config.task), World())
-    with StopSignal() as stop, products.on_any_cpu(session.device, config.train.dtype):
-        return session, Trainer(session, RunFolder(folder), stop).train()
+    trainer = Trainer(config, World())
+    with StopSignal() as stop, products.on_any_cpu(trainer.device, config.train.dtype):
+        trainer.train(RunFolder(folder), folder / "checkpoint", stop)
+    return trainer
 
 
 def base_model(config: Config) -> BaseModel:

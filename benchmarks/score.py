@@ -5,7 +5,6 @@ trained for 20 steps by this project and exported to PEFT's format). Decoding is
 token, at "Question:" or at 256 tokens. Loading is not timed, but tokenising is. The ways:
 
 - ours: the scoring code of train.py, at score.batch_size=200;
-- static, continuous, vllm: the same with another score.engine;
 - generate: transformers' generate on the unmerged PEFT model at batch 16, with prompts sorted by length;
 - generate_batch: its continuous batching, at most 64 rows at once. It knows no stop strings, so it writes beyond them.
 
@@ -22,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,30 +46,26 @@ def train(folder: Path, *overrides: str) -> None:
     """A short real training, so that the adapter changes the answers and the answers have ends."""
     import harness
 
+    from tiedlora.adapter import Attached
     from tiedlora.export.peft import to_peft
 
     short = ("train.steps=20", "train.validation_rows=1", "train.validate_every=0")
-    session, _ = harness.train(config("bfloat16", *short, *overrides), folder / "run")
-    session.attached.save_pretrained(folder / "ours")
-    to_peft(session.attached.adapter, folder / "theirs", "base")
+    arm = harness.train(config("bfloat16", *short, *overrides), folder / "run").arm
+    assert isinstance(arm, Attached)
+    arm.save_pretrained(folder / "ours")
+    to_peft(arm.adapter, folder / "theirs", "base")
 
 
 def ours(
-    folder: Path,
-    run_config: Config,
-    base: BaseModel,
-    encoder: Encoder,
-    examples: list[Example],
-    engine: str = "transformers",
+    folder: Path, run_config: Config, base: BaseModel, encoder: Encoder, examples: list[Example]
 ) -> tuple[list[str], int]:
     from tiedlora.adapter import attach_adapter, load
     from tiedlora.scoring.split import Scorer
     from tiedlora.tasks import load_task
 
-    run_config = replace(run_config, score=replace(run_config.score, engine=engine))
     attached = attach_adapter(base.model, load(folder / "ours")[0])
     scorer = Scorer(attached, encoder, load_task(run_config.task), run_config, base.record)
-    predictions = scorer.adapted_rows(examples, "ours")
+    predictions = scorer.rows(examples, "ours", losses=False)
     return [row.output for row in predictions], sum(row.output_tokens for row in predictions)
 
 
@@ -92,7 +86,6 @@ def theirs(
 
 WAYS: dict[str, Callable[..., tuple[list[str], int]]] = {
     "ours": ours,
-    **{engine: partial(ours, engine=engine) for engine in ("static", "continuous", "vllm")},
     "generate": partial(theirs, continuous=False),
     "generate_batch": partial(theirs, continuous=True),
 }

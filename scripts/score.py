@@ -14,7 +14,6 @@ from tiedlora import errors
 from tiedlora.config import compose
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.summary import terminal_lines
-from tiedlora.runs import lazy
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.tasks import load_task
 
@@ -38,7 +37,10 @@ def main() -> None:
     wanted_passes(arguments.metrics, task)
     missing = split is not None and missing_passes(arguments.metrics, record.scores.get(split))
     if arguments.again or arguments.forgetting or missing:
-        record = lazy.add_scores(
+        # It imports torch, which takes seconds: --help and a wrong metric do not need it.
+        from tiedlora.runs.add_scores import add_scores
+
+        record = add_scores(
             folder,
             [split] if split else [],
             data_root=arguments.data_root,

@@ -22,17 +22,20 @@ LAZY = {
     "adapter/attach_arm.py": {"tiedlora.adapter.peft_arm"},
     "config/methods.py": {"peft.mapping", "peft.tuners.tuners_utils"},
     "config/sizes.py": {"torch", "peft.mapping"},
-    "runs/lazy.py": {"tiedlora.models", "tiedlora.runs"},
+    "runs/lazy.py": {"tiedlora.runs"},
+    "runs/run.py": {"tiedlora.runs", "tiedlora.runs.add_scores"},
+    "runs/verify.py": {"tiedlora.runs"},
     "scoring/predict.py": {"tiedlora.tasks.task_metric"},
     "scoring/passages.py": {"datasets"},
-    "scoring/vllm_engine.py": {"vllm", "vllm.lora.request"},
+    "sweeps/run_cell.py": {"tiedlora.models.device"},
+    "sweeps/selection.py": {"tiedlora.runs.add_scores"},
     "sweeps/worker_slots.py": {"joblib.externals.loky"},
     "page/wandb_dashboard.py": {"wandb"},
     "tasks/dialogsum.py": {"rouge_score.rouge_scorer"},
     "tasks/generated.py": {"reasoning_gym"},
     "tasks/rows.py": {"datasets"},
 }
-WITHOUT_TORCH = ("runs.run", "runs.inputs", "runs.verify", "scoring.summary", "scoring.passages", "models.identity")
+WITHOUT_TORCH = ("runs.run", "runs.inputs", "runs.verify", "scoring.summary", "scoring.passes", "models.identity")
 """Modules of other packages that must import no torch either."""
 TRACKERS = {("tracking", name) for name in ("wandb", "trackio", "mlflow")}
 """Modules that import a tracker's package."""

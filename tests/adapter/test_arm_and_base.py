@@ -14,8 +14,8 @@ from tiedlora.config import methods
 from tiedlora.config.compose import compose_config
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
-from tiedlora.runs import library, run, session
-from tiedlora.runs.process_cache import SingleSlotCache
+from tiedlora.runs import library, run, trainer
+from tiedlora.runs.inputs import SingleSlotCache
 
 LORA = ("tying=peft", "tying.method=LoraConfig", "model=tiny_llama")
 
@@ -84,9 +84,9 @@ def test_named_modules_of_shira_are_counted_once_attached():
 def test_a_run_that_fails_leaves_no_base_for_the_next(tiny_config, monkeypatch):
     """A cell of a sweep shares its base with the next one, unless it failed."""
     alone = run.main(tiny_config("tying=TAB"))
-    monkeypatch.setattr(session, "_BASE", SingleSlotCache())
+    monkeypatch.setattr(trainer, "_BASE", SingleSlotCache())
     with monkeypatch.context() as patch:
-        patch.setattr(session, "trainable_params", lambda _: 1)
+        patch.setattr(trainer, "trainable_params", lambda _: 1)
         with pytest.raises(AssertionError, match="expected 1"):
             run.main(tiny_config("tying=TABuv"))
     again = run.main(tiny_config("tying=TAB", "force=true"))

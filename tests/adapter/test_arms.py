@@ -20,7 +20,7 @@ from tiedlora.config.identity import run_id
 from tiedlora.config.schema import LrFactors
 from tiedlora.config.sizes import Search, trainable_params
 from tiedlora.errors import UserError
-from tiedlora.runs.admission_rules import check_scores_mean_something
+from tiedlora.runs.trainer import check_scores_mean_something
 
 # Blocks of these sizes do not fit the tiny model, or it has too few layers; tests/drills/arms.py tries all on the real
 # model.
@@ -250,7 +250,6 @@ def test_a_folder_of_peft_is_a_configuration(tmp_path):
         (["tying=peft/vera", "+tying.arguments.rank=3"], r"tying.arguments.rank: VeraConfig has no such argument"),
         (["tying=peft/vera", "tying.knob=d_initial", "budget=1000"], "tying.knob=d_initial: is no whole number"),
         (["tying=peft/vera", "train.lr_factor.u=2"], "train.lr_factor.u=2: VeraConfig has no part u"),
-        (["tying=peft/vera", "score.engine=vllm"], "score.engine=vllm: serves this project's own adapters"),
         (["tying=TABuv", "tying.knob=r"], "tying.knob: belongs to another method"),
         (["tying=peft/lora_kv", "model=tiny_gpt2"], r"tying.targets: 'k' is a part of attn.c_attn, .*\[qkv\]"),
         (["tying=peft/vera", "tying.no_decay=['(']"], "tying.no_decay='\\('.*no regular expression"),

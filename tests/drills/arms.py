@@ -32,8 +32,7 @@ from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import execute
-from tiedlora.runs.session import cached_base
+from tiedlora.runs.trainer import cached_base, carry_out
 from tiedlora.training import checkpoint
 
 KILLED_AFTER = 1
@@ -63,7 +62,7 @@ def run_and_die(config: Config) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoint.save = save_and_die
-    execute.execute(config)
+    carry_out(config)
 
 
 def adapter_bytes(config: Config) -> dict[str, bytes]:
@@ -82,13 +81,13 @@ def drill(arm: str, model: str, budget: int, folder: Path) -> str:
     whole, killed = (config_of(arm, model, budget, folder / name) for name in ("whole", "killed"))
     base = cached_base(whole, resolve_device("cpu")).model
     before, state = logits(base), {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    record = execute.execute(whole)
+    record = carry_out(whole)
     assert record is not None
     assert record.trainable_params == trainable_params(whole), "another count than scripts/params.py"
     code, text = forked(lambda: run_and_die(killed), seconds=600)
     assert code == -signal.SIGKILL, text
     assert RunFolder(Path(killed.outputs) / run_id(killed)).state() == "interrupted"
-    execute.execute(killed)
+    carry_out(killed)
     assert adapter_bytes(killed) == adapter_bytes(whole), "another adapter after the kill"
     saved = RunFolder(Path(whole.outputs) / run_id(whole)).adapter
     loaded = attach_saved(base, saved)

@@ -33,8 +33,8 @@ from tiedlora.config.schema import Config
 from tiedlora.models import base_model
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import execute, run, trainer
-from tiedlora.scoring import steps
+from tiedlora.runs import run, trainer
+from tiedlora.scoring import decoding
 from tiedlora.tracking import metrics_file
 from tiedlora.training import checkpoint
 
@@ -102,8 +102,8 @@ class Events:
         before(torch.optim.AdamW, "step", "training", lambda: self.write("step"))
         before(metrics_file.MetricsFile, "log", "training")
         before(checkpoint, "save", "checkpointing")
-        before(steps.GrowingSteps, "next_tokens", "scoring")
-        before(execute, "flat_summary", "result")
+        before(decoding, "hidden_states", "scoring")
+        before(trainer, "flat_summary", "result")
         before(os, "fsync", None)
         before(os, "replace", None)
 

@@ -83,14 +83,14 @@ class Journal:
         """Watch the functions that mark the moments."""
         import torch
 
-        from tiedlora.runs import execute, session
+        from tiedlora.runs import trainer
         from tiedlora.scoring import split
 
         self.before(torch.optim.AdamW, "step", self.step)
-        self.before(session, "load_base", lambda *_: self.at("load"))
+        self.before(trainer, "load_base", lambda *_: self.at("load"))
         self.before(split, "predict", lambda *_: self.at("decode"))
         self.before(split.Scorer, "score_split", lambda *_: self.at("adapter"))
-        self.before(execute, "_train_and_score", self.start_of_training)
+        self.before(trainer.Trainer, "train", self.start_of_training)
         write_json = storage.write_json
 
         def watched_write_json(path: Path, value: object) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from tiedlora.config.project import PROJECT
-from tiedlora.runs import session
+from tiedlora.runs import trainer
 
 sys.path.append(str(PROJECT / "benchmarks"))
 
@@ -30,7 +30,7 @@ QUICK = {
 def measure(part, arguments):
     if part == "scoring" or (part, *arguments) in QUICK:
         # Each part has a model of its own, as it would in its own process.
-        session._BASE.clear()
+        trainer._BASE.clear()
         return gpu_parts.measure(PLAN, part, arguments)
     raise RuntimeError(f"not {part} here")
 
@@ -38,7 +38,7 @@ def measure(part, arguments):
 @pytest.fixture(autouse=True)
 def _no_model_left():
     yield
-    session._BASE.clear()
+    trainer._BASE.clear()
 
 
 def test_the_page_has_a_table_of_each_part_and_says_what_failed(tmp_path):

@@ -1,4 +1,4 @@
-"""Answers on a GPU: those of a CPU, the same by every engine, and in smaller batches if memory runs out."""
+"""Answers on a GPU: those of a CPU, and in smaller batches if memory runs out."""
 
 from pathlib import Path
 
@@ -7,12 +7,9 @@ import torch
 from helpers.tiny import randomise
 
 from tiedlora.adapter import attach
-from tiedlora.config.identity import run_id
 from tiedlora.models.base_model import load_base
-from tiedlora.records.rows import read_predictions
-from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
-from tiedlora.scoring import continuous, steps
+from tiedlora.scoring import decoding
 from tiedlora.scoring.decoding import generate
 
 pytestmark = pytest.mark.gpu
@@ -45,41 +42,13 @@ def test_answers_are_those_of_a_cpu(here, gpu_config, tmp_path):
     assert same(generate(base.model, base.tokenizer, prompts, **LIMITS), expected) >= len(prompts) - 1
 
 
-def test_static_steps_write_the_same_answers_as_a_cuda_graph(here, gpu, monkeypatch):
-    base, attached, prompts = here
-    expected, graphs = generate(base.model, base.tokenizer, prompts, **LIMITS), []
-    plain = steps.StaticSteps._replay
-    monkeypatch.setattr(steps.StaticSteps, "_replay", lambda self: (plain(self), graphs.append(self.graph)))
-    with attached.folded_once():
-        answers = generate(base.model, base.tokenizer, prompts, **LIMITS, steps=steps.StaticSteps)
-    assert same(answers, expected) >= len(prompts) - 1
-    assert bool(graphs) == (gpu.type == "cuda")
-    # Three batches, and each may become smaller a few times.
-    assert len({id(graph) for graph in graphs}) <= 12
-
-
-def test_continuous_batching_writes_the_same_answers(here):
-    base, _, prompts = here
-    expected = generate(base.model, base.tokenizer, prompts, **LIMITS)
-    assert same(continuous.generate(base.model, base.tokenizer, prompts, **LIMITS), expected) >= len(prompts) - 1
-
-
-@pytest.mark.parametrize("engine", ["static", "continuous"])
-def test_a_run_with_another_engine_says_how_its_answers_compare(gpu_config, engine):
-    config = gpu_config("engine", f"score.engine={engine}")
-    record = run.main(config)
-    assert record.scores["validation"].engine.compared == 12
-    assert record.scores["validation"].engine.same >= 11
-    assert len(read_predictions(RunFolder(Path(config.outputs) / run_id(config)).predictions_file("validation"))) == 12
-
-
 def test_too_little_memory_halves_the_batches(gpu_config, monkeypatch):
-    plain = steps.padded_left
+    plain = decoding.padded_left
 
     def limited(prompts, *rest):
         if len(prompts) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. (a test)")
         return plain(prompts, *rest)
 
-    monkeypatch.setattr(steps, "padded_left", limited)
+    monkeypatch.setattr(decoding, "padded_left", limited)
     assert run.main(gpu_config("halved")).scores["validation"].batch_halvings == 4

@@ -26,7 +26,7 @@ from tiedlora.config.project import PROJECT
 
 T = TypeVar("T")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tiedlora.runs.execute", "tiedlora.tasks.task_metric", "reasoning_gym"])
+_CONTEXT.set_forkserver_preload(["tiedlora.runs.trainer", "tiedlora.tasks.task_metric", "reasoning_gym"])
 
 
 @dataclass(frozen=True)

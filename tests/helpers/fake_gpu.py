@@ -24,7 +24,7 @@ from tiedlora.config.schema import TrainConfig
 from tiedlora.data.batching import Batch, microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.models import attention
-from tiedlora.training import loop
+from tiedlora.training.loop import Loop, TrainState
 from tiedlora.training.loss import target_loss
 from tiedlora.training.optimizer import build_optimizer
 
@@ -75,7 +75,7 @@ def train_two_steps_on_a_fake_gpu(model: str) -> None:
             return [replace(batch, **{name: getattr(batch, name).to(gpu) for name in names}) for batch in passes]
 
         passes_of_step = {step: batches(step) for step in (1, 2)}
-        state = loop.TrainState(validation=[[0, 1.0]])
+        state = TrainState(validation=[[0, 1.0]])
 
         def after_step() -> bool:
             # The loop asks this after each step, before it fetches numbers to log them.
@@ -83,7 +83,11 @@ def train_two_steps_on_a_fake_gpu(model: str) -> None:
                 raise TwoStepsDone
             return False
 
-        hooks = loop.LoopHooks(
+        loop = Loop(
+            state=state,
+            optimizer=optimizer,
+            config=config,
+            seed=0,
             # Batch.to copies from pinned memory, without waiting: so these copies are made before.
             batches=passes_of_step.__getitem__,
             loss_sum=lambda batch: target_loss(base.model, batch),
@@ -94,7 +98,7 @@ def train_two_steps_on_a_fake_gpu(model: str) -> None:
             stop_requested=after_step,
         )
         with attention.rows_not_packed(), NoCopies(), suppress(TwoStepsDone):
-            loop.train(state, hooks, optimizer, config, 0)
+            loop.train()
         assert state.step == 2
         for parameter in attached.adapter.trained_parts().values():
             assert optimizer.state[parameter]["step"].device.type == "gpu", "it took fused steps there"

@@ -17,10 +17,9 @@ from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_base
 from tiedlora.runs import run
-from tiedlora.runs.session import RunSession
+from tiedlora.runs.trainer import Trainer
 from tiedlora.scoring.decoding import generate
 from tiedlora.scoring.likelihoods import choice_log_likelihoods
-from tiedlora.tasks import load_task
 from tiedlora.training.distributed import World
 from tiedlora.training.loss import mean_loss, row_losses, target_loss
 
@@ -197,4 +196,4 @@ def test_what_cannot_be_placed_is_refused(overrides, says, tiny_config):
 def test_several_processes_cannot_spread_one_model(tiny_config):
     config = tiny_config("model.source=hub", "model.device_map=auto")
     with pytest.raises(UserError, match=r"^model.device_map=auto: every process would spread"):
-        RunSession(config, load_task(config.task), World(0, 2))
+        Trainer(config, World(0, 2))

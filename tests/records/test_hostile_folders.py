@@ -15,7 +15,7 @@ from tiedlora.errors import UserError
 from tiedlora.page import write
 from tiedlora.records.rows import read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import lazy, run
+from tiedlora.runs import add_scores, run
 
 pytest_plugins = ["helpers.hostile_runs"]
 SECRET = "hunter2-0123456789abcdef"
@@ -184,7 +184,7 @@ def test_a_run_that_was_moved_writes_beside_itself(folder, place):
     """The record holds the place where the run was made. That place may not exist any more, or a stranger chose it."""
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(re.sub(r"(?m)^outputs: .*$", "outputs: /nowhere/of/mine", text))
-    lazy.add_scores(RunFolder(folder), ["test"], None)
+    add_scores.add_scores(RunFolder(folder), ["test"], None)
     assert list((folder.parent / "base").glob("chain_sum-test-*.jsonl"))
 
 

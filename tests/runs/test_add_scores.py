@@ -13,7 +13,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN, loss_scores
 from tiedlora.records.rows import NOT_GENERATED, read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import lazy, run, verify
+from tiedlora.runs import add_scores, run, verify
 from tiedlora.scoring import split
 
 OWN = ["exact_match_strict", "exact_match_flexible"]
@@ -66,7 +66,7 @@ def test_a_run_without_losses_is_finished_until_they_are_asked_for(config, monke
     """The default adds nothing to a finished run, and never asks a model."""
     folder = folder_of(config())
     before = folder.result_file.read_bytes()
-    monkeypatch.setattr(lazy, "add_scores", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr(add_scores, "add_scores", lambda *_, **__: pytest.fail("scored"))
     run.main(config())
     run.main(config("score.metrics=[exact_match_flexible]"))
     assert folder.result_file.read_bytes() == before
@@ -124,7 +124,7 @@ def test_without_base_scores_only_the_adapted_loss_is_added(config):
     tree = json.loads(folder.result_file.read_text())
     del tree["scores"]["validation"]["base"], tree["scores"]["validation"]["gain"]
     folder.result_file.write_text(json.dumps(tree))
-    scores = lazy.add_scores(folder, ["validation"], None, metrics=[TARGET_LOSS]).scores["validation"]
+    scores = add_scores.add_scores(folder, ["validation"], None, metrics=[TARGET_LOSS]).scores["validation"]
     assert (scores.base, scores.gain) == (None, None)
     assert TARGET_LOSS in scores.metrics
 
@@ -135,9 +135,9 @@ def test_the_loss_of_other_rows_is_not_added(config, script):
     tree["scores"]["validation"]["digest"] = "0" * 64
     folder.result_file.write_text(json.dumps(tree))
     with pytest.raises(UserError, match="validation was scored on other rows"):
-        lazy.add_scores(folder, ["validation"], None, metrics=[TARGET_LOSS])
+        add_scores.add_scores(folder, ["validation"], None, metrics=[TARGET_LOSS])
     # Scored again as a whole, the split has one set of rows.
-    scores = lazy.add_scores(folder, ["validation"], None, again=True).scores["validation"]
+    scores = add_scores.add_scores(folder, ["validation"], None, again=True).scores["validation"]
     assert list(scores.metrics) == [*OWN, *LOSS_METRICS]
     code, _, err = script("scripts/score.py", folder.path, "--split", "validation", "--metrics", "bleu")
     assert code != 0
@@ -147,7 +147,7 @@ def test_the_loss_of_other_rows_is_not_added(config, script):
 
 def test_a_changed_loss_is_named_by_its_row(config):
     folder = folder_of(config())
-    lazy.add_scores(folder, ["validation"], None, metrics=[TARGET_LOSS])
+    add_scores.add_scores(folder, ["validation"], None, metrics=[TARGET_LOSS])
     path = folder.predictions_file("validation")
     lines = path.read_text().splitlines()
     row = json.loads(lines[3])

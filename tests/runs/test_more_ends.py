@@ -11,8 +11,8 @@ from tiedlora.config.identity import run_id
 from tiedlora.models.base_model import BaseModel
 from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import lazy, run, session, verify
-from tiedlora.runs.process_cache import SingleSlotCache
+from tiedlora.runs import add_scores, run, trainer, verify
+from tiedlora.runs.inputs import SingleSlotCache
 
 ENDS = sorted(tiny("tiny_llama").tokenizer(string.ascii_letters, add_special_tokens=False).input_ids)
 """Tokens that end an answer: the tiny tokenizer has a token for each letter."""
@@ -30,7 +30,7 @@ def config(tiny_config, tmp_path, monkeypatch):
     file = tmp_path / "model" / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": [base.tokenizer.eos_token_id, *ENDS]}))
     # No model in memory, as in another process.
-    monkeypatch.setattr(session, "_BASE", SingleSlotCache())
+    monkeypatch.setattr(trainer, "_BASE", SingleSlotCache())
     return tiny_config("model.source=hub", f"model.path={tmp_path}/model", "score.metrics=[exact_match_strict]")
 
 
@@ -77,7 +77,7 @@ def test_a_run_of_an_earlier_version_keeps_its_ends(config, monkeypatch):
     folder = folder_of(config)
     before = answers(folder, "validation.base")
     assert has_letters(folder, "validation.base")
-    lazy.add_scores(folder, ["validation", "test"], None, config)
+    add_scores.add_scores(folder, ["validation", "test"], None, config)
     assert answers(folder, "validation.base") == before
     assert has_letters(folder, "test.base")
     assert not [finding for finding in verify.verify(folder.path, rows=100) if finding.ok is False]

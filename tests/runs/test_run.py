@@ -21,8 +21,8 @@ from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import inputs, lazy, run, session
-from tiedlora.runs.process_cache import SingleSlotCache
+from tiedlora.runs import add_scores, inputs, run, trainer
+from tiedlora.runs.inputs import SingleSlotCache
 from tiedlora.scoring import split
 from tiedlora.tasks.generated import Generated
 
@@ -135,7 +135,7 @@ def test_test_is_scored_when_told_to_alone_and_keeps_the_identity(tiny_config):
 def test_added_split_equals_one_scored_at_once(tiny_config, tmp_path):
     config = tiny_config()
     run.main(config)
-    lazy.add_scores(folder_of(config), ["test"], data_root=None)
+    add_scores.add_scores(folder_of(config), ["test"], data_root=None)
     at_once = tiny_config("score.splits=[validation,test]", f"outputs={tmp_path}/elsewhere")
     run.main(at_once)
     assert (
@@ -315,9 +315,9 @@ def test_a_run_is_not_scored_with_another_chat_template(tiny_config, tmp_path, m
     assert len(record.versions["chat template"]) == 16
     (tmp_path / "model" / "chat_template.jinja").write_text("<<{{ messages[0]['content'] }}>>")
     # As in another process, which has no model in memory.
-    monkeypatch.setattr(session, "_BASE", SingleSlotCache())
+    monkeypatch.setattr(trainer, "_BASE", SingleSlotCache())
     with pytest.raises(UserError, match="was trained with another chat template of the model; restore it"):
-        lazy.add_scores(folder_of(config), ["test"], None, config, None)
+        add_scores.add_scores(folder_of(config), ["test"], None, config, None)
 
 
 class TestWandb:

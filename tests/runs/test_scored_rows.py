@@ -10,7 +10,7 @@ import pytest
 from tiedlora.config.compose import compose_config
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import lazy, run
+from tiedlora.runs import add_scores, run
 from tiedlora.sweeps import staged
 from tiedlora.sweeps.expand import compose_sweep
 
@@ -58,10 +58,10 @@ def test_those_that_are_trained_are_named_too_when_a_finished_run_is_scored(word
     run.main(compose_config([*words(), "score.splits=[]"]))
     (data / "more.txt").rename(data / "test.jsonl")
     (path,) = (tmp_path / "outputs").glob("TABuv-*")
-    lazy.add_scores(RunFolder(path), ["test"], str(data.parent), metrics=["target_loss"])
+    add_scores.add_scores(RunFolder(path), ["test"], str(data.parent), metrics=["target_loss"])
     assert SAID in caplog.text
     (data / "train.jsonl").rename(data / "elsewhere.jsonl")
-    record = lazy.add_scores(RunFolder(path), ["test"], str(data.parent), metrics=["target_loss"], again=True)
+    record = add_scores.add_scores(RunFolder(path), ["test"], str(data.parent), metrics=["target_loss"], again=True)
     assert record.scores["test"].rows == 30
     assert "the test rows are not compared with the training rows: " in caplog.text
 

@@ -19,8 +19,9 @@ from tiedlora.models.device import processor_name
 from tiedlora.records.provenance import CodeVersion
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import add_scores, run, session
+from tiedlora.runs import run, trainer
 from tiedlora.runs.trainer import Trainer
+from tiedlora.scoring.split import Scorer
 
 
 @pytest.mark.parametrize("words", [[], ["--multirun"]])
@@ -42,8 +43,8 @@ def test_a_ctrl_c_that_also_ends_the_reader_of_the_output_saves_a_checkpoint(tin
 def test_a_signal_while_the_model_is_loaded_ends_with_the_code_of_a_stop(tiny_run):
     long = tiny_run("train.steps=100000")
     code = (
-        "import os, signal, sys; from tiedlora.runs import session; "
-        "session.cached_base = lambda *_: os.kill(os.getpid(), signal.SIGTERM); "
+        "import os, signal, sys; from tiedlora.runs import trainer; "
+        "trainer.cached_base = lambda *_: os.kill(os.getpid(), signal.SIGTERM); "
         "import runpy; sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path('train.py', run_name='__main__')"
     )
     ended = processes.run_python("-c", code, *long, cwd=PROJECT)
@@ -57,10 +58,10 @@ def test_a_signal_during_the_last_validation_stops_before_the_scoring(tiny_confi
     config = tiny_config()
     folder, validate = RunFolder(Path(config.outputs) / run_id(config)), Trainer._validate
 
-    def signalled(trainer):
-        if trainer.state.step == config.train.steps:
+    def signalled(training):
+        if training.state.step == config.train.steps:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return validate(trainer)
+        return validate(training)
 
     monkeypatch.setattr(Trainer, "_validate", signalled)
     with pytest.raises(StoppedEarly):
@@ -79,19 +80,19 @@ def test_the_record_says_where_a_continued_run_was_before(tiny_config, monkeypat
     config = tiny_config("score.splits=[]")
     validate = Trainer._validate
 
-    def signalled(trainer):
-        if trainer.state.step:
+    def signalled(training):
+        if training.state.step:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return validate(trainer)
+        return validate(training)
 
     monkeypatch.setattr(Trainer, "_validate", signalled)
     with pytest.raises(StoppedEarly):
         run.main(config)
     monkeypatch.undo()
     step, now = RunFolder(Path(config.outputs) / run_id(config)).checkpoint_step(), CodeVersion("b" * 40, dirty=False)
-    before, after = session.code_version(), replace(session.execution_on(torch.device("cpu")), processor="Another")
-    monkeypatch.setattr(session, "code_version", lambda: now)
-    monkeypatch.setattr(session, "execution_on", lambda *_: after)
+    before, after = trainer.code_version(), replace(trainer.execution_on(torch.device("cpu")), processor="Another")
+    monkeypatch.setattr(trainer, "code_version", lambda: now)
+    monkeypatch.setattr(trainer, "execution_on", lambda *_: after)
     record = run.main(config)
     (earlier,) = record.training.continued_from
     assert (earlier.step, earlier.code, earlier.versions) == (step, before, record.versions)
@@ -103,7 +104,7 @@ def test_the_record_says_where_a_continued_run_was_before(tiny_config, monkeypat
 
 def test_a_signal_while_a_finished_run_is_scored_ends_as_a_stop(tiny_config, monkeypatch):
     run.main(tiny_config("score.splits=[]"))
-    monkeypatch.setattr(add_scores, "score_within_memory", lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr(Scorer, "score_split", lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1))
     with pytest.raises(SystemExit) as end, exit_codes():
         run.main(tiny_config("score.splits=[validation]"))
     assert end.value.code == 75

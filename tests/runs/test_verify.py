@@ -14,8 +14,8 @@ from tiedlora.config.identity import run_id
 from tiedlora.data.encoding import Encoder
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import lazy, rounding, run, verify
-from tiedlora.runs.findings import Finding
+from tiedlora.runs import add_scores, regenerate, run, verify
+from tiedlora.runs.verify import Finding
 from tiedlora.tasks import load_examples, load_task
 
 ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for i in range(40)]
@@ -121,7 +121,7 @@ def test_a_file_with_another_sha256_than_the_records_is_named(copy, name):
 def test_an_added_splits_files_are_recorded_too(copy):
     before = json.loads((copy / "result.json").read_text())
     (copy.parent / "data/gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
-    after = lazy.add_scores(RunFolder(copy), ["test"], str(copy.parent / "data"))
+    after = add_scores.add_scores(RunFolder(copy), ["test"], str(copy.parent / "data"))
     assert after.scores["test"].files.keys() == {"predictions/test.jsonl", "predictions/test.base.jsonl"}
     assert after.files == before["files"]
     assert not wrong(copy, rows=0)
@@ -130,18 +130,6 @@ def test_an_added_splits_files_are_recorded_too(copy):
     found = wrong(copy, rows=0)
     assert "file predictions/test.jsonl" in found
     assert found["predictions test"] == "3 and 4 rows, result.json says 4"
-
-
-def test_a_record_from_before_sha256s_still_verifies_and_says_so(copy):
-    path = copy / "result.json"
-    record = json.loads(path.read_text())
-    del record["files"], record["scores"]["validation"]["files"]
-    path.write_text(json.dumps(record))
-    findings = verify.verify(copy, data_root=str(copy.parent / "data"), rows=0)
-    assert not [finding for finding in findings if finding.ok is False]
-    (files,) = (finding for finding in findings if finding.check == "files")
-    assert files.ok is None
-    assert "not recorded" in files.explanation
 
 
 def test_another_runs_adapter_is_named(copy):
@@ -178,18 +166,6 @@ def test_a_changed_configuration_key_is_named(copy):
     record["config"]["train"]["lr"] = 0.5
     (copy / "result.json").write_text(json.dumps(record))
     assert "train.lr" in wrong(copy, rows=0)["configuration"]
-
-
-def test_a_relative_model_path_of_an_earlier_version_agrees(copy):
-    config, record = copy / "config.yaml", json.loads((copy / "result.json").read_text())
-    config.write_text(config.read_text().replace("  path: null", "  path: models/llama", 1))
-    record["config"]["model"]["path"] = "models/llama"
-    (copy / "result.json").write_text(json.dumps(record))
-    assert "path: models/llama" in config.read_text()
-    assert not wrong(copy, rows=0)
-    record["config"]["model"]["path"] = "models/gemma"
-    (copy / "result.json").write_text(json.dumps(record))
-    assert "model.path" in wrong(copy, rows=0)["configuration"]
 
 
 def test_a_renamed_folder_is_named(copy):
@@ -244,7 +220,7 @@ def test_on_another_processor_an_output_may_differ_by_rounding(elsewhere, monkey
     assert "rounding does not explain it" in wrong_here.explanation
     assert "Another (AVX512)" in wrong_here.explanation
     # A gap as large as the logits of a random model allows every text.
-    monkeypatch.setitem(rounding.TOLERANCES, "float32", rounding.Tolerances(100.0, 0.5, 0.05))
+    monkeypatch.setitem(regenerate.TOLERANCES, "float32", regenerate.Tolerances(1e-3, 100.0, 0.5, 0.05))
     close = regeneration(elsewhere)["regenerate validation"]
     assert close.ok
     assert close.by_rounding
@@ -253,7 +229,7 @@ def test_on_another_processor_an_output_may_differ_by_rounding(elsewhere, monkey
 
 def test_on_the_records_processor_no_output_may_differ(copy, monkeypatch):
     change_rows(copy, "validation", lambda row: row.update(output="something else"))
-    monkeypatch.setitem(rounding.TOLERANCES, "float32", rounding.Tolerances(100.0, 0.5, 0.05))
+    monkeypatch.setitem(regenerate.TOLERANCES, "float32", regenerate.Tolerances(1e-3, 100.0, 0.5, 0.05))
     assert regeneration(copy)["regenerate validation"].ok is False
 
 
@@ -267,10 +243,10 @@ def test_the_gap_of_another_answer_is_that_of_its_logit(finished):
     for text in "abc#1":
         (token,) = base.tokenizer(text, add_special_tokens=False).input_ids
         answer = PredictionRow("0", example.prompt, [], text, {}, ended="length")
-        gap = rounding.largest_gap(base.model, encoder, example, answer, config)
+        gap = regenerate.largest_gap(base.model, encoder, example, answer, config)
         # The answer may have begun with a blank, and the smaller gap of the two counts.
         assert 0 <= gap <= float(logits.max() - logits[token]) + 1e-5
-        ended = rounding.largest_gap(base.model, encoder, example, replace(answer, ended="end"), config)
+        ended = regenerate.largest_gap(base.model, encoder, example, replace(answer, ended="end"), config)
         assert ended >= gap - 1e-5
     assert gap > 0
 
@@ -278,8 +254,8 @@ def test_the_gap_of_another_answer_is_that_of_its_logit(finished):
 @pytest.mark.parametrize(("factor", "ok"), [(1.01, True), (1.2, False)])
 def test_on_another_processor_the_mean_loss_must_agree(finished, elsewhere, monkeypatch, factor, ok):
     (elsewhere.parent / "data/gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))
-    lazy.add_scores(RunFolder(elsewhere), ["test"], str(elsewhere.parent / "data"), metrics=["target_loss"])
-    monkeypatch.setitem(rounding.TOLERANCES, "float32", rounding.Tolerances(0.01, 0.5, 0.05))
+    add_scores.add_scores(RunFolder(elsewhere), ["test"], str(elsewhere.parent / "data"), metrics=["target_loss"])
+    monkeypatch.setitem(regenerate.TOLERANCES, "float32", regenerate.Tolerances(1e-3, 0.01, 0.5, 0.05))
 
     def scale(row):
         total, tokens = row["scores"]["target_loss_by_token"]

@@ -13,8 +13,7 @@ from tiedlora.config import compose as configuration
 from tiedlora.config.project import PROJECT
 from tiedlora.data.encoding import Encoder
 from tiedlora.models.base_model import load_base
-from tiedlora.scoring.answer_ends import AnswerEnds
-from tiedlora.scoring.decoding import generate
+from tiedlora.scoring.decoding import AnswerEnds, generate
 from tiedlora.scoring.likelihoods import choice_log_likelihoods
 from tiedlora.scoring.predict import predict
 from tiedlora.tasks import load_examples, load_task

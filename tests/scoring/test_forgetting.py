@@ -19,10 +19,10 @@ from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.summary import terminal_lines
-from tiedlora.runs import lazy, run, verify
+from tiedlora.runs import add_scores, run, verify
 from tiedlora.scoring import split
 from tiedlora.scoring.passages import PASSAGE_TOKENS, PASSAGES, as_passages, read_passages, split_text
-from tiedlora.scoring.target_losses import predict_losses
+from tiedlora.scoring.predict import predict_losses
 
 WORDS = " ".join(f"word{i}" for i in range(400))
 
@@ -163,7 +163,7 @@ def test_a_run_records_it_and_a_finished_one_gets_it(tiny_config, text, script, 
     assert not [finding for finding in verify.verify(folder.path, rows=100) if finding.ok is False]
     # The same text is not scored again, and the base model's losses are shared by runs of every task.
     with monkeypatch.context() as patch:
-        patch.setattr(lazy, "add_scores", lambda *_, **__: pytest.fail("scored again"))
+        patch.setattr(add_scores, "add_scores", lambda *_, **__: pytest.fail("scored again"))
         run.main(config)
     asked = []
     compute = split.predict_losses

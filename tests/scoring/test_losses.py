@@ -17,9 +17,9 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import SplitScores
 from tiedlora.scoring import split as scoring
 from tiedlora.scoring.passes import Passes, missing_passes, wanted_passes
+from tiedlora.scoring.predict import loss_batches, predict_losses
 from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.summary import gains, summarise
-from tiedlora.scoring.target_losses import loss_batches, predict_losses
 from tiedlora.tasks import Example, load_task
 
 EXAMPLES = [Example(str(i), f"Add {'1 and ' * (i * 3 % 5)}2:", f" {'9' * (1 + i * 5 % 7)}", ("9",)) for i in range(9)]
@@ -94,16 +94,16 @@ def test_rows_without_a_target_have_no_loss(tmp_path):
 def test_the_base_models_losses_have_a_cache_of_their_own(tmp_path, monkeypatch):
     base, encoder, task, config = setup(f"outputs={tmp_path}")
     scorer = Scorer(attach(base.model, "TABuv"), encoder, task, config, base.record)
-    answers = scorer.cached_base_rows("test", EXAMPLES)
+    answers = scorer.cached_base("test", EXAMPLES, losses=False)
     (cached,) = (tmp_path / "base").glob("*.jsonl")
     monkeypatch.setattr(scoring, "predict", lambda *_: pytest.fail("asked again"))
-    losses = scorer.cached_base_losses("test", EXAMPLES)
-    assert scorer.cached_base_rows("test", EXAMPLES) == answers
+    losses = scorer.cached_base("test", EXAMPLES, losses=True)
+    assert scorer.cached_base("test", EXAMPLES, losses=False) == answers
     monkeypatch.setattr(scoring, "predict_losses", lambda *_: pytest.fail("computed again"))
-    assert scorer.cached_base_losses("test", EXAMPLES) == losses
+    assert scorer.cached_base("test", EXAMPLES, losses=True) == losses
     assert cached in (tmp_path / "base").glob("*.jsonl")
     with pytest.raises(pytest.fail.Exception):
-        scorer.cached_base_losses("test", [replace(EXAMPLES[0], target=" other"), *EXAMPLES[1:]])
+        scorer.cached_base("test", [replace(EXAMPLES[0], target=" other"), *EXAMPLES[1:]], losses=True)
 
 
 def rows_with(losses):

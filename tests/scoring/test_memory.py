@@ -12,7 +12,7 @@ from tiedlora.errors import UserError
 from tiedlora.page import write
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, verify
-from tiedlora.scoring import steps
+from tiedlora.scoring import decoding
 from tiedlora.scoring.split import merged_for_scoring
 
 PREDICTIONS = ("predictions/validation.jsonl", "predictions/validation.base.jsonl")
@@ -24,7 +24,7 @@ def folder_of(config) -> RunFolder:
 
 def too_small(monkeypatch, rows):
     """More than so many rows together do not fit. Returns the sizes of the batches that fit."""
-    plain, sizes = steps.padded_left, []
+    plain, sizes = decoding.padded_left, []
 
     def limited(prompts, *rest):
         if len(prompts) > rows:
@@ -32,7 +32,7 @@ def too_small(monkeypatch, rows):
         sizes.append(len(prompts))
         return plain(prompts, *rest)
 
-    monkeypatch.setattr(steps, "padded_left", limited)
+    monkeypatch.setattr(decoding, "padded_left", limited)
     return sizes
 
 

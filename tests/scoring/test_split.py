@@ -108,18 +108,21 @@ def test_the_base_model_is_scored_once_for_a_protocol(tmp_path, monkeypatch):
     row = {"context": "Rome is old.", "question": "What is old?", "answers": {"text": ["Rome"], "answer_start": [0]}}
     examples = [task.example(DataRow("here", row), "0")]
     scorer = Scorer(attach(base.model, "TABuv"), encoder, task, config, base.record)
-    first = scorer.cached_base_rows("test", examples)
+    first = scorer.cached_base("test", examples, losses=False)
     monkeypatch.setattr(scoring, "predict", lambda *_: pytest.fail("scored again"))
-    assert scorer.cached_base_rows("test", examples) == first
+    assert scorer.cached_base("test", examples, losses=False) == first
     # Another adapter does not matter; another model, other rows or another protocol does.
-    assert replace(scorer, attached=attach(tiny("tiny_llama").model, "Tuv")).cached_base_rows("test", examples) == first
+    assert (
+        replace(scorer, attached=attach(tiny("tiny_llama").model, "Tuv")).cached_base("test", examples, losses=False)
+        == first
+    )
     with pytest.raises(pytest.fail.Exception):
-        replace(scorer, base=replace(base.record, digest="other")).cached_base_rows("test", examples)
+        replace(scorer, base=replace(base.record, digest="other")).cached_base("test", examples, losses=False)
     with pytest.raises(pytest.fail.Exception):
-        scorer.cached_base_rows("test", [replace(examples[0], prompt="Other?")])
+        scorer.cached_base("test", [replace(examples[0], prompt="Other?")], losses=False)
     config.task.stop = ["."]
     with pytest.raises(pytest.fail.Exception):
-        scorer.cached_base_rows("test", examples)
+        scorer.cached_base("test", examples, losses=False)
 
 
 def test_points_on_screen_are_fractions_in_the_record():

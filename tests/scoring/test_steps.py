@@ -1,5 +1,6 @@
-"""Decoding step by step: the cache is allocated once, factors are folded once, a static step is always the same list of
-operations, and most answers are not decoded at most tokens. None of it changes an answer.
+"""Decoding: the cache is allocated once, factors are folded once, and most answers are not decoded at most tokens.
+
+None of it changes an answer.
 """
 
 import random
@@ -8,19 +9,11 @@ import pytest
 import torch
 from helpers.tiny import TINY, randomise, tiny
 from tokenizers import Tokenizer, decoders, models
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from tiedlora.adapter import TiedAdapter, attach
-from tiedlora.errors import UserError
-from tiedlora.scoring import split
-from tiedlora.scoring.answer_ends import MIN_STOP_SEARCH_TOKENS, AnswerEnds, Output
-from tiedlora.scoring.batches import hidden_states, padded_left
-from tiedlora.scoring.decoding import generate
-from tiedlora.scoring.steps import GrowingSteps, StaticSteps
-
-END = 256
+from tiedlora.scoring import decoding, split
+from tiedlora.scoring.decoding import MIN_STOP_SEARCH_TOKENS, AnswerEnds, Output, generate
 
 
 def adapted(name, dtype):
@@ -38,109 +31,35 @@ def prompts_of(base):
     ]
 
 
-def with_transformers_cache(model, prompts, steps, kept):
-    """The hidden states of each step, with transformers' own cache; after step 3 only the rows `kept` go on."""
-    ids, mask, positions = padded_left(prompts, END, torch.device("cpu"))
-    cache, states = DynamicCache(config=model.config), []
-    for step in range(steps):
-        states.append(hidden_states(model, ids, mask, positions, cache)[:, -1])
-        ids = model.get_output_embeddings()(states[-1]).argmax(-1, keepdim=True)
-        mask, positions = torch.nn.functional.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
-        if step == 2:
-            cache.batch_select_indices(kept)
-            ids, mask, positions = ids[kept], mask[kept], positions[kept]
-    return states
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", TINY)
-@torch.inference_mode()
 def test_one_allocation_gives_the_bits_of_transformers_cache(name, dtype, monkeypatch):
     base, _ = adapted(name, dtype)
-    prompts, kept, states = prompts_of(base), torch.tensor([0, 2, 3]), []
-    expected = with_transformers_cache(base.model, prompts, 8, kept)
+    prompts, compute, keep = prompts_of(base), decoding.hidden_states, decoding.keep_rows
+    places, kept, states = [], [], []
 
-    def watched(*arguments):
-        states.append(hidden_states(*arguments))
+    def watched(model, ids, mask, positions, cache):
+        states.append(compute(model, ids, mask, positions, cache))
+        places.append([buffer.data_ptr() for layer in cache.layers for buffer in getattr(layer, "buffers", [])])
         return states[-1]
 
-    monkeypatch.setattr("tiedlora.scoring.steps.hidden_states", watched)
-    steps = GrowingSteps(base.model, prompts, END, 8)
-    places = []
-    for step in range(8):
-        steps.next_tokens()
-        places.append([buffer.data_ptr() for layer in steps.cache.layers for buffer in layer.buffers])
-        if step == 2:
-            steps.keep(kept)
-    for ours, theirs in zip(states, expected, strict=True):
-        assert torch.equal(ours[:, -1], theirs)
-    assert places[0] == places[1] == places[2]
-    assert places[3] == places[7] != places[2], "only a smaller batch is copied"
-
-
-class Operations(TorchDispatchMode):
-    """Keeps each operation with the shapes of its tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        leaves = tree_leaves((args, kwargs or {}))
-        shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        self.seen.append((str(func), repr(shapes)))
-        return func(*args, **(kwargs or {}))
-
-
-def operations_of(work):
-    with Operations() as operations:
-        work()
-    return operations.seen
-
-
-READS_A_VALUE = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.default")
-
-
-@pytest.mark.parametrize("name", TINY)
-@torch.inference_mode()
-def test_a_static_step_is_always_the_same_operations_and_reads_no_value(name):
-    """This is what a CUDA graph needs. (To record one needs a GPU: tests/gpu.)"""
-    base, attached = adapted(name, torch.float32)
-    with attached.folded_once():
-        static = StaticSteps(base.model, prompts_of(base), END, 9)
-        static.next_tokens()
-        second, third = (operations_of(static.next_tokens) for _ in range(2))
-        assert second == third
-        assert len(operations_of(static.step)) > 50
-        assert not [name for name, _ in operations_of(static.step) if any(word in name for word in READS_A_VALUE)]
-        growing = GrowingSteps(base.model, prompts_of(base), END, 9)
-        growing.next_tokens()
-        second, third = (operations_of(growing.next_tokens) for _ in range(2))
-        assert second != third
-
-
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("batch_size", [2, 9])
-def test_static_steps_give_the_same_answers(name, batch_size):
-    """Rows end at different steps, and leave their batch when half of it has ended."""
-    base, _ = adapted(name, torch.float64)
-    texts = ["a", "some longer text", "xyz", "12 + 30 =", "b" * 30, "the end", "?", "one more", "and 1"]
-    prompts = [base.tokenizer(text).input_ids for text in texts]
-    settings = {"max_new_tokens": 60, "batch_size": batch_size}
-    free = generate(base.model, base.tokenizer, prompts, **settings)
-    letters = {letter for output in free for letter in output.text if letter.isascii() and letter.isprintable()}
-    # Letters that few texts have, so that some answers end early and some late.
-    settings["stop"] = sorted(letters, key=lambda letter: (sum(letter in output.text for output in free), letter))[:6]
-    plain = generate(base.model, base.tokenizer, prompts, **settings)
-    assert generate(base.model, base.tokenizer, prompts, **settings, steps=StaticSteps) == plain
-    assert len({output.tokens for output in plain}) > 2
-
-
-def test_static_steps_refuse_a_sliding_window():
-    base = tiny("tiny_llama")
-    base.model.config.sliding_window, base.model.config.layer_types = 4, ["sliding_attention"] * 3
-    with pytest.raises(UserError, match=r"score\.engine=static: some layers of this model attend to the last tokens"):
-        StaticSteps(base.model, [[1, 2]], END, 3)
+    monkeypatch.setattr(decoding, "hidden_states", watched)
+    monkeypatch.setattr(decoding, "keep_rows", lambda cache, rows: kept.append(len(states)) or keep(cache, rows))
+    settings = {"max_new_tokens": 8, "batch_size": 5}
+    free = [output.text[:6] for output in generate(base.model, base.tokenizer, prompts, **settings)]
+    # A letter that some answers have early, and not all.
+    letters = sorted({letter for text in free for letter in text if letter.isascii() and not letter.isspace()})
+    settings["stop"] = [next(letter for letter in letters if 0 < sum(letter in text for text in free) < len(free))]
+    states.clear()
+    places.clear()
+    ours = generate(base.model, base.tokenizer, prompts, **settings)
+    (first, *_) = kept
+    assert places[0] == places[first - 1] != places[first], "only a smaller batch is copied"
+    found = states.copy()
+    states.clear()
+    monkeypatch.setattr(decoding, "new_cache", lambda model, _: DynamicCache(config=model.config))
+    assert generate(base.model, base.tokenizer, prompts, **settings) == ours
+    assert all(torch.equal(one, other) for one, other in zip(found, states, strict=True))
 
 
 def test_factors_are_folded_once_while_scoring_and_again_afterwards(monkeypatch):
@@ -241,7 +160,6 @@ def test_ends_are_those_of_decoding_every_answer_at_every_token(kind, stop):
             if expected:
                 break
         ended.add(expected.ended)
-        assert ends.first_output(written) == expected
     assert ended == ({"end", "stop", "length"} if stop else {"end", "length"})
 
 
@@ -264,8 +182,3 @@ def test_most_tokens_are_decoded_once_in_all():
             assert ends.output(written) is None
         assert decoded == [1] * len(set(text)), answer
     assert max(decoded) < MIN_STOP_SEARCH_TOKENS
-
-
-def test_an_answer_without_an_end_is_an_error():
-    with pytest.raises(ValueError, match="an answer of 2 tokens has no end"):
-        AnswerEnds(tiny("tiny_llama").tokenizer, [], 9).first_output([65, 66])

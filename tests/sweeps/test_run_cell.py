@@ -4,7 +4,8 @@ import weakref
 
 import torch
 
-from tiedlora.runs import lazy, run
+from tiedlora.models import device
+from tiedlora.runs import run
 from tiedlora.sweeps.run_cell import run_cell
 
 
@@ -18,6 +19,6 @@ def test_a_failed_cells_tensors_are_gone_when_its_memory_is_freed(tiny_config, m
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(run, "main", fail)
-    monkeypatch.setattr(lazy, "free_memory", lambda: alive.append(tensors[0]()))
+    monkeypatch.setattr(device, "free_memory", lambda: alive.append(tensors[0]()))
     run_cell(tiny_config())
     assert alive == [None]

@@ -15,7 +15,7 @@ from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import inputs, run, session
+from tiedlora.runs import inputs, run, trainer
 from tiedlora.sweeps import launching
 from tiedlora.sweeps.cells import SweepCell
 from tiedlora.sweeps.expand import compose_sweep
@@ -270,11 +270,11 @@ class TestOneProcess:
     """Cells in one process share the data that they load."""
 
     def test_the_base_is_loaded_once_and_left_as_it_was(self, tiny_config, monkeypatch):
-        session._BASE.clear()
+        trainer._BASE.clear()
         first = tiny_config("tying=LoRA")
-        base = session.cached_base(first, torch.device("cpu"))
+        base = trainer.cached_base(first, torch.device("cpu"))
         before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-        monkeypatch.setattr(session, "load_base", lambda *_: pytest.fail("loaded again"))
+        monkeypatch.setattr(trainer, "load_base", lambda *_: pytest.fail("loaded again"))
         run.main(first)
         with pytest.raises(UserError, match=r"lower train\.lr"):
             run.main(tiny_config("tying=TABuv", "train.lr=1000", "train.clip=null", "train.steps=20"))
@@ -287,7 +287,7 @@ class TestOneProcess:
 
     def test_reused_parts_change_no_result(self, tiny_config, tmp_path):
         alone = tiny_config("tying=TABuv", f"outputs={tmp_path}/alone")
-        for cache in (session._BASE, inputs._ROWS, session.TOKENS):
+        for cache in (trainer._BASE, inputs._ROWS, trainer.TOKENS):
             cache.clear()
         run.main(alone)
         for name in ("LoRA", "TABuv"):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from tiedlora.errors import UserError
-from tiedlora.runs import lazy, run
+from tiedlora.runs import add_scores, run
 from tiedlora.sweeps import launching
 from tiedlora.sweeps.control import BUSY
 from tiedlora.sweeps.expand import compose_sweep
@@ -57,7 +57,7 @@ def test_the_reason_why_it_could_not_be_scored_is_kept_and_printed(unscored, mon
         calls.append(1)
         raise UserError("test.jsonl: is missing")
 
-    monkeypatch.setattr(lazy, "add_scores", fail)
+    monkeypatch.setattr(add_scores, "add_scores", fail)
     with pytest.raises(SystemExit) as end:
         launching.run_sweep(unscored, lambda cells, _: [run_cell(cell.config, unscored.path) for cell in cells])
     assert end.value.code == 1

@@ -17,7 +17,7 @@ from tiedlora.records.rows import (
     write_predictions,
 )
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import execute, run
+from tiedlora.runs import run, trainer
 from tiedlora.scoring import split
 from tiedlora.tracking.answers_table import answers_table
 from tiedlora.tracking.appended_file import AppendedFile
@@ -188,15 +188,15 @@ class TestRun:
         def fail(*arguments):
             raise RuntimeError("in the loop")
 
-        monkeypatch.setattr("tiedlora.training.loop.train", fail)
+        monkeypatch.setattr("tiedlora.training.loop.Loop.train", fail)
         with pytest.raises(RuntimeError, match="in the loop"):
-            execute.execute(faked())
+            trainer.carry_out(faked())
         assert fake[0].finished == [({}, 1)]
 
     def test_a_run_whose_scoring_fails_ends_its_tracker_as_failed(self, faked, fake, monkeypatch):
         monkeypatch.setattr(split.Scorer, "score_split", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            execute.execute(faked())
+            trainer.carry_out(faked())
         assert fake[0].finished == [({}, 1)]
 
     def test_a_pause_is_no_failure(self, faked, fake):

@@ -16,17 +16,18 @@ from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import TrainConfig
 from tiedlora.records.provenance import Execution
-from tiedlora.runs import process_device, run, trainer
-from tiedlora.training import checkpoint, loop
+from tiedlora.runs import run, trainer
+from tiedlora.training import checkpoint, device
 from tiedlora.training.checkpoint import RunInputs
+from tiedlora.training.loop import TrainState
 from tiedlora.training.optimizer import build_optimizer
 from tiedlora.tying import Architecture
 
 TRAIN = TrainConfig(lr=1e-2, betas=[0.8, 0.99])
 
 
-def parts_on(device: str) -> dict[str, torch.nn.Parameter]:
-    return {name: torch.nn.Parameter(torch.ones(3, 2, device=device)) for name in ("qkv.u", "qkv.A", "qkv.B")}
+def parts_on(kind: str) -> dict[str, torch.nn.Parameter]:
+    return {name: torch.nn.Parameter(torch.ones(3, 2, device=kind)) for name in ("qkv.u", "qkv.A", "qkv.B")}
 
 
 def test_a_restored_fused_optimizer_has_its_whole_state_on_the_device(tmp_path):
@@ -36,12 +37,12 @@ def test_a_restored_fused_optimizer_has_its_whole_state_on_the_device(tmp_path):
     for parameter in parts.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    checkpoint.save(tmp_path, loop.TrainState(step=1), parts, optimizer, RunInputs(Execution("cpu", 1)))
+    checkpoint.save(tmp_path, TrainState(step=1), parts, optimizer, RunInputs(Execution("cpu", 1)))
 
     there = parts_on("meta")
     groups = build_optimizer(groups_by_part(there, TRAIN.lr_factor), TRAIN).param_groups
     fused = torch.optim.AdamW([{**group, "fused": True} for group in groups], lr=TRAIN.lr)
-    assert checkpoint.restore(tmp_path, there, fused, RunInputs(Execution("cpu", 1))) == loop.TrainState(step=1)
+    assert checkpoint.restore(tmp_path, there, fused, RunInputs(Execution("cpu", 1))) == TrainState(step=1)
     for parameter in there.values():
         state = fused.state[parameter]
         assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
@@ -105,13 +106,13 @@ def test_deterministic_switches_torch_for_the_run_only_and_changes_nothing_on_a_
 
 def test_a_run_without_a_number_of_threads_has_torchs_own_also_after_one_with():
     before = torch.get_num_threads()
-    process_device.own_threads.cache_clear()
+    device.own_threads.cache_clear()
     try:
         torch.set_num_threads(2)
-        process_device.set_up_device("cpu", 1)
+        device.set_up_device("cpu", 1)
         assert torch.get_num_threads() == 1
-        process_device.set_up_device("cpu", None)
+        device.set_up_device("cpu", None)
         assert torch.get_num_threads() == 2
     finally:
-        process_device.own_threads.cache_clear()
+        device.own_threads.cache_clear()
         torch.set_num_threads(before)

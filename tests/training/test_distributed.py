@@ -19,7 +19,7 @@ from tiedlora.records.rows import read_metrics, read_predictions, read_validatio
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
 from tiedlora.scoring import split
-from tiedlora.scoring.sharing import score_in_shares
+from tiedlora.scoring.split import score_in_shares
 from tiedlora.training import checkpoint, distributed
 from tiedlora.training.distributed import World
 from tiedlora.training.signals import StopSignal

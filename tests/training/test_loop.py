@@ -15,8 +15,9 @@ from tiedlora.data.encoding import Encoded
 from tiedlora.errors import StoppedEarly, UserError
 from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
 from tiedlora.records.rows import MetricsRow
-from tiedlora.training import checkpoint, loop
+from tiedlora.training import checkpoint
 from tiedlora.training.checkpoint import RunInputs
+from tiedlora.training.loop import Loop, TrainState
 from tiedlora.training.loss import target_loss
 from tiedlora.training.optimizer import build_optimizer, learning_rate
 
@@ -28,7 +29,7 @@ ROWS = [Encoded((1, 2, 3), (*tuple(range(20 + i, 24 + i + i % 3)), 256)) for i i
 
 
 def start(option="TABuv", config=CONFIG, seed=0, folder=None, stop_after=None, dropout=False):
-    """A tiny model, ready to train. Returns the arguments of the loop and its log."""
+    """A loop over a tiny model. Returns it with the trained parts and its log."""
     base = tiny("tiny_llama")
     overrides = ["tying.dropout=0.3"] if dropout else []
     attached = attach(base.model, tying_option(option, *overrides), 4, seed=seed)
@@ -37,8 +38,12 @@ def start(option="TABuv", config=CONFIG, seed=0, folder=None, stop_after=None, d
     optimizer = build_optimizer(groups_by_part(parts, config.lr_factor), config)
     sampler = BatchSampler([len(row) for row in ROWS], config, seed)
     log: list[MetricsRow] = []
-    state = (folder and checkpoint.restore(folder, parts, optimizer, INPUTS)) or loop.TrainState()
-    hooks = loop.LoopHooks(
+    state = (folder and checkpoint.restore(folder, parts, optimizer, INPUTS)) or TrainState()
+    loop = Loop(
+        state=state,
+        optimizer=optimizer,
+        config=config,
+        seed=seed,
         batches=lambda step: microbatches([ROWS[i] for i in sampler.rows_of_step(step)], 256, config.microbatch_size),
         loss_sum=lambda batch: target_loss(base.model, batch),
         validate=lambda: float(sum(p.detach().abs().sum() for p in parts.values())),
@@ -47,13 +52,13 @@ def start(option="TABuv", config=CONFIG, seed=0, folder=None, stop_after=None, d
         describe_rows=lambda step: str(sampler.rows_of_step(step)),
         stop_requested=lambda: stop_after is not None and state.step >= stop_after,
     )
-    return state, hooks, optimizer, parts, log
+    return loop, parts, log
 
 
 def finish(option="TABuv", config=CONFIG, seed=0, **more):
-    state, hooks, optimizer, parts, log = start(option, config, seed, **more)
-    loop.train(state, hooks, optimizer, config, seed)
-    return {name: p.detach().clone() for name, p in parts.items()}, log, state
+    loop, parts, log = start(option, config, seed, **more)
+    loop.train()
+    return {name: p.detach().clone() for name, p in parts.items()}, log, loop.state
 
 
 def test_warm_up_moves_at_its_first_step_and_cosine_ends_at_its_minimum():
@@ -67,14 +72,14 @@ def test_warm_up_moves_at_its_first_step_and_cosine_ends_at_its_minimum():
 
 def test_decay_and_rate_factors_go_to_their_parts():
     config = replace(CONFIG, weight_decay=0.1, lr_factor=LrFactors(A=1, B=2, u=3, v=4))
-    _, _, optimizer, parts, _ = start("TABuv", config)
+    loop, parts, _ = start("TABuv", config)
     by_part = {name[-1]: p for name, p in parts.items()}
     found = {}
-    for group in optimizer.param_groups:
+    for group in loop.optimizer.param_groups:
         (letter,) = (k for k, p in by_part.items() if p is group["params"][0])
         found[letter] = (group["lr_factor"], group["weight_decay"])
     assert found == {"A": (1, 0.1), "B": (2, 0.1), "u": (3, 0.0), "v": (4, 0.0)}
-    ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    ids = [id(p) for group in loop.optimizer.param_groups for p in group["params"]]
     assert len(ids) == len(set(ids)) == 4
 
 
@@ -134,13 +139,13 @@ def test_clipped_steps_are_counted():
 
 
 def test_non_finite_loss_stops_naming_step_rate_and_rows(tmp_path):
-    state, hooks, optimizer, parts, _ = start(folder=tmp_path)
-    whole = hooks.loss_sum
-    hooks.loss_sum = lambda batch: whole(batch) * (float("nan") if state.step == 4 else 1.0)
+    loop, parts, _ = start(folder=tmp_path)
+    whole = loop.loss_sum
+    loop.loss_sum = lambda batch: whole(batch) * (float("nan") if loop.state.step == 4 else 1.0)
     with pytest.raises(UserError, match=r"step 5: .*nan.*learning rate .*lower train.lr.*rows"):
-        loop.train(state, hooks, optimizer, CONFIG, 0)
+        loop.train()
     # The last checkpoint is from before that step, and finite.
-    restored = checkpoint.restore(tmp_path, parts, optimizer, INPUTS)
+    restored = checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS)
     assert restored is not None
     assert restored.step == 3
     assert all(torch.isfinite(p).all() for p in parts.values())
@@ -149,20 +154,20 @@ def test_non_finite_loss_stops_naming_step_rate_and_rows(tmp_path):
 def spoiled(where, steps, folder=None, stop_after=None, **options):
     """A run whose loss or gradient is not finite at some steps."""
     config = replace(CONFIG, log_every=1, **options)
-    state, hooks, optimizer, parts, log = start(config=config, folder=folder, stop_after=stop_after)
-    whole = hooks.loss_sum
+    loop, parts, log = start(config=config, folder=folder, stop_after=stop_after)
+    whole = loop.loss_sum
 
     def loss_sum(batch):
         loss = whole(batch)
-        if state.step + 1 in steps:
+        if loop.state.step + 1 in steps:
             if where == "loss":
                 return loss * math.inf
             loss.register_hook(lambda gradient: gradient * math.nan)
         return loss
 
-    hooks.loss_sum = loss_sum
-    loop.train(state, hooks, optimizer, config, 0)
-    return {name: p.detach().clone() for name, p in parts.items()}, log, state
+    loop.loss_sum = loss_sum
+    loop.train()
+    return {name: p.detach().clone() for name, p in parts.items()}, log, loop.state
 
 
 class TestSkipping:
@@ -182,17 +187,17 @@ class TestSkipping:
         assert [row.step for row in log if "train/loss" in row.values] == [1, 3, 4, 6, 7, 8]
         assert all(math.isfinite(value) for row in log for value in row.values.values())
         # Exactly the update is left out: a run whose optimizer does nothing at those steps gives the same result.
-        state, hooks, optimizer, parts, _ = start()
-        step, done = optimizer.step, []
-        optimizer.step = lambda: done.append(1) or (None if len(done) in (2, 5) else step())
-        loop.train(state, hooks, optimizer, CONFIG, 0)
+        loop, parts, _ = start()
+        step, done = loop.optimizer.step, []
+        loop.optimizer.step = lambda: done.append(1) or (None if len(done) in (2, 5) else step())
+        loop.train()
         assert all(torch.equal(ours[name], parts[name]) for name in ours)
 
     def test_one_more_than_the_bound_stops_the_run(self, tmp_path):
         with pytest.raises(UserError, match=r"step 6: .*inf.*learning rate .*skip_nonfinite \(1 are skipped.*rows"):
             spoiled("loss", {2, 6}, folder=tmp_path, skip_nonfinite=1)
-        _, _, optimizer, parts, _ = start()
-        restored = checkpoint.restore(tmp_path, parts, optimizer, INPUTS)
+        loop, parts, _ = start()
+        restored = checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS)
         assert (restored.step, restored.skipped_steps) == (3, 1)
         assert all(torch.isfinite(p).all() for p in parts.values())
 
@@ -213,12 +218,12 @@ class TestSkipping:
 
 
 def test_a_non_finite_validation_loss_stops_before_its_checkpoint(tmp_path):
-    state, hooks, optimizer, parts, _ = start(folder=tmp_path)
-    whole = hooks.validate
-    hooks.validate = lambda: math.nan if state.step == 8 else whole()
+    loop, parts, _ = start(folder=tmp_path)
+    whole = loop.validate
+    loop.validate = lambda: math.nan if loop.state.step == 8 else whole()
     with pytest.raises(UserError, match=r"step 8: the validation loss is nan; lower train\.lr"):
-        loop.train(state, hooks, optimizer, CONFIG, 0)
-    assert checkpoint.restore(tmp_path, parts, optimizer, INPUTS).step == 6
+        loop.train()
+    assert checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS).step == 6
 
 
 class TestCheckpoints:
@@ -226,8 +231,8 @@ class TestCheckpoints:
         finish(folder=tmp_path)
         newest = tmp_path / "step-00000008" / "tensors.safetensors"
         newest.write_bytes(newest.read_bytes()[:-3])
-        _, _, optimizer, parts, _ = start()
-        state = checkpoint.restore(tmp_path, parts, optimizer, INPUTS)
+        loop, parts, _ = start()
+        state = checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS)
         assert state is not None
         assert state.step == 6
         assert "step-00000008" in caplog.text
@@ -240,14 +245,14 @@ class TestCheckpoints:
         finish(folder=tmp_path)
         state = tmp_path / "step-00000008" / "state.json"
         state.write_text(state.read_text().replace('"tokens": ', '"tokens": 1'))
-        _, _, optimizer, parts, _ = start()
-        assert checkpoint.restore(tmp_path, parts, optimizer, INPUTS).step == 6
+        loop, parts, _ = start()
+        assert checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS).step == 6
         assert "its state is not the one it was written with" in caplog.text
 
     def test_another_configurations_checkpoint_is_passed_over(self, tmp_path, caplog):
         finish(option="TAB", folder=tmp_path)
-        _, _, optimizer, parts, _ = start()
-        assert checkpoint.restore(tmp_path, parts, optimizer, INPUTS) is None
+        loop, parts, _ = start()
+        assert checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS) is None
         assert "part/qkv.u" in caplog.text
 
     @pytest.mark.parametrize(
@@ -262,31 +267,31 @@ class TestCheckpoints:
         ],
     )
     def test_what_changed_is_said_alone(self, tmp_path, caplog, key, before, after, says):
-        state, _, optimizer, parts, _ = start()
+        loop, parts, _ = start()
         name = key if key in ("versions", "code") else "execution"
         then, now = (replace(INPUTS, base="1", **{name: value}) for value in (before, after))
-        checkpoint.save(tmp_path, state, parts, optimizer, then)
-        checkpoint.restore(tmp_path, parts, optimizer, now)
+        checkpoint.save(tmp_path, loop.state, parts, loop.optimizer, then)
+        checkpoint.restore(tmp_path, parts, loop.optimizer, now)
         (said,) = (record.getMessage() for record in caplog.records)
         assert f"other {key}: {says}" in said
         assert "numpy" not in said
         with pytest.raises(UserError, match="another base"):
-            checkpoint.restore(tmp_path, parts, optimizer, replace(now, base="2"))
+            checkpoint.restore(tmp_path, parts, loop.optimizer, replace(now, base="2"))
 
     def test_the_state_says_how_its_earlier_steps_were_made(self, tmp_path):
-        state, _, optimizer, parts, _ = start()
+        loop, parts, _ = start()
 
         def continued(inputs, step=None):
             """The state of a run that continues with these inputs and saves a checkpoint at `step`."""
-            restored = checkpoint.restore(tmp_path, parts, optimizer, inputs)
+            restored = checkpoint.restore(tmp_path, parts, loop.optimizer, inputs)
             if step is not None:
-                checkpoint.save(tmp_path, replace(restored, step=step), parts, optimizer, inputs)
+                checkpoint.save(tmp_path, replace(restored, step=step), parts, loop.optimizer, inputs)
             return restored
 
         epyc, xeon = (Execution("cpu", 2, processor=name) for name in ("EPYC (AVX512)", "Xeon (AVX512)"))
         first = RunInputs(epyc, versions={"torch": "1"}, code=CodeVersion("a", False))
         second, third = replace(first, execution=xeon), replace(first, code=CodeVersion("b", False))
-        checkpoint.save(tmp_path, replace(state, step=3), parts, optimizer, first)
+        checkpoint.save(tmp_path, replace(loop.state, step=3), parts, loop.optimizer, first)
         assert continued(first).continued_from == []
         assert continued(second) == continued(second), "a restore without a step changes nothing"
         (earlier,) = continued(second, step=5).continued_from
@@ -295,19 +300,21 @@ class TestCheckpoints:
         assert [part.execution for part in continued(third).continued_from] == [epyc, xeon]
 
     def test_a_checkpoint_that_names_no_processor_continues_without_a_warning(self, tmp_path, caplog):
-        state, _, optimizer, parts, _ = start()
-        checkpoint.save(tmp_path, state, parts, optimizer, INPUTS)
-        assert checkpoint.restore(tmp_path, parts, optimizer, RunInputs(Execution("cpu", 1, 1, "EPYC"))) is not None
+        loop, parts, _ = start()
+        checkpoint.save(tmp_path, loop.state, parts, loop.optimizer, INPUTS)
+        assert (
+            checkpoint.restore(tmp_path, parts, loop.optimizer, RunInputs(Execution("cpu", 1, 1, "EPYC"))) is not None
+        )
         assert not caplog.records
 
     def test_other_data_is_refused_and_other_versions_are_said(self, tmp_path, caplog):
-        state, _, optimizer, parts, _ = start()
-        state.step = 1
+        loop, parts, _ = start()
+        loop.state.step = 1
         inputs = replace(INPUTS, data={"train": "a"}, base="b", versions={"torch": "1"})
-        checkpoint.save(tmp_path, state, parts, optimizer, inputs)
+        checkpoint.save(tmp_path, loop.state, parts, loop.optimizer, inputs)
         with pytest.raises(UserError, match="another data"):
-            checkpoint.restore(tmp_path, parts, optimizer, replace(inputs, data={"train": "c"}))
-        checkpoint.restore(tmp_path, parts, optimizer, replace(inputs, versions={"torch": "2"}))
+            checkpoint.restore(tmp_path, parts, loop.optimizer, replace(inputs, data={"train": "c"}))
+        checkpoint.restore(tmp_path, parts, loop.optimizer, replace(inputs, versions={"torch": "2"}))
         assert "other versions" in caplog.text
 
 

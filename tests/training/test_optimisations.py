@@ -128,14 +128,14 @@ def test_aligned_rows_change_nothing_and_stay_within_the_context(dtype, toleranc
 def test_freed_memory_is_kept():
     script = """
 import resource, torch
-from tiedlora.training import allocator
+from tiedlora.training import device
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         torch.empty(16_000_000).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 given = faults()
-allocator.keep_freed_memory()
+device.keep_freed_memory()
 faults()
 print(given, faults())
 """

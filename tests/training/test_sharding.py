@@ -17,8 +17,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
-from tiedlora.runs.session import RunSession
-from tiedlora.tasks import load_task
+from tiedlora.runs.trainer import Trainer
 from tiedlora.training import distributed
 from tiedlora.training.loss import target_loss
 from tiedlora.training.signals import StopSignal
@@ -92,14 +91,14 @@ def test_each_process_holds_half_of_every_block_and_all_of_the_adapter(shared):
 
     def held(rank):
         with distributed.join_world(cuda=False) as world:
-            session = RunSession(config, load_task(config.task), world)
-            for name, parameter in session.model.named_parameters():
+            loaded = Trainer(config, world)
+            for name, parameter in loaded.arm.model.named_parameters():
                 inside = name.startswith("model.layers.")
                 assert isinstance(parameter, DTensor) is inside, name
                 if inside:
                     assert parameter.to_local().numel() == parameter.numel() / 2, name
-            assert "shared by several processes" in session.attached.cannot_merge()
-            session.release()
+            assert "shared by several processes" in loaded.arm.cannot_merge()
+            loaded.release()
 
     ended = forked_world(held)
     assert [code for code, _ in ended] == [0, 0], ended

@@ -47,7 +47,6 @@ def check(config: Config) -> None:
     else:
         _check_method(config)
     _check_placement(config)
-    _check_engine(config)
     _check_sizes(config.model)
     _check_rank(config)
 
@@ -208,28 +207,6 @@ def _check_placement(config: Config) -> None:
             f"train.compile=always: blocks are not compiled with model.device_map={model.device_map} (weights move); "
             "use train.compile=auto"
         )
-
-
-def _check_engine(config: Config) -> None:
-    """Refuse an engine that cannot answer with this base model."""
-    engine, model = config.score.engine, config.model
-    if engine != "transformers" and (config.train.shard or model.device_map):
-        other = "train.shard=true" if config.train.shard else f"model.device_map={model.device_map}"
-        raise UserError(
-            f"score.engine={engine}: needs the whole base model on one device; use transformers with {other}"
-        )
-    if engine == "vllm" and config.tying.method is not None:
-        raise UserError(
-            f"score.engine=vllm: serves this project's own adapters, and {config.tying.method} is another method; use "
-            "transformers"
-        )
-    if engine == "vllm" and model.quantization:
-        raise UserError(
-            f"score.engine=vllm: would load the base model unquantised; use transformers with "
-            f"model.quantization={model.quantization}"
-        )
-    if engine == "vllm" and model.source == "random":
-        raise UserError(f"score.engine=vllm: {model.name} is a random model without files; use transformers")
 
 
 def _check_sizes(model: ModelConfig) -> None:

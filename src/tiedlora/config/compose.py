@@ -33,6 +33,8 @@ _IS_NEW = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
 _HYDRA_IS_NEW = tuple(map(int, hydra.__version__.split(".")[:2])) >= (1, 4)
 VERSION_BASE: dict[str, Any] = {} if _HYDRA_IS_NEW else {"version_base": "1.3"}
 """Hydra 1.3 asks which version's defaults to take. 1.4 has these defaults, and warns if it is told."""
+GONE = {"score.engine": "transformers"}
+"""Keys of earlier versions whose other values are gone, with the value that is left. Records of studies hold them."""
 _register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.register_new_resolver
 
 
@@ -79,13 +81,23 @@ def typed(composed: DictConfig) -> Config:
     with readable_errors(), _own_variables_only():
         # The way through plain data also checks keys that were added with + against the schema.
         values = OmegaConf.to_container(composed, resolve=True)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), _without_gone_keys(values))
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise UserError(f"{missing[0]}: has no value; choose an option of its group or set it")
         config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
+
+
+def _without_gone_keys(values: Any) -> Any:
+    """The values without the keys of GONE, if they have the one value that is left."""
+    for name, only in GONE.items():
+        section, key = name.split(".")
+        inner = values.get(section) if isinstance(values, dict) else None
+        if isinstance(inner, dict) and inner.get(key) == only:
+            del inner[key]
+    return values
 
 
 def complete(config: Config) -> Config:

@@ -266,11 +266,6 @@ class ScoreConfig:
     batch_tokens: Optional[int] = count(None, neutral=None)
     """Most tokens in the cache of rows that are decoded together: prompts with their padding, and space for the
     answers. null sets no limit."""
-    engine: str = key("transformers", choices=("transformers", "static", "continuous", "vllm"), neutral="transformers")
-    """The program that writes answers. transformers: this project's decoding. static: the same with steps of equal
-    shapes, which a GPU can repeat as a CUDA graph. continuous: transformers' continuous batching. vllm: the extra
-    `vllm`, on a GPU. They add in another order, so texts may differ: the record says how many of 16 are those of
-    transformers. CUDA graphs and vllm are untried."""
     base: bool = key(True, execution=True)
     """Whether the base model is scored too. It is scored once per model, task and protocol; later runs reuse this."""
 

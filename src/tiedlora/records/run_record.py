@@ -171,23 +171,6 @@ TEXTS, ADAPTER = "texts", "adapter"
 
 
 @dataclass(frozen=True)
-class EngineRecord:
-    """The program that wrote the answers of a split, if it is not this project's decoding."""
-
-    name: Text
-    """As score.engine."""
-    version: Text
-    compared: Count
-    """So many rows of the split were also answered by this project's decoding,"""
-    same: Count
-    """and so many of those answers are the same texts."""
-
-    def __str__(self) -> str:
-        compared = f"{self.same} of {self.compared} compared answers are those of score.engine=transformers"
-        return f"answers by {self.name} ({self.version}): {compared}"
-
-
-@dataclass(frozen=True)
 class SplitScores:
     """The scores of one split. All scores are fractions of 1, BLEU and chrF too. Only losses are in nats."""
 
@@ -202,8 +185,6 @@ class SplitScores:
     output_tokens: Count = 0
     batch_halvings: Count | None = None
     """How often score.batch_size and score.batch_tokens were halved, for the base model too, because memory ran out."""
-    engine: EngineRecord | None = None
-    """Who wrote the answers, if not this project's decoding."""
     cut_targets: Count | None = None
     """Rows whose loss leaves out the end of the target, which does not fit into the context; None if there are none."""
     base: Scores | None = None

@@ -45,8 +45,6 @@ def _split_lines(split: str, scores: SplitScores) -> list[str]:
         else:
             gain = f"{difference} {shown(scores.gain[name], sign='+')}"
             lines.append(f"{text}base {shown(scores.base[name])}   adapted {shown(adapted)}   {gain}")
-    if scores.engine is not None:
-        lines.append(f"    {scores.engine}")
     if scores.cut_targets:
         lines.append(f"    {scores.cut_targets} rows lose the end of their target, which does not fit into the context")
     if remark := _remark(scores):

@@ -17,14 +17,12 @@ from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.inputs import read_rows, warn_of_trained_rows
-from tiedlora.runs.process_device import set_up_device
-from tiedlora.runs.session import cached_base
-from tiedlora.scoring.engines import check_usable
-from tiedlora.scoring.memory import score_forgetting, score_within_memory
+from tiedlora.runs.trainer import cached_base
 from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import Example, load_examples, load_task
+from tiedlora.training.device import set_up_device
 from tiedlora.training.signals import StopSignal
 
 log = logging.getLogger(__name__)
@@ -62,7 +60,6 @@ def add_scores(
         config.model.device_map = paths_from.model.device_map
     task = load_task(config.task)
     wanted = wanted_passes(metrics, task)
-    check_usable(config.score.engine, processes=1)
     if forgetting is not None:
         check_source(forgetting, config.task.name)
     with StopSignal(), ExitStack() as undone:
@@ -98,11 +95,11 @@ def add_scores(
             if split == "test":
                 _look_for_trained_rows(config, examples)
             halvings = 0 if kept is None else kept.batch_halvings or 0
-            scores = score_within_memory(scorer, split, examples, folder, passes, kept, halvings=halvings)
+            scores = scorer.score_split(split, examples, folder, passes, kept, halvings)
             record = replace(record, scores={**record.scores, split: scores})
             folder.write_record(record)
         if forgetting is not None:
-            scores = score_forgetting(scorer, forgetting, folder)
+            scores = scorer.score_forgetting(forgetting, folder)
             record = replace(record, scores={**record.scores, FORGETTING: scores})
             folder.write_record(record)
         return record

@@ -16,7 +16,7 @@ from tiedlora.config.schema import Config
 from tiedlora.models import products
 from tiedlora.models.arithmetic import DeviceSpeed, block_weights
 from tiedlora.models.device import execution_on
-from tiedlora.runs.process_device import set_up_device
+from tiedlora.training.device import set_up_device
 from tiedlora.tying import Architecture
 
 PASS_TOKENS, LEAST_TOKENS = 2048, 64

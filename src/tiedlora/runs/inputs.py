@@ -1,15 +1,20 @@
-"""The inputs of a run, without torch: the rows of train and validation, and the digest of the base model."""
+"""The inputs of a run, without torch: the rows of train and validation, and the digest of the base model.
+
+Consecutive runs of one process use the same rows, token ids and base model, so a process keeps the last of each.
+"""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from tiedlora import storage, tasks
 from tiedlora.config.identity import identity
@@ -19,9 +24,37 @@ from tiedlora.models.identity import known_digest
 from tiedlora.records.reading import typed
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
-from tiedlora.runs.process_cache import SingleSlotCache
 from tiedlora.tasks import Example, Task, digest, load_examples, load_task
 from tiedlora.tasks.rows import rows_folder
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+TASKS_CODE = Path(tasks.__file__).parent
+
+
+class SingleSlotCache(Generic[T]):
+    """Keeps the last value, and returns it again for the same key.
+
+    There is only one value. A sweep groups its cells by model and task, so more are not needed, and two base models
+    might not fit on a device.
+    """
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._value: T | None = None
+
+    def get(self, key: object, make: Callable[[], T]) -> T:
+        """The value of `key`. The value of another key is dropped before the new one is made."""
+        if self._value is None or key != self._key:
+            self.clear()
+            self._value, self._key = make(), key
+        return self._value
+
+    def clear(self) -> None:
+        """Drop the value and its reference cycles, so that the memory is free before a new value is made."""
+        self._key = self._value = None
+        gc.collect()
 
 
 @dataclass(frozen=True)
@@ -32,9 +65,6 @@ class RunRows:
     digests: dict[str, str]
 
 
-log = logging.getLogger(__name__)
-
-TASKS_CODE = Path(tasks.__file__).parent
 _ROWS: SingleSlotCache[RunRows] = SingleSlotCache()
 
 

@@ -1,4 +1,8 @@
-"""One run, as `python train.py` starts it. A finished run is printed; any other is carried out."""
+"""One run, as `python train.py` starts it. A finished run is printed; any other is carried out (trainer.py).
+
+The imports inside functions are those that need torch. Torch and transformers take seconds to import, and a finished
+run, a wrong option and `--help` answer without them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,6 @@ from tiedlora.errors import Paused, UserError, is_out_of_memory
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.records.summary import terminal_lines
-from tiedlora.runs import lazy
 from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import forgetting_to_score, lacks_scores, wanted_passes
@@ -46,8 +49,10 @@ def main(config: Config) -> RunRecord | None:
     with _explained_out_of_memory():
         # Several processes must agree that the run is finished, so they connect first.
         if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from tiedlora.runs import trainer
+
             try:
-                record = lazy.execute(config)
+                record = trainer.carry_out(config)
             except Paused:
                 print(f"paused after step {config.train.pause_after}: {folder.path}")
                 return None
@@ -80,7 +85,9 @@ def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> RunRecord:
     with suppress(OSError), folder.locked():
         folder.tidy()
     if lacks_scores(config.score, record):
+        from tiedlora.runs.add_scores import add_scores
+
         score, forgetting = config.score, forgetting_to_score(config.score, record)
-        return lazy.add_scores(folder, score.splits, config.data_root, config, score.metrics, forgetting=forgetting)
+        return add_scores(folder, score.splits, config.data_root, config, score.metrics, forgetting=forgetting)
     print(f"finished before: {folder.path} (force=true repeats it)")
     return record

@@ -1,155 +1,364 @@
-"""The training of one session: the loop and the functions that it calls, from a checkpoint to the last step."""
+"""One run that is not finished: load, train, save, score, record. Of several processes, only the first writes."""
 
 from __future__ import annotations
 
 import logging
 import math
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
-from tiedlora import storage
-from tiedlora.adapter import linear
+from tiedlora import storage, tying
+from tiedlora.adapter import TiedAdapter, attach_adapter, files, linear
+from tiedlora.adapter.admission import measure
+from tiedlora.adapter.arms import Arm, ArmSpec
+from tiedlora.adapter.attach_arm import new_arm
+from tiedlora.config import adapter_folder
+from tiedlora.config.check import check_new_run
 from tiedlora.config.families import layout_of
-from tiedlora.config.identity import config_tree
+from tiedlora.config.identity import config_tree, identity, run_id
+from tiedlora.config.schema import FORGETTING, Config
+from tiedlora.config.sizes import missed_budget, trainable_params
+from tiedlora.data import token_cache
 from tiedlora.data.batching import Batch, BatchSampler, by_length, empty_batch, microbatches
-from tiedlora.errors import UserError, is_out_of_memory
+from tiedlora.data.encoding import EncodedRows, Encoder
+from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
 from tiedlora.models import attention, products
-from tiedlora.models.device import free_memory, peak_memory_bytes, restart_peak_memory
+from tiedlora.models.base_model import BaseModel, load_base
+from tiedlora.models.device import (
+    execution_on,
+    free_memory,
+    only_deterministic_algorithms,
+    peak_memory_bytes,
+    resolve_device,
+    restart_peak_memory,
+)
+from tiedlora.records.loss_metrics import is_loss
+from tiedlora.records.provenance import code_version, package_versions
 from tiedlora.records.rows import MetricsRow, ValidationLosses, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import Halving
-from tiedlora.runs.session import RunSession
-from tiedlora.scoring.memory import within_memory
+from tiedlora.records.run_record import (
+    Admission,
+    ConfigRecord,
+    DataRecord,
+    Halving,
+    Identity,
+    RunRecord,
+    SplitScores,
+    TrainingRecord,
+)
+from tiedlora.records.summary import flat_summary
+from tiedlora.runs.inputs import RunRows, SingleSlotCache, read_rows, warn_of_trained_rows
+from tiedlora.scoring.passes import wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.summary import summarise
+from tiedlora.tasks import Example, load_examples, load_task
 from tiedlora.tracking.appended_file import AppendedFile
 from tiedlora.tracking.base import TrackedRun
 from tiedlora.tracking.progress import ProgressBar
 from tiedlora.tracking.run_trackers import RunTrackers
-from tiedlora.training import checkpoint, compiling, loop, sharding
+from tiedlora.training import checkpoint, compiling
+from tiedlora.training.device import set_up_device
+from tiedlora.training.distributed import World, equal_passes, is_sharded, join_world, shard
+from tiedlora.training.loop import Loop, TrainState
 from tiedlora.training.loss import RowLosses, mean_loss, row_losses, target_loss
 from tiedlora.training.optimizer import build_optimizer
 from tiedlora.training.signals import StopSignal
 
 log = logging.getLogger(__name__)
 
+TOKENS: SingleSlotCache[dict[str, EncodedRows]] = SingleSlotCache()
+_BASE: SingleSlotCache[BaseModel] = SingleSlotCache()
 
-@dataclass(frozen=True)
-class Trained:
-    """The results of training. The adapter on the session's model is that of the step that will be scored."""
 
-    state: loop.TrainState
-    peak_memory_bytes: int
-    trackers: RunTrackers
-    """Still open, because they get the run's summary after scoring."""
+def carry_out(config: Config) -> RunRecord | None:
+    """Carry out the run, or continue it from its newest checkpoint.
+
+    Returns:
+        The record; None in every process except the first. A finished run is not repeated.
+
+    Raises:
+        UserError: a mistake that the user can correct, or too little memory.
+        Busy: another process is working on this run.
+        Paused: train.pause_after is reached.
+        StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
+    """
+    algorithms = only_deterministic_algorithms() if config.train.deterministic else nullcontext()
+    device = resolve_device(config.train.device)
+    with algorithms, products.on_any_cpu(device, config.train.dtype), join_world(device.type == "cuda") as world:
+        # 1. Do all processes agree that the run is not finished?
+        run_folder = RunFolder(Path(config.outputs) / run_id(config))
+        finished = None if config.force else run_folder.record()
+        if world.any(finished is not None):
+            if finished is None:
+                raise UserError(
+                    f"{run_folder.path}: other processes find a result.json there, this one does not; share the folder"
+                )
+            return finished if world.is_first else None
+        check_new_run(config)
+        # 2. Load. From here on, a signal ends the run as one that can go on, also while it loads.
+        with StopSignal() as stop, _loaded(config, world) as trainer, _written_folder(run_folder, config, world) as own:
+            # Another process with the same command may have finished the run while this one was loading.
+            if world.any(own.record() is not None):
+                return own.record()
+            # 3. Train from the newest checkpoint or from the start, and save the adapter.
+            trainer.train(own, run_folder.checkpoints, stop)
+            with trainer.trackers.closed_on_error():
+                adapter_bytes = trainer.arm.save(own.adapter, trainer.base.record)
+                # 4. Score. Every process scores its share, and writes the predictions of all into its own folder.
+                scores = trainer.score(own)
+                # The other processes have nothing left to do. They leave now.
+                world.leave()
+                if not world.is_first:
+                    return None
+                record = trainer.record(own, adapter_bytes, scores)
+            # 5. Write result.json last.
+            trainer.trackers.finish(flat_summary(record))
+            own.write_record(record)
+            own.tidy()
+            return record
+
+
+@contextmanager
+def _loaded(config: Config, world: World) -> Iterator[Trainer]:
+    trainer = Trainer(config, world)
+    try:
+        yield trainer
+    finally:
+        trainer.release()
+
+
+@contextmanager
+def _written_folder(folder: RunFolder, config: Config, world: World) -> Iterator[RunFolder]:
+    """The folder that this process writes: the run's own, locked; in all but the first process one that is removed.
+
+    If the block fails, the traceback is written to the run's folder. A stop on request is not a failure.
+    """
+    if not world.is_first:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield RunFolder(Path(scratch))
+        return
+    with folder.locked():
+        try:
+            if config.force and folder.record() is not None:
+                folder.clear()
+            folder.tidy()
+            folder.error_file.unlink(missing_ok=True)
+            folder.pruned_file.unlink(missing_ok=True)
+            yield folder
+        except StoppedEarly:
+            raise
+        except Exception:
+            folder.write_error()
+            raise
+
+
+def cached_base(config: Config, device: torch.device, shared_by: World | None = None) -> BaseModel:
+    """The base model of a configuration. The caller must detach its adapter, because the next run gets the same model.
+
+    Args:
+        shared_by: the processes that share the model; None if this process has the whole model.
+
+    Raises:
+        UserError: as models.base_model.load_base.
+    """
+
+    def make() -> BaseModel:
+        first_device = device if shared_by is None else torch.device("cpu")
+        base = load_base(config.model, config.train.dtype, first_device, Path(config.cache))
+        if shared_by is not None:
+            shard(base.model, layout_of(config.model.architecture).layers, device, shared_by)
+        return base
+
+    return _BASE.get((config.model, config.train.dtype, device, shared_by), make)
 
 
 class Trainer:
-    """One training.
+    """The parts of a run in this process, loaded and checked before anything is written; its training and its scoring.
 
-    Args:
-        folder: the run's folder. config.yaml, metrics.jsonl, validation_losses.jsonl and the checkpoints are written
-            there.
-        stop: if a signal came, training writes a checkpoint after the current step and ends.
-        resume_from: the folder of the checkpoints to continue from; None takes the run's own.
+    Raises:
+        UserError: the rows or the base model cannot be loaded, no row fits, or the adapter does not fit the model.
     """
 
-    def __init__(
-        self, session: RunSession, folder: RunFolder, stop: StopSignal, resume_from: Path | None = None
-    ) -> None:
-        self.session, self.folder, self.stop = session, folder, stop
-        self.config, self.arm = session.config, session.attached
-        # 1. The optimizer, and the newest checkpoint if there is one.
-        self.parts = self.arm.trained_parts()
-        self.optimizer = build_optimizer(self.arm.parameter_groups(self.config.train.lr_factor), self.config.train)
-        checkpoints = resume_from or folder.checkpoints
-        state = checkpoint.restore(checkpoints, self.parts, self.optimizer, session.inputs(), self.arm.buffers())
-        self.state = state or loop.TrainState()
-        self.resumed_step = None if state is None else state.step
-        self._check_same_step()
-        if state is not None:
-            log.info("continuing from step %d", state.step)
-        # 2. The order of the training rows, and the validation batches.
-        self.rows = session.fitted["train"].encoded
-        self.sampler = BatchSampler([len(row) for row in self.rows], self.config.train, self.config.seed)
-        self.pad_id = session.base.tokenizer.eos_token_id
-        self.held_out = session.fitted["validation"].encoded[: self.config.train.validation_rows]
-        self.validation_order = by_length(self.held_out)
-        self.validation_batches = self._validation_batches()
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world, self.task = config, world, load_task(config.task)
+        if not world.is_first:
+            # Only the first process prints, and has a tracker.
+            logging.getLogger("tiedlora").setLevel(logging.WARNING)
+            config.tracking.backend = "none"
+        _check_processes(config, world)
+        local_index = world.local_index if world.size > 1 else None
+        self.device = set_up_device(config.train.device, config.train.threads, local_index)
+        # 1. The rows and the base model. Consecutive runs share them.
+        rows = read_rows(config)
+        self.base = cached_base(config, self.device, world if config.train.shard else None)
+        # 2. The rows as token ids, without those that do not fit.
+        # Given texts are compared whole, so no token ends them.
+        more_ends = () if rows.examples["validation"][0].choices else self.base.more_ends
+        self.encoder = Encoder(self.base.tokenizer, config.task, config.model.context, more_ends)
+        self.fitted = self._fit(rows)
+        # In the order in which `fitted` has them.
+        self.train_ids = [rows.examples["train"][number].id for number in self.fitted["train"].kept]
+        self.examples = {"validation": rows.examples["validation"]}
+        if "test" in config.score.splits:
+            # They are read before training, because a mistake in them would cost the time of a training.
+            self.examples["test"] = load_examples(self.task, "test", config.data_root)
+            warn_of_trained_rows(config.task.name, rows.examples["train"], self.examples["test"])
+        # 3. The adapter, or the arm of another method. An arm of another method is admitted first.
+        try:
+            self.admission = self._admission() if config.tying.method is not None and world.is_first else None
+            self.arm = self._attach()
+            self.trainable_params = sum(parameter.numel() for parameter in self.arm.trained_parts().values())
+            expected = trainable_params(config)
+            assert expected in (None, self.trainable_params), f"{self.trainable_params} parameters, expected {expected}"
+        except BaseException:
+            # The next run of this process must not get a model with parts of this arm.
+            _BASE.clear()
+            raise
+        if missed := missed_budget(config, self.trainable_params):
+            log.warning("budget: %s", missed)
+        # 4. What the record and the checkpoints say of how the run is carried out.
+        assert self.base.record.digest is not None
+        versions = package_versions() | self.encoder.versions
+        execution = execution_on(self.device, world.size)
+        self.inputs = checkpoint.RunInputs(execution, rows.digests, self.base.record.digest, versions, code_version())
 
-    def train(self) -> Trained:
-        """Train to the last step.
+    def _fit(self, rows: RunRows) -> dict[str, EncodedRows]:
+        config, base, cache = self.config, self.base, Path(self.config.cache)
+
+        def fitted(split: str, examples: list[Example]) -> EncodedRows:
+            encoded = token_cache.load_or_encode(self.encoder, examples, rows.digests[split], base, cache)
+            if dropped := sorted(set(range(len(examples))) - set(encoded.kept)):
+                first = examples[dropped[0]].id
+                log.info("%d of %d %s rows do not fit, such as id %s", len(dropped), len(examples), split, first)
+            return encoded
+
+        return TOKENS.get(
+            (config.task, rows.digests, base.record, config.model.context),
+            lambda: {split: fitted(split, examples) for split, examples in rows.examples.items()},
+        )
+
+    def _admission(self) -> Admission:
+        rows = [list(row.prompt + row.target) for row in self.fitted["train"].encoded]
+        admission = measure(self.base.model, self._spec(), self.base.record, rows, self.config.train.lr or 0.0)
+        check_scores_mean_something(admission, self.config)
+        for mark in admission.marks().values():
+            log.warning("%s: %s", self.config.tying.name, mark)
+        return admission
+
+    def _spec(self) -> ArmSpec:
+        return ArmSpec(self.config.tying, self.config.model.architecture, self.config.seed)
+
+    def _attach(self) -> Arm:
+        """A new arm on the base model. One that does not fit leaves no trace."""
+        config, rank, architecture = self.config, self.config.rank, self.config.model.architecture
+        if config.tying.method is not None:
+            return new_arm(self.base.model, self._spec())
+        assert rank.alpha is not None
+        adapter = TiedAdapter(config.tying, rank.r, rank.alpha, architecture, config.seed, rank.scaling)
+        if config.train.init_from:
+            folder = Path(config.train.init_from)
+            if adapter_folder.adapter_digest(folder) != config.train.init_digest:
+                raise UserError(f"train.init_from={folder}: holds another adapter than when this run was composed")
+            files.start_from(adapter, folder, self.base.record)
+        return attach_adapter(self.base.model, adapter, config.train.shard)
+
+    def release(self) -> None:
+        """Restore the base model, because the next cell of a sweep may use it."""
+        self.arm.detach()
+        self.base.model.eval()
+        if self.config.train.shard:
+            # Its parts belong to these processes' connections, which end with the run.
+            _BASE.clear()
+
+    def train(self, folder: RunFolder, checkpoints: Path, stop: StopSignal) -> None:
+        """Train to the last step. Afterwards the model has the adapter of the step that will be scored.
+
+        Args:
+            folder: config.yaml, metrics.jsonl, validation_losses.jsonl and the checkpoints are written there.
+            checkpoints: the folder of the checkpoints to continue from, which the first process has written.
+            stop: if a signal came, training writes a checkpoint after the current step and ends.
 
         Raises:
             UserError: a loss that is not finite, too little memory, or a tracker that refuses to start.
             StoppedEarly: the stop signal came; a checkpoint is written.
         """
-        # 1. Write config.yaml, and open the trackers.
-        config_yaml = OmegaConf.to_yaml(config_tree(self.config))
-        storage.write_bytes(self.folder.config_file, config_yaml.encode())
-        run = TrackedRun(self.folder.path.name, self.folder.path, self.config, self.session.trainable_params)
-        self.trackers = RunTrackers(run, self.folder.metrics_file, self.resumed_step)
-        losses_file = self.folder.validation_losses_file
-        self.row_losses_file = AppendedFile(losses_file, read_validation_losses, self.resumed_step)
-        # 2. Train.
-        restart_peak_memory(self.session.device)
-        self._run_loop()
-        peak = peak_memory_bytes(self.session.device)
-        # 3. Load the adapter of the step that is scored. Only the first process has its file.
-        if self.config.score.checkpoint == "best":
-            world, folder = self.session.world, self._best_folder(self.state.best_step())
-            if world.is_first:
-                self.arm.load_values(folder)
-            best = {name: part.data.cpu() for name, part in self.parts.items()} if world.is_first else {}
-            for name, values in world.gather(best)[0].items():
-                self.parts[name].data.copy_(values)
-        return Trained(self.state, peak, self.trackers)
-
-    def _check_same_step(self) -> None:
-        """Raises UserError in every process if the processes continue from different steps."""
-        step, world = self.state.step, self.session.world
-        first, last = world.smallest(step), -world.smallest(-step)
-        if first != last:
-            raise UserError(
-                f"{self.folder.checkpoints}: of the {world.size} processes, one continues from step {first} and "
-                f"another from step {last}; make all of them see the same outputs={self.config.outputs}"
-            )
-
-    def _run_loop(self) -> None:
-        model = self.session.model
-        self.bar = ProgressBar("training", self.config.train.steps, "steps", self.state.step)
-        hooks = loop.LoopHooks(
+        config, self.folder = self.config, folder
+        model: Any = self.arm.model
+        # 1. The optimizer, and the newest checkpoint if there is one.
+        self.parts = self.arm.trained_parts()
+        self.optimizer = build_optimizer(self.arm.parameter_groups(config.train.lr_factor), config.train)
+        state = checkpoint.restore(checkpoints, self.parts, self.optimizer, self.inputs, self.arm.buffers())
+        resumed_step = None if state is None else state.step
+        self.state = state or TrainState()
+        self._check_same_step(checkpoints)
+        if state is not None:
+            log.info("continuing from step %d", state.step)
+        # 2. The order of the training rows, and the validation batches.
+        self.rows = self.fitted["train"].encoded
+        self.sampler = BatchSampler([len(row) for row in self.rows], config.train, config.seed)
+        self.pad_id = self.base.tokenizer.eos_token_id
+        self.held_out = self.fitted["validation"].encoded[: config.train.validation_rows]
+        self.validation_order = by_length(self.held_out)
+        self.validation_batches = self._validation_batches()
+        # 3. Write config.yaml, and open the files that grow and the trackers.
+        storage.write_bytes(folder.config_file, OmegaConf.to_yaml(config_tree(config)).encode())
+        run = TrackedRun(folder.path.name, folder.path, config, self.trainable_params)
+        self.trackers = RunTrackers(run, folder.metrics_file, resumed_step)
+        self.row_losses_file = AppendedFile(folder.validation_losses_file, read_validation_losses, resumed_step)
+        self.bar = ProgressBar("training", config.train.steps, "steps", self.state.step)
+        # 4. Train.
+        loop = Loop(
+            state=self.state,
+            optimizer=self.optimizer,
+            config=config.train,
+            seed=config.seed,
+            world=self.world,
             batches=self._batches,
             loss_sum=lambda batch: target_loss(model, batch),
             validate=self._validate,
+            validation_scores=self._validation_scores,
             save_checkpoint=self._save_checkpoint,
             log_metrics=self._log_metrics,
-            describe_rows=self._describe_rows,
-            validation_scores=self._validation_scores,
-            stop_requested=lambda: self.session.world.any(self.stop.requested()),
-            world=self.session.world,
+            describe_rows=lambda step: f"training rows {[self.train_ids[i] for i in self.sampler.rows_of_step(step)]}",
+            stop_requested=lambda: self.world.any(stop.requested()),
         )
+        restart_peak_memory(self.device)
         model.train()
-        self.stop.finish_step_first = True
+        stop.finish_step_first = True
         try:
             with self.trackers.closed_on_error(), self._training_blocks():
-                loop.train(self.state, hooks, self.optimizer, self.config.train, self.config.seed)
+                loop.train()
         finally:
-            self.stop.finish_step_first = False
+            stop.finish_step_first = False
             self.bar.close()
         model.eval()
+        self.peak_memory_bytes = peak_memory_bytes(self.device)
+        # 5. Load the adapter of the step that is scored.
+        if config.score.checkpoint == "best":
+            self._load_best()
+
+    def _check_same_step(self, checkpoints: Path) -> None:
+        """Raises UserError in every process if the processes continue from different steps."""
+        step, world = self.state.step, self.world
+        first, last = world.smallest(step), -world.smallest(-step)
+        if first != last:
+            raise UserError(
+                f"{checkpoints}: of the {world.size} processes, one continues from step {first} and "
+                f"another from step {last}; make all of them see the same outputs={self.config.outputs}"
+            )
 
     @contextmanager
     def _training_blocks(self) -> Iterator[None]:
         """Inside the context, the blocks are compiled and recompute activations, as the configuration says."""
-        train, model = self.config.train, self.session.model
+        train = self.config.train
+        model: Any = self.arm.model
         blocks: Any = model.get_submodule(layout_of(self.config.model.architecture).layers)
         weights = linear.weight_count(blocks)
         tokens = train.steps * train.batch_size * sum(map(len, self.rows)) / len(self.rows)
@@ -158,10 +367,10 @@ class Trainer:
         try:
             # accelerate's hooks move weights while a block runs, which cannot be compiled.
             wish = train.compile if self.arm.compiles and not self.config.model.device_map else "never"
-            slow = products.without_instructions(self.session.device, train.dtype)
+            slow = products.without_instructions(self.device, train.dtype)
             if slow:
                 log.info("this CPU has no instructions for bfloat16: products are computed in float32 and rounded")
-            worth_it = compiling.decide(wish, self.session.device.type, weights, tokens, slow)
+            worth_it = compiling.decide(wish, self.device.type, weights, tokens, slow)
             compiled = compiling.compiled(blocks, model.get_input_embeddings()) if worth_it else nullcontext()
             with attention.rows_not_packed(), compiled:
                 yield
@@ -172,19 +381,18 @@ class Trainer:
     def _batches(self, step: int) -> list[Batch]:
         """The microbatches of an optimizer step for this process."""
         rows = sorted((self.rows[number] for number in self.sampler.rows_of_step(step)), key=len)
-        train, context = self.config.train, self.session.encoder.context
-        own_rows = self.session.world.local_rows(rows)
-        tokens = self._pass_tokens("training")
-        batches = microbatches(own_rows, self.pad_id, train.microbatch_size, tokens, context)
+        train, tokens = self.config.train, self._pass_tokens("training")
+        own_rows = self.world.local_rows(rows)
+        batches = microbatches(own_rows, self.pad_id, train.microbatch_size, tokens, self.encoder.context)
         if train.shard:
             # All processes must make the same number of passes. One without targets adds zeros to the gradients.
-            most = -self.session.world.smallest(-len(batches))
+            most = -self.world.smallest(-len(batches))
             batches += [empty_batch(self.pad_id)] * (most - len(batches))
-        return [batch.to(self.session.device) for batch in batches]
+        return [batch.to(self.device) for batch in batches]
 
     def _validation_batches(self) -> list[Batch]:
         size, tokens = self.config.score.batch_size, self._pass_tokens("validation")
-        return [batch.to(self.session.device) for batch in microbatches(self.held_out, self.pad_id, size, tokens)]
+        return [batch.to(self.device) for batch in microbatches(self.held_out, self.pad_id, size, tokens)]
 
     def _pass_tokens(self, during: str) -> int | None:
         """The most tokens of a forward pass: what the configuration says, or less after memory ran out."""
@@ -194,10 +402,10 @@ class Trainer:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Inside the context, the model evaluates, and its blocks run uncompiled."""
-        self.session.model.eval()
+        self.arm.model.eval()
         with compiling.eager():
             yield
-        self.session.model.train()
+        self.arm.model.train()
 
     def _validate(self) -> float:
         """The validation loss. The loss of each row is appended to validation_losses.jsonl.
@@ -212,20 +420,9 @@ class Trainer:
         if math.isfinite(loss):
             self.row_losses_file.append([self._in_row_order(losses)])
         best_so_far = all(loss < earlier for _, earlier in self.state.validation)
-        if self.config.score.checkpoint == "best" and self.session.world.is_first and best_so_far:
-            self.arm.save(self._best_folder(self.state.step), self.session.base.record)
+        if self.config.score.checkpoint == "best" and self.world.is_first and best_so_far:
+            self.arm.save(self._best_folder(self.state.step), self.base.record)
         return loss
-
-    def _validation_scores(self) -> dict[str, float]:
-        """The scores of the first rows of validation, as train.validation_answers asks for."""
-        session, count = self.session, self.config.train.validation_answers
-        if not count:
-            return {}
-        examples = session.examples("validation")[:count]
-        scorer = Scorer(self.arm, session.encoder, session.task, self.config, session.base.record, session.world)
-        with self._evaluating():
-            rows, _ = within_memory(scorer, lambda smaller: smaller.adapted_rows(examples, f"step {self.state.step}"))
-        return {f"validation/{name}": scored.value for name, scored in summarise(rows, session.task).items()}
 
     def _row_losses(self) -> list[RowLosses] | None:
         """The losses of all validation batches, each process computing its share; None if memory ran out.
@@ -235,29 +432,27 @@ class Trainer:
         Raises:
             MemoryError, RuntimeError: memory ran out with a single row, or the model is sharded.
         """
-        world, model, too_large = self.session.world, self.session.model, None
+        world, model, too_large = self.world, self.arm.model, None
         own: list[RowLosses] = []
-        with sharding.equal_passes(model, world):
+        with equal_passes(model, world):
             for batch in world.local_rows(self.validation_batches):
                 try:
                     own.append(row_losses(model, batch))
                 except (MemoryError, RuntimeError) as error:
-                    if len(batch.input_ids) == 1 or sharding.is_sharded(model) or not is_out_of_memory(error):
+                    if len(batch.input_ids) == 1 or is_sharded(model) or not is_out_of_memory(error):
                         raise
                     too_large = batch.tokens
                     break
         if world.any(too_large is not None):
-            self._halve_validation(world.smallest(too_large or sys.maxsize) // 2)
+            tokens = world.smallest(too_large or sys.maxsize) // 2
+            log.warning("validation: out of memory; batches have at most %d tokens from now on", tokens)
+            self.state.halvings.append(Halving(self.state.step, "validation", tokens))
+            free_memory()
             return None
         if world.size == 1:
             return own
         shares = world.gather([losses.to_cpu() for losses in own])
         return [shares[number % world.size][number // world.size] for number in range(len(self.validation_batches))]
-
-    def _halve_validation(self, tokens: int) -> None:
-        log.warning("validation: out of memory; batches have at most %d tokens from now on", tokens)
-        self.state.halvings.append(Halving(self.state.step, "validation", tokens))
-        free_memory()
 
     def _in_row_order(self, losses: list[RowLosses]) -> ValidationLosses:
         tokens = torch.cat([batch.tokens for batch in losses])
@@ -269,10 +464,28 @@ class Trainer:
         # Each step has its own folder: to replace a folder would leave a moment without any.
         return self.folder.checkpoints / f"best-{step:08d}"
 
-    def _save_checkpoint(self, state: loop.TrainState) -> None:
-        if self.session.world.is_first:
-            inputs, buffers = self.session.inputs(), self.arm.changed_buffers()
-            checkpoint.save(self.folder.checkpoints, state, self.parts, self.optimizer, inputs, buffers)
+    def _load_best(self) -> None:
+        """Load the adapter of the lowest validation loss. Only the first process has its file."""
+        if self.world.is_first:
+            self.arm.load_values(self._best_folder(self.state.best_step()))
+        best = {name: part.data.cpu() for name, part in self.parts.items()} if self.world.is_first else {}
+        for name, values in self.world.gather(best)[0].items():
+            self.parts[name].data.copy_(values)
+
+    def _validation_scores(self) -> dict[str, float]:
+        """The scores of the first rows of validation, as train.validation_answers asks for."""
+        count = self.config.train.validation_answers
+        if not count:
+            return {}
+        examples, title = self.examples["validation"][:count], f"step {self.state.step}"
+        with self._evaluating():
+            rows, _ = self._scorer().within_memory(lambda smaller: smaller.rows(examples, title, losses=False))
+        return {f"validation/{name}": scored.value for name, scored in summarise(rows, self.task).items()}
+
+    def _save_checkpoint(self, state: TrainState) -> None:
+        if self.world.is_first:
+            buffers = self.arm.changed_buffers()
+            checkpoint.save(self.folder.checkpoints, state, self.parts, self.optimizer, self.inputs, buffers)
 
     def _log_metrics(self, rows: list[MetricsRow]) -> None:
         self.trackers.log(rows)
@@ -280,5 +493,97 @@ class Trainer:
             rate = last["train/tokens"] / max(last["train/seconds"], 1e-9)
             self.bar.advance(len(rows), f"loss {last.get('train/loss', math.nan):.3f}, {rate:.0f} tokens/s")
 
-    def _describe_rows(self, step: int) -> str:
-        return f"training rows {[self.session.train_examples[i].id for i in self.sampler.rows_of_step(step)]}"
+    def _scorer(self) -> Scorer:
+        return Scorer(self.arm, self.encoder, self.task, self.config, self.base.record, self.world)
+
+    def score(self, folder: RunFolder) -> dict[str, SplitScores]:
+        """Score the splits and the neutral text of `score`, and write their predictions into the folder."""
+        config, scorer = self.config.score, self._scorer()
+        passes = wanted_passes(config.metrics, self.task)
+        scores = {split: scorer.score_split(split, self.examples[split], folder, passes) for split in config.splits}
+        if config.forgetting is not None:
+            scores[FORGETTING] = scorer.score_forgetting(config.forgetting, folder)
+        return scores
+
+    def record(self, folder: RunFolder, adapter_bytes: int, scores: dict[str, SplitScores]) -> RunRecord:
+        """The content of result.json, of a run that is trained and scored."""
+        config, inputs, state = self.config, self.inputs, self.state
+        assert inputs.code is not None
+        stored_params = self.arm.stored_params()
+        return RunRecord(
+            run_id=run_id(config),
+            identity=Identity.from_tree(identity(config)),
+            config=ConfigRecord.from_tree(config_tree(config)),
+            seed=config.seed,
+            code=inputs.code,
+            versions=inputs.versions,
+            execution=inputs.execution,
+            base=self.base.record,
+            trainable_params=self.trainable_params,
+            share_of_lora=self.trainable_params / tying.lora_params(config.rank.r, config.model.architecture),
+            data={
+                split: DataRecord(digest=inputs.data[split], **fitted.counts) for split, fitted in self.fitted.items()
+            },
+            training=TrainingRecord(
+                steps=state.step,
+                tokens=state.tokens,
+                target_tokens=state.target_tokens,
+                seconds=state.seconds,
+                tokens_per_s=state.tokens / state.seconds,
+                clipped_share=state.clipped_steps / state.step,
+                skipped_steps=state.skipped_steps,
+                validation_loss_first=state.validation[0][1],
+                validation_loss_last=state.validation[-1][1],
+                best_step=state.best_step(),
+                scored_step=state.best_step() if config.score.checkpoint == "best" else state.step,
+                peak_memory_bytes=self.peak_memory_bytes,
+                halvings=state.halvings or None,
+                continued_from=state.continued_from or None,
+            ),
+            adapter_bytes=adapter_bytes,
+            scores=scores,
+            status="done",
+            files=folder.checksums("adapter/*"),
+            stored_params=stored_params if stored_params != self.trainable_params else None,
+            more_ends=list(self.encoder.more_ends) or None,
+            admission=self.admission,
+        )
+
+
+def _check_processes(config: Config, world: World) -> None:
+    """Refuse a base model that cannot be spread as the configuration says over this number of processes."""
+    if config.train.shard and world.size == 1:
+        raise UserError(
+            "train.shard=true: needs several processes that share the model; start torchrun --nproc-per-node N "
+            "train.py ..., or use train.shard=false"
+        )
+    if world.size > 1 and config.model.device_map:
+        raise UserError(
+            f"model.device_map={config.model.device_map}: every process would spread the model over all GPUs; "
+            "start one process without torchrun, or use model.device_map=null"
+        )
+
+
+def check_scores_mean_something(admission: Admission, config: Config) -> None:
+    """Refuse scores that the arm of another method could get without predicting anything.
+
+    The loss of a target gives the model the target's tokens. An arm that is not causal sees those that it must predict.
+
+    Raises:
+        UserError: the run would score losses of an arm that is not causal, or batches of rows that change each other.
+    """
+    name, score = config.tying.name, config.score
+    if not score.splits:
+        return
+    wants_loss = score.metrics is None or any(map(is_loss, score.metrics)) or score.forgetting is not None
+    if not admission.is_causal and wants_loss:
+        raise UserError(
+            f"tying={name}: is not causal (logits move by {admission.later_tokens:.2g} of the largest one when later "
+            "tokens change), so its loss would see what it predicts; score answers only, with "
+            "score.metrics=[METRIC] and score.forgetting=null"
+        )
+    if not admission.is_of_its_row and score.batch_size > 1:
+        raise UserError(
+            f"tying={name}: a row's answer depends on the other rows of its batch (logits move by "
+            f"{admission.other_rows:.2g} of the largest one); score rows singly, with score.batch_size=1"
+        )

@@ -1,15 +1,18 @@
 """Check a finished run: does the folder of a finished run agree with its record, and can its numbers be reproduced?
 
 Each check names what does not agree: a configuration key, a data row, a file, a prediction. The checks here need no
-weights. The check of the adapter and the regeneration of predictions are in regenerate.py.
+weights. The check of the adapter and the regeneration of predictions are in regenerate.py, which imports torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from tiedlora import storage
 from tiedlora.config import compose
@@ -21,8 +24,6 @@ from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS
 from tiedlora.records.rows import PredictionRow, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import ADAPTER, TEXTS, RunRecord, Scores, SplitScores
-from tiedlora.runs import lazy
-from tiedlora.runs.findings import CheckedRun, Finding
 from tiedlora.scoring.passages import as_passages
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Example, Task, digest, load_examples, load_task
@@ -31,6 +32,58 @@ from tiedlora.text import visible
 PATHS = ("outputs", "cache", "data_root")
 CLOSE = 1e-9
 """A small tolerance is enough: the metrics are computed in the same order from the same numbers, read from JSON."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check."""
+
+    check: str
+    ok: bool | None
+    """None if the check could not be made here."""
+    explanation: str
+    row_id: str | None = None
+    """The id of the row that does not agree, if it is a single row."""
+    by_rounding: bool = False
+    """Whether outputs or losses differ from the recorded ones, but by no more than another device's rounding."""
+
+
+@dataclass
+class CheckedRun:
+    """A run, and the data that were loaded to check it."""
+
+    folder: RunFolder
+    record: RunRecord
+    config: Config
+    task: Task
+    examples: dict[str, list[Example]] = field(default_factory=dict)
+    """Split -> its rows, if they can be read here."""
+
+    def predictions(self, split: str, base: bool = False) -> list[PredictionRow]:
+        """The rows of predictions/. Texts that a study has left out are taken from the data, by the rows' ids.
+
+        Raises:
+            UserError: the file is missing or damaged; or the texts are left out, and the rows cannot be read here.
+        """
+        if base:
+            path = self.folder.base_predictions_file(split, self.record.scores[split].files)
+        else:
+            path = self.folder.predictions_file(split)
+        rows = read_predictions(path)
+        if self.record.keeps(TEXTS) or not any(row.has_answer for row in rows):
+            return rows
+        by_id = {example.id: example for example in self.examples.get(split, [])}
+        if missing := [row.id for row in rows if row.id not in by_id]:
+            raise UserError(f"row {missing[0]}: the study keeps no texts, and the row is not in the data here")
+        return [_with_texts(row, by_id[row.id]) for row in rows]
+
+
+def _with_texts(row: PredictionRow, example: Example) -> PredictionRow:
+    texts = replace(row, prompt=example.prompt, references=list(example.references))
+    if row.log_likelihoods is None:
+        return texts
+    best = max(range(len(row.log_likelihoods)), key=row.log_likelihoods.__getitem__)
+    return replace(texts, choices=list(example.choices), output=example.choices[best])
 
 
 def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: Path | None = None) -> list[Finding]:
@@ -44,48 +97,44 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
     Raises:
         UserError: the folder holds no finished run, or no readable configuration.
     """
+    # Imported here because it imports torch, which takes seconds: a program that only shows findings needs none.
+    from tiedlora.runs import regenerate
+
     folder = RunFolder(path.absolute())
     record = folder.record()
     if record is None:
         raise UserError(f"{path}: has no result.json, so there is no finished run to verify")
     config = compose.read_config(folder.config_file)
-    findings = list(_check_configuration(folder, record, config))
-    config.data_root = data_root if data_root is not None else config.data_root
-    config.cache = str(cache) if cache is not None else config.cache
-    run = CheckedRun(folder, record, config, load_task(config.task))
-    checks: dict[str, Callable[[CheckedRun], Iterator[Finding]]] = {
-        "files": _check_files,
-        "data": _check_data,
-        "adapter": lazy.check_adapter,
-        "base": _check_base,
-        "predictions": _check_predictions,
+    here = replace(config, data_root=data_root or config.data_root, cache=str(cache or config.cache))
+    run = CheckedRun(folder, record, here, load_task(config.task))
+    checks: dict[str, Iterator[Finding]] = {
+        "configuration": _check_configuration(folder, record, config),
+        "files": _check_files(run),
+        "data": _check_data(run),
+        "adapter": regenerate.check_adapter(run),
+        "base": _check_base(run),
+        "predictions": _check_predictions(run),
     }
-    for name, check in checks.items():
-        findings += _guarded(name, check, run)
+    findings = [finding for name, check in checks.items() for finding in _guarded(name, check)]
     if rows > 0:
         suspects = {finding.row_id for finding in findings if finding.ok is False and finding.row_id is not None}
-        findings += _guarded("regenerate", lambda run: lazy.regenerate(run, rows, suspects), run)
+        findings += _guarded("regenerate", regenerate.regenerate(run, rows, suspects))
     return findings
 
 
-def _guarded(name: str, check: Callable[[CheckedRun], Iterator[Finding]], run: CheckedRun) -> list[Finding]:
+def _guarded(name: str, check: Iterator[Finding]) -> Iterator[Finding]:
     """The findings of a check. An error of the check becomes a finding too, so that the other checks still run."""
-    findings: list[Finding] = []
     try:
-        findings.extend(check(run))
+        yield from check
     except UserError as error:
-        findings.append(Finding(name, False, str(error)))
-    return findings
+        yield Finding(name, False, str(error))
 
 
 def _check_configuration(folder: RunFolder, record: RunRecord, config: Config) -> Iterator[Finding]:
     """Check that config.yaml, result.json (configuration and identity) and the folder's name describe one run."""
-    # An older run lacks keys that were added later. They have their default values.
-    recorded = _filled(record.config.tree, _as_json(config_tree(Config())))
+    # An older record lacks keys that were added later, and has keys that are gone: it is read as a config.yaml is.
+    recorded = _as_json(config_tree(compose.typed(OmegaConf.create(record.config.tree))))
     own = _as_json(config_tree(config))
-    if recorded["model"]["path"]:
-        # Earlier versions recorded the path as the command line gave it. The one in config.yaml is read as absolute.
-        recorded["model"]["path"] = compose.absolute(recorded["model"]["path"])
     if record.left_out is not None:
         # A study keeps no paths, and config.yaml's default ones are read as paths of this machine.
         recorded, own = _without_paths(recorded), _without_paths(own)
@@ -112,13 +161,6 @@ def _without_paths(tree: Any) -> Any:
     return {**{key: value for key, value in tree.items() if key not in PATHS}, "model": {**tree["model"], "path": None}}
 
 
-def _filled(tree: Any, defaults: Any) -> Any:
-    """The tree, with default values for missing keys."""
-    if not isinstance(tree, dict) or not isinstance(defaults, dict):
-        return tree
-    return {**defaults, **{key: _filled(value, defaults.get(key)) for key, value in tree.items()}}
-
-
 def _differences(a: Any, b: Any, prefix: str = "") -> Iterator[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted({*a, *b}):
@@ -129,30 +171,19 @@ def _differences(a: Any, b: Any, prefix: str = "") -> Iterator[str]:
 
 def _check_files(run: CheckedRun) -> Iterator[Finding]:
     """Check the adapter's files and the predictions against the sha256 values in result.json."""
-    expected: dict[str, str | None] = {}
-    if run.record.keeps(ADAPTER):
-        # Records of the earliest version name no files.
-        names = list(run.record.files) or ["adapter/adapter.json", "adapter/adapter.safetensors"]
-        expected = {name: run.record.files.get(name) for name in names}
+    expected = dict(run.record.files) if run.record.keeps(ADAPTER) else {}
     now = run.folder.checksums(*expected)
     for split, scores in run.record.scores.items():
         paths = {f"predictions/{split}.jsonl": run.folder.predictions_file(split)}
         if scores.base is not None:
             paths[f"predictions/{split}.base.jsonl"] = run.folder.base_predictions_file(split, scores.files)
-        expected |= {name: scores.files.get(name) for name in paths}
+        expected |= {name: scores.files.get(name, "") for name in paths}
         now |= {name: storage.content_sha256(path) for name, path in paths.items() if storage.has_content(path)}
-    wrong = False
-    for name, sha256 in expected.items():
-        if name not in now:
-            yield Finding(f"file {name}", False, "is missing")
-        elif sha256 is not None and now[name] != sha256:
-            yield Finding(f"file {name}", False, f"has sha256 {now[name][:12]}, result.json says {sha256[:12]}")
-        else:
-            continue
-        wrong = True
-    if unknown := [name for name, sha256 in expected.items() if sha256 is None]:
-        yield Finding("files", None, f"not recorded: the sha256 of {', '.join(unknown)} (an older run)")
-    elif not wrong:
+    wrong = [name for name, sha256 in expected.items() if now.get(name) != sha256]
+    for name in wrong:
+        found = f"has sha256 {now[name][:12]}, result.json says {expected[name][:12]}" if name in now else "is missing"
+        yield Finding(f"file {name}", False, found)
+    if not wrong:
         yield Finding("files", True, f"{len(expected)} files have the sha256 of result.json")
 
 

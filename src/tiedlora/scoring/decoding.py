@@ -1,16 +1,48 @@
-"""Greedy decoding of a base model, adapted or not."""
+"""Greedy decoding of a base model, adapted or not: batches by length, one key-value cache, and the ends of answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
+from tiedlora.data.batching import split_by_limits
 from tiedlora.models.placement import input_device, without_gradients
-from tiedlora.scoring.answer_ends import AnswerEnds, Output
-from tiedlora.scoring.batches import batches_by_length
-from tiedlora.scoring.steps import GrowingSteps, Steps
+
+ENDED_SHARE_TO_COMPACT = 1 / 8
+"""Finished rows leave their batch when they are this share of it, because to remove rows copies the cache."""
+MIN_STOP_SEARCH_TOKENS = 12
+"""At least so many of the last tokens are decoded to look for a stop string."""
+PART_OF_A_CHARACTER = "\ufffd"
+"""What a tokenizer decodes to if the bytes are no whole character."""
+
+
+@dataclass
+class Output:
+    """The answer that was generated for one prompt."""
+
+    text: str
+    """The text before the stop string or the token that ends it."""
+    tokens: int
+    ended: str
+    """end (end-of-text token, or another one that ends), stop (stop string) or length (max_new_tokens)."""
+
+
+def batches_by_length(lengths: Sequence[int], rows: int, tokens: int | None) -> list[list[int]]:
+    """The row numbers of each batch, with the longest rows first. A batch has at most `rows` rows and `tokens` tokens.
+
+    Args:
+        lengths: the number of tokens of each row.
+        tokens: padding included; None sets no limit.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    return [order[batch] for batch in split_by_limits([lengths[i] for i in order], rows, tokens)]
 
 
 def generation_batches(
@@ -35,7 +67,6 @@ def generate(
     batch_size: int,
     batch_tokens: int | None = None,
     progress: Callable[[int], None] = lambda rows: None,
-    steps: Callable[[Any, Sequence[Sequence[int]], int, int], Steps] = GrowingSteps,
 ) -> list[Output]:
     """Generate greedy continuations, in the order of `prompts`.
 
@@ -49,25 +80,32 @@ def generate(
         batch_size: the most rows that are decoded together.
         batch_tokens: the most tokens of those rows, with padding and space for their answers; None sets no limit.
         progress: is called with the number of rows that have just finished.
-        steps: computes the next tokens of a batch (see steps.py).
     """
     outputs: dict[int, Output] = {}
     ends = AnswerEnds(tokenizer, stop, max_new_tokens, more_ends)
     for batch in generation_batches(prompts, max_new_tokens, batch_size, batch_tokens):
-        batch_steps = steps(model, [prompts[i] for i in batch], tokenizer.eos_token_id, max_new_tokens)
-        outputs.update(zip(batch, _decode(model, batch_steps, len(batch), ends, progress), strict=True))
+        outputs.update(zip(batch, _decode(model, [prompts[i] for i in batch], ends, progress), strict=True))
     return [outputs[i] for i in range(len(prompts))]
 
 
-def _decode(model: Any, steps: Steps, rows: int, ends: AnswerEnds, progress: Callable[[int], None]) -> list[Output]:
-    """The outputs of one batch, whose prompts `steps` continues."""
+def _decode(
+    model: Any, prompts: Sequence[Sequence[int]], ends: AnswerEnds, progress: Callable[[int], None]
+) -> list[Output]:
+    """The outputs of one batch."""
     device = input_device(model)
-    written: list[list[int]] = [[] for _ in range(rows)]
-    outputs: list[Output | None] = [None] * rows
-    batch_rows = list(range(rows))  # the prompt at each index of the batch, which becomes smaller
+    ids, mask, positions = padded_left(prompts, ends.end_ids[0], device)
+    # Allocated once, for the prompts and all new tokens.
+    cache = new_cache(model, ids.shape[1] + ends.max_new_tokens)
+    written: list[list[int]] = [[] for _ in prompts]
+    outputs: list[Output | None] = [None] * len(prompts)
+    batch_rows = list(range(len(prompts)))  # the prompt at each index of the batch, which becomes smaller
 
     while None in outputs:
-        next_ids = steps.next_tokens().tolist()
+        # 1. The most likely next token of each row. The output head is computed at only one position of each row.
+        tokens = model.get_output_embeddings()(hidden_states(model, ids, mask, positions, cache)[:, -1]).argmax(-1)
+        ids, mask, positions = tokens.unsqueeze(1), F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
+        # 2. The answers that end with it.
+        next_ids = tokens.tolist()
         running = [index for index, row in enumerate(batch_rows) if outputs[row] is None]
         for index in running:
             row = batch_rows[index]
@@ -75,7 +113,140 @@ def _decode(model: Any, steps: Steps, rows: int, ends: AnswerEnds, progress: Cal
             outputs[row] = ends.output(written[row])
         still_running = [index for index in running if outputs[batch_rows[index]] is None]
         progress(len(running) - len(still_running))
-        if still_running and len(still_running) <= (1 - steps.ended_share_to_compact) * len(batch_rows):
-            steps.keep(torch.tensor(still_running, device=device))
+        # 3. The batch without them.
+        if still_running and len(still_running) <= (1 - ENDED_SHARE_TO_COMPACT) * len(batch_rows):
+            kept = torch.tensor(still_running, device=device)
+            keep_rows(cache, kept)
+            ids, mask, positions = ids[kept], mask[kept], positions[kept]
             batch_rows = [batch_rows[index] for index in still_running]
     return [output for output in outputs if output is not None]
+
+
+def padded_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, attention mask and positions, each (prompts, longest prompt)."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """The keys and values of a layer, at the start of buffers for all tokens that will come. (transformers' own layer
+    copies all keys and values for every new token.)
+
+    Args:
+        tokens: the most tokens of a row, with padding.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tokens = tokens
+        self.buffers: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        new_states = (key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if not self.buffers:
+            self.device, self.is_initialized = key_states.device, True
+            self.buffers = [new.new_empty(*new.shape[:2], self.tokens, new.shape[3]) for new in new_states]
+        for buffer, new in zip(self.buffers, new_states, strict=True):
+            buffer[..., start:end, :] = new
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        length = self.get_seq_length()
+        self.buffers = [buffer.index_select(0, indices) for buffer in self.buffers]
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+
+
+def new_cache(model: Any, tokens: int) -> DynamicCache:
+    """An empty key-value cache for the model.
+
+    Args:
+        tokens: the most tokens of a row, with padding.
+    """
+    cache = DynamicCache(config=model.config)
+    cache.layers = [PreallocatedLayer(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def keep_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Keep these rows of the cache, (rows,) their indices. With device_map, its layers are on several devices."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.batch_select_indices(rows.to(layer.keys.device))
+
+
+def hidden_states(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+    """The last hidden states, (rows, new tokens, hidden size). Adds the new tokens' keys and values to the cache."""
+    states: Tensor = model.base_model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
+    ).last_hidden_state
+    # With device_map, the last layer may be on another device than the token ids.
+    return states.to(ids.device)
+
+
+class AnswerEnds:
+    """Finds the ends of answers: at the end-of-text token or another end, at a stop string, or at the limit of tokens.
+
+    Args:
+        stop: strings that end an answer. They count only after the answer's first character that is not blank.
+        max_new_tokens: the most tokens of an answer.
+        more_ends: ids of tokens that end an answer, besides the tokenizer's end-of-text token.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], max_new_tokens: int, more_ends: Sequence[int] = ()) -> None:
+        self.tokenizer, self.stop, self.max_new_tokens = tokenizer, stop, max_new_tokens
+        self.end_ids: list[int] = [tokenizer.eos_token_id, *more_ends]
+        """The end-of-text token is the first."""
+        # A stop string has at most as many tokens as bytes.
+        longest = max((len(string.encode("utf-8", "surrogatepass")) for string in stop), default=0)
+        self.tail_tokens = max(longest, MIN_STOP_SEARCH_TOKENS)
+        self.last_characters = {string[-1] for string in stop}
+        self._may_end: dict[int, bool] = {}
+
+    def output(self, written: list[int]) -> Output | None:
+        """The output, if its last token ends it; otherwise None.
+
+        Args:
+            written: the ids of an answer's tokens, at least one.
+        """
+        if written[-1] in self.end_ids:
+            return Output(self._text(written[:-1]), len(written), "end")
+        if self.stop and self._may_end_stop(written[-1]) and self._is_near_end(written):
+            text = self._text(written)
+            # An answer may start on a new line, so a stop string does not count among the blanks at its start.
+            first = len(text) - len(text.lstrip())
+            stops = [index for string in self.stop if (index := text.find(string, first)) >= 0]
+            if stops:
+                return Output(text[: min(stops)], len(written), "stop")
+        if len(written) == self.max_new_tokens:
+            return Output(self._text(written), len(written), "length")
+        return None
+
+    def _may_end_stop(self, token: int) -> bool:
+        """Whether a stop string can end in this token: whether the token has the last character of one.
+
+        Most tokens have not, so most answers are not decoded at most tokens.
+        """
+        if token not in self._may_end:
+            text = self._text([token])
+            # A blank at the start of a token may be lost if the token is decoded alone.
+            self._may_end[token] = (
+                " " in self.last_characters
+                or PART_OF_A_CHARACTER in text
+                or any(character in text for character in self.last_characters)
+            )
+        return self._may_end[token]
+
+    def _is_near_end(self, written: list[int]) -> bool:
+        """Whether a stop string is in the last tokens. To decode only these is faster than to decode all of them."""
+        tail = self._text(written[-self.tail_tokens :])
+        # Where tokens are single bytes, a tail that begins within a character spoils the whole characters after it too.
+        return PART_OF_A_CHARACTER in tail or any(string in tail for string in self.stop)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text

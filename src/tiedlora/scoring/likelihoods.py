@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tiedlora.models import output_head
 from tiedlora.models.placement import input_device, without_gradients
-from tiedlora.scoring.batches import batches_by_length, hidden_states, keep_rows, new_cache, padded_left
+from tiedlora.scoring.decoding import batches_by_length, hidden_states, keep_rows, new_cache, padded_left
 from tiedlora.training.loss import chunk_rows, log_likelihoods_
 
 

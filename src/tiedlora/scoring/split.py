@@ -1,8 +1,9 @@
-"""Score one split with the adapted model and with the base model."""
+"""Score one split, or neutral text, with the adapted model and with the base model."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -10,29 +11,30 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tiedlora import storage
-from tiedlora.adapter import Attached
 from tiedlora.adapter.arms import Arm
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
-from tiedlora.errors import UserError
+from tiedlora.errors import UserError, is_out_of_memory
+from tiedlora.models.device import free_memory
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import PredictionRow, read_predictions, write_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import BaseModelRecord, EngineRecord, SplitScores, plain
-from tiedlora.scoring.engines import OURS, agreement, compared_places, engine
+from tiedlora.records.run_record import BaseModelRecord, SplitScores, plain
+from tiedlora.scoring.passages import read_passages, source_digest
 from tiedlora.scoring.passes import ALL_PASSES, Passes
-from tiedlora.scoring.predict import predict, scoring_batches
-from tiedlora.scoring.sharing import score_in_shares
+from tiedlora.scoring.predict import answer_batches, loss_batches, predict, predict_losses
 from tiedlora.scoring.summary import gains, summarise
-from tiedlora.scoring.target_losses import loss_batches, predict_losses
 from tiedlora.tasks import Example, Task, digest
-from tiedlora.training.distributed import World
+from tiedlora.training.distributed import World, equal_passes, is_sharded
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Rows = list[PredictionRow]
 
 PROTOCOL_KEYS = {
     *("kind", "version", "prompt", "chat_template", "stop", "max_new_tokens", "max_prompt_tokens", "options"),
@@ -60,17 +62,23 @@ class Scorer:
         folder: RunFolder,
         passes: Passes = ALL_PASSES,
         recorded: SplitScores | None = None,
+        halvings: int = 0,
     ) -> SplitScores:
         """Score the adapted model, and the base model if score.base is true, and write predictions/.
+
+        If memory runs out, the split is scored again from its start, in halved batches: the adapted model and the base
+        model in the same ones, because rounding depends on them. Little work is lost, because the longest rows come
+        first.
 
         Args:
             passes: what to compute.
             recorded: the split's scores so far. They stay, unless `passes` gives the same metrics again, and the base
                 model is scored if they have its scores.
+            halvings: how often the batches are halved already, by an earlier scoring of the same split.
 
         Raises:
-            UserError: as predict and predict_losses; a row has no target although its loss was asked for; or `recorded`
-                is of other rows.
+            UserError: as predict and predict_losses; a row has no target although its loss was asked for; `recorded`
+                is of other rows; or memory runs out with a single row.
             OSError: predictions/ cannot be written.
         """
         passes = _possible(passes, examples)
@@ -79,28 +87,80 @@ class Scorer:
                 f"{folder.path}: its {split} was scored on other rows (sha256 {recorded.digest[:12]}, now "
                 f"{digest(examples)[:12]}); restore them, or score every metric of the split again"
             )
+        scores, times = self.within_memory(
+            lambda smaller: smaller._score_split(split, examples, folder, passes, recorded), halvings
+        )
+        return replace(scores, batch_halvings=times or None)
+
+    def score_forgetting(self, source: str, folder: RunFolder) -> SplitScores:
+        """The losses of neutral text, with the adapter and without it, scored as a split without answers.
+
+        Args:
+            source: as score.forgetting.
+
+        Raises:
+            UserError: the text cannot be read; or as score_split.
+        """
+        passages = read_passages(source, self.encoder, self.config.data_root)
+        scores = self.score_split(FORGETTING, passages, folder, Passes(answers=False))
+        return replace(scores, source=source, source_digest=source_digest(source))
+
+    def within_memory(self, score: Callable[[Scorer], T], halvings: int = 0) -> tuple[T, int]:
+        """What `score` returns, and how often the batches were halved until it had enough memory.
+
+        Args:
+            score: gets the scorer, with smaller batches from call to call.
+            halvings: as score_split.
+
+        Raises:
+            UserError: memory runs out with a single row.
+        """
+        for times in itertools.count(halvings):
+            smaller = replace(self, config=with_halved_batches(self.config, times))
+            batch_size = smaller.config.score.batch_size
+            try:
+                return score(smaller), times
+            except (MemoryError, RuntimeError, OSError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            free_memory()
+            if batch_size == 1:
+                break
+            log.warning("scoring: out of memory; score.batch_size=%d is halved to %d", batch_size, batch_size // 2)
+        raise UserError(
+            "scoring: out of memory with score.batch_size=1; the trained adapter and its checkpoint are kept, so with "
+            "more memory the same command continues with scoring"
+        )
+
+    def _score_split(
+        self,
+        split: str,
+        examples: Sequence[Example],
+        folder: RunFolder,
+        passes: Passes,
+        recorded: SplitScores | None,
+    ) -> SplitScores:
+        # The passes as values of `losses`: answers first.
+        kinds = [*([False] if passes.answers else []), *([True] if passes.losses else [])]
         base_rows = None
         if self.config.score.base if recorded is None else recorded.base is not None:
-            base_parts = [
-                *([self.cached_base_rows(split, examples)] if passes.answers else []),
-                *([self.cached_base_losses(split, examples)] if passes.losses else []),
-            ]
+            base_parts = [self.cached_base(split, examples, losses) for losses in kinds]
             base_rows = _write(folder.predictions_file(f"{split}.base"), base_parts, recorded)
-        timed = [
-            *([_timed(self.adapted_rows, examples, f"adapted model on {split}")] if passes.answers else []),
-            *([_timed(self.adapted_losses, examples, f"adapted model's loss on {split}")] if passes.losses else []),
-        ]
-        rows = _write(folder.predictions_file(split), [part for part, _ in timed], recorded)
-        seconds = [seconds for _, seconds in timed]
+        parts, seconds = [], {}
+        for losses in kinds:
+            started = time.perf_counter()
+            title = f"adapted model's loss on {split}" if losses else f"adapted model on {split}"
+            parts.append(self.rows(examples, title, losses=losses))
+            seconds[losses] = time.perf_counter() - started
+        rows = _write(folder.predictions_file(split), parts, recorded)
         return _with_recorded(
             SplitScores(
                 rows=len(examples),
                 digest=digest(examples),
-                seconds=seconds[0] if passes.answers else 0.0,
-                loss_seconds=seconds[-1] if passes.losses else None,
+                seconds=seconds.get(False, 0.0),
+                loss_seconds=seconds.get(True),
                 shortened=sum(row.shortened for row in rows),
                 output_tokens=sum(row.output_tokens for row in rows),
-                engine=self._agreement(examples, rows) if passes.answers else None,
                 cut_targets=sum(row.cut_target for row in rows) or None,
                 metrics=summarise(rows, self.task),
                 base=None if base_rows is None else summarise(base_rows, self.task),
@@ -112,87 +172,41 @@ class Scorer:
             recorded,
         )
 
-    def _agreement(self, examples: Sequence[Example], rows: Sequence[PredictionRow]) -> EngineRecord | None:
-        """How the answers of another engine compare with ours, on some rows; None if they are ours."""
-        score = self.config.score
-        if score.engine == OURS or rows[0].choices is not None:
-            return None
-        places = compared_places(len(rows))
-        ourselves = replace(self, config=replace(self.config, score=replace(score, engine=OURS)))
-        own = ourselves.adapted_rows([examples[place] for place in places], "comparing with our answers")
-        return agreement(score.engine, [rows[place] for place in places], own)
+    def rows(self, examples: Sequence[Example], title: str, *, losses: bool, base: bool = False) -> Rows:
+        """The answers of the adapted model, or of the base model, computed now.
 
-    def adapted_rows(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
-        """The adapted model's answers. `title` is the text of the progress bar."""
-        with merged_for_scoring(self.attached, self.config) as model:
-            return self._answers(model, examples, title, active=True)
+        Args:
+            title: the text of the progress bar.
+            losses: the losses of the targets instead, as rows without answers.
+        """
 
-    def adapted_losses(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
-        """The adapted model's losses, as rows without answers."""
-        with merged_for_scoring(self.attached, self.config) as model:
-            return self._losses(model, examples, title)
+        def rows_of(some: Sequence[Example]) -> Rows:
+            if losses:
+                return predict_losses(model, self.encoder, some, self.config, title)
+            return predict(model, self.encoder, self.task, some, self.config, title)
 
-    def compute_base_rows(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
-        """The base model's answers, computed now. `title` is what the progress bar says."""
-        with disabled(self.attached) as model:
-            return self._answers(model, examples, title, active=False)
+        with disabled(self.attached) if base else merged_for_scoring(self.attached, self.config) as model:
+            if self.world.size == 1:
+                return rows_of(examples)
+            batches = (loss_batches if losses else answer_batches)(self.encoder, examples, self.config)
+            return score_in_shares(self.world, model, examples, batches, rows_of)
 
-    def compute_base_losses(self, examples: Sequence[Example], title: str) -> list[PredictionRow]:
-        """The base model's losses, computed now."""
-        with disabled(self.attached) as model:
-            return self._losses(model, examples, title)
+    def cached_base(self, split: str, examples: Sequence[Example], losses: bool) -> Rows:
+        """The base model's rows, computed once for each model, protocol and rows, and then reused by every run.
 
-    def _answers(self, model: Any, examples: Sequence[Example], title: str, active: bool) -> list[PredictionRow]:
-        adapter = self.attached.adapter if isinstance(self.attached, Attached) else None
-        answering = engine(self.config.score.engine, adapter, active)
-
-        def rows_of(some: Sequence[Example]) -> list[PredictionRow]:
-            return predict(model, self.encoder, self.task, some, self.config, title, answering)
-
-        if self.world.size == 1:
-            return rows_of(examples)
-        batches = scoring_batches(self.encoder, examples, self.config)
-        return score_in_shares(self.world, model, examples, batches, rows_of)
-
-    def _losses(self, model: Any, examples: Sequence[Example], title: str) -> list[PredictionRow]:
-        def rows_of(some: Sequence[Example]) -> list[PredictionRow]:
-            return predict_losses(model, self.encoder, some, self.config, title)
-
-        if self.world.size == 1:
-            return rows_of(examples)
-        batches = loss_batches(self.encoder, examples, self.config)
-        return score_in_shares(self.world, model, examples, batches, rows_of)
-
-    def cached_base_rows(self, split: str, examples: Sequence[Example]) -> list[PredictionRow]:
-        """The base model's answers, computed once for each model, protocol and rows, and then reused by every run.
+        Answers and losses have files of their own.
 
         Raises:
-            UserError: as predict.predict; or the file of an earlier run has the predictions of other rows.
+            UserError: as `rows`; or the file of an earlier run has the predictions of other rows.
         """
-        name = f"{self.config.task.name}-{split}-{self._base_key(examples)}"
-        return self._cached(name, examples, self.compute_base_rows, f"base model on {split}")
-
-    def cached_base_losses(self, split: str, examples: Sequence[Example]) -> list[PredictionRow]:
-        """The base model's losses, in a cache of their own: answers of earlier versions stay usable."""
-        # The end of a target that is cut depends on the context. Neutral text depends on no task.
-        task = f"{self.config.task.name}-" if split != FORGETTING else ""
-        name = f"{task}{split}-loss-{self._base_key(examples, self.encoder.context, with_task=bool(task))}"
-        return self._cached(name, examples, self.compute_base_losses, f"base model's loss on {split}")
-
-    def _cached(
-        self,
-        name: str,
-        examples: Sequence[Example],
-        compute: Callable[[Sequence[Example], str], list[PredictionRow]],
-        title: str,
-    ) -> list[PredictionRow]:
-        path, first = Path(self.config.outputs) / "base" / f"{name}.jsonl", self.world.is_first
+        title = f"base model's loss on {split}" if losses else f"base model on {split}"
+        path, first = self._base_file(split, examples, losses), self.world.is_first
         if first:
             path.parent.mkdir(parents=True, exist_ok=True)
         # The first process decides, and reads and writes the file.
         with storage.locked(path.with_suffix(".lock")) if first else nullcontext():
             if not self.world.any(first and path.exists()):
-                rows = compute(examples, title)
+                rows = self.rows(examples, title, losses=losses, base=True)
                 if first:
                     write_predictions(path, rows)
                 return rows
@@ -204,19 +218,72 @@ class Scorer:
                 )
             return rows
 
-    def _base_key(self, examples: Sequence[Example], *more: object, with_task: bool = True) -> str:
-        """A hash of everything that the base model's rows depend on."""
-        score, task = self.config.score, identity(self.config.task)
+    def _base_file(self, split: str, examples: Sequence[Example], losses: bool) -> Path:
+        """A file whose name has a hash of everything that the base model's rows depend on."""
+        score, encoder, task = self.config.score, self.encoder, self.config.task
         key: list[Any] = [plain(self.base), self.config.train.dtype, score.batch_size]
-        key += [self.encoder.prompt_limit] if with_task else []
-        key += self.encoder.versions.values() if with_task else []
-        # The losses are ours under every engine, and depend on no end of answers.
-        if with_task and not more:
-            key += [list(self.encoder.more_ends)] if self.encoder.more_ends else []
-            key += [score.engine] if score.engine != OURS else []
-        key += [digest(examples), *([score.batch_tokens] if score.batch_tokens else []), *more]
-        key += [{name: value for name, value in task.items() if name in PROTOCOL_KEYS}] if with_task else []
-        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+        # Neutral text depends on no task.
+        of_task = split != FORGETTING
+        if of_task:
+            key += [encoder.prompt_limit, *encoder.versions.values()]
+        if encoder.more_ends and not losses:
+            key += [list(encoder.more_ends)]
+        key += [digest(examples), *([score.batch_tokens] if score.batch_tokens else [])]
+        # The end of a target that is cut depends on the context.
+        key += [encoder.context] if losses else []
+        if of_task:
+            key += [{name: value for name, value in identity(task).items() if name in PROTOCOL_KEYS}]
+        words = [*([task.name] if of_task else []), split, *(["loss"] if losses else [])]
+        words.append(hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12])
+        return Path(self.config.outputs) / "base" / f"{'-'.join(words)}.jsonl"
+
+
+def with_halved_batches(config: Config, times: int) -> Config:
+    """The configuration with score.batch_size and score.batch_tokens halved so many times; neither is below 1."""
+    score = config.score
+    tokens = None if score.batch_tokens is None else max(1, score.batch_tokens >> times)
+    return replace(config, score=replace(score, batch_size=max(1, score.batch_size >> times), batch_tokens=tokens))
+
+
+def score_in_shares(
+    world: World,
+    model: Any,
+    examples: Sequence[Example],
+    batches: Sequence[list[int]],
+    rows_of: Callable[[Sequence[Example]], Rows],
+) -> Rows:
+    """The rows of all examples, in their order. Each process scores some of the batches, and gets the rows of all.
+
+    Args:
+        batches: the numbers of the examples of each batch. A row's rounding depends on its batch, so the rows are those
+            that one process would compute.
+        rows_of: scores the examples of one batch.
+
+    Raises:
+        MemoryError: memory ran out in one of the processes. All of them raise it, so that all can start again.
+        UserError: memory ran out, and the model is sharded: then the processes cannot start again together.
+    """
+    own: list[tuple[int, PredictionRow]] = []
+    failed = False
+    try:
+        with equal_passes(model, world):
+            for batch in world.local_rows(batches):
+                # In the order of the split: rows of equal length must keep their order.
+                numbers = sorted(batch)
+                own += zip(numbers, rows_of([examples[number] for number in numbers]), strict=True)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if is_sharded(model):
+            raise UserError(
+                "scoring: out of memory in one of the processes that share the model (train.shard=true); the trained "
+                "adapter is kept: the same command continues with scoring, with more processes or more memory"
+            ) from error
+        failed = True
+    if world.any(failed):
+        raise MemoryError("scoring: memory ran out in one of the processes")
+    rows = dict(row for share in world.gather(own) for row in share)
+    return [rows[number] for number in range(len(examples))]
 
 
 def _possible(passes: Passes, examples: Sequence[Example]) -> Passes:
@@ -234,14 +301,7 @@ def _possible(passes: Passes, examples: Sequence[Example]) -> Passes:
     return replace(passes, losses=False)
 
 
-def _timed(
-    compute: Callable[[Sequence[Example], str], list[PredictionRow]], examples: Sequence[Example], title: str
-) -> tuple[list[PredictionRow], float]:
-    started = time.perf_counter()
-    return compute(examples, title), time.perf_counter() - started
-
-
-def _write(path: Path, parts: list[list[PredictionRow]], recorded: SplitScores | None) -> list[PredictionRow]:
+def _write(path: Path, parts: list[Rows], recorded: SplitScores | None) -> Rows:
     """Write the rows of a predictions file: those that are there if the split is recorded, and the new scores.
 
     Raises:
@@ -263,11 +323,8 @@ def _merged(parts: Sequence[PredictionRow]) -> PredictionRow:
     answer = next((row for row in reversed(parts) if row.has_answer), parts[-1])
     loss = next((row for row in reversed(parts) if any(map(is_loss, row.scores))), parts[-1])
     scores = {name: score for row in parts for name, score in row.scores.items()}
-    return replace(answer, scores=dict(sorted(scores.items(), key=_losses_last)), cut_target=loss.cut_target)
-
-
-def _losses_last(item: tuple[str, Any]) -> bool:
-    return is_loss(item[0])
+    in_order = dict(sorted(scores.items(), key=lambda item: is_loss(item[0])))
+    return replace(answer, scores=in_order, cut_target=loss.cut_target)
 
 
 def _with_recorded(new: SplitScores, passes: Passes, recorded: SplitScores | None) -> SplitScores:
@@ -291,7 +348,6 @@ def _with_recorded(new: SplitScores, passes: Passes, recorded: SplitScores | Non
         seconds=new.seconds if passes.answers else recorded.seconds,
         loss_seconds=new.loss_seconds if passes.losses else recorded.loss_seconds,
         signatures=new.signatures if passes.answers else recorded.signatures,
-        engine=new.engine if passes.answers else recorded.engine,
     )
 
 

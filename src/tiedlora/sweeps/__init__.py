@@ -7,6 +7,6 @@ wanted any more (cleaning.py). A cell is a run like any other. The state of a sw
 there is no second state that could differ; only what a person asks of a running sweep is in the sweep's own folder.
 
 It may import every other package. No module here imports torch, so it is quick to plan a sweep
-and to skip finished cells; runs.lazy imports torch when it is needed. Only expand.py and cell_composer.py import Hydra.
+and to skip finished cells; torch is imported inside functions alone. Only expand.py and cell_composer.py import Hydra.
 The plug-ins in src/hydra_plugins/ connect the other modules to Hydra.
 """

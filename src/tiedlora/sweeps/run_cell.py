@@ -9,7 +9,7 @@ from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
 from tiedlora.errors import StoppedEarly, drop_output, output_is_closed
 from tiedlora.records.run_folder import Busy, RunFolder
-from tiedlora.runs import lazy, run
+from tiedlora.runs import run
 from tiedlora.sweeps.control import BUSY, StopFiles, SweepControl
 from tiedlora.text import visible
 from tiedlora.training.signals import also_stopped_by
@@ -63,8 +63,11 @@ def run_cell(config: Config, sweep_folder: Path | None = None) -> None:
         log.error("%s failed: %s", folder.path.name, _one_line(error))
     else:
         return
-    # Here, and not in the block above, where the exception still holds the frames and tensors of the failed cell.
-    lazy.free_memory()
+    # Here, and not in the block above, where the exception still holds the frames and tensors of the failed cell. It
+    # imports torch, which a cell that is finished does not need.
+    from tiedlora.models.device import free_memory
+
+    free_memory()
 
 
 def _never() -> bool:

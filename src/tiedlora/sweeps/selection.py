@@ -27,7 +27,6 @@ from tiedlora.records.selection import (
     validation_metric,
     validation_scores,
 )
-from tiedlora.runs import lazy
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.text import aligned
 
@@ -214,7 +213,10 @@ def _scored_on_test(cell: SweepCell) -> SplitScores:
     record = cell.folder.finished_record()
     if "test" not in record.scores:
         log.info("scoring %s on test", cell.run_id)
-        record = lazy.add_scores(cell.folder, ["test"], cell.config.data_root, cell.config, cell.config.score.metrics)
+        # It imports torch, which takes seconds, and most selections are complete.
+        from tiedlora.runs.add_scores import add_scores
+
+        record = add_scores(cell.folder, ["test"], cell.config.data_root, cell.config, cell.config.score.metrics)
     return record.scores["test"]
 
 

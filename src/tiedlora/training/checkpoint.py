@@ -129,8 +129,7 @@ def _read(
     tree = storage.read_json(candidate / STATE)
     if storage.sha256(candidate / TENSORS) != tree["sha256"]:
         raise ValueError("its tensors are not those it was written with")
-    # Checkpoints of the earliest version have no digest of their state.
-    if tree.pop("state_sha256", None) not in (None, _digest(tree)):
+    if tree.pop("state_sha256") != _digest(tree):
         raise ValueError("its state is not the one it was written with")
     state, inputs = typed(TrainState, tree["progress"]), typed(RunInputs, tree["facts"])
     tensors = load_file(candidate / TENSORS)

@@ -4,6 +4,11 @@ Every process holds the whole model and takes every N-th row of each step. Gradi
 normalised by the target tokens of all processes. So the result is that of one process up to rounding, and the number
 of processes is a fact of execution. The gradient of an adapter is small (0.1 to 1 % of the model). So it is summed
 directly after the step's last microbatch, without buckets or a wrapped module.
+
+With train.shard=true, torch's FSDP2 spreads the frozen base model over the processes: each keeps a part of every block,
+and gathers a block only while it runs. Gathering needs every process, so all of them must make the same number of
+passes. Embeddings, output head and adapter are whole in every process: the loss and the update use them outside of the
+blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from tiedlora.errors import UserError
 
@@ -121,3 +128,57 @@ def join_world(cuda: bool) -> Iterator[World]:
         yield world
     finally:
         world.leave()
+
+
+def shard(model: Any, layers: str, device: torch.device, world: World) -> None:
+    """Spread the blocks of a model over all processes. The rest of the model goes to `device`.
+
+    Args:
+        model: a frozen model on the CPU, equal in every process. A block goes to the device when it is spread, so the
+            device never holds the whole model.
+        layers: the path of the list of blocks.
+    """
+    mesh = init_device_mesh(device.type, (world.size,))
+    blocks: Any = model.get_submodule(layers)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    # The body is the common root. Without one, every block would stay gathered after its pass. The whole model cannot
+    # be the root, because the loss calls the body.
+    in_blocks = set(blocks.parameters())
+    whole = {parameter for parameter in model.parameters() if parameter not in in_blocks}
+    fully_shard(model.base_model, mesh=mesh, ignored_params=whole)
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether `shard` has spread the model."""
+    return isinstance(getattr(model, "base_model", None), FSDPModule)
+
+
+@contextmanager
+def equal_passes(model: Any, world: World) -> Iterator[None]:
+    """Inside the block, each process may make any number of passes through a sharded model, without gradients.
+
+    A process that has left the block takes part in the passes of the others with one token, until all have left it.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    body = model.base_model
+
+    def announce(*_: Any) -> None:
+        world.any(True)
+
+    announcement = body.register_forward_pre_hook(announce, prepend=True)
+    try:
+        yield
+    finally:
+        announcement.remove()
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    with torch.no_grad():
+        while world.any(False):
+            body(input_ids=token, use_cache=False)

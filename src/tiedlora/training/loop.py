@@ -56,10 +56,46 @@ class TrainState:
         return int(min(self.validation, key=lambda pair: (pair[1], pair[0]))[0])
 
 
-@dataclass
-class LoopHooks:
-    """The functions that the loop calls."""
+ENOUGH = LARGEST_COUNT
+"""In place of a limit on the tokens of a pass: the memory was enough."""
 
+
+@dataclass(frozen=True)
+class _Passed:
+    """What the passes of one step leave, besides the gradients."""
+
+    loss: Tensor
+    """This process's share of the mean loss, on the device."""
+    tokens: int
+    target_tokens: int
+    too_large: Batch | None
+    """The pass for which this process had too little memory."""
+    limit: int
+    """ENOUGH, or the most tokens of a pass with which all processes start the step again; 0 if there is no such."""
+
+
+@dataclass
+class _StepNumbers:
+    """The numbers of one step, still on the device."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    learning_rate: float
+    tokens: int
+    skipped: int | None = None
+    """If this update was skipped: how many updates were skipped so far."""
+
+
+@dataclass
+class Loop:
+    """The loop: what it trains with, and the functions that it calls."""
+
+    state: TrainState
+    """Where it starts. Every step advances it in place."""
+    optimizer: torch.optim.Optimizer
+    config: TrainConfig
+    seed: int
     batches: Callable[[int], list[Batch]]
     """Optimizer step (counted from 1) -> this process's microbatches."""
     loss_sum: Callable[[Batch], Tensor]
@@ -78,150 +114,98 @@ class LoopHooks:
     world: World = field(default_factory=World)
     """The processes that train together. Each draws its own dropout masks."""
 
+    def train(self) -> None:
+        """Train to config.steps.
 
-@dataclass(frozen=True)
-class _Passed:
-    """What the passes of one step leave, besides the gradients."""
+        The gradient of a step is the gradient of the mean loss over all its target tokens. So it does not depend on how
+        the step is split into microbatches.
 
-    loss: Tensor
-    """This process's share of the mean loss, on the device."""
-    tokens: int
-    target_tokens: int
-
-
-ENOUGH = LARGEST_COUNT
-"""In place of a limit on the tokens of a pass: the memory was enough."""
-
-
-@dataclass
-class _StepNumbers:
-    """The numbers of one step, still on the device."""
-
-    step: int
-    loss: Tensor
-    grad_norm: Tensor
-    learning_rate: float
-    tokens: int
-    skipped: int | None = None
-    """If this update was skipped: how many updates were skipped so far."""
-
-
-def train(
-    state: TrainState, hooks: LoopHooks, optimizer: torch.optim.Optimizer, config: TrainConfig, seed: int
-) -> None:
-    """Train from `state` to config.steps, and advance `state` in place.
-
-    The gradient of a step is the gradient of the mean loss over all its target tokens. So it does not depend
-    on how the step is split into microbatches.
-
-    Raises:
-        Diverged: the loss or the gradient is not finite, more often than config.skip_nonfinite.
-        UserError: memory is short.
-        Paused: config.pause_after is reached; a checkpoint of that step is written.
-        StoppedEarly: `hooks.stop_requested` returned true; a checkpoint of the last finished step is written.
-    """
-    _Loop(state, hooks, optimizer, config, seed).run()
-
-
-class _Loop:
-    """The arguments of `train`, and the numbers of steps that are not logged yet."""
-
-    def __init__(
-        self, state: TrainState, hooks: LoopHooks, optimizer: torch.optim.Optimizer, config: TrainConfig, seed: int
-    ) -> None:
-        self.state, self.hooks, self.optimizer, self.config, self.seed = state, hooks, optimizer, config, seed
-        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.pending: list[_StepNumbers] = []
-        self.clock_started = 0.0
-
-    def run(self) -> None:
-        if not self.state.validation:
+        Raises:
+            Diverged: the loss or the gradient is not finite, more often than config.skip_nonfinite.
+            UserError: memory is short.
+            Paused: config.pause_after is reached; a checkpoint of that step is written.
+            StoppedEarly: `stop_requested` returned true; a checkpoint of the last finished step is written.
+        """
+        state, config, optimizer = self.state, self.config, self.optimizer
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._pending: list[_StepNumbers] = []
+        """The numbers of the steps that are not logged yet."""
+        if not state.validation:
             self._validate()
-        self.clock_started = time.perf_counter()
-        while self.state.step < self.config.steps:
-            if self.config.pause_after is not None and self.state.step >= self.config.pause_after:
+        self._clock_started = time.perf_counter()
+        while state.step < config.steps:
+            if config.pause_after is not None and state.step >= config.pause_after:
                 raise Paused
-            self._train_step(self.state.step + 1)
+            step = state.step + 1
+            # 1. The learning rate depends only on the step.
+            rate = learning_rate(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_factor"]
+
+            # 2. Forward and backward passes. If memory runs out, the step starts again with smaller passes.
+            while (passed := self._passes(step)).limit != ENOUGH:
+                self._halve(step, passed)
+
+            # 3. Sum over processes, then clip.
+            self.world.all_reduce_sum([passed.loss, *_gradients(self._parameters)])
+            clip = config.clip if config.clip is not None else math.inf
+            grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, clip)
+
+            # 4. Update the parameters, or skip the update.
+            state.step = step
+            state.tokens += passed.tokens
+            state.target_tokens += passed.target_tokens
+            numbers = _StepNumbers(step, passed.loss, grad_norm, rate, state.tokens)
+            if self._must_skip(passed.loss, grad_norm):
+                self._skip(numbers)
+            else:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            self._pending.append(numbers)
+
+            # 5. Log, validate, save a checkpoint and stop, if one of these is due.
             self._after_step()
 
-    def _train_step(self, step: int) -> None:
-        """One optimizer step."""
-        # 1. The learning rate depends only on the step.
-        rate = learning_rate(step, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_factor"]
-
-        # 2. Forward and backward passes. If memory runs out, the step starts again with smaller passes.
-        while (passed := self._passes(step)) is None:
-            pass
-
-        # 3. Sum over processes, then clip.
-        self.hooks.world.all_reduce_sum([passed.loss, *_gradients(self.parameters)])
-        clip = self.config.clip if self.config.clip is not None else math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
-
-        # 4. Update the parameters, or skip the update.
-        self.state.step = step
-        self.state.tokens += passed.tokens
-        self.state.target_tokens += passed.target_tokens
-        numbers = _StepNumbers(step, passed.loss, grad_norm, rate, self.state.tokens)
-        if self._must_skip(passed.loss, grad_norm):
-            self._skip(numbers)
-        else:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.pending.append(numbers)
-
-    def _passes(self, step: int) -> _Passed | None:
-        """The forward and backward passes of a step; None if memory ran out, and smaller passes are possible."""
-        # The dropout masks depend only on the step and the process.
-        torch.manual_seed(step_seed(self.seed, step, self.hooks.world.process_index))
-        # The target tokens of the whole step, over all processes, are counted before any loss is computed.
-        batches = self.hooks.batches(step)
-        counts = [sum(len(batch.targets) for batch in batches), sum(batch.tokens for batch in batches)]
-        target_tokens, tokens = self.hooks.world.total(counts)
-        loss, too_large = self._backward(batches, target_tokens)
-        # If memory ran out in one process, all processes start the step again, with the same limit.
-        limit = self.hooks.world.smallest(ENOUGH if too_large is None else _half(too_large))
-        if limit == ENOUGH:
-            return _Passed(loss, tokens, target_tokens)
-        self.optimizer.zero_grad(set_to_none=True)
-        free_memory()
-        if limit == 0:
-            raise UserError(_out_of_memory_message(step, too_large, self.config))
-        self._halve(Halving(step, "training", limit))
-        return None
-
-    def _backward(self, batches: list[Batch], target_tokens: int) -> tuple[Tensor, Batch | None]:
-        """Sum the gradients of the mean loss.
-
-        Returns:
-            This process's share of the loss, and the pass for which the memory was too short, if there is one.
+    def _passes(self, step: int) -> _Passed:
+        """The forward and backward passes of a step, which sum the gradients of the mean loss.
 
         Raises:
             UserError: memory ran out, and the processes share the model.
         """
-        total = torch.zeros((), device=self.parameters[0].device)
+        # The dropout masks depend only on the step and the process.
+        torch.manual_seed(step_seed(self.seed, step, self.world.process_index))
+        # The target tokens of the whole step, over all processes, are counted before any loss is computed.
+        batches = self.batches(step)
+        counts = [sum(len(batch.targets) for batch in batches), sum(batch.tokens for batch in batches)]
+        target_tokens, tokens = self.world.total(counts)
+        total = torch.zeros((), device=self._parameters[0].device)
+        too_large: Batch | None = None
         for batch in batches:
             try:
-                loss = self.hooks.loss_sum(batch) / target_tokens
+                loss = self.loss_sum(batch) / target_tokens
                 loss.backward()  # type: ignore[no-untyped-call]
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if self.config.shard:
                     raise UserError(_out_of_memory_when_sharded(batch)) from error
-                return total, batch
+                too_large = batch
+                break
             total = total + loss.detach()
-        return total, None
+        limit = self.world.smallest(ENOUGH if too_large is None else _half(too_large))
+        return _Passed(total, tokens, target_tokens, too_large, limit)
 
-    def _halve(self, halving: Halving) -> None:
-        """Continue with smaller passes. A checkpoint has this before any step is finished with them."""
-        log.warning("step %d: out of memory; passes have at most %d tokens from now on", halving.step, halving.tokens)
-        self.state.halvings.append(halving)
+    def _halve(self, step: int, passed: _Passed) -> None:
+        """Prepare smaller passes. A checkpoint has their limit before any step is finished with them."""
+        self.optimizer.zero_grad(set_to_none=True)
+        free_memory()
+        if passed.limit == 0:
+            raise UserError(_out_of_memory_message(step, passed.too_large, self.config))
+        log.warning("step %d: out of memory; passes have at most %d tokens from now on", step, passed.limit)
+        self.state.halvings.append(Halving(step, "training", passed.limit))
         self._flush_metrics()
-        self.hooks.save_checkpoint(self.state)
-        self.clock_started = time.perf_counter()
+        self.save_checkpoint(self.state)
+        self._clock_started = time.perf_counter()
 
     def _must_skip(self, loss: Tensor, grad_norm: Tensor) -> bool:
         # Only a run that may skip updates waits here for the device. The sums are equal in all processes.
@@ -237,7 +221,7 @@ class _Loop:
     def _after_step(self) -> None:
         """Log, validate, save a checkpoint and stop, if one of these is due after this step."""
         step, config = self.state.step, self.config
-        last, stopping = step == config.steps, self.hooks.stop_requested()
+        last, stopping = step == config.steps, self.stop_requested()
         validating = last or (config.validate_every and step % config.validate_every == 0)
         saving = last or stopping or step == config.pause_after or step % config.checkpoint_every == 0
         if validating or saving or step % config.log_every == 0:
@@ -245,17 +229,17 @@ class _Loop:
         if validating:
             self._validate()
         if saving:
-            self.hooks.save_checkpoint(self.state)
+            self.save_checkpoint(self.state)
         # A signal that came during the last validation counts too: what follows is the scoring, which may take long.
-        if stopping or (last and self.hooks.stop_requested()):
+        if stopping or (last and self.stop_requested()):
             raise StoppedEarly
         if validating or saving:
-            self.clock_started = time.perf_counter()
+            self._clock_started = time.perf_counter()
 
     def _flush_metrics(self) -> None:
         """Fetch the numbers of the steps since the last call, check them and log them. This waits for the device."""
         rows = []
-        for numbers in self.pending:
+        for numbers in self._pending:
             values: dict[str, float | int] = {"train/lr": numbers.learning_rate, "train/tokens": numbers.tokens}
             if numbers.skipped is not None:
                 # JSON cannot represent a loss that is not finite.
@@ -269,29 +253,29 @@ class _Loop:
                 self.state.clipped_steps += self.config.clip is not None and grad_norm > self.config.clip
                 values = {"train/loss": loss, "train/grad_norm": grad_norm, **values}
             rows.append(MetricsRow(numbers.step, values))
-        self.state.seconds += time.perf_counter() - self.clock_started
+        self.state.seconds += time.perf_counter() - self._clock_started
         for row in rows:
             row.values["train/seconds"] = self.state.seconds
-        self.hooks.log_metrics(rows)
-        self.pending.clear()
-        self.clock_started = time.perf_counter()
+        self.log_metrics(rows)
+        self._pending.clear()
+        self._clock_started = time.perf_counter()
 
     def _validate(self) -> None:
         step, halvings = self.state.step, len(self.state.halvings)
-        loss = self.hooks.validate()
+        loss = self.validate()
         if not math.isfinite(loss):
             advice = "lower train.lr" if step else "this is before any training, so try train.dtype=float32"
             raise Diverged(f"step {step}: the validation loss is {loss}; {advice}")
         self.state.validation.append([step, loss])
-        self.hooks.log_metrics([MetricsRow(step, {"validation/loss": loss, **self.hooks.validation_scores()})])
+        self.log_metrics([MetricsRow(step, {"validation/loss": loss, **self.validation_scores()})])
         if len(self.state.halvings) > halvings:
-            self.hooks.save_checkpoint(self.state)
+            self.save_checkpoint(self.state)
 
     def _not_finite_message(self, numbers: _StepNumbers, advice: str) -> str:
         return (
             f"step {numbers.step}: the loss is {float(numbers.loss)} and the gradient's norm "
             f"{float(numbers.grad_norm)} at learning rate {numbers.learning_rate:.3g}; {advice}. "
-            f"The step's rows: {self.hooks.describe_rows(numbers.step)}"
+            f"The step's rows: {self.describe_rows(numbers.step)}"
         )
 
 
