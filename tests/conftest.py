@@ -1,6 +1,7 @@
 """Tests use tiny random models, real rows if they are available, and never the network."""
 
 import contextlib
+import gc
 import hashlib
 import os
 import runpy
@@ -27,10 +28,14 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import processes
+from helpers.tiny import PLACES, composed
 
-from tiedlora.config import compose as configuration
+from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import Config
 from tiedlora.runs import run
+
+# No test cuts the power. To wait for the disk at each of a run's forty flushes would take longer than its training.
+os.fsync = lambda descriptor: None
 
 # absl, which rouge-score imports, keeps the stream that standard error is at its import, and closes it when Hydra sets
 # up logging. Under pytest that would be the file that captures all output.
@@ -48,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    # Runs collect garbage several times. Without this, each collection would visit all objects of all modules.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +80,7 @@ def script(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
         code = 0
         try:
-            runpy.run_path(str(configuration.PROJECT / path), run_name="__main__")
+            runpy.run_path(str(PROJECT / path), run_name="__main__")
         except SystemExit as end:
             code = int(end.code or 0)
         return code, *capsys.readouterr()
@@ -112,7 +123,7 @@ def tiny_run(tmp_path: Path):
 @pytest.fixture
 def tiny_config(tiny_run):
     def build(*more: str, task: str = "chain_sum") -> Config:
-        return configuration.compose_config(tiny_run(*more, task=task))
+        return composed(tiny_run(*more, task=task))
 
     return build
 
@@ -133,7 +144,7 @@ def trained_once(tmp_path_factory) -> Callable[[Sequence[str]], Path]:
             if not place.exists():
                 begun = place.with_suffix(".begun")
                 shutil.rmtree(begun, ignore_errors=True)
-                config = configuration.compose_config([*words, f"outputs={begun}", f"cache={shared}/cache"])
+                config = composed([*words, f"outputs={begun}", f"cache={shared}/cache"])
                 with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                     run.main(config)
                 begun.rename(place)
@@ -151,9 +162,8 @@ def finished_run(tiny_run, trained_once):
 
     def finished(*more: str, task: str = "chain_sum") -> Config:
         words = tiny_run(*more, task=task)
-        config = configuration.compose_config(words)
-        of_place = ("outputs=", "cache=")
-        outputs = trained_once([word for word in words if not word.startswith(of_place)])
+        config = composed(words)
+        outputs = trained_once([word for word in words if word.partition("=")[0] not in PLACES])
         shutil.copytree(outputs, config.outputs, dirs_exist_ok=True)
         return config
 

@@ -15,7 +15,7 @@ from tiedlora.tasks.rows import DataRow
 DATA = PROJECT.parent / "shared" / "data"
 needs_rows = pytest.mark.skipif(not DATA.is_dir(), reason="real rows are looked for in ../shared/data, never committed")
 
-# Composing a configuration costs a third of a second, and a task keeps no state but its own rows.
+# A task keeps no state but its own rows.
 task_option = functools.cache(compose_task)
 
 FIVE = ("gsm8k", "squad", "hellaswag", "dialogsum", "iwslt2017")

@@ -1,12 +1,16 @@
-"""Options of conf/ by name, and tiny random models, for most tests."""
+"""Configurations, options of conf/ by name, and tiny random models, for most tests."""
 
+import copy
+import functools
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from tiedlora.config import compose as configuration
-from tiedlora.config.schema import ModelConfig
+from tiedlora.config.schema import Config, ModelConfig
 from tiedlora.data.encoding import Encoded
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.tasks import Task, load_task
@@ -16,16 +20,37 @@ EIGHT = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
 TINY = ("tiny_llama", "tiny_gpt2")
 
 
+PLACES = ("outputs", "cache")
+
+
+def composed(words: Sequence[str]) -> Config:
+    """As compose_config. Words that differ in outputs= and cache= alone are composed once: it takes longer than a test.
+
+    Words with a path are composed each time, because what is there may have changed.
+    """
+    places = dict(word.split("=", 1) for word in words if word.startswith(tuple(f"{name}=" for name in PLACES)))
+    others = tuple(word for word in words if word.partition("=")[0] not in PLACES)
+    if any("/" in word.removeprefix("tying=peft/") for word in others):
+        return configuration.compose_config(list(words))
+    config = copy.deepcopy(_composed(others, os.environ.get("TIEDLORA_DATA")))
+    return replace(config, **{name: configuration.absolute(value) for name, value in places.items()})
+
+
+@functools.cache
+def _composed(words: tuple[str, ...], data_root: str | None) -> Config:
+    return configuration.compose_config(list(words))
+
+
 def tying_option(name: str, *overrides: str) -> Tying:
-    return configuration.compose_config([f"tying={name}", *overrides]).tying
+    return composed([f"tying={name}", *overrides]).tying
 
 
 def model_option(name: str) -> ModelConfig:
-    return configuration.compose_config([f"model={name}"]).model
+    return composed([f"model={name}"]).model
 
 
 def task_option(name: str, *overrides: str) -> Task:
-    return load_task(configuration.compose_config([f"task={name}", *overrides]).task)
+    return load_task(composed([f"task={name}", *overrides]).task)
 
 
 def tiny(name: str, dtype: str = "float32") -> BaseModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,10 +39,9 @@ GONE = {"score.engine": "transformers"}
 _register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.register_new_resolver
 
 
+@functools.cache
 def register() -> None:
-    """Register the schema, the options `tying=peft/NAME` and the `project` resolver with Hydra.
-
-    It may be called more than once.
+    """Register the schema, the options `tying=peft/NAME` and the `project` resolver with Hydra, once in a process.
 
     Raises:
         UserError: conf/peft_methods.yaml is not readable.
