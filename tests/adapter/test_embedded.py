@@ -17,6 +17,8 @@ from tiedlora.tasks import load_examples, load_task
 from tiedlora.training.loss import target_loss
 from tiedlora.training.optimizer import build_optimizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base():

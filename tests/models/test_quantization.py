@@ -77,6 +77,7 @@ def smollm2():
     return quantised("smollm2_135m", "nf4")
 
 
+@pytest.mark.slow
 def test_gradients_through_nf4_are_those_through_the_dequantised_weights(smollm2):
     """Bit for bit, also after an evaluation pass (bitsandbytes would repack the weights in it, and drop gradients)."""
     through_nf4 = gradients(smollm2)
@@ -85,6 +86,7 @@ def test_gradients_through_nf4_are_those_through_the_dequantised_weights(smollm2
     assert same(through_nf4, gradients(smollm2, evaluations=1))
 
 
+@pytest.mark.slow
 def test_nf4_needs_less_than_45_percent_of_bfloat16(smollm2):
     """All of the model: the embeddings, a fifth of SmolLM2's weights, stay in bfloat16. Scales are counted."""
     plain = load_base(model_option("smollm2_135m"), "bfloat16", CPU, PROJECT / ".cache").model

@@ -24,6 +24,7 @@ from tiedlora.runs.trainer import Trainer
 from tiedlora.scoring.split import Scorer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["--multirun"]])
 def test_a_ctrl_c_that_also_ends_the_reader_of_the_output_saves_a_checkpoint(tiny_run, tiny_config, words):
     """As in `python train.py ... 2>&1 | tee log`, where tee dies of the same Ctrl-C."""
@@ -40,6 +41,7 @@ def test_a_ctrl_c_that_also_ends_the_reader_of_the_output_saves_a_checkpoint(tin
     assert not folder.error_file.exists()
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_model_is_loaded_ends_with_the_code_of_a_stop(tiny_run):
     long = tiny_run("train.steps=100000")
     code = (

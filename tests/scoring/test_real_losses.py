@@ -6,6 +6,8 @@ import pytest
 
 from tiedlora.config.project import PROJECT
 
+pytestmark = pytest.mark.slow
+
 CHECK = runpy.run_path(str(PROJECT / "benchmarks" / "losses.py"))
 """The same check as a program, for longer runs and more seeds."""
 

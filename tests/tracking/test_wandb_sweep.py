@@ -38,6 +38,7 @@ def test_the_schema_is_wandbs(file):
     assert check(yaml.safe_load(file.read_text())) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_the_expanded_command_runs_and_logs_the_metric(file, tiny_run, tmp_path):
     sweep = yaml.safe_load(file.read_text())
@@ -79,6 +80,7 @@ def inspect(run_folder: Path) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_group_of_runs_with_names_and_tags(tiny_run):
     words = tiny_run("tying=LoRA,TABuv", "rank=r2,r8", "tracking=wandb", "tracking.tags=[mine]")
     ended = Command("--multirun", *words).ended()
@@ -106,6 +108,7 @@ def logged_keys(records: list[dict]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_searching_sweep_sends_verdicts_and_the_chosen_runs_answers(tiny_run):
     grid = ("tying=LoRA,TABuv", "train.lr=1e-3,1e-2", "seed=0,1", "hydra/sweeper=staged", "tracking=wandb")
     words = tiny_run(*grid)

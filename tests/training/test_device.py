@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import processes
 from helpers.tiny import TINY, tying_option
@@ -74,6 +75,7 @@ def test_folding_copies_nothing_to_the_device_in_any_family():
                 adapter.pairs(0.5, torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_no_step_waits_for_the_device():
     """In a process of its own, because autograd counts devices at its first backward pass."""
     script = PROJECT / "tests/helpers/fake_gpu.py"

@@ -31,6 +31,7 @@ def folder_of(config):
     return RunFolder(Path(config.outputs) / run_id(config))
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tiny_config, tiny_run, tmp_path):
     """docs/method.md: the loss is a mean over the target tokens of the whole step, however its rows are spread."""
     # 7 rows a step and 40 in all: the shares are unequal, and an epoch's last step is short.

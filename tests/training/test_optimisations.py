@@ -145,6 +145,7 @@ print(given, faults())
     assert kept < given
 
 
+@pytest.mark.slow
 @WITH_COMPILER
 @pytest.mark.parametrize(
     # Llama's norms always compute in float32.

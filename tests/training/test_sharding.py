@@ -56,6 +56,7 @@ def shared(tiny_config, tmp_path):
     return build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["train.recompute_activations=true"]])
 def test_two_processes_that_share_the_model_are_one(alone, shared, more, monkeypatch):
     config = shared(*more)
@@ -86,6 +87,7 @@ def test_two_processes_that_share_the_model_are_one(alone, shared, more, monkeyp
         assert [row.output for row in ours] == [row.output for row in theirs]
 
 
+@pytest.mark.slow
 def test_each_process_holds_half_of_every_block_and_all_of_the_adapter(shared):
     config = shared()
 
@@ -116,6 +118,7 @@ def test_an_empty_batch_adds_zeros(tiny_config):
     assert all(torch.equal(part.grad, grad) for part, grad in zip(parts, before, strict=True))
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_ends_the_run(shared, monkeypatch):
     """The other process is inside the same pass, so this one must not wait for it."""
     config, target_loss = shared(), trainer.target_loss
