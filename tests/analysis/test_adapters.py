@@ -148,5 +148,5 @@ def test_the_layers_are_a_figure_and_panels_of_the_page(tmp_path):
     write.write(write.build([tmp_path / "runs"]), tmp_path / "report")
     assert "LoRA r=8, two seeds" in (tmp_path / "report" / "layers.svg").read_text()
     page = (tmp_path / "report" / "index.html").read_text()
-    for title in ("‖u‖ by layer", "‖v‖ by layer", "size of the update by layer", "cosine with LoRA r=8 by layer"):
-        assert f"<figcaption>{title}</figcaption>" in page
+    for title in ("norm of u", "norm of v", "size of the update", "cosine with LoRA r=8"):
+        assert f"<figcaption>chain_sum, {title}</figcaption>" in page

@@ -6,8 +6,7 @@ import pytest
 from helpers.report_runs import scored_run, world
 
 from tiedlora.analysis import forest
-from tiedlora.page import matrix, write
-from tiedlora.page.page_models import models
+from tiedlora.page import charts, matrix, write
 from tiedlora.records.interval import Interval
 
 CLAIMS = """looks: [3, 5]
@@ -108,10 +107,10 @@ def test_a_model_without_runs_of_a_claim_says_so(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.62}, seeds=2, rows=60)
     world(tmp_path / "runs", {"LoRA": 0.6}, seeds=2, rows=60, model="org/other")
     report = report_of(tmp_path)
-    shown = models(report.rows, report.verdicts)
-    assert [model.name for model in shown] == ["other", "tiny"]
-    assert shown[0].forest is None
-    assert all(cell.verdict == "not run" for row in shown[0].verdicts.rows for cell in row.cells)
+    other, _ = matrix.by_model(report.verdicts, ["other", "tiny"])
+    assert all(cell.verdict == "not run" for row in other.rows for cell in row.cells)
+    panels = charts.panels(report.rows, report.answers, report.sizes)
+    assert [panel.model for panel in panels if panel.kind == "forest"] == ["tiny"]
 
 
 def test_the_forest_is_a_file_too(two_tasks, tmp_path):

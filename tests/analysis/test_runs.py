@@ -125,5 +125,5 @@ def test_a_curve_has_the_steps_that_logged_its_metric(tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "train/loss": "low"}\n{"step": 5, "train/lo')
     run = read_run(folder)
-    assert run.curve("train/loss") == ([1, 3], [2.0, 1.0])
-    assert run.curve("loss") == ([], [])
+    assert run.curves("train/") == {"train/loss": ([1, 3], [2.0, 1.0])}
+    assert run.curves("loss") == {}

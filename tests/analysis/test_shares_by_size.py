@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from helpers.report_runs import scored_run, world
 
-from tiedlora.page import write
-from tiedlora.page.page_models import models
+from tiedlora.page import charts, figures, write
 
 CLAIMS = """looks: [3, 5]
 claims:
@@ -105,11 +104,9 @@ def test_the_figure_and_its_table_are_files_and_no_arm_is_lost_beyond_the_axis(t
 def test_the_page_shows_the_shares_first_and_folds_the_scores(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.5, "TA": 0.3}, rows=200, seed_sd=0.02)
     report = report_of(tmp_path)
-    (model,) = models(report.rows, report.verdicts, report.sizes)
-    (chart,) = model.shares
-    assert chart.title == "chain_sum, exact match strict"
-    assert "41,328 parameters, 5 seeds in common" in chart.svg
-    assert [key.name for key in model.shares_legend] == ["LoRA", "TABuv", "TA"]
+    (panel,) = [panel for panel in charts.panels(report.rows, report.answers, report.sizes) if panel.kind == "shares"]
+    assert panel.title == "chain_sum, exact match strict"
+    assert [key.name for key in figures.legend([panel])] == ["LoRA", "TABuv", "TA"]
     write.write(report, tmp_path / "report")
     page = (tmp_path / "report" / "index.html").read_text()
     shares, scores = (page.index(f"<h3>{name} against trainable parameters") for name in ("Share of the gain", "Score"))

@@ -1,36 +1,44 @@
-"""The page's charts: what is drawn, and that texts in them are escaped."""
+"""The charts: what they draw, where names stand, and that their SVG is safe and follows the page's theme."""
 
+import itertools
+import re
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 
 import numpy as np
 import pytest
 from helpers.hostile import HOSTILE
 from helpers.report_runs import make_record, scored_run, world, write_lines
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
-from tiedlora.analysis import compare
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.runs import read_runs
-from tiedlora.analysis.scorebook import Scorebook
-from tiedlora.page import charts
-from tiedlora.page.chart import Chart, linear_axis, log_axis
-from tiedlora.page.panels import rank_ticks
+from tiedlora.page import charts, figures, write
+from tiedlora.page.figures import BACK, Panel
+from tiedlora.page.page import HERE
 from tiedlora.records.rows import MetricsRow
 
 GOOD = [1.0, 0.0] * 25
 BASE = [0.0] * 50
 
 
-def elements(svg, name, css=""):
-    root = ElementTree.fromstring(svg)
-    return [item for item in root.iter(name) if css in item.get("class", "").split() or not css]
+def panels(root):
+    report = write.build([root])
+    return charts.panels(report.rows, report.answers, report.sizes)
 
 
-def titles(svg):
-    return [item.text for item in ElementTree.fromstring(svg).iter("title")]
+def drawn(panel):
+    """The Axes on which the panel has drawn."""
+    ax = Figure(figsize=figures.SIZE).add_subplot()
+    panel.draw(ax)
+    return ax
 
 
-def groups_of(root):
-    return group_runs(*read_runs([root]))
+def markers(ax):
+    """(marker, whether it is filled) of every point that is drawn alone."""
+    single = [line for line in ax.lines if len(line.get_xdata()) == 1]
+    return [(line.get_marker(), to_hex(line.get_markerfacecolor()) != BACK) for line in single]
 
 
 def unfinished(root, lr, seed, loss, file, text, changes=None):
@@ -44,34 +52,22 @@ def unfinished(root, lr, seed, loss, file, text, changes=None):
     )
 
 
-def test_the_ranks_of_an_axis_leave_room_for_their_labels():
-    assert rank_ticks([1, 2, 8, 11, 17, 29, 30, 32, 48, 80, 576]) == [1, 2, 8, 11, 17, 32, 48, 80, 576]
-    assert rank_ticks([29, 30]) == [29]
-
-
 def test_the_search_marks_the_chosen_rate_and_shows_pruned_and_failed_runs(tmp_path):
     for lr, right in ((1e-3, 10), (1e-2, 30)):
         for seed in (0, 1):
             scored_run(tmp_path, [1.0] * right + [0.0] * (50 - right), BASE, lr=lr, seed=seed)
     unfinished(tmp_path, 3e-2, 0, 1.7, "pruned.txt", "1.7 is worse than 1.2")
     unfinished(tmp_path, 1e-1, 0, 9.0, "error.txt", "Diverged: nan")
-    (group,) = groups_of(tmp_path)
+    (panel,) = [panel for panel in panels(tmp_path) if panel.kind == "search"]
+    (group,) = panel.groups
     assert [(trial.lr, trial.state, trial.step, trial.loss) for trial in group.trials if trial.state != "finished"] == [
         (3e-2, "pruned", 16, 1.7),
         (1e-1, "failed", 16, 9.0),
     ]
-    svg = charts.search([group]).svg
-    assert len(elements(svg, "g", "mark")) == 6
-    hollow = [text for text in titles(svg) if "stopped after step 16" in text]
-    assert hollow == ["TABuv r=8, rate 0.03, seed 0: 1.7, stopped after step 16"]
-    assert sum("failed" in text for text in titles(svg)) == 1
-    assert svg.count('class="ring"') == 1
-    assert svg.count("mark hollow") == 2
-
-
-def test_one_rate_is_no_search(tmp_path):
-    scored_run(tmp_path, GOOD, BASE)
-    assert charts.search(groups_of(tmp_path)) is None
+    ax = drawn(panel)
+    assert Counter(markers(ax)) == {("D", True): 4, ("D", False): 1, ("x", False): 1, ("o", True): 1}
+    (ring,) = [line for line in ax.lines if line.get_marker() == "o"]
+    assert ring.get_xdata() == [group.lr] == [1e-2]
 
 
 def test_a_stopped_run_of_another_setting_is_not_in_the_search(tmp_path):
@@ -79,83 +75,121 @@ def test_a_stopped_run_of_another_setting_is_not_in_the_search(tmp_path):
         scored_run(tmp_path, GOOD, BASE, lr=lr)
         scored_run(tmp_path, GOOD, BASE, lr=lr, changes={"config.train.steps": 300})
     unfinished(tmp_path, 3e-2, 0, 1.7, "pruned.txt", "worse", {"config.train.steps": 300})
-    states = {group.variant: [trial.state for trial in group.trials] for group in groups_of(tmp_path)}
+    states = {group.variant: [trial.state for trial in group.trials] for group in group_runs(*read_runs([tmp_path]))}
     assert states == {
         "train.steps=100": ["finished", "finished"],
         "train.steps=300": ["finished", "finished", "pruned"],
     }
 
 
-def test_curves_have_a_line_for_each_configuration_and_a_band_over_seeds(tmp_path):
+def test_curves_have_a_line_for_each_configuration_and_a_band_over_seeds_and_one_rate_is_no_search(tmp_path):
     for name in ("LoRA", "TABuv"):
         for seed in (0, 1):
             folder = scored_run(tmp_path, GOOD, BASE, name=name, seed=seed)
             rows = [MetricsRow(step, {"validation/loss": 2.0 - step / 100 + seed / 10}) for step in (0, 50, 100)]
             rows += [MetricsRow(100, {"validation/f1": 0.5})] if name == "LoRA" else []
             write_lines(folder / "metrics.jsonl", rows)
-    (panel,) = charts.validation_curves(groups_of(tmp_path))
-    assert len(elements(panel.svg, "polyline")) == 2
-    assert len(elements(panel.svg, "polygon")) == 2
-    assert "LoRA r=8 ends at 1.05" in panel.svg
+    found = panels(tmp_path)
+    assert [panel.kind for panel in found] == ["pareto", "curves"], "one step is no curve, and one rate no search"
+    ax = drawn(found[-1])
+    # The mean of the two seeds at the end: 1 and 1.1.
+    assert [line.get_ydata()[-1] for line in ax.lines] == [pytest.approx(1.05)] * 2
+    assert len(ax.collections) == 2
+    assert {text.get_text() for text in ax.texts} == {"LoRA r=8", "TABuv r=8"}
 
 
 def test_a_score_that_is_logged_by_step_has_a_panel(tmp_path):
     folder = scored_run(tmp_path, GOOD, BASE)
     rows = [MetricsRow(step, {"validation/loss": 2.0, "validation/f1": step / 200}) for step in (0, 50, 100)]
     write_lines(folder / "metrics.jsonl", rows)
-    panels = charts.validation_curves(groups_of(tmp_path))
-    assert [panel.title for panel in panels] == ["chain_sum", "chain_sum, validation/f1"]
+    titles = [panel.title for panel in panels(tmp_path) if panel.kind == "curves"]
+    assert titles == ["chain_sum", "chain_sum, validation/f1"]
 
 
 def test_pareto_fills_what_is_not_beaten_and_names_the_points(tmp_path):
     world(tmp_path, {"LoRA": 0.7, "TABuv": 0.6, "TAB": 0.2, "TA": 0.3}, seeds=2, rows=200, base=0.05)
-    rows = compare.result_rows(groups_of(tmp_path), Scorebook())
-    svg = charts.pareto(charts.by_setting(rows, "tiny")[0]).svg
-    assert svg.count("mark hollow") == 1, "TAB has more parameters than TA and a lower score"
-    for name in ("LoRA r=8", "TABuv r=8"):
-        assert f">{name}</text>" in svg
-    assert "41,328 parameters" in svg
-    assert charts.ranks(charts.by_setting(rows, "tiny")[0]) is None
+    ax = drawn(next(panel for panel in panels(tmp_path) if panel.kind == "pareto"))
+    assert [marker for marker, is_filled in markers(ax) if not is_filled] == ["s"], (
+        "TAB has more parameters than TA and a lower score"
+    )
+    assert {"LoRA r=8", "TABuv r=8"} <= {text.get_text() for text in ax.texts}
 
 
-def test_short_marks_stand_beside_the_name(tmp_path):
+def test_short_marks_stand_beside_the_name_of_a_configuration(tmp_path):
     for lr, right in ((1e-3, 30), (1e-2, 10)):
         scored_run(tmp_path, [1.0] * right + [0.0] * (50 - right), BASE, lr=lr)
-    (key,) = charts.legend(groups_of(tmp_path))
-    assert (key.name, key.marks) == ("TABuv r=8", ["rate at the edge"])
+    (key,) = figures.legend(panels(tmp_path))
+    assert (key.name, key.glyph, key.marks) == ("TABuv", "◆", ["rate at the edge"])
 
 
-def test_texts_in_a_chart_are_escaped():
-    chart = Chart(linear_axis(HOSTILE, [0, 1]), linear_axis("y", [0, 1]), HOSTILE)
-    chart.mark(0.5, 0.5, "o", "k0", HOSTILE)
-    chart.name(0.5, 0.5, HOSTILE)
-    svg = chart.svg()
-    assert "<script" not in svg
-    assert "\x1b" not in svg
-    ElementTree.fromstring(svg)
+def test_a_panel_of_the_page_has_no_style_no_fixed_colour_and_hostile_text_only_as_text():
+    def draw(ax):
+        ax.plot([0, 1], [0, 1], color=figures.COLOURS[0])
+        ax.set_xlabel(figures.cut(HOSTILE, 200))
+
+    texts = [figures.inline(Panel("pareto", "tiny", title, draw)) for title in (HOSTILE, "other")]
+    for text in texts:
+        assert "<script" not in text
+        assert not set(text) & {"\x1b", "\x00", "\u202e"}
+        assert "style" not in text
+        assert not re.search("#[0-9a-f]{6}", text), "a colour that does not follow the theme"
+        root = ElementTree.fromstring(text)
+        used = {element.get("href") for element in root.iter("use")}
+        assert used
+        assert used == {f"#{element.get('id')}" for element in root.iter("path") if f"#{element.get('id')}" in used}
+    ids = [re.findall(r' id="([^"]+)"', text) for text in texts]
+    assert not set(ids[0]) & set(ids[1])
 
 
-@pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [1e-9, 2e9], [-3.0, 5.0], [0.163, 0.1631], []])
-def test_an_axis_holds_its_values_and_has_ticks(values):
-    axis = linear_axis("x", values)
-    assert 2 <= len(axis.ticks) <= 9
-    assert all(0 <= axis.place(value) <= 1 for value in values)
-    assert all(0 <= axis.place(tick) <= 1 for tick, _ in axis.ticks)
+def test_the_figures_have_the_colours_of_the_pages_light_theme():
+    light = dict(re.findall(r"--(\w+): (#\w+)", (HERE / "page.css").read_text().partition("@media")[0]))
+    # A file is white; the page is almost.
+    assert {name: colour for colour, name in figures.PAGE_COLOURS.items()} == {
+        name: colour if name != "back" else BACK
+        for name, colour in light.items()
+        if name in figures.PAGE_COLOURS.values()
+    }
+
+
+def test_names_do_not_cover_each_other_or_a_line():
+    ax = Figure(figsize=figures.SIZE).add_subplot()
+    points = np.random.default_rng(0).random((200, 2))
+    ax.plot(*points[:100].T, "o", linestyle="")
+    ax.plot([0, 1], [0.5, 0.5])
+    charts._names(ax, [(x, y, "LoRA r=8") for x, y in points[:100]])
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert 5 < len(boxes) < 60
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    level = ax.transData.transform((0, 0.5))[1]
+    assert not any(box.y0 < level < box.y1 for box in boxes)
+
+
+def test_names_at_ends_keep_their_order_and_their_distance():
+    ax = Figure(figsize=figures.SIZE).add_subplot()
+    values = [0.5, 0.1, 0.101, 0.102, 0.9]
+    curves = [charts.Curve(None, f"line {value}", [0, 10], np.array([[1.0, value]])) for value in values]
+    charts.draw_lines(ax, curves, "step", "loss")
+    boxes = sorted((text.get_window_extent().y0, text.get_text()) for text in ax.texts)
+    assert [name for _, name in boxes] == [f"line {value}" for value in sorted(values)]
+    apart = np.diff([bottom for bottom, _ in boxes])
+    assert min(apart) > 0.1 * ax.figure.dpi
 
 
 @pytest.mark.parametrize("values", [[1e-2], [1e-4, 1e-1], [4608.0, 368640.0], [1.0, 1e9], [0.16, 0.17]])
 def test_a_log_axis_holds_its_values_and_has_ticks(values):
-    axis = log_axis("x", values)
-    assert len(axis.ticks) >= 2
-    assert all(0 <= axis.place(value) <= 1 for value in values)
+    ax = Figure().add_subplot()
+    charts._log_axis(ax.xaxis, values, charts.short_count)
+    low, high = ax.get_xlim()
+    assert low < min(values)
+    assert max(values) < high
+    assert 2 <= sum(low <= tick <= high for tick in ax.get_xticks()) <= 9
 
 
-def test_names_do_not_cover_each_other():
-    chart = Chart(linear_axis("x", [0, 1]), linear_axis("y", [0, 1]), "")
-    generator = np.random.default_rng(0)
-    placed = [chart.name(*point, "LoRA r=8") for point in generator.random((200, 2))]
-    assert 5 < sum(placed) < 100
-    boxes = chart._taken
-    for place, (left, top, right, bottom) in enumerate(boxes):
-        for other in boxes[:place]:
-            assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
+def test_equal_runs_give_equal_files(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.6}, seeds=2, rows=20)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        figures.write_files(panels(tmp_path / "runs"), tmp_path / name)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == [f"{kind}.{ending}" for kind in ("curves", "pareto") for ending in ("pdf", "png", "svg")]
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)

@@ -6,74 +6,67 @@ import math
 import pytest
 
 from tiedlora.page import formats
-from tiedlora.page.values import (
-    Amount,
-    AverageScore,
-    Column,
-    Count,
-    Ends,
-    LearningRate,
-    NamedEnds,
-    Percent,
-    PercentInterval,
-    ScoreInterval,
-    ScoreValue,
-    Table,
-    TaskScore,
-)
-from tiedlora.records.interval import Interval
+from tiedlora.page.formats import AverageScore, Column, Scored, Table, TaskScore
+from tiedlora.records.interval import Interval, Unit
 
 SCORE, GAP = Interval(0.4213, 0.4, 0.45), Interval(-0.011, -0.03, 0.008)
 NO_ENDS = Interval(0.5, math.nan, math.nan)
-GAIN = ScoreInterval(GAP, signed=True)
 CASES = [
-    ("squad", "squad", ["squad"]),
-    (8, "8", ["8"]),
-    (2.5, "2.5", ["2.5"]),
-    (None, "–", ["–"]),
-    (Count(46080), "46,080", ["46080"]),
-    (Amount(1234.567), "1,234.57", ["1234.57"]),
-    (Amount(1234.567, 0), "1,235", ["1235"]),
-    (Percent(0.112), "11.20 %", ["11.20 %"]),
-    (PercentInterval(Interval(0.86, 0.68, 1.08)), "86 % [68, 108]", ["86 %", "68", "108"]),
-    (PercentInterval(NO_ENDS), "50 %", ["50 %", "–", "–"]),
-    (LearningRate(0.003, 1), "0.003", ["0.003"]),
-    (LearningRate(0.003, 3), "0.003 of 3", ["0.003 of 3"]),
-    (ScoreValue(0.4213), "42.1", ["42.1"]),
-    (ScoreValue(0.4213, signed=True), "+42.1", ["+42.1"]),
-    (ScoreInterval(SCORE), "42.1 [40.0, 45.0]", ["42.1", "40.0", "45.0"]),
-    (GAIN, "-1.1 [-3.0, +0.8]", ["-1.1", "-3.0", "+0.8"]),
-    (ScoreInterval(NO_ENDS), "50.0", ["50.0", "–", "–"]),
-    (Ends(SCORE), "[40.0, 45.0]", ["40.0", "45.0"]),
-    (Ends(NO_ENDS), "–", ["–", "–"]),
-    (NamedEnds(GAP, signed=True), "[-3.0, +0.8]", ["", "-3.0", "+0.8"]),
-    (NamedEnds(GAP, "examples", signed=True), "[-3.0, +0.8] examples", ["examples", "-3.0", "+0.8"]),
-    (TaskScore(0.482, 5, False), "48.2 (n=5)", ["48.2", "5", "", "–", "–", "–"]),
-    (TaskScore(0.482, 5, True, GAIN), "48.2 (n=5)* (-1.1 [-3.0, +0.8])", ["48.2", "5", "*", "-1.1", "-3.0", "+0.8"]),
-    (TaskScore(None, 0, True), "–*", ["–", "0", "*", "–", "–", "–"]),
-    (AverageScore(SCORE, 4), "42.1 [40.0, 45.0] (n=4)", ["42.1", "4", "40.0", "45.0"]),
-    (AverageScore(NO_ENDS, 1), "50.0 (n=1)", ["50.0", "1", "–", "–"]),
+    (formats.TEXT, "squad", "squad", ["squad"]),
+    (formats.TEXT, None, "–", ["–"]),
+    (formats.WHOLE, 8, "8", ["8"]),
+    (formats.COUNT, 46080, "46,080", ["46080"]),
+    (formats.amount(2), 1234.567, "1,234.57", ["1234.57"]),
+    (formats.percent(2), 0.112, "11.20 %", ["11.20 %"]),
+    (formats.PERCENT_INTERVAL, Interval(0.86, 0.68, 1.08), "86 % [68, 108]", ["86 %", "68", "108"]),
+    (formats.PERCENT_INTERVAL, NO_ENDS, "50 %", ["50 %", "–", "–"]),
+    (formats.RATE, (0.003, 1), "0.003", ["0.003"]),
+    (formats.RATE, (0.003, 3), "0.003 of 3", ["0.003 of 3"]),
+    (formats.SCORE, Scored(SCORE), "42.1", ["42.1"]),
+    (formats.SCORE, Scored(SCORE, Unit.NATS), "0.421", ["0.421"]),
+    (formats.DIFFERENCE, Scored(SCORE), "+42.1", ["+42.1"]),
+    (formats.SCORE_INTERVAL, Scored(SCORE), "42.1 [40.0, 45.0]", ["42.1", "40.0", "45.0"]),
+    (formats.SCORE_INTERVAL, Scored(NO_ENDS), "50.0", ["50.0", "–", "–"]),
+    (formats.DIFFERENCE_INTERVAL, Scored(GAP), "-1.1 [-3.0, +0.8]", ["-1.1", "-3.0", "+0.8"]),
+    (formats.SCORE_ENDS, Scored(SCORE), "[40.0, 45.0]", ["40.0", "45.0"]),
+    (formats.SCORE_ENDS, Scored(NO_ENDS), "–", ["–", "–"]),
+    (formats.NAMED_ENDS, Scored(GAP), "[-3.0, +0.8]", ["", "-3.0", "+0.8"]),
+    (formats.NAMED_ENDS, Scored(GAP, covers="examples"), "[-3.0, +0.8] examples", ["examples", "-3.0", "+0.8"]),
+    (formats.TASK_SCORE, TaskScore(0.482, 5, False), "48.2 (n=5)", ["48.2", "5", "", "–", "–", "–"]),
+    (
+        formats.TASK_SCORE,
+        TaskScore(0.482, 5, True, GAP),
+        "48.2 (n=5)* (-1.1 [-3.0, +0.8])",
+        ["48.2", "5", "*", "-1.1", "-3.0", "+0.8"],
+    ),
+    (formats.TASK_SCORE, TaskScore(None, 0, True), "–*", ["–", "0", "*", "–", "–", "–"]),
+    (formats.TASK_SCORE, "failed", "failed", ["failed", "–", "–", "–", "–", "–"]),
+    (formats.AVERAGE, AverageScore(SCORE, 4), "42.1 [40.0, 45.0] (n=4)", ["42.1", "4", "40.0", "45.0"]),
+    (formats.AVERAGE, AverageScore(NO_ENDS, 1), "50.0 (n=1)", ["50.0", "1", "–", "–"]),
 ]
 
 
-@pytest.mark.parametrize(("value", "text", "cells"), CASES)
-def test_a_value_is_one_text_for_people_and_its_numbers_for_programs(value, text, cells):
-    table = Table("t", "c", (Column("x", type(value) if value is not None else str),), [(value,)])
-    assert formats.text(value) == text
-    head, body = csv.reader(formats.to_csv(table).splitlines() if cells != [""] else [])
+def table_of(cells, *columns, caption="c"):
+    return Table.of(
+        "t", caption, [Column(name, kind, lambda item: item, **more) for name, kind, more in columns], cells
+    )
+
+
+@pytest.mark.parametrize(("kind", "cell", "text", "cells"), CASES)
+def test_a_cell_is_one_text_for_people_and_its_numbers_for_programs(kind, cell, text, cells):
+    table = table_of([cell], ("x", kind, {}))
+    assert table.texts() == [[text]]
+    head, body = csv.reader(formats.to_csv(table).splitlines())
     assert body == cells
     assert len(head) == len(set(head)) == len(cells)
     assert head[0].startswith("x")
 
 
-def test_a_column_has_the_same_csv_columns_whatever_its_rows_hold():
-    columns = (Column("score", TaskScore), Column("95 %", Ends), Column("95 %", Ends, csv_name="95 % (difference)"))
-    rows = [("failed", None, None), (TaskScore(0.5, 1, False), Ends(SCORE), None)]
-    head, failed, scored = csv.reader(formats.to_csv(Table("t", "c", columns, rows)).splitlines())
-    assert head[-4:] == ["95 % low", "95 % high", "95 % (difference) low", "95 % (difference) high"]
-    assert len(head) == len(failed) == len(scored)
-    assert failed[0] == "failed"
-    assert set(failed[1:]) == {formats.MISSING}
+def test_two_columns_of_one_name_differ_in_csv():
+    ends = formats.SCORE_ENDS
+    table = table_of([None], ("95 %", ends, {}), ("95 %", ends, {"csv_name": "95 % (difference)"}))
+    head, _ = csv.reader(formats.to_csv(table).splitlines())
+    assert head == ["95 % low", "95 % high", "95 % (difference) low", "95 % (difference) high"]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +78,7 @@ def test_formulas_are_neutralised_and_numbers_stay(cell, safe):
 
 
 def test_markup_of_markdown_and_latex_is_escaped():
-    table = Table("t", "a_b", (Column("x|y"),), [("50 % of $x_1$ & <b>",)])
+    table = table_of(["50 % of $x_1$ & <b>"], ("x|y", formats.TEXT, {}), caption="a_b")
     assert r"| 50 % of $x\_1$ & \<b\> |" in formats.to_markdown(table)
     assert r"x\|y" in formats.to_markdown(table)
     assert r"50 \% of \$x\_1\$ \& \textless{}b\textgreater{} \\" in formats.to_latex(table)

@@ -11,7 +11,7 @@ from helpers.report_runs import prediction_rows, scored_run, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiedlora.page import browser, formats, page, write
+from tiedlora.page import browser, charts, formats, page, write
 from tiedlora.records.rows import read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import read_record
@@ -44,7 +44,9 @@ def test_what_a_model_wrote_reaches_no_page_table_or_terminal_alive(tmp_path, sc
     code, out, err = script("scripts/report.py", tmp_path / "runs", "--out", tmp_path / "report")
     assert (code, err) == (0, "")
     assert not ALIVE.search(out)
-    texts = {path.name: path.read_text() for path in (tmp_path / "report").iterdir() if path.suffix != ".png"}
+    texts = {
+        path.name: path.read_text() for path in (tmp_path / "report").iterdir() if path.suffix not in (".png", ".pdf")
+    }
     for name, text in texts.items():
         assert not ALIVE.search(text), name
         assert "<script>alert" not in text or name.endswith((".csv", ".tex")), name
@@ -119,11 +121,12 @@ def test_any_record_is_read_or_refused(place, tmp_path_factory, data):
         library.config_of(root / place[0].name)
     report = write.build([root])
     tables = report.tables()
-    for table in tables.all():
+    for table in tables:
         for render in (formats.to_csv, formats.to_latex, formats.to_markdown):
             assert not ALIVE.search(render(table))
     sheets = browser.sheets(report.groups, {row.group: row.measure.split for row in report.rows})
-    drawn = page.render(report.summary(), report.rows, tables, report.verdicts, most_sections=1, sheets=sheets)
+    panels = charts.panels(report.rows, report.answers, report.sizes)
+    drawn = page.render(report.summary(), report.rows, tables, report.verdicts, panels, most_sections=1, sheets=sheets)
     assert drawn.count("<script>") == 1
     assert not ALIVE.search(drawn)
     with right_or_refused():

@@ -8,8 +8,8 @@ from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.rules import Retains
 from tiedlora.analysis.runs import read_runs
 from tiedlora.config.project import PROJECT
-from tiedlora.page import charts, formats, plots, write
-from tiedlora.page.overview import overview
+from tiedlora.page import charts, write
+from tiedlora.page.tables import overview
 
 ROWS = 40
 
@@ -39,23 +39,18 @@ def drawn(panels):
     return {(rows[0].measure.metric, tuple(sorted(row.group.label for row in rows))) for rows in panels}
 
 
-def test_points_and_nats_never_share_an_axis(report, tmp_path, monkeypatch):
+def test_points_and_nats_never_share_an_axis(report):
     expected = {("exact_match_strict", ("LoRA", "TABuv")), ("target_loss", ("LoRA", "TAB", "TABuv"))}
     assert drawn(charts.by_setting(report.rows, "tiny")) == expected
-    panels = {}
-    monkeypatch.setattr(plots, "pareto", lambda given: panels.setdefault("pareto", given) and plots.plt.figure())
-    plots.draw(report.rows, [], [], tmp_path / "figures")
-    assert drawn(panel.rows for panel in panels["pareto"]) == expected
-    assert {panel.title for panel in panels["pareto"]} == {
-        "chain_sum, exact_match_strict\ntiny",
-        "chain_sum, target_loss\ntiny",
-    }
+    panels = charts.panels(report.rows, [], [])
+    titles = {panel.title for panel in panels if panel.kind == "pareto"}
+    assert titles == {"chain_sum, exact match strict", "chain_sum, target loss"}
 
 
 def test_the_curves_show_each_group_once(report):
-    (panel,) = plots._settings(report.rows)
-    assert sorted(row.group.label for row in panel.rows) == ["LoRA", "TAB", "TABuv"]
-    assert panel.title == "chain_sum\ntiny"
+    (panel,) = [panel for panel in charts.panels(report.rows, [], []) if panel.kind == "curves"]
+    assert sorted(group.label for group in panel.groups) == ["LoRA", "TAB", "TABuv"]
+    assert panel.title == "chain_sum"
 
 
 def test_figures_and_overview_show_the_metric_that_the_claims_compare(report, tmp_path):
@@ -69,10 +64,10 @@ def test_figures_and_overview_show_the_metric_that_the_claims_compare(report, tm
         (table,) = overview(rows, [])
         return drawn(charts.by_setting(rows, "tiny")), table.head[4:]
 
-    both = drawn(charts.by_setting(report.rows, "tiny")), ("chain_sum, exact_match_strict", "chain_sum, target_loss")
+    both = drawn(charts.by_setting(report.rows, "tiny")), ["chain_sum, exact_match_strict", "chain_sum, target_loss"]
     assert len(both[0]) == 2
     by_loss = {("target_loss", ("LoRA", "TAB", "TABuv"))}
-    assert shown("{chain_sum: target_loss}") == (by_loss, ("chain_sum, target_loss",))
+    assert shown("{chain_sum: target_loss}") == (by_loss, ["chain_sum, target_loss"])
     assert shown("{gsm8k: target_loss}") == both
     # The first claim decides. [] compares every task by its first metric.
     assert shown("[]", "{chain_sum: target_loss}") == both
@@ -84,13 +79,13 @@ def test_a_group_without_scores_has_no_column_of_its_own(tmp_path):
     scored_run(tmp_path, [0.5] * ROWS, split="test", name="LoRA")
     scored_run(tmp_path, [0.5] * ROWS, split="validation", name="TABuv")
     (table,) = overview(write.build([tmp_path]).rows, [])
-    assert table.head[4:] == ("chain_sum",)
+    assert table.head[4:] == ["chain_sum"]
 
 
 def test_the_overview_has_a_column_for_each_metric_and_no_average(report):
     (table,) = overview(report.rows, [])
-    assert list(table.head[4:]) == ["chain_sum, exact_match_strict", "chain_sum, target_loss"]
-    lines = {row[0]: list(map(formats.text, row[4:])) for row in table.rows}
+    assert table.head[4:] == ["chain_sum, exact_match_strict", "chain_sum, target_loss"]
+    lines = {row[0]: row[4:] for row in table.texts()}
     assert lines["TAB"][0] == "–"
     assert lines["TAB"][1].startswith("0.25")
     assert lines["LoRA"][0].startswith("50.0")

@@ -2,8 +2,7 @@
 
 from helpers.report_runs import scored_run, world
 
-from tiedlora.page import formats, write
-from tiedlora.page.overview import overview
+from tiedlora.page import tables, write
 
 GOOD = [1.0, 0.0] * 25
 BASE = [0.0] * 50
@@ -16,19 +15,20 @@ def test_the_overview_names_missing_and_failed_cells_and_its_average(tmp_path):
     failed.mkdir()
     (failed / "error.txt").write_text("boom")
     report = write.build([tmp_path])
-    (table,) = overview(report.rows, report.left_out)
+    (table,) = tables.overview(report.rows, report.left_out)
     lines = {row[0]: row for row in table.rows}
+    texts = {row[0]: row for row in table.texts()}
     squad, average = table.head.index("squad"), table.head.index("average")
     assert lines["TABuv"][squad] == "failed"
     assert lines["TABuv"][average] is None
     assert lines["LoRA"][average].seeds == 2
-    assert "(n=2)" in formats.text(lines["LoRA"][average])
+    assert "(n=2)" in texts["LoRA"][average]
     assert "chain_sum, squad" in table.caption
 
 
 def test_a_task_in_two_settings_has_no_average(tmp_path):
     scored_run(tmp_path, GOOD, BASE)
     scored_run(tmp_path, GOOD, BASE, changes={"config.train.steps": 300})
-    (table,) = overview(write.build([tmp_path]).rows, [])
+    (table,) = tables.overview(write.build([tmp_path]).rows, [])
     assert "average" not in table.head
     assert any("train.steps=300" in name for name in table.head)

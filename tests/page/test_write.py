@@ -60,9 +60,10 @@ def test_tables_come_in_three_formats_with_the_same_cells(tmp_path):
     for text in (latex, markdown):
         assert formats.score(report.rows[0].score.value) in text
     assert all(line.endswith((r"\\", "rule")) for line in latex.splitlines()[4:-2])
-    for name in ("pareto", "rank", "curves", "cost"):  # forest: tests/analysis/test_forest.py
+    for name in ("pareto", "curves"):  # forest: tests/analysis/test_forest.py
         assert (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
         assert (tmp_path / "report" / f"{name}.svg").read_text().startswith("<?xml")
+        assert (tmp_path / "report" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_an_empty_folder_gives_an_empty_report_and_a_missing_one_an_error(tmp_path):

@@ -250,7 +250,7 @@ def test_metrics_that_are_cut_or_garbage_are_passed_over(folder, tmp_path, words
     whole = read_metrics(path)
     path.write_bytes(path.read_bytes() + b"\n".join([*odd, *garbage]))
     assert read_metrics(path) == whole
-    steps, losses = read_run(folder).curve("train/loss")
+    steps, losses = read_run(folder).curves("train/")["train/loss"]
     assert (len(steps), len(losses)) == (1, 1)
     (folder / "result.json").unlink()
     again = run.main(compose_config(words))

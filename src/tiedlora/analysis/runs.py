@@ -120,9 +120,9 @@ class Run:
             return read_predictions(folder.base_predictions_file(split, self.splits[split].files))
         return read_predictions(folder.predictions_file(split))
 
-    def curve(self, metric: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one metric of metrics.jsonl; both are empty if the file cannot be read."""
-        return curve(RunFolder(self.path), metric)
+    def curves(self, prefix: str) -> dict[str, tuple[list[int], list[float]]]:
+        """Metric -> its steps and values, for the metrics of metrics.jsonl whose names start with the prefix."""
+        return curves(RunFolder(self.path), prefix)
 
 
 def run_roots(roots: Iterable[Path]) -> list[Path]:
@@ -252,15 +252,22 @@ def _with_progress(run: UnfinishedRun, folder: RunFolder) -> UnfinishedRun:
         lr = float(storage.read_yaml(folder.config_file).train.lr)
     except Exception:  # A file that a kill has cut off may be wrong in any way. Then the rate is not known.
         lr = None
-    steps, losses = curve(folder, "validation/loss")
+    steps, losses = curves(folder, "validation/loss").get("validation/loss", ([], []))
     last = (steps[-1], losses[-1]) if steps else (0, None)
     return dataclasses.replace(run, lr=lr, step=last[0], loss=last[1])
 
 
-def curve(folder: RunFolder, metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric of a run's metrics.jsonl; both are empty if the file cannot be read."""
+def curves(folder: RunFolder, prefix: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Metric -> its steps and values, for the metrics of a run's metrics.jsonl whose names start with the prefix."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
     try:
-        rows = [row for row in read_metrics(folder.metrics_file, metric) if metric in row.values]
+        rows = read_metrics(folder.metrics_file, prefix)
     except UserError:
-        return [], []
-    return [row.step for row in rows], [float(row.values[metric]) for row in rows]
+        return found
+    for row in rows:
+        for name, value in row.values.items():
+            if name.startswith(prefix):
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(row.step)
+                values.append(float(value))
+    return found

@@ -1,71 +1,77 @@
-"""The page's charts: score against parameters and rank, losses over steps, the search of rates, and layers."""
+"""The charts: which ones a report has, and what each draws on an Axes from the analysis' values."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
-from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
-from tiedlora.analysis import adapters
-from tiedlora.analysis.adapters import LayerProfile
+from tiedlora.analysis import forest
+from tiedlora.analysis.adapters import layer_profiles
+from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.estimates import Measure
+from tiedlora.analysis.forest import ForestGroup, ForestLine, ShareAxis
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.runs import Run
-from tiedlora.errors import UserError
-from tiedlora.page.chart import Axis, Chart, linear_axis, log_axis, marker, number
-from tiedlora.page.panels import COLOURS, front, rank_ticks, short_count, style
-from tiedlora.records.interval import Unit
+from tiedlora.analysis.shares_by_size import SizePanel, share_axis
+from tiedlora.page.figures import BACK, INK, LINE, SOFT, VERDICTS, ZONE, Panel, cut, order, style
+from tiedlora.page.formats import minus
+from tiedlora.records.interval import Interval, Unit
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.rows import read_metrics
-from tiedlora.records.run_folder import RunFolder
 from tiedlora.text import visible
 
 MOST_LINES = 8
 """The most configurations of a chart with lines. More could not be told apart; their numbers are in the tables."""
-FIRST = ("LoRA", "TABuv")
-"""The configurations that are drawn first."""
+WITH_NAMES = (0.62, 1.1, 0.5, 0.12)
+"""The margins of a panel with names at the right ends of lines."""
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One chart with its title."""
+def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], sizes: Sequence[SizePanel]) -> list[Panel]:
+    """Every panel of a report, by model and in the page's order.
 
-    title: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
-class Key:
-    """One entry of a legend."""
-
-    svg: Markup
-    name: str
-    marks: list[str]
-
-
-def css(group: RunGroup) -> str:
-    """The class of a configuration's colour."""
-    return f"k{COLOURS.index(style(group)[0])}"
-
-
-def legend(groups: Iterable[RunGroup]) -> list[Key]:
-    """One entry for each configuration and rank of the groups, with its short marks."""
-    keys: dict[str, Key] = {}
-    for group in groups:
-        _, shape, dash = style(group)
-        marks = list(dict.fromkeys([*(keys[group.name].marks if group.name in keys else ()), *group.short_marks]))
-        keys[group.name] = Key(marker(shape, css(group), dash=dash), visible(group.name), list(map(visible, marks)))
-    return list(keys.values())
-
-
-def task_title(group: RunGroup) -> str:
-    """The task, with the variant of its setting."""
-    return visible(group.task_in_words)
+    Args:
+        sizes: what every arm keeps of a reference's gain.
+    """
+    found = []
+    for model in dict.fromkeys(row.group.model for row in rows):
+        lines = forest.groups(answer for answer in answers if answer.model == model and answer.pair is not None)
+        if any(line.share is not None for group in lines for line in group.lines):
+            found.append(_forest(model, lines))
+        for panel in sizes:
+            if panel.reference.model == model:
+                draw = partial(draw_shares, panel=panel, sizes=sizes)
+                found.append(
+                    Panel(
+                        "shares",
+                        model,
+                        _title(panel.arms[0].group, panel.measure),
+                        draw,
+                        [arm.group for arm in panel.arms],
+                    )
+                )
+        for own in by_setting(rows, model):
+            title = _title(own[0].group, own[0].measure)
+            groups = [row.group for row in own]
+            found.append(Panel("pareto", model, title, partial(draw_pareto, rows=own), groups))
+            if any(group.is_other_method for group in groups):
+                size = (6.0, 0.75 + 0.2 * len(own))
+                found.append(
+                    Panel("arena", model, title, partial(draw_arena, rows=own), (), size, (1.9, 1.9, 0.5, 0.12))
+                )
+        for groups in _settings(rows, model):
+            found += [*_curves(model, groups), *_search(model, groups), *_layers(model, groups)]
+    return found
 
 
 def by_setting(rows: Sequence[ResultRow], model: str) -> list[list[ResultRow]]:
@@ -77,256 +83,414 @@ def by_setting(rows: Sequence[ResultRow], model: str) -> list[list[ResultRow]]:
     return list(places.values())
 
 
-def pareto(rows: Sequence[ResultRow]) -> Panel:
-    """Score against trainable parameters in one setting, with the Pareto front."""
-    unit = rows[0].measure.unit
-    params = [float(row.group.params) for row in rows]
-    chart = Chart(
-        log_axis("trainable parameters", params, short_count),
-        _score_axis(rows, [unit.factor * published.value for row in rows for published in row.published]),
-        f"Score against trainable parameters on {rows[0].group.task}: {_values(rows)}",
-    )
-    points = [(params[place], _shown(row)) for place, row in enumerate(rows)]
-    best = front([(x, rows[place].measure.sign * y) for place, (x, y) in enumerate(points)])
-    chart.line([points[place] for place in best], "front", width=1.1)
-    for row, (x, _) in zip(rows, points, strict=True):
-        _score_bar(chart, row, x)
-    for place, (row, point) in enumerate(zip(rows, points, strict=True)):
-        chart.mark(*point, style(row.group)[1], css(row.group), _title(row), filled=place in best)
+def _settings(rows: Sequence[ResultRow], model: str) -> list[list[RunGroup]]:
+    """The groups of each setting of the model that have lines, also those without a score: a loss needs none."""
+    settings: dict[tuple[str, str], list[RunGroup]] = defaultdict(list)
+    for group in dict.fromkeys(row.group for row in rows if row.group.model == model):
+        settings[group.task, group.variant].append(group)
+    return [sorted(groups, key=order)[:MOST_LINES] for groups in settings.values()]
+
+
+def _title(group: RunGroup, measure: Measure) -> str:
+    return f"{group.task_in_words}, {measure.metric.replace('_', ' ')}"
+
+
+# --- The forest: every claim with a line for each task, on the scale of the comparator's gain.
+
+
+def _forest(model: str, groups: Sequence[ForestGroup]) -> Panel:
+    names = [textwrap.wrap(visible(group.claim), 64, max_lines=2, placeholder="…") for group in groups]
+    lines = sum(0.45 + 0.75 * len(name) + len(group.lines) for name, group in zip(names, groups, strict=True))
+    draw = partial(draw_forest, groups=groups, names=names, lines=lines)
+    return Panel("forest", model, "", draw, (), (4.7, 0.6 + 0.19 * lines), (0.9, 1.35, 0.56, 0.04))
+
+
+def draw_forest(ax: Axes, groups: Sequence[ForestGroup], names: Sequence[Sequence[str]], lines: float) -> None:
+    """Claims with their lines, from top to bottom.
+
+    Args:
+        names: the claims' names, in lines.
+        lines: the height of all of it, in lines of tasks.
+    """
+    scale = forest.axis([line for group in groups for line in group.lines])
+    left = 0.01 - ax.get_position().x0 / ax.get_position().width
+    place, ticks = 0.1, []
+    for group, name in zip(groups, names, strict=True):
+        place += 0.45 + 0.75 * len(name)
+        about = {"transform": ax.get_yaxis_transform(), "va": "bottom", "fontweight": "bold", "linespacing": 1.1}
+        ax.text(left, place - 0.08, "\n".join(name), **about)
+        beside = np.arange(len(group.lines)) + place + 0.5
+        for at, line in zip(beside, group.lines, strict=True):
+            ticks.append((at, cut(line.task, 16)))
+            _forest_line(ax, line, float(at), scale)
+        place += len(group.lines)
+        # Lines to compare with stand only beside the bars, so that they do not cross the claims' names.
+        for tick in scale.ticks:
+            colour = SOFT if tick in (0.0, 1.0) else LINE
+            ax.plot([tick] * 2, [beside[0] - 0.5, beside[-1] + 0.5], color=colour, linewidth=0.8, zorder=1)
+    ax.set_ylim(lines + 0.2, 0)
+    ax.set_yticks([at for at, _ in ticks], [task for _, task in ticks])
+    ax.set_xlim(scale.low, scale.high)
+    ax.set_xticks(list(scale.ticks), _percents(scale))
+    comparators = {group.comparator for group in groups}
+    name = cut(comparators.pop(), 12) if len(comparators) == 1 else "comparator"
+    ax.set_xlabel(f"share of the gain (base 0 %, {name} 100 %)")
+    ax.grid(visible=False)
+
+
+def _forest_line(ax: Axes, line: ForestLine, place: float, scale: ShareAxis) -> None:
+    colour, marker = VERDICTS[line.verdict]
+    beside = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 8}
+    if line.share is None:
+        ax.text(0.02, place, line.missing, color=SOFT, **beside)
+        return
+    ax.text(1.04, place, minus(line.in_words), color=colour, **beside)
+    if line.zone is not None:
+        low, high = map(scale.nearest, line.zone)
+        ax.fill_between([low, high], place - 0.46, place + 0.46, color=ZONE, linewidth=0, zorder=0)
+    share, about = line.share, {"color": colour, "markersize": 5, "clip_on": False}
+    if not math.isnan(share.low):
+        ends, dash = [scale.nearest(share.low), scale.nearest(share.high)], "-" if line.is_firm else "--"
+        ax.plot(ends, [place] * 2, color=colour, linewidth=1.8, linestyle=dash, solid_capstyle="butt")
+    if min(share.low, share.value) < scale.low:
+        ax.plot([scale.low], [place], marker="<", **about)
+    if max(share.high, share.value) > scale.high:
+        ax.plot([scale.high], [place], marker=">", **about)
+    if scale.low <= share.value <= scale.high:
+        face = colour if line.is_firm and line.verdict != "undecided" else BACK
+        ax.plot([share.value], [place], marker=marker, markerfacecolor=face, zorder=3, **about)
+
+
+# --- Scores and shares against parameters.
+
+
+class Point(NamedTuple):
+    """One arm of a chart against parameters."""
+
+    group: RunGroup
+    value: Interval
+    """In the unit of the axis; its ends are NaN without a bar."""
+    is_filled: bool
+    name: str
+
+
+def _against_parameters(ax: Axes, points: Sequence[Point]) -> None:
+    """Every arm with its interval and name. A line joins the ranks of a configuration."""
+    by_name: dict[str, list[Point]] = defaultdict(list)
+    for point in sorted(points, key=lambda point: point.group.params):
+        by_name[point.group.configuration].append(point)
+    for own in by_name.values():
+        colour, marker, _ = style(own[0].group)
+        ax.plot(
+            [point.group.params for point in own], [point.value.value for point in own], color=colour, linewidth=0.8
+        )
+        for group, value, is_filled, _ in own:
+            ax.plot([group.params] * 2, [value.low, value.high], color=colour, linewidth=1.2, alpha=0.75)
+            _mark(ax, group.params, value.value, colour, marker, is_filled)
+    counts = [point.group.params for point in points]
+    if not ax.get_xlabel():
+        _count_axis(ax, counts)
+    ordered = sorted(points, key=lambda point: order(point.group))
+    _names(ax, [(point.group.params, point.value.value, point.name) for point in ordered])
+
+
+def _mark(ax: Axes, x: float, y: float, colour: str, marker: str, is_filled: bool = True) -> None:
+    face = colour if is_filled else BACK
+    ax.plot([x], [y], marker=marker, color=colour, markerfacecolor=face, linestyle="", clip_on=False, zorder=3)
+
+
+def draw_shares(ax: Axes, panel: SizePanel, sizes: Sequence[SizePanel]) -> None:
+    """What each arm keeps of the reference's gain.
+
+    Args:
+        sizes: all panels. They have the same axes, so that tasks on which the arms hardly differ look like it.
+    """
+    scale = share_axis(sizes)
+    _count_axis(ax, [arm.group.params for each in sizes for arm in each.arms])
+    margin = 0.02 * (scale.high - scale.low)
+    ax.set_ylim(scale.low - margin, scale.high + margin)
+    ax.set_yticks(list(scale.ticks), _percents(scale))
+    ax.set_ylabel(f"share of the gain of {cut(panel.reference.name, 20)}")
+    ax.axhline(1, color=SOFT, linewidth=0.8, zorder=1)
+    points = []
+    for arm in panel.arms:
+        shown = scale.nearest(arm.share.value)
+        is_inside = shown == arm.share.value
+        ends = (math.nan, math.nan) if arm.group is panel.reference else (arm.share.low, arm.share.high)
+        value = Interval(shown, *map(scale.nearest, ends))
+        name = arm.group.name if is_inside else f"{arm.group.name}, {forest.percent(arm.share.value)} %"
+        points.append(Point(arm.group, value, is_inside, name))
+    _against_parameters(ax, points)
+
+
+def draw_pareto(ax: Axes, rows: Sequence[ResultRow]) -> None:
+    """Scores with the front of what nothing smaller beats."""
+    values = [_shown(row) for row in rows]
+    best = front([(row.group.params, row.measure.sign * v.value) for row, v in zip(rows, values, strict=True)])
+    corners = [(rows[place].group.params, values[place].value) for place in best]
+    ax.plot(*zip(*corners, strict=True), color=SOFT, linewidth=0.8, zorder=1)
+    for row in rows:
         for published in row.published:
-            chart.mark(point[0], unit.factor * published.value, "*", css(row.group), published.note(), filled=False)
-    for row, point in sorted(zip(rows, points, strict=True), key=lambda pair: order(pair[0].group)):
-        chart.name(*point, row.group.name)
-    return Panel(task_title(rows[0].group), chart.svg())
+            value = row.measure.unit.factor * published.value
+            ax.scatter(row.group.params, value, marker="*", s=110, facecolors="none", edgecolors=style(row.group)[0])
+    ax.set_ylabel(_score_words(rows[0].measure))
+    pairs = enumerate(zip(rows, values, strict=True))
+    _against_parameters(ax, [Point(row.group, value, i in best, row.group.name) for i, (row, value) in pairs])
 
 
-def ranks(rows: Sequence[ResultRow]) -> Panel | None:
-    """Score against rank in one setting; None if there is only one rank."""
-    values = sorted({row.group.rank for row in rows})
-    if len(values) < 2:
-        return None
-    ticks = [(float(rank), str(rank)) for rank in rank_ticks(values)]
-    axis = Axis("rank r", values[0] / 1.4, values[-1] * 1.4, ticks, is_log=True)
-    chart = Chart(axis, _score_axis(rows), f"Score against rank on {rows[0].group.task}: {_values(rows)}")
-    by_name: dict[str, list[ResultRow]] = defaultdict(list)
-    for row in rows:
-        by_name[row.group.configuration].append(row)
-    for place, own in enumerate(by_name.values()):
-        # A small shift separates the bars of configurations with equal ranks.
-        shift = 1 + 0.035 * (place - len(by_name) / 2)
-        own.sort(key=lambda row: row.group.rank)
-        group = own[0].group
-        chart.line([(row.group.rank * shift, _shown(row)) for row in own], css(group), style(group)[2], width=1.2)
-        for row in own:
-            _score_bar(chart, row, row.group.rank * shift)
-            chart.mark(row.group.rank * shift, _shown(row), style(group)[1], css(group), _title(row))
-    return Panel(task_title(rows[0].group), chart.svg())
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The indices of the points (parameters, score) on the Pareto front, sorted by parameters."""
+    kept, best = [], -math.inf
+    for number in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if points[number][1] > best:
+            kept.append(number)
+            best = points[number][1]
+    return kept
 
 
-def _score_axis(rows: Sequence[ResultRow], include: Sequence[float] = ()) -> Axis:
-    unit = rows[0].measure.unit
-    intervals = [row.score.examples for row in rows if row.score is not None and row.score.examples is not None]
-    ends = [unit.factor * end for interval in intervals for end in (interval.low, interval.high)]
-    values = [*(_shown(row) for row in rows), *ends]
-    axis = linear_axis(f"{metric_words(rows[0].measure)}, {unit.words}", values, include)
-    if unit is Unit.POINTS:
-        # A score has ends, so the axis shows nothing beyond them.
-        return Axis(axis.name, max(axis.low, -3.0), min(axis.high, 103.0), axis.ticks)
-    return axis
-
-
-def metric_words(measure: Measure) -> str:
-    """The metric's name for an axis or a title."""
-    return visible(measure.metric).replace("_", " ")
-
-
-def _score_bar(chart: Chart, row: ResultRow, x: float) -> None:
+def _shown(row: ResultRow, interval: Interval | None = None) -> Interval:
+    """A score in the unit of the axis, with the ends of the interval; by default that over examples."""
     assert row.score is not None
-    if (interval := row.score.examples) is not None and not math.isnan(interval.low):
-        factor = row.measure.unit.factor
-        chart.bar(x, factor * interval.low, factor * interval.high, css(row.group))
-        chart.take(x, factor * interval.low, factor * interval.high)
+    factor, found = row.measure.unit.factor, interval or row.score.examples
+    low, high = (found.low, found.high) if found is not None else (math.nan, math.nan)
+    return Interval(factor * row.score.value, factor * low, factor * high)
 
 
-def _shown(row: ResultRow) -> float:
-    assert row.score is not None
-    return row.measure.unit.factor * row.score.value
+def _score_words(measure: Measure) -> str:
+    return f"{'loss' if measure.unit is Unit.NATS else 'score'}, {measure.unit.words}"
 
 
-def _title(row: ResultRow) -> str:
-    unit = row.measure.unit
-    marks = f" ({', '.join(row.group.short_marks)})" if row.group.short_marks else ""
-    seeds = f"{len(row.seeds)} seed{'s' if len(row.seeds) != 1 else ''}"
-    return f"{row.group.name}{marks}: {_shown(row):.{unit.decimals}f}, {row.group.params:,} parameters, {seeds}"
+def draw_arena(ax: Axes, rows: Sequence[ResultRow]) -> None:
+    """Every arm of a setting with other methods, sorted by score: its interval, and what it trains and stores.
+
+    A name with * has marks: what the admission found, or a size more than 5 % off the budget.
+    """
+    ordered = sorted(rows, key=lambda row: row.measure.sign * _shown(row).value)
+    for place, row in enumerate(ordered):
+        colour, marker, _ = style(row.group)
+        score = _shown(row, row.score.both if row.score else None)
+        ax.plot([score.low, score.high], [place] * 2, color=colour)
+        _mark(ax, score.value, place, colour, marker)
+        stored = row.group.runs[0].record.stored_params or row.group.params
+        words = f"{short_count(row.group.params)} trained, {short_count(stored)} stored"
+        ax.text(1.03, place, words, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=SOFT)
+    names = [f"{cut(row.group.name, 32)}{' *' if row.group.short_marks else ''}" for row in ordered]
+    ax.set_yticks(range(len(ordered)), names)
+    ax.set_ylim(-0.6, len(ordered) - 0.4)
+    ax.set_xlabel(_score_words(ordered[0].measure))
 
 
-def _values(rows: Sequence[ResultRow]) -> str:
-    shown = "; ".join(_title(row) for row in rows[:12])
-    return shown + (f"; and {len(rows) - 12} more in the table" if len(rows) > 12 else "")
+# --- Training: what was logged by step, the search of rates, and the layers.
 
 
-def order(group: RunGroup) -> tuple[int, int]:
-    """The key by which groups are sorted where there is not room for all."""
-    return (FIRST.index(group.label) if group.label in FIRST else len(FIRST), group.rank)
+class Curve(NamedTuple):
+    """A line with a value for every seed."""
+
+    group: RunGroup | None
+    """None for a line to compare the others with."""
+    name: str
+    xs: Sequence[int]
+    """Steps or layers."""
+    values: NDArray[np.float64]
+    """(seeds, xs)."""
 
 
-def drawn(groups: Sequence[RunGroup]) -> list[RunGroup]:
-    """The groups of a setting that charts with lines show."""
-    return sorted(groups, key=order)[:MOST_LINES]
-
-
-def validation_curves(groups: Sequence[RunGroup]) -> list[Panel]:
-    """What was logged on validation by step: a panel for the loss, and one for each score that was logged too."""
-    logged = {id(group): [_logged(run) for run in group.runs] for group in groups}
-    metrics = dict.fromkeys(name for runs in logged.values() for curves in runs for name in curves)
-    panels = []
-    for metric in metrics:
-        tables = []
-        for group in groups:
-            curves = [curves[metric] for curves in logged[id(group)] if metric in curves]
-            steps = curves[0][0] if curves else []
-            values = np.array([own for own_steps, own in curves if own_steps == steps])
+def _curves(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
+    """A panel for each metric of validation that was logged."""
+    logged = [(group, [run.curves("validation/") for run in group.runs]) for group in groups]
+    found = []
+    for metric in dict.fromkeys(name for _, runs in logged for curves in runs for name in curves):
+        lines = []
+        for group, runs in logged:
+            own = [curves[metric] for curves in runs if metric in curves]
+            steps = own[0][0] if own else []
             if len(steps) > 1:
-                tables.append((group, steps, values))
-        if tables:
-            title = task_title(groups[0]) + ("" if metric == "validation/loss" else f", {visible(metric)}")
-            panels.append(Panel(title, _curves(tables, metric)))
-    return panels
+                lines.append(Curve(group, group.name, steps, np.array([losses for at, losses in own if at == steps])))
+        task = groups[0].task_in_words
+        title = task if metric == "validation/loss" else f"{task}, {metric}"
+        draw = partial(draw_lines, curves=lines, x="step", y=metric.replace("/", " "), is_loss=_is_nats(metric))
+        drawn = [line.group for line in lines if line.group is not None]
+        found += [Panel("curves", model, title, draw, drawn, margins=WITH_NAMES)] if lines else []
+    return found
 
 
-def _logged(run: Run) -> dict[str, tuple[list[int], list[float]]]:
-    """Metric -> steps and values, for every metric of validation in metrics.jsonl."""
-    curves: dict[str, tuple[list[int], list[float]]] = {}
-    try:
-        rows = read_metrics(RunFolder(run.path).metrics_file, "validation/")
-    except UserError:
-        return curves
-    for row in rows:
-        for name, value in row.values.items():
-            if name.startswith("validation/"):
-                steps, values = curves.setdefault(name, ([], []))
-                steps.append(row.step)
-                values.append(float(value))
-    return curves
-
-
-def _curves(tables: Sequence[tuple[RunGroup, list[int], np.ndarray]], metric: str) -> Markup:
-    values = [float(value) for _, _, table in tables for value in (table.min(), table.max())]
-    last = max(steps[-1] for _, steps, _ in tables)
-    name = visible(metric).replace("/", " ")
-    is_wide = min(values) > 0 and max(values) > 3 * min(values) and is_nats(metric)
-    y = log_axis(name, values, widen=1.1) if is_wide else linear_axis(name, values)
-    finals = "; ".join(f"{group.name} ends at {table.mean(0)[-1]:.3g}" for group, _, table in tables)
-    chart = Chart(_with_room(linear_axis("step", [0, last])), y, f"{name} by step: {finals}")
-    for group, steps, table in tables:
-        if len(table) > 1:
-            chart.band([float(step) for step in steps], list(table.min(0)), list(table.max(0)), css(group))
-    for group, steps, table in tables:
-        mean = table.mean(0)
-        _, shape, dash = style(group)
-        points = [(float(step), float(value)) for step, value in zip(steps, mean, strict=True)]
-        chart.line(points, css(group), dash, _width(group, [other for other, _, _ in tables]))
-        seeds = f"{len(table)} seed{'s' if len(table) != 1 else ''}"
-        chart.mark(float(steps[-1]), float(mean[-1]), shape, css(group), f"{group.name}: {mean[-1]:.4g}, {seeds}")
-    for group, steps, table in tables:
-        chart.name(float(steps[-1]), float(table.mean(0)[-1]), group.name)
-    return chart.svg()
-
-
-def _with_room(axis: Axis) -> Axis:
-    """The axis with room for names at the right ends of lines."""
-    return Axis(axis.name, axis.low, axis.high + 0.25 * (axis.high - axis.low), axis.ticks)
-
-
-def _width(group: RunGroup, others: Sequence[RunGroup]) -> float:
-    """The width of a group's lines. Of one configuration, a higher rank has a thicker line."""
-    ranks = sorted({other.rank for other in others if other.label == group.label})
-    return 1.8 if len(ranks) == 1 else 1.1 + 1.3 * ranks.index(group.rank) / (len(ranks) - 1)
-
-
-def is_nats(metric: str) -> bool:
-    """Whether a logged metric is a loss."""
+def _is_nats(metric: str) -> bool:
     return metric.endswith("/loss") or is_loss(metric.rpartition("/")[2])
 
 
-def search(groups: Sequence[RunGroup]) -> Panel | None:
-    """The last validation loss against the rate; None if no group of the setting tried several rates."""
-    groups = [group for group in groups if len({trial.lr for trial in group.trials}) > 1]
+def _layers(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
+    """Norms of u_l and v_l, norms of the updates, and their cosine with LoRA's; none without adapters."""
+    layers = layer_profiles(groups)
+    found = []
+    for title, y, level, profiles in (
+        ("norm of u", "‖u‖ / √r", 1.0, layers.u),
+        ("norm of v", "‖v‖ / √d", 1.0, layers.v),
+        ("size of the update", "‖s B A‖", 0.0, layers.updates),
+        (f"cosine with {layers.compared_with}", "cosine of the updates", 0.0, layers.cosines),
+    ):
+        lines = [
+            Curve(None if each.is_reference else each.group, each.name, each.layers, each.values)
+            for each in profiles
+            if np.isfinite(each.values).any()
+        ]
+        draw = partial(draw_lines, curves=lines, x="layer", y=y, level=level)
+        drawn = [line.group for line in lines if line.group is not None]
+        title = f"{groups[0].task_in_words}, {title}"
+        found += [Panel("layers", model, title, draw, drawn, margins=WITH_NAMES)] if lines else []
+    return found
+
+
+def draw_lines(
+    ax: Axes, curves: Sequence[Curve], x: str, y: str, level: float | None = None, is_loss: bool = False
+) -> None:
+    """The mean over seeds, with the band from the lowest to the highest seed.
+
+    Args:
+        x, y: the axes' names.
+        level: a value to compare with.
+        is_loss: whether the y axis is logarithmic where the values differ much.
+    """
+    if level is not None:
+        ax.axhline(level, color=SOFT, linewidth=0.8, linestyle=":")
+    for group, _, xs, values in curves:
+        colour, marker, dash = (SOFT, "", ":") if group is None else style(group)
+        if len(values) > 1:
+            ax.fill_between(xs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        ranks = sorted(
+            {curve.group.rank for curve in curves if group and curve.group and curve.group.label == group.label}
+        )
+        # Of one configuration, a higher rank has a thicker line.
+        width = 1.4 if group is None or len(ranks) == 1 else 1.0 + 1.2 * ranks.index(group.rank) / (len(ranks) - 1)
+        ax.plot(xs, values.mean(0), color=colour, marker=marker, markevery=[-1], linestyle=dash, linewidth=width)
+    low, high = (float(end([end(curve.values) for curve in curves])) for end in (np.nanmin, np.nanmax))
+    if is_loss and low > 0 and high > 3 * low:
+        _log_axis(ax.yaxis, [low, high], _number, widen=1.1)
+    ax.set(xlabel=x, ylabel=visible(y))
+    _names_at_ends(ax, curves)
+
+
+def _search(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
+    """A panel, if a group tried several rates."""
+    searched = [group for group in groups if len({trial.lr for trial in group.trials}) > 1]
+    if not any(trial.loss is not None and trial.loss > 0 for group in searched for trial in group.trials):
+        return []
+    return [Panel("search", model, groups[0].task_in_words, partial(draw_search, groups=searched), searched)]
+
+
+def draw_search(ax: Axes, groups: Sequence[RunGroup]) -> None:
+    """The last validation loss of every run against its rate. A ring marks the chosen rate."""
     losses = [trial.loss for group in groups for trial in group.trials if trial.loss is not None and trial.loss > 0]
-    if not losses:
-        return None
-    rates = [trial.lr for group in groups for trial in group.trials if trial.lr > 0]
     # A diverged loss would flatten everything else, so the axis ends at ten times the median.
-    top = min(max(losses), 10 * float(np.median(losses)))
-    y = log_axis("last validation loss", [loss for loss in losses if loss <= top], widen=1.15)
-    chosen = "; ".join(f"{group.name} chose {group.lr:g} of {len(group.rates)} rates" for group in groups)
-    chart = Chart(log_axis("learning rate", rates, number), y, f"Last validation loss by learning rate: {chosen}")
+    top = 1.15 * min(max(losses), 10 * float(np.median(losses)))
     for place, group in enumerate(groups):
         # A small shift separates the markers of configurations with equal rates.
         shift = 1.045 ** (place - (len(groups) - 1) / 2)
-        means = _mean_losses(group)
-        points = [(rate * shift, min(loss, y.high)) for rate, loss in means.items()]
-        chart.line(points, css(group), style(group)[2], width=1.2)
-        for trial in (trial for trial in group.trials if trial.lr > 0):
-            loss = y.high if trial.loss is None or not 0 < trial.loss <= y.high else trial.loss
-            words = {"pruned": f"stopped after step {trial.step}", "failed": "failed"}.get(trial.state, "finished")
-            shown = f"{trial.loss:.4g}" if trial.loss is not None else "no loss"
-            shape = "x" if trial.state == "failed" else style(group)[1]
-            title = f"{group.name}, rate {trial.lr:g}, seed {trial.seed}: {shown}, {words}"
-            chart.mark(trial.lr * shift, loss, shape, css(group), title, filled=trial.state == "finished")
+        colour, marker, dash = style(group)
+        by_rate: dict[float, list[float]] = defaultdict(list)
+        for trial in group.trials:
+            loss = min(trial.loss, top) if trial.loss is not None and trial.loss > 0 else top
+            shape = "x" if trial.state == "failed" else marker
+            _mark(ax, trial.lr * shift, loss, colour, shape, trial.state == "finished")
+            if trial.state == "finished":
+                by_rate[trial.lr].append(loss)
+        means = {rate: float(np.mean(by_rate[rate])) for rate in sorted(by_rate)}
+        ax.plot([rate * shift for rate in means], list(means.values()), color=colour, linestyle=dash, linewidth=1)
         if group.lr in means:
-            chart.ring(group.lr * shift, min(means[group.lr], y.high))
-    return Panel(task_title(groups[0]), chart.svg())
+            ax.plot([group.lr * shift], [means[group.lr]], "o", color=INK, markersize=11, fillstyle="none", zorder=4)
+    _log_axis(ax.xaxis, [trial.lr for group in groups for trial in group.trials if trial.lr > 0], _number)
+    _log_axis(ax.yaxis, [min(loss, top) for loss in losses], _number, widen=1.15)
+    ax.set(xlabel="learning rate", ylabel="last validation loss")
 
 
-def _mean_losses(group: RunGroup) -> dict[float, float]:
-    """Rate -> the mean last loss of its finished runs."""
-    by_rate: dict[float, list[float]] = defaultdict(list)
-    for trial in group.trials:
-        if trial.state == "finished" and trial.loss is not None and trial.loss > 0 and trial.lr > 0:
-            by_rate[trial.lr].append(trial.loss)
-    return {rate: float(np.mean(losses)) for rate, losses in by_rate.items()}
+# --- Axes and names.
 
 
-def layers(groups: Sequence[RunGroup]) -> list[Panel]:
-    """Norms of u_l and v_l, norms of the updates, and their cosine with LoRA's, by layer; empty without adapters."""
-    found = adapters.layer_profiles(groups)
-    against = f"cosine with {found.compared_with}"
-    panels = [
-        _profile(found.u, "‖u‖ by layer", "‖u‖ / √r", include=(1.0,)),
-        _profile(found.v, "‖v‖ by layer", "‖v‖ / √d", include=(1.0,)),
-        _profile(found.updates, "size of the update by layer", "‖s B A‖", include=(0.0,)),
-        _profile(found.cosines, f"{against} by layer", "cosine of the updates", include=(0.0,)),
-    ]
-    return [panel for panel in panels if panel is not None]
+def short_count(count: float) -> str:
+    """41,328 -> 41.3k."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"
 
 
-def _profile(profiles: Sequence[LayerProfile], title: str, y_name: str, include: Sequence[float]) -> Panel | None:
-    values = [float(value) for profile in profiles for value in profile.values.ravel() if math.isfinite(value)]
-    if not values:
-        return None
-    last = max(profile.layers[-1] for profile in profiles)
-    means = "; ".join(f"{profile.name}: {np.nanmean(profile.values):.3g} on average" for profile in profiles)
-    chart = Chart(
-        _with_room(linear_axis("layer", [0, last])), linear_axis(y_name, values, include), f"{title}. {means}"
-    )
-    for level in include:
-        chart.level(level)
-    ends: list[tuple[LayerProfile, tuple[float, float]]] = []
-    for profile in profiles:
-        colour = "reference" if profile.is_reference else css(profile.group)
-        dash = ":" if profile.is_reference else style(profile.group)[2]
-        table = profile.values
-        xs = [float(layer) for layer in profile.layers]
-        if len(table) > 1:
-            chart.band(xs, list(table.min(0)), list(table.max(0)), colour)
-        points = [point for point in zip(xs, table.mean(0), strict=True) if math.isfinite(point[1])]
-        width = 1.4 if profile.is_reference else _width(profile.group, [other.group for other in profiles])
-        chart.line(points, colour, dash, width)
-        if points and not profile.is_reference:
-            seeds = f"{len(table)} seed{'s' if len(table) != 1 else ''}"
-            chart.mark(*points[-1], style(profile.group)[1], colour, f"{profile.name}, {seeds}")
-        ends += [(profile, points[-1])] if points else []
-    for profile, end in ends:
-        chart.name(*end, profile.name)
-    return Panel(visible(title), chart.svg())
+def _number(value: float) -> str:
+    return f"{value:g}".replace("e-0", "e-")
+
+
+def _percents(scale: ShareAxis) -> list[str]:
+    return [minus(f"{100 * tick:.0f} %") for tick in scale.ticks]
+
+
+def _log_axis(axis: Any, values: Sequence[float], label: Callable[[float], str], widen: float = 1.3) -> None:
+    """A logarithmic axis over positive values, with ticks at 1, 2 and 5, or at fewer places if it is wide."""
+    low, high = min(values) / widen, max(values) * widen
+    if high / low < 6:
+        low, high = low / 1.8, high * 1.8
+    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
+    subs = (1.0,) if high / low > 300 else (1.0, 3.0) if high / low > 40 else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
+
+
+def _count_axis(ax: Axes, counts: Sequence[float]) -> None:
+    _log_axis(ax.xaxis, counts, short_count)
+    ax.set_xlabel("trainable parameters")
+
+
+BESIDE = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
+"""Where a name may stand beside its point: the directions to the right and up."""
+
+
+def _names(ax: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write names beside points, where they cover no line, marker or other name. The first points' names come first."""
+    ax.autoscale_view()
+    inch = ax.figure.dpi
+    room, gap, drawn = ax.get_window_extent().padded(0.08 * inch), 0.06 * inch, _drawn(ax)
+    taken: list[Bbox] = []
+    for x, y, name in points:
+        text = ax.annotate(cut(name, 28), (x, y), (0, 0), textcoords="offset points", fontsize=7.5, va="center")
+        size, at = text.get_window_extent().size, ax.transData.transform((x, y))
+        for across, up in BESIDE:
+            middle = at + np.array([across * (gap + size[0] / 2), up * (gap / 2 + size[1] / 2)])
+            box = Bbox([middle - size / 2, middle + size / 2])
+            is_free = room.contains(*box.min) and room.contains(*box.max)
+            wide = box.padded(0.02 * inch)
+            is_free = is_free and not ((drawn > wide.min) & (drawn < wide.max)).all(1).any()
+            if is_free and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                text.set_ha("right" if across < 0 else "left" if across else "center")
+                text.xyann = tuple(72 / inch * np.array([across * gap, middle[1] - at[1]]))
+                break
+        else:
+            text.remove()
+
+
+def _drawn(ax: Axes) -> NDArray[np.float64]:
+    """(points, 2): points in pixels along every line that is drawn, so close that no name fits between them."""
+    along = []
+    for line in ax.lines:
+        places = line.get_transform().transform(line.get_xydata())
+        along.append(places)
+        for start, end in itertools.pairwise(places[np.isfinite(places).all(1)]):
+            along.append(np.linspace(start, end, 2 + int(np.abs(end - start).max() / 3)))
+    return np.concatenate(along)
+
+
+def _names_at_ends(ax: Axes, curves: Sequence[Curve]) -> None:
+    """Names at the right of lines, in their colours. Where ends are close, names keep their order and a distance."""
+    last = max(curve.xs[-1] for curve in curves)
+    ax.set_xlim(-0.02 * last, 1.02 * last)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.autoscale_view()
+    # An update of zero has no cosine.
+    ends = [(c.xs[-1], float(c.values[:, -1].mean()), c) for c in curves if np.isfinite(c.values[:, -1]).all()]
+    ends.sort(key=lambda end: end[1])
+    wanted = np.array([ax.transData.transform((x, y))[1] for x, y, _ in ends])
+    apart = 0.115 * ax.figure.dpi * np.arange(len(ends))
+    # None stands below the axes, where the ticks are.
+    places = np.maximum(isotonic_regression(wanted - apart).x, ax.bbox.y0) + apart
+    for (x, y, curve), up in zip(ends, 72 / ax.figure.dpi * (places - wanted), strict=True):
+        colour = SOFT if curve.group is None else style(curve.group)[0]
+        about = {"textcoords": "offset points", "fontsize": 7, "va": "center", "color": colour}
+        ax.annotate(cut(curve.name, 20), (x, y), (6, up), annotation_clip=False, **about)

@@ -1,4 +1,8 @@
-"""Tables as Markdown, CSV and LaTeX. Here the values of a table become text."""
+"""Tables of typed cells, and the one place where cells become text: for people, Markdown, CSV and LaTeX.
+
+A column has a kind, which says how its cells are shown. Scores, differences and shares are fractions of 1 in cells, and
+points of 100 or per cent in texts. Losses are in nats.
+"""
 
 from __future__ import annotations
 
@@ -6,92 +10,228 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from tiedlora.page.values import (
-    Amount,
-    AverageScore,
-    Column,
-    Count,
-    Ends,
-    LearningRate,
-    NamedEnds,
-    Percent,
-    PercentInterval,
-    ScoreInterval,
-    ScoreValue,
-    Table,
-    TaskScore,
-    Value,
-)
 from tiedlora.records.interval import Interval, Unit
 from tiedlora.text import visible
 
 MISSING = "–"
 
 
-def score(value: float, signed: bool = False, unit: Unit = Unit.POINTS) -> str:
+def score(value: float, unit: Unit = Unit.POINTS, signed: bool = False) -> str:
     """0.4213 -> 42.1 in points, 0.421 in nats."""
     return MISSING if math.isnan(value) else f"{unit.factor * value:{'+' if signed else ''}.{unit.decimals}f}"
 
 
-def ends(interval: Interval, signed: bool = False, unit: Unit = Unit.POINTS) -> str:
+def ends(interval: Interval, unit: Unit = Unit.POINTS, signed: bool = False) -> str:
     """[40.1, 44.2]."""
     if math.isnan(interval.low):
         return MISSING
-    return f"[{score(interval.low, signed, unit)}, {score(interval.high, signed, unit)}]"
+    return f"[{score(interval.low, unit, signed)}, {score(interval.high, unit, signed)}]"
 
 
-def score_interval(interval: Interval, signed: bool = False, unit: Unit = Unit.POINTS) -> str:
+def score_interval(interval: Interval, unit: Unit = Unit.POINTS, signed: bool = False) -> str:
     """42.1 [40.1, 44.2], or 42.1 if there is no interval."""
-    value = score(interval.value, signed, unit)
-    return value if math.isnan(interval.low) else f"{value} {ends(interval, signed, unit)}"
+    value = score(interval.value, unit, signed)
+    return value if math.isnan(interval.low) else f"{value} {ends(interval, unit, signed)}"
 
 
-def text(value: Value) -> str:
-    """A value as text for people."""
-    match value:
-        case None:
-            return MISSING
-        case str() | int():
-            return str(value)
-        case float():
-            return f"{value:g}"
-        case Count():
-            return f"{value.value:,}"
-        case Amount():
-            return f"{value.value:,.{value.decimals}f}"
-        case Percent():
-            return f"{100 * value.value:.{value.decimals}f} %"
-        case PercentInterval():
-            return _percent_interval(value.interval)
-        case LearningRate():
-            return f"{value.value:g} of {value.tried}" if value.tried > 1 else f"{value.value:g}"
-        case ScoreValue():
-            return score(value.value, value.signed, value.unit)
-        case ScoreInterval():
-            return score_interval(value.interval, value.signed, value.unit)
-        case Ends():
-            return ends(value.interval, value.signed, value.unit)
-        case NamedEnds():
-            return f"{ends(value.interval, value.signed, value.unit)} {value.covers}".rstrip()
-        case TaskScore():
-            return _task_score(value)
-        case AverageScore():
-            return f"{score_interval(value.interval, unit=value.unit)} (n={value.seeds})"
+def minus(text: str) -> str:
+    """Numbers with the sign that is as wide as the plus."""
+    return text.replace("-", "−")
 
 
-def _percent_interval(interval: Interval) -> str:
-    share = f"{100 * interval.value:.0f} %"
-    return share if math.isnan(interval.low) else f"{share} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+class Scored(NamedTuple):
+    """A score, or a difference of scores, with its interval. The ends are NaN if there is no interval."""
+
+    interval: Interval
+    unit: Unit = Unit.POINTS
+    covers: str = ""
+    """What the interval covers, such as `examples`, if it is not what the column's name says."""
 
 
-def _task_score(value: TaskScore) -> str:
-    star = "*" if value.has_notes else ""
-    if value.score is None:
+class TaskScore(NamedTuple):
+    """One group's score on one task, and its difference to LoRA."""
+
+    score: float | None
+    seeds: int
+    has_notes: bool
+    difference: Interval | None = None
+    unit: Unit = Unit.POINTS
+
+
+class AverageScore(NamedTuple):
+    """The mean over tasks with its interval over seeds; the ends are NaN for one seed."""
+
+    interval: Interval
+    seeds: int
+    unit: Unit = Unit.POINTS
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the cells of a column become text. A cell of any kind may also be a word such as `failed`, or None."""
+
+    text: Callable[[Any], str] = str
+    """For people."""
+    csv: Callable[[Any], Sequence[str]] | None = None
+    """For programs: a text for each ending of `endings`. None is the text for people."""
+    endings: tuple[str, ...] = ("",)
+    """The endings of the names of its columns in CSV."""
+    is_number: bool = True
+    """Whether the page aligns it to the right."""
+
+
+LOW_HIGH = (" low", " high")
+
+
+def _scored(text: Callable[[Interval, Unit, bool], str], signed: bool = False) -> Kind:
+    """A kind of Scored; in CSV the value and the ends of its interval."""
+    return Kind(
+        lambda cell: text(cell.interval, cell.unit, signed),
+        lambda cell: _numbers(cell.interval, cell.unit, signed),
+        ("", *LOW_HIGH),
+    )
+
+
+def _numbers(interval: Interval, unit: Unit, signed: bool = False) -> list[str]:
+    return [score(number, unit, signed) for number in (interval.value, interval.low, interval.high)]
+
+
+def _ends(signed: bool) -> Kind:
+    """A kind of Scored whose value is in another column."""
+    return Kind(
+        lambda cell: ends(cell.interval, cell.unit, signed),
+        lambda cell: _numbers(cell.interval, cell.unit, signed)[1:],
+        LOW_HIGH,
+    )
+
+
+def _value(signed: bool) -> Kind:
+    """A kind of Scored whose interval is in other columns."""
+    return Kind(lambda cell: score(cell.interval.value, cell.unit, signed))
+
+
+def amount(decimals: int) -> Kind:
+    """A measured quantity whose unit is in the column's name."""
+    return Kind(lambda cell: f"{cell:,.{decimals}f}", lambda cell: [f"{cell:.{decimals}f}"])
+
+
+def percent(decimals: int) -> Kind:
+    """A share."""
+    return Kind(lambda cell: f"{100 * cell:.{decimals}f} %")
+
+
+def _percent_interval(cell: Interval) -> str:
+    share = f"{100 * cell.value:.0f} %"
+    return share if math.isnan(cell.low) else f"{share} [{100 * cell.low:.0f}, {100 * cell.high:.0f}]"
+
+
+def _task_score(cell: TaskScore) -> str:
+    star = "*" if cell.has_notes else ""
+    if cell.score is None:
         return f"{MISSING}{star}"
-    shown = f"{score(value.score, unit=value.unit)} (n={value.seeds}){star}"
-    return shown if value.difference is None else f"{shown} ({text(value.difference)})"
+    shown = f"{score(cell.score, cell.unit)} (n={cell.seeds}){star}"
+    return shown if cell.difference is None else f"{shown} ({score_interval(cell.difference, cell.unit, signed=True)})"
+
+
+def _task_cells(cell: TaskScore) -> list[str]:
+    shown = MISSING if cell.score is None else score(cell.score, cell.unit)
+    difference = [MISSING] * 3 if cell.difference is None else _numbers(cell.difference, cell.unit, signed=True)
+    return [shown, str(cell.seeds), "*" if cell.has_notes else "", *difference]
+
+
+TEXT = Kind(is_number=False)
+WHOLE = Kind()
+COUNT = Kind(lambda cell: f"{cell:,}", lambda cell: [str(cell)])
+"""A whole number that may be large: parameters, rows."""
+RATE = Kind(lambda cell: f"{cell[0]:g} of {cell[1]}" if cell[1] > 1 else f"{cell[0]:g}")
+"""The chosen learning rate, and how many were tried."""
+PERCENT_INTERVAL = Kind(
+    _percent_interval,
+    lambda cell: [
+        f"{100 * cell.value:.0f} %",
+        *(MISSING if math.isnan(end) else f"{100 * end:.0f}" for end in (cell.low, cell.high)),
+    ],
+    ("", *LOW_HIGH),
+)
+"""A share as Interval."""
+SCORE, DIFFERENCE = _value(signed=False), _value(signed=True)
+SCORE_ENDS, DIFFERENCE_ENDS = _ends(signed=False), _ends(signed=True)
+SCORE_INTERVAL, DIFFERENCE_INTERVAL = _scored(score_interval), _scored(score_interval, signed=True)
+NAMED_ENDS = Kind(
+    lambda cell: f"{ends(cell.interval, cell.unit, True)} {cell.covers}".rstrip(),
+    lambda cell: [cell.covers, *_numbers(cell.interval, cell.unit, True)[1:]],
+    ("", *LOW_HIGH),
+)
+"""The ends of a difference's interval, which may cover less than the column's name says."""
+TASK_SCORE = Kind(
+    _task_score,
+    _task_cells,
+    ("", " seeds", " notes", " minus LoRA", " minus LoRA low", " minus LoRA high"),
+    is_number=False,
+)
+AVERAGE = Kind(
+    lambda cell: f"{score_interval(cell.interval, cell.unit)} (n={cell.seeds})",
+    lambda cell: [*(numbers := _numbers(cell.interval, cell.unit))[:1], str(cell.seeds), *numbers[1:]],
+    ("", " seeds", *LOW_HIGH),
+    is_number=False,
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its name, the kind of its cells, and what gives the cell of an item."""
+
+    name: str
+    kind: Kind
+    cell: Callable[[Any], Any]
+    csv_name: str = ""
+    """The name in CSV files, if another column of the table has the same name."""
+    wraps: bool = False
+    """Whether the column has long texts."""
+
+    def text(self, cell: Any) -> str:
+        """A cell for people. None means missing, and is never filled in."""
+        return MISSING if cell is None else cell if isinstance(cell, str) else self.kind.text(cell)
+
+    def csv(self, cell: Any) -> list[str]:
+        """A cell's texts in CSV."""
+        if cell is None or isinstance(cell, str):
+            first = MISSING if cell is None else safe_text(cell)
+            return [first, *[MISSING] * (len(self.kind.endings) - 1)]
+        return [self.text(cell)] if self.kind.csv is None else list(self.kind.csv(cell))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of cells, with a caption that says how to read them."""
+
+    name: str
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+
+    @classmethod
+    def of(cls, name: str, caption: str, columns: Sequence[Column], items: Iterable[Any]) -> Table:
+        """The table with a row for each item."""
+        return cls(name, caption, columns, [[column.cell(item) for column in columns] for item in items])
+
+    @property
+    def head(self) -> list[str]:
+        """The columns' names."""
+        return [column.name for column in self.columns]
+
+    def texts(self) -> list[list[str]]:
+        """The rows for people."""
+        return [[column.text(cell) for column, cell in zip(self.columns, row, strict=True)] for row in self.rows]
+
+    def at(self, places: Sequence[int]) -> Table:
+        """The table with only the columns at these places."""
+        rows = [[row[place] for place in places] for row in self.rows]
+        return Table(self.name, self.caption, [self.columns[place] for place in places], rows)
 
 
 def to_markdown(table: Table) -> str:
@@ -101,24 +241,13 @@ def to_markdown(table: Table) -> str:
 
 def pipe_table(table: Table) -> str:
     """The table in Markdown, without its caption."""
-    lines = [f"| {' | '.join(map(_markdown, table.head))} |", f"|{' --- |' * len(table.head)}"]
-    lines += [f"| {' | '.join(_markdown(text(value)) for value in row)} |" for row in table.rows]
+    lines = [f"| {' | '.join(map(_markdown, table.head))} |", f"|{' --- |' * len(table.columns)}"]
+    lines += [f"| {' | '.join(map(_markdown, row))} |" for row in table.texts()]
     return "\n".join(lines) + "\n"
 
 
 def _markdown(cell: str) -> str:
     return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", visible(cell)) or " "
-
-
-_CSV_COLUMNS: dict[type, tuple[str, ...]] = {
-    PercentInterval: ("", " low", " high"),
-    ScoreInterval: ("", " low", " high"),
-    Ends: (" low", " high"),
-    NamedEnds: ("", " low", " high"),
-    TaskScore: ("", " seeds", " notes", " minus LoRA", " minus LoRA low", " minus LoRA high"),
-    AverageScore: ("", " seeds", " low", " high"),
-}
-"""For values that take several columns in CSV: the endings of the columns' names."""
 
 
 def to_csv(table: Table) -> str:
@@ -129,60 +258,12 @@ def to_csv(table: Table) -> str:
     """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([name for column in table.columns for name in _csv_names(column)])
+    columns = table.columns
+    names = [(column.csv_name or column.name, column.kind.endings) for column in columns]
+    writer.writerow([safe_text(name + ending) for name, endings in names for ending in endings])
     for row in table.rows:
-        writer.writerow(
-            [cell for column, value in zip(table.columns, row, strict=True) for cell in _csv_cells(column, value)]
-        )
+        writer.writerow([text for column, cell in zip(columns, row, strict=True) for text in column.csv(cell)])
     return file.getvalue()
-
-
-def _csv_names(column: Column) -> list[str]:
-    name = column.csv_name or column.name
-    return [safe_text(f"{name}{end}") for end in _CSV_COLUMNS.get(column.kind, ("",))]
-
-
-def _csv_cells(column: Column, value: Value) -> list[str]:
-    count = len(_CSV_COLUMNS.get(column.kind, ("",)))
-    match value:
-        case None:
-            return [MISSING] * count
-        case str():
-            return [safe_text(value), *[MISSING] * (count - 1)]
-        case Count():
-            return [str(value.value)]
-        case Amount():
-            return [f"{value.value:.{value.decimals}f}"]
-        case PercentInterval(interval):
-            share = f"{100 * interval.value:.0f} %"
-            return [share, *(f"{100 * end:.0f}" if not math.isnan(end) else MISSING for end in _ends(interval))]
-        case ScoreInterval():
-            return _csv_interval(value)
-        case Ends(interval, signed, unit):
-            return _score_ends(interval, signed, unit)
-        case NamedEnds(interval, covers, signed, unit):
-            return [covers, *_score_ends(interval, signed, unit)]
-        case TaskScore():
-            shown = MISSING if value.score is None else score(value.score, unit=value.unit)
-            difference = [MISSING] * 3 if value.difference is None else _csv_interval(value.difference)
-            return [shown, str(value.seeds), "*" if value.has_notes else "", *difference]
-        case AverageScore(interval, seeds, unit):
-            return [score(interval.value, unit=unit), str(seeds), *_score_ends(interval, unit=unit)]
-        case _:
-            return [text(value)]
-
-
-def _csv_interval(value: ScoreInterval) -> list[str]:
-    interval, signed, unit = value.interval, value.signed, value.unit
-    return [score(interval.value, signed, unit), *_score_ends(interval, signed, unit)]
-
-
-def _ends(interval: Interval) -> tuple[float, float]:
-    return interval.low, interval.high
-
-
-def _score_ends(interval: Interval, signed: bool = False, unit: Unit = Unit.POINTS) -> list[str]:
-    return [score(end, signed, unit) for end in _ends(interval)]
 
 
 def safe_text(cell: str) -> str:
@@ -206,13 +287,12 @@ _LATEX = {
 
 def to_latex(table: Table) -> str:
     """A booktabs table."""
-    rows = [_latex_row([text(value) for value in row]) for row in table.rows]
     lines = [
         "% needs \\usepackage{booktabs}",
         r"\begin{table}",
         rf"\caption{{{_latex(table.caption)}}}",
         rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}",
-        *(r"\toprule", _latex_row(table.head), r"\midrule", *rows, r"\bottomrule"),
+        *(r"\toprule", _latex_row(table.head), r"\midrule", *map(_latex_row, table.texts()), r"\bottomrule"),
         *(r"\end{tabular}", r"\end{table}"),
     ]
     return "\n".join(lines) + "\n"

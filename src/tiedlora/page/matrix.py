@@ -11,8 +11,8 @@ from tiedlora.analysis.answers import Answer, Verdict
 from tiedlora.analysis.claim_verdicts import ClaimVerdict
 from tiedlora.analysis.forest import ForestGroup
 from tiedlora.page import formats
+from tiedlora.page.formats import minus
 from tiedlora.records.interval import Unit
-from tiedlora.text import visible
 
 ORDER = (Verdict.SUPPORTED, Verdict.CONTRADICTED, Verdict.UNDECIDED, Verdict.UNINFORMATIVE)
 
@@ -90,7 +90,7 @@ def _of_model(verdicts: Sequence[ClaimVerdict], model: str, place: int) -> Model
     tasks = list(dict.fromkeys(answer.task for verdict in own for answer in verdict.answers))
     rows = [_row(verdict, tasks, f"reason-{place}-{number}") for number, verdict in enumerate(own)]
     lines = forest.groups(answer for verdict in own for answer in verdict.answers if answer.pair is not None)
-    return ModelVerdicts(visible(model), [visible(task) for task in tasks], rows, lines, _headline(own))
+    return ModelVerdicts(model, tasks, rows, lines, _headline(own))
 
 
 def _headline(verdicts: Sequence[ClaimVerdict]) -> str:
@@ -111,13 +111,13 @@ def _row(verdict: ClaimVerdict, tasks: Sequence[str], prefix: str) -> ClaimRow:
     id_of = {task: reason.id for reason in reasons for task in reason.tasks}
     answer_of = {answer.task: answer for answer in verdict.answers}
     return ClaimRow(
-        visible(claim.name),
+        claim.name,
         claims.in_words(claim.rule),
-        visible(f"{_side(claim.method)} against {_side(claim.comparator)}"),
+        f"{_side(claim.method)} against {_side(claim.comparator)}",
         verdict.verdict.value,
         verdict.exploratory,
         verdict.reason if len(verdict.answers) > 1 else "",
-        [_cell(task, answer_of.get(task), id_of.get(visible(task), "")) for task in tasks],
+        [_cell(task, answer_of.get(task), id_of.get(task, "")) for task in tasks],
         reasons,
     )
 
@@ -129,9 +129,9 @@ def _side(side: claims.Side) -> str:
 
 def _cell(task: str, answer: Answer | None, reasons: str) -> Cell:
     if answer is None:
-        return Cell(visible(task), "not asked", False, "", "", "")
+        return Cell(task, "not asked", False, "", "", "")
     if answer.pair is None:
-        return Cell(visible(task), "not run", False, "", "", reasons)
+        return Cell(task, "not run", False, "", "", reasons)
     effect = interval = ""
     if answer.difference is not None and answer.measure is not None:
         unit, difference = answer.measure.unit, answer.difference.widest
@@ -139,23 +139,18 @@ def _cell(task: str, answer: Answer | None, reasons: str) -> Cell:
         effect = minus(f"{formats.score(difference.value, signed=True, unit=unit)} {words}")
         if not math.isnan(difference.low):
             interval = minus(formats.ends(difference, signed=True, unit=unit))
-    return Cell(visible(task), answer.verdict.value, answer.exploratory, effect, interval, reasons)
-
-
-def minus(text: str) -> str:
-    """Numbers with the sign that is as wide as the plus."""
-    return text.replace("-", "−")
+    return Cell(task, answer.verdict.value, answer.exploratory, effect, interval, reasons)
 
 
 def _reasons(answers: Sequence[Answer], id: str) -> ReasonGroup:
     first = answers[0]
     return ReasonGroup(
         id,
-        [visible(answer.task) for answer in answers],
+        [answer.task for answer in answers],
         first.verdict.value if first.pair is not None else "not run",
         first.exploratory,
-        visible(first.reason),
-        visible(first.decide),
+        first.reason,
+        first.decide,
         _numbers(first) if len(answers) == 1 else [],
     )
 

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.compare import ResultRow
-from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.estimates import Estimate
 from tiedlora.errors import UserError
 from tiedlora.page import formats, matrix, tables
-from tiedlora.page.values import Column, Count, LearningRate, ScoreInterval, Table, Value
+from tiedlora.page.formats import Column, Scored, Table
 from tiedlora.page.write import Report
 from tiedlora.text import visible
 
@@ -89,8 +89,13 @@ def _verdicts(report: Report) -> Table:
     for model in models:
         for row in model.rows:
             cells = {cell.task: _cell(cell, answers.get((model.model, row.name, cell.task))) for cell in row.cells}
-            rows.append((model.model, row.name, *(cells.get(task) for task in tasks)))
-    return _without_one_model(Table("verdicts", "", (Column("model"), Column("claim"), *map(Column, tasks)), rows))
+            rows.append((model.model, row.name, cells))
+    columns = (
+        Column("model", formats.TEXT, lambda row: row[0]),
+        Column("claim", formats.TEXT, lambda row: row[1]),
+        *(Column(task, formats.TEXT, lambda row, task=task: row[2].get(task)) for task in tasks),
+    )
+    return _without_one_model(Table.of("verdicts", "", columns, rows))
 
 
 def _cell(cell: matrix.Cell, answer: Answer | None) -> str | None:
@@ -107,23 +112,35 @@ def _cell(cell: matrix.Cell, answer: Answer | None) -> str | None:
 def _scores(report: Report) -> Table:
     """One row for each group, task and metric that a claim names; without claims, for each task's first metric."""
     columns = (
-        *(Column("model"), Column("task"), Column("metric"), Column("configuration"), Column("rank", int)),
-        *(Column("parameters", Count), Column("lr", LearningRate)),
-        *(Column("seeds", int), Column("rows", Count), Column("score", ScoreInterval)),
-        *(Column("minus base", ScoreInterval), Column("minus LoRA at this rank", ScoreInterval)),
+        Column("model", formats.TEXT, lambda row: row.group.model),
+        Column("task", formats.TEXT, lambda row: row.group.task_in_words),
+        Column("metric", formats.TEXT, lambda row: row.measure.metric),
+        Column("configuration", formats.TEXT, lambda row: row.group.configuration),
+        Column("rank", formats.WHOLE, lambda row: row.group.rank),
+        Column("parameters", formats.COUNT, lambda row: row.group.params),
+        Column("lr", formats.RATE, lambda row: (row.group.lr, len(row.group.rates))),
+        Column("seeds", formats.WHOLE, lambda row: len(row.seeds)),
+        Column("rows", formats.COUNT, lambda row: row.examples),
+        Column("score", formats.SCORE_INTERVAL, lambda row: _scored(row, row.score)),
+        Column("minus base", formats.DIFFERENCE_INTERVAL, lambda row: _scored(row, row.gain)),
+        Column("minus LoRA at this rank", formats.DIFFERENCE_INTERVAL, lambda row: _scored(row, row.difference)),
     )
-    rows = [_score(row) for row in sorted(_asked(report), key=_order)]
-    return _without_one_model(Table("scores", "", columns, rows))
+    return _without_one_model(Table.of("scores", "", columns, _asked(report)))
+
+
+def _scored(row: ResultRow, estimate: Estimate | None) -> Scored | None:
+    return None if estimate is None else Scored(estimate.widest, row.measure.unit)
 
 
 def _asked(report: Report) -> list[ResultRow]:
-    """The scored rows by the metrics that claims name; without claims, by each task's first metric."""
+    """The scored rows by the metrics that claims name; without claims, by each task's first metric. Sorted."""
     asked = {(answer.pair.task, answer.measure.metric) for answer in report.answers if answer.pair and answer.measure}
-    return [
+    rows = [
         row
         for row in report.rows
         if row.score is not None and ((row.group.task, row.measure.metric) in asked or (row.primary and not asked))
     ]
+    return sorted(rows, key=lambda row: (row.group.model, *_place(row), -row.group.params, row.group.name))
 
 
 def _overview(report: Report) -> Table:
@@ -131,34 +148,42 @@ def _overview(report: Report) -> Table:
 
     A configuration with fewer than half of its model's scores is left out, because it compares on few tasks only.
     """
-    rows = sorted(_asked(report), key=_order)
+    rows = _asked(report)
     places = list(dict.fromkeys(map(_place, rows)))
     scores = {(_name(row), _place(row)): row for row in rows}
     assert len(scores) == len(rows), "two groups of one name and setting"
     count = Counter(map(_name, rows))
     all_of_model = Counter(model for model, _ in {(row.group.model, _place(row)) for row in rows})
     groups = {_name(row): row.group for row in rows if 2 * count[_name(row)] >= all_of_model[row.group.model]}
+
+    def score(name: Name, place: Place) -> Scored | None:
+        row = scores.get((name, place))
+        return None if row is None else _scored(row, row.score)
+
     columns = (
-        *(Column("model"), Column("configuration"), Column("rank", int), Column("parameters", Count)),
-        *(Column(f"{task}, {metric}", ScoreInterval) for task, metric in places),
+        Column("model", formats.TEXT, lambda name: name[0]),
+        Column("configuration", formats.TEXT, lambda name: name[1]),
+        Column("rank", formats.WHOLE, lambda name: name[2]),
+        Column("parameters", formats.COUNT, lambda name: groups[name].params),
+        *(
+            Column(f"{task}, {metric}", formats.SCORE_INTERVAL, lambda name, at=(task, metric): score(name, at))
+            for task, metric in places
+        ),
     )
-    table = Table(
-        "overview",
-        "",
-        columns,
-        [
-            (*name, Count(group.params), *(_interval(scores.get((name, place))) for place in places))
-            for name, group in groups.items()
-        ],
-    )
-    return _without_one_model(table)
+    return _without_one_model(Table.of("overview", "", columns, groups))
 
 
-def _name(row: ResultRow) -> tuple[str, str, int]:
+Name = tuple[str, str, int]
+"""A row of the overview: model, configuration and rank."""
+Place = tuple[str, str]
+"""A column of the overview: task, with its variant, and metric."""
+
+
+def _name(row: ResultRow) -> Name:
     return row.group.model, row.group.configuration, row.group.rank
 
 
-def _place(row: ResultRow) -> tuple[str, str]:
+def _place(row: ResultRow) -> Place:
     return row.group.task_in_words, row.measure.metric
 
 
@@ -166,47 +191,15 @@ def _without_one_model(table: Table) -> Table:
     """The table without its first column, the model, if that is the same in all rows."""
     if len({row[0] for row in table.rows}) > 1:
         return table
-    return Table(table.name, table.caption, table.columns[1:], [row[1:] for row in table.rows])
-
-
-def _interval(row: ResultRow | None) -> ScoreInterval | None:
-    return None if row is None or row.score is None else ScoreInterval(row.score.widest, unit=row.measure.unit)
-
-
-def _order(row: ResultRow) -> tuple[str, str, str, int, str]:
-    return row.group.model, row.group.task_in_words, row.measure.metric, -row.group.params, row.group.name
-
-
-def _score(row: ResultRow) -> tuple[Value, ...]:
-    group, unit = row.group, row.measure.unit
-    assert row.score is not None
-    return (
-        *(group.model, group.task_in_words, row.measure.metric, group.configuration, group.rank, Count(group.params)),
-        *(LearningRate(group.lr, len(group.rates)), len(row.seeds), Count(row.examples)),
-        ScoreInterval(row.score.widest, unit=unit),
-        *(
-            ScoreInterval(found.widest, signed=True, unit=unit) if found else None
-            for found in (row.gain, row.difference)
-        ),
-    )
+    return table.at(range(1, len(table.columns)))
 
 
 def _cost(report: Report) -> Table:
-    return _only(tables.cost(_largest_setting(report.groups)), COST)
-
-
-def _largest_setting(groups: Sequence[RunGroup]) -> list[RunGroup]:
-    """The groups of the model, task and variant with most of them: other speeds are no comparison of configurations."""
-    places = [(group.model, group.task, group.variant) for group in groups]
+    """Of the model, task and variant with most groups: other speeds are no comparison of configurations."""
+    places = [(group.model, group.task, group.variant) for group in report.groups]
     most = max(sorted(set(places)), key=places.count, default=None)
-    return [group for group, place in zip(groups, places, strict=True) if place == most]
-
-
-def _only(table: Table, names: Sequence[str]) -> Table:
-    """The columns with these names."""
-    places = [table.head.index(name) for name in names]
-    columns = tuple(table.columns[place] for place in places)
-    return Table(table.name, table.caption, columns, [tuple(row[place] for place in places) for row in table.rows])
+    table = tables.cost(group for group, place in zip(report.groups, places, strict=True) if place == most)
+    return table.at([table.head.index(name) for name in COST])
 
 
 TABLES: dict[str, Callable[[Report], Table]] = {

@@ -1,7 +1,4 @@
-"""The section of one run on the page: its configuration, its command, and the link to its answers.
-
-All of it may contain text of a damaged record, so control characters become visible signs.
-"""
+"""The section of one run on the page: its configuration, its command, and the link to its answers."""
 
 from __future__ import annotations
 
@@ -19,7 +16,6 @@ from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.page.browser import Sheet
 from tiedlora.records.run_record import RunRecord
-from tiedlora.text import visible
 from tiedlora.tying import PARTS
 
 
@@ -45,11 +41,11 @@ def run_section(group: RunGroup, sheets: Sequence[Sheet] = ()) -> RunSection:
     run = group.runs[0]
     variant = f", {group.variant}" if group.variant else ""
     return RunSection(
-        name=visible(group.name),
-        about=visible(f"{group.task}, {group.model}, seed {run.seed}{variant}"),
-        marks=[visible(mark) for mark in group.short_marks],
-        facts=[(key, visible(value)) for key, value in _facts(group, run)],
-        command=visible(_command(run)),
+        name=group.name,
+        about=f"{group.task}, {group.model}, seed {run.seed}{variant}",
+        marks=group.short_marks,
+        facts=_facts(group, run),
+        command=_command(run),
         answers=next((link for sheet in sheets if (link := sheet.link(run.run_id))), ""),
     )
 

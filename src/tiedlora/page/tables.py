@@ -1,69 +1,40 @@
-"""The report's tables, built from its numbers. The values stay typed; formats.py and page.py turn them into text."""
+"""The report's tables: for each, its columns with their cells."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
+from typing import Any
 
-from tiedlora.analysis.answers import Answer, Verdict
+import numpy as np
+
+from tiedlora.analysis import crossed
+from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.claim_verdicts import ClaimVerdict, error_note
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.estimates import Estimate
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import LeftOut
 from tiedlora.analysis.shares_by_size import SizePanel
-from tiedlora.page.values import (
-    Amount,
-    Column,
-    Count,
-    Ends,
-    LearningRate,
-    NamedEnds,
-    Percent,
-    PercentInterval,
-    ScoreInterval,
-    ScoreValue,
-    Table,
-    Value,
-)
+from tiedlora.page import formats
+from tiedlora.page.formats import AverageScore, Column, Scored, Table, TaskScore
 from tiedlora.records.interval import Interval, Unit
+from tiedlora.records.run_record import RunRecord
 
 GIB, MIB = 2**30, 2**20
-GROUP_COLUMNS = (
-    Column("model"),
-    Column("task", wraps=True),
-    Column("variant", wraps=True),
-    Column("configuration"),
-    Column("rank", int),
-)
 
 
-@dataclass(frozen=True)
-class ReportTables:
-    """Every table of a report."""
-
-    overview: Sequence[Table]
-    """One per base model."""
-    results: Table
-    cost: Table
-    verdicts: Table
-    """Claims over all their tasks; without rows if every claim has one task."""
-    claims: Table
-    shares: Table
-    left_out: Table
-
-    def all(self) -> list[Table]:
-        """Every table, each once."""
-        return [
-            *self.overview,
-            self.results,
-            self.cost,
-            self.verdicts,
-            self.claims,
-            self.shares,
-            self.left_out,
-        ]
+def _group_columns(of: Callable[[Any], RunGroup]) -> list[Column]:
+    """The columns that say which group an item is about."""
+    return [
+        Column("model", formats.TEXT, lambda item: of(item).model),
+        Column("task", formats.TEXT, lambda item: of(item).task, wraps=True),
+        Column("variant", formats.TEXT, lambda item: of(item).variant, wraps=True),
+        Column("configuration", formats.TEXT, lambda item: of(item).configuration),
+        Column("rank", formats.WHOLE, lambda item: of(item).rank),
+    ]
 
 
 def results(rows: Iterable[ResultRow]) -> Table:
@@ -76,141 +47,125 @@ def results(rows: Iterable[ResultRow]) -> Table:
         "'published': what others report, measured in another way (see the notes)."
     )
     columns = (
-        *GROUP_COLUMNS,
-        Column("lr", LearningRate),
-        Column("metric"),
-        Column("split"),
-        Column("seeds", int),
-        Column("rows", Count),
-        Column("parameters", Count),
-        Column("share of LoRA", Percent),
-        Column("score", ScoreValue),
-        Column("95 % seeds", Ends),
-        Column("95 % examples", Ends),
-        Column("minus LoRA", ScoreValue),
-        Column("95 % seeds", Ends, csv_name="95 % seeds (difference)"),
-        Column("95 % seeds+examples", NamedEnds),
-        Column("minus base", ScoreInterval),
-        Column("retained gain", PercentInterval),
-        Column("retains at least", Percent),
-        Column("published", ScoreValue),
-        Column("notes", wraps=True),
+        *_group_columns(lambda row: row.group),
+        Column("lr", formats.RATE, lambda row: (row.group.lr, len(row.group.rates))),
+        Column("metric", formats.TEXT, lambda row: row.measure.metric or None),
+        Column("split", formats.TEXT, lambda row: row.measure.split),
+        Column("seeds", formats.WHOLE, lambda row: len(row.seeds)),
+        Column("rows", formats.COUNT, lambda row: row.examples or None),
+        Column("parameters", formats.COUNT, lambda row: row.group.params),
+        Column("share of LoRA", formats.percent(2), lambda row: row.group.share),
+        Column("score", formats.SCORE, lambda row: _value(row, row.score)),
+        Column("95 % seeds", formats.SCORE_ENDS, lambda row: row.score and _scored(row, row.score.seeds)),
+        Column("95 % examples", formats.SCORE_ENDS, lambda row: row.score and _scored(row, row.score.examples)),
+        Column("minus LoRA", formats.DIFFERENCE, lambda row: _value(row, row.difference)),
+        Column(
+            "95 % seeds",
+            formats.DIFFERENCE_ENDS,
+            lambda row: row.difference and _scored(row, row.difference.seeds),
+            csv_name="95 % seeds (difference)",
+        ),
+        Column("95 % seeds+examples", formats.NAMED_ENDS, _difference_ends),
+        Column("minus base", formats.DIFFERENCE_INTERVAL, lambda row: row.gain and _scored(row, row.gain.widest)),
+        Column("retained gain", formats.PERCENT_INTERVAL, lambda row: row.retained),
+        Column("retains at least", formats.percent(0), lambda row: row.retains_at_least),
+        Column("published", formats.SCORE, lambda row: _value(row, row.published[0]) if row.published else None),
+        Column("notes", formats.TEXT, _notes, wraps=True),
     )
-    return Table("results", caption, columns, [_result(row) for row in rows])
+    return Table.of("results", caption, columns, rows)
 
 
-def _result(row: ResultRow) -> tuple[Value, ...]:
-    group, score, difference, unit = row.group, row.score, row.difference, row.measure.unit
-    return (
-        *_group_values(group),
-        LearningRate(group.lr, len(group.rates)),
-        row.measure.metric or None,
-        row.measure.split,
-        len(row.seeds),
-        Count(row.examples) if row.examples else None,
-        Count(group.params),
-        Percent(group.share),
-        ScoreValue(score.value, unit=unit) if score else None,
-        _ends(score.seeds, unit) if score else None,
-        _ends(score.examples, unit) if score else None,
-        ScoreValue(difference.value, signed=True, unit=unit) if difference else None,
-        _ends(difference.seeds, unit, signed=True) if difference else None,
-        _difference_ends(difference, unit),
-        ScoreInterval(row.gain.widest, signed=True, unit=unit) if row.gain else None,
-        PercentInterval(row.retained) if row.retained else None,
-        Percent(row.retains_at_least, 0) if row.retains_at_least is not None else None,
-        ScoreValue(row.published[0].value, unit=unit) if row.published else None,
-        "; ".join([*group.marks, *row.notes, *(score.note() for score in row.published)]),
-    )
+def _scored(row: ResultRow, interval: Interval | None, covers: str = "") -> Scored | None:
+    return None if interval is None else Scored(interval, row.measure.unit, covers)
 
 
-def _group_values(group: RunGroup) -> tuple[Value, ...]:
-    return group.model, group.task, group.variant, group.configuration, group.rank
+def _value(row: ResultRow, estimate: Any) -> Scored | None:
+    """Only the value of an estimate or of a published score."""
+    return None if estimate is None else _scored(row, Interval(estimate.value, math.nan, math.nan))
 
 
-def _ends(interval: Interval | None, unit: Unit, signed: bool = False) -> Ends | None:
-    return None if interval is None else Ends(interval, signed, unit)
-
-
-def _difference_ends(difference: Estimate | None, unit: Unit) -> NamedEnds | None:
+def _difference_ends(row: ResultRow) -> Scored | None:
+    difference: Estimate | None = row.difference
     if difference is None:
         return None
-    if difference.both is not None:
-        return NamedEnds(difference.both, signed=True, unit=unit)
-    if difference.examples is None:
-        return None
-    return NamedEnds(difference.examples, "examples", signed=True, unit=unit)
+    return _scored(row, difference.both) or _scored(row, difference.examples, "examples")
+
+
+def _notes(row: ResultRow) -> str:
+    return "; ".join([*row.group.marks, *row.notes, *(score.note() for score in row.published)])
 
 
 def cost(groups: Iterable[RunGroup]) -> Table:
     """The costs of training and the size of the adapter, as means over the chosen runs."""
-    rows = []
-    for group in groups:
-        records = [run.record for run in group.runs]
-        rows.append(
-            (
-                *_group_values(group),
-                Count(group.params),
-                Amount(mean(record.training.tokens_per_s for record in records), 0),
-                Amount(mean(record.training.seconds for record in records), 0),
-                Amount(max(record.training.peak_memory_bytes for record in records) / GIB),
-                Amount(mean(record.adapter_bytes for record in records) / MIB),
-                "; ".join(sorted({str(execution) for record in records for execution in record.executions})),
-            )
-        )
+
+    def records(group: RunGroup) -> list[RunRecord]:
+        return [run.record for run in group.runs]
+
     columns = (
-        *GROUP_COLUMNS,
-        Column("parameters", Count),
-        Column("tokens/s", Amount),
-        Column("training s", Amount),
-        Column("peak memory GiB", Amount),
-        Column("adapter MiB", Amount),
-        Column("device"),
+        *_group_columns(lambda group: group),
+        Column("parameters", formats.COUNT, lambda group: group.params),
+        Column("tokens/s", formats.amount(0), lambda group: mean(r.training.tokens_per_s for r in records(group))),
+        Column("training s", formats.amount(0), lambda group: mean(r.training.seconds for r in records(group))),
+        Column(
+            "peak memory GiB",
+            formats.amount(2),
+            lambda group: max(r.training.peak_memory_bytes for r in records(group)) / GIB,
+        ),
+        Column("adapter MiB", formats.amount(2), lambda group: mean(r.adapter_bytes for r in records(group)) / MIB),
+        Column(
+            "device",
+            formats.TEXT,
+            lambda group: "; ".join(sorted({str(each) for r in records(group) for each in r.executions})),
+        ),
     )
     caption = "Means over the chosen runs; memory is their maximum. Speeds compare on one device only."
-    return Table("cost", caption, columns, rows)
+    return Table.of("cost", caption, columns, groups)
+
+
+def _verdict(item: ClaimVerdict | Answer) -> str:
+    return f"{item.verdict.value} (exploratory)" if item.exploratory else item.verdict.value
 
 
 def verdicts(over_tasks: Iterable[ClaimVerdict]) -> Table:
     """One row per claim and model, over all tasks of the claim."""
-    rows = [
-        (
-            verdict.claim.name,
-            verdict.model or None,
-            _verdict(verdict.verdict, verdict.exploratory),
-            len(verdict.answers),
-            verdict.reason,
-        )
-        for verdict in over_tasks
-    ]
     columns = (
-        Column("claim", wraps=True),
-        Column("model"),
-        Column("verdict"),
-        Column("tasks", int),
-        Column("because", wraps=True),
+        Column("claim", formats.TEXT, lambda verdict: verdict.claim.name, wraps=True),
+        Column("model", formats.TEXT, lambda verdict: verdict.model or None),
+        Column("verdict", formats.TEXT, _verdict),
+        Column("tasks", formats.WHOLE, lambda verdict: len(verdict.answers)),
+        Column("because", formats.TEXT, lambda verdict: verdict.reason, wraps=True),
     )
     caption = (
         "Each claim over its tasks. Supported: by every informative task, and at least one. Contradicted: on at least "
         "one task, by Holm's procedure over all planned tasks, so that many tasks do not make a wrong verdict likelier."
     )
-    return Table("verdicts", caption, columns, rows)
+    return Table.of("verdicts", caption, columns, over_tasks)
 
 
 def claims(answers: Sequence[Answer]) -> Table:
     """One row per answer."""
+
+    def scored(answer: Answer, interval: Interval | None) -> Scored | None:
+        unit = answer.measure.unit if answer.measure else Unit.POINTS
+        return None if interval is None else Scored(interval, unit)
+
+    def difference(answer: Answer) -> Scored | None:
+        return scored(answer, answer.difference.widest if answer.difference else None)
+
     columns = (
-        Column("claim", wraps=True),
-        Column("model"),
-        Column("task", wraps=True),
-        Column("verdict"),
-        Column("retained gain", PercentInterval),
-        Column("retains at least", Percent),
-        Column("contrast at the look's level", ScoreInterval),
-        Column("difference, 95 %", ScoreInterval),
-        Column("seeds", int),
-        Column("because", wraps=True),
-        Column("what would decide it", wraps=True),
+        Column("claim", formats.TEXT, lambda answer: answer.claim.name, wraps=True),
+        Column("model", formats.TEXT, lambda answer: answer.model or None),
+        Column("task", formats.TEXT, lambda answer: answer.task, wraps=True),
+        Column("verdict", formats.TEXT, _verdict),
+        Column("retained gain", formats.PERCENT_INTERVAL, lambda answer: answer.retained),
+        Column("retains at least", formats.percent(0), lambda answer: answer.retains_at_least),
+        Column(
+            "contrast at the look's level", formats.DIFFERENCE_INTERVAL, lambda answer: scored(answer, answer.contrast)
+        ),
+        Column("difference, 95 %", formats.DIFFERENCE_INTERVAL, difference),
+        Column("seeds", formats.WHOLE, lambda answer: answer.seeds),
+        Column("because", formats.TEXT, lambda answer: answer.reason, wraps=True),
+        Column("what would decide it", formats.TEXT, lambda answer: answer.decide or None, wraps=True),
     )
     caption = (
         "The rule compares the contrast with 0, at the level of the planned look: 'keeps 90 % of the gain' has the "
@@ -219,28 +174,7 @@ def claims(answers: Sequence[Answer]) -> Table:
         "look, the comparator's own gain may be 0. 'Retains at least' is the largest share that the same rule would "
         f"support. Difference: method minus comparator. {error_note(answers)}"
     )
-    return Table("claims", caption, columns, [_answer(answer) for answer in answers])
-
-
-def _answer(answer: Answer) -> tuple[Value, ...]:
-    unit = answer.measure.unit if answer.measure else Unit.POINTS
-    return (
-        answer.claim.name,
-        answer.model or None,
-        answer.task,
-        _verdict(answer.verdict, answer.exploratory),
-        PercentInterval(answer.retained) if answer.retained else None,
-        Percent(answer.retains_at_least, 0) if answer.retains_at_least is not None else None,
-        ScoreInterval(answer.contrast, signed=True, unit=unit) if answer.contrast else None,
-        ScoreInterval(answer.difference.widest, signed=True, unit=unit) if answer.difference else None,
-        answer.seeds,
-        answer.reason,
-        answer.decide or None,
-    )
-
-
-def _verdict(verdict: Verdict, exploratory: bool) -> str:
-    return f"{verdict.value} (exploratory)" if exploratory else verdict.value
+    return Table.of("claims", caption, columns, answers)
 
 
 def shares(panels: Iterable[SizePanel]) -> Table:
@@ -250,32 +184,130 @@ def shares(panels: Iterable[SizePanel]) -> Table:
         "interval is over seeds and examples, and paired."
     )
     columns = (
-        *GROUP_COLUMNS,
-        Column("metric"),
-        Column("split"),
-        Column("reference"),
-        Column("seeds", int),
-        Column("parameters", Count),
-        Column("share of its gain", PercentInterval),
+        *_group_columns(lambda item: item[1].group),
+        Column("metric", formats.TEXT, lambda item: item[0].measure.metric),
+        Column("split", formats.TEXT, lambda item: item[0].measure.split),
+        Column("reference", formats.TEXT, lambda item: item[0].reference.name),
+        Column("seeds", formats.WHOLE, lambda item: item[1].seeds),
+        Column("parameters", formats.COUNT, lambda item: item[1].group.params),
+        Column("share of its gain", formats.PERCENT_INTERVAL, lambda item: item[1].share),
     )
-    rows: list[tuple[Value, ...]] = [
-        (
-            *_group_values(arm.group),
-            panel.measure.metric,
-            panel.measure.split,
-            panel.reference.name,
-            arm.seeds,
-            Count(arm.group.params),
-            PercentInterval(arm.share),
-        )
-        for panel in panels
-        for arm in panel.arms
-    ]
-    return Table("shares", caption, columns, rows)
+    return Table.of("shares", caption, columns, [(panel, arm) for panel in panels for arm in panel.arms])
 
 
 def left_out(folders: Iterable[LeftOut]) -> Table:
     """Every folder that is not in the report."""
-    rows = [(folder.path.name, folder.reason) for folder in folders]
-    columns = (Column("folder"), Column("reason", wraps=True))
-    return Table("left-out", "Folders that are not in this report, and why.", columns, rows)
+    columns = (
+        Column("folder", formats.TEXT, lambda folder: folder.path.name),
+        Column("reason", formats.TEXT, lambda folder: folder.reason, wraps=True),
+    )
+    return Table.of("left-out", "Folders that are not in this report, and why.", columns, folders)
+
+
+# --- The overview: configurations x tasks.
+
+Line = tuple[int, int, str, float]
+"""The values that identify a line of the overview: rank, parameters, configuration, share of LoRA."""
+Place = tuple[str, str, str]
+"""A column of the overview: task, variant, metric."""
+
+
+def overview(rows: Sequence[ResultRow], folders: Sequence[LeftOut]) -> list[Table]:
+    """A table per base model: score and paired difference to LoRA for every configuration and task, with an average.
+
+    Args:
+        folders: those that are left out, among which are the runs that failed.
+    """
+    primary = [row for row in rows if row.primary]
+    models = sorted({row.group.model for row in primary})
+    return [_overview(model, [row for row in primary if row.group.model == model], folders) for model in models]
+
+
+def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut]) -> Table:
+    places = sorted({_place(row) for row in rows})
+    by_place = {(_line(row), _place(row)): row for row in rows}
+    settings = [(task, variant) for task, variant, _ in places]
+    # The task's first metric needs no name, unless there is another one.
+    named = {_place(row) for row in rows if not row.is_first or settings.count((row.group.task, row.group.variant)) > 1}
+    names = [
+        (f"{task} ({variant})" if variant else task) + (f", {metric}" if (task, variant, metric) in named else "")
+        for task, variant, metric in places
+    ]
+
+    def task_score(line: Line, place: Place) -> TaskScore | str | None:
+        row = by_place.get((line, place))
+        return _task_score(row) if row is not None else _missing(line, place, folders)
+
+    columns = [
+        Column("configuration", formats.TEXT, lambda line: line[2]),
+        Column("rank", formats.WHOLE, lambda line: line[0]),
+        Column("parameters", formats.COUNT, lambda line: line[1]),
+        Column("share of LoRA", formats.percent(2), lambda line: line[3]),
+        *(
+            Column(name, formats.TASK_SCORE, lambda line, place=place: task_score(line, place))
+            for name, place in zip(names, places, strict=True)
+        ),
+    ]
+    caption = (
+        f"{model}: score in points of 100, loss in nats (mean over seeds, n seeds) and, in brackets, the paired "
+        "difference to LoRA at the same rank with its 95 % interval over seeds and examples (only over examples for "
+        "one seed). * has notes in the table of results."
+    )
+    # An average is over tasks. A task with two columns must not count twice, and must not be left out silently. Points
+    # and nats have no common mean.
+    one_column_each = len({task for task, _, _ in places}) == len(places) > 1
+    if one_column_each and len({row.measure.unit for row in rows}) == 1:
+        columns.append(
+            Column("average", formats.AVERAGE, lambda line: _average([by_place.get((line, place)) for place in places]))
+        )
+        caption += (
+            f" The average is the plain mean of each task's metric over the {len(names)} columns "
+            f"{', '.join(names)}; its interval is a t interval over seeds that all of them share, and it is left "
+            "out where a column is missing."
+        )
+    name = f"overview-{re.sub(r'[^A-Za-z0-9]+', '-', model).lower()}"
+    return Table.of(name, caption, columns, sorted({_line(row) for row in rows}))
+
+
+def _place(row: ResultRow) -> Place:
+    return row.group.task, row.group.variant, row.measure.metric
+
+
+def _line(row: ResultRow) -> Line:
+    group = row.group
+    # The share is rounded as it is shown, because settings may differ in its last digits.
+    return group.rank, group.params, group.configuration, round(group.share, 4)
+
+
+def _task_score(row: ResultRow) -> TaskScore:
+    score = None if row.score is None else row.score.value
+    difference = None if row.difference is None else row.difference.widest
+    has_notes = score is None or bool(row.group.marks or row.notes)
+    return TaskScore(score, len(row.seeds), has_notes, difference, row.measure.unit)
+
+
+def _missing(line: Line, place: Place, folders: Iterable[LeftOut]) -> str | None:
+    """`failed` if a run of the configuration failed on the task and none is finished."""
+    rank, _, configuration, _ = line
+    runs = [folder.run for folder in folders if folder.run is not None and folder.run.failed]
+    return "failed" if any((run.label, run.rank, run.task) == (configuration, rank, place[0]) for run in runs) else None
+
+
+def _average(rows: Sequence[ResultRow | None]) -> AverageScore | None:
+    """The mean over tasks, for the seeds that all tasks have; None if a task is missing."""
+    scored = [row for row in rows if row is not None and row.score is not None]
+    if len(scored) < len(rows):
+        return None
+    shared = sorted(set.intersection(*(set(row.seeds) for row in scored)))
+    if not shared:
+        return None
+    values = np.array([_values(row, shared) for row in scored]).mean(0)
+    if len(shared) == 1:
+        return AverageScore(Interval(float(values[0]), math.nan, math.nan), 1, scored[0].measure.unit)
+    return AverageScore(crossed.seeds_interval(values), len(shared), scored[0].measure.unit)
+
+
+def _values(row: ResultRow, seeds: Sequence[int]) -> list[float]:
+    """The row's score for each of the seeds."""
+    by_seed = {run.seed: run for run in row.group.runs}
+    return [float(value) for value in row.measure.values([by_seed[seed] for seed in seeds])]

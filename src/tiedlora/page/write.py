@@ -17,10 +17,10 @@ from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
 from tiedlora.analysis.runs import LeftOut, Run, names_of, read_runs, read_selections, run_roots
 from tiedlora.analysis.scorebook import Scorebook
 from tiedlora.analysis.shares_by_size import SizePanel, size_panels
-from tiedlora.page import browser, formats, page, plots, tables
-from tiedlora.page.overview import overview
+from tiedlora.page import browser, charts, figures, formats, page, tables
+from tiedlora.page.figures import Panel
+from tiedlora.page.formats import Table
 from tiedlora.page.page import SheetLink
-from tiedlora.page.tables import ReportTables
 from tiedlora.records.interval import Unit
 from tiedlora.text import visible
 
@@ -60,21 +60,19 @@ class Report:
         """The verdicts over all tasks."""
         return claim_verdicts(self.answers)
 
-    def has_several_tasks(self) -> bool:
-        """Whether a claim is about several tasks, so that its verdict says more than its answers."""
-        return any(len(verdict.answers) > 1 for verdict in self.verdicts)
-
-    def tables(self) -> ReportTables:
-        """The report's tables."""
-        return ReportTables(
-            overview=overview(self.rows, self.left_out),
-            results=tables.results(self.rows),
-            cost=tables.cost(self.groups),
-            verdicts=tables.verdicts(self.verdicts if self.has_several_tasks() else []),
-            claims=tables.claims(self.answers),
-            shares=tables.shares(self.sizes),
-            left_out=tables.left_out(self.left_out),
-        )
+    def tables(self) -> list[Table]:
+        """The report's tables: an overview for each model, and then one of each name."""
+        # Without a claim about several tasks, a verdict says no more than its answer.
+        over_tasks = self.verdicts if any(len(verdict.answers) > 1 for verdict in self.verdicts) else []
+        return [
+            *tables.overview(self.rows, self.left_out),
+            tables.results(self.rows),
+            tables.cost(self.groups),
+            tables.verdicts(over_tasks),
+            tables.claims(self.answers),
+            tables.shares(self.sizes),
+            tables.left_out(self.left_out),
+        ]
 
 
 def build(
@@ -121,17 +119,18 @@ def write(report: Report, out: Path, *, sections: int = 24) -> list[str]:
     """
     out.mkdir(parents=True, exist_ok=True)
     all_tables = report.tables()
-    for table in all_tables.all():
+    panels = charts.panels(report.rows, report.answers, report.sizes)
+    for table in all_tables:
         if table.rows:
             storage.write_bytes(out / f"{table.name}.md", formats.to_markdown(table).encode())
             storage.write_bytes(out / f"{table.name}.csv", formats.to_csv(table).encode())
             storage.write_bytes(out / f"{table.name}.tex", formats.to_latex(table).encode())
-    plots.draw(report.rows, report.answers, report.sizes, out)
-    _write_page(report, all_tables, out, sections)
+    figures.write_files(panels, out)
+    _write_page(report, all_tables, panels, out, sections)
     return _lines(report, out)
 
 
-def _write_page(report: Report, all_tables: ReportTables, out: Path, sections: int) -> None:
+def _write_page(report: Report, all_tables: Sequence[Table], panels: Sequence[Panel], out: Path, sections: int) -> None:
     """Write index.html with all answers in it; or, if it would be too large, a page of answers for each sheet."""
     splits = {row.group: row.measure.split for row in report.rows}
     sheets = browser.sheets(report.groups, splits)
@@ -153,8 +152,8 @@ def _write_page(report: Report, all_tables: ReportTables, out: Path, sections: i
         report.rows,
         all_tables,
         report.verdicts,
+        panels,
         most_sections=sections,
-        sizes=report.sizes,
         sheets=sheets,
         links=links,
     )

@@ -1,0 +1,269 @@
+"""How figures look, and where they go: the page, as SVG in the page's colours, and files, as PNG and SVG.
+
+A panel is one chart (charts.py). Panels have fixed sizes and margins, so they line up in a file, and the page puts as
+many side by side as fit.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from tiedlora.analysis.groups import RunGroup
+from tiedlora.text import visible
+
+INK, SOFT, LINE, BACK, ZONE = "#1d1d1f", "#575c64", "#dcdcd5", "#ffffff", "#dcebe4"
+# After Okabe and Ito's palette, without black and yellow, each of which is invisible on one of the two backgrounds.
+COLOURS = ("#0072b2", "#3f9fd4", "#d55e00", "#008a65", "#b9558c", "#b97a00", "#6f6f6f")
+VERDICTS = {
+    "supported": ("#00674a", "o"),
+    "contradicted": ("#a83800", "D"),
+    "undecided": ("#695400", "o"),
+    "uninformative": (SOFT, "s"),
+}
+"""Verdict -> its colour and marker."""
+PAGE_COLOURS = {
+    **{INK: "ink", SOFT: "soft", LINE: "line", BACK: "back", ZONE: "zone"},
+    **{colour: f"k{number}" for number, colour in enumerate(COLOURS)},
+    **{VERDICTS[verdict][0]: name for verdict, name in (("supported", "good"), ("contradicted", "bad"))},
+    VERDICTS["undecided"][0]: "open",
+}
+"""Colour -> the variable of page.css that has it in the light theme, and its counterpart in the dark one."""
+# A family has one colour, and each configuration has its own marker and dash, so that they differ in a grey print too.
+BLUE, SKY, RED, GREEN, PURPLE, ORANGE, _ = COLOURS
+STYLES = {
+    "LoRA": (BLUE, "o", "-"),
+    "LoRA_qkv": (SKY, "h", "-"),
+    "TABuv": (RED, "D", "-"),
+    "TABuv_v0": (RED, "d", "-."),
+    "TAB": (GREEN, "s", "-"),
+    "TA": (GREEN, "^", "--"),
+    "TB": (GREEN, "v", ":"),
+    "Tuv": (PURPLE, "P", "-"),
+    "TAuv": (ORANGE, "<", "--"),
+    "TBuv": (ORANGE, ">", ":"),
+}
+OTHERS = [(colour, marker, dash) for marker, dash in (("X", "-."), ("p", "--"), ("H", ":")) for colour in COLOURS]
+"""The styles of all other configurations: one of these, which follows from the name."""
+GLYPHS = dict(zip("odDs^v<>PhHXp", "●♦◆■▲▼◀▶✚⬢⬣✖⬟", strict=True))
+"""Marker -> the letter that looks like it, for the page's legends."""
+FIRST = ("LoRA", "TABuv")
+"""The configurations that are drawn and named first."""
+MOST_PANELS = 12
+"""The most panels of a file. More would be unreadable; the page has them all."""
+SIZE = (4.0, 2.75)
+"""Width and height of a panel in inches. Two make the width of a page of text, where 8 points stay readable."""
+MARGINS = (0.62, 0.15, 0.5, 0.12)
+"""Inches at the left, right, bottom and top of a panel's axes."""
+WITH_NAMES = (0.62, 1.0, 0.5, 0.12)
+"""The same, with room for names at the right ends of lines."""
+RC: Any = {
+    "font.family": "sans-serif",
+    "font.size": 8.5,
+    "axes.labelsize": 8.5,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "axes.edgecolor": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": LINE,
+    "ytick.major.size": 0,
+    "lines.markersize": 5.5,
+    "lines.linewidth": 1.4,
+    "svg.fonttype": "none",
+    # With the dates left out, equal runs give equal bytes.
+    "svg.hashsalt": "tiedlora",
+    "text.parse_math": False,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart: what it is about, and the function that draws it."""
+
+    kind: str
+    """Which figure it belongs to; the name of that figure's file."""
+    model: str
+    title: str
+    draw: Callable[[Axes], None]
+    groups: Sequence[RunGroup] = ()
+    """The configurations that need a legend."""
+    size: tuple[float, float] = SIZE
+    margins: tuple[float, float, float, float] = MARGINS
+
+
+@dataclass(frozen=True)
+class Key:
+    """One entry of a legend."""
+
+    name: str
+    colour: str
+    marker: str
+    dash: Any
+    marks: list[str]
+    """What a reader must know of one of its runs, in few words."""
+
+    @property
+    def css(self) -> str:
+        """The class of its colour on the page."""
+        return PAGE_COLOURS[self.colour]
+
+    @property
+    def glyph(self) -> str:
+        """The letter that looks like its marker."""
+        return GLYPHS[self.marker]
+
+
+def order(group: RunGroup) -> tuple[int, int]:
+    """The key by which groups are sorted where there is not room for all."""
+    return (FIRST.index(group.label) if group.label in FIRST else len(FIRST), group.rank)
+
+
+def style(group: RunGroup) -> tuple[str, str, Any]:
+    """The colour, marker and dash of a configuration. They are the same in every figure."""
+    return STYLES.get(group.label) or OTHERS[zlib.crc32(group.label.encode("utf-8", "replace")) % len(OTHERS)]
+
+
+def legend(panels: Iterable[Panel]) -> list[Key]:
+    """One entry for each configuration of the panels."""
+    keys: dict[str, Key] = {}
+    for group in sorted((group for panel in panels for group in panel.groups), key=order):
+        key = keys.setdefault(group.configuration, Key(group.configuration, *style(group), []))
+        key.marks.extend(mark for mark in group.short_marks if mark not in key.marks)
+    return list(keys.values())
+
+
+def cut(text: str, most: int) -> str:
+    """The text with visible control characters, cut to `most` characters."""
+    text = visible(text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def write_files(panels: Sequence[Panel], out: Path) -> None:
+    """Write a figure of each kind to `out`, as PNG and SVG."""
+    for kind in dict.fromkeys(panel.kind for panel in panels):
+        with mpl.rc_context(RC):
+            figure = _figure([panel for panel in panels if panel.kind == kind][:MOST_PANELS])
+            figure.savefig(out / f"{kind}.png", dpi=200, facecolor=BACK)
+            figure.savefig(out / f"{kind}.svg", transparent=True, metadata={"Date": None})
+            figure.savefig(out / f"{kind}.pdf", transparent=True, metadata={"CreationDate": None})
+
+
+def _figure(panels: Sequence[Panel], is_file: bool = True) -> Figure:
+    """The panels in one figure, two in a row where they are narrow; in a file with their titles and one legend."""
+    columns = 2 if len(panels) > 1 and panels[0].size == SIZE else 1
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    heights = [max(panel.size[1] for panel in row) for row in rows]
+    has_models = len({panel.model for panel in panels}) > 1
+    above = (0.34 if has_models else 0.18 if panels[0].title else 0.0) if is_file else 0.0
+    handles = _handles(panels) if is_file else []
+    below = 0.1 + 0.2 * math.ceil(len(handles) / 5) if handles else 0.0
+    width, height = columns * panels[0].size[0], sum(heights) + above * len(rows) + below
+    figure = Figure(figsize=(width, height))
+    # Names beside points need the size of letters, which this canvas knows.
+    FigureCanvasAgg(figure)
+    floor = height
+    for row, own in zip(rows, heights, strict=True):
+        floor -= own + above
+        for column, panel in enumerate(row):
+            left, right, bottom, top = panel.margins
+            across, up = panel.size[0] - left - right, own - bottom - top
+            place = (column * panel.size[0] + left, floor + bottom, across, up)
+            ax = figure.add_axes([inches / of for inches, of in zip(place, (width, height) * 2, strict=True)])
+            panel.draw(ax)
+            if is_file:
+                title = [
+                    cut(line, int(13 * panel.size[0])) for line in (panel.title, panel.model if has_models else "")
+                ]
+                # It starts where the panel does, left of the axes.
+                ax.set_title("\n".join(filter(None, title)), x=(0.1 - left) / across, pad=72 * top)
+    if handles:
+        figure.legend(handles=handles, loc="lower center", ncols=5)
+    return figure
+
+
+def _handles(panels: Sequence[Panel]) -> list[Line2D]:
+    """A file's legend: configurations, or what the markers of a forest say."""
+    kind = panels[0].kind
+    verdicts = [Key(verdict, colour, marker, "", []) for verdict, (colour, marker) in VERDICTS.items()]
+    return [
+        Line2D(
+            *([], []),
+            color=key.colour,
+            marker=key.marker,
+            markerfacecolor=BACK if key.name == "undecided" else key.colour,
+            linestyle=key.dash if kind in ("curves", "search", "layers") else "",
+            label=cut(key.name, 32),
+        )
+        for key in (verdicts if kind == "forest" else legend(panels))
+    ]
+
+
+SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
+
+
+def inline(panel: Panel) -> Markup:
+    """The panel as an SVG element of the page.
+
+    The page's policy allows no style in an attribute, so colours and lines become attributes of their own. A colour
+    becomes the page's variable, so that the figure follows the theme.
+    """
+    file = io.BytesIO()
+    # The names that elements refer to each other by must differ between the panels of a page.
+    with mpl.rc_context({**RC, "svg.hashsalt": f"{panel.kind} {panel.model} {panel.title}"}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        _figure([panel], is_file=False).savefig(file, format="svg", transparent=True, metadata=nothing)
+    root = ElementTree.fromstring(file.getvalue())
+    for element in root.iter():
+        for style in element.findall(f"{SVG}style"):
+            element.remove(style)
+        _plain(element)
+    label = visible(f"{panel.kind} {panel.title}".strip())
+    root.attrib = {"class": "chart", "viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label}
+    root.attrib |= {"stroke-linejoin": "round", "stroke-linecap": "butt"}
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _plain(element: ElementTree.Element) -> None:
+    """Make an element's style attributes, and leave out what the page does not need."""
+    element.tag = element.tag.removeprefix(SVG)
+    style = element.attrib.pop("style", "")
+    if element.tag == "g":
+        element.attrib.pop("id", None)
+    if (target := element.attrib.pop(f"{XLINK}href", None)) is not None:
+        element.set("href", target)
+    for key in ("x", "y", "d", "transform"):
+        if key in element.attrib:
+            element.set(key, re.sub(r"(\.\d)\d+", r"\1", element.attrib[key]))
+    for declaration in filter(None, style.split(";")):
+        key, value = (part.strip() for part in declaration.split(":", 1))
+        # The page has its own letters.
+        if key != "font-family":
+            element.set(key, f"var(--{PAGE_COLOURS[value]})" if value in PAGE_COLOURS else value)
