@@ -240,9 +240,12 @@ def read_yaml(path: Path) -> DictConfig:
     Raises:
         UserError: the file cannot be read, is not UTF-8, not YAML or not a mapping.
     """
+    node: object = None
     data = read_bytes(path)
     try:
         node = OmegaConf.create(data.decode("utf-8"))
+    except AssertionError:
+        pass  # OmegaConf asserts that the root is no number.
     except (ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: is not readable YAML ({reason})") from None

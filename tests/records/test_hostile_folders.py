@@ -28,7 +28,7 @@ RESULTS = {  # a key of result.json, its new value, and words of the message: on
     "a path for a name": (
         "identity.task.name",
         "../../x",
-        "'identity.task.name' is '../../x', which is no name of this",
+        "'identity.task.name' is '../../x', which is no name",
     ),
     "a text for a number": ("identity.rank.r", "8", "'identity.rank.r' is '8'"),
     "a flag for a count": ("trainable_params", True, "'trainable_params' is True"),
