@@ -1,13 +1,16 @@
 """Tests use tiny random models, real rows if they are available, and never the network."""
 
 import contextlib
+import copy
 import gc
 import hashlib
+import json
 import os
 import runpy
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -30,8 +33,11 @@ from filelock import FileLock
 from helpers import processes
 from helpers.tiny import PLACES, composed
 
+from tiedlora.config.identity import config_tree, run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import Config
+from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import RunRecord
 from tiedlora.runs import run
 
 # No test cuts the power. To wait for the disk at each of a run's forty flushes would take longer than its training.
@@ -129,42 +135,39 @@ def tiny_config(tiny_run):
 
 
 @pytest.fixture(scope="session")
-def trained_once(tmp_path_factory) -> Callable[[Sequence[str]], Path]:
-    """outputs/ with the finished run of these overrides: trained once for all tests and workers. Never change it.
+def finish(tmp_path_factory) -> Callable[[Config], RunRecord]:
+    """As run.main, for a test that needs a finished run and not its training: equal runs are trained once for all.
 
-    The overrides name neither outputs nor cache.
+    What it left in outputs/ is copied into the outputs of the configuration, where the test may change it. Call it
+    before anything is patched, because other tests get the same run.
     """
     own = tmp_path_factory.getbasetemp()
     shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "trained-once"
     shared.mkdir(exist_ok=True)
 
-    def outputs(words: Sequence[str]) -> Path:
-        place = shared / hashlib.sha256(repr(words).encode()).hexdigest()[:16]
+    def finished(config: Config) -> RunRecord:
+        values = {name: value for name, value in config_tree(config).items() if name not in PLACES}
+        place = shared / hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
         with FileLock(f"{place}.lock"):
             if not place.exists():
                 begun = place.with_suffix(".begun")
                 shutil.rmtree(begun, ignore_errors=True)
-                config = composed([*words, f"outputs={begun}", f"cache={shared}/cache"])
                 with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                    run.main(config)
+                    run.main(replace(copy.deepcopy(config), outputs=str(begun), cache=str(shared / "cache")))
                 begun.rename(place)
-        return place
+        shutil.copytree(place, config.outputs, dirs_exist_ok=True)
+        return RunFolder(Path(config.outputs) / run_id(config)).finished_record()
 
-    return outputs
+    return finished
 
 
 @pytest.fixture
-def finished_run(tiny_run, trained_once):
-    """As `tiny_config`, and the run is already finished in the outputs of this test, which may change it.
-
-    It is a copy, so the test trains nothing. Call it before anything is patched, because other tests get the same run.
-    """
+def finished_run(tiny_config, finish) -> Callable[..., Config]:
+    """As `tiny_config`, and the run is finished in its outputs; see `finish`."""
 
     def finished(*more: str, task: str = "chain_sum") -> Config:
-        words = tiny_run(*more, task=task)
-        config = composed(words)
-        outputs = trained_once([word for word in words if word.partition("=")[0] not in PLACES])
-        shutil.copytree(outputs, config.outputs, dirs_exist_ok=True)
+        config = tiny_config(*more, task=task)
+        finish(config)
         return config
 
     return finished

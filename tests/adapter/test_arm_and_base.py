@@ -81,9 +81,9 @@ def test_named_modules_of_shira_are_counted_once_attached():
     assert sum(part.numel() for part in arm.trained_parts().values()) > 0
 
 
-def test_a_run_that_fails_leaves_no_base_for_the_next(tiny_config, monkeypatch):
+def test_a_run_that_fails_leaves_no_base_for_the_next(tiny_config, finish, monkeypatch):
     """A cell of a sweep shares its base with the next one, unless it failed."""
-    alone = run.main(tiny_config("tying=TAB"))
+    alone = finish(tiny_config("tying=TAB"))
     monkeypatch.setattr(trainer, "_BASE", SingleSlotCache())
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "trainable_params", lambda _: 1)

@@ -20,23 +20,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import common
 import torch
 from helpers.forks import forked
 
-from tiedlora.adapter.attach_arm import attach_saved
+import tiedlora
 from tiedlora.config.compose import compose_config
 from tiedlora.config.explain import options
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
-from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs.trainer import cached_base, carry_out
-from tiedlora.training import checkpoint
-
-KILLED_AFTER = 1
-"""The checkpoint after which the process is killed. There is one every two steps."""
+from tiedlora.runs import run
 
 
 def config_of(arm: str, model: str, budget: int, outputs: Path) -> Config:
@@ -50,24 +46,8 @@ def config_of(arm: str, model: str, budget: int, outputs: Path) -> Config:
     )
 
 
-def run_and_die(config: Config) -> None:
-    """The run, until it is killed after a checkpoint."""
-    write, saved = checkpoint.save, 0
-
-    def save_and_die(*arguments: object) -> None:
-        nonlocal saved
-        write(*arguments)  # type: ignore[arg-type]
-        saved += 1
-        if saved == KILLED_AFTER:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    checkpoint.save = save_and_die
-    carry_out(config)
-
-
-def adapter_bytes(config: Config) -> dict[str, bytes]:
-    folder = RunFolder(Path(config.outputs) / run_id(config))
-    return {path.name: path.read_bytes() for path in sorted(folder.adapter.iterdir())}
+def folder_of(config: Config) -> RunFolder:
+    return RunFolder(Path(config.outputs) / run_id(config))
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -79,27 +59,28 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def drill(arm: str, model: str, budget: int, folder: Path) -> str:
     """One line about an arm."""
     whole, killed = (config_of(arm, model, budget, folder / name) for name in ("whole", "killed"))
-    base = cached_base(whole, resolve_device("cpu")).model
-    before, state = logits(base), {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    record = carry_out(whole)
+    record = run.main(whole)
     assert record is not None
     assert record.trainable_params == trainable_params(whole), "another count than scripts/params.py"
-    code, text = forked(lambda: run_and_die(killed), seconds=600)
+    journal = folder / f"{run_id(killed)}.journal"
+    code, text = forked(lambda: (common.Events(journal, "step 3").install(), run.main(killed)), seconds=600)
     assert code == -signal.SIGKILL, text
-    assert RunFolder(Path(killed.outputs) / run_id(killed)).state() == "interrupted"
-    carry_out(killed)
-    assert adapter_bytes(killed) == adapter_bytes(whole), "another adapter after the kill"
-    saved = RunFolder(Path(whole.outputs) / run_id(whole)).adapter
-    loaded = attach_saved(base, saved)
-    first = logits(base)
-    loaded.detach()
-    again = attach_saved(base, saved)
-    assert torch.equal(logits(base), first), "other logits when it is loaded again"
-    again.detach()
-    assert torch.equal(logits(base), before), "the base computes otherwise"
-    assert {name: tensor.shape for name, tensor in base.state_dict().items()} == {n: t.shape for n, t in state.items()}
+    assert folder_of(killed).state() == "interrupted"
+    run.main(killed)
+    found = common.differences(folder_of(killed), common.left_by(folder_of(whole)))
+    assert not found, f"after the kill, {', '.join(found)} differ"
+    base = tiedlora.base_of(folder_of(whole).path).model
+    before, state = logits(base), {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    adapted = []
+    for _ in range(2):
+        loaded = tiedlora.load(folder_of(whole).adapter, base)
+        adapted.append(logits(base))
+        loaded.detach()
+        assert torch.equal(logits(base), before), "the base computes otherwise"
+    assert torch.equal(*adapted), "other logits when it is loaded again"
+    assert not torch.equal(adapted[0], before), "nothing was trained"
+    assert base.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in base.state_dict().items()), "the base has changed"
-    assert not torch.equal(first, before), "nothing was trained"
     assert record.admission is not None
     losses = f"{record.training.validation_loss_first:.3f} -> {record.training.validation_loss_last:.3f}"
     return f"{record.trainable_params:>9,} trained {losses}  {'; '.join(record.admission.marks().values())}"
@@ -110,10 +91,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2_135m")
     parser.add_argument("--budget", type=int, default=46_080)
     parser.add_argument("--arms", nargs="*", default=[name for name in options("tying") if name.startswith("peft/")])
-    parser.add_argument("--folder", type=Path, help="where the runs go; a new temporary folder if left out")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="arms-"))
+    folder = Path(tempfile.mkdtemp(prefix="arms-"))
     failed = []
     for arm in arguments.arms:
         started = time.monotonic()

@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from tiedlora.config.project import PROJECT
@@ -47,28 +46,6 @@ WORDS = (
 )
 
 
-def sweep(model: str, folder: Path) -> str:
-    """Start the sweep once. Returns what it printed."""
-    claims = folder / "claims.yaml"
-    claims.write_text(CLAIMS)
-    words = [*WORDS, f"model={model}", f"hydra.sweeper.claims={claims}", f"outputs={folder / 'outputs'}"]
-    done = subprocess.run(
-        [sys.executable, str(PROJECT / "train.py"), "--multirun", *words],
-        capture_output=True,
-        text=True,
-        cwd=PROJECT,
-        check=False,
-    )
-    if done.returncode != 0:
-        sys.exit(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done.stdout
-
-
-def results(folder: Path) -> dict[str, bytes]:
-    """Run -> the bytes of its record."""
-    return {path.parent.name: path.read_bytes() for path in sorted(folder.glob("outputs/*/result.json"))}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2_135m")
@@ -76,9 +53,17 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="deciding-"))
     folder.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    sweep(arguments.model, folder)
-    took = time.monotonic() - started
+    claims = folder / "claims.yaml"
+    claims.write_text(CLAIMS)
+    words = [*WORDS, f"model={arguments.model}", f"hydra.sweeper.claims={claims}", f"outputs={folder / 'outputs'}"]
+    command = [sys.executable, str(PROJECT / "train.py"), "--multirun", *words]
+
+    def results() -> dict[Path, bytes]:
+        """Run -> the bytes of its record, after one more start."""
+        subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.DEVNULL)
+        return {path.parent: path.read_bytes() for path in sorted(folder.glob("outputs/*/result.json"))}
+
+    finished = results()
     (file,) = folder.glob("outputs/sweeps/*/verdicts.json")
     verdicts = json.loads(file.read_text())
     for verdict in verdicts:
@@ -87,13 +72,11 @@ def main() -> None:
     assert better["verdict"] != "contradicted"
     assert (far_better["verdict"], far_better["look"]) == ("contradicted", 1)
     assert not any(verdict["open"] for verdict in verdicts)
-    finished = results(folder)
-    records = [RunFolder(folder / "outputs" / name).finished_record() for name in finished]
+    records = [RunFolder(path).finished_record() for path in finished]
     seeds = {record.seed for record in records if record.label == "TABuv"}
     assert seeds == set(range(LOOKS[0])), f"TABuv has runs of seeds {sorted(seeds)}"
-    sweep(arguments.model, folder)
-    assert results(folder) == finished, "the same command once more has changed a run"
-    print(f"{len(finished)} runs finished in {took:.0f} s; TABuv has {LOOKS[0]} seeds of the plan's {LOOKS[-1]}")
+    assert results() == finished, "the same command once more has changed a run"
+    print(f"{len(finished)} runs finished; TABuv has {LOOKS[0]} seeds of the plan's {LOOKS[-1]}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 The run of kill_run.py works on a small file system in memory. Before the n-th file is opened for writing, the rest of
 that file system is filled (completely, or except for one page, so that a write fails in the middle). Every such run
 must end with exit code 2, one line that names a file, and no result.json. Then there is space again, and the same
-configuration is started. It must leave the same files as an uninterrupted run, byte for byte as in kill_run.py. The
-drill prints a table of the files that were to be written, and exits with 1 if anything differs.
+configuration is started. It must leave the same files as an uninterrupted run. The drill prints a table of the files
+that were to be written, and exits with 1 if anything differs.
 
 To mount a file system needs root on Linux. Without it, the drill is skipped and ends with 0.
 """
@@ -14,20 +14,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import common
 import kill_run
-import printed
 
-from tiedlora import errors
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers.forks import forked
+
 from tiedlora.runs import run
 
 SIZE = 4 * 2**20
@@ -44,40 +45,6 @@ def small_disk(place: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(place)], check=True)
 
 
-@dataclass
-class Writes:
-    """Counts openings for writing below `disk`, and fills the disk before one of them."""
-
-    disk: Path
-    fill_at: int | None = None
-    spare: int = 0
-    names: list[str] = field(default_factory=list)
-
-    def install(self) -> None:
-        sys.addaudithook(self.hook)
-
-    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event != "open" or not isinstance(arguments[0], str) or not arguments[2] & (os.O_WRONLY | os.O_RDWR):
-            return
-        path = Path(arguments[0])
-        if path.is_relative_to(self.disk) and path.name != "filler":
-            self.names.append(kind(path))
-            if len(self.names) == self.fill_at:
-                fill(self.disk, self.spare)
-
-
-def kind(path: Path) -> str:
-    """The path without process ids, steps and digests."""
-    if path.name.endswith(".lock"):
-        return "a lock"
-    if path.parent.name == "base":
-        return "base/*.jsonl"
-    name = re.sub(r"\.(\d+\.)?tmp$", "", path.name).removeprefix(".")
-    parent = re.sub(r"\.[0-9a-f]+\.tmp$", "", path.parent.name).removeprefix(".")
-    parent = re.sub(r"-\d{8}$", "", parent)
-    return f"{parent}/{name}" if parent in ("step", "best", "adapter", "predictions") else name
-
-
 def fill(disk: Path, spare: int) -> None:
     free = os.statvfs(disk).f_bavail * PAGE - spare
     if free > 0:
@@ -86,61 +53,58 @@ def fill(disk: Path, spare: int) -> None:
         os.close(descriptor)
 
 
-def child(outputs: Path, writes: Writes) -> tuple[int, str, list[str]]:
-    """Carry out a run in a fork. Returns its exit code, its standard error, and the files it wrote, in order."""
-    with tempfile.TemporaryFile("w+") as told, tempfile.TemporaryFile("w+") as wrote:
-        process = os.fork()
-        if process == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(told.fileno(), 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            code = 1
-            try:
-                writes.install()
-                with errors.exit_codes():
-                    run.main(kill_run.config(outputs))
-                code = 0
-            except SystemExit as end:
-                code = int(end.code or 0)
-            finally:
-                sys.stderr.flush()
-                wrote.write("\n".join(writes.names))
-                wrote.flush()
-                os._exit(code)
-        _, status = os.waitpid(process, 0)
-        told.seek(0)
-        wrote.seek(0)
-        return os.waitstatus_to_exitcode(status), told.read().strip(), wrote.read().splitlines()
+def child(disk: Path, journal: Path, fill_at: int | None = None, spare: int = 0) -> tuple[int, str, list[str]]:
+    """Carry out the run in a fork, and fill the disk before a write. Returns exit code, messages, and what it wrote."""
+
+    def act() -> None:
+        count, file = 0, os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+        def hook(event: str, words: tuple[Any, ...]) -> None:
+            nonlocal count
+            if event != "open" or not isinstance(words[0], str) or not words[2] & (os.O_WRONLY | os.O_RDWR):
+                return
+            path = Path(words[0])
+            if path.is_relative_to(disk) and path.name != "filler":
+                count += 1
+                os.write(file, f"{common.kind(path)}\n".encode())
+                if count == fill_at:
+                    fill(disk, spare)
+
+        sys.addaudithook(hook)
+        run.main(kill_run.config(disk / "outputs"))
+
+    code, told = forked(act, seconds=120)
+    return code, told.strip(), journal.read_text().splitlines()
 
 
 def trial(place: Path, number: int, spare: int, whole: dict[str, Any]) -> tuple[str, list[str]]:
     """The file that was to be written when the disk was full, and a list of what was wrong."""
     with small_disk(place) as disk:
-        outputs = disk / "outputs"
-        code, told, wrote = child(outputs, Writes(disk, number, spare))
-        what, wrong = wrote[number - 1], []
+        code, told, wrote = child(disk, place.with_suffix(".full"), number, spare)
+        wrong, errors = [], [line for line in told.splitlines() if line.startswith("error: ")]
         if code == 2:
-            if len(told.splitlines()) != 1 or "the disk is full" not in told or str(disk) not in told:
+            if len(errors) != 1 or "the disk is full" not in told or str(disk) not in told or "Traceback" in told:
                 wrong.append(f"said {told!r}")
             if list(disk.rglob("result.json")):
                 wrong.append("left a result.json")
         elif code != 0:
             wrong.append(f"ended with {code}: {told[-300:]}")
         (disk / "filler").unlink(missing_ok=True)
-        code, told, _ = child(outputs, Writes(disk))
+        code, told, _ = child(disk, place.with_suffix(".again"))
         if code != 0:
             wrong.append(f"with space again it ended with {code}: {told[-300:]}")
         else:
-            found = kill_run.leftovers(outputs)
-            wrong += [f"{key} differs" for key, value in found.items() if value != whole[key]]
-    return what, wrong
+            found = common.differences(kill_run.folder(disk / "outputs"), whole)
+            wrong += [f"{name} differs" for name in found]
+    return wrote[number - 1], wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--moments", type=int, help="so many of the writes, spread evenly; all by default")
-    parser.add_argument("--from", type=int, default=1, dest="first", help="continue from this write")
     arguments = parser.parse_args()
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    wrong = []
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         try:
@@ -152,24 +116,22 @@ def main() -> int:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             run.main(kill_run.config(root / "warm"))
         with small_disk(root / "whole") as disk:
-            code, told, wrote = child(disk / "outputs", Writes(disk))
+            code, told, wrote = child(disk, root / "whole.journal")
             assert code == 0, told
-            whole = kill_run.leftovers(disk / "outputs")
+            whole = common.left_by(kill_run.folder(disk / "outputs"))
         count = len(wrote)
-        chosen = range(arguments.first, count + 1)
+        chosen = list(range(1, count + 1))
         if arguments.moments:
             chosen = [1 + n * (count - 1) // max(1, arguments.moments - 1) for n in range(arguments.moments)]
         print(f"{count} writes in an uninterrupted run; the disk is full before {len(chosen)} of them, in two ways")
-        table: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-        wrong = []
         for number in chosen:
             for spare in (0, PAGE):
                 what, found = trial(root / f"disk-{number}-{spare}", number, spare, whole)
-                table[what][0] += 1
-                table[what][1] += not found
+                counts[what][0] += 1
+                counts[what][1] += not found
                 wrong += [f"write {number} ({what}), {spare} bytes left: {line}" for line in found]
-    rows = [[what, str(tried), str(exact)] for what, (tried, exact) in table.items()]
-    print(printed.table(["full before the writing of", "trials", "one line, then the exact result"], rows))
+    rows = [[what, str(tried), str(exact)] for what, (tried, exact) in counts.items()]
+    print(common.table(["full before the writing of", "trials", "one line, then the exact result"], rows))
     print("\n".join(wrong) if wrong else f"{2 * len(chosen)} of {2 * len(chosen)} continued to the exact result")
     return 1 if wrong else 0
 

@@ -1,9 +1,8 @@
 """python tests/drills/soak.py [--runs 300]: many runs in one process, as in a sweep; memory and files must not grow.
 
-Each run is a new one on a tiny random model, with another seed and the next option of tying. It is loaded, trained,
-checkpointed, scored and recorded. After each run, the drill reads the process's resident memory, open files and
-threads, and the size and files of the run's folder. It prints the medians of the first third and of the last third, and
-exits with 1 if one of them grew by more than 5 %. (Seconds are only shown, because they also depend on other programs.)
+Each run is a new one on a tiny random model, with another seed and the next option of tying. After each run, the drill
+reads the process's resident memory, open files and threads, and the size and files of the run's folder. It prints the
+medians of the first third and of the last third, and exits with 1 if one of them grew by more than 5 %.
 """
 
 from __future__ import annotations
@@ -14,62 +13,43 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import printed
+import common
 
 from tiedlora.config.compose import compose_config
-from tiedlora.config.explain import options
 from tiedlora.config.identity import run_id
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
+from tiedlora.tying import NAMES
 
 LIMIT = 1.05
-WHAT = (
-    "resident memory, MB",
-    "open files",
-    "threads",
-    "run folder, kB",
-    "files in it",
-    "files left beside it",
-    "seconds",
-)
+WHAT = ("resident memory, MB", "open files", "threads", "run folder, kB", "files in it", "files left beside it")
 
 
 def one(number: int, root: Path, more: list[str]) -> list[float]:
     """Carry out a run. Returns the values that WHAT names, measured after it."""
-    names = options("tying")
-    started = time.perf_counter()
     config = compose_config(
         [
             *("model=tiny_llama", "task.options.rows={train: 24, validation: 6, test: 6}", "task.rows.validation=null"),
             *("task.max_new_tokens=4", "train.steps=3", "train.batch_size=4", "train.checkpoint_every=1"),
             *("train.warmup_steps=1", "train.dtype=float32", "train.threads=1", "rank=r2"),
-            *(
-                f"tying={names[number % len(names)]}",
-                f"seed={number}",
-                f"outputs={root}/outputs",
-                f"cache={root}/cache",
-            ),
-            *more,
+            *(f"tying={NAMES[number % len(NAMES)]}", f"seed={number}", f"outputs={root}/outputs"),
+            *(f"cache={root}/cache", *more),
         ]
     )
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         run.main(config)
-    seconds = time.perf_counter() - started
     folder = RunFolder(Path(config.outputs) / run_id(config))
     files = [path for path in folder.path.rglob("*") if path.is_file()]
-    beside = sum(
-        1 for path in root.rglob("*") if path.is_file() and path.parent.name in ("outputs", "base", "cache", root.name)
-    )
+    places = ("outputs", "base", "cache", root.name)
+    beside = sum(1 for path in root.rglob("*") if path.is_file() and path.parent.name in places)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    sizes = sum(path.stat().st_size for path in files)
     listed = [len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task")]
-    return [resident / 1e6, *listed, sizes / 1e3, len(files), beside, seconds]
+    return [resident / 1e6, *listed, sum(path.stat().st_size for path in files) / 1e3, len(files), beside]
 
 
 def main() -> int:
@@ -85,13 +65,10 @@ def main() -> int:
     rows, grown = [], []
     for name, values in zip(WHAT, zip(*found, strict=True), strict=True):
         first, last = statistics.median(values[:third]), statistics.median(values[-third:])
-        rows.append(
-            [name, f"{values[0]:.4g}", f"{first:.4g}", f"{last:.4g}", f"{max(values):.4g}", f"{last / first - 1:+.1%}"]
-        )
-        if last > LIMIT * first and name != "seconds":
+        rows.append([name, f"{first:.4g}", f"{last:.4g}", f"{max(values):.4g}", f"{last / first - 1:+.1%}"])
+        if last > LIMIT * first:
             grown.append(name)
-    header = ["", "after the first run", f"median of the first {third}", f"of the last {third}", "most", "growth"]
-    print(printed.table(header, rows))
+    print(common.table(["", f"median of the first {third}", f"of the last {third}", "most", "growth"], rows))
     print(
         f"grew by more than 5 %: {', '.join(grown)}"
         if grown

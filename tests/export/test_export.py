@@ -22,7 +22,6 @@ from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.export.merged import to_merged
 from tiedlora.export.peft import to_peft
-from tiedlora.runs import run
 
 RANK, ALPHA = 4, 6.0
 
@@ -103,9 +102,9 @@ def test_merging_a_rounded_base_is_refused(tmp_path):
 
 class TestScript:
     @pytest.fixture
-    def finished(self, tiny_config, tmp_path):
+    def finished(self, tiny_config, finish, tmp_path):
         config = tiny_config()
-        record = run.main(config)
+        record = finish(config)
         return config, record, tmp_path / "outputs" / record.run_id
 
     def test_peft_with_card_and_task(self, finished, tmp_path, script):

@@ -5,11 +5,10 @@ import shutil
 import pytest
 
 from tiedlora.config.compose import compose_config
-from tiedlora.runs import run
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory):
+def place(tmp_path_factory, finish):
     """A finished run that is never changed, and its command's words."""
     root = tmp_path_factory.mktemp("whole")
     words = [
@@ -17,7 +16,7 @@ def place(tmp_path_factory):
         *("task.rows.validation=null", "task.max_new_tokens=4", "train.steps=1", "train.batch_size=4"),
         *("train.warmup_steps=0", "train.dtype=float32", "train.threads=1", "rank.r=2", f"cache={root}/cache"),
     ]
-    record = run.main(compose_config([*words, f"outputs={root}/outputs"]))
+    record = finish(compose_config([*words, f"outputs={root}/outputs"]))
     return root / "outputs" / record.run_id, words
 
 

@@ -94,6 +94,7 @@ def test_quantised_weights_are_not_offloaded(kind, tmp_path):
     randomise(attach(load_base(config, "float32", CPU, tmp_path / "cache").model, "TABuv").adapter)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_run_of_the_whole_model(tiny_config, tmp_path):
     """Where the weights are is no part of the identity, and a finished run is found again."""
     path = saved("tiny_llama", tmp_path / "model").path

@@ -134,9 +134,9 @@ class TestRun:
     def config(self, kind, tiny_config):
         return tiny_config(f"model.quantization={kind}")
 
-    def test_a_stopped_run_goes_on_exactly(self, config, kind, tmp_path, monkeypatch):
+    def test_a_stopped_run_goes_on_exactly(self, config, finish, kind, tmp_path, monkeypatch):
         """float32, so that plain weights would be scored merged: quantised ones are scored unmerged."""
-        whole = run.main(config)
+        whole = finish(config)
         assert whole.base.quantization == kind
         tensors = load_file(tmp_path / "outputs" / whole.run_id / "adapter" / "adapter.safetensors")
         assert whole.training.validation_loss_last < whole.training.validation_loss_first, "it trained"
@@ -151,8 +151,8 @@ class TestRun:
         assert all(torch.equal(tensors[name], resumed[name]) for name in tensors)
         assert again.scores["validation"].metrics == whole.scores["validation"].metrics
 
-    def test_exports_keep_the_adapter_apart(self, config, kind, tmp_path, ids):
-        record = run.main(config)
+    def test_exports_keep_the_adapter_apart(self, config, finish, kind, tmp_path, ids):
+        record = finish(config)
         folder = RunFolder(tmp_path / "outputs" / record.run_id)
         with pytest.raises(UserError, match=rf"^--to merged: .*model.quantization={kind}.*--to peft") as refused:
             export_run(folder, record, config, tmp_path / "merged", ExportOptions("merged"))

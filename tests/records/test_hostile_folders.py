@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 from helpers.hostile import put, refused, snapshot
+from helpers.tiny import composed
 
 import tiedlora
 from tiedlora.analysis.runs import read_run
-from tiedlora.config.compose import compose_config
 from tiedlora.errors import UserError
 from tiedlora.page import write
 from tiedlora.records.rows import read_metrics, read_predictions
@@ -62,7 +62,7 @@ def test_a_wrong_result_is_named_by_whoever_reads_it(what, folder, words):
     with refused(says, folder):
         RunFolder(folder).record()
     with refused(says, folder):
-        run.main(compose_config(words))
+        run.main(composed(words))
     left_out = read_run(folder)
     assert says in left_out.reason
 
@@ -98,7 +98,7 @@ def test_a_damaged_result_ends_every_command_in_a_line(what, folder, words, scri
 def test_the_result_of_another_run_is_not_taken_for_this_one(folder, words, place):
     put(folder, "run_id", "TAB-r2-chain_sum-tiny-s7-0123456789")
     with refused("is the result of another run, TAB-r2-chain_sum-tiny-s7-0123456789", folder):
-        run.main(compose_config(words))
+        run.main(composed(words))
 
 
 def test_what_is_no_folder(folder, words, tmp_path, script):
@@ -158,7 +158,7 @@ def test_starting_over_removes_links_and_not_what_they_lead_to(folder, words, tm
     (tmp_path / "mine" / "work.txt").write_text("kept")
     (folder / "checkpoint").symlink_to(tmp_path / "mine")
     (folder / ".adapter.1.tmp").symlink_to(tmp_path / "mine")
-    run.main(compose_config([*words, "force=true"]))
+    run.main(composed([*words, "force=true"]))
     assert (tmp_path / "mine" / "work.txt").read_text() == "kept"
     assert RunFolder(folder).record() is not None
 
@@ -253,7 +253,7 @@ def test_metrics_that_are_cut_or_garbage_are_passed_over(folder, tmp_path, words
     steps, losses = read_run(folder).curves("train/")["train/loss"]
     assert (len(steps), len(losses)) == (1, 1)
     (folder / "result.json").unlink()
-    again = run.main(compose_config(words))
+    again = run.main(composed(words))
     assert [row.step for row in read_metrics(path)] == [row.step for row in whole]
     assert again.status == "done"
 
@@ -261,7 +261,7 @@ def test_metrics_that_are_cut_or_garbage_are_passed_over(folder, tmp_path, words
 def test_a_cache_of_the_base_model_that_was_changed_is_named(folder, words):
     (cache,) = (folder.parent / "base").glob("*.jsonl") if (folder.parent / "base").exists() else [None]
     assert cache is None
-    run.main(compose_config([*words, "seed=1"]))
+    run.main(composed([*words, "seed=1"]))
     answers, losses = sorted((folder.parent / "base").glob("*.jsonl"), key=lambda path: "-loss-" in path.name)
     for cache in (answers, losses):
         whole = cache.read_bytes()
@@ -272,7 +272,7 @@ def test_a_cache_of_the_base_model_that_was_changed_is_named(folder, words):
         ):
             cache.write_bytes(data)
             with refused(says):
-                run.main(compose_config([*words, "seed=2"]))
+                run.main(composed([*words, "seed=2"]))
             assert cache.read_bytes() == data
         cache.write_bytes(whole)
 

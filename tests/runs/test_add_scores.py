@@ -24,7 +24,7 @@ def folder_of(config) -> RunFolder:
 
 
 @pytest.fixture(scope="module")
-def overrides(tmp_path_factory):
+def overrides(tmp_path_factory, finish):
     """The overrides of a run that is finished, and has only the task's own metrics, as runs of earlier versions."""
     place = tmp_path_factory.mktemp("scores")
     words = [
@@ -33,7 +33,7 @@ def overrides(tmp_path_factory):
         *("train.warmup_steps=1", "train.dtype=float32", "train.threads=1", "score.batch_size=4"),
         *(f"outputs={place}/outputs", f"cache={place}/cache"),
     ]
-    run.main(compose_config([*words, "score.metrics=[exact_match_strict]"]))
+    finish(compose_config([*words, "score.metrics=[exact_match_strict]"]))
     return words
 
 

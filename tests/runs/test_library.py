@@ -79,8 +79,8 @@ class TestAdapters:
 
 class TestRuns:
     @pytest.fixture
-    def finished(self, tiny_config, tmp_path):
-        result = run.main(tiny_config("tying=TAB"))
+    def finished(self, tiny_config, finish, tmp_path):
+        result = finish(tiny_config("tying=TAB"))
         return tmp_path / "outputs" / result.run_id
 
     def test_a_run_is_loaded_with_its_base(self, finished, ids):

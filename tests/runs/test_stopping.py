@@ -54,9 +54,9 @@ def test_a_signal_while_the_model_is_loaded_ends_with_the_code_of_a_stop(tiny_ru
     assert "the same command continues" in ended.stderr
 
 
-def test_a_signal_during_the_last_validation_stops_before_the_scoring(tiny_config, tmp_path, monkeypatch):
+def test_a_signal_during_the_last_validation_stops_before_the_scoring(tiny_config, finish, tmp_path, monkeypatch):
     """Slurm waits for two minutes only, and the scoring may take longer."""
-    run.main(tiny_config(f"outputs={tmp_path}/plain"))
+    finish(tiny_config(f"outputs={tmp_path}/plain"))
     config = tiny_config()
     folder, validate = RunFolder(Path(config.outputs) / run_id(config)), Trainer._validate
 
@@ -104,8 +104,8 @@ def test_the_record_says_where_a_continued_run_was_before(tiny_config, monkeypat
     assert record == run.main(config), "the record as it is read"
 
 
-def test_a_signal_while_a_finished_run_is_scored_ends_as_a_stop(tiny_config, monkeypatch):
-    run.main(tiny_config("score.splits=[]"))
+def test_a_signal_while_a_finished_run_is_scored_ends_as_a_stop(tiny_config, finish, monkeypatch):
+    finish(tiny_config("score.splits=[]"))
     monkeypatch.setattr(Scorer, "score_split", lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1))
     with pytest.raises(SystemExit) as end, exit_codes():
         run.main(tiny_config("score.splits=[validation]"))

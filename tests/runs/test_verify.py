@@ -14,7 +14,7 @@ from tiedlora.config.identity import run_id
 from tiedlora.data.encoding import Encoder
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import add_scores, regenerate, run, verify
+from tiedlora.runs import add_scores, regenerate, verify
 from tiedlora.runs.verify import Finding
 from tiedlora.tasks import load_examples, load_task
 
@@ -22,7 +22,7 @@ ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for 
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, finish):
     """A finished run on a random model and local rows, never changed: tests work on copies."""
     place = tmp_path_factory.mktemp("verify")
     data = place / "data" / "gsm8k"
@@ -36,7 +36,7 @@ def finished(tmp_path_factory):
             *(f"outputs={place}/outputs", f"cache={place}/cache", f"data_root={place}/data"),
         ]
     )
-    run.main(config)
+    finish(config)
     return place, run_id(config)
 
 

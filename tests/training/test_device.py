@@ -83,13 +83,15 @@ def test_no_step_waits_for_the_device():
     assert done.returncode == 0, done.stderr
 
 
-def test_deterministic_switches_torch_for_the_run_only_and_changes_nothing_on_a_cpu(tiny_config, tmp_path, monkeypatch):
+def test_deterministic_switches_torch_for_the_run_only_and_changes_nothing_on_a_cpu(
+    tiny_config, finish, tmp_path, monkeypatch
+):
     # Set and deleted, so that the end of the test restores it.
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     plain, wished = tiny_config(f"outputs={tmp_path}/plain"), tiny_config("train.deterministic=true")
     assert run_id(plain) == run_id(wished)
-    run.main(plain)
+    finish(plain)
     during, loss = [], trainer.target_loss
 
     def watched(model, batch):

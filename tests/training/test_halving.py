@@ -54,9 +54,11 @@ def refuse():
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_step_without_memory_is_taken_again_in_smaller_passes(tiny_config, tmp_path, monkeypatch, caplog, backward):
+def test_a_step_without_memory_is_taken_again_in_smaller_passes(
+    tiny_config, finish, tmp_path, monkeypatch, caplog, backward
+):
     plain = tiny_config(f"outputs={tmp_path}/plain", *SPARSE)
-    run.main(plain)
+    finished = finish(plain)
     config = tiny_config(*SPARSE)
     # A step is one pass of four rows, and each row has about 128 tokens. The third step is the first without memory.
     too_small(monkeypatch, "target_loss", 300, from_call=3, backward=backward)
@@ -70,7 +72,6 @@ def test_a_step_without_memory_is_taken_again_in_smaller_passes(tiny_config, tmp
     assert ours[2] == theirs[2]
     assert ours != theirs, "other passes round otherwise"
     assert max(abs(ours[step] - theirs[step]) for step in theirs) <= 1e-5, "the sums are the same"
-    finished = run.main(plain)
     assert (record.training.tokens, record.training.target_tokens) == (
         finished.training.tokens,
         finished.training.target_tokens,
@@ -122,9 +123,9 @@ def test_killed_after_the_halving_it_resumes_exactly_also_with_more_memory(
     assert (folder_of(killed).path / ADAPTER).read_bytes() == (folder_of(whole).path / ADAPTER).read_bytes()
 
 
-def test_if_one_process_has_too_little_memory_all_make_smaller_passes(tiny_config, tmp_path, monkeypatch):
+def test_if_one_process_has_too_little_memory_all_make_smaller_passes(tiny_config, finish, tmp_path, monkeypatch):
     alone = tiny_config(f"outputs={tmp_path}/alone", *SPARSE)
-    run.main(alone)
+    finish(alone)
     config = tiny_config(*SPARSE)
 
     def second_is_small(rank):
@@ -155,8 +156,8 @@ def test_a_single_row_that_does_not_fit_ends_the_run_with_a_line(tiny_config, mo
     assert torch.isfinite(load_file(folder_of(config).path / ADAPTER)["qkv.B"]).all()
 
 
-def test_a_limit_of_tokens_holds_for_validation_too(tiny_config, tmp_path, monkeypatch):
-    whole = run.main(tiny_config(f"outputs={tmp_path}/whole", *SPARSE))
+def test_a_limit_of_tokens_holds_for_validation_too(tiny_config, finish, tmp_path, monkeypatch):
+    whole = finish(tiny_config(f"outputs={tmp_path}/whole", *SPARSE))
     passes = []
     plain = trainer.row_losses
     monkeypatch.setattr(

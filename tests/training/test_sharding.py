@@ -41,11 +41,9 @@ def losses(folder):
 
 
 @pytest.fixture
-def alone(tiny_config):
+def alone(finished_run):
     """The folder of one process's run."""
-    config = tiny_config(*UNEVEN)
-    run.main(config)
-    return folder_of(config)
+    return folder_of(finished_run(*UNEVEN))
 
 
 @pytest.fixture
