@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from populations import Population, World
 
-from tiedlora.analysis import looks
+from tiedlora.analysis import rules
 from tiedlora.analysis.rules import Better, Retains, Rule
 from tiedlora.text import aligned
 
@@ -50,13 +50,13 @@ SETTINGS = [
 
 def seeds_and_verdict(rule: Rule, method: np.ndarray, comparator: np.ndarray, base: np.ndarray) -> tuple[int, bool]:
     """How many seeds a claim takes, and whether it gets a verdict. The scores are (12 seeds, rows) and (rows,)."""
-    plan = looks.planned(looks.SEEDS, tuple(looks.SIMULATED[n] for n in looks.SEEDS))
+    plan = rules.planned(rules.SEEDS, tuple(rules.SIMULATED[n] for n in rules.SEEDS))
     for number, (seeds, level) in enumerate(zip(plan.seeds, plan.levels, strict=True)):
         sides = method[:seeds], comparator[:seeds], base
         evidence = rule.evidence(*sides)
         if min(evidence.supported, evidence.contradicted) <= level:
             return seeds, True
-        if seeds < plan.seeds[-1] and looks.is_futile(looks.chance_of_decision(rule, *sides, plan, number)):
+        if seeds < plan.seeds[-1] and rules.chance_of_decision(rule, *sides, plan, number) < rules.FUTILE:
             return seeds, False
     return plan.seeds[-1], False
 
@@ -87,7 +87,7 @@ def main() -> None:
         error = math.sqrt(share * (1 - share) / draws)
         where = "at the boundary" if setting.at_boundary else "far from it"
         lines.append([setting.name, where, f"{100 * share:.1f} %", f"{100 * error:.1f} %", f"{seeds:.1f}"])
-        holds = share - 2 * error <= looks.TOTAL if setting.at_boundary else seeds <= looks.SEEDS[-1] / 2
+        holds = share - 2 * error <= rules.TOTAL if setting.at_boundary else seeds <= rules.SEEDS[-1] / 2
         if not holds:
             wrong.append(setting.name)
     print(aligned(lines))

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from tiedlora import errors, storage
-from tiedlora.analysis.paired_rows import RowLosses, paired_difference
+from tiedlora.analysis.intervals import RowLosses, paired_difference
 from tiedlora.analysis.rate_choice import RateTrial, choose_rate
 from tiedlora.config.project import PROJECT
 from tiedlora.records.rows import read_validation_losses

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from populations import SEEDS, Population, World
 
-from tiedlora.analysis import looks
+from tiedlora.analysis import rules
 from tiedlora.analysis.rules import Retains
 
 FUTILITY_THRESHOLDS = (0.01, 0.02, 0.05, 0.10)
@@ -32,7 +32,7 @@ class Futility:
 
 def futility(world: World, retained: float, draws: int) -> list[Futility]:
     """Run plans for `Retains(0.9)` with the method's true share of the gain, with and without stopping."""
-    rule, plan, generator = Retains(0.9), looks.planned(), np.random.default_rng(world.rows)
+    rule, plan, generator = Retains(0.9), rules.planned(), np.random.default_rng(world.rows)
     decided_at = np.full(draws, len(plan.seeds))
     chances = np.ones((draws, len(plan.seeds)))
     for draw in range(draws):
@@ -41,11 +41,12 @@ def futility(world: World, retained: float, draws: int) -> list[Futility]:
         method, comparator = (table[0].astype(np.float64) for table in scores)
         base = population.base[0].astype(np.float64)
         for look, (n, level) in enumerate(zip(plan.seeds, plan.levels, strict=True)):
-            if any(rule.decisions(method[:n], comparator[:n], base, level)):
+            evidence = rule.evidence(method[:n], comparator[:n], base)
+            if min(evidence.supported, evidence.contradicted) <= level:
                 decided_at[draw] = look
                 break
             if n < SEEDS:
-                chances[draw, look] = looks.chance_of_decision(rule, method[:n], comparator[:n], base, plan, look)
+                chances[draw, look] = rules.chance_of_decision(rule, method[:n], comparator[:n], base, plan, look)
     ends = np.array([*plan.seeds, SEEDS])
     found = []
     for threshold in FUTILITY_THRESHOLDS:

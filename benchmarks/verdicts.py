@@ -31,15 +31,14 @@ from numpy.typing import NDArray
 from populations import SEEDS, Array, Population, World
 from stopping import Futility, futility
 
-from tiedlora.analysis import looks
-from tiedlora.analysis.crossed import MeanSquares
-from tiedlora.analysis.looks import Looks
-from tiedlora.analysis.rules import Better, Level, Retains, Rule, WithinMargin
+from tiedlora.analysis import rules
+from tiedlora.analysis.intervals import MeanSquares
+from tiedlora.analysis.rules import Better, Level, Looks, Retains, Rule
 
 PLANS: dict[str, Looks] = {
-    **{f"{n} seeds": looks.planned([n]) for n in looks.SEEDS},
-    "looks": looks.planned(),
-    "looks, simulated levels": looks.planned(levels=list(looks.SIMULATED.values())),
+    **{f"{n} seeds": rules.planned([n]) for n in rules.SEEDS},
+    "looks": rules.planned(),
+    "looks, simulated levels": rules.planned(levels=list(rules.SIMULATED.values())),
 }
 UNPLANNED = "looks at 5 % each"
 NUMBERS_AT_ONCE = 400_000
@@ -59,7 +58,6 @@ def boundaries() -> list[tuple[str, Rule, Callable[[World], float]]]:
         ("better by 0.02", Better(0.02), lambda world: world.comparator + 0.02),
         ("level 0.2, worse", Level(0.2), retained(0.8)),
         ("level 0.2, better", Level(0.2), retained(1.2)),
-        ("within 0.02", WithinMargin(0.02), lambda world: world.comparator - 0.02),
     ]
 
 
@@ -69,21 +67,21 @@ Squares = dict[int, MeanSquares]
 """The mean squares of the first n seeds."""
 
 
-FIRST = np.array([[1 / n if seed < n else 0 for seed in range(SEEDS)] for n in looks.SEEDS], dtype=np.float32)
+FIRST = np.array([[1 / n if seed < n else 0 for seed in range(SEEDS)] for n in rules.SEEDS], dtype=np.float32)
 """The means over the first n seeds, as a matrix."""
 
 
 def mean_squares(table: Array) -> Squares:
-    """`crossed.mean_squares` of the first n seeds at every look, in one pass and in single precision.
+    """`intervals.mean_squares` of the first n seeds at every look, in one pass and in single precision.
 
-    It is three times as fast. tests/analysis/test_verdicts.py holds that both are equal.
+    It is three times as fast. tests/analysis/test_rules.py holds that both are equal.
     """
     rows = table.shape[-1]
     of_seed = table.mean(-1, dtype=np.float64)
     squares = np.einsum("...sr,...sr->...s", table, table).astype(np.float64)
     of_rows = (FIRST @ table).var(-1, ddof=1, dtype=np.float64)
     found = {}
-    for look, n in enumerate(looks.SEEDS):
+    for look, n in enumerate(rules.SEEDS):
         mean = of_seed[:, :n].mean(-1)
         of_seeds, of_row = rows * of_seed[:, :n].var(-1, ddof=1), n * of_rows[:, look]
         total = squares[:, :n].sum(-1) - n * rows * mean**2
@@ -105,7 +103,7 @@ def count(rule: Rule, contrasts: Sequence[Squares], gains: Squares) -> Counts:
         return np.array([supported.sum(), contradicted.sum()])
 
     counts = {name: verdicts(plan.seeds, plan.levels) for name, plan in PLANS.items()}
-    counts[UNPLANNED] = verdicts(looks.SEEDS, [looks.TOTAL] * len(looks.SEEDS))
+    counts[UNPLANNED] = verdicts(rules.SEEDS, [rules.TOTAL] * len(rules.SEEDS))
     return counts
 
 
@@ -184,7 +182,6 @@ TRUTHS: list[tuple[str, Rule, Callable[[World], float]]] = [
     ("retains 0.9: the method is the base", Retains(0.9), lambda world: world.base),
     ("better: by 0.05", Better(), lambda world: world.comparator + 0.05),
     ("level 0.2: equal", Level(0.2), lambda world: world.comparator),
-    ("within 0.02: equal", WithinMargin(0.02), lambda world: world.comparator),
 ]
 """What the power is measured at. The right verdict is *contradicted* where the method retains 0.7 or nothing."""
 
@@ -198,8 +195,8 @@ def worlds() -> Iterator[World]:
 
 def at_boundaries(world: World, draws: int, only: str = "", seed: int = 0) -> Job:
     """All rules, or only one, whose boundary is a possible score in this world."""
-    rules = [(name, rule, truth(world)) for name, rule, truth in boundaries() if only in ("", name)]
-    return Job(world, tuple(rule for rule in rules if world.kind == "loss" or rule[2] > 0.005), draws, seed)
+    found = [(name, rule, truth(world)) for name, rule, truth in boundaries() if only in ("", name)]
+    return Job(world, tuple(rule for rule in found if world.kind == "loss" or rule[2] > 0.005), draws, seed)
 
 
 def without_gain(world: World, draws: int) -> Job:
@@ -271,10 +268,10 @@ def main() -> None:
     print(
         f"## Wrong verdicts at the boundary, %: the largest of {len(settings)} settings, {draws:,} populations each\n"
     )
-    rules = list(dict.fromkeys(o.rule for o in grid))
+    names = list(dict.fromkeys(o.rule for o in grid))
     plans = [*PLANS, UNPLANNED]
-    highest = {(r, p): max(o.wrong for o in grid if (o.rule, o.plan) == (r, p)) for r in rules for p in plans}
-    print(common.table(["rule", *plans], [[r, *(f"{100 * highest[r, p]:.1f}" for p in plans)] for r in rules]))
+    highest = {(r, p): max(o.wrong for o in grid if (o.rule, o.plan) == (r, p)) for r in names for p in plans}
+    print(common.table(["rule", *plans], [[r, *(f"{100 * highest[r, p]:.1f}" for p in plans)] for r in names]))
     print(
         f"\nOne figure is known to within {200 * math.sqrt(0.05 * 0.95 / draws):.1f} (95 %); the largest is too large."
     )

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from tiedlora import errors
-from tiedlora.analysis import claims, planning
+from tiedlora.analysis import claims
 from tiedlora.analysis.rate_choice import CRITERIA
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
@@ -132,7 +132,8 @@ def decidable_claims(sweep: Sweep) -> list[str]:
     known = [count for count in rows.values() if count is not None]
     if not known:
         return lines
-    return [*lines, *planning.plan(claims.read(PROJECT / "claims/tied_lora.yaml"), seeds, min(known))]
+    stated = claims.read(PROJECT / "claims/tied_lora.yaml")
+    return [*lines, *(claims.outlook(claim, seeds, min(known)) for claim in stated)]
 
 
 if __name__ == "__main__":

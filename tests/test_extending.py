@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import processes
 from safetensors.torch import load_file
@@ -137,6 +138,36 @@ def test_the_part_is_trained_and_saved(run_folder, record):
     w = load_file(run_folder / "adapter" / "adapter.safetensors")["qkv.w"]
     assert tuple(w.shape) == (architecture.layers, architecture.hidden)
     assert (w != 1).any()
+
+
+def test_the_layers_of_the_report_have_the_part(extended, run_folder, record):
+    """The norm of s diag(v) B diag(u) A diag(w) of each layer, by hand."""
+    tensors = load_file(run_folder / "adapter" / "adapter.safetensors")
+    A, B, u, v, w = (tensors[f"qkv.{part}"].double().numpy() for part in ("A", "B", "u", "v", "w"))
+    rank = record["identity"]["rank"]
+    folded = (v[..., None] * B) @ (u[..., None] * A * w[:, None])
+    expected = rank["alpha"] / rank["r"] * np.linalg.norm(folded, axis=(1, 2))
+    code = "import sys; from pathlib import Path; from tiedlora.analysis.adapters import read_adapter; "
+    code += "print(*read_adapter(Path(sys.argv[1])).norms())"
+    np.testing.assert_allclose([float(norm) for norm in start(extended, "-c", code, str(run_folder)).split()], expected)
+
+
+def test_reentrant_checkpoints_are_refused_for_the_part(extended):
+    code = """
+import dataclasses, tiedlora
+from tiedlora import tying
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=50)
+model = LlamaForCausalLM(LlamaConfig(**sizes))
+tiedlora.attach(model, dataclasses.replace(tying.named("TAB"), w=tying.Part(trained=True)), 4)
+model.gradient_checkpointing_enable({"use_reentrant": True})
+model.train()
+try:
+    model(**model.dummy_inputs)
+except tiedlora.errors.UserError as error:
+    print(error)
+"""
+    assert "use_reentrant=True does not work for an adapter with w" in start(extended, "-c", code)
 
 
 def test_ids_of_earlier_runs_stay(extended):

@@ -44,18 +44,22 @@ def saved(folder, specification, seed=0, rank=3, alpha=6.0, scaling="standard") 
 
 
 def full_updates(adapter: TiedAdapter) -> np.ndarray:
-    """(layers, numbers): every entry of the updates of a layer, over all targets, with its scale."""
+    """(layers, numbers): every entry of the updates s diag(v_l) B diag(u_l) A of a layer, over all targets."""
     updates = []
     for parts in adapter.targets.values():
-        A, B = parts.folded()
-        updates.append((adapter.scale * B.double() @ A.double()).detach().numpy())
-    return np.concatenate([update.reshape(len(update), -1) for update in updates], 1)
+        part = {name: value.detach().double().numpy() for name, value in parts.named_parameters()}
+        of_layer = []
+        for layer in range(parts.layers):
+            A, B = (part[name][layer // parts.shares[name]] for name in ("A", "B"))
+            u, v = part.get("u", np.ones((parts.layers, len(A)))), part.get("v", np.ones((parts.layers, len(B))))
+            of_layer.append(adapter.scale * (v[layer][:, None] * B) @ (u[layer][:, None] * A))
+        updates.append(np.array(of_layer).reshape(parts.layers, -1))
+    return np.concatenate(updates, 1)
 
 
 @pytest.mark.parametrize("name", SPECIFICATIONS)
-@pytest.mark.parametrize("scaling", ["standard", "rslora"])
-def test_norms_and_cosines_are_those_of_the_full_matrices(tmp_path, name, scaling):
-    full = [full_updates(saved(tmp_path / str(seed), SPECIFICATIONS[name], seed, scaling=scaling)) for seed in (0, 1)]
+def test_norms_and_cosines_are_those_of_the_full_matrices(tmp_path, name):
+    full = [full_updates(saved(tmp_path / str(seed), SPECIFICATIONS[name], seed, scaling="rslora")) for seed in (0, 1)]
     one, other = (adapters.read_adapter(tmp_path / str(seed)) for seed in (0, 1))
     np.testing.assert_allclose(one.norms(), np.linalg.norm(full[0], axis=1), rtol=1e-6)
     expected = (full[0] * full[1]).sum(1) / np.linalg.norm(full[0], axis=1) / np.linalg.norm(full[1], axis=1)
@@ -82,43 +86,26 @@ def test_the_size_of_a_vector_is_one_at_its_usual_start(tmp_path):
         adapter.targets["qkv"].v[2] = 3.0
     files.save(adapter, tmp_path / "run" / "adapter", BASE)
     read = adapters.read_adapter(tmp_path / "run")
-    np.testing.assert_allclose(read.vector_rms("u"), 1.0)
-    assert read.vector_rms("v")[2] == pytest.approx(3.0)
+    np.testing.assert_allclose(read.vectors["u"], 1.0)
+    assert read.vectors["v"][2] == pytest.approx(3.0)
     saved(tmp_path / "lora", SPECIFICATIONS["LoRA"])
-    assert adapters.read_adapter(tmp_path / "lora").vector_rms("u") is None
+    assert adapters.read_adapter(tmp_path / "lora").vectors == {}
 
 
 def test_an_update_of_zero_has_no_direction(tmp_path):
-    TABuv = tying.named("TABuv")
     (tmp_path / "run").mkdir()
-    files.save(TiedAdapter(TABuv, 3, 3.0, SMALL, 0), tmp_path / "run" / "adapter", BASE)
+    files.save(TiedAdapter(tying.named("TABuv"), 3, 3.0, SMALL, 0), tmp_path / "run" / "adapter", BASE)
     read = adapters.read_adapter(tmp_path / "run")
     assert np.isnan(adapters.cosines(read, read)).all()
     np.testing.assert_allclose(read.norms(), 0.0)
 
 
-def test_a_damaged_or_foreign_adapter_is_refused_in_one_line(tmp_path):
+def test_a_missing_or_damaged_adapter_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no"):
         adapters.read_adapter(tmp_path)
     saved(tmp_path / "run", SPECIFICATIONS["Tuv"])
-    folder = tmp_path / "run" / "adapter"
-    description = (folder / "adapter.json").read_text()
-    for damage in ('{"tying": 5}', '{"format": 1}', description.replace('"rank": 3', '"rank": 4'), description[:50]):
-        (folder / "adapter.json").write_text(damage)
-        with pytest.raises(UserError) as error:
-            adapters.read_adapter(tmp_path / "run")
-        assert "\n" not in str(error.value)
-    (folder / "adapter.json").write_text(description)
-    (folder / "adapter.safetensors").write_bytes(b"\x00" * 40)
-    with pytest.raises(UserError, match="not an adapter"):
-        adapters.read_adapter(tmp_path / "run")
-
-
-def test_random_parts_that_were_not_stored_are_refused(tmp_path):
-    adapter = TiedAdapter(tying.named("Tuv"), 3, 3.0, SMALL, 0)
-    (tmp_path / "run").mkdir()
-    files.save(adapter, tmp_path / "run" / "adapter", BASE, rebuild_frozen=True)
-    with pytest.raises(UserError, match="random part"):
+    (tmp_path / "run" / "adapter" / "adapter.safetensors").write_bytes(b"\x00" * 40)
+    with pytest.raises(UserError, match="is damaged"):
         adapters.read_adapter(tmp_path / "run")
 
 

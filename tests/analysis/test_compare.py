@@ -18,10 +18,9 @@ from helpers.report_runs import (
     write_run,
 )
 
-from tiedlora.analysis import crossed
-from tiedlora.analysis.bootstrap import bootstrap_means
-from tiedlora.analysis.runs import read_runs
-from tiedlora.analysis.scorebook import Scorebook, corpus_score, pseudo_values
+from tiedlora.analysis import intervals
+from tiedlora.analysis.intervals import bootstrap_means
+from tiedlora.analysis.runs import Scorebook, corpus_score, pseudo_values, read_runs
 from tiedlora.errors import UserError
 from tiedlora.page import write
 from tiedlora.scoring.summary import gains, summarise
@@ -80,10 +79,10 @@ def test_one_run_has_the_intervals_that_scoring_gives_its_rows(tmp_path, kind):
     for interval in (row.gain.examples, recorded.gain["score"]):
         assert numbers(interval) == pytest.approx(numbers(expected_gain), abs=1e-12)
     assert row.score.seeds is None
-    paired = crossed.difference_over_examples(ours[None], base[None])
+    paired = intervals.difference_over_examples(ours[None], base[None])
     assert numbers(paired) == pytest.approx(numbers(expected_gain), abs=1e-12)
     if kind == "mean":
-        table = crossed.score_over_examples(np.stack([ours, ours]))
+        table = intervals.score_over_examples(np.stack([ours, ours]))
         assert numbers(table) == pytest.approx(numbers(expected), abs=1e-12)
 
 
@@ -97,27 +96,7 @@ def translation_rows(task, outputs, references):
 
 def test_one_run_has_the_intervals_of_scoring_for_a_corpus_metric_too(tmp_path):
     generator = np.random.default_rng(7)
-    words = np.array(
-        [
-            "the",
-            "a",
-            "cat",
-            "dog",
-            "sat",
-            "ran",
-            "on",
-            "over",
-            "mat",
-            "hill",
-            "and",
-            "then",
-            "it",
-            "was",
-            "seen",
-            "by",
-            "us",
-        ]
-    )
+    words = ["the", "cat", "dog", "sat", "ran", "on", "over", "mat", "hill", "and", "then", "it", "was", "seen"]
     references = [" ".join(generator.choice(words, 9)) for _ in range(40)]
     outputs = [text if number % 3 else " ".join(text.split()[::-1]) for number, text in enumerate(references)]
     untrained = [" ".join(text.split()[:5]) for text in references]
@@ -175,12 +154,6 @@ def test_corpus_scores_are_served_by_pseudo_values():
     _, low, high = bootstrap_means(values)
     expected = np.quantile(resampled, [0.025, 0.975])
     assert [low, high] == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]))
-
-
-def test_the_ratio_has_no_interval_where_the_denominator_may_be_zero():
-    assert crossed.ratio(np.array([0.1, 0.2, 0.1]), np.array([0.3, -0.2, 0.1])) is None
-    found = crossed.ratio(np.array([0.30, 0.32, 0.31, 0.29]), np.array([0.40, 0.41, 0.42, 0.40]))
-    assert found.low < found.value < found.high
 
 
 def test_a_seed_far_from_the_others_is_flagged(tmp_path):

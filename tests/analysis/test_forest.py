@@ -5,7 +5,7 @@ import math
 import pytest
 from helpers.report_runs import scored_run, world
 
-from tiedlora.analysis import forest
+from tiedlora.analysis import shares
 from tiedlora.page import charts, matrix, write
 from tiedlora.records.interval import Interval
 
@@ -69,7 +69,7 @@ def test_equal_reasons_are_one_group_and_every_cell_leads_to_its_reason(two_task
 
 
 def test_the_forest_has_a_bar_in_the_zone_and_says_why_one_is_missing(two_tasks):
-    group, *_ = forest.groups(answer for answer in two_tasks.answers if answer.pair is not None)
+    group, *_ = shares.forest_groups(answer for answer in two_tasks.answers if answer.pair is not None)
     lines = {line.task: line for line in group.lines}
     supported, contradicted, floor = lines["chain_sum"], lines["squad"], lines["gsm8k"]
     assert supported.is_firm
@@ -82,7 +82,7 @@ def test_the_forest_has_a_bar_in_the_zone_and_says_why_one_is_missing(two_tasks)
 def test_one_seed_has_an_interval_over_rows_and_no_planned_look(tmp_path):
     for name, right in (("LoRA", 30), ("TABuv", 24)):
         scored_run(tmp_path / "runs", [1.0] * right + [0.0] * (50 - right), [1.0] * 10 + [0.0] * 40, name=name)
-    (group,) = forest.groups(answer for answer in report_of(tmp_path).answers if answer.pair is not None)
+    (group,) = shares.forest_groups(answer for answer in report_of(tmp_path).answers if answer.pair is not None)
     (line,) = group.lines
     assert not line.is_firm
     assert line.share.value == pytest.approx((24 - 10) / (30 - 10))
@@ -91,14 +91,14 @@ def test_one_seed_has_an_interval_over_rows_and_no_planned_look(tmp_path):
 
 def test_the_axis_holds_base_and_comparator_and_is_bounded():
     def line(value, low, high):
-        share = forest.Interval(value, low, high)
-        return forest.ForestLine("task", "undecided", True, share, (0.9, math.inf), "")
+        share = shares.Interval(value, low, high)
+        return shares.ForestLine("task", "undecided", True, share, (0.9, math.inf), "")
 
-    usual = forest.axis([line(0.9, 0.8, 1.0)])
+    usual = shares.forest_axis([line(0.9, 0.8, 1.0)])
     assert usual.low < 0 < 1 < usual.high
     assert {0.0, 1.0} <= set(usual.ticks)
-    wide = forest.axis([line(5.0, -20.0, 30.0)])
-    assert (wide.low, wide.high) == (forest.LEAST, forest.MOST)
+    wide = shares.forest_axis([line(5.0, -20.0, 30.0)])
+    assert (wide.low, wide.high) == (shares.LEAST, shares.MOST)
     assert wide.place(30.0) == 1.0
     assert wide.place(-20.0) == 0.0
 
@@ -115,10 +115,10 @@ def test_a_model_without_runs_of_a_claim_says_so(tmp_path):
 
 def test_the_forest_is_a_file_too(two_tasks, tmp_path):
     write.write(two_tasks, tmp_path / "report")
-    svg = (tmp_path / "report" / "forest.svg").read_text()
+    svg = (tmp_path / "report" / "shares.svg").read_text()
     assert "contradicted" in svg
     assert "chain_sum" in svg
-    assert (tmp_path / "report" / "forest.png").stat().st_size > 5000
+    assert (tmp_path / "report" / "shares.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
@@ -132,4 +132,4 @@ def test_the_forest_is_a_file_too(two_tasks, tmp_path):
     ],
 )
 def test_a_short_interval_shows_on_which_side_of_the_zone_it_ends(ends, words):
-    assert forest.ForestLine("squad", "contradicted", True, Interval(*ends), (1.0, math.inf), "").in_words == words
+    assert shares.ForestLine("squad", "contradicted", True, Interval(*ends), (1.0, math.inf), "").in_words == words

@@ -4,7 +4,7 @@ import pytest
 from helpers.hostile import put
 from helpers.report_runs import make_config, make_record, primary_row, scored_run
 
-from tiedlora.analysis.groups import group_runs
+from tiedlora.analysis.groups import differing_values, group_runs
 from tiedlora.analysis.runs import read_runs
 from tiedlora.config.identity import run_id
 from tiedlora.page import write
@@ -210,3 +210,14 @@ def test_a_single_rate_is_not_at_an_edge_and_the_lower_of_two_is(tmp_path):
     scored_run(tmp_path, BASE, BASE, lr=1e-2)
     (group,) = group_runs(read_runs([tmp_path])[0])
     assert group.marks == ["the chosen rate 0.001 is at the edge of those tried (0.001 to 0.01)"]
+
+
+def test_long_values_in_names_are_cut_and_stay_different():
+    prompts = ["Solve the following problem. {q}", "Solve the following problem step by step. {q}"]
+    names = differing_values(["a", "a"], [{"prompt": prompt} for prompt in prompts])
+    assert all(name.startswith("prompt=Solve the following p... #") for name in names)
+    assert len(set(names)) == 2
+    assert differing_values(["a", "a"], [{"x": prompts[0]}, {"x": "short"}]) == [
+        "x=Solve the following p...",
+        "x=short",
+    ], "a hash stands only where it is needed"

@@ -1,44 +1,51 @@
-"""Intervals equal those of textbooks, and have the coverage that they claim."""
+"""Intervals equal those of textbooks and of other libraries, and cover what docs/results.md says."""
+
+import functools
+import itertools
+import re
 
 import numpy as np
+import pandas as pd
 import pytest
+import statsmodels.formula.api as smf
+from helpers.report_runs import scored_run
 from scipy import stats
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
-from tiedlora.analysis import crossed
-from tiedlora.analysis.bootstrap import bootstrap_corpus, bootstrap_mean, bootstrap_means
-from tiedlora.analysis.intervals import is_binary, paired_proportions, wilson
+from tiedlora.analysis import intervals
+from tiedlora.analysis.intervals import (
+    bootstrap_corpus,
+    bootstrap_mean,
+    bootstrap_means,
+    mean_squares,
+    outlying,
+    p_value,
+    paired_proportions,
+    wilson,
+)
+from tiedlora.config.project import PROJECT
+from tiedlora.page import write
 
 
-def test_wilson_is_the_textbooks():
-    # 8 of 10, by the formula: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
-    n, p, z = 10, 0.8, stats.norm.ppf(0.975)
-    centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    interval = wilson(8, 10)
-    assert interval.low == pytest.approx((centre - half) / (1 + z * z / n))
-    assert interval.high == pytest.approx((centre + half) / (1 + z * z / n))
-    assert interval.method == "wilson"
-
-
-def test_paired_proportions_is_newcombes_example():
-    # Newcombe (1998), table II's first example: 36 and 12 agree, 2 against 0 differ of 50: 0.0569 to 0.3404 for
-    # the split e=36, f=12, g=2, h=0 (method 10).
-    ours = [1] * 36 + [1] * 12 + [0] * 2
-    theirs = [1] * 36 + [0] * 12 + [1] * 2
-    interval = paired_proportions(ours, theirs)
-    assert (interval.value, interval.low, interval.high) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
-
-
-class TestStatsmodels:
-    @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (1, 200), (37, 100), (500, 1000), (1000, 1000)])
-    def test_wilson(self, successes, trials):
+class TestProportions:
+    @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (1, 200), (37, 100), (1000, 1000)])
+    def test_wilson_is_that_of_statsmodels(self, successes, trials):
         interval = wilson(successes, trials)
+        assert interval.method == "wilson"
         assert (interval.low, interval.high) == pytest.approx(
             proportion_confint(successes, trials, method="wilson"), abs=1e-12
         )
 
-    def test_paired_proportions_without_correlation_are_newcombes_independent_ones(self):
+    def test_paired_proportions_are_newcombes_example(self):
+        # Newcombe (1998), table II's first example: 36 and 12 agree, 2 against 0 differ of 50: 0.0569 to 0.3404 for
+        # the split e=36, f=12, g=2, h=0 (method 10).
+        ours = [1] * 36 + [1] * 12 + [0] * 2
+        theirs = [1] * 36 + [0] * 12 + [1] * 2
+        interval = paired_proportions(ours, theirs)
+        assert (interval.value, interval.low, interval.high) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
+
+    def test_without_correlation_they_are_newcombes_independent_ones(self):
         # 30 of 100 and 60 of 100 with 18 in common: 0.18 = 0.3 * 0.6, so that the correlation is 0.
         ours = [1] * 18 + [1] * 12 + [0] * 42 + [0] * 28
         theirs = [1] * 18 + [0] * 12 + [1] * 42 + [0] * 28
@@ -46,7 +53,7 @@ class TestStatsmodels:
         independent = confint_proportions_2indep(30, 100, 60, 100, method="newcomb", compare="diff")
         assert (interval.low, interval.high) == pytest.approx(independent, abs=1e-12)
 
-    def test_many_paired_proportions_have_the_normal_interval_of_their_differences(self):
+    def test_many_have_the_normal_interval_of_their_differences(self):
         generator = np.random.default_rng(2)
         difficulty = generator.random(20_000)
         ours, theirs = ((difficulty < rate + 0.3 * generator.random(20_000)).astype(float) for rate in (0.3, 0.4))
@@ -54,10 +61,9 @@ class TestStatsmodels:
         low, high = DescrStatsW(ours - theirs).zconfint_mean()
         assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.02 * (high - low))
 
-
-def test_binary_scores_are_zeros_and_ones_alone():
-    assert is_binary([0, 1.0, 1])
-    assert not is_binary([0, 0.5, 1])
+    def test_binary_scores_are_zeros_and_ones_alone(self):
+        assert intervals.is_binary([0, 1.0, 1])
+        assert not intervals.is_binary([0, 0.5, 1])
 
 
 class TestBootstrap:
@@ -70,24 +76,6 @@ class TestBootstrap:
         assert (ours.low, ours.high) == pytest.approx((scipys.low, scipys.high), abs=0.06 * width)
         assert ours == bootstrap_mean(values, (0.0, 1.0))
 
-    def test_it_covers_the_mean(self):
-        generator, hits = np.random.default_rng(0), 0
-        for seed in range(200):
-            values = generator.beta(2, 5, 60)
-            interval = bootstrap_mean(values, (0.0, 1.0), seed)
-            hits += interval.low <= 2 / 7 <= interval.high
-        # 95 % of 200 is 190; the percentile bootstrap of 60 values is a little short of it.
-        assert 180 <= hits <= 199
-
-    def test_a_paired_one_is_narrower_where_both_sides_move_together(self):
-        generator = np.random.default_rng(1)
-        base = generator.beta(2, 2, 100)
-        better = np.clip(base + 0.05 + generator.normal(0, 0.01, 100), 0, 1)
-        paired = bootstrap_mean(better - base, (-1.0, 1.0))
-        alone = bootstrap_mean(better, (0.0, 1.0))
-        assert paired.low > 0 or paired.high < 0
-        assert paired.high - paired.low < (alone.high - alone.low) / 4
-
     def test_one_example_tells_nothing_and_none_is_an_error(self):
         interval = bootstrap_mean([0.5], (0.0, 1.0))
         assert (interval.value, interval.low, interval.high) == (0.5, 0.0, 1.0)
@@ -96,18 +84,304 @@ class TestBootstrap:
 
     def test_means_and_corpus_scores_and_tables_of_seeds_share_their_resamples(self):
         """A mean is the corpus score of (score, 1) pairs; equal seeds average to one of them."""
-        values = np.random.default_rng(4).beta(2, 5, 80)
-        other = np.random.default_rng(5).beta(2, 5, 80)
-        mean = bootstrap_mean(values, (0.0, 1.0))
-        corpus = bootstrap_corpus([[value, 1.0] for value in values], lambda sums: float(sums[0] / sums[1]))
-        table = crossed.score_over_examples(np.stack([values, values]))
-        leading = [float(part[0]) for part in bootstrap_means(values[None])]
-        for interval in (corpus, table):
-            assert (interval.value, interval.low, interval.high) == pytest.approx(
-                (mean.value, mean.low, mean.high), abs=1e-12
-            )
-        assert leading == pytest.approx([mean.value, mean.low, mean.high], abs=1e-12)
-        pairs = ([[value, 1.0] for value in side] for side in (values, other))
-        difference = bootstrap_corpus(next(pairs), lambda sums: float(sums[0] / sums[1]), next(pairs))
-        expected = bootstrap_mean(values - other, (-1.0, 1.0))
-        assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+        values, other = (np.random.default_rng(seed).beta(2, 5, 80) for seed in (4, 5))
+
+        def ratio(sums):
+            return float(sums[0] / sums[1])
+
+        def corpus(*sides):
+            first, *more = ([[value, 1.0] for value in side] for side in sides)
+            found = bootstrap_corpus(first, ratio, *more)
+            return found.value, found.low, found.high
+
+        mean, table = bootstrap_mean(values, (0.0, 1.0)), intervals.score_over_examples(np.stack([values, values]))
+        expected = pytest.approx((mean.value, mean.low, mean.high), abs=1e-12)
+        assert corpus(values) == expected
+        assert (table.value, table.low, table.high) == expected
+        difference = bootstrap_mean(values - other, (-1.0, 1.0))
+        assert corpus(values, other) == pytest.approx((difference.value, difference.low, difference.high), abs=1e-12)
+
+
+def table(seeds, rows, *, seed=0, spread=(0.05, 0.3, 0.4), mean=0.1, draws=()):
+    """Normal effects of seeds, rows and the remainder: (*draws, seeds, rows)."""
+    generator = np.random.default_rng(seed)
+    return (
+        mean
+        + generator.normal(0, spread[0], (*draws, seeds, 1))
+        + generator.normal(0, spread[1], (*draws, 1, rows))
+        + generator.normal(0, spread[2], (*draws, seeds, rows))
+    )
+
+
+def ends(interval):
+    return pytest.approx((interval.value, interval.low, interval.high))
+
+
+def numbers(interval):
+    return interval.value, interval.low, interval.high
+
+
+class TestSeedsAndRows:
+    @pytest.mark.parametrize(("seeds", "rows", "seed"), [(6, 40, 2), (12, 30, 3)])
+    def test_a_mixed_model_has_the_same_components_and_interval(self, seeds, rows, seed):
+        """statsmodels fits both random effects by restricted maximum likelihood, without mean squares."""
+        values = table(seeds, rows, seed=seed, spread=(0.15, 0.3, 0.4))
+        frame = pd.DataFrame({"score": values.ravel(), "everything": 1})
+        frame["seed"], frame["row"] = np.divmod(np.arange(values.size), rows)
+        effects = {"seed": "0 + C(seed)", "row": "0 + C(row)"}
+        fit = smf.mixedlm("score ~ 1", frame, groups="everything", vc_formula=effects).fit(reml=True)
+        components = dict(zip(fit.model.exog_vc.names, fit.vcomp, strict=True))
+
+        found = mean_squares(values).spread()
+        assert found.seeds**2 == pytest.approx(components["seed"], rel=0.1)
+        assert found.examples**2 == pytest.approx(components["row"], rel=0.1)
+        assert found.rest**2 == pytest.approx(fit.scale, rel=0.1)
+        assert found.of_mean(seeds, rows) == pytest.approx(fit.bse["Intercept"], rel=0.1)
+
+        # The interval, from the fit's components alone.
+        of_seeds = components["seed"] / seeds + fit.scale / (seeds * rows)
+        t_seeds, t_rows = stats.t.ppf(0.975, seeds - 1), stats.t.ppf(0.975, rows - 1)
+        half = np.sqrt(t_seeds**2 * of_seeds + t_rows**2 * components["row"] / rows)
+        interval = intervals.both_interval(values)
+        assert interval.value == pytest.approx(fit.params["Intercept"])
+        assert (interval.high - interval.low) / 2 == pytest.approx(half, rel=0.1)
+
+    def test_where_only_seeds_vary_it_is_students_over_seeds(self):
+        of_seeds = np.array([0.1, 0.3, 0.4, 0.2])
+        values = np.broadcast_to(of_seeds[:, None], (4, 50))
+        assert numbers(intervals.both_interval(values)) == ends(intervals.seeds_interval(of_seeds))
+        assert p_value(values) == pytest.approx(stats.ttest_1samp(of_seeds, 0).pvalue)
+
+    def test_where_only_rows_vary_it_is_students_over_rows(self):
+        values = np.broadcast_to(np.random.default_rng(0).random(50), (4, 50))
+        assert numbers(intervals.both_interval(values)) == ends(intervals.seeds_interval(values[0]))
+
+    def test_it_is_never_narrower_than_over_the_rows(self):
+        """Each seed solves another row, so the seeds agree by chance, and rows differ less than the remainder."""
+        values = np.eye(3, 4)
+        assert numbers(intervals.both_interval(values)) == ends(intervals.seeds_interval(values.mean(0)))
+        assert p_value(values) > 0.05
+
+    def test_leading_axes_are_separate_tables_and_a_smaller_level_is_wider(self):
+        values = table(4, 30, draws=(3,))
+        widths = [mean_squares(values).half_width(level) for level in (0.5, 0.05, 0.005, 0.0005)]
+        assert (np.diff(widths, axis=0) > 0).all()
+        np.testing.assert_allclose(widths[1], [mean_squares(one).half_width() for one in values])
+
+    @pytest.mark.parametrize("values", [np.zeros((1, 5)), np.zeros((5, 1))])
+    def test_one_seed_or_row_is_an_error(self, values):
+        with pytest.raises(ValueError, match="needs two of each"):
+            mean_squares(values)
+
+    def test_a_value_that_is_not_finite_is_an_error(self):
+        values = table(3, 5)
+        values[1, 2] = np.inf
+        with pytest.raises(ValueError, match="finite"):
+            p_value(values)
+
+    @pytest.mark.parametrize("level", [0.05, 0.006])
+    @pytest.mark.parametrize("spread", [(0.05, 0.1, 0.1), (0.0, 0.0, 0.4), (0.015, 0.3, 0.4)])
+    @pytest.mark.parametrize("seeds", [3, 8])
+    def test_at_every_level_it_is_wrong_at_most_that_often(self, seeds, spread, level):
+        draws = 800
+        squares = mean_squares(table(seeds, 100, spread=spread, mean=0.0, draws=(draws,)))
+        wrong = (np.abs(squares.mean) > squares.half_width(level)).mean()
+        assert wrong <= level + 3 * np.sqrt(level * (1 - level) / draws)
+
+    @pytest.mark.parametrize("mean", [0.5, 0.05, -0.02])
+    def test_the_interval_at_the_p_value_ends_at_zero(self, mean):
+        values = table(5, 100, mean=mean)
+        found = intervals.both_interval(values, p_value(values))
+        assert min(abs(found.low), abs(found.high)) < 1e-8 * (found.high - found.low)
+
+    def test_the_p_value_shrinks_as_the_mean_leaves_zero(self):
+        values = table(5, 100, mean=0.0)
+        values -= values.mean()
+        levels = [p_value(values + mean) for mean in (0, 0.01, 0.05, 0.2, 1, 100)]
+        assert levels[0] == 1.0
+        assert levels == sorted(levels, reverse=True)
+        assert 0 < levels[-1] < 1e-6
+
+    def test_constant_tables(self):
+        assert p_value(np.full((3, 5), 0.3)) == 0.0
+        # A contrast of equal scores: 1 - 0.9 - 0.1 is -2.8e-17.
+        assert p_value(np.full((3, 5), 1 - 0.9 - 0.1)) == 1.0
+
+
+def test_the_ratio_has_no_interval_where_the_denominator_may_be_zero():
+    assert intervals.ratio(np.array([0.1, 0.2, 0.1]), np.array([0.3, -0.2, 0.1])) is None
+    found = intervals.ratio(np.array([0.30, 0.32, 0.31, 0.29]), np.array([0.40, 0.41, 0.42, 0.40]))
+    assert found.low < found.value < found.high
+
+
+# What the intervals cover. The true value p is known; examples (and seeds) are drawn again each time.
+
+GRID = [
+    *itertools.product([200], (0.01, 0.1, 0.5)),
+    *(pytest.param(1000, p, marks=pytest.mark.slow) for p in (0.01, 0.1, 0.5)),
+]
+DRAWS = 600
+DOCUMENTED_DRAWS = 4000
+
+
+@functools.cache
+def documented() -> dict[tuple[str, int, float, int], float]:
+    """The table of docs/results.md: what each interval covers."""
+    found = {}
+    for line in (PROJECT / "docs" / "results.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5 and re.fullmatch(r"\d[\d,]*", cells[1]) and re.fullmatch(r"[\d.]+ %", cells[4]):
+            key = (cells[0], int(cells[1].replace(",", "")), float(cells[2]), int(cells[3]))
+            found[key] = float(cells[4].removesuffix(" %")) / 100
+    return found
+
+
+def covered(low, high, truth) -> float:
+    # The tolerance is for an interval that is the single number p, but for rounding.
+    return float(((low <= truth + 1e-12) & (high >= truth - 1e-12)).mean())
+
+
+def wilson_coverage(rows, p):
+    """The exact coverage: the sum of the probabilities of the counts whose interval contains p."""
+    holds = [wilson(k, rows) for k in range(rows + 1)]
+    return float(sum(stats.binom.pmf(k, rows, p) for k, found in enumerate(holds) if found.low <= p <= found.high))
+
+
+@functools.cache
+def newcombe(both, ours, theirs, rows):
+    found = paired_proportions(
+        [1] * both + [1] * ours + [0] * (rows - both - ours),
+        [1] * both + [0] * ours + [1] * theirs + [0] * (rows - both - ours - theirs),
+    )
+    return found.low, found.high
+
+
+def newcombe_coverage(rows, p):
+    """Two methods on the same examples: p and 1.5 p, correlated through the example (as base and adapted are)."""
+    other = 1.5 * p
+    both = p * other + 0.5 * (p - p * other)
+    chances = [both, p - both, other - both, 1 - p - other + both]
+    counts = np.random.default_rng([rows, round(1000 * p)]).multinomial(rows, chances, DRAWS)
+    bounds = np.array([newcombe(int(a), int(b), int(c), rows) for a, b, c, _ in counts])
+    return covered(bounds[:, 0], bounds[:, 1], p - other)
+
+
+def bootstrap_coverage(rows, p):
+    """Scores like F1: 0 for most examples, between 0 and 1 for some; their mean is p."""
+    generator = np.random.default_rng([rows, round(1000 * p)])
+    scores = generator.random((DRAWS, rows)) * (generator.random((DRAWS, rows)) < min(1.0, 2 * p))
+    _, low, high = bootstrap_means(scores)
+    return covered(low, high, min(1.0, 2 * p) / 2)
+
+
+def paired_bootstrap_coverage(rows, p):
+    """Differences of two such scores on the same examples, averaged over 3 seeds."""
+    generator = np.random.default_rng([rows, round(1000 * p), 3])
+    answerable = generator.random((DRAWS, 1, rows)) < min(1.0, 2 * p)
+    scores = generator.random((2, DRAWS, 3, rows)) * answerable
+    _, low, high = bootstrap_means((scores[0] * 0.9 - scores[1]).mean(1))
+    return covered(low, high, min(1.0, 2 * p) * (0.45 - 0.5))
+
+
+def seeds_coverage(rows, p, seeds):
+    """Seeds with one true score. They differ only by chance in the examples."""
+    return intervals.seeds_coverage(p, rows, seeds)
+
+
+def paired_seeds_coverage(rows, p, seeds):
+    """Per-seed differences of two methods, with the same examples and independent chance."""
+    generator = np.random.default_rng([rows, round(1000 * p), seeds])
+    scores = generator.binomial(rows, p, (2, DOCUMENTED_DRAWS, seeds)) / rows
+    _, low, high = intervals.over_seeds(scores[0] - scores[1])
+    return covered(low, high, 0.0)
+
+
+def both_coverage(rows, p, seeds):
+    """Differences with random effects of seeds (a tenth of p) and of examples; both are drawn again each time."""
+    generator = np.random.default_rng([rows, round(1000 * p), seeds])
+    inside = []
+    for _ in range(4):
+        draws = DRAWS // 4
+        hard = generator.random((draws, 1, rows))
+        luck = 1 + generator.normal(0, 0.1, (2, draws, seeds, 1))
+        # Half of an example's outcome is its own (shared by all seeds, differently by the two methods).
+        taste = np.where(generator.random((2, draws, 1, rows)) < 0.5, hard, generator.random((2, draws, 1, rows)))
+        own = generator.random((2, draws, seeds, rows))
+        drawn = np.where(generator.random((2, draws, seeds, rows)) < 0.5, taste, own) < p * luck
+        squares = mean_squares(drawn[0].astype(float) - drawn[1].astype(float))
+        inside.append(np.abs(squares.mean) <= squares.half_width() + 1e-12)
+    return float(np.mean(inside))
+
+
+OF_EXAMPLES = {
+    "Wilson": wilson_coverage,
+    "Newcombe": newcombe_coverage,
+    "bootstrap": bootstrap_coverage,
+    "paired bootstrap": paired_bootstrap_coverage,
+}
+OF_SEEDS = {
+    "t over seeds": seeds_coverage,
+    "paired t over seeds": paired_seeds_coverage,
+    "seeds and examples": both_coverage,
+}
+
+
+def check(name, rows, p, seeds, share):
+    """The coverage is 93 to 97 %, or that of the documents, up to three standard errors of the simulation."""
+    said = documented().get((name, rows, p, seeds))
+    about = 0.95 if said is None else said
+    error = 3 * np.sqrt(about * (1 - about) * (1 / DRAWS + 1 / DOCUMENTED_DRAWS))
+    low, high = (0.93, 0.97) if said is None else (said, said)
+    assert low - error <= share <= high + error, f"{name}, n={rows}, p={p}, {seeds} seeds covers {100 * share:.1f} %"
+
+
+@pytest.mark.parametrize(("rows", "p"), GRID)
+@pytest.mark.parametrize("name", OF_EXAMPLES)
+def test_the_coverage_over_examples_is_the_documented_one(name, rows, p):
+    check(name, rows, p, 1, OF_EXAMPLES[name](rows, p))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize(("rows", "p"), GRID)
+@pytest.mark.parametrize("name", OF_SEEDS)
+def test_the_coverage_over_seeds_is_the_documented_one(name, rows, p, seeds):
+    check(name, rows, p, seeds, OF_SEEDS[name](rows, p, seeds))
+
+
+def test_the_report_prints_what_a_short_interval_covers(tmp_path):
+    for seed in range(2):
+        ours = np.zeros(200)
+        ours[: 2 + seed] = 1
+        scored_run(tmp_path, ours, np.zeros(200), name="LoRA", seed=seed)
+    (row,) = write.build([tmp_path]).rows
+    (note,) = [note for note in row.notes if "over seeds covers" in note]
+    said = int(re.search(r"covers (\d+) %", note)[1]) / 100
+    assert said < 0.93
+    assert said == pytest.approx(intervals.seeds_coverage(0.0125, 200, 2), abs=0.01)
+
+
+class TestOutliers:
+    @pytest.mark.parametrize(("seeds", "stated"), [(5, 0.018), (8, 0.022), (12, 0.017)])
+    def test_false_alarms_are_as_rare_as_the_docstring_says(self, seeds, stated):
+        draws = 800
+        cells = np.random.default_rng(seeds).normal(0.5, 1, (draws, seeds))
+        # The docstring's own figure is of 6,000 cells.
+        error = 3 * np.sqrt(stated * (1 - stated) * (1 / draws + 1 / 6000))
+        assert np.mean([bool(outlying(cell)) for cell in cells]) == pytest.approx(stated, abs=error)
+
+    @pytest.mark.parametrize(
+        ("scores", "expected"),
+        [
+            ([0.50, 0.51, 0.49, 0.50, 0.02], [4]),
+            ([0.02, 0.51, 0.49, 0.50, 0.03, 0.505, 0.495, 0.50], [0, 4]),
+            ([0.50, 0.51, 0.49, 0.50, 0.47], []),
+            ([0.50, 0.51, 0.49, 0.02], []),
+            ([0.50, 0.50, 0.50, 0.50, 0.505], []),
+            ([0.5000, 0.5005, 0.4995, 0.5002, 0.4925], []),
+            ([50.00, 50.05, 49.95, 50.02, 49.25], [4]),
+            ([1.50, 1.51, np.nan, 1.49, 1.52, 1.50, 9.0], [2, 6]),
+            ([], []),
+        ],
+    )
+    def test_what_is_flagged(self, scores, expected):
+        assert outlying(np.array(scores)) == expected

@@ -88,6 +88,7 @@ def test_no_torch_is_imported(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_thousand_folders_fit_in_memory_and_bad_ones_are_listed(tmp_path):
     """The bound is 1 GB. Time is not tested, because other tests on the same cores double it. (See docs/results.md.)"""
     names = ("LoRA", "TABuv", "TAB", "TA", "Tuv")

@@ -3,7 +3,7 @@
 import pytest
 from helpers.report_runs import add_scores, make_record, prediction_rows, scored_run, write_run
 
-from tiedlora.analysis.estimates import OTHER_ENDS
+from tiedlora.analysis.compare import OTHER_ENDS
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.rules import Retains
 from tiedlora.analysis.runs import read_runs

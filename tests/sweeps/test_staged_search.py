@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tiedlora.analysis.paired_rows import RowLosses, paired_difference
+from tiedlora.analysis.intervals import RowLosses, paired_difference
 from tiedlora.sweeps.staged_search import Observation, SearchPlan, next_rate, next_stage, rung_steps
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

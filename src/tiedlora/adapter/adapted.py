@@ -17,6 +17,7 @@ from tiedlora.adapter import linear
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config.families import layout_of
 from tiedlora.errors import UserError
+from tiedlora.tying import FACTORS, part_of
 
 
 class Adapted(nn.Module):
@@ -79,7 +80,7 @@ class FoldFactors:
             module.folded_A, module.folded_B = A_l.to(device), B_l.to(device)
 
     def _refuse_reentrant_checkpoints(self) -> None:
-        """Refuse them where u or v scale the factors: the scaled factors of all layers come from one product.
+        """Refuse them where a vector scales the factors: the scaled factors of all layers come from one product.
 
         Each reentrant checkpoint runs a backward pass of its own, and the first of these passes frees that product.
         """
@@ -87,8 +88,10 @@ class FoldFactors:
         if not (torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False)):
             return
         reentrant = getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
-        if reentrant and any(name.endswith((".u", ".v")) for name in self.adapter.parts()):
+        vectors = sorted({part_of(name) for name in self.adapter.parts()} - set(FACTORS))
+        if reentrant and vectors:
             raise UserError(
-                "gradient checkpointing with use_reentrant=True does not work for an adapter with u or v, because the "
-                'layers share one product; set gradient_checkpointing_kwargs={"use_reentrant": False}'
+                "gradient checkpointing with use_reentrant=True does not work for an adapter with "
+                f"{' or '.join(vectors)}, because the layers share one product; "
+                'set gradient_checkpointing_kwargs={"use_reentrant": False}'
             )

@@ -1,7 +1,7 @@
-"""From finished runs to numbers and verdicts: groups, estimates with their intervals, claims, planned looks.
+"""From finished runs to numbers and verdicts: groups, scores with their intervals, claims and their answers.
 
-This package reads finished runs (runs, scorebook), groups them and chooses learning rates (groups), computes scores and
-differences with their intervals (estimates, compare, shares), and answers claims (claims, partners, answers). Its
-statistics take numbers and return numbers: intervals, bootstrap, crossed, rules, looks. It knows no table and no page.
-It imports records, tasks, config and the modules at the top of the package, and never torch or transformers.
+This package reads finished runs (runs), groups them and chooses learning rates (groups, rate_choice), computes scores
+and differences (compare), and answers claims (claims, answers, shares). Its statistics take numbers and return numbers:
+intervals, rules. It knows no table and no page. It imports tasks, records, config and the modules at the top of the
+package. Only the layers of saved adapters (adapters) need torch, and they import it late.
 """

@@ -1,7 +1,8 @@
 """Where the parameters went: norms of the vectors and of the updates by layer, and cosines of updates.
 
-They come from the adapters' files alone, without torch or a model. A layer's update is W_l = s B_l A_l with the folded
-factors A_l = diag(u_l) A and B_l = diag(v_l) B. Norms and cosines come from products of r x r matrices,
+They come from the adapters' files alone, without a model. The method's own loader reads them and folds their parts, so
+a part that is added to the method is in every number here. A layer's update is W_l = s B_l A_l with the folded factors.
+Norms and cosines come from products of r x r matrices,
 
     <B1 A1, B2 A2> = sum of (B1' B2) * (A1 A2'),
 
@@ -12,83 +13,47 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from tiedlora import storage, tying
+from tiedlora import tying
 from tiedlora.analysis.compare import BASELINE
 from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.intervals import Array
 from tiedlora.config.adapter_folder import DESCRIPTION
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
 
-Array = NDArray[np.float64]
-TENSORS = "adapter.safetensors"
-LARGEST_BYTES = 2**29
-"""Larger files are not read: a report must not need more memory than the runs that it is about."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """The parts of one target. Factors have a first axis of groups of layers, vectors one of layers."""
-
-    A: Array
-    B: Array
-    u: Array | None
-    v: Array | None
-    share_of_A: int
-    """How many consecutive layers share one A."""
-    share_of_B: int
-
-    def pair(self, place: int) -> tuple[Array, Array]:
-        """The folded factors (r, d_in) and (d_out, r) of one adapted layer."""
-        A, B = self.A[place // self.share_of_A], self.B[place // self.share_of_B]
-        if self.u is not None:
-            A = self.u[place][:, None] * A
-        if self.v is not None:
-            B = self.v[place][:, None] * B
-        return A, B
+LAYER_VECTORS = tuple(part for part in tying.PARTS if part not in tying.FACTORS)
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter's parts, read from its file."""
+    """An adapter's folded factors and the sizes of its vectors, read from its file."""
 
     layers: tuple[int, ...]
     """The numbers of the adapted layers."""
     scale: float
-    targets: dict[str, Target]
+    pairs: dict[str, tuple[Array, Array]]
+    """Target -> the folded factors of all layers: (layers, r, d_in) and (layers, d_out, r)."""
+    vectors: dict[str, Array]
+    """u or v -> (layers,): ||u_l|| / sqrt(r), or ||v_l|| / sqrt(d_out), over all targets. 1 is the usual start."""
 
     def norms(self) -> Array:
         """(layers,): the Frobenius norm of each layer's update, over all targets together."""
         return self.scale * np.sqrt(np.maximum(_inner(self, self), 0.0))
 
-    def vector_rms(self, part: str) -> Array | None:
-        """(layers,): ||u_l|| / sqrt(r), or ||v_l|| / sqrt(d_out); None without such a vector. 1 is its usual start."""
-        squares = [
-            (vector**2).mean(1)
-            for target in self.targets.values()
-            if (vector := {"u": target.u, "v": target.v}[part]) is not None
-        ]
-        return np.sqrt(np.mean(squares, 0)) if squares else None
-
 
 def _inner(one: SavedAdapter, other: SavedAdapter) -> Array:
     """(layers,): the inner products of the updates of two adapters of the same layers and targets, without scales."""
     sums = np.zeros(len(one.layers))
-    for name, target in one.targets.items():
+    for target, (A1, B1) in one.pairs.items():
+        A2, B2 = other.pairs[target]
         for place in range(len(one.layers)):
-            (A1, B1), (A2, B2) = target.pair(place), other.targets[name].pair(place)
-            sums[place] += float(((B1.T @ B2) * (A1 @ A2.T)).sum())
+            sums[place] += float(((B1[place].T @ B2[place]) * (A1[place] @ A2[place].T)).sum())
     return sums
 
 
@@ -98,7 +63,7 @@ def cosines(one: SavedAdapter, other: SavedAdapter) -> Array | None:
     Returns:
         None if the adapters change other layers or other projections, so that there is nothing to compare.
     """
-    sizes = [{name: (t.A.shape[2], t.B.shape[1]) for name, t in adapter.targets.items()} for adapter in (one, other)]
+    sizes = [{name: (A.shape[2], B.shape[1]) for name, (A, B) in adapter.pairs.items()} for adapter in (one, other)]
     if one.layers != other.layers or sizes[0] != sizes[1]:
         return None
     lengths = np.sqrt(np.maximum(_inner(one, one), 0) * np.maximum(_inner(other, other), 0))
@@ -111,54 +76,27 @@ def read_adapter(run: Path) -> SavedAdapter:
     """The adapter in a run's folder.
 
     Raises:
-        UserError: there is no file, it is not an adapter of this project, or a random part was not stored.
+        UserError: it is missing, damaged, or not an adapter of this project's method.
     """
     folder = RunFolder(run).adapter
-    tensors = folder / TENSORS
-    if not tensors.is_file() or tensors.is_symlink():
-        raise UserError(f"{folder}: holds no {TENSORS}")
-    if tensors.stat().st_size > LARGEST_BYTES:
-        raise UserError(f"{tensors}: is larger than {LARGEST_BYTES:,} bytes, which the report does not read")
-    tree = storage.read_json(folder / DESCRIPTION)
-    try:
-        return _adapter(tree, load_file(tensors))
-    except (SafetensorError, OmegaConfBaseException, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{folder}: is not an adapter that the report can read ({error!r:.80})") from None
+    if not (folder / DESCRIPTION).is_file():
+        raise UserError(f"{folder}: holds no {DESCRIPTION}")
+    # Imported here, because torch takes seconds and a report without adapters needs none.
+    from tiedlora.adapter import files
 
-
-def _adapter(tree: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> SavedAdapter:
-    specification: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(tying.Tying), tree["tying"]))
-    architecture: Any = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(tying.Architecture), tree["architecture"])
-    )
-    layers = tuple(tying.adapted_layers(specification, architecture))
-    targets = {}
-    for target in specification.targets:
-        parts: dict[str, Array | None] = {}
-        for part in tying.PARTS:
-            shape = tying.part_shape(specification, part, int(tree["rank"]), architecture, target)
-            parts[part] = _part(specification, part, tensors.get(f"{target}.{part}"), shape)
-        A, B = parts["A"], parts["B"]
-        if A is None or B is None:
-            raise ValueError(f"{target}: a random part is not in the file")
-        share_of_A, share_of_B = (
-            tying.layers_per_group(getattr(specification, factor).share, len(layers)) for factor in ("A", "B")
-        )
-        targets[target] = Target(A, B, parts["u"], parts["v"], share_of_A, share_of_B)
-    scale = tying.scale(float(tree["alpha"]), int(tree["rank"]), tree.get("scaling", "standard"))
-    return SavedAdapter(layers, scale, targets)
-
-
-def _part(specification: Any, part: str, tensor: NDArray[Any] | None, shape: tuple[int, ...]) -> Array | None:
-    """The part's values; None if it is a vector that changes nothing, or a random factor that was not stored."""
-    if tensor is not None:
-        if tensor.shape != shape or not np.isfinite(tensor).all():
-            raise ValueError(f"{part} is {tensor.shape} and not {shape}, or not finite")
-        return tensor.astype(np.float64)
-    init = getattr(specification, part).init
-    if not tying.is_stored(specification, part) or isinstance(init, str):
-        return None
-    return np.full(shape, float(init))
+    adapter, _ = files.load(folder)
+    adapter.double()
+    pairs: dict[str, tuple[Array, Array]] = {}
+    squares: dict[str, list[Array]] = {}
+    for target, parts in adapter.targets.items():
+        A, B = parts.folded()  # type: ignore[operator]
+        pairs[target] = A.detach().numpy(), B.detach().numpy()
+        for name in LAYER_VECTORS:
+            if (vector := getattr(parts, name)) is not None:
+                squares.setdefault(name, []).append((vector.detach().numpy() ** 2).mean(1))
+    layers = tuple(tying.adapted_layers(adapter.tying, adapter.architecture))
+    sizes = {name: np.sqrt(np.mean(own, 0)) for name, own in squares.items()}
+    return SavedAdapter(layers, adapter.scale, pairs, sizes)
 
 
 @dataclass(frozen=True)
@@ -189,39 +127,31 @@ class LayerProfiles:
     """Groups without a file that can be read."""
 
 
-def comparator(groups: Sequence[RunGroup]) -> RunGroup | None:
-    """LoRA, whose updates the others are compared with; of several, the one at the rank that most groups have."""
+def layer_profiles(groups: Sequence[RunGroup]) -> LayerProfiles:
+    """The profiles of groups of one setting. The comparator is LoRA, at the rank that most groups have if there."""
     usual = Counter(group.rank for group in groups).most_common(1)
     loras = [group for group in groups if group.label == BASELINE]
-    return min(loras, key=lambda group: group.rank != usual[0][0], default=None)
-
-
-def layer_profiles(groups: Sequence[RunGroup]) -> LayerProfiles:
-    """The profiles of groups of one setting."""
-    lora = comparator(groups)
-    adapters: dict[int, dict[int, SavedAdapter]] = {}
+    lora = min(loras, key=lambda group: group.rank != usual[0][0], default=None)
     found = LayerProfiles([], [], [], [], lora.name if lora is not None else "", [])
+    adapters = {id(group): _adapters(group) for group in groups}
     for group in groups:
-        adapters[id(group)] = own = _adapters(group)
+        own = adapters[id(group)]
         if not own:
             found.unread.append(group.name)
-            continue
-        for profiles, measure in ((found.u, _rms("u")), (found.v, _rms("v")), (found.updates, SavedAdapter.norms)):
-            _add(profiles, group, group.name, own.values(), measure)
-    if lora is not None and (theirs := adapters.get(id(lora))):
+        layers, each = next((one.layers for one in own.values()), ()), own.values()
+        _add(found.u, group, group.name, layers, [one.vectors.get("u") for one in each])
+        _add(found.v, group, group.name, layers, [one.vectors.get("v") for one in each])
+        _add(found.updates, group, group.name, layers, [one.norms() for one in each])
+    if lora is not None and (theirs := adapters[id(lora)]):
+        layers = next(iter(theirs.values())).layers
         for group in groups:
-            own = adapters[id(group)]
-            pairs = [(own[seed], theirs[seed]) for seed in own if seed in theirs and group is not lora]
-            _add(found.cosines, group, group.name, pairs, lambda pair: cosines(*pair))
-        seeds = sorted(theirs)
-        neighbours = [(theirs[one], theirs[other]) for one, other in itertools.pairwise(seeds)]
-        name = f"{lora.name}, two seeds"
-        _add(found.cosines, lora, name, neighbours, lambda pair: cosines(*pair), is_reference=True)
+            own = adapters[id(group)] if group is not lora else {}
+            rows = [cosines(own[seed], theirs[seed]) for seed in own if seed in theirs]
+            _add(found.cosines, group, group.name, layers, rows)
+        neighbours = itertools.pairwise(theirs[seed] for seed in sorted(theirs))
+        rows = [cosines(one, other) for one, other in neighbours]
+        _add(found.cosines, lora, f"{lora.name}, two seeds", layers, rows, is_reference=True)
     return found
-
-
-def _rms(part: str) -> Callable[[SavedAdapter], Array | None]:
-    return lambda adapter: adapter.vector_rms(part)
 
 
 def _adapters(group: RunGroup) -> dict[int, SavedAdapter]:
@@ -242,12 +172,10 @@ def _add(
     profiles: list[LayerProfile],
     group: RunGroup,
     name: str,
-    items: Any,
-    measure: Callable[[Any], Array | None],
+    layers: tuple[int, ...],
+    rows: Sequence[Array | None],
     is_reference: bool = False,
 ) -> None:
-    """Add the profile of the items that have the measure, if any has."""
-    rows = [(item, row) for item in items if (row := measure(item)) is not None]
-    if rows:
-        first = rows[0][0][0] if isinstance(rows[0][0], tuple) else rows[0][0]
-        profiles.append(LayerProfile(group, name, first.layers, np.array([row for _, row in rows]), is_reference))
+    """Add the profile of the rows that have a measure, if any has."""
+    if measured := [row for row in rows if row is not None]:
+        profiles.append(LayerProfile(group, name, layers, np.array(measured), is_reference))

@@ -1,26 +1,31 @@
-"""The answer of the runs to each claim, for every model and task.
+"""The answer of the runs to each claim, for every model and task, and one verdict over all tasks of a claim.
 
 A claim's plan fixes the numbers of seeds at which it is looked at. A look uses the first seeds in the declared order,
 and is taken when all of them have ended on both sides. The first look that decides stands; later seeds change nothing.
 
-- supported, contradicted: the rule is, at the level of the look (statistics.rules);
+- supported, contradicted: the rule is, at the level of the look (rules.py);
 - uninformative: at the last look, the comparator's own gain over the base may be 0, so any method would do as well
   (only for rules that need this gain: who is better can be known without it);
 - undecided: none of these. `decide` says which look comes next.
+
+Over all tasks, a claim is supported if every informative task supports it, and at least one task is informative. It is
+contradicted if Holm's procedure over the planned tasks (Scand. J. Statist. 6, 1979) contradicts it on at least one, so
+that many tasks do not make a wrong verdict more likely. Otherwise it is undecided, or uninformative if no task is
+informative.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from tiedlora.analysis import compare, crossed, estimates, looks, partners, rules, shares
-from tiedlora.analysis.claims import Claim, Plan
-from tiedlora.analysis.estimates import Estimate, Measure, PairedScores
+from tiedlora.analysis import claims, compare, intervals, rules
+from tiedlora.analysis.claims import Claim, Pair, Plan
+from tiedlora.analysis.compare import Estimate, Measure, PairedScores
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.planning import slack
-from tiedlora.analysis.scorebook import Scorebook
+from tiedlora.analysis.runs import Scorebook
 from tiedlora.errors import UserError
 from tiedlora.records.interval import Interval
 from tiedlora.text import number_list
@@ -43,7 +48,7 @@ class Answer:
     model: str
     task: str
     """The task, with the variant of its setting if there are several."""
-    pair: partners.Pair | None = None
+    pair: Pair | None = None
     """The groups that were compared; None if no run of the claim exists."""
     verdict: Verdict = Verdict.UNDECIDED
     exploratory: bool = False
@@ -60,7 +65,7 @@ class Answer:
     retains_at_least: float | None = None
     """The largest share that the rule `retains` would support at the level of the look."""
     kept: Interval | None = None
-    """The share that the method keeps, with the ends at which the rule decides (shares.kept). Before the first look it
+    """The share that the method keeps, with the ends at which the rule decides (Rule.kept). Before the first look it
     has the level 5 % and all common seeds. None without two seeds, base scores or a gain of the comparator."""
     comparator_gain: float | None = None
     """The comparator's mean gain over the base, on the seeds of `kept`; None without base scores."""
@@ -68,8 +73,6 @@ class Answer:
     """Whether the interval of the comparator's gain includes 0, so that a share of it means little."""
     contradicted_level: float = 1.0
     """The level of the whole plan at which the claim is contradicted, for Holm's procedure over tasks."""
-    gain_needed: float | None = None
-    """The comparator's gain at which the last look decides in 4 of 5 tries, if the method equals the comparator."""
     look: int | None = None
     """The look that the answer rests on, counted from 0."""
     seeds: int = 0
@@ -82,15 +85,15 @@ class Answer:
 
 
 def answer_claims(
-    claims: Iterable[Claim], groups: Sequence[RunGroup], book: Scorebook, split: str | None = None
+    stated: Iterable[Claim], groups: Sequence[RunGroup], book: Scorebook, split: str | None = None
 ) -> list[Answer]:
     """The answers to all claims, for every setting with a run of the claim, and for tasks without such a run."""
     shown = compare.shown_splits(groups)
     answers = []
-    for claim in claims:
-        pairs = partners.pairs(claim, groups)
+    for claim in stated:
+        pairs = claims.pairs(claim, groups)
         answers += [_answer(claim, pair, split or shown[pair.task], book) for pair in pairs]
-        reason, decide = f"{partners.in_words(claim)} was not run on it", next_look(claim.plan, 0)
+        reason, decide = f"{claim.anchor} was not run on it", next_look(claim.plan, 0)
         for model in sorted({pair.model for pair in pairs}) or [""]:
             tasks = set(claim.metrics) or {group.task for group in groups if model in (group.model, "")}
             missing = tasks - {pair.task for pair in pairs if pair.model == model}
@@ -98,26 +101,26 @@ def answer_claims(
     return answers
 
 
-def _answer(claim: Claim, pair: partners.Pair, split: str, book: Scorebook) -> Answer:
+def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     answer = Answer(claim, pair.model, pair.task_in_words, pair, reason=pair.problem, decide=next_look(claim.plan, 0))
     if pair.method is None or pair.comparator is None:
         return answer
     method, comparator = pair.method, pair.comparator
     try:
         answer.measure = measure = _measure(claim, method, split)
-        scores = estimates.paired_scores(method, comparator, measure, book)
+        scores = compare.paired_scores(method, comparator, measure, book)
     except UserError as error:
         answer.reason = f"{method.name} and {comparator.name}: {error}"
         return answer
-    answer.difference, _ = estimates.difference(method, comparator, measure, book)
-    answer.retained = estimates.retained(method, comparator, measure)
+    answer.difference, _ = compare.difference(method, comparator, measure, book)
+    answer.retained = compare.retained(method, comparator, measure)
     answer.rows, answer.difference_seeds = scores.method.shape[1], len(scores.seeds)
-    _set_share(answer, scores, looks.TOTAL)
+    _set_share(answer, scores, rules.TOTAL)
     _decide(answer, scores, _ended(method, measure) & _ended(comparator, measure))
     answer.reason += f" ({method.name} against {comparator.name}, {split}, {measure.metric})"
-    if estimates.other_ends(method.runs, comparator.runs, measure):
-        answer.reason += f"; {estimates.OTHER_ENDS}"
-    if effort := partners.unequal_effort(method, comparator):
+    if compare.other_ends(method.runs, comparator.runs, measure):
+        answer.reason += f"; {compare.OTHER_ENDS}"
+    if effort := claims.unequal_effort(method, comparator):
         answer.reason += f"; {effort}"
     for group in (method, comparator):
         if answer.look is not None and _may_change_its_rate(group, answer.seeds):
@@ -184,7 +187,7 @@ def _look(answer: Answer, seen: PairedScores, number: int) -> bool:
     level = planned.levels[number]
     evidence = _test(answer, seen, level)
     answer.look, answer.seeds = number, len(seen.seeds)
-    answer.contradicted_level = min(answer.contradicted_level, looks.adjusted(planned, number, evidence.contradicted))
+    answer.contradicted_level = min(answer.contradicted_level, rules.adjusted(planned, number, evidence.contradicted))
     missing = len(answer.claim.plan.of_look(number)) - len(seen.seeds)
     answer.reason = f"look {number + 1} of {count}: {len(seen.seeds)} seeds at level {100 * level:.2g} %"
     answer.reason += f", {missing} diverged" if missing else ""
@@ -204,7 +207,7 @@ def _test(answer: Answer, seen: PairedScores, level: float) -> rules.Evidence:
     """Set the contrast, the verdict and the least share that is kept, from these seeds at this level."""
     rule, sides = answer.claim.rule, (seen.method, seen.comparator, seen.base)
     evidence = rule.evidence(*sides)
-    answer.contrast = crossed.both_interval(rule.contrast(*sides), level)
+    answer.contrast = intervals.both_interval(rule.contrast(*sides), level)
     _set_share(answer, seen, level)
     answer.gain_may_be_zero = evidence.gain is not None and evidence.gain > level
     if seen.base is not None:
@@ -222,7 +225,7 @@ def _set_share(answer: Answer, seen: PairedScores, level: float) -> None:
         return
     answer.comparator_gain = float((seen.comparator - seen.base).mean())
     if min(seen.method.shape) > 1:
-        answer.kept = shares.kept(answer.claim.rule, (seen.method, seen.comparator, seen.base), level)
+        answer.kept = answer.claim.rule.kept(seen.method, seen.comparator, seen.base, level)
 
 
 def _wait_for(answer: Answer, scores: PairedScores, number: int, ended: set[int]) -> None:
@@ -233,7 +236,7 @@ def _wait_for(answer: Answer, scores: PairedScores, number: int, ended: set[int]
         _predict(answer, scores)
     elif len(scores.seeds) >= plan.looks.seeds[0]:
         answer.exploratory = True
-        answer.contradicted_level = _test(answer, scores, looks.TOTAL).contradicted
+        answer.contradicted_level = _test(answer, scores, rules.TOTAL).contradicted
         answer.reason = f"exploratory: seeds {number_list(scores.seeds)} are not the planned ones"
     else:
         answer.reason = f"before the first look: {len(scores.seeds)} of {plan.looks.seeds[0]} seeds"
@@ -246,23 +249,19 @@ def _predict(answer: Answer, scores: PairedScores) -> None:
     seen = scores.of(plan.of_look(look))
     if len(seen.seeds) < plan.looks.seeds[look]:
         return
-    sides = (seen.method, seen.comparator, seen.base)
-    chance = looks.chance_of_decision(answer.claim.rule, *sides, plan.looks, look)
-    if (share := slack(answer.claim.rule)) is not None:
-        spread = crossed.measured_spread(answer.claim.rule.contrast(*sides))
-        answer.gain_needed = looks.gain_needed_at_last_look(
-            1 - share, spread, answer.rows, plan.looks, both_sides=isinstance(answer.claim.rule, rules.Level)
-        )
-    answer.is_futile = looks.is_futile(chance)
+    rule, sides = answer.claim.rule, (seen.method, seen.comparator, seen.base)
+    chance = rules.chance_of_decision(rule, *sides, plan.looks, look)
+    answer.is_futile = chance < rules.FUTILE
     if answer.is_futile:
         answer.decide = f"no planned look is likely to change it (chance {100 * chance:.0f} %)"
     else:
         answer.decide += f"; a later look decides with a chance of {100 * chance:.0f} %"
-    if answer.gain_needed is not None and answer.measure is not None:
+    spread = intervals.mean_squares(rule.contrast(*sides)).spread()
+    if (gain := rules.gain_needed(rule, spread, answer.rows, plan.looks)) is not None and answer.measure is not None:
         unit = answer.measure.unit
-        gain = f"{unit.factor * answer.gain_needed:.{unit.decimals}f} {unit.words}"
         answer.decide += (
-            f"; if the two are equal, the plan decides in 4 of 5 tries where the comparator gains {gain} or more"
+            "; if the two are equal, the plan decides in 4 of 5 tries where the comparator gains "
+            f"{unit.factor * gain:.{unit.decimals}f} {unit.words} or more"
         )
 
 
@@ -270,3 +269,67 @@ def next_look(plan: Plan, number: int, ended: Iterable[int] = ()) -> str:
     """The look with this number in words, and the seeds that it still needs."""
     missing = [seed for seed in plan.of_look(number) if seed not in set(ended)]
     return f"the look at {plan.looks.seeds[number]} seeds: needs seeds {number_list(missing)} on both sides"
+
+
+@dataclass(frozen=True)
+class ClaimVerdict:
+    """The verdict on a claim for one model, and the answers that it rests on."""
+
+    claim: Claim
+    model: str
+    """Empty if no run of the claim exists."""
+    verdict: Verdict
+    reason: str
+    answers: tuple[Answer, ...]
+
+    @property
+    def exploratory(self) -> bool:
+        """Whether it rests on a verdict outside the plan."""
+        return any(answer.exploratory for answer in self.answers)
+
+
+def claim_verdicts(answers: Sequence[Answer]) -> list[ClaimVerdict]:
+    """The verdicts over all tasks, in the order of the claims. Tasks without a run of a model are part of its verdict.
+
+    Args:
+        answers: those of one claim follow each other, as answer_claims returns them.
+    """
+    verdicts = []
+    for _, group in itertools.groupby(answers, key=lambda answer: id(answer.claim)):
+        of_model: dict[str, list[Answer]] = {}
+        for answer in group:
+            of_model.setdefault(answer.model, []).append(answer)
+        verdicts += [_over_tasks(own, model) for model, own in of_model.items()]
+    return verdicts
+
+
+def _over_tasks(answers: Sequence[Answer], model: str) -> ClaimVerdict:
+    informative = [answer for answer in answers if answer.verdict != Verdict.UNINFORMATIVE]
+    rejected = rules.holm([answer.contradicted_level for answer in answers])
+    contradicting = list(itertools.compress(answers, rejected))
+    supporting = [answer for answer in informative if answer.verdict == Verdict.SUPPORTED]
+    counts = f"{len(supporting)} of {len(informative)} informative tasks support it"
+    if contradicting:
+        names = ", ".join(answer.task for answer in contradicting)
+        verdict, reason = Verdict.CONTRADICTED, f"contradicted on {names} (Holm over {len(answers)} tasks)"
+    elif not informative:
+        verdict, reason = Verdict.UNINFORMATIVE, "no task is informative"
+    elif len(supporting) == len(informative):
+        verdict, reason = Verdict.SUPPORTED, counts
+    else:
+        verdict, reason = Verdict.UNDECIDED, counts
+    return ClaimVerdict(answers[0].claim, model, verdict, reason, tuple(answers))
+
+
+def error_note(answers: Sequence[Answer]) -> str:
+    """How many verdicts there are, and how many wrong ones the levels allow."""
+    tested = [answer for answer in answers if answer.look is not None or answer.exploratory]
+    decided = [answer for answer in tested if answer.verdict in (Verdict.SUPPORTED, Verdict.CONTRADICTED)]
+    if not tested:
+        return "No planned look has been taken yet."
+    wrong = rules.TOTAL * len(tested)
+    return (
+        f"Verdicts (supported or contradicted): {len(decided)}. Comparisons that were tested: {len(tested)}. With "
+        f"every truth at the boundary, {100 * rules.TOTAL:g} % of the comparisons ({wrong:.1f}) would get a wrong "
+        "verdict."
+    )

@@ -1,19 +1,23 @@
-"""A paper's claims as comparisons, read from a YAML file."""
+"""A paper's claims as comparisons, read from a YAML file; the groups that they compare; what a sweep can decide."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, ConfigDict, Field
 
-from tiedlora import storage
-from tiedlora.analysis.looks import SEEDS, Looks, planned
-from tiedlora.analysis.rules import Better, Level, Retains, Rule
-from tiedlora.config.compose import task_option
+from tiedlora import storage, tying
+from tiedlora.analysis import rules
+from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.intervals import Spread
+from tiedlora.analysis.rules import Better, Level, Looks, Retains, Rule
+from tiedlora.config import compose
 from tiedlora.config.explain import nearest, options
 from tiedlora.errors import UserError
 from tiedlora.keys import LARGEST_COUNT
@@ -43,6 +47,9 @@ class Side:
         if (self.rank is None) == (self.at is None):
             raise ValueError(f"needs either rank, or at ({EQUAL_RANK} or {EQUAL_PARAMETERS})")
 
+    def __str__(self) -> str:
+        return f"{self.configuration} {self.at or f'r={self.rank}'}"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -69,6 +76,11 @@ class Claim:
     metrics: dict[str, str]
     """Task -> the metric that decides, or an empty text for the task's first. Without tasks, every task counts."""
     plan: Plan
+
+    @property
+    def anchor(self) -> Side:
+        """The side that has a rank; of two such sides, the method. The other side is matched to it."""
+        return self.comparator if self.method.at else self.method
 
     def covers(self, task: str) -> bool:
         """Whether the claim is about the task."""
@@ -127,7 +139,7 @@ class _File:
     __pydantic_config__ = _KNOWN_KEYS
     claims: Annotated[list[_Entry], Field(min_length=1)]
     paper: Text = ""
-    looks: list[Annotated[Whole, Field(ge=2)]] = field(default_factory=lambda: list(SEEDS))
+    looks: list[Annotated[Whole, Field(ge=2)]] = field(default_factory=lambda: list(rules.SEEDS))
     levels: list[Number] | None = None
     seeds: list[Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]] | None = None
 
@@ -143,12 +155,12 @@ class _File:
         Raises:
             ValueError: the looks, levels or seeds do not fit each other.
         """
-        planned_looks = planned(self.looks, self.levels)
-        last = planned_looks.seeds[-1]
+        planned = rules.planned(self.looks, self.levels)
+        last = planned.seeds[-1]
         seeds = tuple(range(last) if self.seeds is None else self.seeds)
         if len(set(seeds)) < len(seeds) or len(seeds) < last:
             raise ValueError(f"seeds {list(seeds)!s:.60}: must be at least {last} different seeds, for the last look")
-        return Plan(planned_looks, seeds)
+        return Plan(planned, seeds)
 
 
 _KEYS = [item.name for kind in (_File, _Entry, Side) for item in fields(kind)]
@@ -208,20 +220,195 @@ def check_names(
 def _own_metrics(task: str) -> tuple[str, ...]:
     """The metrics of a task of conf/. None for another one, or if a program registers its kind."""
     try:
-        return (*load_task(task_option(task)).metrics, *LOSS_METRICS) if task in options("task") else ()
+        return (*load_task(compose.task_option(task)).metrics, *LOSS_METRICS) if task in options("task") else ()
     except UserError:
         return ()
 
 
-def in_words(rule: Rule) -> str:
-    """What the rule asks for, such as `keeps 90 % of the gain`."""
-    match rule:
-        case Retains(rho):
-            return f"keeps {100 * rho:g} % of the gain"
-        case Better(0.0):
-            return "is better"
-        case Better(margin):
-            return f"is better by {margin:g}"
-        case Level(delta):
-            return f"is level within {100 * delta:g} % of the gain"
-    raise TypeError(f"{rule} is no rule of a claim")
+# Which groups a claim compares.
+
+KNOWN = (*tying.NAMES, *tying.STARTS, "LoRA_qkv")
+"""Configurations whose name follows from their values."""
+TOLERANCE = 0.05
+"""Numbers of parameters count as equal up to this share."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two sides of a claim in one setting."""
+
+    anchor: RunGroup
+    """The group of the side that has a rank of its own. The other side is matched to it."""
+    method: RunGroup | None
+    comparator: RunGroup | None
+    problem: str = ""
+    """Why a side is missing."""
+    searched: tuple[RunGroup | None, RunGroup | None] = (None, None)
+    """The two sides with the runs of all seeds, also those below a side's seed_offset."""
+    name: str = ""
+    """The anchor's configuration, if several anchors of one setting answer the claim."""
+
+    @property
+    def task(self) -> str:
+        return self.anchor.task
+
+    @property
+    def task_in_words(self) -> str:
+        """The task, with what tells apart several answers to one claim: the variant of the setting, or the anchor."""
+        apart = ", ".join(filter(None, (self.anchor.variant, self.name)))
+        return f"{self.task} ({apart})" if apart else self.task
+
+    @property
+    def model(self) -> str:
+        return self.anchor.model
+
+
+def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
+    """A pair for every group of the claim's anchor, on the claim's tasks.
+
+    Of several such groups in one setting, the plain one answers (RunGroup.is_plain); without one, all do.
+    """
+    anchors = [
+        group
+        for group in groups
+        if claim.covers(group.task) and _is_of(group, claim.anchor) and group.rank == claim.anchor.rank
+    ]
+    found = []
+    for anchor in anchors:
+        alike = [other for other in anchors if other.setting == anchor.setting]
+        answering = [other for other in alike if other.is_plain] or alike
+        if anchor in answering:
+            found.append(_pair(claim, anchor, groups, anchor.configuration if len(answering) > 1 else ""))
+    return found
+
+
+def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], name: str) -> Pair:
+    matched = claim.method if claim.method.at else claim.comparator
+    is_on_other_seeds = matched.seed_offset != claim.anchor.seed_offset
+    partner, problem = _partner(matched, anchor, groups, may_be_anchor=is_on_other_seeds)
+    method, comparator = (partner, anchor) if claim.method.at else (anchor, partner)
+    shifted = _shifted(method, claim.method), _shifted(comparator, claim.comparator)
+    return Pair(anchor, *shifted, problem, (method, comparator), name)
+
+
+def _shifted(group: RunGroup | None, side: Side) -> RunGroup | None:
+    """The group with its seeds counted from the side's offset. Runs of lower seeds are left out."""
+    if group is None or side.seed_offset == 0:
+        return group
+    runs = [
+        replace(run, record=replace(run.record, seed=run.seed - side.seed_offset))
+        for run in group.runs
+        if run.seed >= side.seed_offset
+    ]
+    failed, diverged = (
+        {seed - side.seed_offset for seed in seeds if seed >= side.seed_offset}
+        for seeds in (group.failed_seeds, group.diverged_seeds)
+    )
+    name = f"{group.configuration} (seeds from {side.seed_offset})"
+    return replace(group, configuration=name, runs=runs, failed_seeds=failed, diverged_seeds=diverged)
+
+
+def _is_of(group: RunGroup, side: Side) -> bool:
+    """Whether the group is of the side's configuration: a known name, or the name of a specification of one's own.
+
+    A changed TABuv, such as one with dropout, may still be called TABuv. It is not the TABuv of a claim.
+    """
+    if group.label == side.configuration:
+        return True
+    record = group.runs[0].record
+    has_own_name = record.label == "custom" or record.is_other_method
+    is_its_name = has_own_name and record.config.tying.name == side.configuration
+    return is_its_name and side.configuration not in KNOWN
+
+
+def _partner(
+    side: Side, anchor: RunGroup, groups: Sequence[RunGroup], may_be_anchor: bool
+) -> tuple[RunGroup | None, str]:
+    """The group of the side in the anchor's setting, or None and the reason.
+
+    Args:
+        may_be_anchor: whether the anchor may be compared with itself, on other seeds.
+    """
+    candidates = [group for group in groups if group.setting == anchor.setting and _is_of(group, side)]
+    if side.rank is not None or side.at == EQUAL_RANK:
+        rank = side.rank or anchor.rank
+        of_rank = [group for group in candidates if group.rank == rank and (group is not anchor or may_be_anchor)]
+        if of_rank:
+            return _only_one(of_rank, anchor)
+        return None, f"{side.configuration} r={rank} was not run in the same setting"
+    if not candidates:
+        return None, f"{side.configuration} was not run in the same setting"
+    closest = min(candidates, key=lambda group: abs(math.log(group.params / anchor.params)))
+    if abs(closest.params / anchor.params - 1) <= TOLERANCE:
+        return _only_one([group for group in candidates if group.params == closest.params], anchor)
+    return None, (
+        f"no {side.configuration} of about {anchor.params:,} parameters was run (nearest: r={closest.rank} with "
+        f"{closest.params:,}); {_advice(closest, anchor.params)}"
+    )
+
+
+def _only_one(groups: Sequence[RunGroup], anchor: RunGroup) -> tuple[RunGroup | None, str]:
+    """The plain one of several groups; without one, the one that scales its steps as the anchor; else a problem."""
+    plain = [group for group in groups if group.is_plain]
+    alike = [group for group in groups if group.step_size == anchor.step_size]
+    # The anchor is among them if it is compared with itself, on other seeds.
+    for some in (groups, [group for group in groups if group is anchor], plain, alike):
+        if len(some) == 1:
+            return some[0], ""
+    names = ", ".join(group.name for group in groups)
+    return None, f"several groups fit, and no single one is plain: {names}; report a folder with only one of them"
+
+
+def _advice(group: RunGroup, params: int) -> str:
+    """The rank to run for this number of parameters."""
+    try:
+        config = compose.load(OmegaConf.create(group.runs[0].record.config.tree))
+    except (UserError, OmegaConfBaseException):
+        return "run another rank"
+    # The number of parameters is a straight line over the rank.
+    at_one, at_two = (tying.trainable_params(config.tying, rank, config.model.architecture) for rank in (1, 2))
+    rank = 1 + max(0, round((params - at_one) / max(1, at_two - at_one)))
+    count = tying.trainable_params(config.tying, rank, config.model.architecture)
+    if abs(count / params - 1) <= TOLERANCE:
+        return f"run rank.r={rank}"
+    return f"no rank comes within {100 * TOLERANCE:g} % of it (nearest: r={rank} with {count:,}); match the other side"
+
+
+def unequal_effort(first: RunGroup, second: RunGroup) -> str:
+    """A note if the learning rates of two groups were searched with unequal effort; empty if they were not."""
+    counts = [f"{len(group.rates)} rate{'s' if len(group.rates) > 1 else ''}" for group in (first, second)]
+    if counts[0] == counts[1]:
+        return ""
+    return f"unequal search: {counts[0]} of {first.name} against {counts[1]} of {second.name}"
+
+
+# What a sweep can be expected to decide, before it is run.
+
+ASSUMED = Spread(seeds=0.01, examples=0.3, rest=0.45)
+"""The spread of a paired difference that is assumed before anything was measured: one point between seeds; a third of
+the examples differ between two methods, and a half between two seeds of one method."""
+PLANNED_DIFFERENCE = 0.02
+"""A claim without a margin is planned for a true difference of two points."""
+
+
+def outlook(claim: Claim, seeds: int, rows: int) -> str:
+    """What a sweep with so many seeds and test rows can decide."""
+    planned = claim.plan.looks
+    count = sum(look <= seeds for look in planned.seeds)
+    if count == 0:
+        return f"{claim.name}: {seeds} seeds reach no planned look (the first is at {planned.seeds[0]} seeds)"
+    reached, known = Looks(planned.seeds[:count], planned.levels[:count]), "assuming a usual spread of scores"
+    where = f"{claim.name}: looks at {', '.join(map(str, reached.seeds))} seeds of {rows:,} rows"
+    gain = rules.gain_needed(claim.rule, ASSUMED, rows, reached)
+    if gain is not None and gain > 1:
+        return f"{where} will hardly decide it: use more seeds or rows, or compare the loss, {known}"
+    if gain is not None:
+        return (
+            f"{where} decide it in 4 of 5 tries if the two are equal and the comparator gains {100 * gain:.0f} points "
+            f"or more, {known}"
+        )
+    distance = getattr(claim.rule, "margin", 0.0) or PLANNED_DIFFERENCE
+    chance = rules.chance_at_looks(distance, ASSUMED, rows, reached)[-1]
+    return (
+        f"{where} decide it with a chance of {100 * chance:.0f} % if it is true by {100 * distance:g} points, {known}"
+    )

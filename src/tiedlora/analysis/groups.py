@@ -2,20 +2,20 @@
 
 A *setting* is everything that two configurations must share to be compared: base model, task and protocol, training
 (except the learning rate), and scoring. A *group* is one configuration at one rank in one setting. Its runs differ only
-in seed and learning rate. The rate is chosen on validation (statistics.rate_choice), or by a sweep's selection.json.
+in seed and learning rate. The rate is chosen on validation (rate_choice.py), or by a sweep's selection.json.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tiedlora.analysis.rate_choice import ChosenRate, RateTrial, choose_rate
 from tiedlora.analysis.runs import LeftOut, Run, UnfinishedRun
-from tiedlora.analysis.variants import differing_values
 from tiedlora.config.identity import identity_digest
 from tiedlora.config.sizes import is_near
 from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK
@@ -25,6 +25,8 @@ OPEN_IN_A_SETTING = ("tying", "rank", "seed")
 """Keys of the identity that may differ between runs of one setting."""
 OPEN_IN_TRAIN = ("lr", "lr_factor")
 """Keys below `train` that may differ between runs of one setting."""
+LONGEST_VALUE = 24
+"""The most characters of a value in a name."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,52 @@ def _own_values(run: Run) -> dict[str, Any]:
     """The part of the identity that distinguishes a group from the other groups of its setting."""
     identity = run.record.identity.tree
     return {"tying": identity["tying"], "rank": identity["rank"], "lr_factor": identity["train"].get("lr_factor")}
+
+
+def differing_values(names: Sequence[Hashable], trees: Sequence[Any]) -> list[str]:
+    """For each tree, the values that distinguish it from others of the same name, such as `train.steps=300`.
+
+    Args:
+        names: one per tree; trees with equal names are compared.
+        trees: nested plain data.
+
+    Returns:
+        One text per tree; empty if nothing differs.
+    """
+    numbers_of: dict[Hashable, list[int]] = defaultdict(list)
+    for number, name in enumerate(names):
+        numbers_of[name].append(number)
+    texts = [""] * len(names)
+    for numbers in numbers_of.values():
+        flat = [dict(_flat(trees[number])) for number in numbers]
+        keys = sorted({key for values in flat for key in values})
+        varying = [key for key in keys if len({json.dumps(values.get(key)) for values in flat}) > 1]
+        short = {key: _short_names([values.get(key) for values in flat]) for key in varying}
+        for place, number in enumerate(numbers):
+            texts[number] = ", ".join(f"{key}={short[key][place]}" for key in varying)
+    return texts
+
+
+def _short_names(values: Sequence[Any]) -> list[str]:
+    """The values, each cut to LONGEST_VALUE characters. Where different ones are cut to the same text, with a hash."""
+    names = list(map(_short, values))
+    wholes = [json.dumps(value) for value in values]
+    if len(set(names)) == len(set(wholes)):
+        return names
+    return [f"{name} #{zlib.crc32(whole.encode()):08x}" for name, whole in zip(names, wholes, strict=True)]
+
+
+def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value).replace("\n", " ")
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
 
 
 def _own_unfinished(unfinished: Iterable[UnfinishedRun], runs: Sequence[Run]) -> list[UnfinishedRun]:

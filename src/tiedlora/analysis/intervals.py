@@ -1,19 +1,37 @@
-"""95 % intervals of proportions. Each covers which examples were drawn for one run. It does not cover other seeds.
+"""Every interval of the project, from arrays of numbers. Each function names the variance that its interval covers.
 
-- `wilson`: one run's proportion;
-- `paired_proportions`: the difference of two proportions on the same examples.
+- the rows of one run: `wilson`, `paired_proportions`, `bootstrap_mean`, `bootstrap_corpus`, `paired_difference`;
+- the choice of rows, for the seeds that were run: `score_over_examples`, `difference_over_examples`;
+- training's randomness, on exactly these rows: `seeds_interval`, and `ratio` for the retained gain;
+- both, as a verdict needs: `both_interval`, from `mean_squares`.
+
+`over_seeds`, `mean_squares` and `bootstrap_means` accept leading axes, so that simulations of the errors use the same
+code. `outlying` and `seeds_coverage` say where an interval cannot be trusted.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.stats import binomtest
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, stats
 
 from tiedlora.records.interval import LEVEL, Interval
+
+Array = NDArray[np.float64]
+TAIL = (1 - LEVEL) / 2
+TAILS = (TAIL, (1 + LEVEL) / 2)
+ROUNDING = 1e-12
+"""Means and standard deviations below this are rounding. Scores are fractions of 1, and losses are a few units."""
+SMALLEST_LEVEL = 1e-100
+"""Smaller levels count as 0. (Far below this, scipy's quantiles of Student's t are not finite.)"""
+
+
+# Proportions of one run.
 
 
 def wilson(successes: int, trials: int) -> Interval:
@@ -22,7 +40,7 @@ def wilson(successes: int, trials: int) -> Interval:
     Raises:
         ValueError: there are no trials.
     """
-    ends = binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
+    ends = stats.binomtest(successes, trials).proportion_ci(LEVEL, method="wilson")
     return Interval(successes / trials, float(ends.low), float(ends.high), "wilson")
 
 
@@ -48,22 +66,16 @@ def paired_proportions(ours: Sequence[float], theirs: Sequence[float]) -> Interv
     difference = first.value - second.value
     correlation = _continuity_corrected_phi(both, int(sum(ours)) - both, int(sum(theirs)) - both, n)
 
+    def half_width(ours: float, theirs: float) -> float:
+        """Newcombe's combination of two half widths of correlated proportions."""
+        return math.sqrt(max(0.0, ours * ours - 2 * correlation * ours * theirs + theirs * theirs))
+
     return Interval(
         difference,
-        difference - _half_width(first.value - first.low, second.high - second.value, correlation),
-        difference + _half_width(first.high - first.value, second.value - second.low, correlation),
+        difference - half_width(first.value - first.low, second.high - second.value),
+        difference + half_width(first.high - first.value, second.value - second.low),
         "newcombe",
     )
-
-
-def is_binary(scores: ArrayLike) -> bool:
-    """Whether every score is 0 or 1."""
-    return bool(np.isin(np.asarray(scores, dtype=np.float64), (0.0, 1.0)).all())
-
-
-def _half_width(ours: float, theirs: float, correlation: float) -> float:
-    """Newcombe's combination of two half widths of correlated proportions."""
-    return math.sqrt(max(0.0, ours * ours - 2 * correlation * ours * theirs + theirs * theirs))
 
 
 def _continuity_corrected_phi(both: int, only_ours: int, only_theirs: int, n: int) -> float:
@@ -75,3 +87,407 @@ def _continuity_corrected_phi(both: int, only_ours: int, only_theirs: int, n: in
     numerator = both * neither - only_ours * only_theirs
     corrected = max(numerator - n / 2, 0.0) if numerator > 0 else float(numerator)
     return corrected / math.sqrt(margins)
+
+
+def is_binary(scores: ArrayLike) -> bool:
+    """Whether every score is 0 or 1."""
+    return bool(np.isin(np.asarray(scores, dtype=np.float64), (0.0, 1.0)).all())
+
+
+# The bootstrap over examples. The resamples depend only on the number of examples. So all scores of the same examples
+# share them, and a bootstrap of means is one matrix product.
+
+RESAMPLES = 2000
+"""With so many, the ends of a 95 % interval vary by a few per cent of its width from seed to seed."""
+INDICES_AT_ONCE = 200_000
+"""How many resampled row numbers are in memory together."""
+ROWS_AT_ONCE = 256
+"""How many resamples are multiplied together. Their counts are converted to float64 for the product."""
+
+
+@functools.lru_cache(maxsize=8)
+def _resample_counts(examples: int) -> NDArray[np.uint8]:
+    """How often each resample contains each example: (RESAMPLES, examples). Each row sums to `examples`."""
+    if examples < 1:
+        raise ValueError("a bootstrap needs examples")
+    generator = np.random.default_rng(0)
+    counts = np.zeros((RESAMPLES, examples), dtype=np.uint8)
+    at_once = max(1, INDICES_AT_ONCE // examples)
+    for start in range(0, RESAMPLES, at_once):
+        block = counts[start : start + at_once]
+        drawn = generator.integers(0, examples, block.shape)
+        np.add.at(block, (np.arange(len(block))[:, None], drawn), 1)
+    return counts
+
+
+def _resampled_sums(values: Array) -> Array:
+    """The sums over each resample, (RESAMPLES, columns), of values (examples, columns)."""
+    counts = _resample_counts(len(values))
+    blocks = [counts[i : i + ROWS_AT_ONCE].astype(np.float64) @ values for i in range(0, RESAMPLES, ROWS_AT_ONCE)]
+    return np.concatenate(blocks)
+
+
+def bootstrap_means(scores: Array) -> tuple[Array, Array, Array]:
+    """Means over the last axis, and the ends of their percentile bootstrap intervals (Efron 1979) over examples.
+
+    Args:
+        scores: (..., examples), one number per example, such as a score, a paired difference, or a mean over seeds.
+
+    Returns:
+        Three arrays of the shape of the leading axes: mean, low, high.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    examples = scores.shape[-1]
+    means = _resampled_sums(scores.reshape(math.prod(scores.shape[:-1]), examples).T) / examples
+    low, high = np.quantile(means, TAILS, axis=0)
+    return scores.mean(-1), low.reshape(scores.shape[:-1]), high.reshape(scores.shape[:-1])
+
+
+def bootstrap_mean(scores: ArrayLike, limits: tuple[float, float]) -> Interval:
+    """The mean of one number per example, with its interval.
+
+    Args:
+        scores: (examples,).
+        limits: the smallest and the largest possible score. They are the interval if there is only one example.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if len(values) == 1:
+        return Interval(float(values[0]), *limits, "bootstrap")
+    return _interval(bootstrap_means(values), "bootstrap")
+
+
+def bootstrap_corpus(
+    statistics: Sequence[Sequence[float]],
+    score: Callable[[Array], float],
+    theirs: Sequence[Sequence[float]] | None = None,
+    largest: float = 1.0,
+) -> Interval:
+    """A corpus-level score such as BLEU, with its interval; with `theirs`, the paired difference of two such scores.
+
+    Args:
+        statistics: (examples, statistics). `score` takes their sum over examples.
+        theirs: the statistics of the other side, for the same examples.
+        largest: the largest possible score; the smallest is 0. They are the interval if there is only one example.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    value, resampled = _corpus_scores(statistics, score)
+    lowest = 0.0
+    if theirs is not None:
+        their_value, their_resampled = _corpus_scores(theirs, score)
+        value, resampled, lowest = value - their_value, resampled - their_resampled, -largest
+    if len(statistics) == 1:
+        return Interval(value, lowest, largest, "bootstrap")
+    low, high = np.quantile(resampled, TAILS)
+    return Interval(value, float(low), float(high), "bootstrap")
+
+
+def _corpus_scores(statistics: Sequence[Sequence[float]], score: Callable[[Array], float]) -> tuple[float, Array]:
+    """The score of all examples (a number), and the score of each resample, (RESAMPLES,)."""
+    table = np.asarray(statistics, dtype=np.float64)
+    resampled = np.array([score(sums) for sums in _resampled_sums(table)])
+    return score(table.sum(0)), resampled
+
+
+def score_over_examples(scores: Array) -> Interval:
+    """The mean over seeds and examples. Its interval is a bootstrap over examples of the scores averaged over seeds.
+
+    Args:
+        scores: (seeds, examples), each in [0, 1].
+    """
+    return bootstrap_mean(scores.mean(0), (0.0, 1.0))
+
+
+def difference_over_examples(ours: Array, theirs: Array) -> Interval:
+    """The paired difference, with an interval over examples: Newcombe's for proportions of one seed, else a bootstrap.
+
+    Args:
+        ours, theirs: (seeds, examples), each in [0, 1], of the same seeds and examples in the same order.
+    """
+    if len(ours) == 1 and is_binary(ours) and is_binary(theirs):
+        return paired_proportions(ours[0].tolist(), theirs[0].tolist())
+    return bootstrap_mean((ours - theirs).mean(0), (-1.0, 1.0))
+
+
+# Seeds.
+
+
+def over_seeds(values: Array) -> tuple[Array, Array, Array]:
+    """The mean over the last axis, and its t interval (n - 1 degrees of freedom).
+
+    Args:
+        values: (..., seeds), with at least two seeds. Paired per-seed differences give the interval of a difference.
+    """
+    seeds = values.shape[-1]
+    mean = values.mean(-1)
+    half = stats.t.ppf(1 - TAIL, seeds - 1) * values.std(-1, ddof=1) / math.sqrt(seeds)
+    return mean, mean - half, mean + half
+
+
+def seeds_interval(values: Array) -> Interval:
+    """`over_seeds` of one number per seed, (seeds,), as an Interval."""
+    return _interval(over_seeds(values), "t")
+
+
+def ratio(numerators: Array, denominators: Array) -> Interval | None:
+    """The quotient of two paired means over seeds, with Fieller's interval (J. R. Stat. Soc. B 16, 1954).
+
+    Returns:
+        None if there are fewer than two seeds, or no finite interval (the denominator's own interval includes zero).
+    """
+    seeds = len(numerators)
+    if seeds < 2 or denominators.mean() == 0:
+        return None
+    top, bottom = numerators.mean(), denominators.mean()
+    covariance = np.cov(numerators, denominators) / seeds
+    t2 = stats.t.ppf(1 - TAIL, seeds - 1) ** 2
+    a = bottom**2 - t2 * covariance[1, 1]
+    b = top * bottom - t2 * covariance[0, 1]
+    c = top**2 - t2 * covariance[0, 0]
+    if a <= 0:
+        return None
+    root = math.sqrt(max(0.0, b * b - a * c))
+    return Interval(float(top / bottom), float((b - root) / a), float((b + root) / a), "fieller")
+
+
+def _interval(ends: tuple[Array, Array, Array], method: str) -> Interval:
+    value, low, high = map(float, ends)
+    return Interval(value, low, high, method)
+
+
+# Seeds and rows, crossed.
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The standard deviations of a paired difference: between seeds, between examples, and of the remainder."""
+
+    seeds: float
+    examples: float
+    rest: float
+
+    def of_mean(self, seeds: int, rows: int) -> float:
+        """The standard error of the mean over so many seeds and rows."""
+        return math.sqrt(self.seeds**2 / seeds + self.examples**2 / rows + self.rest**2 / (seeds * rows))
+
+
+@dataclass(frozen=True)
+class MeanSquares:
+    """The mean and the mean squares of tables of seeds x rows: the analysis of variance of two crossed random factors.
+
+    The arrays have the shape of the tables' leading axes.
+    """
+
+    mean: Array
+    of_seeds: Array
+    of_rows: Array
+    of_rest: Array
+    seeds: int
+    rows: int
+
+    def half_width(self, level: float = 1 - LEVEL) -> Array:
+        """Half the width of the two-sided interval of the mean. Both seeds and rows are random samples.
+
+        The model has two-way crossed random effects without replication. The variance of the mean has two parts,
+        MS_seeds and MS_rows - MS_rest, each divided by seeds * rows. Each part is multiplied by the square of its own
+        Student quantile:
+
+            half^2 = (t(seeds - 1)^2 MS_seeds + t(rows - 1)^2 max(0, MS_rows - MS_rest)) / (seeds * rows)
+
+        For independent estimates of variance, such a sum is never too small (Banerjee, Sankhya A 23, 1961): the chance
+        that a squared normal stays below a bound is a concave function of the bound, so the coverage is at least the
+        average of the coverages of the parts. This holds at every level. By chance all seeds may have the same mean, so
+        the interval is never narrower than that over rows only, t(rows - 1)^2 MS_rows / (seeds * rows).
+
+        Args:
+            level: the two-sided level, 0.05 for a 95 % interval.
+        """
+        t_seeds, t_rows = _t_quantile(level, self.seeds - 1), _t_quantile(level, self.rows - 1)
+        both = np.hypot(
+            t_seeds * np.sqrt(self.of_seeds), t_rows * np.sqrt(np.maximum(self.of_rows - self.of_rest, 0.0))
+        )
+        half: Array = np.maximum(both, t_rows * np.sqrt(self.of_rows)) / math.sqrt(self.seeds * self.rows)
+        return half
+
+    def spread(self) -> Spread:
+        """The standard deviations of one table. A variance that is estimated below zero becomes zero."""
+        of_seeds, of_rows, rest = float(self.of_seeds), float(self.of_rows), max(0.0, float(self.of_rest))
+        between_seeds, between_rows = (of_seeds - rest) / self.rows, (of_rows - rest) / self.seeds
+        return Spread(math.sqrt(max(0.0, between_seeds)), math.sqrt(max(0.0, between_rows)), math.sqrt(rest))
+
+
+@functools.lru_cache(maxsize=4096)
+def _t_quantile(level: float, freedom: int) -> float:
+    """Student's t at a two-sided level. Simulations ask for few of them very often, and scipy needs 0.2 ms for each."""
+    return float(stats.t.isf(level / 2, freedom))
+
+
+def mean_squares(values: Array) -> MeanSquares:
+    """The mean squares of tables without replication.
+
+    Args:
+        values: (..., seeds, rows), with at least two of each, all finite.
+
+    Raises:
+        ValueError: there are fewer than two seeds or rows, or a value is not finite.
+    """
+    seeds, rows = values.shape[-2:]
+    if seeds < 2 or rows < 2:
+        raise ValueError(f"an interval over seeds and rows needs two of each; there are {seeds} seeds and {rows} rows")
+    of_seed, of_row = values.mean(-1), values.mean(-2)
+    mean = of_seed.mean(-1)
+    if not np.isfinite(mean).all():
+        raise ValueError("an interval over seeds and rows needs finite values")
+    of_seeds = rows * of_seed.var(-1, ddof=1)
+    of_rows = seeds * of_row.var(-1, ddof=1)
+    total = np.einsum("...sr,...sr->...", values, values) - seeds * rows * mean**2
+    rest = (total - (seeds - 1) * of_seeds - (rows - 1) * of_rows) / ((seeds - 1) * (rows - 1))
+    # A contrast of equal scores is not exactly 0, and rounding must not look like a difference.
+    mean = np.where(np.abs(mean) < ROUNDING, 0.0, mean)
+    of_seeds, of_rows, rest = (np.where(square < ROUNDING**2, 0.0, square) for square in (of_seeds, of_rows, rest))
+    return MeanSquares(mean, of_seeds, of_rows, rest, seeds, rows)
+
+
+def both_interval(values: Array, level: float = 1 - LEVEL) -> Interval:
+    """The mean of one table, (seeds, rows), and its interval over seeds and rows at a two-sided level."""
+    squares = mean_squares(values)
+    half = squares.half_width(level)
+    return _interval((squares.mean, squares.mean - half, squares.mean + half), "crossed")
+
+
+def p_value(values: Array) -> float:
+    """The smallest two-sided level at which the interval over seeds and rows excludes 0.
+
+    A table without any variance has 0.0, or 1.0 if its mean is 0.
+
+    Args:
+        values: (seeds, rows), with at least two of each.
+    """
+    squares = mean_squares(values)
+    distance = abs(float(squares.mean))
+    if distance == 0.0:
+        return 1.0
+
+    def excess(log_level: float) -> float:
+        return float(squares.half_width(math.exp(log_level))) - distance
+
+    smallest = math.log(SMALLEST_LEVEL)
+    if excess(smallest) < 0:
+        return 0.0
+    return math.exp(optimize.brentq(excess, smallest, 0.0, xtol=1e-10))
+
+
+# The losses of rows.
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """The losses of one model on rows of text."""
+
+    losses: Sequence[float]
+    """Each row's mean loss per token."""
+    tokens: Sequence[int]
+    """Each row's number of tokens."""
+
+    def mean(self) -> float:
+        """The mean loss per token over all rows, as training and its records compute it."""
+        return float(np.average(self.losses, weights=self.tokens))
+
+
+def paired_difference(first: RowLosses, second: RowLosses) -> tuple[float, float]:
+    """The mean loss per token of `first` minus that of `second`, and the standard error over the choice of rows.
+
+    The mean is a ratio of two sums over rows. So its standard error is that of the linearised ratio (Cochran, Sampling
+    Techniques, chapter 6): sqrt(R / (R - 1) * sum((tokens_r * (d_r - D))^2)) / sum(tokens), for R rows with differences
+    d_r and their mean D. It covers the rows only, and not the seeds of training. It is infinite for a single row.
+
+    Raises:
+        ValueError: the rows are not the same.
+    """
+    tokens = np.asarray(first.tokens, float)
+    if len(first.losses) != len(second.losses) or not np.array_equal(tokens, np.asarray(second.tokens, float)):
+        raise ValueError("the losses are not those of the same rows")
+    differences = np.asarray(first.losses, float) - np.asarray(second.losses, float)
+    mean = float(np.average(differences, weights=tokens))
+    if len(tokens) < 2:
+        return mean, math.inf
+    scale = len(tokens) / (len(tokens) - 1)
+    error = float(np.sqrt(scale * np.square(tokens * (differences - mean)).sum()) / tokens.sum())
+    return mean, error
+
+
+# Where an interval cannot be trusted.
+
+COVERAGE_DRAWS = 4000
+OUTLIER_LEVEL = 0.01
+FEWEST_SEEDS = 5
+LEAST_DISTANCE = 0.01
+"""A seed that is nearer to the median than this is not flagged, in the score's unit: one point."""
+
+
+def seeds_coverage(score: float, examples: int, seeds: int) -> float:
+    """How often the t interval over seeds contains the true value, for a score of about `score` on so many examples.
+
+    The interval assumes roughly normal scores. But a proportion near 0 or 1 with few seeds takes only a few values, and
+    all seeds may agree by chance. The scores of the seeds are taken to be binomial with one true value: the case in
+    which they take the fewest values.
+    """
+    # Rounded, so that similar scores share a simulation: its draws cannot tell them apart.
+    return _simulated_coverage(min(max(round(min(score, 1 - score), 2), 0.5 / examples), 0.5), examples, seeds)
+
+
+@functools.lru_cache(maxsize=512)
+def _simulated_coverage(p: float, examples: int, seeds: int) -> float:
+    generator = np.random.default_rng([examples, round(1e6 * p), seeds])
+    _, low, high = over_seeds(generator.binomial(examples, p, (COVERAGE_DRAWS, seeds)) / examples)
+    # An interval can be a single number, which equals the true value up to rounding.
+    return float(((low <= p + ROUNDING) & (high >= p - ROUNDING)).mean())
+
+
+def outlying(values: Array) -> list[int]:
+    """The seeds whose score is far from the others, such as a training that collapsed: no t interval survives them.
+
+    This is the generalised extreme Studentised deviate (Rosner, Technometrics 25, 1983) at level 0.01, for up to
+    (seeds - 1) / 2 outliers. The seed farthest from the mean is taken out, then the next, and its distance in standard
+    deviations is compared with a critical value of Student's t each time. The last distance above its critical value
+    says how many are out.
+
+    Simulated with 6,000 cells of normal seeds each: 1.8 % of cells of 5 seeds have a flag, 2.2 % of 8, 1.7 % of 12. One
+    of 5 seeds that is 10 standard deviations off is flagged in 51 %, 20 off in 97 %, and two that are 40 off in 95 %.
+    Of 8 seeds, one that is 10 off is flagged in 98 %.
+
+    Args:
+        values: (seeds,), one score or loss each.
+
+    Returns:
+        The indices in rising order; none with fewer than FEWEST_SEEDS finite values. A value that is not finite is
+        flagged always.
+    """
+    flagged = [int(index) for index in np.flatnonzero(~np.isfinite(values))]
+    kept = [index for index in range(len(values)) if index not in flagged]
+    if len(kept) < FEWEST_SEEDS:
+        return flagged
+    median = float(np.median(values[kept]))
+    removed: list[int] = []
+    outliers = 0
+    for _ in range((len(kept) - 1) // 2):
+        rest = values[kept]
+        farthest = kept[int(np.argmax(np.abs(rest - rest.mean())))]
+        if abs(values[farthest] - rest.mean()) > _critical_distance(len(kept)) * rest.std(ddof=1):
+            outliers = len(removed) + 1
+        removed.append(farthest)
+        kept.remove(farthest)
+    far = [index for index in removed[:outliers] if abs(values[index] - median) >= LEAST_DISTANCE]
+    return sorted(flagged + far)
+
+
+def _critical_distance(n: int) -> float:
+    """The largest distance from the mean of n normal values, in standard deviations, at OUTLIER_LEVEL (Grubbs 1950)."""
+    t = stats.t.isf(OUTLIER_LEVEL / (2 * n), n - 2)
+    return float((n - 1) / math.sqrt(n) * t / math.sqrt(n - 2 + t * t))

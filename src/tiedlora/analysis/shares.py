@@ -1,65 +1,244 @@
-"""Every claim on one scale: the share of the comparator's gain over the base that the method keeps.
+"""Shares of a gain, for two figures: what each claim's method keeps, and what every arm keeps beside its parameters.
 
-0 is the base and 1 is the comparator, in every metric and on every task, so that one figure can hold them all. A rule
-then asks for a zone of this scale, such as 0.9 or more, and an answer has an interval on it.
-
-The ends of the interval are those of the rule's own contrasts, divided by the comparator's gain. So an interval lies
-inside the zone exactly if the rule supports the claim, and outside exactly if it contradicts it (where the rule also
-asks for the comparator's gain, that must be shown as well).
+0 is the base model and 1 the comparator, in every metric and on every task. In the forest plot, a line is one answer to
+a claim, with the interval at which its rule decides (`Rule.kept`). In the panels of sizes, all arms of a setting stand
+on the scale of one reference: the comparator of the first claim that uses this metric. There the share is of the seeds
+that an arm has in common with the reference, and its interval is that of the paired difference. (Much of the interval
+of a score is the choice of rows, which all arms share.)
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from tiedlora.analysis import crossed
-from tiedlora.analysis.crossed import Array
-from tiedlora.analysis.rules import Better, Level, Retains, Rule, WithinMargin
-from tiedlora.records.interval import Interval
+from tiedlora.analysis import compare
+from tiedlora.analysis.answers import Answer, Verdict
+from tiedlora.analysis.claims import Claim
+from tiedlora.analysis.compare import Measure, ResultRow
+from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.rules import Better
+from tiedlora.analysis.runs import Scorebook
+from tiedlora.errors import UserError
+from tiedlora.records.interval import LEVEL, Interval
+
+LEAST, MOST = -0.25, 1.6
+"""The widest axis, in shares of the comparator's gain. What lies beyond it ends in an arrow."""
+FOREST_USUAL = (-0.1, 1.3)
+"""The narrowest axis of the forest: the base at 0 and the comparator at 1 are always on it."""
+SIZES_USUAL = (0.89, 1.03)
+"""The narrowest axis of the panels of sizes. On a narrower one, arms that are level would look far apart."""
+STEPS = (0.05, 0.1, 0.25, 0.5)
 
 
-def zone(rule: Rule, gain: float) -> tuple[float, float]:
-    """The shares that the rule asks for: the low and the high end, which may be infinite.
+@dataclass(frozen=True)
+class ShareAxis:
+    """The axis that all lines of a plot share."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    def nearest(self, share: float) -> float:
+        """The share, or the end of the axis that it is beyond."""
+        return min(self.high, max(self.low, share))
+
+    def place(self, share: float) -> float:
+        """Where a share is on the axis, from 0 to 1. Shares beyond an end are at this end."""
+        return min(1.0, max(0.0, (share - self.low) / (self.high - self.low)))
+
+
+def _axis(intervals: Iterable[Interval], more: Iterable[float]) -> ShareAxis:
+    """The axis that holds these shares with their intervals, and `more` shares, within LEAST to MOST."""
+    ends = [end for one in intervals for end in (one.value, one.low, one.high) if not math.isnan(end)]
+    ends += more
+    low, high = max(LEAST, min(ends)), min(MOST, max(ends))
+    step = next(step for step in (*STEPS, 1.0) if (high - low) / step <= 7 or step == 1.0)
+    first = math.ceil(low / step - 1e-9)
+    ticks = [step * number for number in range(first, math.floor(high / step + 1e-9) + 1)]
+    return ShareAxis(low, high, tuple(round(tick, 6) for tick in ticks))
+
+
+def share_in_words(share: Interval, edges: Iterable[float] = ()) -> str:
+    """A share with its interval, such as `97 % [88, 106]`.
 
     Args:
-        gain: the comparator's gain over the base, above 0. Rules with a margin in the score's unit need it.
+        edges: the ends of a zone. An interval that ends just beside one gets a decimal: without it, it could read as if
+            it ended at the edge.
     """
-    match rule:
-        case Retains(rho):
-            return rho, math.inf
-        case Level(delta):
-            return 1 - delta, 1 + delta
-        case Better(margin):
-            return 1 + margin / gain, math.inf
-        case WithinMargin(margin):
-            return 1 - margin / gain, math.inf
-    raise TypeError(f"{rule} is no rule of a claim")
+    if math.isnan(share.low):
+        return f"{percent(share.value)} %"
+    ends = (share.low, share.high)
+    is_near = any(abs(end - edge) < 0.005 for end in ends for edge in edges)
+    decimals = 1 if ends[1] - ends[0] < 0.01 or is_near else 0
+    low, high = (percent(end, decimals) for end in ends)
+    return f"{percent(share.value, decimals)} % [{low}, {high}]"
 
 
-def kept(rule: Rule, sides: tuple[Array, Array, Array], level: float) -> Interval | None:
-    """The share that the method keeps, with its interval over seeds and rows at a two-sided level.
+def percent(share: float, decimals: int = 0) -> str:
+    """A share in per cent. Beyond ten times the comparator's gain, its size says nothing more."""
+    if abs(share) >= 10:
+        return "> 999" if share > 0 else "< -999"
+    return f"{100 * share:.{decimals}f}"
 
-    Args:
-        sides: method, comparator (seeds, rows) and base (rows,); more is better. At least two seeds and rows.
 
-    Returns:
-        None if the comparator gains nothing on average.
-    """
-    method, comparator, base = sides
-    gain = float((comparator - base).mean())
-    if gain <= 0:
+# The forest plot.
+
+
+@dataclass(frozen=True)
+class ForestLine:
+    """One answer as a line of the plot."""
+
+    task: str
+    verdict: str
+    is_firm: bool
+    """Whether a verdict can rest on the interval. It cannot before the first look, where it is a 95 % interval of the
+    seeds there are, or while the comparator's own gain may be 0."""
+    share: Interval | None
+    """The share that the method keeps: 0 is the base, 1 the comparator."""
+    zone: tuple[float, float] | None
+    """The shares that the rule asks for."""
+    missing: str
+    """Why there is no share."""
+
+    @property
+    def in_words(self) -> str:
+        """The share as text, such as `97 % [88, 106]`, or why there is none."""
+        return self.missing if self.share is None else share_in_words(self.share, self.zone or ())
+
+
+@dataclass(frozen=True)
+class ForestGroup:
+    """The lines of one claim for one model."""
+
+    claim: str
+    rule: str
+    """What the rule asks for, in words."""
+    comparator: str
+    lines: list[ForestLine]
+
+
+def forest_line(answer: Answer) -> ForestLine:
+    """The line of one answer."""
+    rule, gain, share, missing = answer.claim.rule, answer.comparator_gain, answer.kept, ""
+    if share is None and gain is not None and gain > 0:
+        share = _share_of_one_seed(answer, gain)
+    if answer.measure is None:
+        missing = "not run" if answer.pair is None else "no comparison yet"
+    elif share is None:
+        without_base = "no scores of the base" if answer.seeds else "no comparison yet"
+        missing = "no gain of the comparator" if gain is not None else without_base
+    elif answer.verdict == Verdict.UNINFORMATIVE:
+        share, missing = None, "the comparator's gain may be 0"
+    is_firm = answer.look is not None and not (answer.gain_may_be_zero and rule.needs_base)
+    zone = rule.zone(gain) if share is not None and gain else None
+    return ForestLine(answer.task, answer.verdict.value, is_firm, share, zone, missing)
+
+
+def _share_of_one_seed(answer: Answer, gain: float) -> Interval | None:
+    """One seed has no interval over seeds. Its difference has one over rows."""
+    if answer.difference is None or answer.measure is None:
         return None
-    low_end, high_end = zone(rule, gain)
-    value = float((method - base).mean()) / gain
-    contrasts = rule.contrasts(*sides)
-    above = crossed.both_interval(contrasts[0], level)
-    low, high = low_end + above.low / gain, low_end + above.high / gain
-    if len(contrasts) > 1 and high >= low_end:
-        # The second contrast of Level is the distance below the zone's high end.
-        below = crossed.both_interval(contrasts[1], level)
-        if below.high < 0:
-            low, high = high_end - below.high / gain, high_end - below.low / gain
-        else:
-            # The two contrasts have intervals of different widths; the bar reaches into the zone if neither is below 0.
-            low, high = min(low, high_end), max(high_end - below.low / gain, low_end)
-    return Interval(value, low, high, "crossed")
+    difference, sign = answer.difference.widest, answer.measure.sign
+    low, high = sorted(1 + sign * end / gain for end in (difference.low, difference.high))
+    return Interval(1 + sign * difference.value / gain, low, high)
+
+
+def forest_groups(answers: Iterable[Answer]) -> list[ForestGroup]:
+    """The answers of one model, by claim, in their order."""
+    by_claim: dict[int, tuple[Claim, list[ForestLine]]] = {}
+    for answer in answers:
+        by_claim.setdefault(id(answer.claim), (answer.claim, []))[1].append(forest_line(answer))
+    return [
+        ForestGroup(claim.name, str(claim.rule), claim.comparator.configuration, lines)
+        for claim, lines in by_claim.values()
+    ]
+
+
+def forest_axis(lines: Sequence[ForestLine]) -> ShareAxis:
+    """The axis for these lines: as narrow as their intervals and zones allow, and within LEAST to MOST."""
+    drawn = [(one.share, one.zone or ()) for one in lines if one.share is not None]
+    beyond_zones = [end + 0.1 for _, zone in drawn for end in zone if math.isfinite(end)]
+    return _axis((share for share, _ in drawn), [*FOREST_USUAL, *beyond_zones])
+
+
+# Shares beside parameters.
+
+
+@dataclass(frozen=True)
+class SizedShare:
+    """One arm: its share of the reference's gain, with a 95 % interval. The ends are NaN if it has none."""
+
+    group: RunGroup
+    share: Interval
+    seeds: int
+    """How many seeds it has in common with the reference."""
+
+
+@dataclass(frozen=True)
+class SizePanel:
+    """The arms of one setting by one metric."""
+
+    measure: Measure
+    reference: RunGroup
+    arms: list[SizedShare]
+
+    def lines(self) -> list[list[SizedShare]]:
+        """The arms of each configuration, sorted by their parameters."""
+        by_name: dict[str, list[SizedShare]] = defaultdict(list)
+        for arm in sorted(self.arms, key=lambda arm: arm.group.params):
+            by_name[arm.group.configuration].append(arm)
+        return list(by_name.values())
+
+
+def size_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Scorebook) -> list[SizePanel]:
+    """A panel for every setting and metric of the figures in which a claim names a comparator that gains something."""
+    by_panel: dict[tuple[str, Measure], list[RunGroup]] = defaultdict(list)
+    for row in rows:
+        if row.primary and row.score is not None:
+            by_panel[row.group.setting, row.measure].append(row.group)
+    panels = []
+    for (setting, measure), groups in by_panel.items():
+        reference = _reference(answers, setting, measure)
+        if reference is None or len(groups) < 2:
+            continue
+        arms = [arm for group in groups if (arm := _arm(group, reference, measure, book)) is not None]
+        if arms:
+            panels.append(SizePanel(measure, reference, arms))
+    return panels
+
+
+def size_axis(panels: Iterable[SizePanel]) -> ShareAxis:
+    """One axis for all panels, so that tasks on which the arms hardly differ look like it."""
+    return _axis((arm.share for panel in panels for arm in panel.arms), SIZES_USUAL)
+
+
+def _reference(answers: Sequence[Answer], setting: str, measure: Measure) -> RunGroup | None:
+    """The comparator of the first answer in the setting by this metric that gains something over the base."""
+    for answer in answers:
+        # With the runs of all seeds, whatever seeds the claim takes.
+        comparator = answer.pair.searched[1] if answer.pair else None
+        if comparator is None or comparator.setting != setting or answer.measure != measure:
+            continue
+        if answer.comparator_gain is not None and answer.comparator_gain > 0:
+            return comparator
+    return None
+
+
+def _arm(group: RunGroup, reference: RunGroup, measure: Measure, book: Scorebook) -> SizedShare | None:
+    """The arm with its share; None if its scores cannot be compared, as a note of the results says."""
+    try:
+        scores = compare.paired_scores(group, reference, measure, book)
+    except UserError:
+        return None
+    method, comparator, base = scores.method, scores.comparator, scores.base
+    if base is None:
+        return None
+    if min(method.shape) > 1:
+        share = Better().kept(method, comparator, base, 1 - LEVEL)
+    else:
+        gain = float((comparator - base).mean())
+        share = Interval(float((method - base).mean()) / gain, math.nan, math.nan) if gain > 0 else None
+    return None if share is None else SizedShare(group, share, len(scores.seeds))

@@ -17,14 +17,12 @@ from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from tiedlora.analysis import forest
+from tiedlora.analysis import shares
 from tiedlora.analysis.adapters import layer_profiles
 from tiedlora.analysis.answers import Answer
-from tiedlora.analysis.compare import ResultRow
-from tiedlora.analysis.estimates import Measure
-from tiedlora.analysis.forest import ForestGroup, ForestLine, ShareAxis
+from tiedlora.analysis.compare import Measure, ResultRow
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.shares_by_size import SizePanel, share_axis
+from tiedlora.analysis.shares import ForestGroup, ForestLine, ShareAxis, SizePanel, size_axis
 from tiedlora.page.figures import BACK, INK, LINE, SOFT, VERDICTS, ZONE, Panel, cut, order, style
 from tiedlora.page.formats import minus
 from tiedlora.records.interval import Interval, Unit
@@ -45,7 +43,7 @@ def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], sizes: Sequence
     """
     found = []
     for model in dict.fromkeys(row.group.model for row in rows):
-        lines = forest.groups(answer for answer in answers if answer.model == model and answer.pair is not None)
+        lines = shares.forest_groups(answer for answer in answers if answer.model == model and answer.pair is not None)
         if any(line.share is not None for group in lines for line in group.lines):
             found.append(_forest(model, lines))
         for panel in sizes:
@@ -112,7 +110,7 @@ def draw_forest(ax: Axes, groups: Sequence[ForestGroup], names: Sequence[Sequenc
         names: the claims' names, in lines.
         lines: the height of all of it, in lines of tasks.
     """
-    scale = forest.axis([line for group in groups for line in group.lines])
+    scale = shares.forest_axis([line for group in groups for line in group.lines])
     left = 0.01 - ax.get_position().x0 / ax.get_position().width
     place, ticks = 0.1, []
     for group, name in zip(groups, names, strict=True):
@@ -205,7 +203,7 @@ def draw_shares(ax: Axes, panel: SizePanel, sizes: Sequence[SizePanel]) -> None:
     Args:
         sizes: all panels. They have the same axes, so that tasks on which the arms hardly differ look like it.
     """
-    scale = share_axis(sizes)
+    scale = size_axis(sizes)
     _count_axis(ax, [arm.group.params for each in sizes for arm in each.arms])
     margin = 0.02 * (scale.high - scale.low)
     ax.set_ylim(scale.low - margin, scale.high + margin)
@@ -218,7 +216,7 @@ def draw_shares(ax: Axes, panel: SizePanel, sizes: Sequence[SizePanel]) -> None:
         is_inside = shown == arm.share.value
         ends = (math.nan, math.nan) if arm.group is panel.reference else (arm.share.low, arm.share.high)
         value = Interval(shown, *map(scale.nearest, ends))
-        name = arm.group.name if is_inside else f"{arm.group.name}, {forest.percent(arm.share.value)} %"
+        name = arm.group.name if is_inside else f"{arm.group.name}, {shares.percent(arm.share.value)} %"
         points.append(Point(arm.group, value, is_inside, name))
     _against_parameters(ax, points)
 

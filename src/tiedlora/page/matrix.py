@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tiedlora.analysis import claims, forest
-from tiedlora.analysis.answers import Answer, Verdict
-from tiedlora.analysis.claim_verdicts import ClaimVerdict
-from tiedlora.analysis.forest import ForestGroup
+from tiedlora.analysis import claims, shares
+from tiedlora.analysis.answers import Answer, ClaimVerdict, Verdict
+from tiedlora.analysis.shares import ForestGroup
 from tiedlora.page import formats
 from tiedlora.page.formats import minus
 from tiedlora.records.interval import Unit
@@ -89,7 +88,7 @@ def _of_model(verdicts: Sequence[ClaimVerdict], model: str, place: int) -> Model
     own = [verdict for verdict in verdicts if verdict.model in (model, "")]
     tasks = list(dict.fromkeys(answer.task for verdict in own for answer in verdict.answers))
     rows = [_row(verdict, tasks, f"reason-{place}-{number}") for number, verdict in enumerate(own)]
-    lines = forest.groups(answer for verdict in own for answer in verdict.answers if answer.pair is not None)
+    lines = shares.forest_groups(answer for verdict in own for answer in verdict.answers if answer.pair is not None)
     return ModelVerdicts(model, tasks, rows, lines, _headline(own))
 
 
@@ -112,7 +111,7 @@ def _row(verdict: ClaimVerdict, tasks: Sequence[str], prefix: str) -> ClaimRow:
     answer_of = {answer.task: answer for answer in verdict.answers}
     return ClaimRow(
         claim.name,
-        claims.in_words(claim.rule),
+        str(claim.rule),
         f"{_side(claim.method)} against {_side(claim.comparator)}",
         verdict.verdict.value,
         verdict.exploratory,
@@ -165,7 +164,7 @@ def _numbers(answer: Answer) -> list[tuple[str, str]]:
     if answer.contrast is not None:
         text = formats.score_interval(answer.contrast, signed=True, unit=unit)
         numbers.append(("contrast at the look's level", f"{minus(text)} {unit.words}"))
-    if (line := forest.line(answer)).share is not None:
+    if (line := shares.forest_line(answer)).share is not None:
         numbers.append(("share of the comparator's gain", minus(line.in_words)))
     if answer.retains_at_least is not None:
         numbers.append(("keeps at least", f"{100 * answer.retains_at_least:.0f} %"))

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from tiedlora.analysis.claim_verdicts import ClaimVerdict, error_note
+from tiedlora.analysis.answers import ClaimVerdict, error_note
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.page import figures, matrix
 from tiedlora.page.browser import Sheet

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.analysis.answers import Answer
-from tiedlora.analysis.compare import ResultRow
-from tiedlora.analysis.estimates import Estimate
+from tiedlora.analysis.compare import Estimate, ResultRow
 from tiedlora.errors import UserError
 from tiedlora.page import formats, matrix, tables
 from tiedlora.page.formats import Column, Scored, Table

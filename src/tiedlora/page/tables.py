@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from tiedlora.analysis import crossed
-from tiedlora.analysis.answers import Answer
-from tiedlora.analysis.claim_verdicts import ClaimVerdict, error_note
-from tiedlora.analysis.compare import ResultRow
-from tiedlora.analysis.estimates import Estimate
+from tiedlora.analysis import intervals
+from tiedlora.analysis.answers import Answer, ClaimVerdict, error_note
+from tiedlora.analysis.compare import Estimate, ResultRow
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import LeftOut
-from tiedlora.analysis.shares_by_size import SizePanel
+from tiedlora.analysis.shares import SizePanel
 from tiedlora.page import formats
 from tiedlora.page.formats import AverageScore, Column, Scored, Table, TaskScore
 from tiedlora.records.interval import Interval, Unit
@@ -304,7 +302,7 @@ def _average(rows: Sequence[ResultRow | None]) -> AverageScore | None:
     values = np.array([_values(row, shared) for row in scored]).mean(0)
     if len(shared) == 1:
         return AverageScore(Interval(float(values[0]), math.nan, math.nan), 1, scored[0].measure.unit)
-    return AverageScore(crossed.seeds_interval(values), len(shared), scored[0].measure.unit)
+    return AverageScore(intervals.seeds_interval(values), len(shared), scored[0].measure.unit)
 
 
 def _values(row: ResultRow, seeds: Sequence[int]) -> list[float]:

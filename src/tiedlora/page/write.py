@@ -10,13 +10,11 @@ from tiedlora import storage
 from tiedlora.analysis import answers as claim_answers
 from tiedlora.analysis import claims as claim_files
 from tiedlora.analysis import compare, reference
-from tiedlora.analysis.answers import Answer
-from tiedlora.analysis.claim_verdicts import ClaimVerdict, claim_verdicts
+from tiedlora.analysis.answers import Answer, ClaimVerdict, claim_verdicts
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
-from tiedlora.analysis.runs import LeftOut, Run, names_of, read_runs, read_selections, run_roots
-from tiedlora.analysis.scorebook import Scorebook
-from tiedlora.analysis.shares_by_size import SizePanel, size_panels
+from tiedlora.analysis.runs import LeftOut, Run, Scorebook, names_of, read_runs, read_selections, run_roots
+from tiedlora.analysis.shares import SizePanel, size_panels
 from tiedlora.page import browser, charts, figures, formats, page, tables
 from tiedlora.page.figures import Panel
 from tiedlora.page.formats import Table

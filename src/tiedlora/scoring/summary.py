@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 
-from tiedlora.analysis.bootstrap import bootstrap_corpus, bootstrap_mean
-from tiedlora.analysis.intervals import is_binary, paired_proportions, wilson
+from tiedlora.analysis.intervals import bootstrap_corpus, bootstrap_mean, is_binary, paired_proportions, wilson
 from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import LARGEST_LOSS, LOSS_METRICS, TARGET_LOSS_BY_TOKEN, is_loss, mean_per_token
 from tiedlora.records.rows import PredictionRow, Score

@@ -14,12 +14,10 @@ from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.analysis import claims as claim_files
-from tiedlora.analysis import partners
 from tiedlora.analysis.answers import Answer, Verdict, answer_claims
-from tiedlora.analysis.claims import Claim, Side
+from tiedlora.analysis.claims import Claim, Pair, Side
 from tiedlora.analysis.groups import RunGroup, group_runs
-from tiedlora.analysis.runs import LeftOut, Run, read_run
-from tiedlora.analysis.scorebook import Scorebook
+from tiedlora.analysis.runs import LeftOut, Run, Scorebook, read_run
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.keys import is_count
@@ -136,9 +134,7 @@ def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
     for config in (cell.config for cell in sweep.cells):
         arms.setdefault((config.model.name, config.task.name), set()).add((config.tying.name, config.rank.r))
     if not any(claim.covers(task) and _has_sides(claim, own) for claim in claims for (_, task), own in arms.items()):
-        sides = " and ".join(
-            f"{side.configuration} {side.at or f'r={side.rank}'}" for side in (claims[0].method, claims[0].comparator)
-        )
+        sides = f"{claims[0].method} and {claims[0].comparator}"
         names = ", ".join(sorted({f"{name} r={rank}" for own in arms.values() for name, rank in own}))
         raise UserError(
             f"hydra.sweeper.claims: the grid has both sides of no claim; {claims[0].name!r:.80} needs {sides}, and the "
@@ -148,7 +144,7 @@ def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
 
 def _has_sides(claim: Claim, arms: set[tuple[str, int]]) -> bool:
     """Whether both sides of a claim are among these configurations and ranks of one model and task."""
-    matched, own = (claim.method, claim.comparator) if claim.method.at else (claim.comparator, claim.method)
+    own, matched = claim.anchor, claim.method if claim.method.at else claim.comparator
     rank = own.rank if matched.at == claim_files.EQUAL_RANK else matched.rank
     ranks = {arm_rank for name, arm_rank in arms if name == matched.configuration}
     return (own.configuration, own.rank) in arms and (rank in ranks if rank else bool(ranks))
@@ -171,7 +167,7 @@ def plan_of(path: Path, claims: Sequence[Claim], budget: int | None) -> Deciding
     planned = [
         PlannedClaim(
             claim.name,
-            claim_files.in_words(claim.rule),
+            str(claim.rule),
             list(claim.plan.looks.seeds),
             list(claim.plan.looks.levels),
             list(claim.plan.seeds),
@@ -244,9 +240,7 @@ def _all_seeds(claims: Iterable[Claim]) -> list[int]:
     )
 
 
-def _next_look(
-    claim: Claim, pair: partners.Pair, owners: dict[str, tuple[Search, RateChoice]]
-) -> tuple[SweepCell, ...]:
+def _next_look(claim: Claim, pair: Pair, owners: dict[str, tuple[Search, RateChoice]]) -> tuple[SweepCell, ...]:
     """The runs of the first look that has not all of them: not scored, and not diverged."""
     sides: list[tuple[RunGroup, Side]] = []
     for group, side in zip(pair.searched, (claim.method, claim.comparator), strict=True):

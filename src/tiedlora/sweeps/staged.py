@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from omegaconf import ListConfig
 
 from tiedlora import storage
-from tiedlora.analysis.paired_rows import RowLosses
+from tiedlora.analysis.intervals import RowLosses
 from tiedlora.analysis.rate_choice import ChosenRate
 from tiedlora.errors import UserError
 from tiedlora.keys import is_count

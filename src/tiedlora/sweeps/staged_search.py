@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tiedlora.analysis.paired_rows import RowLosses, paired_difference
+from tiedlora.analysis.intervals import RowLosses, paired_difference
 from tiedlora.analysis.rate_choice import ChosenRate, RateTrial, choose_rate
 from tiedlora.records.selection import SearchDecision
 

@@ -18,8 +18,7 @@ from tiedlora import storage
 from tiedlora.analysis import claims as claim_files
 from tiedlora.analysis.answers import Answer, Verdict, answer_claims
 from tiedlora.analysis.groups import group_runs
-from tiedlora.analysis.runs import LeftOut, Run, read_run
-from tiedlora.analysis.scorebook import Scorebook
+from tiedlora.analysis.runs import LeftOut, Run, Scorebook, read_run
 from tiedlora.config.compose import read_config
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import Config
