@@ -1,11 +1,15 @@
-"""Claims files: every rule and plan can be written, and mistakes name the key."""
+"""Claims: every rule and plan can be written, mistakes name the key, and the right groups are compared."""
 
+import numpy as np
 import pytest
+from helpers.report_runs import scored_run, world
 
 from tiedlora.analysis import claims, rules
 from tiedlora.analysis.rules import Better, Level, Retains
 from tiedlora.config.project import PROJECT
+from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
+from tiedlora.page import write
 
 FILE = PROJECT / "claims" / "tied_lora.yaml"
 
@@ -180,3 +184,145 @@ def test_what_exists_in_conf_or_in_the_runs_can_be_claimed(tmp_path):
 )
 def test_the_committed_claims_are_valid_before_any_run(path):
     claims.check_names(path, claims.read(path), (), {})
+
+
+# Which groups a claim compares.
+
+CHANGES = {
+    "rank.scaling": {"config.rank.scaling": "rslora"},
+    "rank.alpha": {"config.rank.alpha": 16.0},
+    "lr_factor.B": {"config.train.lr_factor": LrFactors(B=16.0)},
+}
+ONE, EIGHT = "LoRA, rank: 1", "TABuv, rank: 8"
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """The answers of the runs in `runs` to one claim."""
+
+    def find(method=EIGHT, other="LoRA, at: equal_rank", rule="better_by: 0.0", roots=("runs",)):
+        (tmp_path / "claims.yaml").write_text(
+            f"looks: [3, 5]\nclaims:\n  - name: x\n    method: {{configuration: {method}}}\n"
+            f"    comparator: {{configuration: {other}}}\n    {rule}\n    tasks: []\n"
+        )
+        return write.build([tmp_path / root for root in roots], claims=tmp_path / "claims.yaml").answers
+
+    return find
+
+
+def add(tmp_path, name, success, changes=None, rank=8, seeds=3):
+    """Seeds whose scores are near a rate of success."""
+    for seed in range(seeds):
+        draws = np.random.default_rng([seed, len(name)]).random(400)
+        ours = (draws < success).astype(float)
+        scored_run(tmp_path / "runs", ours, np.zeros(400), name=name, seed=seed, rank=rank, changes=changes)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_of_several_comparators_the_plain_one_is_compared(tmp_path, answers, change):
+    add(tmp_path, "TABuv", 0.5)
+    add(tmp_path, "LoRA", 0.3)
+    add(tmp_path, "LoRA", 0.7, CHANGES[change])
+    (found,) = answers()
+    assert found.verdict == "supported"
+    assert found.pair.comparator.is_plain
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_without_a_plain_one_it_is_the_one_that_scales_its_steps_as_the_method(tmp_path, answers, change):
+    add(tmp_path, "TABuv", 0.5, CHANGES[change])
+    for other in CHANGES:
+        add(tmp_path, "LoRA", 0.3 if other == change else 0.7, CHANGES[other])
+    (found,) = answers()
+    assert found.verdict == "supported"
+    assert found.pair.comparator.step_size == found.pair.method.step_size
+
+
+def test_if_none_of_several_fits_the_answer_names_them(tmp_path, answers):
+    add(tmp_path, "TABuv", 0.5)
+    for change in ("rank.scaling", "rank.alpha"):
+        add(tmp_path, "LoRA", 0.3, CHANGES[change])
+    (found,) = answers()
+    assert found.verdict == "undecided"
+    assert "several groups fit, and no single one is plain" in found.reason
+    assert "rank.scaling=rslora" in found.reason
+
+
+def test_of_two_methods_the_plain_one_answers_and_without_it_all_do_by_name(tmp_path, answers):
+    add(tmp_path, "LoRA", 0.3)
+    for alpha in (16.0, 32.0):
+        add(tmp_path, "TABuv", 0.5, {"config.rank.alpha": alpha})
+    assert {found.task for found in answers()} == {
+        "chain_sum (TABuv (rank.alpha=16.0))",
+        "chain_sum (TABuv (rank.alpha=32.0))",
+    }
+    add(tmp_path, "TABuv", 0.1)
+    (found,) = answers()
+    assert (found.task, found.verdict) == ("chain_sum", "contradicted")
+
+
+def test_equal_parameters_are_within_five_per_cent_and_the_rank_to_run_is_named(tmp_path, answers):
+    """SmolLM2-135M: LoRA has 46,080 parameters at r = 1, TABuv has 41,328 at r = 8 and 46,026 at r = 11."""
+    matched = "TABuv, at: equal_parameters"
+    add(tmp_path, "LoRA", 0.5, rank=1)
+    add(tmp_path, "TABuv", 0.7)
+    (found,) = answers(matched, ONE)
+    assert "nearest: r=8 with 41,328); run rank.r=11" in found.reason
+    (found,) = answers(EIGHT, "LoRA, at: equal_parameters")
+    assert "no rank comes within 5 %" in found.reason
+    add(tmp_path, "TABuv", 0.7, rank=11)
+    (found,) = answers(matched, ONE)
+    assert found.verdict == "supported"
+    assert "TABuv r=11 against LoRA r=1" in found.reason
+
+
+def test_two_ranks_of_one_configuration_are_a_claim(tmp_path, answers):
+    add(tmp_path, "TABuv", 0.7, rank=32)
+    add(tmp_path, "TABuv", 0.5)
+    (found,) = answers("TABuv, rank: 32", EIGHT)
+    assert (found.verdict, found.seeds) == ("supported", 3)
+
+
+def test_a_configuration_is_compared_with_itself_on_other_seeds(tmp_path, answers):
+    plain, later, level = "LoRA, rank: 8", "LoRA, rank: 8, seed_offset: 5", "level_within: 0.2"
+    add(tmp_path, "LoRA", 0.6, seeds=5)
+    (found,) = answers(plain, later, level)
+    assert found.verdict == "undecided"
+    world(tmp_path / "more", {"LoRA": 0.6}, seeds=10, rows=1000, seed_sd=0.002)
+    for sides in ((plain, later), (later, plain)):
+        (found,) = answers(*sides, level, roots=("more",))
+        assert (found.verdict, found.seeds) == ("supported", 3)
+    assert "LoRA (seeds from 5) r=8 against LoRA r=8" in found.reason
+
+
+def test_a_missing_comparator_or_method_is_named(tmp_path, answers):
+    add(tmp_path, "TABuv", 0.5)
+    (found,) = answers()
+    assert "LoRA r=8 was not run in the same setting" in found.reason
+    (found,) = answers("TAB, rank: 8")
+    assert "TAB r=8 was not run on it" in found.reason
+
+
+def test_a_changed_specification_answers_by_a_name_of_its_own_only(tmp_path, answers):
+    add(tmp_path, "LoRA", 0.6)
+    for name in ("TABuv", "mine"):
+        for seed in range(3):
+            changes = {"config.tying.dropout": 0.1, "config.tying.name": name}
+            scored_run(tmp_path / name, [1.0] * 400, [0.0] * 400, seed=seed, changes=changes)
+    (found,) = answers(roots=("runs", "TABuv"))
+    assert "TABuv r=8 was not run on it" in found.reason
+    (found,) = answers("mine, rank: 8", roots=("runs", "mine"))
+    assert "custom (mine) r=8 against LoRA r=8" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("number", "seeds", "rows", "says"),
+    [
+        (0, 2, 250, "reach no planned look (the first is at 3 seeds)"),
+        (0, 3, 300, "will hardly decide it"),
+        (0, 20, 20_000, "looks at 3, 5, 8, 12 seeds of 20,000 rows decide it in 4 of 5 tries"),
+        (1, 20, 20_000, "with a chance of 100 % if it is true by 2 points"),
+    ],
+)
+def test_what_a_sweep_can_decide_is_said_before_it_runs(number, seeds, rows, says):
+    assert says in claims.outlook(claims.read(FILE)[number], seeds, rows)
