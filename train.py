@@ -3,6 +3,12 @@
 import os
 from pathlib import Path
 
+from tiedlora.training import signals
+
+if __name__ == "__main__":
+    # The first line: the imports below take seconds.
+    signals.end_at_once()
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode

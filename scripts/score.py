@@ -16,6 +16,7 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.summary import terminal_lines
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.tasks import load_task
+from tiedlora.training import signals
 
 
 def main() -> None:
@@ -52,5 +53,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signals.end_at_once()
     with errors.exit_codes():
         main()

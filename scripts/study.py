@@ -27,7 +27,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, verify
 from tiedlora.sweeps import forecast, study
-from tiedlora.sweeps.launching import stopped_by_signals
+from tiedlora.training import signals
 
 DISAGREES = 3
 REPEATED_LOSS = 0.05
@@ -99,7 +99,7 @@ def run_until_stopped(command: list[str]) -> int:
     """The exit code of a sweep, or STOPPED if a signal came: the sweep gets it too, and first saves its checkpoints."""
     stopped = False
     # In a session of its own the sweep gets no Ctrl-C of the terminal as well: a second one would stop it at once.
-    with stopped_by_signals(), subprocess.Popen(command, cwd=PROJECT, start_new_session=True) as sweep:
+    with signals.stopped_by_signals(), subprocess.Popen(command, cwd=PROJECT, start_new_session=True) as sweep:
         while True:
             try:
                 ended = sweep.wait()
@@ -163,5 +163,6 @@ def finished_runs(folder: Path, run_ids: list[str]) -> list[RunFolder]:
 
 
 if __name__ == "__main__":
+    signals.end_at_once()
     with errors.exit_codes():
         main()

@@ -8,6 +8,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,6 +40,7 @@ from tiedlora.config.schema import Config
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs import run
+from tiedlora.training.signals import SIGNALS
 
 # No test cuts the power. To wait for the disk at each of a run's forty flushes would take longer than its training.
 os.fsync = lambda descriptor: None
@@ -84,11 +86,14 @@ def script(monkeypatch, capsys):
     def start(path: str, *arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
-        code = 0
+        code, handlers = 0, {number: signal.getsignal(number) for number in SIGNALS}
         try:
             runpy.run_path(str(PROJECT / path), run_name="__main__")
         except SystemExit as end:
             code = int(end.code or 0)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return code, *capsys.readouterr()
 
     return start

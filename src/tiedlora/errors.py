@@ -10,7 +10,9 @@ import errno
 import logging
 import os
 import select
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -53,8 +55,10 @@ STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
 CLOSED_PIPE = 141
 """What a shell reports for a program that SIGPIPE ended."""
+STOP_MESSAGE = "stopped; the same command continues from the newest checkpoint"
 LONGEST_MESSAGE = 2000
 """Most characters of a message that are printed. Some messages quote a file, which may have any length."""
+SECONDS_TO_LEAVE_A_DESTRUCTOR = 0.1
 
 _OS_ERRORS = {
     errno.ENOSPC: "the disk is full; make space",
@@ -77,7 +81,7 @@ def exit_codes() -> Iterator[None]:
         SystemExit: with code 2 after a mistake, 75 after a stop, 141 if the reader of the output has closed it.
     """
     try:
-        with _quiet_handlers():
+        with _quiet_handlers(), _dropped_stops_come_again():
             yield
             sys.stdout.flush()
     except BrokenPipeError as error:
@@ -95,7 +99,7 @@ def exit_codes() -> Iterator[None]:
     except StoppedEarly:
         _end("stopped with a checkpoint; the same command continues from it", STOPPED)
     except KeyboardInterrupt:
-        _end("stopped; the same command continues from the newest checkpoint", STOPPED)
+        _end(STOP_MESSAGE, STOPPED)
     except OSError as error:
         if error.errno not in _OS_ERRORS:
             raise
@@ -144,6 +148,24 @@ def _quiet_handlers() -> Iterator[None]:
         yield
     finally:
         logging.Handler.handleError = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _dropped_stops_come_again() -> Iterator[None]:
+    """Inside the block, a KeyboardInterrupt that came in a destructor, where Python drops it, comes a moment later."""
+    original = sys.unraisablehook
+
+    def take(dropped: sys.UnraisableHookArgs) -> None:
+        if isinstance(dropped.exc_value, KeyboardInterrupt):
+            threading.Timer(SECONDS_TO_LEAVE_A_DESTRUCTOR, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            original(dropped)
+
+    sys.unraisablehook = take
+    try:
+        yield
+    finally:
+        sys.unraisablehook = original
 
 
 def _end(message: str, code: int) -> None:

@@ -14,7 +14,7 @@ from helpers.commands import wait_until
 
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
-from tiedlora.errors import StoppedEarly, exit_codes
+from tiedlora.errors import STOP_MESSAGE, StoppedEarly, exit_codes
 from tiedlora.models.device import processor_name
 from tiedlora.records.provenance import CodeVersion
 from tiedlora.records.rows import read_metrics
@@ -41,17 +41,54 @@ def test_a_ctrl_c_that_also_ends_the_reader_of_the_output_saves_a_checkpoint(tin
     assert not folder.error_file.exists()
 
 
-@pytest.mark.slow
-def test_a_signal_while_the_model_is_loaded_ends_with_the_code_of_a_stop(tiny_run):
-    long = tiny_run("train.steps=100000")
-    code = (
-        "import os, signal, sys; from tiedlora.runs import trainer; "
-        "trainer.cached_base = lambda *_: os.kill(os.getpid(), signal.SIGTERM); "
-        "import runpy; sys.argv = ['train.py', *sys.argv[1:]]; runpy.run_path('train.py', run_name='__main__')"
+MOMENTS = {  # what train.py is doing -> Python that makes a signal come then
+    "importing": """
+class Finder:
+    def find_spec(name, *_):
+        if name == "hydra":
+            send()
+sys.meta_path.insert(0, Finder)
+""",
+    "loading": "from tiedlora.runs import trainer; trainer.cached_base = send",
+    "leaving a destructor": """
+class Late:
+    __del__ = send
+def load(*_):
+    Late()
+    time.sleep(60)
+from tiedlora.runs import trainer; trainer.cached_base = load
+""",
+    "printing a finished run": "from tiedlora.runs import run; run.terminal_lines = send",
+}
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        *(("importing", number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)),
+        ("printing a finished run", signal.SIGUSR1),
+        *(
+            pytest.param(moment, signal.SIGTERM, marks=pytest.mark.slow)
+            for moment in ("loading", "leaving a destructor")
+        ),
+    ],
+)
+def test_a_signal_outside_training_ends_with_the_code_of_a_stop(tiny_run, tiny_config, finish, moment, number):
+    """A script of Slurm that asks for 75 must also start a run again that was stopped in its first second."""
+    if moment == "printing a finished run":
+        finish(tiny_config())
+    program = (
+        "import os, runpy, sys, time\n"
+        f"def send(*_): os.kill(os.getpid(), {int(number)})\n"
+        f"{MOMENTS[moment]}\n"
+        "sys.argv[0] = 'train.py'\n"
+        "runpy.run_path('train.py', run_name='__main__')"
     )
-    ended = processes.run_python("-c", code, *long, cwd=PROJECT)
+    ended = processes.run_python("-c", program, *tiny_run(), cwd=PROJECT)
     assert ended.returncode == 75, ended.stderr
-    assert "the same command continues" in ended.stderr
+    assert ended.stderr.splitlines()[-1] == STOP_MESSAGE
+    assert "Traceback" not in ended.stderr
+    assert "ignored" not in ended.stderr
 
 
 def test_a_signal_during_the_last_validation_stops_before_the_scoring(tiny_config, finish, tmp_path, monkeypatch):

@@ -7,13 +7,10 @@ the cells' folders.
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tiedlora import storage
 from tiedlora.config.schema import TaskConfig
@@ -24,7 +21,6 @@ from tiedlora.sweeps.cell_log import EndedCellsLogger
 from tiedlora.sweeps.cells import ENDED, Sweep, SweepCell
 from tiedlora.sweeps.control import STARTED, SweepControl
 from tiedlora.tasks import load_examples, load_task
-from tiedlora.training.signals import SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -154,24 +150,6 @@ def changed_inputs(cells: Iterable[SweepCell]) -> dict[str, str]:
         except UserError as error:
             changes[cell.run_id] = str(error)
     return changes
-
-
-@contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Make the signals that stop a run stop the sweep too, also while none of its cells runs in this process.
-
-    Without a handler, SIGTERM and Slurm's SIGUSR1 would end the process with another exit code than 75.
-    """
-    earlier = {number: signal.signal(number, _interrupt) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 class _Launches:

@@ -1,7 +1,12 @@
-"""Signals that ask a run to stop: after the current step of training, or at once outside training."""
+"""Signals that ask a command to stop, and who handles them.
+
+Before and after a run, the process ends at once (end_at_once). A run finishes its step of training first, and stops at
+once outside training (StopSignal). A sweep stops its cells (stopped_by_signals).
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -10,8 +15,41 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+from tiedlora.errors import STOP_MESSAGE, STOPPED
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _CONDITIONS: list[Callable[[], bool]] = []
+
+
+def end_at_once() -> None:
+    """From now on, until another handler takes its place, a signal ends this process with the code of a stop.
+
+    Nothing is unwound. That is safe, because a kill is safe too. A KeyboardInterrupt is not: inside an import, Python
+    may drop it.
+    """
+    for number in SIGNALS:
+        signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    with suppress(OSError):
+        os.write(2, f"{STOP_MESSAGE}\n".encode())
+    os._exit(STOPPED)
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Inside the context, a signal raises KeyboardInterrupt. For a sweep, also while none of its cells runs here."""
+    earlier = {number: signal.signal(number, _interrupt) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -57,7 +95,7 @@ class StopSignal:
             signal.signal(number, handler)
         if self.received is not None:
             handler = self._before[self.received]
-            if callable(handler) and handler is not signal.default_int_handler:
+            if callable(handler) and handler not in (signal.default_int_handler, _end):
                 handler(self.received, None)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
