@@ -100,14 +100,16 @@ def exit_codes() -> Iterator[None]:
         _end("stopped with a checkpoint; the same command continues from it", STOPPED)
     except KeyboardInterrupt:
         _end(STOP_MESSAGE, STOPPED)
-    except OSError as error:
-        if error.errno not in _OS_ERRORS:
-            raise
-        _end(f"error: {error.filename}: {_OS_ERRORS[error.errno]}, then run the same command: it continues", MISTAKE)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OS_ERRORS:
+            _end(
+                f"error: {error.filename}: {_OS_ERRORS[error.errno]}, then run the same command: it continues", MISTAKE
+            )
         if not is_out_of_memory(error):
             raise
-        _end("error: out of memory; lower train.microbatch_tokens (same result) or score.batch_size", MISTAKE)
+        # Passes of training and batches of scoring are halved, so memory ran out elsewhere.
+        advice = "close other programs, or take a smaller model, tying or rank, or train.dtype=bfloat16"
+        _end(f"error: out of memory, as when loading or at an update; {advice}", MISTAKE)
 
 
 def _is_stop(error: BaseException | None) -> bool:

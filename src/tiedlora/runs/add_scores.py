@@ -13,7 +13,7 @@ from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models import products
-from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK
+from tiedlora.records.provenance import CHAT_TEMPLATE
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.runs.inputs import read_rows, warn_of_trained_rows
@@ -74,11 +74,6 @@ def add_scores(
         encoder = Encoder(base.tokenizer, config.task, config.model.context, finished.more_ends or ())
         if finished.versions.get(CHAT_TEMPLATE) not in (None, encoder.template_digest):
             raise UserError(f"{folder.path}: was trained with another chat template of the model; restore it")
-        if finished.versions.get(TARGET_BLANK) != encoder.versions.get(TARGET_BLANK):
-            raise UserError(
-                f"{folder.path}: was trained on targets with two blanks at their start, which this version does not "
-                "make; train it again (force=true)"
-            )
         scorer = Scorer(attached, encoder, task, config, base.record)
         undone.enter_context(folder.locked())
         undone.enter_context(products.on_any_cpu(device, config.train.dtype))

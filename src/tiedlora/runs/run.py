@@ -7,13 +7,12 @@ run, a wrong option and `--help` answer without them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
-from tiedlora.errors import Paused, UserError, is_out_of_memory
+from tiedlora.errors import Paused
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.records.summary import terminal_lines
@@ -46,36 +45,21 @@ def main(config: Config) -> RunRecord | None:
         print(f"{folder.path}: a study's record without the adapter, which the scores need; the run is trained again")
         config.force = True
     finished = None if config.force else record
-    with _explained_out_of_memory():
-        # Several processes must agree that the run is finished, so they connect first.
-        if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from tiedlora.runs import trainer
+    # Several processes must agree that the run is finished, so they connect first.
+    if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from tiedlora.runs import trainer
 
-            try:
-                record = trainer.carry_out(config)
-            except Paused:
-                print(f"paused after step {config.train.pause_after}: {folder.path}")
-                return None
-        if record is None:
+        try:
+            record = trainer.carry_out(config)
+        except Paused:
+            print(f"paused after step {config.train.pause_after}: {folder.path}")
             return None
-        if finished is not None:
-            record = _reuse(config, folder, finished)
+    if record is None:
+        return None
+    if finished is not None:
+        record = _reuse(config, folder, finished)
     print(terminal_lines(record, folder.path))
     return record
-
-
-@contextmanager
-def _explained_out_of_memory() -> Iterator[None]:
-    """Turn too little memory, where nothing can be halved, into a UserError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError, OSError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            "out of memory outside of a forward pass, as when loading or at an update; close other programs, or take a "
-            "smaller model, tying or rank, or train.dtype=bfloat16"
-        ) from error
 
 
 def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> RunRecord:

@@ -7,7 +7,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,10 @@ def carry_out(config: Config) -> RunRecord | None:
             return finished if world.is_first else None
         check_new_run(config)
         # 2. Load. From here on, a signal ends the run as one that can go on, also while it loads.
-        with StopSignal() as stop, _loaded(config, world) as trainer, _written_folder(run_folder, config, world) as own:
+        with StopSignal() as stop, ExitStack() as undone:
+            trainer = Trainer(config, world)
+            undone.callback(trainer.release)
+            own = undone.enter_context(_written_folder(run_folder, config, world))
             # Another process with the same command may have finished the run while this one was loading.
             if world.any(own.record() is not None):
                 return own.record()
@@ -123,15 +126,6 @@ def carry_out(config: Config) -> RunRecord | None:
             own.write_record(record)
             own.tidy()
             return record
-
-
-@contextmanager
-def _loaded(config: Config, world: World) -> Iterator[Trainer]:
-    trainer = Trainer(config, world)
-    try:
-        yield trainer
-    finally:
-        trainer.release()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from tiedlora.tasks import Task
 
 def summarise(rows: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
     """Each metric over the rows, with Wilson's interval if every score is 0 or 1, otherwise with a bootstrap."""
-    return {metric: _estimate(task, metric, _scores(rows, metric)) for metric in _metrics(rows, task)}
+    return {metric: _interval(task, metric, _scores(rows, metric)) for metric in _metrics(rows, task)}
 
 
 def gains(adapted: Sequence[PredictionRow], base: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
@@ -28,7 +28,7 @@ def gains(adapted: Sequence[PredictionRow], base: Sequence[PredictionRow], task:
     if [row.id for row in adapted] != [row.id for row in base]:
         raise ValueError("paired scores need the same examples in the same order")
     return {
-        metric: _difference(task, metric, _scores(adapted, metric), _scores(base, metric))
+        metric: _interval(task, metric, _scores(adapted, metric), _scores(base, metric))
         for metric in _metrics(adapted, task)
     }
 
@@ -45,30 +45,20 @@ def _scores(rows: Sequence[PredictionRow], metric: str) -> list[Score]:
     return [row.scores[metric] for row in rows]
 
 
-def _estimate(task: Task, metric: str, scores: list[Score]) -> Interval:
-    largest = _largest(metric)
+def _interval(task: Task, metric: str, scores: list[Score], base: list[Score] | None = None) -> Interval:
+    """Of the scores, or of their paired differences to those of `base`."""
+    # The largest possible value, for the interval that a single row cannot give.
+    largest = LARGEST_LOSS if is_loss(metric) else 1.0
     if (corpus_score := _corpus_score(task, metric)) is not None:
-        return bootstrap_corpus(_table(scores), corpus_score, largest=largest)
-    values = _numbers(scores)
+        others = None if base is None else _table(base)
+        return bootstrap_corpus(_table(scores), corpus_score, others, largest=largest)
+    first, second = _numbers(scores), _numbers(base or [])
     # A loss may be exactly 0 or 1 nats, and is no proportion.
-    if is_binary(values) and not is_loss(metric):
-        return wilson(int(sum(values)), len(values))
-    return bootstrap_mean(values, (0.0, largest))
-
-
-def _difference(task: Task, metric: str, adapted: list[Score], base: list[Score]) -> Interval:
-    largest = _largest(metric)
-    if (corpus_score := _corpus_score(task, metric)) is not None:
-        return bootstrap_corpus(_table(adapted), corpus_score, _table(base), largest=largest)
-    first, second = _numbers(adapted), _numbers(base)
     if is_binary([*first, *second]) and not is_loss(metric):
-        return paired_proportions(first, second)
+        return wilson(int(sum(first)), len(first)) if base is None else paired_proportions(first, second)
+    if base is None:
+        return bootstrap_mean(first, (0.0, largest))
     return bootstrap_mean([a - b for a, b in zip(first, second, strict=True)], (-largest, largest))
-
-
-def _largest(metric: str) -> float:
-    """The largest possible value, for the interval that a single row cannot give."""
-    return LARGEST_LOSS if is_loss(metric) else 1.0
 
 
 def _corpus_score(task: Task, metric: str) -> Callable[[Iterable[float]], float] | None:

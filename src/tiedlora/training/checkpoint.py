@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.records.provenance import TARGET_BLANK, CodeVersion, ContinuedFrom, Execution
+from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
 from tiedlora.records.reading import Text, typed
 from tiedlora.records.run_record import plain
 from tiedlora.training.loop import TrainState
@@ -152,13 +152,11 @@ def _load(tensors: dict[str, Tensor], parts: dict[str, nn.Parameter], optimizer:
     own = optimizer.state_dict()
     name_of = {parameter: name for name, parameter in parts.items()}
     in_order = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    own["state"] = {index: _optimizer_state(tensors, name) for index, name in enumerate(in_order)}
+    own["state"] = {
+        index: {key.rpartition("/")[2]: value for key, value in tensors.items() if key.startswith(f"optimizer/{name}/")}
+        for index, name in enumerate(in_order)
+    }
     optimizer.load_state_dict(own)
-
-
-def _optimizer_state(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    prefix = f"optimizer/{name}/"
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -177,11 +175,6 @@ def _compare(saved: RunInputs, now: RunInputs, where: Path) -> bool:
                 f"{where}: was trained on another {name} ({before}, now {after}); "
                 f"restore it, or remove {where.parent} to start from the first step"
             )
-    if saved.versions.get(TARGET_BLANK) != now.versions.get(TARGET_BLANK):
-        raise UserError(
-            f"{where}: was trained on targets with two blanks at their start, which this version does not make; remove "
-            f"{where.parent} to start from the first step"
-        )
     packages = sorted({*saved.versions, *now.versions})
     if changed := [name for name in packages if saved.versions.get(name) != now.versions.get(name)]:
         then, today = ({name: inputs.versions.get(name) for name in changed} for inputs in (saved, now))

@@ -156,8 +156,12 @@ class Loop:
             state.tokens += passed.tokens
             state.target_tokens += passed.target_tokens
             numbers = _StepNumbers(step, passed.loss, grad_norm, rate, state.tokens)
-            if self._must_skip(passed.loss, grad_norm):
-                self._skip(numbers)
+            # Only a run that may skip updates waits here for the device. The sums are equal in all processes.
+            if state.skipped_steps < config.skip_nonfinite and not bool((passed.loss + grad_norm).isfinite()):
+                state.skipped_steps += 1
+                numbers.skipped = state.skipped_steps
+                count = f"{state.skipped_steps} of train.skip_nonfinite={config.skip_nonfinite}"
+                log.warning("%s", self._not_finite_message(numbers, f"its update is skipped ({count})"))
             else:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -206,17 +210,6 @@ class Loop:
         self._flush_metrics()
         self.save_checkpoint(self.state)
         self._clock_started = time.perf_counter()
-
-    def _must_skip(self, loss: Tensor, grad_norm: Tensor) -> bool:
-        # Only a run that may skip updates waits here for the device. The sums are equal in all processes.
-        may_skip = self.state.skipped_steps < self.config.skip_nonfinite
-        return may_skip and not bool((loss + grad_norm).isfinite())
-
-    def _skip(self, numbers: _StepNumbers) -> None:
-        self.state.skipped_steps += 1
-        numbers.skipped = self.state.skipped_steps
-        count = f"{self.state.skipped_steps} of train.skip_nonfinite={self.config.skip_nonfinite}"
-        log.warning("%s", self._not_finite_message(numbers, f"its update is skipped ({count})"))
 
     def _after_step(self) -> None:
         """Log, validate, save a checkpoint and stop, if one of these is due after this step."""
