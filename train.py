@@ -6,7 +6,7 @@ from pathlib import Path
 from tiedlora.training import signals
 
 if __name__ == "__main__":
-    # The first line: the imports below take seconds.
+    # Before the imports below, which take seconds.
     signals.end_at_once()
 
 import hydra
