@@ -47,7 +47,7 @@ def test_a_cell_has_the_verdict_and_the_difference(two_tasks):
     answer = next(answer for answer in two_tasks.answers if answer.task == "squad" and answer.pair)
     assert keeps["squad"].effect == f"−{abs(100 * answer.difference.value):.1f} points"
     assert keeps["squad"].interval.startswith("[−")
-    assert model.rows[0].verdict == "contradicted"
+    assert model.rows[0].over_tasks.verdict == "contradicted"
 
 
 def test_a_task_that_a_claim_is_not_about_is_not_asked(two_tasks, tmp_path):
@@ -61,7 +61,7 @@ def test_equal_reasons_are_one_group_and_every_cell_leads_to_its_reason(two_task
     (model,) = matrix.by_model(two_tasks.verdicts, ["tiny"])
     (group,) = model.rows[1].reasons
     assert group.tasks == ["chain_sum", "gsm8k", "squad"]
-    assert "was not run on it" in group.reason
+    assert "was not run on it" in group.answer.reason
     for row in model.rows:
         assert {cell.reasons for cell in row.cells} == {group.id for group in row.reasons}
     ids = [group.id for row in model.rows for group in row.reasons]

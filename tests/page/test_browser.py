@@ -105,8 +105,8 @@ def test_a_run_whose_rows_cannot_be_shown_is_named(tmp_path):
     write_lines(other / "predictions" / "validation.jsonl", prediction_rows([1.0] * 4))
     (sheet,) = sheets(tmp_path)
     assert [column["name"] for column in sheet.head["runs"]] == ["base", "LoRA r=8 · seed 0"]
-    assert len(sheet.left_out) == 2
-    assert any("TAB r=8" in reason and "other rows" in reason for reason in sheet.left_out)
+    assert len(sheet.head["leftOut"]) == 2
+    assert any("TAB r=8" in reason and "other rows" in reason for reason in sheet.head["leftOut"])
 
 
 def test_a_row_without_an_answer_has_none_and_a_corpus_statistic_is_no_score_of_a_row(tmp_path):
@@ -126,8 +126,8 @@ def test_too_large_a_sheet_leaves_out_the_highest_seeds_and_says_so(tmp_path):
         run(tmp_path, [f"{seed}{'abcdefgh'[place]}" * 200 for place in range(ROWS)], seed=seed)
     (whole,) = sheets(tmp_path)
     (cut,) = sheets(tmp_path, most_bytes=whole.size - 1)
-    assert [column.get("seed") for column in cut.head["runs"]] == [None, 0, 1, 2]
-    assert cut.left_out == ["TABuv r=8 · seed 3: the page would be too large"]
+    assert [column["name"] for column in cut.head["runs"]] == ["base", *(f"TABuv r=8 · seed {n}" for n in range(3))]
+    assert cut.head["leftOut"] == ["TABuv r=8 · seed 3: the page would be too large"]
     assert cut.key == whole.key
 
 

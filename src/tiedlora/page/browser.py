@@ -52,8 +52,6 @@ class Sheet:
     index: str
     texts: list[str]
     """Blocks of BLOCK rows."""
-    left_out: list[str]
-    """Runs that are not in it, and why."""
 
     @property
     def size(self) -> int:
@@ -70,15 +68,16 @@ class Sheet:
 
 @dataclass
 class _Column:
-    """The answers of one run, or of the base model."""
+    """The answers of one run."""
 
     name: str
     id: str
-    marks: list[str]
+    group: RunGroup | None = None
+    """None for the base model."""
+    seed: int = 0
     which: list[int] = field(default_factory=list)
     """For each row, the number of its answer among the row's different answers; -1 without an answer."""
     scores: dict[str, list[float | None]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def sheets(groups: Iterable[RunGroup], splits: dict[RunGroup, str], most_bytes: int = MOST_BYTES) -> list[Sheet]:
@@ -110,25 +109,18 @@ def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int]) -> Shee
     runs = [(group, run) for group, run in runs if run.seed in seeds]
     rows = _Rows()
     base = next((run for _, run in runs if run.splits[split].base), None)
-    if base is not None and (problem := rows.add(_Column(BASE, BASE, []), base, split, base=True)):
+    if base is not None and (problem := rows.add(_Column(BASE, BASE), base, split, base=True)):
         left_out.append(f"base: {problem}")
     for group, run in runs:
-        column = _Column(_name(group, run), run.run_id[-10:], [visible(mark) for mark in group.short_marks])
-        column.facts = {
-            "group": visible(group.name),
-            "label": visible(group.label),
-            "rank": group.rank,
-            "seed": run.seed,
-        }
+        column = _Column(_name(group, run), run.run_id[-10:], group, run.seed)
         if problem := rows.add(column, run, split):
             left_out.append(f"{column.name}: {problem}")
-    if not any(column.facts for column in rows.columns):
+    if not any(column.group for column in rows.columns):
         return None
     group = groups[0]
-    title = f"{group.task_in_words}, {group.model}"
     setting = hashlib.sha256(f"{group.setting}{split}".encode()).hexdigest()[:6]
     key = re.sub(r"[^A-Za-z0-9_.]+", "-", f"{group.task}.{group.model}.{split}")[:60] + f".{setting}"
-    return rows.sheet(key, visible(title), split, [visible(reason) for reason in left_out])
+    return rows.sheet(key, visible(f"{group.task_in_words}, {group.model}"), split, list(map(visible, left_out)))
 
 
 def _name(group: RunGroup, run: Run) -> str:
@@ -184,16 +176,16 @@ class _Rows:
     def sheet(self, key: str, title: str, split: str, left_out: list[str]) -> Sheet:
         """The packed sheet."""
         metrics = list(dict.fromkeys(name for column in self.columns for name in column.scores))
-        runs = [
-            {"name": column.name, "id": column.id, "marks": column.marks, **column.facts} for column in self.columns
-        ]
         head = {
             "key": key,
             "title": title,
             "split": split,
             "rows": len(self.ids),
             "block": BLOCK,
-            "runs": runs,
+            "runs": [
+                {"name": c.name, "id": c.id, "marks": list(map(visible, c.group.short_marks)) if c.group else []}
+                for c in self.columns
+            ],
             "metrics": [{"name": visible(name), "sign": -1 if is_loss(name) else 1} for name in metrics],
             "pair": _pair(self.columns),
             "leftOut": left_out,
@@ -203,17 +195,12 @@ class _Rows:
             "which": [column.which for column in self.columns],
             "scores": [[column.scores.get(name) for column in self.columns] for name in metrics],
         }
+        parts = {"prompts": self.prompts, "references": self.references, "answers": self.answers}
         texts = [
-            packed(
-                {
-                    "prompts": self.prompts[start : start + BLOCK],
-                    "references": self.references[start : start + BLOCK],
-                    "answers": self.answers[start : start + BLOCK],
-                }
-            )
+            packed({name: rows[start : start + BLOCK] for name, rows in parts.items()})
             for start in range(0, len(self.ids), BLOCK)
         ]
-        return Sheet(key, title, head, packed(index), texts, left_out)
+        return Sheet(key, title, head, packed(index), texts)
 
 
 def _score(row: PredictionRow, metric: str) -> float | None:
@@ -224,11 +211,12 @@ def _score(row: PredictionRow, metric: str) -> float | None:
 
 def _pair(columns: Sequence[_Column]) -> list[int]:
     """The two columns that are compared at first: LoRA and TABuv at one rank and seed, or else the first two runs."""
+    own = [(place, column.group, column.seed) for place, column in enumerate(columns) if column.group]
     pairs = [
-        (one.facts["rank"] != other.facts["rank"], one.facts["seed"] != other.facts["seed"], first, second)
-        for first, one in enumerate(columns)
-        for second, other in enumerate(columns)
-        if one.facts.get("label") == BASELINE and other.facts.get("label") == METHOD
+        (lora.rank != tied.rank, seed != other_seed, first, second)
+        for first, lora, seed in own
+        for second, tied, other_seed in own
+        if lora.label == BASELINE and tied.label == METHOD
     ]
     if pairs:
         return list(min(pairs)[2:])

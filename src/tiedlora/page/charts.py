@@ -46,27 +46,16 @@ def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], sizes: Sequence
         lines = shares.forest_groups(answer for answer in answers if answer.model == model and answer.pair is not None)
         if any(line.share is not None for group in lines for line in group.lines):
             found.append(_forest(model, lines))
-        for panel in sizes:
-            if panel.reference.model == model:
-                draw = partial(draw_shares, panel=panel, sizes=sizes)
-                found.append(
-                    Panel(
-                        "shares",
-                        model,
-                        _title(panel.arms[0].group, panel.measure),
-                        draw,
-                        [arm.group for arm in panel.arms],
-                    )
-                )
+        for size in (size for size in sizes if size.reference.model == model):
+            groups = [arm.group for arm in size.arms]
+            draw = partial(draw_shares, panel=size, sizes=sizes)
+            found.append(Panel("shares", model, _title(groups[0], size.measure), draw, groups))
         for own in by_setting(rows, model):
-            title = _title(own[0].group, own[0].measure)
-            groups = [row.group for row in own]
+            groups, title = [row.group for row in own], _title(own[0].group, own[0].measure)
             found.append(Panel("pareto", model, title, partial(draw_pareto, rows=own), groups))
             if any(group.is_other_method for group in groups):
-                size = (6.0, 0.75 + 0.2 * len(own))
-                found.append(
-                    Panel("arena", model, title, partial(draw_arena, rows=own), (), size, (1.9, 1.9, 0.5, 0.12))
-                )
+                about = (), (6.0, 0.75 + 0.2 * len(own)), (1.9, 1.9, 0.5, 0.12)
+                found.append(Panel("arena", model, title, partial(draw_arena, rows=own), *about))
         for groups in _settings(rows, model):
             found += [*_curves(model, groups), *_search(model, groups), *_layers(model, groups)]
     return found
@@ -115,8 +104,8 @@ def draw_forest(ax: Axes, groups: Sequence[ForestGroup], names: Sequence[Sequenc
     place, ticks = 0.1, []
     for group, name in zip(groups, names, strict=True):
         place += 0.45 + 0.75 * len(name)
-        about = {"transform": ax.get_yaxis_transform(), "va": "bottom", "fontweight": "bold", "linespacing": 1.1}
-        ax.text(left, place - 0.08, "\n".join(name), **about)
+        claim = ax.text(left, place - 0.08, "\n".join(name), va="bottom", fontweight="bold", linespacing=1.1)
+        claim.set_transform(ax.get_yaxis_transform())
         beside = np.arange(len(group.lines)) + place + 0.5
         for at, line in zip(beside, group.lines, strict=True):
             ticks.append((at, cut(line.task, 16)))
@@ -138,25 +127,29 @@ def draw_forest(ax: Axes, groups: Sequence[ForestGroup], names: Sequence[Sequenc
 
 def _forest_line(ax: Axes, line: ForestLine, place: float, scale: ShareAxis) -> None:
     colour, marker = VERDICTS[line.verdict]
-    beside = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 8}
     if line.share is None:
-        ax.text(0.02, place, line.missing, color=SOFT, **beside)
+        _text(ax, 0.02, place, line.missing, SOFT)
         return
-    ax.text(1.04, place, minus(line.in_words), color=colour, **beside)
+    _text(ax, 1.04, place, minus(line.in_words), colour)
+    share, plot = line.share, partial(ax.plot, color=colour, markersize=5, clip_on=False)
     if line.zone is not None:
         low, high = map(scale.nearest, line.zone)
         ax.fill_between([low, high], place - 0.46, place + 0.46, color=ZONE, linewidth=0, zorder=0)
-    share, about = line.share, {"color": colour, "markersize": 5, "clip_on": False}
     if not math.isnan(share.low):
         ends, dash = [scale.nearest(share.low), scale.nearest(share.high)], "-" if line.is_firm else "--"
         ax.plot(ends, [place] * 2, color=colour, linewidth=1.8, linestyle=dash, solid_capstyle="butt")
     if min(share.low, share.value) < scale.low:
-        ax.plot([scale.low], [place], marker="<", **about)
+        plot([scale.low], [place], marker="<")
     if max(share.high, share.value) > scale.high:
-        ax.plot([scale.high], [place], marker=">", **about)
+        plot([scale.high], [place], marker=">")
     if scale.low <= share.value <= scale.high:
         face = colour if line.is_firm and line.verdict != "undecided" else BACK
-        ax.plot([share.value], [place], marker=marker, markerfacecolor=face, zorder=3, **about)
+        plot([share.value], [place], marker=marker, markerfacecolor=face, zorder=3)
+
+
+def _text(ax: Axes, x: float, y: float, text: str, colour: str) -> None:
+    """A text beside a line. x is a share of the axes' width."""
+    ax.text(x, y, text, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=colour)
 
 
 # --- Scores and shares against parameters.
@@ -179,15 +172,13 @@ def _against_parameters(ax: Axes, points: Sequence[Point]) -> None:
         by_name[point.group.configuration].append(point)
     for own in by_name.values():
         colour, marker, _ = style(own[0].group)
-        ax.plot(
-            [point.group.params for point in own], [point.value.value for point in own], color=colour, linewidth=0.8
-        )
+        places = [(point.group.params, point.value.value) for point in own]
+        ax.plot(*zip(*places, strict=True), color=colour, linewidth=0.8)
         for group, value, is_filled, _ in own:
             ax.plot([group.params] * 2, [value.low, value.high], color=colour, linewidth=1.2, alpha=0.75)
             _mark(ax, group.params, value.value, colour, marker, is_filled)
-    counts = [point.group.params for point in points]
     if not ax.get_xlabel():
-        _count_axis(ax, counts)
+        _count_axis(ax, [point.group.params for point in points])
     ordered = sorted(points, key=lambda point: order(point.group))
     _names(ax, [(point.group.params, point.value.value, point.name) for point in ordered])
 
@@ -214,8 +205,9 @@ def draw_shares(ax: Axes, panel: SizePanel, sizes: Sequence[SizePanel]) -> None:
     for arm in panel.arms:
         shown = scale.nearest(arm.share.value)
         is_inside = shown == arm.share.value
-        ends = (math.nan, math.nan) if arm.group is panel.reference else (arm.share.low, arm.share.high)
-        value = Interval(shown, *map(scale.nearest, ends))
+        value = Interval(shown, math.nan, math.nan)
+        if math.isfinite(arm.share.low) and arm.group is not panel.reference:
+            value = Interval(shown, scale.nearest(arm.share.low), scale.nearest(arm.share.high))
         name = arm.group.name if is_inside else f"{arm.group.name}, {shares.percent(arm.share.value)} %"
         points.append(Point(arm.group, value, is_inside, name))
     _against_parameters(ax, points)
@@ -271,7 +263,7 @@ def draw_arena(ax: Axes, rows: Sequence[ResultRow]) -> None:
         _mark(ax, score.value, place, colour, marker)
         stored = row.group.runs[0].record.stored_params or row.group.params
         words = f"{short_count(row.group.params)} trained, {short_count(stored)} stored"
-        ax.text(1.03, place, words, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=SOFT)
+        _text(ax, 1.03, place, words, SOFT)
     names = [f"{cut(row.group.name, 32)}{' *' if row.group.short_marks else ''}" for row in ordered]
     ax.set_yticks(range(len(ordered)), names)
     ax.set_ylim(-0.6, len(ordered) - 0.4)
@@ -443,12 +435,12 @@ BESIDE = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 def _names(ax: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     """Write names beside points, where they cover no line, marker or other name. The first points' names come first."""
     ax.autoscale_view()
-    inch = ax.figure.dpi
+    inch = _inch(ax)
     room, gap, drawn = ax.get_window_extent().padded(0.08 * inch), 0.06 * inch, _drawn(ax)
     taken: list[Bbox] = []
     for x, y, name in points:
         text = ax.annotate(cut(name, 28), (x, y), (0, 0), textcoords="offset points", fontsize=7.5, va="center")
-        size, at = text.get_window_extent().size, ax.transData.transform((x, y))
+        size, at = np.asarray(text.get_window_extent().size), ax.transData.transform((x, y))
         for across, up in BESIDE:
             middle = at + np.array([across * (gap + size[0] / 2), up * (gap / 2 + size[1] / 2)])
             box = Bbox([middle - size / 2, middle + size / 2])
@@ -457,11 +449,18 @@ def _names(ax: Axes, points: Sequence[tuple[float, float, str]]) -> None:
             is_free = is_free and not ((drawn > wide.min) & (drawn < wide.max)).all(1).any()
             if is_free and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
-                text.set_ha("right" if across < 0 else "left" if across else "center")
+                text.set_horizontalalignment("right" if across < 0 else "left" if across else "center")
                 text.xyann = tuple(72 / inch * np.array([across * gap, middle[1] - at[1]]))
                 break
         else:
             text.remove()
+
+
+def _inch(ax: Axes) -> float:
+    """The pixels of an inch."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure.dpi
 
 
 def _drawn(ax: Axes) -> NDArray[np.float64]:
@@ -485,10 +484,10 @@ def _names_at_ends(ax: Axes, curves: Sequence[Curve]) -> None:
     ends = [(c.xs[-1], float(c.values[:, -1].mean()), c) for c in curves if np.isfinite(c.values[:, -1]).all()]
     ends.sort(key=lambda end: end[1])
     wanted = np.array([ax.transData.transform((x, y))[1] for x, y, _ in ends])
-    apart = 0.115 * ax.figure.dpi * np.arange(len(ends))
+    apart = 0.115 * _inch(ax) * np.arange(len(ends))
     # None stands below the axes, where the ticks are.
     places = np.maximum(isotonic_regression(wanted - apart).x, ax.bbox.y0) + apart
-    for (x, y, curve), up in zip(ends, 72 / ax.figure.dpi * (places - wanted), strict=True):
+    for (x, y, curve), up in zip(ends, 72 / _inch(ax) * (places - wanted), strict=True):
         colour = SOFT if curve.group is None else style(curve.group)[0]
-        about = {"textcoords": "offset points", "fontsize": 7, "va": "center", "color": colour}
-        ax.annotate(cut(curve.name, 20), (x, y), (6, up), annotation_clip=False, **about)
+        name = ax.annotate(cut(curve.name, 20), (x, y), (6, up), textcoords="offset points", annotation_clip=False)
+        name.set(fontsize=7, va="center", color=colour)

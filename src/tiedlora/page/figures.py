@@ -195,8 +195,8 @@ def _figure(panels: Sequence[Panel], is_file: bool = True) -> Figure:
         for column, panel in enumerate(row):
             left, right, bottom, top = panel.margins
             across, up = panel.size[0] - left - right, own - bottom - top
-            place = (column * panel.size[0] + left, floor + bottom, across, up)
-            ax = figure.add_axes([inches / of for inches, of in zip(place, (width, height) * 2, strict=True)])
+            x, y = column * panel.size[0] + left, floor + bottom
+            ax = figure.add_axes((x / width, y / height, across / width, up / height))
             panel.draw(ax)
             if is_file:
                 title = [

@@ -87,31 +87,25 @@ class Kind:
 LOW_HIGH = (" low", " high")
 
 
-def _scored(text: Callable[[Interval, Unit, bool], str], signed: bool = False) -> Kind:
-    """A kind of Scored; in CSV the value and the ends of its interval."""
-    return Kind(
-        lambda cell: text(cell.interval, cell.unit, signed),
-        lambda cell: _numbers(cell.interval, cell.unit, signed),
-        ("", *LOW_HIGH),
-    )
-
-
 def _numbers(interval: Interval, unit: Unit, signed: bool = False) -> list[str]:
     return [score(number, unit, signed) for number in (interval.value, interval.low, interval.high)]
 
 
-def _ends(signed: bool) -> Kind:
-    """A kind of Scored whose value is in another column."""
+def _scored(shown: Callable[[Interval, Unit, bool], str], signed: bool, start: int = 0, stop: int = 3) -> Kind:
+    """A kind of Scored.
+
+    Args:
+        start, stop: which of the value and the two ends are in CSV.
+    """
     return Kind(
-        lambda cell: ends(cell.interval, cell.unit, signed),
-        lambda cell: _numbers(cell.interval, cell.unit, signed)[1:],
-        LOW_HIGH,
+        lambda cell: shown(cell.interval, cell.unit, signed),
+        lambda cell: _numbers(cell.interval, cell.unit, signed)[start:stop],
+        ("", *LOW_HIGH)[start:stop],
     )
 
 
-def _value(signed: bool) -> Kind:
-    """A kind of Scored whose interval is in other columns."""
-    return Kind(lambda cell: score(cell.interval.value, cell.unit, signed))
+def _value(interval: Interval, unit: Unit, signed: bool) -> str:
+    return score(interval.value, unit, signed)
 
 
 def amount(decimals: int) -> Kind:
@@ -158,9 +152,9 @@ PERCENT_INTERVAL = Kind(
     ("", *LOW_HIGH),
 )
 """A share as Interval."""
-SCORE, DIFFERENCE = _value(signed=False), _value(signed=True)
-SCORE_ENDS, DIFFERENCE_ENDS = _ends(signed=False), _ends(signed=True)
-SCORE_INTERVAL, DIFFERENCE_INTERVAL = _scored(score_interval), _scored(score_interval, signed=True)
+SCORE, DIFFERENCE = (_scored(_value, signed, stop=1) for signed in (False, True))
+SCORE_ENDS, DIFFERENCE_ENDS = (_scored(ends, signed, start=1) for signed in (False, True))
+SCORE_INTERVAL, DIFFERENCE_INTERVAL = (_scored(score_interval, signed) for signed in (False, True))
 NAMED_ENDS = Kind(
     lambda cell: f"{ends(cell.interval, cell.unit, True)} {cell.covers}".rstrip(),
     lambda cell: [cell.covers, *_numbers(cell.interval, cell.unit, True)[1:]],
@@ -183,11 +177,11 @@ AVERAGE = Kind(
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its name, the kind of its cells, and what gives the cell of an item."""
+    """A column: its name, the kind of its cells, and what gives the cell of an item (see Table.of)."""
 
     name: str
-    kind: Kind
-    cell: Callable[[Any], Any]
+    kind: Kind = TEXT
+    cell: Callable[[Any], Any] = lambda item: item
     csv_name: str = ""
     """The name in CSV files, if another column of the table has the same name."""
     wraps: bool = False

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from tiedlora.analysis import claims, shares
 from tiedlora.analysis.answers import Answer, ClaimVerdict, Verdict
-from tiedlora.analysis.shares import ForestGroup
 from tiedlora.page import formats
 from tiedlora.page.formats import minus
 from tiedlora.records.interval import Unit
@@ -38,39 +37,36 @@ class ReasonGroup:
 
     id: str
     tasks: list[str]
-    verdict: str
-    exploratory: bool
-    reason: str
-    decide: str
-    """What would decide it; empty if it is decided."""
+    answer: Answer
+    """The first one."""
     numbers: list[tuple[str, str]]
     """Name and value of further numbers; only of a group with one task."""
+
+    @property
+    def verdict(self) -> str:
+        """The verdict of all of them, or `not run`."""
+        return self.answer.verdict.value if self.answer.pair is not None else "not run"
 
 
 @dataclass(frozen=True)
 class ClaimRow:
     """One claim for one model."""
 
-    name: str
+    over_tasks: ClaimVerdict
     rule: str
     sides: str
     """The two sides that are compared, in words."""
-    verdict: str
-    """Over all tasks."""
-    exploratory: bool
-    because: str
     cells: list[Cell]
     reasons: list[ReasonGroup]
 
 
 @dataclass(frozen=True)
 class ModelVerdicts:
-    """The matrix, the forest and the reasons of one model."""
+    """The matrix and the reasons of one model."""
 
     model: str
     tasks: list[str]
     rows: list[ClaimRow]
-    forest: list[ForestGroup]
     headline: str
 
 
@@ -80,16 +76,14 @@ def by_model(verdicts: Sequence[ClaimVerdict], models: Sequence[str]) -> list[Mo
     Args:
         models: all models of the report, in order. Without any, claims of which nothing was run stand alone.
     """
-    return [_of_model(verdicts, model, place) for place, model in enumerate(models or [""])]
-
-
-def _of_model(verdicts: Sequence[ClaimVerdict], model: str, place: int) -> ModelVerdicts:
-    # A claim of which no model has a run has one verdict without a model, and is not run on each of them.
-    own = [verdict for verdict in verdicts if verdict.model in (model, "")]
-    tasks = list(dict.fromkeys(answer.task for verdict in own for answer in verdict.answers))
-    rows = [_row(verdict, tasks, f"reason-{place}-{number}") for number, verdict in enumerate(own)]
-    lines = shares.forest_groups(answer for verdict in own for answer in verdict.answers if answer.pair is not None)
-    return ModelVerdicts(model, tasks, rows, lines, _headline(own))
+    found = []
+    for place, model in enumerate(models or [""]):
+        # A claim of which no model has a run has one verdict without a model, and is not run on each of them.
+        own = [verdict for verdict in verdicts if verdict.model in (model, "")]
+        tasks = list(dict.fromkeys(answer.task for verdict in own for answer in verdict.answers))
+        rows = [_row(verdict, tasks, f"reason-{place}-{number}") for number, verdict in enumerate(own)]
+        found.append(ModelVerdicts(model, tasks, rows, _headline(own)))
+    return found
 
 
 def _headline(verdicts: Sequence[ClaimVerdict]) -> str:
@@ -106,19 +100,15 @@ def _row(verdict: ClaimVerdict, tasks: Sequence[str], prefix: str) -> ClaimRow:
         # Answers with numbers of their own stay apart.
         own = answer.task if answer.measure is not None else ""
         grouped.setdefault((answer.verdict, answer.reason, answer.decide, own), []).append(answer)
-    reasons = [_reasons(answers, f"{prefix}-{number}") for number, answers in enumerate(grouped.values())]
+    reasons = [
+        ReasonGroup(f"{prefix}-{number}", [a.task for a in own], own[0], _numbers(own[0]) if len(own) == 1 else [])
+        for number, own in enumerate(grouped.values())
+    ]
     id_of = {task: reason.id for reason in reasons for task in reason.tasks}
     answer_of = {answer.task: answer for answer in verdict.answers}
-    return ClaimRow(
-        claim.name,
-        str(claim.rule),
-        f"{_side(claim.method)} against {_side(claim.comparator)}",
-        verdict.verdict.value,
-        verdict.exploratory,
-        verdict.reason if len(verdict.answers) > 1 else "",
-        [_cell(task, answer_of.get(task), id_of.get(task, "")) for task in tasks],
-        reasons,
-    )
+    cells = [_cell(task, answer_of.get(task), id_of.get(task, "")) for task in tasks]
+    sides = f"{_side(claim.method)} against {_side(claim.comparator)}"
+    return ClaimRow(verdict, str(claim.rule), sides, cells, reasons)
 
 
 def _side(side: claims.Side) -> str:
@@ -139,19 +129,6 @@ def _cell(task: str, answer: Answer | None, reasons: str) -> Cell:
         if not math.isnan(difference.low):
             interval = minus(formats.ends(difference, signed=True, unit=unit))
     return Cell(task, answer.verdict.value, answer.exploratory, effect, interval, reasons)
-
-
-def _reasons(answers: Sequence[Answer], id: str) -> ReasonGroup:
-    first = answers[0]
-    return ReasonGroup(
-        id,
-        [answer.task for answer in answers],
-        first.verdict.value if first.pair is not None else "not run",
-        first.exploratory,
-        first.reason,
-        first.decide,
-        _numbers(first) if len(answers) == 1 else [],
-    )
 
 
 def _numbers(answer: Answer) -> list[tuple[str, str]]:

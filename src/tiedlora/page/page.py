@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,31 +36,6 @@ CONDENSED = ("model", "task", "variant", "metric", "split", "rows", "seeds", "de
 """Columns that move into the table's caption if all rows have the same value."""
 HIDDEN = ("share of LoRA",)
 """Columns that the page leaves out of the table of results, to fit a laptop's screen. results.csv has them."""
-COVERAGE_NOTE = (
-    "Intervals over seeds assume roughly normal scores. Where scores near 0 or 100 and few seeds make one cover less "
-    "than 93 %, its row says what it covers (by simulation). The worst found, of intervals that claim 95 %: at 200 "
-    "rows and a score of 1 point the bootstrap covers 87 %, the paired one 83 %, t over 2 seeds 86 %, paired 90 %. "
-    "docs/results.md has the table."
-)
-CAPTIONS = {
-    "forest": "0 % is the base model, 100 % the comparator. Shaded: what the claim asks for. A bar inside the shade "
-    "supports its claim, a bar outside contradicts it. Bars have the level of the planned look. No verdict can rest on "
-    "a dashed one: it is a 95 % interval before the first look, or the comparator's own gain may be 0.",
-    "shares": "0 % is the base model, 100 % the comparator of the first claim on the task. Bars are 95 % intervals of "
-    "the paired difference to it, over seeds and rows; a line joins the ranks of a configuration. A hollow marker lies "
-    "beyond the axis. All charts have the same axes.",
-    "pareto": "Filled markers are not beaten by anything with as few parameters, and the grey line joins them. A line "
-    "in colour joins the ranks of a configuration. Bars are 95 % intervals over rows, which all arms share. Hollow "
-    "stars are published scores.",
-    "arena": "All arms, sorted by score, with the numbers that they train and store. * has marks.",
-    "curves": "Mean over seeds, with the band from the lowest to the highest seed.",
-    "search": "Last validation loss of every run against its learning rate. Lines join the means of finished runs, a "
-    "ring marks the chosen rate, hollow runs were stopped by the search (at their last loss), and crosses failed.",
-    "layers": "From the adapters' files. Vectors: norm divided by the root of the length, so 1 is where they start. "
-    "Update: Frobenius norm. Cosine of the whole update of a layer with LoRA's at the same seed; the dotted line is "
-    "what two seeds of LoRA have in common. Bands go from the lowest to the highest seed.",
-}
-"""Kind of a figure -> how to read it."""
 
 
 @dataclass(frozen=True)
@@ -73,42 +49,16 @@ class ShownTable:
 
 
 @dataclass(frozen=True)
-class Filter:
-    """A filter of the results' rows by the values of one column."""
-
-    name: str
-    column: int
-    choices: list[str]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One panel of a figure."""
-
-    title: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
 class ModelPart:
     """What the page shows of one base model."""
 
     name: str
     verdicts: ModelVerdicts
-    charts: dict[str, list[Chart]]
-    """Kind of a figure -> its panels."""
-    legends: dict[str, list[Key]]
+    charts: Mapping[str, list[tuple[str, Markup]]]
+    """Kind of a figure -> title and SVG of its panels; none for a kind that it does not have."""
+    legends: Mapping[str, list[Key]]
     hidden: int
     """How many groups have no lines in the charts of training."""
-
-
-@dataclass(frozen=True)
-class SheetLink:
-    """A link to a sheet of answers that is a file of its own."""
-
-    href: str
-    title: str
-    about: str
 
 
 def shown(table: Table, hidden: Sequence[str] = ()) -> ShownTable:
@@ -133,19 +83,19 @@ def render(
     *,
     most_sections: int,
     sheets: Sequence[Sheet] = (),
-    links: Sequence[SheetLink] = (),
+    links: Sequence[tuple[str, str, str]] = (),
 ) -> str:
     """The page's text.
 
     Args:
         most_sections: the most groups of which a run is shown.
         sheets: the answers in the page.
-        links: the answers in files of their own.
+        links: address, title and size of the answers in files of their own.
     """
-    of_name = {table.name: table for table in tables}
-    results = shown(of_name["results"], HIDDEN)
+    of_name = {table.name: shown(table) for table in tables}
+    (results,) = [table for table in tables if table.name == "results"]
+    of_name["results"] = shown(results, HIDDEN)
     groups = list(dict.fromkeys(row.group for row in rows))
-    more = f" The first {most_sections} of {len(groups)} groups; --sections N shows more."
     return _rendered(
         "page.html.j2",
         title=TITLE,
@@ -153,14 +103,12 @@ def render(
         links=links,
         summary=summary,
         models=_models(rows, verdicts, panels),
-        captions=CAPTIONS,
         error_note=error_note([answer for verdict in verdicts for answer in verdict.answers]) if verdicts else "",
-        tables={name: shown(table) for name, table in of_name.items()} | {"results": results},
-        overview=[shown(table) for table in tables if table.name.startswith("overview")],
-        filters=_filters(of_name["results"], results.table),
+        tables=of_name,
+        overview=[shown for name, shown in of_name.items() if name.startswith("overview")],
+        filters=_filters(results, of_name["results"].table),
         sections=[run_section(group, sheets) for group in groups[:most_sections]],
-        sections_note=f"One run per group, the one with the lowest seed.{more if len(groups) > most_sections else ''}",
-        coverage_note=COVERAGE_NOTE,
+        groups=len(groups),
     )
 
 
@@ -169,11 +117,14 @@ def _models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels:
     names = list(dict.fromkeys(row.group.model for row in rows))
     parts = []
     for name, of_model in zip(names or [""], matrix.by_model(verdicts, names), strict=True):
-        own = {kind: [p for p in panels if (p.model, p.kind) == (name, kind)] for kind in CAPTIONS}
-        charts = {kind: [Chart(panel.title, figures.inline(panel)) for panel in found] for kind, found in own.items()}
-        drawn = {group for panel in own["curves"] for group in panel.groups}
-        hidden = len({row.group for row in rows if row.group.model == name} - drawn) if drawn else 0
+        own: dict[str, list[Panel]] = defaultdict(list)
+        charts: dict[str, list[tuple[str, Markup]]] = defaultdict(list)
+        for panel in (panel for panel in panels if panel.model == name):
+            own[panel.kind].append(panel)
+            charts[panel.kind].append((panel.title, figures.inline(panel)))
         legends = {kind: figures.legend(found) for kind, found in own.items()}
+        drawn = {group for panel in own["curves"] for group in panel.groups}
+        hidden = len({row.group for row in rows if row.group.model == name} - drawn)
         parts.append(ModelPart(name or "No finished run", of_model, charts, legends, hidden))
     return parts
 
@@ -221,14 +172,14 @@ def _json(value: Any) -> Markup:
     return Markup(json.dumps(value, ensure_ascii=False).replace("<", "\\u003c"))
 
 
-def _filters(table: Table, results: Table) -> list[Filter]:
-    """A filter for each column of FILTERS that the page shows. Numbers are sorted by value."""
+def _filters(table: Table, results: Table) -> list[tuple[str, int, list[str]]]:
+    """A filter for each column of FILTERS that the page shows: its name, place and choices, numbers by value."""
     filters = []
     for name in FILTERS:
         if name in results.head:
             place = table.head.index(name)
-            values = {row[place] for row in table.rows}
             text = table.columns[place].text
-            choices = sorted(values, key=lambda value: (value if isinstance(value, int) else 0, text(value)))
-            filters.append(Filter(name, results.head.index(name), list(map(text, choices))))
+            choices = {row[place] for row in table.rows}
+            ordered = sorted(choices, key=lambda value: (value if isinstance(value, int) else 0, text(value)))
+            filters.append((name, results.head.index(name), list(map(text, ordered))))
     return filters

@@ -87,14 +87,10 @@ def _verdicts(report: Report) -> Table:
     rows = []
     for model in models:
         for row in model.rows:
-            cells = {cell.task: _cell(cell, answers.get((model.model, row.name, cell.task))) for cell in row.cells}
-            rows.append((model.model, row.name, cells))
-    columns = (
-        Column("model", formats.TEXT, lambda row: row[0]),
-        Column("claim", formats.TEXT, lambda row: row[1]),
-        *(Column(task, formats.TEXT, lambda row, task=task: row[2].get(task)) for task in tasks),
-    )
-    return _without_one_model(Table.of("verdicts", "", columns, rows))
+            name = row.over_tasks.claim.name
+            cells = {cell.task: _cell(cell, answers.get((model.model, name, cell.task))) for cell in row.cells}
+            rows.append([model.model, name, *map(cells.get, tasks)])
+    return _without_one_model(Table("verdicts", "", [Column(name) for name in ("model", "claim", *tasks)], rows))
 
 
 def _cell(cell: matrix.Cell, answer: Answer | None) -> str | None:
@@ -111,10 +107,10 @@ def _cell(cell: matrix.Cell, answer: Answer | None) -> str | None:
 def _scores(report: Report) -> Table:
     """One row for each group, task and metric that a claim names; without claims, for each task's first metric."""
     columns = (
-        Column("model", formats.TEXT, lambda row: row.group.model),
-        Column("task", formats.TEXT, lambda row: row.group.task_in_words),
-        Column("metric", formats.TEXT, lambda row: row.measure.metric),
-        Column("configuration", formats.TEXT, lambda row: row.group.configuration),
+        Column("model", cell=lambda row: row.group.model),
+        Column("task", cell=lambda row: row.group.task_in_words),
+        Column("metric", cell=lambda row: row.measure.metric),
+        Column("configuration", cell=lambda row: row.group.configuration),
         Column("rank", formats.WHOLE, lambda row: row.group.rank),
         Column("parameters", formats.COUNT, lambda row: row.group.params),
         Column("lr", formats.RATE, lambda row: (row.group.lr, len(row.group.rates))),
@@ -155,34 +151,26 @@ def _overview(report: Report) -> Table:
     all_of_model = Counter(model for model, _ in {(row.group.model, _place(row)) for row in rows})
     groups = {_name(row): row.group for row in rows if 2 * count[_name(row)] >= all_of_model[row.group.model]}
 
-    def score(name: Name, place: Place) -> Scored | None:
-        row = scores.get((name, place))
-        return None if row is None else _scored(row, row.score)
-
-    columns = (
-        Column("model", formats.TEXT, lambda name: name[0]),
-        Column("configuration", formats.TEXT, lambda name: name[1]),
-        Column("rank", formats.WHOLE, lambda name: name[2]),
-        Column("parameters", formats.COUNT, lambda name: groups[name].params),
-        *(
-            Column(f"{task}, {metric}", formats.SCORE_INTERVAL, lambda name, at=(task, metric): score(name, at))
-            for task, metric in places
-        ),
-    )
-    return _without_one_model(Table.of("overview", "", columns, groups))
+    columns = [
+        *(Column("model"), Column("configuration"), Column("rank", formats.WHOLE), Column("parameters", formats.COUNT)),
+        *(Column(", ".join(place), formats.SCORE_INTERVAL) for place in places),
+    ]
+    cells = [
+        [
+            *name,
+            group.params,
+            *(_scored(row, row.score) if (row := scores.get((name, place))) else None for place in places),
+        ]
+        for name, group in groups.items()
+    ]
+    return _without_one_model(Table("overview", "", columns, cells))
 
 
-Name = tuple[str, str, int]
-"""A row of the overview: model, configuration and rank."""
-Place = tuple[str, str]
-"""A column of the overview: task, with its variant, and metric."""
-
-
-def _name(row: ResultRow) -> Name:
+def _name(row: ResultRow) -> tuple[str, str, int]:
     return row.group.model, row.group.configuration, row.group.rank
 
 
-def _place(row: ResultRow) -> Place:
+def _place(row: ResultRow) -> tuple[str, str]:
     return row.group.task_in_words, row.measure.metric
 
 

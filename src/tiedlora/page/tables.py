@@ -27,10 +27,10 @@ GIB, MIB = 2**30, 2**20
 def _group_columns(of: Callable[[Any], RunGroup]) -> list[Column]:
     """The columns that say which group an item is about."""
     return [
-        Column("model", formats.TEXT, lambda item: of(item).model),
-        Column("task", formats.TEXT, lambda item: of(item).task, wraps=True),
-        Column("variant", formats.TEXT, lambda item: of(item).variant, wraps=True),
-        Column("configuration", formats.TEXT, lambda item: of(item).configuration),
+        Column("model", cell=lambda item: of(item).model),
+        Column("task", cell=lambda item: of(item).task, wraps=True),
+        Column("variant", cell=lambda item: of(item).variant, wraps=True),
+        Column("configuration", cell=lambda item: of(item).configuration),
         Column("rank", formats.WHOLE, lambda item: of(item).rank),
     ]
 
@@ -47,8 +47,8 @@ def results(rows: Iterable[ResultRow]) -> Table:
     columns = (
         *_group_columns(lambda row: row.group),
         Column("lr", formats.RATE, lambda row: (row.group.lr, len(row.group.rates))),
-        Column("metric", formats.TEXT, lambda row: row.measure.metric or None),
-        Column("split", formats.TEXT, lambda row: row.measure.split),
+        Column("metric", cell=lambda row: row.measure.metric or None),
+        Column("split", cell=lambda row: row.measure.split),
         Column("seeds", formats.WHOLE, lambda row: len(row.seeds)),
         Column("rows", formats.COUNT, lambda row: row.examples or None),
         Column("parameters", formats.COUNT, lambda row: row.group.params),
@@ -68,7 +68,7 @@ def results(rows: Iterable[ResultRow]) -> Table:
         Column("retained gain", formats.PERCENT_INTERVAL, lambda row: row.retained),
         Column("retains at least", formats.percent(0), lambda row: row.retains_at_least),
         Column("published", formats.SCORE, lambda row: _value(row, row.published[0]) if row.published else None),
-        Column("notes", formats.TEXT, _notes, wraps=True),
+        Column("notes", cell=_notes, wraps=True),
     )
     return Table.of("results", caption, columns, rows)
 
@@ -112,8 +112,7 @@ def cost(groups: Iterable[RunGroup]) -> Table:
         Column("adapter MiB", formats.amount(2), lambda group: mean(r.adapter_bytes for r in records(group)) / MIB),
         Column(
             "device",
-            formats.TEXT,
-            lambda group: "; ".join(sorted({str(each) for r in records(group) for each in r.executions})),
+            cell=lambda group: "; ".join(sorted({str(each) for r in records(group) for each in r.executions})),
         ),
     )
     caption = "Means over the chosen runs; memory is their maximum. Speeds compare on one device only."
@@ -127,11 +126,11 @@ def _verdict(item: ClaimVerdict | Answer) -> str:
 def verdicts(over_tasks: Iterable[ClaimVerdict]) -> Table:
     """One row per claim and model, over all tasks of the claim."""
     columns = (
-        Column("claim", formats.TEXT, lambda verdict: verdict.claim.name, wraps=True),
-        Column("model", formats.TEXT, lambda verdict: verdict.model or None),
-        Column("verdict", formats.TEXT, _verdict),
+        Column("claim", cell=lambda verdict: verdict.claim.name, wraps=True),
+        Column("model", cell=lambda verdict: verdict.model or None),
+        Column("verdict", cell=_verdict),
         Column("tasks", formats.WHOLE, lambda verdict: len(verdict.answers)),
-        Column("because", formats.TEXT, lambda verdict: verdict.reason, wraps=True),
+        Column("because", cell=lambda verdict: verdict.reason, wraps=True),
     )
     caption = (
         "Each claim over its tasks. Supported: by every informative task, and at least one. Contradicted: on at least "
@@ -151,10 +150,10 @@ def claims(answers: Sequence[Answer]) -> Table:
         return scored(answer, answer.difference.widest if answer.difference else None)
 
     columns = (
-        Column("claim", formats.TEXT, lambda answer: answer.claim.name, wraps=True),
-        Column("model", formats.TEXT, lambda answer: answer.model or None),
-        Column("task", formats.TEXT, lambda answer: answer.task, wraps=True),
-        Column("verdict", formats.TEXT, _verdict),
+        Column("claim", cell=lambda answer: answer.claim.name, wraps=True),
+        Column("model", cell=lambda answer: answer.model or None),
+        Column("task", cell=lambda answer: answer.task, wraps=True),
+        Column("verdict", cell=_verdict),
         Column("retained gain", formats.PERCENT_INTERVAL, lambda answer: answer.retained),
         Column("retains at least", formats.percent(0), lambda answer: answer.retains_at_least),
         Column(
@@ -162,8 +161,8 @@ def claims(answers: Sequence[Answer]) -> Table:
         ),
         Column("difference, 95 %", formats.DIFFERENCE_INTERVAL, difference),
         Column("seeds", formats.WHOLE, lambda answer: answer.seeds),
-        Column("because", formats.TEXT, lambda answer: answer.reason, wraps=True),
-        Column("what would decide it", formats.TEXT, lambda answer: answer.decide or None, wraps=True),
+        Column("because", cell=lambda answer: answer.reason, wraps=True),
+        Column("what would decide it", cell=lambda answer: answer.decide or None, wraps=True),
     )
     caption = (
         "The rule compares the contrast with 0, at the level of the planned look: 'keeps 90 % of the gain' has the "
@@ -183,9 +182,9 @@ def shares(panels: Iterable[SizePanel]) -> Table:
     )
     columns = (
         *_group_columns(lambda item: item[1].group),
-        Column("metric", formats.TEXT, lambda item: item[0].measure.metric),
-        Column("split", formats.TEXT, lambda item: item[0].measure.split),
-        Column("reference", formats.TEXT, lambda item: item[0].reference.name),
+        Column("metric", cell=lambda item: item[0].measure.metric),
+        Column("split", cell=lambda item: item[0].measure.split),
+        Column("reference", cell=lambda item: item[0].reference.name),
         Column("seeds", formats.WHOLE, lambda item: item[1].seeds),
         Column("parameters", formats.COUNT, lambda item: item[1].group.params),
         Column("share of its gain", formats.PERCENT_INTERVAL, lambda item: item[1].share),
@@ -196,18 +195,13 @@ def shares(panels: Iterable[SizePanel]) -> Table:
 def left_out(folders: Iterable[LeftOut]) -> Table:
     """Every folder that is not in the report."""
     columns = (
-        Column("folder", formats.TEXT, lambda folder: folder.path.name),
-        Column("reason", formats.TEXT, lambda folder: folder.reason, wraps=True),
+        Column("folder", cell=lambda folder: folder.path.name),
+        Column("reason", cell=lambda folder: folder.reason, wraps=True),
     )
     return Table.of("left-out", "Folders that are not in this report, and why.", columns, folders)
 
 
 # --- The overview: configurations x tasks.
-
-Line = tuple[int, int, str, float]
-"""The values that identify a line of the overview: rank, parameters, configuration, share of LoRA."""
-Place = tuple[str, str, str]
-"""A column of the overview: task, variant, metric."""
 
 
 def overview(rows: Sequence[ResultRow], folders: Sequence[LeftOut]) -> list[Table]:
@@ -232,19 +226,9 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
         for task, variant, metric in places
     ]
 
-    def task_score(line: Line, place: Place) -> TaskScore | str | None:
-        row = by_place.get((line, place))
-        return _task_score(row) if row is not None else _missing(line, place, folders)
-
     columns = [
-        Column("configuration", formats.TEXT, lambda line: line[2]),
-        Column("rank", formats.WHOLE, lambda line: line[0]),
-        Column("parameters", formats.COUNT, lambda line: line[1]),
-        Column("share of LoRA", formats.percent(2), lambda line: line[3]),
-        *(
-            Column(name, formats.TASK_SCORE, lambda line, place=place: task_score(line, place))
-            for name, place in zip(names, places, strict=True)
-        ),
+        *(Column("configuration"), Column("rank", formats.WHOLE), Column("parameters", formats.COUNT)),
+        *(Column("share of LoRA", formats.percent(2)), *(Column(name, formats.TASK_SCORE) for name in names)),
     ]
     caption = (
         f"{model}: score in points of 100, loss in nats (mean over seeds, n seeds) and, in brackets, the paired "
@@ -254,24 +238,33 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
     # An average is over tasks. A task with two columns must not count twice, and must not be left out silently. Points
     # and nats have no common mean.
     one_column_each = len({task for task, _, _ in places}) == len(places) > 1
-    if one_column_each and len({row.measure.unit for row in rows}) == 1:
-        columns.append(
-            Column("average", formats.AVERAGE, lambda line: _average([by_place.get((line, place)) for place in places]))
-        )
+    is_averaged = one_column_each and len({row.measure.unit for row in rows}) == 1
+    if is_averaged:
+        columns.append(Column("average", formats.AVERAGE))
         caption += (
             f" The average is the plain mean of each task's metric over the {len(names)} columns "
             f"{', '.join(names)}; its interval is a t interval over seeds that all of them share, and it is left "
             "out where a column is missing."
         )
-    name = f"overview-{re.sub(r'[^A-Za-z0-9]+', '-', model).lower()}"
-    return Table.of(name, caption, columns, sorted({_line(row) for row in rows}))
+    cells = []
+    for line in sorted({_line(row) for row in rows}):
+        rank, params, configuration, share = line
+        own = [by_place.get((line, place)) for place in places]
+        scores = [
+            _missing(configuration, rank, place[0], folders) if row is None else _task_score(row)
+            for row, place in zip(own, places, strict=True)
+        ]
+        cells.append([configuration, rank, params, share, *scores, *([_average(own)] if is_averaged else [])])
+    return Table(f"overview-{re.sub(r'[^A-Za-z0-9]+', '-', model).lower()}", caption, columns, cells)
 
 
-def _place(row: ResultRow) -> Place:
+def _place(row: ResultRow) -> tuple[str, str, str]:
+    """The column of the overview."""
     return row.group.task, row.group.variant, row.measure.metric
 
 
-def _line(row: ResultRow) -> Line:
+def _line(row: ResultRow) -> tuple[int, int, str, float]:
+    """The values that identify a line of the overview."""
     group = row.group
     # The share is rounded as it is shown, because settings may differ in its last digits.
     return group.rank, group.params, group.configuration, round(group.share, 4)
@@ -284,11 +277,10 @@ def _task_score(row: ResultRow) -> TaskScore:
     return TaskScore(score, len(row.seeds), has_notes, difference, row.measure.unit)
 
 
-def _missing(line: Line, place: Place, folders: Iterable[LeftOut]) -> str | None:
+def _missing(configuration: str, rank: int, task: str, folders: Iterable[LeftOut]) -> str | None:
     """`failed` if a run of the configuration failed on the task and none is finished."""
-    rank, _, configuration, _ = line
     runs = [folder.run for folder in folders if folder.run is not None and folder.run.failed]
-    return "failed" if any((run.label, run.rank, run.task) == (configuration, rank, place[0]) for run in runs) else None
+    return "failed" if any((run.label, run.rank, run.task) == (configuration, rank, task) for run in runs) else None
 
 
 def _average(rows: Sequence[ResultRow | None]) -> AverageScore | None:

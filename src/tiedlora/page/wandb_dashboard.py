@@ -63,61 +63,38 @@ def _sections(keys: Sequence[str]) -> list[Any]:
     # importlib is used because type checkers do not find the names that the package re-exports.
     wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
     ws: Any = importlib.import_module("wandb_workspaces.workspaces")
-    summary, config = wr.SummaryMetric, wr.Config
-    pareto = [
-        wr.ScatterPlot(
-            title=f"{key} by trainable parameters",
-            x=summary("trainable_params"),
-            y=summary(key),
-            log_x=True,
-            **{"running_ymin" if is_loss(key.rpartition("/")[2]) else "running_ymax": True},
-        )
-        for key in keys
+    summary, config, column = wr.SummaryMetric, wr.Config, wr.ParallelCoordinatesPlotColumn
+    grouped = {"groupby": config(CONFIGURATION), "groupby_aggfunc": "mean"}
+
+    def best(key: str) -> dict[str, bool]:
+        return {"running_ymin" if is_loss(key.rpartition("/")[2]) else "running_ymax": True}
+
+    def scatter(title: str, x: str, key: str, **more: Any) -> Any:
+        return wr.ScatterPlot(title=f"{key} by {title}", x=summary(x), y=summary(key), **more)
+
+    choices = [column(metric=config(CONFIGURATION))]
+    choices += [column(metric=config(name), log=True) for name in ("rank.r", "train.lr")]
+    choices += [
+        column(metric=summary("trainable_params"), log=True),
+        *(column(metric=summary(key)) for key in keys[:2]),
     ]
-    bars = [
-        wr.BarPlot(
-            title=f"{key} by configuration",
-            metrics=[key],
-            groupby=config(CONFIGURATION),
-            groupby_aggfunc="mean",
-            groupby_rangefunc="stddev",
-        )
-        for key in keys
-    ]
-    curves = [
-        wr.LinePlot(
-            title=title,
-            x="Step",
-            y=[key],
-            groupby=config(CONFIGURATION),
-            groupby_aggfunc="mean",
-            groupby_rangefunc="minmax",
-        )
-        for title, key in (("validation loss", "validation/loss"), ("training loss", "train/loss"))
-    ]
-    column = wr.ParallelCoordinatesPlotColumn
-    choices = wr.ParallelCoordinatesPlot(
-        title="choices and scores",
-        columns=[
-            column(metric=config(CONFIGURATION)),
-            column(metric=config("rank.r"), log=True),
-            column(metric=config("train.lr"), log=True),
-            column(metric=summary("trainable_params"), log=True),
-            *(column(metric=summary(key)) for key in keys[:2]),
+    costs = (("peak memory", "training/peak_memory_bytes"), ("tokens/s", "training/tokens_per_s"))
+    panels = {
+        "Score by trainable parameters (Pareto)": [
+            scatter("trainable parameters", "trainable_params", key, log_x=True, **best(key)) for key in keys
         ],
-    )
-    cost = [
-        wr.ScatterPlot(title=f"{keys[0]} by {title}", x=summary(key), y=summary(keys[0]))
-        for title, key in (("peak memory", "training/peak_memory_bytes"), ("tokens/s", "training/tokens_per_s"))
-        if keys
-    ]
-    return [
-        ws.Section("Score by trainable parameters (Pareto)", pareto, is_open=True),
-        ws.Section("Bars", bars, is_open=True),
-        ws.Section("Curves by configuration", curves, is_open=True),
-        ws.Section("Parallel coordinates", [choices], is_open=True),
-        ws.Section("Cost", cost),
-    ]
+        "Bars": [
+            wr.BarPlot(title=f"{key} by configuration", metrics=[key], groupby_rangefunc="stddev", **grouped)
+            for key in keys
+        ],
+        "Curves by configuration": [
+            wr.LinePlot(title=title, x="Step", y=[key], groupby_rangefunc="minmax", **grouped)
+            for title, key in (("validation loss", "validation/loss"), ("training loss", "train/loss"))
+        ],
+        "Parallel coordinates": [wr.ParallelCoordinatesPlot(title="choices and scores", columns=choices)],
+        "Cost": [scatter(title, cost, key) for key in keys[:1] for title, cost in costs],
+    }
+    return [ws.Section(name, own, is_open=name != "Cost") for name, own in panels.items()]
 
 
 def specification(workspace: Any) -> Any:

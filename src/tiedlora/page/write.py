@@ -18,7 +18,6 @@ from tiedlora.analysis.shares import SizePanel, size_panels
 from tiedlora.page import browser, charts, figures, formats, page, tables
 from tiedlora.page.figures import Panel
 from tiedlora.page.formats import Table
-from tiedlora.page.page import SheetLink
 from tiedlora.records.interval import Unit
 from tiedlora.text import visible
 
@@ -143,7 +142,7 @@ def _write_page(report: Report, all_tables: Sequence[Table], panels: Sequence[Pa
         for sheet in sheets:
             storage.write_bytes(folder / f"{sheet.key}.html", page.render_sheet(sheet, "../index.html").encode())
             about = f"{sheet.head['rows']:,} rows of {sheet.head['split']}, {len(sheet.head['runs'])} columns"
-            links.append(SheetLink(f"{ANSWERS}/{sheet.key}.html", sheet.title, about))
+            links.append((f"{ANSWERS}/{sheet.key}.html", sheet.title, about))
         sheets = []
     html = page.render(
         report.summary(),
