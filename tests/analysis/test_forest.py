@@ -115,10 +115,10 @@ def test_a_model_without_runs_of_a_claim_says_so(tmp_path):
 
 def test_the_forest_is_a_file_too(two_tasks, tmp_path):
     write.write(two_tasks, tmp_path / "report")
-    svg = (tmp_path / "report" / "shares.svg").read_text()
+    svg = (tmp_path / "report" / "forest.svg").read_text()
     assert "contradicted" in svg
     assert "chain_sum" in svg
-    assert (tmp_path / "report" / "shares.png").stat().st_size > 5000
+    assert (tmp_path / "report" / "forest.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(

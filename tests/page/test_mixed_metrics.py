@@ -58,7 +58,7 @@ def test_figures_and_overview_show_the_metric_that_the_claims_compare(report, tm
     sides = "method: {configuration: TABuv, rank: 8}, comparator: {configuration: LoRA, rank: 8}"
 
     def shown(*tasks):
-        entries = [f"- {{name: C, {sides}, retains: 0.9, tasks: {task}}}" for task in tasks]
+        entries = [f"- {{name: on {n}, {sides}, retains: 0.9, tasks: {task}}}" for n, task in enumerate(tasks)]
         claims.write_text("\n".join(["claims:", *entries]))
         rows = write.build([tmp_path], claims=claims).rows
         (table,) = overview(rows, [])
