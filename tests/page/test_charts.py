@@ -144,11 +144,7 @@ def test_a_panel_of_the_page_has_no_style_no_fixed_colour_and_hostile_text_only_
 def test_the_figures_have_the_colours_of_the_pages_light_theme():
     light = dict(re.findall(r"--(\w+): (#\w+)", (HERE / "page.css").read_text().partition("@media")[0]))
     # A file is white; the page is almost.
-    assert {name: colour for colour, name in figures.PAGE_COLOURS.items()} == {
-        name: colour if name != "back" else BACK
-        for name, colour in light.items()
-        if name in figures.PAGE_COLOURS.values()
-    }
+    assert {name: light[name] for name in figures.THEME} == figures.THEME | {"back": light["back"]}
 
 
 def test_names_do_not_cover_each_other_or_a_line():
@@ -183,13 +179,3 @@ def test_a_log_axis_holds_its_values_and_has_ticks(values):
     assert low < min(values)
     assert max(values) < high
     assert 2 <= sum(low <= tick <= high for tick in ax.get_xticks()) <= 9
-
-
-def test_equal_runs_give_equal_files(tmp_path):
-    world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.6}, seeds=2, rows=20)
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        figures.write_files(panels(tmp_path / "runs"), tmp_path / name)
-    files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == [f"{kind}.{ending}" for kind in ("curves", "pareto") for ending in ("pdf", "png", "svg")]
-    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)

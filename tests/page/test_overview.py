@@ -1,11 +1,125 @@
-"""The overview: what is missing or failed, and when there is an average."""
+"""The overview, and runs of one setting that are scored by different metrics: some by the loss alone."""
 
-from helpers.report_runs import scored_run, world
+import pytest
+from helpers.report_runs import add_scores, make_record, prediction_rows, scored_run, world, write_run
 
-from tiedlora.page import tables, write
+from tiedlora.analysis.compare import OTHER_ENDS
+from tiedlora.analysis.groups import group_runs
+from tiedlora.analysis.rules import Retains
+from tiedlora.analysis.runs import read_runs
+from tiedlora.config.project import PROJECT
+from tiedlora.page import charts, write
+from tiedlora.page.tables import overview
 
+ROWS = 40
 GOOD = [1.0, 0.0] * 25
 BASE = [0.0] * 50
+
+
+def both_metrics(root, name, rank, exact, loss, changes=None, **about):
+    rows = prediction_rows([float(number < exact * ROWS) for number in range(ROWS)])
+    for row in rows:
+        row.scores["target_loss"] = loss
+    record = add_scores(make_record(changes, name=name, rank=rank, **about), "validation", rows)
+    assert list(record.scores["validation"].metrics) == ["exact_match_strict", "target_loss"]
+    write_run(root, record, {"validation": rows})
+
+
+def loss_only(root, name, rank, loss, changes=None, **about):
+    scored_run(root, [loss] * ROWS, metric="target_loss", changes=changes, name=name, rank=rank, **about)
+
+
+@pytest.fixture
+def report(tmp_path):
+    both_metrics(tmp_path, "LoRA", 8, exact=0.5, loss=0.2)
+    both_metrics(tmp_path, "TABuv", 8, exact=0.4, loss=0.3)
+    loss_only(tmp_path, "TAB", 8, loss=0.25)
+    return write.build([tmp_path])
+
+
+def drawn(panels):
+    return {(rows[0].measure.metric, tuple(sorted(row.group.label for row in rows))) for rows in panels}
+
+
+def test_points_and_nats_never_share_an_axis(report):
+    expected = {("exact_match_strict", ("LoRA", "TABuv")), ("target_loss", ("LoRA", "TAB", "TABuv"))}
+    assert drawn(charts.by_setting(report.rows, "tiny")) == expected
+    panels = charts.panels(report.rows, [], [])
+    titles = {panel.title for panel in panels if panel.kind == "pareto"}
+    assert titles == {"chain_sum, exact match strict", "chain_sum, target loss"}
+
+
+def test_the_curves_show_each_group_once(report):
+    (panel,) = [panel for panel in charts.panels(report.rows, [], []) if panel.kind == "curves"]
+    assert sorted(group.label for group in panel.groups) == ["LoRA", "TAB", "TABuv"]
+    assert panel.title == "chain_sum"
+
+
+def test_figures_and_overview_show_the_metric_that_the_claims_compare(report, tmp_path):
+    claims = tmp_path / "claims.yaml"
+    sides = "method: {configuration: TABuv, rank: 8}, comparator: {configuration: LoRA, rank: 8}"
+
+    def shown(*tasks):
+        entries = [f"- {{name: on {n}, {sides}, retains: 0.9, tasks: {task}}}" for n, task in enumerate(tasks)]
+        claims.write_text("\n".join(["claims:", *entries]))
+        rows = write.build([tmp_path], claims=claims).rows
+        (table,) = overview(rows, [])
+        return drawn(charts.by_setting(rows, "tiny")), table.head[4:]
+
+    both = drawn(charts.by_setting(report.rows, "tiny")), ["chain_sum, exact_match_strict", "chain_sum, target_loss"]
+    assert len(both[0]) == 2
+    by_loss = {("target_loss", ("LoRA", "TAB", "TABuv"))}
+    assert shown("{chain_sum: target_loss}") == (by_loss, ["chain_sum, target_loss"])
+    assert shown("{gsm8k: target_loss}") == both
+    # The first claim decides. [] compares every task by its first metric.
+    assert shown("[]", "{chain_sum: target_loss}") == both
+    # A group that has no such metric is shown by its own first one.
+    assert shown("{chain_sum: exact_match_strict}") == both
+
+
+def test_a_group_without_scores_has_no_column_of_its_own(tmp_path):
+    scored_run(tmp_path, [0.5] * ROWS, split="test", name="LoRA")
+    scored_run(tmp_path, [0.5] * ROWS, split="validation", name="TABuv")
+    (table,) = overview(write.build([tmp_path]).rows, [])
+    assert table.head[4:] == ["chain_sum"]
+
+
+def test_the_overview_has_a_column_for_each_metric_and_no_average(report):
+    (table,) = overview(report.rows, [])
+    assert table.head[4:] == ["chain_sum, exact_match_strict", "chain_sum, target_loss"]
+    lines = {row[0]: row[4:] for row in table.texts()}
+    assert lines["TAB"][0] == "–"
+    assert lines["TAB"][1].startswith("0.25")
+    assert lines["LoRA"][0].startswith("50.0")
+    assert lines["LoRA"][1].startswith("0.20")
+
+
+def test_rates_are_compared_by_the_loss_if_their_scores_are_of_different_metrics(tmp_path):
+    """0 points of exact match are more than -0.15 nats, but not better."""
+    for seed in range(2):
+        loss_only(tmp_path, "TABuv", 8, 0.15, {"training.validation_loss_last": 0.15}, lr=1e-2, seed=seed)
+        both_metrics(tmp_path, "TABuv", 8, 0.0, 3.0, {"training.validation_loss_last": 3.0}, lr=1e-1, seed=seed)
+    (group,) = group_runs(*read_runs([tmp_path]))
+    assert group.lr == 1e-2
+    assert any("not all runs have the same validation score" in mark for mark in group.marks)
+
+
+def test_other_ends_of_answers_are_said_where_answers_are_compared(tmp_path):
+    for seed in (0, 1):
+        for name, ends in (("LoRA", None), ("TABuv", [7]), ("TAB", [7] if seed else None)):
+            changes = {"more_ends": ends}
+            scored_run(tmp_path, [0.5] * ROWS, [0.0] * ROWS, changes=changes, name=name, seed=seed)
+            loss_only(tmp_path, name, 8, 1.0, changes, seed=seed, task="squad")
+    built = write.build([tmp_path], claims=PROJECT / "claims" / "tied_lora.yaml")
+    notes = {(row.group.task, row.group.label): "; ".join(row.notes) for row in built.rows}
+    assert OTHER_ENDS in notes["chain_sum", "TABuv"]
+    assert OTHER_ENDS not in notes["squad", "TABuv"], "a loss has no answers"
+    reasons = {(answer.task, type(answer.claim.rule)): answer.reason for answer in built.answers}
+    assert OTHER_ENDS in reasons["chain_sum", Retains]
+    assert OTHER_ENDS not in reasons["squad", Retains]
+    marks = {(group.task, group.label): group.marks for group in built.groups}
+    assert "mixed ends of answers" in marks["chain_sum", "TAB"]
+    assert "mixed ends of answers" not in marks["chain_sum", "TABuv"]
 
 
 def test_the_overview_names_missing_and_failed_cells_and_its_average(tmp_path):
@@ -15,7 +129,7 @@ def test_the_overview_names_missing_and_failed_cells_and_its_average(tmp_path):
     failed.mkdir()
     (failed / "error.txt").write_text("boom")
     report = write.build([tmp_path])
-    (table,) = tables.overview(report.rows, report.left_out)
+    (table,) = overview(report.rows, report.left_out)
     lines = {row[0]: row for row in table.rows}
     texts = {row[0]: row for row in table.texts()}
     squad, average = table.head.index("squad"), table.head.index("average")
@@ -29,6 +143,6 @@ def test_the_overview_names_missing_and_failed_cells_and_its_average(tmp_path):
 def test_a_task_in_two_settings_has_no_average(tmp_path):
     scored_run(tmp_path, GOOD, BASE)
     scored_run(tmp_path, GOOD, BASE, changes={"config.train.steps": 300})
-    (table,) = tables.overview(write.build([tmp_path]).rows, [])
+    (table,) = overview(write.build([tmp_path]).rows, [])
     assert "average" not in table.head
     assert any("train.steps=300" in name for name in table.head)

@@ -57,6 +57,7 @@ def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
         assert text.count(formats.score_interval(row.score.widest).replace("[", "\\[").replace("]", "\\]")) == 2
     assert report.summary() in text
     assert "peak memory GiB" in text
+    assert readme.filled(text, report) == text
 
 
 def test_a_verdict_of_an_earlier_look_says_how_many_seeds_it_had(tmp_path):
@@ -98,11 +99,6 @@ def test_the_overview_leaves_out_what_has_few_of_its_scores(tmp_path):
     overview, scores = text.split("<!-- end of report -->\n")[:2]
     assert [f"| {name} |" in overview for name in ("LoRA", "TABuv", "TAB")] == [True, True, False]
     assert "| TAB |" in scores
-
-
-def test_a_second_writing_changes_nothing(report):
-    once = readme.filled(TEXT, report)
-    assert readme.filled(once, report) == once
 
 
 def test_an_empty_report_says_so(tmp_path):

@@ -7,6 +7,7 @@ import re
 
 import pytest
 from helpers import processes
+from helpers.hostile import HOSTILE
 from helpers.report_runs import scored_run, world
 
 from tiedlora.config.project import PROJECT
@@ -15,27 +16,17 @@ from tiedlora.page import formats, write
 
 GOOD = [1.0, 0.0] * 25
 BASE = [0.0] * 50
-HOSTILE = "</pre><script>alert(1)</script>\x1b[2J\x00\u202e\ud800 =1+1"
 
 
-def test_predictions_cannot_run_or_hide(tmp_path):
+def test_the_page_loads_nothing_and_its_policy_allows_its_own_script_and_style_alone(tmp_path):
     scored_run(tmp_path / "runs", GOOD, BASE, output=HOSTILE)
     write.write(write.build([tmp_path / "runs"]), tmp_path / "report")
     page = (tmp_path / "report" / "index.html").read_text()
-    assert "<script>alert" not in page
-    assert not set(page) & {"\x1b", "\x00", "\u202e"}
     assert page.count("<script>") == 1
-    assert "default-src 'none'" in page
-    assert "unsafe" not in page
-    loads = re.findall(r"(?:src|href)=\"(?!#|data:)([^\"]+)", page)
-    assert not loads, "the page loads nothing"
-
-
-def test_the_policy_of_the_page_allows_its_script_and_style_and_no_other(tmp_path):
-    scored_run(tmp_path / "runs", GOOD, BASE)
-    write.write(write.build([tmp_path / "runs"]), tmp_path / "report")
-    page = (tmp_path / "report" / "index.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!#|data:)([^\"]+)", page)
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', page)
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
     for kind in ("style", "script"):
         ((text),) = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -63,7 +54,6 @@ def test_tables_come_in_three_formats_with_the_same_cells(tmp_path):
     for name in ("pareto", "curves"):  # forest: tests/analysis/test_forest.py
         assert (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
         assert (tmp_path / "report" / f"{name}.svg").read_text().startswith("<?xml")
-        assert (tmp_path / "report" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_an_empty_folder_gives_an_empty_report_and_a_missing_one_an_error(tmp_path):

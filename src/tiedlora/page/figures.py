@@ -26,23 +26,23 @@ from matplotlib.lines import Line2D
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.text import visible
 
-INK, SOFT, LINE, BACK, ZONE = "#1d1d1f", "#575c64", "#dcdcd5", "#ffffff", "#dcebe4"
-# After Okabe and Ito's palette, without black and yellow, each of which is invisible on one of the two backgrounds.
-COLOURS = ("#0072b2", "#3f9fd4", "#d55e00", "#008a65", "#b9558c", "#b97a00", "#6f6f6f")
+THEME = {
+    **{"ink": "#1d1d1f", "soft": "#575c64", "line": "#dcdcd5", "back": "#ffffff", "zone": "#dcebe4"},
+    **{"good": "#00674a", "bad": "#a83800", "open": "#695400"},
+    # After Okabe and Ito's palette, without black and yellow, each of which is invisible on one of the two backgrounds.
+    **{"k0": "#0072b2", "k1": "#3f9fd4", "k2": "#d55e00", "k3": "#008a65", "k4": "#b9558c", "k5": "#b97a00"},
+    "k6": "#6f6f6f",
+}
+"""The colours of page.css in its light theme, by the names of its variables. The dark theme has others."""
+INK, SOFT, LINE, BACK, ZONE, GOOD, BAD, OPEN, *COLOURS = THEME.values()
+VARIABLES = {colour: f"var(--{name})" for name, colour in THEME.items()}
 VERDICTS = {
-    "supported": ("#00674a", "o"),
-    "contradicted": ("#a83800", "D"),
-    "undecided": ("#695400", "o"),
+    "supported": (GOOD, "o"),
+    "contradicted": (BAD, "D"),
+    "undecided": (OPEN, "o"),
     "uninformative": (SOFT, "s"),
 }
 """Verdict -> its colour and marker."""
-PAGE_COLOURS = {
-    **{INK: "ink", SOFT: "soft", LINE: "line", BACK: "back", ZONE: "zone"},
-    **{colour: f"k{number}" for number, colour in enumerate(COLOURS)},
-    **{VERDICTS[verdict][0]: name for verdict, name in (("supported", "good"), ("contradicted", "bad"))},
-    VERDICTS["undecided"][0]: "open",
-}
-"""Colour -> the variable of page.css that has it in the light theme, and its counterpart in the dark one."""
 # A family has one colour, and each configuration has its own marker and dash, so that they differ in a grey print too.
 BLUE, SKY, RED, GREEN, PURPLE, ORANGE, _ = COLOURS
 STYLES = {
@@ -69,38 +69,18 @@ SIZE = (4.0, 2.75)
 """Width and height of a panel in inches. Two make the width of a page of text, where 8 points stay readable."""
 MARGINS = (0.62, 0.15, 0.5, 0.12)
 """Inches at the left, right, bottom and top of a panel's axes."""
-WITH_NAMES = (0.62, 1.0, 0.5, 0.12)
-"""The same, with room for names at the right ends of lines."""
 RC: Any = {
     "font.family": "sans-serif",
-    "font.size": 8.5,
-    "axes.labelsize": 8.5,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
+    **dict.fromkeys(("font.size", "axes.labelsize"), 8.5),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8),
+    **{"axes.titlesize": 9, "axes.titlelocation": "left", "axes.titleweight": "bold"},
     "text.color": INK,
-    "axes.labelcolor": SOFT,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "axes.edgecolor": SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": LINE,
-    "ytick.major.size": 0,
-    "lines.markersize": 5.5,
-    "lines.linewidth": 1.4,
-    "svg.fonttype": "none",
-    # With the dates left out, equal runs give equal bytes.
-    "svg.hashsalt": "tiedlora",
-    "text.parse_math": False,
+    **dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), SOFT),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left", "legend.frameon"), False),
+    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": LINE, "axes.axisbelow": True, "ytick.major.size": 0},
+    **{"lines.markersize": 5.5, "lines.linewidth": 1.4},
+    # Texts stay texts, and without a date equal runs give equal bytes. No text is mathematics: names may hold a $.
+    **{"svg.fonttype": "none", "svg.hashsalt": "tiedlora", "text.parse_math": False},
 }
 
 
@@ -133,7 +113,7 @@ class Key:
     @property
     def css(self) -> str:
         """The class of its colour on the page."""
-        return PAGE_COLOURS[self.colour]
+        return next(name for name, colour in THEME.items() if colour == self.colour)
 
     @property
     def glyph(self) -> str:
@@ -173,7 +153,6 @@ def write_files(panels: Sequence[Panel], out: Path) -> None:
             figure = _figure([panel for panel in panels if panel.kind == kind][:MOST_PANELS])
             figure.savefig(out / f"{kind}.png", dpi=200, facecolor=BACK)
             figure.savefig(out / f"{kind}.svg", transparent=True, metadata={"Date": None})
-            figure.savefig(out / f"{kind}.pdf", transparent=True, metadata={"CreationDate": None})
 
 
 def _figure(panels: Sequence[Panel], is_file: bool = True) -> Figure:
@@ -266,4 +245,4 @@ def _plain(element: ElementTree.Element) -> None:
         key, value = (part.strip() for part in declaration.split(":", 1))
         # The page has its own letters.
         if key != "font-family":
-            element.set(key, f"var(--{PAGE_COLOURS[value]})" if value in PAGE_COLOURS else value)
+            element.set(key, VARIABLES.get(value, value))
