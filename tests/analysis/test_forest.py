@@ -1,13 +1,9 @@
 """The matrix and the forest: what the first screen says about each answer, and the files of the figure."""
 
-import math
-
 import pytest
-from helpers.report_runs import scored_run, world
+from helpers.report_runs import world
 
-from tiedlora.analysis import shares
 from tiedlora.page import charts, matrix, write
-from tiedlora.records.interval import Interval
 
 CLAIMS = """looks: [3, 5]
 claims:
@@ -68,41 +64,6 @@ def test_equal_reasons_are_one_group_and_every_cell_leads_to_its_reason(two_task
     assert len(ids) == len(set(ids))
 
 
-def test_the_forest_has_a_bar_in_the_zone_and_says_why_one_is_missing(two_tasks):
-    group, *_ = shares.forest_groups(answer for answer in two_tasks.answers if answer.pair is not None)
-    lines = {line.task: line for line in group.lines}
-    supported, contradicted, floor = lines["chain_sum"], lines["squad"], lines["gsm8k"]
-    assert supported.is_firm
-    assert supported.share.low > supported.zone[0] == 0.9
-    assert contradicted.share.high < 0.9
-    assert floor.share is None
-    assert floor.missing == "the comparator's gain may be 0"
-
-
-def test_one_seed_has_an_interval_over_rows_and_no_planned_look(tmp_path):
-    for name, right in (("LoRA", 30), ("TABuv", 24)):
-        scored_run(tmp_path / "runs", [1.0] * right + [0.0] * (50 - right), [1.0] * 10 + [0.0] * 40, name=name)
-    (group,) = shares.forest_groups(answer for answer in report_of(tmp_path).answers if answer.pair is not None)
-    (line,) = group.lines
-    assert not line.is_firm
-    assert line.share.value == pytest.approx((24 - 10) / (30 - 10))
-    assert line.share.low < line.share.value < line.share.high
-
-
-def test_the_axis_holds_base_and_comparator_and_is_bounded():
-    def line(value, low, high):
-        share = shares.Interval(value, low, high)
-        return shares.ForestLine("task", "undecided", True, share, (0.9, math.inf), "")
-
-    usual = shares.forest_axis([line(0.9, 0.8, 1.0)])
-    assert usual.low < 0 < 1 < usual.high
-    assert {0.0, 1.0} <= set(usual.ticks)
-    wide = shares.forest_axis([line(5.0, -20.0, 30.0)])
-    assert (wide.low, wide.high) == (shares.LEAST, shares.MOST)
-    assert wide.place(30.0) == 1.0
-    assert wide.place(-20.0) == 0.0
-
-
 def test_a_model_without_runs_of_a_claim_says_so(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.62}, seeds=2, rows=60)
     world(tmp_path / "runs", {"LoRA": 0.6}, seeds=2, rows=60, model="org/other")
@@ -119,17 +80,3 @@ def test_the_forest_is_a_file_too(two_tasks, tmp_path):
     assert "contradicted" in svg
     assert "chain_sum" in svg
     assert (tmp_path / "report" / "forest.png").stat().st_size > 5000
-
-
-@pytest.mark.parametrize(
-    ("ends", "words"),
-    [
-        ((0.97, 0.88, 1.06), "97 % [88, 106]"),
-        ((0.9976, 0.9956, 0.9994), "99.8 % [99.6, 99.9]"),
-        ((0.5, math.nan, math.nan), "50 %"),
-        ((0.965, 0.934, 0.9954), "96.5 % [93.4, 99.5]"),
-        ((12.0, 1.0, 30.0), "> 999 % [100.0, > 999]"),
-    ],
-)
-def test_a_short_interval_shows_on_which_side_of_the_zone_it_ends(ends, words):
-    assert shares.ForestLine("squad", "contradicted", True, Interval(*ends), (1.0, math.inf), "").in_words == words

@@ -1,7 +1,6 @@
 """What every arm keeps of a reference's gain: the numbers, and the figure of them."""
 
 import csv
-import math
 
 import numpy as np
 import pytest
@@ -24,43 +23,6 @@ def report_of(root, seeds="seed_offset: 0"):
     return write.build([root / "runs"], claims=root / "claims.yaml")
 
 
-def test_the_share_is_that_of_the_gains_and_its_interval_that_of_the_paired_difference(tmp_path):
-    world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.5, "TA": 0.3}, rows=1000, seed_sd=0.02)
-    report = report_of(tmp_path)
-    (panel,) = report.sizes
-    assert panel.reference.name == "LoRA r=8"
-    rows = {row.group.label: row for row in report.rows}
-    gain = rows["LoRA"].gain.value
-    for arm in panel.arms:
-        row = rows[arm.group.label]
-        assert arm.share.value == pytest.approx(row.gain.value / gain)
-        assert arm.seeds == len(row.seeds)
-        if arm.group is panel.reference:
-            assert (arm.share.low, arm.share.high) == (1, 1)
-        else:
-            ends = [1 + end / gain for end in (row.difference.both.low, row.difference.both.high)]
-            assert [arm.share.low, arm.share.high] == pytest.approx(ends)
-
-
-def test_a_loss_that_falls_further_is_a_larger_share(tmp_path):
-    for seed in (0, 1):
-        for name, loss in (("LoRA", 1.0), ("TABuv", 1.5), ("TAuv", 0.5)):
-            scored_run(tmp_path / "runs", [loss] * 40, [3.0] * 40, metric="target_loss", name=name, seed=seed)
-    (panel,) = report_of(tmp_path).sizes
-    assert {arm.group.label: arm.share.value for arm in panel.arms} == {"LoRA": 1, "TABuv": 0.75, "TAuv": 1.25}
-
-
-def test_one_seed_has_no_interval_and_other_seeds_are_left_out(tmp_path):
-    for name, seeds in (("LoRA", (0, 1)), ("TABuv", (1, 2)), ("TA", (5,))):
-        for seed in seeds:
-            scored_run(tmp_path / "runs", [1.0] * 30 + [0.0] * 20, [0.0] * 50, name=name, seed=seed)
-    (panel,) = report_of(tmp_path).sizes
-    by_name = {arm.group.label: arm for arm in panel.arms}
-    assert set(by_name) == {"LoRA", "TABuv"}
-    assert by_name["TABuv"].seeds == 1
-    assert math.isnan(by_name["TABuv"].share.low)
-
-
 @pytest.mark.parametrize(("lora", "base"), [([0.0] * 50, [0.0] * 50), ([1.0] * 50, None)])
 def test_without_a_gain_or_a_base_there_is_no_panel_and_no_file(tmp_path, lora, base):
     for name, scores in (("LoRA", lora), ("TABuv", [1.0] * 50)):
@@ -70,15 +32,6 @@ def test_without_a_gain_or_a_base_there_is_no_panel_and_no_file(tmp_path, lora, 
     assert report.sizes == []
     write.write(report, tmp_path / "report")
     assert not list((tmp_path / "report").glob("shares.*"))
-
-
-def test_the_reference_has_all_its_seeds_where_the_claim_takes_later_ones(tmp_path):
-    for name in ("LoRA", "TABuv"):
-        for seed in range(4):
-            scored_run(tmp_path / "runs", [1.0] * 30 + [0.0] * 20, [0.0] * 50, name=name, seed=seed)
-    (panel,) = report_of(tmp_path, "seed_offset: 2").sizes
-    assert panel.reference.name == "LoRA r=8"
-    assert {arm.seeds for arm in panel.arms} == {4}
 
 
 def test_the_figure_and_its_table_are_files_and_no_arm_is_lost_beyond_the_axis(tmp_path):

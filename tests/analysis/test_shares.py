@@ -1,0 +1,121 @@
+"""Shares of a gain: the lines of the forest, and what every arm keeps of a reference's gain."""
+
+import math
+
+import pytest
+from helpers.report_runs import scored_run, world
+
+from tiedlora.analysis import shares
+from tiedlora.analysis.shares import ForestLine
+from tiedlora.page import write
+from tiedlora.records.interval import Interval
+
+CLAIMS = """looks: [3, 5]
+claims:
+  - name: keeps
+    method: {configuration: TABuv, rank: 8}
+    comparator: {configuration: LoRA, at: equal_rank, SEEDS}
+    retains: 0.9
+    tasks: []
+"""
+
+
+def report_of(root, seeds="seed_offset: 0"):
+    (root / "claims.yaml").write_text(CLAIMS.replace("SEEDS", seeds))
+    return write.build([root / "runs"], claims=root / "claims.yaml")
+
+
+def test_the_forest_has_a_bar_in_the_zone_and_says_why_one_is_missing(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.62}, rows=1000, seed_sd=0.002)
+    world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, rows=1000, seed_sd=0.002, task="squad")
+    world(tmp_path / "runs", {"LoRA": 0.11, "TABuv": 0.1}, rows=200, task="gsm8k")
+    group, *_ = shares.forest_groups(report_of(tmp_path).answers)
+    lines = {line.task: line for line in group.lines}
+    supported, contradicted, floor = lines["chain_sum"], lines["squad"], lines["gsm8k"]
+    assert supported.is_firm
+    assert supported.share.low > supported.zone[0] == 0.9
+    assert contradicted.share.high < 0.9
+    assert floor.share is None
+    assert floor.missing == "the comparator's gain may be 0"
+
+
+def test_one_seed_has_an_interval_over_rows_and_no_planned_look(tmp_path):
+    for name, right in (("LoRA", 30), ("TABuv", 24)):
+        scored_run(tmp_path / "runs", [1.0] * right + [0.0] * (50 - right), [1.0] * 10 + [0.0] * 40, name=name)
+    (group,) = shares.forest_groups(report_of(tmp_path).answers)
+    (line,) = group.lines
+    assert not line.is_firm
+    assert line.share.value == pytest.approx((24 - 10) / (30 - 10))
+    assert line.share.low < line.share.value < line.share.high
+
+
+def test_the_axis_holds_base_and_comparator_and_is_bounded():
+    def line(value, low, high):
+        return ForestLine("task", "undecided", True, Interval(value, low, high), (0.9, math.inf), "")
+
+    usual = shares.forest_axis([line(0.9, 0.8, 1.0)])
+    assert usual.low < 0 < 1 < usual.high
+    assert {0.0, 1.0} <= set(usual.ticks)
+    wide = shares.forest_axis([line(5.0, -20.0, 30.0)])
+    assert (wide.low, wide.high) == (shares.LEAST, shares.MOST)
+    assert [wide.nearest(share) for share in (30.0, 0.5, -20.0)] == [shares.MOST, 0.5, shares.LEAST]
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ((0.97, 0.88, 1.06), "97 % [88, 106]"),
+        ((0.9976, 0.9956, 0.9994), "99.8 % [99.6, 99.9]"),
+        ((0.5, math.nan, math.nan), "50 %"),
+        ((0.965, 0.934, 0.9954), "96.5 % [93.4, 99.5]"),
+        ((12.0, 1.0, 30.0), "> 999 % [100.0, > 999]"),
+    ],
+)
+def test_a_short_interval_shows_on_which_side_of_the_zone_it_ends(ends, words):
+    assert ForestLine("squad", "contradicted", True, Interval(*ends), (1.0, math.inf), "").in_words == words
+
+
+def test_the_share_is_that_of_the_gains_and_its_interval_that_of_the_paired_difference(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.5, "TA": 0.3}, rows=1000, seed_sd=0.02)
+    report = report_of(tmp_path)
+    (panel,) = report.sizes
+    assert panel.reference.name == "LoRA r=8"
+    rows = {row.group.label: row for row in report.rows}
+    gain = rows["LoRA"].gain.value
+    for arm in panel.arms:
+        row = rows[arm.group.label]
+        assert arm.share.value == pytest.approx(row.gain.value / gain)
+        assert arm.seeds == len(row.seeds)
+        if arm.group is panel.reference:
+            assert (arm.share.low, arm.share.high) == (1, 1)
+        else:
+            ends = [1 + end / gain for end in (row.difference.both.low, row.difference.both.high)]
+            assert [arm.share.low, arm.share.high] == pytest.approx(ends)
+
+
+def test_a_loss_that_falls_further_is_a_larger_share(tmp_path):
+    for seed in (0, 1):
+        for name, loss in (("LoRA", 1.0), ("TABuv", 1.5), ("TAuv", 0.5)):
+            scored_run(tmp_path / "runs", [loss] * 40, [3.0] * 40, metric="target_loss", name=name, seed=seed)
+    (panel,) = report_of(tmp_path).sizes
+    assert {arm.group.label: arm.share.value for arm in panel.arms} == {"LoRA": 1, "TABuv": 0.75, "TAuv": 1.25}
+
+
+def test_one_seed_has_no_interval_and_other_seeds_are_left_out(tmp_path):
+    for name, seeds in (("LoRA", (0, 1)), ("TABuv", (1, 2)), ("TA", (5,))):
+        for seed in seeds:
+            scored_run(tmp_path / "runs", [1.0] * 30 + [0.0] * 20, [0.0] * 50, name=name, seed=seed)
+    (panel,) = report_of(tmp_path).sizes
+    by_name = {arm.group.label: arm for arm in panel.arms}
+    assert set(by_name) == {"LoRA", "TABuv"}
+    assert by_name["TABuv"].seeds == 1
+    assert math.isnan(by_name["TABuv"].share.low)
+
+
+def test_the_reference_has_all_its_seeds_where_the_claim_takes_later_ones(tmp_path):
+    for name in ("LoRA", "TABuv"):
+        for seed in range(4):
+            scored_run(tmp_path / "runs", [1.0] * 30 + [0.0] * 20, [0.0] * 50, name=name, seed=seed)
+    (panel,) = report_of(tmp_path, "seed_offset: 2").sizes
+    assert panel.reference.name == "LoRA r=8"
+    assert {arm.seeds for arm in panel.arms} == {4}
