@@ -118,7 +118,6 @@ def test_profiles_pair_seeds_and_have_a_reference(tmp_path):
     groups = group_runs(read_runs([tmp_path])[0])
     found = adapters.layer_profiles(groups)
     assert found.compared_with == "LoRA r=8"
-    assert found.unread == ["TAB r=8"]
     assert [profile.name for profile in found.u] == ["TABuv r=8"]
     assert {profile.name for profile in found.updates} == {"LoRA r=8", "TABuv r=8"}
     tied, reference = found.cosines

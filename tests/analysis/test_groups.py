@@ -66,7 +66,7 @@ def test_a_failed_copy_of_a_finished_run_is_no_failure(tmp_path):
     (copy / "error.txt").write_text("tiedlora.errors.Diverged: step 3\n")
     (copy / "config.yaml").write_text("train: {lr: 0.01}\n")
     (group,) = group_runs(*read_runs([tmp_path / "here", tmp_path / "there"]))
-    assert (len(group.runs), group.failed_seeds) == (1, set())
+    assert (len(group.runs), group.short_marks) == (1, [])
 
 
 def test_a_stopped_rate_counts_as_tried(tmp_path):

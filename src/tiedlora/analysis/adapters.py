@@ -123,8 +123,6 @@ class LayerProfiles:
     """With LoRA's update at the same seed. The reference is LoRA with itself at another seed."""
     compared_with: str
     """The name of the group in `cosines`."""
-    unread: list[str]
-    """Groups without a file that can be read."""
 
 
 def layer_profiles(groups: Sequence[RunGroup]) -> LayerProfiles:
@@ -132,13 +130,11 @@ def layer_profiles(groups: Sequence[RunGroup]) -> LayerProfiles:
     usual = Counter(group.rank for group in groups).most_common(1)
     loras = [group for group in groups if group.label == BASELINE]
     lora = min(loras, key=lambda group: group.rank != usual[0][0], default=None)
-    found = LayerProfiles([], [], [], [], lora.name if lora is not None else "", [])
+    found = LayerProfiles([], [], [], [], lora.name if lora is not None else "")
     adapters = {id(group): _adapters(group) for group in groups}
     for group in groups:
-        own = adapters[id(group)]
-        if not own:
-            found.unread.append(group.name)
-        layers, each = next((one.layers for one in own.values()), ()), own.values()
+        each = adapters[id(group)].values()
+        layers = next((one.layers for one in each), ())
         _add(found.u, group, group.name, layers, [one.vectors.get("u") for one in each])
         _add(found.v, group, group.name, layers, [one.vectors.get("v") for one in each])
         _add(found.updates, group, group.name, layers, [one.norms() for one in each])

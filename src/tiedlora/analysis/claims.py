@@ -300,12 +300,9 @@ def _shifted(group: RunGroup | None, side: Side) -> RunGroup | None:
         for run in group.runs
         if run.seed >= side.seed_offset
     ]
-    failed, diverged = (
-        {seed - side.seed_offset for seed in seeds if seed >= side.seed_offset}
-        for seeds in (group.failed_seeds, group.diverged_seeds)
-    )
+    diverged = {seed - side.seed_offset for seed in group.diverged_seeds if seed >= side.seed_offset}
     name = f"{group.configuration} (seeds from {side.seed_offset})"
-    return replace(group, configuration=name, runs=runs, failed_seeds=failed, diverged_seeds=diverged)
+    return replace(group, configuration=name, runs=runs, diverged_seeds=diverged)
 
 
 def _is_of(group: RunGroup, side: Side) -> bool:

@@ -62,10 +62,8 @@ class RunGroup:
     """The runs at the chosen rate, sorted by seed."""
     rates: tuple[float, ...] = ()
     """The learning rates that were tried, in ascending order."""
-    failed_seeds: set[int] = field(default_factory=set)
-    """The seeds that failed at the chosen rate."""
     diverged_seeds: set[int] = field(default_factory=set)
-    """Those of them whose loss was not finite. They have ended; any other failure can be repaired and run again."""
+    """The seeds whose loss was not finite at the chosen rate. They have ended; any other failure can be repaired."""
     has_recorded_rate: bool = False
     """Whether a sweep has recorded the choice of the rate, so that later seeds do not change it."""
     marks: list[str] = field(default_factory=list)
@@ -194,24 +192,15 @@ def differing_values(names: Sequence[Hashable], trees: Sequence[Any]) -> list[st
     numbers_of: dict[Hashable, list[int]] = defaultdict(list)
     for number, name in enumerate(names):
         numbers_of[name].append(number)
-    texts = [""] * len(names)
+    texts: list[list[str]] = [[] for _ in names]
     for numbers in numbers_of.values():
         flat = [dict(_flat(trees[number])) for number in numbers]
-        keys = sorted({key for values in flat for key in values})
-        varying = [key for key in keys if len({json.dumps(values.get(key)) for values in flat}) > 1]
-        short = {key: _short_names([values.get(key) for values in flat]) for key in varying}
-        for place, number in enumerate(numbers):
-            texts[number] = ", ".join(f"{key}={short[key][place]}" for key in varying)
-    return texts
-
-
-def _short_names(values: Sequence[Any]) -> list[str]:
-    """The values, each cut to LONGEST_VALUE characters. Where different ones are cut to the same text, with a hash."""
-    names = list(map(_short, values))
-    wholes = [json.dumps(value) for value in values]
-    if len(set(names)) == len(set(wholes)):
-        return names
-    return [f"{name} #{zlib.crc32(whole.encode()):08x}" for name, whole in zip(names, wholes, strict=True)]
+        for key in sorted({key for values in flat for key in values}):
+            values = [own.get(key) for own in flat]
+            if len(set(map(json.dumps, values))) > 1:
+                for number, short in zip(numbers, _short_names(values), strict=True):
+                    texts[number].append(f"{key}={short}")
+    return [", ".join(own) for own in texts]
 
 
 def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -222,9 +211,14 @@ def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
         yield prefix, value
 
 
-def _short(value: Any) -> str:
-    text = "null" if value is None else str(value).replace("\n", " ")
-    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+def _short_names(values: Sequence[Any]) -> list[str]:
+    """The values, each cut to LONGEST_VALUE characters. Where different ones are cut to the same text, with a hash."""
+    texts = ["null" if value is None else str(value).replace("\n", " ") for value in values]
+    short = [text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..." for text in texts]
+    wholes = [json.dumps(value) for value in values]
+    if len(set(short)) == len(set(wholes)):
+        return short
+    return [f"{name} #{zlib.crc32(whole.encode()):08x}" for name, whole in zip(short, wholes, strict=True)]
 
 
 def _own_unfinished(unfinished: Iterable[UnfinishedRun], runs: Sequence[Run]) -> list[UnfinishedRun]:
@@ -250,8 +244,8 @@ def _recorded_choices(runs: Sequence[Run], choices: Iterable[RateChoice]) -> lis
 
     It is the one among the most rates. Of these, it is the one with the fewest seeds: it was made at the earliest look.
     """
-    run_ids = {run.run_id for run in runs}
-    own = [choice for choice in choices if run_ids & set(choice.run_ids)]
+    at_rate = {(run.run_id, run.lr) for run in runs}
+    own = [choice for choice in choices if at_rate & {(run_id, choice.lr) for run_id in choice.run_ids}]
     return sorted(own, key=lambda choice: (-len(choice.lrs), choice.trials, choice.lr))
 
 
@@ -259,47 +253,36 @@ def _choose_rate(
     group: RunGroup, runs: Sequence[Run], unfinished: Sequence[UnfinishedRun], choices: Sequence[RateChoice]
 ) -> None:
     """Set the group's rates and its runs at the chosen rate, and add marks about the choice."""
-    by_rate: dict[float, dict[int, Run]] = defaultdict(dict)
-    for run in runs:
-        by_rate[run.lr][run.seed] = run
-    failed: dict[float, set[int]] = defaultdict(set)
-    diverged: dict[float, set[int]] = defaultdict(set)
-    pruned = {other.lr for other in unfinished if other.pruned and other.lr is not None}
-    for other in unfinished:
-        if other.failed and other.lr is not None:
-            failed[other.lr].add(other.seed)
-            if other.diverged:
-                diverged[other.lr].add(other.seed)
+    ended = [other for other in unfinished if other.failed or other.pruned]
+    rates = sorted({run.lr for run in runs} | {other.lr for other in ended if other.lr is not None})
+    by_rate = {lr: {run.seed: run for run in runs if run.lr == lr} for lr in rates}
+    failed = {lr: {other.seed for other in ended if other.failed and other.lr == lr} for lr in rates}
     metric = validation_metric(run.record for run in runs)
-    rates = sorted({*by_rate, *failed, *pruned})
-    trials = [_trial(lr, by_rate.get(lr, {}), failed.get(lr, set()), metric) for lr in rates]
-    best = choose_rate(trials, accept_failed=True)
+    best = choose_rate([_trial(lr, by_rate[lr], failed[lr], metric) for lr in rates], accept_failed=True)
     assert best is not None, "a finished run has a finite loss"
     recorded = choices[0] if choices else None
     lr = best.lr if recorded is None else recorded.lr
     group.runs = [by_rate[lr][seed] for seed in sorted(by_rate[lr])]
     group.rates = tuple(sorted({*best.tried, *(recorded.lrs if recorded else ())}))
-    group.failed_seeds, group.diverged_seeds = failed.get(lr, set()), diverged.get(lr, set())
+    group.diverged_seeds = {other.seed for other in ended if other.diverged and other.lr == lr}
     group.has_recorded_rate = recorded is not None
-    group.trials = _trials(runs, unfinished)
+    group.trials = _trials(runs, ended)
     group.marks += _marks_of_choice(group, best, recorded)
     if others := sorted({choice.lr for choice in choices if choice.lr != lr}):
         group.marks.append(f"another selection.json chose {', '.join(f'{other:g}' for other in others)}")
-    if group.failed_seeds:
-        group.short_marks.append(f"{len(group.failed_seeds)} failed")
+    if failed[lr]:
+        group.short_marks.append(f"{len(failed[lr])} failed")
     for other in unfinished:
         if other.lr == lr or other.failed:
             ending = "failed" if other.failed else "is not finished"
             group.marks.append(f"seed {other.seed} at lr {other.lr:g} {ending}")
 
 
-def _trials(runs: Sequence[Run], unfinished: Iterable[UnfinishedRun]) -> list[Trial]:
-    trials = []
-    for run in runs:
-        training = run.record.training
-        trials.append(Trial(run.lr, run.seed, "finished", training.steps, training.validation_loss_last))
-    for other in unfinished:
-        if other.lr is not None and (other.failed or other.pruned):
+def _trials(runs: Iterable[Run], ended: Iterable[UnfinishedRun]) -> list[Trial]:
+    training = [(run, run.record.training) for run in runs]
+    trials = [Trial(run.lr, run.seed, "finished", own.steps, own.validation_loss_last) for run, own in training]
+    for other in ended:
+        if other.lr is not None:
             trials.append(Trial(other.lr, other.seed, "failed" if other.failed else "pruned", other.step, other.loss))
     return sorted(trials, key=lambda trial: (trial.lr, trial.seed))
 
@@ -332,25 +315,25 @@ def _trial(lr: float, by_seed: Mapping[int, Run], failed: Iterable[int], metric:
 
 def _mark_mixtures(group: RunGroup) -> None:
     records = [run.record for run in group.runs]
-    commits = sorted({commit for run in group.runs for commit in short_commits(run)})
-    if len(commits) > 1:
-        group.marks.append(f"mixed commits: {', '.join(commits)}")
+    executions = [execution for record in records for execution in record.executions]
+
+    def mark(what: str, values: Iterable[str], separator: str = ", ") -> None:
+        if len(different := sorted(set(values))) > 1:
+            group.marks.append(f"mixed {what}: {separator.join(different)}")
+
+    mark("commits", (commit for run in group.runs for commit in short_commits(run)))
     if any(code.dirty for record in records for code in record.code_versions):
         group.marks.append("made by uncommitted code")
     for package in ("torch", "transformers", CHAT_TEMPLATE, TARGET_BLANK):
-        versions = sorted({str(named.get(package)) for record in records for named in record.all_versions})
-        if len(versions) > 1:
-            group.marks.append(f"mixed versions of {package}: {', '.join(versions)}")
+        versions = (str(named.get(package)) for record in records for named in record.all_versions)
+        mark(f"versions of {package}", versions)
     if len({str(record.more_ends) for record in records}) > 1:
         group.marks.append("mixed ends of answers")
-    executions = [execution for record in records for execution in record.executions]
-    if len(devices := sorted({execution.device_and_threads for execution in executions})) > 1:
-        group.marks.append(f"mixed devices: {'; '.join(devices)}")
-    if len(processors := sorted({name for execution in executions if (name := execution.processor)})) > 1:
-        group.marks.append(f"mixed processors: {'; '.join(processors)}")
+    mark("devices", (execution.device_and_threads for execution in executions), "; ")
+    mark("processors", (name for execution in executions if (name := execution.processor)), "; ")
     if len(group.training_digests) > 1:
         group.marks.append("mixed data: seeds were trained on different rows")
-    if any(mark.startswith("mixed ") for mark in group.marks):
+    if any(own.startswith("mixed ") for own in group.marks):
         group.short_marks.append("mixed")
     halved = [run.seed for run in group.runs if any(scores.batch_halvings for scores in run.splits.values())]
     if halved:

@@ -6,34 +6,32 @@ interval and no verdict.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from tiedlora import storage
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.reading import Name, Number, Text, typed
+from tiedlora.records.reading import Name, Number, Text, from_person
 
-WHAT = "a file of published scores"
-LONGEST = 500
-"""Most characters of a text in the file. The report shows them in one cell."""
-Words = Annotated[Text, Field(min_length=1, max_length=LONGEST)]
-SplitName = Literal["test", "validation"]
+Words = Annotated[Text, Field(min_length=1, max_length=500)]
+"""A text of the file, which the report shows in one cell."""
 
 
 @dataclass(frozen=True)
 class PublishedScore:
     """One published number, with the source in which a reader finds it."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     source: Words
     """The publication."""
-    link: Annotated[Text, Field(pattern=r"^https://\S+$", max_length=LONGEST)]
+    link: Annotated[Text, Field(pattern=r"^https://\S+$", max_length=500)]
     """Its address, where the number can be read."""
     table: Words
     """The table, figure or file of the source."""
@@ -48,15 +46,20 @@ class PublishedScore:
     rank: Annotated[int, Field(strict=True, ge=1)]
     value: Annotated[Number, Field(ge=0, le=1)]
     """The score as a fraction of 1."""
-    split: SplitName = "test"
+    split: Literal["test", "validation"] = "test"
+
+    def __post_init__(self) -> None:
+        if is_loss(self.metric):
+            raise ValueError(f"'{self.metric}' is a loss, which compares within one tokenization; give a score")
+
+    @property
+    def about(self) -> tuple[str, str, str, str, str, int]:
+        """What was measured."""
+        return self.model, self.task, self.split, self.metric, self.configuration, self.rank
 
     def note(self) -> str:
         """The number with its source, for the notes of a table."""
         return f"published {100 * self.value:.1f}: {self.source}, {self.table} ({self.protocol}), {self.link}"
-
-
-OF_FILE = ("source", "link", "protocol")
-"""The keys that every score of a file shares. A score may give its own value."""
 
 
 def read(folder: Path) -> list[PublishedScore]:
@@ -77,44 +80,23 @@ def _read_file(path: Path) -> list[PublishedScore]:
     entries = tree.pop("scores", None)
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: needs the key scores, a list of at least one")
-    _refuse_unknown(tree, OF_FILE, str(path))
     scores: dict[tuple[object, ...], PublishedScore] = {}
     for number, entry in enumerate(entries):
-        where = f"{path}: scores[{number}]"
+        where, keys = f"{path}: scores[{number}]", [field.name for field in fields(PublishedScore)]
         if not isinstance(entry, dict):
-            raise UserError(f"{where}: must be a mapping with the keys {', '.join(_KEYS)}")
-        _refuse_unknown(entry, _KEYS, where)
+            raise UserError(f"{where}: must be a mapping with the keys {', '.join(keys)}")
         try:
-            score = typed(PublishedScore, {**tree, **entry}, WHAT)
+            # The file's own keys, such as source, are those of every score. A score may give its own value.
+            score = from_person(PublishedScore, {**tree, **entry}, keys)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if is_loss(score.metric):
-            raise UserError(
-                f"{where}: '{score.metric}' is a loss, which compares within one tokenization; give a score"
-            )
-        key = (score.model, score.task, score.split, score.metric, score.configuration, score.rank)
-        if key in scores:
+        if score.about in scores:
             raise UserError(f"{where}: is about the same run as an earlier score of this file; keep one of them")
-        scores[key] = score
+        scores[score.about] = score
     return list(scores.values())
 
 
-_KEYS = tuple(field.name for field in fields(PublishedScore))
-
-
-def _refuse_unknown(tree: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
-    if unknown := [key for key in tree if key not in known]:
-        raise UserError(f"{where}: has the unknown key {unknown[0]!r:.40}; its keys are {', '.join(known)}")
-
-
 def published(scores: Iterable[PublishedScore], group: RunGroup, split: str, metric: str) -> list[PublishedScore]:
-    """The published scores of what a group's runs measure: the same base model, task, split, metric, configuration
-    and rank.
-    """
-    record = group.runs[0].record
-    wanted = (record.base.name, group.task, split, metric, group.label, group.rank)
-    return [
-        score
-        for score in scores
-        if (score.model, score.task, score.split, score.metric, score.configuration, score.rank) == wanted
-    ]
+    """The published scores of what a group's runs measure."""
+    wanted = (group.runs[0].record.base.name, group.task, split, metric, group.label, group.rank)
+    return [score for score in scores if score.about == wanted]

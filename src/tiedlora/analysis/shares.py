@@ -45,10 +45,6 @@ class ShareAxis:
         """The share, or the end of the axis that it is beyond."""
         return min(self.high, max(self.low, share))
 
-    def place(self, share: float) -> float:
-        """Where a share is on the axis, from 0 to 1. Shares beyond an end are at this end."""
-        return min(1.0, max(0.0, (share - self.low) / (self.high - self.low)))
-
 
 def _axis(intervals: Iterable[Interval], more: Iterable[float]) -> ShareAxis:
     """The axis that holds these shares with their intervals, and `more` shares, within LEAST to MOST."""
