@@ -226,13 +226,15 @@ DOCUMENTED_DRAWS = 4000
 
 @functools.cache
 def documented() -> dict[tuple[str, int, float, int], float]:
-    """The table of docs/results.md: what each interval covers."""
+    """The table of docs/results.md: what each interval covers, by interval, rows, p and seeds."""
     found = {}
     for line in (PROJECT / "docs" / "results.md").read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 5 and re.fullmatch(r"\d[\d,]*", cells[1]) and re.fullmatch(r"[\d.]+ %", cells[4]):
-            key = (cells[0], int(cells[1].replace(",", "")), float(cells[2]), int(cells[3]))
-            found[key] = float(cells[4].removesuffix(" %")) / 100
+        if row := re.fullmatch(r"\| ([\w ]+) \| ([\d,]+) \| ([\d.]+) \|(.*)\|", line):
+            for seeds, cell in zip((1, 2, 3, 5), row[4].split("|"), strict=True):
+                if cell.strip():
+                    key = (row[1], int(row[2].replace(",", "")), float(row[3]), seeds)
+                    found[key] = float(cell.strip().removesuffix(" %")) / 100
+    assert len(found) == 17
     return found
 
 

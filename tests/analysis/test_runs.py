@@ -46,7 +46,6 @@ def test_what_is_no_finished_run_is_listed_with_its_reason(tmp_path):
     ("path", "value"),
     [
         ("identity.task.name", "<script>"),
-        ("base.name", "a\nb"),
         ("training.tokens_per_s", float("nan")),
         ("status", "running"),
         ("trainable_params", True),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from tiedlora.config.identity import start_of
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, mean_per_token
-from tiedlora.records.rows import PredictionRow, Score, read_metrics, read_predictions
+from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import DIVERGED, RunFolder
 from tiedlora.records.run_record import RunRecord, SplitScores, read_record
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
@@ -282,20 +282,12 @@ def curves(folder: RunFolder, prefix: str) -> dict[str, tuple[list[int], list[fl
     return found
 
 
-@dataclass(frozen=True)
-class ExampleScores:
-    """The content of one predictions file: the scores of every example."""
-
-    ids: tuple[str, ...]
-    values: dict[str, Array] = field(default_factory=dict)
-    """Metric -> one number per example, whose mean is the metric."""
-
-
 class Scorebook:
     """The scores of runs for each example. Each predictions file is read once."""
 
     def __init__(self) -> None:
-        self._files: dict[tuple[str, str, bool], ExampleScores | UserError] = {}
+        self._files: dict[tuple[str, str, bool], tuple[tuple[str, ...], dict[str, Array]] | UserError] = {}
+        """(run, split, whether of the base model) -> the examples' ids, and metric -> one number per example."""
 
     def scores(self, run: Run, split: str, metric: str, base: bool = False) -> tuple[tuple[str, ...], Array]:
         """(ids, one number per example) whose mean is the metric.
@@ -305,17 +297,19 @@ class Scorebook:
         """
         key = (str(run.path), split, base)
         if key not in self._files:
-            self._files[key] = _read(run, split, base)
-        scores = self._files[key]
-        if isinstance(scores, UserError):
-            raise scores
+            try:
+                self._files[key] = _read(run, split, base)
+            except UserError as error:
+                self._files[key] = error
+        if isinstance(read := self._files[key], UserError):
+            raise read
+        ids, of_metric = read
         recorded = (run.splits[split].base or {}) if base else run.splits[split].metrics
-        if metric not in scores.values or metric not in recorded:
+        if metric not in of_metric or metric not in recorded:
             raise UserError(f"predictions/{split} has no per-example {metric}")
-        values = scores.values[metric]
-        if abs(float(values.mean()) - recorded[metric].value) > TOLERANCE:
+        if abs(float(of_metric[metric].mean()) - recorded[metric].value) > TOLERANCE:
             raise UserError(f"predictions/{split} disagrees with result.json on {metric}; scripts/verify.py says where")
-        return scores.ids, values
+        return ids, of_metric[metric]
 
     def table(self, runs: Sequence[Run], split: str, metric: str, ids: tuple[str, ...] | None = None) -> Array:
         """(runs, examples): the scores of several runs on the same examples.
@@ -336,31 +330,23 @@ class Scorebook:
         return np.stack(columns)
 
 
-def _read(run: Run, split: str, base: bool) -> ExampleScores | UserError:
-    try:
-        rows = run.rows(split, base)
-    except UserError as error:
-        return error
-    values = {}
+def _read(run: Run, split: str, base: bool) -> tuple[tuple[str, ...], dict[str, Array]]:
+    """The ids of a predictions file, and metric -> one number per example. A metric that an example lacks is left out.
+
+    Raises:
+        UserError: the file is missing or damaged, or the task that defines a corpus-level metric is unknown.
+    """
+    rows, values = run.rows(split, base), {}
     for metric in run.splits[split].metrics:
         scores = [row.scores.get(metric) for row in rows]
+        if None in scores:
+            continue
         try:
-            if (column := _column(run, metric, scores)) is not None:
-                values[metric] = column
-        except UserError as error:
-            return error
+            table = np.array(scores, dtype=np.float64)
+            values[metric] = table if table.ndim == 1 else pseudo_values(table, corpus_score(run, metric))
         except (KeyError, TypeError, ValueError, ArithmeticError, ImportError) as error:
-            return UserError(f"predictions/{split}: its scores of {metric} cannot be read ({error!r:.60})")
-    return ExampleScores(tuple(row.id for row in rows), values)
-
-
-def _column(run: Run, metric: str, scores: Sequence[Score | None]) -> Array | None:
-    """One number per example; None if an example lacks the metric."""
-    if None in scores:
-        return None
-    if all(isinstance(score, list) for score in scores):
-        return pseudo_values(np.array(scores, dtype=np.float64), corpus_score(run, metric))
-    return np.array(scores, dtype=np.float64)
+            raise UserError(f"predictions/{split}: its scores of {metric} cannot be read ({error!r:.60})") from None
+    return tuple(row.id for row in rows), values
 
 
 def corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
