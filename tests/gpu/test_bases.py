@@ -1,11 +1,11 @@
 """Base models of 4 and 8 bits, and several processes, on real GPUs."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import processes
+from helpers.tiny import folder_of
 
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
@@ -15,10 +15,6 @@ from tiedlora.runs import run
 from tiedlora.runs.verify import verify
 
 pytestmark = pytest.mark.gpu
-
-
-def folder_of(config) -> RunFolder:
-    return RunFolder(Path(config.outputs) / run_id(config))
 
 
 def losses_of(folder: RunFolder) -> list[float]:

@@ -2,17 +2,15 @@
 
 import math
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny import folder_of
 from safetensors.torch import load_file
 
-from tiedlora.config.identity import run_id
 from tiedlora.errors import StoppedEarly
 from tiedlora.models.device import execution_on, free_memory
 from tiedlora.records.rows import read_metrics
-from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
 from tiedlora.training.signals import StopSignal
 
@@ -26,10 +24,6 @@ LARGER = (
     *("train.steps=2", "train.warmup_steps=0", "train.validation_rows=2", *QUIET),
 )
 """A model whose activations are more than the workspace of the products."""
-
-
-def folder_of(config) -> RunFolder:
-    return RunFolder(Path(config.outputs) / run_id(config))
 
 
 def losses_of(config) -> list[float]:

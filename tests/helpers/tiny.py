@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from tiedlora.config import compose as configuration
+from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config, ModelConfig
 from tiedlora.data.encoding import Encoded
 from tiedlora.models.base_model import BaseModel, load_base
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.tasks import Task, load_task
 from tiedlora.tying import Tying
 
@@ -68,3 +70,7 @@ def mask_of(rows: Sequence[Encoded]) -> torch.Tensor:
     """The attention mask (rows, longest row) of rows that are padded on the right."""
     lengths = torch.tensor([[len(row)] for row in rows])
     return (torch.arange(int(lengths.max())) < lengths).long()
+
+
+def folder_of(config: Config) -> RunFolder:
+    return RunFolder(Path(config.outputs) / run_id(config))

@@ -2,12 +2,10 @@
 
 import json
 import string
-from pathlib import Path
 
 import pytest
-from helpers.tiny import tiny
+from helpers.tiny import folder_of, tiny
 
-from tiedlora.config.identity import run_id
 from tiedlora.models.base_model import BaseModel
 from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder
@@ -16,10 +14,6 @@ from tiedlora.runs.inputs import SingleSlotCache
 
 ENDS = sorted(tiny("tiny_llama").tokenizer(string.ascii_letters, add_special_tokens=False).input_ids)
 """Tokens that end an answer: the tiny tokenizer has a token for each letter."""
-
-
-def folder_of(config) -> RunFolder:
-    return RunFolder(Path(config.outputs) / run_id(config))
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from helpers.forks import forked
 from helpers.leak import BiasArm, MeanArm
+from helpers.tiny import folder_of
 from safetensors.torch import load_file
 
 from tiedlora.adapter import arms
 from tiedlora.config import methods
 from tiedlora.config.compose import read_config
-from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.export.folder import ExportOptions, export_run
@@ -32,10 +32,6 @@ def third_kinds():
     arms.register("mean", MeanArm)
     yield
     methods.REGISTERED.clear()
-
-
-def folder_of(config) -> RunFolder:
-    return RunFolder(Path(config.outputs) / run_id(config))
 
 
 def adapter_bytes(folder: RunFolder) -> dict[str, bytes]:

@@ -3,31 +3,24 @@
 import json
 import operator
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import processes
 from helpers.commands import Command, wait_until
-from helpers.tiny import tiny
+from helpers.tiny import folder_of, tiny
 from safetensors.torch import load_file
 
 from tiedlora.config.compose import compose_config
-from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
-from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import add_scores, inputs, run, trainer
 from tiedlora.runs.inputs import SingleSlotCache
 from tiedlora.scoring import split
 from tiedlora.tasks.generated import Generated
-
-
-def folder_of(config) -> RunFolder:
-    return RunFolder(Path(config.outputs) / run_id(config))
 
 
 def test_the_record_is_complete(tiny_config, capsys):
@@ -122,15 +115,6 @@ def test_generated_rows_are_made_again_where_their_generator_changed(finished_ru
     inputs._ROWS.clear()
 
 
-def test_test_is_scored_when_told_to_alone_and_keeps_the_identity(tiny_config, finished_run):
-    first = folder_of(finished_run()).record()
-    assert set(first.scores) == {"validation"}
-    second = run.main(tiny_config("score.splits=[validation,test]"))
-    assert set(second.scores) == {"validation", "test"}
-    assert second.run_id == first.run_id
-    assert replace(second, scores={}) == replace(first, scores={})
-
-
 def test_added_split_equals_one_scored_at_once(finished_run, tmp_path):
     config = finished_run()
     add_scores.add_scores(folder_of(config), ["test"], data_root=None)
@@ -163,61 +147,46 @@ def test_best_checkpoint_can_be_scored(tiny_config):
     assert result.training.scored_step == best
 
 
-def test_another_data_digest_is_an_error_not_a_match(tiny_run, tmp_path):
-    rows = [{"question": f"What is {i}?", "answer": f"{i}\n#### {i}"} for i in range(30)]
+@pytest.fixture
+def gsm8k(tiny_run, tmp_path):
+    """Writes the lines of gsm8k's training file, and composes a run on it."""
     data = tmp_path / "data" / "gsm8k"
     data.mkdir(parents=True)
 
-    def write():
-        (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    def composed(lines, validation=1):
+        (data / "train.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+        more = (f"task.validation_from_train={validation}", f"data_root={tmp_path}/data")
+        return compose_config(tiny_run(*more, task="gsm8k"))
 
-    overrides = tiny_run("task.validation_from_train=8", f"data_root={tmp_path}/data", task="gsm8k")
-    write()
-    run.main(compose_config(overrides))
-    rows[3]["question"] = "What was changed?"
-    write()
+    return composed
+
+
+def row(question: object, answer: int) -> bytes:
+    return json.dumps({"question": f"What is {question}?", "answer": f"#### {answer}"}).encode()
+
+
+def test_another_data_digest_is_an_error_not_a_match(gsm8k):
+    rows = [row(i, i) for i in range(30)]
+    run.main(gsm8k(rows, validation=8))
     with pytest.raises(UserError, match=r"finished on other (train|validation) data.*force=true"):
-        run.main(compose_config(overrides))
-
-
-def test_a_validation_prompt_that_is_trained_on_stops_before_anything_is_written(tiny_run, tmp_path):
-    data = tmp_path / "data" / "gsm8k"
-    data.mkdir(parents=True)
-    # Two questions, each twice: whichever row is taken for validation, its prompt is also that of a training row.
-    rows = [{"question": f"What is {i % 2}?", "answer": f"{i % 2}\n#### {i % 2}"} for i in range(4)]
-    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = tiny_run("task.validation_from_train=1", f"data_root={tmp_path}/data", task="gsm8k")
-    with pytest.raises(UserError, match=r"task: 1 validation rows are also training rows \(such as id "):
-        run.main(compose_config(overrides))
-    assert not (tmp_path / "outputs").exists()
+        run.main(gsm8k([*rows[:-1], row("changed", 0)], validation=8))
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("third", "says"),
     [
-        ('{"question": "q"}', r"train.jsonl:3: the field 'answer' is missing"),
-        ('{"question": 3, "answer": "#### 3"}', r"train.jsonl:3: the field 'question' must be str"),
-        ('{"question": "q", "answer": "none"}', r"train.jsonl:3: .*#### number"),
-        ('{"question": "q"', r"train.jsonl:3: is not valid JSON"),
-        ("[1]", r"train.jsonl:3: must be a JSON object"),
+        # Two questions, each twice: whichever row is taken for validation, its prompt is also that of a training row.
+        (row(1, 1), r"task: 1 validation rows are also training rows \(such as id "),
+        (b'{"question": "q"}', r"train.jsonl:3: the field 'answer' is missing"),
+        (b'{"question": "q", "answer": "none"}', r"train.jsonl:3: .*#### number"),
+        (b'{"question": "q"', r"train.jsonl:3: is not valid JSON"),
         (b'{"question": "\xff"}', r"train.jsonl:3: is not UTF-8"),
     ],
 )
-def test_a_broken_row_stops_before_anything_is_written(tiny_run, tmp_path, line, says):
-    data = tmp_path / "data" / "gsm8k"
-    data.mkdir(parents=True)
-    good = b'{"question": "q %d", "answer": "#### %d"}\n'
-    line = line if isinstance(line, bytes) else line.encode()
-    (data / "train.jsonl").write_bytes(b"".join(good % (i, i) for i in (1, 2)) + line + b"\n" + good % (3, 3))
-    overrides = tiny_run("task.validation_from_train=1", f"data_root={tmp_path}/data", task="gsm8k")
+def test_a_wrong_row_stops_before_anything_is_written(gsm8k, tmp_path, third, says):
     with pytest.raises(UserError, match=says):
-        run.main(compose_config(overrides))
+        run.main(gsm8k([row(1, 1), row(2, 2), third, row(2, 2)]))
     assert not (tmp_path / "outputs").exists()
-
-
-def test_missing_data_says_the_three_ways(tiny_run, tmp_path):
-    with pytest.raises(UserError, match=r"no such file.*hub.*data_root=.*TIEDLORA_DATA"):
-        run.main(compose_config(tiny_run(f"data_root={tmp_path}", task="gsm8k")))
 
 
 def test_failure_leaves_its_traceback_and_mended_it_goes_on(tiny_config, monkeypatch):
@@ -234,16 +203,6 @@ def test_failure_leaves_its_traceback_and_mended_it_goes_on(tiny_config, monkeyp
     run.main(tiny_config())
     assert folder.state() == "done"
     assert not folder.error_file.exists()
-
-
-def test_shuffled_targets_keep_prompts_and_move_every_target(tiny_config):
-    from tiedlora.tasks import load_examples, load_task
-
-    plain = load_examples(load_task(tiny_config().task), "train", None)
-    mixed = load_examples(load_task(tiny_config("task.shuffle_targets=true").task), "train", None)
-    assert [e.prompt for e in plain] == [e.prompt for e in mixed]
-    assert sorted(e.target for e in plain) == sorted(e.target for e in mixed)
-    assert sum(a.target == b.target for a, b in zip(plain, mixed, strict=True)) == 0
 
 
 class TestCommand:
@@ -287,13 +246,6 @@ class TestCommand:
         assert [row.step for row in read_validation_losses(folder.validation_losses_file)] == [0, 200]
         assert folder.validation_losses_file.read_bytes() == folder_of(whole).validation_losses_file.read_bytes()
 
-    def test_score_script_adds_a_split(self, finished_run, script):
-        config = finished_run()
-        code, out, err = script("scripts/score.py", folder_of(config).path, "--split", "test")
-        assert code == 0, err
-        assert "test:" in out
-        assert set(folder_of(config).record().scores) == {"validation", "test"}
-
     def test_params_script_reproduces_the_papers_column(self, script):
         code, out, err = script("scripts/params.py")
         assert code == 0, err
@@ -316,22 +268,11 @@ def test_a_run_is_not_scored_with_another_chat_template(tiny_config, tmp_path, m
         add_scores.add_scores(folder_of(config), ["test"], None, config, None)
 
 
-class TestWandb:
-    @pytest.mark.slow
-    def test_an_offline_run_is_readable_with_configuration_and_summary(self, tiny_run, tmp_path):
-        ended = Command(*tiny_run("tracking=wandb"), WANDB_MODE="offline").ended()
-        assert ended.code == 0, ended.err
-        config = compose_config(tiny_run())
-        folder = folder_of(config)
-        (offline,) = (folder.path / "wandb").glob("offline-run-*")
-        leet = processes.run_python("-m", "wandb", "leet", "inspect", "--summary", "--json", offline)
-        assert leet.returncode == 0, leet.stderr
-        assert "exact_match_strict" in leet.stdout
-        assert "trainable_params" in leet.stdout
-        assert '"TABuv"' in leet.stdout
-
-
-def test_a_line_cut_by_a_kill_is_passed_over(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra')
-    assert [row.step for row in read_metrics(path)] == [1]
+@pytest.mark.slow
+def test_an_offline_run_of_wandb_is_readable_with_configuration_and_summary(tiny_run, tiny_config):
+    ended = Command(*tiny_run("tracking=wandb"), WANDB_MODE="offline").ended()
+    assert ended.code == 0, ended.err
+    (offline,) = (folder_of(tiny_config()).path / "wandb").glob("offline-run-*")
+    leet = processes.run_python("-m", "wandb", "leet", "inspect", "--summary", "--json", offline)
+    assert leet.returncode == 0, leet.stderr
+    assert all(text in leet.stdout for text in ("exact_match_strict", "trainable_params", '"TABuv"'))

@@ -5,14 +5,13 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import processes
 from helpers.commands import wait_until
+from helpers.tiny import folder_of
 
-from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import STOP_MESSAGE, StoppedEarly, exit_codes
 from tiedlora.models.device import processor_name
@@ -30,7 +29,7 @@ def test_a_ctrl_c_that_also_ends_the_reader_of_the_output_saves_a_checkpoint(tin
     """As in `python train.py ... 2>&1 | tee log`, where tee dies of the same Ctrl-C."""
     long = ["train.steps=100000", "train.checkpoint_every=100000", "train.validate_every=0", "train.log_every=1"]
     config = tiny_config(*long)
-    folder = RunFolder(Path(config.outputs) / run_id(config))
+    folder = folder_of(config)
     command = [sys.executable, "train.py", *words, *tiny_run(*long)]
     with processes.started(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as started:
         wait_until(lambda: len(read_metrics(folder.metrics_file)) >= 3)
@@ -95,7 +94,7 @@ def test_a_signal_during_the_last_validation_stops_before_the_scoring(tiny_confi
     """Slurm waits for two minutes only, and the scoring may take longer."""
     finish(tiny_config(f"outputs={tmp_path}/plain"))
     config = tiny_config()
-    folder, validate = RunFolder(Path(config.outputs) / run_id(config)), Trainer._validate
+    folder, validate = folder_of(config), Trainer._validate
 
     def signalled(training):
         if training.state.step == config.train.steps:
@@ -128,7 +127,7 @@ def test_the_record_says_where_a_continued_run_was_before(tiny_config, monkeypat
     with pytest.raises(StoppedEarly):
         run.main(config)
     monkeypatch.undo()
-    step, now = RunFolder(Path(config.outputs) / run_id(config)).checkpoint_step(), CodeVersion("b" * 40, dirty=False)
+    step, now = folder_of(config).checkpoint_step(), CodeVersion("b" * 40, dirty=False)
     before, after = trainer.code_version(), replace(trainer.execution_on(torch.device("cpu")), processor="Another")
     monkeypatch.setattr(trainer, "code_version", lambda: now)
     monkeypatch.setattr(trainer, "execution_on", lambda *_: after)

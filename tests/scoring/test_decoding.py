@@ -1,4 +1,4 @@
-"""Likelihoods and generation: batching, padding and the cache change no result."""
+"""Answers and likelihoods: batches, padding, the cache and the shortcuts of decoding change no result."""
 
 import importlib.util
 import json
@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import TINY, tiny
+from helpers.tiny import TINY, randomise, tiny
+from tokenizers import Tokenizer, decoders, models
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
+from tiedlora.adapter import TiedAdapter, attach
 from tiedlora.config import compose as configuration
 from tiedlora.config.project import PROJECT
 from tiedlora.data.encoding import Encoder
 from tiedlora.models.base_model import load_base
-from tiedlora.scoring.decoding import AnswerEnds, generate
+from tiedlora.scoring import decoding, split
+from tiedlora.scoring.decoding import MIN_STOP_SEARCH_TOKENS, AnswerEnds, Output, generate
 from tiedlora.scoring.likelihoods import choice_log_likelihoods
 from tiedlora.scoring.predict import predict
 from tiedlora.tasks import load_examples, load_task
@@ -34,8 +38,8 @@ def test_choices_have_the_likelihoods_of_whole_sequences(name, batch_size):
     def text(length):
         return [draw.randrange(256) for _ in range(length)]
 
-    prompts = [text(n) for n in (3, 20, 9, 1)]
-    choices = [[text(1), text(7)], [text(n) for n in (2, 4, 1, 6)], [text(1)], [text(3), text(3)]]
+    prompts = [text(n) for n in (3, 20, 9, 1, 4)]
+    choices = [[text(n) for n in lengths] for lengths in ((1, 7), (2, 4, 1, 6), (1,), (3, 3), (0, 2, 1))]
     finished = []
     with torch.inference_mode():
         expected = [[alone(model, p, c) for c in texts] for p, texts in zip(prompts, choices, strict=True)]
@@ -43,20 +47,12 @@ def test_choices_have_the_likelihoods_of_whole_sequences(name, batch_size):
     for ours, theirs in zip(batched, expected, strict=True):
         # Log-probabilities are computed in float32.
         assert ours == pytest.approx(theirs, abs=1e-4)
-    assert sum(finished) == 4
+    assert sum(finished) == 5
 
 
-def test_only_one_token_choices_need_no_second_pass():
-    model = tiny("tiny_llama").model
-    with torch.inference_mode():
-        expected = [alone(model, [1, 2, 3], [token]) for token in (5, 6)]
-    (scores,) = choice_log_likelihoods(model, [[1, 2, 3]], [[[5], [6]]], batch_size=8)
-    assert scores == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize("texts", [[[], [6, 7], [5]], [[], [5]], [[], []]])
-def test_an_empty_choice_has_the_likelihood_of_nothing(texts):
-    """Such as an ending that is only a mark, where the chat template removes blanks."""
+@pytest.mark.parametrize("texts", [[[5], [6]], [[], [5]], [[], []]])
+def test_choices_of_one_token_need_no_second_pass_and_an_empty_one_is_certain(texts):
+    """An ending may be empty: it may be only a mark, where the chat template removes blanks."""
     model = tiny("tiny_llama").model
     with torch.inference_mode():
         expected = [alone(model, [1, 2, 3], text) for text in texts]
@@ -82,27 +78,161 @@ def test_generation_stops_at_the_end_of_the_answer(batch_size):
     assert ended[1].ended == "end"
 
 
-def output_of(text, stop):
-    """The output of a model that writes `text`, with one token for each byte."""
-    tokenizer = tiny("tiny_llama").tokenizer
-    written, ends = [], AnswerEnds(tokenizer, stop, 100)
-    for token in tokenizer(text).input_ids:
-        written.append(token)
-        if output := ends.output(written):
-            return output
-    return None
+def adapted(name, dtype):
+    base = tiny(name, "float32")
+    attached = attach(base.model, "TABuv", 4)
+    base.model.to(dtype)
+    attached.adapter.to(torch.promote_types(dtype, torch.float32))
+    randomise(attached.adapter, scale=0.2)
+    return base, attached
 
 
-def test_an_answer_may_begin_on_a_new_line():
-    output = output_of("\n\n yes, it is\nQuestion", ["\n"])
-    assert (output.text, output.ended) == ("\n\n yes, it is", "stop")
+def prompts_of(base):
+    return [
+        base.tokenizer(text).input_ids for text in ("12 + 30 = what is it", "a", "some longer text", "xyz", "b" * 9)
+    ]
 
 
-def test_a_stop_string_may_have_many_tokens():
-    stop = "the end of this answer, äöü"
-    output = output_of(f"yes. {stop} and more", [stop, "\n"])
-    assert (output.text, output.ended) == ("yes. ", "stop")
-    assert output.tokens == len(f"yes. {stop}".encode())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TINY)
+def test_one_allocation_gives_the_bits_of_transformers_cache(name, dtype, monkeypatch):
+    base, _ = adapted(name, dtype)
+    prompts, compute, keep = prompts_of(base), decoding.hidden_states, decoding.keep_rows
+    places, kept, states = [], [], []
+
+    def watched(model, ids, mask, positions, cache):
+        states.append(compute(model, ids, mask, positions, cache))
+        places.append([buffer.data_ptr() for layer in cache.layers for buffer in getattr(layer, "buffers", [])])
+        return states[-1]
+
+    monkeypatch.setattr(decoding, "hidden_states", watched)
+    monkeypatch.setattr(decoding, "keep_rows", lambda cache, rows: kept.append(len(states)) or keep(cache, rows))
+    settings = {"max_new_tokens": 8, "batch_size": 5}
+    free = [output.text[:6] for output in generate(base.model, base.tokenizer, prompts, **settings)]
+    # A letter that some answers have early, and not all.
+    letters = sorted({letter for text in free for letter in text if letter.isascii() and not letter.isspace()})
+    settings["stop"] = [next(letter for letter in letters if 0 < sum(letter in text for text in free) < len(free))]
+    states.clear()
+    places.clear()
+    ours = generate(base.model, base.tokenizer, prompts, **settings)
+    (first, *_) = kept
+    assert places[0] == places[first - 1] != places[first], "only a smaller batch is copied"
+    found = states.copy()
+    states.clear()
+    monkeypatch.setattr(decoding, "new_cache", lambda model, _: DynamicCache(config=model.config))
+    assert generate(base.model, base.tokenizer, prompts, **settings) == ours
+    assert all(torch.equal(one, other) for one, other in zip(found, states, strict=True))
+
+
+def test_factors_are_folded_once_while_scoring_and_again_afterwards(tiny_config, monkeypatch):
+    base, attached = adapted("tiny_llama", torch.bfloat16)
+    config, folds, plain = tiny_config("train.dtype=bfloat16"), [], TiedAdapter.pairs
+    monkeypatch.setattr(TiedAdapter, "pairs", lambda self, *arguments: folds.append(1) or plain(self, *arguments))
+
+    def answers():
+        return generate(base.model, base.tokenizer, prompts_of(base), max_new_tokens=6, batch_size=2)
+
+    expected = answers()
+    assert len(folds) == 18, "three batches of six steps"
+    with split.merged_for_scoring(attached, config):
+        assert answers() == expected
+    assert len(folds) == 19
+    randomise(attached.adapter, seed=2, scale=2.0)
+    with split.merged_for_scoring(attached, config):
+        assert answers() != expected
+
+
+def metaspace_tokenizer():
+    """As Llama 2's: a blank at the start of a text is lost, and characters outside of the vocabulary are bytes."""
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "▁a", "▁Quest", "ion", ":", "▁:", "x", "▁.", ".", "▁yes", "Answer:", "▁▁", "y", "\n\n", "a\nb"]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def by_decoding_everything(tokenizer, written, stop, limit):
+    """The definition: every text is decoded at every token."""
+    if written[-1] == tokenizer.eos_token_id:
+        return Output(tokenizer.decode(written[:-1], skip_special_tokens=True), len(written), "end")
+    text = tokenizer.decode(written, skip_special_tokens=True)
+    first = len(text) - len(text.lstrip())
+    stops = [index for string in stop if (index := text.find(string, first)) >= 0]
+    if stops:
+        return Output(text[: min(stops)], len(written), "stop")
+    return Output(text, len(written), "length") if len(written) == limit else None
+
+
+def pieces_of(tokenizer, text, draw):
+    """The text as tokens, divided at random."""
+    pieces = {piece.replace("▁", " "): token for piece, token in tokenizer.get_vocab().items()}
+    ids, place = [], 0
+    while place < len(text):
+        fitting = [piece for piece in pieces if text.startswith(piece, place) and not piece.startswith("<")]
+        if fitting and draw.random() < 0.7:
+            piece = draw.choice(fitting)
+            ids.append(pieces[piece])
+            place += len(piece)
+        else:
+            ids += [pieces[f"<0x{byte:02X}>"] for byte in text[place].encode()]
+            place += 1
+    return ids
+
+
+def test_a_tail_that_begins_within_a_character_hides_no_stop_string():
+    """A run of bytes that is no text decodes to no text at all, also where a stop string follows in it."""
+    tokenizer = metaspace_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    written = [vocabulary[f"<0x{byte:02X}>"] for byte in "aééQuestion:".encode()]
+    ends = AnswerEnds(tokenizer, ["Question:"], 100)
+    assert len(written) > ends.tail_tokens
+    assert ends.output(written) == Output("aéé", len(written), "stop")
+
+
+@pytest.mark.parametrize("stop", [["\n"], ["Question:"], ["é"], [" ."], ["a\nb", "the end of this: Answer:"], []])
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+def test_ends_are_those_of_decoding_every_answer_at_every_token(kind, stop):
+    tokenizer = tiny("tiny_llama").tokenizer if kind == "bytes" else metaspace_tokenizer()
+    draw, ended = random.Random(0), set()
+    for _ in range(100):
+        words = draw.choices([" ", "\n", "a", "x y", " yes", "é", ":", ".", "Quest", "ion", *stop, *stop], k=8)
+        text = "".join(words)
+        written = tokenizer(text).input_ids if kind == "bytes" else pieces_of(tokenizer, text, draw)
+        if draw.random() < 0.2:
+            written.insert(draw.randrange(len(written)), tokenizer.eos_token_id)
+        limit = len(written)
+        ends = AnswerEnds(tokenizer, stop, limit)
+        for count in range(1, limit + 1):
+            expected = by_decoding_everything(tokenizer, written[:count], stop, limit)
+            assert ends.output(written[:count]) == expected, (stop, written)
+            if expected:
+                break
+        ended.add(expected.ended)
+    assert ended == ({"end", "stop", "length"} if stop else {"end", "length"})
+
+
+def test_most_tokens_are_decoded_once_in_all():
+    tokenizer, decoded = tiny("tiny_llama").tokenizer, []
+
+    class Counting:
+        eos_token_id = tokenizer.eos_token_id
+
+        def decode(self, ids, **settings):
+            decoded.append(len(ids))
+            return tokenizer.decode(ids, **settings)
+
+    ends = AnswerEnds(Counting(), ["Question:"], 1000)
+    text = "a long answer without any end " * 8
+    for answer in range(5):
+        written = []
+        for token in tokenizer(text).input_ids:
+            written.append(token)
+            assert ends.output(written) is None
+        assert decoded == [1] * len(set(text)), answer
+    assert max(decoded) < MIN_STOP_SEARCH_TOKENS
 
 
 def test_hellaswag_is_lm_evaluation_harness(tmp_path):

@@ -15,7 +15,6 @@ from tiedlora.records.loss_metrics import LARGEST_LOSS, LOSS_METRICS, TARGET_LOS
 from tiedlora.records.rows import NOT_GENERATED, PredictionRow
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import SplitScores
-from tiedlora.scoring import split as scoring
 from tiedlora.scoring.passes import Passes, missing_passes, wanted_passes
 from tiedlora.scoring.predict import loss_batches, predict_losses
 from tiedlora.scoring.split import Scorer
@@ -62,10 +61,6 @@ def test_of_several_references_the_loss_takes_the_target_of_training():
     example = Example("0", "Passage: Rome is old.\nQuestion: What?\nAnswer:", " Rome", ("Rome", "old Rome"))
     (row,) = predict_losses(base.model, encoder, [example], config, "test")
     assert row.scores[TARGET_LOSS] == pytest.approx(transformers_loss(base, example.prompt, " Rome")[0], rel=1e-5)
-    endings = (" one.", " two three.", " four.", " five.")
-    example = Example("0", "Cooking: He", endings[1], ("1",), endings)
-    (row,) = predict_losses(base.model, encoder, [example], config, "test")
-    assert row.scores[TARGET_LOSS] == pytest.approx(transformers_loss(base, example.prompt, endings[1])[0], rel=1e-5)
 
 
 def test_a_target_that_does_not_fit_loses_its_end_and_is_counted(tmp_path):
@@ -89,21 +84,6 @@ def test_rows_without_a_target_have_no_loss(tmp_path):
     assert set(scores.metrics) == set(task.metrics)
     with pytest.raises(UserError, match="row 1 has no target"):
         scorer.score_split("test", examples, RunFolder(tmp_path / "run"), wanted_passes([TARGET_LOSS], task))
-
-
-def test_the_base_models_losses_have_a_cache_of_their_own(tmp_path, monkeypatch):
-    base, encoder, task, config = setup(f"outputs={tmp_path}")
-    scorer = Scorer(attach(base.model, "TABuv"), encoder, task, config, base.record)
-    answers = scorer.cached_base("test", EXAMPLES, losses=False)
-    (cached,) = (tmp_path / "base").glob("*.jsonl")
-    monkeypatch.setattr(scoring, "predict", lambda *_: pytest.fail("asked again"))
-    losses = scorer.cached_base("test", EXAMPLES, losses=True)
-    assert scorer.cached_base("test", EXAMPLES, losses=False) == answers
-    monkeypatch.setattr(scoring, "predict_losses", lambda *_: pytest.fail("computed again"))
-    assert scorer.cached_base("test", EXAMPLES, losses=True) == losses
-    assert cached in (tmp_path / "base").glob("*.jsonl")
-    with pytest.raises(pytest.fail.Exception):
-        scorer.cached_base("test", [replace(EXAMPLES[0], target=" other"), *EXAMPLES[1:]], losses=True)
 
 
 def rows_with(losses):
@@ -150,11 +130,9 @@ class TestPasses:
             # A run of an earlier version has no losses, and is finished.
             (None, OWN, False, False),
             (None, LOSSES, True, False),
-            ([TARGET_LOSS], None, False, True),
             ([TARGET_LOSS], OWN, False, True),
             ([TARGET_LOSS], LOSSES, False, False),
             ([TARGET_LOSS_BY_TOKEN, "f1"], None, True, True),
-            (["f1"], None, True, False),
             (["f1"], LOSSES, True, False),
             ([TARGET_LOSS, "f1"], BOTH, False, False),
         ],
@@ -168,7 +146,6 @@ class TestPasses:
         ("metrics", "says"),
         [
             (["target_los"], r"score.metrics=target_los: .*exact_match, f1, target_loss.*did you mean target_loss"),
-            (["bleu"], r"no such metric of task=squad"),
             ([], r"names no metric"),
         ],
     )

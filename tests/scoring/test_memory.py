@@ -4,22 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import randomise, tiny
+from helpers.tiny import folder_of, randomise, tiny
 
 from tiedlora.adapter import attach
-from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.page import write
-from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, verify
 from tiedlora.scoring import decoding
 from tiedlora.scoring.split import merged_for_scoring
 
 PREDICTIONS = ("predictions/validation.jsonl", "predictions/validation.base.jsonl")
-
-
-def folder_of(config) -> RunFolder:
-    return RunFolder(Path(config.outputs) / run_id(config))
 
 
 def too_small(monkeypatch, rows):

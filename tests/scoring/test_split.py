@@ -83,14 +83,6 @@ def test_nothing_that_is_scored_is_left_out():
     assert len(predict(base.model, encoder, task, examples[:1], config, "test")) == 1
 
 
-def test_an_ending_that_does_not_fit_stops_the_run():
-    base, encoder, task, config = setup("task=hellaswag", "task.max_new_tokens=8", context=40)
-    choices = (" a", " b", " c", " " + "d" * 40)
-    example = Example("a", "Cooking: He", " a", ("0",), choices)
-    with pytest.raises(UserError, match="row a has a prompt"):
-        predict(base.model, encoder, task, [example], config, "test")
-
-
 def test_a_shortened_prompt_is_scored_marked_and_shown():
     base, encoder, task, config = setup("task=dialogsum", "task.max_new_tokens=8", context=120)
     dialogue = " ".join(f"word{i}" for i in range(60))
@@ -103,26 +95,30 @@ def test_a_shortened_prompt_is_scored_marked_and_shown():
     assert prediction.references == [" many words"]
 
 
-def test_the_base_model_is_scored_once_for_a_protocol(tmp_path, monkeypatch):
+@pytest.mark.parametrize("losses", [False, True])
+def test_the_base_model_is_scored_once_for_a_protocol(tmp_path, monkeypatch, losses):
     base, encoder, task, config = setup("task=squad", "task.max_new_tokens=4", f"outputs={tmp_path}")
     row = {"context": "Rome is old.", "question": "What is old?", "answers": {"text": ["Rome"], "answer_start": [0]}}
     examples = [task.example(DataRow("here", row), "0")]
     scorer = Scorer(attach(base.model, "TABuv"), encoder, task, config, base.record)
-    first = scorer.cached_base("test", examples, losses=False)
-    monkeypatch.setattr(scoring, "predict", lambda *_: pytest.fail("scored again"))
-    assert scorer.cached_base("test", examples, losses=False) == first
+    # Answers and losses have files of their own.
+    scorer.cached_base("test", examples, not losses)
+    first = scorer.cached_base("test", examples, losses)
+    assert len(list((tmp_path / "base").glob("*.jsonl"))) == 2
+    for name in ("predict", "predict_losses"):
+        monkeypatch.setattr(scoring, name, lambda *_: pytest.fail("scored again"))
+    assert scorer.cached_base("test", examples, losses) == first
     # Another adapter does not matter; another model, other rows or another protocol does.
-    assert (
-        replace(scorer, attached=attach(tiny("tiny_llama").model, "Tuv")).cached_base("test", examples, losses=False)
-        == first
-    )
+    other = replace(scorer, attached=attach(tiny("tiny_llama").model, "Tuv"))
+    assert other.cached_base("test", examples, losses) == first
     with pytest.raises(pytest.fail.Exception):
-        replace(scorer, base=replace(base.record, digest="other")).cached_base("test", examples, losses=False)
-    with pytest.raises(pytest.fail.Exception):
-        scorer.cached_base("test", [replace(examples[0], prompt="Other?")], losses=False)
+        replace(scorer, base=replace(base.record, digest="other")).cached_base("test", examples, losses)
+    for changed in (replace(examples[0], prompt="Other?"), replace(examples[0], target=" other")):
+        with pytest.raises(pytest.fail.Exception):
+            scorer.cached_base("test", [changed], losses)
     config.task.stop = ["."]
     with pytest.raises(pytest.fail.Exception):
-        scorer.cached_base("test", examples, losses=False)
+        scorer.cached_base("test", examples, losses)
 
 
 def test_points_on_screen_are_fractions_in_the_record():

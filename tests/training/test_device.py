@@ -6,12 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import processes
-from helpers.tiny import TINY, tying_option
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from helpers.tiny import TINY
 
-from tiedlora.adapter import TiedAdapter
-from tiedlora.adapter.architectures import FAMILIES
 from tiedlora.adapter.arms import groups_by_part
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
@@ -22,7 +18,6 @@ from tiedlora.training import checkpoint, device
 from tiedlora.training.checkpoint import RunInputs
 from tiedlora.training.loop import TrainState
 from tiedlora.training.optimizer import build_optimizer
-from tiedlora.tying import Architecture
 
 TRAIN = TrainConfig(lr=1e-2, betas=[0.8, 0.99])
 
@@ -49,30 +44,6 @@ def test_a_restored_fused_optimizer_has_its_whole_state_on_the_device(tmp_path):
         assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
         assert {value.device.type for value in state.values()} == {"meta"}
     assert [group["lr_factor"] for group in fused.param_groups] == [1.0] * 3
-
-
-class OnlyOn(TorchDispatchMode):
-    """Refuses an operation that takes a tensor of another device than `device`."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device = device
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for value in tree_leaves((args, kwargs or {})):
-            if isinstance(value, torch.Tensor):
-                assert value.device.type == self.device, f"{func} takes a tensor on {value.device}"
-        return func(*args, **(kwargs or {}))
-
-
-def test_folding_copies_nothing_to_the_device_in_any_family():
-    for family in FAMILIES:
-        architecture = Architecture(family, 2, 8, 2, 2, 4, 16, 32)
-        for option in ("TABuv", "LoRA"):
-            adapter = TiedAdapter(tying_option(option), 2, 2, architecture, 0).to("meta")
-            adapter.pairs()  # The sites are found once.
-            with OnlyOn("meta"):
-                adapter.pairs(0.5, torch.bfloat16)
 
 
 @pytest.mark.slow

@@ -1,34 +1,51 @@
-"""Several processes give the loss curve and the adapter of one process, with each row once; sharding is refused."""
+"""Several processes train, validate, score, stop and resume as one process does, also if they share the base model."""
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import processes
 from helpers.forks import forked_world
-from helpers.tiny import tiny
+from helpers.tiny import folder_of, tiny
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from tiedlora.adapter import attach
-from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
+from tiedlora.data.batching import collate, empty_batch
+from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
+from tiedlora.runs.trainer import Trainer
 from tiedlora.scoring import split
 from tiedlora.scoring.split import score_in_shares
 from tiedlora.training import checkpoint, distributed
 from tiedlora.training.distributed import World
+from tiedlora.training.loss import target_loss
 from tiedlora.training.signals import StopSignal
 
 STEPS = 20
+UNEVEN = [
+    # Steps of 3, 3 and 1 rows: the second process has fewer passes than the first, and in each third step none.
+    "task.options.rows={train: 7, validation: 12, test: 12}",
+    *("train.steps=5", "train.batch_size=3", "train.microbatch_size=1", "train.warmup_steps=1"),
+    # Three batches of answers for two processes, which end after different numbers of tokens.
+    *("score.batch_size=5", "train.compile=never"),
+]
 
 
-def folder_of(config):
-    return RunFolder(Path(config.outputs) / run_id(config))
+def losses(folder):
+    return [row.values["train/loss"] for row in read_metrics(folder.metrics_file) if "train/loss" in row.values]
+
+
+def in_world(act, codes=(0, 0)):
+    """What two processes say, which must end with these codes."""
+    ended = forked_world(act)
+    assert [code for code, _ in ended] == list(codes), ended
+    return ended
 
 
 @pytest.mark.slow
@@ -48,15 +65,10 @@ def test_two_processes_are_one(tiny_config, tiny_run, tmp_path):
     assert together.run_id == alone.run_id, "the number of processes is no part of the identity"
     assert "2 processes" in str(together.execution)
     assert together.training.target_tokens == alone.training.target_tokens
-    one, two = (
-        [row for row in read_metrics(path / "metrics.jsonl") if "train/loss" in row.values]
-        for path in (tmp_path / "outputs" / alone.run_id, folder.path)
-    )
-    assert len(one) == len(two) == STEPS
-    for ours, theirs in zip(one, two, strict=True):
-        assert abs(ours.values["train/loss"] - theirs.values["train/loss"]) <= 1e-5
-        assert ours.values["train/tokens"] == theirs.values["train/tokens"]
-    assert one[1].values["train/loss"] < one[0].values["train/loss"] - 0.01, "it trained"
+    one, two = losses(RunFolder(tmp_path / "outputs" / alone.run_id)), losses(folder)
+    assert len(one) == STEPS
+    assert two == pytest.approx(one, abs=1e-5)
+    assert one[1] < one[0] - 0.01, "it trained"
     first = load_file(tmp_path / "outputs" / alone.run_id / "adapter" / "adapter.safetensors")
     second = load_file(folder.adapter / "adapter.safetensors")
     for name, values in first.items():
@@ -77,13 +89,11 @@ class TestResume:
         votes = []
         with monkeypatch.context() as patch:
             patch.setattr(StopSignal, "requested", lambda self: votes.append(1) or len(votes) >= 3)
-            ended = forked_world(lambda rank: run.main(config))
-        assert [code for code, _ in ended] == [75, 75], ended
+            in_world(lambda rank: run.main(config), [75, 75])
         return config
 
     def test_the_best_step_is_scored_also_if_it_was_before_the_stop(self, stopped):
-        ended = forked_world(lambda rank: run.main(stopped))
-        assert [code for code, _ in ended] == [0, 0], ended
+        ended = in_world(lambda rank: run.main(stopped))
         assert "continuing from step 3" in ended[0][1]
         record = folder_of(stopped).finished_record()
         assert (record.training.scored_step, record.training.steps) == (0, 6)
@@ -115,8 +125,7 @@ def test_every_process_validates_and_scores_its_share(tiny_config, tmp_path, mon
         return predict(model, encoder, task, examples, *more)
 
     monkeypatch.setattr(split, "predict", noted)
-    ended = forked_world(lambda rank: run.main(config))
-    assert [code for code, _ in ended] == [0, 0], ended
+    in_world(lambda rank: run.main(config))
     lines = asked.read_text().splitlines()
     assert sorted(int(line.split()[1]) for line in lines) == [2, 2, 5, 5, 5, 5], "base and adapted model"
     assert len({line.split()[0] for line in lines}) == 2
@@ -146,8 +155,7 @@ def test_memory_that_runs_out_in_one_process_is_known_in_all(tiny_config, monkey
             told.append(rank)
         assert told == [rank]
 
-    ended = forked_world(score)
-    assert [code for code, _ in ended] == [0, 0], ended
+    in_world(score)
 
 
 def test_each_row_is_in_one_share():
@@ -170,3 +178,102 @@ def test_a_sharded_model_is_refused():
     with pytest.raises(UserError, match=r"sharded.*torchrun"):
         attach(FullyShardedDataParallel(), "TABuv")
     assert attach(tiny("tiny_llama").model, "TABuv").active
+
+
+class TestShard:
+    """train.shard"""
+
+    @pytest.fixture
+    def alone(self, finished_run):
+        """The folder of one process's run."""
+        return folder_of(finished_run(*UNEVEN))
+
+    @pytest.fixture
+    def shared(self, tiny_config, tmp_path):
+        def build(*more):
+            return tiny_config(*UNEVEN, "train.shard=true", f"outputs={tmp_path}/shared", *more)
+
+        return build
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("more", [[], ["train.recompute_activations=true"]])
+    def test_two_processes_that_share_the_model_are_one(self, alone, shared, more, monkeypatch):
+        config = shared(*more)
+        calls = iter(range(100))
+        with monkeypatch.context() as patch:
+            patch.setattr(StopSignal, "requested", lambda _: next(calls) == 1)
+            in_world(lambda rank: run.main(config), [75, 75])
+        ended = in_world(lambda rank: run.main(config))
+        assert "continuing from step 2" in ended[0][1]
+        folder = folder_of(config)
+        assert folder.path.name == alone.path.name, "sharding is no part of the identity"
+        one, two = losses(alone), losses(folder)
+        assert two == pytest.approx(one, abs=1e-5)
+        assert abs(one[-1] - one[0]) > 1e-3, "it trained"
+        first, second = (load_file(place.adapter / "adapter.safetensors") for place in (alone, folder))
+        for name, values in first.items():
+            assert (values - second[name]).abs().max() <= 1e-5 * values.abs().max()
+        validations = (read_validation_losses(place.validation_losses_file) for place in (folder, alone))
+        for ours, theirs in zip(*validations, strict=True):
+            assert ours.losses == pytest.approx(theirs.losses, abs=1e-5)
+        for kind in ("validation", "validation.base"):
+            ours, theirs = (read_predictions(place.predictions_file(kind)) for place in (folder, alone))
+            assert [row.id for row in ours] == [row.id for row in theirs]
+            assert [row.output for row in ours] == [row.output for row in theirs]
+
+    @pytest.mark.slow
+    def test_each_process_holds_half_of_every_block_and_all_of_the_adapter(self, shared):
+        config = shared()
+
+        def held(rank):
+            with distributed.join_world(cuda=False) as world:
+                loaded = Trainer(config, world)
+                for name, parameter in loaded.arm.model.named_parameters():
+                    inside = name.startswith("model.layers.")
+                    assert isinstance(parameter, DTensor) is inside, name
+                    if inside:
+                        assert parameter.to_local().numel() == parameter.numel() / 2, name
+                assert "shared by several processes" in loaded.arm.cannot_merge()
+                loaded.release()
+
+        in_world(held)
+
+    def test_an_empty_batch_adds_zeros(self, tiny_config):
+        """A process without rows makes the others' passes with it."""
+        attached = attach(tiny("tiny_llama").model, "TABuv")
+        target_loss(attached.model, collate([Encoded((1, 2, 3), (4, 5))], 256)).backward()
+        parts = attached.adapter.trained_parts().values()
+        before = [part.grad.clone() for part in parts]
+        loss = target_loss(attached.model, empty_batch(256))
+        loss.backward()
+        assert loss.item() == 0.0
+        assert all(torch.equal(part.grad, grad) for part, grad in zip(parts, before, strict=True))
+
+    @pytest.mark.slow
+    def test_memory_that_runs_out_ends_the_run(self, shared, monkeypatch):
+        """The other process is inside the same pass, so this one must not wait for it."""
+        config, target_loss = shared(), trainer.target_loss
+
+        def act(rank):
+            def short(model, batch):
+                if rank == 1:
+                    raise MemoryError
+                return target_loss(model, batch)
+
+            monkeypatch.setattr(trainer, "target_loss", short)
+            run.main(config)
+
+        (other, _), (code, told) = forked_world(act)
+        assert code == 2, told
+        assert "out of memory with 1 rows" in told
+        assert "lower train.microbatch_tokens below" in told
+        assert other not in (0, -14), "neither finished nor waiting"
+
+    def test_one_process_cannot_share(self, shared):
+        with pytest.raises(UserError, match=r"^train.shard=true: needs several processes.*torchrun"):
+            run.main(shared())
+
+    @pytest.mark.parametrize("other", ["model.quantization=nf4", "model.device_map=auto"])
+    def test_what_cannot_be_shared_is_refused(self, tiny_config, other):
+        with pytest.raises(UserError, match=rf"^train.shard=true: cannot be combined with {other}"):
+            tiny_config("train.shard=true", "model.source=hub", other)

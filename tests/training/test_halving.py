@@ -5,11 +5,11 @@ Here a pass above a number of tokens fails as torch's allocator does. tests/dril
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.forks import forked, forked_world
+from helpers.tiny import folder_of
 from safetensors.torch import load_file
 
 from tiedlora.config.identity import run_id
@@ -22,10 +22,6 @@ from tiedlora.training import checkpoint
 
 ADAPTER = "adapter/adapter.safetensors"
 SPARSE = ("train.checkpoint_every=100", "train.validate_every=0")
-
-
-def folder_of(config) -> RunFolder:
-    return RunFolder(Path(config.outputs) / run_id(config))
 
 
 def losses_of(folder: RunFolder) -> dict[int, float]:

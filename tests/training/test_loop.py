@@ -105,13 +105,6 @@ def test_same_seed_same_run_and_zero_is_a_seed():
     )
 
 
-def test_microbatches_change_nothing_but_rounding():
-    whole, _, _ = finish()
-    cut, _, _ = finish(config=replace(CONFIG, microbatch_size=1))
-    for name in whole:
-        assert (whole[name] - cut[name]).abs().max() <= 1e-4 * whole[name].abs().max()
-
-
 @pytest.mark.parametrize("stop_after", [1, 3, 5, 7])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop_after, dropout):
@@ -210,12 +203,6 @@ class TestSkipping:
         assert state.skipped_steps == 2
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
-    def test_the_bound_holds_over_a_resume(self, tmp_path):
-        with pytest.raises(StoppedEarly):
-            spoiled("loss", {2, 5}, folder=tmp_path, stop_after=3, skip_nonfinite=1)
-        with pytest.raises(UserError, match="step 5: "):
-            spoiled("loss", {2, 5}, folder=tmp_path, skip_nonfinite=1)
-
 
 def test_a_non_finite_validation_loss_stops_before_its_checkpoint(tmp_path):
     loop, parts, _ = start(folder=tmp_path)
@@ -229,6 +216,7 @@ def test_a_non_finite_validation_loss_stops_before_its_checkpoint(tmp_path):
 class TestCheckpoints:
     def test_a_damaged_newest_one_is_named_and_the_one_before_used(self, tmp_path, caplog):
         finish(folder=tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000006", "step-00000008"], "the newest are kept"
         newest = tmp_path / "step-00000008" / "tensors.safetensors"
         newest.write_bytes(newest.read_bytes()[:-3])
         loop, parts, _ = start()
@@ -236,10 +224,6 @@ class TestCheckpoints:
         assert state is not None
         assert state.step == 6
         assert "step-00000008" in caplog.text
-
-    def test_only_the_newest_are_kept(self, tmp_path):
-        finish(folder=tmp_path)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000006", "step-00000008"]
 
     def test_a_changed_state_is_damage(self, tmp_path, caplog):
         finish(folder=tmp_path)
@@ -259,7 +243,6 @@ class TestCheckpoints:
         ("key", "before", "after", "says"),
         [
             ("versions", {"torch": "2.1", "numpy": "2"}, {"torch": "2.2", "numpy": "2"}, "{'torch': '2.1'}, now"),
-            ("versions", {}, {"torch": "2.2"}, "{'torch': None}, now {'torch': '2.2'}"),
             ("code", CodeVersion("a", False), CodeVersion("b", False), "commit a, now commit b"),
             ("code", CodeVersion("a", False), CodeVersion("a", True), "commit a, now commit a with uncommitted"),
             ("device", Execution("cpu", 1), Execution("cpu", 2), "cpu, 1 threads, now cpu, 2 threads"),
@@ -275,8 +258,12 @@ class TestCheckpoints:
         (said,) = (record.getMessage() for record in caplog.records)
         assert f"other {key}: {says}" in said
         assert "numpy" not in said
-        with pytest.raises(UserError, match="another base"):
-            checkpoint.restore(tmp_path, parts, loop.optimizer, replace(now, base="2"))
+        for other, says in (
+            (replace(now, base="2"), "another base"),
+            (replace(now, data={"train": "c"}), "another data"),
+        ):
+            with pytest.raises(UserError, match=says):
+                checkpoint.restore(tmp_path, parts, loop.optimizer, other)
 
     def test_the_state_says_how_its_earlier_steps_were_made(self, tmp_path):
         loop, parts, _ = start()
@@ -298,24 +285,6 @@ class TestCheckpoints:
         assert earlier == ContinuedFrom(3, first.code, {"torch": "1"}, epyc)
         assert [part.step for part in continued(third, step=6).continued_from] == [3, 5]
         assert [part.execution for part in continued(third).continued_from] == [epyc, xeon]
-
-    def test_a_checkpoint_that_names_no_processor_continues_without_a_warning(self, tmp_path, caplog):
-        loop, parts, _ = start()
-        checkpoint.save(tmp_path, loop.state, parts, loop.optimizer, INPUTS)
-        assert (
-            checkpoint.restore(tmp_path, parts, loop.optimizer, RunInputs(Execution("cpu", 1, 1, "EPYC"))) is not None
-        )
-        assert not caplog.records
-
-    def test_other_data_is_refused_and_other_versions_are_said(self, tmp_path, caplog):
-        loop, parts, _ = start()
-        loop.state.step = 1
-        inputs = replace(INPUTS, data={"train": "a"}, base="b", versions={"torch": "1"})
-        checkpoint.save(tmp_path, loop.state, parts, loop.optimizer, inputs)
-        with pytest.raises(UserError, match="another data"):
-            checkpoint.restore(tmp_path, parts, loop.optimizer, replace(inputs, data={"train": "c"}))
-        checkpoint.restore(tmp_path, parts, loop.optimizer, replace(inputs, versions={"torch": "2"}))
-        assert "other versions" in caplog.text
 
 
 class TestBatchSampler:

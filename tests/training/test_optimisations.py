@@ -179,33 +179,26 @@ def test_compiled_blocks_share_one_graph_whatever_the_batch_and_change_nothing(n
     assert not base.model.get_input_embeddings()._forward_hooks
 
 
-def test_when_to_compile(monkeypatch):
-    long = compiling.COMPILE_PAYS_FROM_FLOP["cpu"] / 4
-    assert compiling.decide("auto", "cpu", weights=1, tokens=long)
-    assert not compiling.decide("auto", "cpu", weights=1, tokens=0.9 * long)
-    assert not compiling.decide("auto", "cuda", weights=1, tokens=long)
-    assert not compiling.decide("never", "cpu", weights=1, tokens=long)
-    assert compiling.decide("always", "cpu", weights=1, tokens=1)
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert not compiling.decide("auto", "cpu", weights=1, tokens=long)
-    with pytest.raises(UserError, match=r"train\.compile=always: there is no C"):
-        compiling.decide("always", "cpu", weights=1, tokens=1)
-
-
-def test_a_gpu_needs_triton_and_a_c_compiler_to_compile(monkeypatch):
-    long = {"weights": 1, "tokens": compiling.COMPILE_PAYS_FROM_FLOP["cuda"] / 4}
+@pytest.mark.parametrize(("device", "compiler"), [("cpu", "g++"), ("cuda", "gcc")])
+def test_when_to_compile(monkeypatch, device, compiler):
+    """On a CPU torch writes C++; on a GPU Triton compiles a launcher in C."""
+    long = compiling.COMPILE_PAYS_FROM_FLOP[device] / 4
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(compiling, "has_triton", lambda: True)
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == "gcc" else None)
-    assert compiling.decide("auto", "cuda", **long)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if name == compiler else None)
+    assert compiling.decide("auto", device, weights=1, tokens=long)
+    assert not compiling.decide("auto", device, weights=1, tokens=0.9 * long)
+    assert not compiling.decide("never", device, weights=1, tokens=long)
+    assert compiling.decide("always", device, weights=1, tokens=1)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert not compiling.decide("auto", "cuda", **long)
-    with pytest.raises(UserError, match=r"train\.compile=always: there is no C compiler \(gcc or clang\) here"):
-        compiling.decide("always", "cuda", **long)
-    monkeypatch.setenv("CC", "/opt/cc")
-    assert compiling.decide("auto", "cuda", **long)
-    monkeypatch.setattr(compiling, "has_triton", lambda: False)
-    assert not compiling.decide("auto", "cuda", **long)
+    assert not compiling.decide("auto", device, weights=1, tokens=long)
+    with pytest.raises(UserError, match=r"train\.compile=always: there is no C"):
+        compiling.decide("always", device, weights=1, tokens=1)
+    if device == "cuda":
+        monkeypatch.setenv("CC", "/opt/cc")
+        assert compiling.decide("auto", device, weights=1, tokens=long)
+        monkeypatch.setattr(compiling, "has_triton", lambda: False)
+        assert not compiling.decide("auto", device, weights=1, tokens=long)
 
 
 @pytest.mark.parametrize("name", TINY)

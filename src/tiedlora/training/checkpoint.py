@@ -185,7 +185,7 @@ def _compare(saved: RunInputs, now: RunInputs, where: Path) -> bool:
         for name, was, is_now in (
             ("code", saved.code, now.code),
             ("device", was_on.device_and_threads, is_on.device_and_threads),
-            ("processor", was_on.processor or is_on.processor, is_on.processor),
+            ("processor", was_on.processor, is_on.processor),
         )
         if was != is_now
     ]
