@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tiedlora.config.compose import read_config
 from tiedlora.config.identity import run_id
+from tiedlora.errors import UserError
 from tiedlora.page import write
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, verify
@@ -59,6 +60,12 @@ def test_a_finished_run_keeps_its_id_and_is_printed_reported_and_verified(old, c
     assert [finding for finding in findings if finding.ok is not True] == []
     assert {finding.check for finding in findings} >= {"adapter", "predictions test", "regenerate test.base"}
     assert {path: path.read_bytes() for path in before} == before
+    # It has a key that is gone, at the one value that is left; another one would be another result.
+    config = (old / "config.yaml").read_text()
+    assert "engine: transformers" in config
+    (old / "config.yaml").write_text(config.replace("engine: transformers", "engine: static"))
+    with pytest.raises(UserError, match=r"score\.engine"):
+        read_config(old / "config.yaml")
     # Every key of the record survives reading and writing.
     RunFolder(old).write_record(record)
     assert json.loads((old / "result.json").read_text()) == json.loads(before[old / "result.json"])

@@ -78,16 +78,14 @@ _BASE: SingleSlotCache[BaseModel] = SingleSlotCache()
 
 
 def carry_out(config: Config) -> RunRecord | None:
-    """Carry out the run, or continue it from its newest checkpoint.
+    """Carry out the run, or continue it from its newest checkpoint. A finished run is not repeated.
 
     Returns:
-        The record; None in every process except the first. A finished run is not repeated.
+        The record; None in every process except the first.
 
     Raises:
-        UserError: a mistake that the user can correct, or too little memory.
-        Busy: another process is working on this run.
+        UserError, Busy, StoppedEarly: as run.main.
         Paused: train.pause_after is reached.
-        StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
     """
     algorithms = only_deterministic_algorithms() if config.train.deterministic else nullcontext()
     device = resolve_device(config.train.device)

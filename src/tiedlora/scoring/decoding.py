@@ -75,8 +75,7 @@ def generate(
 
     Args:
         prompts: token ids, none empty.
-        stop: strings that end an answer. They count only after the answer's first character that is not blank.
-        more_ends: ids of tokens that end an answer, besides the tokenizer's end-of-text token.
+        stop, more_ends: as in AnswerEnds.
         batch_size: the most rows that are decoded together.
         batch_tokens: the most tokens of those rows, with padding and space for their answers; None sets no limit.
         progress: is called with the number of rows that have just finished.

@@ -169,11 +169,7 @@ class _Target:
 def predict_losses(
     model: Any, encoder: Encoder, examples: Sequence[Example], config: Config, title: str
 ) -> list[PredictionRow]:
-    """One row for each example, with the loss of its target and without an answer.
-
-    Args:
-        model: the base model, with or without an adapter.
-        title: the text of the progress bar.
+    """One row for each example, with the loss of its target and without an answer. The arguments are as in `predict`.
 
     Raises:
         UserError: as `predict`; or a loss is not finite.

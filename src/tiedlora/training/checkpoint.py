@@ -49,10 +49,6 @@ class RunInputs:
     versions: dict[str, str] = field(default_factory=dict)
     code: CodeVersion | None = None
 
-    def continued_from(self, step: int) -> ContinuedFrom:
-        """What the record of a run says of its steps up to this one, if others follow from other inputs."""
-        return ContinuedFrom(step, self.code, self.versions, self.execution)
-
 
 def save(
     folder: Path,
@@ -108,13 +104,13 @@ def restore(
     """
     for candidate in _newest_first(folder):
         try:
-            state, saved_inputs, tensors = _read(candidate, parts, buffers)
+            state, saved, tensors = _read(candidate, parts, buffers)
         except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("checkpoint %s is damaged (%s); using the one before", candidate, error)
             continue
         made_before = max((earlier.step for earlier in state.continued_from), default=0)
-        if _compare(saved_inputs, inputs, candidate) and state.step > made_before:
-            state.continued_from.append(saved_inputs.continued_from(state.step))
+        if _compare(saved, inputs, candidate) and state.step > made_before:
+            state.continued_from.append(ContinuedFrom(state.step, saved.code, saved.versions, saved.execution))
         _load(tensors, parts, optimizer)
         for name, buffer in buffers.items():
             if f"buffer/{name}" in tensors:
