@@ -31,6 +31,7 @@ def assert_quiet(done: subprocess.CompletedProcess[str], *codes: int) -> None:
     assert done.returncode in codes, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_scripts_help_ends_quietly(name):
     done = into_closed_pipe(f"scripts/{name}", "--help")
@@ -52,6 +53,7 @@ def test_output_ends_quietly(words):
     assert_quiet(into_closed_pipe(*words), 0, CLOSED_PIPE)
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_reader_has_ended_stops_and_fails_no_cell(tiny_run):
     words = tiny_run("seed=0,1")
     assert_quiet(into_closed_pipe("train.py", "--multirun", *words), CLOSED_PIPE, STOPPED)

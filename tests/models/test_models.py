@@ -57,10 +57,18 @@ class TestRememberedDigests:
         return names
 
     @pytest.fixture
-    def settled(self, saved):
-        for file in Path(saved.path).iterdir():
+    def written(self, tmp_path):
+        """The configuration of a folder that has a model's files by name."""
+        (tmp_path / "model").mkdir()
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            (tmp_path / "model" / name).write_text(f"a {name}")
+        return replace(model_option("tiny_llama"), source="hub", path=str(tmp_path / "model"))
+
+    @pytest.fixture
+    def settled(self, written):
+        for file in Path(written.path).iterdir():
             os.utime(file, (1_700_000_000, 1_700_000_000))
-        return saved
+        return written
 
     def test_only_a_changed_file_is_hashed_again(self, settled, tmp_path, hashed):
         digest = known_digest(settled)
@@ -81,12 +89,12 @@ class TestRememberedDigests:
         assert hashed == ["model.safetensors"]
         assert changed == known_digest(settled) != digest
 
-    def test_a_file_that_was_just_written_is_not_remembered(self, saved, tmp_path, hashed):
-        known_digest(saved, tmp_path)
+    def test_a_file_that_was_just_written_is_not_remembered(self, written, tmp_path, hashed):
+        known_digest(written, tmp_path)
         hashed.clear()
-        os.utime(Path(saved.path) / "model.safetensors")
-        known_digest(saved, tmp_path)
-        known_digest(saved, tmp_path)
+        os.utime(Path(written.path) / "model.safetensors")
+        known_digest(written, tmp_path)
+        known_digest(written, tmp_path)
         assert hashed.count("model.safetensors") == 2
 
     @pytest.mark.parametrize("content", ["no JSON", "[]", '{"a": 1}'])

@@ -45,7 +45,7 @@ def close(ours, theirs, tolerance):
     return all((a - b).abs().max() <= tolerance * b.abs().max() for a, b in zip(ours, theirs, strict=True))
 
 
-WITH_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
+WITH_COMPILER = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")]
 
 
 @EXACT
@@ -125,6 +125,7 @@ def test_aligned_rows_change_nothing_and_stay_within_the_context(dtype, toleranc
     assert close(loss_and_gradients(base, attached, [aligned]), plain, tolerance)
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     script = """
 import resource, torch
@@ -145,12 +146,13 @@ print(given, faults())
     assert kept < given
 
 
-@pytest.mark.slow
-@WITH_COMPILER
 @pytest.mark.parametrize(
     # Llama's norms always compute in float32.
     ("name", "dtype", "tolerance"),
-    [("tiny_gpt2", torch.float64, 1e-12), ("tiny_llama", torch.float32, 1e-4)],
+    [
+        pytest.param("tiny_gpt2", torch.float64, 1e-12, marks=WITH_COMPILER),
+        pytest.param("tiny_llama", torch.float32, 1e-4, marks=WITH_COMPILER),
+    ],
 )
 def test_compiled_blocks_share_one_graph_whatever_the_batch_and_change_nothing(name, dtype, tolerance):
     base, attached = adapted(name, dtype)
