@@ -43,9 +43,11 @@ def test_a_scripts_help_ends_quietly(name):
     "words",
     [
         ("train.py", "--cfg", "job"),
-        ("train.py", "--info"),
-        ("scripts/params.py",),
-        ("scripts/sweep.py", "plan", "model=tiny_llama", "task=gsm8k", "tying=LoRA,TABuv"),
+        pytest.param(("train.py", "--info"), marks=pytest.mark.slow),
+        pytest.param(("scripts/params.py",), marks=pytest.mark.slow),
+        pytest.param(
+            ("scripts/sweep.py", "plan", "model=tiny_llama", "task=gsm8k", "tying=LoRA,TABuv"), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda words: " ".join(words[:2]),
 )

@@ -10,7 +10,7 @@ from helpers.report_runs import METRIC, add_scores, make_record, prediction_rows
 from tiedlora.page import browser, write
 from tiedlora.text import visible_lines
 
-pytestmark = needs_browser()
+pytestmark = [needs_browser(), pytest.mark.slow]
 ROWS = 60
 CLAIMS = """looks: [2, 3]
 claims:
