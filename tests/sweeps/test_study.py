@@ -1,7 +1,6 @@
 """A study: a plan that is read strictly, records that are kept by a rule, and runs that anyone can repeat."""
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -135,14 +134,14 @@ WORDS = [
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
+def outputs(tmp_path_factory, finish):
     """Two seeds of one arm, and a run that a search has stopped."""
     place = tmp_path_factory.mktemp("outputs")
     words = [*WORDS, f"outputs={place}", f"cache={place}/.cache"]
     ids = []
     for seed in (0, 1):
         config = compose_config([*words, f"seed={seed}"])
-        run.main(config)
+        finish(config)
         ids.append(run_id(config))
     choice = RateChoice(
         *("llama", "chain_sum", "TABuv", 8, 1e-2, [1e-2], "validation/loss", 5.0),
@@ -229,6 +228,7 @@ def test_a_study_without_runs_has_nothing_to_export(folder, tmp_path):
         study.export_study(folder, tmp_path / "nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_that_stops_a_study_lets_its_sweep_save_a_checkpoint(tiny_run, number):
     """The command of `run`, without the plan: it must be committed in the checkout of the tests."""
@@ -265,21 +265,32 @@ def test_a_study_without_records_cannot_be_restored(folder, tmp_path):
         study.restore_study(folder, tmp_path / "outputs")
 
 
-def repeated(folder, place, run_id):
-    command = [PROJECT / "scripts/study.py", "repeat", folder, run_id, "--outputs", folder / "again"]
-    return processes.run_python(*command, env={**os.environ, "TIEDLORA_CACHE": str(place / ".cache")})
+@pytest.fixture
+def command(script, outputs, monkeypatch):
+    """Run scripts/study.py with the cache of the runs. Returns (exit code, output)."""
+    monkeypatch.setenv("TIEDLORA_CACHE", str(outputs[0] / ".cache"))
+
+    def start(*words):
+        code, out, err = script("scripts/study.py", *words)
+        return code, out + err
+
+    return start
 
 
-def test_a_run_is_repeated_from_its_record_to_the_same_bytes(folder, outputs):
+def repeated(command, folder, run_id):
+    return command("repeat", folder, run_id, "--outputs", folder / "again")
+
+
+def test_a_run_is_repeated_from_its_record_to_the_same_bytes(folder, outputs, command):
     place, ids = outputs
     study.export_study(folder, place)
-    done = repeated(folder, place, ids[1])
-    assert done.returncode == 0, done.stderr
-    assert "adapter/adapter.safetensors: the same bytes" in done.stdout
+    code, told = repeated(command, folder, ids[1])
+    assert code == 0, told
+    assert "adapter/adapter.safetensors: the same bytes" in told
 
 
 @pytest.mark.parametrize(("processor", "loss", "code"), [("Another", 1.01, 0), ("Another", 1.2, 3), (None, 1.01, 3)])
-def test_on_another_processor_a_repeated_run_may_differ_by_rounding(folder, outputs, processor, loss, code):
+def test_on_another_processor_a_repeated_run_may_differ_by_rounding(folder, outputs, command, processor, loss, code):
     place, ids = outputs
     study.export_study(folder, place)
     path = folder / "runs" / ids[1] / "result.json"
@@ -288,12 +299,12 @@ def test_on_another_processor_a_repeated_run_may_differ_by_rounding(folder, outp
     record["training"]["validation_loss_last"] *= loss
     record["files"]["adapter/adapter.safetensors"] = "0" * 64
     path.write_text(json.dumps(record))
-    done = repeated(folder, place, ids[1])
-    assert done.returncode == code, done.stdout + done.stderr
-    assert ("the same up to the rounding of another processor" in done.stdout) == (code == 0)
+    ended, told = repeated(command, folder, ids[1])
+    assert ended == code, told
+    assert ("the same up to the rounding of another processor" in told) == (code == 0)
 
 
-def test_a_run_that_continued_from_another_processor_may_differ_by_rounding(folder, outputs):
+def test_a_run_that_continued_from_another_processor_may_differ_by_rounding(folder, outputs, command):
     place, ids = outputs
     study.export_study(folder, place)
     path = folder / "runs" / ids[1] / "result.json"
@@ -302,42 +313,35 @@ def test_a_run_that_continued_from_another_processor_may_differ_by_rounding(fold
     record["training"]["continued_from"] = [{**earlier, "execution": {**record["execution"], "processor": "Another"}}]
     record["files"]["adapter/adapter.safetensors"] = "0" * 64
     path.write_text(json.dumps(record))
-    done = repeated(folder, place, ids[1])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert ", Another, then cpu, " in done.stdout
+    code, told = repeated(command, folder, ids[1])
+    assert code == 0, told
+    assert ", Another, then cpu, " in told
 
 
-def test_all_runs_of_a_study_are_verified_at_once(folder, outputs):
+def test_all_runs_of_a_study_are_verified_at_once(folder, outputs, command):
     place, ids = outputs
     study.export_study(folder, place)
-    command = [sys.executable, str(PROJECT / "scripts/study.py"), "verify", str(folder)]
-    environment = {**os.environ, "TIEDLORA_CACHE": str(place / ".cache")}
-
-    def verified():
-        return processes.run(command, env=environment)
-
-    done = verified()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "2 of 2 runs agree with their records"
+    code, told = command("verify", folder)
+    assert code == 0, told
+    assert told.splitlines()[-1] == "2 of 2 runs agree with their records"
     predictions = folder / "runs" / ids[0] / "predictions" / "validation.jsonl"
     predictions.write_bytes(storage.read_content(predictions) + b"\n")
     storage.compress(predictions)
-    done = verified()
-    assert done.returncode == 3
-    assert f"WRONG  {ids[0]}" in done.stdout
-    assert done.stdout.splitlines()[-1] == "1 of 2 runs agree with their records"
+    code, told = command("verify", folder)
+    assert code == 3
+    assert f"WRONG  {ids[0]}" in told
+    assert told.splitlines()[-1] == "1 of 2 runs agree with their records"
 
 
-def test_a_forecast_adds_up_the_sweeps_and_counts_shared_cells_once(folder):
+def test_a_forecast_adds_up_the_sweeps_and_counts_shared_cells_once(folder, script):
     plan = (folder / "study.yaml").read_text()
     # The third sweep has the cell of the first one again.
     (folder / "study.yaml").write_text(plan.replace("task=gsm_symbolic", "task=chain_sum, rank=r1"))
-    command = [sys.executable, str(PROJECT / "scripts/study.py"), "forecast", str(folder)]
-    words = ["train=tiny", "tracking=none", "train.threads=1"]
-    done = processes.run([*command, *words, "--outputs", folder / "none"])
-    assert done.returncode == 0, done.stderr
-    (row,) = [line for line in done.stdout.splitlines() if " chain_sum " in line]
+    words = ["train=tiny", "tracking=none", "train.threads=1", "--outputs", folder / "none"]
+    code, out, err = script("scripts/study.py", "forecast", folder, *words)
+    assert code == 0, err
+    (row,) = [line for line in out.splitlines() if " chain_sum " in line]
     assert row.split()[2] == "3"
-    refused = processes.run([*command[:2], "plan", folder, "seed=1"])
-    assert refused.returncode == 2
-    assert refused.stderr.strip() == "error: seed=1: plan takes no words; change study.yaml instead"
+    code, _, err = script("scripts/study.py", "plan", folder, "seed=1")
+    assert code == 2
+    assert err.strip() == "error: seed=1: plan takes no words; change study.yaml instead"
