@@ -13,7 +13,7 @@ import pytest
 import torch
 import wandb
 from helpers import processes
-from helpers.forks import forked
+from helpers.forks import forked, killed_after
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
@@ -141,18 +141,6 @@ def test_a_read_only_file_system_is_said_and_a_finished_run_there_is_printed(tin
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def kill_after(step: int) -> None:
-    """This process ends like after kill -9, when the checkpoint of a step is written."""
-    save = checkpoint.save
-
-    def save_and_die(folder, progress, *rest):
-        save(folder, progress, *rest)
-        if progress.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    checkpoint.save = save_and_die
-
-
 def test_data_that_vanish_between_start_and_resume_are_named_and_brought_back_it_goes_on(tiny_run, tmp_path):
     rows = [{"question": f"What is {i}?", "answer": f"{i}\n#### {i}"} for i in range(30)]
     data = tmp_path / "data" / "gsm8k" / "train.jsonl"
@@ -162,8 +150,7 @@ def test_data_that_vanish_between_start_and_resume_are_named_and_brought_back_it
     config, whole = compose_config(options), compose_config([*options, f"outputs={tmp_path}/whole"])
     folder, expected = (RunFolder(Path(c.outputs) / run_id(c)) for c in (config, whole))
     run.main(whole)
-    code, _ = forked(lambda: (kill_after(4), run.main(config)))
-    assert code == -signal.SIGKILL
+    killed_after(lambda: run.main(config), lambda state: state.step == 4)
     before = sorted(folder.path.rglob("*"))
     data.rename(data.with_suffix(".away"))
     code, told = forked(lambda: run.main(config))

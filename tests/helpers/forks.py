@@ -9,17 +9,38 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import IO
 
 from helpers.processes import STARTED, end_group
 
 from tiedlora import errors
+from tiedlora.training import checkpoint
+from tiedlora.training.loop import TrainState
 
 
 def forked(act: Callable[[], object], seconds: int = 60) -> tuple[int, str]:
     """Exit code and standard error of `act` under errors.exit_codes()."""
     with tempfile.TemporaryFile("w+") as told:
         return _ended(_fork(act, told, seconds), told)
+
+
+def killed_after(act: Callable[[], object], last: Callable[[TrainState], bool]) -> None:
+    """Start a run in a fork, and kill -9 the fork when it has written the first checkpoint for which `last` is true."""
+
+    def until_killed() -> None:
+        save = checkpoint.save
+
+        def save_and_die(folder: Path, state: TrainState, *rest: object) -> None:
+            save(folder, state, *rest)
+            if last(state):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.save = save_and_die
+        act()
+
+    code, told = forked(until_killed)
+    assert code == -signal.SIGKILL, told
 
 
 def forked_world(act: Callable[[int], object], size: int = 2, seconds: int = 60) -> list[tuple[int, str]]:

@@ -1,14 +1,12 @@
 """Runs of other methods: record, exact resume, kill, more scores, verification, export and report."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers.forks import forked
+from helpers.forks import killed_after
 from helpers.leak import BiasArm, MeanArm
 from helpers.tiny import folder_of
 from safetensors.torch import load_file
@@ -22,7 +20,6 @@ from tiedlora.export.folder import ExportOptions, export_run
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import library, run
 from tiedlora.runs.verify import verify
-from tiedlora.training import checkpoint
 
 
 @pytest.fixture
@@ -38,25 +35,6 @@ def adapter_bytes(folder: RunFolder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.adapter.iterdir()}
 
 
-def killed_after(config, saves: int) -> None:
-    """Start the run in another process, and kill it with SIGKILL after so many checkpoints."""
-
-    def act() -> None:
-        write, count = checkpoint.save, 0
-
-        def save_and_die(*arguments) -> None:
-            nonlocal count
-            write(*arguments)
-            count += 1
-            if count == saves:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        checkpoint.save = save_and_die
-        run.main(config)
-
-    assert forked(act)[0] == -signal.SIGKILL
-
-
 def test_a_method_of_peft_is_a_run_like_any_other(tiny_config, tmp_path):
     words = ["tying=peft/vera", "tying.arguments.r=8", "score.splits=[validation]"]
     record = run.main(tiny_config(*words, f"outputs={tmp_path}/whole"))
@@ -69,7 +47,7 @@ def test_a_method_of_peft_is_a_run_like_any_other(tiny_config, tmp_path):
     assert set(record.files) == {f"adapter/{name}" for name in adapter_bytes(whole)}
     # Killed after its first checkpoint, the same command continues to the same bytes.
     config = tiny_config(*words, f"outputs={tmp_path}/killed")
-    killed_after(config, 1)
+    killed_after(lambda: run.main(config), lambda state: state.step > 0)
     assert folder_of(config).state() == "interrupted"
     again = run.main(tiny_config(*words, f"outputs={tmp_path}/killed"))
     assert adapter_bytes(folder_of(config)) == adapter_bytes(whole)
@@ -104,7 +82,7 @@ def test_a_third_kind_is_killed_resumes_and_is_scored(third_kinds, tiny_config, 
     assert record.trainable_params == 32
     assert record.training.validation_loss_last < record.training.validation_loss_first
     assert set(record.scores["validation"].metrics) >= {"exact_match_strict", "target_loss"}
-    killed_after(config, 2)
+    killed_after(lambda: run.main(config), lambda state: state.step > 2)
     run.main(tiny_config(*words, f"outputs={tmp_path}/killed"))
     whole = folder_of(tiny_config(*words, f"outputs={tmp_path}/whole"))
     assert adapter_bytes(folder_of(config)) == adapter_bytes(whole)

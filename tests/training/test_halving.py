@@ -3,12 +3,9 @@
 Here a pass above a number of tokens fails as torch's allocator does. tests/drills/test_faults.py sets real limits.
 """
 
-import os
-import signal
-
 import pytest
 import torch
-from helpers.forks import forked, forked_world
+from helpers.forks import forked_world, killed_after
 from helpers.tiny import folder_of
 from safetensors.torch import load_file
 
@@ -18,7 +15,6 @@ from tiedlora.records.rows import read_metrics, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import Halving
 from tiedlora.runs import run, trainer
-from tiedlora.training import checkpoint
 
 ADAPTER = "adapter/adapter.safetensors"
 SPARSE = ("train.checkpoint_every=100", "train.validate_every=0")
@@ -94,20 +90,11 @@ def test_killed_after_the_halving_it_resumes_exactly_also_with_more_memory(
         too_small(patch, name, tokens, from_call)
         expected = run.main(whole)
 
-    def die_with_the_first_halving():
-        save = checkpoint.save
-
-        def save_and_die(folder, state, *rest):
-            save(folder, state, *rest)
-            if state.halvings:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        monkeypatch.setattr(checkpoint, "save", save_and_die)
+    def short_of_memory():
         too_small(monkeypatch, name, tokens, from_call)
         run.main(killed)
 
-    code, told = forked(die_with_the_first_halving)
-    assert code == -signal.SIGKILL, told
+    killed_after(short_of_memory, lambda state: bool(state.halvings))
     record = run.main(killed)
     assert record.training.halvings == expected.training.halvings
     assert [halving.step for halving in record.training.halvings] == [step], "after the resume, the memory is enough"
