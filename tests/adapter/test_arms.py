@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.leak import MeanArm
-from helpers.tiny import tiny, tying_option
+from helpers.tiny import composed, tiny, tying_option
 
 from tiedlora.adapter import attach
 from tiedlora.adapter.admission import measure
 from tiedlora.adapter.arms import ArmSpec, groups_by_pattern
 from tiedlora.adapter.attach_arm import attach_saved, new_arm
 from tiedlora.config import methods
-from tiedlora.config.compose import compose_config
 from tiedlora.config.explain import options
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import LrFactors
@@ -31,7 +30,7 @@ ROWS = [[(7 * i + j * j) % 200 for i in range(30)] for j in range(4)]
 
 
 def spec_of(name: str, *words: str, model: str = "tiny_llama", seed: int = 0) -> ArmSpec:
-    config = compose_config([f"tying={name}", f"model={model}", *SMALLER.get(name, ()), *words])
+    config = composed([f"tying={name}", f"model={model}", *SMALLER.get(name, ()), *words])
     return ArmSpec(config.tying, config.model.architecture, seed)
 
 
@@ -58,7 +57,7 @@ def test_an_arm_moves_reloads_and_leaves_the_base_as_it_was(name, ids, tmp_path)
     base = tiny("tiny_llama")
     state, attributes = copy.deepcopy(base.model.state_dict()), set(vars(base.model))
     before = logits(base.model, ids)
-    config = compose_config([f"tying={name}", "model=tiny_llama", *SMALLER.get(name, ())])
+    config = composed([f"tying={name}", "model=tiny_llama", *SMALLER.get(name, ())])
     generator = torch.get_rng_state()
     arm = new_arm(base.model, spec_of(name))
     assert torch.equal(torch.get_rng_state(), generator)
@@ -186,11 +185,11 @@ def test_the_admission_finds_a_planted_leak(monkeypatch):
     assert admission.is_of_its_row
     assert admission.starts_at_base
     assert admission.moves
-    config = compose_config(["tying=peft", "tying.method=mean", "model=tiny_llama"])
+    config = composed(["tying=peft", "tying.method=mean", "model=tiny_llama"])
     with pytest.raises(UserError, match=r"is not causal .*score\.metrics=\[METRIC\]"):
         check_scores_mean_something(admission, config)
     check_scores_mean_something(
-        admission, compose_config(["tying=peft", "tying.method=mean", "score.metrics=[exact_match_strict]"])
+        admission, composed(["tying=peft", "tying.method=mean", "score.metrics=[exact_match_strict]"])
     )
 
 
@@ -199,8 +198,8 @@ def test_an_arm_whose_rows_change_each_other_is_scored_singly():
     admission = measure(base.model, spec_of("peft/lily"), base.record, ROWS, 1e-2)
     words = ["tying=peft/lily", "score.metrics=[exact_match_strict]"]
     with pytest.raises(UserError, match=r"score\.batch_size=1"):
-        check_scores_mean_something(admission, compose_config(words))
-    check_scores_mean_something(admission, compose_config([*words, "score.batch_size=1"]))
+        check_scores_mean_something(admission, composed(words))
+    check_scores_mean_something(admission, composed([*words, "score.batch_size=1"]))
 
 
 def test_patterns_give_rates_and_decay():
@@ -213,16 +212,16 @@ def test_patterns_give_rates_and_decay():
 
 
 def test_the_identity_has_all_arguments_and_not_the_budget():
-    plain = compose_config(["tying=peft/vera", "tying.arguments.r=192", "model=smollm2_135m"])
-    budget = compose_config(["tying=peft/vera", "budget=46080", "model=smollm2_135m"])
+    plain = composed(["tying=peft/vera", "tying.arguments.r=192", "model=smollm2_135m"])
+    budget = composed(["tying=peft/vera", "budget=46080", "model=smollm2_135m"])
     assert run_id(plain) == run_id(budget)
     assert run_id(plain).startswith("peft_Vera-r8-")
     assert plain.tying.resolved["d_initial"] == 0.1
     assert "projection_prng_key" not in plain.tying.resolved
-    other = compose_config(["tying=peft/vera", "tying.arguments.r=192", "model=smollm2_135m"])
+    other = composed(["tying=peft/vera", "tying.arguments.r=192", "model=smollm2_135m"])
     other.tying.resolved["d_initial"] = 0.2
     assert run_id(other) != run_id(plain)
-    assert run_id(compose_config(["tying=peft/vera", "tying.arguments.r=192", "model=smollm2_135m", "rank=r2"])) == (
+    assert run_id(composed(["tying=peft/vera", "tying.arguments.r=192", "model=smollm2_135m", "rank=r2"])) == (
         run_id(plain)
     )
 
@@ -231,7 +230,7 @@ def test_a_folder_of_peft_is_a_configuration(tmp_path):
     from peft import VeraConfig
 
     VeraConfig(r=192, target_modules=["q_proj", "v_proj"], projection_prng_key=3).save_pretrained(tmp_path)
-    config = compose_config(["tying=peft", f"tying.config={tmp_path}", "model=smollm2_135m"])
+    config = composed(["tying=peft", f"tying.config={tmp_path}", "model=smollm2_135m"])
     assert config.tying.method == "VeraConfig"
     assert config.tying.resolved["target_modules"] == ["q_proj", "v_proj"]
     assert config.tying.resolved["projection_prng_key"] == 3
@@ -257,7 +256,7 @@ def test_a_folder_of_peft_is_a_configuration(tmp_path):
 )
 def test_mistakes_are_one_line(words, message):
     with pytest.raises(UserError, match=message) as caught:
-        trainable_params(compose_config(["model=tiny_llama", *words]))
+        trainable_params(composed(["model=tiny_llama", *words]))
     assert "\n" not in str(caught.value)
 
 
@@ -285,10 +284,10 @@ def test_a_damaged_folder_is_refused(tmp_path):
 def test_arguments_are_set_on_the_command_line(words):
     """Also for `tying=peft`, whose option has none: OmegaConf cannot set a key of a mapping that is null."""
     hra = ("tying=peft", "tying.method=HRAConfig")
-    assert compose_config([*hra, words]).tying.resolved["r"] == 4
-    factors = compose_config([*hra, words, "tying.lr_factors={hra_u: 2.0}"])
+    assert composed([*hra, words]).tying.resolved["r"] == 4
+    factors = composed([*hra, words, "tying.lr_factors={hra_u: 2.0}"])
     assert factors.tying.lr_factors == {"hra_u": 2.0}
-    assert run_id(factors) != run_id(compose_config([*hra, words]))
+    assert run_id(factors) != run_id(composed([*hra, words]))
     nulls = ("tying.arguments=null", "tying.lr_factors=null")
-    assert run_id(compose_config([*hra, *nulls])) == run_id(compose_config(hra))
-    assert run_id(compose_config(nulls)) == run_id(compose_config([]))
+    assert run_id(composed([*hra, *nulls])) == run_id(composed(hra))
+    assert run_id(composed(nulls)) == run_id(composed([]))

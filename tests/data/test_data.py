@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import tokenizers
-from helpers.tiny import tiny
+from helpers.tiny import composed, tiny
 from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -24,7 +24,7 @@ PASSAGE = " ".join(f"word{i}" for i in range(200))
 
 
 def encoder(*overrides: str, context: int = 512) -> Encoder:
-    config = configuration.compose_config(["task=squad", "task.max_new_tokens=20", *overrides])
+    config = composed(["task=squad", "task.max_new_tokens=20", *overrides])
     return Encoder(tiny("tiny_llama").tokenizer, config.task, context)
 
 
@@ -118,7 +118,7 @@ def test_the_chat_template_of_the_embedded_model():
 
     folder = embedded_folder(configuration.PROJECT / ".cache")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = configuration.compose_config(["task=iwslt2017", "task.chat_template=true"])
+    config = composed(["task=iwslt2017", "task.chat_template=true"])
     coder = Encoder(tokenizer, config.task, config.model.context)
     encoded = coder.example(Example("0", "German: Danke.\nEnglish:", " Thanks."))
     prompt = tokenizer.decode(encoded.prompt)
@@ -126,7 +126,7 @@ def test_the_chat_template_of_the_embedded_model():
     assert prompt.endswith("<|im_start|>assistant\n")
     # The assistant's turn starts without a blank, and ends like every turn.
     assert tokenizer.decode(encoded.target) == "Thanks.<|im_end|>"
-    plain = Encoder(tokenizer, configuration.compose_config(["task=iwslt2017"]).task, config.model.context)
+    plain = Encoder(tokenizer, composed(["task=iwslt2017"]).task, config.model.context)
     assert tokenizer.decode(plain.example(Example("0", "x", " Thanks.")).target) == " Thanks.<|im_end|>"
     assert len(coder.prompt("a b")) > len(plain.prompt("a b"))
     with pytest.raises(UserError, match=r"task\.chat_template=true"):
@@ -139,7 +139,7 @@ def test_another_chat_template_has_other_tokens_although_the_models_digest_is_th
     for template in ("U:{{ messages[0]['content'] }}\nA:", "<<{{ messages[0]['content'] }}>>"):
         tokenizer = tiny("tiny_llama").tokenizer
         tokenizer.chat_template = template
-        config = configuration.compose_config(["task=squad", "task.max_new_tokens=20", "task.chat_template=true"])
+        config = composed(["task=squad", "task.max_new_tokens=20", "task.chat_template=true"])
         coder = Encoder(tokenizer, config.task, 512)
         rows = token_cache.load_or_encode(coder, [Example("0", "q7", " yes")], "rows", base, tmp_path)
         prompts.add(tokenizer.decode(rows.encoded[0].prompt))
@@ -191,7 +191,7 @@ def sentencepiece(request):
 
 def test_a_target_has_one_blank_also_where_the_tokenizer_adds_one(sentencepiece):
     tokenizer, adds_blank = sentencepiece
-    coder = Encoder(tokenizer, configuration.compose_config(["task=squad"]).task, 512)
+    coder = Encoder(tokenizer, composed(["task=squad"]).task, 512)
     assert coder.adds_blank is adds_blank
     encoded = coder.example(Example("a", "Ask:", " no"))
     together = tokenizer("Ask: no", add_special_tokens=False).input_ids
