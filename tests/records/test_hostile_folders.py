@@ -198,7 +198,9 @@ def test_arguments_out_of_range(folder, script):
         code, _, err = script("scripts/generate.py", folder, *arguments)
         assert (code, len(err.splitlines())) == (2, 1)
         assert says in err
-    assert script("scripts/verify.py", folder, "--rows", "-3")[0] == 0
+    code, _, err = script("scripts/verify.py", folder, "--rows", "-3")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "--rows -3: must be at least 0" in err
     (folder / "out").write_text("kept")
     code, _, err = script("scripts/export.py", folder, "--to", "peft", "--out", folder / "out")
     assert (code, (folder / "out").read_text()) == (2, "kept")
