@@ -29,11 +29,15 @@ STARTS: dict[str, tuple[str, dict[str, Union[float, str]]]] = {"TABuv_v0": ("TAB
 The label of a start, and so its run id, has `custom`, as before it had a name: finished runs keep their ids."""
 MOST_LAYERS = 10_000
 """Upper bound of a model's layers."""
+NO_OTHER_KEYS = {"extra": "forbid"}
+"""For the readers of files: a specification with a key that is not known here may mean another update."""
 
 
 @dataclass
 class Part:
     """One of A, B, u, v."""
+
+    __pydantic_config__ = NO_OTHER_KEYS
 
     trained: bool = key(True)
     """Whether the optimizer changes it."""
@@ -57,6 +61,8 @@ class Factor(Part):
 @dataclass
 class Tying:
     """A complete specification: one of the paper's eight configurations, or any other."""
+
+    __pydantic_config__ = NO_OTHER_KEYS
 
     name: str = key("custom", name=True, execution=True)
     """The name in tables. It is not part of the run's identity."""
@@ -106,6 +112,8 @@ def layer_numbers(items: Iterable[object]) -> list[int]:
 class Layout:
     """Where a causal language model keeps its projections, by module path."""
 
+    __pydantic_config__ = NO_OTHER_KEYS
+
     layers: str = key("")
     """Path of the list of layers inside the model; empty means the layout of the model's family."""
     sites: dict[str, list[str]] = key(factory=dict)
@@ -120,6 +128,8 @@ class Layout:
 @dataclass
 class Architecture:
     """The sizes of a base model, on which every shape in this module depends."""
+
+    __pydantic_config__ = NO_OTHER_KEYS
 
     family: str = key("llama", name=True)
     """The model's family in adapter/architectures.py: transformers' `model_type`."""

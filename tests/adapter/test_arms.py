@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.leak import MeanArm
-from helpers.tiny import composed, tiny, tying_option
+from helpers.tiny import composed, tiny
 
-from tiedlora.adapter import attach
 from tiedlora.adapter.admission import measure
 from tiedlora.adapter.arms import ArmSpec, groups_by_pattern
-from tiedlora.adapter.attach_arm import attach_saved, new_arm
+from tiedlora.adapter.other_arm import attach_saved, new_arm
 from tiedlora.config import methods
 from tiedlora.config.explain import options
 from tiedlora.config.identity import run_id
@@ -113,54 +112,6 @@ def test_seeds_draw_other_values_and_the_same_seed_the_same_ones():
         arm.detach()
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], drawn[1])
-
-
-def test_peft_lora_is_our_lora_qkv_over_twenty_steps(ids):
-    ours_base, theirs_base = tiny("tiny_llama"), tiny("tiny_llama")
-    ours = attach(ours_base.model, tying_option("LoRA_qkv"), 4)
-    theirs = new_arm(theirs_base.model, spec_of("peft/lora", "tying.arguments={r: 4, lora_alpha: 4}"))
-    parts = theirs.trained_parts()
-    with torch.no_grad():
-        for target in "qkv":
-            for layer in range(3):
-                prefix = f"model.layers.{layer}.self_attn.{target}_proj"
-                parts[f"{prefix}.lora_A.weight"].copy_(ours.adapter.parts()[f"{target}.A"][layer])
-    optimizers = adamw(ours), adamw(theirs)
-    losses = [
-        [step(arm, optimizer, ids) for arm, optimizer in zip((ours, theirs), optimizers, strict=True)]
-        for _ in range(20)
-    ]
-    assert losses[0][0] > losses[-1][0] + 0.05
-    for ours_loss, theirs_loss in losses:
-        assert ours_loss == pytest.approx(theirs_loss, rel=1e-5)
-
-
-@pytest.mark.parametrize("option", ["LoRA", "Tuv"])
-def test_on_a_fused_module_peft_is_ours_over_twenty_steps(option, ids):
-    """GPT-2's c_attn is one module, so PEFT's LoRA is LoRA, and its VeRA is Tuv with u = lambda_d and v = lambda_b."""
-    ours_base, theirs_base = tiny("tiny_gpt2"), tiny("tiny_gpt2")
-    ours = attach(ours_base.model, tying_option(option), 4)
-    name, argument = ("lora", "lora_alpha=4") if option == "LoRA" else ("vera", "d_initial=1.0")
-    words = ("tying.arguments.r=4", f"++tying.arguments.{argument}")
-    theirs = new_arm(theirs_base.model, spec_of(f"peft/{name}", *words, model="tiny_gpt2"))
-    our_parts, tensors = ours.adapter.parts(), {**theirs.trained_parts(), **theirs.buffers()}
-    with torch.no_grad():
-        if option == "LoRA":
-            for layer in range(3):
-                tensors[f"transformer.h.{layer}.attn.c_attn.lora_A.weight"].copy_(our_parts["qkv.A"][layer])
-        else:
-            d_out, d_in = our_parts["qkv.B"].shape[1], our_parts["qkv.A"].shape[2]
-            for key, tensor in tensors.items():
-                if key.endswith("vera_A"):
-                    tensor[:, :d_in].copy_(our_parts["qkv.A"][0])
-                elif key.endswith("vera_B"):
-                    tensor[:d_out].copy_(our_parts["qkv.B"][0])
-    optimizers = adamw(ours), adamw(theirs)
-    for _ in range(20):
-        ours_loss, theirs_loss = (
-            step(arm, optimizer, ids) for arm, optimizer in zip((ours, theirs), optimizers, strict=True)
-        )
-        assert ours_loss == pytest.approx(theirs_loss, rel=1e-4)
 
 
 def test_the_admission_finds_what_is_not_causal():

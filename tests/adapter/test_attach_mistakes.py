@@ -59,11 +59,8 @@ def test_a_replica_of_data_parallel_is_refused():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        *(({"rank": rank}, rf"^rank={rank!r}: must be an int from 1") for rank in (0, -1, 2.0, "8", True)),
-        *(
-            ({"alpha": alpha}, rf"^alpha={alpha!r}: must be a positive int")
-            for alpha in (0.0, -1.0, float("nan"), "16")
-        ),
+        *(({"rank": rank}, rf"^rank={rank!r}: must be an int from 1") for rank in (0, 2.0, True)),
+        *(({"alpha": alpha}, rf"^alpha={alpha!r}: must be a positive int") for alpha in (0.0, float("nan"), "16")),
         ({"seed": "a"}, "^seed='a': must be an int"),
     ],
 )

@@ -100,23 +100,6 @@ def test_the_file_of_what_earlier_versions_know_has_no_new_key(tmp_path):
     assert not {"layers", "scaling"} & (set(description) | set(description["tying"]))
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"format": 1}, "format 1 is not 2, which this version reads for rslora scaling"),
-        ({"scaling": "standard"}, "format 2 is not 1"),
-        ({"scaling": "other"}, "scaling='other': must be one of standard, rslora"),
-        ({"scaling": ["rslora"]}, "must be one of standard, rslora"),
-    ],
-)
-def test_a_wrong_scaling_is_refused(changes, says, tmp_path):
-    files.save(some_layers("llama", "TABuv", scaling="rslora").adapter, tmp_path / "adapter", BASE)
-    path = tmp_path / "adapter" / "adapter.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    with pytest.raises(UserError, match=says):
-        files.load(tmp_path / "adapter")
-
-
 def test_layers_that_the_model_lacks_are_refused():
     with pytest.raises(UserError, match=r"tying\.layers: holds 3, but the model has 3 layers: 0 to 2 are allowed"):
         attach(family_model("llama"), tying_option("TABuv", "tying.layers=[3]"), RANK)

@@ -243,7 +243,6 @@ WORDS = st.builds(
 )
 
 
-@pytest.mark.slow
 @given(st.lists(WORDS, min_size=1, max_size=3))
 @search(20)
 def test_any_overrides_compose_or_are_refused(words):
@@ -252,7 +251,6 @@ def test_any_overrides_compose_or_are_refused(words):
         assert isinstance(config, Config)
 
 
-@pytest.mark.slow
 @given(st.lists(st.tuples(st.sampled_from(sorted(schema_keys())), ODD_VALUES), min_size=1, max_size=3))
 @search(40)
 def test_any_values_load_or_are_refused(tmp_path_factory, changes):
@@ -274,7 +272,6 @@ def test_any_values_load_or_are_refused(tmp_path_factory, changes):
         assert "/" not in run_id(configuration.read_config(path))
 
 
-@pytest.mark.slow
 @given(st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")))
 @search(60)
 def test_any_bytes_load_or_are_refused(tmp_path_factory, data):

@@ -3,8 +3,7 @@
 This package knows no task and no training. It may import records, config, and the modules tying, errors, storage, text.
 """
 
-from tiedlora.adapter.adapter_set import AdapterSet
-from tiedlora.adapter.attach import Attached, attach, attach_adapter
+from tiedlora.adapter.attach import AdapterSet, Attached, attach, attach_adapter
 from tiedlora.adapter.files import load, save
 from tiedlora.adapter.parts import TiedAdapter
 

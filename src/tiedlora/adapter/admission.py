@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tiedlora.adapter.arms import Arm, ArmSpec
-from tiedlora.adapter.attach_arm import attach_saved, new_arm
+from tiedlora.adapter.other_arm import attach_saved, new_arm
 from tiedlora.config.schema import LrFactors
 from tiedlora.records.run_record import Admission, BaseModelRecord
 

@@ -1,67 +1,49 @@
 """An adapter's own folder: adapter.json beside adapter.safetensors.
 
 The file holds each tensor that the specification does not give, once: the trained parts and the frozen random parts.
-(On request, the seed and a checksum replace the frozen random parts.) Frozen constants are in the specification.
+Frozen constants are in the specification.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from tiedlora import storage
 from tiedlora import tying as spec
-from tiedlora.adapter.parts import TiedAdapter, check_numbers
+from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config.adapter_folder import DESCRIPTION
 from tiedlora.errors import UserError
-from tiedlora.records.reading import typed
+from tiedlora.records.reading import Number, Text, Whole, typed
 from tiedlora.records.run_record import BaseModelRecord, plain
 from tiedlora.tying import Architecture, Part, Tying
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 FORMAT = 1
 SCALED_FORMAT = 2
 """The format of an adapter with another scaling than the standard one. Earlier versions, which know only the standard
 scaling, refuse this number: they would apply another update without a word."""
 TENSORS = "adapter.safetensors"
-LARGEST_REBUILT = 2**28
-"""Most numbers of frozen random parts that a file may leave out: a gigabyte of float32."""
-LARGEST_SIZE = 10**6
-"""Upper bounds of the sizes in a description. They are far above any model, and keep a damaged file from asking for
-huge tensors."""
 
 
-def checksum(tensor: Tensor) -> str:
-    """sha256 of a tensor's float32 values."""
-    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
-def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_frozen: bool = False) -> int:
+def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> int:
     """Write the adapter's folder, completely or not at all. Other files of a folder that is there stay.
 
     Args:
         base: which base model the adapter belongs to. `load` returns it, so that the caller can compare it.
-        rebuild_frozen: store the seed and a checksum of the frozen random parts instead of their values.
 
     Returns:
         The size of the adapter's files in bytes.
     """
-    parts, kept = adapter.parts(), stored_parts(adapter, rebuild_frozen)
-    rebuilt = {name: checksum(parameter) for name, parameter in parts.items() if name not in kept}
+    kept = stored_parts(adapter)
     data = to_bytes({name: parameter.detach().float().cpu().contiguous() for name, parameter in kept.items()})
     description = {
         "format": _format(adapter.scaling),
@@ -73,25 +55,27 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord, rebuild_froz
         **({} if adapter.scaling == "standard" else {"scaling": adapter.scaling}),
         "seed": adapter.seed,
         "architecture": asdict(adapter.architecture),
-        "rebuilt": rebuilt,
+        # Earlier versions ask for the sha256 of each part that the file leaves out, and train.init_digest has it.
+        "rebuilt": {name: _checksum(part) for name, part in adapter.parts().items() if name not in kept},
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     storage.write_folder(folder, {TENSORS: data, DESCRIPTION: storage.json_bytes(description)})
     return sum((folder / name).stat().st_size for name in (TENSORS, DESCRIPTION))
 
 
-def stored_parts(adapter: TiedAdapter, rebuild_frozen: bool = False) -> dict[str, nn.Parameter]:
-    """`target.part` -> its parameter, for the parts whose values a file holds.
-
-    Args:
-        rebuild_frozen: as in `save`.
-    """
+def stored_parts(adapter: TiedAdapter) -> dict[str, nn.Parameter]:
+    """`target.part` -> its parameter, for the parts whose values a file holds."""
 
     def is_stored(part: Part) -> bool:
-        return part.trained or (isinstance(part.init, str) and not rebuild_frozen)
+        return part.trained or isinstance(part.init, str)
 
     tying = adapter.tying
     return {name: part for name, part in adapter.parts().items() if is_stored(getattr(tying, spec.part_of(name)))}
+
+
+def _checksum(tensor: Tensor) -> str:
+    """sha256 of a tensor's float32 values."""
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _format(scaling: str) -> int:
@@ -100,29 +84,19 @@ def _format(scaling: str) -> int:
 
 @dataclass(frozen=True)
 class _Description:
-    """The checked content of adapter.json."""
+    """What is read of adapter.json."""
 
-    tying: Tying
-    architecture: Architecture
-    rank: int
-    alpha: float
-    scaling: str
-    seed: int
+    format: Whole
     base: BaseModelRecord
     """The base model that the adapter was trained on."""
-    rebuilt: dict[str, str]
-    """`target.part` -> the checksum of a part that `load` draws from the seed."""
-    sha256: str | None
+    tying: Tying
+    rank: Whole
+    alpha: Number
+    seed: Whole
+    architecture: Architecture
+    sha256: Text
     """The sha256 of the tensors' file."""
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """`target.part` -> its shape, for every part that has a parameter."""
-        return {
-            f"{target}.{part}": spec.part_shape(self.tying, part, self.rank, self.architecture, target)
-            for target in self.tying.targets
-            for part in spec.PARTS
-            if spec.is_stored(self.tying, part)
-        }
+    scaling: Text = "standard"
 
 
 def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
@@ -134,87 +108,24 @@ def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
     Raises:
         UserError: a file or a part is damaged, missing, of another shape, or not finite; the message names it.
     """
-    description = _read_description(folder / DESCRIPTION)
-    path = folder / TENSORS
-    if storage.sha256(path) != description.sha256:
+    path, tree = folder / TENSORS, storage.read_json(folder / DESCRIPTION)
+    try:
+        saved = typed(_Description, tree, "an adapter's description")
+        if saved.format != (known := _format(saved.scaling)):
+            raise UserError(
+                f"format {saved.format} is not {known}, which this version reads for {saved.scaling} scaling"
+            )
+        adapter = TiedAdapter(saved.tying, saved.rank, saved.alpha, saved.architecture, saved.seed, saved.scaling)
+    except UserError as error:
+        raise UserError(f"{folder / DESCRIPTION}: {error}") from None
+    if storage.sha256(path) != saved.sha256:
         raise UserError(f"{path}: is damaged or was changed (its sha256 is not the one in {DESCRIPTION})")
-    in_file = {name: shape for name, shape in description.shapes().items() if name not in description.rebuilt}
-    tensors = _read_tensors(path, in_file)
-    adapter = TiedAdapter(
-        description.tying,
-        description.rank,
-        description.alpha,
-        description.architecture,
-        description.seed,
-        description.scaling,
-    )
+    parts = stored_parts(adapter)
+    tensors = _read_tensors(path, {name: tuple(part.shape) for name, part in parts.items()})
     with torch.no_grad():
-        for name, parameter in adapter.parts().items():
-            if name in tensors:
-                parameter.copy_(tensors[name])
-            elif checksum(parameter) != description.rebuilt[name]:
-                raise UserError(
-                    f"{folder}: {name} drawn again from seed {description.seed} is not the part that was trained with "
-                    "(another torch version draws other numbers); save with rebuild_frozen=False"
-                )
-    return adapter, description.base
-
-
-def _read_description(path: Path) -> _Description:
-    tree = storage.read_json(path)
-    scaling = tree.get("scaling", "standard")
-    if scaling not in spec.SCALINGS:
-        raise UserError(f"{path}: scaling={scaling!r:.40}: must be one of {', '.join(spec.SCALINGS)}")
-    if tree.get("format") != _format(scaling):
-        raise UserError(
-            f"{path}: format {tree.get('format')!r} is not {_format(scaling)}, which this version reads "
-            f"for {scaling} scaling"
-        )
-    for key in ("tying", "architecture", "rank", "alpha", "seed"):
-        if key not in tree:
-            raise UserError(f"{path}: has no '{key}'")
-    tying, architecture = _typed(Tying, tree["tying"], path), _typed(Architecture, tree["architecture"], path)
-    base, rebuilt = tree.get("base"), tree.get("rebuilt", {})
-    if not isinstance(base, dict) or not {"name", "digest"} <= base.keys() or not isinstance(rebuilt, dict):
-        raise UserError(f"{path}: base (with name and digest) and rebuilt must be objects")
-    rank, alpha, seed = tree["rank"], tree["alpha"], tree["seed"]
-    _check_sizes(rank, alpha, seed, architecture, path)
-    try:
-        spec.check_tying(tying, architecture)
-        base_record = typed(BaseModelRecord, {"revision": None, **base})
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    description = _Description(
-        tying, architecture, rank, float(alpha), scaling, seed, base_record, rebuilt, tree.get("sha256")
-    )
-    # The size of the file limits the parts in it, but a few bytes of a description could ask for huge rebuilt parts.
-    drawn = sum(math.prod(shape) for name, shape in description.shapes().items() if name in rebuilt)
-    if drawn > LARGEST_REBUILT:
-        raise UserError(f"{path}: {drawn:,} numbers to draw again from the seed, at most {LARGEST_REBUILT:,} are")
-    return description
-
-
-def _typed(kind: type[T], value: object, path: Path) -> T:
-    """A part of the description as the dataclass `kind`. Unknown keys, wrong types and interpolations are refused."""
-    if "${" in json.dumps(value):
-        raise UserError(f"{path}: holds an interpolation (${{...}}); a description may hold only plain values")
-    try:
-        instance = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), value))
-    except (OmegaConfBaseException, TypeError, ValueError, OverflowError) as error:
-        key = getattr(error, "full_key", None)
-        raise UserError(f"{path}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from None
-    assert isinstance(instance, kind)
-    return instance
-
-
-def _check_sizes(rank: object, alpha: object, seed: object, architecture: Architecture, path: Path) -> None:
-    sizes = [getattr(architecture, name) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")]
-    if not all(1 <= size <= LARGEST_SIZE for size in sizes):
-        raise UserError(f"{path}: layers={sizes[0]}, hidden={sizes[1]}: not the sizes of a model")
-    try:
-        check_numbers(rank, alpha, seed)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        for name, part in parts.items():
+            part.copy_(tensors[name])
+    return adapter, saved.base
 
 
 def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The base of arms of other methods: parameters by name, groups by pattern, and a folder of files."""
+"""Arms of other methods: their base, their folder, and how an arm of any kind is made or read from its folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,16 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from tiedlora import storage
-from tiedlora.adapter.arms import ArmSpec, ParameterGroup, groups_by_pattern
+from tiedlora.adapter import files
+from tiedlora.adapter.arms import Arm, ArmSpec, ParameterGroup, groups_by_pattern
+from tiedlora.adapter.attach import attach_adapter
 from tiedlora.config.adapter_folder import DESCRIPTION
-from tiedlora.config.families import architecture_of
-from tiedlora.config.schema import LrFactors
+from tiedlora.config.methods import REGISTERED
+from tiedlora.config.schema import LrFactors, TyingConfig
 from tiedlora.errors import UserError
 from tiedlora.records.reading import Name, Text, Whole, typed
 from tiedlora.records.run_record import BaseModelRecord, plain
+from tiedlora.tying import Architecture
 
 FORMAT = 3
 """The format of adapter.json for arms of other methods. Earlier versions refuse the number."""
@@ -39,7 +42,7 @@ class ArmDescription:
     resolved: dict[str, Any]
     targets: list[Text]
     seed: Whole
-    architecture: dict[str, Any]
+    architecture: Architecture
     tensors_file: Name
     sha256: Text
     """The sha256 of the tensors' file."""
@@ -143,7 +146,7 @@ class OtherArm(ABC):
             resolved=tying.resolved or {},
             targets=tying.targets,
             seed=self.spec.seed,
-            architecture=asdict(self.spec.architecture),
+            architecture=self.spec.architecture,
             tensors_file=self.tensors_file,
             sha256=hashlib.sha256(data).hexdigest(),
             layers=tying.layers,
@@ -190,10 +193,72 @@ def read_description(folder: Path) -> ArmDescription:
     """
     path = folder / DESCRIPTION
     try:
-        description = typed(ArmDescription, storage.read_json(path))
-        architecture_of(description.architecture)
-    except (UserError, TypeError, KeyError) as error:
+        description = typed(ArmDescription, storage.read_json(path), "an adapter's description")
+    except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     if description.format != FORMAT:
         raise UserError(f"{path}: format {description.format} is not {FORMAT}, which this version reads")
     return description
+
+
+def new_arm(model: nn.Module, spec: ArmSpec) -> Arm:
+    """A new arm of another method on `model`. The base is frozen.
+
+    Raises:
+        UserError: the method is unknown, or cannot adapt this model.
+    """
+    method = spec.tying.method
+    assert method is not None
+    if method in REGISTERED:
+        arm: Arm = REGISTERED[method](model, spec)
+        return arm
+    # PEFT is an extra, and slow to load.
+    from tiedlora.adapter.peft_arm import PeftArm
+
+    return PeftArm(model, spec)
+
+
+def is_other_method(folder: Path) -> bool:
+    """Whether an adapter's folder is of another method than this project's own.
+
+    Raises:
+        UserError: it has no readable adapter.json.
+    """
+    return storage.read_json(folder / DESCRIPTION).get("format") == FORMAT
+
+
+def read_spec(folder: Path) -> tuple[ArmSpec, BaseModelRecord]:
+    """What the saved arm of another method is made from, and the base model that it was trained on.
+
+    Raises:
+        UserError: adapter.json is missing or wrong.
+    """
+    saved = read_description(folder)
+    tying = TyingConfig(method=saved.method, resolved=saved.resolved, targets=list(saved.targets), layers=saved.layers)
+    return ArmSpec(tying, saved.architecture, saved.seed), saved.base
+
+
+def trained_on(folder: Path) -> BaseModelRecord:
+    """The base model that a saved arm of any kind was trained on.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    return read_spec(folder)[1] if is_other_method(folder) else files.load(folder)[1]
+
+
+def attach_saved(model: nn.Module, folder: Path) -> Arm:
+    """Put the saved arm of any kind on `model`.
+
+    Raises:
+        UserError: a file is damaged, or the arm was made for another architecture.
+    """
+    if not is_other_method(folder):
+        return attach_adapter(model, files.load(folder)[0])
+    arm = new_arm(model, read_spec(folder)[0])
+    try:
+        arm.load_values(folder)
+    except BaseException:
+        arm.detach()
+        raise
+    return arm

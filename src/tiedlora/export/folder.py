@@ -8,9 +8,8 @@ from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.adapter import attach_adapter, load
-from tiedlora.adapter.attach_arm import is_other_method
 from tiedlora.adapter.files import TENSORS
-from tiedlora.adapter.other_arm import check_tensors, read_description
+from tiedlora.adapter.other_arm import check_tensors, is_other_method, read_description
 from tiedlora.config.adapter_folder import DESCRIPTION
 from tiedlora.config.methods import PEFT_FILE
 from tiedlora.config.schema import Config
