@@ -22,7 +22,7 @@ from tiedlora.errors import UserError
 from tiedlora.sweeps.cells import FrozenCells, Sweep, SweepCell
 from tiedlora.sweeps.expand import expand
 from tiedlora.sweeps.launching import Launch, run_sweep
-from tiedlora.tracking.choose import NONE, backend_of
+from tiedlora.tracking.run_trackers import NONE, backend_of
 from tiedlora.training.signals import stopped_by_signals
 
 

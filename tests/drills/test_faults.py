@@ -18,11 +18,10 @@ from helpers.forks import forked, killed_after
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
-from tiedlora.records.rows import read_metrics
+from tiedlora.records.rows import AppendedFile, read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 from tiedlora.tasks import task_metric  # noqa: F401  (a fork that is short of memory could not import it)
-from tiedlora.tracking.metrics_file import MetricsFile
 from tiedlora.training import checkpoint
 
 
@@ -237,19 +236,19 @@ class TestWandb:
         wandb.teardown()
 
         def start() -> None:
-            log = MetricsFile.log
+            append = AppendedFile.append
 
             def log_and_kill(self, rows):
                 if config.seed == 0 and rows[0].step == 3:
                     for child in wandb_processes():
                         os.kill(child, signal.SIGKILL)
                         os.waitpid(child, 0)
-                log(self, rows)
+                append(self, rows)
 
-            MetricsFile.log = log_and_kill
+            AppendedFile.append = log_and_kill
             run.main(config)
             assert not wandb_processes()
-            MetricsFile.log = log
+            AppendedFile.append = append
             run.main(following)
             wandb.teardown()
 

@@ -8,7 +8,7 @@ import pytest
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.runs import run
-from tiedlora.tracking import choose
+from tiedlora.tracking import run_trackers
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +21,9 @@ def no_network(monkeypatch):
     for name in ("getaddrinfo", "create_connection"):
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    choose._say.cache_clear()
+    run_trackers._say.cache_clear()
     yield
-    choose._say.cache_clear()
+    run_trackers._say.cache_clear()
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_auto_is_the_default_and_changes_no_id(tiny_run):
 
 def test_without_a_key_there_is_no_tracker(home, tiny_config, caplog):
     with caplog.at_level(logging.INFO, "tiedlora"):
-        assert [choose.backend_of(tiny_config()) for _ in range(3)] == ["none"] * 3
+        assert [run_trackers.backend_of(tiny_config()) for _ in range(3)] == ["none"] * 3
     assert [record.message for record in caplog.records if "tracking" in record.message] == [
         "tracking: only metrics.jsonl, because this machine is not logged in to W&B (`wandb login`)"
     ]
@@ -53,34 +53,34 @@ def test_without_a_key_there_is_no_tracker(home, tiny_config, caplog):
 
 def test_a_key_in_the_environment_or_in_netrc_chooses_wandb(home, monkeypatch, tiny_config):
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert choose.backend_of(tiny_config()) == "wandb"
+    assert run_trackers.backend_of(tiny_config()) == "wandb"
     monkeypatch.delenv("WANDB_API_KEY")
     netrc = home / ".netrc"
     netrc.write_text("machine example.org login user password secret\n")
     netrc.chmod(0o600)
-    assert choose.backend_of(tiny_config()) == "none"
+    assert run_trackers.backend_of(tiny_config()) == "none"
     netrc.write_text(f"machine api.wandb.ai login user password {'x' * 40}\n")
-    assert choose.backend_of(tiny_config()) == "wandb"
+    assert run_trackers.backend_of(tiny_config()) == "wandb"
     # The key of another server is none for this one.
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert choose.backend_of(tiny_config()) == "none"
+    assert run_trackers.backend_of(tiny_config()) == "none"
     netrc.write_text(f"machine wandb.example.org login user password {'x' * 40}\n")
-    assert choose.backend_of(tiny_config()) == "wandb"
+    assert run_trackers.backend_of(tiny_config()) == "wandb"
     monkeypatch.delenv("WANDB_BASE_URL")
     settings = home / ".config" / "wandb" / "settings"
     settings.parent.mkdir(parents=True)
     settings.write_text("[default]\nbase_url = https://wandb.example.org\n")
-    assert choose.backend_of(tiny_config()) == "wandb"
+    assert run_trackers.backend_of(tiny_config()) == "wandb"
     netrc.write_text("machine\n\x00 not a netrc")
-    assert choose.backend_of(tiny_config()) == "none"
+    assert run_trackers.backend_of(tiny_config()) == "none"
 
 
 def test_what_the_user_says_decides(home, monkeypatch, tiny_config):
-    assert choose.backend_of(tiny_config("tracking=wandb")) == "wandb"
+    assert run_trackers.backend_of(tiny_config("tracking=wandb")) == "wandb"
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert choose.backend_of(tiny_config("tracking=none")) == "none"
+    assert run_trackers.backend_of(tiny_config("tracking=none")) == "none"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert choose.backend_of(tiny_config()) == "none"
+    assert run_trackers.backend_of(tiny_config()) == "none"
 
 
 def test_a_run_on_a_machine_without_an_account_asks_no_server(home, tiny_config):

@@ -9,6 +9,7 @@ import pytest
 from tiedlora.errors import UserError
 from tiedlora.records.rows import (
     NOT_GENERATED,
+    AppendedFile,
     MetricsRow,
     PredictionRow,
     ValidationLosses,
@@ -19,11 +20,8 @@ from tiedlora.records.rows import (
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
 from tiedlora.scoring import split
-from tiedlora.tracking.answers_table import answers_table
-from tiedlora.tracking.appended_file import AppendedFile
 from tiedlora.tracking.base import TrackedRun
-from tiedlora.tracking.metrics_file import MetricsFile
-from tiedlora.tracking.run_trackers import RunTrackers
+from tiedlora.tracking.run_trackers import RunTrackers, answers_table
 
 
 class FakeTracker:
@@ -72,29 +70,22 @@ def rows(*steps: int) -> list[MetricsRow]:
     return [MetricsRow(step, {"train/loss": float(step)}) for step in steps]
 
 
-class TestMetricsFile:
+class TestAppendedFile:
     def test_a_resumed_run_keeps_the_rows_up_to_its_checkpoint(self, tmp_path):
-        MetricsFile(tmp_path / "metrics.jsonl").log(rows(1, 2, 3, 4, 5, 6))
-        resumed = MetricsFile(tmp_path / "metrics.jsonl", step=4)
-        assert resumed.rows == rows(1, 2, 3, 4)
-        resumed.log(rows(5))
-        assert read_metrics(tmp_path / "metrics.jsonl") == rows(1, 2, 3, 4, 5)
-
-    def test_a_run_that_starts_over_starts_an_empty_file(self, tmp_path):
-        MetricsFile(tmp_path / "metrics.jsonl").log(rows(1, 2))
-        assert MetricsFile(tmp_path / "metrics.jsonl").rows == []
-        assert read_metrics(tmp_path / "metrics.jsonl") == []
-
-    def test_the_losses_of_validation_rows_are_kept_in_the_same_way(self, tmp_path):
         path = tmp_path / "validation_losses.jsonl"
         losses = [ValidationLosses(step, [1.5, step / 2], [3, 2]) for step in (0, 2, 4)]
         AppendedFile(path, read_validation_losses).append(losses)
         with path.open("a") as file:
             file.write('{"step": 6, "losses": [1.0')
         resumed = AppendedFile(path, read_validation_losses, step=3)
+        assert resumed.rows == losses[:2]
         resumed.append([losses[2]])
         assert read_validation_losses(path) == losses
-        assert read_validation_losses(tmp_path / "of-an-older-run.jsonl") == []
+
+    def test_a_run_that_starts_over_starts_an_empty_file(self, tmp_path):
+        AppendedFile(tmp_path / "metrics.jsonl", read_metrics).append(rows(1, 2))
+        assert AppendedFile(tmp_path / "metrics.jsonl", read_metrics).rows == []
+        assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 class TestRunTrackers:

@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 
 from tiedlora import tying
 from tiedlora.config.explain import nearest, options
-from tiedlora.config.schema import SCORED_SPLITS, SPLITS, Config, ModelConfig, TrainConfig
+from tiedlora.config.schema import LONGEST_TAG, SCORED_SPLITS, SPLITS, Config, ModelConfig, TrainConfig
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 from tiedlora.keys import Key, list_keys
@@ -26,8 +26,6 @@ TASK_TEXT, HUB_TEXT = "task", "hub"
 """The prefixes of the two sources of neutral text that are not files."""
 FREE_FORM = ("task.options", "tying.arguments", "tying.resolved")
 """Keys that may hold nested lists and mappings."""
-LONGEST_TAG = 64
-"""Most characters of a tag that W&B accepts."""
 
 
 def check(config: Config) -> None:

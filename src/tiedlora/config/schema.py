@@ -19,6 +19,8 @@ FORGETTING = "forgetting"
 SLOT_DEVICE = "TIEDLORA_SLOT_DEVICE"
 """The variable that tells a process of hydra/launcher=joblib_slots its device. With it, train.device=auto does not fall
 back to the CPU."""
+LONGEST_TAG = 64
+"""Most characters of a tag that W&B accepts."""
 LARGEST_SCORING = 65_536
 """Upper bound of the rows that are scored together, and of the tokens of an answer."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tiedlora import storage
 from tiedlora.errors import UserError
@@ -169,3 +169,25 @@ def _appended_objects(path: Path, text: str = "") -> Iterator[dict[str, Any]]:
             continue
         if isinstance(tree, dict):
             yield tree
+
+
+Row = TypeVar("Row", MetricsRow, ValidationLosses)
+
+
+class AppendedFile(Generic[Row]):
+    """A file whose rows belong to steps, of a run that starts, or that continues from a checkpoint."""
+
+    def __init__(self, path: Path, read: Callable[[Path], list[Row]], step: int | None = None) -> None:
+        """Keep only the rows up to the step of the checkpoint; without one, none. The run writes later rows again."""
+        self.path = path
+        self.rows = [] if step is None else [row for row in read(path) if row.step <= step]
+        storage.write_json_lines(path, [row.to_json() for row in self.rows])
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Append the rows.
+
+        Raises:
+            OSError: the disk is full. The run then ends, because the file is its record.
+        """
+        with storage.naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row.to_json()) + "\n" for row in rows))

@@ -41,7 +41,7 @@ from tiedlora.models.device import (
 )
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.provenance import code_version, package_versions
-from tiedlora.records.rows import MetricsRow, ValidationLosses, read_validation_losses
+from tiedlora.records.rows import AppendedFile, MetricsRow, ValidationLosses, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import (
     Admission,
@@ -59,7 +59,6 @@ from tiedlora.scoring.passes import wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.summary import summarise
 from tiedlora.tasks import Example, load_examples, load_task
-from tiedlora.tracking.appended_file import AppendedFile
 from tiedlora.tracking.base import TrackedRun
 from tiedlora.tracking.progress import ProgressBar
 from tiedlora.tracking.run_trackers import RunTrackers

@@ -30,10 +30,8 @@ from tiedlora.records.summary import flat_summary
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.decided import decided
 from tiedlora.sweeps.selection import selection_file
-from tiedlora.tracking.answers_table import answers_table
 from tiedlora.tracking.base import SWEEP, Cell, TextTable, TrackedRun
-from tiedlora.tracking.choose import NONE, backend_of
-from tiedlora.tracking.run_trackers import SafeTracker, run_tables
+from tiedlora.tracking.run_trackers import NONE, SafeTracker, answers_table, backend_of, run_tables
 
 log = logging.getLogger(__name__)
 

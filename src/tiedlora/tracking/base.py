@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from tiedlora.config.identity import config_tree
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import LONGEST_TAG, Config
 from tiedlora.records.rows import MetricsRow
 
 TRAIN, SWEEP = "train", "sweep"
 """The two kinds of a tracked run: a training, and the summary of a sweep."""
-LONGEST_TAG = 64
-"""Most characters of a tag."""
 
 
 @dataclass(frozen=True)

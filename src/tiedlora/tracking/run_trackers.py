@@ -1,26 +1,83 @@
-"""The trackers of one run: metrics.jsonl, and the tracker that `tracking.backend` names."""
+"""The trackers of one run: metrics.jsonl, and the tracker that `tracking.backend` names, with its table of answers.
+
+With tracking=auto it is W&B where this machine is logged in, and no tracker elsewhere. To choose, no tracker is
+imported and no server is asked: a key in the environment or in ~/.netrc is all that is looked for.
+"""
 
 from __future__ import annotations
 
+import configparser
 import importlib
 import logging
+import netrc
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from tiedlora.config.schema import Config
 from tiedlora.errors import Paused, UserError
-from tiedlora.records.rows import MetricsRow
+from tiedlora.records.rows import AppendedFile, MetricsRow, PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.text import visible
-from tiedlora.tracking.answers_table import answers_table
-from tiedlora.tracking.base import TableTracker, TextTable, TrackedRun, Tracker
-from tiedlora.tracking.choose import AUTO, NONE, backend_of
-from tiedlora.tracking.metrics_file import MetricsFile
+from tiedlora.text import visible, visible_lines
+from tiedlora.tracking.base import Cell, TableTracker, TextTable, TrackedRun, Tracker
 
 log = logging.getLogger(__name__)
 
+AUTO, NONE, WANDB = "auto", "none", "wandb"
+WANDB_SERVER = "https://api.wandb.ai"
 LONGEST_REASON = 300
 """Most characters of a tracker's error that are logged."""
+LONGEST_TEXT = 2000
+"""Most characters of a prompt, a reference or an answer in a table."""
+TABLE_SPLITS = ("test", "validation")
+"""The split whose answers are shown is the first of these that was scored."""
+
+
+def backend_of(config: Config) -> str:
+    """The tracker's file in this package, or `none`. What `auto` has chosen is logged once in a process."""
+    if config.tracking.backend != AUTO:
+        return config.tracking.backend
+    logged_in = is_logged_in()
+    _say(logged_in)
+    return WANDB if logged_in else NONE
+
+
+@cache
+def _say(logged_in: bool) -> None:
+    if logged_in:
+        log.info("tracking: W&B, because this machine is logged in (tracking=none switches it off)")
+    else:
+        log.info("tracking: only metrics.jsonl, because this machine is not logged in to W&B (`wandb login`)")
+
+
+def is_logged_in() -> bool:
+    """Whether W&B would find a key on this machine. The key itself is not kept."""
+    if os.environ.get("WANDB_MODE") == "disabled":
+        return False
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or _configured_server() or WANDB_SERVER).hostname
+    files = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
+    for file in files:
+        path = Path(file).expanduser()
+        with suppress(OSError, ValueError, netrc.NetrcParseError):
+            if path.is_file():
+                found = netrc.netrc(path).authenticators(host or "")
+                return found is not None and bool(found[2])
+    return False
+
+
+def _configured_server() -> str | None:
+    """The server that `wandb login --host` has written to W&B's settings."""
+    folder = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
+    settings = configparser.ConfigParser(interpolation=None)
+    with suppress(OSError, ValueError, configparser.Error):
+        settings.read(Path(folder).expanduser() / "settings")
+        return settings.get("default", "base_url", fallback=None)
+    return None
 
 
 class SafeTracker:
@@ -94,7 +151,7 @@ class RunTrackers:
             UserError: as SafeTracker.
         """
         self._run = run
-        self._metrics = MetricsFile(metrics_file, step)
+        self._metrics = AppendedFile(metrics_file, read_metrics, step)
         self._tracker = SafeTracker(run, self._metrics.rows)
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
@@ -103,7 +160,7 @@ class RunTrackers:
         Raises:
             OSError: the disk is full. The run then ends, because metrics.jsonl is its record.
         """
-        self._metrics.log(rows)
+        self._metrics.append(rows)
         self._tracker.log(rows)
 
     def finish(self, summary: Mapping[str, float | int | str]) -> None:
@@ -125,3 +182,48 @@ def run_tables(run: TrackedRun, most: int) -> dict[str, TextTable]:
     """The tables of a finished run: its first answers, at most so many."""
     table = answers_table(RunFolder(run.folder), most) if most else None
     return {} if table is None else {"answers": table}
+
+
+def answers_table(folder: RunFolder, most: int) -> TextTable | None:
+    """Prompt, references, the base model's answer, the adapted model's, and its scores; None without answers.
+
+    Args:
+        most: the most rows.
+    """
+    for split in TABLE_SPLITS:
+        try:
+            rows = read_predictions(folder.predictions_file(split))
+        except UserError:
+            continue
+        rows = [row for row in rows if row.has_answer]
+        if not rows:
+            continue
+        base = _base_answers(folder, split)
+        metrics = [name for name, score in rows[0].scores.items() if not isinstance(score, list)]
+        columns = ("split", "row", "prompt", "references", *(("base",) if base else ()), "answer", *metrics)
+        return TextTable(columns, [tuple(_cells(split, row, base, metrics)) for row in rows[:most]])
+    return None
+
+
+def _base_answers(folder: RunFolder, split: str) -> dict[str, str]:
+    """Row id -> the base model's answer."""
+    try:
+        rows = read_predictions(folder.predictions_file(f"{split}.base"))
+    except UserError:
+        return {}
+    return {row.id: row.output for row in rows if row.has_answer}
+
+
+def _cells(split: str, row: PredictionRow, base: dict[str, str], metrics: list[str]) -> Iterator[Cell]:
+    yield from (split, short(row.id), short(row.prompt), short(" | ".join(row.references)))
+    if base:
+        yield short(base.get(row.id, ""))
+    yield short(row.output)
+    for metric in metrics:
+        score = row.scores.get(metric)
+        yield None if score is None or isinstance(score, list) else score
+
+
+def short(text: str) -> str:
+    """A text of a model without control characters, cut where it is too long for a table."""
+    return visible_lines(text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ...")

@@ -15,7 +15,7 @@ from typing import Any
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
 from tiedlora.tracking.base import TextTable, TrackedRun
-from tiedlora.tracking.choose import is_logged_in
+from tiedlora.tracking.run_trackers import is_logged_in
 
 try:
     import wandb
