@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tiedlora.adapter import AdapterSet, TiedAdapter
-    from tiedlora.adapter import AdapterSet as Adapters
     from tiedlora.adapter.attach import Attached, attach, attach_adapter
     from tiedlora.adapter.peft_method import TiedLoraConfig, TiedLoraModel
     from tiedlora.errors import UserError
-    from tiedlora.export.merged import to_merged
-    from tiedlora.export.peft import to_peft
+    from tiedlora.export.weights import to_merged, to_peft
     from tiedlora.runs.library import base_of, load
     from tiedlora.tying import Architecture, Factor, Layout, Part, Tying, named
 
@@ -30,17 +28,13 @@ _MODULES = {
     **dict.fromkeys(("Architecture", "Factor", "Layout", "Part", "Tying", "named"), "tying"),
     **dict.fromkeys(("base_of", "load"), "runs.library"),
     **dict.fromkeys(("TiedLoraConfig", "TiedLoraModel"), "adapter.peft_method"),
-    "to_merged": "export.merged",
-    "to_peft": "export.peft",
+    **dict.fromkeys(("to_merged", "to_peft"), "export.weights"),
     "UserError": "errors",
 }
 """Public name -> the module that defines it."""
-_ALIASES = {"Adapters": "AdapterSet"}
-"""Name in version 0.1 -> its name now."""
 
 __all__ = [
     "AdapterSet",
-    "Adapters",
     "Architecture",
     "Attached",
     "Factor",
@@ -62,10 +56,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    current_name = _ALIASES.get(name, name)
-    if current_name not in _MODULES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'tiedlora' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"tiedlora.{_MODULES[current_name]}"), current_name)
+    return getattr(importlib.import_module(f"tiedlora.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -42,7 +42,7 @@ class TestAdapters:
     def test_several_take_turns_on_one_base(self, ids):
         model = tiny("tiny_llama").model
         plain, expected = logits(model, ids), {}
-        adapters = tiedlora.Adapters(model)
+        adapters = tiedlora.AdapterSet(model)
         for seed, name in enumerate(("LoRA", "Tuv", "TABuv"), start=1):
             attached = attach(model, name, 4)
             randomise(attached.adapter, seed)
@@ -64,7 +64,7 @@ class TestAdapters:
         assert torch.equal(logits(model, ids), plain)
 
     def test_mistakes(self):
-        adapters = tiedlora.Adapters(tiny("tiny_llama").model)
+        adapters = tiedlora.AdapterSet(tiny("tiny_llama").model)
         adapter = attach(tiny("tiny_gpt2").model, "TAB", 4).adapter
         adapters.add("a", adapter)
         with pytest.raises(UserError, match="'a' is taken"):

@@ -6,7 +6,6 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tiedlora import storage
 from tiedlora.adapter import attach_adapter, load
 from tiedlora.adapter.files import TENSORS
 from tiedlora.adapter.other_arm import check_tensors, is_other_method, read_description
@@ -15,10 +14,8 @@ from tiedlora.config.methods import PEFT_FILE
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.export.card import card
-from tiedlora.export.evaluation_results import benchmark_file
 from tiedlora.export.lm_eval_task import write_task
-from tiedlora.export.merged import to_merged
-from tiedlora.export.peft import to_peft
+from tiedlora.export.weights import to_merged, to_peft
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import resolve_device
 from tiedlora.records.run_folder import RunFolder
@@ -116,9 +113,6 @@ def _write(run: RunFolder, record: RunRecord, config: Config, out: Path, options
         task = write_task(config, run.predictions_file(options.split), out)
         if task is not None:
             notes.append(_lm_eval_note(task, record.scores[options.split].rows, config, options))
-    if options.form == "hub-card" and (found := benchmark_file(record, config)) is not None:
-        path, text = found
-        storage.write_bytes(out / path, text.encode())
     (out / "README.md").write_text(card(record, config, options.form, notes), encoding="utf-8")
     return rounding
 

@@ -6,7 +6,6 @@ the same questions. This works only for tasks whose answer is a number after `##
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -17,19 +16,6 @@ from tiedlora.errors import UserError
 from tiedlora.records.rows import read_predictions
 from tiedlora.tasks import load_task
 from tiedlora.tasks.gsm8k import FLEXIBLE, STRICT, Gsm8k
-
-
-@dataclass(frozen=True)
-class _FilterStep:
-    """One function of a filter. Fields that are None are not written to the file."""
-
-    function: str
-    regex_pattern: str | None = None
-    group_select: int | None = None
-    """Which match is taken: 0 is the first, -1 the last."""
-
-    def to_yaml(self) -> dict[str, str | int]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def write_task(config: Config, predictions: Path, folder: Path) -> str | None:
@@ -58,11 +44,8 @@ def write_task(config: Config, predictions: Path, folder: Path) -> str | None:
 
 
 def _task_yaml(config: Config, name: str) -> str:
-    take_first = _FilterStep("take_first")
-    filters = {
-        "strict": [_FilterStep("regex", STRICT.pattern, 0), take_first],
-        "flexible": [_FilterStep("regex", f"({FLEXIBLE.pattern})", -1), take_first],
-    }
+    # Which match is taken: 0 is the first, -1 the last.
+    patterns = {"strict": (STRICT.pattern, 0), "flexible": (f"({FLEXIBLE.pattern})", -1)}
     task = {
         "task": name,
         "dataset_path": "json",
@@ -90,8 +73,14 @@ def _task_yaml(config: Config, name: str) -> str:
             }
         ],
         "filter_list": [
-            {"name": filter_name, "filter": [step.to_yaml() for step in steps]}
-            for filter_name, steps in filters.items()
+            {
+                "name": filter_name,
+                "filter": [
+                    {"function": "regex", "regex_pattern": pattern, "group_select": match},
+                    {"function": "take_first"},
+                ],
+            }
+            for filter_name, (pattern, match) in patterns.items()
         ],
         "metadata": {"version": config.task.version},
     }

@@ -1,13 +1,11 @@
-"""The scores of a run as the hub's own library reads them back: with their intervals, and as text."""
+"""The model card: the hub's own library reads its scores back with their intervals."""
 
 import pytest
-import yaml
 from helpers.report_runs import add_scores, make_config, make_record, prediction_rows
 from huggingface_hub import ModelCard
 
 from tiedlora.config.schema import HubSource
 from tiedlora.export.card import card
-from tiedlora.export.evaluation_results import benchmark_file
 
 COMMIT = "5503434ddd753f426f4b38109466949a1217c2bb"
 
@@ -30,18 +28,6 @@ def of_squad():
     return config
 
 
-def limited():
-    config = on_hub()
-    config.task.rows.test = 40
-    return config
-
-
-def from_a_folder():
-    config = on_hub()
-    config.data_root = "/data"
-    return config
-
-
 def test_the_hub_reads_every_score_with_its_interval_from_the_card():
     record, config = scored(), on_hub(COMMIT)
     (result,) = ModelCard(card(record, config, "hub-card", [])).data.eval_results
@@ -57,34 +43,6 @@ def test_without_scores_there_is_no_index():
     data = ModelCard(card(make_record(), make_config(), "hub-card", [])).data
     assert data.eval_results is None
     assert data.base_model == "org/tiny"
-
-
-def test_a_benchmark_of_the_hub_has_a_file_for_its_leaderboard():
-    path, text = benchmark_file(scored(), on_hub(COMMIT))
-    assert path == ".eval_results/chain_sum.yaml"
-    (entry,) = yaml.safe_load(text)
-    assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "main", "revision": COMMIT}
-    assert entry["value"] == 0.75
-    assert "95 % interval" in entry["notes"]
-    # A branch moves, so it is no revision.
-    assert "revision" not in yaml.safe_load(benchmark_file(scored(), on_hub())[1])[0]["dataset"]
-
-
-@pytest.mark.parametrize(
-    ("record", "config"),
-    [
-        (scored(split="validation"), on_hub()),
-        (scored(), make_config()),
-        (scored("target_loss"), on_hub()),
-        (scored(), of_squad()),
-        (scored(), limited()),
-        (scored(), from_a_folder()),
-        (scored(changes={"left_out": ["texts"]}), on_hub()),
-    ],
-    ids=["not test", "not on the hub", "a loss", "a part of a split", "some rows", "rows of a folder", "of a study"],
-)
-def test_what_is_no_benchmark_has_no_such_file(record, config):
-    assert benchmark_file(record, config) is None
 
 
 @pytest.mark.parametrize(
