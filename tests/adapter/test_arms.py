@@ -16,7 +16,7 @@ from tiedlora.config import methods
 from tiedlora.config.explain import options
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import LrFactors
-from tiedlora.config.sizes import Search, trainable_params
+from tiedlora.config.sizes import nearest_size, trainable_params
 from tiedlora.errors import UserError
 from tiedlora.runs.trainer import check_scores_mean_something
 
@@ -212,11 +212,11 @@ def test_mistakes_are_one_line(words, message):
 
 
 def test_the_search_for_a_size_finds_the_nearest():
-    assert Search(lambda value: 90 * value, 46_080, 10**6).nearest() == 512
-    assert Search(lambda value: 46_080 if value >= 100 else 10 * value, 46_080, 10**6).nearest() >= 100
-    assert Search(lambda value: value * value if value % 2 == 0 else None, 101, 10**6).nearest() == 10
-    falling = Search(lambda value: 1000 // value + value, 63, 10**6, landmarks=(32,))
-    assert abs(1000 // falling.nearest() + falling.nearest() - 63) <= 3
+    assert nearest_size(lambda value: 90 * value, 46_080, 10**6) == 512
+    assert nearest_size(lambda value: 46_080 if value >= 100 else 10 * value, 46_080, 10**6) >= 100
+    assert nearest_size(lambda value: value * value if value % 2 == 0 else None, 101, 10**6) == 10
+    falling = nearest_size(lambda value: 1000 // value + value, 63, 10**6, landmarks=(32,))
+    assert abs(1000 // falling + falling - 63) <= 3
 
 
 def test_a_damaged_folder_is_refused(tmp_path):

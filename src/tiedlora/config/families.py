@@ -5,11 +5,16 @@ A target such as `qkv` is one module, three modules, or a part of a fused one (a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from tiedlora.errors import UserError
 from tiedlora.tying import Architecture, Layout
+
+
+def _fused(module: str) -> dict[str, list[str]]:
+    """The sites of one module that computes q, k and v."""
+    return {"qkv": [module], **{part: [f"{module}:{part}"] for part in "qkv"}}
+
 
 # These families differ only outside the projections: in biases, norms of q and k, norms after the sublayers, and capped
 # logits. The update of a projection's output does not depend on these.
@@ -34,24 +39,13 @@ FAMILIES: dict[str, Layout] = {
     },
     "gpt2": Layout(
         layers="transformer.h",
-        sites={
-            "qkv": ["attn.c_attn"],
-            "q": ["attn.c_attn:q"],
-            "k": ["attn.c_attn:k"],
-            "v": ["attn.c_attn:v"],
-            "o": ["attn.c_proj"],
-            "up": ["mlp.c_fc"],
-            "down": ["mlp.c_proj"],
-        },
+        sites={**_fused("attn.c_attn"), "o": ["attn.c_proj"], "up": ["mlp.c_fc"], "down": ["mlp.c_proj"]},
         transposed=True,
     ),
     "phi3": Layout(
         layers="model.layers",
         sites={
-            "qkv": ["self_attn.qkv_proj"],
-            "q": ["self_attn.qkv_proj:q"],
-            "k": ["self_attn.qkv_proj:k"],
-            "v": ["self_attn.qkv_proj:v"],
+            **_fused("self_attn.qkv_proj"),
             "o": ["self_attn.o_proj"],
             "gate": ["mlp.gate_up_proj:gate"],
             "up": ["mlp.gate_up_proj:up"],
@@ -61,10 +55,7 @@ FAMILIES: dict[str, Layout] = {
     "gpt_neox": Layout(
         layers="gpt_neox.layers",
         sites={
-            "qkv": ["attention.query_key_value"],
-            "q": ["attention.query_key_value:q"],
-            "k": ["attention.query_key_value:k"],
-            "v": ["attention.query_key_value:v"],
+            **_fused("attention.query_key_value"),
             "o": ["attention.dense"],
             "up": ["mlp.dense_h_to_4h"],
             "down": ["mlp.dense_4h_to_h"],
@@ -75,15 +66,6 @@ FAMILIES: dict[str, Layout] = {
 
 CANDIDATES_SHOWN = 12
 """How many modules an error message lists at most."""
-
-
-def architecture_of(tree: Mapping[str, Any]) -> Architecture:
-    """The sizes of a model from plain data, as `dataclasses.asdict` gives them.
-
-    Raises:
-        TypeError: a key is unknown.
-    """
-    return Architecture(**{**tree, "layout": Layout(**tree["layout"])})
 
 
 def layout_of(architecture: Architecture) -> Layout:
