@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 import zipfile
 
 import pytest
@@ -16,8 +15,7 @@ from tiedlora.config.compose import compose_config
 from tiedlora.runs import run
 from tiedlora.runs.inputs import read_rows
 from tiedlora.tasks import digest, load_examples
-from tiedlora.tasks.hellaswag import cleaned
-from tiedlora.tasks.rows import LONGEST_LINE, read_json_lines
+from tiedlora.tasks.rows import read_json_lines
 
 
 def line(**changes) -> bytes:
@@ -25,34 +23,17 @@ def line(**changes) -> bytes:
 
 
 WHOLE = line()
-ROWS = {  # the bytes of gsm8k/test.jsonl, and words of the message
+ROWS = {  # the bytes of gsm8k/test.jsonl, and words of the message: one for each rule
     "not UTF-8": (WHOLE + b'{"question": "\xff\xfe"}\n', "test.jsonl:2: is not UTF-8 (byte 14)"),
-    "UTF-16": (WHOLE.decode().encode("utf-16"), "test.jsonl:1: is not UTF-8"),
-    "no row but a byte order mark": (b"\xef\xbb\xbf", "test.jsonl: holds no rows"),
     "cut short": (WHOLE + WHOLE[:40], "test.jsonl:2: is not valid JSON"),
-    "an array": (b"[1, 2]\n", "test.jsonl:1: must be a JSON object, not list"),
-    "a text": (b'"x"\n', "test.jsonl:1: must be a JSON object, not str"),
-    "null": (b"null\n", "test.jsonl:1: must be a JSON object, not NoneType"),
-    "not a number": (b"NaN\n", "test.jsonl:1: must be a JSON object, not float"),
-    "a number without end": (b'{"question": ' + b"9" * 5000 + b"}\n", "test.jsonl:1: is not valid JSON"),
     "a hundred thousand brackets": (b"[" * 100_000 + b"\n", "test.jsonl:1: is not valid JSON"),
-    "raw control characters": (b'{"question": "a\x00\x1b[2J"}\n', "test.jsonl:1: is not valid JSON"),
+    "an array": (b"[1, 2]\n", "test.jsonl:1: must be a JSON object, not list"),
     "half of a surrogate pair": (line(question="\ud800"), "half of a surrogate pair"),
     "half of a surrogate pair in an id": (line(id="\udfff"), "half of a surrogate pair"),
-    "an empty file": (b"", "holds no rows"),
-    "blank lines": (b"\n \n\t\n", "holds no rows"),
-    "a line without end": (line(question="x" * LONGEST_LINE), "test.jsonl:1: has 4,194,"),
-    "an empty object": (b"{}\n", "the field 'question' is missing (it has none)"),
+    "blank lines and a byte order mark": (b"\xef\xbb\xbf\n \n\t\n", "test.jsonl: holds no rows"),
     "a missing field": (b'{"question": "x"}\n', "the field 'answer' is missing (it has question)"),
     "a wrong type": (line(answer=5), "the field 'answer' must be str, not int"),
-    "not a number in a field": (line(answer=float("nan")), "the field 'answer' must be str, not float"),
-    "null in a field": (line(question=None), "the field 'question' must be str, not NoneType"),
-    "an object in a field": (line(question={"a": 1}), "the field 'question' must be str, not dict"),
-    "an empty question": (line(question=" "), "needs a question"),
-    "an answer without a number": (line(answer="none"), "an answer that ends in '#### number'"),
     "an id twice": (line(id=1) + line(id="1"), "the id '1' was used before, at"),
-    "a web page": (b"<html><script>alert(1)</script>\n", "test.jsonl:1: is not valid JSON"),
-    "a pickle": (b"\x80\x04\x95\x1b\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94\x8c\x06system\n", "is not UTF-8"),
 }
 
 
@@ -72,9 +53,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
     task = task_option("gsm8k")
     for make, says in (
         (lambda: None, "no such file"),
-        (path.mkdir, "is not a regular file"),
-        (lambda: (path.rmdir(), os.mkfifo(path)), "is not a regular file"),
-        (lambda: (path.unlink(), path.symlink_to("/dev/zero")), "is not a regular file"),
+        (lambda: os.mkfifo(path), "is not a regular file"),
         (lambda: (path.unlink(), path.symlink_to(path)), "no such file"),
         (lambda: (path.unlink(), folder.rmdir(), folder.write_text("a file")), "no such file"),
     ):
@@ -117,32 +96,12 @@ def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):
 def test_options_of_generated_rows(tmp_path):
     for override, says in (
         ("task.options.rows=3", "rows and parameters must be mappings"),
-        ("task.options.parameters=3", "rows and parameters must be mappings"),
         ("task.options.rows={train: -1, validation: 1, test: 1}", "must be a number from 1 to"),
-        ("task.options.rows={train: 99999999, validation: 1, test: 1}", "must be a number from 1 to"),
-        ("task.options.dataset=[os]", "reasoning-gym refuses them"),
         ("task.options.dataset=no_such", "reasoning-gym refuses them"),
-        ("+task.options.parameters.evil=1", "reasoning-gym refuses them"),
         ("+task.options.evil=1", "needs dataset and rows"),
     ):
         with refused(says):
             load_examples(compose_task("chain_sum", override), "train", None)
-
-
-def test_brackets_that_never_close_cost_no_time():
-    """200,000 brackets once took minutes, because each of them caused a search to the end of the line."""
-    started = time.monotonic()
-    assert cleaned("a [header] b\n" + "[" * 200_000) == "a b\n" + "[" * 200_000
-    assert time.monotonic() - started < 2
-
-
-@given(st.lists(st.sampled_from(["[", "]", " [title]", "a", "  ", "\n", "[step]"]), max_size=12).map("".join))
-@search(200)
-def test_cleaning_is_what_it_was(text):
-    import re
-
-    harness = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-    assert cleaned(text) == harness
 
 
 def test_a_damaged_zip_of_the_hub(tmp_path, monkeypatch):

@@ -47,34 +47,21 @@ def test_the_target_is_not_in_the_prompt_of_real_rows(kind):
 
 
 BAD = {  # (task, error) -> (row, words of the message)
-    ("squad", "missing field"): ({k: v for k, v in GOOD["squad"].items() if k != "question"}, "'question' is missing"),
-    ("squad", "wrong type"): ({**GOOD["squad"], "answers": ["Romulus"]}, "'answers' must be dict, not list"),
     ("squad", "wrong inner type"): ({**GOOD["squad"], "answers": {"text": "x", "answer_start": [0]}}, "lists 'text'"),
     ("squad", "no answer"): ({**GOOD["squad"], "answers": {"text": [], "answer_start": []}}, "target is empty"),
-    ("squad", "empty target"): ({**GOOD["squad"], "answers": {"text": [" "], "answer_start": [4]}}, "target is empty"),
     ("squad", "empty question"): ({**GOOD["squad"], "question": " "}, "'question' is empty"),
     ("squad", "answer not in context"): (
         {**GOOD["squad"], "answers": {"text": ["Remus"], "answer_start": [0]}},
         "'Remus' is not in the context",
     ),
     ("hellaswag", "label out of range"): ({**GOOD["hellaswag"], "label": "4"}, "out of range"),
-    ("hellaswag", "no label"): ({**GOOD["hellaswag"], "label": ""}, "out of range"),
-    ("hellaswag", "label of a wrong type"): ({**GOOD["hellaswag"], "label": 0}, "'label' must be str, not int"),
     ("hellaswag", "wrong type"): ({**GOOD["hellaswag"], "ind": True}, "'ind' must be int, not bool"),
     ("hellaswag", "three endings"): ({**GOOD["hellaswag"], "endings": ["a", "b", "c"]}, "must hold 4 texts"),
     ("hellaswag", "empty ending"): ({**GOOD["hellaswag"], "endings": ["a", "b", "c", ""]}, "none empty"),
-    ("dialogsum", "empty target"): ({**GOOD["dialogsum"], "summary": " \n"}, "target is empty"),
     ("dialogsum", "empty dialogue"): ({**GOOD["dialogsum"], "dialogue": ""}, "'dialogue' is empty"),
-    ("dialogsum", "wrong type"): ({**GOOD["dialogsum"], "summary": None}, "must be str, not NoneType"),
     ("iwslt2017", "missing field"): ({"translation": {"de": "Danke."}}, "must hold a text 'en'"),
-    ("iwslt2017", "empty target"): ({"translation": {"de": "Danke.", "en": ""}}, "target is empty"),
     ("iwslt2017", "empty source"): ({"translation": {"de": " ", "en": "x"}}, "'translation.de' is empty"),
     ("gsm8k", "no number"): ({**GOOD["gsm8k"], "answer": "five"}, "#### number"),
-    ("gsm8k", "empty target"): ({**GOOD["gsm8k"], "answer": ""}, "target is empty"),
-    ("gsm8k", "half a character"): ('{"question": "\\ud800?", "answer": "#### 5"}', "surrogate"),
-    ("gsm8k", "broken JSON"): ('{"question": "How', "is not valid JSON"),
-    ("gsm8k", "not an object"): ("[1, 2]", "must be a JSON object, not list"),
-    ("gsm8k", "wrong encoding"): ('{"question": "Wie gro\u00df?"}'.encode("latin-1"), "is not UTF-8"),
 }
 
 

@@ -14,9 +14,6 @@ from tiedlora import storage
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 
-LONGEST_LINE = 2**22
-"""Most bytes of a row. This is about a million tokens, more than any model here can attend to."""
-
 
 class RowError(ValueError):
     """A row is wrong. The code that reads the rows adds the row's place to the message."""
@@ -64,7 +61,7 @@ def read_json_lines(path: Path) -> list[DataRow]:
     one that was joined from several.
 
     Raises:
-        UserError: a line is not UTF-8, not JSON, not an object, or too long; the message names the line.
+        UserError: a line is not UTF-8, not JSON or not an object; the message names the line.
     """
     rows = []
     for number, line in enumerate(storage.read_bytes(path).split(b"\n"), start=1):
@@ -72,10 +69,6 @@ def read_json_lines(path: Path) -> list[DataRow]:
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        if len(line) > LONGEST_LINE:
-            raise UserError(
-                f"{where}: has {len(line):,} bytes, at most {LONGEST_LINE:,} are read; is a line feed missing?"
-            )
         try:
             fields = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
