@@ -43,10 +43,9 @@ REFUSED = {
     "XLoraConfig": "mixes adapters that are trained already",
 }
 """Classes of PEFT that need more than a loss and a gradient -> what they need."""
-STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
-"""Values of PEFT's init_lora_weights that give the base other weights. Base and adapted model would not be compared."""
-STARTS_FROM_DATA = ("eva", "lora_ga")
-"""Values of init_lora_weights that take their start from rows of data, in a step that this loop does not do."""
+LORA_STARTS = ("true", "false", "gaussian", "orthogonal")
+"""The values of PEFT's init_lora_weights that an arm may have. Others give the base other weights, so that base and
+adapted model could not be compared, or take their start from rows of data, in a step that this loop does not do."""
 PEFT_FILE = "adapter_config.json"
 
 
@@ -90,16 +89,11 @@ def resolve(method: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, A
         values.pop(name, None)
     if values.get("modules_to_save"):
         raise UserError("tying.arguments.modules_to_save: whole layers would be trained; leave it out")
-    start = str(values.get("init_lora_weights", "")).lower()
-    for kinds, reason in (
-        (STARTS_THAT_CHANGE_THE_BASE, "changes the base's weights"),
-        (STARTS_FROM_DATA, "takes its start from rows of data"),
-    ):
-        if start.startswith(kinds):
-            raise UserError(
-                f"tying.arguments.init_lora_weights={start:.40}: {reason}, which no arm may do; leave it out, or "
-                "choose false, gaussian or orthogonal"
-            )
+    if (start := str(values.get("init_lora_weights", True)).lower()) not in LORA_STARTS:
+        raise UserError(
+            f"tying.arguments.init_lora_weights={start:.40}: changes the base's weights, or needs rows of data; "
+            f"choose one of {', '.join(LORA_STARTS)}"
+        )
     return kind.__name__, {name: value for name, value in sorted(values.items()) if value is not None}
 
 
