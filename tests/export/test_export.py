@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from helpers.families import FAMILIES, family_model
+from helpers.report_runs import make_config, make_record
 from helpers.tiny import EIGHT, randomise, tying_option
 from omegaconf import OmegaConf
 from peft import PeftModel
@@ -20,6 +21,7 @@ from tiedlora.config import command
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
+from tiedlora.export.card import card
 from tiedlora.export.weights import to_merged, to_peft
 
 RANK, ALPHA = 4, 6.0
@@ -167,3 +169,10 @@ def test_the_cards_command_is_the_same_run(overrides):
     assert words[:2] == ["python", "train.py"]
     assert run_id(compose_config(words[2:])) == run_id(config)
     assert len(words) - 2 <= len(overrides) + 2
+
+
+def test_the_card_names_the_chat_template():
+    config = make_config()
+    assert "chat template" not in card(make_record(), config, "hub-card", [])
+    config.task.chat_template = True
+    assert "as one user turn of the tokenizer's chat template" in card(make_record(), config, "hub-card", [])

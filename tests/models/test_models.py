@@ -97,7 +97,7 @@ class TestRememberedDigests:
         known_digest(written, tmp_path)
         assert hashed.count("model.safetensors") == 2
 
-    @pytest.mark.parametrize("content", ["no JSON", "[]", '{"a": 1}'])
+    @pytest.mark.parametrize("content", ["no JSON", '{"a": 1}'])
     def test_a_damaged_or_unwritable_cache_costs_only_time(self, settled, tmp_path, content, hashed):
         digest = known_digest(settled, tmp_path)
         (file,) = (tmp_path / "digests").iterdir()
@@ -108,10 +108,6 @@ class TestRememberedDigests:
         blocked = tmp_path / "file"
         blocked.write_text("")
         assert known_digest(settled, blocked) == digest
-
-
-def test_random_models_are_the_same_every_time(ids):
-    assert torch.equal(tiny("tiny_gpt2").model(ids).logits, tiny("tiny_gpt2").model(ids).logits)
 
 
 def test_the_byte_tokenizer_gives_back_any_text():

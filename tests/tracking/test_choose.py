@@ -73,10 +73,7 @@ def test_a_key_in_the_environment_or_in_netrc_chooses_wandb(home, monkeypatch, t
     assert run_trackers.backend_of(tiny_config()) == "wandb"
     netrc.write_text("machine\n\x00 not a netrc")
     assert run_trackers.backend_of(tiny_config()) == "none"
-
-
-def test_what_the_user_says_decides(home, monkeypatch, tiny_config):
-    assert run_trackers.backend_of(tiny_config("tracking=wandb")) == "wandb"
+    assert run_trackers.backend_of(tiny_config("tracking=wandb")) == "wandb", "what the user says decides"
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert run_trackers.backend_of(tiny_config("tracking=none")) == "none"
     monkeypatch.setenv("WANDB_MODE", "disabled")

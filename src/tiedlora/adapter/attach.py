@@ -175,7 +175,6 @@ class Attached:
         return self.adapter.trained_parts()
 
     def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
-        """One group for each of A, B, u and v."""
         return groups_by_part(self.trained_parts(), lr_factors)
 
     def buffers(self) -> dict[str, Tensor]:
@@ -187,7 +186,6 @@ class Attached:
         return {}
 
     def stored_params(self) -> int:
-        """How many numbers a saved folder holds."""
         return sum(parameter.numel() for parameter in files.stored_parts(self.adapter).values())
 
     def save(self, folder: Path, base: BaseModelRecord) -> int:

@@ -167,12 +167,10 @@ class TiedLoraModel(BaseTuner):
             parameter.requires_grad_(part.trained and not inference_mode)
 
     def enable_adapter_layers(self) -> None:
-        """Make the adapter active again."""
         if not self.attached.merged:
             self.attached.enable()
 
     def disable_adapter_layers(self) -> None:
-        """Make the model give the base model's outputs."""
         self.attached.unmerge()
         self.attached.disable()
 
@@ -181,11 +179,9 @@ class TiedLoraModel(BaseTuner):
         self.attached.merge()
 
     def unmerge_adapter(self) -> None:
-        """Restore the base's weights bit for bit."""
         self.attached.unmerge()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take the adapter off the model."""
         self.attached.detach()
         self.peft_config.pop(adapter_name)
         self.active_adapter = []

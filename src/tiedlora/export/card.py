@@ -1,29 +1,20 @@
-"""The model card of an exported adapter: what it is, its training data, its scores, and the command that made it.
-
-The scores also stand as `model-index` in its front matter, which the hub reads.
-"""
+"""The model card of an exported adapter: what it is, its training data, its scores, and the command that made it."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import EvalResult
-from huggingface_hub.repocard_data import eval_results_to_model_index
-
 from tiedlora.config import command
 from tiedlora.config.identity import identity, start_of
 from tiedlora.config.identity import label as label_of
-from tiedlora.config.schema import FORGETTING, Config
+from tiedlora.config.schema import Config
 from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.run_record import RunRecord, SplitScores
+from tiedlora.records.run_record import RunRecord
 from tiedlora.text import visible
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -78,8 +69,6 @@ def card(record: RunRecord, config: Config, form: str, notes: list[str]) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["peft"] if is_other else ["tied-lora", "lora", "arxiv:2311.09578"],
     }
-    if index := _model_index(record, config, title):
-        front_matter["model-index"] = index
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front_matter.items()),
@@ -185,50 +174,3 @@ def _nats(interval: Interval) -> str:
 
 def _percent(interval: Interval) -> str:
     return f"{100 * interval.value:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-
-
-def _model_index(record: RunRecord, config: Config, name: str) -> list[dict[str, Any]]:
-    """The value of `model-index`: every metric of every split with its interval; empty if nothing is scored.
-
-    Args:
-        name: the model's name on its card.
-    """
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=config.task.hub.id or config.task.name,
-            dataset_name=config.task.name,
-            dataset_config=config.task.hub.subset,
-            dataset_split=_rows_of(split, config),
-            dataset_revision=_commit(config),
-            metric_type=metric,
-            metric_name=f"{metric} ({_interval_words(scores, metric, interval)})",
-            metric_value=interval.value,
-            metric_args={"low": interval.low, "high": interval.high, "level": 0.95, "rows": scores.rows},
-        )
-        for split, scores in record.scores.items()
-        if split != FORGETTING
-        for metric, interval in scores.metrics.items()
-    ]
-    index: list[dict[str, Any]] = eval_results_to_model_index(name, results) if results else []
-    return index
-
-
-def _interval_words(scores: SplitScores, metric: str, interval: Interval) -> str:
-    """Such as `95 % interval 0.295 to 0.413 over 250 rows`."""
-    unit = " nats per token" if is_loss(metric) else ""
-    return f"95 % interval {interval.low:.3f} to {interval.high:.3f}{unit} over {scores.rows} rows"
-
-
-def _rows_of(split: str, config: Config) -> str:
-    """Our split as the hub names it, such as validation[2000:]; in words where the harness cuts it out of train."""
-    hub = config.task.hub
-    if hub.id is None:
-        return split
-    return hub.splits.get(split, f"{split}, cut out of {hub.splits.get('train', 'train')}")
-
-
-def _commit(config: Config) -> str | None:
-    """The revision of the data set, if it is a commit: a branch moves."""
-    revision = config.task.hub.revision
-    return revision if COMMIT.fullmatch(revision) else None

@@ -94,7 +94,6 @@ class MetricsRow:
     values: dict[str, float | int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, float | int]:
-        """The JSON object: the step, then the metrics."""
         return {"step": self.step, **self.values}
 
     @classmethod
@@ -131,7 +130,6 @@ class ValidationLosses:
     """Each row's number of target tokens."""
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object."""
         return {"step": self.step, "losses": self.losses, "tokens": self.tokens}
 
 
@@ -180,7 +178,7 @@ class AppendedFile(Generic[Row]):
     def __init__(self, path: Path, read: Callable[[Path], list[Row]], step: int | None = None) -> None:
         """Keep only the rows up to the step of the checkpoint; without one, none. The run writes later rows again."""
         self.path = path
-        self.rows = [] if step is None else [row for row in read(path) if row.step <= step]
+        self.rows: list[Row] = [] if step is None else [row for row in read(path) if row.step <= step]
         storage.write_json_lines(path, [row.to_json() for row in self.rows])
 
     def append(self, rows: Sequence[Row]) -> None:

@@ -299,7 +299,6 @@ class RunRecord:
         return record
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object."""
         return {**plain(self), "identity": self.identity.tree, "config": self.config.tree}
 
     @property

@@ -53,7 +53,6 @@ class RateChoice:
 
     @property
     def by(self) -> str:
-        """The criterion, `score` or `loss`."""
         return "loss" if self.metric == LOSS else "score"
 
 

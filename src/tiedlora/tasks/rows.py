@@ -33,7 +33,6 @@ class DataRow:
         return self.fields[name]
 
     def with_fields(self, **changes: Any) -> DataRow:
-        """A copy with changed or added fields."""
         return DataRow(self.where, {**self.fields, **changes})
 
 

@@ -66,7 +66,6 @@ class MlflowTracker:
         self.log(earlier)
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
-        """Write the rows."""
         now = int(1000 * time.time())
         metrics = [Metric(key, value, now, row.step) for row in rows for key, value in row.values.items()]
         for some in _batches(metrics, MOST_METRICS):

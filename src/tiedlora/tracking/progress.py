@@ -47,6 +47,5 @@ class ProgressBar:
             )
 
     def close(self) -> None:
-        """Remove the bar from the terminal."""
         if self.bar is not None:
             self.bar.close()

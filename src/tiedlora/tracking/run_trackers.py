@@ -108,7 +108,6 @@ class SafeTracker:
         return self._tracker is not None
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
-        """Give it rows."""
         if (tracker := self._tracker) is not None:
             self._try(lambda: tracker.log(rows))
 
@@ -118,7 +117,6 @@ class SafeTracker:
             self._try(lambda: tracker.log_tables(tables()))
 
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
-        """Close it."""
         if (tracker := self._tracker) is not None:
             self._try(lambda: tracker.finish(summary, exit_code))
 

@@ -49,12 +49,10 @@ class TrackioTracker:
         self.log(earlier)
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
-        """Write the rows."""
         for row in rows:
             self.run.log(dict(row.values), step=row.step)
 
     def log_tables(self, tables: Mapping[str, TextTable]) -> None:
-        """Write the tables."""
         for name, table in tables.items():
             data = [[_as_text(cell) for cell in row] for row in table.rows]
             self.run.log({name: trackio.Table(columns=list(table.columns), data=data)})

@@ -61,7 +61,6 @@ class WandbTracker:
         self.log(earlier)
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
-        """Send the rows to W&B."""
         for row in rows:
             self.run.log(row.values, step=row.step)
 
@@ -73,7 +72,6 @@ class WandbTracker:
             self.run.log({name: wandb.Table(columns=list(table.columns), data=data, allow_mixed_types=True)})
 
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
-        """Write the summary and close the W&B run."""
         self.run.summary.update(dict(summary))
         self.run.finish(exit_code=exit_code)
         self.run = None
