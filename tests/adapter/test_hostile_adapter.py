@@ -58,8 +58,14 @@ TENSORS = {  # the changed adapter.safetensors, and words of the message
     "cut in the values": (lambda data, _: data[:-4], "is not a readable safetensors file"),
     "a header as long as memory": (lambda data, _: struct.pack("<Q", 2**62) + data[8:], "is not a readable"),
     "a pickle": (lambda data, _: pickle.dumps({"qkv.A": Evil()}), "is not a readable safetensors file"),
-    "a part of another shape": (changed(**{"qkv.u": torch.ones(3, 5)}), "qkv.u is F32 (3, 5), expected F32 (3, 4)"),
-    "half precision": (changed(**{"qkv.u": torch.ones(3, 4).half()}), "qkv.u is F16 (3, 4), expected F32"),
+    "a part of another shape": (
+        changed(**{"qkv.u": torch.ones(3, 5)}),
+        "(3, 5), expected torch.float32 (3, 4)",
+    ),
+    "half precision": (
+        changed(**{"qkv.u": torch.ones(3, 4).half()}),
+        "qkv.u is torch.float16 (3, 4), expected",
+    ),
     "an extra part": (changed(**{"qkv.evil": torch.ones(1)}), "lacks nothing and has ['qkv.evil'] beyond its parts"),
     "a value that is none": (changed(**{"qkv.u": torch.full((3, 4), float("nan"))}), "qkv.u holds values that are not"),
 }
@@ -94,7 +100,7 @@ DESCRIPTIONS = {  # the changed values of adapter.json, and words of the message
     "another scaling": ({"scaling": "other", "format": 2}, "scaling=other: choose one of standard, rslora"),
     "a huge rank": ({"rank": 10**12}, "rank=1000000000000: must be an int from 1"),
     "a rank that is a flag": ({"rank": True}, "'rank' is True, which cannot be a value of an adapter's description"),
-    "another rank": ({"rank": 5}, "expected F32"),
+    "another rank": ({"rank": 5}, "expected torch.float32"),
     "infinite alpha": ({"alpha": float("inf")}, "'alpha' is not a finite number"),
     "a seed that is a text": ({"seed": "0"}, "'seed' is '0'"),
     "a code for an init": ({"tying": {"A": {"init": "os.system"}}}, "tying.A.init=os.system"),

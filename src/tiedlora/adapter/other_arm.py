@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
@@ -24,7 +22,7 @@ from tiedlora.config.adapter_folder import DESCRIPTION
 from tiedlora.config.methods import REGISTERED
 from tiedlora.config.schema import LrFactors, TyingConfig
 from tiedlora.errors import UserError
-from tiedlora.records.reading import Name, Text, Whole, typed
+from tiedlora.records.reading import Name, Text, Whole, read_typed
 from tiedlora.records.run_record import BaseModelRecord, plain
 from tiedlora.tying import Architecture
 
@@ -171,18 +169,7 @@ def check_tensors(folder: Path) -> dict[str, Tensor]:
         UserError: a file is missing or damaged, or holds values that are not finite; the message names it.
     """
     description = read_description(folder)
-    path = folder / description.tensors_file
-    data = storage.read_bytes(path)
-    if hashlib.sha256(data).hexdigest() != description.sha256:
-        raise UserError(f"{path}: is damaged or was changed (its sha256 is not the one in {DESCRIPTION})")
-    try:
-        tensors = from_bytes(data)
-    except SafetensorError as error:
-        raise UserError(f"{path}: is not a readable safetensors file ({error})") from None
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds values that are not finite")
-    return tensors
+    return files.read_tensors(folder / description.tensors_file, description.sha256)
 
 
 def read_description(folder: Path) -> ArmDescription:
@@ -192,10 +179,7 @@ def read_description(folder: Path) -> ArmDescription:
         UserError: it is missing or wrong; the message names the file and the key.
     """
     path = folder / DESCRIPTION
-    try:
-        description = typed(ArmDescription, storage.read_json(path), "an adapter's description")
-    except UserError as error:
-        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    description = read_typed(path, ArmDescription, "an adapter's description")
     if description.format != FORMAT:
         raise UserError(f"{path}: format {description.format} is not {FORMAT}, which this version reads")
     return description

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from tiedlora import storage
 from tiedlora.config.explain import nearest
 from tiedlora.errors import UserError
 from tiedlora.text import is_name, visible
@@ -97,6 +99,19 @@ def from_person(kind: type[T], value: Any, keys: Iterable[str] = ()) -> T:
 
 def _key(error: ErrorDetails) -> str:
     return visible(".".join(str(part)[:40] for part in error["loc"]))
+
+
+def read_typed(path: Path, kind: type[T], what: str = "a run's record of this project") -> T:
+    """The JSON object of a file as the type `kind`; see `typed`.
+
+    Raises:
+        UserError: the file cannot be read, or a key is missing or wrong; the message names the file and the key.
+    """
+    tree = storage.read_json(path)
+    try:
+        return typed(kind, tree, what)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _in_words(error: ErrorDetails, what: str) -> str:

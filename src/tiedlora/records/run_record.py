@@ -11,13 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from tiedlora import storage
 from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS
 from tiedlora.errors import UserError
 from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
-from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, typed
+from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, read_typed, typed
 
 RunId = Annotated[Text, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,400}$")]
 Split = Annotated[Text, Field(pattern=f"^({'|'.join(SPLITS)})$")]
@@ -287,17 +286,6 @@ class RunRecord:
     left_out: list[Text] | None = None
     """What a study does not keep of the run's folder: TEXTS, ADAPTER. None for the run's own folder."""
 
-    @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> RunRecord:
-        """The record from the JSON object of result.json.
-
-        Raises:
-            UserError: a key is missing or wrong; the message names it.
-        """
-        record = typed(cls, tree)
-        _check(record)
-        return record
-
     def to_json(self) -> dict[str, Any]:
         return {**plain(self), "identity": self.identity.tree, "config": self.config.tree}
 
@@ -362,26 +350,24 @@ def read_record(path: Path) -> RunRecord:
     Raises:
         UserError: the file is not a run's record; the message names the file, and the key that is missing or wrong.
     """
-    tree = storage.read_json(path)
-    try:
-        return RunRecord.from_json(tree)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    record = read_typed(path, RunRecord)
+    if fault := _fault(record):
+        raise UserError(f"{path}: {fault}")
+    return record
 
 
-def _check(record: RunRecord) -> None:
-    """Refuse a record that has the right types, but whose values cannot be those of a finished run."""
+def _fault(record: RunRecord) -> str | None:
+    """What is wrong with a record that has the right types, but whose values cannot be those of a finished run."""
     for split in SPLITS[:2]:
         if split not in record.data:
-            raise UserError(f"has no 'data.{split}', so it is not a run's record of this project")
+            return f"has no 'data.{split}', so it is not a run's record of this project"
     for split, scores in record.scores.items():
         if (scores.base is None) != (scores.gain is None):
-            raise UserError(f"'scores.{split}' has only one of base and gain")
-        for kind, others in (("base", scores.base), ("gain", scores.gain)):
-            if others is not None and set(others) != set(scores.metrics):
-                raise UserError(f"'scores.{split}.{kind}' has other metrics than 'scores.{split}.metrics'")
-        for kind in ("metrics", "base", "gain"):
-            for metric, interval in (getattr(scores, kind) or {}).items():
-                ends = (interval.value, interval.low, interval.high)
-                if not is_loss(metric) and max(map(abs, ends)) > 1 + 1e-9:
-                    raise UserError(f"'scores.{split}.{kind}.{metric}' is no value with an interval within [-1, 1]")
+            return f"'scores.{split}' has only one of base and gain"
+        for kind, found in (("metrics", scores.metrics), ("base", scores.base), ("gain", scores.gain)):
+            if found is not None and set(found) != set(scores.metrics):
+                return f"'scores.{split}.{kind}' has other metrics than 'scores.{split}.metrics'"
+            for metric, interval in (found or {}).items():
+                if not is_loss(metric) and max(map(abs, (interval.value, interval.low, interval.high))) > 1 + 1e-9:
+                    return f"'scores.{split}.{kind}.{metric}' is no value with an interval within [-1, 1]"
+    return None

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tiedlora import storage
-from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.reading import Count, Flag, Number, Text, Whole, typed
+from tiedlora.records.reading import Count, Flag, Number, Text, Whole, read_typed
 from tiedlora.records.run_record import RunRecord
 
 SELECTION_FILE = "selection.json"
@@ -114,11 +113,7 @@ def read_selection(path: Path) -> Selection:
     Raises:
         UserError: a key is missing or wrong; the message names the file and the key.
     """
-    tree = storage.read_json(path)
-    try:
-        return typed(Selection, tree, what="a sweep's selection")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    return read_typed(path, Selection, "a sweep's selection")
 
 
 def validation_metric(records: Iterable[RunRecord]) -> str | None:
