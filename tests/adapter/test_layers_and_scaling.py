@@ -1,6 +1,5 @@
 """Adapters of some layers only, and of another scale: the update, the file, PEFT's format, and a run."""
 
-import copy
 import json
 
 import pytest
@@ -148,11 +147,6 @@ def test_pefts_method_takes_both(ids, tmp_path):
     adapted = logits(model, ids)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(family_model("llama"), tmp_path), ids), adapted)
-
-
-def test_a_copy_of_the_model_adapts_the_same_layers(ids):
-    attached = some_layers("llama", "TABuv")
-    assert torch.equal(logits(copy.deepcopy(attached.model), ids), logits(attached.model, ids))
 
 
 def test_a_run_records_both_and_verifies(tiny_config, tmp_path, script):

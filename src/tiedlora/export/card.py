@@ -11,7 +11,7 @@ from tiedlora.config import command
 from tiedlora.config.identity import identity, start_of
 from tiedlora.config.identity import label as label_of
 from tiedlora.config.schema import Config
-from tiedlora.records.interval import Interval
+from tiedlora.records.interval import Unit
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord
 from tiedlora.text import visible
@@ -162,15 +162,7 @@ def _score_lines(record: RunRecord) -> list[str]:
     ]
     for split, scores in record.scores.items():
         for metric, adapted in scores.metrics.items():
-            shown = _nats if is_loss(metric) else _percent
-            base = "" if scores.base is None else shown(scores.base[metric])
-            lines.append(f"| {split} | {metric} | {scores.rows} | {base} | {shown(adapted)} |")
+            unit, name = (Unit.NATS, " nats") if is_loss(metric) else (Unit.POINTS, " %")
+            base = "" if scores.base is None else unit.text(scores.base[metric], unit=name)
+            lines.append(f"| {split} | {metric} | {scores.rows} | {base} | {unit.text(adapted, unit=name)} |")
     return lines
-
-
-def _nats(interval: Interval) -> str:
-    return f"{interval.value:.3f} nats [{interval.low:.3f}, {interval.high:.3f}]"
-
-
-def _percent(interval: Interval) -> str:
-    return f"{100 * interval.value:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"

@@ -42,3 +42,14 @@ class Unit(Enum):
     def words(self) -> str:
         """The unit's name, for axes and captions."""
         return "points of 100" if self is Unit.POINTS else "nats"
+
+    def text(self, interval: Interval, sign: str = "", unit: str = "") -> str:
+        """Such as `34.8 [29.2, 40.9]`.
+
+        Args:
+            sign: `+` writes the sign of positive numbers too.
+            unit: stands after the value, such as ` %`.
+        """
+        ends = (interval.value, interval.low, interval.high)
+        value, low, high = (f"{self.factor * end:{sign}.{self.decimals}f}" for end in ends)
+        return f"{value}{unit} [{low}, {high}]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tiedlora.records.interval import Interval
+from tiedlora.records.interval import Unit
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores, plain
 from tiedlora.text import visible
@@ -39,27 +39,17 @@ def _split_lines(split: str, scores: SplitScores) -> list[str]:
     lines = [f"  {split}: {rows}, {', '.join(units)}, 95 % intervals over which rows were drawn"]
     for name, adapted in scores.metrics.items():
         text = f"    {name:<22}"
-        shown, difference = (_nats, "change") if is_loss(name) else (_points, "gain")
+        unit, difference = (Unit.NATS, "change") if is_loss(name) else (Unit.POINTS, "gain")
         if scores.base is None or scores.gain is None:
-            lines.append(f"{text}adapted {shown(adapted)}")
+            lines.append(f"{text}adapted {unit.text(adapted)}")
         else:
-            gain = f"{difference} {shown(scores.gain[name], sign='+')}"
-            lines.append(f"{text}base {shown(scores.base[name])}   adapted {shown(adapted)}   {gain}")
+            gain = f"{difference} {unit.text(scores.gain[name], sign='+')}"
+            lines.append(f"{text}base {unit.text(scores.base[name])}   adapted {unit.text(adapted)}   {gain}")
     if scores.cut_targets:
         lines.append(f"    {scores.cut_targets} rows lose the end of their target, which does not fit into the context")
     if remark := _remark(scores):
         lines.append(f"    {remark}")
     return lines
-
-
-def _points(interval: Interval, sign: str = "") -> str:
-    """A score in points of 100, as papers show it. (Records hold fractions of 1.)"""
-    value, low, high = 100 * interval.value, 100 * interval.low, 100 * interval.high
-    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
-
-
-def _nats(interval: Interval, sign: str = "") -> str:
-    return f"{interval.value:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
 
 
 def _remark(scores: SplitScores) -> str:
