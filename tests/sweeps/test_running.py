@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import processes
 from helpers.commands import sweep, wait_until
-from tiedlora.adapter.adapted import Adapted
 
+from tiedlora.adapter.attach import Adapted
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
