@@ -123,8 +123,10 @@ class TestRuns:
         ("overrides", "says"),
         [
             (["tying=Tuv"], r"qkv.v is in this run only"),
-            (["tying=TAB", "rank.alpha=16"], r"has rank 8 and alpha 8"),
-            (["tying=LoRA"], r"3 layers have one A there, and 1 here; set tying\.A\.share to the adapter's"),
+            (["tying=TAB", "rank=r2"], r"the rank is 8 there, and 2 here; set rank\.r"),
+            (["tying=TAB", "rank.alpha=16"], r"the scale is 1\.0 there, and 2\.0 here; set rank\.alpha"),
+            (["tying=LoRA"], r"share one A is 3 there, and 1 here; set tying\.A\.share"),
+            (["tying=TAB", "tying.targets=[qkv,o]"], r"o.A is in this run only"),
             (["tying=TAB", "model=tiny_gpt2"], r"was trained on"),
         ],
     )

@@ -171,23 +171,9 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
             "train.init_from=%s: was trained on a base in %s, the base here is in %s",
             *(folder, *(each.quantization or "full precision" for each in (trained_on, base))),
         )
-    if (saved.rank, saved.scale) != (adapter.rank, adapter.scale):
-        raise UserError(
-            f"train.init_from={folder}: has rank {saved.rank} and alpha {saved.alpha:g}, this run has {adapter.rank} "
-            f"and {adapter.alpha:g}; set rank.r, rank.alpha and rank.scaling to the adapter's"
-        )
-    saved_layers, own_layers = (spec.adapted_layers(each.tying, each.architecture) for each in (saved, adapter))
-    if saved_layers != own_layers:
-        raise UserError(f"train.init_from={folder}: adapts the layers {saved_layers}; set tying.layers to them")
-    for part in ("A", "B"):
-        theirs, ours = (
-            spec.layers_per_group(getattr(each.tying, part).share, len(own_layers)) for each in (saved, adapter)
-        )
+    for (what, key, theirs), (*_, ours) in zip(_comparable(saved), _comparable(adapter), strict=True):
         if theirs != ours:
-            raise UserError(
-                f"train.init_from={folder}: {theirs} layers have one {part} there, and {ours} here; set "
-                f"tying.{part}.share to the adapter's"
-            )
+            raise UserError(f"train.init_from={folder}: {what} is {theirs} there, and {ours} here; set {key} as there")
     own_parts, saved_parts = adapter.parts(), saved.parts()
     for name in sorted(set(own_parts) | set(saved_parts)):
         own, other, part = own_parts.get(name), saved_parts.get(name), spec.part_of(name)
@@ -205,3 +191,15 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
                 "choose the model, targets and shares of the adapter"
             )
         own.data.copy_(other)
+
+
+def _comparable(adapter: TiedAdapter) -> list[tuple[str, str, object]]:
+    """(what, the keys that set it, its value): what two adapters must have in common to have the same update."""
+    layers = spec.adapted_layers(adapter.tying, adapter.architecture)
+    shares = {part: spec.layers_per_group(getattr(adapter.tying, part).share, len(layers)) for part in spec.FACTORS}
+    return [
+        ("the rank", "rank.r", adapter.rank),
+        ("the scale", "rank.alpha and rank.scaling", adapter.scale),
+        ("the list of layers", "tying.layers", layers),
+        *((f"the number of layers that share one {part}", f"tying.{part}.share", n) for part, n in shares.items()),
+    ]

@@ -99,7 +99,7 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
     return BaseModel(model, tokenizer, record, digest_is_known=digest is not None or commit is not None)
 
 
-def _reloaded(model: Any, settings: placement.LoadingSettings) -> Any:
+def _reloaded(model: Any, settings: dict[str, Any]) -> Any:
     """A random model, written and loaded again, because transformers quantises weights when it loads them."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -113,7 +113,7 @@ def _silence_libraries() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-def _pretrained(config: ModelConfig, folder: Path | str | None, settings: placement.LoadingSettings) -> tuple[Any, Any]:
+def _pretrained(config: ModelConfig, folder: Path | str | None, settings: dict[str, Any]) -> tuple[Any, Any]:
     source = str(folder) if folder else config.name
     revision = {} if folder else {"revision": config.revision}
     try:

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypedDict, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from accelerate.utils import get_max_memory
@@ -22,17 +22,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class LoadingSettings(TypedDict, total=False):
-    """The arguments of `from_pretrained` that quantise and place the weights."""
-
-    dtype: torch.dtype
-    quantization_config: BitsAndBytesConfig
-    device_map: str | dict[str, torch.device]
-    offload_folder: str
-    max_memory: dict[int | str, int | str]
-
-
-def loading_settings(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache: Path) -> LoadingSettings:
+def loading_settings(config: ModelConfig, dtype: torch.dtype, device: torch.device, cache: Path) -> dict[str, Any]:
     """The arguments of `from_pretrained` that quantise and place the weights; empty for a plain model.
 
     Args:
@@ -42,7 +32,7 @@ def loading_settings(config: ModelConfig, dtype: torch.dtype, device: torch.devi
     Raises:
         UserError: model.quantization is set, and bitsandbytes is not installed.
     """
-    settings: LoadingSettings = {}
+    settings: dict[str, Any] = {}
     if config.quantization:
         if importlib.util.find_spec("bitsandbytes") is None:
             command = "pip install 'tiedlora[quantization]'"
