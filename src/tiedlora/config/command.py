@@ -78,8 +78,8 @@ def _is_derived(key: str, value: str, config: Config) -> bool:
 def _option(group: str, name: str) -> str | None:
     """The option of a group that has this name."""
     for option in explain.options(group):
-        node = explain.peft_options().get(option) or OmegaConf.load(CONF / group / f"{option}.yaml")
-        if OmegaConf.select(node, "name") == name:
+        values: Any = explain.peft_options().get(option) or OmegaConf.load(CONF / group / f"{option}.yaml")
+        if values.get("name") == name:
             return option
     return None
 
