@@ -114,6 +114,7 @@ def test_seeds_draw_other_values_and_the_same_seed_the_same_ones():
     assert not torch.equal(drawn[0], drawn[1])
 
 
+@pytest.mark.slow
 def test_the_admission_finds_what_is_not_causal():
     base = tiny("tiny_llama")
     found = {}

@@ -223,6 +223,7 @@ def test_the_command_ends_in_one_line_and_writes_nothing(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_no_secret_is_in_anything_a_run_writes(tiny_config, tmp_path, monkeypatch):
     """Variables that W&B, the hub and clouds read. The run also logs to W&B, offline."""
     names = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD")
