@@ -195,7 +195,7 @@ class _Rows:
             "which": [column.which for column in self.columns],
             "scores": [[column.scores.get(name) for column in self.columns] for name in metrics],
         }
-        parts = {"prompts": self.prompts, "references": self.references, "answers": self.answers}
+        parts: dict[str, list[Any]] = {"prompts": self.prompts, "references": self.references, "answers": self.answers}
         texts = [
             packed({name: rows[start : start + BLOCK] for name, rows in parts.items()})
             for start in range(0, len(self.ids), BLOCK)
