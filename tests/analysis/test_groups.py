@@ -2,11 +2,10 @@
 
 import pytest
 from helpers.hostile import put
-from helpers.report_runs import make_config, make_record, primary_row, scored_run
+from helpers.report_runs import make_record, primary_row, scored_run
 
 from tiedlora.analysis.groups import differing_values, group_runs
 from tiedlora.analysis.runs import read_runs
-from tiedlora.config.identity import run_id
 from tiedlora.page import write
 from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
 from tiedlora.records.selection import RateChoice, Selection, write_selection
@@ -26,22 +25,28 @@ def test_the_rate_is_chosen_on_validation_over_the_seeds_that_all_rates_share(tm
     assert not group.marks
 
 
-def test_a_winner_at_the_edge_and_a_failed_rate_are_marked(tmp_path):
-    for lr, right in ((1e-3, 10), (1e-2, 20), (3e-2, 30), (1e-1, 40)):
+def ended(root, lr, seed=0, changes=None, config=None, **files):
+    """The folder of a run without a result: failed with error="...", or pruned with pruned="..."."""
+    folder = root / make_record(changes, lr=lr, seed=seed).run_id
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config or f"train: {{lr: {lr}}}\n")
+    for name, text in files.items():
+        (folder / f"{name}.txt").write_text(text)
+
+
+def test_a_winner_at_the_edge_and_a_failed_rate_are_marked_and_a_single_rate_is_not(tmp_path):
+    scored_run(tmp_path, [1.0] * 10 + [0.0] * 40, BASE, lr=1e-3)
+    (group,) = group_runs(*read_runs([tmp_path]))
+    assert not group.marks
+    for lr, right in ((1e-2, 20), (3e-2, 30), (1e-1, 40)):
         scored_run(tmp_path, [1.0] * right + [0.0] * (50 - right), BASE, lr=lr)
-    failed = tmp_path / run_id(make_config(lr=1e-1, seed=1))
-    failed.mkdir()
-    (failed / "error.txt").write_text("UserError: the loss is nan")
-    (failed / "config.yaml").write_text("train: {lr: 0.1}\n")
+    (group,) = group_runs(*read_runs([tmp_path]))
+    assert group.lr == 1e-1
+    assert group.marks == ["the chosen rate 0.1 is at the edge of those tried (0.001 to 0.1)"]
+    ended(tmp_path, 1e-1, seed=1, error="UserError: the loss is nan")
     (group,) = group_runs(*read_runs([tmp_path]))
     assert group.lr == 3e-2, "a rate that diverges at one seed is not a rate to use"
     assert any("seed 1 at lr 0.1 failed" in mark for mark in group.marks)
-    failed.joinpath("error.txt").unlink()
-    failed.joinpath("config.yaml").unlink()
-    failed.rmdir()
-    (group,) = group_runs(*read_runs([tmp_path]))
-    assert group.lr == 1e-1
-    assert any("at the edge" in mark for mark in group.marks)
 
 
 @pytest.mark.parametrize("config", ["train: {lr: 0.01}\n", "train: {l"])
@@ -50,10 +55,7 @@ def test_a_failure_counts_for_its_own_group_only_also_if_its_configuration_is_da
     mine, other = ({"config.tying.dropout": dropout} for dropout in (0.1, 0.2))
     for changes in (mine, other):
         scored_run(tmp_path, GOOD, BASE, changes=changes)
-    failed = tmp_path / make_record(other, seed=1).run_id
-    failed.mkdir()
-    (failed / "error.txt").write_text("tiedlora.errors.Diverged: step 3\n")
-    (failed / "config.yaml").write_text(config)
+    ended(tmp_path, 1e-2, seed=1, changes=other, config=config, error="tiedlora.errors.Diverged: step 3\n")
     groups = group_runs(*read_runs([tmp_path]))
     found = {group.runs[0].record.identity.tying["dropout"]: group.diverged_seeds for group in groups}
     assert found == {0.1: set(), 0.2: {1}}
@@ -61,10 +63,8 @@ def test_a_failure_counts_for_its_own_group_only_also_if_its_configuration_is_da
 
 def test_a_failed_copy_of_a_finished_run_is_no_failure(tmp_path):
     done = scored_run(tmp_path / "here", GOOD, BASE)
-    copy = tmp_path / "there" / done.name
-    copy.mkdir(parents=True)
-    (copy / "error.txt").write_text("tiedlora.errors.Diverged: step 3\n")
-    (copy / "config.yaml").write_text("train: {lr: 0.01}\n")
+    ended(tmp_path / "there", 1e-2, error="tiedlora.errors.Diverged: step 3\n")
+    assert (tmp_path / "there" / done.name).exists()
     (group,) = group_runs(*read_runs([tmp_path / "here", tmp_path / "there"]))
     assert (len(group.runs), group.short_marks) == (1, [])
 
@@ -72,10 +72,7 @@ def test_a_failed_copy_of_a_finished_run_is_no_failure(tmp_path):
 def test_a_stopped_rate_counts_as_tried(tmp_path):
     scored_run(tmp_path, GOOD, BASE, lr=1e-2)
     for lr in (1e-3, 3e-2):
-        stopped = tmp_path / run_id(make_config(lr=lr))
-        stopped.mkdir()
-        (stopped / "pruned.txt").write_text("behind\n")
-        (stopped / "config.yaml").write_text(f"train: {{lr: {lr}}}\n")
+        ended(tmp_path, lr, pruned="behind\n")
     (group,) = group_runs(*read_runs([tmp_path]))
     assert group.rates == (1e-3, 1e-2, 3e-2)
     assert group.short_marks == []
@@ -201,15 +198,6 @@ def test_of_several_recorded_choices_the_one_of_the_fewest_seeds_stands_unless_a
     assert group.lr == 1e-3
     assert "another selection.json chose 0.01" in group.marks
     assert record("c-more-rates", 1e-1, [1e-3, 1e-2, 1e-1], 3).lr == 1e-1
-
-
-def test_a_single_rate_is_not_at_an_edge_and_the_lower_of_two_is(tmp_path):
-    scored_run(tmp_path, GOOD, BASE, lr=1e-3)
-    (group,) = group_runs(read_runs([tmp_path])[0])
-    assert not group.marks
-    scored_run(tmp_path, BASE, BASE, lr=1e-2)
-    (group,) = group_runs(read_runs([tmp_path])[0])
-    assert group.marks == ["the chosen rate 0.001 is at the edge of those tried (0.001 to 0.01)"]
 
 
 def test_long_values_in_names_are_cut_and_stay_different():
