@@ -11,9 +11,8 @@ from tiedlora.adapter import attach
 from tiedlora.config import compose as configuration
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
-from tiedlora.records.interval import Interval
+from tiedlora.records.interval import Interval, Unit
 from tiedlora.records.rows import PredictionRow
-from tiedlora.records.summary import _points
 from tiedlora.scoring import split as scoring
 from tiedlora.scoring.predict import predict
 from tiedlora.scoring.split import Scorer
@@ -122,7 +121,7 @@ def test_the_base_model_is_scored_once_for_a_protocol(tmp_path, monkeypatch, los
 
 
 def test_points_on_screen_are_fractions_in_the_record():
-    assert _points(Interval(0.2346, 0.2, 0.25, "bootstrap")) == "23.5 [20.0, 25.0]"
+    assert Unit.POINTS.text(Interval(0.2346, 0.2, 0.25, "bootstrap")) == "23.5 [20.0, 25.0]"
 
 
 def test_choices_are_kept_with_their_likelihoods():
