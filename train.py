@@ -1,7 +1,6 @@
 """python train.py [tying=TABuv] [task=gsm8k] [rank=r8] [train.lr=3e-3] ...: one run; with --multirun, many runs."""
 
 import os
-from pathlib import Path
 
 from tiedlora.training import signals
 
@@ -10,24 +9,18 @@ if __name__ == "__main__":
     signals.end_at_once()
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tiedlora import errors
 from tiedlora.config import compose
 from tiedlora.config.explain import readable_errors
 from tiedlora.runs import run
-from tiedlora.sweeps.run_cell import run_cell
 
 compose.register()
 
 
 @hydra.main(config_path="conf", config_name="config", **compose.VERSION_BASE)
 def main(composed: DictConfig) -> None:
-    if HydraConfig.get().mode is RunMode.MULTIRUN:
-        run_cell(compose.load(composed), Path(HydraConfig.get().runtime.output_dir))
-        return
     with errors.exit_codes():
         run.main(compose.load(composed))
 

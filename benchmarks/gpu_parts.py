@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -173,7 +174,6 @@ def training(plan: Plan, model: str, variant: str) -> dict[str, Any]:
     from tiedlora.data.batching import BatchSampler
     from tiedlora.models.arithmetic import training_bytes, training_flop
     from tiedlora.models.device import only_deterministic_algorithms
-    from tiedlora.runs.device_speed import products_rate
 
     config = config_of(plan, model, "tying=TABuv", *VARIANTS[variant])
     algorithms = only_deterministic_algorithms() if config.train.deterministic else contextlib.nullcontext()
@@ -196,6 +196,32 @@ def training(plan: Plan, model: str, variant: str) -> dict[str, Any]:
         "loss": trained.state.validation[-1][1],
         "halvings": len(trained.state.halvings),
     }
+
+
+def products_rate(config: Config, seconds: float) -> float:
+    """The rate of the product of 2,048 tokens with a feed-forward weight, in the run's number type: FLOP a second."""
+    import torch
+    from torch.nn import functional as F
+
+    from tiedlora.training.device import set_up_device
+
+    device, dtype = set_up_device(config.train.device, config.train.threads), getattr(torch, config.train.dtype)
+    a = config.model.architecture
+    x = torch.randn(2048, a.hidden).to(device, dtype)
+    weight = torch.full((a.intermediate or 4 * a.hidden, a.hidden), 0.01, device=device, dtype=dtype)
+    # On a GPU one product takes a few microseconds, less than to start it and to wait for its end.
+    at_once = 100 if device.type == "cuda" else 1
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        started = time.perf_counter()
+        for _ in range(at_once):
+            F.linear(x, weight)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    # The first one is not counted.
+    return 2 * at_once * x.shape[0] * weight.numel() / statistics.median(times[1:])
 
 
 def speed_in(folder: Path, plan: Plan) -> dict[str, Any]:

@@ -11,6 +11,8 @@ such as 'LoRA-*-s1-*'. clean frees the checkpoints of the cells that a staged sw
 import argparse
 import logging
 import os
+from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 
 from tiedlora import errors
@@ -19,7 +21,7 @@ from tiedlora.analysis.rate_choice import CRITERIA
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.selection import write_selection
-from tiedlora.sweeps import cleaning, forecast, planned_rows, selection, status, summary_run, watch
+from tiedlora.sweeps import forecast, selection, staged, status, summary_run, watch
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.control import matching
 from tiedlora.sweeps.expand import compose_sweep
@@ -44,7 +46,12 @@ def main() -> None:
         help="select: the task's first metric, or the loss; by default the metric if every run has it",
     )
     parser.add_argument("--no-test", action="store_true", help="select: choose only, and leave test for later")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="watch: keep the report's page up to date there")
+    parser.add_argument(
+        "--tflops",
+        type=positive,
+        default=forecast.TFLOPS,
+        help="plan: the rate of arithmetic, for models and tasks without a finished run (%(default)s)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="clean: only say how much it would free")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -55,7 +62,7 @@ def main() -> None:
         steer(compose_sweep([word for word in arguments.words if word not in cells]), arguments.what, cells)
         return
     if arguments.what == "watch":
-        show_live([word for word in arguments.words if word not in cells], cells, arguments.html)
+        show_live([word for word in arguments.words if word not in cells], cells)
         return
     sweep = compose_sweep(arguments.words)
     if arguments.what == "clean":
@@ -63,18 +70,28 @@ def main() -> None:
     elif arguments.what == "select":
         select(sweep, by=arguments.by, test=not arguments.no_test, json=arguments.json)
     else:
-        show(sweep, SEARCHING in arguments.words, plan=arguments.what == "plan", json=arguments.json)
+        tflops = arguments.tflops if arguments.what == "plan" else None
+        show(sweep, SEARCHING in arguments.words, tflops, json=arguments.json)
+
+
+def positive(text: str) -> float:
+    if not 0 < (value := float(text)) < 1e9:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return value
 
 
 def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
     # The choices of the staged sweeper stand, unless another criterion is asked for.
-    staged = selection.staged_selection(sweep) if by is None else None
-    chosen = staged or selection.select_rates(sweep, by)
+    searched = selection.written(sweep, searched=True) if by is None else None
+    if searched is not None:
+        selection.check_search_is_over(sweep, searched)
+    chosen = searched or selection.select_rates(sweep, by)
     if test:
         chosen = selection.score_test(sweep, chosen)
     write_selection(selection.selection_file(sweep), chosen)
     summary_run.track_sweep(sweep)
-    print(selection.to_json(chosen.choices) if json else selection.table(chosen.choices))
+    as_data = [asdict(choice) for choice in chosen.choices]
+    print(dumps(as_data, indent=2, ensure_ascii=False) if json else selection.table(chosen.choices))
 
 
 def steer(sweep: Sweep, what: str, patterns: list[str]) -> None:
@@ -85,7 +102,7 @@ def steer(sweep: Sweep, what: str, patterns: list[str]) -> None:
     print("\n".join(run_ids))
 
 
-def show_live(words: list[str], names: list[str], html: Path | None) -> None:
+def show_live(words: list[str], names: list[str]) -> None:
     """Watch the sweep of the words, or the one with this name; outputs= alone says only where to look."""
     if len(names) > 1 or (names and [word for word in words if not word.startswith("outputs=")]):
         raise UserError("watch: takes one sweep: its id, its name, its folder, or the words of train.py --multirun")
@@ -97,36 +114,39 @@ def show_live(words: list[str], names: list[str], html: Path | None) -> None:
         folder = compose_sweep(words).path
         if not folder.is_dir():
             raise UserError(f"{folder.name}: this sweep has not been started; train.py --multirun starts it")
-    if not watch.watch(folder, html):
+    if not watch.watch(folder):
         raise SystemExit(1)
 
 
 def clean(sweep: Sweep, dry_run: bool) -> None:
-    freed = cleaning.free_pruned(sweep, dry_run)
+    freed = staged.free_pruned(sweep, dry_run)
     print("\n".join(freed.run_ids))
     verb = "would free" if dry_run else "freed"
     print(f"{verb} {freed.bytes / 1e6:,.1f} MB: the checkpoints of {len(freed.run_ids)} pruned cells")
 
 
-def show(sweep: Sweep, searches: bool, plan: bool, json: bool) -> None:
+def show(sweep: Sweep, searches: bool, tflops: float | None, json: bool) -> None:
+    """Print the status; with a rate, the plan."""
     # The same cells are another amount of work for a plain sweep, which runs all of them.
-    cells = status.statuses(sweep, selection.unneeded(sweep) if searches else ())
-    forecasts, unknown = forecast.forecast(sweep.cells) if plan else ([], [])
+    selected = selection.written(sweep, searched=True) if searches else None
+    searched = status.Searched(selected, sweep.cells) if selected else None
+    cells = status.statuses(sweep.cells, sweep.control, searched)
+    forecasts, unknown = forecast.forecast(sweep.cells, tflops) if tflops else ([], [])
     if json:
-        print(status.to_json(sweep, cells, forecast.to_json(forecasts) if plan else None))
-    elif plan:
-        print(f"{status.table(cells)}\n\n{status.summary_line(sweep, cells)}\n")
+        print(status.to_json(sweep, cells, forecast.to_json(forecasts) if tflops else None))
+    elif tflops:
+        print(f"{status.table(cells)}\n\n{status.summary_line(sweep.id, cells)}\n")
         print(f"{forecast.described(forecasts, unknown)}\n")
         print("\n".join(decidable_claims(sweep)))
     else:
-        print("\n".join([status.summary_line(sweep, cells), *status.unfinished_lines(cells)]))
+        print("\n".join([status.summary_line(sweep.id, cells), *status.unfinished_lines(cells)]))
 
 
 def decidable_claims(sweep: Sweep) -> list[str]:
     """Which of the paper's claims the sweep's seeds and test rows can decide, before the sweep is run."""
     seeds = len({cell.config.seed for cell in sweep.cells})
     by_task = {cell.config.task.name: cell.config for cell in sweep.cells}
-    rows = {task: planned_rows.split_rows(config, "test") for task, config in by_task.items()}
+    rows = {task: forecast.split_rows(config, "test") for task, config in by_task.items()}
     unknown = [task for task, count in rows.items() if count is None]
     lines = [f"{task}: the number of test rows is not known here; set task.rows.test or data_root" for task in unknown]
     known = [count for count in rows.values() if count is not None]

@@ -30,7 +30,7 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 @contextmanager
 def locked(path: Path, patience: float | None = None) -> Iterator[None]:
-    """Hold the lock of a lock file. It ends with its process, also with one that is killed.
+    """Hold the lock of a lock file. It ends with its process, also with one that is killed. A thread may take it again.
 
     Args:
         patience: the most seconds to wait; None waits for ever.
@@ -40,7 +40,7 @@ def locked(path: Path, patience: float | None = None) -> Iterator[None]:
         UserError: the file system has no such locks.
     """
     # Without flock, filelock would take the file itself for the lock, and a killed process would leave it for ever.
-    lock = FileLock(path, fallback_to_soft=False)
+    lock = FileLock(path, fallback_to_soft=False, is_singleton=True)
     try:
         lock.acquire(timeout=-1 if patience is None else patience)
     except OSError as error:

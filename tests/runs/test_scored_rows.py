@@ -15,7 +15,7 @@ from tiedlora.sweeps import staged
 from tiedlora.sweeps.expand import compose_sweep
 
 SAID = "task=gsm8k: 12 test rows are also training rows (such as id "
-OPTIONS = staged.SearchOptions(rungs=(0.25,), finalists=1, lowest_rate=1e-5, highest_rate=1.0)
+OPTIONS = staged.SearchOptions(rungs=(0.25,), finalists=2, lowest_rate=1e-5, highest_rate=1.0)
 
 
 @pytest.fixture

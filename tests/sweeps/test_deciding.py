@@ -12,8 +12,8 @@ from tiedlora.records.selection import read_selection
 from tiedlora.sweeps import staged
 from tiedlora.sweeps.deciding import run_deciding
 from tiedlora.sweeps.expand import compose_sweep
-from tiedlora.sweeps.run_cell import run_cell
 from tiedlora.sweeps.selection import selection_file
+from tiedlora.sweeps.worker import run_cell
 
 OPTIONS = staged.SearchOptions(rungs=(0.5,), finalists=2, lowest_rate=1e-3, highest_rate=0.1)
 WORDS = (
@@ -37,10 +37,10 @@ class Launcher:
     def __init__(self, plan=None) -> None:
         self.plan, self.launched = plan, []
 
-    def __call__(self, cells, first_job):
+    def __call__(self, folder, goals):
         assert self.plan is None or self.plan.exists(), "the plan is written before the first run"
-        for cell in cells:
-            self.launched.append((cell.config.tying.name, cell.parameters().lr, cell.config.seed))
+        for cell in (goal.cell(folder) for goal in goals):
+            self.launched.append((cell.config.tying.name, cell.name.lr, cell.config.seed))
             run_cell(cell.config)
 
     def seeds(self) -> set[int]:

@@ -1,8 +1,7 @@
 """The forecast of a sweep's cost: its arithmetic against the models themselves, and its sums."""
 
 import json
-import math
-from dataclasses import replace
+from statistics import mean
 
 import pytest
 import torch
@@ -10,22 +9,22 @@ from helpers.tiny import TINY, model_option, tiny
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
+from tiedlora.config.compose import compose_config
 from tiedlora.config.project import CONF
 from tiedlora.models import arithmetic
-from tiedlora.models.arithmetic import DeviceSpeed
 from tiedlora.sweeps import forecast
 from tiedlora.sweeps.expand import compose_sweep
-from tiedlora.sweeps.forecast import Cost, Speeds, cost, staged_runs, staged_seconds
-from tiedlora.sweeps.planned_rows import RowCounts, row_lengths
-from tiedlora.sweeps.run_cell import run_cell
+from tiedlora.sweeps.forecast import Cost, Speeds, cost, examples_here, split_rows, staged_runs, staged_seconds
 from tiedlora.sweeps.staged_search import LEAST_KEPT
+from tiedlora.sweeps.worker import run_cell
 
+ROWS = {"validation": 8}
 SPEEDS = Speeds(
     row_tokens=10.0,
     training=100.0,
     validating=200.0,
     scoring=4.0,
-    scoring_base=math.inf,
+    has_base=True,
     peak_memory_bytes=10**9,
     source="a test",
 )
@@ -56,11 +55,11 @@ def test_a_runs_cost_is_its_rows_at_its_speeds(tiny_config):
     words = ["train.steps=100", "train.batch_size=4", "train.validate_every=30", "train.validation_rows=5"]
     config = tiny_config(*words, "task.rows.validation=8")
     # 400 rows of 10 tokens. 2 validations at the ends and at steps 30, 60 and 90, of 5 rows. 8 answers and losses.
-    assert cost(config, SPEEDS, RowCounts()) == Cost(4000, 40 + 5 * 50 / 200, 8 / 4 + 8 * 10 / 200)
+    assert cost(config, SPEEDS, ROWS) == Cost(4000, 40 + 5 * 50 / 200, 8 / 4 + 8 * 10 / 200)
     only_loss = tiny_config(*words, "task.rows.validation=8", "score.metrics=[target_loss]")
-    assert cost(only_loss, SPEEDS, RowCounts()).scoring_seconds == pytest.approx(8 * 10 / 200)
+    assert cost(only_loss, SPEEDS, ROWS).scoring_seconds == pytest.approx(8 * 10 / 200)
     limited = tiny_config(*words, "task.rows.validation=8", "train.batch_tokens=20")
-    assert cost(limited, SPEEDS, RowCounts()).tokens == 2000
+    assert cost(limited, SPEEDS, ROWS).tokens == 2000
 
 
 def test_finished_runs_forecast_themselves(tiny_run):
@@ -75,8 +74,8 @@ def test_finished_runs_forecast_themselves(tiny_run):
     assert "cpu, 1 threads, " in row.source, "and the processor, because another one has other speeds"
     assert row.tokens == pytest.approx(4 * record.training.tokens)
     assert row.peak_memory_bytes == record.training.peak_memory_bytes
-    speeds = forecast.observed_speeds(swept.cells[0].config, [record])
-    own = cost(swept.cells[0].config, speeds, RowCounts())
+    speeds = forecast.observed_speeds([record])
+    own = cost(swept.cells[0].config, speeds, {"validation": 12})
     scored = record.scores["validation"]
     assert own.scoring_seconds == pytest.approx(scored.seconds + scored.rows * speeds.row_tokens / speeds.validating)
     assert own.training_seconds > record.training.seconds * 0.99
@@ -85,22 +84,34 @@ def test_finished_runs_forecast_themselves(tiny_run):
     assert row.seconds_left == pytest.approx(row.seconds * 3 / 4)
 
 
-def test_without_finished_runs_the_device_and_the_arithmetic_decide(tiny_config):
+def test_without_finished_runs_the_arithmetic_at_a_rate_decides(tiny_config):
     config = tiny_config()
-    rows = row_lengths(config)
-    assert rows.is_exact
-    speed = DeviceSpeed("cpu, 2 threads", False, 1e9, training_seconds=1e-5, answering_seconds=1e-4)
-    twice = replace(speed, flop_per_s=2e9, training_seconds=5e-6, answering_seconds=5e-5)
-    slow, fast = (forecast.computed_speeds(config, rows, known) for known in (speed, twice))
-    assert fast.training == pytest.approx(2 * slow.training)
-    assert fast.scoring == pytest.approx(2 * slow.scoring)
-    # The backward pass costs as much as the forward pass.
-    assert slow.validating == pytest.approx(2 * slow.training)
-    a = config.model.architecture
-    seconds = a.layers * 1e-5 + rows.target / slow.row_tokens * 4 * a.vocabulary * a.hidden / 0.3e9
-    assert slow.training == pytest.approx(1 / seconds)
-    assert slow.scoring_base <= slow.scoring
-    assert forecast.computed_speeds(config, replace(rows, choices=4), speed).scoring != slow.scoring
+    rows = examples_here(config, "train")
+    slow, fast = (forecast.computed_speeds(config, rows, tflops) for tflops in (1e-3, 2e-3))
+    # A token for each byte, and one for the end.
+    assert slow.row_tokens == pytest.approx(mean(len(row.prompt + row.target) + 1 for row in rows))
+    target = mean(len(row.target) + 1 for row in rows)
+    flop = arithmetic.training_flop(config.model.architecture, slow.row_tokens, target)
+    assert slow.training == pytest.approx(slow.row_tokens * 1e9 / flop)
+    # The backward pass costs as much as the forward pass, and more for attention.
+    assert slow.validating == pytest.approx(2 * slow.training, rel=0.2)
+    for name in ("training", "validating", "scoring"):
+        assert getattr(fast, name) == pytest.approx(2 * getattr(slow, name))
+
+
+@pytest.mark.parametrize(
+    ("words", "split", "rows"),
+    [
+        (["task.rows.test=7"], "test", 7),
+        ([], "test", 12),
+        (["task=gsm8k", "task.rows.validation=null"], "validation", 500),
+        (["task=gsm8k"], "test", None),
+        (["task=gsm8k", "data_root=/no/such/folder"], "test", None),
+    ],
+)
+def test_the_rows_of_a_split_are_counted_if_they_are_here(tiny_run, words, split, rows):
+    config = compose_config(words if str(words).startswith("['task=") else tiny_run(*words))
+    assert split_rows(config, split) == rows
 
 
 def test_the_staged_sweeper_needs_what_its_plan_says():
@@ -115,18 +126,18 @@ def test_the_staged_sweeper_needs_what_its_plan_says():
     assert staged_seconds([Cost(0, 100.0, 10.0)] * 35, 7, 5) == (825 + 50, 1300 + 50)
 
 
-def test_a_plan_shows_the_cost(tiny_run, script, monkeypatch):
-    monkeypatch.setattr(forecast, "MEASURED_SECONDS", 0.01)
+def test_a_plan_shows_the_cost(tiny_run, script):
     words = tiny_run("train.lr=1e-3,1e-2,1e-1", "seed=0,1")
-    code, out, err = script("scripts/sweep.py", "plan", *words)
+    code, out, err = script("scripts/sweep.py", "plan", "--tflops", "0.01", *words)
     assert code == 0, err
     assert "hours, staged" in out
-    assert "a measured block and arithmetic (cpu" in out
+    assert "arithmetic at 0.01 TFLOP/s" in out
     code, out, err = script("scripts/sweep.py", "plan", "--json", *words)
     ((row,), cells) = (json.loads(out)[key] for key in ("forecast", "cells"))
     assert (row["task"], row["cells"], len(cells)) == ("chain_sum", 6, 6)
     low, high = row["staged_seconds"]
     assert 0 < low < high < row["seconds"]
+    assert script("scripts/sweep.py", "plan", "--tflops", "0", *words)[0] == 2
 
 
 def test_a_task_whose_rows_are_not_here_has_no_forecast(script):

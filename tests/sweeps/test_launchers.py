@@ -1,22 +1,29 @@
 """Sweeps with cells in other processes: stopped by signals, killed, and equal to a sweep in one process."""
 
+import multiprocessing.spawn
 import os
 import signal
 import threading
-from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
-from helpers import processes
 from helpers.commands import FreshCommand, wait_until
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 
+from tiedlora.config.compose import VERSION_BASE
+from tiedlora.config.project import CONF
 from tiedlora.config.schema import SLOT_DEVICE
 from tiedlora.errors import UserError
 from tiedlora.models.device import resolve_device
+from tiedlora.records.rows import read_metrics
+from tiedlora.sweeps import launchers
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.expand import compose_sweep
-from tiedlora.sweeps.run_cell import run_cell
-from tiedlora.sweeps.worker_slots import SlotJob, WorkerSlots, visible_device
+from tiedlora.sweeps.launchers import Slots, launcher_of, visible_device
+from tiedlora.sweeps.worker import run_cell
 
 
 def results(finished: Sweep) -> dict[str, tuple[bytes, str]]:
@@ -32,19 +39,23 @@ def has_checkpoint(cell: SweepCell) -> bool:
     return any(cell.folder.checkpoints.glob("step-*[0-9]"))
 
 
-@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 1)])
-def test_a_signal_stops_a_sweep_whose_runs_are_in_other_processes(tiny_run, number, processes):
-    pytest.importorskip("joblib")
-    seeds = ",".join(map(str, range(processes + 1)))
-    launcher = ["hydra/launcher=joblib_slots", f"hydra.launcher.n_jobs={processes}"]
-    words = tiny_run(f"seed={seeds}", "train.steps=100000", "train.validate_every=0", *launcher)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_save_a_checkpoint_when_their_command_is_stopped_or_killed(tiny_run, number):
+    words = tiny_run("seed=0,1,2", "train.steps=100000", "train.validate_every=0", "hydra/launcher=joblib_slots")
     *running, last = compose_sweep(words).cells
     command = FreshCommand("--multirun", *words)
     wait_until(lambda: all(map(has_checkpoint, running)))
+    workers = psutil.Process(command.pid).children(recursive=True)
     command.send_signal(number)
+    _, left = psutil.wait_procs(workers, timeout=60)
+    assert not left
     ended = command.ended()
-    assert ended.code == 75, ended.err
-    assert [cell.state() for cell in running] == ["interrupted"] * processes
+    assert ended.code == (75 if number == signal.SIGTERM else -signal.SIGKILL), ended.err
+    for cell in running:
+        assert cell.state() == "interrupted"
+        # Saved at the stop, and not only after every second step.
+        rows = read_metrics(cell.folder.metrics_file)
+        assert cell.folder.checkpoint_step() >= max(row.step for row in rows)
     assert last.state() == "missing"
 
 
@@ -60,9 +71,9 @@ def lock_owner(lock: Path) -> int | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/locks").exists(), reason="finds the worker to kill through Linux's list of locks")
 def test_a_killed_joblib_worker_costs_its_cell_one_retry(tiny_run, tmp_path):
-    pytest.importorskip("joblib")
     words = tiny_run("seed=0,1,2", "train.steps=40", "train.validate_every=0")
     swept = compose_sweep(words)
     _, victim, last = swept.cells
@@ -71,9 +82,10 @@ def test_a_killed_joblib_worker_costs_its_cell_one_retry(tiny_run, tmp_path):
     killed: list[int] = []
 
     def worker() -> int | None:
-        """The process that trains the victim. The sweep's own process takes the lock when it asks for the state."""
+        """The process that has taken the victim, and left its mark. The sweep's own one may look at the state."""
         pid = lock_owner(victim.folder.path / ".lock")
-        return None if pid in (command.pid, *killed) or not has_checkpoint(victim) else pid
+        is_marked = swept.control.starts(victim.run_id) > len(killed)
+        return pid if is_marked and has_checkpoint(victim) and pid not in (command.pid, *killed) else None
 
     def kill_twice() -> None:
         """Each time after a checkpoint; the first time only when the other process has taken the last cell."""
@@ -90,7 +102,7 @@ def test_a_killed_joblib_worker_costs_its_cell_one_retry(tiny_run, tmp_path):
     thread.join()
     assert ended.code == 1, ended.err
     assert [cell.state() for cell in swept.cells] == ["done", "failed", "done"], ended.err
-    assert ended.err.count("its worker was killed") == 2
+    assert ended.err.count("a worker was killed") == 2
     assert "1 of 3 cells failed" in ended.err
     assert f"{victim.run_id}: The worker ended 2 times" in ended.err
     assert "failed" in ended.out
@@ -106,87 +118,83 @@ def test_a_killed_joblib_worker_costs_its_cell_one_retry(tiny_run, tmp_path):
     assert results(swept) == results(expected)
 
 
-def test_a_lost_job_costs_no_other_its_result(caplog):
-    pytest.importorskip("joblib")
-    jobs = [
-        SlotJob("first", partial(os.getenv, "SLOT")),
-        SlotJob("killed", partial(signal.raise_signal, signal.SIGKILL)),
-        SlotJob("raising", partial(int, "no number")),
-        SlotJob("last", partial(os.getenv, "SLOT")),
-    ]
-    assert WorkerSlots(jobs, [{"SLOT": "0"}]).run() == ["0", None, None, "0"]
-    assert "killed: its worker was killed" in caplog.text
-    assert "raising: could not be run (ValueError" in caplog.text
+class TestSlots:
+    """hydra/launcher=joblib_slots."""
 
+    def test_a_worker_that_cannot_go_on_ends_the_sweep_with_its_error(self, tiny_run):
+        swept = compose_sweep(tiny_run("seed=0,1"))
+        swept.freeze()
+        lost, _ = swept.cells
+        (swept.path / "cells" / f"{lost.run_id}.json").unlink()
+        with pytest.raises(UserError, match=rf"has ended: UserError: .*{lost.run_id}.json: is missing; the"):
+            Slots(2, None)(swept.path, [cell.goal for cell in swept.cells])
+        assert not lost.folder.error_file.exists()
 
-def test_a_slot_that_cannot_go_on_ends_the_sweep_with_its_error(monkeypatch):
-    loky = pytest.importorskip("joblib.externals.loky")
+    def test_a_worker_whose_process_cannot_start_ends_the_sweep(self, tiny_run, monkeypatch):
+        swept = compose_sweep(tiny_run("seed=0"))
+        monkeypatch.setattr(multiprocessing.spawn, "_python_exe", b"/bin/false")
+        with pytest.raises(UserError, match=r"its process could not start \(exit code 1\)"):
+            Slots(1, None)(swept.path, [swept.cells[0].goal])
 
-    def broken(*arguments, **options):
-        raise OSError("no more processes\nhere")
+    def test_each_worker_has_its_device(self, monkeypatch):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        devices = [each["CUDA_VISIBLE_DEVICES"] for each in Slots(n_jobs=3, devices=[4, 7]).environments]
+        assert devices == ["4", "7", "4"]
+        assert Slots(n_jobs=2, devices=None).environments == [{}, {}]
 
-    monkeypatch.setattr(loky, "ProcessPoolExecutor", broken)
-    with pytest.raises(UserError, match=r"joblib_slots has ended: OSError: no more processes here; the same command"):
-        WorkerSlots([SlotJob("first", os.getpid), SlotJob("second", os.getpid)], [{}, {}]).run()
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            ({"n_jobs": -1}, r"n_jobs=-1: must be a whole number of at least 1"),
+            ({"devices": 1}, r"devices=1: must be a list such as \[0,1\], or null"),
+        ],
+    )
+    def test_a_wrong_number_of_workers_or_devices_is_refused(self, words, says):
+        with pytest.raises(UserError, match=rf"^hydra.launcher.{says}"):
+            Slots(**{"n_jobs": 2, "devices": None, **words})
 
+    def test_a_worker_with_a_device_does_not_fall_back_to_the_cpu(self, monkeypatch):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        for name, value in Slots(n_jobs=1, devices=[7]).environments[0].items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=r"^hydra\.launcher\.devices: has 7, and torch finds no such CUDA device"):
+            resolve_device("auto")
+        assert resolve_device("cpu").type == "cpu"
+        monkeypatch.delenv(SLOT_DEVICE)
+        assert resolve_device("auto").type == "cpu"
 
-def test_joblib_is_imported_before_the_slots_have_threads():
-    """Of two threads that import it at once, one may see half of it."""
-    pytest.importorskip("joblib")
-    code = """
-import os, sys, threading
-from tiedlora.sweeps.worker_slots import SlotJob, WorkerSlots
-start = threading.Thread.start
-def checked(thread):
-    assert "joblib.externals.loky" in sys.modules
-    start(thread)
-threading.Thread.start = checked
-print(WorkerSlots([SlotJob("job", os.getppid)], [{}]).run() == [os.getpid()])
-"""
-    done = processes.run_python("-c", code)
-    assert done.stdout == "True\n", done.stderr
-
-
-def test_joblib_gives_each_slot_its_device(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    from hydra_plugins.joblib_slots import JoblibSlotsLauncher
-
-    launcher = JoblibSlotsLauncher(n_jobs=3, devices=[4, 7])
-    assert [launcher.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "7", "4"]
-    assert JoblibSlotsLauncher(n_jobs=2, devices=None).environment(1) == {}
+    def test_a_device_is_one_of_those_that_the_command_sees(self):
+        assert [visible_device(device, "4,7") for device in (0, "1", 1)] == ["4", "7", "7"]
+        assert visible_device(1, "GPU-aa, GPU-bb") == "GPU-bb"
+        assert visible_device("GPU-bb", "GPU-aa,GPU-bb") == "GPU-bb"
+        assert visible_device(3, None) == "3"
+        for device, inherited in ((2, "4,7"), (-1, "4,7"), (0, "")):
+            with pytest.raises(
+                UserError, match=rf"^hydra.launcher.devices: has {device}, but CUDA_VISIBLE_DEVICES={inherited} "
+            ):
+                visible_device(device, inherited)
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ({"n_jobs": -1}, r"n_jobs=-1: must be a whole number of at least 1"),
-        ({"n_jobs": "many"}, r"n_jobs=many: must be a whole number"),
-        ({"devices": 1}, r"devices=1: must be a list such as \[0,1\], or null"),
-        ({"devices": "0,1"}, r"devices=0,1: must be a list"),
+        (["joblib_slots", "hydra.launcher.n_jobs=many"], r"^hydra.launcher.n_jobs=many: must be a whole number"),
+        (["ray_tasks"], r"^hydra/launcher=ray_tasks: ray is not installed; run: pip install 'tiedlora\[ray\]'$"),
+        (["slurm"], "^hydra/launcher=slurm and submitit_slots: submitit is not installed"),
+        (["joblib_slots", "hydra.launcher._target_=collections.Counter"], "is no launcher of sweeps; choose basic"),
     ],
 )
-def test_a_wrong_number_of_slots_or_devices_is_refused(words, says):
-    pytest.importorskip("joblib")
-    from hydra_plugins.joblib_slots import JoblibSlotsLauncher
-
-    launcher = JoblibSlotsLauncher(**{"n_jobs": 2, "devices": None, **words})
-    with pytest.raises(UserError, match=rf"^hydra.launcher.{says}"):
-        launcher.setup(hydra_context=None, task_function=None, config=None)
-
-
-def test_a_slot_with_a_device_does_not_fall_back_to_the_cpu(monkeypatch):
-    from hydra_plugins.joblib_slots import JoblibSlotsLauncher
-
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for name, value in JoblibSlotsLauncher(n_jobs=1, devices=[7]).environment(0).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"^hydra\.launcher\.devices: has 7, and torch finds no such CUDA device"):
-        resolve_device("auto")
-    assert resolve_device("cpu").type == "cpu"
-    monkeypatch.delenv(SLOT_DEVICE)
-    assert resolve_device("auto").type == "cpu"
+def test_a_launcher_that_cannot_be_used_is_one_line(words, says, monkeypatch):
+    monkeypatch.setattr(launchers, "find_spec", lambda package: None)
+    with initialize_config_dir(config_dir=str(CONF), **VERSION_BASE):
+        loader = GlobalHydra.instance().config_loader()
+        words = [f"hydra/launcher={words[0]}", *words[1:]]
+        config = loader.load_configuration("config", words, run_mode=RunMode.MULTIRUN)
+        with pytest.raises(UserError, match=says):
+            launcher_of(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "chosen"),
     [
@@ -196,7 +204,6 @@ def test_a_slot_with_a_device_does_not_fall_back_to_the_cpu(monkeypatch):
 )
 def test_a_cluster_gives_the_same_results(tiny_run, tmp_path, package, chosen):
     pytest.importorskip(package)
-    pytest.importorskip(f"hydra_plugins.hydra_{package}_launcher")
     words = tiny_run("tying=LoRA,TABuv")
     expected = compose_sweep([*words, f"outputs={tmp_path}/expected"])
     for cell in expected.cells:
@@ -206,8 +213,9 @@ def test_a_cluster_gives_the_same_results(tiny_run, tmp_path, package, chosen):
     assert results(compose_sweep(words)) == results(expected)
 
 
+@pytest.mark.slow
 def test_a_killed_job_of_submitit_fails_alone(tiny_run):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    pytest.importorskip("submitit")
     words = tiny_run("seed=0,1,2,3", "train.steps=300", "train.log_every=1")
     cells = compose_sweep(words).cells
     command = FreshCommand("--multirun", *words, "hydra/launcher=submitit_slots", "hydra.launcher.jobs_at_once=1")
@@ -220,15 +228,3 @@ def test_a_killed_job_of_submitit_fails_alone(tiny_run):
     ended = command.ended()
     assert ended.code == 1, ended.err
     assert [cell.state() for cell in cells] == ["failed", "done", "done", "done"], ended.err
-
-
-def test_a_slots_device_is_one_of_those_that_the_command_sees():
-    assert [visible_device(device, "4,7") for device in (0, "1", 1)] == ["4", "7", "7"]
-    assert visible_device(1, "GPU-aa, GPU-bb") == "GPU-bb"
-    assert visible_device("GPU-bb", "GPU-aa,GPU-bb") == "GPU-bb"
-    assert visible_device(3, None) == "3"
-    for device, inherited in ((2, "4,7"), (-1, "4,7"), (0, "")):
-        with pytest.raises(
-            UserError, match=rf"^hydra.launcher.devices: has {device}, but CUDA_VISIBLE_DEVICES={inherited} "
-        ):
-            visible_device(device, inherited)

@@ -75,7 +75,7 @@ def random_sweep(outputs: Path, draw: random.Random) -> Sweep:
     return Sweep("sweep", cells)
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", range(12))
 def test_one_rate_for_one_sweep(tmp_path, number):
     sweep = random_sweep(tmp_path / "outputs", random.Random(number))
     named = {chooser: choose(sweep) for chooser, choose in CHOOSERS.items()}

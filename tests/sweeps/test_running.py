@@ -19,7 +19,7 @@ from tiedlora.runs import inputs, run, trainer
 from tiedlora.sweeps import launching
 from tiedlora.sweeps.cells import SweepCell
 from tiedlora.sweeps.expand import compose_sweep
-from tiedlora.sweeps.run_cell import run_cell
+from tiedlora.sweeps.worker import run_cell, work
 
 WITHOUT_TORCH = """
 import json, runpy, sys
@@ -34,28 +34,61 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def test_a_launcher_that_fails_at_once_fails_its_cells(tiny_run, capsys):
-    swept = compose_sweep(tiny_run("seed=0,1"))
+class TestLaunchers:
+    """A launcher that fails, and what the folders hold then."""
 
-    def broken(cells, first_job):
-        raise RuntimeError("no queue here")
+    def test_one_that_starts_nothing_fails_the_cells(self, tiny_run, capsys):
+        swept = compose_sweep(tiny_run("seed=0,1"))
 
-    with pytest.raises(SystemExit) as end:
-        launching.run_sweep(swept, broken)
-    assert end.value.code == 1
-    assert "2 of 2 cells failed" in capsys.readouterr().err
-    assert [cell.state() for cell in swept.cells] == ["failed", "failed"]
+        def broken(folder, goals):
+            raise RuntimeError("no such partition")
 
+        with pytest.raises(SystemExit) as end:
+            launching.run_sweep(swept, broken)
+        assert end.value.code == 1
+        assert "2 of 2 cells failed" in capsys.readouterr().err
+        for cell in swept.cells:
+            assert cell.state() == "failed"
+            text = cell.folder.error_file.read_text()
+            assert text == "The launcher started no cell: RuntimeError: no such partition\n"
 
-def test_a_launcher_that_says_why_it_cannot_go_on_ends_the_sweep(tiny_run):
-    swept = compose_sweep(tiny_run("seed=0,1"))
+    def test_one_that_fails_has_done_what_the_folders_hold(self, tiny_run, caplog):
+        swept = compose_sweep(tiny_run("seed=0,1,2"))
 
-    def broken(cells, first_job):
-        raise UserError("a slot has ended")
+        def lossy(folder, goals):
+            work(folder, goals[:1])
+            raise RuntimeError("lost the connection")
 
-    with pytest.raises(UserError, match=r"^a slot has ended$"):
-        launching.run_sweep(swept, broken)
-    assert [cell.state() for cell in swept.cells] == ["missing", "missing"]
+        launching.run_sweep(swept, lossy)
+        assert [cell.state() for cell in swept.cells] == ["done"] * 3
+        assert "lost the connection" in caplog.text
+
+    def test_a_cell_that_waits_while_another_one_is_killed_has_not_failed(self, tiny_run, capsys):
+        """As in the queue of a cluster, whose launcher raises an error at the first killed job."""
+        swept = compose_sweep(tiny_run("seed=0,1,2,3"))
+        victim = swept.cells[1].run_id
+
+        def queue(folder, goals):
+            for goal in goals[:2]:
+                if goal.run_id == victim and (starts := swept.control.starts(victim)) < 2:
+                    swept.control.note_start(victim, starts + 1)
+                    raise RuntimeError("Job 1 has not produced any output")
+                work(folder, [goal])
+
+        with pytest.raises(SystemExit):
+            launching.run_sweep(swept, queue)
+        assert [cell.state() for cell in swept.cells] == ["done", "failed", "done", "done"]
+        assert f"{victim}: The worker ended 2 times" in capsys.readouterr().err
+
+    def test_one_that_says_why_it_cannot_go_on_ends_the_sweep(self, tiny_run):
+        swept = compose_sweep(tiny_run("seed=0,1"))
+
+        def broken(folder, goals):
+            raise UserError("a worker has ended")
+
+        with pytest.raises(UserError, match=r"^a worker has ended$"):
+            launching.run_sweep(swept, broken)
+        assert [cell.state() for cell in swept.cells] == ["missing", "missing"]
 
 
 def test_a_sweep_is_stopped_shared_finished_and_skipped(tiny_run, tmp_path):
@@ -87,10 +120,10 @@ def test_a_sweep_is_stopped_shared_finished_and_skipped(tiny_run, tmp_path):
     assert written == {cell.run_id: cell.folder.result_file.stat().st_mtime_ns for cell in cells}
 
 
-def test_commands_that_run_nothing_import_no_torch(tiny_run):
+def test_commands_that_run_nothing_import_no_torch(tiny_run, finish):
     words = tiny_run("seed=0,1")
     for cell in compose_sweep(words).cells:
-        run_cell(cell.config)
+        finish(cell.config)
     script = str(PROJECT / "scripts/sweep.py")
     commands = [
         [script, "status", *words],
@@ -127,9 +160,8 @@ def test_editing_conf_while_a_sweep_runs_changes_nothing_in_it(tiny_run, tmp_pat
     assert "2 cells, 1 finished before, 1 to run" in ended.err
 
 
-def test_finished_on_other_data_is_not_finished(tiny_config, monkeypatch):
-    cell = SweepCell((), tiny_config())
-    run.main(cell.config)
+def test_finished_on_other_data_is_not_finished(finished_run, monkeypatch):
+    cell = SweepCell((), finished_run())
     assert launching.changed_inputs([cell]) == {}
     changed = {**inputs.row_digests(cell.config), "train": "other"}
     monkeypatch.setattr(inputs, "row_digests", lambda config: changed)
@@ -152,77 +184,6 @@ def test_a_failing_cell_stops_no_other_and_all_failures_are_named(tiny_run):
     assert ended.out.count("failed") >= 3
 
 
-class Launcher:
-    """Runs the cells of the named seeds, and loses the others as a killed worker does."""
-
-    def __init__(self, *seeds: int) -> None:
-        self.seeds, self.launches = seeds, []
-
-    def __call__(self, cells, first_job):
-        self.launches.append(([cell.config.seed for cell in cells], first_job))
-        for cell in cells:
-            cell.folder.path.mkdir(parents=True, exist_ok=True)
-            if cell.config.seed in self.seeds:
-                run_cell(cell.config)
-
-
-class Queue:
-    """A cluster whose launcher raises an error at the first killed job, while the other jobs wait in the queue."""
-
-    def __init__(self, swept, killed: int, at_once: int) -> None:
-        self.swept, self.killed, self.at_once, self.started = swept, killed, at_once, []
-
-    def __call__(self, cells, first_job):
-        for cell in cells[: self.at_once]:
-            self.started.append(cell.config.seed)
-            if cell.config.seed == self.killed:
-                self.swept.control.note_start(cell.run_id)
-                raise RuntimeError("Job 1 has not produced any output")
-            run_cell(cell.config, self.swept.path)
-
-
-def test_a_cell_that_waits_while_another_one_is_killed_has_not_failed(tiny_run, capsys):
-    swept = compose_sweep(tiny_run("seed=0,1,2,3,4,5"))
-    queue = Queue(swept, killed=1, at_once=2)
-    with pytest.raises(SystemExit):
-        launching.run_sweep(swept, queue)
-    assert [cell.state() for cell in swept.cells] == ["done", "failed", *["done"] * 4]
-    assert queue.started.count(1) == launching.LAUNCHES
-    assert "1 of 6 cells failed" in capsys.readouterr().err
-
-
-def test_a_cell_that_another_process_works_on_is_not_counted_as_a_dead_worker(tiny_run):
-    """Its worker stops every time, as after a preemption, while this command waits for it."""
-    (cell,) = (swept := compose_sweep(tiny_run("seed=0"))).cells
-    launches = []
-
-    def launch(cells, first_job):
-        launches.append(first_job)
-        if len(launches) <= launching.LAUNCHES + 1:
-            with cell.folder.locked():
-                run_cell(cell.config, swept.path)
-        else:
-            run_cell(cell.config, swept.path)
-
-    launching.run_sweep(swept, launch)
-    assert cell.state() == "done"
-    assert len(launches) == launching.LAUNCHES + 2
-
-
-def test_a_launcher_that_starts_nothing_ends_the_sweep(tiny_run):
-    swept = compose_sweep(tiny_run("seed=0,1"))
-
-    def launch(cells, first_job):
-        raise RuntimeError("no such partition")
-
-    with pytest.raises(SystemExit):
-        launching.run_sweep(swept, launch)
-    assert [cell.state() for cell in swept.cells] == ["failed", "failed"]
-    assert (
-        "The launcher started no cell: RuntimeError: no such partition" in swept.cells[0].folder.error_file.read_text()
-    )
-
-
 def test_a_cell_without_the_metrics_that_are_asked_for_is_not_finished(tiny_run):
     only_loss = compose_sweep(tiny_run("seed=0", "score.metrics=[target_loss]")).cells[0]
     run_cell(only_loss.config)
@@ -232,38 +193,6 @@ def test_a_cell_without_the_metrics_that_are_asked_for_is_not_finished(tiny_run)
     run_cell(everything.config)
     assert everything.finished()
     assert "exact_match_strict" in everything.folder.finished_record().scores["validation"].metrics
-
-
-def test_a_cell_that_leaves_nothing_is_launched_once_more_and_then_fails(tiny_run, capsys):
-    cells = compose_sweep(tiny_run("seed=0,1,2"))
-    launcher = Launcher(0, 2)
-    with pytest.raises(SystemExit) as end:
-        launching.run_sweep(cells, launcher)
-    assert end.value.code == 1
-    # Jobs are counted over all launches: the first of the second launch follows the three of the first.
-    assert launcher.launches == [([0, 1, 2], 0), ([1], 3)]
-    assert [cell.state() for cell in cells.cells] == ["done", "failed", "done"]
-    out, err = capsys.readouterr()
-    assert f"{cells.cells[1].run_id}: The worker ended 2 times" in err
-    assert "1 of 3 cells failed" in err
-    assert "3 cells: 2 done, 1 failed" in out
-
-    launcher = Launcher(1)
-    launching.run_sweep(cells, launcher)
-    assert launcher.launches == [([1], 0)]
-    assert [cell.state() for cell in cells.cells] == ["done", "done", "done"]
-
-
-def test_a_launcher_that_raises_has_done_what_the_folders_hold(tiny_run, caplog):
-    cells = compose_sweep(tiny_run("seed=0,1"))
-
-    def launch(launched, first_job):
-        run_cell(launched[0].config)
-        raise RuntimeError("lost the connection")
-
-    launching.run_sweep(cells, launch)
-    assert [cell.state() for cell in cells.cells] == ["done", "done"]
-    assert "lost the connection" in caplog.text
 
 
 class TestOneProcess:

@@ -9,15 +9,14 @@ from tiedlora.errors import UserError
 from tiedlora.records.selection import RateChoice, Selection, read_selection, write_selection
 from tiedlora.sweeps import selection
 from tiedlora.sweeps.expand import compose_sweep
-from tiedlora.sweeps.run_cell import run_cell
 
 
-def test_select_chooses_on_validation_and_tests_the_chosen_alone(tiny_run, capsys):
+def test_select_chooses_on_validation_and_tests_the_chosen_alone(tiny_run, finish):
     sweep = compose_sweep(tiny_run("tying=LoRA,TABuv", "train.lr=1e-3,1e-2", "seed=0,1"))
     with pytest.raises(UserError, match="8 of 8 cells are not finished"):
         selection.select_rates(sweep)
     for cell in sweep.cells:
-        run_cell(cell.config)
+        finish(cell.config)
     chosen = selection.select_rates(sweep, "loss")
     assert [(c.configuration, c.lrs, c.seeds, c.trials) for c in chosen.choices] == [
         (name, [1e-3, 1e-2], 2, 4) for name in ("LoRA", "TABuv")
@@ -43,16 +42,6 @@ def test_select_chooses_on_validation_and_tests_the_chosen_alone(tiny_run, capsy
         assert choice.test == sum(record.scores["test"].metrics["exact_match_strict"].value for record in records) / 2
 
 
-def test_a_rate_that_fails_at_one_seed_is_not_chosen(tiny_run):
-    sweep = compose_sweep(tiny_run("train.lr=1e-3,1e-2", "seed=0,1"))
-    for cell in sweep.cells[:3]:
-        run_cell(cell.config)
-    sweep.cells[3].folder.path.mkdir()
-    sweep.cells[3].folder.error_file.write_text("UserError: diverged\n")
-    (choice,) = selection.select_rates(sweep, "loss").choices
-    assert (choice.lr, choice.trials, choice.failed) == (sweep.cells[0].config.train.lr, 4, 1)
-
-
 @pytest.fixture
 def chosen() -> Selection:
     choice = RateChoice(
@@ -62,11 +51,11 @@ def chosen() -> Selection:
     return Selection("sweep-1a2b3c4d", "score", [choice])
 
 
-def test_a_dropped_cell_is_no_trial(tiny_run):
+def test_a_dropped_cell_is_no_trial(tiny_run, finish):
     sweep = compose_sweep(tiny_run("seed=0,1", "train.lr=1e-3,1e-2"))
     *run_now, last = sweep.cells
     for cell in run_now:
-        run_cell(cell.config)
+        finish(cell.config)
     with pytest.raises(UserError, match="1 of 4 cells are not finished"):
         selection.select_rates(sweep)
     sweep.control.drop([last.run_id])
@@ -86,20 +75,10 @@ def test_selection_json_is_read_as_it_was_written(tiny_run, chosen):
     ]
 
 
-def test_a_selection_of_an_earlier_version_is_read(tiny_run, chosen):
-    file = selection.selection_file(compose_sweep(tiny_run()))
-    write_selection(file, chosen)
-    tree = json.loads(file.read_text())
-    del tree["choices"][0]["selection_seeds"]
-    file.write_text(json.dumps(tree))
-    (choice,) = read_selection(file).choices
-    assert (choice.lr, choice.by, choice.selection_seeds) == (1e-3, "score", [])
-
-
-def test_without_scores_the_rate_is_chosen_by_loss_unless_the_score_is_asked_for(tiny_run):
+def test_without_scores_the_rate_is_chosen_by_loss_unless_the_score_is_asked_for(tiny_run, finish):
     sweep = compose_sweep(tiny_run("train.lr=1e-3,1e-2", "score.splits=[]"))
     for cell in sweep.cells:
-        run_cell(cell.config)
+        finish(cell.config)
     chosen = selection.select_rates(sweep)
     assert (chosen.by, chosen.choices[0].metric, chosen.choices[0].selection_seeds) == ("loss", "validation/loss", [0])
     with pytest.raises(UserError, match="choose by loss with --by loss"):

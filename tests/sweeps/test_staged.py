@@ -4,13 +4,14 @@ import json
 
 import pytest
 from helpers.commands import sweep as sweep_command
+from helpers.sweeping import held
 
 from tiedlora.errors import UserError
 from tiedlora.records.selection import read_selection
 from tiedlora.sweeps import selection, staged
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import run_sweep
-from tiedlora.sweeps.run_cell import run_cell
+from tiedlora.sweeps.worker import run_cell, work
 
 OPTIONS = staged.SearchOptions(rungs=(0.25, 0.5), finalists=2, lowest_rate=1e-5, highest_rate=1.0)
 GRID = ("train.lr=1e-4,1e-3,1e-2,1e-1", "seed=0,1,2", "train.steps=8", "train.validate_every=2", "score.base=false")
@@ -22,13 +23,12 @@ class Launcher:
     def __init__(self, stop_before: int | None = None) -> None:
         self.stop_before, self.launched = stop_before, []
 
-    def __call__(self, cells, first_job):
-        assert first_job == len(self.launched)
-        for cell in cells:
+    def __call__(self, folder, goals):
+        for goal in goals:
             if len(self.launched) == self.stop_before:
                 raise KeyboardInterrupt
-            self.launched.append((cell.run_id, cell.launch_words))
-            run_cell(cell.config)
+            self.launched.append(goal)
+            work(folder, [goal])
 
 
 def adapter(cell) -> bytes:
@@ -50,8 +50,8 @@ def test_it_runs_a_part_of_the_grid_and_scores_only_the_chosen_runs(searched, ca
     ((choice,), (search,)) = selected.choices, selected.searches
     assert (search.seeds, search.rungs, selected.by) == ([0, 1, 2], [2, 4], "loss")
     assert len(launcher.launched) == len(set(launcher.launched))
-    assert {words for _, words in launcher.launched[:4]} == {("train.pause_after=2", "score.splits=[]")}
-    states = {(cell.parameters().lr, cell.config.seed): cell.state() for cell in sweep.cells}
+    assert {(goal.pause_after, goal.splits) for goal in launcher.launched[:4]} == {(2, ())}
+    states = {(cell.name.lr, cell.config.seed): cell.state() for cell in sweep.cells}
     assert {key for key, state in states.items() if state == "done"} >= {(choice.lr, seed) for seed in (0, 1, 2)}
     scored = {cell.run_id for cell in sweep.cells if cell.folder.predictions_file("validation").exists()}
     assert scored == set(choice.run_ids)
@@ -112,9 +112,9 @@ def sweep_file(sweep, run_id):
 def test_a_failure_that_is_no_divergence_is_named_and_tried_again(tiny_run, monkeypatch, capsys):
     sweep = compose_sweep(tiny_run(*GRID))
 
-    def failing(cells, first_job):
-        for cell in cells:
-            if cell.parameters().lr == 1e-3:
+    def failing(folder, goals):
+        for cell in (goal.cell(folder) for goal in goals):
+            if cell.name.lr == 1e-3:
                 cell.folder.path.mkdir(parents=True, exist_ok=True)
                 cell.folder.error_file.write_text("OSError: the disk is full\n")
             else:
@@ -133,22 +133,21 @@ def test_a_rate_outside_the_grid_takes_the_options_of_the_present_start(tiny_run
     """The first start ran out of memory, and the second one names a smaller microbatch."""
 
     class Crashing(Launcher):
-        def __call__(self, cells, first_job):
-            super().__call__([cell for cell in cells if cell.parameters().lr in (1e-3, 1e-2)], first_job)
-            for cell in cells:
-                if cell.parameters().lr not in (1e-3, 1e-2):
+        def __call__(self, folder, goals):
+            of_grid = [goal for goal in goals if goal.cell(folder).name.lr in (1e-3, 1e-2)]
+            super().__call__(folder, of_grid)
+            for cell in (goal.cell(folder) for goal in goals):
+                if cell.name.lr not in (1e-3, 1e-2):
                     cell.folder.path.mkdir(parents=True, exist_ok=True)
                     cell.folder.error_file.write_text("RuntimeError: out of memory\n")
 
     words = [*("train.lr=1e-3,1e-2", "seed=0", "train.steps=8", "train.validate_every=2")]
-    options = staged.SearchOptions(rungs=(0.5,), finalists=1, lowest_rate=1e-5, highest_rate=1.0)
+    options = staged.SearchOptions(rungs=(0.5,), finalists=2, lowest_rate=1e-5, highest_rate=1.0)
     sweep = compose_sweep(tiny_run(*words))
-    sweep.freeze()
     with pytest.raises(SystemExit):
         staged.run_staged(sweep, options, Crashing())
     later = compose_sweep(tiny_run(*words, "train.microbatch_tokens=512"))
     assert later.path == sweep.path
-    later.freeze()
     staged.run_staged(later, options, Launcher())
     frozen = [json.loads(path.read_text())["train"] for path in (later.path / "cells").glob("*.json")]
     assert {train["microbatch_tokens"] for train in frozen} == {512}
@@ -172,18 +171,17 @@ def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, 
     [
         ({"rungs": [1.5]}, r"hydra\.sweeper\.rungs=\[1\.5\]: give a list of shares"),
         ({"finalists": 1}, "must be a whole number of at least 2"),
-        ({"lowest_rate": 2.0}, r"hydra\.sweeper\.lowest_rate=2: must be above 0"),
-        ({"rungs": 0.5}, r"hydra\.sweeper\.rungs=0\.5: give a list"),
-        ({"rungs": ["a"]}, r"hydra\.sweeper\.rungs=\['a'\]: give a list"),
-        ({"finalists": None}, r"hydra\.sweeper\.finalists=None: must be a whole number"),
-        ({"highest_rate": "abc"}, r"hydra\.sweeper\.highest_rate=abc: must be a number"),
+        (
+            {"lowest_rate": 2.0},
+            r"hydra\.sweeper\.highest_rate=1\.0: must be a number, and not below .*lowest_rate=2\.0",
+        ),
+        ({"rungs": "ab"}, r"hydra\.sweeper\.rungs=ab: give a list"),
+        ({"lowest_rate": "abc"}, r"hydra\.sweeper\.lowest_rate=abc: must be a number"),
     ],
 )
 def test_wrong_options_are_one_line(option, message):
     with pytest.raises(UserError, match=message):
-        staged.SearchOptions.checked(
-            **{"rungs": [0.5], "finalists": 2, "lowest_rate": 1e-5, "highest_rate": 1.0, **option}
-        )
+        staged.SearchOptions(**{"rungs": [0.5], "finalists": 2, "lowest_rate": 1e-5, "highest_rate": 1.0, **option})
 
 
 def test_as_a_command_and_then_select(tiny_run, script):
@@ -208,3 +206,46 @@ def test_as_a_command_and_then_select(tiny_run, script):
     code, out, _ = script("scripts/sweep.py", "status", *words[:-1])
     assert "missing" in out
     assert " left for one process" in out
+
+
+def with_checkpoint(cell, pruned: bool):
+    folder = cell.folder
+    (folder.checkpoints / "step-00000004").mkdir(parents=True)
+    (folder.checkpoints / "step-00000004" / "state.safetensors").write_bytes(bytes(1000))
+    folder.metrics_file.write_text("{}\n")
+    if pruned:
+        folder.pruned_file.write_text("behind at step 4\n")
+    return folder
+
+
+def test_only_pruned_cells_that_nobody_works_on_lose_their_checkpoints(tiny_run, script):
+    words = tiny_run("seed=0,1,2,3")
+    swept = compose_sweep(words)
+    pruned, stopped, busy, done = (
+        with_checkpoint(cell, is_pruned) for cell, is_pruned in zip(swept.cells, (True, False, True, True), strict=True)
+    )
+    done.result_file.write_text("{}")
+    with held(busy):
+        would = staged.free_pruned(swept, dry_run=True)
+        assert would == staged.Freed((pruned.path.name,), 1000)
+        assert pruned.checkpoint_step() == 4
+        assert staged.free_pruned(swept) == would
+    assert [folder.checkpoint_step() for folder in (pruned, stopped, busy, done)] == [0, 4, 4, 4]
+    # Its decision and its curve stay.
+    assert pruned.state() == "pruned"
+    assert pruned.metrics_file.exists()
+    done.result_file.unlink()
+    code, out, err = script("scripts/sweep.py", "clean", "--dry-run", *words)
+    assert code == 0, err
+    assert "would free 0.0 MB: the checkpoints of 2 pruned cells" in out
+
+
+def test_a_rate_outside_the_grid_is_cleaned_too(tiny_run):
+    swept = compose_sweep(tiny_run("train.lr=1e-3"))
+    (outside,) = compose_sweep(tiny_run("train.lr=3e-3")).cells
+    folder = with_checkpoint(outside, pruned=True)
+    assert staged.free_pruned(swept) == staged.Freed((), 0)
+    (swept.path / "cells").mkdir(parents=True)
+    (swept.path / "cells" / f"{outside.run_id}.json").write_text("{}")
+    assert staged.free_pruned(swept).run_ids == (outside.run_id,)
+    assert folder.checkpoint_step() == 0

@@ -3,13 +3,12 @@
 import json
 
 import pytest
+from helpers.sweeping import held
 
-from tiedlora.config.compose import compose_config
+from tiedlora.records.run_folder import State
 from tiedlora.runs import run
-from tiedlora.sweeps import planned_rows, status
-from tiedlora.sweeps.cells import STATES
+from tiedlora.sweeps import status
 from tiedlora.sweeps.expand import compose_sweep
-from tiedlora.tasks import load_examples, load_task
 
 CELL_KEYS = [
     *("run_id", "overrides", "model", "task", "configuration", "rank", "lr", "seed", "trainable", "state"),
@@ -18,36 +17,57 @@ CELL_KEYS = [
 """The output of `scripts/sweep.py status --json`."""
 
 
-def test_status_counts_and_estimates(tiny_run, capsys):
+def statuses(sweep):
+    return status.statuses(sweep.cells, sweep.control)
+
+
+def test_status_counts_and_estimates(tiny_run, finish):
     sweep = compose_sweep(tiny_run("tying=LoRA,TABuv", "seed=0,1"))
-    assert status.seconds_left(status.statuses(sweep)) is None
-    run.main(sweep.cells[0].config)
-    cells = status.statuses(sweep)
-    assert status.counts(cells) == {**dict.fromkeys(STATES, 0), "done": 1, "missing": 3}
-    assert status.seconds_left(cells) == pytest.approx(3 * cells[0].seconds)
-    with sweep.cells[1].folder.locked():
-        assert status.statuses(sweep)[1].state == "running"
+    assert status.time_left(statuses(sweep)) == {}
+    assert json.loads(status.to_json(sweep, statuses(sweep)))["seconds_left"] is None
+    finish(sweep.cells[0].config)
+    cells = statuses(sweep)
+    assert status.counts(cells) == {**dict.fromkeys(State, 0), "done": 1, "missing": 3}
+    assert list(status.time_left(cells).values()) == [pytest.approx(cells[0].seconds)] * 3
+    with held(sweep.cells[1].folder):
+        assert statuses(sweep)[1].state == "running"
     sweep.cells[2].folder.path.mkdir()
     sweep.cells[2].folder.error_file.write_text("Traceback\ntiedlora.errors.UserError: no\n")
-    assert status.statuses(sweep)[2].error == "UserError: no"
-    tree = json.loads(status.to_json(sweep, status.statuses(sweep)))
+    assert statuses(sweep)[2].error == "UserError: no"
+    tree = json.loads(status.to_json(sweep, statuses(sweep)))
     assert list(tree) == ["sweep", "counts", "seconds_left", "cells"]
     assert [list(cell) for cell in tree["cells"]] == [CELL_KEYS] * 4
     assert [cell["state"] for cell in tree["cells"]] == ["done", "interrupted", "failed", "missing"]
 
 
+def test_a_damaged_result_is_a_failed_cell(tiny_run):
+    (cell,) = (sweep := compose_sweep(tiny_run("seed=0"))).cells
+    cell.folder.path.mkdir(parents=True)
+    cell.folder.result_file.write_text('{"run_id": 3}')
+    (shown,) = statuses(sweep)
+    assert shown.state == "failed"
+    assert shown.error.startswith(f"{cell.folder.result_file}: ")
+
+
+def test_before_a_cell_is_done_its_own_speed_gives_the_time_left(tiny_run):
+    first, second = (sweep := compose_sweep(tiny_run("seed=0,1"))).cells
+    first.folder.path.mkdir(parents=True)
+    first.folder.metrics_file.write_text('{"step": 2, "train/loss": 2.0, "train/seconds": 3.0}\n{"step": 3, "tra')
+    assert status.time_left(statuses(sweep)) == {first.run_id: 6.0, second.run_id: 6.0}
+
+
 def test_the_table_has_a_column_for_each_swept_key(tiny_run):
     sweep = compose_sweep(tiny_run("train.eps=1e-8,1e-6", "seed=0,1"))
-    head, *lines = status.table(status.statuses(sweep)).splitlines()
+    head, *lines = status.table(statuses(sweep)).splitlines()
     assert len(lines) == 4
     assert head.split().count("seed") == 1
     assert "train.eps" in head
     assert sum("1e-06" in line or "1e-6" in line for line in lines) == 2
 
 
-def test_a_finished_run_that_lacks_a_split_of_the_sweep_is_not_done(tiny_run):
+def test_a_finished_run_that_lacks_a_split_of_the_sweep_is_not_done(tiny_run, finish):
     (cell,) = compose_sweep(tiny_run("seed=0", "score.splits=[validation]")).cells
-    run.main(cell.config)
+    finish(cell.config)
     assert (cell.finished(), cell.state()) == (True, "done")
     # The same run, in a sweep that asks for test as well: it has to be run again, which scores what is missing.
     (wider,) = compose_sweep(tiny_run("seed=0", "score.splits=[validation,test]")).cells
@@ -55,27 +75,3 @@ def test_a_finished_run_that_lacks_a_split_of_the_sweep_is_not_done(tiny_run):
     assert (wider.finished(), wider.state()) == (False, "interrupted")
     run.main(wider.config)
     assert (wider.finished(), wider.state()) == (True, "done")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "rows"),
-    [
-        (["task=gsm8k"], 1_319),
-        (["task=gsm8k", "task.rows.test=7"], 7),
-        (["task=squad"], 8_570),
-        (["task=squad", "task.hub.splits.test=validation"], 10_570),
-        (["task=hellaswag"], 8_042),
-        (["task=dialogsum"], 500),
-        (["task=iwslt2017"], 8_079),
-        (["task=gsm8k", "task.hub.id=my/own"], None),
-        (["task=gsm8k", "data_root=/no/such/folder"], None),
-    ],
-)
-def test_the_test_rows_of_a_plan_are_the_tasks(overrides, rows):
-    assert planned_rows.split_rows(compose_config(overrides), "test") == rows
-
-
-def test_generated_test_rows_are_counted(tiny_config):
-    config = tiny_config()
-    assert config.task.rows.test is None
-    assert planned_rows.split_rows(config, "test") == len(load_examples(load_task(config.task), "test", None)) <= 12

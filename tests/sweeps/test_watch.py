@@ -11,27 +11,22 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from helpers import processes
 from helpers.commands import Command, wait_until
 from rich.console import Console
 
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
+from tiedlora.records.run_folder import State
 from tiedlora.records.selection import read_selection
-from tiedlora.runs import run
 from tiedlora.sweeps import staged, status
-from tiedlora.sweeps.cells import STATES
 from tiedlora.sweeps.expand import compose_sweep
-from tiedlora.sweeps.lock_probe import is_locked, locked_inodes
-from tiedlora.sweeps.run_cell import run_cell
 from tiedlora.sweeps.selection import selection_file
-from tiedlora.sweeps.watch import find_sweep
-from tiedlora.sweeps.watch_table import frame, news
-from tiedlora.sweeps.watched import FRESH_SECONDS, WatchedSweep
+from tiedlora.sweeps.watch import Watch, find_sweep, frame, news
+from tiedlora.sweeps.worker import work
 
 HOSTILE = "\x1b]0;title\x07[bold red]markup[/] \u202eevil " + "a" * 10**6
-SIZES = ((80, 24), (140, 35), (40, 10))
+SIZES = ((140, 35), (40, 10))
 
 
 @pytest.fixture
@@ -42,10 +37,10 @@ def sweep(tiny_run):
     return made
 
 
-def age(folder: Path, seconds: float = 10 * FRESH_SECONDS) -> None:
+def age(folder: Path) -> None:
     """Make the files of a folder old."""
     for path in [folder, *folder.rglob("*")]:
-        os.utime(path, (time.time() - seconds,) * 2)
+        os.utime(path, (time.time() - 600,) * 2)
 
 
 def drawn(view, width: int, height: int) -> str:
@@ -59,39 +54,21 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
-class TestStates:
-    def test_it_shows_what_status_shows(self, sweep):
+class TestLooks:
+    def test_it_shows_what_status_shows(self, sweep, finish):
         first, second, third, fourth = sweep.cells
-        run.main(first.config)
+        finish(first.config)
         second.folder.path.mkdir()
         second.folder.error_file.write_text("Traceback\ntiedlora.errors.Diverged: step 3\n")
         third.folder.path.mkdir()
-        (third.folder.path / "config.yaml").write_text("")
-        age(third.folder.path)
+        third.folder.config_file.write_text("")
         sweep.control.drop([fourth.run_id])
-        view = WatchedSweep(sweep.path).look()
-        shown = {cell.cell.run_id: cell for cell in view.cells}
-        for cell in status.statuses(sweep):
-            assert shown[cell.run_id].state == cell.state
-            assert shown[cell.run_id].error == (cell.error or "")
-            assert shown[cell.run_id].score == cell.score
-        assert view.counts == {**dict.fromkeys(STATES, 0), "done": 1, "failed": 1, "interrupted": 1, "dropped": 1}
+        view = Watch(sweep.path).look()
+        shown = {cell.run_id: (cell.state, cell.error, cell.score, cell.seconds, cell.step) for cell in view.cells}
+        for cell in status.statuses(sweep.cells, sweep.control):
+            assert shown[cell.run_id] == (cell.state, cell.error, cell.score, cell.seconds, cell.step)
+        assert view.counts == {**dict.fromkeys(State, 0), "done": 1, "failed": 1, "interrupted": 1, "dropped": 1}
         assert not view.ended
-
-    def test_a_cell_is_running_while_its_lock_is_held_or_its_files_are_fresh(self, sweep):
-        first, second = sweep.cells[:2]
-        watched = WatchedSweep(sweep.path)
-        with first.folder.locked():
-            age(first.folder.path)
-            assert watched.look().counts["running"] == 1
-        # Its lock was seen, so fresh files are those of a stopped run.
-        first.folder.metrics_file.write_text('{"step": 1, "train/loss": 2.0, "train/seconds": 3.0}\n')
-        assert watched.look().counts["interrupted"] == 1
-        second.folder.path.mkdir()
-        second.folder.metrics_file.write_text('{"step": 1, "train/loss": 2.0}\n')
-        assert watched.look().counts["running"] == 1
-        age(second.folder.path)
-        assert watched.look().counts["running"] == 0
 
     def test_the_loss_is_compared_at_the_same_step(self, sweep):
         slow, fast = (cell for cell in sweep.cells if cell.config.seed == 0)
@@ -99,67 +76,38 @@ class TestStates:
             cell.folder.path.mkdir()
             lines = [json.dumps({"step": 3 * number, "validation/loss": loss}) for number, loss in enumerate(losses)]
             cell.folder.metrics_file.write_text("\n".join(lines) + "\n")
-        behind = {cell.cell.run_id: cell.behind for cell in WatchedSweep(sweep.path).look().cells}
-        assert behind[slow.run_id] == pytest.approx(0.5)
-        # Nobody else has come as far.
-        assert behind[fast.run_id] is None
+        # Nobody else has come as far as the fast one.
+        assert Watch(sweep.path).look().losses == {slow.run_id: (4.0, 0.5), fast.run_id: (3.0, None)}
 
     def test_a_run_that_continues_replaces_its_curve(self, sweep):
-        cell, watched = sweep.cells[0], WatchedSweep(sweep.path)
+        cell, watched = sweep.cells[0], Watch(sweep.path)
         cell.folder.path.mkdir()
-        cell.folder.metrics_file.write_text('{"step": 4, "validation/loss": 9.0}\n{"step": 5, "validation')
-        assert watched.look().cells[0].loss == 9.0
-        with cell.folder.metrics_file.open("a") as file:
-            file.write('/loss": 8.0}\n')
-        assert watched.look().cells[0].loss == 8.0
-        (cell.folder.path / "new").write_text('{"step": 2, "validation/loss": 7.0}\n')
-        os.replace(cell.folder.path / "new", cell.folder.metrics_file)
-        assert (watched.look().cells[0].loss, watched.look().cells[0].step) == (7.0, 2)
+        for text, loss in (
+            ('{"step": 4, "validation/loss": 9.0}\n{"step": 5, "validation', 9.0),
+            ('{"step": 4, "validation/loss": 9.0}\n{"step": 5, "validation/loss": 8.0}\n', 8.0),
+            ('{"step": 2, "validation/loss": 7.0}\n', 7.0),
+        ):
+            cell.folder.metrics_file.write_text(text)
+            assert watched.look().losses[cell.run_id][0] == loss
 
-    def test_the_end_and_the_time_left(self, sweep):
-        run_cell(sweep.cells[0].config)
-        watched = WatchedSweep(sweep.path)
-        view = watched.look()
-        assert view.seconds_left == pytest.approx(3 * view.cells[0].seconds)
-        for cell in sweep.cells[1:]:
-            run_cell(cell.config)
-        assert watched.look().ended
-
-
-class TestReadOnly:
-    def test_a_look_changes_nothing_and_takes_no_lock(self, sweep):
-        run.main(sweep.cells[0].config)
+    def test_a_look_changes_nothing(self, sweep, finish):
+        finish(sweep.cells[0].config)
+        sweep.cells[1].folder.path.mkdir()
+        (sweep.cells[1].folder.path / ".lock").touch()
         outputs = Path(sweep.cells[0].config.outputs)
         before = snapshot(outputs)
-        with sweep.cells[1].folder.locked(patience=0):
-            before = snapshot(outputs)
-            for _ in range(3):
-                WatchedSweep(sweep.path).look()
+        for _ in range(3):
+            Watch(sweep.path).look()
         assert snapshot(outputs) == before
         # A folder that was never started is not made.
         assert not sweep.cells[2].folder.path.exists()
 
-    def test_the_probe_sees_both_kinds_of_locks(self, tmp_path):
-        path = tmp_path / ".lock"
-        assert not is_locked(path, locked_inodes())
-        with FileLock(path):
-            assert is_locked(path, locked_inodes())
-        assert not is_locked(path, locked_inodes())
-        # On NFS, Linux turns flock into a lock of the file's bytes, which /proc/locks of another machine does not list.
-        code = (
-            f"import fcntl; f = open({str(path)!r}, 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
-        )
-        with processes.started([sys.executable, "-c", code], stdin=-1, stdout=-1) as other:
-            other.stdout.readline()
-            assert is_locked(path, set())
-            other.stdin.close()
-
     def test_a_pipe_in_the_place_of_a_file_does_not_hang_it(self, sweep):
         cell = sweep.cells[0]
         cell.folder.path.mkdir()
-        for path in (cell.folder.path / ".lock", cell.folder.metrics_file, cell.folder.error_file):
+        for path in (cell.folder.metrics_file, cell.folder.error_file):
             os.mkfifo(path)
-        assert WatchedSweep(sweep.path).look().counts["failed"] == 1
+        assert Watch(sweep.path).look().counts["failed"] == 1
 
 
 class TestFrames:
@@ -170,7 +118,7 @@ class TestFrames:
         for cell in sweep.cells[::3]:
             cell.folder.path.mkdir()
             cell.folder.error_file.write_text("Traceback\n" + HOSTILE)
-        text = drawn(WatchedSweep(sweep.path).look(), width, height)
+        text = drawn(Watch(sweep.path).look(), width, height)
         lines = text.splitlines()
         assert len(lines) <= max(height, 14)
         assert max(map(len, lines)) <= width
@@ -187,8 +135,8 @@ class TestFrames:
         (sweep.path / "verdicts.json").write_text(
             json.dumps([{"claim": HOSTILE, "verdict": "\x1b[2J", "reason": HOSTILE}])
         )
-        view = WatchedSweep(sweep.path).look()
-        assert view.cells[0].loss == 2.0
+        view = Watch(sweep.path).look()
+        assert list(view.losses.values()) == [(2.0, None)]
         for text in (drawn(view, 400, 50), "\n".join(news(None, view))):
             assert "\x1b" not in text
             assert "\u202e" not in text
@@ -198,7 +146,7 @@ class TestFrames:
     def test_cells_with_equal_names_are_told_apart(self, tiny_run):
         sweep = compose_sweep(tiny_run("train.eps=1e-8,1e-6"))
         sweep.freeze()
-        text = drawn(WatchedSweep(sweep.path).look(), 140, 30)
+        text = drawn(Watch(sweep.path).look(), 140, 30)
         assert "train.eps=1e-06" in text
         assert "train.eps=1e-08" in text
 
@@ -214,9 +162,6 @@ class TestFinding:
         assert find_sweep(outputs) == find_sweep(outputs, "sweep") == newer.path
         assert find_sweep(outputs, older.id) == find_sweep(outputs, f"*{older.id[-4:]}") == older.path
         assert find_sweep(outputs, str(older.path)) == older.path
-        # A sweep that continues writes only into its cells.
-        older.cells[0].folder.path.mkdir()
-        assert find_sweep(outputs) in (older.path, newer.path)
         with pytest.raises(UserError, match=rf"papr: no such sweep in .*; choose one of .*{newer.id}"):
             find_sweep(outputs, "papr")
         with pytest.raises(UserError, match="has no sweeps/"):
@@ -229,21 +174,17 @@ class TestCommand:
         words = tiny_run("train.lr=1e-3,1000", "seed=0,1", "train.clip=null", "train.steps=30")
         sweeping = Command("--multirun", *words)
         wait_until(lambda: list((tmp_path / "outputs" / "sweeps").glob("*/cells/*")))
-        page = tmp_path / "page.html"
-        command = [sys.executable, "scripts/sweep.py", "watch", f"outputs={tmp_path}/outputs", "--html", str(page)]
+        command = [sys.executable, "scripts/sweep.py", "watch", f"outputs={tmp_path}/outputs"]
         done = processes.run(command, cwd=PROJECT)
         assert sweeping.ended().code == 1
         assert done.returncode == 1, done.stderr
         lines = done.stdout.splitlines()
         assert sum("failed: Diverged" in line or ": Diverged: step" in line for line in lines) == 2
-        assert "4 cells: 2 done, 2 failed, ended" in lines[-2]
-        assert lines[-1] == f"open {page}"
-        assert page.read_text().lstrip().lower().startswith("<!doctype html")
-        assert not list(tmp_path.glob(".page*"))
+        assert "4 cells: 2 done, 2 failed, ended" in lines[-1]
 
-    def test_a_live_table_on_a_terminal(self, sweep, tmp_path):
+    def test_a_live_table_on_a_terminal(self, sweep, tmp_path, finish):
         """On a terminal it redraws the screen, and Ctrl-C leaves it, with the last table below."""
-        run.main(sweep.cells[0].config)
+        finish(sweep.cells[0].config)
         main, terminal = pty.openpty()
         command = [sys.executable, "scripts/sweep.py", "watch", "sweep", f"outputs={tmp_path}/outputs"]
         environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
@@ -270,41 +211,36 @@ class TestCommand:
         assert b"1 of 4 done" in shown[shown.index(b"\x1b[?1049l") :]
 
 
-def test_a_search_in_which_every_rate_diverges_ends_too(tiny_run):
-    swept = compose_sweep(tiny_run("tying=LoRA", "train.lr=1e3", "seed=0,1,2", "train.clip=null", "train.steps=20"))
-    swept.freeze()
-    options = staged.SearchOptions(rungs=(0.5,), finalists=1, lowest_rate=1e2, highest_rate=1e3)
-    with pytest.raises(SystemExit):
-        staged.run_staged(swept, options, lambda cells, _: [run_cell(cell.config) for cell in cells])
-    for cell in swept.cells:
-        if cell.folder.path.exists():
-            age(cell.folder.path)
-    assert WatchedSweep(swept.path).look().ended
+class TestSearches:
+    def test_one_in_which_every_rate_diverges_ends_too(self, tiny_run):
+        swept = compose_sweep(tiny_run("tying=LoRA", "train.lr=1e3", "seed=0,1,2", "train.clip=null", "train.steps=20"))
+        options = staged.SearchOptions(rungs=(0.5,), finalists=2, lowest_rate=1e2, highest_rate=1e3)
+        with pytest.raises(SystemExit):
+            staged.run_staged(swept, options, work)
+        assert Watch(swept.path).look().ended
 
+    def test_its_decisions_and_its_end(self, tiny_run):
+        grid = ("train.lr=1e-4,1e-3,1e-2,1e-1", "seed=0,1", "train.steps=8", "train.validate_every=2")
+        sweep = compose_sweep(tiny_run(*grid, "score.base=false"))
+        options = staged.SearchOptions(rungs=(0.25, 0.5), finalists=2, lowest_rate=1e-5, highest_rate=1.0)
+        looks = []
 
-def test_a_search_shows_its_decisions_and_ends(tiny_run):
-    grid = ("train.lr=1e-4,1e-3,1e-2,1e-1", "seed=0,1", "train.steps=8", "train.validate_every=2", "score.base=false")
-    sweep = compose_sweep(tiny_run(*grid))
-    sweep.freeze()
-    options = staged.SearchOptions(rungs=(0.25, 0.5), finalists=2, lowest_rate=1e-5, highest_rate=1.0)
-    looks = []
+        def launch(folder, goals):
+            for goal in goals:
+                work(folder, [goal])
+                looks.append(Watch(sweep.path).look())
 
-    def launch(cells, first_job):
-        for cell in cells:
-            run_cell(cell.config)
-            looks.append(WatchedSweep(sweep.path).look())
-
-    staged.run_staged(sweep, options, launch)
-    view = WatchedSweep(sweep.path).look()
-    assert view.ended
-    assert not any(look.ended for look in looks[:-1])
-    assert any(look.counts["paused"] for look in looks)
-    selected = read_selection(selection_file(sweep))
-    assert len(view.decisions) == sum(len(search.decisions) for search in selected.searches)
-    assert any("chosen" in line for line in view.decisions)
-    done = {cell.cell.run_id for cell in view.cells if cell.state == "done"}
-    assert done >= set(selected.choices[0].run_ids)
-    assert view.counts["pruned"] == sum(cell.state() == "pruned" for cell in sweep.cells)
-    # What changed between two looks is said once.
-    said = [line for before, now in zip([None, *looks], [*looks, view], strict=True) for line in news(before, now)]
-    assert len([line for line in said if line.startswith("decided: ")]) == len(view.decisions)
+        staged.run_staged(sweep, options, launch)
+        view = Watch(sweep.path).look()
+        assert view.ended
+        assert not any(look.ended for look in looks[:-1])
+        assert any(look.counts["paused"] for look in looks)
+        selected = read_selection(selection_file(sweep))
+        assert len(view.decisions) == sum(len(search.decisions) for search in selected.searches)
+        assert any("chosen" in line for line in view.decisions)
+        done = {cell.run_id for cell in view.cells if cell.state == "done"}
+        assert done >= set(selected.choices[0].run_ids)
+        assert view.counts["pruned"] == sum(cell.state() == "pruned" for cell in sweep.cells)
+        # What changed between two looks is said once.
+        said = [line for before, now in zip([None, *looks], [*looks, view], strict=True) for line in news(before, now)]
+        assert len([line for line in said if line.startswith("decided: ")]) == len(view.decisions)

@@ -21,7 +21,7 @@ from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, mean_per_token
 from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
-from tiedlora.records.run_folder import DIVERGED, RunFolder
+from tiedlora.records.run_folder import DIVERGED, RunFolder, last_line
 from tiedlora.records.run_record import RunRecord, SplitScores, read_record
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 from tiedlora.tasks import load_task
@@ -32,6 +32,8 @@ NOT_RUNS = ("base", "sweeps")
 """Folders in outputs/ that are not runs: scores of base models, and frozen configurations of sweeps."""
 TOLERANCE = 1e-6
 """The allowed difference, by rounding, of a recorded metric from the mean over its examples."""
+LONGEST_REASON = 200
+"""Most characters of a failed run's error that are shown."""
 
 
 @dataclass(frozen=True)
@@ -212,9 +214,9 @@ def read_run(path: Path) -> Run | LeftOut:
     if not folder.result_file.is_file():
         if not any((path / name).exists() for name in PART_OF_A_RUN):
             return LeftOut(path, "not a run: it holds none of a run's files")
-        error = _last_line(folder.error_file)
+        error = last_line(folder.error_file)[:LONGEST_REASON]
         reason = f"failed: {error}" if error else "not finished: it has no result.json (running, or interrupted)"
-        if pruned := _last_line(folder.pruned_file):
+        if pruned := last_line(folder.pruned_file)[:LONGEST_REASON]:
             reason = f"pruned by the search of a learning rate: {pruned}"
         if named is not None:
             named = dataclasses.replace(
@@ -244,15 +246,6 @@ def _run_of_name(name: str) -> UnfinishedRun | None:
     if match is None:
         return None
     return UnfinishedRun(name, match["label"], int(match["rank"]), match["task"], match["model"], int(match["seed"]))
-
-
-def _last_line(path: Path) -> str:
-    """The last line of a failed run's error. A symbolic link gives nothing: its target may not belong to the run."""
-    try:
-        lines = [] if path.is_symlink() else storage.read_bytes(path).decode("utf-8", "replace").strip().splitlines()
-    except UserError:
-        return ""
-    return lines[-1][:200] if lines else "error.txt is empty"
 
 
 def _with_progress(run: UnfinishedRun, folder: RunFolder) -> UnfinishedRun:

@@ -19,7 +19,7 @@ from tiedlora.config.compose import read_config
 from tiedlora.config.identity import config_tree
 from tiedlora.config.schema import Config
 from tiedlora.records.rows import PredictionRow, read_predictions, write_predictions
-from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_folder import RunFolder, last_line
 from tiedlora.records.run_record import ADAPTER, TEXTS, ConfigRecord, SplitScores
 
 COPIED = ("metrics.jsonl", "validation_losses.jsonl", "pruned.txt")
@@ -62,7 +62,7 @@ def export_stopped(run: RunFolder, out: Path) -> None:
     exported = RunFolder(out / run.path.name)
     _copy_files(run, exported)
     if run.diverged():
-        storage.write_bytes(exported.error_file, storage.read_bytes(run.error_file).strip().splitlines()[-1] + b"\n")
+        storage.write_bytes(exported.error_file, f"{last_line(run.error_file)}\n".encode())
 
 
 def copy_exported(run: RunFolder, out: Path) -> None:

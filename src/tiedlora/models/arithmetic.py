@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tiedlora.config.schema import Config
 from tiedlora.tying import Architecture, target_shape
 
@@ -13,21 +11,6 @@ CHUNK_BYTES = 2 * 4 * 256 * 49_152
 """The logits of one chunk of training.loss and their gradient, in float32."""
 PROCESS_BYTES = 500_000_000
 """A process on a CPU that has imported torch and transformers, without a model. A GPU's peak does not include it."""
-
-
-@dataclass(frozen=True)
-class DeviceSpeed:
-    """How fast a device is with one base model."""
-
-    device: str
-    """Such as `cpu, 2 threads`."""
-    is_gpu: bool
-    flop_per_s: float
-    """Of matrix products."""
-    training_seconds: float
-    """One token through one block in training: forward, and backward through frozen weights to the activations."""
-    answering_seconds: float
-    """One token of an answer through one block, when score.batch_size rows are answered at once."""
 
 
 def block_weights(a: Architecture) -> int:
@@ -57,11 +40,6 @@ def training_flop(a: Architecture, tokens: float, target_tokens: float) -> float
     """
     forward = forward_flop(a, tokens, target_tokens)
     return 2 * forward + 4 * a.layers * a.heads * a.head_dim * tokens * tokens / 2
-
-
-def head_flop(a: Architecture, tokens: float) -> float:
-    """FLOP of the output head for so many tokens."""
-    return 2 * a.vocabulary * a.hidden * tokens
 
 
 def training_bytes(config: Config, longest_row: int) -> int:

@@ -2,22 +2,67 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from filelock import Timeout
 
 from tiedlora import storage
-from tiedlora.errors import UserError
+from tiedlora.errors import LONGEST_MESSAGE, UserError
 from tiedlora.records.run_record import RunRecord, read_record
+from tiedlora.text import visible
 
 LOCK_PATIENCE_SECONDS = 0.5
 """How long to wait for a run's lock. A process that only reads the run's state also holds the lock for a moment."""
 DIVERGED = "tiedlora.errors.Diverged:"
 """How the last line of error.txt begins if a loss was not finite."""
+
+
+LONGEST_TAIL = 2**16
+"""Most bytes of a text file that are read for its last line."""
+
+
+class State(StrEnum):
+    """The state of a run. The last two are decisions of a sweep, and in no file of the run."""
+
+    DONE = "done"
+    RUNNING = "running"
+    PAUSED = "paused"
+    """It has a checkpoint at the step where its launch pauses it."""
+    PRUNED = "pruned"
+    """A search has stopped it for the reason in pruned.txt. Its checkpoint stays, until it continues."""
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+    MISSING = "missing"
+    DROPPED = "dropped"
+    """A person has taken it out of the sweep (sweeps/control.py), and it is not done."""
+    UNNEEDED = "unneeded"
+    """A search has chosen the rate without it."""
+
+
+@dataclass(frozen=True, order=True)
+class RunName:
+    """What tables call a run. Runs that differ in another value have the same name."""
+
+    model: str
+    """The last part of the base model's name."""
+    task: str
+    configuration: str
+    """The tying's name, such as LoRA or TABuv."""
+    rank: int
+    lr: float
+    seed: int
+
+    @property
+    def group(self) -> str:
+        """What runs share that differ in rate and seed, in words."""
+        return f"{self.configuration} r={self.rank} on {self.task}, {self.model}"
 
 
 class Busy(UserError):
@@ -95,45 +140,45 @@ class RunFolder:
         kept = storage.read_json(self.result_file) if self.result_file.exists() else {}
         storage.write_json(self.result_file, {**kept, **record.to_json()})
 
-    def state(self) -> str:
-        """missing, done, failed, running, pruned or interrupted, from the files and the lock.
+    def state(self, is_scored: bool = True, pause_after: int | None = None) -> State:
+        """The state of the run, from the files and the lock, which is held for a moment.
 
-        A pruned run was stopped by a search for the reason in pruned.txt. Its checkpoint stays, until it continues.
+        Args:
+            is_scored: whether a finished run has all scores that are wanted. One that lacks some is not done.
+            pause_after: the step at which a run counts as paused.
         """
-        if self.result_file.exists():
-            return "done"
+        if is_scored and self.result_file.exists():
+            return State.DONE
         if not self.path.exists():
-            return "missing"
+            return State.MISSING
         try:
             with self.locked(patience=0):
+                has_result = self.result_file.exists()
                 # Checked again under the lock, because another process may have finished the run in between.
-                if self.result_file.exists():
-                    return "done"
+                if is_scored and has_result:
+                    return State.DONE
                 if self.error_file.exists():
-                    return "failed"
-                return "pruned" if self.pruned_file.exists() else "interrupted"
+                    return State.FAILED
+                if not has_result and pause_after is not None and self.checkpoint_step() >= pause_after:
+                    return State.PAUSED
+                return State.PRUNED if self.pruned_file.exists() and not has_result else State.INTERRUPTED
         except Busy:
-            return "running"
-
-    def scoring_state(self) -> str:
-        """The state of a finished run that lacks scores: running, failed, or interrupted if nothing scores it."""
-        try:
-            with self.locked(patience=0):
-                return "failed" if self.error_file.exists() else "interrupted"
-        except Busy:
-            return "running"
+            return State.RUNNING
         except OSError:
-            # A read-only archive. Nothing can score it there.
-            return "interrupted"
+            # A read-only archive. Nothing can go on there.
+            return State.FAILED if self.error_file.exists() else State.INTERRUPTED
 
     def checkpoint_step(self) -> int:
         """The step of the newest checkpoint; 0 without one."""
         return max((int(path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*[0-9]")), default=0)
 
+    def error(self) -> str:
+        """Why the run failed, in one line; empty without an error."""
+        return visible(last_line(self.error_file).removeprefix("tiedlora.errors.")[:LONGEST_MESSAGE])
+
     def diverged(self) -> bool:
         """Whether the run failed because a loss was not finite."""
-        last = storage.read_bytes(self.error_file).strip().splitlines()[-1:] if self.error_file.exists() else []
-        return any(line.startswith(DIVERGED.encode()) for line in last)
+        return last_line(self.error_file).startswith(DIVERGED)
 
     @contextmanager
     def locked(self, patience: float = LOCK_PATIENCE_SECONDS) -> Iterator[None]:
@@ -173,6 +218,22 @@ class RunFolder:
         # A second error (such as a full disk) would hide the first one.
         with suppress(OSError):
             storage.write_bytes(self.error_file, traceback.format_exc().encode("utf-8", "replace"))
+
+
+def last_line(path: Path) -> str:
+    """The last line of a text file, such as an error's message; empty if there is none.
+
+    A symbolic link gives nothing, because its target may not belong to the run. Nor does a pipe, which may never end.
+    """
+    try:
+        if path.is_symlink() or not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LONGEST_TAIL))
+            lines = file.read(LONGEST_TAIL).decode("utf-8", "replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1] if lines else f"{path.name} is empty"
 
 
 def _remove(entry: Path) -> None:

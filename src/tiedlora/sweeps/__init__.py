@@ -1,12 +1,18 @@
 """Sweeps: many runs from one command.
 
-This package lists the cells of a command line (expand.py, cell_composer.py, cells.py), carries them out (run_cell.py,
-launching.py, control.py, worker_slots.py, watch.py; staged.py, staged_search.py for a search), shows their states and
-their cost (status.py, forecast.py, planned_rows.py), chooses a learning rate (selection.py), and frees what is not
-wanted any more (cleaning.py). A cell is a run like any other. The state of a sweep is read from its runs' folders, so
-there is no second state that could differ; only what a person asks of a running sweep is in the sweep's own folder.
+    expand.py, cell_composer.py    from the words of a command to its cells (cells.py)
+    launching.py                   carry a sweep out: freeze its cells, launch workers, name what failed
+    launchers.py, worker.py        where workers run, and what each of them does: it takes the next free cell
+    staged.py, staged_search.py    a search of learning rates: what is launched, and the pure decision
+    deciding.py                    the seeds that open claims need
+    status.py, watch.py            the state of every cell, once or again and again
+    forecast.py, selection.py      what a sweep will cost, and the rate of every configuration
+    control.py, study.py, summary_run.py    drop and retry, sweeps planned in a file, what a tracker gets of a sweep
 
-It may import every other package. No module here imports torch, so it is quick to plan a sweep
-and to skip finished cells; torch is imported inside functions alone. Only expand.py and cell_composer.py import Hydra.
-The plug-ins in src/hydra_plugins/ connect the other modules to Hydra.
+A cell is a run like any other. The state of a sweep is read from its runs' folders, so there is no second state that
+could differ; only what a person asks of a running sweep is in the sweep's own folder.
+
+It may import every other package but page. No module here imports torch, so it is quick to plan a sweep and to skip
+finished cells; torch is imported inside functions alone. expand.py, cell_composer.py and launchers.py import Hydra, and
+the plug-in src/hydra_plugins/sweepers.py connects the sweepers to it.
 """

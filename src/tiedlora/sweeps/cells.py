@@ -7,43 +7,45 @@ A cell is a run like any other (config.identity names its folder), so sweeps sha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from tiedlora import storage
-from tiedlora.config.identity import config_tree, run_id
+from tiedlora.config.check import check
+from tiedlora.config.identity import config_tree, identity, run_id
 from tiedlora.config.schema import Config
-from tiedlora.config.sizes import trainable_params
-from tiedlora.records.run_folder import RunFolder
+from tiedlora.errors import UserError
+from tiedlora.records.reading import typed
+from tiedlora.records.run_folder import RunFolder, RunName, State
 from tiedlora.scoring.passes import lacks_scores
 from tiedlora.sweeps.control import SweepControl
 
-STATES = ("done", "running", "paused", "pruned", "interrupted", "failed", "dropped", "missing", "unneeded")
-"""Paused: at the cell's train.pause_after. Pruned: stopped by a search; a plain sweep continues it. Dropped: taken out
-of the sweep by a person (control.py), and not done. Unneeded: a search has chosen the rate without it."""
-ENDED = ("done", "paused", "failed")
+ENDED = (State.DONE, State.PAUSED, State.FAILED)
 """The states in which a launch has nothing more to do."""
+VERDICTS_FILE = "verdicts.json"
+"""What a deciding sweep writes into its folder at its end (deciding.py)."""
 
 
 @dataclass(frozen=True)
-class CellParameters:
-    """The names of a cell in tables."""
+class Goal:
+    """A cell, and how far a launch takes it: what a worker is told. The rest is in the cell's frozen configuration."""
 
-    model: str
-    """The last part of the model's name."""
-    task: str
-    configuration: str
-    """The tying's name, such as LoRA or TABuv."""
-    rank: int
-    lr: float
-    seed: int
-    trainable: int
-    """Trainable parameters."""
+    run_id: str
+    pause_after: int | None
+    """The step after which it pauses; None trains to the end."""
+    splits: tuple[str, ...]
+    """The splits to score."""
+
+    def cell(self, folder: Path) -> SweepCell:
+        """The cell as it was frozen in the sweep's folder.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        return frozen_cell(folder, self.run_id).until(self.pause_after, self.splits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +55,17 @@ class SweepCell:
     overrides: tuple[str, ...]
     """The cell as the command line writes it. Two ways to write the same configuration give one cell."""
     config: Config
-    launch_words: tuple[str, ...] = ()
-    """Facts of execution that only this launch sets, as overrides."""
 
     def until(self, step: int | None, splits: Sequence[str]) -> SweepCell:
         """The same run for a launch that pauses it after a step, or (None) finishes it and scores these splits."""
         train = replace(self.config.train, pause_after=step)
         score = replace(self.config.score, splits=list(splits))
-        words = (f"train.pause_after={'null' if step is None else step}", f"score.splits=[{','.join(splits)}]")
-        return replace(self, config=replace(self.config, train=train, score=score), launch_words=words)
+        return replace(self, config=replace(self.config, train=train, score=score))
+
+    @property
+    def goal(self) -> Goal:
+        """How far a launch takes the cell."""
+        return Goal(self.run_id, self.config.train.pause_after, tuple(self.config.score.splits))
 
     @cached_property
     def run_id(self) -> str:
@@ -78,28 +82,51 @@ class SweepCell:
         record = self.folder.record()
         return record is not None and not lacks_scores(self.config.score, record)
 
-    def state(self) -> str:
-        """One of STATES, except dropped and unneeded, which only the sweep knows."""
-        state, pause = self.folder.state(), self.config.train.pause_after
-        if state == "done":
-            return "done" if self.finished() else self.folder.scoring_state()
-        if state in ("interrupted", "pruned") and pause is not None and self.folder.checkpoint_step() >= pause:
-            return "paused"
-        return state
+    def state(self) -> State:
+        """The state of the run, as far as this cell takes it."""
+        record = self.folder.record()
+        is_scored = record is None or not lacks_scores(self.config.score, record)
+        return self.folder.state(is_scored, self.config.train.pause_after)
 
-    def parameters(self) -> CellParameters:
-        """The names of the cell in tables."""
+    @cached_property
+    def rate_group(self) -> str:
+        """Equal for cells that differ only in learning rate and seed, as far as the result goes."""
+        tree = identity(self.config)
+        del tree["seed"], tree["train"]["lr"]
+        return json.dumps(tree, sort_keys=True)
+
+    @cached_property
+    def name(self) -> RunName:
+        """What tables call the run."""
         config = self.config
         assert config.train.lr is not None
-        return CellParameters(
-            model=config.model.name.rsplit("/", 1)[-1],
-            task=config.task.name,
-            configuration=config.tying.name,
-            rank=config.rank.r,
-            lr=config.train.lr,
-            seed=config.seed,
-            trainable=trainable_params(config) or 0,
-        )
+        model = config.model.name.rsplit("/", 1)[-1]
+        return RunName(model, config.task.name, config.tying.name, config.rank.r, config.train.lr, config.seed)
+
+
+def frozen_cell(folder: Path, run_id: str) -> SweepCell:
+    """A cell of the sweep in this folder, from its frozen configuration.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = folder / "cells" / f"{run_id}.json"
+    tree = storage.read_json(path)
+    try:
+        config = typed(Config, tree, what="a sweep's cell")
+        check(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    # Its run is beside sweeps/, wherever this machine sees that folder.
+    return SweepCell((), replace(config, outputs=str(folder.parents[1])))
+
+
+def rate_groups(cells: Iterable[SweepCell]) -> dict[str, list[SweepCell]]:
+    """The cells by their rate_group."""
+    groups: dict[str, list[SweepCell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.rate_group, []).append(cell)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -140,59 +167,18 @@ class Sweep:
         """The files that steer the sweep while it runs."""
         return SweepControl(self.path)
 
-    def freeze(self) -> FrozenCells:
-        """Write every cell's resolved configuration. A cell is run from this file, so a later edit of conf/ does not
-        change it.
+    def freeze(self, cells: Iterable[SweepCell] | None = None) -> None:
+        """Write the resolved configuration of every cell, or of these.
+
+        A worker runs a cell from this file, so a later edit of conf/ does not change it. The cell is in the sweep's
+        group, and a candidate of a search sends no table of its answers. A file with the same content stays: the next
+        start of a large sweep writes nothing, and does not disturb a worker that reads its file meanwhile.
         """
-        frozen, searches = FrozenCells(self.path / "cells"), self.searches_rates
-        for cell in self.cells:
-            write_frozen(frozen.path / f"{cell.run_id}.json", frozen_tree(cell.config, self.id, searches))
-        return frozen
-
-
-def write_frozen(path: Path, tree: dict[str, Any]) -> None:
-    """Write a cell's configuration. A file with the same content stays.
-
-    So the next start of a large sweep writes nothing, and a job that reads its file meanwhile is not disturbed.
-    """
-    data = storage.json_bytes(tree)
-    if not path.is_file() or storage.read_bytes(path) != data:
-        storage.write_bytes(path, data, flush=False)
-
-
-def frozen_tree(config: Config, sweep_id: str, searches_rates: bool) -> dict[str, Any]:
-    """The configuration that a cell is run from: in the sweep's group, and without a table of a candidate's answers."""
-    tree = config_tree(config)
-    tree["tracking"]["group"] = tree["tracking"]["group"] or sweep_id
-    if searches_rates:
-        tree["tracking"]["answers"] = 0
-    return tree
-
-
-@dataclass(frozen=True)
-class FrozenCells:
-    """Replaces Hydra's config loader. A launcher asks it for a cell's configuration, at any time and on any machine.
-
-    Attributes:
-        path: the folder of the frozen configurations, one RUN_ID.json for each cell.
-    """
-
-    path: Path
-
-    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """The frozen configuration that `cell=RUN_ID` names, with Hydra's own section for this launch.
-
-        Further overrides are facts of execution that only this launch sets (SweepCell.launch_words).
-
-        Raises:
-            UserError: the file is missing or damaged.
-        """
-        cell_id = sweep_overrides[0].removeprefix("cell=")
-        frozen = OmegaConf.create({**storage.read_json(self.path / f"{cell_id}.json"), "hydra": master_config.hydra})
-        # Hydra 1.4 locks its section, and launchers write the job's number into it.
-        OmegaConf.set_readonly(frozen.hydra, False)
-        frozen.merge_with_dotlist(list(sweep_overrides[1:]))
-        frozen.hydra.overrides.task = list(sweep_overrides)
-        # The cell finds the files that steer the sweep in Hydra's output directory, which is this folder for it.
-        OmegaConf.update(frozen, "hydra.sweep.dir", str(self.path.parent), force_add=True)
-        return frozen
+        for cell in self.cells if cells is None else cells:
+            tree = config_tree(cell.config)
+            tree["tracking"]["group"] = tree["tracking"]["group"] or self.id
+            if self.searches_rates:
+                tree["tracking"]["answers"] = 0
+            path, data = self.path / "cells" / f"{cell.run_id}.json", storage.json_bytes(tree)
+            if not path.is_file() or storage.read_bytes(path) != data:
+                storage.write_bytes(path, data, flush=False)

@@ -4,7 +4,7 @@
     retried/RUN_ID    the cell runs once more, when the cells that were launched with it have ended
     fail_fast         the first cell that fails stops the sweep
     first_failure     the id of this cell; no further cell starts, and running ones stop with a checkpoint
-    started/RUN_ID    a launcher has started the cell; it says busy if another process was working on the run
+    started/RUN_ID    how often a worker has started the cell and not ended: while one is at it, and after a kill
     began             written when the latest command began: a cell that has failed since then is not run again
 
 Every process and machine of a sweep sees the same files, so this works under every launcher.
@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.errors import UserError
 
-STARTED, BUSY = "started", "busy"
-"""What a launcher's process did with a cell: carried it out, or found another process working on it."""
 SECONDS_BETWEEN_LOOKS = 1.0
 """How often a training cell looks at the files. A network file system may need milliseconds for each look."""
 
@@ -34,6 +32,7 @@ class SweepControl:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._dropped, self._retried = folder / "dropped", folder / "retried"
         self._fail_fast, self._first_failure = folder / "fail_fast", folder / "first_failure"
         self._started, self._began = folder / "started", folder / "began"
@@ -70,20 +69,20 @@ class SweepControl:
         (self._retried / run_id).unlink(missing_ok=True)
         return asked
 
-    def note_start(self, run_id: str, what: str = STARTED) -> None:
-        """Note that a launcher's process has started the cell (STARTED), or could not because it is BUSY."""
-        storage.write_bytes(self._started / run_id, what.encode(), flush=False)
+    def note_start(self, run_id: str, number: int) -> None:
+        """Note that a worker starts the cell for the so manieth time. Only who has the run's lock may."""
+        storage.write_bytes(self._started / run_id, str(number).encode(), flush=False)
 
-    def has_started(self, run_id: str) -> bool:
-        """Whether a launcher's process has started the cell in a launch that has not ended yet."""
-        return (self._started / run_id).exists()
+    def note_end(self, run_id: str) -> None:
+        """Note that the worker of the cell has ended by itself."""
+        (self._started / run_id).unlink(missing_ok=True)
 
-    def take_start(self, run_id: str) -> str | None:
-        """What was noted since the last call: STARTED, BUSY, or None if no process has come to the cell."""
-        path = self._started / run_id
-        noted = path.read_text() if path.exists() else None
-        path.unlink(missing_ok=True)
-        return noted
+    def starts(self, run_id: str) -> int:
+        """How many workers have started the cell and not ended. Under the run's lock: how many were killed."""
+        try:
+            return int((self._started / run_id).read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
 
     def is_new(self, error_file: Path) -> bool:
         """Whether a run has failed since this command began; in a worker, since the latest command of the sweep began.
@@ -109,24 +108,17 @@ class SweepControl:
         """Whether the cell should not start, or should stop."""
         return self.is_dropped(run_id) or self._first_failure.exists()
 
+    def stop_condition(self, run_id: str) -> Callable[[], bool]:
+        """A function that looks now and then whether the cell should stop. Once it is True, it stays True."""
+        asked, next_look = False, 0.0
 
-class StopFiles:
-    """Asks now and then whether a cell should stop.
+        def stops() -> bool:
+            nonlocal asked, next_look
+            if not asked and (now := time.monotonic()) >= next_look:
+                asked, next_look = self.stops(run_id), now + SECONDS_BETWEEN_LOOKS
+            return asked
 
-    Args:
-        run_id: the cell.
-    """
-
-    def __init__(self, control: SweepControl, run_id: str) -> None:
-        self._control, self._run_id = control, run_id
-        self._next_look = 0.0
-        self._asked = False
-
-    def __call__(self) -> bool:
-        """Whether the cell should stop. Once it is True, it stays True."""
-        if not self._asked and (now := time.monotonic()) >= self._next_look:
-            self._asked, self._next_look = self._control.stops(self._run_id), now + SECONDS_BETWEEN_LOOKS
-        return self._asked
+        return stops
 
 
 def matching(patterns: Iterable[str], run_ids: Iterable[str]) -> list[str]:

@@ -7,10 +7,10 @@ of the report have decided it (supported, contradicted or uninformative), when n
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tiedlora import storage
 from tiedlora.analysis import claims as claim_files
@@ -22,7 +22,7 @@ from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.keys import is_count
 from tiedlora.records.selection import RateChoice
-from tiedlora.sweeps.cells import Sweep, SweepCell
+from tiedlora.sweeps.cells import VERDICTS_FILE, Sweep, SweepCell
 from tiedlora.sweeps.launching import Launch
 from tiedlora.sweeps.staged import (
     Search,
@@ -30,37 +30,12 @@ from tiedlora.sweeps.staged import (
     StageLaunches,
     end_searches,
     run_searches,
-    search_groups,
+    searches_of,
     selection_of,
     summary,
 )
 
-PLAN_FILE, VERDICTS_FILE = "plan.json", "verdicts.json"
-
-
-@dataclass(frozen=True)
-class PlannedClaim:
-    """A claim as it was planned."""
-
-    name: str
-    rule: str
-    looks: list[int]
-    """Numbers of seeds."""
-    levels: list[float]
-    seeds: list[int]
-    """In declared order."""
-
-
-@dataclass(frozen=True)
-class DecidingPlan:
-    """What is fixed before the first run."""
-
-    claims_file: str
-    claims_sha256: str
-    claims: list[PlannedClaim]
-    search_seeds: list[int]
-    budget: int | None
-    """The most runs of the sweep; None sets no limit."""
+PLAN_FILE = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -102,12 +77,15 @@ def run_deciding(
     names = {config.tying.name for config in configs}
     claim_files.check_names(path, planned, names, {config.task.name: () for config in configs})
     _check_sides(sweep, planned)
-    _check_base(sweep, planned)
+    for claim in planned:
+        if claim.rule.needs_base and not all(cell.config.score.base for cell in sweep.cells):
+            raise UserError(f"score.base=false: the claim '{claim.name}' needs the scores of the base model")
     plan = plan_of(path, planned, budget)
     _write_plan(sweep, plan)
     launches = StageLaunches(sweep, launch, fail_fast)
     finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
-    searches = run_searches(sweep, search_groups(sweep, options, plan.search_seeds), launches)
+    searches = searches_of(sweep, options, plan["search_seeds"])
+    run_searches(sweep, searches, launches)
     used = {cell.run_id for search in searches for cell in [*search.runs(), *_ended_looks(planned, search)]}
     while True:
         states = claim_states(planned, sweep, searches)
@@ -150,45 +128,38 @@ def _has_sides(claim: Claim, arms: set[tuple[str, int]]) -> bool:
     return (own.configuration, own.rank) in arms and (rank in ranks if rank else bool(ranks))
 
 
-def _check_base(sweep: Sweep, claims: Sequence[Claim]) -> None:
-    """Refuse a sweep that could not decide a claim with any number of seeds.
-
-    Raises:
-        UserError: a claim needs the scores of the base model, and the sweep does not compute them.
-    """
-    for claim in claims:
-        if claim.rule.needs_base and not all(cell.config.score.base for cell in sweep.cells):
-            raise UserError(f"score.base=false: the claim '{claim.name}' needs the scores of the base model")
-
-
-def plan_of(path: Path, claims: Sequence[Claim], budget: int | None) -> DecidingPlan:
-    """The plan. The rates are searched at the seeds of the earliest look."""
+def plan_of(path: Path, claims: Sequence[Claim], budget: int | None) -> dict[str, Any]:
+    """What is fixed before the first run, as plan.json has it. Rates are searched at the seeds of the earliest look."""
     first = min(claims, key=lambda claim: claim.plan.looks.seeds[0])
-    planned = [
-        PlannedClaim(
-            claim.name,
-            str(claim.rule),
-            list(claim.plan.looks.seeds),
-            list(claim.plan.looks.levels),
-            list(claim.plan.seeds),
-        )
-        for claim in claims
-    ]
-    digest = hashlib.sha256(storage.read_bytes(path)).hexdigest()
-    return DecidingPlan(path.name, digest, planned, list(first.plan.of_look(0)), budget)
+    return {
+        "claims_file": path.name,
+        "claims_sha256": storage.sha256(path),
+        "claims": [
+            {
+                "name": claim.name,
+                "rule": str(claim.rule),
+                "looks": list(claim.plan.looks.seeds),
+                "levels": list(claim.plan.looks.levels),
+                "seeds": list(claim.plan.seeds),
+            }
+            for claim in claims
+        ],
+        "search_seeds": list(first.plan.of_look(0)),
+        "budget": budget,
+    }
 
 
-def _write_plan(sweep: Sweep, plan: DecidingPlan) -> None:
+def _write_plan(sweep: Sweep, plan: dict[str, Any]) -> None:
     """Write the plan before the first run, or compare it with the one that was written then.
 
     Raises:
         UserError: another plan was written.
     """
-    path, tree = sweep.path / PLAN_FILE, asdict(plan)
+    path = sweep.path / PLAN_FILE
     if not path.exists():
-        storage.write_json(path, tree)
-    elif (written := storage.read_json(path)) != tree:
-        different = ", ".join(key for key in tree if tree[key] != written.get(key))
+        storage.write_json(path, plan)
+    elif (written := storage.read_json(path)) != plan:
+        different = ", ".join(key for key in plan if plan[key] != written.get(key))
         raise UserError(
             f"{path}: was written before the first run with other values of {different}; restore them, or take another "
             "outputs= for a new plan with new seeds"
@@ -197,15 +168,14 @@ def _write_plan(sweep: Sweep, plan: DecidingPlan) -> None:
 
 def claim_states(claims: Sequence[Claim], sweep: Sweep, searches: Sequence[Search]) -> list[ClaimState]:
     """The answer to every claim from the chosen runs of this sweep, and the runs that open claims need next."""
-    chosen = {id(search): choice for search in searches if (choice := search.choice) is not None}
     owners: dict[str, tuple[Search, RateChoice]] = {}
     runs: list[Run] = []
     left_out: list[LeftOut] = []
     for search in searches:
-        if (choice := chosen.get(id(search))) is None:
+        if (choice := search.choice()) is None:
             continue
         for seed in _all_seeds(claims):
-            folder = search.group.cell(choice.lr, seed).folder
+            folder = search.cell(choice.lr, seed).folder
             owners[folder.path.name] = search, choice
             if folder.path.exists():
                 run = read_run(folder.path)
@@ -222,9 +192,9 @@ def claim_states(claims: Sequence[Claim], sweep: Sweep, searches: Sequence[Searc
 
 def _ended_looks(claims: Iterable[Claim], search: Search) -> list[SweepCell]:
     """The runs of planned looks that have ended, which an earlier start of the same command has paid for."""
-    if (choice := search.choice) is None:
+    if (choice := search.choice()) is None:
         return []
-    cells = [search.group.cell(choice.lr, seed) for seed in _all_seeds(claims)]
+    cells = [search.cell(choice.lr, seed) for seed in _all_seeds(claims)]
     return [cell for cell in cells if cell.finished() or cell.folder.diverged()]
 
 
@@ -249,7 +219,7 @@ def _next_look(claim: Claim, pair: Pair, owners: dict[str, tuple[Search, RateCho
         sides.append((group, side))
     for number in range(len(claim.plan.looks.seeds)):
         cells = [
-            search.group.cell(choice.lr, seed + side.seed_offset)
+            search.cell(choice.lr, seed + side.seed_offset)
             for group, side in sides
             for search, choice in [owners[group.runs[0].path.name]]
             for seed in claim.plan.of_look(number)

@@ -1,36 +1,41 @@
 """Carry out a sweep. Finished cells are skipped, stopped ones continue, and a cell whose worker died is tried again.
 
-A launcher starts the cells in this process, in other processes, or on other machines. The results are read only from
-the cells' folders.
+A launcher starts workers (worker.py) in this process, in other processes, or on other machines. What they have done is
+read only from the cells' folders.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.sweeps import status
-from tiedlora.sweeps.cell_log import EndedCellsLogger
-from tiedlora.sweeps.cells import ENDED, Sweep, SweepCell
-from tiedlora.sweeps.control import STARTED, SweepControl
+from tiedlora.sweeps.cells import Goal, Sweep, SweepCell
+from tiedlora.sweeps.control import SweepControl
+from tiedlora.sweeps.worker import STARTS, is_open
 from tiedlora.tasks import load_examples, load_task
+from tiedlora.text import clock
 
 log = logging.getLogger(__name__)
 
-LAUNCHES = 2
-"""How often a cell is started if its worker dies without leaving an error."""
 SECONDS_BETWEEN_CHECKS = 1.0
 """The time between two checks of a cell that another process is working on."""
+SECONDS_BETWEEN_COUNTS = 2.0
+LARGEST_SHARE = 0.02
+"""Most of the time that is spent on counting: the files of ten thousand cells take seconds on a network file system."""
 
-Launch = Callable[[Sequence[SweepCell], int], None]
-"""Starts the cells, and returns when they have ended. The number is the first job's, counted over all launches."""
+Launch = Callable[[Path, Sequence[Goal]], None]
+"""Starts workers on the goals of a sweep's folder, and returns when all have ended. It raises an error if one of them
+has not ended by itself. A UserError ends the sweep."""
 
 
 def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
@@ -40,7 +45,7 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
         fail_fast: stop all cells when the first one fails. Otherwise the others continue.
 
     Raises:
-        UserError: a cell's result.json is damaged.
+        UserError: a cell's result.json is damaged, or the launcher cannot go on.
         SystemExit: with code 1, after naming every cell that failed.
         KeyboardInterrupt: the sweep was asked to stop; the same command continues it.
     """
@@ -49,19 +54,20 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
     for cell in sweep.cells:
         (finished if cell.finished() else unfinished).append(cell)
     errors = changed_inputs(finished)
+    sweep.freeze()
     control = sweep.control
     control.start(fail_fast)
     wanted = [cell for cell in unfinished if not control.is_dropped(cell.run_id)]
     numbers = len(sweep.cells), len(finished), len(wanted)
     log.info("%s: %d cells, %d finished before, %d to run", sweep.id, *numbers)
     try:
-        with EndedCellsLogger(sweep):
+        with logged_progress(sweep):
             launch_cells(unfinished, launch, control)
     except KeyboardInterrupt:
-        print(status.summary_line(sweep, status.statuses(sweep)))
+        print(status.summary_line(sweep.id, status.statuses(sweep.cells, control)))
         raise
-    cells = status.statuses(sweep)
-    print(f"\n{status.table(cells)}\n\n{status.summary_line(sweep, cells)}")
+    cells = status.statuses(sweep.cells, control)
+    print(f"\n{status.table(cells)}\n\n{status.summary_line(sweep.id, cells)}")
     first_failure = control.first_failure()
     ended = {"done", "paused", "dropped"} | ({"missing", "interrupted"} if first_failure else set())
     errors.update({cell.run_id: cell.error or "" for cell in cells if cell.state not in ended})
@@ -104,36 +110,55 @@ def end_with(errors: Mapping[str, str], cells: int, first_failure: str | None) -
         raise SystemExit(1)
 
 
-def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepControl, first_job: int = 0) -> int:
-    """Launch the cells until each is done, paused, failed or dropped. A dropped one may be put back meanwhile.
+def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepControl) -> None:
+    """Launch workers until each cell is done, paused, failed or dropped. A dropped one may be put back meanwhile.
 
-    Returns:
-        The number of the next job, to be the first of the next launch.
+    If the launcher fails, and no worker has started a cell since the launch before, the launcher does not work.
     """
-    launches = _Launches(launch, control, first_job)
-    launches.run(cells)
-    return launches.next_job
+    reason, seen, failures = "", None, 0
+    while goals := [cell.goal for cell in cells if _needs_launch(cell, control)]:
+        marks = [(goal.run_id, control.starts(goal.run_id)) for goal in goals]
+        failures = failures + 1 if reason and marks == seen else 0
+        if failures == STARTS:
+            message = f"The launcher started no cell: {' '.join(reason.split())}\n"
+            for cell in cells:
+                if is_open(cell, control):
+                    storage.write_bytes(cell.folder.error_file, message.encode())
+                    control.failed(cell.run_id)
+            return
+        seen, reason = marks, ""
+        try:
+            launch(control.folder, goals)
+        except UserError:
+            raise
+        except Exception as error:
+            # The folders show what was done.
+            reason = f"{type(error).__name__}: {error}"
+            log.warning("the launcher failed (%s); continuing with what the cells' folders hold", reason)
+
+
+def _needs_launch(cell: SweepCell, control: SweepControl) -> bool:
+    """Whether a worker is needed for the cell, after waiting for another command that works on it."""
+    _wait_until_free(cell)
+    if control.take_retry(cell.run_id):
+        cell.folder.error_file.unlink(missing_ok=True)
+        control.note_end(cell.run_id)
+    return is_open(cell, control)
 
 
 def wait_for_others(cells: Iterable[SweepCell]) -> bool:
     """Wait until no other process works on these cells. Whether one did."""
-    others = [cell for cell in cells if cell.state() == "running"]
-    if others:
-        _log_waiting(others[0])
-    for cell in others:
-        _state_when_free(cell)
-    return bool(others)
+    return any([_wait_until_free(cell) for cell in cells])
 
 
-def _log_waiting(cell: SweepCell) -> None:
+def _wait_until_free(cell: SweepCell) -> bool:
+    """Wait until no process works on the cell. (Another command may share it.) Whether one did."""
+    if cell.state() != "running":
+        return False
     log.info("waiting for cells that another process is working on, such as %s", cell.run_id)
-
-
-def _state_when_free(cell: SweepCell) -> str:
-    """Wait until no process works on the cell, and return its state. (Another command may share the cell.)"""
-    while (state := cell.state()) == "running":
+    while cell.state() == "running":
         time.sleep(SECONDS_BETWEEN_CHECKS)
-    return state
+    return True
 
 
 def changed_inputs(cells: Iterable[SweepCell]) -> dict[str, str]:
@@ -152,69 +177,41 @@ def changed_inputs(cells: Iterable[SweepCell]) -> dict[str, str]:
     return changes
 
 
-class _Launches:
-    """Launches cells until each has a result or an error, has paused, or was dropped."""
+@contextmanager
+def logged_progress(sweep: Sweep) -> Iterator[None]:
+    """Inside the context, log a line whenever a cell of the sweep ends, under any launcher."""
+    leave = threading.Event()
+    thread = threading.Thread(target=_log_progress, args=(sweep, leave), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        leave.set()
+        thread.join()
 
-    def __init__(self, launch: Launch, control: SweepControl, first_job: int) -> None:
-        self.launch, self.control, self.next_job = launch, control, first_job
-        self.counts: Counter[str] = Counter()
-        """Run id -> how often the cell was started."""
-        self._has_waited = False
-        self._launcher_error = ""
-        """Why a launch has started no cell at all."""
 
-    def run(self, cells: Sequence[SweepCell]) -> None:
-        """Return when every cell has ended, or one has stopped the sweep."""
-        wanted = cells
-        cells = [cell for cell in wanted if not self.control.stops(cell.run_id)]
-        while cells:
-            try:
-                self.launch(cells, self.next_job)
-            except UserError:
-                # The launcher itself cannot go on, and says why.
-                raise
-            except Exception as error:
-                # What a launcher returns or raises does not matter: the folders show what it has done.
-                reason = f"{type(error).__name__}: {error}"
-                log.warning("the launcher failed (%s); continuing with what the cells' folders hold", reason)
-                self._launcher_error = reason
-            self.next_job += len(cells)
-            self._count(cells)
-            cells = [cell for cell in wanted if self._needs_launch(cell)]
+def _log_progress(sweep: Sweep, leave: threading.Event) -> None:
+    begun = time.monotonic()
+    first = last = _ended(sweep)
+    pause = SECONDS_BETWEEN_COUNTS
+    while not leave.wait(pause):
+        started = time.monotonic()
+        if (now := _ended(sweep)) != last:
+            last, total = now, len(sweep.cells)
+            line = f"{sweep.id}: {now['done']} of {total} done"
+            line += "".join(f", {now[state]} {state}" for state in ("failed", "pruned") if now[state])
+            if (done := now["done"] - first["done"]) > 0:
+                left = (started - begun) / done * (total - now["done"] - now["failed"])
+                line += f", about {clock(left)} left"
+            log.info("%s", line)
+        pause = max(SECONDS_BETWEEN_COUNTS, (time.monotonic() - started) / LARGEST_SHARE)
 
-    def _count(self, cells: Sequence[SweepCell]) -> None:
-        """Count the starts of a launch.
 
-        A launcher that raises an error may leave cells waiting, as in a queue of Slurm. They have not failed. But where
-        no cell was started at all, the launcher does not work, and each cell counts, so that the sweep ends.
-        """
-        noted = {cell.run_id: self.control.take_start(cell.run_id) for cell in cells}
-        started = [run_id for run_id, what in noted.items() if what == STARTED]
-        self._launcher_error = "" if started else self._launcher_error
-        self.counts.update(started or [run_id for run_id, what in noted.items() if what is None])
-
-    def _needs_launch(self, cell: SweepCell) -> bool:
-        """Whether the cell may be launched once more: it has not ended, or a person asks for it."""
-        if not self._has_waited and cell.state() == "running":
-            _log_waiting(cell)
-            self._has_waited = True
-        state = _state_when_free(cell)
-        if state in ("done", "paused") or self.control.stops(cell.run_id):
-            return False
-        if self.control.take_retry(cell.run_id):
-            cell.folder.error_file.unlink(missing_ok=True)
-            del self.counts[cell.run_id]
-            return True
-        # An earlier error stays until the run starts. If the worker died before, it says nothing about this launch.
-        if state in ENDED and (state != "failed" or self.control.is_new(cell.folder.error_file)):
-            return False
-        if self.counts[cell.run_id] < LAUNCHES:
-            log.warning("%s: stopped without a result; launching it once more", cell.run_id)
-            return True
-        # A launcher that has failed at once leaves no folder.
-        message = f"The worker ended {LAUNCHES} times without a result or an error: killed, or out of memory?"
-        if self._launcher_error:
-            message = f"The launcher started no cell: {' '.join(self._launcher_error.split())}"
-        storage.write_bytes(cell.folder.error_file, f"{message}\n".encode())
-        self.control.failed(cell.run_id)
-        return False
+def _ended(sweep: Sweep) -> dict[str, int]:
+    """How many cells are done, have failed, or were stopped by a search. It takes no lock, which a worker may need."""
+    counts = dict.fromkeys(("done", "failed", "pruned"), 0)
+    for folder in (cell.folder for cell in sweep.cells):
+        files = {"done": folder.result_file, "failed": folder.error_file, "pruned": folder.pruned_file}
+        if state := next((state for state, file in files.items() if file.exists()), None):
+            counts[state] += 1
+    return counts

@@ -5,17 +5,14 @@ The choice is stored in selection.json, beside the sweep's frozen cells.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 from tiedlora.analysis.rate_choice import ChosenRate, RateTrial, choose_rate
-from tiedlora.config.compose import read_config
-from tiedlora.config.identity import identity
-from tiedlora.errors import UserError
+from tiedlora.errors import LONGEST_MESSAGE, UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores
 from tiedlora.records.selection import (
@@ -27,8 +24,8 @@ from tiedlora.records.selection import (
     validation_metric,
     validation_scores,
 )
-from tiedlora.sweeps.cells import Sweep, SweepCell
-from tiedlora.text import aligned
+from tiedlora.sweeps.cells import Sweep, SweepCell, frozen_cell, rate_groups
+from tiedlora.text import aligned, visible
 
 log = logging.getLogger(__name__)
 
@@ -80,27 +77,12 @@ def select_rates(sweep: Sweep, by: str | None = None) -> Selection:
     return Selection(sweep.id, used, choices)
 
 
-def rate_groups(cells: Iterable[SweepCell]) -> dict[str, list[SweepCell]]:
-    """The cells by what they share: those of one group differ only in learning rate and seed."""
-    groups: dict[str, list[SweepCell]] = {}
-    for cell in cells:
-        groups.setdefault(_comparison_key(cell), []).append(cell)
-    return groups
-
-
-def _comparison_key(cell: SweepCell) -> str:
-    """The values that change the result, except the rate and the seed."""
-    tree = identity(cell.config)
-    del tree["seed"], tree["train"]["lr"]
-    return json.dumps(tree, sort_keys=True)
-
-
 def rate_trials(cells: Iterable[SweepCell]) -> list[RateTrial]:
     """The trials of one group, in ascending order of their rates. A cell without a result or an error adds nothing."""
     records: dict[float, dict[int, RunRecord]] = {}
     failed: dict[float, set[int]] = {}
     for cell in cells:
-        lr, seed, record = cell.parameters().lr, cell.config.seed, cell.folder.record()
+        lr, seed, record = cell.name.lr, cell.config.seed, cell.folder.record()
         of_rate = records.setdefault(lr, {})
         if record is not None:
             of_rate[seed] = record
@@ -124,15 +106,12 @@ def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
     Raises:
         UserError: every rate failed at some seed.
     """
-    named, trials = cells[0].parameters(), rate_trials(cells)
+    named, trials = cells[0].name, rate_trials(cells)
     best = choose_rate(trials, by)
     if best is None:
-        raise UserError(
-            f"{named.configuration} r={named.rank} on {named.task}, {named.model}: no rate finished at every seed; "
-            "add lower ones with train.lr="
-        )
-    chosen = [cell for cell in cells if cell.parameters().lr == best.lr and cell.folder.result_file.exists()]
-    metric = LOSS if best.by == "loss" else _first_metric(chosen[0])
+        raise UserError(f"{named.group}: no rate finished at every seed; add lower ones with train.lr=")
+    chosen = [cell for cell in cells if cell.name.lr == best.lr and cell.folder.result_file.exists()]
+    metric = LOSS if best.by == "loss" else chosen[0].folder.finished_record().scores["validation"].first_metric
     # The rule takes more as better, so it has seen a loss with the other sign.
     value = -best.value if is_loss(metric) else best.value
     failed = sum(len(trial.failed_seeds()) for trial in trials)
@@ -149,7 +128,7 @@ def recorded_choice(
         metric: what chose, with its mean `value` on validation.
         trials: the number of runs that were tried, of which `failed` failed.
     """
-    named = runs[0].parameters()
+    named = runs[0].name
     return RateChoice(
         model=named.model,
         task=named.task,
@@ -166,10 +145,6 @@ def recorded_choice(
         run_ids=sorted(cell.run_id for cell in runs),
         selection_seeds=list(chosen.seeds),
     )
-
-
-def _first_metric(cell: SweepCell) -> str:
-    return cell.folder.finished_record().scores["validation"].first_metric
 
 
 def score_test(sweep: Sweep, selection: Selection) -> Selection:
@@ -205,7 +180,7 @@ def _cell(sweep: Sweep, run_id: str) -> SweepCell:
     for cell in sweep.cells:
         if cell.run_id == run_id:
             return cell
-    return SweepCell((), read_config(sweep.path / "cells" / f"{run_id}.json"))
+    return frozen_cell(sweep.path, run_id)
 
 
 def _scored_on_test(cell: SweepCell) -> SplitScores:
@@ -220,45 +195,51 @@ def _scored_on_test(cell: SweepCell) -> SplitScores:
     return record.scores["test"]
 
 
-def staged_selection(sweep: Sweep) -> Selection | None:
-    """The selection of the staged sweeper for these cells; None if it has not run on them.
+def written(sweep: Sweep, searched: bool = False) -> Selection | None:
+    """The sweep's selection.json; None if there is none.
+
+    Args:
+        searched: only one that a search has written.
 
     Raises:
-        UserError: it has not chosen a rate for every configuration, or selection.json is damaged.
+        UserError: selection.json is damaged.
     """
-    if (selected := _searched(sweep)) is None:
-        return None
+    path = selection_file(sweep)
+    selected = read_selection(path) if path.exists() else None
+    return None if searched and selected is not None and not selected.searches else selected
+
+
+def check_search_is_over(sweep: Sweep, selected: Selection) -> None:
+    """Raises UserError if a search has not chosen a rate for every configuration."""
     if (left := len(selected.searches) - len(selected.choices)) > 0:
         raise UserError(
             f"{selection_file(sweep)}: {left} of {len(selected.searches)} configurations have no chosen rate yet; run "
             "the staged sweep's command first"
         )
-    return selected
-
-
-def _searched(sweep: Sweep) -> Selection | None:
-    """What the staged sweeper has written for the sweep; None if it has not run on it."""
-    path = selection_file(sweep)
-    selected = read_selection(path) if path.exists() else None
-    return selected if selected is not None and selected.searches else None
-
-
-def unneeded(sweep: Sweep) -> set[str]:
-    """The cells of the grid that the sweep's search has decided without.
-
-    Raises:
-        UserError: selection.json is damaged.
-    """
-    if (selected := _searched(sweep)) is None:
-        return set()
-    chosen = {run_id for choice in selected.choices for run_id in choice.run_ids}
-    groups = [{cell.run_id for cell in cells} for cells in rate_groups(sweep.cells).values()]
-    return {run_id for group in groups if group & chosen for run_id in group - chosen}
 
 
 def selection_file(sweep: Sweep) -> Path:
     """The path of a sweep's selection.json."""
     return sweep.path / SELECTION_FILE
+
+
+def decision_lines(selected: Selection | None) -> list[str]:
+    """What the sweeper has decided and why, in the order of its searches; or the rates that `select` has chosen."""
+    if selected is None:
+        return []
+    lines = []
+    for search in selected.searches:
+        for made in search.decisions:
+            seed = "" if made.seed is None else f", seed {made.seed}"
+            step = "" if made.step is None else f", step {made.step}"
+            lines.append(f"{search.group}: {made.lr:g} {made.action}{seed}{step}: {made.reason}")
+    if not selected.searches:
+        lines += [
+            f"{choice.configuration} r={choice.rank} on {choice.task}, {choice.model}: "
+            f"{choice.lr:g} chosen: {choice.metric} {choice.value:.3f}, the best of {len(choice.lrs)} rates"
+            for choice in selected.choices
+        ]
+    return [visible(line[:LONGEST_MESSAGE]) for line in lines]
 
 
 def table(choices: Sequence[RateChoice]) -> str:
@@ -294,8 +275,3 @@ def _table_row(choice: RateChoice) -> list[str]:
 def _shown(value: float, metric: str) -> str:
     """A loss in nats, any other metric in per cent."""
     return f"{value:.3f}" if metric == LOSS or is_loss(metric) else f"{100 * value:.1f} %"
-
-
-def to_json(choices: Sequence[RateChoice]) -> str:
-    """The choices as plain data, for programs."""
-    return json.dumps([asdict(choice) for choice in choices], indent=2, ensure_ascii=False)

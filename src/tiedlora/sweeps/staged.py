@@ -6,7 +6,9 @@ the decisions to selection.json.
 
 from __future__ import annotations
 
+import functools
 import logging
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Container, Sequence
@@ -16,26 +18,37 @@ from omegaconf import ListConfig
 
 from tiedlora import storage
 from tiedlora.analysis.intervals import RowLosses
-from tiedlora.analysis.rate_choice import ChosenRate
 from tiedlora.errors import UserError
 from tiedlora.keys import is_count
 from tiedlora.records.reading import is_number
 from tiedlora.records.rows import read_validation_losses
+from tiedlora.records.run_folder import Busy, RunFolder
 from tiedlora.records.selection import LOSS, RateChoice, RateSearch, Selection, write_selection
-from tiedlora.sweeps import selection, status
-from tiedlora.sweeps.cells import Sweep, SweepCell, frozen_tree, write_frozen
+from tiedlora.sweeps import selection
+from tiedlora.sweeps.cells import Goal, Sweep, SweepCell, rate_groups
 from tiedlora.sweeps.control import SweepControl
-from tiedlora.sweeps.launching import Launch, changed_inputs, check_test_rows, end_with, launch_cells, wait_for_others
-from tiedlora.sweeps.staged_search import Observation, Request, SearchPlan, SearchStage, next_stage, rung_steps
+from tiedlora.sweeps.launching import (
+    Launch,
+    changed_inputs,
+    check_test_rows,
+    end_with,
+    launch_cells,
+    wait_for_others,
+)
+from tiedlora.sweeps.staged_search import Observation, SearchPlan, SearchStage, next_stage, rung_steps
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """The options of the staged sweeper."""
+    """The options of the staged sweeper.
 
-    rungs: tuple[float, ...]
+    Raises:
+        UserError: a value is not allowed.
+    """
+
+    rungs: Sequence[float]
     """Shares of the steps, after which rates that are clearly behind stop."""
     finalists: int
     """The most rates that run at the second seed."""
@@ -43,38 +56,36 @@ class SearchOptions:
     """The bounds of rates outside the grid."""
     highest_rate: float
 
-    @classmethod
-    def checked(cls, rungs: Sequence[float], finalists: int, lowest_rate: float, highest_rate: float) -> SearchOptions:
-        """The options of the command line.
-
-        Raises:
-            UserError: a value is not allowed.
-        """
-        is_list = isinstance(rungs, list | ListConfig)
-        if not is_list or not all(is_number(rung) and 0 < rung < 1 for rung in rungs):
-            raise UserError(f"hydra.sweeper.rungs={rungs}: give a list of shares of the steps between 0 and 1, or []")
-        if not is_count(finalists) or finalists < 2:
-            raise UserError(f"hydra.sweeper.finalists={finalists}: must be a whole number of at least 2")
-        for name, rate in (("lowest_rate", lowest_rate), ("highest_rate", highest_rate)):
-            if not is_number(rate):
-                raise UserError(f"hydra.sweeper.{name}={rate}: must be a number above 0")
-        if not 0 < lowest_rate <= highest_rate:
-            raise UserError(
-                f"hydra.sweeper.lowest_rate={lowest_rate:g}: must be above 0, and not above hydra.sweeper.highest_rate"
-                f"={highest_rate:g}"
-            )
-        return cls(tuple(rungs), finalists, lowest_rate, highest_rate)
+    def __post_init__(self) -> None:
+        is_list = isinstance(self.rungs, list | tuple | ListConfig)
+        rules = {
+            "rungs": "give a list of shares of the steps between 0 and 1, or []",
+            "finalists": "must be a whole number of at least 2",
+            "lowest_rate": "must be a number above 0",
+            "highest_rate": f"must be a number, and not below hydra.sweeper.lowest_rate={self.lowest_rate}",
+        }
+        is_allowed = {
+            "rungs": is_list and all(is_number(rung) and 0 < rung < 1 for rung in self.rungs),
+            "finalists": is_count(self.finalists) and self.finalists > 1,
+            "lowest_rate": is_number(self.lowest_rate) and self.lowest_rate > 0,
+        }
+        is_allowed["highest_rate"] = is_number(self.highest_rate) and (
+            not is_allowed["lowest_rate"] or self.highest_rate >= self.lowest_rate
+        )
+        for name, rule in rules.items():
+            if not is_allowed[name]:
+                raise UserError(f"hydra.sweeper.{name}={getattr(self, name)}: {rule}")
 
 
-class SearchGroup:
-    """The search of one configuration: its plan, and its cells by rate and seed."""
+class Search:
+    """The search of one configuration: its plan, its cells by rate and seed, and how far it has come."""
 
     def __init__(
         self, name: str, cells: Sequence[SweepCell], options: SearchOptions, seeds: Sequence[int] | None = None
     ) -> None:
-        self.name, self.first = name, cells[0]
-        self._cells = {(cell.parameters().lr, cell.config.seed): cell for cell in cells}
-        train = self.first.config.train
+        self.name, self._first = name, cells[0]
+        self._cells = {(cell.name.lr, cell.name.seed): cell for cell in cells}
+        train = self._first.config.train
         self.plan = SearchPlan(
             rates=tuple(sorted({lr for lr, _ in self._cells})),
             # Sorted, because the same cells are the same sweep in any order.
@@ -84,54 +95,66 @@ class SearchGroup:
             highest=options.highest_rate,
             finalists=options.finalists,
         )
+        self.stage = SearchStage()
 
-    def cell(self, lr: float, seed: int) -> SweepCell:
-        """The cell of the grid, or one with a rate outside of it."""
-        if (lr, seed) not in self._cells:
-            config = replace(self.first.config, seed=seed, train=replace(self.first.config.train, lr=lr))
-            kept = [word for word in self.first.overrides if word.split("=")[0] not in ("train.lr", "seed")]
-            self._cells[lr, seed] = SweepCell((*kept, f"train.lr={lr:g}", f"seed={seed}"), config)
-        return self._cells[lr, seed]
-
-    def requested(self, request: Request) -> SweepCell:
-        """The cell for the launch that a request needs."""
-        cell = self.cell(request.lr, request.seed)
-        return cell.until(request.until, cell.config.score.splits if request.score else [])
-
-    def next(self) -> SearchStage:
-        """What the search has decided so far, and what it needs next.
+    def decide(self) -> None:
+        """Read what the runs have shown, and decide what the search needs next.
 
         Raises:
             UserError: a file of a run is damaged, or its rows are not those of the other runs.
         """
-        seen: dict[tuple[float, int], Observation] = {}
-
-        def observe(lr: float, seed: int) -> Observation:
-            if (lr, seed) not in seen:
-                seen[lr, seed] = observation(self.cell(lr, seed))
-            return seen[lr, seed]
-
+        observe = functools.cache(lambda lr, seed: observation(self.cell(lr, seed)))
         try:
-            return next_stage(self.plan, observe)
+            self.stage = next_stage(self.plan, observe)
         except ValueError as error:
             raise UserError(f"{self.name}: {error}: the validation rows have changed; restore them") from None
 
-    def search(self, stage: SearchStage) -> RateSearch:
+    def cell(self, lr: float, seed: int) -> SweepCell:
+        """The cell of the grid, or one with a rate outside of it."""
+        if (lr, seed) not in self._cells:
+            config = replace(self._first.config, seed=seed, train=replace(self._first.config.train, lr=lr))
+            kept = [word for word in self._first.overrides if word.split("=")[0] not in ("train.lr", "seed")]
+            self._cells[lr, seed] = SweepCell((*kept, f"train.lr={lr:g}", f"seed={seed}"), config)
+        return self._cells[lr, seed]
+
+    def asked(self) -> list[SweepCell]:
+        """The cells that the search needs next, each for the launch that it needs."""
+        splits = self._first.config.score.splits
+        return [
+            self.cell(request.lr, request.seed).until(request.until, splits if request.score else [])
+            for request in self.stage.requests
+        ]
+
+    def runs(self) -> list[SweepCell]:
+        """Every cell that the search has asked for."""
+        return [self.cell(lr, seed) for lr, seed in self.stage.runs]
+
+    def used(self) -> list[SweepCell]:
+        """The finished cells that the search used."""
+        return [self.cell(trial.lr, seed) for trial in self.stage.trials for seed in trial.losses]
+
+    def choice(self) -> RateChoice | None:
+        """The chosen rate with its runs, once the search has ended."""
+        chosen = self.stage.chosen
+        if chosen is None or self.stage.requests:
+            return None
+        cells = [self.cell(chosen.lr, seed) for seed in self.plan.seeds]
+        failed = sum(len(trial.failed) for trial in self.stage.trials)
+        choice = selection.recorded_choice(
+            chosen, cells, metric=LOSS, value=chosen.value, trials=len(self.stage.runs), failed=failed
+        )
+        records = [record for cell in cells if (record := cell.folder.record()) is not None]
+        scores = [record.scores["test"] for record in records if "test" in record.scores]
+        # The first metric that all seeds have on test.
+        test, test_metric = (None, "") if len(scores) < len(cells) else selection.mean_score(scores)
+        return replace(choice, test=test, test_metric=test_metric)
+
+    def recorded(self) -> RateSearch:
         """The decisions, as selection.json holds them."""
         plan = self.plan
         return RateSearch(
-            self.name, list(plan.seeds), list(plan.rungs), plan.lowest, plan.highest, list(stage.decisions)
+            self.name, list(plan.seeds), list(plan.rungs), plan.lowest, plan.highest, list(self.stage.decisions)
         )
-
-    def choice(self, stage: SearchStage, chosen: ChosenRate) -> RateChoice:
-        """The chosen rate with its runs, once the search has ended."""
-        cells = [self.cell(chosen.lr, seed) for seed in self.plan.seeds]
-        failed = sum(len(trial.failed) for trial in stage.trials)
-        choice = selection.recorded_choice(
-            chosen, cells, metric=LOSS, value=chosen.value, trials=len(stage.runs), failed=failed
-        )
-        test, test_metric = _mean_test(cells)
-        return replace(choice, test=test, test_metric=test_metric)
 
 
 def observation(cell: SweepCell) -> Observation:
@@ -147,53 +170,19 @@ def observation(cell: SweepCell) -> Observation:
     )
 
 
-def _mean_test(cells: Sequence[SweepCell]) -> tuple[float | None, str]:
-    """The mean over the seeds of their first common metric on test, and its name; None if there is none."""
-    records = [record for cell in cells if (record := cell.folder.record()) is not None]
-    scores = [record.scores["test"] for record in records if "test" in record.scores]
-    return (None, "") if len(scores) < len(cells) else selection.mean_score(scores)
-
-
-def search_groups(sweep: Sweep, options: SearchOptions, seeds: Sequence[int] | None = None) -> list[SearchGroup]:
+def searches_of(sweep: Sweep, options: SearchOptions, seeds: Sequence[int] | None = None) -> list[Search]:
     """The searches of a sweep: one for each model, task, configuration and rank.
 
     Args:
         seeds: the seeds in the order of use; None takes those of the grid.
     """
-    groups: list[SearchGroup] = []
-    for cells in selection.rate_groups(sweep.cells).values():
-        named = cells[0].parameters()
-        name = f"{named.configuration} r={named.rank} on {named.task}, {named.model}"
+    searches: list[Search] = []
+    for cells in rate_groups(sweep.cells).values():
+        name = cells[0].name.group
         # Two groups can have the same name, if they differ in another key.
-        alike = sum(group.name.split(" (")[0] == name for group in groups)
-        groups.append(SearchGroup(f"{name} ({alike + 1})" if alike else name, cells, options, seeds))
-    return groups
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search and how far it has come."""
-
-    group: SearchGroup
-    stage: SearchStage
-
-    @property
-    def choice(self) -> RateChoice | None:
-        """The chosen rate, once the search has ended."""
-        chosen = self.stage.chosen
-        return None if chosen is None or self.stage.requests else self.group.choice(self.stage, chosen)
-
-    def asked(self) -> list[SweepCell]:
-        """The cells that the search needs next."""
-        return [self.group.requested(request) for request in self.stage.requests]
-
-    def runs(self) -> list[SweepCell]:
-        """Every cell that the search has asked for."""
-        return [self.group.cell(lr, seed) for lr, seed in self.stage.runs]
-
-    def used(self) -> list[SweepCell]:
-        """The finished cells that the search used."""
-        return [self.group.cell(trial.lr, seed) for trial in self.stage.trials for seed in trial.losses]
+        alike = sum(search.name.split(" (")[0] == name for search in searches)
+        searches.append(Search(f"{name} ({alike + 1})" if alike else name, cells, options, seeds))
+    return searches
 
 
 class StageLaunches:
@@ -202,10 +191,10 @@ class StageLaunches:
 
     def __init__(self, sweep: Sweep, launch: Launch, fail_fast: bool) -> None:
         self.sweep, self.launch, self.control = sweep, launch, sweep.control
+        sweep.freeze()
         self.control.start(fail_fast)
         self._grid = {cell.run_id for cell in sweep.cells}
-        self._launched: set[tuple[str, tuple[str, ...]]] = set()
-        self._next_job = 0
+        self._launched: set[Goal] = set()
 
     def run(self, cells: Sequence[SweepCell], what: str) -> bool:
         """Launch the cells that are new, and return when they have ended. Whether the searches should decide again.
@@ -220,24 +209,17 @@ class StageLaunches:
         """
         if self.control.first_failure() is not None:
             return False
-        new = [cell for cell in cells if (cell.run_id, cell.launch_words) not in self._launched]
+        new = [cell for cell in cells if cell.goal not in self._launched]
         if not new:
             return wait_for_others(cells)
         if not self._launched:
             check_test_rows(self.sweep.cells)
         log.info("%s: %s", self.sweep.id, what)
-        for cell in new:
-            self._freeze(cell)
-        self._launched.update((cell.run_id, cell.launch_words) for cell in new)
-        self._next_job = launch_cells(new, self.launch, self.control, self._next_job)
+        outside = [cell for cell in new if cell.run_id not in self._grid]
+        self.sweep.freeze(cell.until(None, self.sweep.cells[0].config.score.splits) for cell in outside)
+        self._launched.update(cell.goal for cell in new)
+        launch_cells(new, self.launch, self.control)
         return True
-
-    def _freeze(self, cell: SweepCell) -> None:
-        """Write the configuration of a cell outside the grid, as Sweep.freeze does for those of the grid."""
-        if cell.run_id not in self._grid:
-            config = cell.until(None, self.sweep.cells[0].config.score.splits).config
-            path = self.sweep.path / "cells" / f"{cell.run_id}.json"
-            write_frozen(path, frozen_tree(config, self.sweep.id, searches_rates=True))
 
     def errors(self, asked: Sequence[SweepCell]) -> dict[str, str]:
         """Why cells are not as far as they should be: run id -> the reason."""
@@ -257,20 +239,22 @@ def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch, fail_fast: 
     """
     launches = StageLaunches(sweep, launch, fail_fast)
     finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
-    searches = run_searches(sweep, search_groups(sweep, options), launches)
+    searches = searches_of(sweep, options)
+    run_searches(sweep, searches, launches)
     print(f"\n{summary(selection_of(sweep, searches))}")
     end_searches(searches, launches, finished_before)
 
 
-def run_searches(sweep: Sweep, groups: Sequence[SearchGroup], launches: StageLaunches) -> list[Search]:
+def run_searches(sweep: Sweep, searches: Sequence[Search], launches: StageLaunches) -> None:
     """Launch what the searches ask for until they have ended, or need a run that has failed."""
     while True:
-        searches = [Search(group, group.next()) for group in groups]
+        for search in searches:
+            search.decide()
         _mark_pruned(searches)
         write_selection(selection.selection_file(sweep), selection_of(sweep, searches))
         asked = [cell for search in searches for cell in search.asked()]
         if not launches.run(asked, _stage_line(searches)):
-            return searches
+            return
 
 
 def end_searches(
@@ -292,7 +276,7 @@ def end_searches(
     used = [cell for search in searches for cell in search.used()]
     errors = launches.errors(asked)
     errors.update(changed_inputs(cell for cell in used if cell.run_id in finished_before))
-    without = [search.group.name for search in searches if not search.stage.requests and search.stage.chosen is None]
+    without = [search.name for search in searches if not search.stage.requests and search.stage.chosen is None]
     for name in without:
         print(f"{name}: every rate diverged; add lower ones with train.lr=", file=sys.stderr)
     end_with(errors, len(used) + len(asked), launches.control.first_failure())
@@ -305,15 +289,15 @@ def _mark_pruned(searches: Sequence[Search]) -> None:
     for search in searches:
         for made in search.stage.decisions:
             if made.action == "stopped" and made.seed is not None:
-                cell = search.group.cell(made.lr, made.seed)
+                cell = search.cell(made.lr, made.seed)
                 if cell.folder.state() == "interrupted":
                     storage.write_bytes(cell.folder.pruned_file, f"{made.reason}\n".encode())
 
 
 def selection_of(sweep: Sweep, searches: Sequence[Search]) -> Selection:
     """The choices and decisions so far."""
-    choices = [choice for search in searches if (choice := search.choice) is not None]
-    return Selection(sweep.id, "loss", choices, [search.group.search(search.stage) for search in searches])
+    choices = [choice for search in searches if (choice := search.choice()) is not None]
+    return Selection(sweep.id, "loss", choices, [search.recorded() for search in searches])
 
 
 def _stage_line(searches: Sequence[Search]) -> str:
@@ -330,7 +314,7 @@ def _why_unfinished(cell: SweepCell, control: SweepControl) -> str:
     if control.is_dropped(cell.run_id):
         return "dropped, but the search needs it; put it back with scripts/sweep.py retry"
     if cell.state() == "failed":
-        return status.last_error(cell.folder)
+        return cell.folder.error()
     if control.first_failure() is not None:
         return "stopped, because another cell failed"
     if cell.finished():
@@ -347,3 +331,42 @@ def summary(selected: Selection) -> str:
         if made.action in ("diverged", "outward", "edge", "fallback", "none")
     ]
     return "\n".join([*notes, "", selection.table(selected.choices)] if notes else [selection.table(selected.choices)])
+
+
+@dataclass(frozen=True)
+class Freed:
+    """What cleaning has freed, or would free."""
+
+    run_ids: tuple[str, ...]
+    bytes: int
+
+
+def free_pruned(sweep: Sweep, dry_run: bool = False) -> Freed:
+    """Remove the checkpoints of the sweep's pruned cells, also of those with a rate outside the grid.
+
+    Everything else of a cell stays, so a staged sweep keeps its decisions. A full grid trains these cells from the
+    start. A cell on which a process works is left alone.
+
+    Args:
+        dry_run: only say what it would free.
+    """
+    outputs = sweep.path.parents[1]
+    sizes = {run_id: _free(RunFolder(outputs / run_id), dry_run) for run_id in sweep.run_ids()}
+    return Freed(tuple(run_id for run_id, size in sizes.items() if size), sum(sizes.values()))
+
+
+def _free(folder: RunFolder, dry_run: bool) -> int:
+    """The bytes of a pruned cell's checkpoints, which are removed."""
+    if not folder.pruned_file.exists():
+        return 0
+    try:
+        with folder.locked(patience=0):
+            # Read under the lock: a run that starts removes the mark.
+            if not folder.pruned_file.exists() or folder.result_file.exists():
+                return 0
+            size = sum(file.stat().st_size for file in folder.checkpoints.rglob("*") if file.is_file())
+            if not dry_run:
+                shutil.rmtree(folder.checkpoints, ignore_errors=True)
+            return size
+    except Busy:
+        return 0

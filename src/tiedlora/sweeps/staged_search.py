@@ -77,14 +77,14 @@ class Request:
 class SearchStage:
     """What the search has decided so far, and what it needs next."""
 
-    requests: tuple[Request, ...]
+    requests: tuple[Request, ...] = ()
     """Empty when the search has ended."""
-    decisions: tuple[SearchDecision, ...]
-    trials: tuple[RateTrial, ...]
+    decisions: tuple[SearchDecision, ...] = ()
+    trials: tuple[RateTrial, ...] = ()
     """The rates that were tried, with the losses of their finished runs."""
-    chosen: ChosenRate | None
+    chosen: ChosenRate | None = None
     """The chosen rate so far. None before the first choice, and if every rate diverged."""
-    runs: tuple[tuple[float, int], ...]
+    runs: tuple[tuple[float, int], ...] = ()
     """(Rate, seed) of every run that the search has asked for."""
 
 

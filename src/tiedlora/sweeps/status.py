@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean
 
-from tiedlora import storage
-from tiedlora.errors import LONGEST_MESSAGE
-from tiedlora.records.rows import read_metrics
-from tiedlora.records.run_folder import RunFolder
+from tiedlora.config.sizes import trainable_params
+from tiedlora.errors import UserError
+from tiedlora.records.loss_metrics import is_loss
+from tiedlora.records.rows import MetricsRow, read_metrics
+from tiedlora.records.run_folder import State
 from tiedlora.records.run_record import RunRecord
-from tiedlora.sweeps.cells import STATES, CellParameters, Sweep, SweepCell
+from tiedlora.records.selection import Selection
+from tiedlora.scoring.passes import lacks_scores
+from tiedlora.sweeps.cells import Sweep, SweepCell, rate_groups
 from tiedlora.sweeps.control import SweepControl
 from tiedlora.text import aligned, clock, visible
 
@@ -24,149 +27,180 @@ RESULT_COLUMNS = ("state", "score", "val. loss", "seconds")
 
 @dataclass(frozen=True)
 class CellStatus:
-    """One cell: its parameters, its state, its scores so far, and why it failed."""
+    """One cell: its state, its scores and time so far, and why it failed."""
 
-    run_id: str
-    overrides: tuple[str, ...]
-    parameters: CellParameters
-    state: str
-    """One of cells.STATES."""
-    metric: str | None
+    cell: SweepCell
+    state: State
+    metric: str | None = None
     """The task's first metric on validation; None if validation is not scored."""
-    score: float | None
-    """The value of the metric, a fraction of 1."""
-    validation_loss: float | None
-    error: str | None
-    """The last line of a failed cell's traceback."""
-    seconds: float
+    score: float | None = None
+    """The value of the metric, a fraction of 1; for a loss, nats."""
+    validation_loss: float | None = None
+    """Of a finished run, the last one."""
+    error: str | None = None
+    """Why it failed, in one line."""
+    seconds: float = 0.0
     """The time so far, of training and of scoring the splits that the sweep scores."""
+    step: int = 0
+    """The last logged step of a run that is not done."""
     is_needed: bool = True
     """Whether the sweep will run it, if it is not done. A search that has chosen a rate needs no other."""
+
+    @property
+    def run_id(self) -> str:
+        return self.cell.run_id
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the sweep still has work to do on it."""
+        return self.is_needed and self.state not in (State.DONE, State.FAILED, State.DROPPED)
 
     def to_json(self) -> dict[str, str | int | float | list[str] | None]:
         """The JSON object, with one level of keys."""
         return {
             "run_id": self.run_id,
-            "overrides": list(self.overrides),
-            **asdict(self.parameters),
+            "overrides": list(self.cell.overrides),
+            **asdict(self.cell.name),
+            "trainable": trainable_params(self.cell.config) or 0,
             "state": self.state,
-            "metric": self.metric,
-            "score": self.score,
-            "validation_loss": self.validation_loss,
-            "error": self.error,
-            "seconds": self.seconds,
+            **{name: getattr(self, name) for name in ("metric", "score", "validation_loss", "error", "seconds")},
         }
 
 
-def statuses(sweep: Sweep, unneeded: Container[str] = ()) -> list[CellStatus]:
-    """The status of every cell, in the sweep's order.
+class Searched:
+    """What a search of learning rates has decided about the cells of its sweep."""
+
+    def __init__(self, selected: Selection, cells: Iterable[SweepCell]) -> None:
+        self.chosen = {run_id for choice in selected.choices for run_id in choice.run_ids}
+        self.rungs = {step for search in selected.searches for step in search.rungs}
+        without = {s.group for s in selected.searches if any(made.action == "none" for made in s.decisions)}
+        self.is_over = len(selected.choices) + len(without) == len(selected.searches)
+        """Whether every search has chosen a rate, or found that all diverge."""
+        self.unneeded: set[str] = set()
+        """The cells that the searches have decided without."""
+        for group in rate_groups(cells).values():
+            ids = {cell.run_id for cell in group}
+            if ids & self.chosen or group[0].name.group in without:
+                self.unneeded |= ids - self.chosen
+
+
+def statuses(cells: Iterable[SweepCell], control: SweepControl, searched: Searched | None = None) -> list[CellStatus]:
+    """The status of every cell, in their order. A run whose result.json is damaged has failed.
 
     Args:
-        unneeded: the ids of the cells that a search has decided without.
-
-    Raises:
-        UserError: a cell's result.json is damaged.
+        searched: what the sweep's search has decided; None for a sweep that runs all cells.
     """
-    control = sweep.control
-    return [_status(cell, control, cell.run_id not in unneeded) for cell in sweep.cells]
+    return [status_of(cell, control, searched) for cell in cells]
 
 
-def _status(cell: SweepCell, control: SweepControl, is_needed: bool) -> CellStatus:
-    state, record = cell.state(), cell.folder.record()
-    if state not in ("done", "running") and control.is_dropped(cell.run_id):
-        state = "dropped"
-    if not is_needed and state in ("missing", "interrupted"):
-        state = "unneeded"
+def status_of(cell: SweepCell, control: SweepControl, searched: Searched | None = None) -> CellStatus:
+    """As `statuses`, for one cell."""
+    folder, is_chosen = cell.folder, searched is None or cell.run_id in searched.chosen
+    try:
+        record = folder.record()
+    except UserError as damage:
+        return CellStatus(cell, State.FAILED, error=visible(str(damage)))
+    # Of a search, only the chosen runs are scored. The others are done without.
+    is_scored = record is None or not is_chosen or not lacks_scores(cell.config.score, record)
+    pause = cell.config.train.pause_after
+    if searched and not folder.pruned_file.exists() and (step := folder.checkpoint_step()) in searched.rungs:
+        pause = step
+    state = folder.state(is_scored, pause)
+    is_needed = searched is None or (cell.run_id not in searched.unneeded and state != State.PRUNED)
+    if state not in (State.DONE, State.RUNNING) and control.is_dropped(cell.run_id):
+        state = State.DROPPED
+    if not is_needed and state in (State.MISSING, State.INTERRUPTED, State.PAUSED):
+        state = State.UNNEEDED
+    error = folder.error() if state == State.FAILED else None
+    if record is None:
+        rows = read_metrics(folder.metrics_file) if folder.metrics_file.is_file() else []
+        step, seconds = max((row.step for row in rows), default=0), training_seconds(rows)
+        return CellStatus(cell, state, error=error, seconds=seconds, step=step, is_needed=is_needed)
     metric = score = None
-    if record is not None and "validation" in record.scores:
+    if "validation" in record.scores:
         validation = record.scores["validation"]
         metric, score = validation.first_metric, validation.metrics[validation.first_metric].value
-    return CellStatus(
-        run_id=cell.run_id,
-        overrides=cell.overrides,
-        parameters=cell.parameters(),
-        state=state,
-        metric=metric,
-        score=score,
-        validation_loss=None if record is None else record.training.validation_loss_last,
-        error=last_error(cell.folder) if state == "failed" else None,
-        seconds=_seconds(cell, record),
-        is_needed=is_needed,
-    )
+    loss, step = record.training.validation_loss_last, record.training.steps
+    return CellStatus(cell, state, metric, score, loss, error, _seconds(cell, record), step, is_needed)
 
 
-def _seconds(cell: SweepCell, record: RunRecord | None) -> float:
-    if record is None:
-        logged = (row.values.get("train/seconds") for row in reversed(read_metrics(cell.folder.metrics_file)))
-        return next((seconds for seconds in logged if seconds is not None), 0.0)
+def training_seconds(rows: Sequence[MetricsRow]) -> float:
+    """The logged time of training."""
+    logged = (row.values.get("train/seconds") for row in reversed(rows))
+    return next((seconds for seconds in logged if seconds is not None), 0.0)
+
+
+def _seconds(cell: SweepCell, record: RunRecord) -> float:
     # `select` may have scored test later. The other cells of the sweep will not need that time.
-    asked = [record.scores[split].seconds for split in cell.config.score.splits if split in record.scores]
-    return record.training.seconds + sum(asked)
+    asked = [record.scores[split] for split in cell.config.score.splits if split in record.scores]
+    return record.training.seconds + sum(split.seconds + (split.loss_seconds or 0.0) for split in asked)
 
 
-def last_error(folder: RunFolder) -> str:
-    """The last line of a failed run's traceback."""
-    lines = storage.read_bytes(folder.error_file).decode("utf-8", "replace").strip().splitlines()
-    return visible(lines[-1].removeprefix("tiedlora.errors.")[:LONGEST_MESSAGE]) if lines else "no message"
+def time_left(cells: Sequence[CellStatus]) -> dict[str, float]:
+    """Run id -> the seconds that an open cell still needs.
 
-
-def seconds_left(cells: Sequence[CellStatus]) -> float | None:
-    """An estimate of the time that the unfinished cells still need, one after the other, in seconds.
-
-    A cell is expected to need the mean time of the finished cells of its model and task. If there are none, it is the
-    mean of all finished cells. None if nothing is finished.
+    A cell is expected to need the mean time of the done cells of its model and task, or else of all done cells. Before
+    one is done, it is its own speed so far. A cell about which nothing is known is taken as the mean of the others.
     """
-    done = [cell for cell in cells if cell.state == "done"]
-    if not done:
-        return None
-    by_model_and_task: dict[tuple[str, str], list[float]] = {}
-    for cell in done:
-        by_model_and_task.setdefault((cell.parameters.model, cell.parameters.task), []).append(cell.seconds)
-    all_seconds = [cell.seconds for cell in done]
-    left = 0.0
+    times: dict[tuple[str, ...], list[float]] = {}
     for cell in cells:
-        if cell.is_needed and cell.state not in ("done", "failed", "dropped"):
-            alike = by_model_and_task.get((cell.parameters.model, cell.parameters.task), all_seconds)
-            left += max(0.0, mean(alike) - cell.seconds)
+        if cell.state == State.DONE:
+            for key in ((cell.cell.name.model, cell.cell.name.task), ()):
+                times.setdefault(key, []).append(cell.seconds)
+    left = {}
+    still_open = [cell for cell in cells if cell.is_open]
+    for cell in still_open:
+        if alike := times.get((cell.cell.name.model, cell.cell.name.task), times.get(())):
+            left[cell.run_id] = max(0.0, mean(alike) - cell.seconds)
+        elif cell.step and cell.seconds:
+            steps_left = max(0, cell.cell.config.train.steps - cell.step)
+            left[cell.run_id] = steps_left * cell.seconds / cell.step
+    if left:
+        typical = mean(left.values())
+        left.update({cell.run_id: typical for cell in still_open if cell.run_id not in left})
     return left
 
 
 def counts(cells: Iterable[CellStatus]) -> dict[str, int]:
     """How many cells are in each state."""
     states = [cell.state for cell in cells]
-    return {state: states.count(state) for state in STATES}
+    return {state.value: states.count(state) for state in State}
 
 
-def summary_line(sweep: Sweep, cells: Sequence[CellStatus]) -> str:
+def summary_line(sweep_id: str, cells: Sequence[CellStatus]) -> str:
     """One line: number of cells, states, time."""
     states = ", ".join(f"{count} {state}" for state, count in counts(cells).items() if count)
-    line = f"{sweep.id}: {len(cells)} cells: {states}; {clock(sum(cell.seconds for cell in cells))} so far"
-    left = seconds_left(cells)
+    line = f"{sweep_id}: {len(cells)} cells: {states}; {clock(sum(cell.seconds for cell in cells))} so far"
+    left = sum(time_left(cells).values())
     return line if not left else f"{line}, about {clock(left)} left for one process"
 
 
 def table(cells: Sequence[CellStatus]) -> str:
-    """Every cell with its parameters, state, score and time."""
+    """Every cell with its names, state, score and time."""
     extra = _varying_keys(cells)
     lines = [[*COLUMNS, *extra, *RESULT_COLUMNS]]
     for cell in cells:
-        named, values = cell.parameters, dict(override.split("=", 1) for override in cell.overrides)
-        score = "" if cell.score is None else f"{100 * cell.score:.1f} %"
+        name, values = cell.cell.name, dict(override.split("=", 1) for override in cell.cell.overrides)
         loss = "" if cell.validation_loss is None else f"{cell.validation_loss:.3f}"
         lines.append(
-            [named.model, named.task, named.configuration, str(named.rank)]
-            + [f"{named.trainable:,}", f"{named.lr:g}", str(named.seed)]
+            [name.model, name.task, name.configuration, str(name.rank)]
+            + [f"{trainable_params(cell.cell.config) or 0:,}", f"{name.lr:g}", str(name.seed)]
             + [values.get(key, "") for key in extra]
-            + [cell.state, score, loss, f"{cell.seconds:.0f}"]
+            + [cell.state, shown_score(cell), loss, f"{cell.seconds:.0f}"]
         )
     return aligned(lines)
+
+
+def shown_score(cell: CellStatus) -> str:
+    """The first metric in per cent; empty for a loss, which is in nats."""
+    return "" if cell.score is None or is_loss(cell.metric or "") else f"{100 * cell.score:.1f} %"
 
 
 def _varying_keys(cells: Iterable[CellStatus]) -> list[str]:
     """The swept keys without their own column."""
     values: dict[str, set[str]] = {}
     for cell in cells:
-        for override in cell.overrides:
+        for override in cell.cell.overrides:
             key, value = override.split("=", 1)
             values.setdefault(key, set()).add(value)
     return [key for key, different in values.items() if len(different) > 1 and key not in KEYS_WITH_COLUMN]
@@ -177,7 +211,7 @@ def unfinished_lines(cells: Iterable[CellStatus]) -> list[str]:
     return [
         f"  {cell.state:<12} {cell.seconds:>6.0f} s  {cell.run_id}  {cell.error or ''}".rstrip()
         for cell in cells
-        if cell.state != "done" and cell.is_needed
+        if cell.state != State.DONE and cell.is_needed
     ]
 
 
@@ -187,10 +221,12 @@ def to_json(sweep: Sweep, cells: Sequence[CellStatus], forecast: Sequence[Mappin
     Args:
         forecast: the cost of each model and task, for a plan.
     """
+    left = time_left(cells)
+    has_estimate = left or any(cell.state == State.DONE for cell in cells)
     tree = {
         "sweep": sweep.id,
         "counts": counts(cells),
-        "seconds_left": seconds_left(cells),
+        "seconds_left": sum(left.values()) if has_estimate else None,
         **({} if forecast is None else {"forecast": list(forecast)}),
         "cells": [cell.to_json() for cell in cells],
     }

@@ -25,11 +25,10 @@ from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.selection import Selection, read_selection
+from tiedlora.records.selection import Selection
 from tiedlora.records.summary import flat_summary
 from tiedlora.sweeps.cells import Sweep
-from tiedlora.sweeps.decided import decided
-from tiedlora.sweeps.selection import selection_file
+from tiedlora.sweeps.selection import decision_lines, written
 from tiedlora.tracking.base import SWEEP, Cell, TextTable, TrackedRun
 from tiedlora.tracking.run_trackers import NONE, SafeTracker, answers_table, backend_of, run_tables
 
@@ -58,8 +57,7 @@ def track_sweep(sweep: Sweep, claims: Path = CLAIMS) -> None:
 
 
 def _send(sweep: Sweep, config: Config, backend: str, claims: Path) -> None:
-    path = selection_file(sweep)
-    selection = read_selection(path) if path.exists() else None
+    selection = written(sweep)
     runs, left_out = _runs(sweep)
     if not runs:
         return
@@ -130,16 +128,8 @@ def _selection_tables(selection: Selection | None) -> dict[str, TextTable]:
     if selection is None:
         return {}
     columns = (
-        "configuration",
-        "rank",
-        "task",
-        "model",
-        "rate",
-        "rates tried",
-        "metric",
-        "value",
-        "seeds",
-        "at the edge",
+        *("configuration", "rank", "task", "model", "rate"),
+        *("rates tried", "metric", "value", "seeds", "at the edge"),
     )
     rows: list[tuple[Cell, ...]] = [
         (
@@ -150,7 +140,7 @@ def _selection_tables(selection: Selection | None) -> dict[str, TextTable]:
     ]
     tables = {"rates": TextTable(columns, rows)} if rows else {}
     if selection.searches:
-        tables["decisions"] = TextTable(("decision",), [(line,) for line in decided(selection)])
+        tables["decisions"] = TextTable(("decision",), [(line,) for line in decision_lines(selection)])
     return tables
 
 

@@ -1,33 +1,33 @@
-"""hydra/sweeper=resuming: the sweeper behind `python train.py --multirun`.
+"""hydra/sweeper=resuming, staged and deciding: the sweepers behind `python train.py --multirun`.
 
 This file has only what Hydra needs from a sweeper. The work is in tiedlora.sweeps. Hydra imports hydra_plugins, a
-namespace package, at every start, so this file may import tiedlora's light packages, but no torch.
+namespace package, at every start, so this file may import tiedlora's light packages, but no torch. What needs numpy or
+scipy is imported when a sweep starts.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
-from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from tiedlora.errors import UserError
-from tiedlora.sweeps.cells import FrozenCells, Sweep, SweepCell
+from tiedlora.config.project import PROJECT
+from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.expand import expand
+from tiedlora.sweeps.launchers import launcher_of
 from tiedlora.sweeps.launching import Launch, run_sweep
 from tiedlora.tracking.run_trackers import NONE, backend_of
 from tiedlora.training.signals import stopped_by_signals
 
 
 class ResumingSweeper(Sweeper):
-    """Composes, checks and freezes all cells, and then launches those that are not finished."""
+    """Composes and checks all cells, and then launches those that are not finished."""
 
     def __init__(self, params: dict[str, str], match_lora: bool, fail_fast: bool = False) -> None:
         """
@@ -40,9 +40,8 @@ class ResumingSweeper(Sweeper):
         self.fail_fast = fail_fast
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Store the arguments of the launcher, which is made when the cells are frozen."""
+        """Store what the sweep needs. Cells are carried out by workers, and not by the task function."""
         self.hydra_context, self.config = hydra_context, config
-        self.task_function: TaskFunction | None = task_function
 
     @stopped_by_signals()
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
@@ -55,10 +54,10 @@ class ResumingSweeper(Sweeper):
         """
         assert self.config is not None
         assert self.hydra_context is not None
+        launch = launcher_of(self.config)
         sweep = expand(self.config, self.hydra_context.config_loader, arguments)
-        launcher = self._launcher(sweep.freeze())
         try:
-            self.run(sweep, partial(_launch, launcher))
+            self.run(sweep, launch)
         finally:
             # After failed cells too, which end it with SystemExit. A stopped sweep has no result yet.
             if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
@@ -68,7 +67,6 @@ class ResumingSweeper(Sweeper):
     def track(self, sweep: Sweep) -> None:
         """Send the sweep's summary to its tracker, if it has one."""
         if backend_of(sweep.cells[0].config) != NONE:
-            # The verdicts need numpy and scipy, which the start of a single run should not import.
             from tiedlora.sweeps.summary_run import track_sweep
 
             track_sweep(sweep, *self.claims_file())
@@ -81,21 +79,56 @@ class ResumingSweeper(Sweeper):
         """Carry out the sweep. The arguments and errors are those of run_sweep."""
         run_sweep(sweep, launch, self.fail_fast)
 
-    def _launcher(self, frozen: FrozenCells) -> Launcher:
-        assert self.config is not None
-        assert self.hydra_context is not None
-        assert self.task_function is not None
-        # Launchers use only the loader's load_sweep_config.
-        context = HydraContext(config_loader=frozen, callbacks=self.hydra_context.callbacks)  # type: ignore[arg-type]
-        try:
-            return Plugins.instance().instantiate_launcher(context, self.task_function, self.config)
-        except (ImportError, RuntimeError) as error:
-            option = self.config.hydra.runtime.choices.get("hydra/launcher")
-            raise UserError(
-                f"hydra/launcher={option}: {str(error).splitlines()[0]}; is it installed? "
-                "pip install 'tiedlora[ray]' for ray_tasks, 'tiedlora[slurm]' for slurm and submitit_slots"
-            ) from None
+
+class StagedSweeper(ResumingSweeper):
+    """Runs the cells of the grid that the search of the learning rates asks for."""
+
+    def __init__(
+        self,
+        params: dict[str, str],
+        match_lora: bool,
+        rungs: list[float],
+        finalists: int,
+        lowest_rate: float,
+        highest_rate: float,
+        fail_fast: bool = False,
+    ) -> None:
+        """
+        Args:
+            params, match_lora, fail_fast: as for ResumingSweeper.
+            rungs, finalists, lowest_rate, highest_rate: as in SearchOptions.
+        """
+        super().__init__(params, match_lora, fail_fast)
+        self.search = (rungs, finalists, lowest_rate, highest_rate)
+
+    def run(self, sweep: Sweep, launch: Launch) -> None:
+        """Carry out the staged sweep. The arguments and errors are those of run_staged."""
+        from tiedlora.sweeps.staged import SearchOptions, run_staged
+
+        run_staged(sweep, SearchOptions(*self.search), launch, self.fail_fast)
 
 
-def _launch(launcher: Launcher, cells: Sequence[SweepCell], first_job: int) -> None:
-    launcher.launch([[f"cell={cell.run_id}", *cell.launch_words] for cell in cells], initial_job_idx=first_job)
+class DecidingSweeper(StagedSweeper):
+    """After the search, runs the seeds that open claims need."""
+
+    def __init__(self, claims: str, budget: int | None, **search: Any) -> None:
+        """
+        Args:
+            claims: the file with the claims and their planned looks.
+            budget: the most runs of the sweep; None sets no limit.
+            search: the arguments of StagedSweeper.
+        """
+        super().__init__(**search)
+        self.claims, self.budget = claims, budget
+
+    def run(self, sweep: Sweep, launch: Launch) -> None:
+        """Carry out the deciding sweep. The arguments and errors are those of run_deciding."""
+        from tiedlora.sweeps.deciding import run_deciding
+        from tiedlora.sweeps.staged import SearchOptions
+
+        options = SearchOptions(*self.search)
+        run_deciding(sweep, options, self.claims, self.budget, launch, self.fail_fast)
+
+    def claims_file(self) -> tuple[Path, ...]:
+        """The file with the sweep's own claims."""
+        return (Path(self.claims) if Path(self.claims).exists() else PROJECT / self.claims,)
