@@ -6,14 +6,14 @@ import itertools
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, blended_transform_factory
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
@@ -31,6 +31,8 @@ from tiedlora.text import visible
 
 MOST_LINES = 8
 """The most configurations of a chart with lines. More could not be told apart; their numbers are in the tables."""
+LONGEST = 32
+"""The most characters of a name at the left of an axis."""
 WITH_NAMES = (0.62, 1.1, 0.5, 0.12)
 """The margins of a panel with names at the right ends of lines."""
 
@@ -54,7 +56,8 @@ def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], sizes: Sequence
             groups, title = [row.group for row in own], _title(own[0].group, own[0].measure)
             found.append(Panel("pareto", model, title, partial(draw_pareto, rows=own), groups))
             if any(group.is_other_method for group in groups):
-                about = (), (6.0, 0.75 + 0.2 * len(own)), (1.9, 1.9, 0.5, 0.12)
+                left = _name_margin(group.name for group in groups)
+                about = (), (left + 4.1, 0.75 + 0.2 * len(own)), (left, 1.9, 0.5, 0.12)
                 found.append(Panel("arena", model, title, partial(draw_arena, rows=own), *about))
         for groups in _settings(rows, model):
             found += [*_curves(model, groups), *_search(model, groups), *_layers(model, groups)]
@@ -89,7 +92,13 @@ def _forest(model: str, groups: Sequence[ForestGroup]) -> Panel:
     names = [textwrap.wrap(visible(group.claim), 64, max_lines=2, placeholder="…") for group in groups]
     lines = sum(0.45 + 0.75 * len(name) + len(group.lines) for name, group in zip(names, groups, strict=True))
     draw = partial(draw_forest, groups=groups, names=names, lines=lines)
-    return Panel("forest", model, "", draw, (), (4.7, 0.6 + 0.19 * lines), (0.9, 1.35, 0.56, 0.04))
+    left = _name_margin(line.task for group in groups for line in group.lines)
+    return Panel("forest", model, "", draw, (), (left + 3.9, 0.6 + 0.19 * lines), (left, 1.45, 0.56, 0.04))
+
+
+def _name_margin(names: Iterable[str]) -> float:
+    """The inches that names at the left of an axis need."""
+    return 0.25 + 0.065 * max(len(cut(name, LONGEST)) for name in names)
 
 
 def draw_forest(ax: Axes, groups: Sequence[ForestGroup], names: Sequence[Sequence[str]], lines: float) -> None:
@@ -100,15 +109,16 @@ def draw_forest(ax: Axes, groups: Sequence[ForestGroup], names: Sequence[Sequenc
         lines: the height of all of it, in lines of tasks.
     """
     scale = shares.forest_axis([line for group in groups for line in group.lines])
-    left = 0.01 - ax.get_position().x0 / ax.get_position().width
+    # Claims start at the left end of the figure, in inches.
+    across_all = blended_transform_factory(ax.figure.dpi_scale_trans, ax.transData)
     place, ticks = 0.1, []
     for group, name in zip(groups, names, strict=True):
         place += 0.45 + 0.75 * len(name)
-        claim = ax.text(left, place - 0.08, "\n".join(name), va="bottom", fontweight="bold", linespacing=1.1)
-        claim.set_transform(ax.get_yaxis_transform())
+        claim = ax.text(0.1, place - 0.08, "\n".join(name), va="bottom", fontweight="bold", linespacing=1.1)
+        claim.set_transform(across_all)
         beside = np.arange(len(group.lines)) + place + 0.5
         for at, line in zip(beside, group.lines, strict=True):
-            ticks.append((at, cut(line.task, 16)))
+            ticks.append((at, cut(line.task, LONGEST)))
             _forest_line(ax, line, float(at), scale)
         place += len(group.lines)
         # Lines to compare with stand only beside the bars, so that they do not cross the claims' names.
@@ -208,7 +218,7 @@ def draw_shares(ax: Axes, panel: SizePanel, sizes: Sequence[SizePanel]) -> None:
         value = Interval(shown, math.nan, math.nan)
         if math.isfinite(arm.share.low) and arm.group is not panel.reference:
             value = Interval(shown, scale.nearest(arm.share.low), scale.nearest(arm.share.high))
-        name = arm.group.name if is_inside else f"{arm.group.name}, {shares.percent(arm.share.value)} %"
+        name = arm.group.name if is_inside else minus(f"{arm.group.name}, {shares.percent(arm.share.value)} %")
         points.append(Point(arm.group, value, is_inside, name))
     _against_parameters(ax, points)
 
@@ -264,7 +274,7 @@ def draw_arena(ax: Axes, rows: Sequence[ResultRow]) -> None:
         stored = row.group.runs[0].record.stored_params or row.group.params
         words = f"{short_count(row.group.params)} trained, {short_count(stored)} stored"
         _text(ax, 1.03, place, words, SOFT)
-    names = [f"{cut(row.group.name, 32)}{' *' if row.group.short_marks else ''}" for row in ordered]
+    names = [f"{cut(row.group.name, LONGEST - 2)}{' *' if row.group.short_marks else ''}" for row in ordered]
     ax.set_yticks(range(len(ordered)), names)
     ax.set_ylim(-0.6, len(ordered) - 0.4)
     ax.set_xlabel(_score_words(ordered[0].measure))

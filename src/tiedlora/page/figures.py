@@ -164,7 +164,7 @@ def _figure(panels: Sequence[Panel], is_file: bool = True) -> Figure:
     above = (0.34 if has_models else 0.18 if panels[0].title else 0.0) if is_file else 0.0
     handles = _handles(panels) if is_file else []
     below = 0.1 + 0.2 * math.ceil(len(handles) / 5) if handles else 0.0
-    width, height = columns * panels[0].size[0], sum(heights) + above * len(rows) + below
+    width, height = columns * max(panel.size[0] for panel in panels), sum(heights) + above * len(rows) + below
     figure = Figure(figsize=(width, height))
     # Names beside points need the size of letters, which this canvas knows.
     FigureCanvasAgg(figure)
