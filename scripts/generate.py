@@ -83,16 +83,11 @@ class Generator:
         return base, adapted
 
     def _answer(self, ids: tuple[int, ...]) -> str:
-        from tiedlora.scoring.decoding import generate  # as in main
+        from tiedlora.scoring.decoding import AnswerEnds, decode  # as in main
 
-        (output,) = generate(
-            self.attached.model,
-            self.encoder.tokenizer,
-            [ids],
-            max_new_tokens=self.max_new_tokens,
-            stop=self.config.task.stop,
-            more_ends=self.encoder.more_ends,
-            batch_size=1,
+        tokenizer, more_ends = self.encoder.tokenizer, self.encoder.more_ends
+        (output,) = decode(
+            self.attached.model, [ids], AnswerEnds(tokenizer, self.config.task.stop, self.max_new_tokens, more_ends)
         )
         return output.text
 

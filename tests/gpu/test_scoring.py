@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import randomise
+from helpers.tiny import generate, randomise
 
 from tiedlora.adapter import attach
 from tiedlora.models.base_model import load_base
 from tiedlora.runs import run
 from tiedlora.scoring import decoding
-from tiedlora.scoring.decoding import generate
 
 pytestmark = pytest.mark.gpu
 TEXTS = ["a", "some longer text", "xyz", "12 + 30 =", "b" * 30, "the end", "?", "one more", "and 1"]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,10 @@ from tiedlora.config.schema import Config, ModelConfig
 from tiedlora.data.encoding import Encoded
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.scoring.decoding import AnswerEnds, Output, batches_by_length, decode
+from tiedlora.scoring.predict import in_shares
 from tiedlora.tasks import Task, load_task
+from tiedlora.training.distributed import ALONE
 from tiedlora.tying import Tying
 
 EIGHT = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
@@ -74,3 +78,20 @@ def mask_of(rows: Sequence[Encoded]) -> torch.Tensor:
 
 def folder_of(config: Config) -> RunFolder:
     return RunFolder(Path(config.outputs) / run_id(config))
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    batch_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    more_ends: Sequence[int] = (),
+) -> list[Output]:
+    """The answers to prompts, in batches as the scoring makes them."""
+    ends = AnswerEnds(tokenizer, stop, max_new_tokens, more_ends)
+    batches = batches_by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_size, batch_tokens)
+    return in_shares(ALONE, model, batches, lambda batch: decode(model, [prompts[i] for i in batch], ends))

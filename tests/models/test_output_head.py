@@ -46,7 +46,7 @@ def test_losses_and_gradients_are_those_of_the_models_own_logits(family):
 @pytest.mark.parametrize("family", SCALED)
 def test_likelihoods_of_choices_are_those_of_the_models_own_logits(family):
     model = scaled_model(family)
-    ((found,),) = choice_log_likelihoods(model, [[3, 4, 5]], [[[6, 7, 8]]], batch_size=4)
+    ((found,),) = choice_log_likelihoods(model, [[3, 4, 5]], [[[6, 7, 8]]])
     logits = model(input_ids=torch.tensor([[3, 4, 5, 6, 7, 8]])).logits[0, 2:5]
     expected = F.log_softmax(logits, -1).gather(1, torch.tensor([[6], [7], [8]])).sum()
     assert found == pytest.approx(expected.item(), rel=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
-from helpers.tiny import TINY, model_option, randomise, tiny
+from helpers.tiny import TINY, generate, model_option, randomise, tiny
 
 from tiedlora.adapter import attach, linear
 from tiedlora.data.batching import microbatches
@@ -18,7 +18,6 @@ from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_base
 from tiedlora.runs import run
 from tiedlora.runs.trainer import Trainer
-from tiedlora.scoring.decoding import generate
 from tiedlora.scoring.likelihoods import choice_log_likelihoods
 from tiedlora.training.distributed import World
 from tiedlora.training.loss import mean_loss, row_losses, target_loss
@@ -63,7 +62,7 @@ def everything(base, recompute: bool = False):
     model.eval()
     gradients = {name: part.grad for name, part in attached.adapter.trained_parts().items()}
     outputs = generate(model, base.tokenizer, PROMPTS, max_new_tokens=6, batch_size=2)
-    scores = choice_log_likelihoods(model, PROMPTS, [TARGETS, TARGETS], batch_size=4)
+    scores = choice_log_likelihoods(model, PROMPTS, [TARGETS, TARGETS])
     attached.detach()
     return before, loss.item(), gradients, outputs, scores
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import TINY, randomise, tiny
+from helpers.tiny import TINY, generate, randomise, tiny
 from tokenizers import Tokenizer, decoders, models
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
@@ -17,7 +17,7 @@ from tiedlora.config.project import PROJECT
 from tiedlora.data.encoding import Encoder
 from tiedlora.models.base_model import load_base
 from tiedlora.scoring import decoding, split
-from tiedlora.scoring.decoding import MIN_STOP_SEARCH_TOKENS, AnswerEnds, Output, generate
+from tiedlora.scoring.decoding import MIN_STOP_SEARCH_TOKENS, AnswerEnds, Output
 from tiedlora.scoring.likelihoods import choice_log_likelihoods
 from tiedlora.scoring.predict import predict
 from tiedlora.tasks import load_examples, load_task
@@ -31,8 +31,8 @@ def alone(model, prompt, choice):
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_choices_have_the_likelihoods_of_whole_sequences(name, batch_size):
+@pytest.mark.parametrize("batches", [[[0], [1], [2], [3], [4]], [[1, 4], [0, 3, 2]], [[0, 1, 2, 3, 4]]])
+def test_choices_have_the_likelihoods_of_whole_sequences(name, batches):
     model, draw = tiny(name).model.double(), random.Random(0)
 
     def text(length):
@@ -40,14 +40,13 @@ def test_choices_have_the_likelihoods_of_whole_sequences(name, batch_size):
 
     prompts = [text(n) for n in (3, 20, 9, 1, 4)]
     choices = [[text(n) for n in lengths] for lengths in ((1, 7), (2, 4, 1, 6), (1,), (3, 3), (0, 2, 1))]
-    finished = []
     with torch.inference_mode():
         expected = [[alone(model, p, c) for c in texts] for p, texts in zip(prompts, choices, strict=True)]
-    batched = choice_log_likelihoods(model, prompts, choices, batch_size=batch_size, progress=finished.append)
-    for ours, theirs in zip(batched, expected, strict=True):
-        # Log-probabilities are computed in float32.
-        assert ours == pytest.approx(theirs, abs=1e-4)
-    assert sum(finished) == 5
+    for batch in batches:
+        found = choice_log_likelihoods(model, [prompts[i] for i in batch], [choices[i] for i in batch])
+        for number, ours in zip(batch, found, strict=True):
+            # Log-probabilities are computed in float32.
+            assert ours == pytest.approx(expected[number], abs=1e-4)
 
 
 @pytest.mark.parametrize("texts", [[[5], [6]], [[], [5]], [[], []]])
@@ -56,7 +55,7 @@ def test_choices_of_one_token_need_no_second_pass_and_an_empty_one_is_certain(te
     model = tiny("tiny_llama").model
     with torch.inference_mode():
         expected = [alone(model, [1, 2, 3], text) for text in texts]
-    (scores,) = choice_log_likelihoods(model, [[1, 2, 3]], [texts], batch_size=8)
+    (scores,) = choice_log_likelihoods(model, [[1, 2, 3]], [texts])
     assert scores == pytest.approx(expected, abs=1e-4)
 
 

@@ -164,7 +164,7 @@ def test_a_run_records_it_and_a_finished_one_gets_it(tiny_config, text, script, 
         run.main(config)
     asked = []
     compute = split.predict_losses
-    monkeypatch.setattr(split, "predict_losses", lambda *a: asked.append(a[-1]) or compute(*a))
+    monkeypatch.setattr(split, "predict_losses", lambda *a: asked.append(a[4]) or compute(*a))
     other = tiny_config("score.metrics=[target_loss]", "score.splits=[]", f"score.forgetting={text}", "tying=LoRA")
     run.main(other)
     assert asked == ["adapted model's loss on forgetting"]

@@ -20,8 +20,8 @@ from tiedlora.records.rows import read_metrics, read_predictions, read_validatio
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
 from tiedlora.runs.trainer import Trainer
-from tiedlora.scoring import split
-from tiedlora.scoring.split import score_in_shares
+from tiedlora.scoring import decoding
+from tiedlora.scoring.predict import in_shares
 from tiedlora.training import checkpoint, distributed
 from tiedlora.training.distributed import World
 from tiedlora.training.loss import target_loss
@@ -117,14 +117,14 @@ def test_every_process_validates_and_scores_its_share(tiny_config, tmp_path, mon
     alone = run.main(config)
     config.outputs = str(tmp_path / "together")
     asked = tmp_path / "asked"
-    predict = split.predict
+    padded_left = decoding.padded_left
 
-    def noted(model, encoder, task, examples, *more):
+    def noted(prompts, *more):
         with asked.open("a") as file:
-            file.write(f"{os.getpid()} {len(examples)}\n")
-        return predict(model, encoder, task, examples, *more)
+            file.write(f"{os.getpid()} {len(prompts)}\n")
+        return padded_left(prompts, *more)
 
-    monkeypatch.setattr(split, "predict", noted)
+    monkeypatch.setattr(decoding, "padded_left", noted)
     in_world(lambda rank: run.main(config))
     lines = asked.read_text().splitlines()
     assert sorted(int(line.split()[1]) for line in lines) == [2, 2, 5, 5, 5, 5], "base and adapted model"
@@ -145,13 +145,13 @@ def test_memory_that_runs_out_in_one_process_is_known_in_all(tiny_config, monkey
         with distributed.join_world(cuda=False) as world:
             base = tiny("tiny_llama")
 
-            def rows_of(examples):
+            def rows_of(batch):
                 if rank == 1:
                     raise MemoryError
-                return list(examples)
+                return batch
 
             with pytest.raises(MemoryError):
-                score_in_shares(world, base.model, ["a", "b"], [[0], [1]], rows_of)
+                in_shares(world, base.model, [[0], [1]], rows_of)
             told.append(rank)
         assert told == [rank]
 

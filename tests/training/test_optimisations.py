@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from helpers import processes
-from helpers.tiny import TINY, randomise, tiny, tying_option
+from helpers.tiny import TINY, generate, randomise, tiny, tying_option
 from torch.nn import functional as F
 
 from tiedlora.adapter import attach
@@ -18,7 +18,6 @@ from tiedlora.data.batching import collate, microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.models import attention
-from tiedlora.scoring.decoding import generate
 from tiedlora.training import compiling
 from tiedlora.training.loss import target_loss
 

@@ -1,4 +1,4 @@
-"""Greedy decoding of a base model, adapted or not: batches by length, one key-value cache, and the ends of answers."""
+"""Greedy decoding of a base model, adapted or not: a batch of prompts, its key-value cache, and the ends of answers."""
 
 from __future__ import annotations
 
@@ -45,52 +45,18 @@ def batches_by_length(lengths: Sequence[int], rows: int, tokens: int | None) -> 
     return [order[batch] for batch in split_by_limits([lengths[i] for i in order], rows, tokens)]
 
 
-def generation_batches(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, batch_tokens: int | None
-) -> list[list[int]]:
-    """The prompt numbers of each batch of `generate`, with the longest prompts first.
-
-    A batch stays the same if other batches are left out. So a part of a split can be scored again in the same batches.
-    """
-    return batches_by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_size, batch_tokens)
-
-
 @without_gradients
-def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-    more_ends: Sequence[int] = (),
-    batch_size: int,
-    batch_tokens: int | None = None,
-    progress: Callable[[int], None] = lambda rows: None,
+def decode(
+    model: Any, prompts: Sequence[Sequence[int]], ends: AnswerEnds, progress: Callable[[int], None] = lambda rows: None
 ) -> list[Output]:
-    """Generate greedy continuations, in the order of `prompts`.
+    """Generate greedy continuations of one batch, in the order of `prompts`.
 
-    Prompts are sorted by length and padded on the left. Finished rows leave their batch a few at a time, and a batch
-    ends with its last row.
+    The prompts are padded on the left. Finished rows leave the batch a few at a time.
 
     Args:
         prompts: token ids, none empty.
-        stop, more_ends: as in AnswerEnds.
-        batch_size: the most rows that are decoded together.
-        batch_tokens: the most tokens of those rows, with padding and space for their answers; None sets no limit.
         progress: is called with the number of rows that have just finished.
     """
-    outputs: dict[int, Output] = {}
-    ends = AnswerEnds(tokenizer, stop, max_new_tokens, more_ends)
-    for batch in generation_batches(prompts, max_new_tokens, batch_size, batch_tokens):
-        outputs.update(zip(batch, _decode(model, [prompts[i] for i in batch], ends, progress), strict=True))
-    return [outputs[i] for i in range(len(prompts))]
-
-
-def _decode(
-    model: Any, prompts: Sequence[Sequence[int]], ends: AnswerEnds, progress: Callable[[int], None]
-) -> list[Output]:
-    """The outputs of one batch."""
     device = input_device(model)
     ids, mask, positions = padded_left(prompts, ends.end_ids[0], device)
     # Allocated once, for the prompts and all new tokens.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,32 +10,13 @@ from torch import Tensor
 
 from tiedlora.models import output_head
 from tiedlora.models.placement import input_device, without_gradients
-from tiedlora.scoring.decoding import batches_by_length, hidden_states, keep_rows, new_cache, padded_left
+from tiedlora.scoring.decoding import hidden_states, keep_rows, new_cache, padded_left
 from tiedlora.training.loss import chunk_rows, log_likelihoods_
-
-
-def choice_batches(
-    prompts: Sequence[Sequence[int]],
-    choices: Sequence[Sequence[Sequence[int]]],
-    batch_size: int,
-    batch_tokens: int | None,
-) -> list[list[int]]:
-    """The prompt numbers of each batch of `choice_log_likelihoods`, with the longest first."""
-    choices_per_prompt = max(map(len, choices))
-    rows = zip(prompts, choices, strict=True)
-    lengths = [(len(prompt) + max(map(len, texts))) * choices_per_prompt for prompt, texts in rows]
-    return batches_by_length(lengths, max(1, batch_size // choices_per_prompt), batch_tokens)
 
 
 @without_gradients
 def choice_log_likelihoods(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    choices: Sequence[Sequence[Sequence[int]]],
-    *,
-    batch_size: int,
-    batch_tokens: int | None = None,
-    progress: Callable[[int], None] = lambda rows: None,
+    model: Any, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[float]]:
     """The log-likelihoods of each prompt's choices, in their order: sums over the tokens of a choice, in nats.
 
@@ -43,21 +24,7 @@ def choice_log_likelihoods(
 
     Args:
         choices: for each prompt, the token ids of its choices. An empty one has the log-likelihood 0.
-        batch_size: the most choices that are scored together (but always all choices of at least one prompt).
-        batch_tokens: the most tokens of those choices with their prompts; None sets no limit.
-        progress: is called with the number of prompts that have just finished.
     """
-    log_likelihoods: dict[int, list[float]] = {}
-    for batch in choice_batches(prompts, choices, batch_size, batch_tokens):
-        scores = _score_choices(model, [prompts[i] for i in batch], [choices[i] for i in batch])
-        log_likelihoods.update(zip(batch, scores, strict=True))
-        progress(len(batch))
-    return [log_likelihoods[i] for i in range(len(prompts))]
-
-
-def _score_choices(
-    model: Any, prompts: list[Sequence[int]], choices: list[Sequence[Sequence[int]]]
-) -> list[list[float]]:
     device, pad_id = input_device(model), 0
     texts = [list(choice) for prompt_choices in choices for choice in prompt_choices]
     prompt_of = torch.tensor([row for row, own in enumerate(choices) for _ in own], device=device)

@@ -1,29 +1,34 @@
 """Ask a model every example of a split: for its answer, which the task scores, or for the loss of its target.
 
 Each example gives one prediction row. A loss is teacher-forced: prompt and target are the tokens that training would
-use. The target of a passage of neutral text is all of it after the first token.
+use. The target of a passage of neutral text is all of it after the first token. Rounding depends on which rows share a
+batch, so the batches follow from the rows and the configuration alone, and several processes divide them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from tiedlora.config.schema import Config
 from tiedlora.data.batching import collate
 from tiedlora.data.encoding import Encoded, Encoder
-from tiedlora.errors import UserError
+from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.models.placement import input_device
 from tiedlora.records.loss_metrics import loss_scores
 from tiedlora.records.rows import NOT_GENERATED, PredictionRow, Score
-from tiedlora.scoring.decoding import batches_by_length, generate, generation_batches
-from tiedlora.scoring.likelihoods import choice_batches, choice_log_likelihoods
+from tiedlora.scoring.decoding import AnswerEnds, batches_by_length, decode
+from tiedlora.scoring.likelihoods import choice_log_likelihoods
 from tiedlora.scoring.passages import Passage
 from tiedlora.tasks import Example, Task
 from tiedlora.tracking.progress import ProgressBar
+from tiedlora.training.distributed import ALONE, World, equal_passes, is_sharded
 from tiedlora.training.loss import row_losses
+
+T = TypeVar("T")
+Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -38,24 +43,43 @@ class _Answer:
 
 
 def predict(
-    model: Any, encoder: Encoder, task: Task, examples: Sequence[Example], config: Config, title: str
+    model: Any,
+    encoder: Encoder,
+    task: Task,
+    examples: Sequence[Example],
+    config: Config,
+    title: str,
+    world: World = ALONE,
 ) -> list[PredictionRow]:
     """One row for each example, with the model's answer and its scores.
 
     Args:
         model: the base model, with or without an adapter.
         title: the text of the progress bar.
+        world: the processes that answer together, each some of the batches. Every process gets the rows of all.
 
     Raises:
-        UserError: a prompt does not fit, and the task does not allow to shorten it enough.
+        UserError: a prompt does not fit, and the task does not allow to shorten it enough; or as `in_shares`.
     """
     # Imported here because the `evaluate` package takes a second to import, and only scoring needs it.
     from tiedlora.tasks.task_metric import TaskMetric
 
     asked = [fitting(encoder, example, config) for example in examples]
-    by_likelihood = bool(asked[0].choices)
+    prompts, choices = _tokens(encoder, asked)
+    by_likelihood = bool(choices[0])
+    ends = AnswerEnds(encoder.tokenizer, config.task.stop, config.task.max_new_tokens, encoder.more_ends)
     progress = ProgressBar(title, len(examples), "rows")
-    answers = (_choose if by_likelihood else _generate)(model, encoder, asked, config, progress)
+
+    def answers_of(batch: list[int]) -> list[_Answer]:
+        batch_prompts = [prompts[number] for number in batch]
+        if not by_likelihood:
+            outputs = decode(model, batch_prompts, ends, progress.advance)
+            return [_Answer(output.text.strip(), output.tokens, output.ended) for output in outputs]
+        found = choice_log_likelihoods(model, batch_prompts, [choices[number] for number in batch])
+        progress.advance(len(batch))
+        return [_likeliest(asked[n], choices[n], scores) for n, scores in zip(batch, found, strict=True)]
+
+    answers = in_shares(world, model, _answer_batches(prompts, choices, config), answers_of)
     progress.close()
     scores = TaskMetric(task, by_likelihood, asked).compute(
         predictions=[answer.log_likelihoods if by_likelihood else answer.output for answer in answers],
@@ -75,6 +99,17 @@ def predict(
     ]
 
 
+def _likeliest(example: Example, choices: Sequence[Tokens], log_likelihoods: list[float]) -> _Answer:
+    """The most likely of the example's choices, as its answer."""
+    return _Answer(
+        output=example.choices[max(range(len(log_likelihoods)), key=lambda i: log_likelihoods[i])],
+        output_tokens=sum(map(len, choices)),
+        ended="choice",
+        choices=list(example.choices),
+        log_likelihoods=log_likelihoods,
+    )
+
+
 def _as_floats(scores: Mapping[str, Score]) -> dict[str, Score]:
     """The scores as a predictions file gives them back, so that rows are equal before and after it."""
     return {
@@ -82,19 +117,10 @@ def _as_floats(scores: Mapping[str, Score]) -> dict[str, Score]:
     }
 
 
-def answer_batches(encoder: Encoder, examples: Sequence[Example], config: Config) -> list[list[int]]:
-    """The example numbers of each batch of `predict`. In the same batches, a model gives the same outputs again."""
-    asked = [fitting(encoder, example, config) for example in examples]
-    prompts = _prompts(encoder, asked)
-    if asked[0].choices:
-        return choice_batches(prompts, _choices(encoder, asked), config.score.batch_size, config.score.batch_tokens)
-    return generation_batches(prompts, config.task.max_new_tokens, config.score.batch_size, config.score.batch_tokens)
-
-
 def fitting(encoder: Encoder, example: Example, config: Config) -> Example:
     """The example, with its prompt shortened if needed, so that the answer fits. No example may be left out."""
     shortened = encoder.shortened(example)
-    answer_tokens = max([config.task.max_new_tokens, *map(len, _choices(encoder, [example])[0])])
+    answer_tokens = max([config.task.max_new_tokens, *map(len, _tokens(encoder, [example])[1][0])])
     if shortened is not None and len(encoder.prompt(shortened.prompt)) + answer_tokens <= encoder.context:
         return shortened
     raise UserError(
@@ -106,53 +132,63 @@ def fitting(encoder: Encoder, example: Example, config: Config) -> Example:
     )
 
 
-def _prompts(encoder: Encoder, examples: Sequence[Example]) -> list[tuple[int, ...]]:
-    return [encoder.prompt(example.prompt) for example in examples]
+def _tokens(encoder: Encoder, examples: Sequence[Example]) -> tuple[list[Tokens], list[list[Tokens]]]:
+    """The prompts and the choices of the examples, as token ids."""
+    prompts = [encoder.prompt(example.prompt) for example in examples]
+    return prompts, [[encoder.continuation(choice) for choice in example.choices] for example in examples]
 
 
-def _choices(encoder: Encoder, examples: Sequence[Example]) -> list[list[tuple[int, ...]]]:
-    return [[encoder.continuation(choice) for choice in example.choices] for example in examples]
+def answer_batches(encoder: Encoder, examples: Sequence[Example], config: Config) -> list[list[int]]:
+    """The example numbers of each batch of `predict`. In the same batches, a model gives the same outputs again.
+
+    A batch stays the same if other batches are left out. So a part of a split can be scored again in the same batches.
+    """
+    asked = [fitting(encoder, example, config) for example in examples]
+    return _answer_batches(*_tokens(encoder, asked), config)
 
 
-def _generate(
-    model: Any, encoder: Encoder, examples: Sequence[Example], config: Config, progress: ProgressBar
-) -> list[_Answer]:
-    outputs = generate(
-        model,
-        encoder.tokenizer,
-        _prompts(encoder, examples),
-        max_new_tokens=config.task.max_new_tokens,
-        stop=config.task.stop,
-        more_ends=encoder.more_ends,
-        batch_size=config.score.batch_size,
-        batch_tokens=config.score.batch_tokens,
-        progress=progress.advance,
-    )
-    return [_Answer(output.text.strip(), output.tokens, output.ended) for output in outputs]
+def _answer_batches(prompts: Sequence[Tokens], choices: Sequence[Sequence[Tokens]], config: Config) -> list[list[int]]:
+    score = config.score
+    if not choices[0]:
+        lengths = [len(prompt) + config.task.max_new_tokens for prompt in prompts]
+        return batches_by_length(lengths, score.batch_size, score.batch_tokens)
+    # A row of a batch is a choice, and all choices of a prompt are in one batch.
+    most = max(map(len, choices))
+    lengths = [(len(prompt) + max(map(len, texts))) * most for prompt, texts in zip(prompts, choices, strict=True)]
+    return batches_by_length(lengths, max(1, score.batch_size // most), score.batch_tokens)
 
 
-def _choose(
-    model: Any, encoder: Encoder, examples: Sequence[Example], config: Config, progress: ProgressBar
-) -> list[_Answer]:
-    choices = _choices(encoder, examples)
-    log_likelihoods = choice_log_likelihoods(
-        model,
-        _prompts(encoder, examples),
-        choices,
-        batch_size=config.score.batch_size,
-        batch_tokens=config.score.batch_tokens,
-        progress=progress.advance,
-    )
-    return [
-        _Answer(
-            output=example.choices[max(range(len(scores)), key=lambda i: scores[i])],
-            output_tokens=sum(map(len, tokens)),
-            ended="choice",
-            choices=list(example.choices),
-            log_likelihoods=scores,
-        )
-        for example, tokens, scores in zip(examples, choices, log_likelihoods, strict=True)
-    ]
+def in_shares(
+    world: World, model: Any, batches: Sequence[list[int]], compute: Callable[[list[int]], Sequence[T]]
+) -> list[T]:
+    """What `compute` gives for the rows of each batch, in the order of the rows: each process some, for all to have.
+
+    Args:
+        batches: the numbers of the rows of each batch.
+
+    Raises:
+        MemoryError, RuntimeError: memory ran out. All processes raise it, so that all can start again.
+        UserError: memory ran out, and the model is sharded: then the processes cannot start again together.
+    """
+    own: list[tuple[int, T]] = []
+    failed = False
+    try:
+        with equal_passes(model, world):
+            for batch in world.local_rows(batches):
+                own += zip(batch, compute(batch), strict=True)
+    except (MemoryError, RuntimeError) as error:
+        if world.size == 1 or not is_out_of_memory(error):
+            raise
+        if is_sharded(model):
+            raise UserError(
+                "scoring: out of memory in one of the processes that share the model (train.shard=true); the trained "
+                "adapter is kept: the same command continues with scoring, with more processes or more memory"
+            ) from error
+        failed = True
+    if world.any(failed):
+        raise MemoryError("scoring: memory ran out in one of the processes")
+    rows = dict(row for share in world.gather(own) for row in share)
+    return [rows[number] for number in range(len(rows))]
 
 
 @dataclass(frozen=True)
@@ -167,7 +203,12 @@ class _Target:
 
 
 def predict_losses(
-    model: Any, encoder: Encoder, examples: Sequence[Example], config: Config, title: str
+    model: Any,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    config: Config,
+    title: str,
+    world: World = ALONE,
 ) -> list[PredictionRow]:
     """One row for each example, with the loss of its target and without an answer. The arguments are as in `predict`.
 
@@ -175,16 +216,18 @@ def predict_losses(
         UserError: as `predict`; or a loss is not finite.
     """
     targets = [_target(encoder, example, config) for example in examples]
-    rows: dict[int, PredictionRow] = {}
     progress = ProgressBar(title, len(examples), "rows")
-    for numbers in _target_batches(targets, config):
-        batch = collate([targets[number].tokens for number in numbers], encoder.tokenizer.eos_token_id)
-        losses = row_losses(model, batch.to(input_device(model)))
-        for number, total, tokens in zip(numbers, losses.sums.tolist(), losses.tokens.tolist(), strict=True):
-            rows[number] = _loss_row(examples[number], targets[number], total, tokens)
-        progress.advance(len(numbers))
+
+    def rows_of(batch: list[int]) -> list[PredictionRow]:
+        tokens = collate([targets[number].tokens for number in batch], encoder.tokenizer.eos_token_id)
+        losses = row_losses(model, tokens.to(input_device(model)))
+        progress.advance(len(batch))
+        found = zip(batch, losses.sums.tolist(), losses.tokens.tolist(), strict=True)
+        return [_loss_row(examples[number], targets[number], total, count) for number, total, count in found]
+
+    rows = in_shares(world, model, _target_batches(targets, config), rows_of)
     progress.close()
-    return [rows[number] for number in range(len(examples))]
+    return rows
 
 
 def loss_batches(encoder: Encoder, examples: Sequence[Example], config: Config) -> list[list[int]]:

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,10 +26,10 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import BaseModelRecord, SplitScores, plain
 from tiedlora.scoring.passages import read_passages, source_digest
 from tiedlora.scoring.passes import ALL_PASSES, Passes
-from tiedlora.scoring.predict import answer_batches, loss_batches, predict, predict_losses
+from tiedlora.scoring.predict import predict, predict_losses
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Example, Task, digest
-from tiedlora.training.distributed import World, equal_passes, is_sharded
+from tiedlora.training.distributed import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Scorer:
     config: Config
     base: BaseModelRecord
     """The base model under `attached`."""
-    world: World = field(default_factory=World)
+    world: World = ALONE
     """The processes that score together. Each scores some of the batches, and gets the rows of all."""
 
     def score_split(
@@ -179,17 +179,10 @@ class Scorer:
             title: the text of the progress bar.
             losses: the losses of the targets instead, as rows without answers.
         """
-
-        def rows_of(some: Sequence[Example]) -> Rows:
-            if losses:
-                return predict_losses(model, self.encoder, some, self.config, title)
-            return predict(model, self.encoder, self.task, some, self.config, title)
-
         with disabled(self.attached) if base else merged_for_scoring(self.attached, self.config) as model:
-            if self.world.size == 1:
-                return rows_of(examples)
-            batches = (loss_batches if losses else answer_batches)(self.encoder, examples, self.config)
-            return score_in_shares(self.world, model, examples, batches, rows_of)
+            if losses:
+                return predict_losses(model, self.encoder, examples, self.config, title, self.world)
+            return predict(model, self.encoder, self.task, examples, self.config, title, self.world)
 
     def cached_base(self, split: str, examples: Sequence[Example], losses: bool) -> Rows:
         """The base model's rows, computed once for each model, protocol and rows, and then reused by every run.
@@ -243,47 +236,6 @@ def with_halved_batches(config: Config, times: int) -> Config:
     score = config.score
     tokens = None if score.batch_tokens is None else max(1, score.batch_tokens >> times)
     return replace(config, score=replace(score, batch_size=max(1, score.batch_size >> times), batch_tokens=tokens))
-
-
-def score_in_shares(
-    world: World,
-    model: Any,
-    examples: Sequence[Example],
-    batches: Sequence[list[int]],
-    rows_of: Callable[[Sequence[Example]], Rows],
-) -> Rows:
-    """The rows of all examples, in their order. Each process scores some of the batches, and gets the rows of all.
-
-    Args:
-        batches: the numbers of the examples of each batch. A row's rounding depends on its batch, so the rows are those
-            that one process would compute.
-        rows_of: scores the examples of one batch.
-
-    Raises:
-        MemoryError: memory ran out in one of the processes. All of them raise it, so that all can start again.
-        UserError: memory ran out, and the model is sharded: then the processes cannot start again together.
-    """
-    own: list[tuple[int, PredictionRow]] = []
-    failed = False
-    try:
-        with equal_passes(model, world):
-            for batch in world.local_rows(batches):
-                # In the order of the split: rows of equal length must keep their order.
-                numbers = sorted(batch)
-                own += zip(numbers, rows_of([examples[number] for number in numbers]), strict=True)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if is_sharded(model):
-            raise UserError(
-                "scoring: out of memory in one of the processes that share the model (train.shard=true); the trained "
-                "adapter is kept: the same command continues with scoring, with more processes or more memory"
-            ) from error
-        failed = True
-    if world.any(failed):
-        raise MemoryError("scoring: memory ran out in one of the processes")
-    rows = dict(row for share in world.gather(own) for row in share)
-    return [rows[number] for number in range(len(examples))]
 
 
 def _possible(passes: Passes, examples: Sequence[Example]) -> Passes:

@@ -94,6 +94,10 @@ class World:
             dist.destroy_process_group()
 
 
+ALONE = World()
+"""The only process of a run."""
+
+
 @contextmanager
 def join_world(cuda: bool) -> Iterator[World]:
     """Join the processes that torchrun or accelerate started; without them, this is the only process.
@@ -112,7 +116,7 @@ def join_world(cuda: bool) -> Iterator[World]:
             )
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World()
+        yield ALONE
         return
     world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     if cuda:

@@ -20,7 +20,7 @@ from tiedlora.models.device import free_memory
 from tiedlora.records.provenance import ContinuedFrom
 from tiedlora.records.rows import MetricsRow
 from tiedlora.records.run_record import Halving
-from tiedlora.training.distributed import World
+from tiedlora.training.distributed import ALONE, World
 from tiedlora.training.optimizer import learning_rate
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Loop:
     """Whether the run should end after this step. With several processes, all get the same answer."""
     validation_scores: Callable[[], dict[str, float]] = dict
     """Further metrics of a validation, such as validation/exact_match; by default there are none."""
-    world: World = field(default_factory=World)
+    world: World = ALONE
     """The processes that train together. Each draws its own dropout masks."""
 
     def train(self) -> None:
