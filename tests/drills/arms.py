@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import common
+import drilling
 import torch
 from helpers.forks import forked
 
@@ -63,11 +63,11 @@ def drill(arm: str, model: str, budget: int, folder: Path) -> str:
     assert record is not None
     assert record.trainable_params == trainable_params(whole), "another count than scripts/params.py"
     journal = folder / f"{run_id(killed)}.journal"
-    code, text = forked(lambda: (common.Events(journal, "step 3").install(), run.main(killed)), seconds=600)
+    code, text = forked(lambda: (drilling.Events(journal, "step 3").install(), run.main(killed)), seconds=600)
     assert code == -signal.SIGKILL, text
     assert folder_of(killed).state() == "interrupted"
     run.main(killed)
-    found = common.differences(folder_of(killed), common.left_by(folder_of(whole)))
+    found = drilling.differences(folder_of(killed), drilling.left_by(folder_of(whole)))
     assert not found, f"after the kill, {', '.join(found)} differ"
     base = tiedlora.base_of(folder_of(whole).path).model
     before, state = logits(base), {name: tensor.clone() for name, tensor in base.state_dict().items()}

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import common
+import drilling
 import kill_run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -66,7 +66,7 @@ def child(disk: Path, journal: Path, fill_at: int | None = None, spare: int = 0)
             path = Path(words[0])
             if path.is_relative_to(disk) and path.name != "filler":
                 count += 1
-                os.write(file, f"{common.kind(path)}\n".encode())
+                os.write(file, f"{drilling.kind(path)}\n".encode())
                 if count == fill_at:
                     fill(disk, spare)
 
@@ -94,7 +94,7 @@ def trial(place: Path, number: int, spare: int, whole: dict[str, Any]) -> tuple[
         if code != 0:
             wrong.append(f"with space again it ended with {code}: {told[-300:]}")
         else:
-            found = common.differences(kill_run.folder(disk / "outputs"), whole)
+            found = drilling.differences(kill_run.folder(disk / "outputs"), whole)
             wrong += [f"{name} differs" for name in found]
     return wrote[number - 1], wrong
 
@@ -118,7 +118,7 @@ def main() -> int:
         with small_disk(root / "whole") as disk:
             code, told, wrote = child(disk, root / "whole.journal")
             assert code == 0, told
-            whole = common.left_by(kill_run.folder(disk / "outputs"))
+            whole = drilling.left_by(kill_run.folder(disk / "outputs"))
         count = len(wrote)
         chosen = list(range(1, count + 1))
         if arguments.moments:
@@ -131,7 +131,7 @@ def main() -> int:
                 counts[what][1] += not found
                 wrong += [f"write {number} ({what}), {spare} bytes left: {line}" for line in found]
     rows = [[what, str(tried), str(exact)] for what, (tried, exact) in counts.items()]
-    print(common.table(["full before the writing of", "trials", "one line, then the exact result"], rows))
+    print(drilling.table(["full before the writing of", "trials", "one line, then the exact result"], rows))
     print("\n".join(wrong) if wrong else f"{2 * len(chosen)} of {2 * len(chosen)} continued to the exact result")
     return 1 if wrong else 0
 

@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import common
+import drilling
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
@@ -58,7 +58,7 @@ def child(outputs: Path, kill_at: int | None = None) -> tuple[int, list[str]]:
         os.dup2(1, 2)
         code = 1
         try:
-            common.Events(journal, f"any {kill_at}" if kill_at else "").install()
+            drilling.Events(journal, f"any {kill_at}" if kill_at else "").install()
             run.main(config(outputs))
             code = 0
         finally:
@@ -78,7 +78,7 @@ def main() -> int:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             run.main(config(root / "warm"))
         events = len(child(root / "whole")[1])
-        whole = common.left_by(folder(root / "whole"))
+        whole = drilling.left_by(folder(root / "whole"))
         print(f"{events} events in an uninterrupted run; killing at {moments} of them")
         for number in range(moments):
             kill_at = 1 + number * (events - 1) // max(1, moments - 1)
@@ -94,7 +94,7 @@ def main() -> int:
             if status != 0:
                 wrong.append(f"event {kill_at}, {where}: the second start ended with status {status}")
                 continue
-            if found := common.differences(folder(outputs), whole):
+            if found := drilling.differences(folder(outputs), whole):
                 wrong.append(f"event {kill_at}, {where}: differs in {', '.join(found)}")
             if journal.count("step") > STEPS + CHECKPOINT_EVERY:
                 wrong.append(f"event {kill_at}, {where}: {journal.count('step')} optimizer steps")

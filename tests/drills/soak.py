@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import common
+import drilling
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
@@ -68,7 +68,7 @@ def main() -> int:
         rows.append([name, f"{first:.4g}", f"{last:.4g}", f"{max(values):.4g}", f"{last / first - 1:+.1%}"])
         if last > LIMIT * first:
             grown.append(name)
-    print(common.table(["", f"median of the first {third}", f"of the last {third}", "most", "growth"], rows))
+    print(drilling.table(["", f"median of the first {third}", f"of the last {third}", "most", "growth"], rows))
     print(
         f"grew by more than 5 %: {', '.join(grown)}"
         if grown

@@ -8,7 +8,7 @@ trained again, and a kill may cost at most one checkpoint interval. ray and subm
 A `grid` of eight cells that is started once more takes no step. The plain grid of a `staged` search's words continues
 the search's runs, so that both together take no step twice.
 
-Steps are counted in the child process: it writes its events to a journal (see common.py).
+Steps are counted in the child process: it writes its events to a journal (see drilling.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import os
 import re
 import runpy
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import common
+import drilling
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers import processes
 
 from tiedlora.config.project import PROJECT
 from tiedlora.records.run_folder import RunFolder
@@ -87,7 +90,7 @@ DRILLS = {
 
 def child() -> None:
     """Run train.py with a journal, and with a kill at the moment that KILL_AT names."""
-    common.Events(Path(os.environ["JOURNAL"]), os.environ["KILL_AT"]).install()
+    drilling.Events(Path(os.environ["JOURNAL"]), os.environ["KILL_AT"]).install()
     sys.argv = [str(PROJECT / "train.py"), *sys.argv[2:]]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
@@ -96,7 +99,8 @@ def start(outputs: Path, model: str, words: tuple[str, ...], kill_at: str = "") 
     """Start the sweep once. Returns its exit code."""
     environment = {**os.environ, "JOURNAL": f"{outputs}.journal", "KILL_AT": kill_at, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--child", "--multirun", f"model={model}", *CELL, *words, f"outputs={outputs}"]
-    done = subprocess.run(command, env=environment, cwd=outputs.parent, capture_output=True, text=True)
+    # A process that is left, such as a worker, ends with the command.
+    done = processes.run(command, seconds=3600, env=environment, cwd=outputs.parent)
     if done.returncode not in (0, -signal.SIGKILL):
         print(done.stdout[-2000:], done.stderr[-4000:], sep="\n")
     return done.returncode
@@ -104,7 +108,9 @@ def start(outputs: Path, model: str, words: tuple[str, ...], kill_at: str = "") 
 
 def results(outputs: Path) -> dict[str, dict[str, Any]]:
     """Run -> what it left."""
-    return {file.parent.name: common.left_by(RunFolder(file.parent)) for file in sorted(outputs.glob("*/result.json"))}
+    return {
+        file.parent.name: drilling.left_by(RunFolder(file.parent)) for file in sorted(outputs.glob("*/result.json"))
+    }
 
 
 def decisions(outputs: Path) -> dict[str, object]:
