@@ -188,8 +188,6 @@ time.sleep = lambda seconds: None  # The hub's client waits between its tries, a
 from tiedlora import errors
 from tiedlora.config.compose import compose_config
 from tiedlora.runs import run
-
-pytestmark = pytest.mark.slow
 for more in (["model=qwen2_5_0_5b", "task=chain_sum"], ["model=tiny_llama", "task=gsm8k"]):
     try:
         with errors.exit_codes():
