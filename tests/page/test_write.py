@@ -51,7 +51,7 @@ def test_tables_come_in_three_formats_with_the_same_cells(tmp_path):
     for text in (latex, markdown):
         assert formats.score(report.rows[0].score.value) in text
     assert all(line.endswith((r"\\", "rule")) for line in latex.splitlines()[4:-2])
-    for name in ("pareto", "curves"):  # forest: tests/analysis/test_forest.py
+    for name in ("pareto", "curves"):  # forest: tests/page/test_matrix.py
         assert (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
         assert (tmp_path / "report" / f"{name}.svg").read_text().startswith("<?xml")
 

@@ -205,7 +205,7 @@ def _look(answer: Answer, seen: PairedScores, number: int) -> bool:
 
 def _test(answer: Answer, seen: PairedScores, level: float) -> rules.Evidence:
     """Set the contrast, the verdict and the least share that is kept, from these seeds at this level."""
-    rule, sides = answer.claim.rule, (seen.method, seen.comparator, seen.base)
+    rule, sides = answer.claim.rule, seen.sides
     evidence = rule.evidence(*sides)
     answer.contrast = intervals.both_interval(rule.contrast(*sides), level)
     _set_share(answer, seen, level)
@@ -249,7 +249,7 @@ def _predict(answer: Answer, scores: PairedScores) -> None:
     seen = scores.of(plan.of_look(look))
     if len(seen.seeds) < plan.looks.seeds[look]:
         return
-    rule, sides = answer.claim.rule, (seen.method, seen.comparator, seen.base)
+    rule, sides = answer.claim.rule, seen.sides
     chance = rules.chance_of_decision(rule, *sides, plan.looks, look)
     answer.is_futile = chance < rules.FUTILE
     if answer.is_futile:

@@ -214,6 +214,11 @@ class PairedScores:
     base: Array | None
     """(rows,); None if the base model was not scored."""
 
+    @property
+    def sides(self) -> tuple[Array, Array, Array | None]:
+        """What a rule compares: the method, the comparator, and the zero point of their gains."""
+        return self.method, self.comparator, self.base
+
     def of(self, seeds: Iterable[int]) -> PairedScores:
         """The scores of these seeds only, in their order. Seeds that are missing here are left out."""
         places = [self.seeds.index(seed) for seed in seeds if seed in self.seeds]

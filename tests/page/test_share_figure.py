@@ -1,4 +1,4 @@
-"""What every arm keeps of a reference's gain: the numbers, and the figure of them."""
+"""The figure of what every arm keeps of a reference's gain, and its table."""
 
 import csv
 
