@@ -22,6 +22,9 @@ compose.register()
 @hydra.main(config_path="conf", config_name="config", **compose.VERSION_BASE)
 def main(composed: DictConfig) -> None:
     with errors.exit_codes():
+        for group, plain in (("hydra/sweeper", "resuming"), ("hydra/launcher", "basic")):
+            if (option := HydraConfig.get().runtime.choices[group]) != plain:
+                raise errors.UserError(f"{group}={option}: is for a sweep; add --multirun, or leave it out")
         run.main(compose.load(composed))
 
 

@@ -23,10 +23,14 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--to", choices=("peft", "merged", "hub-card"), required=True)
     parser.add_argument("--out", type=Path, help="the new folder; default RUN/export/<to>")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of merged weights")
-    parser.add_argument("--split", choices=SCORED_SPLITS, default="validation", help="whose rows the lm-eval task asks")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of merged weights; default float32")
+    parser.add_argument("--split", choices=SCORED_SPLITS, help="whose rows the lm-eval task asks; default validation")
     parser.add_argument("--cache", help="where converted models are; default: where the run kept them")
     arguments = parser.parse_args()
+    if arguments.dtype and arguments.to != "merged":
+        raise UserError(f"--dtype {arguments.dtype}: is for --to merged; the adapter is always float32")
+    if arguments.split and arguments.to == "hub-card":
+        raise UserError(f"--split {arguments.split}: is for --to peft or merged, which have an lm-eval task")
     run = RunFolder(arguments.run.absolute())
     record = run.finished_record()
     out = (arguments.out or run.path / "export" / arguments.to).absolute()
@@ -37,7 +41,9 @@ def main() -> None:
     # Imported here because torch and transformers take seconds, and a wrong argument should be refused before that.
     from tiedlora.export.folder import ExportOptions, export_run
 
-    options = ExportOptions(arguments.to, arguments.dtype, arguments.split, arguments.cache)
+    options = ExportOptions(
+        arguments.to, arguments.dtype or "float32", arguments.split or "validation", arguments.cache
+    )
     exported = export_run(run, record, config, out, options)
     if exported.rounding:
         print(exported.rounding)

@@ -47,6 +47,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.words and arguments.what not in ("forecast", "repeat", "verify"):
         raise UserError(f"{' '.join(arguments.words)}: {arguments.what} takes no words; change {study.PLAN} instead")
+    if arguments.part and arguments.what not in ("plan", "forecast", "run"):
+        raise UserError(f"--part: is for plan, forecast and run; {arguments.what} takes the whole study")
     planned = study.read_study(arguments.study)
     outputs = (arguments.outputs or PROJECT / "outputs" / "studies" / planned.name).absolute()
     if arguments.what == "plan":

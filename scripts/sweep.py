@@ -54,6 +54,9 @@ def main() -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="clean: only say how much it would free")
     arguments = parser.parse_intermixed_args()
+    for option, what in (("by", "select"), ("no_test", "select"), ("dry_run", "clean")):
+        if getattr(arguments, option) and arguments.what != what:
+            raise UserError(f"--{option.replace('_', '-')}: is for {what}, and {arguments.what} would not heed it")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("tiedlora").setLevel(logging.INFO)
     # A word of train.py has a '=', or deletes a key with '~'; an id has neither.

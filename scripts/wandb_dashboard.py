@@ -11,7 +11,9 @@ from pathlib import Path
 
 from tiedlora import errors
 from tiedlora.analysis.runs import read_runs, run_roots
+from tiedlora.errors import UserError
 from tiedlora.page import wandb_dashboard
+from tiedlora.text import is_name
 
 
 def main() -> None:
@@ -21,6 +23,9 @@ def main() -> None:
     parser.add_argument("--project", default="tiedlora")
     parser.add_argument("--json", action="store_true", help="print the workspaces instead of saving them")
     arguments = parser.parse_args()
+    for option in ("entity", "project"):
+        if not is_name(name := getattr(arguments, option)) or "/" in name:
+            raise UserError(f"--{option} {name!r:.60}: use letters, digits, '.', '_' and '-'")
     if arguments.json:
         # This must be a variable of the environment: only then does wandb make no network call.
         os.environ["WANDB_MODE"] = "offline"

@@ -50,7 +50,7 @@ class PeftArm(OtherArm):
             torch.manual_seed(spec.seed)
             try:
                 self.peft: Any = get_peft_model(model, config)
-            except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
                 _restore_modules(model)
                 raise UserError(
                     f"tying.method={spec.tying.method}: PEFT refuses it: {' '.join(str(error).split()):.300}"

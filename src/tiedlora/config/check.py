@@ -20,6 +20,8 @@ LARGEST_RANDOM = 10**9
 """Most parameters of a random model."""
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters, and halves of surrogate pairs."""
+SMALLEST_VOCABULARY = 257
+"""Of a random model (models/)."""
 LARGEST_MISS = 2
 """By which factor the size of a new run may miss its budget. From 5 % on, a miss is marked."""
 TASK_TEXT, HUB_TEXT = "task", "hub"
@@ -99,6 +101,8 @@ def check_new_run(config: Config) -> None:
         )
     if config.train.init_digest is not None and not config.train.init_from:
         raise UserError("train.init_digest: is filled in by the program; name the adapter with train.init_from=RUN")
+    if config.train.lr is not None and config.train.min_lr > config.train.lr:
+        raise UserError(f"train.min_lr={config.train.min_lr:g}: is above train.lr={config.train.lr:g}; lower it")
     is_sized = config.tying.method is None or config.tying.knob is not None
     count = trainable_params(config) if config.budget is not None and is_sized else None
     if config.budget is not None and count and not 1 / LARGEST_MISS <= count / config.budget <= LARGEST_MISS:
@@ -143,9 +147,10 @@ def check_device(key: str, name: str) -> None:
 
 def _check_training(config: Config) -> None:
     train: TrainConfig = config.train
-    if config.tying.method is None and not any(
-        getattr(train.lr_factor, part) > 0 for part in tying.PARTS if getattr(config.tying, part).trained
-    ):
+    trained = [part for part in tying.PARTS if getattr(config.tying, part).trained]
+    if config.tying.method is None and not trained:
+        raise UserError("tying: none of A, B, u and v is trained; set tying.PART.trained=true for one of them")
+    if config.tying.method is None and not any(getattr(train.lr_factor, part) > 0 for part in trained):
         raise UserError("train.lr_factor: is 0 for every trained part, so nothing would be trained; raise one of them")
     if train.warmup_steps > train.steps:
         raise UserError(f"train.warmup_steps={train.warmup_steps}: is more than train.steps={train.steps}")
@@ -216,6 +221,11 @@ def _check_sizes(model: ModelConfig) -> None:
         return
     if a.family == "gpt2" and a.hidden != a.heads * a.head_dim:
         raise UserError(f"model.architecture.hidden={a.hidden}: must be heads x head_dim={a.heads * a.head_dim}")
+    if a.vocabulary < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"model.architecture.vocabulary={a.vocabulary}: a random model needs {SMALLEST_VOCABULARY} or more, one "
+            "for each byte and one for the end of a text"
+        )
     if a.head_dim % 2:
         raise UserError(f"model.architecture.head_dim={a.head_dim}: must be even (rotary embeddings turn pairs)")
     layer_params = 2 * (a.heads + a.kv_heads) * a.head_dim + 3 * a.intermediate

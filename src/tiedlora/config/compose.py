@@ -109,6 +109,9 @@ def complete(config: Config) -> Config:
     Raises:
         UserError: one line that names the key.
     """
+    for name, path in _paths(config).items():
+        if path == "":
+            raise UserError(f"{name}: is empty; name a folder, or leave it out (is a variable of the shell not set?)")
     train = config.train
     if train.lr is None:
         train = replace(train, lr=config.tying.suggested_lr)
@@ -136,9 +139,20 @@ def complete(config: Config) -> Config:
     return config
 
 
+def _paths(config: Config) -> dict[str, str | None]:
+    return {
+        "outputs": config.outputs,
+        "cache": config.cache,
+        "data_root": config.data_root,
+        "model.path": config.model.path,
+        "train.init_from": config.train.init_from,
+        "tying.config": config.tying.config,
+    }
+
+
 def absolute(path: str) -> str:
-    """The path from the root, with ~ as the home folder. An empty path stays empty."""
-    return path and str(Path(os.path.expanduser(path)).absolute())
+    """The path from the root, with ~ as the home folder."""
+    return str(Path(os.path.expanduser(path)).absolute())
 
 
 def compose_config(overrides: list[str]) -> Config:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -78,8 +80,11 @@ def readable_errors() -> Iterator[None]:
     except ValueError as error:
         if "integer string conversion" in str(error):
             raise UserError("a number has more digits than are read (4300)") from error
-        if "Config group override" not in str(error):
+        if f"{os.sep}hydra{os.sep}" not in traceback.extract_tb(error.__traceback__)[-1].filename:
             raise
+        if "Config group override" not in str(error):
+            # Such as of options of the command line that exclude each other.
+            raise UserError(_first_sentence(str(error))) from error
         raise UserError(
             "a group takes the name of an option, not a bare number: rank=r8 selects one, rank.r=8 sets any value"
         ) from error
@@ -98,8 +103,13 @@ def explain(error: BaseException) -> str:
         names = options(group)
         return f"{group}={option}: no such option; choose one of {', '.join(names)}{nearest(option, names)}"
     if match := re.search(r"Could not override '([\w.]+)'|Key '([\w.]+)' (?:is )?not in '?(\w+)", text):
-        key = match[1] or _full_key(text) or match[2]
+        key = _full_key(text) or match[1] or match[2]
+        mapping = schema_keys().get(key.rpartition(".")[0])
+        if mapping is not None and isinstance(mapping.value, dict):
+            return f"{key}: unknown key; a key of {mapping.name} is added as +{key}=VALUE"
         return f"{key}: unknown key{nearest(key, schema_keys())}; `python train.py --cfg job` shows them all"
+    if match := re.search(r"Ambiguous value for argument '(.*?)'", text):
+        return f"{visible(match[1]):.80}: has several values; add --multirun for a sweep, or write a list as KEY=[A,B]"
     if isinstance(error, OverrideParseException):
         return (
             f"{visible(str(error.override)):.80}: cannot be parsed as KEY=VALUE ({visible(_first_sentence(text)):.80})"

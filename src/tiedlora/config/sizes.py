@@ -172,7 +172,7 @@ def _count(tying: TyingConfig, architecture: Architecture) -> int | None:
         except NotImplementedError:
             # It reads the values of the weights.
             return None
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
             if "meta" in str(error):
                 return None
             if "Target modules" in str(error) or "target modules" in str(error):

@@ -105,7 +105,10 @@ class CellComposer:
     def _checked(self, section: str, own: tuple[str, ...]) -> Config | None:
         without = tuple(override for override in own if self._section_of(override) is None)
         composed, shared = self._composition(own), self._composition(without)
-        if shared is None or composed is None or _REFERENCE.search(str(composed.raw[section])):
+        # A section that a word such as ~seed has taken away has its default only in the whole configuration.
+        if shared is None or composed is None or section not in composed.raw:
+            return None
+        if _REFERENCE.search(str(composed.raw[section])):
             return None
         # An option may have a defaults list or a @package line, and so change other sections.
         if composed.choices != shared.choices:

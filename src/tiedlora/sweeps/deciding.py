@@ -7,6 +7,7 @@ of the report have decided it (supported, contradicted or uninformative), when n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,19 +65,27 @@ def run_deciding(
         fail_fast: as for run_sweep.
 
     Raises:
-        UserError: the claims' file is wrong, or not the one of the plan; a claim needs scores of the base model, and
-            score.base is false; or a file of a run is damaged.
+        UserError: the claims' file is wrong, or not the one of the plan; a claim needs scores that the sweep does not
+            compute; or a file of a run is damaged.
         SystemExit: with code 1, as run_staged.
         KeyboardInterrupt: the sweep was asked to stop.
     """
     if budget is not None and not is_count(budget):
         raise UserError(f"hydra.sweeper.budget={budget}: must be a whole number of at least 1, or null")
+    if not isinstance(claims, str) or not claims:
+        raise UserError(f"hydra.sweeper.claims={claims}: must be the name of a file, such as claims/tied_lora.yaml")
+    # Every rate runs at the first seed, except those that are stopped early, which count as runs too.
+    least = max(Counter(cell.config.seed for cell in sweep.cells).values())
+    if budget is not None and budget < least:
+        raise UserError(f"hydra.sweeper.budget={budget}: the search of the rates alone has {least} runs or more")
     path = Path(claims) if Path(claims).exists() else PROJECT / claims
     planned = claim_files.read(path)
     configs = [cell.config for cell in sweep.cells]
     names = {config.tying.name for config in configs}
     claim_files.check_names(path, planned, names, {config.task.name: () for config in configs})
     _check_sides(sweep, planned)
+    if not all(cell.config.score.splits for cell in sweep.cells):
+        raise UserError("score.splits=[]: the claims need scores; choose validation, test or both")
     for claim in planned:
         if claim.rule.needs_base and not all(cell.config.score.base for cell in sweep.cells):
             raise UserError(f"score.base=false: the claim '{claim.name}' needs the scores of the base model")

@@ -69,7 +69,15 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
     """
     composers = {} if composers is None else composers
     composer = composers.setdefault(tuple(master.hydra.overrides.hydra), CellComposer(master, loader))
-    match_lora = bool(master.hydra.sweeper.match_lora)
+    # Hydra does not know the types of a sweeper's keys.
+    for key, kind, words in (
+        ("params", DictConfig, "a mapping of axes"),
+        ("match_lora", bool, "true or false"),
+        ("fail_fast", bool, "true or false"),
+    ):
+        if not isinstance(value := master.hydra.sweeper[key], kind):
+            raise UserError(f"hydra.sweeper.{key}={value}: must be {words}")
+    match_lora: bool = master.hydra.sweeper.match_lora
     cells: dict[str, SweepCell] = {}
     for cell_overrides in combinations(master, loader, overrides):
         for cell in _cells(composer, cell_overrides, match_lora):
@@ -103,7 +111,10 @@ def _values(override: Override) -> list[str]:
     if not override.is_discrete_sweep():
         raise UserError(f"{override.input_line}: give the values one by one, as in train.lr=1e-3,1e-2")
     # A range may be too long to be listed.
-    values = list(itertools.islice(override.sweep_string_iterator(), MOST_CELLS + 1))
+    try:
+        values = list(itertools.islice(override.sweep_string_iterator(), MOST_CELLS + 1))
+    except ValueError as error:
+        raise UserError(f"{override.input_line}: {error}; give the values, as in seed=0,1,2") from None
     if not 0 < len(values) <= MOST_CELLS:
         size = f"more than {MOST_CELLS:,} values" if values else "no value"
         raise UserError(f"{override.input_line}: has {size}, so there is no sweep; give some, as in seed=0,1,2")

@@ -97,6 +97,11 @@ class Study:
     """The words of every sweep."""
     parts: Annotated[list[StudyPart], Field(min_length=1)]
 
+    def __post_init__(self) -> None:
+        names = [part.name for part in self.parts]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two parts have the name {twice}; give each its own")
+
     def commands(self, only: str | None = None) -> Iterator[tuple[str, list[str]]]:
         """The name of the part and the words after `train.py --multirun`, for each sweep in the planned order.
 

@@ -1,0 +1,168 @@
+"""Mistakes at every command: one line that names what is wrong and what to do, exit code 2, and nothing left behind.
+
+One case for each rule. The rules of single keys are in config/test_config.py, those of a claims file in
+analysis/test_claims.py, and those of a study's plan in sweeps/test_study.py.
+"""
+
+import shlex
+
+import pytest
+from helpers.hostile import snapshot
+
+TRAIN = {
+    # What is empty, or alone means nothing
+    "an empty path": ("train.init_from=", "train.init_from: is empty; name a folder"),
+    "a digest alone": ("train.init_digest=abc", "name the adapter with train.init_from=RUN"),
+    "a sweeper without a sweep": ("hydra/sweeper=staged", "hydra/sweeper=staged: is for a sweep; add --multirun"),
+    "values without a sweep": ("seed=0,1", "seed=0,1: has several values; add --multirun for a sweep"),
+    "a flag alone": ("--resolve", "The --resolve flag can only be used in conjunction with --cfg"),
+    "two flags that exclude each other": ("--multirun --cfg job", "Only one of --run, --multirun, --cfg"),
+    "a knob without a method": ("tying.knob=r", "tying.knob: belongs to another method; set tying.method"),
+    "a limit of what is not spread": ("model.gpu_memory=20GiB", "set model.device_map=auto"),
+    "no metric": ("score.metrics=[]", "score.metrics=[]: names no metric; null takes all"),
+    # Sizes and rates
+    "a budget out of reach": ("budget=1000000", "the nearest size of TABuv on this model has 3,360 parameters"),
+    "a rate that falls upwards": ("train.lr=1e-3 train.min_lr=1e-2", "min_lr=0.01: is above train.lr=0.001; lower it"),
+    "too few tokens": ("model.architecture.vocabulary=256", "vocabulary=256: a random model needs 257 or more"),
+    "a memory of no unit": ("model.device_map=auto model.gpu_memory=20", "KiB, MiB or GiB, such as 20GiB"),
+    "answers of the whole context": ("task.max_new_tokens=512", "leaves no room for a prompt in the model's context"),
+    "prompts that fit nowhere": ("task.max_prompt_tokens=1", "none of 3810 rows fits max_prompt_tokens=1"),
+    "more rows than there are": ("task.rows.train=100000", "there are only 3810; lower it, or null takes all"),
+    "all rows for validation": ("task.validation_from_train=3810", "must be less than the 3810 train rows"),
+    "rows of no number": ("'task.options.rows={train: few}'", "task.options.rows.train=few: must be a number from 1"),
+    # Parts of an adapter
+    "nothing trained": (
+        "tying.A.trained=false tying.B.trained=false tying.u.trained=false tying.v.trained=false",
+        "none of A, B, u and v is trained; set tying.PART.trained=true",
+    ),
+    "no part at zero": ("tying.B.init=1", "no part starts at zero"),
+    "two parts at zero": ("tying.u.init=0", "B and u both start at zero"),
+    "a zero part at rate zero": ("train.lr_factor.B=0", "train.lr_factor.B=0: B starts at zero"),
+    "a start that is none": ("tying.A.init=gauss", "tying.A.init=gauss: choose uniform, normal or a number"),
+    "a share that is none": ("tying.A.share=some", "tying.A.share=some: choose all (tied) or how many layers"),
+    "all is dropped": ("tying.dropout=1", "tying.dropout=1.0: must be in [0, 1)"),
+    "a layer that is none": ("tying.layers=[3]", "holds 3, but the model has 3 layers: 0 to 2 are allowed"),
+    "layers backwards": ("tying.layers=[2-1]", "'2-1' is neither a layer's number nor a range"),
+    "no layer": ("tying.layers=[]", "tying.layers: is empty; name at least one layer, or set null"),
+    "a projection twice": ("tying.targets=[qkv,q]", "a projection is adapted twice"),
+    # Methods of PEFT
+    "no method": ("tying=peft", "tying=peft: names no method; add tying.method=NAME"),
+    "a method that is none": ("tying=peft tying.method=VeraConf", "tying.method=VeraConf: is no method of PEFT"),
+    "a method with steps of its own": ("tying=peft tying.method=AdaLoraConfig", "which this loop does not do"),
+    "an argument that is none": ("tying=peft/vera tying.arguments.rank=3", "rank: VeraConfig has no such argument"),
+    "a pattern that is none": ("tying=peft/vera 'tying.no_decay=[\"[\"]'", "is no regular expression"),
+    "a factor of another method": ("tying=peft/vera train.lr_factor.A=2", "has no part A; use tying.lr_factors="),
+    "a quantised base": ("tying=peft/vera model.quantization=nf4", "needs the whole model, unquantised"),
+    "a folder without a method": ("tying=peft tying.config=nowhere", "nowhere/adapter_config.json: is missing"),
+    # Models and tasks
+    "a model that is no folder": ("model.path=nowhere", "must be a folder with config.json, tokenizer.json and"),
+    "a model of numbers": ("model=gpt2b_001", "this option is only for scripts/params.py"),
+    "a random model of another kind": ("model.architecture.family=phi3", "a random model can be one of llama, gpt2"),
+    "a random model that is spread": ("model.device_map=auto", "a random model has no files to load; use null"),
+    "a task's code that is none": ("task.kind=gsm9k", "task.kind=gsm9k: no such task; choose one of dialogsum"),
+    "a field that is none": ("'task.prompt=\"{q}\"'", "the template needs the field 'q', which is missing"),
+    "an empty target": ("task.target=", "row 0: the target is empty"),
+    "one prompt for all rows": ("task.prompt=Answer", "250 validation rows are also training rows"),
+    "a template of no chat": ("task.chat_template=true", "this model's tokenizer has no chat template"),
+    "a key of a mapping": ("'task.options={zzz: 1}'", "is added as +task.options.zzz=VALUE"),
+    "rows that are not there": ("task=squad data_root=nowhere", "nowhere/squad/train.jsonl: no such file"),
+    # Scores and trackers
+    "a metric that is none": ("score.metrics=[bleu]", "score.metrics=bleu: no such metric of task=chain_sum"),
+    "a text of no kind": ("score.forgetting=wiki", "must be FILE.txt, task:NAME or hub:ID"),
+    "a text that is no file": ("score.forgetting=wiki.txt", "no such file; a relative path starts at the present"),
+    "a task's text that is none": ("score.forgetting=task:wiki", "no such task; choose from chain_sum"),
+    "a text that is trained": ("score.forgetting=task:chain_sum", "is the task that the run trains"),
+    "a team in the project": ("tracking=wandb tracking.project=a/b", "give the team as tracking.entity"),
+}
+SWEEPS = {
+    "a step of zero": ("'seed=range(0,3,0)'", "seed=range(0,3,0): range() arg 3 must not be zero; give the values"),
+    "an axis of nothing": ("'tying=glob(Z*)'", "tying=glob(Z*): has no value, so there is no sweep"),
+    "an axis without end": ("'seed=range(0,1000000000)'", "has more than 100,000 values"),
+    "cells without end": ("'seed=range(0,1000)' 'train.steps=range(5,1000)'", "has 995,000 cells, at most 100,000"),
+    "an interval": ("'train.lr=interval(0,1)'", "give the values one by one, as in train.lr=1e-3,1e-2"),
+    "a word for a flag": ("hydra.sweeper.fail_fast=maybe", "hydra.sweeper.fail_fast=maybe: must be true or false"),
+    "an axis of Hydra's": ("hydra.job.name=a,b", "Sweeping over Hydra's configuration is not supported"),
+    "one cell that is wrong": ("seed=0,-1", "seed=-1: seed=-1: must be at least 0"),
+    "cells that are repeated": ("force=true", "force=true: a sweep that repeats its finished cells could not be"),
+    "claims of no file": ("hydra/sweeper=deciding hydra.sweeper.claims=[a]", "must be the name of a file, such as"),
+    "claims without their sides": ("hydra/sweeper=deciding train.lr=1e-3,1e-2", "needs TABuv r=8 and LoRA"),
+    "claims without scores": ("hydra/sweeper=deciding tying=LoRA,TABuv score.splits=[]", "the claims need scores"),
+    "fewer runs than the search has": (
+        "hydra/sweeper=deciding tying=LoRA,TABuv hydra.sweeper.budget=1",
+        "hydra.sweeper.budget=1: the search of the rates alone has 2 runs or more",
+    ),
+}
+WORDS = "model=tiny_llama outputs=outputs cache=cache"
+SCRIPTS = {
+    "a report of nothing": ("report.py nowhere", "nowhere: is not a folder; give the folder that holds the runs"),
+    "a report of a bare plan": ("report.py study", "the study has no runs yet; scripts/study.py run study makes them"),
+    "a report with no claims": ("report.py outputs --claims nowhere", "nowhere: no such file; claims are YAML files"),
+    "a report on another claim": ("report.py outputs --claims claims.yaml", "(did you mean TABuv?)"),
+    "a report with a negative page": ("report.py outputs --sections -1", "--sections -1: must be at least 0"),
+    "published scores of nowhere": ("report.py outputs --reference nowhere", "published scores are YAML files in"),
+    "checks of no run": ("verify.py outputs", "has no result.json, so there is no finished run to verify"),
+    "checks of fewer than no rows": ("verify.py RUN --rows -1", "--rows -1: must be at least 0"),
+    "scores of no metric": ("score.py RUN --metrics f1", "no such metric of task=chain_sum; choose from"),
+    "answers of no run": ("generate.py outputs --prompt x", "is not a run's folder (it has no config.yaml)"),
+    "answers of no token": ("generate.py RUN --max-new-tokens 0", "--max-new-tokens 0: must be at least 1"),
+    "an export over a file": ("export.py RUN --to peft --out claims.yaml", "exists and is not empty; remove it"),
+    "numbers of an adapter": ("export.py RUN --to peft --dtype bfloat16", "--dtype bfloat16: is for --to merged"),
+    "rows of a card": ("export.py RUN --to hub-card --split test", "--split test: is for --to peft or merged"),
+    "parameters of two at once": ("params.py tying=LoRA,TABuv", "tying=LoRA,TABuv: has several values"),
+    "rows for nowhere": ("fetch_data.py task=squad", "data_root: has no value; give the folder to write to"),
+    "rows that are made": ("fetch_data.py task=chain_sum data_root=rows", "makes its own rows, so there is nothing"),
+    "a team that is a path": (
+        "wandb_dashboard.py outputs --entity ../x --json",
+        "--entity '../x': use letters, digits",
+    ),
+    "a sweep that is not over": (f"sweep.py select {WORDS} seed=7", "1 of 1 cells are not finished"),
+    "cells without a name": (f"sweep.py drop {WORDS}", "drop: name the cells by their ids, such as 'LoRA-*-s1-*'"),
+    "cells that are none": (f"sweep.py retry {WORDS} 'LoRA-*'", "LoRA-*: is no cell of this sweep"),
+    "two sweeps to watch": ("sweep.py watch one two", "watch: takes one sweep: its id, its name, its folder"),
+    "no sweep to watch": ("sweep.py watch outputs=outputs", "has no sweeps/; start one with train.py --multirun"),
+    "an option of another action": (f"sweep.py select {WORDS} --dry-run", "--dry-run: is for clean, and select"),
+    "a study of nowhere": ("study.py plan nowhere", "no such file; a study is a folder with a study.yaml"),
+    "words for a plan": ("study.py plan study seed=1", "seed=1: plan takes no words; change study.yaml instead"),
+    "a part that is none": ("study.py plan study --part two", "two: is no part of study; its parts are one"),
+    "a part of the records": ("study.py export study --part one", "--part: is for plan, forecast and run; export"),
+    "a plan that is not committed": ("study.py run study", "is not committed; commit the plan before the first run"),
+    "records of no run": ("study.py export study --outputs nowhere", "so there are no runs to export"),
+    "records that are not there": ("study.py restore study", "so the study has no records to continue from"),
+    "two runs to repeat": ("study.py repeat study a b", "repeat: takes one run; give the name of a folder in"),
+    "a run that is none": ("study.py verify study a", "is no finished run of the study; give the name of a folder"),
+}
+COMMANDS = {
+    **{what: (f"../train.py {words}", says) for what, (words, says) in TRAIN.items()},
+    **{what: (f"../train.py --multirun {words}", says) for what, (words, says) in SWEEPS.items()},
+    **SCRIPTS,
+}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, finished_run):
+    """A folder with a finished run, a study without runs, and claims about what does not exist."""
+    finished_run()
+    (tmp_path / "study").mkdir()
+    part = "{name: one, words: [model=tiny_llama], sweeps: [[seed=0]]}"
+    (tmp_path / "study" / "study.yaml").write_text(f"name: study\nwords: []\nparts: [{part}]\n")
+    sides = "method: {configuration: TABvu, rank: 8}, comparator: {configuration: LoRA, at: equal_rank}"
+    (tmp_path / "claims.yaml").write_text(f"claims: [{{name: x, {sides}, retains: 0.9, tasks: []}}]\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("what", COMMANDS)
+def test_a_mistake_is_one_line_and_leaves_nothing(what, place, script):
+    line, says = COMMANDS[what]
+    (run,) = (place / "outputs").glob("TABuv-*")
+    path, *words = [str(run) if word == "RUN" else word for word in shlex.split(line)]
+    if path == "../train.py":
+        flags = words[:1] if words[0].startswith("--m") else []
+        words = [*flags, "tracking=none", *WORDS.split(), *words[len(flags) :]]
+    before = snapshot(place)
+    code, out, err = script(f"scripts/{path}", *words)
+    assert says in err
+    assert (code, out, len(err.splitlines()), err[:7]) == (2, "", 1, "error: ")
+    after = snapshot(place)
+    # A sweeper writes the cells of a sweep before it looks at what its own keys say.
+    assert before == {name: held for name, held in after.items() if not name.startswith("outputs/sweeps")}
