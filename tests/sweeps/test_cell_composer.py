@@ -73,6 +73,7 @@ def random_cell(generator: random.Random) -> list[str]:
     return cell
 
 
+@pytest.mark.slow
 def test_random_cells_equal_hydras_own_composition():
     # Tried once with 300 cells of seed 1 as well, which takes minutes.
     generator = random.Random(0)

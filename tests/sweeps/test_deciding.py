@@ -155,6 +155,7 @@ def target_losses(sweep) -> dict[tuple[str, int], float]:
     return losses
 
 
+@pytest.mark.slow
 def test_as_a_command(tiny_run, tmp_path):
     words = [*tiny_run(*WORDS), "hydra/sweeper=deciding", f"hydra.sweeper.claims={claims_file(tmp_path, 0.9)}"]
     ended = sweep_command(*words, "hydra.sweeper.highest_rate=0.1").ended()

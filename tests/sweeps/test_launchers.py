@@ -39,6 +39,7 @@ def has_checkpoint(cell: SweepCell) -> bool:
     return any(cell.folder.checkpoints.glob("step-*[0-9]"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_save_a_checkpoint_when_their_command_is_stopped_or_killed(tiny_run, number):
     words = tiny_run("seed=0,1,2", "train.steps=100000", "train.validate_every=0", "hydra/launcher=joblib_slots")

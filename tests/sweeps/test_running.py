@@ -91,6 +91,7 @@ class TestLaunchers:
         assert [cell.state() for cell in swept.cells] == ["missing", "missing"]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_stopped_shared_finished_and_skipped(tiny_run, tmp_path):
     words = tiny_run("seed=0,1", "train.steps=80", "train.log_every=1", "train.checkpoint_every=80")
     cells = compose_sweep(words).cells
@@ -136,6 +137,7 @@ def test_commands_that_run_nothing_import_no_torch(tiny_run, finish):
     assert "2 finished before, 0 to run" in ended.stderr
 
 
+@pytest.mark.slow
 def test_editing_conf_while_a_sweep_runs_changes_nothing_in_it(tiny_run, tmp_path):
     project = tmp_path / "project"
     shutil.copytree(PROJECT / "conf", project / "conf")

@@ -184,6 +184,7 @@ def test_wrong_options_are_one_line(option, message):
         staged.SearchOptions(**{"rungs": [0.5], "finalists": 2, "lowest_rate": 1e-5, "highest_rate": 1.0, **option})
 
 
+@pytest.mark.slow
 def test_as_a_command_and_then_select(tiny_run, script):
     words = [*tiny_run(*GRID), "hydra/sweeper=staged"]
     ended = sweep_command(*words).ended()

@@ -168,6 +168,7 @@ class TestFinding:
             find_sweep(outputs / "empty")
 
 
+@pytest.mark.slow
 class TestCommand:
     def test_lines_without_a_terminal_from_another_process(self, tiny_run, tmp_path):
         """A real sweep with a cell that fails, watched from its start to its end."""

@@ -187,6 +187,7 @@ class TestOthers:
 class TestControl:
     """A person steers a running sweep."""
 
+    @pytest.mark.slow
     def test_a_dropped_cell_stops_with_its_checkpoint_and_stays_dropped(self, tiny_run, script):
         words = tiny_run("seed=0,1", *LONG)
         swept = compose_sweep(words)
@@ -243,6 +244,7 @@ class TestControl:
             launching.run_sweep(swept, work)
         assert states(swept) == [*["failed"] * 3, *["done"] * 3]
 
+    @pytest.mark.slow
     def test_fail_fast_stops_a_running_cell_with_a_checkpoint(self, tiny_run):
         words = tiny_run("seed=0,1", *LONG)
         swept = compose_sweep(words)
