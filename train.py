@@ -9,6 +9,7 @@ if __name__ == "__main__":
     signals.end_at_once()
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from tiedlora import errors
