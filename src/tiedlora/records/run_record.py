@@ -17,6 +17,8 @@ from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
 from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, read_typed, typed
+from tiedlora.text import is_name
+from tiedlora.tying import PARTS
 
 RunId = Annotated[Text, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,400}$")]
 Split = Annotated[Text, Field(pattern=f"^({'|'.join(SPLITS)})$")]
@@ -358,6 +360,13 @@ def read_record(path: Path) -> RunRecord:
 
 def _fault(record: RunRecord) -> str | None:
     """What is wrong with a record that has the right types, but whose values cannot be those of a finished run."""
+    if not is_name(record.base.name):
+        return f"'base.name' is {record.base.name!r:.60}, which is no name of this project"
+    if record.base.digest is None:
+        return "'base.digest' is None, which no run has"
+    for part in PARTS:
+        if not isinstance(record.identity.tying.get(part, {}), dict):
+            return f"'identity.tying.{part}' is not an object"
     for split in SPLITS[:2]:
         if split not in record.data:
             return f"has no 'data.{split}', so it is not a run's record of this project"
