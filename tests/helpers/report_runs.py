@@ -11,6 +11,7 @@ import numpy as np
 from tiedlora import tying
 from tiedlora.config.identity import config_tree, identity, run_id
 from tiedlora.config.schema import Config, LrFactors, ModelConfig, RankConfig, TaskConfig, TrainConfig, TyingConfig
+from tiedlora.page import write
 from tiedlora.records.rows import MetricsRow, PredictionRow, Score
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import (
@@ -188,3 +189,19 @@ def primary_row(rows, label):
     """The one row of the report that has the label, by its task's first metric."""
     (row,) = [row for row in rows if row.group.label == label and row.primary]
     return row
+
+
+RETAINS = """looks: [3, 5]
+claims:
+  - name: keeps
+    method: {configuration: TABuv, rank: 8}
+    comparator: {configuration: LoRA, at: equal_rank, SEEDS}
+    retains: 0.9
+    tasks: []
+"""
+
+
+def report_of_shares(root, seeds="seed_offset: 0"):
+    """The report of root/runs, with the claim that TABuv keeps 90 % of the gain of LoRA at its rank."""
+    (root / "claims.yaml").write_text(RETAINS.replace("SEEDS", seeds))
+    return write.build([root / "runs"], claims=root / "claims.yaml")

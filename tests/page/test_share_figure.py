@@ -4,23 +4,9 @@ import csv
 
 import numpy as np
 import pytest
-from helpers.report_runs import scored_run, world
+from helpers.report_runs import report_of_shares, scored_run, world
 
 from tiedlora.page import charts, figures, write
-
-CLAIMS = """looks: [3, 5]
-claims:
-  - name: keeps
-    method: {configuration: TABuv, rank: 8}
-    comparator: {configuration: LoRA, at: equal_rank, SEEDS}
-    retains: 0.9
-    tasks: []
-"""
-
-
-def report_of(root, seeds="seed_offset: 0"):
-    (root / "claims.yaml").write_text(CLAIMS.replace("SEEDS", seeds))
-    return write.build([root / "runs"], claims=root / "claims.yaml")
 
 
 @pytest.mark.parametrize(("lora", "base"), [([0.0] * 50, [0.0] * 50), ([1.0] * 50, None)])
@@ -28,7 +14,7 @@ def test_without_a_gain_or_a_base_there_is_no_panel_and_no_file(tmp_path, lora, 
     for name, scores in (("LoRA", lora), ("TABuv", [1.0] * 50)):
         for seed in (0, 1):
             scored_run(tmp_path / "runs", scores, base, name=name, seed=seed)
-    report = report_of(tmp_path)
+    report = report_of_shares(tmp_path)
     assert report.sizes == []
     write.write(report, tmp_path / "report")
     assert not list((tmp_path / "report").glob("shares.*"))
@@ -43,7 +29,7 @@ def test_the_figure_and_its_table_are_files_and_no_arm_is_lost_beyond_the_axis(t
                 name=name,
                 seed=seed,
             )
-    write.write(report_of(tmp_path), tmp_path / "report")
+    write.write(report_of_shares(tmp_path), tmp_path / "report")
     svg = (tmp_path / "report" / "shares.svg").read_text()
     assert "share of the gain of LoRA r=8" in svg
     assert "400 %" in svg
@@ -56,7 +42,7 @@ def test_the_figure_and_its_table_are_files_and_no_arm_is_lost_beyond_the_axis(t
 
 def test_the_page_shows_the_shares_first_and_folds_the_scores(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.5, "TA": 0.3}, rows=200, seed_sd=0.02)
-    report = report_of(tmp_path)
+    report = report_of_shares(tmp_path)
     (panel,) = [panel for panel in charts.panels(report.rows, report.answers, report.sizes) if panel.kind == "shares"]
     assert panel.title == "chain_sum, exact match strict"
     assert [key.name for key in figures.legend([panel])] == ["LoRA", "TABuv", "TA"]
