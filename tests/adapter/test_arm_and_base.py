@@ -10,6 +10,7 @@ from helpers.tiny import tiny, tying_option
 from tiedlora.adapter import attach
 from tiedlora.adapter.arms import ArmSpec
 from tiedlora.adapter.other_arm import new_arm
+from tiedlora.config import methods
 from tiedlora.config.compose import compose_config
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
@@ -36,6 +37,19 @@ def test_other_starts_leave_the_base_as_it_is(start):
     before = copy.deepcopy(base.model.state_dict())
     new_arm(base.model, spec_of(f"tying.arguments={{init_lora_weights: {start}}}")).detach()
     assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("start", "put_back"), [("pissa", True), ("olora", False)])
+def test_an_arm_sees_that_peft_has_changed_the_base(start, put_back, monkeypatch):
+    """As with an argument that methods.py does not know. PEFT changes the weights in place for olora."""
+    monkeypatch.setattr(methods, "LORA_STARTS", (start,))
+    base = tiny("tiny_llama")
+    before = copy.deepcopy(base.model.state_dict())
+    with pytest.raises(UserError, match="changes weights of the base, which no arm may do"):
+        new_arm(base.model, spec_of(f"tying.arguments={{init_lora_weights: {start}}}"))
+    after = base.model.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(value, before[name]) for name, value in after.items()) == put_back
 
 
 @pytest.mark.parametrize(

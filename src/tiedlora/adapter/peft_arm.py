@@ -46,6 +46,7 @@ class PeftArm(OtherArm):
         self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._attributes = set(vars(model))
         ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        base = _values(model)
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(spec.seed)
             try:
@@ -59,6 +60,8 @@ class PeftArm(OtherArm):
         model.train(model.training)
         if ends != (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
             self._refuse("it adapts the embedding or the head, which the losses read without an adapter")
+        if _put_back(base):
+            self._refuse("it changes weights of the base")
         self._is_trained = {name: parameter.requires_grad for name, parameter in self.named_parameters().items()}
         if any(parameter.requires_grad for parameter in model.parameters() if id(parameter) in self._own):
             self._refuse("it trains weights of the base itself")
@@ -104,6 +107,28 @@ class PeftArm(OtherArm):
         tree = {name: _sorted(value) for name, value in self.peft.peft_config[NAME].to_dict().items()}
         about_base = {"base_model_name_or_path": base.name, "revision": base.revision}
         return {PEFT_FILE: {**tree, **about_base, "inference_mode": True}}
+
+
+def _values(model: nn.Module) -> list[tuple[nn.Parameter, Tensor, float]]:
+    """Each parameter with its present values (no copy: they share their memory) and their sum."""
+    return [(parameter, parameter.detach(), _sum(parameter)) for parameter in model.parameters()]
+
+
+def _sum(parameter: Tensor) -> float:
+    return 0.0 if parameter.is_meta else float(parameter.detach().sum(dtype=torch.float64))
+
+
+def _put_back(base: list[tuple[nn.Parameter, Tensor, float]]) -> bool:
+    """Whether PEFT has changed a weight. One whose data it has replaced gets them back.
+
+    One that it has changed in place cannot be put back. Then the caller must load the base again.
+    """
+    changed = False
+    for parameter, values, total in base:
+        changed |= _sum(parameter) != total
+        if parameter.data_ptr() != values.data_ptr():
+            parameter.data = values
+    return changed
 
 
 def _restore_modules(model: nn.Module) -> None:
