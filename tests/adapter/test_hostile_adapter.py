@@ -107,6 +107,19 @@ DESCRIPTIONS = {  # the changed values of adapter.json, and words of the message
     "an unknown key": ({"tying": {"evil": 1}}, "'tying.evil' is 1"),
     "a target of nothing": ({"tying": {"targets": ["../x"]}}, "'../x' is not a projection"),
     "a text for a tying": ({"tying": "TABuv"}, "'tying' is 'TABuv'"),
+    "negative layers": ({"architecture": {"layers": -1}}, "architecture.layers=-1: must be at least 1"),
+    "huge layers": ({"architecture": {"layers": 10**12}}, "architecture.layers=1000000000000: must be at most"),
+    "a huge hidden size": (
+        {"architecture": {"layers": 3, "hidden": 10**12}},
+        "architecture.hidden=1000000000000: must be at most",
+    ),
+    "parts that are larger than memory": (
+        {
+            "rank": 2**16,
+            "architecture": {"layers": 3, "hidden": 10**6, "heads": 4, "kv_heads": 2, "head_dim": 8},
+        },
+        "expected torch.float32",
+    ),
     "layers that are a word": ({"architecture": {"layers": "many"}}, "'architecture.layers' is 'many'"),
     "a base without a name": ({"base": {}}, "has no 'base.name', so it is not an adapter's description"),
     "a checksum of others": ({"sha256": "0"}, "is damaged or was changed"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tiedlora import storage
 from tiedlora import tying as spec
-from tiedlora.adapter.parts import TiedAdapter
+from tiedlora.adapter.parts import TiedAdapter, check_specification
 from tiedlora.config.adapter_folder import DESCRIPTION
 from tiedlora.errors import UserError
 from tiedlora.records.reading import Number, Text, Whole, typed
@@ -66,12 +66,14 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> int:
 
 def stored_parts(adapter: TiedAdapter) -> dict[str, nn.Parameter]:
     """`target.part` -> its parameter, for the parts whose values a file holds."""
+    return {
+        name: part for name, part in adapter.parts().items() if _is_in_file(getattr(adapter.tying, spec.part_of(name)))
+    }
 
-    def is_stored(part: Part) -> bool:
-        return part.trained or isinstance(part.init, str)
 
-    tying = adapter.tying
-    return {name: part for name, part in adapter.parts().items() if is_stored(getattr(tying, spec.part_of(name)))}
+def _is_in_file(part: Part) -> bool:
+    """A frozen constant is in the specification."""
+    return part.trained or isinstance(part.init, str)
 
 
 def _checksum(tensor: Tensor) -> str:
@@ -100,6 +102,16 @@ class _Description:
     scaling: Text = "standard"
 
 
+def _stored_shapes(saved: _Description) -> dict[str, tuple[int, ...]]:
+    """`target.part` -> its shape, for the parts whose values a file holds. They need not exist yet."""
+    return {
+        f"{target}.{part}": spec.part_shape(saved.tying, part, saved.rank, saved.architecture, target)
+        for target in saved.tying.targets
+        for part in spec.PARTS
+        if _is_in_file(getattr(saved.tying, part))
+    }
+
+
 def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
     """Read an adapter. Each tied part is one parameter.
 
@@ -116,18 +128,21 @@ def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
             raise UserError(
                 f"format {saved.format} is not {known}, which this version reads for {saved.scaling} scaling"
             )
-        adapter = TiedAdapter(saved.tying, saved.rank, saved.alpha, saved.architecture, saved.seed, saved.scaling)
+        check_specification(saved.tying, saved.rank, saved.alpha, saved.architecture, saved.seed, saved.scaling)
     except UserError as error:
         raise UserError(f"{folder / DESCRIPTION}: {error}") from None
-    parts, tensors = stored_parts(adapter), read_tensors(folder / TENSORS, saved.sha256)
-    if tensors.keys() != parts.keys():
-        missing, extra = sorted(parts.keys() - tensors.keys()), sorted(tensors.keys() - parts.keys())
+    # Before the parts are made: a few bytes of a description can ask for more memory than there is.
+    shapes, tensors = _stored_shapes(saved), read_tensors(folder / TENSORS, saved.sha256)
+    if tensors.keys() != shapes.keys():
+        missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
         raise UserError(f"{path}: lacks {missing or 'nothing'} and has {extra or 'nothing'} beyond its parts")
+    for name, tensor in tensors.items():
+        stored, expected = (tensor.dtype, tuple(tensor.shape)), (torch.float32, shapes[name])
+        if stored != expected:
+            raise UserError(f"{path}: {name} is {stored[0]} {stored[1]}, expected {expected[0]} {expected[1]}")
+    adapter = TiedAdapter(saved.tying, saved.rank, saved.alpha, saved.architecture, saved.seed, saved.scaling)
     with torch.no_grad():
-        for name, part in parts.items():
-            stored, expected = ((each.dtype, tuple(each.shape)) for each in (tensors[name], part))
-            if stored != expected:
-                raise UserError(f"{path}: {name} is {stored[0]} {stored[1]}, expected {expected[0]} {expected[1]}")
+        for name, part in stored_parts(adapter).items():
             part.copy_(tensors[name])
     return adapter, saved.base
 

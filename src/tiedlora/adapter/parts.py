@@ -20,15 +20,23 @@ from torch import Tensor, nn
 from tiedlora import tying as spec
 from tiedlora.adapter import architectures
 from tiedlora.adapter.architectures import Site
+from tiedlora.config.check import check_key
 from tiedlora.errors import UserError
+from tiedlora.keys import list_keys
 from tiedlora.records.reading import is_number
 from tiedlora.tying import Architecture, Tying
 
 LARGEST_RANK = 2**16
 
 
-def check_numbers(rank: object, alpha: object, seed: object) -> None:
-    """Raises UserError unless the rank, alpha and seed are those of an adapter that can be trained and read again."""
+def check_specification(
+    tying: Tying, rank: int, alpha: float, architecture: Architecture, seed: int, scaling: str
+) -> None:
+    """Raises UserError unless an adapter can be made of these values. It allocates nothing."""
+    for key in list_keys(architecture, "architecture."):
+        if key.value is not None:
+            check_key(key)
+    spec.check_tying(tying, architecture)
     # Python's bool is a subclass of int, but True is not a rank.
     if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
         raise UserError(f"rank={rank!r:.40}: must be an int from 1 to {LARGEST_RANK}")
@@ -36,6 +44,8 @@ def check_numbers(rank: object, alpha: object, seed: object) -> None:
         raise UserError(f"alpha={alpha!r:.40}: must be a positive int or float")
     if type(seed) is not int:
         raise UserError(f"seed={seed!r:.40}: must be an int")
+    if scaling not in spec.SCALINGS:
+        raise UserError(f"scaling={scaling}: choose one of {', '.join(spec.SCALINGS)}")
 
 
 def draw(init: float | str, shape: tuple[int, ...], seed: int, part: str, target: str) -> Tensor:
@@ -133,10 +143,7 @@ class TiedAdapter(nn.Module):
         scaling: str = "standard",
     ) -> None:
         super().__init__()
-        spec.check_tying(tying, architecture)
-        check_numbers(rank, alpha, seed)
-        if scaling not in spec.SCALINGS:
-            raise UserError(f"scaling={scaling}: choose one of {', '.join(spec.SCALINGS)}")
+        check_specification(tying, rank, alpha, architecture, seed, scaling)
         self.tying, self.rank, self.alpha, self.architecture, self.seed = tying, rank, alpha, architecture, seed
         self.scaling, self.scale = scaling, spec.scale(alpha, rank, scaling)
         self.targets = nn.ModuleDict(

@@ -38,7 +38,7 @@ def check(config: Config) -> None:
     """
     for key in list_keys(config):
         if key.value is not None:
-            _check_key(key)
+            check_key(key)
     _check_lists(config)
     check_device("train.device", config.train.device)
     _check_training(config)
@@ -51,7 +51,7 @@ def check(config: Config) -> None:
     _check_rank(config)
 
 
-def _check_key(key: Key) -> None:
+def check_key(key: Key) -> None:
     """Apply the rules that the schema gives a key: bounds, choices and names."""
     rules, value = key.rules, key.value
     # Written with `not`, so that NaN is refused too: every comparison with NaN is false.
