@@ -7,7 +7,8 @@ import pytest
 from helpers.tiny import EIGHT, model_option, tying_option
 
 from tiedlora import tying
-from tiedlora.config.identity import identity
+from tiedlora.config.compose import compose_config
+from tiedlora.config.identity import identity, name_of
 from tiedlora.errors import UserError
 from tiedlora.tying import Architecture, Factor, Part, Tying
 
@@ -138,3 +139,26 @@ def test_every_projection_has_a_shape():
 def test_specifications_that_cannot_train_are_refused(change, says):
     with pytest.raises(UserError, match=says):
         tying.check_tying(replace(Tying(), **change), Architecture(layers=4, hidden=1, heads=1, kv_heads=1, head_dim=1))
+
+
+class TestEvenlySpacedLayers:
+    def test_they_are_the_middles_of_equal_parts(self):
+        assert tying.evenly_spaced(15, 30) == list(range(1, 30, 2))
+        assert tying.evenly_spaced(4, 30) == [3, 11, 18, 26]
+        assert tying.evenly_spaced(1, 7) == [3]
+
+    @pytest.mark.parametrize("count", [2, 4, 8, 15])
+    def test_an_option_is_lora_on_them_with_a_name_and_numbers_in_its_identity(self, count):
+        config = compose_config([f"tying=LoRA_l{count}", "rank=r1"])
+        assert identity(config)["tying"]["layers"] == tying.evenly_spaced(count, 30)
+        assert name_of(identity(config)["tying"], 30) == f"LoRA_l{count}"
+        assert tying.trainable_params(config.tying, 1, config.model.architecture) == 1536 * count
+
+    def test_a_budget_below_rank_one_leaves_out_layers(self):
+        config = compose_config(["tying=LoRA", "budget=23000"])
+        assert (config.rank.r, config.tying.layers) == (1, tying.evenly_spaced(15, 30))
+        assert compose_config(["tying=LoRA", "budget=46000"]).tying.layers is None
+
+    def test_more_layers_than_the_model_has_are_refused(self):
+        with pytest.raises(UserError, match=r"tying.layers=\[evenly 31\]: the model has only 30 layers"):
+            compose_config(["tying=LoRA", "tying.layers=[evenly 31]"])

@@ -81,11 +81,11 @@ class Tying:
     suggested_lr: float = key(1e-2, execution=True)
     """The learning rate that train.lr takes when it is null: no single rate suits all eight configurations."""
     layers: Optional[list[Any]] = key(None, neutral=None)
-    """The adapted layers, counted from 0, as numbers and ranges: [0,5,20-29]; null adapts every layer. Only adapted
-    layers share a factor."""
+    """The adapted layers, counted from 0, as numbers and ranges: [0,5,20-29]; [evenly 15] for 15 evenly spaced ones;
+    null adapts every layer. Only adapted layers share a factor."""
 
     def __post_init__(self) -> None:
-        if self.layers is not None:
+        if self.layers is not None and evenly(self.layers) is None:
             # OmegaConf's message about a wrong item of a typed list names no key, so the items are checked here.
             self.layers = layer_numbers(self.layers)
 
@@ -102,10 +102,28 @@ def layer_numbers(items: Iterable[object]) -> list[int]:
         first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
         if not first <= last < MOST_LAYERS:
             raise UserError(
-                f"tying.layers: {item!r:.40} is neither a layer's number nor a range; write for example [0,5,20-29]"
+                f"tying.layers: {item!r:.40} is neither a layer's number nor a range; write for example [0,5,20-29], "
+                "or [evenly 15]"
             )
         numbers.update(range(first, last + 1))
     return sorted(numbers)
+
+
+def evenly(items: Iterable[object]) -> int | None:
+    """How many evenly spaced layers tying.layers asks for; None if it names layers."""
+    words = [re.fullmatch(r"evenly ([1-9]\d{0,4})", str(item), re.ASCII) for item in items]
+    return int(words[0][1]) if len(words) == 1 and words[0] else None
+
+
+def evenly_spaced(count: int, layers: int) -> list[int]:
+    """The layers in the middles of `count` parts of equal length: 1, 3, ..., 29 for 15 of 30.
+
+    Raises:
+        UserError: the model has fewer layers.
+    """
+    if count > layers:
+        raise UserError(f"tying.layers=[evenly {count}]: the model has only {layers} layers")
+    return [(2 * number + 1) * layers // (2 * count) for number in range(count)]
 
 
 @dataclass
@@ -176,7 +194,10 @@ def target_shape(architecture: Architecture, target: str) -> tuple[int, int]:
 
 def adapted_layers(tying: Tying, architecture: Architecture) -> list[int]:
     """The numbers of the layers that get an update, in order."""
-    return list(range(architecture.layers)) if tying.layers is None else layer_numbers(tying.layers)
+    if tying.layers is None:
+        return list(range(architecture.layers))
+    count = evenly(tying.layers)
+    return layer_numbers(tying.layers) if count is None else evenly_spaced(count, architecture.layers)
 
 
 def scale(alpha: float, rank: int, scaling: str = "standard") -> float:
@@ -316,7 +337,7 @@ def is_stored(tying: Tying, part: str) -> bool:
 def label(tying: Tying) -> str:
     """The paper's name of a specification, or `custom`. It depends on the specification's values, not on its name.
 
-    It is part of the run id. config.identity.start_of names a start of STARTS.
+    It is part of the run id. config.identity.name_of has more names, such as those of STARTS.
     """
     trained = [part for part in PARTS if getattr(tying, part).trained]
     starts_otherwise = any(getattr(tying, part).init != init for part, init in default_inits(trained).items())

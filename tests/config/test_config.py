@@ -29,7 +29,7 @@ NEXT = omegaconf.__version__ >= "2.4"
 """Whether this is OmegaConf 2.4, which has other messages."""
 
 MISTAKES = {  # one for each rule: overrides, and how the message begins
-    "an option that is none": (["tying=TABvu"], "tying=TABvu: no such option; choose one of LoRA, LoRA_qkv"),
+    "an option that is none": (["tying=TABvu"], "tying=TABvu: no such option; choose one of LoRA, LoRA_l15"),
     "a bare number for an option": (["rank=8"], "a group takes the name of an option, not a bare number: rank=r8"),
     "a key that is none": (["train.stpes=3"], "train.stpes: unknown key (did you mean train.steps?)"),
     "the same, added": (["+train.stpes=3"], "train.stpes: unknown key (did you mean train.steps?)"),

@@ -28,6 +28,7 @@ from tiedlora.config.project import CONF, PROJECT
 from tiedlora.config.schema import Config, TaskConfig
 from tiedlora.config.sizes import at_budget
 from tiedlora.errors import UserError
+from tiedlora.tying import adapted_layers
 
 # OmegaConf 2.4 has another name for register_new_resolver. 2.3 has an older function of that name.
 _IS_NEW = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
@@ -133,9 +134,11 @@ def complete(config: Config) -> Config:
     rank = config.rank
     if rank.alpha is None:
         config.rank = replace(rank, alpha=float(rank.r))
-    if config.tying.layers == list(range(config.model.architecture.layers)):
-        # Every layer by number is the same run as null.
-        config.tying = replace(config.tying, layers=None)
+    if config.tying.layers is not None:
+        # The identity has the layers' numbers, and every layer by number is the same run as null.
+        layers = adapted_layers(config.tying, config.model.architecture)
+        is_all = len(layers) == config.model.architecture.layers
+        config.tying = replace(config.tying, layers=None if is_all else layers)
     return config
 
 

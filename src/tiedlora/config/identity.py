@@ -80,13 +80,25 @@ def identity_digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
 
 
-def start_of(tying_values: Mapping[str, object]) -> str | None:
-    """The name of a configuration with another start (tying.STARTS), such as TABuv_v0; None for any other.
+def name_of(tying_values: Mapping[str, object], layers: int) -> str | None:
+    """The name of a configuration that `label` calls custom; None if it has none.
+
+    It is a configuration with another start (tying.STARTS), such as TABuv_v0, or LoRA on evenly spaced layers, such as
+    LoRA_l15.
 
     Args:
         tying_values: the identity's values of `tying`, from a configuration or from a record.
+        layers: of the model.
     """
-    return next((name for name in tying.STARTS if identity(tying.named(name)) == tying_values), None)
+    values = dict(tying_values)
+    for name in tying.STARTS:
+        if identity(tying.named(name)) == values:
+            return name
+    adapted = values.pop("layers", None)
+    if isinstance(adapted, list) and values == identity(tying.named("LoRA")):
+        count = len(adapted)
+        return f"LoRA_l{count}" if adapted == tying.evenly_spaced(count, layers) else None
+    return None
 
 
 def config_tree(config: Config) -> dict[str, Any]:

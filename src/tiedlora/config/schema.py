@@ -108,6 +108,9 @@ class TaskConfig:
     group count as one."""
     split_seed: int = count(0, low=0)
     """Seed of validation_from_train and of generated rows. It does not depend on the run's seed."""
+    cluster: Optional[str] = key(None, execution=True)
+    """The field whose equal values make rows a cluster, such as the article of a question. Intervals then treat the
+    clusters as the random sample. null: every row stands alone."""
     shuffle_targets: bool = key(False)
     """Control experiment: every training row gets another row's target, so a run can learn only the form of answers."""
     options: dict[str, Any] = key(factory=dict)

@@ -46,7 +46,7 @@ def is_near(count: int, budget: int) -> bool:
 def at_budget(config: Config) -> Config:
     """The configuration with the rank, or the argument tying.knob, that comes nearest to `budget` parameters.
 
-    A method without a knob stays as it is.
+    Below rank 1, LoRA gets fewer layers. A method without a knob stays as it is.
 
     Raises:
         UserError: the knob is no whole number among the method's arguments.
@@ -55,6 +55,8 @@ def at_budget(config: Config) -> Config:
         return config
     budget, tying, architecture = config.budget, config.tying, config.model.architecture
     if tying.method is None:
+        if (layers := lora_layers(tying, budget, architecture)) is not None:
+            return replace(config, rank=replace(config.rank, r=1), tying=replace(tying, layers=[f"evenly {layers}"]))
         highest = min(spec.target_shape(architecture, tying.targets[0]))
         size = nearest_size(lambda rank: spec.trainable_params(tying, rank, architecture), budget, highest)
         return replace(config, rank=replace(config.rank, r=size))
@@ -79,6 +81,19 @@ def at_budget(config: Config) -> Config:
     sides = sorted({side for target in ("q", "k") for side in spec.target_shape(architecture, target)})
     size = nearest_size(count, budget, LARGEST_KNOB, sides)
     return replace(config, tying=replace(tying, resolved={**arguments, knob: size}))
+
+
+def lora_layers(tying: TyingConfig, budget: int, architecture: Architecture) -> int | None:
+    """On how many evenly spaced layers LoRA of rank 1 comes nearest to a budget below rank 1 of all layers.
+
+    Returns:
+        None if the specification is not LoRA, or if all layers are nearest.
+    """
+    if spec.label(tying) != "LoRA":
+        return None
+    layers = architecture.layers
+    count = max(1, round(budget * layers / spec.lora_params(1, architecture)))
+    return count if count < layers else None
 
 
 def nearest_size(count: Callable[[int], int | None], budget: int, highest: int, landmarks: Sequence[int] = ()) -> int:

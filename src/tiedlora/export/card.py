@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiedlora.config import command
-from tiedlora.config.identity import identity, start_of
+from tiedlora.config.identity import identity, name_of
 from tiedlora.config.identity import label as label_of
 from tiedlora.config.schema import Config
 from tiedlora.records.interval import Unit
@@ -59,7 +59,7 @@ def card(record: RunRecord, config: Config, form: str, notes: list[str]) -> str:
         form: the content of the folder: `peft`, `merged` or `hub-card` (the tied adapter itself).
         notes: sentences about this export, such as the effect of rounding.
     """
-    label = start_of(identity(config.tying)) or label_of(config.tying)
+    label = name_of(identity(config.tying), config.model.architecture.layers) or label_of(config.tying)
     is_other = config.tying.method is not None
     kind = f"PEFT adapter ({config.tying.method})" if is_other else "Tied-LoRA adapter (arXiv 2311.09578)"
     title = f"{label}{'' if is_other else f', r = {config.rank.r}'}, on {config.task.name}"
