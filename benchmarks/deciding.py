@@ -17,7 +17,7 @@ import numpy as np
 from populations import Population, World
 
 from tiedlora.analysis import rules
-from tiedlora.analysis.rules import Better, Retains, Rule
+from tiedlora.analysis.rules import Better, Retains, Rule, Sides
 from tiedlora.text import aligned
 
 CHUNK = 50
@@ -52,11 +52,11 @@ def seeds_and_verdict(rule: Rule, method: np.ndarray, comparator: np.ndarray, ba
     """How many seeds a claim takes, and whether it gets a verdict. The scores are (12 seeds, rows) and (rows,)."""
     plan = rules.planned(rules.SEEDS, tuple(rules.SIMULATED[n] for n in rules.SEEDS))
     for number, (seeds, level) in enumerate(zip(plan.seeds, plan.levels, strict=True)):
-        sides = method[:seeds], comparator[:seeds], base
-        evidence = rule.evidence(*sides)
+        sides = Sides(method[:seeds], comparator[:seeds], base)
+        evidence = rule.evidence(sides)
         if min(evidence.supported, evidence.contradicted) <= level:
             return seeds, True
-        if seeds < plan.seeds[-1] and rules.chance_of_decision(rule, *sides, plan, number) < rules.FUTILE:
+        if seeds < plan.seeds[-1] and rules.chance_of_decision(rule, sides, plan, number) < rules.FUTILE:
             return seeds, False
     return plan.seeds[-1], False
 

@@ -8,7 +8,7 @@ import numpy as np
 from populations import SEEDS, Population, World
 
 from tiedlora.analysis import rules
-from tiedlora.analysis.rules import Retains
+from tiedlora.analysis.rules import Retains, Sides
 
 FUTILITY_THRESHOLDS = (0.01, 0.02, 0.05, 0.10)
 
@@ -41,12 +41,13 @@ def futility(world: World, retained: float, draws: int) -> list[Futility]:
         method, comparator = (table[0].astype(np.float64) for table in scores)
         base = population.base[0].astype(np.float64)
         for look, (n, level) in enumerate(zip(plan.seeds, plan.levels, strict=True)):
-            evidence = rule.evidence(method[:n], comparator[:n], base)
+            sides = Sides(method[:n], comparator[:n], base)
+            evidence = rule.evidence(sides)
             if min(evidence.supported, evidence.contradicted) <= level:
                 decided_at[draw] = look
                 break
             if n < SEEDS:
-                chances[draw, look] = rules.chance_of_decision(rule, method[:n], comparator[:n], base, plan, look)
+                chances[draw, look] = rules.chance_of_decision(rule, sides, plan, look)
     ends = np.array([*plan.seeds, SEEDS])
     found = []
     for threshold in FUTILITY_THRESHOLDS:

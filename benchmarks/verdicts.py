@@ -33,7 +33,7 @@ from stopping import Futility, futility
 
 from tiedlora.analysis import rules
 from tiedlora.analysis.intervals import MeanSquares
-from tiedlora.analysis.rules import Better, Level, Looks, Retains, Rule
+from tiedlora.analysis.rules import Better, Level, Looks, Retains, Rule, Sides
 
 PLANS: dict[str, Looks] = {
     **{f"{n} seeds": rules.planned([n]) for n in rules.SEEDS},
@@ -86,7 +86,7 @@ def mean_squares(table: Array) -> Squares:
         of_seeds, of_row = rows * of_seed[:, :n].var(-1, ddof=1), n * of_rows[:, look]
         total = squares[:, :n].sum(-1) - n * rows * mean**2
         rest = (total - (n - 1) * of_seeds - (rows - 1) * of_row) / ((n - 1) * (rows - 1))
-        found[n] = MeanSquares(mean, of_seeds, of_row, np.maximum(rest, 0.0), n, rows)
+        found[n] = MeanSquares(mean, of_seeds, of_row, np.maximum(rest, 0.0), n, rows, rows - 1)
     return found
 
 
@@ -151,7 +151,7 @@ def run(job: Job) -> list[Outcome]:
         drawn += population.draws
         gains = mean_squares(population.comparator - population.base)
         for name, rule, truth in job.rules:
-            tables = rule.contrasts(population.method(truth), population.comparator, population.base)
+            tables = rule.contrasts(Sides(population.method(truth), population.comparator, population.base))
             counts = count(rule, [mean_squares(table) for table in tables], gains)
             for plan, verdicts in counts.items():
                 totals[name, plan] = totals.get((name, plan), np.zeros(2, dtype=np.int64)) + verdicts

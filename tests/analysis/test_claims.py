@@ -76,7 +76,7 @@ LOOKS = "looks: [3, 5, 8, 12]"
         (("at: equal_rank", "at: same"), r"comparator\.at='same': Input should be 'equal_rank' or 'equal_parameters'"),
         (("TABuv, rank: 8", "TABuv, rank: big"), r"method\.rank='big': Input should be a valid integer"),
         (("TABuv, rank: 8", "TABuv"), "method: needs either rank, or at"),
-        (("TABuv, rank: 8", "TABuv, at: equal_rank"), "both have 'at'"),
+        (("TABuv, rank: 8", "TABuv, at: equal_rank"), "both matched to the other side"),
         (("TABuv, rank: 8", "TABuv, rank: 8, seed_offset: -5"), r"seed_offset=-5: Input should be greater than or"),
         (("LoRA, at: equal_rank", "TABuv, at: equal_rank"), "compares TABuv with itself; seed_offset on one side"),
         (("{configuration: TABuv, rank: 8}", "[TABuv, 8]"), r"claims\.0\.method=\['TABuv', 8\]: Input should be"),

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from statsmodels.stats.multitest import multipletests
 
 from tiedlora.analysis import intervals, rules
 from tiedlora.analysis.intervals import Spread
-from tiedlora.analysis.rules import Better, Level, Looks, Retains, planned, retained_at_least
+from tiedlora.analysis.rules import Better, Level, Looks, Retains, Sides, planned, retained_at_least
 from tiedlora.config.project import PROJECT
 
 sys.path.append(str(PROJECT / "benchmarks"))
@@ -23,18 +24,18 @@ SIMULATED = tuple(rules.SIMULATED.values())
 
 
 def scores(method, comparator, base=0.2, *, seeds=5, rows=400, seed_sd=0.01, noise=0.1, seed=0):
-    """Tables of method and comparator (seeds, rows), and the base's (rows,), with these true means."""
+    """Scores of method and comparator (seeds, rows), and of the base (rows,), with these true means."""
     generator = np.random.default_rng(seed)
     difficulty = generator.normal(0, 0.3, rows)
 
     def table(mean):
         return mean + difficulty + generator.normal(0, seed_sd, (seeds, 1)) + generator.normal(0, noise, (seeds, rows))
 
-    return table(method), table(comparator), base + difficulty + generator.normal(0, noise, rows)
+    return Sides(table(method), table(comparator), base + difficulty + generator.normal(0, noise, rows))
 
 
-def conclusion(rule, *tables, level=0.05):
-    found = rule.evidence(*tables)
+def conclusion(rule, sides, level=0.05):
+    found = rule.evidence(sides)
     assert not (found.supported <= level and found.contradicted <= level)
     if found.supported <= level:
         return "supported"
@@ -63,50 +64,50 @@ class TestRules:
         ],
     )
     def test_the_conclusion_is_that_of_the_words(self, rule, method, expected):
-        assert conclusion(rule, *scores(method, 0.6)) == expected
+        assert conclusion(rule, scores(method, 0.6)) == expected
 
-    @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.needs_base])
+    @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.needs_zero])
     @pytest.mark.parametrize(("method", "comparator"), [(0.1, 0.2), (0.5, 0.2), (0.5, 0.1)])
     def test_without_a_gain_there_is_no_conclusion(self, rule, comparator, method):
-        assert conclusion(rule, *scores(method, comparator)) == "undecided"
+        assert conclusion(rule, scores(method, comparator)) == "undecided"
 
     def test_better_needs_no_gain_but_reports_it(self):
-        method, comparator, base = scores(0.3, 0.2)
-        assert conclusion(Better(), method, comparator, base) == "supported"
-        assert Better().evidence(method, comparator, base).gain > 0.05
-        assert Better().evidence(method, comparator, None).gain is None
+        sides = scores(0.3, 0.2)
+        assert conclusion(Better(), sides) == "supported"
+        assert Better().evidence(sides).gain > 0.05
+        assert Better().evidence(replace(sides, zero=None)).gain is None
 
     def test_levels_less_favourable_contrast_is_shown(self):
         worse, better = scores(0.5, 0.6), scores(0.7, 0.6)
-        assert Level(0.2).contrast(*worse).mean() == pytest.approx(Level(0.2).contrasts(*worse)[0].mean())
-        assert Level(0.2).contrast(*better).mean() == pytest.approx(Level(0.2).contrasts(*better)[1].mean())
+        assert Level(0.2).contrast(worse).mean() == pytest.approx(Level(0.2).contrasts(worse)[0].mean())
+        assert Level(0.2).contrast(better).mean() == pytest.approx(Level(0.2).contrasts(better)[1].mean())
 
     @pytest.mark.parametrize("rule", RULES, ids=str)
     @pytest.mark.parametrize("level", [0.5, 0.002])
     def test_many_tables_at_once_are_decided_as_one_by_one(self, rule, level):
         tables = [scores(0.4 + 0.02 * i, 0.5 + 0.01 * i, 0.3, seeds=3, rows=50, seed=i) for i in range(20)]
-        method, comparator, base = (np.stack(part) for part in zip(*tables, strict=True))
-        base = base[:, None, :]
-        squares = [intervals.mean_squares(contrast) for contrast in rule.contrasts(method, comparator, base)]
-        supported, contradicted = rule.decide(squares, intervals.mean_squares(comparator - base), level)
-        evidence = [rule.evidence(*one) for one in tables]
+        method, comparator = (np.stack([getattr(one, side) for one in tables]) for side in ("method", "comparator"))
+        sides = Sides(method, comparator, np.stack([one.zero for one in tables])[:, None, :])
+        squares = [intervals.mean_squares(contrast) for contrast in rule.contrasts(sides)]
+        supported, contradicted = rule.decide(squares, intervals.mean_squares(sides.gain), level)
+        evidence = [rule.evidence(one) for one in tables]
         assert supported.tolist() == [found.supported <= level for found in evidence]
         assert contradicted.tolist() == [found.contradicted <= level for found in evidence]
 
     @given(shift=st.floats(-5, 5), scale=st.floats(0.01, 100))
     @settings(max_examples=10, deadline=None)
     def test_the_unit_of_the_score_does_not_matter(self, shift, scale):
-        tables = scores(0.5, 0.6, seeds=3, rows=60)
-        moved = [shift + scale * table for table in tables]
+        sides = scores(0.5, 0.6, seeds=3, rows=60)
+        moved = Sides(*(shift + scale * table for table in (sides.method, sides.comparator, sides.zero)))
         for rule in (Retains(0.9), Level(0.2), Better()):
-            ours, theirs = rule.evidence(*tables), rule.evidence(*moved)
+            ours, theirs = rule.evidence(sides), rule.evidence(moved)
             assert (ours.supported, ours.contradicted) == pytest.approx((theirs.supported, theirs.contradicted), 1e-4)
 
     def test_the_bases_scores_may_be_repeated_for_each_seed(self):
-        method, comparator, base = scores(0.58, 0.6)
+        sides = scores(0.58, 0.6)
         for rule in RULES:
-            repeated = rule.evidence(method, comparator, np.broadcast_to(base, method.shape))
-            assert repeated == rule.evidence(method, comparator, base)
+            repeated = rule.evidence(replace(sides, zero=np.broadcast_to(sides.zero, sides.method.shape)))
+            assert repeated == rule.evidence(sides)
 
 
 class TestKept:
@@ -117,8 +118,8 @@ class TestKept:
         seen = set()
         for seed, method in enumerate(np.linspace(0.25, 0.9, 30)):
             sides = scores(method, 0.6, rows=100, seeds=4, seed_sd=0.02, seed=seed)
-            kept, evidence = rule.kept(*sides, 0.05), rule.evidence(*sides)
-            low, high = rule.zone(float((sides[1] - sides[2]).mean()))
+            kept, evidence = rule.kept(sides, 0.05), rule.evidence(sides)
+            low, high = rule.zone(float(sides.gain.mean()))
             assert evidence.gain <= 0.05, "these worlds have a clear gain"
             is_inside, is_outside = kept.low > low and kept.high < high, kept.high < low or kept.low > high
             assert is_inside == (evidence.supported <= 0.05)
@@ -129,12 +130,12 @@ class TestKept:
 
     def test_the_value_is_the_share_of_the_gain_whatever_the_rule(self):
         sides = scores(0.4, 0.7)
-        method, comparator, base = (table.mean() for table in sides)
+        method, comparator, base = sides.method.mean(), sides.comparator.mean(), sides.zero.mean()
         for rule in RULES:
-            assert rule.kept(*sides, 0.05).value == pytest.approx((method - base) / (comparator - base))
+            assert rule.kept(sides, 0.05).value == pytest.approx((method - base) / (comparator - base))
 
     def test_without_a_gain_of_the_comparator_there_is_no_share(self):
-        assert Retains(0.9).kept(*scores(0.5, 0.1), 0.05) is None
+        assert Retains(0.9).kept(scores(0.5, 0.1), 0.05) is None
 
     def test_the_zone_of_a_margin_in_points_depends_on_the_gain(self):
         assert Better(0.02).zone(0.2) == pytest.approx((1.1, math.inf))
@@ -144,22 +145,22 @@ class TestKept:
 class TestRetainedAtLeast:
     @pytest.mark.parametrize("level", [0.05, 0.002])
     def test_it_is_the_largest_share_that_is_supported(self, level):
-        tables = scores(0.5, 0.6)
-        share = retained_at_least(*tables, level)
+        sides = scores(0.5, 0.6)
+        share = retained_at_least(sides, level)
         assert 0 < share < 0.75
-        assert Retains(share - 1e-4).evidence(*tables).supported <= level
-        assert Retains(share + 1e-4).evidence(*tables).supported > level
+        assert Retains(share - 1e-4).evidence(sides).supported <= level
+        assert Retains(share + 1e-4).evidence(sides).supported > level
 
     def test_a_better_method_retains_more_than_all(self):
-        assert retained_at_least(*scores(0.9, 0.6), 0.05) > 1
+        assert retained_at_least(scores(0.9, 0.6), 0.05) > 1
 
     @pytest.mark.parametrize(("method", "comparator"), [(0.2, 0.6), (0.6, 0.2)])
     def test_none_if_nothing_is_retained_or_nothing_gained(self, method, comparator):
-        assert retained_at_least(*scores(method, comparator), 0.05) is None
+        assert retained_at_least(scores(method, comparator), 0.05) is None
 
     def test_it_is_above_the_truth_in_at_most_two_and_a_half_of_a_hundred(self):
         draws = 400
-        shares = [retained_at_least(*scores(0.5, 0.6, seeds=4, rows=40, seed=i), 0.05) for i in range(draws)]
+        shares = [retained_at_least(scores(0.5, 0.6, seeds=4, rows=40, seed=i), 0.05) for i in range(draws)]
         wrong = np.mean([share is not None and share > 0.75 for share in shares])
         assert wrong <= 0.025 + 2 * np.sqrt(0.025 * 0.975 / draws)
 
@@ -229,7 +230,7 @@ class TestChanceOfDecision:
         plan, generator = planned((5, 8, 12)), np.random.default_rng(1)
 
         def decides(method, comparator, n, level):
-            found = Better().evidence(method[:n], comparator[:n], None)
+            found = Better().evidence(Sides(method[:n], comparator[:n], None))
             return min(found.supported, found.contradicted) <= level
 
         chances, happened = [], []
@@ -238,7 +239,7 @@ class TestChanceOfDecision:
             sides = self.world(generator.uniform(-1.5, 1.5), generator, seed_sd=seed_sd)
             if decides(*sides, 5, plan.levels[0]):
                 continue
-            chances.append(rules.chance_of_decision(Better(), *(side[:5] for side in sides), None, plan, 0))
+            chances.append(rules.chance_of_decision(Better(), Sides(*(side[:5] for side in sides), None), plan, 0))
             happened.append(any(decides(*sides, n, level) for n, level in zip((8, 12), plan.levels[1:], strict=True)))
         chances, happened = np.array(chances), np.array(happened)
         assert chances.mean() == pytest.approx(happened.mean(), abs=2 * 0.5 / np.sqrt(len(chances)))
@@ -256,21 +257,21 @@ class TestChanceOfDecision:
 
     def test_a_clear_difference_is_decided_and_none_is_futile(self):
         method, comparator = self.world(0.5, np.random.default_rng(0))
-        assert rules.chance_of_decision(Better(), method[:3], comparator[:3], None, planned(), 0) > 0.99
+        assert rules.chance_of_decision(Better(), Sides(method[:3], comparator[:3], None), planned(), 0) > 0.99
         nothing = method[:8] - method[:8].mean()
-        assert rules.chance_of_decision(Better(), nothing, comparator[:8], None, planned(), 2) < rules.FUTILE
+        assert rules.chance_of_decision(Better(), Sides(nothing, comparator[:8], None), planned(), 2) < rules.FUTILE
 
     def test_no_gain_makes_a_claim_to_retain_it_futile(self):
         generator = np.random.default_rng(0)
         method, comparator = self.world(0.5, generator)
         base = comparator[0] + 0.1 + generator.normal(0, 0.05, comparator.shape[1])
-        assert rules.chance_of_decision(Retains(0.9), method[:5], comparator[:5], base, planned(), 1) == 0.0
+        assert rules.chance_of_decision(Retains(0.9), Sides(method[:5], comparator[:5], base), planned(), 1) == 0.0
 
     def test_after_the_last_look_nothing_comes_and_other_seeds_than_the_looks_are_an_error(self):
         method, comparator = self.world(0.5, np.random.default_rng(0))
-        assert rules.chance_of_decision(Better(), method, comparator, None, planned(), 3) == 0.0
+        assert rules.chance_of_decision(Better(), Sides(method, comparator, None), planned(), 3) == 0.0
         with pytest.raises(ValueError, match="look 1 has 3 seeds; the scores have 4"):
-            rules.chance_of_decision(Better(), method[:4], comparator[:4], None, planned(), 0)
+            rules.chance_of_decision(Better(), Sides(method[:4], comparator[:4], None), planned(), 0)
 
 
 class TestPlanning:

@@ -50,7 +50,7 @@ def test_fetch_writes_what_training_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(Task, "hub_rows", lambda self, split: [DataRow("hub", GOOD["squad"])])
     fetch_data.main(["task=squad", f"data_root={tmp_path}"])
     (example,) = load_examples(task_option("squad", "task.rows.validation=1"), "validation", str(tmp_path))
-    assert example == replace(one_example("squad", GOOD["squad"]), id="q1")
+    assert example == replace(one_example("squad", GOOD["squad"]), id="q1", cluster="Rome")
 
 
 def test_files_of_editors_on_windows_are_read_as_any_other(tmp_path):

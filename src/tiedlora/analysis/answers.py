@@ -4,14 +4,16 @@ A claim's plan fixes the numbers of seeds at which it is looked at. A look uses 
 and is taken when all of them have ended on both sides. The first look that decides stands; later seeds change nothing.
 
 - supported, contradicted: the rule is, at the level of the look (rules.py);
-- uninformative: at the last look, the comparator's own gain over the base may be 0, so any method would do as well
-  (only for rules that need this gain: who is better can be known without it);
+- uninformative: at the last look, the comparator's own gain over the zero point may be 0, so any method would do as
+  well (only for rules that need this gain: who is better can be known without it);
+- cannot fail here: the claim's weakest arm passes the same rule at the latest look that its seeds reach, so a pass says
+  nothing (the trial has no assay sensitivity). A claim that is contradicted has shown that it can fail;
 - undecided: none of these. `decide` says which look comes next.
 
 Over all tasks, a claim is supported if every informative task supports it, and at least one task is informative. It is
 contradicted if Holm's procedure over the planned tasks (Scand. J. Statist. 6, 1979) contradicts it on at least one, so
 that many tasks do not make a wrong verdict more likely. Otherwise it is undecided, or uninformative if no task is
-informative.
+informative. A task on which the claim cannot fail is not informative.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from tiedlora.analysis import claims, compare, intervals, rules
 from tiedlora.analysis.claims import Claim, Pair, Plan
 from tiedlora.analysis.compare import Estimate, Measure, PairedScores
+from tiedlora.analysis.frontier import groups_of
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import Scorebook
 from tiedlora.errors import UserError
@@ -38,6 +42,11 @@ class Verdict(StrEnum):
     CONTRADICTED = "contradicted"
     UNDECIDED = "undecided"
     UNINFORMATIVE = "uninformative"
+    CANNOT_FAIL = "cannot fail here"
+
+
+WITHOUT_INFORMATION = (Verdict.UNINFORMATIVE, Verdict.CANNOT_FAIL)
+DECIDED = (Verdict.SUPPORTED, Verdict.CONTRADICTED)
 
 
 @dataclass
@@ -60,19 +69,26 @@ class Answer:
     difference: Estimate | None = None
     contrast: Interval | None = None
     """The number that the rule compares with 0, with its interval at the level of the look. More is better."""
+    sensitivity: Literal["", "shown", "not shown"] = ""
+    """Whether the weakest arm was shown to fail, so that the trial can fail. Empty before the first look, or if the
+    claim names no weakest arm."""
     retained: Interval | None = None
     """The share of the comparator's gain, with Fieller's interval."""
     retains_at_least: float | None = None
     """The largest share that the rule `retains` would support at the level of the look."""
     kept: Interval | None = None
     """The share that the method keeps, with the ends at which the rule decides (Rule.kept). Before the first look it
-    has the level 5 % and all common seeds. None without two seeds, base scores or a gain of the comparator."""
+    has the level 5 % and all common seeds. None without two seeds, a zero point or a gain of the comparator."""
     comparator_gain: float | None = None
-    """The comparator's mean gain over the base, on the seeds of `kept`; None without base scores."""
+    """The comparator's mean gain over the zero point, on the seeds of `kept`; None without a zero point."""
     gain_may_be_zero: bool = False
     """Whether the interval of the comparator's gain includes 0, so that a share of it means little."""
     contradicted_level: float = 1.0
     """The level of the whole plan at which the claim is contradicted, for Holm's procedure over tasks."""
+    decided_level: float = 1.0
+    """The level of the whole plan at which the claim is supported or contradicted, for Holm's procedure over all."""
+    survives_holm: bool = False
+    """Whether the verdict holds by Holm's procedure over all tests of the report (see `mark_survivors`)."""
     look: int | None = None
     """The look that the answer rests on, counted from 0."""
     seeds: int = 0
@@ -80,8 +96,15 @@ class Answer:
     difference_seeds: int = 0
     """The number of seeds of `difference`, which uses all that both sides have."""
     rows: int = 0
+    clusters: int | None = None
+    """How many clusters the rows come in; None if they are independent."""
     decide: str = ""
     """What would decide the claim, in planned looks."""
+
+    @property
+    def zero(self) -> str:
+        """What a gain is measured from."""
+        return self.pair.floor.name if self.pair is not None and self.pair.floor is not None else "the base"
 
 
 def answer_claims(
@@ -98,37 +121,80 @@ def answer_claims(
             tasks = set(claim.metrics) or {group.task for group in groups if model in (group.model, "")}
             missing = tasks - {pair.task for pair in pairs if pair.model == model}
             answers += [Answer(claim, model, task, reason=reason, decide=decide) for task in sorted(missing)]
+    mark_survivors(answers)
     return answers
 
 
 def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     answer = Answer(claim, pair.model, pair.task_in_words, pair, reason=pair.problem, decide=next_look(claim.plan, 0))
-    if pair.method is None or pair.comparator is None:
+    if pair.method is None or pair.comparator is None or pair.problem:
         return answer
     method, comparator = pair.method, pair.comparator
     try:
         answer.measure = measure = _measure(claim, method, split)
-        scores = compare.paired_scores(method, comparator, measure, book)
+        scores = compare.paired_scores(method, comparator, measure, book, pair.floor)
     except UserError as error:
         answer.reason = f"{method.name} and {comparator.name}: {error}"
         return answer
     answer.difference, _ = compare.difference(method, comparator, measure, book)
-    answer.retained = compare.retained(method, comparator, measure)
-    answer.rows, answer.difference_seeds = scores.method.shape[1], len(scores.seeds)
+    answer.retained = compare.retained(method, comparator, measure, pair.floor)
+    answer.rows, answer.difference_seeds = scores.sides.method.shape[1], len(scores.seeds)
+    answer.clusters = None if scores.sides.clusters is None else len(scores.sides.clusters.sizes)
     _set_share(answer, scores, rules.TOTAL)
-    _decide(answer, scores, _ended(method, measure) & _ended(comparator, measure))
+    others = [*groups_of(comparator), *([pair.floor] if pair.floor is not None else [])]
+    ended = set.intersection(*(_ended(group, measure) for group in (method, *others)))
+    _decide(answer, scores, ended)
+    if pair.floor is not None:
+        answer.reason += f" (over {pair.floor.name})"
     answer.reason += f" ({method.name} against {comparator.name}, {split}, {measure.metric})"
-    if compare.other_ends(method.runs, comparator.runs, measure):
+    if answer.clusters is not None:
+        answer.reason += f"; {answer.rows:,} rows in {answer.clusters} clusters"
+    if answer.look is not None and claim.weakest is not None:
+        _check_sensitivity(answer, pair, measure, book)
+    if compare.other_ends([group.runs for group in (method, *others)], measure):
         answer.reason += f"; {compare.OTHER_ENDS}"
     if effort := claims.unequal_effort(method, comparator):
         answer.reason += f"; {effort}"
-    for group in (method, comparator):
+    for group in (method, *others):
         if answer.look is not None and _may_change_its_rate(group, answer.seeds):
             answer.reason += (
                 f"; the rate of {group.name} was chosen on later seeds too, so they can change this: record the choice "
                 "at the look with scripts/sweep.py select"
             )
     return answer
+
+
+def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Scorebook) -> None:
+    """Ask the claim's rule of its weakest arm, at the latest look that its seeds reach."""
+    answer.sensitivity, weakest, plan = "not shown", pair.weakest, answer.claim.plan
+    if weakest is None:
+        answer.reason += f"; sensitivity not shown: {answer.claim.weakest} was not run in the same setting"
+        return
+    if weakest is pair.method or pair.comparator is None:
+        answer.reason += "; sensitivity not shown: the method is the weakest arm itself"
+        return
+    try:
+        scores = compare.paired_scores(weakest, pair.comparator, measure, book, pair.floor)
+    except UserError as error:
+        answer.reason += f"; sensitivity not shown: {weakest.name}: {error}"
+        return
+    reached = [number for number in range(len(plan.looks.seeds)) if set(plan.of_look(number)) <= set(scores.seeds)]
+    if not reached:
+        answer.reason += f"; sensitivity not shown: {weakest.name} has not the seeds of a look"
+        return
+    number = reached[-1]
+    seen, level = scores.of(plan.of_look(number)), plan.looks.levels[number]
+    evidence = answer.claim.rule.evidence(seen.sides)
+    where = f"{weakest.name}, the weakest arm, at look {number + 1}"
+    if evidence.supported <= level:
+        if answer.verdict != Verdict.CONTRADICTED:
+            answer.verdict, answer.decide = Verdict.CANNOT_FAIL, "a task or a zero point at which the weakest arm fails"
+        answer.reason += f"; cannot fail here: the same is supported for {where}"
+    elif evidence.contradicted <= level:
+        answer.sensitivity = "shown"
+        answer.reason += f"; sensitivity shown: the same is contradicted for {where}"
+    else:
+        answer.reason += f"; sensitivity not shown: the same is undecided for {where}"
 
 
 def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
@@ -160,7 +226,7 @@ def _decide(answer: Answer, scores: PairedScores, ended: set[int]) -> None:
     """Take every look of the plan whose seeds have ended, up to the first one that decides."""
     plan = answer.claim.plan
     answer.seeds = len(scores.seeds)
-    if answer.claim.rule.needs_base and scores.base is None:
+    if answer.claim.rule.needs_zero and scores.sides.zero is None:
         answer.reason, answer.decide = "the base model was not scored", "scores of the base model (score.base=true)"
         return
     if answer.rows < 2:
@@ -188,14 +254,16 @@ def _look(answer: Answer, seen: PairedScores, number: int) -> bool:
     evidence = _test(answer, seen, level)
     answer.look, answer.seeds = number, len(seen.seeds)
     answer.contradicted_level = min(answer.contradicted_level, rules.adjusted(planned, number, evidence.contradicted))
+    decided = rules.adjusted(planned, number, min(evidence.supported, evidence.contradicted))
+    answer.decided_level = min(answer.decided_level, decided)
     missing = len(answer.claim.plan.of_look(number)) - len(seen.seeds)
     answer.reason = f"look {number + 1} of {count}: {len(seen.seeds)} seeds at level {100 * level:.2g} %"
     answer.reason += f", {missing} diverged" if missing else ""
-    if answer.claim.rule.needs_base and evidence.gain is not None and evidence.gain > level:
-        answer.reason += ": the comparator's own gain over the base may be 0"
+    if answer.claim.rule.needs_zero and evidence.gain is not None and evidence.gain > level:
+        answer.reason += f": the comparator's own gain over {answer.zero} may be 0"
         if number == count - 1:
             answer.verdict = Verdict.UNINFORMATIVE
-            answer.decide = "a task, model or training on which the comparator beats the base"
+            answer.decide = f"a task, model or training on which the comparator beats {answer.zero}"
             return True
     if answer.verdict == Verdict.UNDECIDED:
         return False
@@ -206,12 +274,11 @@ def _look(answer: Answer, seen: PairedScores, number: int) -> bool:
 def _test(answer: Answer, seen: PairedScores, level: float) -> rules.Evidence:
     """Set the contrast, the verdict and the least share that is kept, from these seeds at this level."""
     rule, sides = answer.claim.rule, seen.sides
-    evidence = rule.evidence(*sides)
-    answer.contrast = intervals.both_interval(rule.contrast(*sides), level)
+    evidence = rule.evidence(sides)
+    answer.contrast = intervals.both_interval(rule.contrast(sides), level, sides.clusters)
     _set_share(answer, seen, level)
     answer.gain_may_be_zero = evidence.gain is not None and evidence.gain > level
-    if seen.base is not None:
-        answer.retains_at_least = rules.retained_at_least(seen.method, seen.comparator, seen.base, level)
+    answer.retains_at_least = rules.retained_at_least(sides, level)
     if evidence.supported <= level:
         answer.verdict = Verdict.SUPPORTED
     elif evidence.contradicted <= level:
@@ -221,11 +288,11 @@ def _test(answer: Answer, seen: PairedScores, level: float) -> rules.Evidence:
 
 def _set_share(answer: Answer, seen: PairedScores, level: float) -> None:
     """Set the comparator's gain and the share of it that the method keeps, from these seeds at this level."""
-    if seen.base is None:
+    if seen.sides.gain is None:
         return
-    answer.comparator_gain = float((seen.comparator - seen.base).mean())
-    if min(seen.method.shape) > 1:
-        answer.kept = answer.claim.rule.kept(seen.method, seen.comparator, seen.base, level)
+    answer.comparator_gain = float(seen.sides.gain.mean())
+    if min(seen.sides.method.shape) > 1:
+        answer.kept = answer.claim.rule.kept(seen.sides, level)
 
 
 def _wait_for(answer: Answer, scores: PairedScores, number: int, ended: set[int]) -> None:
@@ -236,7 +303,9 @@ def _wait_for(answer: Answer, scores: PairedScores, number: int, ended: set[int]
         _predict(answer, scores)
     elif len(scores.seeds) >= plan.looks.seeds[0]:
         answer.exploratory = True
-        answer.contradicted_level = _test(answer, scores, rules.TOTAL).contradicted
+        evidence = _test(answer, scores, rules.TOTAL)
+        answer.contradicted_level = evidence.contradicted
+        answer.decided_level = min(evidence.supported, evidence.contradicted)
         answer.reason = f"exploratory: seeds {number_list(scores.seeds)} are not the planned ones"
     else:
         answer.reason = f"before the first look: {len(scores.seeds)} of {plan.looks.seeds[0]} seeds"
@@ -250,13 +319,13 @@ def _predict(answer: Answer, scores: PairedScores) -> None:
     if len(seen.seeds) < plan.looks.seeds[look]:
         return
     rule, sides = answer.claim.rule, seen.sides
-    chance = rules.chance_of_decision(rule, *sides, plan.looks, look)
+    chance = rules.chance_of_decision(rule, sides, plan.looks, look)
     answer.is_futile = chance < rules.FUTILE
     if answer.is_futile:
         answer.decide = f"no planned look is likely to change it (chance {100 * chance:.0f} %)"
     else:
         answer.decide += f"; a later look decides with a chance of {100 * chance:.0f} %"
-    spread = intervals.mean_squares(rule.contrast(*sides)).spread()
+    spread = intervals.mean_squares(rule.contrast(sides), sides.clusters).spread()
     if (gain := rules.gain_needed(rule, spread, answer.rows, plan.looks)) is not None and answer.measure is not None:
         unit = answer.measure.unit
         answer.decide += (
@@ -304,7 +373,7 @@ def claim_verdicts(answers: Sequence[Answer]) -> list[ClaimVerdict]:
 
 
 def _over_tasks(answers: Sequence[Answer], model: str) -> ClaimVerdict:
-    informative = [answer for answer in answers if answer.verdict != Verdict.UNINFORMATIVE]
+    informative = [answer for answer in answers if answer.verdict not in WITHOUT_INFORMATION]
     rejected = rules.holm([answer.contradicted_level for answer in answers])
     contradicting = list(itertools.compress(answers, rejected))
     supporting = [answer for answer in informative if answer.verdict == Verdict.SUPPORTED]
@@ -321,15 +390,42 @@ def _over_tasks(answers: Sequence[Answer], model: str) -> ClaimVerdict:
     return ClaimVerdict(answers[0].claim, model, verdict, reason, tuple(answers))
 
 
+def comparison(answer: Answer) -> tuple[str, ...]:
+    """What was compared: two claims about the same difference have the same one."""
+    pair, measure = answer.pair, answer.measure
+    if pair is None or pair.method is None or pair.comparator is None or measure is None:
+        return answer.model, answer.task, answer.claim.name
+    return pair.anchor.setting, pair.method.name, pair.comparator.name, measure.split, measure.metric
+
+
+def _tested(answers: Iterable[Answer]) -> dict[tuple[str, ...], list[Answer]]:
+    """Test -> the answers that it gives. A test is a comparison with its rule and zero point."""
+    tests: dict[tuple[str, ...], list[Answer]] = {}
+    for answer in answers:
+        if answer.look is not None or answer.exploratory:
+            tests.setdefault((*comparison(answer), str(answer.claim.rule), answer.zero), []).append(answer)
+    return tests
+
+
+def mark_survivors(answers: Sequence[Answer]) -> None:
+    """Mark the verdicts that hold by Holm's procedure over all tests: then few wrong ones are among them by number."""
+    tests = list(_tested(answers).values())
+    for own, rejected in zip(tests, rules.holm([own[0].decided_level for own in tests]), strict=True):
+        for answer in own:
+            answer.survives_holm = rejected and answer.verdict in DECIDED
+
+
 def error_note(answers: Sequence[Answer]) -> str:
-    """How many verdicts there are, and how many wrong ones the levels allow."""
-    tested = [answer for answer in answers if answer.look is not None or answer.exploratory]
-    decided = [answer for answer in tested if answer.verdict in (Verdict.SUPPORTED, Verdict.CONTRADICTED)]
-    if not tested:
+    """How many verdicts there are, how many wrong ones the levels allow, and how many hold over all tests."""
+    tests = _tested(answers)
+    if not tests:
         return "No planned look has been taken yet."
-    wrong = rules.TOTAL * len(tested)
+    decided = [own[0] for own in tests.values() if own[0].verdict in DECIDED]
+    surviving = sum(answer.survives_holm for answer in decided)
+    compared, wrong = len({comparison(own[0]) for own in tests.values()}), rules.TOTAL * len(tests)
     return (
-        f"Verdicts (supported or contradicted): {len(decided)}. Comparisons that were tested: {len(tested)}. With "
-        f"every truth at the boundary, {100 * rules.TOTAL:g} % of the comparisons ({wrong:.1f}) would get a wrong "
-        "verdict."
+        f"Verdicts (supported or contradicted): {len(decided)}, from {len(tests)} different tests of {compared} "
+        f"different comparisons. With every truth at the boundary, {100 * rules.TOTAL:g} % of the tests "
+        f"({wrong:.1f}) would get a wrong verdict. By Holm's procedure over all tests, {surviving} of the "
+        f"{len(decided)} verdicts hold."
     )

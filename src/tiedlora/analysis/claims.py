@@ -14,15 +14,17 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from tiedlora import storage, tying
 from tiedlora.analysis import rules
+from tiedlora.analysis.frontier import Blend, Peer, curve, groups_of
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.intervals import Spread
 from tiedlora.analysis.rules import Better, Level, Looks, Retains, Rule
+from tiedlora.analysis.runs import SHUFFLED
 from tiedlora.config import compose
 from tiedlora.config.explain import nearest, options
 from tiedlora.errors import UserError
 from tiedlora.keys import LARGEST_COUNT
 from tiedlora.records.loss_metrics import LOSS_METRICS
-from tiedlora.records.reading import Number, Text, Whole, from_person
+from tiedlora.records.reading import Flag, Number, Text, Whole, from_person
 from tiedlora.tasks import load_task
 
 EQUAL_RANK, EQUAL_PARAMETERS = "equal_rank", "equal_parameters"
@@ -32,23 +34,45 @@ _KNOWN_KEYS = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: a configuration at a rank, or at the rank that matches the other side."""
+    """One side of a comparison: a configuration at a rank, or at the rank or size that matches the other side."""
 
     __pydantic_config__ = _KNOWN_KEYS
-    configuration: Text
+    configuration: Text = ""
     rank: Annotated[Whole, Field(ge=1, le=LARGEST_COUNT)] | None = None
     at: Literal["equal_rank", "equal_parameters"] | None = None
     """How the rank follows from the other side; None for a side with a rank."""
     seed_offset: Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)] = 0
     """This side's run of seed s + offset is paired with the other side's run of seed s. With it, a configuration is
     compared with itself (an A/A control)."""
+    shuffle_targets: Flag = False
+    """Whether the runs trained on shuffled targets (task.shuffle_targets), which teach only the form of an answer."""
+    frontier: Text = ""
+    """In place of all other keys: this configuration at the other side's number of parameters, between the two of its
+    sizes that enclose it (frontier.py)."""
 
     def __post_init__(self) -> None:
-        if (self.rank is None) == (self.at is None):
+        others = (self.configuration, self.rank, self.at, self.seed_offset, self.shuffle_targets)
+        if self.frontier and any(others):
+            raise ValueError("frontier stands alone; it is a configuration at the other side's number of parameters")
+        if not self.frontier and not self.configuration:
+            raise ValueError("configuration is missing; name one, such as LoRA")
+        if not self.frontier and (self.rank is None) == (self.at is None):
             raise ValueError(f"needs either rank, or at ({EQUAL_RANK} or {EQUAL_PARAMETERS})")
 
+    @property
+    def label(self) -> str:
+        """The configuration as groups of runs name it."""
+        return f"{self.configuration}{SHUFFLED if self.shuffle_targets else ''}"
+
+    @property
+    def is_matched(self) -> bool:
+        """Whether its rank or size follows from the other side."""
+        return self.rank is None
+
     def __str__(self) -> str:
-        return f"{self.configuration} {self.at or f'r={self.rank}'}"
+        if self.frontier:
+            return f"{self.frontier} of equal size (its curve)"
+        return f"{self.label} {self.at or f'r={self.rank}'}"
 
 
 @dataclass(frozen=True)
@@ -76,11 +100,21 @@ class Claim:
     metrics: dict[str, str]
     """Task -> the metric that decides, or an empty text for the task's first. Without tasks, every task counts."""
     plan: Plan
+    floor: Side | None = None
+    """The arm whose scores are the zero point of gains; None takes the base model."""
+    weakest: Side | None = None
+    """An arm that must not pass: if it does, the trial cannot fail, and a pass means nothing."""
 
     @property
     def anchor(self) -> Side:
         """The side that has a rank; of two such sides, the method. The other side is matched to it."""
-        return self.comparator if self.method.at else self.method
+        return self.comparator if self.method.is_matched else self.method
+
+    @property
+    def sides(self) -> dict[str, Side]:
+        """Key of the claims' file -> the side that it names."""
+        named = {"method": self.method, "comparator": self.comparator, "floor": self.floor, "weakest": self.weakest}
+        return {key: side for key, side in named.items() if side is not None}
 
     def covers(self, task: str) -> bool:
         """Whether the claim is about the task."""
@@ -112,21 +146,34 @@ class _Entry:
     """In the score's unit: 0.02 is two points."""
     level_within: Annotated[Number, Field(ge=0.001, lt=1)] | None = None
     """A share of the comparator's gain."""
+    floor: Side | None = None
+    """The zero point of this claim, in place of the file's."""
+    weakest: Side | None = None
+    """The weakest arm of this claim, in place of the file's."""
 
     def __post_init__(self) -> None:
         given = [key for key in RULES if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"needs exactly one rule of {', '.join(RULES)}; it has {', '.join(given) or 'none'}")
         one, other = self.method, self.comparator
-        if one.at and other.at:
-            raise ValueError("method and comparator both have 'at'; one of them needs a rank")
+        if one.frontier:
+            raise ValueError("method has frontier; only a comparator can be a curve")
+        if one.is_matched and other.is_matched:
+            raise ValueError("method and comparator are both matched to the other side; one of them needs a rank")
         same_size = one.rank == other.rank or one.at or other.at
-        if same_size and (one.configuration, one.seed_offset) == (other.configuration, other.seed_offset):
-            raise ValueError(f"compares {one.configuration} with itself; seed_offset on one side gives it other seeds")
+        if same_size and (one.label, one.seed_offset) == (other.label, other.seed_offset):
+            raise ValueError(f"compares {one.label} with itself; seed_offset on one side gives it other seeds")
+        _check_fixed(self.floor, self.weakest)
 
     def rule(self) -> Rule:
         """The one rule that is given."""
         return next(make(value) for key, make in RULES.items() if (value := getattr(self, key)) is not None)
+
+
+def _check_fixed(floor: Side | None, weakest: Side | None) -> None:
+    for key, side in (("floor", floor), ("weakest", weakest)):
+        if side is not None and side.rank is None and side.at != EQUAL_RANK:
+            raise ValueError(f"{key}: needs a rank, or at: {EQUAL_RANK}")
 
 
 RULES: dict[str, Callable[[float], Rule]] = {"retains": Retains, "better_by": Better, "level_within": Level}
@@ -142,8 +189,13 @@ class _File:
     looks: list[Annotated[Whole, Field(ge=2)]] = field(default_factory=lambda: list(rules.SEEDS))
     levels: list[Number] | None = None
     seeds: list[Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]] | None = None
+    floor: Side | None = None
+    """The zero point of every claim that names none itself."""
+    weakest: Side | None = None
+    """The weakest arm of every claim that names none itself."""
 
     def __post_init__(self) -> None:
+        _check_fixed(self.floor, self.weakest)
         names = [entry.name for entry in self.claims]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two claims have the name {twice!r:.80}; give each its own")
@@ -182,7 +234,17 @@ def read(path: Path) -> list[Claim]:
         raise UserError(f"{path}: {error}") from None
     plan = file.plan()
     return [
-        Claim(file.paper, entry.name, entry.method, entry.comparator, entry.rule(), entry.tasks, plan)
+        Claim(
+            file.paper,
+            entry.name,
+            entry.method,
+            entry.comparator,
+            entry.rule(),
+            entry.tasks,
+            plan,
+            entry.floor or file.floor,
+            entry.weakest or file.weakest,
+        )
         for entry in file.claims
     ]
 
@@ -204,10 +266,10 @@ def check_names(
     tasks = {*options("task"), *metrics}
     for claim in claims:
         where = f"{path}: claim {claim.name!r:.80}"
-        for key, side in (("method", claim.method), ("comparator", claim.comparator)):
-            name = side.configuration
+        for key, side in claim.sides.items():
+            name, own_key = (side.frontier, "frontier") if side.frontier else (side.configuration, "configuration")
             if name not in known:
-                raise UserError(f"{where}: {key}.configuration={name:.80}: {NO_SUCH} tying{nearest(name, known)}")
+                raise UserError(f"{where}: {key}.{own_key}={name:.80}: {NO_SUCH} tying{nearest(name, known)}")
         for task, metric in claim.metrics.items():
             if task not in tasks:
                 raise UserError(f"{where}: tasks: {task:.80}: {NO_SUCH} task{nearest(task, tasks)}")
@@ -235,16 +297,21 @@ TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Pair:
-    """The two sides of a claim in one setting."""
+    """The sides of a claim in one setting."""
 
     anchor: RunGroup
     """The group of the side that has a rank of its own. The other side is matched to it."""
     method: RunGroup | None
-    comparator: RunGroup | None
+    comparator: Peer | None
     problem: str = ""
     """Why a side is missing."""
-    searched: tuple[RunGroup | None, RunGroup | None] = (None, None)
-    """The two sides with the runs of all seeds, also those below a side's seed_offset."""
+    floor: RunGroup | None = None
+    """The zero point, if the claim names one."""
+    weakest: RunGroup | None = None
+    """The arm that must not pass, if the claim names one and it was run."""
+    arms: tuple[tuple[RunGroup, int], ...] = ()
+    """Every group that a look needs, with the offset of its seeds, and with the runs of all seeds. Empty if a side is
+    missing."""
     name: str = ""
     """The anchor's configuration, if several anchors of one setting answer the claim."""
 
@@ -283,12 +350,36 @@ def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
 
 
 def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], name: str) -> Pair:
-    matched = claim.method if claim.method.at else claim.comparator
-    is_on_other_seeds = matched.seed_offset != claim.anchor.seed_offset
-    partner, problem = _partner(matched, anchor, groups, may_be_anchor=is_on_other_seeds)
-    method, comparator = (partner, anchor) if claim.method.at else (anchor, partner)
-    shifted = _shifted(method, claim.method), _shifted(comparator, claim.comparator)
-    return Pair(anchor, *shifted, problem, (method, comparator), name)
+    matched = claim.method if claim.method.is_matched else claim.comparator
+    partner: Peer | None
+    if matched.frontier:
+        partner, problem = _on_curve(matched.frontier, anchor, groups)
+    else:
+        is_on_other_seeds = matched.seed_offset != claim.anchor.seed_offset
+        partner, problem = _partner(matched, anchor, groups, may_be_anchor=is_on_other_seeds)
+    floor, weakest = None, None
+    if claim.floor is not None and not problem:
+        floor, missing = _partner(claim.floor, anchor, groups, may_be_anchor=True)
+        problem = f"the floor: {missing}" if missing else ""
+    if claim.weakest is not None:
+        weakest, _ = _partner(claim.weakest, anchor, groups, may_be_anchor=True)
+    method, comparator = (partner, anchor) if claim.method.is_matched else (anchor, partner)
+    assert not isinstance(method, Blend), "only a comparator is on a curve"
+    arms: list[tuple[RunGroup, int]] = []
+    if method is not None and comparator is not None and not problem:
+        arms = [(method, claim.method.seed_offset)]
+        arms += [(group, claim.comparator.seed_offset) for group in groups_of(comparator)]
+        arms += [(floor, 0)] if floor is not None else []
+    if not isinstance(comparator, Blend):
+        comparator = _shifted(comparator, claim.comparator)
+    return Pair(anchor, _shifted(method, claim.method), comparator, problem, floor, weakest, tuple(arms), name)
+
+
+def _on_curve(configuration: str, anchor: RunGroup, groups: Sequence[RunGroup]) -> tuple[Blend | None, str]:
+    """The curve of a configuration at the anchor's number of parameters, or None and the reason."""
+    found = curve(configuration, anchor.setting, groups)
+    blend = found.at(anchor.params)
+    return blend, "" if blend else f"{anchor.params:,} parameters are outside the measured {found}"
 
 
 def _shifted(group: RunGroup | None, side: Side) -> RunGroup | None:
@@ -310,9 +401,11 @@ def _is_of(group: RunGroup, side: Side) -> bool:
 
     A changed TABuv, such as one with dropout, may still be called TABuv. It is not the TABuv of a claim.
     """
-    if group.label == side.configuration:
+    if group.label == side.label:
         return True
     record = group.runs[0].record
+    if record.identity.shuffles_targets != side.shuffle_targets:
+        return False
     has_own_name = record.label == "custom" or record.is_other_method
     is_its_name = has_own_name and record.config.tying.name == side.configuration
     return is_its_name and side.configuration not in KNOWN
@@ -332,14 +425,14 @@ def _partner(
         of_rank = [group for group in candidates if group.rank == rank and (group is not anchor or may_be_anchor)]
         if of_rank:
             return _only_one(of_rank, anchor)
-        return None, f"{side.configuration} r={rank} was not run in the same setting"
+        return None, f"{side.label} r={rank} was not run in the same setting"
     if not candidates:
-        return None, f"{side.configuration} was not run in the same setting"
+        return None, f"{side.label} was not run in the same setting"
     closest = min(candidates, key=lambda group: abs(math.log(group.params / anchor.params)))
     if abs(closest.params / anchor.params - 1) <= TOLERANCE:
         return _only_one([group for group in candidates if group.params == closest.params], anchor)
     return None, (
-        f"no {side.configuration} of about {anchor.params:,} parameters was run (nearest: r={closest.rank} with "
+        f"no {side.label} of about {anchor.params:,} parameters was run (nearest: r={closest.rank} with "
         f"{closest.params:,}); {_advice(closest, anchor.params)}"
     )
 
@@ -371,12 +464,13 @@ def _advice(group: RunGroup, params: int) -> str:
     return f"no rank comes within {100 * TOLERANCE:g} % of it (nearest: r={rank} with {count:,}); match the other side"
 
 
-def unequal_effort(first: RunGroup, second: RunGroup) -> str:
-    """A note if the learning rates of two groups were searched with unequal effort; empty if they were not."""
-    counts = [f"{len(group.rates)} rate{'s' if len(group.rates) > 1 else ''}" for group in (first, second)]
-    if counts[0] == counts[1]:
+def unequal_effort(method: RunGroup, comparator: Peer) -> str:
+    """A note if the learning rates of the groups were searched with unequal effort; empty if they were not."""
+    counts = {group.name: len(group.rates) for group in (method, *groups_of(comparator))}
+    if len(set(counts.values())) == 1:
         return ""
-    return f"unequal search: {counts[0]} of {first.name} against {counts[1]} of {second.name}"
+    words = [f"{count} rate{'s' if count > 1 else ''} of {name}" for name, count in counts.items()]
+    return f"unequal search: {' against '.join(words)}"
 
 
 # What a sweep can be expected to decide, before it is run.

@@ -5,18 +5,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from tiedlora.analysis import intervals, rules
 from tiedlora.analysis.claims import Claim
+from tiedlora.analysis.frontier import Curve, Peer, curve, groups_of, parts_of
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.intervals import Array
+from tiedlora.analysis.intervals import Array, Clusters
 from tiedlora.analysis.reference import PublishedScore
+from tiedlora.analysis.rules import Sides
 from tiedlora.analysis.runs import Run, Scorebook
 from tiedlora.errors import UserError
 from tiedlora.records.interval import LEVEL, Interval, Unit
@@ -90,13 +95,20 @@ class Estimate:
 def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estimate, list[str]]:
     """The mean over the runs' seeds, and notes on intervals that cover less than 95 %.
 
-    A single run has the interval of its record, so that report and record always agree.
+    A single run has the interval of its record, so that report and record always agree, unless its rows come in
+    clusters.
     """
     values, scores = measure.values(runs), runs[0].splits[measure.split]
     estimate, notes, remark = Estimate(float(values.mean())), [], ""
     try:
         table = book.table(runs, measure.split, measure.metric)
-        estimate.examples = scores.metrics[measure.metric] if len(runs) == 1 else intervals.score_over_examples(table)
+        clusters = book.clusters(runs[0], measure.split)
+        if len(runs) == 1 and clusters is None:
+            estimate.examples = scores.metrics[measure.metric]
+        else:
+            estimate.examples = intervals.score_over_examples(table, clusters)
+        if len(runs) > 1 and table.shape[1] > 1:
+            estimate.both = intervals.both_interval(table, clusters=clusters)
         # A score near 1 is as skewed as one near 0.
         scoring = int(min((table != 0).any(0).sum(), (table != 1).any(0).sum()))
         if scoring < FEW_EXAMPLES and (len(runs) > 1 or not intervals.is_binary(table)):
@@ -123,142 +135,157 @@ def gain(group: RunGroup, measure: Measure, book: Scorebook) -> Estimate | None:
         return None
     values = measure.values(runs) - measure.base_values(runs)
     estimate = Estimate(float(values.mean()))
-    if len(runs) == 1:
-        estimate.examples = (runs[0].splits[measure.split].gain or {}).get(measure.metric)
-        return estimate
-    estimate.seeds = intervals.seeds_interval(values)
+    if len(runs) > 1:
+        estimate.seeds = intervals.seeds_interval(values)
     try:
+        clusters = book.clusters(runs[0], measure.split)
+        if len(runs) == 1 and clusters is None:
+            estimate.examples = (runs[0].splits[measure.split].gain or {}).get(measure.metric)
+            return estimate
         ids, base = book.scores(runs[0], measure.split, measure.metric, base=True)
         table = book.table(runs, measure.split, measure.metric, ids)
-        _add_paired_intervals(estimate, table, np.broadcast_to(base, table.shape))
+        _add_paired_intervals(estimate, table, np.broadcast_to(base, table.shape), clusters)
     except UserError:
         # A note on the row's score already says what is wrong with the predictions.
         pass
     return estimate
 
 
-def difference(ours: RunGroup, theirs: RunGroup, measure: Measure, book: Scorebook) -> tuple[Estimate | None, str]:
-    """The paired difference of two groups over the seeds that both have, and notes for the reader."""
+def difference(ours: RunGroup, theirs: Peer, measure: Measure, book: Scorebook) -> tuple[Estimate | None, str]:
+    """The paired difference to a group or a point of a curve, over their common seeds, and notes for the reader."""
     try:
-        first, second = _comparable_runs(ours, theirs, measure)
+        first, *others = _comparable_runs([ours, *groups_of(theirs)], measure)
     except UserError as error:
         return None, str(error)
-    values = measure.values(first) - measure.values(second)
+    weights = [weight for weight, _ in parts_of(theirs)]
+    values = measure.values(first) - _blended(weights, [measure.values(runs) for runs in others])
     estimate, notes = Estimate(float(values.mean())), []
     if len(first) > 1:
         estimate.seeds = intervals.seeds_interval(values)
     try:
-        _add_paired_intervals(estimate, *_paired_tables(first, second, measure, book))
+        table, *tables = _paired_tables([first, *others], measure, book)
+        clusters = book.clusters(first[0], measure.split)
+        _add_paired_intervals(estimate, table, _blended(weights, tables), clusters)
     except UserError as error:
         notes.append(f"no interval over examples: {error}")
-    commits = [{str(code.commit) for run in side for code in run.record.code_versions} for side in (first, second)]
-    if commits[0] != commits[1]:
+    commits = [{str(code.commit) for run in side for code in run.record.code_versions} for side in (first, *others)]
+    if any(own != commits[0] for own in commits):
         notes.append("made by another commit")
-    if other_ends(first, second, measure):
+    if other_ends([first, *others], measure):
         notes.append(OTHER_ENDS)
-    if (common := len(first)) < max(len(ours.runs), len(theirs.runs)):
+    if (common := len(first)) < max(len(group.runs) for group in (ours, *groups_of(theirs))):
         notes.append(f"{common} seed{'s' if common > 1 else ''} in common")
     return estimate, "; ".join(notes)
 
 
-def other_ends(first: Iterable[Run], second: Iterable[Run], measure: Measure) -> bool:
-    """Whether the answers of two sides ended at different tokens. A loss has no answers, so it is False for a loss."""
-    ends = [{str(run.record.more_ends) for run in side} for side in (first, second)]
-    return ends[0] != ends[1] and not is_loss(measure.metric)
+def other_ends(sides: Iterable[Iterable[Run]], measure: Measure) -> bool:
+    """Whether the answers of some sides ended at different tokens. A loss has no answers, so it is False for a loss."""
+    ends = [{str(run.record.more_ends) for run in side} for side in sides]
+    return any(own != ends[0] for own in ends) and not is_loss(measure.metric)
 
 
-def _comparable_runs(ours: RunGroup, theirs: RunGroup, measure: Measure) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
-    """The scored runs of both groups that have the same seeds, in the same order.
+def _comparable_runs(groups: Sequence[RunGroup], measure: Measure) -> list[tuple[Run, ...]]:
+    """For each group, its scored runs of the seeds that all groups have, in the same order.
 
     Raises:
         UserError: there is no seed in common, or the groups were trained or scored on other rows.
     """
-    split, by_seed = measure.split, {run.seed: run for run in measure.scored(theirs)}
-    pairs = [(run, by_seed[run.seed]) for run in measure.scored(ours) if run.seed in by_seed]
-    if not pairs:
+    split = measure.split
+    by_seed = [{run.seed: run for run in measure.scored(group)} for group in groups]
+    seeds = [seed for seed in by_seed[0] if all(seed in runs for runs in by_seed)]
+    if not seeds:
         raise UserError("no seed in common")
-    if ours.digests(split) != theirs.digests(split) or any(group.has_mixed_data(split) for group in (ours, theirs)):
+    first = groups[0]
+    if any(group.digests(split) != first.digests(split) or group.has_mixed_data(split) for group in groups):
         raise UserError("other data")
-    if ours.training_digests != theirs.training_digests:
-        raise UserError("trained on other rows")
-    first, second = zip(*pairs, strict=True)
-    return first, second
+    # Shuffled targets are the same rows in another order, and so have another digest.
+    for is_shuffled in (False, True):
+        alike = [group.training_digests for group in groups if group.shuffles_targets == is_shuffled]
+        if any(digests != alike[0] for digests in alike):
+            raise UserError("trained on other rows")
+    return [tuple(runs[seed] for seed in seeds) for runs in by_seed]
 
 
-def _paired_tables(
-    ours: Sequence[Run], theirs: Sequence[Run], measure: Measure, book: Scorebook
-) -> tuple[Array, Array]:
-    """Scores of both sides on the same examples: two arrays (seeds, examples)."""
-    ids, _ = book.scores(ours[0], measure.split, measure.metric)
-    return (
-        book.table(ours, measure.split, measure.metric, ids),
-        book.table(theirs, measure.split, measure.metric, ids),
-    )
+def _paired_tables(sides: Sequence[Sequence[Run]], measure: Measure, book: Scorebook) -> list[Array]:
+    """Scores of all sides on the same examples: an array (seeds, examples) for each."""
+    ids, _ = book.scores(sides[0][0], measure.split, measure.metric)
+    return [book.table(runs, measure.split, measure.metric, ids) for runs in sides]
 
 
-def _add_paired_intervals(estimate: Estimate, ours: Array, theirs: Array) -> None:
-    estimate.examples = intervals.difference_over_examples(ours, theirs)
+def _blended(weights: Sequence[float], arrays: Sequence[Array]) -> Array:
+    """The weighted sum of arrays of one shape."""
+    total: Array = sum((weight * array for weight, array in zip(weights, arrays, strict=True)), np.zeros(()))
+    return total
+
+
+def _add_paired_intervals(estimate: Estimate, ours: Array, theirs: Array, clusters: Clusters | None) -> None:
+    estimate.examples = intervals.difference_over_examples(ours, theirs, clusters)
     if len(ours) > 1 and ours.shape[1] > 1:
-        estimate.both = intervals.both_interval(ours - theirs)
+        estimate.both = intervals.both_interval(ours - theirs, clusters=clusters)
 
 
 @dataclass(frozen=True)
 class PairedScores:
-    """The scores of two groups and of the base model on the same rows. More is better: losses are negated."""
+    """The scores of the seeds that all sides of a comparison have."""
 
     seeds: tuple[int, ...]
-    method: Array
-    """(seeds, rows)."""
-    comparator: Array
-    """(seeds, rows)."""
-    base: Array | None
-    """(rows,); None if the base model was not scored."""
-
-    @property
-    def sides(self) -> tuple[Array, Array, Array | None]:
-        """What a rule compares: the method, the comparator, and the zero point of their gains."""
-        return self.method, self.comparator, self.base
+    sides: Sides
 
     def of(self, seeds: Iterable[int]) -> PairedScores:
         """The scores of these seeds only, in their order. Seeds that are missing here are left out."""
         places = [self.seeds.index(seed) for seed in seeds if seed in self.seeds]
-        kept = tuple(self.seeds[place] for place in places)
-        return PairedScores(kept, self.method[places], self.comparator[places], self.base)
+        return PairedScores(tuple(self.seeds[place] for place in places), self.sides.seeds(places))
 
 
-def paired_scores(method: RunGroup, comparator: RunGroup, measure: Measure, book: Scorebook) -> PairedScores:
-    """The scores of the seeds that both groups have.
+def paired_scores(
+    method: RunGroup, comparator: Peer, measure: Measure, book: Scorebook, floor: RunGroup | None = None
+) -> PairedScores:
+    """The scores of the seeds that all sides have. Losses are negated.
+
+    Args:
+        floor: the zero point of gains; None takes the base model, if it was scored.
 
     Raises:
         UserError: predictions are missing or damaged, the examples differ, or there is no seed in common.
     """
-    split = measure.split
-    first, second = _comparable_runs(method, comparator, measure)
-    ids, _ = book.scores(first[0], split, measure.metric)
-    tables = _paired_tables(first, second, measure, book)
-    base = next((run for run in (*first, *second) if measure.has_base(run)), None)
-    base_scores = None
-    if base is not None:
-        base_ids, base_scores = book.scores(base, split, measure.metric, base=True)
+    groups = [method, *groups_of(comparator), *([floor] if floor is not None else [])]
+    runs = _comparable_runs(groups, measure)
+    split, first = measure.split, runs[0][0]
+    ids, _ = book.scores(first, split, measure.metric)
+    table, *others = _paired_tables(runs, measure, book)
+    zero = None
+    if floor is not None:
+        zero = others.pop()
+    elif (base := next((run for side in runs for run in side if measure.has_base(run)), None)) is not None:
+        base_ids, zero = book.scores(base, split, measure.metric, base=True)
         if base_ids != ids:
             raise UserError(f"{base.run_id}: its base model was scored on other rows")
-        base_scores = measure.sign * base_scores
-    seeds = tuple(run.seed for run in first)
-    return PairedScores(seeds, measure.sign * tables[0], measure.sign * tables[1], base_scores)
+    theirs = _blended([weight for weight, _ in parts_of(comparator)], others)
+    sign, clusters = measure.sign, book.clusters(first, split)
+    sides = Sides(sign * table, sign * theirs, None if zero is None else sign * zero, clusters)
+    return PairedScores(tuple(run.seed for run in runs[0]), sides)
 
 
-def retained(ours: RunGroup, theirs: RunGroup, measure: Measure) -> Interval | None:
-    """(ours - base) / (theirs - base) over the seeds that both have; low and high are NaN if there is no interval."""
+def retained(ours: RunGroup, theirs: Peer, measure: Measure, floor: RunGroup | None = None) -> Interval | None:
+    """(ours - zero) / (theirs - zero) over the seeds that all have; low and high are NaN if there is no interval.
+
+    Args:
+        floor: the zero point; None takes the base model, where it was scored.
+    """
     try:
-        pairs = list(zip(*_comparable_runs(ours, theirs, measure), strict=True))
+        runs = _comparable_runs([ours, *groups_of(theirs), *([floor] if floor is not None else [])], measure)
     except UserError:
         return None
-    pairs = [pair for pair in pairs if all(map(measure.has_base, pair))]
-    if not pairs:
-        return None
-    first, second = zip(*pairs, strict=True)
-    base = measure.base_values(first)
-    our_gains, their_gains = measure.values(first) - base, measure.values(second) - base
+    zero = measure.values(runs.pop()) if floor is not None else None
+    if zero is None:
+        scored = [column for column in zip(*runs, strict=True) if all(map(measure.has_base, column))]
+        if not scored:
+            return None
+        runs = list(zip(*scored, strict=True))
+        zero = measure.base_values(runs[0])
+    first, *others = runs
+    their_values = _blended([weight for weight, _ in parts_of(theirs)], [measure.values(own) for own in others])
+    our_gains, their_gains = measure.values(first) - zero, their_values - zero
     if measure.sign * their_gains.mean() <= 0:
         return None
     if (ratio := intervals.ratio(our_gains, their_gains)) is not None:
@@ -269,13 +296,92 @@ def retained(ours: RunGroup, theirs: RunGroup, measure: Measure) -> Interval | N
 def _retains_at_least(ours: RunGroup, theirs: RunGroup, measure: Measure, book: Scorebook) -> float | None:
     """The largest share of the other group's gain that is supported; None if none is, or if scores are missing."""
     try:
-        scores = paired_scores(ours, theirs, measure, book)
+        sides = paired_scores(ours, theirs, measure, book).sides
     except UserError:
         # The notes on the score and the difference already say what is missing.
         return None
-    if scores.base is None or min(scores.method.shape) < 2:
-        return None
-    return rules.retained_at_least(scores.method, scores.comparator, scores.base, 1 - LEVEL)
+    return rules.retained_at_least(sides, 1 - LEVEL) if min(sides.method.shape) > 1 else None
+
+
+# Worth: the size of a curve that scores the same.
+
+POINTS = 101
+"""How many sizes are tried between two measured ones."""
+
+
+@dataclass(frozen=True)
+class Worth:
+    """The number of parameters at which a curve scores the same as an arm.
+
+    The ends are those of the 95 % interval: every size whose contrast with the arm includes 0, over seeds and rows. An
+    end is None where the interval leaves the curve's measured sizes.
+    """
+
+    value: float
+    """A measured size at the end of the curve if the arm scores beyond it."""
+    low: float | None
+    high: float | None
+    beyond: Literal["", "at most", "at least"] = ""
+    """Whether the arm scores lower than the whole curve (at most `value`), or higher (at least `value`)."""
+
+    def __str__(self) -> str:
+        low = "below the curve" if self.low is None else f"{self.low:,.0f}"
+        high = "above the curve" if self.high is None else f"{self.high:,.0f}"
+        return f"{self.beyond} {self.value:,.0f} [{low}, {high}]".strip()
+
+
+def worth(group: RunGroup, peers: Curve, measure: Measure, book: Scorebook) -> Worth | None:
+    """What an arm is worth in parameters of a curve. None with fewer than two sizes, or two seeds of any part of it.
+
+    Raises:
+        UserError: as `paired_scores`.
+    """
+    sizes: list[Array] = []
+    means: list[Array] = []
+    halves: list[Array] = []
+    for smaller, larger in itertools.pairwise(peers.groups):
+        runs = _comparable_runs([group, smaller, larger], measure)
+        tables = _paired_tables(runs, measure, book)
+        if min(tables[0].shape) < 2:
+            return None
+        ours, below, above = (measure.sign * table for table in tables)
+        weights = np.linspace(0, 1, POINTS)[:, None, None]
+        contrasts = ours - (1 - weights) * below - weights * above
+        found = intervals.mean_squares(contrasts, book.clusters(runs[0][0], measure.split))
+        sizes.append(np.geomspace(smaller.params, larger.params, POINTS))
+        means.append(found.mean)
+        halves.append(found.half_width())
+    return worth_of(np.concatenate(sizes), np.concatenate(means), np.concatenate(halves)) if sizes else None
+
+
+def worth_of(sizes: Array, means: Array, halves: Array) -> Worth:
+    """The worth, from the arm's contrast with a curve at many sizes. All arrays are (sizes,), in rising order.
+
+    Args:
+        means: the arm's score minus the curve's; more is better.
+        halves: half the width of each contrast's interval.
+    """
+    beyond: Literal["", "at most", "at least"] = ""
+    if means[0] < 0:
+        value, beyond = float(sizes[0]), "at most"
+    elif means.min() > 0:
+        value, beyond = float(sizes[-1]), "at least"
+    else:
+        # The smallest size at which the curve reaches the arm's score.
+        value = _crossing(sizes, means, int(np.argmax(means <= 0)))
+    # The sizes that score clearly less than the arm are below the interval, and those that score clearly more above.
+    below, above = np.flatnonzero(means > halves), np.flatnonzero(means < -halves)
+    low = _crossing(sizes, means - halves, min(int(below[-1]) + 1, len(sizes) - 1)) if len(below) else None
+    high = _crossing(sizes, means + halves, int(above[0])) if len(above) else None
+    return Worth(value, low, high, beyond)
+
+
+def _crossing(sizes: Array, values: Array, after: int) -> float:
+    """The size at which values cross 0 between the places `after` - 1 and `after`, linear in the logarithm."""
+    if after == 0 or values[after] == values[after - 1]:
+        return float(sizes[after])
+    weight = float(np.clip(values[after - 1] / (values[after - 1] - values[after]), 0.0, 1.0))
+    return float(sizes[after - 1] ** (1 - weight) * sizes[after] ** weight)
 
 
 @dataclass
@@ -300,6 +406,8 @@ class ResultRow:
     """gain / LoRA's gain; low and high are NaN if there is no interval."""
     retains_at_least: float | None = None
     """The largest share of LoRA's gain that the rule `retains` supports at level 0.05, over their common seeds."""
+    worth: Worth | None = None
+    """How many parameters of LoRA score the same; only of primary rows, and not of LoRA itself."""
     notes: list[str] = field(default_factory=list)
     published: list[PublishedScore] = field(default_factory=list)
     """What others have published about the same model, task, split, metric, configuration and rank."""
@@ -329,6 +437,7 @@ def result_rows(
     # (setting, rank) -> LoRA's group; of several groups, the plain one.
     plain_last = sorted((group for group in groups if group.label == BASELINE), key=lambda group: group.is_plain)
     lora = {(group.setting, group.rank): group for group in plain_last}
+    curves = {group.setting: curve(BASELINE, group.setting, groups) for group in groups}
     metrics = [_metrics(group, splits[group.task]) for group in groups]
     # Some groups of a setting may be scored by the loss alone, so that they are shown by another metric.
     shown = {(group.setting, _shown(group.task, own, claims)) for group, own in zip(groups, metrics, strict=True)}
@@ -340,7 +449,7 @@ def result_rows(
         for metric in own:
             measure = Measure(splits[group.task], metric)
             row = ResultRow(group, measure, (group.setting, metric) in shown, is_first=metric == own[0])
-            _fill(row, lora.get((group.setting, group.rank)), book)
+            _fill(row, lora.get((group.setting, group.rank)), curves[group.setting], book)
             rows.append(row)
     return rows
 
@@ -356,7 +465,7 @@ def _shown(task: str, metrics: Sequence[str], claims: Sequence[Claim]) -> str:
     return next((metric for metric in claimed if metric in metrics), metrics[0])
 
 
-def _fill(row: ResultRow, lora: RunGroup | None, book: Scorebook) -> None:
+def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Curve, book: Scorebook) -> None:
     """Compute the row's numbers."""
     group, measure = row.group, row.measure
     runs = measure.scored(group)
@@ -380,5 +489,9 @@ def _fill(row: ResultRow, lora: RunGroup | None, book: Scorebook) -> None:
             row.notes.append(f"compared with LoRA: {why}")
         row.retained = retained(group, lora, measure)
         row.retains_at_least = _retains_at_least(group, lora, measure, book)
-    elif lora is None:
+    if row.primary and group not in lora_curve.groups:
+        # A note on the row's score or difference already says what is wrong with its predictions.
+        with contextlib.suppress(UserError):
+            row.worth = worth(group, lora_curve, measure, book)
+    if lora is None:
         row.notes.append(f"no LoRA at rank {group.rank} in the same setting to compare with")

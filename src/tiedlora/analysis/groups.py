@@ -116,6 +116,11 @@ class RunGroup:
         return _key({"alpha": alpha, "scaling": rank.scaling, "lr_factor": factors})
 
     @property
+    def shuffles_targets(self) -> bool:
+        """Whether it trained on shuffled targets, so that it can have learned only the form of an answer."""
+        return self.runs[0].record.identity.shuffles_targets
+
+    @property
     def training_digests(self) -> set[str]:
         """The digests of the rows that the runs were trained on."""
         return {run.record.data["train"].digest for run in self.runs}
@@ -170,13 +175,20 @@ def _setting(run: Run) -> dict[str, Any]:
     identity = run.record.identity.tree
     setting = {key: value for key, value in identity.items() if key not in OPEN_IN_A_SETTING}
     setting["train"] = {key: value for key, value in identity["train"].items() if key not in OPEN_IN_TRAIN}
+    # An arm with shuffled targets is scored on the same rows as the others: it is their floor.
+    setting["task"] = {key: value for key, value in identity["task"].items() if key != "shuffle_targets"}
     return {**setting, "base": run.record.base.digest}
 
 
 def _own_values(run: Run) -> dict[str, Any]:
     """The part of the identity that distinguishes a group from the other groups of its setting."""
     identity = run.record.identity.tree
-    return {"tying": identity["tying"], "rank": identity["rank"], "lr_factor": identity["train"].get("lr_factor")}
+    return {
+        "tying": identity["tying"],
+        "rank": identity["rank"],
+        "lr_factor": identity["train"].get("lr_factor"),
+        "shuffle_targets": run.record.identity.shuffles_targets,
+    }
 
 
 def differing_values(names: Sequence[Hashable], trees: Sequence[Any]) -> list[str]:

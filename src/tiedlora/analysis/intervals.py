@@ -5,6 +5,9 @@
 - training's randomness, on exactly these rows: `seeds_interval`, and `ratio` for the retained gain;
 - both, as a verdict needs: `both_interval`, from `mean_squares`.
 
+Where rows come in clusters, such as the questions about one article, the clusters are the random sample and not their
+rows: every interval over rows takes their numbers (`clusters`), and those of one run become `clustered_mean`.
+
 `over_seeds`, `mean_squares` and `bootstrap_means` accept leading axes, so that simulations of the errors use the same
 code. `outlying` and `seeds_coverage` say where an interval cannot be trusted.
 """
@@ -195,21 +198,41 @@ def _corpus_scores(statistics: Sequence[Sequence[float]], score: Callable[[Array
     return score(table.sum(0)), resampled
 
 
-def score_over_examples(scores: Array) -> Interval:
+def pseudo_values(statistics: Array, score: Callable[[Array], float]) -> Array:
+    """One number per example for a metric that is not a mean. So every interval of a mean works for it too.
+
+    These are Tukey's jackknife pseudo-values (Ann. Math. Statist. 29, 1958, p. 614), shifted so that their mean is the
+    corpus score. To first order, the spread of their mean is the spread of the score when examples are resampled.
+
+    Args:
+        statistics: (examples, statistics). `score` takes their sum over examples.
+    """
+    total, count = statistics.sum(0), len(statistics)
+    full_score = score(total)
+    without_one = np.array([score(total - row) for row in statistics])
+    values = count * full_score - (count - 1) * without_one
+    return np.asarray(values - values.mean() + full_score)
+
+
+def score_over_examples(scores: Array, clusters: Clusters | None = None) -> Interval:
     """The mean over seeds and examples. Its interval is a bootstrap over examples of the scores averaged over seeds.
 
     Args:
         scores: (seeds, examples), each in [0, 1].
+        clusters: with them, the interval is that of `clustered_mean`.
     """
-    return bootstrap_mean(scores.mean(0), (0.0, 1.0))
+    return bootstrap_mean(scores.mean(0), (0.0, 1.0)) if clusters is None else clustered_mean(scores.mean(0), clusters)
 
 
-def difference_over_examples(ours: Array, theirs: Array) -> Interval:
+def difference_over_examples(ours: Array, theirs: Array, clusters: Clusters | None = None) -> Interval:
     """The paired difference, with an interval over examples: Newcombe's for proportions of one seed, else a bootstrap.
 
     Args:
         ours, theirs: (seeds, examples), each in [0, 1], of the same seeds and examples in the same order.
+        clusters: with them, the interval is that of `clustered_mean`.
     """
+    if clusters is not None:
+        return clustered_mean((ours - theirs).mean(0), clusters)
     if len(ours) == 1 and is_binary(ours) and is_binary(theirs):
         return paired_proportions(ours[0].tolist(), theirs[0].tolist())
     return bootstrap_mean((ours - theirs).mean(0), (-1.0, 1.0))
@@ -261,6 +284,76 @@ def _interval(ends: tuple[Array, Array, Array], method: str) -> Interval:
     return Interval(value, low, high, method)
 
 
+# Rows in clusters.
+
+
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    """Which cluster each row belongs to, such as the article that a question is about."""
+
+    codes: NDArray[np.intp]
+    """(rows,): the number of each row's cluster, counted from 0."""
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Clusters | None:
+        """The clusters of rows by their names; a row with an empty name is a cluster of its own.
+
+        Returns:
+            None if no two rows share a cluster, or if all do: nothing varies between one cluster.
+        """
+        own = [("name", name) if name else ("row", str(number)) for number, name in enumerate(names)]
+        places = {name: place for place, name in enumerate(dict.fromkeys(own))}
+        return None if len(places) in (1, len(names)) else cls(np.array([places[name] for name in own]))
+
+    @functools.cached_property
+    def sizes(self) -> Array:
+        """(clusters,): the number of rows of each cluster."""
+        return np.bincount(self.codes).astype(np.float64)
+
+    @functools.cached_property
+    def freedom(self) -> float:
+        """The degrees of freedom of the variance between clusters: (sum n_k^2)^2 / sum n_k^4 - 1.
+
+        This is Satterthwaite's number (Biometrics Bulletin 2, 1946) where the clusters are all of the variance, so the
+        deviation of cluster k has a variance of n_k^2. It is clusters - 1 if all have one size, and smaller otherwise.
+        Where rows are most of the variance, it is smaller than needed (R^2 / sum n_k^2 - 1), and intervals are wider.
+        """
+        squares = self.sizes**2
+        return float(squares.sum() ** 2 / np.square(squares).sum() - 1)
+
+    def sums(self, values: Array) -> Array:
+        """(..., clusters): the sums over each cluster's rows of values (..., rows)."""
+        order = np.argsort(self.codes, kind="stable")
+        starts = np.searchsorted(self.codes[order], np.arange(len(self.sizes)))
+        summed: Array = np.add.reduceat(values[..., order], starts, axis=-1)
+        return summed
+
+    def variance(self, deviations: Array) -> Array:
+        """The jackknife's variance of a mean over rows, leaving out one cluster at a time.
+
+        It is sum((e_k / (1 - n_k / R))^2) (K - 1) / (K R^2), which does not fall short for clusters of unequal sizes.
+
+        Args:
+            deviations: (..., clusters): e_k, the sums over clusters of the rows' deviations from the mean.
+        """
+        rows, count = self.sizes.sum(), len(self.sizes)
+        found: Array = np.square(deviations / (1 - self.sizes / rows)).sum(-1) * (count - 1) / (count * rows**2)
+        return found
+
+
+def clustered_mean(values: Array, clusters: Clusters, limits: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
+    """The mean of one number per row, with the interval over the choice of clusters (jackknife and t).
+
+    Args:
+        values: (rows,).
+        limits: the smallest and the largest possible mean, which the interval does not leave.
+    """
+    mean, (lowest, highest) = float(values.mean()), limits
+    error = math.sqrt(float(clusters.variance(clusters.sums(values - mean))))
+    half = _t_quantile(1 - LEVEL, clusters.freedom) * error
+    return Interval(mean, max(lowest, mean - half), min(highest, mean + half), "clusters")
+
+
 # Seeds and rows, crossed.
 
 
@@ -271,6 +364,8 @@ class Spread:
     seeds: float
     examples: float
     rest: float
+    freedom: float | None = None
+    """The degrees of freedom of the examples' part; None for independent rows, which have rows - 1."""
 
     def of_mean(self, seeds: int, rows: int) -> float:
         """The standard error of the mean over so many seeds and rows."""
@@ -290,6 +385,8 @@ class MeanSquares:
     of_rest: Array
     seeds: int
     rows: int
+    freedom: float
+    """The degrees of freedom of the rows' part: rows - 1, or those of `Clusters`."""
 
     def half_width(self, level: float = 1 - LEVEL) -> Array:
         """Half the width of the two-sided interval of the mean. Both seeds and rows are random samples.
@@ -298,17 +395,17 @@ class MeanSquares:
         MS_seeds and MS_rows - MS_rest, each divided by seeds * rows. Each part is multiplied by the square of its own
         Student quantile:
 
-            half^2 = (t(seeds - 1)^2 MS_seeds + t(rows - 1)^2 max(0, MS_rows - MS_rest)) / (seeds * rows)
+            half^2 = (t(seeds - 1)^2 MS_seeds + t(freedom)^2 max(0, MS_rows - MS_rest)) / (seeds * rows)
 
         For independent estimates of variance, such a sum is never too small (Banerjee, Sankhya A 23, 1961): the chance
         that a squared normal stays below a bound is a concave function of the bound, so the coverage is at least the
         average of the coverages of the parts. This holds at every level. By chance all seeds may have the same mean, so
-        the interval is never narrower than that over rows only, t(rows - 1)^2 MS_rows / (seeds * rows).
+        the interval is never narrower than that over rows only, t(freedom)^2 MS_rows / (seeds * rows).
 
         Args:
             level: the two-sided level, 0.05 for a 95 % interval.
         """
-        t_seeds, t_rows = _t_quantile(level, self.seeds - 1), _t_quantile(level, self.rows - 1)
+        t_seeds, t_rows = _t_quantile(level, self.seeds - 1), _t_quantile(level, self.freedom)
         both = np.hypot(
             t_seeds * np.sqrt(self.of_seeds), t_rows * np.sqrt(np.maximum(self.of_rows - self.of_rest, 0.0))
         )
@@ -319,20 +416,26 @@ class MeanSquares:
         """The standard deviations of one table. A variance that is estimated below zero becomes zero."""
         of_seeds, of_rows, rest = float(self.of_seeds), float(self.of_rows), max(0.0, float(self.of_rest))
         between_seeds, between_rows = (of_seeds - rest) / self.rows, (of_rows - rest) / self.seeds
-        return Spread(math.sqrt(max(0.0, between_seeds)), math.sqrt(max(0.0, between_rows)), math.sqrt(rest))
+        between_seeds, between_rows = max(0.0, between_seeds), max(0.0, between_rows)
+        return Spread(math.sqrt(between_seeds), math.sqrt(between_rows), math.sqrt(rest), self.freedom)
 
 
 @functools.lru_cache(maxsize=4096)
-def _t_quantile(level: float, freedom: int) -> float:
+def _t_quantile(level: float, freedom: float) -> float:
     """Student's t at a two-sided level. Simulations ask for few of them very often, and scipy needs 0.2 ms for each."""
     return float(stats.t.isf(level / 2, freedom))
 
 
-def mean_squares(values: Array) -> MeanSquares:
+def mean_squares(values: Array, clusters: Clusters | None = None) -> MeanSquares:
     """The mean squares of tables without replication.
+
+    With clusters, MS_rows / (seeds * rows) is the jackknife's variance over clusters of the mean over seeds, and
+    MS_rest / (seeds * rows) is what the remainder (each seed's deviations, summed over clusters, from their mean) has
+    in it. Each cluster with one row gives the mean squares without clusters.
 
     Args:
         values: (..., seeds, rows), with at least two of each, all finite.
+        clusters: which rows belong together; None if all are independent.
 
     Raises:
         ValueError: there are fewer than two seeds or rows, or a value is not finite.
@@ -345,23 +448,32 @@ def mean_squares(values: Array) -> MeanSquares:
     if not np.isfinite(mean).all():
         raise ValueError("an interval over seeds and rows needs finite values")
     of_seeds = rows * of_seed.var(-1, ddof=1)
-    of_rows = seeds * of_row.var(-1, ddof=1)
-    total = np.einsum("...sr,...sr->...", values, values) - seeds * rows * mean**2
-    rest = (total - (seeds - 1) * of_seeds - (rows - 1) * of_rows) / ((seeds - 1) * (rows - 1))
+    freedom: float = rows - 1
+    if clusters is None:
+        of_rows = seeds * of_row.var(-1, ddof=1)
+        total = np.einsum("...sr,...sr->...", values, values) - seeds * rows * mean**2
+        rest = (total - (seeds - 1) * of_seeds - (rows - 1) * of_rows) / ((seeds - 1) * (rows - 1))
+    else:
+        freedom, count = clusters.freedom, len(clusters.sizes)
+        deviations = clusters.sums(values - of_seed[..., None])
+        of_cluster = deviations.mean(-2)
+        of_rows = seeds * rows * clusters.variance(of_cluster)
+        squares = np.square(deviations - of_cluster[..., None, :]).sum((-2, -1))
+        rest = squares / ((seeds - 1) * (count - 1)) * count / rows
     # A contrast of equal scores is not exactly 0, and rounding must not look like a difference.
     mean = np.where(np.abs(mean) < ROUNDING, 0.0, mean)
     of_seeds, of_rows, rest = (np.where(square < ROUNDING**2, 0.0, square) for square in (of_seeds, of_rows, rest))
-    return MeanSquares(mean, of_seeds, of_rows, rest, seeds, rows)
+    return MeanSquares(mean, of_seeds, of_rows, rest, seeds, rows, freedom)
 
 
-def both_interval(values: Array, level: float = 1 - LEVEL) -> Interval:
+def both_interval(values: Array, level: float = 1 - LEVEL, clusters: Clusters | None = None) -> Interval:
     """The mean of one table, (seeds, rows), and its interval over seeds and rows at a two-sided level."""
-    squares = mean_squares(values)
+    squares = mean_squares(values, clusters)
     half = squares.half_width(level)
     return _interval((squares.mean, squares.mean - half, squares.mean + half), "crossed")
 
 
-def p_value(values: Array) -> float:
+def p_value(values: Array, clusters: Clusters | None = None) -> float:
     """The smallest two-sided level at which the interval over seeds and rows excludes 0.
 
     A table without any variance has 0.0, or 1.0 if its mean is 0.
@@ -369,7 +481,7 @@ def p_value(values: Array) -> float:
     Args:
         values: (seeds, rows), with at least two of each.
     """
-    squares = mean_squares(values)
+    squares = mean_squares(values, clusters)
     distance = abs(float(squares.mean))
     if distance == 0.0:
         return 1.0

@@ -1,10 +1,11 @@
 """The rules of claims and their planned looks: which contrasts decide a claim, at which numbers of seeds and levels.
 
-m, q and b are the scores of method, comparator and base on the same rows, and more is better: a loss comes negated.
-Every rule has contrasts, tables of seeds x rows that are linear in m, q and b. A claim is supported if the interval of
-every contrast (`intervals.both_interval`) is above 0. It is contradicted if the interval of a contrast is below 0.
-Every rule but `Better` needs the comparator's gain too, the interval of q - b above 0, for either verdict: where
-nothing is gained there is nothing to retain.
+m, q and f are the scores of method, comparator and zero point on the same rows, and more is better: a loss comes
+negated. The zero point is the base model or a floor: an arm that has learned only what the claim is not about. Every
+rule has contrasts, tables of seeds x rows that are linear in m, q and f. A claim is supported if the interval of every
+contrast (`intervals.both_interval`) is above 0. It is contradicted if the interval of a contrast is below 0. Every rule
+but `Better` needs the comparator's gain too, the interval of q - f above 0, for either verdict: where nothing is gained
+there is nothing to retain.
 
 Whoever adds seeds until an interval at level 0.05 excludes 0 is wrong in 11 to 19 % instead of 5 %. So a plan fixes the
 numbers of seeds before any seed is run, and shares the 5 % among its looks. The first look that decides stands, and
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from scipy import optimize
 
 from tiedlora.analysis import intervals
-from tiedlora.analysis.intervals import Array, MeanSquares, Spread
+from tiedlora.analysis.intervals import Array, Clusters, MeanSquares, Spread
 from tiedlora.records.interval import Interval
 
 POWER = 0.8
@@ -59,19 +60,39 @@ class Evidence:
     supported: float
     contradicted: float
     gain: float | None
-    """That of the comparator's gain over the base; None without base scores."""
+    """That of the comparator's gain over the zero point; None without one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """What a rule compares: scores of the same seeds and rows. More is better."""
+
+    method: Array
+    """(..., seeds, rows)."""
+    comparator: Array
+    """(..., seeds, rows)."""
+    zero: Array | None
+    """Where a gain begins: (rows,), or (..., rows) or (..., seeds, rows) that broadcasts to the others; None if there
+    are no scores. Only a rule that needs no zero point accepts None."""
+    clusters: Clusters | None = None
+    """Which rows belong together."""
+
+    @property
+    def gain(self) -> Array | None:
+        """What the comparator gains over the zero point."""
+        return None if self.zero is None else self.comparator - self.zero
+
+    def seeds(self, places: Sequence[int] | slice) -> Sides:
+        """Only these seeds, in this order."""
+        per_seed = self.zero is not None and self.zero.ndim > 1
+        zero = self.zero[places] if per_seed and self.zero is not None else self.zero
+        return Sides(self.method[places], self.comparator[places], zero, self.clusters)
 
 
 class Rule(ABC):
-    """A decision rule. The methods take scores of the same seeds and rows.
+    """A decision rule."""
 
-    Args of all methods:
-        method, comparator: (..., seeds, rows).
-        base: (rows,), or (..., rows) or (..., seeds, rows) that broadcasts to the others; None if there are no scores.
-            Only a rule that needs no base accepts None.
-    """
-
-    needs_base: ClassVar[bool] = True
+    needs_zero: ClassVar[bool] = True
 
     @property
     def slack(self) -> float | None:
@@ -81,28 +102,28 @@ class Rule(ABC):
         return None
 
     @abstractmethod
-    def contrasts(self, method: Array, comparator: Array, base: Array | None) -> tuple[Array, ...]:
+    def contrasts(self, sides: Sides) -> tuple[Array, ...]:
         """The tables that must all be above 0 for support; one below 0 contradicts the claim."""
 
     @abstractmethod
     def zone(self, gain: float) -> tuple[float, float]:
         """The shares of the comparator's gain (above 0) that the rule asks for: low and high, which may be infinite."""
 
-    def contrast(self, method: Array, comparator: Array, base: Array | None) -> Array:
+    def contrast(self, sides: Sides) -> Array:
         """The contrast that a report shows: the one with the smallest mean. (Only `Level` has more than one.)"""
-        return min(self.contrasts(method, comparator, base), key=lambda table: float(table.mean()))
+        return min(self.contrasts(sides), key=lambda table: float(table.mean()))
 
-    def evidence(self, method: Array, comparator: Array, base: Array | None) -> Evidence:
+    def evidence(self, sides: Sides) -> Evidence:
         """The levels of both conclusions: the largest over what must all hold, the smallest over what may hold.
 
         Raises:
             ValueError: there are fewer than two seeds or rows, or a score is not finite.
         """
-        contrasts = self.contrasts(method, comparator, base)
-        gain = None if base is None else _level_above(comparator - base)
-        needed = [gain] if self.needs_base and gain is not None else []
-        supported = max([_level_above(contrast) for contrast in contrasts] + needed)
-        contradicted = max([min(_level_above(-contrast) for contrast in contrasts), *needed])
+        contrasts, clusters = self.contrasts(sides), sides.clusters
+        gain = None if sides.gain is None else _level_above(sides.gain, clusters)
+        needed = [gain] if self.needs_zero and gain is not None else []
+        supported = max([_level_above(contrast, clusters) for contrast in contrasts] + needed)
+        contradicted = max([min(_level_above(-contrast, clusters) for contrast in contrasts), *needed])
         return Evidence(supported, contradicted, gain)
 
     def decide(
@@ -116,33 +137,32 @@ class Rule(ABC):
         halves = [contrast.half_width(level) for contrast in contrasts]
         supported = np.logical_and.reduce([c.mean > half for c, half in zip(contrasts, halves, strict=True)])
         contradicted = np.logical_or.reduce([c.mean < -half for c, half in zip(contrasts, halves, strict=True)])
-        if self.needs_base and gain is not None:
+        if self.needs_zero and gain is not None:
             gains = gain.mean > gain.half_width(level)
             supported, contradicted = supported & gains, contradicted & gains
         return supported, contradicted
 
-    def kept(self, method: Array, comparator: Array, base: Array, level: float) -> Interval | None:
+    def kept(self, sides: Sides, level: float) -> Interval | None:
         """The share of the comparator's gain that the method keeps, with its interval over seeds and rows.
 
-        0 is the base and 1 the comparator, in every metric and on every task, so that one figure can hold all claims.
-        The ends are those of the rule's own contrasts, divided by the gain. So the interval lies inside `zone` exactly
-        if the rule supports the claim at this two-sided level, and outside exactly if it contradicts it (where the rule
-        also asks for the comparator's gain, that must be shown as well).
+        0 is the zero point and 1 the comparator, in every metric and on every task, so that one figure can hold all
+        claims. The ends are those of the rule's own contrasts, divided by the gain. So the interval lies inside `zone`
+        exactly if the rule supports the claim at this two-sided level, and outside exactly if it contradicts it (where
+        the rule also asks for the comparator's gain, that must be shown as well).
 
         Returns:
-            None if the comparator gains nothing on average.
+            None if there is no zero point, or if the comparator gains nothing on average.
         """
-        gain = float((comparator - base).mean())
-        if gain <= 0:
+        if sides.zero is None or sides.gain is None or (gain := float(sides.gain.mean())) <= 0:
             return None
         low_end, high_end = self.zone(gain)
-        value = float((method - base).mean()) / gain
-        contrasts = self.contrasts(method, comparator, base)
-        above = intervals.both_interval(contrasts[0], level)
+        value = float((sides.method - sides.zero).mean()) / gain
+        contrasts = self.contrasts(sides)
+        above = intervals.both_interval(contrasts[0], level, sides.clusters)
         low, high = low_end + above.low / gain, low_end + above.high / gain
         if len(contrasts) > 1 and high >= low_end:
             # The second contrast of Level is the distance below the zone's high end.
-            below = intervals.both_interval(contrasts[1], level)
+            below = intervals.both_interval(contrasts[1], level, sides.clusters)
             if below.high < 0:
                 low, high = high_end - below.high / gain, high_end - below.low / gain
             else:
@@ -153,7 +173,7 @@ class Rule(ABC):
 
 @dataclass(frozen=True)
 class Retains(Rule):
-    """The method retains at least the share `rho` of the comparator's gain: c = m - rho q - (1 - rho) b."""
+    """The method retains at least the share `rho` of the comparator's gain: c = m - rho q - (1 - rho) f."""
 
     rho: float = 0.9
 
@@ -164,8 +184,8 @@ class Retains(Rule):
     def __str__(self) -> str:
         return f"keeps {100 * self.rho:g} % of the gain"
 
-    def contrasts(self, method: Array, comparator: Array, base: Array | None) -> tuple[Array, ...]:
-        return (_retained(self.rho, method, comparator, base),)
+    def contrasts(self, sides: Sides) -> tuple[Array, ...]:
+        return (_retained(self.rho, sides),)
 
     def zone(self, gain: float) -> tuple[float, float]:
         return self.rho, math.inf
@@ -176,13 +196,13 @@ class Better(Rule):
     """The method is better than the comparator by more than `margin`, in the score's unit: m - q - margin."""
 
     margin: float = 0.0
-    needs_base: ClassVar[bool] = False
+    needs_zero: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return f"is better by {self.margin:g}" if self.margin else "is better"
 
-    def contrasts(self, method: Array, comparator: Array, base: Array | None) -> tuple[Array, ...]:
-        return (method - comparator - self.margin,)
+    def contrasts(self, sides: Sides) -> tuple[Array, ...]:
+        return (sides.method - sides.comparator - self.margin,)
 
     def zone(self, gain: float) -> tuple[float, float]:
         return 1 + self.margin / gain, math.inf
@@ -192,7 +212,7 @@ class Better(Rule):
 class Level(Rule):
     """The method is level with the comparator within the share `delta` of its gain, on both sides.
 
-    The contrasts are m - (1 - delta) q - delta b and (1 + delta) q - delta b - m, each one-sided (an equivalence test,
+    The contrasts are m - (1 - delta) q - delta f and (1 + delta) q - delta f - m, each one-sided (an equivalence test,
     Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987).
     """
 
@@ -205,52 +225,47 @@ class Level(Rule):
     def __str__(self) -> str:
         return f"is level within {100 * self.delta:g} % of the gain"
 
-    def contrasts(self, method: Array, comparator: Array, base: Array | None) -> tuple[Array, ...]:
-        not_worse = _retained(1 - self.delta, method, comparator, base)
-        not_better = -_retained(1 + self.delta, method, comparator, base)
-        return not_worse, not_better
+    def contrasts(self, sides: Sides) -> tuple[Array, ...]:
+        return _retained(1 - self.delta, sides), -_retained(1 + self.delta, sides)
 
     def zone(self, gain: float) -> tuple[float, float]:
         return 1 - self.delta, 1 + self.delta
 
 
-def retained_at_least(method: Array, comparator: Array, base: Array, level: float) -> float | None:
+def retained_at_least(sides: Sides, level: float) -> float | None:
     """The largest share of the comparator's gain that the method retains, at this two-sided level.
 
     It is the largest rho that `Retains(rho)` supports; it may be above 1. (The lower end of Fieller's interval, with
     the crossed interval in place of t.)
 
-    Args:
-        method, comparator: (seeds, rows).
-        base: (rows,) or (seeds, rows).
-
     Returns:
-        None if no rho of 0 or more is supported: the method does not beat the base, or the comparator does not.
+        None if no rho of 0 or more is supported: the method does not beat the zero point, or the comparator does not;
+        or if there is no zero point.
     """
-    if _level_above(comparator - base) > level:
+    gain = sides.gain
+    if gain is None or sides.zero is None or _level_above(gain, sides.clusters) > level:
         return None
 
     def low(rho: float) -> float:
-        return intervals.both_interval(_retained(rho, method, comparator, base), level).low
+        return intervals.both_interval(_retained(rho, sides), level, sides.clusters).low
 
     if low(0.0) <= 0:
         return None
     # At the estimate the contrast's mean is 0, so this share is not supported.
-    estimate = float((method - base).mean() / (comparator - base).mean())
+    estimate = float((sides.method - sides.zero).mean() / gain.mean())
     if low(estimate) >= 0:
         return estimate
     return float(optimize.brentq(low, 0.0, estimate, xtol=1e-6))
 
 
-def _retained(rho: float, method: Array, comparator: Array, base: Array | None) -> Array:
-    assert base is not None, "the rule needs the base model's scores"
-    return method - rho * comparator - (1 - rho) * base
+def _retained(rho: float, sides: Sides) -> Array:
+    assert sides.zero is not None, "the rule needs the scores of the zero point"
+    return sides.method - rho * sides.comparator - (1 - rho) * sides.zero
 
 
-def _level_above(table: Array) -> float:
+def _level_above(table: Array, clusters: Clusters | None) -> float:
     """The smallest two-sided level at which the mean of a table is above 0; 1.0 if its mean is not."""
-    p = intervals.p_value(table)
-    return p if table.mean() > 0 else 1.0
+    return intervals.p_value(table, clusters) if table.mean() > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -320,9 +335,7 @@ def holm(p_values: Sequence[float], level: float = TOTAL) -> list[bool]:
     return rejected
 
 
-def chance_of_decision(
-    rule: Rule, method: Array, comparator: Array, base: Array | None, looks: Looks, look: int
-) -> float:
+def chance_of_decision(rule: Rule, sides: Sides, looks: Looks, look: int) -> float:
     """The predictive probability that a later look of the plan decides, given the scores up to this look.
 
     The later seeds are drawn from a normal distribution with the mean and spread of the seeds so far, both uncertain:
@@ -330,25 +343,26 @@ def chance_of_decision(
     This is simulated with DRAWS draws of a fixed generator.
 
     Args:
-        method, comparator: (seeds, rows), of the first `looks.seeds[look]` seeds.
-        base: (rows,) or (seeds, rows); None for a rule that needs no base.
+        sides: of the first `looks.seeds[look]` seeds, without leading axes.
         look: 0 is the first.
 
     Raises:
         ValueError: the number of seeds is not that of the look, or as `intervals.mean_squares`.
     """
-    if len(method) != looks.seeds[look]:
-        raise ValueError(f"look {look + 1} has {looks.seeds[look]} seeds; the scores have {len(method)}")
-    tables = list(rule.contrasts(method, comparator, base))
-    if rule.needs_base and base is not None:
-        tables.append(np.broadcast_to(comparator - base, method.shape))
-    now = [intervals.mean_squares(table) for table in tables]
+    if len(sides.method) != looks.seeds[look]:
+        raise ValueError(f"look {look + 1} has {looks.seeds[look]} seeds; the scores have {len(sides.method)}")
+    tables = list(rule.contrasts(sides))
+    if rule.needs_zero and sides.gain is not None:
+        tables.append(np.broadcast_to(sides.gain, sides.method.shape))
+    now = [intervals.mean_squares(table, sides.clusters) for table in tables]
     of_seeds = np.stack([table.mean(-1) for table in tables], axis=-1)
     drawn = _predicted_seeds(of_seeds, looks.seeds[-1])
     decided = np.zeros(DRAWS, dtype=bool)
     for n, level in list(zip(looks.seeds, looks.levels, strict=True))[look + 1 :]:
-        squares = [_at_seeds(drawn[:, :n, k], *_row_effects(found), found.rows) for k, found in enumerate(now)]
-        gain = squares.pop() if rule.needs_base else None
+        squares = [
+            _at_seeds(drawn[:, :n, k], *_row_effects(found), found.rows, found.freedom) for k, found in enumerate(now)
+        ]
+        gain = squares.pop() if rule.needs_zero else None
         supported, contradicted = rule.decide(squares, gain, level)
         decided |= supported | contradicted
     return float(decided.mean())
@@ -374,7 +388,7 @@ def _row_effects(found: MeanSquares) -> tuple[float, float]:
     return max(0.0, float(found.of_rows) - rest) / found.seeds, rest
 
 
-def _at_seeds(of_seed: Array, of_rows: float, rest: float, rows: int) -> MeanSquares:
+def _at_seeds(of_seed: Array, of_rows: float, rest: float, rows: int, freedom: float) -> MeanSquares:
     """The mean squares that are expected for means of seeds (..., seeds) and known variances of rows and remainder."""
     seeds = of_seed.shape[-1]
     return MeanSquares(
@@ -384,6 +398,7 @@ def _at_seeds(of_seed: Array, of_rows: float, rest: float, rows: int) -> MeanSqu
         np.array(rest),
         seeds,
         rows,
+        freedom,
     )
 
 
@@ -407,7 +422,7 @@ def chance_at_looks(
     decided = np.zeros(DRAWS, dtype=bool)
     chances = []
     for n, level in zip(looks.seeds, looks.levels, strict=True):
-        found = _at_seeds(of_seed[:, :n], spread.examples**2, spread.rest**2, rows)
+        found = _at_seeds(of_seed[:, :n], spread.examples**2, spread.rest**2, rows, spread.freedom or rows - 1)
         error = -np.abs(found.mean) if both_sides else found.mean
         decided |= abs(rule_distance) + error > found.half_width(level)
         chances.append(float(decided.mean()))

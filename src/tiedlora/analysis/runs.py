@@ -7,6 +7,7 @@ config.yaml, and needs no torch, Hydra or W&B.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from tiedlora import storage
-from tiedlora.analysis.intervals import Array
-from tiedlora.config.identity import start_of
+from tiedlora.analysis.intervals import Array, Clusters, pseudo_values
+from tiedlora.config.identity import name_of
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, mean_per_token
+from tiedlora.records.reading import read_typed
 from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import DIVERGED, RunFolder, last_line
 from tiedlora.records.run_record import RunRecord, SplitScores, read_record
@@ -32,6 +34,10 @@ NOT_RUNS = ("base", "sweeps")
 """Folders in outputs/ that are not runs: scores of base models, and frozen configurations of sweeps."""
 TOLERANCE = 1e-6
 """The allowed difference, by rounding, of a recorded metric from the mean over its examples."""
+SHUFFLED = " (shuffled targets)"
+"""The end of the name of an arm that trained on shuffled targets."""
+CLUSTERS_FILE = "clusters.json"
+"""In a study's folder: task -> row's id -> the row's cluster, for runs that were scored before rows had them."""
 LONGEST_REASON = 200
 """Most characters of a failed run's error that are shown."""
 
@@ -234,11 +240,13 @@ def read_run(path: Path) -> Run | LeftOut:
 
 
 def _configuration(record: RunRecord) -> str:
+    shuffled = SHUFFLED if record.identity.shuffles_targets else ""
     if record.is_other_method:
-        return record.config.tying.name
+        return record.config.tying.name + shuffled
     if record.label != "custom":
-        return record.label
-    return start_of(record.identity.tying) or f"custom ({record.config.tying.name})"
+        return record.label + shuffled
+    layers = int(record.config.tree["model"]["architecture"]["layers"])
+    return (name_of(record.identity.tying, layers) or f"custom ({record.config.tying.name})") + shuffled
 
 
 def _run_of_name(name: str) -> UnfinishedRun | None:
@@ -279,8 +287,8 @@ class Scorebook:
     """The scores of runs for each example. Each predictions file is read once."""
 
     def __init__(self) -> None:
-        self._files: dict[tuple[str, str, bool], tuple[tuple[str, ...], dict[str, Array]] | UserError] = {}
-        """(run, split, whether of the base model) -> the examples' ids, and metric -> one number per example."""
+        self._files: dict[tuple[str, str, bool], _Scores | UserError] = {}
+        """(run, split, whether of the base model) -> what its predictions file has."""
 
     def scores(self, run: Run, split: str, metric: str, base: bool = False) -> tuple[tuple[str, ...], Array]:
         """(ids, one number per example) whose mean is the metric.
@@ -288,6 +296,23 @@ class Scorebook:
         Raises:
             UserError: predictions are missing or damaged, or disagree with result.json.
         """
+        read = self._scores(run, split, base)
+        recorded = (run.splits[split].base or {}) if base else run.splits[split].metrics
+        if metric not in read.of_metric or metric not in recorded:
+            raise UserError(f"predictions/{split} has no per-example {metric}")
+        if abs(float(read.of_metric[metric].mean()) - recorded[metric].value) > TOLERANCE:
+            raise UserError(f"predictions/{split} disagrees with result.json on {metric}; scripts/verify.py says where")
+        return read.ids, read.of_metric[metric]
+
+    def clusters(self, run: Run, split: str) -> Clusters | None:
+        """Which examples of the run belong together; None if all are independent.
+
+        Raises:
+            UserError: predictions are missing or damaged.
+        """
+        return self._scores(run, split, base=False).clusters
+
+    def _scores(self, run: Run, split: str, base: bool) -> _Scores:
         key = (str(run.path), split, base)
         if key not in self._files:
             try:
@@ -296,13 +321,7 @@ class Scorebook:
                 self._files[key] = error
         if isinstance(read := self._files[key], UserError):
             raise read
-        ids, of_metric = read
-        recorded = (run.splits[split].base or {}) if base else run.splits[split].metrics
-        if metric not in of_metric or metric not in recorded:
-            raise UserError(f"predictions/{split} has no per-example {metric}")
-        if abs(float(of_metric[metric].mean()) - recorded[metric].value) > TOLERANCE:
-            raise UserError(f"predictions/{split} disagrees with result.json on {metric}; scripts/verify.py says where")
-        return ids, of_metric[metric]
+        return read
 
     def table(self, runs: Sequence[Run], split: str, metric: str, ids: tuple[str, ...] | None = None) -> Array:
         """(runs, examples): the scores of several runs on the same examples.
@@ -323,8 +342,18 @@ class Scorebook:
         return np.stack(columns)
 
 
-def _read(run: Run, split: str, base: bool) -> tuple[tuple[str, ...], dict[str, Array]]:
-    """The ids of a predictions file, and metric -> one number per example. A metric that an example lacks is left out.
+@dataclass(frozen=True)
+class _Scores:
+    """What the predictions of one run and split have."""
+
+    ids: tuple[str, ...]
+    of_metric: dict[str, Array]
+    """Metric -> one number per example. A metric that an example lacks is left out."""
+    clusters: Clusters | None
+
+
+def _read(run: Run, split: str, base: bool) -> _Scores:
+    """The scores of a predictions file.
 
     Raises:
         UserError: the file is missing or damaged, or the task that defines a corpus-level metric is unknown.
@@ -339,7 +368,19 @@ def _read(run: Run, split: str, base: bool) -> tuple[tuple[str, ...], dict[str, 
             values[metric] = table if table.ndim == 1 else pseudo_values(table, corpus_score(run, metric))
         except (KeyError, TypeError, ValueError, ArithmeticError, ImportError) as error:
             raise UserError(f"predictions/{split}: its scores of {metric} cannot be read ({error!r:.60})") from None
-    return tuple(row.id for row in rows), values
+    named = _named_clusters(run)
+    clusters = Clusters.of([row.cluster or named.get(row.id, "") for row in rows])
+    return _Scores(tuple(row.id for row in rows), values, clusters)
+
+
+@functools.lru_cache(maxsize=8)
+def _clusters_file(path: Path) -> dict[str, dict[str, str]]:
+    return read_typed(path, dict[str, dict[str, str]]) if path.is_file() else {}
+
+
+def _named_clusters(run: Run) -> dict[str, str]:
+    """Row's id -> its cluster, from a study's clusters.json: for runs whose predictions do not name them."""
+    return _clusters_file(run.path.parent.parent / CLUSTERS_FILE).get(run.task, {})
 
 
 def corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
@@ -356,19 +397,3 @@ def corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
     if metric not in task.corpus_metrics:
         raise UserError(f"task {run.task}: this version of the code has no corpus score for {metric}")
     return lambda sums: float(task.corpus_score(metric, sums))
-
-
-def pseudo_values(statistics: Array, score: Callable[[Array], float]) -> Array:
-    """One number per example for a metric that is not a mean. So every interval of a mean works for it too.
-
-    These are Tukey's jackknife pseudo-values (Ann. Math. Statist. 29, 1958, p. 614), shifted so that their mean is the
-    corpus score. To first order, the spread of their mean is the spread of the score when examples are resampled.
-
-    Args:
-        statistics: (examples, statistics). `score` takes their sum over examples.
-    """
-    total, count = statistics.sum(0), len(statistics)
-    full_score = score(total)
-    without_one = np.array([score(total - row) for row in statistics])
-    values = count * full_score - (count - 1) * without_one
-    return np.asarray(values - values.mean() + full_score)

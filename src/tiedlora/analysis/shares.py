@@ -128,7 +128,7 @@ def forest_line(answer: Answer) -> ForestLine:
         missing = "no gain of the comparator" if gain is not None else without_base
     elif answer.verdict == Verdict.UNINFORMATIVE:
         share, missing = None, "the comparator's gain may be 0"
-    is_firm = answer.look is not None and not (answer.gain_may_be_zero and rule.needs_base)
+    is_firm = answer.look is not None and not (answer.gain_may_be_zero and rule.needs_zero)
     zone = rule.zone(gain) if share is not None and gain else None
     return ForestLine(answer.task, answer.verdict.value, is_firm, share, zone, missing)
 
@@ -215,7 +215,7 @@ def _reference(answers: Sequence[Answer], setting: str, measure: Measure) -> Run
     """The comparator of the first answer in the setting by this metric that gains something over the base."""
     for answer in answers:
         # With the runs of all seeds, whatever seeds the claim takes.
-        comparator = answer.pair.searched[1] if answer.pair else None
+        comparator = answer.pair.arms[1][0] if answer.pair and answer.pair.arms else None
         if comparator is None or comparator.setting != setting or answer.measure != measure:
             continue
         if answer.comparator_gain is not None and answer.comparator_gain > 0:
@@ -229,12 +229,11 @@ def _arm(group: RunGroup, reference: RunGroup, measure: Measure, book: Scorebook
         scores = compare.paired_scores(group, reference, measure, book)
     except UserError:
         return None
-    method, comparator, base = scores.method, scores.comparator, scores.base
-    if base is None:
+    sides, share = scores.sides, None
+    if sides.zero is None or sides.gain is None:
         return None
-    if min(method.shape) > 1:
-        share = Better().kept(method, comparator, base, 1 - LEVEL)
-    else:
-        gain = float((comparator - base).mean())
-        share = Interval(float((method - base).mean()) / gain, math.nan, math.nan) if gain > 0 else None
+    if min(sides.method.shape) > 1:
+        share = Better().kept(sides, 1 - LEVEL)
+    elif (gain := float(sides.gain.mean())) > 0:
+        share = Interval(float((sides.method - sides.zero).mean()) / gain, math.nan, math.nan)
     return None if share is None else SizedShare(group, share, len(scores.seeds))

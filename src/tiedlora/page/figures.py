@@ -41,6 +41,7 @@ VERDICTS = {
     "contradicted": (BAD, "D"),
     "undecided": (OPEN, "o"),
     "uninformative": (SOFT, "s"),
+    "cannot fail here": (SOFT, "X"),
 }
 """Verdict -> its colour and marker."""
 # A family has one colour, and each configuration has its own marker and dash, so that they differ in a grey print too.

@@ -41,6 +41,8 @@ class PredictionRow:
     """One for each of `choices`, in nats."""
     cut_target: Flag = False
     """Whether the loss leaves out the end of the target, because prompt and target do not fit into the context."""
+    cluster: Text = ""
+    """What the row belongs to together with others, such as an article (task.cluster); empty if it stands alone."""
 
     @property
     def has_answer(self) -> bool:
@@ -52,6 +54,7 @@ class PredictionRow:
         names = ["id", "prompt", "shortened", "references", "output", "output_tokens", "ended"]
         names += ["choices", "log_likelihoods"] if self.choices is not None else []
         names += ["cut_target"] if self.cut_target else []
+        names += ["cluster"] if self.cluster else []
         return {name: getattr(self, name) for name in [*names, "scores"]}
 
 

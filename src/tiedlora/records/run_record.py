@@ -77,6 +77,11 @@ class Identity:
         """The values that config.identity.identity returns."""
         return typed(cls, with_tree(tree))
 
+    @property
+    def shuffles_targets(self) -> bool:
+        """Whether it trained on shuffled targets, so that it can have learned only the form of an answer."""
+        return bool(self.tree["task"].get("shuffle_targets"))
+
 
 @dataclass(frozen=True)
 class ConfigRecord:

@@ -91,6 +91,7 @@ def predict(
             id=example.id,
             prompt=example.prompt,
             shortened=example is not original,
+            cluster=example.cluster,
             references=list(example.references),
             scores=_as_floats(score),
             **vars(answer),
@@ -263,4 +264,5 @@ def _loss_row(original: Example, target: _Target, total: float, tokens: int) -> 
         shortened=target.example is not original,
         ended=NOT_GENERATED,
         cut_target=target.cut,
+        cluster=original.cluster,
     )

@@ -1,11 +1,22 @@
-"""The metrics of a split, from its rows. Each has a 95 % interval over which examples were drawn."""
+"""The metrics of a split, from its rows. Each has a 95 % interval over which examples, or clusters, were drawn."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
 
-from tiedlora.analysis.intervals import bootstrap_corpus, bootstrap_mean, is_binary, paired_proportions, wilson
+import numpy as np
+
+from tiedlora.analysis.intervals import (
+    Clusters,
+    bootstrap_corpus,
+    bootstrap_mean,
+    clustered_mean,
+    is_binary,
+    paired_proportions,
+    pseudo_values,
+    wilson,
+)
 from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import LARGEST_LOSS, LOSS_METRICS, TARGET_LOSS_BY_TOKEN, is_loss, mean_per_token
 from tiedlora.records.rows import PredictionRow, Score
@@ -13,24 +24,34 @@ from tiedlora.tasks import Task
 
 
 def summarise(rows: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
-    """Each metric over the rows, with Wilson's interval if every score is 0 or 1, otherwise with a bootstrap."""
-    return {metric: _interval(task, metric, _scores(rows, metric)) for metric in _metrics(rows, task)}
+    """Each metric over the rows, with its interval.
+
+    It is Wilson's if every score is 0 or 1, otherwise a bootstrap; of rows in clusters, that over clusters.
+    """
+    clusters = _clusters(rows)
+    return {metric: _interval(task, metric, clusters, _scores(rows, metric)) for metric in _metrics(rows, task)}
 
 
 def gains(adapted: Sequence[PredictionRow], base: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
     """Each metric of the adapted model minus that of the base model, paired on the same examples.
 
-    The interval is Newcombe's if every score is 0 or 1, and otherwise a bootstrap that resamples pairs.
+    The interval is Newcombe's if every score is 0 or 1, and otherwise a bootstrap that resamples pairs; of rows in
+    clusters, that over clusters.
 
     Raises:
         ValueError: the two sides do not have the same examples in the same order, or not the same metrics.
     """
     if [row.id for row in adapted] != [row.id for row in base]:
         raise ValueError("paired scores need the same examples in the same order")
+    clusters = _clusters(adapted)
     return {
-        metric: _interval(task, metric, _scores(adapted, metric), _scores(base, metric))
+        metric: _interval(task, metric, clusters, _scores(adapted, metric), _scores(base, metric))
         for metric in _metrics(adapted, task)
     }
+
+
+def _clusters(rows: Sequence[PredictionRow]) -> Clusters | None:
+    return Clusters.of([row.cluster for row in rows])
 
 
 def _metrics(rows: Sequence[PredictionRow], task: Task) -> list[str]:
@@ -45,14 +66,23 @@ def _scores(rows: Sequence[PredictionRow], metric: str) -> list[Score]:
     return [row.scores[metric] for row in rows]
 
 
-def _interval(task: Task, metric: str, scores: list[Score], base: list[Score] | None = None) -> Interval:
+def _interval(
+    task: Task, metric: str, clusters: Clusters | None, scores: list[Score], base: list[Score] | None = None
+) -> Interval:
     """Of the scores, or of their paired differences to those of `base`."""
     # The largest possible value, for the interval that a single row cannot give.
     largest = LARGEST_LOSS if is_loss(metric) else 1.0
     if (corpus_score := _corpus_score(task, metric)) is not None:
-        others = None if base is None else _table(base)
-        return bootstrap_corpus(_table(scores), corpus_score, others, largest=largest)
+        ours, others = _table(scores), None if base is None else _table(base)
+        if clusters is None:
+            return bootstrap_corpus(ours, corpus_score, others, largest=largest)
+        values = pseudo_values(np.array(ours), corpus_score)
+        values -= 0.0 if others is None else pseudo_values(np.array(others), corpus_score)
+        return clustered_mean(values, clusters, (0.0 if base is None else -largest, largest))
     first, second = _numbers(scores), _numbers(base or [])
+    if clusters is not None:
+        values = np.array(first) - (0.0 if base is None else np.array(second))
+        return clustered_mean(values, clusters, (0.0 if base is None else -largest, largest))
     # A loss may be exactly 0 or 1 nats, and is no proportion.
     if is_binary([*first, *second]) and not is_loss(metric):
         return wilson(int(sum(first)), len(first)) if base is None else paired_proportions(first, second)

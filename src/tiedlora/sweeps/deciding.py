@@ -16,8 +16,8 @@ from typing import Any
 from tiedlora import storage
 from tiedlora.analysis import claims as claim_files
 from tiedlora.analysis.answers import Answer, Verdict, answer_claims
-from tiedlora.analysis.claims import Claim, Pair, Side
-from tiedlora.analysis.groups import RunGroup, group_runs
+from tiedlora.analysis.claims import Claim, Pair
+from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, read_run
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
@@ -87,7 +87,7 @@ def run_deciding(
     if not all(cell.config.score.splits for cell in sweep.cells):
         raise UserError("score.splits=[]: the claims need scores; choose validation, test or both")
     for claim in planned:
-        if claim.rule.needs_base and not all(cell.config.score.base for cell in sweep.cells):
+        if claim.rule.needs_zero and not all(cell.config.score.base for cell in sweep.cells):
             raise UserError(f"score.base=false: the claim '{claim.name}' needs the scores of the base model")
     plan = plan_of(path, planned, budget)
     _write_plan(sweep, plan)
@@ -221,15 +221,12 @@ def _all_seeds(claims: Iterable[Claim]) -> list[int]:
 
 def _next_look(claim: Claim, pair: Pair, owners: dict[str, tuple[Search, RateChoice]]) -> tuple[SweepCell, ...]:
     """The runs of the first look that has not all of them: not scored, and not diverged."""
-    sides: list[tuple[RunGroup, Side]] = []
-    for group, side in zip(pair.searched, (claim.method, claim.comparator), strict=True):
-        if group is None:
-            return ()
-        sides.append((group, side))
     for number in range(len(claim.plan.looks.seeds)):
+        # The weakest arm has the seeds of the first look, which say whether the trial can fail.
+        weakest = [(pair.weakest, 0)] if pair.weakest is not None and number == 0 and pair.arms else []
         cells = [
-            search.cell(choice.lr, seed + side.seed_offset)
-            for group, side in sides
+            search.cell(choice.lr, seed + offset)
+            for group, offset in [*pair.arms, *weakest]
             for search, choice in [owners[group.runs[0].path.name]]
             for seed in claim.plan.of_look(number)
         ]

@@ -30,6 +30,8 @@ class Example:
     """[start, end) of the part of the prompt, in characters, whose end is cut off if the prompt is too long."""
     must_hold: str = ""
     """A text that a shortened prompt must still contain to be trained on, such as an answer that is quoted from it."""
+    cluster: str = ""
+    """What the row belongs to together with others, such as an article; empty if it stands alone."""
 
 
 class Task:

@@ -155,11 +155,19 @@ def _checked_example(task: Task, row: DataRow, id: str) -> Example:
     try:
         for name, kind in task.fields.items():
             _check_field(row, name, kind)
-        example = task.example(row, id)
+        example = replace(task.example(row, id), cluster=_cluster(row, task.config.cluster))
         _check_characters(id, example.prompt, example.target, *example.references, *example.choices)
     except RowError as error:
         raise UserError(f"{row.where}: {error}") from None
     return example
+
+
+def _cluster(row: DataRow, field: str | None) -> str:
+    if field is None:
+        return ""
+    if field not in row.fields:
+        raise RowError(f"the field '{field}' of task.cluster is missing; for rows without it, set task.cluster=null")
+    return str(row[field])
 
 
 def _check_field(row: DataRow, name: str, kind: type) -> None:

@@ -1,0 +1,242 @@
+"""What keeps a verdict honest: floors, weakest arms, LoRA's curve, worth, clusters, and Holm over all tests."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from helpers.report_runs import add_scores, make_record, prediction_rows, world, write_run
+
+from tiedlora import tying
+from tiedlora.analysis import intervals
+from tiedlora.analysis.answers import error_note
+from tiedlora.analysis.compare import worth_of
+from tiedlora.analysis.frontier import curve
+from tiedlora.analysis.groups import group_runs
+from tiedlora.analysis.intervals import Clusters, mean_squares
+from tiedlora.analysis.runs import read_runs
+from tiedlora.page import write
+
+SURE = {"rows": 1000, "seed_sd": 0.002, "seeds": 3}
+HALF = {"config.tying.layers": tying.evenly_spaced(15, 30)}
+SHUFFLED = {"config.task.shuffle_targets": True}
+TRIAL = """looks: [3]
+weakest: {configuration: TA, rank: 8}
+EXTRA
+claims:
+  - name: x
+    method: {configuration: TABuv, rank: 8}
+    comparator: COMPARATOR
+    RULE
+    tasks: []
+"""
+
+
+def trial(root, rule="retains: 0.9", comparator="{configuration: LoRA, at: equal_rank}", extra=""):
+    """The report of root/runs, with one claim about TABuv and TA as its weakest arm."""
+    text = TRIAL.replace("RULE", rule).replace("COMPARATOR", comparator).replace("EXTRA", extra)
+    (root / "claims.yaml").write_text(text)
+    return write.build([root / "runs"], claims=root / "claims.yaml")
+
+
+class TestSensitivity:
+    def test_a_trial_that_the_weakest_arm_passes_cannot_fail(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75, "TA": 0.74}, **SURE)
+        report = trial(tmp_path)
+        (answer,) = report.answers
+        assert answer.verdict == "cannot fail here"
+        assert "the same is supported for TA r=8, the weakest arm, at look 1" in answer.reason
+        assert [verdict.verdict for verdict in report.verdicts] == ["uninformative"]
+
+    @pytest.mark.parametrize(("weakest", "sensitivity"), [(0.2, "shown"), (0.65, "not shown")])
+    def test_a_verdict_stands_where_the_weakest_arm_does_not_pass(self, tmp_path, weakest, sensitivity):
+        world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75, "TA": weakest}, **SURE)
+        (answer,) = trial(tmp_path).answers
+        assert (answer.verdict, answer.sensitivity) == ("supported", sensitivity)
+
+    def test_a_contradicted_claim_has_shown_that_it_can_fail(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.4, "TA": 0.75}, **SURE)
+        (answer,) = trial(tmp_path).answers
+        assert answer.verdict == "contradicted"
+
+    def test_a_weakest_arm_that_was_not_run_shows_nothing(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75}, **SURE)
+        (answer,) = trial(tmp_path).answers
+        assert (answer.verdict, answer.sensitivity) == ("supported", "not shown")
+        assert "TA r=8 was not run" in answer.reason
+
+
+class TestFloor:
+    FLOOR = "floor: {configuration: LoRA, rank: 8, shuffle_targets: true}"
+
+    def test_the_gain_is_measured_from_the_floor(self, tmp_path):
+        """From the base (0.1), 0.63 keeps 88 % of 0.6; from the floor (0.5), it keeps 65 % of 0.2."""
+        world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.63, "TA": 0.4}, base=0.1, **SURE)
+        world(tmp_path / "runs", {"LoRA": 0.5}, base=0.1, changes=SHUFFLED, **SURE)
+        (from_base,) = trial(tmp_path, "retains: 0.82").answers
+        (from_floor,) = trial(tmp_path, "retains: 0.82", extra=self.FLOOR).answers
+        assert from_base.verdict == "supported"
+        assert from_floor.verdict == "contradicted"
+        assert from_floor.kept.value == pytest.approx(0.65, abs=0.05)
+        assert from_floor.comparator_gain == pytest.approx(0.2, abs=0.02)
+        assert "(over LoRA (shuffled targets) r=8)" in from_floor.reason
+
+    def test_an_arm_with_shuffled_targets_is_an_arm_of_the_same_setting_and_not_lora(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.7}, **SURE)
+        world(tmp_path / "runs", {"LoRA": 0.3}, changes=SHUFFLED, **SURE)
+        groups = group_runs(read_runs([tmp_path / "runs"])[0])
+        assert [group.configuration for group in groups] == ["LoRA", "LoRA (shuffled targets)"]
+        assert len({group.setting for group in groups}) == 1
+
+    def test_without_the_floors_runs_there_is_no_verdict(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.72}, **SURE)
+        (answer,) = trial(tmp_path, extra=self.FLOOR).answers
+        assert answer.verdict == "undecided"
+        assert answer.reason == "the floor: LoRA (shuffled targets) r=8 was not run in the same setting"
+
+
+class TestCurve:
+    @pytest.fixture(scope="class")
+    def root(self, tmp_path_factory):
+        """LoRA with 23,040, 46,080 and 368,640 parameters; TABuv with 41,328 and TA with 4,608."""
+        root = tmp_path_factory.mktemp("curve")
+        world(root / "runs", {("LoRA", 1): 0.6, ("LoRA", 8): 0.8, "TABuv": 0.72, "TA": 0.3}, **SURE)
+        world(root / "runs", {("LoRA", 1): 0.4}, changes=HALF, **SURE)
+        return root
+
+    def test_a_size_between_two_is_their_mean_in_the_logarithm(self, root):
+        groups = group_runs(read_runs([root / "runs"])[0])
+        lora = curve("LoRA", groups[0].setting, groups)
+        assert [(group.configuration, group.params) for group in lora.groups] == [
+            ("LoRA_l15", 23_040),
+            ("LoRA", 46_080),
+            ("LoRA", 368_640),
+        ]
+        (smaller, a), (larger, b) = lora.at(41_328).parts
+        assert (a.params, b.params) == (23_040, 46_080)
+        assert smaller == pytest.approx(np.log(46_080 / 41_328) / np.log(2))
+        assert smaller + larger == 1
+        assert lora.at(46_080).parts == ((1.0, b),)
+        assert lora.at(23_039) is None
+        assert lora.at(368_641) is None
+
+    def test_a_claim_against_the_curve_compares_with_lora_of_the_same_size(self, root):
+        (answer,) = trial(root, "better_by: 0.0", "{frontier: LoRA}").answers
+        assert answer.verdict == "supported"
+        # LoRA of 41,328 parameters scores 0.157 * 0.4 + 0.843 * 0.6.
+        assert answer.difference.value == pytest.approx(0.72 - 0.569, abs=0.02)
+        assert "LoRA at 41,328 parameters (between LoRA_l15 r=1 and LoRA r=1)" in answer.reason
+
+    def test_outside_the_measured_sizes_it_says_so(self, root):
+        text = trial(root, "better_by: 0.0", "{frontier: LoRA}").answers
+        assert text
+        (root / "claims.yaml").write_text((root / "claims.yaml").read_text().replace("TABuv", "TA"))
+        (answer,) = write.build([root / "runs"], claims=root / "claims.yaml").answers
+        assert answer.verdict == "undecided"
+        assert answer.reason == ("4,608 parameters are outside the measured sizes of LoRA: 23,040, 46,080, 368,640")
+
+    def test_worth_is_the_size_that_scores_the_same(self, root):
+        report = trial(root)
+        worth = {row.group.label: row.worth for row in report.rows}
+        # 0.72 is 0.6 of the way from 0.6 to 0.8: 46,080 * 8^0.6.
+        assert worth["TABuv"].value == pytest.approx(160_000, rel=0.2)
+        assert worth["TABuv"].low < 160_000 < worth["TABuv"].high
+        assert worth["TA"].beyond == "at most"
+        assert worth["TA"].value == 23_040
+        assert worth["LoRA"] is None
+
+    def test_the_ends_of_worth(self):
+        sizes = np.geomspace(1000, 100_000, 201)
+        falling = np.log(10_000) - np.log(sizes)
+        found = worth_of(sizes, falling, np.full(201, np.log(2)))
+        assert (found.low, found.value, found.high) == pytest.approx((5000, 10_000, 20_000), rel=1e-3)
+        wide = worth_of(sizes, falling, np.full(201, 9.0))
+        assert (wide.low, wide.high) == (None, None)
+        assert str(wide) == "10,000 [below the curve, above the curve]"
+        above = worth_of(sizes, falling + 9, np.full(201, 0.1))
+        assert (above.beyond, above.value, above.low, above.high) == ("at least", 100_000, 100_000, None)
+        below = worth_of(sizes, falling - 9, np.full(201, 0.1))
+        assert (below.beyond, below.value, below.low, below.high) == ("at most", 1000, None, 1000)
+
+
+class TestClusters:
+    SIZES = (16, 23, 24, 24, 25, 27, 28, 33, 36, 41, 44, 48, 52, 64, 101)
+
+    def clusters(self):
+        return Clusters(np.repeat(np.arange(len(self.SIZES)), self.SIZES))
+
+    def test_clusters_of_one_row_are_rows(self):
+        values = np.random.default_rng(0).normal(size=(3, 40))
+        rows, clusters = mean_squares(values), mean_squares(values, Clusters(np.arange(40)))
+        for name in ("mean", "of_seeds", "of_rows", "of_rest", "freedom"):
+            assert getattr(clusters, name) == pytest.approx(getattr(rows, name)), name
+
+    def test_the_variance_is_the_jackknifes(self):
+        """Leaving out one cluster at a time: (K - 1) / K times the sum of squares of the changes of the mean."""
+        clusters, values = self.clusters(), np.random.default_rng(0).gamma(2, size=sum(self.SIZES))
+        without = [values[clusters.codes != number].mean() for number in range(len(self.SIZES))]
+        count = len(self.SIZES)
+        expected = (count - 1) / count * np.square(np.array(without) - values.mean()).sum()
+        found = clusters.variance(clusters.sums(values - values.mean()))
+        assert found == pytest.approx(expected, rel=1e-12)
+
+    def test_where_rows_of_a_cluster_are_alike_the_interval_over_rows_is_wrong_and_this_one_is_not(self):
+        generator, clusters, draws = np.random.default_rng(0), self.clusters(), 3000
+        of_clusters = generator.normal(0, 0.1, (draws, 1, len(self.SIZES)))[..., clusters.codes]
+        values = of_clusters + generator.normal(0, 0.3, (draws, 1, sum(self.SIZES)))
+        values = values + generator.normal(0, 0.1, (draws, 3, sum(self.SIZES)))
+        by_rows, by_clusters = mean_squares(values), mean_squares(values, clusters)
+        wrong = [float((abs(found.mean) > found.half_width()).mean()) for found in (by_rows, by_clusters)]
+        assert wrong[0] > 0.15
+        # 5 % and three standard errors of 3,000 draws.
+        assert wrong[1] <= 0.062
+
+    def test_rows_name_their_cluster_and_a_study_may_name_it_for_them(self, tmp_path):
+        """The same scores, with articles in the predictions, or in the study's clusters.json."""
+        scores = (np.arange(120) % 3 == 0).astype(float)
+        rows = prediction_rows(scores)
+        named = [dataclasses.replace(row, cluster=f"article {int(row.id) // 20}") for row in rows]
+        found = {}
+        for study, own in (("named", named), ("listed", rows), ("alone", rows)):
+            root = tmp_path / study / "runs"
+            for seed in range(3):
+                record = add_scores(make_record(seed=seed), "validation", own)
+                write_run(root, record, {"validation": own})
+            if study == "listed":
+                clusters = {"chain_sum": {row.id: row.cluster for row in named}}
+                (tmp_path / study / "clusters.json").write_text(json.dumps(clusters))
+            (row,) = write.build([root]).rows
+            found[study] = row.score.both
+        assert found["named"] == found["listed"]
+        assert found["named"] != found["alone"]
+
+    def test_a_runs_own_interval_is_over_clusters(self):
+        rows = [
+            dataclasses.replace(row, cluster=str(number // 20))
+            for number, row in enumerate(prediction_rows((np.arange(120) < 40).astype(float)))
+        ]
+        record = add_scores(make_record(), "validation", rows)
+        found = record.scores["validation"].metrics["exact_match_strict"]
+        assert found.method == "clusters"
+        expected = intervals.clustered_mean(
+            np.array([row.scores["exact_match_strict"] for row in rows]), Clusters.of([row.cluster for row in rows])
+        )
+        assert (found.value, found.high) == (expected.value, expected.high)
+        assert found.low == max(0.0, expected.low)
+
+
+def test_two_claims_about_one_difference_are_one_test_and_holm_is_over_all(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.5, "TABuv": 0.62, "TAB": 0.51}, **SURE)
+    claim = (
+        "  - name: {}\n    method: {{configuration: {}, rank: 8}}\n    comparator: {{configuration: LoRA, rank: 8}}\n"
+    )
+    claim += "    better_by: 0.0\n    tasks: []\n"
+    (tmp_path / "claims.yaml").write_text(
+        "looks: [3]\nclaims:\n"
+        + claim.format("one", "TABuv")
+        + claim.format("again", "TABuv")
+        + claim.format("b", "TAB")
+    )
+    report = write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
+    assert [answer.survives_holm for answer in report.answers] == [True, True, False]
+    assert "from 2 different tests of 2 different comparisons" in error_note(report.answers)
