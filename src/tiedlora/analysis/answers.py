@@ -69,9 +69,9 @@ class Answer:
     difference: Estimate | None = None
     contrast: Interval | None = None
     """The number that the rule compares with 0, with its interval at the level of the look. More is better."""
-    sensitivity: Literal["", "shown", "not shown"] = ""
-    """Whether the weakest arm was shown to fail, so that the trial can fail. Empty before the first look, or if the
-    claim names no weakest arm."""
+    sensitivity: Literal["", "shown", "not shown", "lacking"] = ""
+    """Whether the weakest arm was shown to fail, so that the trial can fail; lacking if it passes. Empty before the
+    first look, or if the claim names no weakest arm."""
     retained: Interval | None = None
     """The share of the comparator's gain, with Fieller's interval."""
     retains_at_least: float | None = None
@@ -187,6 +187,7 @@ def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Score
     evidence = answer.claim.rule.evidence(seen.sides)
     where = f"{weakest.name}, the weakest arm, at look {number + 1}"
     if evidence.supported <= level:
+        answer.sensitivity = "lacking"
         if answer.verdict != Verdict.CONTRADICTED:
             answer.verdict, answer.decide = Verdict.CANNOT_FAIL, "a task or a zero point at which the weakest arm fails"
         answer.reason += f"; cannot fail here: the same is supported for {where}"
