@@ -16,7 +16,6 @@ import harness
 import torch
 
 from tiedlora.adapter import Attached, TiedAdapter, attach_adapter
-from tiedlora.adapter.arms import groups_by_part
 from tiedlora.data.batching import Batch, microbatches
 from tiedlora.training.loss import target_loss
 from tiedlora.training.optimizer import build_optimizer
@@ -56,7 +55,7 @@ def drop(configuration: str, overrides: list[str], lr: float, seed: int) -> floa
         config.tying, rank.r, rank.alpha or rank.r, config.model.architecture, config.seed, rank.scaling
     )
     attached = attach_adapter(base.model, adapter)
-    optimizer = build_optimizer(groups_by_part(adapter.trained_parts(), config.train.lr_factor), config.train)
+    optimizer = build_optimizer(adapter.parameter_groups(config.train.lr_factor), config.train)
     before = loss(attached, batches)
     optimizer.step()
     with torch.no_grad():

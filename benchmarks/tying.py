@@ -22,7 +22,6 @@ import torch
 from peft import VeraConfig, get_peft_model
 
 from tiedlora.adapter import TiedAdapter, attach_adapter
-from tiedlora.adapter.arms import groups_by_part
 from tiedlora.data.batching import Batch, BatchSampler, microbatches
 from tiedlora.training.loss import target_loss
 from tiedlora.training.optimizer import build_optimizer
@@ -52,9 +51,7 @@ class StepTimer:
             for name, c in configs.items()
         }
         self.optimizers = {
-            name: build_optimizer(
-                groups_by_part(adapter.trained_parts(), configs[name].train.lr_factor), configs[name].train
-            )
+            name: build_optimizer(adapter.parameter_groups(configs[name].train.lr_factor), configs[name].train)
             for name, adapter in self.adapters.items()
         }
 

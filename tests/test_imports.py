@@ -19,7 +19,7 @@ HYDRA_ROOMS = ("sweeps", "config")
 NO_TORCH = ("sweeps", "page", "analysis", "records", "config", "tasks", "tracking")
 LAZY = {
     # The imports inside functions of src/. A comment there gives the reason of each.
-    "adapter/other_arm.py": {"tiedlora.adapter.peft_arm"},
+    "adapter/arms.py": {"tiedlora.adapter.peft_arm"},
     "analysis/adapters.py": {"tiedlora.adapter"},
     "config/methods.py": {"peft.mapping", "peft.tuners.tuners_utils"},
     "config/sizes.py": {"torch", "peft.mapping"},

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -210,30 +210,12 @@ def layers_per_group(share: int | str, layers: int) -> int:
     return layers if share == ALL_LAYERS else min(int(share), layers)
 
 
-def group_count(share: int | str, layers: int) -> int:
-    """How many separate factors `layers` adapted layers have: ceil(layers / layers per group)."""
-    return math.ceil(layers / layers_per_group(share, layers))
-
-
-@dataclass(frozen=True)
-class PartSizes:
-    """The sizes that determine the shape of one part, for one target and all its layers together."""
-
-    groups: int
-    """How many separate factors there are: ceil(layers / layers that share one)."""
-    layers: int
-    """How many layers are adapted."""
-    rank: int
-    d_in: int
-    d_out: int
-
-
 @dataclass(frozen=True)
 class PartTraits:
     """The properties of one part. Everything that depends on the part's letter is declared here."""
 
-    shape: Callable[[PartSizes], tuple[int, ...]]
-    """The shape of all layers' values together."""
+    sizes: tuple[str, ...]
+    """The shape of one layer's values, or of one group's, in `rank`, `d_in` and `d_out`."""
     is_shared: bool
     """Whether layers can share the part (then it is a `Factor`). Otherwise every layer has its own."""
     decays: bool
@@ -247,36 +229,10 @@ class PartTraits:
 
 
 PARTS: dict[str, PartTraits] = {
-    "A": PartTraits(
-        shape=lambda sizes: (sizes.groups, sizes.rank, sizes.d_in),
-        is_shared=True,
-        decays=True,
-        default_init="uniform",
-        zero_start_order=3,
-    ),
-    "B": PartTraits(
-        shape=lambda sizes: (sizes.groups, sizes.d_out, sizes.rank),
-        is_shared=True,
-        decays=True,
-        default_init="uniform",
-        zero_start_order=1,
-    ),
-    "u": PartTraits(
-        shape=lambda sizes: (sizes.layers, sizes.rank),
-        is_shared=False,
-        decays=False,
-        default_init=1.0,
-        zero_start_order=None,
-        neutral=1.0,
-    ),
-    "v": PartTraits(
-        shape=lambda sizes: (sizes.layers, sizes.d_out),
-        is_shared=False,
-        decays=False,
-        default_init=1.0,
-        zero_start_order=2,
-        neutral=1.0,
-    ),
+    "A": PartTraits(("rank", "d_in"), is_shared=True, decays=True, default_init="uniform", zero_start_order=3),
+    "B": PartTraits(("d_out", "rank"), is_shared=True, decays=True, default_init="uniform", zero_start_order=1),
+    "u": PartTraits(("rank",), is_shared=False, decays=False, default_init=1.0, zero_start_order=None, neutral=1.0),
+    "v": PartTraits(("d_out",), is_shared=False, decays=False, default_init=1.0, zero_start_order=2, neutral=1.0),
 }
 """The parts of an adapter by name. `Tying` has an attribute of the same name, which says how the part is trained."""
 FACTORS = tuple(name for name, traits in PARTS.items() if traits.is_shared)
@@ -297,9 +253,10 @@ def part_shape(tying: Tying, part: str, rank: int, architecture: Architecture, t
         UserError: `target` is not a known projection.
     """
     d_in, d_out = target_shape(architecture, target)
+    sizes = {"rank": rank, "d_in": d_in, "d_out": d_out}
     layers, specification = len(adapted_layers(tying, architecture)), getattr(tying, part)
-    groups = group_count(specification.share, layers) if isinstance(specification, Factor) else layers
-    return PARTS[part].shape(PartSizes(groups, layers, rank, d_in, d_out))
+    sharing = layers_per_group(specification.share, layers) if isinstance(specification, Factor) else 1
+    return math.ceil(layers / sharing), *(sizes[name] for name in PARTS[part].sizes)
 
 
 def trainable_params(tying: Tying, rank: int, architecture: Architecture) -> int:

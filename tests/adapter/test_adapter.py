@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from tiedlora import tying
 from tiedlora.adapter import architectures, attach, attach_adapter, load, save
-from tiedlora.adapter.arms import groups_by_part
 from tiedlora.adapter.parts import draw
 from tiedlora.config.schema import LrFactors, TrainConfig
 from tiedlora.errors import UserError
@@ -56,7 +55,7 @@ class TestEveryConfiguration:
         base = tiny(model_name)
         attached = attach(base.model, tying_option(name), 4)
         parts = attached.adapter.trained_parts()
-        optimizer = build_optimizer(groups_by_part(parts, LrFactors()), TrainConfig(lr=1e-2))
+        optimizer = build_optimizer(attached.parameter_groups(LrFactors()), TrainConfig(lr=1e-2))
         zero = next(p for p in tying.PARTS if getattr(attached.adapter.tying, p).init == 0.0)
         start = {key: p.detach().clone() for key, p in parts.items()}
         for step in range(3):

@@ -8,8 +8,7 @@ import torch
 from helpers.tiny import tiny, tying_option
 
 from tiedlora.adapter import attach
-from tiedlora.adapter.arms import ArmSpec
-from tiedlora.adapter.other_arm import new_arm
+from tiedlora.adapter.arms import ArmSpec, new_arm
 from tiedlora.config import methods
 from tiedlora.config.compose import compose_config
 from tiedlora.config.sizes import trainable_params

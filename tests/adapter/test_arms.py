@@ -10,8 +10,7 @@ from helpers.leak import MeanArm
 from helpers.tiny import composed, tiny
 
 from tiedlora.adapter.admission import measure
-from tiedlora.adapter.arms import ArmSpec, groups_by_pattern
-from tiedlora.adapter.other_arm import attach_saved, new_arm
+from tiedlora.adapter.arms import ArmSpec, attach_saved, groups_by_pattern, new_arm
 from tiedlora.config import methods
 from tiedlora.config.explain import options
 from tiedlora.config.identity import run_id

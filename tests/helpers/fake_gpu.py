@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tiedlora.adapter import attach
-from tiedlora.adapter.arms import groups_by_part
 from tiedlora.config.schema import TrainConfig
 from tiedlora.data.batching import Batch, microbatches
 from tiedlora.data.encoding import Encoded
@@ -63,9 +62,7 @@ def train_two_steps_on_a_fake_gpu(model: str) -> None:
                 if old is not None:
                     fake = torch.empty(old.shape, dtype=old.dtype, device=gpu)
                     module._parameters[name] = torch.nn.Parameter(fake, requires_grad=old.requires_grad)
-        groups = build_optimizer(
-            groups_by_part(attached.adapter.trained_parts(), config.lr_factor), config
-        ).param_groups
+        groups = build_optimizer(attached.parameter_groups(config.lr_factor), config).param_groups
         optimizer = torch.optim.AdamW([{**group, "fused": True} for group in groups], lr=1e-2)
 
         def batches(step: int) -> list[Batch]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from tiedlora.adapter.other_arm import OtherArm
+from tiedlora.adapter.arms import OtherArm
 
 
 class BiasArm(OtherArm):

@@ -8,7 +8,7 @@ import torch
 from helpers import processes
 from helpers.tiny import TINY
 
-from tiedlora.adapter.arms import groups_by_part
+from tiedlora.adapter.parts import ParameterGroup
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import TrainConfig
@@ -29,14 +29,14 @@ def parts_on(kind: str) -> dict[str, torch.nn.Parameter]:
 def test_a_restored_fused_optimizer_has_its_whole_state_on_the_device(tmp_path):
     """A fused AdamW takes no step while its step count is on the CPU."""
     parts = parts_on("cpu")
-    optimizer = build_optimizer(groups_by_part(parts, TRAIN.lr_factor), TRAIN)
+    optimizer = build_optimizer([ParameterGroup(list(parts.values()))], TRAIN)
     for parameter in parts.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     checkpoint.save(tmp_path, TrainState(step=1), parts, optimizer, RunInputs(Execution("cpu", 1)))
 
     there = parts_on("meta")
-    groups = build_optimizer(groups_by_part(there, TRAIN.lr_factor), TRAIN).param_groups
+    groups = build_optimizer([ParameterGroup(list(there.values()))], TRAIN).param_groups
     fused = torch.optim.AdamW([{**group, "fused": True} for group in groups], lr=TRAIN.lr)
     assert checkpoint.restore(tmp_path, there, fused, RunInputs(Execution("cpu", 1))) == TrainState(step=1)
     for parameter in there.values():

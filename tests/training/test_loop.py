@@ -8,7 +8,6 @@ import torch
 from helpers.tiny import tiny, tying_option
 
 from tiedlora.adapter import attach
-from tiedlora.adapter.arms import groups_by_part
 from tiedlora.config.schema import LrFactors, TrainConfig
 from tiedlora.data.batching import BatchSampler, microbatches
 from tiedlora.data.encoding import Encoded
@@ -35,7 +34,7 @@ def start(option="TABuv", config=CONFIG, seed=0, folder=None, stop_after=None, d
     attached = attach(base.model, tying_option(option, *overrides), 4, seed=seed)
     base.model.train()
     parts = attached.adapter.trained_parts()
-    optimizer = build_optimizer(groups_by_part(parts, config.lr_factor), config)
+    optimizer = build_optimizer(attached.parameter_groups(config.lr_factor), config)
     sampler = BatchSampler([len(row) for row in ROWS], config, seed)
     log: list[MetricsRow] = []
     state = (folder and checkpoint.restore(folder, parts, optimizer, INPUTS)) or TrainState()

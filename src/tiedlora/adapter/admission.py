@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tiedlora.adapter.arms import Arm, ArmSpec
-from tiedlora.adapter.other_arm import attach_saved, new_arm
+from tiedlora.adapter.arms import Arm, ArmSpec, attach_saved, new_arm
 from tiedlora.config.schema import LrFactors
 from tiedlora.records.run_record import Admission, BaseModelRecord
 

@@ -1,4 +1,4 @@
-"""What adapts a base model: the protocol `Arm`, and how an arm is made and read.
+"""What adapts a base model: the protocol `Arm`, arms of other methods, and how an arm is made or read from its folder.
 
 This project's own method (attach.Attached) and every method of PEFT (peft_arm.PeftArm) are arms. The training, the
 scoring and the record of a run know only the protocol. A program can register a third kind (docs/arena.md).
@@ -6,42 +6,42 @@ scoring and the record of a run know only the protocol. A program can register a
 
 from __future__ import annotations
 
+import hashlib
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from tiedlora import storage
+from tiedlora.adapter import files
+from tiedlora.adapter.attach import attach_adapter
+from tiedlora.adapter.parts import ParameterGroup
+from tiedlora.config.adapter_folder import DESCRIPTION
 from tiedlora.config.methods import REGISTERED
 from tiedlora.config.schema import LrFactors, TyingConfig
 from tiedlora.errors import UserError
-from tiedlora.records.run_record import BaseModelRecord
-from tiedlora.tying import PARTS, Architecture, part_of
+from tiedlora.records.reading import Name, Text, Whole, read_typed
+from tiedlora.records.run_record import BaseModelRecord, plain
+from tiedlora.tying import Architecture
 
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that share a learning rate and whether weight decay applies."""
-
-    parameters: list[nn.Parameter]
-    lr_factor: float = 1.0
-    """A factor on the run's learning rate."""
-    decays: bool = True
+FORMAT = 3
+"""The format of adapter.json for arms of other methods. Earlier versions refuse the number."""
 
 
 class Arm(Protocol):
     """What adapts a base model. While it is attached, the model computes with it."""
 
-    @property
-    def model(self) -> nn.Module:
-        """The base model with the arm on it."""
-
-    @property
-    def compiles(self) -> bool:
-        """Whether torch.compile may compile the blocks with the arm on them."""
+    model: nn.Module
+    """The base model with the arm on it."""
+    compiles: bool
+    """Whether torch.compile may compile the blocks with the arm on them."""
 
     def trained_parts(self) -> dict[str, nn.Parameter]:
         """Name -> each parameter that the optimizer changes, once."""
@@ -62,15 +62,18 @@ class Arm(Protocol):
     def stored_params(self) -> int:
         """How many numbers the arm's files hold: trained ones, and frozen ones that cannot be left out."""
 
+    @abstractmethod
     def enable(self) -> None:
         """Make the model compute with the arm."""
 
+    @abstractmethod
     def disable(self) -> None:
         """Make the model compute as the base model."""
 
     def folded_once(self) -> AbstractContextManager[None]:
         """Inside the block the arm does not change, so what it prepares before a pass may be prepared once."""
 
+    @abstractmethod
     def detach(self) -> None:
         """Take the arm off. The base model is then bit for bit as it was."""
 
@@ -120,18 +123,121 @@ def register(kind: str, factory: ArmFactory) -> None:
     REGISTERED[kind] = factory
 
 
-def groups_by_part(parts: Mapping[str, nn.Parameter], lr_factors: LrFactors) -> list[ParameterGroup]:
-    """One parameter group for each of A, B, u and v.
+@dataclass(frozen=True)
+class ArmDescription:
+    """The content of adapter.json of an arm of another method."""
 
-    Args:
-        parts: `target.part` -> its parameter.
-    """
-    groups = []
-    for letter, traits in PARTS.items():
-        parameters = [parameter for name, parameter in parts.items() if part_of(name) == letter]
-        if parameters:
-            groups.append(ParameterGroup(parameters, getattr(lr_factors, letter), traits.decays))
-    return groups
+    format: Whole
+    base: BaseModelRecord
+    method: Text
+    resolved: dict[str, Any]
+    targets: list[Text]
+    seed: Whole
+    architecture: Architecture
+    tensors_file: Name
+    sha256: Text
+    """The sha256 of the tensors' file."""
+    layers: list[Whole] | None = None
+
+
+class OtherArm(Arm):
+    """An arm of another method. A subclass attaches itself in `__init__`, and says what its tensors are."""
+
+    spec: ArmSpec
+    """What the arm is made from."""
+    tensors_file = "adapter.safetensors"
+    compiles = False
+
+    def __init__(self, model: nn.Module, spec: ArmSpec) -> None:
+        self.model, self.spec = model, spec
+        self._versions: dict[str, tuple[int, int]] = {}
+
+    # What a subclass defines.
+
+    @abstractmethod
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> every parameter of the arm, trained or frozen, once."""
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Name -> each tensor of the arm that is no parameter."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the tensors' file holds."""
+        return {**self.named_parameters(), **self.buffers()}
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the values of a tensors' file with the right names and shapes."""
+        with torch.no_grad():
+            for name, own in self.tensors().items():
+                own.copy_(tensors[name])
+
+    def files_beside(self, base: BaseModelRecord) -> dict[str, object]:
+        """Name -> content of further JSON files beside adapter.json and the tensors."""
+        return {}
+
+    # What every such arm has.
+
+    def started(self) -> None:
+        """Remember the buffers as they are now. `changed_buffers` compares with them."""
+        self._versions = {name: (id(tensor), tensor._version) for name, tensor in self.buffers().items()}
+
+    def trained_parts(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.named_parameters().items() if parameter.requires_grad}
+
+    def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
+        return groups_by_pattern(self.trained_parts(), self.spec.tying.lr_factors, self.spec.tying.no_decay)
+
+    def changed_buffers(self) -> dict[str, Tensor]:
+        return {
+            name: tensor
+            for name, tensor in self.buffers().items()
+            if self._versions.get(name) != (id(tensor), tensor._version)
+        }
+
+    def stored_params(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+    def folded_once(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def cannot_merge(self) -> str | None:
+        return f"the update of {self.spec.tying.method} cannot be taken off the weights exactly"
+
+    def merge(self) -> None:
+        raise UserError(f"merge: {self.cannot_merge()}")
+
+    def unmerge(self) -> None:
+        return None  # It is never merged.
+
+    def save(self, folder: Path, base: BaseModelRecord) -> int:
+        # Copies: some methods have one tensor under several names, and the file format has no shared tensors.
+        data = to_bytes({name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.tensors().items()})
+        tying = self.spec.tying
+        assert tying.method is not None
+        description = ArmDescription(
+            format=FORMAT,
+            base=base,
+            method=tying.method,
+            resolved=tying.resolved or {},
+            targets=tying.targets,
+            seed=self.spec.seed,
+            architecture=self.spec.architecture,
+            tensors_file=self.tensors_file,
+            sha256=hashlib.sha256(data).hexdigest(),
+            layers=tying.layers,
+        )
+        described = {**self.files_beside(base), DESCRIPTION: plain(description)}
+        contents = {self.tensors_file: data, **{name: storage.json_bytes(each) for name, each in described.items()}}
+        storage.write_folder(folder, contents)
+        return sum((folder / name).stat().st_size for name in contents)
+
+    def load_values(self, folder: Path) -> None:
+        tensors = check_tensors(folder)
+        own = {name: tuple(tensor.shape) for name, tensor in self.tensors().items()}
+        if own != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+            raise UserError(f"{folder}: has other tensors or shapes than {self.spec.tying.method} has here")
+        self.take(tensors)
 
 
 def groups_by_pattern(
@@ -157,3 +263,89 @@ def groups_by_pattern(
 def _shown(parts: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in parts))
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def check_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved arm, with the sha256 of adapter.json.
+
+    Raises:
+        UserError: a file is missing or damaged, or holds values that are not finite; the message names it.
+    """
+    description = read_description(folder)
+    return files.read_tensors(folder / description.tensors_file, description.sha256)
+
+
+def read_description(folder: Path) -> ArmDescription:
+    """adapter.json of an arm of another method.
+
+    Raises:
+        UserError: it is missing or wrong; the message names the file and the key.
+    """
+    path = folder / DESCRIPTION
+    description = read_typed(path, ArmDescription, "an adapter's description")
+    if description.format != FORMAT:
+        raise UserError(f"{path}: format {description.format} is not {FORMAT}, which this version reads")
+    return description
+
+
+def new_arm(model: nn.Module, spec: ArmSpec) -> Arm:
+    """A new arm of another method on `model`. The base is frozen.
+
+    Raises:
+        UserError: the method is unknown, or cannot adapt this model.
+    """
+    method = spec.tying.method
+    assert method is not None
+    if method in REGISTERED:
+        arm: Arm = REGISTERED[method](model, spec)
+        return arm
+    # PEFT is an extra, and slow to load.
+    from tiedlora.adapter.peft_arm import PeftArm
+
+    return PeftArm(model, spec)
+
+
+def is_other_method(folder: Path) -> bool:
+    """Whether an adapter's folder is of another method than this project's own.
+
+    Raises:
+        UserError: it has no readable adapter.json.
+    """
+    return storage.read_json(folder / DESCRIPTION).get("format") == FORMAT
+
+
+def read_spec(folder: Path) -> tuple[ArmSpec, BaseModelRecord]:
+    """What the saved arm of another method is made from, and the base model that it was trained on.
+
+    Raises:
+        UserError: adapter.json is missing or wrong.
+    """
+    saved = read_description(folder)
+    tying = TyingConfig(method=saved.method, resolved=saved.resolved, targets=list(saved.targets), layers=saved.layers)
+    return ArmSpec(tying, saved.architecture, saved.seed), saved.base
+
+
+def trained_on(folder: Path) -> BaseModelRecord:
+    """The base model that a saved arm of any kind was trained on.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    return read_spec(folder)[1] if is_other_method(folder) else files.load(folder)[1]
+
+
+def attach_saved(model: nn.Module, folder: Path) -> Arm:
+    """Put the saved arm of any kind on `model`.
+
+    Raises:
+        UserError: a file is damaged, or the arm was made for another architecture.
+    """
+    if not is_other_method(folder):
+        return attach_adapter(model, files.load(folder)[0])
+    arm = new_arm(model, read_spec(folder)[0])
+    try:
+        arm.load_values(folder)
+    except BaseException:
+        arm.detach()
+        raise
+    return arm

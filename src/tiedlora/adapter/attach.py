@@ -23,8 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from tiedlora.adapter import architectures, files, linear
-from tiedlora.adapter.arms import ParameterGroup, groups_by_part
-from tiedlora.adapter.parts import TiedAdapter
+from tiedlora.adapter.parts import ParameterGroup, TiedAdapter
 from tiedlora.config.families import layout_of
 from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
@@ -175,7 +174,7 @@ class Attached:
         return self.adapter.trained_parts()
 
     def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
-        return groups_by_part(self.trained_parts(), lr_factors)
+        return self.adapter.parameter_groups(lr_factors)
 
     def buffers(self) -> dict[str, Tensor]:
         """None: all tensors of the adapter are parts."""

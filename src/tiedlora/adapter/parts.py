@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -21,6 +22,7 @@ from tiedlora import tying as spec
 from tiedlora.adapter import architectures
 from tiedlora.adapter.architectures import Site
 from tiedlora.config.check import check_key
+from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
 from tiedlora.keys import list_keys
 from tiedlora.records.reading import is_number
@@ -70,6 +72,16 @@ def draw(init: float | str, shape: tuple[int, ...], seed: int, part: str, target
         else:
             values[group].normal_(generator=generator)
     return values
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate and whether weight decay applies."""
+
+    parameters: list[nn.Parameter]
+    lr_factor: float = 1.0
+    """A factor on the run's learning rate."""
+    decays: bool = True
 
 
 class TargetParts(nn.Module):
@@ -197,6 +209,15 @@ class TiedAdapter(nn.Module):
     def trained_parts(self) -> dict[str, nn.Parameter]:
         """`target.part` -> its parameter, for the trained parts."""
         return {name: parameter for name, parameter in self.parts().items() if parameter.requires_grad}
+
+    def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
+        """One parameter group for each of A, B, u and v that is trained."""
+        groups = []
+        for letter, traits in spec.PARTS.items():
+            parameters = [part for name, part in self.trained_parts().items() if spec.part_of(name) == letter]
+            if parameters:
+                groups.append(ParameterGroup(parameters, getattr(lr_factors, letter), traits.decays))
+        return groups
 
     def trainable_params(self) -> int:
         """How many numbers the optimizer changes, each counted once."""

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedlora.adapter.arms import ArmSpec
-from tiedlora.adapter.other_arm import OtherArm
+from tiedlora.adapter.arms import ArmSpec, OtherArm
 from tiedlora.config.methods import PEFT_FILE, peft_config
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tiedlora.adapter import attach_adapter, load
+from tiedlora.adapter.arms import check_tensors, is_other_method, read_description
 from tiedlora.adapter.files import TENSORS
-from tiedlora.adapter.other_arm import check_tensors, is_other_method, read_description
 from tiedlora.config.adapter_folder import DESCRIPTION
 from tiedlora.config.methods import PEFT_FILE
 from tiedlora.config.schema import Config

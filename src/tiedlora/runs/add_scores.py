@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from tiedlora.adapter.other_arm import attach_saved, trained_on
+from tiedlora.adapter.arms import attach_saved, trained_on
 from tiedlora.config import compose
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder

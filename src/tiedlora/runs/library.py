@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tiedlora.adapter.arms import Arm
-from tiedlora.adapter.other_arm import attach_saved, trained_on
+from tiedlora.adapter.arms import Arm, attach_saved, trained_on
 from tiedlora.config import compose
 from tiedlora.config.adapter_folder import adapter_folder
 from tiedlora.config.check import check_device

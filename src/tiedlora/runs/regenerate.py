@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tiedlora.adapter import load
-from tiedlora.adapter.other_arm import attach_saved, check_tensors, is_other_method, read_spec
+from tiedlora.adapter.arms import attach_saved, check_tensors, is_other_method, read_spec
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import Config
 from tiedlora.data.encoding import Encoder

@@ -17,8 +17,7 @@ from omegaconf import OmegaConf
 from tiedlora import storage, tying
 from tiedlora.adapter import TiedAdapter, attach_adapter, files, linear
 from tiedlora.adapter.admission import measure
-from tiedlora.adapter.arms import Arm, ArmSpec
-from tiedlora.adapter.other_arm import new_arm
+from tiedlora.adapter.arms import Arm, ArmSpec, new_arm
 from tiedlora.config import adapter_folder
 from tiedlora.config.check import check_new_run
 from tiedlora.config.families import layout_of

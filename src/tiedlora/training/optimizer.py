@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tiedlora.adapter.arms import ParameterGroup
+from tiedlora.adapter.parts import ParameterGroup
 from tiedlora.config.schema import TrainConfig
 
 
