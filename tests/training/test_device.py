@@ -29,14 +29,14 @@ def parts_on(kind: str) -> dict[str, torch.nn.Parameter]:
 def test_a_restored_fused_optimizer_has_its_whole_state_on_the_device(tmp_path):
     """A fused AdamW takes no step while its step count is on the CPU."""
     parts = parts_on("cpu")
-    optimizer = build_optimizer([ParameterGroup(list(parts.values()))], TRAIN)
+    optimizer = build_optimizer([ParameterGroup([part]) for part in parts.values()], TRAIN)
     for parameter in parts.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     checkpoint.save(tmp_path, TrainState(step=1), parts, optimizer, RunInputs(Execution("cpu", 1)))
 
     there = parts_on("meta")
-    groups = build_optimizer([ParameterGroup(list(there.values()))], TRAIN).param_groups
+    groups = build_optimizer([ParameterGroup([part]) for part in there.values()], TRAIN).param_groups
     fused = torch.optim.AdamW([{**group, "fused": True} for group in groups], lr=TRAIN.lr)
     assert checkpoint.restore(tmp_path, there, fused, RunInputs(Execution("cpu", 1))) == TrainState(step=1)
     for parameter in there.values():

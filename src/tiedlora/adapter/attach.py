@@ -59,29 +59,66 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Adapted{kind.__name__}", (Adapted, kind), {})
 
 
-class FoldFactors:
-    """The forward pre-hook: before each pass through the layers it gives every adapted module its folded factors."""
+@dataclass
+class Attached:
+    """An adapter on a model. `merge` moves the update into the weights, `unmerge` restores them, `detach` removes it.
 
-    once = False
-    """Whether to fold only before the first pass: see Attached.folded_once."""
-    done = False
+    The adapter is also a submodule of the model, `tied_adapter`, so that `.to()`, `.parameters()` and `.train()`
+    reach its parts.
+    """
 
-    def __init__(self, model: nn.Module, adapter: TiedAdapter, modules: dict[str, nn.Module]) -> None:
-        self.model, self.adapter, self.modules = model, adapter, modules
+    model: nn.Module
+    adapter: TiedAdapter
+    paths: list[str]
+    """The paths of the adapted modules."""
+    _fold_hook: RemovableHandle | None = None
+    """Before each pass through the layers, it gives every adapted module its folded factors."""
+    _modules: dict[str, nn.Module] = field(default_factory=dict)
+    """While the hook is there: module path -> the adapted module."""
+    _fold_once: bool = False
+    _is_folded: bool = False
+    """In `folded_once`: whether the factors are folded already."""
+    _base_weights: dict[str, Tensor] = field(default_factory=dict)
+    """While the update is merged: module path -> the weight without the update."""
 
-    def __call__(self, called: nn.Module, *_: Any) -> None:
+    @property
+    def active(self) -> bool:
+        """Whether the adapted modules add the update in a forward pass. False while the update is merged."""
+        return self._fold_hook is not None
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weights contain the update now. Then they can be restored."""
+        return bool(self._base_weights)
+
+    def enable(self) -> None:
+        """Make every adapted module add its update. If it does already, or the weights contain it, nothing changes."""
+        if self.active or self.merged:
+            return
+        self._modules = {path: self.model.get_submodule(path) for path in self.paths}
+        for path, module in self._modules.items():
+            module.__class__ = adapted_class(type(module))  # type: ignore[arg-type]
+            linear.use_class_forward(module, path)
+            module.adapter_dropout = self.adapter.tying.dropout  # type: ignore[assignment]
+        # Every call of the model, with or without its head, goes through the module that owns the layers.
+        owner_path = layout_of(self.adapter.architecture).layers.rpartition(".")[0]
+        owner: nn.Module = self.model.get_submodule(owner_path)
+        self._fold_hook, self._is_folded = owner.register_forward_pre_hook(self._fold), False
+
+    def _fold(self, called: nn.Module, *_: Any) -> None:
+        """Give every adapted module its factors for the present pass. This is where a layer gets its (A_l, B_l)."""
         if getattr(called, "_is_replica", False):
             raise UserError(
                 "nn.DataParallel copies the model without the adapter's factors, so it cannot train one; show the "
                 "program one GPU (CUDA_VISIBLE_DEVICES=0), or start a process for each GPU with torchrun"
             )
         self._refuse_reentrant_checkpoints()
-        if self.once and self.done:
+        if self._fold_once and self._is_folded:
             return
-        self.done = True
-        dtype = linear.activation_dtype(self.model, next(iter(self.modules.values())))
+        self._is_folded = True
+        dtype = linear.activation_dtype(self.model, next(iter(self._modules.values())))
         for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale, dtype).items():
-            module = self.modules[path]
+            module = self._modules[path]
             device = linear.execution_device(module)
             if A_l.is_meta and device.type != "meta":
                 raise UserError(
@@ -107,65 +144,21 @@ class FoldFactors:
                 'set gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
 
-
-@dataclass
-class Attached:
-    """An adapter on a model. `merge` moves the update into the weights, `unmerge` restores them, `detach` removes it.
-
-    The adapter is also a submodule of the model, `tied_adapter`, so that `.to()`, `.parameters()` and `.train()`
-    reach its parts.
-    """
-
-    model: nn.Module
-    adapter: TiedAdapter
-    paths: list[str]
-    """The paths of the adapted modules."""
-    _fold: FoldFactors | None = None
-    _fold_hook: RemovableHandle | None = None
-    _base_weights: dict[str, Tensor] = field(default_factory=dict)
-    """While the update is merged: module path -> the weight without the update."""
-
-    @property
-    def active(self) -> bool:
-        """Whether the adapted modules add the update in a forward pass. False while the update is merged."""
-        return self._fold_hook is not None
-
-    @property
-    def merged(self) -> bool:
-        """Whether the weights contain the update now. Then they can be restored."""
-        return bool(self._base_weights)
-
-    def enable(self) -> None:
-        """Make every adapted module add its update. If it does already, or the weights contain it, nothing changes."""
-        if self.active or self.merged:
-            return
-        modules = {path: self.model.get_submodule(path) for path in self.paths}
-        for path, module in modules.items():
-            module.__class__ = adapted_class(type(module))  # type: ignore[arg-type]
-            linear.use_class_forward(module, path)
-            module.adapter_dropout = self.adapter.tying.dropout  # type: ignore[assignment]
-        # Every call of the model, with or without its head, goes through the module that owns the layers.
-        owner_path = layout_of(self.adapter.architecture).layers.rpartition(".")[0]
-        owner: nn.Module = self.model.get_submodule(owner_path)
-        self._fold = FoldFactors(self.model, self.adapter, modules)
-        self._fold_hook = owner.register_forward_pre_hook(self._fold)
-
     def disable(self) -> None:
         """Make the model give the base model's outputs. Merged weights are restored."""
         self.unmerge()
         self._stop_adding()
 
     def _stop_adding(self) -> None:
-        if self._fold_hook is None:
-            return
-        self._fold_hook.remove()
-        self._fold = self._fold_hook = None
-        for path in self.paths:
-            module = self.model.get_submodule(path)
+        if self._fold_hook is not None:
+            self._fold_hook.remove()
+            self._fold_hook = None
+        for path, module in self._modules.items():
             module.__class__ = type(module).__bases__[1]
             linear.use_class_forward(module, path)
             for name in ("folded_A", "folded_B", "adapter_dropout"):
                 module.__dict__.pop(name, None)
+        self._modules = {}
 
     compiles = True
 
@@ -180,9 +173,7 @@ class Attached:
         """None: all tensors of the adapter are parts."""
         return {}
 
-    def changed_buffers(self) -> dict[str, Tensor]:
-        """None: all tensors of the adapter are parts."""
-        return {}
+    changed_buffers = buffers
 
     def stored_params(self) -> int:
         return sum(parameter.numel() for parameter in files.stored_parts(self.adapter).values())
@@ -200,15 +191,11 @@ class Attached:
     @contextmanager
     def folded_once(self) -> Iterator[None]:
         """Inside the block, the factors are folded only before the first pass. The adapter must not change there."""
-        fold = self._fold
-        if fold is None:
-            yield
-            return
-        fold.once, fold.done = True, False
+        self._fold_once, self._is_folded = True, False
         try:
             yield
         finally:
-            fold.once = False
+            self._fold_once = False
 
     def save_pretrained(self, folder: Path | str, base: BaseModelRecord | None = None) -> int:
         """Write the adapter's folder, with each part once; see `files.save`.
@@ -308,9 +295,8 @@ def attach(
             train, or the model is sharded or has an adapter already.
     """
     tying = named(tying) if isinstance(tying, str) else tying
-    _refuse_sharded(model)
-    architecture = architectures.read(model, layout)
     alpha = rank if alpha is None else alpha
+    architecture = architectures.read(model, layout)
     return attach_adapter(model, TiedAdapter(tying, rank, alpha, architecture, seed, scaling))
 
 
@@ -325,9 +311,9 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter, sharded: bool = False
     """
     if hasattr(model, "tied_adapter"):
         raise UserError("attach: the model has an adapter already; detach it first")
+    architecture = architectures.read(model, adapter.architecture.layout)
     if not sharded:
         _refuse_sharded(model)
-    architecture = architectures.read(model, adapter.architecture.layout)
     _check_architecture(adapter.architecture, architecture)
     architectures.check(model, architecture, adapter.tying.targets, adapted_layers(adapter.tying, architecture))
     linear.keep_gradients(model)
@@ -353,9 +339,7 @@ def _check_architecture(expected: Architecture, actual: Architecture) -> None:
 
 def _refuse_sharded(model: nn.Module) -> None:
     """Refuse a sharded model. FSDP and tensor parallelism split parameters, but a tied factor serves every layer."""
-    # What is no module is refused by architectures.read, in its own words.
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    sharded = any(type(parameter).__name__ in ("DTensor", "FlatParameter") for parameter in parameters)
+    sharded = any(type(parameter).__name__ in ("DTensor", "FlatParameter") for parameter in model.parameters())
     if sharded or type(model).__name__ == "FullyShardedDataParallel":
         raise UserError(
             "attach: the model is sharded (FSDP or tensor parallel), which tied factors do not support; "
