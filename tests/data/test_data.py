@@ -6,7 +6,7 @@ from helpers.tiny import composed, tiny
 from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from tiedlora.data import token_cache
+from tiedlora.data import encoding
 from tiedlora.data.batching import collate
 from tiedlora.data.encoding import Encoder, encode_rows
 from tiedlora.errors import UserError
@@ -130,14 +130,14 @@ def test_with_a_chat_template_the_assistants_turn_is_the_target():
 
 
 def test_another_chat_template_has_other_tokens_although_the_models_digest_is_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "MIN_ROWS", 1)
+    monkeypatch.setattr(encoding, "MIN_ROWS", 1)
     base, prompts = BaseModel(None, None, BaseModelRecord("a", "main", "sha256:1")), set()
     for template in ("U:{{ messages[0]['content'] }}\nA:", "<<{{ messages[0]['content'] }}>>"):
         tokenizer = tiny("tiny_llama").tokenizer
         tokenizer.chat_template = template
         config = composed(["task=squad", "task.max_new_tokens=20", "task.chat_template=true"])
         coder = Encoder(tokenizer, config.task, 512)
-        rows = token_cache.load_or_encode(coder, [Example("0", "q7", " yes")], "rows", base, tmp_path)
+        rows = encoding.load_or_encode(coder, [Example("0", "q7", " yes")], "rows", base, tmp_path)
         prompts.add(tokenizer.decode(rows.encoded[0].prompt))
     assert prompts == {"U:q7\nA:", "<<q7>>"}
 
@@ -148,20 +148,20 @@ def test_an_empty_prompt_is_refused():
 
 
 def test_tokens_are_kept_by_content(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "MIN_ROWS", 3)
+    monkeypatch.setattr(encoding, "MIN_ROWS", 3)
     usual = encoder()
     examples = [squad_example(f"{i} word1 " + PASSAGE * (i == 2), "word1", Squad(usual.config)) for i in range(4)]
     expected = encode_rows(usual, examples)
 
     def load_or_encode(digest="rows", weights="sha256:1", coder=usual, known=True):
         base = BaseModel(None, None, BaseModelRecord("a", "main", weights), digest_is_known=known)
-        return token_cache.load_or_encode(coder, examples, digest, base, tmp_path)
+        return encoding.load_or_encode(coder, examples, digest, base, tmp_path)
 
     assert load_or_encode(known=False) == expected
     assert not (tmp_path / "tokens").exists(), "kept although nothing says which tokenizer it was"
     assert load_or_encode() == expected
     (file,) = (tmp_path / "tokens").iterdir()
-    monkeypatch.setattr(token_cache, "encode_rows", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr(encoding, "encode_rows", lambda *_: pytest.fail("encoded again"))
     assert load_or_encode() == expected
     # Other rows, another tokenizer or other settings have other tokens. A damaged file is not used.
     for other in ({"digest": "x"}, {"weights": "2"}, {"coder": encoder("task.max_target_tokens=9")}, {"known": False}):
@@ -188,8 +188,8 @@ def sentencepiece(request):
 def test_a_target_has_one_blank_also_where_the_tokenizer_adds_one(sentencepiece):
     tokenizer, adds_blank = sentencepiece
     coder = Encoder(tokenizer, composed(["task=squad"]).task, 512)
-    assert coder.adds_blank is adds_blank
+    assert coder.leaves_out_blank is adds_blank
     encoded = coder.example(Example("a", "Ask:", " no"))
     together = tokenizer("Ask: no", add_special_tokens=False).input_ids
     assert [*encoded.prompt, *encoded.target[:-1]] == together
-    assert not encoder().adds_blank
+    assert not encoder().leaves_out_blank

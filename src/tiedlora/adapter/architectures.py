@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from tiedlora.adapter import linear
 from tiedlora.config.families import CANDIDATES_SHOWN, FAMILIES, layout_of, unknown_family
 from tiedlora.errors import UserError
-from tiedlora.tying import Architecture, Layout, target_shape
+from tiedlora.tying import Architecture, Layout, Tying, adapted_layers, target_shape
 
 _QKV = ("q", "k", "v")
 _FUSED_BLOCKS = {"q": _QKV, "k": _QKV, "v": _QKV, "gate": ("gate", "up"), "up": ("gate", "up")}
@@ -84,15 +84,19 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
         layout: where the projections are, for a family that is not in FAMILIES.
 
     Raises:
-        UserError: the family is unknown (the message lists modules that may be projections), or the model's
-            configuration lacks a size.
+        UserError: it is no causal language model, its family is unknown (the message lists modules that may be
+            projections), or its configuration lacks a size.
     """
-    config = text_config(model)
-    layout = layout or Layout()
-    if not layout.layers and (getattr(config, "is_encoder_decoder", False) or not _is_causal(config, model)):
+    if not isinstance(model, nn.Module) or not hasattr(getattr(model, "config", None), "get_text_config"):
         raise UserError(not_causal(model))
-    if not layout.layers and config.model_type not in FAMILIES:
-        raise UserError(unknown_family(config.model_type, candidates(model)))
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    layout = layout or Layout()
+    if not layout.layers:
+        is_known = config.model_type in FAMILIES
+        if getattr(config, "is_encoder_decoder", False) or not (is_known or _has_head(model)):
+            raise UserError(not_causal(model))
+        if not is_known:
+            raise UserError(unknown_family(config.model_type, candidates(model)))
     try:
         heads = config.num_attention_heads
         return Architecture(
@@ -114,24 +118,8 @@ def read(model: nn.Module, layout: Layout | None = None) -> Architecture:
         ) from None
 
 
-def text_config(model: object) -> Any:
-    """The configuration of a transformers model's text part.
-
-    Raises:
-        UserError: it is no such model.
-    """
-    config = getattr(model, "config", None)
-    if not isinstance(model, nn.Module) or not callable(getattr(config, "get_text_config", None)):
-        raise UserError(not_causal(model))
-    return config.get_text_config()  # type: ignore[union-attr]
-
-
-def _is_causal(config: Any, model: nn.Module) -> bool:
-    """Whether a model may be a causal language model: of a family of the table, or by the name of its class."""
-    return config.model_type in FAMILIES or _has_head(model)
-
-
 def _has_head(model: nn.Module) -> bool:
+    """Whether a model is a causal language model, by the name of its class."""
     return any(word in type(model).__name__ for word in ("CausalLM", "LMHead"))
 
 
@@ -177,7 +165,9 @@ def _outputs(architecture: Architecture, layout: Layout, part: str, block: str) 
         block: which block of a fused module is `part`; empty if the whole module is `part`.
     """
     if layout.interleaved and (block in _QKV or part == "qkv"):
-        return _interleaved_outputs(architecture, block)
+        heads, head_dim = architecture.heads, architecture.head_dim
+        first = _QKV.index(block) if block else 0
+        return HeadBlocks(heads, head_dim, slice(first, first + 1 if block else 3)), 3 * heads * head_dim
     if not block:
         width = target_shape(architecture, part)[1]
         return slice(0, width), width
@@ -192,23 +182,16 @@ def _outputs(architecture: Architecture, layout: Layout, part: str, block: str) 
     return slice(start, start + widths[block]), sum(widths.values())
 
 
-def _interleaved_outputs(architecture: Architecture, block: str) -> tuple[HeadBlocks, int]:
-    """As `_outputs`, for a fused module whose outputs are heads x (q, k, v) x head_dim."""
-    heads, head_dim = architecture.heads, architecture.head_dim
-    first = _QKV.index(block) if block else 0
-    return HeadBlocks(heads, head_dim, slice(first, first + 1 if block else 3)), 3 * heads * head_dim
-
-
-def check(model: nn.Module, architecture: Architecture, targets: list[str], layers: list[int]) -> None:
+def check(model: nn.Module, architecture: Architecture, tying: Tying) -> None:
     """Compare every module that will be adapted with what its layout says.
 
     Raises:
         UserError: a module is missing, is not a linear layer, or has another size.
     """
     transposed = layout_of(architecture).transposed
-    for target in targets:
+    for target in tying.targets:
         d_in = target_shape(architecture, target)[0]
-        for layer in layers:
+        for layer in adapted_layers(tying, architecture):
             for site in sites(architecture, target, layer):
                 _check_module(model, site, target, d_in, transposed)
 
@@ -217,7 +200,9 @@ def _check_module(model: nn.Module, site: Site, target: str, d_in: int, transpos
     try:
         module = model.get_submodule(site.module_path)
     except AttributeError:
-        missing = f"no module {site.module_path}, where '{target}' should be; {_candidates_in_words(model)}"
+        names = ", ".join(candidates(model)[:CANDIDATES_SHOWN])
+        known = f"its candidates are {names}" if names else "it has no linear layers that look like projections"
+        missing = f"no module {site.module_path}, where '{target}' should be; {known}"
         if not _has_head(model):
             # The body alone, such as a LlamaModel.
             raise UserError(f"{not_causal(model)}; it has {missing}") from None
@@ -244,10 +229,3 @@ def candidates(model: nn.Module) -> list[str]:
             if pattern != path:
                 described.setdefault(pattern, f"{pattern} ({' x '.join(map(str, linear.weight_shape(module)))})")
     return list(described.values())
-
-
-def _candidates_in_words(model: nn.Module) -> str:
-    names = candidates(model)
-    if not names:
-        return "it has no linear layers that look like projections"
-    return f"its candidates are {', '.join(names[:CANDIDATES_SHOWN])}"

@@ -230,7 +230,7 @@ class OtherArm(Arm):
         described = {**self.files_beside(base), DESCRIPTION: plain(description)}
         contents = {self.tensors_file: data, **{name: storage.json_bytes(each) for name, each in described.items()}}
         storage.write_folder(folder, contents)
-        return sum((folder / name).stat().st_size for name in contents)
+        return sum(map(len, contents.values()))
 
     def load_values(self, folder: Path) -> None:
         tensors = check_tensors(folder)

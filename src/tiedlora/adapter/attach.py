@@ -28,7 +28,7 @@ from tiedlora.config.families import layout_of
 from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
-from tiedlora.tying import FACTORS, Architecture, Layout, Tying, adapted_layers, named, part_of
+from tiedlora.tying import FACTORS, Architecture, Layout, Tying, named, part_of
 
 
 class Adapted(nn.Module):
@@ -315,7 +315,7 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter, sharded: bool = False
     if not sharded:
         _refuse_sharded(model)
     _check_architecture(adapter.architecture, architecture)
-    architectures.check(model, architecture, adapter.tying.targets, adapted_layers(adapter.tying, architecture))
+    architectures.check(model, adapter.architecture, adapter.tying)
     linear.keep_gradients(model)
     modules = {path: model.get_submodule(path) for path in adapter.paths()}
     for path, module in modules.items():

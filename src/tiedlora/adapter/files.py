@@ -57,11 +57,16 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> int:
         "seed": adapter.seed,
         "architecture": asdict(adapter.architecture),
         # Earlier versions ask for the sha256 of each part that the file leaves out, and train.init_digest has it.
-        "rebuilt": {name: _checksum(part) for name, part in adapter.parts().items() if name not in kept},
+        "rebuilt": {
+            name: hashlib.sha256(part.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+            for name, part in adapter.parts().items()
+            if name not in kept
+        },
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    storage.write_folder(folder, {TENSORS: data, DESCRIPTION: storage.json_bytes(description)})
-    return sum((folder / name).stat().st_size for name in (TENSORS, DESCRIPTION))
+    contents = {TENSORS: data, DESCRIPTION: storage.json_bytes(description)}
+    storage.write_folder(folder, contents)
+    return sum(map(len, contents.values()))
 
 
 def stored_parts(adapter: TiedAdapter) -> dict[str, nn.Parameter]:
@@ -74,11 +79,6 @@ def stored_parts(adapter: TiedAdapter) -> dict[str, nn.Parameter]:
 def _is_in_file(part: Part) -> bool:
     """A frozen constant is in the specification."""
     return part.trained or isinstance(part.init, str)
-
-
-def _checksum(tensor: Tensor) -> str:
-    """sha256 of a tensor's float32 values."""
-    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _format(scaling: str) -> int:

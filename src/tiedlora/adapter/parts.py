@@ -95,10 +95,7 @@ class TargetParts(nn.Module):
     def __init__(self, tying: Tying, rank: int, architecture: Architecture, target: str, seed: int) -> None:
         super().__init__()
         self.layers = len(spec.adapted_layers(tying, architecture))
-        self.shares = {
-            "A": spec.layers_per_group(tying.A.share, self.layers),
-            "B": spec.layers_per_group(tying.B.share, self.layers),
-        }
+        self.shares = {name: spec.layers_per_group(getattr(tying, name).share, self.layers) for name in spec.FACTORS}
         for name in spec.PARTS:
             part = getattr(tying, name)
             parameter = None

@@ -103,7 +103,8 @@ class PeftArm(OtherArm):
         self.model.requires_grad_(False)
 
     def files_beside(self, base: BaseModelRecord) -> dict[str, object]:
-        tree = {name: _sorted(value) for name, value in self.peft.peft_config[NAME].to_dict().items()}
+        values = self.peft.peft_config[NAME].to_dict().items()
+        tree = {name: sorted(value) if isinstance(value, set) else value for name, value in values}
         about_base = {"base_model_name_or_path": base.name, "revision": base.revision}
         return {PEFT_FILE: {**tree, **about_base, "inference_mode": True}}
 
@@ -141,10 +142,6 @@ def _restore_modules(model: nn.Module) -> None:
 def _short(name: str) -> str:
     """A parameter's name without PEFT's wrappers: `model.layers.0.self_attn.q_proj.lora_A.weight`."""
     return re.sub(rf"\.{NAME}(?=\.|$)", "", name.removeprefix("base_model.").removeprefix("model."))
-
-
-def _sorted(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else value
 
 
 @contextmanager

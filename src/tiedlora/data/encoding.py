@@ -1,4 +1,8 @@
-"""From examples to token ids. Prompts that do not fit are shortened, or their rows are dropped and counted."""
+"""From examples to token ids. Prompts that do not fit are shortened, or their rows are dropped and counted.
+
+The token ids of many rows are kept on disk, because to encode them takes longer than the first steps of training. The
+name of a file is a hash of everything that its token ids depend on.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,34 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from safetensors import SafetensorError, numpy, safe_open
+
+from tiedlora import storage
+from tiedlora.config.identity import identity
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.records.provenance import CHAT_TEMPLATE, LEFT_OUT, TARGET_BLANK
+from tiedlora.records.run_record import plain
 from tiedlora.tasks import Example
+
+if TYPE_CHECKING:
+    from tiedlora.models.base_model import BaseModel
 
 BLANK_MARK = "\u2581"
 """How SentencePiece writes a blank in a token."""
+IntArray = NDArray[np.int32]
+ENCODING_VERSION = 1
+"""Raise it when encode_rows gives other token ids for the same rows."""
+MIN_ROWS = 1000
+"""Fewer rows are not stored, because encoding them is faster than reading a file."""
+_COLUMNS = ("kept", "prompts", "targets", "ids")
+"""The indices of the rows that fit, the lengths of their prompts, the lengths of their targets, and all token ids."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +112,15 @@ class Encoder:
         found = {CHAT_TEMPLATE: self.template_digest, TARGET_BLANK: LEFT_OUT if self.leaves_out_blank else None}
         return {name: value for name, value in found.items() if value is not None}
 
-    @property
-    def leaves_out_blank(self) -> bool:
-        """Whether a target loses its leading blank, because the tokenizer adds one."""
-        return not self.config.chat_template and self.adds_blank
-
     @cached_property
-    def adds_blank(self) -> bool:
-        """Whether the tokenizer puts a blank before every text, as the files of Mistral and Phi-3 tell it to.
+    def leaves_out_blank(self) -> bool:
+        """Whether a target loses its leading blank, because the tokenizer puts one before every text.
 
-        A text that begins with a blank then begins with two. Prompt and target as one text would have one there.
+        The files of Mistral and Phi-3 tell it to. A text that begins with a blank then begins with two, but prompt and
+        target as one text would have one there. A chat template takes the leading blanks off in any case.
         """
+        if self.config.chat_template:
+            return False
         alone, with_blank = (self.tokenizer(text, add_special_tokens=False).input_ids for text in ("x", " x"))
         first = self.tokenizer.convert_ids_to_tokens(alone[:1]) if alone else []
         return bool(first) and str(first[0]).startswith(BLANK_MARK) and alone != with_blank
@@ -206,3 +227,58 @@ def encode_rows(encoder: Encoder, examples: Sequence[Example]) -> EncodedRows:
             f"context of {context}"
         )
     return EncodedRows(kept, encoded, counts)
+
+
+def load_or_encode(
+    encoder: Encoder, examples: Sequence[Example], digest: str, base: BaseModel, cache: Path
+) -> EncodedRows:
+    """As encode_rows, but many rows are read from a file of the cache, or encoded and written to it.
+
+    Args:
+        digest: the digest of the examples.
+        base: the base model. Its digest also covers the tokenizer, but not the chat template.
+        cache: the folder `config.cache`.
+
+    Raises:
+        UserError: as encode_rows.
+    """
+    if len(examples) < MIN_ROWS or not base.digest_is_known:
+        return encode_rows(encoder, examples)
+    key = [ENCODING_VERSION, tokenizers.__version__, identity(encoder.config), encoder.context, digest]
+    key += encoder.versions.values()
+    name = hashlib.sha256(json.dumps([*key, plain(base.record)], sort_keys=True).encode()).hexdigest()[:24]
+    path = cache / "tokens" / f"{name}.safetensors"
+    try:
+        return _read(path)
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+        # The file is missing or damaged. Everything in it can be computed.
+        rows = encode_rows(encoder, examples)
+        storage.write_bytes(path, _to_bytes(rows))
+        return rows
+
+
+def _to_bytes(rows: EncodedRows) -> bytes:
+    ids = [token for row in rows.encoded for token in (*row.prompt, *row.target)]
+    prompts, targets = [len(row.prompt) for row in rows.encoded], [len(row.target) for row in rows.encoded]
+    values = zip(_COLUMNS, (rows.kept, prompts, targets, ids), strict=True)
+    arrays = {name: np.array(column, dtype=np.int32) for name, column in values}
+    return numpy.save(arrays, {"counts": json.dumps(rows.counts), "sha256": _checksum(arrays)})
+
+
+def _read(path: Path) -> EncodedRows:
+    with safe_open(path, "np") as file:
+        arrays = {name: file.get_tensor(name) for name in _COLUMNS}
+        metadata = file.metadata()
+    if _checksum(arrays) != metadata["sha256"]:
+        raise ValueError("checksum")
+    kept, prompts, targets, ids = (array.tolist() for array in arrays.values())
+    encoded, start = [], 0
+    for prompt_length, target_length in zip(prompts, targets, strict=True):
+        middle, end = start + prompt_length, start + prompt_length + target_length
+        encoded.append(Encoded(tuple(ids[start:middle]), tuple(ids[middle:end])))
+        start = end
+    return EncodedRows(kept, encoded, json.loads(metadata["counts"]))
+
+
+def _checksum(arrays: dict[str, IntArray]) -> str:
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()

@@ -24,9 +24,8 @@ from tiedlora.config.families import layout_of
 from tiedlora.config.identity import config_tree, identity, run_id
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.config.sizes import missed_budget, trainable_params
-from tiedlora.data import token_cache
 from tiedlora.data.batching import Batch, BatchSampler, by_length, empty_batch, microbatches
-from tiedlora.data.encoding import EncodedRows, Encoder
+from tiedlora.data.encoding import EncodedRows, Encoder, load_or_encode
 from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
 from tiedlora.models import attention, products
 from tiedlora.models.base_model import BaseModel, load_base
@@ -223,7 +222,7 @@ class Trainer:
         config, base, cache = self.config, self.base, Path(self.config.cache)
 
         def fitted(split: str, examples: list[Example]) -> EncodedRows:
-            encoded = token_cache.load_or_encode(self.encoder, examples, rows.digests[split], base, cache)
+            encoded = load_or_encode(self.encoder, examples, rows.digests[split], base, cache)
             if dropped := sorted(set(range(len(examples))) - set(encoded.kept)):
                 first = examples[dropped[0]].id
                 log.info("%d of %d %s rows do not fit, such as id %s", len(dropped), len(examples), split, first)

@@ -6,6 +6,7 @@ generator, `parameters` are the generator's own settings, and `rows` is the numb
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from tiedlora.config.schema import TaskConfig
@@ -24,7 +25,8 @@ class Generated(Gsm8k):
 
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)
-        self._rows_with_repeats: dict[str, list[DataRow]] = {}
+        # Each split is made once, because others are compared with it.
+        self._made_rows = functools.cache(self._make_rows)
 
     def generated_rows(self, split: str) -> list[DataRow]:
         """The rows of a split. Each question is there once, and questions of its held-out splits are left out.
@@ -40,14 +42,8 @@ class Generated(Gsm8k):
                 rows.append(row)
         return rows
 
-    def _made_rows(self, split: str) -> list[DataRow]:
-        """The rows of a split as reasoning-gym generates them. They are cached, because other splits are compared with
-        them."""
-        if split not in self._rows_with_repeats:
-            self._rows_with_repeats[split] = self._make_rows(split)
-        return self._rows_with_repeats[split]
-
     def _make_rows(self, split: str) -> list[DataRow]:
+        """The rows of a split as reasoning-gym generates them, with questions that come again."""
         # It imports all its generators, and with them sympy and matplotlib: a second, which a finished run saves.
         import reasoning_gym
 
