@@ -1,4 +1,4 @@
-"""The method: the formula, ties, initial values, attaching, detaching, merging, and the adapter's file."""
+"""The method: the formula, ties, initial values, attaching and its refusals, detaching, merging, the adapter's file."""
 
 import copy
 
@@ -33,12 +33,6 @@ def captured(model, path, ids):
 @pytest.mark.parametrize("name", [*EIGHT, "LoRA_qkv", "TABuv_v0"])
 @pytest.mark.parametrize("model_name", TINY)
 class TestEveryConfiguration:
-    def test_untrained_adapter_changes_no_logit(self, model_name, name, ids):
-        base = tiny(model_name)
-        before = logits(base.model, ids)
-        attach(base.model, tying_option(name), 4)
-        assert torch.equal(logits(base.model, ids), before)
-
     def test_counts_equal_the_formula_and_ties_appear_once(self, model_name, name):
         base = tiny(model_name)
         spec = tying_option(name)
@@ -103,6 +97,7 @@ class TestEveryConfiguration:
         weights = {key: value.clone() for key, value in base.model.state_dict().items()}
         plain = logits(base.model, ids)
         attached = attach(base.model, tying_option(name), 4)
+        assert torch.equal(logits(base.model, ids), plain), "the untrained adapter changes a logit"
         randomise(attached.adapter)
         adapted = logits(base.model, ids)
         attached.merge()
@@ -182,19 +177,13 @@ def test_identity_survives_moves_and_casts():
     assert not torch.equal(logits(twin, ids), logits(base.model, ids)), "a copy must use its own parts"
 
 
-def test_factors_stay_float32_beside_a_bfloat16_base(ids):
-    base = tiny("tiny_llama", "bfloat16")
-    attached = attach(base.model, tying_option("TABuv"), 4)
-    randomise(attached.adapter)
-    assert {p.dtype for p in attached.adapter.parameters()} == {torch.float32}
-    assert base.model(ids).logits.dtype == torch.bfloat16
-
-
-def test_bfloat16_merging_rounds_and_unmerging_restores_every_bit(ids):
+def test_on_a_bfloat16_base_factors_stay_float32_and_unmerging_restores_every_bit(ids):
     base = tiny("tiny_llama", "bfloat16")
     weights = {key: value.clone() for key, value in base.model.state_dict().items()}
     attached = attach(base.model, tying_option("TABuv"), 4)
     randomise(attached.adapter, scale=0.01)
+    assert {p.dtype for p in attached.adapter.parameters()} == {torch.float32}
+    assert logits(base.model, ids).dtype == torch.bfloat16
     attached.merge()
     attached.detach()
     assert all(torch.equal(value, weights[key]) for key, value in base.model.state_dict().items())
@@ -227,3 +216,75 @@ def test_attach_refuses_a_second_adapter_and_unknown_targets():
     attach(base.model, Tying(), 4)
     with pytest.raises(UserError, match="already"):
         attach(base.model, Tying(), 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        *(({"rank": rank}, rf"^rank={rank!r}: must be an int from 1") for rank in (0, 2.0, True)),
+        *(({"alpha": alpha}, rf"^alpha={alpha!r}: must be a positive int") for alpha in (0.0, float("nan"), "16")),
+        ({"seed": "a"}, "^seed='a': must be an int"),
+    ],
+)
+def test_a_wrong_number_is_named_before_the_model_is_changed(words, says):
+    model = tiny("tiny_llama").model
+    with pytest.raises(UserError, match=says):
+        attach(model, "TABuv", **words)
+    assert not hasattr(model, "tied_adapter")
+
+
+def test_a_replica_of_data_parallel_is_refused(ids):
+    model = tiny("tiny_llama").model
+    attach(model, "TABuv", rank=2)
+    model(input_ids=ids)
+    # What nn.DataParallel makes for each GPU.
+    model.model.__dict__["_is_replica"] = True
+    with pytest.raises(UserError, match=r"^nn\.DataParallel copies the model without the adapter's factors"):
+        model(input_ids=ids)
+
+
+def test_reentrant_checkpoints_are_refused_where_u_or_v_scale_the_factors_and_only_in_training(ids):
+    model = tiny("tiny_llama").model
+    attach(model, "TABuv", 4)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.eval()
+    model(input_ids=ids)
+    model.train()
+    with torch.no_grad():
+        model(input_ids=ids)
+    with pytest.raises(UserError, match="use_reentrant=True does not work for an adapter with u or v"):
+        model(input_ids=ids)
+    model.gradient_checkpointing_disable()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(input_ids=ids).logits.sum().backward()
+
+
+@pytest.mark.parametrize("tying", ["LoRA", "TAB", "TA"])
+def test_reentrant_checkpoints_train_as_without_them_where_nothing_scales_the_factors(tying, ids):
+    model = tiny("tiny_llama").model
+    adapter = attach(model, tying, 4).adapter
+    model.enable_input_require_grads()
+    model.train()
+    gradients = []
+    for settings in (None, {"use_reentrant": True}):
+        if settings:
+            model.gradient_checkpointing_enable(settings)
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: part.grad.clone() for name, part in adapter.trained_parts().items()})
+        model.zero_grad()
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert any(gradient.any() for gradient in gradients[0].values())
+
+
+def test_saving_keeps_the_other_files_of_a_folder(tmp_path):
+    base = tiny("tiny_llama")
+    attached = attach(base.model, tying_option("TABuv"), 4)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "thesis.tex").write_text("mine")
+    for _ in range(2):
+        size = attached.save_pretrained(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {
+            *("data", "thesis.tex", "adapter.json", "adapter.safetensors")
+        }
+    assert size == sum((tmp_path / name).stat().st_size for name in ("adapter.json", "adapter.safetensors"))
+    assert (tmp_path / "thesis.tex").read_text() == "mine"

@@ -4,8 +4,18 @@ import pytest
 import torch
 from helpers.families import FAMILIES, family_model
 from helpers.tiny import EIGHT, mask_of, randomise
+from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tiedlora import Layout, named
@@ -16,6 +26,7 @@ from tiedlora.errors import UserError
 from tiedlora.training.loss import target_loss
 
 RANK, ALPHA = 4, 6.0
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 
 
 def logits(model, ids):
@@ -143,6 +154,32 @@ def test_the_loss_is_the_models_own(family):
     two = torch.autograd.grad(plain, list(attached.adapter.parameters()))
     for mine, theirs in zip(one, two, strict=True):
         assert (mine - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+class OddConfig(nn.Module):
+    """A module whose configuration is not that of transformers."""
+
+    config = {"model_type": "llama"}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "gpt2",
+        None,
+        nn.Sequential(nn.Linear(3, 3)),
+        OddConfig(),
+        BertModel(BertConfig(**SIZES)),
+        LlamaModel(LlamaConfig(**SIZES)),
+        T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, num_layers=2, num_heads=4, d_ff=64, vocab_size=50)),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_what_is_no_causal_language_model_is_named(model):
+    with pytest.raises(UserError, match=rf"attach: {type(model).__name__} is no causal language model") as caught:
+        attach(model, "TABuv", rank=2)
+    assert "\n" not in str(caught.value)
+    assert "AutoModelForCausalLM" in str(caught.value)
 
 
 class TestUnknownFamilies:

@@ -13,7 +13,8 @@ from helpers.hostile import ODD_VALUES, refused, right_or_refused, search, snaps
 from helpers.tiny import model_option, tiny, tying_option
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save
 
 import tiedlora
 from tiedlora.adapter import attach, attach_adapter, load
@@ -47,17 +48,14 @@ class Evil:
 
 
 def changed(**tensors):
-    def make(data: bytes, path) -> bytes:
-        path.write_bytes(data)
-        return save({**load_file(path), **tensors})
-
-    return make
+    """The file with other tensors; None takes one away."""
+    return lambda data: save({name: part for name, part in {**load_bytes(data), **tensors}.items() if part is not None})
 
 
 TENSORS = {  # the changed adapter.safetensors, and words of the message
-    "cut in the values": (lambda data, _: data[:-4], "is not a readable safetensors file"),
-    "a header as long as memory": (lambda data, _: struct.pack("<Q", 2**62) + data[8:], "is not a readable"),
-    "a pickle": (lambda data, _: pickle.dumps({"qkv.A": Evil()}), "is not a readable safetensors file"),
+    "cut in the values": (lambda data: data[:-4], "is not a readable safetensors file"),
+    "a header as long as memory": (lambda data: struct.pack("<Q", 2**62) + data[8:], "is not a readable"),
+    "a pickle": (lambda data: pickle.dumps({"qkv.A": Evil()}), "is not a readable safetensors file"),
     "a part of another shape": (
         changed(**{"qkv.u": torch.ones(3, 5)}),
         "(3, 5), expected torch.float32 (3, 4)",
@@ -66,6 +64,7 @@ TENSORS = {  # the changed adapter.safetensors, and words of the message
         changed(**{"qkv.u": torch.ones(3, 4).half()}),
         "qkv.u is torch.float16 (3, 4), expected",
     ),
+    "a missing part": (changed(**{"qkv.u": None}), "lacks ['qkv.u'] and has nothing beyond its parts"),
     "an extra part": (changed(**{"qkv.evil": torch.ones(1)}), "lacks nothing and has ['qkv.evil'] beyond its parts"),
     "a value that is none": (changed(**{"qkv.u": torch.full((3, 4), float("nan"))}), "qkv.u holds values that are not"),
 }
@@ -76,23 +75,10 @@ def test_wrong_tensors_are_named(what, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     description, data = whole
     make, says = TENSORS[what]
-    write(tmp_path / "adapter", description, make(data, tmp_path / "scratch"))
+    write(tmp_path / "adapter", description, make(data))
     with refused(says, tmp_path):
         load(tmp_path / "adapter")
     assert not (tmp_path / "owned").exists()
-
-
-def test_a_missing_part_and_another_checksum(whole, tmp_path):
-    description, data = whole
-    (tmp_path / "scratch").write_bytes(data)
-    tensors = load_file(tmp_path / "scratch")
-    del tensors["qkv.u"]
-    write(tmp_path / "adapter", description, save(tensors))
-    with refused("lacks ['qkv.u'] and has nothing beyond its parts"):
-        load(tmp_path / "adapter")
-    write(tmp_path / "adapter", description, data[:-1] + b"\1", sign=False)
-    with refused("is damaged or was changed", tmp_path):
-        load(tmp_path / "adapter")
 
 
 DESCRIPTIONS = {  # the changed values of adapter.json, and words of the message
@@ -100,15 +86,10 @@ DESCRIPTIONS = {  # the changed values of adapter.json, and words of the message
     "another scaling": ({"scaling": "other", "format": 2}, "scaling=other: choose one of standard, rslora"),
     "a huge rank": ({"rank": 10**12}, "rank=1000000000000: must be an int from 1"),
     "a rank that is a flag": ({"rank": True}, "'rank' is True, which cannot be a value of an adapter's description"),
-    "another rank": ({"rank": 5}, "expected torch.float32"),
     "infinite alpha": ({"alpha": float("inf")}, "'alpha' is not a finite number"),
-    "a seed that is a text": ({"seed": "0"}, "'seed' is '0'"),
-    "a code for an init": ({"tying": {"A": {"init": "os.system"}}}, "tying.A.init=os.system"),
     "an unknown key": ({"tying": {"evil": 1}}, "'tying.evil' is 1"),
     "a target of nothing": ({"tying": {"targets": ["../x"]}}, "'../x' is not a projection"),
-    "a text for a tying": ({"tying": "TABuv"}, "'tying' is 'TABuv'"),
     "negative layers": ({"architecture": {"layers": -1}}, "architecture.layers=-1: must be at least 1"),
-    "huge layers": ({"architecture": {"layers": 10**12}}, "architecture.layers=1000000000000: must be at most"),
     "a huge hidden size": (
         {"architecture": {"layers": 3, "hidden": 10**12}},
         "architecture.hidden=1000000000000: must be at most",
@@ -120,7 +101,6 @@ DESCRIPTIONS = {  # the changed values of adapter.json, and words of the message
         },
         "expected torch.float32",
     ),
-    "layers that are a word": ({"architecture": {"layers": "many"}}, "'architecture.layers' is 'many'"),
     "a base without a name": ({"base": {}}, "has no 'base.name', so it is not an adapter's description"),
     "a checksum of others": ({"sha256": "0"}, "is damaged or was changed"),
 }
