@@ -1,4 +1,4 @@
-"""Base models: a local folder, the random models, and the messages if a model cannot be loaded."""
+"""Base models: a local folder, the random models, the messages if a model cannot be loaded; the processor's name."""
 
 import os
 from dataclasses import replace
@@ -12,9 +12,11 @@ from helpers.tiny import model_option, tiny
 from tiedlora import storage
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.models import base_model
+from tiedlora.models import base_model, device
 from tiedlora.models.base_model import load_base
+from tiedlora.models.device import execution_on, processor_name
 from tiedlora.models.identity import known_digest
+from tiedlora.runs import run
 
 CPU = torch.device("cpu")
 
@@ -117,17 +119,9 @@ def test_the_byte_tokenizer_gives_back_any_text():
     assert tokenizer.eos_token_id == 256
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"path": "/nonexistent"}, r"model.path=/nonexistent: must be a folder with.*safetensors"),
-        ({"path": None, "name": "nobody/nothing"}, r"nobody/nothing: cannot be loaded.*model.path=FOLDER"),
-        ({"path": None, "source": "architecture"}, r"params.py"),
-    ],
-)
-def test_what_cannot_be_loaded_says_how_to_get_it(saved, change, says):
-    with pytest.raises(UserError, match=says):
-        load_base(replace(saved, **change), "float32", CPU, Path("unused"))
+def test_what_the_hub_does_not_have_says_how_to_get_it(saved):
+    with pytest.raises(UserError, match=r"nobody/nothing: cannot be loaded.*model.path=FOLDER"):
+        load_base(replace(saved, path=None, name="nobody/nothing"), "float32", CPU, Path("unused"))
 
 
 def test_numbers_that_are_not_the_models_are_refused(saved):
@@ -144,6 +138,55 @@ def test_the_embedded_model_says_how_to_install_its_wheel(tmp_path, monkeypatch)
     monkeypatch.setattr(base_model, "EMBEDDED_SHA256", "0" * 64)
     with pytest.raises(UserError, match=r"has sha256 .* expected 0000"):
         load_base(model_option("smollm2_135m"), "float32", CPU, tmp_path)
+
+
+def test_a_base_of_another_content_is_refused(tiny_config, tmp_path, script, monkeypatch):
+    """By the notebook's `load`, and by generate.py."""
+    base = tiny("tiny_llama")
+    for part in (base.model, base.tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config("model.source=hub", "model.path=model")
+    assert config.model.path == str(tmp_path / "model")
+    run.main(config)
+    (folder,) = (tmp_path / "outputs").glob("TABuv*")
+    monkeypatch.chdir("/")
+    code, out, err = script("scripts/generate.py", folder, "--prompt", "1 + 1")
+    assert code == 0, err
+    with torch.no_grad():
+        next(base.model.parameters()).add_(1.0)
+    base.model.save_pretrained(tmp_path / "model")
+    code, out, err = script("scripts/generate.py", folder, "--prompt", "1 + 1")
+    assert (code, out) == (2, "")
+    assert "was trained on" in err
+    (tmp_path / "model").rename(tmp_path / "moved")
+    code, out, _ = script("scripts/verify.py", folder, "--rows", "0")
+    assert code == 0, out
+    assert "is not here" in out
+
+
+INTEL = """
+model name\t: Intel(R) Xeon(R) 8481C
+flags\t\t: fpu avx512_bf16 amx_bf16
+
+model name\t: the second core
+"""
+
+
+def test_a_run_on_a_cpu_names_the_processor_and_its_instructions():
+    execution = execution_on(torch.device("cpu"), processes=2)
+    assert torch.backends.cpu.get_cpu_capability() in execution.processor
+    assert str(execution) == f"cpu, {torch.get_num_threads()} threads, 2 processes, {processor_name()}"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [(INTEL, "Intel(R) Xeon(R) 8481C (AVX2, avx512_bf16, amx_bf16)"), ("", "arm (AVX2)")]
+)
+def test_the_name_comes_from_the_system_and_without_one_from_the_architecture(monkeypatch, text, name):
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    monkeypatch.setattr(device.platform, "machine", lambda: "arm")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert processor_name() == name
 
 
 @pytest.mark.slow
