@@ -152,24 +152,6 @@ def test_the_layers_of_the_report_have_the_part(extended, run_folder, record):
     np.testing.assert_allclose([float(norm) for norm in start(extended, "-c", code, str(run_folder)).split()], expected)
 
 
-def test_reentrant_checkpoints_are_refused_for_the_part(extended):
-    code = """
-import dataclasses, tiedlora
-from tiedlora import tying
-from transformers import LlamaConfig, LlamaForCausalLM
-sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=50)
-model = LlamaForCausalLM(LlamaConfig(**sizes))
-tiedlora.attach(model, dataclasses.replace(tying.named("TAB"), w=tying.Part(trained=True)), 4)
-model.gradient_checkpointing_enable({"use_reentrant": True})
-model.train()
-try:
-    model(**model.dummy_inputs)
-except tiedlora.errors.UserError as error:
-    print(error)
-"""
-    assert "use_reentrant=True does not work for an adapter with w" in start(extended, "-c", code)
-
-
 def test_ids_of_earlier_runs_stay(extended):
     """Everything that the page adds changes nothing if it is not used."""
     overrides = ["model=tiny_llama", "tying=TAuv", "train=tiny"]

@@ -54,21 +54,6 @@ def test_counts_of_other_models(model, lora, tabuv):
     assert tying.trainable_params(tying_option("TABuv"), 8, architecture) == tabuv
 
 
-def test_lora_as_peft_counts_it():
-    architecture = model_option("smollm2_135m").architecture
-    assert tying.trainable_params(tying_option("LoRA_qkv"), 8, architecture) == 645_120
-    assert tying.label(tying_option("LoRA_qkv")) == "LoRA_qkv"
-
-
-def test_share_of_lora_falls_as_rank_grows():
-    architecture = model_option("llama2_7b").architecture
-    shares = [
-        tying.trainable_params(tying_option("TABuv"), r, architecture) / tying.lora_params(r, architecture)
-        for r in (2, 8, 32, 128)
-    ]
-    assert [round(100 * share, 1) for share in shares] == [40.6, 12.5, 5.5, 3.7]
-
-
 def test_sharing_by_n_layers_scales_with_the_ceiling():
     architecture = model_option("smollm2_135m").architecture
     for n in (1, 4, 7, 30, 100):

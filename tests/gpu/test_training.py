@@ -8,7 +8,6 @@ import torch
 from helpers.tiny import folder_of
 from safetensors.torch import load_file
 
-from tiedlora.errors import StoppedEarly
 from tiedlora.models.device import execution_on, free_memory
 from tiedlora.records.rows import read_metrics
 from tiedlora.runs import run, trainer
@@ -63,15 +62,6 @@ def test_a_paused_run_continues_bit_for_bit_if_algorithms_are_deterministic(gpu_
     assert record.training.scored_step == expected.training.scored_step
     if checkpoint == "best":
         assert record.training.scored_step == record.training.best_step
-
-
-def test_a_signal_saves_a_checkpoint_after_the_step(gpu_config, monkeypatch):
-    config, asked = gpu_config("stopped"), []
-    with monkeypatch.context() as patch:
-        patch.setattr(StopSignal, "requested", lambda self: asked.append(1) or len(asked) >= 2)
-        with pytest.raises(StoppedEarly):
-            run.main(config)
-    assert run.main(config).training.steps == config.train.steps
 
 
 def test_tokens_of_a_pass_bound_the_memory_whatever_the_batch(gpu, gpu_config):

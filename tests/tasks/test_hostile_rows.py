@@ -70,16 +70,6 @@ def test_a_dangling_link_beside_the_rows_does_no_harm(tmp_path, tiny_config):
     assert len(read_rows(config).examples["train"]) == 6
 
 
-def test_a_wrong_row_stops_the_command_before_anything_is_written(tmp_path, tiny_run, script):
-    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
-    (tmp_path / "data" / "gsm8k" / "train.jsonl").write_bytes(WHOLE + b"\x1b]0;owned\x07\n")
-    code, _, err = script("train.py", *tiny_run(f"data_root={tmp_path}/data", task="gsm8k"))
-    assert (code, len(err.splitlines())) == (2, 1)
-    assert "train.jsonl:2: is not valid JSON" in err
-    assert all(c.isprintable() or c == "\n" for c in err)
-    assert not list((tmp_path).glob("outputs/*/*.json*"))
-
-
 def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):
     """A row may contain control characters, tags and formulas. They are kept, and do no harm."""
     texts = ["\x00\x1b[2J", "<script>alert(1)</script>", "=1+1", "\u202e\u2028\x85", "{answer}", "a" * 300, "\x7f"]
@@ -96,7 +86,6 @@ def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):
 def test_options_of_generated_rows(tmp_path):
     for override, says in (
         ("task.options.rows=3", "rows and parameters must be mappings"),
-        ("task.options.rows={train: -1, validation: 1, test: 1}", "must be a number from 1 to"),
         ("task.options.dataset=no_such", "reasoning-gym refuses them"),
         ("+task.options.evil=1", "needs dataset and rows"),
     ):

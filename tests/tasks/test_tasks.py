@@ -78,13 +78,6 @@ def test_a_bad_row_is_named(kind, what, tmp_path):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("kind", ["squad", "hellaswag", "dialogsum"])
-def test_an_id_that_comes_twice_is_named(kind, tmp_path):
-    path = write(tmp_path, kind, GOOD[kind], GOOD[kind])
-    with pytest.raises(UserError, match=re.escape(f"{path}:2: the id ") + ".* was used before, at .*:1"):
-        load_examples(task_option(kind), "test", str(tmp_path))
-
-
 def test_references_of_one_dialogue_are_one_example(tmp_path):
     rows = [
         {"id": f"test_{n}_{k}", "dialogue": f"#Person1#: {n}", "summary": f"{n} {k}"} for n in (0, 1) for k in (1, 2, 3)
@@ -232,9 +225,6 @@ def test_options_that_a_task_does_not_know_are_refused():
 
 
 def test_an_ending_that_is_only_a_mark_can_be_scored():
-    task = task_option("hellaswag")
-    endings = ["[substeps]", " sings.", " eats it.", " cuts it."]
-    row = {"activity_label": "Cooking", "ctx_a": "A man cuts.", "ctx_b": "he", "endings": endings, "label": "1"}
-    row["source_id"] = "activitynet~v_1"
-    example = task.example(DataRow("here", row), "0")
+    row = {**GOOD["hellaswag"], "endings": ["[substeps]", " sings.", " eats it.", " cuts it."], "label": "1"}
+    task, example = task_option("hellaswag"), one_example("hellaswag", row)
     assert task.score([-9.0, -1.0, -5.0, -5.0], example)["accuracy_norm"] == 1.0
