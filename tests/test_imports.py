@@ -1,4 +1,4 @@
-"""Packages import in one direction, without cycles; late imports of torch, places of Hydra, and sizes of files."""
+"""Packages import in one direction; late imports of torch, places of Hydra, and sizes of files."""
 
 import ast
 import subprocess
@@ -46,8 +46,8 @@ def modules() -> list[Path]:
     return sorted(HOUSE.rglob("*.py"))
 
 
-def imports(path: Path, types_too: bool = False) -> Iterator[tuple[str, bool]]:
-    """Every imported module of a file, and whether the import stands inside a function."""
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every imported module of a file, and whether the import stands inside a function; not those for types."""
     tree = ast.parse(path.read_text())
     inside = {id(inner) for node in ast.walk(tree) if isinstance(node, FUNCTIONS) for inner in ast.walk(node)}
     typing_only = {
@@ -57,7 +57,7 @@ def imports(path: Path, types_too: bool = False) -> Iterator[tuple[str, bool]]:
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
-        if id(node) in typing_only and not types_too:
+        if id(node) in typing_only:
             continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, id(node) in inside) for alias in node.names)
@@ -76,7 +76,7 @@ def room(module: str) -> str:
 
 
 def arrows() -> dict[tuple[str, str], str]:
-    """(importing package, imported package) -> a file with this import. Imports only for types do not count."""
+    """(importing package, imported package) -> a file with this import."""
     found = {}
     for path in modules():
         here = path.relative_to(HOUSE).parts[0].removesuffix(".py")
@@ -109,26 +109,6 @@ def test_contributing_lists_the_packages_in_this_order():
     assert -1 not in places
     assert places == sorted(places)
     assert all(f"`{name}.py`" in text for name in ORDER if not (HOUSE / name).is_dir())
-
-
-def test_no_circle_between_modules():
-    graph = {
-        ".".join(path.relative_to(SRC).with_suffix("").parts): {
-            name for name, inside in imports(path, types_too=True) if not inside
-        }
-        for path in modules()
-    }
-    done: set[str] = set()
-
-    def visit(module: str, trail: tuple[str, ...]) -> None:
-        assert module not in trail, " -> ".join([*trail[trail.index(module) :], module])
-        if module not in done:
-            for name in graph.get(module, ()):
-                visit(name, (*trail, module))
-            done.add(module)
-
-    for module in graph:
-        visit(module, ())
 
 
 def test_hydra_is_imported_in_its_rooms_alone():

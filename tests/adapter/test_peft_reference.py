@@ -82,15 +82,25 @@ def test_lora_on_gpt2_equals_peft_over_twenty_steps(ids):
             optimizer.zero_grad()
 
 
-def test_lora_on_separate_projections(ids):
-    attached, twin = adapted("tiny_llama", "LoRA", ALPHA)
-    theirs = peft_lora(twin, attached, QKV, fan_in_fan_out=False)
+def projections(model: torch.nn.Module, layer: int) -> list[torch.nn.Module]:
+    """PEFT's modules of q, k and v in one layer of a Llama."""
+    return [getattr(model.base_model.model.model.layers[layer].self_attn, name) for name in QKV]
+
+
+def passes_agree(attached: Attached, theirs: torch.nn.Module, ids: torch.Tensor) -> None:
+    """Compare the logits, and give both models the gradients of one pass."""
     assert close(attached.model(ids).logits, theirs(input_ids=ids).logits)
     loss_of(attached.model, ids).backward()
     loss_of(theirs, ids).backward()
+
+
+def test_lora_on_separate_projections(ids):
+    attached, twin = adapted("tiny_llama", "LoRA", ALPHA)
+    theirs = peft_lora(twin, attached, QKV, fan_in_fan_out=False)
+    passes_agree(attached, theirs, ids)
     parts = attached.adapter.trained_parts()
     for layer in range(3):
-        modules = [getattr(theirs.base_model.model.model.layers[layer].self_attn, name) for name in QKV]
+        modules = projections(theirs, layer)
         assert close(parts["qkv.A"].grad[layer], sum(m.lora_A["default"].weight.grad for m in modules))
         assert close(parts["qkv.B"].grad[layer], torch.cat([m.lora_B["default"].weight.grad for m in modules]))
 
@@ -100,36 +110,35 @@ def test_lora_qkv_is_pefts_lora(ids):
     attached, twin = adapted("tiny_llama", "LoRA_qkv", ALPHA)
     theirs = peft_lora(twin, attached, QKV, fan_in_fan_out=False)
     assert attached.adapter.trainable_params() == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
-    assert close(attached.model(ids).logits, theirs(input_ids=ids).logits)
-    loss_of(attached.model, ids).backward()
-    loss_of(theirs, ids).backward()
-    for target, name in zip("qkv", QKV, strict=True):
-        for layer in range(3):
-            module = getattr(theirs.base_model.model.model.layers[layer].self_attn, name)
-            assert close(attached.adapter.parts()[f"{target}.A"].grad[layer], module.lora_A["default"].weight.grad)
-            assert close(attached.adapter.parts()[f"{target}.B"].grad[layer], module.lora_B["default"].weight.grad)
+    passes_agree(attached, theirs, ids)
+    parts = attached.adapter.parts()
+    for layer in range(3):
+        for target, module in zip("qkv", projections(theirs, layer), strict=True):
+            assert close(parts[f"{target}.A"].grad[layer], module.lora_A["default"].weight.grad)
+            assert close(parts[f"{target}.B"].grad[layer], module.lora_B["default"].weight.grad)
+
+
+def vera(twin: torch.nn.Module, targets: list[str], fan_in_fan_out: bool) -> torch.nn.Module:
+    settings = dict(vera_dropout=0.0, save_projection=True, bias="none")
+    return get_peft_model(twin, VeraConfig(r=RANK, target_modules=targets, fan_in_fan_out=fan_in_fan_out, **settings))
+
+
+def copy_into(module: torch.nn.Module, A: torch.Tensor, B: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> None:
+    """Give a module of VeRA our values."""
+    module.vera_A["default"].copy_(A.detach())
+    module.vera_B["default"].copy_(B.detach())
+    module.vera_lambda_d["default"].data.copy_(u.detach())
+    module.vera_lambda_b["default"].data.copy_(v.detach())
 
 
 def test_tuv_on_gpt2_equals_vera(ids):
     attached, twin = adapted("tiny_gpt2", "Tuv", RANK)  # VeRA has no alpha: s = 1
-    theirs = get_peft_model(
-        twin,
-        VeraConfig(
-            r=RANK, target_modules=["c_attn"], vera_dropout=0.0, fan_in_fan_out=True, save_projection=True, bias="none"
-        ),
-    )
-    parts = attached.adapter.targets["qkv"]
-    for layer in range(3):
-        module = theirs.base_model.model.transformer.h[layer].attn.c_attn
-        module.vera_A["default"].copy_(parts.A[0].detach())
-        module.vera_B["default"].copy_(parts.B[0].detach())
-        module.vera_lambda_d["default"].data.copy_(parts.u[layer].detach())
-        module.vera_lambda_b["default"].data.copy_(parts.v[layer].detach())
-    assert close(attached.model(ids).logits, theirs(input_ids=ids).logits)
-    loss_of(attached.model, ids).backward()
-    loss_of(theirs, ids).backward()
-    for layer in range(3):
-        module = theirs.base_model.model.transformer.h[layer].attn.c_attn
+    theirs = vera(twin, ["c_attn"], fan_in_fan_out=True)
+    parts, modules = attached.adapter.targets["qkv"], [h.attn.c_attn for h in theirs.base_model.model.transformer.h]
+    for layer, module in enumerate(modules):
+        copy_into(module, parts.A[0], parts.B[0], parts.u[layer], parts.v[layer])
+    passes_agree(attached, theirs, ids)
+    for layer, module in enumerate(modules):
         assert close(parts.u.grad[layer], module.vera_lambda_d["default"].grad)
         assert close(parts.v.grad[layer], module.vera_lambda_b["default"].grad)
 
@@ -137,30 +146,16 @@ def test_tuv_on_gpt2_equals_vera(ids):
 def test_tuv_on_separate_projections_equals_vera(ids):
     """VeRA slices one B for q, k and v: B = [vera_B[:d_q]; vera_B[:d_kv]; vera_B[:d_kv]], lambda_d = u in all."""
     attached, twin = adapted("tiny_llama", "Tuv", RANK)
-    theirs = get_peft_model(
-        twin,
-        VeraConfig(r=RANK, target_modules=QKV, vera_dropout=0.0, save_projection=True, bias="none"),
-    )
+    theirs = vera(twin, QKV, fan_in_fan_out=False)
     parts = attached.adapter.targets["qkv"]
     d_q, d_kv = 32, 16
     parts.B.data[0, d_q : d_q + d_kv] = parts.B.data[0, :d_kv]
     parts.B.data[0, d_q + d_kv :] = parts.B.data[0, :d_kv]
-    rows = {"q_proj": slice(0, d_q), "k_proj": slice(d_q, d_q + d_kv), "v_proj": slice(d_q + d_kv, d_q + 2 * d_kv)}
-    modules = {
-        (layer, name): getattr(theirs.base_model.model.model.layers[layer].self_attn, name)
-        for layer in range(3)
-        for name in QKV
-    }
-    for (layer, name), module in modules.items():
-        module.vera_A["default"].copy_(parts.A[0].detach())
-        module.vera_B["default"].copy_(parts.B[0, :d_q].detach())
-        module.vera_lambda_d["default"].data.copy_(parts.u[layer].detach())
-        module.vera_lambda_b["default"].data.copy_(parts.v[layer, rows[name]].detach())
-    assert close(attached.model(ids).logits, theirs(input_ids=ids).logits)
-    loss_of(attached.model, ids).backward()
-    loss_of(theirs, ids).backward()
     for layer in range(3):
-        u_grads = [modules[layer, name].vera_lambda_d["default"].grad for name in QKV]
-        v_grads = [modules[layer, name].vera_lambda_b["default"].grad for name in QKV]
-        assert close(parts.u.grad[layer], sum(u_grads))
-        assert close(parts.v.grad[layer], torch.cat(v_grads))
+        for module, v in zip(projections(theirs, layer), parts.v[layer].split([d_q, d_kv, d_kv]), strict=True):
+            copy_into(module, parts.A[0], parts.B[0, :d_q], parts.u[layer], v)
+    passes_agree(attached, theirs, ids)
+    for layer in range(3):
+        modules = projections(theirs, layer)
+        assert close(parts.u.grad[layer], sum(module.vera_lambda_d["default"].grad for module in modules))
+        assert close(parts.v.grad[layer], torch.cat([module.vera_lambda_b["default"].grad for module in modules]))

@@ -1,16 +1,26 @@
-"""Training on a GPU: the losses of a CPU, resume, the best checkpoint, memory, no waiting, no recompilation."""
+"""Runs on a GPU: a CPU's losses and answers, resume, memory, no waiting, no recompilation, few bits, processes."""
 
 import math
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import folder_of
+from helpers import processes
+from helpers.tiny import folder_of, generate, randomise
 from safetensors.torch import load_file
 
+from tiedlora.adapter import attach
+from tiedlora.config.identity import run_id
+from tiedlora.config.project import PROJECT
+from tiedlora.models.base_model import load_base
 from tiedlora.models.device import execution_on, free_memory
 from tiedlora.records.rows import read_metrics
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
+from tiedlora.runs.verify import verify
+from tiedlora.scoring import decoding
 from tiedlora.training.signals import StopSignal
 
 pytestmark = pytest.mark.gpu
@@ -25,9 +35,16 @@ LARGER = (
 """A model whose activations are more than the workspace of the products."""
 
 
+TEXTS = ["a", "some longer text", "xyz", "12 + 30 =", "b" * 30, "the end", "?", "one more", "and 1"]
+LIMITS = {"max_new_tokens": 40, "batch_size": 4}
+
+
+def losses_in(folder: RunFolder) -> list[float]:
+    return [row.values["train/loss"] for row in read_metrics(folder.metrics_file) if "train/loss" in row.values]
+
+
 def losses_of(config) -> list[float]:
-    rows = read_metrics(folder_of(config).metrics_file)
-    return [row.values["train/loss"] for row in rows if "train/loss" in row.values]
+    return losses_in(folder_of(config))
 
 
 def adapter_of(config) -> bytes:
@@ -123,11 +140,11 @@ def sync_debug(gpu, mode: str) -> None:
 
 
 def between_the_first_step_and_the_last(monkeypatch, steps: int, begin, end) -> list[int]:
-    """Call `begin` after the first step and `end` after the last. The list counts the steps."""
+    """Call `begin` after the first step and `end` after the last. The list counts the questions for a stop signal."""
     calls: list[int] = []
 
     def requested(self) -> bool:
-        # The loop asks this after each step, before it fetches any number.
+        # The loop asks this after each step, before it fetches any number, and after the last step again.
         calls.append(1)
         if len(calls) == 1:
             begin()
@@ -153,7 +170,7 @@ def test_no_step_after_the_first_waits_for_the_gpu(gpu, gpu_config, monkeypatch)
         record = run.main(config)
     finally:
         sync_debug(gpu, "default")
-    assert len(calls) == 6
+    assert len(calls) == 6 + 1
     assert math.isfinite(record.training.validation_loss_last)
 
 
@@ -172,6 +189,82 @@ def test_no_batch_after_the_first_compiles_again(gpu_config, monkeypatch):
         record = run.main(config)
     finally:
         end()
-    assert len(calls) == 10
+    assert len(calls) == 10 + 1
     assert stances
     assert record.training.validation_loss_last < record.training.validation_loss_first
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_a_quantised_base_trains_and_continues(gpu_config, bits):
+    pytest.importorskip("bitsandbytes", reason="model.quantization needs bitsandbytes (the extra `quantization`)")
+    words = (f"model.quantization={bits}", "train.dtype=bfloat16", "train.deterministic=true")
+    whole, paused = gpu_config("whole", *words), gpu_config("paused", *words)
+    record = run.main(whole)
+    assert record.base.quantization == bits
+    assert record.training.validation_loss_last < record.training.validation_loss_first
+    paused.train.pause_after = 3
+    run.main(paused)
+    paused.train.pause_after = None
+    run.main(paused)
+    assert losses_of(paused) == losses_of(whole)
+
+
+def test_a_run_can_be_verified_on_the_same_gpu(gpu_config):
+    config = gpu_config("verified")
+    run.main(config)
+    findings = verify(folder_of(config).path, rows=12)
+    assert not [finding for finding in findings if finding.ok is False]
+    assert any(finding.ok and "outputs come out as they were" in finding.explanation for finding in findings)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_are_one(gpu, gpu_config, tiny_run, tmp_path, shard):
+    if gpu.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    alone = gpu_config("alone", "train.batch_size=7")
+    run.main(alone)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(PROJECT / "train.py"), *tiny_run("train.batch_size=7"), f"outputs={tmp_path}/together"]
+    command += [f"train.device={gpu.type}", f"train.shard={str(shard).lower()}"]
+    done = processes.run(command, seconds=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    together = RunFolder(tmp_path / "together" / run_id(alone))
+    assert "2 processes" in str(together.finished_record().execution)
+    assert losses_in(together) == pytest.approx(losses_of(alone), rel=1e-3)
+
+
+def on(device, gpu_config, unused):
+    config = gpu_config("unused")
+    base = load_base(config.model, "float32", device, Path(unused))
+    attached = attach(base.model, "TABuv", 4)
+    randomise(attached.adapter, scale=0.2)
+    return base, attached, [base.tokenizer(text).input_ids for text in TEXTS]
+
+
+@pytest.fixture
+def here(gpu, gpu_config, tmp_path):
+    return on(gpu, gpu_config, tmp_path)
+
+
+def same(ours, theirs) -> int:
+    return sum(a == b for a, b in zip(ours, theirs, strict=True))
+
+
+def test_answers_are_those_of_a_cpu(here, gpu_config, tmp_path):
+    base, _, prompts = here
+    on_cpu, *_ = on(torch.device("cpu"), gpu_config, tmp_path)
+    expected = generate(on_cpu.model, on_cpu.tokenizer, prompts, **LIMITS)
+    # In float32, rounding rarely changes an answer of this model.
+    assert same(generate(base.model, base.tokenizer, prompts, **LIMITS), expected) >= len(prompts) - 1
+
+
+def test_too_little_memory_halves_the_batches(gpu_config, monkeypatch):
+    plain = decoding.padded_left
+
+    def limited(prompts, *rest):
+        if len(prompts) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. (a test)")
+        return plain(prompts, *rest)
+
+    monkeypatch.setattr(decoding, "padded_left", limited)
+    assert run.main(gpu_config("halved")).scores["validation"].batch_halvings == 4
