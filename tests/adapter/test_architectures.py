@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.families import FAMILIES, family_model
-from helpers.tiny import EIGHT, randomise
+from helpers.tiny import EIGHT, logits, randomise
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -17,17 +17,13 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import tiedlora
 from tiedlora import Layout, named
 from tiedlora.adapter import architectures, attach, load
 from tiedlora.errors import UserError
 
 RANK, ALPHA = 4, 6.0
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def literal_weights(model, attached):
@@ -190,7 +186,7 @@ class TestUnknownFamilies:
         attached.save_pretrained(tmp_path / "adapter")
         attached.detach()
         assert load(tmp_path / "adapter")[0].architecture.layout == self.LAYOUT
-        type(attached).from_pretrained(model, tmp_path / "adapter")
+        tiedlora.load(tmp_path / "adapter", model)
         assert torch.equal(logits(model, ids), adapted)
 
     def test_a_wrong_layout_names_the_module(self, model):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.leak import MeanArm
-from helpers.tiny import composed, tiny
+from helpers.tiny import composed, logits, tiny
 
 from tiedlora.adapter.admission import measure
 from tiedlora.adapter.arms import ArmSpec, attach_saved, groups_by_pattern, new_arm
@@ -32,11 +32,6 @@ ROWS = [[(7 * i + j * j) % 200 for i in range(30)] for j in range(4)]
 def spec_of(name: str, *words: str, model: str = "tiny_llama", seed: int = 0) -> ArmSpec:
     config = composed([f"tying={name}", f"model={model}", *SMALLER.get(name, ()), *words])
     return ArmSpec(config.tying, config.model.architecture, seed)
-
-
-def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids).logits
 
 
 def step(arm, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ from statistics import mean
 import pytest
 import torch
 from helpers.families import family_model
-from helpers.tiny import randomise, tiny, tying_option
+from helpers.tiny import logits, randomise, tiny, tying_option
 from peft import PeftModel, get_peft_model
 from torch.nn import functional as F
 
@@ -21,11 +21,6 @@ from tiedlora.training.optimizer import build_optimizer
 RANK, ALPHA, SOME = 4, 6.0, [0, 2]
 BASE = BaseModelRecord("a/base", None, "digest")
 SHARED_BY_TWO = ("tying.A.share=2", "tying.B.share=2")
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(input_ids=ids).logits
 
 
 def close(one, two):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers.families import family_model
-from helpers.tiny import EIGHT, randomise
+from helpers.tiny import EIGHT, logits, randomise
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
@@ -15,11 +15,6 @@ from tiedlora import Layout, TiedLoraConfig, Tying, UserError, named
 from tiedlora.adapter import attach
 
 RANK = 4
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(input_ids=ids).logits
 
 
 def wrapped(name="TABuv", family="llama", **more):

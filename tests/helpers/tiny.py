@@ -70,6 +70,11 @@ def randomise(adapter: torch.nn.Module, seed: int = 1, scale: float = 0.5) -> No
         parameter.data = scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
+def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
 def mask_of(rows: Sequence[Encoded]) -> torch.Tensor:
     """The attention mask (rows, longest row) of rows that are padded on the right."""
     lengths = torch.tensor([[len(row)] for row in rows])

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from tiedlora.config.compose import compose_config
 from tiedlora.runs import run
-from tiedlora.runs.inputs import read_rows
 from tiedlora.tasks import digest, load_examples
 from tiedlora.tasks.rows import read_json_lines
 
@@ -60,14 +59,6 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
         make()
         with refused(says):
             load_examples(task, "test", str(tmp_path))
-
-
-def test_a_dangling_link_beside_the_rows_does_no_harm(tmp_path, tiny_config):
-    (tmp_path / "gsm8k").mkdir()
-    (tmp_path / "gsm8k" / "train.jsonl").write_bytes(b"".join(line(question=f"{i}?") for i in range(9)))
-    (tmp_path / "gsm8k" / "test.jsonl").symlink_to(tmp_path / "gone")
-    config = tiny_config(f"data_root={tmp_path}", "task.validation_from_train=3", task="gsm8k")
-    assert len(read_rows(config).examples["train"]) == 6
 
 
 def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):

@@ -32,17 +32,10 @@ def test_the_prompt_and_target_of_each_task():
 
 @pytest.mark.parametrize("kind", FIVE)
 def test_the_target_is_not_in_the_prompt(kind):
-    """If the target is replaced, the prompt does not change by a byte."""
-    before, after = (one_example(kind, row) for row in (GOOD[kind], relabelled(kind, GOOD[kind])))
-    assert before.target != after.target
-    assert (before.prompt, before.choices) == (after.prompt, after.choices)
-
-
-@needs_rows
-@pytest.mark.parametrize("kind", FIVE)
-def test_the_target_is_not_in_the_prompt_of_real_rows(kind):
-    for row in real_rows(kind, "train", 200):
-        before, after = one_example(kind, row), one_example(kind, relabelled(kind, row))
+    """If the target is replaced, the prompt does not change by a byte. Also of real rows, where they are."""
+    assert one_example(kind, GOOD[kind]).target != one_example(kind, relabelled(kind, GOOD[kind])).target
+    for row in (GOOD[kind], *(real_rows(kind, "train", 200) if DATA.is_dir() else ())):
+        before, after = (one_example(kind, each) for each in (row, relabelled(kind, row)))
         assert (before.prompt, before.choices) == (after.prompt, after.choices)
 
 

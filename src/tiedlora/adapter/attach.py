@@ -209,15 +209,6 @@ class Attached:
         name = getattr(self.model, "name_or_path", "") or type(self.model).__name__
         return files.save(self.adapter, Path(folder), base or BaseModelRecord(name, None, None))
 
-    @classmethod
-    def from_pretrained(cls, model: nn.Module, folder: Path | str) -> Attached:
-        """Attach a saved adapter to `model`.
-
-        Raises:
-            UserError: the folder is damaged, or the adapter was made for another architecture.
-        """
-        return attach_adapter(model, files.load(Path(folder))[0])
-
     def detach(self) -> None:
         """Remove the adapter. The base model is then bit for bit as it was before."""
         self.disable()

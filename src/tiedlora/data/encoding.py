@@ -6,6 +6,7 @@ name of a file is a hash of everything that its token ids depend on.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 from collections.abc import Sequence
@@ -147,14 +148,10 @@ class Encoder:
         if start == end or not self._fits(_cut(example, 0)):
             return None
         # Bisection finds the most characters that fit: nearly always, a longer text has more tokens.
-        low, high = 0, end - start
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._fits(_cut(example, middle)):
-                low = middle
-            else:
-                high = middle - 1
-        return _cut(example, low) if _whole_words(example.prompt[start : start + low]) else None
+        lengths = range(end - start, 0, -1)
+        left_out = bisect.bisect_left(lengths, True, key=lambda length: self._fits(_cut(example, length)))
+        most = end - start - left_out
+        return _cut(example, most) if _whole_words(example.prompt[start : start + most]) else None
 
     def _fits(self, example: Example) -> bool:
         return len(self.prompt(example.prompt)) <= self.prompt_limit
