@@ -141,7 +141,9 @@ class ArmDescription:
 
 
 class OtherArm(Arm):
-    """An arm of another method. A subclass attaches itself in `__init__`, and says what its tensors are."""
+    """An arm of another method. A subclass attaches itself in `__init__`, and says how it is enabled, disabled and
+    detached, and what its tensors are.
+    """
 
     spec: ArmSpec
     """What the arm is made from."""
