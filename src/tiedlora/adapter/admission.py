@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ def measure(
     try:
         base_logits = _logits(model, ids)
         size = float(base_logits.abs().max())
-        arm: Arm | None = new_arm(model, spec)
-        assert arm is not None
-        try:
+        with tempfile.TemporaryDirectory() as scratch, ExitStack() as undone:
+            arm = new_arm(model, spec)
+            undone.callback(arm.detach)
             start = _logits(model, ids)
             _first_step(arm, ids, lr)
             moves = not torch.equal(_logits(model, ids), start)
@@ -55,15 +56,10 @@ def measure(
             others[1:] = ids[1:].flip(1)
             after_later = (_logits(model, later) - moved)[:, :half]
             after_others = (_logits(model, others) - moved)[0]
-            with tempfile.TemporaryDirectory() as scratch:
-                arm.save(Path(scratch) / "arm", base)
-                arm.detach()
-                arm = None
-                arm = attach_saved(model, Path(scratch) / "arm")
-                reloaded = _logits(model, ids)
-        finally:
-            if arm is not None:
-                arm.detach()
+            arm.save(Path(scratch) / "arm", base)
+            undone.close()
+            undone.callback(attach_saved(model, Path(scratch) / "arm").detach)
+            reloaded = _logits(model, ids)
     finally:
         model.train(was_training)
 

@@ -225,11 +225,7 @@ def _typed(kind: type, values: Any) -> Any:
         raise UserError(f"TiedLoraConfig: not a {kind.__name__}: {str(error).splitlines()[0]}") from None
 
 
-def _register() -> None:
-    """Register the method in PEFT's tables. PEFT's own function accepts only members of PEFT's enumeration."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = TiedLoraConfig  # type: ignore[index]
-    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = TiedLoraModel  # type: ignore[index]
-    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = REGISTERED_AS  # type: ignore[index]
-
-
-_register()
+# PEFT's own function to register a method accepts only members of PEFT's enumeration.
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = TiedLoraConfig  # type: ignore[index]
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = TiedLoraModel  # type: ignore[index]
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = REGISTERED_AS  # type: ignore[index]
