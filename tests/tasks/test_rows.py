@@ -15,6 +15,7 @@ from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import SPLITS
 from tiedlora.errors import UserError
 from tiedlora.tasks import Task, digest, load_examples
+from tiedlora.tasks.generated import worked_sum
 from tiedlora.tasks.iwslt2017 import evaluation_lines, ted_pair, training_lines, zipped_rows
 from tiedlora.tasks.rows import DataRow
 
@@ -108,3 +109,10 @@ def test_sets_of_the_zip_make_up_the_hubs_splits(tmp_path, monkeypatch):
     task = compose_task("iwslt2017", "task.hub.splits.test=tst2010+tst2011")
     found = {split: [row.fields["translation"]["de"] for row in task.hub_rows(split)] for split in SPLITS}
     assert found == {"train": ["Neu de"], "validation": ["dev2010 de"], "test": ["tst2010 de", "tst2011 de"]}
+
+
+def test_a_generated_question_is_in_one_split_and_comes_once():
+    task = task_option("chain_sum", "task.options.rows={train: 2000, validation: 200, test: 200}")
+    questions = [row["question"] for split in SPLITS for row in task.generated_rows(split)]
+    assert len(set(questions)) == len(questions) < 2400, "reasoning-gym has made some of them twice"
+    assert worked_sum("35 + 94 - 16") == "35 + 94 = 129\n129 - 16 = 113\n"
