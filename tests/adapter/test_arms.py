@@ -155,6 +155,14 @@ def test_seeds_draw_other_values_and_the_same_seed_the_same_ones():
     assert not torch.equal(drawn[0], drawn[1])
 
 
+def test_a_checkpoint_gets_the_buffers_that_have_changed():
+    arm = new_arm(tiny("tiny_llama").model, spec_of("peft/vera"))
+    assert arm.changed_buffers() == {}
+    name, buffer = next(iter(arm.buffers().items()))
+    buffer.add_(1.0)
+    assert list(arm.changed_buffers()) == [name]
+
+
 @pytest.mark.slow
 def test_the_admission_finds_what_is_not_causal():
     base = tiny("tiny_llama")
