@@ -369,10 +369,13 @@ def worth_of(sizes: Array, means: Array, halves: Array) -> Worth:
     else:
         # The smallest size at which the curve reaches the arm's score.
         value = _crossing(sizes, means, int(np.argmax(means <= 0)))
-    # The sizes that score clearly less than the arm are below the interval, and those that score clearly more above.
-    below, above = np.flatnonzero(means > halves), np.flatnonzero(means < -halves)
-    low = _crossing(sizes, means - halves, min(int(below[-1]) + 1, len(sizes) - 1)) if len(below) else None
-    high = _crossing(sizes, means + halves, int(above[0])) if len(above) else None
+    level = np.flatnonzero(np.abs(means) <= halves)
+    if not len(level):
+        # The whole curve is clearly on one side; or the interval is narrower than the steps between the sizes.
+        return Worth(value, None if beyond == "at most" else value, None if beyond == "at least" else value, beyond)
+    first, last, excess = int(level[0]), int(level[-1]), np.abs(means) - halves
+    low = None if first == 0 else _crossing(sizes, excess, first)
+    high = None if last == len(sizes) - 1 else _crossing(sizes, excess, last + 1)
     return Worth(value, low, high, beyond)
 
 
