@@ -25,7 +25,7 @@ LAZY = {
     "config/sizes.py": {"torch", "peft.mapping"},
     "runs/run.py": {"tiedlora.runs", "tiedlora.runs.add_scores"},
     "runs/verify.py": {"tiedlora.runs"},
-    "scoring/predict.py": {"tiedlora.tasks.task_metric"},
+    "scoring/split.py": {"tiedlora.tasks.task_metric"},
     "scoring/passages.py": {"datasets"},
     "sweeps/launchers.py": {"ray", "submitit", "submitit.helpers"},
     "sweeps/selection.py": {"tiedlora.runs.add_scores"},

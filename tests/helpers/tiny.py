@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
+from tiedlora.adapter import attach
 from tiedlora.config import compose as configuration
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config, ModelConfig
-from tiedlora.data.encoding import Encoded
+from tiedlora.data.encoding import Encoded, Encoder
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.scoring.decoding import AnswerEnds, Output, batches_by_length, decode
-from tiedlora.scoring.predict import in_shares
+from tiedlora.scoring.split import Scorer, in_shares
 from tiedlora.tasks import Task, load_task
 from tiedlora.training.distributed import ALONE
 from tiedlora.tying import Tying
@@ -83,6 +84,14 @@ def mask_of(rows: Sequence[Encoded]) -> torch.Tensor:
 
 def folder_of(config: Config) -> RunFolder:
     return RunFolder(Path(config.outputs) / run_id(config))
+
+
+def tiny_scorer(*overrides: str, context: int = 512) -> Scorer:
+    """Scores with tiny_llama and a new TABuv, in batches of at most four rows."""
+    config = configuration.compose_config(["model=tiny_llama", "score.batch_size=4", *overrides])
+    base = tiny("tiny_llama")
+    encoder = Encoder(base.tokenizer, config.task, context)
+    return Scorer(attach(base.model, "TABuv"), encoder, load_task(config.task), config, base.record)
 
 
 def generate(

@@ -12,7 +12,7 @@ from tiedlora.data.batching import collate
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.models import output_head
-from tiedlora.scoring.likelihoods import choice_log_likelihoods
+from tiedlora.scoring.decoding import choice_log_likelihoods
 from tiedlora.training.loss import row_losses, target_loss
 
 SCALED = {"granite": {"logits_scaling": 8.0}, "cohere": {"logit_scale": 0.0625}}

@@ -18,7 +18,7 @@ from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_base
 from tiedlora.runs import run
 from tiedlora.runs.trainer import Trainer
-from tiedlora.scoring.likelihoods import choice_log_likelihoods
+from tiedlora.scoring.decoding import choice_log_likelihoods
 from tiedlora.training.distributed import World
 from tiedlora.training.loss import mean_loss, row_losses, target_loss
 

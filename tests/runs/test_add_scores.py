@@ -11,7 +11,7 @@ from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS
 from tiedlora.records.rows import NOT_GENERATED, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import add_scores, run, verify
-from tiedlora.scoring import split
+from tiedlora.scoring.split import Scorer
 
 OWN = ["exact_match_strict", "exact_match_flexible"]
 
@@ -57,7 +57,7 @@ def test_a_run_without_losses_is_finished_until_they_are_asked_for(config, monke
 def test_the_loss_is_added_and_the_rest_stays(config, how, script, monkeypatch):
     folder = folder_of(config())
     before, rows, base_rows = folder.record(), scores_of(folder), scores_of(folder, "validation.base")
-    monkeypatch.setattr(split, "predict", lambda *_: pytest.fail("asked for answers"))
+    monkeypatch.setattr(Scorer, "answers", lambda *_: pytest.fail("asked for answers"))
     if how == "train.py":
         run.main(config("score.metrics=[target_loss]"))
     else:
@@ -82,7 +82,7 @@ def test_the_loss_is_added_and_the_rest_stays(config, how, script, monkeypatch):
 def test_a_split_of_losses_alone_has_no_answers_until_they_are_asked_for(config, monkeypatch):
     folder = folder_of(config())
     with monkeypatch.context() as patch:
-        patch.setattr(split, "predict", lambda *_: pytest.fail("asked for answers"))
+        patch.setattr(Scorer, "answers", lambda *_: pytest.fail("asked for answers"))
         run.main(config("score.metrics=[target_loss]", "score.splits=[test]"))
     losses = folder.record().scores["test"]
     assert list(losses.metrics) == list(LOSS_METRICS)

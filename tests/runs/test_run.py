@@ -127,8 +127,8 @@ def test_added_split_equals_one_scored_at_once(finished_run, tmp_path):
 
 def test_the_base_is_scored_once_for_all_configurations(tiny_config, monkeypatch):
     asked = []
-    predict = split.predict
-    monkeypatch.setattr(split, "predict", lambda *a: asked.append(a[5]) or predict(*a))
+    answers = split.Scorer.answers
+    monkeypatch.setattr(split.Scorer, "answers", lambda *a: asked.append(a[3]) or answers(*a))
     for tying in ("TABuv", "LoRA", "TA"):
         run.main(tiny_config(f"tying={tying}"))
     assert sum("base" in what for what in asked) == 1

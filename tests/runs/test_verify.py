@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import tiny
+from helpers.tiny import tiny_scorer
 
-from tiedlora.config.compose import compose_config, read_config
+from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
-from tiedlora.data.encoding import Encoder
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import add_scores, regenerate, verify
 from tiedlora.runs.verify import Finding
-from tiedlora.tasks import load_examples, load_task
+from tiedlora.tasks import load_examples
 
 ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for i in range(40)]
 
@@ -223,19 +222,18 @@ def test_on_the_records_processor_no_output_may_differ(copy, monkeypatch):
 
 
 def test_the_gap_of_another_answer_is_that_of_its_logit(finished):
-    base = tiny("tiny_llama")
-    config = read_config(finished[0] / "outputs" / finished[1] / "config.yaml")
-    encoder = Encoder(base.tokenizer, config.task, config.model.context)
-    example = load_examples(load_task(config.task), "validation", config.data_root)[0]
-    prompt = torch.tensor([encoder.prompt(example.prompt)])
-    logits = base.model(prompt).logits[0, -1]
+    scorer = tiny_scorer("task=gsm8k", "task.validation_from_train=12", "task.rows.validation=null")
+    example = load_examples(scorer.task, "validation", str(finished[0] / "data"))[0]
+    prompt = torch.tensor([scorer.encoder.prompt(example.prompt)])
+    model = scorer.attached.model
+    logits = model(prompt).logits[0, -1]
     for text in "abc#1":
-        (token,) = base.tokenizer(text, add_special_tokens=False).input_ids
+        (token,) = scorer.encoder.tokenizer(text, add_special_tokens=False).input_ids
         answer = PredictionRow("0", example.prompt, [], text, {}, ended="length")
-        gap = regenerate.largest_gap(base.model, encoder, example, answer, config)
+        gap = regenerate.largest_gap(model, scorer, example, answer)
         # The answer may have begun with a blank, and the smaller gap of the two counts.
         assert 0 <= gap <= float(logits.max() - logits[token]) + 1e-5
-        ended = regenerate.largest_gap(base.model, encoder, example, replace(answer, ended="end"), config)
+        ended = regenerate.largest_gap(model, scorer, example, replace(answer, ended="end"))
         assert ended >= gap - 1e-5
     assert gap > 0
 

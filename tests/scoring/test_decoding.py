@@ -17,9 +17,8 @@ from tiedlora.config.project import PROJECT
 from tiedlora.data.encoding import Encoder
 from tiedlora.models.base_model import load_base
 from tiedlora.scoring import decoding, split
-from tiedlora.scoring.decoding import MIN_STOP_SEARCH_TOKENS, AnswerEnds, Output
-from tiedlora.scoring.likelihoods import choice_log_likelihoods
-from tiedlora.scoring.predict import predict
+from tiedlora.scoring.decoding import MIN_STOP_SEARCH_TOKENS, AnswerEnds, Output, choice_log_likelihoods
+from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import load_examples, load_task
 
 
@@ -133,11 +132,11 @@ def test_factors_are_folded_once_while_scoring_and_again_afterwards(tiny_config,
 
     expected = answers()
     assert len(folds) == 18, "three batches of six steps"
-    with split.merged_for_scoring(attached, config):
+    with split.scored_model(attached, config):
         assert answers() == expected
     assert len(folds) == 19
     randomise(attached.adapter, seed=2, scale=2.0)
-    with split.merged_for_scoring(attached, config):
+    with split.scored_model(attached, config):
         assert answers() != expected
 
 
@@ -253,7 +252,8 @@ def test_hellaswag_is_lm_evaluation_harness(tmp_path):
     task = load_task(config.task)
     examples = load_examples(task, "validation", str(tmp_path))
     encoder = Encoder(base.tokenizer, config.task, config.model.context)
-    ours = predict(base.model, encoder, task, examples, config, "hellaswag")
+    scorer = Scorer(attach(base.model, "TABuv"), encoder, task, config, base.record)
+    ours = scorer.rows(examples, "hellaswag", losses=False, base=True)
 
     theirs = harness_samples(lm_eval, huggingface, yaml, base, path)
     for row, sample in zip(ours, theirs, strict=True):

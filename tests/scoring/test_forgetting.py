@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.tiny import folder_of, randomise, tiny
+from helpers.tiny import folder_of, randomise, tiny, tiny_scorer
 
-from tiedlora.adapter import attach
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.data.encoding import Encoder
@@ -18,9 +17,8 @@ from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN
 from tiedlora.records.summary import terminal_lines
 from tiedlora.runs import add_scores, run, verify
-from tiedlora.scoring import split
 from tiedlora.scoring.passages import PASSAGE_TOKENS, PASSAGES, as_passages, read_passages, split_text
-from tiedlora.scoring.predict import predict_losses
+from tiedlora.scoring.split import Scorer
 
 WORDS = " ".join(f"word{i}" for i in range(400))
 
@@ -105,16 +103,15 @@ def test_the_hub_gives_the_first_pages(encoder, monkeypatch):
         read_passages("hub:a/b", encoder, None)
 
 
-def test_every_token_but_the_first_is_predicted(encoder):
-    base = tiny("tiny_llama")
-    randomise(attach(base.model, "TABuv").adapter, scale=0.2)
-    config = compose_config(["model=tiny_llama", "score.batch_size=2"])
+def test_every_token_but_the_first_is_predicted():
+    scorer = tiny_scorer("score.batch_size=2", context=64)
+    randomise(scorer.attached.adapter, scale=0.2)
     texts = ["One sentence.", "Another, longer sentence.", "Yes"]
-    rows = predict_losses(base.model, encoder, as_passages(texts), config, "test")
+    rows = scorer.rows(as_passages(texts), "test", losses=True)
     for row, text in zip(rows, texts, strict=True):
-        ids = torch.tensor([base.tokenizer(text, add_special_tokens=False).input_ids])
+        ids = torch.tensor([scorer.encoder.tokenizer(text, add_special_tokens=False).input_ids])
         with torch.no_grad():
-            expected = float(base.model(input_ids=ids, labels=ids).loss)
+            expected = float(scorer.attached.model(input_ids=ids, labels=ids).loss)
         assert row.scores[TARGET_LOSS] == pytest.approx(expected, rel=1e-5)
         assert row.scores[TARGET_LOSS_BY_TOKEN][1] == ids.shape[1] - 1
         assert (row.prompt, row.references, row.has_answer) == ("", [text], False)
@@ -163,8 +160,8 @@ def test_a_run_records_it_and_a_finished_one_gets_it(tiny_config, text, script, 
         patch.setattr(add_scores, "add_scores", lambda *_, **__: pytest.fail("scored again"))
         run.main(config)
     asked = []
-    compute = split.predict_losses
-    monkeypatch.setattr(split, "predict_losses", lambda *a: asked.append(a[4]) or compute(*a))
+    compute = Scorer.losses
+    monkeypatch.setattr(Scorer, "losses", lambda *a: asked.append(a[3]) or compute(*a))
     other = tiny_config("score.metrics=[target_loss]", "score.splits=[]", f"score.forgetting={text}", "tying=LoRA")
     run.main(other)
     assert asked == ["adapted model's loss on forgetting"]

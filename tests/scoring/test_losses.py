@@ -4,11 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.tiny import randomise, task_option, tiny
+from helpers.tiny import randomise, task_option, tiny_scorer
 
-from tiedlora.adapter import attach
-from tiedlora.config.compose import compose_config
-from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import LARGEST_LOSS, LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN, loss_scores
@@ -16,74 +13,67 @@ from tiedlora.records.rows import NOT_GENERATED, PredictionRow
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import SplitScores
 from tiedlora.scoring.passes import Passes, missing_passes, wanted_passes
-from tiedlora.scoring.predict import loss_batches, predict_losses
-from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.summary import gains, summarise
-from tiedlora.tasks import Example, load_task
+from tiedlora.tasks import Example
 
 EXAMPLES = [Example(str(i), f"Add {'1 and ' * (i * 3 % 5)}2:", f" {'9' * (1 + i * 5 % 7)}", ("9",)) for i in range(9)]
 
 
-def setup(*overrides, context=512):
-    config = compose_config(
-        ["model=tiny_llama", "task=gsm8k", "score.batch_size=4", "task.max_new_tokens=4", *overrides]
-    )
-    base = tiny("tiny_llama")
-    return base, Encoder(base.tokenizer, config.task, context), load_task(config.task), config
+def gsm8k_scorer(*overrides, **more):
+    return tiny_scorer("task=gsm8k", "task.max_new_tokens=4", *overrides, **more)
 
 
-def transformers_loss(base, prompt, target):
+def transformers_loss(scorer, prompt, target):
     """The mean loss of one row as transformers computes it: labels are -100 in the prompt."""
-    tokens = [base.tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, target)]
-    tokens[1].append(base.tokenizer.eos_token_id)
+    tokenizer = scorer.encoder.tokenizer
+    tokens = [tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, target)]
+    tokens[1].append(tokenizer.eos_token_id)
     ids, labels = torch.tensor([tokens[0] + tokens[1]]), torch.tensor([[-100] * len(tokens[0]) + tokens[1]])
     with torch.no_grad():
-        return float(base.model(input_ids=ids, labels=labels).loss), len(tokens[1])
+        return float(scorer.attached.model(input_ids=ids, labels=labels).loss), len(tokens[1])
 
 
 @pytest.mark.parametrize("limits", [["score.batch_size=1"], ["score.batch_size=4"], ["score.batch_tokens=64"]])
 def test_a_rows_loss_is_that_of_transformers_whatever_shares_its_batch(limits):
-    base, encoder, _, config = setup(*limits)
-    randomise(attach(base.model, "TABuv").adapter, scale=0.2)
-    rows = predict_losses(base.model, encoder, EXAMPLES, config, "test")
+    scorer = gsm8k_scorer(*limits)
+    randomise(scorer.attached.adapter, scale=0.2)
+    rows = scorer.rows(EXAMPLES, "test", losses=True)
     assert [row.id for row in rows] == [example.id for example in EXAMPLES]
     for row, example in zip(rows, EXAMPLES, strict=True):
-        mean, tokens = transformers_loss(base, example.prompt, example.target)
+        mean, tokens = transformers_loss(scorer, example.prompt, example.target)
         assert row.scores[TARGET_LOSS] == pytest.approx(mean, rel=1e-5)
         assert row.scores[TARGET_LOSS_BY_TOKEN] == pytest.approx([mean * tokens, tokens], rel=1e-5)
         assert (row.output, row.output_tokens, row.ended, row.has_answer) == ("", 0, NOT_GENERATED, False)
-    batches = loss_batches(encoder, EXAMPLES, config)
+    batches = scorer.batches(EXAMPLES, losses=True)
     assert sorted(number for batch in batches for number in batch) == list(range(len(EXAMPLES)))
 
 
 def test_of_several_references_the_loss_takes_the_target_of_training():
-    base, encoder, _, config = setup("task=squad")
+    scorer = gsm8k_scorer("task=squad")
     example = Example("0", "Passage: Rome is old.\nQuestion: What?\nAnswer:", " Rome", ("Rome", "old Rome"))
-    (row,) = predict_losses(base.model, encoder, [example], config, "test")
-    assert row.scores[TARGET_LOSS] == pytest.approx(transformers_loss(base, example.prompt, " Rome")[0], rel=1e-5)
+    (row,) = scorer.rows([example], "test", losses=True)
+    assert row.scores[TARGET_LOSS] == pytest.approx(transformers_loss(scorer, example.prompt, " Rome")[0], rel=1e-5)
 
 
 def test_a_target_that_does_not_fit_loses_its_end_and_is_counted(tmp_path):
-    base, encoder, task, config = setup(f"outputs={tmp_path}", context=24)
+    scorer = gsm8k_scorer(f"outputs={tmp_path}", context=24)
     long = Example("long", "Add 2 and 7 to 1:", " 10 is the answer\n#### 10", ("10",))
-    rows = predict_losses(base.model, encoder, [long, replace(long, target=" 10")], config, "test")
+    rows = scorer.rows([long, replace(long, target=" 10")], "test", losses=True)
     assert [row.cut_target for row in rows] == [True, False]
     # The tiny tokenizer has one token a byte. The end-of-text token is not among the tokens that fit.
     assert rows[0].scores[TARGET_LOSS_BY_TOKEN][1] == 24 - len(long.prompt)
-    scorer = Scorer(attach(base.model, "TABuv"), encoder, task, config, base.record)
     scores = scorer.score_split("test", [long], RunFolder(tmp_path / "run"), Passes(answers=False))
     assert scores.cut_targets == 1
     assert list(scores.metrics) == list(LOSS_METRICS)
 
 
 def test_rows_without_a_target_have_no_loss(tmp_path):
-    base, encoder, task, config = setup(f"outputs={tmp_path}")
-    scorer = Scorer(attach(base.model, "TABuv"), encoder, task, config, base.record)
+    scorer = gsm8k_scorer(f"outputs={tmp_path}")
     examples = [EXAMPLES[0], replace(EXAMPLES[1], target="")]
     scores = scorer.score_split("test", examples, RunFolder(tmp_path / "run"))
-    assert set(scores.metrics) == set(task.metrics)
+    assert set(scores.metrics) == set(scorer.task.metrics)
     with pytest.raises(UserError, match="row 1 has no target"):
-        scorer.score_split("test", examples, RunFolder(tmp_path / "run"), wanted_passes([TARGET_LOSS], task))
+        scorer.score_split("test", examples, RunFolder(tmp_path / "run"), wanted_passes([TARGET_LOSS], scorer.task))
 
 
 def rows_with(losses):

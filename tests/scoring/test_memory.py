@@ -11,7 +11,7 @@ from tiedlora.errors import UserError
 from tiedlora.page import write
 from tiedlora.runs import run, verify
 from tiedlora.scoring import decoding
-from tiedlora.scoring.split import merged_for_scoring
+from tiedlora.scoring.split import scored_model
 
 PREDICTIONS = ("predictions/validation.jsonl", "predictions/validation.base.jsonl")
 
@@ -83,7 +83,7 @@ def test_no_memory_in_the_middle_of_a_merge_leaves_the_weights_as_they_were(tiny
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "clone", fails_at_the_fourth_weight)
-        with pytest.raises(MemoryError), merged_for_scoring(attached, tiny_config()):
+        with pytest.raises(MemoryError), scored_model(attached, tiny_config()):
             pass
     assert attached.active
     assert torch.equal(base.model(ids).logits, expected)

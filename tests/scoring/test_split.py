@@ -5,19 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.tiny import task_option, tiny
+from helpers.tiny import task_option, tiny, tiny_scorer
 
 from tiedlora.adapter import attach
-from tiedlora.config import compose as configuration
-from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.records.interval import Interval, Unit
 from tiedlora.records.rows import PredictionRow
-from tiedlora.scoring import split as scoring
-from tiedlora.scoring.predict import predict
 from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.summary import gains, summarise
-from tiedlora.tasks import Example, load_task
+from tiedlora.tasks import Example
 from tiedlora.tasks.rows import DataRow
 
 
@@ -27,12 +23,6 @@ def rows_of(task, pairs):
         PredictionRow(str(i), "", list(references), output, task.score(output, Example("", "", "", references)))
         for i, (output, references) in enumerate(pairs)
     ]
-
-
-def setup(*overrides, context=512):
-    config = configuration.compose_config(["model=tiny_llama", "score.batch_size=4", *overrides])
-    base = tiny("tiny_llama")
-    return base, Encoder(base.tokenizer, config.task, context), load_task(config.task), config
 
 
 def test_zero_one_scores_have_wilsons_interval_and_others_a_bootstrap():
@@ -75,47 +65,45 @@ def test_corpus_metrics_resample_sentences():
 
 
 def test_nothing_that_is_scored_is_left_out():
-    base, encoder, task, config = setup("task=iwslt2017", "task.max_new_tokens=8", context=40)
+    scorer = tiny_scorer("task=iwslt2017", "task.max_new_tokens=8", context=40)
     examples = [Example("a", "German: x\nEnglish:", " y", (" y",)), Example("b", "x" * 60, " y", (" y",))]
     with pytest.raises(UserError, match=r"row b has a prompt of 60 tokens .*task\.max_new_tokens"):
-        predict(base.model, encoder, task, examples, config, "test")
-    assert len(predict(base.model, encoder, task, examples[:1], config, "test")) == 1
+        scorer.rows(examples, "test", losses=False)
+    assert len(scorer.rows(examples[:1], "test", losses=False)) == 1
 
 
 def test_a_shortened_prompt_is_scored_marked_and_shown():
-    base, encoder, task, config = setup("task=dialogsum", "task.max_new_tokens=8", context=120)
+    scorer = tiny_scorer("task=dialogsum", "task.max_new_tokens=8", context=120)
     dialogue = " ".join(f"word{i}" for i in range(60))
     row = {"id": "test_0_1", "dialogue": dialogue, "summary": "many words"}
-    example = task.example(DataRow("here", row), "test_0")
-    (prediction,) = predict(base.model, encoder, task, [example], config, "test")
+    example = scorer.task.example(DataRow("here", row), "test_0")
+    (prediction,) = scorer.rows([example], "test", losses=False)
     assert prediction.shortened
     assert prediction.prompt.endswith("\n\nSummary:")
-    assert len(encoder.prompt(prediction.prompt)) <= 112
+    assert len(scorer.encoder.prompt(prediction.prompt)) <= 112
     assert prediction.references == [" many words"]
 
 
 @pytest.mark.parametrize("losses", [False, True])
 def test_the_base_model_is_scored_once_for_a_protocol(tmp_path, monkeypatch, losses):
-    base, encoder, task, config = setup("task=squad", "task.max_new_tokens=4", f"outputs={tmp_path}")
+    scorer = tiny_scorer("task=squad", "task.max_new_tokens=4", f"outputs={tmp_path}")
     row = {"context": "Rome is old.", "question": "What is old?", "answers": {"text": ["Rome"], "answer_start": [0]}}
-    examples = [task.example(DataRow("here", row), "0")]
-    scorer = Scorer(attach(base.model, "TABuv"), encoder, task, config, base.record)
+    examples = [scorer.task.example(DataRow("here", row), "0")]
     # Answers and losses have files of their own.
     scorer.cached_base("test", examples, not losses)
     first = scorer.cached_base("test", examples, losses)
     assert len(list((tmp_path / "base").glob("*.jsonl"))) == 2
-    for name in ("predict", "predict_losses"):
-        monkeypatch.setattr(scoring, name, lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(Scorer, "rows", lambda *_, **__: pytest.fail("scored again"))
     assert scorer.cached_base("test", examples, losses) == first
     # Another adapter does not matter; another model, other rows or another protocol does.
     other = replace(scorer, attached=attach(tiny("tiny_llama").model, "Tuv"))
     assert other.cached_base("test", examples, losses) == first
     with pytest.raises(pytest.fail.Exception):
-        replace(scorer, base=replace(base.record, digest="other")).cached_base("test", examples, losses)
+        replace(scorer, base=replace(scorer.base, digest="other")).cached_base("test", examples, losses)
     for changed in (replace(examples[0], prompt="Other?"), replace(examples[0], target=" other")):
         with pytest.raises(pytest.fail.Exception):
             scorer.cached_base("test", [changed], losses)
-    config.task.stop = ["."]
+    scorer.config.task.stop = ["."]
     with pytest.raises(pytest.fail.Exception):
         scorer.cached_base("test", examples, losses)
 
@@ -125,12 +113,12 @@ def test_points_on_screen_are_fractions_in_the_record():
 
 
 def test_choices_are_kept_with_their_likelihoods():
-    base, encoder, task, config = setup("task=hellaswag")
+    scorer = tiny_scorer("task=hellaswag")
     choices = (" one.", " two.", " three.", " four.")
     examples = [Example(str(i), f"Cooking: He {i}", choices[i], (str(i),), choices) for i in range(3)]
-    rows = predict(base.model, encoder, task, examples, config, "test")
+    rows = scorer.rows(examples, "test", losses=False)
     for row in rows:
         assert row.output == choices[max(range(4), key=lambda i: row.log_likelihoods[i])]
         assert row.ended == "choice"
         assert torch.tensor(row.log_likelihoods).isfinite().all()
-    assert rows[0].scores == task.score(rows[0].log_likelihoods, examples[0])
+    assert rows[0].scores == scorer.task.score(rows[0].log_likelihoods, examples[0])

@@ -21,7 +21,7 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
 from tiedlora.runs.trainer import Trainer
 from tiedlora.scoring import decoding
-from tiedlora.scoring.predict import in_shares
+from tiedlora.scoring.split import in_shares
 from tiedlora.training import checkpoint, distributed
 from tiedlora.training.distributed import World
 from tiedlora.training.loss import target_loss

@@ -19,7 +19,6 @@ import torch
 from tiedlora.adapter import load
 from tiedlora.adapter.arms import attach_saved, check_tensors, is_other_method, read_spec
 from tiedlora.config.identity import identity
-from tiedlora.config.schema import Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models import products
@@ -30,8 +29,7 @@ from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_record import ADAPTER
 from tiedlora.runs.verify import CheckedRun, Finding
-from tiedlora.scoring.predict import answer_batches, fitting, loss_batches
-from tiedlora.scoring.split import Rows, Scorer, disabled, merged_for_scoring, with_halved_batches
+from tiedlora.scoring.split import Rows, Scorer, scored_model, with_halved_batches
 from tiedlora.tasks import Example
 from tiedlora.training.device import set_up_device
 
@@ -154,7 +152,7 @@ def _regenerate_split(
             yield Finding(f"regenerate {split}{kind}", False, f"{len(recorded)} predictions of {len(examples)} rows")
             continue
         for losses in wanted:
-            batches = (loss_batches if losses else answer_batches)(scorer.encoder, examples, run.config)
+            batches = scorer.batches(examples, losses=losses)
             places = _chosen_places([row.id for row in recorded], batches, least, suspects)
             chosen = [examples[place] for place in places]
             title = f"computing the losses of {split}{kind} again" if losses else f"regenerating {split}{kind}"
@@ -193,8 +191,8 @@ def _compared_outputs(
         first, count = different[0][0].id, f"{len(different)} of {len(asked.rows)} rows differ"
         return Finding(check, False, f"row {first}: another output than the recorded one ({count}); {where}", first)
     tolerance = TOLERANCES[run.config.train.dtype].gap
-    with disabled(scorer.attached) if base else merged_for_scoring(scorer.attached, run.config) as model:
-        gaps = {old.id: _gap(model, scorer.encoder, example, new, old, run.config) for example, new, old in different}
+    with scored_model(scorer.attached, run.config, base) as model:
+        gaps = {old.id: _gap(model, scorer, example, new, old) for example, new, old in different}
     for row_id, gap in gaps.items():
         # Written so that NaN is beyond it.
         if not gap <= tolerance:
@@ -246,24 +244,23 @@ def _share(now: float, before: float, least: float = 1.0) -> float:
     return abs(now - before) / max(abs(before), least)
 
 
-def _gap(
-    model: Any, encoder: Encoder, example: Example, new: PredictionRow, old: PredictionRow, config: Config
-) -> float:
+def _gap(model: Any, scorer: Scorer, example: Example, new: PredictionRow, old: PredictionRow) -> float:
     if new.choices is None or new.log_likelihoods is None:
-        return largest_gap(model, encoder, example, old, config)
+        return largest_gap(model, scorer, example, old)
     if old.output not in new.choices:
         return math.inf
     return max(new.log_likelihoods) - new.log_likelihoods[new.choices.index(old.output)]
 
 
 @without_gradients
-def largest_gap(model: Any, encoder: Encoder, example: Example, recorded: PredictionRow, config: Config) -> float:
+def largest_gap(model: Any, scorer: Scorer, example: Example, recorded: PredictionRow) -> float:
     """By how much the logit of a token of the recorded answer is below the largest logit, at most, in nats.
 
     0 means that the answer is the greedy one. The answer's text is tokenised again, so its tokens can differ from those
     that were generated. The gap is then too large.
     """
-    prompt = encoder.prompt(fitting(encoder, example, config).prompt)
+    encoder = scorer.encoder
+    prompt = encoder.prompt(scorer.fitting(example).prompt)
     # Which token ended an answer is not recorded, and neither are blanks around it. It may have begun with one.
     ends = [[end] for end in (encoder.tokenizer.eos_token_id, *encoder.more_ends)] if recorded.ended == "end" else [[]]
     gaps = []

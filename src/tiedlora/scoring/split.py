@@ -1,4 +1,10 @@
-"""Score one split, or neutral text, with the adapted model and with the base model."""
+"""Score one split, or neutral text: ask the adapted model and the base model every example, and write predictions/.
+
+Each example gives one prediction row, with the model's answer, which the task scores, or with the loss of its target. A
+loss is teacher-forced: prompt and target are the tokens that training would use. The target of a passage of neutral
+text is all of it after the first token. Rounding depends on which rows share a batch, so the batches follow from the
+rows and the configuration alone, and several processes divide them.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +12,56 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tiedlora import storage
 from tiedlora.adapter.arms import Arm
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import FORGETTING, Config
-from tiedlora.data.encoding import Encoder
+from tiedlora.data.batching import collate
+from tiedlora.data.encoding import Encoded, Encoder
 from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.models.device import free_memory
-from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.rows import PredictionRow, read_predictions, write_predictions
+from tiedlora.models.placement import input_device
+from tiedlora.records.loss_metrics import is_loss, loss_scores
+from tiedlora.records.rows import NOT_GENERATED, PredictionRow, Score, read_predictions, write_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import BaseModelRecord, SplitScores, plain
-from tiedlora.scoring.passages import read_passages, source_digest
+from tiedlora.scoring.decoding import AnswerEnds, batches_by_length, choice_log_likelihoods, decode
+from tiedlora.scoring.passages import Passage, read_passages, source_digest
 from tiedlora.scoring.passes import ALL_PASSES, Passes
-from tiedlora.scoring.predict import predict, predict_losses
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Example, Task, digest
-from tiedlora.training.distributed import ALONE, World
+from tiedlora.tracking.progress import ProgressBar
+from tiedlora.training.distributed import ALONE, World, equal_passes, is_sharded
+from tiedlora.training.loss import row_losses
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Rows = list[PredictionRow]
+Tokens = tuple[int, ...]
 
 PROTOCOL_KEYS = {
     *("kind", "version", "prompt", "chat_template", "stop", "max_new_tokens", "max_prompt_tokens", "options"),
 }
 """The keys of a task that decide what a model is asked and how its answer is scored."""
+
+
+class _Target(NamedTuple):
+    """An example whose prompt and target fit into the context together."""
+
+    example: Example
+    """With its prompt shortened, if it had to be."""
+    tokens: Encoded
+    cut: bool
+    """Whether the target lost its end."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +99,8 @@ class Scorer:
             halvings: how often the batches are halved already, by an earlier scoring of the same split.
 
         Raises:
-            UserError: as predict and predict_losses; a row has no target although its loss was asked for; `recorded`
-                is of other rows; or memory runs out with a single row.
+            UserError: as answers and losses; a row has no target although its loss was asked for; `recorded` is of
+                other rows; or memory runs out with a single row.
             OSError: predictions/ cannot be written.
         """
         passes = _possible(passes, examples)
@@ -179,10 +201,155 @@ class Scorer:
             title: the text of the progress bar.
             losses: the losses of the targets instead, as rows without answers.
         """
-        with disabled(self.attached) if base else merged_for_scoring(self.attached, self.config) as model:
-            if losses:
-                return predict_losses(model, self.encoder, examples, self.config, title, self.world)
-            return predict(model, self.encoder, self.task, examples, self.config, title, self.world)
+        with scored_model(self.attached, self.config, base) as model:
+            return self.losses(model, examples, title) if losses else self.answers(model, examples, title)
+
+    def answers(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
+        """One row for each example, with the model's answer and its scores.
+
+        Args:
+            model: the base model, with or without an adapter.
+            title: the text of the progress bar.
+
+        Raises:
+            UserError: a prompt does not fit, and the task does not allow to shorten it enough; or as `in_shares`.
+        """
+        # Imported here because the `evaluate` package takes a second to import, and only scoring needs it.
+        from tiedlora.tasks.task_metric import TaskMetric
+
+        asked = [self.fitting(example) for example in examples]
+        prompts, choices = self._tokens(asked)
+        by_likelihood, task = bool(choices[0]), self.config.task
+        ends = AnswerEnds(self.encoder.tokenizer, task.stop, task.max_new_tokens, self.encoder.more_ends)
+        progress = ProgressBar(title, len(examples), "rows")
+
+        def row(number: int, output: str, output_tokens: int, ended: str) -> PredictionRow:
+            """Without scores, which the task gives when all rows are answered."""
+            example, original = asked[number], examples[number]
+            return PredictionRow(
+                id=example.id,
+                prompt=example.prompt,
+                references=list(example.references),
+                output=output,
+                scores={},
+                shortened=example is not original,
+                cluster=example.cluster,
+                output_tokens=output_tokens,
+                ended=ended,
+            )
+
+        def likeliest(number: int, log_likelihoods: list[float]) -> PredictionRow:
+            texts = list(asked[number].choices)
+            output = texts[max(range(len(texts)), key=log_likelihoods.__getitem__)]
+            chosen = row(number, output, sum(map(len, choices[number])), "choice")
+            return replace(chosen, choices=texts, log_likelihoods=log_likelihoods)
+
+        def rows_of(batch: list[int]) -> Rows:
+            batch_prompts = [prompts[number] for number in batch]
+            if not by_likelihood:
+                outputs = zip(batch, decode(model, batch_prompts, ends, progress.advance), strict=True)
+                return [row(number, output.text.strip(), output.tokens, output.ended) for number, output in outputs]
+            found = choice_log_likelihoods(model, batch_prompts, [choices[number] for number in batch])
+            progress.advance(len(batch))
+            return list(map(likeliest, batch, found))
+
+        rows = in_shares(self.world, model, self._answer_batches(prompts, choices), rows_of)
+        progress.close()
+        scores = TaskMetric(self.task, by_likelihood, asked).compute(
+            predictions=[row.log_likelihoods if by_likelihood else row.output for row in rows],
+            references=[example.references for example in asked],
+            choices=[example.choices for example in asked],
+        )["per_example"]
+        return [replace(row, scores=_as_floats(score)) for row, score in zip(rows, scores, strict=True)]
+
+    def losses(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
+        """One row for each example, with the loss of its target and without an answer. Arguments as of `answers`.
+
+        Raises:
+            UserError: as `answers`; or a loss is not finite.
+        """
+        targets = [self._target(example) for example in examples]
+        progress = ProgressBar(title, len(examples), "rows")
+
+        def row(number: int, total: float, tokens: int) -> PredictionRow:
+            original, target = examples[number], targets[number]
+            if not math.isfinite(total):
+                raise UserError(
+                    f"score: the loss of row {original.id} is {total}; try train.dtype=float32, or lower train.lr"
+                )
+            return PredictionRow(
+                id=original.id,
+                prompt=target.example.prompt,
+                references=list(original.references),
+                output="",
+                scores=loss_scores(total, tokens),
+                shortened=target.example is not original,
+                ended=NOT_GENERATED,
+                cut_target=target.cut,
+                cluster=original.cluster,
+            )
+
+        def rows_of(batch: list[int]) -> Rows:
+            tokens = collate([targets[number].tokens for number in batch], self.encoder.tokenizer.eos_token_id)
+            found = row_losses(model, tokens.to(input_device(model)))
+            progress.advance(len(batch))
+            return list(map(row, batch, found.sums.tolist(), found.tokens.tolist()))
+
+        rows = in_shares(self.world, model, self._target_batches(targets), rows_of)
+        progress.close()
+        return rows
+
+    def batches(self, examples: Sequence[Example], *, losses: bool) -> list[list[int]]:
+        """The example numbers of each batch of `rows`. In the same batches, a model gives the same rows again.
+
+        A batch stays the same if other batches are left out. So a part of a split can be scored again in the same
+        batches.
+        """
+        if losses:
+            return self._target_batches([self._target(example) for example in examples])
+        return self._answer_batches(*self._tokens([self.fitting(example) for example in examples]))
+
+    def _answer_batches(self, prompts: Sequence[Tokens], choices: Sequence[Sequence[Tokens]]) -> list[list[int]]:
+        score = self.config.score
+        if not choices[0]:
+            lengths = [len(prompt) + self.config.task.max_new_tokens for prompt in prompts]
+            return batches_by_length(lengths, score.batch_size, score.batch_tokens)
+        # A row of a batch is a choice, and all choices of a prompt are in one batch.
+        most = max(map(len, choices))
+        lengths = [(len(prompt) + max(map(len, texts))) * most for prompt, texts in zip(prompts, choices, strict=True)]
+        return batches_by_length(lengths, max(1, score.batch_size // most), score.batch_tokens)
+
+    def _target_batches(self, targets: Sequence[_Target]) -> list[list[int]]:
+        score = self.config.score
+        return batches_by_length([len(target.tokens) for target in targets], score.batch_size, score.batch_tokens)
+
+    def _tokens(self, examples: Sequence[Example]) -> tuple[list[Tokens], list[list[Tokens]]]:
+        """The prompts and the choices of the examples, as token ids."""
+        prompts = [self.encoder.prompt(example.prompt) for example in examples]
+        return prompts, [[self.encoder.continuation(choice) for choice in example.choices] for example in examples]
+
+    def fitting(self, example: Example) -> Example:
+        """The example, with its prompt shortened if needed, so that the answer fits. No example may be left out."""
+        encoder, task = self.encoder, self.config.task
+        shortened = encoder.shortened(example)
+        answer_tokens = max([task.max_new_tokens, *map(len, self._tokens([example])[1][0])])
+        if shortened is not None and len(encoder.prompt(shortened.prompt)) + answer_tokens <= encoder.context:
+            return shortened
+        raise UserError(
+            f"task={task.name}: row {example.id} has a prompt of {len(encoder.prompt(example.prompt))} tokens that "
+            f"cannot be shortened to {encoder.context - answer_tokens} (model.context={encoder.context} less "
+            f"{answer_tokens} for the answer, task.max_prompt_tokens={task.max_prompt_tokens}); lower "
+            "task.max_new_tokens, raise task.max_prompt_tokens, or take a model of longer context"
+        )
+
+    def _target(self, example: Example) -> _Target:
+        """The tokens of a row. No example may be left out, so a target that does not fit loses its end."""
+        if isinstance(example, Passage):
+            return _Target(example, example.tokens(self.encoder), cut=False)
+        shortened = self.fitting(example)
+        whole = self.encoder.example(shortened)
+        kept = Encoded(whole.prompt, whole.target[: self.encoder.context - len(whole.prompt)])
+        return _Target(shortened, kept, cut=len(kept) < len(whole))
 
     def cached_base(self, split: str, examples: Sequence[Example], losses: bool) -> Rows:
         """The base model's rows, computed once for each model, protocol and rows, and then reused by every run.
@@ -229,6 +396,46 @@ class Scorer:
         words = [*([task.name] if of_task else []), split, *(["loss"] if losses else [])]
         words.append(hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12])
         return Path(self.config.outputs) / "base" / f"{'-'.join(words)}.jsonl"
+
+
+def in_shares(
+    world: World, model: Any, batches: Sequence[list[int]], compute: Callable[[list[int]], Sequence[T]]
+) -> list[T]:
+    """What `compute` gives for the rows of each batch, in the order of the rows: each process some, for all to have.
+
+    Args:
+        batches: the numbers of the rows of each batch.
+
+    Raises:
+        MemoryError, RuntimeError: memory ran out. All processes raise it, so that all can start again.
+        UserError: memory ran out, and the model is sharded: then the processes cannot start again together.
+    """
+    own: list[tuple[int, T]] = []
+    failed = False
+    try:
+        with equal_passes(model, world):
+            for batch in world.local_rows(batches):
+                own += zip(batch, compute(batch), strict=True)
+    except (MemoryError, RuntimeError) as error:
+        if world.size == 1 or not is_out_of_memory(error):
+            raise
+        if is_sharded(model):
+            raise UserError(
+                "scoring: out of memory in one of the processes that share the model (train.shard=true); the trained "
+                "adapter is kept: the same command continues with scoring, with more processes or more memory"
+            ) from error
+        failed = True
+    if world.any(failed):
+        raise MemoryError("scoring: memory ran out in one of the processes")
+    rows = dict(row for share in world.gather(own) for row in share)
+    return [rows[number] for number in range(len(rows))]
+
+
+def _as_floats(scores: Mapping[str, Score]) -> dict[str, Score]:
+    """The scores as a predictions file gives them back, so that rows are equal before and after it."""
+    return {
+        name: list(map(float, score)) if isinstance(score, list) else float(score) for name, score in scores.items()
+    }
 
 
 def with_halved_batches(config: Config, times: int) -> Config:
@@ -304,10 +511,19 @@ def _with_recorded(new: SplitScores, passes: Passes, recorded: SplitScores | Non
 
 
 @contextmanager
-def merged_for_scoring(attached: Arm, config: Config) -> Iterator[Any]:
-    """Inside the block, the model is as it is scored. It is merged in float32 only: bfloat16 would round the update. A
-    quantised or offloaded base cannot be merged, and is scored unmerged.
+def scored_model(attached: Arm, config: Config, base: bool = False) -> Iterator[Any]:
+    """Inside the block, the model is as it is scored, or computes as the base model.
+
+    The adapter is merged in float32 only: bfloat16 would round the update. A quantised or offloaded base cannot be
+    merged, and is scored unmerged.
     """
+    if base:
+        attached.disable()
+        try:
+            yield attached.model
+        finally:
+            attached.enable()
+        return
     try:
         # Inside the block that restores the weights: memory may run out when some of them are merged.
         if config.train.dtype == "float32" and attached.cannot_merge() is None:
@@ -316,13 +532,3 @@ def merged_for_scoring(attached: Arm, config: Config) -> Iterator[Any]:
             yield attached.model
     finally:
         attached.unmerge()
-
-
-@contextmanager
-def disabled(attached: Arm) -> Iterator[Any]:
-    """Inside the block, the model computes as the base model."""
-    attached.disable()
-    try:
-        yield attached.model
-    finally:
-        attached.enable()
