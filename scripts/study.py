@@ -25,7 +25,7 @@ from tiedlora.config import compose
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import run, verify
+from tiedlora.runs import run
 from tiedlora.sweeps import forecast, study
 from tiedlora.training import signals
 
@@ -135,6 +135,9 @@ def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | Non
 
 
 def verify_runs(folder: Path, run_ids: list[str], data_root: str | None) -> None:
+    # It imports torch, which takes seconds: the other commands do not need it.
+    from tiedlora.runs import verify
+
     checked, wrong = finished_runs(folder, run_ids), []
     for kept in checked:
         findings = verify.verify(kept.path, data_root=data_root)

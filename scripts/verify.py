@@ -11,7 +11,6 @@ from pathlib import Path
 
 from tiedlora import errors
 from tiedlora.errors import UserError
-from tiedlora.runs import verify
 
 DISAGREES = 3
 
@@ -25,6 +24,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rows < 0:
         raise UserError(f"--rows {arguments.rows}: must be at least 0")
+    # It imports torch, which takes seconds: --help does not need it.
+    from tiedlora.runs import verify
+
     findings = verify.verify(arguments.run, data_root=arguments.data_root, rows=arguments.rows, cache=arguments.cache)
     for line in verify.lines(findings):
         print(line)

@@ -24,7 +24,6 @@ LAZY = {
     "config/methods.py": {"peft.mapping", "peft.tuners.tuners_utils"},
     "config/sizes.py": {"torch", "peft.mapping"},
     "runs/run.py": {"tiedlora.runs", "tiedlora.runs.add_scores"},
-    "runs/verify.py": {"tiedlora.runs"},
     "scoring/split.py": {"tiedlora.tasks.task_metric"},
     "scoring/passages.py": {"datasets"},
     "sweeps/launchers.py": {"ray", "submitit", "submitit.helpers"},
@@ -35,7 +34,7 @@ LAZY = {
     "tasks/generated.py": {"reasoning_gym"},
     "tasks/rows.py": {"datasets"},
 }
-WITHOUT_TORCH = ("runs.run", "runs.inputs", "runs.verify", "scoring.summary", "scoring.passes", "models.identity")
+WITHOUT_TORCH = ("runs.run", "runs.inputs", "scoring.summary", "scoring.passes", "models.identity")
 """Modules of other packages that must import no torch either."""
 TRACKERS = {("tracking", name) for name in ("wandb", "trackio", "mlflow")}
 """Modules that import a tracker's package."""

@@ -13,7 +13,7 @@ from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.records.rows import PredictionRow
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import add_scores, regenerate, verify
+from tiedlora.runs import add_scores, verify
 from tiedlora.runs.verify import Finding
 from tiedlora.tasks import load_examples
 
@@ -208,7 +208,7 @@ def test_on_another_processor_an_output_may_differ_by_rounding(elsewhere, monkey
     assert "rounding does not explain it" in wrong_here.explanation
     assert "Another (AVX512)" in wrong_here.explanation
     # A gap as large as the logits of a random model allows every text.
-    monkeypatch.setitem(regenerate.TOLERANCES, "float32", regenerate.Tolerances(1e-3, 100.0, 0.5, 0.05))
+    monkeypatch.setitem(verify.TOLERANCES, "float32", verify.Tolerances(1e-3, 100.0, 0.5, 0.05))
     close = regeneration(elsewhere)["regenerate validation"]
     assert close.ok
     assert close.by_rounding
@@ -217,7 +217,7 @@ def test_on_another_processor_an_output_may_differ_by_rounding(elsewhere, monkey
 
 def test_on_the_records_processor_no_output_may_differ(copy, monkeypatch):
     change_rows(copy, "validation", lambda row: row.update(output="something else"))
-    monkeypatch.setitem(regenerate.TOLERANCES, "float32", regenerate.Tolerances(1e-3, 100.0, 0.5, 0.05))
+    monkeypatch.setitem(verify.TOLERANCES, "float32", verify.Tolerances(1e-3, 100.0, 0.5, 0.05))
     assert regeneration(copy)["regenerate validation"].ok is False
 
 
@@ -230,10 +230,10 @@ def test_the_gap_of_another_answer_is_that_of_its_logit(finished):
     for text in "abc#1":
         (token,) = scorer.encoder.tokenizer(text, add_special_tokens=False).input_ids
         answer = PredictionRow("0", example.prompt, [], text, {}, ended="length")
-        gap = regenerate.largest_gap(model, scorer, example, answer)
+        gap = verify.largest_gap(model, scorer, example, answer, answer)
         # The answer may have begun with a blank, and the smaller gap of the two counts.
         assert 0 <= gap <= float(logits.max() - logits[token]) + 1e-5
-        ended = regenerate.largest_gap(model, scorer, example, replace(answer, ended="end"))
+        ended = verify.largest_gap(model, scorer, example, answer, replace(answer, ended="end"))
         assert ended >= gap - 1e-5
     assert gap > 0
 
@@ -242,7 +242,7 @@ def test_the_gap_of_another_answer_is_that_of_its_logit(finished):
 def test_on_another_processor_the_mean_loss_must_agree(finished, elsewhere, monkeypatch, factor, ok):
     (elsewhere.parent / "data/gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))
     add_scores.add_scores(RunFolder(elsewhere), ["test"], str(elsewhere.parent / "data"), metrics=["target_loss"])
-    monkeypatch.setitem(regenerate.TOLERANCES, "float32", regenerate.Tolerances(1e-3, 0.01, 0.5, 0.05))
+    monkeypatch.setitem(verify.TOLERANCES, "float32", verify.Tolerances(1e-3, 0.01, 0.5, 0.05))
 
     def scale(row):
         total, tokens = row["scores"]["target_loss_by_token"]

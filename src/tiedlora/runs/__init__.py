@@ -6,7 +6,7 @@
 4. training/loop.py   the steps.
 
 inputs.py has the rows and the digest of the base model that a run depends on. Later: add_scores.py scores more splits,
-verify.py and regenerate.py check a run, library.py loads one back.
+verify.py checks a run, library.py loads one back.
 
-It may import every package but sweeps and page. run.py, inputs.py and verify.py import no torch.
+It may import every package but sweeps and page. run.py and inputs.py import no torch.
 """
