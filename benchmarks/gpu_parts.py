@@ -203,7 +203,7 @@ def products_rate(config: Config, seconds: float) -> float:
     import torch
     from torch.nn import functional as F
 
-    from tiedlora.training.device import set_up_device
+    from tiedlora.models.device import set_up_device
 
     device, dtype = set_up_device(config.train.device, config.train.threads), getattr(torch, config.train.dtype)
     a = config.model.architecture

@@ -24,6 +24,7 @@ from tiedlora.records.run_record import (
     RunRecord,
     SplitScores,
     TrainingRecord,
+    from_tree,
 )
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Task
@@ -68,8 +69,8 @@ def make_record(changes: dict[str, Any] | None = None, **about) -> RunRecord:
     trainable = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
     record = RunRecord(
         run_id=run_id(config),
-        identity=Identity.from_tree(identity(config)),
-        config=ConfigRecord.from_tree(config_tree(config)),
+        identity=from_tree(Identity, identity(config)),
+        config=from_tree(ConfigRecord, config_tree(config)),
         seed=config.seed,
         code=CodeVersion("a" * 40, dirty=False),
         versions={"python": "3.11", "torch": "2.13", "transformers": "5.24"},

@@ -12,9 +12,10 @@ from tiedlora.adapter.parts import ParameterGroup
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import TrainConfig
+from tiedlora.models import device
 from tiedlora.records.provenance import Execution
 from tiedlora.runs import run, trainer
-from tiedlora.training import checkpoint, device
+from tiedlora.training import checkpoint
 from tiedlora.training.checkpoint import RunInputs
 from tiedlora.training.loop import TrainState
 from tiedlora.training.optimizer import build_optimizer

@@ -128,7 +128,7 @@ def test_aligned_rows_change_nothing_and_stay_within_the_context(dtype, toleranc
 def test_freed_memory_is_kept():
     script = """
 import resource, torch
-from tiedlora.training import device
+from tiedlora.models import device
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):

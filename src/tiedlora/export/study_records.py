@@ -20,7 +20,7 @@ from tiedlora.config.identity import config_tree
 from tiedlora.config.schema import Config
 from tiedlora.records.rows import PredictionRow, read_predictions, write_predictions
 from tiedlora.records.run_folder import RunFolder, last_line
-from tiedlora.records.run_record import ADAPTER, TEXTS, ConfigRecord, SplitScores
+from tiedlora.records.run_record import ADAPTER, TEXTS, ConfigRecord, SplitScores, from_tree
 
 COPIED = ("metrics.jsonl", "validation_losses.jsonl", "pruned.txt")
 
@@ -46,7 +46,7 @@ def export_record(run: RunFolder, out: Path, *, keep_adapter: bool) -> RunFolder
     left_out = [TEXTS] if keep_adapter else [TEXTS, ADAPTER]
     exported.result_file.unlink(missing_ok=True)
     exported.write_record(
-        replace(record, config=ConfigRecord.from_tree(config_tree(config)), scores=scores, left_out=left_out)
+        replace(record, config=from_tree(ConfigRecord, config_tree(config)), scores=scores, left_out=left_out)
     )
     return exported
 

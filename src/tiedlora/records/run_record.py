@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field
 
@@ -28,12 +28,9 @@ Scores = dict[Name, Interval]
 
 
 @dataclass(frozen=True)
-class NamedModel:
-    name: Name
+class Named:
+    """A model, a task or a tying. Only a task has a kind."""
 
-
-@dataclass(frozen=True)
-class NamedTask:
     name: Name
     kind: Text = ""
 
@@ -50,11 +47,6 @@ class TrainValues:
     lr: Number
 
 
-@dataclass(frozen=True)
-class NamedTying:
-    name: Name
-
-
 def with_tree(value: Any) -> Any:
     """The object with itself as its `tree`. Anything else is left to the check of types."""
     return {**value, "tree": value} if isinstance(value, dict) else value
@@ -64,18 +56,13 @@ def with_tree(value: Any) -> Any:
 class Identity:
     """The values that a run's id is a hash of. The attributes are those that tables show; `tree` holds every value."""
 
-    model: NamedModel
-    task: NamedTask
+    model: Named
+    task: Named
     rank: RankValues
     train: TrainValues
     tying: dict[str, Any]
     score: dict[str, Any]
     tree: dict[str, Any]
-
-    @classmethod
-    def from_tree(cls, tree: dict[str, Any]) -> Identity:
-        """The values that config.identity.identity returns."""
-        return typed(cls, with_tree(tree))
 
     @property
     def shuffles_targets(self) -> bool:
@@ -87,15 +74,18 @@ class Identity:
 class ConfigRecord:
     """The whole resolved configuration, facts of execution included, as `Identity`."""
 
-    task: NamedTask
+    task: Named
     rank: RankValues
-    tying: NamedTying
+    tying: Named
     tree: dict[str, Any]
 
-    @classmethod
-    def from_tree(cls, tree: dict[str, Any]) -> ConfigRecord:
-        """The values that config.identity.config_tree returns."""
-        return typed(cls, with_tree(tree))
+
+Values = TypeVar("Values", Identity, ConfigRecord)
+
+
+def from_tree(kind: type[Values], tree: dict[str, Any]) -> Values:
+    """The values that config.identity.identity or config_tree returns, as a record has them."""
+    return typed(kind, with_tree(tree))
 
 
 @dataclass(frozen=True)
@@ -322,13 +312,11 @@ class RunRecord:
         return all(execution.rounds_as(other) for execution in self.executions)
 
     def keeps(self, what: str) -> bool:
-        """Whether the folder has its texts or its adapter (TEXTS, ADAPTER). A study may leave them out."""
-        return what not in (self.left_out or ())
+        """Whether the folder has its texts or its adapter (TEXTS, ADAPTER). A study may leave them out.
 
-    @property
-    def lacks_adapter(self) -> bool:
-        """Whether a study has left the adapter out, so that nothing more can be scored."""
-        return not self.keeps(ADAPTER)
+        Without the adapter, nothing more can be scored.
+        """
+        return what not in (self.left_out or ())
 
     @property
     def is_other_method(self) -> bool:

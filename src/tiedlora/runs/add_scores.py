@@ -13,6 +13,7 @@ from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models import products
+from tiedlora.models.device import set_up_device
 from tiedlora.records.provenance import CHAT_TEMPLATE
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
@@ -22,7 +23,6 @@ from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.tasks import Example, load_examples, load_task
-from tiedlora.training.device import set_up_device
 from tiedlora.training.signals import StopSignal
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
 from tiedlora.errors import Paused
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import RunRecord
+from tiedlora.records.run_record import ADAPTER, RunRecord
 from tiedlora.records.summary import terminal_lines
 from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.scoring.passages import check_source
@@ -41,7 +41,7 @@ def main(config: Config) -> RunRecord | None:
         check_source(config.score.forgetting, config.task.name)
     folder = RunFolder(Path(config.outputs) / run_id(config))
     record = folder.record()
-    if record is not None and record.lacks_adapter and lacks_scores(config.score, record):
+    if record is not None and not record.keeps(ADAPTER) and lacks_scores(config.score, record):
         print(f"{folder.path}: a study's record without the adapter, which the scores need; the run is trained again")
         config.force = True
     finished = None if config.force else record

@@ -36,6 +36,7 @@ from tiedlora.models.device import (
     peak_memory_bytes,
     resolve_device,
     restart_peak_memory,
+    set_up_device,
 )
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.provenance import code_version, package_versions
@@ -50,6 +51,7 @@ from tiedlora.records.run_record import (
     RunRecord,
     SplitScores,
     TrainingRecord,
+    from_tree,
 )
 from tiedlora.records.summary import flat_summary
 from tiedlora.runs.inputs import RunRows, SingleSlotCache, read_rows, warn_of_trained_rows
@@ -61,7 +63,6 @@ from tiedlora.tracking.base import TrackedRun
 from tiedlora.tracking.progress import ProgressBar
 from tiedlora.tracking.run_trackers import RunTrackers
 from tiedlora.training import checkpoint, compiling
-from tiedlora.training.device import set_up_device
 from tiedlora.training.distributed import World, equal_passes, is_sharded, join_world, shard
 from tiedlora.training.loop import Loop, TrainState
 from tiedlora.training.loss import RowLosses, mean_loss, row_losses, target_loss
@@ -201,8 +202,7 @@ class Trainer:
             warn_of_trained_rows(config.task.name, rows.examples["train"], self.examples["test"])
         # 3. The adapter, or the arm of another method. An arm of another method is admitted first.
         try:
-            self.admission = self._admission() if config.tying.method is not None and world.is_first else None
-            self.arm = self._attach()
+            self.arm, self.admission = self._attach()
             self.trainable_params = sum(parameter.numel() for parameter in self.arm.trained_parts().values())
             expected = trainable_params(config)
             assert expected in (None, self.trainable_params), f"{self.trainable_params} parameters, expected {expected}"
@@ -233,22 +233,13 @@ class Trainer:
             lambda: {split: fitted(split, examples) for split, examples in rows.examples.items()},
         )
 
-    def _admission(self) -> Admission:
-        rows = [list(row.prompt + row.target) for row in self.fitted["train"].encoded]
-        admission = measure(self.base.model, self._spec(), self.base.record, rows, self.config.train.lr or 0.0)
-        check_scores_mean_something(admission, self.config)
-        for mark in admission.marks().values():
-            log.warning("%s: %s", self.config.tying.name, mark)
-        return admission
-
-    def _spec(self) -> ArmSpec:
-        return ArmSpec(self.config.tying, self.config.model.architecture, self.config.seed)
-
-    def _attach(self) -> Arm:
-        """A new arm on the base model. One that does not fit leaves no trace."""
+    def _attach(self) -> tuple[Arm, Admission | None]:
+        """A new arm on the base model, and the checks of another method. One that does not fit leaves no trace."""
         config, rank, architecture = self.config, self.config.rank, self.config.model.architecture
         if config.tying.method is not None:
-            return new_arm(self.base.model, self._spec())
+            spec = ArmSpec(config.tying, architecture, config.seed)
+            admission = self._admission(spec) if self.world.is_first else None
+            return new_arm(self.base.model, spec), admission
         assert rank.alpha is not None
         adapter = TiedAdapter(config.tying, rank.r, rank.alpha, architecture, config.seed, rank.scaling)
         if config.train.init_from:
@@ -256,7 +247,15 @@ class Trainer:
             if adapter_folder.adapter_digest(folder) != config.train.init_digest:
                 raise UserError(f"train.init_from={folder}: holds another adapter than when this run was composed")
             files.start_from(adapter, folder, self.base.record)
-        return attach_adapter(self.base.model, adapter, config.train.shard)
+        return attach_adapter(self.base.model, adapter, config.train.shard), None
+
+    def _admission(self, spec: ArmSpec) -> Admission:
+        rows = [list(row.prompt + row.target) for row in self.fitted["train"].encoded]
+        admission = measure(self.base.model, spec, self.base.record, rows, self.config.train.lr or 0.0)
+        check_scores_mean_something(admission, self.config)
+        for mark in admission.marks().values():
+            log.warning("%s: %s", self.config.tying.name, mark)
+        return admission
 
     def release(self) -> None:
         """Restore the base model, because the next cell of a sweep may use it."""
@@ -501,8 +500,8 @@ class Trainer:
         stored_params = self.arm.stored_params()
         return RunRecord(
             run_id=run_id(config),
-            identity=Identity.from_tree(identity(config)),
-            config=ConfigRecord.from_tree(config_tree(config)),
+            identity=from_tree(Identity, identity(config)),
+            config=from_tree(ConfigRecord, config_tree(config)),
             seed=config.seed,
             code=inputs.code,
             versions=inputs.versions,

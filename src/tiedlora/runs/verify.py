@@ -30,7 +30,7 @@ from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models import products
 from tiedlora.models.base_model import load_base
-from tiedlora.models.device import execution_on
+from tiedlora.models.device import execution_on, set_up_device
 from tiedlora.models.identity import known_digest
 from tiedlora.models.placement import input_device, without_gradients
 from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN, is_loss, loss_scores
@@ -42,7 +42,6 @@ from tiedlora.scoring.split import Scorer, scored_model, with_halved_batches
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Example, Task, digest, load_examples, load_task
 from tiedlora.text import visible
-from tiedlora.training.device import set_up_device
 
 Asked = list[tuple[Example, PredictionRow, PredictionRow]]
 """Examples that were asked again, each with its row of now and the recorded one."""

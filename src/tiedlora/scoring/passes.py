@@ -38,16 +38,14 @@ def wanted_passes(metrics: Sequence[str] | None, task: Task) -> Passes:
     Raises:
         UserError: a name is no metric of the task.
     """
-    if metrics is None:
-        return ALL_PASSES
     known = (*task.metrics, *LOSS_METRICS)
-    for name in metrics:
+    for name in metrics or ():
         if name not in known:
             raise UserError(
                 f"score.metrics={name!s:.40}: no such metric of task={task.config.name}; choose from "
                 f"{', '.join(known)}{nearest(name, known)}"
             )
-    if not metrics:
+    if metrics is not None and not metrics:
         raise UserError("score.metrics=[]: names no metric; null takes all, and score.splits=[] scores nothing")
     return _passes_of(metrics)
 

@@ -1,4 +1,4 @@
-"""Training: the loop, the loss, optimizers and schedules, checkpoints, compilation, the device, processes, signals.
+"""Training: the loop, the loss, optimizers and schedules, checkpoints, compilation, processes, signals.
 
 This package imports data, models, records and config. The loop takes callables, and knows neither a tracker nor Hydra
 nor a task.

@@ -66,9 +66,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process. Every process waits here for the others."""
-        if self.size == 1:
-            return flag
-        return -self.smallest(-int(flag)) > 0
+        return self.smallest(-int(flag)) < 0
 
     def smallest(self, number: int) -> int:
         """The smallest `number` of all processes. Every process waits here for the others, but not for a GPU."""
