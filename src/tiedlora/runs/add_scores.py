@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from tiedlora.adapter.arms import attach_saved, trained_on
 from tiedlora.config import compose
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
@@ -17,6 +16,7 @@ from tiedlora.models.device import set_up_device
 from tiedlora.records.provenance import CHAT_TEMPLATE
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
+from tiedlora.runs import library
 from tiedlora.runs.inputs import read_rows, warn_of_trained_rows
 from tiedlora.runs.trainer import cached_base
 from tiedlora.scoring.passages import check_source
@@ -65,10 +65,7 @@ def add_scores(
     with StopSignal(), ExitStack() as undone:
         device = set_up_device(config.train.device, finished.execution.threads)
         base = cached_base(config, device)
-        trained = trained_on(folder.adapter)
-        if trained != base.record:
-            raise UserError(f"{folder.adapter}: was trained on {trained}, the base model here is {base.record}")
-        attached = attach_saved(base.model, folder.adapter)
+        attached = library.load(folder.adapter, base)
         undone.callback(attached.detach)
         # Answers of a run's splits end alike, also if an earlier version wrote the first of them.
         encoder = Encoder(base.tokenizer, config.task, config.model.context, finished.more_ends or ())
@@ -89,8 +86,7 @@ def add_scores(
             examples = load_examples(task, split, config.data_root)
             if split == "test":
                 _look_for_trained_rows(config, examples)
-            halvings = 0 if kept is None else kept.batch_halvings or 0
-            scores = scorer.score_split(split, examples, folder, passes, kept, halvings)
+            scores = scorer.score_split(split, examples, folder, passes, kept)
             record = replace(record, scores={**record.scores, split: scores})
             folder.write_record(record)
         if forgetting is not None:

@@ -17,7 +17,7 @@ from tiedlora import storage
 from tiedlora.config.check import HUB_TEXT, TASK_TEXT, check_forgetting
 from tiedlora.config.compose import task_option
 from tiedlora.config.explain import nearest, options
-from tiedlora.data.encoding import Encoded, Encoder
+from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.tasks import Example, load_examples, load_task
 
@@ -32,11 +32,6 @@ LONGEST_WINDOW = 16 * PASSAGE_TOKENS
 @dataclass(frozen=True)
 class Passage(Example):
     """A text without a prompt: its first token is given, and all others are predicted."""
-
-    def tokens(self, encoder: Encoder) -> Encoded:
-        """The passage's token ids, without an end-of-text token, because a passage may end in the middle of a text."""
-        ids = encoder.text(self.target)
-        return Encoded(ids[:1], ids[1:])
 
 
 def as_passages(texts: Sequence[str]) -> list[Passage]:

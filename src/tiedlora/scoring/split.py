@@ -84,7 +84,6 @@ class Scorer:
         folder: RunFolder,
         passes: Passes = ALL_PASSES,
         recorded: SplitScores | None = None,
-        halvings: int = 0,
     ) -> SplitScores:
         """Score the adapted model, and the base model if score.base is true, and write predictions/.
 
@@ -94,9 +93,8 @@ class Scorer:
 
         Args:
             passes: what to compute.
-            recorded: the split's scores so far. They stay, unless `passes` gives the same metrics again, and the base
-                model is scored if they have its scores.
-            halvings: how often the batches are halved already, by an earlier scoring of the same split.
+            recorded: the split's scores so far. They stay, unless `passes` gives the same metrics again. The base
+                model is scored if they have its scores, and the batches are halved as often as they were.
 
         Raises:
             UserError: as answers and losses; a row has no target although its loss was asked for; `recorded` is of
@@ -109,6 +107,7 @@ class Scorer:
                 f"{folder.path}: its {split} was scored on other rows (sha256 {recorded.digest[:12]}, now "
                 f"{digest(examples)[:12]}); restore them, or score every metric of the split again"
             )
+        halvings = 0 if recorded is None else recorded.batch_halvings or 0
         scores, times = self.within_memory(
             lambda smaller: smaller._score_split(split, examples, folder, passes, recorded), halvings
         )
@@ -132,7 +131,7 @@ class Scorer:
 
         Args:
             score: gets the scorer, with smaller batches from call to call.
-            halvings: as score_split.
+            halvings: how often the batches are halved at first.
 
         Raises:
             UserError: memory runs out with a single row.
@@ -223,7 +222,9 @@ class Scorer:
         ends = AnswerEnds(self.encoder.tokenizer, task.stop, task.max_new_tokens, self.encoder.more_ends)
         progress = ProgressBar(title, len(examples), "rows")
 
-        def row(number: int, output: str, output_tokens: int, ended: str) -> PredictionRow:
+        def unscored(
+            number: int, output: str, output_tokens: int, ended: str, log_likelihoods: list[float] | None = None
+        ) -> PredictionRow:
             """Without scores, which the task gives when all rows are answered."""
             example, original = asked[number], examples[number]
             return PredictionRow(
@@ -236,19 +237,20 @@ class Scorer:
                 cluster=example.cluster,
                 output_tokens=output_tokens,
                 ended=ended,
+                choices=list(example.choices) if by_likelihood else None,
+                log_likelihoods=log_likelihoods,
             )
 
         def likeliest(number: int, log_likelihoods: list[float]) -> PredictionRow:
-            texts = list(asked[number].choices)
-            output = texts[max(range(len(texts)), key=log_likelihoods.__getitem__)]
-            chosen = row(number, output, sum(map(len, choices[number])), "choice")
-            return replace(chosen, choices=texts, log_likelihoods=log_likelihoods)
+            best = max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
+            tokens = sum(map(len, choices[number]))
+            return unscored(number, asked[number].choices[best], tokens, "choice", log_likelihoods)
 
         def rows_of(batch: list[int]) -> Rows:
             batch_prompts = [prompts[number] for number in batch]
             if not by_likelihood:
                 outputs = zip(batch, decode(model, batch_prompts, ends, progress.advance), strict=True)
-                return [row(number, output.text.strip(), output.tokens, output.ended) for number, output in outputs]
+                return [unscored(number, given.text.strip(), given.tokens, given.ended) for number, given in outputs]
             found = choice_log_likelihoods(model, batch_prompts, [choices[number] for number in batch])
             progress.advance(len(batch))
             return list(map(likeliest, batch, found))
@@ -345,7 +347,9 @@ class Scorer:
     def _target(self, example: Example) -> _Target:
         """The tokens of a row. No example may be left out, so a target that does not fit loses its end."""
         if isinstance(example, Passage):
-            return _Target(example, example.tokens(self.encoder), cut=False)
+            # Without an end-of-text token, because a passage may end in the middle of a text.
+            ids = self.encoder.text(example.target)
+            return _Target(example, Encoded(ids[:1], ids[1:]), cut=False)
         shortened = self.fitting(example)
         whole = self.encoder.example(shortened)
         kept = Encoded(whole.prompt, whole.target[: self.encoder.context - len(whole.prompt)])

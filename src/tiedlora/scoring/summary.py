@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -73,13 +74,14 @@ def _interval(
     # The largest possible value, for the interval that a single row cannot give.
     largest = LARGEST_LOSS if is_loss(metric) else 1.0
     if (corpus_score := _corpus_score(task, metric)) is not None:
-        ours, others = _table(scores), None if base is None else _table(base)
+        ours = _of_one_kind(scores, statistics=True)
+        others = None if base is None else _of_one_kind(base, statistics=True)
         if clusters is None:
             return bootstrap_corpus(ours, corpus_score, others, largest=largest)
         values = pseudo_values(np.array(ours), corpus_score)
         values -= 0.0 if others is None else pseudo_values(np.array(others), corpus_score)
         return clustered_mean(values, clusters, (0.0 if base is None else -largest, largest))
-    first, second = _numbers(scores), _numbers(base or [])
+    first, second = (_of_one_kind(some, statistics=False) for some in (scores, base or []))
     if clusters is not None:
         values = np.array(first) - (0.0 if base is None else np.array(second))
         return clustered_mean(values, clusters, (0.0 if base is None else -largest, largest))
@@ -98,15 +100,8 @@ def _corpus_score(task: Task, metric: str) -> Callable[[Iterable[float]], float]
     return functools.partial(task.corpus_score, metric) if metric in task.corpus_metrics else None
 
 
-def _numbers(scores: list[Score]) -> list[float]:
-    numbers = [score for score in scores if not isinstance(score, list)]
-    if len(numbers) != len(scores):
-        raise ValueError("some scores of the metric are numbers and others are statistics")
-    return numbers
-
-
-def _table(scores: list[Score]) -> list[list[float]]:
-    table = [score for score in scores if isinstance(score, list)]
-    if len(table) != len(scores):
-        raise ValueError("some scores of the metric are statistics and others are numbers")
-    return table
+def _of_one_kind(scores: list[Score], *, statistics: bool) -> list[Any]:
+    """The scores, which must all be a corpus metric's statistics, or all be numbers."""
+    if any(isinstance(score, list) is not statistics for score in scores):
+        raise ValueError(f"some scores of the metric are {'no statistics' if statistics else 'no numbers'}")
+    return scores
