@@ -169,11 +169,6 @@ def compress(path: Path) -> None:
     path.unlink()
 
 
-def has_content(path: Path) -> bool:
-    """Whether the file is there, as it is or compressed."""
-    return path.exists() or _compressed(path).exists()
-
-
 def read_content(path: Path) -> bytes:
     """The content of a file, or that of path.gz if only this is there.
 
@@ -184,13 +179,14 @@ def read_content(path: Path) -> bytes:
     return _decompressed(beside) if beside.exists() and not path.exists() else read_bytes(path)
 
 
-def content_sha256(path: Path) -> str:
-    """The sha256 of the content of a file, in hexadecimal, also if the file is stored compressed.
+def content_sha256(path: Path) -> str | None:
+    """The sha256 of the content of a file, in hexadecimal, also if it is stored compressed; None if it is missing.
 
     Raises:
         UserError: as read_content.
     """
-    return hashlib.sha256(read_content(path)).hexdigest()
+    is_here = path.exists() or _compressed(path).exists()
+    return hashlib.sha256(read_content(path)).hexdigest() if is_here else None
 
 
 def _compressed(path: Path) -> Path:

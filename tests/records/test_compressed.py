@@ -14,7 +14,6 @@ def test_a_compressed_file_has_the_content_and_the_sha256_of_the_file(tmp_path):
     sha256 = storage.sha256(path)
     storage.compress(path)
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl.gz"]
-    assert storage.has_content(path)
     assert storage.read_content(path) == b'{"id": "1"}\n' * 100
     assert storage.content_sha256(path) == sha256
     path.write_bytes(b"newer\n")
@@ -45,6 +44,6 @@ def test_a_damaged_file_is_one_line(tmp_path, data):
 
 
 def test_neither_file_is_one_line(tmp_path):
-    assert not storage.has_content(tmp_path / "rows.jsonl")
+    assert storage.content_sha256(tmp_path / "rows.jsonl") is None
     with pytest.raises(UserError, match=r"rows\.jsonl: is missing"):
         storage.read_content(tmp_path / "rows.jsonl")

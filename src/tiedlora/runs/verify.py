@@ -211,7 +211,7 @@ def _check_files(run: CheckedRun) -> Iterator[Finding]:
         if scores.base is not None:
             paths[f"predictions/{split}.base.jsonl"] = run.folder.base_predictions_file(split, scores.files)
         expected |= {name: scores.files.get(name, "") for name in paths}
-        now |= {name: storage.content_sha256(path) for name, path in paths.items() if storage.has_content(path)}
+        now |= {name: found for name, path in paths.items() if (found := storage.content_sha256(path)) is not None}
     wrong = [name for name, sha256 in expected.items() if now.get(name) != sha256]
     for name in wrong:
         found = f"has sha256 {now[name][:12]}, result.json says {expected[name][:12]}" if name in now else "is missing"
