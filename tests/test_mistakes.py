@@ -71,6 +71,7 @@ TRAIN = {
     "a text of no kind": ("score.forgetting=wiki", "must be FILE.txt, task:NAME or hub:ID"),
     "a text that is no file": ("score.forgetting=wiki.txt", "no such file; a relative path starts at the present"),
     "a task's text that is none": ("score.forgetting=task:wiki", "no such task; choose from chain_sum"),
+    "a text of the hub without a name": ("score.forgetting=hub:../etc", "needs a name"),
     "a text that is trained": ("score.forgetting=task:chain_sum", "is the task that the run trains"),
     "a team in the project": ("tracking=wandb tracking.project=a/b", "give the team as tracking.entity"),
 }
@@ -105,6 +106,8 @@ SCRIPTS = {
     "scores of no metric": ("score.py RUN --metrics f1", "no such metric of task=chain_sum; choose from"),
     "answers of no run": ("generate.py outputs --prompt x", "is not a run's folder (it has no config.yaml)"),
     "answers of no token": ("generate.py RUN --max-new-tokens 0", "--max-new-tokens 0: must be at least 1"),
+    "answers beyond the model": ("generate.py RUN --prompt x --max-new-tokens 100000", "at most the model's"),
+    "a device that is none": ("generate.py RUN --prompt x --device xyz", "device=xyz: choose auto, cpu"),
     "an export over a file": ("export.py RUN --to peft --out claims.yaml", "exists and is not empty; remove it"),
     "numbers of an adapter": ("export.py RUN --to peft --dtype bfloat16", "--dtype bfloat16: is for --to merged"),
     "rows of a card": ("export.py RUN --to hub-card --split test", "--split test: is for --to peft or merged"),

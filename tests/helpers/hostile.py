@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -81,6 +81,14 @@ def right_or_refused() -> Iterator[None]:
     """The block must succeed or raise a UserError, and no other exception."""
     with suppress(UserError):
         yield
+
+
+def change_rows(path: Path, change: Callable[[dict], object], numbers: Sequence[int] | None = None) -> None:
+    """Change the JSON objects of a file in place: all lines, or those with these numbers (from 0)."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for number in range(len(rows)) if numbers is None else numbers:
+        change(rows[number])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def put(folder, key: str, value: object) -> None:

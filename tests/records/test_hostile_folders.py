@@ -9,9 +9,7 @@ import pytest
 from helpers.hostile import put, refused, snapshot
 from helpers.tiny import composed
 
-import tiedlora
 from tiedlora.analysis.runs import read_run
-from tiedlora.errors import UserError
 from tiedlora.page import write
 from tiedlora.records.rows import read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
@@ -24,7 +22,6 @@ SECRET = "hunter2-0123456789abcdef"
 RESULTS = {  # a key of result.json, its new value, and words of the message: one for each rule
     "a key that is missing": ("run_id", ..., "has no 'run_id'"),
     "a path for an id": ("run_id", "../../x", "'run_id' is '../../x'"),
-    "a list for an object": ("identity", [], "'identity' is []"),
     "a path for a name": (
         "identity.task.name",
         "../../x",
@@ -35,7 +32,6 @@ RESULTS = {  # a key of result.json, its new value, and words of the message: on
     "a list for a part": ("identity.tying.A", [], "'identity.tying.A' is not an object"),
     "a text for a number": ("identity.rank.r", "8", "'identity.rank.r' is '8'"),
     "a flag for a count": ("trainable_params", True, "'trainable_params' is True"),
-    "a number without end": ("seed", 10**400, "'seed' is not a finite number"),
     "a number that is none": ("identity.train.lr", float("nan"), "'identity.train.lr' is not a finite number"),
     "data of an unknown split": ("data.evil", {"digest": "x"}, "'data.evil.[key]' is 'evil'"),
     "no training rows": ("data.train", ..., "has no 'data.train'"),
@@ -43,11 +39,6 @@ RESULTS = {  # a key of result.json, its new value, and words of the message: on
     "no metric": ("scores.validation.metrics", {}, "'scores.validation.metrics' is {}"),
     "scores of no rows": ("scores.validation.rows", 0, "'scores.validation.rows' is 0"),
     "a score above one": (
-        "scores.validation.metrics.exact_match_strict",
-        {"value": 1e300, "low": 0, "high": 1},
-        "is not a finite number",
-    ),
-    "a score above one hundred": (
         "scores.validation.metrics.exact_match_strict",
         {"value": 57.0, "low": 0, "high": 1},
         "is no value with an interval within [-1, 1]",
@@ -191,24 +182,6 @@ def test_a_run_that_was_moved_writes_beside_itself(folder, place):
     assert list((folder.parent / "base").glob("chain_sum-test-*.jsonl"))
 
 
-def test_arguments_out_of_range(folder, script):
-    for arguments, says in (
-        (("--prompt", "1", "--max-new-tokens", "-1"), "--max-new-tokens -1: must be at least 1"),
-        (("--prompt", "1", "--max-new-tokens", "100000"), "at most the model's"),
-        (("--prompt", "x" * 10_000), "at most the model's"),
-        (("--prompt", "1", "--device", "xyz"), "device=xyz: choose auto, cpu"),
-    ):
-        code, _, err = script("scripts/generate.py", folder, *arguments)
-        assert (code, len(err.splitlines())) == (2, 1)
-        assert says in err
-    code, _, err = script("scripts/verify.py", folder, "--rows", "-3")
-    assert (code, len(err.splitlines())) == (2, 1)
-    assert "--rows -3: must be at least 0" in err
-    (folder / "out").write_text("kept")
-    code, _, err = script("scripts/export.py", folder, "--to", "peft", "--out", folder / "out")
-    assert (code, (folder / "out").read_text()) == (2, "kept")
-
-
 ROWS = {
     "empty": (b"", "holds no predictions"),
     "cut short": (b'{"id": "0", "prompt', "validation.jsonl:1: is not a prediction"),
@@ -280,10 +253,3 @@ def test_a_cache_of_the_base_model_that_was_changed_is_named(folder, words):
                 run.main(composed([*words, "seed=2"]))
             assert cache.read_bytes() == data
         cache.write_bytes(whole)
-
-
-def test_a_loaded_run_is_an_error_of_one_kind(folder):
-    """Python code gets the same UserError."""
-    (folder / "adapter" / "adapter.json").write_text("{")
-    with pytest.raises(UserError):
-        tiedlora.load(folder)

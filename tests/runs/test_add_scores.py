@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.hostile import change_rows, put
 from helpers.tiny import folder_of
 
 from tiedlora.errors import UserError
@@ -100,9 +101,7 @@ def test_a_split_of_losses_alone_has_no_answers_until_they_are_asked_for(config,
 
 def test_the_loss_of_other_rows_is_not_added(config):
     folder = folder_of(config())
-    tree = json.loads(folder.result_file.read_text())
-    tree["scores"]["validation"]["digest"] = "0" * 64
-    folder.result_file.write_text(json.dumps(tree))
+    put(folder.path, "scores.validation.digest", "0" * 64)
     with pytest.raises(UserError, match="validation was scored on other rows"):
         add_scores.add_scores(folder, ["validation"], None, metrics=[TARGET_LOSS])
     # Scored again as a whole, the split has one set of rows.
@@ -114,23 +113,14 @@ def test_a_changed_loss_is_named_by_its_row(config):
     folder = folder_of(config())
     add_scores.add_scores(folder, ["validation"], None, metrics=[TARGET_LOSS])
     path = folder.predictions_file("validation")
-    lines = path.read_text().splitlines()
-    row = json.loads(lines[3])
-    row["scores"][TARGET_LOSS] -= 0.5
-    path.write_text("\n".join([*lines[:3], json.dumps(row), *lines[4:]]) + "\n")
+    name = read_predictions(path)[3].id
+    change_rows(path, lambda row: row["scores"].update({TARGET_LOSS: row["scores"][TARGET_LOSS] - 0.5}), [3])
     found = "\n".join(wrong(folder, rows=0))
-    assert f"predictions validation: row {row['id']}: target_loss is not the quotient" in found
+    assert f"predictions validation: row {name}: target_loss is not the quotient" in found
     # Consistent with each other, but not what the model computes.
-    total, tokens = row["scores"][TARGET_LOSS_BY_TOKEN]
-    row["scores"] |= loss_scores(total - 0.5 * tokens, int(tokens))
-    path.write_text("\n".join([*lines[:3], json.dumps(row), *lines[4:]]) + "\n")
+    total, tokens = read_predictions(path)[3].scores[TARGET_LOSS_BY_TOKEN]
+    change_rows(path, lambda row: row["scores"].update(loss_scores(total - 0.5 * tokens, int(tokens))), [3])
     # The file's checksum names the file alone, so the row is among those that are computed again first.
     found = "\n".join(wrong(folder))
-    assert f"losses validation: row {row['id']}: its loss" in found
+    assert f"losses validation: row {name}: its loss" in found
     assert "predictions validation: result.json disagrees on metrics.target_loss.value" in found
-
-
-def test_a_wrong_name_stops_before_anything_is_loaded(tiny_config, tmp_path):
-    with pytest.raises(UserError, match=r"score.metrics=rouge1: no such metric"):
-        run.main(tiny_config("score.metrics=[rouge1]"))
-    assert not (tmp_path / "outputs").exists()

@@ -172,20 +172,10 @@ def test_another_data_digest_is_an_error_not_a_match(gsm8k):
         run.main(gsm8k([*rows[:-1], row("changed", 0)], validation=8))
 
 
-@pytest.mark.parametrize(
-    ("third", "says"),
-    [
-        # Two questions, each twice: whichever row is taken for validation, its prompt is also that of a training row.
-        (row(1, 1), r"task: 1 validation rows are also training rows \(such as id "),
-        (b'{"question": "q"}', r"train.jsonl:3: the field 'answer' is missing"),
-        (b'{"question": "q", "answer": "none"}', r"train.jsonl:3: .*#### number"),
-        (b'{"question": "q"', r"train.jsonl:3: is not valid JSON"),
-        (b'{"question": "\xff"}', r"train.jsonl:3: is not UTF-8"),
-    ],
-)
-def test_a_wrong_row_stops_before_anything_is_written(gsm8k, tmp_path, third, says):
-    with pytest.raises(UserError, match=says):
-        run.main(gsm8k([row(1, 1), row(2, 2), third, row(2, 2)]))
+def test_a_training_row_among_the_validation_rows_stops_before_anything_is_written(gsm8k, tmp_path):
+    """Two questions, each twice: whichever row is taken for validation, its prompt is also that of a training row."""
+    with pytest.raises(UserError, match=r"task: 1 validation rows are also training rows \(such as id "):
+        run.main(gsm8k([row(1, 1), row(2, 2), row(1, 1), row(2, 2)]))
     assert not (tmp_path / "outputs").exists()
 
 
@@ -205,52 +195,37 @@ def test_failure_leaves_its_traceback_and_mended_it_goes_on(tiny_config, monkeyp
     assert not folder.error_file.exists()
 
 
-class TestCommand:
-    """train.py as a person uses it."""
+@pytest.mark.slow
+def test_a_signal_checkpoints_and_the_same_command_goes_on_exactly(tiny_run, tiny_config, tmp_path):
+    overrides = tiny_run("train.steps=200", "train.checkpoint_every=1000", "train.validate_every=0")
+    config = compose_config(overrides)
+    folder = folder_of(config)
+    command = Command(*overrides)
+    wait_until(lambda: len(read_metrics(folder.metrics_file)) >= 12)
+    command.send_signal(signal.SIGTERM)
+    ended = command.ended()
+    assert ended.code == 75, ended.err
+    assert "the same command continues" in ended.err
+    assert folder.state() == "interrupted"
+    assert len(list(folder.checkpoints.glob("step-*"))) == 1
+    ended = Command(*overrides).ended()
+    assert ended.code == 0, ended.err
+    assert "continuing from step" in ended.err
+    whole = compose_config([*overrides, f"outputs={tmp_path}/whole"])
+    run.main(whole)
+    ours, theirs = (load_file(f.adapter / "adapter.safetensors") for f in (folder, folder_of(whole)))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    steps = [row.step for row in read_metrics(folder.metrics_file) if "train/loss" in row.values]
+    assert steps == list(range(1, 201))
+    assert [row.step for row in read_validation_losses(folder.validation_losses_file)] == [0, 200]
+    assert folder.validation_losses_file.read_bytes() == folder_of(whole).validation_losses_file.read_bytes()
 
-    def test_mistakes_are_one_line_with_no_traceback_and_no_folder(self, tiny_run, tmp_path, script):
-        for arguments, says in (
-            (tiny_run("tying=TABXY"), "tying=TABXY"),
-            (tiny_run("rank=8"), "rank=r8"),
-            (tiny_run("model=llama2_7b"), "cannot be loaded"),
-            (tiny_run(f"data_root={tmp_path}", task="gsm8k"), "TIEDLORA_DATA"),
-        ):
-            code, _, err = script("train.py", *arguments)
-            assert code == 2, err
-            assert says in err
-            assert len(err.strip().splitlines()) == 1, err
-        assert not (tmp_path / "outputs").exists()
 
-    @pytest.mark.slow
-    def test_a_signal_checkpoints_and_the_same_command_goes_on_exactly(self, tiny_run, tiny_config, tmp_path):
-        overrides = tiny_run("train.steps=200", "train.checkpoint_every=1000", "train.validate_every=0")
-        config = compose_config(overrides)
-        folder = folder_of(config)
-        command = Command(*overrides)
-        wait_until(lambda: len(read_metrics(folder.metrics_file)) >= 12)
-        command.send_signal(signal.SIGTERM)
-        ended = command.ended()
-        assert ended.code == 75, ended.err
-        assert "the same command continues" in ended.err
-        assert folder.state() == "interrupted"
-        assert len(list(folder.checkpoints.glob("step-*"))) == 1
-        ended = Command(*overrides).ended()
-        assert ended.code == 0, ended.err
-        assert "continuing from step" in ended.err
-        whole = compose_config([*overrides, f"outputs={tmp_path}/whole"])
-        run.main(whole)
-        ours, theirs = (load_file(f.adapter / "adapter.safetensors") for f in (folder, folder_of(whole)))
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-        steps = [row.step for row in read_metrics(folder.metrics_file) if "train/loss" in row.values]
-        assert steps == list(range(1, 201))
-        assert [row.step for row in read_validation_losses(folder.validation_losses_file)] == [0, 200]
-        assert folder.validation_losses_file.read_bytes() == folder_of(whole).validation_losses_file.read_bytes()
-
-    def test_params_script_reproduces_the_papers_column(self, script):
-        code, out, err = script("scripts/params.py")
-        assert code == 0, err
-        assert "TABuv                 524,544        12.51 %" in out
-        assert "LoRA                4,194,304       100.00 %" in out
+def test_params_script_reproduces_the_papers_column(script):
+    code, out, err = script("scripts/params.py")
+    assert code == 0, err
+    assert "TABuv                 524,544        12.51 %" in out
+    assert "LoRA                4,194,304       100.00 %" in out
 
 
 def test_a_run_is_not_scored_with_another_chat_template(tiny_config, tmp_path, monkeypatch):
@@ -266,13 +241,3 @@ def test_a_run_is_not_scored_with_another_chat_template(tiny_config, tmp_path, m
     monkeypatch.setattr(trainer, "_BASE", SingleSlotCache())
     with pytest.raises(UserError, match="was trained with another chat template of the model; restore it"):
         add_scores.add_scores(folder_of(config), ["test"], None, config, None)
-
-
-@pytest.mark.slow
-def test_an_offline_run_of_wandb_is_readable_with_configuration_and_summary(tiny_run, tiny_config):
-    ended = Command(*tiny_run("tracking=wandb"), WANDB_MODE="offline").ended()
-    assert ended.code == 0, ended.err
-    (offline,) = (folder_of(tiny_config()).path / "wandb").glob("offline-run-*")
-    leet = processes.run_python("-m", "wandb", "leet", "inspect", "--summary", "--json", offline)
-    assert leet.returncode == 0, leet.stderr
-    assert all(text in leet.stdout for text in ("exact_match_strict", "trainable_params", '"TABuv"'))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.task_rows import GOOD
 
 from tiedlora import storage
 from tiedlora.config.compose import compose_config
@@ -17,14 +18,12 @@ ROWS = {
     "gsm8k": [{"question": f"What is {i} plus one?", "answer": f"{i}\n#### {i + 1}"} for i in range(30)],
     "hellaswag": [
         {
-            **{
-                "ind": i,
-                "activity_label": "Counting",
-                "ctx_a": f"Number {i} is.",
-                "ctx_b": "it",
-                "source_id": f"s~{i}",
-            },
-            **{"ctx": f"Number {i} is. it", "endings": ["a", "bb", "c", f"{i}"], "label": "3"},
+            **GOOD["hellaswag"],
+            "ind": i,
+            "source_id": f"s~{i}",
+            "ctx_a": f"Number {i} is.",
+            "ctx": f"Number {i} is. he",
+            "endings": ["a", "bb", "c", f"{i}"],
         }
         for i in range(30)
     ],

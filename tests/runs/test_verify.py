@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.hostile import change_rows, put
 from helpers.tiny import tiny_scorer
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
-from tiedlora.records.rows import PredictionRow
+from tiedlora.records.rows import PredictionRow, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import add_scores, verify
 from tiedlora.runs.verify import Finding
 from tiedlora.tasks import load_examples
 
 ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for i in range(40)]
+VALIDATION = "predictions/validation.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -64,24 +66,19 @@ def test_an_untouched_run_agrees_in_every_check(copy):
 @pytest.mark.parametrize("kind", ["validation", "validation.base"])
 def test_a_changed_output_is_named_by_its_row(copy, kind):
     path = copy / "predictions" / f"{kind}.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[5]["output"] = f"#### {rows[5]['references'][0]}"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = read_predictions(path)[5].id
+    change_rows(path, lambda row: row.update(output=f"#### {row['references'][0]}"), [5])
     found = wrong(copy)
-    assert f"row {rows[5]['id']}:" in found[f"predictions {kind}"]
+    assert f"row {name}:" in found[f"predictions {kind}"]
     # The row's batch is regenerated first, so regeneration names the row too.
-    assert f"row {rows[5]['id']}:" in found[f"regenerate {kind}"]
+    assert f"row {name}:" in found[f"regenerate {kind}"]
     # With an equal score, regeneration alone finds it.
-    rows[5]["output"] = "something else"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change_rows(path, lambda row: row.update(output="something else"), [5])
     assert list(wrong(copy, rows=100)) == [f"file predictions/{kind}.jsonl", f"regenerate {kind}"]
 
 
 def test_a_changed_score_is_named_by_row_and_metric(copy):
-    path = copy / "result.json"
-    record = json.loads(path.read_text())
-    record["scores"]["validation"]["metrics"]["exact_match_flexible"]["value"] += 0.25
-    path.write_text(json.dumps(record))
+    put(copy, "scores.validation.metrics.exact_match_flexible.value", 0.75)
     assert "metrics.exact_match_flexible.value" in wrong(copy, rows=0)["predictions validation"]
 
 
@@ -104,11 +101,11 @@ def test_a_file_with_another_sha256_than_the_records_is_named(copy, name):
 
 
 def test_an_added_splits_files_are_recorded_too(copy):
-    before = json.loads((copy / "result.json").read_text())
+    before = RunFolder(copy).finished_record()
     (copy.parent / "data/gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
     after = add_scores.add_scores(RunFolder(copy), ["test"], str(copy.parent / "data"))
     assert after.scores["test"].files.keys() == {"predictions/test.jsonl", "predictions/test.base.jsonl"}
-    assert after.files == before["files"]
+    assert after.files == before.files
     assert not wrong(copy, rows=0)
     cut_off = (copy / "predictions/test.jsonl").read_text().splitlines(keepends=True)[:3]
     (copy / "predictions/test.jsonl").write_text("".join(cut_off))
@@ -126,16 +123,16 @@ def test_another_runs_adapter_is_named(copy):
 def test_a_changed_data_row_is_named(copy):
     """A held-out row is named by its id. For training rows the record holds only a hash, so the split is named."""
     path = copy.parent / "data" / "gsm8k" / "train.jsonl"
-    rows = [json.loads(line) for line in (copy / "predictions" / "validation.jsonl").read_text().splitlines()]
+    rows = read_predictions(copy / VALIDATION)
     original = path.read_text()
-    question = rows[3]["prompt"].split("Question: ")[1].split("\n")[0]
+    questions = [row.prompt.split("Question: ")[1].split("\n")[0] for row in rows]
+    question = questions[3]
     path.write_text(original.replace(question, "What is 0 and 0?"))
     found = wrong(copy, rows=0)
-    assert f"row {rows[3]['id']}:" in found["data validation"]
+    assert f"row {rows[3].id}:" in found["data validation"]
     assert "What is 0 and 0?" in found["data validation"]
     assert "data train" not in found
-    held_out = {row["prompt"].split("Question: ")[1].split("\n")[0] for row in rows}
-    trained = next(row["question"] for row in ROWS if row["question"] not in held_out)
+    trained = next(row["question"] for row in ROWS if row["question"] not in questions)
     path.write_text(original.replace(trained, "What is 0 and 0?"))
     found = wrong(copy, rows=0)
     assert list(found) == ["data train"]
@@ -147,13 +144,9 @@ def test_a_changed_configuration_key_is_named(copy):
     path.write_text(original.replace("steps: 4", "steps: 5"))
     assert "train.steps (4 and 5)" in wrong(copy, rows=0)["configuration"]
     path.write_text(original)
-    record = json.loads((copy / "result.json").read_text())
-    record["config"]["train"]["lr"] = 0.5
-    (copy / "result.json").write_text(json.dumps(record))
-    assert "train.lr" in wrong(copy, rows=0)["configuration"]
-    record["config"]["train"]["lr"] = "fast"
-    (copy / "result.json").write_text(json.dumps(record))
-    assert "train.lr" in wrong(copy, rows=0)["configuration"], "what cannot be read is a finding too"
+    for value in (0.5, "fast"):
+        put(copy, "config.train.lr", value)
+        assert "train.lr" in wrong(copy, rows=0)["configuration"], "what cannot be read is a finding too"
 
 
 def test_a_renamed_folder_is_named(copy):
@@ -167,32 +160,11 @@ def test_missing_data_are_skipped_and_said(copy):
     assert not [f for f in findings if f.ok is False]
 
 
-def test_the_script_exits_with_3_and_names_the_culprit(copy, script):
-    command = ["scripts/verify.py", copy, "--rows", "0", "--data-root", copy.parent / "data"]
-    code, out, err = script(*command)
-    assert code == 0, out + err
-    (copy / "predictions" / "validation.jsonl").unlink()
-    code, out, _ = script(*command)
-    assert code == 3
-    assert "validation.jsonl: is missing" in out
-
-
 @pytest.fixture
 def elsewhere(copy):
     """The copy, as if its record came from another processor."""
-    path = copy / "result.json"
-    record = json.loads(path.read_text())
-    record["execution"]["processor"] = "Another (AVX512)"
-    path.write_text(json.dumps(record))
+    put(copy, "execution.processor", "Another (AVX512)")
     return copy
-
-
-def change_rows(folder: Path, name: str, change) -> None:
-    path = folder / "predictions" / f"{name}.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row in rows:
-        change(row)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def regeneration(folder: Path):
@@ -202,7 +174,7 @@ def regeneration(folder: Path):
 
 def test_on_another_processor_an_output_may_differ_by_rounding(elsewhere, monkeypatch):
     assert not regeneration(elsewhere)["regenerate validation"].by_rounding, "nothing differs yet"
-    change_rows(elsewhere, "validation", lambda row: row.update(output="something else"))
+    change_rows(elsewhere / VALIDATION, lambda row: row.update(output="something else"))
     wrong_here = regeneration(elsewhere)["regenerate validation"]
     assert wrong_here.ok is False
     assert "rounding does not explain it" in wrong_here.explanation
@@ -216,7 +188,7 @@ def test_on_another_processor_an_output_may_differ_by_rounding(elsewhere, monkey
 
 
 def test_on_the_records_processor_no_output_may_differ(copy, monkeypatch):
-    change_rows(copy, "validation", lambda row: row.update(output="something else"))
+    change_rows(copy / VALIDATION, lambda row: row.update(output="something else"))
     monkeypatch.setitem(verify.TOLERANCES, "float32", verify.Tolerances(1e-3, 100.0, 0.5, 0.05))
     assert regeneration(copy)["regenerate validation"].ok is False
 
@@ -226,7 +198,7 @@ def test_the_gap_of_another_answer_is_that_of_its_logit(finished):
     example = load_examples(scorer.task, "validation", str(finished[0] / "data"))[0]
     prompt = torch.tensor([scorer.encoder.prompt(example.prompt)])
     model = scorer.attached.model
-    logits = model(prompt).logits[0, -1]
+    logits = model(prompt).logits[0, -1].detach()
     for text in "abc#1":
         (token,) = scorer.encoder.tokenizer(text, add_special_tokens=False).input_ids
         answer = PredictionRow("0", example.prompt, [], text, {}, ended="length")
@@ -248,7 +220,7 @@ def test_on_another_processor_the_mean_loss_must_agree(finished, elsewhere, monk
         total, tokens = row["scores"]["target_loss_by_token"]
         row["scores"]["target_loss_by_token"] = [total * factor, tokens]
 
-    change_rows(elsewhere, "test", scale)
+    change_rows(elsewhere / "predictions/test.jsonl", scale)
     finding = regeneration(elsewhere)["losses test"]
     assert finding.ok is ok
     assert finding.by_rounding is ok

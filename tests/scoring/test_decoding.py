@@ -58,24 +58,6 @@ def test_choices_of_one_token_need_no_second_pass_and_an_empty_one_is_certain(te
     assert scores == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_generation_stops_at_the_end_of_the_answer(batch_size):
-    base = tiny("tiny_llama")
-    prompts = [base.tokenizer(text).input_ids for text in ("a", "some longer text", "xyz")]
-    free = generate(base.model, base.tokenizer, prompts, max_new_tokens=12, batch_size=batch_size)
-    stop = next(letter for letter in free[1].text if letter.isascii())
-    stopped = generate(base.model, base.tokenizer, prompts, max_new_tokens=12, stop=[stop], batch_size=batch_size)
-    for before, after in zip(free, stopped, strict=True):
-        assert after.text == before.text.split(stop)[0]
-        assert after.ended == ("stop" if stop in before.text else before.ended)
-    assert stopped[1].tokens < 12
-    # Tokens that end an answer, besides the end-of-text token.
-    (end,) = base.tokenizer(stop, add_special_tokens=False).input_ids
-    ended = generate(base.model, base.tokenizer, prompts, max_new_tokens=12, more_ends=[end], batch_size=batch_size)
-    assert [output.text for output in ended] == [output.text for output in stopped]
-    assert ended[1].ended == "end"
-
-
 def adapted(name, dtype):
     base = tiny(name, "float32")
     attached = attach(base.model, "TABuv", 4)

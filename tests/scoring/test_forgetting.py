@@ -117,22 +117,6 @@ def test_every_token_but_the_first_is_predicted():
         assert (row.prompt, row.references, row.has_answer) == ("", [text], False)
 
 
-@pytest.mark.parametrize(
-    ("source", "says"),
-    [
-        ("neutral.md", r"score.forgetting='neutral.md': must be FILE.txt, task:NAME or hub:ID"),
-        ("nowhere.txt", r"score.forgetting=nowhere.txt: no such file"),
-        ("task:chain_sum", r"is the task that the run trains"),
-        ("task:squat", r"no such task; choose from .*did you mean squad"),
-        ("hub:../etc", r"needs a name"),
-    ],
-)
-def test_what_is_no_neutral_text_is_refused_before_anything_is_loaded(source, says, tiny_config, tmp_path):
-    with pytest.raises(UserError, match=says):
-        run.main(tiny_config(f"score.forgetting='{source}'"))
-    assert not (tmp_path / "outputs").exists()
-
-
 def test_no_text_is_one_line(tmp_path, encoder):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(UserError, match="holds no text"):

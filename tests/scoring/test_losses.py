@@ -131,14 +131,3 @@ class TestPasses:
         passes = missing_passes(metrics, recorded)
         assert (passes.answers, passes.losses) == (answers, losses)
         assert bool(passes) == (answers or losses)
-
-    @pytest.mark.parametrize(
-        ("metrics", "says"),
-        [
-            (["target_los"], r"score.metrics=target_los: .*exact_match, f1, target_loss.*did you mean target_loss"),
-            ([], r"names no metric"),
-        ],
-    )
-    def test_an_unknown_name_is_refused(self, metrics, says):
-        with pytest.raises(UserError, match=says):
-            wanted_passes(metrics, task_option("squad"))

@@ -9,7 +9,7 @@ from helpers.tiny import task_option, tiny, tiny_scorer
 
 from tiedlora.adapter import attach
 from tiedlora.errors import UserError
-from tiedlora.records.interval import Interval, Unit
+from tiedlora.records.interval import Interval
 from tiedlora.records.rows import PredictionRow
 from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.summary import gains, summarise
@@ -106,10 +106,6 @@ def test_the_base_model_is_scored_once_for_a_protocol(tmp_path, monkeypatch, los
     scorer.config.task.stop = ["."]
     with pytest.raises(pytest.fail.Exception):
         scorer.cached_base("test", examples, losses)
-
-
-def test_points_on_screen_are_fractions_in_the_record():
-    assert Unit.POINTS.text(Interval(0.2346, 0.2, 0.25, "bootstrap")) == "23.5 [20.0, 25.0]"
 
 
 def test_choices_are_kept_with_their_likelihoods():

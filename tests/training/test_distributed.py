@@ -23,7 +23,6 @@ from tiedlora.runs.trainer import Trainer
 from tiedlora.scoring import decoding
 from tiedlora.scoring.split import in_shares
 from tiedlora.training import checkpoint, distributed
-from tiedlora.training.distributed import World
 from tiedlora.training.loss import target_loss
 from tiedlora.training.signals import StopSignal
 
@@ -156,12 +155,6 @@ def test_memory_that_runs_out_in_one_process_is_known_in_all(tiny_config, monkey
         assert told == [rank]
 
     in_world(score)
-
-
-def test_each_row_is_in_one_share():
-    rows = list(range(11))
-    shares = [World(rank, 3).local_rows(rows) for rank in range(3)]
-    assert sorted(row for share in shares for row in share) == rows
 
 
 @pytest.mark.parametrize("wish", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])

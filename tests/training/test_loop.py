@@ -213,24 +213,21 @@ def test_a_non_finite_validation_loss_stops_before_its_checkpoint(tmp_path):
 
 
 class TestCheckpoints:
-    def test_a_damaged_newest_one_is_named_and_the_one_before_used(self, tmp_path, caplog):
+    @pytest.mark.parametrize(
+        ("name", "change", "says"),
+        [
+            ("tensors.safetensors", lambda data: data[:-3], "its tensors are not those it was written with"),
+            ("state.json", lambda data: data.replace(b'"tokens": ', b'"tokens": 1'), "its state is not the one"),
+        ],
+    )
+    def test_a_damaged_newest_one_is_named_and_the_one_before_used(self, tmp_path, caplog, name, change, says):
         finish(folder=tmp_path)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000006", "step-00000008"], "the newest are kept"
-        newest = tmp_path / "step-00000008" / "tensors.safetensors"
-        newest.write_bytes(newest.read_bytes()[:-3])
-        loop, parts, _ = start()
-        state = checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS)
-        assert state is not None
-        assert state.step == 6
-        assert "step-00000008" in caplog.text
-
-    def test_a_changed_state_is_damage(self, tmp_path, caplog):
-        finish(folder=tmp_path)
-        state = tmp_path / "step-00000008" / "state.json"
-        state.write_text(state.read_text().replace('"tokens": ', '"tokens": 1'))
+        newest = tmp_path / "step-00000008" / name
+        newest.write_bytes(change(newest.read_bytes()))
         loop, parts, _ = start()
         assert checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS).step == 6
-        assert "its state is not the one it was written with" in caplog.text
+        assert f"step-00000008 is damaged ({says}" in caplog.text
 
     def test_another_configurations_checkpoint_is_passed_over(self, tmp_path, caplog):
         finish(option="TAB", folder=tmp_path)
