@@ -113,8 +113,8 @@ def test_choices_are_kept_with_their_likelihoods():
     choices = (" one.", " two.", " three.", " four.")
     examples = [Example(str(i), f"Cooking: He {i}", choices[i], (str(i),), choices) for i in range(3)]
     rows = scorer.rows(examples, "test", losses=False)
-    for row in rows:
+    for row, example in zip(rows, examples, strict=True):
+        assert row.scores == scorer.task.score(row.log_likelihoods, example)
         assert row.output == choices[max(range(4), key=lambda i: row.log_likelihoods[i])]
         assert row.ended == "choice"
         assert torch.tensor(row.log_likelihoods).isfinite().all()
-    assert rows[0].scores == scorer.task.score(rows[0].log_likelihoods, examples[0])
