@@ -113,6 +113,7 @@ def test_choices_are_kept_with_their_likelihoods():
     choices = (" one.", " two.", " three.", " four.")
     examples = [Example(str(i), f"Cooking: He {i}", choices[i], (str(i),), choices) for i in range(3)]
     rows = scorer.rows(examples, "test", losses=False)
+    assert [len(batch) for batch in scorer.batches(examples, losses=False)] == [1, 1, 1], "of four choices each"
     for row, example in zip(rows, examples, strict=True):
         assert row.scores == scorer.task.score(row.log_likelihoods, example)
         assert row.output == choices[max(range(4), key=lambda i: row.log_likelihoods[i])]
