@@ -136,7 +136,7 @@ def show(sweep: Sweep, searches: bool, tflops: float | None, json: bool) -> None
     cells = status.statuses(sweep.cells, sweep.control, searched)
     forecasts, unknown = forecast.forecast(sweep.cells, tflops) if tflops else ([], [])
     if json:
-        print(status.to_json(sweep, cells, forecast.to_json(forecasts) if tflops else None))
+        print(status.to_json(sweep, cells, [asdict(row) for row in forecasts] if tflops else None))
     elif tflops:
         print(f"{status.table(cells)}\n\n{status.summary_line(sweep.id, cells)}\n")
         print(f"{forecast.described(forecasts, unknown)}\n")

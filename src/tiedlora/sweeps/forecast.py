@@ -10,7 +10,7 @@ import math
 import operator
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
@@ -25,6 +25,7 @@ from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
 from tiedlora.sweeps.cells import SweepCell, rate_groups
+from tiedlora.sweeps.staged_search import LEAST_KEPT
 from tiedlora.tasks import Example, load_examples, load_task
 from tiedlora.text import aligned
 
@@ -36,9 +37,9 @@ NEWEST_RUNS = 20
 SAMPLED_ROWS = 200
 CHARACTERS_PER_TOKEN = 4.0
 """Assumed for English text if the model's tokenizer is not here."""
-RUNGS, FINALISTS, SEARCH_SEEDS = (0.25, 0.5), (2, 3), 2
-"""The staged sweeper's defaults (conf/hydra/sweeper/staged.yaml): the shares of the steps after which a rate may stop,
-the fewest and the most rates that run at the second seed, and the seeds that search."""
+FIRST_RUNG, FINALISTS = 0.25, 3
+"""The staged sweeper's defaults (conf/hydra/sweeper/staged.yaml): the share of the steps after which a rate may stop,
+and the most rates that run at the second seed."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,7 @@ class Speeds:
     row_tokens: float
     """Mean tokens of a training row."""
     training: float
-    """Tokens a second of training steps."""
-    validating: float
-    """Tokens a second of a validation loss."""
+    """Tokens a second of training steps. Losses are twice as fast: a forward pass is half of the arithmetic."""
     scoring: float
     """Rows a second that are answered."""
     has_base: bool
@@ -105,16 +104,14 @@ def forecast(sweep_cells: Iterable[SweepCell], tflops: float = TFLOPS) -> tuple[
     for cells in groups.values():
         config = cells[0].config
         if records := finished_runs(config):
-            speeds = observed_speeds(records)
-        elif (examples := examples_here(config, "train")) is not None:
-            speeds = computed_speeds(config, examples, tflops)
+            forecasts.append(_task_forecast(cells, observed_speeds(records)))
+        elif examples := examples_here(config, "train"):
+            forecasts.append(_task_forecast(cells, computed_speeds(config, examples, tflops)))
         else:
-            name = config.task.name
             unknown.append(
-                f"{name}: its rows are not here, so its cost is unknown; set data_root, or run one cell first"
+                f"{config.task.name}: its rows are not here, so its cost is unknown; set data_root, or run one cell "
+                "first"
             )
-            continue
-        forecasts.append(_task_forecast(cells, speeds))
     return forecasts, list(dict.fromkeys(unknown))
 
 
@@ -138,15 +135,12 @@ def finished_runs(config: Config) -> list[RunRecord]:
 
 def observed_speeds(records: Sequence[RunRecord]) -> Speeds:
     """The medians of finished runs of the same model and task."""
-    training = median(record.training.tokens_per_s for record in records)
     rows = [record.training.steps * int(record.config.tree["train"]["batch_size"]) for record in records]
     scores = [scored for record in records for scored in record.scores.values() if scored.seconds > 0]
     devices = sorted({str(record.execution) for record in records})
     return Speeds(
         row_tokens=median(record.training.tokens / count for record, count in zip(records, rows, strict=True)),
-        training=training,
-        # A validation loss is a forward pass only, half of the arithmetic.
-        validating=2 * training,
+        training=median(record.training.tokens_per_s for record in records),
         scoring=median(scored.rows / scored.seconds for scored in scores) if scores else math.inf,
         has_base=any(scored.base for scored in scores),
         peak_memory_bytes=max(record.training.peak_memory_bytes for record in records),
@@ -177,7 +171,6 @@ def computed_speeds(config: Config, examples: Sequence[Example], tflops: float) 
     return Speeds(
         row_tokens=prompt + target,
         training=(prompt + target) * rate / arithmetic.training_flop(a, prompt + target, target),
-        validating=(prompt + target) * rate / arithmetic.forward_flop(a, prompt + target, target),
         scoring=rate / arithmetic.forward_flop(a, prompt + answer, answer),
         has_base=False,
         peak_memory_bytes=arithmetic.training_bytes(config, longest) + arithmetic.PROCESS_BYTES,
@@ -232,11 +225,11 @@ def cost(config: Config, speeds: Speeds, rows: Mapping[str, int]) -> Cost:
     tokens = train.steps * min(batch_tokens, train.batch_tokens or batch_tokens)
     evaluations = 2 + ((train.steps - 1) // train.validate_every if train.validate_every else 0)
     validated = evaluations * (train.validation_rows or rows["validation"]) * speeds.row_tokens
-    validating = validated / speeds.validating + evaluations * train.validation_answers / speeds.scoring
+    validating = validated / (2 * speeds.training) + evaluations * train.validation_answers / speeds.scoring
     # The answers, and the losses of the targets, as score.metrics says.
     metrics = config.score.metrics
     answering = 1 / speeds.scoring if metrics is None or not all(map(is_loss, metrics)) else 0.0
-    reading = speeds.row_tokens / speeds.validating if metrics is None or any(map(is_loss, metrics)) else 0.0
+    reading = speeds.row_tokens / (2 * speeds.training) if metrics is None or any(map(is_loss, metrics)) else 0.0
     scoring = (answering + reading) * sum(rows[split] for split in config.score.splits)
     return Cost(tokens, tokens / speeds.training + validating, scoring)
 
@@ -245,45 +238,39 @@ def _task_forecast(cells: Sequence[SweepCell], speeds: Speeds) -> TaskForecast:
     """The forecast of the cells of one model and task, which have the same splits."""
     config = cells[0].config
     rows = {split: split_rows(config, split) or 0 for split in {"validation", *config.score.splits}}
-    costs = {cell.run_id: cost(cell.config, speeds, rows) for cell in cells}
-    # The base model is scored once for all.
-    base = costs[cells[0].run_id].scoring_seconds if config.score.base and not speeds.has_base else 0.0
-    seconds = {run_id: cost.training_seconds + cost.scoring_seconds for run_id, cost in costs.items()}
-    low = high = base
+    base = 0.0
+    if config.score.base and not speeds.has_base:
+        # It is scored once for all.
+        base = cost(config, speeds, rows).scoring_seconds
+    tokens, seconds, left, low, high = 0.0, base, base, base, base
     for group in rate_groups(cells).values():
-        rates, seeds = (len(set(values)) for values in zip(*((c.name.lr, c.name.seed) for c in group), strict=True))
-        fewest, most = staged_seconds([costs[cell.run_id] for cell in group], rates, seeds)
-        low, high = low + fewest, high + most
-    return TaskForecast(
-        model=cells[0].name.model,
-        task=cells[0].name.task,
-        cells=len(cells),
-        tokens=sum(cost.tokens for cost in costs.values()),
-        seconds=base + sum(seconds.values()),
-        seconds_left=base + sum(seconds[cell.run_id] for cell in cells if not cell.finished()),
-        staged_seconds=(low, high),
-        peak_memory_bytes=speeds.peak_memory_bytes,
-        source=speeds.source,
-    )
-
-
-def staged_seconds(costs: Sequence[Cost], rates: int, seeds: int) -> tuple[float, float]:
-    """The least and the most that the staged sweeper needs for one configuration's rates and seeds.
-
-    It is assumed that no rate outside the grid is tried, and that the rate that is chosen last was a finalist.
-    """
-    training, scoring = mean(cost.training_seconds for cost in costs), mean(cost.scoring_seconds for cost in costs)
-    low, high = staged_runs(rates, seeds)
-    return low * training + seeds * scoring, high * training + seeds * scoring
+        # Only rate and seed differ, so all of them cost the same.
+        run, rates, seeds = (
+            cost(group[0].config, speeds, rows),
+            {c.name.lr for c in group},
+            {c.name.seed for c in group},
+        )
+        whole = run.training_seconds + run.scoring_seconds
+        tokens += run.tokens * len(group)
+        seconds += whole * len(group)
+        left += whole * sum(not cell.finished() for cell in group)
+        fewest, most = staged_runs(len(rates), len(seeds))
+        # Only the chosen runs are scored.
+        low += fewest * run.training_seconds + len(seeds) * run.scoring_seconds
+        high += most * run.training_seconds + len(seeds) * run.scoring_seconds
+    name, memory = cells[0].name, speeds.peak_memory_bytes
+    return TaskForecast(name.model, name.task, len(cells), tokens, seconds, left, (low, high), memory, speeds.source)
 
 
 def staged_runs(rates: int, seeds: int) -> tuple[float, float]:
-    """The least and the most training that the staged sweeper needs, in whole runs."""
-    fewest, most = (min(count, rates) for count in FINALISTS)
-    later = max(0, seeds - SEARCH_SEEDS)
-    second = (fewest, most) if seeds >= SEARCH_SEEDS else (0, 0)
-    low = fewest + (rates - fewest) * min(RUNGS, default=1.0)
-    return low + second[0] + later, rates + second[1] + later
+    """The least and the most training that the staged sweeper needs for one configuration, in whole runs.
+
+    It is assumed that no rate outside the grid is tried, and that the rate that is chosen last was a finalist.
+    """
+    fewest, most = min(LEAST_KEPT, rates), min(FINALISTS, rates)
+    low, high = fewest + (rates - fewest) * FIRST_RUNG, float(rates)
+    # The finalists run at the second seed, and the chosen rate at the others.
+    return (low + fewest + seeds - 2, high + most + seeds - 2) if seeds > 1 else (low, high)
 
 
 NOTE = """\
@@ -298,26 +285,19 @@ def described(forecasts: Sequence[TaskForecast], unknown: Sequence[str]) -> str:
         return "\n".join(unknown)
     lines = [["model", "task", "cells", "tokens", "hours", "left", "hours, staged", "peak memory", "from"]]
     for row in forecasts:
-        memory = f"{row.peak_memory_bytes / 1e9:.1f} GB"
-        lines.append([row.model, row.task, str(row.cells), *_amounts([row]), memory, row.source])
+        lines.append([row.model, row.task, *_amounts([row]), f"{row.peak_memory_bytes / 1e9:.1f} GB", row.source])
     if len(forecasts) > 1:
-        cells = sum(row.cells for row in forecasts)
-        lines.append(["together", "", str(cells), *_amounts(forecasts), "", ""])
+        lines.append(["together", "", *_amounts(forecasts), "", ""])
     return "\n".join([aligned(lines), NOTE, *unknown])
 
 
 def _amounts(rows: Sequence[TaskForecast]) -> list[str]:
     low, high = (sum(row.staged_seconds[place] for row in rows) for place in (0, 1))
     staged = _hours(low) if low == high else f"{_hours(low)} to {_hours(high)}"
-    all_cells, left = sum(row.seconds for row in rows), sum(row.seconds_left for row in rows)
-    return [f"{sum(row.tokens for row in rows):,.0f}", _hours(all_cells), _hours(left), staged]
+    whole, left = sum(row.seconds for row in rows), sum(row.seconds_left for row in rows)
+    cells, tokens = sum(row.cells for row in rows), sum(row.tokens for row in rows)
+    return [str(cells), f"{tokens:,.0f}", _hours(whole), _hours(left), staged]
 
 
 def _hours(seconds: float) -> str:
-    hours = seconds / 3600
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2f}"
-
-
-def to_json(forecasts: Iterable[TaskForecast]) -> list[Mapping[str, object]]:
-    """The forecasts as plain data, for programs."""
-    return [asdict(row) for row in forecasts]
+    return f"{seconds / 3600:,.{0 if seconds >= 360_000 else 2}f}"
