@@ -155,13 +155,13 @@ def record(outputs: Path) -> None:
     sweep = compose_sweep([*WORDS, f"outputs={outputs}"])
     for cell in sweep.cells:
         if cell.state() not in ("done", "failed"):
-            run_cell(cell.config)
+            run_cell(cell.config, sweep.control)
     storage.write_json_lines(CURVES, [_to_json(cell) for cell in sweep.cells])
 
 
 def _to_json(cell: SweepCell) -> dict[str, object]:
     rows = read_validation_losses(cell.folder.validation_losses_file)
-    named = cell.parameters()
+    named = cell.name
     return {
         "configuration": named.configuration,
         "lr": named.lr,

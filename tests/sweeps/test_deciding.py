@@ -9,11 +9,11 @@ from helpers.commands import sweep as sweep_command
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import read_record
 from tiedlora.records.selection import read_selection
+from tiedlora.runs import run
 from tiedlora.sweeps import staged
 from tiedlora.sweeps.deciding import run_deciding
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.selection import selection_file
-from tiedlora.sweeps.worker import run_cell
 
 OPTIONS = staged.SearchOptions(rungs=(0.5,), finalists=2, lowest_rate=1e-3, highest_rate=0.1)
 WORDS = (
@@ -41,7 +41,7 @@ class Launcher:
         assert self.plan is None or self.plan.exists(), "the plan is written before the first run"
         for cell in (goal.cell(folder) for goal in goals):
             self.launched.append((cell.config.tying.name, cell.name.lr, cell.config.seed))
-            run_cell(cell.config)
+            run.main(cell.config)
 
     def seeds(self) -> set[int]:
         return {seed for _, _, seed in self.launched}

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tiedlora.config.compose import compose_config
 from tiedlora.config.project import CONF
 from tiedlora.models import arithmetic
+from tiedlora.runs import run
 from tiedlora.sweeps import forecast
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.forecast import Cost, Speeds, cost, examples_here, split_rows, staged_runs
-from tiedlora.sweeps.worker import run_cell
 
 ROWS = {"validation": 8}
 SPEEDS = Speeds(
@@ -64,7 +64,7 @@ def test_finished_runs_forecast_themselves(tiny_run):
     # A name with a hyphen, as most models have one too.
     words = tiny_run("tying=LoRA,TABuv", "train.steps=20", "seed=0,1", "task.name=chain-sum")
     swept = compose_sweep(words)
-    run_cell(swept.cells[0].config)
+    run.main(swept.cells[0].config)
     record = swept.cells[0].folder.finished_record()
     ((row,), unknown) = forecast.forecast(swept.cells)
     assert unknown == []
@@ -75,7 +75,9 @@ def test_finished_runs_forecast_themselves(tiny_run):
     speeds = forecast.observed_speeds([record])
     own = cost(swept.cells[0].config, speeds, {"validation": 12})
     scored = record.scores["validation"]
-    assert own.scoring_seconds == pytest.approx(scored.seconds + scored.rows * speeds.row_tokens / (2 * speeds.training))
+    assert own.scoring_seconds == pytest.approx(
+        scored.seconds + scored.rows * speeds.row_tokens / (2 * speeds.training)
+    )
     assert own.training_seconds > record.training.seconds * 0.99
     # The base model is scored already.
     assert row.seconds == pytest.approx(4 * (own.training_seconds + own.scoring_seconds))

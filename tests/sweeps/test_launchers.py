@@ -19,11 +19,11 @@ from tiedlora.config.schema import SLOT_DEVICE
 from tiedlora.errors import UserError
 from tiedlora.models.device import resolve_device
 from tiedlora.records.rows import read_metrics
+from tiedlora.runs import run
 from tiedlora.sweeps import launchers
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launchers import Slots, launcher_of, visible_device
-from tiedlora.sweeps.worker import run_cell
 
 
 def results(finished: Sweep) -> dict[str, tuple[bytes, str]]:
@@ -115,7 +115,7 @@ def test_a_killed_joblib_worker_costs_its_cell_one_retry(tiny_run, tmp_path):
 
     expected = compose_sweep([*words, f"outputs={tmp_path}/expected"])
     for cell in expected.cells:
-        run_cell(cell.config)
+        run.main(cell.config)
     assert results(swept) == results(expected)
 
 
@@ -208,7 +208,7 @@ def test_a_cluster_gives_the_same_results(tiny_run, tmp_path, package, chosen):
     words = tiny_run("tying=LoRA,TABuv")
     expected = compose_sweep([*words, f"outputs={tmp_path}/expected"])
     for cell in expected.cells:
-        run_cell(cell.config)
+        run.main(cell.config)
     ended = FreshCommand("--multirun", *words, *chosen).ended()
     assert ended.code == 0, ended.err
     assert results(compose_sweep(words)) == results(expected)

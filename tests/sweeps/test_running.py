@@ -19,7 +19,7 @@ from tiedlora.runs import inputs, run, trainer
 from tiedlora.sweeps import launching
 from tiedlora.sweeps.cells import SweepCell
 from tiedlora.sweeps.expand import compose_sweep
-from tiedlora.sweeps.worker import run_cell, work
+from tiedlora.sweeps.worker import work
 
 WITHOUT_TORCH = """
 import json, runpy, sys
@@ -188,11 +188,11 @@ def test_a_failing_cell_stops_no_other_and_all_failures_are_named(tiny_run):
 
 def test_a_cell_without_the_metrics_that_are_asked_for_is_not_finished(tiny_run):
     only_loss = compose_sweep(tiny_run("seed=0", "score.metrics=[target_loss]")).cells[0]
-    run_cell(only_loss.config)
+    run.main(only_loss.config)
     everything = compose_sweep(tiny_run("seed=0")).cells[0]
     assert only_loss.finished()
     assert (everything.run_id, everything.finished(), everything.state()) == (only_loss.run_id, False, "interrupted")
-    run_cell(everything.config)
+    run.main(everything.config)
     assert everything.finished()
     assert "exact_match_strict" in everything.folder.finished_record().scores["validation"].metrics
 

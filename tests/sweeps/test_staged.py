@@ -8,10 +8,11 @@ from helpers.sweeping import held
 
 from tiedlora.errors import UserError
 from tiedlora.records.selection import read_selection
+from tiedlora.runs import run
 from tiedlora.sweeps import selection, staged
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import run_sweep
-from tiedlora.sweeps.worker import run_cell, work
+from tiedlora.sweeps.worker import work
 
 OPTIONS = staged.SearchOptions(rungs=(0.25, 0.5), finalists=2, lowest_rate=1e-5, highest_rate=1.0)
 GRID = ("train.lr=1e-4,1e-3,1e-2,1e-1", "seed=0,1,2", "train.steps=8", "train.validate_every=2", "score.base=false")
@@ -95,7 +96,7 @@ def test_a_full_grid_continues_the_pruned_runs_exactly_and_trains_no_finished_on
     expected = compose_sweep(tiny_run(*GRID, f"outputs={tmp_path}/expected"))
     for cell in expected.cells:
         if cell.run_id in steps:
-            run_cell(cell.config)
+            run.main(cell.config)
             (same,) = [other for other in pruned if other.run_id == cell.run_id]
             assert adapter(cell) == adapter(same)
             logged = [json.loads(line)["step"] for line in same.folder.metrics_file.read_text().splitlines()]
@@ -118,7 +119,7 @@ def test_a_failure_that_is_no_divergence_is_named_and_tried_again(tiny_run, monk
                 cell.folder.path.mkdir(parents=True, exist_ok=True)
                 cell.folder.error_file.write_text("OSError: the disk is full\n")
             else:
-                run_cell(cell.config)
+                run.main(cell.config)
 
     with pytest.raises(SystemExit) as end:
         staged.run_staged(sweep, OPTIONS, failing)

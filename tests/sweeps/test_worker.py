@@ -53,7 +53,7 @@ def fail(cell, error="UserError: no rows here\n"):
 def test_it_takes_every_cell_that_is_free_and_has_not_ended(frozen, monkeypatch):
     swept = frozen("seed=0,1,2,3,4")
     done, dropped, failed, busy, free = swept.cells
-    run_cell(done.config)
+    run.main(done.config)
     swept.control.drop([dropped.run_id])
     time.sleep(0.02)
     fail(failed)
@@ -104,7 +104,7 @@ def test_a_killed_worker_costs_its_cell_one_retry(frozen, monkeypatch, caplog):
     assert [config.seed for config in carried_out] == [0, 1]
 
 
-def test_a_failed_cells_tensors_are_gone_when_its_memory_is_freed(tiny_config, monkeypatch):
+def test_a_failed_cells_tensors_are_gone_when_its_memory_is_freed(tiny_config, tmp_path, monkeypatch):
     """Otherwise the next cell of the process has as much less memory."""
     tensors, alive = [], []
 
@@ -115,7 +115,7 @@ def test_a_failed_cells_tensors_are_gone_when_its_memory_is_freed(tiny_config, m
 
     monkeypatch.setattr(run, "main", fail)
     monkeypatch.setattr(device, "free_memory", lambda: alive.append(tensors[0]()))
-    run_cell(tiny_config())
+    run_cell(tiny_config(), SweepControl(tmp_path))
     assert alive == [None]
 
 
@@ -165,7 +165,7 @@ class TestOthers:
         swept = frozen("seed=0,1")
         first, second = swept.cells
         here = Here()
-        run_cell(first.config)
+        run.main(first.config)
         with held(second.folder, 2):
             launching.run_sweep(swept, here)
         assert here.run_ids() == [[second.run_id]]

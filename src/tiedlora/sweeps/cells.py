@@ -129,6 +129,11 @@ def rate_groups(cells: Iterable[SweepCell]) -> dict[str, list[SweepCell]]:
     return groups
 
 
+def searches_rates(cells: Iterable[SweepCell]) -> bool:
+    """Whether a configuration has several learning rates, so that its runs are candidates until one is chosen."""
+    return any(len({cell.name.lr for cell in group}) > 1 for group in rate_groups(cells).values())
+
+
 @dataclass(frozen=True)
 class Sweep:
     """The cells of one command, each once."""
@@ -152,16 +157,6 @@ class Sweep:
         added = {path.stem for path in (self.path / "cells").glob("*.json")}
         return list(dict.fromkeys([*(cell.run_id for cell in self.cells), *sorted(added)]))
 
-    @cached_property
-    def searches_rates(self) -> bool:
-        """Whether a configuration has several learning rates, so that its runs are candidates until one is chosen."""
-        rates: dict[tuple[object, ...], set[float | None]] = {}
-        for cell in self.cells:
-            config = cell.config
-            named = (config.model.name, config.task.name, config.tying.name, config.rank.r)
-            rates.setdefault(named, set()).add(config.train.lr)
-        return any(len(tried) > 1 for tried in rates.values())
-
     @property
     def control(self) -> SweepControl:
         """The files that steer the sweep while it runs."""
@@ -174,10 +169,11 @@ class Sweep:
         group, and a candidate of a search sends no table of its answers. A file with the same content stays: the next
         start of a large sweep writes nothing, and does not disturb a worker that reads its file meanwhile.
         """
+        is_search = searches_rates(self.cells)
         for cell in self.cells if cells is None else cells:
             tree = config_tree(cell.config)
             tree["tracking"]["group"] = tree["tracking"]["group"] or self.id
-            if self.searches_rates:
+            if is_search:
                 tree["tracking"]["answers"] = 0
             path, data = self.path / "cells" / f"{cell.run_id}.json", storage.json_bytes(tree)
             if not path.is_file() or storage.read_bytes(path) != data:

@@ -23,7 +23,6 @@ from tiedlora.config import compose
 from tiedlora.config.check import check_new_run
 from tiedlora.config.explain import readable_errors
 from tiedlora.config.project import CONF
-from tiedlora.config.schema import ModelConfig, TaskConfig
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 from tiedlora.sweeps.cell_composer import CellComposer
@@ -166,14 +165,13 @@ def _grid_names(overrides: list[str]) -> list[str]:
 
 def _grouped(cells: list[SweepCell]) -> list[SweepCell]:
     """Sort the cells by base model and task, so that consecutive cells load what they share only once."""
-    models: list[tuple[ModelConfig, str]] = []
-    tasks: list[TaskConfig] = []
-    places: dict[str, tuple[int, int]] = {}
-    for cell in cells:
-        model = (cell.config.model, cell.config.train.dtype)
-        if model not in models:
-            models.append(model)
-        if cell.config.task not in tasks:
-            tasks.append(cell.config.task)
-        places[cell.run_id] = models.index(model), tasks.index(cell.config.task)
-    return sorted(cells, key=lambda cell: places[cell.run_id])
+    places: dict[str, int] = {}
+
+    def place(*shared: object) -> int:
+        """The number of what cells share, in the order in which it is first seen."""
+        return places.setdefault(repr(shared), len(places))
+
+    def both(cell: SweepCell) -> tuple[int, int]:
+        return place(cell.config.model, cell.config.train.dtype), place(cell.config.task)
+
+    return sorted(cells, key=both)

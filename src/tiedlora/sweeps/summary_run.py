@@ -27,7 +27,7 @@ from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.selection import Selection
 from tiedlora.records.summary import flat_summary
-from tiedlora.sweeps.cells import Sweep
+from tiedlora.sweeps.cells import Sweep, searches_rates
 from tiedlora.sweeps.selection import decision_lines, written
 from tiedlora.tracking.base import SWEEP, Cell, TextTable, TrackedRun
 from tiedlora.tracking.run_trackers import NONE, SafeTracker, answers_table, backend_of, run_tables
@@ -72,7 +72,7 @@ def _send(sweep: Sweep, config: Config, backend: str, claims: Path) -> None:
         return
     # A sweep without a search has sent the answers of its runs when they ended.
     replayed = set(sent.get("chosen", ())) if sent.get("backend") == backend else set()
-    if most and sweep.searches_rates:
+    if most and searches_rates(sweep.cells):
         for run in chosen:
             if run.run_id not in replayed and _replay(sweep, run, most):
                 replayed.add(run.run_id)
@@ -146,7 +146,7 @@ def _selection_tables(selection: Selection | None) -> dict[str, TextTable]:
 
 def _chosen(sweep: Sweep, runs: Sequence[Run], selection: Selection | None) -> list[Run]:
     """The runs at chosen rates; all runs of a sweep that searches none."""
-    if not sweep.searches_rates:
+    if not searches_rates(sweep.cells):
         return list(runs)
     ids = {run_id for choice in (selection.choices if selection else ()) for run_id in choice.run_ids}
     return [run for run in runs if run.run_id in ids]

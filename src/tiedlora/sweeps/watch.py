@@ -9,7 +9,8 @@ from __future__ import annotations
 import fnmatch
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import State
 from tiedlora.records.selection import SELECTION_FILE, read_selection
-from tiedlora.sweeps.cells import VERDICTS_FILE, SweepCell, frozen_cell
+from tiedlora.sweeps.cells import VERDICTS_FILE, SweepCell, frozen_cell, searches_rates
 from tiedlora.sweeps.control import SweepControl
 from tiedlora.sweeps.selection import decision_lines
 from tiedlora.sweeps.status import CellStatus, Searched, counts, shown_score, status_of, time_left
@@ -33,10 +34,6 @@ from tiedlora.text import clock, visible
 SECONDS_BETWEEN_LOOKS = 1.0
 LARGEST_SHARE = 0.05
 """Most of the time that is spent on looking: ten thousand cells on a network file system take seconds."""
-SECONDS_BETWEEN_COUNTS = 60.0
-"""Without a terminal, the counts are printed at least so often."""
-QUIET_SECONDS = 120.0
-"""After so long without a change, the table asks whether the sweep still runs."""
 LISTED = 10
 """Most sweeps that an error message names."""
 LONGEST_REASON = 300
@@ -128,19 +125,9 @@ class SweepView:
     """Whether nothing is left to do."""
 
     @property
-    def counts(self) -> dict[str, int]:
-        """State -> number of cells."""
-        return counts(self.cells)
-
-    @property
     def failed(self) -> list[CellStatus]:
         """The cells that failed."""
         return [cell for cell in self.cells if cell.state == State.FAILED]
-
-    @property
-    def seconds_left(self) -> float:
-        """All open cells, as many at once as now; 0 if it is not known."""
-        return sum(self.left.values()) / max(1, self.counts["running"])
 
 
 class Watch:
@@ -199,10 +186,7 @@ class Watch:
 
     def _losses(self, cells: Sequence[SweepCell]) -> tuple[dict[str, tuple[float, float | None]], bool]:
         """The losses and `compares_rates` of SweepView."""
-        rates: dict[str, set[float]] = {}
-        for cell in cells:
-            rates.setdefault(cell.rate_group, set()).add(cell.name.lr)
-        compares_rates = any(len(of_group) > 1 for of_group in rates.values())
+        compares_rates = searches_rates(cells)
         groups: dict[object, list[str]] = {}
         for cell in cells:
             key = cell.rate_group if compares_rates else (cell.name.model, cell.name.task)
@@ -263,20 +247,14 @@ def _telling_apart(cells: Sequence[SweepCell]) -> dict[str, str]:
         alike.setdefault(cell.name, []).append(cell)
     words = dict.fromkeys((cell.run_id for cell in cells), "")
     for same in (same for same in alike.values() if len(same) > 1):
-        leaves = {cell.run_id: dict(_leaves(config_tree(cell.config))) for cell in same}
-        keys = dict.fromkeys(key for values in leaves.values() for key in values)
-        different = [key for key in keys if len({values.get(key) for values in leaves.values()}) > 1]
-        for run_id, values in leaves.items():
-            words[run_id] = _short(" ".join(f"{key}={values.get(key, '')}" for key in different))
+        # It takes half a second to import, and most sweeps do not need it.
+        import pandas
+
+        values = pandas.json_normalize([config_tree(cell.config) for cell in same]).astype(str)
+        different = values.loc[:, values.nunique() > 1]
+        for cell, row in zip(same, different.to_dict("records"), strict=True):
+            words[cell.run_id] = _short(" ".join(f"{key}={value}" for key, value in row.items()))
     return words
-
-
-def _leaves(tree: dict[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, json.dumps(value)
 
 
 def watch(folder: Path) -> bool:
@@ -289,66 +267,52 @@ def watch(folder: Path) -> bool:
         UserError: the sweep's own files are damaged.
     """
     console = Console(highlight=False, markup=False, emoji=False)
-    show = _show_table if console.is_terminal and not console.is_dumb_terminal else _print_lines
-    return not show(Watch(folder), console).failed
+    is_table = console.is_terminal and not console.is_dumb_terminal
+    view = _show_table(Watch(folder), console) if is_table else _print_lines(Watch(folder))
+    return not view.failed
 
 
 def _show_table(sweep: Watch, console: Console) -> SweepView:
-    view = sweep.look()
-    if not view.ended:
+    now = sweep.look()
+    if not now.ended:
         # The alternate screen: what the terminal showed before comes back at the end, with the last table below it.
-        with Live(console=console, screen=True, auto_refresh=False) as live:
-
-            def show(now: SweepView, quiet: float) -> None:
-                live.update(frame(now, console.width, console.height, quiet), refresh=True)
-
-            view = _look_until_ended(sweep, view, show)
-    console.print(frame(view, console.width, max(console.height, len(view.cells) + 40)))
-    return view
+        with suppress(KeyboardInterrupt), Live(console=console, screen=True, auto_refresh=False) as live:
+            for now in _looks(sweep):
+                live.update(frame(now, console.width, console.height), refresh=True)
+    console.print(frame(now, console.width, max(console.height, len(now.cells) + 40)))
+    return now
 
 
-def _print_lines(sweep: Watch, console: Console) -> SweepView:
+def _print_lines(sweep: Watch) -> SweepView:
     before: SweepView | None = None
-    printed = 0.0
-
-    def show(now: SweepView, quiet: float) -> None:
-        nonlocal before, printed
-        lines = list(news(before, now))
-        if not lines and time.monotonic() - printed > SECONDS_BETWEEN_COUNTS:
-            lines = [counts_line(now)]
-        for line in lines:
-            print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
-            printed = time.monotonic()
-        before = now
-
-    return _look_until_ended(sweep, sweep.look(), show)
+    with suppress(KeyboardInterrupt):
+        for now in _looks(sweep):
+            for line in news(before, now):
+                print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+            before = now
+    return before or sweep.look()
 
 
-def _look_until_ended(sweep: Watch, view: SweepView, show: Callable[[SweepView, float], None]) -> SweepView:
-    """Look and show again and again. Ctrl-C ends it: it ends the watch, and not the sweep."""
-    changed = time.monotonic()
-    try:
-        show(view, 0.0)
-        while not view.ended:
-            begun = time.monotonic()
-            before, view = view, sweep.look()
-            changed = changed if view == before else time.monotonic()
-            show(view, time.monotonic() - changed)
-            spent = time.monotonic() - begun
-            time.sleep(max(SECONDS_BETWEEN_LOOKS, spent / LARGEST_SHARE))
-    except KeyboardInterrupt:
-        pass
-    return view
+def _looks(sweep: Watch) -> Iterator[SweepView]:
+    """The sweep as it is, again and again until it has ended."""
+    while True:
+        begun = time.monotonic()
+        view = sweep.look()
+        yield view
+        if view.ended:
+            return
+        # It includes the time to show the view.
+        spent = time.monotonic() - begun
+        time.sleep(max(SECONDS_BETWEEN_LOOKS, spent / LARGEST_SHARE))
 
 
-def frame(view: SweepView, width: int, height: int, quiet: float = 0.0) -> RenderableType:
+def frame(view: SweepView, width: int, height: int) -> RenderableType:
     """The whole screen.
 
     Args:
         width, height: of the terminal, in characters. What does not fit is counted in words.
-        quiet: for how many seconds nothing has changed.
     """
-    failed, decisions, footer = view.failed, view.decisions, _footer(view, quiet)
+    failed, decisions, footer = view.failed, view.decisions, _footer(view)
     # Title, bar, counts, an empty line, the table's head and its last line, and the footer.
     room = max(3, height - 6 - len(footer))
     failures = failed[: max(1, room // 5)]
@@ -372,7 +336,7 @@ def _line(text: str, style: str = "") -> Text:
 
 def _title(view: SweepView) -> Text:
     title = _line(view.id, "bold")
-    title.append(f"  {view.counts['done']} of {len(view.cells)} done", style="not bold")
+    title.append(f"  {counts(view.cells)['done']} of {len(view.cells)} done", style="not bold")
     if view.ended:
         title.append("  ended", style="green" if not view.failed else "red")
     return title
@@ -380,9 +344,9 @@ def _title(view: SweepView) -> Text:
 
 def _bar(view: SweepView, width: int) -> Text:
     """A line whose parts are as long as the shares of the states."""
-    bar, filled, seen = Text(no_wrap=True), 0, 0
+    bar, filled, seen, number = Text(no_wrap=True), 0, 0, counts(view.cells)
     for state in ("done", "pruned", "dropped", "failed", "running", "paused", "interrupted", "missing", "unneeded"):
-        seen += view.counts[state]
+        seen += number[state]
         upto = round(width * seen / max(1, len(view.cells)))
         bar.append(BAR.get(State(state), "█") * (upto - filled), style=STYLES[State(state)])
         filled = upto
@@ -390,30 +354,24 @@ def _bar(view: SweepView, width: int) -> Text:
 
 
 def _counts(view: SweepView) -> Text:
-    line = _line("")
-    for state, count in view.counts.items():
+    """The states and times. The time left is that of all open cells, as many at once as now."""
+    line, number = _line(""), counts(view.cells)
+    for state, count in number.items():
         if count:
             line.append(f"{count} {state}", style=STYLES[State(state)])
             line.append("  ")
     line.append(f"{clock(sum(cell.seconds for cell in view.cells))} of work so far")
-    if view.seconds_left and not view.ended:
-        at_once = view.counts["running"]
-        line.append(f", {words_left(view)} left" + (f" with {at_once} at once" if at_once > 1 else ""))
+    at_once = number["running"]
+    if (seconds := sum(view.left.values()) / max(1, at_once)) and not view.ended:
+        line.append(f", {'at most' if view.is_most else 'about'} {clock(seconds)} left")
+        line.append(f" with {at_once} at once" if at_once > 1 else "")
     return line
 
 
-def words_left(view: SweepView) -> str:
-    """The time left in words: `about 1:20`, or `at most 1:20` while a search may stop cells."""
-    return f"{'at most' if view.is_most else 'about'} {clock(view.seconds_left)}"
-
-
-def _footer(view: SweepView, quiet: float) -> list[Text]:
+def _footer(view: SweepView) -> list[Text]:
     lines = [Text()]
     if view.stopped_by:
         lines.append(_line(f"fail_fast: {view.stopped_by} failed, so the others stopped", "bold red"))
-    elif not view.ended and not view.counts["running"] and quiet > QUIET_SECONDS:
-        words = f"No cell runs, nothing has changed for {clock(quiet)}: the sweep's command continues it"
-        lines.append(_line(words, "yellow"))
     among = "its configuration's rates" if view.compares_rates else "its model and task"
     words = f"to best: loss minus the lowest at that step of {among}"
     return [*lines, _line(words + ("" if view.ended else " · Ctrl-C leaves"), "dim")]
@@ -498,12 +456,5 @@ def news(before: SweepView | None, now: SweepView) -> Iterator[str]:
             yield f"{', '.join([f'{cell_name(now, cell)}: {cell.state}', *figures])}{error}"
     known = set(before.decisions if before else ())
     yield from (f"decided: {line}" for line in now.decisions if line not in known)
-    if before is None or before.counts != now.counts or before.ended != now.ended:
-        yield counts_line(now)
-
-
-def counts_line(view: SweepView) -> str:
-    """One line: the sweep's states and its time left."""
-    states = ", ".join(f"{count} {state}" for state, count in view.counts.items() if count)
-    left = f", {words_left(view)} left" if view.seconds_left and not view.ended else ""
-    return f"{view.id}: {len(view.cells)} cells: {states}{', ended' if view.ended else left}"
+    if before is None or counts(before.cells) != counts(now.cells) or before.ended != now.ended:
+        yield f"{now.id}: {len(now.cells)} cells: {_counts(now)}{', ended' if now.ended else ''}"

@@ -81,19 +81,16 @@ def _carry_out(cell: SweepCell, killed: int, control: SweepControl) -> None:
     run_cell(cell.config, control)
 
 
-def run_cell(config: Config, control: SweepControl | None = None) -> None:
+def run_cell(config: Config, control: SweepControl) -> None:
     """Carry out one cell. A failure is written to error.txt in the cell's folder, where the sweep reads it.
 
     A failure is not raised, because a launcher would keep the exception, and with it the tensors of the failed cell.
-
-    Args:
-        control: the files that steer the sweep; None for a cell on its own.
 
     Raises:
         KeyboardInterrupt: the sweep was asked to stop; a checkpoint is written.
     """
     folder = RunFolder(Path(config.outputs) / run_id(config))
-    stopped = control.stop_condition(folder.path.name) if control else lambda: False
+    stopped = control.stop_condition(folder.path.name)
     try:
         with also_stopped_by(stopped):
             run.main(config)
@@ -109,8 +106,7 @@ def run_cell(config: Config, control: SweepControl | None = None) -> None:
             drop_output()
             raise KeyboardInterrupt from None
         folder.write_error()
-        if control:
-            control.failed(folder.path.name)
+        control.failed(folder.path.name)
         log.error("%s failed: %s", folder.path.name, visible(" ".join(f"{type(error).__name__}: {error}".split())))
     else:
         return
