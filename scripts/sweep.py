@@ -123,9 +123,9 @@ def show_live(words: list[str], names: list[str]) -> None:
 
 def clean(sweep: Sweep, dry_run: bool) -> None:
     freed = staged.free_pruned(sweep, dry_run)
-    print("\n".join(freed.run_ids))
+    print("\n".join(freed))
     verb = "would free" if dry_run else "freed"
-    print(f"{verb} {freed.bytes / 1e6:,.1f} MB: the checkpoints of {len(freed.run_ids)} pruned cells")
+    print(f"{verb} {sum(freed.values()) / 1e6:,.1f} MB: the checkpoints of {len(freed)} pruned cells")
 
 
 def show(sweep: Sweep, searches: bool, tflops: float | None, json: bool) -> None:

@@ -229,7 +229,7 @@ def test_only_pruned_cells_that_nobody_works_on_lose_their_checkpoints(tiny_run,
     done.result_file.write_text("{}")
     with held(busy):
         would = staged.free_pruned(swept, dry_run=True)
-        assert would == staged.Freed((pruned.path.name,), 1000)
+        assert would == {pruned.path.name: 1000}
         assert pruned.checkpoint_step() == 4
         assert staged.free_pruned(swept) == would
     assert [folder.checkpoint_step() for folder in (pruned, stopped, busy, done)] == [0, 4, 4, 4]
@@ -246,8 +246,8 @@ def test_a_rate_outside_the_grid_is_cleaned_too(tiny_run):
     swept = compose_sweep(tiny_run("train.lr=1e-3"))
     (outside,) = compose_sweep(tiny_run("train.lr=3e-3")).cells
     folder = with_checkpoint(outside, pruned=True)
-    assert staged.free_pruned(swept) == staged.Freed((), 0)
+    assert staged.free_pruned(swept) == {}
     (swept.path / "cells").mkdir(parents=True)
     (swept.path / "cells" / f"{outside.run_id}.json").write_text("{}")
-    assert staged.free_pruned(swept).run_ids == (outside.run_id,)
+    assert list(staged.free_pruned(swept)) == [outside.run_id]
     assert folder.checkpoint_step() == 0

@@ -144,7 +144,7 @@ def test_a_full_grid_that_ran_before_or_after_changes_no_decision():
     full = Population(1e-2)
     full.reached = {(lr, seed): STEPS for lr in GRID for seed in PLAN.seeds}
     stage = finish(full)
-    assert (stage.decisions, stage.chosen, stage.trials) == (expected.decisions, expected.chosen, expected.trials)
+    assert (stage.decisions, stage.chosen, stage.trials()) == (expected.decisions, expected.chosen, expected.trials())
     assert full.steps == 0
 
 

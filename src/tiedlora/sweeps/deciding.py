@@ -92,7 +92,6 @@ def run_deciding(
     plan = plan_of(path, planned, budget)
     _write_plan(sweep, plan)
     launches = StageLaunches(sweep, launch, fail_fast)
-    finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
     searches = searches_of(sweep, options, plan["search_seeds"])
     run_searches(sweep, searches, launches)
     used = {cell.run_id for search in searches for cell in [*search.runs(), *_ended_looks(planned, search)]}
@@ -108,7 +107,7 @@ def run_deciding(
     print(f"\n{summary(selection_of(sweep, searches))}\n")
     print("\n".join(map(str, states)))
     print(f"{len(used)} runs in all" + (f"; the budget of {budget} runs is spent" if spent else ""))
-    end_searches(searches, launches, finished_before, () if spent else tuple(needed.values()))
+    end_searches(searches, launches, () if spent else tuple(needed.values()))
 
 
 def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:

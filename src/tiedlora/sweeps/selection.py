@@ -6,7 +6,7 @@ The choice is stored in selection.json, beside the sweep's frozen cells.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -30,17 +30,8 @@ from tiedlora.text import aligned, visible
 log = logging.getLogger(__name__)
 
 COLUMNS = (
-    "model",
-    "task",
-    "configuration",
-    "rank",
-    "lr",
-    "of rates",
-    "validation",
-    "seeds",
-    "trials",
-    "failed",
-    "test",
+    *("model", "task", "configuration", "rank", "lr", "of rates", "validation", "seeds", "trials", "failed", "test"),
+    "",
 )
 EDGE_REMARK = "at the edge of the grid"
 
@@ -223,13 +214,17 @@ def selection_file(sweep: Sweep) -> Path:
     return sweep.path / SELECTION_FILE
 
 
-def decision_lines(selected: Selection | None) -> list[str]:
-    """What the sweeper has decided and why, in the order of its searches; or the rates that `select` has chosen."""
+def decision_lines(selected: Selection | None, actions: Container[str] | None = None) -> list[str]:
+    """What the sweeper has decided and why, in the order of its searches; or the rates that `select` has chosen.
+
+    Args:
+        actions: those of a search that are wanted; None takes all.
+    """
     if selected is None:
         return []
     lines = []
     for search in selected.searches:
-        for made in search.decisions:
+        for made in (made for made in search.decisions if actions is None or made.action in actions):
             seed = "" if made.seed is None else f", seed {made.seed}"
             step = "" if made.step is None else f", step {made.step}"
             lines.append(f"{search.group}: {made.lr:g} {made.action}{seed}{step}: {made.reason}")
@@ -244,7 +239,7 @@ def decision_lines(selected: Selection | None) -> list[str]:
 
 def table(choices: Sequence[RateChoice]) -> str:
     """The choices as a table, with notes that a reader needs before a comparison."""
-    text = [aligned([[*COLUMNS, ""], *map(_table_row, choices)])]
+    text = [aligned([COLUMNS, *map(_table_row, choices)])]
     if any(choice.edge for choice in choices):
         text.append("")
         text.append(

@@ -11,7 +11,7 @@ import logging
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from omegaconf import ListConfig
@@ -95,7 +95,8 @@ class Search:
             highest=options.highest_rate,
             finalists=options.finalists,
         )
-        self.stage = SearchStage()
+        self.stage: SearchStage
+        """What `decide` has found."""
 
     def decide(self) -> None:
         """Read what the runs have shown, and decide what the search needs next.
@@ -127,11 +128,11 @@ class Search:
 
     def runs(self) -> list[SweepCell]:
         """Every cell that the search has asked for."""
-        return [self.cell(lr, seed) for lr, seed in self.stage.runs]
+        return [self.cell(lr, seed) for lr, seed in self.stage.asked]
 
     def used(self) -> list[SweepCell]:
         """The finished cells that the search used."""
-        return [self.cell(trial.lr, seed) for trial in self.stage.trials for seed in trial.losses]
+        return [self.cell(trial.lr, seed) for trial in self.stage.trials() for seed in trial.losses]
 
     def choice(self) -> RateChoice | None:
         """The chosen rate with its runs, once the search has ended."""
@@ -139,9 +140,9 @@ class Search:
         if chosen is None or self.stage.requests:
             return None
         cells = [self.cell(chosen.lr, seed) for seed in self.plan.seeds]
-        failed = sum(len(trial.failed) for trial in self.stage.trials)
+        failed = sum(len(trial.failed) for trial in self.stage.trials())
         choice = selection.recorded_choice(
-            chosen, cells, metric=LOSS, value=chosen.value, trials=len(self.stage.runs), failed=failed
+            chosen, cells, metric=LOSS, value=chosen.value, trials=len(self.stage.asked), failed=failed
         )
         records = [record for cell in cells if (record := cell.folder.record()) is not None]
         scores = [record.scores["test"] for record in records if "test" in record.scores]
@@ -191,6 +192,8 @@ class StageLaunches:
 
     def __init__(self, sweep: Sweep, launch: Launch, fail_fast: bool) -> None:
         self.sweep, self.launch, self.control = sweep, launch, sweep.control
+        self.finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
+        """The runs that this command has found finished. Their inputs are checked at the end."""
         sweep.freeze()
         self.control.start(fail_fast)
         self._grid = {cell.run_id for cell in sweep.cells}
@@ -221,10 +224,6 @@ class StageLaunches:
         launch_cells(new, self.launch, self.control)
         return True
 
-    def errors(self, asked: Sequence[SweepCell]) -> dict[str, str]:
-        """Why cells are not as far as they should be: run id -> the reason."""
-        return {cell.run_id: _why_unfinished(cell, self.control) for cell in asked}
-
 
 def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch, fail_fast: bool = False) -> None:
     """Carry out the staged sweep, then print the chosen rates. The same command continues a stopped one.
@@ -238,11 +237,10 @@ def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch, fail_fast: 
         KeyboardInterrupt: the sweep was asked to stop.
     """
     launches = StageLaunches(sweep, launch, fail_fast)
-    finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
     searches = searches_of(sweep, options)
     run_searches(sweep, searches, launches)
     print(f"\n{summary(selection_of(sweep, searches))}")
-    end_searches(searches, launches, finished_before)
+    end_searches(searches, launches)
 
 
 def run_searches(sweep: Sweep, searches: Sequence[Search], launches: StageLaunches) -> None:
@@ -257,16 +255,10 @@ def run_searches(sweep: Sweep, searches: Sequence[Search], launches: StageLaunch
             return
 
 
-def end_searches(
-    searches: Sequence[Search],
-    launches: StageLaunches,
-    finished_before: Container[str],
-    unfinished: Sequence[SweepCell] = (),
-) -> None:
+def end_searches(searches: Sequence[Search], launches: StageLaunches, unfinished: Sequence[SweepCell] = ()) -> None:
     """End the command.
 
     Args:
-        finished_before: the runs that this command has found finished. Their inputs are checked.
         unfinished: runs that are missing, in addition to those that the searches need.
 
     Raises:
@@ -274,8 +266,8 @@ def end_searches(
     """
     asked = [*(cell for search in searches for cell in search.asked()), *unfinished]
     used = [cell for search in searches for cell in search.used()]
-    errors = launches.errors(asked)
-    errors.update(changed_inputs(cell for cell in used if cell.run_id in finished_before))
+    errors = {cell.run_id: _why_unfinished(cell, launches.control) for cell in asked}
+    errors.update(changed_inputs(cell for cell in used if cell.run_id in launches.finished_before))
     without = [search.name for search in searches if not search.stage.requests and search.stage.chosen is None]
     for name in without:
         print(f"{name}: every rate diverged; add lower ones with train.lr=", file=sys.stderr)
@@ -324,24 +316,11 @@ def _why_unfinished(cell: SweepCell, control: SweepControl) -> str:
 
 def summary(selected: Selection) -> str:
     """The chosen rates as a table, after the decisions that a reader should know."""
-    notes = [
-        f"{search.group}: {made.lr:g} {made.action}: {made.reason}"
-        for search in selected.searches
-        for made in search.decisions
-        if made.action in ("diverged", "outward", "edge", "fallback", "none")
-    ]
-    return "\n".join([*notes, "", selection.table(selected.choices)] if notes else [selection.table(selected.choices)])
+    notes = selection.decision_lines(selected, ("diverged", "outward", "edge", "fallback", "none"))
+    return "\n".join([*notes, *([""] if notes else []), selection.table(selected.choices)])
 
 
-@dataclass(frozen=True)
-class Freed:
-    """What cleaning has freed, or would free."""
-
-    run_ids: tuple[str, ...]
-    bytes: int
-
-
-def free_pruned(sweep: Sweep, dry_run: bool = False) -> Freed:
+def free_pruned(sweep: Sweep, dry_run: bool = False) -> dict[str, int]:
     """Remove the checkpoints of the sweep's pruned cells, also of those with a rate outside the grid.
 
     Everything else of a cell stays, so a staged sweep keeps its decisions. A full grid trains these cells from the
@@ -349,10 +328,13 @@ def free_pruned(sweep: Sweep, dry_run: bool = False) -> Freed:
 
     Args:
         dry_run: only say what it would free.
+
+    Returns:
+        Run id -> the bytes that are freed, or would be.
     """
     outputs = sweep.path.parents[1]
     sizes = {run_id: _free(RunFolder(outputs / run_id), dry_run) for run_id in sweep.run_ids()}
-    return Freed(tuple(run_id for run_id, size in sizes.items() if size), sum(sizes.values()))
+    return {run_id: size for run_id, size in sizes.items() if size}
 
 
 def _free(folder: RunFolder, dry_run: bool) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from tiedlora.analysis.intervals import RowLosses, paired_difference
@@ -73,66 +74,44 @@ class Request:
     """Whether it is scored after training. Only the chosen runs are."""
 
 
-@dataclass(frozen=True)
-class SearchStage:
-    """What the search has decided so far, and what it needs next."""
-
-    requests: tuple[Request, ...] = ()
-    """Empty when the search has ended."""
-    decisions: tuple[SearchDecision, ...] = ()
-    trials: tuple[RateTrial, ...] = ()
-    """The rates that were tried, with the losses of their finished runs."""
-    chosen: ChosenRate | None = None
-    """The chosen rate so far. None before the first choice, and if every rate diverged."""
-    runs: tuple[tuple[float, int], ...] = ()
-    """(Rate, seed) of every run that the search has asked for."""
-
-
 def next_stage(plan: SearchPlan, observe: Observe) -> SearchStage:
-    """What to run next, given what the runs have shown."""
-    search = _Search(plan, observe)
-    requests: tuple[Request, ...] = ()
-    try:
-        search.run()
-    except _Waiting as waiting:
-        requests = waiting.requests
-    return SearchStage(
-        requests, tuple(search.decisions), tuple(search.trials()), search.chosen, tuple(sorted(search.asked))
-    )
+    """What the search has decided, and what to run next, given what the runs have shown."""
+    stage = SearchStage(plan, observe)
+    with suppress(_Waiting):
+        stage._replay()
+    return stage
 
 
 class _Waiting(Exception):
     """The search needs runs that have not come far enough."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
-        super().__init__()
-        self.requests = tuple(requests)
 
-
-class _Search:
-    """One replay of the search."""
+class SearchStage:
+    """One replay of the search: what it has decided so far, and what it needs next."""
 
     def __init__(self, plan: SearchPlan, observe: Observe) -> None:
         self.plan, self.observe = plan, observe
-        self.first_seed = plan.seeds[0]
-        self.tried = sorted(plan.rates)
-        self.finalists: list[float] = []
-        """The rates that run at the second seed."""
-        self.used: set[tuple[float, int]] = set()
-        """The runs that the search has asked to finish. Others do not change its decisions: a full grid may have
-        finished runs that the search did not ask for, or had stopped."""
-        self.asked: set[tuple[float, int]] = set()
-        """As `used`, with the runs that stopped or wait at a rung."""
-        self.at_rung: dict[int, dict[float, RowLosses]] = {rung: {} for rung in plan.rungs}
-        """The rates that came to the rung at the first seed, with their evaluation there."""
-        self.chosen: ChosenRate | None = None
+        self.requests: list[Request] = []
+        """Empty when the search has ended."""
         self.decisions: list[SearchDecision] = []
+        self.chosen: ChosenRate | None = None
+        """The chosen rate so far. None before the first choice, and if every rate diverged."""
+        self.asked: set[tuple[float, int]] = set()
+        """(Rate, seed) of every run that the search has asked for."""
+        self._used: set[tuple[float, int]] = set()
+        """As `asked`, without the runs that stopped or wait at a rung. Others do not change its decisions: a full grid
+        may have finished runs that the search did not ask for, or had stopped."""
+        self._tried = sorted(plan.rates)
+        self._finalists: list[float] = []
+        """The rates that run at the second seed."""
+        self._at_rung: dict[int, dict[float, RowLosses]] = {rung: {} for rung in plan.rungs}
+        """The rates that came to the rung at the first seed, with their evaluation there."""
 
-    def run(self) -> None:
+    def _replay(self) -> None:
         """Raises:
         _Waiting: more runs are needed.
         """
-        self._race(self.tried)
+        self._race(self._tried)
         self._choose("search")
         while self._follow_outward() or self._add_finalists():
             self._choose("search")
@@ -141,13 +120,13 @@ class _Search:
             self._need([Request(self.chosen.lr, seed, score=True) for seed in self.plan.seeds])
 
     def trials(self) -> list[RateTrial]:
-        """Every rate that was tried, with what its runs have shown."""
-        return [self._trial(lr) for lr in sorted(self.tried)]
-
-    def _trial(self, lr: float) -> RateTrial:
-        seen = {seed: self.observe(lr, seed) for seed in self.plan.seeds if (lr, seed) in self.used}
-        losses = {seed: run.loss for seed, run in seen.items() if run.loss is not None}
-        return RateTrial(lr, losses, failed=frozenset(seed for seed, run in seen.items() if run.diverged))
+        """The rates that were tried, with the losses of their finished runs."""
+        trials = []
+        for lr in sorted(self._tried):
+            seen = {seed: self.observe(lr, seed) for seed in self.plan.seeds if (lr, seed) in self._used}
+            losses = {seed: run.loss for seed, run in seen.items() if run.loss is not None}
+            trials.append(RateTrial(lr, losses, failed=frozenset(seed for seed, run in seen.items() if run.diverged)))
+        return trials
 
     def _need(self, requests: Iterable[Request]) -> None:
         """Raises:
@@ -155,9 +134,10 @@ class _Search:
         """
         requests = list(requests)
         self.asked.update((request.lr, request.seed) for request in requests)
-        self.used.update((request.lr, request.seed) for request in requests if request.until is None)
-        if missing := [request for request in requests if not _fulfilled(request, self.observe)]:
-            raise _Waiting(missing)
+        self._used.update((request.lr, request.seed) for request in requests if request.until is None)
+        self.requests = [request for request in requests if not _fulfilled(request, self.observe)]
+        if self.requests:
+            raise _Waiting
 
     def _decide(self, lr: float, action: str, reason: str, seed: int | None = None, step: int | None = None) -> None:
         self.decisions.append(SearchDecision(lr, action, reason, seed, step))
@@ -166,9 +146,9 @@ class _Search:
 
     def _race(self, entering: Sequence[float]) -> None:
         """Run the rates at the first seed. At the rungs, those that are clearly behind stop."""
-        seed, running = self.first_seed, list(entering)
+        seed, running = self.plan.seeds[0], list(entering)
         for rung in self.plan.rungs:
-            if len(running) + len(self.at_rung[rung]) <= LEAST_KEPT:
+            if len(running) + len(self._at_rung[rung]) <= LEAST_KEPT:
                 # Nothing could stop here.
                 continue
             self._need(Request(lr, seed, until=rung) for lr in running)
@@ -183,19 +163,18 @@ class _Search:
 
         They are compared with all rates that came to it, also earlier ones. The better half stays, and at least two.
         """
-        reached = self.at_rung[rung]
+        reached = self._at_rung[rung]
         # A run of an earlier version has no row losses. It is not compared, so it does not stop.
-        seen = {lr: self.observe(lr, self.first_seed).evaluations.get(rung) for lr in running}
+        seen = {lr: self.observe(lr, self.plan.seeds[0]).evaluations.get(rung) for lr in running}
         reached.update({lr: losses for lr, losses in seen.items() if losses is not None})
         ranked = sorted(reached, key=lambda lr: (reached[lr].mean(), lr))
         kept = max(LEAST_KEPT, math.ceil(len(ranked) / 2))
         stopped = set()
         for lr in ranked[kept:]:
-            behind = _Behind.of(reached[lr], reached[ranked[0]])
-            if lr in seen and behind.clearly:
+            if lr in seen and (behind := _behind(reached[lr], reached[ranked[0]])):
                 stopped.add(lr)
                 reason = f"{behind} {ranked[0]:g} at step {rung}, and {ranked.index(lr)} of {len(ranked)} are better"
-                self._decide(lr, "stopped", reason, self.first_seed, rung)
+                self._decide(lr, "stopped", reason, self.plan.seeds[0], rung)
         return stopped
 
     def _note_divergence(self, lr: float, seed: int) -> None:
@@ -206,7 +185,7 @@ class _Search:
         """Set the chosen rate, by the rule that the report and `select` use."""
         before, self.chosen = self.chosen, choose_rate(self.trials(), by="loss")
         if self.chosen is None:
-            lowest = min(self.tried)
+            lowest = min(self._tried)
             self._decide(lowest, "none", "no rate is left that did not diverge; add lower ones with train.lr=")
         elif before is None or before.lr != self.chosen.lr:
             seeds = ", ".join(map(str, self.chosen.seeds))
@@ -217,14 +196,14 @@ class _Search:
         """If the chosen rate is at the edge of those tried, try the next one outward. Whether there was one."""
         if self.chosen is None or not self.chosen.edge:
             return False
-        upward = self.chosen.lr == max(self.tried)
+        upward = self.chosen.lr == max(self._tried)
         lr = next_rate(self.chosen.lr, upward)
         if not self.plan.lowest <= lr <= self.plan.highest:
             bound = "highest" if upward else "lowest"
             if not any((made.lr, made.action) == (self.chosen.lr, "edge") for made in self.decisions):
                 self._decide(self.chosen.lr, "edge", f"it is the {bound} rate, and {lr:g} is beyond the bounds")
             return False
-        self.tried.append(lr)
+        self._tried.append(lr)
         self._decide(lr, "outward", f"{self.chosen.lr:g} is the best, and the {'highest' if upward else 'lowest'} rate")
         self._race([lr])
         return True
@@ -243,10 +222,10 @@ class _Search:
         new = []
         for place, lr in enumerate(ranked[: self.plan.finalists] if len(ranked) > 1 else []):
             close = place < LEAST_KEPT or self._is_close(lr, ranked[0])
-            if close and lr not in self.finalists:
+            if close and lr not in self._finalists:
                 new.append(lr)
                 self._decide(lr, "finalist", f"number {place + 1} at seed {first}", first)
-        self.finalists += new
+        self._finalists += new
         self._need(Request(lr, second) for lr in new)
         for lr in new:
             self._note_divergence(lr, second)
@@ -254,8 +233,8 @@ class _Search:
 
     def _is_close(self, lr: float, best: float) -> bool:
         """Whether a rate is not clearly behind at the end. Not, if a run of an earlier version has no row losses."""
-        losses, others = (self.observe(rate, self.first_seed).evaluations for rate in (lr, best))
-        return bool(losses and others) and not _Behind.of(losses[max(losses)], others[max(others)]).clearly
+        losses, others = (self.observe(rate, self.plan.seeds[0]).evaluations for rate in (lr, best))
+        return bool(losses and others) and not _behind(losses[max(losses)], others[max(others)])
 
     # 3. Repeat.
 
@@ -271,23 +250,11 @@ class _Search:
             self._choose("repeat")
 
 
-@dataclass(frozen=True)
-class _Behind:
-    """By how much one rate's loss is above another's."""
-
-    difference: float
-    standard_error: float
-
-    @classmethod
-    def of(cls, losses: RowLosses, best: RowLosses) -> _Behind:
-        return cls(*paired_difference(losses, best))
-
-    @property
-    def clearly(self) -> bool:
-        return self.difference > NOISE_FACTOR * self.standard_error
-
-    def __str__(self) -> str:
-        return f"{self.difference:.4f} (paired standard error {self.standard_error:.4f}) behind"
+def _behind(losses: RowLosses, best: RowLosses) -> str:
+    """By how much one rate's loss is above the best one's, in words; empty if it is not clearly behind."""
+    difference, error = paired_difference(losses, best)
+    is_clear = difference > NOISE_FACTOR * error
+    return f"{difference:.4f} (paired standard error {error:.4f}) behind" if is_clear else ""
 
 
 def _fulfilled(request: Request, observe: Observe) -> bool:
