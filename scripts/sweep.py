@@ -1,11 +1,11 @@
-"""python scripts/sweep.py plan|status|watch|select|drop|retry|clean +grid=paper [words of train.py]: a sweep.
+"""python scripts/sweep.py plan|status|watch|select|drop|retry +grid=paper [words of train.py]: a sweep.
 
 plan shows every cell and its state, what the sweep will cost, and which claims it can decide. status shows counts and
 the time left in one line, and then the unfinished cells. watch shows them in a live table while the sweep runs, from
 any terminal on the same folder; instead of words it takes a sweep's id or name, or nothing for the newest one. select
 chooses each configuration's learning rate on validation, and scores test only for the chosen runs. drop takes cells
 out of a sweep, also while it runs, and retry puts them back or lets failed ones run once more: name them by their ids,
-such as 'LoRA-*-s1-*'. clean frees the checkpoints of the cells that a staged sweep has stopped.
+such as 'LoRA-*-s1-*'.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tiedlora.analysis.rate_choice import CRITERIA
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.selection import write_selection
-from tiedlora.sweeps import forecast, selection, staged, status, summary_run, watch
+from tiedlora.sweeps import forecast, selection, status, summary_run, watch
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.control import matching
 from tiedlora.sweeps.expand import compose_sweep
@@ -32,7 +32,7 @@ SEARCHING = "hydra/sweeper=staged"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("plan", "status", "watch", "select", "drop", "retry", "clean"))
+    parser.add_argument("what", choices=("plan", "status", "watch", "select", "drop", "retry"))
     parser.add_argument(
         "words",
         nargs="*",
@@ -52,11 +52,10 @@ def main() -> None:
         default=forecast.TFLOPS,
         help="plan: the rate of arithmetic, for models and tasks without a finished run (%(default)s)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="clean: only say how much it would free")
     arguments = parser.parse_intermixed_args()
-    for option, what in (("by", "select"), ("no_test", "select"), ("dry_run", "clean")):
-        if getattr(arguments, option) and arguments.what != what:
-            raise UserError(f"--{option.replace('_', '-')}: is for {what}, and {arguments.what} would not heed it")
+    for option in ("by", "no_test"):
+        if getattr(arguments, option) and arguments.what != "select":
+            raise UserError(f"--{option.replace('_', '-')}: is for select, and {arguments.what} would not heed it")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("tiedlora").setLevel(logging.INFO)
     # A word of train.py has a '=', or deletes a key with '~'; an id has neither.
@@ -68,9 +67,7 @@ def main() -> None:
         show_live([word for word in arguments.words if word not in cells], cells)
         return
     sweep = compose_sweep(arguments.words)
-    if arguments.what == "clean":
-        clean(sweep, arguments.dry_run)
-    elif arguments.what == "select":
+    if arguments.what == "select":
         select(sweep, by=arguments.by, test=not arguments.no_test, json=arguments.json)
     else:
         tflops = arguments.tflops if arguments.what == "plan" else None
@@ -119,13 +116,6 @@ def show_live(words: list[str], names: list[str]) -> None:
             raise UserError(f"{folder.name}: this sweep has not been started; train.py --multirun starts it")
     if not watch.watch(folder):
         raise SystemExit(1)
-
-
-def clean(sweep: Sweep, dry_run: bool) -> None:
-    freed = staged.free_pruned(sweep, dry_run)
-    print("\n".join(freed))
-    verb = "would free" if dry_run else "freed"
-    print(f"{verb} {sum(freed.values()) / 1e6:,.1f} MB: the checkpoints of {len(freed)} pruned cells")
 
 
 def show(sweep: Sweep, searches: bool, tflops: float | None, json: bool) -> None:

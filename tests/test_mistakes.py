@@ -123,7 +123,7 @@ SCRIPTS = {
     "cells that are none": (f"sweep.py retry {WORDS} 'LoRA-*'", "LoRA-*: is no cell of this sweep"),
     "two sweeps to watch": ("sweep.py watch one two", "watch: takes one sweep: its id, its name, its folder"),
     "no sweep to watch": ("sweep.py watch outputs=outputs", "has no sweeps/; start one with train.py --multirun"),
-    "an option of another action": (f"sweep.py select {WORDS} --dry-run", "--dry-run: is for clean, and select"),
+    "an option of another action": (f"sweep.py status {WORDS} --no-test", "--no-test: is for select, and status"),
     "a study of nowhere": ("study.py plan nowhere", "no such file; a study is a folder with a study.yaml"),
     "words for a plan": ("study.py plan study seed=1", "seed=1: plan takes no words; change study.yaml instead"),
     "a part that is none": ("study.py plan study --part two", "two: is no part of study; its parts are one"),

@@ -34,9 +34,9 @@ class _Composed:
 
     config: Config
     """Typed, and not completed yet."""
-    raw: dict[str, Any]
+    raw: dict[Any, Any]
     """The same values with their interpolations."""
-    choices: dict[str, Any]
+    choices: dict[Any, Any]
     """Group -> option."""
 
 
@@ -51,10 +51,10 @@ class CellComposer:
     def __init__(self, master: DictConfig, loader: ConfigLoader) -> None:
         self.master, self.loader = master, loader
         self._hydra_overrides = list(master.hydra.overrides.hydra)
-        self._compositions: dict[tuple[str, ...], _Composed | None] = {}
-        self._sections: dict[tuple[str, tuple[str, ...]], Config | None] = {}
         self._section_of = cache(self._find_section)
         self._files_of = cache(self._list_files)
+        self._composition = cache(self._compose)
+        self._section_config = cache(self._compose_section)
 
     def compose(self, overrides: list[str]) -> Config:
         """The configuration that Hydra composes from these overrides, completed and checked.
@@ -92,17 +92,12 @@ class CellComposer:
         name = re.split(r"[./]", parsed.key_or_group)[0]
         return name if name in SECTIONS and parsed.package is None else None
 
-    def _section_config(self, section: str, own: tuple[str, ...]) -> Config | None:
+    def _compose_section(self, section: str, own: tuple[str, ...]) -> Config | None:
         """A configuration that has the right values in one section; None if the section may depend on others.
 
         Args:
             own: the overrides that can change the section.
         """
-        if (section, own) not in self._sections:
-            self._sections[section, own] = self._checked(section, own)
-        return self._sections[section, own]
-
-    def _checked(self, section: str, own: tuple[str, ...]) -> Config | None:
         without = tuple(override for override in own if self._section_of(override) is None)
         composed, shared = self._composition(own), self._composition(without)
         # A section that a word such as ~seed has taken away has its default only in the whole configuration.
@@ -128,23 +123,19 @@ class CellComposer:
             )
         return [(str(entry.config_path), str(entry.package)) for entry in listed.defaults]
 
-    def _composition(self, overrides: tuple[str, ...]) -> _Composed | None:
+    def _compose(self, overrides: tuple[str, ...]) -> _Composed | None:
         """What Hydra composes from these overrides; None if they are not a configuration without the others."""
-        if overrides not in self._compositions:
-            try:
-                self._compositions[overrides] = self._compose(list(overrides))
-            except UserError:
-                # The composition of the whole cell succeeds, or it reports the error with its right words.
-                self._compositions[overrides] = None
-        return self._compositions[overrides]
-
-    def _compose(self, overrides: list[str]) -> _Composed:
-        composed = self._load(overrides)
-        choices = OmegaConf.to_container(composed.pop("hydra").runtime.choices)
-        raw = OmegaConf.to_container(composed, resolve=False)
+        try:
+            composed = self._load(list(overrides))
+            choices = OmegaConf.to_container(composed.pop("hydra").runtime.choices)
+            raw = OmegaConf.to_container(composed, resolve=False)
+            config = compose.typed(composed)
+        except UserError:
+            # The composition of the whole cell succeeds, or it reports the error with its right words.
+            return None
         assert isinstance(raw, dict)
         assert isinstance(choices, dict)
-        return _Composed(compose.typed(composed), *({str(k): v for k, v in tree.items()} for tree in (raw, choices)))
+        return _Composed(config, raw, choices)
 
     def _load(self, overrides: list[str]) -> DictConfig:
         with readable_errors():

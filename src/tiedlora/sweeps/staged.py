@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ from tiedlora.errors import UserError
 from tiedlora.keys import is_count
 from tiedlora.records.reading import is_number
 from tiedlora.records.rows import read_validation_losses
-from tiedlora.records.run_folder import Busy, RunFolder
 from tiedlora.records.selection import LOSS, RateChoice, RateSearch, Selection, write_selection
 from tiedlora.sweeps import selection
 from tiedlora.sweeps.cells import Goal, Sweep, SweepCell, rate_groups
@@ -318,37 +316,3 @@ def summary(selected: Selection) -> str:
     """The chosen rates as a table, after the decisions that a reader should know."""
     notes = selection.decision_lines(selected, ("diverged", "outward", "edge", "fallback", "none"))
     return "\n".join([*notes, *([""] if notes else []), selection.table(selected.choices)])
-
-
-def free_pruned(sweep: Sweep, dry_run: bool = False) -> dict[str, int]:
-    """Remove the checkpoints of the sweep's pruned cells, also of those with a rate outside the grid.
-
-    Everything else of a cell stays, so a staged sweep keeps its decisions. A full grid trains these cells from the
-    start. A cell on which a process works is left alone.
-
-    Args:
-        dry_run: only say what it would free.
-
-    Returns:
-        Run id -> the bytes that are freed, or would be.
-    """
-    outputs = sweep.path.parents[1]
-    sizes = {run_id: _free(RunFolder(outputs / run_id), dry_run) for run_id in sweep.run_ids()}
-    return {run_id: size for run_id, size in sizes.items() if size}
-
-
-def _free(folder: RunFolder, dry_run: bool) -> int:
-    """The bytes of a pruned cell's checkpoints, which are removed."""
-    if not folder.pruned_file.exists():
-        return 0
-    try:
-        with folder.locked(patience=0):
-            # Read under the lock: a run that starts removes the mark.
-            if not folder.pruned_file.exists() or folder.result_file.exists():
-                return 0
-            size = sum(file.stat().st_size for file in folder.checkpoints.rglob("*") if file.is_file())
-            if not dry_run:
-                shutil.rmtree(folder.checkpoints, ignore_errors=True)
-            return size
-    except Busy:
-        return 0
