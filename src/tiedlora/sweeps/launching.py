@@ -10,6 +10,7 @@ import logging
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,19 +140,14 @@ def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepContr
 
 def _needs_launch(cell: SweepCell, control: SweepControl) -> bool:
     """Whether a worker is needed for the cell, after waiting for another command that works on it."""
-    _wait_until_free(cell)
+    wait_until_free(cell)
     if control.take_retry(cell.run_id):
         cell.folder.error_file.unlink(missing_ok=True)
         control.note_end(cell.run_id)
     return is_open(cell, control)
 
 
-def wait_for_others(cells: Iterable[SweepCell]) -> bool:
-    """Wait until no other process works on these cells. Whether one did."""
-    return any([_wait_until_free(cell) for cell in cells])
-
-
-def _wait_until_free(cell: SweepCell) -> bool:
+def wait_until_free(cell: SweepCell) -> bool:
     """Wait until no process works on the cell. (Another command may share it.) Whether one did."""
     if cell.state() != "running":
         return False
@@ -191,9 +187,8 @@ def logged_progress(sweep: Sweep) -> Iterator[None]:
 
 
 def _log_progress(sweep: Sweep, leave: threading.Event) -> None:
-    begun = time.monotonic()
+    begun, pause = time.monotonic(), SECONDS_BETWEEN_COUNTS
     first = last = _ended(sweep)
-    pause = SECONDS_BETWEEN_COUNTS
     while not leave.wait(pause):
         started = time.monotonic()
         if (now := _ended(sweep)) != last:
@@ -207,11 +202,14 @@ def _log_progress(sweep: Sweep, leave: threading.Event) -> None:
         pause = max(SECONDS_BETWEEN_COUNTS, (time.monotonic() - started) / LARGEST_SHARE)
 
 
-def _ended(sweep: Sweep) -> dict[str, int]:
+def _ended(sweep: Sweep) -> Counter[str]:
     """How many cells are done, have failed, or were stopped by a search. It takes no lock, which a worker may need."""
-    counts = dict.fromkeys(("done", "failed", "pruned"), 0)
+    ended: Counter[str] = Counter()
     for folder in (cell.folder for cell in sweep.cells):
-        files = {"done": folder.result_file, "failed": folder.error_file, "pruned": folder.pruned_file}
-        if state := next((state for state, file in files.items() if file.exists()), None):
-            counts[state] += 1
-    return counts
+        if folder.result_file.exists():
+            ended["done"] += 1
+        elif folder.error_file.exists():
+            ended["failed"] += 1
+        elif folder.pruned_file.exists():
+            ended["pruned"] += 1
+    return ended

@@ -31,7 +31,7 @@ from tiedlora.sweeps.launching import (
     check_test_rows,
     end_with,
     launch_cells,
-    wait_for_others,
+    wait_until_free,
 )
 from tiedlora.sweeps.staged_search import Observation, SearchPlan, SearchStage, next_stage, rung_steps
 
@@ -212,7 +212,7 @@ class StageLaunches:
             return False
         new = [cell for cell in cells if cell.goal not in self._launched]
         if not new:
-            return wait_for_others(cells)
+            return any([wait_until_free(cell) for cell in cells])
         if not self._launched:
             check_test_rows(self.sweep.cells)
         log.info("%s: %s", self.sweep.id, what)

@@ -10,9 +10,8 @@ from statistics import mean
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.records.rows import MetricsRow, read_metrics
+from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import State
-from tiedlora.records.run_record import RunRecord
 from tiedlora.records.selection import Selection
 from tiedlora.scoring.passes import lacks_scores
 from tiedlora.sweeps.cells import Sweep, SweepCell, rate_groups
@@ -114,26 +113,19 @@ def status_of(cell: SweepCell, control: SweepControl, searched: Searched | None 
     error = folder.error() if state == State.FAILED else None
     if record is None:
         rows = read_metrics(folder.metrics_file) if folder.metrics_file.is_file() else []
-        step, seconds = max((row.step for row in rows), default=0), training_seconds(rows)
+        step = max((row.step for row in rows), default=0)
+        # The logged time of training, which only grows.
+        seconds = max((row.values.get("train/seconds", 0.0) for row in rows), default=0.0)
         return CellStatus(cell, state, error=error, seconds=seconds, step=step, is_needed=is_needed)
     metric = score = None
     if "validation" in record.scores:
         validation = record.scores["validation"]
         metric, score = validation.first_metric, validation.metrics[validation.first_metric].value
-    loss, step = record.training.validation_loss_last, record.training.steps
-    return CellStatus(cell, state, metric, score, loss, error, _seconds(cell, record), step, is_needed)
-
-
-def training_seconds(rows: Sequence[MetricsRow]) -> float:
-    """The logged time of training."""
-    logged = (row.values.get("train/seconds") for row in reversed(rows))
-    return next((seconds for seconds in logged if seconds is not None), 0.0)
-
-
-def _seconds(cell: SweepCell, record: RunRecord) -> float:
     # `select` may have scored test later. The other cells of the sweep will not need that time.
     asked = [record.scores[split] for split in cell.config.score.splits if split in record.scores]
-    return record.training.seconds + sum(split.seconds + (split.loss_seconds or 0.0) for split in asked)
+    seconds = record.training.seconds + sum(split.seconds + (split.loss_seconds or 0.0) for split in asked)
+    loss, step = record.training.validation_loss_last, record.training.steps
+    return CellStatus(cell, state, metric, score, loss, error, seconds, step, is_needed)
 
 
 def time_left(cells: Sequence[CellStatus]) -> dict[str, float]:

@@ -57,15 +57,22 @@ def track_sweep(sweep: Sweep, claims: Path = CLAIMS) -> None:
 
 
 def _send(sweep: Sweep, config: Config, backend: str, claims: Path) -> None:
-    selection = written(sweep)
-    runs, left_out = _runs(sweep)
+    selection, outputs = written(sweep), Path(config.outputs)
+    # Those outside the grid too.
+    found = [read_run(outputs / run_id) for run_id in sweep.run_ids() if (outputs / run_id).is_dir()]
+    runs = [run for run in found if isinstance(run, Run)]
+    left_out = [run for run in found if isinstance(run, LeftOut)]
     if not runs:
         return
-    tables = {"verdicts": verdicts_table(_answers(runs, left_out, selection, claims)), **_selection_tables(selection)}
+    groups = group_runs(runs, left_out, [selection] if selection else [])
+    stated = claim_files.read(claims) if claims.exists() else []
+    # A claim that no run is about says nothing of this sweep.
+    answers = [answer for answer in answer_claims(stated, groups, Scorebook()) if answer.pair is not None]
+    tables = {"verdicts": verdicts_table(answers), **_selection_tables(selection)}
     chosen = _chosen(sweep, runs, selection)
     most = config.tracking.answers
-    if most and (answers := _all_answers(chosen, most)) is not None:
-        tables["answers"] = answers
+    if most and (texts := _all_answers(chosen, most)) is not None:
+        tables["answers"] = texts
     sent = _read_sent(sweep.path / SENT_FILE)
     digest = hashlib.sha256(json.dumps([backend, {k: asdict(t) for k, t in tables.items()}]).encode()).hexdigest()
     if sent.get("digest") == digest:
@@ -80,7 +87,7 @@ def _send(sweep: Sweep, config: Config, backend: str, claims: Path) -> None:
     summary = TrackedRun(sweep.id, sweep.path, config, kind=SWEEP, values=values)
     tracker = SafeTracker(summary, [])
     tracker.log_tables(lambda: tables)
-    tracker.finish(_figures(tables["verdicts"], len(sweep.cells), runs))
+    tracker.finish(_figures(answers, len(sweep.cells), len(runs)))
     if tracker.works:
         storage.write_json(sweep.path / SENT_FILE, {"backend": backend, "digest": digest, "chosen": sorted(replayed)})
 
@@ -92,45 +99,22 @@ def _read_sent(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _runs(sweep: Sweep) -> tuple[list[Run], list[LeftOut]]:
-    """The sweep's finished runs, those outside its grid too, and the folders without one."""
-    outputs = Path(sweep.cells[0].config.outputs)
-    found = [read_run(outputs / run_id) for run_id in sweep.run_ids() if (outputs / run_id).is_dir()]
-    return [run for run in found if isinstance(run, Run)], [run for run in found if isinstance(run, LeftOut)]
-
-
-def _answers(
-    runs: Sequence[Run], left_out: Sequence[LeftOut], selection: Selection | None, claims: Path
-) -> list[Answer]:
-    groups = group_runs(runs, left_out, [selection] if selection else [])
-    stated = claim_files.read(claims) if claims.exists() else []
-    # A claim that no run is about says nothing of this sweep.
-    return [answer for answer in answer_claims(stated, groups, Scorebook()) if answer.pair is not None]
-
-
 def verdicts_table(answers: Sequence[Answer]) -> TextTable:
     """The verdicts with their effects and reasons."""
     columns = ("claim", "model", "task", "verdict", "difference", "low", "high", "seeds", "rows", "reason", "next")
-    return TextTable(columns, [_verdict_row(answer) for answer in answers])
-
-
-def _verdict_row(answer: Answer) -> tuple[Cell, ...]:
-    ends: tuple[Cell, ...] = (None, None, None)
-    if answer.difference is not None:
-        interval = answer.difference.widest
-        ends = (interval.value, interval.low, interval.high)
-    verdict = f"{answer.verdict}{' (exploratory)' if answer.exploratory else ''}"
-    named = (answer.claim.name, answer.model, answer.task, verdict)
-    return (*named, *ends, answer.seeds, answer.rows, answer.reason, answer.decide)
+    rows: list[tuple[Cell, ...]] = []
+    for answer in answers:
+        interval = answer.difference.widest if answer.difference else None
+        ends = (interval.value, interval.low, interval.high) if interval else (None, None, None)
+        named = (answer.claim.name, answer.model, answer.task, _in_words(answer))
+        rows.append((*named, *ends, answer.seeds, answer.rows, answer.reason, answer.decide))
+    return TextTable(columns, rows)
 
 
 def _selection_tables(selection: Selection | None) -> dict[str, TextTable]:
     if selection is None:
         return {}
-    columns = (
-        *("configuration", "rank", "task", "model", "rate"),
-        *("rates tried", "metric", "value", "seeds", "at the edge"),
-    )
+    columns = ("configuration", "rank", "task", "model", "rate", "rates tried", "metric", "value", "seeds")
     rows: list[tuple[Cell, ...]] = [
         (
             *(choice.configuration, choice.rank, choice.task, choice.model, choice.lr),
@@ -138,7 +122,7 @@ def _selection_tables(selection: Selection | None) -> dict[str, TextTable]:
         )
         for choice in selection.choices
     ]
-    tables = {"rates": TextTable(columns, rows)} if rows else {}
+    tables = {"rates": TextTable((*columns, "at the edge"), rows)} if rows else {}
     if selection.searches:
         tables["decisions"] = TextTable(("decision",), [(line,) for line in decision_lines(selection)])
     return tables
@@ -170,14 +154,18 @@ def _all_answers(runs: Sequence[Run], most: int) -> TextTable | None:
     return TextTable(("configuration", "rank", "seed", *columns), rows)
 
 
-def _figures(verdicts: TextTable, cells: int, runs: Sequence[Run]) -> dict[str, float | int | str]:
+def _figures(answers: Sequence[Answer], cells: int, finished: int) -> dict[str, float | int | str]:
     """The summary's figures: how many verdicts of each kind, and every verdict by its claim."""
-    figures: dict[str, float | int | str] = {"cells": cells, "finished": len(runs)}
-    words = [str(row[3]).split()[0] for row in verdicts.rows]
-    figures.update({f"verdicts/{verdict}": words.count(verdict) for verdict in Verdict})
-    for row in verdicts.rows:
-        figures[f"verdict/{row[0]} ({row[1]}, {row[2]})"] = str(row[3])
+    figures: dict[str, float | int | str] = {"cells": cells, "finished": finished}
+    verdicts = [answer.verdict for answer in answers]
+    figures.update({f"verdicts/{verdict}": verdicts.count(verdict) for verdict in Verdict})
+    for answer in answers:
+        figures[f"verdict/{answer.claim.name} ({answer.model}, {answer.task})"] = _in_words(answer)
     return figures
+
+
+def _in_words(answer: Answer) -> str:
+    return f"{answer.verdict}{' (exploratory)' if answer.exploratory else ''}"
 
 
 def _replay(sweep: Sweep, run: Run, most: int) -> bool:
