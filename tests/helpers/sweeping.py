@@ -7,23 +7,37 @@ from tiedlora.sweeps.worker import work
 
 
 class Here:
-    """A launcher that works in this process, and remembers the goals of each launch."""
+    """A launcher that works in this process, one cell after the other, and remembers what it has started."""
 
-    def __init__(self, before=lambda: None) -> None:
+    def __init__(self, before=lambda: None, stop_before: int | None = None) -> None:
         """
         Args:
             before: what happens at the start of each launch.
+            stop_before: the run before which it raises KeyboardInterrupt, as a stopped sweep does.
         """
-        self.launches, self.before = [], before
+        self.launches, self.before, self.stop_before = [], before, stop_before
 
     def __call__(self, folder, goals) -> None:
-        self.launches.append(list(goals))
+        self.launches.append([])
         self.before()
-        work(folder, goals)
+        for goal in goals:
+            if len(self.goals) == self.stop_before:
+                raise KeyboardInterrupt
+            self.launches[-1].append(goal.cell(folder))
+            work(folder, [goal])
+
+    @property
+    def cells(self) -> list:
+        """The cells of all launches, as they were launched."""
+        return [cell for launch in self.launches for cell in launch]
+
+    @property
+    def goals(self) -> list:
+        return [cell.goal for cell in self.cells]
 
     def run_ids(self) -> list[list[str]]:
         """The ids of each launch."""
-        return [[goal.run_id for goal in goals] for goals in self.launches]
+        return [[cell.run_id for cell in launch] for launch in self.launches]
 
 
 @contextmanager

@@ -5,11 +5,11 @@ import re
 
 import pytest
 from helpers.commands import sweep as sweep_command
+from helpers.sweeping import Here
 
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import read_record
 from tiedlora.records.selection import read_selection
-from tiedlora.runs import run
 from tiedlora.sweeps import staged
 from tiedlora.sweeps.deciding import run_deciding
 from tiedlora.sweeps.expand import compose_sweep
@@ -31,20 +31,8 @@ claims:
 """
 
 
-class Launcher:
-    """Runs the cells in this process."""
-
-    def __init__(self, plan=None) -> None:
-        self.plan, self.launched = plan, []
-
-    def __call__(self, folder, goals):
-        assert self.plan is None or self.plan.exists(), "the plan is written before the first run"
-        for cell in (goal.cell(folder) for goal in goals):
-            self.launched.append((cell.config.tying.name, cell.name.lr, cell.config.seed))
-            run.main(cell.config)
-
-    def seeds(self) -> set[int]:
-        return {seed for _, _, seed in self.launched}
+def seeds(launcher: Here) -> set[int]:
+    return {cell.config.seed for cell in launcher.cells}
 
 
 @pytest.fixture
@@ -65,37 +53,41 @@ def verdicts(sweep):
 
 def test_a_decided_claim_takes_no_further_run_and_an_open_one_goes_on(swept, tmp_path, capsys):
     far = claims_file(tmp_path, 0.9)
-    launcher = Launcher(swept.path / "plan.json")
+
+    def planned():
+        assert (swept.path / "plan.json").exists(), "the plan is written before the first run"
+
+    launcher = Here(planned)
     run_deciding(swept, OPTIONS, far, None, launcher)
     (verdict,) = verdicts(swept)
     # The losses differ by less than 0.9 nats in every seed, so the first look contradicts the claim.
     assert (verdict["verdict"], verdict["look"], verdict["open"]) == ("contradicted", 1, False)
-    assert launcher.seeds() == {0, 1}
+    assert seeds(launcher) == {0, 1}
     assert "contradicted: look 1 of 2" in capsys.readouterr().out
-    again = Launcher()
+    again = Here()
     run_deciding(swept, OPTIONS, far, None, again)
-    assert again.launched == []
+    assert again.goals == []
 
 
 def test_other_claims_than_the_planned_ones_are_refused(swept, tmp_path):
-    run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), None, Launcher())
+    run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), None, Here())
     with pytest.raises(
         UserError, match=r"plan\.json: was written before the first run with other values of claims_sha256"
     ):
-        run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.8), None, Launcher())
+        run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.8), None, Here())
     with pytest.raises(UserError, match="other values of budget"):
-        run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), 30, Launcher())
+        run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), 30, Here())
 
 
 @pytest.mark.parametrize("budget", ["abc", 0, 1.5])
 def test_a_wrong_budget_is_refused_before_the_plan_is_written(swept, tmp_path, budget):
     with pytest.raises(UserError, match=rf"^hydra\.sweeper\.budget={budget}: must be a whole number"):
-        run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), budget, Launcher())
+        run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), budget, Here())
     assert not (swept.path / "plan.json").exists()
 
 
 def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept, tmp_path, capsys):
-    run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), None, Launcher())
+    run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), None, Here())
     runs = len(list(swept.path.parents[1].glob("*/result.json")))
     # Half of the first seeds' mean difference as the margin: two seeds are too few to decide, and later looks may.
     losses = target_losses(swept)
@@ -104,26 +96,26 @@ def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept
     sides = ("LoRA", "TABuv") if margin > 0 else ("TABuv", "LoRA")
     open_claim = claims_file(tmp_path, abs(margin), sides=sides)
     (swept.path / "plan.json").unlink()
-    limited = Launcher()
+    limited = Here()
     run_deciding(swept, OPTIONS, open_claim, runs + 1, limited)
-    assert limited.launched == []
+    assert limited.goals == []
     assert f"the budget of {runs + 1} runs is spent" in capsys.readouterr().out
     (swept.path / "plan.json").unlink()
-    further = Launcher()
+    further = Here()
     run_deciding(swept, OPTIONS, open_claim, None, further)
     (verdict,) = verdicts(swept)
     assert not verdict["open"]
     assert verdict["look"] > 1
-    assert further.seeds() == set(range(2, verdict["seeds"]))
-    assert {(name, seed) for name, _, seed in further.launched} == {
-        (name, seed) for name in ("LoRA", "TABuv") for seed in further.seeds()
+    assert seeds(further) == set(range(2, verdict["seeds"]))
+    assert {(cell.config.tying.name, cell.config.seed) for cell in further.cells} == {
+        (name, seed) for name in ("LoRA", "TABuv") for seed in seeds(further)
     }
     # A start that finds all runs there has spent as much of its budget.
     (all_runs,) = re.findall(r"(\d+) runs in all", capsys.readouterr().out.rsplit("verdict", 1)[-1])[-1:]
     (swept.path / "plan.json").unlink()
-    again = Launcher()
+    again = Here()
     run_deciding(swept, OPTIONS, open_claim, int(all_runs), again)
-    assert again.launched == []
+    assert again.goals == []
     assert f"{all_runs} runs in all" in capsys.readouterr().out
 
 
@@ -132,9 +124,9 @@ def test_a_control_runs_the_seeds_of_its_offset(tiny_run, tmp_path):
     control = claims_file(tmp_path, 0.2, rule="level_within", sides=("LoRA", "LoRA"))
     text = (tmp_path / "claims.yaml").read_text().replace("rank: 8}\n    tasks", "rank: 8, seed_offset: 5}\n    tasks")
     (tmp_path / "claims.yaml").write_text(text.replace("looks: [2, 5]", "looks: [2]"))
-    launcher = Launcher()
+    launcher = Here()
     run_deciding(sweep, OPTIONS, control, None, launcher)
-    assert launcher.seeds() == {0, 1, 5, 6}
+    assert seeds(launcher) == {0, 1, 5, 6}
     (verdict,) = verdicts(sweep)
     assert (verdict["look"], verdict["open"]) == (1, False)
 
@@ -142,7 +134,7 @@ def test_a_control_runs_the_seeds_of_its_offset(tiny_run, tmp_path):
 def test_a_claim_that_needs_the_base_is_refused_without_it(tiny_run, tmp_path):
     sweep = compose_sweep(tiny_run(*WORDS, "score.base=false"))
     with pytest.raises(UserError, match=r"score\.base=false: the claim 'the method has a lower loss' needs"):
-        run_deciding(sweep, OPTIONS, claims_file(tmp_path, 0.1, rule="retains"), None, Launcher())
+        run_deciding(sweep, OPTIONS, claims_file(tmp_path, 0.1, rule="retains"), None, Here())
 
 
 def target_losses(sweep) -> dict[tuple[str, int], float]:

@@ -86,18 +86,12 @@ def test_without_scores_the_rate_is_chosen_by_loss_unless_the_score_is_asked_for
 
 
 def test_a_damaged_selection_is_one_line_that_names_file_and_key(tiny_run, chosen):
-    sweep = compose_sweep(tiny_run())
-    write_selection(selection.selection_file(sweep), chosen)
-    file = selection.selection_file(sweep)
+    file = selection.selection_file(compose_sweep(tiny_run()))
+    write_selection(file, chosen)
     tree = json.loads(file.read_text())
-    for damage, message in (
-        ({**tree, "by": 3}, r"selection\.json: 'by' is 3, which cannot be a value of a sweep's selection$"),
-        ({"sweep": tree["sweep"], "by": "score"}, r"selection\.json: has no 'choices'.* sweep's selection"),
-        ({**tree, "choices": [{**tree["choices"][0], "lr": "high"}]}, r"selection\.json: 'choices\.0\.lr' is 'high'"),
-    ):
-        file.write_text(json.dumps(damage))
-        with pytest.raises(UserError, match=message):
-            read_selection(file)
+    file.write_text(json.dumps({**tree, "choices": [{**tree["choices"][0], "lr": "high"}]}))
+    with pytest.raises(UserError, match=r"selection\.json: 'choices\.0\.lr' is 'high'"):
+        read_selection(file)
 
 
 def test_trials_that_differ_are_no_fair_comparison(chosen):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from helpers.commands import sweep as sweep_command
+from helpers.sweeping import Here
 
 from tiedlora.errors import UserError
 from tiedlora.records.selection import read_selection
@@ -11,24 +12,9 @@ from tiedlora.runs import run
 from tiedlora.sweeps import selection, staged
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import run_sweep
-from tiedlora.sweeps.worker import work
 
 OPTIONS = staged.SearchOptions(rungs=(0.25, 0.5), finalists=2, lowest_rate=1e-5, highest_rate=1.0)
 GRID = ("train.lr=1e-4,1e-3,1e-2,1e-1", "seed=0,1,2", "train.steps=8", "train.validate_every=2", "score.base=false")
-
-
-class Launcher:
-    """Runs the cells in this process, and raises KeyboardInterrupt before the given run, as a stopped sweep does."""
-
-    def __init__(self, stop_before: int | None = None) -> None:
-        self.stop_before, self.launched = stop_before, []
-
-    def __call__(self, folder, goals):
-        for goal in goals:
-            if len(self.launched) == self.stop_before:
-                raise KeyboardInterrupt
-            self.launched.append(goal)
-            work(folder, [goal])
 
 
 def adapter(cell) -> bytes:
@@ -39,7 +25,7 @@ def adapter(cell) -> bytes:
 @pytest.fixture
 def searched(tiny_run):
     """A finished staged sweep, and its launcher."""
-    sweep, launcher = compose_sweep(tiny_run(*GRID)), Launcher()
+    sweep, launcher = compose_sweep(tiny_run(*GRID)), Here()
     staged.run_staged(sweep, OPTIONS, launcher)
     return sweep, launcher
 
@@ -49,8 +35,8 @@ def test_it_runs_a_part_of_the_grid_and_scores_only_the_chosen_runs(searched, ca
     selected = read_selection(selection.selection_file(sweep))
     ((choice,), (search,)) = selected.choices, selected.searches
     assert (search.seeds, search.rungs, selected.by) == ([0, 1, 2], [2, 4], "loss")
-    assert len(launcher.launched) == len(set(launcher.launched))
-    assert {(goal.pause_after, goal.splits) for goal in launcher.launched[:4]} == {(2, ())}
+    assert len(launcher.goals) == len(set(launcher.goals))
+    assert {(goal.pause_after, goal.splits) for goal in launcher.goals[:4]} == {(2, ())}
     states = {(cell.name.lr, cell.config.seed): cell.state() for cell in sweep.cells}
     assert {key for key, state in states.items() if state == "done"} >= {(choice.lr, seed) for seed in (0, 1, 2)}
     scored = {cell.run_id for cell in sweep.cells if cell.folder.predictions_file("validation").exists()}
@@ -64,15 +50,15 @@ def test_it_runs_a_part_of_the_grid_and_scores_only_the_chosen_runs(searched, ca
 
 def test_the_same_command_continues_and_decides_the_same(searched, tiny_run, tmp_path):
     sweep, _ = searched
-    again = Launcher()
+    again = Here()
     staged.run_staged(sweep, OPTIONS, again)
-    assert again.launched == []
+    assert again.goals == []
     other = compose_sweep(tiny_run(*GRID, f"outputs={tmp_path}/other"))
     for stop_before in (2, 5, 8):
-        interrupted = Launcher(stop_before - 1)
+        interrupted = Here(stop_before=stop_before - 1)
         with pytest.raises(KeyboardInterrupt):
             staged.run_staged(other, OPTIONS, interrupted)
-    staged.run_staged(other, OPTIONS, Launcher())
+    staged.run_staged(other, OPTIONS, Here())
     texts = [selection.selection_file(each).read_text() for each in (sweep, other)]
     assert texts[0] == texts[1]
     for cell, same in zip(sweep.cells, other.cells, strict=True):
@@ -88,7 +74,7 @@ def test_a_full_grid_continues_the_pruned_runs_exactly_and_trains_no_finished_on
     pruned = [cell for cell in sweep.cells if cell.state() == "pruned"]
     steps = {cell.run_id: cell.folder.checkpoint_step() for cell in pruned}
     assert set(steps.values()) <= {2, 4}
-    grid = Launcher()
+    grid = Here()
     run_sweep(sweep, grid)
     assert {cell.state() for cell in sweep.cells} == {"done"}
     assert trained == {run_id: sweep_file(sweep, run_id).stat().st_mtime_ns for run_id in trained}
@@ -100,7 +86,7 @@ def test_a_full_grid_continues_the_pruned_runs_exactly_and_trains_no_finished_on
             assert adapter(cell) == adapter(same)
             logged = [json.loads(line)["step"] for line in same.folder.metrics_file.read_text().splitlines()]
             assert sorted(set(logged)) == list(range(9))
-    staged.run_staged(sweep, OPTIONS, Launcher())
+    staged.run_staged(sweep, OPTIONS, Here())
     assert selection.selection_file(sweep).read_text() == decided
 
 
@@ -125,14 +111,14 @@ def test_a_failure_that_is_no_divergence_is_named_and_tried_again(tiny_run, monk
     assert end.value.code == 1
     assert "the disk is full" in capsys.readouterr().err
     assert read_selection(selection.selection_file(sweep)).choices == []
-    staged.run_staged(sweep, OPTIONS, Launcher())
+    staged.run_staged(sweep, OPTIONS, Here())
     assert len(read_selection(selection.selection_file(sweep)).choices) == 1
 
 
 def test_a_rate_outside_the_grid_takes_the_options_of_the_present_start(tiny_run):
     """The first start ran out of memory, and the second one names a smaller microbatch."""
 
-    class Crashing(Launcher):
+    class Crashing(Here):
         def __call__(self, folder, goals):
             of_grid = [goal for goal in goals if goal.cell(folder).name.lr in (1e-3, 1e-2)]
             super().__call__(folder, of_grid)
@@ -148,7 +134,7 @@ def test_a_rate_outside_the_grid_takes_the_options_of_the_present_start(tiny_run
         staged.run_staged(sweep, options, Crashing())
     later = compose_sweep(tiny_run(*words, "train.microbatch_tokens=512"))
     assert later.path == sweep.path
-    staged.run_staged(later, options, Launcher())
+    staged.run_staged(later, options, Here())
     frozen = [json.loads(path.read_text())["train"] for path in (later.path / "cells").glob("*.json")]
     assert {train["microbatch_tokens"] for train in frozen} == {512}
     assert {train["lr"] for train in frozen} > {1e-3, 1e-2}
@@ -157,13 +143,13 @@ def test_a_rate_outside_the_grid_takes_the_options_of_the_present_start(tiny_run
 def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, capsys):
     words = tiny_run("train.lr=1e-3,1e-2,1000", "seed=0", "train.clip=null", "train.steps=20")
     sweep = compose_sweep(words)
-    staged.run_staged(sweep, OPTIONS, Launcher())
+    staged.run_staged(sweep, OPTIONS, Here())
     (choice,) = read_selection(selection.selection_file(sweep)).choices
     assert (choice.lr < 1000, choice.failed, choice.edge) == (True, 1, False)
     assert "1000 diverged" in capsys.readouterr().out
-    again = Launcher()
+    again = Here()
     staged.run_staged(sweep, OPTIONS, again)
-    assert again.launched == []
+    assert again.goals == []
 
 
 @pytest.mark.parametrize(

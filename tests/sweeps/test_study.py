@@ -71,25 +71,18 @@ HOSTILE = {
     "a name that is a path": (("name: small", "name: ../../evil"), "name: '../../evil' becomes a folder's name"),
     "a part's name with control characters": (("name: first", 'name: "a\\e[2J"'), "parts.0.name: 'a\\x1b[2J' becomes"),
     "another place for the runs": (("seed=0", "outputs=/tmp/x"), "words.1: a study cannot set outputs;"),
-    "another place for the cache": (("seed=0", "cache=/tmp/x"), "a study cannot set cache;"),
-    "rows of a machine": (("seed=0", "data_root=/etc"), "a study cannot set data_root;"),
     "a flag of the command": (("seed=0", "--config-dir=/tmp/x"), "words.1: '--config-dir=/tmp/x' must be KEY=VALUE"),
-    "a short flag": (("seed=0", "-cn=evil"), "must be KEY=VALUE"),
-    "a key that is taken away": (("seed=0", "~task"), "must be KEY=VALUE"),
     "a key of another package": (("seed=0", "task@hydra=x"), "must be KEY=VALUE"),
     "a program that is started": (
         ("seed=0", "hydra.launcher._target_=os.system"),
         "only these keys of Hydra: hydra/sw",
     ),
-    "a place of Hydra's": (("seed=0", "hydra.sweep.dir=/tmp/x"), "a study sets only these keys of Hydra"),
     "a search path of Hydra's": (
         ("seed=0", "'hydra.searchpath=[file:///tmp/x]'"),
         "a study sets only these keys of Hydra",
     ),
-    "commands before a job": (("seed=0", "'hydra.launcher.setup=[reboot]'"), "a study sets only these keys of Hydra"),
     "a misspelt key of Hydra": (("seed=0", "hydra.sweeper.finalist=2"), "(did you mean hydra.sweeper.finalists?)"),
     "an option outside conf/": (("task=chain_sum", "task=../../x"), "parts.0.words.0: an option of conf/ is a name"),
-    "a misspelt group": (("tying=LoRA, rank=r1", "tyng=LoRA"), "parts.0.sweeps.0.0: a study cannot set tyng;"),
     "a misspelt key": (("seed=0", "train.stepz=3"), "part first: train.stepz: unknown key (did you mean train.steps?)"),
     "a misspelt option": (("tying=TABuv,TAB", "tying=TABuv,TBA"), "tying=TBA: no such option"),
     "a value that is impossible": (("task=gsm_symbolic", "train.steps=0"), "part second: cell "),
@@ -289,12 +282,21 @@ def test_a_run_is_repeated_from_its_record_to_the_same_bytes(folder, outputs, co
     assert "adapter/adapter.safetensors: the same bytes" in told
 
 
-@pytest.mark.parametrize(("processor", "loss", "code"), [("Another", 1.01, 0), ("Another", 1.2, 3), (None, 1.01, 3)])
-def test_on_another_processor_a_repeated_run_may_differ_by_rounding(folder, outputs, command, processor, loss, code):
+@pytest.mark.parametrize(
+    ("processor", "earlier", "loss", "code"),
+    [("Another", None, 1.01, 0), ("Another", None, 1.2, 3), (None, None, 1.01, 3), (None, "Another", 1.0, 0)],
+)
+def test_on_another_processor_a_repeated_run_may_differ_by_rounding(
+    folder, outputs, command, processor, earlier, loss, code
+):
+    """The run was trained on `processor`, up to some step on the one of `earlier`; None stands for this machine's."""
     place, ids = outputs
     study.export_study(folder, place)
     path = folder / "runs" / ids[1] / "result.json"
     record = json.loads(path.read_text())
+    if earlier:
+        part = {"step": 1, "code": record["code"], "versions": record["versions"]}
+        record["training"]["continued_from"] = [{**part, "execution": {**record["execution"], "processor": earlier}}]
     record["execution"]["processor"] = processor or record["execution"]["processor"]
     record["training"]["validation_loss_last"] *= loss
     record["files"]["adapter/adapter.safetensors"] = "0" * 64
@@ -302,20 +304,7 @@ def test_on_another_processor_a_repeated_run_may_differ_by_rounding(folder, outp
     ended, told = repeated(command, folder, ids[1])
     assert ended == code, told
     assert ("the same up to the rounding of another processor" in told) == (code == 0)
-
-
-def test_a_run_that_continued_from_another_processor_may_differ_by_rounding(folder, outputs, command):
-    place, ids = outputs
-    study.export_study(folder, place)
-    path = folder / "runs" / ids[1] / "result.json"
-    record = json.loads(path.read_text())
-    earlier = {"step": 1, "code": record["code"], "versions": record["versions"]}
-    record["training"]["continued_from"] = [{**earlier, "execution": {**record["execution"], "processor": "Another"}}]
-    record["files"]["adapter/adapter.safetensors"] = "0" * 64
-    path.write_text(json.dumps(record))
-    code, told = repeated(command, folder, ids[1])
-    assert code == 0, told
-    assert ", Another, then cpu, " in told
+    assert (f", {earlier}, then cpu, " in told) == bool(earlier)
 
 
 def test_all_runs_of_a_study_are_verified_at_once(folder, outputs, command):
