@@ -29,14 +29,17 @@ from tiedlora.training.signals import stopped_by_signals
 class ResumingSweeper(Sweeper):
     """Composes and checks all cells, and then launches those that are not finished."""
 
-    def __init__(self, params: dict[str, str], match_lora: bool, fail_fast: bool = False) -> None:
+    def __init__(
+        self, params: dict[str, str], match_lora: bool, arms: Sequence[Sequence[str]] = (), fail_fast: bool = False
+    ) -> None:
         """
         Args:
             params: the axes of the grids on the command line. The command line's own axes replace them.
             match_lora: whether to add to each tied cell the LoRA cell with the nearest trainable count.
+            arms: the words of arms to add to the grid, at every value of its other axes.
             fail_fast: whether the first cell that fails stops the sweep.
         """
-        # The axes and the matching cells are read from the configuration (sweeps/expand.py).
+        # Axes, matching cells and arms are read from the configuration (sweeps/expand.py).
         self.fail_fast = fail_fast
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -85,20 +88,18 @@ class StagedSweeper(ResumingSweeper):
 
     def __init__(
         self,
-        params: dict[str, str],
-        match_lora: bool,
         rungs: list[float],
         finalists: int,
         lowest_rate: float,
         highest_rate: float,
-        fail_fast: bool = False,
+        **grid: Any,
     ) -> None:
         """
         Args:
-            params, match_lora, fail_fast: as for ResumingSweeper.
             rungs, finalists, lowest_rate, highest_rate: as in SearchOptions.
+            grid: the arguments of ResumingSweeper.
         """
-        super().__init__(params, match_lora, fail_fast)
+        super().__init__(**grid)
         self.search = (rungs, finalists, lowest_rate, highest_rate)
 
     def run(self, sweep: Sweep, launch: Launch) -> None:

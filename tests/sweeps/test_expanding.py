@@ -56,6 +56,19 @@ def test_grids_of_the_eight(name):
     assert len(compose_sweep([f"+grid={name}"]).cells) == 8
 
 
+def test_the_yardstick_brings_the_curve_the_floor_and_the_weakest_arm_at_every_rate_and_seed():
+    sweep = compose_sweep(["+grid=yardstick", "tying=TABuv", "rank=r8", "train.lr=1e-3,1e-2", "seed=0,1"])
+    arms = {(c.name.configuration, c.name.rank) for c in sweep.cells}
+    assert arms == {
+        ("TABuv", 8),
+        ("TA", 8),
+        ("LoRA (shuffled targets)", 8),
+        *(("LoRA", rank) for rank in (8, 2, 1)),
+        *((f"LoRA_l{count}", 1) for count in (15, 8, 4)),
+    }
+    assert len(sweep.cells) == len(arms) * 4
+
+
 def test_matched_cells_have_the_nearest_lora_rank():
     sweep = compose_sweep(["+grid=matched", "model=smollm2_135m,llama2_7b", "tying=TABuv,TA", "rank=r32"])
     ranks = {(c.config.model.name, c.config.tying.name): [] for c in sweep.cells}

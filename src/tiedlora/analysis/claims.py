@@ -18,13 +18,13 @@ from tiedlora.analysis.frontier import Blend, Peer, curve, groups_of
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.intervals import Spread
 from tiedlora.analysis.rules import Better, Level, Looks, Retains, Rule
-from tiedlora.analysis.runs import SHUFFLED
 from tiedlora.config import compose
 from tiedlora.config.explain import nearest, options
 from tiedlora.errors import UserError
 from tiedlora.keys import LARGEST_COUNT
 from tiedlora.records.loss_metrics import LOSS_METRICS
 from tiedlora.records.reading import Flag, Number, Text, Whole, from_person
+from tiedlora.records.run_record import SHUFFLED
 from tiedlora.tasks import load_task
 
 EQUAL_RANK, EQUAL_PARAMETERS = "equal_rank", "equal_parameters"

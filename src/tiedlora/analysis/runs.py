@@ -24,7 +24,7 @@ from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, mean_per_token
 from tiedlora.records.reading import read_typed
 from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import DIVERGED, RunFolder, last_line
-from tiedlora.records.run_record import RunRecord, SplitScores, read_record
+from tiedlora.records.run_record import SHUFFLED, RunRecord, SplitScores, read_record
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 from tiedlora.tasks import load_task
 
@@ -34,8 +34,6 @@ NOT_RUNS = ("base", "sweeps")
 """Folders in outputs/ that are not runs: scores of base models, and frozen configurations of sweeps."""
 TOLERANCE = 1e-6
 """The allowed difference, by rounding, of a recorded metric from the mean over its examples."""
-SHUFFLED = " (shuffled targets)"
-"""The end of the name of an arm that trained on shuffled targets."""
 CLUSTERS_FILE = "clusters.json"
 """In a study's folder: task -> row's id -> the row's cluster, for runs that were scored before rows had them."""
 LONGEST_REASON = 200

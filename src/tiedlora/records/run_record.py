@@ -20,6 +20,8 @@ from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, rea
 from tiedlora.text import is_name
 from tiedlora.tying import PARTS
 
+SHUFFLED = " (shuffled targets)"
+"""The end of the name of an arm that trained on shuffled targets (task.shuffle_targets)."""
 RunId = Annotated[Text, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,400}$")]
 Split = Annotated[Text, Field(pattern=f"^({'|'.join(SPLITS)})$")]
 ScoredSplit = Annotated[Text, Field(pattern=f"^({'|'.join((*SCORED_SPLITS, FORGETTING))})$")]

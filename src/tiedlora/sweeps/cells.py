@@ -20,6 +20,7 @@ from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.records.reading import typed
 from tiedlora.records.run_folder import RunFolder, RunName, State
+from tiedlora.records.run_record import SHUFFLED
 from tiedlora.scoring.passes import lacks_scores
 from tiedlora.sweeps.control import SweepControl
 
@@ -101,7 +102,8 @@ class SweepCell:
         config = self.config
         assert config.train.lr is not None
         model = config.model.name.rsplit("/", 1)[-1]
-        return RunName(model, config.task.name, config.tying.name, config.rank.r, config.train.lr, config.seed)
+        name = config.tying.name + (SHUFFLED if config.task.shuffle_targets else "")
+        return RunName(model, config.task.name, name, config.rank.r, config.train.lr, config.seed)
 
 
 def frozen_cell(folder: Path, run_id: str) -> SweepCell:

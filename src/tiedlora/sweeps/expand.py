@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from tiedlora import tying
 from tiedlora.config import compose
@@ -72,14 +72,16 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
     for key, kind, words in (
         ("params", DictConfig, "a mapping of axes"),
         ("match_lora", bool, "true or false"),
+        ("arms", ListConfig, "a list of arms, each a list of words"),
         ("fail_fast", bool, "true or false"),
     ):
         if not isinstance(value := master.hydra.sweeper[key], kind):
             raise UserError(f"hydra.sweeper.{key}={value}: must be {words}")
     match_lora: bool = master.hydra.sweeper.match_lora
+    arms = [list(map(str, arm)) for arm in master.hydra.sweeper.arms]
     cells: dict[str, SweepCell] = {}
     for cell_overrides in combinations(master, loader, overrides):
-        for cell in _cells(composer, cell_overrides, match_lora):
+        for cell in _cells(composer, cell_overrides, match_lora, arms):
             cells.setdefault(cell.run_id, cell)
     return Sweep("+".join(_grid_names(overrides)) or "sweep", _grouped(list(cells.values())))
 
@@ -120,8 +122,10 @@ def _values(override: Override) -> list[str]:
     return values
 
 
-def _cells(composer: CellComposer, overrides: list[str], match_lora: bool) -> Iterator[SweepCell]:
-    """The cell of one combination, and its matching LoRA cell if the sweep has matching cells (+grid=matched).
+def _cells(
+    composer: CellComposer, overrides: list[str], match_lora: bool, arms: list[list[str]]
+) -> Iterator[SweepCell]:
+    """The cell of one combination, and the cells beside it: its matching LoRA (+grid=matched), and the sweep's arms.
 
     Raises:
         UserError: naming the cell and the key.
@@ -129,7 +133,16 @@ def _cells(composer: CellComposer, overrides: list[str], match_lora: bool) -> It
     cell = _cell(composer, overrides)
     yield cell
     if match_lora:
-        yield _cell(composer, _matching_lora(cell))
+        yield _cell(composer, [*_without(overrides, "tying", "rank"), *_matching_lora(cell)])
+    for arm in arms:
+        keys = [word.partition("=")[0] for word in arm]
+        others = [word for word in _without(overrides, "tying", "rank") if word.partition("=")[0] not in keys]
+        yield _cell(composer, [*others, *arm])
+
+
+def _without(overrides: list[str], *sections: str) -> list[str]:
+    """The overrides that set nothing in these sections."""
+    return [override for override in overrides if override.split("=")[0].split(".")[0] not in sections]
 
 
 def _cell(composer: CellComposer, overrides: list[str]) -> SweepCell:
@@ -149,12 +162,9 @@ def _cell(composer: CellComposer, overrides: list[str]) -> SweepCell:
 
 
 def _matching_lora(cell: SweepCell) -> list[str]:
-    """The overrides of the LoRA cell with the nearest trainable count, which is otherwise equal to `cell`."""
-    config = cell.config
-    count = trainable_params(config) or 0
-    rank = tying.nearest_lora_rank(count, config.model.architecture)
-    others = [override for override in cell.overrides if override.split("=")[0].split(".")[0] not in ("tying", "rank")]
-    return [*others, "tying=LoRA", f"rank.r={rank}"]
+    """The words of the LoRA with the nearest trainable count to that of `cell`."""
+    count = trainable_params(cell.config) or 0
+    return ["tying=LoRA", f"rank.r={tying.nearest_lora_rank(count, cell.config.model.architecture)}"]
 
 
 def _grid_names(overrides: list[str]) -> list[str]:
