@@ -101,7 +101,7 @@ def test_a_wrong_option_in_any_cell_stops_before_the_first(tiny_run, tmp_path):
 
 
 def test_a_misspelt_grid_is_answered_with_the_grids_there_are():
-    names = "arena, configurations, learning_rates, matched, paper, quick"
+    names = "arena, configurations, learning_rates, matched, paper, quick, yardstick"
     with pytest.raises(
         UserError, match=rf"^grid=papr: no such option; choose one of {names} \(did you mean paper\?\)$"
     ):
