@@ -3,7 +3,7 @@
 import pytest
 from helpers.report_runs import world
 
-from tiedlora.page import charts, matrix, write
+from tiedlora.page import charts, page, write
 
 CLAIMS = """looks: [3, 5]
 claims:
@@ -33,34 +33,37 @@ def two_tasks(tmp_path):
     return report_of(tmp_path)
 
 
+def models(report):
+    return {model.name: model for model in page.models(report.rows, report.verdicts, [])}
+
+
 def test_a_cell_has_the_verdict_and_the_difference(two_tasks):
-    (model,) = matrix.by_model(two_tasks.verdicts, ["tiny"])
+    model = models(two_tasks)["tiny"]
     assert model.tasks == ["chain_sum", "gsm8k", "squad"]
     assert model.headline == "2 claims: 1 contradicted, 1 undecided"
-    keeps = {cell.task: cell for cell in model.rows[0].cells}
-    assert keeps["chain_sum"].verdict == "supported"
-    assert keeps["squad"].verdict == "contradicted"
+    cells = {task: (page.word(answer), *page.effect(answer)) for task, answer, _ in model.rows[0].cells}
+    assert cells["chain_sum"][0] == "supported"
     answer = next(answer for answer in two_tasks.answers if answer.task == "squad" and answer.pair)
-    assert keeps["squad"].effect == f"−{abs(100 * answer.difference.value):.1f} points"
-    assert keeps["squad"].interval.startswith("[−")
+    verdict, effect, ends = cells["squad"]
+    assert (verdict, effect) == ("contradicted", f"−{abs(100 * answer.difference.value):.1f} points")
+    assert ends.startswith("[−")
     assert model.rows[0].over_tasks.verdict == "contradicted"
 
 
 def test_a_task_that_a_claim_is_not_about_is_not_asked(two_tasks, tmp_path):
-    report = report_of(tmp_path, CLAIMS.replace("tasks: []", "tasks: [squad]", 1))
-    (model,) = matrix.by_model(report.verdicts, ["tiny"])
-    verdicts = {cell.task: cell.verdict for cell in model.rows[0].cells}
+    model = models(report_of(tmp_path, CLAIMS.replace("tasks: []", "tasks: [squad]", 1)))["tiny"]
+    verdicts = {task: page.word(answer) for task, answer, _ in model.rows[0].cells}
     assert verdicts == {"chain_sum": "not asked", "gsm8k": "not asked", "squad": "contradicted"}
 
 
 def test_equal_reasons_are_one_group_and_every_cell_leads_to_its_reason(two_tasks):
-    (model,) = matrix.by_model(two_tasks.verdicts, ["tiny"])
-    (group,) = model.rows[1].reasons
+    rows = models(two_tasks)["tiny"].rows
+    (group,) = rows[1].reasons
     assert group.tasks == ["chain_sum", "gsm8k", "squad"]
     assert "was not run on it" in group.answer.reason
-    for row in model.rows:
-        assert {cell.reasons for cell in row.cells} == {group.id for group in row.reasons}
-    ids = [group.id for row in model.rows for group in row.reasons]
+    for row in rows:
+        assert {reason for _, _, reason in row.cells} == {group.id for group in row.reasons}
+    ids = [group.id for row in rows for group in row.reasons]
     assert len(ids) == len(set(ids))
 
 
@@ -68,8 +71,8 @@ def test_a_model_without_runs_of_a_claim_says_so(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.62}, seeds=2, rows=60)
     world(tmp_path / "runs", {"LoRA": 0.6}, seeds=2, rows=60, model="org/other")
     report = report_of(tmp_path)
-    other, _ = matrix.by_model(report.verdicts, ["other", "tiny"])
-    assert all(cell.verdict == "not run" for row in other.rows for cell in row.cells)
+    rows = models(report)["other"].rows
+    assert [page.word(answer) for row in rows for _, answer, _ in row.cells] == ["not run"] * len(rows)
     panels = charts.panels(report.rows, report.answers, report.sizes)
     assert [panel.model for panel in panels if panel.kind == "forest"] == ["tiny"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,16 +18,26 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from tiedlora.analysis.answers import ClaimVerdict, error_note
+from tiedlora.analysis import shares
+from tiedlora.analysis.answers import Answer, ClaimVerdict, Verdict, error_note
+from tiedlora.analysis.claims import Side
 from tiedlora.analysis.compare import ResultRow
-from tiedlora.page import figures, matrix
+from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.runs import Run
+from tiedlora.config import command, compose
+from tiedlora.config.identity import run_id
+from tiedlora.errors import UserError
+from tiedlora.page import figures, formats
 from tiedlora.page.browser import Sheet
 from tiedlora.page.figures import Key, Panel
-from tiedlora.page.formats import Table
-from tiedlora.page.matrix import ModelVerdicts
-from tiedlora.page.sections import run_section
+from tiedlora.page.formats import Table, minus
+from tiedlora.records.interval import Unit
+from tiedlora.records.run_record import RunRecord
 from tiedlora.text import visible
+from tiedlora.tying import PARTS
 
 HERE = Path(__file__).parent
 TITLE = "Tied-LoRA: results"
@@ -36,6 +47,8 @@ CONDENSED = ("model", "task", "variant", "metric", "split", "rows", "seeds", "de
 """Columns that move into the table's caption if all rows have the same value."""
 HIDDEN = ("share of LoRA",)
 """Columns that the page leaves out of the table of results, to fit a laptop's screen. results.csv has them."""
+VERDICTS = (Verdict.SUPPORTED, Verdict.CONTRADICTED, Verdict.UNDECIDED, Verdict.UNINFORMATIVE)
+"""The order in which a headline counts them."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +59,6 @@ class ShownTable:
     """Without hidden columns, and without those in which all rows have the same value."""
     constant: str
     """Name and value of the columns in which all rows have the same value."""
-
-
-@dataclass(frozen=True)
-class ModelPart:
-    """What the page shows of one base model."""
-
-    name: str
-    verdicts: ModelVerdicts
-    charts: Mapping[str, list[tuple[str, Markup]]]
-    """Kind of a figure -> title and SVG of its panels; none for a kind that it does not have."""
-    legends: Mapping[str, list[Key]]
-    hidden: int
-    """How many groups have no lines in the charts of training."""
 
 
 def shown(table: Table, hidden: Sequence[str] = ()) -> ShownTable:
@@ -102,31 +102,16 @@ def render(
         sheets=sheets,
         links=links,
         summary=summary,
-        models=_models(rows, verdicts, panels),
+        models=models(rows, verdicts, panels),
+        word=word,
+        effect=effect,
         error_note=error_note([answer for verdict in verdicts for answer in verdict.answers]) if verdicts else "",
         tables=of_name,
         overview=[shown for name, shown in of_name.items() if name.startswith("overview")],
         filters=_filters(results, of_name["results"].table),
-        sections=[run_section(group, sheets) for group in groups[:most_sections]],
+        sections=[_section(group, sheets) for group in groups[:most_sections]],
         groups=len(groups),
     )
-
-
-def _models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: Sequence[Panel]) -> list[ModelPart]:
-    """Every model of the report, in the order of its tables."""
-    names = list(dict.fromkeys(row.group.model for row in rows))
-    parts = []
-    for name, of_model in zip(names or [""], matrix.by_model(verdicts, names), strict=True):
-        own: dict[str, list[Panel]] = defaultdict(list)
-        charts: dict[str, list[tuple[str, Markup]]] = defaultdict(list)
-        for panel in (panel for panel in panels if panel.model == name):
-            own[panel.kind].append(panel)
-            charts[panel.kind].append((panel.title, figures.inline(panel)))
-        legends = {kind: figures.legend(found) for kind, found in own.items()}
-        drawn = {group for panel in own["curves"] for group in panel.groups}
-        hidden = len({row.group for row in rows if row.group.model == name} - drawn)
-        parts.append(ModelPart(name or "No finished run", of_model, charts, legends, hidden))
-    return parts
 
 
 def render_sheet(sheet: Sheet, back: str) -> str:
@@ -183,3 +168,203 @@ def _filters(table: Table, results: Table) -> list[tuple[str, int, list[str]]]:
             ordered = sorted(choices, key=lambda value: (value if isinstance(value, int) else 0, text(value)))
             filters.append((name, results.head.index(name), list(map(text, ordered))))
     return filters
+
+
+# --- Each model: the matrix of claims x tasks, the reasons behind its cells, and the charts.
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Answers to one claim that have the same reason."""
+
+    id: str
+    tasks: list[str]
+    answer: Answer
+    """The first one."""
+    numbers: list[tuple[str, str]]
+    """Name and value of further numbers; only of a reason with one task."""
+
+
+@dataclass(frozen=True)
+class ClaimRow:
+    """One claim for one model."""
+
+    over_tasks: ClaimVerdict
+    sides: str
+    """The two sides that are compared, in words."""
+    cells: list[tuple[str, Answer | None, str]]
+    """For each task, the answer and the id of its reason; none if the claim is not about the task."""
+    reasons: list[Reason]
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """What the page shows of one base model."""
+
+    name: str
+    headline: str
+    tasks: list[str]
+    rows: list[ClaimRow]
+    charts: Mapping[str, list[tuple[str, Markup]]]
+    """Kind of a figure -> title and SVG of its panels; none for a kind that it does not have."""
+    legends: Mapping[str, list[Key]]
+    hidden: int
+    """How many groups have no lines in the charts of training."""
+
+
+def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: Sequence[Panel]) -> list[ModelPart]:
+    """Every model of the report, in the order of its tables. Without any, claims without a run stand alone."""
+    parts = []
+    for place, name in enumerate(dict.fromkeys(row.group.model for row in rows) or [""]):
+        own: dict[str, list[Panel]] = defaultdict(list)
+        charts: dict[str, list[tuple[str, Markup]]] = defaultdict(list)
+        for panel in (panel for panel in panels if panel.model == name):
+            own[panel.kind].append(panel)
+            charts[panel.kind].append((panel.title, figures.inline(panel)))
+        legends = {kind: figures.legend(found) for kind, found in own.items()}
+        drawn = {group for panel in own["curves"] for group in panel.groups}
+        hidden = len({row.group for row in rows if row.group.model == name} - drawn)
+        stated = of_model(verdicts, name)
+        tasks = tasks_of(stated)
+        claims = [_claim_row(verdict, tasks, f"reason-{place}-{number}") for number, verdict in enumerate(stated)]
+        parts.append(ModelPart(name or "No finished run", headline(stated), tasks, claims, charts, legends, hidden))
+    return parts
+
+
+def of_model(verdicts: Sequence[ClaimVerdict], model: str) -> list[ClaimVerdict]:
+    """The verdicts of a model. A claim of which no model has a run has one without a model, and is not run on each."""
+    return [verdict for verdict in verdicts if verdict.model in (model, "")]
+
+
+def tasks_of(verdicts: Sequence[ClaimVerdict]) -> list[str]:
+    """The tasks that the claims are about."""
+    return list(dict.fromkeys(answer.task for verdict in verdicts for answer in verdict.answers))
+
+
+def headline(verdicts: Sequence[ClaimVerdict]) -> str:
+    """Such as `3 claims: 2 supported, 1 undecided`."""
+    counts = [(sum(verdict.verdict == word for verdict in verdicts), word.value) for word in VERDICTS]
+    found = [f"{count} {word}" for count, word in counts if count]
+    plural = "s" if len(verdicts) != 1 else ""
+    return f"{len(verdicts)} claim{plural}: {', '.join(found)}" if verdicts else ""
+
+
+def _claim_row(verdict: ClaimVerdict, tasks: Sequence[str], prefix: str) -> ClaimRow:
+    grouped: dict[tuple[str, ...], list[Answer]] = {}
+    for answer in verdict.answers:
+        # Answers with numbers of their own stay apart.
+        own = answer.task if answer.measure is not None else ""
+        grouped.setdefault((answer.verdict, answer.reason, answer.decide, own), []).append(answer)
+    reasons = [
+        Reason(f"{prefix}-{number}", [a.task for a in own], own[0], _numbers(own[0]) if len(own) == 1 else [])
+        for number, own in enumerate(grouped.values())
+    ]
+    id_of = {task: reason.id for reason in reasons for task in reason.tasks}
+    answer_of = {answer.task: answer for answer in verdict.answers}
+    cells = [(task, answer_of.get(task), id_of.get(task, "")) for task in tasks]
+    claim = verdict.claim
+    return ClaimRow(verdict, f"{_side(claim.method)} against {_side(claim.comparator)}", cells, reasons)
+
+
+def _side(side: Side) -> str:
+    rank = f"r={side.rank}" if side.rank is not None else f"at {str(side.at).replace('_', ' ')}"
+    return f"{side.configuration} {rank}"
+
+
+def word(answer: Answer | None) -> str:
+    """The verdict, `not run`, or `not asked` if the claim is not about the task."""
+    if answer is None:
+        return "not asked"
+    return "not run" if answer.pair is None else answer.verdict.value
+
+
+def effect(answer: Answer | None) -> tuple[str, str]:
+    """The difference of method and comparator with its unit, and its 95 % interval; empty where there is none."""
+    if answer is None or answer.difference is None or answer.measure is None:
+        return "", ""
+    unit, difference = answer.measure.unit, answer.difference.widest
+    words = "points" if unit is Unit.POINTS else unit.words
+    ends = "" if math.isnan(difference.low) else minus(formats.ends(difference, signed=True, unit=unit))
+    return minus(f"{formats.score(difference.value, signed=True, unit=unit)} {words}"), ends
+
+
+def _numbers(answer: Answer) -> list[tuple[str, str]]:
+    if answer.measure is None:
+        return []
+    unit, numbers = answer.measure.unit, []
+    for name, interval in (
+        ("method minus comparator, 95 %", answer.difference.widest if answer.difference else None),
+        ("contrast at the look's level", answer.contrast),
+    ):
+        if interval is not None:
+            numbers.append((name, f"{minus(formats.score_interval(interval, signed=True, unit=unit))} {unit.words}"))
+    if (line := shares.forest_line(answer)).share is not None:
+        numbers.append(("share of the comparator's gain", minus(line.in_words)))
+    if answer.retains_at_least is not None:
+        numbers.append(("keeps at least", f"{100 * answer.retains_at_least:.0f} %"))
+    numbers.append(("seeds and rows", f"{answer.seeds} and {answer.rows:,}"))
+    return numbers
+
+
+# --- Each chosen run: its configuration, its command, and the link to its answers.
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page shows of the run of a group that has the lowest seed."""
+
+    group: RunGroup
+    facts: list[tuple[str, str]]
+    command: str
+    answers: str
+    """The link to its answers in the page; empty if they are not there."""
+
+
+def _section(group: RunGroup, sheets: Sequence[Sheet]) -> Section:
+    run = group.runs[0]
+    link = next((link for sheet in sheets if (link := sheet.link(run.run_id))), "")
+    return Section(group, _facts(group, run), _command(run), link)
+
+
+def _facts(group: RunGroup, run: Run) -> list[tuple[str, str]]:
+    record, training, identity = run.record, run.record.training, run.record.identity
+    trained = [part for part in PARTS if identity.tying.get(part, {}).get("trained")]
+    return [
+        ("run", run.run_id),
+        ("base model", f"{record.base.name} ({record.base.digest})"),
+        ("trained", identity.tying.get("method") or ", ".join(trained)),
+        *_arm_facts(record),
+        ("trainable parameters", f"{run.params:,} ({100 * group.share:.2f} % of LoRA)"),
+        ("learning rate", ", ".join(f"{lr:g}" for lr in group.rates) + f"; chosen {group.lr:g}"),
+        ("seeds", ", ".join(str(member.seed) for member in group.runs)),
+        ("steps, batch", f"{training.steps} of {identity.tree['train'].get('batch_size')} rows"),
+        ("validation loss", f"{training.validation_loss_first:.3f} → {training.validation_loss_last:.3f}"),
+        ("speed", f"{training.tokens_per_s:,.0f} tokens/s, {training.seconds:,.0f} s, {record.execution}"),
+        *((f"until step {part.step}", f"{part.code}, {part.execution}") for part in training.continued_from or ()),
+        ("commit", f"{record.code.commit}{' with changes' if record.code.dirty else ''}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
+    ]
+
+
+def _arm_facts(record: RunRecord) -> list[tuple[str, str]]:
+    """What only an arm of another method has."""
+    if not record.is_other_method:
+        return []
+    arguments = record.identity.tying.get("resolved")
+    facts = [
+        ("arguments", json.dumps(arguments, sort_keys=True)),
+        ("stored numbers", f"{record.stored_params or record.trainable_params:,}"),
+    ]
+    if record.admission is not None:
+        facts.append(("admission", "; ".join(record.admission.marks().values()) or "all checks passed"))
+    return facts
+
+
+def _command(run: Run) -> str:
+    """The command that repeats the run, or where to look if this version of the code composes another run from it."""
+    elsewhere = f"# this version of the code reads another run; its whole configuration is in {run.run_id}/config.yaml"
+    try:
+        config = compose.load(OmegaConf.create(run.record.config.tree))
+        return command.command(config) if run_id(config) == run.run_id else elsewhere
+    except (UserError, OmegaConfBaseException):
+        return elsewhere

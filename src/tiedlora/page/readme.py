@@ -18,7 +18,7 @@ from tiedlora import storage
 from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.compare import Estimate, ResultRow
 from tiedlora.errors import UserError
-from tiedlora.page import formats, matrix, tables
+from tiedlora.page import formats, page, tables
 from tiedlora.page.formats import Column, Scored, Table
 from tiedlora.page.write import Report
 from tiedlora.text import visible
@@ -81,27 +81,29 @@ def _block(name: str, report: Report) -> str:
 
 def _verdicts(report: Report) -> Table:
     """One row for each model and claim, one column for each task."""
-    models = matrix.by_model(report.verdicts, sorted({answer.model for answer in report.answers if answer.model}))
-    tasks = list(dict.fromkeys(task for model in models for task in model.tasks))
-    answers = {(answer.model, answer.claim.name, answer.task): answer for answer in report.answers}
+    models = sorted({answer.model for answer in report.answers if answer.model}) or [""]
+    by_model = {model: page.of_model(report.verdicts, model) for model in models}
+    tasks = list(dict.fromkeys(task for verdicts in by_model.values() for task in page.tasks_of(verdicts)))
     rows = []
-    for model in models:
-        for row in model.rows:
-            name = row.over_tasks.claim.name
-            cells = {cell.task: _cell(cell, answers.get((model.model, name, cell.task))) for cell in row.cells}
-            rows.append([model.model, name, *map(cells.get, tasks)])
+    for model, verdicts in by_model.items():
+        # A dash is where none of the model's claims is about the task.
+        asked = dict.fromkeys(page.tasks_of(verdicts), page.word(None))
+        for verdict in verdicts:
+            cells = asked | {answer.task: _cell(answer) for answer in verdict.answers}
+            rows.append([model, verdict.claim.name, *map(cells.get, tasks)])
     return _without_one_model(Table("verdicts", "", [Column(name) for name in ("model", "claim", *tasks)], rows))
 
 
-def _cell(cell: matrix.Cell, answer: Answer | None) -> str | None:
+def _cell(answer: Answer) -> str:
     """The verdict, with the seeds of its look if the difference has more, and the difference with its own seeds."""
-    if answer is None or not cell.effect:
-        return cell.verdict
-    verdict = f"{cell.verdict} (exploratory)" if cell.exploratory else cell.verdict
+    difference, ends = page.effect(answer)
+    if not difference:
+        return page.word(answer)
+    verdict = f"{page.word(answer)} (exploratory)" if answer.exploratory else page.word(answer)
     if answer.look is not None and answer.seeds != answer.difference_seeds:
         verdict += f" at {answer.seeds} seeds"
     plural = "s" if answer.difference_seeds != 1 else ""
-    return f"{verdict}: {cell.effect} {cell.interval}".rstrip() + f", {answer.difference_seeds} seed{plural}"
+    return f"{verdict}: {difference} {ends}".rstrip() + f", {answer.difference_seeds} seed{plural}"
 
 
 def _scores(report: Report) -> Table:
