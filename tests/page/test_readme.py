@@ -4,7 +4,8 @@ import pytest
 from helpers.report_runs import world
 
 from tiedlora.errors import UserError
-from tiedlora.page import formats, readme, write
+from tiedlora.page import readme, write
+from tiedlora.records.interval import Unit
 
 TEXT = """# A study
 
@@ -49,12 +50,12 @@ def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
     assert "an old table" not in text
     assert "Words between the tables stay." in text
     (answer,) = report.answers
-    assert f"{answer.verdict.value}: {formats.score(answer.difference.widest.value, signed=True)[1:]}" in text.replace(
+    assert f"{answer.verdict.value}: {Unit.POINTS.number(answer.difference.widest.value, '+')[1:]}" in text.replace(
         "\N{MINUS SIGN}", ""
     )
     assert ", 5 seeds |" in text
     for row in report.rows:
-        assert text.count(formats.score_interval(row.score.widest).replace("[", "\\[").replace("]", "\\]")) == 2
+        assert text.count(Unit.POINTS.text(row.score.widest).replace("[", "\\[").replace("]", "\\]")) == 2
     assert report.summary() in text
     assert "peak memory GiB" in text
     assert readme.filled(text, report) == text

@@ -12,7 +12,8 @@ from helpers.report_runs import scored_run, world
 
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.page import formats, write
+from tiedlora.page import write
+from tiedlora.records.interval import Unit
 
 GOOD = [1.0, 0.0] * 25
 BASE = [0.0] * 50
@@ -49,7 +50,7 @@ def test_tables_come_in_three_formats_with_the_same_cells(tmp_path):
     latex = (tmp_path / "report" / "results.tex").read_text()
     markdown = (tmp_path / "report" / "results.md").read_text()
     for text in (latex, markdown):
-        assert formats.score(report.rows[0].score.value) in text
+        assert Unit.POINTS.number(report.rows[0].score.value) in text
     assert all(line.endswith((r"\\", "rule")) for line in latex.splitlines()[4:-2])
     for name in ("pareto", "curves"):  # forest: tests/page/test_matrix.py
         assert (tmp_path / "report" / f"{name}.png").stat().st_size > 5000

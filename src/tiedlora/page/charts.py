@@ -308,9 +308,8 @@ def _curves(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
                 lines.append(Curve(group, group.name, steps, np.array([losses for at, losses in own if at == steps])))
         task = groups[0].task_in_words
         title = task if metric == "validation/loss" else f"{task}, {metric}"
-        draw = partial(draw_lines, curves=lines, x="step", y=metric.replace("/", " "), is_loss=_is_nats(metric))
-        drawn = [line.group for line in lines if line.group is not None]
-        found += [Panel("curves", model, title, draw, drawn, margins=WITH_NAMES)] if lines else []
+        y = metric.replace("/", " ")
+        found += _line_panel("curves", model, title, lines, x="step", y=y, is_loss=_is_nats(metric))
     return found
 
 
@@ -333,11 +332,15 @@ def _layers(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
             for each in profiles
             if np.isfinite(each.values).any()
         ]
-        draw = partial(draw_lines, curves=lines, x="layer", y=y, level=level)
-        drawn = [line.group for line in lines if line.group is not None]
         title = f"{groups[0].task_in_words}, {title}"
-        found += [Panel("layers", model, title, draw, drawn, margins=WITH_NAMES)] if lines else []
+        found += _line_panel("layers", model, title, lines, x="layer", y=y, level=level)
     return found
+
+
+def _line_panel(kind: str, model: str, title: str, lines: Sequence[Curve], **options: Any) -> list[Panel]:
+    """A panel of lines with their names (draw_lines has the options); none without a line."""
+    draw, groups = partial(draw_lines, curves=lines, **options), [line.group for line in lines if line.group]
+    return [Panel(kind, model, title, draw, groups, margins=WITH_NAMES)] if lines else []
 
 
 def draw_lines(

@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,10 +149,20 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+@contextmanager
+def _look(**more: Any) -> Iterator[None]:
+    """Draw with the settings of RC, without a warning of letters that matplotlib's font lacks: a PNG shows a box there,
+    and an SVG has the text itself.
+    """
+    with mpl.rc_context(RC | more), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        yield
+
+
 def write_files(panels: Sequence[Panel], out: Path) -> None:
     """Write a figure of each kind to `out`, as PNG and SVG."""
     for kind in dict.fromkeys(panel.kind for panel in panels):
-        with mpl.rc_context(RC):
+        with _look():
             figure = _figure([panel for panel in panels if panel.kind == kind][:MOST_PANELS])
             figure.savefig(out / f"{kind}.png", dpi=200, facecolor=BACK)
             figure.savefig(out / f"{kind}.svg", transparent=True, metadata={"Date": None})
@@ -217,7 +229,7 @@ def inline(panel: Panel) -> Markup:
     """
     file = io.BytesIO()
     # The names that elements refer to each other by must differ between the panels of a page.
-    with mpl.rc_context({**RC, "svg.hashsalt": f"{panel.kind} {panel.model} {panel.title}"}):
+    with _look(**{"svg.hashsalt": f"{panel.kind} {panel.model} {panel.title}"}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         _figure([panel], is_file=False).savefig(file, format="svg", transparent=True, metadata=nothing)
     root = ElementTree.fromstring(file.getvalue())

@@ -14,28 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tiedlora.records.interval import Interval, Unit
+from tiedlora.records.interval import MISSING, Interval, Unit
 from tiedlora.text import visible
-
-MISSING = "–"
-
-
-def score(value: float, unit: Unit = Unit.POINTS, signed: bool = False) -> str:
-    """0.4213 -> 42.1 in points, 0.421 in nats."""
-    return MISSING if math.isnan(value) else f"{unit.factor * value:{'+' if signed else ''}.{unit.decimals}f}"
-
-
-def ends(interval: Interval, unit: Unit = Unit.POINTS, signed: bool = False) -> str:
-    """[40.1, 44.2]."""
-    if math.isnan(interval.low):
-        return MISSING
-    return f"[{score(interval.low, unit, signed)}, {score(interval.high, unit, signed)}]"
-
-
-def score_interval(interval: Interval, unit: Unit = Unit.POINTS, signed: bool = False) -> str:
-    """42.1 [40.1, 44.2], or 42.1 if there is no interval."""
-    value = score(interval.value, unit, signed)
-    return value if math.isnan(interval.low) else f"{value} {ends(interval, unit, signed)}"
 
 
 def minus(text: str) -> str:
@@ -87,25 +67,25 @@ class Kind:
 LOW_HIGH = (" low", " high")
 
 
-def _numbers(interval: Interval, unit: Unit, signed: bool = False) -> list[str]:
-    return [score(number, unit, signed) for number in (interval.value, interval.low, interval.high)]
+def _numbers(interval: Interval, unit: Unit, sign: str = "") -> list[str]:
+    return [unit.number(number, sign) for number in (interval.value, interval.low, interval.high)]
 
 
-def _scored(shown: Callable[[Interval, Unit, bool], str], signed: bool, start: int = 0, stop: int = 3) -> Kind:
+def _scored(shown: Callable[[Unit, Interval, str], str], sign: str, start: int = 0, stop: int = 3) -> Kind:
     """A kind of Scored.
 
     Args:
         start, stop: which of the value and the two ends are in CSV.
     """
     return Kind(
-        lambda cell: shown(cell.interval, cell.unit, signed),
-        lambda cell: _numbers(cell.interval, cell.unit, signed)[start:stop],
+        lambda cell: shown(cell.unit, cell.interval, sign),
+        lambda cell: _numbers(cell.interval, cell.unit, sign)[start:stop],
         ("", *LOW_HIGH)[start:stop],
     )
 
 
-def _value(interval: Interval, unit: Unit, signed: bool) -> str:
-    return score(interval.value, unit, signed)
+def _value(unit: Unit, interval: Interval, sign: str) -> str:
+    return unit.number(interval.value, sign)
 
 
 def amount(decimals: int) -> Kind:
@@ -127,13 +107,13 @@ def _task_score(cell: TaskScore) -> str:
     star = "*" if cell.has_notes else ""
     if cell.score is None:
         return f"{MISSING}{star}"
-    shown = f"{score(cell.score, cell.unit)} (n={cell.seeds}){star}"
-    return shown if cell.difference is None else f"{shown} ({score_interval(cell.difference, cell.unit, signed=True)})"
+    shown = f"{cell.unit.number(cell.score)} (n={cell.seeds}){star}"
+    return shown if cell.difference is None else f"{shown} ({cell.unit.text(cell.difference, '+')})"
 
 
 def _task_cells(cell: TaskScore) -> list[str]:
-    shown = MISSING if cell.score is None else score(cell.score, cell.unit)
-    difference = [MISSING] * 3 if cell.difference is None else _numbers(cell.difference, cell.unit, signed=True)
+    shown = MISSING if cell.score is None else cell.unit.number(cell.score)
+    difference = [MISSING] * 3 if cell.difference is None else _numbers(cell.difference, cell.unit, "+")
     return [shown, str(cell.seeds), "*" if cell.has_notes else "", *difference]
 
 
@@ -152,12 +132,12 @@ PERCENT_INTERVAL = Kind(
     ("", *LOW_HIGH),
 )
 """A share as Interval."""
-SCORE, DIFFERENCE = (_scored(_value, signed, stop=1) for signed in (False, True))
-SCORE_ENDS, DIFFERENCE_ENDS = (_scored(ends, signed, start=1) for signed in (False, True))
-SCORE_INTERVAL, DIFFERENCE_INTERVAL = (_scored(score_interval, signed) for signed in (False, True))
+SCORE, DIFFERENCE = (_scored(_value, sign, stop=1) for sign in ("", "+"))
+SCORE_ENDS, DIFFERENCE_ENDS = (_scored(Unit.ends, sign, start=1) for sign in ("", "+"))
+SCORE_INTERVAL, DIFFERENCE_INTERVAL = (_scored(Unit.text, sign) for sign in ("", "+"))
 NAMED_ENDS = Kind(
-    lambda cell: f"{ends(cell.interval, cell.unit, True)} {cell.covers}".rstrip(),
-    lambda cell: [cell.covers, *_numbers(cell.interval, cell.unit, True)[1:]],
+    lambda cell: f"{cell.unit.ends(cell.interval, '+')} {cell.covers}".rstrip(),
+    lambda cell: [cell.covers, *_numbers(cell.interval, cell.unit, "+")[1:]],
     ("", *LOW_HIGH),
 )
 """The ends of a difference's interval, which may cover less than the column's name says."""
@@ -168,7 +148,7 @@ TASK_SCORE = Kind(
     is_number=False,
 )
 AVERAGE = Kind(
-    lambda cell: f"{score_interval(cell.interval, cell.unit)} (n={cell.seeds})",
+    lambda cell: f"{cell.unit.text(cell.interval)} (n={cell.seeds})",
     lambda cell: [*(numbers := _numbers(cell.interval, cell.unit))[:1], str(cell.seeds), *numbers[1:]],
     ("", " seeds", *LOW_HIGH),
     is_number=False,

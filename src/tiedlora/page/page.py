@@ -30,7 +30,7 @@ from tiedlora.analysis.runs import Run
 from tiedlora.config import command, compose
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
-from tiedlora.page import figures, formats
+from tiedlora.page import figures
 from tiedlora.page.browser import Sheet
 from tiedlora.page.figures import Key, Panel
 from tiedlora.page.formats import Table, minus
@@ -284,8 +284,8 @@ def effect(answer: Answer | None) -> tuple[str, str]:
         return "", ""
     unit, difference = answer.measure.unit, answer.difference.widest
     words = "points" if unit is Unit.POINTS else unit.words
-    ends = "" if math.isnan(difference.low) else minus(formats.ends(difference, signed=True, unit=unit))
-    return minus(f"{formats.score(difference.value, signed=True, unit=unit)} {words}"), ends
+    ends = "" if math.isnan(difference.low) else minus(unit.ends(difference, "+"))
+    return minus(f"{unit.number(difference.value, '+')} {words}"), ends
 
 
 def _numbers(answer: Answer) -> list[tuple[str, str]]:
@@ -297,7 +297,7 @@ def _numbers(answer: Answer) -> list[tuple[str, str]]:
         ("contrast at the look's level", answer.contrast),
     ):
         if interval is not None:
-            numbers.append((name, f"{minus(formats.score_interval(interval, signed=True, unit=unit))} {unit.words}"))
+            numbers.append((name, f"{minus(unit.text(interval, '+'))} {unit.words}"))
     if (line := shares.forest_line(answer)).share is not None:
         numbers.append(("share of the comparator's gain", minus(line.in_words)))
     if answer.retains_at_least is not None:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.analysis.answers import Answer
-from tiedlora.analysis.compare import Estimate, ResultRow
+from tiedlora.analysis.compare import ResultRow
 from tiedlora.errors import UserError
 from tiedlora.page import formats, page, tables
-from tiedlora.page.formats import Column, Scored, Table
+from tiedlora.page.formats import Column, Table
 from tiedlora.page.write import Report
 from tiedlora.text import visible
 
@@ -118,15 +118,11 @@ def _scores(report: Report) -> Table:
         Column("lr", formats.RATE, lambda row: (row.group.lr, len(row.group.rates))),
         Column("seeds", formats.WHOLE, lambda row: len(row.seeds)),
         Column("rows", formats.COUNT, lambda row: row.examples),
-        Column("score", formats.SCORE_INTERVAL, lambda row: _scored(row, row.score)),
-        Column("minus base", formats.DIFFERENCE_INTERVAL, lambda row: _scored(row, row.gain)),
-        Column("minus LoRA at this rank", formats.DIFFERENCE_INTERVAL, lambda row: _scored(row, row.difference)),
+        Column("score", formats.SCORE_INTERVAL, lambda row: tables.scored(row, row.score)),
+        Column("minus base", formats.DIFFERENCE_INTERVAL, lambda row: tables.scored(row, row.gain)),
+        Column("minus LoRA at this rank", formats.DIFFERENCE_INTERVAL, lambda row: tables.scored(row, row.difference)),
     )
     return _without_one_model(Table.of("scores", "", columns, _asked(report)))
-
-
-def _scored(row: ResultRow, estimate: Estimate | None) -> Scored | None:
-    return None if estimate is None else Scored(estimate.widest, row.measure.unit)
 
 
 def _asked(report: Report) -> list[ResultRow]:
@@ -161,7 +157,7 @@ def _overview(report: Report) -> Table:
         [
             *name,
             group.params,
-            *(_scored(row, row.score) if (row := scores.get((name, place))) else None for place in places),
+            *(tables.scored(row, row.score) if (row := scores.get((name, place))) else None for place in places),
         ]
         for name, group in groups.items()
     ]

@@ -18,7 +18,7 @@ from tiedlora.analysis.runs import LeftOut
 from tiedlora.analysis.shares import SizePanel
 from tiedlora.page import formats
 from tiedlora.page.formats import AverageScore, Column, Scored, Table, TaskScore
-from tiedlora.records.interval import Interval, Unit
+from tiedlora.records.interval import Interval
 from tiedlora.records.run_record import RunRecord
 
 GIB, MIB = 2**30, 2**20
@@ -53,40 +53,41 @@ def results(rows: Iterable[ResultRow]) -> Table:
         Column("rows", formats.COUNT, lambda row: row.examples or None),
         Column("parameters", formats.COUNT, lambda row: row.group.params),
         Column("share of LoRA", formats.percent(2), lambda row: row.group.share),
-        Column("score", formats.SCORE, lambda row: _value(row, row.score)),
-        Column("95 % seeds", formats.SCORE_ENDS, lambda row: row.score and _scored(row, row.score.seeds)),
-        Column("95 % examples", formats.SCORE_ENDS, lambda row: row.score and _scored(row, row.score.examples)),
-        Column("minus LoRA", formats.DIFFERENCE, lambda row: _value(row, row.difference)),
+        Column("score", formats.SCORE, lambda row: scored(row, row.score)),
+        Column("95 % seeds", formats.SCORE_ENDS, lambda row: row.score and scored(row, row.score.seeds)),
+        Column("95 % examples", formats.SCORE_ENDS, lambda row: row.score and scored(row, row.score.examples)),
+        Column("minus LoRA", formats.DIFFERENCE, lambda row: scored(row, row.difference)),
         Column(
             "95 % seeds",
             formats.DIFFERENCE_ENDS,
-            lambda row: row.difference and _scored(row, row.difference.seeds),
+            lambda row: row.difference and scored(row, row.difference.seeds),
             csv_name="95 % seeds (difference)",
         ),
         Column("95 % seeds+examples", formats.NAMED_ENDS, _difference_ends),
-        Column("minus base", formats.DIFFERENCE_INTERVAL, lambda row: row.gain and _scored(row, row.gain.widest)),
+        Column("minus base", formats.DIFFERENCE_INTERVAL, lambda row: scored(row, row.gain)),
         Column("retained gain", formats.PERCENT_INTERVAL, lambda row: row.retained),
         Column("retains at least", formats.percent(0), lambda row: row.retains_at_least),
-        Column("published", formats.SCORE, lambda row: _value(row, row.published[0]) if row.published else None),
+        Column("published", formats.SCORE, _published),
         Column("notes", cell=_notes, wraps=True),
     )
     return Table.of("results", caption, columns, rows)
 
 
-def _scored(row: ResultRow, interval: Interval | None, covers: str = "") -> Scored | None:
-    return None if interval is None else Scored(interval, row.measure.unit, covers)
-
-
-def _value(row: ResultRow, estimate: Any) -> Scored | None:
-    """Only the value of an estimate or of a published score."""
-    return None if estimate is None else _scored(row, Interval(estimate.value, math.nan, math.nan))
+def scored(item: ResultRow | Answer, number: Estimate | Interval | None, covers: str = "") -> Scored | None:
+    """The cell of a number by the item's measure, of an estimate with the interval that covers most."""
+    if number is None or item.measure is None:
+        return None
+    return Scored(number.widest if isinstance(number, Estimate) else number, item.measure.unit, covers)
 
 
 def _difference_ends(row: ResultRow) -> Scored | None:
-    difference: Estimate | None = row.difference
-    if difference is None:
+    if row.difference is None:
         return None
-    return _scored(row, difference.both) or _scored(row, difference.examples, "examples")
+    return scored(row, row.difference.both) or scored(row, row.difference.examples, "examples")
+
+
+def _published(row: ResultRow) -> Scored | None:
+    return scored(row, Interval(row.published[0].value, math.nan, math.nan)) if row.published else None
 
 
 def _notes(row: ResultRow) -> str:
@@ -141,14 +142,6 @@ def verdicts(over_tasks: Iterable[ClaimVerdict]) -> Table:
 
 def claims(answers: Sequence[Answer]) -> Table:
     """One row per answer."""
-
-    def scored(answer: Answer, interval: Interval | None) -> Scored | None:
-        unit = answer.measure.unit if answer.measure else Unit.POINTS
-        return None if interval is None else Scored(interval, unit)
-
-    def difference(answer: Answer) -> Scored | None:
-        return scored(answer, answer.difference.widest if answer.difference else None)
-
     columns = (
         Column("claim", cell=lambda answer: answer.claim.name, wraps=True),
         Column("model", cell=lambda answer: answer.model or None),
@@ -159,7 +152,7 @@ def claims(answers: Sequence[Answer]) -> Table:
         Column(
             "contrast at the look's level", formats.DIFFERENCE_INTERVAL, lambda answer: scored(answer, answer.contrast)
         ),
-        Column("difference, 95 %", formats.DIFFERENCE_INTERVAL, difference),
+        Column("difference, 95 %", formats.DIFFERENCE_INTERVAL, lambda answer: scored(answer, answer.difference)),
         Column("seeds", formats.WHOLE, lambda answer: answer.seeds),
         Column("because", cell=lambda answer: answer.reason, wraps=True),
         Column("what would decide it", cell=lambda answer: answer.decide or None, wraps=True),
@@ -285,19 +278,16 @@ def _missing(configuration: str, rank: int, task: str, folders: Iterable[LeftOut
 
 def _average(rows: Sequence[ResultRow | None]) -> AverageScore | None:
     """The mean over tasks, for the seeds that all tasks have; None if a task is missing."""
-    scored = [row for row in rows if row is not None and row.score is not None]
-    if len(scored) < len(rows):
+    scored_rows = [row for row in rows if row is not None and row.score is not None]
+    if len(scored_rows) < len(rows):
         return None
-    shared = sorted(set.intersection(*(set(row.seeds) for row in scored)))
+    shared = set.intersection(*(set(row.seeds) for row in scored_rows))
     if not shared:
         return None
-    values = np.array([_values(row, shared) for row in scored]).mean(0)
+    values = np.mean(
+        [row.measure.values([run for run in row.group.runs if run.seed in shared]) for row in scored_rows], 0
+    )
+    unit = scored_rows[0].measure.unit
     if len(shared) == 1:
-        return AverageScore(Interval(float(values[0]), math.nan, math.nan), 1, scored[0].measure.unit)
-    return AverageScore(intervals.seeds_interval(values), len(shared), scored[0].measure.unit)
-
-
-def _values(row: ResultRow, seeds: Sequence[int]) -> list[float]:
-    """The row's score for each of the seeds."""
-    by_seed = {run.seed: run for run in row.group.runs}
-    return [float(value) for value in row.measure.values([by_seed[seed] for seed in seeds])]
+        return AverageScore(Interval(float(values[0]), math.nan, math.nan), 1, unit)
+    return AverageScore(intervals.seeds_interval(values), len(shared), unit)

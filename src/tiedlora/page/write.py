@@ -18,7 +18,6 @@ from tiedlora.analysis.shares import SizePanel, size_panels
 from tiedlora.page import browser, charts, figures, formats, page, tables
 from tiedlora.page.figures import Panel
 from tiedlora.page.formats import Table
-from tiedlora.records.interval import Unit
 from tiedlora.text import visible
 
 ANSWERS = "answers"
@@ -160,7 +159,10 @@ def _write_page(report: Report, all_tables: Sequence[Table], panels: Sequence[Pa
 def _lines(report: Report, out: Path) -> list[str]:
     lines = [report.summary()]
     for verdict in report.verdicts:
-        lines += _verdict_lines(verdict)
+        if len(verdict.answers) > 1:
+            lines.append(f"{verdict.verdict.upper():<14} {verdict.claim.name} [{verdict.model}]: {verdict.reason}")
+        for answer in verdict.answers:
+            lines += _answer_lines(answer)
     lines += [f"left out       {folder.path.name}: {folder.reason}" for folder in report.left_out[:LISTED]]
     if len(report.left_out) > LISTED:
         lines.append(f"left out       {len(report.left_out) - LISTED} more; left-out.md has them all")
@@ -168,21 +170,10 @@ def _lines(report: Report, out: Path) -> list[str]:
     return [visible(line) for line in lines]
 
 
-def _verdict_lines(verdict: ClaimVerdict) -> list[str]:
-    """The verdict over all tasks, if there are several, and below it the answer of each task."""
-    lines = []
-    if len(verdict.answers) > 1:
-        lines.append(f"{verdict.verdict.upper():<14} {verdict.claim.name} [{verdict.model}]: {verdict.reason}")
-    for answer in verdict.answers:
-        lines += _answer_lines(answer)
-    return lines
-
-
 def _answer_lines(answer: Answer) -> list[str]:
-    unit = answer.measure.unit if answer.measure else Unit.POINTS
     difference = ""
-    if answer.difference:
-        difference = f" {formats.score_interval(answer.difference.widest, signed=True, unit=unit)}"
+    if answer.difference and answer.measure:
+        difference = f" {answer.measure.unit.text(answer.difference.widest, '+')}"
     share = f", retains at least {100 * answer.retains_at_least:.0f} %" if answer.retains_at_least is not None else ""
     decide = f"; next: {answer.decide}" if answer.decide else ""
     verdict = answer.verdict.upper() + ("?" if answer.exploratory else "")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
 from tiedlora.records.reading import Number, Text
 
+MISSING = "–"
+"""How a number that is not there is written."""
 LEVEL = 0.95
 """The confidence level of every interval in this project."""
 
@@ -43,13 +46,25 @@ class Unit(Enum):
         """The unit's name, for axes and captions."""
         return "points of 100" if self is Unit.POINTS else "nats"
 
-    def text(self, interval: Interval, sign: str = "", unit: str = "") -> str:
-        """Such as `34.8 [29.2, 40.9]`.
+    def number(self, value: float, sign: str = "") -> str:
+        """0.4213 -> 42.1 in points, 0.421 in nats.
 
         Args:
             sign: `+` writes the sign of positive numbers too.
+        """
+        return MISSING if math.isnan(value) else f"{self.factor * value:{sign}.{self.decimals}f}"
+
+    def ends(self, interval: Interval, sign: str = "") -> str:
+        """[40.1, 44.2]."""
+        if math.isnan(interval.low):
+            return MISSING
+        return f"[{self.number(interval.low, sign)}, {self.number(interval.high, sign)}]"
+
+    def text(self, interval: Interval, sign: str = "", unit: str = "") -> str:
+        """Such as `34.8 [29.2, 40.9]`, or 34.8 if there is no interval.
+
+        Args:
             unit: stands after the value, such as ` %`.
         """
-        ends = (interval.value, interval.low, interval.high)
-        value, low, high = (f"{self.factor * end:{sign}.{self.decimals}f}" for end in ends)
-        return f"{value}{unit} [{low}, {high}]"
+        value = f"{self.number(interval.value, sign)}{unit}"
+        return value if math.isnan(interval.low) else f"{value} {self.ends(interval, sign)}"
