@@ -19,11 +19,11 @@ from tiedlora.records.rows import (
 )
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
-from tiedlora.tracking.base import TrackedRun
+from tiedlora.tracking.base import TrackedRun, Tracker
 from tiedlora.tracking.run_trackers import RunTrackers, answers_table
 
 
-class FakeTracker:
+class FakeTracker(Tracker):
     """Stores the rows that it gets, and how many rows metrics.jsonl had when a row arrived."""
 
     started: list["FakeTracker"] = []

@@ -23,6 +23,7 @@ from tiedlora.tying import adapted_layers, scale
 PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
+@torch.no_grad()
 def to_peft(adapter: TiedAdapter, folder: Path, base: str, revision: str | None = None) -> None:
     """Write a folder that `PeftModel.from_pretrained` loads and that gives the same outputs.
 
@@ -30,26 +31,17 @@ def to_peft(adapter: TiedAdapter, folder: Path, base: str, revision: str | None 
         base: the name or path of the base model, for programs that load it themselves.
         revision: the revision of the base model on the hub.
     """
-    pairs = lora_pairs(adapter)
-    tensors = {}
-    for path, (A, B) in pairs.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = A
-        tensors[f"base_model.model.{path}.lora_B.weight"] = B
+    tensors, ranks = {}, {}
+    for path, (A, B) in adapter.pairs().items():
+        # Copies, because safetensors refuses tensors that share memory, such as the layers of a tied A.
+        tensors[f"base_model.model.{path}.lora_A.weight"] = A.float().cpu().clone()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = (
+            B.float().cpu().clone(memory_format=torch.contiguous_format)
+        )
+        ranks[path] = len(A)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / PEFT_TENSORS, metadata={"format": "pt"})
-    ranks = {path: len(A) for path, (A, _) in pairs.items()}
     storage.write_json(folder / PEFT_CONFIG, _peft_config(adapter, ranks, base, revision))
-
-
-@torch.no_grad()
-def lora_pairs(adapter: TiedAdapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """As TiedAdapter.pairs, but in float32 on the CPU. Each tensor is a copy, because safetensors refuses tensors that
-    share memory, such as the layers of a tied A.
-    """
-    return {
-        path: (A.float().cpu().clone(), B.float().cpu().clone(memory_format=torch.contiguous_format))
-        for path, (A, B) in adapter.pairs().items()
-    }
 
 
 def _peft_config(adapter: TiedAdapter, ranks: dict[str, int], base: str, revision: str | None) -> dict[str, object]:

@@ -1,8 +1,9 @@
 """The interface of a tracker, and what it gets of a run.
 
-A tracker is one file here with a `TRACKER` class, and one option of conf/tracking/ that names it. The run's own
-metrics.jsonl is the record, and every other tracker gets a copy of it: after an interruption it gets all rows again. So
-no failure of another tracker may end a run. RunTrackers catches it, logs one warning, and the run continues without it.
+A tracker is one file here with a subclass of Tracker as its `TRACKER`, and one option of conf/tracking/ that names it.
+The run's own metrics.jsonl is the record, and every other tracker gets a copy of it: after an interruption it gets all
+rows again. So no failure of another tracker may end a run. RunTrackers catches it, logs one warning, and the run
+continues without it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from tiedlora.config.identity import config_tree
 from tiedlora.config.schema import LONGEST_TAG, Config
@@ -84,8 +85,11 @@ class TextTable:
     """Each has a value for every column."""
 
 
-class Tracker(Protocol):
-    """Receives the metrics of one run."""
+class Tracker:
+    """Receives the metrics of one run. An error that a method raises ends the tracker, not the run."""
+
+    title = "the tracker"
+    """The name in messages."""
 
     def start(self, run: TrackedRun, earlier: Sequence[MetricsRow]) -> None:
         """Open the run.
@@ -100,6 +104,9 @@ class Tracker(Protocol):
     def log(self, rows: Sequence[MetricsRow]) -> None:
         """Write rows of metrics, in the order of their steps."""
 
+    def log_tables(self, tables: Mapping[str, TextTable]) -> None:
+        """Write tables by their names, after the last row and before the end."""
+
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
         """Close the run.
 
@@ -109,10 +116,5 @@ class Tracker(Protocol):
             exit_code: 1 if the run failed or was stopped.
         """
 
-
-@runtime_checkable
-class TableTracker(Protocol):
-    """A tracker that can show tables too."""
-
-    def log_tables(self, tables: Mapping[str, TextTable]) -> None:
-        """Write tables by their names, after the last row and before the end."""
+    def abandon(self) -> None:
+        """Close what is open after a failure, so that no dead connection is left for the next run of this process."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
-from tiedlora.tracking.base import TextTable, TrackedRun
+from tiedlora.tracking.base import TextTable, TrackedRun, Tracker
 
 # MLflow reads these when it is imported: it would report its use, and wait minutes for a server that is away.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -35,7 +35,7 @@ MOST_METRICS, MOST_PARAMS = 1000, 100
 """Most metrics and parameters of one request."""
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """One MLflow run."""
 
     title = "MLflow"

@@ -22,7 +22,7 @@ from tiedlora.errors import Paused, UserError
 from tiedlora.records.rows import AppendedFile, MetricsRow, PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.text import visible, visible_lines
-from tiedlora.tracking.base import Cell, TableTracker, TextTable, TrackedRun, Tracker
+from tiedlora.tracking.base import Cell, TextTable, TrackedRun, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -93,14 +93,12 @@ class SafeTracker:
         if backend == NONE:
             return
         try:
-            tracker: Tracker = importlib.import_module(f"tiedlora.tracking.{backend}").TRACKER()
+            self._tracker = importlib.import_module(f"tiedlora.tracking.{backend}").TRACKER()
         except UserError as error:
             if run.config.tracking.backend != AUTO:
                 raise
             log.warning("%s; the run continues without it", error)
-            return
-        self._tracker = tracker
-        self._try(lambda: tracker.start(run, earlier))
+        self._try(lambda tracker: tracker.start(run, earlier))
 
     @property
     def works(self) -> bool:
@@ -108,32 +106,29 @@ class SafeTracker:
         return self._tracker is not None
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
-        if (tracker := self._tracker) is not None:
-            self._try(lambda: tracker.log(rows))
+        self._try(lambda tracker: tracker.log(rows))
 
     def log_tables(self, tables: Callable[[], Mapping[str, TextTable]]) -> None:
-        """Give it tables, if it can show some. They are made only then."""
-        if isinstance(tracker := self._tracker, TableTracker):
-            self._try(lambda: tracker.log_tables(tables()))
+        """Give it tables. They are made only if there is a tracker."""
+        self._try(lambda tracker: tracker.log_tables(tables()))
 
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
-        if (tracker := self._tracker) is not None:
-            self._try(lambda: tracker.finish(summary, exit_code))
+        self._try(lambda tracker: tracker.finish(summary, exit_code))
 
-    def _try(self, call: Callable[[], None]) -> None:
-        tracker = self._tracker
+    def _try(self, call: Callable[[Tracker], None]) -> None:
+        if (tracker := self._tracker) is None:
+            return
         try:
-            call()
+            call(tracker)
         except Exception as error:
             self._tracker = None
-            name, reason = getattr(tracker, "title", "the tracker"), f"{type(error).__name__}: {error}"
+            reason = visible(" ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON])
             log.warning(
                 "%s has failed (%s); the run continues without it, and metrics.jsonl has every row",
-                *(name, visible(" ".join(reason.split())[:LONGEST_REASON])),
+                *(tracker.title, reason),
             )
-            # So that a dead connection does not stay open for the next run of this process.
             with suppress(Exception):
-                getattr(tracker, "abandon", lambda: None)()
+                tracker.abandon()
 
 
 class RunTrackers:
@@ -189,37 +184,28 @@ def answers_table(folder: RunFolder, most: int) -> TextTable | None:
         most: the most rows.
     """
     for split in TABLE_SPLITS:
-        try:
-            rows = read_predictions(folder.predictions_file(split))
-        except UserError:
+        if not (rows := _answered(folder, split)):
             continue
-        rows = [row for row in rows if row.has_answer]
-        if not rows:
-            continue
-        base = _base_answers(folder, split)
+        base = {row.id: row.output for row in _answered(folder, f"{split}.base")}
         metrics = [name for name, score in rows[0].scores.items() if not isinstance(score, list)]
         columns = ("split", "row", "prompt", "references", *(("base",) if base else ()), "answer", *metrics)
-        return TextTable(columns, [tuple(_cells(split, row, base, metrics)) for row in rows[:most]])
+        lines: list[tuple[Cell, ...]] = []
+        for row in rows[:most]:
+            asked = (short(row.id), short(row.prompt), short(" | ".join(row.references)))
+            answers = (*((short(base.get(row.id, "")),) if base else ()), short(row.output))
+            scores = (row.scores.get(metric) for metric in metrics)
+            numbers = (None if isinstance(score, list) else score for score in scores)
+            lines.append((split, *asked, *answers, *numbers))
+        return TextTable(columns, lines)
     return None
 
 
-def _base_answers(folder: RunFolder, split: str) -> dict[str, str]:
-    """Row id -> the base model's answer."""
+def _answered(folder: RunFolder, name: str) -> list[PredictionRow]:
+    """The rows with an answer; none if the file is missing or damaged."""
     try:
-        rows = read_predictions(folder.predictions_file(f"{split}.base"))
+        return [row for row in read_predictions(folder.predictions_file(name)) if row.has_answer]
     except UserError:
-        return {}
-    return {row.id: row.output for row in rows if row.has_answer}
-
-
-def _cells(split: str, row: PredictionRow, base: dict[str, str], metrics: list[str]) -> Iterator[Cell]:
-    yield from (split, short(row.id), short(row.prompt), short(" | ".join(row.references)))
-    if base:
-        yield short(base.get(row.id, ""))
-    yield short(row.output)
-    for metric in metrics:
-        score = row.scores.get(metric)
-        yield None if score is None or isinstance(score, list) else score
+        return []
 
 
 def short(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
-from tiedlora.tracking.base import Cell, TextTable, TrackedRun
+from tiedlora.tracking.base import Cell, TextTable, TrackedRun, Tracker
 
 try:
     import trackio
@@ -24,7 +24,7 @@ MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", **{sign: f"\\{si
 """Trackio shows the texts of a table as Markdown. With these, they are read as they are."""
 
 
-class TrackioTracker:
+class TrackioTracker(Tracker):
     """One Trackio run, which has the run's id as its name."""
 
     title = "Trackio"

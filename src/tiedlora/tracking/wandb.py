@@ -14,7 +14,7 @@ from typing import Any
 
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
-from tiedlora.tracking.base import TextTable, TrackedRun
+from tiedlora.tracking.base import TextTable, TrackedRun, Tracker
 from tiedlora.tracking.run_trackers import is_logged_in
 
 try:
@@ -29,7 +29,7 @@ TIMEOUT_SECONDS = {"init_timeout": 30.0, "finish_timeout": 60.0}
 these times. `wandb sync` can later upload the rest from the run's folder."""
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """One W&B run."""
 
     title = "W&B"
