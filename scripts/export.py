@@ -44,11 +44,12 @@ def main() -> None:
     options = ExportOptions(
         arguments.to, arguments.dtype or "float32", arguments.split or "validation", arguments.cache
     )
-    exported = export_run(run, record, config, out, options)
-    if exported.rounding:
-        print(exported.rounding)
-    print(f"{record.trainable_params:,} trained parameters, {exported.bytes / 1e6:.1f} MB in this form")
-    print(f"{out}: {', '.join(exported.files)}")
+    if rounding := export_run(run, record, config, out, options):
+        print(rounding)
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    size = sum(file.stat().st_size for file in files)
+    print(f"{record.trainable_params:,} trained parameters, {size / 1e6:.1f} MB in this form")
+    print(f"{out}: {', '.join(file.relative_to(out).as_posix() for file in files)}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from tiedlora.config import command
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
-from tiedlora.export.card import card
+from tiedlora.export.folder import card
 from tiedlora.export.weights import to_merged, to_peft
 
 RANK, ALPHA = 4, 6.0

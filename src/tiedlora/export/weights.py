@@ -35,9 +35,7 @@ def to_peft(adapter: TiedAdapter, folder: Path, base: str, revision: str | None 
     for path, (A, B) in adapter.pairs().items():
         # Copies, because safetensors refuses tensors that share memory, such as the layers of a tied A.
         tensors[f"base_model.model.{path}.lora_A.weight"] = A.float().cpu().clone()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = (
-            B.float().cpu().clone(memory_format=torch.contiguous_format)
-        )
+        tensors[f"base_model.model.{path}.lora_B.weight"] = B.float().cpu().clone(memory_format=torch.contiguous_format)
         ranks[path] = len(A)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / PEFT_TENSORS, metadata={"format": "pt"})
