@@ -122,6 +122,7 @@ def test_short_marks_stand_beside_the_name_of_a_configuration(tmp_path):
     assert (key.name, key.glyph, key.marks) == ("TABuv", "◆", ["rate at the edge"])
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_panel_of_the_page_has_no_style_no_fixed_colour_and_hostile_text_only_as_text():
     def draw(ax):
         ax.plot([0, 1], [0, 1], color=figures.COLOURS[0])

@@ -150,6 +150,15 @@ def test_a_cell_opens_its_reason_by_keyboard(report):
         assert messages == []
 
 
+def test_the_forest_has_large_letters_where_the_window_is_wide(report):
+    letters = """[...document.querySelectorAll(".forest svg")].filter((svg) => svg.clientWidth).flatMap((svg) =>
+        [...svg.querySelectorAll("text")].map((text) =>
+            parseFloat(getComputedStyle(text).fontSize) * svg.clientWidth / svg.viewBox.baseVal.width))"""
+    for width, least in ((1280, 11), (390, 7)):
+        with opened(report, width) as (page, _):
+            assert min(page.evaluate(letters)) > least
+
+
 def test_print_shows_reasons_and_no_controls(report):
     with opened(report) as (page, _):
         page.evaluate("dispatchEvent(new Event('beforeprint'))")

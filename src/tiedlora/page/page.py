@@ -221,6 +221,8 @@ def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: 
         for panel in (panel for panel in panels if panel.model == name):
             own[panel.kind].append(panel)
             charts[panel.kind].append((panel.title, figures.inline(panel)))
+            if panel.kind == "forest":
+                charts["wide forest"].append((panel.title, figures.inline(panel.widened())))
         legends = {kind: figures.legend(found) for kind, found in own.items()}
         drawn = {group for panel in own["curves"] for group in panel.groups}
         hidden = len({row.group for row in rows if row.group.model == name} - drawn)
