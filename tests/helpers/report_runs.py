@@ -106,14 +106,16 @@ def _changed(node: Any, path: Sequence[str], value: Any) -> Any:
     return dataclasses.replace(node, **{name: _changed(getattr(node, name), rest, value) if rest else value})
 
 
-def prediction_rows(scores: Sequence[Score], metric: str = METRIC, output: str = "#### 3") -> list[PredictionRow]:
-    """A row for each score: a number, or the statistics of a corpus metric."""
+def prediction_rows(
+    scores: Sequence[Score], metric: str = METRIC, output: str | Sequence[str] = "#### 3"
+) -> list[PredictionRow]:
+    """A row for each score: a number, or the statistics of a corpus metric. `output` is one for all rows, or a list."""
     return [
         PredictionRow(
             id=str(number),
             prompt=f"Question {number}",
             references=["3"],
-            output=output,
+            output=output if isinstance(output, str) else output[number],
             scores={metric: [float(part) for part in score] if isinstance(score, list) else float(score)},
             output_tokens=3,
             ended="end",

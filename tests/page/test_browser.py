@@ -6,7 +6,7 @@ import gzip
 import json
 
 from helpers.hostile import HOSTILE
-from helpers.report_runs import METRIC, add_scores, make_record, prediction_rows, scored_run, write_lines, write_run
+from helpers.report_runs import add_scores, make_record, prediction_rows, scored_run, write_lines, write_run
 
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.runs import read_runs
@@ -20,16 +20,9 @@ def unpacked(text):
     return json.loads(gzip.decompress(base64.b64decode(text)))
 
 
-def run(root, outputs, *, scores=None, prompts=None, references=None, **about):
-    rows = prediction_rows(scores or [1.0, 0.0] * (len(outputs) // 2))
-    for place, output in enumerate(outputs):
-        changes = {"output": output}
-        changes |= {"prompt": prompts[place]} if prompts else {}
-        changes |= {"references": references[place]} if references else {}
-        rows[place] = dataclasses.replace(rows[place], **changes)
-    base = [dataclasses.replace(row, output="base", scores={METRIC: 0.0}) for row in rows]
-    record = add_scores(make_record(**about), "validation", rows, base)
-    return write_run(root, record, {"validation": rows, "validation.base": base})
+def run(root, outputs, **about):
+    count = len(outputs)
+    return scored_run(root, ([1.0, 0.0] * count)[:count], [0.0] * count, output=outputs, **about)
 
 
 def sheets(root, **options):
@@ -39,13 +32,13 @@ def sheets(root, **options):
 
 def test_a_sheet_holds_every_answer_and_equal_ones_once(tmp_path):
     run(tmp_path, ["a", "b", "c", "d", "e", "f"], name="LoRA")
-    run(tmp_path, ["a", "x", "c", "y", "base", "f"], name="TABuv")
+    run(tmp_path, ["a", "x", "c", "y", "#### 3", "f"], name="TABuv")
     (sheet,) = sheets(tmp_path)
     assert [column["name"] for column in sheet.head["runs"]] == ["base", "TABuv r=8 · seed 0", "LoRA r=8 · seed 0"]
     index = unpacked(sheet.index)
     (texts,) = map(unpacked, sheet.texts)
     given = [[texts["answers"][row][which[row]] for row in range(ROWS)] for which in index["which"]]
-    assert given == [["base"] * 6, ["a", "x", "c", "y", "base", "f"], ["a", "b", "c", "d", "e", "f"]]
+    assert given == [["#### 3"] * 6, ["a", "x", "c", "y", "#### 3", "f"], ["a", "b", "c", "d", "e", "f"]]
     assert [len(answers) for answers in texts["answers"]] == [2, 3, 2, 3, 2, 2]
     assert index["scores"] == [[[0.0] * 6, [1.0, 0.0] * 3, [1.0, 0.0] * 3]]
     assert sheet.head["pair"] == [2, 1], "LoRA against TABuv"
@@ -73,7 +66,12 @@ def test_rows_come_in_blocks(tmp_path):
 def test_hostile_texts_and_a_megabyte_line_are_data(tmp_path):
     long = "x" * 2**20
     texts = [HOSTILE, long, "</script><script>alert(1)</script>", "\ud800", "", "<!--<script>"]
-    run(tmp_path / "runs", texts, prompts=[HOSTILE] * ROWS, references=[[HOSTILE, long]] * ROWS, task="chain_sum")
+    folder = scored_run(tmp_path / "runs", [1.0] * ROWS, output=texts)
+    rows = [
+        dataclasses.replace(row, prompt=HOSTILE, references=[HOSTILE, long])
+        for row in prediction_rows([1.0] * ROWS, output=texts)
+    ]
+    write_lines(folder / "predictions" / "validation.jsonl", rows)
     report = write.build([tmp_path / "runs"])
     write.write(report, tmp_path / "report")
     html = (tmp_path / "report" / "index.html").read_text()
@@ -82,9 +80,9 @@ def test_hostile_texts_and_a_megabyte_line_are_data(tmp_path):
     assert len(html) < 300_000
     (sheet,) = sheets(tmp_path / "runs")
     (block,) = map(unpacked, sheet.texts)
-    assert block["answers"][0][1] == visible_lines(HOSTILE)
-    assert block["answers"][1][1].startswith("x" * browser.LONGEST + " … (")
-    assert block["answers"][3][1] == "<U+D800>"
+    assert block["answers"][0][0] == visible_lines(HOSTILE)
+    assert block["answers"][1][0].startswith("x" * browser.LONGEST + " … (")
+    assert block["answers"][3][0] == "<U+D800>"
     assert block["references"][0][1].startswith("xxx")
 
 

@@ -1,11 +1,9 @@
 """The page in a real browser: what a reader sees, hostile texts, the keyboard, print, and accessibility (axe-core)."""
 
-import dataclasses
-
 import pytest
 from helpers.browser import needs_browser, opened
 from helpers.hostile import HOSTILE
-from helpers.report_runs import METRIC, add_scores, make_record, prediction_rows, scored_run, write_run
+from helpers.report_runs import scored_run
 
 from tiedlora.page import browser, write
 from tiedlora.text import visible_lines
@@ -22,14 +20,6 @@ claims:
 """
 
 
-def answers(root, name, seed, outputs, scores, **about):
-    base = [0.0] * len(outputs)
-    rows = [dataclasses.replace(row, output=text) for row, text in zip(prediction_rows(scores), outputs, strict=True)]
-    own = [dataclasses.replace(row, output="base says so", scores={METRIC: 0.0}) for row in rows[: len(base)]]
-    record = add_scores(make_record(name=name, seed=seed, **about), "validation", rows, own)
-    write_run(root, record, {"validation": rows, "validation.base": own})
-
-
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """Two tasks, two configurations, two seeds. Of 60 rows LoRA has 30 right, TABuv has 20 of these and 5 others."""
@@ -42,8 +32,8 @@ def report(tmp_path_factory):
             theirs = [f"first {place} then {'right' if s else 'wrong'}" for place, s in enumerate(tied)]
             ours[3], theirs[3] = HOSTILE, "<img src=x onerror=alert(1)>"
             theirs[4] = "z" * 2**20
-            answers(root / "runs", "LoRA", seed, ours, lora, task=task)
-            answers(root / "runs", "TABuv", seed, theirs, tied, task=task)
+            for name, outputs, scores in (("LoRA", ours, lora), ("TABuv", theirs, tied)):
+                scored_run(root / "runs", scores, [0.0] * ROWS, output=outputs, name=name, seed=seed, task=task)
     (root / "claims.yaml").write_text(CLAIMS)
     write.write(write.build([root / "runs"], claims=root / "claims.yaml"), root / "report")
     return root / "report" / "index.html"

@@ -6,12 +6,9 @@ import hashlib
 import re
 
 import pytest
-from helpers import processes
 from helpers.hostile import HOSTILE
 from helpers.report_runs import scored_run, world
 
-from tiedlora.config.project import PROJECT
-from tiedlora.errors import UserError
 from tiedlora.page import write
 from tiedlora.records.interval import Unit
 
@@ -52,20 +49,6 @@ def test_tables_come_in_three_formats_with_the_same_cells(tmp_path):
     for text in (latex, markdown):
         assert Unit.POINTS.number(report.rows[0].score.value) in text
     assert all(line.endswith((r"\\", "rule")) for line in latex.splitlines()[4:-2])
-    for name in ("pareto", "curves"):  # forest: tests/page/test_matrix.py
+    for name in ("pareto", "curves"):  # forest: test_claims_shown.py
         assert (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
         assert (tmp_path / "report" / f"{name}.svg").read_text().startswith("<?xml")
-
-
-def test_an_empty_folder_gives_an_empty_report_and_a_missing_one_an_error(tmp_path):
-    (tmp_path / "runs").mkdir()
-    lines = write.write(write.build([tmp_path / "runs"]), tmp_path / "report")
-    assert lines[0].startswith("0 finished runs")
-    with pytest.raises(UserError, match="is not a folder"):
-        write.build([tmp_path / "nowhere"])
-
-
-def test_the_script_says_what_is_wrong_in_one_line(tmp_path):
-    done = processes.run_python(PROJECT / "scripts/report.py", tmp_path / "nowhere")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1

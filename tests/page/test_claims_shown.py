@@ -1,0 +1,121 @@
+"""What the first screen says of claims: the matrix, the forest, and what every arm keeps of a reference's gain."""
+
+import csv
+
+import numpy as np
+import pytest
+from helpers.report_runs import report_of_shares, scored_run, world
+
+from tiedlora.page import charts, figures, page, write
+
+CLAIMS = """looks: [3, 5]
+claims:
+  - name: keeps
+    method: {configuration: TABuv, rank: 8}
+    comparator: {configuration: LoRA, at: equal_rank}
+    retains: 0.9
+    tasks: []
+  - name: of another rank
+    method: {configuration: TABuv, rank: 128}
+    comparator: {configuration: LoRA, at: equal_rank}
+    retains: 0.9
+    tasks: []
+"""
+
+
+@pytest.fixture(scope="module")
+def three_tasks(tmp_path_factory):
+    root = tmp_path_factory.mktemp("matrix")
+    world(root / "runs", {"LoRA": 0.6, "TABuv": 0.62}, rows=1000, seed_sd=0.002)
+    world(root / "runs", {"LoRA": 0.6, "TABuv": 0.3}, rows=1000, seed_sd=0.002, task="squad")
+    world(root / "runs", {"LoRA": 0.11, "TABuv": 0.1}, rows=200, task="gsm8k")
+    return root
+
+
+def report_of(root, claims=CLAIMS):
+    (root / "claims.yaml").write_text(claims)
+    return write.build([root / "runs"], claims=root / "claims.yaml")
+
+
+def panels(report, kind):
+    found = charts.panels(report.rows, report.answers, report.sizes)
+    return [panel for panel in found if panel.kind == kind]
+
+
+def models(report):
+    return {model.name: model for model in page.models(report.rows, report.verdicts, [])}
+
+
+def test_cells_have_verdicts_and_differences_and_lead_to_reasons_and_the_forest_is_a_file(three_tasks, tmp_path):
+    report = report_of(three_tasks)
+    model = models(report)["tiny"]
+    assert model.tasks == ["chain_sum", "gsm8k", "squad"]
+    assert model.headline == "2 claims: 1 contradicted, 1 undecided"
+    cells = {task: (page.word(answer), *page.effect(answer)) for task, answer, _ in model.rows[0].cells}
+    assert cells["chain_sum"][0] == "supported"
+    answer = next(answer for answer in report.answers if answer.task == "squad" and answer.pair)
+    verdict, effect, ends = cells["squad"]
+    assert (verdict, effect) == ("contradicted", f"−{abs(100 * answer.difference.value):.1f} points")
+    assert ends.startswith("[−")
+    assert model.rows[0].over_tasks.verdict == "contradicted"
+    # Equal reasons are one.
+    (reason,) = model.rows[1].reasons
+    assert reason.tasks == ["chain_sum", "gsm8k", "squad"]
+    assert "was not run on it" in reason.answer.reason
+    for row in model.rows:
+        assert {reason for _, _, reason in row.cells} == {reason.id for reason in row.reasons}
+    ids = [reason.id for row in model.rows for reason in row.reasons]
+    assert len(ids) == len(set(ids))
+    figures.write_files(panels(report, "forest"), tmp_path)
+    svg = (tmp_path / "forest.svg").read_text()
+    assert "contradicted" in svg
+    assert "chain_sum" in svg
+    assert (tmp_path / "forest.png").stat().st_size > 5000
+
+
+def test_a_task_that_a_claim_is_not_about_is_not_asked(three_tasks):
+    model = models(report_of(three_tasks, CLAIMS.replace("tasks: []", "tasks: [squad]", 1)))["tiny"]
+    verdicts = {task: page.word(answer) for task, answer, _ in model.rows[0].cells}
+    assert verdicts == {"chain_sum": "not asked", "gsm8k": "not asked", "squad": "contradicted"}
+
+
+def test_a_model_without_runs_of_a_claim_says_so(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.62}, seeds=2, rows=60)
+    world(tmp_path / "runs", {"LoRA": 0.6}, seeds=2, rows=60, model="org/other")
+    report = report_of(tmp_path)
+    rows = models(report)["other"].rows
+    assert [page.word(answer) for row in rows for _, answer, _ in row.cells] == ["not run"] * len(rows)
+    assert [panel.model for panel in panels(report, "forest")] == ["tiny"]
+
+
+@pytest.mark.parametrize(("lora", "base"), [([0.0] * 50, [0.0] * 50), ([1.0] * 50, None)])
+def test_without_a_gain_or_a_base_there_is_no_panel_of_shares(tmp_path, lora, base):
+    for name, scores in (("LoRA", lora), ("TABuv", [1.0] * 50)):
+        for seed in (0, 1):
+            scored_run(tmp_path / "runs", scores, base, name=name, seed=seed)
+    report = report_of_shares(tmp_path)
+    assert report.sizes == panels(report, "shares") == []
+
+
+def test_shares_are_files_and_first_on_the_page_and_no_arm_is_lost_beyond_the_axis(tmp_path):
+    for seed in (0, 1):
+        for name, right in (("LoRA", 10), ("TABuv", 9), ("TA", 40)):
+            scores = list(np.repeat([1.0, 0.0], [right, 40 - right]))
+            scored_run(tmp_path / "runs", scores, [0.0] * 40, name=name, seed=seed)
+    report = report_of_shares(tmp_path)
+    (panel,) = panels(report, "shares")
+    assert panel.title == "chain_sum, exact match strict"
+    assert [key.name for key in figures.legend([panel])] == ["LoRA", "TABuv", "TA"]
+    write.write(report, tmp_path / "report")
+    svg = (tmp_path / "report" / "shares.svg").read_text()
+    assert "share of the gain of LoRA r=8" in svg
+    assert "400 %" in svg
+    assert (tmp_path / "report" / "shares.png").stat().st_size > 5000
+    with open(tmp_path / "report" / "shares.csv", newline="") as file:
+        rows = {row["configuration"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"LoRA", "TABuv", "TA"}
+    assert rows["TABuv"]["share of its gain"].startswith("90")
+    html = (tmp_path / "report" / "index.html").read_text()
+    shares, scores = (html.index(f"<h3>{name} against trainable parameters") for name in ("Share of the gain", "Score"))
+    assert shares < scores
+    assert html[:scores].endswith('<details class="fold"><summary>')
