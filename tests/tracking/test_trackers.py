@@ -81,27 +81,21 @@ class TestAppendedFile:
         resumed.append([losses[2]])
         assert read_validation_losses(path) == losses
 
-    def test_a_run_that_starts_over_starts_an_empty_file(self, tmp_path):
-        AppendedFile(tmp_path / "metrics.jsonl", read_metrics).append(rows(1, 2))
-        assert AppendedFile(tmp_path / "metrics.jsonl", read_metrics).rows == []
-        assert read_metrics(tmp_path / "metrics.jsonl") == []
-
 
 class TestRunTrackers:
-    def test_a_resumed_segment_holds_the_whole_curve(self, faked, fake, tmp_path):
-        tracked = TrackedRun("run", tmp_path, faked(), trainable_params=1)
-        RunTrackers(tracked, tmp_path / "metrics.jsonl", step=0).log(rows(1, 2, 3, 4, 5, 6))
-        RunTrackers(tracked, tmp_path / "metrics.jsonl", step=4).log(rows(5))
+    def test_metrics_jsonl_is_first_and_a_resumed_segment_holds_the_whole_curve(self, faked, fake, tmp_path):
+        tracked, file = TrackedRun("run", tmp_path, faked(), trainable_params=1), tmp_path / "metrics.jsonl"
+        trackers = RunTrackers(tracked, file, step=0)
+        for row in rows(1, 2, 3, 4, 5, 6):
+            trackers.log([row])
+        RunTrackers(tracked, file, step=4).log(rows(5))
         first, resumed = fake
         assert (first.earlier, first.logged) == ([], rows(1, 2, 3, 4, 5, 6))
-        assert resumed.earlier + resumed.logged == rows(1, 2, 3, 4, 5)
-        assert resumed.earlier + resumed.logged == read_metrics(tmp_path / "metrics.jsonl")
-
-    def test_a_row_is_in_metrics_jsonl_before_another_tracker_has_it(self, faked, fake, tmp_path):
-        trackers = RunTrackers(TrackedRun("run", tmp_path, faked(), 1), tmp_path / "metrics.jsonl", step=0)
-        for row in rows(1, 2, 3):
-            trackers.log([row])
-        assert fake[0].rows_on_disk == [1, 2, 3]
+        assert first.rows_on_disk == [1, 2, 3, 4, 5, 6]
+        assert resumed.earlier + resumed.logged == rows(1, 2, 3, 4, 5) == read_metrics(file)
+        # A run without a checkpoint starts over.
+        RunTrackers(tracked, file, step=None)
+        assert read_metrics(file) == []
 
 
 class TestFailures:
@@ -167,19 +161,15 @@ class TestRun:
         value = record.scores["validation"].metrics["exact_match_strict"].value
         assert summary["validation/exact_match_strict"] == value
 
-    def test_a_run_that_fails_ends_its_tracker_as_failed(self, faked, fake, monkeypatch):
+    def test_a_run_that_fails_ends_its_tracker_as_failed_and_a_pause_is_no_failure(self, faked, fake, monkeypatch):
         def fail(*arguments):
             raise RuntimeError("in the loop")
 
+        assert run.main(faked("train.pause_after=2")) is None
         monkeypatch.setattr("tiedlora.training.loop.Loop.train", fail)
         with pytest.raises(RuntimeError, match="in the loop"):
             trainer.carry_out(faked())
-        assert fake[0].finished == [({}, 1)]
-
-    def test_a_pause_is_no_failure(self, faked, fake):
-        config = faked("train.pause_after=2")
-        assert run.main(config) is None
-        assert fake[0].finished == [({}, 0)]
+        assert [tracker.finished for tracker in fake] == [[({}, 0)], [({}, 1)]]
 
     def test_long_names_are_cut_to_tags_that_wandb_takes(self, faked):
         config = faked("task.name=" + 70 * "n", "tracking.tags=[mine]")

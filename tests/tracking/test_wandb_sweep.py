@@ -20,18 +20,6 @@ from tiedlora.sweeps.selection import selection_file
 FILES = sorted((PROJECT / "sweeps" / "wandb").glob("*.yaml"))
 
 
-def values(sweep: dict) -> dict[str, object]:
-    """One draw: each parameter's first value or lower bound."""
-    return {key: spec["values"][0] if "values" in spec else spec["min"] for key, spec in sweep["parameters"].items()}
-
-
-def command(sweep: dict, chosen: dict[str, object]) -> list[str]:
-    """The command as an agent expands it: ${args_no_hyphens} becomes KEY=VALUE words."""
-    words = {"${env}": ["/usr/bin/env"], "${program}": [sweep["program"]]}
-    words["${args_no_hyphens}"] = [f"{key}={value}" for key, value in chosen.items()]
-    return [word for part in sweep["command"] for word in words.get(part, [part])]
-
-
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_the_schema_is_wandbs(file):
     check = pytest.importorskip("sweeps.config").schema_violations_from_proposed_config
@@ -42,10 +30,15 @@ def test_the_schema_is_wandbs(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_the_expanded_command_runs_and_logs_the_metric(file, tiny_run, tmp_path):
     sweep = yaml.safe_load(file.read_text())
-    chosen = values(sweep)
+    # One draw: each parameter's first value or lower bound.
+    parameters = sweep["parameters"].items()
+    chosen = {key: spec["values"][0] if "values" in spec else spec["min"] for key, spec in parameters}
     # Every value must survive YAML, the command line and Hydra as a number; the names are options or keys.
     assert all(not isinstance(spec.get("min"), str) for spec in sweep["parameters"].values())
-    expanded = command(sweep, chosen)
+    # As an agent expands it: ${args_no_hyphens} becomes KEY=VALUE words.
+    words = {"${env}": ["/usr/bin/env"], "${program}": [sweep["program"]]}
+    words["${args_no_hyphens}"] = [f"{key}={value}" for key, value in chosen.items()]
+    expanded = [word for part in sweep["command"] for word in words.get(part, [part])]
     assert expanded[:3] == ["/usr/bin/env", "python", "train.py"]
     assert "--multirun" not in expanded
     small = tiny_run()
@@ -66,17 +59,8 @@ def test_the_expanded_command_runs_and_logs_the_metric(file, tiny_run, tmp_path)
 def inspect(run_folder: Path) -> list[dict]:
     """The records of an offline run, as `wandb leet inspect --json` lists them, without the start of W&B's own CLI."""
     (file,) = run_folder.glob("*.wandb")
-    command = [
-        get_core_path(),
-        "leet",
-        "inspect",
-        "--no-observability",
-        "--json",
-        "--run-file",
-        file,
-        run_folder.parent,
-    ]
-    done = processes.run(command, check=True)
+    words = ("leet", "inspect", "--no-observability", "--json", "--run-file")
+    done = processes.run([get_core_path(), *words, file, run_folder.parent], check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -99,13 +83,9 @@ CURVES = {"train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/se
 
 
 def logged_keys(records: list[dict]) -> set[str]:
-    """The keys of the history."""
-    found = set()
-    for record in records:
-        if record["type"] == "history":
-            # A table has several keys, such as answers.nrows.
-            found |= {key.split(".")[0] for key in record["history"]["item"]}
-    return found
+    """The keys of the history. A table has several, such as answers.nrows."""
+    items = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return {key.split(".")[0] for item in items for key in item}
 
 
 @pytest.mark.slow
