@@ -3,21 +3,13 @@
 import pytest
 from helpers.browser import needs_browser, opened
 from helpers.hostile import HOSTILE
-from helpers.report_runs import scored_run
+from helpers.report_runs import report_of_shares, scored_run
 
 from tiedlora.page import browser, write
 from tiedlora.text import visible_lines
 
 pytestmark = [needs_browser(), pytest.mark.slow]
 ROWS = 60
-CLAIMS = """looks: [2, 3]
-claims:
-  - name: TABuv keeps 90 % of LoRA's gain
-    method: {configuration: TABuv, rank: 8}
-    comparator: {configuration: LoRA, at: equal_rank}
-    retains: 0.9
-    tasks: []
-"""
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +26,7 @@ def report(tmp_path_factory):
             theirs[4] = "z" * 2**20
             for name, outputs, scores in (("LoRA", ours, lora), ("TABuv", theirs, tied)):
                 scored_run(root / "runs", scores, [0.0] * ROWS, output=outputs, name=name, seed=seed, task=task)
-    (root / "claims.yaml").write_text(CLAIMS)
-    write.write(write.build([root / "runs"], claims=root / "claims.yaml"), root / "report")
+    write.write(report_of_shares(root), root / "report")
     return root / "report" / "index.html"
 
 

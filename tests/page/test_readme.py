@@ -1,7 +1,7 @@
 """Tables of a report inside a README."""
 
 import pytest
-from helpers.report_runs import world
+from helpers.report_runs import report_of_shares, world
 
 from tiedlora.errors import UserError
 from tiedlora.page import readme, write
@@ -24,22 +24,12 @@ Words between the tables stay.
 <!-- report: cost -->
 <!-- end of report -->
 """
-CLAIMS = """
-looks: [3, 5]
-claims:
-  - name: TABuv keeps 90 % of the gain
-    method: {configuration: TABuv, rank: 8}
-    comparator: {configuration: LoRA, at: equal_rank}
-    retains: 0.9
-    tasks: []
-"""
 
 
 @pytest.fixture
 def report(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.5, "TABuv": 0.3}, seeds=5, rows=200)
-    (tmp_path / "claims.yaml").write_text(CLAIMS)
-    return write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
+    return report_of_shares(tmp_path)
 
 
 def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
@@ -63,8 +53,7 @@ def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
 
 def test_a_verdict_of_an_earlier_look_says_how_many_seeds_it_had(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.1}, seeds=5, rows=200)
-    (tmp_path / "claims.yaml").write_text(CLAIMS)
-    report = write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
+    report = report_of_shares(tmp_path)
     (answer,) = report.answers
     assert (answer.seeds, answer.difference_seeds) == (3, 5)
     text = readme.filled(TEXT, report)
@@ -76,8 +65,7 @@ def test_two_models_and_two_settings_are_never_in_one_cell(tmp_path):
     truth = {"LoRA": 0.9, "TABuv": 0.5}
     for about in ({}, {"changes": {"config.train.steps": 300}}, {"model": "org/big"}):
         world(tmp_path / "runs", truth, seeds=3, **about)
-    (tmp_path / "claims.yaml").write_text(CLAIMS)
-    text = readme.filled(TEXT, write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml"))
+    text = readme.filled(TEXT, report_of_shares(tmp_path))
     tables = [[line for line in block.splitlines() if line.startswith("|")] for block in text.split("<!-- report: ")]
     verdicts, scores, overview = tables[1:4]
     settings = "chain\\_sum (train.steps=100)", "chain\\_sum (train.steps=300)"
