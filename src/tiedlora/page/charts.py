@@ -448,7 +448,8 @@ BESIDE = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 def _names(ax: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     """Write names beside points, where they cover no line, marker or other name. The first points' names come first."""
     ax.autoscale_view()
-    inch = _inch(ax)
+    # The pixels of an inch.
+    inch = ax.figure.dpi
     room, gap, drawn = ax.get_window_extent().padded(0.08 * inch), 0.06 * inch, _drawn(ax)
     taken: list[Bbox] = []
     for x, y, name in points:
@@ -467,13 +468,6 @@ def _names(ax: Axes, points: Sequence[tuple[float, float, str]]) -> None:
                 break
         else:
             text.remove()
-
-
-def _inch(ax: Axes) -> float:
-    """The pixels of an inch."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    return figure.dpi
 
 
 def _drawn(ax: Axes) -> NDArray[np.float64]:
@@ -497,10 +491,11 @@ def _names_at_ends(ax: Axes, curves: Sequence[Curve]) -> None:
     ends = [(c.xs[-1], float(c.values[:, -1].mean()), c) for c in curves if np.isfinite(c.values[:, -1]).all()]
     ends.sort(key=lambda end: end[1])
     wanted = np.array([ax.transData.transform((x, y))[1] for x, y, _ in ends])
-    apart = 0.115 * _inch(ax) * np.arange(len(ends))
+    inch = ax.figure.dpi
+    apart = 0.115 * inch * np.arange(len(ends))
     # None stands below the axes, where the ticks are.
     places = np.maximum(isotonic_regression(wanted - apart).x, ax.bbox.y0) + apart
-    for (x, y, curve), up in zip(ends, 72 / _inch(ax) * (places - wanted), strict=True):
+    for (x, y, curve), up in zip(ends, 72 / inch * (places - wanted), strict=True):
         colour = SOFT if curve.group is None else style(curve.group)[0]
         name = ax.annotate(cut(curve.name, 20), (x, y), (6, up), textcoords="offset points", annotation_clip=False)
         name.set(fontsize=7, va="center", color=colour)
