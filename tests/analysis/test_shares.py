@@ -34,13 +34,13 @@ def test_one_seed_has_an_interval_over_rows_and_no_planned_look(tmp_path):
     assert line.share.low < line.share.value < line.share.high
 
 
-def test_the_axis_holds_base_and_comparator_and_is_bounded():
+def test_the_axis_holds_the_comparator_and_what_is_drawn_and_is_bounded():
     def line(value, low, high):
         return ForestLine("task", "undecided", True, Interval(value, low, high), (0.9, math.inf), "")
 
-    usual = shares.forest_axis([line(0.9, 0.8, 1.0)])
-    assert usual.low < 0 < 1 < usual.high
-    assert {0.0, 1.0} <= set(usual.ticks)
+    usual = shares.forest_axis([line(0.9, 0.88, 1.0)])
+    assert 0.7 < usual.low <= 0.88 < 1 < usual.high, "no room is empty"
+    assert 1.0 in usual.ticks
     wide = shares.forest_axis([line(5.0, -20.0, 30.0)])
     assert (wide.low, wide.high) == (shares.LEAST, shares.MOST)
     assert [wide.nearest(share) for share in (30.0, 0.5, -20.0)] == [shares.MOST, 0.5, shares.LEAST]
@@ -57,7 +57,8 @@ def test_the_axis_holds_base_and_comparator_and_is_bounded():
     ],
 )
 def test_a_short_interval_shows_on_which_side_of_the_zone_it_ends(ends, words):
-    assert ForestLine("squad", "contradicted", True, Interval(*ends), (1.0, math.inf), "").in_words == words
+    line = ForestLine("squad", "contradicted", True, Interval(*ends), (1.0, math.inf), "", seeds=5)
+    assert line.in_words == f"{words}, 5 seeds"
 
 
 def test_the_share_is_that_of_the_gains_and_its_interval_that_of_the_paired_difference(tmp_path):
@@ -67,7 +68,7 @@ def test_the_share_is_that_of_the_gains_and_its_interval_that_of_the_paired_diff
     assert panel.reference.name == "LoRA r=8"
     rows = {row.group.label: row for row in report.rows}
     gain = rows["LoRA"].gain.value
-    for arm in panel.arms:
+    for arm in panel.all_arms:
         row = rows[arm.group.label]
         assert arm.share.value == pytest.approx(row.gain.value / gain)
         assert arm.seeds == len(row.seeds)
@@ -83,7 +84,7 @@ def test_a_loss_that_falls_further_is_a_larger_share(tmp_path):
         for name, loss in (("LoRA", 1.0), ("TABuv", 1.5), ("TAuv", 0.5)):
             scored_run(tmp_path / "runs", [loss] * 40, [3.0] * 40, metric="target_loss", name=name, seed=seed)
     (panel,) = report_of_shares(tmp_path).sizes
-    assert {arm.group.label: arm.share.value for arm in panel.arms} == {"LoRA": 1, "TABuv": 0.75, "TAuv": 1.25}
+    assert {arm.group.label: arm.share.value for arm in panel.all_arms} == {"LoRA": 1, "TABuv": 0.75, "TAuv": 1.25}
 
 
 def test_one_seed_has_no_interval_and_other_seeds_are_left_out(tmp_path):
@@ -91,7 +92,7 @@ def test_one_seed_has_no_interval_and_other_seeds_are_left_out(tmp_path):
         for seed in seeds:
             scored_run(tmp_path / "runs", [1.0] * 30 + [0.0] * 20, [0.0] * 50, name=name, seed=seed)
     (panel,) = report_of_shares(tmp_path).sizes
-    by_name = {arm.group.label: arm for arm in panel.arms}
+    by_name = {arm.group.label: arm for arm in panel.all_arms}
     assert set(by_name) == {"LoRA", "TABuv"}
     assert by_name["TABuv"].seeds == 1
     assert math.isnan(by_name["TABuv"].share.low)
@@ -103,4 +104,4 @@ def test_the_reference_has_all_its_seeds_where_the_claim_takes_later_ones(tmp_pa
             scored_run(tmp_path / "runs", [1.0] * 30 + [0.0] * 20, [0.0] * 50, name=name, seed=seed)
     (panel,) = report_of_shares(tmp_path, "seed_offset: 2").sizes
     assert panel.reference.name == "LoRA r=8"
-    assert {arm.seeds for arm in panel.arms} == {4}
+    assert {arm.seeds for arm in panel.all_arms} == {4}

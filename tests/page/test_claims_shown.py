@@ -104,7 +104,7 @@ def test_shares_are_files_and_first_on_the_page_and_no_arm_is_lost_beyond_the_ax
             scored_run(tmp_path / "runs", scores, [0.0] * 40, name=name, seed=seed)
     report = report_of_shares(tmp_path)
     (panel,) = panels(report, "shares")
-    assert panel.title == "chain_sum, exact match strict"
+    assert panel.title == "chain_sum, exact match strict (2 seeds)"
     assert [key.name for key in figures.legend([panel])] == ["LoRA", "TABuv", "TA"]
     write.write(report, tmp_path / "report")
     svg = (tmp_path / "report" / "shares.svg").read_text()

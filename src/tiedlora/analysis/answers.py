@@ -399,12 +399,17 @@ def comparison(answer: Answer) -> tuple[str, ...]:
     return pair.anchor.setting, pair.method.name, pair.comparator.name, measure.split, measure.metric
 
 
+def test_of(answer: Answer) -> tuple[str, ...]:
+    """Which test an answer gives: a comparison with its rule and zero point."""
+    return (*comparison(answer), str(answer.claim.rule), answer.zero)
+
+
 def _tested(answers: Iterable[Answer]) -> dict[tuple[str, ...], list[Answer]]:
-    """Test -> the answers that it gives. A test is a comparison with its rule and zero point."""
+    """Test -> the answers that it gives."""
     tests: dict[tuple[str, ...], list[Answer]] = {}
     for answer in answers:
         if answer.look is not None or answer.exploratory:
-            tests.setdefault((*comparison(answer), str(answer.claim.rule), answer.zero), []).append(answer)
+            tests.setdefault(test_of(answer), []).append(answer)
     return tests
 
 

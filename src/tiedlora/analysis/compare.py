@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
@@ -20,7 +19,6 @@ from tiedlora.analysis.claims import Claim
 from tiedlora.analysis.frontier import Curve, Peer, curve, groups_of, parts_of
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.intervals import Array, Clusters
-from tiedlora.analysis.reference import PublishedScore
 from tiedlora.analysis.rules import Sides
 from tiedlora.analysis.runs import Run, Scorebook
 from tiedlora.errors import UserError
@@ -32,8 +30,6 @@ BASELINE = "LoRA"
 SPLIT_PREFERENCE = ("test", "validation")
 """The report shows the first of these splits that its runs have."""
 OTHER_ENDS = "the answers of the two sides end at different tokens (docs/tasks.md)"
-ENOUGH = 0.93
-"""A row has a note if its interval covers less than this."""
 FEW_EXAMPLES = 10
 """If fewer examples than this score above zero, or fewer below one, a bootstrap over examples is too narrow. It covers
 83 to 87 % if 2 to 4 of 200 examples do."""
@@ -121,9 +117,6 @@ def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estim
     if far := [runs[place].seed for place in intervals.outlying(values)]:
         notes.append(f"seed {number_list(far)} is far from the others: no t interval survives such a seed")
     if not is_loss(measure.metric):
-        covered = intervals.seeds_coverage(estimate.value, scores.rows, len(runs)) if len(runs) > 1 else 1.0
-        if covered < ENOUGH:
-            notes.append(f"the interval over seeds covers {100 * covered:.0f} % here, not 95 %")
         notes += filter(None, [remark])
     return estimate, notes
 
@@ -311,23 +304,30 @@ POINTS = 101
 
 @dataclass(frozen=True)
 class Worth:
-    """The number of parameters at which a curve scores the same as an arm.
+    """The number of parameters at which a curve scores the same as an arm, with its 95 % interval.
 
-    The ends are those of the 95 % interval: every size whose contrast with the arm includes 0, over seeds and rows. An
-    end is None where the interval leaves the curve's measured sizes.
+    The interval holds every size whose contrast with the arm includes 0, over seeds and rows. A value or an end is None
+    where it is beyond the curve's measured sizes.
     """
 
-    value: float
-    """A measured size at the end of the curve if the arm scores beyond it."""
+    value: float | None
     low: float | None
     high: float | None
-    beyond: Literal["", "at most", "at least"] = ""
-    """Whether the arm scores lower than the whole curve (at most `value`), or higher (at least `value`)."""
+    smallest: float
+    """The smallest size of the curve."""
+    largest: float
+    is_more: bool = False
+    """Whether a value beyond the curve is above it: the arm scores better than the whole curve."""
 
     def __str__(self) -> str:
-        low = "below the curve" if self.low is None else f"{self.low:,.0f}"
-        high = "above the curve" if self.high is None else f"{self.high:,.0f}"
-        return f"{self.beyond} {self.value:,.0f} [{low}, {high}]".strip()
+        below, above = f"< {self.smallest:,.0f}", f"> {self.largest:,.0f}"
+        value = f"{self.value:,.0f}" if self.value is not None else above if self.is_more else below
+        # An arm that is clearly beyond the curve needs no interval.
+        if self.value is None and (self.low == self.largest if self.is_more else self.high == self.smallest):
+            return value
+        low = below if self.low is None else f"{self.low:,.0f}"
+        high = above if self.high is None else f"{self.high:,.0f}"
+        return f"{value} [{low}, {high}]"
 
 
 def worth(group: RunGroup, peers: Curve, measure: Measure, book: Scorebook) -> Worth | None:
@@ -339,7 +339,8 @@ def worth(group: RunGroup, peers: Curve, measure: Measure, book: Scorebook) -> W
     sizes: list[Array] = []
     means: list[Array] = []
     halves: list[Array] = []
-    for smaller, larger in itertools.pairwise(peers.groups):
+    scored = [peer for peer in peers.groups if measure.scored(peer)]
+    for smaller, larger in itertools.pairwise(scored):
         runs = _comparable_runs([group, smaller, larger], measure)
         tables = _paired_tables(runs, measure, book)
         if min(tables[0].shape) < 2:
@@ -361,22 +362,23 @@ def worth_of(sizes: Array, means: Array, halves: Array) -> Worth:
         means: the arm's score minus the curve's; more is better.
         halves: half the width of each contrast's interval.
     """
-    beyond: Literal["", "at most", "at least"] = ""
-    if means[0] < 0:
-        value, beyond = float(sizes[0]), "at most"
-    elif means.min() > 0:
-        value, beyond = float(sizes[-1]), "at least"
-    else:
+    smallest, largest = float(sizes[0]), float(sizes[-1])
+    level, excess = np.flatnonzero(np.abs(means) <= halves), np.abs(means) - halves
+    value = None
+    if means[0] >= 0 and means.min() <= 0:
         # The smallest size at which the curve reaches the arm's score.
         value = _crossing(sizes, means, int(np.argmax(means <= 0)))
-    level = np.flatnonzero(np.abs(means) <= halves)
-    if not len(level):
-        # The whole curve is clearly on one side; or the interval is narrower than the steps between the sizes.
-        return Worth(value, None if beyond == "at most" else value, None if beyond == "at least" else value, beyond)
-    first, last, excess = int(level[0]), int(level[-1]), np.abs(means) - halves
-    low = None if first == 0 else _crossing(sizes, excess, first)
-    high = None if last == len(sizes) - 1 else _crossing(sizes, excess, last + 1)
-    return Worth(value, low, high, beyond)
+    is_more = value is None and means[0] > 0
+    # Without a size that is level, the arm is clearly beyond the curve, or its interval is narrower than a step.
+    low: float | None = value if value is not None else largest
+    high: float | None = value if value is not None else smallest
+    if len(level):
+        low = None if level[0] == 0 else _crossing(sizes, excess, int(level[0]))
+        high = None if level[-1] == len(sizes) - 1 else _crossing(sizes, excess, int(level[-1]) + 1)
+    # The interval holds the value, also where that is beyond the curve.
+    if value is None:
+        low, high = (low, None) if is_more else (None, high)
+    return Worth(value, low, high, smallest, largest, is_more)
 
 
 def _crossing(sizes: Array, values: Array, after: int) -> float:
@@ -412,8 +414,6 @@ class ResultRow:
     worth: Worth | None = None
     """How many parameters of LoRA score the same; only of primary rows, and not of LoRA itself."""
     notes: list[str] = field(default_factory=list)
-    published: list[PublishedScore] = field(default_factory=list)
-    """What others have published about the same model, task, split, metric, configuration and rank."""
 
 
 def shown_splits(groups: Sequence[RunGroup]) -> dict[str, str]:

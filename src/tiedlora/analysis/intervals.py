@@ -9,7 +9,7 @@ Where rows come in clusters, such as the questions about one article, the cluste
 rows: every interval over rows takes their numbers (`clusters`), and those of one run become `clustered_mean`.
 
 `over_seeds`, `mean_squares` and `bootstrap_means` accept leading axes, so that simulations of the errors use the same
-code. `outlying` and `seeds_coverage` say where an interval cannot be trusted.
+code. `outlying` says where an interval over seeds cannot be trusted.
 """
 
 from __future__ import annotations
@@ -536,30 +536,10 @@ def paired_difference(first: RowLosses, second: RowLosses) -> tuple[float, float
 
 # Where an interval cannot be trusted.
 
-COVERAGE_DRAWS = 4000
 OUTLIER_LEVEL = 0.01
 FEWEST_SEEDS = 5
 LEAST_DISTANCE = 0.01
 """A seed that is nearer to the median than this is not flagged, in the score's unit: one point."""
-
-
-def seeds_coverage(score: float, examples: int, seeds: int) -> float:
-    """How often the t interval over seeds contains the true value, for a score of about `score` on so many examples.
-
-    The interval assumes roughly normal scores. But a proportion near 0 or 1 with few seeds takes only a few values, and
-    all seeds may agree by chance. The scores of the seeds are taken to be binomial with one true value: the case in
-    which they take the fewest values.
-    """
-    # Rounded, so that similar scores share a simulation: its draws cannot tell them apart.
-    return _simulated_coverage(min(max(round(min(score, 1 - score), 2), 0.5 / examples), 0.5), examples, seeds)
-
-
-@functools.lru_cache(maxsize=512)
-def _simulated_coverage(p: float, examples: int, seeds: int) -> float:
-    generator = np.random.default_rng([examples, round(1e6 * p), seeds])
-    _, low, high = over_seeds(generator.binomial(examples, p, (COVERAGE_DRAWS, seeds)) / examples)
-    # An interval can be a single number, which equals the true value up to rounding.
-    return float(((low <= p + ROUNDING) & (high >= p - ROUNDING)).mean())
 
 
 def outlying(values: Array) -> list[int]:

@@ -1,10 +1,10 @@
 """Shares of a gain, for two figures: what each claim's method keeps, and what every arm keeps beside its parameters.
 
-0 is the base model and 1 the comparator, in every metric and on every task. In the forest plot, a line is one answer to
-a claim, with the interval at which its rule decides (`Rule.kept`). In the panels of sizes, all arms of a setting stand
-on the scale of one reference: the comparator of the first claim that uses this metric. There the share is of the seeds
-that an arm has in common with the reference, and its interval is that of the paired difference. (Much of the interval
-of a score is the choice of rows, which all arms share.)
+0 is the zero point (the base model, or a claim's floor) and 1 the comparator, in every metric and on every task. In the
+forest plot, a line is one answer to a claim, with the interval at which its rule decides (`Rule.kept`). In the panels
+of sizes, all arms of a setting stand on the scale of one reference, with the curve of the reference's configuration
+through its sizes. There the share is of the seeds that an arm has in common with the reference, and its interval is
+that of the paired difference. (Much of the interval of a score is the choice of rows, which all arms share.)
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tiedlora.analysis import compare
-from tiedlora.analysis.answers import Answer, Verdict
+from tiedlora.analysis.answers import Answer, Verdict, test_of
 from tiedlora.analysis.claims import Claim
 from tiedlora.analysis.compare import Measure, ResultRow
+from tiedlora.analysis.frontier import Blend, curve
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.rules import Better
 from tiedlora.analysis.runs import Scorebook
@@ -26,10 +27,8 @@ from tiedlora.records.interval import LEVEL, Interval
 
 LEAST, MOST = -0.25, 1.6
 """The widest axis, in shares of the comparator's gain. What lies beyond it ends in an arrow."""
-FOREST_USUAL = (-0.1, 1.3)
-"""The narrowest axis of the forest: the base at 0 and the comparator at 1 are always on it."""
-SIZES_USUAL = (0.89, 1.03)
-"""The narrowest axis of the panels of sizes. On a narrower one, arms that are level would look far apart."""
+USUAL = (0.89, 1.03)
+"""The narrowest axis, with the comparator at 1. On a narrower one, arms that are level would look far apart."""
 STEPS = (0.05, 0.1, 0.25, 0.5)
 
 
@@ -98,11 +97,14 @@ class ForestLine:
     """The shares that the rule asks for."""
     missing: str
     """Why there is no share."""
+    seeds: int = 0
 
     @property
     def in_words(self) -> str:
-        """The share as text, such as `97 % [88, 106]`, or why there is none."""
-        return self.missing if self.share is None else share_in_words(self.share, self.zone or ())
+        """The share as text, such as `97 % [88, 106], 5 seeds`, or why there is none."""
+        if self.share is None:
+            return self.missing
+        return f"{share_in_words(self.share, self.zone or ())}, {self.seeds} seed{'s' if self.seeds != 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def forest_line(answer: Answer) -> ForestLine:
         share, missing = None, "the comparator's gain may be 0"
     is_firm = answer.look is not None and not (answer.gain_may_be_zero and rule.needs_zero)
     zone = rule.zone(gain) if share is not None and gain else None
-    return ForestLine(answer.task, answer.verdict.value, is_firm, share, zone, missing)
+    return ForestLine(answer.task, answer.verdict.value, is_firm, share, zone, missing, answer.seeds)
 
 
 def _share_of_one_seed(answer: Answer, gain: float) -> Interval | None:
@@ -143,10 +145,13 @@ def _share_of_one_seed(answer: Answer, gain: float) -> Interval | None:
 
 
 def forest_groups(answers: Iterable[Answer]) -> list[ForestGroup]:
-    """The answers of one model, by claim, in their order."""
+    """The answers of one model, by claim, in their order. A test that two claims share has one line."""
     by_claim: dict[int, tuple[Claim, list[ForestLine]]] = {}
+    tests = set()
     for answer in answers:
-        by_claim.setdefault(id(answer.claim), (answer.claim, []))[1].append(forest_line(answer))
+        if (test := test_of(answer)) not in tests:
+            by_claim.setdefault(id(answer.claim), (answer.claim, []))[1].append(forest_line(answer))
+        tests.add(test)
     return [
         ForestGroup(claim.name, str(claim.rule), claim.comparator.configuration, lines)
         for claim, lines in by_claim.values()
@@ -157,7 +162,7 @@ def forest_axis(lines: Sequence[ForestLine]) -> ShareAxis:
     """The axis for these lines: as narrow as their intervals and zones allow, and within LEAST to MOST."""
     drawn = [(one.share, one.zone or ()) for one in lines if one.share is not None]
     beyond_zones = [end + 0.1 for _, zone in drawn for end in zone if math.isfinite(end)]
-    return _axis((share for share, _ in drawn), [*FOREST_USUAL, *beyond_zones])
+    return _axis((share for share, _ in drawn), [*USUAL, *beyond_zones])
 
 
 # Shares beside parameters.
@@ -179,54 +184,71 @@ class SizePanel:
 
     measure: Measure
     reference: RunGroup
+    zero: str
+    """What a gain is measured from."""
+    curve: list[SizedShare]
+    """The sizes of the reference's configuration, in rising order; the reference is one of them."""
     arms: list[SizedShare]
+    """All others."""
 
-    def lines(self) -> list[list[SizedShare]]:
-        """The arms of each configuration, sorted by their parameters."""
-        by_name: dict[str, list[SizedShare]] = defaultdict(list)
-        for arm in sorted(self.arms, key=lambda arm: arm.group.params):
-            by_name[arm.group.configuration].append(arm)
-        return list(by_name.values())
+    @property
+    def all_arms(self) -> list[SizedShare]:
+        """The sizes of the reference's configuration, and all others."""
+        return [*self.curve, *self.arms]
 
 
 def size_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Scorebook) -> list[SizePanel]:
-    """A panel for every setting and metric of the figures in which a claim names a comparator that gains something."""
+    """A panel for every setting and metric of the figures in which a claim names a comparator that gains something.
+
+    Where a claim cannot fail, arms cannot be told apart, and there is no panel.
+    """
     by_panel: dict[tuple[str, Measure], list[RunGroup]] = defaultdict(list)
     for row in rows:
         if row.primary and row.score is not None:
             by_panel[row.group.setting, row.measure].append(row.group)
     panels = []
     for (setting, measure), groups in by_panel.items():
-        reference = _reference(answers, setting, measure)
-        if reference is None or len(groups) < 2:
+        own = [a for a in answers if a.pair is not None and a.measure == measure and a.pair.anchor.setting == setting]
+        if any(answer.verdict == Verdict.CANNOT_FAIL for answer in own) or len(groups) < 2:
             continue
-        arms = [arm for group in groups if (arm := _arm(group, reference, measure, book)) is not None]
+        if (found := _reference(own, groups)) is None:
+            continue
+        reference, floor = found
+        arms = [arm for group in groups if (arm := _arm(group, reference, measure, book, floor)) is not None]
+        members = curve(reference.label, setting, groups).groups
+        on_curve = sorted((arm for arm in arms if arm.group in members), key=lambda arm: arm.group.params)
+        others = [arm for arm in arms if arm.group not in members]
         if arms:
-            panels.append(SizePanel(measure, reference, arms))
+            panels.append(SizePanel(measure, reference, floor.name if floor else "the base", on_curve, others))
     return panels
 
 
 def size_axis(panels: Iterable[SizePanel]) -> ShareAxis:
     """One axis for all panels, so that tasks on which the arms hardly differ look like it."""
-    return _axis((arm.share for panel in panels for arm in panel.arms), SIZES_USUAL)
+    return _axis((arm.share for panel in panels for arm in panel.all_arms), USUAL)
 
 
-def _reference(answers: Sequence[Answer], setting: str, measure: Measure) -> RunGroup | None:
-    """The comparator of the first answer in the setting by this metric that gains something over the base."""
+def _reference(answers: Sequence[Answer], groups: Sequence[RunGroup]) -> tuple[RunGroup, RunGroup | None] | None:
+    """The comparator of the first of these answers that gains something, and its floor.
+
+    Of a comparator on a curve, the largest size. It has the runs of all seeds, whatever seeds the claim takes.
+    """
     for answer in answers:
-        # With the runs of all seeds, whatever seeds the claim takes.
-        comparator = answer.pair.arms[1][0] if answer.pair and answer.pair.arms else None
-        if comparator is None or comparator.setting != setting or answer.measure != measure:
+        if answer.pair is None or not answer.pair.arms or not answer.comparator_gain or answer.comparator_gain <= 0:
             continue
-        if answer.comparator_gain is not None and answer.comparator_gain > 0:
-            return comparator
+        comparator = answer.pair.arms[1][0]
+        if isinstance(peer := answer.pair.comparator, Blend):
+            comparator = curve(peer.configuration, comparator.setting, groups).groups[-1]
+        return comparator, answer.pair.floor
     return None
 
 
-def _arm(group: RunGroup, reference: RunGroup, measure: Measure, book: Scorebook) -> SizedShare | None:
+def _arm(
+    group: RunGroup, reference: RunGroup, measure: Measure, book: Scorebook, floor: RunGroup | None
+) -> SizedShare | None:
     """The arm with its share; None if its scores cannot be compared, as a note of the results says."""
     try:
-        scores = compare.paired_scores(group, reference, measure, book)
+        scores = compare.paired_scores(group, reference, measure, book, floor)
     except UserError:
         return None
     sides, share = scores.sides, None

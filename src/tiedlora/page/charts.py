@@ -49,16 +49,14 @@ def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], sizes: Sequence
         if any(line.share is not None for group in lines for line in group.lines):
             found.append(_forest(model, lines))
         for size in (size for size in sizes if size.reference.model == model):
-            groups = [arm.group for arm in size.arms]
             draw = partial(draw_shares, panel=size, sizes=sizes)
-            found.append(Panel("shares", model, _title(groups[0], size.measure), draw, groups))
+            seeds = [arm.seeds for arm in size.all_arms]
+            numbers = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
+            title = f"{_title(size.reference, size.measure)} ({numbers} seeds)"
+            found.append(Panel("shares", model, title, draw, [arm.group for arm in size.all_arms]))
         for own in by_setting(rows, model):
             groups, title = [row.group for row in own], _title(own[0].group, own[0].measure)
             found.append(Panel("pareto", model, title, partial(draw_pareto, rows=own), groups))
-            if any(group.is_other_method for group in groups):
-                left = _name_margin(group.name for group in groups)
-                about = (), (left + 4.1, 0.75 + 0.2 * len(own)), (left, 1.9, 0.5, 0.12)
-                found.append(Panel("arena", model, title, partial(draw_arena, rows=own), *about))
         for groups in _settings(rows, model):
             found += [*_curves(model, groups), *_search(model, groups), *_layers(model, groups)]
     return found
@@ -93,7 +91,7 @@ def _forest(model: str, groups: Sequence[ForestGroup]) -> Panel:
     lines = sum(0.45 + 0.75 * len(name) + len(group.lines) for name, group in zip(names, groups, strict=True))
     draw = partial(draw_forest, groups=groups, names=names, lines=lines)
     left = _name_margin(line.task for group in groups for line in group.lines)
-    return Panel("forest", model, "", draw, (), (left + 3.9, 0.6 + 0.19 * lines), (left, 1.45, 0.56, 0.04))
+    return Panel("forest", model, "", draw, (), (left + 4.5, 0.6 + 0.19 * lines), (left, 2.05, 0.56, 0.04))
 
 
 def _name_margin(names: Iterable[str]) -> float:
@@ -199,20 +197,26 @@ def _mark(ax: Axes, x: float, y: float, colour: str, marker: str, is_filled: boo
 
 
 def draw_shares(ax: Axes, panel: SizePanel, sizes: Sequence[SizePanel]) -> None:
-    """What each arm keeps of the reference's gain.
+    """What each arm keeps of the reference's gain, and the curve of the reference's configuration with its band.
 
     Args:
         sizes: all panels. They have the same axes, so that tasks on which the arms hardly differ look like it.
     """
     scale = size_axis(sizes)
-    _count_axis(ax, [arm.group.params for each in sizes for arm in each.arms])
+    _count_axis(ax, [arm.group.params for each in sizes for arm in each.all_arms])
     margin = 0.02 * (scale.high - scale.low)
     ax.set_ylim(scale.low - margin, scale.high + margin)
     ax.set_yticks(list(scale.ticks), _percents(scale))
     ax.set_ylabel(f"share of the gain of {cut(panel.reference.name, 20)}")
     ax.axhline(1, color=SOFT, linewidth=0.8, zorder=1)
+    colour, _, _ = style(panel.reference)
+    params, curve = [arm.group.params for arm in panel.curve], [arm.share for arm in panel.curve]
+    # The band is as narrow as the line where there is no interval: at the reference itself, or with one seed.
+    bands = [share if math.isfinite(share.low) else Interval(share.value, share.value, share.value) for share in curve]
+    ax.fill_between(params, [s.low for s in bands], [s.high for s in bands], color=colour, alpha=0.15, linewidth=0)
+    ax.plot(params, [share.value for share in curve], color=colour, linewidth=1.2)
     points = []
-    for arm in panel.arms:
+    for arm in panel.all_arms:
         shown = scale.nearest(arm.share.value)
         is_inside = shown == arm.share.value
         value = Interval(shown, math.nan, math.nan)
@@ -229,11 +233,8 @@ def draw_pareto(ax: Axes, rows: Sequence[ResultRow]) -> None:
     best = front([(row.group.params, row.measure.sign * v.value) for row, v in zip(rows, values, strict=True)])
     corners = [(rows[place].group.params, values[place].value) for place in best]
     ax.plot(*zip(*corners, strict=True), color=SOFT, linewidth=0.8, zorder=1)
-    for row in rows:
-        for published in row.published:
-            value = row.measure.unit.factor * published.value
-            ax.scatter(row.group.params, value, marker="*", s=110, facecolors="none", edgecolors=style(row.group)[0])
-    ax.set_ylabel(_score_words(rows[0].measure))
+    measure = rows[0].measure
+    ax.set_ylabel(f"{'loss' if measure.unit is Unit.NATS else 'score'}, {measure.unit.words}")
     pairs = enumerate(zip(rows, values, strict=True))
     _against_parameters(ax, [Point(row.group, value, i in best, row.group.name) for i, (row, value) in pairs])
 
@@ -248,36 +249,12 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return kept
 
 
-def _shown(row: ResultRow, interval: Interval | None = None) -> Interval:
-    """A score in the unit of the axis, with the ends of the interval; by default that over examples."""
+def _shown(row: ResultRow) -> Interval:
+    """A score in the unit of the axis, with its interval over examples."""
     assert row.score is not None
-    factor, found = row.measure.unit.factor, interval or row.score.examples
+    factor, found = row.measure.unit.factor, row.score.examples
     low, high = (found.low, found.high) if found is not None else (math.nan, math.nan)
     return Interval(factor * row.score.value, factor * low, factor * high)
-
-
-def _score_words(measure: Measure) -> str:
-    return f"{'loss' if measure.unit is Unit.NATS else 'score'}, {measure.unit.words}"
-
-
-def draw_arena(ax: Axes, rows: Sequence[ResultRow]) -> None:
-    """Every arm of a setting with other methods, sorted by score: its interval, and what it trains and stores.
-
-    A name with * has marks: what the admission found, or a size more than 5 % off the budget.
-    """
-    ordered = sorted(rows, key=lambda row: row.measure.sign * _shown(row).value)
-    for place, row in enumerate(ordered):
-        colour, marker, _ = style(row.group)
-        score = _shown(row, row.score.both if row.score else None)
-        ax.plot([score.low, score.high], [place] * 2, color=colour)
-        _mark(ax, score.value, place, colour, marker)
-        stored = row.group.runs[0].record.stored_params or row.group.params
-        words = f"{short_count(row.group.params)} trained, {short_count(stored)} stored"
-        _text(ax, 1.03, place, words, SOFT)
-    names = [f"{cut(row.group.name, LONGEST - 2)}{' *' if row.group.short_marks else ''}" for row in ordered]
-    ax.set_yticks(range(len(ordered)), names)
-    ax.set_ylim(-0.6, len(ordered) - 0.4)
-    ax.set_xlabel(_score_words(ordered[0].measure))
 
 
 # --- Training: what was logged by step, the search of rates, and the layers.

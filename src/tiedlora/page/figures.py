@@ -43,7 +43,7 @@ VERDICTS = {
     "contradicted": (BAD, "D"),
     "undecided": (OPEN, "o"),
     "uninformative": (SOFT, "s"),
-    "cannot fail here": (SOFT, "X"),
+    "cannot fail here": (SOFT, "x"),
 }
 """Verdict -> its colour and marker."""
 # A family has one colour, and each configuration has its own marker and dash, so that they differ in a grey print too.
@@ -183,8 +183,12 @@ def _figure(panels: Sequence[Panel], is_file: bool = True) -> Figure:
     has_models = len({panel.model for panel in panels}) > 1
     above = (0.34 if has_models else 0.18 if panels[0].title else 0.0) if is_file else 0.0
     handles = _handles(panels) if is_file else []
-    below = 0.1 + 0.2 * math.ceil(len(handles) / 5) if handles else 0.0
-    width, height = columns * max(panel.size[0] for panel in panels), sum(heights) + above * len(rows) + below
+    width = columns * max(panel.size[0] for panel in panels)
+    # Inches of the widest entry of the legend.
+    entry = 0.75 + 0.07 * max((len(str(handle.get_label())) for handle in handles), default=0)
+    in_row = max(1, min(5, int(width / entry)))
+    below = 0.1 + 0.2 * math.ceil(len(handles) / in_row) if handles else 0.0
+    height = sum(heights) + above * len(rows) + below
     figure = Figure(figsize=(width, height))
     # Names beside points need the size of letters, which this canvas knows.
     FigureCanvasAgg(figure)
@@ -204,7 +208,7 @@ def _figure(panels: Sequence[Panel], is_file: bool = True) -> Figure:
                 # It starts where the panel does, left of the axes.
                 ax.set_title("\n".join(filter(None, title)), x=(0.1 - left) / across, pad=72 * top)
     if handles:
-        figure.legend(handles=handles, loc="lower center", ncols=5)
+        figure.legend(handles=handles, loc="lower center", ncols=in_row)
     return figure
 
 

@@ -47,7 +47,7 @@ CONDENSED = ("model", "task", "variant", "metric", "split", "rows", "seeds", "de
 """Columns that move into the table's caption if all rows have the same value."""
 HIDDEN = ("share of LoRA",)
 """Columns that the page leaves out of the table of results, to fit a laptop's screen. results.csv has them."""
-VERDICTS = (Verdict.SUPPORTED, Verdict.CONTRADICTED, Verdict.UNDECIDED, Verdict.UNINFORMATIVE)
+VERDICTS = tuple(Verdict)
 """The order in which a headline counts them."""
 
 

@@ -17,6 +17,9 @@ from pathlib import Path
 from tiedlora import storage
 from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.compare import ResultRow
+from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.rules import Better
+from tiedlora.config.sizes import is_near
 from tiedlora.errors import UserError
 from tiedlora.page import formats, page, tables
 from tiedlora.page.formats import Column, Table
@@ -41,30 +44,35 @@ def write(report: Report, file: Path) -> list[str]:
         UserError: the file cannot be read, has no marks, or a mark is wrong; nothing is written then.
         OSError: the file cannot be written.
     """
-    before = storage.read_bytes(file).decode("utf-8", "replace")
-    try:
-        after = filled(before, report)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+    before = check(file)
+    after = filled(before, report)
     if after != before:
         storage.write_bytes(file, after.encode())
     return [found["name"] for found in BLOCK.finditer(after)]
 
 
-def filled(text: str, report: Report) -> str:
-    """The text with the report's tables between its marks.
+def check(file: Path) -> str:
+    """The text of a README, if its marks are right.
 
     Raises:
-        UserError: there is no mark, one has no end, or no table has its name.
+        UserError: the file cannot be read, it has no marks, one has no end, or no table has its name.
     """
+    text = storage.read_bytes(file).decode("utf-8", "replace")
     blocks = list(BLOCK.finditer(text))
     if not blocks:
-        raise UserError(f"has no marks; write <!-- report: NAME --> and <!-- end of report -->; NAME is {_names()}")
+        raise UserError(
+            f"{file}: has no marks; write <!-- report: NAME --> and <!-- end of report -->; NAME is {_names()}"
+        )
     for found in blocks:
         if found["name"] not in (RUNS, *TABLES) or START.search(text, found.end("start"), found.start("end")):
             raise UserError(
-                f"<!-- report: {found['name']} -->: the name is {_names()}, and each mark needs its own end"
+                f"{file}: <!-- report: {found['name']} -->: the name is {_names()}, and each mark needs its own end"
             )
+    return text
+
+
+def filled(text: str, report: Report) -> str:
+    """The text with the report's tables between its marks, which are right (`check`)."""
     return BLOCK.sub(lambda found: f"{found['start']}{_block(found['name'], report)}{found['end']}", text)
 
 
@@ -164,8 +172,12 @@ def _overview(report: Report) -> Table:
     return _without_one_model(Table("overview", "", columns, cells))
 
 
+def _of(group: RunGroup) -> tuple[str, str, int]:
+    return group.model, group.configuration, group.rank
+
+
 def _name(row: ResultRow) -> tuple[str, str, int]:
-    return row.group.model, row.group.configuration, row.group.rank
+    return _of(row.group)
 
 
 def _place(row: ResultRow) -> tuple[str, str]:
@@ -179,6 +191,43 @@ def _without_one_model(table: Table) -> Table:
     return table.at(range(1, len(table.columns)))
 
 
+def _answer(report: Report) -> Table:
+    """One row for each arm that most panels of shares have: parameters, worth, and the verdict against equal size.
+
+    The panels are the tasks on which the arms can be told apart.
+    """
+    worth = {(_name(row), row.group.setting, row.measure): row.worth for row in report.rows}
+    panels = {f"worth on {panel.reference.task_in_words}, {panel.measure.metric}": panel for panel in report.sizes}
+    shown = [arm.group for panel in report.sizes for arm in panel.all_arms]
+    count = Counter(map(_of, shown))
+    rows = []
+    for name, group in sorted({_of(group): group for group in shown}.items(), key=lambda item: -item[1].params):
+        if 2 * count[name] >= len(report.sizes):
+            own = [worth.get((name, panel.reference.setting, panel.measure)) for panel in panels.values()]
+            words = [None if each is None else str(each) for each in own]
+            rows.append([*name, group.params, *words, _against_equal_size(report, name)])
+    columns = [
+        *(Column("model"), Column("configuration"), Column("rank", formats.WHOLE), Column("parameters", formats.COUNT)),
+        *map(Column, panels),
+        Column("better than LoRA of its size"),
+    ]
+    return _without_one_model(Table("answer", "", columns, rows))
+
+
+def _against_equal_size(report: Report, name: tuple[str, str, int]) -> str | None:
+    """The verdicts on claims that an arm is better than an arm of about its size, or than the curve at its size."""
+    panels = {(panel.reference.setting, panel.measure) for panel in report.sizes}
+    found: dict[str, dict[str, None]] = {}
+    for answer in report.answers:
+        pair = answer.pair
+        if pair is None or pair.method is None or pair.comparator is None or not isinstance(answer.claim.rule, Better):
+            continue
+        is_equal = is_near(pair.comparator.params, pair.method.params)
+        if _of(pair.method) == name and is_equal and answer.measure and (pair.anchor.setting, answer.measure) in panels:
+            found.setdefault(answer.verdict.value, {})[f"{answer.task} {answer.measure.metric}"] = None
+    return "; ".join(f"{verdict}: {', '.join(where)}" for verdict, where in found.items()) or None
+
+
 def _cost(report: Report) -> Table:
     """Of the model, task and variant with most groups: other speeds are no comparison of configurations."""
     places = [(group.model, group.task, group.variant) for group in report.groups]
@@ -189,6 +238,7 @@ def _cost(report: Report) -> Table:
 
 TABLES: dict[str, Callable[[Report], Table]] = {
     "verdicts": _verdicts,
+    "answer": _answer,
     "overview": _overview,
     "scores": _scores,
     "cost": _cost,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tiedlora.analysis import intervals
-from tiedlora.analysis.answers import Answer, ClaimVerdict, error_note
+from tiedlora.analysis.answers import DECIDED, Answer, ClaimVerdict, error_note
 from tiedlora.analysis.compare import Estimate, ResultRow
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import LeftOut
@@ -42,7 +42,7 @@ def results(rows: Iterable[ResultRow]) -> Table:
         "examples. '95 % examples': over which examples were drawn, these seeds (Wilson or Newcombe for one seed's "
         "proportion, bootstrap otherwise). 'seeds+examples': both. 'minus LoRA' and 'minus base' are paired on the "
         "same examples and seeds. 'of n' after a learning rate: n rates were tried, and validation chose. "
-        "'published': what others report, measured in another way (see the notes)."
+        "'worth': how many parameters of LoRA score the same, with the sizes whose contrast includes 0."
     )
     columns = (
         *_group_columns(lambda row: row.group),
@@ -67,7 +67,7 @@ def results(rows: Iterable[ResultRow]) -> Table:
         Column("minus base", formats.DIFFERENCE_INTERVAL, lambda row: scored(row, row.gain)),
         Column("retained gain", formats.PERCENT_INTERVAL, lambda row: row.retained),
         Column("retains at least", formats.percent(0), lambda row: row.retains_at_least),
-        Column("published", formats.SCORE, _published),
+        Column("worth in LoRA", cell=lambda row: row.worth and str(row.worth), wraps=True),
         Column("notes", cell=_notes, wraps=True),
     )
     return Table.of("results", caption, columns, rows)
@@ -86,12 +86,8 @@ def _difference_ends(row: ResultRow) -> Scored | None:
     return scored(row, row.difference.both) or scored(row, row.difference.examples, "examples")
 
 
-def _published(row: ResultRow) -> Scored | None:
-    return scored(row, Interval(row.published[0].value, math.nan, math.nan)) if row.published else None
-
-
 def _notes(row: ResultRow) -> str:
-    return "; ".join([*row.group.marks, *row.notes, *(score.note() for score in row.published)])
+    return "; ".join([*row.group.marks, *row.notes])
 
 
 def cost(groups: Iterable[RunGroup]) -> Table:
@@ -147,6 +143,9 @@ def claims(answers: Sequence[Answer]) -> Table:
         Column("model", cell=lambda answer: answer.model or None),
         Column("task", cell=lambda answer: answer.task, wraps=True),
         Column("verdict", cell=_verdict),
+        Column("holds by Holm", cell=lambda a: ("yes" if a.survives_holm else "no") if a.verdict in DECIDED else None),
+        Column("sensitivity", cell=lambda answer: answer.sensitivity or None),
+        Column("zero", cell=lambda answer: answer.zero),
         Column("retained gain", formats.PERCENT_INTERVAL, lambda answer: answer.retained),
         Column("retains at least", formats.percent(0), lambda answer: answer.retains_at_least),
         Column(
@@ -159,9 +158,10 @@ def claims(answers: Sequence[Answer]) -> Table:
     )
     caption = (
         "The rule compares the contrast with 0, at the level of the planned look: 'keeps 90 % of the gain' has the "
-        "contrast method - 0.9 comparator - 0.1 base, and more is better (losses are negated). Supported: the interval "
-        "is above 0, and the comparator gains over the base. Contradicted: it is below 0. Uninformative: at the last "
-        "look, the comparator's own gain may be 0. 'Retains at least' is the largest share that the same rule would "
+        "contrast method - 0.9 comparator - 0.1 zero, and more is better (losses are negated). Supported: the interval "
+        "is above 0, and the comparator gains over the zero point. Contradicted: it is below 0. Uninformative: at the "
+        "last look, the comparator's own gain may be 0. Cannot fail here: the claim's weakest arm passes too; "
+        "'sensitivity' is whether it was shown to fail. 'Retains at least' is the largest share that the rule would "
         f"support. Difference: method minus comparator. {error_note(answers)}"
     )
     return Table.of("claims", caption, columns, answers)
@@ -170,19 +170,20 @@ def claims(answers: Sequence[Answer]) -> Table:
 def shares(panels: Iterable[SizePanel]) -> Table:
     """One row per arm and metric: what it keeps of the gain of the reference arm."""
     caption = (
-        "The share of the reference's gain over the base that each arm keeps, on the seeds that both have. The 95 % "
-        "interval is over seeds and examples, and paired."
+        "The share of the reference's gain over the zero point that each arm keeps, on the seeds that both have. The "
+        "95 % interval is over seeds and examples, and paired."
     )
     columns = (
         *_group_columns(lambda item: item[1].group),
         Column("metric", cell=lambda item: item[0].measure.metric),
         Column("split", cell=lambda item: item[0].measure.split),
         Column("reference", cell=lambda item: item[0].reference.name),
+        Column("zero", cell=lambda item: item[0].zero),
         Column("seeds", formats.WHOLE, lambda item: item[1].seeds),
         Column("parameters", formats.COUNT, lambda item: item[1].group.params),
         Column("share of its gain", formats.PERCENT_INTERVAL, lambda item: item[1].share),
     )
-    return Table.of("shares", caption, columns, [(panel, arm) for panel in panels for arm in panel.arms])
+    return Table.of("shares", caption, columns, [(panel, arm) for panel in panels for arm in panel.all_arms])
 
 
 def left_out(folders: Iterable[LeftOut]) -> Table:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tiedlora import storage
 from tiedlora.analysis import answers as claim_answers
 from tiedlora.analysis import claims as claim_files
-from tiedlora.analysis import compare, reference
+from tiedlora.analysis import compare
 from tiedlora.analysis.answers import Answer, ClaimVerdict, claim_verdicts
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
@@ -76,16 +76,14 @@ def build(
     *,
     claims: Path | None = None,
     split: str | None = None,
-    published_in: Path | None = None,
 ) -> Report:
     """Read the runs and compute every number of the report.
 
     Args:
         split: validation or test; None shows test if the chosen runs have it.
-        published_in: a folder of published scores (reference.read), which are shown beside ours.
 
     Raises:
-        UserError: a folder, a published score or the claims file cannot be read. A damaged run is listed instead.
+        UserError: a folder or the claims file cannot be read. A damaged run is listed instead.
     """
     stated = claim_files.read(claims) if claims else []
     roots = run_roots(roots)
@@ -97,9 +95,6 @@ def build(
     groups = group_runs(runs, left_out, selections)
     book = Scorebook()
     rows = compare.result_rows(groups, book, split, stated)
-    scores = reference.read(published_in) if published_in else []
-    for row in rows:
-        row.published = reference.published(scores, row.group, row.measure.split, row.measure.metric)
     answers = claim_answers.answer_claims(stated, groups, book, split)
     return Report(runs, left_out, groups, rows, answers, size_panels(rows, answers, book))
 
