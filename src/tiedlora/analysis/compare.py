@@ -481,6 +481,9 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Curve, book: Scoreb
         row.notes.append("no mean: its seeds saw different data")
         return
     row.examples = runs[0].splits[measure.split].rows
+    with contextlib.suppress(UserError):
+        if (clusters := book.clusters(runs[0], measure.split)) is not None:
+            row.notes.append(f"rows in {len(clusters.sizes)} clusters, which intervals take as the sample")
     if measure.split == "validation" and len(group.rates) > 1:
         row.notes.append("validation also chose the learning rate, so the score is optimistic")
     row.score, notes = score(runs, measure, book)
@@ -493,7 +496,7 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Curve, book: Scoreb
         row.retained = retained(group, lora, measure)
         row.retains_at_least = _retains_at_least(group, lora, measure, book)
     if row.primary and group not in lora_curve.groups:
-        # A note on the row's score or difference already says what is wrong with its predictions.
+        # A note on the row's score already says what is wrong with its predictions.
         with contextlib.suppress(UserError):
             row.worth = worth(group, lora_curve, measure, book)
     if lora is None:

@@ -132,6 +132,15 @@ PERCENT_INTERVAL = Kind(
     ("", *LOW_HIGH),
 )
 """A share as Interval."""
+WORTH = Kind(
+    str,
+    lambda cell: [
+        "" if cell.value is None else f"{cell.value:.0f}",
+        *("" if end is None else f"{end:.0f}" for end in (cell.low, cell.high)),
+    ],
+    ("", *LOW_HIGH),
+)
+"""A compare.Worth. In CSV, what is beyond the curve is empty."""
 SCORE, DIFFERENCE = (_scored(_value, sign, stop=1) for sign in ("", "+"))
 SCORE_ENDS, DIFFERENCE_ENDS = (_scored(Unit.ends, sign, start=1) for sign in ("", "+"))
 SCORE_INTERVAL, DIFFERENCE_INTERVAL = (_scored(Unit.text, sign) for sign in ("", "+"))

@@ -204,11 +204,10 @@ def _answer(report: Report) -> Table:
     for name, group in sorted({_of(group): group for group in shown}.items(), key=lambda item: -item[1].params):
         if 2 * count[name] >= len(report.sizes):
             own = [worth.get((name, panel.reference.setting, panel.measure)) for panel in panels.values()]
-            words = [None if each is None else str(each) for each in own]
-            rows.append([*name, group.params, *words, _against_equal_size(report, name)])
+            rows.append([*name, group.params, *own, _against_equal_size(report, name)])
     columns = [
         *(Column("model"), Column("configuration"), Column("rank", formats.WHOLE), Column("parameters", formats.COUNT)),
-        *map(Column, panels),
+        *(Column(name, formats.WORTH) for name in panels),
         Column("better than LoRA of its size"),
     ]
     return _without_one_model(Table("answer", "", columns, rows))

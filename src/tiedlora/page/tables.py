@@ -67,7 +67,7 @@ def results(rows: Iterable[ResultRow]) -> Table:
         Column("minus base", formats.DIFFERENCE_INTERVAL, lambda row: scored(row, row.gain)),
         Column("retained gain", formats.PERCENT_INTERVAL, lambda row: row.retained),
         Column("retains at least", formats.percent(0), lambda row: row.retains_at_least),
-        Column("worth in LoRA", cell=lambda row: row.worth and str(row.worth), wraps=True),
+        Column("worth in LoRA", formats.WORTH, lambda row: row.worth),
         Column("notes", cell=_notes, wraps=True),
     )
     return Table.of("results", caption, columns, rows)
