@@ -1,4 +1,4 @@
 """Finished runs in forms that other programs read: PEFT folders, merged weights, model cards, lm-eval tasks.
 
-This package may import what is below it (models, tasks, adapter, records, config), but neither runs nor report.
+This package may import what is below it (models, tasks, adapter, records, config), but neither runs nor page.
 """

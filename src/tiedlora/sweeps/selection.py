@@ -37,7 +37,7 @@ EDGE_REMARK = "at the edge of the grid"
 
 
 def select_rates(sweep: Sweep, by: str | None = None) -> Selection:
-    """Choose a rate for each configuration, by the rule of statistics.rate_choice.
+    """Choose a rate for each configuration, by the rule of analysis/rate_choice.py.
 
     Args:
         by: one of rate_choice.CRITERIA. None takes the score if every configuration can be chosen by it, and otherwise
