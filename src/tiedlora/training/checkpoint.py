@@ -2,8 +2,8 @@
 
 checkpoint/step-00000050/ holds the trained parts, the buffers that training changed and the optimizer's moments
 (tensors.safetensors), and the rest of the loop's state (state.json, with the sha256 of the tensors and of itself).
-checkpoint/best-... beside it has the parts of the best validation, for score.checkpoint=best. The order of the rows and the dropout masks are
-pure functions of (seed, step), so a checkpoint needs no random state.
+checkpoint/best-... beside it has the parts of the best validation, for score.checkpoint=best. The order of the rows and
+the dropout masks are pure functions of (seed, step), so a checkpoint needs no random state.
 """
 
 from __future__ import annotations
