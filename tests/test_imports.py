@@ -12,7 +12,7 @@ ORDER = (
     *("sweeps", "page", "runs", "scoring", "export", "analysis", "training", "tracking"),
     *("data", "models", "tasks", "adapter", "records", "config"),
     # The modules of tiedlora itself. They import no package.
-    *("text", "storage", "tying", "keys", "errors"),
+    *("tying", "keys", "text", "storage", "errors"),
 )
 """From top to bottom: a package may import what stands after it. CONTRIBUTING.md lists the packages in this order."""
 HYDRA_ROOMS = ("sweeps", "config")

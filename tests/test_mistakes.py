@@ -40,7 +40,7 @@ TRAIN = {
     "a zero part at rate zero": ("train.lr_factor.B=0", "train.lr_factor.B=0: B starts at zero"),
     "a start that is none": ("tying.A.init=gauss", "tying.A.init=gauss: choose uniform, normal or a number"),
     "a share that is none": ("tying.A.share=some", "tying.A.share=some: choose all (tied) or how many layers"),
-    "all is dropped": ("tying.dropout=1", "tying.dropout=1.0: must be in [0, 1)"),
+    "all is dropped": ("tying.dropout=1", "tying.dropout=1: must be less than 1"),
     "a layer that is none": ("tying.layers=[3]", "holds 3, but the model has 3 layers: 0 to 2 are allowed"),
     "layers backwards": ("tying.layers=[2-1]", "'2-1' is neither a layer's number nor a range"),
     "no layer": ("tying.layers=[]", "tying.layers: is empty; name at least one layer, or set null"),

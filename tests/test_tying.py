@@ -7,6 +7,7 @@ import pytest
 from helpers.tiny import EIGHT, model_option, tying_option
 
 from tiedlora import tying
+from tiedlora.adapter.parts import check_specification
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import identity, name_of
 from tiedlora.errors import UserError
@@ -122,8 +123,9 @@ def test_every_projection_has_a_shape():
     ],
 )
 def test_specifications_that_cannot_train_are_refused(change, says):
+    architecture = Architecture(layers=4, hidden=1, heads=1, kv_heads=1, head_dim=1)
     with pytest.raises(UserError, match=says):
-        tying.check_tying(replace(Tying(), **change), Architecture(layers=4, hidden=1, heads=1, kv_heads=1, head_dim=1))
+        check_specification(replace(Tying(), **change), 1, 1.0, architecture, 0, "standard")
 
 
 class TestEvenlySpacedLayers:

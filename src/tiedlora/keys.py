@@ -1,34 +1,50 @@
-"""How a key of the configuration is declared, and how the keys of a configuration are listed.
+"""How a key that a person sets is declared, and how plain data becomes typed. pydantic checks the values.
 
-A key is a field of a dataclass that is declared with `key`. Its default, its allowed values and its part in a run's
-identity are in that one place. The docstring below the field is its help.
+A key is a field of a dataclass. Its annotation says which values it takes, its metadata say which part it has in a
+run's identity, and the docstring below it is its help.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
-import textwrap
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from typing import Any
+import functools
+import re
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, TypeVar
 
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from tiedlora.errors import UserError
+from tiedlora.text import is_name, nearest, visible
+
+T = TypeVar("T")
 LARGEST_COUNT = 10**9
 """Upper bound of everything that is counted (rows, steps, tokens). It is above any real run and below any overflow."""
+MISSING = "???"
+"""OmegaConf's mark of a key that has no default."""
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and halves of surrogate pairs."""
+CHECKED = ConfigDict(extra="forbid", validate_default=True, revalidate_instances="always")
+"""For a section of keys: a key that is not known is refused, and defaults and finished objects are checked too."""
+UNKNOWN = ("unexpected_keyword_argument", "invalid_key")
+"""pydantic's errors about a key that is not known."""
+WORDS = {
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "valid integer": "whole number",
+    "valid string": "text",
+    "valid boolean, unable to interpret input": "flag, true or false",
+    "valid dictionary": "mapping",
+    " after validation": "",
+}
+"""Words of pydantic's messages -> ours."""
+EXECUTION = {"execution": True}
+"""Metadata of a key that says where or how a run is carried out. It is recorded, but not part of the identity."""
 
 
-@dataclass(frozen=True)
-class KeyRules:
-    """Which values of the right type a key allows. None and empty mean no rule. The value None follows every rule."""
-
-    low: float | None = None
-    high: float | None = None
-    choices: tuple[str, ...] = ()
-    option_of: str = ""
-    """The group of conf/ whose options are the choices."""
-    is_name: bool = False
-    """Whether the value must be a plain name, because it becomes part of a path, a file name or an address."""
+def neutral(value: object) -> dict[str, object]:
+    """Metadata of a key that is left out of the identity at this value, so that a new key leaves old ids unchanged."""
+    return {"neutral": value}
 
 
 def is_count(value: object) -> bool:
@@ -36,85 +52,128 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_COUNT
 
 
-class _NoNeutral:
-    """The mark of a key without a neutral value."""
+def _whole(value: Any) -> Any:
+    # pydantic takes 5.0 as 5, and true as 1.
+    if isinstance(value, (bool, float)):
+        raise ValueError("must be a whole number")
+    return value
 
 
-NO_NEUTRAL = _NoNeutral()
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
 
 
-def key(
-    default: Any = MISSING,
-    *,
-    factory: Callable[[], Any] | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] = (),
-    option_of: str = "",
-    name: bool = False,
-    execution: bool = False,
-    neutral: Any = NO_NEUTRAL,
-) -> Any:
-    """Declare a key, as the default of a dataclass's field.
+def _lines(value: Any) -> Any:
+    """Refuse texts that could rewrite a terminal, cut off a path, or not be stored. YAML's numbers become texts."""
+    if isinstance(value, dict):
+        return {_lines(name): _lines(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_lines(item) for item in value]
+    if isinstance(value, str) and CONTROLS.search(re.sub("[\n\t]", "", value)):
+        raise ValueError("holds a control character or half of a surrogate pair; remove it")
+    return value
+
+
+def _text(value: Any) -> Any:
+    if value == MISSING:
+        raise ValueError("has no value; choose an option of its group or set it")
+    return str(value) if isinstance(value, (bool, int, float)) else _lines(value)
+
+
+def _one_line(value: str) -> str:
+    if CONTROLS.search(value):
+        raise ValueError("holds a line feed or a tab; remove it")
+    return value
+
+
+def _name(value: str) -> str:
+    if not is_name(value):
+        raise ValueError("use letters, digits, '.', '_', '-' and '/' (no '..'), 96 at most")
+    return value
+
+
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"is no regular expression ({error})") from None
+    return value
+
+
+Free = Annotated[Any, BeforeValidator(_lines)]
+"""Any value. Its texts hold no control characters."""
+Lines = Annotated[str, BeforeValidator(_text)]
+"""A text of several lines."""
+Text = Annotated[Lines, AfterValidator(_one_line)]
+Name = Annotated[Lines, AfterValidator(_name)]
+"""A plain name, because it becomes a part of a path, a file name or an address."""
+Pattern = Annotated[Text, AfterValidator(_pattern)]
+"""A regular expression."""
+Whole = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Count = Annotated[Whole, Field(ge=1, le=LARGEST_COUNT)]
+CountOrZero = Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]
+
+
+@functools.cache
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    """pydantic's reader of a type."""
+    return TypeAdapter(kind)
+
+
+def _no_usage(key: str) -> str:
+    return ""
+
+
+def from_person(
+    kind: type[T], value: Any, keys: Collection[str] = (), prefix: str = "", usage: Callable[[str], str] = _no_usage
+) -> T:
+    """Turn plain data, or an object that is not checked yet, into the type `kind`.
 
     Args:
-        factory: makes the default; used instead of `default` for a list, a mapping or a section.
-        low, high: the allowed range, both ends included.
-        choices: the allowed texts.
-        option_of: the group of conf/ whose options are the allowed texts.
-        name: the value must be a plain name (see `text.is_name`), because it becomes part of a path or an address.
-        execution: the key says where or how a run is carried out. It is recorded, but not part of the run's identity.
-        neutral: the value at which the key is left out of the identity. With it, a new key leaves old ids unchanged.
+        keys: the names of all keys, if the type forbids others, to name the nearest one. They are dotted, or the
+            last words.
+        prefix: the place of the value, such as `task.`, for the message.
+        usage: what is said about a key whose value is wrong, such as its help.
+
+    Raises:
+        UserError: one line that names the key, what it has, and what is allowed.
     """
-    metadata = {"rules": KeyRules(low, high, choices, option_of, name), "execution": execution}
-    if neutral is not NO_NEUTRAL:
-        metadata["neutral"] = neutral
-    if factory is not None:
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    try:
+        checked: T = adapter(kind).validate_python(value)  # type: ignore[arg-type]
+    except ValidationError as error:
+        # A key that is misspelt is also missing; to say so would not help.
+        found = min(error.errors(include_url=False), key=lambda found: found["type"] not in UNKNOWN)
+        key = visible(prefix + dotted(found)).removesuffix(".[key]")
+        if found["type"] in UNKNOWN:
+            word = key if any("." in name for name in keys) else str(found["loc"][-1])
+            raise UserError(f"{key}: unknown key{nearest(word, keys)}") from None
+        given = "null" if found["input"] is None else visible(str(found["input"]))
+        shown = "" if given == MISSING or isinstance(found["input"], dict) else f"={given:.60}"
+        raise UserError(f"{key}{shown}: {reason(found)}{usage(key)}".removeprefix(": ")) from None
+    return checked
 
 
-def count(default: int | None, *, low: int = 1, execution: bool = False, neutral: Any = NO_NEUTRAL) -> Any:
-    """Declare a key that counts something: a whole number from `low` to LARGEST_COUNT."""
-    return key(default, low=low, high=LARGEST_COUNT, execution=execution, neutral=neutral)
+def dotted(error: ErrorDetails) -> str:
+    """The place of a wrong value, such as `train.lr`."""
+    return ".".join(str(part)[:40] for part in error["loc"])
 
 
-@dataclass(frozen=True)
-class Key:
-    """One key of a configuration, with its value."""
-
-    name: str
-    """The dotted name, such as `train.lr`."""
-    value: Any
-    field: Field[Any]
-    section: type
-    """The dataclass that declares the key."""
-
-    @property
-    def rules(self) -> KeyRules:
-        """The rules that the value must follow."""
-        rules = self.field.metadata.get("rules")
-        return rules if isinstance(rules, KeyRules) else KeyRules()
-
-    @property
-    def help(self) -> str:
-        """The docstring below the field, on one line; empty if there is none."""
-        # A section may inherit its fields: the docstring is in the class that declares this one.
-        declaring = next(base for base in self.section.__mro__ if self.field.name in inspect.get_annotations(base))
-        tree = ast.parse(textwrap.dedent(inspect.getsource(declaring)))
-        assert isinstance(tree.body[0], ast.ClassDef)
-        for statement, following in itertools.pairwise(tree.body[0].body):
-            if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == self.field.name:
-                if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                    return " ".join(str(following.value.value).split())
-                return ""
-        return ""
-
-
-def list_keys(section: Any, prefix: str = "") -> Iterator[Key]:
-    """Every key of a configuration, or of one of its sections, in the schema's order. Sections are listed too."""
-    for item in fields(section):
-        value = getattr(section, item.name)
-        yield Key(prefix + item.name, value, item, type(section))
-        if is_dataclass(value):
-            yield from list_keys(value, f"{prefix}{item.name}.")
+def reason(error: ErrorDetails) -> str:
+    """Why a value is refused, and what is allowed."""
+    message = re.sub("^[A-Z][a-z]+ should ", "must ", error["msg"])
+    for words, ours in WORDS.items():
+        message = message.replace(words, ours)
+    match error["type"]:
+        case "value_error":
+            return str(error["ctx"]["error"])
+        case "missing":
+            return "is missing"
+        case "dataclass_type":
+            return "must be a mapping of keys"
+        case "literal_error":
+            return message + nearest(str(error["input"]), re.findall("'(.*?)'", message))
+        case _:
+            return message

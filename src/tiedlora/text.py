@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Sequence
 
@@ -12,6 +13,12 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,95}")
 def is_name(value: object) -> bool:
     """Whether `value` may name a model, a task or a configuration, and so be a part of a path."""
     return isinstance(value, str) and NAME.fullmatch(value) is not None and ".." not in value
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """` (did you mean WORD?)` with the most similar of `words`; empty if none is similar."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def visible(text: str) -> str:

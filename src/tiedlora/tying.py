@@ -11,37 +11,51 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Optional, Union
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, PlainValidator
 
 from tiedlora.errors import UserError
-from tiedlora.keys import key
+from tiedlora.keys import CHECKED, EXECUTION, Name, Number, Text, Whole, is_count, neutral
 
-SCALINGS = ("standard", "rslora")
+Scaling = Literal["standard", "rslora"]
+SCALINGS = get_args(Scaling)
 """How s follows from alpha and the rank; see `scale`."""
 ALL_LAYERS = "all"
 RANDOM_INITS = ("uniform", "normal")
 NAMES = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
 """The paper's eight configurations."""
-STARTS: dict[str, tuple[str, dict[str, Union[float, str]]]] = {"TABuv_v0": ("TABuv", {"B": "uniform", "v": 0.0})}
+STARTS: dict[str, tuple[str, dict[str, float | str]]] = {"TABuv_v0": ("TABuv", {"B": "uniform", "v": 0.0})}
 """Name -> one of the eight, and the parts that start with another value than there.
 
 The label of a start, and so its run id, has `custom`, as before it had a name: finished runs keep their ids."""
 MOST_LAYERS = 10_000
 """Upper bound of a model's layers."""
-NO_OTHER_KEYS = {"extra": "forbid"}
-"""For the readers of files: a specification with a key that is not known here may mean another update."""
+
+
+def _start(value: Any) -> Any:
+    if isinstance(value, str):
+        if value not in RANDOM_INITS:
+            raise ValueError(f"choose {', '.join(RANDOM_INITS)} or a number")
+    elif not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= 1e6:
+        raise ValueError(f"choose {', '.join(RANDOM_INITS)} or a finite number, from -1e6 to 1e6")
+    return value
+
+
+def _share(value: Any) -> Any:
+    if value != ALL_LAYERS and not is_count(value):
+        raise ValueError("choose all (tied) or how many layers share it (1 = untied)")
+    return value
 
 
 @dataclass
 class Part:
     """One of A, B, u, v."""
 
-    __pydantic_config__ = NO_OTHER_KEYS
-
-    trained: bool = key(True)
+    trained: bool = True
     """Whether the optimizer changes it."""
-    init: Union[float, int, str] = key(1.0)
+    init: Annotated[float | str, PlainValidator(_start)] = 1.0
     """`uniform` = U(-1/sqrt(n), 1/sqrt(n)), n the last dimension; `normal` = N(0, 1); or a constant."""
 
     def __post_init__(self) -> None:
@@ -54,7 +68,7 @@ class Part:
 class Factor(Part):
     """A or B, which layers can share. u and v always belong to one layer."""
 
-    share: Union[int, str] = key(ALL_LAYERS)
+    share: Annotated[int | str, PlainValidator(_share)] = ALL_LAYERS
     """How many consecutive layers share one factor: `all` (tied), 1 (untied), or any number in between."""
 
 
@@ -62,31 +76,30 @@ class Factor(Part):
 class Tying:
     """A complete specification: one of the paper's eight configurations, or any other."""
 
-    __pydantic_config__ = NO_OTHER_KEYS
+    __pydantic_config__ = CHECKED
 
-    name: str = key("custom", name=True, execution=True)
+    name: Name = field(default="custom", metadata=EXECUTION)
     """The name in tables. It is not part of the run's identity."""
-    A: Factor = key(factory=lambda: Factor(init="uniform"))
+    A: Factor = field(default_factory=lambda: Factor(init="uniform"))
     """The factor A, r x d_in."""
-    B: Factor = key(factory=lambda: Factor(init=0.0))
+    B: Factor = field(default_factory=lambda: Factor(init=0.0))
     """The factor B, d_out x r."""
-    u: Part = key(factory=Part)
+    u: Part = field(default_factory=Part)
     """The vector u of each layer, of r numbers, which scales the rows of A."""
-    v: Part = key(factory=Part)
+    v: Part = field(default_factory=Part)
     """The vector v of each layer, of d_out numbers, which scales the rows of B."""
-    targets: list[str] = key(factory=lambda: ["qkv"])
+    targets: list[Text] = field(default_factory=lambda: ["qkv"])
     """The adapted projections: qkv (fused, as the paper does), q, k, v, o, gate, up, down."""
-    dropout: float = key(0.0)
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Dropout probability on the adapter's input while training."""
-    suggested_lr: float = key(1e-2, execution=True)
+    suggested_lr: Annotated[Number, Field(gt=0)] = field(default=1e-2, metadata=EXECUTION)
     """The learning rate that train.lr takes when it is null: no single rate suits all eight configurations."""
-    layers: Optional[list[Any]] = key(None, neutral=None)
+    layers: list[Any] | None = field(default=None, metadata=neutral(None))
     """The adapted layers, counted from 0, as numbers and ranges: [0,5,20-29]; [evenly 15] for 15 evenly spaced ones;
     null adapts every layer. Only adapted layers share a factor."""
 
     def __post_init__(self) -> None:
         if self.layers is not None and evenly(self.layers) is None:
-            # OmegaConf's message about a wrong item of a typed list names no key, so the items are checked here.
             self.layers = layer_numbers(self.layers)
 
 
@@ -130,16 +143,16 @@ def evenly_spaced(count: int, layers: int) -> list[int]:
 class Layout:
     """Where a causal language model keeps its projections, by module path."""
 
-    __pydantic_config__ = NO_OTHER_KEYS
+    __pydantic_config__ = CHECKED
 
-    layers: str = key("")
+    layers: Text = ""
     """Path of the list of layers inside the model; empty means the layout of the model's family."""
-    sites: dict[str, list[str]] = key(factory=dict)
+    sites: dict[Text, list[Text]] = field(default_factory=dict)
     """Target -> module paths inside a layer: one path, or three if qkv is three modules. `path:q` is the q part of a
     fused module that computes [Q; K; V]."""
-    interleaved: bool = key(False)
+    interleaved: bool = False
     """Whether a fused module's outputs are ordered head by head: [q_1; k_1; v_1; q_2; ...]."""
-    transposed: bool = key(False)
+    transposed: bool = False
     """Whether weights are d_in x d_out (transformers' Conv1D) instead of d_out x d_in."""
 
 
@@ -147,25 +160,25 @@ class Layout:
 class Architecture:
     """The sizes of a base model, on which every shape in this module depends."""
 
-    __pydantic_config__ = NO_OTHER_KEYS
+    __pydantic_config__ = CHECKED
 
-    family: str = key("llama", name=True)
+    family: Name = "llama"
     """The model's family in adapter/architectures.py: transformers' `model_type`."""
-    layers: int = key(0, low=1, high=MOST_LAYERS)
+    layers: Annotated[Whole, Field(ge=1, le=MOST_LAYERS)] = 0
     """Transformer layers."""
-    hidden: int = key(0, low=1, high=10**6)
+    hidden: Annotated[Whole, Field(ge=1, le=10**6)] = 0
     """The width between layers."""
-    heads: int = key(0, low=1, high=10**6)
+    heads: Annotated[Whole, Field(ge=1, le=10**6)] = 0
     """Query heads of a layer."""
-    kv_heads: int = key(0, low=1, high=10**6)
+    kv_heads: Annotated[Whole, Field(ge=1, le=10**6)] = 0
     """Key-value heads of a layer; it divides `heads`."""
-    head_dim: int = key(0, low=1, high=10**6)
+    head_dim: Annotated[Whole, Field(ge=1, le=10**6)] = 0
     """The width of a head."""
-    intermediate: int = key(0, low=0, high=10**7)
+    intermediate: Annotated[Whole, Field(ge=0, le=10**7)] = 0
     """The width inside the feed-forward block."""
-    vocabulary: int = key(0, low=0, high=10**8)
+    vocabulary: Annotated[Whole, Field(ge=0, le=10**8)] = 0
     """Tokens of the vocabulary."""
-    layout: Layout = key(factory=Layout, neutral=Layout())
+    layout: Layout = field(default_factory=Layout, metadata=neutral(Layout()))
     """Where the projections are, for a family that adapter/architectures.py does not know."""
 
 
@@ -345,8 +358,6 @@ def check_tying(tying: Tying, architecture: Architecture) -> None:
     Raises:
         UserError: a value is not allowed; the message names the key under `tying.`.
     """
-    for name in PARTS:
-        _check_part(name, getattr(tying, name))
     zeros = [name for name in PARTS if getattr(tying, name).init == 0.0]
     if not zeros:
         raise UserError(
@@ -363,24 +374,8 @@ def check_tying(tying: Tying, architecture: Architecture) -> None:
             f"tying.{zeros[0]}: starts at zero and is frozen, so the update would always stay zero; "
             f"set tying.{zeros[0]}.trained=true or give it another init"
         )
-    if not 0.0 <= tying.dropout < 1.0:
-        raise UserError(f"tying.dropout={tying.dropout}: must be in [0, 1)")
-    if not 0.0 < tying.suggested_lr < math.inf:
-        raise UserError(f"tying.suggested_lr={tying.suggested_lr}: must be a positive number")
     check_layers(adapted_layers(tying, architecture), architecture)
     _check_targets(tying.targets, architecture)
-
-
-def _check_part(name: str, part: Part) -> None:
-    if isinstance(part.init, str):
-        if part.init not in RANDOM_INITS:
-            raise UserError(f"tying.{name}.init={part.init}: choose {', '.join(RANDOM_INITS)} or a number")
-    elif not abs(part.init) <= 1e6:
-        raise UserError(f"tying.{name}.init={part.init}: must be a finite number, from -1e6 to 1e6")
-    if isinstance(part, Factor):
-        share: object = part.share
-        if share != ALL_LAYERS and (not isinstance(share, int) or isinstance(share, bool) or share < 1):
-            raise UserError(f"tying.{name}.share={share}: choose all (tied) or how many layers share it (1 = untied)")
 
 
 def check_layers(layers: list[int], architecture: Architecture) -> None:
@@ -402,9 +397,6 @@ def _check_targets(targets: list[str], architecture: Architecture) -> None:
     if not targets:
         raise UserError("tying.targets: is empty; name at least one projection, usually [qkv]")
     for target in targets:
-        # OmegaConf accepts a list in the place of a text.
-        if not isinstance(target, str):
-            raise UserError(f"tying.targets={targets}: must be a list of names")
         target_shape(architecture, target)
     overlap = {"q", "k", "v"} & set(targets) if "qkv" in targets else set()
     if len(set(targets)) != len(targets) or overlap:

@@ -89,10 +89,13 @@ DESCRIPTIONS = {  # the changed values of adapter.json, and words of the message
     "infinite alpha": ({"alpha": float("inf")}, "'alpha' is not a finite number"),
     "an unknown key": ({"tying": {"evil": 1}}, "'tying.evil' is 1"),
     "a target of nothing": ({"tying": {"targets": ["../x"]}}, "'../x' is not a projection"),
-    "negative layers": ({"architecture": {"layers": -1}}, "architecture.layers=-1: must be at least 1"),
+    "negative layers": (
+        {"architecture": {"layers": -1}},
+        "'architecture.layers' is -1, which cannot be a value of an adapter's description: must be at least 1",
+    ),
     "a huge hidden size": (
         {"architecture": {"layers": 3, "hidden": 10**12}},
-        "architecture.hidden=1000000000000: must be at most",
+        "'architecture.hidden' is 1000000000000, which cannot be a value of an adapter's description: must be at most",
     ),
     "parts that are larger than memory": (
         {

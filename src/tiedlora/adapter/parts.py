@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from tiedlora import tying as spec
 from tiedlora.adapter import architectures
 from tiedlora.adapter.architectures import Site
-from tiedlora.config.check import check_key
 from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
-from tiedlora.keys import list_keys
+from tiedlora.keys import from_person
 from tiedlora.records.reading import is_number
 from tiedlora.tying import Architecture, Tying
 
@@ -35,9 +34,8 @@ def check_specification(
     tying: Tying, rank: int, alpha: float, architecture: Architecture, seed: int, scaling: str
 ) -> None:
     """Raises UserError unless an adapter can be made of these values. It allocates nothing."""
-    for key in list_keys(architecture, "architecture."):
-        if key.value is not None:
-            check_key(key)
+    from_person(type(tying), tying, prefix="tying.")
+    from_person(Architecture, architecture, prefix="architecture.")
     spec.check_tying(tying, architecture)
     # Python's bool is a subclass of int, but True is not a rank.
     if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:

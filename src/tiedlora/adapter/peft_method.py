@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Optional, Union
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from tiedlora.adapter.attach import Attached, attach
 from tiedlora.adapter.linear import execution_device
 from tiedlora.errors import UserError
+from tiedlora.keys import from_person
 from tiedlora.tying import Layout, Tying, named, part_of
 
 try:
@@ -82,7 +81,10 @@ class TiedLoraConfig(PeftConfig):
         for name in ("targets", "layers"):
             if isinstance(getattr(self, name), str):
                 raise UserError(f"{name}={getattr(self, name)}: must be a list, such as [{getattr(self, name)}]")
-        tying = named(self.tying) if isinstance(self.tying, str) else _typed(Tying, self.tying)
+        if isinstance(self.tying, str):
+            tying = named(self.tying)
+        else:
+            tying = from_person(Tying, self.tying, prefix="TiedLoraConfig.tying.")
         if self.targets is not None:
             tying.targets = list(self.targets)
         if self.dropout is not None:
@@ -151,7 +153,7 @@ class TiedLoraModel(BaseTuner):
             )
         config = self.peft_config[adapter_name]
         assert isinstance(config, TiedLoraConfig)
-        layout = None if config.layout is None else _typed(Layout, config.layout)
+        layout = None if config.layout is None else from_person(Layout, config.layout, prefix="TiedLoraConfig.layout.")
         self.attached = attach(
             model, config.specification(), config.r, config.alpha, config.seed, layout, config.scaling
         )
@@ -216,13 +218,6 @@ class TiedLoraModel(BaseTuner):
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise AssertionError("a tied adapter replaces no modules")
-
-
-def _typed(kind: type, values: Any) -> Any:
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"TiedLoraConfig: not a {kind.__name__}: {str(error).splitlines()[0]}") from None
 
 
 # PEFT's own function to register a method accepts only members of PEFT's enumeration.

@@ -19,13 +19,14 @@ from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.intervals import Spread
 from tiedlora.analysis.rules import Better, Level, Looks, Retains, Rule
 from tiedlora.config import compose
-from tiedlora.config.explain import nearest, options
+from tiedlora.config.explain import options
 from tiedlora.errors import UserError
-from tiedlora.keys import LARGEST_COUNT
+from tiedlora.keys import LARGEST_COUNT, from_person
 from tiedlora.records.loss_metrics import LOSS_METRICS
-from tiedlora.records.reading import Flag, Number, Text, Whole, from_person
+from tiedlora.records.reading import Flag, Number, Text, Whole
 from tiedlora.records.run_record import SHUFFLED
 from tiedlora.tasks import load_task
+from tiedlora.text import nearest
 
 EQUAL_RANK, EQUAL_PARAMETERS = "equal_rank", "equal_parameters"
 NO_SUCH = "no run here has this name, and it is no option of"

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import omegaconf
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import InterpolationResolutionError
 from omegaconf.resolvers import oc
 
 from tiedlora import storage
+from tiedlora.config import explain
 from tiedlora.config.adapter_folder import adapter_digest, adapter_folder
-from tiedlora.config.check import check, check_texts
+from tiedlora.config.check import check
 from tiedlora.config.explain import cause_chain, peft_options, readable_errors
 from tiedlora.config.methods import complete_method
 from tiedlora.config.project import CONF, PROJECT
@@ -48,11 +49,13 @@ def register() -> None:
         UserError: conf/peft_methods.yaml is not readable.
     """
     again: dict[str, Any] = {"replace": True} if _HYDRA_IS_NEW else {}
-    schema = OmegaConf.structured(Config)
+    schema = OmegaConf.create(asdict(Config()))
     # Hydra can set no key of a mapping that is null, and refuses keys that a mapping does not have.
     for name in ("arguments", "lr_factors"):
         schema.tying[name] = {}
         OmegaConf.set_struct(schema.tying[name], False)
+    # The program fills it in: nobody may set it.
+    schema.tying.resolved = StringNode(None, flags={"readonly": True})
     store = ConfigStore.instance()
     store.store(name="schema", node=schema, **again)
     if "tying" not in store.repo:
@@ -80,15 +83,8 @@ def typed(composed: DictConfig) -> Config:
         UserError: a key is unknown, missing or of a wrong type; the message names it.
     """
     with readable_errors(), _own_variables_only():
-        # The way through plain data also checks keys that were added with + against the schema.
         values = OmegaConf.to_container(composed, resolve=True)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), _without_gone_keys(values))
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise UserError(f"{missing[0]}: has no value; choose an option of its group or set it")
-        config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
-    return config
+        return explain.typed(Config, _without_gone_keys(values))
 
 
 def _without_gone_keys(values: Any) -> Any:
@@ -120,7 +116,6 @@ def complete(config: Config) -> Config:
     config.data_root = config.data_root and absolute(config.data_root)
     if config.model.path:
         config.model = replace(config.model, path=absolute(config.model.path))
-    check_texts("", config)
     if train.init_from and train.init_digest is None:
         folder = adapter_folder(train.init_from).absolute()
         config.train = replace(train, init_from=str(folder), init_digest=adapter_digest(folder))
@@ -189,9 +184,7 @@ def task_option(name: str) -> TaskConfig:
     """
     with readable_errors():
         values = storage.read_yaml(CONF / "task" / f"{name}.yaml")
-        task = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), values))
-    assert isinstance(task, TaskConfig)
-    return task
+        return explain.typed(TaskConfig, OmegaConf.to_container(values, resolve=True), prefix="task.")
 
 
 def read_config(path: Path) -> Config:

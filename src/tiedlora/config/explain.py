@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
+import ast
+import inspect
+import itertools
 import os
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra.errors import HydraException, OverrideParseException
@@ -21,40 +23,53 @@ from tiedlora import storage
 from tiedlora.config.project import CONF, PROJECT
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
-from tiedlora.keys import Key, list_keys
-from tiedlora.text import visible
+from tiedlora.keys import from_person
+from tiedlora.text import nearest, visible
 
-TYPE_WORDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "str": "a text",
-    "bool": "true or false",
-    "list[str]": "a list of texts",
-    "list[float]": "a list of numbers",
-    "dict[str, str]": "a mapping of texts",
-    "dict[str, Any]": "a mapping",
-    "Union[int, str]": "a whole number or a text",
-    "Union[float, int, str]": "a number or a text",
-    "list[Any]": "a list",
-}
+T = TypeVar("T")
 
 
 @cache
-def schema_keys() -> dict[str, Key]:
-    """Every dotted key of the schema, sections included, with its default."""
-    return {key.name: key for key in list_keys(Config())}
+def schema_keys() -> dict[str, Any]:
+    """Every dotted key of the schema, sections included -> the section that holds it, with its defaults."""
+    return dict(_keys(Config()))
 
 
-def allowed(key: Key) -> str:
-    """The values that a key takes, in words, such as `a whole number, at least 1`."""
-    if key.rules.choices:
-        return f"one of {', '.join(key.rules.choices)}"
-    if is_dataclass(key.value):
-        return "a section of keys"
-    declared = str(key.field.type)
-    kind = declared.removeprefix("Optional[").removesuffix("]") if declared.startswith("Optional[") else declared
-    words = TYPE_WORDS.get(kind, kind) + ("" if key.rules.low is None else f", at least {key.rules.low:g}")
-    return words + (" (or null)" if kind != declared else "")
+def _keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for item in fields(section):
+        yield prefix + item.name, section
+        if is_dataclass(value := getattr(section, item.name)):
+            yield from _keys(value, f"{prefix}{item.name}.")
+
+
+def help_of(key: str) -> str:
+    """The docstring below the field that declares a key, or that holds it, on one line; empty if there is none."""
+    while key and key not in schema_keys():
+        key = key.rpartition(".")[0]
+    if not key:
+        return ""
+    name = key.rpartition(".")[2]
+    # A section may inherit its fields: the docstring is in the class that declares this one.
+    declaring = next(base for base in type(schema_keys()[key]).__mro__ if name in inspect.get_annotations(base))
+    (tree,) = ast.parse(inspect.getsource(declaring)).body
+    assert isinstance(tree, ast.ClassDef)
+    for statement, following in itertools.pairwise(tree.body):
+        if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == name:
+            assert isinstance(following, ast.Expr)
+            return " ".join(str(ast.literal_eval(following.value)).split())
+    return ""
+
+
+def typed(kind: type[T], values: Any, prefix: str = "") -> T:
+    """A section of the schema from plain data.
+
+    Args:
+        prefix: the section's place, such as `task.`.
+
+    Raises:
+        UserError: a key is unknown or has a wrong value; the message names it, and says what it means.
+    """
+    return from_person(kind, values, schema_keys(), prefix, lambda key: f". {help_of(key)}")
 
 
 @contextmanager
@@ -68,11 +83,6 @@ def readable_errors() -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException, OverflowError) as error:
         raise UserError(explain(error)) from error
-    except AttributeError as error:
-        # OmegaConf's own error for a mapping that is null.
-        if (key := _full_key(str(error))) is None:
-            raise
-        raise UserError(f"{key}: is null, and no key of it can be set{_usage(key)}") from error
     except YAMLError as error:
         raise UserError(f"a file of conf/ is not readable YAML ({' '.join(str(error).split())})") from error
     except RecursionError as error:
@@ -104,9 +114,9 @@ def explain(error: BaseException) -> str:
         return f"{group}={option}: no such option; choose one of {', '.join(names)}{nearest(option, names)}"
     if match := re.search(r"Could not override '([\w.]+)'|Key '([\w.]+)' (?:is )?not in '?(\w+)", text):
         key = _full_key(text) or match[1] or match[2]
-        mapping = schema_keys().get(key.rpartition(".")[0])
-        if mapping is not None and isinstance(mapping.value, dict):
-            return f"{key}: unknown key; a key of {mapping.name} is added as +{key}=VALUE"
+        mapping = key.rpartition(".")[0]
+        if isinstance(getattr(schema_keys().get(mapping), mapping.rpartition(".")[2], None), dict):
+            return f"{key}: unknown key; a key of {mapping} is added as +{key}=VALUE"
         return f"{key}: unknown key{nearest(key, schema_keys())}; `python train.py --cfg job` shows them all"
     if match := re.search(r"Ambiguous value for argument '(.*?)'", text):
         return f"{visible(match[1]):.80}: has several values; add --multirun for a sweep, or write a list as KEY=[A,B]"
@@ -115,14 +125,8 @@ def explain(error: BaseException) -> str:
             f"{visible(str(error.override)):.80}: cannot be parsed as KEY=VALUE ({visible(_first_sentence(text)):.80})"
         )
     if key := _full_key(text):
-        return f"{key}: {_first_sentence(text)}{_usage(key)}"
+        return f"{key}: {_first_sentence(text)}. {help_of(key)}".removesuffix(". ")
     return _first_sentence(text)
-
-
-def _usage(key: str) -> str:
-    """What a key takes and what it means; empty if the schema does not have the key."""
-    found = schema_keys().get(key)
-    return f"; it takes {allowed(found)}. {found.help}" if found else ""
 
 
 def cause_chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -142,12 +146,6 @@ def _full_key(text: str) -> str | None:
 
 def _first_sentence(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "the configuration cannot be composed")
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """` (did you mean WORD?)` with the most similar of `words`; empty if none is similar."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def options(group: str) -> list[str]:

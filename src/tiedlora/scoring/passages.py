@@ -16,10 +16,11 @@ from pathlib import Path
 from tiedlora import storage
 from tiedlora.config.check import HUB_TEXT, TASK_TEXT, check_forgetting
 from tiedlora.config.compose import task_option
-from tiedlora.config.explain import nearest, options
+from tiedlora.config.explain import options
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.tasks import Example, load_examples, load_task
+from tiedlora.text import nearest
 
 PASSAGES = 100
 """The first so many passages are scored. PEFT's benchmark takes as many pages of FineWiki."""

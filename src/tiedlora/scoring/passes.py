@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tiedlora.config.explain import nearest
 from tiedlora.config.schema import FORGETTING, ScoreConfig
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import LOSS_METRICS, is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores
 from tiedlora.scoring.passages import source_digest
 from tiedlora.tasks import Task
+from tiedlora.text import nearest
 
 
 @dataclass(frozen=True)

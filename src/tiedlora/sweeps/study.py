@@ -21,18 +21,18 @@ from omegaconf import OmegaConf
 from pydantic import AfterValidator, Field
 
 from tiedlora import storage
-from tiedlora.config.explain import nearest
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.export.study_records import copy_exported, export_record, export_stopped
+from tiedlora.keys import from_person
 from tiedlora.records.provenance import code_version
-from tiedlora.records.reading import Text, from_person
+from tiedlora.records.reading import Text
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.selection import SELECTION_FILE, read_selection
 from tiedlora.sweeps.cell_composer import SECTIONS
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.expand import Composers, compose_sweep
-from tiedlora.text import is_name
+from tiedlora.text import is_name, nearest
 
 PLAN = "study.yaml"
 _WORD = re.compile(r"\+{0,2}([A-Za-z_][\w./]*)=(.*)", re.ASCII | re.DOTALL)
