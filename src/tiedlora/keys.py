@@ -7,8 +7,10 @@ run's identity, and the docstring below it is its help.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -21,23 +23,13 @@ T = TypeVar("T")
 LARGEST_COUNT = 10**9
 """Upper bound of everything that is counted (rows, steps, tokens). It is above any real run and below any overflow."""
 MISSING = "???"
-"""OmegaConf's mark of a key that has no default."""
+"""OmegaConf's mark of a key without a value."""
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters, and halves of surrogate pairs."""
 CHECKED = ConfigDict(extra="forbid", validate_default=True, revalidate_instances="always")
 """For a section of keys: a key that is not known is refused, and defaults and finished objects are checked too."""
 UNKNOWN = ("unexpected_keyword_argument", "invalid_key")
 """pydantic's errors about a key that is not known."""
-WORDS = {
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "valid integer": "whole number",
-    "valid string": "text",
-    "valid boolean, unable to interpret input": "flag, true or false",
-    "valid dictionary": "mapping",
-    " after validation": "",
-}
-"""Words of pydantic's messages -> ours."""
 EXECUTION = {"execution": True}
 """Metadata of a key that says where or how a run is carried out. It is recorded, but not part of the identity."""
 
@@ -82,13 +74,8 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, (bool, int, float)) else _lines(value)
 
 
-def _one_line(value: str) -> str:
-    if CONTROLS.search(value):
-        raise ValueError("holds a line feed or a tab; remove it")
-    return value
-
-
-def _name(value: str) -> str:
+def check_name(value: str) -> str:
+    """Refuse a text that is no plain name."""
     if not is_name(value):
         raise ValueError("use letters, digits, '.', '_', '-' and '/' (no '..'), 96 at most")
     return value
@@ -106,15 +93,16 @@ Free = Annotated[Any, BeforeValidator(_lines)]
 """Any value. Its texts hold no control characters."""
 Lines = Annotated[str, BeforeValidator(_text)]
 """A text of several lines."""
-Text = Annotated[Lines, AfterValidator(_one_line)]
-Name = Annotated[Lines, AfterValidator(_name)]
+Text = Annotated[Lines, Field(pattern=r"^[^\n\t]*$")]
+Name = Annotated[Lines, AfterValidator(check_name)]
 """A plain name, because it becomes a part of a path, a file name or an address."""
 Pattern = Annotated[Text, AfterValidator(_pattern)]
 """A regular expression."""
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Count = Annotated[Whole, Field(ge=1, le=LARGEST_COUNT)]
-CountOrZero = Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]
+Amount = Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]
+"""A count that may be 0."""
 
 
 @functools.cache
@@ -123,20 +111,13 @@ def adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _no_usage(key: str) -> str:
-    return ""
-
-
-def from_person(
-    kind: type[T], value: Any, keys: Collection[str] = (), prefix: str = "", usage: Callable[[str], str] = _no_usage
-) -> T:
+def from_person(kind: type[T], value: Any, keys: Collection[str] = (), prefix: str = "") -> T:
     """Turn plain data, or an object that is not checked yet, into the type `kind`.
 
     Args:
-        keys: the names of all keys, if the type forbids others, to name the nearest one. They are dotted, or the
-            last words.
+        keys: the last words of all keys, or their dotted names as `sections` has them. It is for advice: the nearest
+            one to a key that is unknown, and from `sections` also the help of a key with a wrong value.
         prefix: the place of the value, such as `task.`, for the message.
-        usage: what is said about a key whose value is wrong, such as its help.
 
     Raises:
         UserError: one line that names the key, what it has, and what is allowed.
@@ -152,7 +133,9 @@ def from_person(
             raise UserError(f"{key}: unknown key{nearest(word, keys)}") from None
         given = "null" if found["input"] is None else visible(str(found["input"]))
         shown = "" if given == MISSING or isinstance(found["input"], dict) else f"={given:.60}"
-        raise UserError(f"{key}{shown}: {reason(found)}{usage(key)}".removeprefix(": ")) from None
+        advice = help_of(key, keys) if isinstance(keys, Mapping) else ""
+        message = f"{key}{shown}: {reason(found)}. {advice}".removeprefix(": ")
+        raise UserError(message.removesuffix(". ")) from None
     return checked
 
 
@@ -163,17 +146,39 @@ def dotted(error: ErrorDetails) -> str:
 
 def reason(error: ErrorDetails) -> str:
     """Why a value is refused, and what is allowed."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return "is missing"
     message = re.sub("^[A-Z][a-z]+ should ", "must ", error["msg"])
-    for words, ours in WORDS.items():
-        message = message.replace(words, ours)
-    match error["type"]:
-        case "value_error":
-            return str(error["ctx"]["error"])
-        case "missing":
-            return "is missing"
-        case "dataclass_type":
-            return "must be a mapping of keys"
-        case "literal_error":
-            return message + nearest(str(error["input"]), re.findall("'(.*?)'", message))
-        case _:
-            return message
+    choices = re.findall("'(.*?)'", message) if error["type"] == "literal_error" else []
+    return message + nearest(str(error["input"]), choices)
+
+
+def sections(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key below a section, in order -> the section that holds it."""
+    found = {}
+    for item in fields(section):
+        found[prefix + item.name] = section
+        if is_dataclass(value := getattr(section, item.name)):
+            found |= sections(value, f"{prefix}{item.name}.")
+    return found
+
+
+def help_of(key: str, keys: Mapping[str, Any]) -> str:
+    """The docstring below the field that declares a key, or the key that holds it, on one line; empty if none does.
+
+    Args:
+        keys: as `sections` has them.
+    """
+    while key not in keys:
+        if not key:
+            return ""
+        key = key.rpartition(".")[0]
+    name = key.rpartition(".")[2]
+    # A section may inherit its fields: the docstring is in the class that declares this one.
+    declaring = next(base for base in type(keys[key]).__mro__ if name in inspect.get_annotations(base))
+    # No other field begins between the field and its docstring.
+    docstring = rf'^    {name}: (?:(?!^    \w+: ).)*?"""(.*?)"""'
+    found = re.search(docstring, inspect.getsource(declaring), re.DOTALL | re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""

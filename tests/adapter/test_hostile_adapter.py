@@ -86,16 +86,16 @@ DESCRIPTIONS = {  # the changed values of adapter.json, and words of the message
     "another scaling": ({"scaling": "other", "format": 2}, "scaling=other: choose one of standard, rslora"),
     "a huge rank": ({"rank": 10**12}, "rank=1000000000000: must be an int from 1"),
     "a rank that is a flag": ({"rank": True}, "'rank' is True, which cannot be a value of an adapter's description"),
-    "infinite alpha": ({"alpha": float("inf")}, "'alpha' is not a finite number"),
+    "infinite alpha": ({"alpha": float("inf")}, "'alpha' is inf, which cannot be"),
     "an unknown key": ({"tying": {"evil": 1}}, "'tying.evil' is 1"),
     "a target of nothing": ({"tying": {"targets": ["../x"]}}, "'../x' is not a projection"),
     "negative layers": (
         {"architecture": {"layers": -1}},
-        "'architecture.layers' is -1, which cannot be a value of an adapter's description: must be at least 1",
+        "'architecture.layers' is -1, which cannot be a value of an adapter's description: must be greater than",
     ),
     "a huge hidden size": (
         {"architecture": {"layers": 3, "hidden": 10**12}},
-        "'architecture.hidden' is 1000000000000, which cannot be a value of an adapter's description: must be at most",
+        "'architecture.hidden' is 1000000000000, which cannot be a value of an adapter's description: must be less",
     ),
     "parts that are larger than memory": (
         {

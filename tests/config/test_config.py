@@ -16,12 +16,13 @@ from omegaconf import OmegaConf
 
 from tiedlora.config import compose as configuration
 from tiedlora.config.compose import CONF, compose_config
-from tiedlora.config.explain import options, peft_options, schema_keys, typed
+from tiedlora.config.explain import options, peft_options, schema_keys
 from tiedlora.config.identity import config_tree, run_id
 from tiedlora.config.methods import peft_class
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import Config, TyingConfig
 from tiedlora.errors import UserError
+from tiedlora.keys import from_person
 from tiedlora.runs import run
 
 SECRET = "hunter2-0123456789abcdef0123456789abcdef"
@@ -37,16 +38,16 @@ MISTAKES = {  # one for each rule: overrides, and how the message begins
     "what is no override": (["a=b=c"], "a=b=c: cannot be parsed as KEY=VALUE"),
     "a group taken away": (["~model"], "model.name: has no value"),
     # Types
-    "a word for a number": (["train.steps=many"], "train.steps=many: must be a whole number"),
-    "a key below a number": (["++train.steps.x=3"], "train.steps: must be a whole number"),
+    "a word for a number": (["train.steps=many"], "train.steps=many: must be a valid integer"),
+    "a key below a number": (["++train.steps.x=3"], "train.steps: must be a valid integer"),
     "a mapping for a list": (["train.betas={a: 1}"], "train.betas: Cannot merge"),
-    "a list for an item": (["tying.targets=[[]]"], "tying.targets.0=[]: must be a text"),
-    "null for a number": (["seed=null"], "seed=null: must be a whole number"),
+    "a list for an item": (["tying.targets=[[]]"], "tying.targets.0=[]: must be a valid string"),
+    "null for a number": (["seed=null"], "seed=null: must be a valid integer"),
     "more digits than are read": ([f"seed={'9' * 5000}"], "a number has more digits than are read"),
     "more than any fraction": ([f"train.lr={'9' * 400}"], f"train.lr={'9' * 60}: must be a valid number"),
     # Rules of one key
-    "too little": (["train.steps=0"], "train.steps=0: must be at least 1"),
-    "too much": (["score.batch_size=65537"], "score.batch_size=65537: must be at most 65536"),
+    "too little": (["train.steps=0"], "train.steps=0: must be greater than or equal to 1"),
+    "too much": (["score.batch_size=65537"], "score.batch_size=65537: must be less than or equal to 65536"),
     "no number": (["train.lr=nan"], "train.lr=nan: must be a finite number"),
     "no choice": (
         ["train.schedule=cosin"],
@@ -133,7 +134,7 @@ def test_hydra_knows_each_method_of_the_table_as_an_option():
         listed = GlobalHydra.instance().config_loader().get_group_options("tying/peft")
     assert {f"peft/{name}" for name in listed} == {name for name in options("tying") if "/" in name}
     for option, node in peft_options().items():
-        tying = typed(TyingConfig, node, "tying.")
+        tying = from_person(TyingConfig, node)
         assert tying.name == option
         assert peft_class(tying.method).__name__ == tying.method
     assert compose_config(["tying=peft/vera"]).tying.name == "peft/vera"

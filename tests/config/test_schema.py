@@ -5,17 +5,18 @@ from typing import get_args, get_type_hints
 import pytest
 
 from tiedlora.config.compose import compose_config
-from tiedlora.config.explain import help_of, options, schema_keys
+from tiedlora.config.explain import options, schema_keys
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import TrainConfig
 from tiedlora.errors import UserError
+from tiedlora.keys import help_of
 from tiedlora.training.optimizer import OPTIMIZERS, SCHEDULES
 from tiedlora.tying import PARTS
 
 
 @pytest.mark.parametrize("name", schema_keys())
 def test_every_key_has_help(name):
-    assert help_of(name)
+    assert help_of(name, schema_keys())
 
 
 def test_optimizers_and_schedules_are_the_schemas_choices():
@@ -40,16 +41,16 @@ def test_every_part_has_a_factor_on_its_rate():
 
 
 def test_the_help_of_a_key_is_the_docstring_below_it():
-    assert help_of("train.steps") == "Optimizer steps."
+    assert help_of("train.steps", schema_keys()) == "Optimizer steps."
     # The field is inherited: from Part by Factor.
-    assert help_of("tying.A.trained") == "Whether the optimizer changes it."
+    assert help_of("tying.A.trained", schema_keys()) == "Whether the optimizer changes it."
 
 
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("train.steps=many", r"^train\.steps=many: must be a whole number, .*\. Optimizer steps\.$"),
-        ("train.steps=0", r"^train\.steps=0: must be at least 1\. Optimizer steps\.$"),
+        ("train.steps=many", r"^train\.steps=many: must be a valid integer, .*\. Optimizer steps\.$"),
+        ("train.steps=0", r"^train\.steps=0: must be greater than or equal to 1\. Optimizer steps\.$"),
         ("train.dtype=half", r"^train\.dtype=half: must be 'float32' or 'bfloat16'\. Number type of the frozen base"),
     ],
 )

@@ -40,7 +40,7 @@ def composed(words: Sequence[str]) -> Config:
     if any("/" in word.removeprefix("tying=peft/") for word in others):
         return configuration.compose_config(list(words))
     config = copy.deepcopy(_composed(others, os.environ.get("TIEDLORA_DATA")))
-    return replace(config, **{name: configuration.absolute(value) for name, value in places.items()})
+    return replace(config, **{name: os.path.abspath(value) for name, value in places.items()})
 
 
 @functools.cache

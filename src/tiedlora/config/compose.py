@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -20,15 +19,15 @@ from omegaconf.errors import InterpolationResolutionError
 from omegaconf.resolvers import oc
 
 from tiedlora import storage
-from tiedlora.config import explain
 from tiedlora.config.adapter_folder import adapter_digest, adapter_folder
 from tiedlora.config.check import check
-from tiedlora.config.explain import cause_chain, peft_options, readable_errors
+from tiedlora.config.explain import cause_chain, peft_options, readable_errors, schema_keys
 from tiedlora.config.methods import complete_method
 from tiedlora.config.project import CONF, PROJECT
 from tiedlora.config.schema import Config, TaskConfig
 from tiedlora.config.sizes import at_budget
 from tiedlora.errors import UserError
+from tiedlora.keys import from_person
 from tiedlora.tying import adapted_layers
 
 # OmegaConf 2.4 has another name for register_new_resolver. 2.3 has an older function of that name.
@@ -84,7 +83,7 @@ def typed(composed: DictConfig) -> Config:
     """
     with readable_errors(), _own_variables_only():
         values = OmegaConf.to_container(composed, resolve=True)
-        return explain.typed(Config, _without_gone_keys(values))
+        return from_person(Config, _without_gone_keys(values), schema_keys())
 
 
 def _without_gone_keys(values: Any) -> Any:
@@ -106,22 +105,15 @@ def complete(config: Config) -> Config:
     Raises:
         UserError: one line that names the key.
     """
-    for name, path in _paths(config).items():
-        if path == "":
-            raise UserError(f"{name}: is empty; name a folder, or leave it out (is a variable of the shell not set?)")
     train = config.train
     if train.lr is None:
         train = replace(train, lr=config.tying.suggested_lr)
-    config = replace(config, train=train, outputs=absolute(config.outputs), cache=absolute(config.cache))
-    config.data_root = config.data_root and absolute(config.data_root)
-    if config.model.path:
-        config.model = replace(config.model, path=absolute(config.model.path))
     if train.init_from and train.init_digest is None:
         folder = adapter_folder(train.init_from).absolute()
-        config.train = replace(train, init_from=str(folder), init_digest=adapter_digest(folder))
+        train = replace(train, init_from=str(folder), init_digest=adapter_digest(folder))
     # A recorded configuration has all arguments of another method. To search those of a budget again would load PEFT.
     has_arguments = config.tying.resolved is not None
-    config = complete_method(config)
+    config = complete_method(replace(config, train=train))
     check(config)
     if config.budget is not None and not has_arguments:
         config = at_budget(config)
@@ -135,22 +127,6 @@ def complete(config: Config) -> Config:
         is_all = len(layers) == config.model.architecture.layers
         config.tying = replace(config.tying, layers=None if is_all else layers)
     return config
-
-
-def _paths(config: Config) -> dict[str, str | None]:
-    return {
-        "outputs": config.outputs,
-        "cache": config.cache,
-        "data_root": config.data_root,
-        "model.path": config.model.path,
-        "train.init_from": config.train.init_from,
-        "tying.config": config.tying.config,
-    }
-
-
-def absolute(path: str) -> str:
-    """The path from the root, with ~ as the home folder."""
-    return str(Path(os.path.expanduser(path)).absolute())
 
 
 def compose_config(overrides: list[str]) -> Config:
@@ -184,7 +160,7 @@ def task_option(name: str) -> TaskConfig:
     """
     with readable_errors():
         values = storage.read_yaml(CONF / "task" / f"{name}.yaml")
-        return explain.typed(TaskConfig, OmegaConf.to_container(values, resolve=True), prefix="task.")
+        return from_person(TaskConfig, OmegaConf.to_container(values, resolve=True), schema_keys(), "task.")
 
 
 def read_config(path: Path) -> Config:

