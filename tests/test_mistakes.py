@@ -11,7 +11,7 @@ from helpers.hostile import snapshot
 
 TRAIN = {
     # What is empty, or alone means nothing
-    "an empty path": ("train.init_from=", "train.init_from: is empty; name a folder"),
+    "an empty path": ("train.init_from=", "train.init_from=: is empty; give a text, or leave it out"),
     "a digest alone": ("train.init_digest=abc", "name the adapter with train.init_from=RUN"),
     "a sweeper without a sweep": ("hydra/sweeper=staged", "hydra/sweeper=staged: is for a sweep; add --multirun"),
     "values without a sweep": ("seed=0,1", "seed=0,1: has several values; add --multirun for a sweep"),
@@ -83,7 +83,7 @@ SWEEPS = {
     "an interval": ("'train.lr=interval(0,1)'", "give the values one by one, as in train.lr=1e-3,1e-2"),
     "a word for a flag": ("hydra.sweeper.fail_fast=maybe", "hydra.sweeper.fail_fast=maybe: must be true or false"),
     "an axis of Hydra's": ("hydra.job.name=a,b", "Sweeping over Hydra's configuration is not supported"),
-    "one cell that is wrong": ("seed=0,-1", "seed=-1: seed=-1: must be at least 0"),
+    "one cell that is wrong": ("seed=0,-1", "seed=-1: seed=-1: must be greater than or equal to 0"),
     "cells that are repeated": ("force=true", "force=true: a sweep that repeats its finished cells could not be"),
     "claims of no file": ("hydra/sweeper=deciding hydra.sweeper.claims=[a]", "must be the name of a file, such as"),
     "claims without their sides": ("hydra/sweeper=deciding train.lr=1e-3,1e-2", "needs TABuv r=8 and LoRA"),

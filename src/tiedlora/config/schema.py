@@ -27,19 +27,24 @@ LONGEST_TAG = 64
 """Most characters of a tag that W&B accepts."""
 
 
+def _filled(text: str) -> str:
+    if not text:
+        raise ValueError("is empty; give a text, or leave it out (is a variable of the shell not set?)")
+    return text
+
+
 def _absolute(path: str) -> str:
     """The path from the root, with ~ as the home folder."""
-    if not path:
-        raise ValueError("is empty; name a folder, or leave it out (is a variable of the shell not set?)")
     return str(Path(os.path.expanduser(path)).absolute())
 
 
-Tag = Annotated[Text, Field(min_length=1, max_length=LONGEST_TAG)]
+Tag = Annotated[Text, Field(pattern=f"^.{{1,{LONGEST_TAG}}}$")]
 Split = Annotated[Text, Field(pattern=f"^({'|'.join(SPLITS)})$")]
 ScoredSplit = Annotated[Text, Field(pattern=f"^({'|'.join(SCORED_SPLITS)})$")]
 Memory = Annotated[Text, Field(pattern="^[0-9]{1,6}[KMG]i?B$")]
-Place = Annotated[Text, Field(min_length=1)]
-Folder = Annotated[Text, AfterValidator(_absolute)]
+Filled = Annotated[Lines, AfterValidator(_filled)]
+Place = Annotated[Text, AfterValidator(_filled)]
+Folder = Annotated[Place, AfterValidator(_absolute)]
 """A path, which becomes one from the root."""
 Rate = Annotated[Number, Field(ge=0, le=1_000_000)]
 """A factor on the learning rate."""
@@ -117,9 +122,9 @@ class TaskConfig:
     """The template of the text that is trained. The end-of-text token is added after it, and trained too."""
     chat_template: bool = False
     """Whether the prompt is wrapped as one user turn of the tokenizer's chat template."""
-    stop: list[Annotated[Lines, Field(min_length=1)]] = field(default_factory=list)
-    """The generation of an answer ends at the first of these strings (none is empty), at the end-of-text token or
-    another end of the model, or at max_new_tokens."""
+    stop: list[Filled] = field(default_factory=list)
+    """The generation of an answer ends at the first of these strings, at the end-of-text token or another end of the
+    model, or at max_new_tokens."""
     max_new_tokens: Annotated[Whole, Field(ge=1, le=LARGEST_SCORING)] = 256
     """Most tokens of an answer. A prompt can use the rest of the model's context."""
     max_prompt_tokens: Count | None = None
