@@ -24,6 +24,7 @@ LARGEST_COUNT = 10**9
 """Upper bound of everything that is counted (rows, steps, tokens). It is above any real run and below any overflow."""
 MISSING = "???"
 """OmegaConf's mark of a key without a value."""
+NO_VALUE = "has no value; choose an option of its group or set it"
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters, and halves of surrogate pairs."""
 CHECKED = ConfigDict(extra="forbid", validate_default=True, revalidate_instances="always")
@@ -70,7 +71,7 @@ def _lines(value: Any) -> Any:
 
 def _text(value: Any) -> Any:
     if value == MISSING:
-        raise ValueError("has no value; choose an option of its group or set it")
+        raise ValueError(NO_VALUE)
     return str(value) if isinstance(value, (bool, int, float)) else _lines(value)
 
 
@@ -146,6 +147,8 @@ def dotted(error: ErrorDetails) -> str:
 
 def reason(error: ErrorDetails) -> str:
     """Why a value is refused, and what is allowed."""
+    if error["input"] == MISSING:
+        return NO_VALUE
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if error["type"] == "missing":
