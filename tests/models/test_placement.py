@@ -181,7 +181,7 @@ def test_pairs_go_where_their_module_runs(monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["model.device_map=row"], r"model.device_map=row: choose one of auto, balanced"),
+        (["model.device_map=row"], r"model.device_map=row: must be 'auto', 'balanced'"),
         (["model.source=hub", "model.device_map=auto", "train.compile=always"], r"^train.compile=always: .*device_map"),
     ],
 )

@@ -54,7 +54,7 @@ def _allowed(word: str) -> str:
     """Check a word. Studies are files that people pass on, so it may set a key of a run or an axis, and no other."""
     match = _WORD.fullmatch(word)
     if match is None:
-        raise ValueError(f"{word!r:.60} must be KEY=VALUE, with a key of a run or of its sweep")
+        raise ValueError("must be KEY=VALUE, with a key of a run or of its sweep")
     key, value = match.groups()
     section = re.split("[./]", key)[0]
     if section == "hydra":
@@ -69,7 +69,7 @@ def _allowed(word: str) -> str:
 
 def _plain(name: str) -> str:
     if not is_name(name) or "/" in name:
-        raise ValueError(f"{name!r:.60} becomes a folder's name: use letters, digits, '.', '_' and '-' (no '..')")
+        raise ValueError("becomes a folder's name: use letters, digits, '.', '_' and '-' (no '..')")
     return name
 
 
