@@ -141,7 +141,7 @@ def main(draws: int) -> None:
         add("clusters", arms, seeds, wrong(arms, np.array([1, -1]), seeds, draws))
         add("rows, for comparison", arms, seeds, wrong(arms, np.array([1, -1]), seeds, draws, with_clusters=False))
     for arms, seeds in [*list(itertools.product(curves, SEEDS))[::2], (curves[0], 5)]:
-        add("worth, not covered", arms, seeds, worth_misses(arms, 0.4, seeds, draws // 4))
+        add("worth, not covered", arms, seeds, worth_misses(arms, 0.4, seeds, draws // 2))
     for kind in dict.fromkeys(name for name, _ in table):
         shares = [100 * share for name, share in table if name == kind]
         print(f"\n{kind}: {min(shares):.1f} to {max(shares):.1f} % in {len(shares)} settings")

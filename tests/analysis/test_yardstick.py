@@ -2,20 +2,22 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 from helpers.report_runs import add_scores, make_record, prediction_rows, world, write_run
 
 from tiedlora import tying
-from tiedlora.analysis import intervals
+from tiedlora.analysis import claims, intervals
 from tiedlora.analysis.answers import error_note
 from tiedlora.analysis.compare import worth_of
 from tiedlora.analysis.frontier import curve
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.intervals import Clusters, mean_squares
 from tiedlora.analysis.runs import read_runs
-from tiedlora.page import write
+from tiedlora.errors import UserError
+from tiedlora.page import readme, write
 
 SURE = {"rows": 1000, "seed_sd": 0.002, "seeds": 3}
 HALF = {"config.tying.layers": tying.evenly_spaced(15, 30)}
@@ -45,7 +47,7 @@ class TestSensitivity:
         report = trial(tmp_path)
         (answer,) = report.answers
         assert answer.verdict == "cannot fail here"
-        assert "the same is supported for TA r=8, the weakest arm, at look 1" in answer.reason
+        assert "the same is supported for TA r=8, the weakest arm at look 1" in answer.reason
         assert [verdict.verdict for verdict in report.verdicts] == ["uninformative"]
 
     @pytest.mark.parametrize(("weakest", "sensitivity"), [(0.2, "shown"), (0.65, "not shown")])
@@ -64,6 +66,29 @@ class TestSensitivity:
         (answer,) = trial(tmp_path).answers
         assert (answer.verdict, answer.sensitivity) == ("supported", "not shown")
         assert "TA r=8 was not run" in answer.reason
+
+    def test_an_exploratory_verdict_is_asked_too(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75, "TA": 0.74}, **SURE)
+        (answer,) = trial(tmp_path, extra="seeds: [0, 1, 9]").answers
+        assert (answer.exploratory, answer.verdict) == (True, "cannot fail here")
+
+    def test_an_arm_is_not_asked_about_itself(self, tmp_path):
+        """TA keeps 90 % of its own gain, and that shows nothing."""
+        world(tmp_path / "runs", {"TABuv": 0.75, "TA": 0.7}, **SURE)
+        (answer,) = trial(tmp_path, comparator="{configuration: TA, rank: 8}").answers
+        assert (answer.verdict, answer.sensitivity) == ("supported", "not shown")
+        assert "TA r=8 is a side of the comparison itself" in answer.reason
+
+    def test_without_a_base_beside_the_weakest_arm_it_is_not_shown(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75, "TA": 0.4}, **SURE)
+        for file in (tmp_path / "runs").glob("[LT]*A-*/result.json"):
+            tree = json.loads(file.read_text())
+            for key in ("base", "gain"):
+                tree["scores"]["validation"].pop(key)
+            file.write_text(json.dumps(tree))
+        (answer,) = trial(tmp_path).answers
+        assert answer.verdict == "supported"
+        assert "no base was scored beside TA r=8" in answer.reason
 
 
 class TestFloor:
@@ -93,6 +118,26 @@ class TestFloor:
         (answer,) = trial(tmp_path, extra=self.FLOOR).answers
         assert answer.verdict == "undecided"
         assert answer.reason == "the floor: LoRA (shuffled targets) r=8 was not run in the same setting"
+
+    def test_a_rule_that_needs_no_zero_does_not_wait_for_the_floor(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.5, "TABuv": 0.7}, **SURE)
+        (answer,) = trial(tmp_path, "better_by: 0.0", extra=self.FLOOR).answers
+        assert answer.verdict == "supported"
+
+    @pytest.mark.parametrize("key", ["floor", "weakest"])
+    def test_other_seeds_for_it_are_refused(self, tmp_path, key):
+        extra = f"{key}: {{configuration: LoRA, rank: 8, seed_offset: 5}}"
+        with pytest.raises(UserError, match=f"{key}: has the seeds of the plan"):
+            trial(tmp_path, extra=extra if key == "floor" else "").answers if key == "floor" else claims.read(
+                self.with_weakest(tmp_path, extra)
+            )
+
+    @staticmethod
+    def with_weakest(tmp_path, extra):
+        text = TRIAL.replace("weakest: {configuration: TA, rank: 8}", extra).replace("EXTRA", "")
+        text = text.replace("COMPARATOR", "{configuration: LoRA, rank: 8}").replace("RULE", "retains: 0.9")
+        (tmp_path / "claims.yaml").write_text(text)
+        return tmp_path / "claims.yaml"
 
 
 class TestCurve:
@@ -134,6 +179,29 @@ class TestCurve:
         (answer,) = write.build([root / "runs"], claims=root / "claims.yaml").answers
         assert answer.verdict == "undecided"
         assert answer.reason == ("4,608 parameters are outside the measured sizes of LoRA: 23,040, 46,080, 368,640")
+
+    def test_a_size_that_has_just_begun_takes_no_part(self, root, tmp_path):
+        shutil.copytree(root / "runs", tmp_path / "runs")
+        world(tmp_path / "runs", {("LoRA", 2): 0.7}, **{**SURE, "seeds": 1})
+        (answer,) = trial(tmp_path, "better_by: 0.0", "{frontier: LoRA}").answers
+        assert "(between LoRA_l15 r=1 and LoRA r=1)" in answer.reason
+        assert answer.verdict == "supported"
+        assert {row.group.label for row in trial(tmp_path).rows if row.worth} == {"TABuv", "TA"}
+
+    def test_an_arm_of_the_curve_is_not_compared_with_the_curve(self, root):
+        trial(root, "better_by: 0.0", "{frontier: LoRA}")
+        text = (root / "claims.yaml").read_text().replace("TABuv, rank: 8", "LoRA, rank: 1")
+        (root / "claims.yaml").write_text(text)
+        (answer,) = write.build([root / "runs"], claims=root / "claims.yaml").answers
+        assert answer.reason == "LoRA r=1 is on the curve of LoRA itself"
+
+    def test_only_lora_counts_in_the_column_about_lora(self, root):
+        def column(comparator):
+            return readme.TABLES["answer"](trial(root, "better_by: 0.0", comparator)).rows[2][-1]
+
+        assert column("{frontier: LoRA}") == "supported: chain_sum exact_match_strict"
+        assert column("{configuration: LoRA, rank: 1}") is None, "46,080 parameters are 11 % more than 41,328"
+        assert column("{configuration: TA, rank: 8}") is None
 
     def test_worth_is_the_size_that_scores_the_same(self, root):
         report = trial(root)
@@ -195,6 +263,20 @@ class TestClusters:
         assert wrong[0] > 0.15
         # 5 % and three standard errors of 3,000 draws.
         assert wrong[1] <= 0.062
+
+    def test_too_few_clusters_are_no_sample(self, tmp_path):
+        names = np.repeat(["a", "b", "c"], [129, 69, 2]).tolist()
+        assert Clusters.of(names) is None
+        assert Clusters.of(["a"] * 50) is None
+        rows = [
+            dataclasses.replace(row, cluster=name)
+            for row, name in zip(prediction_rows((np.arange(200) < 70).astype(float)), names, strict=True)
+        ]
+        record = add_scores(make_record(), "validation", rows)
+        assert record.scores["validation"].metrics["exact_match_strict"].method == "wilson"
+        write_run(tmp_path, record, {"validation": rows})
+        (row,) = write.build([tmp_path]).rows
+        assert "rows of only 3 clusters: intervals hold for these alone" in row.notes
 
     def test_rows_name_their_cluster_and_a_study_may_name_it_for_them(self, tmp_path):
         """The same scores, with articles in the predictions, or in the study's clusters.json."""

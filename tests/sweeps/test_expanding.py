@@ -64,7 +64,7 @@ def test_the_yardstick_brings_the_curve_the_floor_and_the_weakest_arm_at_every_r
         ("TA", 8),
         ("LoRA (shuffled targets)", 8),
         *(("LoRA", rank) for rank in (8, 2, 1)),
-        *((f"LoRA_l{count}", 1) for count in (15, 8, 4)),
+        *((f"LoRA_l{count}", 1) for count in (15, 8, 4, 2)),
     }
     assert len(sweep.cells) == len(arms) * 4
 

@@ -27,7 +27,7 @@ from typing import Literal
 from tiedlora.analysis import claims, compare, intervals, rules
 from tiedlora.analysis.claims import Claim, Pair, Plan
 from tiedlora.analysis.compare import Estimate, Measure, PairedScores
-from tiedlora.analysis.frontier import groups_of
+from tiedlora.analysis.frontier import Peer, groups_of, parts_of
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import Scorebook
 from tiedlora.errors import UserError
@@ -104,7 +104,9 @@ class Answer:
     @property
     def zero(self) -> str:
         """What a gain is measured from."""
-        return self.pair.floor.name if self.pair is not None and self.pair.floor is not None else "the base"
+        if self.pair is not None and self.pair.floor is not None:
+            return self.pair.floor.name
+        return str(self.claim.floor) if self.claim.floor and self.claim.rule.needs_zero else "the base"
 
 
 def answer_claims(
@@ -149,7 +151,7 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     answer.reason += f" ({method.name} against {comparator.name}, {split}, {measure.metric})"
     if answer.clusters is not None:
         answer.reason += f"; {answer.rows:,} rows in {answer.clusters} clusters"
-    if answer.look is not None and claim.weakest is not None:
+    if (answer.look is not None or answer.exploratory) and claim.weakest is not None:
         _check_sensitivity(answer, pair, measure, book)
     if compare.other_ends([group.runs for group in (method, *others)], measure):
         answer.reason += f"; {compare.OTHER_ENDS}"
@@ -165,37 +167,60 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
 
 
 def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Scorebook) -> None:
-    """Ask the claim's rule of its weakest arm, at the latest look that its seeds reach."""
-    answer.sensitivity, weakest, plan = "not shown", pair.weakest, answer.claim.plan
-    if weakest is None:
-        answer.reason += f"; sensitivity not shown: {answer.claim.weakest} was not run in the same setting"
-        return
-    if weakest is pair.method or pair.comparator is None:
-        answer.reason += "; sensitivity not shown: the method is the weakest arm itself"
+    """Ask the claim's rule of its weakest arm, at the latest look that its seeds reach.
+
+    An exploratory verdict has no look; then the question is asked of all common seeds, as the verdict's.
+    """
+    answer.sensitivity = "not shown"
+    weakest, peer, problem = pair.weakest, pair.weakest_peer, pair.weakest_problem
+    if weakest is not None and peer is not None and not problem:
+        sides = [pair.method, *groups_of(peer), pair.floor]
+        if any(side is not None and _is_same_arm(side, weakest) for side in sides):
+            problem = f"{weakest.name} is a side of the comparison itself"
+    if weakest is None or peer is None or problem:
+        answer.reason += f"; sensitivity not shown: {problem}"
         return
     try:
-        scores = compare.paired_scores(weakest, pair.comparator, measure, book, pair.floor)
+        scores = compare.paired_scores(weakest, peer, measure, book, pair.floor)
     except UserError as error:
         answer.reason += f"; sensitivity not shown: {weakest.name}: {error}"
         return
-    reached = [number for number in range(len(plan.looks.seeds)) if set(plan.of_look(number)) <= set(scores.seeds)]
-    if not reached:
-        answer.reason += f"; sensitivity not shown: {weakest.name} has not the seeds of a look"
+    if answer.claim.rule.needs_zero and scores.sides.zero is None:
+        answer.reason += f"; sensitivity not shown: no base was scored beside {weakest.name}"
         return
-    number = reached[-1]
-    seen, level = scores.of(plan.of_look(number)), plan.looks.levels[number]
-    evidence = answer.claim.rule.evidence(seen.sides)
-    where = f"{weakest.name}, the weakest arm, at look {number + 1}"
-    if evidence.supported <= level:
-        answer.sensitivity = "lacking"
-        if answer.verdict != Verdict.CONTRADICTED:
-            answer.verdict, answer.decide = Verdict.CANNOT_FAIL, "a task or a zero point at which the weakest arm fails"
-        answer.reason += f"; cannot fail here: the same is supported for {where}"
+    plan, where, level = answer.claim.plan, "", rules.TOTAL
+    if not answer.exploratory:
+        reached = [number for number in range(len(plan.looks.seeds)) if set(plan.of_look(number)) <= set(scores.seeds)]
+        if not reached:
+            answer.reason += f"; sensitivity not shown: {weakest.name} has not the seeds of a look"
+            return
+        scores, level = scores.of(plan.of_look(reached[-1])), plan.looks.levels[reached[-1]]
+        where = f" at look {reached[-1] + 1}"
+    if min(scores.sides.method.shape) < 2:
+        answer.reason += f"; sensitivity not shown: {weakest.name} has one seed or row in common"
+        return
+    evidence, who = answer.claim.rule.evidence(scores.sides), f"{weakest.name}, the weakest arm{where}"
+    if evidence.supported <= level and answer.verdict != Verdict.CONTRADICTED:
+        answer.sensitivity, answer.verdict = "lacking", Verdict.CANNOT_FAIL
+        answer.decide = "a task or a zero point at which the weakest arm fails"
+        answer.reason += f"; cannot fail here: the same is supported for {who}"
+    elif evidence.supported <= level:
+        answer.reason += f"; the same is supported for {who}"
     elif evidence.contradicted <= level:
         answer.sensitivity = "shown"
-        answer.reason += f"; sensitivity shown: the same is contradicted for {where}"
+        answer.reason += f"; sensitivity shown: the same is contradicted for {who}"
     else:
-        answer.reason += f"; sensitivity not shown: the same is undecided for {where}"
+        answer.reason += f"; sensitivity not shown: the same is undecided for {who}"
+
+
+def _is_same_arm(first: RunGroup, second: RunGroup) -> bool:
+    """Whether two groups are one arm, whatever seeds they have."""
+    return (first.setting, first.label, first.rank, first.params) == (
+        second.setting,
+        second.label,
+        second.rank,
+        second.params,
+    )
 
 
 def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
@@ -391,22 +416,27 @@ def _over_tasks(answers: Sequence[Answer], model: str) -> ClaimVerdict:
     return ClaimVerdict(answers[0].claim, model, verdict, reason, tuple(answers))
 
 
-def comparison(answer: Answer) -> tuple[str, ...]:
-    """What was compared: two claims about the same difference have the same one."""
+def comparison(answer: Answer) -> tuple[object, ...]:
+    """What was compared: two claims about the same difference have the same one, whichever side each calls method."""
     pair, measure = answer.pair, answer.measure
     if pair is None or pair.method is None or pair.comparator is None or measure is None:
         return answer.model, answer.task, answer.claim.name
-    return pair.anchor.setting, pair.method.name, pair.comparator.name, measure.split, measure.metric
+    return pair.anchor.setting, frozenset({_key(pair.method), _key(pair.comparator)}), measure
 
 
-def test_of(answer: Answer) -> tuple[str, ...]:
-    """Which test an answer gives: a comparison with its rule and zero point."""
-    return (*comparison(answer), str(answer.claim.rule), answer.zero)
+def _key(peer: Peer) -> tuple[tuple[float, str], ...]:
+    return tuple((weight, group.name) for weight, group in parts_of(peer))
 
 
-def _tested(answers: Iterable[Answer]) -> dict[tuple[str, ...], list[Answer]]:
+def test_of(answer: Answer) -> tuple[object, ...]:
+    """Which test an answer gives: a comparison with its rule, its zero point, and the side that is the method."""
+    method = answer.pair.method.name if answer.pair is not None and answer.pair.method is not None else ""
+    return (*comparison(answer), str(answer.claim.rule), answer.zero, method)
+
+
+def _tested(answers: Iterable[Answer]) -> dict[tuple[object, ...], list[Answer]]:
     """Test -> the answers that it gives."""
-    tests: dict[tuple[str, ...], list[Answer]] = {}
+    tests: dict[tuple[object, ...], list[Answer]] = {}
     for answer in answers:
         if answer.look is not None or answer.exploratory:
             tests.setdefault(test_of(answer), []).append(answer)
@@ -426,8 +456,8 @@ def error_note(answers: Sequence[Answer]) -> str:
     tests = _tested(answers)
     if not tests:
         return "No planned look has been taken yet."
-    decided = [own[0] for own in tests.values() if own[0].verdict in DECIDED]
-    surviving = sum(answer.survives_holm for answer in decided)
+    decided = [own for own in tests.values() if any(answer.verdict in DECIDED for answer in own)]
+    surviving = sum(any(answer.survives_holm for answer in own) for own in decided)
     compared, wrong = len({comparison(own[0]) for own in tests.values()}), rules.TOTAL * len(tests)
     return (
         f"Verdicts (supported or contradicted): {len(decided)}, from {len(tests)} different tests of {compared} "

@@ -73,7 +73,7 @@ class Side:
     def __str__(self) -> str:
         if self.frontier:
             return f"{self.frontier} of equal size (its curve)"
-        return f"{self.label} {self.at or f'r={self.rank}'}"
+        return f"{self.label} {f'at {self.at}'.replace('_', ' ') if self.at else f'r={self.rank}'}"
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,8 @@ def _check_fixed(floor: Side | None, weakest: Side | None) -> None:
     for key, side in (("floor", floor), ("weakest", weakest)):
         if side is not None and side.rank is None and side.at != EQUAL_RANK:
             raise ValueError(f"{key}: needs a rank, or at: {EQUAL_RANK}")
+        if side is not None and side.seed_offset:
+            raise ValueError(f"{key}: has the seeds of the plan; seed_offset is for method and comparator")
 
 
 RULES: dict[str, Callable[[float], Rule]] = {"retains": Retains, "better_by": Better, "level_within": Level}
@@ -307,9 +309,13 @@ class Pair:
     problem: str = ""
     """Why a side is missing."""
     floor: RunGroup | None = None
-    """The zero point, if the claim names one."""
+    """The zero point, if the claim names one and its rule needs one."""
     weakest: RunGroup | None = None
     """The arm that must not pass, if the claim names one and it was run."""
+    weakest_peer: Peer | None = None
+    """What the weakest arm is compared with: the comparator, or its curve at the weakest arm's own size."""
+    weakest_problem: str = ""
+    """Why one of these two is missing."""
     arms: tuple[tuple[RunGroup, int], ...] = ()
     """Every group that a look needs, with the offset of its seeds, and with the runs of all seeds. Empty if a side is
     missing."""
@@ -354,17 +360,16 @@ def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], name: str)
     matched = claim.method if claim.method.is_matched else claim.comparator
     partner: Peer | None
     if matched.frontier:
-        partner, problem = _on_curve(matched.frontier, anchor, groups)
+        partner, problem = _on_curve(matched.frontier, claim, anchor, groups)
     else:
         is_on_other_seeds = matched.seed_offset != claim.anchor.seed_offset
         partner, problem = _partner(matched, anchor, groups, may_be_anchor=is_on_other_seeds)
-    floor, weakest = None, None
-    if claim.floor is not None and not problem:
+    floor = None
+    if claim.floor is not None and claim.rule.needs_zero and not problem:
         floor, missing = _partner(claim.floor, anchor, groups, may_be_anchor=True)
         problem = f"the floor: {missing}" if missing else ""
-    if claim.weakest is not None:
-        weakest, _ = _partner(claim.weakest, anchor, groups, may_be_anchor=True)
     method, comparator = (partner, anchor) if claim.method.is_matched else (anchor, partner)
+    weakest, peer, weakest_problem = _weakest(claim, anchor, comparator, groups)
     assert not isinstance(method, Blend), "only a comparator is on a curve"
     arms: list[tuple[RunGroup, int]] = []
     if method is not None and comparator is not None and not problem:
@@ -373,12 +378,39 @@ def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], name: str)
         arms += [(floor, 0)] if floor is not None else []
     if not isinstance(comparator, Blend):
         comparator = _shifted(comparator, claim.comparator)
-    return Pair(anchor, _shifted(method, claim.method), comparator, problem, floor, weakest, tuple(arms), name)
+    method = _shifted(method, claim.method)
+    return Pair(anchor, method, comparator, problem, floor, weakest, peer, weakest_problem, tuple(arms), name)
 
 
-def _on_curve(configuration: str, anchor: RunGroup, groups: Sequence[RunGroup]) -> tuple[Blend | None, str]:
-    """The curve of a configuration at the anchor's number of parameters, or None and the reason."""
-    found = curve(configuration, anchor.setting, groups)
+def _weakest(
+    claim: Claim, anchor: RunGroup, comparator: Peer | None, groups: Sequence[RunGroup]
+) -> tuple[RunGroup | None, Peer | None, str]:
+    """The weakest arm and what it is compared with, or why one of them is missing."""
+    if claim.weakest is None:
+        return None, None, ""
+    weakest, problem = _partner(claim.weakest, anchor, groups, may_be_anchor=True)
+    if weakest is not None and claim.comparator.frontier:
+        comparator, problem = _on_curve(claim.comparator.frontier, claim, weakest, groups)
+    return weakest, comparator, problem
+
+
+def _on_curve(
+    configuration: str, claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]
+) -> tuple[Blend | None, str]:
+    """The curve of a configuration at the anchor's number of parameters, or None and the reason.
+
+    A size is on it if it has the claim's metric on the seeds of the first look, so that a size which has just begun
+    does not take part.
+    """
+    seeds, metric = set(claim.plan.of_look(0)), claim.metrics.get(anchor.task)
+
+    def is_ready(group: RunGroup) -> bool:
+        scored = [run for run in group.runs if any(not metric or metric in s.metrics for s in run.splits.values())]
+        return seeds <= {run.seed for run in scored} | group.diverged_seeds
+
+    found = curve(configuration, anchor.setting, [group for group in groups if is_ready(group)])
+    if anchor in found.groups:
+        return None, f"{anchor.name} is on the curve of {configuration} itself"
     blend = found.at(anchor.params)
     return blend, "" if blend else f"{anchor.params:,} parameters are outside the measured {found}"
 

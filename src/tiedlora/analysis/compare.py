@@ -157,8 +157,7 @@ def difference(ours: RunGroup, theirs: Peer, measure: Measure, book: Scorebook) 
         estimate.seeds = intervals.seeds_interval(values)
     try:
         table, *tables = _paired_tables([first, *others], measure, book)
-        clusters = book.clusters(first[0], measure.split)
-        _add_paired_intervals(estimate, table, _blended(weights, tables), clusters)
+        _add_paired_intervals(estimate, table, _blended(weights, tables), _clusters([first, *others], measure, book))
     except UserError as error:
         notes.append(f"no interval over examples: {error}")
     commits = [{str(code.commit) for run in side for code in run.record.code_versions} for side in (first, *others)]
@@ -203,6 +202,12 @@ def _paired_tables(sides: Sequence[Sequence[Run]], measure: Measure, book: Score
     """Scores of all sides on the same examples: an array (seeds, examples) for each."""
     ids, _ = book.scores(sides[0][0], measure.split, measure.metric)
     return [book.table(runs, measure.split, measure.metric, ids) for runs in sides]
+
+
+def _clusters(sides: Iterable[Sequence[Run]], measure: Measure, book: Scorebook) -> Clusters | None:
+    """The clusters of the rows. Earlier records do not name them, so the first side that does counts."""
+    named = (book.clusters(runs[0], measure.split) for runs in sides)
+    return next((clusters for clusters in named if clusters is not None), None)
 
 
 def _blended(weights: Sequence[float], arrays: Sequence[Array]) -> Array:
@@ -254,7 +259,7 @@ def paired_scores(
         if base_ids != ids:
             raise UserError(f"{base.run_id}: its base model was scored on other rows")
     theirs = _blended([weight for weight, _ in parts_of(comparator)], others)
-    sign, clusters = measure.sign, book.clusters(first, split)
+    sign, clusters = measure.sign, _clusters(runs, measure, book)
     sides = Sides(sign * table, sign * theirs, None if zero is None else sign * zero, clusters)
     return PairedScores(tuple(run.seed for run in runs[0]), sides)
 
@@ -339,8 +344,10 @@ def worth(group: RunGroup, peers: Curve, measure: Measure, book: Scorebook) -> W
     sizes: list[Array] = []
     means: list[Array] = []
     halves: list[Array] = []
-    scored = [peer for peer in peers.groups if measure.scored(peer)]
-    for smaller, larger in itertools.pairwise(scored):
+    seeds = {run.seed for run in measure.scored(group)}
+    # A size that has just begun does not take part.
+    ready = [peer for peer in peers.groups if len(seeds & {run.seed for run in measure.scored(peer)}) > 1]
+    for smaller, larger in itertools.pairwise(ready):
         runs = _comparable_runs([group, smaller, larger], measure)
         tables = _paired_tables(runs, measure, book)
         if min(tables[0].shape) < 2:
@@ -348,7 +355,7 @@ def worth(group: RunGroup, peers: Curve, measure: Measure, book: Scorebook) -> W
         ours, below, above = (measure.sign * table for table in tables)
         weights = np.linspace(0, 1, POINTS)[:, None, None]
         contrasts = ours - (1 - weights) * below - weights * above
-        found = intervals.mean_squares(contrasts, book.clusters(runs[0][0], measure.split))
+        found = intervals.mean_squares(contrasts, _clusters(runs, measure, book))
         sizes.append(np.geomspace(smaller.params, larger.params, POINTS))
         means.append(found.mean)
         halves.append(found.half_width())
@@ -484,6 +491,8 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Curve, book: Scoreb
     with contextlib.suppress(UserError):
         if (clusters := book.clusters(runs[0], measure.split)) is not None:
             row.notes.append(f"rows in {len(clusters.sizes)} clusters, which intervals take as the sample")
+        elif (few := book.few_clusters(runs[0], measure.split)) is not None:
+            row.notes.append(f"rows of only {few} cluster{'s' if few > 1 else ''}: intervals hold for these alone")
     if measure.split == "validation" and len(group.rates) > 1:
         row.notes.append("validation also chose the learning rate, so the score is optimistic")
     row.score, notes = score(runs, measure, book)

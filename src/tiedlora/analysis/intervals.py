@@ -287,6 +287,10 @@ def _interval(ends: tuple[Array, Array, Array], method: str) -> Interval:
 # Rows in clusters.
 
 
+FEWEST_FREEDOM = 4
+"""The fewest degrees of freedom between clusters: those of 5 clusters of one size."""
+
+
 @dataclass(frozen=True, eq=False)
 class Clusters:
     """Which cluster each row belongs to, such as the article that a question is about."""
@@ -299,11 +303,13 @@ class Clusters:
         """The clusters of rows by their names; a row with an empty name is a cluster of its own.
 
         Returns:
-            None if no two rows share a cluster, or if all do: nothing varies between one cluster.
+            None if no two rows share a cluster, or if there are too few clusters (FEWEST_FREEDOM): an interval over
+            them would be as wide as the scale. Intervals over rows then hold for these clusters alone.
         """
         own = [("name", name) if name else ("row", str(number)) for number, name in enumerate(names)]
         places = {name: place for place, name in enumerate(dict.fromkeys(own))}
-        return None if len(places) in (1, len(names)) else cls(np.array([places[name] for name in own]))
+        found = cls(np.array([places[name] for name in own]))
+        return None if len(places) == len(names) or found.freedom < FEWEST_FREEDOM else found
 
     @functools.cached_property
     def sizes(self) -> Array:

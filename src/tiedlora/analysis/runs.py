@@ -310,6 +310,15 @@ class Scorebook:
         """
         return self._scores(run, split, base=False).clusters
 
+    def few_clusters(self, run: Run, split: str) -> int | None:
+        """How many clusters the rows come in, where these are too few for an interval over them; otherwise None.
+
+        Raises:
+            UserError: predictions are missing or damaged.
+        """
+        read = self._scores(run, split, base=False)
+        return read.named_clusters if read.clusters is None and read.named_clusters else None
+
     def _scores(self, run: Run, split: str, base: bool) -> _Scores:
         key = (str(run.path), split, base)
         if key not in self._files:
@@ -348,6 +357,8 @@ class _Scores:
     of_metric: dict[str, Array]
     """Metric -> one number per example. A metric that an example lacks is left out."""
     clusters: Clusters | None
+    named_clusters: int
+    """How many clusters the rows name."""
 
 
 def _read(run: Run, split: str, base: bool) -> _Scores:
@@ -367,8 +378,8 @@ def _read(run: Run, split: str, base: bool) -> _Scores:
         except (KeyError, TypeError, ValueError, ArithmeticError, ImportError) as error:
             raise UserError(f"predictions/{split}: its scores of {metric} cannot be read ({error!r:.60})") from None
     named = _named_clusters(run)
-    clusters = Clusters.of([row.cluster or named.get(row.id, "") for row in rows])
-    return _Scores(tuple(row.id for row in rows), values, clusters)
+    names = [row.cluster or named.get(row.id, "") for row in rows]
+    return _Scores(tuple(row.id for row in rows), values, Clusters.of(names), len(set(names) - {""}))
 
 
 @functools.lru_cache(maxsize=8)

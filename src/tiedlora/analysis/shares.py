@@ -200,7 +200,7 @@ class SizePanel:
 def size_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Scorebook) -> list[SizePanel]:
     """A panel for every setting and metric of the figures in which a claim names a comparator that gains something.
 
-    Where a claim cannot fail, arms cannot be told apart, and there is no panel.
+    Where a claim cannot fail, and none was shown to be able to, there is no panel: it would show 90 % of everything.
     """
     by_panel: dict[tuple[str, Measure], list[RunGroup]] = defaultdict(list)
     for row in rows:
@@ -209,7 +209,8 @@ def size_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Scor
     panels = []
     for (setting, measure), groups in by_panel.items():
         own = [a for a in answers if a.pair is not None and a.measure == measure and a.pair.anchor.setting == setting]
-        if any(answer.verdict == Verdict.CANNOT_FAIL for answer in own) or len(groups) < 2:
+        cannot_fail = any(answer.verdict == Verdict.CANNOT_FAIL for answer in own)
+        if len(groups) < 2 or (cannot_fail and all(answer.sensitivity != "shown" for answer in own)):
             continue
         if (found := _reference(own, groups)) is None:
             continue
@@ -229,7 +230,7 @@ def size_axis(panels: Iterable[SizePanel]) -> ShareAxis:
 
 
 def _reference(answers: Sequence[Answer], groups: Sequence[RunGroup]) -> tuple[RunGroup, RunGroup | None] | None:
-    """The comparator of the first of these answers that gains something, and its floor.
+    """The comparator of the first of these answers that gains something, and the floor that any of them names.
 
     Of a comparator on a curve, the largest size. It has the runs of all seeds, whatever seeds the claim takes.
     """
@@ -239,7 +240,8 @@ def _reference(answers: Sequence[Answer], groups: Sequence[RunGroup]) -> tuple[R
         comparator = answer.pair.arms[1][0]
         if isinstance(peer := answer.pair.comparator, Blend):
             comparator = curve(peer.configuration, comparator.setting, groups).groups[-1]
-        return comparator, answer.pair.floor
+        floors = (a.pair.floor for a in answers if a.pair is not None and a.pair.floor is not None)
+        return comparator, next(floors, None)
     return None
 
 

@@ -91,8 +91,10 @@ def lora_layers(tying: TyingConfig, budget: int, architecture: Architecture) -> 
     """
     if spec.label(tying) != "LoRA":
         return None
-    layers = architecture.layers
-    count = max(1, round(budget * layers / spec.lora_params(1, architecture)))
+    layers, all_layers = architecture.layers, spec.lora_params(1, architecture)
+    if is_near(all_layers, budget):
+        return None
+    count = max(1, round(budget * layers / all_layers))
     return count if count < layers else None
 
 

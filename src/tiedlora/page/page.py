@@ -23,7 +23,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tiedlora.analysis import shares
 from tiedlora.analysis.answers import Answer, ClaimVerdict, Verdict, error_note
-from tiedlora.analysis.claims import Side
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import Run
@@ -265,12 +264,7 @@ def _claim_row(verdict: ClaimVerdict, tasks: Sequence[str], prefix: str) -> Clai
     answer_of = {answer.task: answer for answer in verdict.answers}
     cells = [(task, answer_of.get(task), id_of.get(task, "")) for task in tasks]
     claim = verdict.claim
-    return ClaimRow(verdict, f"{_side(claim.method)} against {_side(claim.comparator)}", cells, reasons)
-
-
-def _side(side: Side) -> str:
-    rank = f"r={side.rank}" if side.rank is not None else f"at {str(side.at).replace('_', ' ')}"
-    return f"{side.configuration} {rank}"
+    return ClaimRow(verdict, f"{claim.method!s} against {claim.comparator!s}", cells, reasons)
 
 
 def word(answer: Answer | None) -> str:

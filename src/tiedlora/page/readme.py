@@ -17,6 +17,7 @@ from pathlib import Path
 from tiedlora import storage
 from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.compare import ResultRow
+from tiedlora.analysis.frontier import groups_of
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.rules import Better
 from tiedlora.config.sizes import is_near
@@ -103,13 +104,17 @@ def _verdicts(report: Report) -> Table:
 
 
 def _cell(answer: Answer) -> str:
-    """The verdict, with the seeds of its look if the difference has more, and the difference with its own seeds."""
+    """The verdict, with the seeds of its look if the difference has more, and the difference with its own seeds.
+
+    A star marks a verdict that holds by Holm's procedure over all tests.
+    """
     difference, ends = page.effect(answer)
     if not difference:
         return page.word(answer)
     verdict = f"{page.word(answer)} (exploratory)" if answer.exploratory else page.word(answer)
     if answer.look is not None and answer.seeds != answer.difference_seeds:
         verdict += f" at {answer.seeds} seeds"
+    verdict += " *" if answer.survives_holm else ""
     plural = "s" if answer.difference_seeds != 1 else ""
     return f"{verdict}: {difference} {ends}".rstrip() + f", {answer.difference_seeds} seed{plural}"
 
@@ -216,12 +221,14 @@ def _answer(report: Report) -> Table:
 def _against_equal_size(report: Report, name: tuple[str, str, int]) -> str | None:
     """The verdicts on claims that an arm is better than an arm of about its size, or than the curve at its size."""
     panels = {(panel.reference.setting, panel.measure) for panel in report.sizes}
+    lora = {arm.group.name for panel in report.sizes for arm in panel.curve}
     found: dict[str, dict[str, None]] = {}
     for answer in report.answers:
         pair = answer.pair
         if pair is None or pair.method is None or pair.comparator is None or not isinstance(answer.claim.rule, Better):
             continue
-        is_equal = is_near(pair.comparator.params, pair.method.params)
+        is_lora = all(group.name in lora for group in groups_of(pair.comparator)) and not answer.exploratory
+        is_equal = is_lora and is_near(pair.comparator.params, pair.method.params)
         if _of(pair.method) == name and is_equal and answer.measure and (pair.anchor.setting, answer.measure) in panels:
             found.setdefault(answer.verdict.value, {})[f"{answer.task} {answer.measure.metric}"] = None
     return "; ".join(f"{verdict}: {', '.join(where)}" for verdict, where in found.items()) or None

@@ -7,6 +7,7 @@ of the report have decided it (supported, contradicted or uninformative), when n
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from typing import Any
 from tiedlora import storage
 from tiedlora.analysis import claims as claim_files
 from tiedlora.analysis.answers import Answer, Verdict, answer_claims
-from tiedlora.analysis.claims import Claim, Pair
+from tiedlora.analysis.claims import Claim, Pair, Side
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, read_run
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.keys import is_count
+from tiedlora.records.run_record import SHUFFLED
 from tiedlora.records.selection import RateChoice
 from tiedlora.sweeps.cells import VERDICTS_FILE, Sweep, SweepCell
 from tiedlora.sweeps.launching import Launch
@@ -87,7 +89,7 @@ def run_deciding(
     if not all(cell.config.score.splits for cell in sweep.cells):
         raise UserError("score.splits=[]: the claims need scores; choose validation, test or both")
     for claim in planned:
-        if claim.rule.needs_zero and not all(cell.config.score.base for cell in sweep.cells):
+        if claim.rule.needs_zero and claim.floor is None and not all(cell.config.score.base for cell in sweep.cells):
             raise UserError(f"score.base=false: the claim '{claim.name}' needs the scores of the base model")
     plan = plan_of(path, planned, budget)
     _write_plan(sweep, plan)
@@ -118,22 +120,31 @@ def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
     """
     arms: dict[tuple[str, str], set[tuple[str, int]]] = {}
     for config in (cell.config for cell in sweep.cells):
-        arms.setdefault((config.model.name, config.task.name), set()).add((config.tying.name, config.rank.r))
+        name = config.tying.name + (SHUFFLED if config.task.shuffle_targets else "")
+        arms.setdefault((config.model.name, config.task.name), set()).add((name, config.rank.r))
     if not any(claim.covers(task) and _has_sides(claim, own) for claim in claims for (_, task), own in arms.items()):
-        sides = f"{claims[0].method} and {claims[0].comparator}"
+        sides = " and ".join(map(str, _needed(claims[0])))
         names = ", ".join(sorted({f"{name} r={rank}" for own in arms.values() for name, rank in own}))
         raise UserError(
             f"hydra.sweeper.claims: the grid has both sides of no claim; {claims[0].name!r:.80} needs {sides}, and the "
-            f"grid has {names}; add the missing axis, such as tying=LoRA,TABuv, or name other claims"
+            f"grid has {names}; add the missing axis, such as tying=LoRA,TABuv or +grid=yardstick, or name other claims"
         )
 
 
 def _has_sides(claim: Claim, arms: set[tuple[str, int]]) -> bool:
-    """Whether both sides of a claim are among these configurations and ranks of one model and task."""
-    own, matched = claim.anchor, claim.method if claim.method.at else claim.comparator
-    rank = own.rank if matched.at == claim_files.EQUAL_RANK else matched.rank
-    ranks = {arm_rank for name, arm_rank in arms if name == matched.configuration}
-    return (own.configuration, own.rank) in arms and (rank in ranks if rank else bool(ranks))
+    """Whether all that a claim needs is among these configurations and ranks of one model and task."""
+
+    def has(side: Side) -> bool:
+        rank = claim.anchor.rank if side.at == claim_files.EQUAL_RANK else side.rank
+        names = rf"{re.escape(side.frontier)}(_l\d+)?" if side.frontier else re.escape(side.label)
+        return any(re.fullmatch(names, name) and rank in (None, own) for name, own in arms)
+
+    return all(map(has, _needed(claim)))
+
+
+def _needed(claim: Claim) -> list[Side]:
+    """The sides without which a claim has no verdict."""
+    return [claim.method, claim.comparator, *([claim.floor] if claim.floor and claim.rule.needs_zero else [])]
 
 
 def plan_of(path: Path, claims: Sequence[Claim], budget: int | None) -> dict[str, Any]:
@@ -212,7 +223,7 @@ def _all_seeds(claims: Iterable[Claim]) -> list[int]:
         {
             seed + side.seed_offset
             for claim in claims
-            for side in (claim.method, claim.comparator)
+            for side in claim.sides.values()
             for seed in claim.plan.of_look(-1)
         }
     )
@@ -221,8 +232,8 @@ def _all_seeds(claims: Iterable[Claim]) -> list[int]:
 def _next_look(claim: Claim, pair: Pair, owners: dict[str, tuple[Search, RateChoice]]) -> tuple[SweepCell, ...]:
     """The runs of the first look that has not all of them: not scored, and not diverged."""
     for number in range(len(claim.plan.looks.seeds)):
-        # The weakest arm has the seeds of the first look, which say whether the trial can fail.
-        weakest = [(pair.weakest, 0)] if pair.weakest is not None and number == 0 and pair.arms else []
+        # The weakest arm says whether the trial can fail, so it has the seeds of every look too.
+        weakest = [(pair.weakest, 0)] if pair.weakest is not None and pair.arms else []
         cells = [
             search.cell(choice.lr, seed + offset)
             for group, offset in [*pair.arms, *weakest]

@@ -78,6 +78,8 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
         if not isinstance(value := master.hydra.sweeper[key], kind):
             raise UserError(f"hydra.sweeper.{key}={value}: must be {words}")
     match_lora: bool = master.hydra.sweeper.match_lora
+    if wrong := [arm for arm in master.hydra.sweeper.arms if not isinstance(arm, ListConfig)]:
+        raise UserError(f"hydra.sweeper.arms={wrong[0]!s:.40}: each arm must be a list of words such as [tying=TA]")
     arms = [list(map(str, arm)) for arm in master.hydra.sweeper.arms]
     cells: dict[str, SweepCell] = {}
     for cell_overrides in combinations(master, loader, overrides):
@@ -133,16 +135,16 @@ def _cells(
     cell = _cell(composer, overrides)
     yield cell
     if match_lora:
-        yield _cell(composer, [*_without(overrides, "tying", "rank"), *_matching_lora(cell)])
+        yield _cell(composer, [*_other_axes(overrides), *_matching_lora(cell)])
     for arm in arms:
         keys = [word.partition("=")[0] for word in arm]
-        others = [word for word in _without(overrides, "tying", "rank") if word.partition("=")[0] not in keys]
+        others = [word for word in _other_axes(overrides) if word.partition("=")[0] not in keys]
         yield _cell(composer, [*others, *arm])
 
 
-def _without(overrides: list[str], *sections: str) -> list[str]:
-    """The overrides that set nothing in these sections."""
-    return [override for override in overrides if override.split("=")[0].split(".")[0] not in sections]
+def _other_axes(overrides: list[str]) -> list[str]:
+    """The overrides that say nothing about an arm: its tying, its size, and the rates of its parts."""
+    return [word for word in overrides if not re.match(r"\+*(tying|rank|budget|train\.lr_factor)\b", word)]
 
 
 def _cell(composer: CellComposer, overrides: list[str]) -> SweepCell:

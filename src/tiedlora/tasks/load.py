@@ -167,7 +167,7 @@ def _cluster(row: DataRow, field: str | None) -> str:
         return ""
     if field not in row.fields:
         raise RowError(f"the field '{field}' of task.cluster is missing; for rows without it, set task.cluster=null")
-    return str(row[field])
+    return "" if row[field] is None else str(row[field])
 
 
 def _check_field(row: DataRow, name: str, kind: type) -> None:
