@@ -40,7 +40,8 @@ def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
     assert "an old table" not in text
     assert "Words between the tables stay." in text
     (answer,) = report.answers
-    assert f"{answer.verdict.value}: {Unit.POINTS.number(answer.difference.widest.value, '+')[1:]}" in text.replace(
+    assert answer.survives_holm
+    assert f"{answer.verdict.value} \\*: {Unit.POINTS.number(answer.difference.widest.value, '+')[1:]}" in text.replace(
         "\N{MINUS SIGN}", ""
     )
     assert ", 5 seeds |" in text
@@ -57,7 +58,7 @@ def test_a_verdict_of_an_earlier_look_says_how_many_seeds_it_had(tmp_path):
     (answer,) = report.answers
     assert (answer.seeds, answer.difference_seeds) == (3, 5)
     text = readme.filled(TEXT, report)
-    assert "| contradicted at 3 seeds: " in text
+    assert "| contradicted at 3 seeds \\*: " in text
     assert ", 5 seeds |" in text
 
 
