@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from tiedlora import storage, tying
@@ -485,8 +484,8 @@ def _only_one(groups: Sequence[RunGroup], anchor: RunGroup) -> tuple[RunGroup | 
 def _advice(group: RunGroup, params: int) -> str:
     """The rank to run for this number of parameters."""
     try:
-        config = compose.load(OmegaConf.create(group.runs[0].record.config.tree))
-    except (UserError, OmegaConfBaseException):
+        config = compose.load(compose.of_record(group.runs[0].record.config.tree))
+    except UserError:
         return "run another rank"
     # The number of parameters is a straight line over the rank.
     at_one, at_two = (tying.trainable_params(config.tying, rank, config.model.architecture) for rank in (1, 2))

@@ -75,6 +75,16 @@ def load(composed: DictConfig) -> Config:
     return complete(typed(composed))
 
 
+def of_record(tree: dict[str, Any]) -> DictConfig:
+    """The configuration of a record, as a composed one.
+
+    Raises:
+        UserError: a value cannot be one, such as a broken interpolation.
+    """
+    with readable_errors():
+        return OmegaConf.create(tree)
+
+
 def typed(composed: DictConfig) -> Config:
     """The values of a composed configuration as typed objects. Its interpolations are resolved; nothing is checked yet.
 

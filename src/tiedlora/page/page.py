@@ -18,8 +18,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from tiedlora.analysis import shares
 from tiedlora.analysis.answers import Answer, ClaimVerdict, Verdict, error_note
@@ -360,7 +358,7 @@ def _command(run: Run) -> str:
     """The command that repeats the run, or where to look if this version of the code composes another run from it."""
     elsewhere = f"# this version of the code reads another run; its whole configuration is in {run.run_id}/config.yaml"
     try:
-        config = compose.load(OmegaConf.create(run.record.config.tree))
+        config = compose.load(compose.of_record(run.record.config.tree))
         return command.command(config) if run_id(config) == run.run_id else elsewhere
-    except (UserError, OmegaConfBaseException):
+    except UserError:
         return elsewhere

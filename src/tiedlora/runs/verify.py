@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from tiedlora import storage
 from tiedlora.adapter import load
@@ -166,7 +165,7 @@ def _guarded(name: str, check: Iterator[Finding]) -> Iterator[Finding]:
 def _check_configuration(folder: RunFolder, record: RunRecord, config: Config) -> Iterator[Finding]:
     """Check that config.yaml, result.json (configuration and identity) and the folder's name describe one run."""
     # An older record lacks keys that were added later, and has keys that are gone: it is read as a config.yaml is.
-    recorded = _as_json(config_tree(compose.typed(OmegaConf.create(record.config.tree))))
+    recorded = _as_json(config_tree(compose.typed(compose.of_record(record.config.tree))))
     own = _as_json(config_tree(config))
     if record.left_out is not None:
         # A study keeps no paths, and config.yaml's default ones are read as paths of this machine.
