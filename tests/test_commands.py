@@ -78,3 +78,9 @@ def test_make_names_an_old_python_in_one_line(tmp_path):
     assert "no Python 3.11 or newer (Python 3.8.0)" in done.stderr
     assert "make run PYTHON=python3.12" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_counting_the_parameters_of_pefts_methods_says_nothing_else():
+    ended = processes.run_python(PROJECT / "scripts" / "params.py", "model=smollm2_135m", "budget=46080")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "peft/vera" in ended.stdout

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import re
 import warnings
 from collections.abc import Mapping
@@ -121,7 +122,8 @@ def peft_classes() -> dict[str, type[Any]]:
         UserError: PEFT is missing.
     """
     try:
-        # PEFT is an extra, and loads torch.
+        # PEFT is an extra, and loads torch, and bitsandbytes, which warns of faster kernels that nobody here asked for.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
         from peft.tuners.tuners_utils import BaseTuner
     except ImportError:
