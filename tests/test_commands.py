@@ -80,6 +80,7 @@ def test_make_names_an_old_python_in_one_line(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.slow
 def test_counting_the_parameters_of_pefts_methods_says_nothing_else():
     ended = processes.run_python(PROJECT / "scripts" / "params.py", "model=smollm2_135m", "budget=46080")
     assert (ended.returncode, ended.stderr) == (0, "")
