@@ -215,12 +215,8 @@ def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Score
 
 def _is_same_arm(first: RunGroup, second: RunGroup) -> bool:
     """Whether two groups are one arm, whatever seeds they have."""
-    return (first.setting, first.label, first.rank, first.params) == (
-        second.setting,
-        second.label,
-        second.rank,
-        second.params,
-    )
+    sides = {(group.setting, group.label, group.rank, group.params) for group in (first, second)}
+    return len(sides) == 1
 
 
 def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:

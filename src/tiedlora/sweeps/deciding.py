@@ -23,7 +23,6 @@ from tiedlora.analysis.runs import LeftOut, Run, Scorebook, read_run
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.keys import is_count
-from tiedlora.records.run_record import SHUFFLED
 from tiedlora.records.selection import RateChoice
 from tiedlora.sweeps.cells import VERDICTS_FILE, Sweep, SweepCell
 from tiedlora.sweeps.launching import Launch
@@ -119,9 +118,9 @@ def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
         UserError: naming what the first claim needs, and what the grid has.
     """
     arms: dict[tuple[str, str], set[tuple[str, int]]] = {}
-    for config in (cell.config for cell in sweep.cells):
-        name = config.tying.name + (SHUFFLED if config.task.shuffle_targets else "")
-        arms.setdefault((config.model.name, config.task.name), set()).add((name, config.rank.r))
+    for cell in sweep.cells:
+        arm = cell.name.configuration, cell.name.rank
+        arms.setdefault((cell.config.model.name, cell.config.task.name), set()).add(arm)
     if not any(claim.covers(task) and _has_sides(claim, own) for claim in claims for (_, task), own in arms.items()):
         sides = " and ".join(map(str, _needed(claims[0])))
         names = ", ".join(sorted({f"{name} r={rank}" for own in arms.values() for name, rank in own}))
