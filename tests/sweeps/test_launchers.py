@@ -13,7 +13,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from tiedlora.config.compose import VERSION_BASE
+from tiedlora.config.compose import VERSION_BASE, register
 from tiedlora.config.project import CONF
 from tiedlora.config.schema import SLOT_DEVICE
 from tiedlora.errors import UserError
@@ -187,6 +187,8 @@ class TestSlots:
 )
 def test_a_launcher_that_cannot_be_used_is_one_line(words, says, monkeypatch):
     monkeypatch.setattr(launchers, "find_spec", lambda package: None)
+    register()
+    GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(CONF), **VERSION_BASE):
         loader = GlobalHydra.instance().config_loader()
         words = [f"hydra/launcher={words[0]}", *words[1:]]
