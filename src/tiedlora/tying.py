@@ -4,6 +4,8 @@ This is arithmetic only: no torch, no files. The formula (Tied-LoRA, arXiv 2311.
 frozen weight W_l (d_out x d_in), is
 
     z = W_l x + s * diag(v_l) B diag(u_l) A x        A: r x d_in   B: d_out x r   u_l: r   v_l: d_out
+
+A tying with several terms adds up such updates, for example one that layers share and one of each layer's own.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
@@ -72,14 +75,17 @@ class Factor(Part):
     """How many consecutive layers share one factor: `all` (tied), 1 (untied), or any number in between."""
 
 
+TermRank = Annotated[Text, Field(pattern=r"^(\d{1,5}|(r-)?r(/[1-9]\d{0,2})?(\*layers)?)$")]
+"""The rank of a term; see `term_rank`."""
+TermName = Annotated[Text, Field(pattern="^[A-Za-z][A-Za-z0-9_]{0,30}$")]
+
+
 @dataclass
-class Tying:
-    """A complete specification: one of the paper's eight configurations, or any other."""
+class Parts:
+    """The parts of one term: which are trained, their initial values, and what layers share."""
 
     __pydantic_config__ = CHECKED
 
-    name: Name = field(default="custom", metadata=EXECUTION)
-    """The name in tables. It is not part of the run's identity."""
     A: Factor = field(default_factory=lambda: Factor(init="uniform"))
     """The factor A, r x d_in."""
     B: Factor = field(default_factory=lambda: Factor(init=0.0))
@@ -88,12 +94,6 @@ class Tying:
     """The vector u of each layer, of r numbers, which scales the rows of A."""
     v: Part = field(default_factory=Part)
     """The vector v of each layer, of d_out numbers, which scales the rows of B."""
-    targets: list[Text] = field(default_factory=lambda: ["qkv"])
-    """The adapted projections: qkv (fused, as the paper does), q, k, v, o, gate, up, down."""
-    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    """Dropout probability on the adapter's input while training."""
-    suggested_lr: Annotated[Number, Field(gt=0)] = field(default=1e-2, metadata=EXECUTION)
-    """The learning rate that train.lr takes when it is null: no single rate suits all eight configurations."""
     layers: list[Any] | None = field(default=None, metadata=neutral(None))
     """The adapted layers, counted from 0, as numbers and ranges: [0,5,20-29]; [evenly 15] for 15 evenly spaced ones;
     null adapts every layer. Only adapted layers share a factor."""
@@ -101,6 +101,34 @@ class Tying:
     def __post_init__(self) -> None:
         if self.layers is not None and evenly(self.layers) is None:
             self.layers = layer_numbers(self.layers)
+
+
+@dataclass
+class Term(Parts):
+    """One of several updates that a layer adds up."""
+
+    rank: TermRank = "r"
+    """The rank of the term: a whole number, or r (rank.r), r/8 (an eighth of it, rounded down, at least 1), r-r/8 (the
+    rest), or r/8*layers (an eighth of it from each adapted layer of the term)."""
+    own_scale: bool = False
+    """Whether the scale s follows from the term's own rank instead of rank.r."""
+
+
+@dataclass
+class Tying(Parts):
+    """A complete specification: one of the paper's eight configurations, or any other."""
+
+    name: Name = field(default="custom", metadata=EXECUTION)
+    """The name in tables. It is not part of the run's identity."""
+    targets: list[Text] = field(default_factory=lambda: ["qkv"])
+    """The adapted projections: qkv (fused, as the paper does), q, k, v, o, gate, up, down."""
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability on the adapter's input while training."""
+    suggested_lr: Annotated[Number, Field(gt=0)] = field(default=1e-2, metadata=EXECUTION)
+    """The learning rate that train.lr takes when it is null: no single rate suits all eight configurations."""
+    terms: Annotated[dict[TermName, Term], Field(min_length=1)] | None = field(default=None, metadata=neutral(None))
+    """Several updates that each layer adds up, by name, such as a shared and a private one (tying=RaSA). Each has its
+    own A, B, u, v, layers and rank, and those of the tying have no meaning. null is one update: that of the tying."""
 
 
 def layer_numbers(items: Iterable[object]) -> list[int]:
@@ -137,6 +165,28 @@ def evenly_spaced(count: int, layers: int) -> list[int]:
     if count > layers:
         raise UserError(f"tying.layers=[evenly {count}]: the model has only {layers} layers")
     return [(2 * number + 1) * layers // (2 * count) for number in range(count)]
+
+
+def _random_to_zero(rank: str, share: int | str, u: Part, v: Part, own_scale: bool = False) -> Term:
+    """A term whose random A and zero B are trained."""
+    A, B = Factor(init="uniform", share=share), Factor(init=0.0, share=share)
+    return Term(A=A, B=B, u=u, v=v, rank=rank, own_scale=own_scale)
+
+
+_FIXED = Part(trained=False)
+SUMS: dict[str, dict[str, Term]] = {
+    # RaSA (arXiv 2503.12576): every layer gives k = r/8 of its ranks to a pool that all layers use. u mixes the ranks;
+    # its start at half of each term's scale is that of the authors' code.
+    "RaSA": {
+        "private": _random_to_zero("r-r/8", 1, Part(init=0.5), _FIXED, own_scale=True),
+        "shared": _random_to_zero("r/8*layers", ALL_LAYERS, Part(init=0.5), _FIXED, own_scale=True),
+    },
+    "TAuv_LoRA1": {
+        "shared": Term(A=Factor(init="uniform"), B=Factor(trained=False, init="uniform"), v=Part(init=0.0)),
+        "private": _random_to_zero("1", 1, _FIXED, _FIXED),
+    },
+}
+"""Name -> the terms of a partly shared adapter."""
 
 
 @dataclass
@@ -205,12 +255,49 @@ def target_shape(architecture: Architecture, target: str) -> tuple[int, int]:
     return shapes[target]
 
 
-def adapted_layers(tying: Tying, architecture: Architecture) -> list[int]:
-    """The numbers of the layers that get an update, in order."""
+def adapted_layers(tying: Parts, architecture: Architecture) -> list[int]:
+    """The numbers of the layers that get an update of a tying, or of one of its terms, in order."""
+    if isinstance(tying, Tying) and tying.terms is not None:
+        return sorted({layer for term in tying.terms.values() for layer in adapted_layers(term, architecture)})
     if tying.layers is None:
         return list(range(architecture.layers))
     count = evenly(tying.layers)
     return layer_numbers(tying.layers) if count is None else evenly_spaced(count, architecture.layers)
+
+
+def terms(tying: Tying) -> dict[str, Term]:
+    """Name -> term. A tying without `terms` is one term without a name."""
+    if tying.terms is None:
+        return {"": Term(**{name: getattr(tying, name) for name in (*PARTS, "layers")})}
+    return tying.terms
+
+
+def trained_parts(tying: Tying) -> list[str]:
+    """The parts that are trained in any term, in the order of PARTS."""
+    return [part for part in PARTS if any(getattr(term, part).trained for term in terms(tying).values())]
+
+
+def term_rank(term: Term, rank: int, architecture: Architecture) -> int:
+    """The rank of a term for the rank `rank.r`.
+
+    Raises:
+        UserError: nothing is left for the term.
+    """
+    if term.rank.isdecimal():
+        own = int(term.rank)
+    else:
+        rest, divisor, pooled = re.findall(r"^(r-)?r(?:/(\d+))?(\*layers)?$", term.rank)[0]
+        own = max(1, rank // int(divisor or 1))
+        own = rank - own if rest else own
+        own *= len(adapted_layers(term, architecture)) if pooled else 1
+    if own < 1:
+        raise UserError(f"tying.terms: a term's rank of {term.rank} is {own} at rank.r={rank}; raise rank.r")
+    return own
+
+
+def term_scale(term: Term, alpha: float, rank: int, scaling: str, architecture: Architecture) -> float:
+    """The factor s of a term's update."""
+    return scale(alpha, term_rank(term, rank, architecture) if term.own_scale else rank, scaling)
 
 
 def scale(alpha: float, rank: int, scaling: str = "standard") -> float:
@@ -257,17 +344,20 @@ def part_of(parameter_name: str) -> str:
     return parameter_name.rpartition(".")[2]
 
 
-def part_shape(tying: Tying, part: str, rank: int, architecture: Architecture, target: str) -> tuple[int, ...]:
-    """The shape of one part for one target, all adapted layers together.
+def part_shape(term: Term, part: str, rank: int, architecture: Architecture, target: str) -> tuple[int, ...]:
+    """The shape of one part of a term for one target, all adapted layers together.
 
     A: (groups, r, d_in)   B: (groups, d_out, r)   u: (L, r)   v: (L, d_out), with L the number of adapted layers
+
+    Args:
+        rank: rank.r, from which the term's own rank follows.
 
     Raises:
         UserError: `target` is not a known projection.
     """
     d_in, d_out = target_shape(architecture, target)
-    sizes = {"rank": rank, "d_in": d_in, "d_out": d_out}
-    layers, specification = len(adapted_layers(tying, architecture)), getattr(tying, part)
+    sizes = {"rank": term_rank(term, rank, architecture), "d_in": d_in, "d_out": d_out}
+    layers, specification = len(adapted_layers(term, architecture)), getattr(term, part)
     sharing = layers_per_group(specification.share, layers) if isinstance(specification, Factor) else 1
     return math.ceil(layers / sharing), *(sizes[name] for name in PARTS[part].sizes)
 
@@ -275,10 +365,11 @@ def part_shape(tying: Tying, part: str, rank: int, architecture: Architecture, t
 def trainable_params(tying: Tying, rank: int, architecture: Architecture) -> int:
     """How many numbers the optimizer changes (docs/method.md has the formulas of the eight configurations)."""
     return sum(
-        math.prod(part_shape(tying, part, rank, architecture, target))
+        math.prod(part_shape(term, part, rank, architecture, target))
+        for term in terms(tying).values()
         for target in tying.targets
         for part in PARTS
-        if getattr(tying, part).trained
+        if getattr(term, part).trained
     )
 
 
@@ -298,17 +389,20 @@ def nearest_lora_rank(trainable: int, architecture: Architecture) -> int:
     return min(below, below + 1, key=lambda rank: abs(lora_params(rank, architecture) - trainable))
 
 
-def is_stored(tying: Tying, part: str) -> bool:
+def is_stored(term: Term, part: str) -> bool:
     """Whether the part has a parameter. A frozen part that changes nothing has none."""
-    specification, neutral = getattr(tying, part), PARTS[part].neutral
+    specification, neutral = getattr(term, part), PARTS[part].neutral
     return bool(specification.trained or neutral is None or specification.init != neutral)
 
 
 def label(tying: Tying) -> str:
-    """The paper's name of a specification, or `custom`. It depends on the specification's values, not on its name.
+    """The name of a specification, or `custom`. It depends on the specification's values, not on its name.
 
     It is part of the run id. config.identity.name_of has more names, such as those of STARTS.
     """
+    if tying.terms is not None:
+        is_plain = not tying.dropout and tying.targets == ["qkv"]
+        return next((name for name, own in SUMS.items() if is_plain and tying.terms == own), "custom")
     trained = [part for part in PARTS if getattr(tying, part).trained]
     starts_otherwise = any(getattr(tying, part).init != init for part, init in default_inits(trained).items())
     if tying.dropout or tying.layers is not None or starts_otherwise:
@@ -330,14 +424,15 @@ def default_inits(trained: list[str]) -> dict[str, float | str]:
 
 
 def named(name: str) -> Tying:
-    """One of the paper's eight specifications or of STARTS, with the values of conf/tying/.
+    """One of the paper's eight specifications, of STARTS or of SUMS, with the values of conf/tying/.
 
     Raises:
         UserError: there is no such name; the message lists them.
     """
-    if name not in (*NAMES, *STARTS):
-        names = ", ".join((*NAMES, *STARTS))
-        raise UserError(f"tying={name}: is not one of {names}; for another, build a tiedlora.Tying")
+    if name not in (known := (*NAMES, *STARTS, *SUMS)):
+        raise UserError(f"tying={name}: is not one of {', '.join(known)}; for another, build a tiedlora.Tying")
+    if name in SUMS:
+        return Tying(name=name, terms=deepcopy(SUMS[name]))
     base, other_inits = STARTS.get(name, (name, {}))
     trained = list(FACTORS) if base == "LoRA" else [part for part in PARTS if part in base[1:]]
     share = 1 if base == "LoRA" else ALL_LAYERS
@@ -348,47 +443,59 @@ def named(name: str) -> Tying:
     return tying
 
 
-def check_tying(tying: Tying, architecture: Architecture) -> None:
+def check_tying(tying: Tying, rank: int, architecture: Architecture) -> None:
     """Refuse a specification that cannot train from the base model.
 
-    Exactly one part must start at zero, and it must be trained. If no part starts at zero, the run does not start at
-    the base model. If the zero part is frozen, the update stays zero. If two parts start at zero, no part ever gets a
-    gradient.
+    In each term, exactly one part must start at zero, and it must be trained. If no part starts at zero, the run does
+    not start at the base model. If the zero part is frozen, the update stays zero. If two parts start at zero, no part
+    ever gets a gradient.
 
     Raises:
         UserError: a value is not allowed; the message names the key under `tying.`.
     """
-    zeros = [name for name in PARTS if getattr(tying, name).init == 0.0]
-    if not zeros:
+    unused = (*PARTS, "layers") if tying.terms is not None else ()
+    if changed := [name for name in unused if getattr(tying, name) != getattr(Tying(), name)]:
         raise UserError(
-            "tying: no part starts at zero, so the run would not start at the base model; "
-            "give exactly one trained part of A, B, u, v init=0 (usually B)"
+            f"tying.{changed[0]}: has no meaning beside tying.terms; set tying.terms.TERM.{changed[0]}, or "
+            "tying.terms=null"
         )
-    if len(zeros) > 1:
-        raise UserError(
-            f"tying: {' and '.join(zeros)} both start at zero, so no part would ever get a gradient; "
-            "give exactly one trained part init=0"
-        )
-    if not getattr(tying, zeros[0]).trained:
-        raise UserError(
-            f"tying.{zeros[0]}: starts at zero and is frozen, so the update would always stay zero; "
-            f"set tying.{zeros[0]}.trained=true or give it another init"
-        )
-    check_layers(adapted_layers(tying, architecture), architecture)
     _check_targets(tying.targets, architecture)
+    for name, term in terms(tying).items():
+        key = f"tying.terms.{name}" if name else "tying"
+        zeros = [part for part in PARTS if getattr(term, part).init == 0.0]
+        if not zeros:
+            raise UserError(
+                f"{key}: no part starts at zero, so the run would not start at the base model; "
+                "give exactly one trained part of A, B, u, v init=0 (usually B)"
+            )
+        if len(zeros) > 1:
+            raise UserError(
+                f"{key}: {' and '.join(zeros)} both start at zero, so no part would ever get a gradient; "
+                "give exactly one trained part init=0"
+            )
+        if not getattr(term, zeros[0]).trained:
+            raise UserError(
+                f"{key}.{zeros[0]}: starts at zero and is frozen, so the update would always stay zero; "
+                f"set {key}.{zeros[0]}.trained=true or give it another init"
+            )
+        check_layers(f"{key}.layers", adapted_layers(term, architecture), architecture)
+        term_rank(term, rank, architecture)
 
 
-def check_layers(layers: list[int], architecture: Architecture) -> None:
+def check_layers(key: str, layers: list[int], architecture: Architecture) -> None:
     """Refuse layers that the model does not have.
+
+    Args:
+        key: the key that names them.
 
     Raises:
         UserError: there is no layer, or one is out of range.
     """
     if not layers:
-        raise UserError("tying.layers: is empty; name at least one layer, or set null to adapt all")
+        raise UserError(f"{key}: is empty; name at least one layer, or set null to adapt all")
     if layers[-1] >= architecture.layers:
         raise UserError(
-            f"tying.layers: holds {layers[-1]}, but the model has {architecture.layers} layers: "
+            f"{key}: holds {layers[-1]}, but the model has {architecture.layers} layers: "
             f"0 to {architecture.layers - 1} are allowed"
         )
 

@@ -28,6 +28,7 @@ SPECIFICATIONS = {
     "shared by 2": dataclasses.replace(tying.named("TABuv"), A=Factor(init="uniform", share=2)),
     "three targets": dataclasses.replace(tying.named("TABuv"), targets=["q", "o", "down"]),
     "some layers": dataclasses.replace(tying.named("TABuv"), layers=[0, 3, 4]),
+    "RaSA": tying.named("RaSA"),
 }
 
 
@@ -45,16 +46,19 @@ def saved(folder, specification, seed=0, rank=3, alpha=6.0, scaling="standard") 
 
 def full_updates(adapter: TiedAdapter) -> np.ndarray:
     """(layers, numbers): every entry of the updates s diag(v_l) B diag(u_l) A of a layer, over all targets."""
-    updates = []
+    updates: dict[str, np.ndarray] = {}
     for parts in adapter.targets.values():
         part = {name: value.detach().double().numpy() for name, value in parts.named_parameters()}
         of_layer = []
-        for layer in range(parts.layers):
+        layers = len(parts.layers)
+        for layer in range(layers):
             A, B = (part[name][layer // parts.shares[name]] for name in ("A", "B"))
-            u, v = part.get("u", np.ones((parts.layers, len(A)))), part.get("v", np.ones((parts.layers, len(B))))
-            of_layer.append(adapter.scale * (v[layer][:, None] * B) @ (u[layer][:, None] * A))
-        updates.append(np.array(of_layer).reshape(parts.layers, -1))
-    return np.concatenate(updates, 1)
+            u, v = part.get("u", np.ones((layers, len(A)))), part.get("v", np.ones((layers, len(B))))
+            scale = tying.scale(adapter.alpha, len(A), adapter.scaling) if parts.term.own_scale else adapter.scale
+            of_layer.append(scale * (v[layer][:, None] * B) @ (u[layer][:, None] * A))
+        update = np.array(of_layer).reshape(layers, -1)
+        updates[parts.target] = updates.get(parts.target, 0) + update
+    return np.concatenate(list(updates.values()), 1)
 
 
 @pytest.mark.parametrize("name", SPECIFICATIONS)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tiedlora
+from tiedlora import tying
 from tiedlora.adapter import attach
 from tiedlora.config import command
 from tiedlora.config.compose import compose_config
@@ -48,7 +49,7 @@ def random_adapter(family, spec, ids):
     return attached, twin, adapted
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", [*EIGHT, *tying.SUMS])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_and_merged_weights_give_the_same_outputs(family, name, ids, tmp_path):
     attached, twin, adapted = random_adapter(family, tying_option(name), ids)

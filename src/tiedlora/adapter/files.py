@@ -71,9 +71,7 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> int:
 
 def stored_parts(adapter: TiedAdapter) -> dict[str, nn.Parameter]:
     """`target.part` -> its parameter, for the parts whose values a file holds."""
-    return {
-        name: part for name, part in adapter.parts().items() if _is_in_file(getattr(adapter.tying, spec.part_of(name)))
-    }
+    return {name: part for name, part in adapter.parts().items() if _is_in_file(adapter.specification(name))}
 
 
 def _is_in_file(part: Part) -> bool:
@@ -105,10 +103,13 @@ class _Description:
 def _stored_shapes(saved: _Description) -> dict[str, tuple[int, ...]]:
     """`target.part` -> its shape, for the parts whose values a file holds. They need not exist yet."""
     return {
-        f"{target}.{part}": spec.part_shape(saved.tying, part, saved.rank, saved.architecture, target)
+        f"{target}{':' if name else ''}{name}.{part}": spec.part_shape(
+            term, part, saved.rank, saved.architecture, target
+        )
+        for name, term in spec.terms(saved.tying).items()
         for target in saved.tying.targets
         for part in spec.PARTS
-        if _is_in_file(getattr(saved.tying, part))
+        if _is_in_file(getattr(term, part))
     }
 
 
@@ -186,13 +187,14 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
             "train.init_from=%s: was trained on a base in %s, the base here is in %s",
             *(folder, *(each.quantization or "full precision" for each in (trained_on, base))),
         )
-    for (what, key, theirs), (*_, ours) in zip(_comparable(saved), _comparable(adapter), strict=True):
+    # If the terms have other names, the lists differ in length, and the names come first.
+    for (what, key, theirs), (*_, ours) in zip(_comparable(saved), _comparable(adapter), strict=False):
         if theirs != ours:
             raise UserError(f"train.init_from={folder}: {what} is {theirs} there, and {ours} here; set {key} as there")
     own_parts, saved_parts = adapter.parts(), saved.parts()
     for name in sorted(set(own_parts) | set(saved_parts)):
         own, other, part = own_parts.get(name), saved_parts.get(name), spec.part_of(name)
-        starts_as_saved = other is not None or getattr(adapter.tying, part).init == spec.PARTS[part].neutral
+        starts_as_saved = other is not None or adapter.specification(name).init == spec.PARTS[part].neutral
         if own is None or not starts_as_saved:
             raise UserError(
                 f"train.init_from={folder}: {name} is in {'the adapter' if own is None else 'this run'} only; "
@@ -210,11 +212,18 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
 
 def _comparable(adapter: TiedAdapter) -> list[tuple[str, str, object]]:
     """(what, the keys that set it, its value): what two adapters must have in common to have the same update."""
-    layers = spec.adapted_layers(adapter.tying, adapter.architecture)
-    shares = {part: spec.layers_per_group(getattr(adapter.tying, part).share, len(layers)) for part in spec.FACTORS}
-    return [
+    terms = spec.terms(adapter.tying)
+    values: list[tuple[str, str, object]] = [
+        ("the list of terms", "tying.terms", list(terms)),
         ("the rank", "rank.r", adapter.rank),
         ("the scale", "rank.alpha and rank.scaling", adapter.scale),
-        ("the list of layers", "tying.layers", layers),
-        *((f"the number of layers that share one {part}", f"tying.{part}.share", n) for part, n in shares.items()),
     ]
+    for name, term in terms.items():
+        key, layers = f"tying.terms.{name}" if name else "tying", spec.adapted_layers(term, adapter.architecture)
+        values.append(("the list of layers", f"{key}.layers", layers))
+        if name:
+            values.append(("whether the scale is the term's own", f"{key}.own_scale", term.own_scale))
+        for part in spec.FACTORS:
+            sharing = spec.layers_per_group(getattr(term, part).share, len(layers))
+            values.append((f"the number of layers that share one {part}", f"{key}.{part}.share", sharing))
+    return values

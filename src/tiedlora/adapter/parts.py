@@ -25,7 +25,7 @@ from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person
 from tiedlora.records.reading import is_number
-from tiedlora.tying import Architecture, Tying
+from tiedlora.tying import Architecture, Part, Term, Tying
 
 LARGEST_RANK = 2**16
 
@@ -36,10 +36,10 @@ def check_specification(
     """Raises UserError unless an adapter can be made of these values. It allocates nothing."""
     from_person(type(tying), tying, prefix="tying.")
     from_person(Architecture, architecture, prefix="architecture.")
-    spec.check_tying(tying, architecture)
     # Python's bool is a subclass of int, but True is not a rank.
     if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
         raise UserError(f"rank={rank!r:.40}: must be an int from 1 to {LARGEST_RANK}")
+    spec.check_tying(tying, rank, architecture)
     if not isinstance(alpha, (int, float)) or not is_number(alpha) or not 1e-12 <= alpha <= 1e12:
         raise UserError(f"alpha={alpha!r:.40}: must be a positive int or float")
     if type(seed) is not int:
@@ -83,27 +83,37 @@ class ParameterGroup:
 
 
 class TargetParts(nn.Module):
-    """A, B, u and v of one target. A u or v that is frozen at one changes nothing, so it is None."""
+    """A, B, u and v of one term for one target. A u or v that is frozen at one changes nothing, so it is None.
+
+    Args:
+        rank: rank.r, from which the term's own rank follows.
+        name: the name under which the adapter has these parts. Random values depend on it.
+        factor: a factor on this term's update, for a term whose scale follows from its own rank.
+    """
 
     A: nn.Parameter
     B: nn.Parameter
     u: nn.Parameter | None
     v: nn.Parameter | None
 
-    def __init__(self, tying: Tying, rank: int, architecture: Architecture, target: str, seed: int) -> None:
+    def __init__(
+        self, term: Term, rank: int, architecture: Architecture, target: str, name: str, seed: int, factor: float
+    ) -> None:
         super().__init__()
-        self.layers = len(spec.adapted_layers(tying, architecture))
-        self.shares = {name: spec.layers_per_group(getattr(tying, name).share, self.layers) for name in spec.FACTORS}
-        for name in spec.PARTS:
-            part = getattr(tying, name)
+        self.target, self.term, self.factor = target, term, factor
+        self.layers = spec.adapted_layers(term, architecture)
+        counts = {part: spec.layers_per_group(getattr(term, part).share, len(self.layers)) for part in spec.FACTORS}
+        self.shares = counts
+        for letter in spec.PARTS:
+            part = getattr(term, letter)
             parameter = None
-            if spec.is_stored(tying, name):
-                shape = spec.part_shape(tying, name, rank, architecture, target)
-                parameter = nn.Parameter(draw(part.init, shape, seed, name, target), requires_grad=part.trained)
-            self.register_parameter(name, parameter)
+            if spec.is_stored(term, letter):
+                shape = spec.part_shape(term, letter, rank, architecture, target)
+                parameter = nn.Parameter(draw(part.init, shape, seed, letter, name), requires_grad=part.trained)
+            self.register_parameter(letter, parameter)
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """(diag(u_l) A, diag(v_l) B) of all adapted layers l at once. These are ordinary LoRA pairs.
+        """(diag(u_l) A, diag(v_l) B) of all adapted layers l of the term at once. These are ordinary LoRA pairs.
 
         To scale the factors, r x d_in and d_out x r, is cheap. To scale the activations would need a tensor of
         tokens x d_out.
@@ -117,15 +127,15 @@ class TargetParts(nn.Module):
             A = self.u.unsqueeze(-1) * A
         if self.v is not None:
             B = self.v.unsqueeze(-1) * B
-        return A, B
+        return (A if self.factor == 1.0 else self.factor * A), B
 
     def _by_layer(self, name: str) -> Tensor:
         factor, share = getattr(self, name), self.shares[name]
         if share == 1:
             return factor  # type: ignore[no-any-return]
         if len(factor) == 1:
-            return factor.expand(self.layers, -1, -1)  # type: ignore[no-any-return]
-        return factor.repeat_interleave(share, 0)[: self.layers]  # type: ignore[no-any-return]
+            return factor.expand(len(self.layers), -1, -1)  # type: ignore[no-any-return]
+        return factor.repeat_interleave(share, 0)[: len(self.layers)]  # type: ignore[no-any-return]
 
 
 class TiedAdapter(nn.Module):
@@ -153,9 +163,34 @@ class TiedAdapter(nn.Module):
         check_specification(tying, rank, alpha, architecture, seed, scaling)
         self.tying, self.rank, self.alpha, self.architecture, self.seed = tying, rank, alpha, architecture, seed
         self.scaling, self.scale = scaling, spec.scale(alpha, rank, scaling)
-        self.targets = nn.ModuleDict(
-            {target: TargetParts(tying, rank, architecture, target, seed) for target in tying.targets}
-        )
+        self.layers = spec.adapted_layers(tying, architecture)
+        """The numbers of the layers that get an update."""
+        self.targets = nn.ModuleDict()
+        """`target`, or `target:term` if there are several terms -> its parts."""
+        for target in tying.targets:
+            for term_name, term in spec.terms(tying).items():
+                name = f"{target}:{term_name}" if term_name else target
+                factor = spec.term_scale(term, alpha, rank, scaling, architecture) / self.scale
+                self.targets[name] = TargetParts(term, rank, architecture, target, name, seed, factor)
+
+    def folded(self, target: str) -> tuple[Tensor, Tensor]:
+        """The LoRA pairs of a target, with all its terms joined along the rank: the sum of the terms' updates.
+
+        Returns:
+            A of shape (L, r, d_in) and B of shape (L, d_out, r), with r the sum of the terms' ranks. A term has zeros
+            for layers that it does not adapt.
+        """
+        of_target = [parts for parts in self.targets.values() if parts.target == target]
+        pairs = [[self._in_all_layers(parts, factor) for factor in parts.folded()] for parts in of_target]  # type: ignore[operator, arg-type]
+        if len(pairs) == 1:
+            return pairs[0][0], pairs[0][1]
+        return torch.cat([A for A, _ in pairs], 1), torch.cat([B for _, B in pairs], 2)
+
+    def _in_all_layers(self, parts: TargetParts, factor: Tensor) -> Tensor:
+        if len(parts.layers) == len(self.layers):
+            return factor
+        places = torch.tensor([self.layers.index(layer) for layer in parts.layers], device=factor.device)
+        return factor.new_zeros(len(self.layers), *factor.shape[1:]).index_copy(0, places, factor)
 
     def pairs(self, scale: float = 1.0, dtype: torch.dtype | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Module path -> its LoRA pair (A: k r x d_in, B: width x k r), differentiable with respect to the parts.
@@ -170,8 +205,8 @@ class TiedAdapter(nn.Module):
                 over layers, are in float32 in any case.
         """
         pairs_of_module: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for target, parts in self.targets.items():
-            A, B = parts.folded()  # type: ignore[operator]
+        for target in self.tying.targets:
+            A, B = self.folded(target)
             A = scale * A if scale != 1.0 else A
             for same_site in zip(*self._sites[target], strict=True):
                 # This is the same module in every adapted layer: rows, outputs and width do not depend on the layer.
@@ -191,15 +226,20 @@ class TiedAdapter(nn.Module):
     @cached_property
     def _sites(self) -> dict[str, list[list[Site]]]:
         """Target -> for each adapted layer, the modules that contain the target."""
-        layers = spec.adapted_layers(self.tying, self.architecture)
         return {
-            target: [architectures.sites(self.architecture, target, layer) for layer in layers]
+            target: [architectures.sites(self.architecture, target, layer) for layer in self.layers]
             for target in self.tying.targets
         }
 
     def parts(self) -> dict[str, nn.Parameter]:
-        """`target.part` -> its one parameter, trained or frozen."""
+        """`target.part`, or `target:term.part` -> its one parameter, trained or frozen."""
         return {name.removeprefix("targets."): parameter for name, parameter in self.named_parameters()}
+
+    def specification(self, name: str) -> Part:
+        """The specification of a part, from its name among `parts`."""
+        group, _, part = name.rpartition(".")
+        specified: Part = getattr(self.targets[group].term, part)
+        return specified
 
     def trained_parts(self) -> dict[str, nn.Parameter]:
         """`target.part` -> its parameter, for the trained parts."""

@@ -16,7 +16,7 @@ from tiedlora.adapter.attach import Attached, attach
 from tiedlora.adapter.linear import execution_device
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person
-from tiedlora.tying import Layout, Tying, named, part_of
+from tiedlora.tying import Layout, Tying, named
 
 try:
     from peft import PeftConfig
@@ -165,7 +165,7 @@ class TiedLoraModel(BaseTuner):
         """Train the parts that the specification trains; with `inference_mode`, train none."""
         self.active_adapter = adapter_name
         for name, parameter in self.attached.adapter.parts().items():
-            part = getattr(self.attached.adapter.tying, part_of(name))
+            part = self.attached.adapter.specification(name)
             parameter.requires_grad_(part.trained and not inference_mode)
 
     def enable_adapter_layers(self) -> None:

@@ -88,13 +88,15 @@ def read_adapter(run: Path) -> SavedAdapter:
     adapter.double()
     pairs: dict[str, tuple[Array, Array]] = {}
     squares: dict[str, list[Array]] = {}
-    for target, parts in adapter.targets.items():
-        A, B = parts.folded()  # type: ignore[operator]
+    for target in adapter.tying.targets:
+        A, B = adapter.folded(target)
         pairs[target] = A.detach().numpy(), B.detach().numpy()
+    for parts in adapter.targets.values():
         for name in LAYER_VECTORS:
-            if (vector := getattr(parts, name)) is not None:
+            # The vectors of a term that leaves out layers have no value there.
+            if (vector := getattr(parts, name)) is not None and parts.layers == adapter.layers:
                 squares.setdefault(name, []).append((vector.detach().numpy() ** 2).mean(1))
-    layers = tuple(tying.adapted_layers(adapter.tying, adapter.architecture))
+    layers = tuple(adapter.layers)
     sizes = {name: np.sqrt(np.mean(own, 0)) for name, own in squares.items()}
     return SavedAdapter(layers, adapter.scale, pairs, sizes)
 

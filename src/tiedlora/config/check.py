@@ -5,6 +5,7 @@ The rules of a single key are in the schema. Rules about several keys, or about 
 
 from __future__ import annotations
 
+import itertools
 import re
 
 from tiedlora import tying
@@ -37,7 +38,7 @@ def check(config: Config) -> None:
     check_device("train.device", config.train.device)
     _check_training(config)
     if config.tying.method is None:
-        tying.check_tying(config.tying, config.model.architecture)
+        tying.check_tying(config.tying, config.rank.r, config.model.architecture)
     else:
         _check_method(config)
     _check_placement(config)
@@ -66,8 +67,9 @@ def check_new_run(config: Config) -> None:
             f"budget={config.budget}: the nearest size of {config.tying.name} on this model has {count:,} parameters; "
             "choose a budget near to it, or another tying"
         )
-    for part in tying.PARTS if config.tying.method is None and not config.train.init_from else ():
-        spec: tying.Part = getattr(config.tying, part)
+    terms = tying.terms(config.tying).values() if config.tying.method is None and not config.train.init_from else ()
+    for part, term in itertools.product(tying.PARTS, terms):
+        spec: tying.Part = getattr(term, part)
         if spec.trained and spec.init == 0.0 and getattr(config.train.lr_factor, part) == 0.0:
             raise UserError(
                 f"train.lr_factor.{part}=0: {part} starts at zero, so the update would always stay zero; raise it, or "
@@ -103,7 +105,7 @@ def check_device(key: str, name: str) -> None:
 
 def _check_training(config: Config) -> None:
     train: TrainConfig = config.train
-    trained = [part for part in tying.PARTS if getattr(config.tying, part).trained]
+    trained = tying.trained_parts(config.tying)
     if config.tying.method is None and not trained:
         raise UserError("tying: none of A, B, u and v is trained; set tying.PART.trained=true for one of them")
     if config.tying.method is None and not any(getattr(train.lr_factor, part) > 0 for part in trained):
@@ -115,7 +117,10 @@ def _check_training(config: Config) -> None:
 def _check_method(config: Config) -> None:
     """Refuse what another method than this project's own cannot have."""
     tying_config, train = config.tying, config.train
-    tying.check_layers(tying.adapted_layers(tying_config, config.model.architecture), config.model.architecture)
+    if tying_config.terms is not None:
+        raise UserError(f"tying.terms: {tying_config.method} has no terms; set tying.terms=null")
+    layers = tying.adapted_layers(tying_config, config.model.architecture)
+    tying.check_layers("tying.layers", layers, config.model.architecture)
     factors = {name: getattr(train.lr_factor, name) for name in tying.PARTS}
     if set(factors.values()) != {1.0}:
         name = next(name for name, factor in factors.items() if factor != 1.0)

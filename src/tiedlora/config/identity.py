@@ -33,7 +33,13 @@ def identity(config: Any) -> dict[str, Any]:
         for item in fields(config)
         if _is_hashed(item, config) and item.name not in unused
     }
-    return {name: identity(value) if is_dataclass(value) else value for name, value in values.items()}
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return identity(value) if is_dataclass(value) else value
 
 
 def _is_hashed(key: Field[Any], config: Any) -> bool:
@@ -43,8 +49,11 @@ def _is_hashed(key: Field[Any], config: Any) -> bool:
 
 
 def _unused(section: Any) -> tuple[str, ...]:
-    """The keys of a section that mean nothing with its other values: another method has no A, B, u and v."""
-    return (*tying.PARTS, "dropout") if getattr(section, "method", None) is not None else ()
+    """The keys of a section that mean nothing with its other values: another method has no A, B, u and v, and a sum of
+    terms has them in its terms."""
+    if getattr(section, "method", None) is not None:
+        return (*tying.PARTS, "dropout")
+    return tuple(tying.PARTS) if getattr(section, "terms", None) is not None else ()
 
 
 def label(values: Tying) -> str:

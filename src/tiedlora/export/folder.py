@@ -369,6 +369,8 @@ def _configuration(config: Config, label: str) -> Iterator[str]:
     yield f"targets {specification.targets}"
     if specification.layers is not None:
         yield f"layers {specification.layers}"
+    if specification.terms is not None:
+        yield f"terms `{json.dumps(identity(specification)['terms'], sort_keys=True)}`"
 
 
 def _table_cell(text: str) -> str:

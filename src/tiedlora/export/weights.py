@@ -18,7 +18,7 @@ from tiedlora.adapter.attach import Attached
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config.families import layout_of
 from tiedlora.errors import UserError
-from tiedlora.tying import adapted_layers, scale
+from tiedlora.tying import scale
 
 PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -47,9 +47,10 @@ def _peft_config(adapter: TiedAdapter, ranks: dict[str, int], base: str, revisio
     layout = layout_of(adapter.architecture)
     # A path inside a layer means this module in every layer. The last name is not enough: GPT-2 has two c_proj.
     in_layer = {path.removeprefix(f"{layout.layers}.").partition(".")[2]: rank for path, rank in ranks.items()}
-    # Several targets of one fused module are stacked: it has another rank, and another alpha so that its scale stays.
+    # Several targets of one fused module, and several terms, are stacked: the module has another rank, and another
+    # alpha so that its scale stays.
     stacked = {path: rank for path, rank in in_layer.items() if rank != adapter.rank}
-    some_layers = adapter.tying.layers is not None
+    some_layers = len(adapter.layers) < adapter.architecture.layers
     return {
         "base_model_name_or_path": base,
         "revision": revision,
@@ -62,7 +63,7 @@ def _peft_config(adapter: TiedAdapter, ranks: dict[str, int], base: str, revisio
         "rank_pattern": stacked,
         "alpha_pattern": {path: adapter.scale / scale(1.0, rank, adapter.scaling) for path, rank in stacked.items()},
         "use_rslora": adapter.scaling == "rslora",
-        "layers_to_transform": adapted_layers(adapter.tying, adapter.architecture) if some_layers else None,
+        "layers_to_transform": adapter.layers if some_layers else None,
         # PEFT needs the name of the list of layers beside layers_to_transform.
         "layers_pattern": layout.layers.rpartition(".")[2] if some_layers else None,
         "peft_type": "LORA",

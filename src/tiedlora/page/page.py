@@ -320,13 +320,20 @@ def _section(group: RunGroup, sheets: Sequence[Sheet]) -> Section:
     return Section(group, _facts(group, run), _command(run), link)
 
 
+def _trained(tying: Mapping[str, Any]) -> str:
+    """The trained parts, of each term if there are several."""
+    named = tying.get("terms") or {"": tying}
+    parts = {name: [part for part in PARTS if term.get(part, {}).get("trained")] for name, term in named.items()}
+    return "; ".join(f"{name}: {', '.join(own)}" if name else ", ".join(own) for name, own in parts.items())
+
+
 def _facts(group: RunGroup, run: Run) -> list[tuple[str, str]]:
     record, training, identity = run.record, run.record.training, run.record.identity
-    trained = [part for part in PARTS if identity.tying.get(part, {}).get("trained")]
+    trained = _trained(identity.tying)
     return [
         ("run", run.run_id),
         ("base model", f"{record.base.name} ({record.base.digest})"),
-        ("trained", identity.tying.get("method") or ", ".join(trained)),
+        ("trained", identity.tying.get("method") or trained),
         *_arm_facts(record),
         ("trainable parameters", f"{run.params:,} ({100 * group.share:.2f} % of LoRA)"),
         ("learning rate", ", ".join(f"{lr:g}" for lr in group.rates) + f"; chosen {group.lr:g}"),

@@ -359,9 +359,11 @@ def _fault(record: RunRecord) -> str | None:
         return f"'base.name' is {record.base.name!r:.60}, which is no name of this project"
     if record.base.digest is None:
         return "'base.digest' is None, which no run has"
-    for part in PARTS:
-        if not isinstance(record.identity.tying.get(part, {}), dict):
-            return f"'identity.tying.{part}' is not an object"
+    terms = record.identity.tying.get("terms")
+    for term in (record.identity.tying,) if terms is None else terms.values() if isinstance(terms, dict) else (terms,):
+        for part in PARTS:
+            if not (isinstance(term, dict) and isinstance(term.get(part, {}), dict)):
+                return f"'identity.tying' has no object '{part}'"
     for split in SPLITS[:2]:
         if split not in record.data:
             return f"has no 'data.{split}', so it is not a run's record of this project"

@@ -1,0 +1,97 @@
+"""A tying that is a sum of terms: RaSA and others. Every test of a configuration has them too (test_adapter.py)."""
+
+import pytest
+import torch
+from helpers.tiny import logits, model_option, randomise, tiny, tying_option
+
+from tiedlora import tying
+from tiedlora.adapter import attach, load, save
+from tiedlora.config.compose import compose_config
+from tiedlora.config.identity import identity, name_of, run_id
+from tiedlora.errors import UserError
+from tiedlora.tying import Factor, Part, Term, Tying
+
+TWO = {"all": Term(), "some": Term(layers=["evenly 1"], rank="2", A=Factor(init="uniform", share=1))}
+
+
+def test_rasa_counts_as_in_its_paper():
+    """L (r - k) + L k ranks of d_in + d_out numbers as LoRA has, and u of r - k + L k ranks for each layer."""
+    for model, r in (("smollm2_135m", 8), ("llama2_7b", 32), ("gpt2", 4)):
+        architecture, k = model_option(model).architecture, max(1, r // 8)
+        layers, spec = architecture.layers, tying_option("RaSA")
+        expected = tying.lora_params(r, architecture) + layers * (r - k + layers * k)
+        assert tying.trainable_params(spec, r, architecture) == expected
+
+
+@pytest.mark.parametrize("name", tying.SUMS)
+def test_a_named_sum_is_its_option_and_has_its_name(name):
+    spec = tying_option(name)
+    assert identity(spec) == identity(tying.named(name))
+    assert tying.label(spec) == spec.name == name
+    assert run_id(compose_config([f"tying={name}", "model=tiny_llama"])).startswith(f"{name}-r8-")
+    assert tying.label(tying_option(name, "tying.terms.private.rank=2")) == "custom"
+    assert name_of(identity(spec), 30) is None
+
+
+def test_a_sum_of_one_term_is_that_term(ids):
+    """The same count, start and gradients as the tying without terms; only the random values have other names."""
+    one, sum_of_one = tiny("tiny_llama"), tiny("tiny_llama")
+    plain = attach(one.model, "TABuv", 4)
+    term = attach(sum_of_one.model, Tying(terms={"only": Term()}), 4)
+    for name, part in plain.adapter.parts().items():
+        term.adapter.parts()[name.replace(".", ":only.")].data.copy_(part)
+    for base, attached in ((one, plain), (sum_of_one, term)):
+        randomise(attached.adapter)
+        base.model(ids, labels=ids).loss.backward()
+    for name, part in plain.adapter.parts().items():
+        assert torch.equal(part.grad, term.adapter.parts()[name.replace(".", ":only.")].grad)
+
+
+def test_a_term_adapts_its_own_layers_and_is_saved(ids, tmp_path):
+    base = tiny("tiny_llama")
+    attached = attach(base.model, Tying(terms=TWO), 4)
+    randomise(attached.adapter)
+    A, B = attached.adapter.folded("qkv")
+    layers = base.model.config.num_hidden_layers
+    assert A.shape[:2] == (layers, 6)
+    (adapted,) = attached.adapter.targets["qkv:some"].layers
+    for layer in range(layers):
+        assert bool(B[layer, :, 4:].any()) == (layer == adapted)
+    expected = logits(base.model, ids)
+    save(attached.adapter, tmp_path / "adapter", base.record)
+    adapter, _ = load(tmp_path / "adapter")
+    for name, part in attached.adapter.parts().items():
+        assert torch.equal(adapter.parts()[name], part)
+    attached.detach()
+    assert not torch.equal(logits(base.model, ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["tying=RaSA", "rank.r=1"], "tying.terms: a term's rank of r-r/8 is 0 at rank.r=1; raise rank.r"),
+        (["tying=RaSA", "tying.terms.shared.rank=r+1"], "tying.terms.shared.rank=r+1: "),
+        (["tying=RaSA", "tying.terms.shared.B.init=1"], "tying.terms.shared: no part starts at zero"),
+        (["tying=RaSA", "+tying.terms.shared.layers=[40]"], "tying.terms.shared.layers: holds 40, but the model has"),
+        (["tying=RaSA", "tying.A.share=2"], "tying.A: has no meaning beside tying.terms; set tying.terms.TERM.A, or"),
+        (["tying.terms={}"], "tying.terms: must have at least 1 item"),
+        (["tying.terms={a.b:{}}"], "tying.terms.a.b"),
+        (["tying=peft/vera", "tying.terms={one:{}}"], "tying.terms: VeraConfig has no terms; set tying.terms=null"),
+    ],
+)
+def test_a_wrong_sum_is_one_line(words, says):
+    with pytest.raises(UserError) as caught:
+        compose_config(["model=tiny_llama", *words])
+    assert str(caught.value).startswith(says)
+
+
+def test_a_run_starts_only_from_an_adapter_with_the_same_terms(tmp_path):
+    base = tiny("tiny_llama")
+    attached = attach(base.model, "RaSA", 4)
+    save(attached.adapter, tmp_path / "adapter", base.record)
+    attached.detach()
+    from tiedlora.adapter import TiedAdapter, files
+
+    other = TiedAdapter(Tying(u=Part()), 4, 4.0, attached.adapter.architecture, 0)
+    with pytest.raises(UserError, match=r"the list of terms is \['private', 'shared'\] there, and \[''\] here"):
+        files.start_from(other, tmp_path / "adapter", base.record)
