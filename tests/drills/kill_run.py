@@ -1,4 +1,5 @@
-"""python tests/drills/kill_run.py [--moments 50]: kill a run with kill -9 at many moments; each must resume exactly.
+"""python tests/drills/kill_run.py [--moments 50] [WORD ...]: kill a run with kill -9 at many moments; each must resume
+exactly. The words change the run, such as `objective=reward objective.ended_reward=0.5 score.checkpoint=last`.
 
 A run on a tiny random model has some hundred events: it loads the model, every pass, every optimizer step, every flush
 and rename of a file. For evenly spread events, a process is killed before the event, and the same configuration is
@@ -30,6 +31,8 @@ from tiedlora.runs import run
 
 CHECKPOINT_EVERY = 3
 STEPS = 12
+words: list[str] = []
+"""Those of the command line."""
 
 
 def config(outputs: Path) -> Config:
@@ -39,6 +42,7 @@ def config(outputs: Path) -> Config:
             *("task.max_new_tokens=8", f"train.steps={STEPS}", "train.batch_size=4", "train.warmup_steps=2"),
             *("train.validate_every=4", f"train.checkpoint_every={CHECKPOINT_EVERY}", "train.log_every=2"),
             *("train.dtype=float32", "train.threads=1", "tying.dropout=0.1", "score.checkpoint=best"),
+            *words,
             f"outputs={outputs}",
         ]
     )
@@ -70,7 +74,10 @@ def child(outputs: Path, kill_at: int | None = None) -> tuple[int, list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--moments", type=int, default=50)
-    moments = parser.parse_args().moments
+    parser.add_argument("words", nargs="*")
+    arguments = parser.parse_args()
+    moments = arguments.moments
+    words.extend(arguments.words)
     wrong, killed, executed = [], Counter[str](), 0
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)

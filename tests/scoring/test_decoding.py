@@ -137,13 +137,13 @@ def metaspace_tokenizer():
 def by_decoding_everything(tokenizer, written, stop, limit):
     """The definition: every text is decoded at every token."""
     if written[-1] == tokenizer.eos_token_id:
-        return Output(tokenizer.decode(written[:-1], skip_special_tokens=True), len(written), "end")
+        return Output(tokenizer.decode(written[:-1], skip_special_tokens=True), written, "end")
     text = tokenizer.decode(written, skip_special_tokens=True)
     first = len(text) - len(text.lstrip())
     stops = [index for string in stop if (index := text.find(string, first)) >= 0]
     if stops:
-        return Output(text[: min(stops)], len(written), "stop")
-    return Output(text, len(written), "length") if len(written) == limit else None
+        return Output(text[: min(stops)], written, "stop")
+    return Output(text, written, "length") if len(written) == limit else None
 
 
 def pieces_of(tokenizer, text, draw):
@@ -169,7 +169,7 @@ def test_a_tail_that_begins_within_a_character_hides_no_stop_string():
     written = [vocabulary[f"<0x{byte:02X}>"] for byte in "aééQuestion:".encode()]
     ends = AnswerEnds(tokenizer, ["Question:"], 100)
     assert len(written) > ends.tail_tokens
-    assert ends.output(written) == Output("aéé", len(written), "stop")
+    assert ends.output(written) == Output("aéé", written, "stop")
 
 
 @pytest.mark.parametrize("stop", [["\n"], ["Question:"], ["é"], [" ."], ["a\nb", "the end of this: Answer:"], []])

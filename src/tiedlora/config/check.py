@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import fields
 
 from tiedlora import tying
 from tiedlora.config.explain import options
-from tiedlora.config.schema import Config, ModelConfig, TrainConfig
+from tiedlora.config.schema import Config, ModelConfig, ObjectiveConfig, TrainConfig
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 from tiedlora.text import is_name, nearest
@@ -37,6 +38,7 @@ def check(config: Config) -> None:
         check_forgetting(config.score.forgetting, config.task.name)
     check_device("train.device", config.train.device)
     _check_training(config)
+    _check_objective(config)
     if config.tying.method is None:
         tying.check_tying(config.tying, config.rank.r, config.model.architecture)
     else:
@@ -112,6 +114,21 @@ def _check_training(config: Config) -> None:
         raise UserError("train.lr_factor: is 0 for every trained part, so nothing would be trained; raise one of them")
     if train.warmup_steps > train.steps:
         raise UserError(f"train.warmup_steps={train.warmup_steps}: is more than train.steps={train.steps}")
+
+
+def _check_objective(config: Config) -> None:
+    if config.objective.name == "targets":
+        default = ObjectiveConfig()
+        for item in fields(default):
+            if (value := getattr(config.objective, item.name)) != getattr(default, item.name):
+                raise UserError(f"objective.{item.name}={value}: belongs to objective=reward; add it, or leave it out")
+    elif config.score.checkpoint == "best":
+        raise UserError(
+            "score.checkpoint=best: is the step of the lowest validation loss, which objective=reward does not lower; "
+            "use last"
+        )
+    elif config.train.shard:
+        raise UserError("train.shard=true: objective=reward samples from a whole model; use train.shard=false")
 
 
 def _check_method(config: Config) -> None:

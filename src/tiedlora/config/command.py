@@ -42,6 +42,7 @@ def _overrides(config: Config, train: str) -> list[str]:
         train: the option of conf/train to begin with.
     """
     names = {"model": config.model.name, "task": config.task.name, "tying": config.tying.name}
+    names["objective"] = config.objective.name
     chosen = {group: option for group, name in names.items() if (option := _option(group, name))}
     if (rank := f"r{config.rank.r}") in explain.options("rank"):
         chosen["rank"] = rank

@@ -285,6 +285,24 @@ class TrainConfig:
 
 
 @dataclass
+class ObjectiveConfig:
+    """What is trained: the references of the rows, or the model's own answers by their reward."""
+
+    name: Literal["targets", "reward"] = "targets"
+    """targets: the cross-entropy of the rows' targets; reward: a policy gradient on sampled answers."""
+    metric: Text | None = None
+    """The metric of the task that is the reward of an answer; null takes the task's first."""
+    samples: Annotated[Whole, Field(ge=2, le=LARGEST_SCORING)] = 8
+    """Answers to each prompt of a step. They are a group, whose mean reward is subtracted from each reward."""
+    temperature: Annotated[Number, Field(ge=1e-3, le=1e3)] = 1.0
+    """Divides the logits when an answer is sampled, and in its likelihood."""
+    divide_by_deviation: bool = False
+    """Whether a group's advantages are divided by the standard deviation of its rewards."""
+    ended_reward: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    """A reward for the form: added if the answer ends by itself, and not at task.max_new_tokens."""
+
+
+@dataclass
 class ScoreConfig:
     """Scoring is a separate step, and equal for all configurations of a comparison."""
 
@@ -297,6 +315,9 @@ class ScoreConfig:
     """Neutral text whose loss is scored with and without the adapter: FILE.txt, task:NAME (another task's validation
     rows), or hub:ID (the first pages of a data set, such as hub:HuggingFaceFW/finewiki); null scores none. It changes
     neither the training nor other scores, so it is not part of the identity. The record has the digest of the text."""
+    drift: bool = field(default=False, metadata=EXECUTION)
+    """Whether the losses of a split come with `drift`, the mean Kullback-Leibler divergence of the adapted from the
+    base model at the target tokens, in nats. It takes two more passes."""
     checkpoint: Literal["last", "best"] = "last"
     """Which adapter is scored: that of the last step, or best, that of the step with the lowest validation loss."""
     batch_size: Annotated[Whole, Field(ge=1, le=LARGEST_SCORING)] = 64
@@ -340,6 +361,8 @@ class Config:
     """The size of the adapter."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How the adapter is trained."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig, metadata=neutral(ObjectiveConfig()))
+    """What the adapter is trained for."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
     """How the adapter is scored."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=EXECUTION)

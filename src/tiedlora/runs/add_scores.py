@@ -36,6 +36,7 @@ def add_scores(
     metrics: Sequence[str] | None = None,
     again: bool = False,
     forgetting: str | None = None,
+    drift: bool = False,
 ) -> RunRecord:
     """Score what the splits lack, and write it into the run's record and predictions/.
 
@@ -45,6 +46,7 @@ def add_scores(
         metrics: as score.metrics.
         again: also score what is recorded. With None as `metrics`, the split's earlier scores are replaced.
         forgetting: as score.forgetting. Earlier losses of neutral text are replaced.
+        drift: as score.drift.
 
     Raises:
         UserError: the run is not finished, its base model or adapter has changed, or a metric is unknown.
@@ -59,7 +61,7 @@ def add_scores(
         config.model.path, config.train.device = paths_from.model.path, paths_from.train.device
         config.model.device_map = paths_from.model.device_map
     task = load_task(config.task)
-    wanted = wanted_passes(metrics, task)
+    wanted = wanted_passes(metrics, task, drift)
     if forgetting is not None:
         check_source(forgetting, config.task.name)
     with StopSignal(), ExitStack() as undone:
@@ -79,7 +81,7 @@ def add_scores(
         record = folder.finished_record()
         for split in splits:
             recorded = record.scores.get(split)
-            passes = wanted if again else missing_passes(metrics, recorded)
+            passes = wanted if again else missing_passes(metrics, recorded, drift)
             if not passes:
                 continue
             kept = None if again and metrics is None else recorded

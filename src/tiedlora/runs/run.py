@@ -18,7 +18,7 @@ from tiedlora.records.run_record import ADAPTER, RunRecord
 from tiedlora.records.summary import terminal_lines
 from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.scoring.passages import check_source
-from tiedlora.scoring.passes import forgetting_to_score, lacks_scores, wanted_passes
+from tiedlora.scoring.passes import forgetting_to_score, lacks_scores, reward_metric, wanted_passes
 from tiedlora.tasks import load_task
 
 
@@ -37,6 +37,8 @@ def main(config: Config) -> RunRecord | None:
     task = load_task(config.task)
     # A wrong name of a metric or of a text is an error before anything is loaded.
     wanted_passes(config.score.metrics, task)
+    if config.objective.name == "reward":
+        reward_metric(config.objective, task)
     if config.score.forgetting is not None:
         check_source(config.score.forgetting, config.task.name)
     folder = RunFolder(Path(config.outputs) / run_id(config))
@@ -72,6 +74,8 @@ def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> RunRecord:
         from tiedlora.runs.add_scores import add_scores
 
         score, forgetting = config.score, forgetting_to_score(config.score, record)
-        return add_scores(folder, score.splits, config.data_root, config, score.metrics, forgetting=forgetting)
+        return add_scores(
+            folder, score.splits, config.data_root, config, score.metrics, forgetting=forgetting, drift=score.drift
+        )
     print(f"finished before: {folder.path} (force=true repeats it)")
     return record

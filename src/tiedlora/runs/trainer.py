@@ -6,13 +6,14 @@ import logging
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from tiedlora import storage, tying
 from tiedlora.adapter import TiedAdapter, attach_adapter, files, linear
@@ -25,7 +26,7 @@ from tiedlora.config.identity import config_tree, identity, run_id
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.config.sizes import missed_budget, trainable_params
 from tiedlora.data.batching import Batch, BatchSampler, by_length, empty_batch, microbatches
-from tiedlora.data.encoding import EncodedRows, Encoder, load_or_encode
+from tiedlora.data.encoding import Encoded, EncodedRows, Encoder, load_or_encode
 from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
 from tiedlora.models import attention, products
 from tiedlora.models.base_model import BaseModel, load_base
@@ -55,6 +56,7 @@ from tiedlora.records.run_record import (
 )
 from tiedlora.records.summary import flat_summary
 from tiedlora.runs.inputs import RunRows, SingleSlotCache, read_rows, warn_of_trained_rows
+from tiedlora.runs.reward import Reward
 from tiedlora.scoring.passes import wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.summary import summarise
@@ -178,6 +180,8 @@ class Trainer:
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world, self.task = config, world, load_task(config.task)
+        self.reward: Reward | None = None
+        """Of objective=reward."""
         if not world.is_first:
             # Only the first process prints, and has a tracker.
             logging.getLogger("tiedlora").setLevel(logging.WARNING)
@@ -194,7 +198,7 @@ class Trainer:
         self.encoder = Encoder(self.base.tokenizer, config.task, config.model.context, more_ends)
         self.fitted = self._fit(rows)
         # In the order in which `fitted` has them.
-        self.train_ids = [rows.examples["train"][number].id for number in self.fitted["train"].kept]
+        self.train_examples = [rows.examples["train"][number] for number in self.fitted["train"].kept]
         self.examples = {"validation": rows.examples["validation"]}
         if "test" in config.score.splits:
             # They are read before training, because a mistake in them would cost the time of a training.
@@ -302,19 +306,22 @@ class Trainer:
         self.row_losses_file = AppendedFile(folder.validation_losses_file, read_validation_losses, resumed_step)
         self.bar = ProgressBar("training", config.train.steps, "steps", self.state.step)
         # 4. Train.
+        batches, loss_sum = self._objective()
         loop = Loop(
             state=self.state,
             optimizer=self.optimizer,
             config=config.train,
             seed=config.seed,
             world=self.world,
-            batches=self._batches,
-            loss_sum=lambda batch: target_loss(model, batch),
+            batches=batches,
+            loss_sum=loss_sum,
             validate=self._validate,
             validation_scores=self._validation_scores,
             save_checkpoint=self._save_checkpoint,
             log_metrics=self._log_metrics,
-            describe_rows=lambda step: f"training rows {[self.train_ids[i] for i in self.sampler.rows_of_step(step)]}",
+            describe_rows=lambda step: (
+                f"training rows {[self.train_examples[i].id for i in self.sampler.rows_of_step(step)]}"
+            ),
             stop_requested=lambda: self.world.any(stop.requested()),
         )
         restart_peak_memory(self.device)
@@ -366,12 +373,24 @@ class Trainer:
             if train.recompute_activations:
                 model.gradient_checkpointing_disable()
 
+    def _objective(self) -> tuple[Callable[[int], list[Batch]], Callable[[Batch], Tensor]]:
+        """`batches` and `loss_sum` of the loop."""
+        if self.config.objective.name == "reward":
+            rows_of_step, passes = self.sampler.rows_of_step, self._in_passes
+            self.reward = Reward(self._scorer(), self.rows, self.train_examples, rows_of_step, passes, self._sampling)
+            return self.reward.batches, self.reward.loss_sum
+        model = self.arm.model
+        return self._batches, lambda batch: target_loss(model, batch)
+
     def _batches(self, step: int) -> list[Batch]:
         """The microbatches of an optimizer step for this process."""
         rows = sorted((self.rows[number] for number in self.sampler.rows_of_step(step)), key=len)
+        return self._in_passes(self.world.local_rows(rows))
+
+    def _in_passes(self, rows: Sequence[Encoded]) -> list[Batch]:
+        """The microbatches of this process's rows of a step."""
         train, tokens = self.config.train, self._pass_tokens("training")
-        own_rows = self.world.local_rows(rows)
-        batches = microbatches(own_rows, self.pad_id, train.microbatch_size, tokens, self.encoder.context)
+        batches = microbatches(rows, self.pad_id, train.microbatch_size, tokens, self.encoder.context)
         if train.shard:
             # All processes must make the same number of passes. One without targets adds zeros to the gradients.
             most = -self.world.smallest(-len(batches))
@@ -386,6 +405,12 @@ class Trainer:
         """The most tokens of a forward pass: what the configuration says, or less after memory ran out."""
         limits = (self.config.train.microbatch_tokens, self.state.pass_tokens(during))
         return min((limit for limit in limits if limit is not None), default=None)
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """Inside the context, the adapted model answers."""
+        with self._evaluating(), self.arm.folded_once():
+            yield
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -476,6 +501,9 @@ class Trainer:
             checkpoint.save(self.folder.checkpoints, state, self.parts, self.optimizer, self.inputs, buffers)
 
     def _log_metrics(self, rows: list[MetricsRow]) -> None:
+        if self.reward is not None:
+            for row in rows:
+                row.values.update(self.reward.take_metrics(row.step))
         self.trackers.log(rows)
         if rows and "train/tokens" in (last := rows[-1].values):
             rate = last["train/tokens"] / max(last["train/seconds"], 1e-9)
@@ -487,7 +515,7 @@ class Trainer:
     def score(self, folder: RunFolder) -> dict[str, SplitScores]:
         """Score the splits and the neutral text of `score`, and write their predictions into the folder."""
         config, scorer = self.config.score, self._scorer()
-        passes = wanted_passes(config.metrics, self.task)
+        passes = wanted_passes(config.metrics, self.task, config.drift)
         scores = {split: scorer.score_split(split, self.examples[split], folder, passes) for split in config.splits}
         if config.forgetting is not None:
             scores[FORGETTING] = scorer.score_forgetting(config.forgetting, folder)

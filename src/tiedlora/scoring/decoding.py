@@ -34,7 +34,8 @@ class Output:
 
     text: str
     """The text before the stop string or the token that ends it."""
-    tokens: int
+    ids: list[int]
+    """All tokens of the answer, with those that end it."""
     ended: str
     """end (end-of-text token, or another one that ends), stop (stop string) or length (max_new_tokens)."""
 
@@ -50,11 +51,25 @@ def batches_by_length(lengths: Sequence[int], rows: int, tokens: int | None) -> 
     return [order[batch] for batch in split_by_limits([lengths[i] for i in order], rows, tokens)]
 
 
+Choose = Callable[[Any, Tensor, list[int], int], Tensor]
+"""How the next token of each row is chosen: from the model, the outputs of its head (rows, vocabulary), the number of
+the prompt of each row, and the number of tokens that the answers have so far -> token ids (rows,)."""
+
+
+def most_likely(model: Any, outputs: Tensor, rows: list[int], position: int) -> Tensor:
+    """Greedy choice. What the model does with the outputs of its head leaves their order."""
+    return outputs.argmax(-1)
+
+
 @without_gradients
 def decode(
-    model: Any, prompts: Sequence[Sequence[int]], ends: AnswerEnds, progress: Callable[[int], None] = lambda rows: None
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    ends: AnswerEnds,
+    progress: Callable[[int], None] = lambda rows: None,
+    choose: Choose = most_likely,
 ) -> list[Output]:
-    """Generate greedy continuations of one batch, in the order of `prompts`.
+    """Generate continuations of one batch, in the order of `prompts`.
 
     The prompts are padded on the left. Finished rows leave the batch a few at a time.
 
@@ -71,8 +86,9 @@ def decode(
     batch_rows = list(range(len(prompts)))  # the prompt at each index of the batch, which becomes smaller
 
     while None in outputs:
-        # 1. The most likely next token of each row. The output head is computed at only one position of each row.
-        tokens = model.get_output_embeddings()(hidden_states(model, ids, mask, positions, cache)[:, -1]).argmax(-1)
+        # 1. The next token of each row. The output head is computed at only one position of each row.
+        head_outputs = model.get_output_embeddings()(hidden_states(model, ids, mask, positions, cache)[:, -1])
+        tokens = choose(model, head_outputs, batch_rows, max(map(len, written)))
         ids, mask, positions = tokens.unsqueeze(1), F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
         # 2. The answers that end with it.
         next_ids = tokens.tolist()
@@ -233,16 +249,16 @@ class AnswerEnds:
             written: the ids of an answer's tokens, at least one.
         """
         if written[-1] in self.end_ids:
-            return Output(self._text(written[:-1]), len(written), "end")
+            return Output(self._text(written[:-1]), written, "end")
         if self.stop and self._may_end_stop(written[-1]) and self._is_near_end(written):
             text = self._text(written)
             # An answer may start on a new line, so a stop string does not count among the blanks at its start.
             first = len(text) - len(text.lstrip())
             stops = [index for string in self.stop if (index := text.find(string, first)) >= 0]
             if stops:
-                return Output(text[: min(stops)], len(written), "stop")
+                return Output(text[: min(stops)], written, "stop")
         if len(written) == self.max_new_tokens:
-            return Output(self._text(written), len(written), "length")
+            return Output(self._text(written), written, "length")
         return None
 
     def _may_end_stop(self, token: int) -> bool:

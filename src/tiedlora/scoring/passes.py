@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tiedlora.config.schema import FORGETTING, ScoreConfig
+from tiedlora.config.schema import FORGETTING, ObjectiveConfig, ScoreConfig
 from tiedlora.errors import UserError
-from tiedlora.records.loss_metrics import LOSS_METRICS, is_loss
+from tiedlora.records.loss_metrics import DRIFT, LOSS_METRICS, is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores
 from tiedlora.scoring.passages import source_digest
 from tiedlora.tasks import Task
@@ -22,6 +22,8 @@ class Passes:
     """Ask the model every row. This gives the task's own metrics."""
     losses: bool = True
     """The losses of the rows' targets, without generation."""
+    drift: bool = False
+    """With the losses, the divergence of the adapted from the base model."""
     needs_targets: bool = False
     """Whether rows without a target are an error. Otherwise their split gets no losses."""
 
@@ -32,8 +34,8 @@ class Passes:
 ALL_PASSES = Passes()
 
 
-def wanted_passes(metrics: Sequence[str] | None, task: Task) -> Passes:
-    """The passes for `score.metrics`. None means the task's own metrics and the losses.
+def wanted_passes(metrics: Sequence[str] | None, task: Task, drift: bool = False) -> Passes:
+    """The passes for `score.metrics` and `score.drift`. None means the task's own metrics and the losses.
 
     Raises:
         UserError: a name is no metric of the task.
@@ -47,34 +49,54 @@ def wanted_passes(metrics: Sequence[str] | None, task: Task) -> Passes:
             )
     if metrics is not None and not metrics:
         raise UserError("score.metrics=[]: names no metric; null takes all, and score.splits=[] scores nothing")
-    return _passes_of(metrics)
+    return _passes_of(metrics, drift)
 
 
-def _passes_of(metrics: Sequence[str] | None) -> Passes:
+def reward_metric(objective: ObjectiveConfig, task: Task) -> str:
+    """The metric that is the reward of an answer.
+
+    Raises:
+        UserError: the task has no such metric, or it is no score of a single answer.
+    """
+    metric = objective.metric or task.metrics[0]
+    of_one = [name for name in task.metrics if name not in task.corpus_metrics]
+    if metric not in of_one:
+        what = f"objective.metric={metric!s:.40}" if objective.metric else "objective=reward"
+        raise UserError(
+            f"{what}: the reward must be a score of a single answer, and those of task={task.config.name} are "
+            f"{', '.join(of_one) or 'none'}; set objective.metric to one of them, or take another task"
+        )
+    return metric
+
+
+def _passes_of(metrics: Sequence[str] | None, drift: bool) -> Passes:
     if metrics is None:
-        return ALL_PASSES
+        return Passes(drift=drift)
     losses = any(map(is_loss, metrics))
-    return Passes(answers=not all(map(is_loss, metrics)), losses=losses, needs_targets=losses)
+    return Passes(not all(map(is_loss, metrics)), losses or drift, drift, needs_targets=losses or drift)
 
 
-def missing_passes(metrics: Sequence[str] | None, recorded: SplitScores | None) -> Passes:
+def missing_passes(metrics: Sequence[str] | None, recorded: SplitScores | None, drift: bool = False) -> Passes:
     """The wanted passes that a split's record lacks. The names of the metrics are not checked.
 
     With None, a record with the task's own metrics lacks nothing: runs of earlier versions, which have no losses, stay
     finished.
     """
-    wanted = _passes_of(metrics)
+    wanted = _passes_of(metrics, drift)
     if recorded is None:
         return wanted
     has_losses = any(map(is_loss, recorded.metrics))
     has_answers = not all(map(is_loss, recorded.metrics))
-    answers, losses = wanted.answers and not has_answers, wanted.losses and not has_losses
-    return Passes(answers, losses and metrics is not None, wanted.needs_targets)
+    lacks_drift = drift and DRIFT not in recorded.metrics
+    losses = wanted.losses and not has_losses and metrics is not None
+    # A record that has the drift keeps it when its losses are scored again.
+    needs = Passes(wanted.answers and not has_answers, losses or lacks_drift, needs_targets=wanted.needs_targets)
+    return replace(needs, drift=needs.losses and (drift or DRIFT in recorded.metrics))
 
 
 def lacks_scores(score: ScoreConfig, record: RunRecord) -> bool:
     """Whether splits, metrics or a neutral text are requested that the finished run lacks."""
-    lacking = any(missing_passes(score.metrics, record.scores.get(split)) for split in score.splits)
+    lacking = any(missing_passes(score.metrics, record.scores.get(split), score.drift) for split in score.splits)
     return lacking or forgetting_to_score(score, record) is not None
 
 

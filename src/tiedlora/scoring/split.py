@@ -29,7 +29,7 @@ from tiedlora.data.encoding import Encoded, Encoder
 from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.models.device import free_memory
 from tiedlora.models.placement import input_device
-from tiedlora.records.loss_metrics import is_loss, loss_scores
+from tiedlora.records.loss_metrics import DRIFT, is_loss, loss_scores
 from tiedlora.records.rows import NOT_GENERATED, PredictionRow, Score, read_predictions, write_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import BaseModelRecord, SplitScores, plain
@@ -40,7 +40,7 @@ from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Example, Task, digest
 from tiedlora.tracking.progress import ProgressBar
 from tiedlora.training.distributed import ALONE, World, equal_passes, is_sharded
-from tiedlora.training.loss import row_losses
+from tiedlora.training.loss import row_divergences, row_losses
 
 log = logging.getLogger(__name__)
 
@@ -166,12 +166,17 @@ class Scorer:
         base_rows = None
         if self.config.score.base if recorded is None else recorded.base is not None:
             base_parts = [self.cached_base(split, examples, losses) for losses in kinds]
+            if passes.drift:
+                # Of the base model from itself.
+                base_parts[-1] = _with_score(base_parts[-1], DRIFT, [0.0] * len(examples))
             base_rows = _write(folder.predictions_file(f"{split}.base"), base_parts, recorded)
         parts, seconds = [], {}
         for losses in kinds:
             started = time.perf_counter()
             title = f"adapted model's loss on {split}" if losses else f"adapted model on {split}"
             parts.append(self.rows(examples, title, losses=losses))
+            if losses and passes.drift:
+                parts[-1] = _with_score(parts[-1], DRIFT, self.divergences(examples, f"drift on {split}"))
             seconds[losses] = time.perf_counter() - started
         rows = _write(folder.predictions_file(split), parts, recorded)
         return _with_recorded(
@@ -250,7 +255,7 @@ class Scorer:
             batch_prompts = [prompts[number] for number in batch]
             if not by_likelihood:
                 outputs = zip(batch, decode(model, batch_prompts, ends, progress.advance), strict=True)
-                return [unscored(number, given.text.strip(), given.tokens, given.ended) for number, given in outputs]
+                return [unscored(number, given.text.strip(), len(given.ids), given.ended) for number, given in outputs]
             found = choice_log_likelihoods(model, batch_prompts, [choices[number] for number in batch])
             progress.advance(len(batch))
             return list(map(likeliest, batch, found))
@@ -300,6 +305,36 @@ class Scorer:
         rows = in_shares(self.world, model, self._target_batches(targets), rows_of)
         progress.close()
         return rows
+
+    def divergences(self, examples: Sequence[Example], title: str) -> list[float]:
+        """The mean divergence of the adapted from the base model at each row's target tokens, in nats.
+
+        Raises:
+            UserError: as `answers`; or a divergence is not finite.
+        """
+        targets, model = [self._target(example) for example in examples], self.attached.model
+        progress = ProgressBar(title, len(examples), "rows")
+
+        @contextmanager
+        def as_base() -> Iterator[None]:
+            self.attached.disable()
+            try:
+                yield
+            finally:
+                self.attached.enable()
+
+        def of_batch(batch: list[int]) -> list[float]:
+            tokens = collate([targets[number].tokens for number in batch], self.encoder.tokenizer.eos_token_id)
+            found: list[float] = row_divergences(model, tokens.to(input_device(model)), as_base).tolist()
+            progress.advance(len(batch))
+            return found
+
+        found = in_shares(self.world, model, self._target_batches(targets), of_batch)
+        progress.close()
+        if not all(map(math.isfinite, found)):
+            raise UserError("score.drift: a divergence is not finite; try train.dtype=float32, or lower train.lr")
+        # Rounding may lead below 0, where no divergence is.
+        return [max(0.0, value) for value in found]
 
     def batches(self, examples: Sequence[Example], *, losses: bool) -> list[list[int]]:
         """The example numbers of each batch of `rows`. In the same batches, a model gives the same rows again.
@@ -433,6 +468,10 @@ def in_shares(
         raise MemoryError("scoring: memory ran out in one of the processes")
     rows = dict(row for share in world.gather(own) for row in share)
     return [rows[number] for number in range(len(rows))]
+
+
+def _with_score(rows: Rows, name: str, values: Sequence[float]) -> Rows:
+    return [replace(row, scores={**row.scores, name: value}) for row, value in zip(rows, values, strict=True)]
 
 
 def _as_floats(scores: Mapping[str, Score]) -> dict[str, Score]:

@@ -19,7 +19,14 @@ from tiedlora.analysis.intervals import (
     wilson,
 )
 from tiedlora.records.interval import Interval
-from tiedlora.records.loss_metrics import LARGEST_LOSS, LOSS_METRICS, TARGET_LOSS_BY_TOKEN, is_loss, mean_per_token
+from tiedlora.records.loss_metrics import (
+    DRIFT,
+    LARGEST_LOSS,
+    LOSS_METRICS,
+    TARGET_LOSS_BY_TOKEN,
+    is_loss,
+    mean_per_token,
+)
 from tiedlora.records.rows import PredictionRow, Score
 from tiedlora.tasks import Task
 
@@ -58,7 +65,7 @@ def _clusters(rows: Sequence[PredictionRow]) -> Clusters | None:
 def _metrics(rows: Sequence[PredictionRow], task: Task) -> list[str]:
     """The metrics that the rows have: the task's own, then the losses."""
     own = task.metrics if rows[0].has_answer else ()
-    return [*own, *(metric for metric in LOSS_METRICS if metric in rows[0].scores)]
+    return [*own, *(metric for metric in (*LOSS_METRICS, DRIFT) if metric in rows[0].scores)]
 
 
 def _scores(rows: Sequence[PredictionRow], metric: str) -> list[Score]:

@@ -9,8 +9,8 @@ two products with the head instead of three.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tiedlora.data.batching import Batch
+from tiedlora.errors import UserError
 from tiedlora.models import output_head
 from tiedlora.models.placement import weights_in_place, without_gradients
 
@@ -87,15 +88,15 @@ def _summed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=_summed_in(hidden.dtype), device=hidden.device)
+        losses = torch.zeros(len(labels), dtype=_summed_in(hidden.dtype), device=hidden.device)
         for chunk in _chunks(hidden, weight, bias, labels, softcap):
-            total -= chunk.log_probs.sum()
+            losses[chunk.places] = -chunk.log_probs
             if gradient is not None:
                 delta, targets = chunk.exps.div_(chunk.sums), labels[chunk.places]
                 delta[torch.arange(len(targets), device=delta.device), targets] -= 1
@@ -104,12 +105,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 gradient[chunk.places] = delta.to(weight.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output.to(gradient.dtype), None, None, None, None
+        return gradient * grad_output.to(gradient.dtype).unsqueeze(1), None, None, None, None
 
 
 def target_loss(model: Any, batch: Batch) -> Tensor:
@@ -121,28 +122,33 @@ def target_loss(model: Any, batch: Batch) -> Tensor:
     Raises:
         ValueError: the output head is trained. This loss gives no gradient for it.
     """
-    with _head_inputs(model, batch) as inputs:
-        total = chunked_cross_entropy(*inputs)
+    losses = token_losses(model, batch)
+    # Added chunk by chunk, as `row_losses` does.
+    total = torch.zeros((), dtype=losses.dtype, device=losses.device)
+    for chunk in torch.split(losses, chunk_rows(model.get_output_embeddings().weight.shape[0])):
+        total = total + chunk.sum()
     return total.to(batch.targets.device)
 
 
-def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None = None
-) -> Tensor:
-    """The sum of the cross-entropy of the logits `hidden @ weight.T + bias`, a scalar. Only `hidden` gets a gradient.
+def token_losses(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """The cross-entropy of each of a batch's target tokens, (target tokens,), on the device of the head's inputs.
 
     Args:
-        hidden: (positions, hidden size).
-        weight: (vocabulary, hidden size), frozen; bias: (vocabulary,).
-        labels: (positions,) the id of each position's next token.
-        softcap: logits are replaced by softcap * tanh(logits / softcap); None leaves them.
+        temperature: divides the logits.
+
+    Raises:
+        ValueError: as target_loss.
+        UserError: the temperature is not 1, and the model's logits are not linear in its hidden states.
     """
-    total: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, softcap)  # type: ignore[no-untyped-call]
-    return total
+    with _head_inputs(model, batch, temperature) as inputs:
+        losses: Tensor = _TokenLosses.apply(*inputs)  # type: ignore[no-untyped-call]
+    return losses
 
 
 @contextmanager
-def _head_inputs(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, float | None]]:
+def _head_inputs(
+    model: Any, batch: Batch, temperature: float = 1.0
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, float | None]]:
     """The hidden states of the target positions, the head's weight and bias, the targets, and the softcap.
 
     The logits are linear in the hidden states, so a model's factor on its logits is put on the states. (No model of
@@ -153,7 +159,12 @@ def _head_inputs(model: Any, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Ten
         raise ValueError("target_loss needs a frozen output head")
     hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     states = hidden.flatten(0, 1).index_select(0, batch.positions.to(hidden.device))
-    factor = output_head.factor(model)
+    factor = output_head.factor(model) / temperature
+    if temperature != 1 and (output_head.softcap(model) is not None or getattr(head, "bias", None) is not None):
+        raise UserError(
+            f"objective.temperature={temperature:g}: the output head of {type(model).__name__} has a bias or a cap on "
+            "its logits, which allows only 1"
+        )
     with weights_in_place(head, states if factor == 1 else factor * states, batch.targets) as (states, targets):
         yield states, head.weight, getattr(head, "bias", None), targets, output_head.softcap(model)
 
@@ -190,6 +201,32 @@ def row_losses(model: Any, batch: Batch) -> RowLosses:
             log_probs.append(chunk.log_probs)
     sums = batch.sums_by_row(-torch.cat(log_probs).double().to(device))
     return RowLosses(sums, batch.sums_by_row(torch.ones_like(batch.targets)), total.to(device))
+
+
+@without_gradients
+def row_divergences(model: Any, batch: Batch, as_base: Callable[[], AbstractContextManager[object]]) -> Tensor:
+    """The Kullback-Leibler divergence of the adapted from the base model at each row's target tokens.
+
+    It is the mean over a row's target positions of sum_t p(t) (log p(t) - log q(t)), with p the distribution of the
+    next token of the adapted model and q that of the base model, in nats, (rows,), float64.
+
+    Args:
+        as_base: a context inside which `model` computes as the base model.
+    """
+    with _head_inputs(model, batch) as inputs:
+        adapted = inputs[0]
+    with as_base(), _head_inputs(model, batch) as (base, weight, bias, _, softcap):
+        size, found = chunk_rows(weight.shape[0]), []
+    for states in zip(torch.split(adapted, size), torch.split(base, size), strict=True):
+        log_p, log_q = (_log_softmax(own, weight, bias, softcap) for own in states)
+        found.append((log_p.exp() * (log_p - log_q)).sum(-1).double())
+    divergences = torch.cat(found).to(batch.targets.device)
+    return batch.sums_by_row(divergences) / batch.sums_by_row(torch.ones_like(batch.targets))
+
+
+def _log_softmax(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    logits = F.linear(states, weight, bias).to(_summed_in(states.dtype))
+    return F.log_softmax(logits if softcap is None else softcap * torch.tanh(logits / softcap), -1)
 
 
 @torch.inference_mode()

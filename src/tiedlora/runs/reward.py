@@ -1,0 +1,212 @@
+"""objective=reward: the model answers the prompts of a step, and the scores of the answers change their likelihoods.
+
+This is the plain group-relative policy gradient: on-policy, without a KL term and without clipping. A step has
+train.batch_size prompts, and to each a group of objective.samples answers. An answer's advantage is its reward minus
+the mean reward of its group, and the gradient of a step is that of
+
+    - sum over answers of advantage * log p(answer | prompt) / number of answer tokens of the step.
+
+In expectation it is (samples - 1) / samples of the gradient of the mean reward, because an answer is in its own group's
+mean. To the loop an answer is a row, so everything else is as in training from targets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiedlora.data.batching import Batch, by_length
+from tiedlora.data.encoding import Encoded
+from tiedlora.errors import UserError
+from tiedlora.models import output_head
+from tiedlora.scoring.decoding import AnswerEnds, Output, batches_by_length, decode
+from tiedlora.scoring.passes import reward_metric
+from tiedlora.scoring.split import Scorer, in_shares
+from tiedlora.tasks import Example
+from tiedlora.training.loss import token_losses
+
+
+@dataclass(frozen=True)
+class Answer(Encoded):
+    """A sampled answer as a training row."""
+
+    weight: float = 0.0
+    """The factor on the cross-entropy of its tokens: the advantage, times a constant of the step."""
+
+
+@dataclass(frozen=True)
+class WeightedBatch(Batch):
+    """A batch whose target tokens have weights."""
+
+    weights: Tensor
+    """(target tokens,), float32."""
+
+
+class Sampling:
+    """Chooses tokens at random. The draws of an answer depend on nothing but the seed, the step and its number.
+
+    Args:
+        seed: of the run.
+        step: the optimizer step.
+        answers: how many answers are sampled.
+        length: the most tokens of an answer.
+        temperature: divides the logits.
+    """
+
+    def __init__(self, seed: int, step: int, answers: int, length: int, temperature: float) -> None:
+        self.temperature = temperature
+        self.entropies = torch.zeros(answers, length)
+        """The entropy of the distribution that each token was drawn from, in nats, (answers, length)."""
+        self._uniform = torch.stack([_uniform(f"sample/{seed}/{step}/{answer}", length) for answer in range(answers)])
+
+    def of(self, numbers: Sequence[int]) -> Callable[[Any, Tensor, list[int], int], Tensor]:
+        """`choose` of decode, for a batch of the answers with these numbers."""
+
+        def choose(model: Any, outputs: Tensor, rows: list[int], position: int) -> Tensor:
+            answers = [numbers[row] for row in rows]
+            logits = output_head.after(model, outputs.float()) / self.temperature
+            probabilities, log_probabilities = logits.softmax(-1), logits.log_softmax(-1)
+            self.entropies[answers, position] = -(probabilities * log_probabilities).sum(-1).cpu()
+            # A running sum on a GPU has no fixed order of additions.
+            if torch.are_deterministic_algorithms_enabled():
+                probabilities = probabilities.cpu()
+            sums = probabilities.double().cumsum(-1)
+            drawn = self._uniform[answers, position].to(sums.device).unsqueeze(1) * sums[:, -1:]
+            # The first token whose running sum is above the draw. Rounding must not lead beyond the last one.
+            tokens = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[-1] - 1)
+            return tokens.squeeze(1).to(outputs.device)
+
+        return choose
+
+
+def _uniform(name: str, count: int) -> Tensor:
+    """`count` numbers from [0, 1), float64."""
+    digest = hashlib.sha256(name.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+class Reward:
+    """The objective, for the loop: `batches`, `loss_sum`, and metrics of each step.
+
+    Args:
+        scorer: has the arm, the task, and the processes that sample together.
+        rows, examples: the training rows, as token ids and as examples.
+        rows_of_step: optimizer step -> the numbers of its prompts.
+        in_passes: rows -> the microbatches of this process, each with consecutive rows in the order of `by_length`.
+        sampling: a context inside which the model answers.
+
+    Raises:
+        UserError: the rows have choices to compare.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        rows: Sequence[Encoded],
+        examples: Sequence[Example],
+        rows_of_step: Callable[[int], list[int]],
+        in_passes: Callable[[Sequence[Encoded]], list[Batch]],
+        sampling: Callable[[], Any],
+    ) -> None:
+        if examples[0].choices:
+            raise UserError(
+                f"objective=reward: the answers of task={scorer.task.config.name} are compared by their likelihoods, "
+                "and none is generated; take another task, or objective=targets"
+            )
+        self.scorer, self.rows, self.examples = scorer, rows, examples
+        self.rows_of_step, self.in_passes, self.sampling = rows_of_step, in_passes, sampling
+        self.config, self.metric = scorer.config.objective, reward_metric(scorer.config.objective, scorer.task)
+        self._step, self._answers = 0, list[Answer]()
+        self._metrics: dict[int, dict[str, float]] = {}
+
+    def batches(self, step: int) -> list[Batch]:
+        """This process's microbatches of the answers of a step, without those of weight 0.
+
+        If memory runs out in a pass, the loop asks again. The answers are then the same.
+        """
+        if self._step != step:
+            self._answers, self._step = self._sample(step), step
+        own = self.scorer.world.local_rows(sorted(self._answers, key=len))
+        in_order = iter([own[number] for number in by_length(own)])
+        batches: list[Batch] = []
+        for batch in self.in_passes(own):
+            rows = [next(in_order) for _ in range(len(batch.input_ids))]
+            weights = torch.tensor([row.weight for row in rows for _ in row.target]).to(batch.targets.device)
+            batches.append(WeightedBatch(batch.input_ids, batch.positions, batch.targets, batch.tokens, weights))
+        return batches
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """The weighted sum of the cross-entropy over a batch's answer tokens."""
+        assert isinstance(batch, WeightedBatch)
+        losses = token_losses(self.scorer.attached.model, batch, self.config.temperature)
+        return (batch.weights.to(losses) * losses).sum().to(batch.targets.device)
+
+    def take_metrics(self, step: int) -> dict[str, float]:
+        """The metrics of a step that was sampled by this process; empty for others."""
+        return self._metrics.pop(step, {})
+
+    def _sample(self, step: int) -> list[Answer]:
+        """The answers of a step that have a weight, in all processes the same."""
+        scorer, config, started = self.scorer, self.config, time.perf_counter()
+        numbers = [number for number in self.rows_of_step(step) for _ in range(config.samples)]
+        prompts, asked = [self.rows[n].prompt for n in numbers], [self.examples[n] for n in numbers]
+        length = scorer.config.task.max_new_tokens
+        sampling = Sampling(scorer.config.seed, step, len(asked), length, config.temperature)
+
+        def answers(smaller: Scorer) -> list[tuple[Output, float]]:
+            task, score = smaller.config.task, smaller.config.score
+            ends = AnswerEnds(smaller.encoder.tokenizer, task.stop, length, smaller.encoder.more_ends)
+            batches = batches_by_length(
+                [len(prompt) + length for prompt in prompts], score.batch_size, score.batch_tokens
+            )
+
+            def of_batch(batch: list[int]) -> list[tuple[Output, float]]:
+                outputs = decode(model, [prompts[n] for n in batch], ends, choose=sampling.of(batch))
+                entropies = [sampling.entropies[n, : len(o.ids)].sum() for n, o in zip(batch, outputs, strict=True)]
+                return list(zip(outputs, map(float, entropies), strict=True))
+
+            model: Any = smaller.attached.model
+            return in_shares(smaller.world, model, batches, of_batch)
+
+        with self.sampling():
+            found, _ = scorer.within_memory(answers)
+        outputs = [output for output, _ in found]
+        rewards = [self._reward(output, example) for output, example in zip(outputs, asked, strict=True)]
+        groups = [rewards[start : start + config.samples] for start in range(0, len(rewards), config.samples)]
+        advantages = [advantage for group in groups for advantage in self._advantages(group)]
+        tokens = sum(len(output.ids) for output in outputs)
+        kept_tokens = sum(len(o.ids) for o, advantage in zip(outputs, advantages, strict=True) if advantage)
+        self._metrics[step] = {
+            "reward/mean": fmean(rewards),
+            "reward/no_spread": fmean(not any(self._advantages(group)) for group in groups),
+            "reward/entropy": sum(entropy for _, entropy in found) / tokens,
+            "reward/answer_tokens": tokens / len(outputs),
+            "reward/sampled_tokens_per_s": tokens / (time.perf_counter() - started),
+        }
+        # The loop divides by the tokens of the rows that it gets. Those of the groups without spread count too.
+        return [
+            Answer(prompt, tuple(output.ids), advantage * kept_tokens / tokens)
+            for prompt, output, advantage in zip(prompts, outputs, advantages, strict=True)
+            if advantage
+        ]
+
+    def _reward(self, output: Output, example: Example) -> float:
+        score = self.scorer.task.score(output.text.strip(), example)[self.metric]
+        assert not isinstance(score, list)
+        return float(score) + (self.config.ended_reward if output.ended != "length" else 0.0)
+
+    def _advantages(self, rewards: Sequence[float]) -> list[float]:
+        """Each reward minus the mean of the group; all 0 in a group without spread."""
+        if max(rewards) - min(rewards) < 1e-12:
+            return [0.0] * len(rewards)
+        mean, deviation = math.fsum(rewards) / len(rewards), pstdev(rewards) if self.config.divide_by_deviation else 1.0
+        return [(reward - mean) / deviation for reward in rewards]

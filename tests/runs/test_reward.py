@@ -1,0 +1,212 @@
+"""objective=reward: its gradient is that of the mean reward, draws are pure, a run resumes; and score.drift."""
+
+import json
+
+import pytest
+import torch
+from helpers.task_rows import GOOD, write
+from helpers.tiny import folder_of, logits, randomise, tiny_scorer
+
+from tiedlora.config.compose import compose_config
+from tiedlora.config.identity import run_id
+from tiedlora.data.batching import microbatches
+from tiedlora.data.encoding import Encoded
+from tiedlora.errors import UserError
+from tiedlora.records.rows import read_metrics
+from tiedlora.runs import run
+from tiedlora.runs.reward import Reward, Sampling
+from tiedlora.tasks import Example
+from tiedlora.training.loss import token_losses
+
+FORM = ("objective=reward", "objective.ended_reward=0.5", "task.max_new_tokens=12")
+"""A random model does not solve a problem, but some of its answers end by themselves."""
+
+
+def objective(*words: str, prompts: int = 1, tokens: int | None = None):
+    """The reward objective on a tiny model in float64 whose reward is the share of even token ids, and its parts."""
+    scorer = tiny_scorer("objective=reward", "task.max_new_tokens=1", "score.batch_size=64", *words)
+    model = scorer.attached.model.double().eval()
+    randomise(scorer.attached.adapter.double(), scale=0.3)
+    rows = [Encoded(tuple(range(65 + n, 75 + n)), (1,)) for n in range(prompts)]
+    examples = [Example(str(n), "", "", ("A",)) for n in range(prompts)]
+
+    def in_passes(own):
+        return microbatches(own, 256, tokens=tokens)
+
+    reward = Reward(scorer, rows, examples, lambda step: list(range(prompts)), in_passes, scorer.attached.folded_once)
+    reward._reward = lambda output, example: sum(token % 2 == 0 for token in output.ids) / len(output.ids)
+    return reward, model, list(scorer.attached.trained_parts().values()), rows
+
+
+def gradient(reward: Reward, parts, step: int) -> torch.Tensor:
+    """The gradient of a step as the loop computes it, as one vector."""
+    batches = reward.batches(step)
+    count = sum(len(batch.targets) for batch in batches)
+    losses = [reward.loss_sum(batch) / count for batch in batches]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(sum(losses), parts)])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_mean_gradient_is_that_of_the_mean_reward(temperature):
+    samples = 64
+    words = (f"objective.samples={samples}", f"objective.temperature={temperature}")
+    reward, model, parts, rows = objective(*words)
+
+    def probability() -> torch.Tensor:
+        last = model(input_ids=torch.tensor([rows[0].prompt])).logits[0, -1]
+        return (last / temperature).softmax(-1)[::2].sum()
+
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(-probability(), parts)])
+    mean = torch.stack([gradient(reward, parts, step) for step in range(1, 101)]).mean(0) * samples / (samples - 1)
+    assert float(mean @ exact / exact.norm() ** 2) == pytest.approx(1.0, abs=0.1)
+    assert float(torch.cosine_similarity(mean, exact, 0)) > 0.95
+    # A small step along it makes the rewarded tokens more likely, by as much as the exact gradient says.
+    before, rate = probability().item(), 1e-3
+    with torch.no_grad():
+        places = torch.split(mean, [part.numel() for part in parts])
+        for part, values in zip(parts, places, strict=True):
+            part -= rate * values.view(part.shape)
+    assert probability().item() - before == pytest.approx(rate * float(mean @ exact), rel=0.05)
+
+
+def test_the_draws_follow_the_distribution():
+    outputs = torch.tensor([[0.0, 1.0, 2.0, -1.0, -50.0]]).expand(4000, -1)
+    model = torch.nn.Module()
+    model.config = object()
+    tokens = Sampling(0, 1, 4000, 1, temperature=2.0).of(range(4000))(model, outputs, list(range(4000)), 0)
+    expected = (outputs[0] / 2.0).softmax(-1)
+    found = torch.bincount(tokens, minlength=5) / 4000
+    assert torch.allclose(found, expected, atol=4 * 0.5 / 4000**0.5)
+
+
+def test_answers_depend_on_seed_and_step_and_not_on_the_batches():
+    sampled = {}
+    for name, words in {"one": ["score.batch_size=1"], "all": [], "seed": ["seed=1"]}.items():
+        reward, *_ = objective("task.max_new_tokens=5", "objective.samples=6", *words, prompts=3)
+        sampled[name] = [sorted(answer.target for answer in reward._sample(step)) for step in (1, 2)]
+    assert sampled["one"] == sampled["all"] != sampled["seed"]
+    assert sampled["all"][0] != sampled["all"][1]
+
+
+def test_the_gradient_does_not_depend_on_microbatches():
+    found = []
+    for tokens in (None, 40):
+        reward, _, parts, _ = objective("task.max_new_tokens=5", "objective.samples=6", prompts=3, tokens=tokens)
+        found.append(gradient(reward, parts, 1))
+    assert len(reward.batches(1)) > 1
+    assert torch.allclose(found[0], found[1], rtol=1e-9, atol=1e-14)
+
+
+def test_advantages_are_rewards_less_the_mean_of_the_group():
+    reward, *_ = objective()
+    assert reward._advantages([1.0, 0.0, 0.0, 0.0]) == [0.75, -0.25, -0.25, -0.25]
+    assert reward._advantages([0.3] * 4) == [0.0] * 4
+    reward.config.divide_by_deviation = True
+    assert reward._advantages([1.0, 0.0, 1.0, 0.0]) == [1.0, -1.0, 1.0, -1.0]
+
+
+def test_losses_of_tokens_are_cross_entropies_at_a_temperature():
+    _, model, _, rows = objective()
+    (batch,) = microbatches([Encoded(rows[0].prompt, (3, 4))], 256)
+    logits_ = logits(model, batch.input_ids).flatten(0, 1)[batch.positions] / 2.0
+    expected = torch.nn.functional.cross_entropy(logits_, batch.targets, reduction="none")
+    assert torch.allclose(token_losses(model, batch, 2.0), expected, rtol=1e-12)
+
+
+def test_a_run_learns_from_the_reward_it_gets_and_resumes_to_the_same_bytes(tiny_config, tmp_path):
+    whole = run.main(tiny_config(*FORM))
+    config = tiny_config(*FORM, "train.pause_after=3", f"outputs={tmp_path}/paused")
+    assert run.main(config) is None
+    config.train.pause_after = None
+    resumed = run.main(config)
+    assert resumed.files == whole.files
+    rows = [row.values for row in read_metrics(folder_of(config).metrics_file) if "reward/mean" in row.values]
+    assert len(rows) == 6
+    assert {name.removeprefix("reward/") for name in rows[0] if name.startswith("reward/")} == {
+        *("mean", "no_spread", "entropy", "answer_tokens", "sampled_tokens_per_s"),
+    }
+    assert any(row["train/grad_norm"] > 0 for row in rows)
+    assert whole.identity.tree["objective"]["name"] == "reward"
+
+
+def test_an_arm_of_peft_is_trained_by_reward(tiny_config):
+    pytest.importorskip("peft")
+    record = run.main(tiny_config(*FORM, "tying=peft/vera", "train.steps=2", "score.splits=[]"))
+    assert record.training.steps == 2
+
+
+def test_objectives_have_ids_of_their_own_and_targets_keeps_its():
+    words = ["model=tiny_llama"]
+    assert run_id(compose_config([*words, "objective=targets"])) == run_id(compose_config(words))
+    assert run_id(compose_config([*words, "objective=reward"])) != run_id(compose_config(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["objective.samples=4"], "objective.samples=4: belongs to objective=reward; add it, or leave it out"),
+        (["objective=reward", "objective.samples=1"], "objective.samples=1: must be greater than or equal to 2"),
+        (["objective=reward", "score.checkpoint=best"], "score.checkpoint=best: is the step of the lowest validation"),
+        (["objective=reward", "train.shard=true"], "train.shard=true: objective=reward samples from a whole model"),
+        (["objective=reward", "objective.metric=f1"], "objective.metric=f1: the reward must be a score of a single"),
+    ],
+)
+def test_a_wrong_combination_is_one_line(tiny_run, words, says):
+    with pytest.raises(UserError) as caught:
+        run.main(compose_config(tiny_run(*words)))
+    assert str(caught.value).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("task", "says"),
+    [
+        ("hellaswag", "objective=reward: the answers of task=hellaswag are compared by their likelihoods"),
+        ("iwslt2017", "objective=reward: the reward must be a score of a single answer, and those of task=iwslt2017"),
+    ],
+)
+def test_a_task_without_a_score_of_an_answer_is_refused(tiny_config, task, says, tmp_path):
+    for split in ("train", "validation"):
+        write(
+            tmp_path,
+            task,
+            {**GOOD[task], "source_id": split, "ctx_a": f"A {split}.", "ctx": f"A {split}. he"},
+            split=split,
+        )
+    with pytest.raises(UserError) as caught:
+        run.main(tiny_config("objective=reward", f"data_root={tmp_path}", task=task))
+    assert str(caught.value).startswith(says)
+
+
+def test_the_drift_of_rows_is_the_divergence_of_the_distributions(tiny_config):
+    config = tiny_config("score.drift=true")
+    record = run.main(config)
+    scores = record.scores["validation"]
+    assert scores.base["drift"].value == 0.0
+    assert scores.metrics["drift"].value == scores.gain["drift"].value > 0
+    rows = [json.loads(line) for line in folder_of(config).predictions_file("validation").read_text().splitlines()]
+    assert all("drift" in row["scores"] for row in rows)
+
+
+def test_the_drift_is_a_sum_over_the_vocabulary():
+    scorer = tiny_scorer()
+    examples = [Example(str(n), f"{n} + {n} =", f" {2 * n}", ("x",)) for n in range(5)]
+    assert scorer.divergences(examples, "start") == [0.0] * 5
+    randomise(scorer.attached.adapter, scale=0.3)
+    found = scorer.divergences(examples, "moved")
+    for example, value in zip(examples, found, strict=True):
+        row = scorer.encoder.example(example)
+        ids, first = torch.tensor([row.prompt + row.target]), len(row.prompt) - 1
+        log_p = logits(scorer.attached.model, ids)[0, first:-1].double().log_softmax(-1)
+        scorer.attached.disable()
+        log_q = logits(scorer.attached.model, ids)[0, first:-1].double().log_softmax(-1)
+        scorer.attached.enable()
+        assert value == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)
+
+
+def test_a_finished_run_gets_its_drift_later_and_keeps_its_other_scores(finished_run, tiny_config):
+    before = folder_of(finished_run()).record()
+    after = run.main(tiny_config("score.drift=true"))
+    assert "drift" in after.scores["validation"].metrics
+    for name, interval in before.scores["validation"].metrics.items():
+        assert after.scores["validation"].metrics[name] == interval
+    assert run.main(tiny_config("score.drift=true")) == after
