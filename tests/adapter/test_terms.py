@@ -5,7 +5,7 @@ import torch
 from helpers.tiny import logits, model_option, randomise, tiny, tying_option
 
 from tiedlora import tying
-from tiedlora.adapter import attach, load, save
+from tiedlora.adapter import TiedAdapter, attach, files, load, save
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import identity, name_of, run_id
 from tiedlora.errors import UserError
@@ -90,8 +90,30 @@ def test_a_run_starts_only_from_an_adapter_with_the_same_terms(tmp_path):
     attached = attach(base.model, "RaSA", 4)
     save(attached.adapter, tmp_path / "adapter", base.record)
     attached.detach()
-    from tiedlora.adapter import TiedAdapter, files
 
     other = TiedAdapter(Tying(u=Part()), 4, 4.0, attached.adapter.architecture, 0)
     with pytest.raises(UserError, match=r"the list of terms is \['private', 'shared'\] there, and \[''\] here"):
         files.start_from(other, tmp_path / "adapter", base.record)
+
+
+def test_gradients_are_those_of_a_literal_loop():
+    """Of sum_l <G_l, W_l> with W_l the sum of the terms' s diag(v_l) B diag(u_l) A, written out layer by layer."""
+    architecture = model_option("tiny_llama").architecture
+    adapter = TiedAdapter(tying.named("RaSA"), 4, 6.0, architecture, 0).double()
+    randomise(adapter)
+    layers, (d_in, d_out) = architecture.layers, tying.target_shape(architecture, "qkv")
+    G = torch.randn(layers, d_out, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    A, B = adapter.folded("qkv")
+    names, parts = zip(*adapter.trained_parts().items(), strict=True)
+    found = torch.autograd.grad((G * (adapter.scale * B @ A)).sum(), parts)
+
+    literal = torch.zeros((), dtype=torch.float64)
+    own = dict(zip(names, parts, strict=True))
+    for layer in range(layers):
+        for term, share, r in (("private", 1, 3), ("shared", layers, layers)):
+            A_l, B_l = (own[f"qkv:{term}.{part}"][layer // share] for part in ("A", "B"))
+            u_l = own[f"qkv:{term}.u"][layer]
+            for rank in range(r):
+                literal = literal + (6.0 / r) * u_l[rank] * (G[layer] * torch.outer(B_l[:, rank], A_l[rank])).sum()
+    for name, one, other in zip(names, found, torch.autograd.grad(literal, parts), strict=True):
+        assert torch.allclose(one, other, rtol=1e-10), name
