@@ -50,15 +50,15 @@ SETTINGS = [
 
 def seeds_and_verdict(rule: Rule, method: np.ndarray, comparator: np.ndarray, base: np.ndarray) -> tuple[int, bool]:
     """How many seeds a claim takes, and whether it gets a verdict. The scores are (12 seeds, rows) and (rows,)."""
-    plan = rules.planned(rules.SEEDS, tuple(rules.SIMULATED[n] for n in rules.SEEDS))
-    for number, (seeds, level) in enumerate(zip(plan.seeds, plan.levels, strict=True)):
+    plan = rules.planned()
+    for number, (seeds, level) in enumerate(zip(plan.looks, plan.levels, strict=True)):
         sides = Sides(method[:seeds], comparator[:seeds], base)
         evidence = rule.evidence(sides)
         if min(evidence.supported, evidence.contradicted) <= level:
             return seeds, True
-        if seeds < plan.seeds[-1] and rules.chance_of_decision(rule, sides, plan, number) < rules.FUTILE:
+        if seeds < plan.looks[-1] and rules.chance_of_decision(rule, sides, plan, number) < rules.FUTILE:
             return seeds, False
-    return plan.seeds[-1], False
+    return plan.looks[-1], False
 
 
 def simulate(setting: Setting, draws: int) -> tuple[float, float]:

@@ -33,14 +33,14 @@ class Futility:
 def futility(world: World, retained: float, draws: int) -> list[Futility]:
     """Run plans for `Retains(0.9)` with the method's true share of the gain, with and without stopping."""
     rule, plan, generator = Retains(0.9), rules.planned(), np.random.default_rng(world.rows)
-    decided_at = np.full(draws, len(plan.seeds))
-    chances = np.ones((draws, len(plan.seeds)))
+    decided_at = np.full(draws, len(plan.looks))
+    chances = np.ones((draws, len(plan.looks)))
     for draw in range(draws):
         population = Population(world, 1, generator)
         scores = [population.method(world.base + retained * world.gain), population.comparator]
         method, comparator = (table[0].astype(np.float64) for table in scores)
         base = population.base[0].astype(np.float64)
-        for look, (n, level) in enumerate(zip(plan.seeds, plan.levels, strict=True)):
+        for look, (n, level) in enumerate(zip(plan.looks, plan.levels, strict=True)):
             sides = Sides(method[:n], comparator[:n], base)
             evidence = rule.evidence(sides)
             if min(evidence.supported, evidence.contradicted) <= level:
@@ -48,13 +48,13 @@ def futility(world: World, retained: float, draws: int) -> list[Futility]:
                 break
             if n < SEEDS:
                 chances[draw, look] = rules.chance_of_decision(rule, sides, plan, look)
-    ends = np.array([*plan.seeds, SEEDS])
+    ends = np.array([*plan.looks, SEEDS])
     found = []
     for threshold in FUTILITY_THRESHOLDS:
         low = chances < threshold
-        stopped_at = np.where(low.any(1), low.argmax(1), len(plan.seeds))
+        stopped_at = np.where(low.any(1), low.argmax(1), len(plan.looks))
         stops = stopped_at < decided_at
-        verdicts = decided_at < len(plan.seeds)
+        verdicts = decided_at < len(plan.looks)
         lost = float((stops & verdicts).sum() / max(1, verdicts.sum()))
         seeds, without = ends[np.minimum(stopped_at, decided_at)].mean(), ends[decided_at].mean()
         found.append(Futility(world, retained, threshold, float(stops.mean()), lost, float(seeds), float(without)))

@@ -33,12 +33,11 @@ from stopping import Futility, futility
 
 from tiedlora.analysis import rules
 from tiedlora.analysis.intervals import MeanSquares
-from tiedlora.analysis.rules import Better, Level, Looks, Retains, Rule, Sides
+from tiedlora.analysis.rules import Better, Level, Plan, Retains, Rule, Sides
 
-PLANS: dict[str, Looks] = {
+PLANS: dict[str, Plan] = {
     **{f"{n} seeds": rules.planned([n]) for n in rules.SEEDS},
     "looks": rules.planned(),
-    "looks, simulated levels": rules.planned(levels=list(rules.SIMULATED.values())),
 }
 UNPLANNED = "looks at 5 % each"
 NUMBERS_AT_ONCE = 400_000
@@ -102,7 +101,7 @@ def count(rule: Rule, contrasts: Sequence[Squares], gains: Squares) -> Counts:
             supported, contradicted = supported | (yes & undecided), contradicted | (no & undecided)
         return np.array([supported.sum(), contradicted.sum()])
 
-    counts = {name: verdicts(plan.seeds, plan.levels) for name, plan in PLANS.items()}
+    counts = {name: verdicts(plan.looks, plan.levels) for name, plan in PLANS.items()}
     counts[UNPLANNED] = verdicts(rules.SEEDS, [rules.TOTAL] * len(rules.SEEDS))
     return counts
 

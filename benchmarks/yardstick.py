@@ -83,7 +83,9 @@ def drawn(arms: Arms, seeds: int, generator: np.random.Generator) -> tuple[Array
     rest *= np.sqrt(recorded / (recorded - 1))
     which = generator.integers(0, recorded, (len(tables), seeds, len(chosen)))
     own = np.take_along_axis(rest, which, axis=1)
-    sd = np.array([intervals.mean_squares(table).spread().seeds for table in tables])[:, None, None]
+    squares = intervals.mean_squares(tables)
+    between_seeds = np.maximum(0.0, squares.of_seeds - np.maximum(0.0, squares.of_rest)) / squares.rows
+    sd = np.sqrt(between_seeds)[:, None, None]
     new_seeds = sd * generator.normal(size=(len(tables), seeds, 1))
     return of_row[:, :, chosen] + own + new_seeds, None if codes is None else Clusters(codes)
 

@@ -1,11 +1,10 @@
 """python scripts/sweep.py plan|status|watch|select|drop|retry +grid=paper [words of train.py]: a sweep.
 
-plan shows every cell and its state, what the sweep will cost, and which claims it can decide. status shows counts and
-the time left in one line, and then the unfinished cells. watch shows them in a live table while the sweep runs, from
-any terminal on the same folder; instead of words it takes a sweep's id or name, or nothing for the newest one. select
-chooses each configuration's learning rate on validation, and scores test only for the chosen runs. drop takes cells
-out of a sweep, also while it runs, and retry puts them back or lets failed ones run once more: name them by their ids,
-such as 'LoRA-*-s1-*'.
+plan shows every cell, its state, and what the sweep will cost. status shows counts and the time left in one line, and
+then the unfinished cells. watch shows them in a live table while the sweep runs, from any terminal on the same folder;
+instead of words it takes a sweep's id or name, or nothing for the newest one. select chooses each configuration's
+learning rate on validation, and scores test only for the chosen runs. drop takes cells out of a sweep, also while it
+runs, and retry puts them back or lets failed ones run once more: name them by their ids, such as 'LoRA-*-s1-*'.
 """
 
 import argparse
@@ -16,7 +15,6 @@ from json import dumps
 from pathlib import Path
 
 from tiedlora import errors
-from tiedlora.analysis import claims
 from tiedlora.analysis.rate_choice import CRITERIA
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
@@ -129,24 +127,9 @@ def show(sweep: Sweep, searches: bool, tflops: float | None, json: bool) -> None
         print(status.to_json(sweep, cells, [asdict(row) for row in forecasts] if tflops else None))
     elif tflops:
         print(f"{status.table(cells)}\n\n{status.summary_line(sweep.id, cells)}\n")
-        print(f"{forecast.described(forecasts, unknown)}\n")
-        print("\n".join(decidable_claims(sweep)))
+        print(forecast.described(forecasts, unknown))
     else:
         print("\n".join([status.summary_line(sweep.id, cells), *status.unfinished_lines(cells)]))
-
-
-def decidable_claims(sweep: Sweep) -> list[str]:
-    """Which of the paper's claims the sweep's seeds and test rows can decide, before the sweep is run."""
-    seeds = len({cell.config.seed for cell in sweep.cells})
-    by_task = {cell.config.task.name: cell.config for cell in sweep.cells}
-    rows = {task: forecast.split_rows(config, "test") for task, config in by_task.items()}
-    unknown = [task for task, count in rows.items() if count is None]
-    lines = [f"{task}: the number of test rows is not known here; set task.rows.test or data_root" for task in unknown]
-    known = [count for count in rows.values() if count is not None]
-    if not known:
-        return lines
-    stated = claims.read(PROJECT / "claims/tied_lora.yaml")
-    return [*lines, *(claims.outlook(claim, seeds, min(known)) for claim in stated)]
 
 
 if __name__ == "__main__":

@@ -94,7 +94,6 @@ class TestLooks:
         assert three.verdict == four.verdict == "undecided"
         assert (four.look, four.seeds, four.contrast) == (0, 3, three.contrast)
         assert "needs seeds 4 on both sides; a later look decides with a chance of" in four.decide
-        assert "if the two are equal, the plan decides in 4 of 5 tries where the comparator gains" in four.decide
 
     def test_a_seed_that_diverged_is_missing_and_one_that_crashed_stops_the_look(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)

@@ -33,7 +33,7 @@ def test_the_shipped_file_states_the_papers_claims():
     assert (first.method.rank, first.comparator.at) == (8, "equal_rank")
     assert second.rule == Better(0.0)
     assert (second.method.at, second.comparator.rank) == ("equal_parameters", 1)
-    assert first.plan.looks == rules.planned((3, 5, 8, 12))
+    assert first.plan == rules.planned((3, 5, 8, 12))
     assert first.plan.of_look(1) == (0, 1, 2, 3, 4)
 
 
@@ -55,14 +55,13 @@ def test_a_claim_names_its_tasks_and_their_metrics(tmp_path):
     (some,) = read(tmp_path, entry(tasks="[squad]"))
     (named,) = read(tmp_path, entry(tasks="{squad: f1, gsm8k: target_loss}"))
     assert every.covers("squad")
-    assert some.metrics == {"squad": ""}
+    assert some.tasks == {"squad": ""}
     assert not some.covers("gsm8k")
-    assert named.metrics == {"squad": "f1", "gsm8k": "target_loss"}
+    assert named.tasks == {"squad": "f1", "gsm8k": "target_loss"}
 
 
-def test_a_plan_may_name_its_levels_and_its_seeds(tmp_path):
-    (claim,) = read(tmp_path, entry(top="looks: [3, 5]\nlevels: [0.01, 0.04]\nseeds: [7, 3, 5, 2, 9]"))
-    assert claim.plan.looks.levels == (0.01, 0.04)
+def test_a_plan_may_name_its_seeds(tmp_path):
+    (claim,) = read(tmp_path, entry(top="looks: [3, 5]\nseeds: [7, 3, 5, 2, 9]"))
     assert claim.plan.of_look(0) == (7, 3, 5)
 
 
@@ -96,7 +95,6 @@ LOOKS = "looks: [3, 5, 8, 12]"
         ((LOOKS, "looks: many"), "looks=many: must be a valid list"),
         ((LOOKS, "looks: [0, 3]"), r"looks\.0=0: must be greater than or equal to 2"),
         ((LOOKS, "looks: [3, 100000000]"), "looks at 100,000,000 seeds: at most 1,000 are allowed"),
-        ((LOOKS, "looks: [3, 5]\nlevels: [0.05, 0.05]"), "their sum"),
         ((LOOKS, "looks: [3]\nseeds: [0, 1, 1]"), "at least 3 different seeds"),
         ((LOOKS, "looks: [3]\nseeds: [0, 1, 9999999999]"), r"seeds\.2=9999999999: must be less than or equal"),
         (("claims:", "claim:"), r"claim: unknown key \(did you mean claims\?\)"),
@@ -278,16 +276,3 @@ def test_a_changed_specification_answers_by_a_name_of_its_own_only(tmp_path, ans
     assert "TABuv r=8 was not run on it" in found.reason
     (found,) = answers("mine, rank: 8", roots=("runs", "mine"))
     assert "custom (mine) r=8 against LoRA r=8" in found.reason
-
-
-@pytest.mark.parametrize(
-    ("number", "seeds", "rows", "says"),
-    [
-        (0, 2, 250, "reach no planned look (the first is at 3 seeds)"),
-        (0, 3, 300, "will hardly decide it"),
-        (0, 20, 20_000, "looks at 3, 5, 8, 12 seeds of 20,000 rows decide it in 4 of 5 tries"),
-        (1, 20, 20_000, "with a chance of 100 % if it is true by 2 points"),
-    ],
-)
-def test_what_a_sweep_can_decide_is_said_before_it_runs(number, seeds, rows, says):
-    assert says in claims.outlook(claims.read(FILE)[number], seeds, rows)

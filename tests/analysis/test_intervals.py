@@ -130,11 +130,10 @@ class TestSeedsAndRows:
         fit = smf.mixedlm("score ~ 1", frame, groups="everything", vc_formula=effects).fit(reml=True)
         components = dict(zip(fit.model.exog_vc.names, fit.vcomp, strict=True))
 
-        found = mean_squares(values).spread()
-        assert found.seeds**2 == pytest.approx(components["seed"], rel=0.1)
-        assert found.examples**2 == pytest.approx(components["row"], rel=0.1)
-        assert found.rest**2 == pytest.approx(fit.scale, rel=0.1)
-        assert found.of_mean(seeds, rows) == pytest.approx(fit.bse["Intercept"], rel=0.1)
+        found = mean_squares(values)
+        assert (found.of_seeds - found.of_rest) / rows == pytest.approx(components["seed"], rel=0.1)
+        assert (found.of_rows - found.of_rest) / seeds == pytest.approx(components["row"], rel=0.1)
+        assert found.of_rest == pytest.approx(fit.scale, rel=0.1)
 
         # The interval, from the fit's components alone.
         of_seeds = components["seed"] / seeds + fit.scale / (seeds * rows)

@@ -25,10 +25,11 @@ from enum import StrEnum
 from typing import Literal
 
 from tiedlora.analysis import claims, compare, intervals, rules
-from tiedlora.analysis.claims import Claim, Pair, Plan
+from tiedlora.analysis.claims import Claim, Pair
 from tiedlora.analysis.compare import Estimate, Measure, PairedScores
 from tiedlora.analysis.frontier import Peer, groups_of, parts_of
 from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.rules import Plan
 from tiedlora.analysis.runs import Scorebook
 from tiedlora.errors import UserError
 from tiedlora.records.interval import Interval
@@ -120,7 +121,7 @@ def answer_claims(
         answers += [_answer(claim, pair, split or shown[pair.task], book) for pair in pairs]
         reason, decide = f"{claim.anchor} was not run on it", next_look(claim.plan, 0)
         for model in sorted({pair.model for pair in pairs}) or [""]:
-            tasks = set(claim.metrics) or {group.task for group in groups if model in (group.model, "")}
+            tasks = set(claim.tasks) or {group.task for group in groups if model in (group.model, "")}
             missing = tasks - {pair.task for pair in pairs if pair.model == model}
             answers += [Answer(claim, model, task, reason=reason, decide=decide) for task in sorted(missing)]
     mark_survivors(answers)
@@ -190,11 +191,11 @@ def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Score
         return
     plan, where, level = answer.claim.plan, "", rules.TOTAL
     if not answer.exploratory:
-        reached = [number for number in range(len(plan.looks.seeds)) if set(plan.of_look(number)) <= set(scores.seeds)]
+        reached = [number for number in range(len(plan.looks)) if set(plan.of_look(number)) <= set(scores.seeds)]
         if not reached:
             answer.reason += f"; sensitivity not shown: {weakest.name} has not the seeds of a look"
             return
-        scores, level = scores.of(plan.of_look(reached[-1])), plan.looks.levels[reached[-1]]
+        scores, level = scores.of(plan.of_look(reached[-1])), plan.levels[reached[-1]]
         where = f" at look {reached[-1] + 1}"
     if min(scores.sides.method.shape) < 2:
         answer.reason += f"; sensitivity not shown: {weakest.name} has one seed or row in common"
@@ -254,7 +255,7 @@ def _decide(answer: Answer, scores: PairedScores, ended: set[int]) -> None:
     if answer.rows < 2:
         answer.reason, answer.decide = "one row has no interval", "two or more rows"
         return
-    for number in range(len(plan.looks.seeds)):
+    for number in range(len(plan.looks)):
         declared = plan.of_look(number)
         if not set(declared) <= ended:
             _wait_for(answer, scores, number, ended)
@@ -271,14 +272,14 @@ def _decide(answer: Answer, scores: PairedScores, ended: set[int]) -> None:
 
 def _look(answer: Answer, seen: PairedScores, number: int) -> bool:
     """Take one look, and return whether it decides. A decided claim needs nothing more."""
-    planned, count = answer.claim.plan.looks, len(answer.claim.plan.looks.seeds)
-    level = planned.levels[number]
+    plan, count = answer.claim.plan, len(answer.claim.plan.looks)
+    level = plan.levels[number]
     evidence = _test(answer, seen, level)
     answer.look, answer.seeds = number, len(seen.seeds)
-    answer.contradicted_level = min(answer.contradicted_level, rules.adjusted(planned, number, evidence.contradicted))
-    decided = rules.adjusted(planned, number, min(evidence.supported, evidence.contradicted))
+    answer.contradicted_level = min(answer.contradicted_level, rules.adjusted(plan, number, evidence.contradicted))
+    decided = rules.adjusted(plan, number, min(evidence.supported, evidence.contradicted))
     answer.decided_level = min(answer.decided_level, decided)
-    missing = len(answer.claim.plan.of_look(number)) - len(seen.seeds)
+    missing = len(plan.of_look(number)) - len(seen.seeds)
     answer.reason = f"look {number + 1} of {count}: {len(seen.seeds)} seeds at level {100 * level:.2g} %"
     answer.reason += f", {missing} diverged" if missing else ""
     if answer.claim.rule.needs_zero and evidence.gain is not None and evidence.gain > level:
@@ -323,14 +324,14 @@ def _wait_for(answer: Answer, scores: PairedScores, number: int, ended: set[int]
     answer.decide = next_look(plan, number, ended)
     if answer.look is not None:
         _predict(answer, scores)
-    elif len(scores.seeds) >= plan.looks.seeds[0]:
+    elif len(scores.seeds) >= plan.looks[0]:
         answer.exploratory = True
         evidence = _test(answer, scores, rules.TOTAL)
         answer.contradicted_level = evidence.contradicted
         answer.decided_level = min(evidence.supported, evidence.contradicted)
         answer.reason = f"exploratory: seeds {number_list(scores.seeds)} are not the planned ones"
     else:
-        answer.reason = f"before the first look: {len(scores.seeds)} of {plan.looks.seeds[0]} seeds"
+        answer.reason = f"before the first look: {len(scores.seeds)} of {plan.looks[0]} seeds"
 
 
 def _predict(answer: Answer, scores: PairedScores) -> None:
@@ -338,28 +339,20 @@ def _predict(answer: Answer, scores: PairedScores) -> None:
     plan, look = answer.claim.plan, answer.look
     assert look is not None
     seen = scores.of(plan.of_look(look))
-    if len(seen.seeds) < plan.looks.seeds[look]:
+    if len(seen.seeds) < plan.looks[look]:
         return
-    rule, sides = answer.claim.rule, seen.sides
-    chance = rules.chance_of_decision(rule, sides, plan.looks, look)
+    chance = rules.chance_of_decision(answer.claim.rule, seen.sides, plan, look)
     answer.is_futile = chance < rules.FUTILE
     if answer.is_futile:
         answer.decide = f"no planned look is likely to change it (chance {100 * chance:.0f} %)"
     else:
         answer.decide += f"; a later look decides with a chance of {100 * chance:.0f} %"
-    spread = intervals.mean_squares(rule.contrast(sides), sides.clusters).spread()
-    if (gain := rules.gain_needed(rule, spread, answer.rows, plan.looks)) is not None and answer.measure is not None:
-        unit = answer.measure.unit
-        answer.decide += (
-            "; if the two are equal, the plan decides in 4 of 5 tries where the comparator gains "
-            f"{unit.factor * gain:.{unit.decimals}f} {unit.words} or more"
-        )
 
 
 def next_look(plan: Plan, number: int, ended: Iterable[int] = ()) -> str:
     """The look with this number in words, and the seeds that it still needs."""
     missing = [seed for seed in plan.of_look(number) if seed not in set(ended)]
-    return f"the look at {plan.looks.seeds[number]} seeds: needs seeds {number_list(missing)} on both sides"
+    return f"the look at {plan.looks[number]} seeds: needs seeds {number_list(missing)} on both sides"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A paper's claims as comparisons, read from a YAML file; the groups that they compare; what a sweep can decide."""
+"""A paper's claims as comparisons, read from a YAML file; the groups that they compare."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from tiedlora import storage, tying
 from tiedlora.analysis import rules
 from tiedlora.analysis.frontier import Blend, Peer, curve, groups_of
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.intervals import Spread
-from tiedlora.analysis.rules import Better, Level, Looks, Retains, Rule
+from tiedlora.analysis.rules import Better, Level, Plan, Retains, Rule
 from tiedlora.config import compose
 from tiedlora.config.explain import options
 from tiedlora.errors import UserError
@@ -75,56 +74,6 @@ class Side:
         return f"{self.label} {f'at {self.at}'.replace('_', ' ') if self.at else f'r={self.rank}'}"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """At which numbers of seeds a verdict is given, and which seeds these are."""
-
-    looks: Looks
-    seeds: tuple[int, ...]
-    """The seeds in declared order. A look at n seeds uses the first n."""
-
-    def of_look(self, number: int) -> tuple[int, ...]:
-        """The seeds of a look, which is counted from 0."""
-        return self.seeds[: self.looks.seeds[number]]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One comparison that a paper claims."""
-
-    paper: str
-    name: str
-    method: Side
-    comparator: Side
-    rule: Rule
-    metrics: dict[str, str]
-    """Task -> the metric that decides, or an empty text for the task's first. Without tasks, every task counts."""
-    plan: Plan
-    floor: Side | None = None
-    """The arm whose scores are the zero point of gains; None takes the base model."""
-    weakest: Side | None = None
-    """An arm that must not pass: if it does, the trial cannot fail, and a pass means nothing."""
-
-    @property
-    def anchor(self) -> Side:
-        """The side that has a rank; of two such sides, the method. The other side is matched to it."""
-        return self.comparator if self.method.is_matched else self.method
-
-    @property
-    def sides(self) -> dict[str, Side]:
-        """Key of the claims' file -> the side that it names."""
-        named = {"method": self.method, "comparator": self.comparator, "floor": self.floor, "weakest": self.weakest}
-        return {key: side for key, side in named.items() if side is not None}
-
-    def covers(self, task: str) -> bool:
-        """Whether the claim is about the task."""
-        return not self.metrics or task in self.metrics
-
-    def metric_on(self, task: str, first: str) -> str:
-        """The metric that the claim compares on a task whose first metric is `first`."""
-        return self.metrics.get(task) or first
-
-
 def _by_task(tasks: Any) -> Any:
     if isinstance(tasks, dict) or (isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)):
         return tasks if isinstance(tasks, dict) else dict.fromkeys(tasks, "")
@@ -140,16 +89,13 @@ class _Entry:
     method: Side
     comparator: Side
     tasks: Annotated[dict[Text, Text], BeforeValidator(_by_task)]
+    """Task -> the metric that decides, or an empty text for the task's first. Without tasks, every task counts."""
     retains: Annotated[Number, Field(ge=0.01, lt=1)] | None = None
     """The share of the comparator's gain that is kept."""
     better_by: Annotated[Number, Field(ge=0, lt=1)] | None = None
     """In the score's unit: 0.02 is two points."""
     level_within: Annotated[Number, Field(ge=0.001, lt=1)] | None = None
     """A share of the comparator's gain."""
-    floor: Side | None = None
-    """The zero point of this claim, in place of the file's."""
-    weakest: Side | None = None
-    """The weakest arm of this claim, in place of the file's."""
 
     def __post_init__(self) -> None:
         given = [key for key in RULES if getattr(self, key) is not None]
@@ -163,19 +109,41 @@ class _Entry:
         same_size = one.rank == other.rank or one.at or other.at
         if same_size and (one.label, one.seed_offset) == (other.label, other.seed_offset):
             raise ValueError(f"compares {one.label} with itself; seed_offset on one side gives it other seeds")
-        _check_fixed(self.floor, self.weakest)
 
+
+@dataclass(frozen=True)
+class Claim(_Entry):
+    """One comparison that a paper claims, with what its file plans for all of its claims."""
+
+    plan: Plan = field(kw_only=True)
+    floor: Side | None = None
+    """The arm whose scores are the zero point of gains; None takes the base model."""
+    weakest: Side | None = None
+    """An arm that must not pass: if it does, the trial cannot fail, and a pass means nothing."""
+
+    @property
     def rule(self) -> Rule:
         """The one rule that is given."""
         return next(make(value) for key, make in RULES.items() if (value := getattr(self, key)) is not None)
 
+    @property
+    def anchor(self) -> Side:
+        """The side that has a rank; of two such sides, the method. The other side is matched to it."""
+        return self.comparator if self.method.is_matched else self.method
 
-def _check_fixed(floor: Side | None, weakest: Side | None) -> None:
-    for key, side in (("floor", floor), ("weakest", weakest)):
-        if side is not None and side.rank is None and side.at != EQUAL_RANK:
-            raise ValueError(f"{key}: needs a rank, or at: {EQUAL_RANK}")
-        if side is not None and side.seed_offset:
-            raise ValueError(f"{key}: has the seeds of the plan; seed_offset is for method and comparator")
+    @property
+    def sides(self) -> dict[str, Side]:
+        """Key of the claims' file -> the side that it names."""
+        named = {"method": self.method, "comparator": self.comparator, "floor": self.floor, "weakest": self.weakest}
+        return {key: side for key, side in named.items() if side is not None}
+
+    def covers(self, task: str) -> bool:
+        """Whether the claim is about the task."""
+        return not self.tasks or task in self.tasks
+
+    def metric_on(self, task: str, first: str) -> str:
+        """The metric that the claim compares on a task whose first metric is `first`."""
+        return self.tasks.get(task) or first
 
 
 RULES: dict[str, Callable[[float], Rule]] = {"retains": Retains, "better_by": Better, "level_within": Level}
@@ -189,32 +157,20 @@ class _File:
     claims: Annotated[list[_Entry], Field(min_length=1)]
     paper: Text = ""
     looks: list[Annotated[Whole, Field(ge=2)]] = field(default_factory=lambda: list(rules.SEEDS))
-    levels: list[Number] | None = None
     seeds: list[Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]] | None = None
     floor: Side | None = None
-    """The zero point of every claim that names none itself."""
     weakest: Side | None = None
-    """The weakest arm of every claim that names none itself."""
 
     def __post_init__(self) -> None:
-        _check_fixed(self.floor, self.weakest)
+        for key, side in (("floor", self.floor), ("weakest", self.weakest)):
+            if side is not None and side.rank is None and side.at != EQUAL_RANK:
+                raise ValueError(f"{key}: needs a rank, or at: {EQUAL_RANK}")
+            if side is not None and side.seed_offset:
+                raise ValueError(f"{key}: has the seeds of the plan; seed_offset is for method and comparator")
         names = [entry.name for entry in self.claims]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two claims have the name {twice!r:.80}; give each its own")
-        self.plan()
-
-    def plan(self) -> Plan:
-        """The planned looks of every claim.
-
-        Raises:
-            ValueError: the looks, levels or seeds do not fit each other.
-        """
-        planned = rules.planned(self.looks, self.levels)
-        last = planned.seeds[-1]
-        seeds = tuple(range(last) if self.seeds is None else self.seeds)
-        if len(set(seeds)) < len(seeds) or len(seeds) < last:
-            raise ValueError(f"seeds {list(seeds)!s:.60}: must be at least {last} different seeds, for the last look")
-        return Plan(planned, seeds)
+        rules.planned(self.looks, self.seeds)
 
 
 _KEYS = [item.name for kind in (_File, _Entry, Side) for item in fields(kind)]
@@ -234,21 +190,8 @@ def read(path: Path) -> list[Claim]:
         file = from_person(_File, text, _KEYS)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    plan = file.plan()
-    return [
-        Claim(
-            file.paper,
-            entry.name,
-            entry.method,
-            entry.comparator,
-            entry.rule(),
-            entry.tasks,
-            plan,
-            entry.floor or file.floor,
-            entry.weakest or file.weakest,
-        )
-        for entry in file.claims
-    ]
+    plan = rules.planned(file.looks, file.seeds)
+    return [Claim(**vars(entry), plan=plan, floor=file.floor, weakest=file.weakest) for entry in file.claims]
 
 
 def check_names(
@@ -272,7 +215,7 @@ def check_names(
             name, own_key = (side.frontier, "frontier") if side.frontier else (side.configuration, "configuration")
             if name not in known:
                 raise UserError(f"{where}: {key}.{own_key}={name:.80}: {NO_SUCH} tying{nearest(name, known)}")
-        for task, metric in claim.metrics.items():
+        for task, metric in claim.tasks.items():
             if task not in tasks:
                 raise UserError(f"{where}: tasks: {task:.80}: {NO_SUCH} task{nearest(task, tasks)}")
             names = {*_own_metrics(task), *metrics.get(task, ())}
@@ -401,7 +344,7 @@ def _on_curve(
     A size is on it if it has the claim's metric on the seeds of the first look, so that a size which has just begun
     does not take part.
     """
-    seeds, metric = set(claim.plan.of_look(0)), claim.metrics.get(anchor.task)
+    seeds, metric = set(claim.plan.of_look(0)), claim.tasks.get(anchor.task)
 
     def is_ready(group: RunGroup) -> bool:
         scored = [run for run in group.runs if any(not metric or metric in s.metrics for s in run.splits.values())]
@@ -503,35 +446,3 @@ def unequal_effort(method: RunGroup, comparator: Peer) -> str:
         return ""
     words = [f"{count} rate{'s' if count > 1 else ''} of {name}" for name, count in counts.items()]
     return f"unequal search: {' against '.join(words)}"
-
-
-# What a sweep can be expected to decide, before it is run.
-
-ASSUMED = Spread(seeds=0.01, examples=0.3, rest=0.45)
-"""The spread of a paired difference that is assumed before anything was measured: one point between seeds; a third of
-the examples differ between two methods, and a half between two seeds of one method."""
-PLANNED_DIFFERENCE = 0.02
-"""A claim without a margin is planned for a true difference of two points."""
-
-
-def outlook(claim: Claim, seeds: int, rows: int) -> str:
-    """What a sweep with so many seeds and test rows can decide."""
-    planned = claim.plan.looks
-    count = sum(look <= seeds for look in planned.seeds)
-    if count == 0:
-        return f"{claim.name}: {seeds} seeds reach no planned look (the first is at {planned.seeds[0]} seeds)"
-    reached, known = Looks(planned.seeds[:count], planned.levels[:count]), "assuming a usual spread of scores"
-    where = f"{claim.name}: looks at {', '.join(map(str, reached.seeds))} seeds of {rows:,} rows"
-    gain = rules.gain_needed(claim.rule, ASSUMED, rows, reached)
-    if gain is not None and gain > 1:
-        return f"{where} will hardly decide it: use more seeds or rows, or compare the loss, {known}"
-    if gain is not None:
-        return (
-            f"{where} decide it in 4 of 5 tries if the two are equal and the comparator gains {100 * gain:.0f} points "
-            f"or more, {known}"
-        )
-    distance = getattr(claim.rule, "margin", 0.0) or PLANNED_DIFFERENCE
-    chance = rules.chance_at_looks(distance, ASSUMED, rows, reached)[-1]
-    return (
-        f"{where} decide it with a chance of {100 * chance:.0f} % if it is true by {100 * distance:g} points, {known}"
-    )

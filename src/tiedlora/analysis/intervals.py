@@ -364,21 +364,6 @@ def clustered_mean(values: Array, clusters: Clusters, limits: tuple[float, float
 
 
 @dataclass(frozen=True)
-class Spread:
-    """The standard deviations of a paired difference: between seeds, between examples, and of the remainder."""
-
-    seeds: float
-    examples: float
-    rest: float
-    freedom: float | None = None
-    """The degrees of freedom of the examples' part; None for independent rows, which have rows - 1."""
-
-    def of_mean(self, seeds: int, rows: int) -> float:
-        """The standard error of the mean over so many seeds and rows."""
-        return math.sqrt(self.seeds**2 / seeds + self.examples**2 / rows + self.rest**2 / (seeds * rows))
-
-
-@dataclass(frozen=True)
 class MeanSquares:
     """The mean and the mean squares of tables of seeds x rows: the analysis of variance of two crossed random factors.
 
@@ -417,13 +402,6 @@ class MeanSquares:
         )
         half: Array = np.maximum(both, t_rows * np.sqrt(self.of_rows)) / math.sqrt(self.seeds * self.rows)
         return half
-
-    def spread(self) -> Spread:
-        """The standard deviations of one table. A variance that is estimated below zero becomes zero."""
-        of_seeds, of_rows, rest = float(self.of_seeds), float(self.of_rows), max(0.0, float(self.of_rest))
-        between_seeds, between_rows = (of_seeds - rest) / self.rows, (of_rows - rest) / self.seeds
-        between_seeds, between_rows = max(0.0, between_seeds), max(0.0, between_rows)
-        return Spread(math.sqrt(between_seeds), math.sqrt(between_rows), math.sqrt(rest), self.freedom)
 
 
 @functools.lru_cache(maxsize=4096)

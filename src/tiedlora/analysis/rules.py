@@ -29,18 +29,12 @@ from numpy.typing import NDArray
 from scipy import optimize
 
 from tiedlora.analysis import intervals
-from tiedlora.analysis.intervals import Array, Clusters, MeanSquares, Spread
+from tiedlora.analysis.intervals import Array, Clusters, MeanSquares
 from tiedlora.records.interval import Interval
 
-POWER = 0.8
-"""Plans ask for the seeds, rows or gain with which a claim is decided in 4 of 5 repetitions."""
 TOTAL = 0.05
 """The chance of a wrong verdict in a whole plan, at most."""
 SEEDS = (3, 5, 8, 12)
-SIMULATED = {3: 0.0020, 5: 0.0060, 8: 0.0155, 12: 0.0350}
-"""Levels for looks at 3, 5, 8 and 12 seeds. Their sum is above 0.05, but the looks share seeds: at most 4.9 % of
-verdicts are wrong in benchmarks/verdicts.py, but 5.6 % where seeds differ as much as their mean score. There the
-default levels give 4.9 % (docs/results.md)."""
 MOST_SEEDS = 1000
 """Of a look. Each seed is a whole run of both sides, and a prediction simulates all of them DRAWS times."""
 DRAWS = 4000
@@ -93,13 +87,6 @@ class Rule(ABC):
     """A decision rule."""
 
     needs_zero: ClassVar[bool] = True
-
-    @property
-    def slack(self) -> float | None:
-        """The share of the comparator's gain between a method that equals the comparator and the rule's boundary; None
-        for a rule about a margin in the score's unit.
-        """
-        return None
 
     @abstractmethod
     def contrasts(self, sides: Sides) -> tuple[Array, ...]:
@@ -177,10 +164,6 @@ class Retains(Rule):
 
     rho: float = 0.9
 
-    @property
-    def slack(self) -> float:
-        return 1 - self.rho
-
     def __str__(self) -> str:
         return f"keeps {100 * self.rho:g} % of the gain"
 
@@ -217,10 +200,6 @@ class Level(Rule):
     """
 
     delta: float
-
-    @property
-    def slack(self) -> float:
-        return self.delta
 
     def __str__(self) -> str:
         return f"is level within {100 * self.delta:g} % of the gain"
@@ -269,55 +248,64 @@ def _level_above(table: Array, clusters: Clusters | None) -> float:
 
 
 @dataclass(frozen=True)
-class Looks:
-    """The numbers of seeds at which a claim is looked at, and the two-sided level at each.
+class Plan:
+    """At which numbers of seeds a verdict is given, and which seeds these are.
 
     Raises:
-        ValueError: the seeds are not increasing numbers from 2 to MOST_SEEDS, a level is not positive, the lengths
-            differ, or the levels spend more than 0.05 in all. (`SIMULATED`'s levels, or some of them, are allowed.)
+        ValueError: the numbers are not increasing from 2 to MOST_SEEDS, or the last look has not so many different
+            seeds.
     """
 
+    looks: tuple[int, ...]
+    """How many seeds each look has."""
     seeds: tuple[int, ...]
-    levels: tuple[float, ...]
+    """The seeds in declared order. A look at n seeds uses the first n."""
 
     def __post_init__(self) -> None:
-        seeds, levels = self.seeds, self.levels
-        if not seeds or seeds[0] < 2 or any(later <= earlier for earlier, later in itertools.pairwise(seeds)):
+        looks, seeds = self.looks, self.seeds
+        if not looks or looks[0] < 2 or any(later <= earlier for earlier, later in itertools.pairwise(looks)):
             raise ValueError(
-                f"looks at {list(seeds)} seeds: must be increasing whole numbers from 2 (3 or more is better)"
+                f"looks at {list(looks)} seeds: must be increasing whole numbers from 2 (3 or more is better)"
             )
-        if seeds[-1] > MOST_SEEDS:
+        if looks[-1] > MOST_SEEDS:
             raise ValueError(
-                f"looks at {seeds[-1]:,} seeds: at most {MOST_SEEDS:,} are allowed, as each is a run of both sides"
+                f"looks at {looks[-1]:,} seeds: at most {MOST_SEEDS:,} are allowed, as each is a run of both sides"
             )
-        if len(levels) != len(seeds) or not all(0 < level < 1 for level in levels):
-            raise ValueError(f"levels {list(levels)}: must be one number in (0, 1) for each look")
-        is_simulated = all(SIMULATED.get(n) == level for n, level in zip(seeds, levels, strict=True))
-        if sum(levels) > TOTAL + 1e-9 and not is_simulated:
-            raise ValueError(f"levels {list(levels)}: their sum is {sum(levels):.4g}, and must be at most {TOTAL}")
+        if len(set(seeds)) < len(seeds) or len(seeds) < looks[-1]:
+            least = f"must be at least {looks[-1]} different seeds, for the last look"
+            raise ValueError(f"seeds {list(seeds)!s:.60}: {least}")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The two-sided level of each look: 0.05 n_k^2 / sum(n_j^2) for its n_k seeds.
+
+        These add up to 0.05, so at most 5 % of verdicts are wrong, however the looks depend on each other (Boole).
+        """
+        squares = [n * n for n in self.looks]
+        return tuple(TOTAL * square / sum(squares) for square in squares)
+
+    def of_look(self, number: int) -> tuple[int, ...]:
+        """The seeds of a look, which is counted from 0."""
+        return self.seeds[: self.looks[number]]
 
 
-def planned(seeds: Sequence[int] = SEEDS, levels: Sequence[float] | None = None) -> Looks:
-    """A plan. Without levels, look k has 0.05 n_k^2 / sum(n_j^2) for its n_k seeds.
-
-    These levels add up to 0.05, so at most 5 % of verdicts are wrong, however the looks depend on each other (Boole).
+def planned(looks: Sequence[int] = SEEDS, seeds: Sequence[int] | None = None) -> Plan:
+    """A plan; without seeds, with 0, 1, 2, ...
 
     Raises:
-        ValueError: as Looks.
+        ValueError: as Plan.
     """
-    if levels is None:
-        squares = [n * n for n in seeds]
-        levels = [TOTAL * square / sum(squares) for square in squares]
-    return Looks(tuple(seeds), tuple(levels))
+    # As many as a plan may have at most: a larger number is refused before its seeds are made.
+    last = min(max(looks, default=0), MOST_SEEDS)
+    return Plan(tuple(looks), tuple(range(last) if seeds is None else seeds))
 
 
-def adjusted(looks: Looks, look: int, p: float) -> float:
+def adjusted(plan: Plan, look: int, p: float) -> float:
     """The level of the whole plan at which a level `p` decides at this look (0 is the first).
 
-    All levels are scaled together: p decides if it is at most the look's level, and then this is at most 0.05, also in
-    a plan that spends less. For `SIMULATED`'s levels, it is exact at 0.05 and approximate elsewhere.
+    All levels are scaled together: p decides if it is at most the look's level, and then this is at most 0.05.
     """
-    return min(1.0, p * TOTAL / looks.levels[look])
+    return min(1.0, p * TOTAL / plan.levels[look])
 
 
 def holm(p_values: Sequence[float], level: float = TOTAL) -> list[bool]:
@@ -335,7 +323,7 @@ def holm(p_values: Sequence[float], level: float = TOTAL) -> list[bool]:
     return rejected
 
 
-def chance_of_decision(rule: Rule, sides: Sides, looks: Looks, look: int) -> float:
+def chance_of_decision(rule: Rule, sides: Sides, plan: Plan, look: int) -> float:
     """The predictive probability that a later look of the plan decides, given the scores up to this look.
 
     The later seeds are drawn from a normal distribution with the mean and spread of the seeds so far, both uncertain:
@@ -343,22 +331,22 @@ def chance_of_decision(rule: Rule, sides: Sides, looks: Looks, look: int) -> flo
     This is simulated with DRAWS draws of a fixed generator.
 
     Args:
-        sides: of the first `looks.seeds[look]` seeds, without leading axes.
+        sides: of the first `plan.looks[look]` seeds, without leading axes.
         look: 0 is the first.
 
     Raises:
         ValueError: the number of seeds is not that of the look, or as `intervals.mean_squares`.
     """
-    if len(sides.method) != looks.seeds[look]:
-        raise ValueError(f"look {look + 1} has {looks.seeds[look]} seeds; the scores have {len(sides.method)}")
+    if len(sides.method) != plan.looks[look]:
+        raise ValueError(f"look {look + 1} has {plan.looks[look]} seeds; the scores have {len(sides.method)}")
     tables = list(rule.contrasts(sides))
     if rule.needs_zero and sides.gain is not None:
         tables.append(np.broadcast_to(sides.gain, sides.method.shape))
     now = [intervals.mean_squares(table, sides.clusters) for table in tables]
     of_seeds = np.stack([table.mean(-1) for table in tables], axis=-1)
-    drawn = _predicted_seeds(of_seeds, looks.seeds[-1])
+    drawn = _predicted_seeds(of_seeds, plan.looks[-1])
     decided = np.zeros(DRAWS, dtype=bool)
-    for n, level in list(zip(looks.seeds, looks.levels, strict=True))[look + 1 :]:
+    for n, level in list(zip(plan.looks, plan.levels, strict=True))[look + 1 :]:
         squares = [
             _at_seeds(drawn[:, :n, k], *_row_effects(found), found.rows, found.freedom) for k, found in enumerate(now)
         ]
@@ -400,56 +388,3 @@ def _at_seeds(of_seed: Array, of_rows: float, rest: float, rows: int, freedom: f
         rows,
         freedom,
     )
-
-
-def chance_at_looks(
-    rule_distance: float, spread: Spread, rows: int, looks: Looks, both_sides: bool = False
-) -> list[float]:
-    """The chance that a claim is decided rightly by each look, if its contrast's true value is `rule_distance`.
-
-    Simulated with DRAWS draws of a fixed generator: normal effects of seeds and rows with the given spread. A rule that
-    needs the comparator's gain is decided only if that gain is clear too; this is not in the chance.
-
-    Args:
-        both_sides: for `Level`: two contrasts at this distance must both be clear, and their errors are opposite.
-
-    Returns:
-        A chance for each look: it never falls from look to look.
-    """
-    generator = np.random.default_rng(0)
-    of_seed = math.sqrt(spread.seeds**2 + spread.rest**2 / rows) * generator.normal(size=(DRAWS, looks.seeds[-1]))
-    of_seed += spread.examples / math.sqrt(rows) * generator.normal(size=(DRAWS, 1))
-    decided = np.zeros(DRAWS, dtype=bool)
-    chances = []
-    for n, level in zip(looks.seeds, looks.levels, strict=True):
-        found = _at_seeds(of_seed[:, :n], spread.examples**2, spread.rest**2, rows, spread.freedom or rows - 1)
-        error = -np.abs(found.mean) if both_sides else found.mean
-        decided |= abs(rule_distance) + error > found.half_width(level)
-        chances.append(float(decided.mean()))
-    return chances
-
-
-def gain_needed(rule: Rule, spread: Spread, rows: int, looks: Looks) -> float | None:
-    """The comparator's true gain at which the last look decides in 4 of 5 repetitions, if the method equals it.
-
-    The contrast's true value is then the rule's slack times the gain.
-
-    Args:
-        spread: that of the rule's contrast.
-
-    Returns:
-        The gain in the unit of the score; None for a rule about a margin.
-    """
-    if rule.slack is None:
-        return None
-    both_sides = isinstance(rule, Level)
-    high = spread.of_mean(looks.seeds[0], rows)
-    if high == 0:
-        return 0.0
-
-    def missing_power(distance: float) -> float:
-        return POWER - chance_at_looks(distance, spread, rows, looks, both_sides)[-1]
-
-    while missing_power(high) > 0:
-        high *= 2
-    return float(optimize.bisect(missing_power, 0.0, high, xtol=high * 1e-3)) / rule.slack

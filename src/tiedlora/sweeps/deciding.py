@@ -148,7 +148,7 @@ def _needed(claim: Claim) -> list[Side]:
 
 def plan_of(path: Path, claims: Sequence[Claim], budget: int | None) -> dict[str, Any]:
     """What is fixed before the first run, as plan.json has it. Rates are searched at the seeds of the earliest look."""
-    first = min(claims, key=lambda claim: claim.plan.looks.seeds[0])
+    first = min(claims, key=lambda claim: claim.plan.looks[0])
     return {
         "claims_file": path.name,
         "claims_sha256": storage.sha256(path),
@@ -156,8 +156,8 @@ def plan_of(path: Path, claims: Sequence[Claim], budget: int | None) -> dict[str
             {
                 "name": claim.name,
                 "rule": str(claim.rule),
-                "looks": list(claim.plan.looks.seeds),
-                "levels": list(claim.plan.looks.levels),
+                "looks": list(claim.plan.looks),
+                "levels": list(claim.plan.levels),
                 "seeds": list(claim.plan.seeds),
             }
             for claim in claims
@@ -230,7 +230,7 @@ def _all_seeds(claims: Iterable[Claim]) -> list[int]:
 
 def _next_look(claim: Claim, pair: Pair, owners: dict[str, tuple[Search, RateChoice]]) -> tuple[SweepCell, ...]:
     """The runs of the first look that has not all of them: not scored, and not diverged."""
-    for number in range(len(claim.plan.looks.seeds)):
+    for number in range(len(claim.plan.looks)):
         # The weakest arm says whether the trial can fail, so it has the seeds of every look too.
         weakest = [(pair.weakest, 0)] if pair.weakest is not None and pair.arms else []
         cells = [
