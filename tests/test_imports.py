@@ -20,7 +20,6 @@ NO_TORCH = ("sweeps", "page", "analysis", "records", "config", "tasks", "trackin
 LAZY = {
     # The imports inside functions of src/. A comment there gives the reason of each.
     "adapter/arms.py": {"tiedlora.adapter.peft_arm"},
-    "analysis/adapters.py": {"tiedlora.adapter"},
     "config/methods.py": {"peft.mapping", "peft.tuners.tuners_utils"},
     "config/sizes.py": {"torch", "peft.mapping"},
     "runs/run.py": {"tiedlora.runs", "tiedlora.runs.add_scores"},

@@ -12,7 +12,7 @@ from helpers.report_runs import make_record, scored_run, world, write_lines
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from tiedlora.analysis.groups import group_runs
+from tiedlora.analysis.groups import RunGroup, group_runs
 from tiedlora.analysis.runs import read_runs
 from tiedlora.page import charts, figures, write
 from tiedlora.page.figures import BACK, Panel
@@ -164,10 +164,13 @@ def test_names_do_not_cover_each_other_or_a_line():
 def test_names_at_ends_keep_their_order_and_their_distance():
     ax = Figure(figsize=figures.SIZE).add_subplot()
     values = [0.5, 0.1, 0.101, 0.102, 0.9]
-    curves = [charts.Curve(None, f"line {value}", [0, 10], np.array([[1.0, value]])) for value in values]
-    charts.draw_lines(ax, curves, "step", "loss")
+    curves = [
+        charts.Curve(RunGroup("", "tiny", "sum", f"line {value}", 8, "LoRA"), [0, 10], np.array([[1.0, value]]))
+        for value in values
+    ]
+    charts.draw_lines(ax, curves, "loss")
     boxes = sorted((text.get_window_extent().y0, text.get_text()) for text in ax.texts)
-    assert [name for _, name in boxes] == [f"line {value}" for value in sorted(values)]
+    assert [name for _, name in boxes] == [f"line {value} r=8" for value in sorted(values)]
     apart = np.diff([bottom for bottom, _ in boxes])
     assert min(apart) > 0.1 * ax.figure.dpi
 

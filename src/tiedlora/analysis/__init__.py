@@ -3,5 +3,5 @@
 This package reads finished runs (runs), groups them and chooses learning rates (groups, rate_choice), computes scores
 and differences (compare), and answers claims (claims, answers, shares). Its statistics take numbers and return numbers:
 intervals, rules. It knows no table and no page. It imports tasks, records, config and the modules at the top of the
-package. Only the layers of saved adapters (adapters) need torch, and they import it late.
+package.
 """

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from tiedlora.analysis import shares
-from tiedlora.analysis.adapters import layer_profiles
 from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.compare import Measure, ResultRow
 from tiedlora.analysis.groups import RunGroup
@@ -58,7 +57,7 @@ def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], sizes: Sequence
             groups, title = [row.group for row in own], _title(own[0].group, own[0].measure)
             found.append(Panel("pareto", model, title, partial(draw_pareto, rows=own), groups))
         for groups in _settings(rows, model):
-            found += [*_curves(model, groups), *_search(model, groups), *_layers(model, groups)]
+            found += [*_curves(model, groups), *_search(model, groups)]
     return found
 
 
@@ -257,19 +256,16 @@ def _shown(row: ResultRow) -> Interval:
     return Interval(factor * row.score.value, factor * low, factor * high)
 
 
-# --- Training: what was logged by step, the search of rates, and the layers.
+# --- Training: what was logged by step, and the search of rates.
 
 
 class Curve(NamedTuple):
     """A line with a value for every seed."""
 
-    group: RunGroup | None
-    """None for a line to compare the others with."""
-    name: str
-    xs: Sequence[int]
-    """Steps or layers."""
+    group: RunGroup
+    steps: Sequence[int]
     values: NDArray[np.float64]
-    """(seeds, xs)."""
+    """(seeds, steps)."""
 
 
 def _curves(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
@@ -282,11 +278,12 @@ def _curves(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
             own = [curves[metric] for curves in runs if metric in curves]
             steps = own[0][0] if own else []
             if len(steps) > 1:
-                lines.append(Curve(group, group.name, steps, np.array([losses for at, losses in own if at == steps])))
+                lines.append(Curve(group, steps, np.array([losses for at, losses in own if at == steps])))
         task = groups[0].task_in_words
         title = task if metric == "validation/loss" else f"{task}, {metric}"
-        y = metric.replace("/", " ")
-        found += _line_panel("curves", model, title, lines, x="step", y=y, is_loss=_is_nats(metric))
+        if lines:
+            draw = partial(draw_lines, curves=lines, y=metric.replace("/", " "), is_loss=_is_nats(metric))
+            found.append(Panel("curves", model, title, draw, [line.group for line in lines], margins=WITH_NAMES))
     return found
 
 
@@ -294,58 +291,25 @@ def _is_nats(metric: str) -> bool:
     return metric.endswith("/loss") or is_loss(metric.rpartition("/")[2])
 
 
-def _layers(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
-    """Norms of u_l and v_l, norms of the updates, and their cosine with LoRA's; none without adapters."""
-    layers = layer_profiles(groups)
-    found = []
-    for title, y, level, profiles in (
-        ("norm of u", "‖u‖ / √r", 1.0, layers.u),
-        ("norm of v", "‖v‖ / √d", 1.0, layers.v),
-        ("size of the update", "‖s B A‖", 0.0, layers.updates),
-        (f"cosine with {layers.compared_with}", "cosine of the updates", 0.0, layers.cosines),
-    ):
-        lines = [
-            Curve(None if each.is_reference else each.group, each.name, each.layers, each.values)
-            for each in profiles
-            if np.isfinite(each.values).any()
-        ]
-        title = f"{groups[0].task_in_words}, {title}"
-        found += _line_panel("layers", model, title, lines, x="layer", y=y, level=level)
-    return found
-
-
-def _line_panel(kind: str, model: str, title: str, lines: Sequence[Curve], **options: Any) -> list[Panel]:
-    """A panel of lines with their names (draw_lines has the options); none without a line."""
-    draw, groups = partial(draw_lines, curves=lines, **options), [line.group for line in lines if line.group]
-    return [Panel(kind, model, title, draw, groups, margins=WITH_NAMES)] if lines else []
-
-
-def draw_lines(
-    ax: Axes, curves: Sequence[Curve], x: str, y: str, level: float | None = None, is_loss: bool = False
-) -> None:
+def draw_lines(ax: Axes, curves: Sequence[Curve], y: str, is_loss: bool = False) -> None:
     """The mean over seeds, with the band from the lowest to the highest seed.
 
     Args:
-        x, y: the axes' names.
-        level: a value to compare with.
+        y: the name of the y axis.
         is_loss: whether the y axis is logarithmic where the values differ much.
     """
-    if level is not None:
-        ax.axhline(level, color=SOFT, linewidth=0.8, linestyle=":")
-    for group, _, xs, values in curves:
-        colour, marker, dash = (SOFT, "", ":") if group is None else style(group)
+    for group, steps, values in curves:
+        colour, marker, dash = style(group)
         if len(values) > 1:
-            ax.fill_between(xs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
-        ranks = sorted(
-            {curve.group.rank for curve in curves if group and curve.group and curve.group.label == group.label}
-        )
+            ax.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        ranks = sorted({curve.group.rank for curve in curves if curve.group.label == group.label})
         # Of one configuration, a higher rank has a thicker line.
-        width = 1.4 if group is None or len(ranks) == 1 else 1.0 + 1.2 * ranks.index(group.rank) / (len(ranks) - 1)
-        ax.plot(xs, values.mean(0), color=colour, marker=marker, markevery=[-1], linestyle=dash, linewidth=width)
+        width = 1.4 if len(ranks) == 1 else 1.0 + 1.2 * ranks.index(group.rank) / (len(ranks) - 1)
+        ax.plot(steps, values.mean(0), color=colour, marker=marker, markevery=[-1], linestyle=dash, linewidth=width)
     low, high = (float(end([end(curve.values) for curve in curves])) for end in (np.nanmin, np.nanmax))
     if is_loss and low > 0 and high > 3 * low:
         _log_axis(ax.yaxis, [low, high], _number, widen=1.1)
-    ax.set(xlabel=x, ylabel=visible(y))
+    ax.set(xlabel="step", ylabel=visible(y))
     _names_at_ends(ax, curves)
 
 
@@ -460,12 +424,12 @@ def _drawn(ax: Axes) -> NDArray[np.float64]:
 
 def _names_at_ends(ax: Axes, curves: Sequence[Curve]) -> None:
     """Names at the right of lines, in their colours. Where ends are close, names keep their order and a distance."""
-    last = max(curve.xs[-1] for curve in curves)
+    last = max(curve.steps[-1] for curve in curves)
     ax.set_xlim(-0.02 * last, 1.02 * last)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.autoscale_view()
-    # An update of zero has no cosine.
-    ends = [(c.xs[-1], float(c.values[:, -1].mean()), c) for c in curves if np.isfinite(c.values[:, -1]).all()]
+    # A loss that is not finite ends nowhere.
+    ends = [(c.steps[-1], float(c.values[:, -1].mean()), c) for c in curves if np.isfinite(c.values[:, -1]).all()]
     ends.sort(key=lambda end: end[1])
     wanted = np.array([ax.transData.transform((x, y))[1] for x, y, _ in ends])
     inch = ax.figure.dpi
@@ -473,6 +437,6 @@ def _names_at_ends(ax: Axes, curves: Sequence[Curve]) -> None:
     # None stands below the axes, where the ticks are.
     places = np.maximum(isotonic_regression(wanted - apart).x, ax.bbox.y0) + apart
     for (x, y, curve), up in zip(ends, 72 / inch * (places - wanted), strict=True):
-        colour = SOFT if curve.group is None else style(curve.group)[0]
-        name = ax.annotate(cut(curve.name, 20), (x, y), (6, up), textcoords="offset points", annotation_clip=False)
-        name.set(fontsize=7, va="center", color=colour)
+        name = cut(curve.group.name, 20)
+        text = ax.annotate(name, (x, y), (6, up), textcoords="offset points", annotation_clip=False)
+        text.set(fontsize=7, va="center", color=style(curve.group)[0])

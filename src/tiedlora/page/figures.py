@@ -222,7 +222,7 @@ def _handles(panels: Sequence[Panel]) -> list[Line2D]:
             color=key.colour,
             marker=key.marker,
             markerfacecolor=BACK if key.name == "undecided" else key.colour,
-            linestyle=key.dash if kind in ("curves", "search", "layers") else "",
+            linestyle=key.dash if kind in ("curves", "search") else "",
             label=cut(key.name, 32),
         )
         for key in (verdicts if kind == "forest" else legend(panels))
