@@ -8,7 +8,6 @@ import argparse
 from pathlib import Path
 
 from tiedlora import errors
-from tiedlora.errors import UserError
 from tiedlora.page import readme, write
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -21,17 +20,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("report"), help="where the report goes; default report/")
     parser.add_argument("--claims", type=Path, default=CLAIMS, help="a claims file; default claims/tied_lora.yaml")
     parser.add_argument("--split", choices=("validation", "test"), help="default: test where the chosen runs have it")
-    parser.add_argument("--sections", type=int, default=24, help="groups with a section of their own on the page")
     parser.add_argument(
         "--readme", type=Path, help="also write tables between the marks of this file (docs/results.md)"
     )
     arguments = parser.parse_args()
-    if arguments.sections < 0:
-        raise UserError(f"--sections {arguments.sections}: must be at least 0")
     if arguments.readme:
         readme.check(arguments.readme)
     report = write.build(arguments.runs, claims=arguments.claims, split=arguments.split)
-    for line in write.write(report, arguments.out, sections=arguments.sections):
+    for line in write.write(report, arguments.out):
         print(line)
     if arguments.readme:
         print(f"wrote          {', '.join(readme.write(report, arguments.readme))} into {arguments.readme}")

@@ -99,7 +99,6 @@ SCRIPTS = {
     "a report of a bare plan": ("report.py study", "the study has no runs yet; scripts/study.py run study makes them"),
     "a report with no claims": ("report.py outputs --claims nowhere", "nowhere: no such file; claims are YAML files"),
     "a report on another claim": ("report.py outputs --claims claims.yaml", "(did you mean TABuv?)"),
-    "a report with a negative page": ("report.py outputs --sections -1", "--sections -1: must be at least 0"),
     "a report into no README": ("report.py outputs --readme nowhere.md", "nowhere.md"),
     "checks of no run": ("verify.py outputs", "has no result.json, so there is no finished run to verify"),
     "checks of fewer than no rows": ("verify.py RUN --rows -1", "--rows -1: must be at least 0"),

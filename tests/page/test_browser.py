@@ -129,27 +129,6 @@ def test_too_large_a_sheet_leaves_out_the_highest_seeds_and_says_so(tmp_path):
     assert cut.key == whole.key
 
 
-def test_answers_too_large_for_the_page_have_pages_of_their_own(tmp_path, monkeypatch):
-    for task in ("chain_sum", "squad"):
-        run(tmp_path / "runs", ["<b>answer</b>"] * ROWS, task=task)
-    report = write.build([tmp_path / "runs"])
-    monkeypatch.setattr(browser, "MOST_BYTES", write.FOR_THE_REST + 100)
-    write.write(report, tmp_path / "report")
-    index = (tmp_path / "report" / "index.html").read_text()
-    pages = sorted((tmp_path / "report" / "answers").glob("*.html"))
-    assert len(pages) == 2
-    for path in pages:
-        assert f'href="answers/{path.name}"' in index
-        assert 'id="sheet-0-index"' in path.read_text()
-    assert 'id="sheet-0-index"' not in index
-    mine = tmp_path / "report" / "answers" / "mine.html"
-    mine.write_text("a page of the user")
-    monkeypatch.undo()
-    write.write(report, tmp_path / "report")
-    assert list((tmp_path / "report" / "answers").iterdir()) == [mine], "pages of an earlier report are removed"
-    assert 'id="sheet-0-index"' in (tmp_path / "report" / "index.html").read_text()
-
-
 def test_equal_runs_give_equal_bytes(tmp_path):
     scored_run(tmp_path / "runs", [1.0, 0.0] * 25, [0.0] * 50)
     for name in ("one", "two"):

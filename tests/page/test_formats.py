@@ -6,7 +6,7 @@ import math
 import pytest
 
 from tiedlora.page import formats
-from tiedlora.page.formats import AverageScore, Column, Scored, Table, TaskScore
+from tiedlora.page.formats import Column, Scored, Table, TaskScore
 from tiedlora.records.interval import Interval, Unit
 
 SCORE, GAP = Interval(0.4213, 0.4, 0.45), Interval(-0.011, -0.03, 0.008)
@@ -41,8 +41,6 @@ CASES = [
     ),
     (formats.TASK_SCORE, TaskScore(None, 0, True), "–*", ["–", "0", "*", "–", "–", "–"]),
     (formats.TASK_SCORE, "failed", "failed", ["failed", "–", "–", "–", "–", "–"]),
-    (formats.AVERAGE, AverageScore(SCORE, 4), "42.1 [40.0, 45.0] (n=4)", ["42.1", "4", "40.0", "45.0"]),
-    (formats.AVERAGE, AverageScore(NO_ENDS, 1), "50.0 (n=1)", ["50.0", "1", "–", "–"]),
 ]
 
 

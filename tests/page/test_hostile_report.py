@@ -124,7 +124,7 @@ def test_any_record_is_read_or_refused(place, tmp_path_factory, data):
             assert not ALIVE.search(render(table))
     sheets = browser.sheets(report.groups, {row.group: row.measure.split for row in report.rows})
     panels = charts.panels(report.rows, report.answers, report.sizes)
-    drawn = page.render(report.summary(), report.rows, tables, report.verdicts, panels, most_sections=1, sheets=sheets)
+    drawn = page.render(report.summary(), report.rows, tables, report.verdicts, panels, sheets)
     assert drawn.count("<script>") == 1
     assert not ALIVE.search(drawn)
     with right_or_refused():

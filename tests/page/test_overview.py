@@ -82,7 +82,7 @@ def test_a_group_without_scores_has_no_column_of_its_own(tmp_path):
     assert table.head[4:] == ["chain_sum"]
 
 
-def test_the_overview_has_a_column_for_each_metric_and_no_average(report):
+def test_the_overview_has_a_column_for_each_metric(report):
     (table,) = overview(report.rows, [])
     assert table.head[4:] == ["chain_sum, exact_match_strict", "chain_sum, target_loss"]
     lines = {row[0]: row[4:] for row in table.texts()}
@@ -120,7 +120,7 @@ def test_other_ends_of_answers_are_said_where_answers_are_compared(tmp_path):
     assert "mixed ends of answers" not in marks["chain_sum", "TABuv"]
 
 
-def test_the_overview_names_missing_and_failed_cells_and_its_average(tmp_path):
+def test_the_overview_names_failed_cells(tmp_path):
     world(tmp_path, {"LoRA": 0.5, "TABuv": 0.4}, seeds=2, rows=40)
     world(tmp_path, {"LoRA": 0.5}, seeds=2, rows=40, task="squad")
     failed = tmp_path / "TABuv-r8-squad-tiny-s0-0123456789"
@@ -129,18 +129,4 @@ def test_the_overview_names_missing_and_failed_cells_and_its_average(tmp_path):
     report = write.build([tmp_path])
     (table,) = overview(report.rows, report.left_out)
     lines = {row[0]: row for row in table.rows}
-    texts = {row[0]: row for row in table.texts()}
-    squad, average = table.head.index("squad"), table.head.index("average")
-    assert lines["TABuv"][squad] == "failed"
-    assert lines["TABuv"][average] is None
-    assert lines["LoRA"][average].seeds == 2
-    assert "(n=2)" in texts["LoRA"][average]
-    assert "chain_sum, squad" in table.caption
-
-
-def test_a_task_in_two_settings_has_no_average(tmp_path):
-    scored_run(tmp_path, GOOD, BASE)
-    scored_run(tmp_path, GOOD, BASE, changes={"config.train.steps": 300})
-    (table,) = overview(write.build([tmp_path]).rows, [])
-    assert "average" not in table.head
-    assert any("train.steps=300" in name for name in table.head)
+    assert lines["TABuv"][table.head.index("squad")] == "failed"

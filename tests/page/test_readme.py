@@ -17,8 +17,6 @@ Words between the tables stay.
 
 <!-- report: scores -->
 <!-- end of report -->
-<!-- report: overview -->
-<!-- end of report -->
 <!-- report: runs -->
 <!-- end of report -->
 <!-- report: cost -->
@@ -35,7 +33,7 @@ def report(tmp_path):
 def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
     file = tmp_path / "README.md"
     file.write_text(TEXT)
-    assert readme.write(report, file) == ["verdicts", "scores", "overview", "runs", "cost"]
+    assert readme.write(report, file) == ["verdicts", "scores", "runs", "cost"]
     text = file.read_text()
     assert "an old table" not in text
     assert "Words between the tables stay." in text
@@ -46,7 +44,7 @@ def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
     )
     assert ", 5 seeds |" in text
     for row in report.rows:
-        assert text.count(Unit.POINTS.text(row.score.widest).replace("[", "\\[").replace("]", "\\]")) == 2
+        assert text.count(Unit.POINTS.text(row.score.widest).replace("[", "\\[").replace("]", "\\]")) == 1
     assert report.summary() in text
     assert "peak memory GiB" in text
     assert readme.filled(text, report) == text
@@ -68,33 +66,18 @@ def test_two_models_and_two_settings_are_never_in_one_cell(tmp_path):
         world(tmp_path / "runs", truth, seeds=3, **about)
     text = readme.filled(TEXT, report_of_shares(tmp_path))
     tables = [[line for line in block.splitlines() if line.startswith("|")] for block in text.split("<!-- report: ")]
-    verdicts, scores, overview = tables[1:4]
+    verdicts, scores = tables[1:3]
     settings = "chain\\_sum (train.steps=100)", "chain\\_sum (train.steps=300)"
     assert [line.split(" | ")[0] for line in verdicts[2:]] == ["| big", "| tiny"]
     assert all(f"| {setting} |" in verdicts[0] for setting in settings)
     assert len(scores) == 2 + 6
     assert sum("| tiny |" in line and settings[0] in line for line in scores) == 2
-    assert len(overview) == 2 + 4, "one row for each model and configuration"
-    assert all(f"{setting}, exact\\_match\\_strict" in overview[0] for setting in settings)
-
-
-def test_the_overview_leaves_out_what_has_few_of_its_scores(tmp_path):
-    for task in ("chain_sum", "gsm8k", "squad"):
-        world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.5}, seeds=3, task=task)
-    world(tmp_path / "runs", {"TAB": 0.5}, seeds=3, task="gsm8k")
-    text = readme.filled(
-        "<!-- report: overview -->\n<!-- end of report -->\n<!-- report: scores -->\n<!-- end of report -->\n",
-        write.build([tmp_path / "runs"]),
-    )
-    overview, scores = text.split("<!-- end of report -->\n")[:2]
-    assert [f"| {name} |" in overview for name in ("LoRA", "TABuv", "TAB")] == [True, True, False]
-    assert "| TAB |" in scores
 
 
 def test_an_empty_report_says_so(tmp_path):
     (tmp_path / "runs").mkdir()
     text = readme.filled(TEXT, write.build([tmp_path / "runs"]))
-    assert text.count("There are no runs for this table yet.") == 4
+    assert text.count("There are no runs for this table yet.") == 3
 
 
 @pytest.mark.parametrize(
@@ -102,7 +85,7 @@ def test_an_empty_report_says_so(tmp_path):
     [
         (
             "# No marks",
-            r"has no marks; write <!-- report: NAME --> .*; NAME is runs, verdicts, answer, overview, scores, cost",
+            r"has no marks; write <!-- report: NAME --> .*; NAME is runs, verdicts, answer, scores, cost",
         ),
         ("<!-- report: veredicts -->\n<!-- end of report -->\n", r"veredicts -->: the name is runs, verdicts"),
         (TEXT.replace("<!-- end of report -->\n\nWords", "Words"), "each mark needs its own end"),

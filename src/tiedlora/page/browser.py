@@ -19,7 +19,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlencode
 
 from tiedlora.analysis.compare import BASELINE
 from tiedlora.analysis.groups import RunGroup
@@ -33,8 +32,8 @@ BLOCK = 250
 """Rows of a block of texts."""
 LONGEST = 20_000
 """The most characters of one text. predictions/ has the rest."""
-MOST_BYTES = 15_000_000
-"""The largest file of a report with answers in it. Beyond it, every sheet is a file of its own beside the page."""
+MOST_BYTES = 12_000_000
+"""The most bytes of all answers on the page."""
 BASE = "base"
 METHOD = "TABuv"
 """The configuration that the page compares with LoRA when it opens."""
@@ -58,13 +57,6 @@ class Sheet:
         """Its bytes on the page."""
         return len(self.index) + sum(map(len, self.texts)) + 100 * len(self.texts)
 
-    def link(self, run_id: str) -> str:
-        """The place of a run's answers on the page that holds the sheet; empty if it is not in it."""
-        own = run_id[-10:]
-        if not any(run["id"] == own for run in self.head["runs"]):
-            return ""
-        return "#answers?" + urlencode({"sheet": self.key, "a": BASE, "b": own})
-
 
 @dataclass
 class _Column:
@@ -85,18 +77,18 @@ def sheets(groups: Iterable[RunGroup], splits: dict[RunGroup, str], most_bytes: 
 
     Args:
         splits: group -> the split that the report shows.
-        most_bytes: a larger sheet leaves out runs, those of the highest seeds first.
+        most_bytes: of all sheets. Each has an equal part, and a larger one leaves out the runs of the highest seeds.
     """
     of_setting: dict[tuple[str, str], list[RunGroup]] = defaultdict(list)
     for group in groups:
         if group in splits:
             of_setting[group.setting, splits[group]].append(group)
-    found = []
+    found, most = [], most_bytes // max(1, len(of_setting))
     for (_, split), own in of_setting.items():
         seeds = sorted({run.seed for group in own for run in group.runs})
         sheet = _sheet(own, split, seeds)
-        while sheet is not None and sheet.size > most_bytes and len(seeds) > 1:
-            seeds = seeds[: max(1, int(len(seeds) * most_bytes / sheet.size))]
+        while sheet is not None and sheet.size > most and len(seeds) > 1:
+            seeds = seeds[: max(1, int(len(seeds) * most / sheet.size))]
             sheet = _sheet(own, split, seeds)
         if sheet is not None:
             found.append(sheet)

@@ -42,14 +42,6 @@ class TaskScore(NamedTuple):
     unit: Unit = Unit.POINTS
 
 
-class AverageScore(NamedTuple):
-    """The mean over tasks with its interval over seeds; the ends are NaN for one seed."""
-
-    interval: Interval
-    seeds: int
-    unit: Unit = Unit.POINTS
-
-
 @dataclass(frozen=True)
 class Kind:
     """How the cells of a column become text. A cell of any kind may also be a word such as `failed`, or None."""
@@ -154,12 +146,6 @@ TASK_SCORE = Kind(
     _task_score,
     _task_cells,
     ("", " seeds", " notes", " minus LoRA", " minus LoRA low", " minus LoRA high"),
-    is_number=False,
-)
-AVERAGE = Kind(
-    lambda cell: f"{cell.unit.text(cell.interval)} (n={cell.seeds})",
-    lambda cell: [*(numbers := _numbers(cell.interval, cell.unit))[:1], str(cell.seeds), *numbers[1:]],
-    ("", " seeds", *LOW_HIGH),
     is_number=False,
 )
 

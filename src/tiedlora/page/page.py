@@ -22,23 +22,14 @@ from markupsafe import Markup
 from tiedlora.analysis import shares
 from tiedlora.analysis.answers import Answer, ClaimVerdict, Verdict, error_note
 from tiedlora.analysis.compare import ResultRow
-from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.runs import Run
-from tiedlora.config import command, compose
-from tiedlora.config.identity import run_id
-from tiedlora.errors import UserError
 from tiedlora.page import figures
 from tiedlora.page.browser import Sheet
 from tiedlora.page.figures import Key, Panel
 from tiedlora.page.formats import Table, minus
 from tiedlora.records.interval import Unit
-from tiedlora.records.run_record import RunRecord
 from tiedlora.text import visible
-from tiedlora.tying import PARTS
 
 HERE = Path(__file__).parent
-TITLE = "Tied-LoRA: results"
-GENERATOR = "tiedlora report"
 FILTERS = ("model", "task", "variant", "configuration", "rank", "metric")
 CONDENSED = ("model", "task", "variant", "metric", "split", "rows", "seeds", "device", "notes")
 """Columns that move into the table's caption if all rows have the same value."""
@@ -77,50 +68,13 @@ def render(
     tables: Sequence[Table],
     verdicts: Sequence[ClaimVerdict],
     panels: Sequence[Panel],
-    *,
-    most_sections: int,
     sheets: Sequence[Sheet] = (),
-    links: Sequence[tuple[str, str, str]] = (),
 ) -> str:
     """The page's text.
 
     Args:
-        most_sections: the most groups of which a run is shown.
         sheets: the answers in the page.
-        links: address, title and size of the answers in files of their own.
     """
-    of_name = {table.name: shown(table) for table in tables}
-    (results,) = [table for table in tables if table.name == "results"]
-    of_name["results"] = shown(results, HIDDEN)
-    groups = list(dict.fromkeys(row.group for row in rows))
-    return _rendered(
-        "page.html.j2",
-        title=TITLE,
-        sheets=sheets,
-        links=links,
-        summary=summary,
-        models=models(rows, verdicts, panels),
-        word=word,
-        effect=effect,
-        error_note=error_note([answer for verdict in verdicts for answer in verdict.answers]) if verdicts else "",
-        tables=of_name,
-        overview=[shown for name, shown in of_name.items() if name.startswith("overview")],
-        filters=_filters(results, of_name["results"].table),
-        sections=[_section(group, sheets) for group in groups[:most_sections]],
-        groups=len(groups),
-    )
-
-
-def render_sheet(sheet: Sheet, back: str) -> str:
-    """The text of a page that holds only one sheet of answers.
-
-    Args:
-        back: the address of the report.
-    """
-    return _rendered("page.sheet.html.j2", title=f"Answers: {sheet.title}", sheets=[sheet], back=back)
-
-
-def _rendered(template: str, **values: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -135,13 +89,23 @@ def _rendered(template: str, **values: Any) -> str:
         "\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
         for names in (("page.css", "page.charts.css", "page.answers.css"), ("page.js", "page.answers.js"))
     )
-    return environment.get_template(template).render(
-        generator=GENERATOR,
+    of_name = {table.name: shown(table) for table in tables}
+    (results,) = [table for table in tables if table.name == "results"]
+    of_name["results"] = shown(results, HIDDEN)
+    return environment.get_template("page.html.j2").render(
         css=Markup(css),
         css_hash=_hash(css),
         script=Markup(script),
         script_hash=_hash(script),
-        **values,
+        summary=summary,
+        sheets=sheets,
+        models=models(rows, verdicts, panels),
+        word=word,
+        effect=effect,
+        error_note=error_note([answer for verdict in verdicts for answer in verdict.answers]) if verdicts else "",
+        tables=of_name,
+        overview=[shown for name, shown in of_name.items() if name.startswith("overview")],
+        filters=_filters(results, of_name["results"].table),
     )
 
 
@@ -298,74 +262,3 @@ def _numbers(answer: Answer) -> list[tuple[str, str]]:
         numbers.append(("keeps at least", f"{100 * answer.retains_at_least:.0f} %"))
     numbers.append(("seeds and rows", f"{answer.seeds} and {answer.rows:,}"))
     return numbers
-
-
-# --- Each chosen run: its configuration, its command, and the link to its answers.
-
-
-@dataclass(frozen=True)
-class Section:
-    """What the page shows of the run of a group that has the lowest seed."""
-
-    group: RunGroup
-    facts: list[tuple[str, str]]
-    command: str
-    answers: str
-    """The link to its answers in the page; empty if they are not there."""
-
-
-def _section(group: RunGroup, sheets: Sequence[Sheet]) -> Section:
-    run = group.runs[0]
-    link = next((link for sheet in sheets if (link := sheet.link(run.run_id))), "")
-    return Section(group, _facts(group, run), _command(run), link)
-
-
-def _trained(tying: Mapping[str, Any]) -> str:
-    """The trained parts, of each term if there are several."""
-    named = tying.get("terms") or {"": tying}
-    parts = {name: [part for part in PARTS if term.get(part, {}).get("trained")] for name, term in named.items()}
-    return "; ".join(f"{name}: {', '.join(own)}" if name else ", ".join(own) for name, own in parts.items())
-
-
-def _facts(group: RunGroup, run: Run) -> list[tuple[str, str]]:
-    record, training, identity = run.record, run.record.training, run.record.identity
-    trained = _trained(identity.tying)
-    return [
-        ("run", run.run_id),
-        ("base model", f"{record.base.name} ({record.base.digest})"),
-        ("trained", identity.tying.get("method") or trained),
-        *_arm_facts(record),
-        ("trainable parameters", f"{run.params:,} ({100 * group.share:.2f} % of LoRA)"),
-        ("learning rate", ", ".join(f"{lr:g}" for lr in group.rates) + f"; chosen {group.lr:g}"),
-        ("seeds", ", ".join(str(member.seed) for member in group.runs)),
-        ("steps, batch", f"{training.steps} of {identity.tree['train'].get('batch_size')} rows"),
-        ("validation loss", f"{training.validation_loss_first:.3f} → {training.validation_loss_last:.3f}"),
-        ("speed", f"{training.tokens_per_s:,.0f} tokens/s, {training.seconds:,.0f} s, {record.execution}"),
-        *((f"until step {part.step}", f"{part.code}, {part.execution}") for part in training.continued_from or ()),
-        ("commit", f"{record.code.commit}{' with changes' if record.code.dirty else ''}"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
-    ]
-
-
-def _arm_facts(record: RunRecord) -> list[tuple[str, str]]:
-    """What only an arm of another method has."""
-    if not record.is_other_method:
-        return []
-    arguments = record.identity.tying.get("resolved")
-    facts = [
-        ("arguments", json.dumps(arguments, sort_keys=True)),
-        ("stored numbers", f"{record.stored_params or record.trainable_params:,}"),
-    ]
-    if record.admission is not None:
-        facts.append(("admission", "; ".join(record.admission.marks().values()) or "all checks passed"))
-    return facts
-
-
-def _command(run: Run) -> str:
-    """The command that repeats the run, or where to look if this version of the code composes another run from it."""
-    elsewhere = f"# this version of the code reads another run; its whole configuration is in {run.run_id}/config.yaml"
-    try:
-        config = compose.load(compose.of_record(run.record.config.tree))
-        return command.command(config) if run_id(config) == run.run_id else elsewhere
-    except UserError:
-        return elsewhere

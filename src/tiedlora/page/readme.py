@@ -149,34 +149,6 @@ def _asked(report: Report) -> list[ResultRow]:
     return sorted(rows, key=lambda row: (row.group.model, *_place(row), -row.group.params, row.group.name))
 
 
-def _overview(report: Report) -> Table:
-    """One row for each model, configuration and rank, one column for each task and metric; the numbers of `scores`.
-
-    A configuration with fewer than half of its model's scores is left out, because it compares on few tasks only.
-    """
-    rows = _asked(report)
-    places = list(dict.fromkeys(map(_place, rows)))
-    scores = {(_name(row), _place(row)): row for row in rows}
-    assert len(scores) == len(rows), "two groups of one name and setting"
-    count = Counter(map(_name, rows))
-    all_of_model = Counter(model for model, _ in {(row.group.model, _place(row)) for row in rows})
-    groups = {_name(row): row.group for row in rows if 2 * count[_name(row)] >= all_of_model[row.group.model]}
-
-    columns = [
-        *(Column("model"), Column("configuration"), Column("rank", formats.WHOLE), Column("parameters", formats.COUNT)),
-        *(Column(", ".join(place), formats.SCORE_INTERVAL) for place in places),
-    ]
-    cells = [
-        [
-            *name,
-            group.params,
-            *(tables.scored(row, row.score) if (row := scores.get((name, place))) else None for place in places),
-        ]
-        for name, group in groups.items()
-    ]
-    return _without_one_model(Table("overview", "", columns, cells))
-
-
 def _of(group: RunGroup) -> tuple[str, str, int]:
     return group.model, group.configuration, group.rank
 
@@ -245,7 +217,6 @@ def _cost(report: Report) -> Table:
 TABLES: dict[str, Callable[[Report], Table]] = {
     "verdicts": _verdicts,
     "answer": _answer,
-    "overview": _overview,
     "scores": _scores,
     "cost": _cost,
 }

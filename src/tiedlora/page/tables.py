@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from statistics import mean
 from typing import Any
 
-import numpy as np
-
-from tiedlora.analysis import intervals
 from tiedlora.analysis.answers import DECIDED, Answer, ClaimVerdict, error_note
 from tiedlora.analysis.compare import Estimate, ResultRow
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import LeftOut
 from tiedlora.analysis.shares import SizePanel
 from tiedlora.page import formats
-from tiedlora.page.formats import AverageScore, Column, Scored, Table, TaskScore
+from tiedlora.page.formats import Column, Scored, Table, TaskScore
 from tiedlora.records.interval import Interval
 from tiedlora.records.run_record import RunRecord
 
@@ -199,7 +195,7 @@ def left_out(folders: Iterable[LeftOut]) -> Table:
 
 
 def overview(rows: Sequence[ResultRow], folders: Sequence[LeftOut]) -> list[Table]:
-    """A table per base model: score and paired difference to LoRA for every configuration and task, with an average.
+    """A table per base model: score and paired difference to LoRA for every configuration and task.
 
     Args:
         folders: those that are left out, among which are the runs that failed.
@@ -229,17 +225,6 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
         "difference to LoRA at the same rank with its 95 % interval over seeds and examples (only over examples for "
         "one seed). * has notes in the table of results."
     )
-    # An average is over tasks. A task with two columns must not count twice, and must not be left out silently. Points
-    # and nats have no common mean.
-    one_column_each = len({task for task, _, _ in places}) == len(places) > 1
-    is_averaged = one_column_each and len({row.measure.unit for row in rows}) == 1
-    if is_averaged:
-        columns.append(Column("average", formats.AVERAGE))
-        caption += (
-            f" The average is the plain mean of each task's metric over the {len(names)} columns "
-            f"{', '.join(names)}; its interval is a t interval over seeds that all of them share, and it is left "
-            "out where a column is missing."
-        )
     cells = []
     for line in sorted({_line(row) for row in rows}):
         rank, params, configuration, share = line
@@ -248,7 +233,7 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
             _missing(configuration, rank, place[0], folders) if row is None else _task_score(row)
             for row, place in zip(own, places, strict=True)
         ]
-        cells.append([configuration, rank, params, share, *scores, *([_average(own)] if is_averaged else [])])
+        cells.append([configuration, rank, params, share, *scores])
     return Table(f"overview-{re.sub(r'[^A-Za-z0-9]+', '-', model).lower()}", caption, columns, cells)
 
 
@@ -275,20 +260,3 @@ def _missing(configuration: str, rank: int, task: str, folders: Iterable[LeftOut
     """`failed` if a run of the configuration failed on the task and none is finished."""
     runs = [folder.run for folder in folders if folder.run is not None and folder.run.failed]
     return "failed" if any((run.label, run.rank, run.task) == (configuration, rank, task) for run in runs) else None
-
-
-def _average(rows: Sequence[ResultRow | None]) -> AverageScore | None:
-    """The mean over tasks, for the seeds that all tasks have; None if a task is missing."""
-    scored_rows = [row for row in rows if row is not None and row.score is not None]
-    if len(scored_rows) < len(rows):
-        return None
-    shared = set.intersection(*(set(row.seeds) for row in scored_rows))
-    if not shared:
-        return None
-    values = np.mean(
-        [row.measure.values([run for run in row.group.runs if run.seed in shared]) for row in scored_rows], 0
-    )
-    unit = scored_rows[0].measure.unit
-    if len(shared) == 1:
-        return AverageScore(Interval(float(values[0]), math.nan, math.nan), 1, unit)
-    return AverageScore(intervals.seeds_interval(values), len(shared), unit)

@@ -16,14 +16,9 @@ from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, names_of, read_runs, read_selections, run_roots
 from tiedlora.analysis.shares import SizePanel, size_panels
 from tiedlora.page import browser, charts, figures, formats, page, tables
-from tiedlora.page.figures import Panel
 from tiedlora.page.formats import Table
 from tiedlora.text import visible
 
-ANSWERS = "answers"
-"""The folder of pages of answers, beside index.html."""
-FOR_THE_REST = 3_000_000
-"""Bytes of index.html that are kept for everything but answers."""
 LISTED = 20
 """The most left-out folders that the terminal names."""
 
@@ -99,11 +94,8 @@ def build(
     return Report(runs, left_out, groups, rows, answers, size_panels(rows, answers, book))
 
 
-def write(report: Report, out: Path, *, sections: int = 24) -> list[str]:
-    """Write tables (Markdown, CSV, LaTeX), figures (PNG, SVG) and index.html, with pages of answers if they are many.
-
-    Args:
-        sections: the most groups that have a section on the page.
+def write(report: Report, out: Path) -> list[str]:
+    """Write tables (Markdown, CSV, LaTeX), figures (PNG, SVG) and index.html.
 
     Returns:
         Lines for the terminal.
@@ -117,38 +109,10 @@ def write(report: Report, out: Path, *, sections: int = 24) -> list[str]:
             storage.write_bytes(out / f"{table.name}.csv", formats.to_csv(table).encode())
             storage.write_bytes(out / f"{table.name}.tex", formats.to_latex(table).encode())
     figures.write_files(panels, out)
-    _write_page(report, all_tables, panels, out, sections)
-    return _lines(report, out)
-
-
-def _write_page(report: Report, all_tables: Sequence[Table], panels: Sequence[Panel], out: Path, sections: int) -> None:
-    """Write index.html with all answers in it; or, if it would be too large, a page of answers for each sheet."""
-    splits = {row.group: row.measure.split for row in report.rows}
-    sheets = browser.sheets(report.groups, splits)
-    folder = out / ANSWERS
-    for old in folder.glob("*.html"):
-        # Only pages of an earlier report. What else a user keeps there stays.
-        if not old.is_symlink() and page.GENERATOR in storage.read_bytes(old)[:4000].decode("utf-8", "replace"):
-            old.unlink()
-    links = []
-    if sum(sheet.size for sheet in sheets) > browser.MOST_BYTES - FOR_THE_REST:
-        folder.mkdir(exist_ok=True)
-        for sheet in sheets:
-            storage.write_bytes(folder / f"{sheet.key}.html", page.render_sheet(sheet, "../index.html").encode())
-            about = f"{sheet.head['rows']:,} rows of {sheet.head['split']}, {len(sheet.head['runs'])} columns"
-            links.append((f"{ANSWERS}/{sheet.key}.html", sheet.title, about))
-        sheets = []
-    html = page.render(
-        report.summary(),
-        report.rows,
-        all_tables,
-        report.verdicts,
-        panels,
-        most_sections=sections,
-        sheets=sheets,
-        links=links,
-    )
+    sheets = browser.sheets(report.groups, {row.group: row.measure.split for row in report.rows})
+    html = page.render(report.summary(), report.rows, all_tables, report.verdicts, panels, sheets)
     storage.write_bytes(out / "index.html", html.encode("utf-8", "replace"))
+    return _lines(report, out)
 
 
 def _lines(report: Report, out: Path) -> list[str]:
