@@ -224,15 +224,13 @@ def test_of_two_methods_the_plain_one_answers_and_without_it_all_do_by_name(tmp_
     assert (found.task, found.verdict) == ("chain_sum", "contradicted")
 
 
-def test_equal_parameters_are_within_five_per_cent_and_the_rank_to_run_is_named(tmp_path, answers):
+def test_equal_parameters_are_within_five_per_cent_and_the_budget_to_run_is_named(tmp_path, answers):
     """SmolLM2-135M: LoRA has 46,080 parameters at r = 1, TABuv has 41,328 at r = 8 and 46,026 at r = 11."""
     matched = "TABuv, at: equal_parameters"
     add(tmp_path, "LoRA", 0.5, rank=1)
     add(tmp_path, "TABuv", 0.7)
     (found,) = answers(matched, ONE)
-    assert "nearest: r=8 with 41,328); run rank.r=11" in found.reason
-    (found,) = answers(EIGHT, "LoRA, at: equal_parameters")
-    assert "no rank comes within 5 %" in found.reason
+    assert "nearest: r=8 with 41,328); budget=46080 finds its rank" in found.reason
     add(tmp_path, "TABuv", 0.7, rank=11)
     (found,) = answers(matched, ONE)
     assert found.verdict == "supported"

@@ -26,10 +26,10 @@ from typing import Literal
 
 from tiedlora.analysis import claims, compare, intervals, rules
 from tiedlora.analysis.claims import Claim, Pair
-from tiedlora.analysis.compare import Estimate, Measure, PairedScores
-from tiedlora.analysis.frontier import Peer, groups_of, parts_of
+from tiedlora.analysis.compare import Estimate, Measure
+from tiedlora.analysis.frontier import Peer
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.rules import Plan
+from tiedlora.analysis.rules import Plan, Sides
 from tiedlora.analysis.runs import Scorebook
 from tiedlora.errors import UserError
 from tiedlora.records.interval import Interval
@@ -141,10 +141,10 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
         return answer
     answer.difference, _ = compare.difference(method, comparator, measure, book)
     answer.retained = compare.retained(method, comparator, measure, pair.floor)
-    answer.rows, answer.difference_seeds = scores.sides.method.shape[1], len(scores.seeds)
-    answer.clusters = None if scores.sides.clusters is None else len(scores.sides.clusters.sizes)
+    answer.rows, answer.difference_seeds = scores.method.shape[1], len(scores.seeds)
+    answer.clusters = None if scores.clusters is None else len(scores.clusters.sizes)
     _set_share(answer, scores, rules.TOTAL)
-    others = [*groups_of(comparator), *([pair.floor] if pair.floor is not None else [])]
+    others = [*comparator.groups, *([pair.floor] if pair.floor is not None else [])]
     ended = set.intersection(*(_ended(group, measure) for group in (method, *others)))
     _decide(answer, scores, ended)
     if pair.floor is not None:
@@ -175,7 +175,7 @@ def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Score
     answer.sensitivity = "not shown"
     weakest, peer, problem = pair.weakest, pair.weakest_peer, pair.weakest_problem
     if weakest is not None and peer is not None and not problem:
-        sides = [pair.method, *groups_of(peer), pair.floor]
+        sides = [pair.method, *peer.groups, pair.floor]
         if any(side is not None and _is_same_arm(side, weakest) for side in sides):
             problem = f"{weakest.name} is a side of the comparison itself"
     if weakest is None or peer is None or problem:
@@ -186,7 +186,7 @@ def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Score
     except UserError as error:
         answer.reason += f"; sensitivity not shown: {weakest.name}: {error}"
         return
-    if answer.claim.rule.needs_zero and scores.sides.zero is None:
+    if answer.claim.rule.needs_zero and scores.zero is None:
         answer.reason += f"; sensitivity not shown: no base was scored beside {weakest.name}"
         return
     plan, where, level = answer.claim.plan, "", rules.TOTAL
@@ -197,10 +197,10 @@ def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Score
             return
         scores, level = scores.of(plan.of_look(reached[-1])), plan.levels[reached[-1]]
         where = f" at look {reached[-1] + 1}"
-    if min(scores.sides.method.shape) < 2:
+    if min(scores.method.shape) < 2:
         answer.reason += f"; sensitivity not shown: {weakest.name} has one seed or row in common"
         return
-    evidence, who = answer.claim.rule.evidence(scores.sides), f"{weakest.name}, the weakest arm{where}"
+    evidence, who = answer.claim.rule.evidence(scores), f"{weakest.name}, the weakest arm{where}"
     if evidence.supported <= level and answer.verdict != Verdict.CONTRADICTED:
         answer.sensitivity, answer.verdict = "lacking", Verdict.CANNOT_FAIL
         answer.decide = "a task or a zero point at which the weakest arm fails"
@@ -245,11 +245,11 @@ def _may_change_its_rate(group: RunGroup, seeds: int) -> bool:
     return len(group.rates) > 1 and not group.has_recorded_rate and len({trial.seed for trial in group.trials}) > seeds
 
 
-def _decide(answer: Answer, scores: PairedScores, ended: set[int]) -> None:
+def _decide(answer: Answer, scores: Sides, ended: set[int]) -> None:
     """Take every look of the plan whose seeds have ended, up to the first one that decides."""
     plan = answer.claim.plan
     answer.seeds = len(scores.seeds)
-    if answer.claim.rule.needs_zero and scores.sides.zero is None:
+    if answer.claim.rule.needs_zero and scores.zero is None:
         answer.reason, answer.decide = "the base model was not scored", "scores of the base model (score.base=true)"
         return
     if answer.rows < 2:
@@ -270,7 +270,7 @@ def _decide(answer: Answer, scores: PairedScores, ended: set[int]) -> None:
         answer.decide = "no planned look is left; a new plan with new seeds"
 
 
-def _look(answer: Answer, seen: PairedScores, number: int) -> bool:
+def _look(answer: Answer, seen: Sides, number: int) -> bool:
     """Take one look, and return whether it decides. A decided claim needs nothing more."""
     plan, count = answer.claim.plan, len(answer.claim.plan.looks)
     level = plan.levels[number]
@@ -294,9 +294,9 @@ def _look(answer: Answer, seen: PairedScores, number: int) -> bool:
     return True
 
 
-def _test(answer: Answer, seen: PairedScores, level: float) -> rules.Evidence:
+def _test(answer: Answer, seen: Sides, level: float) -> rules.Evidence:
     """Set the contrast, the verdict and the least share that is kept, from these seeds at this level."""
-    rule, sides = answer.claim.rule, seen.sides
+    rule, sides = answer.claim.rule, seen
     evidence = rule.evidence(sides)
     answer.contrast = intervals.both_interval(rule.contrast(sides), level, sides.clusters)
     _set_share(answer, seen, level)
@@ -309,16 +309,16 @@ def _test(answer: Answer, seen: PairedScores, level: float) -> rules.Evidence:
     return evidence
 
 
-def _set_share(answer: Answer, seen: PairedScores, level: float) -> None:
+def _set_share(answer: Answer, seen: Sides, level: float) -> None:
     """Set the comparator's gain and the share of it that the method keeps, from these seeds at this level."""
-    if seen.sides.gain is None:
+    if seen.gain is None:
         return
-    answer.comparator_gain = float(seen.sides.gain.mean())
-    if min(seen.sides.method.shape) > 1:
-        answer.kept = answer.claim.rule.kept(seen.sides, level)
+    answer.comparator_gain = float(seen.gain.mean())
+    if min(seen.method.shape) > 1:
+        answer.kept = answer.claim.rule.kept(seen, level)
 
 
-def _wait_for(answer: Answer, scores: PairedScores, number: int, ended: set[int]) -> None:
+def _wait_for(answer: Answer, scores: Sides, number: int, ended: set[int]) -> None:
     """Say what the next look needs. Without any look so far, give an exploratory verdict on the seeds there are."""
     plan = answer.claim.plan
     answer.decide = next_look(plan, number, ended)
@@ -334,14 +334,14 @@ def _wait_for(answer: Answer, scores: PairedScores, number: int, ended: set[int]
         answer.reason = f"before the first look: {len(scores.seeds)} of {plan.looks[0]} seeds"
 
 
-def _predict(answer: Answer, scores: PairedScores) -> None:
+def _predict(answer: Answer, scores: Sides) -> None:
     """Say how likely a later look decides, from the seeds of the last look."""
     plan, look = answer.claim.plan, answer.look
     assert look is not None
     seen = scores.of(plan.of_look(look))
     if len(seen.seeds) < plan.looks[look]:
         return
-    chance = rules.chance_of_decision(answer.claim.rule, seen.sides, plan, look)
+    chance = rules.chance_of_decision(answer.claim.rule, seen, plan, look)
     answer.is_futile = chance < rules.FUTILE
     if answer.is_futile:
         answer.decide = f"no planned look is likely to change it (chance {100 * chance:.0f} %)"
@@ -414,7 +414,7 @@ def comparison(answer: Answer) -> tuple[object, ...]:
 
 
 def _key(peer: Peer) -> tuple[tuple[float, str], ...]:
-    return tuple((weight, group.name) for weight, group in parts_of(peer))
+    return tuple((weight, group.name) for weight, group in peer.parts)
 
 
 def test_of(answer: Answer) -> tuple[object, ...]:

@@ -13,11 +13,12 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from tiedlora import storage, tying
 from tiedlora.analysis import rules
-from tiedlora.analysis.frontier import Blend, Peer, curve, groups_of
+from tiedlora.analysis.frontier import Blend, Peer, curve
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.rules import Better, Level, Plan, Retains, Rule
 from tiedlora.config import compose
 from tiedlora.config.explain import options
+from tiedlora.config.sizes import is_near
 from tiedlora.errors import UserError
 from tiedlora.keys import LARGEST_COUNT, from_person
 from tiedlora.records.loss_metrics import LOSS_METRICS
@@ -236,8 +237,6 @@ def _own_metrics(task: str) -> tuple[str, ...]:
 
 KNOWN = (*tying.NAMES, *tying.STARTS, "LoRA_qkv")
 """Configurations whose name follows from their values."""
-TOLERANCE = 0.05
-"""Numbers of parameters count as equal up to this share."""
 
 
 @dataclass(frozen=True)
@@ -246,8 +245,9 @@ class Pair:
 
     anchor: RunGroup
     """The group of the side that has a rank of its own. The other side is matched to it."""
-    method: RunGroup | None
-    comparator: Peer | None
+    method: RunGroup | None = None
+    comparator: Peer | None = None
+    """Both are None if a side is missing."""
     problem: str = ""
     """Why a side is missing."""
     floor: RunGroup | None = None
@@ -299,50 +299,46 @@ def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
 
 
 def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], name: str) -> Pair:
-    matched = claim.method if claim.method.is_matched else claim.comparator
-    partner: Peer | None
-    if matched.frontier:
-        partner, problem = _on_curve(matched.frontier, claim, anchor, groups)
-    else:
-        is_on_other_seeds = matched.seed_offset != claim.anchor.seed_offset
-        partner, problem = _partner(matched, anchor, groups, may_be_anchor=is_on_other_seeds)
-    floor = None
-    if claim.floor is not None and claim.rule.needs_zero and not problem:
-        floor, missing = _partner(claim.floor, anchor, groups, may_be_anchor=True)
-        problem = f"the floor: {missing}" if missing else ""
+    matched, floor = claim.method if claim.method.is_matched else claim.comparator, None
+    try:
+        partner: Peer
+        if matched.frontier:
+            partner = _on_curve(matched.frontier, claim, anchor, groups)
+        else:
+            is_on_other_seeds = matched.seed_offset != claim.anchor.seed_offset
+            partner = _partner(matched, anchor, groups, may_be_anchor=is_on_other_seeds)
+        if claim.floor is not None and claim.rule.needs_zero:
+            floor = _partner(claim.floor, anchor, groups, what="the floor: ")
+    except UserError as error:
+        return Pair(anchor, problem=str(error), name=name)
     method, comparator = (partner, anchor) if claim.method.is_matched else (anchor, partner)
-    weakest, peer, weakest_problem = _weakest(claim, anchor, comparator, groups)
     assert not isinstance(method, Blend), "only a comparator is on a curve"
-    arms: list[tuple[RunGroup, int]] = []
-    if method is not None and comparator is not None and not problem:
-        arms = [(method, claim.method.seed_offset)]
-        arms += [(group, claim.comparator.seed_offset) for group in groups_of(comparator)]
-        arms += [(floor, 0)] if floor is not None else []
+    arms = [(method, claim.method.seed_offset)]
+    arms += [(group, claim.comparator.seed_offset) for group in comparator.groups]
+    arms += [(floor, 0)] if floor is not None else []
+    weakest = weakest_peer = None
+    weakest_problem = ""
+    try:
+        if claim.weakest is not None:
+            weakest = _partner(claim.weakest, anchor, groups)
+            curve_of = claim.comparator.frontier
+            weakest_peer = _on_curve(curve_of, claim, weakest, groups) if curve_of else comparator
+    except UserError as error:
+        weakest_problem = str(error)
+    method = _shifted(method, claim.method)
     if not isinstance(comparator, Blend):
         comparator = _shifted(comparator, claim.comparator)
-    method = _shifted(method, claim.method)
-    return Pair(anchor, method, comparator, problem, floor, weakest, peer, weakest_problem, tuple(arms), name)
+    return Pair(anchor, method, comparator, "", floor, weakest, weakest_peer, weakest_problem, tuple(arms), name)
 
 
-def _weakest(
-    claim: Claim, anchor: RunGroup, comparator: Peer | None, groups: Sequence[RunGroup]
-) -> tuple[RunGroup | None, Peer | None, str]:
-    """The weakest arm and what it is compared with, or why one of them is missing."""
-    if claim.weakest is None:
-        return None, None, ""
-    weakest, problem = _partner(claim.weakest, anchor, groups, may_be_anchor=True)
-    if weakest is not None and claim.comparator.frontier:
-        comparator, problem = _on_curve(claim.comparator.frontier, claim, weakest, groups)
-    return weakest, comparator, problem
-
-
-def _on_curve(
-    configuration: str, claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]
-) -> tuple[Blend | None, str]:
-    """The curve of a configuration at the anchor's number of parameters, or None and the reason.
+def _on_curve(configuration: str, claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Blend:
+    """The curve of a configuration at the anchor's number of parameters.
 
     A size is on it if it has the claim's metric on the seeds of the first look, so that a size which has just begun
     does not take part.
+
+    Raises:
+        UserError: the anchor is on the curve itself, or outside the measured sizes.
     """
     seeds, metric = set(claim.plan.of_look(0)), claim.tasks.get(anchor.task)
 
@@ -352,14 +348,15 @@ def _on_curve(
 
     found = curve(configuration, anchor.setting, [group for group in groups if is_ready(group)])
     if anchor in found.groups:
-        return None, f"{anchor.name} is on the curve of {configuration} itself"
-    blend = found.at(anchor.params)
-    return blend, "" if blend else f"{anchor.params:,} parameters are outside the measured {found}"
+        raise UserError(f"{anchor.name} is on the curve of {configuration} itself")
+    if (blend := found.at(anchor.params)) is None:
+        raise UserError(f"{anchor.params:,} parameters are outside the measured {found}")
+    return blend
 
 
-def _shifted(group: RunGroup | None, side: Side) -> RunGroup | None:
+def _shifted(group: RunGroup, side: Side) -> RunGroup:
     """The group with its seeds counted from the side's offset. Runs of lower seeds are left out."""
-    if group is None or side.seed_offset == 0:
+    if side.seed_offset == 0:
         return group
     runs = [
         replace(run, record=replace(run.record, seed=run.seed - side.seed_offset))
@@ -387,61 +384,49 @@ def _is_of(group: RunGroup, side: Side) -> bool:
 
 
 def _partner(
-    side: Side, anchor: RunGroup, groups: Sequence[RunGroup], may_be_anchor: bool
-) -> tuple[RunGroup | None, str]:
-    """The group of the side in the anchor's setting, or None and the reason.
+    side: Side, anchor: RunGroup, groups: Sequence[RunGroup], *, may_be_anchor: bool = True, what: str = ""
+) -> RunGroup:
+    """The group of the side in the anchor's setting.
 
     Args:
         may_be_anchor: whether the anchor may be compared with itself, on other seeds.
+        what: begins an error's text.
+
+    Raises:
+        UserError: it was not run, or several groups fit.
     """
-    candidates = [group for group in groups if group.setting == anchor.setting and _is_of(group, side)]
+    found = [group for group in groups if group.setting == anchor.setting and _is_of(group, side)]
+    name = side.label
     if side.rank is not None or side.at == EQUAL_RANK:
         rank = side.rank or anchor.rank
-        of_rank = [group for group in candidates if group.rank == rank and (group is not anchor or may_be_anchor)]
-        if of_rank:
-            return _only_one(of_rank, anchor)
-        return None, f"{side.label} r={rank} was not run in the same setting"
-    if not candidates:
-        return None, f"{side.label} was not run in the same setting"
-    closest = min(candidates, key=lambda group: abs(math.log(group.params / anchor.params)))
-    if abs(closest.params / anchor.params - 1) <= TOLERANCE:
-        return _only_one([group for group in candidates if group.params == closest.params], anchor)
-    return None, (
-        f"no {side.label} of about {anchor.params:,} parameters was run (nearest: r={closest.rank} with "
-        f"{closest.params:,}); {_advice(closest, anchor.params)}"
-    )
-
-
-def _only_one(groups: Sequence[RunGroup], anchor: RunGroup) -> tuple[RunGroup | None, str]:
-    """The plain one of several groups; without one, the one that scales its steps as the anchor; else a problem."""
-    plain = [group for group in groups if group.is_plain]
-    alike = [group for group in groups if group.step_size == anchor.step_size]
-    # The anchor is among them if it is compared with itself, on other seeds.
-    for some in (groups, [group for group in groups if group is anchor], plain, alike):
+        name = f"{name} r={rank}"
+        found = [group for group in found if group.rank == rank and (group is not anchor or may_be_anchor)]
+    if not found:
+        raise UserError(f"{what}{name} was not run in the same setting")
+    if side.at == EQUAL_PARAMETERS:
+        closest = min(found, key=lambda group: abs(math.log(group.params / anchor.params)))
+        if not is_near(closest.params, anchor.params):
+            raise UserError(
+                f"no {side.label} of about {anchor.params:,} parameters was run (nearest: r={closest.rank} with "
+                f"{closest.params:,}); budget={anchor.params} finds its rank"
+            )
+        found = [group for group in found if group.params == closest.params]
+    # The plain one of several; without one, the one that scales its steps as the anchor. The anchor is among them if it
+    # is compared with itself, on other seeds.
+    plain = [group for group in found if group.is_plain]
+    alike = [group for group in found if group.step_size == anchor.step_size]
+    for some in (found, [group for group in found if group is anchor], plain, alike):
         if len(some) == 1:
-            return some[0], ""
-    names = ", ".join(group.name for group in groups)
-    return None, f"several groups fit, and no single one is plain: {names}; report a folder with only one of them"
-
-
-def _advice(group: RunGroup, params: int) -> str:
-    """The rank to run for this number of parameters."""
-    try:
-        config = compose.load(compose.of_record(group.runs[0].record.config.tree))
-    except UserError:
-        return "run another rank"
-    # The number of parameters is a straight line over the rank.
-    at_one, at_two = (tying.trainable_params(config.tying, rank, config.model.architecture) for rank in (1, 2))
-    rank = 1 + max(0, round((params - at_one) / max(1, at_two - at_one)))
-    count = tying.trainable_params(config.tying, rank, config.model.architecture)
-    if abs(count / params - 1) <= TOLERANCE:
-        return f"run rank.r={rank}"
-    return f"no rank comes within {100 * TOLERANCE:g} % of it (nearest: r={rank} with {count:,}); match the other side"
+            return some[0]
+    names = ", ".join(group.name for group in found)
+    raise UserError(
+        f"{what}several groups fit, and no single one is plain: {names}; report a folder with only one of them"
+    )
 
 
 def unequal_effort(method: RunGroup, comparator: Peer) -> str:
     """A note if the learning rates of the groups were searched with unequal effort; empty if they were not."""
-    counts = {group.name: len(group.rates) for group in (method, *groups_of(comparator))}
+    counts = {group.name: len(group.rates) for group in (method, *comparator.groups)}
     if len(set(counts.values())) == 1:
         return ""
     words = [f"{count} rate{'s' if count > 1 else ''} of {name}" for name, count in counts.items()]

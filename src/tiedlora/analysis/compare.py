@@ -16,7 +16,7 @@ import numpy as np
 
 from tiedlora.analysis import intervals, rules
 from tiedlora.analysis.claims import Claim
-from tiedlora.analysis.frontier import Curve, Peer, curve, groups_of, parts_of
+from tiedlora.analysis.frontier import Curve, Peer, curve
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.intervals import Array, Clusters
 from tiedlora.analysis.rules import Sides
@@ -147,10 +147,10 @@ def gain(group: RunGroup, measure: Measure, book: Scorebook) -> Estimate | None:
 def difference(ours: RunGroup, theirs: Peer, measure: Measure, book: Scorebook) -> tuple[Estimate | None, str]:
     """The paired difference to a group or a point of a curve, over their common seeds, and notes for the reader."""
     try:
-        first, *others = _comparable_runs([ours, *groups_of(theirs)], measure)
+        first, *others = _comparable_runs([ours, *theirs.groups], measure)
     except UserError as error:
         return None, str(error)
-    weights = [weight for weight, _ in parts_of(theirs)]
+    weights = [weight for weight, _ in theirs.parts]
     values = measure.values(first) - _blended(weights, [measure.values(runs) for runs in others])
     estimate, notes = Estimate(float(values.mean())), []
     if len(first) > 1:
@@ -165,7 +165,7 @@ def difference(ours: RunGroup, theirs: Peer, measure: Measure, book: Scorebook) 
         notes.append("made by another commit")
     if other_ends([first, *others], measure):
         notes.append(OTHER_ENDS)
-    if (common := len(first)) < max(len(group.runs) for group in (ours, *groups_of(theirs))):
+    if (common := len(first)) < max(len(group.runs) for group in (ours, *theirs.groups)):
         notes.append(f"{common} seed{'s' if common > 1 else ''} in common")
     return estimate, "; ".join(notes)
 
@@ -222,22 +222,9 @@ def _add_paired_intervals(estimate: Estimate, ours: Array, theirs: Array, cluste
         estimate.both = intervals.both_interval(ours - theirs, clusters=clusters)
 
 
-@dataclass(frozen=True)
-class PairedScores:
-    """The scores of the seeds that all sides of a comparison have."""
-
-    seeds: tuple[int, ...]
-    sides: Sides
-
-    def of(self, seeds: Iterable[int]) -> PairedScores:
-        """The scores of these seeds only, in their order. Seeds that are missing here are left out."""
-        places = [self.seeds.index(seed) for seed in seeds if seed in self.seeds]
-        return PairedScores(tuple(self.seeds[place] for place in places), self.sides.seeds(places))
-
-
 def paired_scores(
     method: RunGroup, comparator: Peer, measure: Measure, book: Scorebook, floor: RunGroup | None = None
-) -> PairedScores:
+) -> Sides:
     """The scores of the seeds that all sides have. Losses are negated.
 
     Args:
@@ -246,7 +233,7 @@ def paired_scores(
     Raises:
         UserError: predictions are missing or damaged, the examples differ, or there is no seed in common.
     """
-    groups = [method, *groups_of(comparator), *([floor] if floor is not None else [])]
+    groups = [method, *comparator.groups, *([floor] if floor is not None else [])]
     runs = _comparable_runs(groups, measure)
     split, first = measure.split, runs[0][0]
     ids, _ = book.scores(first, split, measure.metric)
@@ -258,10 +245,10 @@ def paired_scores(
         base_ids, zero = book.scores(base, split, measure.metric, base=True)
         if base_ids != ids:
             raise UserError(f"{base.run_id}: its base model was scored on other rows")
-    theirs = _blended([weight for weight, _ in parts_of(comparator)], others)
+    theirs = _blended([weight for weight, _ in comparator.parts], others)
     sign, clusters = measure.sign, _clusters(runs, measure, book)
-    sides = Sides(sign * table, sign * theirs, None if zero is None else sign * zero, clusters)
-    return PairedScores(tuple(run.seed for run in runs[0]), sides)
+    seeds = tuple(run.seed for run in runs[0])
+    return Sides(sign * table, sign * theirs, None if zero is None else sign * zero, clusters, seeds)
 
 
 def retained(ours: RunGroup, theirs: Peer, measure: Measure, floor: RunGroup | None = None) -> Interval | None:
@@ -271,7 +258,7 @@ def retained(ours: RunGroup, theirs: Peer, measure: Measure, floor: RunGroup | N
         floor: the zero point; None takes the base model, where it was scored.
     """
     try:
-        runs = _comparable_runs([ours, *groups_of(theirs), *([floor] if floor is not None else [])], measure)
+        runs = _comparable_runs([ours, *theirs.groups, *([floor] if floor is not None else [])], measure)
     except UserError:
         return None
     zero = measure.values(runs.pop()) if floor is not None else None
@@ -282,23 +269,13 @@ def retained(ours: RunGroup, theirs: Peer, measure: Measure, floor: RunGroup | N
         runs = list(zip(*scored, strict=True))
         zero = measure.base_values(runs[0])
     first, *others = runs
-    their_values = _blended([weight for weight, _ in parts_of(theirs)], [measure.values(own) for own in others])
+    their_values = _blended([weight for weight, _ in theirs.parts], [measure.values(own) for own in others])
     our_gains, their_gains = measure.values(first) - zero, their_values - zero
     if measure.sign * their_gains.mean() <= 0:
         return None
     if (ratio := intervals.ratio(our_gains, their_gains)) is not None:
         return ratio
     return Interval(float(our_gains.mean() / their_gains.mean()), math.nan, math.nan)
-
-
-def _retains_at_least(ours: RunGroup, theirs: RunGroup, measure: Measure, book: Scorebook) -> float | None:
-    """The largest share of the other group's gain that is supported; None if none is, or if scores are missing."""
-    try:
-        sides = paired_scores(ours, theirs, measure, book).sides
-    except UserError:
-        # The notes on the score and the difference already say what is missing.
-        return None
-    return rules.retained_at_least(sides, 1 - LEVEL) if min(sides.method.shape) > 1 else None
 
 
 # Worth: the size of a curve that scores the same.
@@ -503,7 +480,9 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Curve, book: Scoreb
         if why:
             row.notes.append(f"compared with LoRA: {why}")
         row.retained = retained(group, lora, measure)
-        row.retains_at_least = _retains_at_least(group, lora, measure, book)
+        # A note on the difference already says what is wrong with predictions.
+        with contextlib.suppress(UserError):
+            row.retains_at_least = rules.retained_at_least(paired_scores(group, lora, measure, book), 1 - LEVEL)
     if row.primary and group not in lora_curve.groups:
         # A note on the row's score already says what is wrong with its predictions.
         with contextlib.suppress(UserError):

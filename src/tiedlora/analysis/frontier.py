@@ -45,16 +45,6 @@ Peer = RunGroup | Blend
 """What a method is compared with."""
 
 
-def parts_of(peer: Peer) -> tuple[tuple[float, RunGroup], ...]:
-    """(weight, group) of everything that a peer is made of."""
-    return peer.parts if isinstance(peer, Blend) else ((1.0, peer),)
-
-
-def groups_of(peer: Peer) -> list[RunGroup]:
-    """The groups that a peer is made of."""
-    return [group for _, group in parts_of(peer)]
-
-
 @dataclass(frozen=True, eq=False)
 class Curve:
     """One configuration in one setting, at every size that was run."""

@@ -91,6 +91,16 @@ class RunGroup:
         return self.configuration if self.is_other_method else f"{self.configuration} r={self.rank}"
 
     @property
+    def parts(self) -> tuple[tuple[float, RunGroup], ...]:
+        """(weight, group) of what a comparison with it is made of: itself alone. A point of a curve has more."""
+        return ((1.0, self),)
+
+    @property
+    def groups(self) -> list[RunGroup]:
+        """The groups of `parts`."""
+        return [self]
+
+    @property
     def is_other_method(self) -> bool:
         """Whether another method was trained, which has no rank of ours."""
         return any(run.is_other_method for run in self.runs)

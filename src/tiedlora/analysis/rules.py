@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,17 +70,20 @@ class Sides:
     are no scores. Only a rule that needs no zero point accepts None."""
     clusters: Clusters | None = None
     """Which rows belong together."""
+    seeds: tuple[int, ...] = ()
+    """The seeds by name, for `of`."""
 
     @property
     def gain(self) -> Array | None:
         """What the comparator gains over the zero point."""
         return None if self.zero is None else self.comparator - self.zero
 
-    def seeds(self, places: Sequence[int] | slice) -> Sides:
-        """Only these seeds, in this order."""
-        per_seed = self.zero is not None and self.zero.ndim > 1
-        zero = self.zero[places] if per_seed and self.zero is not None else self.zero
-        return Sides(self.method[places], self.comparator[places], zero, self.clusters)
+    def of(self, seeds: Iterable[int]) -> Sides:
+        """Only these seeds, in their order. Those that are missing here are left out."""
+        places = [self.seeds.index(seed) for seed in seeds if seed in self.seeds]
+        zero = self.zero[places] if self.zero is not None and self.zero.ndim > 1 else self.zero
+        kept = tuple(self.seeds[place] for place in places)
+        return Sides(self.method[places], self.comparator[places], zero, self.clusters, kept)
 
 
 class Rule(ABC):
@@ -219,10 +222,10 @@ def retained_at_least(sides: Sides, level: float) -> float | None:
 
     Returns:
         None if no rho of 0 or more is supported: the method does not beat the zero point, or the comparator does not;
-        or if there is no zero point.
+        or if there is no zero point, or one seed or row.
     """
     gain = sides.gain
-    if gain is None or sides.zero is None or _level_above(gain, sides.clusters) > level:
+    if gain is None or sides.zero is None or min(sides.method.shape) < 2 or _level_above(gain, sides.clusters) > level:
         return None
 
     def low(rho: float) -> float:

@@ -250,14 +250,14 @@ def _arm(
 ) -> SizedShare | None:
     """The arm with its share; None if its scores cannot be compared, as a note of the results says."""
     try:
-        scores = compare.paired_scores(group, reference, measure, book, floor)
+        sides = compare.paired_scores(group, reference, measure, book, floor)
     except UserError:
         return None
-    sides, share = scores.sides, None
     if sides.zero is None or sides.gain is None:
         return None
+    share = None
     if min(sides.method.shape) > 1:
         share = Better().kept(sides, 1 - LEVEL)
     elif (gain := float(sides.gain.mean())) > 0:
         share = Interval(float((sides.method - sides.zero).mean()) / gain, math.nan, math.nan)
-    return None if share is None else SizedShare(group, share, len(scores.seeds))
+    return None if share is None else SizedShare(group, share, len(sides.seeds))

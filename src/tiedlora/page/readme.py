@@ -17,7 +17,6 @@ from pathlib import Path
 from tiedlora import storage
 from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.compare import ResultRow
-from tiedlora.analysis.frontier import groups_of
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.rules import Better
 from tiedlora.config.sizes import is_near
@@ -199,7 +198,7 @@ def _against_equal_size(report: Report, name: tuple[str, str, int]) -> str | Non
         pair = answer.pair
         if pair is None or pair.method is None or pair.comparator is None or not isinstance(answer.claim.rule, Better):
             continue
-        is_lora = all(group.name in lora for group in groups_of(pair.comparator)) and not answer.exploratory
+        is_lora = all(group.name in lora for group in pair.comparator.groups) and not answer.exploratory
         is_equal = is_lora and is_near(pair.comparator.params, pair.method.params)
         if _of(pair.method) == name and is_equal and answer.measure and (pair.anchor.setting, answer.measure) in panels:
             found.setdefault(answer.verdict.value, {})[f"{answer.task} {answer.measure.metric}"] = None
