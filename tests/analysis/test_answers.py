@@ -232,6 +232,6 @@ class TestOverTasks:
 
     def test_the_note_says_how_many_wrong_verdicts_to_expect(self, claim):
         note = error_note(self.answers(claim, (SUPPORTED, 1.0), (CONTRADICTED, 0.01), (UNDECIDED, 0.3)))
-        assert note.startswith("Verdicts (supported or contradicted): 2, from 3 different tests of 3 different")
+        assert note.startswith("Verdicts (supported or contradicted): 2, from 3 different tests. ")
         assert "(0.2)" in note
         assert error_note([]) == "No planned look has been taken yet."

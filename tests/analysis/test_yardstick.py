@@ -326,4 +326,4 @@ def test_two_claims_about_one_difference_are_one_test_and_holm_is_over_all(tmp_p
     )
     report = write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
     assert [answer.survives_holm for answer in report.answers] == [True, True, False]
-    assert "from 2 different tests of 2 different comparisons" in error_note(report.answers)
+    assert "from 2 different tests." in error_note(report.answers)

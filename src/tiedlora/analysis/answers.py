@@ -27,7 +27,6 @@ from typing import Literal
 from tiedlora.analysis import claims, compare, intervals, rules
 from tiedlora.analysis.claims import Claim, Pair
 from tiedlora.analysis.compare import Estimate, Measure
-from tiedlora.analysis.frontier import Peer
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.rules import Plan, Sides
 from tiedlora.analysis.runs import Scorebook
@@ -97,8 +96,6 @@ class Answer:
     difference_seeds: int = 0
     """The number of seeds of `difference`, which uses all that both sides have."""
     rows: int = 0
-    clusters: int | None = None
-    """How many clusters the rows come in; None if they are independent."""
     decide: str = ""
     """What would decide the claim, in planned looks."""
 
@@ -142,76 +139,77 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     answer.difference, _ = compare.difference(method, comparator, measure, book)
     answer.retained = compare.retained(method, comparator, measure, pair.floor)
     answer.rows, answer.difference_seeds = scores.method.shape[1], len(scores.seeds)
-    answer.clusters = None if scores.clusters is None else len(scores.clusters.sizes)
     _set_share(answer, scores, rules.TOTAL)
-    others = [*comparator.groups, *([pair.floor] if pair.floor is not None else [])]
-    ended = set.intersection(*(_ended(group, measure) for group in (method, *others)))
-    _decide(answer, scores, ended)
-    if pair.floor is not None:
-        answer.reason += f" (over {pair.floor.name})"
-    answer.reason += f" ({method.name} against {comparator.name}, {split}, {measure.metric})"
-    if answer.clusters is not None:
-        answer.reason += f"; {answer.rows:,} rows in {answer.clusters} clusters"
+    sides = [method, *comparator.groups, *([pair.floor] if pair.floor is not None else [])]
+    _decide(answer, scores, set.intersection(*(_ended(group, measure) for group in sides)))
+    over = f" (over {pair.floor.name})" if pair.floor is not None else ""
+    notes = [f"{answer.reason}{over} ({method.name} against {comparator.name}, {split}, {measure.metric})"]
+    if scores.clusters is not None:
+        notes.append(f"{answer.rows:,} rows in {len(scores.clusters.sizes)} clusters")
     if (answer.look is not None or answer.exploratory) and claim.weakest is not None:
-        _check_sensitivity(answer, pair, measure, book)
-    if compare.other_ends([group.runs for group in (method, *others)], measure):
-        answer.reason += f"; {compare.OTHER_ENDS}"
+        notes.append(_check_sensitivity(answer, pair, measure, book))
+    if compare.other_ends([group.runs for group in sides], measure):
+        notes.append(compare.OTHER_ENDS)
     if effort := claims.unequal_effort(method, comparator):
-        answer.reason += f"; {effort}"
-    for group in (method, *others):
-        if answer.look is not None and _may_change_its_rate(group, answer.seeds):
-            answer.reason += (
-                f"; the rate of {group.name} was chosen on later seeds too, so they can change this: record the choice "
-                "at the look with scripts/sweep.py select"
-            )
+        notes.append(effort)
+    notes += [
+        f"the rate of {group.name} was chosen on later seeds too, so they can change this: record the choice "
+        "at the look with scripts/sweep.py select"
+        for group in sides
+        if answer.look is not None and _may_change_its_rate(group, answer.seeds)
+    ]
+    answer.reason = "; ".join(notes)
     return answer
 
 
-def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Scorebook) -> None:
-    """Ask the claim's rule of its weakest arm, at the latest look that its seeds reach.
+def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Scorebook) -> str:
+    """Ask the claim's rule of its weakest arm, and return what it says in words."""
+    answer.sensitivity = "not shown"
+    try:
+        evidence, level, who = _of_weakest(answer, pair, measure, book)
+    except UserError as error:
+        return f"sensitivity not shown: {error}"
+    if evidence.supported <= level and answer.verdict == Verdict.CONTRADICTED:
+        return f"the same is supported for {who}"
+    if evidence.supported <= level:
+        answer.sensitivity, answer.verdict = "lacking", Verdict.CANNOT_FAIL
+        answer.decide = "a task or a zero point at which the weakest arm fails"
+        return f"cannot fail here: the same is supported for {who}"
+    if evidence.contradicted <= level:
+        answer.sensitivity = "shown"
+        return f"sensitivity shown: the same is contradicted for {who}"
+    return f"sensitivity not shown: the same is undecided for {who}"
+
+
+def _of_weakest(answer: Answer, pair: Pair, measure: Measure, book: Scorebook) -> tuple[rules.Evidence, float, str]:
+    """The evidence of the weakest arm at the latest look that its seeds reach, the level there, and the arm's name.
 
     An exploratory verdict has no look; then the question is asked of all common seeds, as the verdict's.
+
+    Raises:
+        UserError: the arm, or something that it needs, is missing.
     """
-    answer.sensitivity = "not shown"
-    weakest, peer, problem = pair.weakest, pair.weakest_peer, pair.weakest_problem
-    if weakest is not None and peer is not None and not problem:
-        sides = [pair.method, *peer.groups, pair.floor]
-        if any(side is not None and _is_same_arm(side, weakest) for side in sides):
-            problem = f"{weakest.name} is a side of the comparison itself"
-    if weakest is None or peer is None or problem:
-        answer.reason += f"; sensitivity not shown: {problem}"
-        return
+    weakest, peer = pair.weakest, pair.weakest_peer
+    if weakest is None or peer is None:
+        raise UserError(pair.weakest_problem)
+    if any(side is not None and _is_same_arm(side, weakest) for side in (pair.method, *peer.groups, pair.floor)):
+        raise UserError(f"{weakest.name} is a side of the comparison itself")
     try:
         scores = compare.paired_scores(weakest, peer, measure, book, pair.floor)
     except UserError as error:
-        answer.reason += f"; sensitivity not shown: {weakest.name}: {error}"
-        return
+        raise UserError(f"{weakest.name}: {error}") from None
     if answer.claim.rule.needs_zero and scores.zero is None:
-        answer.reason += f"; sensitivity not shown: no base was scored beside {weakest.name}"
-        return
+        raise UserError(f"no base was scored beside {weakest.name}")
     plan, where, level = answer.claim.plan, "", rules.TOTAL
     if not answer.exploratory:
         reached = [number for number in range(len(plan.looks)) if set(plan.of_look(number)) <= set(scores.seeds)]
         if not reached:
-            answer.reason += f"; sensitivity not shown: {weakest.name} has not the seeds of a look"
-            return
+            raise UserError(f"{weakest.name} has not the seeds of a look")
         scores, level = scores.of(plan.of_look(reached[-1])), plan.levels[reached[-1]]
         where = f" at look {reached[-1] + 1}"
     if min(scores.method.shape) < 2:
-        answer.reason += f"; sensitivity not shown: {weakest.name} has one seed or row in common"
-        return
-    evidence, who = answer.claim.rule.evidence(scores), f"{weakest.name}, the weakest arm{where}"
-    if evidence.supported <= level and answer.verdict != Verdict.CONTRADICTED:
-        answer.sensitivity, answer.verdict = "lacking", Verdict.CANNOT_FAIL
-        answer.decide = "a task or a zero point at which the weakest arm fails"
-        answer.reason += f"; cannot fail here: the same is supported for {who}"
-    elif evidence.supported <= level:
-        answer.reason += f"; the same is supported for {who}"
-    elif evidence.contradicted <= level:
-        answer.sensitivity = "shown"
-        answer.reason += f"; sensitivity shown: the same is contradicted for {who}"
-    else:
-        answer.reason += f"; sensitivity not shown: the same is undecided for {who}"
+        raise UserError(f"{weakest.name} has one seed or row in common")
+    return answer.claim.rule.evidence(scores), level, f"{weakest.name}, the weakest arm{where}"
 
 
 def _is_same_arm(first: RunGroup, second: RunGroup) -> bool:
@@ -405,22 +403,13 @@ def _over_tasks(answers: Sequence[Answer], model: str) -> ClaimVerdict:
     return ClaimVerdict(answers[0].claim, model, verdict, reason, tuple(answers))
 
 
-def comparison(answer: Answer) -> tuple[object, ...]:
-    """What was compared: two claims about the same difference have the same one, whichever side each calls method."""
-    pair, measure = answer.pair, answer.measure
-    if pair is None or pair.method is None or pair.comparator is None or measure is None:
-        return answer.model, answer.task, answer.claim.name
-    return pair.anchor.setting, frozenset({_key(pair.method), _key(pair.comparator)}), measure
-
-
-def _key(peer: Peer) -> tuple[tuple[float, str], ...]:
-    return tuple((weight, group.name) for weight, group in peer.parts)
-
-
 def test_of(answer: Answer) -> tuple[object, ...]:
-    """Which test an answer gives: a comparison with its rule, its zero point, and the side that is the method."""
-    method = answer.pair.method.name if answer.pair is not None and answer.pair.method is not None else ""
-    return (*comparison(answer), str(answer.claim.rule), answer.zero, method)
+    """Which test an answer gives: two sides by one measure, with the rule and the zero point."""
+    rule, pair, measure = str(answer.claim.rule), answer.pair, answer.measure
+    if pair is None or pair.method is None or pair.comparator is None or measure is None:
+        return answer.model, answer.task, answer.claim.name, rule, answer.zero
+    comparator = tuple((weight, group.name) for weight, group in pair.comparator.parts)
+    return pair.anchor.setting, pair.method.name, comparator, measure, rule, answer.zero
 
 
 def _tested(answers: Iterable[Answer]) -> dict[tuple[object, ...], list[Answer]]:
@@ -447,10 +436,8 @@ def error_note(answers: Sequence[Answer]) -> str:
         return "No planned look has been taken yet."
     decided = [own for own in tests.values() if any(answer.verdict in DECIDED for answer in own)]
     surviving = sum(any(answer.survives_holm for answer in own) for own in decided)
-    compared, wrong = len({comparison(own[0]) for own in tests.values()}), rules.TOTAL * len(tests)
     return (
-        f"Verdicts (supported or contradicted): {len(decided)}, from {len(tests)} different tests of {compared} "
-        f"different comparisons. With every truth at the boundary, {100 * rules.TOTAL:g} % of the tests "
-        f"({wrong:.1f}) would get a wrong verdict. By Holm's procedure over all tests, {surviving} of the "
-        f"{len(decided)} verdicts hold."
+        f"Verdicts (supported or contradicted): {len(decided)}, from {len(tests)} different tests. With every "
+        f"truth at the boundary, {100 * rules.TOTAL:g} % of the tests ({rules.TOTAL * len(tests):.1f}) would get a "
+        f"wrong verdict. By Holm's procedure over all tests, {surviving} of the {len(decided)} verdicts hold."
     )
