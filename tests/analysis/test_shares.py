@@ -14,8 +14,8 @@ def test_the_forest_has_a_bar_in_the_zone_and_says_why_one_is_missing(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.62}, rows=1000, seed_sd=0.002)
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, rows=1000, seed_sd=0.002, task="squad")
     world(tmp_path / "runs", {"LoRA": 0.11, "TABuv": 0.1}, rows=200, task="gsm8k")
-    group, *_ = shares.forest_groups(report_of_shares(tmp_path).answers)
-    lines = {line.task: line for line in group.lines}
+    ((_, found),) = shares.forest_lines(report_of_shares(tmp_path).answers)
+    lines = {line.task: line for line in found}
     supported, contradicted, floor = lines["chain_sum"], lines["squad"], lines["gsm8k"]
     assert supported.is_firm
     assert supported.share.low > supported.zone[0] == 0.9
@@ -27,8 +27,7 @@ def test_the_forest_has_a_bar_in_the_zone_and_says_why_one_is_missing(tmp_path):
 def test_one_seed_has_an_interval_over_rows_and_no_planned_look(tmp_path):
     for name, right in (("LoRA", 30), ("TABuv", 24)):
         scored_run(tmp_path / "runs", [1.0] * right + [0.0] * (50 - right), [1.0] * 10 + [0.0] * 40, name=name)
-    (group,) = shares.forest_groups(report_of_shares(tmp_path).answers)
-    (line,) = group.lines
+    ((_, (line,)),) = shares.forest_lines(report_of_shares(tmp_path).answers)
     assert not line.is_firm
     assert line.share.value == pytest.approx((24 - 10) / (30 - 10))
     assert line.share.low < line.share.value < line.share.high

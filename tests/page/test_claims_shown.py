@@ -51,21 +51,15 @@ def test_cells_have_verdicts_and_differences_and_lead_to_reasons_and_the_forest_
     model = models(report)["tiny"]
     assert model.tasks == ["chain_sum", "gsm8k", "squad"]
     assert model.headline == "2 claims: 1 contradicted, 1 undecided"
-    cells = {task: (page.word(answer), *page.effect(answer)) for task, answer, _ in model.rows[0].cells}
+    cells = {task: (page.word(answer), *page.effect(answer)) for task, answer, _ in model.rows[0][1]}
     assert cells["chain_sum"][0] == "supported"
     answer = next(answer for answer in report.answers if answer.task == "squad" and answer.pair)
     verdict, effect, ends = cells["squad"]
     assert (verdict, effect) == ("contradicted", f"−{abs(100 * answer.difference.value):.1f} points")
     assert ends.startswith("[−")
-    assert model.rows[0].over_tasks.verdict == "contradicted"
-    # Equal reasons are one.
-    (reason,) = model.rows[1].reasons
-    assert reason.tasks == ["chain_sum", "gsm8k", "squad"]
-    assert "was not run on it" in reason.answer.reason
-    for row in model.rows:
-        assert {reason for _, _, reason in row.cells} == {reason.id for reason in row.reasons}
-    ids = [reason.id for row in model.rows for reason in row.reasons]
-    assert len(ids) == len(set(ids))
+    assert model.rows[0][0].verdict == "contradicted"
+    ids = [cell.id for _, cells in model.rows for cell in cells]
+    assert len(ids) == len(set(ids)) == 6
     figures.write_files(panels(report, "forest"), tmp_path)
     svg = (tmp_path / "forest.svg").read_text()
     assert "contradicted" in svg
@@ -75,7 +69,7 @@ def test_cells_have_verdicts_and_differences_and_lead_to_reasons_and_the_forest_
 
 def test_a_task_that_a_claim_is_not_about_is_not_asked(three_tasks):
     model = models(report_of(three_tasks, CLAIMS.replace("tasks: []", "tasks: [squad]", 1)))["tiny"]
-    verdicts = {task: page.word(answer) for task, answer, _ in model.rows[0].cells}
+    verdicts = {task: page.word(answer) for task, answer, _ in model.rows[0][1]}
     assert verdicts == {"chain_sum": "not asked", "gsm8k": "not asked", "squad": "contradicted"}
 
 
@@ -84,7 +78,7 @@ def test_a_model_without_runs_of_a_claim_says_so(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6}, seeds=2, rows=60, model="org/other")
     report = report_of(tmp_path)
     rows = models(report)["other"].rows
-    assert [page.word(answer) for row in rows for _, answer, _ in row.cells] == ["not run"] * len(rows)
+    assert [page.word(answer) for _, cells in rows for _, answer, _ in cells] == ["not run"] * len(rows)
     assert [panel.model for panel in panels(report, "forest")] == ["tiny"]
 
 

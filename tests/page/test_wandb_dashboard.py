@@ -25,10 +25,10 @@ def test_every_panel_asks_for_a_key_that_runs_log(runs):
     text = json.dumps(wandb_dashboard.specification(workspace))
     (run,) = [run for run in runs if run.task == "chain_sum"]
     logged = flat_summary(run.record)
-    for key in ("trainable_params", "test/exact_match_strict", "training/peak_memory_bytes", "training/tokens_per_s"):
+    for key in ("trainable_params", "test/exact_match_strict"):
         assert key in logged
         assert key in text
-    for key in ("validation/loss", "train/loss", "tying", "rank", "lr"):
+    for key in ("validation/loss", "train/loss", "tying", "rank"):
         assert key in text
 
 
@@ -43,7 +43,6 @@ def test_the_best_losses_are_the_lowest(runs):
     loss, score = (plots[f"test/{name} by trainable parameters"] for name in ("target_loss", "exact_match_strict"))
     assert (loss.running_ymin, loss.running_ymax) == (True, None)
     assert (score.running_ymin, score.running_ymax) == (None, True)
-    assert not scatters([])  # runs that have no scores
 
 
 def test_each_tasks_workspace_filters_its_runs(runs):

@@ -107,17 +107,6 @@ class ForestLine:
         return f"{share_in_words(self.share, self.zone or ())}, {self.seeds} seed{'s' if self.seeds != 1 else ''}"
 
 
-@dataclass(frozen=True)
-class ForestGroup:
-    """The lines of one claim for one model."""
-
-    claim: str
-    rule: str
-    """What the rule asks for, in words."""
-    comparator: str
-    lines: list[ForestLine]
-
-
 def forest_line(answer: Answer) -> ForestLine:
     """The line of one answer."""
     rule, gain, share, missing = answer.claim.rule, answer.comparator_gain, answer.kept, ""
@@ -144,7 +133,7 @@ def _share_of_one_seed(answer: Answer, gain: float) -> Interval | None:
     return Interval(1 + sign * difference.value / gain, low, high)
 
 
-def forest_groups(answers: Iterable[Answer]) -> list[ForestGroup]:
+def forest_lines(answers: Iterable[Answer]) -> list[tuple[Claim, list[ForestLine]]]:
     """The answers of one model, by claim, in their order. A test that two claims share has one line."""
     by_claim: dict[int, tuple[Claim, list[ForestLine]]] = {}
     tests = set()
@@ -152,10 +141,7 @@ def forest_groups(answers: Iterable[Answer]) -> list[ForestGroup]:
         if (test := test_of(answer)) not in tests:
             by_claim.setdefault(id(answer.claim), (answer.claim, []))[1].append(forest_line(answer))
         tests.add(test)
-    return [
-        ForestGroup(claim.name, str(claim.rule), claim.comparator.configuration, lines)
-        for claim, lines in by_claim.values()
-    ]
+    return list(by_claim.values())
 
 
 def forest_axis(lines: Sequence[ForestLine]) -> ShareAxis:

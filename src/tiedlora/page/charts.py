@@ -19,9 +19,10 @@ from scipy.optimize import isotonic_regression
 
 from tiedlora.analysis import shares
 from tiedlora.analysis.answers import Answer
+from tiedlora.analysis.claims import Claim
 from tiedlora.analysis.compare import Measure, ResultRow
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.shares import ForestGroup, ForestLine, ShareAxis, SizePanel, size_axis
+from tiedlora.analysis.shares import ForestLine, ShareAxis, SizePanel, size_axis
 from tiedlora.page.figures import BACK, INK, LINE, SOFT, VERDICTS, ZONE, Panel, cut, order, style
 from tiedlora.page.formats import minus
 from tiedlora.records.interval import Interval, Unit
@@ -44,9 +45,9 @@ def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], sizes: Sequence
     """
     found = []
     for model in dict.fromkeys(row.group.model for row in rows):
-        lines = shares.forest_groups(answer for answer in answers if answer.model == model and answer.pair is not None)
-        if any(line.share is not None for group in lines for line in group.lines):
-            found.append(_forest(model, lines))
+        forest = shares.forest_lines(answer for answer in answers if answer.model == model and answer.pair is not None)
+        if any(line.share is not None for _, lines in forest for line in lines):
+            found.append(_forest(model, forest))
         for size in (size for size in sizes if size.reference.model == model):
             draw = partial(draw_shares, panel=size, sizes=sizes)
             seeds = [arm.seeds for arm in size.all_arms]
@@ -85,12 +86,12 @@ def _title(group: RunGroup, measure: Measure) -> str:
 # --- The forest: every claim with a line for each task, on the scale of the comparator's gain.
 
 
-def _forest(model: str, groups: Sequence[ForestGroup]) -> Panel:
-    names = [textwrap.wrap(visible(group.claim), 64, max_lines=2, placeholder="…") for group in groups]
-    lines = sum(0.45 + 0.75 * len(name) + len(group.lines) for name, group in zip(names, groups, strict=True))
-    draw = partial(draw_forest, groups=groups, names=names, lines=lines)
-    left = _name_margin(line.task for group in groups for line in group.lines)
-    return Panel("forest", model, "", draw, (), (left + 4.5, 0.6 + 0.19 * lines), (left, 2.05, 0.56, 0.04))
+def _forest(model: str, forest: Sequence[tuple[Claim, list[ForestLine]]]) -> Panel:
+    names = [textwrap.wrap(visible(claim.name), 64, max_lines=2, placeholder="…") for claim, _ in forest]
+    height = sum(0.45 + 0.75 * len(name) + len(lines) for name, (_, lines) in zip(names, forest, strict=True))
+    draw = partial(draw_forest, forest=forest, names=names, height=height)
+    left = _name_margin(line.task for _, lines in forest for line in lines)
+    return Panel("forest", model, "", draw, (), (left + 4.5, 0.6 + 0.19 * height), (left, 2.05, 0.56, 0.04))
 
 
 def _name_margin(names: Iterable[str]) -> float:
@@ -98,35 +99,37 @@ def _name_margin(names: Iterable[str]) -> float:
     return 0.25 + 0.065 * max(len(cut(name, LONGEST)) for name in names)
 
 
-def draw_forest(ax: Axes, groups: Sequence[ForestGroup], names: Sequence[Sequence[str]], lines: float) -> None:
+def draw_forest(
+    ax: Axes, forest: Sequence[tuple[Claim, list[ForestLine]]], names: Sequence[Sequence[str]], height: float
+) -> None:
     """Claims with their lines, from top to bottom.
 
     Args:
         names: the claims' names, in lines.
-        lines: the height of all of it, in lines of tasks.
+        height: that of all of it, in lines of tasks.
     """
-    scale = shares.forest_axis([line for group in groups for line in group.lines])
+    scale = shares.forest_axis([line for _, lines in forest for line in lines])
     # Claims start at the left end of the figure, in inches.
     across_all = blended_transform_factory(ax.figure.dpi_scale_trans, ax.transData)
     place, ticks = 0.1, []
-    for group, name in zip(groups, names, strict=True):
+    for (_, lines), name in zip(forest, names, strict=True):
         place += 0.45 + 0.75 * len(name)
-        claim = ax.text(0.1, place - 0.08, "\n".join(name), va="bottom", fontweight="bold", linespacing=1.1)
-        claim.set_transform(across_all)
-        beside = np.arange(len(group.lines)) + place + 0.5
-        for at, line in zip(beside, group.lines, strict=True):
+        title = ax.text(0.1, place - 0.08, "\n".join(name), va="bottom", fontweight="bold", linespacing=1.1)
+        title.set_transform(across_all)
+        beside = np.arange(len(lines)) + place + 0.5
+        for at, line in zip(beside, lines, strict=True):
             ticks.append((at, cut(line.task, LONGEST)))
             _forest_line(ax, line, float(at), scale)
-        place += len(group.lines)
+        place += len(lines)
         # Lines to compare with stand only beside the bars, so that they do not cross the claims' names.
         for tick in scale.ticks:
             colour = SOFT if tick in (0.0, 1.0) else LINE
             ax.plot([tick] * 2, [beside[0] - 0.5, beside[-1] + 0.5], color=colour, linewidth=0.8, zorder=1)
-    ax.set_ylim(lines + 0.2, 0)
+    ax.set_ylim(height + 0.2, 0)
     ax.set_yticks([at for at, _ in ticks], [task for _, task in ticks])
     ax.set_xlim(scale.low, scale.high)
     ax.set_xticks(list(scale.ticks), _percents(scale))
-    comparators = {group.comparator for group in groups}
+    comparators = {claim.comparator.configuration for claim, _ in forest}
     name = cut(comparators.pop(), 12) if len(comparators) == 1 else "comparator"
     ax.set_xlabel(f"share of the gain (base 0 %, {name} 100 %)")
     ax.grid(visible=False)

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -102,6 +102,7 @@ def render(
         models=models(rows, verdicts, panels),
         word=word,
         effect=effect,
+        numbers=numbers,
         error_note=error_note([answer for verdict in verdicts for answer in verdict.answers]) if verdicts else "",
         tables=of_name,
         overview=[shown for name, shown in of_name.items() if name.startswith("overview")],
@@ -134,28 +135,14 @@ def _filters(table: Table, results: Table) -> list[tuple[str, int, list[str]]]:
 # --- Each model: the matrix of claims x tasks, the reasons behind its cells, and the charts.
 
 
-@dataclass(frozen=True)
-class Reason:
-    """Answers to one claim that have the same reason."""
+class Cell(NamedTuple):
+    """A claim on a task."""
 
+    task: str
+    answer: Answer | None
+    """None if the claim is not about the task."""
     id: str
-    tasks: list[str]
-    answer: Answer
-    """The first one."""
-    numbers: list[tuple[str, str]]
-    """Name and value of further numbers; only of a reason with one task."""
-
-
-@dataclass(frozen=True)
-class ClaimRow:
-    """One claim for one model."""
-
-    over_tasks: ClaimVerdict
-    sides: str
-    """The two sides that are compared, in words."""
-    cells: list[tuple[str, Answer | None, str]]
-    """For each task, the answer and the id of its reason; none if the claim is not about the task."""
-    reasons: list[Reason]
+    """The place of its reason on the page."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +152,7 @@ class ModelPart:
     name: str
     headline: str
     tasks: list[str]
-    rows: list[ClaimRow]
+    rows: list[tuple[ClaimVerdict, list[Cell]]]
     charts: Mapping[str, list[tuple[str, Markup]]]
     """Kind of a figure -> title and SVG of its panels; none for a kind that it does not have."""
     legends: Mapping[str, list[Key]]
@@ -189,8 +176,12 @@ def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: 
         hidden = len({row.group for row in rows if row.group.model == name} - drawn)
         stated = of_model(verdicts, name)
         tasks = tasks_of(stated)
-        claims = [_claim_row(verdict, tasks, f"reason-{place}-{number}") for number, verdict in enumerate(stated)]
-        parts.append(ModelPart(name or "No finished run", headline(stated), tasks, claims, charts, legends, hidden))
+        matrix = []
+        for number, verdict in enumerate(stated):
+            of_task = {answer.task: answer for answer in verdict.answers}
+            cells = [Cell(task, of_task.get(task), f"reason-{place}-{number}-{at}") for at, task in enumerate(tasks)]
+            matrix.append((verdict, cells))
+        parts.append(ModelPart(name or "No finished run", headline(stated), tasks, matrix, charts, legends, hidden))
     return parts
 
 
@@ -212,23 +203,6 @@ def headline(verdicts: Sequence[ClaimVerdict]) -> str:
     return f"{len(verdicts)} claim{plural}: {', '.join(found)}" if verdicts else ""
 
 
-def _claim_row(verdict: ClaimVerdict, tasks: Sequence[str], prefix: str) -> ClaimRow:
-    grouped: dict[tuple[str, ...], list[Answer]] = {}
-    for answer in verdict.answers:
-        # Answers with numbers of their own stay apart.
-        own = answer.task if answer.measure is not None else ""
-        grouped.setdefault((answer.verdict, answer.reason, answer.decide, own), []).append(answer)
-    reasons = [
-        Reason(f"{prefix}-{number}", [a.task for a in own], own[0], _numbers(own[0]) if len(own) == 1 else [])
-        for number, own in enumerate(grouped.values())
-    ]
-    id_of = {task: reason.id for reason in reasons for task in reason.tasks}
-    answer_of = {answer.task: answer for answer in verdict.answers}
-    cells = [(task, answer_of.get(task), id_of.get(task, "")) for task in tasks]
-    claim = verdict.claim
-    return ClaimRow(verdict, f"{claim.method!s} against {claim.comparator!s}", cells, reasons)
-
-
 def word(answer: Answer | None) -> str:
     """The verdict, `not run`, or `not asked` if the claim is not about the task."""
     if answer is None:
@@ -246,19 +220,20 @@ def effect(answer: Answer | None) -> tuple[str, str]:
     return minus(f"{unit.number(difference.value, '+')} {words}"), ends
 
 
-def _numbers(answer: Answer) -> list[tuple[str, str]]:
+def numbers(answer: Answer) -> list[tuple[str, str]]:
+    """Name and value of the numbers behind a verdict."""
     if answer.measure is None:
         return []
-    unit, numbers = answer.measure.unit, []
+    unit, found = answer.measure.unit, []
     for name, interval in (
         ("method minus comparator, 95 %", answer.difference.widest if answer.difference else None),
         ("contrast at the look's level", answer.contrast),
     ):
         if interval is not None:
-            numbers.append((name, f"{minus(unit.text(interval, '+'))} {unit.words}"))
+            found.append((name, f"{minus(unit.text(interval, '+'))} {unit.words}"))
     if (line := shares.forest_line(answer)).share is not None:
-        numbers.append(("share of the comparator's gain", minus(line.in_words)))
+        found.append(("share of the comparator's gain", minus(line.in_words)))
     if answer.retains_at_least is not None:
-        numbers.append(("keeps at least", f"{100 * answer.retains_at_least:.0f} %"))
-    numbers.append(("seeds and rows", f"{answer.seeds} and {answer.rows:,}"))
-    return numbers
+        found.append(("keeps at least", f"{100 * answer.retains_at_least:.0f} %"))
+    found.append(("seeds and rows", f"{answer.seeds} and {answer.rows:,}"))
+    return found

@@ -1,4 +1,4 @@
-"""W&B workspaces for finished runs, one per task: Pareto, bars, curves by configuration, parallel coordinates.
+"""W&B workspaces for finished runs, one per task: Pareto, bars, and curves by configuration.
 
 They are built from the runs' records, so the panels use exactly the keys that runs log (records.summary.flat_summary
 and metrics.jsonl). To build them needs no account and no network; only to save them does.
@@ -63,26 +63,15 @@ def _sections(keys: Sequence[str]) -> list[Any]:
     # importlib is used because type checkers do not find the names that the package re-exports.
     wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
     ws: Any = importlib.import_module("wandb_workspaces.workspaces")
-    summary, config, column = wr.SummaryMetric, wr.Config, wr.ParallelCoordinatesPlotColumn
-    grouped = {"groupby": config(CONFIGURATION), "groupby_aggfunc": "mean"}
+    summary, grouped = wr.SummaryMetric, {"groupby": wr.Config(CONFIGURATION), "groupby_aggfunc": "mean"}
 
-    def best(key: str) -> dict[str, bool]:
-        return {"running_ymin" if is_loss(key.rpartition("/")[2]) else "running_ymax": True}
+    def scatter(key: str) -> Any:
+        best = {"running_ymin" if is_loss(key.rpartition("/")[2]) else "running_ymax": True}
+        x, title = summary("trainable_params"), f"{key} by trainable parameters"
+        return wr.ScatterPlot(title=title, x=x, y=summary(key), log_x=True, **best)
 
-    def scatter(title: str, x: str, key: str, **more: Any) -> Any:
-        return wr.ScatterPlot(title=f"{key} by {title}", x=summary(x), y=summary(key), **more)
-
-    choices = [column(metric=config(CONFIGURATION))]
-    choices += [column(metric=config(name), log=True) for name in ("rank.r", "train.lr")]
-    choices += [
-        column(metric=summary("trainable_params"), log=True),
-        *(column(metric=summary(key)) for key in keys[:2]),
-    ]
-    costs = (("peak memory", "training/peak_memory_bytes"), ("tokens/s", "training/tokens_per_s"))
     panels = {
-        "Score by trainable parameters (Pareto)": [
-            scatter("trainable parameters", "trainable_params", key, log_x=True, **best(key)) for key in keys
-        ],
+        "Score by trainable parameters (Pareto)": [scatter(key) for key in keys],
         "Bars": [
             wr.BarPlot(title=f"{key} by configuration", metrics=[key], groupby_rangefunc="stddev", **grouped)
             for key in keys
@@ -91,10 +80,8 @@ def _sections(keys: Sequence[str]) -> list[Any]:
             wr.LinePlot(title=title, x="Step", y=[key], groupby_rangefunc="minmax", **grouped)
             for title, key in (("validation loss", "validation/loss"), ("training loss", "train/loss"))
         ],
-        "Parallel coordinates": [wr.ParallelCoordinatesPlot(title="choices and scores", columns=choices)],
-        "Cost": [scatter(title, cost, key) for key in keys[:1] for title, cost in costs],
     }
-    return [ws.Section(name, own, is_open=name != "Cost") for name, own in panels.items()]
+    return [ws.Section(name, own, is_open=True) for name, own in panels.items()]
 
 
 def specification(workspace: Any) -> Any:
