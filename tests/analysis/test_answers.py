@@ -215,12 +215,6 @@ class TestOverTasks:
         if verdict == "contradicted":
             assert found.reason == "contradicted on task 1 (Holm over 2 tasks)"
 
-    def test_a_task_that_was_not_run_leaves_the_claim_undecided(self, claim):
-        not_run = Answer(claim, "model", "squad", reason="TABuv r=8 was not run on it")
-        (found,) = claim_verdicts([*self.answers(claim, (SUPPORTED, 1.0)), not_run])
-        assert found.verdict == "undecided"
-        assert found.reason == "1 of 2 informative tasks support it"
-
     def test_also_one_that_another_model_has_run(self, tmp_path):
         truth, options = {"LoRA": 0.3, "TABuv": 0.6}, {"seeds": 3, "rows": 200}
         for model, task in (("org/a", "chain_sum"), ("org/a", "gsm8k"), ("org/b", "chain_sum")):

@@ -73,15 +73,11 @@ LOOKS = "looks: [3, 5, 8, 12]"
     [
         # The sides.
         (("at: equal_rank", "at: same"), r"comparator\.at=same: must be 'equal_rank' or 'equal_parameters'"),
-        (("TABuv, rank: 8", "TABuv, rank: big"), r"method\.rank=big: must be a valid integer"),
         (("TABuv, rank: 8", "TABuv"), "method: needs either rank, or at"),
         (("TABuv, rank: 8", "TABuv, at: equal_rank"), "both matched to the other side"),
-        (("TABuv, rank: 8", "TABuv, rank: 8, seed_offset: -5"), r"seed_offset=-5: must be greater than or equal to 0"),
         (("LoRA, at: equal_rank", "TABuv, at: equal_rank"), "compares TABuv with itself; seed_offset on one side"),
-        (("{configuration: TABuv, rank: 8}", "[TABuv, 8]"), r"claims\.0\.method=\['TABuv', 8\]: must be a dictionary"),
         # The rule, the tasks and the name.
         (("retains: 0.9", "retains: 2"), r"claims\.0\.retains=2: must be less than 1"),
-        (("retains: 0.9", "retains: .nan"), r"claims\.0\.retains=nan: must be a finite number"),
         (("    retains: 0.9\n", ""), "needs exactly one rule of retains, better_by, level_within; it has none"),
         (("    retains: 0.9\n", "    retains: 0.9\n    better_by: 0\n"), "it has retains, better_by"),
         (("retains: 0.9", "margin: 0.02"), r"claims\.0\.margin: unknown key"),
@@ -89,14 +85,12 @@ LOOKS = "looks: [3, 5, 8, 12]"
         (("    tasks: []\n", "    tasks: [1]\n"), "must be a list of task names"),
         (("    tasks: []\n", "    tusks: []\n"), r"claims\.0\.tusks: unknown key \(did you mean tasks\?\)"),
         (("name: TABuv is better", "name: *first #"), "two claims have the name"),
-        (("name: &first TABuv at", "name: ''  #"), r"claims\.0\.name=: must have at least 1 character"),
         # The plan.
         ((LOOKS, "looks: [5, 3]"), "increasing"),
-        ((LOOKS, "looks: many"), "looks=many: must be a valid list"),
         ((LOOKS, "looks: [0, 3]"), r"looks\.0=0: must be greater than or equal to 2"),
         ((LOOKS, "looks: [3, 100000000]"), "looks at 100,000,000 seeds: at most 1,000 are allowed"),
         ((LOOKS, "looks: [3]\nseeds: [0, 1, 1]"), "at least 3 different seeds"),
-        ((LOOKS, "looks: [3]\nseeds: [0, 1, 9999999999]"), r"seeds\.2=9999999999: must be less than or equal"),
+        (("TA, rank: 8", "TA, rank: 8, seed_offset: 5"), "weakest: has the seeds of the plan"),
         (("claims:", "claim:"), r"claim: unknown key \(did you mean claims\?\)"),
         (("paper:", "paper: ["), "not readable YAML"),
     ],
@@ -112,9 +106,7 @@ def test_mistakes_name_the_key(tmp_path, change, says):
 RUNS = {"mine", "custom (mine)"}, {"own_task": {"accuracy"}, "squad": {"f1"}}
 NAMES = {
     "a configuration": (("on: TABuv", "on: TABvu"), "method.configuration=TABvu: no run here", "TABuv"),
-    "a method of PEFT": (("LoRA, at", "peft/vea, at"), "comparator.configuration=peft/vea:", "peft/vera"),
     "a configuration of runs": (("on: TABuv", "on: mime"), "method.configuration=mime:", "mine"),
-    "a task": (("tasks: []", "tasks: {sqad: f1}"), "tasks: sqad: no run here has this name", "squad"),
     "a task of runs": (("tasks: []", "tasks: [own_tsk]"), "tasks: own_tsk:", "own_task"),
     "a metric": (("tasks: []", "tasks: {squad: exact}"), "squad has no metric exact; it has exact_m", "exact_match"),
     "a metric of runs": (("tasks: []", "tasks: {own_task: accurcy}"), "own_task has no metric accurcy;", "accuracy"),

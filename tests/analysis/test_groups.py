@@ -109,13 +109,6 @@ def test_mixed_commits_are_marked_and_mixed_data_have_no_mean(tmp_path):
     assert any("different data" in note for note in row.notes)
 
 
-def test_mixed_processors_are_marked_and_unknown_ones_are_not(tmp_path):
-    for seed, processor in enumerate((None, "AMD EPYC (AVX512)", "Intel Xeon (AVX512)")):
-        scored_run(tmp_path, GOOD, BASE, seed=seed, changes={"execution.processor": processor})
-    (mark,) = primary_row(write.build([tmp_path]).rows, "TABuv").group.marks
-    assert mark == "mixed processors: AMD EPYC (AVX512); Intel Xeon (AVX512)"
-
-
 def test_a_run_that_was_continued_elsewhere_is_marked(tmp_path):
     earlier = ContinuedFrom(
         step=40,

@@ -9,14 +9,13 @@ import pytest
 from helpers.report_runs import add_scores, make_record, prediction_rows, world, write_run
 
 from tiedlora import tying
-from tiedlora.analysis import claims, intervals
+from tiedlora.analysis import intervals
 from tiedlora.analysis.answers import error_note
 from tiedlora.analysis.compare import worth_of
 from tiedlora.analysis.frontier import curve
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.intervals import Clusters, mean_squares
 from tiedlora.analysis.runs import read_runs
-from tiedlora.errors import UserError
 from tiedlora.page import readme, write
 
 SURE = {"rows": 1000, "seed_sd": 0.002, "seeds": 3}
@@ -123,21 +122,6 @@ class TestFloor:
         world(tmp_path / "runs", {"LoRA": 0.5, "TABuv": 0.7}, **SURE)
         (answer,) = trial(tmp_path, "better_by: 0.0", extra=self.FLOOR).answers
         assert answer.verdict == "supported"
-
-    @pytest.mark.parametrize("key", ["floor", "weakest"])
-    def test_other_seeds_for_it_are_refused(self, tmp_path, key):
-        extra = f"{key}: {{configuration: LoRA, rank: 8, seed_offset: 5}}"
-        with pytest.raises(UserError, match=f"{key}: has the seeds of the plan"):
-            trial(tmp_path, extra=extra if key == "floor" else "").answers if key == "floor" else claims.read(
-                self.with_weakest(tmp_path, extra)
-            )
-
-    @staticmethod
-    def with_weakest(tmp_path, extra):
-        text = TRIAL.replace("weakest: {configuration: TA, rank: 8}", extra).replace("EXTRA", "")
-        text = text.replace("COMPARATOR", "{configuration: LoRA, rank: 8}").replace("RULE", "retains: 0.9")
-        (tmp_path / "claims.yaml").write_text(text)
-        return tmp_path / "claims.yaml"
 
 
 class TestCurve:
@@ -254,15 +238,15 @@ class TestClusters:
         assert found == pytest.approx(expected, rel=1e-12)
 
     def test_where_rows_of_a_cluster_are_alike_the_interval_over_rows_is_wrong_and_this_one_is_not(self):
-        generator, clusters, draws = np.random.default_rng(0), self.clusters(), 3000
+        generator, clusters, draws = np.random.default_rng(0), self.clusters(), 600
         of_clusters = generator.normal(0, 0.1, (draws, 1, len(self.SIZES)))[..., clusters.codes]
         values = of_clusters + generator.normal(0, 0.3, (draws, 1, sum(self.SIZES)))
         values = values + generator.normal(0, 0.1, (draws, 3, sum(self.SIZES)))
         by_rows, by_clusters = mean_squares(values), mean_squares(values, clusters)
         wrong = [float((abs(found.mean) > found.half_width()).mean()) for found in (by_rows, by_clusters)]
         assert wrong[0] > 0.15
-        # 5 % and three standard errors of 3,000 draws.
-        assert wrong[1] <= 0.062
+        # 5 % and three standard errors of 600 draws.
+        assert wrong[1] <= 0.077
 
     def test_too_few_clusters_are_no_sample(self, tmp_path):
         names = np.repeat(["a", "b", "c"], [129, 69, 2]).tolist()

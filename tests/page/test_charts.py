@@ -12,8 +12,6 @@ from helpers.report_runs import make_record, scored_run, world, write_lines
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from tiedlora.analysis.groups import RunGroup, group_runs
-from tiedlora.analysis.runs import read_runs
 from tiedlora.page import charts, figures, write
 from tiedlora.page.figures import BACK, Panel
 from tiedlora.page.page import HERE
@@ -68,18 +66,6 @@ def test_the_search_marks_the_chosen_rate_and_shows_pruned_and_failed_runs(tmp_p
     assert Counter(markers(ax)) == {("D", True): 4, ("D", False): 1, ("x", False): 1, ("o", True): 1}
     (ring,) = [line for line in ax.lines if line.get_marker() == "o"]
     assert ring.get_xdata() == [group.lr] == [1e-2]
-
-
-def test_a_stopped_run_of_another_setting_is_not_in_the_search(tmp_path):
-    for lr in (1e-3, 1e-2):
-        scored_run(tmp_path, GOOD, BASE, lr=lr)
-        scored_run(tmp_path, GOOD, BASE, lr=lr, changes={"config.train.steps": 300})
-    unfinished(tmp_path, 3e-2, 0, 1.7, "pruned.txt", "worse", {"config.train.steps": 300})
-    states = {group.variant: [trial.state for trial in group.trials] for group in group_runs(*read_runs([tmp_path]))}
-    assert states == {
-        "train.steps=100": ["finished", "finished"],
-        "train.steps=300": ["finished", "finished", "pruned"],
-    }
 
 
 def test_curves_have_a_line_for_each_configuration_and_a_band_over_seeds_and_one_rate_is_no_search(tmp_path):
@@ -159,20 +145,6 @@ def test_names_do_not_cover_each_other_or_a_line():
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
     level = ax.transData.transform((0, 0.5))[1]
     assert not any(box.y0 < level < box.y1 for box in boxes)
-
-
-def test_names_at_ends_keep_their_order_and_their_distance():
-    ax = Figure(figsize=figures.SIZE).add_subplot()
-    values = [0.5, 0.1, 0.101, 0.102, 0.9]
-    curves = [
-        charts.Curve(RunGroup("", "tiny", "sum", f"line {value}", 8, "LoRA"), [0, 10], np.array([[1.0, value]]))
-        for value in values
-    ]
-    charts.draw_lines(ax, curves, "loss")
-    boxes = sorted((text.get_window_extent().y0, text.get_text()) for text in ax.texts)
-    assert [name for _, name in boxes] == [f"line {value} r=8" for value in sorted(values)]
-    apart = np.diff([bottom for bottom, _ in boxes])
-    assert min(apart) > 0.1 * ax.figure.dpi
 
 
 @pytest.mark.parametrize("values", [[1e-2], [1e-4, 1e-1], [4608.0, 368640.0], [1.0, 1e9], [0.16, 0.17]])
