@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -72,8 +72,6 @@ SIZE = (4.0, 2.75)
 """Width and height of a panel in inches. Two make the width of a page of text, where 8 points stay readable."""
 MARGINS = (0.62, 0.15, 0.5, 0.12)
 """Inches at the left, right, bottom and top of a panel's axes."""
-PAGE_WIDTH = 11.3
-"""Inches of a panel that is as wide as the page. On a screen of 1,200 pixels its letters of 8 points have 11 pixels."""
 RC: Any = {
     "font.family": "sans-serif",
     **dict.fromkeys(("font.size", "axes.labelsize"), 8.5),
@@ -102,11 +100,6 @@ class Panel:
     """The configurations that need a legend."""
     size: tuple[float, float] = SIZE
     margins: tuple[float, float, float, float] = MARGINS
-
-    def widened(self) -> Panel:
-        """The panel as wide as the page, with more room at the right for texts that stand beside the axes."""
-        left, right, bottom, top = self.margins
-        return replace(self, size=(PAGE_WIDTH, self.size[1]), margins=(left, right + 0.4, bottom, top))
 
 
 @dataclass(frozen=True)

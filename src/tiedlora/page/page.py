@@ -12,7 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,33 +33,21 @@ HERE = Path(__file__).parent
 FILTERS = ("model", "task", "variant", "configuration", "rank", "metric")
 CONDENSED = ("model", "task", "variant", "metric", "split", "rows", "seeds", "device", "notes")
 """Columns that move into the table's caption if all rows have the same value."""
-HIDDEN = ("share of LoRA",)
-"""Columns that the page leaves out of the table of results, to fit a laptop's screen. results.csv has them."""
 VERDICTS = tuple(Verdict)
 """The order in which a headline counts them."""
 
 
-@dataclass(frozen=True)
-class ShownTable:
-    """A table as the page shows it."""
-
-    table: Table
-    """Without hidden columns, and without those in which all rows have the same value."""
-    constant: str
-    """Name and value of the columns in which all rows have the same value."""
-
-
-def shown(table: Table, hidden: Sequence[str] = ()) -> ShownTable:
-    """The table without hidden columns and without columns in which all rows have the same value."""
+def shown(table: Table) -> Table:
+    """The table without the columns in which all rows have the same value; the caption has them."""
     constant, kept, texts = [], [], table.texts()
     for place, column in enumerate(table.columns):
         values = {row[place] for row in texts}
-        if column.name in CONDENSED and len(values) == 1:
-            if value := values.pop():
-                constant.append(f"{column.name} {value}")
-        elif column.name not in hidden:
+        if column.name not in CONDENSED or len(values) != 1:
             kept.append(place)
-    return ShownTable(table.at(kept), "; ".join(constant))
+        elif value := values.pop():
+            constant.append(f"{column.name} {value}")
+    caption = f"{table.caption} All rows: {'; '.join(constant)}." if constant else table.caption
+    return replace(table.at(kept), caption=caption)
 
 
 def render(
@@ -90,8 +78,6 @@ def render(
         for names in (("page.css", "page.charts.css", "page.answers.css"), ("page.js", "page.answers.js"))
     )
     of_name = {table.name: shown(table) for table in tables}
-    (results,) = [table for table in tables if table.name == "results"]
-    of_name["results"] = shown(results, HIDDEN)
     return environment.get_template("page.html.j2").render(
         css=Markup(css),
         css_hash=_hash(css),
@@ -106,7 +92,7 @@ def render(
         error_note=error_note([answer for verdict in verdicts for answer in verdict.answers]) if verdicts else "",
         tables=of_name,
         overview=[shown for name, shown in of_name.items() if name.startswith("overview")],
-        filters=_filters(results, of_name["results"].table),
+        filters=_filters(of_name["results"]),
     )
 
 
@@ -119,16 +105,14 @@ def _json(value: Any) -> Markup:
     return Markup(json.dumps(value, ensure_ascii=False).replace("<", "\\u003c"))
 
 
-def _filters(table: Table, results: Table) -> list[tuple[str, int, list[str]]]:
+def _filters(results: Table) -> list[tuple[str, int, list[str]]]:
     """A filter for each column of FILTERS that the page shows: its name, place and choices, numbers by value."""
     filters = []
-    for name in FILTERS:
-        if name in results.head:
-            place = table.head.index(name)
-            text = table.columns[place].text
-            choices = {row[place] for row in table.rows}
-            ordered = sorted(choices, key=lambda value: (value if isinstance(value, int) else 0, text(value)))
-            filters.append((name, results.head.index(name), list(map(text, ordered))))
+    for place, column in enumerate(results.columns):
+        if column.name in FILTERS:
+            choices = {row[place] for row in results.rows}
+            ordered = sorted(choices, key=lambda value: (value if isinstance(value, int) else 0, column.text(value)))
+            filters.append((column.name, place, list(map(column.text, ordered))))
     return filters
 
 
@@ -169,8 +153,6 @@ def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: 
         for panel in (panel for panel in panels if panel.model == name):
             own[panel.kind].append(panel)
             charts[panel.kind].append((panel.title, figures.inline(panel)))
-            if panel.kind == "forest":
-                charts["wide forest"].append((panel.title, figures.inline(panel.widened())))
         legends = {kind: figures.legend(found) for kind, found in own.items()}
         drawn = {group for panel in own["curves"] for group in panel.groups}
         hidden = len({row.group for row in rows if row.group.model == name} - drawn)
