@@ -25,8 +25,8 @@ from helpers.processes import SECONDS_AT_MOST, STARTED, end_group
 from tiedlora.config.project import PROJECT
 
 T = TypeVar("T")
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tiedlora.runs.trainer", "tiedlora.tasks.task_metric", "reasoning_gym"])
+WITH_TORCH = multiprocessing.get_context("forkserver")
+WITH_TORCH.set_forkserver_preload(["tiedlora.runs.trainer", "tiedlora.tasks.task_metric", "reasoning_gym"])
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Command:
         STARTED.add(self.pid)
 
     def _start(self, script: Path, words: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> int:
-        self._process = _CONTEXT.Process(target=_run_script, args=(script, words, cwd, environment, self._files))
+        self._process = WITH_TORCH.Process(target=_run_script, args=(script, words, cwd, environment, self._files))
         self._process.start()
         return self._process.pid
 
