@@ -1,6 +1,5 @@
 """scripts/sweep.py watch: what it finds, what it shows, and that it leaves the sweep alone."""
 
-import json
 import os
 import pty
 import re
@@ -26,8 +25,7 @@ from tiedlora.sweeps.selection import selection_file
 from tiedlora.sweeps.watch import Watch, find_sweep, frame, news
 from tiedlora.sweeps.worker import work
 
-HOSTILE = "\x1b]0;title\x07[bold red]markup[/] \u202eevil " + "a" * 10**6
-SIZES = ((140, 35), (40, 10))
+HOSTILE = "\x1b]0;title\x07[bold red]markup[/] \u202eevil " + "a" * 10**4
 
 
 @pytest.fixture
@@ -44,10 +42,10 @@ def age(folder: Path) -> None:
         os.utime(path, (time.time() - 600,) * 2)
 
 
-def drawn(view, width: int, height: int) -> str:
-    console = Console(width=width, height=height, highlight=False, markup=False, emoji=False)
+def drawn(view) -> str:
+    console = Console(width=400, highlight=False, markup=False, emoji=False)
     with console.capture() as shown:
-        console.print(frame(view, width, height))
+        console.print(frame(view))
     return shown.get()
 
 
@@ -77,26 +75,6 @@ class TestLooks:
         }
         assert not view.ended
 
-    def test_the_loss_is_compared_at_the_same_step(self, sweep):
-        slow, fast = (cell for cell in sweep.cells if cell.config.seed == 0)
-        for cell, losses in ((slow, (5.0, 4.0)), (fast, (5.0, 3.5, 3.0))):
-            cell.folder.path.mkdir()
-            lines = [json.dumps({"step": 3 * number, "validation/loss": loss}) for number, loss in enumerate(losses)]
-            cell.folder.metrics_file.write_text("\n".join(lines) + "\n")
-        # Nobody else has come as far as the fast one.
-        assert Watch(sweep.path).look().losses == {slow.run_id: (4.0, 0.5), fast.run_id: (3.0, None)}
-
-    def test_a_run_that_continues_replaces_its_curve(self, sweep):
-        cell, watched = sweep.cells[0], Watch(sweep.path)
-        cell.folder.path.mkdir()
-        for text, loss in (
-            ('{"step": 4, "validation/loss": 9.0}\n{"step": 5, "validation', 9.0),
-            ('{"step": 4, "validation/loss": 9.0}\n{"step": 5, "validation/loss": 8.0}\n', 8.0),
-            ('{"step": 2, "validation/loss": 7.0}\n', 7.0),
-        ):
-            cell.folder.metrics_file.write_text(text)
-            assert watched.look().losses[cell.run_id][0] == loss
-
     def test_a_look_changes_nothing(self, sweep, finish):
         finish(sweep.cells[0].config)
         sweep.cells[1].folder.path.mkdir()
@@ -116,22 +94,6 @@ class TestLooks:
             os.mkfifo(path)
         assert status.counts(Watch(sweep.path).look().cells)["failed"] == 1
 
-
-class TestFrames:
-    @pytest.mark.parametrize(("width", "height"), SIZES)
-    def test_a_frame_fits_the_terminal(self, width, height, tiny_run):
-        sweep = compose_sweep(tiny_run("train.lr=1e-4,1e-3,1e-2,1e-1", "tying=LoRA,TABuv", "seed=0,1,2,3,4"))
-        sweep.freeze()
-        for cell in sweep.cells[::3]:
-            cell.folder.path.mkdir()
-            cell.folder.error_file.write_text("Traceback\n" + HOSTILE)
-        text = drawn(Watch(sweep.path).look(), width, height)
-        lines = text.splitlines()
-        assert len(lines) <= max(height, 14)
-        assert max(map(len, lines)) <= width
-        assert "more" in text
-        assert "40" in lines[0]
-
     def test_hostile_text_stays_text(self, sweep):
         cell = sweep.cells[0]
         cell.folder.path.mkdir()
@@ -139,27 +101,17 @@ class TestFrames:
         cell.folder.metrics_file.write_bytes(
             b"\xff" * 10**6 + b"\n" + b'{"step": 1, "validation/loss": 2.0}\n' + b"[" * 10**5
         )
-        (sweep.path / "verdicts.json").write_text(
-            json.dumps([{"claim": HOSTILE, "verdict": "\x1b[2J", "reason": HOSTILE}])
-        )
         view = Watch(sweep.path).look()
-        assert list(view.losses.values()) == [(2.0, None)]
-        for text in (drawn(view, 400, 50), "\n".join(news(None, view))):
+        assert [each.validation_loss for each in view.cells if each.run_id == cell.run_id] == [2.0]
+        for text in (drawn(view), "\n".join(news(None, view))):
             assert "\x1b" not in text
             assert "\u202e" not in text
             assert "[bold red]markup[/]" in text
             assert len(text) < 20_000
 
-    def test_cells_with_equal_names_are_told_apart(self, tiny_run):
-        sweep = compose_sweep(tiny_run("train.eps=1e-8,1e-6"))
-        sweep.freeze()
-        text = drawn(Watch(sweep.path).look(), 140, 30)
-        assert "train.eps=1e-06" in text
-        assert "train.eps=1e-08" in text
-
 
 class TestFinding:
-    def test_by_id_name_pattern_folder_or_the_newest(self, tiny_run):
+    def test_by_id_name_folder_or_the_newest(self, tiny_run):
         older, newer = compose_sweep(tiny_run("seed=0,1")), compose_sweep(tiny_run("seed=0,1,2"))
         for sweep in (older, newer):
             sweep.freeze()
@@ -167,7 +119,7 @@ class TestFinding:
         age(outputs)
         os.utime(newer.path)
         assert find_sweep(outputs) == find_sweep(outputs, "sweep") == newer.path
-        assert find_sweep(outputs, older.id) == find_sweep(outputs, f"*{older.id[-4:]}") == older.path
+        assert find_sweep(outputs, older.id) == older.path
         assert find_sweep(outputs, str(older.path)) == older.path
         with pytest.raises(UserError, match=rf"papr: no such sweep in .*; choose one of .*{newer.id}"):
             find_sweep(outputs, "papr")
@@ -187,8 +139,8 @@ class TestCommand:
         assert sweeping.ended().code == 1
         assert done.returncode == 1, done.stderr
         lines = done.stdout.splitlines()
-        assert sum("failed: Diverged" in line or ": Diverged: step" in line for line in lines) == 2
-        assert re.search(r"4 cells: 2 done  2 failed  .*, ended$", lines[-1])
+        assert sum(" failed " in line and "Diverged: step" in line for line in lines) == 2
+        assert re.search(r"4 cells: 2 done, 2 failed; .*, ended$", lines[-1])
 
     def test_a_live_table_on_a_terminal(self, sweep, tmp_path, finish):
         """On a terminal it redraws the screen, and Ctrl-C leaves it, with the last table below."""
@@ -216,7 +168,7 @@ class TestCommand:
             wait_until(lambda: screen() and watching.poll() is not None)
         assert watching.returncode == 0
         assert b"\x1b[?1049l" in screen()
-        assert b"1 of 4 done" in shown[shown.index(b"\x1b[?1049l") :]
+        assert b"4 cells: 1 done" in shown[shown.index(b"\x1b[?1049l") :]
 
 
 class TestSearches:

@@ -26,8 +26,6 @@ from tiedlora.sweeps.control import SweepControl
 
 ENDED = (State.DONE, State.PAUSED, State.FAILED)
 """The states in which a launch has nothing more to do."""
-VERDICTS_FILE = "verdicts.json"
-"""What a deciding sweep writes into its folder at its end (deciding.py)."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.keys import is_count
 from tiedlora.records.selection import RateChoice
-from tiedlora.sweeps.cells import VERDICTS_FILE, Sweep, SweepCell
+from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.launching import Launch
 from tiedlora.sweeps.staged import (
     Search,
@@ -37,7 +37,8 @@ from tiedlora.sweeps.staged import (
     summary,
 )
 
-PLAN_FILE = "plan.json"
+PLAN_FILE, VERDICTS_FILE = "plan.json", "verdicts.json"
+"""What a deciding sweep writes into its folder before the first run, and at its end."""
 
 
 @dataclass(frozen=True)

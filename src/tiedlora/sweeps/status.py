@@ -21,7 +21,7 @@ from tiedlora.text import aligned, clock, visible
 KEYS_WITH_COLUMN = ("model", "task", "tying", "rank", "rank.r", "train.lr", "seed")
 """Keys whose values have their own columns in the table."""
 COLUMNS = ("model", "task", "configuration", "rank", "trainable", "lr", "seed")
-RESULT_COLUMNS = ("state", "score", "val. loss", "seconds")
+RESULT_COLUMNS = ("state", "step", "score", "val. loss", "seconds")
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class CellStatus:
     score: float | None = None
     """The value of the metric, a fraction of 1; for a loss, nats."""
     validation_loss: float | None = None
-    """Of a finished run, the last one."""
+    """The last one so far."""
     error: str | None = None
     """Why it failed, in one line."""
     seconds: float = 0.0
     """The time so far, of training and of scoring the splits that the sweep scores."""
     step: int = 0
-    """The last logged step of a run that is not done."""
+    """The last logged step."""
     is_needed: bool = True
     """Whether the sweep will run it, if it is not done. A search that has chosen a rate needs no other."""
 
@@ -114,9 +114,10 @@ def status_of(cell: SweepCell, control: SweepControl, searched: Searched | None 
     if record is None:
         rows = read_metrics(folder.metrics_file) if folder.metrics_file.is_file() else []
         step = max((row.step for row in rows), default=0)
+        losses = [loss for row in rows if (loss := row.values.get("validation/loss")) is not None]
         # The logged time of training, which only grows.
         seconds = max((row.values.get("train/seconds", 0.0) for row in rows), default=0.0)
-        return CellStatus(cell, state, error=error, seconds=seconds, step=step, is_needed=is_needed)
+        return CellStatus(cell, state, None, None, losses[-1] if losses else None, error, seconds, step, is_needed)
     metric = score = None
     if "validation" in record.scores:
         validation = record.scores["validation"]
@@ -162,30 +163,33 @@ def counts(cells: Iterable[CellStatus]) -> dict[str, int]:
 def summary_line(sweep_id: str, cells: Sequence[CellStatus]) -> str:
     """One line: number of cells, states, time."""
     states = ", ".join(f"{count} {state}" for state, count in counts(cells).items() if count)
-    line = f"{sweep_id}: {len(cells)} cells: {states}; {clock(sum(cell.seconds for cell in cells))} so far"
+    text = f"{sweep_id}: {len(cells)} cells: {states}; {clock(sum(cell.seconds for cell in cells))} so far"
     left = sum(time_left(cells).values())
-    return line if not left else f"{line}, about {clock(left)} left for one process"
+    return text if not left else f"{text}, about {clock(left)} left for one process"
 
 
 def table(cells: Sequence[CellStatus]) -> str:
     """Every cell with its names, state, score and time."""
+    return aligned(rows(cells))
+
+
+def rows(cells: Sequence[CellStatus]) -> list[list[str]]:
+    """As `table`, cell by cell. The first row is the head."""
     extra = _varying_keys(cells)
     lines = [[*COLUMNS, *extra, *RESULT_COLUMNS]]
     for cell in cells:
         name, values = cell.cell.name, dict(override.split("=", 1) for override in cell.cell.overrides)
+        step = f"{cell.step}/{cell.cell.config.train.steps}" if cell.step else ""
+        # The first metric in per cent. A loss is in nats, and has its own column.
+        score = "" if cell.score is None or is_loss(cell.metric or "") else f"{100 * cell.score:.1f} %"
         loss = "" if cell.validation_loss is None else f"{cell.validation_loss:.3f}"
         lines.append(
             [name.model, name.task, name.configuration, str(name.rank)]
             + [f"{trainable_params(cell.cell.config) or 0:,}", f"{name.lr:g}", str(name.seed)]
             + [values.get(key, "") for key in extra]
-            + [cell.state, shown_score(cell), loss, f"{cell.seconds:.0f}"]
+            + [cell.state, step, score, loss, f"{cell.seconds:.0f}"]
         )
-    return aligned(lines)
-
-
-def shown_score(cell: CellStatus) -> str:
-    """The first metric in per cent; empty for a loss, which is in nats."""
-    return "" if cell.score is None or is_loss(cell.metric or "") else f"{100 * cell.score:.1f} %"
+    return lines
 
 
 def _varying_keys(cells: Iterable[CellStatus]) -> list[str]:
@@ -198,13 +202,15 @@ def _varying_keys(cells: Iterable[CellStatus]) -> list[str]:
     return [key for key, different in values.items() if len(different) > 1 and key not in KEYS_WITH_COLUMN]
 
 
+def line(cell: CellStatus) -> str:
+    """A cell in one line: state, seconds so far, run, rate, and why it failed."""
+    words = f"{cell.state:<12} {cell.seconds:>6.0f} s  {cell.run_id}  lr={cell.cell.name.lr:g}  {cell.error or ''}"
+    return words.rstrip()
+
+
 def unfinished_lines(cells: Iterable[CellStatus]) -> list[str]:
-    """A line for each cell that is not done and is needed: state, seconds so far, run, and why it failed."""
-    return [
-        f"  {cell.state:<12} {cell.seconds:>6.0f} s  {cell.run_id}  {cell.error or ''}".rstrip()
-        for cell in cells
-        if cell.state != State.DONE and cell.is_needed
-    ]
+    """The line of each cell that is not done and is needed."""
+    return [f"  {line(cell)}" for cell in cells if cell.state != State.DONE and cell.is_needed]
 
 
 def to_json(sweep: Sweep, cells: Sequence[CellStatus], forecast: Sequence[Mapping[str, object]] | None = None) -> str:
