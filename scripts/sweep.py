@@ -19,7 +19,7 @@ from tiedlora.analysis.rate_choice import CRITERIA
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.selection import write_selection
-from tiedlora.sweeps import forecast, selection, status, summary_run, watch
+from tiedlora.sweeps import forecast, selection, status, watch
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.control import matching
 from tiedlora.sweeps.expand import compose_sweep
@@ -87,7 +87,6 @@ def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
     if test:
         chosen = selection.score_test(sweep, chosen)
     write_selection(selection.selection_file(sweep), chosen)
-    summary_run.track_sweep(sweep)
     as_data = [asdict(choice) for choice in chosen.choices]
     print(dumps(as_data, indent=2, ensure_ascii=False) if json else selection.table(chosen.choices))
 

@@ -7,9 +7,7 @@ scipy is imported when a sweep starts.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -17,12 +15,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from tiedlora.config.project import PROJECT
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.expand import expand
 from tiedlora.sweeps.launchers import launcher_of
 from tiedlora.sweeps.launching import Launch, run_sweep
-from tiedlora.tracking.run_trackers import NONE, backend_of
 from tiedlora.training.signals import stopped_by_signals
 
 
@@ -59,24 +55,8 @@ class ResumingSweeper(Sweeper):
         assert self.hydra_context is not None
         launch = launcher_of(self.config)
         sweep = expand(self.config, self.hydra_context.config_loader, arguments)
-        try:
-            self.run(sweep, launch)
-        finally:
-            # After failed cells too, which end it with SystemExit. A stopped sweep has no result yet.
-            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                self.track(sweep)
+        self.run(sweep, launch)
         return []
-
-    def track(self, sweep: Sweep) -> None:
-        """Send the sweep's summary to its tracker, if it has one."""
-        if backend_of(sweep.cells[0].config) != NONE:
-            from tiedlora.sweeps.summary_run import track_sweep
-
-            track_sweep(sweep, *self.claims_file())
-
-    def claims_file(self) -> tuple[Path, ...]:
-        """The file with the sweep's own claims, or nothing."""
-        return ()
 
     def run(self, sweep: Sweep, launch: Launch) -> None:
         """Carry out the sweep. The arguments and errors are those of run_sweep."""
@@ -129,7 +109,3 @@ class DecidingSweeper(StagedSweeper):
 
         options = SearchOptions(*self.search)
         run_deciding(sweep, options, self.claims, self.budget, launch, self.fail_fast)
-
-    def claims_file(self) -> tuple[Path, ...]:
-        """The file with the sweep's own claims."""
-        return (Path(self.claims) if Path(self.claims).exists() else PROJECT / self.claims,)

@@ -36,8 +36,8 @@ class FakeTracker(Tracker):
         self.logged += rows
         self.rows_on_disk.append(len(read_metrics(RunFolder(self.run.folder).metrics_file)))
 
-    def log_tables(self, tables):
-        self.tables = dict(tables)
+    def log_answers(self, table):
+        self.answers = table
 
     def finish(self, summary, exit_code=0):
         self.finished.append((dict(summary), exit_code))
@@ -99,7 +99,7 @@ class TestRunTrackers:
 
 
 class TestFailures:
-    @pytest.mark.parametrize("moment", ["start", "log", "log_tables", "finish"])
+    @pytest.mark.parametrize("moment", ["start", "log", "log_answers", "finish"])
     def test_a_tracker_that_fails_does_not_end_the_run(self, moment, faked, fake, monkeypatch, caplog):
         def fail(*arguments):
             raise RuntimeError("server on fire \x1b[31m")
@@ -157,7 +157,7 @@ class TestRun:
         ((summary, exit_code),) = tracker.finished
         assert exit_code == 0
         assert summary["trainable_params"] == record.trainable_params
-        assert len(tracker.tables["answers"].rows) == record.scores["validation"].rows
+        assert len(tracker.answers.rows) == record.scores["validation"].rows
         value = record.scores["validation"].metrics["exact_match_strict"].value
         assert summary["validation/exact_match_strict"] == value
 
@@ -173,7 +173,7 @@ class TestRun:
 
     def test_long_names_are_cut_to_tags_that_wandb_takes(self, faked):
         config = faked("task.name=" + 70 * "n", "tracking.tags=[mine]")
-        tags = TrackedRun("id", Path(), config).tags
+        tags = TrackedRun("id", Path(), config, 1).tags
         assert "n" * 64 in tags
         assert max(map(len, tags)) <= 64
 

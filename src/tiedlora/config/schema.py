@@ -343,8 +343,7 @@ class TrackingConfig:
     tags: list[Tag] = field(default_factory=list)
     """Tags of the run, in addition to model, task, tying and rank. W&B takes 1 to 64 characters a tag."""
     answers: Amount = 64
-    """The most rows of the table of answers that the tracker gets when the run ends; 0 sends none. A sweep that
-    searches learning rates sends the tables of the chosen runs alone, when it has chosen."""
+    """The most rows of the table of answers that the tracker gets when the run ends; 0 sends none."""
 
 
 @dataclass

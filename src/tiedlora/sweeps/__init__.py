@@ -7,7 +7,7 @@
     deciding.py                    the seeds that open claims need
     status.py, watch.py            the state of every cell, once or again and again
     forecast.py, selection.py      what a sweep will cost, and the rate of every configuration
-    control.py, study.py, summary_run.py    drop and retry, sweeps planned in a file, what a tracker gets of a sweep
+    control.py, study.py           drop and retry, and sweeps planned in a file
 
 A cell is a run like any other. The state of a sweep is read from its runs' folders, so there is no second state that
 could differ; only what a person asks of a running sweep is in the sweep's own folder.

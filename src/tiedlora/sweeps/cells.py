@@ -129,11 +129,6 @@ def rate_groups(cells: Iterable[SweepCell]) -> dict[str, list[SweepCell]]:
     return groups
 
 
-def searches_rates(cells: Iterable[SweepCell]) -> bool:
-    """Whether a configuration has several learning rates, so that its runs are candidates until one is chosen."""
-    return any(len({cell.name.lr for cell in group}) > 1 for group in rate_groups(cells).values())
-
-
 @dataclass(frozen=True)
 class Sweep:
     """The cells of one command, each once."""
@@ -166,15 +161,12 @@ class Sweep:
         """Write the resolved configuration of every cell, or of these.
 
         A worker runs a cell from this file, so a later edit of conf/ does not change it. The cell is in the sweep's
-        group, and a candidate of a search sends no table of its answers. A file with the same content stays: the next
-        start of a large sweep writes nothing, and does not disturb a worker that reads its file meanwhile.
+        group of its tracker. A file with the same content stays: the next start of a large sweep writes nothing, and
+        does not disturb a worker that reads its file meanwhile.
         """
-        is_search = searches_rates(self.cells)
         for cell in self.cells if cells is None else cells:
             tree = config_tree(cell.config)
             tree["tracking"]["group"] = tree["tracking"]["group"] or self.id
-            if is_search:
-                tree["tracking"]["answers"] = 0
             path, data = self.path / "cells" / f"{cell.run_id}.json", storage.json_bytes(tree)
             if not path.is_file() or storage.read_bytes(path) != data:
                 storage.write_bytes(path, data, flush=False)

@@ -9,7 +9,7 @@ continues without it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +17,36 @@ from tiedlora.config.identity import config_tree
 from tiedlora.config.schema import LONGEST_TAG, Config
 from tiedlora.records.rows import MetricsRow
 
-TRAIN, SWEEP = "train", "sweep"
-"""The two kinds of a tracked run: a training, and the summary of a sweep."""
-
 
 @dataclass(frozen=True)
 class TrackedRun:
     """The description of a run that a tracker gets before the first step."""
 
     run_id: str
-    """The run's id; of a summary, the sweep's id."""
     folder: Path
     config: Config
-    """The run's configuration; of a summary, that of the sweep's first cell."""
-    trainable_params: int = 0
-    kind: str = TRAIN
-    chosen: bool = False
-    """Whether a sweep has chosen the run."""
-    values: Mapping[str, Any] = field(default_factory=dict)
-    """Of a summary: what describes the sweep, in the place of a configuration."""
+    trainable_params: int
 
     @property
     def name(self) -> str:
         """The name for people, such as `TABuv r8 chain_sum s0`."""
-        if self.kind == SWEEP:
-            return self.run_id
         config = self.config
         return f"{config.tying.name} r{config.rank.r} {config.task.name} s{config.seed}"
 
     @property
     def group(self) -> str:
         """The sweep that the run belongs to, or the model and the task of a single run."""
-        if self.config.tracking.group or self.kind == SWEEP:
-            return self.config.tracking.group or self.run_id
-        return f"{self._model}/{self.config.task.name}"
+        return self.config.tracking.group or f"{self._model}/{self.config.task.name}"
 
     @property
     def tags(self) -> list[str]:
         """Words to filter by."""
         config = self.config
-        if self.kind == SWEEP:
-            return [SWEEP, *config.tracking.tags]
         words = [self._model, config.task.name, config.tying.name, f"r{config.rank.r}"]
-        own = [word[:LONGEST_TAG] for word in words]
-        return [*own, *config.tracking.tags, *(["chosen"] if self.chosen else [])]
+        return [*(word[:LONGEST_TAG] for word in words), *config.tracking.tags]
 
     def settings(self) -> dict[str, Any]:
         """The configuration as nested plain data, with the run's id and size."""
-        if self.kind == SWEEP:
-            return {"sweep": self.run_id, **self.values}
         return {**config_tree(self.config), "run_id": self.run_id, "trainable_params": self.trainable_params}
 
     @property
@@ -77,8 +58,8 @@ Cell = str | float | int | None
 
 
 @dataclass(frozen=True)
-class TextTable:
-    """A table for people. Its texts may be those of a model: a tracker must show them as text."""
+class AnswersTable:
+    """What the model answered, for people. A tracker must show its texts as text."""
 
     columns: tuple[str, ...]
     rows: list[tuple[Cell, ...]]
@@ -104,8 +85,8 @@ class Tracker:
     def log(self, rows: Sequence[MetricsRow]) -> None:
         """Write rows of metrics, in the order of their steps."""
 
-    def log_tables(self, tables: Mapping[str, TextTable]) -> None:
-        """Write tables by their names, after the last row and before the end."""
+    def log_answers(self, table: AnswersTable) -> None:
+        """Write the table `answers`, after the last row and before the end."""
 
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
         """Close the run.

@@ -15,7 +15,7 @@ from typing import Any
 
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
-from tiedlora.tracking.base import TextTable, TrackedRun, Tracker
+from tiedlora.tracking.base import AnswersTable, TrackedRun, Tracker
 
 # MLflow reads these when it is imported: it would report its use, and wait minutes for a server that is away.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -58,7 +58,7 @@ class MlflowTracker(Tracker):
         experiment = self._experiment(run.config.tracking.project, None if server else f"file://{outputs}/mlartifacts")
         for old in self.client.search_runs([experiment], f"tags.{ID_TAG} = '{run.run_id}'"):
             self.client.delete_run(old.info.run_id)
-        tags = {ID_TAG: run.run_id, "group": run.group, "kind": run.kind, "tags": ", ".join(run.tags)}
+        tags = {ID_TAG: run.run_id, "group": run.group, "tags": ", ".join(run.tags)}
         self.run = self.client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
         params = [Param(key, value) for key, value in _flat(run.settings())]
         for some in _batches(params, MOST_PARAMS):
@@ -71,11 +71,10 @@ class MlflowTracker(Tracker):
         for some in _batches(metrics, MOST_METRICS):
             self.client.log_batch(self.run, metrics=some)
 
-    def log_tables(self, tables: Mapping[str, TextTable]) -> None:
-        """Write the tables as artifacts, which MLflow's page shows as tables."""
-        for name, table in tables.items():
-            columns = {column: [row[place] for row in table.rows] for place, column in enumerate(table.columns)}
-            self.client.log_table(self.run, columns, f"{name}.json")
+    def log_answers(self, table: AnswersTable) -> None:
+        """Write the table as an artifact, which MLflow's page shows as a table."""
+        columns = {column: [row[place] for row in table.rows] for place, column in enumerate(table.columns)}
+        self.client.log_table(self.run, columns, "answers.json")
 
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
         """Write the summary as metrics without a step, and close the run."""

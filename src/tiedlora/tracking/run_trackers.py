@@ -22,7 +22,7 @@ from tiedlora.errors import Paused, UserError
 from tiedlora.records.rows import AppendedFile, MetricsRow, PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.text import visible, visible_lines
-from tiedlora.tracking.base import Cell, TextTable, TrackedRun, Tracker
+from tiedlora.tracking.base import AnswersTable, Cell, TrackedRun, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -80,17 +80,25 @@ def _configured_server() -> str | None:
     return None
 
 
-class SafeTracker:
-    """The tracker that `tracking.backend` names. Its first failure is one warning; then it gets nothing more.
+class RunTrackers:
+    """metrics.jsonl, and the tracker that `tracking.backend` names.
 
-    Raises:
-        UserError: the tracker's package is not installed, and the user has named the tracker.
+    The first failure of the tracker is one warning; then it gets nothing more.
     """
 
-    def __init__(self, run: TrackedRun, earlier: Sequence[MetricsRow]) -> None:
+    def __init__(self, run: TrackedRun, metrics_file: Path, step: int | None) -> None:
+        """
+        Args:
+            step: that of the checkpoint, or None without one. Rows of later steps are dropped, because the run will log
+                them again.
+
+        Raises:
+            UserError: the package of the tracker that tracking= names is not installed.
+        """
+        self._run = run
+        self._metrics = AppendedFile(metrics_file, read_metrics, step)
         self._tracker: Tracker | None = None
-        backend = backend_of(run.config)
-        if backend == NONE:
+        if (backend := backend_of(run.config)) == NONE:
             return
         try:
             self._tracker = importlib.import_module(f"tiedlora.tracking.{backend}").TRACKER()
@@ -98,22 +106,36 @@ class SafeTracker:
             if run.config.tracking.backend != AUTO:
                 raise
             log.warning("%s; the run continues without it", error)
-        self._try(lambda tracker: tracker.start(run, earlier))
-
-    @property
-    def works(self) -> bool:
-        """Whether there is a tracker, and it has not failed."""
-        return self._tracker is not None
+        self._try(lambda tracker: tracker.start(run, self._metrics.rows))
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
+        """Give rows to every tracker.
+
+        Raises:
+            OSError: the disk is full. The run then ends, because metrics.jsonl is its record.
+        """
+        self._metrics.append(rows)
         self._try(lambda tracker: tracker.log(rows))
 
-    def log_tables(self, tables: Callable[[], Mapping[str, TextTable]]) -> None:
-        """Give it tables. They are made only if there is a tracker."""
-        self._try(lambda tracker: tracker.log_tables(tables()))
+    def finish(self, summary: Mapping[str, float | int | str]) -> None:
+        """Close every tracker of a finished run. Each gets a table of the run's first answers."""
+        self._try(self._log_answers)
+        self._try(lambda tracker: tracker.finish(summary))
 
-    def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
-        self._try(lambda tracker: tracker.finish(summary, exit_code))
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """If the block ends with an error, close every tracker. A pause, as a staged sweep makes it, is no failure."""
+        try:
+            yield
+        except BaseException as error:
+            exit_code = 0 if isinstance(error, Paused) else 1
+            self._try(lambda tracker: tracker.finish({}, exit_code))
+            raise
+
+    def _log_answers(self, tracker: Tracker) -> None:
+        most = self._run.config.tracking.answers
+        if most and (table := answers_table(RunFolder(self._run.folder), most)) is not None:
+            tracker.log_answers(table)
 
     def _try(self, call: Callable[[Tracker], None]) -> None:
         if (tracker := self._tracker) is None:
@@ -131,53 +153,7 @@ class SafeTracker:
                 tracker.abandon()
 
 
-class RunTrackers:
-    """metrics.jsonl, and the tracker that `tracking.backend` names."""
-
-    def __init__(self, run: TrackedRun, metrics_file: Path, step: int | None) -> None:
-        """
-        Args:
-            step: that of the checkpoint, or None without one. Rows of later steps are dropped, because the run will log
-                them again.
-
-        Raises:
-            UserError: as SafeTracker.
-        """
-        self._run = run
-        self._metrics = AppendedFile(metrics_file, read_metrics, step)
-        self._tracker = SafeTracker(run, self._metrics.rows)
-
-    def log(self, rows: Sequence[MetricsRow]) -> None:
-        """Give rows to every tracker.
-
-        Raises:
-            OSError: the disk is full. The run then ends, because metrics.jsonl is its record.
-        """
-        self._metrics.append(rows)
-        self._tracker.log(rows)
-
-    def finish(self, summary: Mapping[str, float | int | str]) -> None:
-        """Close every tracker of a finished run. Each gets a table of the run's first answers."""
-        self._tracker.log_tables(lambda: run_tables(self._run, self._run.config.tracking.answers))
-        self._tracker.finish(summary)
-
-    @contextmanager
-    def closed_on_error(self) -> Iterator[None]:
-        """If the block ends with an error, close every tracker. A pause, as a staged sweep makes it, is no failure."""
-        try:
-            yield
-        except BaseException as error:
-            self._tracker.finish({}, exit_code=0 if isinstance(error, Paused) else 1)
-            raise
-
-
-def run_tables(run: TrackedRun, most: int) -> dict[str, TextTable]:
-    """The tables of a finished run: its first answers, at most so many."""
-    table = answers_table(RunFolder(run.folder), most) if most else None
-    return {} if table is None else {"answers": table}
-
-
-def answers_table(folder: RunFolder, most: int) -> TextTable | None:
+def answers_table(folder: RunFolder, most: int) -> AnswersTable | None:
     """Prompt, references, the base model's answer, the adapted model's, and its scores; None without answers.
 
     Args:
@@ -196,7 +172,7 @@ def answers_table(folder: RunFolder, most: int) -> TextTable | None:
             scores = (row.scores.get(metric) for metric in metrics)
             numbers = (None if isinstance(score, list) else score for score in scores)
             lines.append((split, *asked, *answers, *numbers))
-        return TextTable(columns, lines)
+        return AnswersTable(columns, lines)
     return None
 
 

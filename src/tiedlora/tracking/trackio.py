@@ -12,7 +12,7 @@ from typing import Any
 
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
-from tiedlora.tracking.base import Cell, TextTable, TrackedRun, Tracker
+from tiedlora.tracking.base import AnswersTable, Cell, TrackedRun, Tracker
 
 try:
     import trackio
@@ -52,10 +52,9 @@ class TrackioTracker(Tracker):
         for row in rows:
             self.run.log(dict(row.values), step=row.step)
 
-    def log_tables(self, tables: Mapping[str, TextTable]) -> None:
-        for name, table in tables.items():
-            data = [[_as_text(cell) for cell in row] for row in table.rows]
-            self.run.log({name: trackio.Table(columns=list(table.columns), data=data)})
+    def log_answers(self, table: AnswersTable) -> None:
+        data = [[_as_text(cell) for cell in row] for row in table.rows]
+        self.run.log({"answers": trackio.Table(columns=list(table.columns), data=data)})
 
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
         """Write the summary as the last row, and close the run."""

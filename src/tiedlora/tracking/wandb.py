@@ -14,7 +14,7 @@ from typing import Any
 
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
-from tiedlora.tracking.base import TextTable, TrackedRun, Tracker
+from tiedlora.tracking.base import AnswersTable, TrackedRun, Tracker
 from tiedlora.tracking.run_trackers import is_logged_in
 
 try:
@@ -64,12 +64,11 @@ class WandbTracker(Tracker):
         for row in rows:
             self.run.log(row.values, step=row.step)
 
-    def log_tables(self, tables: Mapping[str, TextTable]) -> None:
-        """Send the tables to W&B, which shows their texts as they are."""
-        for name, table in tables.items():
-            data = [list(row) for row in table.rows]
-            # Without a step: where a run is continued online, W&B drops what belongs to an earlier step.
-            self.run.log({name: wandb.Table(columns=list(table.columns), data=data, allow_mixed_types=True)})
+    def log_answers(self, table: AnswersTable) -> None:
+        """Send the table to W&B, which shows its texts as they are."""
+        data = [list(row) for row in table.rows]
+        # Without a step: where a run is continued online, W&B drops what belongs to an earlier step.
+        self.run.log({"answers": wandb.Table(columns=list(table.columns), data=data, allow_mixed_types=True)})
 
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
         self.run.summary.update(dict(summary))
@@ -93,7 +92,7 @@ def _settings(run: TrackedRun) -> dict[str, Any]:
         "project": run.config.tracking.project,
         "entity": run.config.tracking.entity,
         "group": run.group,
-        "job_type": run.kind,
+        "job_type": "train",
         "name": run.name,
         "tags": run.tags,
         "config": run.settings(),
