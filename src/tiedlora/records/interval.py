@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.reading import Number, Text
 
 MISSING = "–"
@@ -30,6 +31,11 @@ class Unit(Enum):
 
     POINTS = (100, 1)
     NATS = (1, 3)
+
+    @classmethod
+    def of(cls, metric: str) -> Unit:
+        """The unit of a metric."""
+        return cls.NATS if is_loss(metric) else cls.POINTS
 
     @property
     def factor(self) -> int:
