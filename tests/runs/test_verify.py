@@ -74,7 +74,7 @@ def test_a_changed_output_is_named_by_its_row(copy, kind):
     assert f"row {name}:" in found[f"regenerate {kind}"]
     # With an equal score, regeneration alone finds it.
     change_rows(path, lambda row: row.update(output="something else"), [5])
-    assert list(wrong(copy, rows=100)) == [f"file predictions/{kind}.jsonl", f"regenerate {kind}"]
+    assert list(wrong(copy, rows=100)) == ["files", f"regenerate {kind}"]
 
 
 def test_a_changed_score_is_named_by_row_and_metric(copy):
@@ -94,10 +94,10 @@ def test_a_file_with_another_sha256_than_the_records_is_named(copy, name):
     with open(copy / name, "ab") as file:
         file.write(b"\n")
     found = wrong(copy, rows=0)
-    assert "has sha256" in found[f"file {name}"]
+    assert found["files"].startswith(f"the sha256 of {name} is ")
     assert ("adapter" in found) == (name == "adapter/adapter.safetensors"), "it has a sha256 of its own"
     (copy / name).unlink()
-    assert wrong(copy, rows=0)[f"file {name}"] == "is missing"
+    assert f"the sha256 of {name} is None" in wrong(copy, rows=0)["files"]
 
 
 def test_an_added_splits_files_are_recorded_too(copy):
@@ -110,14 +110,14 @@ def test_an_added_splits_files_are_recorded_too(copy):
     cut_off = (copy / "predictions/test.jsonl").read_text().splitlines(keepends=True)[:3]
     (copy / "predictions/test.jsonl").write_text("".join(cut_off))
     found = wrong(copy, rows=0)
-    assert "file predictions/test.jsonl" in found
-    assert found["predictions test"] == "3 and 4 rows, result.json says 4"
+    assert "predictions/test.jsonl" in found["files"]
+    assert "rows is 3, recorded 4" in found["predictions test"]
 
 
 def test_another_runs_adapter_is_named(copy):
     path = copy / "adapter" / "adapter.json"
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 7'))
-    assert "its seed is 7" in wrong(copy, rows=0)["adapter"]
+    assert "seed is 7, recorded 0" in wrong(copy, rows=0)["adapter"]
 
 
 def test_a_changed_data_row_is_named(copy):
@@ -142,7 +142,7 @@ def test_a_changed_configuration_key_is_named(copy):
     path = copy / "config.yaml"
     original = path.read_text()
     path.write_text(original.replace("steps: 4", "steps: 5"))
-    assert "train.steps (4 and 5)" in wrong(copy, rows=0)["configuration"]
+    assert "train.steps is 5, recorded 4" in wrong(copy, rows=0)["configuration"]
     path.write_text(original)
     for value in (0.5, "fast"):
         put(copy, "config.train.lr", value)
@@ -151,7 +151,7 @@ def test_a_changed_configuration_key_is_named(copy):
 
 def test_a_renamed_folder_is_named(copy):
     moved = copy.rename(copy.with_name("best-run"))
-    assert "the folder's name is best-run" in wrong(moved, rows=0)["configuration"]
+    assert "the folder's name is 'best-run'" in wrong(moved, rows=0)["configuration"]
 
 
 def test_missing_data_are_skipped_and_said(copy):

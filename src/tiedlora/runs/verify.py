@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -32,10 +32,10 @@ from tiedlora.models.base_model import load_base
 from tiedlora.models.device import execution_on, set_up_device
 from tiedlora.models.identity import known_digest
 from tiedlora.models.placement import input_device, without_gradients
-from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN, is_loss, loss_scores
+from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss, loss_scores
 from tiedlora.records.rows import PredictionRow, read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import ADAPTER, TEXTS, RunRecord, Scores, SplitScores
+from tiedlora.records.run_record import ADAPTER, TEXTS, RunRecord, SplitScores
 from tiedlora.scoring.passages import as_passages
 from tiedlora.scoring.split import Scorer, scored_model, with_halved_batches
 from tiedlora.scoring.summary import gains, summarise
@@ -44,7 +44,7 @@ from tiedlora.text import visible
 
 Asked = list[tuple[Example, PredictionRow, PredictionRow]]
 """Examples that were asked again, each with its row of now and the recorded one."""
-PATHS = ("outputs", "cache", "data_root")
+PATHS = ("outputs", "cache", "data_root", "model.path")
 CLOSE = 1e-9
 """A small tolerance is enough: the metrics are computed in the same order from the same numbers, read from JSON."""
 
@@ -137,17 +137,17 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
     if record is None:
         raise UserError(f"{path}: has no result.json, so there is no finished run to verify")
     config = compose.read_config(folder.config_file)
-    here = replace(config, data_root=data_root or config.data_root, cache=str(cache or config.cache))
-    run = CheckedRun(folder, record, here, load_task(config.task))
-    checks: dict[str, Iterator[Finding]] = {
-        "configuration": _check_configuration(folder, record, config),
-        "files": _check_files(run),
-        "data": _check_data(run),
-        "adapter": _check_adapter(run),
-        "base": _check_base(run),
-        "predictions": _check_predictions(run),
+    config.data_root, config.cache = data_root or config.data_root, str(cache or config.cache)
+    run = CheckedRun(folder, record, config, load_task(config.task))
+    checks: dict[str, Callable[[CheckedRun], Iterator[Finding]]] = {
+        "configuration": _check_configuration,
+        "files": _check_files,
+        "data": _check_data,
+        "adapter": _check_adapter,
+        "base": _check_base,
+        "predictions": _check_predictions,
     }
-    findings = [finding for name, check in checks.items() for finding in _guarded(name, check)]
+    findings = [finding for name, check in checks.items() for finding in _guarded(name, check(run))]
     if rows > 0:
         suspects = {finding.row_id for finding in findings if finding.ok is False and finding.row_id is not None}
         findings += _guarded("regenerate", _regenerate(run, rows, suspects))
@@ -162,26 +162,34 @@ def _guarded(name: str, check: Iterator[Finding]) -> Iterator[Finding]:
         yield Finding(name, False, str(error))
 
 
-def _check_configuration(folder: RunFolder, record: RunRecord, config: Config) -> Iterator[Finding]:
+def _compared(check: str, values: Mapping[str, tuple[object, object]], agree: str) -> Finding:
+    """Whether what is found here is what is recorded. What differs is named.
+
+    Args:
+        values: name -> (found, recorded).
+        agree: the explanation if all are equal.
+    """
+    wrong = [
+        f"{name} is {found!r:.80}, recorded {recorded!r:.80}"
+        for name, (found, recorded) in values.items()
+        if found != recorded
+    ]
+    return Finding(check, not wrong, "; ".join(wrong[:5]) or agree)
+
+
+def _check_configuration(run: CheckedRun) -> Iterator[Finding]:
     """Check that config.yaml, result.json (configuration and identity) and the folder's name describe one run."""
     # An older record lacks keys that were added later, and has keys that are gone: it is read as a config.yaml is.
-    recorded = _as_json(config_tree(compose.typed(compose.of_record(record.config.tree))))
-    own = _as_json(config_tree(config))
-    if record.left_out is not None:
-        # A study keeps no paths, and config.yaml's default ones are read as paths of this machine.
-        recorded, own = _without_paths(recorded), _without_paths(own)
-    differing = list(_differences(recorded, own))
-    differing += [f"identity.{key}" for key in _differences(record.identity.tree, _as_json(identity(config)))]
-    if differing:
-        explanation = f"result.json and config.yaml disagree on {', '.join(differing[:5])}"
-        yield Finding("configuration", False, explanation)
-        return
-    expected = run_id(config)
-    for where, name in (("result.json's run_id", record.run_id), ("the folder's name", folder.path.name)):
-        if name != expected:
-            yield Finding("configuration", False, f"{where} is {name}, but the configuration makes {expected}")
-            return
-    yield Finding("configuration", True, f"config.yaml, result.json and the folder's name make one id, {expected}")
+    recorded = _leaves(config_tree(compose.typed(compose.of_record(run.record.config.tree))))
+    found = _leaves(config_tree(run.config))
+    recorded |= _leaves(run.record.identity.tree, "identity.")
+    found |= _leaves(identity(run.config), "identity.")
+    # Paths of the machine are no part of a run, and verify may have been given others.
+    keys = sorted({*recorded, *found} - set(PATHS))
+    values = {key: (found.get(key), recorded.get(key)) for key in keys}
+    name = run.folder.path.name
+    values |= {"the id": (run_id(run.config), run.record.run_id), "the folder's name": (name, run.record.run_id)}
+    yield _compared("configuration", values, f"config.yaml, result.json and the folder's name make one id, {name}")
 
 
 def _as_json(tree: Any) -> Any:
@@ -189,90 +197,71 @@ def _as_json(tree: Any) -> Any:
     return json.loads(json.dumps(tree))
 
 
-def _without_paths(tree: Any) -> Any:
-    return {**{key: value for key, value in tree.items() if key not in PATHS}, "model": {**tree["model"], "path": None}}
-
-
-def _differences(a: Any, b: Any, prefix: str = "") -> Iterator[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted({*a, *b}):
-            yield from _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else key)
-    elif a != b:
-        yield f"{prefix} ({a!r:.40} and {b!r:.40})"
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> the value that is no mapping, as JSON has it."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        is_section = isinstance(value, Mapping) and value
+        found |= _leaves(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": _as_json(value)}
+    return found
 
 
 def _check_files(run: CheckedRun) -> Iterator[Finding]:
     """Check the adapter's files and the predictions against the sha256 values in result.json."""
-    expected = dict(run.record.files) if run.record.keeps(ADAPTER) else {}
-    now = run.folder.checksums(*expected)
+    recorded = dict(run.record.files) if run.record.keeps(ADAPTER) else {}
+    found: dict[str, str | None] = dict(run.folder.checksums(*recorded))
     for split, scores in run.record.scores.items():
         paths = {f"predictions/{split}.jsonl": run.folder.predictions_file(split)}
         if scores.base is not None:
             paths[f"predictions/{split}.base.jsonl"] = run.folder.base_predictions_file(split, scores.files)
-        expected |= {name: scores.files.get(name, "") for name in paths}
-        now |= {name: found for name, path in paths.items() if (found := storage.content_sha256(path)) is not None}
-    wrong = [name for name, sha256 in expected.items() if now.get(name) != sha256]
-    for name in wrong:
-        found = f"has sha256 {now[name][:12]}, result.json says {expected[name][:12]}" if name in now else "is missing"
-        yield Finding(f"file {name}", False, found)
-    if not wrong:
-        yield Finding("files", True, f"{len(expected)} files have the sha256 of result.json")
+        recorded |= {name: scores.files.get(name, "") for name in paths}
+        found |= {name: storage.content_sha256(path) for name, path in paths.items()}
+    values = {f"the sha256 of {name}": (found.get(name), sha256) for name, sha256 in recorded.items()}
+    yield _compared("files", values, f"{len(recorded)} files have the sha256 of result.json")
 
 
 def _check_data(run: CheckedRun) -> Iterator[Finding]:
     """Check the rows of every split that the run used, by content."""
-    expected = {split: data.digest for split, data in run.record.data.items()}
-    expected |= {split: scores.digest for split, scores in run.record.scores.items() if split != FORGETTING}
-    if FORGETTING in run.record.scores:
-        yield _check_passages(run)
-    for split, sha256 in expected.items():
+    recorded = {split: data.digest for split, data in run.record.data.items()}
+    recorded |= {split: scores.digest for split, scores in run.record.scores.items()}
+    for split, sha256 in recorded.items():
+        check = f"data {split}"
         try:
-            run.examples[split] = load_examples(run.task, split, run.config.data_root)
+            run.examples[split] = _rows_here(run, split)
         except UserError as error:
-            yield Finding(f"data {split}", None, f"cannot be read here ({error})")
+            yield Finding(check, None, f"cannot be read here ({error})")
             continue
-        if digest(run.examples[split]) == sha256:
-            yield Finding(f"data {split}", True, f"{len(run.examples[split]):,} rows, sha256 {sha256[:12]}")
-            continue
-        row_id, explanation = _changed_row(run, split)
-        yield Finding(f"data {split}", False, f"is not what the run saw; {explanation}", row_id)
+        explanation = f"{len(run.examples[split]):,} rows, sha256 {sha256[:12]}"
+        finding = _compared(check, {"the sha256 of the rows": (digest(run.examples[split]), sha256)}, explanation)
+        yield finding if finding.ok else _with_changed_row(run, split, finding)
 
 
-def _check_passages(run: CheckedRun) -> Finding:
-    """Check the passages of neutral text. The predictions hold the whole texts, so their source is not needed."""
+def _rows_here(run: CheckedRun, split: str) -> list[Example]:
+    """The rows of a split. Predictions hold the whole passages of neutral text, so their source is not needed.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if split != FORGETTING:
+        return load_examples(run.task, split, run.config.data_root)
     if not run.record.keeps(TEXTS):
-        return Finding(f"data {FORGETTING}", None, "the study keeps no texts")
-    rows = read_predictions(run.folder.predictions_file(FORGETTING))
-    texts = [row.references[0] if row.references else "" for row in rows]
-    run.examples[FORGETTING] = list(as_passages(texts))
-    now, recorded = digest(run.examples[FORGETTING]), run.record.scores[FORGETTING].digest
-    explanation = f"{len(texts):,} passages, sha256 {now[:12]}" + (
-        "" if now == recorded else f", result.json says {recorded[:12]}"
-    )
-    return Finding(f"data {FORGETTING}", now == recorded, explanation)
+        raise UserError("the study keeps no texts")
+    rows = read_predictions(run.folder.predictions_file(split))
+    return list(as_passages(["".join(row.references[:1]) for row in rows]))
 
 
-def _changed_row(run: CheckedRun, split: str) -> tuple[str | None, str]:
-    """The id of the first row that differs from its prediction, and what differs."""
-    if not run.record.keeps(TEXTS):
-        return None, "the study keeps no texts, so the row cannot be named"
-    try:
-        rows = read_predictions(run.folder.predictions_file(split))
-    except UserError:
-        return None, "the run recorded only a hash of the rows, so the row cannot be named"
-    examples = run.examples[split]
-    if len(rows) != len(examples):
-        return None, f"there were {len(rows)} rows, now {len(examples)}"
-    for row, example in zip(rows, examples, strict=True):
-        pairs = {"id": (row.id, example.id), "prompt": (row.prompt, example.prompt)}
-        pairs["references"] = (row.references, list(example.references))  # type: ignore[assignment]
-        if row.shortened:
-            # A shortened prompt is not equal to the row's prompt.
-            del pairs["prompt"]
-        for key, (before, now) in pairs.items():
-            if before != now:
-                return row.id, f"row {row.id}: its {key} was {before!r:.80}, now {now!r:.80}"
-    return None, "prompts and references agree with the predictions, so a target or an id was changed"
+def _with_changed_row(run: CheckedRun, split: str, finding: Finding) -> Finding:
+    """The finding about changed data, with the first row that differs from its prediction, if there are predictions."""
+    rows = run.predictions(split) if split in run.record.scores and run.record.keeps(TEXTS) else []
+    for row, example in zip(rows, run.examples[split], strict=False):
+        # A shortened prompt is not equal to the row's prompt.
+        before = [row.id, [] if row.shortened else row.prompt, row.references]
+        now = [example.id, [] if row.shortened else example.prompt, list(example.references)]
+        for was, is_now in zip(before, now, strict=True):
+            if was != is_now:
+                explanation = f"row {row.id}: {is_now!r:.80} was {was!r:.80}; {finding.explanation}"
+                return replace(finding, explanation=explanation, row_id=row.id)
+    return finding
 
 
 def _check_adapter(run: CheckedRun) -> Iterator[Finding]:
@@ -280,57 +269,39 @@ def _check_adapter(run: CheckedRun) -> Iterator[Finding]:
     if not run.record.keeps(ADAPTER):
         yield Finding("adapter", None, "the study keeps only its sha256; the run's command gives the files again")
         return
-    try:
-        same = _arm_values(run) if is_other_method(run.folder.adapter) else _adapter_values(run)
-    except UserError as error:
-        yield Finding("adapter", False, str(error))
-        return
-    for name, (here, expected) in same.items():
-        if here != expected:
-            explanation = f"adapter.json: its {name} is {here!r:.80}, the run's {expected!r:.80}"
-            yield Finding("adapter", False, explanation)
-            return
-    yield Finding("adapter", True, "its tensors have the sha256 of adapter.json, and are this run's")
-
-
-def _adapter_values(run: CheckedRun) -> dict[str, tuple[object, object]]:
-    """Name -> (the adapter's value, the run's value)."""
-    adapter, base = load(run.folder.adapter)
-    # The name and the suggested rate of a tying are only labels: its other values are compared.
-    return {
-        "base": (base, run.record.base),
-        "tying": (identity(adapter.tying), identity(run.config.tying)),
-        "rank": (adapter.rank, run.config.rank.r),
-        "alpha": (adapter.alpha, run.config.rank.alpha),
-        "scaling": (adapter.scaling, run.config.rank.scaling),
-        "seed": (adapter.seed, run.config.seed),
-        "trainable parameters": (adapter.trainable_params(), run.record.trainable_params),
-    }
-
-
-def _arm_values(run: CheckedRun) -> dict[str, tuple[object, object]]:
-    """As `_adapter_values`, for an arm of another method."""
-    spec, base = read_spec(run.folder.adapter)
-    check_tensors(run.folder.adapter)
-    values = {"base": (base, run.record.base), "seed": (spec.seed, run.config.seed)}
-    for name in ("method", "resolved", "targets", "layers"):
-        values[name] = getattr(spec.tying, name), getattr(run.config.tying, name)
-    return values
+    values: dict[str, tuple[object, object]]
+    if is_other_method(run.folder.adapter):
+        spec, base = read_spec(run.folder.adapter)
+        check_tensors(run.folder.adapter)
+        values = {"seed": (spec.seed, run.config.seed)}
+        for name in ("method", "resolved", "targets", "layers"):
+            values[name] = getattr(spec.tying, name), getattr(run.config.tying, name)
+    else:
+        adapter, base = load(run.folder.adapter)
+        values = {
+            # The name and the suggested rate of a tying are only labels: its other values are compared.
+            "tying": (identity(adapter.tying), identity(run.config.tying)),
+            "rank": (adapter.rank, run.config.rank.r),
+            "alpha": (adapter.alpha, run.config.rank.alpha),
+            "scaling": (adapter.scaling, run.config.rank.scaling),
+            "seed": (adapter.seed, run.config.seed),
+            "trainable parameters": (adapter.trainable_params(), run.record.trainable_params),
+        }
+    values["base"] = base, run.record.base
+    yield _compared("adapter", values, "its tensors have the sha256 of adapter.json, and are this run's")
 
 
 def _check_base(run: CheckedRun) -> Iterator[Finding]:
     """Check the digest of the base model, if it is here."""
-    path = run.config.model.path
+    path, recorded = run.config.model.path, run.record.base.digest
     if path and not Path(path).exists():
         yield Finding("base", None, f"model.path={path}: is not here")
-        return
-    recorded, now = run.record.base.digest, known_digest(run.config.model)
-    if now is None:
-        explanation = f"{recorded}: a hub model's commit is known once it loads (regeneration compares it)"
-        yield Finding("base", None, explanation)
+    elif (found := known_digest(run.config.model)) is None:
+        yield Finding(
+            "base", None, f"{recorded}: a hub model's commit is known once it loads (regeneration compares it)"
+        )
     else:
-        explanation = str(recorded) if now == recorded else f"was {recorded}, here it is {now}"
-        yield Finding("base", now == recorded, explanation)
+        yield _compared("base", {"the digest": (found, recorded)}, found)
 
 
 def _check_predictions(run: CheckedRun) -> Iterator[Finding]:
@@ -343,17 +314,15 @@ def _check_predictions(run: CheckedRun) -> Iterator[Finding]:
             continue
         rows = run.predictions(split)
         base_rows = run.predictions(split, base=True) if recorded.base is not None else None
-        counts = {len(some) for some in (rows, base_rows) if some is not None}
-        if counts != {recorded.rows}:
-            count = " and ".join(map(str, sorted(counts)))
-            yield Finding(check, False, f"{count} rows, result.json says {recorded.rows}")
-            continue
         wrong = [*_misscored(run, rows, split, check), *_misscored(run, base_rows or [], split, f"{check}.base")]
         yield from wrong
-        if differing := _differing_metrics(run.task, recorded, rows, base_rows):
-            yield Finding(check, False, f"result.json disagrees on {'; '.join(differing[:3])}")
-        elif not wrong:
-            yield Finding(check, True, f"{len(rows):,} rows give the recorded scores and intervals")
+        finding = _compared(
+            check,
+            _metrics_again(run.task, recorded, rows, base_rows),
+            f"{len(rows):,} rows give the recorded scores and intervals",
+        )
+        if not (finding.ok and wrong):
+            yield finding
 
 
 def _misscored(run: CheckedRun, rows: Sequence[PredictionRow], split: str, check: str) -> Iterator[Finding]:
@@ -364,50 +333,39 @@ def _misscored(run: CheckedRun, rows: Sequence[PredictionRow], split: str, check
         # A choice among given texts is scored by the likelihoods of the texts, which are in the row.
         answer = row.output if row.log_likelihoods is None else row.log_likelihoods
         scores = _as_json(run.task.score(answer, example)) if row.has_answer else {}
-        recorded = {name: score for name, score in row.scores.items() if not is_loss(name)}
-        if scores != recorded:
-            explanation = f"row {row.id}: its output scores {scores}, the file says {recorded}"
-            yield Finding(check, False, explanation, row.id)
-        elif not _is_one_loss(row):
-            explanation = (
-                f"row {row.id}: {TARGET_LOSS} is not the quotient of the two numbers of {TARGET_LOSS_BY_TOKEN}"
-            )
+        # Only the model can tell what a loss should be: regeneration asks it. But its two forms must agree.
+        loss = _loss_and_tokens(row)
+        if len(loss) == 2 and loss[1] >= 1:
+            scores |= loss_scores(loss[0], int(loss[1]))
+        if scores != row.scores:
+            explanation = f"row {row.id}: its output and its loss score {scores}, the file says {row.scores}"
             yield Finding(check, False, explanation, row.id)
 
 
-def _is_one_loss(row: PredictionRow) -> bool:
-    """Whether the row's two losses agree. Only the model can tell what they should be: regeneration asks it."""
-    mean, statistics = (row.scores.get(name) for name in LOSS_METRICS)
-    if mean is None and statistics is None:
-        return True
-    if not isinstance(statistics, list) or len(statistics) != 2 or statistics[1] < 1:
-        return False
-    return loss_scores(statistics[0], int(statistics[1])) == {TARGET_LOSS: mean, TARGET_LOSS_BY_TOKEN: statistics}
-
-
-def _differing_metrics(
+def _metrics_again(
     task: Task, recorded: SplitScores, rows: Sequence[PredictionRow], base_rows: Sequence[PredictionRow] | None
-) -> list[str]:
-    """The metrics in which the record differs from the predictions."""
+) -> dict[str, tuple[object, object]]:
+    """What the record says of the predictions: name -> (what they give, what is recorded)."""
+    values: dict[str, tuple[object, object]] = {
+        "rows": (len(rows), recorded.rows),
+        "output_tokens": (sum(row.output_tokens for row in rows), recorded.output_tokens),
+    }
+    kinds = {}
     try:
-        kinds: dict[str, tuple[Scores | None, Scores]] = {"metrics": (recorded.metrics, summarise(rows, task))}
+        kinds["metrics"] = summarise(rows, task), recorded.metrics
         if base_rows is not None:
-            kinds["base"] = (recorded.base, summarise(base_rows, task))
-            kinds["gain"] = (recorded.gain, gains(rows, base_rows, task))
+            values["base rows"] = len(base_rows), recorded.rows
+            kinds["base"] = summarise(base_rows, task), recorded.base or {}
+            kinds["gain"] = gains(rows, base_rows, task), recorded.gain or {}
     except ValueError as error:
-        return [f"predictions ({error})"]
-    differing = []
-    for kind, (before, now) in kinds.items():
-        if missing := sorted((before or {}).keys() - now.keys()):
-            differing.append(f"{kind}.{missing[0]} (predictions have no such scores)")
-        for metric, interval in ((name, value) for name, value in (before or {}).items() if name in now):
+        values["what the rows have"] = str(error), "the same scores in each"
+    for kind, (again, before) in kinds.items():
+        for metric, interval in before.items():
             for end in ("value", "low", "high"):
-                was, is_now = getattr(interval, end), getattr(now[metric], end)
-                if abs(was - is_now) > CLOSE:
-                    differing.append(f"{kind}.{metric}.{end} (recorded {was:.6f}, recomputed {is_now:.6f})")
-    if sum(row.output_tokens for row in rows) != recorded.output_tokens:
-        differing.append("output_tokens")
-    return differing
+                now, then = getattr(again.get(metric), end, None), getattr(interval, end)
+                is_close = now is not None and abs(now - then) <= CLOSE
+                values[f"{kind}.{metric}.{end}"] = then if is_close else now, then
+    return values
 
 
 def _regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Finding]:
@@ -442,7 +400,6 @@ def _regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Fin
             with products.on_any_cpu(device, config.train.dtype):
                 findings = list(_regenerate_split(run, scorer, split, least, suspects, elsewhere))
             yield from findings
-    attached.detach()
 
 
 def _regenerate_split(
