@@ -57,8 +57,3 @@ def test_the_help_of_a_key_is_the_docstring_below_it():
 def test_a_wrong_value_is_told_what_the_key_takes_and_what_it_means(override, says):
     with pytest.raises(UserError, match=says):
         compose_config([override])
-
-
-def test_a_value_at_its_bound_is_allowed():
-    """Both ends of a range belong to it."""
-    assert compose_config(["score.batch_size=65536"]).score.batch_size == 65_536

@@ -138,12 +138,6 @@ class TestScript:
         assert torch.equal(logits(attached.model, ids), adapted)
         assert "tiedlora.load" in (folder / "export" / "hub-card" / "README.md").read_text()
 
-    def test_an_unfinished_run_is_refused_in_one_line(self, tmp_path, script):
-        code, _, errors = script("scripts/export.py", tmp_path, "--to", "peft")
-        assert code == 2
-        assert errors.count("\n") == 1
-        assert "not finished" in errors
-
 
 @pytest.mark.parametrize(
     "overrides",

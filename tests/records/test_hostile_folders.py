@@ -162,23 +162,6 @@ def test_starting_over_removes_links_and_not_what_they_lead_to(folder, words, tm
     assert RunFolder(folder).record() is not None
 
 
-def test_a_wrong_configuration_in_a_run(folder, script, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    (folder / "config.yaml").write_bytes(b"seed: !!python/object/apply:os.system ['touch owned']\n")
-    before = snapshot(folder)
-    for name, *arguments in (
-        ("scripts/score.py", "--split", "test"),
-        ("scripts/verify.py",),
-        ("scripts/generate.py", "--prompt", "1"),
-        ("scripts/export.py", "--to", "peft"),
-    ):
-        code, out, err = script(name, folder, *arguments)
-        assert (code, out, len(err.splitlines())) == (2, "", 1), (name, err)
-        assert "is not readable YAML" in err
-    assert snapshot(folder) == before
-    assert not (tmp_path / "owned").exists()
-
-
 def test_a_run_that_was_moved_writes_beside_itself(folder, place):
     """The record holds the place where the run was made. That place may not exist any more, or a stranger chose it."""
     text = (folder / "config.yaml").read_text()

@@ -15,7 +15,6 @@ from tiedlora.config.identity import run_id
 from tiedlora.records.rows import PredictionRow, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import add_scores, verify
-from tiedlora.runs.verify import Finding
 from tiedlora.tasks import load_examples
 
 ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for i in range(40)]
@@ -225,12 +224,3 @@ def test_on_another_processor_the_mean_loss_must_agree(finished, elsewhere, monk
     assert finding.ok is ok
     assert finding.by_rounding is ok
     assert "the mean of 8 losses differs by" in finding.explanation
-
-
-def test_the_line_of_a_run_says_how_many_checks_hold_only_up_to_rounding():
-    exact, skipped = Finding("files", True, ""), Finding("base", None, "")
-    rounded, wrong = Finding("losses test", True, "", by_rounding=True), Finding("data test", False, "")
-    line = verify.line_of_run
-    assert line("a-run", [exact, skipped]) == "ok     a-run  1 of 2 checks made"
-    assert line("a-run", [exact, rounded]) == "ok     a-run  2 of 2 checks made, 1 up to the rounding of another device"
-    assert line("a-run", [exact, wrong]) == "WRONG  a-run  2 of 2 checks made"
