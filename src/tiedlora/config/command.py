@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import shlex
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from omegaconf import OmegaConf
 
 from tiedlora.config import compose as configuration
 from tiedlora.config import explain
-from tiedlora.config.identity import identity, run_id
+from tiedlora.config.identity import identity, leaves, run_id
 from tiedlora.config.project import CONF
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
@@ -119,15 +118,7 @@ def _as_set(config: Config) -> Config:
 
 def _identity_values(config: Config) -> dict[str, str]:
     """Dotted key -> value in Hydra's grammar, for every key of the identity."""
-    return dict(_leaves(identity(config), ""))
-
-
-def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, _in_hydras_grammar(value)
+    return {key: _in_hydras_grammar(value) for key, value in leaves(identity(config)).items()}
 
 
 def _in_hydras_grammar(value: object) -> str:

@@ -64,8 +64,8 @@ def register() -> None:
     _register_resolver("project", lambda: str(PROJECT), replace=True)
 
 
-def load(composed: DictConfig) -> Config:
-    """Turn a composed configuration into typed objects, with resolved and checked values.
+def load(composed: DictConfig | dict[str, Any]) -> Config:
+    """Turn a composed configuration, or that of a record, into typed objects, with resolved and checked values.
 
     Every mistake that is visible in the configuration is reported here, before anything is loaded.
 
@@ -75,24 +75,18 @@ def load(composed: DictConfig) -> Config:
     return complete(typed(composed))
 
 
-def of_record(tree: dict[str, Any]) -> DictConfig:
-    """The configuration of a record, as a composed one.
-
-    Raises:
-        UserError: a value cannot be one, such as a broken interpolation.
-    """
-    with readable_errors():
-        return OmegaConf.create(tree)
-
-
-def typed(composed: DictConfig) -> Config:
+def typed(composed: DictConfig | dict[str, Any]) -> Config:
     """The values of a composed configuration as typed objects. Its interpolations are resolved; nothing is checked yet.
+
+    Args:
+        composed: what Hydra has composed, or the plain data of a record.
 
     Raises:
         UserError: a key is unknown, missing or of a wrong type; the message names it.
     """
     with readable_errors(), _own_variables_only():
-        values = OmegaConf.to_container(composed, resolve=True)
+        node = OmegaConf.create(composed) if isinstance(composed, dict) else composed
+        values = OmegaConf.to_container(node, resolve=True)
         return from_person(Config, _without_gone_keys(values), schema_keys())
 
 

@@ -56,6 +56,15 @@ def _unused(section: Any) -> tuple[str, ...]:
     return tuple(tying.PARTS) if getattr(section, "terms", None) is not None else ()
 
 
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, for every value of nested data that is no mapping, or an empty one."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        is_section = isinstance(value, Mapping) and value
+        found |= leaves(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
+    return found
+
+
 def label(values: Tying) -> str:
     """`LoRA`, `TABuv`, ..., `custom`, or `peft_Vera` for another method: the first word of a run's id."""
     method = getattr(values, "method", None)

@@ -22,7 +22,7 @@ from tiedlora.runs.trainer import cached_base
 from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
-from tiedlora.tasks import Example, load_examples, load_task
+from tiedlora.tasks import load_examples, load_task
 from tiedlora.training.signals import StopSignal
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,12 @@ def add_scores(
             kept = None if again and metrics is None else recorded
             examples = load_examples(task, split, config.data_root)
             if split == "test":
-                _look_for_trained_rows(config, examples)
+                # A run that trains and scores in one go compares them before its first step.
+                try:
+                    warn_of_trained_rows(task.config.name, read_rows(config).examples["train"], examples)
+                except UserError as error:
+                    name = task.config.name
+                    log.warning("task=%s: the test rows are not compared with the training rows: %s", name, error)
             scores = scorer.score_split(split, examples, folder, passes, kept)
             record = replace(record, scores={**record.scores, split: scores})
             folder.write_record(record)
@@ -96,16 +101,3 @@ def add_scores(
             record = replace(record, scores={**record.scores, FORGETTING: scores})
             folder.write_record(record)
         return record
-
-
-def _look_for_trained_rows(config: Config, test: Sequence[Example]) -> None:
-    """Log how many test rows are training rows, or that the training rows are not here, so nothing was compared.
-
-    A run that trains and scores in one go looks before its first step.
-    """
-    try:
-        rows = read_rows(config)
-    except UserError as error:
-        log.warning("task=%s: the test rows are not compared with the training rows: %s", config.task.name, error)
-    else:
-        warn_of_trained_rows(config.task.name, rows.examples["train"], test)

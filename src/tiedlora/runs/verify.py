@@ -23,7 +23,7 @@ from tiedlora import storage
 from tiedlora.adapter import load
 from tiedlora.adapter.arms import attach_saved, check_tensors, is_other_method, read_spec
 from tiedlora.config import compose
-from tiedlora.config.identity import config_tree, identity, run_id
+from tiedlora.config.identity import config_tree, identity, leaves, run_id
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
@@ -180,10 +180,9 @@ def _compared(check: str, values: Mapping[str, tuple[object, object]], agree: st
 def _check_configuration(run: CheckedRun) -> Iterator[Finding]:
     """Check that config.yaml, result.json (configuration and identity) and the folder's name describe one run."""
     # An older record lacks keys that were added later, and has keys that are gone: it is read as a config.yaml is.
-    recorded = _leaves(config_tree(compose.typed(compose.of_record(run.record.config.tree))))
-    found = _leaves(config_tree(run.config))
-    recorded |= _leaves(run.record.identity.tree, "identity.")
-    found |= _leaves(identity(run.config), "identity.")
+    recorded_config = config_tree(compose.typed(run.record.config.tree))
+    recorded = leaves(_as_json({**recorded_config, "identity": run.record.identity.tree}))
+    found = leaves(_as_json({**config_tree(run.config), "identity": identity(run.config)}))
     # Paths of the machine are no part of a run, and verify may have been given others.
     keys = sorted({*recorded, *found} - set(PATHS))
     values = {key: (found.get(key), recorded.get(key)) for key in keys}
@@ -195,15 +194,6 @@ def _check_configuration(run: CheckedRun) -> Iterator[Finding]:
 def _as_json(tree: Any) -> Any:
     """The tree after a JSON round trip, so that it can be compared with one that was read from a file."""
     return json.loads(json.dumps(tree))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> the value that is no mapping, as JSON has it."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        is_section = isinstance(value, Mapping) and value
-        found |= _leaves(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": _as_json(value)}
-    return found
 
 
 def _check_files(run: CheckedRun) -> Iterator[Finding]:
