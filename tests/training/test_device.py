@@ -3,14 +3,10 @@
 import os
 from pathlib import Path
 
-import pytest
 import torch
-from helpers import processes
-from helpers.tiny import TINY
 
 from tiedlora.adapter.parts import ParameterGroup
 from tiedlora.config.identity import run_id
-from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import TrainConfig
 from tiedlora.models import device
 from tiedlora.records.provenance import Execution
@@ -45,14 +41,6 @@ def test_a_restored_fused_optimizer_has_its_whole_state_on_the_device(tmp_path):
         assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
         assert {value.device.type for value in state.values()} == {"meta"}
     assert [group["lr_factor"] for group in fused.param_groups] == [1.0] * 3
-
-
-@pytest.mark.slow
-def test_no_step_waits_for_the_device():
-    """In a process of its own, because autograd counts devices at its first backward pass."""
-    script = PROJECT / "tests/helpers/fake_gpu.py"
-    done = processes.run_python(script, *TINY)
-    assert done.returncode == 0, done.stderr
 
 
 def test_deterministic_switches_torch_for_the_run_only_and_changes_nothing_on_a_cpu(
