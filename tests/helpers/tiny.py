@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tiedlora.adapter import attach
+from tiedlora.adapter.attach import Attached
 from tiedlora.config import compose as configuration
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config, ModelConfig
@@ -62,6 +63,16 @@ def task_option(name: str, *overrides: str) -> Task:
 
 def tiny(name: str, dtype: str = "float32") -> BaseModel:
     return load_base(model_option(name), dtype, torch.device("cpu"), Path("unused"))
+
+
+def adapted(name: str, dtype: torch.dtype) -> tuple[BaseModel, Attached]:
+    """A tiny model whose weights have a dtype, with a random TABuv."""
+    base = tiny(name)
+    attached = attach(base.model, "TABuv", 4)
+    base.model.to(dtype)
+    attached.adapter.to(torch.promote_types(dtype, torch.float32))
+    randomise(attached.adapter, scale=0.2)
+    return base, attached
 
 
 def randomise(adapter: torch.nn.Module, seed: int = 1, scale: float = 0.5) -> None:

@@ -7,9 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiedlora.adapter import attach
-from tiedlora.errors import UserError
 from tiedlora.models import products
-from tiedlora.training import compiling
 
 CPU = torch.device("cpu")
 
@@ -95,10 +93,3 @@ def test_only_bfloat16_on_a_cpu_without_instructions_is_widened(monkeypatch, pro
     assert products.without_instructions(CPU, dtype) == slow
     assert isinstance(products.on_any_cpu(CPU, dtype), products.InFloat32) == slow
     assert not products.without_instructions(torch.device("cuda"), dtype)
-
-
-def test_blocks_are_not_compiled_there():
-    long = compiling.COMPILE_PAYS_FROM_FLOP["cpu"]
-    assert not compiling.decide("auto", "cpu", weights=1, tokens=long, slow_bfloat16=True)
-    with pytest.raises(UserError, match=r"train\.compile=always: compiled blocks would be slow.*train\.dtype=float32"):
-        compiling.decide("always", "cpu", weights=1, tokens=1, slow_bfloat16=True)

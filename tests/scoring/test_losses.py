@@ -93,14 +93,9 @@ def test_a_loss_is_never_a_proportion():
     assert 2 <= nats.low < nats.value < nats.high <= 8
     assert nats.value == 5
     # One row says nothing about other rows.
-    (one, by_token) = summarise(rows_with([2.5]), task).values()
-    assert one == by_token == Interval(2.5, 0.0, LARGEST_LOSS, "bootstrap")
     (one, by_token) = gains(rows_with([2.5]), rows_with([3.0]), task).values()
     assert one == by_token == Interval(-0.5, -LARGEST_LOSS, LARGEST_LOSS, "bootstrap")
-
-
-def test_by_token_a_long_row_counts_more():
-    task = task_option("gsm8k")
+    # By token, a long row counts more.
     rows = rows_with([1.0, 2.0])
     rows[1] = replace(rows[1], scores=loss_scores(24.0, 12))
     metrics = summarise(rows, task)
@@ -121,7 +116,6 @@ class TestPasses:
             (None, OWN, False, False),
             (None, LOSSES, True, False),
             ([TARGET_LOSS], OWN, False, True),
-            ([TARGET_LOSS], LOSSES, False, False),
             ([TARGET_LOSS_BY_TOKEN, "f1"], None, True, True),
             (["f1"], LOSSES, True, False),
             ([TARGET_LOSS, "f1"], BOTH, False, False),

@@ -1,20 +1,14 @@
 """Several processes train, validate, score, stop and resume as one process does, also if they share the base model."""
 
 import os
-import sys
 
 import pytest
-import torch
-from helpers import processes
 from helpers.forks import forked_world
 from helpers.tiny import folder_of, tiny
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from tiedlora.adapter import attach
-from tiedlora.config.project import PROJECT
-from tiedlora.data.batching import collate, empty_batch
-from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
@@ -23,10 +17,8 @@ from tiedlora.runs.trainer import Trainer
 from tiedlora.scoring import decoding
 from tiedlora.scoring.split import in_shares
 from tiedlora.training import checkpoint, distributed
-from tiedlora.training.loss import target_loss
 from tiedlora.training.signals import StopSignal
 
-STEPS = 20
 UNEVEN = [
     # Steps of 3, 3 and 1 rows: the second process has fewer passes than the first, and in each third step none.
     "task.options.rows={train: 7, validation: 12, test: 12}",
@@ -45,33 +37,6 @@ def in_world(act, codes=(0, 0)):
     ended = forked_world(act)
     assert [code for code, _ in ended] == list(codes), ended
     return ended
-
-
-@pytest.mark.slow
-def test_two_processes_are_one(tiny_config, tiny_run, tmp_path):
-    """docs/method.md: the loss is a mean over the target tokens of the whole step, however its rows are spread."""
-    # 7 rows a step and 40 in all: the shares are unequal, and an epoch's last step is short.
-    more = [f"train.steps={STEPS}", "train.batch_size=7", "train.checkpoint_every=20"]
-    alone = run.main(tiny_config(*more))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(PROJECT / "train.py"), *tiny_run(*more), f"outputs={tmp_path}/together"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = processes.run(command, env=environment)
-    assert done.returncode == 0, done.stderr
-    (folder,) = (RunFolder(path.parent) for path in (tmp_path / "together").glob("*/result.json"))
-    together = folder.record()
-    assert together is not None
-    assert together.run_id == alone.run_id, "the number of processes is no part of the identity"
-    assert "2 processes" in str(together.execution)
-    assert together.training.target_tokens == alone.training.target_tokens
-    one, two = losses(RunFolder(tmp_path / "outputs" / alone.run_id)), losses(folder)
-    assert len(one) == STEPS
-    assert two == pytest.approx(one, abs=1e-5)
-    assert one[1] < one[0] - 0.01, "it trained"
-    first = load_file(tmp_path / "outputs" / alone.run_id / "adapter" / "adapter.safetensors")
-    second = load_file(folder.adapter / "adapter.safetensors")
-    for name, values in first.items():
-        assert (values - second[name]).abs().max() <= 1e-3 * values.abs().max()
 
 
 class TestResume:
@@ -176,21 +141,17 @@ class TestShard:
     """train.shard"""
 
     @pytest.fixture
-    def alone(self, finished_run):
-        """The folder of one process's run."""
-        return folder_of(finished_run(*UNEVEN))
-
-    @pytest.fixture
-    def shared(self, tiny_config, tmp_path):
-        def build(*more):
-            return tiny_config(*UNEVEN, "train.shard=true", f"outputs={tmp_path}/shared", *more)
-
-        return build
+    def shared(self, tiny_config):
+        return tiny_config(*UNEVEN, "train.shard=true")
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("more", [[], ["train.recompute_activations=true"]])
-    def test_two_processes_that_share_the_model_are_one(self, alone, shared, more, monkeypatch):
-        config = shared(*more)
+    @pytest.mark.parametrize(
+        "more", [["train.shard=false"], ["train.shard=true"], ["train.shard=true", "train.recompute_activations=true"]]
+    )
+    def test_two_processes_are_one(self, finished_run, tiny_config, tmp_path, more, monkeypatch):
+        """docs/method.md: the loss is a mean over the target tokens of the whole step, however its rows are spread."""
+        alone = folder_of(finished_run(*UNEVEN))
+        config = tiny_config(*UNEVEN, f"outputs={tmp_path}/shared", *more)
         calls = iter(range(100))
         with monkeypatch.context() as patch:
             patch.setattr(StopSignal, "requested", lambda _: next(calls) == 1)
@@ -198,7 +159,10 @@ class TestShard:
         ended = in_world(lambda rank: run.main(config))
         assert "continuing from step 2" in ended[0][1]
         folder = folder_of(config)
-        assert folder.path.name == alone.path.name, "sharding is no part of the identity"
+        assert folder.path.name == alone.path.name, "neither processes nor sharding are part of the identity"
+        ours, theirs = (place.finished_record() for place in (folder, alone))
+        assert "2 processes" in str(ours.execution)
+        assert ours.training.target_tokens == theirs.training.target_tokens
         one, two = losses(alone), losses(folder)
         assert two == pytest.approx(one, abs=1e-5)
         assert abs(one[-1] - one[0]) > 1e-3, "it trained"
@@ -215,11 +179,9 @@ class TestShard:
 
     @pytest.mark.slow
     def test_each_process_holds_half_of_every_block_and_all_of_the_adapter(self, shared):
-        config = shared()
-
         def held(rank):
             with distributed.join_world(cuda=False) as world:
-                loaded = Trainer(config, world)
+                loaded = Trainer(shared, world)
                 for name, parameter in loaded.arm.model.named_parameters():
                     inside = name.startswith("model.layers.")
                     assert isinstance(parameter, DTensor) is inside, name
@@ -230,21 +192,10 @@ class TestShard:
 
         in_world(held)
 
-    def test_an_empty_batch_adds_zeros(self, tiny_config):
-        """A process without rows makes the others' passes with it."""
-        attached = attach(tiny("tiny_llama").model, "TABuv")
-        target_loss(attached.model, collate([Encoded((1, 2, 3), (4, 5))], 256)).backward()
-        parts = attached.adapter.trained_parts().values()
-        before = [part.grad.clone() for part in parts]
-        loss = target_loss(attached.model, empty_batch(256))
-        loss.backward()
-        assert loss.item() == 0.0
-        assert all(torch.equal(part.grad, grad) for part, grad in zip(parts, before, strict=True))
-
     @pytest.mark.slow
     def test_memory_that_runs_out_ends_the_run(self, shared, monkeypatch):
         """The other process is inside the same pass, so this one must not wait for it."""
-        config, target_loss = shared(), trainer.target_loss
+        target_loss = trainer.target_loss
 
         def act(rank):
             def short(model, batch):
@@ -253,7 +204,7 @@ class TestShard:
                 return target_loss(model, batch)
 
             monkeypatch.setattr(trainer, "target_loss", short)
-            run.main(config)
+            run.main(shared)
 
         (other, _), (code, told) = forked_world(act)
         assert code == 2, told
@@ -263,7 +214,7 @@ class TestShard:
 
     def test_one_process_cannot_share(self, shared):
         with pytest.raises(UserError, match=r"^train.shard=true: needs several processes.*torchrun"):
-            run.main(shared())
+            run.main(shared)
 
     @pytest.mark.parametrize("other", ["model.quantization=nf4", "model.device_map=auto"])
     def test_what_cannot_be_shared_is_refused(self, tiny_config, other):

@@ -10,10 +10,9 @@ import shutil
 import pytest
 import torch
 from helpers import processes
-from helpers.tiny import TINY, generate, randomise, tiny, tying_option
+from helpers.tiny import TINY, adapted, generate, tiny
 from torch.nn import functional as F
 
-from tiedlora.adapter import attach
 from tiedlora.data.batching import collate, microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
@@ -23,15 +22,6 @@ from tiedlora.training.loss import target_loss
 
 ROWS = [Encoded(tuple(range(10, 10 + p)), (*range(40, 40 + t), 256)) for p, t in ((5, 4), (9, 1), (2, 12), (7, 7))]
 EXACT = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
-
-
-def adapted(name, dtype, dropout=0.0):
-    base = tiny(name)
-    attached = attach(base.model, tying_option("TABuv", f"tying.dropout={dropout}"), 4)
-    base.model.to(dtype)
-    attached.adapter.to(dtype)
-    randomise(attached.adapter, scale=0.2)
-    return base, attached
 
 
 def loss_and_gradients(base, attached, batches=None):
@@ -91,15 +81,6 @@ def test_recomputed_activations_change_nothing(name, dtype, tolerance):
     assert close(loss_and_gradients(base, attached), plain, tolerance)
 
 
-@EXACT
-@pytest.mark.parametrize("limits", [(1, None), (None, 30), (3, 17)])
-def test_passes_add_up_to_the_batch(dtype, tolerance, limits):
-    base, attached = adapted("tiny_llama", dtype)
-    passes = microbatches(ROWS, 256, *limits)
-    assert len(passes) > 1
-    assert close(loss_and_gradients(base, attached, passes), loss_and_gradients(base, attached), tolerance)
-
-
 def lengths_of(passes):
     return [(batch.input_ids != 0).sum(1).tolist() for batch in passes]
 
@@ -115,13 +96,17 @@ def test_passes_are_as_few_as_the_limits_allow_and_even():
 
 
 @EXACT
+@pytest.mark.parametrize("limits", [(1, None), (None, 30), (3, 17, 64)])
+def test_passes_also_of_aligned_rows_add_up_to_the_batch(dtype, tolerance, limits):
+    base, attached = adapted("tiny_llama", dtype)
+    passes = microbatches(ROWS, 256, *limits)
+    assert len(passes) > 1
+    assert close(loss_and_gradients(base, attached, passes), loss_and_gradients(base, attached), tolerance)
+
+
 @pytest.mark.parametrize(("context", "length"), [(0, 15), (15, 15), (64, 16)])
-def test_aligned_rows_change_nothing_and_stay_within_the_context(dtype, tolerance, context, length):
-    base, attached = adapted("tiny_gpt2", dtype)
-    aligned = collate(ROWS[1:], 256, context)
-    assert aligned.input_ids.shape == (3, length)
-    plain = loss_and_gradients(base, attached, [collate(ROWS[1:], 256)])
-    assert close(loss_and_gradients(base, attached, [aligned]), plain, tolerance)
+def test_aligned_rows_stay_within_the_context(context, length):
+    assert collate(ROWS[1:], 256, context).input_ids.shape == (3, length)
 
 
 @pytest.mark.slow
@@ -191,6 +176,9 @@ def test_when_to_compile(monkeypatch, device, compiler):
     assert not compiling.decide("auto", device, weights=1, tokens=0.9 * long)
     assert not compiling.decide("never", device, weights=1, tokens=long)
     assert compiling.decide("always", device, weights=1, tokens=1)
+    assert not compiling.decide("auto", device, weights=1, tokens=long, slow_bfloat16=True)
+    with pytest.raises(UserError, match=r"train\.compile=always: compiled blocks would be slow.*train\.dtype=float32"):
+        compiling.decide("always", device, weights=1, tokens=1, slow_bfloat16=True)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert not compiling.decide("auto", device, weights=1, tokens=long)
     with pytest.raises(UserError, match=r"train\.compile=always: there is no C"):
