@@ -65,6 +65,14 @@ def tiny(name: str, dtype: str = "float32") -> BaseModel:
     return load_base(model_option(name), dtype, torch.device("cpu"), Path("unused"))
 
 
+def saved_tiny(name: str, folder: Path) -> ModelConfig:
+    """A tiny model as a folder of files, and its configuration."""
+    base = tiny(name)
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return replace(model_option(name), source="hub", path=str(folder))
+
+
 def adapted(name: str, dtype: torch.dtype) -> tuple[BaseModel, Attached]:
     """A tiny model whose weights have a dtype, with a random TABuv."""
     base = tiny(name)

