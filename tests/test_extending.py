@@ -81,60 +81,38 @@ def extended(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def run_folder(extended) -> Path:
-    """The folder of one run with the overrides of every command of the page."""
-    overrides = dict.fromkeys([*BASIC, *(override for command in commands() for override in command)])
-    start(extended, "train.py", *overrides, *EXECUTION)
-    (result,) = (extended / "outputs").glob("*/result.json")
-    return result.parent
-
-
-@pytest.fixture(scope="module")
-def record(run_folder) -> dict:
-    return json.loads((run_folder / "result.json").read_text())
-
-
 def test_the_page_is_read_completely():
     text = PAGE.read_text(encoding="utf-8")
     assert len(blocks()) == text.count("```") / 2
     assert len(commands()) == text.count("    python train.py") == 4
 
 
-def test_the_task_is_scored(record):
-    scores = record["scores"]["validation"]
-    assert list(scores["metrics"]) == ["exact_match", *LOSS_METRICS]
-    assert scores["metrics"]["exact_match"]["method"] == "wilson"
+def test_one_run_uses_everything(extended):
+    """The overrides of every command of the page."""
+    overrides = dict.fromkeys([*BASIC, *(override for command in commands() for override in command)])
+    start(extended, "train.py", *overrides, *EXECUTION)
+    (result,) = (extended / "outputs").glob("*/result.json")
+    record, folder = json.loads(result.read_text()), result.parent
+    train, rank = record["identity"]["train"], record["identity"]["rank"]
+    assert list(record["scores"]["validation"]["metrics"]) == ["exact_match", *LOSS_METRICS]
+    assert (train["optimizer"], train["momentum"]) == ("sgd", 0.9)
 
-
-def test_the_tracker_has_every_metric(run_folder):
-    with open(run_folder / "metrics.csv", encoding="utf-8", newline="") as file:
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
         tracked = [(int(row["step"]), row["metric"], float(row["value"])) for row in csv.DictReader(file)]
-    logged = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert tracked == [(row["step"], name, value) for row in logged for name, value in row.items() if name != "step"]
-
-
-def test_the_optimizer_and_its_key_are_part_of_the_identity(record):
-    assert record["identity"]["train"]["optimizer"] == "sgd"
-    assert record["identity"]["train"]["momentum"] == 0.9
-
-
-def test_the_schedule_falls_in_equal_steps_to_zero(run_folder, record):
-    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    rates = [row["train/lr"] for row in rows if "train/lr" in row]
-    train = record["identity"]["train"]
+    # The schedule falls in equal steps to zero.
+    rates = [row["train/lr"] for row in logged if "train/lr" in row]
     after_warmup = train["steps"] - train["warmup_steps"]
     expected = [train["lr"] * (1 - (k + 1) / after_warmup) for k in range(after_warmup)]
     assert rates[train["warmup_steps"] :] == pytest.approx(expected)
 
-
-def test_the_part_is_trained_and_saved(run_folder, record):
-    """w adds L d_in numbers, and is no longer 1."""
-    tying = compose_config(["model=tiny_llama"])
-    architecture = tying.model.architecture
-    without = trainable_params(tying.tying, tying.rank.r, architecture)
+    # The part w adds L d_in numbers, and is no longer 1.
+    config = compose_config(["model=tiny_llama"])
+    architecture = config.model.architecture
+    without = trainable_params(config.tying, config.rank.r, architecture)
     assert record["trainable_params"] == without + architecture.layers * architecture.hidden
-    w = load_file(run_folder / "adapter" / "adapter.safetensors")["qkv.w"]
+    w = load_file(folder / "adapter" / "adapter.safetensors")["qkv.w"]
     assert tuple(w.shape) == (architecture.layers, architecture.hidden)
     assert (w != 1).any()
 

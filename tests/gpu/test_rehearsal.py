@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import sys
 from dataclasses import replace
 
@@ -64,31 +63,6 @@ def test_the_page_has_a_table_of_each_part_and_says_what_failed(tmp_path):
     (block,) = [line for line in page.splitlines() if line.startswith("[[")]
     assert json.loads(block)
     assert str(tmp_path) not in page
-
-
-def test_no_part_starts_when_the_time_is_over(tmp_path):
-    reporter = gpu.Reporter(tmp_path / "page.md", PLAN, measure, "", minutes=-1)
-    results = reporter.run([], gpus=0)
-    assert all("minutes were over" in figures["error"] for key, figures in results.items() if key != ("processes",))
-    assert "needs two GPUs" in results["processes",]["error"]
-
-
-@pytest.mark.slow
-def test_a_part_has_its_own_process_and_its_last_line_says_what_went_wrong():
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    figures = gpu.in_own_process(PLAN, environment, "losses", [4, 8, 16])
-    assert figures["ours"]["seconds"] > 0
-    with pytest.raises(RuntimeError, match="KeyError: 'no such part'"):
-        gpu.in_own_process(PLAN, environment, "no such part", [])
-
-
-@pytest.mark.slow
-def test_the_smoke_suite_says_why_it_is_skipped_without_a_gpu():
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TIEDLORA_REHEARSE": "0"}
-    figures = gpu.smoke(environment)
-    assert (figures["passed"], figures["failed"]) == (0, 0)
-    assert figures["skipped"] >= 13
-    assert all("needs a GPU" in text for text in figures["skips"])
 
 
 @pytest.mark.parametrize(

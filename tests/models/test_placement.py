@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from helpers.tiny import TINY, generate, randomise, saved_tiny, tiny
 
 from tiedlora.adapter import attach, linear

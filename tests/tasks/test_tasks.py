@@ -96,24 +96,10 @@ def test_hellaswag_marks_are_removed_as_the_harness_does():
     example = one_example("hellaswag", row)
     assert example.prompt == "Cooking: How to rest. Lie down. Close your eyes. Sleep."
     assert example.choices[0] == "  a"
-
-
-@needs_rows
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_clean_hellaswag_rows_pass_through_unchanged(split):
-    for row in real_rows("hellaswag", split, 500):
-        example = one_example("hellaswag", row)
-        context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}".rstrip()
-        assert example.prompt == f"{row['activity_label']}: {context}"
-        assert example.choices == tuple(f" {ending}" for ending in row["endings"])
-
-
-@needs_rows
-@pytest.mark.parametrize("kind", FIVE)
-def test_no_validation_prompt_is_trained_on(kind):
-    task = task_option(kind, "task.rows.validation=null")
-    train, validation = ({e.prompt for e in load_examples(task, s, str(DATA))} for s in ("train", "validation"))
-    assert not train & validation
+    # A row that was cleaned before keeps its double blanks.
+    clean = {**row, "ctx_a": "Lie  down.", "endings": [" a  b", *"bcd"]}
+    example = one_example("hellaswag", clean)
+    assert (example.prompt, example.choices[0]) == ("Cooking: Lie  down.", "  a  b")
 
 
 @needs_rows
@@ -144,11 +130,8 @@ def test_shuffled_targets_keep_prompts_and_references(tmp_path):
 @settings(max_examples=50, deadline=None)
 def test_render_puts_fields_in_and_interprets_nothing_else(row, between):
     assert render("{a}" + between + "{b}", DataRow("here", row)) == row["a"] + between + row["b"]
-
-
-def test_render_names_a_field_that_is_missing():
     with pytest.raises(RowError, match="'c', which is missing"):
-        render("{c}", DataRow("here", {"a": "x"}))
+        render("{c}", DataRow("here", row))
 
 
 def test_sentences_that_are_scored_are_not_trained_on(tmp_path):
