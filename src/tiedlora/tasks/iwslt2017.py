@@ -5,7 +5,6 @@ output is its n-gram counts. Their sum over all outputs gives the corpus score; 
 interval.
 
 On the hub, the pairs are in a zip with a loading script. The script is not run; the zip is read directly.
-hub.id=sentence-transformers/parallel-sentences-talks gives more TED pairs, for training.
 """
 
 from __future__ import annotations
@@ -22,10 +21,9 @@ from sacrebleu.metrics.chrf import CHRF
 
 from tiedlora.errors import UserError
 from tiedlora.tasks.base import Example, Score, Task
-from tiedlora.tasks.rows import DataRow, RowError, hub_errors, rows_from_hub
+from tiedlora.tasks.rows import DataRow, RowError, hub_errors
 
 ZIP = "data/2017-01-trnted/texts/de/en/de-en.zip"
-ZIP_SOURCE = "IWSLT/iwslt2017"
 LANGUAGES = ("de", "en")
 
 
@@ -36,9 +34,8 @@ class Iwslt2017(Task):
 
     def hub_rows(self, split: str) -> list[DataRow]:
         hub = self.config.hub
-        if hub.id != ZIP_SOURCE:
-            return [ted_pair(row) for row in rows_from_hub(self.config, split)]
         with hub_errors(self.config, split) as sets:
+            assert hub.id  # hub_errors has refused a task without it
             path = huggingface_hub.hf_hub_download(hub.id, ZIP, repo_type="dataset", revision=hub.revision)
         try:
             with zipfile.ZipFile(path) as archive:
@@ -80,12 +77,6 @@ class Iwslt2017(Task):
             # The signature holds the number of references. sacreBLEU knows it only after it has scored a corpus.
             metric._extract_corpus_statistics(["x"], [["x"]])
         return {name: str(metric.get_signature()) for name, metric in self._metrics.items()}
-
-
-def ted_pair(row: DataRow) -> DataRow:
-    """A row of the hub's TED pairs (`english`, `non_english`) with IWSLT's field names."""
-    pair = {"de": row.fields.get("non_english"), "en": row.fields.get("english")}
-    return DataRow(row.where, {"translation": pair})
 
 
 def zipped_rows(archive: zipfile.ZipFile, name: str) -> list[DataRow]:

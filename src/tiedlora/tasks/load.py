@@ -154,9 +154,16 @@ def _checked_example(task: Task, row: DataRow, id: str) -> Example:
     """
     try:
         for name, kind in task.fields.items():
-            _check_field(row, name, kind)
+            if name not in row.fields:
+                raise RowError(f"the field '{name}' is missing (it has {', '.join(row.fields) or 'none'})")
+            if type(row[name]) is not kind:
+                raise RowError(f"the field '{name}' must be {kind.__name__}, not {type(row[name]).__name__}")
         example = replace(task.example(row, id), cluster=_cluster(row, task.config.cluster))
-        _check_characters(id, example.prompt, example.target, *example.references, *example.choices)
+        "".join([id, example.prompt, example.target, *example.references, *example.choices]).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{row.where}: holds half of a surrogate pair (such as \\ud800), which is not a character"
+        ) from None
     except RowError as error:
         raise UserError(f"{row.where}: {error}") from None
     return example
@@ -168,22 +175,6 @@ def _cluster(row: DataRow, field: str | None) -> str:
     if field not in row.fields:
         raise RowError(f"the field '{field}' of task.cluster is missing; for rows without it, set task.cluster=null")
     return "" if row[field] is None else str(row[field])
-
-
-def _check_field(row: DataRow, name: str, kind: type) -> None:
-    if name not in row.fields:
-        raise RowError(f"the field '{name}' is missing (it has {', '.join(row.fields) or 'none'})")
-    value = row[name]
-    # In Python, bool is a subclass of int.
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise RowError(f"the field '{name}' must be {kind.__name__}, not {type(value).__name__}")
-
-
-def _check_characters(*texts: str) -> None:
-    try:
-        "".join(texts).encode("utf-8")
-    except UnicodeEncodeError:
-        raise RowError("holds half of a surrogate pair (such as \\ud800), which is not a character") from None
 
 
 def _with_shuffled_targets(examples: list[Example], seed: int) -> list[Example]:
