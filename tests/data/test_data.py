@@ -19,9 +19,16 @@ from tiedlora.tasks.squad import Squad
 PASSAGE = " ".join(f"word{i}" for i in range(200))
 
 
-def encoder(*overrides: str, context: int = 512) -> Encoder:
-    config = composed(["task=squad", "task.max_new_tokens=20", *overrides])
-    return Encoder(tiny("tiny_llama").tokenizer, config.task, context)
+CHAT = (
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def encoder(*overrides: str, context: int = 512, template: str | None = None) -> Encoder:
+    tokenizer = tiny("tiny_llama").tokenizer
+    tokenizer.chat_template = template
+    return Encoder(tokenizer, composed(["task=squad", "task.max_new_tokens=20", *overrides]).task, context)
 
 
 def squad_example(context: str, answer: str, task: Squad, question: str = "Which one?") -> Example:
@@ -39,20 +46,10 @@ def test_labels_cover_the_target_and_the_end_of_text_alone():
     targets = [example.target.encode() for example in examples]
     assert batch.targets.tolist() == [t for text in targets for t in [*coder.continuation(text.decode()), end]]
     assert flat[batch.positions + 1].tolist() == batch.targets.tolist()
-    for example, row in zip(examples, range(2), strict=True):
-        first = row * batch.input_ids.shape[1] + len(example.prompt.encode()) - 1
+    for number, example in enumerate(examples):
+        first = number * batch.input_ids.shape[1] + len(example.prompt.encode()) - 1
         assert first in batch.positions.tolist()
         assert first - 1 not in batch.positions.tolist()
-    assert len(batch.targets) == sum(len(text) + 1 for text in targets)
-
-
-def test_a_prompt_has_the_same_tokens_in_training_and_in_generation():
-    coder, task = encoder(), Squad(encoder().config)
-    for example in (squad_example(PASSAGE, "word1", task), squad_example("A short word1.", "word1", task)):
-        _, (trained,), _ = encode_rows(coder, [example])
-        asked = coder.shortened(example)
-        assert asked is not None
-        assert trained.prompt == coder.prompt(asked.prompt)
 
 
 def test_a_long_context_loses_its_end_at_a_word_and_never_the_question():
@@ -106,40 +103,17 @@ def test_no_room_for_a_prompt_names_the_key():
         encode_rows(encoder(), [Example("0", PASSAGE, " x")])
 
 
-CHAT = (
-    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
 def test_with_a_chat_template_the_assistants_turn_is_the_target():
-    tokenizer = tiny("tiny_llama").tokenizer
-    tokenizer.chat_template = CHAT
-    config = composed(["task=iwslt2017", "task.chat_template=true"])
-    coder = Encoder(tokenizer, config.task, 512)
+    coder = encoder("task=iwslt2017", "task.chat_template=true", template=CHAT)
+    tokenizer = coder.tokenizer
     encoded = coder.example(Example("0", "German: Danke.\nEnglish:", " Thanks."))
     turns = "<|im_start|>user\nGerman: Danke.\nEnglish:<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(encoded.prompt) == turns
     # The assistant's turn starts without a blank, and ends with the end-of-text token.
     assert encoded.target == (*tokenizer("Thanks.").input_ids, tokenizer.eos_token_id)
-    plain = Encoder(tokenizer, composed(["task=iwslt2017"]).task, 512)
-    assert plain.continuation(" Thanks.") == tuple(tokenizer(" Thanks.").input_ids)
-    assert len(coder.prompt("a b")) > len(plain.prompt("a b"))
+    assert encoder().continuation(" Thanks.") == tuple(tokenizer(" Thanks.").input_ids)
     with pytest.raises(UserError, match=r"task\.chat_template=true"):
-        Encoder(tiny("tiny_llama").tokenizer, config.task, 512)
-
-
-def test_another_chat_template_has_other_tokens_although_the_models_digest_is_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "MIN_ROWS", 1)
-    base, prompts = BaseModel(None, None, BaseModelRecord("a", "main", "sha256:1")), set()
-    for template in ("U:{{ messages[0]['content'] }}\nA:", "<<{{ messages[0]['content'] }}>>"):
-        tokenizer = tiny("tiny_llama").tokenizer
-        tokenizer.chat_template = template
-        config = composed(["task=squad", "task.max_new_tokens=20", "task.chat_template=true"])
-        coder = Encoder(tokenizer, config.task, 512)
-        rows = encoding.load_or_encode(coder, [Example("0", "q7", " yes")], "rows", base, tmp_path)
-        prompts.add(tokenizer.decode(rows.encoded[0].prompt))
-    assert prompts == {"U:q7\nA:", "<<q7>>"}
+        encoder("task.chat_template=true")
 
 
 def test_an_empty_prompt_is_refused():
@@ -163,8 +137,15 @@ def test_tokens_are_kept_by_content(tmp_path, monkeypatch):
     (file,) = (tmp_path / "tokens").iterdir()
     monkeypatch.setattr(encoding, "encode_rows", lambda *_: pytest.fail("encoded again"))
     assert load_or_encode() == expected
-    # Other rows, another tokenizer or other settings have other tokens. A damaged file is not used.
-    for other in ({"digest": "x"}, {"weights": "2"}, {"coder": encoder("task.max_target_tokens=9")}, {"known": False}):
+    # Other rows, another tokenizer or other settings have other tokens, and so has another chat template, although the
+    # model's digest is the same. A damaged file is not used.
+    chats = [encoder("task.chat_template=true", template=template) for template in (CHAT, f"{CHAT} ")]
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "encode_rows", encode_rows)
+        load_or_encode(coder=chats[0])
+    load_or_encode(coder=chats[0])
+    others = ({"digest": "x"}, {"weights": "2"}, {"coder": encoder("task.max_target_tokens=9")}, {"known": False})
+    for other in (*others, {"coder": chats[1]}):
         with pytest.raises(pytest.fail.Exception, match="again"):
             load_or_encode(**other)
     data = file.read_bytes()

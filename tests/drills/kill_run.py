@@ -14,14 +14,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import drilling
+from helpers.forks import forked
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
@@ -53,22 +56,15 @@ def folder(outputs: Path) -> RunFolder:
 
 
 def child(outputs: Path, kill_at: int | None = None) -> tuple[int, list[str]]:
-    """Carry out the run in a fork. Returns its wait status, and the journal of all forks with these outputs."""
+    """Carry out the run in a fork. Returns its exit code, and the journal of all forks with these outputs."""
     outputs.mkdir(parents=True, exist_ok=True)
     journal = outputs / "journal"
-    process = os.fork()
-    if process == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
-        code = 1
-        try:
-            drilling.Events(journal, f"any {kill_at}" if kill_at else "").install()
-            run.main(config(outputs))
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(process, 0)
-    return status, journal.read_text().splitlines()
+
+    def act() -> None:
+        drilling.Events(journal, f"any {kill_at}" if kill_at else "").install()
+        run.main(config(outputs))
+
+    return forked(act, seconds=120)[0], journal.read_text().splitlines()
 
 
 def main() -> int:
@@ -90,16 +86,16 @@ def main() -> int:
         for number in range(moments):
             kill_at = 1 + number * (events - 1) // max(1, moments - 1)
             outputs = root / f"killed-{number}"
-            status, journal = child(outputs, kill_at)
-            if not os.WIFSIGNALED(status):
-                wrong.append(f"event {kill_at}: the process was not killed (status {status})")
+            code, journal = child(outputs, kill_at)
+            if code >= 0:
+                wrong.append(f"event {kill_at}: the process was not killed (it ended with {code})")
                 continue
             where = journal[-1]
             killed[where.split()[2]] += 1
-            status, journal = child(outputs)
+            code, journal = child(outputs)
             executed += journal.count("step")
-            if status != 0:
-                wrong.append(f"event {kill_at}, {where}: the second start ended with status {status}")
+            if code != 0:
+                wrong.append(f"event {kill_at}, {where}: the second start ended with {code}")
                 continue
             if found := drilling.differences(folder(outputs), whole):
                 wrong.append(f"event {kill_at}, {where}: differs in {', '.join(found)}")

@@ -14,12 +14,11 @@ import torch
 import wandb
 from helpers import processes
 from helpers.forks import forked, killed_after
+from helpers.tiny import folder_of, losses_of
 
 from tiedlora.config.compose import compose_config
-from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.records.rows import AppendedFile, read_metrics
-from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 from tiedlora.tasks import task_metric  # noqa: F401  (a fork that is short of memory could not import it)
 from tiedlora.training import checkpoint
@@ -38,7 +37,7 @@ def test_a_run_killed_at_any_moment_resumes_exactly():
 
 def test_half_written_files_and_a_finished_runs_checkpoints_are_tidied(tiny_config, finished_run):
     config = finished_run()
-    folder = RunFolder(Path(config.outputs) / run_id(config))
+    folder = folder_of(config)
     (folder.path / ".result.json.77.tmp").write_text("{")
     (folder.path / "predictions" / ".test.jsonl.77.tmp").write_text("{")
     folder.checkpoints.mkdir()
@@ -86,7 +85,7 @@ def test_too_little_memory_halves_the_passes_or_the_batches(tiny_config, monkeyp
     if stage == "training":
         options += ["train.batch_size=200", "train.microbatch_tokens=null", "score.splits=[]"]
     config = tiny_config(*options)
-    folder = RunFolder(Path(config.outputs) / run_id(config))
+    folder = folder_of(config)
 
     def start() -> None:
         save, kept = checkpoint.save, []
@@ -147,7 +146,7 @@ def test_data_that_vanish_between_start_and_resume_are_named_and_brought_back_it
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = tiny_run("task.validation_from_train=8", f"data_root={tmp_path}/data", task="gsm8k")
     config, whole = compose_config(options), compose_config([*options, f"outputs={tmp_path}/whole"])
-    folder, expected = (RunFolder(Path(c.outputs) / run_id(c)) for c in (config, whole))
+    folder, expected = map(folder_of, (config, whole))
     run.main(whole)
     killed_after(lambda: run.main(config), lambda state: state.step == 4)
     before = sorted(folder.path.rglob("*"))
@@ -168,7 +167,7 @@ def test_two_processes_in_one_folder(tiny_config, finish, tmp_path):
     """While another process has the lock, a run is refused in one line, and no file changes. Two processes that start
     together give one result, the exact one."""
     config, whole = tiny_config(), tiny_config(f"outputs={tmp_path}/whole")
-    folder, expected = (RunFolder(Path(c.outputs) / run_id(c)) for c in (config, whole))
+    folder, expected = map(folder_of, (config, whole))
     finish(whole)
     with folder.locked():
         code, told = forked(lambda: run.main(config))
@@ -224,9 +223,9 @@ class TestWandb:
     """After any failure of W&B, the run ends normally, and its own record is complete."""
 
     def finished(self, config) -> None:
-        folder = RunFolder(Path(config.outputs) / run_id(config))
+        folder = folder_of(config)
         assert folder.state() == "done"
-        assert [r.step for r in read_metrics(folder.metrics_file) if "train/loss" in r.values] == list(range(1, 7))
+        assert list(losses_of(folder)) == list(range(1, 7))
 
     def test_its_process_killed_in_mid_run_is_one_warning_and_the_next_run_has_a_new_one(self, tiny_config):
         config, following = (tiny_config("tracking=wandb", "train.log_every=1", f"seed={seed}") for seed in (0, 1))
@@ -267,4 +266,4 @@ class TestWandb:
         assert len([line for line in told.splitlines() if "W&B cannot be reached" in line]) == 1, told
         assert "Traceback" not in told
         self.finished(config)
-        assert list((Path(config.outputs) / run_id(config) / "wandb").glob("offline-run-*"))
+        assert list((folder_of(config).path / "wandb").glob("offline-run-*"))

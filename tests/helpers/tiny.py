@@ -17,6 +17,7 @@ from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config, ModelConfig
 from tiedlora.data.encoding import Encoded, Encoder
 from tiedlora.models.base_model import BaseModel, load_base
+from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.scoring.decoding import AnswerEnds, Output, batches_by_length, decode
 from tiedlora.scoring.split import Scorer, in_shares
@@ -103,6 +104,12 @@ def mask_of(rows: Sequence[Encoded]) -> torch.Tensor:
 
 def folder_of(config: Config) -> RunFolder:
     return RunFolder(Path(config.outputs) / run_id(config))
+
+
+def losses_of(folder: RunFolder) -> dict[int, float]:
+    """Step -> the logged training loss of a run."""
+    rows = read_metrics(folder.metrics_file)
+    return {row.step: row.values["train/loss"] for row in rows if "train/loss" in row.values}
 
 
 def tiny_scorer(*overrides: str, context: int = 512) -> Scorer:

@@ -99,13 +99,6 @@ class TestRememberedDigests:
         assert known_digest(settled, blocked) == digest
 
 
-def test_the_byte_tokenizer_gives_back_any_text():
-    tokenizer = tiny("tiny_llama").tokenizer
-    text = "Question: 3 + 4 = ?\nAnswer: sieben, naïve \U0001f600"
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert tokenizer.eos_token_id == 256
-
-
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [

@@ -16,7 +16,6 @@ from tiedlora.config.schema import SPLITS
 from tiedlora.errors import UserError
 from tiedlora.tasks import Task, digest, load_examples
 from tiedlora.tasks.generated import worked_sum
-from tiedlora.tasks.iwslt2017 import evaluation_lines, training_lines, zipped_rows
 from tiedlora.tasks.rows import DataRow
 
 
@@ -68,44 +67,36 @@ def test_files_of_editors_on_windows_are_read_as_any_other(tmp_path):
     assert storage.read_yaml(tmp_path / "claims.yaml") == {"claims": [{"name": "x"}]}
 
 
-def test_iwslt_pairs_come_out_of_the_official_zip(tmp_path):
+def test_iwslt_pairs_come_out_of_the_official_zip(tmp_path, monkeypatch):
     """A zip in the form of the official one: tags about talks, XML segments, entities, an empty side."""
     train = {
         "de": "<url>x</url>\n<title>T</title>\n Guten Tag. \n\nEins &amp; zwei\n<reviewer></reviewer>\n",
         "en": "<url>x</url>\n<title>T</title>\n Good day. \nLeft over\nOne &amp; two\n<reviewer></reviewer>\n",
     }
-    xml = '<mteval><refset><doc docid="1"><seg id="1"> {} </seg>\n<seg id="2">A &amp; B</seg></doc></refset></mteval>'
+    xml = '<mteval><refset><doc docid="1"><seg id="1"> {} </seg>\n<seg id="2">A &amp;\nB</seg></doc></refset></mteval>'
     path = tmp_path / "de-en.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for language, hello in (("de", "Hallo"), ("en", "Hello")):
             archive.writestr(f"de-en/train.tags.de-en.{language}", train[language])
-            archive.writestr(f"de-en/IWSLT17.TED.tst2010.de-en.{language}.xml", xml.format(hello))
+            for name in ("tst2010", "tst2012"):
+                archive.writestr(f"de-en/IWSLT17.TED.{name}.de-en.{language}.xml", xml.format(f"{hello} {name}"))
         archive.writestr("de-en/IWSLT17.TED.tst2011.de-en.de.xml", xml.format("Hallo"))
         archive.writestr("de-en/IWSLT17.TED.tst2011.de-en.en.xml", "<seg>one</seg>")
-    with zipfile.ZipFile(path) as archive:
-        pairs = [row.fields["translation"] for row in zipped_rows(archive, "train")]
-        assert pairs == [{"de": "Guten Tag.", "en": "Good day."}, {"de": "Eins &amp; zwei", "en": "One &amp; two"}]
-        pairs = [row.fields["translation"] for row in zipped_rows(archive, "tst2010")]
-        assert pairs == [{"de": "Hallo", "en": "Hello"}, {"de": "A & B", "en": "A & B"}]
-        with pytest.raises(UserError, match="tst2011 has 2 German and 1 English"):
-            zipped_rows(archive, "tst2011")
-        with pytest.raises(UserError, match=r"holds no IWSLT17\.TED\.tst2019"):
-            zipped_rows(archive, "tst2019")
-    assert training_lines("a\n\nb\n") == ["a", "", "b"]
-    assert evaluation_lines('<seg id="1">a\nb</seg>') == ["a\nb"]
-
-
-def test_sets_of_the_zip_make_up_the_hubs_splits(tmp_path, monkeypatch):
-    path = tmp_path / "de-en.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        for language in ("de", "en"):
-            archive.writestr(f"train.tags.de-en.{language}", f"Neu {language}\n")
-            for name in ("dev2010", "tst2010", "tst2011"):
-                archive.writestr(f"IWSLT17.TED.{name}.de-en.{language}.xml", f'<seg id="1">{name} {language}</seg>')
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *arguments, **keywords: str(path))
-    task = compose_task("iwslt2017", "task.hub.splits.test=tst2010+tst2011")
-    found = {split: [row.fields["translation"]["de"] for row in task.hub_rows(split)] for split in SPLITS}
-    assert found == {"train": ["Neu de"], "validation": ["dev2010 de"], "test": ["tst2010 de", "tst2011 de"]}
+
+    def pairs(split, sets):
+        task = compose_task("iwslt2017", f"task.hub.splits.{split}={sets}")
+        return [tuple(row.fields["translation"].values()) for row in task.hub_rows(split)]
+
+    assert pairs("train", "train") == [("Guten Tag.", "Good day."), ("Eins &amp; zwei", "One &amp; two")]
+    rest = ("A &\nB", "A &\nB")
+    assert pairs("test", "tst2010+tst2012") == [
+        *(("Hallo tst2010", "Hello tst2010"), rest, ("Hallo tst2012", "Hello tst2012"), rest)
+    ]
+    with pytest.raises(UserError, match="tst2011 has 2 German and 1 English"):
+        pairs("test", "tst2011")
+    with pytest.raises(UserError, match=r"holds no IWSLT17\.TED\.tst2019"):
+        pairs("test", "tst2019")
 
 
 def test_a_generated_question_is_in_one_split_and_comes_once():

@@ -1,7 +1,6 @@
 """What a GPU needs, shown without one: by tensors that have a device and no values (torch's meta and fake tensors)."""
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -43,15 +42,12 @@ def test_a_restored_fused_optimizer_has_its_whole_state_on_the_device(tmp_path):
     assert [group["lr_factor"] for group in fused.param_groups] == [1.0] * 3
 
 
-def test_deterministic_switches_torch_for_the_run_only_and_changes_nothing_on_a_cpu(
-    tiny_config, finish, tmp_path, monkeypatch
-):
+def test_deterministic_switches_torch_for_the_run_only(tiny_config, monkeypatch):
     # Set and deleted, so that the end of the test restores it.
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    plain, wished = tiny_config(f"outputs={tmp_path}/plain"), tiny_config("train.deterministic=true")
-    assert run_id(plain) == run_id(wished)
-    finish(plain)
+    wished = tiny_config("train.deterministic=true")
+    assert run_id(wished) == run_id(tiny_config())
     during, loss = [], trainer.target_loss
 
     def watched(model, batch):
@@ -63,9 +59,6 @@ def test_deterministic_switches_torch_for_the_run_only_and_changes_nothing_on_a_
     run.main(wished)
     assert set(during) == {(True, ":4096:8")}
     assert not torch.are_deterministic_algorithms_enabled()
-    first, second = (Path(config.outputs) / run_id(config) for config in (plain, wished))
-    for name in ("adapter/adapter.safetensors", "predictions/validation.jsonl"):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 def test_a_run_without_a_number_of_threads_has_torchs_own_also_after_one_with():

@@ -6,22 +6,17 @@ Here a pass above a number of tokens fails as torch's allocator does. tests/dril
 import pytest
 import torch
 from helpers.forks import forked_world, killed_after
-from helpers.tiny import folder_of
+from helpers.tiny import folder_of, losses_of
 from safetensors.torch import load_file
 
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
 from tiedlora.records.rows import read_metrics, read_validation_losses
-from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import Halving
 from tiedlora.runs import run, trainer
 
 ADAPTER = "adapter/adapter.safetensors"
 SPARSE = ("train.checkpoint_every=100", "train.validate_every=0")
-
-
-def losses_of(folder: RunFolder) -> dict[int, float]:
-    return {r.step: r.values["train/loss"] for r in read_metrics(folder.metrics_file) if "train/loss" in r.values}
 
 
 def too_small(monkeypatch, name, tokens, from_call=1, backward=False):
