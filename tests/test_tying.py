@@ -40,21 +40,6 @@ def test_counts_and_initial_values_are_the_methods(name):
     assert tying.label(spec) == spec.name == name
 
 
-@pytest.mark.parametrize(
-    ("model", "lora", "tabuv"),
-    [
-        ("gpt2b_001", 1_572_864, 213_184),
-        ("smollm2_135m", 368_640, 41_328),
-        ("gpt2", 294_912, 52_320),
-    ],
-)
-def test_counts_of_other_models(model, lora, tabuv):
-    architecture = model_option(model).architecture
-    assert tying.lora_params(8, architecture) == lora
-    assert tying.trainable_params(tying_option("LoRA"), 8, architecture) == lora
-    assert tying.trainable_params(tying_option("TABuv"), 8, architecture) == tabuv
-
-
 def test_sharing_by_n_layers_scales_with_the_ceiling():
     architecture = model_option("smollm2_135m").architecture
     for n in (1, 4, 7, 30, 100):

@@ -91,11 +91,9 @@ class TestEveryConfiguration:
 
 
 def test_last_group_may_be_shorter():
-    base = tiny("tiny_llama")  # 3 layers
-    attached = attach(base.model, tying_option("TAB", "tying.A.share=2", "tying.B.share=2"), 4)
-    parts = attached.adapter.targets["qkv"]
+    attached = attach(tiny("tiny_llama").model, tying_option("TAB", "tying.A.share=2", "tying.B.share=2"), 4)
     randomise(attached.adapter)
-    A, _ = parts.folded()
+    A, _ = attached.adapter.targets["qkv"].folded()
     assert len(A) == 3
     assert torch.equal(A[0], A[1])
     assert not torch.equal(A[1], A[2])
@@ -194,12 +192,9 @@ def test_reentrant_checkpoints_are_refused_where_u_or_v_scale_the_factors_and_on
     model.gradient_checkpointing_disable()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model(input_ids=ids).logits.sum().backward()
-
-
-@pytest.mark.parametrize("tying", ["LoRA", "TAB", "TA"])
-def test_reentrant_checkpoints_train_as_without_them_where_nothing_scales_the_factors(tying, ids):
+    # Where nothing scales the factors, they train as without checkpoints.
     model = tiny("tiny_llama").model
-    adapter = attach(model, tying, 4).adapter
+    adapter = attach(model, "TAB", 4).adapter
     model.enable_input_require_grads()
     model.train()
     gradients = []
@@ -207,10 +202,9 @@ def test_reentrant_checkpoints_train_as_without_them_where_nothing_scales_the_fa
         if settings:
             model.gradient_checkpointing_enable(settings)
         model(input_ids=ids, labels=ids).loss.backward()
-        gradients.append({name: part.grad.clone() for name, part in adapter.trained_parts().items()})
+        gradients.append([part.grad.clone() for part in adapter.trained_parts().values()])
         model.zero_grad()
-    torch.testing.assert_close(gradients[1], gradients[0])
-    assert any(gradient.any() for gradient in gradients[0].values())
+    torch.testing.assert_close(*gradients)
 
 
 def test_saving_keeps_the_other_files_of_a_folder(tmp_path):

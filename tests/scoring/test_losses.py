@@ -48,13 +48,6 @@ def test_a_rows_loss_is_that_of_transformers_whatever_shares_its_batch(limits):
     assert sorted(number for batch in batches for number in batch) == list(range(len(EXAMPLES)))
 
 
-def test_of_several_references_the_loss_takes_the_target_of_training():
-    scorer = gsm8k_scorer("task=squad")
-    example = Example("0", "Passage: Rome is old.\nQuestion: What?\nAnswer:", " Rome", ("Rome", "old Rome"))
-    (row,) = scorer.rows([example], "test", losses=True)
-    assert row.scores[TARGET_LOSS] == pytest.approx(transformers_loss(scorer, example.prompt, " Rome")[0], rel=1e-5)
-
-
 def test_a_target_that_does_not_fit_loses_its_end_and_is_counted(tmp_path):
     scorer = gsm8k_scorer(f"outputs={tmp_path}", context=24)
     long = Example("long", "Add 2 and 7 to 1:", " 10 is the answer\n#### 10", ("10",))
