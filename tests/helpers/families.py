@@ -35,13 +35,15 @@ NUMBERS = {
     "gpt_neox": dict(),
 }
 FAMILIES = tuple(NUMBERS)
+SCALED = {"granite": dict(**GROUPED, logits_scaling=8.0), "cohere": dict(**GROUPED, logit_scale=0.0625)}
+"""Families without a layout of ours, whose logits have a factor."""
 
 
 def family_model(family: str, **changes):
     """A model in float32 and evaluation mode, with the same weights every time."""
     common = {} if family == "gpt2" else COMMON
     basics = {key: COMMON[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "initializer_range")}
-    config = AutoConfig.for_model(family, **{**basics, **common, **NUMBERS[family], **changes})
+    config = AutoConfig.for_model(family, **{**basics, **common, **(NUMBERS | SCALED)[family], **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -2,18 +2,12 @@
 
 import functools
 import json
-import random
 from pathlib import Path
 
-import pytest
 from helpers.tiny import task_option as compose_task
 
-from tiedlora.config.project import PROJECT
 from tiedlora.tasks import Example
 from tiedlora.tasks.rows import DataRow
-
-DATA = PROJECT.parent / "shared" / "data"
-needs_rows = pytest.mark.skipif(not DATA.is_dir(), reason="real rows are looked for in ../shared/data, never committed")
 
 # A task keeps no state but its own rows.
 task_option = functools.cache(compose_task)
@@ -43,24 +37,17 @@ GOOD = {
     "dialogsum": {"id": "train_1", "dialogue": "#Person1#: Hi.", "summary": "#Person1# greets.", "topic": "greeting"},
     "iwslt2017": {"translation": {"de": "Vielen Dank.", "en": "Thank you."}},
 }
+
+
 SENTINEL = "\u2603 sentinel 12345"
-
-
-def relabelled(kind: str, row: dict) -> dict:
-    """The row with other target fields. It is still a valid row of the task."""
-    row = json.loads(json.dumps(row))
-    if kind == "gsm8k":
-        row["answer"] = f"{SENTINEL}\n#### 99"
-    elif kind == "squad":
-        first = row["context"].split()[0]
-        row["answers"] = {"text": [first], "answer_start": [row["context"].index(first)]}
-    elif kind == "hellaswag":
-        row["label"] = str((int(row["label"]) + 1) % 4)
-    elif kind == "dialogsum":
-        row["summary"] = SENTINEL
-    else:
-        row["translation"]["en"] = SENTINEL
-    return row
+RELABELLED = {
+    # Other values of the target fields, with which each row is still valid.
+    "gsm8k": {"answer": f"{SENTINEL}\n#### 99"},
+    "squad": {"answers": {"text": ["Rome"], "answer_start": [0]}},
+    "hellaswag": {"label": "1"},
+    "dialogsum": {"summary": SENTINEL},
+    "iwslt2017": {"translation": {"de": "Vielen Dank.", "en": SENTINEL}},
+}
 
 
 def write(root: Path, kind: str, *rows: dict | str | bytes, split: str = "test") -> Path:
@@ -72,12 +59,6 @@ def write(root: Path, kind: str, *rows: dict | str | bytes, split: str = "test")
     ]
     path.write_bytes(b"\n".join(lines) + b"\n")
     return path
-
-
-def real_rows(kind: str, split: str, count: int) -> list[dict]:
-    """A seeded sample of the real rows of a split."""
-    lines = (DATA / kind / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in random.Random(0).sample(lines, count)]
 
 
 def one_example(kind: str, row: dict, *overrides: str) -> Example:

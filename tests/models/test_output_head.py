@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from helpers.families import COMMON, FAMILIES, GROUPED, family_model
+from helpers.families import FAMILIES, SCALED, family_model
 from helpers.tiny import mask_of, randomise
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiedlora
 from tiedlora.data.batching import collate
@@ -15,24 +14,14 @@ from tiedlora.models import output_head
 from tiedlora.scoring.decoding import choice_log_likelihoods
 from tiedlora.training.loss import row_losses, target_loss
 
-SCALED = {"granite": {"logits_scaling": 8.0}, "cohere": {"logit_scale": 0.0625}}
 LAYOUT = tiedlora.Layout("model.layers", {"qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]})
 ROWS = [Encoded((3, 4, 5), (6, 7, 8, 1)), Encoded((9, 4), (12, 13, 1))]
-
-
-def model_of(family):
-    if family in FAMILIES:
-        return family_model(family)
-    sizes = {**COMMON, **GROUPED, **SCALED[family]}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes), dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *SCALED])
 def test_losses_and_gradients_are_those_of_the_models_own_logits(family):
     """With factors (Granite, Cohere), capped logits (Gemma 2), head biases and norms."""
-    model = model_of(family)
+    model = family_model(family)
     output_head.check(model)
     attached = tiedlora.attach(model, "TABuv", 4, layout=LAYOUT if family in SCALED else None)
     randomise(attached.adapter, scale=0.2)
@@ -40,7 +29,7 @@ def test_losses_and_gradients_are_those_of_the_models_own_logits(family):
     whole = model(input_ids=batch.input_ids, attention_mask=mask_of(ROWS), use_cache=False).logits
     logits = whole.flatten(0, 1)[batch.positions]
     expected = F.cross_entropy(logits, batch.targets, reduction="sum")
-    output_head.check(model_of(family).bfloat16())
+    output_head.check(family_model(family).bfloat16())
     ours = target_loss(model, batch)
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
     assert row_losses(model, batch).total.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -51,7 +40,7 @@ def test_losses_and_gradients_are_those_of_the_models_own_logits(family):
 
 @pytest.mark.parametrize("family", SCALED)
 def test_likelihoods_of_choices_are_those_of_the_models_own_logits(family):
-    model = model_of(family)
+    model = family_model(family)
     ((found,),) = choice_log_likelihoods(model, [[3, 4, 5]], [[[6, 7, 8]]])
     logits = model(input_ids=torch.tensor([[3, 4, 5, 6, 7, 8]])).logits[0, 2:5]
     expected = F.log_softmax(logits, -1).gather(1, torch.tensor([[6], [7], [8]])).sum()

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from helpers.task_rows import DATA, FIVE, GOOD, needs_rows, one_example, real_rows, relabelled, task_option, write
+from helpers.task_rows import FIVE, GOOD, RELABELLED, one_example, task_option, write
 from helpers.tiny import task_option as compose_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +14,8 @@ from tiedlora.errors import UserError
 from tiedlora.tasks import Example, Task, digest, load_examples, render
 from tiedlora.tasks.hellaswag import cleaned
 from tiedlora.tasks.rows import DataRow, RowError
+
+DATA = PROJECT.parent / "shared" / "data"
 
 
 def test_the_prompt_and_target_of_each_task():
@@ -32,11 +34,10 @@ def test_the_prompt_and_target_of_each_task():
 
 @pytest.mark.parametrize("kind", FIVE)
 def test_the_target_is_not_in_the_prompt(kind):
-    """If the target is replaced, the prompt does not change by a byte. Also of real rows, where they are."""
-    assert one_example(kind, GOOD[kind]).target != one_example(kind, relabelled(kind, GOOD[kind])).target
-    for row in (GOOD[kind], *(real_rows(kind, "train", 200) if DATA.is_dir() else ())):
-        before, after = (one_example(kind, each) for each in (row, relabelled(kind, row)))
-        assert (before.prompt, before.choices) == (after.prompt, after.choices)
+    """If the target is replaced, the prompt does not change by a byte."""
+    before, after = (one_example(kind, row) for row in (GOOD[kind], {**GOOD[kind], **RELABELLED[kind]}))
+    assert before.target != after.target
+    assert (before.prompt, before.choices) == (after.prompt, after.choices)
 
 
 BAD = {  # (task, error) -> (row, words of the message)
@@ -102,7 +103,7 @@ def test_hellaswag_marks_are_removed_as_the_harness_does():
     assert (example.prompt, example.choices[0]) == ("Cooking: Lie  down.", "  a  b")
 
 
-@needs_rows
+@pytest.mark.skipif(not DATA.is_dir(), reason="real rows are looked for in ../shared/data, never committed")
 @pytest.mark.parametrize("kind", FIVE)
 def test_every_local_row_is_good(kind):
     for split in ("train", "test") if kind == "gsm8k" else ("train", "validation", "test"):
