@@ -83,11 +83,6 @@ def test_an_arm_moves_reloads_and_leaves_the_base_as_it_was(name, model, ids, tm
     assert set(vars(base.model)) == attributes
 
 
-def test_a_start_that_needs_another_base_or_data_is_refused():
-    with pytest.raises(UserError, match=r"tying\.arguments\.init_lora_weights=eva: .*choose one of true, false"):
-        spec_of("peft/lora", "tying.arguments={init_lora_weights: eva}")
-
-
 @pytest.mark.parametrize(("start", "put_back"), [("pissa", True), ("olora", False)])
 def test_an_arm_sees_that_peft_has_changed_the_base(start, put_back, monkeypatch):
     """As with an argument that methods.py does not know. PEFT changes the weights in place for olora."""
@@ -234,6 +229,8 @@ def test_a_folder_of_peft_is_a_configuration(tmp_path):
         (["tying=peft/vera", "tying.knob=d_initial", "budget=1000"], "tying.knob=d_initial: is no whole number"),
         (["tying=peft/lora_kv", "model=tiny_gpt2"], r"tying.targets: 'k' is a part of attn.c_attn, .*\[qkv\]"),
         (["tying=peft/vera", "tying.no_decay=['(']"], r"tying.no_decay.0=\(: is no regular expression"),
+        # A start that needs another base, or data.
+        (["tying=peft/lora", "tying.arguments={init_lora_weights: eva}"], r"init_lora_weights=eva: .*of true, false"),
     ],
 )
 def test_mistakes_are_one_line(words, message):

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,3 @@ def differences(ours: RunFolder, expected: dict[str, Any]) -> list[str]:
     """The names of what is not equal."""
     found = left_by(ours)
     return [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(" | ".join(["", *cells, ""]).strip() for cells in [header, ["---"] * len(header), *rows])

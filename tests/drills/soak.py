@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import drilling
+import pandas as pd
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
@@ -62,18 +61,12 @@ def main() -> int:
         sys.exit("--runs: at least 3")
     with tempfile.TemporaryDirectory() as temporary:
         found = [one(number, Path(temporary), arguments.overrides) for number in range(arguments.runs)]
-    rows, grown = [], []
-    for name, values in zip(WHAT, zip(*found, strict=True), strict=True):
-        first, last = statistics.median(values[:third]), statistics.median(values[-third:])
-        rows.append([name, f"{first:.4g}", f"{last:.4g}", f"{max(values):.4g}", f"{last / first - 1:+.1%}"])
-        if last > LIMIT * first:
-            grown.append(name)
-    print(drilling.table(["", f"median of the first {third}", f"of the last {third}", "most", "growth"], rows))
-    print(
-        f"grew by more than 5 %: {', '.join(grown)}"
-        if grown
-        else f"{arguments.runs} runs: nothing grew by more than 5 %"
-    )
+    values = pd.DataFrame(found, columns=WHAT)
+    first, last = values.head(third).median(), values.tail(third).median()
+    summary = {f"median of the first {third}": first, f"of the last {third}": last, "most": values.max()}
+    print(pd.DataFrame({**summary, "growth": last / first - 1}).round(3).to_string())
+    grown = [name for name in WHAT if last[name] > LIMIT * first[name]]
+    print(f"{arguments.runs} runs; grew by more than 5 %: {', '.join(grown) or 'nothing'}")
     return 1 if grown else 0
 
 
