@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers.tiny import TINY, adapted, generate, randomise, tiny
 from tokenizers import Tokenizer, decoders, models
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from tiedlora.adapter import TiedAdapter
-from tiedlora.scoring import decoding, split
+from tiedlora.scoring import split
 from tiedlora.scoring.decoding import MIN_STOP_SEARCH_TOKENS, AnswerEnds, Output, choice_log_likelihoods
 
 TEXTS = ("12 + 30 = what is it", "a", "some longer text", "xyz", "b" * 9)
@@ -49,41 +49,6 @@ def test_choices_of_one_token_need_no_second_pass_and_an_empty_one_is_certain(te
         expected = [alone(model, [1, 2, 3], text) for text in texts]
     (scores,) = choice_log_likelihoods(model, [[1, 2, 3]], [texts])
     assert scores == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", TINY)
-def test_one_allocation_gives_the_bits_of_transformers_cache(name, dtype, monkeypatch):
-    base, _ = adapted(name, dtype)
-    prompts, compute, keep = (
-        [base.tokenizer(text).input_ids for text in TEXTS],
-        decoding.hidden_states,
-        decoding.keep_rows,
-    )
-    places, kept, states = [], [], []
-
-    def watched(model, ids, mask, positions, cache):
-        states.append(compute(model, ids, mask, positions, cache))
-        places.append([buffer.data_ptr() for layer in cache.layers for buffer in getattr(layer, "buffers", [])])
-        return states[-1]
-
-    monkeypatch.setattr(decoding, "hidden_states", watched)
-    monkeypatch.setattr(decoding, "keep_rows", lambda cache, rows: kept.append(len(states)) or keep(cache, rows))
-    settings = {"max_new_tokens": 8, "batch_size": 5}
-    free = [output.text[:6] for output in generate(base.model, base.tokenizer, prompts, **settings)]
-    # A letter that some answers have early, and not all.
-    letters = sorted({letter for text in free for letter in text if letter.isascii() and not letter.isspace()})
-    settings["stop"] = [next(letter for letter in letters if 0 < sum(letter in text for text in free) < len(free))]
-    states.clear()
-    places.clear()
-    ours = generate(base.model, base.tokenizer, prompts, **settings)
-    (first, *_) = kept
-    assert places[0] == places[first - 1] != places[first], "only a smaller batch is copied"
-    found = states.copy()
-    states.clear()
-    monkeypatch.setattr(decoding, "new_cache", lambda model, _: DynamicCache(config=model.config))
-    assert generate(base.model, base.tokenizer, prompts, **settings) == ours
-    assert all(torch.equal(one, other) for one, other in zip(found, states, strict=True))
 
 
 def test_factors_are_folded_once_while_scoring_and_again_afterwards(tiny_config, monkeypatch):
