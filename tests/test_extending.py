@@ -93,7 +93,7 @@ def test_one_run_uses_everything(extended):
     start(extended, "train.py", *overrides, *EXECUTION)
     (result,) = (extended / "outputs").glob("*/result.json")
     record, folder = json.loads(result.read_text()), result.parent
-    train, rank = record["identity"]["train"], record["identity"]["rank"]
+    train = record["identity"]["train"]
     assert list(record["scores"]["validation"]["metrics"]) == ["exact_match", *LOSS_METRICS]
     assert (train["optimizer"], train["momentum"]) == ("sgd", 0.9)
 
