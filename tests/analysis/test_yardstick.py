@@ -33,6 +33,16 @@ claims:
 """
 
 
+TRIAL_BY = """looks: [3]
+claims:
+  - name: x
+    method: {configuration: TABuv, rank: 8, objective: OBJECTIVE}
+    comparator: {configuration: LoRA, rank: 8}
+    better_by: 0.0
+    tasks: []
+"""
+
+
 def trial(root, rule="retains: 0.9", comparator="{configuration: LoRA, at: equal_rank}", extra=""):
     """The report of root/runs, with one claim about TABuv and TA as its weakest arm."""
     text = TRIAL.replace("RULE", rule).replace("COMPARATOR", comparator).replace("EXTRA", extra)
@@ -54,6 +64,24 @@ class TestSensitivity:
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75, "TA": weakest}, **SURE)
         (answer,) = trial(tmp_path).answers
         assert (answer.verdict, answer.sensitivity) == ("supported", sensitivity)
+
+    def test_a_claim_may_name_a_weakest_arm_of_its_own(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75, "TA": 0.74, "TB": 0.2}, **SURE)
+        (answer,) = trial(tmp_path, rule="retains: 0.9\n    weakest: {configuration: TB, rank: 8}").answers
+        assert (answer.verdict, answer.sensitivity) == ("supported", "shown")
+
+    def test_arms_that_were_trained_from_a_reward_are_arms_of_the_same_setting(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.2, "TA": 0.1}, **SURE)
+        world(tmp_path / "runs", {"TABuv": 0.75}, **SURE, changes={"config.objective.name": "reward"})
+        answers = {}
+        for objective in ("targets", "reward"):
+            (tmp_path / "claims.yaml").write_text(TRIAL_BY.replace("OBJECTIVE", objective))
+            (answers[objective],) = write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml").answers
+        assert {objective: answer.verdict for objective, answer in answers.items()} == {
+            "targets": "contradicted",
+            "reward": "supported",
+        }
+        assert "TABuv (reward) r=8" in str(answers["reward"].pair.method.name)
 
     def test_a_contradicted_claim_has_shown_that_it_can_fail(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.4, "TA": 0.75}, **SURE)

@@ -21,9 +21,9 @@ from tiedlora.config.explain import options
 from tiedlora.config.sizes import is_near
 from tiedlora.errors import UserError
 from tiedlora.keys import LARGEST_COUNT, from_person
-from tiedlora.records.loss_metrics import LOSS_METRICS
+from tiedlora.records.loss_metrics import DRIFT, LOSS_METRICS
 from tiedlora.records.reading import Flag, Number, Text, Whole
-from tiedlora.records.run_record import SHUFFLED
+from tiedlora.records.run_record import arm_suffix
 from tiedlora.tasks import load_task
 from tiedlora.text import nearest
 
@@ -46,12 +46,14 @@ class Side:
     compared with itself (an A/A control)."""
     shuffle_targets: Flag = False
     """Whether the runs trained on shuffled targets (task.shuffle_targets), which teach only the form of an answer."""
+    objective: Literal["targets", "reward"] = "targets"
+    """What the runs trained for (objective=reward)."""
     frontier: Text = ""
     """In place of all other keys: this configuration at the other side's number of parameters, between the two of its
     sizes that enclose it (frontier.py)."""
 
     def __post_init__(self) -> None:
-        others = (self.configuration, self.rank, self.at, self.seed_offset, self.shuffle_targets)
+        others = (self.configuration, self.rank, self.at, self.seed_offset, self.suffix)
         if self.frontier and any(others):
             raise ValueError("frontier stands alone; it is a configuration at the other side's number of parameters")
         if not self.frontier and not self.configuration:
@@ -62,7 +64,12 @@ class Side:
     @property
     def label(self) -> str:
         """The configuration as groups of runs name it."""
-        return f"{self.configuration}{SHUFFLED if self.shuffle_targets else ''}"
+        return f"{self.configuration}{self.suffix}"
+
+    @property
+    def suffix(self) -> str:
+        """The end of the label, which says what the runs trained for."""
+        return arm_suffix(self.shuffle_targets, self.objective)
 
     @property
     def is_matched(self) -> bool:
@@ -73,6 +80,14 @@ class Side:
         if self.frontier:
             return f"{self.frontier} of equal size (its curve)"
         return f"{self.label} {f'at {self.at}'.replace('_', ' ') if self.at else f'r={self.rank}'}"
+
+
+def _check_extra(floor: Side | None, weakest: Side | None) -> None:
+    for key, side in (("floor", floor), ("weakest", weakest)):
+        if side is not None and side.rank is None and side.at != EQUAL_RANK:
+            raise ValueError(f"{key}: needs a rank, or at: {EQUAL_RANK}")
+        if side is not None and side.seed_offset:
+            raise ValueError(f"{key}: has the seeds of the plan; seed_offset is for method and comparator")
 
 
 def _by_task(tasks: Any) -> Any:
@@ -97,8 +112,14 @@ class _Entry:
     """In the score's unit: 0.02 is two points."""
     level_within: Annotated[Number, Field(ge=0.001, lt=1)] | None = None
     """A share of the comparator's gain."""
+    floor: Side | None = None
+    """The arm whose scores are the zero point of gains; None takes that of the file, or the base model."""
+    weakest: Side | None = None
+    """An arm that must not pass: if it does, the trial cannot fail, and a pass means nothing. None takes that of the
+    file."""
 
     def __post_init__(self) -> None:
+        _check_extra(self.floor, self.weakest)
         given = [key for key in RULES if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"needs exactly one rule of {', '.join(RULES)}; it has {', '.join(given) or 'none'}")
@@ -117,10 +138,6 @@ class Claim(_Entry):
     """One comparison that a paper claims, with what its file plans for all of its claims."""
 
     plan: Plan = field(kw_only=True)
-    floor: Side | None = None
-    """The arm whose scores are the zero point of gains; None takes the base model."""
-    weakest: Side | None = None
-    """An arm that must not pass: if it does, the trial cannot fail, and a pass means nothing."""
 
     @property
     def rule(self) -> Rule:
@@ -163,11 +180,7 @@ class _File:
     weakest: Side | None = None
 
     def __post_init__(self) -> None:
-        for key, side in (("floor", self.floor), ("weakest", self.weakest)):
-            if side is not None and side.rank is None and side.at != EQUAL_RANK:
-                raise ValueError(f"{key}: needs a rank, or at: {EQUAL_RANK}")
-            if side is not None and side.seed_offset:
-                raise ValueError(f"{key}: has the seeds of the plan; seed_offset is for method and comparator")
+        _check_extra(self.floor, self.weakest)
         names = [entry.name for entry in self.claims]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two claims have the name {twice!r:.80}; give each its own")
@@ -192,7 +205,11 @@ def read(path: Path) -> list[Claim]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     plan = rules.planned(file.looks, file.seeds)
-    return [Claim(**vars(entry), plan=plan, floor=file.floor, weakest=file.weakest) for entry in file.claims]
+    shared = {"floor": file.floor, "weakest": file.weakest}
+    return [
+        Claim(**{**vars(entry), **{key: getattr(entry, key) or side for key, side in shared.items()}}, plan=plan)
+        for entry in file.claims
+    ]
 
 
 def check_names(
@@ -228,7 +245,7 @@ def check_names(
 def _own_metrics(task: str) -> tuple[str, ...]:
     """The metrics of a task of conf/. None for another one, or if a program registers its kind."""
     try:
-        return (*load_task(compose.task_option(task)).metrics, *LOSS_METRICS) if task in options("task") else ()
+        return (*load_task(compose.task_option(task)).metrics, *LOSS_METRICS, DRIFT) if task in options("task") else ()
     except UserError:
         return ()
 
@@ -376,7 +393,7 @@ def _is_of(group: RunGroup, side: Side) -> bool:
     if group.label == side.label:
         return True
     record = group.runs[0].record
-    if record.identity.shuffles_targets != side.shuffle_targets:
+    if record.identity.suffix != side.suffix:
         return False
     has_own_name = record.label == "custom" or record.is_other_method
     is_its_name = has_own_name and record.config.tying.name == side.configuration

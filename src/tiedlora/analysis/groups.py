@@ -185,7 +185,8 @@ def _setting(run: Run) -> dict[str, Any]:
     identity = run.record.identity.tree
     setting = {key: value for key, value in identity.items() if key not in OPEN_IN_A_SETTING}
     setting["train"] = {key: value for key, value in identity["train"].items() if key not in OPEN_IN_TRAIN}
-    # An arm with shuffled targets is scored on the same rows as the others: it is their floor.
+    # Arms with shuffled targets, and those trained from a reward, are scored on the same rows as the others.
+    setting.pop("objective", None)
     setting["task"] = {key: value for key, value in identity["task"].items() if key != "shuffle_targets"}
     return {**setting, "base": run.record.base.digest}
 
@@ -198,6 +199,7 @@ def _own_values(run: Run) -> dict[str, Any]:
         "rank": identity["rank"],
         "lr_factor": identity["train"].get("lr_factor"),
         "shuffle_targets": run.record.identity.shuffles_targets,
+        "objective": identity.get("objective"),
     }
 
 

@@ -24,7 +24,7 @@ from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, mean_per_token
 from tiedlora.records.reading import read_typed
 from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import DIVERGED, RunFolder, last_line
-from tiedlora.records.run_record import SHUFFLED, RunRecord, SplitScores, read_record
+from tiedlora.records.run_record import RunRecord, SplitScores, read_record
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 from tiedlora.tasks import load_task
 
@@ -238,13 +238,13 @@ def read_run(path: Path) -> Run | LeftOut:
 
 
 def _configuration(record: RunRecord) -> str:
-    shuffled = SHUFFLED if record.identity.shuffles_targets else ""
+    suffix = record.identity.suffix
     if record.is_other_method:
-        return record.config.tying.name + shuffled
+        return record.config.tying.name + suffix
     if record.label != "custom":
-        return record.label + shuffled
+        return record.label + suffix
     layers = int(record.config.tree["model"]["architecture"]["layers"])
-    return (name_of(record.identity.tying, layers) or f"custom ({record.config.tying.name})") + shuffled
+    return (name_of(record.identity.tying, layers) or f"custom ({record.config.tying.name})") + suffix
 
 
 def _run_of_name(name: str) -> UnfinishedRun | None:

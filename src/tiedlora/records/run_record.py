@@ -22,6 +22,8 @@ from tiedlora.tying import PARTS
 
 SHUFFLED = " (shuffled targets)"
 """The end of the name of an arm that trained on shuffled targets (task.shuffle_targets)."""
+REWARDED = " (reward)"
+"""The end of the name of an arm that trained from a reward (objective=reward)."""
 RunId = Annotated[Text, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,400}$")]
 Split = Annotated[Text, Field(pattern=f"^({'|'.join(SPLITS)})$")]
 ScoredSplit = Annotated[Text, Field(pattern=f"^({'|'.join((*SCORED_SPLITS, FORGETTING))})$")]
@@ -49,6 +51,11 @@ class TrainValues:
     lr: Number
 
 
+def arm_suffix(shuffles_targets: bool, objective: str | None) -> str:
+    """The end of the name of an arm with these values of task.shuffle_targets and objective.name."""
+    return REWARDED if objective == "reward" else SHUFFLED if shuffles_targets else ""
+
+
 def with_tree(value: Any) -> Any:
     """The object with itself as its `tree`. Anything else is left to the check of types."""
     return {**value, "tree": value} if isinstance(value, dict) else value
@@ -65,6 +72,12 @@ class Identity:
     tying: dict[str, Any]
     score: dict[str, Any]
     tree: dict[str, Any]
+    objective: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def suffix(self) -> str:
+        """The end of the arm's name, which says what it was trained for; empty for the targets of its rows."""
+        return arm_suffix(self.shuffles_targets, self.objective.get("name"))
 
     @property
     def shuffles_targets(self) -> bool:

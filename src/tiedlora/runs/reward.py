@@ -16,6 +16,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Any
@@ -102,7 +103,7 @@ class Reward:
         rows, examples: the training rows, as token ids and as examples.
         rows_of_step: optimizer step -> the numbers of its prompts.
         in_passes: rows -> the microbatches of this process, each with consecutive rows in the order of `by_length`.
-        sampling: a context inside which the model answers.
+        evaluating: a context inside which the model is in evaluation mode.
 
     Raises:
         UserError: the rows have choices to compare.
@@ -115,7 +116,7 @@ class Reward:
         examples: Sequence[Example],
         rows_of_step: Callable[[int], list[int]],
         in_passes: Callable[[Sequence[Encoded]], list[Batch]],
-        sampling: Callable[[], Any],
+        evaluating: Callable[[], AbstractContextManager[None]],
     ) -> None:
         if examples[0].choices:
             raise UserError(
@@ -123,7 +124,7 @@ class Reward:
                 "and none is generated; take another task, or objective=targets"
             )
         self.scorer, self.rows, self.examples = scorer, rows, examples
-        self.rows_of_step, self.in_passes, self.sampling = rows_of_step, in_passes, sampling
+        self.rows_of_step, self.in_passes, self.evaluating = rows_of_step, in_passes, evaluating
         self.config, self.metric = scorer.config.objective, reward_metric(scorer.config.objective, scorer.task)
         self._step, self._answers = 0, list[Answer]()
         self._metrics: dict[int, dict[str, float]] = {}
@@ -177,7 +178,7 @@ class Reward:
             model: Any = smaller.attached.model
             return in_shares(smaller.world, model, batches, of_batch)
 
-        with self.sampling():
+        with self.evaluating(), scorer.attached.folded_once():
             found, _ = scorer.within_memory(answers)
         outputs = [output for output, _ in found]
         rewards = [self._reward(output, example) for output, example in zip(outputs, asked, strict=True)]

@@ -377,7 +377,7 @@ class Trainer:
         """`batches` and `loss_sum` of the loop."""
         if self.config.objective.name == "reward":
             rows_of_step, passes = self.sampler.rows_of_step, self._in_passes
-            self.reward = Reward(self._scorer(), self.rows, self.train_examples, rows_of_step, passes, self._sampling)
+            self.reward = Reward(self._scorer(), self.rows, self.train_examples, rows_of_step, passes, self._evaluating)
             return self.reward.batches, self.reward.loss_sum
         model = self.arm.model
         return self._batches, lambda batch: target_loss(model, batch)
@@ -405,12 +405,6 @@ class Trainer:
         """The most tokens of a forward pass: what the configuration says, or less after memory ran out."""
         limits = (self.config.train.microbatch_tokens, self.state.pass_tokens(during))
         return min((limit for limit in limits if limit is not None), default=None)
-
-    @contextmanager
-    def _sampling(self) -> Iterator[None]:
-        """Inside the context, the adapted model answers."""
-        with self._evaluating(), self.arm.folded_once():
-            yield
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -32,7 +32,7 @@ from tiedlora.models.base_model import load_base
 from tiedlora.models.device import execution_on, set_up_device
 from tiedlora.models.identity import known_digest
 from tiedlora.models.placement import input_device, without_gradients
-from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss, loss_scores
+from tiedlora.records.loss_metrics import DRIFT, TARGET_LOSS_BY_TOKEN, is_loss, loss_scores
 from tiedlora.records.rows import PredictionRow, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import ADAPTER, TEXTS, RunRecord, SplitScores
@@ -327,6 +327,8 @@ def _misscored(run: CheckedRun, rows: Sequence[PredictionRow], split: str, check
         loss = _loss_and_tokens(row)
         if len(loss) == 2 and loss[1] >= 1:
             scores |= loss_scores(loss[0], int(loss[1]))
+        if DRIFT in row.scores:
+            scores[DRIFT] = row.scores[DRIFT]
         if scores != row.scores:
             explanation = f"row {row.id}: its output and its loss score {scores}, the file says {row.scores}"
             yield Finding(check, False, explanation, row.id)
@@ -412,6 +414,9 @@ def _regenerate_split(
             asked = list(zip(chosen, rows, [recorded[place] for place in places], strict=True))
             if losses:
                 yield _compared_losses(run, f"losses {split}{kind}", asked, elsewhere)
+                if DRIFT in scores.metrics and not kind:
+                    drift = scorer.divergences(chosen, f"computing the drift of {split} again")
+                    yield _compared_drift(run, f"drift {split}", asked, drift, elsewhere)
             else:
                 yield _compared_outputs(run, scorer, f"regenerate {split}{kind}", asked, bool(kind), elsewhere)
 
@@ -484,6 +489,17 @@ def _compared_losses(run: CheckedRun, check: str, asked: Asked, elsewhere: bool)
         f"device), and no row's by more than {tolerance:.0%}; {where}",
         by_rounding=0 < of_all <= tolerances.mean,
     )
+
+
+def _compared_drift(run: CheckedRun, check: str, asked: Asked, drift: Sequence[float], elsewhere: bool) -> Finding:
+    """Whether the divergences of rows from the base model are the recorded ones, up to rounding."""
+    tolerances = TOLERANCES[run.config.train.dtype]
+    tolerance = tolerances.row if elsewhere else tolerances.loss
+    for (_, _, old), now in zip(asked, drift, strict=True):
+        before = old.scores.get(DRIFT)
+        if not (isinstance(before, float) and _share(now, before) <= tolerance):
+            return Finding(check, False, f"row {old.id}: its drift is {now}, the file says {before}", old.id)
+    return Finding(check, True, f"{len(asked)} drifts come out as they were, within {tolerance:g}")
 
 
 def _loss_and_tokens(row: PredictionRow) -> list[float]:

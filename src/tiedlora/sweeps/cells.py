@@ -20,7 +20,7 @@ from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.records.reading import typed
 from tiedlora.records.run_folder import RunFolder, RunName, State
-from tiedlora.records.run_record import SHUFFLED
+from tiedlora.records.run_record import arm_suffix
 from tiedlora.scoring.passes import lacks_scores
 from tiedlora.sweeps.control import SweepControl
 
@@ -100,7 +100,7 @@ class SweepCell:
         config = self.config
         assert config.train.lr is not None
         model = config.model.name.rsplit("/", 1)[-1]
-        name = config.tying.name + (SHUFFLED if config.task.shuffle_targets else "")
+        name = config.tying.name + arm_suffix(config.task.shuffle_targets, config.objective.name)
         return RunName(model, config.task.name, name, config.rank.r, config.train.lr, config.seed)
 
 

@@ -175,6 +175,11 @@ def searches_of(sweep: Sweep, options: SearchOptions, seeds: Sequence[int] | Non
     Args:
         seeds: the seeds in the order of use; None takes those of the grid.
     """
+    if any(cell.config.objective.name == "reward" for cell in sweep.cells):
+        raise UserError(
+            "hydra.sweeper: a search of rates compares validation losses of references, and objective=reward does not "
+            "lower them; run a grid of rates with hydra/sweeper=resuming, and choose with scripts/sweep.py select"
+        )
     searches: list[Search] = []
     for cells in rate_groups(sweep.cells).values():
         name = cells[0].name.group
