@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ from tiedlora.config.methods import PEFT_FILE, peft_config
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
 
+# It warns of faster kernels that nobody here asked for.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 try:
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
