@@ -49,7 +49,6 @@ class TestRules:
         found = of_world(tmp_path, {"LoRA": lora, "TABuv": tied}, claim={"rule": rule})
         assert found.verdict == verdict
         assert found.decide == ""
-        assert not found.exploratory
 
     def test_the_least_share_that_is_kept_is_below_the_estimate(self, tmp_path):
         found = of_world(tmp_path, {"LoRA": 0.7, "TABuv": 0.4}, rows=2000)
@@ -144,13 +143,6 @@ class TestLooks:
         found = answer(tmp_path)
         assert (found.verdict, found.look) == ("undecided", None)
         assert "one row has no interval" in found.reason
-
-    def test_other_seeds_than_the_planned_ones_give_an_exploratory_verdict(self, tmp_path):
-        world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)
-        found = answer(tmp_path, top="looks: [3, 5]\nseeds: [5, 6, 7, 8, 9]")
-        assert found.verdict == "contradicted"
-        assert found.exploratory
-        assert "seeds 0 to 2 are not the planned ones" in found.reason
 
     def test_more_seeds_are_not_advised_where_they_will_not_decide(self, tmp_path):
         found = of_world(tmp_path, {"LoRA": 0.6, "TABuv": 0.55}, seeds=3, rows=60, claim={"top": "looks: [3, 4]"})

@@ -183,16 +183,6 @@ def test_of_several_comparators_the_plain_one_is_compared(tmp_path, answers, cha
     assert found.pair.comparator.is_plain
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_without_a_plain_one_it_is_the_one_that_scales_its_steps_as_the_method(tmp_path, answers, change):
-    add(tmp_path, "TABuv", 0.5, CHANGES[change])
-    for other in CHANGES:
-        add(tmp_path, "LoRA", 0.3 if other == change else 0.7, CHANGES[other])
-    (found,) = answers()
-    assert found.verdict == "supported"
-    assert found.pair.comparator.step_size == found.pair.method.step_size
-
-
 def test_if_none_of_several_fits_the_answer_names_them(tmp_path, answers):
     add(tmp_path, "TABuv", 0.5)
     for change in ("rank.scaling", "rank.alpha"):
@@ -201,19 +191,6 @@ def test_if_none_of_several_fits_the_answer_names_them(tmp_path, answers):
     assert found.verdict == "undecided"
     assert "several groups fit, and no single one is plain" in found.reason
     assert "rank.scaling=rslora" in found.reason
-
-
-def test_of_two_methods_the_plain_one_answers_and_without_it_all_do_by_name(tmp_path, answers):
-    add(tmp_path, "LoRA", 0.3)
-    for alpha in (16.0, 32.0):
-        add(tmp_path, "TABuv", 0.5, {"config.rank.alpha": alpha})
-    assert {found.task for found in answers()} == {
-        "chain_sum (TABuv (rank.alpha=16.0))",
-        "chain_sum (TABuv (rank.alpha=32.0))",
-    }
-    add(tmp_path, "TABuv", 0.1)
-    (found,) = answers()
-    assert (found.task, found.verdict) == ("chain_sum", "contradicted")
 
 
 def test_equal_parameters_are_within_five_per_cent_and_the_budget_to_run_is_named(tmp_path, answers):

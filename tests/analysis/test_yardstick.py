@@ -94,11 +94,6 @@ class TestSensitivity:
         assert (answer.verdict, answer.sensitivity) == ("supported", "not shown")
         assert "TA r=8 was not run" in answer.reason
 
-    def test_an_exploratory_verdict_is_asked_too(self, tmp_path):
-        world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75, "TA": 0.74}, **SURE)
-        (answer,) = trial(tmp_path, extra="seeds: [0, 1, 9]").answers
-        assert (answer.exploratory, answer.verdict) == (True, "cannot fail here")
-
     def test_an_arm_is_not_asked_about_itself(self, tmp_path):
         """TA keeps 90 % of its own gain, and that shows nothing."""
         world(tmp_path / "runs", {"TABuv": 0.75, "TA": 0.7}, **SURE)

@@ -60,8 +60,6 @@ class Answer:
     pair: Pair | None = None
     """The groups that were compared; None if no run of the claim exists."""
     verdict: Verdict = Verdict.UNDECIDED
-    exploratory: bool = False
-    """Whether the verdict rests on seeds outside the plan."""
     is_futile: bool = False
     """Whether no later look is likely to decide."""
     reason: str = ""
@@ -126,7 +124,9 @@ def answer_claims(
 
 
 def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
-    answer = Answer(claim, pair.model, pair.task_in_words, pair, reason=pair.problem, decide=next_look(claim.plan, 0))
+    answer = Answer(
+        claim, pair.model, pair.anchor.task_in_words, pair, reason=pair.problem, decide=next_look(claim.plan, 0)
+    )
     if pair.method is None or pair.comparator is None or pair.problem:
         return answer
     method, comparator = pair.method, pair.comparator
@@ -146,7 +146,7 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     notes = [f"{answer.reason}{over} ({method.name} against {comparator.name}, {split}, {measure.metric})"]
     if scores.clusters is not None:
         notes.append(f"{answer.rows:,} rows in {len(scores.clusters.sizes)} clusters")
-    if (answer.look is not None or answer.exploratory) and claim.weakest is not None:
+    if answer.look is not None and claim.weakest is not None:
         notes.append(_check_sensitivity(answer, pair, measure, book))
     if compare.other_ends([group.runs for group in sides], measure):
         notes.append(compare.OTHER_ENDS)
@@ -184,8 +184,6 @@ def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Score
 def _of_weakest(answer: Answer, pair: Pair, measure: Measure, book: Scorebook) -> tuple[rules.Evidence, float, str]:
     """The evidence of the weakest arm at the latest look that its seeds reach, the level there, and the arm's name.
 
-    An exploratory verdict has no look; then the question is asked of all common seeds, as the verdict's.
-
     Raises:
         UserError: the arm, or something that it needs, is missing.
     """
@@ -200,16 +198,12 @@ def _of_weakest(answer: Answer, pair: Pair, measure: Measure, book: Scorebook) -
         raise UserError(f"{weakest.name}: {error}") from None
     if answer.claim.rule.needs_zero and scores.zero is None:
         raise UserError(f"no base was scored beside {weakest.name}")
-    plan, where, level = answer.claim.plan, "", rules.TOTAL
-    if not answer.exploratory:
-        reached = [number for number in range(len(plan.looks)) if set(plan.of_look(number)) <= set(scores.seeds)]
-        if not reached:
-            raise UserError(f"{weakest.name} has not the seeds of a look")
-        scores, level = scores.of(plan.of_look(reached[-1])), plan.levels[reached[-1]]
-        where = f" at look {reached[-1] + 1}"
-    if min(scores.method.shape) < 2:
-        raise UserError(f"{weakest.name} has one seed or row in common")
-    return answer.claim.rule.evidence(scores), level, f"{weakest.name}, the weakest arm{where}"
+    plan = answer.claim.plan
+    reached = [number for number in range(len(plan.looks)) if set(plan.of_look(number)) <= set(scores.seeds)]
+    if not reached:
+        raise UserError(f"{weakest.name} has not the seeds of a look")
+    scores, who = scores.of(plan.of_look(reached[-1])), f"{weakest.name}, the weakest arm at look {reached[-1] + 1}"
+    return answer.claim.rule.evidence(scores), plan.levels[reached[-1]], who
 
 
 def _is_same_arm(first: RunGroup, second: RunGroup) -> bool:
@@ -317,19 +311,13 @@ def _set_share(answer: Answer, seen: Sides, level: float) -> None:
 
 
 def _wait_for(answer: Answer, scores: Sides, number: int, ended: set[int]) -> None:
-    """Say what the next look needs. Without any look so far, give an exploratory verdict on the seeds there are."""
+    """Say what the next look needs, and how likely it decides."""
     plan = answer.claim.plan
     answer.decide = next_look(plan, number, ended)
     if answer.look is not None:
         _predict(answer, scores)
-    elif len(scores.seeds) >= plan.looks[0]:
-        answer.exploratory = True
-        evidence = _test(answer, scores, rules.TOTAL)
-        answer.contradicted_level = evidence.contradicted
-        answer.decided_level = min(evidence.supported, evidence.contradicted)
-        answer.reason = f"exploratory: seeds {number_list(scores.seeds)} are not the planned ones"
     else:
-        answer.reason = f"before the first look: {len(scores.seeds)} of {plan.looks[0]} seeds"
+        answer.reason = f"before the first look: {len(set(plan.of_look(0)) & ended)} of {plan.looks[0]} seeds"
 
 
 def _predict(answer: Answer, scores: Sides) -> None:
@@ -363,11 +351,6 @@ class ClaimVerdict:
     verdict: Verdict
     reason: str
     answers: tuple[Answer, ...]
-
-    @property
-    def exploratory(self) -> bool:
-        """Whether it rests on a verdict outside the plan."""
-        return any(answer.exploratory for answer in self.answers)
 
 
 def claim_verdicts(answers: Sequence[Answer]) -> list[ClaimVerdict]:
@@ -416,7 +399,7 @@ def _tested(answers: Iterable[Answer]) -> dict[tuple[object, ...], list[Answer]]
     """Test -> the answers that it gives."""
     tests: dict[tuple[object, ...], list[Answer]] = {}
     for answer in answers:
-        if answer.look is not None or answer.exploratory:
+        if answer.look is not None:
             tests.setdefault(test_of(answer), []).append(answer)
     return tests
 

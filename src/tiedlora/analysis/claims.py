@@ -278,18 +278,10 @@ class Pair:
     arms: tuple[tuple[RunGroup, int], ...] = ()
     """Every group that a look needs, with the offset of its seeds, and with the runs of all seeds. Empty if a side is
     missing."""
-    name: str = ""
-    """The anchor's configuration, if several anchors of one setting answer the claim."""
 
     @property
     def task(self) -> str:
         return self.anchor.task
-
-    @property
-    def task_in_words(self) -> str:
-        """The task, with what tells apart several answers to one claim: the variant of the setting, or the anchor."""
-        apart = ", ".join(filter(None, (self.anchor.variant, self.name)))
-        return f"{self.task} ({apart})" if apart else self.task
 
     @property
     def model(self) -> str:
@@ -297,37 +289,35 @@ class Pair:
 
 
 def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
-    """A pair for every group of the claim's anchor, on the claim's tasks.
-
-    Of several such groups in one setting, the plain one answers (RunGroup.is_plain); without one, all do.
-    """
-    anchors = [
-        group
-        for group in groups
-        if claim.covers(group.task) and _is_of(group, claim.anchor) and group.rank == claim.anchor.rank
-    ]
+    """A pair for every setting with a group of the claim's anchor, on the claim's tasks."""
+    anchors: dict[str, list[RunGroup]] = {}
+    for group in groups:
+        if claim.covers(group.task) and _is_of(group, claim.anchor) and group.rank == claim.anchor.rank:
+            anchors.setdefault(group.setting, []).append(group)
     found = []
-    for anchor in anchors:
-        alike = [other for other in anchors if other.setting == anchor.setting]
-        answering = [other for other in alike if other.is_plain] or alike
-        if anchor in answering:
-            found.append(_pair(claim, anchor, groups, anchor.configuration if len(answering) > 1 else ""))
+    for alike in anchors.values():
+        try:
+            found.append(_pair(claim, _only_one(alike), groups))
+        except UserError as error:
+            found.append(Pair(alike[0], problem=str(error)))
     return found
 
 
-def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], name: str) -> Pair:
+def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
+    """The pair of an anchor.
+
+    Raises:
+        UserError: a side is missing, or several groups fit.
+    """
     matched, floor = claim.method if claim.method.is_matched else claim.comparator, None
-    try:
-        partner: Peer
-        if matched.frontier:
-            partner = _on_curve(matched.frontier, claim, anchor, groups)
-        else:
-            is_on_other_seeds = matched.seed_offset != claim.anchor.seed_offset
-            partner = _partner(matched, anchor, groups, may_be_anchor=is_on_other_seeds)
-        if claim.floor is not None and claim.rule.needs_zero:
-            floor = _partner(claim.floor, anchor, groups, what="the floor: ")
-    except UserError as error:
-        return Pair(anchor, problem=str(error), name=name)
+    partner: Peer
+    if matched.frontier:
+        partner = _on_curve(matched.frontier, claim, anchor, groups)
+    else:
+        is_on_other_seeds = matched.seed_offset != claim.anchor.seed_offset
+        partner = _partner(matched, anchor, groups, may_be_anchor=is_on_other_seeds)
+    if claim.floor is not None and claim.rule.needs_zero:
+        floor = _partner(claim.floor, anchor, groups, what="the floor: ")
     method, comparator = (partner, anchor) if claim.method.is_matched else (anchor, partner)
     assert not isinstance(method, Blend), "only a comparator is on a curve"
     arms = [(method, claim.method.seed_offset)]
@@ -345,7 +335,7 @@ def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], name: str)
     method = _shifted(method, claim.method)
     if not isinstance(comparator, Blend):
         comparator = _shifted(comparator, claim.comparator)
-    return Pair(anchor, method, comparator, "", floor, weakest, weakest_peer, weakest_problem, tuple(arms), name)
+    return Pair(anchor, method, comparator, "", floor, weakest, weakest_peer, weakest_problem, tuple(arms))
 
 
 def _on_curve(configuration: str, claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Blend:
@@ -428,14 +418,21 @@ def _partner(
                 f"{closest.params:,}); budget={anchor.params} finds its rank"
             )
         found = [group for group in found if group.params == closest.params]
-    # The plain one of several; without one, the one that scales its steps as the anchor. The anchor is among them if it
-    # is compared with itself, on other seeds.
-    plain = [group for group in found if group.is_plain]
-    alike = [group for group in found if group.step_size == anchor.step_size]
-    for some in (found, [group for group in found if group is anchor], plain, alike):
+    # The anchor is among them if it is compared with itself, on other seeds.
+    return anchor if anchor in found else _only_one(found, what)
+
+
+def _only_one(groups: Sequence[RunGroup], what: str = "") -> RunGroup:
+    """The single group, or the plain one of several (RunGroup.is_plain).
+
+    Raises:
+        UserError: there is no single one.
+    """
+    plain = [group for group in groups if group.is_plain]
+    for some in (groups, plain):
         if len(some) == 1:
             return some[0]
-    names = ", ".join(group.name for group in found)
+    names = ", ".join(group.name for group in groups)
     raise UserError(
         f"{what}several groups fit, and no single one is plain: {names}; report a folder with only one of them"
     )

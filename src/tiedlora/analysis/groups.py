@@ -118,14 +118,6 @@ class RunGroup:
         return rank.alpha == rank.r and rank.scaling == "standard" and all(factor == 1 for factor in factors.values())
 
     @property
-    def step_size(self) -> str:
-        """The key of what scales the steps beside the rate: alpha / r, the scaling, and the factors of the parts."""
-        identity = self.runs[0].record.identity
-        rank, factors = identity.rank, identity.tree["train"].get("lr_factor")
-        alpha = None if rank.alpha is None else rank.alpha / rank.r
-        return _key({"alpha": alpha, "scaling": rank.scaling, "lr_factor": factors})
-
-    @property
     def shuffles_targets(self) -> bool:
         """Whether it trained on shuffled targets, so that it can have learned only the form of an answer."""
         return self.runs[0].record.identity.shuffles_targets

@@ -110,7 +110,7 @@ def _cell(answer: Answer) -> str:
     difference, ends = page.effect(answer)
     if not difference:
         return page.word(answer)
-    verdict = f"{page.word(answer)} (exploratory)" if answer.exploratory else page.word(answer)
+    verdict = page.word(answer)
     if answer.look is not None and answer.seeds != answer.difference_seeds:
         verdict += f" at {answer.seeds} seeds"
     verdict += " *" if answer.survives_holm else ""
@@ -198,7 +198,7 @@ def _against_equal_size(report: Report, name: tuple[str, str, int]) -> str | Non
         pair = answer.pair
         if pair is None or pair.method is None or pair.comparator is None or not isinstance(answer.claim.rule, Better):
             continue
-        is_lora = all(group.name in lora for group in pair.comparator.groups) and not answer.exploratory
+        is_lora = all(group.name in lora for group in pair.comparator.groups)
         is_equal = is_lora and is_near(pair.comparator.params, pair.method.params)
         if _of(pair.method) == name and is_equal and answer.measure and (pair.anchor.setting, answer.measure) in panels:
             found.setdefault(answer.verdict.value, {})[f"{answer.task} {answer.measure.metric}"] = None

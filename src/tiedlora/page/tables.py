@@ -112,16 +112,12 @@ def cost(groups: Iterable[RunGroup]) -> Table:
     return Table.of("cost", caption, columns, groups)
 
 
-def _verdict(item: ClaimVerdict | Answer) -> str:
-    return f"{item.verdict.value} (exploratory)" if item.exploratory else item.verdict.value
-
-
 def verdicts(over_tasks: Iterable[ClaimVerdict]) -> Table:
     """One row per claim and model, over all tasks of the claim."""
     columns = (
         Column("claim", cell=lambda verdict: verdict.claim.name, wraps=True),
         Column("model", cell=lambda verdict: verdict.model or None),
-        Column("verdict", cell=_verdict),
+        Column("verdict", cell=lambda item: item.verdict.value),
         Column("tasks", formats.WHOLE, lambda verdict: len(verdict.answers)),
         Column("because", cell=lambda verdict: verdict.reason, wraps=True),
     )
@@ -138,7 +134,7 @@ def claims(answers: Sequence[Answer]) -> Table:
         Column("claim", cell=lambda answer: answer.claim.name, wraps=True),
         Column("model", cell=lambda answer: answer.model or None),
         Column("task", cell=lambda answer: answer.task, wraps=True),
-        Column("verdict", cell=_verdict),
+        Column("verdict", cell=lambda item: item.verdict.value),
         Column("holds by Holm", cell=lambda a: ("yes" if a.survives_holm else "no") if a.verdict in DECIDED else None),
         Column("sensitivity", cell=lambda answer: answer.sensitivity or None),
         Column("zero", cell=lambda answer: answer.zero),

@@ -135,8 +135,8 @@ def _answer_lines(answer: Answer) -> list[str]:
         difference = f" {answer.measure.unit.text(answer.difference.widest, '+')}"
     share = f", retains at least {100 * answer.retains_at_least:.0f} %" if answer.retains_at_least is not None else ""
     decide = f"; next: {answer.decide}" if answer.decide else ""
-    verdict = answer.verdict.upper() + ("?" if answer.exploratory else "")
+    where = f"{answer.model} {answer.task}".strip()
     return [
-        f"{verdict:<14} {answer.claim.name} [{f'{answer.model} {answer.task}'.strip()}]{difference}{share}",
+        f"{answer.verdict.upper():<14} {answer.claim.name} [{where}]{difference}{share}",
         f"{'':<14} {answer.reason}{decide}",
     ]

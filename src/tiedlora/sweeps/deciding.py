@@ -254,7 +254,6 @@ def _to_json(state: ClaimState) -> dict[str, object]:
         "task": answer.task,
         "verdict": str(answer.verdict),
         "futile": answer.is_futile,
-        "exploratory": answer.exploratory,
         "look": None if answer.look is None else answer.look + 1,
         "seeds": answer.seeds,
         "reason": answer.reason,
