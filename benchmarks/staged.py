@@ -28,8 +28,8 @@ from tiedlora.config.project import PROJECT
 from tiedlora.records.rows import read_validation_losses
 from tiedlora.sweeps.cells import SweepCell
 from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.sweeps.launching import run_cell
 from tiedlora.sweeps.staged_search import Observation, Request, SearchPlan, next_stage, rung_steps
-from tiedlora.sweeps.worker import run_cell
 from tiedlora.text import aligned
 
 CURVES = PROJECT / "benchmarks/data/staged_curves.jsonl"

@@ -80,13 +80,10 @@ def positive(text: str) -> float:
 
 def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
     # The choices of the staged sweeper stand, unless another criterion is asked for.
-    searched = selection.written(sweep, searched=True) if by is None else None
-    if searched is not None:
-        selection.check_search_is_over(sweep, searched)
-    chosen = searched or selection.select_rates(sweep, by)
+    chosen = (selection.searched_rates(sweep) if by is None else None) or selection.select_rates(sweep, by)
     if test:
         chosen = selection.score_test(sweep, chosen)
-    write_selection(selection.selection_file(sweep), chosen)
+    write_selection(sweep.selection_file, chosen)
     as_data = [asdict(choice) for choice in chosen.choices]
     print(dumps(as_data, indent=2, ensure_ascii=False) if json else selection.table(chosen.choices))
 
@@ -118,8 +115,7 @@ def show_live(words: list[str], names: list[str]) -> None:
 def show(sweep: Sweep, searches: bool, tflops: float | None, json: bool) -> None:
     """Print the status; with a rate, the plan."""
     # The same cells are another amount of work for a plain sweep, which runs all of them.
-    selected = selection.written(sweep, searched=True) if searches else None
-    searched = status.Searched(selected, sweep.cells) if selected else None
+    searched = status.read_search(sweep.path, sweep.cells) if searches else None
     cells = status.statuses(sweep.cells, sweep.control, searched)
     forecasts, unknown = forecast.forecast(sweep.cells, tflops) if tflops else ([], [])
     if json:

@@ -27,7 +27,7 @@ LAZY = {
     "scoring/passages.py": {"datasets"},
     "sweeps/launchers.py": {"ray", "submitit", "submitit.helpers"},
     "sweeps/selection.py": {"tiedlora.runs.add_scores"},
-    "sweeps/worker.py": {"tiedlora.models.device"},
+    "sweeps/launching.py": {"tiedlora.models.device"},
     "page/wandb_dashboard.py": {"wandb"},
     "tasks/dialogsum.py": {"rouge_score.rouge_scorer"},
     "tasks/generated.py": {"reasoning_gym"},

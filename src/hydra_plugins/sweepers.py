@@ -15,11 +15,15 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from tiedlora.keys import from_person
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.expand import expand
 from tiedlora.sweeps.launchers import launcher_of
 from tiedlora.sweeps.launching import Launch, run_sweep
 from tiedlora.training.signals import stopped_by_signals
+
+PREFIX = "hydra.sweeper."
+"""The place of the sweepers' keys, for messages."""
 
 
 class ResumingSweeper(Sweeper):
@@ -80,13 +84,13 @@ class StagedSweeper(ResumingSweeper):
             grid: the arguments of ResumingSweeper.
         """
         super().__init__(**grid)
-        self.search = (rungs, finalists, lowest_rate, highest_rate)
+        self.search = dict(rungs=rungs, finalists=finalists, lowest_rate=lowest_rate, highest_rate=highest_rate)
 
     def run(self, sweep: Sweep, launch: Launch) -> None:
         """Carry out the staged sweep. The arguments and errors are those of run_staged."""
         from tiedlora.sweeps.staged import SearchOptions, run_staged
 
-        run_staged(sweep, SearchOptions(*self.search), launch, self.fail_fast)
+        run_staged(sweep, from_person(SearchOptions, self.search, prefix=PREFIX), launch, self.fail_fast)
 
 
 class DecidingSweeper(StagedSweeper):
@@ -107,5 +111,5 @@ class DecidingSweeper(StagedSweeper):
         from tiedlora.sweeps.deciding import run_deciding
         from tiedlora.sweeps.staged import SearchOptions
 
-        options = SearchOptions(*self.search)
+        options = from_person(SearchOptions, self.search, prefix=PREFIX)
         run_deciding(sweep, options, self.claims, self.budget, launch, self.fail_fast)

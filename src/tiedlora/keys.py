@@ -128,7 +128,7 @@ def from_person(kind: type[T], value: Any, keys: Collection[str] = (), prefix: s
     except ValidationError as error:
         # A key that is misspelt is also missing; to say so would not help.
         found = min(error.errors(include_url=False), key=lambda found: found["type"] not in UNKNOWN)
-        key = visible(prefix + dotted(found)).removesuffix(".[key]")
+        key = visible(prefix + dotted(found)).removesuffix(".[key]").removesuffix(".")
         if found["type"] in UNKNOWN:
             word = key if any("." in name for name in keys) else str(found["loc"][-1])
             raise UserError(f"{key}: unknown key{nearest(word, keys)}") from None

@@ -3,7 +3,7 @@
 import threading
 from contextlib import contextmanager
 
-from tiedlora.sweeps.worker import work
+from tiedlora.sweeps.launching import work
 
 
 class Here:

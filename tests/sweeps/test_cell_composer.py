@@ -118,17 +118,6 @@ def test_an_option_that_changes_other_sections_is_composed_as_a_whole(tmp_path):
         assert fast.compose(["tying=everywhere", "train.steps=9"]).tying.name == "everywhere"
 
 
-def test_cells_share_their_sections_and_none_is_changed_by_another():
-    with composer() as fast:
-        default = fast.compose(["train.lr=null", "tying=LoRA"])
-        before = json.dumps(config_tree(default))
-        other = fast.compose(["train.lr=null", "tying=TABuv", "rank.r=3"])
-        assert other.task is default.task
-        assert (other.rank.alpha, default.rank.alpha) == (3.0, 8.0)
-        assert other.train.lr != default.train.lr
-        assert json.dumps(config_tree(default)) == before
-
-
 def test_layers_depend_on_the_model_of_their_cell_only():
     """Every layer by number means null, and a model has its own number of layers: 3 here, then 30."""
     tyings = (["tying.layers=[2,0-1]"], ["tying.layers=[0-29]"], ["tying=TABuv_v0", "tying.u.init=0"])

@@ -13,7 +13,6 @@ from tiedlora.records.selection import read_selection
 from tiedlora.sweeps import staged
 from tiedlora.sweeps.deciding import run_deciding
 from tiedlora.sweeps.expand import compose_sweep
-from tiedlora.sweeps.selection import selection_file
 
 OPTIONS = staged.SearchOptions(rungs=(0.5,), finalists=2, lowest_rate=1e-3, highest_rate=0.1)
 WORDS = (
@@ -140,7 +139,7 @@ def test_a_claim_that_needs_the_base_is_refused_without_it(tiny_run, tmp_path):
 def target_losses(sweep) -> dict[tuple[str, int], float]:
     """(Configuration, seed) -> the target loss of the chosen run."""
     losses = {}
-    for choice in read_selection(selection_file(sweep)).choices:
+    for choice in read_selection(sweep.selection_file).choices:
         for run_id in choice.run_ids:
             record = read_record(sweep.path.parents[1] / run_id / "result.json")
             losses[choice.configuration, record.seed] = record.scores["validation"].metrics["target_loss"].value

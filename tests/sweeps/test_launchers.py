@@ -26,7 +26,7 @@ from tiedlora.sweeps import launchers, launching
 from tiedlora.sweeps.cells import SweepCell
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launchers import Slots, launcher_of, visible_device
-from tiedlora.sweeps.worker import work
+from tiedlora.sweeps.launching import work
 
 
 def results(finished: Sequence[SweepCell]) -> dict[str, tuple[bytes, str]]:

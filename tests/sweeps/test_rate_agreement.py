@@ -22,7 +22,7 @@ def by_select(sweep: Sweep) -> Rates:
 
 
 def by_selection_json(sweep: Sweep) -> Rates:
-    file = selection.selection_file(sweep)
+    file = sweep.selection_file
     write_selection(file, selection.select_rates(sweep))
     return {(choice.configuration, choice.rank): choice.lr for choice in read_selection(file).choices}
 

@@ -1,7 +1,6 @@
 """A sweep as a command: stopped, shared, resumed, failing; and the data that its cells share in one process."""
 
 import json
-import shutil
 import signal
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tiedlora.runs import inputs, run, trainer
 from tiedlora.sweeps import launching
 from tiedlora.sweeps.cells import SweepCell
 from tiedlora.sweeps.expand import compose_sweep
-from tiedlora.sweeps.worker import work
+from tiedlora.sweeps.launching import work
 
 WITHOUT_TORCH = """
 import json, runpy, sys
@@ -137,31 +136,6 @@ def test_commands_that_run_nothing_import_no_torch(tiny_run, finish):
     assert "2 finished before, 0 to run" in ended.stderr
 
 
-@pytest.mark.slow
-def test_editing_conf_while_a_sweep_runs_changes_nothing_in_it(tiny_run, tmp_path):
-    project = tmp_path / "project"
-    shutil.copytree(PROJECT / "conf", project / "conf")
-    shutil.copy(PROJECT / "train.py", project)
-    words = tiny_run("tying=LoRA,TABuv", "train.steps=40", "train.log_every=1")
-    cells = compose_sweep(words).cells
-    first, second = cells
-    command = sweep(*words, project=project)
-    wait_until(lambda: first.folder.metrics_file.exists())
-    assert second.state() == "missing"
-    option = project / "conf" / "tying" / "TABuv.yaml"
-    text = option.read_text()
-    option.write_text(text.replace("suggested_lr: 1e-2", "suggested_lr: 5e-2"))
-    assert option.read_text() != text
-    ended = command.ended()
-    assert ended.code == 0, ended.err
-    assert [cell.state() for cell in cells] == ["done", "done"]
-    assert second.folder.record().config.tree["train"]["lr"] == second.config.train.lr == 1e-2
-    # The edit had an effect: the next start of the command has a cell with another rate, and keeps the other cell.
-    ended = sweep(*words, project=project).ended()
-    assert ended.code == 0, ended.err
-    assert "2 cells, 1 finished before, 1 to run" in ended.err
-
-
 def test_finished_on_other_data_is_not_finished(finished_run, monkeypatch):
     cell = SweepCell((), finished_run())
     assert launching.changed_inputs([cell]) == {}
@@ -184,17 +158,6 @@ def test_a_failing_cell_stops_no_other_and_all_failures_are_named(tiny_run):
             assert "Traceback" in cell.folder.error_file.read_text()
     assert "3 of 4 cells failed" in ended.err
     assert ended.out.count("failed") >= 3
-
-
-def test_a_cell_without_the_metrics_that_are_asked_for_is_not_finished(tiny_run):
-    only_loss = compose_sweep(tiny_run("seed=0", "score.metrics=[target_loss]")).cells[0]
-    run.main(only_loss.config)
-    everything = compose_sweep(tiny_run("seed=0")).cells[0]
-    assert only_loss.finished()
-    assert (everything.run_id, everything.finished(), everything.state()) == (only_loss.run_id, False, "interrupted")
-    run.main(everything.config)
-    assert everything.finished()
-    assert "exact_match_strict" in everything.folder.finished_record().scores["validation"].metrics
 
 
 class TestOneProcess:

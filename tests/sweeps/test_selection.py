@@ -65,7 +65,7 @@ def test_a_dropped_cell_is_no_trial(tiny_run, finish):
 
 def test_selection_json_is_read_as_it_was_written(tiny_run, chosen):
     sweep = compose_sweep(tiny_run())
-    write_selection(selection.selection_file(sweep), chosen)
+    write_selection(sweep.selection_file, chosen)
     assert read_selection(sweep.path / "selection.json") == chosen
     tree = json.loads((sweep.path / "selection.json").read_text())
     assert list(tree) == ["sweep", "by", "choices", "searches"]
@@ -86,7 +86,7 @@ def test_without_scores_the_rate_is_chosen_by_loss_unless_the_score_is_asked_for
 
 
 def test_a_damaged_selection_is_one_line_that_names_file_and_key(tiny_run, chosen):
-    file = selection.selection_file(compose_sweep(tiny_run()))
+    file = compose_sweep(tiny_run()).selection_file
     write_selection(file, chosen)
     tree = json.loads(file.read_text())
     file.write_text(json.dumps({**tree, "choices": [{**tree["choices"][0], "lr": "high"}]}))

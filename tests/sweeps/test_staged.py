@@ -7,6 +7,7 @@ from helpers.commands import sweep as sweep_command
 from helpers.sweeping import Here
 
 from tiedlora.errors import UserError
+from tiedlora.keys import from_person
 from tiedlora.records.selection import read_selection
 from tiedlora.runs import run
 from tiedlora.sweeps import selection, staged
@@ -32,7 +33,7 @@ def searched(tiny_run):
 
 def test_it_runs_a_part_of_the_grid_and_scores_only_the_chosen_runs(searched, capsys):
     sweep, launcher = searched
-    selected = read_selection(selection.selection_file(sweep))
+    selected = read_selection(sweep.selection_file)
     ((choice,), (search,)) = selected.choices, selected.searches
     assert (search.seeds, search.rungs, selected.by) == ([0, 1, 2], [2, 4], "loss")
     assert len(launcher.goals) == len(set(launcher.goals))
@@ -59,7 +60,7 @@ def test_the_same_command_continues_and_decides_the_same(searched, tiny_run, tmp
         with pytest.raises(KeyboardInterrupt):
             staged.run_staged(other, OPTIONS, interrupted)
     staged.run_staged(other, OPTIONS, Here())
-    texts = [selection.selection_file(each).read_text() for each in (sweep, other)]
+    texts = [each.selection_file.read_text() for each in (sweep, other)]
     assert texts[0] == texts[1]
     for cell, same in zip(sweep.cells, other.cells, strict=True):
         assert cell.state() == same.state()
@@ -69,7 +70,7 @@ def test_the_same_command_continues_and_decides_the_same(searched, tiny_run, tmp
 
 def test_a_full_grid_continues_the_pruned_runs_exactly_and_trains_no_finished_one(searched, tiny_run, tmp_path):
     sweep, _ = searched
-    decided = selection.selection_file(sweep).read_text()
+    decided = sweep.selection_file.read_text()
     trained = {cell.run_id: cell.folder.result_file.stat().st_mtime_ns for cell in sweep.cells if cell.finished()}
     pruned = [cell for cell in sweep.cells if cell.state() == "pruned"]
     steps = {cell.run_id: cell.folder.checkpoint_step() for cell in pruned}
@@ -87,7 +88,7 @@ def test_a_full_grid_continues_the_pruned_runs_exactly_and_trains_no_finished_on
             logged = [json.loads(line)["step"] for line in same.folder.metrics_file.read_text().splitlines()]
             assert sorted(set(logged)) == list(range(9))
     staged.run_staged(sweep, OPTIONS, Here())
-    assert selection.selection_file(sweep).read_text() == decided
+    assert sweep.selection_file.read_text() == decided
 
 
 def sweep_file(sweep, run_id):
@@ -110,9 +111,9 @@ def test_a_failure_that_is_no_divergence_is_named_and_tried_again(tiny_run, monk
         staged.run_staged(sweep, OPTIONS, failing)
     assert end.value.code == 1
     assert "the disk is full" in capsys.readouterr().err
-    assert read_selection(selection.selection_file(sweep)).choices == []
+    assert read_selection(sweep.selection_file).choices == []
     staged.run_staged(sweep, OPTIONS, Here())
-    assert len(read_selection(selection.selection_file(sweep)).choices) == 1
+    assert len(read_selection(sweep.selection_file).choices) == 1
 
 
 def test_a_rate_outside_the_grid_takes_the_options_of_the_present_start(tiny_run):
@@ -144,7 +145,7 @@ def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, 
     words = tiny_run("train.lr=1e-3,1e-2,1000", "seed=0", "train.clip=null", "train.steps=20")
     sweep = compose_sweep(words)
     staged.run_staged(sweep, OPTIONS, Here())
-    (choice,) = read_selection(selection.selection_file(sweep)).choices
+    (choice,) = read_selection(sweep.selection_file).choices
     assert (choice.lr < 1000, choice.failed, choice.edge) == (True, 1, False)
     assert "1000 diverged" in capsys.readouterr().out
     again = Here()
@@ -155,19 +156,17 @@ def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"rungs": [1.5]}, r"hydra\.sweeper\.rungs=\[1\.5\]: give a list of shares"),
-        ({"finalists": 1}, "must be a whole number of at least 2"),
-        (
-            {"lowest_rate": 2.0},
-            r"hydra\.sweeper\.highest_rate=1\.0: must be a number, and not below .*lowest_rate=2\.0",
-        ),
-        ({"rungs": "ab"}, r"hydra\.sweeper\.rungs=ab: give a list"),
-        ({"lowest_rate": "abc"}, r"hydra\.sweeper\.lowest_rate=abc: must be a number"),
+        ({"rungs": [1.5]}, r"hydra\.sweeper\.rungs\.0=1\.5: must be less than 1"),
+        ({"rungs": "ab"}, r"hydra\.sweeper\.rungs=ab: "),
+        ({"finalists": 1}, r"hydra\.sweeper\.finalists=1: must be greater than or equal to 2"),
+        ({"lowest_rate": 2.0}, r"hydra\.sweeper: highest_rate=1\.0 is below lowest_rate=2\.0"),
+        ({"lowest_rate": "abc"}, r"hydra\.sweeper\.lowest_rate=abc: must be a valid number"),
     ],
 )
 def test_wrong_options_are_one_line(option, message):
+    options = {"rungs": [0.5], "finalists": 2, "lowest_rate": 1e-5, "highest_rate": 1.0, **option}
     with pytest.raises(UserError, match=message):
-        staged.SearchOptions(**{"rungs": [0.5], "finalists": 2, "lowest_rate": 1e-5, "highest_rate": 1.0, **option})
+        from_person(staged.SearchOptions, options, prefix="hydra.sweeper.")
 
 
 @pytest.mark.slow
@@ -184,11 +183,11 @@ def test_as_a_command_and_then_select(tiny_run, script):
     assert "cells to step 2" in ended.err
     assert "cells are scored" in ended.err
     sweep = compose_sweep(words)
-    (choice,) = read_selection(selection.selection_file(sweep)).choices
+    (choice,) = read_selection(sweep.selection_file).choices
     code, out, err = script("scripts/sweep.py", "select", *words)
     assert code == 0, err
     assert f"{choice.lr:g}" in out
-    (tested,) = read_selection(selection.selection_file(sweep)).choices
+    (tested,) = read_selection(sweep.selection_file).choices
     assert (tested.lr, tested.run_ids, tested.test is None) == (choice.lr, choice.run_ids, False)
     # The search has ended: the cells of other rates will not run. A plain sweep of the same cells would run them.
     code, out, _ = script("scripts/sweep.py", "status", *words)

@@ -21,9 +21,8 @@ from tiedlora.records.run_folder import State
 from tiedlora.records.selection import read_selection
 from tiedlora.sweeps import staged, status
 from tiedlora.sweeps.expand import compose_sweep
-from tiedlora.sweeps.selection import selection_file
+from tiedlora.sweeps.launching import work
 from tiedlora.sweeps.watch import Watch, find_sweep, frame, news
-from tiedlora.sweeps.worker import work
 
 HOSTILE = "\x1b]0;title\x07[bold red]markup[/] \u202eevil " + "a" * 10**4
 
@@ -195,7 +194,7 @@ class TestSearches:
         assert view.ended
         assert not any(look.ended for look in looks[:-1])
         assert any(status.counts(look.cells)["paused"] for look in looks)
-        selected = read_selection(selection_file(sweep))
+        selected = read_selection(sweep.selection_file)
         assert len(view.decisions) == sum(len(search.decisions) for search in selected.searches)
         assert any("chosen" in line for line in view.decisions)
         done = {cell.run_id for cell in view.cells if cell.state == "done"}

@@ -16,8 +16,8 @@ from tiedlora.runs import add_scores, run
 from tiedlora.sweeps import launching, status
 from tiedlora.sweeps.control import SweepControl, matching
 from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.sweeps.launching import run_cell, work
 from tiedlora.sweeps.staged import StageLaunches
-from tiedlora.sweeps.worker import run_cell, work
 
 FAILING = ["task.max_target_tokens=1,null", "seed=0,1,2"]
 """The three cells with the limit, which come first, have no row to train on."""
@@ -243,28 +243,6 @@ class TestControl:
         with pytest.raises(SystemExit):
             launching.run_sweep(swept, work)
         assert states(swept) == [*["failed"] * 3, *["done"] * 3]
-
-    @pytest.mark.slow
-    def test_fail_fast_stops_a_running_cell_with_a_checkpoint(self, tiny_run):
-        words = tiny_run("seed=0,1", *LONG)
-        swept = compose_sweep(words)
-        first, second = swept.cells
-        command = sweep_command(*words, "hydra.sweeper.fail_fast=true")
-        wait_until(first.folder.metrics_file.exists)
-        # As a cell in another process does when it fails.
-        fail(second)
-        swept.control.failed(second.run_id)
-        ended = command.ended()
-        assert ended.code == 1, ended.err
-        assert states(swept) == ["interrupted", "failed"]
-        assert list(first.folder.checkpoints.glob("step-*"))
-        assert "1 of 2 cells failed" in ended.err
-
-    def test_a_failure_without_fail_fast_leaves_no_mark(self, tmp_path):
-        control = SweepControl(tmp_path)
-        control.failed("LoRA-1")
-        assert control.first_failure() is None
-        assert not control.stops("LoRA-2")
 
     def test_cells_are_named_by_patterns_of_their_ids(self):
         ids = ["LoRA-r8-s0-a", "LoRA-r8-s1-b"]

@@ -1,8 +1,8 @@
 """Sweeps: many runs from one command.
 
     expand.py, cell_composer.py    from the words of a command to its cells (cells.py)
-    launching.py                   carry a sweep out: freeze its cells, launch workers, name what failed
-    launchers.py, worker.py        where workers run, and what each of them does: it takes the next free cell
+    launching.py                   carry a sweep out: what its command does, and what each worker does
+    launchers.py                   where workers run
     staged.py, staged_search.py    a search of learning rates: what is launched, and the pure decision
     deciding.py                    the seeds that open claims need
     status.py, watch.py            the state of every cell, once or again and again

@@ -21,6 +21,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.reading import typed
 from tiedlora.records.run_folder import RunFolder, RunName, State
 from tiedlora.records.run_record import arm_suffix
+from tiedlora.records.selection import SELECTION_FILE
 from tiedlora.scoring.passes import lacks_scores
 from tiedlora.sweeps.control import SweepControl
 
@@ -146,6 +147,11 @@ class Sweep:
     def path(self) -> Path:
         """The folder of the sweep's frozen cells and its selection."""
         return Path(self.cells[0].config.outputs) / "sweeps" / self.id
+
+    @property
+    def selection_file(self) -> Path:
+        """Where the chosen rates and the decisions of a search are."""
+        return self.path / SELECTION_FILE
 
     def run_ids(self) -> list[str]:
         """The ids of the cells, and of frozen cells that a search has added."""

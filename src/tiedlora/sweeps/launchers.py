@@ -1,6 +1,6 @@
 """The launchers: where the workers of a sweep run. conf/hydra/launcher/ has their options.
 
-All workers do the same (worker.py), so a launcher only starts some, and waits for them. The packages of Ray and
+All workers do the same (launching.py), so a launcher only starts some, and waits for them. The packages of Ray and
 submitit are optional extras, and are imported when they are used.
 """
 
@@ -28,8 +28,7 @@ from tiedlora.config.schema import SLOT_DEVICE
 from tiedlora.errors import UserError
 from tiedlora.keys import is_count
 from tiedlora.sweeps.cells import Goal
-from tiedlora.sweeps.launching import Launch
-from tiedlora.sweeps.worker import STARTS, work
+from tiedlora.sweeps.launching import STARTS, Launch, work
 from tiedlora.training.signals import stopped_by_signals
 
 log = logging.getLogger(__name__)

@@ -1,38 +1,42 @@
-"""Carry out a sweep. Finished cells are skipped, stopped ones continue, and a cell whose worker died is tried again.
+"""Carry out a sweep: what its command does, and what each of its workers does.
 
-A launcher starts workers (worker.py) in this process, in other processes, or on other machines. What they have done is
-read only from the cells' folders.
+Finished cells are skipped, stopped ones continue, and a cell whose worker died is tried again. A launcher
+(launchers.py) starts workers in this process, in other processes, or on other machines. What they have done is read
+only from the cells' folders.
+
+A worker takes the next free cell and carries it out, until no cell is free. It holds the lock of its cell from the
+first moment, so no second one takes it. The lock ends with its process. A worker that was killed leaves a mark
+(control.py), and the cell is tried once more by another one.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tiedlora import storage
-from tiedlora.config.schema import TaskConfig
-from tiedlora.errors import UserError
+from tiedlora.config.identity import run_id
+from tiedlora.config.schema import Config, TaskConfig
+from tiedlora.errors import StoppedEarly, UserError, drop_output, output_is_closed
+from tiedlora.records.run_folder import Busy, RunFolder
+from tiedlora.runs import run
 from tiedlora.runs.inputs import check_same_inputs
 from tiedlora.sweeps import status
-from tiedlora.sweeps.cells import Goal, Sweep, SweepCell
+from tiedlora.sweeps.cells import ENDED, Goal, Sweep, SweepCell
 from tiedlora.sweeps.control import SweepControl
-from tiedlora.sweeps.worker import STARTS, is_open
 from tiedlora.tasks import load_examples, load_task
-from tiedlora.text import clock
+from tiedlora.text import visible
+from tiedlora.training.signals import also_stopped_by
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_CHECKS = 1.0
 """The time between two checks of a cell that another process is working on."""
-SECONDS_BETWEEN_COUNTS = 2.0
-LARGEST_SHARE = 0.02
-"""Most of the time that is spent on counting: the files of ten thousand cells take seconds on a network file system."""
+STARTS = 2
+"""How often a cell is started if its worker dies without leaving an error."""
 
 Launch = Callable[[Path, Sequence[Goal]], None]
 """Starts workers on the goals of a sweep's folder, and returns when all have ended. It raises an error if one of them
@@ -62,8 +66,7 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
     numbers = len(sweep.cells), len(finished), len(wanted)
     log.info("%s: %d cells, %d finished before, %d to run", sweep.id, *numbers)
     try:
-        with logged_progress(sweep):
-            launch_cells(unfinished, launch, control)
+        launch_cells(unfinished, launch, control)
     except KeyboardInterrupt:
         print(status.summary_line(sweep.id, status.statuses(sweep.cells, control)))
         raise
@@ -173,43 +176,91 @@ def changed_inputs(cells: Iterable[SweepCell]) -> dict[str, str]:
     return changes
 
 
-@contextmanager
-def logged_progress(sweep: Sweep) -> Iterator[None]:
-    """Inside the context, log a line whenever a cell of the sweep ends, under any launcher."""
-    leave = threading.Event()
-    thread = threading.Thread(target=_log_progress, args=(sweep, leave), daemon=True)
-    thread.start()
+def work(folder: Path, goals: Sequence[Goal]) -> None:
+    """Carry out cells until none of them is free: each has ended, was dropped, or another worker is at it.
+
+    Args:
+        folder: the sweep's folder, with the frozen configurations of the cells.
+
+    Raises:
+        KeyboardInterrupt: the sweep was asked to stop; a checkpoint is written.
+    """
+    control, waiting, before = SweepControl(folder), list(goals), len(goals) + 1
+    while len(waiting) < before:
+        before = len(waiting)
+        waiting = [goal for goal in waiting if not _take(folder, goal, control)]
+
+
+def _take(folder: Path, goal: Goal, control: SweepControl) -> bool:
+    """Carry out the cell if it is free and has not ended. False if another process works on it."""
+    if control.stops(goal.run_id):
+        return True
     try:
-        yield
-    finally:
-        leave.set()
-        thread.join()
+        # The folder is outputs/sweeps/SWEEP.
+        with RunFolder(folder.parents[1] / goal.run_id).locked(patience=0):
+            killed = control.starts(goal.run_id)
+            control.note_start(goal.run_id, killed + 1)
+            try:
+                cell = goal.cell(folder)
+                if is_open(cell, control):
+                    _carry_out(cell, killed, control)
+            finally:
+                control.note_end(goal.run_id)
+    except Busy:
+        return False
+    return True
 
 
-def _log_progress(sweep: Sweep, leave: threading.Event) -> None:
-    begun, pause = time.monotonic(), SECONDS_BETWEEN_COUNTS
-    first = last = _ended(sweep)
-    while not leave.wait(pause):
-        started = time.monotonic()
-        if (now := _ended(sweep)) != last:
-            last, total = now, len(sweep.cells)
-            line = f"{sweep.id}: {now['done']} of {total} done"
-            line += "".join(f", {now[state]} {state}" for state in ("failed", "pruned") if now[state])
-            if (done := now["done"] - first["done"]) > 0:
-                left = (started - begun) / done * (total - now["done"] - now["failed"])
-                line += f", about {clock(left)} left"
-            log.info("%s", line)
-        pause = max(SECONDS_BETWEEN_COUNTS, (time.monotonic() - started) / LARGEST_SHARE)
+def is_open(cell: SweepCell, control: SweepControl) -> bool:
+    """Whether a worker may take the cell: it has not ended since this command began, and may start."""
+    state = cell.state()
+    has_ended = state in ENDED and (state != "failed" or control.is_new(cell.folder.error_file))
+    return not has_ended and not control.stops(cell.run_id)
 
 
-def _ended(sweep: Sweep) -> Counter[str]:
-    """How many cells are done, have failed, or were stopped by a search. It takes no lock, which a worker may need."""
-    ended: Counter[str] = Counter()
-    for folder in (cell.folder for cell in sweep.cells):
-        if folder.result_file.exists():
-            ended["done"] += 1
-        elif folder.error_file.exists():
-            ended["failed"] += 1
-        elif folder.pruned_file.exists():
-            ended["pruned"] += 1
-    return ended
+def _carry_out(cell: SweepCell, killed: int, control: SweepControl) -> None:
+    """Carry out a cell of which so many workers were killed."""
+    if killed >= STARTS:
+        message = f"The worker ended {STARTS} times without a result or an error: killed, or out of memory?"
+        storage.write_bytes(cell.folder.error_file, f"{message}\n".encode())
+        control.failed(cell.run_id)
+        return
+    if killed:
+        log.warning("%s: once more, because its worker was killed", cell.run_id)
+    run_cell(cell.config, control)
+
+
+def run_cell(config: Config, control: SweepControl) -> None:
+    """Carry out one cell. A failure is written to error.txt in the cell's folder, where the sweep reads it.
+
+    A failure is not raised, because a launcher would keep the exception, and with it the tensors of the failed cell.
+
+    Raises:
+        KeyboardInterrupt: the sweep was asked to stop; a checkpoint is written.
+    """
+    folder = RunFolder(Path(config.outputs) / run_id(config))
+    stopped = control.stop_condition(folder.path.name)
+    try:
+        with also_stopped_by(stopped):
+            run.main(config)
+    except StoppedEarly:
+        if not stopped():
+            # After an Exception, a worker continues with the next cell; after a KeyboardInterrupt, it stops.
+            raise KeyboardInterrupt from None
+        log.info("%s: stopped with a checkpoint, because it was dropped or another cell failed", folder.path.name)
+        return
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and output_is_closed():
+            # The sweep is piped into a program such as `head`, which has ended. That is no failure of the cell.
+            drop_output()
+            raise KeyboardInterrupt from None
+        folder.write_error()
+        control.failed(folder.path.name)
+        log.error("%s failed: %s", folder.path.name, visible(" ".join(f"{type(error).__name__}: {error}".split())))
+    else:
+        return
+    # Here, and not in the block above, where the exception still holds the frames and tensors of the failed cell. It
+    # imports torch, which a cell that is finished does not need.
+    from tiedlora.models.device import free_memory
+
+    free_memory()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean
 
 from tiedlora.analysis.rate_choice import ChosenRate, RateTrial, choose_rate
@@ -17,7 +16,6 @@ from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores
 from tiedlora.records.selection import (
     LOSS,
-    SELECTION_FILE,
     RateChoice,
     Selection,
     read_selection,
@@ -186,54 +184,35 @@ def _scored_on_test(cell: SweepCell) -> SplitScores:
     return record.scores["test"]
 
 
-def written(sweep: Sweep, searched: bool = False) -> Selection | None:
-    """The sweep's selection.json; None if there is none.
-
-    Args:
-        searched: only one that a search has written.
+def searched_rates(sweep: Sweep) -> Selection | None:
+    """The choices of the staged sweeper; None if it has made none.
 
     Raises:
-        UserError: selection.json is damaged.
+        UserError: selection.json is damaged, or the search has not chosen a rate for every configuration.
     """
-    path = selection_file(sweep)
-    selected = read_selection(path) if path.exists() else None
-    return None if searched and selected is not None and not selected.searches else selected
-
-
-def check_search_is_over(sweep: Sweep, selected: Selection) -> None:
-    """Raises UserError if a search has not chosen a rate for every configuration."""
+    path = sweep.selection_file
+    if not path.exists() or not (selected := read_selection(path)).searches:
+        return None
     if (left := len(selected.searches) - len(selected.choices)) > 0:
         raise UserError(
-            f"{selection_file(sweep)}: {left} of {len(selected.searches)} configurations have no chosen rate yet; run "
-            "the staged sweep's command first"
+            f"{path}: {left} of {len(selected.searches)} configurations have no chosen rate yet; run the staged "
+            "sweep's command first"
         )
+    return selected
 
 
-def selection_file(sweep: Sweep) -> Path:
-    """The path of a sweep's selection.json."""
-    return sweep.path / SELECTION_FILE
-
-
-def decision_lines(selected: Selection | None, actions: Container[str] | None = None) -> list[str]:
-    """What the sweeper has decided and why, in the order of its searches; or the rates that `select` has chosen.
+def decision_lines(selected: Selection, actions: Container[str] | None = None) -> list[str]:
+    """What the staged sweeper has decided and why, in the order of its searches.
 
     Args:
-        actions: those of a search that are wanted; None takes all.
+        actions: those that are wanted; None takes all.
     """
-    if selected is None:
-        return []
     lines = []
     for search in selected.searches:
         for made in (made for made in search.decisions if actions is None or made.action in actions):
             seed = "" if made.seed is None else f", seed {made.seed}"
             step = "" if made.step is None else f", step {made.step}"
             lines.append(f"{search.group}: {made.lr:g} {made.action}{seed}{step}: {made.reason}")
-    if not selected.searches:
-        lines += [
-            f"{choice.configuration} r={choice.rank} on {choice.task}, {choice.model}: "
-            f"{choice.lr:g} chosen: {choice.metric} {choice.value:.3f}, the best of {len(choice.lrs)} rates"
-            for choice in selected.choices
-        ]
     return [visible(line[:LONGEST_MESSAGE]) for line in lines]
 
 

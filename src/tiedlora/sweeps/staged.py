@@ -12,14 +12,14 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
-from omegaconf import ListConfig
+from pydantic import Field
 
 from tiedlora import storage
 from tiedlora.analysis.intervals import RowLosses
 from tiedlora.errors import UserError
-from tiedlora.keys import is_count
-from tiedlora.records.reading import is_number
+from tiedlora.keys import Count, Number
 from tiedlora.records.rows import read_validation_losses
 from tiedlora.records.selection import LOSS, RateChoice, RateSearch, Selection, write_selection
 from tiedlora.sweeps import selection
@@ -40,39 +40,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """The options of the staged sweeper.
+    """The options of the staged sweeper (conf/hydra/sweeper/staged.yaml), as `from_person` checks them."""
 
-    Raises:
-        UserError: a value is not allowed.
-    """
-
-    rungs: Sequence[float]
+    rungs: Sequence[Annotated[Number, Field(gt=0, lt=1)]]
     """Shares of the steps, after which rates that are clearly behind stop."""
-    finalists: int
+    finalists: Annotated[Count, Field(ge=2)]
     """The most rates that run at the second seed."""
-    lowest_rate: float
+    lowest_rate: Annotated[Number, Field(gt=0)]
     """The bounds of rates outside the grid."""
-    highest_rate: float
+    highest_rate: Number
 
     def __post_init__(self) -> None:
-        is_list = isinstance(self.rungs, list | tuple | ListConfig)
-        rules = {
-            "rungs": "give a list of shares of the steps between 0 and 1, or []",
-            "finalists": "must be a whole number of at least 2",
-            "lowest_rate": "must be a number above 0",
-            "highest_rate": f"must be a number, and not below hydra.sweeper.lowest_rate={self.lowest_rate}",
-        }
-        is_allowed = {
-            "rungs": is_list and all(is_number(rung) and 0 < rung < 1 for rung in self.rungs),
-            "finalists": is_count(self.finalists) and self.finalists > 1,
-            "lowest_rate": is_number(self.lowest_rate) and self.lowest_rate > 0,
-        }
-        is_allowed["highest_rate"] = is_number(self.highest_rate) and (
-            not is_allowed["lowest_rate"] or self.highest_rate >= self.lowest_rate
-        )
-        for name, rule in rules.items():
-            if not is_allowed[name]:
-                raise UserError(f"hydra.sweeper.{name}={getattr(self, name)}: {rule}")
+        if self.highest_rate < self.lowest_rate:
+            raise ValueError(f"highest_rate={self.highest_rate} is below lowest_rate={self.lowest_rate}")
 
 
 class Search:
@@ -252,7 +232,7 @@ def run_searches(sweep: Sweep, searches: Sequence[Search], launches: StageLaunch
         for search in searches:
             search.decide()
         _mark_pruned(searches)
-        write_selection(selection.selection_file(sweep), selection_of(sweep, searches))
+        write_selection(sweep.selection_file, selection_of(sweep, searches))
         asked = [cell for search in searches for cell in search.asked()]
         if not launches.run(asked, _stage_line(searches)):
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import mean
 
 from tiedlora.config.sizes import trainable_params
@@ -12,7 +13,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import State
-from tiedlora.records.selection import Selection
+from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 from tiedlora.scoring.passes import lacks_scores
 from tiedlora.sweeps.cells import Sweep, SweepCell, rate_groups
 from tiedlora.sweeps.control import SweepControl
@@ -70,6 +71,7 @@ class Searched:
     """What a search of learning rates has decided about the cells of its sweep."""
 
     def __init__(self, selected: Selection, cells: Iterable[SweepCell]) -> None:
+        self.selection = selected
         self.chosen = {run_id for choice in selected.choices for run_id in choice.run_ids}
         self.rungs = {step for search in selected.searches for step in search.rungs}
         without = {s.group for s in selected.searches if any(made.action == "none" for made in s.decisions)}
@@ -81,6 +83,17 @@ class Searched:
             ids = {cell.run_id for cell in group}
             if ids & self.chosen or group[0].name.group in without:
                 self.unneeded |= ids - self.chosen
+
+
+def read_search(folder: Path, cells: Iterable[SweepCell]) -> Searched | None:
+    """What a search has decided in the sweep of this folder; None if there is no search.
+
+    Raises:
+        UserError: selection.json is damaged.
+    """
+    file = folder / SELECTION_FILE
+    selected = read_selection(file) if file.is_file() else None
+    return Searched(selected, cells) if selected is not None and selected.searches else None
 
 
 def statuses(cells: Iterable[SweepCell], control: SweepControl, searched: Searched | None = None) -> list[CellStatus]:

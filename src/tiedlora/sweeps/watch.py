@@ -19,12 +19,11 @@ from rich.text import Text
 
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import State
-from tiedlora.records.selection import SELECTION_FILE, read_selection
 from tiedlora.sweeps import status
 from tiedlora.sweeps.cells import SweepCell, frozen_cell
 from tiedlora.sweeps.control import SweepControl
 from tiedlora.sweeps.selection import decision_lines
-from tiedlora.sweeps.status import CellStatus, Searched
+from tiedlora.sweeps.status import CellStatus
 from tiedlora.text import visible
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -112,9 +111,7 @@ class Watch:
             if path.stem not in self._cells:
                 self._cells[path.stem] = frozen_cell(self.folder, path.stem)
         in_order = sorted(self._cells.values(), key=lambda cell: (cell.name, cell.run_id))
-        file = self.folder / SELECTION_FILE
-        selected = read_selection(file) if file.is_file() else None
-        searched = Searched(selected, in_order) if selected and selected.searches else None
+        searched = status.read_search(self.folder, in_order)
         cells = [self._done.get(cell.run_id) or status.status_of(cell, self.control, searched) for cell in in_order]
         is_decided = searched is None or searched.is_over
         if is_decided:
@@ -126,7 +123,7 @@ class Watch:
         return SweepView(
             id=visible(self.folder.name),
             cells=cells,
-            decisions=decision_lines(selected),
+            decisions=[] if searched is None else decision_lines(searched.selection),
             stopped_by=None if stopped_by is None else visible(stopped_by),
             ended=is_idle and not has_work and is_decided,
         )
