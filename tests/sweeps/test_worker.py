@@ -17,7 +17,7 @@ from tiedlora.sweeps import launching, status
 from tiedlora.sweeps.control import SweepControl, matching
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import run_cell, work
-from tiedlora.sweeps.staged import StageLaunches
+from tiedlora.sweeps.staged import SearchOptions, StagedSweep
 
 FAILING = ["task.max_target_tokens=1,null", "seed=0,1,2"]
 """The three cells with the limit, which come first, have no row to train on."""
@@ -173,7 +173,7 @@ class TestOthers:
 
     def test_a_search_waits_for_a_cell_that_another_command_runs_again(self, tiny_run):
         swept = compose_sweep(tiny_run())
-        launches = StageLaunches(swept, work, False)
+        launches = StagedSweep(swept, SearchOptions((), 2, 1e-5, 1.0), work, False)
         asked = [swept.cells[0].until(2, [])]
         assert launches.run(asked, "one cell")
         assert asked[0].state() == "paused"

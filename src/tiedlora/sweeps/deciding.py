@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tiedlora import storage
 from tiedlora.analysis import claims as claim_files
@@ -26,16 +25,7 @@ from tiedlora.keys import is_count
 from tiedlora.records.selection import RateChoice
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.launching import Launch
-from tiedlora.sweeps.staged import (
-    Search,
-    SearchOptions,
-    StageLaunches,
-    end_searches,
-    run_searches,
-    searches_of,
-    selection_of,
-    summary,
-)
+from tiedlora.sweeps.staged import Search, SearchOptions, StagedSweep
 
 PLAN_FILE, VERDICTS_FILE = "plan.json", "verdicts.json"
 """What a deciding sweep writes into its folder before the first run, and at its end."""
@@ -91,25 +81,23 @@ def run_deciding(
     for claim in planned:
         if claim.rule.needs_zero and claim.floor is None and not all(cell.config.score.base for cell in sweep.cells):
             raise UserError(f"score.base=false: the claim '{claim.name}' needs the scores of the base model")
-    plan = plan_of(path, planned, budget)
-    _write_plan(sweep, plan)
-    launches = StageLaunches(sweep, launch, fail_fast)
-    searches = searches_of(sweep, options, plan["search_seeds"])
-    run_searches(sweep, searches, launches)
-    used = {cell.run_id for search in searches for cell in [*search.runs(), *_ended_looks(planned, search)]}
+    seeds = _write_plan(sweep, path, planned, budget)
+    staged = StagedSweep(sweep, options, launch, fail_fast, seeds)
+    staged.search()
+    used = {cell.run_id for search in staged.searches for cell in [*search.runs(), *_ended_looks(planned, search)]}
     while True:
-        states = claim_states(planned, sweep, searches)
+        states = claim_states(planned, staged)
         needed = {cell.run_id: cell for state in states for cell in state.needed}
         spent = budget is not None and len(used | set(needed)) > budget
         what = f"{len(needed)} cells for the next looks of {sum(bool(state.needed) for state in states)} claims"
-        if spent or not launches.run(list(needed.values()), what):
+        if spent or not staged.run(list(needed.values()), what):
             break
         used |= set(needed)
     storage.write_json(sweep.path / VERDICTS_FILE, [_to_json(state) for state in states])
-    print(f"\n{summary(selection_of(sweep, searches))}\n")
+    print(f"\n{staged.summary()}\n")
     print("\n".join(map(str, states)))
     print(f"{len(used)} runs in all" + (f"; the budget of {budget} runs is spent" if spent else ""))
-    end_searches(searches, launches, () if spent else tuple(needed.values()))
+    staged.end(() if spent else tuple(needed.values()))
 
 
 def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
@@ -147,10 +135,17 @@ def _needed(claim: Claim) -> list[Side]:
     return [claim.method, claim.comparator, *([claim.floor] if claim.floor and claim.rule.needs_zero else [])]
 
 
-def plan_of(path: Path, claims: Sequence[Claim], budget: int | None) -> dict[str, Any]:
-    """What is fixed before the first run, as plan.json has it. Rates are searched at the seeds of the earliest look."""
+def _write_plan(sweep: Sweep, path: Path, claims: Sequence[Claim], budget: int | None) -> list[int]:
+    """Write plan.json before the first run, or compare it with the one that was written then.
+
+    Returns:
+        The seeds at which rates are searched: those of the earliest look.
+
+    Raises:
+        UserError: another plan was written.
+    """
     first = min(claims, key=lambda claim: claim.plan.looks[0])
-    return {
+    plan = {
         "claims_file": path.name,
         "claims_sha256": storage.sha256(path),
         "claims": [
@@ -166,31 +161,24 @@ def plan_of(path: Path, claims: Sequence[Claim], budget: int | None) -> dict[str
         "search_seeds": list(first.plan.of_look(0)),
         "budget": budget,
     }
-
-
-def _write_plan(sweep: Sweep, plan: dict[str, Any]) -> None:
-    """Write the plan before the first run, or compare it with the one that was written then.
-
-    Raises:
-        UserError: another plan was written.
-    """
-    path = sweep.path / PLAN_FILE
-    if not path.exists():
-        storage.write_json(path, plan)
-    elif (written := storage.read_json(path)) != plan:
+    file = sweep.path / PLAN_FILE
+    if not file.exists():
+        storage.write_json(file, plan)
+    elif (written := storage.read_json(file)) != plan:
         different = ", ".join(key for key in plan if plan[key] != written.get(key))
         raise UserError(
-            f"{path}: was written before the first run with other values of {different}; restore them, or take another "
+            f"{file}: was written before the first run with other values of {different}; restore them, or take another "
             "outputs= for a new plan with new seeds"
         )
+    return list(first.plan.of_look(0))
 
 
-def claim_states(claims: Sequence[Claim], sweep: Sweep, searches: Sequence[Search]) -> list[ClaimState]:
+def claim_states(claims: Sequence[Claim], staged: StagedSweep) -> list[ClaimState]:
     """The answer to every claim from the chosen runs of this sweep, and the runs that open claims need next."""
     owners: dict[str, tuple[Search, RateChoice]] = {}
     runs: list[Run] = []
     left_out: list[LeftOut] = []
-    for search in searches:
+    for search in staged.searches:
         if (choice := search.choice()) is None:
             continue
         for seed in _all_seeds(claims):
@@ -199,7 +187,7 @@ def claim_states(claims: Sequence[Claim], sweep: Sweep, searches: Sequence[Searc
             if folder.path.exists():
                 run = read_run(folder.path)
                 runs.append(run) if isinstance(run, Run) else left_out.append(run)
-    groups, book, states = group_runs(runs, left_out, [selection_of(sweep, searches)]), Scorebook(), []
+    groups, book, states = group_runs(runs, left_out, [staged.selection()]), Scorebook(), []
     for claim in claims:
         for answer in answer_claims([claim], groups, book):
             needed: tuple[SweepCell, ...] = ()

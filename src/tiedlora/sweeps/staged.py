@@ -149,38 +149,63 @@ def observation(cell: SweepCell) -> Observation:
     )
 
 
-def searches_of(sweep: Sweep, options: SearchOptions, seeds: Sequence[int] | None = None) -> list[Search]:
-    """The searches of a sweep: one for each model, task, configuration and rank.
+class StagedSweep:
+    """The searches of a sweep, one for each model, task, configuration and rank, and the launches of one command.
+
+    Each run is launched at most once for each goal: one that has failed is launched again by the next command.
 
     Args:
+        fail_fast: as for run_sweep.
         seeds: the seeds in the order of use; None takes those of the grid.
+
+    Raises:
+        UserError: the runs are trained from a reward.
     """
-    if any(cell.config.objective.name == "reward" for cell in sweep.cells):
-        raise UserError(
-            "hydra.sweeper: a search of rates compares validation losses of references, and objective=reward does not "
-            "lower them; run a grid of rates with hydra/sweeper=resuming, and choose with scripts/sweep.py select"
-        )
-    searches: list[Search] = []
-    for cells in rate_groups(sweep.cells).values():
-        name = cells[0].name.group
-        # Two groups can have the same name, if they differ in another key.
-        alike = sum(search.name.split(" (")[0] == name for search in searches)
-        searches.append(Search(f"{name} ({alike + 1})" if alike else name, cells, options, seeds))
-    return searches
 
-
-class StageLaunches:
-    """The launches of one command. Each run is launched at most once for each goal: one that has failed is launched
-    again by the next command."""
-
-    def __init__(self, sweep: Sweep, launch: Launch, fail_fast: bool) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        options: SearchOptions,
+        launch: Launch,
+        fail_fast: bool,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
+        if any(cell.config.objective.name == "reward" for cell in sweep.cells):
+            raise UserError(
+                "hydra.sweeper: a search of rates compares validation losses of references, and objective=reward does "
+                "not lower them; run a grid of rates with hydra/sweeper=resuming, and choose with scripts/sweep.py "
+                "select"
+            )
         self.sweep, self.launch, self.control = sweep, launch, sweep.control
-        self.finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
+        self._finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
         """The runs that this command has found finished. Their inputs are checked at the end."""
         sweep.freeze()
         self.control.start(fail_fast)
         self._grid = {cell.run_id for cell in sweep.cells}
         self._launched: set[Goal] = set()
+        self.searches: list[Search] = []
+        for cells in rate_groups(sweep.cells).values():
+            name = cells[0].name.group
+            # Two groups can have the same name, if they differ in another key.
+            alike = sum(search.name.split(" (")[0] == name for search in self.searches)
+            self.searches.append(Search(f"{name} ({alike + 1})" if alike else name, cells, options, seeds))
+
+    def search(self) -> None:
+        """Launch what the searches ask for until they have ended, or need a run that has failed."""
+        while True:
+            for search in self.searches:
+                search.decide()
+            self._mark_pruned()
+            write_selection(self.sweep.selection_file, self.selection())
+            # Such as `21 cells to step 20, 2 cells to the end`.
+            goals = Counter(
+                "are scored" if request.score else f"to step {request.until}" if request.until else "to the end"
+                for search in self.searches
+                for request in search.stage.requests
+            )
+            what = ", ".join(f"{count} cells {goal}" for goal, count in goals.items())
+            if not self.run([cell for search in self.searches for cell in search.asked()], what):
+                return
 
     def run(self, cells: Sequence[SweepCell], what: str) -> bool:
         """Launch the cells that are new, and return when they have ended. Whether the searches should decide again.
@@ -207,6 +232,46 @@ class StageLaunches:
         launch_cells(new, self.launch, self.control)
         return True
 
+    def selection(self) -> Selection:
+        """The choices and decisions so far."""
+        choices = [choice for search in self.searches if (choice := search.choice()) is not None]
+        return Selection(self.sweep.id, "loss", choices, [search.recorded() for search in self.searches])
+
+    def summary(self) -> str:
+        """The chosen rates as a table, after the decisions that a reader should know."""
+        selected = self.selection()
+        notes = selection.decision_lines(selected, ("diverged", "outward", "edge", "fallback", "none"))
+        return "\n".join([*notes, *([""] if notes else []), selection.table(selected.choices)])
+
+    def end(self, unfinished: Sequence[SweepCell] = ()) -> None:
+        """End the command.
+
+        Args:
+            unfinished: runs that are missing, in addition to those that the searches need.
+
+        Raises:
+            SystemExit: as run_staged.
+        """
+        asked = [*(cell for search in self.searches for cell in search.asked()), *unfinished]
+        used = [cell for search in self.searches for cell in search.used()]
+        errors = {cell.run_id: _why_unfinished(cell, self.control) for cell in asked}
+        errors.update(changed_inputs(cell for cell in used if cell.run_id in self._finished_before))
+        without = [search.name for search in self.searches if not search.stage.requests and search.stage.chosen is None]
+        for name in without:
+            print(f"{name}: every rate diverged; add lower ones with train.lr=", file=sys.stderr)
+        end_with(errors, len(used) + len(asked), self.control.first_failure())
+        if without:
+            raise SystemExit(1)
+
+    def _mark_pruned(self) -> None:
+        """Write pruned.txt, which is the state `pruned`, for the stopped runs that nothing has continued since."""
+        for search in self.searches:
+            for made in search.stage.decisions:
+                if made.action == "stopped" and made.seed is not None:
+                    cell = search.cell(made.lr, made.seed)
+                    if cell.folder.state() == "interrupted":
+                        storage.write_bytes(cell.folder.pruned_file, f"{made.reason}\n".encode())
+
 
 def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch, fail_fast: bool = False) -> None:
     """Carry out the staged sweep, then print the chosen rates. The same command continues a stopped one.
@@ -219,70 +284,10 @@ def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch, fail_fast: 
         SystemExit: with code 1, after naming every cell that failed and every configuration without a usable rate.
         KeyboardInterrupt: the sweep was asked to stop.
     """
-    launches = StageLaunches(sweep, launch, fail_fast)
-    searches = searches_of(sweep, options)
-    run_searches(sweep, searches, launches)
-    print(f"\n{summary(selection_of(sweep, searches))}")
-    end_searches(searches, launches)
-
-
-def run_searches(sweep: Sweep, searches: Sequence[Search], launches: StageLaunches) -> None:
-    """Launch what the searches ask for until they have ended, or need a run that has failed."""
-    while True:
-        for search in searches:
-            search.decide()
-        _mark_pruned(searches)
-        write_selection(sweep.selection_file, selection_of(sweep, searches))
-        asked = [cell for search in searches for cell in search.asked()]
-        if not launches.run(asked, _stage_line(searches)):
-            return
-
-
-def end_searches(searches: Sequence[Search], launches: StageLaunches, unfinished: Sequence[SweepCell] = ()) -> None:
-    """End the command.
-
-    Args:
-        unfinished: runs that are missing, in addition to those that the searches need.
-
-    Raises:
-        SystemExit: as run_staged.
-    """
-    asked = [*(cell for search in searches for cell in search.asked()), *unfinished]
-    used = [cell for search in searches for cell in search.used()]
-    errors = {cell.run_id: _why_unfinished(cell, launches.control) for cell in asked}
-    errors.update(changed_inputs(cell for cell in used if cell.run_id in launches.finished_before))
-    without = [search.name for search in searches if not search.stage.requests and search.stage.chosen is None]
-    for name in without:
-        print(f"{name}: every rate diverged; add lower ones with train.lr=", file=sys.stderr)
-    end_with(errors, len(used) + len(asked), launches.control.first_failure())
-    if without:
-        raise SystemExit(1)
-
-
-def _mark_pruned(searches: Sequence[Search]) -> None:
-    """Write pruned.txt, which is the state `pruned`, for the stopped runs that nothing has continued since."""
-    for search in searches:
-        for made in search.stage.decisions:
-            if made.action == "stopped" and made.seed is not None:
-                cell = search.cell(made.lr, made.seed)
-                if cell.folder.state() == "interrupted":
-                    storage.write_bytes(cell.folder.pruned_file, f"{made.reason}\n".encode())
-
-
-def selection_of(sweep: Sweep, searches: Sequence[Search]) -> Selection:
-    """The choices and decisions so far."""
-    choices = [choice for search in searches if (choice := search.choice()) is not None]
-    return Selection(sweep.id, "loss", choices, [search.recorded() for search in searches])
-
-
-def _stage_line(searches: Sequence[Search]) -> str:
-    """What runs next, such as `21 cells to step 20, 2 cells to the end`."""
-    goals = Counter(
-        "are scored" if request.score else f"to step {request.until}" if request.until else "to the end"
-        for search in searches
-        for request in search.stage.requests
-    )
-    return ", ".join(f"{count} cells {goal}" for goal, count in goals.items())
+    staged = StagedSweep(sweep, options, launch, fail_fast)
+    staged.search()
+    print(f"\n{staged.summary()}")
+    staged.end()
 
 
 def _why_unfinished(cell: SweepCell, control: SweepControl) -> str:
@@ -295,9 +300,3 @@ def _why_unfinished(cell: SweepCell, control: SweepControl) -> str:
     if cell.finished():
         return "its validation_losses.jsonl lacks losses that the search needs; delete its folder, and start again"
     return "stopped without the losses or scores that the search needs; the same command continues it"
-
-
-def summary(selected: Selection) -> str:
-    """The chosen rates as a table, after the decisions that a reader should know."""
-    notes = selection.decision_lines(selected, ("diverged", "outward", "edge", "fallback", "none"))
-    return "\n".join([*notes, *([""] if notes else []), selection.table(selected.choices)])

@@ -172,7 +172,7 @@ def _looks(sweep: Watch) -> Iterator[SweepView]:
 def frame(view: SweepView) -> Group:
     """The screen: a terminal that is too small for it shows its beginning."""
     lines = [Text(view.summary(), style="bold"), *([] if view.ended else [Text("Ctrl-C leaves", style="dim")])]
-    failed = status.unfinished_lines(cell for cell in view.cells if cell.state == State.FAILED)
+    failed = [status.line(cell) for cell in view.cells if cell.state == State.FAILED]
     for title, listed in (("Failed", failed[:LISTED]), ("Decided", view.decisions[-LISTED:])):
         if listed:
             lines += [
