@@ -53,7 +53,6 @@ TRAIN = {
     "a pattern that is none": ("tying=peft/vera 'tying.no_decay=[\"[\"]'", "is no regular expression"),
     "a factor of another method": ("tying=peft/vera train.lr_factor.A=2", "has no part A; use tying.lr_factors="),
     "a quantised base": ("tying=peft/vera model.quantization=nf4", "needs the whole model, unquantised"),
-    "a folder without a method": ("tying=peft tying.config=nowhere", "nowhere/adapter_config.json: is missing"),
     # Models and tasks
     "a model that is no folder": ("model.path=nowhere", "must be a folder with config.json, tokenizer.json and"),
     "a model of numbers": ("model=gpt2b_001", "this option is only for scripts/params.py"),

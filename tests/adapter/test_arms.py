@@ -208,16 +208,6 @@ def test_the_identity_has_all_arguments_and_not_the_budget():
     )
 
 
-def test_a_folder_of_peft_is_a_configuration(tmp_path):
-    from peft import VeraConfig
-
-    VeraConfig(r=192, target_modules=["q_proj", "v_proj"], projection_prng_key=3).save_pretrained(tmp_path)
-    config = composed(["tying=peft", f"tying.config={tmp_path}", "model=smollm2_135m"])
-    assert config.tying.method == "VeraConfig"
-    assert config.tying.resolved["target_modules"] == ["q_proj", "v_proj"]
-    assert config.tying.resolved["projection_prng_key"] == 3
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -14,10 +14,8 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
-from tiedlora import storage
 from tiedlora.config.families import layout_of
 from tiedlora.config.schema import Config, RankConfig, TyingConfig
 from tiedlora.errors import UserError
@@ -25,7 +23,7 @@ from tiedlora.tying import Architecture
 
 REGISTERED: dict[str, Any] = {}
 """Kind -> how it is made. adapter/arms.py has the type, and the function that registers one."""
-METHOD_KEYS = ("arguments", "config", "resolved", "knob", "lr_factors", "no_decay")
+METHOD_KEYS = ("arguments", "resolved", "knob", "lr_factors", "no_decay")
 """The keys under `tying.` that only another method uses."""
 SEED_ARGUMENTS = ("projection_prng_key", "projection_seed", "proj_seed", "random_loc_seed", "random_seed")
 """PEFT's names for the seed of a method's frozen random parts. The run's seed is taken, unless the user sets one: with
@@ -60,10 +58,8 @@ def complete_method(config: Config) -> Config:
         UserError: the method or an argument is unknown, or PEFT is missing.
     """
     tying = config.tying
-    if tying.config is not None and tying.resolved is None:
-        tying = _with_file(tying)
     if tying.method == "":
-        raise UserError("tying=peft: names no method; add tying.method=NAME, or tying.config=FOLDER")
+        raise UserError("tying=peft: names no method; add tying.method=NAME")
     if tying.method is None:
         for name in METHOD_KEYS:
             if getattr(tying, name) is not None:
@@ -182,26 +178,6 @@ def module_names(tying: TyingConfig, architecture: Architecture) -> list[str]:
                 )
             names.append(path)
     return names
-
-
-def _with_file(tying: TyingConfig) -> TyingConfig:
-    """The method and the arguments of an adapter_config.json. `tying.arguments` wins over them."""
-    assert tying.config is not None
-    path = Path(tying.config).expanduser() / PEFT_FILE
-    tree = storage.read_json(path)
-    method = tree.get("peft_type")
-    if not isinstance(method, str):
-        raise UserError(f"{path}: has no peft_type, so it is no configuration of PEFT")
-    kind = peft_class(method)
-    known = set(inspect.signature(kind).parameters)
-    arguments = {
-        name: sorted(value) if name == "target_modules" and isinstance(value, list) else value
-        for name, value in tree.items()
-        if name in known and name not in NOT_ARGUMENTS and value is not None
-    }
-    if tying.method and peft_class(tying.method) is not kind:
-        raise UserError(f"tying.method={tying.method}: {path} is of {kind.__name__}; leave tying.method out")
-    return replace(tying, method=kind.__name__, arguments={**arguments, **(tying.arguments or {})})
 
 
 def _instance(kind: type[Any], arguments: Mapping[str, Any]) -> Any:

@@ -162,8 +162,6 @@ class TyingConfig(Tying):
     meaning."""
     arguments: dict[Text, Free] | None = field(default=None, metadata=EXECUTION)
     """The method's arguments that differ from its defaults."""
-    config: Place | None = field(default=None, metadata=EXECUTION)
-    """A folder with PEFT's adapter_config.json, which gives method and arguments."""
     resolved: dict[Text, Free] | None = field(default=None, metadata=neutral(None))
     """All arguments of the method, defaults included. The program fills them in, so a changed default is another
     run."""

@@ -16,10 +16,11 @@ from tiedlora import storage
 from tiedlora.adapter.attach import Attached
 from tiedlora.adapter.parts import TiedAdapter
 from tiedlora.config.families import layout_of
+from tiedlora.config.methods import PEFT_FILE
 from tiedlora.errors import UserError
 from tiedlora.tying import scale
 
-PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_TENSORS = "adapter_model.safetensors"
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def to_peft(adapter: TiedAdapter, folder: Path, base: str, revision: str | None 
         ranks[path] = len(A)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / PEFT_TENSORS, metadata={"format": "pt"})
-    storage.write_json(folder / PEFT_CONFIG, _peft_config(adapter, ranks, base, revision))
+    storage.write_json(folder / PEFT_FILE, _peft_config(adapter, ranks, base, revision))
 
 
 def _peft_config(adapter: TiedAdapter, ranks: dict[str, int], base: str, revision: str | None) -> dict[str, object]:
