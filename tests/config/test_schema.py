@@ -46,14 +46,7 @@ def test_the_help_of_a_key_is_the_docstring_below_it():
     assert help_of("tying.A.trained", schema_keys()) == "Whether the optimizer changes it."
 
 
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [
-        ("train.steps=many", r"^train\.steps=many: must be a valid integer, .*\. Optimizer steps\.$"),
-        ("train.steps=0", r"^train\.steps=0: must be greater than or equal to 1\. Optimizer steps\.$"),
-        ("train.dtype=half", r"^train\.dtype=half: must be 'float32' or 'bfloat16'\. Number type of the frozen base"),
-    ],
-)
-def test_a_wrong_value_is_told_what_the_key_takes_and_what_it_means(override, says):
+def test_a_wrong_value_is_told_what_the_key_takes_and_what_it_means():
+    says = r"^train\.dtype=half: must be 'float32' or 'bfloat16'\. Number type of the frozen base"
     with pytest.raises(UserError, match=says):
-        compose_config([override])
+        compose_config(["train.dtype=half"])

@@ -89,8 +89,6 @@ class Identity:
 class ConfigRecord:
     """The whole resolved configuration, facts of execution included, as `Identity`."""
 
-    task: Named
-    rank: RankValues
     tying: Named
     tree: dict[str, Any]
 

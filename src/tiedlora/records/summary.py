@@ -16,8 +16,8 @@ FLOOR = 0.05
 def terminal_lines(record: RunRecord, folder: Path) -> str:
     """The lines that end `python train.py`: loss, scores with intervals, size, folder."""
     training = record.training
-    rank = "" if record.is_other_method else f" r={record.config.rank.r}"
-    head = f"{record.config.tying.name}{rank} on {record.config.task.name}, {record.base.name}"
+    rank = "" if record.is_other_method else f" r={record.identity.rank.r}"
+    head = f"{record.config.tying.name}{rank} on {record.identity.task.name}, {record.base.name}"
     lines = [
         "",
         f"{head}, seed {record.seed}",
@@ -39,11 +39,11 @@ def _split_lines(split: str, scores: SplitScores) -> list[str]:
     lines = [f"  {split}: {rows}, {', '.join(units)}, 95 % intervals over which rows were drawn"]
     for name, adapted in scores.metrics.items():
         text = f"    {name:<22}"
-        unit, difference = (Unit.NATS, "change") if is_loss(name) else (Unit.POINTS, "gain")
+        unit = Unit.of(name)
         if scores.base is None or scores.gain is None:
             lines.append(f"{text}adapted {unit.text(adapted)}")
         else:
-            gain = f"{difference} {unit.text(scores.gain[name], sign='+')}"
+            gain = f"{'gain' if unit is Unit.POINTS else 'change'} {unit.text(scores.gain[name], sign='+')}"
             lines.append(f"{text}base {unit.text(scores.base[name])}   adapted {unit.text(adapted)}   {gain}")
     if scores.cut_targets:
         lines.append(f"    {scores.cut_targets} rows lose the end of their target, which does not fit into the context")
