@@ -12,11 +12,12 @@ import pytest
 from safetensors.torch import load_file
 
 from tiedlora.config.compose import read_config
-from tiedlora.config.identity import run_id
+from tiedlora.config.identity import config_tree, run_id
 from tiedlora.errors import UserError
 from tiedlora.page import write
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, verify
+from tiedlora.sweeps.cells import frozen_cell
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "earlier"
 RUN = "custom-r2-chain_sum-llama-s0-8745001118"
@@ -85,3 +86,13 @@ def test_a_checkpoint_is_continued_to_the_very_adapter(old):
     if processor() == PROCESSOR:
         for name in FILES:
             assert (old / name).read_bytes() == (FIXTURES / "finished" / old.name / name).read_bytes(), name
+
+
+def test_a_frozen_cell_with_keys_that_are_gone_is_read(tiny_config, tmp_path):
+    config = tiny_config()
+    tree = config_tree(config)
+    tree["train"]["validation_answers"], tree["tying"]["config"] = 0, None
+    path = tmp_path / "outputs" / "sweeps" / "s" / "cells" / f"{run_id(config)}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(tree))
+    assert frozen_cell(path.parents[1], run_id(config)).run_id == run_id(config)

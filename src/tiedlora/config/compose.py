@@ -22,12 +22,13 @@ from tiedlora import storage
 from tiedlora.config.adapter_folder import adapter_digest, adapter_folder
 from tiedlora.config.check import check
 from tiedlora.config.explain import cause_chain, peft_options, readable_errors, schema_keys
+from tiedlora.config.identity import without_gone_keys
 from tiedlora.config.methods import complete_method
 from tiedlora.config.project import CONF, PROJECT
 from tiedlora.config.schema import Config, TaskConfig
 from tiedlora.config.sizes import at_budget
 from tiedlora.errors import UserError
-from tiedlora.keys import MISSING, from_person
+from tiedlora.keys import from_person
 from tiedlora.tying import adapted_layers
 
 # OmegaConf 2.4 has another name for register_new_resolver. 2.3 has an older function of that name.
@@ -35,8 +36,6 @@ _IS_NEW = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
 _HYDRA_IS_NEW = tuple(map(int, hydra.__version__.split(".")[:2])) >= (1, 4)
 VERSION_BASE: dict[str, Any] = {} if _HYDRA_IS_NEW else {"version_base": "1.3"}
 """Hydra 1.3 asks which version's defaults to take. 1.4 has these defaults, and warns if it is told."""
-GONE: dict[str, object] = {"score.engine": "transformers", "tying.config": None}
-"""Keys of earlier versions whose other values are gone, with the value that is left. Records of studies hold them."""
 _register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.register_new_resolver
 
 
@@ -87,17 +86,7 @@ def typed(composed: DictConfig | dict[str, Any]) -> Config:
     with readable_errors(), _own_variables_only():
         node = OmegaConf.create(composed) if isinstance(composed, dict) else composed
         values = OmegaConf.to_container(node, resolve=True)
-        return from_person(Config, _without_gone_keys(values), schema_keys())
-
-
-def _without_gone_keys(values: Any) -> Any:
-    """The values without the keys of GONE, if they have the one value that is left."""
-    for name, only in GONE.items():
-        section, key = name.split(".")
-        inner = values.get(section) if isinstance(values, dict) else None
-        if isinstance(inner, dict) and inner.get(key, MISSING) == only:
-            del inner[key]
-    return values
+        return from_person(Config, without_gone_keys(values), schema_keys())
 
 
 def complete(config: Config) -> Config:

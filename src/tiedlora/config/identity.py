@@ -16,10 +16,13 @@ from typing import Any
 from tiedlora import tying
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
+from tiedlora.keys import MISSING
 from tiedlora.tying import Tying
 
 IDENTITY_VERSION = 1
 """Raise it when the meaning of a configuration changes although no key changes. Every run then gets a new id."""
+GONE: dict[str, object] = {"score.engine": "transformers", "tying.config": None}
+"""Keys of earlier versions whose other values are gone, with the value that is left. Records of studies hold them."""
 
 
 def identity(config: Any) -> dict[str, Any]:
@@ -122,3 +125,13 @@ def name_of(tying_values: Mapping[str, object], layers: int) -> str | None:
 def config_tree(config: Config) -> dict[str, Any]:
     """The complete configuration as plain data, including the facts of execution."""
     return asdict(config)
+
+
+def without_gone_keys(tree: Any) -> Any:
+    """The plain data of a configuration without the keys of GONE, if they have the one value that is left."""
+    for name, only in GONE.items():
+        section, key = name.split(".")
+        inner = tree.get(section) if isinstance(tree, dict) else None
+        if isinstance(inner, dict) and inner.get(key, MISSING) == only:
+            del inner[key]
+    return tree

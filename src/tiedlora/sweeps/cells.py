@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.config.check import check
-from tiedlora.config.identity import config_tree, identity, run_id
+from tiedlora.config.identity import config_tree, identity, run_id, without_gone_keys
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.records.reading import typed
@@ -114,7 +114,7 @@ def frozen_cell(folder: Path, run_id: str) -> SweepCell:
     path = folder / "cells" / f"{run_id}.json"
     tree = storage.read_json(path)
     try:
-        config = typed(Config, tree, what="a sweep's cell")
+        config = typed(Config, without_gone_keys(tree), what="a sweep's cell")
         check(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
