@@ -174,9 +174,6 @@ def _peft_params(tying: TyingConfig, architecture: Architecture) -> int | None:
 
 
 def _count(tying: TyingConfig, architecture: Architecture) -> int | None:
-    if tying.method == "ShiraConfig":
-        # Its masks are drawn with the values of the weights, so it cannot be built without them.
-        return _shira_params(tying, architecture)
     # PEFT is an extra, and both libraries are slow to load: only a method of PEFT needs them here.
     import torch
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -187,13 +184,10 @@ def _count(tying: TyingConfig, architecture: Architecture) -> int | None:
         try:
             tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](skeleton, config, "default")
         except NotImplementedError:
-            # It reads the values of the weights.
             return None
         except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-            if "meta" in str(error):
-                return None
-            if "Target modules" in str(error) or "target modules" in str(error):
-                # Modules that are no projections, such as norms.
+            # It reads the values of the weights, or adapts modules that are no projections, such as norms.
+            if "meta" in str(error) or "arget modules" in str(error):
                 return None
             raise UserError(f"tying.method={tying.method}: PEFT refuses it: {str(error)[:300]}") from None
     return sum(int(parameter.numel()) for parameter in tuner.parameters() if parameter.requires_grad)
@@ -211,31 +205,13 @@ def _skeleton(architecture: Architecture) -> Any:
                 continue
             d_in, d_out = spec.target_shape(architecture, target)
             linear = nn.Linear(d_in, d_out, bias=False, device=torch.device("meta"))
-            _put(root, f"{layout.layers}.{layer}.{paths[0]}", linear.requires_grad_(False))
+            parent, *parents, name = root, *f"{layout.layers}.{layer}.{paths[0]}".split(".")
+            for each in parents:
+                if not hasattr(parent, each):
+                    parent.add_module(each, nn.Module())
+                parent = getattr(parent, each)
+            parent.add_module(name, linear.requires_grad_(False))
     return root
-
-
-def _put(root: Any, path: str, module: Any) -> None:
-    from torch import nn
-
-    *parents, name = path.split(".")
-    for parent in parents:
-        if not hasattr(root, parent):
-            root.add_module(parent, nn.Module())
-        root = getattr(root, parent)
-    root.add_module(name, module)
-
-
-def _shira_params(tying: TyingConfig, architecture: Architecture) -> int | None:
-    """r (d_in + d_out) entries of each weight; None if the arguments name the modules themselves."""
-    assert tying.resolved is not None
-    if "target_modules" in tying.resolved:
-        return None
-    sites, entries = layout_of(architecture).sites, 0
-    for target in tying.targets:
-        d_in, d_out = spec.target_shape(architecture, target)
-        entries += len(sites[target]) * d_in + d_out
-    return len(spec.adapted_layers(tying, architecture)) * int(tying.resolved["r"]) * entries
 
 
 def missed_budget(config: Config, count: int) -> str | None:
