@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import processes
-from helpers.tiny import folder_of, generate, losses_of, randomise
+from helpers.tiny import folder_of, generate, little_memory, losses_of, randomise
 from safetensors.torch import load_file
 
 from tiedlora.adapter import attach
@@ -19,7 +19,6 @@ from tiedlora.models.device import execution_on, free_memory
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
 from tiedlora.runs.verify import verify
-from tiedlora.scoring import decoding
 from tiedlora.training.signals import StopSignal
 
 pytestmark = pytest.mark.gpu
@@ -250,12 +249,5 @@ def test_answers_are_those_of_a_cpu(here, gpu_config, tmp_path):
 
 
 def test_too_little_memory_halves_the_batches(gpu_config, monkeypatch):
-    plain = decoding.padded_left
-
-    def limited(prompts, *rest):
-        if len(prompts) > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory. (a test)")
-        return plain(prompts, *rest)
-
-    monkeypatch.setattr(decoding, "padded_left", limited)
+    little_memory(monkeypatch, rows=4)
     assert run.main(gpu_config("halved")).scores["validation"].batch_halvings == 4

@@ -19,6 +19,7 @@ from tiedlora.data.encoding import Encoded, Encoder
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.scoring import decoding
 from tiedlora.scoring.decoding import AnswerEnds, Output, batches_by_length, decode
 from tiedlora.scoring.split import Scorer, in_shares
 from tiedlora.tasks import Task, load_task
@@ -118,6 +119,20 @@ def tiny_scorer(*overrides: str, context: int = 512) -> Scorer:
     base = tiny("tiny_llama")
     encoder = Encoder(base.tokenizer, config.task, context)
     return Scorer(attach(base.model, "TABuv"), encoder, load_task(config.task), config, base.record)
+
+
+def little_memory(monkeypatch: Any, rows: int) -> list[int]:
+    """From now on, more than so many prompts together do not fit. Returns the sizes of the batches that fit."""
+    plain, sizes = decoding.padded_left, []
+
+    def limited(prompts: Sequence[Any], *rest: Any) -> Any:
+        if len(prompts) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. (a test)")
+        sizes.append(len(prompts))
+        return plain(prompts, *rest)
+
+    monkeypatch.setattr(decoding, "padded_left", limited)
+    return sizes
 
 
 def generate(

@@ -27,7 +27,6 @@ from tiedlora.training.loss import row_losses, target_loss
 bitsandbytes = pytest.importorskip("bitsandbytes")
 dequantize_4bit = bitsandbytes.functional.dequantize_4bit
 CPU = torch.device("cpu")
-LAYERS = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
 
 
 def quantised(name: str, kind: str, dtype: str = "bfloat16"):
@@ -39,7 +38,7 @@ def dequantised(name: str, base, dtype: str = "bfloat16"):
     """The plain model, with the values that the 4-bit weights of `base` stand for."""
     plain = load_base(model_option(name), dtype, CPU, PROJECT / ".cache")
     for path, module in base.model.named_modules():
-        if isinstance(module, LAYERS[0]):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
             there = plain.model.get_submodule(path)
             values = dequantize_4bit(module.weight.data, module.weight.quant_state)
             there.weight.data.copy_(values.T if isinstance(there, Conv1D) else values)

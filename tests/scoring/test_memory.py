@@ -4,37 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import folder_of, randomise, tiny
+from helpers.tiny import folder_of, little_memory, randomise, tiny
 
 from tiedlora.adapter import attach
 from tiedlora.errors import UserError
 from tiedlora.page import write
 from tiedlora.runs import run, verify
-from tiedlora.scoring import decoding
 from tiedlora.scoring.split import scored_model
 
 PREDICTIONS = ("predictions/validation.jsonl", "predictions/validation.base.jsonl")
-
-
-def too_small(monkeypatch, rows):
-    """More than so many rows together do not fit. Returns the sizes of the batches that fit."""
-    plain, sizes = decoding.padded_left, []
-
-    def limited(prompts, *rest):
-        if len(prompts) > rows:
-            raise MemoryError
-        sizes.append(len(prompts))
-        return plain(prompts, *rest)
-
-    monkeypatch.setattr(decoding, "padded_left", limited)
-    return sizes
 
 
 def test_a_split_is_scored_in_halved_batches_with_its_base(tiny_config, tmp_path, monkeypatch, caplog):
     threes = tiny_config(f"outputs={tmp_path}/threes", "score.batch_size=3", "train.steps=2")
     run.main(threes)
     config, second = (tiny_config("score.batch_size=12", "train.steps=2", f"seed={seed}") for seed in (0, 1))
-    sizes = too_small(monkeypatch, rows=4)
+    sizes = little_memory(monkeypatch, rows=4)
     record = run.main(config)
     assert record.scores["validation"].batch_halvings == 2
     assert "score.batch_size=12 is halved to 6" in caplog.text
@@ -56,7 +41,7 @@ def test_a_split_is_scored_in_halved_batches_with_its_base(tiny_config, tmp_path
 
 def test_no_memory_for_one_row_keeps_the_trained_run(tiny_config, monkeypatch):
     config = tiny_config("train.steps=2")
-    sizes = too_small(monkeypatch, rows=0)
+    sizes = little_memory(monkeypatch, rows=0)
     with pytest.raises(UserError, match=r"score\.batch_size=1; the trained adapter and its checkpoint are kept"):
         run.main(config)
     assert not sizes
