@@ -5,11 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-import logging
 import os
 import platform
 import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,8 +17,6 @@ import torch
 from tiedlora.config.schema import SLOT_DEVICE
 from tiedlora.errors import UserError
 from tiedlora.records.provenance import Execution
-
-log = logging.getLogger(__name__)
 
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
 """The CPU flags on which the kernel of a bfloat16 product depends."""
@@ -89,13 +85,10 @@ def keep_freed_memory() -> None:
     kernel fills each page with zeros. For the 25 MB of a chunk of float32 logits, this takes 15 ms; the softmax itself
     takes 2 ms.
     """
-    if not sys.platform.startswith("linux"):
-        return
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
-        return
-    if not (libc.mallopt(MMAP_MAX, 0) and libc.mallopt(TRIM_THRESHOLD, -1)):
-        log.debug("glibc took no settings for its heap")
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(MMAP_MAX, 0)
+        libc.mallopt(TRIM_THRESHOLD, -1)
 
 
 def execution_on(device: torch.device, processes: int = 1) -> Execution:
