@@ -22,26 +22,7 @@ SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def known_digest(config: ModelConfig, cache: Path | None = None) -> str | None:
-    """The digest of the base model that goes into a record.
-
-    Args:
-        cache: the folder where the hashes of a model's files are remembered; None hashes every file.
-
-    Returns:
-        None for a model from the hub, because its commit is known only when it is loaded.
-
-    Raises:
-        UserError: model.path is not a folder with safetensors.
-    """
-    if config.path:
-        return folder_digest(Path(config.path), cache)
-    if config.source == "embedded":
-        return f"gguf-sha256:{EMBEDDED_SHA256}"
-    return "random:seed-0" if config.source == "random" else None
-
-
-def folder_digest(folder: Path, cache: Path | None = None) -> str:
-    """The sha256 of the weights, configuration and tokenizer in a model's folder, by content.
+    """The digest of the base model that goes into a record; of a folder, by the content of its files.
 
     To hash the weights takes minutes for a large model. So the hash of each file is remembered in `cache`, under a name
     that has the file's path, size, times and inode. A file for which one of them has changed is hashed again.
@@ -49,9 +30,15 @@ def folder_digest(folder: Path, cache: Path | None = None) -> str:
     Args:
         cache: the configuration's cache folder; None hashes every file.
 
+    Returns:
+        None for a model from the hub, because its commit is known only when it is loaded.
+
     Raises:
-        UserError: the folder is missing or holds no safetensors.
+        UserError: model.path is not a folder with safetensors.
     """
+    if not config.path:
+        return {"embedded": f"gguf-sha256:{EMBEDDED_SHA256}", "random": "random:seed-0"}.get(config.source)
+    folder = Path(config.path)
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("tokenizer*")])
     if not any(file.suffix == ".safetensors" for file in files):
         raise UserError(f"model.path={folder}: must be a folder with config.json, tokenizer.json and *.safetensors")
