@@ -90,7 +90,7 @@ class TestRememberedDigests:
     def test_a_damaged_or_unwritable_cache_costs_only_time(self, settled, tmp_path, hashed):
         digest = known_digest(settled, tmp_path)
         for file in (tmp_path / "digests").iterdir():
-            file.write_bytes(b"\xff damaged")
+            file.write_text("damaged")
         hashed.clear()
         assert known_digest(settled, tmp_path) == digest
         assert "model.safetensors" in hashed
