@@ -108,7 +108,11 @@ NAMES = {
     "a configuration": (("on: TABuv", "on: TABvu"), "method.configuration=TABvu: no run here", "TABuv"),
     "a configuration of runs": (("on: TABuv", "on: mime"), "method.configuration=mime:", "mine"),
     "a task of runs": (("tasks: []", "tasks: [own_tsk]"), "tasks: own_tsk:", "own_task"),
-    "a metric": (("tasks: []", "tasks: {squad: exact}"), "squad has no metric exact; it has drift, exact_m", "exact_match"),
+    "a metric": (
+        ("tasks: []", "tasks: {squad: exact}"),
+        "squad has no metric exact; it has drift, exact_m",
+        "exact_match",
+    ),
     "a metric of runs": (("tasks: []", "tasks: {own_task: accurcy}"), "own_task has no metric accurcy;", "accuracy"),
 }
 
