@@ -3,6 +3,7 @@
 import json
 import operator
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
-from tiedlora.runs import add_scores, run, trainer
+from tiedlora.runs import add_scores, inputs, run, trainer
 from tiedlora.runs.inputs import SingleSlotCache
 from tiedlora.scoring import split
+from tiedlora.tasks.generated import Generated
 
 
 def test_the_record_is_complete(tiny_config, capsys):
@@ -84,17 +86,33 @@ def test_finished_runs_are_not_repeated_unless_forced(tiny_config, finished_run,
     assert folder_of(config).result_file.stat().st_mtime_ns > before
 
 
-def test_a_finished_run_is_printed_without_torch(tiny_run, finished_run):
-    finished_run()
+def test_a_finished_run_is_printed_without_torch_or_its_generator(tiny_run, finished_run):
+    # Digests of generated rows are in the cache from then on.
+    run.main(finished_run())
     code = (
         "import runpy, sys\n"
         f"sys.argv = {['train.py', *tiny_run()]}\n"
         f"runpy.run_path({str(PROJECT / 'train.py')!r}, run_name='__main__')\n"
-        "print(sorted({'torch', 'transformers', 'scipy'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'reasoning_gym', 'scipy'} & set(sys.modules)))"
     )
     done = processes.run_python("-c", code)
     assert "finished before" in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_generated_rows_are_made_again_where_their_generator_changed(finished_run, monkeypatch):
+    """The cache of digests is kept under the generator's version: another version may make other rows."""
+    config = finished_run()
+    digests = folder_of(config).record().data
+    assert inputs.row_digests(config) == {split: data.digest for split, data in digests.items()}
+    kept = list((Path(config.cache) / "digests").iterdir())
+    assert len(kept) == 1
+    inputs._ROWS.clear()
+    monkeypatch.setattr(inputs.importlib.metadata, "version", lambda package: "999")
+    monkeypatch.setattr(Generated, "_worked_answer", lambda self, item: "#### 1")
+    with pytest.raises(UserError, match="finished on other train data"):
+        run.main(config)
+    inputs._ROWS.clear()
 
 
 def test_added_split_equals_one_scored_at_once(finished_run, tmp_path):

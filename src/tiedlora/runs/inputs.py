@@ -6,23 +6,31 @@ Consecutive runs of one process use the same rows, token ids and base model, so 
 from __future__ import annotations
 
 import gc
+import hashlib
+import importlib.metadata
+import json
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from tiedlora import storage, tasks
+from tiedlora.config.identity import identity
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.models.identity import known_digest
+from tiedlora.records.reading import typed
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
-from tiedlora.tasks import Example, digest, load_examples, load_task
+from tiedlora.tasks import Example, Task, digest, load_examples, load_task
 from tiedlora.tasks.rows import rows_folder
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+TASKS_CODE = Path(tasks.__file__).parent
 
 
 class SingleSlotCache(Generic[T]):
@@ -66,11 +74,17 @@ def read_rows(config: Config) -> RunRows:
     Raises:
         UserError: the rows cannot be read, or a validation prompt is also a training prompt.
     """
-    return _ROWS.get((config.task, config.data_root, _local_files(config)), lambda: _read_rows(config))
-
-
-def _read_rows(config: Config) -> RunRows:
     task = load_task(config.task)
+    rows = _ROWS.get((config.task, config.data_root, _local_files(config)), lambda: _read_rows(config, task))
+    path = _digests_file(config, task)
+    if path is not None and not path.exists():
+        # The cache may be read-only or full: then the digests are computed again next time.
+        with suppress(OSError):
+            storage.write_json(path, rows.digests)
+    return rows
+
+
+def _read_rows(config: Config, task: Task) -> RunRows:
     examples = {split: load_examples(task, split, config.data_root) for split in ("train", "validation")}
     if said := shared_rows(examples["train"], examples["validation"], "validation"):
         raise UserError(f"task: {said}")
@@ -88,6 +102,32 @@ def shared_rows(train: Iterable[Example], scored: Iterable[Example], split: str)
     trained = {example.prompt for example in train}
     shared = [example.id for example in scored if example.prompt in trained]
     return f"{len(shared)} {split} rows are also training rows (such as id {shared[0]})" if shared else ""
+
+
+def row_digests(config: Config) -> dict[str, str]:
+    """Split -> the digest of its rows, train and validation.
+
+    Rows that a task generates depend on its configuration, its code and its generator alone. So their digests are kept
+    in the cache under these three, and a finished run is printed without generating the rows again.
+
+    Raises:
+        UserError: as read_rows.
+    """
+    path = _digests_file(config, load_task(config.task))
+    if path is not None and path.exists():
+        with suppress(UserError):
+            return typed(dict[str, str], storage.read_json(path))
+    return read_rows(config).digests
+
+
+def _digests_file(config: Config, task: Task) -> Path | None:
+    """Where the digests of generated rows are kept; None for rows that are read."""
+    if not task.generator:
+        return None
+    code = [storage.sha256(file) for file in sorted(TASKS_CODE.glob("*.py"))]
+    key = [identity(config.task), importlib.metadata.version(task.generator), code]
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    return Path(config.cache) / "digests" / f"{name}.json"
 
 
 def _local_files(config: Config) -> list[tuple[str, int, int]]:
@@ -110,7 +150,7 @@ def check_same_inputs(config: Config, record: RunRecord, folder: RunFolder) -> N
             f"{folder.result_file}: is the result of another run, {record.run_id}; restore this run's own, or "
             "repeat the run with force=true"
         )
-    for split, now in read_rows(config).digests.items():
+    for split, now in row_digests(config).items():
         if now != (recorded := record.data[split].digest):
             raise UserError(
                 f"{folder.path}: finished on other {split} data (sha256 {recorded[:12]}, now {now[:12]}); "
