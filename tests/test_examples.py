@@ -1,4 +1,4 @@
-"""Every file in examples/ runs with the command in its first line."""
+"""The files in examples/ run with the command in their first line."""
 
 import pytest
 
@@ -9,6 +9,8 @@ ARGUMENTS = {
     "custom_task.py": ["outputs={folder}", "cache={folder}/cache", "train.threads=1"],
     "trainer.py": ["{folder}"],
 }
+NEEDS_MORE = {"trl_grpo.py"}
+"""They need a package or a model that no test has."""
 EXPECTED = {
     "custom_specification.py": "loaded back, merged",
     "custom_task.py": "exact_match",
@@ -17,7 +19,7 @@ EXPECTED = {
 
 
 def test_all_of_them_are_here():
-    assert set(ARGUMENTS) == {path.name for path in (PROJECT / "examples").glob("*.py")}
+    assert {*ARGUMENTS, *NEEDS_MORE} == {path.name for path in (PROJECT / "examples").glob("*.py")}
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

@@ -285,12 +285,18 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
-    """Write a folder's files in this order, each completely or not at all. If the folder has other files, they stay.
+    """Write a folder's files, completely or not at all. If the folder has other files, they stay.
 
-    The last one must hold what identifies the others, such as their sha256: a reader then sees an interrupted write.
+    With other files the folder cannot be replaced as a whole. Then each file is replaced, in the order of `contents`.
+    The last one must hold what identifies the others, such as their sha256.
 
     Raises:
         OSError: the disk is full, or there is no permission.
     """
-    for name, data in contents.items():
-        write_bytes(path / name, data)
+    if path.is_dir() and any(file.name not in contents for file in path.iterdir()):
+        for name, data in contents.items():
+            write_bytes(path / name, data)
+        return
+    with new_folder(path) as beside:
+        for name, data in contents.items():
+            (beside / name).write_bytes(data)

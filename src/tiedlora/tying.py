@@ -82,7 +82,7 @@ TermName = Annotated[Text, Field(pattern="^[A-Za-z][A-Za-z0-9_]{0,30}$")]
 
 @dataclass
 class Parts:
-    """The parts of one term: which are trained, their initial values, and what layers share."""
+    """The parts of a tying, or of one of its terms: which are trained, their initial values, and what layers share."""
 
     __pydantic_config__ = CHECKED
 
@@ -94,13 +94,6 @@ class Parts:
     """The vector u of each layer, of r numbers, which scales the rows of A."""
     v: Part = field(default_factory=Part)
     """The vector v of each layer, of d_out numbers, which scales the rows of B."""
-    layers: list[Any] | None = field(default=None, metadata=neutral(None))
-    """The adapted layers, counted from 0, as numbers and ranges: [0,5,20-29]; [evenly 15] for 15 evenly spaced ones;
-    null adapts every layer. Only adapted layers share a factor."""
-
-    def __post_init__(self) -> None:
-        if self.layers is not None and evenly(self.layers) is None:
-            self.layers = layer_numbers(self.layers)
 
 
 @dataclass
@@ -110,8 +103,13 @@ class Term(Parts):
     rank: TermRank = "r"
     """The rank of the term: a whole number, or r (rank.r), r/8 (an eighth of it, rounded down, at least 1), r-r/8 (the
     rest), or r/8*layers (an eighth of it from each adapted layer of the term)."""
+    layers: list[Any] | None = field(default=None, metadata=neutral(None))
+    """As tying.layers."""
     own_scale: bool = False
     """Whether the scale s follows from the term's own rank instead of rank.r."""
+
+    def __post_init__(self) -> None:
+        self.layers = _numbered(self.layers)
 
 
 @dataclass
@@ -126,9 +124,19 @@ class Tying(Parts):
     """Dropout probability on the adapter's input while training."""
     suggested_lr: Annotated[Number, Field(gt=0)] = field(default=1e-2, metadata=EXECUTION)
     """The learning rate that train.lr takes when it is null: no single rate suits all eight configurations."""
+    layers: list[Any] | None = field(default=None, metadata=neutral(None))
+    """The adapted layers, counted from 0, as numbers and ranges: [0,5,20-29]; [evenly 15] for 15 evenly spaced ones;
+    null adapts every layer. Only adapted layers share a factor."""
     terms: Annotated[dict[TermName, Term], Field(min_length=1)] | None = field(default=None, metadata=neutral(None))
     """Several updates that each layer adds up, by name, such as a shared and a private one (tying=RaSA). Each has its
     own A, B, u, v, layers and rank, and those of the tying have no meaning. null is one update: that of the tying."""
+
+    def __post_init__(self) -> None:
+        self.layers = _numbered(self.layers)
+
+
+def _numbered(layers: list[Any] | None) -> list[Any] | None:
+    return layers if layers is None or evenly(layers) is not None else layer_numbers(layers)
 
 
 def layer_numbers(items: Iterable[object]) -> list[int]:
@@ -255,7 +263,7 @@ def target_shape(architecture: Architecture, target: str) -> tuple[int, int]:
     return shapes[target]
 
 
-def adapted_layers(tying: Parts, architecture: Architecture) -> list[int]:
+def adapted_layers(tying: Tying | Term, architecture: Architecture) -> list[int]:
     """The numbers of the layers that get an update of a tying, or of one of its terms, in order."""
     if isinstance(tying, Tying) and tying.terms is not None:
         return sorted({layer for term in tying.terms.values() for layer in adapted_layers(term, architecture)})

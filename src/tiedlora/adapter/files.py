@@ -50,7 +50,7 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> int:
         "format": _format(adapter.scaling),
         "base": plain(base),
         # Without the key `layers` if all layers are adapted, so that earlier versions can read the file.
-        "tying": plain(adapter.tying),
+        "tying": {"name": adapter.tying.name, **plain(adapter.tying)},
         "rank": adapter.rank,
         "alpha": adapter.alpha,
         **({} if adapter.scaling == "standard" else {"scaling": adapter.scaling}),

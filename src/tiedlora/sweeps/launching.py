@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tiedlora import storage
@@ -28,7 +31,7 @@ from tiedlora.sweeps import status
 from tiedlora.sweeps.cells import ENDED, Goal, Sweep, SweepCell
 from tiedlora.sweeps.control import SweepControl
 from tiedlora.tasks import load_examples, load_task
-from tiedlora.text import visible
+from tiedlora.text import clock, visible
 from tiedlora.training.signals import also_stopped_by
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,9 @@ SECONDS_BETWEEN_CHECKS = 1.0
 """The time between two checks of a cell that another process is working on."""
 STARTS = 2
 """How often a cell is started if its worker dies without leaving an error."""
+SECONDS_BETWEEN_COUNTS = 2.0
+LARGEST_SHARE = 0.02
+"""Most of the time that is spent on counting: the files of ten thousand cells take seconds on a network file system."""
 
 Launch = Callable[[Path, Sequence[Goal]], None]
 """Starts workers on the goals of a sweep's folder, and returns when all have ended. It raises an error if one of them
@@ -66,7 +72,8 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
     numbers = len(sweep.cells), len(finished), len(wanted)
     log.info("%s: %d cells, %d finished before, %d to run", sweep.id, *numbers)
     try:
-        launch_cells(unfinished, launch, control)
+        with logged_progress(sweep):
+            launch_cells(unfinished, launch, control)
     except KeyboardInterrupt:
         print(status.summary_line(sweep.id, status.statuses(sweep.cells, control)))
         raise
@@ -76,6 +83,48 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
     ended = {"done", "paused", "dropped"} | ({"missing", "interrupted"} if first_failure else set())
     errors.update({cell.run_id: cell.error or "" for cell in cells if cell.state not in ended})
     end_with(errors, len(cells), first_failure)
+
+
+@contextmanager
+def logged_progress(sweep: Sweep) -> Iterator[None]:
+    """Inside the context, log a line whenever a cell of the sweep ends, under any launcher."""
+    leave = threading.Event()
+    thread = threading.Thread(target=_log_progress, args=(sweep, leave), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        leave.set()
+        thread.join()
+
+
+def _log_progress(sweep: Sweep, leave: threading.Event) -> None:
+    begun, pause = time.monotonic(), SECONDS_BETWEEN_COUNTS
+    first = last = _ended(sweep)
+    while not leave.wait(pause):
+        started = time.monotonic()
+        if (now := _ended(sweep)) != last:
+            last, total = now, len(sweep.cells)
+            line = f"{sweep.id}: {now['done']} of {total} done"
+            line += "".join(f", {now[state]} {state}" for state in ("failed", "pruned") if now[state])
+            if (done := now["done"] - first["done"]) > 0:
+                left = (started - begun) / done * (total - now["done"] - now["failed"])
+                line += f", about {clock(left)} left"
+            log.info("%s", line)
+        pause = max(SECONDS_BETWEEN_COUNTS, (time.monotonic() - started) / LARGEST_SHARE)
+
+
+def _ended(sweep: Sweep) -> Counter[str]:
+    """How many cells are done, have failed, or were stopped by a search. It takes no lock, which a worker may need."""
+    ended: Counter[str] = Counter()
+    for folder in (cell.folder for cell in sweep.cells):
+        if folder.result_file.exists():
+            ended["done"] += 1
+        elif folder.error_file.exists():
+            ended["failed"] += 1
+        elif folder.pruned_file.exists():
+            ended["pruned"] += 1
+    return ended
 
 
 def check_test_rows(cells: Iterable[SweepCell]) -> None:
