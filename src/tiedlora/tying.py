@@ -17,7 +17,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator
 
 from tiedlora.errors import UserError
 from tiedlora.keys import CHECKED, EXECUTION, Name, Number, Text, Whole, is_count, neutral
@@ -75,7 +75,13 @@ class Factor(Part):
     """How many consecutive layers share one factor: `all` (tied), 1 (untied), or any number in between."""
 
 
-TermRank = Annotated[Text, Field(pattern=r"^(\d{1,5}|(r-)?r(/[1-9]\d{0,2})?(\*layers)?)$")]
+def _term_rank(value: str) -> str:
+    if not re.fullmatch(r"[1-9]\d{0,4}|r(/[1-9]\d{0,2})?(\*layers)?|r-r/[1-9]\d{0,2}", value, re.ASCII):
+        raise ValueError("write a number, r, r/8, r-r/8 or r/8*layers")
+    return value
+
+
+TermRank = Annotated[Text, AfterValidator(_term_rank)]
 """The rank of a term; see `term_rank`."""
 TermName = Annotated[Text, Field(pattern="^[A-Za-z][A-Za-z0-9_]{0,30}$")]
 
@@ -464,8 +470,8 @@ def check_tying(tying: Tying, rank: int, architecture: Architecture) -> None:
     unused = (*PARTS, "layers") if tying.terms is not None else ()
     if changed := [name for name in unused if getattr(tying, name) != getattr(Tying(), name)]:
         raise UserError(
-            f"tying.{changed[0]}: has no meaning beside tying.terms; set tying.terms.TERM.{changed[0]}, or "
-            "tying.terms=null"
+            f"tying.{changed[0]}: has no meaning beside tying.terms; set tying.terms.TERM.{changed[0]}, TERM being one "
+            f"of {', '.join(tying.terms or ())}"
         )
     _check_targets(tying.targets, architecture)
     for name, term in terms(tying).items():

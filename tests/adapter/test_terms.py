@@ -72,8 +72,10 @@ def test_a_term_adapts_its_own_layers_and_is_saved(ids, tmp_path):
         (["tying=RaSA", "rank.r=1"], "tying.terms: a term's rank of r-r/8 is 0 at rank.r=1; raise rank.r"),
         (["tying=RaSA", "tying.terms.shared.rank=r+1"], "tying.terms.shared.rank=r+1: "),
         (["tying=RaSA", "tying.terms.shared.B.init=1"], "tying.terms.shared: no part starts at zero"),
-        (["tying=RaSA", "+tying.terms.shared.layers=[40]"], "tying.terms.shared.layers: holds 40, but the model has"),
-        (["tying=RaSA", "tying.A.share=2"], "tying.A: has no meaning beside tying.terms; set tying.terms.TERM.A, or"),
+        (["tying=RaSA", "tying.terms.shared.rank=08"], "tying.terms.shared.rank=08: write a number, r, r/8, r-r/8 or"),
+        (["tying=RaSA", "tying.terms.shared.rank=999"], "tying.terms.shared.rank=999: is more than the projection's"),
+        (["tying=RaSA", "tying.terms.shared.layers=[40]"], "tying.terms.shared.layers: holds 40, but the model has"),
+        (["tying=RaSA", "tying.A.share=2"], "tying.A: has no meaning beside tying.terms; set tying.terms.TERM.A, TERM"),
         (["tying.terms={}"], "tying.terms: must have at least 1 item"),
         (["tying.terms={a.b:{}}"], "tying.terms.a.b"),
         (["tying=peft/vera", "tying.terms={one:{}}"], "tying.terms: VeraConfig has no terms; set tying.terms=null"),
@@ -94,6 +96,22 @@ def test_a_run_starts_only_from_an_adapter_with_the_same_terms(tmp_path):
     other = TiedAdapter(Tying(u=Part()), 4, 4.0, attached.adapter.architecture, 0)
     with pytest.raises(UserError, match=r"the list of terms is \['private', 'shared'\] there, and \[''\] here"):
         files.start_from(other, tmp_path / "adapter", base.record)
+
+
+def test_every_layer_by_number_is_the_same_run_as_null():
+    words = ["tying=RaSA", "model=tiny_llama"]
+    layers = model_option("tiny_llama").architecture.layers
+    named = compose_config([*words, f"tying.terms.shared.layers=[0-{layers - 1}]"])
+    assert run_id(named) == run_id(compose_config(words))
+    by_number = compose_config([*words, "tying.terms.shared.layers=[evenly 1]"]).tying.terms["shared"].layers
+    assert by_number == tying.evenly_spaced(1, layers)
+
+
+def test_a_budget_finds_the_rank_of_a_sum(script):
+    assert compose_config(["tying=RaSA", "model=smollm2_135m", "budget=93090"]).rank.r == 2
+    code, out, err = script("scripts/params.py", "model=smollm2_135m", "rank=r1")
+    assert code == 0, err
+    assert "not possible here: RaSA: tying.terms: a term's rank of r-r/8 is 0 at rank.r=1" in out
 
 
 def test_gradients_are_those_of_a_literal_loop():

@@ -14,8 +14,10 @@ from tiedlora.data.batching import microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.records.rows import read_metrics
+from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 from tiedlora.runs.reward import Reward, Sampling
+from tiedlora.scoring.passes import wanted_passes
 from tiedlora.tasks import Example
 from tiedlora.training.loss import token_losses
 
@@ -98,6 +100,25 @@ def test_the_gradient_does_not_depend_on_microbatches():
     assert torch.allclose(found[0], found[1], rtol=1e-9, atol=1e-14)
 
 
+def test_tokens_of_groups_without_spread_count_too():
+    """Two groups, of which one has no spread: its gradient is zero, and its tokens are among those of the step."""
+    reward, _, parts, rows = objective("task.max_new_tokens=3", "objective.samples=6", prompts=2)
+    own_reward = reward._reward
+    both = gradient(reward, parts, 1)
+    assert len(reward._answers) == 12
+    tokens = [sum(len(answer.target) for answer in reward._answers if answer.prompt == row.prompt) for row in rows]
+    alone = []
+    for kept in (0, 1):
+        reward._step = 0
+        # The examples' targets are equal; their ids tell the groups apart.
+        reward._reward = lambda output, example, kept=kept: own_reward(output, example) * (example.id == str(kept))
+        alone.append(gradient(reward, parts, 1))
+        assert len(reward._answers) == 6
+        assert sum(len(batch.targets) for batch in reward.batches(1)) == tokens[kept]
+    # The loop divides by the tokens of the group that it gets; the weights make it those of the step.
+    assert torch.allclose(alone[0] + alone[1], both, rtol=1e-6, atol=1e-12)
+
+
 def test_advantages_are_rewards_less_the_mean_of_the_group():
     reward, *_ = objective()
     assert reward._advantages([1.0, 0.0, 0.0, 0.0]) == [0.75, -0.25, -0.25, -0.25]
@@ -149,6 +170,11 @@ def test_objectives_have_ids_of_their_own_and_targets_keeps_its():
         (["objective=reward", "objective.samples=1"], "objective.samples=1: must be greater than or equal to 2"),
         (["objective=reward", "score.checkpoint=best"], "score.checkpoint=best: is the step of the lowest validation"),
         (["objective=reward", "train.shard=true"], "train.shard=true: objective=reward samples from a whole model"),
+        (["objective=reward", "objective.metric="], "objective.metric=: is empty; give a text, or leave it out"),
+        (
+            ["objective=reward", "task.shuffle_targets=true"],
+            "task.shuffle_targets=true: objective=reward learns from no",
+        ),
         (["objective=reward", "objective.metric=f1"], "objective.metric=f1: the reward must be a score of a single"),
     ],
 )
@@ -202,6 +228,15 @@ def test_the_drift_is_a_sum_over_the_vocabulary():
         log_q = logits(scorer.attached.model, ids)[0, first:-1].double().log_softmax(-1)
         scorer.attached.enable()
         assert value == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)
+
+
+def test_the_drift_of_rows_without_a_target_is_refused_in_one_line(tmp_path):
+    scorer = tiny_scorer("score.drift=true")
+    examples = [Example("0", "1 + 1 =", "", ("2",))]
+    with pytest.raises(
+        UserError, match=r"^score\.metrics: row 0 has no target, so these rows have no loss and no drift"
+    ):
+        scorer.score_split("validation", examples, RunFolder(tmp_path), wanted_passes(None, scorer.task, drift=True))
 
 
 def test_a_finished_run_gets_its_drift_later_and_keeps_its_other_scores(finished_run, tiny_config):

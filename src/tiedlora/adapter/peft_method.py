@@ -42,7 +42,7 @@ class TiedLoraConfig(PeftConfig):
     """A Tied-LoRA adapter for PEFT.
 
     Raises:
-        UserError: `tying` is neither one of the eight names nor a specification.
+        UserError: `tying` is neither a name nor a specification.
     """
 
     r: int = 8
@@ -76,7 +76,7 @@ class TiedLoraConfig(PeftConfig):
         """The complete specification, with the values of `targets`, `dropout` and `layers`.
 
         Raises:
-            UserError: `tying` is neither one of the eight names nor a specification, or a list is a text.
+            UserError: `tying` is neither a name nor a specification, or a list is a text.
         """
         for name in ("targets", "layers"):
             if isinstance(getattr(self, name), str):

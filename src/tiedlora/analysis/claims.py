@@ -56,6 +56,8 @@ class Side:
         others = (self.configuration, self.rank, self.at, self.seed_offset, self.suffix)
         if self.frontier and any(others):
             raise ValueError("frontier stands alone; it is a configuration at the other side's number of parameters")
+        if self.shuffle_targets and self.objective == "reward":
+            raise ValueError("shuffle_targets and objective: reward exclude each other")
         if not self.frontier and not self.configuration:
             raise ValueError("configuration is missing; name one, such as LoRA")
         if not self.frontier and (self.rank is None) == (self.at is None):

@@ -127,6 +127,8 @@ def _check_objective(config: Config) -> None:
             "score.checkpoint=best: is the step of the lowest validation loss, which objective=reward does not lower; "
             "use last"
         )
+    elif config.task.shuffle_targets:
+        raise UserError("task.shuffle_targets=true: objective=reward learns from no targets; leave one of them out")
     elif config.train.shard:
         raise UserError("train.shard=true: objective=reward samples from a whole model; use train.shard=false")
 
@@ -204,5 +206,8 @@ def _check_sizes(model: ModelConfig) -> None:
 
 def _check_rank(config: Config) -> None:
     largest = min(tying.target_shape(config.model.architecture, config.tying.targets[0]))
+    for name, term in (config.tying.terms or {}).items():
+        if term.rank.isdecimal() and int(term.rank) > largest:
+            raise UserError(f"tying.terms.{name}.rank={term.rank}: is more than the projection's {largest}; lower it")
     if config.rank.r > largest:
         raise UserError(f"rank.r={config.rank.r}: is more than the projection's {largest}; use a lower rank")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 import omegaconf
@@ -25,17 +25,18 @@ from tiedlora.config.explain import cause_chain, peft_options, readable_errors, 
 from tiedlora.config.identity import without_gone_keys
 from tiedlora.config.methods import complete_method
 from tiedlora.config.project import CONF, PROJECT
-from tiedlora.config.schema import Config, TaskConfig
+from tiedlora.config.schema import Config, TaskConfig, TyingConfig
 from tiedlora.config.sizes import at_budget
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person
-from tiedlora.tying import adapted_layers
+from tiedlora.tying import Architecture, Term, adapted_layers
 
 # OmegaConf 2.4 has another name for register_new_resolver. 2.3 has an older function of that name.
 _IS_NEW = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
 _HYDRA_IS_NEW = tuple(map(int, hydra.__version__.split(".")[:2])) >= (1, 4)
 VERSION_BASE: dict[str, Any] = {} if _HYDRA_IS_NEW else {"version_base": "1.3"}
 """Hydra 1.3 asks which version's defaults to take. 1.4 has these defaults, and warns if it is told."""
+Layered = TypeVar("Layered", TyingConfig, Term)
 _register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.register_new_resolver
 
 
@@ -114,12 +115,19 @@ def complete(config: Config) -> Config:
     rank = config.rank
     if rank.alpha is None:
         config.rank = replace(rank, alpha=float(rank.r))
-    if config.tying.layers is not None:
-        # The identity has the layers' numbers, and every layer by number is the same run as null.
-        layers = adapted_layers(config.tying, config.model.architecture)
-        is_all = len(layers) == config.model.architecture.layers
-        config.tying = replace(config.tying, layers=None if is_all else layers)
+    config.tying = _with_numbers(config.tying, config.model.architecture)
+    if config.tying.terms is not None:
+        terms = {name: _with_numbers(term, config.model.architecture) for name, term in config.tying.terms.items()}
+        config.tying = replace(config.tying, terms=terms)
     return config
+
+
+def _with_numbers(tying: Layered, architecture: Architecture) -> Layered:
+    """The tying, or the term, with the numbers of its layers: every layer by number is the same run as null."""
+    if tying.layers is None:
+        return tying
+    layers = adapted_layers(tying, architecture)
+    return replace(tying, layers=None if len(layers) == architecture.layers else layers)
 
 
 def compose_config(overrides: list[str]) -> Config:

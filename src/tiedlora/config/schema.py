@@ -288,7 +288,7 @@ class ObjectiveConfig:
 
     name: Literal["targets", "reward"] = "targets"
     """targets: the cross-entropy of the rows' targets; reward: a policy gradient on sampled answers."""
-    metric: Text | None = None
+    metric: Place | None = None
     """The metric of the task that is the reward of an answer; null takes the task's first."""
     samples: Annotated[Whole, Field(ge=2, le=LARGEST_SCORING)] = 8
     """Answers to each prompt of a step. They are a group, whose mean reward is subtracted from each reward."""

@@ -57,8 +57,16 @@ def at_budget(config: Config) -> Config:
     if tying.method is None:
         if (layers := lora_layers(tying, budget, architecture)) is not None:
             return replace(config, rank=replace(config.rank, r=1), tying=replace(tying, layers=[f"evenly {layers}"]))
+
+        def own_count(rank: int) -> int | None:
+            try:
+                return spec.trainable_params(tying, rank, architecture)
+            except UserError:
+                # Nothing is left for a term.
+                return None
+
         highest = min(spec.target_shape(architecture, tying.targets[0]))
-        size = nearest_size(lambda rank: spec.trainable_params(tying, rank, architecture), budget, highest)
+        size = nearest_size(own_count, budget, highest)
         return replace(config, rank=replace(config.rank, r=size))
     if tying.knob is None or tying.method in methods.REGISTERED:
         return config

@@ -117,12 +117,17 @@ def read_selection(path: Path) -> Selection:
 
 
 def validation_metric(records: Iterable[RunRecord]) -> str | None:
-    """The first metric on validation, by which runs can be compared; None if they do not all have the same one.
+    """The metric on validation by which runs can be compared; None if they do not all have the same one.
 
-    Runs without a score on validation do not count.
+    It is the reward of a run that was trained from one, and otherwise the task's first. Runs without a score on
+    validation do not count.
     """
-    firsts = {scores.first_metric for record in records if (scores := record.scores.get("validation")) is not None}
-    return firsts.pop() if len(firsts) == 1 else None
+    found = {
+        record.identity.objective.get("metric") or scores.first_metric
+        for record in records
+        if (scores := record.scores.get("validation")) is not None
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def validation_scores(records: Mapping[int, RunRecord], metric: str | None) -> dict[int, float]:
@@ -134,6 +139,6 @@ def validation_scores(records: Mapping[int, RunRecord], metric: str | None) -> d
     values = {
         seed: scores.metrics[metric].value
         for seed, record in records.items()
-        if metric is not None and (scores := record.scores.get("validation")) is not None
+        if (scores := record.scores.get("validation")) is not None and metric in scores.metrics
     }
     return {seed: -value for seed, value in values.items()} if metric and is_loss(metric) else values

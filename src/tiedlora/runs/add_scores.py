@@ -13,6 +13,7 @@ from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models import products
 from tiedlora.models.device import set_up_device
+from tiedlora.records.loss_metrics import DRIFT
 from tiedlora.records.provenance import CHAT_TEMPLATE
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import RunRecord
@@ -81,7 +82,10 @@ def add_scores(
         record = folder.finished_record()
         for split in splits:
             recorded = record.scores.get(split)
-            passes = wanted if again else missing_passes(metrics, recorded, drift)
+            # Losses that are scored again keep their drift.
+            has_drift = recorded is not None and DRIFT in recorded.metrics
+            again_passes = replace(wanted, drift=wanted.losses and (drift or has_drift))
+            passes = again_passes if again else missing_passes(metrics, recorded, drift)
             if not passes:
                 continue
             kept = None if again and metrics is None else recorded

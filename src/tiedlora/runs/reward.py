@@ -6,8 +6,9 @@ the mean reward of its group, and the gradient of a step is that of
 
     - sum over answers of advantage * log p(answer | prompt) / number of answer tokens of the step.
 
-In expectation it is (samples - 1) / samples of the gradient of the mean reward, because an answer is in its own group's
-mean. To the loop an answer is a row, so everything else is as in training from targets.
+For answers of one token its expectation is (samples - 1) / samples of the gradient of minus the mean reward, because an
+answer is in its own group's mean. For longer ones it is about that, divided by their mean length. To the loop an answer
+is a row, so everything else is as in training from targets.
 """
 
 from __future__ import annotations

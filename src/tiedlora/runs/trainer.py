@@ -583,14 +583,17 @@ def check_scores_mean_something(admission: Admission, config: Config) -> None:
         UserError: the run would score losses of an arm that is not causal, or batches of rows that change each other.
     """
     name, score = config.tying.name, config.score
+    if not admission.is_causal and config.objective.name == "reward":
+        raise UserError(f"tying={name}: is not causal, so it has no likelihood of an answer; use objective=targets")
     if not score.splits:
         return
     wants_loss = score.metrics is None or any(map(is_loss, score.metrics)) or score.forgetting is not None
+    wants_loss = wants_loss or score.drift
     if not admission.is_causal and wants_loss:
         raise UserError(
             f"tying={name}: is not causal (logits move by {admission.later_tokens:.2g} of the largest one when later "
             "tokens change), so its loss would see what it predicts; score answers only, with "
-            "score.metrics=[METRIC] and score.forgetting=null"
+            "score.metrics=[METRIC], score.forgetting=null and score.drift=false"
         )
     if not admission.is_of_its_row and score.batch_size > 1:
         raise UserError(

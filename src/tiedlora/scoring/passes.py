@@ -71,7 +71,7 @@ def reward_metric(objective: ObjectiveConfig, task: Task) -> str:
 
 def _passes_of(metrics: Sequence[str] | None, drift: bool) -> Passes:
     if metrics is None:
-        return Passes(drift=drift)
+        return Passes(drift=drift, needs_targets=drift)
     losses = any(map(is_loss, metrics))
     return Passes(not all(map(is_loss, metrics)), losses or drift, drift, needs_targets=losses or drift)
 

@@ -498,7 +498,10 @@ def _possible(passes: Passes, examples: Sequence[Example]) -> Passes:
     if without is None or not passes.losses:
         return passes
     if passes.needs_targets:
-        raise UserError(f"score.metrics: row {without} has no target, so these rows have no loss; name other metrics")
+        raise UserError(
+            f"score.metrics: row {without} has no target, so these rows have no loss and no drift; name other metrics, "
+            "with score.drift=false"
+        )
     log.info("row %s has no target, so the losses of these rows are not scored", without)
     return replace(passes, losses=False)
 

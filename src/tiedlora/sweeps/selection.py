@@ -99,8 +99,13 @@ def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
     best = choose_rate(trials, by)
     if best is None:
         raise UserError(f"{named.group}: no rate finished at every seed; add lower ones with train.lr=")
+    if best.by == "loss" and cells[0].config.objective.name == "reward":
+        raise UserError(
+            f"{named.group}: objective=reward does not lower the loss of references; choose by score, with "
+            "score.splits=[validation] in all runs"
+        )
     chosen = [cell for cell in cells if cell.name.lr == best.lr and cell.folder.result_file.exists()]
-    metric = LOSS if best.by == "loss" else chosen[0].folder.finished_record().scores["validation"].first_metric
+    metric = LOSS if best.by == "loss" else validation_metric([chosen[0].folder.finished_record()]) or LOSS
     # The rule takes more as better, so it has seen a loss with the other sign.
     value = -best.value if is_loss(metric) else best.value
     failed = sum(len(trial.failed_seeds()) for trial in trials)

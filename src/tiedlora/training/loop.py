@@ -99,7 +99,7 @@ class Loop:
     batches: Callable[[int], list[Batch]]
     """Optimizer step (counted from 1) -> this process's microbatches."""
     loss_sum: Callable[[Batch], Tensor]
-    """The sum of the cross-entropy over a batch's target tokens."""
+    """The sum of the cross-entropy over a batch's target tokens, or another sum over them."""
     validate: Callable[[], float]
     """The mean loss per target token on the validation rows. If memory runs out, it adds to the state's halvings."""
     save_checkpoint: Callable[[TrainState], None]
