@@ -219,3 +219,15 @@ def test_saving_keeps_the_other_files_of_a_folder(tmp_path):
         }
     assert size == sum((tmp_path / name).stat().st_size for name in ("adapter.json", "adapter.safetensors"))
     assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_draws_depend_on_seed_part_target_and_group_alone():
+    one = draw("uniform", (3, 4, 16), 0, "A", "qkv")
+    assert torch.equal(one[:2], draw("uniform", (2, 4, 16), 0, "A", "qkv"))
+    assert one.abs().max() <= 1 / 16**0.5
+    assert not torch.equal(one[0], one[1])
+    for seed, part, target in ((1, "A", "qkv"), (0, "B", "qkv"), (0, "A", "o")):
+        assert not torch.equal(one, draw("uniform", (3, 4, 16), seed, part, target))
+    # Every run of this project starts from these numbers.
+    first = draw("uniform", (1, 1, 4), 0, "A", "qkv").flatten().tolist()
+    assert first == pytest.approx([0.0028935, -0.0089974, -0.1342523, -0.2868977], abs=1e-6)
