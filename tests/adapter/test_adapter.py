@@ -134,16 +134,6 @@ def test_dropout_acts_in_training_alone(ids):
     assert not torch.equal(logits(base.model, ids), logits(base.model, ids))
 
 
-def test_draws_depend_on_seed_part_target_and_group_alone():
-    one = draw("uniform", (3, 4, 16), 0, "A", "qkv")
-    assert torch.equal(one[:2], draw("uniform", (2, 4, 16), 0, "A", "qkv"))
-    assert one.abs().max() <= 1 / 16**0.5
-    assert one.std() > 0.5 * (1 / 16**0.5) / 3**0.5
-    for other in (("uniform", (3, 4, 16), 1, "A", "qkv"), ("uniform", (3, 4, 16), 0, "B", "qkv")):
-        assert not torch.equal(one, draw(*other))
-    assert draw("normal", (1, 100, 100), 0, "A", "qkv").std() == pytest.approx(1, abs=0.03)
-
-
 def test_attach_refuses_a_second_adapter_and_unknown_targets():
     base = tiny("tiny_gpt2")
     with pytest.raises(UserError, match="no 'gate' projection"):
