@@ -64,6 +64,24 @@ def finish(option="TABuv", config=CONFIG, seed=0, **more):
     return {name: p.detach().clone() for name, p in parts.items()}, log, loop.state
 
 
+def test_each_step_clips_its_gradient_before_the_update_and_draws_masks_of_its_own():
+    loop, parts, _ = start(config=replace(CONFIG, clip=0.01))
+    update, loss_sum, norms, seeds = loop.optimizer.step, loop.loss_sum, [], []
+
+    def noted_update():
+        norms.append(float(torch.stack([p.grad.norm() for p in parts.values()]).norm()))
+        update()
+
+    def noted_loss(batch):
+        seeds.append(torch.initial_seed())
+        return loss_sum(batch)
+
+    loop.optimizer.step, loop.loss_sum = noted_update, noted_loss
+    loop.train()
+    assert len(norms) == len(set(seeds)) == 8
+    assert max(norms) <= 0.01 * (1 + 1e-4)
+
+
 def test_warm_up_moves_at_its_first_step_and_cosine_ends_at_its_minimum():
     config = replace(CONFIG, steps=10, warmup_steps=4, lr=1.0, min_lr=0.1)
     rates = [learning_rate(step, config) for step in range(1, 11)]
