@@ -181,7 +181,6 @@ class Trainer:
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world, self.task = config, world, load_task(config.task)
         self.reward: Reward | None = None
-        """Of objective=reward."""
         if not world.is_first:
             # Only the first process prints, and has a tracker.
             logging.getLogger("tiedlora").setLevel(logging.WARNING)
@@ -379,8 +378,7 @@ class Trainer:
             rows_of_step, passes = self.sampler.rows_of_step, self._in_passes
             self.reward = Reward(self._scorer(), self.rows, self.train_examples, rows_of_step, passes, self._evaluating)
             return self.reward.batches, self.reward.loss_sum
-        model = self.arm.model
-        return self._batches, lambda batch: target_loss(model, batch)
+        return self._batches, lambda batch: target_loss(self.arm.model, batch)
 
     def _batches(self, step: int) -> list[Batch]:
         """The microbatches of an optimizer step for this process."""
@@ -587,8 +585,7 @@ def check_scores_mean_something(admission: Admission, config: Config) -> None:
         raise UserError(f"tying={name}: is not causal, so it has no likelihood of an answer; use objective=targets")
     if not score.splits:
         return
-    wants_loss = score.metrics is None or any(map(is_loss, score.metrics)) or score.forgetting is not None
-    wants_loss = wants_loss or score.drift
+    wants_loss = score.metrics is None or any(map(is_loss, score.metrics)) or bool(score.forgetting) or score.drift
     if not admission.is_causal and wants_loss:
         raise UserError(
             f"tying={name}: is not causal (logits move by {admission.later_tokens:.2g} of the largest one when later "
