@@ -102,8 +102,8 @@ class TargetParts(nn.Module):
         super().__init__()
         self.target, self.term, self.factor = target, term, factor
         self.layers = spec.adapted_layers(term, architecture)
-        counts = {part: spec.layers_per_group(getattr(term, part).share, len(self.layers)) for part in spec.FACTORS}
-        self.shares = counts
+        count = len(self.layers)
+        self.shares = {part: spec.layers_per_group(getattr(term, part).share, count) for part in spec.FACTORS}
         for letter in spec.PARTS:
             part = getattr(term, letter)
             parameter = None

@@ -8,6 +8,7 @@ rows and the configuration alone, and several processes divide them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -314,14 +315,7 @@ class Scorer:
         """
         targets, model = [self._target(example) for example in examples], self.attached.model
         progress = ProgressBar(title, len(examples), "rows")
-
-        @contextmanager
-        def as_base() -> Iterator[None]:
-            self.attached.disable()
-            try:
-                yield
-            finally:
-                self.attached.enable()
+        as_base = functools.partial(scored_model, self.attached, self.config, base=True)
 
         def of_batch(batch: list[int]) -> list[float]:
             tokens = collate([targets[number].tokens for number in batch], self.encoder.tokenizer.eos_token_id)

@@ -215,11 +215,13 @@ def row_divergences(model: Any, batch: Batch, as_base: Callable[[], AbstractCont
     """
     with _head_inputs(model, batch) as inputs:
         adapted = inputs[0]
+    found = []
+    # An offloaded head has its weights only inside the context.
     with as_base(), _head_inputs(model, batch) as (base, weight, bias, _, softcap):
-        size, found = chunk_rows(weight.shape[0]), []
-    for states in zip(torch.split(adapted, size), torch.split(base, size), strict=True):
-        log_p, log_q = (_log_softmax(own, weight, bias, softcap) for own in states)
-        found.append((log_p.exp() * (log_p - log_q)).sum(-1).double())
+        size = chunk_rows(weight.shape[0])
+        for states in zip(torch.split(adapted, size), torch.split(base, size), strict=True):
+            log_p, log_q = (_log_softmax(own, weight, bias, softcap) for own in states)
+            found.append((log_p.exp() * (log_p - log_q)).sum(-1).double())
     divergences = torch.cat(found).to(batch.targets.device)
     return batch.sums_by_row(divergences) / batch.sums_by_row(torch.ones_like(batch.targets))
 
