@@ -2,6 +2,7 @@
 
 RUN is a run's folder. The split's predictions are written to RUN/predictions/, and its scores to RUN/result.json.
 `--metrics target_loss` scores only the loss of the split's targets, without generation. What is recorded stays.
+`--drift` adds the divergence from the base model, as score.drift of train.py.
 `--forgetting FILE.txt` scores the loss of a text that has nothing to do with the task.
 """
 
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--split", choices=("validation", "test"), help="test, unless --forgetting is given alone")
     parser.add_argument("--metrics", nargs="+", help="as score.metrics= of train.py; all if it is left out")
+    parser.add_argument("--drift", action="store_true", help="also the drift from the base model, with the losses")
     parser.add_argument("--forgetting", metavar="SOURCE", help="FILE.txt, task:NAME or hub:ID")
     parser.add_argument("--data-root", default=os.environ.get("TIEDLORA_DATA"), help="as data_root= of train.py")
     parser.add_argument("--again", action="store_true", help="score again what was scored before")
@@ -35,8 +37,8 @@ def main() -> None:
     task = load_task(compose.read_config(folder.config_file).task)
     split = arguments.split or (None if arguments.forgetting else "test")
     # A wrong name of a metric is an error, also if nothing is missing.
-    wanted_passes(arguments.metrics, task)
-    missing = split is not None and missing_passes(arguments.metrics, record.scores.get(split))
+    wanted_passes(arguments.metrics, task, arguments.drift)
+    missing = split is not None and missing_passes(arguments.metrics, record.scores.get(split), arguments.drift)
     if arguments.again or arguments.forgetting or missing:
         # It imports torch, which takes seconds: --help and a wrong metric do not need it.
         from tiedlora.runs.add_scores import add_scores
@@ -48,6 +50,7 @@ def main() -> None:
             metrics=arguments.metrics,
             again=arguments.again,
             forgetting=arguments.forgetting,
+            drift=arguments.drift,
         )
     print(terminal_lines(record, folder.path))
 
