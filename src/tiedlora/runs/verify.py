@@ -45,25 +45,25 @@ from tiedlora.text import visible
 Asked = list[tuple[Example, PredictionRow, PredictionRow]]
 """Examples that were asked again, each with its row of now and the recorded one."""
 PATHS = ("outputs", "cache", "data_root", "model.path")
-LEAST_DRIFT = 0.02
-"""In nats: a smaller drift of a row may differ by its tolerance of this. bfloat16 rounds logits to 8 bits."""
+LEAST_LOSS, LEAST_DRIFT = 1.0, 0.02
+"""In nats: a smaller loss or drift of a row may differ by its tolerance of this. bfloat16 rounds logits to 8 bits."""
 CLOSE = 1e-9
 """A small tolerance is enough: the metrics are computed in the same order from the same numbers, read from JSON."""
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How far outputs and losses may be from the recorded ones."""
+    """How far outputs, losses and drifts may be from the recorded ones."""
 
     loss: float
-    """How much the loss of a row may differ on the same kind of device, as a share of it, or in nats if it is below
-    1."""
+    """How much the number of a row may differ on the same kind of device, as a share of it, or of `least` if it is
+    below that."""
     gap: float
     """On another device: by how much the logit of a recorded token may be below the largest one, in nats."""
     row: float
     """On another device: as `loss`."""
     mean: float
-    """On another device: the same for the mean loss of the rows."""
+    """On another device: the same for the mean of the rows."""
 
 
 TOLERANCES = {"float32": Tolerances(1e-3, 0.01, 1e-3, 1e-3), "bfloat16": Tolerances(2e-2, 1.0, 0.5, 0.05)}
@@ -102,11 +102,9 @@ class CheckedRun:
         Raises:
             UserError: the file is missing or damaged; or the texts are left out, and the rows cannot be read here.
         """
-        if base:
-            path = self.folder.base_predictions_file(split, self.record.scores[split].files)
-        else:
-            path = self.folder.predictions_file(split)
-        rows = read_predictions(path)
+        shared = self.record.scores[split].files if base else {}
+        folder = self.folder
+        rows = read_predictions(folder.base_predictions_file(split, shared) if base else folder.predictions_file(split))
         if self.record.keeps(TEXTS) or not any(row.has_answer for row in rows):
             return rows
         by_id = {example.id: example for example in self.examples.get(split, [])}
@@ -135,9 +133,7 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
         UserError: the folder holds no finished run, or no readable configuration.
     """
     folder = RunFolder(path.absolute())
-    record = folder.record()
-    if record is None:
-        raise UserError(f"{path}: has no result.json, so there is no finished run to verify")
+    record = folder.finished_record()
     config = compose.read_config(folder.config_file)
     config.data_root, config.cache = data_root or config.data_root, str(cache or config.cache)
     run = CheckedRun(folder, record, config, load_task(config.task))
@@ -415,10 +411,13 @@ def _regenerate_split(
             rows = scorer.rows(chosen, title, losses=losses, base=bool(kind))
             asked = list(zip(chosen, rows, [recorded[place] for place in places], strict=True))
             if losses:
-                yield _compared_losses(run, f"losses {split}{kind}", asked, elsewhere)
+                pairs = [(_loss_and_tokens(new), _loss_and_tokens(old)) for _, new, old in asked]
+                yield _compared_numbers(run, f"losses {split}{kind}", asked, pairs, LEAST_LOSS, elsewhere)
                 if DRIFT in scores.metrics and not kind:
                     drift = scorer.divergences(chosen, f"computing the drift of {split} again")
-                    yield _compared_drift(run, f"drift {split}", asked, drift, elsewhere)
+                    before = [[old.scores[DRIFT]] if DRIFT in old.scores else [] for _, _, old in asked]
+                    pairs = [([now], then) for now, then in zip(drift, before, strict=True)]
+                    yield _compared_numbers(run, f"drifts {split}", asked, pairs, LEAST_DRIFT, elsewhere)
             else:
                 yield _compared_outputs(run, scorer, f"regenerate {split}{kind}", asked, bool(kind), elsewhere)
 
@@ -426,11 +425,8 @@ def _regenerate_split(
 def _chosen_places(ids: Sequence[str], batches: Sequence[list[int]], least: int, suspects: set[str]) -> list[int]:
     """The indices of whole scoring batches: first those with suspicious rows, then by length, from the shortest."""
 
-    def is_suspect(batch: list[int]) -> bool:
-        return any(ids[place] in suspects for place in batch)
-
     places: list[int] = []
-    for batch in [*filter(is_suspect, batches), *(batch for batch in reversed(batches) if not is_suspect(batch))]:
+    for batch in sorted(reversed(batches), key=lambda batch: not any(ids[place] in suspects for place in batch)):
         if len(places) >= least:
             break
         places += batch
@@ -469,46 +465,37 @@ def _compared_outputs(
     )
 
 
-def _compared_losses(run: CheckedRun, check: str, asked: Asked, elsewhere: bool) -> Finding:
-    """Whether the sums and counts of the rows' losses are the recorded ones, up to rounding."""
+def _compared_numbers(
+    run: CheckedRun,
+    check: str,
+    asked: Asked,
+    pairs: Sequence[tuple[list[float], list[float]]],
+    least: float,
+    elsewhere: bool,
+) -> Finding:
+    """Whether the losses or the drifts of rows are the recorded ones, up to rounding.
+
+    Args:
+        pairs: for each row what it is now and what is recorded, in nats, and after a loss its number of target tokens.
+        least: a smaller number may differ by its tolerance of this.
+    """
     tolerances, where = TOLERANCES[run.config.train.dtype], f"recorded on {run.record.execution}"
-    tolerance = tolerances.row if elsewhere else tolerances.loss
-    for _, new, old in asked:
-        now, before = _loss_and_tokens(new), _loss_and_tokens(old)
+    tolerance, what = tolerances.row if elsewhere else tolerances.loss, check.split()[0]
+    for (_, row, _), (now, before) in zip(asked, pairs, strict=True):
         # Written so that NaN is beyond it.
-        if not (before and now[1:] == before[1:] and _share(now[0], before[0]) <= tolerance):
-            explanation = f"row {new.id}: its loss and target tokens are {now}, the file says {before or None}"
-            return Finding(check, False, f"{explanation}; {where}", new.id)
+        if not (before and now[1:] == before[1:] and _share(now[0], before[0], least) <= tolerance):
+            explanation = f"row {row.id}: its {what[:-1]} is {now}, the file says {before or None}; {where}"
+            return Finding(check, False, explanation, row.id)
     if not elsewhere:
-        return Finding(check, True, f"{len(asked)} losses come out as they were, within {tolerance:g}")
-    total_now = sum(_loss_and_tokens(new)[0] for _, new, _ in asked)
-    total_before = sum(_loss_and_tokens(old)[0] for _, _, old in asked)
-    of_all = _share(total_now, total_before, least=float(len(asked)))
+        return Finding(check, True, f"{len(asked)} {what} come out as they were, within {tolerance:g}")
+    total_now, total_before = (sum(numbers[0] for numbers in side) for side in zip(*pairs, strict=True))
+    of_all = _share(total_now, total_before, least * len(asked))
     return Finding(
         check,
         of_all <= tolerances.mean,
-        f"the mean of {len(asked)} losses differs by {of_all:.2%} ({tolerances.mean:.2%} is allowed on another "
+        f"the mean of {len(asked)} {what} differs by {of_all:.2%} ({tolerances.mean:.2%} is allowed on another "
         f"device), and no row's by more than {tolerance:.0%}; {where}",
         by_rounding=0 < of_all <= tolerances.mean,
-    )
-
-
-def _compared_drift(run: CheckedRun, check: str, asked: Asked, drift: Sequence[float], elsewhere: bool) -> Finding:
-    """Whether the divergences of rows from the base model are the recorded ones, up to rounding."""
-    tolerances = TOLERANCES[run.config.train.dtype]
-    tolerance = tolerances.row if elsewhere else tolerances.loss
-    recorded: list[float] = []
-    for (_, _, old), now in zip(asked, drift, strict=True):
-        before = old.scores.get(DRIFT)
-        if not (isinstance(before, float) and _share(now, before, least=LEAST_DRIFT) <= tolerance):
-            return Finding(check, False, f"row {old.id}: its drift is {now}, the file says {before}", old.id)
-        recorded.append(before)
-    of_all = _share(sum(drift), sum(recorded), least=LEAST_DRIFT * len(asked))
-    return Finding(
-        check,
-        of_all <= max(tolerances.mean, tolerances.loss),
-        f"{len(asked)} drifts come out as they were, within {tolerance:g}, and their mean within {of_all:.2%}",
-        by_rounding=elsewhere and of_all > 0,
     )
 
 
@@ -518,7 +505,7 @@ def _loss_and_tokens(row: PredictionRow) -> list[float]:
     return list(map(float, value)) if isinstance(value, list) else []
 
 
-def _share(now: float, before: float, least: float = 1.0) -> float:
+def _share(now: float, before: float, least: float) -> float:
     """The difference as a share of the recorded number, or of `least` if that is larger."""
     return abs(now - before) / max(abs(before), least)
 

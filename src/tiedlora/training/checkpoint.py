@@ -172,20 +172,16 @@ def _compare(saved: RunInputs, now: RunInputs, where: Path) -> bool:
                 f"{where}: was trained on another {name} ({before}, now {after}); "
                 f"restore it, or remove {where.parent} to start from the first step"
             )
-    packages = sorted({*saved.versions, *now.versions})
-    if changed := [name for name in packages if saved.versions.get(name) != now.versions.get(name)]:
-        then, today = ({name: inputs.versions.get(name) for name in changed} for inputs in (saved, now))
-        log.warning("resuming with other versions: %s, now %s", then, today)
-    was_on, is_on = saved.execution, now.execution
-    others = [
-        (name, was, is_now)
-        for name, was, is_now in (
-            ("code", saved.code, now.code),
-            ("device", was_on.device_and_threads, is_on.device_and_threads),
-            ("processor", was_on.processor, is_on.processor),
-        )
-        if was != is_now
-    ]
-    for change in others:
+    packages = {*saved.versions, *now.versions}
+    different = sorted(name for name in packages if saved.versions.get(name) != now.versions.get(name))
+    then, today = ({name: inputs.versions.get(name) for name in different} for inputs in (saved, now))
+    values = (
+        ("versions", then, today),
+        ("code", saved.code, now.code),
+        ("device", saved.execution.device_and_threads, now.execution.device_and_threads),
+        ("processor", saved.execution.processor, now.execution.processor),
+    )
+    changes = [(name, was, is_now) for name, was, is_now in values if was != is_now]
+    for change in changes:
         log.warning("resuming with other %s: %s, now %s", *change)
-    return bool(changed or others)
+    return bool(changes)

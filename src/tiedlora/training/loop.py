@@ -60,20 +60,6 @@ ENOUGH = LARGEST_COUNT
 """In place of a limit on the tokens of a pass: the memory was enough."""
 
 
-@dataclass(frozen=True)
-class _Passed:
-    """What the passes of one step leave, besides the gradients."""
-
-    loss: Tensor
-    """This process's share of the mean loss, on the device."""
-    tokens: int
-    target_tokens: int
-    too_large: Batch | None
-    """The pass for which this process had too little memory."""
-    limit: int
-    """ENOUGH, or the most tokens of a pass with which all processes start the step again; 0 if there is no such."""
-
-
 @dataclass
 class _StepNumbers:
     """The numbers of one step, still on the device."""
@@ -143,21 +129,20 @@ class Loop:
                 group["lr"] = rate * group["lr_factor"]
 
             # 2. Forward and backward passes. If memory runs out, the step starts again with smaller passes.
-            while (passed := self._passes(step)).limit != ENOUGH:
-                self._halve(step, passed)
+            loss, target_tokens, tokens = self._passes(step)
 
             # 3. Sum over processes, then clip.
-            self.world.all_reduce_sum([passed.loss, *_gradients(self._parameters)])
+            self.world.all_reduce_sum([loss, *_gradients(self._parameters)])
             clip = config.clip if config.clip is not None else math.inf
             grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, clip)
 
             # 4. Update the parameters, or skip the update.
             state.step = step
-            state.tokens += passed.tokens
-            state.target_tokens += passed.target_tokens
-            numbers = _StepNumbers(step, passed.loss, grad_norm, rate, state.tokens)
+            state.tokens += tokens
+            state.target_tokens += target_tokens
+            numbers = _StepNumbers(step, loss, grad_norm, rate, state.tokens)
             # Only a run that may skip updates waits here for the device. The sums are equal in all processes.
-            if state.skipped_steps < config.skip_nonfinite and not bool((passed.loss + grad_norm).isfinite()):
+            if state.skipped_steps < config.skip_nonfinite and not bool((loss + grad_norm).isfinite()):
                 state.skipped_steps += 1
                 numbers.skipped = state.skipped_steps
                 count = f"{state.skipped_steps} of train.skip_nonfinite={config.skip_nonfinite}"
@@ -170,11 +155,14 @@ class Loop:
             # 5. Log, validate, save a checkpoint and stop, if one of these is due.
             self._after_step()
 
-    def _passes(self, step: int) -> _Passed:
+    def _passes(self, step: int) -> tuple[Tensor, int, int]:
         """The forward and backward passes of a step, which sum the gradients of the mean loss.
 
+        Returns:
+            This process's share of the mean loss, on the device, and the target tokens and all tokens of the step.
+
         Raises:
-            UserError: memory ran out, and the processes share the model.
+            UserError: memory ran out, and the processes share the model, or with a single row.
         """
         # The dropout masks depend only on the step and the process.
         torch.manual_seed(step_seed(self.seed, step, self.world.process_index))
@@ -186,8 +174,7 @@ class Loop:
         too_large: Batch | None = None
         for batch in batches:
             try:
-                loss = self.loss_sum(batch) / target_tokens
-                loss.backward()  # type: ignore[no-untyped-call]
+                total = total + self._pass(batch, target_tokens)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -195,18 +182,26 @@ class Loop:
                     raise UserError(_out_of_memory_when_sharded(batch)) from error
                 too_large = batch
                 break
-            total = total + loss.detach()
         limit = self.world.smallest(ENOUGH if too_large is None else _half(too_large))
-        return _Passed(total, tokens, target_tokens, too_large, limit)
+        if limit == ENOUGH:
+            return total, target_tokens, tokens
+        if limit == 0:
+            raise UserError(_out_of_memory_message(step, too_large, self.config))
+        self._halve(step, limit)
+        return self._passes(step)
 
-    def _halve(self, step: int, passed: _Passed) -> None:
+    def _pass(self, batch: Batch, target_tokens: int) -> Tensor:
+        """Add the gradient of a batch. If memory runs out, its graph is freed with the frame of this function."""
+        loss = self.loss_sum(batch) / target_tokens
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _halve(self, step: int, limit: int) -> None:
         """Prepare smaller passes. A checkpoint has their limit before any step is finished with them."""
         self.optimizer.zero_grad(set_to_none=True)
         free_memory()
-        if passed.limit == 0:
-            raise UserError(_out_of_memory_message(step, passed.too_large, self.config))
-        log.warning("step %d: out of memory; passes have at most %d tokens from now on", step, passed.limit)
-        self.state.halvings.append(Halving(step, "training", passed.limit))
+        log.warning("step %d: out of memory; passes have at most %d tokens from now on", step, limit)
+        self.state.halvings.append(Halving(step, "training", limit))
         self._flush_metrics()
         self.save_checkpoint(self.state)
         self._clock_started = time.perf_counter()

@@ -51,38 +51,6 @@ def log_likelihoods_(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]
     return (shifted - sums.log()).squeeze(1), sums
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """One chunk of target positions."""
-
-    places: slice
-    """Where the chunk is among all target positions."""
-    exps: Tensor
-    """(rows, vocabulary) the exponentials of the logits, less the largest logit of each row."""
-    sums: Tensor
-    """(rows, 1) the sums of `exps`."""
-    log_probs: Tensor
-    """(rows,) log p of each target."""
-    slope: Tensor | None
-    """(rows, vocabulary) the derivative of the softcap, if the model has one."""
-
-
-def _chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
-) -> Iterator[_Chunk]:
-    """The log-likelihoods of the labels, chunk by chunk. A chunk's logits are freed before the next one is computed."""
-    size = chunk_rows(weight.shape[0])
-    for start in range(0, hidden.shape[0], size):
-        places = slice(start, start + size)
-        logits = F.linear(hidden[places], weight, bias).to(_summed_in(hidden.dtype))
-        slope = None
-        if softcap is not None:
-            squashed = torch.tanh(logits / softcap)
-            logits, slope = softcap * squashed, 1 - squashed.square()
-        log_probs, sums = log_likelihoods_(logits, labels[places])
-        yield _Chunk(places, logits, sums, log_probs, slope)
-
-
 def _summed_in(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64, so that tests can compare to 1e-12. bfloat16 is summed in float32."""
     return torch.promote_types(dtype, torch.float32)
@@ -95,14 +63,23 @@ class _TokenLosses(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = torch.zeros(len(labels), dtype=_summed_in(hidden.dtype), device=hidden.device)
-        for chunk in _chunks(hidden, weight, bias, labels, softcap):
-            losses[chunk.places] = -chunk.log_probs
+        size = chunk_rows(weight.shape[0])
+        for start in range(0, len(labels), size):
+            places = slice(start, start + size)
+            logits, targets = F.linear(hidden[places], weight, bias).to(losses.dtype), labels[places]
+            slope = None
+            if softcap is not None:
+                squashed = torch.tanh(logits / softcap)
+                logits, slope = softcap * squashed, 1 - squashed.square()
+            log_probs, sums = log_likelihoods_(logits, targets)
+            losses[places] = -log_probs
             if gradient is not None:
-                delta, targets = chunk.exps.div_(chunk.sums), labels[chunk.places]
+                # What log_likelihoods_ has left in the logits becomes the softmax, less 1 at each target.
+                delta = logits.div_(sums)
                 delta[torch.arange(len(targets), device=delta.device), targets] -= 1
-                if chunk.slope is not None:
-                    delta *= chunk.slope
-                gradient[chunk.places] = delta.to(weight.dtype) @ weight
+                if slope is not None:
+                    delta *= slope
+                gradient[places] = delta.to(weight.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses
@@ -122,12 +99,15 @@ def target_loss(model: Any, batch: Batch) -> Tensor:
     Raises:
         ValueError: the output head is trained. This loss gives no gradient for it.
     """
-    losses = token_losses(model, batch)
-    # Added chunk by chunk, as `row_losses` does.
+    return _total(model, token_losses(model, batch)).to(batch.targets.device)
+
+
+def _total(model: Any, losses: Tensor) -> Tensor:
+    """The sum of token losses, added chunk by chunk."""
     total = torch.zeros((), dtype=losses.dtype, device=losses.device)
     for chunk in torch.split(losses, chunk_rows(model.get_output_embeddings().weight.shape[0])):
         total = total + chunk.sum()
-    return total.to(batch.targets.device)
+    return total
 
 
 def token_losses(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
@@ -192,15 +172,9 @@ def row_losses(model: Any, batch: Batch) -> RowLosses:
     Raises:
         ValueError: as target_loss.
     """
-    device = batch.targets.device
-    with _head_inputs(model, batch) as inputs:
-        total = torch.zeros((), dtype=_summed_in(inputs[0].dtype), device=inputs[0].device)
-        log_probs = []
-        for chunk in _chunks(*inputs):
-            total -= chunk.log_probs.sum()
-            log_probs.append(chunk.log_probs)
-    sums = batch.sums_by_row(-torch.cat(log_probs).double().to(device))
-    return RowLosses(sums, batch.sums_by_row(torch.ones_like(batch.targets)), total.to(device))
+    losses, device = token_losses(model, batch), batch.targets.device
+    tokens = batch.sums_by_row(torch.ones_like(batch.targets))
+    return RowLosses(batch.sums_by_row(losses.double().to(device)), tokens, _total(model, losses).to(device))
 
 
 @without_gradients
