@@ -80,8 +80,10 @@ def exit_codes() -> Iterator[None]:
     Raises:
         SystemExit: with code 2 after a mistake, 75 after a stop, 141 if the reader of the output has closed it.
     """
+    # A log line whose reader has ended is lost without a traceback.
+    logging.raiseExceptions = False
     try:
-        with _quiet_handlers(), _dropped_stops_come_again():
+        with _dropped_stops_come_again():
             yield
             sys.stdout.flush()
     except BrokenPipeError as error:
@@ -137,22 +139,6 @@ def output_is_closed() -> bool:
 
 
 @contextmanager
-def _quiet_handlers() -> Iterator[None]:
-    """Inside the block, a log line for a reader that has ended is lost without a traceback."""
-    original = logging.Handler.handleError
-
-    def handle(handler: logging.Handler, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], BrokenPipeError):
-            original(handler, record)
-
-    logging.Handler.handleError = handle  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        logging.Handler.handleError = original  # type: ignore[method-assign]
-
-
-@contextmanager
 def _dropped_stops_come_again() -> Iterator[None]:
     """Inside the block, a KeyboardInterrupt that came in a destructor, where Python drops it, comes a moment later."""
     original = sys.unraisablehook
@@ -173,14 +159,12 @@ def _dropped_stops_come_again() -> Iterator[None]:
 def _end(message: str, code: int) -> None:
     # Always one line of printable characters: control characters in an error could rewrite the terminal.
     line = "".join(c if c.isprintable() else " " for c in message)
+    if len(line) > LONGEST_MESSAGE:
+        line = f"{line[:LONGEST_MESSAGE]} ..."
     # Whether or not somebody still reads the output, the code says how the command ended.
-    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{_shortened(line)}\n")):
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{line}\n")):
         try:
             print(text, end="", file=stream, flush=True)
         except BrokenPipeError:
             drop_output(stream)
     raise SystemExit(code)
-
-
-def _shortened(line: str) -> str:
-    return line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]} ..."

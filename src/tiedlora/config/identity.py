@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import Field, asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from tiedlora import tying
@@ -30,25 +30,19 @@ def identity(config: Any) -> dict[str, Any]:
 
     A key is left out if it is a fact of execution, or at its `neutral` value (see keys.py).
     """
-    unused = _unused(config)
-    values = {
-        item.name: getattr(config, item.name)
-        for item in fields(config)
-        if _is_hashed(item, config) and item.name not in unused
-    }
-    return {name: _plain(value) for name, value in values.items()}
+    unused, values = _unused(config), {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        is_neutral = "neutral" in item.metadata and value == item.metadata["neutral"]
+        if not (is_neutral or item.metadata.get("execution") or item.name in unused):
+            values[item.name] = _plain(value)
+    return values
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
     return identity(value) if is_dataclass(value) else value
-
-
-def _is_hashed(key: Field[Any], config: Any) -> bool:
-    if "neutral" in key.metadata and getattr(config, key.name) == key.metadata["neutral"]:
-        return False
-    return not key.metadata.get("execution")
 
 
 def _unused(section: Any) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, replace
 from enum import Enum
 from typing import Any
 
@@ -81,7 +81,7 @@ def resolve(method: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, A
         return method, dict(arguments)
     kind = peft_class(method)
     instance = _instance(kind, arguments)
-    values = {name: _plain(value) for name, value in asdict(instance).items()}
+    values = json.loads(json.dumps(asdict(instance), default=_plain))
     for name in (*NOT_ARGUMENTS, *(seed for seed in SEED_ARGUMENTS if seed not in arguments)):
         values.pop(name, None)
     if values.get("modules_to_save"):
@@ -197,16 +197,13 @@ def _instance(kind: type[Any], arguments: Mapping[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it. Sets are sorted, because their order is not the same in every process."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
+    """A value as JSON has it. Sets are sorted, because their order is not the same in every process.
+
+    Raises:
+        TypeError: JSON has no such value.
+    """
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
-        return sorted(map(_plain, value))
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    json.dumps(value)
-    return value
+        return sorted(value)
+    raise TypeError(f"{value!r} is no value of JSON")

@@ -213,11 +213,10 @@ def _skeleton(architecture: Architecture) -> Any:
                 continue
             d_in, d_out = spec.target_shape(architecture, target)
             linear = nn.Linear(d_in, d_out, bias=False, device=torch.device("meta"))
-            parent, *parents, name = root, *f"{layout.layers}.{layer}.{paths[0]}".split(".")
+            parent: Any = root
+            *parents, name = f"{layout.layers}.{layer}.{paths[0]}".split(".")
             for each in parents:
-                if not hasattr(parent, each):
-                    parent.add_module(each, nn.Module())
-                parent = getattr(parent, each)
+                parent = parent._modules.setdefault(each, nn.Module())
             parent.add_module(name, linear.requires_grad_(False))
     return root
 

@@ -27,30 +27,18 @@ class Interval:
 
 
 class Unit(Enum):
-    """The unit of a metric: the factor from the stored value to the shown one, and the number of decimals."""
+    """The unit of a metric: shown value / stored value, the decimals that are shown, and its name for axes."""
 
-    POINTS = (100, 1)
-    NATS = (1, 3)
+    POINTS = (100, 1, "points of 100")
+    NATS = (1, 3, "nats")
+
+    def __init__(self, factor: int, decimals: int, words: str) -> None:
+        self.factor, self.decimals, self.words = factor, decimals, words
 
     @classmethod
     def of(cls, metric: str) -> Unit:
         """The unit of a metric."""
         return cls.NATS if is_loss(metric) else cls.POINTS
-
-    @property
-    def factor(self) -> int:
-        """Shown value / stored value."""
-        return self.value[0]
-
-    @property
-    def decimals(self) -> int:
-        """The digits after the point that are shown."""
-        return self.value[1]
-
-    @property
-    def words(self) -> str:
-        """The unit's name, for axes and captions."""
-        return "points of 100" if self is Unit.POINTS else "nats"
 
     def number(self, value: float, sign: str = "") -> str:
         """0.4213 -> 42.1 in points, 0.421 in nats.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -99,18 +99,12 @@ class MetricsRow:
     def to_json(self) -> dict[str, float | int]:
         return {"step": self.step, **self.values}
 
-    @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> MetricsRow | None:
-        """The row of a JSON object, without values that are not numbers; None if it has no step or no number."""
-        step = tree.get("step")
-        values = {key: value for key, value in tree.items() if key != "step" and is_number(value)}
-        return cls(step, values) if isinstance(step, int) and is_number(step) and values else None
-
 
 def read_metrics(path: Path, metric: str = "") -> list[MetricsRow]:
-    """The rows of metrics.jsonl; no rows if the file is missing. A line that is not a row is left out.
+    """The rows of metrics.jsonl, without values that are not numbers; no rows if the file is missing.
 
-    Such a line can be the last one, if the process was killed while it wrote the line.
+    A line without a step or a number is left out. Such a line can be the last one, if the process was killed while it
+    wrote the line.
 
     Args:
         metric: parse only lines that contain this name, which is quicker. By default all lines are parsed.
@@ -118,8 +112,13 @@ def read_metrics(path: Path, metric: str = "") -> list[MetricsRow]:
     Raises:
         UserError: the file exists and cannot be read.
     """
-    rows = (MetricsRow.from_json(tree) for tree in _appended_objects(path, metric))
-    return [row for row in rows if row is not None]
+    rows = []
+    for tree in _appended_objects(path, metric):
+        step = tree.pop("step", None)
+        values = {key: value for key, value in tree.items() if is_number(value)}
+        if isinstance(step, int) and is_number(step) and values:
+            rows.append(MetricsRow(step, values))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class ValidationLosses:
     """Each row's number of target tokens."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"step": self.step, "losses": self.losses, "tokens": self.tokens}
+        return asdict(self)
 
 
 def read_validation_losses(path: Path) -> list[ValidationLosses]:

@@ -415,7 +415,7 @@ def _regenerate_split(
                 yield _compared_numbers(run, f"losses {split}{kind}", asked, pairs, LEAST_LOSS, elsewhere)
                 if DRIFT in scores.metrics and not kind:
                     drift = scorer.divergences(chosen, f"computing the drift of {split} again")
-                    before = [[old.scores[DRIFT]] if DRIFT in old.scores else [] for _, _, old in asked]
+                    before = [[x] if isinstance(x := old.scores.get(DRIFT), float) else [] for _, _, old in asked]
                     pairs = [([now], then) for now, then in zip(drift, before, strict=True)]
                     yield _compared_numbers(run, f"drifts {split}", asked, pairs, LEAST_DRIFT, elsewhere)
             else:

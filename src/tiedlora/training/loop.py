@@ -132,7 +132,11 @@ class Loop:
             loss, target_tokens, tokens = self._passes(step)
 
             # 3. Sum over processes, then clip.
-            self.world.all_reduce_sum([loss, *_gradients(self._parameters)])
+            for parameter in self._parameters:
+                if parameter.grad is None:
+                    # This process had no row, in a short last step.
+                    parameter.grad = torch.zeros_like(parameter)
+            self.world.all_reduce_sum([loss, *(p.grad for p in self._parameters if p.grad is not None)])
             clip = config.clip if config.clip is not None else math.inf
             grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, clip)
 
@@ -179,7 +183,7 @@ class Loop:
                 if not is_out_of_memory(error):
                     raise
                 if self.config.shard:
-                    raise UserError(_out_of_memory_when_sharded(batch)) from error
+                    raise UserError(_out_of_memory_message(step, batch, self.config)) from error
                 too_large = batch
                 break
         limit = self.world.smallest(ENOUGH if too_large is None else _half(too_large))
@@ -267,14 +271,6 @@ class Loop:
         )
 
 
-def _gradients(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-    """The gradients of the parameters. They are zeros if this process had no row (in a short last step)."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
-
-
 def step_seed(seed: int, step: int, process_index: int = 0) -> int:
     """The seed of a step's dropout masks. It is a pure function, so a resumed run draws the same masks."""
     name = f"dropout/{seed}/{step}" + (f"/{process_index}" if process_index else "")
@@ -289,16 +285,13 @@ def _half(batch: Batch) -> int:
 def _out_of_memory_message(step: int, batch: Batch | None, config: TrainConfig) -> str:
     if batch is None:
         return f"step {step}: another of the processes ran out of memory with a single row; its message says more"
-    length = batch.input_ids.shape[1]
+    rows, length = batch.input_ids.shape
+    if config.shard:
+        return (
+            f"step {step}: out of memory with {rows} rows of {length} tokens; with train.shard=true the others wait "
+            f"inside this pass, so the step cannot start again; lower train.microbatch_tokens below {rows * length}, "
+            "or take more processes; the same command continues"
+        )
     ways = [] if config.recompute_activations else ["set train.recompute_activations=true (slower)"]
     ways.append("shorten the rows, or take a smaller model")
     return f"step {step}: out of memory with a single row of {length} tokens; {', or '.join(ways)}"
-
-
-def _out_of_memory_when_sharded(batch: Batch) -> str:
-    rows, length = batch.input_ids.shape
-    return (
-        f"out of memory with {rows} rows of {length} tokens; with train.shard=true the others wait inside this "
-        f"pass, so the step cannot start again; lower train.microbatch_tokens below {rows * length}, or take more "
-        "processes; the same command continues"
-    )
