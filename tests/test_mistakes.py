@@ -99,7 +99,7 @@ SCRIPTS = {
     "a report with no claims": ("report.py outputs --claims nowhere", "nowhere: no such file; claims are YAML files"),
     "a report on another claim": ("report.py outputs --claims claims.yaml", "(did you mean TABuv?)"),
     "a report into no README": ("report.py outputs --readme nowhere.md", "nowhere.md"),
-    "checks of no run": ("verify.py outputs", "has no result.json, so there is no finished run to verify"),
+    "checks of no run": ("verify.py outputs", "has no result.json, so the run is not finished"),
     "checks of fewer than no rows": ("verify.py RUN --rows -1", "--rows -1: must be at least 0"),
     "scores of no metric": ("score.py RUN --metrics f1", "no such metric of task=chain_sum; choose from"),
     "answers of no run": ("generate.py outputs --prompt x", "is not a run's folder (it has no config.yaml)"),

@@ -56,9 +56,9 @@ def locked(path: Path, patience: float | None = None) -> Iterator[None]:
         lock.release()
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk, so that a rename inside it survives a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk, so that a rename inside it survives a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -102,7 +102,7 @@ def write_bytes(path: Path, data: bytes, flush: bool = True) -> None:
     finally:
         beside.unlink(missing_ok=True)
     if flush:
-        sync_folder(path.parent)
+        _flush(path.parent)
 
 
 def json_bytes(value: object) -> bytes:
@@ -256,12 +256,8 @@ def copy_folder(source: Path, path: Path) -> None:
     Raises:
         OSError: the disk is full, or there is no permission; `path` does not exist then.
     """
-    beside = _beside(path)
-    try:
-        shutil.copytree(source, beside)
-        beside.rename(path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with new_folder(path) as beside:
+        shutil.copytree(source, beside, dirs_exist_ok=True)
 
 
 @contextmanager
@@ -272,14 +268,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         with naming(path):
             yield beside
-            for file in beside.iterdir():
-                with open(file, "rb+") as opened:
-                    os.fsync(opened.fileno())
-            sync_folder(beside)
+            for entry in [*beside.rglob("*"), beside]:
+                _flush(entry)
             if path.exists():
                 shutil.rmtree(path)
             os.replace(beside, path)
-            sync_folder(path.parent)
+            _flush(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

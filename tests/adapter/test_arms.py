@@ -163,7 +163,7 @@ def test_the_admission_finds_a_planted_leak(monkeypatch):
     admission = measure(base.model, spec_of("peft", "tying.method=mean"), base.record, ROWS, 1e-2)
     assert not admission.is_causal
     assert admission.is_of_its_row
-    assert admission.starts_at_base
+    assert "off the base" not in admission.marks()
     assert admission.moves
     assert admission.reload == 0
     config = composed(["tying=peft", "tying.method=mean", "model=tiny_llama"])
@@ -176,7 +176,7 @@ def test_the_admission_finds_a_planted_leak(monkeypatch):
 
 def test_an_arm_whose_rows_change_each_other_is_scored_singly():
     base = tiny("tiny_llama")
-    assert not measure(base.model, spec_of("peft/unilora"), base.record, ROWS, 1e-2).starts_at_base
+    assert "off the base" in measure(base.model, spec_of("peft/unilora"), base.record, ROWS, 1e-2).marks()
     admission = measure(base.model, spec_of("peft/lily"), base.record, ROWS, 1e-2)
     words = ["tying=peft/lily", "score.metrics=[exact_match_strict]"]
     with pytest.raises(UserError, match=r"score\.batch_size=1"):

@@ -6,10 +6,10 @@ import functools
 import json
 import shlex
 from dataclasses import replace
-from typing import Any
 
 from omegaconf import OmegaConf
 
+from tiedlora import storage
 from tiedlora.config import compose as configuration
 from tiedlora.config import explain
 from tiedlora.config.identity import identity, leaves, run_id
@@ -40,48 +40,38 @@ def _overrides(config: Config, train: str) -> list[str]:
     Args:
         train: the option of conf/train to begin with.
     """
-    names = {"model": config.model.name, "task": config.task.name, "tying": config.tying.name}
-    names["objective"] = config.objective.name
-    chosen = {group: option for group, name in names.items() if (option := _option(group, name))}
-    if (rank := f"r{config.rank.r}") in explain.options("rank"):
-        chosen["rank"] = rank
-    chosen["train"] = train
-    options = [f"{group}={name}" for group, name in chosen.items() if name != _defaults()[group]]
+    chosen = {"model": _model_options().get(config.model.name, ""), "task": config.task.name}
+    chosen |= {"tying": config.tying.name, "objective": config.objective.name, "rank": f"r{config.rank.r}"}
+    options = [
+        f"{group}={name}"
+        for group, name in {**chosen, "train": train}.items()
+        if name in explain.options(group) and name != _defaults()[group]
+    ]
     from_options = _values_of_options(tuple(options))
+    values = {key: value for key, value in _identity_values(_as_set(config)).items() if from_options.get(key) != value}
+    # They follow from other keys: from init_from, and from the rank.
+    values.pop("train.init_digest", None)
+    if values.get("rank.alpha") == _in_hydras_grammar(float(config.rank.r)):
+        del values["rank.alpha"]
     differences = [
         # A key at its neutral value is not among the values. Hydra's + adds a key that the schema does not have.
         f"{'' if key in from_options or key in explain.schema_keys() else '+'}{key}={value}"
-        for key, value in _identity_values(_as_set(config)).items()
-        if from_options.get(key) != value and not _is_derived(key, value, config)
+        for key, value in values.items()
+        if not key.startswith(ARGUMENTS)
     ]
-    if arguments := {
-        key.removeprefix(ARGUMENTS): value
-        for key, value in _identity_values(_as_set(config)).items()
-        if key.startswith(ARGUMENTS) and from_options.get(key) != value
-    }:
+    if pairs := [f"{key.removeprefix(ARGUMENTS)}: {values[key]}" for key in values if key.startswith(ARGUMENTS)]:
         # Hydra's ++ changes a key of the option, and adds others.
-        pairs = ", ".join(f"{name}: {value}" for name, value in arguments.items())
-        differences.append(f"++tying.arguments={{{pairs}}}")
+        differences.append(f"++tying.arguments={{{', '.join(pairs)}}}")
     if config.train.init_from:
         differences.append(f"train.init_from={_in_hydras_grammar(config.train.init_from)}")
     return [*options, *differences]
 
 
-def _is_derived(key: str, value: str, config: Config) -> bool:
-    """Whether the value follows from another key: alpha from the rank if it is not set, init_digest from init_from."""
-    default_alpha = _in_hydras_grammar(float(config.rank.r))
-    is_alpha = key == "rank.alpha" and value == default_alpha
-    return key == "train.init_digest" or is_alpha or key.startswith(ARGUMENTS)
-
-
 @functools.cache
-def _option(group: str, name: str) -> str | None:
-    """The option of a group that has this name."""
-    for option in explain.options(group):
-        values: Any = explain.peft_options().get(option) or OmegaConf.load(CONF / group / f"{option}.yaml")
-        if values.get("name") == name:
-            return option
-    return None
+def _model_options() -> dict[str, str]:
+    """The name of a model -> its option. In the other groups, an option is called as its name."""
+    options = explain.options("model")
+    return {storage.read_yaml(CONF / "model" / f"{option}.yaml")["name"]: option for option in reversed(options)}
 
 
 @functools.cache

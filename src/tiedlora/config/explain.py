@@ -105,6 +105,7 @@ def _first_sentence(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "the configuration cannot be composed")
 
 
+@cache
 def options(group: str) -> list[str]:
     """The options of a group of conf/, or of `grid`, whose files are in sweeps/grid/. By name."""
     folders = [root / group for root in (CONF, PROJECT / "sweeps")]

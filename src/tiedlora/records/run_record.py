@@ -237,11 +237,6 @@ class Admission:
     """Between the arm and the arm that is read from its files."""
 
     @property
-    def starts_at_base(self) -> bool:
-        """Whether the arm computes as the base model before training."""
-        return self.start <= ROUNDING
-
-    @property
     def is_causal(self) -> bool:
         """Whether the logits at a position depend on that position and earlier ones only."""
         return self.later_tokens == 0
@@ -254,7 +249,7 @@ class Admission:
     def marks(self) -> dict[str, str]:
         """What a reader of scores must know: a mark of a few words -> the sentence that explains it."""
         failed = {
-            "off the base": (not self.starts_at_base, "starts off the base model"),
+            "off the base": (self.start > ROUNDING, "starts off the base model"),
             "does not move": (not self.moves, "does not move at its first step"),
             "not causal": (not self.is_causal, "not causal: answers depend on later tokens"),
             "mixes rows": (not self.is_of_its_row, "answers depend on the other rows of a batch"),
@@ -306,7 +301,7 @@ class RunRecord:
 
     @property
     def executions_in_words(self) -> str:
-        """Where its steps were trained, for a reader: each place once, in order."""
+        """As `executions`, for a reader: each place once."""
         return ", then ".join(dict.fromkeys(map(str, self.executions)))
 
     @property

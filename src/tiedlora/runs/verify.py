@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -95,6 +95,8 @@ class CheckedRun:
     task: Task
     examples: dict[str, list[Example]] = field(default_factory=dict)
     """Split -> its rows, if they can be read here."""
+    elsewhere: bool = False
+    """Whether this device may round otherwise than that of the record."""
 
     def predictions(self, split: str, base: bool = False) -> list[PredictionRow]:
         """The rows of predictions/. Texts that a study has left out are taken from the data, by the rows' ids.
@@ -102,9 +104,8 @@ class CheckedRun:
         Raises:
             UserError: the file is missing or damaged; or the texts are left out, and the rows cannot be read here.
         """
-        shared = self.record.scores[split].files if base else {}
-        folder = self.folder
-        rows = read_predictions(folder.base_predictions_file(split, shared) if base else folder.predictions_file(split))
+        own, files = self.folder.predictions_file(split), self.record.scores[split].files
+        rows = read_predictions(self.folder.base_predictions_file(split, files) if base else own)
         if self.record.keeps(TEXTS) or not any(row.has_answer for row in rows):
             return rows
         by_id = {example.id: example for example in self.examples.get(split, [])}
@@ -137,7 +138,7 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
     config = compose.read_config(folder.config_file)
     config.data_root, config.cache = data_root or config.data_root, str(cache or config.cache)
     run = CheckedRun(folder, record, config, load_task(config.task))
-    checks: dict[str, Callable[[CheckedRun], Iterator[Finding]]] = {
+    checks = {
         "configuration": _check_configuration,
         "files": _check_files,
         "data": _check_data,
@@ -167,11 +168,8 @@ def _compared(check: str, values: Mapping[str, tuple[object, object]], agree: st
         values: name -> (found, recorded).
         agree: the explanation if all are equal.
     """
-    wrong = [
-        f"{name} is {found!r:.80}, recorded {recorded!r:.80}"
-        for name, (found, recorded) in values.items()
-        if found != recorded
-    ]
+    differing = {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+    wrong = [f"{name} is {found!r:.80}, recorded {recorded!r:.80}" for name, (found, recorded) in differing.items()]
     return Finding(check, not wrong, "; ".join(wrong[:5]) or agree)
 
 
@@ -282,12 +280,10 @@ def _check_adapter(run: CheckedRun) -> Iterator[Finding]:
 def _check_base(run: CheckedRun) -> Iterator[Finding]:
     """Check the digest of the base model, if it is here."""
     path, recorded = run.config.model.path, run.record.base.digest
-    if path and not Path(path).exists():
-        yield Finding("base", None, f"model.path={path}: is not here")
-    elif (found := known_digest(run.config.model)) is None:
-        yield Finding(
-            "base", None, f"{recorded}: a hub model's commit is known once it loads (regeneration compares it)"
-        )
+    found = known_digest(run.config.model) if path is None or Path(path).exists() else None
+    if found is None:
+        explanation = f"{recorded}: the model is not here, or is known once it loads (regeneration compares it)"
+        yield Finding("base", None, explanation)
     else:
         yield _compared("base", {"the digest": (found, recorded)}, found)
 
@@ -386,16 +382,13 @@ def _regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Fin
         if run.examples.get(split):
             as_scored = with_halved_batches(config, scores.batch_halvings or 0)
             scorer = Scorer(attached, encoder, run.task, as_scored, base.record)
-            elsewhere = not run.record.execution.rounds_as(execution_on(device))
+            run.elsewhere = not run.record.execution.rounds_as(execution_on(device))
             with products.on_any_cpu(device, config.train.dtype):
-                findings = list(_regenerate_split(run, scorer, split, least, suspects, elsewhere))
+                findings = list(_regenerate_split(run, scorer, split, least, suspects))
             yield from findings
 
 
-def _regenerate_split(
-    run: CheckedRun, scorer: Scorer, split: str, least: int, suspects: set[str], elsewhere: bool
-) -> Iterator[Finding]:
-    """Args: elsewhere: whether this device may round otherwise than that of the record."""
+def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int, suspects: set[str]) -> Iterator[Finding]:
     examples, scores = run.examples[split], run.record.scores[split]
     wanted = [losses for losses in (False, True) if losses in map(is_loss, scores.metrics)]
     for kind in ("", ".base") if scores.base is not None else ("",):
@@ -412,14 +405,14 @@ def _regenerate_split(
             asked = list(zip(chosen, rows, [recorded[place] for place in places], strict=True))
             if losses:
                 pairs = [(_loss_and_tokens(new), _loss_and_tokens(old)) for _, new, old in asked]
-                yield _compared_numbers(run, f"losses {split}{kind}", asked, pairs, LEAST_LOSS, elsewhere)
+                yield _compared_numbers(run, f"losses {split}{kind}", asked, pairs, LEAST_LOSS)
                 if DRIFT in scores.metrics and not kind:
                     drift = scorer.divergences(chosen, f"computing the drift of {split} again")
                     before = [[x] if isinstance(x := old.scores.get(DRIFT), float) else [] for _, _, old in asked]
                     pairs = [([now], then) for now, then in zip(drift, before, strict=True)]
-                    yield _compared_numbers(run, f"drifts {split}", asked, pairs, LEAST_DRIFT, elsewhere)
+                    yield _compared_numbers(run, f"drifts {split}", asked, pairs, LEAST_DRIFT)
             else:
-                yield _compared_outputs(run, scorer, f"regenerate {split}{kind}", asked, bool(kind), elsewhere)
+                yield _compared_outputs(run, scorer, f"regenerate {split}{kind}", asked, bool(kind))
 
 
 def _chosen_places(ids: Sequence[str], batches: Sequence[list[int]], least: int, suspects: set[str]) -> list[int]:
@@ -434,15 +427,13 @@ def _chosen_places(ids: Sequence[str], batches: Sequence[list[int]], least: int,
     return sorted(places)
 
 
-def _compared_outputs(
-    run: CheckedRun, scorer: Scorer, check: str, asked: Asked, base: bool, elsewhere: bool
-) -> Finding:
+def _compared_outputs(run: CheckedRun, scorer: Scorer, check: str, asked: Asked, base: bool) -> Finding:
     """Whether the outputs come out as they were; on another device, whether rounding explains those that do not."""
     different = [(example, new, old) for example, new, old in asked if new.output != old.output]
     where = f"recorded on {run.record.execution}"
     if not different:
         return Finding(check, True, f"{len(asked)} outputs come out as they were")
-    if not elsewhere:
+    if not run.elsewhere:
         first, count = different[0][0].id, f"{len(different)} of {len(asked)} rows differ"
         return Finding(check, False, f"row {first}: another output than the recorded one ({count}); {where}", first)
     tolerance = TOLERANCES[run.config.train.dtype].gap
@@ -466,12 +457,7 @@ def _compared_outputs(
 
 
 def _compared_numbers(
-    run: CheckedRun,
-    check: str,
-    asked: Asked,
-    pairs: Sequence[tuple[list[float], list[float]]],
-    least: float,
-    elsewhere: bool,
+    run: CheckedRun, check: str, asked: Asked, pairs: Sequence[tuple[list[float], list[float]]], least: float
 ) -> Finding:
     """Whether the losses or the drifts of rows are the recorded ones, up to rounding.
 
@@ -480,13 +466,13 @@ def _compared_numbers(
         least: a smaller number may differ by its tolerance of this.
     """
     tolerances, where = TOLERANCES[run.config.train.dtype], f"recorded on {run.record.execution}"
-    tolerance, what = tolerances.row if elsewhere else tolerances.loss, check.split()[0]
+    tolerance, what = tolerances.row if run.elsewhere else tolerances.loss, check.split()[0]
     for (_, row, _), (now, before) in zip(asked, pairs, strict=True):
         # Written so that NaN is beyond it.
         if not (before and now[1:] == before[1:] and _share(now[0], before[0], least) <= tolerance):
             explanation = f"row {row.id}: its {what[:-1]} is {now}, the file says {before or None}; {where}"
             return Finding(check, False, explanation, row.id)
-    if not elsewhere:
+    if not run.elsewhere:
         return Finding(check, True, f"{len(asked)} {what} come out as they were, within {tolerance:g}")
     total_now, total_before = (sum(numbers[0] for numbers in side) for side in zip(*pairs, strict=True))
     of_all = _share(total_now, total_before, least * len(asked))
