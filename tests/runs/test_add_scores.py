@@ -120,7 +120,6 @@ def test_a_changed_loss_is_named_by_its_row(config):
     # Consistent with each other, but not what the model computes.
     total, tokens = read_predictions(path)[3].scores[TARGET_LOSS_BY_TOKEN]
     change_rows(path, lambda row: row["scores"].update(loss_scores(total - 0.5 * tokens, int(tokens))), [3])
-    # The file's checksum names the file alone, so the row is among those that are computed again first.
     found = "\n".join(wrong(folder))
     assert f"losses validation: row {name}: its loss" in found
     assert "predictions validation: metrics.target_loss.value is " in found

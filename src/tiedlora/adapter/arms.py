@@ -23,7 +23,7 @@ from tiedlora import storage
 from tiedlora.adapter import files
 from tiedlora.adapter.attach import attach_adapter
 from tiedlora.adapter.parts import ParameterGroup
-from tiedlora.config.adapter_folder import DESCRIPTION
+from tiedlora.config.identity import DESCRIPTION
 from tiedlora.config.methods import REGISTERED
 from tiedlora.config.schema import LrFactors, TyingConfig
 from tiedlora.errors import UserError

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tiedlora import storage
 from tiedlora import tying as spec
 from tiedlora.adapter.parts import TiedAdapter, check_specification
-from tiedlora.config.adapter_folder import DESCRIPTION
+from tiedlora.config.identity import DESCRIPTION
 from tiedlora.errors import UserError
 from tiedlora.records.reading import Number, Text, Whole, typed
 from tiedlora.records.run_record import BaseModelRecord, plain

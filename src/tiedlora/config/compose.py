@@ -19,10 +19,9 @@ from omegaconf.errors import InterpolationResolutionError
 from omegaconf.resolvers import oc
 
 from tiedlora import storage
-from tiedlora.config.adapter_folder import adapter_digest, adapter_folder
 from tiedlora.config.check import check
 from tiedlora.config.explain import cause_chain, peft_options, readable_errors, schema_keys
-from tiedlora.config.identity import without_gone_keys
+from tiedlora.config.identity import adapter_digest, adapter_folder, without_gone_keys
 from tiedlora.config.methods import complete_method
 from tiedlora.config.project import CONF, PROJECT
 from tiedlora.config.schema import Config, TaskConfig, TyingConfig

@@ -1,4 +1,4 @@
-"""A run's identity: the values that change its result, and the id that is a hash of them.
+"""A run's identity: the values that change its result, and the id that is a hash of them. The digest of an adapter.
 
 Facts of execution (device, microbatch, paths, tracking) are recorded but not hashed. So a configuration has the same
 folder on every machine and under every launcher.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
-from tiedlora import tying
+from tiedlora import storage, tying
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.keys import MISSING
@@ -23,6 +25,10 @@ IDENTITY_VERSION = 1
 """Raise it when the meaning of a configuration changes although no key changes. Every run then gets a new id."""
 GONE: dict[str, object] = {"score.engine": "transformers", "tying.config": None}
 """Keys of earlier versions whose other values are gone, with the value that is left. Records of studies hold them."""
+
+
+DESCRIPTION = "adapter.json"
+"""The file of an adapter's folder that describes it."""
 
 
 def identity(config: Any) -> dict[str, Any]:
@@ -129,3 +135,31 @@ def without_gone_keys(tree: Any) -> Any:
         if isinstance(inner, dict) and inner.get(key, MISSING) == only:
             del inner[key]
     return tree
+
+
+def adapter_folder(source: Path | str) -> Path:
+    """The adapter's folder in the run `source`, or `source` itself if it is an adapter's folder.
+
+    Raises:
+        UserError: it is neither.
+    """
+    # os.path's functions accept any text. For an unknown ~user, a null byte or a name too long they answer "no file".
+    source = Path(os.path.expanduser(source))
+    for folder in (source, source / "adapter"):
+        if os.path.isfile(folder / DESCRIPTION):
+            return folder
+    raise UserError(
+        f"{source}: is neither a finished run nor an adapter's folder (no {DESCRIPTION} in it or in adapter/)"
+    )
+
+
+def adapter_digest(folder: Path) -> str:
+    """sha256 of an adapter's description: specification, sizes, base model and the sha256 of its tensors.
+
+    It does not depend on the place of the folder.
+
+    Raises:
+        UserError: the folder holds no adapter.
+    """
+    description = storage.read_json(folder / DESCRIPTION)
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()

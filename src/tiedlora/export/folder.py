@@ -20,8 +20,7 @@ from tiedlora.adapter import attach_adapter, load
 from tiedlora.adapter.arms import check_tensors, is_other_method, read_description
 from tiedlora.adapter.files import TENSORS
 from tiedlora.config import command
-from tiedlora.config.adapter_folder import DESCRIPTION
-from tiedlora.config.identity import identity, name_of
+from tiedlora.config.identity import DESCRIPTION, identity, name_of
 from tiedlora.config.identity import label as label_of
 from tiedlora.config.methods import PEFT_FILE
 from tiedlora.config.schema import Config

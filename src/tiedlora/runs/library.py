@@ -8,8 +8,8 @@ from typing import Any
 
 from tiedlora.adapter.arms import Arm, attach_saved, trained_on
 from tiedlora.config import compose
-from tiedlora.config.adapter_folder import adapter_folder
 from tiedlora.config.check import check_device
+from tiedlora.config.identity import adapter_folder
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import BaseModel, load_base

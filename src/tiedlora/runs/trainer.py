@@ -19,10 +19,9 @@ from tiedlora import storage, tying
 from tiedlora.adapter import TiedAdapter, attach_adapter, files, linear
 from tiedlora.adapter.admission import measure
 from tiedlora.adapter.arms import Arm, ArmSpec, new_arm
-from tiedlora.config import adapter_folder
 from tiedlora.config.check import check_new_run
 from tiedlora.config.families import layout_of
-from tiedlora.config.identity import config_tree, identity, run_id
+from tiedlora.config.identity import adapter_digest, config_tree, identity, run_id
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.config.sizes import missed_budget, trainable_params
 from tiedlora.data.batching import Batch, BatchSampler, by_length, empty_batch, microbatches
@@ -247,7 +246,7 @@ class Trainer:
         adapter = TiedAdapter(config.tying, rank.r, rank.alpha, architecture, config.seed, rank.scaling)
         if config.train.init_from:
             folder = Path(config.train.init_from)
-            if adapter_folder.adapter_digest(folder) != config.train.init_digest:
+            if adapter_digest(folder) != config.train.init_digest:
                 raise UserError(f"train.init_from={folder}: holds another adapter than when this run was composed")
             files.start_from(adapter, folder, self.base.record)
         return attach_adapter(self.base.model, adapter, config.train.shard), None

@@ -9,9 +9,10 @@ be expected again. But each of its tokens must still be as likely as the likelie
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -79,8 +80,6 @@ class Finding:
     ok: bool | None
     """None if the check could not be made here."""
     explanation: str
-    row_id: str | None = None
-    """The id of the row that does not agree, if it is a single row."""
     by_rounding: bool = False
     """Whether outputs or losses differ from the recorded ones, but by no more than another device's rounding."""
 
@@ -138,7 +137,7 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
     config = compose.read_config(folder.config_file)
     config.data_root, config.cache = data_root or config.data_root, str(cache or config.cache)
     run = CheckedRun(folder, record, config, load_task(config.task))
-    checks = {
+    checks: dict[str, Callable[[CheckedRun], Iterator[Finding]]] = {
         "configuration": _check_configuration,
         "files": _check_files,
         "data": _check_data,
@@ -146,11 +145,9 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
         "base": _check_base,
         "predictions": _check_predictions,
     }
-    findings = [finding for name, check in checks.items() for finding in _guarded(name, check(run))]
     if rows > 0:
-        suspects = {finding.row_id for finding in findings if finding.ok is False and finding.row_id is not None}
-        findings += _guarded("regenerate", _regenerate(run, rows, suspects))
-    return findings
+        checks["regenerate"] = functools.partial(_regenerate, least=rows)
+    return [finding for name, check in checks.items() for finding in _guarded(name, check(run))]
 
 
 def _guarded(name: str, check: Iterator[Finding]) -> Iterator[Finding]:
@@ -246,7 +243,7 @@ def _with_changed_row(run: CheckedRun, split: str, finding: Finding) -> Finding:
         for was, is_now in zip(before, now, strict=True):
             if was != is_now:
                 explanation = f"row {row.id}: {is_now!r:.80} was {was!r:.80}; {finding.explanation}"
-                return replace(finding, explanation=explanation, row_id=row.id)
+                return replace(finding, explanation=explanation)
     return finding
 
 
@@ -325,7 +322,7 @@ def _misscored(run: CheckedRun, rows: Sequence[PredictionRow], split: str, check
             scores[DRIFT] = 0.0 if check.endswith(".base") else row.scores[DRIFT]
         if scores != row.scores:
             explanation = f"row {row.id}: its output and its loss score {scores}, the file says {row.scores}"
-            yield Finding(check, False, explanation, row.id)
+            yield Finding(check, False, explanation)
 
 
 def _metrics_again(
@@ -354,14 +351,13 @@ def _metrics_again(
     return values
 
 
-def _regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Finding]:
+def _regenerate(run: CheckedRun, least: int) -> Iterator[Finding]:
     """Regenerate whole scoring batches, from the adapter and from the base, and compare them with predictions/.
 
     A batch is repeated with the same rows, because rounding depends on which rows share it.
 
     Args:
-        least: the least number of rows of each split.
-        suspects: the ids of rows that are regenerated first.
+        least: the least number of rows of each split. The shortest ones are taken.
     """
     config = run.config
     if not run.record.keeps(ADAPTER):
@@ -384,11 +380,11 @@ def _regenerate(run: CheckedRun, least: int, suspects: set[str]) -> Iterator[Fin
             scorer = Scorer(attached, encoder, run.task, as_scored, base.record)
             run.elsewhere = not run.record.execution.rounds_as(execution_on(device))
             with products.on_any_cpu(device, config.train.dtype):
-                findings = list(_regenerate_split(run, scorer, split, least, suspects))
+                findings = list(_regenerate_split(run, scorer, split, least))
             yield from findings
 
 
-def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int, suspects: set[str]) -> Iterator[Finding]:
+def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int) -> Iterator[Finding]:
     examples, scores = run.examples[split], run.record.scores[split]
     wanted = [losses for losses in (False, True) if losses in map(is_loss, scores.metrics)]
     for kind in ("", ".base") if scores.base is not None else ("",):
@@ -397,8 +393,11 @@ def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int, s
             yield Finding(f"regenerate {split}{kind}", False, f"{len(recorded)} predictions of {len(examples)} rows")
             continue
         for losses in wanted:
-            batches = scorer.batches(examples, losses=losses)
-            places = _chosen_places([row.id for row in recorded], batches, least, suspects)
+            places: list[int] = []
+            for batch in reversed(scorer.batches(examples, losses=losses)):
+                places += batch if len(places) < least else []
+            # In the order of the split: scoring sorts by length, and rows of equal length must keep their order.
+            places.sort()
             chosen = [examples[place] for place in places]
             title = f"computing the losses of {split}{kind} again" if losses else f"regenerating {split}{kind}"
             rows = scorer.rows(chosen, title, losses=losses, base=bool(kind))
@@ -415,18 +414,6 @@ def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int, s
                 yield _compared_outputs(run, scorer, f"regenerate {split}{kind}", asked, bool(kind))
 
 
-def _chosen_places(ids: Sequence[str], batches: Sequence[list[int]], least: int, suspects: set[str]) -> list[int]:
-    """The indices of whole scoring batches: first those with suspicious rows, then by length, from the shortest."""
-
-    places: list[int] = []
-    for batch in sorted(reversed(batches), key=lambda batch: not any(ids[place] in suspects for place in batch)):
-        if len(places) >= least:
-            break
-        places += batch
-    # In the order of the split: scoring sorts by length, and rows of equal length must keep their order.
-    return sorted(places)
-
-
 def _compared_outputs(run: CheckedRun, scorer: Scorer, check: str, asked: Asked, base: bool) -> Finding:
     """Whether the outputs come out as they were; on another device, whether rounding explains those that do not."""
     different = [(example, new, old) for example, new, old in asked if new.output != old.output]
@@ -435,7 +422,7 @@ def _compared_outputs(run: CheckedRun, scorer: Scorer, check: str, asked: Asked,
         return Finding(check, True, f"{len(asked)} outputs come out as they were")
     if not run.elsewhere:
         first, count = different[0][0].id, f"{len(different)} of {len(asked)} rows differ"
-        return Finding(check, False, f"row {first}: another output than the recorded one ({count}); {where}", first)
+        return Finding(check, False, f"row {first}: another output than the recorded one ({count}); {where}")
     tolerance = TOLERANCES[run.config.train.dtype].gap
     with scored_model(scorer.attached, scorer.config, base) as model:
         gaps = {old.id: largest_gap(model, scorer, example, new, old) for example, new, old in different}
@@ -446,7 +433,7 @@ def _compared_outputs(run: CheckedRun, scorer: Scorer, check: str, asked: Asked,
                 f"row {row_id}: another output than the recorded one, and rounding does not explain it: a recorded "
                 f"token is {gap:.3g} below the largest logit ({tolerance:g} is allowed); {where}"
             )
-            return Finding(check, False, explanation, row_id)
+            return Finding(check, False, explanation)
     return Finding(
         check,
         True,
@@ -471,7 +458,7 @@ def _compared_numbers(
         # Written so that NaN is beyond it.
         if not (before and now[1:] == before[1:] and _share(now[0], before[0], least) <= tolerance):
             explanation = f"row {row.id}: its {what[:-1]} is {now}, the file says {before or None}; {where}"
-            return Finding(check, False, explanation, row.id)
+            return Finding(check, False, explanation)
     if not run.elsewhere:
         return Finding(check, True, f"{len(asked)} {what} come out as they were, within {tolerance:g}")
     total_now, total_before = (sum(numbers[0] for numbers in side) for side in zip(*pairs, strict=True))
