@@ -41,9 +41,3 @@ def test_a_damaged_file_is_one_line(tmp_path, data):
     (tmp_path / "rows.jsonl.gz").write_bytes(data)
     with pytest.raises(UserError, match=r"rows\.jsonl\.gz: is not a readable gzip file"):
         storage.read_content(tmp_path / "rows.jsonl")
-
-
-def test_neither_file_is_one_line(tmp_path):
-    assert storage.content_sha256(tmp_path / "rows.jsonl") is None
-    with pytest.raises(UserError, match=r"rows\.jsonl: is missing"):
-        storage.read_content(tmp_path / "rows.jsonl")

@@ -23,13 +23,11 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_records_of_a_study_leave_the_code_clean(checkout):
-    (checkout / "studies" / "s" / "runs" / "a").mkdir(parents=True)
-    (checkout / "studies" / "s" / "runs" / "a" / "result.json").write_text("{}")
-    assert provenance.code_version().dirty is False
+RECORD = "studies/s/runs/a/result.json"
 
 
-@pytest.mark.parametrize("path", ["code.py", "new.py", "studies/s/study.yaml", "studies/s/new.yaml"])
-def test_any_other_change_is_uncommitted_code(checkout, path):
+@pytest.mark.parametrize("path", ["code.py", "new.py", "studies/s/study.yaml", "studies/s/new.yaml", RECORD])
+def test_any_change_but_a_studys_record_is_uncommitted_code(checkout, path):
+    (checkout / path).parent.mkdir(parents=True, exist_ok=True)
     (checkout / path).write_text("changed\n")
-    assert provenance.code_version().dirty is True
+    assert provenance.code_version().dirty is (path != RECORD)

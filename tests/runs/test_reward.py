@@ -1,6 +1,5 @@
 """objective=reward: its gradient is that of the mean reward, draws are pure, a run resumes; and score.drift."""
 
-import json
 from contextlib import nullcontext
 
 import pytest
@@ -9,7 +8,6 @@ from helpers.task_rows import GOOD, write
 from helpers.tiny import folder_of, logits, randomise, tiny_scorer
 
 from tiedlora.config.compose import compose_config
-from tiedlora.config.identity import run_id
 from tiedlora.data.batching import microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
@@ -19,7 +17,6 @@ from tiedlora.runs import run
 from tiedlora.runs.reward import Reward, Sampling
 from tiedlora.scoring.passes import wanted_passes
 from tiedlora.tasks import Example
-from tiedlora.training.loss import token_losses
 
 FORM = ("objective=reward", "objective.ended_reward=0.5", "task.max_new_tokens=12")
 """A random model does not solve a problem, but some of its answers end by themselves."""
@@ -127,14 +124,6 @@ def test_advantages_are_rewards_less_the_mean_of_the_group():
     assert reward._advantages([1.0, 0.0, 1.0, 0.0]) == [1.0, -1.0, 1.0, -1.0]
 
 
-def test_losses_of_tokens_are_cross_entropies_at_a_temperature():
-    _, model, _, rows = objective()
-    (batch,) = microbatches([Encoded(rows[0].prompt, (3, 4))], 256)
-    logits_ = logits(model, batch.input_ids).flatten(0, 1)[batch.positions] / 2.0
-    expected = torch.nn.functional.cross_entropy(logits_, batch.targets, reduction="none")
-    assert torch.allclose(token_losses(model, batch, 2.0), expected, rtol=1e-12)
-
-
 def test_a_run_learns_from_the_reward_it_gets_and_resumes_to_the_same_bytes(tiny_config, tmp_path):
     whole = run.main(tiny_config(*FORM))
     config = tiny_config(*FORM, "train.pause_after=3", f"outputs={tmp_path}/paused")
@@ -155,12 +144,6 @@ def test_an_arm_of_peft_is_trained_by_reward(tiny_config):
     pytest.importorskip("peft")
     record = run.main(tiny_config(*FORM, "tying=peft/vera", "train.steps=2", "score.splits=[]"))
     assert record.training.steps == 2
-
-
-def test_objectives_have_ids_of_their_own_and_targets_keeps_its():
-    words = ["model=tiny_llama"]
-    assert run_id(compose_config([*words, "objective=targets"])) == run_id(compose_config(words))
-    assert run_id(compose_config([*words, "objective=reward"])) != run_id(compose_config(words))
 
 
 @pytest.mark.parametrize(
@@ -202,16 +185,6 @@ def test_a_task_without_a_score_of_an_answer_is_refused(tiny_config, task, says,
     with pytest.raises(UserError) as caught:
         run.main(tiny_config("objective=reward", f"data_root={tmp_path}", task=task))
     assert str(caught.value).startswith(says)
-
-
-def test_the_drift_of_rows_is_the_divergence_of_the_distributions(tiny_config):
-    config = tiny_config("score.drift=true")
-    record = run.main(config)
-    scores = record.scores["validation"]
-    assert scores.base["drift"].value == 0.0
-    assert scores.metrics["drift"].value == scores.gain["drift"].value > 0
-    rows = [json.loads(line) for line in folder_of(config).predictions_file("validation").read_text().splitlines()]
-    assert all("drift" in row["scores"] for row in rows)
 
 
 def test_the_drift_is_a_sum_over_the_vocabulary():

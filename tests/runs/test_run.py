@@ -2,15 +2,11 @@
 
 import json
 import operator
-import signal
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import processes
-from helpers.commands import Command, wait_until
 from helpers.tiny import folder_of, tiny
-from safetensors.torch import load_file
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.project import PROJECT
@@ -30,9 +26,6 @@ def test_the_record_is_complete(tiny_config, capsys):
     tree = json.loads(folder.result_file.read_text())
     assert result == folder.record()
     assert result.to_json() == tree
-    assert result.status == "done"
-    for key in ("run_id", "identity", "config", "seed", "code", "versions", "execution", "base", "data", "training"):
-        assert tree[key] not in (None, ""), key
     assert result.trainable_params == 8 * (32 + 64) + 3 * (8 + 64)  # r (d_in + d_out) + L (r + d_out)
     training = result.training
     assert training.steps == 6
@@ -46,7 +39,6 @@ def test_the_record_is_complete(tiny_config, capsys):
     assert loss == pytest.approx(training.validation_loss_last, rel=1e-6)
     predictions = [json.loads(line) for line in folder.predictions_file("validation").read_text().splitlines()]
     assert len(predictions) == result.scores["validation"].rows > 0
-    assert set(predictions[0]) >= {"id", "prompt", "references", "output", "ended", "scores"}
     assert folder.predictions_file("validation.base").exists()
     assert result.adapter_bytes == sum(f.stat().st_size for f in folder.adapter.iterdir())
     assert not folder.checkpoints.exists()
@@ -63,27 +55,12 @@ def test_answers_at_every_validation_give_curves_of_the_scores_and_change_nothin
     assert with_answers.files == without.files
     assert with_answers.scores["validation"].files == without.scores["validation"].files
     folder = folder_of(config)
-    metrics = without.scores["validation"].metrics
-    curves = {
-        name: {row.step: row.values[f"validation/{name}"] for row in read_metrics(folder.metrics_file, "validation/")}
-        for name in metrics
-        if not is_loss(name)
-    }
-    assert curves
+    rows = [row for row in read_metrics(folder.metrics_file) if "validation/loss" in row.values]
+    assert [row.step for row in rows] == [0, 3, 6]
     first = read_predictions(folder.predictions_file("validation"))[:5]
-    for name, curve in curves.items():
-        assert list(curve) == [0, 3, 6]
-        assert curve[6] == pytest.approx(sum(float(row.scores[name]) for row in first) / 5)
-
-
-def test_finished_runs_are_not_repeated_unless_forced(tiny_config, finished_run, capsys):
-    config = finished_run()
-    before = folder_of(config).result_file.stat().st_mtime_ns
-    run.main(config)
-    assert "finished before" in capsys.readouterr().out
-    assert folder_of(config).result_file.stat().st_mtime_ns == before
-    run.main(tiny_config("force=true"))
-    assert folder_of(config).result_file.stat().st_mtime_ns > before
+    for name in (name for name in without.scores["validation"].metrics if not is_loss(name)):
+        mean = sum(float(row.scores[name]) for row in first) / 5
+        assert rows[-1].values[f"validation/{name}"] == pytest.approx(mean)
 
 
 def test_a_finished_run_is_printed_without_torch_or_its_generator(tiny_run, finished_run):
@@ -123,16 +100,6 @@ def test_added_split_equals_one_scored_at_once(finished_run, tmp_path):
         folder_of(config).predictions_file("test").read_bytes()
         == folder_of(at_once).predictions_file("test").read_bytes()
     )
-
-
-def test_the_base_is_scored_once_for_all_configurations(tiny_config, monkeypatch):
-    asked = []
-    answers = split.Scorer.answers
-    monkeypatch.setattr(split.Scorer, "answers", lambda *a: asked.append(a[3]) or answers(*a))
-    for tying in ("TABuv", "LoRA", "TA"):
-        run.main(tiny_config(f"tying={tying}"))
-    assert sum("base" in what for what in asked) == 1
-    assert len(asked) == 4
 
 
 def test_best_checkpoint_can_be_scored(tiny_config):
@@ -193,39 +160,6 @@ def test_failure_leaves_its_traceback_and_mended_it_goes_on(tiny_config, monkeyp
     run.main(tiny_config())
     assert folder.state() == "done"
     assert not folder.error_file.exists()
-
-
-@pytest.mark.slow
-def test_a_signal_checkpoints_and_the_same_command_goes_on_exactly(tiny_run, tiny_config, tmp_path):
-    overrides = tiny_run("train.steps=200", "train.checkpoint_every=1000", "train.validate_every=0")
-    config = compose_config(overrides)
-    folder = folder_of(config)
-    command = Command(*overrides)
-    wait_until(lambda: len(read_metrics(folder.metrics_file)) >= 12)
-    command.send_signal(signal.SIGTERM)
-    ended = command.ended()
-    assert ended.code == 75, ended.err
-    assert "the same command continues" in ended.err
-    assert folder.state() == "interrupted"
-    assert len(list(folder.checkpoints.glob("step-*"))) == 1
-    ended = Command(*overrides).ended()
-    assert ended.code == 0, ended.err
-    assert "continuing from step" in ended.err
-    whole = compose_config([*overrides, f"outputs={tmp_path}/whole"])
-    run.main(whole)
-    ours, theirs = (load_file(f.adapter / "adapter.safetensors") for f in (folder, folder_of(whole)))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    steps = [row.step for row in read_metrics(folder.metrics_file) if "train/loss" in row.values]
-    assert steps == list(range(1, 201))
-    assert [row.step for row in read_validation_losses(folder.validation_losses_file)] == [0, 200]
-    assert folder.validation_losses_file.read_bytes() == folder_of(whole).validation_losses_file.read_bytes()
-
-
-def test_params_script_reproduces_the_papers_column(script):
-    code, out, err = script("scripts/params.py")
-    assert code == 0, err
-    assert "TABuv                 524,544        12.51 %" in out
-    assert "LoRA                4,194,304       100.00 %" in out
 
 
 def test_a_run_is_not_scored_with_another_chat_template(tiny_config, tmp_path, monkeypatch):

@@ -45,15 +45,6 @@ def test_test_rows_are_read_first_and_those_that_are_trained_are_named(words, da
     assert SAID in caplog.text
 
 
-def test_the_log_names_a_training_row_that_does_not_fit(words, data, caplog):
-    long = {"id": "huge", "question": "x" * 600, "answer": "#### 1"}
-    (data / "train.jsonl").write_text((data / "train.jsonl").read_text() + json.dumps(long))
-    caplog.set_level("INFO")
-    record = run.main(compose_config(words("score.splits=[]", "task.split_seed=1")))
-    assert record.data["train"].dropped_prompt == 1
-    assert "1 of 13 train rows do not fit, such as id huge" in caplog.text
-
-
 def test_those_that_are_trained_are_named_too_when_a_finished_run_is_scored(words, data, tmp_path, caplog):
     run.main(compose_config([*words(), "score.splits=[]"]))
     (data / "more.txt").rename(data / "test.jsonl")

@@ -4,21 +4,17 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
-import torch
 from helpers import processes
 from helpers.commands import wait_until
 from helpers.tiny import folder_of
 
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import STOP_MESSAGE, StoppedEarly, exit_codes
-from tiedlora.models.device import processor_name
-from tiedlora.records.provenance import CodeVersion
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import run, trainer
+from tiedlora.runs import run
 from tiedlora.runs.trainer import Trainer
 from tiedlora.scoring.split import Scorer
 
@@ -112,32 +108,6 @@ def test_a_signal_during_the_last_validation_stops_before_the_scoring(tiny_confi
     assert folder.finished_record().files == plain.finished_record().files
     steps = [row.step for row in read_metrics(folder.metrics_file)]
     assert steps == [row.step for row in read_metrics(plain.metrics_file)]
-
-
-def test_the_record_says_where_a_continued_run_was_before(tiny_config, monkeypatch):
-    config = tiny_config("score.splits=[]")
-    validate = Trainer._validate
-
-    def signalled(training):
-        if training.state.step:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return validate(training)
-
-    monkeypatch.setattr(Trainer, "_validate", signalled)
-    with pytest.raises(StoppedEarly):
-        run.main(config)
-    monkeypatch.undo()
-    step, now = folder_of(config).checkpoint_step(), CodeVersion("b" * 40, dirty=False)
-    before, after = trainer.code_version(), replace(trainer.execution_on(torch.device("cpu")), processor="Another")
-    monkeypatch.setattr(trainer, "code_version", lambda: now)
-    monkeypatch.setattr(trainer, "execution_on", lambda *_: after)
-    record = run.main(config)
-    (earlier,) = record.training.continued_from
-    assert (earlier.step, earlier.code, earlier.versions) == (step, before, record.versions)
-    assert record.code_versions == [before, now]
-    assert [execution.processor for execution in record.executions] == [processor_name(), "Another"]
-    assert not record.rounds_as(after)
-    assert record == run.main(config), "the record as it is read"
 
 
 def test_a_signal_while_a_finished_run_is_scored_ends_as_a_stop(tiny_config, finish, monkeypatch):

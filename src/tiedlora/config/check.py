@@ -140,13 +140,12 @@ def _check_method(config: Config) -> None:
         raise UserError(f"tying.terms: {tying_config.method} has no terms; set tying.terms=null")
     layers = tying.adapted_layers(tying_config, config.model.architecture)
     tying.check_layers("tying.layers", layers, config.model.architecture)
-    factors = {name: getattr(train.lr_factor, name) for name in tying.PARTS}
-    if set(factors.values()) != {1.0}:
-        name = next(name for name, factor in factors.items() if factor != 1.0)
-        raise UserError(
-            f"train.lr_factor.{name}={factors[name]:g}: {tying_config.method} has no part {name}; "
-            "use tying.lr_factors='{PATTERN: FACTOR}'"
-        )
+    for name in tying.PARTS:
+        if (factor := getattr(train.lr_factor, name)) != 1.0:
+            raise UserError(
+                f"train.lr_factor.{name}={factor:g}: {tying_config.method} has no part {name}; "
+                "use tying.lr_factors='{PATTERN: FACTOR}'"
+            )
     if train.init_from:
         raise UserError(f"train.init_from: starts an adapter of A, B, u and v; {tying_config.method} has none")
     if train.shard or config.model.device_map or config.model.quantization:

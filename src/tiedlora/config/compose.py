@@ -15,12 +15,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, StringNode
-from omegaconf.errors import InterpolationResolutionError
 from omegaconf.resolvers import oc
 
 from tiedlora import storage
 from tiedlora.config.check import check
-from tiedlora.config.explain import cause_chain, peft_options, readable_errors, schema_keys
+from tiedlora.config.explain import peft_options, readable_errors, schema_keys
 from tiedlora.config.identity import adapter_digest, adapter_folder, without_gone_keys
 from tiedlora.config.methods import complete_method
 from tiedlora.config.project import CONF, PROJECT
@@ -188,10 +187,5 @@ def _own_variables_only() -> Iterator[None]:
     _register_resolver("oc.env", _own_variable, replace=True)
     try:
         yield
-    except InterpolationResolutionError as error:
-        for cause in cause_chain(error):
-            if isinstance(cause, UserError):
-                raise UserError(str(cause)) from None
-        raise
     finally:
         _register_resolver("oc.env", oc.env, replace=True)

@@ -59,11 +59,11 @@ def readable_errors() -> Iterator[None]:
 
 def explain(error: BaseException) -> str:
     """The message of Hydra or OmegaConf, which has many lines, as one line with the nearest right name."""
+    causes = list(cause_chain(error))
+    if own := [str(cause) for cause in causes if isinstance(cause, UserError)]:
+        return own[0]
     # Hydra's own message names only the override. The error that caused it says what is wrong.
-    messages = [
-        message for cause in cause_chain(error) if not (message := str(cause)).startswith("Error merging override ")
-    ]
-    text = " ".join(messages)
+    text = " ".join(message for message in map(str, causes) if not message.startswith("Error merging override "))
     # "Could not load" stands in the message about a list of options, such as +grid=[papr,quick].
     if match := re.search(r"Could not (?:find|load) '([\w-]+)/(.+?)'", text):
         group, option = match.groups()

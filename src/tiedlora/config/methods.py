@@ -100,15 +100,16 @@ def peft_class(method: str) -> type[Any]:
     Raises:
         UserError: there is no such class, it does not change layers, or PEFT is missing.
     """
-    classes = peft_classes()
-    wanted = method.lower().removesuffix("config")
-    for name, kind in classes.items():
-        if name.lower().removesuffix("config") == wanted:
-            if name in REFUSED:
-                raise UserError(f"tying.method={method}: {name} {REFUSED[name]}, which this loop does not do")
-            return kind
-    names = ", ".join(sorted(name for name in classes if name not in REFUSED))
-    raise UserError(f"tying.method={method}: is no method of PEFT that changes a model's layers; choose from {names}")
+    classes = {name.lower().removesuffix("config"): kind for name, kind in peft_classes().items()}
+    kind = classes.get(method.lower().removesuffix("config"))
+    if kind is None:
+        names = ", ".join(sorted(each.__name__ for each in classes.values() if each.__name__ not in REFUSED))
+        raise UserError(
+            f"tying.method={method}: is no method of PEFT that changes a model's layers; choose from {names}"
+        )
+    if needs := REFUSED.get(kind.__name__):
+        raise UserError(f"tying.method={method}: {kind.__name__} {needs}, which this loop does not do")
+    return kind
 
 
 def peft_classes() -> dict[str, type[Any]]:

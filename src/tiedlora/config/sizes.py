@@ -54,41 +54,37 @@ def at_budget(config: Config) -> Config:
     if config.budget is None:
         return config
     budget, tying, architecture = config.budget, config.tying, config.model.architecture
-    if tying.method is None:
-        if (layers := lora_layers(tying, budget, architecture)) is not None:
-            return replace(config, rank=replace(config.rank, r=1), tying=replace(tying, layers=[f"evenly {layers}"]))
-
-        def own_count(rank: int) -> int | None:
-            try:
-                return spec.trainable_params(tying, rank, architecture)
-            except UserError:
-                # Nothing is left for a term.
-                return None
-
-        highest = min(spec.target_shape(architecture, tying.targets[0]))
-        size = nearest_size(own_count, budget, highest)
-        return replace(config, rank=replace(config.rank, r=size))
-    if tying.knob is None or tying.method in methods.REGISTERED:
+    if (layers := lora_layers(tying, budget, architecture)) is not None:
+        return replace(config, rank=replace(config.rank, r=1), tying=replace(tying, layers=[f"evenly {layers}"]))
+    if tying.method is not None and (tying.knob is None or tying.method in methods.REGISTERED):
         return config
-    assert tying.resolved is not None
-    knob, arguments = tying.knob, tying.resolved
-    if type(arguments.get(knob)) is not int:
+    knob, arguments = tying.knob or "", tying.resolved or {}
+    if tying.method is not None and type(arguments.get(knob)) is not int:
         numbers = [name for name, value in arguments.items() if type(value) is int]
         raise UserError(
             f"tying.knob={knob}: is no whole number among the arguments of {tying.method}; choose from "
             f"{', '.join(numbers)}"
         )
 
+    def sized(value: int) -> Config:
+        if tying.method is None:
+            return replace(config, rank=replace(config.rank, r=value))
+        return replace(config, tying=replace(tying, resolved={**arguments, knob: value}))
+
     def count(value: int) -> int | None:
         try:
-            return _peft_params(replace(tying, resolved={**arguments, knob: value}), architecture)
+            return trainable_params(sized(value))
         except UserError:
+            # PEFT refuses the value, or nothing is left for a term.
             return None
 
-    # Some counts fall and rise: they are lowest where the rank is a side of the matrix.
-    sides = sorted({side for target in ("q", "k") for side in spec.target_shape(architecture, target)})
-    size = nearest_size(count, budget, LARGEST_KNOB, sides)
-    return replace(config, tying=replace(tying, resolved={**arguments, knob: size}))
+    if tying.method is None:
+        highest, landmarks = min(spec.target_shape(architecture, tying.targets[0])), []
+    else:
+        # Some counts fall and rise: they are lowest where the rank is a side of the matrix.
+        sides = {side for target in ("q", "k") for side in spec.target_shape(architecture, target)}
+        highest, landmarks = LARGEST_KNOB, sorted(sides)
+    return sized(nearest_size(count, budget, highest, landmarks))
 
 
 def lora_layers(tying: TyingConfig, budget: int, architecture: Architecture) -> int | None:
@@ -97,7 +93,7 @@ def lora_layers(tying: TyingConfig, budget: int, architecture: Architecture) -> 
     Returns:
         None if the specification is not LoRA, or if all layers are nearest.
     """
-    if spec.label(tying) != "LoRA":
+    if tying.method is not None or spec.label(tying) != "LoRA":
         return None
     layers, all_layers = architecture.layers, spec.lora_params(1, architecture)
     if is_near(all_layers, budget):

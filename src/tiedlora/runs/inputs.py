@@ -150,15 +150,12 @@ def check_same_inputs(config: Config, record: RunRecord, folder: RunFolder) -> N
             f"{folder.result_file}: is the result of another run, {record.run_id}; restore this run's own, or "
             "repeat the run with force=true"
         )
-    for split, now in row_digests(config).items():
-        if now != (recorded := record.data[split].digest):
+    digests = {f"{split} data": (record.data[split].digest, now) for split, now in row_digests(config).items()}
+    digests["base model"] = record.base.digest or "", known_digest(config.model, Path(config.cache)) or ""
+    for what, (recorded, now) in digests.items():
+        # The commit of a model of the hub is known once it is loaded.
+        if now and now != recorded:
             raise UserError(
-                f"{folder.path}: finished on other {split} data (sha256 {recorded[:12]}, now {now[:12]}); "
-                "restore the data, or repeat the run with force=true"
+                f"{folder.path}: finished on other {what} (sha256 {recorded[:12]}, now {now[:12]}); restore it, or "
+                "repeat the run with force=true"
             )
-    base = known_digest(config.model, Path(config.cache))
-    if base is not None and base != record.base.digest:
-        raise UserError(
-            f"{folder.path}: finished on another base model ({record.base.digest}, now {base}); "
-            "restore the model, or repeat the run with force=true"
-        )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from tiedlora import storage, tying
 from tiedlora.adapter import TiedAdapter, attach_adapter, files, linear
@@ -276,7 +276,8 @@ class Trainer:
             stop: if a signal came, training writes a checkpoint after the current step and ends.
 
         Raises:
-            UserError: a loss that is not finite, too little memory, or a tracker that refuses to start.
+            UserError: a loss that is not finite, too little memory, a tracker that refuses to start, or processes that
+                continue from different steps (in all of them).
             StoppedEarly: the stop signal came; a checkpoint is written.
         """
         config, self.folder = self.config, folder
@@ -287,7 +288,12 @@ class Trainer:
         state = checkpoint.restore(checkpoints, self.parts, self.optimizer, self.inputs, self.arm.buffers())
         resumed_step = None if state is None else state.step
         self.state = state or TrainState()
-        self._check_same_step(checkpoints)
+        first, last = self.world.smallest(self.state.step), -self.world.smallest(-self.state.step)
+        if first != last:
+            raise UserError(
+                f"{checkpoints}: of the {self.world.size} processes, one continues from step {first} and another from "
+                f"step {last}; make all of them see the same outputs={config.outputs}"
+            )
         if state is not None:
             log.info("continuing from step %d", state.step)
         # 2. The order of the training rows, and the validation batches.
@@ -304,15 +310,17 @@ class Trainer:
         self.row_losses_file = AppendedFile(folder.validation_losses_file, read_validation_losses, resumed_step)
         self.bar = ProgressBar("training", config.train.steps, "steps", self.state.step)
         # 4. Train.
-        batches, loss_sum = self._objective()
+        if config.objective.name == "reward":
+            passes = self.sampler.rows_of_step, self._in_passes
+            self.reward = Reward(self._scorer(), self.rows, self.train_examples, *passes, self._evaluating)
         loop = Loop(
             state=self.state,
             optimizer=self.optimizer,
             config=config.train,
             seed=config.seed,
             world=self.world,
-            batches=batches,
-            loss_sum=loss_sum,
+            batches=self.reward.batches if self.reward else self._batches,
+            loss_sum=self.reward.loss_sum if self.reward else functools.partial(target_loss, model),
             validate=self._validate,
             validation_scores=self._validation_scores,
             save_checkpoint=self._save_checkpoint,
@@ -337,16 +345,6 @@ class Trainer:
         if config.score.checkpoint == "best":
             self._load_best()
 
-    def _check_same_step(self, checkpoints: Path) -> None:
-        """Raises UserError in every process if the processes continue from different steps."""
-        step, world = self.state.step, self.world
-        first, last = world.smallest(step), -world.smallest(-step)
-        if first != last:
-            raise UserError(
-                f"{checkpoints}: of the {world.size} processes, one continues from step {first} and "
-                f"another from step {last}; make all of them see the same outputs={self.config.outputs}"
-            )
-
     @contextmanager
     def _training_blocks(self) -> Iterator[None]:
         """Inside the context, the blocks are compiled and recompute activations, as the configuration says."""
@@ -370,14 +368,6 @@ class Trainer:
         finally:
             if train.recompute_activations:
                 model.gradient_checkpointing_disable()
-
-    def _objective(self) -> tuple[Callable[[int], list[Batch]], Callable[[Batch], Tensor]]:
-        """`batches` and `loss_sum` of the loop."""
-        if self.config.objective.name == "reward":
-            rows_of_step, passes = self.sampler.rows_of_step, self._in_passes
-            self.reward = Reward(self._scorer(), self.rows, self.train_examples, rows_of_step, passes, self._evaluating)
-            return self.reward.batches, self.reward.loss_sum
-        return self._batches, lambda batch: target_loss(self.arm.model, batch)
 
     def _batches(self, step: int) -> list[Batch]:
         """The microbatches of an optimizer step for this process."""
@@ -453,8 +443,6 @@ class Trainer:
             self.state.halvings.append(Halving(self.state.step, "validation", tokens))
             free_memory()
             return None
-        if world.size == 1:
-            return own
         shares = world.gather([losses.to_cpu() for losses in own])
         return [shares[number % world.size][number // world.size] for number in range(len(self.validation_batches))]
 

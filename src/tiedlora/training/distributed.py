@@ -58,11 +58,7 @@ class World:
 
     def total(self, numbers: Sequence[int]) -> list[int]:
         """Each number, summed over all processes. Every process waits here for the others, but not for a GPU."""
-        if self.size == 1:
-            return list(numbers)
-        sums = torch.tensor(numbers)
-        dist.all_reduce(sums)
-        return [int(number) for number in sums]
+        return self._reduced(numbers, dist.ReduceOp.SUM)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process. Every process waits here for the others."""
@@ -70,11 +66,14 @@ class World:
 
     def smallest(self, number: int) -> int:
         """The smallest `number` of all processes. Every process waits here for the others, but not for a GPU."""
+        return self._reduced([number], dist.ReduceOp.MIN)[0]
+
+    def _reduced(self, numbers: Sequence[int], operation: dist.ReduceOp.RedOpType) -> list[int]:
         if self.size == 1:
-            return number
-        numbers = torch.tensor([number])
-        dist.all_reduce(numbers, dist.ReduceOp.MIN)
-        return int(numbers.item())
+            return list(numbers)
+        tensor = torch.tensor(numbers)
+        dist.all_reduce(tensor, operation)
+        return list(map(int, tensor))
 
     def gather(self, share: T) -> list[T]:
         """The shares of all processes, by process number, in every process. Tensors in them must be on the CPU."""
