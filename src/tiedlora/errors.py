@@ -91,10 +91,7 @@ def exit_codes() -> Iterator[None]:
         raise SystemExit(STOPPED if _is_stop(error.__context__) else CLOSED_PIPE) from None
     except SystemExit:
         # As of a command that has named its failures. What it printed may still wait for a reader that has ended.
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            drop_output()
+        _flush(sys.stdout, "")
         raise
     except UserError as error:
         _end(f"error: {error}", MISTAKE)
@@ -162,9 +159,14 @@ def _end(message: str, code: int) -> None:
     if len(line) > LONGEST_MESSAGE:
         line = f"{line[:LONGEST_MESSAGE]} ..."
     # Whether or not somebody still reads the output, the code says how the command ended.
-    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{line}\n")):
-        try:
-            print(text, end="", file=stream, flush=True)
-        except BrokenPipeError:
-            drop_output(stream)
+    _flush(sys.stdout, "")
+    _flush(sys.stderr, f"{line}\n")
     raise SystemExit(code)
+
+
+def _flush(stream: TextIO, text: str) -> None:
+    """Write the text, and what waits before it, unless the reader of the stream has ended."""
+    try:
+        print(text, end="", file=stream, flush=True)
+    except BrokenPipeError:
+        drop_output(stream)

@@ -49,7 +49,7 @@ def start(option="TABuv", config=CONFIG, seed=0, folder=None, stop_after=None, d
         seed=seed,
         batches=lambda step: microbatches([ROWS[i] for i in sampler.rows_of_step(step)], 256, config.microbatch_size),
         loss_sum=lambda batch: target_loss(base.model, batch),
-        validate=lambda: float(sum(p.detach().abs().sum() for p in parts.values())),
+        validate=lambda: {"validation/loss": float(sum(p.detach().abs().sum() for p in parts.values()))},
         save_checkpoint=lambda now: folder and checkpoint.save(folder, now, parts, optimizer, INPUTS),
         log_metrics=log.extend,
         describe_rows=lambda step: str(sampler.rows_of_step(step)),
@@ -226,7 +226,7 @@ class TestSkipping:
 def test_a_non_finite_validation_loss_stops_before_its_checkpoint(tmp_path):
     loop, parts, _ = start(folder=tmp_path)
     whole = loop.validate
-    loop.validate = lambda: math.nan if loop.state.step == 8 else whole()
+    loop.validate = lambda: {"validation/loss": math.nan} if loop.state.step == 8 else whole()
     with pytest.raises(UserError, match=r"step 8: the validation loss is nan; lower train\.lr"):
         loop.train()
     assert checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS).step == 6

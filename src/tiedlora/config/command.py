@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shlex
-from dataclasses import replace
 
 from omegaconf import OmegaConf
 
 from tiedlora import storage
-from tiedlora.config import compose as configuration
 from tiedlora.config import explain
+from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import identity, leaves, run_id
 from tiedlora.config.project import CONF
 from tiedlora.config.schema import Config
@@ -26,7 +24,7 @@ def command(config: Config) -> str:
     """`python train.py ...` for exactly this run, with as few overrides as the options of conf/ allow."""
     try:
         overrides = min((_overrides(config, train) for train in explain.options("train")), key=len)
-        is_exact = run_id(_composed(overrides)) == run_id(_as_set(config))
+        is_exact = run_id(compose_config(overrides)) == run_id(config)
     except UserError:
         overrides, is_exact = [], False
     if config.data_root:
@@ -40,15 +38,17 @@ def _overrides(config: Config, train: str) -> list[str]:
     Args:
         train: the option of conf/train to begin with.
     """
-    chosen = {"model": _model_options().get(config.model.name, ""), "task": config.task.name}
-    chosen |= {"tying": config.tying.name, "objective": config.objective.name, "rank": f"r{config.rank.r}"}
+    models = {storage.read_yaml(CONF / "model" / f"{name}.yaml")["name"]: name for name in explain.options("model")}
+    chosen = {"model": models.get(config.model.name, ""), "task": config.task.name, "tying": config.tying.name}
+    chosen |= {"objective": config.objective.name, "rank": f"r{config.rank.r}", "train": train}
+    defaults = [entry for entry in OmegaConf.load(CONF / "config.yaml").defaults if not isinstance(entry, str)]
     options = [
         f"{group}={name}"
-        for group, name in {**chosen, "train": train}.items()
-        if name in explain.options(group) and name != _defaults()[group]
+        for group, name in chosen.items()
+        if name in explain.options(group) and {group: name} not in defaults
     ]
-    from_options = _values_of_options(tuple(options))
-    values = {key: value for key, value in _identity_values(_as_set(config)).items() if from_options.get(key) != value}
+    from_options = _identity_values(compose_config(options))
+    values = {key: value for key, value in _identity_values(config).items() if from_options.get(key) != value}
     # They follow from other keys: from init_from, and from the rank.
     values.pop("train.init_digest", None)
     if values.get("rank.alpha") == _in_hydras_grammar(float(config.rank.r)):
@@ -65,45 +65,6 @@ def _overrides(config: Config, train: str) -> list[str]:
     if config.train.init_from:
         differences.append(f"train.init_from={_in_hydras_grammar(config.train.init_from)}")
     return [*options, *differences]
-
-
-@functools.cache
-def _model_options() -> dict[str, str]:
-    """The name of a model -> its option. In the other groups, an option is called as its name."""
-    options = explain.options("model")
-    return {storage.read_yaml(CONF / "model" / f"{option}.yaml")["name"]: option for option in reversed(options)}
-
-
-@functools.cache
-def _defaults() -> dict[str, str]:
-    """Group -> its option in conf/config.yaml."""
-    defaults = OmegaConf.to_object(OmegaConf.load(CONF / "config.yaml").defaults)
-    assert isinstance(defaults, list)
-    return {str(k): str(v) for entry in defaults if isinstance(entry, dict) for k, v in entry.items()}
-
-
-@functools.lru_cache(maxsize=256)
-def _values_of_options(options: tuple[str, ...]) -> dict[str, str]:
-    return _identity_values(_composed(list(options)))
-
-
-def _composed(overrides: list[str]) -> Config:
-    return configuration.complete(_as_set(configuration.compose_typed(overrides)))
-
-
-def _as_set(config: Config) -> Config:
-    """The configuration with the arguments of another method as a user sets them.
-
-    Only PEFT knows the defaults of the others. It loads torch, which a report does without.
-    """
-    tying = config.tying
-    if tying.method is None:
-        return config
-    arguments = dict(tying.arguments or {})
-    if tying.knob is not None and tying.resolved is not None:
-        # The budget may have chosen it.
-        arguments[tying.knob] = tying.resolved[tying.knob]
-    return replace(config, tying=replace(tying, resolved=arguments))
 
 
 def _identity_values(config: Config) -> dict[str, str]:

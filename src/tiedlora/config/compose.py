@@ -134,21 +134,12 @@ def compose_config(overrides: list[str]) -> Config:
     Raises:
         UserError: one line that names the key.
     """
-    return complete(compose_typed(overrides))
-
-
-def compose_typed(overrides: list[str]) -> Config:
-    """As compose_config, but nothing is filled in or checked yet.
-
-    Raises:
-        UserError: one line that names the key.
-    """
     register()
     with readable_errors():
         GlobalHydra.instance().clear()
         with initialize_config_dir(config_dir=str(CONF), **VERSION_BASE):
             composed = compose(config_name="config", overrides=overrides)
-    return typed(composed)
+    return load(composed)
 
 
 def task_option(name: str) -> TaskConfig:

@@ -20,10 +20,6 @@ from tiedlora.records.reading import Count, Flag, Name, Number, Text, Whole, rea
 from tiedlora.text import is_name
 from tiedlora.tying import PARTS
 
-SHUFFLED = " (shuffled targets)"
-"""The end of the name of an arm that trained on shuffled targets (task.shuffle_targets)."""
-REWARDED = " (reward)"
-"""The end of the name of an arm that trained from a reward (objective=reward)."""
 RunId = Annotated[Text, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,400}$")]
 Split = Annotated[Text, Field(pattern=f"^({'|'.join(SPLITS)})$")]
 ScoredSplit = Annotated[Text, Field(pattern=f"^({'|'.join((*SCORED_SPLITS, FORGETTING))})$")]
@@ -53,7 +49,7 @@ class TrainValues:
 
 def arm_suffix(shuffles_targets: bool, objective: str | None) -> str:
     """The end of the name of an arm with these values of task.shuffle_targets and objective.name."""
-    return REWARDED if objective == "reward" else SHUFFLED if shuffles_targets else ""
+    return " (reward)" if objective == "reward" else " (shuffled targets)" if shuffles_targets else ""
 
 
 def with_tree(value: Any) -> Any:

@@ -78,12 +78,8 @@ def flat_summary(record: RunRecord) -> dict[str, float | int | str]:
         "training/halvings": len(record.training.halvings or ()),
     }
     for split, scores in record.scores.items():
-        for prefix, intervals in (
-            (split, scores.metrics),
-            (f"{split}/base", scores.base),
-            (f"{split}/gain", scores.gain),
-        ):
+        for kind, intervals in {"": scores.metrics, "/base": scores.base, "/gain": scores.gain}.items():
             for name, interval in (intervals or {}).items():
-                flat[f"{prefix}/{name}"] = interval.value
-                flat[f"{prefix}/{name}_low"], flat[f"{prefix}/{name}_high"] = interval.low, interval.high
+                key = f"{split}{kind}/{name}"
+                flat |= {key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
     return flat

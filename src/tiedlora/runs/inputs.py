@@ -41,19 +41,18 @@ class SingleSlotCache(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._key: object = None
-        self._value: T | None = None
+        self._kept: list[tuple[object, T]] = []
 
     def get(self, key: object, make: Callable[[], T]) -> T:
         """The value of `key`. The value of another key is dropped before the new one is made."""
-        if self._value is None or key != self._key:
+        if not self._kept or self._kept[0][0] != key:
             self.clear()
-            self._value, self._key = make(), key
-        return self._value
+            self._kept.append((key, make()))
+        return self._kept[0][1]
 
     def clear(self) -> None:
         """Drop the value and its reference cycles, so that the memory is free before a new value is made."""
-        self._key = self._value = None
+        self._kept.clear()
         gc.collect()
 
 
@@ -156,6 +155,6 @@ def check_same_inputs(config: Config, record: RunRecord, folder: RunFolder) -> N
         # The commit of a model of the hub is known once it is loaded.
         if now and now != recorded:
             raise UserError(
-                f"{folder.path}: finished on other {what} (sha256 {recorded[:12]}, now {now[:12]}); restore it, or "
-                "repeat the run with force=true"
+                f"{folder.path}: finished on other {what} ({recorded}, now {now}); restore it, or repeat the run with "
+                "force=true"
             )

@@ -97,7 +97,7 @@ def _uniform(name: str, count: int) -> Tensor:
 
 
 class Reward:
-    """The objective, for the loop: `batches`, `loss_sum`, and metrics of each step.
+    """The objective, for the loop: `batches`, `loss_sum`, and the `metrics` of each step.
 
     Args:
         scorer: has the arm, the task, and the processes that sample together.
@@ -128,7 +128,8 @@ class Reward:
         self.rows_of_step, self.in_passes, self.evaluating = rows_of_step, in_passes, evaluating
         self.config, self.metric = scorer.config.objective, reward_metric(scorer.config.objective, scorer.task)
         self._step, self._answers = 0, list[Answer]()
-        self._metrics: dict[int, dict[str, float]] = {}
+        self.metrics: dict[int, dict[str, float]] = {}
+        """Step -> its metrics, for the steps that this process has sampled."""
 
     def batches(self, step: int) -> list[Batch]:
         """This process's microbatches of the answers of a step, without those of weight 0.
@@ -151,10 +152,6 @@ class Reward:
         assert isinstance(batch, WeightedBatch)
         losses = token_losses(self.scorer.attached.model, batch, self.config.temperature)
         return (batch.weights.to(losses) * losses).sum().to(batch.targets.device)
-
-    def take_metrics(self, step: int) -> dict[str, float]:
-        """The metrics of a step that was sampled by this process; empty for others."""
-        return self._metrics.pop(step, {})
 
     def _sample(self, step: int) -> list[Answer]:
         """The answers of a step that have a weight, in all processes the same."""
@@ -187,7 +184,7 @@ class Reward:
         advantages = [advantage for group in groups for advantage in self._advantages(group)]
         tokens = sum(len(output.ids) for output in outputs)
         kept_tokens = sum(len(o.ids) for o, advantage in zip(outputs, advantages, strict=True) if advantage)
-        self._metrics[step] = {
+        self.metrics[step] = {
             "reward/mean": fmean(rewards),
             "reward/no_spread": fmean(not any(self._advantages(group)) for group in groups),
             "reward/entropy": sum(entropy for _, entropy in found) / tokens,

@@ -28,31 +28,14 @@ from tiedlora.data.batching import Batch, BatchSampler, by_length, empty_batch, 
 from tiedlora.data.encoding import Encoded, EncodedRows, Encoder, load_or_encode
 from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
 from tiedlora.models import attention, products
+from tiedlora.models import device as devices
 from tiedlora.models.base_model import BaseModel, load_base
-from tiedlora.models.device import (
-    execution_on,
-    free_memory,
-    only_deterministic_algorithms,
-    peak_memory_bytes,
-    resolve_device,
-    restart_peak_memory,
-    set_up_device,
-)
+from tiedlora.records import run_record
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.provenance import code_version, package_versions
 from tiedlora.records.rows import AppendedFile, MetricsRow, ValidationLosses, read_validation_losses
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import (
-    Admission,
-    ConfigRecord,
-    DataRecord,
-    Halving,
-    Identity,
-    RunRecord,
-    SplitScores,
-    TrainingRecord,
-    from_tree,
-)
+from tiedlora.records.run_record import Admission, ConfigRecord, Halving, Identity, RunRecord, SplitScores
 from tiedlora.records.summary import flat_summary
 from tiedlora.runs.inputs import RunRows, SingleSlotCache, read_rows, warn_of_trained_rows
 from tiedlora.runs.reward import Reward
@@ -86,8 +69,8 @@ def carry_out(config: Config) -> RunRecord | None:
         UserError, Busy, StoppedEarly: as run.main.
         Paused: train.pause_after is reached.
     """
-    algorithms = only_deterministic_algorithms() if config.train.deterministic else nullcontext()
-    device = resolve_device(config.train.device)
+    algorithms = devices.only_deterministic_algorithms() if config.train.deterministic else nullcontext()
+    device = devices.resolve_device(config.train.device)
     with algorithms, products.on_any_cpu(device, config.train.dtype), join_world(device.type == "cuda") as world:
         # 1. Do all processes agree that the run is not finished?
         run_folder = RunFolder(Path(config.outputs) / run_id(config))
@@ -186,7 +169,7 @@ class Trainer:
             config.tracking.backend = "none"
         _check_processes(config, world)
         local_index = world.local_index if world.size > 1 else None
-        self.device = set_up_device(config.train.device, config.train.threads, local_index)
+        self.device = devices.set_up_device(config.train.device, config.train.threads, local_index)
         # 1. The rows and the base model. Consecutive runs share them.
         rows = read_rows(config)
         self.base = cached_base(config, self.device, world if config.train.shard else None)
@@ -217,7 +200,7 @@ class Trainer:
         # 4. What the record and the checkpoints say of how the run is carried out.
         assert self.base.record.digest is not None
         versions = package_versions() | self.encoder.versions
-        execution = execution_on(self.device, world.size)
+        execution = devices.execution_on(self.device, world.size)
         self.inputs = checkpoint.RunInputs(execution, rows.digests, self.base.record.digest, versions, code_version())
 
     def _fit(self, rows: RunRows) -> dict[str, EncodedRows]:
@@ -322,7 +305,6 @@ class Trainer:
             batches=self.reward.batches if self.reward else self._batches,
             loss_sum=self.reward.loss_sum if self.reward else functools.partial(target_loss, model),
             validate=self._validate,
-            validation_scores=self._validation_scores,
             save_checkpoint=self._save_checkpoint,
             log_metrics=self._log_metrics,
             describe_rows=lambda step: (
@@ -330,7 +312,7 @@ class Trainer:
             ),
             stop_requested=lambda: self.world.any(stop.requested()),
         )
-        restart_peak_memory(self.device)
+        devices.restart_peak_memory(self.device)
         model.train()
         stop.finish_step_first = True
         try:
@@ -340,7 +322,7 @@ class Trainer:
             stop.finish_step_first = False
             self.bar.close()
         model.eval()
-        self.peak_memory_bytes = peak_memory_bytes(self.device)
+        self.peak_memory_bytes = devices.peak_memory_bytes(self.device)
         # 5. Load the adapter of the step that is scored.
         if config.score.checkpoint == "best":
             self._load_best()
@@ -390,8 +372,8 @@ class Trainer:
 
     def _pass_tokens(self, during: str) -> int | None:
         """The most tokens of a forward pass: what the configuration says, or less after memory ran out."""
-        limits = (self.config.train.microbatch_tokens, self.state.pass_tokens(during))
-        return min((limit for limit in limits if limit is not None), default=None)
+        limits = [halving.tokens for halving in self.state.halvings if halving.during == during]
+        return min(filter(None, [self.config.train.microbatch_tokens, *limits]), default=None)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -401,27 +383,31 @@ class Trainer:
             yield
         self.arm.model.train()
 
-    def _validate(self) -> float:
-        """The validation loss. The loss of each row is appended to validation_losses.jsonl.
+    def _validate(self) -> dict[str, float]:
+        """The validation loss, and the scores of the rows that train.validation_answers asks for.
 
-        If the best adapter is scored, it is stored when its loss is the lowest so far.
+        The loss of each row is appended to validation_losses.jsonl. If the best adapter is scored, it is stored when
+        its loss is the lowest so far.
         """
+        state, count = self.state, self.config.train.validation_answers
         with self._evaluating():
-            while (losses := self._row_losses()) is None:
-                self.validation_batches = self._validation_batches()
-        loss = mean_loss(losses)
+            losses = self._row_losses()
+        metrics = {"validation/loss": (loss := mean_loss(losses))}
         # The loop refuses a loss that is not finite, which JSON cannot represent.
         if math.isfinite(loss):
             self.row_losses_file.append([self._in_row_order(losses)])
-        best_so_far = all(loss < earlier for _, earlier in self.state.validation)
-        if self.config.score.checkpoint == "best" and self.world.is_first and best_so_far:
-            self.arm.save(self._best_folder(self.state.step), self.base.record)
-        return loss
+        is_best = all(loss < earlier for _, earlier in state.validation)
+        if self.config.score.checkpoint == "best" and self.world.is_first and is_best:
+            self.arm.save(self._best_folder(state.step), self.base.record)
+        if count and math.isfinite(loss):
+            examples, title = self.examples["validation"][:count], f"step {state.step}"
+            with self._evaluating():
+                rows, _ = self._scorer().within_memory(lambda smaller: smaller.rows(examples, title, losses=False))
+            metrics |= {f"validation/{name}": score.value for name, score in summarise(rows, self.task).items()}
+        return metrics
 
-    def _row_losses(self) -> list[RowLosses] | None:
-        """The losses of all validation batches, each process computing its share; None if memory ran out.
-
-        Then the next batches are smaller.
+    def _row_losses(self) -> list[RowLosses]:
+        """The losses of all validation batches, each process computing its share; smaller ones if memory runs out.
 
         Raises:
             MemoryError, RuntimeError: memory ran out with a single row, or the model is sharded.
@@ -441,8 +427,9 @@ class Trainer:
             tokens = world.smallest(too_large or sys.maxsize) // 2
             log.warning("validation: out of memory; batches have at most %d tokens from now on", tokens)
             self.state.halvings.append(Halving(self.state.step, "validation", tokens))
-            free_memory()
-            return None
+            devices.free_memory()
+            self.validation_batches = self._validation_batches()
+            return self._row_losses()
         shares = world.gather([losses.to_cpu() for losses in own])
         return [shares[number % world.size][number // world.size] for number in range(len(self.validation_batches))]
 
@@ -464,16 +451,6 @@ class Trainer:
         for name, values in self.world.gather(best)[0].items():
             self.parts[name].data.copy_(values)
 
-    def _validation_scores(self) -> dict[str, float]:
-        """The scores of the first rows of validation, as train.validation_answers asks for."""
-        count = self.config.train.validation_answers
-        if not count:
-            return {}
-        examples, title = self.examples["validation"][:count], f"step {self.state.step}"
-        with self._evaluating():
-            rows, _ = self._scorer().within_memory(lambda smaller: smaller.rows(examples, title, losses=False))
-        return {f"validation/{name}": scored.value for name, scored in summarise(rows, self.task).items()}
-
     def _save_checkpoint(self, state: TrainState) -> None:
         if self.world.is_first:
             buffers = self.arm.changed_buffers()
@@ -482,7 +459,7 @@ class Trainer:
     def _log_metrics(self, rows: list[MetricsRow]) -> None:
         if self.reward is not None:
             for row in rows:
-                row.values.update(self.reward.take_metrics(row.step))
+                row.values.update(self.reward.metrics.pop(row.step, {}))
         self.trackers.log(rows)
         if rows and "train/tokens" in (last := rows[-1].values):
             rate = last["train/tokens"] / max(last["train/seconds"], 1e-9)
@@ -507,8 +484,8 @@ class Trainer:
         stored_params = self.arm.stored_params()
         return RunRecord(
             run_id=run_id(config),
-            identity=from_tree(Identity, identity(config)),
-            config=from_tree(ConfigRecord, config_tree(config)),
+            identity=run_record.from_tree(Identity, identity(config)),
+            config=run_record.from_tree(ConfigRecord, config_tree(config)),
             seed=config.seed,
             code=inputs.code,
             versions=inputs.versions,
@@ -517,9 +494,10 @@ class Trainer:
             trainable_params=self.trainable_params,
             share_of_lora=self.trainable_params / tying.lora_params(config.rank.r, config.model.architecture),
             data={
-                split: DataRecord(digest=inputs.data[split], **fitted.counts) for split, fitted in self.fitted.items()
+                split: run_record.DataRecord(digest=inputs.data[split], **fitted.counts)
+                for split, fitted in self.fitted.items()
             },
-            training=TrainingRecord(
+            training=run_record.TrainingRecord(
                 steps=state.step,
                 tokens=state.tokens,
                 target_tokens=state.target_tokens,

@@ -237,12 +237,10 @@ def _with_changed_row(run: CheckedRun, split: str, finding: Finding) -> Finding:
     rows = run.predictions(split) if split in run.record.scores and run.record.keeps(TEXTS) else []
     for row, example in zip(rows, run.examples[split], strict=False):
         # A shortened prompt is not equal to the row's prompt.
-        before = [row.id, [] if row.shortened else row.prompt, row.references]
-        now = [example.id, [] if row.shortened else example.prompt, list(example.references)]
-        for was, is_now in zip(before, now, strict=True):
-            if was != is_now:
-                explanation = f"row {row.id}: {is_now!r:.80} was {was!r:.80}; {finding.explanation}"
-                return replace(finding, explanation=explanation)
+        prompts = () if row.shortened else ((example.prompt, row.prompt),)
+        for now, was in ((example.id, row.id), *prompts, (list(example.references), row.references)):
+            if now != was:
+                return replace(finding, explanation=f"row {row.id}: {now!r:.80} was {was!r:.80}; {finding.explanation}")
     return finding
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from torch import Tensor
 from tiedlora.config.schema import TrainConfig
 from tiedlora.data.batching import Batch
 from tiedlora.errors import Diverged, Paused, StoppedEarly, UserError, is_out_of_memory
-from tiedlora.keys import LARGEST_COUNT
 from tiedlora.models.device import free_memory
 from tiedlora.records.provenance import ContinuedFrom
 from tiedlora.records.rows import MetricsRow
@@ -47,17 +47,9 @@ class TrainState:
     continued_from: list[ContinuedFrom] = field(default_factory=list)
     """How earlier steps were made, if the run continued with other code or packages, or elsewhere."""
 
-    def pass_tokens(self, during: str) -> int | None:
-        """Most tokens of a pass of `training` or `validation`, after the halvings so far; None if there was none."""
-        return min((halving.tokens for halving in self.halvings if halving.during == during), default=None)
-
     def best_step(self) -> int:
         """The step of the lowest validation loss; of equal losses, the earliest step."""
         return int(min(self.validation, key=lambda pair: (pair[1], pair[0]))[0])
-
-
-ENOUGH = LARGEST_COUNT
-"""In place of a limit on the tokens of a pass: the memory was enough."""
 
 
 @dataclass
@@ -86,8 +78,9 @@ class Loop:
     """Optimizer step (counted from 1) -> this process's microbatches."""
     loss_sum: Callable[[Batch], Tensor]
     """The sum of the cross-entropy over a batch's target tokens, or another sum over them."""
-    validate: Callable[[], float]
-    """The mean loss per target token on the validation rows. If memory runs out, it adds to the state's halvings."""
+    validate: Callable[[], dict[str, float]]
+    """validation/loss, the mean loss per target token on the validation rows, and other metrics. If memory runs out, it
+    adds to the state's halvings."""
     save_checkpoint: Callable[[TrainState], None]
     log_metrics: Callable[[list[MetricsRow]], None]
     """Logs rows of metrics, of several steps at once."""
@@ -95,8 +88,6 @@ class Loop:
     """Optimizer step -> its rows in words, for the message about a loss that is not finite."""
     stop_requested: Callable[[], bool]
     """Whether the run should end after this step. With several processes, all get the same answer."""
-    validation_scores: Callable[[], dict[str, float]] = dict
-    """Further metrics of a validation, such as validation/exact_match; by default there are none."""
     world: World = ALONE
     """The processes that train together. Each draws its own dropout masks."""
 
@@ -186,8 +177,9 @@ class Loop:
                     raise UserError(_out_of_memory_message(step, batch, self.config)) from error
                 too_large = batch
                 break
-        limit = self.world.smallest(ENOUGH if too_large is None else _half(too_large))
-        if limit == ENOUGH:
+        # With enough memory there is no limit.
+        limit = self.world.smallest(sys.maxsize if too_large is None else _half(too_large))
+        if limit == sys.maxsize:
             return total, target_tokens, tokens
         if limit == 0:
             raise UserError(_out_of_memory_message(step, too_large, self.config))
@@ -254,12 +246,13 @@ class Loop:
 
     def _validate(self) -> None:
         step, halvings = self.state.step, len(self.state.halvings)
-        loss = self.validate()
+        metrics = self.validate()
+        loss = metrics["validation/loss"]
         if not math.isfinite(loss):
             advice = "lower train.lr" if step else "this is before any training, so try train.dtype=float32"
             raise Diverged(f"step {step}: the validation loss is {loss}; {advice}")
         self.state.validation.append([step, loss])
-        self.log_metrics([MetricsRow(step, {"validation/loss": loss, **self.validation_scores()})])
+        self.log_metrics([MetricsRow(step, {**metrics})])
         if len(self.state.halvings) > halvings:
             self.save_checkpoint(self.state)
 

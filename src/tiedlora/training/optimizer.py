@@ -61,12 +61,8 @@ def build_optimizer(groups: Sequence[ParameterGroup], train: TrainConfig) -> tor
     Args:
         groups: the arm's groups, with all its trained parameters.
     """
-    settings: list[dict[str, Any]] = [
-        {
-            "params": group.parameters,
-            "lr_factor": group.lr_factor,
-            "weight_decay": train.weight_decay if group.decays else 0.0,
-        }
-        for group in groups
+    settings = [
+        {"params": g.parameters, "lr_factor": g.lr_factor, "weight_decay": train.weight_decay if g.decays else 0.0}
+        for g in groups
     ]
     return OPTIMIZERS[train.optimizer](settings, train, groups[0].parameters[0].is_cuda)
