@@ -106,10 +106,8 @@ Amount = Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]
 """A count that may be 0."""
 
 
-@functools.cache
-def adapter(kind: Any) -> TypeAdapter[Any]:
-    """pydantic's reader of a type."""
-    return TypeAdapter(kind)
+adapter = functools.cache(TypeAdapter)
+"""pydantic's reader of a type."""
 
 
 def from_person(kind: type[T], value: Any, keys: Collection[str] = (), prefix: str = "") -> T:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import tiedlora
 from tiedlora import tying
 from tiedlora.adapter import attach
-from tiedlora.config import command
+from tiedlora.config import compose
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
@@ -150,7 +150,7 @@ class TestScript:
 )
 def test_the_cards_command_is_the_same_run(overrides):
     config = compose_config(overrides)
-    words = shlex.split(command.command(config))
+    words = shlex.split(compose.command(config))
     assert words[:2] == ["python", "train.py"]
     assert run_id(compose_config(words[2:])) == run_id(config)
     assert len(words) - 2 <= len(overrides) + 2

@@ -19,7 +19,7 @@ from tiedlora import storage
 from tiedlora.adapter import attach_adapter, load
 from tiedlora.adapter.arms import check_tensors, is_other_method, read_description
 from tiedlora.adapter.files import TENSORS
-from tiedlora.config import command
+from tiedlora.config import compose
 from tiedlora.config.identity import DESCRIPTION, identity, name_of
 from tiedlora.config.identity import label as label_of
 from tiedlora.config.methods import PEFT_FILE
@@ -154,7 +154,7 @@ def card(record: RunRecord, config: Config, options: ExportOptions, task: str = 
         terms=identity(config.tying).get("terms"),
         label=name_of(identity(config.tying), config.model.architecture.layers) or label_of(config.tying),
         commits=[code for code in record.code_versions if code.commit is not None],
-        command=command.command(config),
+        command=compose.command(config),
         options=options,
         form=options.form,
         task=task,
