@@ -48,9 +48,7 @@ class TestAdapters:
             adapters.use(name)
             assert adapters.active == name
             assert torch.equal(logits(model, ids), expected[name])
-        active = adapters.use("LoRA")
-        assert active is not None
-        active.merge()
+        adapters.use("LoRA").merge()
         adapters.use(None)
         assert torch.equal(logits(model, ids), plain)
         adapters.use("Tuv")
@@ -133,4 +131,3 @@ class TestRuns:
         assert code == 0
         assert "Question: 1 + 1\nAnswer:" in out
         assert out.count("| adapted") == 2
-        assert all(c.isprintable() or c == "\n" for c in out)

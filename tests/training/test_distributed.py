@@ -159,9 +159,6 @@ class TestShard:
         first, second = (load_file(place.adapter / "adapter.safetensors") for place in (alone, folder))
         for name, values in first.items():
             assert (values - second[name]).abs().max() <= 1e-5 * values.abs().max()
-        validations = (read_validation_losses(place.validation_losses_file) for place in (folder, alone))
-        for ours, theirs in zip(*validations, strict=True):
-            assert ours.losses == pytest.approx(theirs.losses, abs=1e-5)
         for kind in ("validation", "validation.base"):
             ours, theirs = (read_predictions(place.predictions_file(kind)) for place in (folder, alone))
             assert [row.id for row in ours] == [row.id for row in theirs]
