@@ -82,10 +82,10 @@ def exit_codes() -> Iterator[None]:
     """
     # A log line whose reader has ended is lost without a traceback.
     logging.raiseExceptions = False
+    sys.unraisablehook = _send_again
     try:
-        with _dropped_stops_come_again():
-            yield
-            sys.stdout.flush()
+        yield
+        sys.stdout.flush()
     except BrokenPipeError as error:
         drop_output()
         raise SystemExit(STOPPED if _is_stop(error.__context__) else CLOSED_PIPE) from None
@@ -135,22 +135,12 @@ def output_is_closed() -> bool:
         return False
 
 
-@contextmanager
-def _dropped_stops_come_again() -> Iterator[None]:
-    """Inside the block, a KeyboardInterrupt that came in a destructor, where Python drops it, comes a moment later."""
-    original = sys.unraisablehook
-
-    def take(dropped: sys.UnraisableHookArgs) -> None:
-        if isinstance(dropped.exc_value, KeyboardInterrupt):
-            threading.Timer(SECONDS_TO_LEAVE_A_DESTRUCTOR, os.kill, (os.getpid(), signal.SIGINT)).start()
-        else:
-            original(dropped)
-
-    sys.unraisablehook = take
-    try:
-        yield
-    finally:
-        sys.unraisablehook = original
+def _send_again(dropped: sys.UnraisableHookArgs) -> None:
+    """A KeyboardInterrupt that came in a destructor, where Python drops it, comes a moment later."""
+    if isinstance(dropped.exc_value, KeyboardInterrupt):
+        threading.Timer(SECONDS_TO_LEAVE_A_DESTRUCTOR, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def _end(message: str, code: int) -> None:
