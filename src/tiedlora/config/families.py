@@ -22,13 +22,8 @@ _SEPARATE = Layout(
     layers="model.layers",
     sites={
         "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        "q": ["self_attn.q_proj"],
-        "k": ["self_attn.k_proj"],
-        "v": ["self_attn.v_proj"],
-        "o": ["self_attn.o_proj"],
-        "gate": ["mlp.gate_proj"],
-        "up": ["mlp.up_proj"],
-        "down": ["mlp.down_proj"],
+        **{part: [f"self_attn.{part}_proj"] for part in "qkvo"},
+        **{part: [f"mlp.{part}_proj"] for part in ("gate", "up", "down")},
     },
 )
 
