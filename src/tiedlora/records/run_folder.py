@@ -6,7 +6,7 @@ import os
 import shutil
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -189,11 +189,12 @@ class RunFolder:
             UserError: the file system has no locks.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            with storage.locked(self.path / ".lock", patience):
-                yield
-        except Timeout:
-            raise Busy(f"{self.path}: another process is working on this run; wait for it or stop it") from None
+        with ExitStack() as held:
+            try:
+                held.enter_context(storage.locked(self.path / ".lock", patience))
+            except Timeout:
+                raise Busy(f"{self.path}: another process is working on this run; wait for it or stop it") from None
+            yield
 
     def clear(self) -> None:
         """Remove all files except the lock, for a run that starts again.

@@ -10,6 +10,10 @@ from tiedlora.records.run_record import RunRecord, SplitScores, plain
 from tiedlora.text import visible
 
 
+FLOOR = 0.05
+"""If the whole interval of a score is below this, the score cannot tell methods apart: all are near zero."""
+
+
 def terminal_lines(record: RunRecord, folder: Path) -> str:
     """The lines that end `python train.py`: loss, scores with intervals, size, folder."""
     training = record.training
@@ -44,7 +48,25 @@ def _split_lines(split: str, scores: SplitScores) -> list[str]:
             lines.append(f"{text}base {unit.text(scores.base[name])}   adapted {unit.text(adapted)}   {gain}")
     if scores.cut_targets:
         lines.append(f"    {scores.cut_targets} rows lose the end of their target, which does not fit into the context")
+    if remark := _remark(scores):
+        lines.append(f"    {remark}")
     return lines
+
+
+def _remark(scores: SplitScores) -> str:
+    """A warning if the first metric shows no gain; empty otherwise."""
+    name = scores.first_metric
+    # Neutral text is not expected to gain.
+    if scores.base is None or scores.gain is None or scores.source is not None:
+        return ""
+    gain = scores.gain[name]
+    # Of a loss, less is better.
+    least, most = (-gain.high, -gain.low) if is_loss(name) else (gain.low, gain.high)
+    if least > 0:
+        return ""
+    if not is_loss(name) and max(scores.base[name].high, scores.metrics[name].high) < FLOOR:
+        return f"{name}: at the floor for this model; a comparison of methods on it is uninformative"
+    return f"{name}: no gain shown, the interval includes 0" if most >= 0 else f"{name}: worse than the base"
 
 
 def flat_summary(record: RunRecord) -> dict[str, float | int | str]:

@@ -155,6 +155,6 @@ def check_same_inputs(config: Config, record: RunRecord, folder: RunFolder) -> N
         # The commit of a model of the hub is known once it is loaded.
         if now and now != recorded:
             raise UserError(
-                f"{folder.path}: finished on other {what} ({recorded}, now {now}); restore it, or repeat the run with "
+                f"{folder.path}: finished on other {what} (sha256 {recorded}, now {now}); restore it, or repeat the run with "
                 "force=true"
             )
