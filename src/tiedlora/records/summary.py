@@ -9,7 +9,6 @@ from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores, plain
 from tiedlora.text import visible
 
-
 FLOOR = 0.05
 """If the whole interval of a score is below this, the score cannot tell methods apart: all are near zero."""
 

@@ -150,11 +150,14 @@ def check_same_inputs(config: Config, record: RunRecord, folder: RunFolder) -> N
             "repeat the run with force=true"
         )
     digests = {f"{split} data": (record.data[split].digest, now) for split, now in row_digests(config).items()}
-    digests["base model"] = record.base.digest or "", known_digest(config.model, Path(config.cache)) or ""
+    digests["weights of the base model"] = (
+        record.base.digest or "",
+        known_digest(config.model, Path(config.cache)) or "",
+    )
     for what, (recorded, now) in digests.items():
         # The commit of a model of the hub is known once it is loaded.
         if now and now != recorded:
             raise UserError(
-                f"{folder.path}: finished on other {what} (sha256 {recorded}, now {now}); restore it, or repeat the run with "
+                f"{folder.path}: finished on other {what} ({recorded}, now {now}); restore it, or repeat the run with "
                 "force=true"
             )
