@@ -38,7 +38,7 @@ words: list[str] = []
 """Those of the command line."""
 
 
-def config(outputs: Path) -> Config:
+def config(outputs: Path, *more: str) -> Config:
     return compose_config(
         [
             *("model=tiny_llama", "task.options.rows={train: 40, validation: 8, test: 8}", "task.rows.validation=null"),
@@ -46,6 +46,7 @@ def config(outputs: Path) -> Config:
             *("train.validate_every=4", f"train.checkpoint_every={CHECKPOINT_EVERY}", "train.log_every=2"),
             *("train.dtype=float32", "train.threads=1", "tying.dropout=0.1", "score.checkpoint=best"),
             *words,
+            *more,
             f"outputs={outputs}",
         ]
     )
@@ -61,7 +62,7 @@ def child(outputs: Path, kill_at: int | None = None) -> tuple[int, list[str]]:
     journal = outputs / "journal"
 
     def act() -> None:
-        drilling.Events(journal, f"any {kill_at}" if kill_at else "").install()
+        drilling.Events(journal, kill_at).install()
         run.main(config(outputs))
 
     return forked(act, seconds=120)[0], journal.read_text().splitlines()

@@ -14,12 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["HF_HUB_OFFLINE"] = "1"
-
+import kill_run
 import pandas as pd
 
-from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
@@ -31,15 +28,8 @@ WHAT = ("resident memory, MB", "open files", "threads", "run folder, kB", "files
 
 def one(number: int, root: Path, more: list[str]) -> list[float]:
     """Carry out a run. Returns the values that WHAT names, measured after it."""
-    config = compose_config(
-        [
-            *("model=tiny_llama", "task.options.rows={train: 24, validation: 6, test: 6}", "task.rows.validation=null"),
-            *("task.max_new_tokens=4", "train.steps=3", "train.batch_size=4", "train.checkpoint_every=1"),
-            *("train.warmup_steps=1", "train.dtype=float32", "train.threads=1", "rank=r2"),
-            *(f"tying={NAMES[number % len(NAMES)]}", f"seed={number}", f"outputs={root}/outputs"),
-            *(f"cache={root}/cache", *more),
-        ]
-    )
+    words = [f"tying={NAMES[number % len(NAMES)]}", f"seed={number}", f"cache={root}/cache", "train.steps=3", *more]
+    config = kill_run.config(root / "outputs", *words)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         run.main(config)
     folder = RunFolder(Path(config.outputs) / run_id(config))
