@@ -29,7 +29,7 @@ from tiedlora.records.rows import read_validation_losses
 from tiedlora.sweeps.cells import SweepCell
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import run_cell
-from tiedlora.sweeps.staged_search import Observation, Request, SearchPlan, next_stage, rung_steps
+from tiedlora.sweeps.staged_search import Observation, Request, SearchPlan, SearchStage, rung_steps
 from tiedlora.text import aligned
 
 CURVES = PROJECT / "benchmarks/data/staged_curves.jsonl"
@@ -132,7 +132,7 @@ def searches(curves: Sequence[Curve], validate_every: int, fractions: Sequence[f
         rungs = rung_steps(steps, validate_every, fractions)
         plan = SearchPlan(rates, (first, second, *others), rungs, lowest=rates[0], highest=rates[-1])
         runs = RecordedRuns(curves)
-        while (stage := next_stage(plan, runs)).requests:
+        while (stage := SearchStage(plan, runs)).requests:
             runs.run(stage.requests)
         assert stage.chosen is not None
         lr, best = stage.chosen.lr, full.lr

@@ -18,11 +18,11 @@ from tiedlora import errors
 from tiedlora.analysis.rate_choice import CRITERIA
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.records.selection import write_selection
-from tiedlora.sweeps import forecast, selection, status, watch
+from tiedlora.records.selection import SELECTION_FILE, write_selection
+from tiedlora.sweeps import forecast, selection, status
 from tiedlora.sweeps.cells import Sweep
-from tiedlora.sweeps.control import matching
 from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.text import aligned
 
 SEARCHING = "hydra/sweeper=staged"
 """The word of a sweep that needs no cell of a rate that its search has not chosen."""
@@ -83,7 +83,7 @@ def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
     chosen = (selection.searched_rates(sweep) if by is None else None) or selection.select_rates(sweep, by)
     if test:
         chosen = selection.score_test(sweep, chosen)
-    write_selection(sweep.selection_file, chosen)
+    write_selection(sweep.path / SELECTION_FILE, chosen)
     as_data = [asdict(choice) for choice in chosen.choices]
     print(dumps(as_data, indent=2, ensure_ascii=False) if json else selection.table(chosen.choices))
 
@@ -91,7 +91,7 @@ def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
 def steer(sweep: Sweep, what: str, patterns: list[str]) -> None:
     if not patterns:
         raise UserError(f"{what}: name the cells by their ids, such as 'LoRA-*-s1-*'; status lists them")
-    run_ids = matching(patterns, sweep.run_ids())
+    run_ids = sweep.matching(patterns)
     (sweep.control.drop if what == "drop" else sweep.control.retry)(run_ids)
     print("\n".join(run_ids))
 
@@ -103,12 +103,12 @@ def show_live(words: list[str], names: list[str]) -> None:
     if all(word.startswith("outputs=") for word in words):
         places = [word.removeprefix("outputs=") for word in words]
         outputs = Path(*(places[-1:] or [os.environ.get("TIEDLORA_OUTPUTS", PROJECT / "outputs")])).expanduser()
-        folder = watch.find_sweep(outputs.absolute(), *names)
+        folder = status.find_sweep(outputs.absolute(), *names)
     else:
         folder = compose_sweep(words).path
         if not folder.is_dir():
             raise UserError(f"{folder.name}: this sweep has not been started; train.py --multirun starts it")
-    if not watch.watch(folder):
+    if not status.watch(folder):
         raise SystemExit(1)
 
 
@@ -116,15 +116,16 @@ def show(sweep: Sweep, searches: bool, tflops: float | None, json: bool) -> None
     """Print the status; with a rate, the plan."""
     # The same cells are another amount of work for a plain sweep, which runs all of them.
     searched = status.read_search(sweep.path, sweep.cells) if searches else None
-    cells = status.statuses(sweep.cells, sweep.control, searched)
+    cells = [status.status_of(cell, sweep.control, searched) for cell in sweep.cells]
     forecasts, unknown = forecast.forecast(sweep.cells, tflops) if tflops else ([], [])
     if json:
         print(status.to_json(sweep, cells, [asdict(row) for row in forecasts] if tflops else None))
     elif tflops:
-        print(f"{status.table(cells)}\n\n{status.summary_line(sweep.id, cells)}\n")
+        print(f"{aligned(status.rows(cells))}\n\n{status.summary_line(sweep.id, cells)}\n")
         print(forecast.described(forecasts, unknown))
     else:
-        print("\n".join([status.summary_line(sweep.id, cells), *status.unfinished_lines(cells)]))
+        unfinished = [f"  {cell}" for cell in cells if cell.state != "done" and cell.is_needed]
+        print("\n".join([status.summary_line(sweep.id, cells), *unfinished]))
 
 
 if __name__ == "__main__":

@@ -15,32 +15,16 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from tiedlora.keys import from_person
-from tiedlora.sweeps.cells import Sweep
-from tiedlora.sweeps.expand import expand
-from tiedlora.sweeps.launchers import launcher_of
-from tiedlora.sweeps.launching import Launch, run_sweep
+from tiedlora.sweeps.expand import DecidingOptions, SearchOptions, expand, read_options
+from tiedlora.sweeps.launching import launcher_of, run_sweep
 from tiedlora.training.signals import stopped_by_signals
-
-PREFIX = "hydra.sweeper."
-"""The place of the sweepers' keys, for messages."""
 
 
 class ResumingSweeper(Sweeper):
     """Composes and checks all cells, and then launches those that are not finished."""
 
-    def __init__(
-        self, params: dict[str, str], match_lora: bool, arms: Sequence[Sequence[str]] = (), fail_fast: bool = False
-    ) -> None:
-        """
-        Args:
-            params: the axes of the grids on the command line. The command line's own axes replace them.
-            match_lora: whether to add to each tied cell the LoRA cell with the nearest trainable count.
-            arms: the words of arms to add to the grid, at every value of its other axes.
-            fail_fast: whether the first cell that fails stops the sweep.
-        """
-        # Axes, matching cells and arms are read from the configuration (sweeps/expand.py).
-        self.fail_fast = fail_fast
+    def __init__(self, **options: Any) -> None:
+        """The options are read from the configuration (sweeps/expand.py), as scripts read them too."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Store what the sweep needs. Cells are carried out by workers, and not by the task function."""
@@ -48,68 +32,32 @@ class ResumingSweeper(Sweeper):
 
     @stopped_by_signals()
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
-        """Run the cells that are not finished, and then print the table of all cells.
+        """Run the cells that the sweep needs and that are not finished, and then print what it has found.
 
         Raises:
-            UserError: a cell's configuration is wrong; nothing was run.
+            UserError: an option or a cell's configuration is wrong; nothing was run.
             SystemExit: with code 1, after naming every cell that failed.
             KeyboardInterrupt: the sweep was asked to stop; the same command continues it.
         """
         assert self.config is not None
         assert self.hydra_context is not None
-        launch = launcher_of(self.config)
+        launch, options = launcher_of(self.config), read_options(self.config)
         sweep = expand(self.config, self.hydra_context.config_loader, arguments)
-        self.run(sweep, launch)
-        return []
+        if not isinstance(options, SearchOptions):
+            run_sweep(sweep, launch, options.fail_fast)
+            return []
+        from tiedlora.sweeps.staged import run_deciding, run_staged
 
-    def run(self, sweep: Sweep, launch: Launch) -> None:
-        """Carry out the sweep. The arguments and errors are those of run_sweep."""
-        run_sweep(sweep, launch, self.fail_fast)
+        if isinstance(options, DecidingOptions):
+            run_deciding(sweep, options, launch)
+        else:
+            run_staged(sweep, options, launch)
+        return []
 
 
 class StagedSweeper(ResumingSweeper):
     """Runs the cells of the grid that the search of the learning rates asks for."""
 
-    def __init__(
-        self,
-        rungs: list[float],
-        finalists: int,
-        lowest_rate: float,
-        highest_rate: float,
-        **grid: Any,
-    ) -> None:
-        """
-        Args:
-            rungs, finalists, lowest_rate, highest_rate: as in SearchOptions.
-            grid: the arguments of ResumingSweeper.
-        """
-        super().__init__(**grid)
-        self.search = dict(rungs=rungs, finalists=finalists, lowest_rate=lowest_rate, highest_rate=highest_rate)
 
-    def run(self, sweep: Sweep, launch: Launch) -> None:
-        """Carry out the staged sweep. The arguments and errors are those of run_staged."""
-        from tiedlora.sweeps.staged import SearchOptions, run_staged
-
-        run_staged(sweep, from_person(SearchOptions, self.search, prefix=PREFIX), launch, self.fail_fast)
-
-
-class DecidingSweeper(StagedSweeper):
+class DecidingSweeper(ResumingSweeper):
     """After the search, runs the seeds that open claims need."""
-
-    def __init__(self, claims: str, budget: int | None, **search: Any) -> None:
-        """
-        Args:
-            claims: the file with the claims and their planned looks.
-            budget: the most runs of the sweep; None sets no limit.
-            search: the arguments of StagedSweeper.
-        """
-        super().__init__(**search)
-        self.claims, self.budget = claims, budget
-
-    def run(self, sweep: Sweep, launch: Launch) -> None:
-        """Carry out the deciding sweep. The arguments and errors are those of run_deciding."""
-        from tiedlora.sweeps.deciding import run_deciding
-        from tiedlora.sweeps.staged import SearchOptions
-
-        options = from_person(SearchOptions, self.search, prefix=PREFIX)
-        run_deciding(sweep, options, self.claims, self.budget, launch, self.fail_fast)

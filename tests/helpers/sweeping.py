@@ -3,7 +3,18 @@
 import threading
 from contextlib import contextmanager
 
+from tiedlora.sweeps.cells import frozen_cell
+from tiedlora.sweeps.expand import SearchOptions
 from tiedlora.sweeps.launching import work
+
+
+def search_options(**options) -> SearchOptions:
+    return SearchOptions(**{"rungs": [0.25, 0.5], "finalists": 2, "lowest_rate": 1e-5, "highest_rate": 1.0, **options})
+
+
+def cell_of(folder, goal):
+    """The cell that a worker carries out."""
+    return frozen_cell(folder, goal.run_id).until(goal.pause_after, goal.splits)
 
 
 class Here:
@@ -23,7 +34,7 @@ class Here:
         for goal in goals:
             if len(self.goals) == self.stop_before:
                 raise KeyboardInterrupt
-            self.launches[-1].append(goal.cell(folder))
+            self.launches[-1].append(cell_of(folder, goal))
             work(folder, [goal])
 
     @property

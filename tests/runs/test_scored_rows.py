@@ -6,6 +6,7 @@ So are training rows that do not fit.
 import json
 
 import pytest
+from helpers.sweeping import search_options
 
 from tiedlora.config.compose import compose_config
 from tiedlora.errors import UserError
@@ -15,7 +16,7 @@ from tiedlora.sweeps import staged
 from tiedlora.sweeps.expand import compose_sweep
 
 SAID = "task=gsm8k: 12 test rows are also training rows (such as id "
-OPTIONS = staged.SearchOptions(rungs=(0.25,), finalists=2, lowest_rate=1e-5, highest_rate=1.0)
+OPTIONS = search_options(rungs=[0.25])
 
 
 @pytest.fixture

@@ -10,11 +10,9 @@ from helpers.sweeping import Here
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import read_record
 from tiedlora.records.selection import read_selection
-from tiedlora.sweeps import staged
-from tiedlora.sweeps.deciding import run_deciding
-from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.sweeps.expand import DecidingOptions, compose_sweep
+from tiedlora.sweeps.staged import run_deciding
 
-OPTIONS = staged.SearchOptions(rungs=(0.5,), finalists=2, lowest_rate=1e-3, highest_rate=0.1)
 WORDS = (
     *("tying=LoRA,TABuv", "train.lr=1e-3,1e-1", "train.steps=8", "train.validate_every=2"),
     "score.metrics=[target_loss]",
@@ -28,6 +26,11 @@ claims:
     comparator: {configuration: COMPARATOR, rank: 8}
     tasks: {chain_sum: target_loss}
 """
+
+
+def decide(sweep, claims: str, launcher: Here, budget: int | None = None) -> None:
+    rates = {"rungs": [0.5], "finalists": 2, "lowest_rate": 1e-3, "highest_rate": 0.1}
+    run_deciding(sweep, DecidingOptions(claims=claims, budget=budget, **rates), launcher)
 
 
 def seeds(launcher: Here) -> set[int]:
@@ -57,36 +60,29 @@ def test_a_decided_claim_takes_no_further_run_and_an_open_one_goes_on(swept, tmp
         assert (swept.path / "plan.json").exists(), "the plan is written before the first run"
 
     launcher = Here(planned)
-    run_deciding(swept, OPTIONS, far, None, launcher)
+    decide(swept, far, launcher)
     (verdict,) = verdicts(swept)
     # The losses differ by less than 0.9 nats in every seed, so the first look contradicts the claim.
     assert (verdict["verdict"], verdict["look"], verdict["open"]) == ("contradicted", 1, False)
     assert seeds(launcher) == {0, 1}
     assert "contradicted: look 1 of 2" in capsys.readouterr().out
     again = Here()
-    run_deciding(swept, OPTIONS, far, None, again)
+    decide(swept, far, again)
     assert again.goals == []
 
 
 def test_other_claims_than_the_planned_ones_are_refused(swept, tmp_path):
-    run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), None, Here())
+    decide(swept, claims_file(tmp_path, 0.9), Here())
     with pytest.raises(
         UserError, match=r"plan\.json: was written before the first run with other values of claims_sha256"
     ):
-        run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.8), None, Here())
+        decide(swept, claims_file(tmp_path, 0.8), Here())
     with pytest.raises(UserError, match="other values of budget"):
-        run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), 30, Here())
-
-
-@pytest.mark.parametrize("budget", ["abc", 0, 1.5])
-def test_a_wrong_budget_is_refused_before_the_plan_is_written(swept, tmp_path, budget):
-    with pytest.raises(UserError, match=rf"^hydra\.sweeper\.budget={budget}: must be a whole number"):
-        run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), budget, Here())
-    assert not (swept.path / "plan.json").exists()
+        decide(swept, claims_file(tmp_path, 0.9), Here(), 30)
 
 
 def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept, tmp_path, capsys):
-    run_deciding(swept, OPTIONS, claims_file(tmp_path, 0.9), None, Here())
+    decide(swept, claims_file(tmp_path, 0.9), Here())
     runs = len(list(swept.path.parents[1].glob("*/result.json")))
     # Half of the first seeds' mean difference as the margin: two seeds are too few to decide, and later looks may.
     losses = target_losses(swept)
@@ -96,12 +92,12 @@ def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept
     open_claim = claims_file(tmp_path, abs(margin), sides=sides)
     (swept.path / "plan.json").unlink()
     limited = Here()
-    run_deciding(swept, OPTIONS, open_claim, runs + 1, limited)
+    decide(swept, open_claim, limited, runs + 1)
     assert limited.goals == []
     assert f"the budget of {runs + 1} runs is spent" in capsys.readouterr().out
     (swept.path / "plan.json").unlink()
     further = Here()
-    run_deciding(swept, OPTIONS, open_claim, None, further)
+    decide(swept, open_claim, further)
     (verdict,) = verdicts(swept)
     assert not verdict["open"]
     assert verdict["look"] > 1
@@ -113,7 +109,7 @@ def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept
     (all_runs,) = re.findall(r"(\d+) runs in all", capsys.readouterr().out.rsplit("verdict", 1)[-1])[-1:]
     (swept.path / "plan.json").unlink()
     again = Here()
-    run_deciding(swept, OPTIONS, open_claim, int(all_runs), again)
+    decide(swept, open_claim, again, int(all_runs))
     assert again.goals == []
     assert f"{all_runs} runs in all" in capsys.readouterr().out
 
@@ -124,7 +120,7 @@ def test_a_control_runs_the_seeds_of_its_offset(tiny_run, tmp_path):
     text = (tmp_path / "claims.yaml").read_text().replace("rank: 8}\n    tasks", "rank: 8, seed_offset: 5}\n    tasks")
     (tmp_path / "claims.yaml").write_text(text.replace("looks: [2, 5]", "looks: [2]"))
     launcher = Here()
-    run_deciding(sweep, OPTIONS, control, None, launcher)
+    decide(sweep, control, launcher)
     assert seeds(launcher) == {0, 1, 5, 6}
     (verdict,) = verdicts(sweep)
     assert (verdict["look"], verdict["open"]) == (1, False)
@@ -133,13 +129,13 @@ def test_a_control_runs_the_seeds_of_its_offset(tiny_run, tmp_path):
 def test_a_claim_that_needs_the_base_is_refused_without_it(tiny_run, tmp_path):
     sweep = compose_sweep(tiny_run(*WORDS, "score.base=false"))
     with pytest.raises(UserError, match=r"score\.base=false: the claim 'the method has a lower loss' needs"):
-        run_deciding(sweep, OPTIONS, claims_file(tmp_path, 0.1, rule="retains"), None, Here())
+        decide(sweep, claims_file(tmp_path, 0.1, rule="retains"), Here())
 
 
 def target_losses(sweep) -> dict[tuple[str, int], float]:
     """(Configuration, seed) -> the target loss of the chosen run."""
     losses = {}
-    for choice in read_selection(sweep.selection_file).choices:
+    for choice in read_selection(sweep.path / "selection.json").choices:
         for run_id in choice.run_ids:
             record = read_record(sweep.path.parents[1] / run_id / "result.json")
             losses[choice.configuration, record.seed] = record.scores["validation"].metrics["target_loss"].value

@@ -95,8 +95,8 @@ def test_without_finished_runs_the_arithmetic_at_a_rate_decides(tiny_config):
         (["task.rows.test=7"], "test", 7),
         ([], "test", 12),
         (["task=gsm8k", "task.rows.validation=null"], "validation", 500),
-        (["task=gsm8k"], "test", None),
-        (["task=gsm8k", "data_root=/no/such/folder"], "test", None),
+        (["task=gsm8k"], "test", 0),
+        (["task=gsm8k", "data_root=/no/such/folder"], "test", 0),
     ],
 )
 def test_the_rows_of_a_split_are_counted_if_they_are_here(tiny_run, words, split, rows):

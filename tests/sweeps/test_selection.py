@@ -1,13 +1,19 @@
 """A learning rate for every configuration, chosen on validation; test only for the chosen runs; selection.json."""
 
 import json
+import random
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from helpers.report_runs import make_config, make_record, scored_run, write_run
 
 from tiedlora.errors import UserError
+from tiedlora.page import write
 from tiedlora.records.selection import RateChoice, Selection, read_selection, write_selection
 from tiedlora.sweeps import selection
+from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.expand import compose_sweep
 
 
@@ -65,7 +71,7 @@ def test_a_dropped_cell_is_no_trial(tiny_run, finish):
 
 def test_selection_json_is_read_as_it_was_written(tiny_run, chosen):
     sweep = compose_sweep(tiny_run())
-    write_selection(sweep.selection_file, chosen)
+    write_selection(sweep.path / "selection.json", chosen)
     assert read_selection(sweep.path / "selection.json") == chosen
     tree = json.loads((sweep.path / "selection.json").read_text())
     assert list(tree) == ["sweep", "by", "choices", "searches"]
@@ -86,7 +92,7 @@ def test_without_scores_the_rate_is_chosen_by_loss_unless_the_score_is_asked_for
 
 
 def test_a_damaged_selection_is_one_line_that_names_file_and_key(tiny_run, chosen):
-    file = compose_sweep(tiny_run()).selection_file
+    file = compose_sweep(tiny_run()).path / "selection.json"
     write_selection(file, chosen)
     tree = json.loads(file.read_text())
     file.write_text(json.dumps({**tree, "choices": [{**tree["choices"][0], "lr": "high"}]}))
@@ -100,3 +106,74 @@ def test_trials_that_differ_are_no_fair_comparison(chosen):
     remark = "llama on chain_sum: 4 to 6 trials a configuration: not a fair comparison."
     assert remark in selection.table([choice, fewer])
     assert "fair" not in selection.table([choice, choice])
+
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+Rates = dict[tuple[str, int], float]
+"""(Configuration, rank) -> the chosen rate."""
+
+
+def by_select(sweep: Sweep) -> Rates:
+    return {(choice.configuration, choice.rank): choice.lr for choice in selection.select_rates(sweep).choices}
+
+
+def by_selection_json(sweep: Sweep) -> Rates:
+    file = sweep.path / "selection.json"
+    write_selection(file, selection.select_rates(sweep))
+    return {(choice.configuration, choice.rank): choice.lr for choice in read_selection(file).choices}
+
+
+def by_report(sweep: Sweep) -> Rates:
+    report = write.build([Path(sweep.cells[0].config.outputs)])
+    return {(group.configuration, group.rank): group.lr for group in report.groups}
+
+
+CHOOSERS: dict[str, Callable[[Sweep], Rates]] = {
+    "select": by_select,
+    "report": by_report,
+    "selection.json": by_selection_json,
+    "report after select": by_report,
+}
+"""What names a rate for each configuration of a sweep whose runs lie in its folder outputs/."""
+
+
+def random_sweep(outputs: Path, draw: random.Random) -> Sweep:
+    """A finished sweep: ties, failed runs, missing seeds, searches of unequal effort, and runs of different metrics."""
+    metrics = draw.choice(([], ["exact_match_strict"], ["exact_match_strict", "target_loss"]))
+    cells = []
+    for name in ("LoRA", "TAB", "TABuv"):
+        rates = draw.sample(RATES, draw.choice((1, 2, 4, 7)))
+        kept = draw.choice(rates)
+        for lr in rates:
+            seeds = range(3) if draw.random() < 0.6 else draw.sample(range(4), draw.choice((1, 2, 3)))
+            diverges = lr != kept and draw.random() < 0.3
+            for seed in seeds:
+                cell = SweepCell((), make_config(name, lr=lr, seed=seed))
+                cell.config.outputs = str(outputs)
+                cell.config.score.splits = ["validation"] if metrics else []
+                metric = draw.choice(metrics or [""])
+                cell.config.score.metrics = ["target_loss"] if metric == "target_loss" else None
+                cells.append(cell)
+                if diverges and draw.random() < 0.7:
+                    cell.folder.path.mkdir(parents=True)
+                    cell.folder.config_file.write_text(f"train: {{lr: {lr}}}\n")
+                    cell.folder.error_file.write_text("UserError: step 3: the validation loss is nan\n")
+                    continue
+                # Few different values, so that ties are common.
+                about = {"name": name, "lr": lr, "seed": seed}
+                changes = {"training.validation_loss_last": draw.choice((0.5, 0.75, 1.0))}
+                if metrics:
+                    right = draw.choice((2, 3, 4))
+                    scored_run(outputs, [1.0] * right + [0.0] * (8 - right), metric=metric, changes=changes, **about)
+                else:
+                    write_run(outputs, make_record(changes, **about), {})
+    draw.shuffle(cells)
+    return Sweep("sweep", cells)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_one_rate_for_one_sweep(tmp_path, number):
+    sweep = random_sweep(tmp_path / "outputs", random.Random(number))
+    named = {chooser: choose(sweep) for chooser, choose in CHOOSERS.items()}
+    assert set(named["select"]) == {("LoRA", 8), ("TAB", 8), ("TABuv", 8)}
+    assert all(rates == named["select"] for rates in named.values()), named

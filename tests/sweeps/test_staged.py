@@ -1,26 +1,38 @@
 """A staged sweep on a tiny model: what runs, what is kept, and what a stop or a full grid changes."""
 
 import json
+import signal
+from dataclasses import asdict
 
 import pytest
+from helpers.commands import FreshCommand, wait_until
 from helpers.commands import sweep as sweep_command
-from helpers.sweeping import Here
+from helpers.sweeping import Here, cell_of, search_options
+from omegaconf import OmegaConf
 
 from tiedlora.errors import UserError
-from tiedlora.keys import from_person
 from tiedlora.records.selection import read_selection
 from tiedlora.runs import run
 from tiedlora.sweeps import selection, staged
-from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.sweeps.expand import compose_sweep, read_options
 from tiedlora.sweeps.launching import run_sweep
 
-OPTIONS = staged.SearchOptions(rungs=(0.25, 0.5), finalists=2, lowest_rate=1e-5, highest_rate=1.0)
+OPTIONS = search_options()
 GRID = ("train.lr=1e-4,1e-3,1e-2,1e-1", "seed=0,1,2", "train.steps=8", "train.validate_every=2", "score.base=false")
 
 
 def adapter(cell) -> bytes:
     (tensors,) = cell.folder.adapter.glob("*.safetensors")
     return tensors.read_bytes()
+
+
+def assert_same(first, second) -> None:
+    """The decisions, states and adapters of two sweeps."""
+    assert (first.path / "selection.json").read_text() == (second.path / "selection.json").read_text()
+    for cell, same in zip(first.cells, second.cells, strict=True):
+        assert cell.state() == same.state()
+        if cell.state() == "done":
+            assert adapter(cell) == adapter(same)
 
 
 @pytest.fixture
@@ -33,7 +45,7 @@ def searched(tiny_run):
 
 def test_it_runs_a_part_of_the_grid_and_scores_only_the_chosen_runs(searched, capsys):
     sweep, launcher = searched
-    selected = read_selection(sweep.selection_file)
+    selected = read_selection(sweep.path / "selection.json")
     ((choice,), (search,)) = selected.choices, selected.searches
     assert (search.seeds, search.rungs, selected.by) == ([0, 1, 2], [2, 4], "loss")
     assert len(launcher.goals) == len(set(launcher.goals))
@@ -60,17 +72,28 @@ def test_the_same_command_continues_and_decides_the_same(searched, tiny_run, tmp
         with pytest.raises(KeyboardInterrupt):
             staged.run_staged(other, OPTIONS, interrupted)
     staged.run_staged(other, OPTIONS, Here())
-    texts = [each.selection_file.read_text() for each in (sweep, other)]
-    assert texts[0] == texts[1]
-    for cell, same in zip(sweep.cells, other.cells, strict=True):
-        assert cell.state() == same.state()
-        if cell.state() == "done":
-            assert adapter(cell) == adapter(same)
+    assert_same(sweep, other)
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_again_and_again_decides_the_same(searched, tiny_run, tmp_path):
+    """And its last command has two workers."""
+    sweep, _ = searched
+    words = [*tiny_run(*GRID, f"outputs={tmp_path}/other"), "hydra/sweeper=staged", "hydra.sweeper.finalists=2"]
+    killed = compose_sweep(words)
+    for runs in (1, 3, 7):
+        command = sweep_command(*words)
+        wait_until(lambda runs=runs: len(list((tmp_path / "other").glob("*/metrics.jsonl"))) >= runs)
+        command.send_signal(signal.SIGKILL)
+        assert command.ended().code == -signal.SIGKILL
+    ended = FreshCommand("--multirun", *words, "hydra/launcher=joblib_slots").ended()
+    assert ended.code == 0, ended.err
+    assert_same(sweep, killed)
 
 
 def test_a_full_grid_continues_the_pruned_runs_exactly_and_trains_no_finished_one(searched, tiny_run, tmp_path):
     sweep, _ = searched
-    decided = sweep.selection_file.read_text()
+    decided = (sweep.path / "selection.json").read_text()
     trained = {cell.run_id: cell.folder.result_file.stat().st_mtime_ns for cell in sweep.cells if cell.finished()}
     pruned = [cell for cell in sweep.cells if cell.state() == "pruned"]
     steps = {cell.run_id: cell.folder.checkpoint_step() for cell in pruned}
@@ -88,7 +111,7 @@ def test_a_full_grid_continues_the_pruned_runs_exactly_and_trains_no_finished_on
             logged = [json.loads(line)["step"] for line in same.folder.metrics_file.read_text().splitlines()]
             assert sorted(set(logged)) == list(range(9))
     staged.run_staged(sweep, OPTIONS, Here())
-    assert sweep.selection_file.read_text() == decided
+    assert (sweep.path / "selection.json").read_text() == decided
 
 
 def sweep_file(sweep, run_id):
@@ -100,7 +123,7 @@ def test_a_failure_that_is_no_divergence_is_named_and_tried_again(tiny_run, monk
     sweep = compose_sweep(tiny_run(*GRID))
 
     def failing(folder, goals):
-        for cell in (goal.cell(folder) for goal in goals):
+        for cell in (cell_of(folder, goal) for goal in goals):
             if cell.name.lr == 1e-3:
                 cell.folder.path.mkdir(parents=True, exist_ok=True)
                 cell.folder.error_file.write_text("OSError: the disk is full\n")
@@ -111,9 +134,9 @@ def test_a_failure_that_is_no_divergence_is_named_and_tried_again(tiny_run, monk
         staged.run_staged(sweep, OPTIONS, failing)
     assert end.value.code == 1
     assert "the disk is full" in capsys.readouterr().err
-    assert read_selection(sweep.selection_file).choices == []
+    assert read_selection(sweep.path / "selection.json").choices == []
     staged.run_staged(sweep, OPTIONS, Here())
-    assert len(read_selection(sweep.selection_file).choices) == 1
+    assert len(read_selection(sweep.path / "selection.json").choices) == 1
 
 
 def test_a_rate_outside_the_grid_takes_the_options_of_the_present_start(tiny_run):
@@ -121,15 +144,15 @@ def test_a_rate_outside_the_grid_takes_the_options_of_the_present_start(tiny_run
 
     class Crashing(Here):
         def __call__(self, folder, goals):
-            of_grid = [goal for goal in goals if goal.cell(folder).name.lr in (1e-3, 1e-2)]
+            of_grid = [goal for goal in goals if cell_of(folder, goal).name.lr in (1e-3, 1e-2)]
             super().__call__(folder, of_grid)
-            for cell in (goal.cell(folder) for goal in goals):
+            for cell in (cell_of(folder, goal) for goal in goals):
                 if cell.name.lr not in (1e-3, 1e-2):
                     cell.folder.path.mkdir(parents=True, exist_ok=True)
                     cell.folder.error_file.write_text("RuntimeError: out of memory\n")
 
     words = [*("train.lr=1e-3,1e-2", "seed=0", "train.steps=8", "train.validate_every=2")]
-    options = staged.SearchOptions(rungs=(0.5,), finalists=2, lowest_rate=1e-5, highest_rate=1.0)
+    options = search_options(rungs=[0.5])
     sweep = compose_sweep(tiny_run(*words))
     with pytest.raises(SystemExit):
         staged.run_staged(sweep, options, Crashing())
@@ -145,7 +168,7 @@ def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, 
     words = tiny_run("train.lr=1e-3,1e-2,1000", "seed=0", "train.clip=null", "train.steps=20")
     sweep = compose_sweep(words)
     staged.run_staged(sweep, OPTIONS, Here())
-    (choice,) = read_selection(sweep.selection_file).choices
+    (choice,) = read_selection(sweep.path / "selection.json").choices
     assert (choice.lr < 1000, choice.failed, choice.edge) == (True, 1, False)
     assert "1000 diverged" in capsys.readouterr().out
     again = Here()
@@ -161,12 +184,21 @@ def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, 
         ({"finalists": 1}, r"hydra\.sweeper\.finalists=1: must be greater than or equal to 2"),
         ({"lowest_rate": 2.0}, r"hydra\.sweeper: highest_rate=1\.0 is below lowest_rate=2\.0"),
         ({"lowest_rate": "abc"}, r"hydra\.sweeper\.lowest_rate=abc: must be a valid number"),
+        ({"budget": "abc"}, r"hydra\.sweeper\.budget=abc: must be a valid integer"),
+        ({"budget": 0}, r"hydra\.sweeper\.budget=0: must be greater than or equal to 1"),
+        ({"budget": 1.5}, r"hydra\.sweeper\.budget=1\.5: must be a whole number"),
+        ({"claims": ""}, r"hydra\.sweeper\.claims=: must have at least 1 item"),
+        ({"match_lora": "maybe"}, r"hydra\.sweeper\.match_lora=maybe: must be a valid boolean"),
+        ({"params": "seed=0"}, r"hydra\.sweeper\.params=seed=0: must be a valid dictionary"),
+        ({"arms": ["tying=TA"]}, r"hydra\.sweeper\.arms\.0=tying=TA: must be a valid list"),
+        ({"finalist": 2}, r"hydra\.sweeper\.finalist: unknown key \(did you mean finalists\?\)"),
     ],
 )
 def test_wrong_options_are_one_line(option, message):
-    options = {"rungs": [0.5], "finalists": 2, "lowest_rate": 1e-5, "highest_rate": 1.0, **option}
+    values = {**asdict(OPTIONS), "claims": "claims.yaml", "budget": None, **option}
+    config = OmegaConf.create({"hydra": {"sweeper": {"_target_": "hydra_plugins.sweepers.DecidingSweeper", **values}}})
     with pytest.raises(UserError, match=message):
-        from_person(staged.SearchOptions, options, prefix="hydra.sweeper.")
+        read_options(config)
 
 
 @pytest.mark.slow
@@ -183,11 +215,11 @@ def test_as_a_command_and_then_select(tiny_run, script):
     assert "cells to step 2" in ended.err
     assert "cells are scored" in ended.err
     sweep = compose_sweep(words)
-    (choice,) = read_selection(sweep.selection_file).choices
+    (choice,) = read_selection(sweep.path / "selection.json").choices
     code, out, err = script("scripts/sweep.py", "select", *words)
     assert code == 0, err
     assert f"{choice.lr:g}" in out
-    (tested,) = read_selection(sweep.selection_file).choices
+    (tested,) = read_selection(sweep.path / "selection.json").choices
     assert (tested.lr, tested.run_ids, tested.test is None) == (choice.lr, choice.run_ids, False)
     # The search has ended: the cells of other rates will not run. A plain sweep of the same cells would run them.
     code, out, _ = script("scripts/sweep.py", "status", *words)

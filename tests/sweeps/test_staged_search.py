@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tiedlora.analysis.intervals import RowLosses, paired_difference
-from tiedlora.sweeps.staged_search import Observation, SearchPlan, next_rate, next_stage, rung_steps
+from tiedlora.sweeps.staged_search import Observation, SearchPlan, SearchStage, next_rate, rung_steps
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 STEPS = 80
@@ -52,7 +52,7 @@ class Population:
 def finish(population: Population, plan: SearchPlan = PLAN):
     """Run the search to its end. Returns its last stage."""
     for _ in range(100):
-        stage = next_stage(plan, population)
+        stage = SearchStage(plan, population)
         if not stage.requests:
             return stage
         population.run(stage.requests)
@@ -131,7 +131,7 @@ def test_a_search_stopped_at_any_moment_takes_the_same_decisions():
     generator = np.random.default_rng(0)
     population = Population(1e-1)
     for _ in range(500):
-        stage = next_stage(PLAN, population)
+        stage = SearchStage(PLAN, population)
         if not stage.requests:
             break
         # A killed launch: one of its cells came as far as it should.

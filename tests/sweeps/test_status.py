@@ -1,14 +1,33 @@
-"""The status of a sweep's cells: counts, time left, reasons of failures."""
+"""The status of a sweep's cells: counts, time left, reasons of failures; and what `watch` finds and shows."""
 
 import json
+import os
+import pty
+import re
+import signal
+import sys
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 import pytest
-from helpers.sweeping import held
+from helpers import processes
+from helpers.commands import wait_until
+from helpers.hostile import snapshot
+from helpers.sweeping import held, search_options
+from rich.console import Console
 
+from tiedlora.config.project import PROJECT
+from tiedlora.errors import UserError
 from tiedlora.records.run_folder import State
+from tiedlora.records.selection import read_selection
 from tiedlora.runs import run
-from tiedlora.sweeps import status
+from tiedlora.sweeps import staged, status
 from tiedlora.sweeps.expand import compose_sweep
+from tiedlora.sweeps.launching import run_sweep, work
+from tiedlora.sweeps.status import find_sweep, frame, looks, news
+from tiedlora.text import aligned
 
 CELL_KEYS = [
     *("run_id", "overrides", "model", "task", "configuration", "rank", "lr", "seed", "trainable", "state"),
@@ -18,7 +37,7 @@ CELL_KEYS = [
 
 
 def statuses(sweep):
-    return status.statuses(sweep.cells, sweep.control)
+    return [status.status_of(cell, sweep.control) for cell in sweep.cells]
 
 
 def test_status_counts_and_estimates(tiny_run, finish):
@@ -58,7 +77,7 @@ def test_before_a_cell_is_done_its_own_speed_gives_the_time_left(tiny_run):
 
 def test_the_table_has_a_column_for_each_swept_key(tiny_run):
     sweep = compose_sweep(tiny_run("train.eps=1e-8,1e-6", "seed=0,1"))
-    head, *lines = status.table(statuses(sweep)).splitlines()
+    head, *lines = aligned(status.rows(statuses(sweep))).splitlines()
     assert len(lines) == 4
     assert head.split().count("seed") == 1
     assert "train.eps" in head
@@ -75,3 +94,166 @@ def test_a_finished_run_that_lacks_a_split_of_the_sweep_is_not_done(tiny_run, fi
     assert (wider.finished(), wider.state()) == (False, "interrupted")
     run.main(wider.config)
     assert (wider.finished(), wider.state()) == (True, "done")
+
+
+HOSTILE = "\x1b]0;title\x07[bold red]markup[/] \u202eevil " + "a" * 10**4
+
+
+@pytest.fixture
+def sweep(tiny_run):
+    """A frozen sweep of two rates and two seeds, with nothing run."""
+    made = compose_sweep(tiny_run("train.lr=1e-3,1e-2", "seed=0,1", "train.log_every=1"))
+    made.freeze()
+    return made
+
+
+def age(folder: Path) -> None:
+    """Make the files of a folder old."""
+    for path in [folder, *folder.rglob("*")]:
+        os.utime(path, (time.time() - 600,) * 2)
+
+
+def drawn(view) -> str:
+    console = Console(width=400, highlight=False, markup=False, emoji=False)
+    with console.capture() as shown:
+        console.print(frame(view))
+    return shown.get()
+
+
+class TestLooks:
+    def test_it_shows_what_status_shows(self, sweep, finish):
+        first, second, third, fourth = sweep.cells
+        finish(first.config)
+        second.folder.path.mkdir()
+        second.folder.error_file.write_text("Traceback\ntiedlora.errors.Diverged: step 3\n")
+        third.folder.path.mkdir()
+        sweep.control.drop([fourth.run_id])
+        view = next(looks(sweep.path))
+        shown = {cell.run_id: (cell.state, cell.error, cell.score, cell.seconds, cell.step) for cell in view.cells}
+        for cell in (status.status_of(cell, sweep.control) for cell in sweep.cells):
+            assert shown[cell.run_id] == (cell.state, cell.error, cell.score, cell.seconds, cell.step)
+        assert {state for state, *_ in shown.values()} == {"done", "failed", "interrupted", "dropped"}
+        assert not view.ended
+
+    def test_a_look_changes_nothing(self, sweep, finish):
+        finish(sweep.cells[0].config)
+        sweep.cells[1].folder.path.mkdir()
+        (sweep.cells[1].folder.path / ".lock").touch()
+        outputs = Path(sweep.cells[0].config.outputs)
+        before = snapshot(outputs)
+        for _ in range(3):
+            next(looks(sweep.path))
+        assert snapshot(outputs) == before
+        # A folder that was never started is not made.
+        assert not sweep.cells[2].folder.path.exists()
+
+    def test_a_pipe_in_the_place_of_a_file_does_not_hang_it(self, sweep):
+        cell = sweep.cells[0]
+        cell.folder.path.mkdir()
+        for path in (cell.folder.metrics_file, cell.folder.error_file):
+            os.mkfifo(path)
+        assert status.counts(next(looks(sweep.path)).cells)["failed"] == 1
+
+    def test_hostile_text_stays_text(self, sweep):
+        cell = sweep.cells[0]
+        cell.folder.path.mkdir()
+        cell.folder.error_file.write_text("Traceback\n" + HOSTILE)
+        cell.folder.metrics_file.write_bytes(
+            b"\xff" * 10**6 + b"\n" + b'{"step": 1, "validation/loss": 2.0}\n' + b"[" * 10**5
+        )
+        view = next(looks(sweep.path))
+        assert [each.validation_loss for each in view.cells if each.run_id == cell.run_id] == [2.0]
+        for text in (drawn(view), "\n".join(news(None, view))):
+            assert "\x1b" not in text
+            assert "\u202e" not in text
+            assert "[bold red]markup[/]" in text
+            assert len(text) < 20_000
+
+
+class TestFinding:
+    def test_by_id_name_folder_or_the_newest(self, tiny_run):
+        older, newer = compose_sweep(tiny_run("seed=0,1")), compose_sweep(tiny_run("seed=0,1,2"))
+        for sweep in (older, newer):
+            sweep.freeze()
+        outputs = older.path.parent.parent
+        age(outputs)
+        os.utime(newer.path)
+        assert find_sweep(outputs) == find_sweep(outputs, "sweep") == newer.path
+        assert find_sweep(outputs, older.id) == older.path
+        assert find_sweep(outputs, str(older.path)) == older.path
+        with pytest.raises(UserError, match=rf"papr: no such sweep in .*; choose one of .*{newer.id}"):
+            find_sweep(outputs, "papr")
+        with pytest.raises(UserError, match="has no sweeps/"):
+            find_sweep(outputs / "empty")
+
+
+class TestCommand:
+    def test_lines_without_a_terminal(self, tiny_run, tmp_path, script):
+        swept = compose_sweep(tiny_run("train.lr=1e-3,1000", "seed=0,1", "train.clip=null", "train.steps=30"))
+        with pytest.raises(SystemExit):
+            run_sweep(swept, work)
+        code, out, err = script("scripts/sweep.py", "watch", f"outputs={tmp_path}/outputs")
+        assert code == 1, err
+        lines = out.splitlines()
+        assert sum(" failed " in line and "Diverged: step" in line for line in lines) == 2
+        assert re.search(r"4 cells: 2 done, 2 failed; .*, ended$", lines[-1])
+
+    @pytest.mark.slow
+    def test_a_live_table_on_a_terminal(self, sweep, tmp_path, finish):
+        """On a terminal it redraws the screen, and Ctrl-C leaves it, with the last table below."""
+        finish(sweep.cells[0].config)
+        main, terminal = pty.openpty()
+        command = [sys.executable, "scripts/sweep.py", "watch", "sweep", f"outputs={tmp_path}/outputs"]
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
+        # A shell's background jobs, and so these tests as one, ignore the signal of Ctrl-C.
+        hears_ctrl_c = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        shown = b""
+
+        def screen() -> bytes:
+            nonlocal shown
+            with suppress(OSError):
+                shown += os.read(main, 2**16)
+            return shown
+
+        streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+        with processes.started(command, cwd=PROJECT, env=environment, preexec_fn=hears_ctrl_c, **streams) as watching:
+            os.close(terminal)
+            os.set_blocking(main, False)
+            wait_until(lambda: screen().count(b"Ctrl-C leaves") > 1)
+            assert b"\x1b[?1049h" in shown
+            watching.send_signal(2)
+            wait_until(lambda: screen() and watching.poll() is not None)
+        assert watching.returncode == 0
+        assert b"\x1b[?1049l" in screen()
+        assert b"4 cells: 1 done" in shown[shown.index(b"\x1b[?1049l") :]
+
+
+class TestSearches:
+    def test_one_in_which_every_rate_diverges_ends_too(self, tiny_run):
+        swept = compose_sweep(tiny_run("tying=LoRA", "train.lr=1e3", "seed=0,1,2", "train.clip=null", "train.steps=20"))
+        options = search_options(lowest_rate=1e2, highest_rate=1e3)
+        with pytest.raises(SystemExit):
+            staged.run_staged(swept, options, work)
+        assert next(looks(swept.path)).ended
+
+    def test_its_decisions_and_its_end(self, tiny_run):
+        grid = ("train.lr=1e-4,1e-3,1e-2,1e-1", "seed=0,1", "train.steps=8", "train.validate_every=2")
+        sweep = compose_sweep(tiny_run(*grid, "score.base=false"))
+        seen = []
+
+        def launch(folder, goals):
+            for goal in goals:
+                work(folder, [goal])
+                seen.append(next(looks(sweep.path)))
+
+        staged.run_staged(sweep, search_options(), launch)
+        view = next(looks(sweep.path))
+        assert view.ended
+        assert not any(look.ended for look in seen[:-1])
+        assert any(status.counts(look.cells)["paused"] for look in seen)
+        selected = read_selection(sweep.path / "selection.json")
+        assert len(view.decisions) == sum(len(search.decisions) for search in selected.searches)
+        assert status.counts(view.cells)["pruned"] == sum(cell.state() == "pruned" for cell in sweep.cells)
+        # What changed between two looks is said once.
+        said = [line for before, now in zip([None, *seen], [*seen, view], strict=True) for line in news(before, now)]
+        assert len([line for line in said if line.startswith("decided: ")]) == len(view.decisions)

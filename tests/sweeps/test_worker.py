@@ -8,16 +8,16 @@ import pytest
 import torch
 from helpers.commands import sweep as sweep_command
 from helpers.commands import wait_until
-from helpers.sweeping import Here, held
+from helpers.sweeping import Here, held, search_options
 
 from tiedlora.errors import UserError
 from tiedlora.models import device
 from tiedlora.runs import add_scores, run
 from tiedlora.sweeps import launching, status
-from tiedlora.sweeps.control import SweepControl, matching
+from tiedlora.sweeps.cells import SweepControl
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import run_cell, work
-from tiedlora.sweeps.staged import SearchOptions, StagedSweep
+from tiedlora.sweeps.staged import StagedSweep
 
 FAILING = ["task.max_target_tokens=1,null", "seed=0,1,2"]
 """The three cells with the limit, which come first, have no row to train on."""
@@ -42,7 +42,7 @@ def goals(swept):
 
 
 def states(swept) -> list[str]:
-    return [cell.state for cell in status.statuses(swept.cells, swept.control)]
+    return [status.status_of(cell, swept.control).state for cell in swept.cells]
 
 
 def fail(cell, error="UserError: no rows here\n"):
@@ -88,8 +88,9 @@ def test_a_killed_worker_costs_its_cell_one_retry(frozen, monkeypatch, caplog):
     swept = frozen("seed=0,1")
     once, twice = swept.cells
     # What a killed worker leaves.
-    swept.control.note_start(once.run_id, 1)
-    swept.control.note_start(twice.run_id, 2)
+    swept.control.note_start(once.run_id)
+    for _ in range(2):
+        swept.control.note_start(twice.run_id)
     carried_out = []
     monkeypatch.setattr(run, "main", carried_out.append)
     work(swept.path, goals(swept))
@@ -173,7 +174,7 @@ class TestOthers:
 
     def test_a_search_waits_for_a_cell_that_another_command_runs_again(self, tiny_run):
         swept = compose_sweep(tiny_run())
-        launches = StagedSweep(swept, SearchOptions((), 2, 1e-5, 1.0), work, False)
+        launches = StagedSweep(swept, search_options(), work)
         asked = [swept.cells[0].until(2, [])]
         assert launches.run(asked, "one cell")
         assert asked[0].state() == "paused"
@@ -205,13 +206,6 @@ class TestControl:
         assert ended.code == 0, ended.err
         assert "2 cells: 2 dropped" in ended.out
         launching.run_sweep(swept, lambda *_: pytest.fail("launched a dropped cell"))
-        script("scripts/sweep.py", "retry", second.run_id, *words)
-        here = Here(lambda: swept.control.drop([second.run_id]))
-        launching.run_sweep(swept, here)
-        assert here.run_ids() == [[second.run_id]]
-        code, _, err = script("scripts/sweep.py", "drop", *words)
-        assert code == 2
-        assert "name the cells by their ids" in err
 
     def test_a_retried_cell_runs_when_the_launch_has_ended(self, frozen):
         """One that failed, and one that was dropped before the start."""
@@ -239,13 +233,16 @@ class TestControl:
         _, err = capsys.readouterr()
         assert "1 of 6 cells failed" in err
         assert f"fail_fast: {swept.cells[0].run_id} failed" in err
-        # Without it, the same sweep goes on to the last cell.
+        # Without it, the same sweep goes on to the last cell, and names all failures.
         with pytest.raises(SystemExit):
             launching.run_sweep(swept, work)
         assert states(swept) == [*["failed"] * 3, *["done"] * 3]
+        named = capsys.readouterr().err.split("3 of 6 cells failed")[1]
+        for cell in swept.cells[:3]:
+            assert cell.run_id in named
+            assert "Traceback" in cell.folder.error_file.read_text()
 
-    def test_cells_are_named_by_patterns_of_their_ids(self):
-        ids = ["LoRA-r8-s0-a", "LoRA-r8-s1-b"]
-        assert matching(["*-s1-*", "LoRA-r8-s0-a"], ids) == ["LoRA-r8-s1-b", "LoRA-r8-s0-a"]
-        with pytest.raises(UserError, match=r"^TABuv-\*: is no cell of this sweep"):
-            matching(["TABuv-*"], ids)
+    def test_cells_are_named_by_patterns_of_their_ids(self, tiny_run):
+        swept = compose_sweep(tiny_run("seed=0,1"))
+        first, second = (cell.run_id for cell in swept.cells)
+        assert swept.matching(["*-s1-*", first]) == [second, first]

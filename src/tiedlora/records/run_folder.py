@@ -41,7 +41,7 @@ class State(StrEnum):
     FAILED = "failed"
     MISSING = "missing"
     DROPPED = "dropped"
-    """A person has taken it out of the sweep (sweeps/control.py), and it is not done."""
+    """A person has taken it out of the sweep (sweeps/cells.py), and it is not done."""
     UNNEEDED = "unneeded"
     """A search has chosen the rate without it."""
 

@@ -1,4 +1,4 @@
-"""The cells of a sweep, and their frozen configurations.
+"""The cells of a sweep, their frozen configurations, and how a person steers them while they run.
 
 A cell is a run like any other (config.identity names its folder), so sweeps share runs with each other and with
 `python train.py`.
@@ -6,6 +6,7 @@ A cell is a run like any other (config.identity names its folder), so sweeps sha
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -21,12 +22,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.reading import typed
 from tiedlora.records.run_folder import RunFolder, RunName, State
 from tiedlora.records.run_record import arm_suffix
-from tiedlora.records.selection import SELECTION_FILE
 from tiedlora.scoring.passes import lacks_scores
-from tiedlora.sweeps.control import SweepControl
-
-ENDED = (State.DONE, State.PAUSED, State.FAILED)
-"""The states in which a launch has nothing more to do."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +34,6 @@ class Goal:
     """The step after which it pauses; None trains to the end."""
     splits: tuple[str, ...]
     """The splits to score."""
-
-    def cell(self, folder: Path) -> SweepCell:
-        """The cell as it was frozen in the sweep's folder.
-
-        Raises:
-            UserError: the file is missing or damaged.
-        """
-        return frozen_cell(folder, self.run_id).until(self.pause_after, self.splits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +72,8 @@ class SweepCell:
 
     def state(self) -> State:
         """The state of the run, as far as this cell takes it."""
-        record = self.folder.record()
-        is_scored = record is None or not lacks_scores(self.config.score, record)
+        is_scored = not self.folder.result_file.exists() or self.finished()
         return self.folder.state(is_scored, self.config.train.pause_after)
-
-    @cached_property
-    def rate_group(self) -> str:
-        """Equal for cells that differ only in learning rate and seed, as far as the result goes."""
-        tree = identity(self.config)
-        del tree["seed"], tree["train"]["lr"]
-        return json.dumps(tree, sort_keys=True)
 
     @cached_property
     def name(self) -> RunName:
@@ -122,12 +102,14 @@ def frozen_cell(folder: Path, run_id: str) -> SweepCell:
     return SweepCell((), replace(config, outputs=str(folder.parents[1])))
 
 
-def rate_groups(cells: Iterable[SweepCell]) -> dict[str, list[SweepCell]]:
-    """The cells by their rate_group."""
+def rate_groups(cells: Iterable[SweepCell]) -> list[list[SweepCell]]:
+    """The cells in groups that differ only in learning rate and seed, as far as the result goes."""
     groups: dict[str, list[SweepCell]] = {}
     for cell in cells:
-        groups.setdefault(cell.rate_group, []).append(cell)
-    return groups
+        tree = identity(cell.config)
+        del tree["seed"], tree["train"]["lr"]
+        groups.setdefault(json.dumps(tree, sort_keys=True), []).append(cell)
+    return list(groups.values())
 
 
 @dataclass(frozen=True)
@@ -145,18 +127,8 @@ class Sweep:
 
     @property
     def path(self) -> Path:
-        """The folder of the sweep's frozen cells and its selection."""
+        """The folder of the sweep's frozen cells, of its selection, and of the files that steer it."""
         return Path(self.cells[0].config.outputs) / "sweeps" / self.id
-
-    @property
-    def selection_file(self) -> Path:
-        """Where the chosen rates and the decisions of a search are."""
-        return self.path / SELECTION_FILE
-
-    def run_ids(self) -> list[str]:
-        """The ids of the cells, and of frozen cells that a search has added."""
-        added = {path.stem for path in (self.path / "cells").glob("*.json")}
-        return list(dict.fromkeys([*(cell.run_id for cell in self.cells), *sorted(added)]))
 
     @property
     def control(self) -> SweepControl:
@@ -176,3 +148,112 @@ class Sweep:
             path, data = self.path / "cells" / f"{cell.run_id}.json", storage.json_bytes(tree)
             if not path.is_file() or storage.read_bytes(path) != data:
                 storage.write_bytes(path, data, flush=False)
+
+    def matching(self, patterns: Iterable[str]) -> list[str]:
+        """The cells that a person names by their ids, with * and ? as wildcards. A search may have added some of them.
+
+        Raises:
+            UserError: a pattern matches no cell.
+        """
+        added = sorted(path.stem for path in (self.path / "cells").glob("*.json"))
+        run_ids = dict.fromkeys([*(cell.run_id for cell in self.cells), *added])
+        chosen: dict[str, None] = {}
+        for pattern in patterns:
+            if not (found := fnmatch.filter(run_ids, pattern)):
+                raise UserError(
+                    f"{pattern}: is no cell of this sweep; `scripts/sweep.py status` lists them ('*-s1-*' works)"
+                )
+            chosen.update(dict.fromkeys(found))
+        return list(chosen)
+
+
+class SweepControl:
+    """How a person steers a running sweep: plain files in the sweep's folder, which its cells look at.
+
+        dropped/RUN_ID    the cell is not started; if it runs, it stops after its step and keeps its checkpoint
+        retried/RUN_ID    the cell runs once more, when the cells that were launched with it have ended
+        first_failure     the first cell that has failed, with fail_fast; no further one starts, and running ones stop
+        started/RUN_ID    how often a worker has started the cell and not ended: while one is at it, and after a kill
+        began             written when the latest command began: a cell that has failed since then is not run again. It
+                          holds fail_fast, if the first cell that fails stops the sweep
+
+    Every process and machine of a sweep sees the same files, so this works under every launcher.
+
+    Args:
+        folder: the sweep's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._began, self._first_failure = folder / "began", folder / "first_failure"
+        self._began_at: int | None = None
+
+    def start(self, fail_fast: bool) -> None:
+        """Begin a sweep. Dropped cells stay dropped; earlier failures and retries count no more."""
+        for path in [self._first_failure, *self.folder.glob("retried/*"), *self.folder.glob("started/*")]:
+            path.unlink(missing_ok=True)
+        storage.write_bytes(self._began, b"fail_fast" if fail_fast else b"", flush=False)
+        self._began_at = self._began.stat().st_mtime_ns
+
+    def drop(self, run_ids: Iterable[str]) -> None:
+        """Take cells out of the sweep."""
+        for name in run_ids:
+            storage.write_bytes(self.folder / "dropped" / name, b"")
+            (self.folder / "retried" / name).unlink(missing_ok=True)
+
+    def retry(self, run_ids: Iterable[str]) -> None:
+        """Put dropped cells back, and let failed ones run once more."""
+        for name in run_ids:
+            storage.write_bytes(self.folder / "retried" / name, b"")
+            (self.folder / "dropped" / name).unlink(missing_ok=True)
+
+    def is_dropped(self, run_id: str) -> bool:
+        """Whether the cell was taken out of the sweep."""
+        return (self.folder / "dropped" / run_id).exists()
+
+    def take_retry(self, run_id: str) -> bool:
+        """Whether the cell should run once more. The answer is True once for each `retry`."""
+        asked = (self.folder / "retried" / run_id).exists()
+        (self.folder / "retried" / run_id).unlink(missing_ok=True)
+        return asked
+
+    def note_start(self, run_id: str) -> int:
+        """Note that a worker starts the cell, which only who has the run's lock may. How many were killed before."""
+        killed = self.starts(run_id)
+        storage.write_bytes(self.folder / "started" / run_id, str(killed + 1).encode(), flush=False)
+        return killed
+
+    def note_end(self, run_id: str) -> None:
+        """Note that the worker of the cell has ended by itself."""
+        (self.folder / "started" / run_id).unlink(missing_ok=True)
+
+    def starts(self, run_id: str) -> int:
+        """How many workers have started the cell and not ended. Under the run's lock: how many were killed."""
+        try:
+            return int((self.folder / "started" / run_id).read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def is_new(self, error_file: Path) -> bool:
+        """Whether a run has failed since this command began; in a worker, since the latest command of the sweep began.
+
+        Both files are in one file system, so on most of them the clocks of machines do not matter.
+        """
+        try:
+            began = self._began_at if self._began_at is not None else self._began.stat().st_mtime_ns
+            return error_file.stat().st_mtime_ns > began
+        except FileNotFoundError:
+            return False
+
+    def failed(self, run_id: str) -> None:
+        """Note that a cell has failed. With fail_fast, this stops the sweep."""
+        if self._began.is_file() and self._began.read_text() == "fail_fast":
+            storage.write_bytes(self._first_failure, f"{run_id}\n".encode())
+
+    def first_failure(self) -> str | None:
+        """The cell that has stopped the sweep; None if no cell has."""
+        return self._first_failure.read_text().strip() if self._first_failure.exists() else None
+
+    def stops(self, run_id: str) -> bool:
+        """Whether the cell should not start, or should stop."""
+        return self.is_dropped(run_id) or self._first_failure.exists()

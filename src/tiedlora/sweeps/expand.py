@@ -1,6 +1,9 @@
 """From a sweep's command line to its cells. All are composed, checked and resolved before the first one runs.
 
-This module and cell_composer.py are the only ones of the package that import Hydra.
+Hydra needs a tenth of a second for a configuration. But the cells of a grid share their parts. `train.lr=1e-3` changes
+the section `train` and nothing else, so the section is the same in every cell with this rate. A CellComposer composes
+one configuration for the overrides of each section, always with Hydra, and puts the sections together. Where sections
+may depend on each other, Hydra composes the cell as a whole.
 """
 
 from __future__ import annotations
@@ -8,7 +11,10 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Annotated, Any
 
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
@@ -16,24 +22,181 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 
 from tiedlora import tying
 from tiedlora.config import compose
 from tiedlora.config.check import check_new_run
 from tiedlora.config.explain import readable_errors
 from tiedlora.config.project import CONF
+from tiedlora.config.schema import Config
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
-from tiedlora.sweeps.cell_composer import CellComposer
+from tiedlora.keys import CHECKED, Count, Number, Text, from_person
 from tiedlora.sweeps.cells import Sweep, SweepCell
 
+SECTIONS = tuple(item.name for item in fields(Config))
 MOST_CELLS = 100_000
 """A larger grid is a typing mistake: to compose its cells alone would take an hour."""
+_REFERENCE = re.compile(r"\$\{(?!oc\.env:|project:)")
+"""An interpolation that may read another section. The two resolvers read the environment and the project's folder."""
+_OF_AN_ARM = re.compile(r"\+*(tying|rank|budget|train\.lr_factor)\b")
+"""The words that say something about an arm: its tying, its size, and the rates of its parts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """The keys hydra.sweeper.* of every sweep."""
+
+    __pydantic_config__ = CHECKED
+    params: dict[str, Any] = field(default_factory=dict)
+    """The axes of the grids on the command line. The command line's own axes replace them."""
+    match_lora: bool = False
+    """Whether to add to each tied cell the LoRA cell with the nearest trainable count."""
+    arms: list[list[Text]] = field(default_factory=list)
+    """The words of arms to add to the grid, at every value of its other axes."""
+    fail_fast: bool = False
+    """Whether the first cell that fails stops the sweep. Otherwise the others continue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(SweepOptions):
+    """Those of a search of learning rates."""
+
+    rungs: list[Annotated[Number, Field(gt=0, lt=1)]]
+    """Shares of the steps, after which rates that are clearly behind stop."""
+    finalists: Annotated[Count, Field(ge=2)]
+    """The most rates that run at the second seed."""
+    lowest_rate: Annotated[Number, Field(gt=0)]
+    """The bounds of rates outside the grid."""
+    highest_rate: Number
+
+    def __post_init__(self) -> None:
+        if self.highest_rate < self.lowest_rate:
+            raise ValueError(f"highest_rate={self.highest_rate} is below lowest_rate={self.lowest_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecidingOptions(SearchOptions):
+    """Those of a deciding sweep."""
+
+    claims: Annotated[Text, Field(min_length=1)]
+    """The file with the claims and their planned looks, relative to the working folder or to the project."""
+    budget: Count | None
+    """The most runs of the sweep, those of the search included; None sets no limit."""
+
+
+KINDS = {"ResumingSweeper": SweepOptions, "StagedSweeper": SearchOptions, "DecidingSweeper": DecidingOptions}
+"""A sweeper of hydra_plugins/sweepers.py -> its options."""
+
+
+def read_options(config: DictConfig) -> SweepOptions:
+    """The options of the composed configuration of a sweep: those of its sweeper.
+
+    Raises:
+        UserError: naming the key. Hydra does not know their types.
+    """
+    values: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
+    kind = KINDS.get(values["_target_"].rpartition(".")[2], SweepOptions)
+    given = {key: value for key, value in values.items() if not key.startswith("_")}
+    return from_person(kind, given, [item.name for item in fields(kind)], "hydra.sweeper.")
+
+
+class CellComposer:
+    """Composes the cells of one sweep. The cells share their sections, so nobody may change a section in place.
+
+    Args:
+        master: the composed configuration of the sweep.
+        loader: Hydra's config loader.
+    """
+
+    def __init__(self, master: DictConfig, loader: ConfigLoader) -> None:
+        self.master, self.loader = master, loader
+        self._section_of = cache(self._find_section)
+        self._files_of = cache(self._list_files)
+        self._composition = cache(self._compose)
+        self._section_config = cache(self._compose_section)
+
+    def compose(self, overrides: list[str]) -> Config:
+        """The configuration that Hydra composes from these overrides, completed and checked.
+
+        Raises:
+            UserError: one line that names the key.
+        """
+        named = [(self._section_of(override), override) for override in overrides]
+        values = {}
+        for section in SECTIONS:
+            own = tuple(override for name, override in named if name in (section, None))
+            config = self._section_config(section, own)
+            if config is None:
+                return compose.load(self._load(overrides))
+            values[section] = getattr(config, section)
+        return compose.complete(Config(**values))
+
+    def _find_section(self, override: str) -> str | None:
+        """The only section that an override can change; None for +grid=... and others that may change any section."""
+        with suppress(UserError), readable_errors():
+            (parsed,) = OverridesParser.create().parse_overrides([override])
+            name = re.split(r"[./]", parsed.key_or_group)[0]
+            return name if name in SECTIONS and parsed.package is None else None
+        return None
+
+    def _compose_section(self, section: str, own: tuple[str, ...]) -> Config | None:
+        """A configuration that has the right values in one section; None if the section may depend on others.
+
+        Args:
+            own: the overrides that can change the section.
+        """
+        without = tuple(override for override in own if self._section_of(override) is None)
+        composed, shared = self._composition(own), self._composition(without)
+        if composed is None or shared is None:
+            return None
+        config, raw = composed
+        # A section that a word such as ~seed has taken away has its default only in the whole configuration.
+        if section not in raw or _REFERENCE.search(str(raw[section])):
+            return None
+        # An option may have a defaults list or a @package line, and so change other sections. A key.with.dots has none.
+        if isinstance(raw[section], dict) and any("." not in word.partition("=")[0] for word in own):
+            outside, others = (
+                [(path, package) for path, package in self._files_of(words) if package.split(".")[0] != section]
+                for words in (own, without)
+            )
+            return config if outside == others else None
+        return config
+
+    def _list_files(self, overrides: tuple[str, ...]) -> list[tuple[str, str]]:
+        """Path and package of the files that Hydra merges, in their order."""
+        words = [*self.master.hydra.overrides.hydra, *overrides]
+        with readable_errors():
+            listed = self.loader.compute_defaults_list(self.master.hydra.job.config_name, words, RunMode.RUN)
+        return [(str(entry.config_path), str(entry.package)) for entry in listed.defaults]
+
+    def _compose(self, overrides: tuple[str, ...]) -> tuple[Config, dict[Any, Any]] | None:
+        """The typed configuration of these overrides, which is not completed, and its values with their interpolations.
+
+        None if they are not a configuration without the others.
+        """
+        try:
+            composed = self._load(list(overrides))
+            raw: Any = OmegaConf.to_container(composed, resolve=False)
+            return compose.typed(composed), raw
+        except UserError:
+            # The composition of the whole cell succeeds, or it reports the error with its right words.
+            return None
+
+    def _load(self, overrides: list[str]) -> DictConfig:
+        """What Hydra composes, without its own section, in which some values are missing on purpose."""
+        with readable_errors():
+            composed = self.loader.load_sweep_config(self.master, overrides)
+            OmegaConf.set_struct(composed, False)
+            OmegaConf.set_readonly(composed, False)
+            del composed["hydra"]
+        return composed
+
+
 Composers = dict[tuple[str, ...], CellComposer]
 """Overrides of Hydra's own keys -> the composer of the sweeps that have them."""
-_GRID_OVERRIDE = "+grid="
-_GRID_NAME = re.compile(r"[\w.-]+")
 
 
 def compose_sweep(overrides: list[str], composers: Composers | None = None) -> Sweep:
@@ -46,12 +209,11 @@ def compose_sweep(overrides: list[str], composers: Composers | None = None) -> S
         UserError: naming the cell and the key.
     """
     compose.register()
-    with readable_errors():
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(config_dir=str(CONF), **compose.VERSION_BASE):
-            loader = GlobalHydra.instance().config_loader()
-            master = loader.load_configuration("config", overrides, run_mode=RunMode.MULTIRUN)
-            return expand(master, loader, overrides, composers)
+    GlobalHydra.instance().clear()
+    with readable_errors(), initialize_config_dir(config_dir=str(CONF), **compose.VERSION_BASE):
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration("config", overrides, run_mode=RunMode.MULTIRUN)
+        return expand(master, loader, overrides, composers)
 
 
 def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], composers: Composers | None = None) -> Sweep:
@@ -68,39 +230,40 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
     """
     composers = {} if composers is None else composers
     composer = composers.setdefault(tuple(master.hydra.overrides.hydra), CellComposer(master, loader))
-    # Hydra does not know the types of a sweeper's keys.
-    for key, kind, words in (
-        ("params", DictConfig, "a mapping of axes"),
-        ("match_lora", bool, "true or false"),
-        ("arms", ListConfig, "a list of arms, each a list of words"),
-        ("fail_fast", bool, "true or false"),
-    ):
-        if not isinstance(value := master.hydra.sweeper[key], kind):
-            raise UserError(f"hydra.sweeper.{key}={value}: must be {words}")
-    match_lora: bool = master.hydra.sweeper.match_lora
-    if wrong := [arm for arm in master.hydra.sweeper.arms if not isinstance(arm, ListConfig)]:
-        raise UserError(f"hydra.sweeper.arms={wrong[0]!s:.40}: each arm must be a list of words such as [tying=TA]")
-    arms = [list(map(str, arm)) for arm in master.hydra.sweeper.arms]
-    cells: dict[str, SweepCell] = {}
-    for cell_overrides in combinations(master, loader, overrides):
-        for cell in _cells(composer, cell_overrides, match_lora, arms):
-            cells.setdefault(cell.run_id, cell)
-    return Sweep("+".join(_grid_names(overrides)) or "sweep", _grouped(list(cells.values())))
-
-
-def combinations(master: DictConfig, loader: ConfigLoader, overrides: list[str]) -> list[list[str]]:
-    """Every combination of the axes, as overrides. Nothing is composed yet. The arguments are those of `expand`."""
-    params = [f"{key}={value}" for key, value in master.hydra.sweeper.params.items()]
+    options = read_options(master)
+    axes: dict[str, list[str]] = {}
     with readable_errors():
-        parsed = OverridesParser.create(config_loader=loader).parse_overrides([*params, *overrides])
-        axes: dict[str, list[str]] = {}
-        for override in parsed:
+        words = [*(f"{key}={value}" for key, value in options.params.items()), *overrides]
+        for override in OverridesParser.create(config_loader=loader).parse_overrides(words):
             # A later override replaces an earlier one of the same key, and keeps its place.
             key = override.get_key_element()
             axes[key] = [f"{key}={value}" for value in _values(override)]
     if (count := math.prod(map(len, axes.values()))) > MOST_CELLS:
         raise UserError(f"the grid has {count:,} cells, at most {MOST_CELLS:,} are allowed; shorten an axis")
-    return [list(words) for words in itertools.product(*axes.values())]
+    cells: dict[str, SweepCell] = {}
+    for words in map(list, itertools.product(*axes.values())):
+        cell = _cell(composer, words)
+        cells.setdefault(cell.run_id, cell)
+        # Beside it stand its matching LoRA (+grid=matched) and the sweep's arms, at the same values of the other axes.
+        arms = list(options.arms)
+        if options.match_lora:
+            rank = tying.nearest_lora_rank(trainable_params(cell.config) or 0, cell.config.model.architecture)
+            arms.insert(0, ["tying=LoRA", f"rank.r={rank}"])
+        others = [word for word in words if not _OF_AN_ARM.match(word)]
+        for arm in arms:
+            keys = [word.partition("=")[0] for word in arm]
+            beside = _cell(composer, [*(word for word in others if word.partition("=")[0] not in keys), *arm])
+            cells.setdefault(beside.run_id, beside)
+    grids = [word.removeprefix("+grid=") for word in overrides if word.startswith("+grid=")]
+    names = re.findall(r"[\w.-]+", " ".join(grids))
+    places: dict[str, int] = {}
+
+    def place(cell: SweepCell) -> list[int]:
+        """The numbers of what cells share, in the order in which it is first seen: it is loaded only once in a row."""
+        shared = (cell.config.model, cell.config.train.dtype), cell.config.task
+        return [places.setdefault(repr(each), len(places)) for each in shared]
+
+    return Sweep("+".join(names) or "sweep", sorted(cells.values(), key=place))
 
 
 def _values(override: Override) -> list[str]:
@@ -124,29 +287,6 @@ def _values(override: Override) -> list[str]:
     return values
 
 
-def _cells(
-    composer: CellComposer, overrides: list[str], match_lora: bool, arms: list[list[str]]
-) -> Iterator[SweepCell]:
-    """The cell of one combination, and the cells beside it: its matching LoRA (+grid=matched), and the sweep's arms.
-
-    Raises:
-        UserError: naming the cell and the key.
-    """
-    cell = _cell(composer, overrides)
-    yield cell
-    if match_lora:
-        yield _cell(composer, [*_other_axes(overrides), *_matching_lora(cell)])
-    for arm in arms:
-        keys = [word.partition("=")[0] for word in arm]
-        others = [word for word in _other_axes(overrides) if word.partition("=")[0] not in keys]
-        yield _cell(composer, [*others, *arm])
-
-
-def _other_axes(overrides: list[str]) -> list[str]:
-    """The overrides that say nothing about an arm: its tying, its size, and the rates of its parts."""
-    return [word for word in overrides if not re.match(r"\+*(tying|rank|budget|train\.lr_factor)\b", word)]
-
-
 def _cell(composer: CellComposer, overrides: list[str]) -> SweepCell:
     try:
         config = composer.compose(overrides)
@@ -161,29 +301,3 @@ def _cell(composer: CellComposer, overrides: list[str]) -> SweepCell:
             "runs to repeat"
         )
     return cell
-
-
-def _matching_lora(cell: SweepCell) -> list[str]:
-    """The words of the LoRA with the nearest trainable count to that of `cell`."""
-    count = trainable_params(cell.config) or 0
-    return ["tying=LoRA", f"rank.r={tying.nearest_lora_rank(count, cell.config.model.architecture)}"]
-
-
-def _grid_names(overrides: list[str]) -> list[str]:
-    """The names in +grid=NAME and '+grid=[NAME,NAME]'."""
-    values = [override.removeprefix(_GRID_OVERRIDE) for override in overrides if override.startswith(_GRID_OVERRIDE)]
-    return [name for value in values for name in _GRID_NAME.findall(value)]
-
-
-def _grouped(cells: list[SweepCell]) -> list[SweepCell]:
-    """Sort the cells by base model and task, so that consecutive cells load what they share only once."""
-    places: dict[str, int] = {}
-
-    def place(*shared: object) -> int:
-        """The number of what cells share, in the order in which it is first seen."""
-        return places.setdefault(repr(shared), len(places))
-
-    def both(cell: SweepCell) -> tuple[int, int]:
-        return place(cell.config.model, cell.config.train.dtype), place(cell.config.task)
-
-    return sorted(cells, key=both)

@@ -87,7 +87,7 @@ def forecast(sweep_cells: Iterable[SweepCell], tflops: float = TFLOPS) -> tuple[
             line = f"{name.task}: its rows are not here, so its cost is unknown; set data_root, or run one cell first"
             unknown[line] = None
             continue
-        rows = {split: split_rows(config, split) or 0 for split in {"validation", *config.score.splits}}
+        rows = {split: split_rows(config, split) for split in {"validation", *config.score.splits}}
         tokens, seconds = zip(*(cost(cell.config, speeds, rows) for cell in cells), strict=True)
         left = sum(own for cell, own in zip(cells, seconds, strict=True) if not cell.finished())
         sums, (memory, source) = (sum(tokens), sum(seconds), left), (speeds.peak_memory_bytes, speeds.source)
@@ -123,7 +123,7 @@ def observed_speeds(config: Config) -> Speeds | None:
 
 def computed_speeds(config: Config, tflops: float) -> Speeds | None:
     """The speeds that follow from the model's arithmetic at a rate, on the first training rows; None without rows."""
-    sample = (examples_here(config, "train") or [])[:SAMPLED_ROWS]
+    sample = examples_here(config, "train")[:SAMPLED_ROWS]
     if not sample:
         return None
     a, rate = config.model.architecture, 1e12 * tflops
@@ -146,28 +146,23 @@ def computed_speeds(config: Config, tflops: float) -> Speeds | None:
     )
 
 
-def split_rows(config: Config, split: str) -> int | None:
-    """How many rows of validation or test a run will be scored on; None if this is not known here.
+def split_rows(config: Config, split: str) -> int:
+    """How many rows of validation or test a run will be scored on; 0 if this is not known here.
 
     Rows that are generated or read from data_root are counted.
     """
     asked = getattr(config.task.rows, split)
-    if asked is not None:
-        return int(asked)
-    if split == "validation" and config.task.validation_from_train:
-        return config.task.validation_from_train
-    examples = examples_here(config, split)
-    return None if examples is None else len(examples)
+    if asked is None and split == "validation":
+        asked = config.task.validation_from_train or None
+    return len(examples_here(config, split)) if asked is None else int(asked)
 
 
-def examples_here(config: Config, split: str) -> list[Example] | None:
-    """The rows of a split; None if they are the hub's, or cannot be read. (The sweep itself reports that error.)"""
-    if config.data_root is None and not load_task(config.task).generator:
-        return None
-    try:
-        return load_examples(load_task(config.task), split, config.data_root)
-    except UserError:
-        return None
+def examples_here(config: Config, split: str) -> list[Example]:
+    """The rows of a split; none if they are the hub's, or cannot be read. (The sweep itself reports that error.)"""
+    task = load_task(config.task)
+    with suppress(UserError):
+        return load_examples(task, split, config.data_root) if task.generator or config.data_root else []
+    return []
 
 
 def cost(config: Config, speeds: Speeds, rows: Mapping[str, int]) -> tuple[float, float]:
@@ -199,14 +194,12 @@ def described(forecasts: Sequence[TaskForecast], unknown: Sequence[str]) -> str:
     if not forecasts:
         return "\n".join(unknown)
     lines = [["model", "task", "cells", "tokens", "hours", "left", "peak memory", "from"]]
-    for row in forecasts:
-        lines.append([row.model, row.task, *_amounts([row]), f"{row.peak_memory_bytes / 1e9:.1f} GB", row.source])
+    shown = [(row.model, row.task, [row], f"{row.peak_memory_bytes / 1e9:.1f} GB", row.source) for row in forecasts]
     if len(forecasts) > 1:
-        lines.append(["together", "", *_amounts(forecasts), "", ""])
+        shown.append(("together", "", list(forecasts), "", ""))
+    for model, task, rows, memory, source in shown:
+        cells, tokens = sum(row.cells for row in rows), sum(row.tokens for row in rows)
+        hours = sum(row.seconds for row in rows) / 3600, sum(row.seconds_left for row in rows) / 3600
+        amounts = [str(cells), f"{tokens:,.0f}", *(f"{each:,.{0 if each >= 100 else 2}f}" for each in hours)]
+        lines.append([model, task, *amounts, memory, source])
     return "\n".join([aligned(lines), NOTE, *unknown])
-
-
-def _amounts(rows: Sequence[TaskForecast]) -> list[str]:
-    hours = (sum(row.seconds for row in rows) / 3600, sum(row.seconds_left for row in rows) / 3600)
-    cells, tokens = sum(row.cells for row in rows), sum(row.tokens for row in rows)
-    return [str(cells), f"{tokens:,.0f}", *(f"{each:,.{0 if each >= 100 else 2}f}" for each in hours)]

@@ -6,16 +6,17 @@ The choice is stored in selection.json, beside the sweep's frozen cells.
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Container, Sequence
+from dataclasses import asdict, replace
 from statistics import mean
 
-from tiedlora.analysis.rate_choice import ChosenRate, RateTrial, choose_rate
+from tiedlora.analysis.rate_choice import CRITERIA, ChosenRate, RateTrial, choose_rate
 from tiedlora.errors import LONGEST_MESSAGE, UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores
 from tiedlora.records.selection import (
     LOSS,
+    SELECTION_FILE,
     RateChoice,
     Selection,
     read_selection,
@@ -32,6 +33,7 @@ COLUMNS = (
     "",
 )
 EDGE_REMARK = "at the edge of the grid"
+EDGE_NOTE = "A rate at the edge of the grid may not be the best: add rates beyond it with train.lr= and select again."
 
 
 def select_rates(sweep: Sweep, by: str | None = None) -> Selection:
@@ -52,41 +54,15 @@ def select_rates(sweep: Sweep, by: str | None = None) -> Selection:
         raise UserError(
             f"{sweep.id}: {unfinished} of {len(cells)} cells are not finished; run the sweep's command first"
         )
-    groups = list(rate_groups(cells).values())
-    used = by or "score"
-    choices = [choose(cells, used) for cells in groups]
-    if any(choice.by != used for choice in choices):
-        if by is not None:
-            raise UserError(
-                "select: not every run is scored on validation by the same metric (score.splits, score.metrics); "
-                "choose by loss with --by loss"
-            )
-        used = "loss"
+    groups = rate_groups(cells)
+    for used in CRITERIA if by is None else (by,):
         choices = [choose(cells, used) for cells in groups]
-    return Selection(sweep.id, used, choices)
-
-
-def rate_trials(cells: Iterable[SweepCell]) -> list[RateTrial]:
-    """The trials of one group, in ascending order of their rates. A cell without a result or an error adds nothing."""
-    records: dict[float, dict[int, RunRecord]] = {}
-    failed: dict[float, set[int]] = {}
-    for cell in cells:
-        lr, seed, record = cell.name.lr, cell.config.seed, cell.folder.record()
-        of_rate = records.setdefault(lr, {})
-        if record is not None:
-            of_rate[seed] = record
-        elif cell.state() == "failed":
-            failed.setdefault(lr, set()).add(seed)
-    metric = validation_metric(record for of_rate in records.values() for record in of_rate.values())
-    return [
-        RateTrial(
-            lr,
-            {seed: record.training.validation_loss_last for seed, record in records[lr].items()},
-            validation_scores(records[lr], metric),
-            frozenset(failed.get(lr, ())),
-        )
-        for lr in sorted(records)
-    ]
+        if all(choice.by == used for choice in choices):
+            return Selection(sweep.id, used, choices)
+    raise UserError(
+        "select: not every run is scored on validation by the same metric (score.splits, score.metrics); choose by "
+        "loss with --by loss"
+    )
 
 
 def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
@@ -95,25 +71,37 @@ def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
     Raises:
         UserError: every rate failed at some seed.
     """
-    named, trials = cells[0].name, rate_trials(cells)
+    group = cells[0].name.group
+    # A cell without a result or an error adds nothing.
+    records: dict[float, dict[int, RunRecord]] = {cell.name.lr: {} for cell in cells}
+    failed: dict[float, set[int]] = {cell.name.lr: set() for cell in cells}
+    for cell in cells:
+        if (record := cell.folder.record()) is not None:
+            records[cell.name.lr][cell.config.seed] = record
+        elif cell.state() == "failed":
+            failed[cell.name.lr].add(cell.config.seed)
+    metric = validation_metric(record for of_rate in records.values() for record in of_rate.values())
+    trials = []
+    for lr, of_rate in sorted(records.items()):
+        losses = {seed: record.training.validation_loss_last for seed, record in of_rate.items()}
+        trials.append(RateTrial(lr, losses, validation_scores(of_rate, metric), frozenset(failed[lr])))
     best = choose_rate(trials, by)
     if best is None:
-        raise UserError(f"{named.group}: no rate finished at every seed; add lower ones with train.lr=")
+        raise UserError(f"{group}: no rate finished at every seed; add lower ones with train.lr=")
     if best.by == "loss" and cells[0].config.objective.name == "reward":
         raise UserError(
-            f"{named.group}: objective=reward does not lower the loss of references; choose by score, with "
+            f"{group}: objective=reward does not lower the loss of references; choose by score, with "
             "score.splits=[validation] in all runs"
         )
     chosen = [cell for cell in cells if cell.name.lr == best.lr and cell.folder.result_file.exists()]
     metric = LOSS if best.by == "loss" else validation_metric([chosen[0].folder.finished_record()]) or LOSS
     # The rule takes more as better, so it has seen a loss with the other sign.
     value = -best.value if is_loss(metric) else best.value
-    failed = sum(len(trial.failed_seeds()) for trial in trials)
-    return recorded_choice(best, chosen, metric=metric, value=value, trials=len(cells), failed=failed)
+    return recorded_choice(best, chosen, metric, value, len(cells), sum(len(trial.failed_seeds()) for trial in trials))
 
 
 def recorded_choice(
-    chosen: ChosenRate, runs: Sequence[SweepCell], *, metric: str, value: float, trials: int, failed: int
+    chosen: ChosenRate, runs: Sequence[SweepCell], metric: str, value: float, trials: int, failed: int
 ) -> RateChoice:
     """The chosen rate as selection.json holds it, without test scores.
 
@@ -122,12 +110,10 @@ def recorded_choice(
         metric: what chose, with its mean `value` on validation.
         trials: the number of runs that were tried, of which `failed` failed.
     """
-    named = runs[0].name
+    named = asdict(runs[0].name)
+    del named["seed"], named["lr"]
     return RateChoice(
-        model=named.model,
-        task=named.task,
-        configuration=named.configuration,
-        rank=named.rank,
+        **named,
         lr=chosen.lr,
         lrs=list(chosen.tried),
         metric=metric,
@@ -150,9 +136,22 @@ def score_test(sweep: Sweep, selection: Selection) -> Selection:
     Raises:
         UserError: a run's folder is damaged, or the rows of test cannot be loaded.
     """
-    choices = []
+    cells, choices = {cell.run_id: cell for cell in sweep.cells}, []
     for choice in selection.choices:
-        scores = [_scored_on_test(_cell(sweep, run_id)) for run_id in choice.run_ids]
+        scores = []
+        for run_id in choice.run_ids:
+            # The staged sweeper may have added cells beyond the grid.
+            cell = cells.get(run_id) or frozen_cell(sweep.path, run_id)
+            record = cell.folder.finished_record()
+            if "test" not in record.scores:
+                log.info("scoring %s on test", run_id)
+                # It imports torch, which takes seconds, and most selections are complete.
+                from tiedlora.runs.add_scores import add_scores
+
+                record = add_scores(
+                    cell.folder, ["test"], cell.config.data_root, cell.config, cell.config.score.metrics
+                )
+            scores.append(record.scores["test"])
         # If the validation loss was the criterion, the test score is by the task's first metric.
         value, metric = mean_score(scores, choice.metric)
         choices.append(replace(choice, test=value, test_metric=metric))
@@ -169,33 +168,13 @@ def mean_score(scores: Sequence[SplitScores], preferred: str = "") -> tuple[floa
     return (mean(split.metrics[common[0]].value for split in scores), common[0]) if common else (None, "")
 
 
-def _cell(sweep: Sweep, run_id: str) -> SweepCell:
-    """A cell of the grid, or one that the staged sweeper has added beyond it."""
-    for cell in sweep.cells:
-        if cell.run_id == run_id:
-            return cell
-    return frozen_cell(sweep.path, run_id)
-
-
-def _scored_on_test(cell: SweepCell) -> SplitScores:
-    """The run's scores on test, which are computed if they are missing."""
-    record = cell.folder.finished_record()
-    if "test" not in record.scores:
-        log.info("scoring %s on test", cell.run_id)
-        # It imports torch, which takes seconds, and most selections are complete.
-        from tiedlora.runs.add_scores import add_scores
-
-        record = add_scores(cell.folder, ["test"], cell.config.data_root, cell.config, cell.config.score.metrics)
-    return record.scores["test"]
-
-
 def searched_rates(sweep: Sweep) -> Selection | None:
     """The choices of the staged sweeper; None if it has made none.
 
     Raises:
         UserError: selection.json is damaged, or the search has not chosen a rate for every configuration.
     """
-    path = sweep.selection_file
+    path = sweep.path / SELECTION_FILE
     if not path.exists() or not (selected := read_selection(path)).searches:
         return None
     if (left := len(selected.searches) - len(selected.choices)) > 0:
@@ -223,34 +202,34 @@ def decision_lines(selected: Selection, actions: Container[str] | None = None) -
 
 def table(choices: Sequence[RateChoice]) -> str:
     """The choices as a table, with notes that a reader needs before a comparison."""
-    text = [aligned([COLUMNS, *map(_table_row, choices)])]
-    if any(choice.edge for choice in choices):
-        text.append("")
-        text.append(
-            "A rate at the edge of the grid may not be the best: add rates beyond it with train.lr= and select again."
-        )
+
+    def shown(value: float | None, metric: str) -> str:
+        """A loss in nats, any other metric in per cent."""
+        if value is None:
+            return ""
+        return f"{value:.3f}" if metric == LOSS or is_loss(metric) else f"{100 * value:.1f} %"
+
+    rows: list[Sequence[str]] = [COLUMNS]
     trials: dict[tuple[str, str], set[int]] = {}
     for choice in choices:
+        numbers = (choice.seeds, choice.trials, choice.failed)
+        rows.append(
+            [
+                *(choice.model, choice.task, choice.configuration, str(choice.rank), f"{choice.lr:g}"),
+                *(str(len(choice.lrs)), shown(choice.value, choice.metric), *map(str, numbers)),
+                *(shown(choice.test, choice.test_metric), EDGE_REMARK if choice.edge else ""),
+            ]
+        )
         trials.setdefault((choice.model, choice.task), set()).add(choice.trials)
+    text = [aligned(rows)]
+    if any(choice.edge for choice in choices):
+        note = (
+            "A rate at the edge of the grid may not be the best: add rates beyond it with train.lr= and select again."
+        )
+        text += ["", note]
     for (model, task), counts in trials.items():
         if len(counts) > 1:
             text.append(
                 f"{model} on {task}: {min(counts)} to {max(counts)} trials a configuration: not a fair comparison."
             )
     return "\n".join(text)
-
-
-def _table_row(choice: RateChoice) -> list[str]:
-    value = _shown(choice.value, choice.metric)
-    test = "" if choice.test is None else _shown(choice.test, choice.test_metric)
-    return [
-        *(choice.model, choice.task, choice.configuration, str(choice.rank)),
-        *(f"{choice.lr:g}", str(len(choice.lrs)), value),
-        *(str(choice.seeds), str(choice.trials), str(choice.failed)),
-        *(test, EDGE_REMARK if choice.edge else ""),
-    ]
-
-
-def _shown(value: float, metric: str) -> str:
-    """A loss in nats, any other metric in per cent."""
-    return f"{value:.3f}" if metric == LOSS or is_loss(metric) else f"{100 * value:.1f} %"

@@ -2,57 +2,41 @@
 
 staged_search.py decides, from the files in the cells' folders only. This module reads these files, launches, and writes
 the decisions to selection.json.
+
+The deciding sweep then runs the seeds of the planned looks that open claims still need. The claims, their looks and the
+budget are written to plan.json before the first run. A claim is closed when the rules of the report have decided it
+(supported, contradicted or uninformative), when no look is likely to decide it (futile), or after its last look.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated
-
-from pydantic import Field
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from tiedlora import storage
+from tiedlora.analysis import claims as claim_files
+from tiedlora.analysis.answers import Answer, Verdict, answer_claims
+from tiedlora.analysis.claims import Claim, Side
+from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.intervals import RowLosses
+from tiedlora.analysis.runs import LeftOut, Run, Scorebook, read_run
+from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.keys import Count, Number
 from tiedlora.records.rows import read_validation_losses
-from tiedlora.records.selection import LOSS, RateChoice, RateSearch, Selection, write_selection
+from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, RateSearch, Selection, write_selection
 from tiedlora.sweeps import selection
 from tiedlora.sweeps.cells import Goal, Sweep, SweepCell, rate_groups
-from tiedlora.sweeps.control import SweepControl
-from tiedlora.sweeps.launching import (
-    Launch,
-    changed_inputs,
-    check_test_rows,
-    end_with,
-    launch_cells,
-    wait_until_free,
-)
-from tiedlora.sweeps.staged_search import Observation, SearchPlan, SearchStage, next_stage, rung_steps
+from tiedlora.sweeps.expand import DecidingOptions, SearchOptions
+from tiedlora.sweeps.launching import Launch, changed_inputs, check_test_rows, end_with, launch_cells, wait_until_free
+from tiedlora.sweeps.staged_search import Observation, SearchPlan, SearchStage, rung_steps
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """The options of the staged sweeper (conf/hydra/sweeper/staged.yaml), as `from_person` checks them."""
-
-    rungs: Sequence[Annotated[Number, Field(gt=0, lt=1)]]
-    """Shares of the steps, after which rates that are clearly behind stop."""
-    finalists: Annotated[Count, Field(ge=2)]
-    """The most rates that run at the second seed."""
-    lowest_rate: Annotated[Number, Field(gt=0)]
-    """The bounds of rates outside the grid."""
-    highest_rate: Number
-
-    def __post_init__(self) -> None:
-        if self.highest_rate < self.lowest_rate:
-            raise ValueError(f"highest_rate={self.highest_rate} is below lowest_rate={self.lowest_rate}")
 
 
 class Search:
@@ -64,15 +48,12 @@ class Search:
         self.name, self._first = name, cells[0]
         self._cells = {(cell.name.lr, cell.name.seed): cell for cell in cells}
         train = self._first.config.train
-        self.plan = SearchPlan(
-            rates=tuple(sorted({lr for lr, _ in self._cells})),
-            # Sorted, because the same cells are the same sweep in any order.
-            seeds=tuple(seeds or sorted({seed for _, seed in self._cells})),
-            rungs=rung_steps(train.steps, train.validate_every, options.rungs),
-            lowest=options.lowest_rate,
-            highest=options.highest_rate,
-            finalists=options.finalists,
-        )
+        rates = tuple(sorted({lr for lr, _ in self._cells}))
+        # Sorted, because the same cells are the same sweep in any order.
+        in_order = tuple(seeds or sorted({seed for _, seed in self._cells}))
+        rungs = rung_steps(train.steps, train.validate_every, options.rungs)
+        bounds = options.lowest_rate, options.highest_rate
+        self.plan = SearchPlan(rates, in_order, rungs, *bounds, options.finalists)
         self.stage: SearchStage
         """What `decide` has found."""
 
@@ -82,18 +63,28 @@ class Search:
         Raises:
             UserError: a file of a run is damaged, or its rows are not those of the other runs.
         """
-        observe = functools.cache(lambda lr, seed: observation(self.cell(lr, seed)))
         try:
-            self.stage = next_stage(self.plan, observe)
+            self.stage = SearchStage(self.plan, functools.cache(self._observe))
         except ValueError as error:
             raise UserError(f"{self.name}: {error}: the validation rows have changed; restore them") from None
+
+    def _observe(self, lr: float, seed: int) -> Observation:
+        """What the files of a run's folder show."""
+        cell = self.cell(lr, seed)
+        folder, record = cell.folder, cell.folder.record()
+        rows = read_validation_losses(folder.validation_losses_file)
+        return Observation(
+            evaluations={row.step: RowLosses(row.losses, row.tokens) for row in rows},
+            loss=None if record is None else record.training.validation_loss_last,
+            diverged=record is None and folder.diverged(),
+            scored=cell.finished(),
+        )
 
     def cell(self, lr: float, seed: int) -> SweepCell:
         """The cell of the grid, or one with a rate outside of it."""
         if (lr, seed) not in self._cells:
             config = replace(self._first.config, seed=seed, train=replace(self._first.config.train, lr=lr))
-            kept = [word for word in self._first.overrides if word.split("=")[0] not in ("train.lr", "seed")]
-            self._cells[lr, seed] = SweepCell((*kept, f"train.lr={lr:g}", f"seed={seed}"), config)
+            self._cells[lr, seed] = SweepCell((), config)
         return self._cells[lr, seed]
 
     def asked(self) -> list[SweepCell]:
@@ -104,14 +95,6 @@ class Search:
             for request in self.stage.requests
         ]
 
-    def runs(self) -> list[SweepCell]:
-        """Every cell that the search has asked for."""
-        return [self.cell(lr, seed) for lr, seed in self.stage.asked]
-
-    def used(self) -> list[SweepCell]:
-        """The finished cells that the search used."""
-        return [self.cell(trial.lr, seed) for trial in self.stage.trials() for seed in trial.losses]
-
     def choice(self) -> RateChoice | None:
         """The chosen rate with its runs, once the search has ended."""
         chosen = self.stage.chosen
@@ -119,34 +102,11 @@ class Search:
             return None
         cells = [self.cell(chosen.lr, seed) for seed in self.plan.seeds]
         failed = sum(len(trial.failed) for trial in self.stage.trials())
-        choice = selection.recorded_choice(
-            chosen, cells, metric=LOSS, value=chosen.value, trials=len(self.stage.asked), failed=failed
-        )
-        records = [record for cell in cells if (record := cell.folder.record()) is not None]
-        scores = [record.scores["test"] for record in records if "test" in record.scores]
+        choice = selection.recorded_choice(chosen, cells, LOSS, chosen.value, len(self.stage.asked), failed)
+        scores = [each.scores["test"] for cell in cells if (each := cell.folder.record()) and "test" in each.scores]
         # The first metric that all seeds have on test.
         test, test_metric = (None, "") if len(scores) < len(cells) else selection.mean_score(scores)
         return replace(choice, test=test, test_metric=test_metric)
-
-    def recorded(self) -> RateSearch:
-        """The decisions, as selection.json holds them."""
-        plan = self.plan
-        return RateSearch(
-            self.name, list(plan.seeds), list(plan.rungs), plan.lowest, plan.highest, list(self.stage.decisions)
-        )
-
-
-def observation(cell: SweepCell) -> Observation:
-    """What the files of a cell's folder show."""
-    folder, record = cell.folder, cell.folder.record()
-    return Observation(
-        evaluations={
-            row.step: RowLosses(row.losses, row.tokens) for row in read_validation_losses(folder.validation_losses_file)
-        },
-        loss=None if record is None else record.training.validation_loss_last,
-        diverged=record is None and folder.diverged(),
-        scored=cell.finished(),
-    )
 
 
 class StagedSweep:
@@ -155,7 +115,6 @@ class StagedSweep:
     Each run is launched at most once for each goal: one that has failed is launched again by the next command.
 
     Args:
-        fail_fast: as for run_sweep.
         seeds: the seeds in the order of use; None takes those of the grid.
 
     Raises:
@@ -163,12 +122,7 @@ class StagedSweep:
     """
 
     def __init__(
-        self,
-        sweep: Sweep,
-        options: SearchOptions,
-        launch: Launch,
-        fail_fast: bool,
-        seeds: Sequence[int] | None = None,
+        self, sweep: Sweep, options: SearchOptions, launch: Launch, seeds: Sequence[int] | None = None
     ) -> None:
         if any(cell.config.objective.name == "reward" for cell in sweep.cells):
             raise UserError(
@@ -180,11 +134,10 @@ class StagedSweep:
         self._finished_before = {cell.run_id for cell in sweep.cells if cell.folder.result_file.exists()}
         """The runs that this command has found finished. Their inputs are checked at the end."""
         sweep.freeze()
-        self.control.start(fail_fast)
-        self._grid = {cell.run_id for cell in sweep.cells}
+        self.control.start(options.fail_fast)
         self._launched: set[Goal] = set()
         self.searches: list[Search] = []
-        for cells in rate_groups(sweep.cells).values():
+        for cells in rate_groups(sweep.cells):
             name = cells[0].name.group
             # Two groups can have the same name, if they differ in another key.
             alike = sum(search.name.split(" (")[0] == name for search in self.searches)
@@ -195,8 +148,13 @@ class StagedSweep:
         while True:
             for search in self.searches:
                 search.decide()
-            self._mark_pruned()
-            write_selection(self.sweep.selection_file, self.selection())
+                # The state of stopped runs is `pruned`, as long as nothing continues them.
+                for made in search.stage.decisions:
+                    if made.action == "stopped" and made.seed is not None:
+                        folder = search.cell(made.lr, made.seed).folder
+                        if folder.state() == "interrupted":
+                            storage.write_bytes(folder.pruned_file, f"{made.reason}\n".encode())
+            write_selection(self.sweep.path / SELECTION_FILE, self.selection())
             # Such as `21 cells to step 20, 2 cells to the end`.
             goals = Counter(
                 "are scored" if request.score else f"to step {request.until}" if request.until else "to the end"
@@ -226,16 +184,22 @@ class StagedSweep:
         if not self._launched:
             check_test_rows(self.sweep.cells)
         log.info("%s: %s", self.sweep.id, what)
-        outside = [cell for cell in new if cell.run_id not in self._grid]
-        self.sweep.freeze(cell.until(None, self.sweep.cells[0].config.score.splits) for cell in outside)
+        # Rates beyond the grid are not frozen yet.
+        grid, splits = {cell.run_id for cell in self.sweep.cells}, self.sweep.cells[0].config.score.splits
+        self.sweep.freeze(cell.until(None, splits) for cell in new if cell.run_id not in grid)
         self._launched.update(cell.goal for cell in new)
         launch_cells(new, self.launch, self.control)
         return True
 
     def selection(self) -> Selection:
         """The choices and decisions so far."""
-        choices = [choice for search in self.searches if (choice := search.choice()) is not None]
-        return Selection(self.sweep.id, "loss", choices, [search.recorded() for search in self.searches])
+        choices, searches = [], []
+        for search in self.searches:
+            if (choice := search.choice()) is not None:
+                choices.append(choice)
+            seeds, rungs, made = list(search.plan.seeds), list(search.plan.rungs), search.stage.decisions
+            searches.append(RateSearch(search.name, seeds, rungs, search.plan.lowest, search.plan.highest, made))
+        return Selection(self.sweep.id, "loss", choices, searches)
 
     def summary(self) -> str:
         """The chosen rates as a table, after the decisions that a reader should know."""
@@ -253,50 +217,214 @@ class StagedSweep:
             SystemExit: as run_staged.
         """
         asked = [*(cell for search in self.searches for cell in search.asked()), *unfinished]
-        used = [cell for search in self.searches for cell in search.used()]
-        errors = {cell.run_id: _why_unfinished(cell, self.control) for cell in asked}
+        trials = [(search, trial) for search in self.searches for trial in search.stage.trials()]
+        used = [search.cell(trial.lr, seed) for search, trial in trials for seed in trial.losses]
+        errors = {cell.run_id: self._why_unfinished(cell) for cell in asked}
         errors.update(changed_inputs(cell for cell in used if cell.run_id in self._finished_before))
         without = [search.name for search in self.searches if not search.stage.requests and search.stage.chosen is None]
         for name in without:
             print(f"{name}: every rate diverged; add lower ones with train.lr=", file=sys.stderr)
-        end_with(errors, len(used) + len(asked), self.control.first_failure())
+        end_with(errors, len(used) + len(asked), self.control)
         if without:
             raise SystemExit(1)
 
-    def _mark_pruned(self) -> None:
-        """Write pruned.txt, which is the state `pruned`, for the stopped runs that nothing has continued since."""
-        for search in self.searches:
-            for made in search.stage.decisions:
-                if made.action == "stopped" and made.seed is not None:
-                    cell = search.cell(made.lr, made.seed)
-                    if cell.folder.state() == "interrupted":
-                        storage.write_bytes(cell.folder.pruned_file, f"{made.reason}\n".encode())
+    def _why_unfinished(self, cell: SweepCell) -> str:
+        if self.control.is_dropped(cell.run_id):
+            return "dropped, but the search needs it; put it back with scripts/sweep.py retry"
+        if cell.state() == "failed":
+            return cell.folder.error()
+        if self.control.first_failure() is not None:
+            return "stopped, because another cell failed"
+        if cell.finished():
+            return "its validation_losses.jsonl lacks losses that the search needs; delete its folder, and start again"
+        return "stopped without the losses or scores that the search needs; the same command continues it"
 
 
-def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch, fail_fast: bool = False) -> None:
+def run_staged(sweep: Sweep, options: SearchOptions, launch: Launch) -> None:
     """Carry out the staged sweep, then print the chosen rates. The same command continues a stopped one.
-
-    Args:
-        fail_fast: as for run_sweep.
 
     Raises:
         UserError: a file of a run is damaged.
         SystemExit: with code 1, after naming every cell that failed and every configuration without a usable rate.
         KeyboardInterrupt: the sweep was asked to stop.
     """
-    staged = StagedSweep(sweep, options, launch, fail_fast)
+    staged = StagedSweep(sweep, options, launch)
     staged.search()
     print(f"\n{staged.summary()}")
     staged.end()
 
 
-def _why_unfinished(cell: SweepCell, control: SweepControl) -> str:
-    if control.is_dropped(cell.run_id):
-        return "dropped, but the search needs it; put it back with scripts/sweep.py retry"
-    if cell.state() == "failed":
-        return cell.folder.error()
-    if control.first_failure() is not None:
-        return "stopped, because another cell failed"
-    if cell.finished():
-        return "its validation_losses.jsonl lacks losses that the search needs; delete its folder, and start again"
-    return "stopped without the losses or scores that the search needs; the same command continues it"
+def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None:
+    """Carry out the deciding sweep, then print the chosen rates and the verdicts. The same command continues it.
+
+    Raises:
+        UserError: the claims' file is wrong, or not the one of the plan; a claim needs scores that the sweep does not
+            compute; or a file of a run is damaged.
+        SystemExit: with code 1, as run_staged.
+        KeyboardInterrupt: the sweep was asked to stop.
+    """
+    # Every rate runs at the first seed, except those that are stopped early, which count as runs too.
+    least, budget = max(Counter(cell.config.seed for cell in sweep.cells).values()), options.budget
+    if budget is not None and budget < least:
+        raise UserError(f"hydra.sweeper.budget={budget}: the search of the rates alone has {least} runs or more")
+    path = Path(options.claims) if Path(options.claims).exists() else PROJECT / options.claims
+    planned = claim_files.read(path)
+    configs = [cell.config for cell in sweep.cells]
+    names = {config.tying.name for config in configs}
+    claim_files.check_names(path, planned, names, {config.task.name: () for config in configs})
+    _check_sides(sweep, planned)
+    if not all(config.score.splits for config in configs):
+        raise UserError("score.splits=[]: the claims need scores; choose validation, test or both")
+    for claim in planned:
+        if claim.rule.needs_zero and claim.floor is None and not all(config.score.base for config in configs):
+            raise UserError(f"score.base=false: the claim '{claim.name}' needs the scores of the base model")
+    # Rates are searched at the seeds of the earliest look.
+    seeds = list(min(planned, key=lambda claim: claim.plan.looks[0]).plan.of_look(0))
+    _write_plan(sweep.path / "plan.json", path, planned, seeds, budget)
+    staged = StagedSweep(sweep, options, launch, seeds)
+    staged.search()
+    used = {search.cell(*asked).run_id for search in staged.searches for asked in search.stage.asked}
+    # An earlier start of the same command has paid for the runs of looks that have ended.
+    used |= {cell.run_id for _, _, cell in _of_looks(planned, staged) if _has_ended(cell)}
+    while True:
+        states = next_looks(planned, staged)
+        needed = {cell.run_id: cell for _, cells in states for cell in cells}
+        spent = budget is not None and len(used | set(needed)) > budget
+        what = f"{len(needed)} cells for the next looks of {sum(bool(cells) for _, cells in states)} claims"
+        if spent or not staged.run(list(needed.values()), what):
+            break
+        used |= set(needed)
+    verdicts = [
+        {
+            "claim": answer.claim.name,
+            "model": answer.model,
+            "task": answer.task,
+            "verdict": str(answer.verdict),
+            "futile": answer.is_futile,
+            "look": None if answer.look is None else answer.look + 1,
+            "seeds": answer.seeds,
+            "reason": answer.reason,
+            "open": bool(cells),
+        }
+        for answer, cells in states
+    ]
+    storage.write_json(sweep.path / "verdicts.json", verdicts)
+    print(f"\n{staged.summary()}\n")
+    for answer, _ in states:
+        verdict = "futile" if answer.is_futile else str(answer.verdict)
+        where = f" ({answer.model}, {answer.task})" if answer.model else ""
+        print(f"{answer.claim.name}{where}: {verdict}: {answer.reason}")
+    print(f"{len(used)} runs in all" + (f"; the budget of {budget} runs is spent" if spent else ""))
+    staged.end(() if spent else tuple(needed.values()))
+
+
+def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
+    """Refuse a grid that has both sides of no claim: it would search rates, and decide nothing.
+
+    Raises:
+        UserError: naming what the first claim needs, and what the grid has.
+    """
+    arms: dict[tuple[str, str], set[tuple[str, int]]] = {}
+    for cell in sweep.cells:
+        arm = cell.name.configuration, cell.name.rank
+        arms.setdefault((cell.config.model.name, cell.config.task.name), set()).add(arm)
+
+    def has(side: Side, claim: Claim, own: set[tuple[str, int]]) -> bool:
+        """Whether a side is among the configurations and ranks of one model and task."""
+        rank = claim.anchor.rank if side.at == claim_files.EQUAL_RANK else side.rank
+        names = rf"{re.escape(side.frontier)}(_l\d+)?" if side.frontier else re.escape(side.label)
+        return any(re.fullmatch(names, name) and rank in (None, given) for name, given in own)
+
+    sides = [
+        [claim.method, claim.comparator, *([claim.floor] if claim.floor and claim.rule.needs_zero else [])]
+        for claim in claims
+    ]
+    if not any(
+        claim.covers(task) and all(has(side, claim, own) for side in needed)
+        for claim, needed in zip(claims, sides, strict=True)
+        for (_, task), own in arms.items()
+    ):
+        first, names = claims[0].name, sorted({f"{name} r={rank}" for own in arms.values() for name, rank in own})
+        raise UserError(
+            f"hydra.sweeper.claims: the grid has both sides of no claim; {first!r:.80} needs "
+            f"{' and '.join(map(str, sides[0]))}, and the grid has {', '.join(names)}; add the missing axis, such as "
+            "tying=LoRA,TABuv or +grid=yardstick, or name other claims"
+        )
+
+
+def _write_plan(file: Path, path: Path, claims: Sequence[Claim], seeds: list[int], budget: int | None) -> None:
+    """Write plan.json before the first run, or compare it with the one that was written then.
+
+    Args:
+        path: the claims' file.
+        seeds: those at which rates are searched.
+
+    Raises:
+        UserError: another plan was written.
+    """
+    plan = {
+        "claims_file": path.name,
+        "claims_sha256": storage.sha256(path),
+        "claims": [
+            {"name": claim.name, "rule": str(claim.rule)}
+            | {key: list(getattr(claim.plan, key)) for key in ("looks", "levels", "seeds")}
+            for claim in claims
+        ],
+        "search_seeds": seeds,
+        "budget": budget,
+    }
+    if not file.exists():
+        storage.write_json(file, plan)
+    elif (written := storage.read_json(file)) != plan:
+        different = ", ".join(key for key in plan if plan[key] != written.get(key))
+        raise UserError(
+            f"{file}: was written before the first run with other values of {different}; restore them, or take another "
+            "outputs= for a new plan with new seeds"
+        )
+
+
+def _of_looks(claims: Iterable[Claim], staged: StagedSweep) -> list[tuple[Search, RateChoice, SweepCell]]:
+    """The cell of every chosen rate at every seed of a planned look, on either side, with its search."""
+    sides = [(claim, side) for claim in claims for side in claim.sides.values()]
+    seeds = sorted({seed + side.seed_offset for claim, side in sides for seed in claim.plan.of_look(-1)})
+    choices = [(search, choice) for search in staged.searches if (choice := search.choice()) is not None]
+    return [(search, choice, search.cell(choice.lr, seed)) for search, choice in choices for seed in seeds]
+
+
+def _has_ended(cell: SweepCell) -> bool:
+    """Whether the run is scored, or has diverged."""
+    return cell.finished() or cell.folder.diverged()
+
+
+def next_looks(claims: Sequence[Claim], staged: StagedSweep) -> list[tuple[Answer, list[SweepCell]]]:
+    """The answer to every claim from the chosen runs of this sweep, with the runs that it needs next, if it is open."""
+    owners: dict[str, tuple[Search, RateChoice]] = {}
+    runs: list[Run] = []
+    left_out: list[LeftOut] = []
+    for search, choice, cell in _of_looks(claims, staged):
+        owners[cell.run_id] = search, choice
+        if cell.folder.path.exists():
+            run = read_run(cell.folder.path)
+            runs.append(run) if isinstance(run, Run) else left_out.append(run)
+    groups, book = group_runs(runs, left_out, [staged.selection()]), Scorebook()
+    answers = [answer for claim in claims for answer in answer_claims([claim], groups, book)]
+    return [(answer, _next_look(answer, owners)) for answer in answers]
+
+
+def _next_look(answer: Answer, owners: dict[str, tuple[Search, RateChoice]]) -> list[SweepCell]:
+    """The runs of the first look that has not all of them: not scored, and not diverged."""
+    pair, plan = answer.pair, answer.claim.plan
+    if pair is None or answer.verdict != Verdict.UNDECIDED or answer.is_futile:
+        return []
+    for number in range(len(plan.looks)):
+        # The weakest arm says whether the trial can fail, so it has the seeds of every look too.
+        weakest = [(pair.weakest, 0)] if pair.weakest is not None and pair.arms else []
+        cells = [
+            search.cell(choice.lr, seed + offset)
+            for group, offset in [*pair.arms, *weakest]
+            for search, choice in [owners[group.runs[0].path.name]]
+            for seed in plan.of_look(number)
+        ]
+        if missing := [cell for cell in cells if not _has_ended(cell)]:
+            return [cell.until(None, cell.config.score.splits) for cell in missing]
+    return []

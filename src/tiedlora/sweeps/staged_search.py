@@ -6,7 +6,7 @@
 3. *Repeat.* The chosen rate runs at the other seeds. If it diverges at one, the next best rate is chosen.
 4. *Test.* The runs of the chosen rate are scored.
 
-`next_stage` replays these steps from the start. Where a run is needed that has not come far enough, it ends with what
+`SearchStage` replays these steps from the start. Where a run is needed that has not come far enough, it ends with what
 to run next. So a search has no state besides its runs: a stopped one continues with the same decisions.
 """
 
@@ -73,13 +73,11 @@ class Request:
     score: bool = False
     """Whether it is scored after training. Only the chosen runs are."""
 
-
-def next_stage(plan: SearchPlan, observe: Observe) -> SearchStage:
-    """What the search has decided, and what to run next, given what the runs have shown."""
-    stage = SearchStage(plan, observe)
-    with suppress(_Waiting):
-        stage._replay()
-    return stage
+    def is_met(self, run: Observation) -> bool:
+        """Whether the run has come as far. One that diverged goes no further."""
+        if run.diverged or self.score:
+            return run.diverged or run.scored
+        return run.loss is not None or self.until in run.evaluations
 
 
 class _Waiting(Exception):
@@ -87,7 +85,7 @@ class _Waiting(Exception):
 
 
 class SearchStage:
-    """One replay of the search: what it has decided so far, and what it needs next."""
+    """What a search has decided, and what it needs next, given what its runs have shown."""
 
     def __init__(self, plan: SearchPlan, observe: Observe) -> None:
         self.plan, self.observe = plan, observe
@@ -106,18 +104,14 @@ class SearchStage:
         """The rates that run at the second seed."""
         self._at_rung: dict[int, dict[float, RowLosses]] = {rung: {} for rung in plan.rungs}
         """The rates that came to the rung at the first seed, with their evaluation there."""
-
-    def _replay(self) -> None:
-        """Raises:
-        _Waiting: more runs are needed.
-        """
-        self._race(self._tried)
-        self._choose("search")
-        while self._follow_outward() or self._add_finalists():
-            self._choose("search")
-        self._repeat()
-        if self.chosen is not None:
-            self._need([Request(self.chosen.lr, seed, score=True) for seed in self.plan.seeds])
+        with suppress(_Waiting):
+            self._race(self._tried)
+            self._choose()
+            while self._follow_outward() or self._add_finalists():
+                self._choose()
+            self._repeat()
+            if self.chosen is not None:
+                self._need([Request(self.chosen.lr, seed, score=True) for seed in plan.seeds])
 
     def trials(self) -> list[RateTrial]:
         """The rates that were tried, with the losses of their finished runs."""
@@ -135,7 +129,7 @@ class SearchStage:
         requests = list(requests)
         self.asked.update((request.lr, request.seed) for request in requests)
         self._used.update((request.lr, request.seed) for request in requests if request.until is None)
-        self.requests = [request for request in requests if not _fulfilled(request, self.observe)]
+        self.requests = [each for each in requests if not each.is_met(self.observe(each.lr, each.seed))]
         if self.requests:
             raise _Waiting
 
@@ -147,41 +141,32 @@ class SearchStage:
     def _race(self, entering: Sequence[float]) -> None:
         """Run the rates at the first seed. At the rungs, those that are clearly behind stop."""
         seed, running = self.plan.seeds[0], list(entering)
-        for rung in self.plan.rungs:
-            if len(running) + len(self._at_rung[rung]) <= LEAST_KEPT:
+        for rung, reached in self._at_rung.items():
+            if len(running) + len(reached) <= LEAST_KEPT:
                 # Nothing could stop here.
                 continue
             self._need(Request(lr, seed, until=rung) for lr in running)
-            stopped = self._stop_at(rung, running)
-            running = [lr for lr in running if lr not in stopped]
-        self._need(Request(lr, seed) for lr in running)
-        for lr in running:
-            self._note_divergence(lr, seed)
+            # A run of an earlier version has no row losses. It is not compared, so it does not stop.
+            seen = {lr: self.observe(lr, seed).evaluations.get(rung) for lr in running}
+            reached.update({lr: losses for lr, losses in seen.items() if losses is not None})
+            # All rates that came to the rung are compared, also earlier ones. The better half stays, and at least two.
+            ranked = sorted(reached, key=lambda lr: (reached[lr].mean(), lr))
+            for place in range(max(LEAST_KEPT, math.ceil(len(ranked) / 2)), len(ranked)):
+                lr, best = ranked[place], ranked[0]
+                if lr in running and (behind := _behind(reached[lr], reached[best])):
+                    running.remove(lr)
+                    reason = f"{behind} {best:g} at step {rung}, and {place} of {len(ranked)} are better"
+                    self._decide(lr, "stopped", reason, seed, rung)
+        self._finish(running, seed)
 
-    def _stop_at(self, rung: int, running: Sequence[float]) -> set[float]:
-        """The rates of `running` that stop at the rung.
+    def _finish(self, rates: Sequence[float], seed: int) -> None:
+        """Run the rates to their end at a seed."""
+        self._need(Request(lr, seed) for lr in rates)
+        for lr in rates:
+            if self.observe(lr, seed).diverged:
+                self._decide(lr, "diverged", f"its loss was not finite at seed {seed}", seed)
 
-        They are compared with all rates that came to it, also earlier ones. The better half stays, and at least two.
-        """
-        reached = self._at_rung[rung]
-        # A run of an earlier version has no row losses. It is not compared, so it does not stop.
-        seen = {lr: self.observe(lr, self.plan.seeds[0]).evaluations.get(rung) for lr in running}
-        reached.update({lr: losses for lr, losses in seen.items() if losses is not None})
-        ranked = sorted(reached, key=lambda lr: (reached[lr].mean(), lr))
-        kept = max(LEAST_KEPT, math.ceil(len(ranked) / 2))
-        stopped = set()
-        for lr in ranked[kept:]:
-            if lr in seen and (behind := _behind(reached[lr], reached[ranked[0]])):
-                stopped.add(lr)
-                reason = f"{behind} {ranked[0]:g} at step {rung}, and {ranked.index(lr)} of {len(ranked)} are better"
-                self._decide(lr, "stopped", reason, self.plan.seeds[0], rung)
-        return stopped
-
-    def _note_divergence(self, lr: float, seed: int) -> None:
-        if self.observe(lr, seed).diverged:
-            self._decide(lr, "diverged", f"its loss was not finite at seed {seed}", seed)
-
-    def _choose(self, stage: str) -> None:
+    def _choose(self, action: str = "chosen") -> None:
         """Set the chosen rate, by the rule that the report and `select` use."""
         before, self.chosen = self.chosen, choose_rate(self.trials(), by="loss")
         if self.chosen is None:
@@ -190,21 +175,20 @@ class SearchStage:
         elif before is None or before.lr != self.chosen.lr:
             seeds = ", ".join(map(str, self.chosen.seeds))
             reason = f"the lowest loss, {self.chosen.loss:.4f}, over the shared seeds {seeds}"
-            self._decide(self.chosen.lr, "fallback" if stage == "repeat" else "chosen", reason)
+            self._decide(self.chosen.lr, action, reason)
 
     def _follow_outward(self) -> bool:
         """If the chosen rate is at the edge of those tried, try the next one outward. Whether there was one."""
         if self.chosen is None or not self.chosen.edge:
             return False
         upward = self.chosen.lr == max(self._tried)
-        lr = next_rate(self.chosen.lr, upward)
+        bound, lr = "highest" if upward else "lowest", next_rate(self.chosen.lr, upward)
         if not self.plan.lowest <= lr <= self.plan.highest:
-            bound = "highest" if upward else "lowest"
             if not any((made.lr, made.action) == (self.chosen.lr, "edge") for made in self.decisions):
                 self._decide(self.chosen.lr, "edge", f"it is the {bound} rate, and {lr:g} is beyond the bounds")
             return False
         self._tried.append(lr)
-        self._decide(lr, "outward", f"{self.chosen.lr:g} is the best, and the {'highest' if upward else 'lowest'} rate")
+        self._decide(lr, "outward", f"{self.chosen.lr:g} is the best, and the {bound} rate")
         self._race([lr])
         return True
 
@@ -215,20 +199,15 @@ class SearchStage:
         if len(self.plan.seeds) < 2 or self.chosen is None:
             return False
         first, second = self.plan.seeds[:2]
-        losses = {
-            trial.lr: trial.losses[first] for trial in self.trials() if first in trial.losses and not trial.failed
-        }
-        ranked = sorted(losses, key=lambda lr: (losses[lr], lr))
+        usable = [trial for trial in self.trials() if first in trial.losses and not trial.failed]
+        ranked = [trial.lr for trial in sorted(usable, key=lambda trial: (trial.losses[first], trial.lr))]
         new = []
         for place, lr in enumerate(ranked[: self.plan.finalists] if len(ranked) > 1 else []):
-            close = place < LEAST_KEPT or self._is_close(lr, ranked[0])
-            if close and lr not in self._finalists:
+            if lr not in self._finalists and (place < LEAST_KEPT or self._is_close(lr, ranked[0])):
                 new.append(lr)
                 self._decide(lr, "finalist", f"number {place + 1} at seed {first}", first)
         self._finalists += new
-        self._need(Request(lr, second) for lr in new)
-        for lr in new:
-            self._note_divergence(lr, second)
+        self._finish(new, second)
         return bool(new)
 
     def _is_close(self, lr: float, best: float) -> bool:
@@ -246,8 +225,8 @@ class SearchStage:
             diverged = [seed for seed in self.plan.seeds if self.observe(lr, seed).diverged]
             if not diverged:
                 return
-            self._note_divergence(lr, diverged[0])
-            self._choose("repeat")
+            self._finish([lr], diverged[0])
+            self._choose("fallback")
 
 
 def _behind(losses: RowLosses, best: RowLosses) -> str:
@@ -257,23 +236,9 @@ def _behind(losses: RowLosses, best: RowLosses) -> str:
     return f"{difference:.4f} (paired standard error {error:.4f}) behind" if is_clear else ""
 
 
-def _fulfilled(request: Request, observe: Observe) -> bool:
-    """Whether the run has come as far as requested. One that diverged goes no further."""
-    run = observe(request.lr, request.seed)
-    if run.diverged:
-        return True
-    if request.score:
-        return run.scored
-    if request.until is not None and request.until in run.evaluations:
-        return True
-    return run.loss is not None
-
-
 def rung_steps(steps: int, validate_every: int, fractions: Sequence[float]) -> tuple[int, ...]:
     """For each fraction of the steps, the first evaluation at or after it, if it is before the last step."""
-    if not validate_every:
-        return ()
-    places = {math.ceil(fraction * steps / validate_every) * validate_every for fraction in fractions}
+    places = {math.ceil(share * steps / validate_every) * validate_every for share in fractions if validate_every}
     return tuple(sorted(step for step in places if 0 < step < steps))
 
 

@@ -1,12 +1,24 @@
-"""The status of a sweep's cells, read from their folders: rows, counts, time left, the table, and JSON."""
+"""The state of a sweep's cells, read from their folders: as a table, in lines, as JSON, or live.
+
+`scripts/sweep.py watch` shows it again and again, in any terminal on the same folder. It writes nothing into the
+sweep's folder, and holds the lock of a run only for a moment.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
@@ -15,14 +27,29 @@ from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import State
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 from tiedlora.scoring.passes import lacks_scores
-from tiedlora.sweeps.cells import Sweep, SweepCell, rate_groups
-from tiedlora.sweeps.control import SweepControl
-from tiedlora.text import aligned, clock, visible
+from tiedlora.sweeps.cells import Sweep, SweepCell, SweepControl, frozen_cell, rate_groups
+from tiedlora.sweeps.selection import decision_lines
+from tiedlora.text import clock, visible
 
 KEYS_WITH_COLUMN = ("model", "task", "tying", "rank", "rank.r", "train.lr", "seed")
 """Keys whose values have their own columns in the table."""
 COLUMNS = ("model", "task", "configuration", "rank", "trainable", "lr", "seed")
 RESULT_COLUMNS = ("state", "step", "score", "val. loss", "seconds")
+SECONDS_BETWEEN_LOOKS = 1.0
+LARGEST_SHARE = 0.05
+"""Most of the time that is spent on looking: ten thousand cells on a network file system take seconds."""
+LISTED = 6
+"""Most failures and decisions above the live table, and most sweeps that an error message names."""
+STYLES = {
+    State.RUNNING: "bold cyan",
+    State.FAILED: "bold red",
+    State.INTERRUPTED: "magenta",
+    State.PAUSED: "blue",
+    State.DONE: "green",
+    State.PRUNED: "yellow",
+    **dict.fromkeys((State.MISSING, State.DROPPED, State.UNNEEDED), "dim"),
+}
+"""The states in the order of the live table, of which a terminal may show only the beginning -> how a line is drawn."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +58,20 @@ class CellStatus:
 
     cell: SweepCell
     state: State
-    metric: str | None = None
-    """The task's first metric on validation; None if validation is not scored."""
-    score: float | None = None
-    """The value of the metric, a fraction of 1; for a loss, nats."""
-    validation_loss: float | None = None
-    """The last one so far."""
+    is_needed: bool = True
+    """Whether the sweep will run it, if it is not done. A search that has chosen a rate needs no other."""
     error: str | None = None
     """Why it failed, in one line."""
     seconds: float = 0.0
     """The time so far, of training and of scoring the splits that the sweep scores."""
     step: int = 0
     """The last logged step."""
-    is_needed: bool = True
-    """Whether the sweep will run it, if it is not done. A search that has chosen a rate needs no other."""
+    validation_loss: float | None = None
+    """The last one so far."""
+    metric: str | None = None
+    """The task's first metric on validation; None if validation is not scored."""
+    score: float | None = None
+    """The value of the metric, a fraction of 1; for a loss, nats."""
 
     @property
     def run_id(self) -> str:
@@ -55,16 +82,10 @@ class CellStatus:
         """Whether the sweep still has work to do on it."""
         return self.is_needed and self.state not in (State.DONE, State.FAILED, State.DROPPED)
 
-    def to_json(self) -> dict[str, str | int | float | list[str] | None]:
-        """The JSON object, with one level of keys."""
-        return {
-            "run_id": self.run_id,
-            "overrides": list(self.cell.overrides),
-            **asdict(self.cell.name),
-            "trainable": trainable_params(self.cell.config) or 0,
-            "state": self.state,
-            **{name: getattr(self, name) for name in ("metric", "score", "validation_loss", "error", "seconds")},
-        }
+    def __str__(self) -> str:
+        """State, seconds so far, run, rate, and why it failed."""
+        rate = f"lr={self.cell.name.lr:g}"
+        return f"{self.state:<12} {self.seconds:>6.0f} s  {self.run_id}  {rate}  {self.error or ''}".rstrip()
 
 
 class Searched:
@@ -79,7 +100,7 @@ class Searched:
         """Whether every search has chosen a rate, or found that all diverge."""
         self.unneeded: set[str] = set()
         """The cells that the searches have decided without."""
-        for group in rate_groups(cells).values():
+        for group in rate_groups(cells):
             ids = {cell.run_id for cell in group}
             if ids & self.chosen or group[0].name.group in without:
                 self.unneeded |= ids - self.chosen
@@ -96,24 +117,20 @@ def read_search(folder: Path, cells: Iterable[SweepCell]) -> Searched | None:
     return Searched(selected, cells) if selected is not None and selected.searches else None
 
 
-def statuses(cells: Iterable[SweepCell], control: SweepControl, searched: Searched | None = None) -> list[CellStatus]:
-    """The status of every cell, in their order. A run whose result.json is damaged has failed.
+def status_of(cell: SweepCell, control: SweepControl, searched: Searched | None = None) -> CellStatus:
+    """The status of a cell. A run whose result.json is damaged has failed.
 
     Args:
         searched: what the sweep's search has decided; None for a sweep that runs all cells.
     """
-    return [status_of(cell, control, searched) for cell in cells]
-
-
-def status_of(cell: SweepCell, control: SweepControl, searched: Searched | None = None) -> CellStatus:
-    """As `statuses`, for one cell."""
-    folder, is_chosen = cell.folder, searched is None or cell.run_id in searched.chosen
+    folder = cell.folder
     try:
         record = folder.record()
     except UserError as damage:
         return CellStatus(cell, State.FAILED, error=visible(str(damage)))
     # Of a search, only the chosen runs are scored. The others are done without.
-    is_scored = record is None or not is_chosen or not lacks_scores(cell.config.score, record)
+    is_unscored = searched is not None and cell.run_id not in searched.chosen
+    is_scored = record is None or is_unscored or not lacks_scores(cell.config.score, record)
     pause = cell.config.train.pause_after
     if searched and not folder.pruned_file.exists() and (step := folder.checkpoint_step()) in searched.rungs:
         pause = step
@@ -126,20 +143,19 @@ def status_of(cell: SweepCell, control: SweepControl, searched: Searched | None 
     error = folder.error() if state == State.FAILED else None
     if record is None:
         rows = read_metrics(folder.metrics_file) if folder.metrics_file.is_file() else []
-        step = max((row.step for row in rows), default=0)
         losses = [loss for row in rows if (loss := row.values.get("validation/loss")) is not None]
         # The logged time of training, which only grows.
         seconds = max((row.values.get("train/seconds", 0.0) for row in rows), default=0.0)
-        return CellStatus(cell, state, None, None, losses[-1] if losses else None, error, seconds, step, is_needed)
-    metric = score = None
-    if "validation" in record.scores:
-        validation = record.scores["validation"]
-        metric, score = validation.first_metric, validation.metrics[validation.first_metric].value
+        step = max((row.step for row in rows), default=0)
+        return CellStatus(cell, state, is_needed, error, seconds, step, losses[-1] if losses else None)
     # `select` may have scored test later. The other cells of the sweep will not need that time.
     asked = [record.scores[split] for split in cell.config.score.splits if split in record.scores]
     seconds = record.training.seconds + sum(split.seconds + (split.loss_seconds or 0.0) for split in asked)
+    validation = record.scores.get("validation")
+    metric = validation.first_metric if validation else None
+    score = validation.metrics[validation.first_metric].value if validation else None
     loss, step = record.training.validation_loss_last, record.training.steps
-    return CellStatus(cell, state, metric, score, loss, error, seconds, step, is_needed)
+    return CellStatus(cell, state, is_needed, error, seconds, step, loss, metric, score)
 
 
 def time_left(cells: Sequence[CellStatus]) -> dict[str, float]:
@@ -161,16 +177,14 @@ def time_left(cells: Sequence[CellStatus]) -> dict[str, float]:
         elif cell.step and cell.seconds:
             steps_left = max(0, cell.cell.config.train.steps - cell.step)
             left[cell.run_id] = steps_left * cell.seconds / cell.step
-    if left:
-        typical = mean(left.values())
-        left.update({cell.run_id: typical for cell in still_open if cell.run_id not in left})
-    return left
+    typical = mean(left.values()) if left else 0.0
+    return {cell.run_id: left.get(cell.run_id, typical) for cell in still_open} if left else {}
 
 
 def counts(cells: Iterable[CellStatus]) -> dict[str, int]:
     """How many cells are in each state."""
-    states = [cell.state for cell in cells]
-    return {state.value: states.count(state) for state in State}
+    found = Counter(cell.state for cell in cells)
+    return {state.value: found[state] for state in State}
 
 
 def summary_line(sweep_id: str, cells: Sequence[CellStatus]) -> str:
@@ -181,17 +195,14 @@ def summary_line(sweep_id: str, cells: Sequence[CellStatus]) -> str:
     return text if not left else f"{text}, about {clock(left)} left for one process"
 
 
-def table(cells: Sequence[CellStatus]) -> str:
-    """Every cell with its names, state, score and time."""
-    return aligned(rows(cells))
-
-
 def rows(cells: Sequence[CellStatus]) -> list[list[str]]:
-    """As `table`, cell by cell. The first row is the head."""
-    extra = _varying_keys(cells)
+    """Every cell with its names, state, score and time, below the head. Other swept keys get columns too."""
+    words = [dict(override.split("=", 1) for override in cell.cell.overrides) for cell in cells]
+    keys = [key for key in dict.fromkeys(key for own in words for key in own) if key not in KEYS_WITH_COLUMN]
+    extra = [key for key in keys if len({own[key] for own in words if key in own}) > 1]
     lines = [[*COLUMNS, *extra, *RESULT_COLUMNS]]
-    for cell in cells:
-        name, values = cell.cell.name, dict(override.split("=", 1) for override in cell.cell.overrides)
+    for cell, values in zip(cells, words, strict=True):
+        name = cell.cell.name
         step = f"{cell.step}/{cell.cell.config.train.steps}" if cell.step else ""
         # The first metric in per cent. A loss is in nats, and has its own column.
         score = "" if cell.score is None or is_loss(cell.metric or "") else f"{100 * cell.score:.1f} %"
@@ -205,40 +216,156 @@ def rows(cells: Sequence[CellStatus]) -> list[list[str]]:
     return lines
 
 
-def _varying_keys(cells: Iterable[CellStatus]) -> list[str]:
-    """The swept keys without their own column."""
-    values: dict[str, set[str]] = {}
-    for cell in cells:
-        for override in cell.cell.overrides:
-            key, value = override.split("=", 1)
-            values.setdefault(key, set()).add(value)
-    return [key for key, different in values.items() if len(different) > 1 and key not in KEYS_WITH_COLUMN]
-
-
-def line(cell: CellStatus) -> str:
-    """A cell in one line: state, seconds so far, run, rate, and why it failed."""
-    words = f"{cell.state:<12} {cell.seconds:>6.0f} s  {cell.run_id}  lr={cell.cell.name.lr:g}  {cell.error or ''}"
-    return words.rstrip()
-
-
-def unfinished_lines(cells: Iterable[CellStatus]) -> list[str]:
-    """The line of each cell that is not done and is needed."""
-    return [f"  {line(cell)}" for cell in cells if cell.state != State.DONE and cell.is_needed]
-
-
 def to_json(sweep: Sweep, cells: Sequence[CellStatus], forecast: Sequence[Mapping[str, object]] | None = None) -> str:
-    """The sweep with its cells as plain data, for programs.
+    """The sweep with its cells as plain data, for programs. The object of a cell has one level of keys.
 
     Args:
         forecast: the cost of each model and task, for a plan.
     """
     left = time_left(cells)
     has_estimate = left or any(cell.state == State.DONE for cell in cells)
+    found = ("state", "metric", "score", "validation_loss", "error", "seconds")
     tree = {
         "sweep": sweep.id,
         "counts": counts(cells),
         "seconds_left": sum(left.values()) if has_estimate else None,
         **({} if forecast is None else {"forecast": list(forecast)}),
-        "cells": [cell.to_json() for cell in cells],
+        "cells": [
+            {"run_id": cell.run_id, "overrides": list(cell.cell.overrides), **asdict(cell.cell.name)}
+            | {"trainable": trainable_params(cell.cell.config) or 0}
+            | {name: getattr(cell, name) for name in found}
+            for cell in cells
+        ],
     }
     return json.dumps(tree, indent=2, ensure_ascii=False)
+
+
+def find_sweep(outputs: Path, name: str | None = None) -> Path:
+    """The folder of a sweep.
+
+    Args:
+        outputs: the folder of the runs.
+        name: the sweep's id, its name (as `paper` of paper-1a2b3c4d), or its folder. If several have the name, the one
+            whose command was started last is taken. None matches all.
+
+    Raises:
+        UserError: there is no such sweep.
+    """
+    if name is not None and (Path(name) / "cells").is_dir():
+        return Path(name).absolute()
+    sweeps = [path.parent for path in (outputs / "sweeps").glob("*/cells") if path.is_dir()]
+    # Every command writes a file into the folder when it starts (SweepControl).
+    sweeps.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in sweeps:
+        if name in (None, path.name, path.name.rpartition("-")[0]):
+            return path
+    if not sweeps:
+        raise UserError(f"{outputs}: has no sweeps/; start one with train.py --multirun, or name its outputs=FOLDER")
+    newest = ", ".join(path.name for path in sweeps[:LISTED])
+    raise UserError(f"{name}: no such sweep in {outputs}; choose one of {newest}")
+
+
+@dataclass(frozen=True)
+class SweepView:
+    """A sweep as it is now."""
+
+    cells: list[CellStatus]
+    summary: str
+    """The counts and times in one line."""
+    decisions: list[str]
+    """What the sweeper decided and why, in its order."""
+    ended: bool
+    """Whether nothing is left to do."""
+
+
+def looks(folder: Path) -> Iterator[SweepView]:
+    """The sweep of a folder as it is now, at every step of the iteration. What cannot change any more is read once.
+
+    Args:
+        folder: the sweep's folder, outputs/sweeps/SWEEP.
+
+    Raises:
+        UserError: the sweep's own files are damaged. A damaged run is a failed cell.
+    """
+    control = SweepControl(folder)
+    known: dict[str, SweepCell] = {}
+    done: dict[str, CellStatus] = {}
+    while True:
+        for path in (folder / "cells").glob("*.json"):
+            if path.stem not in known:
+                known[path.stem] = frozen_cell(folder, path.stem)
+        in_order = sorted(known.values(), key=lambda cell: (cell.name, cell.run_id))
+        searched = read_search(folder, in_order)
+        cells = [done.get(cell.run_id) or status_of(cell, control, searched) for cell in in_order]
+        is_decided = searched is None or searched.is_over
+        if is_decided:
+            # Before, the search may still choose a run that is done without scores.
+            done.update({cell.run_id: cell for cell in cells if cell.state == State.DONE})
+        stopped_by = control.first_failure()
+        is_working = any(cell.state == State.RUNNING or (cell.is_open and stopped_by is None) for cell in cells)
+        ended = is_decided and not is_working
+        summary = summary_line(visible(folder.name), cells) + (", ended" if ended else "")
+        if stopped_by is not None:
+            summary += f"; stopped, because {visible(stopped_by)} failed (fail_fast)"
+        yield SweepView(cells, summary, [] if searched is None else decision_lines(searched.selection), ended)
+
+
+def watch(folder: Path) -> bool:
+    """Show the sweep until it has ended, or until Ctrl-C: as a live table on a terminal, otherwise as lines.
+
+    Returns:
+        Whether no cell has failed.
+
+    Raises:
+        UserError: the sweep's own files are damaged.
+    """
+    # No text of a file is read as rich's markup.
+    console = Console(highlight=False, markup=False, emoji=False)
+    # The alternate screen: what the terminal showed before comes back at the end, with the last table below it.
+    live = Live(console=console, screen=True, auto_refresh=False)
+    is_live = console.is_terminal and not console.is_dumb_terminal
+    before = None
+    with suppress(KeyboardInterrupt), live if is_live else nullcontext():
+        for now in looks(folder):
+            begun = time.monotonic()
+            if is_live:
+                live.update(frame(now), refresh=True)
+            else:
+                for line in news(before, now):
+                    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+            before = now
+            if now.ended:
+                break
+            time.sleep(max(SECONDS_BETWEEN_LOOKS, (time.monotonic() - begun) / LARGEST_SHARE))
+    last = next(looks(folder))
+    if is_live:
+        console.print(frame(last))
+    return not any(cell.state == State.FAILED for cell in last.cells)
+
+
+def frame(view: SweepView) -> Group:
+    """The screen: a terminal that is too small for it shows its beginning."""
+    lines = [Text(view.summary, style="bold"), *([] if view.ended else [Text("Ctrl-C leaves", style="dim")])]
+    failed = [str(cell) for cell in view.cells if cell.state == State.FAILED]
+    for title, listed in (("Failed", failed[:LISTED]), ("Decided", view.decisions[-LISTED:])):
+        if listed:
+            lines += [Text(), Text(title, style="bold")]
+            lines += [Text(line, no_wrap=True, overflow="ellipsis") for line in listed]
+    cells = sorted(view.cells, key=lambda cell: list(STYLES).index(cell.state))
+    head, *values = rows(cells)
+    # The columns of the sweep's own axes; the others would only repeat one value.
+    shown = [i for i, column in enumerate(head) if column in RESULT_COLUMNS or len({row[i] for row in values}) > 1]
+    drawn = Table(*(head[i] for i in shown), box=None, pad_edge=False)
+    for cell, row in zip(cells, values, strict=True):
+        drawn.add_row(*(row[i] for i in shown), style=STYLES[cell.state])
+    return Group(*lines, Text(), drawn)
+
+
+def news(before: SweepView | None, now: SweepView) -> Iterator[str]:
+    """What has changed between two looks, as lines for a log. Without an earlier look, the state of all."""
+    earlier = {} if before is None else {cell.run_id: cell.state for cell in before.cells}
+    yield from (str(cell) for cell in now.cells if cell.state != earlier.get(cell.run_id, State.MISSING))
+    known = set(before.decisions if before else ())
+    yield from (f"decided: {line}" for line in now.decisions if line not in known)
+    if before is None or counts(before.cells) != counts(now.cells) or before.ended != now.ended:
+        yield now.summary

@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -29,9 +29,8 @@ from tiedlora.records.provenance import code_version
 from tiedlora.records.reading import Text
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.selection import SELECTION_FILE, read_selection
-from tiedlora.sweeps.cell_composer import SECTIONS
 from tiedlora.sweeps.cells import Sweep
-from tiedlora.sweeps.expand import Composers, compose_sweep
+from tiedlora.sweeps.expand import SECTIONS, Composers, DecidingOptions, compose_sweep
 from tiedlora.text import is_name, nearest
 
 PLAN = "study.yaml"
@@ -40,12 +39,9 @@ _SECTIONS = ("grid", *(name for name in SECTIONS if name not in ("outputs", "cac
 """What a word may set. The other keys of a run say where and how it is carried out, which is for the command."""
 _OF_HYDRA = (
     *("hydra/sweeper", "hydra/launcher", "hydra.launcher.n_jobs", "hydra.launcher.devices"),
-    *(f"hydra.sweeper.{key}" for key in ("claims", "budget", "rungs", "finalists", "lowest_rate", "highest_rate")),
-    *("hydra.sweeper.match_lora", "hydra.sweeper.fail_fast"),
+    *(f"hydra.sweeper.{item.name}" for item in fields(DecidingOptions) if item.name not in ("params", "arms")),
 )
 """The other keys of Hydra could start programs, or write elsewhere."""
-Planned = tuple[str, list[str], Sweep]
-"""The name of a part, the words of one of its sweeps after `train.py --multirun`, and that sweep."""
 LARGEST_ADAPTER = 4 * 2**20
 """Bytes. Of a larger adapter (some methods store their frozen projections) a study keeps the sha256 alone."""
 
@@ -102,40 +98,31 @@ class Study:
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two parts have the name {twice}; give each its own")
 
-    def commands(self, only: str | None = None) -> Iterator[tuple[str, list[str]]]:
-        """The name of the part and the words after `train.py --multirun`, for each sweep in the planned order.
+    def composed(
+        self, outputs: Path, only: str | None = None, more: Sequence[str] = ()
+    ) -> list[tuple[str, list[str], Sweep]]:
+        """The name of the part, the words after `train.py --multirun` and the checked sweep, in the planned order.
 
         Args:
             only: the name of one part; None takes all.
+            more: words to add to every sweep.
 
         Raises:
-            UserError: no part has this name.
+            UserError: no part has this name; or naming the part, and what is wrong in its words.
         """
         names = [part.name for part in self.parts]
         if only is not None and only not in names:
             raise UserError(f"{only}: is no part of {self.name}; its parts are {', '.join(names)}")
-        for part in self.parts:
-            if only in (None, part.name):
-                for sweep in part.sweeps:
-                    yield part.name, [*self.words, *part.words, *sweep]
-
-    def composed(self, outputs: Path, only: str | None = None, more: Sequence[str] = ()) -> list[Planned]:
-        """What `commands` gives, each with its sweep, composed and checked as `train.py --multirun` does it.
-
-        Args:
-            more: words to add to every sweep.
-
-        Raises:
-            UserError: naming the part, and what is wrong in its words.
-        """
-        planned: list[Planned] = []
+        planned = []
         composers: Composers = {}
-        for part, words in self.commands(only):
-            try:
-                sweep = compose_sweep([*words, *more, f"outputs={outputs}"], composers)
-            except UserError as error:
-                raise UserError(f"{PLAN}: part {part}: {error}") from None
-            planned.append((part, words, sweep))
+        for part in self.parts:
+            for own in part.sweeps if only in (None, part.name) else []:
+                words = [*self.words, *part.words, *own]
+                try:
+                    sweep = compose_sweep([*words, *more, f"outputs={outputs}"], composers)
+                except UserError as error:
+                    raise UserError(f"{PLAN}: part {part.name}: {error}") from None
+                planned.append((part.name, words, sweep))
         return planned
 
 
@@ -148,9 +135,9 @@ def read_study(folder: Path) -> Study:
     path = folder / PLAN
     if not path.is_file():
         raise UserError(f"{path}: no such file; a study is a folder with a {PLAN}, such as studies/tied-lora-smollm2")
-    text = OmegaConf.to_container(storage.read_yaml(path))
+    tree = OmegaConf.to_container(storage.read_yaml(path))
     try:
-        return from_person(Study, text)
+        return from_person(Study, tree)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -193,19 +180,19 @@ def export_study(folder: Path, outputs: Path) -> int:
     count = 0
     # A hidden folder is a copy that a kill has left incomplete.
     for path in sorted(path for path in outputs.iterdir() if not path.name.startswith(".")):
-        run = RunFolder(path)
+        run, exported = RunFolder(path), RunFolder(runs / path.name)
         if run.result_file.is_file():
             record = run.finished_record()
             if record.left_out is None:
                 is_small = record.adapter_bytes <= LARGEST_ADAPTER
                 export_record(run, runs, keep_adapter=path.name in with_adapter and is_small)
-            elif not (runs / path.name).exists():
+            elif not exported.path.exists():
                 # It was restored from another study, which has runs in common with this one.
                 copy_exported(run, runs)
         elif run.validation_losses_file.is_file() and run.config_file.is_file():
-            exported = RunFolder(runs / path.name)
-            # A finished record stays while its run is trained again, because its adapter was not kept.
-            if not exported.result_file.is_file() and not _is_exported(run, exported):
+            # A finished record stays while its run is trained again, because its adapter was not kept. Files of a
+            # stopped run stay as they were written if it has gone no further.
+            if not exported.result_file.is_file() and _progress(run) != _progress(exported):
                 export_stopped(run, runs)
         else:
             continue
@@ -213,13 +200,10 @@ def export_study(folder: Path, outputs: Path) -> int:
     return count
 
 
-def _is_exported(run: RunFolder, exported: RunFolder) -> bool:
-    """Whether a stopped run has gone no further since its export. Then its files stay as they were written."""
-    now, kept = (
-        [file.exists() and storage.read_bytes(file) for file in (folder.validation_losses_file, folder.pruned_file)]
-        for folder in (run, exported)
-    )
-    return now == kept and run.diverged() == exported.diverged()
+def _progress(run: RunFolder) -> list[object]:
+    """What changes when a stopped run goes on."""
+    files = (run.validation_losses_file, run.pruned_file)
+    return [run.diverged(), *(file.exists() and storage.read_bytes(file) for file in files)]
 
 
 def restore_study(folder: Path, outputs: Path) -> int:
@@ -237,11 +221,10 @@ def restore_study(folder: Path, outputs: Path) -> int:
     runs = folder / "runs"
     if not runs.is_dir():
         raise UserError(f"{runs}: no such folder, so the study has no records to continue from; start it with `run`")
-    count = 0
-    for kept in sorted(path for path in runs.iterdir() if (path / "config.yaml").is_file()):
-        if not (outputs / kept.name).exists():
-            storage.copy_folder(kept, outputs / kept.name)
-            count += 1
+    kept = [path for path in sorted(runs.iterdir()) if (path / "config.yaml").is_file()]
+    missing = [path for path in kept if not (outputs / path.name).exists()]
+    for path in missing:
+        storage.copy_folder(path, outputs / path.name)
     if (runs / "base").is_dir():
         shutil.copytree(runs / "base", outputs / "base", dirs_exist_ok=True)
-    return count
+    return len(missing)
