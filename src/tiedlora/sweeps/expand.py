@@ -157,7 +157,8 @@ class CellComposer:
         if section not in raw or _REFERENCE.search(str(raw[section])):
             return None
         # An option may have a defaults list or a @package line, and so change other sections. A key.with.dots has none.
-        if isinstance(raw[section], dict) and any("." not in word.partition("=")[0] for word in own):
+        keys = [word.partition("=")[0] for word in own if word not in without]
+        if isinstance(raw[section], dict) and any("." not in key for key in keys):
             outside, others = (
                 [(path, package) for path, package in self._files_of(words) if package.split(".")[0] != section]
                 for words in (own, without)
