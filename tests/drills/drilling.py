@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,18 @@ class Events:
     journal, which several processes may share.
     """
 
-    def __init__(self, journal: Path, kill_at: int | None = None) -> None:
-        """kill_at: the number of the event before which the process is killed."""
-        self.kill_at, self.reached = kill_at, 0
+    def __init__(self, journal: Path, kill_at: str = "") -> None:
+        """kill_at: the event before which the process is killed, and which of them: `step 3`; `any 17` is the 17th."""
+        self.kill_at, self.reached = kill_at, Counter[str]()
         self.file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def at(self, event: str) -> None:
-        self.reached += 1
-        if self.kill_at == self.reached:
-            os.write(self.file, f"killed before {event}\n".encode())
-            os.kill(os.getpid(), signal.SIGKILL)
-        os.write(self.file, f"{event}\n".encode())
+    def at(self, event: str, place: str = "") -> None:
+        for name in ("any", event):
+            self.reached[name] += 1
+            if self.kill_at == f"{name} {self.reached[name]}":
+                os.write(self.file, f"killed before {event}\n".encode())
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.write(self.file, f"{place or event}\n".encode())
 
     def install(self) -> None:
         before(torch.optim.AdamW, "step", lambda *_: self.at("step"))
@@ -46,7 +48,8 @@ class Events:
 
     def _renamed(self, event: str, words: tuple[Any, ...]) -> None:
         if event == "os.rename":
-            self.at(f"write {kind(Path(os.fsdecode(words[1])))}")
+            path = Path(os.fsdecode(words[1]))
+            self.at(f"write {kind(path)}", str(path))
 
 
 def before(owner: object, name: str, act: Callable[..., object]) -> None:

@@ -62,7 +62,7 @@ def child(outputs: Path, kill_at: int | None = None) -> tuple[int, list[str]]:
     journal = outputs / "journal"
 
     def act() -> None:
-        drilling.Events(journal, kill_at).install()
+        drilling.Events(journal, f"any {kill_at}" if kill_at else "").install()
         run.main(config(outputs))
 
     return forked(act, seconds=120)[0], journal.read_text().splitlines()
