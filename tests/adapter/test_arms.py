@@ -10,7 +10,8 @@ from helpers.leak import MeanArm
 from helpers.tiny import composed, logits, tiny
 
 from tiedlora.adapter.admission import measure
-from tiedlora.adapter.arms import ArmSpec, attach_saved, groups_by_pattern, new_arm
+from tiedlora.adapter.arms import ArmSpec, groups_by_pattern, new_arm
+from tiedlora.adapter.attach import attach_saved
 from tiedlora.config import methods
 from tiedlora.config.explain import options
 from tiedlora.config.identity import run_id

@@ -2,10 +2,10 @@
 
 import torch
 
-from tiedlora.adapter.arms import OtherArm
+from tiedlora.adapter.arms import Arm
 
 
-class BiasArm(OtherArm):
+class BiasArm(Arm):
     """One trained vector, added to the output of the last norm."""
 
     def __init__(self, model, spec):

@@ -1,19 +1,19 @@
-"""What adapts a base model: the protocol `Arm`, arms of other methods, and how an arm is made or read from its folder.
+"""What adapts a base model: the class `Arm`, and how an arm of another method is made, saved and described.
 
 This project's own method (attach.Attached) and every method of PEFT (peft_arm.PeftArm) are arms. The training, the
-scoring and the record of a run know only the protocol. A program can register a third kind (docs/arena.md).
+scoring and the record of a run know only the base class. A program can register a third kind (docs/arena.md).
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from tiedlora import storage
 from tiedlora.adapter import files
-from tiedlora.adapter.attach import attach_adapter
 from tiedlora.adapter.parts import ParameterGroup
 from tiedlora.config.identity import DESCRIPTION
 from tiedlora.config.methods import REGISTERED
@@ -35,68 +34,6 @@ FORMAT = 3
 """The format of adapter.json for arms of other methods. Earlier versions refuse the number."""
 
 
-class Arm(Protocol):
-    """What adapts a base model. While it is attached, the model computes with it."""
-
-    model: nn.Module
-    """The base model with the arm on it."""
-    compiles: bool
-    """Whether torch.compile may compile the blocks with the arm on them."""
-
-    def trained_parts(self) -> dict[str, nn.Parameter]:
-        """Name -> each parameter that the optimizer changes, once."""
-
-    def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
-        """The trained parameters with their rates and decay.
-
-        Args:
-            lr_factors: factors for the parts A, B, u and v, if the arm has such parts.
-        """
-
-    def changed_buffers(self) -> dict[str, Tensor]:
-        """Name -> each tensor besides the trained parts that has changed since the start. A checkpoint holds them."""
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Name -> each tensor of the arm that is no trained part and may change."""
-
-    def stored_params(self) -> int:
-        """How many numbers the arm's files hold: trained ones, and frozen ones that cannot be left out."""
-
-    @abstractmethod
-    def enable(self) -> None:
-        """Make the model compute with the arm."""
-
-    @abstractmethod
-    def disable(self) -> None:
-        """Make the model compute as the base model."""
-
-    def folded_once(self) -> AbstractContextManager[None]:
-        """Inside the block the arm does not change, so what it prepares before a pass may be prepared once."""
-
-    @abstractmethod
-    def detach(self) -> None:
-        """Take the arm off. The base model is then bit for bit as it was."""
-
-    def cannot_merge(self) -> str | None:
-        """Why the update cannot be added to the weights and taken off again exactly; None if it can."""
-
-    def merge(self) -> None:
-        """Add the update to the weights."""
-
-    def unmerge(self) -> None:
-        """Restore the weights. Without an earlier `merge` nothing happens."""
-
-    def save(self, folder: Path, base: BaseModelRecord) -> int:
-        """Write the arm's folder, completely or not at all. Returns its size in bytes."""
-
-    def load_values(self, folder: Path) -> None:
-        """Take the values of a folder that an arm of the same configuration has written.
-
-        Raises:
-            UserError: a file is damaged or of another arm.
-        """
-
-
 @dataclass(frozen=True)
 class ArmSpec:
     """What an arm of another method is made from."""
@@ -107,10 +44,7 @@ class ArmSpec:
     seed: int
 
 
-ArmFactory = Callable[[nn.Module, ArmSpec], Arm]
-
-
-def register(kind: str, factory: ArmFactory) -> None:
+def register(kind: str, factory: Callable[[nn.Module, ArmSpec], Arm]) -> None:
     """Make `tying.method=KIND` an arm that `factory` puts on a model.
 
     Raises:
@@ -139,33 +73,96 @@ class ArmDescription:
     """The sha256 of the tensors' file."""
     layers: list[Whole] | None = None
 
+    @property
+    def spec(self) -> ArmSpec:
+        tying = TyingConfig(method=self.method, resolved=self.resolved, targets=list(self.targets), layers=self.layers)
+        return ArmSpec(tying, self.architecture, self.seed)
 
-class OtherArm(Arm):
-    """An arm of another method. A subclass attaches itself in `__init__`, and says how it is enabled, disabled and
-    detached, and what its tensors are.
+
+class Arm(ABC):
+    """What adapts a base model. While it is attached, the model computes with it.
+
+    A subclass attaches itself in `__init__`, and defines what is abstract, and what is otherwise than here.
     """
 
+    model: nn.Module
+    """The base model with the arm on it."""
     spec: ArmSpec
-    """What the arm is made from."""
-    tensors_file = "adapter.safetensors"
+    """What an arm of another method is made from."""
     compiles = False
+    """Whether torch.compile may compile the blocks with the arm on them."""
+    tensors_file = "adapter.safetensors"
 
     def __init__(self, model: nn.Module, spec: ArmSpec) -> None:
         self.model, self.spec = model, spec
         self._versions: dict[str, tuple[int, int]] = {}
 
-    # What a subclass defines.
-
     @abstractmethod
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> every parameter of the arm, trained or frozen, once."""
 
+    @abstractmethod
+    def enable(self) -> None:
+        """Make the model compute with the arm."""
+
+    @abstractmethod
+    def disable(self) -> None:
+        """Make the model compute as the base model."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Take the arm off. The base model is then bit for bit as it was."""
+
     def buffers(self) -> dict[str, Tensor]:
-        """Name -> each tensor of the arm that is no parameter."""
+        """Name -> each tensor of the arm that is no parameter and may change."""
         return {}
 
+    def started(self) -> None:
+        """Remember the buffers as they are now. `changed_buffers` compares with them."""
+        self._versions = {name: (id(tensor), tensor._version) for name, tensor in self.buffers().items()}
+
+    def changed_buffers(self) -> dict[str, Tensor]:
+        """Name -> each buffer that has changed since the start. A checkpoint holds them."""
+        return {
+            name: tensor
+            for name, tensor in self.buffers().items()
+            if self._versions.get(name) != (id(tensor), tensor._version)
+        }
+
+    def trained_parts(self) -> dict[str, nn.Parameter]:
+        """Name -> each parameter that the optimizer changes, once."""
+        return {name: parameter for name, parameter in self.named_parameters().items() if parameter.requires_grad}
+
+    def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
+        """The trained parameters with their rates and decay.
+
+        Args:
+            lr_factors: factors for the parts A, B, u and v, if the arm has such parts.
+        """
+        return groups_by_pattern(self.trained_parts(), self.spec.tying.lr_factors, self.spec.tying.no_decay)
+
+    def folded_once(self) -> AbstractContextManager[None]:
+        """Inside the block the arm does not change, so what it prepares before a pass may be prepared once."""
+        return nullcontext()
+
+    def cannot_merge(self) -> str | None:
+        """Why the update cannot be added to the weights and taken off again exactly; None if it can."""
+        return f"the update of {self.spec.tying.method} cannot be taken off the weights exactly"
+
+    def merge(self) -> None:
+        """Add the update to the weights.
+
+        Raises:
+            UserError: it cannot be added.
+        """
+        raise UserError(f"merge: {self.cannot_merge()}")
+
+    def unmerge(self) -> None:
+        """Restore the weights. Without an earlier `merge` nothing happens."""
+        return None
+
     def tensors(self) -> dict[str, Tensor]:
-        """What the tensors' file holds."""
+        """What the tensors' file holds: trained parts, and frozen ones that cannot be left out."""
         return {**self.named_parameters(), **self.buffers()}
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
@@ -174,45 +171,16 @@ class OtherArm(Arm):
             for name, own in self.tensors().items():
                 own.copy_(tensors[name])
 
+    def stored_params(self) -> int:
+        """How many numbers the tensors' file holds."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
     def files_beside(self, base: BaseModelRecord) -> dict[str, object]:
         """Name -> content of further JSON files beside adapter.json and the tensors."""
         return {}
 
-    # What every such arm has.
-
-    def started(self) -> None:
-        """Remember the buffers as they are now. `changed_buffers` compares with them."""
-        self._versions = {name: (id(tensor), tensor._version) for name, tensor in self.buffers().items()}
-
-    def trained_parts(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.named_parameters().items() if parameter.requires_grad}
-
-    def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
-        return groups_by_pattern(self.trained_parts(), self.spec.tying.lr_factors, self.spec.tying.no_decay)
-
-    def changed_buffers(self) -> dict[str, Tensor]:
-        return {
-            name: tensor
-            for name, tensor in self.buffers().items()
-            if self._versions.get(name) != (id(tensor), tensor._version)
-        }
-
-    def stored_params(self) -> int:
-        return sum(tensor.numel() for tensor in self.tensors().values())
-
-    def folded_once(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def cannot_merge(self) -> str | None:
-        return f"the update of {self.spec.tying.method} cannot be taken off the weights exactly"
-
-    def merge(self) -> None:
-        raise UserError(f"merge: {self.cannot_merge()}")
-
-    def unmerge(self) -> None:
-        return None  # It is never merged.
-
     def save(self, folder: Path, base: BaseModelRecord) -> int:
+        """Write the arm's folder, completely or not at all. Returns its size in bytes."""
         # Copies: some methods have one tensor under several names, and the file format has no shared tensors.
         data = to_bytes({name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.tensors().items()})
         tying = self.spec.tying
@@ -235,6 +203,11 @@ class OtherArm(Arm):
         return sum(map(len, contents.values()))
 
     def load_values(self, folder: Path) -> None:
+        """Take the values of a folder that an arm of the same configuration has written.
+
+        Raises:
+            UserError: a file is damaged or of another arm.
+        """
         tensors = check_tensors(folder)
         own = {name: tuple(tensor.shape) for name, tensor in self.tensors().items()}
         if own != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
@@ -314,40 +287,3 @@ def is_other_method(folder: Path) -> bool:
         UserError: it has no readable adapter.json.
     """
     return storage.read_json(folder / DESCRIPTION).get("format") == FORMAT
-
-
-def read_spec(folder: Path) -> tuple[ArmSpec, BaseModelRecord]:
-    """What the saved arm of another method is made from, and the base model that it was trained on.
-
-    Raises:
-        UserError: adapter.json is missing or wrong.
-    """
-    saved = read_description(folder)
-    tying = TyingConfig(method=saved.method, resolved=saved.resolved, targets=list(saved.targets), layers=saved.layers)
-    return ArmSpec(tying, saved.architecture, saved.seed), saved.base
-
-
-def trained_on(folder: Path) -> BaseModelRecord:
-    """The base model that a saved arm of any kind was trained on.
-
-    Raises:
-        UserError: a file is damaged.
-    """
-    return read_spec(folder)[1] if is_other_method(folder) else files.load(folder)[1]
-
-
-def attach_saved(model: nn.Module, folder: Path) -> Arm:
-    """Put the saved arm of any kind on `model`.
-
-    Raises:
-        UserError: a file is damaged, or the arm was made for another architecture.
-    """
-    if not is_other_method(folder):
-        return attach_adapter(model, files.load(folder)[0])
-    arm = new_arm(model, read_spec(folder)[0])
-    try:
-        arm.load_values(folder)
-    except BaseException:
-        arm.detach()
-        raise
-    return arm

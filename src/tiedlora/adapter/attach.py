@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from tiedlora.adapter import architectures, files, linear
+from tiedlora.adapter import architectures, arms, files, linear
+from tiedlora.adapter.arms import Arm
 from tiedlora.adapter.parts import ParameterGroup, TiedAdapter
 from tiedlora.config.families import layout_of
 from tiedlora.config.schema import LrFactors
@@ -60,7 +61,7 @@ def adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 @dataclass
-class Attached:
+class Attached(Arm):
     """An adapter on a model. `merge` moves the update into the weights, `unmerge` restores them, `detach` removes it.
 
     The adapter is also a submodule of the model, `tied_adapter`, so that `.to()`, `.parameters()` and `.train()`
@@ -162,28 +163,31 @@ class Attached:
 
     compiles = True
 
-    def trained_parts(self) -> dict[str, nn.Parameter]:
-        """`target.part` -> its parameter, for the trained parts."""
-        return self.adapter.trained_parts()
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """`target.part` -> its parameter, trained or frozen."""
+        return self.adapter.parts()
 
     def parameter_groups(self, lr_factors: LrFactors) -> list[ParameterGroup]:
         return self.adapter.parameter_groups(lr_factors)
 
-    def buffers(self) -> dict[str, Tensor]:
-        """None: all tensors of the adapter are parts."""
-        return {}
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(files.stored_parts(self.adapter))
 
-    changed_buffers = buffers
+    def save(self, folder: Path | str, base: BaseModelRecord | None = None) -> int:
+        """Write the adapter's folder, with each part once; see `files.save`.
 
-    def stored_params(self) -> int:
-        return sum(parameter.numel() for parameter in files.stored_parts(self.adapter).values())
+        Args:
+            base: which base model this is; None takes the name that transformers gives it.
 
-    def save(self, folder: Path, base: BaseModelRecord) -> int:
-        """As `save_pretrained`."""
-        return files.save(self.adapter, folder, base)
+        Returns:
+            The size of the folder in bytes.
+        """
+        name = getattr(self.model, "name_or_path", "") or type(self.model).__name__
+        return files.save(self.adapter, Path(folder), base or BaseModelRecord(name, None, None))
+
+    save_pretrained = save
 
     def load_values(self, folder: Path) -> None:
-        """Take the values of a saved adapter with the same specification."""
         saved = files.load(folder)[0].parts()
         for name, parameter in self.adapter.parts().items():
             parameter.data.copy_(saved[name])
@@ -196,18 +200,6 @@ class Attached:
             yield
         finally:
             self._fold_once = False
-
-    def save_pretrained(self, folder: Path | str, base: BaseModelRecord | None = None) -> int:
-        """Write the adapter's folder, with each part once; see `files.save`.
-
-        Args:
-            base: which base model this is; None takes the name that transformers gives it.
-
-        Returns:
-            The size of the folder in bytes.
-        """
-        name = getattr(self.model, "name_or_path", "") or type(self.model).__name__
-        return files.save(self.adapter, Path(folder), base or BaseModelRecord(name, None, None))
 
     def detach(self) -> None:
         """Remove the adapter. The base model is then bit for bit as it was before."""
@@ -317,6 +309,32 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter, sharded: bool = False
     attached = Attached(model, adapter, adapter.paths())
     attached.enable()
     return attached
+
+
+def attach_saved(model: nn.Module, folder: Path) -> Arm:
+    """Put the saved arm of any kind on `model`.
+
+    Raises:
+        UserError: a file is damaged, or the arm was made for another architecture.
+    """
+    if not arms.is_other_method(folder):
+        return attach_adapter(model, files.load(folder)[0])
+    arm = arms.new_arm(model, arms.read_description(folder).spec)
+    try:
+        arm.load_values(folder)
+    except BaseException:
+        arm.detach()
+        raise
+    return arm
+
+
+def trained_on(folder: Path) -> BaseModelRecord:
+    """The base model that a saved arm of any kind was trained on.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    return arms.read_description(folder).base if arms.is_other_method(folder) else files.load(folder)[1]
 
 
 def _check_architecture(expected: Architecture, actual: Architecture) -> None:

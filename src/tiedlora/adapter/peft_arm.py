@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiedlora.adapter.arms import ArmSpec, OtherArm
+from tiedlora.adapter.arms import Arm, ArmSpec
 from tiedlora.config.methods import PEFT_FILE, peft_config
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
@@ -29,7 +29,7 @@ NAME = "default"
 """PEFT's name for the one adapter of a model. It stands in the names of its parameters."""
 
 
-class PeftArm(OtherArm):
+class PeftArm(Arm):
     """A method of PEFT on a base model.
 
     Its initial values and frozen random parts are drawn from the run's seed. The state of torch's global generator is

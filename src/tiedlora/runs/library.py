@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tiedlora.adapter.arms import Arm, attach_saved, trained_on
+from tiedlora.adapter.arms import Arm
+from tiedlora.adapter.attach import attach_saved, trained_on
 from tiedlora.config import compose
 from tiedlora.config.check import check_device
 from tiedlora.config.identity import adapter_folder

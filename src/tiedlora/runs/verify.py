@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from tiedlora import storage
-from tiedlora.adapter.arms import attach_saved, check_tensors, is_other_method, trained_on
+from tiedlora.adapter import load
+from tiedlora.adapter.arms import check_tensors, is_other_method, read_description
+from tiedlora.adapter.attach import attach_saved
 from tiedlora.config import compose
 from tiedlora.config.identity import config_tree, identity, leaves, run_id
 from tiedlora.config.schema import FORGETTING, Config
@@ -255,8 +257,11 @@ def _check_adapter(run: CheckedRun) -> Iterator[Finding]:
         return
     if is_other_method(folder):
         check_tensors(folder)
-    base = {"its base model": (trained_on(folder), run.record.base)}
-    yield _compared("adapter", base, "its tensors have the sha256 of adapter.json, and its base model is this run's")
+        base = read_description(folder).base
+    else:
+        _, base = load(folder)
+    values = {"its base model": (base, run.record.base)}
+    yield _compared("adapter", values, "its tensors have the sha256 of adapter.json, and its base model is this run's")
 
 
 def _check_base(run: CheckedRun) -> Iterator[Finding]:
