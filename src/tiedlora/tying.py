@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
@@ -286,6 +286,15 @@ def terms(tying: Tying) -> dict[str, Term]:
     return tying.terms
 
 
+def groups(tying: Tying) -> dict[str, tuple[str, Term]]:
+    """`target`, or `target:term` if there are several terms -> its target and its term."""
+    return {
+        f"{target}:{name}" if name else target: (target, term)
+        for target in tying.targets
+        for name, term in terms(tying).items()
+    }
+
+
 def trained_parts(tying: Tying) -> list[str]:
     """The parts that are trained in any term, in the order of PARTS."""
     return [part for part in PARTS if any(getattr(term, part).trained for term in terms(tying).values())]
@@ -307,11 +316,6 @@ def term_rank(term: Term, rank: int, architecture: Architecture) -> int:
     if own < 1:
         raise UserError(f"tying.terms: a term's rank of {term.rank} is {own} at rank.r={rank}; raise rank.r")
     return own
-
-
-def term_scale(term: Term, alpha: float, rank: int, scaling: str, architecture: Architecture) -> float:
-    """The factor s of a term's update."""
-    return scale(alpha, term_rank(term, rank, architecture) if term.own_scale else rank, scaling)
 
 
 def scale(alpha: float, rank: int, scaling: str = "standard") -> float:
@@ -376,15 +380,16 @@ def part_shape(term: Term, part: str, rank: int, architecture: Architecture, tar
     return math.ceil(layers / sharing), *(sizes[name] for name in PARTS[part].sizes)
 
 
+def parts(tying: Tying, rank: int, architecture: Architecture) -> Iterator[tuple[str, Part, tuple[int, ...]]]:
+    """(`target.part` or `target:term.part`, its specification, its shape) of every part, also of one without effect."""
+    for name, (target, term) in groups(tying).items():
+        for part in PARTS:
+            yield f"{name}.{part}", getattr(term, part), part_shape(term, part, rank, architecture, target)
+
+
 def trainable_params(tying: Tying, rank: int, architecture: Architecture) -> int:
     """How many numbers the optimizer changes (docs/method.md has the formulas of the eight configurations)."""
-    return sum(
-        math.prod(part_shape(term, part, rank, architecture, target))
-        for term in terms(tying).values()
-        for target in tying.targets
-        for part in PARTS
-        if getattr(term, part).trained
-    )
+    return sum(math.prod(shape) for _, part, shape in parts(tying, rank, architecture) if part.trained)
 
 
 def lora_params(rank: int, architecture: Architecture) -> int:
@@ -401,12 +406,6 @@ def nearest_lora_rank(trainable: int, architecture: Architecture) -> int:
     """The rank (at least 1) at which LoRA has the number of parameters nearest to `trainable`; of two, the lower."""
     below = max(1, trainable // lora_params(1, architecture))
     return min(below, below + 1, key=lambda rank: abs(lora_params(rank, architecture) - trainable))
-
-
-def is_stored(term: Term, part: str) -> bool:
-    """Whether the part has a parameter. A frozen part that changes nothing has none."""
-    specification, neutral = getattr(term, part), PARTS[part].neutral
-    return bool(specification.trained or neutral is None or specification.init != neutral)
 
 
 def label(tying: Tying) -> str:

@@ -78,7 +78,7 @@ def test_the_file_loads_back_also_with_layers_in_another_order(scaling, scale, i
 def test_training_does_not_start_from_an_adapter_of_other_layers(tmp_path):
     files.save(some_layers("llama", "TABuv").adapter, tmp_path / "adapter", BASE)
     other = some_layers("llama", "TABuv", layers=(1, 2))
-    with pytest.raises(UserError, match=r"the list of layers is \[0, 2\] there, and \[1, 2\] here; set tying\.layers"):
+    with pytest.raises(UserError, match=r"tying\.layers is \[0, 2\] there, and \[1, 2\] here"):
         files.start_from(other.adapter, tmp_path / "adapter", BASE)
 
 
@@ -134,7 +134,7 @@ def test_an_adapter_of_other_groups_is_no_start(tmp_path):
     saved.save_pretrained(tmp_path / "adapter", BASE)
     saved.detach()
     other = shared_by(4)
-    with pytest.raises(UserError, match=r"that share one A is 3 there, and 4 here; set tying\.A\.share"):
+    with pytest.raises(UserError, match=r"tying\.A\.share .* is 3 there, and 4 here"):
         files.start_from(other.adapter, tmp_path / "adapter", BASE)
     other.detach()
     files.start_from(shared_by(3).adapter, tmp_path / "adapter", BASE)

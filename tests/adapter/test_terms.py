@@ -94,7 +94,7 @@ def test_a_run_starts_only_from_an_adapter_with_the_same_terms(tmp_path):
     attached.detach()
 
     other = TiedAdapter(Tying(u=Part()), 4, 4.0, attached.adapter.architecture, 0)
-    with pytest.raises(UserError, match=r"the list of terms is \['private', 'shared'\] there, and \[''\] here"):
+    with pytest.raises(UserError, match=r"tying\.terms is \['private', 'shared'\] there, and \[''\] here"):
         files.start_from(other, tmp_path / "adapter", base.record)
 
 

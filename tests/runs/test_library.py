@@ -114,11 +114,11 @@ class TestRuns:
     @pytest.mark.parametrize(
         ("overrides", "says"),
         [
-            (["tying=Tuv"], r"qkv.v is in this run only"),
-            (["tying=TAB", "rank=r2"], r"the rank is 8 there, and 2 here; set rank\.r"),
-            (["tying=TAB", "rank.alpha=16"], r"the scale is 1\.0 there, and 2\.0 here; set rank\.alpha"),
-            (["tying=LoRA"], r"share one A is 3 there, and 1 here; set tying\.A\.share"),
-            (["tying=TAB", "tying.targets=[qkv,o]"], r"o.A is in this run only"),
+            (["tying=Tuv"], r"qkv.v is missing there, and \(3, 64\) here"),
+            (["tying=TAB", "rank=r2"], r"rank\.r is 8 there, and 2 here"),
+            (["tying=TAB", "rank.alpha=16"], r"the scale \(rank\.alpha, rank\.scaling\) is 1\.0 there, and 2\.0 here"),
+            (["tying=LoRA"], r"tying\.A\.share \(the layers that share one\) is 3 there, and 1 here"),
+            (["tying=TAB", "tying.targets=[qkv,o]"], r"o.A is missing there"),
             (["tying=TAB", "model=tiny_gpt2"], r"was trained on"),
         ],
     )

@@ -29,11 +29,6 @@ _QKV = ("q", "k", "v")
 _FUSED_BLOCKS = {"q": _QKV, "k": _QKV, "v": _QKV, "gate": ("gate", "up"), "up": ("gate", "up")}
 """Target -> the blocks of the fused module that contains it, in order."""
 
-_PROJECTION_NAME = re.compile(
-    r"(^|[._])(q|k|v|o|qkv|query|key|value|attn|attention|c_attn|fc\d?|w\d|mlp|dense)([._]|$)|proj"
-)
-"""A guess at the paths of projections, in families that this project does not know."""
-
 
 @dataclass(frozen=True)
 class HeadBlocks:
@@ -47,16 +42,22 @@ class HeadBlocks:
 
 @dataclass(frozen=True)
 class Site:
-    """One module of one layer, to whose outputs a target's update is added."""
+    """One module of every layer, to whose outputs a target's update is added."""
 
-    module_path: str
-    """Path inside the whole model."""
+    layers: str
+    """The path of the list of layers."""
+    path: str
+    """The module's path inside a layer."""
     rows: slice
     """The rows of the target's B and v that belong to this module."""
     outputs: slice | HeadBlocks
     """The outputs of the module to which those rows are added. The rows are in the order [Q; K; V]."""
     width: int
     """The number of all outputs of the module. It is more than the rows if the module also computes something else."""
+
+    def in_layer(self, layer: int) -> str:
+        """The module's path inside the whole model."""
+        return f"{self.layers}.{layer}.{self.path}"
 
     def place(self, B: Tensor) -> Tensor:
         """Spread B (... x rows x r) over all outputs of the module (... x width x r), with zeros for the others.
@@ -132,8 +133,8 @@ def not_causal(model: object) -> str:
     )
 
 
-def sites(architecture: Architecture, target: str, layer: int) -> list[Site]:
-    """The modules that contain one target of one layer, with their rows of B and v.
+def sites(architecture: Architecture, target: str) -> list[Site]:
+    """The modules that contain one target of a layer, with their rows of B and v.
 
     Raises:
         UserError: the family is unknown, has no such projection, or the user's layout is wrong for it.
@@ -153,7 +154,7 @@ def sites(architecture: Architecture, target: str, layer: int) -> list[Site]:
         path, _, block = name.partition(":")
         height = target_shape(architecture, part)[1]
         outputs, width = _outputs(architecture, layout, part, block)
-        target_sites.append(Site(f"{layout.layers}.{layer}.{path}", slice(row, row + height), outputs, width))
+        target_sites.append(Site(layout.layers, path, slice(row, row + height), outputs, width))
         row += height
     return target_sites
 
@@ -191,40 +192,40 @@ def check(model: nn.Module, architecture: Architecture, tying: Tying) -> None:
     transposed = layout_of(architecture).transposed
     for target in tying.targets:
         d_in = target_shape(architecture, target)[0]
-        for layer in adapted_layers(tying, architecture):
-            for site in sites(architecture, target, layer):
-                _check_module(model, site, target, d_in, transposed)
+        for site in sites(architecture, target):
+            for layer in adapted_layers(tying, architecture):
+                _check_module(model, site.in_layer(layer), target, (site.width, d_in), transposed)
 
 
-def _check_module(model: nn.Module, site: Site, target: str, d_in: int, transposed: bool) -> None:
+def _check_module(model: nn.Module, path: str, target: str, shape: tuple[int, int], transposed: bool) -> None:
     try:
-        module = model.get_submodule(site.module_path)
+        module = model.get_submodule(path)
     except AttributeError:
         names = ", ".join(candidates(model)[:CANDIDATES_SHOWN])
-        known = f"its candidates are {names}" if names else "it has no linear layers that look like projections"
-        missing = f"no module {site.module_path}, where '{target}' should be; {known}"
+        known = f"its candidates are {names}" if names else "it has no linear layers"
+        missing = f"no module {path}, where '{target}' should be; {known}"
         if not _has_head(model):
             # The body alone, such as a LlamaModel.
             raise UserError(f"{not_causal(model)}; it has {missing}") from None
         raise UserError(f"attach: the model has {missing}") from None
     if not linear.is_linear(module, transposed):
         raise UserError(
-            f"attach: {site.module_path} is a {type(module).__name__}, not a plain linear layer; "
+            f"attach: {path} is a {type(module).__name__}, not a plain linear layer; "
             "load the model unquantised or with model.quantization, or correct its layout"
         )
-    expected = (d_in, site.width) if isinstance(module, Conv1D) else (site.width, d_in)
+    expected = shape[::-1] if isinstance(module, Conv1D) else shape
     if linear.weight_shape(module) != expected:
         raise UserError(
-            f"attach: {site.module_path} has a weight of {linear.weight_shape(module)}, "
+            f"attach: {path} has a weight of {linear.weight_shape(module)}, "
             f"the layout of '{target}' says {expected}; correct model.architecture"
         )
 
 
 def candidates(model: nn.Module) -> list[str]:
-    """Linear modules in layers whose names look like projections, such as `layers.*.self_attn.q_proj (64 x 64)`."""
+    """The linear modules in layers, such as `layers.*.self_attn.q_proj (64 x 64)`."""
     described: dict[str, str] = {}
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and _PROJECTION_NAME.search(path):
+        if isinstance(module, (nn.Linear, Conv1D)):
             pattern = re.sub(r"\.\d+\.", ".*.", path, count=1)
             if pattern != path:
                 described.setdefault(pattern, f"{pattern} ({' x '.join(map(str, linear.weight_shape(module)))})")

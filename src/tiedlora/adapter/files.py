@@ -100,19 +100,6 @@ class _Description:
     scaling: Text = "standard"
 
 
-def _stored_shapes(saved: _Description) -> dict[str, tuple[int, ...]]:
-    """`target.part` -> its shape, for the parts whose values a file holds. They need not exist yet."""
-    return {
-        f"{target}{':' if name else ''}{name}.{part}": spec.part_shape(
-            term, part, saved.rank, saved.architecture, target
-        )
-        for name, term in spec.terms(saved.tying).items()
-        for target in saved.tying.targets
-        for part in spec.PARTS
-        if _is_in_file(getattr(term, part))
-    }
-
-
 def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
     """Read an adapter. Each tied part is one parameter.
 
@@ -133,7 +120,8 @@ def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
     except UserError as error:
         raise UserError(f"{folder / DESCRIPTION}: {error}") from None
     # Before the parts are made: a few bytes of a description can ask for more memory than there is.
-    shapes, tensors = _stored_shapes(saved), read_tensors(folder / TENSORS, saved.sha256)
+    parts, tensors = spec.parts(saved.tying, saved.rank, saved.architecture), read_tensors(path, saved.sha256)
+    shapes = {name: shape for name, part, shape in parts if _is_in_file(part)}
     if tensors.keys() != shapes.keys():
         missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
         raise UserError(f"{path}: lacks {missing or 'nothing'} and has {extra or 'nothing'} beyond its parts")
@@ -188,42 +176,35 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
             *(folder, *(each.quantization or "full precision" for each in (trained_on, base))),
         )
     # If the terms have other names, the lists differ in length, and the names come first.
-    for (what, key, theirs), (*_, ours) in zip(_comparable(saved), _comparable(adapter), strict=False):
+    for (key, theirs), (_, ours) in zip(_comparable(saved), _comparable(adapter), strict=False):
         if theirs != ours:
-            raise UserError(f"train.init_from={folder}: {what} is {theirs} there, and {ours} here; set {key} as there")
+            raise UserError(f"train.init_from={folder}: {key} is {theirs} there, and {ours} here; set it as there")
     own_parts, saved_parts = adapter.parts(), saved.parts()
     for name in sorted(set(own_parts) | set(saved_parts)):
-        own, other, part = own_parts.get(name), saved_parts.get(name), spec.part_of(name)
-        starts_as_saved = other is not None or adapter.specification(name).init == spec.PARTS[part].neutral
-        if own is None or not starts_as_saved:
-            raise UserError(
-                f"train.init_from={folder}: {name} is in {'the adapter' if own is None else 'this run'} only; "
-                "choose the tying and targets that the adapter was trained with"
-            )
-        if other is None:
+        own, other = own_parts.get(name), saved_parts.get(name)
+        if other is None and adapter.specification(name).init == spec.PARTS[spec.part_of(name)].neutral:
             continue
-        if own.shape != other.shape:
+        if own is None or other is None or own.shape != other.shape:
+            theirs, ours = ("missing" if part is None else tuple(part.shape) for part in (other, own))
             raise UserError(
-                f"train.init_from={folder}: {name} is {tuple(other.shape)} there and {tuple(own.shape)} here; "
-                "choose the model, targets and shares of the adapter"
+                f"train.init_from={folder}: {name} is {theirs} there, and {ours} here; choose the model, tying and "
+                "targets that the adapter was trained with"
             )
         own.data.copy_(other)
 
 
-def _comparable(adapter: TiedAdapter) -> list[tuple[str, str, object]]:
-    """(what, the keys that set it, its value): what two adapters must have in common to have the same update."""
+def _comparable(adapter: TiedAdapter) -> list[tuple[str, object]]:
+    """(key, value): what two adapters of one base must have in common, so that each part has the same effect."""
     terms = spec.terms(adapter.tying)
-    values: list[tuple[str, str, object]] = [
-        ("the list of terms", "tying.terms", list(terms)),
-        ("the rank", "rank.r", adapter.rank),
-        ("the scale", "rank.alpha and rank.scaling", adapter.scale),
+    values: list[tuple[str, object]] = [
+        ("tying.terms", list(terms)),
+        ("rank.r", adapter.rank),
+        ("the scale (rank.alpha, rank.scaling)", adapter.scale),
     ]
     for name, term in terms.items():
         key, layers = f"tying.terms.{name}" if name else "tying", spec.adapted_layers(term, adapter.architecture)
-        values.append(("the list of layers", f"{key}.layers", layers))
-        if name:
-            values.append(("whether the scale is the term's own", f"{key}.own_scale", term.own_scale))
+        values += [(f"{key}.layers", layers), (f"{key}.own_scale", term.own_scale)]
         for part in spec.FACTORS:
             sharing = spec.layers_per_group(getattr(term, part).share, len(layers))
-            values.append((f"the number of layers that share one {part}", f"{key}.{part}.share", sharing))
+            values.append((f"{key}.{part}.share (the layers that share one)", sharing))
     return values

@@ -104,10 +104,11 @@ class TargetParts(nn.Module):
         self.layers = spec.adapted_layers(term, architecture)
         count = len(self.layers)
         self.shares = {part: spec.layers_per_group(getattr(term, part).share, count) for part in spec.FACTORS}
-        for letter in spec.PARTS:
+        for letter, traits in spec.PARTS.items():
             part = getattr(term, letter)
             parameter = None
-            if spec.is_stored(term, letter):
+            # A frozen part that changes nothing has no parameter.
+            if part.trained or part.init != traits.neutral:
                 shape = spec.part_shape(term, letter, rank, architecture, target)
                 parameter = nn.Parameter(draw(part.init, shape, seed, letter, name), requires_grad=part.trained)
             self.register_parameter(letter, parameter)
@@ -167,11 +168,10 @@ class TiedAdapter(nn.Module):
         """The numbers of the layers that get an update."""
         self.targets = nn.ModuleDict()
         """`target`, or `target:term` if there are several terms -> its parts."""
-        for target in tying.targets:
-            for term_name, term in spec.terms(tying).items():
-                name = f"{target}:{term_name}" if term_name else target
-                factor = spec.term_scale(term, alpha, rank, scaling, architecture) / self.scale
-                self.targets[name] = TargetParts(term, rank, architecture, target, name, seed, factor)
+        for name, (target, term) in spec.groups(tying).items():
+            scaled_by = spec.term_rank(term, rank, architecture) if term.own_scale else rank
+            factor = spec.scale(alpha, scaled_by, scaling) / self.scale
+            self.targets[name] = TargetParts(term, rank, architecture, target, name, seed, factor)
 
     def folded(self, target: str) -> tuple[Tensor, Tensor]:
         """The LoRA pairs of a target, with all its terms joined along the rank: the sum of the terms' updates.
@@ -182,9 +182,7 @@ class TiedAdapter(nn.Module):
         """
         of_target = [parts for parts in self.targets.values() if parts.target == target]
         pairs = [[self._in_all_layers(parts, factor) for factor in parts.folded()] for parts in of_target]  # type: ignore[operator, arg-type]
-        if len(pairs) == 1:
-            return pairs[0][0], pairs[0][1]
-        return torch.cat([A for A, _ in pairs], 1), torch.cat([B for _, B in pairs], 2)
+        return _joined([(A, B) for A, B in pairs])
 
     def _in_all_layers(self, parts: TargetParts, factor: Tensor) -> Tensor:
         if len(parts.layers) == len(self.layers):
@@ -208,26 +206,26 @@ class TiedAdapter(nn.Module):
         for target in self.tying.targets:
             A, B = self.folded(target)
             A = scale * A if scale != 1.0 else A
-            for same_site in zip(*self._sites[target], strict=True):
-                # This is the same module in every adapted layer: rows, outputs and width do not depend on the layer.
-                placed = same_site[0].place(B[:, same_site[0].rows])
-                B_layers = placed.to(dtype or B.dtype).unbind()
+            for site, paths in self._sites[target]:
+                B_layers = site.place(B[:, site.rows]).to(dtype or B.dtype).unbind()
                 # Rounded for each site: the gradients of q, k and v are then added in float32, not in the base's dtype.
                 A_layers = A.to(dtype or A.dtype).unbind()
-                for site, A_l, B_l in zip(same_site, A_layers, B_layers, strict=True):
-                    pairs_of_module.setdefault(site.module_path, []).append((A_l, B_l))
-        return {path: _stacked(pairs) for path, pairs in pairs_of_module.items()}
+                for path, A_l, B_l in zip(paths, A_layers, B_layers, strict=True):
+                    pairs_of_module.setdefault(path, []).append((A_l, B_l))
+        return {path: _joined(pairs) for path, pairs in pairs_of_module.items()}
 
     def paths(self) -> list[str]:
         """The paths of the adapted modules, each once."""
-        every_site = [site for layers in self._sites.values() for sites in layers for site in sites]
-        return list(dict.fromkeys(site.module_path for site in every_site))
+        return list(dict.fromkeys(path for sites in self._sites.values() for _, paths in sites for path in paths))
 
     @cached_property
-    def _sites(self) -> dict[str, list[list[Site]]]:
-        """Target -> for each adapted layer, the modules that contain the target."""
+    def _sites(self) -> dict[str, list[tuple[Site, list[str]]]]:
+        """Target -> its sites, each with the paths of its modules in the adapted layers."""
         return {
-            target: [architectures.sites(self.architecture, target, layer) for layer in self.layers]
+            target: [
+                (site, [site.in_layer(layer) for layer in self.layers])
+                for site in architectures.sites(self.architecture, target)
+            ]
             for target in self.tying.targets
         }
 
@@ -259,8 +257,8 @@ class TiedAdapter(nn.Module):
         return sum(parameter.numel() for parameter in self.trained_parts().values())
 
 
-def _stacked(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Several LoRA pairs of one module as one pair, whose rank is the sum of their ranks."""
     if len(pairs) == 1:
         return pairs[0]
-    return torch.cat([A_l for A_l, _ in pairs]), torch.cat([B_l for _, B_l in pairs], dim=1)
+    return torch.cat([A for A, _ in pairs], dim=-2), torch.cat([B for _, B in pairs], dim=-1)
