@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("validation", "test"), help="test, unless --forgetting is given alone")
     parser.add_argument("--metrics", nargs="+", help="as score.metrics= of train.py; all if it is left out")
     parser.add_argument("--drift", action="store_true", help="also the drift from the base model, with the losses")
-    parser.add_argument("--forgetting", metavar="SOURCE", help="FILE.txt, task:NAME or hub:ID")
+    parser.add_argument("--forgetting", metavar="FILE.txt", help="neutral text")
     parser.add_argument("--data-root", default=os.environ.get("TIEDLORA_DATA"), help="as data_root= of train.py")
     parser.add_argument("--again", action="store_true", help="score again what was scored before")
     arguments = parser.parse_args()

@@ -58,11 +58,8 @@ TRAIN = {
     "rows that are not there": ("task=squad data_root=nowhere", "nowhere/squad/train.jsonl: no such file"),
     # Scores and trackers
     "a metric that is none": ("score.metrics=[bleu]", "score.metrics=bleu: no such metric of task=chain_sum"),
-    "a text of no kind": ("score.forgetting=wiki", "must be FILE.txt, task:NAME or hub:ID"),
+    "a text of no kind": ("score.forgetting=wiki", "must be FILE.txt"),
     "a text that is no file": ("score.forgetting=wiki.txt", "no such file; a relative path starts at the present"),
-    "a task's text that is none": ("score.forgetting=task:wiki", "no such task; choose from chain_sum"),
-    "a text of the hub without a name": ("score.forgetting=hub:../etc", "needs a name"),
-    "a text that is trained": ("score.forgetting=task:chain_sum", "is the task that the run trains"),
     "a team in the project": ("tracking=wandb tracking.project=a/b", "give the team as tracking.entity"),
 }
 SWEEPS = {

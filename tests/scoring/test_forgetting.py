@@ -2,9 +2,6 @@
 
 import codecs
 import itertools
-import json
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +46,7 @@ def test_a_split_text_has_every_word_once_in_pieces_that_fit(most):
 
 
 def test_a_file_becomes_consecutive_passages_of_at_most_the_context(text, encoder):
-    found = read_passages(str(text), encoder, None)
+    found = read_passages(str(text), encoder)
     assert all(2 <= len(encoder.text(passage.target)) <= 64 for passage in found)
     assert (
         " ".join(passage.target for passage in found).split()
@@ -60,38 +57,11 @@ def test_a_file_becomes_consecutive_passages_of_at_most_the_context(text, encode
     assert not {passage.id for passage in found} & {passage.id for passage in as_passages(["another text"])}
     # A byte order mark is no part of the text, and a long text is not scored to its end.
     text.write_bytes(codecs.BOM_UTF8 + text.read_bytes())
-    assert read_passages(str(text), encoder, None) == found
+    assert read_passages(str(text), encoder) == found
     text.write_text(" ".join([WORDS] * 10))
-    assert len(read_passages(str(text), encoder, None)) == PASSAGES
+    assert len(read_passages(str(text), encoder)) == PASSAGES
     encoder.context = 100_000
-    assert max(len(encoder.text(p.target)) for p in read_passages(str(text), encoder, None)) <= PASSAGE_TOKENS
-
-
-def test_another_task_gives_one_passage_for_each_row(tmp_path, encoder):
-    rows = [{"id": f"dev_{i}", "dialogue": f"#Person1#: {i}. {WORDS}", "summary": "words"} for i in range(5)]
-    (tmp_path / "dialogsum").mkdir()
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "dialogsum" / "validation.jsonl").write_text(lines)
-    found = read_passages("task:dialogsum", encoder, str(tmp_path))
-    assert [passage.target[:14] for passage in found] == [f"#Person1#: {i}. " for i in range(5)]
-
-
-def test_the_hub_gives_the_first_pages(encoder, monkeypatch):
-    """Without the network: the call of `datasets` is replaced, so only what is asked and taken is tested."""
-    asked = []
-
-    def load_dataset(*arguments, **keywords):
-        asked.append((arguments, keywords))
-        return ({"text": f"Page {i}. {WORDS}"} for i in range(10**9))
-
-    fake = SimpleNamespace(load_dataset=load_dataset, exceptions=SimpleNamespace(DatasetsError=RuntimeError))
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    found = read_passages("hub:HuggingFaceFW/finewiki:en", encoder, None)
-    assert asked == [(("HuggingFaceFW/finewiki", "en"), {"split": "train", "streaming": True})]
-    assert [passage.target.split(".")[0] for passage in found] == [f"Page {i}" for i in range(PASSAGES)]
-    monkeypatch.setattr(fake, "load_dataset", lambda *_, **__: iter([{"title": "no text"}]))
-    with pytest.raises(UserError, match=r"score.forgetting=hub:a/b: cannot be loaded"):
-        read_passages("hub:a/b", encoder, None)
+    assert max(len(encoder.text(p.target)) for p in read_passages(str(text), encoder)) <= PASSAGE_TOKENS
 
 
 def test_every_token_but_the_first_is_predicted():
@@ -111,10 +81,10 @@ def test_every_token_but_the_first_is_predicted():
 def test_no_text_is_one_line(tmp_path, encoder):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(UserError, match="holds no text"):
-        read_passages(str(tmp_path / "empty.txt"), encoder, None)
+        read_passages(str(tmp_path / "empty.txt"), encoder)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="is not UTF-8"):
-        read_passages(str(tmp_path / "latin.txt"), encoder, None)
+        read_passages(str(tmp_path / "latin.txt"), encoder)
 
 
 def test_a_run_records_it_and_a_finished_one_gets_it(tiny_config, text, script, monkeypatch, tmp_path):

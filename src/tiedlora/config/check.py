@@ -14,7 +14,7 @@ from tiedlora.config.explain import options
 from tiedlora.config.schema import Config, ModelConfig, ObjectiveConfig, TrainConfig
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
-from tiedlora.text import is_name, nearest
+from tiedlora.text import nearest
 
 LARGEST_RANDOM = 10**9
 """Most parameters of a random model."""
@@ -22,8 +22,6 @@ SMALLEST_VOCABULARY = 257
 """Of a random model (models/)."""
 LARGEST_MISS = 2
 """By which factor the size of a new run may miss its budget. From 5 % on, a miss is marked."""
-TASK_TEXT, HUB_TEXT = "task", "hub"
-"""The prefixes of the two sources of neutral text that are not files."""
 
 
 def check(config: Config) -> None:
@@ -35,7 +33,7 @@ def check(config: Config) -> None:
     if (backend := config.tracking.backend) not in (known := options("tracking")):
         raise UserError(f"tracking.backend={backend}: choose one of {', '.join(known)}{nearest(backend, known)}")
     if config.score.forgetting is not None:
-        check_forgetting(config.score.forgetting, config.task.name)
+        check_forgetting(config.score.forgetting)
     check_device("train.device", config.train.device)
     _check_training(config)
     _check_objective(config)
@@ -79,20 +77,10 @@ def check_new_run(config: Config) -> None:
             )
 
 
-def check_forgetting(source: str, task: str) -> None:
-    """Refuse what cannot name neutral text. Whether it exists is another question: the run may be read elsewhere.
-
-    Args:
-        task: the name of the run's task, whose text is not neutral.
-    """
-    kind, _, name = source.partition(":")
-    if kind in (TASK_TEXT, HUB_TEXT):
-        if not all(map(is_name, name.split(":"))):
-            raise UserError(f"score.forgetting={source!r:.80}: needs a name, as in hub:HuggingFaceFW/finewiki")
-        if (kind, name) == (TASK_TEXT, task):
-            raise UserError(f"score.forgetting={source}: is the task that the run trains; choose another one")
-    elif not source.endswith(".txt"):
-        raise UserError(f"score.forgetting={source!r:.80}: must be FILE.txt, task:NAME or hub:ID")
+def check_forgetting(source: str) -> None:
+    """Refuse what cannot name neutral text. Whether it exists is another question: the run may be read elsewhere."""
+    if not source.endswith(".txt"):
+        raise UserError(f"score.forgetting={source!r:.80}: must be FILE.txt")
 
 
 def check_device(key: str, name: str) -> None:

@@ -310,9 +310,8 @@ class ScoreConfig:
     """What is scored: null takes the task's own metrics and the loss of the targets. [target_loss] takes only the loss,
     without generation, which is much cheaper. A name of the task's metrics takes all of them."""
     forgetting: Text | None = field(default=None, metadata=EXECUTION)
-    """Neutral text whose loss is scored with and without the adapter: FILE.txt, task:NAME (another task's validation
-    rows), or hub:ID (the first pages of a data set, such as hub:HuggingFaceFW/finewiki); null scores none. It changes
-    neither the training nor other scores, so it is not part of the identity. The record has the digest of the text."""
+    """Neutral text whose loss is scored with and without the adapter: FILE.txt; null scores none. It changes neither
+    the training nor other scores, so it is not part of the identity. The record has the digest of the text."""
     drift: bool = field(default=False, metadata=EXECUTION)
     """Whether the losses of a split come with `drift`, the mean Kullback-Leibler divergence of the adapted from the
     base model at the target tokens, in nats. It takes two more passes."""

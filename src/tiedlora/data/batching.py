@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -83,7 +84,8 @@ class BatchSampler:
     def __init__(self, lengths: Sequence[int], train: TrainConfig, seed: int) -> None:
         self.lengths, self.train, self.seed = lengths, train, seed
         self._first_steps = [1]
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        # One epoch is kept, because consecutive steps ask for the same one.
+        self.epoch = functools.lru_cache(1)(self._epoch)
 
     def rows_of_step(self, step: int) -> list[int]:
         """The row numbers of optimizer step `step` (counted from 1)."""
@@ -96,13 +98,8 @@ class BatchSampler:
             if epoch == len(self._first_steps):
                 self._first_steps.append(self._first_steps[-1] + len(batches))
 
-    def epoch(self, epoch: int) -> list[list[int]]:
+    def _epoch(self, epoch: int) -> list[list[int]]:
         """The row numbers of each step of epoch `epoch` (counted from 0)."""
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._shuffled(epoch))
-        return self._epoch[1]
-
-    def _shuffled(self, epoch: int) -> list[list[int]]:
         train = self.train
         generator = random.Random(f"order/{self.seed}/{epoch}")
         rows = list(range(len(self.lengths)))

@@ -100,8 +100,8 @@ def _without_paths(config: Config) -> Config:
 
 
 def _without_folder(text: str | None) -> str | None:
-    """The source of neutral text; of a file only its name."""
-    return text if text is None or not text.endswith(".txt") else Path(text).name
+    """The name of a file of neutral text."""
+    return text if text is None else Path(text).name
 
 
 def _split(run: RunFolder, exported: RunFolder, split: str, recorded: SplitScores) -> SplitScores:

@@ -64,7 +64,7 @@ def add_scores(
     task = load_task(config.task)
     wanted = wanted_passes(metrics, task, drift)
     if forgetting is not None:
-        check_source(forgetting, config.task.name)
+        check_source(forgetting)
     with StopSignal(), ExitStack() as undone:
         device = set_up_device(config.train.device, finished.execution.threads)
         base = cached_base(config, device)

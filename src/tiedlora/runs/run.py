@@ -40,7 +40,7 @@ def main(config: Config) -> RunRecord | None:
     if config.objective.name == "reward":
         reward_metric(config.objective, task)
     if config.score.forgetting is not None:
-        check_source(config.score.forgetting, config.task.name)
+        check_source(config.score.forgetting)
     folder = RunFolder(Path(config.outputs) / run_id(config))
     record = folder.record()
     if record is not None and not record.keeps(ADAPTER) and lacks_scores(config.score, record):

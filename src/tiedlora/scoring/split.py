@@ -25,7 +25,7 @@ from tiedlora import storage
 from tiedlora.adapter.arms import Arm
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import FORGETTING, Config
-from tiedlora.data.batching import collate
+from tiedlora.data.batching import Batch, collate
 from tiedlora.data.encoding import Encoded, Encoder
 from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.models.device import free_memory
@@ -123,7 +123,7 @@ class Scorer:
         Raises:
             UserError: the text cannot be read; or as score_split.
         """
-        passages = read_passages(source, self.encoder, self.config.data_root)
+        passages = read_passages(source, self.encoder)
         scores = self.score_split(FORGETTING, passages, folder, Passes(answers=False))
         return replace(scores, source=source, source_digest=source_digest(source))
 
@@ -163,7 +163,7 @@ class Scorer:
         recorded: SplitScores | None,
     ) -> SplitScores:
         # The passes as values of `losses`: answers first.
-        kinds = [*([False] if passes.answers else []), *([True] if passes.losses else [])]
+        kinds = [losses for losses, wanted in ((False, passes.answers), (True, passes.losses)) if wanted]
         base_rows = None
         if self.config.score.base if recorded is None else recorded.base is not None:
             base_parts = [self.cached_base(split, examples, losses) for losses in kinds]
@@ -228,47 +228,32 @@ class Scorer:
         ends = AnswerEnds(self.encoder.tokenizer, task.stop, task.max_new_tokens, self.encoder.more_ends)
         progress = ProgressBar(title, len(examples), "rows")
 
-        def unscored(
-            number: int, output: str, output_tokens: int, ended: str, log_likelihoods: list[float] | None = None
-        ) -> PredictionRow:
-            """Without scores, which the task gives when all rows are answered."""
-            example, original = asked[number], examples[number]
-            return PredictionRow(
-                id=example.id,
-                prompt=example.prompt,
-                references=list(example.references),
-                output=output,
-                scores={},
-                shortened=example is not original,
-                cluster=example.cluster,
-                output_tokens=output_tokens,
-                ended=ended,
-                choices=list(example.choices) if by_likelihood else None,
-                log_likelihoods=log_likelihoods,
-            )
-
-        def likeliest(number: int, log_likelihoods: list[float]) -> PredictionRow:
-            best = max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
-            tokens = sum(map(len, choices[number]))
-            return unscored(number, asked[number].choices[best], tokens, "choice", log_likelihoods)
-
-        def rows_of(batch: list[int]) -> Rows:
+        def of_batch(batch: list[int]) -> list[tuple[str, int, str, list[float] | None]]:
+            """(the answer, its tokens, what ended it, the likelihoods of the row's choices) of each row."""
             batch_prompts = [prompts[number] for number in batch]
             if not by_likelihood:
-                outputs = zip(batch, decode(model, batch_prompts, ends, progress.advance), strict=True)
-                return [unscored(number, given.text.strip(), len(given.ids), given.ended) for number, given in outputs]
+                outputs = decode(model, batch_prompts, ends, progress.advance)
+                return [(output.text.strip(), len(output.ids), output.ended, None) for output in outputs]
             found = choice_log_likelihoods(model, batch_prompts, [choices[number] for number in batch])
             progress.advance(len(batch))
-            return list(map(likeliest, batch, found))
+            likeliest = [asked[number].choices[own.index(max(own))] for number, own in zip(batch, found, strict=True)]
+            tokens = [sum(map(len, choices[number])) for number in batch]
+            return list(zip(likeliest, tokens, ["choice"] * len(batch), found, strict=True))
 
-        rows = in_shares(self.world, model, self._answer_batches(prompts, choices), rows_of)
+        answers = in_shares(self.world, model, self._answer_batches(prompts, choices), of_batch)
         progress.close()
         scores = TaskMetric(self.task, by_likelihood, asked).compute(
-            predictions=[row.log_likelihoods if by_likelihood else row.output for row in rows],
+            predictions=[log_likelihoods if by_likelihood else text for text, *_, log_likelihoods in answers],
             references=[example.references for example in asked],
             choices=[example.choices for example in asked],
         )["per_example"]
-        return [replace(row, scores=_as_floats(score)) for row, score in zip(rows, scores, strict=True)]
+        rows = []
+        for original, example, score, answer in zip(examples, asked, scores, answers, strict=True):
+            output, tokens, ended, log_likelihoods = answer
+            texts = list(example.choices) if by_likelihood else None
+            answered = _row(original, example, output, _as_floats(score), ended)
+            rows.append(replace(answered, output_tokens=tokens, choices=texts, log_likelihoods=log_likelihoods))
+        return rows
 
     def losses(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
         """One row for each example, with the loss of its target and without an answer. Arguments as of `answers`.
@@ -276,35 +261,20 @@ class Scorer:
         Raises:
             UserError: as `answers`; or a loss is not finite.
         """
-        targets = [self._target(example) for example in examples]
-        progress = ProgressBar(title, len(examples), "rows")
 
-        def row(number: int, total: float, tokens: int) -> PredictionRow:
-            original, target = examples[number], targets[number]
+        def of_batch(batch: Batch) -> list[tuple[float, int]]:
+            found = row_losses(model, batch)
+            return list(zip(found.sums.tolist(), found.tokens.tolist(), strict=True))
+
+        targets = [self._target(example) for example in examples]
+        rows, found = [], self._of_targets(model, targets, title, of_batch)
+        for original, target, (total, tokens) in zip(examples, targets, found, strict=True):
             if not math.isfinite(total):
                 raise UserError(
                     f"score: the loss of row {original.id} is {total}; try train.dtype=float32, or lower train.lr"
                 )
-            return PredictionRow(
-                id=original.id,
-                prompt=target.example.prompt,
-                references=list(original.references),
-                output="",
-                scores=loss_scores(total, tokens),
-                shortened=target.example is not original,
-                ended=NOT_GENERATED,
-                cut_target=target.cut,
-                cluster=original.cluster,
-            )
-
-        def rows_of(batch: list[int]) -> Rows:
-            tokens = collate([targets[number].tokens for number in batch], self.encoder.tokenizer.eos_token_id)
-            found = row_losses(model, tokens.to(input_device(model)))
-            progress.advance(len(batch))
-            return list(map(row, batch, found.sums.tolist(), found.tokens.tolist()))
-
-        rows = in_shares(self.world, model, self._target_batches(targets), rows_of)
-        progress.close()
+            row = _row(original, target.example, "", loss_scores(total, tokens), NOT_GENERATED)
+            rows.append(replace(row, cut_target=target.cut))
         return rows
 
     def divergences(self, examples: Sequence[Example], title: str) -> list[float]:
@@ -314,21 +284,30 @@ class Scorer:
             UserError: as `answers`; or a divergence is not finite.
         """
         targets, model = [self._target(example) for example in examples], self.attached.model
-        progress = ProgressBar(title, len(examples), "rows")
         as_base = functools.partial(scored_model, self.attached, self.config, base=True)
+        found = self._of_targets(
+            model, targets, title, lambda batch: [float(value) for value in row_divergences(model, batch, as_base)]
+        )
+        if not all(map(math.isfinite, found)):
+            raise UserError("score.drift: a divergence is not finite; try train.dtype=float32, or lower train.lr")
+        # Rounding may lead below 0, where no divergence is.
+        return [max(0.0, value) for value in found]
 
-        def of_batch(batch: list[int]) -> list[float]:
+    def _of_targets(
+        self, model: Any, targets: Sequence[_Target], title: str, compute: Callable[[Batch], Sequence[T]]
+    ) -> list[T]:
+        """What `compute` gives for the rows of each batch of targets, in the order of the rows."""
+        progress = ProgressBar(title, len(targets), "rows")
+
+        def of_batch(batch: list[int]) -> Sequence[T]:
             tokens = collate([targets[number].tokens for number in batch], self.encoder.tokenizer.eos_token_id)
-            found: list[float] = row_divergences(model, tokens.to(input_device(model)), as_base).tolist()
+            found = compute(tokens.to(input_device(model)))
             progress.advance(len(batch))
             return found
 
         found = in_shares(self.world, model, self._target_batches(targets), of_batch)
         progress.close()
-        if not all(map(math.isfinite, found)):
-            raise UserError("score.drift: a divergence is not finite; try train.dtype=float32, or lower train.lr")
-        # Rounding may lead below 0, where no divergence is.
-        return [max(0.0, value) for value in found]
+        return found
 
     def batches(self, examples: Sequence[Example], *, losses: bool) -> list[list[int]]:
         """The example numbers of each batch of `rows`. In the same batches, a model gives the same rows again.
@@ -462,6 +441,19 @@ def in_shares(
         raise MemoryError("scoring: memory ran out in one of the processes")
     rows = dict(row for share in world.gather(own) for row in share)
     return [rows[number] for number in range(len(rows))]
+
+
+def _row(original: Example, asked: Example, output: str, scores: dict[str, Score], ended: str) -> PredictionRow:
+    return PredictionRow(
+        id=asked.id,
+        prompt=asked.prompt,
+        references=list(asked.references),
+        output=output,
+        scores=scores,
+        shortened=asked is not original,
+        ended=ended,
+        cluster=asked.cluster,
+    )
 
 
 def _with_score(rows: Rows, name: str, values: Sequence[float]) -> Rows:

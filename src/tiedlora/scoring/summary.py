@@ -79,25 +79,21 @@ def _interval(
 ) -> Interval:
     """Of the scores, or of their paired differences to those of `base`."""
     # The largest possible value, for the interval that a single row cannot give.
-    largest = LARGEST_LOSS if is_loss(metric) else 1.0
-    if (corpus_score := _corpus_score(task, metric)) is not None:
-        ours = _of_one_kind(scores, statistics=True)
-        others = None if base is None else _of_one_kind(base, statistics=True)
-        if clusters is None:
-            return bootstrap_corpus(ours, corpus_score, others, largest=largest)
-        values = pseudo_values(np.array(ours), corpus_score)
-        values -= 0.0 if others is None else pseudo_values(np.array(others), corpus_score)
-        return clustered_mean(values, clusters, (0.0 if base is None else -largest, largest))
-    first, second = (_of_one_kind(some, statistics=False) for some in (scores, base or []))
+    largest, corpus_score = LARGEST_LOSS if is_loss(metric) else 1.0, _corpus_score(task, metric)
+    bounds = (0.0 if base is None else -largest, largest)
+    ours, others = (_of_one_kind(some, statistics=corpus_score is not None) for some in (scores, base or []))
+    if corpus_score is not None and clusters is None:
+        return bootstrap_corpus(ours, corpus_score, None if base is None else others, largest=largest)
     if clusters is not None:
-        values = np.array(first) - (0.0 if base is None else np.array(second))
-        return clustered_mean(values, clusters, (0.0 if base is None else -largest, largest))
+        values, *base_values = (
+            np.array(side) if corpus_score is None else pseudo_values(np.array(side), corpus_score)
+            for side in ([ours] if base is None else [ours, others])
+        )
+        return clustered_mean(values - sum(base_values), clusters, bounds)
     # A loss may be exactly 0 or 1 nats, and is no proportion.
-    if is_binary([*first, *second]) and not is_loss(metric):
-        return wilson(int(sum(first)), len(first)) if base is None else paired_proportions(first, second)
-    if base is None:
-        return bootstrap_mean(first, (0.0, largest))
-    return bootstrap_mean([a - b for a, b in zip(first, second, strict=True)], (-largest, largest))
+    if is_binary([*ours, *others]) and not is_loss(metric):
+        return wilson(int(sum(ours)), len(ours)) if base is None else paired_proportions(ours, others)
+    return bootstrap_mean(ours if base is None else [a - b for a, b in zip(ours, others, strict=True)], bounds)
 
 
 def _corpus_score(task: Task, metric: str) -> Callable[[Iterable[float]], float] | None:
