@@ -53,7 +53,7 @@ def load_examples(task: Task, split: str, data_root: str | None) -> list[Example
     """
     config = task.config
     rows = _split_rows(task, split, data_root)
-    examples_in_order, count = _examples(task, _grouped(task, rows)), getattr(config.rows, split)
+    examples_in_order, count = _examples(task, rows), getattr(config.rows, split)
     if split == "train" and task.inputs_recur:
         scored = _scored_prompts(task, data_root)
         examples_in_order = (example for example in examples_in_order if example.prompt not in scored)
@@ -82,43 +82,21 @@ def _read_rows(task: Task, split: str, data_root: str | None) -> list[DataRow]:
 
 
 def _split_rows(task: Task, split: str, data_root: str | None) -> list[DataRow]:
-    """The rows of a split. If validation is taken from train, neither has rows of the other."""
-    if split == "train" or (split == "validation" and task.config.validation_from_train):
-        return _split_train(task, data_root)[split == "validation"]
-    return _read_rows(task, split, data_root)
-
-
-def _split_train(task: Task, data_root: str | None) -> tuple[list[DataRow], list[DataRow]]:
-    """(the training rows that stay, the validation rows that are taken), in whole groups.
+    """The rows of a split. If validation is taken from train, in whole groups, neither has rows of the other.
 
     A run's seed does not change the choice.
     """
-    rows, count = _read_rows(task, "train", data_root), task.config.validation_from_train
-    if not count:
-        return rows, []
+    count = task.config.validation_from_train
+    if not count or split not in ("train", "validation"):
+        return _read_rows(task, split, data_root)
+    rows = _read_rows(task, "train", data_root)
     groups = [task.group_id(task.row_id(row, number)) for number, row in enumerate(rows)]
     order = list(dict.fromkeys(groups))
     if count >= len(order):
         raise UserError(f"task.validation_from_train={count}: must be less than the {len(order)} train rows")
     random.Random(f"carve/{task.config.split_seed}").shuffle(order)
     taken = set(order[:count])
-    return (
-        [row for row, group in zip(rows, groups, strict=True) if group not in taken],
-        [row for row, group in zip(rows, groups, strict=True) if group in taken],
-    )
-
-
-def _grouped(task: Task, rows: list[DataRow]) -> list[list[tuple[str, DataRow]]]:
-    """Groups of (id, row), in the order of their first rows."""
-    groups: dict[str, list[tuple[str, DataRow]]] = {}
-    places: dict[str, str] = {}
-    for number, row in enumerate(rows):
-        id = task.row_id(row, number)
-        if id in places:
-            raise UserError(f"{row.where}: the id '{id}' was used before, at {places[id]}; make ids unique")
-        places[id] = row.where
-        groups.setdefault(task.group_id(id), []).append((id, row))
-    return list(groups.values())
+    return [row for row, group in zip(rows, groups, strict=True) if (group in taken) == (split == "validation")]
 
 
 def _scored_prompts(task: Task, data_root: str | None) -> set[str]:
@@ -129,15 +107,23 @@ def _scored_prompts(task: Task, data_root: str | None) -> set[str]:
             rows = _split_rows(task, split, data_root)
         except UserError:
             continue  # Training does not need these rows. If the run scores the split, scoring reports the error.
-        prompts.update(example.prompt for example in _examples(task, _grouped(task, rows)))
+        prompts.update(example.prompt for example in _examples(task, rows))
     return prompts
 
 
-def _examples(task: Task, groups: list[list[tuple[str, DataRow]]]) -> Iterator[Example]:
-    """One example for each group, with the references of all its rows."""
-    for group in groups:
+def _examples(task: Task, rows: list[DataRow]) -> Iterator[Example]:
+    """One example for each group of rows, in the order of their first rows, with the references of all its rows."""
+    groups: dict[str, list[tuple[str, DataRow]]] = {}
+    places: dict[str, str] = {}
+    for number, row in enumerate(rows):
+        id = task.row_id(row, number)
+        if id in places:
+            raise UserError(f"{row.where}: the id '{id}' was used before, at {places[id]}; make ids unique")
+        places[id] = row.where
+        groups.setdefault(task.group_id(id), []).append((id, row))
+    for group_id, group in groups.items():
         (first_id, first_row), *others = group
-        example = replace(_checked_example(task, first_row, first_id), id=task.group_id(first_id))
+        example = replace(_checked_example(task, first_row, first_id), id=group_id)
         for id, row in others:
             other = _checked_example(task, row, id)
             if other.prompt != example.prompt:
@@ -158,7 +144,12 @@ def _checked_example(task: Task, row: DataRow, id: str) -> Example:
                 raise RowError(f"the field '{name}' is missing (it has {', '.join(row.fields) or 'none'})")
             if type(row[name]) is not kind:
                 raise RowError(f"the field '{name}' must be {kind.__name__}, not {type(row[name]).__name__}")
-        example = replace(task.example(row, id), cluster=_cluster(row, task.config.cluster))
+        if (cluster := task.config.cluster) is not None and cluster not in row.fields:
+            raise RowError(
+                f"the field '{cluster}' of task.cluster is missing; for rows without it, set task.cluster=null"
+            )
+        value = None if cluster is None else row[cluster]
+        example = replace(task.example(row, id), cluster="" if value is None else str(value))
         "".join([id, example.prompt, example.target, *example.references, *example.choices]).encode()
     except UnicodeEncodeError:
         raise UserError(
@@ -167,14 +158,6 @@ def _checked_example(task: Task, row: DataRow, id: str) -> Example:
     except RowError as error:
         raise UserError(f"{row.where}: {error}") from None
     return example
-
-
-def _cluster(row: DataRow, field: str | None) -> str:
-    if field is None:
-        return ""
-    if field not in row.fields:
-        raise RowError(f"the field '{field}' of task.cluster is missing; for rows without it, set task.cluster=null")
-    return "" if row[field] is None else str(row[field])
 
 
 def _with_shuffled_targets(examples: list[Example], seed: int) -> list[Example]:
