@@ -48,26 +48,6 @@ def test_sharing_by_n_layers_scales_with_the_ceiling():
     assert tying.label(tying_option("TAB", "tying.A.share=4")) == "custom"
 
 
-def test_the_start_of_the_authors_branch_is_tabuv_with_other_initial_values():
-    spec = tying_option("TABuv_v0")
-    assert identity(spec) == identity(tying.named("TABuv_v0"))
-    assert tuple(getattr(spec, part).init for part in tying.PARTS) == ("uniform", "uniform", 1.0, 0.0)
-    assert {part: getattr(spec, part).trained for part in tying.PARTS} == dict.fromkeys(tying.PARTS, True)
-    # The run ids of this start had `custom` before it had a name.
-    assert tying.label(spec) == "custom"
-
-
-@pytest.mark.parametrize("name", [*EIGHT, "LoRA_qkv", "TABuv_v0"])
-def test_counts_depend_on_the_adapted_layers_only(name):
-    """A model of three layers needs as much as three adapted layers of thirty."""
-    thirty = model_option("smollm2_135m").architecture
-    three = replace(thirty, layers=3)
-    for extra in ([], ["tying.A.share=2", "tying.B.share=2"]):
-        some = tying_option(name, "tying.layers=[0,5,29]", *extra)
-        assert tying.trainable_params(some, 4, thirty) == tying.trainable_params(tying_option(name, *extra), 4, three)
-        assert tying.label(some) == "custom"
-
-
 def test_layers_are_numbers_and_ranges():
     assert Tying(layers=[7, "2-4", 3, "0"]).layers == [0, 2, 3, 4, 7]
     for wrong in ("a", "4-2", "-1", "2-", "0-99999", 1.5, True, None, [1]):

@@ -56,12 +56,15 @@ def literal_weights(model, attached):
     return weights
 
 
-@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("name", [*EIGHT, "TAB in twos"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients_equal_the_literal_update(family, name, ids):
-    model = family_model(family)
+    model, spec = family_model(family), named(name.split()[0])
+    if name not in EIGHT:
+        # Of three layers, the last one does not share.
+        spec.A.share = spec.B.share = 2
     before = logits(model, ids)
-    attached = attach(model, name, RANK, ALPHA)
+    attached = attach(model, spec, RANK, ALPHA)
     assert torch.equal(logits(model, ids), before), "the untrained adapter changes a logit"
     randomise(attached.adapter, scale=0.25)
     parts = attached.adapter.trained_parts()

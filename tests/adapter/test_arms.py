@@ -116,14 +116,6 @@ def test_an_arm_on_the_embedding_or_the_head_is_refused(arguments):
     assert set(base.model.state_dict()) == names
 
 
-def test_named_modules_of_shira_are_counted_once_attached():
-    words = ["tying=peft", "tying.method=ShiraConfig", "tying.arguments={target_modules: [q_proj], r: 2}"]
-    config = composed([*words, "model=tiny_llama"])
-    assert trainable_params(config) is None
-    arm = new_arm(tiny("tiny_llama").model, ArmSpec(config.tying, config.model.architecture, 0))
-    assert sum(part.numel() for part in arm.trained_parts().values()) > 0
-
-
 def test_peft_loads_the_folder_that_a_run_writes(ids, tmp_path):
     from peft import PeftModel
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers.families import family_model
 from helpers.tiny import logits, randomise, tying_option
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
-from tiedlora import TiedLoraConfig, attach, attach_adapter, named, to_peft
+from tiedlora import attach, attach_adapter, named, to_peft
 from tiedlora.adapter import files
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
@@ -55,13 +55,6 @@ def test_the_other_layers_get_no_update(family, name, overrides, ids):
     assert (adapted - logits(family_model(family), ids)).abs().max() > 0.1
 
 
-def test_the_file_of_what_earlier_versions_know_has_no_new_key(tmp_path):
-    files.save(attach(family_model("llama"), "TABuv", RANK).adapter, tmp_path / "adapter", BASE)
-    description = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
-    assert description["format"] == 1
-    assert not {"layers", "scaling"} & (set(description) | set(description["tying"]))
-
-
 @pytest.mark.parametrize(("scaling", "scale"), [("standard", 6 / 4), ("rslora", 6 / 4**0.5)])
 def test_the_file_loads_back_also_with_layers_in_another_order(scaling, scale, ids, tmp_path):
     """A specification is an ordinary object: the order of the layers in it must not swap their u and v in the file."""
@@ -73,13 +66,6 @@ def test_the_file_loads_back_also_with_layers_in_another_order(scaling, scale, i
     again = attach_adapter(family_model("llama"), files.load(tmp_path / "adapter")[0])
     assert (again.adapter.tying.layers, again.adapter.scale) == (SOME, scale)
     assert torch.equal(logits(again.model, ids), logits(attached.model, ids))
-
-
-def test_training_does_not_start_from_an_adapter_of_other_layers(tmp_path):
-    files.save(some_layers("llama", "TABuv").adapter, tmp_path / "adapter", BASE)
-    other = some_layers("llama", "TABuv", layers=(1, 2))
-    with pytest.raises(UserError, match=r"tying\.layers is \[0, 2\] there, and \[1, 2\] here"):
-        files.start_from(other.adapter, tmp_path / "adapter", BASE)
 
 
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
@@ -94,18 +80,6 @@ def test_pefts_format_has_the_layers_and_the_scale(family, targets, scaling, ids
     assert config["layers_to_transform"] == SOME
     theirs = PeftModel.from_pretrained(family_model(family), tmp_path)
     assert close(logits(theirs, ids), logits(attached.model, ids))
-
-
-def test_pefts_method_takes_both(ids, tmp_path):
-    config = TiedLoraConfig(r=RANK, alpha=ALPHA, layers=["0-1"], scaling="rslora", task_type="CAUSAL_LM")
-    model = get_peft_model(family_model("llama"), config)
-    adapter = model.base_model.attached.adapter
-    assert (adapter.scale, adapter.tying.layers) == (3.0, [0, 1])
-    assert named("TABuv").layers is None
-    randomise(adapter, scale=0.25)
-    adapted = logits(model, ids)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(family_model("llama"), tmp_path), ids), adapted)
 
 
 def test_a_run_records_both_and_verifies(tiny_config, tmp_path, script):

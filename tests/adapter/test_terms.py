@@ -5,11 +5,11 @@ import torch
 from helpers.tiny import logits, model_option, randomise, tiny, tying_option
 
 from tiedlora import tying
-from tiedlora.adapter import TiedAdapter, attach, files, load, save
+from tiedlora.adapter import TiedAdapter, attach, load, save
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import identity, name_of, run_id
 from tiedlora.errors import UserError
-from tiedlora.tying import Factor, Part, Term, Tying
+from tiedlora.tying import Factor, Term, Tying
 
 TWO = {"all": Term(), "some": Term(layers=["evenly 1"], rank="2", A=Factor(init="uniform", share=1))}
 
@@ -85,17 +85,6 @@ def test_a_wrong_sum_is_one_line(words, says):
     with pytest.raises(UserError) as caught:
         compose_config(["model=tiny_llama", *words])
     assert str(caught.value).startswith(says)
-
-
-def test_a_run_starts_only_from_an_adapter_with_the_same_terms(tmp_path):
-    base = tiny("tiny_llama")
-    attached = attach(base.model, "RaSA", 4)
-    save(attached.adapter, tmp_path / "adapter", base.record)
-    attached.detach()
-
-    other = TiedAdapter(Tying(u=Part()), 4, 4.0, attached.adapter.architecture, 0)
-    with pytest.raises(UserError, match=r"tying\.terms is \['private', 'shared'\] there, and \[''\] here"):
-        files.start_from(other, tmp_path / "adapter", base.record)
 
 
 def test_every_layer_by_number_is_the_same_run_as_null():

@@ -12,11 +12,11 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from helpers.tiny import TINY, generate, randomise, saved_tiny, tiny
 
 from tiedlora.adapter import attach, linear
+from tiedlora.config.identity import run_id
 from tiedlora.data.batching import microbatches
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_base
-from tiedlora.runs import run
 from tiedlora.runs.trainer import Trainer
 from tiedlora.scoring.decoding import choice_log_likelihoods
 from tiedlora.training.distributed import World
@@ -83,22 +83,6 @@ def test_quantised_weights_are_not_offloaded(kind, tmp_path):
     with pytest.raises(UserError, match=rf"^model.quantization={kind}: the model does not fit.*model.gpu_memory"):
         load_base(replace(config, cpu_memory="90KB"), "float32", CPU, tmp_path / "cache")
     randomise(attach(load_base(config, "float32", CPU, tmp_path / "cache").model, "TABuv").adapter)
-
-
-@pytest.mark.slow
-def test_a_run_is_the_run_of_the_whole_model(tiny_config, tmp_path):
-    """Where the weights are is no part of the identity, and a finished run is found again."""
-    path = saved_tiny("tiny_llama", tmp_path / "model").path
-    size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
-    source = ["model.source=hub", f"model.path={path}"]
-    whole = run.main(tiny_config(*source))
-    config = tiny_config(*source, "model.device_map=auto", f"model.cpu_memory={size // 2000}KB")
-    config.outputs = str(tmp_path / "spread")
-    other = run.main(config)
-    assert other.run_id == whole.run_id
-    assert other.training.validation_loss_last == whole.training.validation_loss_last
-    # The whole model is scored merged, which rounds otherwise.
-    assert other.scores["validation"].output_tokens > 0
 
 
 class TestHookedByTheUser:
@@ -180,5 +164,6 @@ def test_what_cannot_be_placed_is_refused(overrides, says, tiny_config):
 
 def test_several_processes_cannot_spread_one_model(tiny_config):
     config = tiny_config("model.source=hub", "model.device_map=auto")
+    assert run_id(config) == run_id(tiny_config("model.source=hub")), "where the weights are is not in the identity"
     with pytest.raises(UserError, match=r"^model.device_map=auto: every process would spread"):
         Trainer(config, World(0, 2))

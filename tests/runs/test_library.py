@@ -117,6 +117,8 @@ class TestRuns:
             (["tying=Tuv"], r"qkv.v is missing there, and \(3, 64\) here"),
             (["tying=TAB", "rank=r2"], r"rank\.r is 8 there, and 2 here"),
             (["tying=TAB", "rank.alpha=16"], r"the scale \(rank\.alpha, rank\.scaling\) is 1\.0 there, and 2\.0 here"),
+            (["tying=TAB", "tying.layers=[0,2]"], r"tying\.layers is \[0, 1, 2\] there, and \[0, 2\] here"),
+            (["tying=RaSA"], r"tying\.terms is \[''\] there, and \['private', 'shared'\] here"),
             (["tying=LoRA"], r"tying\.A\.share \(the layers that share one\) is 3 there, and 1 here"),
             (["tying=TAB", "tying.targets=[qkv,o]"], r"o.A is missing there"),
             (["tying=TAB", "model=tiny_gpt2"], r"was trained on"),

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tiedlora.config.compose import compose_config
 from tiedlora.runs import run
 from tiedlora.tasks import digest, load_examples
-from tiedlora.tasks.rows import read_json_lines
 
 
 def line(**changes) -> bytes:
@@ -125,13 +124,3 @@ def test_any_row_is_an_example_or_refused(tmp_path_factory, data, kind):
         output = [0.0] * len(example.choices) if example.choices else "any output 5"
         task_option(kind).score(output, example)
     assert path.read_bytes() == before
-
-
-@given(st.binary(max_size=100) | st.lists(ODD_VALUES.map(as_line) | st.binary(max_size=20), max_size=4).map(b"\n".join))
-@search(200)
-def test_any_bytes_are_rows_or_refused(tmp_path_factory, data):
-    path = tmp_path_factory.getbasetemp() / "any.jsonl"
-    path.write_bytes(data)
-    with right_or_refused():
-        assert all(isinstance(row.fields, dict) for row in read_json_lines(path))
-    assert path.read_bytes() == data
