@@ -161,7 +161,7 @@ def test_a_task_scores_the_whole_example():
         ({"right": 57.0}, "row b has right=57.0; it must be a number from 0 to 1"),
         ({"right": float("nan")}, "row b has right=nan"),
         ({"right": "1"}, "row b has right='1'"),
-        ({"wrong": 1.0}, "row b has no right, which the task names"),
+        ({"wrong": 1.0}, "row b has right=None"),
     ],
 )
 def test_a_score_that_a_record_cannot_hold_is_refused(scores, says):

@@ -93,15 +93,13 @@ def _first_step(arm: Arm, ids: Tensor, lr: float) -> None:
     """Adam's first step: lr in the direction of each gradient's sign."""
     model: Any = arm.model
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    groups = arm.parameter_groups(LrFactors())
-    parameters = [parameter for group in groups for parameter in group.parameters]
-    factors = [group.lr_factor for group in groups for _ in group.parameters]
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    loss: Any = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
     with torch.no_grad():
-        for parameter, factor, gradient in zip(parameters, factors, gradients, strict=True):
-            if gradient is not None:
-                parameter.sub_(lr * factor * gradient.sign())
+        for group in arm.parameter_groups(LrFactors()):
+            for parameter in group.parameters:
+                if parameter.grad is not None:
+                    parameter.sub_(lr * group.lr_factor * parameter.grad.sign())
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from tiedlora.config.families import layout_of
 from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
-from tiedlora.tying import FACTORS, Architecture, Layout, Tying, named, part_of
+from tiedlora.tying import FACTORS, Layout, Tying, named, part_of
 
 
 class Adapted(nn.Module):
@@ -294,10 +294,20 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter, sharded: bool = False
     """
     if hasattr(model, "tied_adapter"):
         raise UserError("attach: the model has an adapter already; detach it first")
-    architecture = architectures.read(model, adapter.architecture.layout)
-    if not sharded:
-        _refuse_sharded(model)
-    _check_architecture(adapter.architecture, architecture)
+    expected, actual = adapter.architecture, architectures.read(model, adapter.architecture.layout)
+    # FSDP and tensor parallelism split parameters, but a tied factor serves every layer.
+    parts = {type(each).__name__ for each in (model, *model.parameters())}
+    if not sharded and parts & {"DTensor", "FlatParameter", "FullyShardedDataParallel"}:
+        raise UserError(
+            "attach: the model is sharded (FSDP or tensor parallel), which tied factors do not support; "
+            "load it whole on each device, or start train.py with torchrun and train.shard=true"
+        )
+    for name in ("family", "layers", "hidden", "heads", "kv_heads", "head_dim"):
+        if getattr(expected, name) != getattr(actual, name):
+            raise UserError(
+                f"attach: the adapter is for a model with {name}={getattr(expected, name)}, "
+                f"this model has {name}={getattr(actual, name)}"
+            )
     architectures.check(model, adapter.architecture, adapter.tying)
     linear.keep_gradients(model)
     modules = {path: model.get_submodule(path) for path in adapter.paths()}
@@ -335,25 +345,6 @@ def trained_on(folder: Path) -> BaseModelRecord:
         UserError: a file is damaged.
     """
     return arms.read_description(folder).base if arms.is_other_method(folder) else files.load(folder)[1]
-
-
-def _check_architecture(expected: Architecture, actual: Architecture) -> None:
-    for name in ("family", "layers", "hidden", "heads", "kv_heads", "head_dim"):
-        if getattr(expected, name) != getattr(actual, name):
-            raise UserError(
-                f"attach: the adapter is for a model with {name}={getattr(expected, name)}, "
-                f"this model has {name}={getattr(actual, name)}"
-            )
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    """Refuse a sharded model. FSDP and tensor parallelism split parameters, but a tied factor serves every layer."""
-    sharded = any(type(parameter).__name__ in ("DTensor", "FlatParameter") for parameter in model.parameters())
-    if sharded or type(model).__name__ == "FullyShardedDataParallel":
-        raise UserError(
-            "attach: the model is sharded (FSDP or tensor parallel), which tied factors do not support; "
-            "load it whole on each device, or start train.py with torchrun and train.shard=true"
-        )
 
 
 class AdapterSet:

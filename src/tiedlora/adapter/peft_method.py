@@ -6,7 +6,7 @@ import of this module registers the method with PEFT, also for `PeftModel.from_p
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Optional, Union
 
 import torch
@@ -76,23 +76,13 @@ class TiedLoraConfig(PeftConfig):
         """The complete specification, with the values of `targets`, `dropout` and `layers`.
 
         Raises:
-            UserError: `tying` is neither a name nor a specification, or a list is a text.
+            UserError: `tying` is neither a name nor a specification, or a value is wrong.
         """
-        for name in ("targets", "layers"):
-            if isinstance(getattr(self, name), str):
-                raise UserError(f"{name}={getattr(self, name)}: must be a list, such as [{getattr(self, name)}]")
-        if isinstance(self.tying, str):
-            tying = named(self.tying)
-        else:
-            tying = from_person(Tying, self.tying, prefix="TiedLoraConfig.tying.")
-        if self.targets is not None:
-            tying.targets = list(self.targets)
-        if self.dropout is not None:
-            tying.dropout = self.dropout
-        if self.layers is not None:
-            tying = replace(tying, layers=self.layers)
-        assert isinstance(tying, Tying)
-        return tying
+        prefix = "TiedLoraConfig.tying."
+        tying = named(self.tying) if isinstance(self.tying, str) else from_person(Tying, self.tying, prefix=prefix)
+        given = {name: getattr(self, name) for name in ("targets", "dropout", "layers")}
+        set_here = {name: value for name, value in given.items() if value is not None}
+        return from_person(Tying, {**asdict(tying), **set_here}, prefix=prefix)
 
 
 class _AdapterStatus(nn.Module, BaseTunerLayer):
