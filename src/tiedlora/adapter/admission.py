@@ -37,7 +37,9 @@ def measure(
         rows: token ids of training rows. The longest ones are used.
         lr: the run's learning rate, for the first step.
     """
-    ids = _batch(rows).to(next(model.parameters()).device)
+    longest = [(list(row) * LENGTH)[:LENGTH] for row in sorted(rows, key=len, reverse=True)[:ROWS]]
+    # Short rows, and few of them, are repeated.
+    ids = torch.tensor((longest * ROWS)[:ROWS]).to(next(model.parameters()).device)
     was_training = model.training
     model.eval()
     try:
@@ -74,13 +76,6 @@ def measure(
         other_rows=relative(after_others),
         reload=relative(reloaded - moved),
     )
-
-
-def _batch(rows: Sequence[Sequence[int]]) -> Tensor:
-    """ROWS x LENGTH token ids. Short rows are repeated."""
-    longest = sorted(rows, key=len, reverse=True)[:ROWS]
-    filled = [(list(row) * LENGTH)[:LENGTH] for row in longest]
-    return torch.tensor((filled * ROWS)[:ROWS])
 
 
 @torch.no_grad()

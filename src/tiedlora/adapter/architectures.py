@@ -208,7 +208,8 @@ def _check_module(model: nn.Module, path: str, target: str, shape: tuple[int, in
             # The body alone, such as a LlamaModel.
             raise UserError(f"{not_causal(model)}; it has {missing}") from None
         raise UserError(f"attach: the model has {missing}") from None
-    if not linear.is_linear(module, transposed):
+    # bitsandbytes replaces a Conv1D by a linear layer.
+    if not isinstance(module, Conv1D if transposed and not linear.is_quantised(module) else nn.Linear):
         raise UserError(
             f"attach: {path} is a {type(module).__name__}, not a plain linear layer; "
             "load the model unquantised or with model.quantization, or correct its layout"

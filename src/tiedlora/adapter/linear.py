@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from tiedlora.errors import UserError
 
@@ -23,15 +22,6 @@ QUANTISED_WEIGHTS = ("Params4bit", "Int8Params")
 def is_quantised(module: nn.Module) -> bool:
     """Whether bitsandbytes keeps the module's weight in 4 or 8 bits."""
     return type(getattr(module, "weight", None)).__name__ in QUANTISED_WEIGHTS
-
-
-def is_linear(module: nn.Module, transposed: bool) -> bool:
-    """Whether an adapter can be added to the module.
-
-    Args:
-        transposed: whether the layout says Conv1D. bitsandbytes replaces a Conv1D by a linear layer.
-    """
-    return isinstance(module, Conv1D if transposed and not is_quantised(module) else nn.Linear)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:

@@ -163,24 +163,11 @@ def microbatches(
         return []
     ordered = [rows[number] for number in by_length(rows)]
     lengths = [len(row) for row in ordered]
-    token_limit = _smallest_token_limit(lengths, size, tokens)
-    return [
-        collate(ordered[rows_of_pass], pad_id, context) for rows_of_pass in split_by_limits(lengths, size, token_limit)
-    ]
-
-
-def _smallest_token_limit(lengths: Sequence[int], size: int | None, tokens: int | None) -> int:
-    """The smallest limit on the tokens of a pass that needs no more passes than the limit `tokens`, by bisection.
-
-    Args:
-        lengths: ascending.
-    """
-    longest = lengths[-1]
-    largest_limit = tokens or longest * len(lengths)
     fewest_passes = len(split_by_limits(lengths, size, tokens))
-
-    def is_enough(limit: int) -> bool:
-        return len(split_by_limits(lengths, size, limit)) <= fewest_passes
-
-    limits = range(longest, largest_limit)
-    return min(largest_limit, longest + bisect.bisect_left(limits, True, key=is_enough))
+    # The smallest limit on the tokens of a pass that needs no more passes, by bisection.
+    limits = range(lengths[-1], tokens or lengths[-1] * len(lengths))
+    index = bisect.bisect_left(
+        limits, True, key=lambda limit: len(split_by_limits(lengths, size, limit)) <= fewest_passes
+    )
+    limit = limits[index] if index < len(limits) else limits.stop
+    return [collate(ordered[taken], pad_id, context) for taken in split_by_limits(lengths, size, limit)]

@@ -84,7 +84,13 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
     settings = placement.loading_settings(config, getattr(torch, dtype), device, cache)
     if config.source == "random":
         model, tokenizer = random_model(config)
-        model = _reloaded(model, settings) if settings else model.to(getattr(torch, dtype))
+        if settings:
+            # It is written and loaded again, because transformers quantises weights when it loads them.
+            with TemporaryDirectory() as written:
+                model.save_pretrained(written)
+                model = AutoModelForCausalLM.from_pretrained(written, **settings)
+        else:
+            model.to(getattr(torch, dtype))
     else:
         folder = embedded_folder(cache) if config.source == "embedded" and not config.path else config.path
         model, tokenizer = _pretrained(config, folder, {"dtype": getattr(torch, dtype), **settings})
@@ -98,13 +104,6 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
     commit = getattr(model.config, "_commit_hash", None)
     record = BaseModelRecord(config.name, config.revision, digest or f"commit:{commit}", config.quantization)
     return BaseModel(model, tokenizer, record, digest_is_known=digest is not None or commit is not None)
-
-
-def _reloaded(model: Any, settings: dict[str, Any]) -> Any:
-    """A random model, written and loaded again, because transformers quantises weights when it loads them."""
-    with TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, **settings)
 
 
 def _silence_libraries() -> None:

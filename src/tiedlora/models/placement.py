@@ -93,12 +93,9 @@ def without_gradients(function: Callable[Concatenate[Any, P], T]) -> Callable[Co
 
     @functools.wraps(function)
     def call(model: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.no_grad() if _weights_move(model) else torch.inference_mode():
+        # accelerate and FSDP put weights in place only while a module runs.
+        weights_move = any("_hf_hook" in vars(m) or hasattr(type(m), "_get_fsdp_state") for m in model.modules())
+        with torch.no_grad() if weights_move else torch.inference_mode():
             return function(model, *args, **kwargs)
 
     return call
-
-
-def _weights_move(model: nn.Module) -> bool:
-    """Whether accelerate or FSDP puts weights in place only while a module runs."""
-    return any("_hf_hook" in module.__dict__ or hasattr(type(module), "_get_fsdp_state") for module in model.modules())

@@ -35,17 +35,14 @@ PRODUCTS = frozenset(
 
 def without_instructions(device: torch.device, dtype: str) -> bool:
     """Whether the run computes in bfloat16 on a CPU for which torch has no fast bfloat16 products."""
-    return device.type == "cpu" and dtype == "bfloat16" and not _has_fast_products()
-
-
-def _has_fast_products() -> bool:
+    if device.type != "cpu" or dtype != "bfloat16":
+        return False
     has_kernels = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not (has_kernels and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return False
+        return True
     # With AVX512 alone, the kernels convert each number, which is slower than a product in float32.
-    if torch.cpu._is_avx512_supported():
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return True
+    is_converted = not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.cpu._is_avx512_supported() and is_converted
 
 
 def on_any_cpu(device: torch.device, dtype: str) -> AbstractContextManager[Any]:

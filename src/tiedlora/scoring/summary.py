@@ -62,7 +62,12 @@ def _intervals(task: Task, *sides: Sequence[PredictionRow]) -> dict[str, Interva
 
 
 def _interval(task: Task, metric: str, clusters: Clusters | None, sides: Sequence[Sequence[PredictionRow]]) -> Interval:
-    corpus_score = _corpus_score(task, metric)
+    # From summed statistics to the metric; None for a metric that is a mean over rows.
+    corpus_score: Callable[[Iterable[float]], float] | None = None
+    if metric == TARGET_LOSS_BY_TOKEN:
+        corpus_score = mean_per_token
+    elif metric in task.corpus_metrics:
+        corpus_score = functools.partial(task.corpus_score, metric)
     ours, base = [*(_scores(rows, metric, statistics=corpus_score is not None) for rows in sides), None][:2]
     assert ours is not None
     # The largest possible value, for the interval that a single row cannot give.
@@ -90,10 +95,3 @@ def _scores(rows: Sequence[PredictionRow], metric: str, *, statistics: bool) -> 
             f"some rows have {'statistics' if statistics else 'a number'} as their {metric}, others do not"
         )
     return [row.scores[metric] for row in rows]
-
-
-def _corpus_score(task: Task, metric: str) -> Callable[[Iterable[float]], float] | None:
-    """The function from summed statistics to a corpus-level metric; None for a metric that is a mean over rows."""
-    if metric == TARGET_LOSS_BY_TOKEN:
-        return mean_per_token
-    return functools.partial(task.corpus_score, metric) if metric in task.corpus_metrics else None
