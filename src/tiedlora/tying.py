@@ -10,11 +10,12 @@ A tying with several terms adds up such updates, for example one that layers sha
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, PlainValidator
@@ -413,18 +414,20 @@ def label(tying: Tying) -> str:
 
     It is part of the run id. config.identity.name_of has more names, such as those of STARTS.
     """
-    if tying.terms is not None:
-        is_plain = not tying.dropout and tying.targets == ["qkv"]
-        return next((name for name, own in SUMS.items() if is_plain and tying.terms == own), "custom")
-    trained = [part for part in PARTS if getattr(tying, part).trained]
-    starts_otherwise = any(getattr(tying, part).init != init for part, init in default_inits(trained).items())
-    if tying.dropout or tying.layers is not None or starts_otherwise:
-        return "custom"
-    shares = {getattr(tying, factor).share for factor in FACTORS}
-    if shares == {1} and trained == list(FACTORS):
-        return {("qkv",): "LoRA", ("q", "k", "v"): "LoRA_qkv"}.get(tuple(tying.targets), "custom")
-    name = "T" + "".join(trained)
-    return name if name in NAMES and shares == {ALL_LAYERS} and tying.targets == ["qkv"] else "custom"
+    return next((name for name, known in _labelled() if known == _meaning(tying)), "custom")
+
+
+@functools.cache
+def _labelled() -> list[tuple[str, list[Any]]]:
+    """(name, its meaning) of each specification that has a label."""
+    known = {name: named(name) for name in (*NAMES, *SUMS)}
+    known["LoRA_qkv"] = replace(known["LoRA"], targets=["q", "k", "v"])
+    return [(name, _meaning(tying)) for name, tying in known.items()]
+
+
+def _meaning(tying: Tying) -> list[Any]:
+    """The values of a specification that decide what is trained."""
+    return [getattr(tying, name) for name in (*PARTS, "targets", "dropout", "layers", "terms")]
 
 
 def default_inits(trained: list[str]) -> dict[str, float | str]:
@@ -472,7 +475,13 @@ def check_tying(tying: Tying, rank: int, architecture: Architecture) -> None:
             f"tying.{changed[0]}: has no meaning beside tying.terms; set tying.terms.TERM.{changed[0]}, TERM being one "
             f"of {', '.join(tying.terms or ())}"
         )
-    _check_targets(tying.targets, architecture)
+    if not tying.targets:
+        raise UserError("tying.targets: is empty; name at least one projection, usually [qkv]")
+    for target in tying.targets:
+        target_shape(architecture, target)
+    doubled = "qkv" in tying.targets and {"q", "k", "v"} & set(tying.targets)
+    if doubled or len(set(tying.targets)) != len(tying.targets):
+        raise UserError(f"tying.targets={tying.targets}: a projection is adapted twice; qkv holds q, k and v already")
     for name, term in terms(tying).items():
         key = f"tying.terms.{name}" if name else "tying"
         zeros = [part for part in PARTS if getattr(term, part).init == 0.0]
@@ -511,13 +520,3 @@ def check_layers(key: str, layers: list[int], architecture: Architecture) -> Non
             f"{key}: holds {layers[-1]}, but the model has {architecture.layers} layers: "
             f"0 to {architecture.layers - 1} are allowed"
         )
-
-
-def _check_targets(targets: list[str], architecture: Architecture) -> None:
-    if not targets:
-        raise UserError("tying.targets: is empty; name at least one projection, usually [qkv]")
-    for target in targets:
-        target_shape(architecture, target)
-    overlap = {"q", "k", "v"} & set(targets) if "qkv" in targets else set()
-    if len(set(targets)) != len(targets) or overlap:
-        raise UserError(f"tying.targets={targets}: a projection is adapted twice; qkv holds q, k and v already")

@@ -31,16 +31,6 @@ _FUSED_BLOCKS = {"q": _QKV, "k": _QKV, "v": _QKV, "gate": ("gate", "up"), "up": 
 
 
 @dataclass(frozen=True)
-class HeadBlocks:
-    """Some of the blocks q, k and v of a fused module whose outputs are heads x (q, k, v) x head_dim."""
-
-    heads: int
-    head_dim: int
-    blocks: slice
-    """Which of q, k and v."""
-
-
-@dataclass(frozen=True)
 class Site:
     """One module of every layer, to whose outputs a target's update is added."""
 
@@ -50,10 +40,13 @@ class Site:
     """The module's path inside a layer."""
     rows: slice
     """The rows of the target's B and v that belong to this module."""
-    outputs: slice | HeadBlocks
-    """The outputs of the module to which those rows are added. The rows are in the order [Q; K; V]."""
+    outputs: slice
+    """The outputs of the module to which those rows are added. With `heads`, the blocks of each head."""
     width: int
     """The number of all outputs of the module. It is more than the rows if the module also computes something else."""
+    heads: int = 0
+    """The heads of a fused module whose outputs are heads x (q, k, v) x head_dim. The rows are in the order [Q; K; V]
+    also there."""
 
     def in_layer(self, layer: int) -> str:
         """The module's path inside the whole model."""
@@ -64,17 +57,16 @@ class Site:
 
         This is far cheaper than to spread the update itself, which has tokens x width numbers.
         """
-        if isinstance(self.outputs, slice) and B.shape[-2] == self.width:
+        if not self.heads and B.shape[-2] == self.width:
             return B
         placed = B.new_zeros(*B.shape[:-2], self.width, B.shape[-1])
-        if isinstance(self.outputs, slice):
+        if not self.heads:
             placed[..., self.outputs, :] = B
             return placed
         # Views, and no index of the outputs: an index on the CPU would be copied to the GPU at every forward pass.
-        heads, head_dim = self.outputs.heads, self.outputs.head_dim
-        by_head = placed.view(*B.shape[:-2], heads, 3, head_dim, B.shape[-1])
-        rows = B.reshape(*B.shape[:-2], -1, heads, head_dim, B.shape[-1])
-        by_head[..., self.outputs.blocks, :, :] = rows.transpose(-4, -3)
+        by_head = placed.view(*B.shape[:-2], self.heads, 3, -1, B.shape[-1])
+        rows = B.reshape(*B.shape[:-2], -1, self.heads, by_head.shape[-2], B.shape[-1])
+        by_head[..., self.outputs, :, :] = rows.transpose(-4, -3)
         return placed
 
 
@@ -153,25 +145,24 @@ def sites(architecture: Architecture, target: str) -> list[Site]:
     for name, part in zip(names, parts, strict=True):
         path, _, block = name.partition(":")
         height = target_shape(architecture, part)[1]
-        outputs, width = _outputs(architecture, layout, part, block)
-        target_sites.append(Site(layout.layers, path, slice(row, row + height), outputs, width))
+        placed = _outputs(architecture, layout, part, block)
+        target_sites.append(Site(layout.layers, path, slice(row, row + height), *placed))
         row += height
     return target_sites
 
 
-def _outputs(architecture: Architecture, layout: Layout, part: str, block: str) -> tuple[slice | HeadBlocks, int]:
-    """(the outputs of the module that belong to `part`, the number of all its outputs).
+def _outputs(architecture: Architecture, layout: Layout, part: str, block: str) -> tuple[slice, int, int]:
+    """The values `outputs`, `width` and `heads` of the site of `part`.
 
     Args:
         block: which block of a fused module is `part`; empty if the whole module is `part`.
     """
     if layout.interleaved and (block in _QKV or part == "qkv"):
-        heads, head_dim = architecture.heads, architecture.head_dim
-        first = _QKV.index(block) if block else 0
-        return HeadBlocks(heads, head_dim, slice(first, first + 1 if block else 3)), 3 * heads * head_dim
+        heads, first = architecture.heads, _QKV.index(block) if block else 0
+        return slice(first, first + 1 if block else 3), 3 * heads * architecture.head_dim, heads
     if not block:
         width = target_shape(architecture, part)[1]
-        return slice(0, width), width
+        return slice(0, width), width, 0
     if block not in _FUSED_BLOCKS:
         raise UserError(
             f"model.architecture.layout.sites: '{block}' is not a block of a fused module; "
@@ -180,7 +171,7 @@ def _outputs(architecture: Architecture, layout: Layout, part: str, block: str) 
     blocks = _FUSED_BLOCKS[block]
     widths = {name: target_shape(architecture, name)[1] for name in blocks}
     start = sum(widths[name] for name in blocks[: blocks.index(block)])
-    return slice(start, start + widths[block]), sum(widths.values())
+    return slice(start, start + widths[block]), sum(widths.values()), 0
 
 
 def check(model: nn.Module, architecture: Architecture, tying: Tying) -> None:

@@ -226,18 +226,15 @@ def groups_by_pattern(
     patterns = [*(lr_factors or {}), *(no_decay or ())]
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in parts):
-            raise UserError(f"tying: the pattern {pattern!r} matches no trained parameter; they are {_shown(parts)}")
+            names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in parts))
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise UserError(f"tying: the pattern {pattern!r} matches no trained parameter; they are {shown}")
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parts.items():
         factors = [factor for pattern, factor in (lr_factors or {}).items() if re.search(pattern, name)]
         decays = not any(re.search(pattern, name) for pattern in no_decay or ())
         groups.setdefault((factors[0] if factors else 1.0, decays), []).append(parameter)
     return [ParameterGroup(parameters, factor, decays) for (factor, decays), parameters in groups.items()]
-
-
-def _shown(parts: Mapping[str, Any]) -> str:
-    names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in parts))
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def check_tensors(folder: Path) -> dict[str, Tensor]:

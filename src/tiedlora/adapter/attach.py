@@ -117,7 +117,10 @@ class Attached(Arm):
         if self._fold_once and self._is_folded:
             return
         self._is_folded = True
-        dtype = linear.activation_dtype(self.model, next(iter(self._modules.values())))
+        # The dtype of an adapted module's input and output. A quantised weight has another one.
+        first = next(iter(self._modules.values()))
+        weights = self.model.parameters() if linear.is_quantised(first) else first.parameters()
+        dtype = next(weight.dtype for weight in weights if weight.is_floating_point())
         for path, (A_l, B_l) in self.adapter.pairs(self.adapter.scale, dtype).items():
             module = self._modules[path]
             device = linear.execution_device(module)
@@ -389,13 +392,12 @@ class AdapterSet:
         Raises:
             UserError: there is no such name, or the adapter is for another architecture (the model is then the base).
         """
-        if name is not None:
-            self._check_name(name)
+        adapter = None if name is None else self._named(name)
         if self._attached is not None:
             self._attached.detach()
         self._attached, self.active = None, None
-        if name is not None:
-            self._attached, self.active = attach_adapter(self.model, self._adapters[name]), name
+        if adapter is not None:
+            self._attached, self.active = attach_adapter(self.model, adapter), name
         return self._attached
 
     def remove(self, name: str) -> None:
@@ -404,11 +406,12 @@ class AdapterSet:
         Raises:
             UserError: there is no such name.
         """
-        self._check_name(name)
+        self._named(name)
         if name == self.active:
             self.use(None)
         del self._adapters[name]
 
-    def _check_name(self, name: str) -> None:
+    def _named(self, name: str) -> TiedAdapter:
         if name not in self._adapters:
             raise UserError(f"adapters: there is no '{name}'; there are {', '.join(self._adapters) or 'none'}")
+        return self._adapters[name]

@@ -39,14 +39,6 @@ def weight_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) - stored + matrices
 
 
-def activation_dtype(model: nn.Module, module: nn.Module) -> torch.dtype:
-    """The dtype of the module's input and output."""
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    if not is_quantised(module):
-        return weight.dtype
-    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-
-
 def execution_device(module: nn.Module) -> torch.device:
     """The device on which the module runs. An offloaded weight is on the meta device until then."""
     hook: Any = getattr(module, "_hf_hook", None)

@@ -48,7 +48,8 @@ class PeftArm(Arm):
         self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._attributes = set(vars(model))
         ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
-        base = _values(model)
+        # The present values of each parameter (no copy: they share their memory) and their sum.
+        base = [(parameter, parameter.detach(), _sum(parameter)) for parameter in model.parameters()]
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(spec.seed)
             try:
@@ -110,11 +111,6 @@ class PeftArm(Arm):
         tree = {name: sorted(value) if isinstance(value, set) else value for name, value in values}
         about_base = {"base_model_name_or_path": base.name, "revision": base.revision}
         return {PEFT_FILE: {**tree, **about_base, "inference_mode": True}}
-
-
-def _values(model: nn.Module) -> list[tuple[nn.Parameter, Tensor, float]]:
-    """Each parameter with its present values (no copy: they share their memory) and their sum."""
-    return [(parameter, parameter.detach(), _sum(parameter)) for parameter in model.parameters()]
 
 
 def _sum(parameter: Tensor) -> float:

@@ -89,14 +89,11 @@ class BatchSampler:
 
     def rows_of_step(self, step: int) -> list[int]:
         """The row numbers of optimizer step `step` (counted from 1)."""
+        while step >= self._first_steps[-1]:
+            batches = self.epoch(len(self._first_steps) - 1)
+            self._first_steps.append(self._first_steps[-1] + len(batches))
         epoch = bisect.bisect_right(self._first_steps, step) - 1
-        while True:
-            index, batches = step - self._first_steps[epoch], self.epoch(epoch)
-            if index < len(batches):
-                return batches[index]
-            epoch += 1
-            if epoch == len(self._first_steps):
-                self._first_steps.append(self._first_steps[-1] + len(batches))
+        return self.epoch(epoch)[step - self._first_steps[epoch]]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         """The row numbers of each step of epoch `epoch` (counted from 0)."""

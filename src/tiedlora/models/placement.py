@@ -37,7 +37,10 @@ def loading_settings(config: ModelConfig, dtype: torch.dtype, device: torch.devi
         if importlib.util.find_spec("bitsandbytes") is None:
             command = "pip install 'tiedlora[quantization]'"
             raise UserError(f"model.quantization={config.quantization}: needs bitsandbytes; run: {command}")
-        settings = {"quantization_config": _bitsandbytes(config.quantization, dtype), "device_map": {"": device}}
+        # The settings of nf4 are QLoRA's (arXiv 2305.14314, section 3).
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        bits = {"load_in_8bit": True} if config.quantization == "int8" else {"load_in_4bit": True, **nf4}
+        settings = {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": device}}  # type: ignore[no-untyped-call]
     if config.device_map:
         settings["device_map"] = config.device_map
         settings["offload_folder"] = str(cache / "offload")
@@ -49,18 +52,6 @@ def loading_settings(config: ModelConfig, dtype: torch.dtype, device: torch.devi
     if settings:
         settings["dtype"] = dtype
     return settings
-
-
-def _bitsandbytes(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The settings of bitsandbytes. Those of nf4 are QLoRA's (arXiv 2305.14314, section 3)."""
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
 
 
 def input_device(model: Any) -> torch.device:

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,7 +251,9 @@ class Scorer:
         for original, example, score, answer in zip(examples, asked, scores, answers, strict=True):
             output, tokens, ended, log_likelihoods = answer
             texts = list(example.choices) if by_likelihood else None
-            answered = _row(original, example, output, _as_floats(score), ended)
+            # As a predictions file gives them back, so that rows are equal before and after it.
+            floats = {name: list(map(float, s)) if isinstance(s, list) else float(s) for name, s in score.items()}
+            answered = _row(original, example, output, floats, ended)
             rows.append(replace(answered, output_tokens=tokens, choices=texts, log_likelihoods=log_likelihoods))
         return rows
 
@@ -460,13 +462,6 @@ def _with_score(rows: Rows, name: str, values: Sequence[float]) -> Rows:
     return [replace(row, scores={**row.scores, name: value}) for row, value in zip(rows, values, strict=True)]
 
 
-def _as_floats(scores: Mapping[str, Score]) -> dict[str, Score]:
-    """The scores as a predictions file gives them back, so that rows are equal before and after it."""
-    return {
-        name: list(map(float, score)) if isinstance(score, list) else float(score) for name, score in scores.items()
-    }
-
-
 def with_halved_batches(config: Config, times: int) -> Config:
     """The configuration with score.batch_size and score.batch_tokens halved so many times; neither is below 1."""
     score = config.score
@@ -504,18 +499,16 @@ def _write(path: Path, parts: list[Rows], recorded: SplitScores | None) -> Rows:
         if [row.id for row in present] != [row.id for row in parts[0]]:
             raise UserError(f"{path}: has other rows than its split; score every metric of the split again")
         parts = [present, *parts]
-    rows = [_merged(same) for same in zip(*parts, strict=True)]
+    rows = []
+    # A later part replaces an earlier one. The losses are last.
+    for same in zip(*parts, strict=True):
+        answer = next((row for row in reversed(same) if row.has_answer), same[-1])
+        loss = next((row for row in reversed(same) if any(map(is_loss, row.scores))), same[-1])
+        scores = {name: score for row in same for name, score in row.scores.items()}
+        in_order = dict(sorted(scores.items(), key=lambda item: is_loss(item[0])))
+        rows.append(replace(answer, scores=in_order, cut_target=loss.cut_target))
     write_predictions(path, rows)
     return rows
-
-
-def _merged(parts: Sequence[PredictionRow]) -> PredictionRow:
-    """One example's row with the scores of all parts, losses last. A later part replaces an earlier one."""
-    answer = next((row for row in reversed(parts) if row.has_answer), parts[-1])
-    loss = next((row for row in reversed(parts) if any(map(is_loss, row.scores))), parts[-1])
-    scores = {name: score for row in parts for name, score in row.scores.items()}
-    in_order = dict(sorted(scores.items(), key=lambda item: is_loss(item[0])))
-    return replace(answer, scores=in_order, cut_target=loss.cut_target)
 
 
 def _with_recorded(new: SplitScores, passes: Passes, recorded: SplitScores | None) -> SplitScores:

@@ -89,14 +89,18 @@ def zipped_rows(archive: zipfile.ZipFile, name: str) -> list[DataRow]:
     """
     sides = []
     for language in LANGUAGES:
-        if name == "train":
-            file_name, lines_of = f"train.tags.de-en.{language}", training_lines
-        else:
-            file_name, lines_of = f"IWSLT17.TED.{name}.de-en.{language}.xml", evaluation_lines
-        members = [member for member in archive.namelist() if member.rsplit("/", 1)[-1] == file_name]
+        words = f"train.tags.de-en.{language}" if name == "train" else f"IWSLT17.TED.{name}.de-en.{language}.xml"
+        members = [member for member in archive.namelist() if member.rsplit("/", 1)[-1] == words]
         if not members:
-            raise UserError(f"{archive.filename}: holds no {file_name}; set task.hub.splits to sets it has")
-        sides.append(lines_of(archive.read(members[0]).decode("utf-8")))
+            raise UserError(f"{archive.filename}: holds no {words}; set task.hub.splits to sets it has")
+        text = archive.read(members[0]).decode("utf-8")
+        if name == "train":
+            # All lines but the tags about a talk. Empty ones stay: line n of both languages is one pair.
+            lines = [line for line in text.removesuffix("\n").split("\n") if not line.lstrip().startswith("<")]
+        else:
+            # The XML is not always well-formed.
+            lines = [html.unescape(line) for line in re.findall(r"<seg[^>]*>(.*?)</seg>", text, re.DOTALL)]
+        sides.append([line.strip() for line in lines])
     if len(sides[0]) != len(sides[1]):
         raise UserError(f"{archive.filename}: {name} has {len(sides[0])} German and {len(sides[1])} English lines")
     return [
@@ -104,19 +108,6 @@ def zipped_rows(archive: zipfile.ZipFile, name: str) -> list[DataRow]:
         for number, pair in enumerate(zip(*sides, strict=True), start=1)
         if all(pair)
     ]
-
-
-def training_lines(text: str) -> list[str]:
-    """The sentences of a train.tags file: every line that is not a tag about the talk.
-
-    Empty lines are kept, so that line n of one language is the translation of line n of the other.
-    """
-    return [line.strip() for line in text.removesuffix("\n").split("\n") if not line.lstrip().startswith("<")]
-
-
-def evaluation_lines(text: str) -> list[str]:
-    """The segments of an evaluation set's XML, with entities as characters. The XML is not always well-formed."""
-    return [html.unescape(segment).strip() for segment in re.findall(r"<seg[^>]*>(.*?)</seg>", text, re.DOTALL)]
 
 
 TASK = Iwslt2017
