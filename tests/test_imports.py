@@ -24,7 +24,6 @@ LAZY = {
     "config/sizes.py": {"torch", "peft.mapping"},
     "runs/run.py": {"tiedlora.runs", "tiedlora.runs.add_scores"},
     "scoring/split.py": {"tiedlora.tasks.task_metric"},
-    "scoring/passages.py": {"datasets"},
     "sweeps/selection.py": {"tiedlora.runs.add_scores"},
     "sweeps/launching.py": {"tiedlora.sweeps", "tiedlora.models.device", "ray", "submitit", "submitit.helpers"},
     "page/wandb_dashboard.py": {"wandb"},

@@ -18,6 +18,7 @@ TRAIN = {
     "a flag alone": ("--resolve", "The --resolve flag can only be used in conjunction with --cfg"),
     "two flags that exclude each other": ("--multirun --cfg job", "Only one of --run, --multirun, --cfg"),
     "a knob without a method": ("tying.knob=r", "tying.knob: belongs to another method; set tying.method"),
+    "compiled blocks on the disk": ("model.source=hub model.device_map=auto train.compile=always", "compile=always: "),
     "a limit of what is not spread": ("model.gpu_memory=20GiB", "set model.device_map=auto"),
     "no metric": ("score.metrics=[]", "score.metrics=[]: names no metric; null takes all"),
     # Sizes and rates

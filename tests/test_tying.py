@@ -1,6 +1,5 @@
 """The specification: its rule of initial values, its names, parameter counts, and what is refused."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -40,14 +39,6 @@ def test_counts_and_initial_values_are_the_methods(name):
     assert tying.label(spec) == spec.name == name
 
 
-def test_sharing_by_n_layers_scales_with_the_ceiling():
-    architecture = model_option("smollm2_135m").architecture
-    for n in (1, 4, 7, 30, 100):
-        spec = tying_option("TAB", f"tying.A.share={n}", f"tying.B.share={n}")
-        assert tying.trainable_params(spec, 8, architecture) == math.ceil(30 / min(n, 30)) * 8 * (576 + 960)
-    assert tying.label(tying_option("TAB", "tying.A.share=4")) == "custom"
-
-
 def test_layers_are_numbers_and_ranges():
     assert Tying(layers=[7, "2-4", 3, "0"]).layers == [0, 2, 3, 4, 7]
     for wrong in ("a", "4-2", "-1", "2-", "0-99999", 1.5, True, None, [1]):
@@ -59,14 +50,6 @@ def test_scales():
     """s = alpha / r, and alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732)."""
     assert [tying.scale(16.0, r) for r in (1, 4, 64)] == [16.0, 4.0, 0.25]
     assert [tying.scale(16.0, r, "rslora") for r in (1, 4, 64)] == [16.0, 8.0, 2.0]
-
-
-def test_every_projection_has_a_shape():
-    a = Architecture("llama", layers=2, hidden=10, heads=3, kv_heads=1, head_dim=4, intermediate=7)
-    # d_out = d_q + 2 d_kv, although heads x head_dim is not the hidden size here.
-    assert tying.target_shape(a, "qkv") == (10, 12 + 2 * 4)
-    assert tying.target_shape(a, "o") == (12, 10)
-    assert tying.target_shape(a, "down") == (7, 10)
 
 
 @pytest.mark.parametrize(

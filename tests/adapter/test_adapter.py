@@ -165,19 +165,6 @@ def test_reentrant_checkpoints_are_refused_where_u_or_v_scale_the_factors_and_on
     model.gradient_checkpointing_disable()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model(input_ids=ids).logits.sum().backward()
-    # Where nothing scales the factors, they train as without checkpoints.
-    model = tiny("tiny_llama").model
-    adapter = attach(model, "TAB", 4).adapter
-    model.enable_input_require_grads()
-    model.train()
-    gradients = []
-    for settings in (None, {"use_reentrant": True}):
-        if settings:
-            model.gradient_checkpointing_enable(settings)
-        model(input_ids=ids, labels=ids).loss.backward()
-        gradients.append([part.grad.clone() for part in adapter.trained_parts().values()])
-        model.zero_grad()
-    torch.testing.assert_close(*gradients)
 
 
 def test_saving_keeps_the_other_files_of_a_folder(tmp_path):

@@ -138,10 +138,6 @@ def test_an_adapter_of_another_model(whole, tmp_path):
 
 MODELS = {  # files of a base model's folder, and words of the message
     "a pickle for weights": ({"config.json": b"{}", "pytorch_model.bin": pickle.dumps(Evil())}, "must be a folder"),
-    "a pickle called safetensors": (
-        {"config.json": b'{"model_type": "llama"}', "model.safetensors": pickle.dumps(Evil())},
-        "cannot be loaded",
-    ),
     "code of its own": (
         {
             "config.json": b'{"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}}',

@@ -12,9 +12,9 @@ from helpers.tiny import model_option, saved_tiny, tiny
 from tiedlora import storage
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.models import base_model, device
+from tiedlora.models import base_model
 from tiedlora.models.base_model import load_base
-from tiedlora.models.device import execution_on, processor_name
+from tiedlora.models.device import execution_on
 from tiedlora.models.identity import known_digest
 from tiedlora.runs import run
 
@@ -151,14 +151,10 @@ model name\t: the second core
 """
 
 
-@pytest.mark.parametrize(
-    ("text", "name"), [(INTEL, "Intel(R) Xeon(R) 8481C (AVX2, avx512_bf16, amx_bf16)"), ("", "arm (AVX2)")]
-)
-def test_the_name_comes_from_the_system_and_without_one_from_the_architecture(monkeypatch, text, name):
-    monkeypatch.setattr(Path, "read_text", lambda self: text)
-    monkeypatch.setattr(device.platform, "machine", lambda: "arm")
+def test_the_name_of_the_processor_comes_from_the_system(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self: INTEL)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert processor_name() == name
+    name = "Intel(R) Xeon(R) 8481C (AVX2, avx512_bf16, amx_bf16)"
     assert str(execution_on(CPU, processes=2)) == f"cpu, {torch.get_num_threads()} threads, 2 processes, {name}"
 
 

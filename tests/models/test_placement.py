@@ -150,18 +150,6 @@ def test_pairs_go_where_their_module_runs(monkeypatch):
     assert model.model.layers[0].self_attn.q_proj.folded_A.device.type == "cpu"
 
 
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (["model.device_map=row"], r"model.device_map=row: must be 'auto', 'balanced'"),
-        (["model.source=hub", "model.device_map=auto", "train.compile=always"], r"^train.compile=always: .*device_map"),
-    ],
-)
-def test_what_cannot_be_placed_is_refused(overrides, says, tiny_config):
-    with pytest.raises(UserError, match=says):
-        tiny_config(*overrides)
-
-
 def test_several_processes_cannot_spread_one_model(tiny_config):
     config = tiny_config("model.source=hub", "model.device_map=auto")
     assert run_id(config) == run_id(tiny_config("model.source=hub")), "where the weights are is not in the identity"

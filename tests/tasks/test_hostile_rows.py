@@ -1,7 +1,6 @@
 """Malformed data rows: a table of rows with their messages, and a search for more."""
 
 import json
-import os
 import zipfile
 
 import pytest
@@ -42,22 +41,6 @@ def test_a_wrong_row_is_named_by_file_and_line(what, tmp_path):
     (tmp_path / "gsm8k" / "test.jsonl").write_bytes(data)
     with refused(says, tmp_path):
         load_examples(task_option("gsm8k"), "test", str(tmp_path))
-
-
-def test_what_is_no_file_is_not_waited_for(tmp_path):
-    folder = tmp_path / "gsm8k"
-    folder.mkdir()
-    path = folder / "test.jsonl"
-    task = task_option("gsm8k")
-    for make, says in (
-        (lambda: None, "no such file"),
-        (lambda: os.mkfifo(path), "is not a regular file"),
-        (lambda: (path.unlink(), path.symlink_to(path)), "no such file"),
-        (lambda: (path.unlink(), folder.rmdir(), folder.write_text("a file")), "no such file"),
-    ):
-        make()
-        with refused(says):
-            load_examples(task, "test", str(tmp_path))
 
 
 def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):
