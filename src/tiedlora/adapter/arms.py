@@ -73,11 +73,6 @@ class ArmDescription:
     """The sha256 of the tensors' file."""
     layers: list[Whole] | None = None
 
-    @property
-    def spec(self) -> ArmSpec:
-        tying = TyingConfig(method=self.method, resolved=self.resolved, targets=list(self.targets), layers=self.layers)
-        return ArmSpec(tying, self.architecture, self.seed)
-
 
 class Arm(ABC):
     """What adapts a base model. While it is attached, the model computes with it.
@@ -258,6 +253,13 @@ def read_description(folder: Path) -> ArmDescription:
     if description.format != FORMAT:
         raise UserError(f"{path}: format {description.format} is not {FORMAT}, which this version reads")
     return description
+
+
+def read_spec(folder: Path) -> tuple[ArmSpec, BaseModelRecord]:
+    """What a saved arm is made from, and the base model that it was trained on. Raises as `read_description`."""
+    saved = read_description(folder)
+    tying = TyingConfig(method=saved.method, resolved=saved.resolved, targets=saved.targets, layers=saved.layers)
+    return ArmSpec(tying, saved.architecture, saved.seed), saved.base
 
 
 def new_arm(model: nn.Module, spec: ArmSpec) -> Arm:

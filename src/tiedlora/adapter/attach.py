@@ -324,30 +324,27 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter, sharded: bool = False
     return attached
 
 
-def attach_saved(model: nn.Module, folder: Path) -> Arm:
+def attach_saved(model: nn.Module, folder: Path, base: BaseModelRecord | None = None) -> Arm:
     """Put the saved arm of any kind on `model`.
 
+    Args:
+        base: what is known of `model`. It is compared with the base model that the arm was trained on.
+
     Raises:
-        UserError: a file is damaged, or the arm was made for another architecture.
+        UserError: a file is damaged, or the arm was made for another architecture or base model.
     """
-    if not arms.is_other_method(folder):
-        return attach_adapter(model, files.load(folder)[0])
-    arm = arms.new_arm(model, arms.read_description(folder).spec)
+    saved, trained_on = arms.read_spec(folder) if arms.is_other_method(folder) else files.load(folder)
+    if base not in (None, trained_on):
+        raise UserError(f"{folder}: was trained on {trained_on}, the base model here is {base}")
+    if isinstance(saved, TiedAdapter):
+        return attach_adapter(model, saved)
+    arm = arms.new_arm(model, saved)
     try:
         arm.load_values(folder)
     except BaseException:
         arm.detach()
         raise
     return arm
-
-
-def trained_on(folder: Path) -> BaseModelRecord:
-    """The base model that a saved arm of any kind was trained on.
-
-    Raises:
-        UserError: a file is damaged.
-    """
-    return arms.read_description(folder).base if arms.is_other_method(folder) else files.load(folder)[1]
 
 
 class AdapterSet:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedlora.adapter.arms import Arm
-from tiedlora.adapter.attach import attach_saved, trained_on
+from tiedlora.adapter.attach import attach_saved
 from tiedlora.config import compose
 from tiedlora.config.check import check_device
 from tiedlora.config.identity import adapter_folder
@@ -61,10 +61,5 @@ def load(source: Path | str, model: Any = None, *, dtype: str | None = None, dev
         UserError: there is no adapter, a file is damaged, or the base model is not the one that it was trained on.
     """
     folder = adapter_folder(source)
-    trained = trained_on(folder)
     base = base_of(source, dtype, device) if model is None else model
-    if isinstance(base, BaseModel):
-        if base.record != trained:
-            raise UserError(f"{source}: was trained on {trained}, the base model here is {base.record}")
-        model = base.model
-    return attach_saved(model, folder)
+    return attach_saved(base.model, folder, base.record) if isinstance(base, BaseModel) else attach_saved(base, folder)

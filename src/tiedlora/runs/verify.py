@@ -22,7 +22,7 @@ import torch
 
 from tiedlora import storage
 from tiedlora.adapter import load
-from tiedlora.adapter.arms import check_tensors, is_other_method, read_description
+from tiedlora.adapter.arms import check_tensors, is_other_method, read_spec
 from tiedlora.adapter.attach import attach_saved
 from tiedlora.config import compose
 from tiedlora.config.identity import config_tree, identity, leaves, run_id
@@ -256,12 +256,15 @@ def _check_adapter(run: CheckedRun) -> Iterator[Finding]:
         yield Finding("adapter", None, "the study keeps only its sha256; the run's command gives the files again")
         return
     if is_other_method(folder):
+        _, base = read_spec(folder)
         check_tensors(folder)
-        base = read_description(folder).base
     else:
         _, base = load(folder)
-    values = {"its base model": (base, run.record.base)}
-    yield _compared("adapter", values, "its tensors have the sha256 of adapter.json, and its base model is this run's")
+    yield _compared(
+        "adapter",
+        {"its base model": (base, run.record.base)},
+        "its tensors have the sha256 of adapter.json, and its base model is this run's",
+    )
 
 
 def _check_base(run: CheckedRun) -> Iterator[Finding]:
