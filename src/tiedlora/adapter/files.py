@@ -28,10 +28,9 @@ from tiedlora.tying import Architecture, Part, Tying
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-SCALED_FORMAT = 2
-"""The format of an adapter with another scaling than the standard one. Earlier versions, which know only the standard
-scaling, refuse this number: they would apply another update without a word."""
+FORMATS = {"standard": 1, "rslora": 2}
+"""Scaling -> the format of an adapter. Earlier versions, which know only the standard scaling, refuse the other number:
+they would apply another update without a word."""
 TENSORS = "adapter.safetensors"
 
 
@@ -47,7 +46,7 @@ def save(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> int:
     kept = stored_parts(adapter)
     data = to_bytes({name: parameter.detach().float().cpu().contiguous() for name, parameter in kept.items()})
     description = {
-        "format": _format(adapter.scaling),
+        "format": FORMATS[adapter.scaling],
         "base": plain(base),
         # Without the key `layers` if all layers are adapted, so that earlier versions can read the file.
         "tying": {"name": adapter.tying.name, **plain(adapter.tying)},
@@ -79,10 +78,6 @@ def _is_in_file(part: Part) -> bool:
     return part.trained or isinstance(part.init, str)
 
 
-def _format(scaling: str) -> int:
-    return FORMAT if scaling == "standard" else SCALED_FORMAT
-
-
 @dataclass(frozen=True)
 class _Description:
     """What is read of adapter.json."""
@@ -112,11 +107,11 @@ def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
     path, tree = folder / TENSORS, storage.read_json(folder / DESCRIPTION)
     try:
         saved = typed(_Description, tree, "an adapter's description")
-        if saved.format != (known := _format(saved.scaling)):
+        check_specification(saved.tying, saved.rank, saved.alpha, saved.architecture, saved.seed, saved.scaling)
+        if saved.format != (known := FORMATS[saved.scaling]):
             raise UserError(
                 f"format {saved.format} is not {known}, which this version reads for {saved.scaling} scaling"
             )
-        check_specification(saved.tying, saved.rank, saved.alpha, saved.architecture, saved.seed, saved.scaling)
     except UserError as error:
         raise UserError(f"{folder / DESCRIPTION}: {error}") from None
     # Before the parts are made: a few bytes of a description can ask for more memory than there is.

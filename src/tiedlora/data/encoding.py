@@ -10,15 +10,15 @@ import bisect
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tokenizers
-from numpy.typing import NDArray
-from safetensors import SafetensorError, numpy, safe_open
 
 from tiedlora import storage
 from tiedlora.config.identity import identity
@@ -33,13 +33,12 @@ if TYPE_CHECKING:
 
 BLANK_MARK = "\u2581"
 """How SentencePiece writes a blank in a token."""
-IntArray = NDArray[np.int32]
 ENCODING_VERSION = 1
 """Raise it when encode_rows gives other token ids for the same rows."""
 MIN_ROWS = 1000
 """Fewer rows are not stored, because encoding them is faster than reading a file."""
-_COLUMNS = ("kept", "prompts", "targets", "ids")
-"""The indices of the rows that fit, the lengths of their prompts, the lengths of their targets, and all token ids."""
+COUNTS = ("rows", "shortened", "dropped_prompt", "dropped_target", "dropped_answer")
+"""What is counted of rows (see DataRecord)."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def encode_rows(encoder: Encoder, examples: Sequence[Example]) -> EncodedRows:
     """
     config, context = encoder.config, encoder.context
     kept, encoded = [], []
-    counts = {"rows": len(examples), "shortened": 0, "dropped_prompt": 0, "dropped_target": 0, "dropped_answer": 0}
+    counts = dict.fromkeys(COUNTS, 0) | {"rows": len(examples)}
     for number, example in enumerate(examples):
         shortened = encoder.shortened(example)
         if shortened is None:
@@ -244,38 +243,29 @@ def load_or_encode(
     key = [ENCODING_VERSION, tokenizers.__version__, identity(encoder.config), encoder.context, digest]
     key += encoder.versions.values()
     name = hashlib.sha256(json.dumps([*key, plain(base.record)], sort_keys=True).encode()).hexdigest()[:24]
-    path = cache / "tokens" / f"{name}.safetensors"
-    try:
-        return _read(path)
-    except (FileNotFoundError, SafetensorError, KeyError, ValueError):
-        # The file is missing or damaged. Everything in it can be computed.
-        rows = encode_rows(encoder, examples)
-        storage.write_bytes(path, _to_bytes(rows))
-        return rows
+    path = cache / "tokens" / f"{name}.int32"
+    with suppress(FileNotFoundError, ValueError):
+        return _from_bytes(path.read_bytes())
+    # The file is missing or damaged. Everything in it can be computed.
+    rows = encode_rows(encoder, examples)
+    storage.write_bytes(path, _to_bytes(rows))
+    return rows
 
 
 def _to_bytes(rows: EncodedRows) -> bytes:
+    """A checksum, then the counts, the rows' numbers, the lengths of their prompts and targets, and all token ids."""
+    lengths = [len(part) for row in rows.encoded for part in (row.prompt, row.target)]
     ids = [token for row in rows.encoded for token in (*row.prompt, *row.target)]
-    prompts, targets = [len(row.prompt) for row in rows.encoded], [len(row.target) for row in rows.encoded]
-    values = zip(_COLUMNS, (rows.kept, prompts, targets, ids), strict=True)
-    arrays = {name: np.array(column, dtype=np.int32) for name, column in values}
-    return numpy.save(arrays, {"counts": json.dumps(rows.counts), "sha256": _checksum(arrays)})
+    data = np.array([*rows.counts.values(), len(rows.kept), *rows.kept, *lengths, *ids], dtype=np.int32).tobytes()
+    return hashlib.sha256(data).digest() + data
 
 
-def _read(path: Path) -> EncodedRows:
-    with safe_open(path, "np") as file:
-        arrays = {name: file.get_tensor(name) for name in _COLUMNS}
-        metadata = file.metadata()
-    if _checksum(arrays) != metadata["sha256"]:
-        raise ValueError("checksum")
-    kept, prompts, targets, ids = (array.tolist() for array in arrays.values())
-    encoded, start = [], 0
-    for prompt_length, target_length in zip(prompts, targets, strict=True):
-        middle, end = start + prompt_length, start + prompt_length + target_length
-        encoded.append(Encoded(tuple(ids[start:middle]), tuple(ids[middle:end])))
-        start = end
-    return EncodedRows(kept, encoded, json.loads(metadata["counts"]))
-
-
-def _checksum(arrays: dict[str, IntArray]) -> str:
-    return hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()
+def _from_bytes(data: bytes) -> EncodedRows:
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        raise ValueError("damaged")
+    numbers = iter(np.frombuffer(data[32:], dtype=np.int32).tolist())
+    counts = dict(zip(COUNTS, islice(numbers, len(COUNTS)), strict=True))
+    kept = list(islice(numbers, next(numbers)))
+    lengths = iter(list(islice(numbers, 2 * len(kept))))
+    encoded = [Encoded(tuple(islice(numbers, next(lengths))), tuple(islice(numbers, next(lengths)))) for _ in kept]
+    return EncodedRows(kept, encoded, counts)

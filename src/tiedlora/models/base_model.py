@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import io
 import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -72,7 +71,10 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
             its logits are not those of its output head.
     """
     digest = known_digest(config, cache)
-    _silence_libraries()
+    # From now on, these libraries show no progress bars and no warnings. Errors are still raised.
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    for library in ("transformers", "huggingface_hub", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     if config.source == "architecture":
         raise UserError(
             f"model={config.name}: transformers cannot load its weights; this option is only for scripts/params.py. "
@@ -94,7 +96,13 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
     else:
         folder = embedded_folder(cache) if config.source == "embedded" and not config.path else config.path
         model, tokenizer = _pretrained(config, folder, {"dtype": getattr(torch, dtype), **settings})
-    _check_architecture(config, model)
+    expected, loaded = config.architecture, architectures.read(model, config.architecture.layout)
+    for name in vars(expected):
+        if getattr(expected, name) != getattr(loaded, name):
+            raise UserError(
+                f"model.architecture.{name}={getattr(expected, name)}: the loaded model has {getattr(loaded, name)}; "
+                "correct the numbers in conf/model, because parameter counts are computed from them"
+            )
     linear.keep_gradients(model)
     model.requires_grad_(False).eval()
     if not settings:
@@ -104,13 +112,6 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
     commit = getattr(model.config, "_commit_hash", None)
     record = BaseModelRecord(config.name, config.revision, digest or f"commit:{commit}", config.quantization)
     return BaseModel(model, tokenizer, record, digest_is_known=digest is not None or commit is not None)
-
-
-def _silence_libraries() -> None:
-    """From now on, these libraries show no progress bars and no warnings. Errors are still raised."""
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    for library in ("transformers", "huggingface_hub", "bitsandbytes"):
-        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _pretrained(config: ModelConfig, folder: Path | str | None, settings: dict[str, Any]) -> tuple[Any, Any]:
@@ -134,16 +135,6 @@ def _pretrained(config: ModelConfig, folder: Path | str | None, settings: dict[s
             "tokenizer.json and *.safetensors; or model=smollm2_135m, which needs no hub"
         ) from None
     return model, tokenizer
-
-
-def _check_architecture(config: ModelConfig, model: Any) -> None:
-    expected, loaded = config.architecture, architectures.read(model, config.architecture.layout)
-    for name in vars(expected):
-        if getattr(expected, name) != getattr(loaded, name):
-            raise UserError(
-                f"model.architecture.{name}={getattr(expected, name)}: the loaded model has {getattr(loaded, name)}; "
-                "correct the numbers in conf/model, because parameter counts are computed from them"
-            )
 
 
 def embedded_folder(cache: Path) -> Path:
@@ -178,7 +169,7 @@ def _embedded_file() -> Path:
 def _convert(source: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # transformers has no switch for the progress bar of this conversion. In a log it is one line of 3,000 characters.
-    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # The model still has a note about its GGUF quantisation. With it, save_pretrained refuses the dequantised weights.
     if hasattr(model.config, "quantization_config"):

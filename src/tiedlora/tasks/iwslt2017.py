@@ -13,7 +13,6 @@ import html
 import re
 import zipfile
 from collections.abc import Iterable
-from functools import cached_property
 
 import huggingface_hub
 from sacrebleu.metrics.bleu import BLEU
@@ -25,6 +24,7 @@ from tiedlora.tasks.rows import DataRow, RowError, hub_errors
 
 ZIP = "data/2017-01-trnted/texts/de/en/de-en.zip"
 LANGUAGES = ("de", "en")
+METRICS: dict[str, BLEU | CHRF] = {"bleu": BLEU(), "chrf": CHRF()}
 
 
 class Iwslt2017(Task):
@@ -55,28 +55,24 @@ class Iwslt2017(Task):
             row.with_fields(**{language: " ".join(pair[language].split()) for language in LANGUAGES}), id
         )
 
-    @cached_property
-    def _metrics(self) -> dict[str, BLEU | CHRF]:
-        return {"bleu": BLEU(), "chrf": CHRF()}
-
     def score(self, output: str, example: Example) -> dict[str, Score]:
         """Metric -> the counts of one output, as sacreBLEU sums them over a corpus."""
         references = [[reference.strip()] for reference in example.references]
         return {
             name: [float(count) for count in metric._extract_corpus_statistics([output.strip()], references)[0]]
-            for name, metric in self._metrics.items()
+            for name, metric in METRICS.items()
         }
 
     def corpus_score(self, metric: str, statistics: Iterable[float]) -> float:
         # Sums of counts are whole numbers, and sacreBLEU's formulas expect ints.
         counts = [round(count) for count in statistics]
-        return float(self._metrics[metric]._compute_score_from_stats(counts).score) / 100
+        return float(METRICS[metric]._compute_score_from_stats(counts).score) / 100
 
     def signatures(self) -> dict[str, str]:
-        for metric in self._metrics.values():
+        for metric in METRICS.values():
             # The signature holds the number of references. sacreBLEU knows it only after it has scored a corpus.
             metric._extract_corpus_statistics(["x"], [["x"]])
-        return {name: str(metric.get_signature()) for name, metric in self._metrics.items()}
+        return {name: str(metric.get_signature()) for name, metric in METRICS.items()}
 
 
 def zipped_rows(archive: zipfile.ZipFile, name: str) -> list[DataRow]:
