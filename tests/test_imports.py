@@ -29,6 +29,7 @@ LAZY = {
     "page/wandb_dashboard.py": {"wandb"},
     "tasks/dialogsum.py": {"rouge_score.rouge_scorer"},
     "tasks/generated.py": {"reasoning_gym"},
+    "tasks/base.py": {"datasets"},
     "tasks/rows.py": {"datasets"},
 }
 WITHOUT_TORCH = ("runs.run", "runs.inputs", "scoring.summary", "scoring.passes", "models.identity")

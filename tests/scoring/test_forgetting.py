@@ -105,8 +105,8 @@ def test_a_run_records_it_and_a_finished_one_gets_it(tiny_config, text, script, 
         patch.setattr(add_scores, "add_scores", lambda *_, **__: pytest.fail("scored again"))
         run.main(config)
     asked = []
-    compute = Scorer.losses
-    monkeypatch.setattr(Scorer, "losses", lambda *a: asked.append(a[3]) or compute(*a))
+    compute = Scorer.rows
+    monkeypatch.setattr(Scorer, "rows", lambda *a, **k: asked.append(a[2]) or compute(*a, **k))
     other = tiny_config("score.metrics=[target_loss]", "score.splits=[]", f"score.forgetting={text}", "tying=LoRA")
     run.main(other)
     assert asked == ["adapted model's loss on forgetting"]

@@ -51,7 +51,9 @@ def measure(
             start = _logits(model, ids)
             _first_step(arm, ids, lr)
             moves = not torch.equal(_logits(model, ids), start)
-            _add_noise(arm)
+            generator = torch.Generator().manual_seed(0)
+            for parameter in arm.trained_parts().values():
+                parameter.data += (NOISE * torch.randn(parameter.shape, generator=generator)).to(parameter)
             moved = _logits(model, ids)
             half = LENGTH // 2
             later, others = ids.clone(), ids.clone()
@@ -95,11 +97,3 @@ def _first_step(arm: Arm, ids: Tensor, lr: float) -> None:
             for parameter in group.parameters:
                 if parameter.grad is not None:
                     parameter.sub_(lr * group.lr_factor * parameter.grad.sign())
-
-
-@torch.no_grad()
-def _add_noise(arm: Arm) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for parameter in arm.trained_parts().values():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.add_((NOISE * noise).to(parameter))

@@ -55,7 +55,11 @@ class PeftArm(Arm):
             try:
                 self.peft: Any = get_peft_model(model, config)
             except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-                _restore_modules(model)
+                # Put back the modules that PEFT has replaced.
+                for path, module in list(model.named_modules()):
+                    if isinstance(module, BaseTunerLayer):
+                        parent, _, name = path.rpartition(".")
+                        setattr(model.get_submodule(parent), name, module.get_base_layer())
                 raise UserError(
                     f"tying.method={spec.tying.method}: PEFT refuses it: {' '.join(str(error).split()):.300}"
                 ) from None
@@ -128,14 +132,6 @@ def _put_back(base: list[tuple[nn.Parameter, Tensor, float]]) -> bool:
         if parameter.data_ptr() != values.data_ptr():
             parameter.data = values
     return changed
-
-
-def _restore_modules(model: nn.Module) -> None:
-    """Put back the modules that PEFT had replaced when it failed."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, module.get_base_layer())
 
 
 def _short(name: str) -> str:

@@ -7,7 +7,7 @@ import functools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,11 +50,8 @@ class Batch:
         """The same batch on `device`. The copy to a GPU is asynchronous."""
         if device.type != "cuda":
             return self
-        input_ids, positions, targets = (
-            tensor.pin_memory().to(device, non_blocking=True)
-            for tensor in (self.input_ids, self.positions, self.targets)
-        )
-        return Batch(input_ids, positions, targets, self.tokens)
+        names = ("input_ids", "positions", "targets")
+        return replace(self, **{name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names})
 
 
 def split_by_limits(lengths: Sequence[int], rows: int | None, tokens: int | None) -> list[slice]:

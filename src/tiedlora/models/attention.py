@@ -112,10 +112,6 @@ def _opaque_softmax_backward(gradient: Tensor, weights: Tensor) -> Tensor:
     return torch.ops.aten._softmax_backward_data(gradient, weights, -1, weights.dtype)  # type: ignore[no-any-return]
 
 
-def _keep_weights(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(output)
-
-
 def _backward(ctx: Any, gradient: Tensor) -> Tensor:
     (weights,) = ctx.saved_tensors
     return _opaque_softmax_backward(gradient.contiguous(), weights)  # type: ignore[no-any-return]
@@ -123,7 +119,7 @@ def _backward(ctx: Any, gradient: Tensor) -> Tensor:
 
 _opaque_softmax.register_fake(lambda scores: torch.empty_like(scores))
 _opaque_softmax_backward.register_fake(lambda gradient, weights: torch.empty_like(weights))
-_opaque_softmax.register_autograd(_backward, setup_context=_keep_weights)
+_opaque_softmax.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output))
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -9,7 +9,6 @@ only by the order of the additions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -64,7 +63,7 @@ class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return operator(*args, **kwargs)
         result = operator(*map(_widened, args), **kwargs)
         # Several gradients, or one product.
-        return tuple(map(_rounded, result)) if isinstance(result, tuple) else _rounded(result)
+        return tuple(map(Tensor.bfloat16, result)) if isinstance(result, tuple) else result.bfloat16()
 
 
 def _is_bfloat16_on_cpu(value: Any) -> bool:
@@ -73,6 +72,3 @@ def _is_bfloat16_on_cpu(value: Any) -> bool:
 
 def _widened(value: Any) -> Any:
     return value.float() if _is_bfloat16_on_cpu(value) else value
-
-
-_rounded: Callable[[Tensor], Tensor] = Tensor.bfloat16

@@ -56,18 +56,13 @@ Choose = Callable[[Any, Tensor, list[int], int], Tensor]
 the prompt of each row, and the number of tokens that the answers have so far -> token ids (rows,)."""
 
 
-def most_likely(model: Any, outputs: Tensor, rows: list[int], position: int) -> Tensor:
-    """Greedy choice. What the model does with the outputs of its head leaves their order."""
-    return outputs.argmax(-1)
-
-
 @without_gradients
 def decode(
     model: Any,
     prompts: Sequence[Sequence[int]],
     ends: AnswerEnds,
     progress: Callable[[int], None] = lambda rows: None,
-    choose: Choose = most_likely,
+    choose: Choose | None = None,
 ) -> list[Output]:
     """Generate continuations of one batch, in the order of `prompts`.
 
@@ -76,6 +71,7 @@ def decode(
     Args:
         prompts: token ids, none empty.
         progress: is called with the number of rows that have just finished.
+        choose: None takes the most likely token. What the model does with the outputs of its head leaves their order.
     """
     device = input_device(model)
     ids, mask, positions = padded_left(prompts, ends.end_ids[0], device)
@@ -88,7 +84,8 @@ def decode(
     while None in outputs:
         # 1. The next token of each row. The output head is computed at only one position of each row.
         head_outputs = model.get_output_embeddings()(hidden_states(model, ids, mask, positions, cache)[:, -1])
-        tokens = choose(model, head_outputs, batch_rows, max(map(len, written)))
+        position = max(map(len, written))
+        tokens = choose(model, head_outputs, batch_rows, position) if choose else head_outputs.argmax(-1)
         ids, mask, positions = tokens.unsqueeze(1), F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
         # 2. The answers that end with it.
         next_ids = tokens.tolist()

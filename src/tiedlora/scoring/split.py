@@ -98,11 +98,19 @@ class Scorer:
                 model is scored if they have its scores, and the batches are halved as often as they were.
 
         Raises:
-            UserError: as answers and losses; a row has no target although its loss was asked for; `recorded` is of
-                other rows; or memory runs out with a single row.
+            UserError: as `rows`; a row has no target although its loss was asked for; `recorded` is of other rows; or
+                memory runs out with a single row.
             OSError: predictions/ cannot be written.
         """
-        passes = _possible(passes, examples)
+        without = next((example.id for example in examples if not example.target.strip()), None)
+        if without is not None and passes.losses:
+            if passes.needs_targets:
+                raise UserError(
+                    f"score.metrics: row {without} has no target, so these rows have no loss and no drift; name other "
+                    "metrics, with score.drift=false"
+                )
+            log.info("row %s has no target, so the losses of these rows are not scored", without)
+            passes = replace(passes, losses=False)
         if recorded is not None and recorded.digest != digest(examples):
             raise UserError(
                 f"{folder.path}: its {split} was scored on other rows (sha256 {recorded.digest[:12]}, now "
@@ -200,25 +208,21 @@ class Scorer:
         )
 
     def rows(self, examples: Sequence[Example], title: str, *, losses: bool, base: bool = False) -> Rows:
-        """The answers of the adapted model, or of the base model, computed now.
+        """One row for each example, with the model's answer and its scores, computed now.
 
         Args:
             title: the text of the progress bar.
             losses: the losses of the targets instead, as rows without answers.
-        """
-        with scored_model(self.attached, self.config, base) as model:
-            return self.losses(model, examples, title) if losses else self.answers(model, examples, title)
-
-    def answers(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
-        """One row for each example, with the model's answer and its scores.
-
-        Args:
-            model: the base model, with or without an adapter.
-            title: the text of the progress bar.
+            base: of the base model instead of the adapted one.
 
         Raises:
-            UserError: a prompt does not fit, and the task does not allow to shorten it enough; or as `in_shares`.
+            UserError: a prompt does not fit, and the task does not allow to shorten it enough; a loss is not finite;
+                or as `in_shares`.
         """
+        with scored_model(self.attached, self.config, base) as model:
+            return self._losses(model, examples, title) if losses else self._answers(model, examples, title)
+
+    def _answers(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
         # Imported here because the `evaluate` package takes a second to import, and only scoring needs it.
         from tiedlora.tasks.task_metric import TaskMetric
 
@@ -257,13 +261,7 @@ class Scorer:
             rows.append(replace(answered, output_tokens=tokens, choices=texts, log_likelihoods=log_likelihoods))
         return rows
 
-    def losses(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
-        """One row for each example, with the loss of its target and without an answer. Arguments as of `answers`.
-
-        Raises:
-            UserError: as `answers`; or a loss is not finite.
-        """
-
+    def _losses(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
         def of_batch(batch: Batch) -> list[tuple[float, int]]:
             found = row_losses(model, batch)
             return list(zip(found.sums.tolist(), found.tokens.tolist(), strict=True))
@@ -283,7 +281,7 @@ class Scorer:
         """The mean divergence of the adapted from the base model at each row's target tokens, in nats.
 
         Raises:
-            UserError: as `answers`; or a divergence is not finite.
+            UserError: as `rows`; or a divergence is not finite.
         """
         targets, model = [self._target(example) for example in examples], self.attached.model
         as_base = functools.partial(scored_model, self.attached, self.config, base=True)
@@ -467,24 +465,6 @@ def with_halved_batches(config: Config, times: int) -> Config:
     score = config.score
     tokens = None if score.batch_tokens is None else max(1, score.batch_tokens >> times)
     return replace(config, score=replace(score, batch_size=max(1, score.batch_size >> times), batch_tokens=tokens))
-
-
-def _possible(passes: Passes, examples: Sequence[Example]) -> Passes:
-    """The passes, without losses if a row has no target.
-
-    Raises:
-        UserError: the losses were asked for by name.
-    """
-    without = next((example.id for example in examples if not example.target.strip()), None)
-    if without is None or not passes.losses:
-        return passes
-    if passes.needs_targets:
-        raise UserError(
-            f"score.metrics: row {without} has no target, so these rows have no loss and no drift; name other metrics, "
-            "with score.drift=false"
-        )
-    log.info("row %s has no target, so the losses of these rows are not scored", without)
-    return replace(passes, losses=False)
 
 
 def _write(path: Path, parts: list[Rows], recorded: SplitScores | None) -> Rows:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tiedlora.config.schema import TaskConfig
-from tiedlora.tasks.rows import DataRow, RowError, rows_from_hub
+from tiedlora.tasks.rows import DataRow, RowError, hub_errors
 
 Score = float | list[float]
 """A number in [0, 1], or the statistics of one output. A corpus-level metric comes from their sum over outputs."""
@@ -63,7 +63,12 @@ class Task:
         Raises:
             UserError: the hub cannot be reached or has no such split.
         """
-        return rows_from_hub(self.config, split)
+        hub = self.config.hub
+        with hub_errors(self.config, split) as name:
+            import datasets  # hub_errors has imported it already, so this costs no time
+
+            table = datasets.load_dataset(hub.id, hub.subset, split=name, revision=hub.revision)
+        return [DataRow(f"{hub.id}[{name}] row {i}", dict(row)) for i, row in enumerate(table)]
 
     def row_id(self, row: DataRow, number: int) -> str:
         """The row's name in predictions: its own id, or its number in the split (counted from 0)."""

@@ -23,15 +23,6 @@ def cleaned(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def is_clean(row: DataRow) -> bool:
-    """Whether the row was cleaned before. (WikiHow rows on the hub always have marks.)
-
-    To clean a row twice would change it: a blank that stayed where a mark was removed would be removed too.
-    """
-    texts = [row["ctx_a"], row["ctx_b"], *row["endings"]]
-    return row["source_id"].startswith("wikihow") and not any(MARK.search(text) for text in texts)
-
-
 class HellaSwag(Task):
     fields = {
         "ind": int,
@@ -59,7 +50,10 @@ class HellaSwag(Task):
             raise RowError(f"the field 'endings' must hold {ENDINGS} texts, none empty")
         if label not in map(str, range(ENDINGS)):
             raise RowError(f"the label {label!r} is out of range: it must be one of '0' to '{ENDINGS - 1}'")
-        clean = str if is_clean(row) else cleaned
+        # WikiHow rows on the hub always have marks. One without was cleaned before, and to clean it again would change
+        # it: a blank that stayed where a mark was removed would be removed too.
+        has_marks = any(MARK.search(text) for text in (row["ctx_a"], row["ctx_b"], *endings))
+        clean = cleaned if has_marks or not row["source_id"].startswith("wikihow") else str
         # The harness capitalises ctx_b, so the prompt uses ctx_a and ctx_b, and not the field 'ctx'.
         row = row.with_fields(ctx_b=row["ctx_b"].capitalize())
         prompt = clean(render(self.config.prompt, row)).rstrip()

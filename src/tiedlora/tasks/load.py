@@ -15,7 +15,7 @@ from pathlib import Path
 from tiedlora.config.schema import SCORED_SPLITS, TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.tasks.base import Example, Task
-from tiedlora.tasks.rows import DataRow, RowError, rows_from_folder
+from tiedlora.tasks.rows import DataRow, RowError, read_json_lines, rows_folder, ways_to_get
 
 NO_TASKS = ("base", "load", "rows", "task_metric")
 """The files of this package that are not tasks."""
@@ -78,7 +78,12 @@ def _read_rows(task: Task, split: str, data_root: str | None) -> list[DataRow]:
     generated = task.generated_rows(split)
     if generated is not None:
         return generated
-    return task.hub_rows(split) if data_root is None else rows_from_folder(task.config, split, Path(data_root))
+    if data_root is None:
+        return task.hub_rows(split)
+    path = rows_folder(task.config, Path(data_root)) / f"{split}.jsonl"
+    if not path.exists():
+        raise UserError(f"{path}: no such file. {ways_to_get(task.config)}")
+    return read_json_lines(path)
 
 
 def _split_rows(task: Task, split: str, data_root: str | None) -> list[DataRow]:

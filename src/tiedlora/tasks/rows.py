@@ -36,18 +36,6 @@ class DataRow:
         return DataRow(self.where, {**self.fields, **changes})
 
 
-def rows_from_folder(config: TaskConfig, split: str, data_root: Path) -> list[DataRow]:
-    """All rows of a split from data_root/<task>/<split>.jsonl.
-
-    Raises:
-        UserError: the file is missing (the message says how to get it), or a line is not a JSON object.
-    """
-    path = rows_folder(config, data_root) / f"{split}.jsonl"
-    if not path.exists():
-        raise UserError(f"{path}: no such file. {_ways_to_get(config)}")
-    return read_json_lines(path)
-
-
 def rows_folder(config: TaskConfig, data_root: Path) -> Path:
     """The name of the task's folder below data_root."""
     return data_root / (config.folder or config.name)
@@ -82,20 +70,6 @@ def read_json_lines(path: Path) -> list[DataRow]:
     return rows
 
 
-def rows_from_hub(config: TaskConfig, split: str) -> list[DataRow]:
-    """All rows of a split, from the data set with that id on the hub.
-
-    Raises:
-        UserError: the hub cannot be reached or has no such split; the message says how to get the rows.
-    """
-    hub = config.hub
-    with hub_errors(config, split) as name:
-        import datasets  # hub_errors has imported it already, so this costs no time
-
-        table = datasets.load_dataset(hub.id, hub.subset, split=name, revision=hub.revision)
-    return [DataRow(f"{hub.id}[{name}] row {i}", dict(row)) for i, row in enumerate(table)]
-
-
 @contextmanager
 def hub_errors(config: TaskConfig, split: str) -> Iterator[str]:
     """Yield the hub's name of a split, and turn an error of the hub into one line that says how to get the rows.
@@ -108,16 +82,17 @@ def hub_errors(config: TaskConfig, split: str) -> Iterator[str]:
     datasets.disable_progress_bars()
     hub = config.hub
     if not hub.id or split not in hub.splits:
-        raise UserError(f"task={config.name}: the hub has no {split} split of it. {_ways_to_get(config)}")
+        raise UserError(f"task={config.name}: the hub has no {split} split of it. {ways_to_get(config)}")
     try:
         yield hub.splits[split]
     # All errors of huggingface_hub and datasets for an unreachable hub or a missing file derive from these.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"task={config.name}: {hub.id} cannot be loaded ({reason}). {_ways_to_get(config)}") from None
+        raise UserError(f"task={config.name}: {hub.id} cannot be loaded ({reason}). {ways_to_get(config)}") from None
 
 
-def _ways_to_get(config: TaskConfig) -> str:
+def ways_to_get(config: TaskConfig) -> str:
+    """The end of a message about rows that are not there."""
     name = config.folder or config.name
     return (
         f"Three ways to get it: reach the hub ({config.hub.id or 'it is not there'}); or, where the hub is in reach, "
