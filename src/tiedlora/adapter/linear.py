@@ -15,13 +15,11 @@ from torch import nn
 
 from tiedlora.errors import UserError
 
-QUANTISED_WEIGHTS = ("Params4bit", "Int8Params")
-"""The classes of bitsandbytes' weights, by name, because bitsandbytes is optional."""
-
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether bitsandbytes keeps the module's weight in 4 or 8 bits."""
-    return type(getattr(module, "weight", None)).__name__ in QUANTISED_WEIGHTS
+    # By name, because bitsandbytes is optional.
+    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:

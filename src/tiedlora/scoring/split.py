@@ -220,9 +220,10 @@ class Scorer:
                 or as `in_shares`.
         """
         with scored_model(self.attached, self.config, base) as model:
-            return self._losses(model, examples, title) if losses else self._answers(model, examples, title)
+            return self.losses(model, examples, title) if losses else self.answers(model, examples, title)
 
-    def _answers(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
+    def answers(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
+        """As `rows`, of a model with or without an adapter."""
         # Imported here because the `evaluate` package takes a second to import, and only scoring needs it.
         from tiedlora.tasks.task_metric import TaskMetric
 
@@ -261,7 +262,9 @@ class Scorer:
             rows.append(replace(answered, output_tokens=tokens, choices=texts, log_likelihoods=log_likelihoods))
         return rows
 
-    def _losses(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
+    def losses(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
+        """As `rows`, without answers, of a model with or without an adapter."""
+
         def of_batch(batch: Batch) -> list[tuple[float, int]]:
             found = row_losses(model, batch)
             return list(zip(found.sums.tolist(), found.tokens.tolist(), strict=True))
