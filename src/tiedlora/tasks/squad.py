@@ -23,11 +23,6 @@ def normalise(text: str) -> str:
     return " ".join(without_articles.split())
 
 
-def exact_match(output: str, reference: str) -> float:
-    """1 if both texts are equal after normalisation, otherwise 0."""
-    return float(normalise(output) == normalise(reference))
-
-
 def f1(output: str, reference: str) -> float:
     """The harmonic mean of precision and recall over the normalised words. Repeated words count.
 
@@ -63,7 +58,7 @@ class Squad(Task):
 
     def score(self, output: str, example: Example) -> dict[str, Score]:
         return {
-            "exact_match": max(exact_match(output, reference) for reference in example.references),
+            "exact_match": float(normalise(output) in map(normalise, example.references)),
             "f1": max(f1(output, reference) for reference in example.references),
         }
 

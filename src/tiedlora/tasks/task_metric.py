@@ -6,7 +6,7 @@ task's `score` and `total`. To import this module takes seconds, so only scoring
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -61,17 +61,15 @@ class TaskMetric(evaluate.Metric):  # type: ignore[misc]
             for answers, texts in zip(references, choices, strict=True)
         ]
         scores = [self.task.score(output, example) for output, example in zip(predictions, examples, strict=True)]
+        # Refuse scores that a record could not hold, before anything is written.
         for example, row in zip(examples, scores, strict=True):
-            self._check(example, row)
+            for metric in self.task.metrics:
+                score = row.get(metric)
+                is_valid = isinstance(score, Real) and -ROUNDING <= score <= 1 + ROUNDING
+                if not (is_valid or (score is not None and metric in self.task.corpus_metrics)):
+                    raise UserError(
+                        f"task={self.task.config.name}: the score of row {example.id} has {metric}={score!r:.40}; it "
+                        "must be a number from 0 to 1"
+                    )
         totals = {name: self.task.total(name, [row[name] for row in scores]) for name in self.task.metrics}
         return {**totals, "per_example": scores}
-
-    def _check(self, example: Example, scores: Mapping[str, Score]) -> None:
-        """Refuse scores that a record could not hold, before anything is written."""
-        task = self.task
-        where = f"task={task.config.name}: the score of row {example.id}"
-        for metric in task.metrics:
-            score = scores.get(metric)
-            is_valid = isinstance(score, Real) and -ROUNDING <= score <= 1 + ROUNDING
-            if not (is_valid or (score is not None and metric in task.corpus_metrics)):
-                raise UserError(f"{where} has {metric}={score!r:.40}; it must be a number from 0 to 1")
