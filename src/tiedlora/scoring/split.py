@@ -288,8 +288,8 @@ class Scorer:
         """
         targets, model = [self._target(example) for example in examples], self.attached.model
         as_base = functools.partial(scored_model, self.attached, self.config, base=True)
-        found = self._of_targets(
-            model, targets, title, lambda batch: [float(value) for value in row_divergences(model, batch, as_base)]
+        found: list[float] = self._of_targets(
+            model, targets, title, lambda batch: row_divergences(model, batch, as_base).tolist()
         )
         if not all(map(math.isfinite, found)):
             raise UserError("score.drift: a divergence is not finite; try train.dtype=float32, or lower train.lr")
