@@ -61,9 +61,9 @@ class Study:
         """The tables of arms, given by name and rank."""
         measure, groups = Measure("test", metric), [self.group(task, *name) for name in names]
         runs = compare._comparable_runs(groups, measure)
-        tables = np.stack(compare._paired_tables(runs, measure, self.book))
+        tables = np.stack(self.book.tables(runs, "test", metric))
         words = " / ".join(f"{name} r {rank}" for name, rank in names)
-        return Arms(f"{task} {metric}: {words}", measure.sign * tables, self.book.clusters(runs[0][0], "test"))
+        return Arms(f"{task} {metric}: {words}", measure.sign * tables, self.book.read(runs[0][0], "test").clusters)
 
 
 def drawn(arms: Arms, seeds: int, generator: np.random.Generator) -> tuple[Array, Clusters | None]:
@@ -117,7 +117,7 @@ def worth_misses(arms: Arms, at: float, seeds: int, draws: int) -> float:
         contrasts = m + moved - (1 - places[:, None, None]) * a - places[:, None, None] * b
         found = intervals.mean_squares(contrasts, clusters)
         worth = worth_of(sizes, found.mean, found.half_width())
-        misses += not (worth.low or 0.0) <= truth <= (worth.high or np.inf)
+        misses += not worth.low <= truth <= worth.high
     return misses / draws
 
 

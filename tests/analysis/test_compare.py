@@ -19,7 +19,6 @@ from helpers.report_runs import (
 )
 
 from tiedlora.analysis import intervals
-from tiedlora.analysis.intervals import bootstrap_means
 from tiedlora.analysis.runs import Scorebook, corpus_score, pseudo_values, read_runs
 from tiedlora.errors import UserError
 from tiedlora.page import write
@@ -147,9 +146,9 @@ def test_corpus_scores_are_served_by_pseudo_values():
     assert values.mean() == pytest.approx(score(counts.sum(0)))
     drawn = generator.integers(0, 400, (2000, 400))
     resampled = np.array([score(counts[rows].sum(0)) for rows in drawn])
-    _, low, high = bootstrap_means(values)
+    found = intervals.bootstrap_mean(values, (0.0, 1.0))
     expected = np.quantile(resampled, [0.025, 0.975])
-    assert [low, high] == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]))
+    assert [found.low, found.high] == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]))
 
 
 def test_a_seed_far_from_the_others_is_flagged(tmp_path):

@@ -14,7 +14,6 @@ from tiedlora.analysis import intervals
 from tiedlora.analysis.intervals import (
     bootstrap_corpus,
     bootstrap_mean,
-    bootstrap_means,
     mean_squares,
     outlying,
     p_value,
@@ -192,18 +191,17 @@ def documented() -> dict[tuple[str, int, float, int], float]:
     return found
 
 
-def covered(low, high, truth) -> float:
-    # The tolerance is for an interval that is the single number p, but for rounding.
-    return float(((low <= truth + 1e-12) & (high >= truth - 1e-12)).mean())
+def covered(found, truth) -> float:
+    """How many of the intervals hold the truth. The tolerance is for one that is a single number, but for rounding."""
+    return float(np.mean([one.low <= truth + 1e-12 and one.high >= truth - 1e-12 for one in found]))
 
 
 @functools.cache
 def newcombe(both, ours, theirs, rows):
-    found = paired_proportions(
+    return paired_proportions(
         [1] * both + [1] * ours + [0] * (rows - both - ours),
         [1] * both + [0] * ours + [1] * theirs + [0] * (rows - both - ours - theirs),
     )
-    return found.low, found.high
 
 
 def newcombe_coverage(rows, p):
@@ -212,16 +210,14 @@ def newcombe_coverage(rows, p):
     both = p * other + 0.5 * (p - p * other)
     chances = [both, p - both, other - both, 1 - p - other + both]
     counts = np.random.default_rng([rows, round(1000 * p)]).multinomial(rows, chances, DRAWS)
-    bounds = np.array([newcombe(int(a), int(b), int(c), rows) for a, b, c, _ in counts])
-    return covered(bounds[:, 0], bounds[:, 1], p - other)
+    return covered([newcombe(int(a), int(b), int(c), rows) for a, b, c, _ in counts], p - other)
 
 
 def bootstrap_coverage(rows, p):
     """Scores like F1: 0 for most examples, between 0 and 1 for some; their mean is p."""
     generator = np.random.default_rng([rows, round(1000 * p)])
     scores = generator.random((DRAWS, rows)) * (generator.random((DRAWS, rows)) < min(1.0, 2 * p))
-    _, low, high = bootstrap_means(scores)
-    return covered(low, high, min(1.0, 2 * p) / 2)
+    return covered([bootstrap_mean(own, (0.0, 1.0)) for own in scores], min(1.0, 2 * p) / 2)
 
 
 def paired_bootstrap_coverage(rows, p):
@@ -229,23 +225,22 @@ def paired_bootstrap_coverage(rows, p):
     generator = np.random.default_rng([rows, round(1000 * p), 3])
     answerable = generator.random((DRAWS, 1, rows)) < min(1.0, 2 * p)
     scores = generator.random((2, DRAWS, 3, rows)) * answerable
-    _, low, high = bootstrap_means((scores[0] * 0.9 - scores[1]).mean(1))
-    return covered(low, high, min(1.0, 2 * p) * (0.45 - 0.5))
+    differences = (scores[0] * 0.9 - scores[1]).mean(1)
+    return covered([bootstrap_mean(own, (-1.0, 1.0)) for own in differences], min(1.0, 2 * p) * (0.45 - 0.5))
 
 
 def seeds_coverage(rows, p, seeds):
     """Seeds with one true score. They differ only by chance in the examples."""
     generator = np.random.default_rng([rows, seeds])
-    _, low, high = intervals.over_seeds(generator.binomial(rows, p, (4000, seeds)) / rows)
-    return ((low <= p + 1e-12) & (high >= p - 1e-12)).mean()
+    scores = generator.binomial(rows, p, (DOCUMENTED_DRAWS, seeds)) / rows
+    return covered(map(intervals.seeds_interval, scores), p)
 
 
 def paired_seeds_coverage(rows, p, seeds):
     """Per-seed differences of two methods, with the same examples and independent chance."""
     generator = np.random.default_rng([rows, round(1000 * p), seeds])
     scores = generator.binomial(rows, p, (2, DOCUMENTED_DRAWS, seeds)) / rows
-    _, low, high = intervals.over_seeds(scores[0] - scores[1])
-    return covered(low, high, 0.0)
+    return covered(map(intervals.seeds_interval, scores[0] - scores[1]), 0.0)
 
 
 def both_coverage(rows, p, seeds):

@@ -216,7 +216,7 @@ class TestCurve:
         # 0.72 is 0.6 of the way from 0.6 to 0.8: 46,080 * 8^0.6.
         assert worth["TABuv"].value == pytest.approx(160_000, rel=0.2)
         assert worth["TABuv"].low < 160_000 < worth["TABuv"].high
-        assert worth["TA"].value is None
+        assert worth["TA"].value == 0
         assert str(worth["TA"]) == "< 23,040"
         assert worth["LoRA"] is None
 
@@ -226,12 +226,12 @@ class TestCurve:
         found = worth_of(sizes, falling, np.full(201, np.log(2)))
         assert (found.low, found.value, found.high) == pytest.approx((5000, 10_000, 20_000), rel=1e-3)
         wide = worth_of(sizes, falling, np.full(201, 9.0))
-        assert (wide.low, wide.high) == (None, None)
+        assert (wide.low, wide.high) == (0, np.inf)
         assert str(wide) == "10,000 [< 1,000, > 100,000]"
         above = worth_of(sizes, falling + 9, np.full(201, 0.1))
-        assert (above.value, above.low, above.high, str(above)) == (None, 100_000, None, "> 100,000")
+        assert (above.value, above.low, above.high, str(above)) == (np.inf, 100_000, np.inf, "> 100,000")
         below = worth_of(sizes, falling - 9, np.full(201, 0.1))
-        assert (below.value, below.low, below.high, str(below)) == (None, None, 1000, "< 1,000")
+        assert (below.value, below.low, below.high, str(below)) == (0, 0, 1000, "< 1,000")
 
     def test_an_arm_below_the_curve_that_a_wide_part_of_it_cannot_tell_apart(self):
         """LoRA's larger size varies more between seeds. The interval holds the estimate all the same."""

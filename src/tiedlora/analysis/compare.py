@@ -60,13 +60,10 @@ class Measure:
         """Whether the base model was scored too."""
         return self.metric in (run.splits[self.split].base or {})
 
-    def values(self, runs: Sequence[Run]) -> Array:
-        """(runs,): the recorded score of each run."""
-        return np.array([run.splits[self.split].metrics[self.metric].value for run in runs])
-
-    def base_values(self, runs: Sequence[Run]) -> Array:
-        """(runs,): the base model's score that each run recorded."""
-        return np.array([(run.splits[self.split].base or {})[self.metric].value for run in runs])
+    def values(self, runs: Sequence[Run], base: bool = False) -> Array:
+        """(runs,): the score that each run recorded, its own or the base model's."""
+        scores = [run.splits[self.split] for run in runs]
+        return np.array([((own.base or {}) if base else own.metrics)[self.metric].value for own in scores])
 
 
 @dataclass
@@ -88,37 +85,38 @@ class Estimate:
         return dataclasses.replace(interval, value=self.value)
 
 
+def _over_seeds(values: Array) -> Estimate:
+    """The mean of one number per seed, (seeds,), with its interval over seeds."""
+    return Estimate(float(values.mean()), intervals.seeds_interval(values) if len(values) > 1 else None)
+
+
 def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estimate, list[str]]:
     """The mean over the runs' seeds, and notes on intervals that cover less than 95 %.
 
     A single run has the interval of its record, so that report and record always agree, unless its rows come in
     clusters.
     """
-    values, scores = measure.values(runs), runs[0].splits[measure.split]
-    estimate, notes, remark = Estimate(float(values.mean())), [], ""
+    values, notes, remark = measure.values(runs), [], ""
+    estimate = _over_seeds(values)
     try:
-        table = book.table(runs, measure.split, measure.metric)
-        clusters = book.clusters(runs[0], measure.split)
+        (table,), clusters = book.tables([runs], measure.split, measure.metric), _clusters([runs], measure, book)
         if len(runs) == 1 and clusters is None:
-            estimate.examples = scores.metrics[measure.metric]
+            estimate.examples = runs[0].splits[measure.split].metrics[measure.metric]
         else:
             estimate.examples = intervals.score_over_examples(table, clusters)
-        if len(runs) > 1 and table.shape[1] > 1:
+        if min(table.shape) > 1:
             estimate.both = intervals.both_interval(table, clusters=clusters)
         # A score near 1 is as skewed as one near 0.
         scoring = int(min((table != 0).any(0).sum(), (table != 1).any(0).sum()))
-        if scoring < FEW_EXAMPLES and (len(runs) > 1 or not intervals.is_binary(table)):
+        is_skewed = scoring < FEW_EXAMPLES and (len(runs) > 1 or not intervals.is_binary(table))
+        if is_skewed and not is_loss(measure.metric):
             which = "score" if estimate.value <= 0.5 else "do not have the full score"
             remark = f"only {scoring} examples {which}, so the bootstrap covers about 85 %, not 95 %"
     except UserError as error:
         notes.append(f"no interval over examples: {error}")
-    if len(runs) > 1:
-        estimate.seeds = intervals.seeds_interval(values)
     if far := [runs[place].seed for place in intervals.outlying(values)]:
         notes.append(f"seed {number_list(far)} is far from the others: no t interval survives such a seed")
-    if not is_loss(measure.metric):
-        notes += filter(None, [remark])
-    return estimate, notes
+    return estimate, [*notes, *filter(None, [remark])]
 
 
 def gain(group: RunGroup, measure: Measure, book: Scorebook) -> Estimate | None:
@@ -126,44 +124,36 @@ def gain(group: RunGroup, measure: Measure, book: Scorebook) -> Estimate | None:
     runs = [run for run in measure.scored(group) if measure.has_base(run)]
     if not runs:
         return None
-    values = measure.values(runs) - measure.base_values(runs)
-    estimate = Estimate(float(values.mean()))
-    if len(runs) > 1:
-        estimate.seeds = intervals.seeds_interval(values)
-    try:
-        clusters = book.clusters(runs[0], measure.split)
+    estimate = _over_seeds(measure.values(runs) - measure.values(runs, base=True))
+    # A note on the row's score already says what is wrong with the predictions.
+    with contextlib.suppress(UserError):
+        clusters = _clusters([runs], measure, book)
         if len(runs) == 1 and clusters is None:
             estimate.examples = (runs[0].splits[measure.split].gain or {}).get(measure.metric)
-            return estimate
-        ids, base = book.scores(runs[0], measure.split, measure.metric, base=True)
-        table = book.table(runs, measure.split, measure.metric, ids)
-        _add_paired_intervals(estimate, table, np.broadcast_to(base, table.shape), clusters)
-    except UserError:
-        # A note on the row's score already says what is wrong with the predictions.
-        pass
+        else:
+            (table,) = book.tables([runs], measure.split, measure.metric)
+            base = book.base_scores(runs[0], measure.split, measure.metric)
+            _add_paired_intervals(estimate, table, np.broadcast_to(base, table.shape), clusters)
     return estimate
 
 
 def difference(ours: RunGroup, theirs: Peer, measure: Measure, book: Scorebook) -> tuple[Estimate | None, str]:
     """The paired difference to a group or a point of a curve, over their common seeds, and notes for the reader."""
     try:
-        first, *others = _comparable_runs([ours, *theirs.groups], measure)
+        first, *others = runs = _comparable_runs([ours, *theirs.groups], measure)
     except UserError as error:
         return None, str(error)
-    weights = [weight for weight, _ in theirs.parts]
-    values = measure.values(first) - _blended(weights, [measure.values(runs) for runs in others])
-    estimate, notes = Estimate(float(values.mean())), []
-    if len(first) > 1:
-        estimate.seeds = intervals.seeds_interval(values)
+    estimate = _over_seeds(measure.values(first) - _blended(theirs, map(measure.values, others)))
+    notes = []
     try:
-        table, *tables = _paired_tables([first, *others], measure, book)
-        _add_paired_intervals(estimate, table, _blended(weights, tables), _clusters([first, *others], measure, book))
+        table, *tables = book.tables(runs, measure.split, measure.metric)
+        _add_paired_intervals(estimate, table, _blended(theirs, tables), _clusters(runs, measure, book))
     except UserError as error:
         notes.append(f"no interval over examples: {error}")
-    commits = [{str(code.commit) for run in side for code in run.record.code_versions} for side in (first, *others)]
+    commits = [{str(code.commit) for run in side for code in run.record.code_versions} for side in runs]
     if any(own != commits[0] for own in commits):
         notes.append("made by another commit")
-    if other_ends([first, *others], measure):
+    if other_ends(runs, measure):
         notes.append(OTHER_ENDS)
     if (common := len(first)) < max(len(group.runs) for group in (ours, *theirs.groups)):
         notes.append(f"{common} seed{'s' if common > 1 else ''} in common")
@@ -198,27 +188,21 @@ def _comparable_runs(groups: Sequence[RunGroup], measure: Measure) -> list[tuple
     return [tuple(runs[seed] for seed in seeds) for runs in by_seed]
 
 
-def _paired_tables(sides: Sequence[Sequence[Run]], measure: Measure, book: Scorebook) -> list[Array]:
-    """Scores of all sides on the same examples: an array (seeds, examples) for each."""
-    ids, _ = book.scores(sides[0][0], measure.split, measure.metric)
-    return [book.table(runs, measure.split, measure.metric, ids) for runs in sides]
-
-
 def _clusters(sides: Iterable[Sequence[Run]], measure: Measure, book: Scorebook) -> Clusters | None:
     """The clusters of the rows. Earlier records do not name them, so the first side that does counts."""
-    named = (book.clusters(runs[0], measure.split) for runs in sides)
+    named = (book.read(runs[0], measure.split).clusters for runs in sides)
     return next((clusters for clusters in named if clusters is not None), None)
 
 
-def _blended(weights: Sequence[float], arrays: Sequence[Array]) -> Array:
-    """The weighted sum of arrays of one shape."""
-    total: Array = sum((weight * array for weight, array in zip(weights, arrays, strict=True)), np.zeros(()))
+def _blended(peer: Peer, arrays: Iterable[Array]) -> Array:
+    """The sum of arrays of one shape, one for each part of a peer, by the parts' weights."""
+    total: Array = sum((weight * array for (weight, _), array in zip(peer.parts, arrays, strict=True)), np.zeros(()))
     return total
 
 
 def _add_paired_intervals(estimate: Estimate, ours: Array, theirs: Array, clusters: Clusters | None) -> None:
     estimate.examples = intervals.difference_over_examples(ours, theirs, clusters)
-    if len(ours) > 1 and ours.shape[1] > 1:
+    if min(ours.shape) > 1:
         estimate.both = intervals.both_interval(ours - theirs, clusters=clusters)
 
 
@@ -235,47 +219,44 @@ def paired_scores(
     """
     groups = [method, *comparator.groups, *([floor] if floor is not None else [])]
     runs = _comparable_runs(groups, measure)
-    split, first = measure.split, runs[0][0]
-    ids, _ = book.scores(first, split, measure.metric)
-    table, *others = _paired_tables(runs, measure, book)
+    table, *others = book.tables(runs, measure.split, measure.metric)
     zero = None
     if floor is not None:
         zero = others.pop()
     elif (base := next((run for side in runs for run in side if measure.has_base(run)), None)) is not None:
-        base_ids, zero = book.scores(base, split, measure.metric, base=True)
-        if base_ids != ids:
-            raise UserError(f"{base.run_id}: its base model was scored on other rows")
-    theirs = _blended([weight for weight, _ in comparator.parts], others)
+        zero = book.base_scores(base, measure.split, measure.metric)
     sign, clusters = measure.sign, _clusters(runs, measure, book)
     seeds = tuple(run.seed for run in runs[0])
-    return Sides(sign * table, sign * theirs, None if zero is None else sign * zero, clusters, seeds)
+    return Sides(
+        sign * table, sign * _blended(comparator, others), None if zero is None else sign * zero, clusters, seeds
+    )
 
 
 def retained(ours: RunGroup, theirs: Peer, measure: Measure, floor: RunGroup | None = None) -> Interval | None:
-    """(ours - zero) / (theirs - zero) over the seeds that all have; low and high are NaN if there is no interval.
+    """The share of the other side's gain that a group keeps, with Fieller's interval over the seeds that all have.
 
     Args:
-        floor: the zero point; None takes the base model, where it was scored.
+        floor: the zero point; None takes the base model, as it was scored beside each run.
+
+    Returns:
+        None without scores of the base, or a gain of the other side; low and high are NaN if there is no interval.
+
+    Raises:
+        UserError: the sides cannot be compared.
     """
-    try:
-        runs = _comparable_runs([ours, *theirs.groups, *([floor] if floor is not None else [])], measure)
-    except UserError:
-        return None
-    zero = measure.values(runs.pop()) if floor is not None else None
-    if zero is None:
+    runs = _comparable_runs([ours, *theirs.groups, *([floor] if floor is not None else [])], measure)
+    if floor is not None:
+        zero = measure.values(runs.pop())
+    else:
         scored = [column for column in zip(*runs, strict=True) if all(map(measure.has_base, column))]
         if not scored:
             return None
         runs = list(zip(*scored, strict=True))
-        zero = measure.base_values(runs[0])
-    first, *others = runs
-    their_values = _blended([weight for weight, _ in theirs.parts], [measure.values(own) for own in others])
-    our_gains, their_gains = measure.values(first) - zero, their_values - zero
-    if measure.sign * their_gains.mean() <= 0:
+        zero = measure.values(runs[0], base=True)
+    own, other = measure.values(runs[0]) - zero, _blended(theirs, map(measure.values, runs[1:])) - zero
+    if measure.sign * other.mean() <= 0:
         return None
-    if (ratio := intervals.ratio(our_gains, their_gains)) is not None:
-        return ratio
-    return Interval(float(our_gains.mean() / their_gains.mean()), math.nan, math.nan)
+    return intervals.ratio(own, other) or Interval(float(own.mean() / other.mean()), math.nan, math.nan)
 
 
 # Worth: the size of a curve that scores the same.
@@ -288,28 +269,30 @@ POINTS = 101
 class Worth:
     """The number of parameters at which a curve scores the same as an arm, with its 95 % interval.
 
-    The interval holds every size whose contrast with the arm includes 0, over seeds and rows. A value or an end is None
-    where it is beyond the curve's measured sizes.
+    The interval holds every size whose contrast with the arm includes 0, over seeds and rows. A value or an end is 0
+    where it is below the curve's measured sizes, and infinite where it is above them.
     """
 
-    value: float | None
-    low: float | None
-    high: float | None
+    value: float
+    low: float
+    high: float
     smallest: float
     """The smallest size of the curve."""
     largest: float
-    is_more: bool = False
-    """Whether a value beyond the curve is above it: the arm scores better than the whole curve."""
+
+    def is_measured(self, size: float) -> bool:
+        """Whether a size is on the curve."""
+        return self.smallest <= size <= self.largest
 
     def __str__(self) -> str:
         below, above = f"< {self.smallest:,.0f}", f"> {self.largest:,.0f}"
-        value = f"{self.value:,.0f}" if self.value is not None else above if self.is_more else below
+        value, low, high = (
+            f"{size:,.0f}" if self.is_measured(size) else above if size else below
+            for size in (self.value, self.low, self.high)
+        )
         # An arm that is clearly beyond the curve needs no interval.
-        if self.value is None and (self.low == self.largest if self.is_more else self.high == self.smallest):
-            return value
-        low = below if self.low is None else f"{self.low:,.0f}"
-        high = above if self.high is None else f"{self.high:,.0f}"
-        return f"{value} [{low}, {high}]"
+        is_beyond = self.value > self.low == self.largest or self.value < self.high == self.smallest
+        return value if is_beyond else f"{value} [{low}, {high}]"
 
 
 def worth(group: RunGroup, peers: Curve, measure: Measure, book: Scorebook) -> Worth | None:
@@ -326,7 +309,7 @@ def worth(group: RunGroup, peers: Curve, measure: Measure, book: Scorebook) -> W
     ready = [peer for peer in peers.groups if len(seeds & {run.seed for run in measure.scored(peer)}) > 1]
     for smaller, larger in itertools.pairwise(ready):
         runs = _comparable_runs([group, smaller, larger], measure)
-        tables = _paired_tables(runs, measure, book)
+        tables = book.tables(runs, measure.split, measure.metric)
         if min(tables[0].shape) < 2:
             return None
         ours, below, above = (measure.sign * table for table in tables)
@@ -348,21 +331,17 @@ def worth_of(sizes: Array, means: Array, halves: Array) -> Worth:
     """
     smallest, largest = float(sizes[0]), float(sizes[-1])
     level, excess = np.flatnonzero(np.abs(means) <= halves), np.abs(means) - halves
-    value = None
-    if means[0] >= 0 and means.min() <= 0:
+    value = 0.0 if means[0] < 0 else math.inf
+    if means[0] >= 0 >= means.min():
         # The smallest size at which the curve reaches the arm's score.
         value = _crossing(sizes, means, int(np.argmax(means <= 0)))
-    is_more = value is None and means[0] > 0
     # Without a size that is level, the arm is clearly beyond the curve, or its interval is narrower than a step.
-    low: float | None = value if value is not None else largest
-    high: float | None = value if value is not None else smallest
+    low, high = min(value, largest), max(value, smallest)
     if len(level):
-        low = None if level[0] == 0 else _crossing(sizes, excess, int(level[0]))
-        high = None if level[-1] == len(sizes) - 1 else _crossing(sizes, excess, int(level[-1]) + 1)
-    # The interval holds the value, also where that is beyond the curve.
-    if value is None:
-        low, high = (low, None) if is_more else (None, high)
-    return Worth(value, low, high, smallest, largest, is_more)
+        # The interval holds the value, also where that is beyond the curve.
+        low = min(value, _crossing(sizes, excess, int(level[0]))) if level[0] > 0 else 0.0
+        high = max(value, _crossing(sizes, excess, int(level[-1]) + 1)) if level[-1] < len(sizes) - 1 else math.inf
+    return Worth(value, low, high, smallest, largest)
 
 
 def _crossing(sizes: Array, values: Array, after: int) -> float:
@@ -466,9 +445,10 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Curve, book: Scoreb
         return
     row.examples = runs[0].splits[measure.split].rows
     with contextlib.suppress(UserError):
-        if (clusters := book.clusters(runs[0], measure.split)) is not None:
-            row.notes.append(f"rows in {len(clusters.sizes)} clusters, which intervals take as the sample")
-        elif (few := book.few_clusters(runs[0], measure.split)) is not None:
+        read = book.read(runs[0], measure.split)
+        if read.clusters is not None:
+            row.notes.append(f"rows in {len(read.clusters.sizes)} clusters, which intervals take as the sample")
+        elif few := read.named_clusters:
             row.notes.append(f"rows of only {few} cluster{'s' if few > 1 else ''}: intervals hold for these alone")
     if measure.split == "validation" and len(group.rates) > 1:
         row.notes.append("validation also chose the learning rate, so the score is optimistic")
@@ -479,9 +459,9 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Curve, book: Scoreb
         row.difference, why = difference(group, lora, measure, book)
         if why:
             row.notes.append(f"compared with LoRA: {why}")
-        row.retained = retained(group, lora, measure)
         # A note on the difference already says what is wrong with predictions.
         with contextlib.suppress(UserError):
+            row.retained = retained(group, lora, measure)
             row.retains_at_least = rules.retained_at_least(paired_scores(group, lora, measure, book), 1 - LEVEL)
     if row.primary and group not in lora_curve.groups:
         # A note on the row's score already says what is wrong with its predictions.

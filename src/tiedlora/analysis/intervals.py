@@ -3,13 +3,12 @@
 - the rows of one run: `wilson`, `paired_proportions`, `bootstrap_mean`, `bootstrap_corpus`, `paired_difference`;
 - the choice of rows, for the seeds that were run: `score_over_examples`, `difference_over_examples`;
 - training's randomness, on exactly these rows: `seeds_interval`, and `ratio` for the retained gain;
-- both, as a verdict needs: `both_interval`, from `mean_squares`.
+- both, as a verdict needs: `both_interval`, from `mean_squares`, which accepts leading axes for simulations.
 
 Where rows come in clusters, such as the questions about one article, the clusters are the random sample and not their
 rows: every interval over rows takes their numbers (`clusters`), and those of one run become `clustered_mean`.
 
-`over_seeds`, `mean_squares` and `bootstrap_means` accept leading axes, so that simulations of the errors use the same
-code. `outlying` says where an interval over seeds cannot be trusted.
+`outlying` says where an interval over seeds cannot be trusted.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ from scipy import optimize, stats
 from tiedlora.records.interval import LEVEL, Interval
 
 Array = NDArray[np.float64]
-TAIL = (1 - LEVEL) / 2
-TAILS = (TAIL, (1 + LEVEL) / 2)
+TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 ROUNDING = 1e-12
 """Means and standard deviations below this are rounding. Scores are fractions of 1, and losses are a few units."""
 SMALLEST_LEVEL = 1e-100
@@ -60,36 +58,23 @@ def paired_proportions(ours: Sequence[float], theirs: Sequence[float]) -> Interv
     Raises:
         ValueError: the lengths differ, or there are no examples.
     """
-    n = len(ours)
-    if n != len(theirs):
-        raise ValueError("paired scores need the same examples")
+    n, our_sum, their_sum = len(ours), int(sum(ours)), int(sum(theirs))
     both = sum(a == 1 and b == 1 for a, b in zip(ours, theirs, strict=True))
-    first = wilson(int(sum(ours)), n)
-    second = wilson(int(sum(theirs)), n)
-    difference = first.value - second.value
-    correlation = _continuity_corrected_phi(both, int(sum(ours)) - both, int(sum(theirs)) - both, n)
+    first, second = wilson(our_sum, n), wilson(their_sum, n)
+    # The correlation of the two proportions, with the continuity correction of method 10.
+    margins = our_sum * (n - our_sum) * their_sum * (n - their_sum)
+    determinant = both * (n - our_sum - their_sum + both) - (our_sum - both) * (their_sum - both)
+    corrected = max(determinant - n / 2, 0.0) if determinant > 0 else float(determinant)
+    correlation = corrected / math.sqrt(margins) if margins else 0.0
 
     def half_width(ours: float, theirs: float) -> float:
         """Newcombe's combination of two half widths of correlated proportions."""
         return math.sqrt(max(0.0, ours * ours - 2 * correlation * ours * theirs + theirs * theirs))
 
-    return Interval(
-        difference,
-        difference - half_width(first.value - first.low, second.high - second.value),
-        difference + half_width(first.high - first.value, second.value - second.low),
-        "newcombe",
-    )
-
-
-def _continuity_corrected_phi(both: int, only_ours: int, only_theirs: int, n: int) -> float:
-    """The correlation of two proportions, with the continuity correction of Newcombe's method 10."""
-    neither = n - both - only_ours - only_theirs
-    margins = (both + only_ours) * (only_theirs + neither) * (both + only_theirs) * (only_ours + neither)
-    if margins == 0:
-        return 0.0
-    numerator = both * neither - only_ours * only_theirs
-    corrected = max(numerator - n / 2, 0.0) if numerator > 0 else float(numerator)
-    return corrected / math.sqrt(margins)
+    difference = first.value - second.value
+    low = difference - half_width(first.value - first.low, second.high - second.value)
+    high = difference + half_width(first.high - first.value, second.value - second.low)
+    return Interval(difference, low, high, "newcombe")
 
 
 def is_binary(scores: ArrayLike) -> bool:
@@ -130,38 +115,25 @@ def _resampled_sums(values: Array) -> Array:
     return np.concatenate(blocks)
 
 
-def bootstrap_means(scores: Array) -> tuple[Array, Array, Array]:
-    """Means over the last axis, and the ends of their percentile bootstrap intervals (Efron 1979) over examples.
-
-    Args:
-        scores: (..., examples), one number per example, such as a score, a paired difference, or a mean over seeds.
-
-    Returns:
-        Three arrays of the shape of the leading axes: mean, low, high.
-
-    Raises:
-        ValueError: there are no examples.
-    """
-    examples = scores.shape[-1]
-    means = _resampled_sums(scores.reshape(math.prod(scores.shape[:-1]), examples).T) / examples
-    low, high = np.quantile(means, TAILS, axis=0)
-    return scores.mean(-1), low.reshape(scores.shape[:-1]), high.reshape(scores.shape[:-1])
+def _bootstrap(value: float, resampled: Array, examples: int, limits: tuple[float, float]) -> Interval:
+    """The percentile bootstrap interval (Efron 1979); of one example, the smallest and the largest possible value."""
+    low, high = limits if examples == 1 else np.quantile(resampled, TAILS)
+    return Interval(value, float(low), float(high), "bootstrap")
 
 
 def bootstrap_mean(scores: ArrayLike, limits: tuple[float, float]) -> Interval:
-    """The mean of one number per example, with its interval.
+    """The mean of one number per example, with its interval over examples.
 
     Args:
-        scores: (examples,).
+        scores: (examples,), such as scores, paired differences, or means over seeds.
         limits: the smallest and the largest possible score. They are the interval if there is only one example.
 
     Raises:
         ValueError: there are no examples.
     """
     values = np.asarray(scores, dtype=np.float64)
-    if len(values) == 1:
-        return Interval(float(values[0]), *limits, "bootstrap")
-    return _interval(bootstrap_means(values), "bootstrap")
+    resampled = _resampled_sums(values[:, None]) / len(values)
+    return _bootstrap(float(values.mean()), resampled, len(values), limits)
 
 
 def bootstrap_corpus(
@@ -180,22 +152,13 @@ def bootstrap_corpus(
     Raises:
         ValueError: there are no examples.
     """
-    value, resampled = _corpus_scores(statistics, score)
-    lowest = 0.0
+    tables = [np.asarray(side, dtype=np.float64) for side in (statistics, theirs) if side is not None]
+    values = [score(table.sum(0)) for table in tables]
+    resampled = [np.array([score(sums) for sums in _resampled_sums(table)]) for table in tables]
+    limits = (0.0 if theirs is None else -largest, largest)
     if theirs is not None:
-        their_value, their_resampled = _corpus_scores(theirs, score)
-        value, resampled, lowest = value - their_value, resampled - their_resampled, -largest
-    if len(statistics) == 1:
-        return Interval(value, lowest, largest, "bootstrap")
-    low, high = np.quantile(resampled, TAILS)
-    return Interval(value, float(low), float(high), "bootstrap")
-
-
-def _corpus_scores(statistics: Sequence[Sequence[float]], score: Callable[[Array], float]) -> tuple[float, Array]:
-    """The score of all examples (a number), and the score of each resample, (RESAMPLES,)."""
-    table = np.asarray(statistics, dtype=np.float64)
-    resampled = np.array([score(sums) for sums in _resampled_sums(table)])
-    return score(table.sum(0)), resampled
+        values, resampled = [values[0] - values[1]], [resampled[0] - resampled[1]]
+    return _bootstrap(values[0], resampled[0], len(statistics), limits)
 
 
 def pseudo_values(statistics: Array, score: Callable[[Array], float]) -> Array:
@@ -241,21 +204,14 @@ def difference_over_examples(ours: Array, theirs: Array, clusters: Clusters | No
 # Seeds.
 
 
-def over_seeds(values: Array) -> tuple[Array, Array, Array]:
-    """The mean over the last axis, and its t interval (n - 1 degrees of freedom).
-
-    Args:
-        values: (..., seeds), with at least two seeds. Paired per-seed differences give the interval of a difference.
-    """
-    seeds = values.shape[-1]
-    mean = values.mean(-1)
-    half = stats.t.ppf(1 - TAIL, seeds - 1) * values.std(-1, ddof=1) / math.sqrt(seeds)
-    return mean, mean - half, mean + half
-
-
 def seeds_interval(values: Array) -> Interval:
-    """`over_seeds` of one number per seed, (seeds,), as an Interval."""
-    return _interval(over_seeds(values), "t")
+    """The mean over at least two seeds, (seeds,), and its t interval (n - 1 degrees of freedom).
+
+    Paired differences, one for each seed, give the interval of a difference.
+    """
+    mean = float(values.mean())
+    half = _t_quantile(1 - LEVEL, len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half, "t")
 
 
 def ratio(numerators: Array, denominators: Array) -> Interval | None:
@@ -269,7 +225,7 @@ def ratio(numerators: Array, denominators: Array) -> Interval | None:
         return None
     top, bottom = numerators.mean(), denominators.mean()
     covariance = np.cov(numerators, denominators) / seeds
-    t2 = stats.t.ppf(1 - TAIL, seeds - 1) ** 2
+    t2 = _t_quantile(1 - LEVEL, seeds - 1) ** 2
     a = bottom**2 - t2 * covariance[1, 1]
     b = top * bottom - t2 * covariance[0, 1]
     c = top**2 - t2 * covariance[0, 0]
@@ -277,11 +233,6 @@ def ratio(numerators: Array, denominators: Array) -> Interval | None:
         return None
     root = math.sqrt(max(0.0, b * b - a * c))
     return Interval(float(top / bottom), float((b - root) / a), float((b + root) / a), "fieller")
-
-
-def _interval(ends: tuple[Array, Array, Array], method: str) -> Interval:
-    value, low, high = map(float, ends)
-    return Interval(value, low, high, method)
 
 
 # Rows in clusters.
@@ -453,8 +404,8 @@ def mean_squares(values: Array, clusters: Clusters | None = None) -> MeanSquares
 def both_interval(values: Array, level: float = 1 - LEVEL, clusters: Clusters | None = None) -> Interval:
     """The mean of one table, (seeds, rows), and its interval over seeds and rows at a two-sided level."""
     squares = mean_squares(values, clusters)
-    half = squares.half_width(level)
-    return _interval((squares.mean, squares.mean - half, squares.mean + half), "crossed")
+    mean, half = float(squares.mean), float(squares.half_width(level))
+    return Interval(mean, mean - half, mean + half, "crossed")
 
 
 def p_value(values: Array, clusters: Clusters | None = None) -> float:
@@ -545,25 +496,21 @@ def outlying(values: Array) -> list[int]:
         The indices in rising order; none with fewer than FEWEST_SEEDS finite values. A value that is not finite is
         flagged always.
     """
-    flagged = [int(index) for index in np.flatnonzero(~np.isfinite(values))]
-    kept = [index for index in range(len(values)) if index not in flagged]
+    kept = [int(index) for index in np.flatnonzero(np.isfinite(values))]
+    flagged = sorted(set(range(len(values))) - set(kept))
     if len(kept) < FEWEST_SEEDS:
         return flagged
     median = float(np.median(values[kept]))
     removed: list[int] = []
     outliers = 0
-    for _ in range((len(kept) - 1) // 2):
+    for n in range(len(kept), len(kept) // 2 + 1, -1):
         rest = values[kept]
         farthest = kept[int(np.argmax(np.abs(rest - rest.mean())))]
-        if abs(values[farthest] - rest.mean()) > _critical_distance(len(kept)) * rest.std(ddof=1):
-            outliers = len(removed) + 1
+        # The largest distance from the mean of n normal values, in standard deviations (Grubbs 1950).
+        t = stats.t.isf(OUTLIER_LEVEL / (2 * n), n - 2)
+        critical = (n - 1) / math.sqrt(n) * t / math.sqrt(n - 2 + t * t)
         removed.append(farthest)
         kept.remove(farthest)
-    far = [index for index in removed[:outliers] if abs(values[index] - median) >= LEAST_DISTANCE]
-    return sorted(flagged + far)
-
-
-def _critical_distance(n: int) -> float:
-    """The largest distance from the mean of n normal values, in standard deviations, at OUTLIER_LEVEL (Grubbs 1950)."""
-    t = stats.t.isf(OUTLIER_LEVEL / (2 * n), n - 2)
-    return float((n - 1) / math.sqrt(n) * t / math.sqrt(n - 2 + t * t))
+        if abs(values[farthest] - rest.mean()) > critical * rest.std(ddof=1):
+            outliers = len(removed)
+    return sorted(flagged + [index for index in removed[:outliers] if abs(values[index] - median) >= LEAST_DISTANCE])

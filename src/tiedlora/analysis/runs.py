@@ -281,45 +281,32 @@ def curves(folder: RunFolder, prefix: str) -> dict[str, tuple[list[int], list[fl
     return found
 
 
+@dataclass(frozen=True)
+class RowScores:
+    """What the predictions of one run and split have."""
+
+    ids: tuple[str, ...]
+    of_metric: dict[str, Array]
+    """Metric -> one number per example. A metric that an example lacks is left out."""
+    clusters: Clusters | None
+    """Which examples belong together; None if all are independent, or in too few clusters for an interval over them."""
+    named_clusters: int
+    """How many clusters the rows name."""
+
+
 class Scorebook:
     """The scores of runs for each example. Each predictions file is read once."""
 
     def __init__(self) -> None:
-        self._files: dict[tuple[str, str, bool], _Scores | UserError] = {}
+        self._files: dict[tuple[str, str, bool], RowScores | UserError] = {}
         """(run, split, whether of the base model) -> what its predictions file has."""
 
-    def scores(self, run: Run, split: str, metric: str, base: bool = False) -> tuple[tuple[str, ...], Array]:
-        """(ids, one number per example) whose mean is the metric.
+    def read(self, run: Run, split: str, base: bool = False) -> RowScores:
+        """What a predictions file has.
 
         Raises:
-            UserError: predictions are missing or damaged, or disagree with result.json.
+            UserError: it is missing or damaged, or the task that defines a corpus-level metric is unknown.
         """
-        read = self._scores(run, split, base)
-        recorded = (run.splits[split].base or {}) if base else run.splits[split].metrics
-        if metric not in read.of_metric or metric not in recorded:
-            raise UserError(f"predictions/{split} has no per-example {metric}")
-        if abs(float(read.of_metric[metric].mean()) - recorded[metric].value) > TOLERANCE:
-            raise UserError(f"predictions/{split} disagrees with result.json on {metric}; scripts/verify.py says where")
-        return read.ids, read.of_metric[metric]
-
-    def clusters(self, run: Run, split: str) -> Clusters | None:
-        """Which examples of the run belong together; None if all are independent.
-
-        Raises:
-            UserError: predictions are missing or damaged.
-        """
-        return self._scores(run, split, base=False).clusters
-
-    def few_clusters(self, run: Run, split: str) -> int | None:
-        """How many clusters the rows come in, where these are too few for an interval over them; otherwise None.
-
-        Raises:
-            UserError: predictions are missing or damaged.
-        """
-        read = self._scores(run, split, base=False)
-        return read.named_clusters if read.clusters is None and read.named_clusters else None
-
-    def _scores(self, run: Run, split: str, base: bool) -> _Scores:
         key = (str(run.path), split, base)
         if key not in self._files:
             try:
@@ -330,38 +317,44 @@ class Scorebook:
             raise read
         return read
 
-    def table(self, runs: Sequence[Run], split: str, metric: str, ids: tuple[str, ...] | None = None) -> Array:
-        """(runs, examples): the scores of several runs on the same examples.
+    def scores(self, run: Run, split: str, metric: str, base: bool = False) -> tuple[tuple[str, ...], Array]:
+        """(ids, one number per example) whose mean is the metric.
 
-        Args:
-            ids: the examples that every run must have; None takes those of the first run.
+        Raises:
+            UserError: predictions are missing or damaged, or disagree with result.json.
+        """
+        read = self.read(run, split, base)
+        recorded = (run.splits[split].base or {}) if base else run.splits[split].metrics
+        if metric not in read.of_metric or metric not in recorded:
+            raise UserError(f"predictions/{split} has no per-example {metric}")
+        if abs(float(read.of_metric[metric].mean()) - recorded[metric].value) > TOLERANCE:
+            raise UserError(f"predictions/{split} disagrees with result.json on {metric}; scripts/verify.py says where")
+        return read.ids, read.of_metric[metric]
+
+    def base_scores(self, run: Run, split: str, metric: str) -> Array:
+        """(examples,): the base model's scores of the run's examples.
+
+        Raises:
+            UserError: as `scores`, or the base model was scored on other examples.
+        """
+        ids, scores = self.scores(run, split, metric, base=True)
+        if ids != self.read(run, split).ids:
+            raise UserError(f"{run.run_id}: its base model was scored on other rows")
+        return scores
+
+    def tables(self, sides: Sequence[Sequence[Run]], split: str, metric: str) -> list[Array]:
+        """(runs, examples) for each side: the scores of all runs on the same examples.
 
         Raises:
             UserError: as `scores`, or the runs' predictions are of different examples.
         """
-        columns = []
-        for run in runs:
-            own_ids, values = self.scores(run, split, metric)
-            ids = own_ids if ids is None else ids
-            if own_ids != ids:
-                raise UserError(f"{run.run_id}: its predictions are of other examples")
-            columns.append(values)
-        return np.stack(columns)
+        ids, _ = self.scores(sides[0][0], split, metric)
+        if other := next((run for side in sides for run in side if self.scores(run, split, metric)[0] != ids), None):
+            raise UserError(f"{other.run_id}: its predictions are of other examples")
+        return [np.stack([self.scores(run, split, metric)[1] for run in runs]) for runs in sides]
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """What the predictions of one run and split have."""
-
-    ids: tuple[str, ...]
-    of_metric: dict[str, Array]
-    """Metric -> one number per example. A metric that an example lacks is left out."""
-    clusters: Clusters | None
-    named_clusters: int
-    """How many clusters the rows name."""
-
-
-def _read(run: Run, split: str, base: bool) -> _Scores:
+def _read(run: Run, split: str, base: bool) -> RowScores:
     """The scores of a predictions file.
 
     Raises:
@@ -379,7 +372,7 @@ def _read(run: Run, split: str, base: bool) -> _Scores:
             raise UserError(f"predictions/{split}: its scores of {metric} cannot be read ({error!r:.60})") from None
     named = _named_clusters(run)
     names = [row.cluster or named.get(row.id, "") for row in rows]
-    return _Scores(tuple(row.id for row in rows), values, Clusters.of(names), len(set(names) - {""}))
+    return RowScores(tuple(row.id for row in rows), values, Clusters.of(names), len(set(names) - {""}))
 
 
 @functools.lru_cache(maxsize=8)

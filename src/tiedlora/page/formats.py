@@ -126,10 +126,7 @@ PERCENT_INTERVAL = Kind(
 """A share as Interval."""
 WORTH = Kind(
     str,
-    lambda cell: [
-        "" if cell.value is None else f"{cell.value:.0f}",
-        *("" if end is None else f"{end:.0f}" for end in (cell.low, cell.high)),
-    ],
+    lambda cell: [f"{size:.0f}" if cell.is_measured(size) else "" for size in (cell.value, cell.low, cell.high)],
     ("", *LOW_HIGH),
 )
 """A compare.Worth. In CSV, what is beyond the curve is empty."""
