@@ -6,7 +6,6 @@ import pytest
 from helpers.report_runs import report_of_shares, scored_run, world
 
 from tiedlora.analysis import shares
-from tiedlora.analysis.shares import ForestLine
 from tiedlora.records.interval import Interval
 
 
@@ -14,33 +13,31 @@ def test_the_forest_has_a_bar_in_the_zone_and_says_why_one_is_missing(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.62}, rows=1000, seed_sd=0.002)
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, rows=1000, seed_sd=0.002, task="squad")
     world(tmp_path / "runs", {"LoRA": 0.11, "TABuv": 0.1}, rows=200, task="gsm8k")
-    ((_, found),) = shares.forest_lines(report_of_shares(tmp_path).answers)
+    ((_, found),) = shares.forest(report_of_shares(tmp_path).answers)
     lines = {line.task: line for line in found}
     supported, contradicted, floor = lines["chain_sum"], lines["squad"], lines["gsm8k"]
     assert supported.is_firm
-    assert supported.share.low > supported.zone[0] == 0.9
-    assert contradicted.share.high < 0.9
-    assert floor.share is None
-    assert floor.missing == "the comparator's gain may be 0"
+    assert supported.kept.low > supported.zone[0] == 0.9
+    assert contradicted.kept.high < 0.9
+    assert floor.kept is None
+    assert shares.kept_in_words(floor) == "the comparator's gain may be 0"
 
 
 def test_one_seed_has_an_interval_over_rows_and_no_planned_look(tmp_path):
     for name, right in (("LoRA", 30), ("TABuv", 24)):
         scored_run(tmp_path / "runs", [1.0] * right + [0.0] * (50 - right), [1.0] * 10 + [0.0] * 40, name=name)
-    ((_, (line,)),) = shares.forest_lines(report_of_shares(tmp_path).answers)
+    ((_, (line,)),) = shares.forest(report_of_shares(tmp_path).answers)
     assert not line.is_firm
-    assert line.share.value == pytest.approx((24 - 10) / (30 - 10))
-    assert line.share.low < line.share.value < line.share.high
+    assert line.kept.value == pytest.approx((24 - 10) / (30 - 10))
+    assert line.kept.low < line.kept.value < line.kept.high
+    assert shares.kept_in_words(line).endswith(", 1 seed")
 
 
 def test_the_axis_holds_the_comparator_and_what_is_drawn_and_is_bounded():
-    def line(value, low, high):
-        return ForestLine("task", "undecided", True, Interval(value, low, high), (0.9, math.inf), "")
-
-    usual = shares.forest_axis([line(0.9, 0.88, 1.0)])
+    usual = shares.axis([Interval(0.9, 0.88, 1.0)], [(0.9, math.inf)])
     assert 0.7 < usual.low <= 0.88 < 1 < usual.high, "no room is empty"
     assert 1.0 in usual.ticks
-    wide = shares.forest_axis([line(5.0, -20.0, 30.0)])
+    wide = shares.axis([Interval(5.0, -20.0, 30.0)], [(0.9, math.inf)])
     assert (wide.low, wide.high) == (shares.LEAST, shares.MOST)
     assert [wide.nearest(share) for share in (30.0, 0.5, -20.0)] == [shares.MOST, 0.5, shares.LEAST]
 
@@ -56,8 +53,7 @@ def test_the_axis_holds_the_comparator_and_what_is_drawn_and_is_bounded():
     ],
 )
 def test_a_short_interval_shows_on_which_side_of_the_zone_it_ends(ends, words):
-    line = ForestLine("squad", "contradicted", True, Interval(*ends), (1.0, math.inf), "", seeds=5)
-    assert line.in_words == f"{words}, 5 seeds"
+    assert shares.share_in_words(Interval(*ends), (1.0, math.inf)) == words
 
 
 def test_the_share_is_that_of_the_gains_and_its_interval_that_of_the_paired_difference(tmp_path):
@@ -67,7 +63,7 @@ def test_the_share_is_that_of_the_gains_and_its_interval_that_of_the_paired_diff
     assert panel.reference.name == "LoRA r=8"
     rows = {row.group.label: row for row in report.rows}
     gain = rows["LoRA"].gain.value
-    for arm in panel.all_arms:
+    for arm in panel.arms:
         row = rows[arm.group.label]
         assert arm.share.value == pytest.approx(row.gain.value / gain)
         assert arm.seeds == len(row.seeds)
@@ -83,7 +79,7 @@ def test_a_loss_that_falls_further_is_a_larger_share(tmp_path):
         for name, loss in (("LoRA", 1.0), ("TABuv", 1.5), ("TAuv", 0.5)):
             scored_run(tmp_path / "runs", [loss] * 40, [3.0] * 40, metric="target_loss", name=name, seed=seed)
     (panel,) = report_of_shares(tmp_path).sizes
-    assert {arm.group.label: arm.share.value for arm in panel.all_arms} == {"LoRA": 1, "TABuv": 0.75, "TAuv": 1.25}
+    assert {arm.group.label: arm.share.value for arm in panel.arms} == {"LoRA": 1, "TABuv": 0.75, "TAuv": 1.25}
 
 
 def test_one_seed_has_no_interval_and_other_seeds_are_left_out(tmp_path):
@@ -91,7 +87,7 @@ def test_one_seed_has_no_interval_and_other_seeds_are_left_out(tmp_path):
         for seed in seeds:
             scored_run(tmp_path / "runs", [1.0] * 30 + [0.0] * 20, [0.0] * 50, name=name, seed=seed)
     (panel,) = report_of_shares(tmp_path).sizes
-    by_name = {arm.group.label: arm for arm in panel.all_arms}
+    by_name = {arm.group.label: arm for arm in panel.arms}
     assert set(by_name) == {"LoRA", "TABuv"}
     assert by_name["TABuv"].seeds == 1
     assert math.isnan(by_name["TABuv"].share.low)
@@ -103,4 +99,4 @@ def test_the_reference_has_all_its_seeds_where_the_claim_takes_later_ones(tmp_pa
             scored_run(tmp_path / "runs", [1.0] * 30 + [0.0] * 20, [0.0] * 50, name=name, seed=seed)
     (panel,) = report_of_shares(tmp_path, "seed_offset: 2").sizes
     assert panel.reference.name == "LoRA r=8"
-    assert {arm.seeds for arm in panel.all_arms} == {4}
+    assert {arm.seeds for arm in panel.arms} == {4}

@@ -22,6 +22,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from operator import attrgetter
 from typing import Literal
 
 from tiedlora.analysis import claims, compare, intervals, rules
@@ -76,7 +77,8 @@ class Answer:
     """The largest share that the rule `retains` would support at the level of the look."""
     kept: Interval | None = None
     """The share that the method keeps, with the ends at which the rule decides (Rule.kept). Before the first look it
-    has the level 5 % and all common seeds. None without two seeds, a zero point or a gain of the comparator."""
+    has the level 5 % and all common seeds, and of one seed it is over rows. None without a zero point or a gain of the
+    comparator."""
     comparator_gain: float | None = None
     """The comparator's mean gain over the zero point, on the seeds of `kept`; None without a zero point."""
     gain_may_be_zero: bool = False
@@ -104,6 +106,16 @@ class Answer:
             return self.pair.floor.name
         return str(self.claim.floor) if self.claim.floor and self.claim.rule.needs_zero else "the base"
 
+    @property
+    def is_firm(self) -> bool:
+        """Whether a verdict can rest on `kept`. It cannot before the first look, or while the gain may be 0."""
+        return self.look is not None and not (self.gain_may_be_zero and self.claim.rule.needs_zero)
+
+    @property
+    def zone(self) -> tuple[float, float] | None:
+        """The shares of the comparator's gain that the rule asks for; None without `kept`."""
+        return self.claim.rule.zone(self.comparator_gain) if self.kept and self.comparator_gain else None
+
 
 def answer_claims(
     stated: Iterable[Claim], groups: Sequence[RunGroup], book: Scorebook, split: str | None = None
@@ -127,9 +139,9 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     answer = Answer(
         claim, pair.model, pair.anchor.task_in_words, pair, reason=pair.problem, decide=next_look(claim.plan, 0)
     )
-    if pair.method is None or pair.comparator is None or pair.problem:
-        return answer
     method, comparator = pair.method, pair.comparator
+    if method is None or comparator is None:
+        return answer
     try:
         answer.measure = measure = _measure(claim, method, split)
         scores = compare.paired_scores(method, comparator, measure, book, pair.floor)
@@ -141,7 +153,9 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     answer.rows, answer.difference_seeds = scores.method.shape[1], len(scores.seeds)
     _set_share(answer, scores, rules.TOTAL)
     sides = [method, *comparator.groups, *([pair.floor] if pair.floor is not None else [])]
-    _decide(answer, scores, set.intersection(*(_ended(group, measure) for group in sides)))
+    # A seed has ended if it is scored, or diverged and never will be. Another failure can be repaired.
+    ended = [{run.seed for run in measure.scored(group)} | group.diverged_seeds for group in sides]
+    _decide(answer, scores, set.intersection(*ended))
     over = f" (over {pair.floor.name})" if pair.floor is not None else ""
     notes = [f"{answer.reason}{over} ({method.name} against {comparator.name}, {split}, {measure.metric})"]
     if scores.clusters is not None:
@@ -152,12 +166,13 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
         notes.append(compare.OTHER_ENDS)
     if effort := claims.unequal_effort(method, comparator):
         notes.append(effort)
-    notes += [
-        f"the rate of {group.name} was chosen on later seeds too, so they can change this: record the choice "
-        "at the look with scripts/sweep.py select"
-        for group in sides
-        if answer.look is not None and _may_change_its_rate(group, answer.seeds)
-    ]
+    for group in sides:
+        may_change = len(group.rates) > 1 and not group.has_recorded_rate
+        if answer.look is not None and may_change and len({trial.seed for trial in group.trials}) > answer.seeds:
+            notes.append(
+                f"the rate of {group.name} was chosen on later seeds too, so they can change this: record the choice "
+                "at the look with scripts/sweep.py select"
+            )
     answer.reason = "; ".join(notes)
     return answer
 
@@ -166,7 +181,7 @@ def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Score
     """Ask the claim's rule of its weakest arm, and return what it says in words."""
     answer.sensitivity = "not shown"
     try:
-        evidence, level, who = _of_weakest(answer, pair, measure, book)
+        evidence, level, who = _of_weakest(answer.claim, pair, measure, book)
     except UserError as error:
         return f"sensitivity not shown: {error}"
     if evidence.supported <= level and answer.verdict == Verdict.CONTRADICTED:
@@ -181,35 +196,31 @@ def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Score
     return f"sensitivity not shown: the same is undecided for {who}"
 
 
-def _of_weakest(answer: Answer, pair: Pair, measure: Measure, book: Scorebook) -> tuple[rules.Evidence, float, str]:
+def _of_weakest(claim: Claim, pair: Pair, measure: Measure, book: Scorebook) -> tuple[rules.Evidence, float, str]:
     """The evidence of the weakest arm at the latest look that its seeds reach, the level there, and the arm's name.
 
     Raises:
         UserError: the arm, or something that it needs, is missing.
     """
-    weakest, peer = pair.weakest, pair.weakest_peer
+    weakest, peer, plan = pair.weakest, pair.weakest_peer, claim.plan
     if weakest is None or peer is None:
         raise UserError(pair.weakest_problem)
-    if any(side is not None and _is_same_arm(side, weakest) for side in (pair.method, *peer.groups, pair.floor)):
+    # An arm is the same with other seeds, too.
+    arm_of = attrgetter("setting", "label", "rank", "params")
+    if any(side is not None and arm_of(side) == arm_of(weakest) for side in (pair.method, *peer.groups, pair.floor)):
         raise UserError(f"{weakest.name} is a side of the comparison itself")
     try:
         scores = compare.paired_scores(weakest, peer, measure, book, pair.floor)
     except UserError as error:
         raise UserError(f"{weakest.name}: {error}") from None
-    if answer.claim.rule.needs_zero and scores.zero is None:
+    if claim.rule.needs_zero and scores.zero is None:
         raise UserError(f"no base was scored beside {weakest.name}")
-    plan = answer.claim.plan
     reached = [number for number in range(len(plan.looks)) if set(plan.of_look(number)) <= set(scores.seeds)]
     if not reached:
         raise UserError(f"{weakest.name} has not the seeds of a look")
-    scores, who = scores.of(plan.of_look(reached[-1])), f"{weakest.name}, the weakest arm at look {reached[-1] + 1}"
-    return answer.claim.rule.evidence(scores), plan.levels[reached[-1]], who
-
-
-def _is_same_arm(first: RunGroup, second: RunGroup) -> bool:
-    """Whether two groups are one arm, whatever seeds they have."""
-    sides = {(group.setting, group.label, group.rank, group.params) for group in (first, second)}
-    return len(sides) == 1
+    look = reached[-1]
+    who = f"{weakest.name}, the weakest arm at look {look + 1}"
+    return claim.rule.evidence(scores.of(plan.of_look(look))), plan.levels[look], who
 
 
 def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
@@ -225,16 +236,6 @@ def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
     if all(metric not in scores.metrics for scores in scored):
         raise UserError(f"{split} has no {metric}; it has {', '.join(scored[0].metrics)}")
     return Measure(split, metric)
-
-
-def _ended(group: RunGroup, measure: Measure) -> set[int]:
-    """The seeds that are scored, and those that diverged and never will be. Another failure can be repaired."""
-    return {run.seed for run in measure.scored(group)} | group.diverged_seeds
-
-
-def _may_change_its_rate(group: RunGroup, seeds: int) -> bool:
-    """Whether seeds after a look chose the rate too: several rates, no recorded choice, more seeds than the look."""
-    return len(group.rates) > 1 and not group.has_recorded_rate and len({trial.seed for trial in group.trials}) > seeds
 
 
 def _decide(answer: Answer, scores: Sides, ended: set[int]) -> None:
@@ -256,83 +257,65 @@ def _decide(answer: Answer, scores: Sides, ended: set[int]) -> None:
         if len(seen.seeds) < 2:
             answer.reason = f"seeds {number_list(declared)}: fewer than 2 of them finished on both sides"
             continue
-        if _look(answer, seen, number):
+        _look(answer, seen, number)
+        if answer.verdict != Verdict.UNDECIDED:
             return
-    if answer.verdict == Verdict.UNDECIDED:
-        answer.decide = "no planned look is left; a new plan with new seeds"
+    answer.decide = "no planned look is left; a new plan with new seeds"
 
 
-def _look(answer: Answer, seen: Sides, number: int) -> bool:
-    """Take one look, and return whether it decides. A decided claim needs nothing more."""
-    plan, count = answer.claim.plan, len(answer.claim.plan.looks)
-    level = plan.levels[number]
-    evidence = _test(answer, seen, level)
-    answer.look, answer.seeds = number, len(seen.seeds)
-    answer.contradicted_level = min(answer.contradicted_level, rules.adjusted(plan, number, evidence.contradicted))
-    decided = rules.adjusted(plan, number, min(evidence.supported, evidence.contradicted))
-    answer.decided_level = min(answer.decided_level, decided)
+def _look(answer: Answer, seen: Sides, number: int) -> None:
+    """Take one look: set the verdict, its reason, and the numbers behind it."""
+    plan, rule, count = answer.claim.plan, answer.claim.rule, len(answer.claim.plan.looks)
+    level, evidence = plan.levels[number], rule.evidence(seen)
+    answer.look, answer.seeds, answer.decide = number, len(seen.seeds), ""
+    answer.contrast = intervals.both_interval(rule.contrast(seen), level, seen.clusters)
+    answer.retains_at_least = rules.retained_at_least(seen, level)
+    _set_share(answer, seen, level)
+    supported, contradicted = (rules.adjusted(plan, number, p) for p in (evidence.supported, evidence.contradicted))
+    answer.contradicted_level = min(answer.contradicted_level, contradicted)
+    answer.decided_level = min(answer.decided_level, supported, contradicted)
+    answer.gain_may_be_zero = evidence.gain is not None and evidence.gain > level
     missing = len(plan.of_look(number)) - len(seen.seeds)
     answer.reason = f"look {number + 1} of {count}: {len(seen.seeds)} seeds at level {100 * level:.2g} %"
     answer.reason += f", {missing} diverged" if missing else ""
-    if answer.claim.rule.needs_zero and evidence.gain is not None and evidence.gain > level:
-        answer.reason += f": the comparator's own gain over {answer.zero} may be 0"
-        if number == count - 1:
-            answer.verdict = Verdict.UNINFORMATIVE
-            answer.decide = f"a task, model or training on which the comparator beats {answer.zero}"
-            return True
-    if answer.verdict == Verdict.UNDECIDED:
-        return False
-    answer.decide = ""
-    return True
-
-
-def _test(answer: Answer, seen: Sides, level: float) -> rules.Evidence:
-    """Set the contrast, the verdict and the least share that is kept, from these seeds at this level."""
-    rule, sides = answer.claim.rule, seen
-    evidence = rule.evidence(sides)
-    answer.contrast = intervals.both_interval(rule.contrast(sides), level, sides.clusters)
-    _set_share(answer, seen, level)
-    answer.gain_may_be_zero = evidence.gain is not None and evidence.gain > level
-    answer.retains_at_least = rules.retained_at_least(sides, level)
     if evidence.supported <= level:
         answer.verdict = Verdict.SUPPORTED
     elif evidence.contradicted <= level:
         answer.verdict = Verdict.CONTRADICTED
-    return evidence
+    elif answer.gain_may_be_zero and rule.needs_zero:
+        answer.reason += f": the comparator's own gain over {answer.zero} may be 0"
+        if number == count - 1:
+            answer.verdict, answer.kept = Verdict.UNINFORMATIVE, None
+            answer.decide = f"a task, model or training on which the comparator beats {answer.zero}"
 
 
 def _set_share(answer: Answer, seen: Sides, level: float) -> None:
     """Set the comparator's gain and the share of it that the method keeps, from these seeds at this level."""
     if seen.gain is None:
         return
-    answer.comparator_gain = float(seen.gain.mean())
+    gain = answer.comparator_gain = float(seen.gain.mean())
     if min(seen.method.shape) > 1:
         answer.kept = answer.claim.rule.kept(seen, level)
+    elif gain > 0 and answer.difference is not None and answer.measure is not None:
+        # One seed has no interval over seeds. Its difference has one over rows.
+        found, factor = answer.difference.widest, answer.measure.sign / gain
+        low, high = sorted(1 + factor * end for end in (found.low, found.high))
+        answer.kept = Interval(1 + factor * found.value, low, high)
 
 
 def _wait_for(answer: Answer, scores: Sides, number: int, ended: set[int]) -> None:
-    """Say what the next look needs, and how likely it decides."""
-    plan = answer.claim.plan
-    answer.decide = next_look(plan, number, ended)
-    if answer.look is not None:
-        _predict(answer, scores)
-    else:
-        answer.reason = f"before the first look: {len(set(plan.of_look(0)) & ended)} of {plan.looks[0]} seeds"
-
-
-def _predict(answer: Answer, scores: Sides) -> None:
-    """Say how likely a later look decides, from the seeds of the last look."""
+    """Say what the next look needs, and how likely a later look decides, from the seeds of the last one."""
     plan, look = answer.claim.plan, answer.look
-    assert look is not None
-    seen = scores.of(plan.of_look(look))
-    if len(seen.seeds) < plan.looks[look]:
-        return
-    chance = rules.chance_of_decision(answer.claim.rule, seen, plan, look)
-    answer.is_futile = chance < rules.FUTILE
-    if answer.is_futile:
-        answer.decide = f"no planned look is likely to change it (chance {100 * chance:.0f} %)"
-    else:
-        answer.decide += f"; a later look decides with a chance of {100 * chance:.0f} %"
+    answer.decide = next_look(plan, number, ended)
+    if look is None:
+        answer.reason = f"before the first look: {len(set(plan.of_look(0)) & ended)} of {plan.looks[0]} seeds"
+    elif len((seen := scores.of(plan.of_look(look))).seeds) == plan.looks[look]:
+        chance = rules.chance_of_decision(answer.claim.rule, seen, plan, look)
+        answer.is_futile = chance < rules.FUTILE
+        if answer.is_futile:
+            answer.decide = f"no planned look is likely to change it (chance {100 * chance:.0f} %)"
+        else:
+            answer.decide += f"; a later look decides with a chance of {100 * chance:.0f} %"
 
 
 def next_look(plan: Plan, number: int, ended: Iterable[int] = ()) -> str:
@@ -359,16 +342,13 @@ def claim_verdicts(answers: Sequence[Answer]) -> list[ClaimVerdict]:
     Args:
         answers: those of one claim follow each other, as answer_claims returns them.
     """
-    verdicts = []
-    for _, group in itertools.groupby(answers, key=lambda answer: id(answer.claim)):
-        of_model: dict[str, list[Answer]] = {}
-        for answer in group:
-            of_model.setdefault(answer.model, []).append(answer)
-        verdicts += [_over_tasks(own, model) for model, own in of_model.items()]
-    return verdicts
+    of_claim: dict[tuple[int, str], list[Answer]] = {}
+    for answer in answers:
+        of_claim.setdefault((id(answer.claim), answer.model), []).append(answer)
+    return list(map(_over_tasks, of_claim.values()))
 
 
-def _over_tasks(answers: Sequence[Answer], model: str) -> ClaimVerdict:
+def _over_tasks(answers: Sequence[Answer]) -> ClaimVerdict:
     informative = [answer for answer in answers if answer.verdict not in WITHOUT_INFORMATION]
     rejected = rules.holm([answer.contradicted_level for answer in answers])
     contradicting = list(itertools.compress(answers, rejected))
@@ -383,7 +363,7 @@ def _over_tasks(answers: Sequence[Answer], model: str) -> ClaimVerdict:
         verdict, reason = Verdict.SUPPORTED, counts
     else:
         verdict, reason = Verdict.UNDECIDED, counts
-    return ClaimVerdict(answers[0].claim, model, verdict, reason, tuple(answers))
+    return ClaimVerdict(answers[0].claim, answers[0].model, verdict, reason, tuple(answers))
 
 
 def test_of(answer: Answer) -> tuple[object, ...]:

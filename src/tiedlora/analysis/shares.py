@@ -45,10 +45,13 @@ class ShareAxis:
         return min(self.high, max(self.low, share))
 
 
-def _axis(intervals: Iterable[Interval], more: Iterable[float]) -> ShareAxis:
-    """The axis that holds these shares with their intervals, and `more` shares, within LEAST to MOST."""
-    ends = [end for one in intervals for end in (one.value, one.low, one.high) if not math.isnan(end)]
-    ends += more
+def axis(shares: Iterable[Interval], zones: Iterable[tuple[float, float]] = ()) -> ShareAxis:
+    """The axis for these shares: as narrow as their intervals and zones allow, and within LEAST to MOST.
+
+    All panels of sizes have one, so that tasks on which the arms hardly differ look like it.
+    """
+    ends = [end for one in shares for end in (one.value, one.low, one.high) if not math.isnan(end)]
+    ends += [*USUAL, *(end + 0.1 for zone in zones for end in zone if math.isfinite(end))]
     low, high = max(LEAST, min(ends)), min(MOST, max(ends))
     step = next(step for step in (*STEPS, 1.0) if (high - low) / step <= 7 or step == 1.0)
     first = math.ceil(low / step - 1e-9)
@@ -82,73 +85,27 @@ def percent(share: float, decimals: int = 0) -> str:
 # The forest plot.
 
 
-@dataclass(frozen=True)
-class ForestLine:
-    """One answer as a line of the plot."""
-
-    task: str
-    verdict: str
-    is_firm: bool
-    """Whether a verdict can rest on the interval. It cannot before the first look, where it is a 95 % interval of the
-    seeds there are, or while the comparator's own gain may be 0."""
-    share: Interval | None
-    """The share that the method keeps: 0 is the base, 1 the comparator."""
-    zone: tuple[float, float] | None
-    """The shares that the rule asks for."""
-    missing: str
-    """Why there is no share."""
-    seeds: int = 0
-
-    @property
-    def in_words(self) -> str:
-        """The share as text, such as `97 % [88, 106], 5 seeds`, or why there is none."""
-        if self.share is None:
-            return self.missing
-        return f"{share_in_words(self.share, self.zone or ())}, {self.seeds} seed{'s' if self.seeds != 1 else ''}"
+def kept_in_words(answer: Answer) -> str:
+    """The share that a claim's method keeps, such as `97 % [88, 106], 5 seeds`, or why there is none."""
+    if answer.kept is not None:
+        plural = "s" if answer.seeds != 1 else ""
+        return f"{share_in_words(answer.kept, answer.zone or ())}, {answer.seeds} seed{plural}"
+    if answer.comparator_gain is not None:
+        return "no gain of the comparator" if answer.comparator_gain <= 0 else "the comparator's gain may be 0"
+    if answer.pair is None:
+        return "not run"
+    return "no scores of the base" if answer.seeds else "no comparison yet"
 
 
-def forest_line(answer: Answer) -> ForestLine:
-    """The line of one answer."""
-    rule, gain, share, missing = answer.claim.rule, answer.comparator_gain, answer.kept, ""
-    if share is None and gain is not None and gain > 0:
-        share = _share_of_one_seed(answer, gain)
-    if answer.measure is None:
-        missing = "not run" if answer.pair is None else "no comparison yet"
-    elif share is None:
-        without_base = "no scores of the base" if answer.seeds else "no comparison yet"
-        missing = "no gain of the comparator" if gain is not None else without_base
-    elif answer.verdict == Verdict.UNINFORMATIVE:
-        share, missing = None, "the comparator's gain may be 0"
-    is_firm = answer.look is not None and not (answer.gain_may_be_zero and rule.needs_zero)
-    zone = rule.zone(gain) if share is not None and gain else None
-    return ForestLine(answer.task, answer.verdict.value, is_firm, share, zone, missing, answer.seeds)
-
-
-def _share_of_one_seed(answer: Answer, gain: float) -> Interval | None:
-    """One seed has no interval over seeds. Its difference has one over rows."""
-    if answer.difference is None or answer.measure is None:
-        return None
-    difference, sign = answer.difference.widest, answer.measure.sign
-    low, high = sorted(1 + sign * end / gain for end in (difference.low, difference.high))
-    return Interval(1 + sign * difference.value / gain, low, high)
-
-
-def forest_lines(answers: Iterable[Answer]) -> list[tuple[Claim, list[ForestLine]]]:
+def forest(answers: Iterable[Answer]) -> list[tuple[Claim, list[Answer]]]:
     """The answers of one model, by claim, in their order. A test that two claims share has one line."""
-    by_claim: dict[int, tuple[Claim, list[ForestLine]]] = {}
+    by_claim: dict[int, tuple[Claim, list[Answer]]] = {}
     tests = set()
     for answer in answers:
         if (test := test_of(answer)) not in tests:
-            by_claim.setdefault(id(answer.claim), (answer.claim, []))[1].append(forest_line(answer))
+            by_claim.setdefault(id(answer.claim), (answer.claim, []))[1].append(answer)
         tests.add(test)
     return list(by_claim.values())
-
-
-def forest_axis(lines: Sequence[ForestLine]) -> ShareAxis:
-    """The axis for these lines: as narrow as their intervals and zones allow, and within LEAST to MOST."""
-    drawn = [(one.share, one.zone or ()) for one in lines if one.share is not None]
-    beyond_zones = [end + 0.1 for _, zone in drawn for end in zone if math.isfinite(end)]
-    return _axis((share for share, _ in drawn), [*USUAL, *beyond_zones])
 
 
 # Shares beside parameters.
@@ -162,6 +119,8 @@ class SizedShare:
     share: Interval
     seeds: int
     """How many seeds it has in common with the reference."""
+    is_on_curve: bool
+    """Whether it is a size of the reference's configuration."""
 
 
 @dataclass(frozen=True)
@@ -172,15 +131,13 @@ class SizePanel:
     reference: RunGroup
     zero: str
     """What a gain is measured from."""
-    curve: list[SizedShare]
-    """The sizes of the reference's configuration, in rising order; the reference is one of them."""
     arms: list[SizedShare]
-    """All others."""
+    """The sizes of the reference's configuration in rising order, of which the reference is one, and all others."""
 
     @property
-    def all_arms(self) -> list[SizedShare]:
-        """The sizes of the reference's configuration, and all others."""
-        return [*self.curve, *self.arms]
+    def curve(self) -> list[SizedShare]:
+        """The sizes of the reference's configuration."""
+        return [arm for arm in self.arms if arm.is_on_curve]
 
 
 def size_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Scorebook) -> list[SizePanel]:
@@ -198,52 +155,43 @@ def size_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Scor
         cannot_fail = any(answer.verdict == Verdict.CANNOT_FAIL for answer in own)
         if len(groups) < 2 or (cannot_fail and all(answer.sensitivity != "shown" for answer in own)):
             continue
-        if (found := _reference(own, groups)) is None:
+        if (reference := _reference(own, groups)) is None:
             continue
-        reference, floor = found
-        arms = [arm for group in groups if (arm := _arm(group, reference, measure, book, floor)) is not None]
-        members = curve(reference.label, setting, groups).groups
-        on_curve = sorted((arm for arm in arms if arm.group in members), key=lambda arm: arm.group.params)
-        others = [arm for arm in arms if arm.group not in members]
+        floor = next((a.pair.floor for a in own if a.pair is not None and a.pair.floor is not None), None)
+        on_curve = curve(reference.label, setting, groups).groups
+        shares = {group: _share(group, reference, measure, book, floor) for group in groups}
+        arms = [SizedShare(group, *share, group in on_curve) for group, share in shares.items() if share is not None]
         if arms:
-            panels.append(SizePanel(measure, reference, floor.name if floor else "the base", on_curve, others))
+            arms.sort(key=lambda arm: (not arm.is_on_curve, arm.group.params if arm.is_on_curve else 0))
+            panels.append(SizePanel(measure, reference, floor.name if floor else "the base", arms))
     return panels
 
 
-def size_axis(panels: Iterable[SizePanel]) -> ShareAxis:
-    """One axis for all panels, so that tasks on which the arms hardly differ look like it."""
-    return _axis((arm.share for panel in panels for arm in panel.all_arms), USUAL)
+def _reference(answers: Iterable[Answer], groups: Sequence[RunGroup]) -> RunGroup | None:
+    """The comparator of the first of these answers that gains something. Of a curve, it is the largest size.
 
-
-def _reference(answers: Sequence[Answer], groups: Sequence[RunGroup]) -> tuple[RunGroup, RunGroup | None] | None:
-    """The comparator of the first of these answers that gains something, and the floor that any of them names.
-
-    Of a comparator on a curve, the largest size. It has the runs of all seeds, whatever seeds the claim takes.
+    It has the runs of all seeds, whatever seeds the claim takes.
     """
     for answer in answers:
-        if answer.pair is None or not answer.pair.arms or not answer.comparator_gain or answer.comparator_gain <= 0:
-            continue
-        comparator = answer.pair.arms[1][0]
-        if isinstance(peer := answer.pair.comparator, Blend):
-            comparator = curve(peer.configuration, comparator.setting, groups).groups[-1]
-        floors = (a.pair.floor for a in answers if a.pair is not None and a.pair.floor is not None)
-        return comparator, next(floors, None)
+        if answer.pair is not None and answer.pair.arms and answer.comparator_gain and answer.comparator_gain > 0:
+            comparator = answer.pair.arms[1][0]
+            if isinstance(peer := answer.pair.comparator, Blend):
+                return curve(peer.configuration, comparator.setting, groups).groups[-1]
+            return comparator
     return None
 
 
-def _arm(
+def _share(
     group: RunGroup, reference: RunGroup, measure: Measure, book: Scorebook, floor: RunGroup | None
-) -> SizedShare | None:
-    """The arm with its share; None if its scores cannot be compared, as a note of the results says."""
+) -> tuple[Interval, int] | None:
+    """An arm's share and its seeds; None if its scores cannot be compared, as a note of the results says."""
     try:
         sides = compare.paired_scores(group, reference, measure, book, floor)
     except UserError:
         return None
-    if sides.zero is None or sides.gain is None:
+    if sides.zero is None or sides.gain is None or (gain := float(sides.gain.mean())) <= 0:
         return None
-    share = None
+    share = Interval(float((sides.method - sides.zero).mean()) / gain, math.nan, math.nan)
     if min(sides.method.shape) > 1:
-        share = Better().kept(sides, 1 - LEVEL)
-    elif (gain := float(sides.gain.mean())) > 0:
-        share = Interval(float((sides.method - sides.zero).mean()) / gain, math.nan, math.nan)
-    return None if share is None else SizedShare(group, share, len(sides.seeds))
+        share = Better().kept(sides, 1 - LEVEL) or share
+    return share, len(sides.seeds)

@@ -22,7 +22,7 @@ from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.claims import Claim
 from tiedlora.analysis.compare import Measure, ResultRow
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.shares import ForestLine, ShareAxis, SizePanel, size_axis
+from tiedlora.analysis.shares import ShareAxis, SizePanel
 from tiedlora.page.figures import BACK, INK, LINE, SOFT, VERDICTS, ZONE, Panel, cut, order, style
 from tiedlora.page.formats import minus
 from tiedlora.records.interval import Interval, Unit
@@ -45,15 +45,15 @@ def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], sizes: Sequence
     """
     found = []
     for model in dict.fromkeys(row.group.model for row in rows):
-        forest = shares.forest_lines(answer for answer in answers if answer.model == model and answer.pair is not None)
-        if any(line.share is not None for _, lines in forest for line in lines):
+        forest = shares.forest(answer for answer in answers if answer.model == model and answer.pair is not None)
+        if any(answer.kept is not None for _, own in forest for answer in own):
             found.append(_forest(model, forest))
         for size in (size for size in sizes if size.reference.model == model):
             draw = partial(draw_shares, panel=size, sizes=sizes)
-            seeds = [arm.seeds for arm in size.all_arms]
+            seeds = [arm.seeds for arm in size.arms]
             numbers = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
             title = f"{_title(size.reference, size.measure)} ({numbers} seeds)"
-            found.append(Panel("shares", model, title, draw, [arm.group for arm in size.all_arms]))
+            found.append(Panel("shares", model, title, draw, [arm.group for arm in size.arms]))
         for own in by_setting(rows, model):
             groups, title = [row.group for row in own], _title(own[0].group, own[0].measure)
             found.append(Panel("pareto", model, title, partial(draw_pareto, rows=own), groups))
@@ -86,7 +86,7 @@ def _title(group: RunGroup, measure: Measure) -> str:
 # --- The forest: every claim with a line for each task, on the scale of the comparator's gain.
 
 
-def _forest(model: str, forest: Sequence[tuple[Claim, list[ForestLine]]]) -> Panel:
+def _forest(model: str, forest: Sequence[tuple[Claim, list[Answer]]]) -> Panel:
     names = [textwrap.wrap(visible(claim.name), 64, max_lines=2, placeholder="…") for claim, _ in forest]
     height = sum(0.45 + 0.75 * len(name) + len(lines) for name, (_, lines) in zip(names, forest, strict=True))
     draw = partial(draw_forest, forest=forest, names=names, height=height)
@@ -100,7 +100,7 @@ def _name_margin(names: Iterable[str]) -> float:
 
 
 def draw_forest(
-    ax: Axes, forest: Sequence[tuple[Claim, list[ForestLine]]], names: Sequence[Sequence[str]], height: float
+    ax: Axes, forest: Sequence[tuple[Claim, list[Answer]]], names: Sequence[Sequence[str]], height: float
 ) -> None:
     """Claims with their lines, from top to bottom.
 
@@ -108,7 +108,8 @@ def draw_forest(
         names: the claims' names, in lines.
         height: that of all of it, in lines of tasks.
     """
-    scale = shares.forest_axis([line for _, lines in forest for line in lines])
+    drawn = [(line.kept, line.zone) for _, lines in forest for line in lines]
+    scale = shares.axis((kept for kept, _ in drawn if kept), (zone for _, zone in drawn if zone))
     # Claims start at the left end of the figure, in inches.
     across_all = blended_transform_factory(ax.figure.dpi_scale_trans, ax.transData)
     place, ticks = 0.1, []
@@ -135,13 +136,13 @@ def draw_forest(
     ax.grid(visible=False)
 
 
-def _forest_line(ax: Axes, line: ForestLine, place: float, scale: ShareAxis) -> None:
+def _forest_line(ax: Axes, line: Answer, place: float, scale: ShareAxis) -> None:
     colour, marker = VERDICTS[line.verdict]
-    if line.share is None:
-        _text(ax, 0.02, place, line.missing, SOFT)
+    if line.kept is None:
+        _text(ax, 0.02, place, shares.kept_in_words(line), SOFT)
         return
-    _text(ax, 1.04, place, minus(line.in_words), colour)
-    share, plot = line.share, partial(ax.plot, color=colour, markersize=5, clip_on=False)
+    _text(ax, 1.04, place, minus(shares.kept_in_words(line)), colour)
+    share, plot = line.kept, partial(ax.plot, color=colour, markersize=5, clip_on=False)
     if line.zone is not None:
         low, high = map(scale.nearest, line.zone)
         ax.fill_between([low, high], place - 0.46, place + 0.46, color=ZONE, linewidth=0, zorder=0)
@@ -204,8 +205,8 @@ def draw_shares(ax: Axes, panel: SizePanel, sizes: Sequence[SizePanel]) -> None:
     Args:
         sizes: all panels. They have the same axes, so that tasks on which the arms hardly differ look like it.
     """
-    scale = size_axis(sizes)
-    _count_axis(ax, [arm.group.params for each in sizes for arm in each.all_arms])
+    scale = shares.axis(arm.share for each in sizes for arm in each.arms)
+    _count_axis(ax, [arm.group.params for each in sizes for arm in each.arms])
     margin = 0.02 * (scale.high - scale.low)
     ax.set_ylim(scale.low - margin, scale.high + margin)
     ax.set_yticks(list(scale.ticks), _percents(scale))
@@ -218,7 +219,7 @@ def draw_shares(ax: Axes, panel: SizePanel, sizes: Sequence[SizePanel]) -> None:
     ax.fill_between(params, [s.low for s in bands], [s.high for s in bands], color=colour, alpha=0.15, linewidth=0)
     ax.plot(params, [share.value for share in curve], color=colour, linewidth=1.2)
     points = []
-    for arm in panel.all_arms:
+    for arm in panel.arms:
         shown = scale.nearest(arm.share.value)
         is_inside = shown == arm.share.value
         value = Interval(shown, math.nan, math.nan)

@@ -213,8 +213,8 @@ def numbers(answer: Answer) -> list[tuple[str, str]]:
     ):
         if interval is not None:
             found.append((name, f"{minus(unit.text(interval, '+'))} {unit.words}"))
-    if (line := shares.forest_line(answer)).share is not None:
-        found.append(("share of the comparator's gain", minus(line.in_words)))
+    if answer.kept is not None:
+        found.append(("share of the comparator's gain", minus(shares.kept_in_words(answer))))
     if answer.retains_at_least is not None:
         found.append(("keeps at least", f"{100 * answer.retains_at_least:.0f} %"))
     found.append(("seeds and rows", f"{answer.seeds} and {answer.rows:,}"))

@@ -174,7 +174,7 @@ def _answer(report: Report) -> Table:
     """
     worth = {(_name(row), row.group.setting, row.measure): row.worth for row in report.rows}
     panels = {f"worth on {panel.reference.task_in_words}, {panel.measure.metric}": panel for panel in report.sizes}
-    shown = [arm.group for panel in report.sizes for arm in panel.all_arms]
+    shown = [arm.group for panel in report.sizes for arm in panel.arms]
     count = Counter(map(_of, shown))
     rows = []
     for name, group in sorted({_of(group): group for group in shown}.items(), key=lambda item: -item[1].params):

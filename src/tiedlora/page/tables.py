@@ -175,7 +175,7 @@ def shares(panels: Iterable[SizePanel]) -> Table:
         Column("parameters", formats.COUNT, lambda item: item[1].group.params),
         Column("share of its gain", formats.PERCENT_INTERVAL, lambda item: item[1].share),
     )
-    return Table.of("shares", caption, columns, [(panel, arm) for panel in panels for arm in panel.all_arms])
+    return Table.of("shares", caption, columns, [(panel, arm) for panel in panels for arm in panel.arms])
 
 
 def left_out(folders: Iterable[LeftOut]) -> Table:
