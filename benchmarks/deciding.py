@@ -17,7 +17,7 @@ import numpy as np
 from populations import Population, World
 
 from tiedlora.analysis import rules
-from tiedlora.analysis.rules import Better, Retains, Rule, Sides
+from tiedlora.analysis.rules import Better, Plan, Retains, Rule, Sides
 from tiedlora.text import aligned
 
 CHUNK = 50
@@ -50,7 +50,7 @@ SETTINGS = [
 
 def seeds_and_verdict(rule: Rule, method: np.ndarray, comparator: np.ndarray, base: np.ndarray) -> tuple[int, bool]:
     """How many seeds a claim takes, and whether it gets a verdict. The scores are (12 seeds, rows) and (rows,)."""
-    plan = rules.planned()
+    plan = Plan()
     for number, (seeds, level) in enumerate(zip(plan.looks, plan.levels, strict=True)):
         sides = Sides(method[:seeds], comparator[:seeds], base)
         evidence = rule.evidence(sides)

@@ -36,8 +36,8 @@ from tiedlora.analysis.intervals import MeanSquares
 from tiedlora.analysis.rules import Better, Level, Plan, Retains, Rule, Sides
 
 PLANS: dict[str, Plan] = {
-    **{f"{n} seeds": rules.planned([n]) for n in rules.SEEDS},
-    "looks": rules.planned(),
+    **{f"{n} seeds": Plan((n,)) for n in rules.SEEDS},
+    "looks": Plan(),
 }
 UNPLANNED = "looks at 5 % each"
 NUMBERS_AT_ONCE = 400_000

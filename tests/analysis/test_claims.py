@@ -33,7 +33,7 @@ def test_the_shipped_file_states_the_papers_claims():
     assert (first.method.rank, first.comparator.at) == (8, "equal_rank")
     assert second.rule == Better(0.0)
     assert (second.method.at, second.comparator.rank) == ("equal_parameters", 1)
-    assert first.plan == rules.planned((3, 5, 8, 12))
+    assert first.plan == rules.Plan((3, 5, 8, 12))
     assert first.plan.of_look(1) == (0, 1, 2, 3, 4)
 
 

@@ -7,7 +7,7 @@ import pytest
 from statsmodels.stats.multitest import multipletests
 
 from tiedlora.analysis import intervals, rules
-from tiedlora.analysis.rules import Better, Level, Plan, Retains, Sides, planned, retained_at_least
+from tiedlora.analysis.rules import Better, Level, Plan, Retains, Sides, retained_at_least
 from tiedlora.config.project import PROJECT
 
 sys.path.append(str(PROJECT / "benchmarks"))
@@ -128,14 +128,14 @@ class TestRetainedAtLeast:
 class TestPlan:
     @pytest.mark.parametrize("seeds", [(3, 5, 8, 12), (5,), (4, 8, 16, 32, 64)])
     def test_the_levels_spend_five_in_a_hundred_in_proportion_to_squares(self, seeds):
-        plan = planned(seeds)
+        plan = Plan(seeds)
         assert sum(plan.levels) == pytest.approx(0.05)
         assert np.ptp(np.array(plan.levels) / np.array(seeds) ** 2) < 1e-12
 
     def test_the_default(self):
-        assert planned().looks == (3, 5, 8, 12)
-        assert planned().seeds == tuple(range(12))
-        assert planned().levels == pytest.approx((0.00186, 0.00517, 0.01322, 0.02975), abs=1e-5)
+        assert Plan().looks == (3, 5, 8, 12)
+        assert Plan().seeds == tuple(range(12))
+        assert Plan().levels == pytest.approx((0.00186, 0.00517, 0.01322, 0.02975), abs=1e-5)
 
     @pytest.mark.parametrize(
         ("looks", "seeds", "says"),
@@ -153,9 +153,9 @@ class TestPlan:
 
     def test_an_adjusted_level_is_compared_with_five_per_cent(self):
         """Holm's procedure must not contradict what the plan's own levels do not."""
-        for look, level in enumerate(planned().levels):
-            assert rules.adjusted(planned(), look, level / 10) == pytest.approx(rules.TOTAL / 10)
-        assert rules.adjusted(planned(), 0, 0.9) == 1.0
+        for look, level in enumerate(Plan().levels):
+            assert rules.adjusted(Plan(), look, level / 10) == pytest.approx(rules.TOTAL / 10)
+        assert rules.adjusted(Plan(), 0, 0.9) == 1.0
 
     def test_holm_is_that_of_statsmodels(self):
         generator = np.random.default_rng(0)
@@ -179,7 +179,7 @@ class TestChanceOfDecision:
         This holds where truths and spreads are as vague as the chance takes them: uniform, and uniform on a logarithmic
         scale. About one in three of the populations is undecided.
         """
-        plan, generator = planned((5, 8, 12)), np.random.default_rng(1)
+        plan, generator = Plan((5, 8, 12)), np.random.default_rng(1)
 
         def decides(method, comparator, n, level):
             found = Better().evidence(Sides(method[:n], comparator[:n], None))
@@ -200,21 +200,21 @@ class TestChanceOfDecision:
 
     def test_a_clear_difference_is_decided_and_none_is_futile(self):
         method, comparator = self.world(0.5, np.random.default_rng(0))
-        assert rules.chance_of_decision(Better(), Sides(method[:3], comparator[:3], None), planned(), 0) > 0.99
+        assert rules.chance_of_decision(Better(), Sides(method[:3], comparator[:3], None), Plan(), 0) > 0.99
         nothing = method[:8] - method[:8].mean()
-        assert rules.chance_of_decision(Better(), Sides(nothing, comparator[:8], None), planned(), 2) < rules.FUTILE
+        assert rules.chance_of_decision(Better(), Sides(nothing, comparator[:8], None), Plan(), 2) < rules.FUTILE
 
     def test_no_gain_makes_a_claim_to_retain_it_futile(self):
         generator = np.random.default_rng(0)
         method, comparator = self.world(0.5, generator)
         base = comparator[0] + 0.1 + generator.normal(0, 0.05, comparator.shape[1])
-        assert rules.chance_of_decision(Retains(0.9), Sides(method[:5], comparator[:5], base), planned(), 1) == 0.0
+        assert rules.chance_of_decision(Retains(0.9), Sides(method[:5], comparator[:5], base), Plan(), 1) == 0.0
 
     def test_after_the_last_look_nothing_comes_and_other_seeds_than_the_looks_are_an_error(self):
         method, comparator = self.world(0.5, np.random.default_rng(0))
-        assert rules.chance_of_decision(Better(), Sides(method, comparator, None), planned(), 3) == 0.0
+        assert rules.chance_of_decision(Better(), Sides(method, comparator, None), Plan(), 3) == 0.0
         with pytest.raises(ValueError, match="look 1 has 3 seeds; the scores have 4"):
-            rules.chance_of_decision(Better(), Sides(method[:4], comparator[:4], None), planned(), 0)
+            rules.chance_of_decision(Better(), Sides(method[:4], comparator[:4], None), Plan(), 0)
 
 
 # benchmarks/verdicts.py in a fast version, with its own populations of known truth.

@@ -12,10 +12,9 @@ from omegaconf import OmegaConf
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from tiedlora import storage, tying
-from tiedlora.analysis import rules
 from tiedlora.analysis.frontier import Blend, Peer, curve
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.rules import Better, Level, Plan, Retains, Rule
+from tiedlora.analysis.rules import SEEDS, Better, Level, Plan, Retains, Rule
 from tiedlora.config import compose
 from tiedlora.config.explain import options
 from tiedlora.config.sizes import is_near
@@ -176,7 +175,7 @@ class _File:
     __pydantic_config__ = _KNOWN_KEYS
     claims: Annotated[list[_Entry], Field(min_length=1)]
     paper: Text = ""
-    looks: list[Annotated[Whole, Field(ge=2)]] = field(default_factory=lambda: list(rules.SEEDS))
+    looks: list[Annotated[Whole, Field(ge=2)]] = field(default_factory=lambda: list(SEEDS))
     seeds: list[Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]] | None = None
     floor: Side | None = None
     weakest: Side | None = None
@@ -186,7 +185,15 @@ class _File:
         names = [entry.name for entry in self.claims]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two claims have the name {twice!r:.80}; give each its own")
-        rules.planned(self.looks, self.seeds)
+        self.plan()
+
+    def plan(self) -> Plan:
+        """The plan of all claims.
+
+        Raises:
+            ValueError: it is impossible.
+        """
+        return Plan(tuple(self.looks), None if self.seeds is None else tuple(self.seeds))
 
 
 _KEYS = [item.name for kind in (_File, _Entry, Side) for item in fields(kind)]
@@ -206,12 +213,9 @@ def read(path: Path) -> list[Claim]:
         file = from_person(_File, text, _KEYS)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    plan = rules.planned(file.looks, file.seeds)
-    shared = {"floor": file.floor, "weakest": file.weakest}
-    return [
-        Claim(**{**vars(entry), **{key: getattr(entry, key) or side for key, side in shared.items()}}, plan=plan)
-        for entry in file.claims
-    ]
+    shared = {"plan": file.plan(), "floor": file.floor, "weakest": file.weakest}
+    # What a claim names stands before what its file names for all.
+    return [Claim(**{**shared, **{k: v for k, v in vars(entry).items() if v is not None}}) for entry in file.claims]
 
 
 def check_names(
@@ -311,13 +315,13 @@ def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
     Raises:
         UserError: a side is missing, or several groups fit.
     """
-    matched, floor = claim.method if claim.method.is_matched else claim.comparator, None
+    matched = claim.method if claim.method.is_matched else claim.comparator
     partner: Peer
     if matched.frontier:
         partner = _on_curve(matched.frontier, claim, anchor, groups)
     else:
-        is_on_other_seeds = matched.seed_offset != claim.anchor.seed_offset
-        partner = _partner(matched, anchor, groups, may_be_anchor=is_on_other_seeds)
+        partner = _partner(matched, anchor, groups)
+    floor = None
     if claim.floor is not None and claim.rule.needs_zero:
         floor = _partner(claim.floor, anchor, groups, what="the floor: ")
     method, comparator = (partner, anchor) if claim.method.is_matched else (anchor, partner)
@@ -392,13 +396,10 @@ def _is_of(group: RunGroup, side: Side) -> bool:
     return is_its_name and side.configuration not in KNOWN
 
 
-def _partner(
-    side: Side, anchor: RunGroup, groups: Sequence[RunGroup], *, may_be_anchor: bool = True, what: str = ""
-) -> RunGroup:
+def _partner(side: Side, anchor: RunGroup, groups: Sequence[RunGroup], what: str = "") -> RunGroup:
     """The group of the side in the anchor's setting.
 
     Args:
-        may_be_anchor: whether the anchor may be compared with itself, on other seeds.
         what: begins an error's text.
 
     Raises:
@@ -409,7 +410,7 @@ def _partner(
     if side.rank is not None or side.at == EQUAL_RANK:
         rank = side.rank or anchor.rank
         name = f"{name} r={rank}"
-        found = [group for group in found if group.rank == rank and (group is not anchor or may_be_anchor)]
+        found = [group for group in found if group.rank == rank]
     if not found:
         raise UserError(f"{what}{name} was not run in the same setting")
     if side.at == EQUAL_PARAMETERS:

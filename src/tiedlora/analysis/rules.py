@@ -21,7 +21,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -259,13 +259,13 @@ class Plan:
             seeds.
     """
 
-    looks: tuple[int, ...]
+    looks: tuple[int, ...] = SEEDS
     """How many seeds each look has."""
-    seeds: tuple[int, ...]
-    """The seeds in declared order. A look at n seeds uses the first n."""
+    declared: tuple[int, ...] | None = None
+    """The seeds in declared order; None takes 0, 1, 2, ..."""
 
     def __post_init__(self) -> None:
-        looks, seeds = self.looks, self.seeds
+        looks = self.looks
         if not looks or looks[0] < 2 or any(later <= earlier for earlier, later in itertools.pairwise(looks)):
             raise ValueError(
                 f"looks at {list(looks)} seeds: must be increasing whole numbers from 2 (3 or more is better)"
@@ -274,9 +274,14 @@ class Plan:
             raise ValueError(
                 f"looks at {looks[-1]:,} seeds: at most {MOST_SEEDS:,} are allowed, as each is a run of both sides"
             )
-        if len(set(seeds)) < len(seeds) or len(seeds) < looks[-1]:
+        if len(set(self.seeds)) < max(len(self.seeds), looks[-1]):
             least = f"must be at least {looks[-1]} different seeds, for the last look"
-            raise ValueError(f"seeds {list(seeds)!s:.60}: {least}")
+            raise ValueError(f"seeds {list(self.seeds)!s:.60}: {least}")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds in their order. A look at n seeds uses the first n."""
+        return tuple(range(self.looks[-1])) if self.declared is None else self.declared
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -290,17 +295,6 @@ class Plan:
     def of_look(self, number: int) -> tuple[int, ...]:
         """The seeds of a look, which is counted from 0."""
         return self.seeds[: self.looks[number]]
-
-
-def planned(looks: Sequence[int] = SEEDS, seeds: Sequence[int] | None = None) -> Plan:
-    """A plan; without seeds, with 0, 1, 2, ...
-
-    Raises:
-        ValueError: as Plan.
-    """
-    # As many as a plan may have at most: a larger number is refused before its seeds are made.
-    last = min(max(looks, default=0), MOST_SEEDS)
-    return Plan(tuple(looks), tuple(range(last) if seeds is None else seeds))
 
 
 def adjusted(plan: Plan, look: int, p: float) -> float:
@@ -317,13 +311,10 @@ def holm(p_values: Sequence[float], level: float = TOTAL) -> list[bool]:
     The smallest p is compared with level / n, the next with level / (n - 1), and so on until one is not rejected.
     It needs no independence.
     """
-    rejected = [False] * len(p_values)
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    for position, index in enumerate(order):
-        if p_values[index] > level / (len(p_values) - position):
-            break
-        rejected[index] = True
-    return rejected
+    order, n = np.argsort(p_values, kind="stable"), len(p_values)
+    rejected = np.empty(n, dtype=bool)
+    rejected[order] = np.logical_and.accumulate(np.array(p_values)[order] <= level / np.arange(n, 0, -1))
+    return rejected.tolist()
 
 
 def chance_of_decision(rule: Rule, sides: Sides, plan: Plan, look: int) -> float:
@@ -350,9 +341,7 @@ def chance_of_decision(rule: Rule, sides: Sides, plan: Plan, look: int) -> float
     drawn = _predicted_seeds(of_seeds, plan.looks[-1])
     decided = np.zeros(DRAWS, dtype=bool)
     for n, level in list(zip(plan.looks, plan.levels, strict=True))[look + 1 :]:
-        squares = [
-            _at_seeds(drawn[:, :n, k], *_row_effects(found), found.rows, found.freedom) for k, found in enumerate(now)
-        ]
+        squares = [_expected(found, drawn[:, :n, k]) for k, found in enumerate(now)]
         gain = squares.pop() if rule.needs_zero else None
         supported, contradicted = rule.decide(squares, gain, level)
         decided |= supported | contradicted
@@ -373,21 +362,9 @@ def _predicted_seeds(of_seeds: Array, seeds: int) -> Array:
     return np.concatenate([np.broadcast_to(of_seeds, (DRAWS, n, contrasts)), later], axis=1)
 
 
-def _row_effects(found: MeanSquares) -> tuple[float, float]:
-    """The variance of the rows' effects, and that of the remainder."""
-    rest = float(found.of_rest)
-    return max(0.0, float(found.of_rows) - rest) / found.seeds, rest
-
-
-def _at_seeds(of_seed: Array, of_rows: float, rest: float, rows: int, freedom: float) -> MeanSquares:
-    """The mean squares that are expected for means of seeds (..., seeds) and known variances of rows and remainder."""
-    seeds = of_seed.shape[-1]
-    return MeanSquares(
-        of_seed.mean(-1),
-        rows * of_seed.var(-1, ddof=1),
-        np.array(seeds * of_rows + rest),
-        np.array(rest),
-        seeds,
-        rows,
-        freedom,
-    )
+def _expected(found: MeanSquares, of_seed: Array) -> MeanSquares:
+    """The mean squares that are expected for other means of seeds, (..., seeds), with the variances that were found."""
+    seeds, rows, rest = of_seed.shape[-1], found.rows, found.of_rest
+    # That of the rows' effects is their part of MS_rows for one seed.
+    of_rows = seeds * np.maximum(0.0, found.of_rows - rest) / found.seeds + rest
+    return replace(found, mean=of_seed.mean(-1), of_seeds=rows * of_seed.var(-1, ddof=1), of_rows=of_rows, seeds=seeds)
