@@ -12,8 +12,7 @@ from tiedlora import tying
 from tiedlora.analysis import intervals
 from tiedlora.analysis.answers import error_note
 from tiedlora.analysis.compare import worth_of
-from tiedlora.analysis.frontier import curve
-from tiedlora.analysis.groups import group_runs
+from tiedlora.analysis.groups import curve, group_runs, point
 from tiedlora.analysis.intervals import Clusters, mean_squares
 from tiedlora.analysis.runs import read_runs
 from tiedlora.page import readme, write
@@ -159,18 +158,18 @@ class TestCurve:
     def test_a_size_between_two_is_their_mean_in_the_logarithm(self, root):
         groups = group_runs(read_runs([root / "runs"])[0])
         lora = curve("LoRA", groups[0].setting, groups)
-        assert [(group.configuration, group.params) for group in lora.groups] == [
+        assert [(group.configuration, group.params) for group in lora] == [
             ("LoRA_l15", 23_040),
             ("LoRA", 46_080),
             ("LoRA", 368_640),
         ]
-        (smaller, a), (larger, b) = lora.at(41_328).parts
+        (smaller, a), (larger, b) = point("LoRA", lora, 41_328).parts
         assert (a.params, b.params) == (23_040, 46_080)
         assert smaller == pytest.approx(np.log(46_080 / 41_328) / np.log(2))
         assert smaller + larger == 1
-        assert lora.at(46_080).parts == ((1.0, b),)
-        assert lora.at(23_039) is None
-        assert lora.at(368_641) is None
+        assert point("LoRA", lora, 46_080).parts == ((1.0, b),)
+        assert point("LoRA", lora, 23_039) is None
+        assert point("LoRA", lora, 368_641) is None
 
     def test_a_claim_against_the_curve_compares_with_lora_of_the_same_size(self, root):
         (answer,) = trial(root, "better_by: 0.0", "{frontier: LoRA}").answers

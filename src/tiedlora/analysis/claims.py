@@ -12,8 +12,7 @@ from omegaconf import OmegaConf
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from tiedlora import storage, tying
-from tiedlora.analysis.frontier import Blend, Peer, curve
-from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.groups import Blend, Peer, RunGroup, curve, point
 from tiedlora.analysis.rules import SEEDS, Better, Level, Plan, Retains, Rule
 from tiedlora.config import compose
 from tiedlora.config.explain import options
@@ -49,7 +48,7 @@ class Side:
     """What the runs trained for (objective=reward)."""
     frontier: Text = ""
     """In place of all other keys: this configuration at the other side's number of parameters, between the two of its
-    sizes that enclose it (frontier.py)."""
+    sizes that enclose it (groups.point)."""
 
     def __post_init__(self) -> None:
         others = (self.configuration, self.rank, self.at, self.seed_offset, self.suffix)
@@ -360,10 +359,11 @@ def _on_curve(configuration: str, claim: Claim, anchor: RunGroup, groups: Sequen
         return seeds <= {run.seed for run in scored} | group.diverged_seeds
 
     found = curve(configuration, anchor.setting, [group for group in groups if is_ready(group)])
-    if anchor in found.groups:
+    if anchor in found:
         raise UserError(f"{anchor.name} is on the curve of {configuration} itself")
-    if (blend := found.at(anchor.params)) is None:
-        raise UserError(f"{anchor.params:,} parameters are outside the measured {found}")
+    if (blend := point(configuration, found, anchor.params)) is None:
+        sizes = ", ".join(f"{group.params:,}" for group in found) or "none"
+        raise UserError(f"{anchor.params:,} parameters are outside the measured sizes of {configuration}: {sizes}")
     return blend
 
 

@@ -16,8 +16,7 @@ import numpy as np
 
 from tiedlora.analysis import intervals, rules
 from tiedlora.analysis.claims import Claim
-from tiedlora.analysis.frontier import Curve, Peer, curve
-from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.groups import Peer, RunGroup, curve
 from tiedlora.analysis.intervals import Array, Clusters
 from tiedlora.analysis.rules import Sides
 from tiedlora.analysis.runs import Run, Scorebook
@@ -295,18 +294,21 @@ class Worth:
         return value if is_beyond else f"{value} [{low}, {high}]"
 
 
-def worth(group: RunGroup, peers: Curve, measure: Measure, book: Scorebook) -> Worth | None:
-    """What an arm is worth in parameters of a curve. None with fewer than two sizes, or two seeds of any part of it.
+def worth(group: RunGroup, sizes: Sequence[RunGroup], measure: Measure, book: Scorebook) -> Worth | None:
+    """What an arm is worth in parameters of a curve, which has these sizes.
+
+    Returns:
+        None with fewer than two sizes, or two seeds of any part of it.
 
     Raises:
         UserError: as `paired_scores`.
     """
-    sizes: list[Array] = []
+    params: list[Array] = []
     means: list[Array] = []
     halves: list[Array] = []
     seeds = {run.seed for run in measure.scored(group)}
     # A size that has just begun does not take part.
-    ready = [peer for peer in peers.groups if len(seeds & {run.seed for run in measure.scored(peer)}) > 1]
+    ready = [peer for peer in sizes if len(seeds & {run.seed for run in measure.scored(peer)}) > 1]
     for smaller, larger in itertools.pairwise(ready):
         runs = _comparable_runs([group, smaller, larger], measure)
         tables = book.tables(runs, measure.split, measure.metric)
@@ -316,10 +318,10 @@ def worth(group: RunGroup, peers: Curve, measure: Measure, book: Scorebook) -> W
         weights = np.linspace(0, 1, POINTS)[:, None, None]
         contrasts = ours - (1 - weights) * below - weights * above
         found = intervals.mean_squares(contrasts, _clusters(runs, measure, book))
-        sizes.append(np.geomspace(smaller.params, larger.params, POINTS))
+        params.append(np.geomspace(smaller.params, larger.params, POINTS))
         means.append(found.mean)
         halves.append(found.half_width())
-    return worth_of(np.concatenate(sizes), np.concatenate(means), np.concatenate(halves)) if sizes else None
+    return worth_of(np.concatenate(params), np.concatenate(means), np.concatenate(halves)) if params else None
 
 
 def worth_of(sizes: Array, means: Array, halves: Array) -> Worth:
@@ -431,7 +433,7 @@ def _shown(task: str, metrics: Sequence[str], claims: Sequence[Claim]) -> str:
     return next((metric for metric in claimed if metric in metrics), metrics[0])
 
 
-def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Curve, book: Scorebook) -> None:
+def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Sequence[RunGroup], book: Scorebook) -> None:
     """Compute the row's numbers."""
     group, measure = row.group, row.measure
     runs = measure.scored(group)
@@ -463,7 +465,7 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Curve, book: Scoreb
         with contextlib.suppress(UserError):
             row.retained = retained(group, lora, measure)
             row.retains_at_least = rules.retained_at_least(paired_scores(group, lora, measure, book), 1 - LEVEL)
-    if row.primary and group not in lora_curve.groups:
+    if row.primary and group not in lora_curve:
         # A note on the row's score already says what is wrong with its predictions.
         with contextlib.suppress(UserError):
             row.worth = worth(group, lora_curve, measure, book)

@@ -3,23 +3,29 @@
 A *setting* is everything that two configurations must share to be compared: base model, task and protocol, training
 (except the learning rate), and scoring. A *group* is one configuration at one rank in one setting. Its runs differ only
 in seed and learning rate. The rate is chosen on validation (rate_choice.py), or by a sweep's selection.json.
+
+A *curve* is one configuration at all its sizes: the fair peer of an arm with any number of trained parameters.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import re
 import zlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tiedlora.analysis.rate_choice import ChosenRate, RateTrial, choose_rate
+from tiedlora.analysis.rate_choice import ChosenRate, choose_rate, rate_trials
 from tiedlora.analysis.runs import LeftOut, Run, UnfinishedRun
 from tiedlora.config.identity import identity_digest
 from tiedlora.config.sizes import is_near
 from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK
-from tiedlora.records.selection import RateChoice, Selection, validation_metric, validation_scores
+from tiedlora.records.run_record import RunRecord
+from tiedlora.records.selection import RateChoice, Selection
 
 OPEN_IN_A_SETTING = ("tying", "rank", "seed")
 """Keys of the identity that may differ between runs of one setting."""
@@ -27,20 +33,6 @@ OPEN_IN_TRAIN = ("lr", "lr_factor")
 """Keys below `train` that may differ between runs of one setting."""
 LONGEST_VALUE = 24
 """The most characters of a value in a name."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run of the search of a group's learning rate, at any rate, finished or not."""
-
-    lr: float
-    seed: int
-    state: str
-    """finished, pruned or failed."""
-    step: int
-    """The step of its last validation."""
-    loss: float | None
-    """Its last validation loss; None if it failed before the first."""
 
 
 @dataclass(eq=False)
@@ -70,8 +62,8 @@ class RunGroup:
     """Remarks that a reader must know before using the group's numbers."""
     short_marks: list[str] = field(default_factory=list)
     """The remarks that stand beside the configuration's name wherever it is shown: one to three words each."""
-    trials: list[Trial] = field(default_factory=list)
-    """Every run of the search, sorted by rate and seed."""
+    trials: list[Run | UnfinishedRun] = field(default_factory=list)
+    """Every run of the search that has ended, at any rate, sorted by rate and seed."""
 
     @property
     def lr(self) -> float:
@@ -103,7 +95,7 @@ class RunGroup:
     @property
     def is_other_method(self) -> bool:
         """Whether another method was trained, which has no rank of ours."""
-        return any(run.is_other_method for run in self.runs)
+        return any(run.record.is_other_method for run in self.runs)
 
     @property
     def task_in_words(self) -> str:
@@ -214,8 +206,8 @@ def differing_values(names: Sequence[Hashable], trees: Sequence[Any]) -> list[st
         for key in sorted({key for values in flat for key in values}):
             values = [own.get(key) for own in flat]
             if len(set(map(json.dumps, values))) > 1:
-                for number, short in zip(numbers, _short_names(values), strict=True):
-                    texts[number].append(f"{key}={short}")
+                for number, value in zip(numbers, values, strict=True):
+                    texts[number].append(f"{key}={_short(value)}")
     return [", ".join(own) for own in texts]
 
 
@@ -227,14 +219,12 @@ def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
         yield prefix, value
 
 
-def _short_names(values: Sequence[Any]) -> list[str]:
-    """The values, each cut to LONGEST_VALUE characters. Where different ones are cut to the same text, with a hash."""
-    texts = ["null" if value is None else str(value).replace("\n", " ") for value in values]
-    short = [text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..." for text in texts]
-    wholes = [json.dumps(value) for value in values]
-    if len(set(short)) == len(set(wholes)):
-        return short
-    return [f"{name} #{zlib.crc32(whole.encode()):08x}" for name, whole in zip(short, wholes, strict=True)]
+def _short(value: Any) -> str:
+    """A value of a name. A long one is cut to LONGEST_VALUE characters, and has a hash of all of it."""
+    text = "null" if value is None else str(value).replace("\n", " ")
+    if len(text) <= LONGEST_VALUE:
+        return text
+    return f"{text[: LONGEST_VALUE - 3]}... #{zlib.crc32(json.dumps(value).encode()):08x}"
 
 
 def _own_unfinished(unfinished: Iterable[UnfinishedRun], runs: Sequence[Run]) -> list[UnfinishedRun]:
@@ -248,7 +238,7 @@ def _own_unfinished(unfinished: Iterable[UnfinishedRun], runs: Sequence[Run]) ->
     for other in unfinished:
         if other.run_id in finished or not other.run_id.startswith(f"{start}-s"):
             continue
-        for lr in [other.lr] if other.lr is not None else rates:
+        for lr in rates if math.isnan(other.lr) else [other.lr]:
             values = {**tree, "seed": other.seed, "train": {**tree["train"], "lr": lr}}
             if other.run_id == f"{start}-s{other.seed}-{identity_digest(values)}":
                 own.append(replace(other, lr=lr))
@@ -269,38 +259,30 @@ def _choose_rate(
     group: RunGroup, runs: Sequence[Run], unfinished: Sequence[UnfinishedRun], choices: Sequence[RateChoice]
 ) -> None:
     """Set the group's rates and its runs at the chosen rate, and add marks about the choice."""
-    ended = [other for other in unfinished if other.failed or other.pruned]
-    rates = sorted({run.lr for run in runs} | {other.lr for other in ended if other.lr is not None})
-    by_rate = {lr: {run.seed: run for run in runs if run.lr == lr} for lr in rates}
-    failed = {lr: {other.seed for other in ended if other.failed and other.lr == lr} for lr in rates}
-    metric = validation_metric(run.record for run in runs)
-    best = choose_rate([_trial(lr, by_rate[lr], failed[lr], metric) for lr in rates], accept_failed=True)
+    ended = [other for other in unfinished if other.ending]
+    trials: list[Run | UnfinishedRun] = [*runs, *ended]
+    group.trials = sorted(trials, key=lambda trial: (trial.lr, trial.seed))
+    records: dict[float, dict[int, RunRecord]] = {trial.lr: {} for trial in trials}
+    for run in runs:
+        records[run.lr][run.seed] = run.record
+    failed = {lr: {other.seed for other in ended if (other.lr, other.ending) == (lr, "failed")} for lr in records}
+    best = choose_rate(rate_trials(records, failed), accept_failed=True)
     assert best is not None, "a finished run has a finite loss"
     recorded = choices[0] if choices else None
     lr = best.lr if recorded is None else recorded.lr
-    group.runs = [by_rate[lr][seed] for seed in sorted(by_rate[lr])]
+    group.runs = sorted((run for run in runs if run.lr == lr), key=lambda run: run.seed)
     group.rates = tuple(sorted({*best.tried, *(recorded.lrs if recorded else ())}))
     group.diverged_seeds = {other.seed for other in ended if other.diverged and other.lr == lr}
     group.has_recorded_rate = recorded is not None
-    group.trials = _trials(runs, ended)
     group.marks += _marks_of_choice(group, best, recorded)
     if others := sorted({choice.lr for choice in choices if choice.lr != lr}):
         group.marks.append(f"another selection.json chose {', '.join(f'{other:g}' for other in others)}")
     if failed[lr]:
         group.short_marks.append(f"{len(failed[lr])} failed")
     for other in unfinished:
-        if other.lr == lr or other.failed:
-            ending = "failed" if other.failed else "is not finished"
-            group.marks.append(f"seed {other.seed} at lr {other.lr:g} {ending}")
-
-
-def _trials(runs: Iterable[Run], ended: Iterable[UnfinishedRun]) -> list[Trial]:
-    training = [(run, run.record.training) for run in runs]
-    trials = [Trial(run.lr, run.seed, "finished", own.steps, own.validation_loss_last) for run, own in training]
-    for other in ended:
-        if other.lr is not None:
-            trials.append(Trial(other.lr, other.seed, "failed" if other.failed else "pruned", other.step, other.loss))
-    return sorted(trials, key=lambda trial: (trial.lr, trial.seed))
+        if other.lr == lr or other.ending == "failed":
+            what = "failed" if other.ending == "failed" else "is not finished"
+            group.marks.append(f"seed {other.seed} at lr {other.lr:g} {what}")
 
 
 def _marks_of_choice(group: RunGroup, best: ChosenRate, recorded: RateChoice | None) -> list[str]:
@@ -321,12 +303,6 @@ def _marks_of_choice(group: RunGroup, best: ChosenRate, recorded: RateChoice | N
     if len(best.tried) > 1 and best.by == "loss":
         marks.append("the rate was chosen by validation loss, since not all runs have the same validation score")
     return marks
-
-
-def _trial(lr: float, by_seed: Mapping[int, Run], failed: Iterable[int], metric: str | None) -> RateTrial:
-    records = {seed: run.record for seed, run in by_seed.items()}
-    losses = {seed: record.training.validation_loss_last for seed, record in records.items()}
-    return RateTrial(lr, losses, validation_scores(records, metric), frozenset(failed))
 
 
 def _mark_mixtures(group: RunGroup) -> None:
@@ -374,3 +350,65 @@ def _mark_arm(group: RunGroup) -> None:
 def short_commits(run: Run) -> list[str]:
     """The first characters of the run's commit, or of its commits if it was continued with other code."""
     return list(dict.fromkeys(str(code.commit)[:8] for code in run.record.code_versions))
+
+
+# Curves.
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """A point of a curve: one measured size, or a weighted mean of the two that enclose it."""
+
+    configuration: str
+    params: int
+    parts: tuple[tuple[float, RunGroup], ...]
+    """(weight, group); the weights add up to 1."""
+
+    @property
+    def groups(self) -> list[RunGroup]:
+        """The groups that have a part in it."""
+        return [group for _, group in self.parts]
+
+    @property
+    def name(self) -> str:
+        """Such as `LoRA at 41,328 parameters (between LoRA_l15 r=1 and LoRA r=1)`."""
+        names = [group.name for group in self.groups]
+        where = f" (between {' and '.join(names)})" if len(names) > 1 else f" ({names[0]})"
+        return f"{self.configuration} at {self.params:,} parameters{where}"
+
+
+Peer = RunGroup | Blend
+"""What a method is compared with."""
+
+
+def curve(configuration: str, setting: str, groups: Sequence[RunGroup]) -> list[RunGroup]:
+    """The sizes of a configuration in one setting, in rising order of parameters. Only plain groups are on it.
+
+    These are every rank on all layers and, below rank 1, rank 1 on evenly spaced layers (LoRA_l15 on 15 of them).
+    """
+    on_layers = re.compile(rf"{re.escape(configuration)}_l\d+")
+    members: dict[int, RunGroup] = {}
+    for group in groups:
+        is_part = group.label == configuration or (group.rank == 1 and on_layers.fullmatch(group.label))
+        if group.setting == setting and is_part and group.is_plain:
+            members.setdefault(group.params, group)
+    return [members[params] for params in sorted(members)]
+
+
+def point(configuration: str, sizes: Sequence[RunGroup], params: int) -> Blend | None:
+    """The curve at a number of parameters; None outside the measured sizes.
+
+    Between two measured sizes a and b, the score at n parameters is
+
+        q(n) = w q_a + (1 - w) q_b,   w = (log b - log n) / (log b - log a)
+
+    on the same seeds and rows, so a comparison with it is one contrast like any other.
+    """
+    for group in sizes:
+        if group.params == params:
+            return Blend(configuration, params, ((1.0, group),))
+    for smaller, larger in itertools.pairwise(sizes):
+        if smaller.params < params < larger.params:
+            weight = math.log(larger.params / params) / math.log(larger.params / smaller.params)
+            return Blend(configuration, params, ((weight, smaller), (1 - weight, larger)))
+    return None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
+
+from tiedlora.records.run_record import RunRecord
+from tiedlora.records.selection import validation_metric, validation_scores
 
 CRITERIA = ("score", "loss")
 """The criteria of the choice: the task's first metric on validation, or the validation loss."""
@@ -26,6 +29,22 @@ class RateTrial:
     def failed_seeds(self) -> frozenset[int]:
         """The seeds whose runs failed or ended with a loss that is not finite."""
         return self.failed | {seed for seed, loss in self.losses.items() if not math.isfinite(loss)}
+
+
+def rate_trials(
+    records: Mapping[float, Mapping[int, RunRecord]], failed: Mapping[float, Iterable[int]]
+) -> list[RateTrial]:
+    """The trials of one configuration, in ascending order, from each rate's finished runs and failed seeds."""
+    metric = validation_metric(record for of_seed in records.values() for record in of_seed.values())
+    return [
+        RateTrial(
+            lr,
+            {seed: record.training.validation_loss_last for seed, record in records[lr].items()},
+            validation_scores(records[lr], metric),
+            frozenset(failed.get(lr, ())),
+        )
+        for lr in sorted(records)
+    ]
 
 
 @dataclass(frozen=True)

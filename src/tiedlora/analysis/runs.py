@@ -6,12 +6,13 @@ config.yaml, and needs no torch, Hydra or W&B.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -52,16 +53,12 @@ class UnfinishedRun:
     task: str
     model: str
     seed: int
-    lr: float | None = None
-    """None if it is not known."""
-    failed: bool = False
-    """Whether the run ended with an error."""
+    lr: float = math.nan
+    """NaN if it is not known."""
+    ending: Literal["", "failed", "pruned"] = ""
+    """Whether the run ended with an error, or the search of a learning rate stopped it."""
     diverged: bool = False
     """Whether that error was a loss that is not finite. Any other error can be repaired."""
-    pruned: bool = False
-    """Whether the search of a learning rate stopped it."""
-    step: int = 0
-    """The step of the last validation; 0 without one."""
     loss: float | None = None
     """The last validation loss."""
 
@@ -84,6 +81,7 @@ class Run:
     record: RunRecord
     configuration: str
     """LoRA, TABuv_v0, ...: the name that follows from the specification's values, or `custom (<its own name>)`."""
+    ending: ClassVar = "finished"
 
     @property
     def run_id(self) -> str:
@@ -99,11 +97,6 @@ class Run:
         return self.record.identity.task.name
 
     @property
-    def is_other_method(self) -> bool:
-        """Whether another method was trained, which has no rank of ours."""
-        return self.record.is_other_method
-
-    @property
     def rank(self) -> int:
         return self.record.identity.rank.r
 
@@ -114,6 +107,11 @@ class Run:
     @property
     def seed(self) -> int:
         return self.record.seed
+
+    @property
+    def loss(self) -> float:
+        """The last validation loss."""
+        return self.record.training.validation_loss_last
 
     @property
     def params(self) -> int:
@@ -223,12 +221,8 @@ def read_run(path: Path) -> Run | LeftOut:
         if pruned := last_line(folder.pruned_file)[:LONGEST_REASON]:
             reason = f"pruned by the search of a learning rate: {pruned}"
         if named is not None:
-            named = dataclasses.replace(
-                _with_progress(named, folder),
-                failed=bool(error),
-                diverged=error.startswith(DIVERGED),
-                pruned=bool(pruned),
-            )
+            ending: Literal["", "failed", "pruned"] = "failed" if error else "pruned" if pruned else ""
+            named = _with_progress(replace(named, ending=ending, diverged=error.startswith(DIVERGED)), folder)
         return LeftOut(path, reason, named)
     try:
         record = read_record(folder.result_file)
@@ -259,10 +253,9 @@ def _with_progress(run: UnfinishedRun, folder: RunFolder) -> UnfinishedRun:
     try:
         lr = float(storage.read_yaml(folder.config_file).train.lr)
     except Exception:  # A file that a kill has cut off may be wrong in any way. Then the rate is not known.
-        lr = None
-    steps, losses = curves(folder, "validation/loss").get("validation/loss", ([], []))
-    last = (steps[-1], losses[-1]) if steps else (0, None)
-    return dataclasses.replace(run, lr=lr, step=last[0], loss=last[1])
+        lr = math.nan
+    _, losses = curves(folder, "validation/loss").get("validation/loss", ([], []))
+    return replace(run, lr=lr, loss=losses[-1] if losses else None)
 
 
 def curves(folder: RunFolder, prefix: str) -> dict[str, tuple[list[int], list[float]]]:

@@ -18,8 +18,7 @@ from tiedlora.analysis import compare
 from tiedlora.analysis.answers import Answer, Verdict, test_of
 from tiedlora.analysis.claims import Claim
 from tiedlora.analysis.compare import Measure, ResultRow
-from tiedlora.analysis.frontier import Blend, curve
-from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.groups import Blend, RunGroup, curve
 from tiedlora.analysis.rules import Better
 from tiedlora.analysis.runs import Scorebook
 from tiedlora.errors import UserError
@@ -158,7 +157,7 @@ def size_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Scor
         if (reference := _reference(own, groups)) is None:
             continue
         floor = next((a.pair.floor for a in own if a.pair is not None and a.pair.floor is not None), None)
-        on_curve = curve(reference.label, setting, groups).groups
+        on_curve = curve(reference.label, setting, groups)
         shares = {group: _share(group, reference, measure, book, floor) for group in groups}
         arms = [SizedShare(group, *share, group in on_curve) for group, share in shares.items() if share is not None]
         if arms:
@@ -176,7 +175,7 @@ def _reference(answers: Iterable[Answer], groups: Sequence[RunGroup]) -> RunGrou
         if answer.pair is not None and answer.pair.arms and answer.comparator_gain and answer.comparator_gain > 0:
             comparator = answer.pair.arms[1][0]
             if isinstance(peer := answer.pair.comparator, Blend):
-                return curve(peer.configuration, comparator.setting, groups).groups[-1]
+                return curve(peer.configuration, comparator.setting, groups)[-1]
             return comparator
     return None
 

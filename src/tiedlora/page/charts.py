@@ -337,9 +337,9 @@ def draw_search(ax: Axes, groups: Sequence[RunGroup]) -> None:
         by_rate: dict[float, list[float]] = defaultdict(list)
         for trial in group.trials:
             loss = min(trial.loss, top) if trial.loss is not None and trial.loss > 0 else top
-            shape = "x" if trial.state == "failed" else marker
-            _mark(ax, trial.lr * shift, loss, colour, shape, trial.state == "finished")
-            if trial.state == "finished":
+            shape = "x" if trial.ending == "failed" else marker
+            _mark(ax, trial.lr * shift, loss, colour, shape, trial.ending == "finished")
+            if trial.ending == "finished":
                 by_rate[trial.lr].append(loss)
         means = {rate: float(np.mean(by_rate[rate])) for rate in sorted(by_rate)}
         ax.plot([rate * shift for rate in means], list(means.values()), color=colour, linestyle=dash, linewidth=1)

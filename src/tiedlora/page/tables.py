@@ -254,5 +254,5 @@ def _task_score(row: ResultRow) -> TaskScore:
 
 def _missing(configuration: str, rank: int, task: str, folders: Iterable[LeftOut]) -> str | None:
     """`failed` if a run of the configuration failed on the task and none is finished."""
-    runs = [folder.run for folder in folders if folder.run is not None and folder.run.failed]
+    runs = [folder.run for folder in folders if folder.run is not None and folder.run.ending == "failed"]
     return "failed" if any((run.label, run.rank, run.task) == (configuration, rank, task) for run in runs) else None

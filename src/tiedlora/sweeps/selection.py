@@ -10,7 +10,7 @@ from collections.abc import Container, Sequence
 from dataclasses import asdict, replace
 from statistics import mean
 
-from tiedlora.analysis.rate_choice import CRITERIA, ChosenRate, RateTrial, choose_rate
+from tiedlora.analysis.rate_choice import CRITERIA, ChosenRate, choose_rate, rate_trials
 from tiedlora.errors import LONGEST_MESSAGE, UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores
@@ -21,7 +21,6 @@ from tiedlora.records.selection import (
     Selection,
     read_selection,
     validation_metric,
-    validation_scores,
 )
 from tiedlora.sweeps.cells import Sweep, SweepCell, frozen_cell, rate_groups
 from tiedlora.text import aligned, visible
@@ -80,11 +79,7 @@ def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
             records[cell.name.lr][cell.config.seed] = record
         elif cell.state() == "failed":
             failed[cell.name.lr].add(cell.config.seed)
-    metric = validation_metric(record for of_rate in records.values() for record in of_rate.values())
-    trials = []
-    for lr, of_rate in sorted(records.items()):
-        losses = {seed: record.training.validation_loss_last for seed, record in of_rate.items()}
-        trials.append(RateTrial(lr, losses, validation_scores(of_rate, metric), frozenset(failed[lr])))
+    trials = rate_trials(records, failed)
     best = choose_rate(trials, by)
     if best is None:
         raise UserError(f"{group}: no rate finished at every seed; add lower ones with train.lr=")
