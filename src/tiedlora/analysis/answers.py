@@ -125,11 +125,11 @@ def answer_claims(
     answers = []
     for claim in stated:
         pairs = claims.pairs(claim, groups)
-        answers += [_answer(claim, pair, split or shown[pair.task], book) for pair in pairs]
+        answers += [_answer(claim, pair, split or shown[pair.anchor.task], book) for pair in pairs]
         reason, decide = f"{claim.anchor} was not run on it", next_look(claim.plan, 0)
-        for model in sorted({pair.model for pair in pairs}) or [""]:
+        for model in sorted({pair.anchor.model for pair in pairs}) or [""]:
             tasks = set(claim.tasks) or {group.task for group in groups if model in (group.model, "")}
-            missing = tasks - {pair.task for pair in pairs if pair.model == model}
+            missing = tasks - {pair.anchor.task for pair in pairs if pair.anchor.model == model}
             answers += [Answer(claim, model, task, reason=reason, decide=decide) for task in sorted(missing)]
     mark_survivors(answers)
     return answers
@@ -137,7 +137,7 @@ def answer_claims(
 
 def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     answer = Answer(
-        claim, pair.model, pair.anchor.task_in_words, pair, reason=pair.problem, decide=next_look(claim.plan, 0)
+        claim, pair.anchor.model, pair.anchor.task_in_words, pair, reason=pair.problem, decide=next_look(claim.plan, 0)
     )
     method, comparator = pair.method, pair.comparator
     if method is None or comparator is None:
@@ -160,8 +160,8 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     notes = [f"{answer.reason}{over} ({method.name} against {comparator.name}, {split}, {measure.metric})"]
     if scores.clusters is not None:
         notes.append(f"{answer.rows:,} rows in {len(scores.clusters.sizes)} clusters")
-    if answer.look is not None and claim.weakest is not None:
-        notes.append(_check_sensitivity(answer, pair, measure, book))
+    if answer.look is not None and pair.weakest is not None:
+        notes.append(_check_sensitivity(answer, pair, pair.weakest, book))
     if compare.other_ends([group.runs for group in sides], measure):
         notes.append(compare.OTHER_ENDS)
     if effort := claims.unequal_effort(method, comparator):
@@ -177,11 +177,11 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     return answer
 
 
-def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Scorebook) -> str:
+def _check_sensitivity(answer: Answer, pair: Pair, weakest: Pair, book: Scorebook) -> str:
     """Ask the claim's rule of its weakest arm, and return what it says in words."""
     answer.sensitivity = "not shown"
     try:
-        evidence, level, who = _of_weakest(answer.claim, pair, measure, book)
+        evidence, level, who = _of_weakest(answer, pair, weakest, book)
     except UserError as error:
         return f"sensitivity not shown: {error}"
     if evidence.supported <= level and answer.verdict == Verdict.CONTRADICTED:
@@ -196,30 +196,30 @@ def _check_sensitivity(answer: Answer, pair: Pair, measure: Measure, book: Score
     return f"sensitivity not shown: the same is undecided for {who}"
 
 
-def _of_weakest(claim: Claim, pair: Pair, measure: Measure, book: Scorebook) -> tuple[rules.Evidence, float, str]:
+def _of_weakest(answer: Answer, pair: Pair, weakest: Pair, book: Scorebook) -> tuple[rules.Evidence, float, str]:
     """The evidence of the weakest arm at the latest look that its seeds reach, the level there, and the arm's name.
 
     Raises:
         UserError: the arm, or something that it needs, is missing.
     """
-    weakest, peer, plan = pair.weakest, pair.weakest_peer, claim.plan
-    if weakest is None or peer is None:
-        raise UserError(pair.weakest_problem)
+    arm, peer, claim, plan = weakest.method, weakest.comparator, answer.claim, answer.claim.plan
+    if arm is None or peer is None or answer.measure is None:
+        raise UserError(weakest.problem)
     # An arm is the same with other seeds, too.
-    arm_of = attrgetter("setting", "label", "rank", "params")
-    if any(side is not None and arm_of(side) == arm_of(weakest) for side in (pair.method, *peer.groups, pair.floor)):
-        raise UserError(f"{weakest.name} is a side of the comparison itself")
+    name_of = attrgetter("setting", "label", "rank", "params")
+    if any(side is not None and name_of(side) == name_of(arm) for side in (pair.method, *peer.groups, pair.floor)):
+        raise UserError(f"{arm.name} is a side of the comparison itself")
     try:
-        scores = compare.paired_scores(weakest, peer, measure, book, pair.floor)
+        scores = compare.paired_scores(arm, peer, answer.measure, book, pair.floor)
     except UserError as error:
-        raise UserError(f"{weakest.name}: {error}") from None
+        raise UserError(f"{arm.name}: {error}") from None
     if claim.rule.needs_zero and scores.zero is None:
-        raise UserError(f"no base was scored beside {weakest.name}")
+        raise UserError(f"no base was scored beside {arm.name}")
     reached = [number for number in range(len(plan.looks)) if set(plan.of_look(number)) <= set(scores.seeds)]
     if not reached:
-        raise UserError(f"{weakest.name} has not the seeds of a look")
+        raise UserError(f"{arm.name} has not the seeds of a look")
     look = reached[-1]
-    who = f"{weakest.name}, the weakest arm at look {look + 1}"
+    who = f"{arm.name}, the weakest arm at look {look + 1}"
     return claim.rule.evidence(scores.of(plan.of_look(look))), plan.levels[look], who
 
 

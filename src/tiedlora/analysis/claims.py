@@ -274,23 +274,11 @@ class Pair:
     """Why a side is missing."""
     floor: RunGroup | None = None
     """The zero point, if the claim names one and its rule needs one."""
-    weakest: RunGroup | None = None
-    """The arm that must not pass, if the claim names one and it was run."""
-    weakest_peer: Peer | None = None
-    """What the weakest arm is compared with: the comparator, or its curve at the weakest arm's own size."""
-    weakest_problem: str = ""
-    """Why one of these two is missing."""
+    weakest: Pair | None = None
+    """The arm that must not pass, if the claim names one, with the comparator, or its curve at the arm's own size."""
     arms: tuple[tuple[RunGroup, int], ...] = ()
     """Every group that a look needs, with the offset of its seeds, and with the runs of all seeds. Empty if a side is
     missing."""
-
-    @property
-    def task(self) -> str:
-        return self.anchor.task
-
-    @property
-    def model(self) -> str:
-        return self.anchor.model
 
 
 def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
@@ -328,19 +316,19 @@ def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
     arms = [(method, claim.method.seed_offset)]
     arms += [(group, claim.comparator.seed_offset) for group in comparator.groups]
     arms += [(floor, 0)] if floor is not None else []
-    weakest = weakest_peer = None
-    weakest_problem = ""
-    try:
-        if claim.weakest is not None:
-            weakest = _partner(claim.weakest, anchor, groups)
-            curve_of = claim.comparator.frontier
-            weakest_peer = _on_curve(curve_of, claim, weakest, groups) if curve_of else comparator
-    except UserError as error:
-        weakest_problem = str(error)
-    method = _shifted(method, claim.method)
+    weakest = None
+    if claim.weakest is not None:
+        try:
+            arm, curve_of = _partner(claim.weakest, anchor, groups), claim.comparator.frontier
+            # It says whether the trial can fail, so it has the seeds of every look too.
+            arms.append((arm, 0))
+            peer = _on_curve(curve_of, claim, arm, groups) if curve_of else comparator
+            weakest = Pair(anchor, arm, peer, floor=floor)
+        except UserError as error:
+            weakest = Pair(anchor, problem=str(error))
     if not isinstance(comparator, Blend):
         comparator = _shifted(comparator, claim.comparator)
-    return Pair(anchor, method, comparator, "", floor, weakest, weakest_peer, weakest_problem, tuple(arms))
+    return Pair(anchor, _shifted(method, claim.method), comparator, "", floor, weakest, tuple(arms))
 
 
 def _on_curve(configuration: str, claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Blend:

@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -29,7 +29,7 @@ from tiedlora.records.run_record import RunRecord, SplitScores, read_record
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 from tiedlora.tasks import load_task
 
-FOLDER_NAME = re.compile(r"(?P<label>\w+?)-r(?P<rank>\d+)-(?P<task>.+)-(?P<model>[^-]+)-s(?P<seed>\d+)-[0-9a-f]{10}")
+FOLDER_NAME = re.compile(r"(?P<label>\w+?)-r(?P<rank>\d+)-(?P<task>.+)-[^-]+-s(?P<seed>\d+)-[0-9a-f]{10}")
 PART_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoint", "error.txt", ".lock", "adapter", "predictions")
 NOT_RUNS = ("base", "sweeps")
 """Folders in outputs/ that are not runs: scores of base models, and frozen configurations of sweeps."""
@@ -37,6 +37,7 @@ TOLERANCE = 1e-6
 """The allowed difference, by rounding, of a recorded metric from the mean over its examples."""
 CLUSTERS_FILE = "clusters.json"
 """In a study's folder: task -> row's id -> the row's cluster, for runs that were scored before rows had them."""
+VALIDATION_LOSS = "validation/loss"
 LONGEST_REASON = 200
 """Most characters of a failed run's error that are shown."""
 
@@ -51,15 +52,14 @@ class UnfinishedRun:
     """LoRA, TABuv, ... or custom."""
     rank: int
     task: str
-    model: str
     seed: int
-    lr: float = math.nan
+    lr: float
     """NaN if it is not known."""
-    ending: Literal["", "failed", "pruned"] = ""
+    ending: Literal["", "failed", "pruned"]
     """Whether the run ended with an error, or the search of a learning rate stopped it."""
-    diverged: bool = False
+    diverged: bool
     """Whether that error was a loss that is not finite. Any other error can be repaired."""
-    loss: float | None = None
+    loss: float | None
     """The last validation loss."""
 
 
@@ -212,7 +212,6 @@ def _folders(roots: Iterable[Path]) -> Iterator[Path]:
 def read_run(path: Path) -> Run | LeftOut:
     """The run of one folder, or the reason why there is none."""
     folder = RunFolder(path)
-    named = _run_of_name(path.name)
     if not folder.result_file.is_file():
         if not any((path / name).exists() for name in PART_OF_A_RUN):
             return LeftOut(path, "not a run: it holds none of a run's files")
@@ -220,14 +219,11 @@ def read_run(path: Path) -> Run | LeftOut:
         reason = f"failed: {error}" if error else "not finished: it has no result.json (running, or interrupted)"
         if pruned := last_line(folder.pruned_file)[:LONGEST_REASON]:
             reason = f"pruned by the search of a learning rate: {pruned}"
-        if named is not None:
-            ending: Literal["", "failed", "pruned"] = "failed" if error else "pruned" if pruned else ""
-            named = _with_progress(replace(named, ending=ending, diverged=error.startswith(DIVERGED)), folder)
-        return LeftOut(path, reason, named)
+        return LeftOut(path, reason, _unfinished(folder))
     try:
         record = read_record(folder.result_file)
     except UserError as error:
-        return LeftOut(path, f"result.json: {str(error).removeprefix(f'{folder.result_file}: ')}", named)
+        return LeftOut(path, f"result.json: {str(error).removeprefix(f'{folder.result_file}: ')}", _unfinished(folder))
     return Run(path, record, _configuration(record))
 
 
@@ -241,21 +237,27 @@ def _configuration(record: RunRecord) -> str:
     return (name_of(record.identity.tying, layers) or f"custom ({record.config.tying.name})") + suffix
 
 
-def _run_of_name(name: str) -> UnfinishedRun | None:
-    match = FOLDER_NAME.fullmatch(name)
+def _unfinished(folder: RunFolder) -> UnfinishedRun | None:
+    """The run of a folder without a result; None if the folder's name is not that of a run."""
+    match = FOLDER_NAME.fullmatch(folder.path.name)
     if match is None:
         return None
-    return UnfinishedRun(name, match["label"], int(match["rank"]), match["task"], match["model"], int(match["seed"]))
-
-
-def _with_progress(run: UnfinishedRun, folder: RunFolder) -> UnfinishedRun:
-    """The run with its learning rate, which only its configuration has, and its last validation loss."""
     try:
         lr = float(storage.read_yaml(folder.config_file).train.lr)
     except Exception:  # A file that a kill has cut off may be wrong in any way. Then the rate is not known.
         lr = math.nan
-    _, losses = curves(folder, "validation/loss").get("validation/loss", ([], []))
-    return replace(run, lr=lr, loss=losses[-1] if losses else None)
+    error, (_, losses) = last_line(folder.error_file), curves(folder, VALIDATION_LOSS).get(VALIDATION_LOSS, ([], []))
+    return UnfinishedRun(
+        run_id=folder.path.name,
+        label=match["label"],
+        rank=int(match["rank"]),
+        task=match["task"],
+        seed=int(match["seed"]),
+        lr=lr,
+        ending="failed" if error else "pruned" if last_line(folder.pruned_file) else "",
+        diverged=error.startswith(DIVERGED),
+        loss=losses[-1] if losses else None,
+    )
 
 
 def curves(folder: RunFolder, prefix: str) -> dict[str, tuple[list[int], list[float]]]:

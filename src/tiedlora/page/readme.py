@@ -139,7 +139,9 @@ def _scores(report: Report) -> Table:
 
 def _asked(report: Report) -> list[ResultRow]:
     """The scored rows by the metrics that claims name; without claims, by each task's first metric. Sorted."""
-    asked = {(answer.pair.task, answer.measure.metric) for answer in report.answers if answer.pair and answer.measure}
+    asked = {
+        (answer.pair.anchor.task, answer.measure.metric) for answer in report.answers if answer.pair and answer.measure
+    }
     rows = [
         row
         for row in report.rows

@@ -417,11 +417,9 @@ def _next_look(answer: Answer, owners: dict[str, tuple[Search, RateChoice]]) -> 
     if pair is None or answer.verdict != Verdict.UNDECIDED or answer.is_futile:
         return []
     for number in range(len(plan.looks)):
-        # The weakest arm says whether the trial can fail, so it has the seeds of every look too.
-        weakest = [(pair.weakest, 0)] if pair.weakest is not None and pair.arms else []
         cells = [
             search.cell(choice.lr, seed + offset)
-            for group, offset in [*pair.arms, *weakest]
+            for group, offset in pair.arms
             for search, choice in [owners[group.runs[0].path.name]]
             for seed in plan.of_look(number)
         ]
