@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from tiedlora import errors, storage
-from tiedlora.analysis.intervals import RowLosses, paired_difference
+from tiedlora.analysis.intervals import mean_loss, paired_difference
 from tiedlora.analysis.rate_choice import RateTrial, choose_rate
 from tiedlora.config.project import PROJECT
-from tiedlora.records.rows import read_validation_losses
+from tiedlora.records.rows import ValidationLosses, read_validation_losses
 from tiedlora.sweeps.cells import SweepCell
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import run_cell
@@ -57,11 +57,11 @@ class Curve:
     lr: float
     seed: int
     steps: int
-    evaluations: dict[int, RowLosses]
+    evaluations: dict[int, ValidationLosses]
     diverged: bool
 
     @property
-    def last(self) -> RowLosses:
+    def last(self) -> ValidationLosses:
         return self.evaluations[self.steps]
 
 
@@ -78,7 +78,7 @@ class RecordedRuns:
         seen = {step: losses for step, losses in curve.evaluations.items() if step <= reached}
         if reached == self.steps and curve.diverged:
             return Observation(seen, diverged=True)
-        return Observation(seen, curve.last.mean() if reached == self.steps else None, scored=reached == self.steps)
+        return Observation(seen, mean_loss(curve.last) if reached == self.steps else None, scored=reached == self.steps)
 
     def run(self, requests: Sequence[Request]) -> None:
         """Let the runs come as far as requested."""
@@ -117,7 +117,7 @@ def searches(curves: Sequence[Curve], validate_every: int, fractions: Sequence[f
     trials = [
         RateTrial(
             lr,
-            {curve.seed: curve.last.mean() for curve in curves if curve.lr == lr and not curve.diverged},
+            {curve.seed: mean_loss(curve.last) for curve in curves if curve.lr == lr and not curve.diverged},
             failed=frozenset(curve.seed for curve in curves if curve.lr == lr and curve.diverged),
         )
         for lr in rates
@@ -144,10 +144,10 @@ def searches(curves: Sequence[Curve], validate_every: int, fractions: Sequence[f
     return picks
 
 
-def _over_seeds(curves: Sequence[Curve], lr: float) -> RowLosses:
+def _over_seeds(curves: Sequence[Curve], lr: float) -> ValidationLosses:
     """Each validation row's mean loss over the seeds, at one rate."""
     last = [curve.last for curve in curves if curve.lr == lr and not curve.diverged]
-    return RowLosses(np.mean([losses.losses for losses in last], axis=0).tolist(), last[0].tokens)
+    return ValidationLosses(last[0].step, np.mean([losses.losses for losses in last], axis=0).tolist(), last[0].tokens)
 
 
 def record(outputs: Path) -> None:
@@ -178,7 +178,9 @@ def read_curves(path: Path) -> list[Curve]:
     curves = []
     for line in path.read_text().splitlines():
         run = json.loads(line)
-        evaluations = {int(step): RowLosses(losses, run["tokens"]) for step, losses in run["losses"].items()}
+        evaluations = {
+            int(step): ValidationLosses(int(step), losses, run["tokens"]) for step, losses in run["losses"].items()
+        }
         named = run["configuration"], run["lr"], run["seed"]
         curves.append(Curve(*named, run["steps"], evaluations, run["diverged"]))
     return curves

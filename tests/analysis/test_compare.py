@@ -77,7 +77,7 @@ def test_one_run_has_the_intervals_that_scoring_gives_its_rows(tmp_path, kind):
     for interval in (row.gain.examples, recorded.gain["score"]):
         assert numbers(interval) == pytest.approx(numbers(expected_gain), abs=1e-12)
     assert row.score.seeds is None
-    paired = intervals.difference_over_examples(ours[None], base[None])
+    paired = intervals.over_examples(ours[None], base[None])
     assert numbers(paired) == pytest.approx(numbers(expected_gain), abs=1e-12)
 
 

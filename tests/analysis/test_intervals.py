@@ -60,7 +60,7 @@ class TestBootstrap:
             found = bootstrap_corpus(first, ratio, *more)
             return found.value, found.low, found.high
 
-        mean, table = bootstrap_mean(values, (0.0, 1.0)), intervals.score_over_examples(np.stack([values, values]))
+        mean, table = bootstrap_mean(values, (0.0, 1.0)), intervals.over_examples(np.stack([values, values]))
         expected = pytest.approx((mean.value, mean.low, mean.high), abs=1e-12)
         assert corpus(values) == expected
         assert (table.value, table.low, table.high) == expected

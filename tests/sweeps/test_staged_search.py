@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tiedlora.analysis.intervals import RowLosses, paired_difference
+from tiedlora.analysis.intervals import mean_loss, paired_difference
+from tiedlora.records.rows import ValidationLosses
 from tiedlora.sweeps.staged_search import Observation, SearchPlan, SearchStage, next_rate, rung_steps
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -27,17 +28,17 @@ class Population:
         self.scored: set[tuple[float, int]] = set()
         self.steps = 0
 
-    def losses(self, lr: float, seed: int, step: int) -> RowLosses:
+    def losses(self, lr: float, seed: int, step: int) -> ValidationLosses:
         generator = np.random.default_rng([round(1e9 * lr), seed, step])
         mean = 3.0 - 2 * step / STEPS + 0.5 * abs(np.log10(lr / self.best)) * step / STEPS
-        return RowLosses((mean + generator.normal(0, self.row_noise, 64)).tolist(), [10] * 64)
+        return ValidationLosses(step, (mean + generator.normal(0, self.row_noise, 64)).tolist(), [10] * 64)
 
     def __call__(self, lr: float, seed: int) -> Observation:
         reached = self.reached.get((lr, seed), 0)
         if (end := self.diverges.get((lr, seed), STEPS + 1)) <= reached:
             return Observation({step: self.losses(lr, seed, step) for step in range(0, end, 20)}, diverged=True)
         evaluations = {step: self.losses(lr, seed, step) for step in range(0, reached + 1, 20)} if reached else {}
-        loss = evaluations[STEPS].mean() if reached == STEPS else None
+        loss = mean_loss(evaluations[STEPS]) if reached == STEPS else None
         return Observation(evaluations, loss, scored=(lr, seed) in self.scored)
 
     def run(self, requests) -> None:
@@ -83,7 +84,7 @@ def test_the_two_best_never_stop_and_nobody_within_the_noise():
     assert len({(made.lr, made.seed) for made in decisions}) == len(decisions)
     for made in decisions:
         losses = [noisy.losses(lr, 0, made.step) for lr in GRID]
-        best = min(losses, key=RowLosses.mean)
+        best = min(losses, key=mean_loss)
         difference, error = paired_difference(noisy.losses(made.lr, 0, made.step), best)
         assert difference > error
     few = finish(Population(3e-3), replace(PLAN, rates=(1e-3, 3e-3)))

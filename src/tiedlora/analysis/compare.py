@@ -102,7 +102,7 @@ def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estim
         if len(runs) == 1 and clusters is None:
             estimate.examples = runs[0].splits[measure.split].metrics[measure.metric]
         else:
-            estimate.examples = intervals.score_over_examples(table, clusters)
+            estimate.examples = intervals.over_examples(table, clusters=clusters)
         if min(table.shape) > 1:
             estimate.both = intervals.both_interval(table, clusters=clusters)
         # A score near 1 is as skewed as one near 0.
@@ -200,7 +200,7 @@ def _blended(peer: Peer, arrays: Iterable[Array]) -> Array:
 
 
 def _add_paired_intervals(estimate: Estimate, ours: Array, theirs: Array, clusters: Clusters | None) -> None:
-    estimate.examples = intervals.difference_over_examples(ours, theirs, clusters)
+    estimate.examples = intervals.over_examples(ours, theirs, clusters)
     if min(ours.shape) > 1:
         estimate.both = intervals.both_interval(ours - theirs, clusters=clusters)
 

@@ -1,7 +1,7 @@
 """Every interval of the project, from arrays of numbers. Each function names the variance that its interval covers.
 
 - the rows of one run: `wilson`, `paired_proportions`, `bootstrap_mean`, `bootstrap_corpus`, `paired_difference`;
-- the choice of rows, for the seeds that were run: `score_over_examples`, `difference_over_examples`;
+- the choice of rows, for the seeds that were run: `over_examples`;
 - training's randomness, on exactly these rows: `seeds_interval`, and `ratio` for the retained gain;
 - both, as a verdict needs: `both_interval`, from `mean_squares`, which accepts leading axes for simulations.
 
@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
 from tiedlora.records.interval import LEVEL, Interval
+from tiedlora.records.rows import ValidationLosses
 
 Array = NDArray[np.float64]
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
@@ -87,8 +88,6 @@ def is_binary(scores: ArrayLike) -> bool:
 
 RESAMPLES = 2000
 """With so many, the ends of a 95 % interval vary by a few per cent of its width from seed to seed."""
-INDICES_AT_ONCE = 200_000
-"""How many resampled row numbers are in memory together."""
 ROWS_AT_ONCE = 256
 """How many resamples are multiplied together. Their counts are converted to float64 for the product."""
 
@@ -100,11 +99,8 @@ def _resample_counts(examples: int) -> NDArray[np.uint8]:
         raise ValueError("a bootstrap needs examples")
     generator = np.random.default_rng(0)
     counts = np.zeros((RESAMPLES, examples), dtype=np.uint8)
-    at_once = max(1, INDICES_AT_ONCE // examples)
-    for start in range(0, RESAMPLES, at_once):
-        block = counts[start : start + at_once]
-        drawn = generator.integers(0, examples, block.shape)
-        np.add.at(block, (np.arange(len(block))[:, None], drawn), 1)
+    for row in counts:
+        row[:] = np.bincount(generator.integers(0, examples, examples), minlength=examples)
     return counts
 
 
@@ -177,28 +173,22 @@ def pseudo_values(statistics: Array, score: Callable[[Array], float]) -> Array:
     return np.asarray(values - values.mean() + full_score)
 
 
-def score_over_examples(scores: Array, clusters: Clusters | None = None) -> Interval:
-    """The mean over seeds and examples. Its interval is a bootstrap over examples of the scores averaged over seeds.
+def over_examples(ours: Array, theirs: Array | None = None, clusters: Clusters | None = None) -> Interval:
+    """The mean over seeds and examples, or the paired difference of two such means, with an interval over examples.
 
-    Args:
-        scores: (seeds, examples), each in [0, 1].
-        clusters: with them, the interval is that of `clustered_mean`.
-    """
-    return bootstrap_mean(scores.mean(0), (0.0, 1.0)) if clusters is None else clustered_mean(scores.mean(0), clusters)
-
-
-def difference_over_examples(ours: Array, theirs: Array, clusters: Clusters | None = None) -> Interval:
-    """The paired difference, with an interval over examples: Newcombe's for proportions of one seed, else a bootstrap.
+    It is Newcombe's for the difference of two proportions of one seed, and otherwise a bootstrap over examples of what
+    is averaged over seeds.
 
     Args:
         ours, theirs: (seeds, examples), each in [0, 1], of the same seeds and examples in the same order.
         clusters: with them, the interval is that of `clustered_mean`.
     """
+    values = (ours if theirs is None else ours - theirs).mean(0)
     if clusters is not None:
-        return clustered_mean((ours - theirs).mean(0), clusters)
-    if len(ours) == 1 and is_binary(ours) and is_binary(theirs):
+        return clustered_mean(values, clusters)
+    if theirs is not None and len(ours) == 1 and is_binary(ours) and is_binary(theirs):
         return paired_proportions(ours[0].tolist(), theirs[0].tolist())
-    return bootstrap_mean((ours - theirs).mean(0), (-1.0, 1.0))
+    return bootstrap_mean(values, (0.0 if theirs is None else -1.0, 1.0))
 
 
 # Seeds.
@@ -433,21 +423,12 @@ def p_value(values: Array, clusters: Clusters | None = None) -> float:
 # The losses of rows.
 
 
-@dataclass(frozen=True)
-class RowLosses:
-    """The losses of one model on rows of text."""
-
-    losses: Sequence[float]
-    """Each row's mean loss per token."""
-    tokens: Sequence[int]
-    """Each row's number of tokens."""
-
-    def mean(self) -> float:
-        """The mean loss per token over all rows, as training and its records compute it."""
-        return float(np.average(self.losses, weights=self.tokens))
+def mean_loss(rows: ValidationLosses) -> float:
+    """The mean loss per token over all rows, as training and its records compute it."""
+    return float(np.average(rows.losses, weights=rows.tokens))
 
 
-def paired_difference(first: RowLosses, second: RowLosses) -> tuple[float, float]:
+def paired_difference(first: ValidationLosses, second: ValidationLosses) -> tuple[float, float]:
     """The mean loss per token of `first` minus that of `second`, and the standard error over the choice of rows.
 
     The mean is a ratio of two sums over rows. So its standard error is that of the linearised ratio (Cochran, Sampling

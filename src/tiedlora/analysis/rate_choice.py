@@ -97,62 +97,55 @@ def choose_rate(trials: Sequence[RateTrial], by: str = "score", accept_failed: b
     Returns:
         The chosen rate; None if no rate is usable.
     """
-    tried = tuple(sorted(trial.lr for trial in trials))
-    finished = {trial.lr: _finite(trial) for trial in trials}
-    candidates = [trial for trial in trials if finished[trial.lr].losses]
-    usable = [trial for trial in candidates if not trial.failed_seeds()]
-    all_failed = bool(candidates) and not usable
-    if all_failed and accept_failed:
-        fewest = min(len(trial.failed_seeds()) for trial in candidates)
-        usable = [trial for trial in candidates if len(trial.failed_seeds()) == fewest]
-    if not usable:
+    failures = {trial.lr: trial.failed_seeds() for trial in trials}
+    losses = {t.lr: {seed: loss for seed, loss in t.losses.items() if seed not in failures[t.lr]} for t in trials}
+    finished = [lr for lr in losses if losses[lr]]
+    fewest = min((len(failures[lr]) for lr in finished), default=0)
+    usable = sorted(lr for lr in finished if len(failures[lr]) == fewest)
+    if not usable or (fewest > 0 and not accept_failed):
         return None
-    remaining = [finished[trial.lr] for trial in usable]
-    if by == "score":
-        by = "score" if _all_scored(remaining) else "loss"
-    values = {trial.lr: trial.scores if by == "score" else trial.losses for trial in remaining}
-    paired = True
-    seeds = frozenset(values[remaining[0].lr])
+    scores = {
+        t.lr: {seed: score for seed, score in t.scores.items() if seed in losses[t.lr] and math.isfinite(score)}
+        for t in trials
+    }
+    shared = _shared(losses, usable)
+    if not all(set(shared or losses[lr]) <= set(scores[lr]) for lr in usable):
+        by = "loss"
+    values = scores if by == "score" else losses
+    remaining, paired = list(usable), True
+    seeds = _shared(values, usable)
+
+    def order(lr: float) -> tuple[float, float, float]:
+        """A sort key that puts the best rate first."""
+        own = seeds or values[lr]
+        return _mean(values[lr], own) * (-1 if by == "score" else 1), _mean(losses[lr], own), lr
+
     while len(remaining) > 1:
-        seeds = frozenset.intersection(*(frozenset(values[trial.lr]) for trial in remaining))
+        seeds = _shared(values, remaining)
         paired = paired and bool(seeds)
-        remaining.sort(key=lambda trial: _order(trial, by, seeds or frozenset(values[trial.lr])))
+        remaining.sort(key=order)
         remaining.pop()
-    (best,) = remaining
-    seeds = seeds or frozenset(values[best.lr])
+    (lr,) = remaining
+    seeds, tried = seeds or frozenset(values[lr]), tuple(sorted(losses))
     return ChosenRate(
-        lr=best.lr,
+        lr=lr,
         by=by,
-        value=_mean(values[best.lr], seeds),
-        loss=_mean(best.losses, seeds),
+        value=_mean(values[lr], seeds),
+        loss=_mean(losses[lr], seeds),
         seeds=tuple(sorted(seeds)),
-        usable=tuple(sorted(trial.lr for trial in usable)),
+        usable=tuple(usable),
         tried=tried,
-        edge=len(tried) > 1 and best.lr in (tried[0], tried[-1]),
+        edge=len(tried) > 1 and lr in (tried[0], tried[-1]),
         paired=paired,
-        failed=all_failed,
+        failed=fewest > 0,
     )
 
 
-def _finite(trial: RateTrial) -> RateTrial:
-    """The trial's finished runs: those with a finite loss, at seeds that did not fail."""
-    losses = {seed: loss for seed, loss in trial.losses.items() if seed not in trial.failed_seeds()}
-    scores = {seed: score for seed, score in trial.scores.items() if seed in losses and math.isfinite(score)}
-    return RateTrial(trial.lr, losses, scores)
+def _shared(values: Mapping[float, Mapping[int, float]], rates: Iterable[float]) -> frozenset[int]:
+    """The seeds that all of these rates have."""
+    return frozenset.intersection(*(frozenset(values[lr]) for lr in rates))
 
 
-def _all_scored(trials: Sequence[RateTrial]) -> bool:
-    """Whether each trial has a score at each seed that all trials share; without such seeds, at all of its own."""
-    shared = frozenset.intersection(*(frozenset(trial.losses) for trial in trials))
-    return all(set(shared or trial.losses) <= set(trial.scores) for trial in trials)
-
-
-def _order(trial: RateTrial, by: str, seeds: frozenset[int]) -> tuple[float, float, float]:
-    """A sort key that puts the best rate first."""
-    loss = _mean(trial.losses, seeds)
-    return (-_mean(trial.scores, seeds) if by == "score" else loss), loss, trial.lr
-
-
-def _mean(values: Mapping[int, float], seeds: frozenset[int]) -> float:
+def _mean(values: Mapping[int, float], seeds: Iterable[int]) -> float:
     # In the order of the seeds, because rounding depends on the order of a sum.
     return mean(values[seed] for seed in sorted(seeds))

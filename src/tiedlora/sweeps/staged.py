@@ -24,7 +24,6 @@ from tiedlora.analysis import claims as claim_files
 from tiedlora.analysis.answers import Answer, Verdict, answer_claims
 from tiedlora.analysis.claims import Claim, Side
 from tiedlora.analysis.groups import group_runs
-from tiedlora.analysis.intervals import RowLosses
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, read_run
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
@@ -74,7 +73,7 @@ class Search:
         folder, record = cell.folder, cell.folder.record()
         rows = read_validation_losses(folder.validation_losses_file)
         return Observation(
-            evaluations={row.step: RowLosses(row.losses, row.tokens) for row in rows},
+            evaluations={row.step: row for row in rows},
             loss=None if record is None else record.training.validation_loss_last,
             diverged=record is None and folder.diverged(),
             scored=cell.finished(),

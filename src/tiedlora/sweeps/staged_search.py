@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from tiedlora.analysis.intervals import RowLosses, paired_difference
+from tiedlora.analysis.intervals import mean_loss, paired_difference
 from tiedlora.analysis.rate_choice import ChosenRate, RateTrial, choose_rate
+from tiedlora.records.rows import ValidationLosses
 from tiedlora.records.selection import SearchDecision
 
 NOISE_FACTOR = 2.0
@@ -48,7 +49,7 @@ class SearchPlan:
 class Observation:
     """What one run has shown so far."""
 
-    evaluations: Mapping[int, RowLosses] = field(default_factory=dict)
+    evaluations: Mapping[int, ValidationLosses] = field(default_factory=dict)
     """Step -> the loss of every validation row."""
     loss: float | None = None
     """The last validation loss of a finished run."""
@@ -102,7 +103,7 @@ class SearchStage:
         self._tried = sorted(plan.rates)
         self._finalists: list[float] = []
         """The rates that run at the second seed."""
-        self._at_rung: dict[int, dict[float, RowLosses]] = {rung: {} for rung in plan.rungs}
+        self._at_rung: dict[int, dict[float, ValidationLosses]] = {rung: {} for rung in plan.rungs}
         """The rates that came to the rung at the first seed, with their evaluation there."""
         with suppress(_Waiting):
             self._race(self._tried)
@@ -150,7 +151,7 @@ class SearchStage:
             seen = {lr: self.observe(lr, seed).evaluations.get(rung) for lr in running}
             reached.update({lr: losses for lr, losses in seen.items() if losses is not None})
             # All rates that came to the rung are compared, also earlier ones. The better half stays, and at least two.
-            ranked = sorted(reached, key=lambda lr: (reached[lr].mean(), lr))
+            ranked = sorted(reached, key=lambda lr: (mean_loss(reached[lr]), lr))
             for place in range(max(LEAST_KEPT, math.ceil(len(ranked) / 2)), len(ranked)):
                 lr, best = ranked[place], ranked[0]
                 if lr in running and (behind := _behind(reached[lr], reached[best])):
@@ -229,7 +230,7 @@ class SearchStage:
             self._choose("fallback")
 
 
-def _behind(losses: RowLosses, best: RowLosses) -> str:
+def _behind(losses: ValidationLosses, best: ValidationLosses) -> str:
     """By how much one rate's loss is above the best one's, in words; empty if it is not clearly behind."""
     difference, error = paired_difference(losses, best)
     is_clear = difference > NOISE_FACTOR * error
