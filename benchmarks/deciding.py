@@ -17,7 +17,7 @@ import numpy as np
 from populations import Population, World
 
 from tiedlora.analysis import rules
-from tiedlora.analysis.rules import Better, Plan, Retains, Rule, Sides
+from tiedlora.analysis.rules import Plan, Rule, Sides, better_by, retains
 from tiedlora.text import aligned
 
 CHUNK = 50
@@ -39,12 +39,12 @@ class Setting:
 BINARY = World("binary", base=0.1, comparator=0.5, rows=300, seed_sd=0.015)
 LOSS = World("loss", base=-2.0, comparator=-1.2, rows=300, seed_sd=0.02)
 SETTINGS = [
-    Setting("keeps 90 % of the gain, exact match", BINARY, Retains(0.9), 0.1 + 0.9 * BINARY.gain, True),
-    Setting("is better, exact match", BINARY, Better(0.0), 0.5, True),
-    Setting("keeps 90 % of the gain, loss", LOSS, Retains(0.9), LOSS.base + 0.9 * LOSS.gain, True),
-    Setting("keeps 90 %, and is far worse, exact match", BINARY, Retains(0.9), 0.3, False),
-    Setting("is better, by 15 points", BINARY, Better(0.0), 0.65, False),
-    Setting("keeps 90 %, and is 0.2 nats better, loss", LOSS, Retains(0.9), -1.0, False),
+    Setting("keeps 90 % of the gain, exact match", BINARY, retains(0.9), 0.1 + 0.9 * BINARY.gain, True),
+    Setting("is better, exact match", BINARY, better_by(0.0), 0.5, True),
+    Setting("keeps 90 % of the gain, loss", LOSS, retains(0.9), LOSS.base + 0.9 * LOSS.gain, True),
+    Setting("keeps 90 %, and is far worse, exact match", BINARY, retains(0.9), 0.3, False),
+    Setting("is better, by 15 points", BINARY, better_by(0.0), 0.65, False),
+    Setting("keeps 90 %, and is 0.2 nats better, loss", LOSS, retains(0.9), -1.0, False),
 ]
 
 

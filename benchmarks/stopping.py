@@ -8,7 +8,7 @@ import numpy as np
 from populations import SEEDS, Population, World
 
 from tiedlora.analysis import rules
-from tiedlora.analysis.rules import Plan, Retains, Sides
+from tiedlora.analysis.rules import Plan, Sides, retains
 
 FUTILITY_THRESHOLDS = (0.01, 0.02, 0.05, 0.10)
 
@@ -31,8 +31,8 @@ class Futility:
 
 
 def futility(world: World, retained: float, draws: int) -> list[Futility]:
-    """Run plans for `Retains(0.9)` with the method's true share of the gain, with and without stopping."""
-    rule, plan, generator = Retains(0.9), Plan(), np.random.default_rng(world.rows)
+    """Run plans for `retains(0.9)` with the method's true share of the gain, with and without stopping."""
+    rule, plan, generator = retains(0.9), Plan(), np.random.default_rng(world.rows)
     decided_at = np.full(draws, len(plan.looks))
     chances = np.ones((draws, len(plan.looks)))
     for draw in range(draws):

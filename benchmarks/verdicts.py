@@ -33,7 +33,7 @@ from stopping import Futility, futility
 
 from tiedlora.analysis import rules
 from tiedlora.analysis.intervals import MeanSquares
-from tiedlora.analysis.rules import Better, Level, Plan, Retains, Rule, Sides
+from tiedlora.analysis.rules import Plan, Rule, Sides, better_by, level_within, retains
 
 PLANS: dict[str, Plan] = {
     **{f"{n} seeds": Plan((n,)) for n in rules.SEEDS},
@@ -51,12 +51,12 @@ def boundaries() -> list[tuple[str, Rule, Callable[[World], float]]]:
         return lambda world: world.base + rho * world.gain
 
     return [
-        ("retains 0.9", Retains(0.9), retained(0.9)),
-        ("retains 0.5", Retains(0.5), retained(0.5)),
-        ("better", Better(), retained(1.0)),
-        ("better by 0.02", Better(0.02), lambda world: world.comparator + 0.02),
-        ("level 0.2, worse", Level(0.2), retained(0.8)),
-        ("level 0.2, better", Level(0.2), retained(1.2)),
+        ("retains 0.9", retains(0.9), retained(0.9)),
+        ("retains 0.5", retains(0.5), retained(0.5)),
+        ("better", better_by(), retained(1.0)),
+        ("better by 0.02", better_by(0.02), lambda world: world.comparator + 0.02),
+        ("level 0.2, worse", level_within(0.2), retained(0.8)),
+        ("level 0.2, better", level_within(0.2), retained(1.2)),
     ]
 
 
@@ -176,11 +176,11 @@ NOTHING_GAINED = [
     for rows in (200, 1200)
 ]
 TRUTHS: list[tuple[str, Rule, Callable[[World], float]]] = [
-    ("retains 0.9: the method retains all", Retains(0.9), lambda world: world.comparator),
-    ("retains 0.9: the method retains 0.7", Retains(0.9), lambda world: world.base + 0.7 * world.gain),
-    ("retains 0.9: the method is the base", Retains(0.9), lambda world: world.base),
-    ("better: by 0.05", Better(), lambda world: world.comparator + 0.05),
-    ("level 0.2: equal", Level(0.2), lambda world: world.comparator),
+    ("retains 0.9: the method retains all", retains(0.9), lambda world: world.comparator),
+    ("retains 0.9: the method retains 0.7", retains(0.9), lambda world: world.base + 0.7 * world.gain),
+    ("retains 0.9: the method is the base", retains(0.9), lambda world: world.base),
+    ("better: by 0.05", better_by(), lambda world: world.comparator + 0.05),
+    ("level 0.2: equal", level_within(0.2), lambda world: world.comparator),
 ]
 """What the power is measured at. The right verdict is *contradicted* where the method retains 0.7 or nothing."""
 
@@ -200,7 +200,7 @@ def at_boundaries(world: World, draws: int, only: str = "", seed: int = 0) -> Jo
 
 def without_gain(world: World, draws: int) -> Job:
     """Nobody gains anything: base, comparator and method have one true score."""
-    return Job(world, (("retains 0.9", Retains(0.9), world.base), ("retains 0.5", Retains(0.5), world.base)), draws)
+    return Job(world, (("retains 0.9", retains(0.9), world.base), ("retains 0.5", retains(0.5), world.base)), draws)
 
 
 def with_power(world: World, draws: int) -> Job:

@@ -5,7 +5,7 @@ import pytest
 from helpers.report_runs import scored_run, world
 
 from tiedlora.analysis import claims, rules
-from tiedlora.analysis.rules import Better, Level, Retains
+from tiedlora.analysis.rules import better_by, level_within, retains
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
@@ -29,9 +29,9 @@ def entry(rule="retains: 0.9", tasks="[]", top="looks: [3, 5]"):
 
 def test_the_shipped_file_states_the_papers_claims():
     first, second = claims.read(FILE)
-    assert first.rule == Retains(0.9)
+    assert first.rule == retains(0.9)
     assert (first.method.rank, first.comparator.at) == (8, "equal_rank")
-    assert second.rule == Better(0.0)
+    assert second.rule == better_by(0.0)
     assert (second.method.at, second.comparator.rank) == ("equal_parameters", 1)
     assert first.plan == rules.Plan((3, 5, 8, 12))
     assert first.plan.of_look(1) == (0, 1, 2, 3, 4)
@@ -40,9 +40,9 @@ def test_the_shipped_file_states_the_papers_claims():
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        ("retains: 0.8", Retains(0.8)),
-        ("better_by: 0", Better(0.0)),
-        ("level_within: 0.1", Level(0.1)),
+        ("retains: 0.8", retains(0.8)),
+        ("better_by: 0", better_by(0.0)),
+        ("level_within: 0.1", level_within(0.1)),
     ],
 )
 def test_every_rule_has_a_key(tmp_path, rule, expected):

@@ -7,14 +7,14 @@ import pytest
 from statsmodels.stats.multitest import multipletests
 
 from tiedlora.analysis import intervals, rules
-from tiedlora.analysis.rules import Better, Level, Plan, Retains, Sides, retained_at_least
+from tiedlora.analysis.rules import Plan, Sides, better_by, level_within, retained_at_least, retains
 from tiedlora.config.project import PROJECT
 
 sys.path.append(str(PROJECT / "benchmarks"))
 import verdicts
 from populations import Population, World
 
-RULES = [Retains(0.9), Retains(0.5), Better(), Better(0.02), Level(0.2)]
+RULES = [retains(0.9), retains(0.5), better_by(), better_by(0.02), level_within(0.2)]
 
 
 def scores(method, comparator, base=0.2, *, seeds=5, rows=400, seed_sd=0.01, noise=0.1, seed=0):
@@ -41,20 +41,20 @@ class TestRules:
     @pytest.mark.parametrize(
         ("rule", "method", "expected"),
         [
-            (Retains(0.9), 0.60, "supported"),
-            (Retains(0.9), 0.50, "contradicted"),
-            (Retains(0.9), 0.56, "undecided"),
-            (Retains(0.5), 0.50, "supported"),
-            (Retains(0.5), 0.20, "contradicted"),
-            (Better(), 0.65, "supported"),
-            (Better(), 0.55, "contradicted"),
-            (Better(), 0.60, "undecided"),
-            (Better(0.05), 0.70, "supported"),
-            (Better(0.05), 0.62, "contradicted"),
-            (Level(0.2), 0.60, "supported"),
-            (Level(0.2), 0.45, "contradicted"),
-            (Level(0.2), 0.75, "contradicted"),
-            (Level(0.2), 0.52, "undecided"),
+            (retains(0.9), 0.60, "supported"),
+            (retains(0.9), 0.50, "contradicted"),
+            (retains(0.9), 0.56, "undecided"),
+            (retains(0.5), 0.50, "supported"),
+            (retains(0.5), 0.20, "contradicted"),
+            (better_by(), 0.65, "supported"),
+            (better_by(), 0.55, "contradicted"),
+            (better_by(), 0.60, "undecided"),
+            (better_by(0.05), 0.70, "supported"),
+            (better_by(0.05), 0.62, "contradicted"),
+            (level_within(0.2), 0.60, "supported"),
+            (level_within(0.2), 0.45, "contradicted"),
+            (level_within(0.2), 0.75, "contradicted"),
+            (level_within(0.2), 0.52, "undecided"),
         ],
     )
     def test_the_conclusion_is_that_of_the_words(self, rule, method, expected):
@@ -67,8 +67,8 @@ class TestRules:
 
     def test_levels_less_favourable_contrast_is_shown(self):
         worse, better = scores(0.5, 0.6), scores(0.7, 0.6)
-        assert Level(0.2).contrast(worse).mean() == pytest.approx(Level(0.2).contrasts(worse)[0].mean())
-        assert Level(0.2).contrast(better).mean() == pytest.approx(Level(0.2).contrasts(better)[1].mean())
+        assert level_within(0.2).contrast(worse).mean() == pytest.approx(level_within(0.2).contrasts(worse)[0].mean())
+        assert level_within(0.2).contrast(better).mean() == pytest.approx(level_within(0.2).contrasts(better)[1].mean())
 
     @pytest.mark.parametrize("rule", RULES, ids=str)
     @pytest.mark.parametrize("level", [0.5, 0.002])
@@ -108,7 +108,7 @@ class TestKept:
             assert rule.kept(sides, 0.05).value == pytest.approx((method - base) / (comparator - base))
 
     def test_without_a_gain_of_the_comparator_there_is_no_share(self):
-        assert Retains(0.9).kept(scores(0.5, 0.1), 0.05) is None
+        assert retains(0.9).kept(scores(0.5, 0.1), 0.05) is None
 
 
 class TestRetainedAtLeast:
@@ -117,8 +117,8 @@ class TestRetainedAtLeast:
         sides = scores(0.5, 0.6)
         share = retained_at_least(sides, level)
         assert 0 < share < 0.75
-        assert Retains(share - 1e-4).evidence(sides).supported <= level
-        assert Retains(share + 1e-4).evidence(sides).supported > level
+        assert retains(share - 1e-4).evidence(sides).supported <= level
+        assert retains(share + 1e-4).evidence(sides).supported > level
 
     @pytest.mark.parametrize(("method", "comparator"), [(0.2, 0.6), (0.6, 0.2)])
     def test_none_if_nothing_is_retained_or_nothing_gained(self, method, comparator):
@@ -182,7 +182,7 @@ class TestChanceOfDecision:
         plan, generator = Plan((5, 8, 12)), np.random.default_rng(1)
 
         def decides(method, comparator, n, level):
-            found = Better().evidence(Sides(method[:n], comparator[:n], None))
+            found = better_by().evidence(Sides(method[:n], comparator[:n], None))
             return min(found.supported, found.contradicted) <= level
 
         chances, happened = [], []
@@ -191,7 +191,7 @@ class TestChanceOfDecision:
             sides = self.world(generator.uniform(-1.5, 1.5), generator, seed_sd=seed_sd)
             if decides(*sides, 5, plan.levels[0]):
                 continue
-            chances.append(rules.chance_of_decision(Better(), Sides(*(side[:5] for side in sides), None), plan, 0))
+            chances.append(rules.chance_of_decision(better_by(), Sides(*(side[:5] for side in sides), None), plan, 0))
             happened.append(any(decides(*sides, n, level) for n, level in zip((8, 12), plan.levels[1:], strict=True)))
         chances, happened = np.array(chances), np.array(happened)
         assert chances.mean() == pytest.approx(happened.mean(), abs=2 * 0.5 / np.sqrt(len(chances)))
@@ -200,21 +200,21 @@ class TestChanceOfDecision:
 
     def test_a_clear_difference_is_decided_and_none_is_futile(self):
         method, comparator = self.world(0.5, np.random.default_rng(0))
-        assert rules.chance_of_decision(Better(), Sides(method[:3], comparator[:3], None), Plan(), 0) > 0.99
+        assert rules.chance_of_decision(better_by(), Sides(method[:3], comparator[:3], None), Plan(), 0) > 0.99
         nothing = method[:8] - method[:8].mean()
-        assert rules.chance_of_decision(Better(), Sides(nothing, comparator[:8], None), Plan(), 2) < rules.FUTILE
+        assert rules.chance_of_decision(better_by(), Sides(nothing, comparator[:8], None), Plan(), 2) < rules.FUTILE
 
     def test_no_gain_makes_a_claim_to_retain_it_futile(self):
         generator = np.random.default_rng(0)
         method, comparator = self.world(0.5, generator)
         base = comparator[0] + 0.1 + generator.normal(0, 0.05, comparator.shape[1])
-        assert rules.chance_of_decision(Retains(0.9), Sides(method[:5], comparator[:5], base), Plan(), 1) == 0.0
+        assert rules.chance_of_decision(retains(0.9), Sides(method[:5], comparator[:5], base), Plan(), 1) == 0.0
 
     def test_after_the_last_look_nothing_comes_and_other_seeds_than_the_looks_are_an_error(self):
         method, comparator = self.world(0.5, np.random.default_rng(0))
-        assert rules.chance_of_decision(Better(), Sides(method, comparator, None), Plan(), 3) == 0.0
+        assert rules.chance_of_decision(better_by(), Sides(method, comparator, None), Plan(), 3) == 0.0
         with pytest.raises(ValueError, match="look 1 has 3 seeds; the scores have 4"):
-            rules.chance_of_decision(Better(), Sides(method[:4], comparator[:4], None), Plan(), 0)
+            rules.chance_of_decision(better_by(), Sides(method[:4], comparator[:4], None), Plan(), 0)
 
 
 # benchmarks/verdicts.py in a fast version, with its own populations of known truth.

@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from tiedlora import storage, tying
+from tiedlora.analysis import rules
 from tiedlora.analysis.groups import Blend, Peer, RunGroup, curve, point
-from tiedlora.analysis.rules import SEEDS, Better, Level, Plan, Retains, Rule
+from tiedlora.analysis.rules import Plan, Rule
 from tiedlora.config import compose
 from tiedlora.config.explain import options
 from tiedlora.config.sizes import is_near
@@ -164,7 +165,11 @@ class Claim(_Entry):
         return self.tasks.get(task) or first
 
 
-RULES: dict[str, Callable[[float], Rule]] = {"retains": Retains, "better_by": Better, "level_within": Level}
+RULES: dict[str, Callable[[float], Rule]] = {
+    "retains": rules.retains,
+    "better_by": rules.better_by,
+    "level_within": rules.level_within,
+}
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ class _File:
     __pydantic_config__ = _KNOWN_KEYS
     claims: Annotated[list[_Entry], Field(min_length=1)]
     paper: Text = ""
-    looks: list[Annotated[Whole, Field(ge=2)]] = field(default_factory=lambda: list(SEEDS))
+    looks: list[Annotated[Whole, Field(ge=2)]] = field(default_factory=lambda: list(rules.SEEDS))
     seeds: list[Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]] | None = None
     floor: Side | None = None
     weakest: Side | None = None

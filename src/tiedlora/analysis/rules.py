@@ -4,8 +4,8 @@ m, q and f are the scores of method, comparator and zero point on the same rows,
 negated. The zero point is the base model or a floor: an arm that has learned only what the claim is not about. Every
 rule has contrasts, tables of seeds x rows that are linear in m, q and f. A claim is supported if the interval of every
 contrast (`intervals.both_interval`) is above 0. It is contradicted if the interval of a contrast is below 0. Every rule
-but `Better` needs the comparator's gain too, the interval of q - f above 0, for either verdict: where nothing is gained
-there is nothing to retain.
+but `better_by` needs the comparator's gain too, the interval of q - f above 0, for either verdict: where nothing is
+gained there is nothing to retain.
 
 Whoever adds seeds until an interval at level 0.05 excludes 0 is wrong in 11 to 19 % instead of 5 %. So a plan fixes the
 numbers of seeds before any seed is run, and shares the 5 % among its looks. The first look that decides stands, and
@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,21 +84,43 @@ class Sides:
         return Sides(self.method[places], self.comparator[places], zero, self.clusters, kept)
 
 
-class Rule(ABC):
-    """A decision rule."""
+@dataclass(frozen=True)
+class Rule:
+    """A decision rule: the share of the comparator's gain that the method keeps, or by how much it is better."""
 
-    needs_zero: ClassVar[bool] = True
+    words: str
+    low: float = 0.0
+    """The smallest share."""
+    high: float = math.inf
+    """The largest share."""
+    margin: float | None = None
+    """In place of shares: the method is better than the comparator by more than this, in the score's unit."""
 
-    @abstractmethod
+    def __str__(self) -> str:
+        return self.words
+
+    @property
+    def needs_zero(self) -> bool:
+        """Whether it asks for the comparator's gain."""
+        return self.margin is None
+
     def contrasts(self, sides: Sides) -> tuple[Array, ...]:
-        """The tables that must all be above 0 for support; one below 0 contradicts the claim."""
+        """The tables that must all be above 0 for support; one below 0 contradicts the claim.
 
-    @abstractmethod
+        They are m - q - margin, or m - low q - (1 - low) f and, where the high end is finite too, the same for it with
+        the other sign: each is one-sided (an equivalence test, Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987).
+        """
+        if self.margin is not None:
+            return (sides.method - sides.comparator - self.margin,)
+        above = _retained(self.low, sides)
+        return (above,) if math.isinf(self.high) else (above, -_retained(self.high, sides))
+
     def zone(self, gain: float) -> tuple[float, float]:
         """The shares of the comparator's gain (above 0) that the rule asks for: low and high, which may be infinite."""
+        return (self.low, self.high) if self.margin is None else (1 + self.margin / gain, math.inf)
 
     def contrast(self, sides: Sides) -> Array:
-        """The contrast that a report shows: the one with the smallest mean. (Only `Level` has more than one.)"""
+        """The contrast that a report shows: the one with the smallest mean. (Only `level_within` has more than one.)"""
         return min(self.contrasts(sides), key=lambda table: float(table.mean()))
 
     def evidence(self, sides: Sides) -> Evidence:
@@ -151,7 +171,7 @@ class Rule(ABC):
         above = intervals.both_interval(contrasts[0], level, sides.clusters)
         low, high = low_end + above.low / gain, low_end + above.high / gain
         if len(contrasts) > 1 and high >= low_end:
-            # The second contrast of Level is the distance below the zone's high end.
+            # The second contrast is the distance below the zone's high end.
             below = intervals.both_interval(contrasts[1], level, sides.clusters)
             if below.high < 0:
                 low, high = high_end - below.high / gain, high_end - below.low / gain
@@ -161,63 +181,25 @@ class Rule(ABC):
         return Interval(value, low, high, "crossed")
 
 
-@dataclass(frozen=True)
-class Retains(Rule):
-    """The method retains at least the share `rho` of the comparator's gain: c = m - rho q - (1 - rho) f."""
-
-    rho: float = 0.9
-
-    def __str__(self) -> str:
-        return f"keeps {100 * self.rho:g} % of the gain"
-
-    def contrasts(self, sides: Sides) -> tuple[Array, ...]:
-        return (_retained(self.rho, sides),)
-
-    def zone(self, gain: float) -> tuple[float, float]:
-        return self.rho, math.inf
+def retains(rho: float) -> Rule:
+    """The method retains at least the share `rho` of the comparator's gain."""
+    return Rule(f"keeps {100 * rho:g} % of the gain", rho)
 
 
-@dataclass(frozen=True)
-class Better(Rule):
-    """The method is better than the comparator by more than `margin`, in the score's unit: m - q - margin."""
-
-    margin: float = 0.0
-    needs_zero: ClassVar[bool] = False
-
-    def __str__(self) -> str:
-        return f"is better by {self.margin:g}" if self.margin else "is better"
-
-    def contrasts(self, sides: Sides) -> tuple[Array, ...]:
-        return (sides.method - sides.comparator - self.margin,)
-
-    def zone(self, gain: float) -> tuple[float, float]:
-        return 1 + self.margin / gain, math.inf
+def better_by(margin: float = 0.0) -> Rule:
+    """The method is better than the comparator by more than `margin`, in the score's unit."""
+    return Rule(f"is better by {margin:g}" if margin else "is better", margin=margin)
 
 
-@dataclass(frozen=True)
-class Level(Rule):
-    """The method is level with the comparator within the share `delta` of its gain, on both sides.
-
-    The contrasts are m - (1 - delta) q - delta f and (1 + delta) q - delta f - m, each one-sided (an equivalence test,
-    Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987).
-    """
-
-    delta: float
-
-    def __str__(self) -> str:
-        return f"is level within {100 * self.delta:g} % of the gain"
-
-    def contrasts(self, sides: Sides) -> tuple[Array, ...]:
-        return _retained(1 - self.delta, sides), -_retained(1 + self.delta, sides)
-
-    def zone(self, gain: float) -> tuple[float, float]:
-        return 1 - self.delta, 1 + self.delta
+def level_within(delta: float) -> Rule:
+    """The method is level with the comparator within the share `delta` of its gain, on both sides."""
+    return Rule(f"is level within {100 * delta:g} % of the gain", 1 - delta, 1 + delta)
 
 
 def retained_at_least(sides: Sides, level: float) -> float | None:
     """The largest share of the comparator's gain that the method retains, at this two-sided level.
 
-    It is the largest rho that `Retains(rho)` supports; it may be above 1. (The lower end of Fieller's interval, with
+    It is the largest rho that `retains(rho)` supports; it may be above 1. (The lower end of Fieller's interval, with
     the crossed interval in place of t.)
 
     Returns:

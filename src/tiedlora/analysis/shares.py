@@ -14,12 +14,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tiedlora.analysis import compare
+from tiedlora.analysis import compare, rules
 from tiedlora.analysis.answers import Answer, Verdict, test_of
 from tiedlora.analysis.claims import Claim
 from tiedlora.analysis.compare import Measure, ResultRow
 from tiedlora.analysis.groups import Blend, RunGroup, curve
-from tiedlora.analysis.rules import Better
 from tiedlora.analysis.runs import Scorebook
 from tiedlora.errors import UserError
 from tiedlora.records.interval import LEVEL, Interval
@@ -192,5 +191,5 @@ def _share(
         return None
     share = Interval(float((sides.method - sides.zero).mean()) / gain, math.nan, math.nan)
     if min(sides.method.shape) > 1:
-        share = Better().kept(sides, 1 - LEVEL) or share
+        share = rules.better_by().kept(sides, 1 - LEVEL) or share
     return share, len(sides.seeds)

@@ -18,7 +18,6 @@ from tiedlora import storage
 from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.rules import Better
 from tiedlora.config.sizes import is_near
 from tiedlora.errors import UserError
 from tiedlora.page import formats, page, tables
@@ -198,7 +197,7 @@ def _against_equal_size(report: Report, name: tuple[str, str, int]) -> str | Non
     found: dict[str, dict[str, None]] = {}
     for answer in report.answers:
         pair = answer.pair
-        if pair is None or pair.method is None or pair.comparator is None or not isinstance(answer.claim.rule, Better):
+        if pair is None or pair.method is None or pair.comparator is None or answer.claim.rule.margin is None:
             continue
         is_lora = all(group.name in lora for group in pair.comparator.groups)
         is_equal = is_lora and is_near(pair.comparator.params, pair.method.params)
