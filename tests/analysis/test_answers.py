@@ -4,29 +4,18 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.report_runs import scored_run, world
+from helpers.report_runs import report_of_claim, scored_run, world
 
 from tiedlora.analysis import claims
 from tiedlora.analysis.answers import Answer, Verdict, claim_verdicts, error_note
 from tiedlora.config.project import PROJECT
-from tiedlora.page import write
 
-RULES = {"keeps": "retains: 0.9", "better": "better_by: 0.0", "level": "level_within: 0.2"}
 SURE = {"rows": 1000, "seed_sd": 0.002}
 FILE = PROJECT / "claims" / "tied_lora.yaml"
 
 
-def claims_file(tmp_path, *, rule="keeps", method="TABuv, rank: 8", other="LoRA, at: equal_rank", tasks="[]", top=""):
-    path = tmp_path / "claims.yaml"
-    path.write_text(
-        f"{top or 'looks: [3, 5]'}\nclaims:\n  - name: x\n    method: {{configuration: {method}}}\n"
-        f"    comparator: {{configuration: {other}}}\n    {RULES[rule]}\n    tasks: {tasks}\n"
-    )
-    return path
-
-
-def answer(tmp_path, **claim):
-    (found,) = write.build([tmp_path / "runs"], claims=claims_file(tmp_path, **claim)).answers
+def answer(tmp_path, rule="retains: 0.9", **claim):
+    (found,) = report_of_claim(tmp_path, rule, **claim).answers
     return found
 
 
@@ -39,21 +28,16 @@ class TestRules:
     @pytest.mark.parametrize(
         ("rule", "lora", "tied", "verdict"),
         [
-            ("keeps", 0.6, 0.62, "supported"),
-            ("keeps", 0.6, 0.4, "contradicted"),
-            ("better", 0.5, 0.6, "supported"),
-            ("level", 0.5, 0.8, "contradicted"),
+            ("retains: 0.9", 0.6, 0.62, "supported"),
+            ("retains: 0.9", 0.6, 0.4, "contradicted"),
+            ("better_by: 0.0", 0.5, 0.6, "supported"),
+            ("level_within: 0.2", 0.5, 0.8, "contradicted"),
         ],
     )
     def test_clear_cases(self, tmp_path, rule, lora, tied, verdict):
         found = of_world(tmp_path, {"LoRA": lora, "TABuv": tied}, claim={"rule": rule})
         assert found.verdict == verdict
         assert found.decide == ""
-
-    def test_the_least_share_that_is_kept_is_below_the_estimate(self, tmp_path):
-        found = of_world(tmp_path, {"LoRA": 0.7, "TABuv": 0.4}, rows=2000)
-        assert found.retained.value == pytest.approx(0.5, abs=0.05)
-        assert 0.3 < found.retains_at_least < found.retained.value
 
     def test_a_lower_loss_is_better(self, tmp_path):
         generator = np.random.default_rng(0)
@@ -121,7 +105,7 @@ class TestLooks:
         assert "the rate of TABuv r=8 was chosen on later seeds too" in found.reason
 
     def test_who_is_better_needs_no_gain_of_the_comparator(self, tmp_path):
-        claim = {"rule": "better", "top": "looks: [3]"}
+        claim = {"rule": "better_by: 0.0", "top": "looks: [3]"}
         found = of_world(tmp_path, {"LoRA": 0.5, "TABuv": 0.1}, seeds=3, rows=300, base=0.5, claim=claim)
         assert found.verdict == "contradicted"
         assert found.gain_may_be_zero
@@ -157,7 +141,7 @@ class TestLooks:
         found = answer(tmp_path)
         assert found.verdict == "undecided"
         assert "the base model was not scored" in found.reason
-        assert "base" not in answer(tmp_path, rule="better").reason
+        assert "base" not in answer(tmp_path, "better_by: 0.0").reason
 
     def test_sides_that_were_trained_on_other_rows_are_not_compared(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.6}, seeds=3, rows=50)
@@ -211,7 +195,7 @@ class TestOverTasks:
         truth, options = {"LoRA": 0.3, "TABuv": 0.6}, {"seeds": 3, "rows": 200}
         for model, task in (("org/a", "chain_sum"), ("org/a", "gsm8k"), ("org/b", "chain_sum")):
             world(tmp_path / "runs", truth, model=model, task=task, **options)
-        report = write.build([tmp_path / "runs"], claims=claims_file(tmp_path, tasks="[chain_sum, gsm8k]"))
+        report = report_of_claim(tmp_path, tasks="[chain_sum, gsm8k]")
         found = {verdict.model: (verdict.verdict.value, verdict.reason) for verdict in report.verdicts}
         assert found["a"] == ("supported", "2 of 2 informative tasks support it")
         assert found["b"] == ("undecided", "1 of 2 informative tasks support it")

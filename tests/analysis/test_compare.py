@@ -19,8 +19,7 @@ from helpers.report_runs import (
 )
 
 from tiedlora.analysis import intervals
-from tiedlora.analysis.runs import Scorebook, corpus_score, pseudo_values, read_runs
-from tiedlora.errors import UserError
+from tiedlora.analysis.intervals import pseudo_values
 from tiedlora.page import write
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Example, load_task
@@ -108,20 +107,6 @@ def test_one_run_has_the_intervals_of_scoring_for_a_corpus_metric_too(tmp_path):
         assert numbers(row.score.examples) == pytest.approx(numbers(expected[metric]), abs=1e-12)
         assert numbers(row.gain.examples) == pytest.approx(numbers(expected_gains[metric]), abs=1e-12)
         assert row.score.examples.low < row.score.value < row.score.examples.high
-
-
-def test_the_corpus_score_is_the_tasks_own(tmp_path):
-    task = load_task(make_config(task="iwslt2017", kind="iwslt2017").task)
-    texts = ["the cat sat on the mat", "a dog ran over the hill and back"]
-    rows = translation_rows(task, texts, [texts[0], "a dog ran over a hill and home"])
-    record = add_scores(make_record(task="iwslt2017", kind="iwslt2017"), "test", rows, task=task)
-    write_run(tmp_path, record, {"test": rows})
-    (run,) = read_runs([tmp_path])[0]
-    total = task.corpus_score("bleu", np.sum([row.scores["bleu"] for row in rows], axis=0))
-    _, values = Scorebook().scores(run, "test", "bleu")
-    assert values.mean() == pytest.approx(total)
-    with pytest.raises(UserError, match="has no corpus score for rouge"):
-        corpus_score(run, "rouge")
 
 
 def test_predictions_that_disagree_with_the_record_give_no_interval(tmp_path):

@@ -94,16 +94,10 @@ def test_other_protocols_are_other_rows_and_named(tmp_path):
     }
 
 
-def test_mixed_commits_are_marked_and_mixed_data_have_no_mean(tmp_path):
+def test_mixed_data_have_no_mean(tmp_path):
     scored_run(tmp_path, GOOD, BASE, name="LoRA")
     scored_run(tmp_path, GOOD, BASE, seed=0)
-    scored_run(tmp_path, GOOD, BASE, seed=1, changes={"code.commit": "b" * 40, "code.dirty": True})
-    rows = write.build([tmp_path]).rows
-    marks = primary_row(rows, "TABuv").group.marks
-    assert any(mark.startswith("mixed commits: aaaaaaaa, bbbbbbbb") for mark in marks)
-    assert any("uncommitted" in mark for mark in marks)
-    assert not any("processors" in mark for mark in marks), "these records name no processor"
-    scored_run(tmp_path, GOOD, BASE, seed=2, changes={"data.train.digest": "other"})
+    scored_run(tmp_path, GOOD, BASE, seed=1, changes={"data.train.digest": "other"})
     row = primary_row(write.build([tmp_path]).rows, "TABuv")
     assert row.score is None
     assert any("different data" in note for note in row.notes)
@@ -145,19 +139,25 @@ def test_a_seed_without_the_split_is_missing_not_filled_in(tmp_path):
     assert any("not scored on test: seed 1" in note for note in row.notes)
 
 
+def recorded(root, sweep, lr, lrs, runs):
+    """The group of the report, after a sweep has recorded a choice among these rates, with these runs at the chosen."""
+    choice = RateChoice(
+        *("tiny", "chain_sum", "TABuv", 8, lr, lrs, "validation/loss", 1.0),
+        seeds=len(runs),
+        trials=len(runs) * len(lrs),
+        failed=0,
+        edge=False,
+        run_ids=[path.name for path in runs],
+    )
+    write_selection(root / "sweeps" / sweep / "selection.json", Selection(sweep, "loss", [choice]))
+    (group,) = write.build([root]).groups
+    return group
+
+
 def test_the_choice_that_a_sweep_recorded_stands(tmp_path):
     """A staged search compares on other seeds than the report would, so its choice is not made again."""
     paths = {lr: scored_run(tmp_path, GOOD if lr == 1e-2 else BASE, BASE, lr=lr) for lr in (1e-3, 1e-2)}
-    choice = RateChoice(
-        *("tiny", "chain_sum", "TABuv", 8, 1e-3, [1e-4, 1e-3, 1e-2], "validation/loss", 1.0),
-        seeds=1,
-        trials=4,
-        failed=0,
-        edge=False,
-        run_ids=[paths[1e-3].name],
-    )
-    write_selection(tmp_path / "sweeps" / "s" / "selection.json", Selection("s", "loss", [choice]))
-    (group,) = write.build([tmp_path]).groups
+    group = recorded(tmp_path, "s", 1e-3, [1e-4, 1e-3, 1e-2], [paths[1e-3]])
     assert group.lr == 1e-3
     assert group.rates == (1e-4, 1e-3, 1e-2), "pruned rates have no run, and count as tried"
     assert group.marks == ["selection.json chose the rate 0.001; the runs here would choose 0.01"]
@@ -174,17 +174,7 @@ def test_of_several_recorded_choices_the_one_of_the_fewest_seeds_stands_unless_a
     }
 
     def record(sweep, lr, lrs, seeds):
-        choice = RateChoice(
-            *("tiny", "chain_sum", "TABuv", 8, lr, lrs, "validation/loss", 1.0),
-            seeds=seeds,
-            trials=seeds * len(lrs),
-            failed=0,
-            edge=False,
-            run_ids=[paths[lr, seed].name for seed in range(seeds)],
-        )
-        write_selection(tmp_path / "sweeps" / sweep / "selection.json", Selection(sweep, "loss", [choice]))
-        (group,) = write.build([tmp_path]).groups
-        return group
+        return recorded(tmp_path, sweep, lr, lrs, [paths[lr, seed] for seed in range(seeds)])
 
     assert record("b-look", 1e-3, [1e-3, 1e-2], 2).lr == 1e-3
     group = record("a-later", 1e-2, [1e-3, 1e-2], 3)

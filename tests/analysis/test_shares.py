@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from helpers.report_runs import report_of_shares, scored_run, world
+from helpers.report_runs import report_of_claim, scored_run, world
 
 from tiedlora.analysis import shares
 from tiedlora.records.interval import Interval
@@ -13,7 +13,7 @@ def test_the_forest_has_a_bar_in_the_zone_and_says_why_one_is_missing(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.62}, rows=1000, seed_sd=0.002)
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, rows=1000, seed_sd=0.002, task="squad")
     world(tmp_path / "runs", {"LoRA": 0.11, "TABuv": 0.1}, rows=200, task="gsm8k")
-    ((_, found),) = shares.forest(report_of_shares(tmp_path).answers)
+    ((_, found),) = shares.forest(report_of_claim(tmp_path).answers)
     lines = {line.task: line for line in found}
     supported, contradicted, floor = lines["chain_sum"], lines["squad"], lines["gsm8k"]
     assert supported.is_firm
@@ -26,7 +26,7 @@ def test_the_forest_has_a_bar_in_the_zone_and_says_why_one_is_missing(tmp_path):
 def test_one_seed_has_an_interval_over_rows_and_no_planned_look(tmp_path):
     for name, right in (("LoRA", 30), ("TABuv", 24)):
         scored_run(tmp_path / "runs", [1.0] * right + [0.0] * (50 - right), [1.0] * 10 + [0.0] * 40, name=name)
-    ((_, (line,)),) = shares.forest(report_of_shares(tmp_path).answers)
+    ((_, (line,)),) = shares.forest(report_of_claim(tmp_path).answers)
     assert not line.is_firm
     assert line.kept.value == pytest.approx((24 - 10) / (30 - 10))
     assert line.kept.low < line.kept.value < line.kept.high
@@ -58,7 +58,7 @@ def test_a_short_interval_shows_on_which_side_of_the_zone_it_ends(ends, words):
 
 def test_the_share_is_that_of_the_gains_and_its_interval_that_of_the_paired_difference(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.5, "TA": 0.3}, rows=1000, seed_sd=0.02)
-    report = report_of_shares(tmp_path)
+    report = report_of_claim(tmp_path)
     (panel,) = report.sizes
     assert panel.reference.name == "LoRA r=8"
     rows = {row.group.label: row for row in report.rows}
@@ -78,7 +78,7 @@ def test_a_loss_that_falls_further_is_a_larger_share(tmp_path):
     for seed in (0, 1):
         for name, loss in (("LoRA", 1.0), ("TABuv", 1.5), ("TAuv", 0.5)):
             scored_run(tmp_path / "runs", [loss] * 40, [3.0] * 40, metric="target_loss", name=name, seed=seed)
-    (panel,) = report_of_shares(tmp_path).sizes
+    (panel,) = report_of_claim(tmp_path).sizes
     assert {arm.group.label: arm.share.value for arm in panel.arms} == {"LoRA": 1, "TABuv": 0.75, "TAuv": 1.25}
 
 
@@ -86,7 +86,7 @@ def test_one_seed_has_no_interval_and_other_seeds_are_left_out(tmp_path):
     for name, seeds in (("LoRA", (0, 1)), ("TABuv", (1, 2)), ("TA", (5,))):
         for seed in seeds:
             scored_run(tmp_path / "runs", [1.0] * 30 + [0.0] * 20, [0.0] * 50, name=name, seed=seed)
-    (panel,) = report_of_shares(tmp_path).sizes
+    (panel,) = report_of_claim(tmp_path).sizes
     by_name = {arm.group.label: arm for arm in panel.arms}
     assert set(by_name) == {"LoRA", "TABuv"}
     assert by_name["TABuv"].seeds == 1
@@ -97,6 +97,6 @@ def test_the_reference_has_all_its_seeds_where_the_claim_takes_later_ones(tmp_pa
     for name in ("LoRA", "TABuv"):
         for seed in range(4):
             scored_run(tmp_path / "runs", [1.0] * 30 + [0.0] * 20, [0.0] * 50, name=name, seed=seed)
-    (panel,) = report_of_shares(tmp_path, "seed_offset: 2").sizes
+    (panel,) = report_of_claim(tmp_path, comparator="configuration: LoRA, at: equal_rank, seed_offset: 2").sizes
     assert panel.reference.name == "LoRA r=8"
     assert {arm.seeds for arm in panel.arms} == {4}

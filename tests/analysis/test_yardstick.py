@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.report_runs import add_scores, make_record, prediction_rows, world, write_run
+from helpers.report_runs import add_scores, make_record, prediction_rows, report_of_claim, world, write_run
 
 from tiedlora import tying
 from tiedlora.analysis import intervals
@@ -20,33 +20,12 @@ from tiedlora.page import readme, write
 SURE = {"rows": 1000, "seed_sd": 0.002, "seeds": 3}
 HALF = {"config.tying.layers": tying.evenly_spaced(15, 30)}
 SHUFFLED = {"config.task.shuffle_targets": True}
-TRIAL = """looks: [3]
-weakest: {configuration: TA, rank: 8}
-EXTRA
-claims:
-  - name: x
-    method: {configuration: TABuv, rank: 8}
-    comparator: COMPARATOR
-    RULE
-    tasks: []
-"""
 
 
-TRIAL_BY = """looks: [3]
-claims:
-  - name: x
-    method: {configuration: TABuv, rank: 8, objective: OBJECTIVE}
-    comparator: {configuration: LoRA, rank: 8}
-    better_by: 0.0
-    tasks: []
-"""
-
-
-def trial(root, rule="retains: 0.9", comparator="{configuration: LoRA, at: equal_rank}", extra=""):
+def trial(root, rule="retains: 0.9", comparator="configuration: LoRA, at: equal_rank", extra="", **claim):
     """The report of root/runs, with one claim about TABuv and TA as its weakest arm."""
-    text = TRIAL.replace("RULE", rule).replace("COMPARATOR", comparator).replace("EXTRA", extra)
-    (root / "claims.yaml").write_text(text)
-    return write.build([root / "runs"], claims=root / "claims.yaml")
+    top = f"looks: [3]\nweakest: {{configuration: TA, rank: 8}}\n{extra}"
+    return report_of_claim(root, rule, comparator=comparator, top=top, **claim)
 
 
 class TestSensitivity:
@@ -74,8 +53,8 @@ class TestSensitivity:
         world(tmp_path / "runs", {"TABuv": 0.75}, **SURE, changes={"config.objective.name": "reward"})
         answers = {}
         for objective in ("targets", "reward"):
-            (tmp_path / "claims.yaml").write_text(TRIAL_BY.replace("OBJECTIVE", objective))
-            (answers[objective],) = write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml").answers
+            method = f"TABuv, rank: 8, objective: {objective}"
+            (answers[objective],) = report_of_claim(tmp_path, "better_by: 0.0", method, top="looks: [3]").answers
         assert {objective: answer.verdict for objective, answer in answers.items()} == {
             "targets": "contradicted",
             "reward": "supported",
@@ -96,7 +75,7 @@ class TestSensitivity:
     def test_an_arm_is_not_asked_about_itself(self, tmp_path):
         """TA keeps 90 % of its own gain, and that shows nothing."""
         world(tmp_path / "runs", {"TABuv": 0.75, "TA": 0.7}, **SURE)
-        (answer,) = trial(tmp_path, comparator="{configuration: TA, rank: 8}").answers
+        (answer,) = trial(tmp_path, comparator="configuration: TA, rank: 8").answers
         assert (answer.verdict, answer.sensitivity) == ("supported", "not shown")
         assert "TA r=8 is a side of the comparison itself" in answer.reason
 
@@ -126,13 +105,6 @@ class TestFloor:
         assert from_floor.kept.value == pytest.approx(0.65, abs=0.05)
         assert from_floor.comparator_gain == pytest.approx(0.2, abs=0.02)
         assert "(over LoRA (shuffled targets) r=8)" in from_floor.reason
-
-    def test_an_arm_with_shuffled_targets_is_an_arm_of_the_same_setting_and_not_lora(self, tmp_path):
-        world(tmp_path / "runs", {"LoRA": 0.7}, **SURE)
-        world(tmp_path / "runs", {"LoRA": 0.3}, changes=SHUFFLED, **SURE)
-        groups = group_runs(read_runs([tmp_path / "runs"])[0])
-        assert [group.configuration for group in groups] == ["LoRA", "LoRA (shuffled targets)"]
-        assert len({group.setting for group in groups}) == 1
 
     def test_without_the_floors_runs_there_is_no_verdict(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.72}, **SURE)
@@ -172,42 +144,36 @@ class TestCurve:
         assert point("LoRA", lora, 368_641) is None
 
     def test_a_claim_against_the_curve_compares_with_lora_of_the_same_size(self, root):
-        (answer,) = trial(root, "better_by: 0.0", "{frontier: LoRA}").answers
+        (answer,) = trial(root, "better_by: 0.0", "frontier: LoRA").answers
         assert answer.verdict == "supported"
         # LoRA of 41,328 parameters scores 0.157 * 0.4 + 0.843 * 0.6.
         assert answer.difference.value == pytest.approx(0.72 - 0.569, abs=0.02)
         assert "LoRA at 41,328 parameters (between LoRA_l15 r=1 and LoRA r=1)" in answer.reason
 
     def test_outside_the_measured_sizes_it_says_so(self, root):
-        text = trial(root, "better_by: 0.0", "{frontier: LoRA}").answers
-        assert text
-        (root / "claims.yaml").write_text((root / "claims.yaml").read_text().replace("TABuv", "TA"))
-        (answer,) = write.build([root / "runs"], claims=root / "claims.yaml").answers
+        (answer,) = trial(root, "better_by: 0.0", "frontier: LoRA", method="TA, rank: 8").answers
         assert answer.verdict == "undecided"
         assert answer.reason == ("4,608 parameters are outside the measured sizes of LoRA: 23,040, 46,080, 368,640")
 
     def test_a_size_that_has_just_begun_takes_no_part(self, root, tmp_path):
         shutil.copytree(root / "runs", tmp_path / "runs")
         world(tmp_path / "runs", {("LoRA", 2): 0.7}, **{**SURE, "seeds": 1})
-        (answer,) = trial(tmp_path, "better_by: 0.0", "{frontier: LoRA}").answers
+        (answer,) = trial(tmp_path, "better_by: 0.0", "frontier: LoRA").answers
         assert "(between LoRA_l15 r=1 and LoRA r=1)" in answer.reason
         assert answer.verdict == "supported"
         assert {row.group.label for row in trial(tmp_path).rows if row.worth} == {"TABuv", "TA"}
 
     def test_an_arm_of_the_curve_is_not_compared_with_the_curve(self, root):
-        trial(root, "better_by: 0.0", "{frontier: LoRA}")
-        text = (root / "claims.yaml").read_text().replace("TABuv, rank: 8", "LoRA, rank: 1")
-        (root / "claims.yaml").write_text(text)
-        (answer,) = write.build([root / "runs"], claims=root / "claims.yaml").answers
+        (answer,) = trial(root, "better_by: 0.0", "frontier: LoRA", method="LoRA, rank: 1").answers
         assert answer.reason == "LoRA r=1 is on the curve of LoRA itself"
 
     def test_only_lora_counts_in_the_column_about_lora(self, root):
         def column(comparator):
             return readme.TABLES["answer"](trial(root, "better_by: 0.0", comparator)).rows[2][-1]
 
-        assert column("{frontier: LoRA}") == "supported: chain_sum exact_match_strict"
-        assert column("{configuration: LoRA, rank: 1}") is None, "46,080 parameters are 11 % more than 41,328"
-        assert column("{configuration: TA, rank: 8}") is None
+        assert column("frontier: LoRA") == "supported: chain_sum exact_match_strict"
+        assert column("configuration: LoRA, rank: 1") is None, "46,080 parameters are 11 % more than 41,328"
+        assert column("configuration: TA, rank: 8") is None
 
     def test_worth_is_the_size_that_scores_the_same(self, root):
         report = trial(root)
@@ -320,16 +286,17 @@ class TestClusters:
 
 def test_two_claims_about_one_difference_are_one_test_and_holm_is_over_all(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.5, "TABuv": 0.62, "TAB": 0.51}, **SURE)
-    claim = (
-        "  - name: {}\n    method: {{configuration: {}, rank: 8}}\n    comparator: {{configuration: LoRA, rank: 8}}\n"
+    claim = "\n    ".join(
+        (
+            "  - name: {}",
+            "method: {{configuration: {}, rank: 8}}",
+            "comparator: {{configuration: LoRA, rank: 8}}",
+            "better_by: 0.0",
+            "tasks: []\n",
+        )
     )
-    claim += "    better_by: 0.0\n    tasks: []\n"
-    (tmp_path / "claims.yaml").write_text(
-        "looks: [3]\nclaims:\n"
-        + claim.format("one", "TABuv")
-        + claim.format("again", "TABuv")
-        + claim.format("b", "TAB")
-    )
+    named = [("one", "TABuv"), ("again", "TABuv"), ("b", "TAB")]
+    (tmp_path / "claims.yaml").write_text("looks: [3]\nclaims:\n" + "".join(claim.format(*one) for one in named))
     report = write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
     assert [answer.survives_holm for answer in report.answers] == [True, True, False]
     assert "from 2 different tests." in error_note(report.answers)

@@ -194,17 +194,23 @@ def primary_row(rows, label):
     return row
 
 
-RETAINS = """looks: [3, 5]
-claims:
-  - name: keeps
-    method: {configuration: TABuv, rank: 8}
-    comparator: {configuration: LoRA, at: equal_rank, SEEDS}
-    retains: 0.9
-    tasks: []
-"""
+def report_of_claim(
+    root,
+    rule="retains: 0.9",
+    method="TABuv, rank: 8",
+    comparator="configuration: LoRA, at: equal_rank",
+    tasks="[]",
+    top="looks: [3, 5]",
+    roots=("runs",),
+):
+    """The report of root/runs with one claim, whose keys have these texts.
 
-
-def report_of_shares(root, seeds="seed_offset: 0"):
-    """The report of root/runs, with the claim that TABuv keeps 90 % of the gain of LoRA at its rank."""
-    (root / "claims.yaml").write_text(RETAINS.replace("SEEDS", seeds))
-    return write.build([root / "runs"], claims=root / "claims.yaml")
+    Args:
+        top: the keys of the whole file.
+        roots: the folders of runs below root.
+    """
+    (root / "claims.yaml").write_text(
+        f"{top}\nclaims:\n  - name: x\n    method: {{configuration: {method}}}\n    comparator: {{{comparator}}}\n"
+        f"    {rule}\n    tasks: {tasks}\n"
+    )
+    return write.build([root / folder for folder in roots], claims=root / "claims.yaml")

@@ -4,7 +4,7 @@ import csv
 
 import numpy as np
 import pytest
-from helpers.report_runs import report_of_shares, scored_run, world
+from helpers.report_runs import report_of_claim, scored_run, world
 
 from tiedlora.page import charts, figures, page, write
 
@@ -87,7 +87,7 @@ def test_without_a_gain_or_a_base_there_is_no_panel_of_shares(tmp_path, lora, ba
     for name, scores in (("LoRA", lora), ("TABuv", [1.0] * 50)):
         for seed in (0, 1):
             scored_run(tmp_path / "runs", scores, base, name=name, seed=seed)
-    report = report_of_shares(tmp_path)
+    report = report_of_claim(tmp_path)
     assert report.sizes == panels(report, "shares") == []
 
 
@@ -96,7 +96,7 @@ def test_shares_are_files_and_first_on_the_page_and_no_arm_is_lost_beyond_the_ax
         for name, right in (("LoRA", 10), ("TABuv", 9), ("TA", 40)):
             scores = list(np.repeat([1.0, 0.0], [right, 40 - right]))
             scored_run(tmp_path / "runs", scores, [0.0] * 40, name=name, seed=seed)
-    report = report_of_shares(tmp_path)
+    report = report_of_claim(tmp_path)
     (panel,) = panels(report, "shares")
     assert panel.title == "chain_sum, exact match strict (2 seeds)"
     assert [key.name for key in figures.legend([panel])] == ["LoRA", "TABuv", "TA"]

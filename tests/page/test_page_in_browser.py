@@ -3,7 +3,7 @@
 import pytest
 from helpers.browser import needs_browser, opened
 from helpers.hostile import HOSTILE
-from helpers.report_runs import report_of_shares, scored_run
+from helpers.report_runs import report_of_claim, scored_run
 
 from tiedlora.page import browser, write
 from tiedlora.text import visible_lines
@@ -26,7 +26,7 @@ def report(tmp_path_factory):
             theirs[4] = "z" * 2**20
             for name, outputs, scores in (("LoRA", ours, lora), ("TABuv", theirs, tied)):
                 scored_run(root / "runs", scores, [0.0] * ROWS, output=outputs, name=name, seed=seed, task=task)
-    write.write(report_of_shares(root), root / "report")
+    write.write(report_of_claim(root), root / "report")
     return root / "report" / "index.html"
 
 

@@ -1,7 +1,7 @@
 """Tables of a report inside a README."""
 
 import pytest
-from helpers.report_runs import report_of_shares, world
+from helpers.report_runs import report_of_claim, world
 
 from tiedlora.errors import UserError
 from tiedlora.page import readme, write
@@ -27,7 +27,7 @@ Words between the tables stay.
 @pytest.fixture
 def report(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.5, "TABuv": 0.3}, seeds=5, rows=200)
-    return report_of_shares(tmp_path)
+    return report_of_claim(tmp_path)
 
 
 def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
@@ -52,7 +52,7 @@ def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
 
 def test_a_verdict_of_an_earlier_look_says_how_many_seeds_it_had(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.1}, seeds=5, rows=200)
-    report = report_of_shares(tmp_path)
+    report = report_of_claim(tmp_path)
     (answer,) = report.answers
     assert (answer.seeds, answer.difference_seeds) == (3, 5)
     text = readme.filled(TEXT, report)
@@ -64,7 +64,7 @@ def test_two_models_and_two_settings_are_never_in_one_cell(tmp_path):
     truth = {"LoRA": 0.9, "TABuv": 0.5}
     for about in ({}, {"changes": {"config.train.steps": 300}}, {"model": "org/big"}):
         world(tmp_path / "runs", truth, seeds=3, **about)
-    text = readme.filled(TEXT, report_of_shares(tmp_path))
+    text = readme.filled(TEXT, report_of_claim(tmp_path))
     tables = [[line for line in block.splitlines() if line.startswith("|")] for block in text.split("<!-- report: ")]
     verdicts, scores = tables[1:3]
     settings = "chain\\_sum (train.steps=100)", "chain\\_sum (train.steps=300)"
