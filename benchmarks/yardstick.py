@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiedlora.analysis import compare, intervals
-from tiedlora.analysis.compare import Measure, worth_of
+from tiedlora.analysis.compare import worth_of
 from tiedlora.analysis.groups import RunGroup, group_runs
 from tiedlora.analysis.intervals import Clusters
-from tiedlora.analysis.runs import Scorebook, read_runs, read_selections, run_roots
+from tiedlora.analysis.runs import Measure, Scorebook, read_runs, read_selections, run_roots
 from tiedlora.config.project import PROJECT
 
 Array = NDArray[np.float64]
@@ -61,9 +61,9 @@ class Study:
         """The tables of arms, given by name and rank."""
         measure, groups = Measure("test", metric), [self.group(task, *name) for name in names]
         runs = compare._comparable_runs(groups, measure)
-        tables = np.stack(self.book.tables(runs, "test", metric))
+        tables, clusters = self.book.tables(runs, measure)
         words = " / ".join(f"{name} r {rank}" for name, rank in names)
-        return Arms(f"{task} {metric}: {words}", measure.sign * tables, self.book.read(runs[0][0], "test").clusters)
+        return Arms(f"{task} {metric}: {words}", measure.sign * np.stack(tables), clusters)
 
 
 def drawn(arms: Arms, seeds: int, generator: np.random.Generator) -> tuple[Array, Clusters | None]:

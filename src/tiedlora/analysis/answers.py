@@ -27,10 +27,10 @@ from typing import Literal
 
 from tiedlora.analysis import claims, compare, intervals, rules
 from tiedlora.analysis.claims import Claim, Pair
-from tiedlora.analysis.compare import Estimate, Measure
+from tiedlora.analysis.compare import Estimate
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.rules import Plan, Sides
-from tiedlora.analysis.runs import Scorebook
+from tiedlora.analysis.runs import Measure, Scorebook
 from tiedlora.errors import UserError
 from tiedlora.records.interval import Interval
 from tiedlora.text import number_list
@@ -154,7 +154,7 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     _set_share(answer, scores, rules.TOTAL)
     sides = [method, *comparator.groups, *([pair.floor] if pair.floor is not None else [])]
     # A seed has ended if it is scored, or diverged and never will be. Another failure can be repaired.
-    ended = [{run.seed for run in measure.scored(group)} | group.diverged_seeds for group in sides]
+    ended = [{run.seed for run in measure.scored(group.runs)} | group.diverged_seeds for group in sides]
     _decide(answer, scores, set.intersection(*ended))
     over = f" (over {pair.floor.name})" if pair.floor is not None else ""
     notes = [f"{answer.reason}{over} ({method.name} against {comparator.name}, {split}, {measure.metric})"]

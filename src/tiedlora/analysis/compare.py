@@ -19,9 +19,9 @@ from tiedlora.analysis.claims import Claim
 from tiedlora.analysis.groups import Peer, RunGroup, curve
 from tiedlora.analysis.intervals import Array, Clusters
 from tiedlora.analysis.rules import Sides
-from tiedlora.analysis.runs import Run, Scorebook
+from tiedlora.analysis.runs import Measure, Run, Scorebook
 from tiedlora.errors import UserError
-from tiedlora.records.interval import LEVEL, Interval, Unit
+from tiedlora.records.interval import LEVEL, Interval
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.text import number_list
 
@@ -32,37 +32,6 @@ OTHER_ENDS = "the answers of the two sides end at different tokens (docs/tasks.m
 FEW_EXAMPLES = 10
 """If fewer examples than this score above zero, or fewer below one, a bootstrap over examples is too narrow. It covers
 83 to 87 % if 2 to 4 of 200 examples do."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What is compared: one metric on one split."""
-
-    split: str
-    metric: str
-
-    @property
-    def unit(self) -> Unit:
-        """The unit of the metric."""
-        return Unit.NATS if is_loss(self.metric) else Unit.POINTS
-
-    @property
-    def sign(self) -> float:
-        """-1 for a loss, otherwise 1. The product of sign and value is better if it is higher."""
-        return -1.0 if is_loss(self.metric) else 1.0
-
-    def scored(self, group: RunGroup) -> list[Run]:
-        """The group's runs that have this metric."""
-        return [run for run in group.runs if self.split in run.splits and self.metric in run.splits[self.split].metrics]
-
-    def has_base(self, run: Run) -> bool:
-        """Whether the base model was scored too."""
-        return self.metric in (run.splits[self.split].base or {})
-
-    def values(self, runs: Sequence[Run], base: bool = False) -> Array:
-        """(runs,): the score that each run recorded, its own or the base model's."""
-        scores = [run.splits[self.split] for run in runs]
-        return np.array([((own.base or {}) if base else own.metrics)[self.metric].value for own in scores])
 
 
 @dataclass
@@ -98,13 +67,10 @@ def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estim
     values, notes, remark = measure.values(runs), [], ""
     estimate = _over_seeds(values)
     try:
-        (table,), clusters = book.tables([runs], measure.split, measure.metric), _clusters([runs], measure, book)
+        (table,), clusters = book.tables([runs], measure)
+        _add_intervals(estimate, table, None, clusters)
         if len(runs) == 1 and clusters is None:
             estimate.examples = runs[0].splits[measure.split].metrics[measure.metric]
-        else:
-            estimate.examples = intervals.over_examples(table, clusters=clusters)
-        if min(table.shape) > 1:
-            estimate.both = intervals.both_interval(table, clusters=clusters)
         # A score near 1 is as skewed as one near 0.
         scoring = int(min((table != 0).any(0).sum(), (table != 1).any(0).sum()))
         is_skewed = scoring < FEW_EXAMPLES and (len(runs) > 1 or not intervals.is_binary(table))
@@ -120,19 +86,17 @@ def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estim
 
 def gain(group: RunGroup, measure: Measure, book: Scorebook) -> Estimate | None:
     """The paired difference to the base model, which has no seeds. A single run has the interval of its record."""
-    runs = [run for run in measure.scored(group) if measure.has_base(run)]
+    runs = [run for run in measure.scored(group.runs) if measure.has_base(run)]
     if not runs:
         return None
     estimate = _over_seeds(measure.values(runs) - measure.values(runs, base=True))
     # A note on the row's score already says what is wrong with the predictions.
     with contextlib.suppress(UserError):
-        clusters = _clusters([runs], measure, book)
+        (table,), clusters = book.tables([runs], measure)
         if len(runs) == 1 and clusters is None:
             estimate.examples = (runs[0].splits[measure.split].gain or {}).get(measure.metric)
         else:
-            (table,) = book.tables([runs], measure.split, measure.metric)
-            base = book.base_scores(runs[0], measure.split, measure.metric)
-            _add_paired_intervals(estimate, table, np.broadcast_to(base, table.shape), clusters)
+            _add_intervals(estimate, table, np.broadcast_to(book.base_scores(runs[0], measure), table.shape), clusters)
     return estimate
 
 
@@ -145,8 +109,8 @@ def difference(ours: RunGroup, theirs: Peer, measure: Measure, book: Scorebook) 
     estimate = _over_seeds(measure.values(first) - _blended(theirs, map(measure.values, others)))
     notes = []
     try:
-        table, *tables = book.tables(runs, measure.split, measure.metric)
-        _add_paired_intervals(estimate, table, _blended(theirs, tables), _clusters(runs, measure, book))
+        (table, *tables), clusters = book.tables(runs, measure)
+        _add_intervals(estimate, table, _blended(theirs, tables), clusters)
     except UserError as error:
         notes.append(f"no interval over examples: {error}")
     commits = [{str(code.commit) for run in side for code in run.record.code_versions} for side in runs]
@@ -172,7 +136,7 @@ def _comparable_runs(groups: Sequence[RunGroup], measure: Measure) -> list[tuple
         UserError: there is no seed in common, or the groups were trained or scored on other rows.
     """
     split = measure.split
-    by_seed = [{run.seed: run for run in measure.scored(group)} for group in groups]
+    by_seed = [{run.seed: run for run in measure.scored(group.runs)} for group in groups]
     seeds = [seed for seed in by_seed[0] if all(seed in runs for runs in by_seed)]
     if not seeds:
         raise UserError("no seed in common")
@@ -187,22 +151,16 @@ def _comparable_runs(groups: Sequence[RunGroup], measure: Measure) -> list[tuple
     return [tuple(runs[seed] for seed in seeds) for runs in by_seed]
 
 
-def _clusters(sides: Iterable[Sequence[Run]], measure: Measure, book: Scorebook) -> Clusters | None:
-    """The clusters of the rows. Earlier records do not name them, so the first side that does counts."""
-    named = (book.read(runs[0], measure.split).clusters for runs in sides)
-    return next((clusters for clusters in named if clusters is not None), None)
-
-
 def _blended(peer: Peer, arrays: Iterable[Array]) -> Array:
     """The sum of arrays of one shape, one for each part of a peer, by the parts' weights."""
     total: Array = sum((weight * array for (weight, _), array in zip(peer.parts, arrays, strict=True)), np.zeros(()))
     return total
 
 
-def _add_paired_intervals(estimate: Estimate, ours: Array, theirs: Array, clusters: Clusters | None) -> None:
+def _add_intervals(estimate: Estimate, ours: Array, theirs: Array | None, clusters: Clusters | None) -> None:
     estimate.examples = intervals.over_examples(ours, theirs, clusters)
     if min(ours.shape) > 1:
-        estimate.both = intervals.both_interval(ours - theirs, clusters=clusters)
+        estimate.both = intervals.both_interval(ours if theirs is None else ours - theirs, clusters=clusters)
 
 
 def paired_scores(
@@ -218,17 +176,15 @@ def paired_scores(
     """
     groups = [method, *comparator.groups, *([floor] if floor is not None else [])]
     runs = _comparable_runs(groups, measure)
-    table, *others = book.tables(runs, measure.split, measure.metric)
+    (table, *others), clusters = book.tables(runs, measure)
     zero = None
     if floor is not None:
         zero = others.pop()
     elif (base := next((run for side in runs for run in side if measure.has_base(run)), None)) is not None:
-        zero = book.base_scores(base, measure.split, measure.metric)
-    sign, clusters = measure.sign, _clusters(runs, measure, book)
+        zero = book.base_scores(base, measure)
+    zero = None if zero is None else measure.sign * zero
     seeds = tuple(run.seed for run in runs[0])
-    return Sides(
-        sign * table, sign * _blended(comparator, others), None if zero is None else sign * zero, clusters, seeds
-    )
+    return Sides(measure.sign * table, measure.sign * _blended(comparator, others), zero, clusters, seeds)
 
 
 def retained(ours: RunGroup, theirs: Peer, measure: Measure, floor: RunGroup | None = None) -> Interval | None:
@@ -306,18 +262,18 @@ def worth(group: RunGroup, sizes: Sequence[RunGroup], measure: Measure, book: Sc
     params: list[Array] = []
     means: list[Array] = []
     halves: list[Array] = []
-    seeds = {run.seed for run in measure.scored(group)}
+    seeds = {run.seed for run in measure.scored(group.runs)}
     # A size that has just begun does not take part.
-    ready = [peer for peer in sizes if len(seeds & {run.seed for run in measure.scored(peer)}) > 1]
+    ready = [peer for peer in sizes if len(seeds & {run.seed for run in measure.scored(peer.runs)}) > 1]
     for smaller, larger in itertools.pairwise(ready):
         runs = _comparable_runs([group, smaller, larger], measure)
-        tables = book.tables(runs, measure.split, measure.metric)
+        tables, clusters = book.tables(runs, measure)
         if min(tables[0].shape) < 2:
             return None
         ours, below, above = (measure.sign * table for table in tables)
         weights = np.linspace(0, 1, POINTS)[:, None, None]
         contrasts = ours - (1 - weights) * below - weights * above
-        found = intervals.mean_squares(contrasts, _clusters(runs, measure, book))
+        found = intervals.mean_squares(contrasts, clusters)
         params.append(np.geomspace(smaller.params, larger.params, POINTS))
         means.append(found.mean)
         halves.append(found.half_width())
@@ -436,7 +392,7 @@ def _shown(task: str, metrics: Sequence[str], claims: Sequence[Claim]) -> str:
 def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Sequence[RunGroup], book: Scorebook) -> None:
     """Compute the row's numbers."""
     group, measure = row.group, row.measure
-    runs = measure.scored(group)
+    runs = measure.scored(group.runs)
     row.seeds = [run.seed for run in runs]
     if missing := [run.seed for run in group.runs if run.seed not in row.seeds]:
         row.notes.append(f"not scored on {measure.split}: seed {', '.join(map(str, missing))}")

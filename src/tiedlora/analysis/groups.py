@@ -27,10 +27,6 @@ from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK
 from tiedlora.records.run_record import RunRecord
 from tiedlora.records.selection import RateChoice, Selection
 
-OPEN_IN_A_SETTING = ("tying", "rank", "seed")
-"""Keys of the identity that may differ between runs of one setting."""
-OPEN_IN_TRAIN = ("lr", "lr_factor")
-"""Keys below `train` that may differ between runs of one setting."""
 LONGEST_VALUE = 24
 """The most characters of a value in a name."""
 
@@ -139,7 +135,8 @@ def group_runs(
     choices = [choice for selection in selections for choice in selection.choices]
     runs_of: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
-        runs_of[_key(_setting(run)), _key(_own_values(run))].append(run)
+        setting, own = map(_key, _setting_and_own(run))
+        runs_of[setting, own].append(run)
     unfinished = [folder.run for folder in left_out if folder.run is not None]
     groups = []
     for (setting, _), members in runs_of.items():
@@ -149,11 +146,11 @@ def group_runs(
         _mark_mixtures(group)
         _mark_arm(group)
         groups.append(group)
-    firsts = [members[0] for members in runs_of.values()]
-    variants = differing_values([(group.model, group.task) for group in groups], list(map(_setting, firsts)))
-    own_values = differing_values(
-        [(group.setting, group.configuration, group.rank) for group in groups], list(map(_own_values, firsts))
-    )
+    values = [_setting_and_own(members[0]) for members in runs_of.values()]
+    names = [(group.model, group.task) for group in groups]
+    variants = differing_values(names, [setting for setting, _ in values])
+    own_names = [(group.setting, group.configuration, group.rank) for group in groups]
+    own_values = differing_values(own_names, [own for _, own in values])
     for group, variant, own in zip(groups, variants, own_values, strict=True):
         group.variant = variant
         group.configuration += f" ({own})" if own else ""
@@ -164,27 +161,19 @@ def _key(values: dict[str, Any]) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-def _setting(run: Run) -> dict[str, Any]:
-    """The part of the identity, with the base model, that runs must share to be compared."""
-    identity = run.record.identity.tree
-    setting = {key: value for key, value in identity.items() if key not in OPEN_IN_A_SETTING}
-    setting["train"] = {key: value for key, value in identity["train"].items() if key not in OPEN_IN_TRAIN}
-    # Arms with shuffled targets, and those trained from a reward, are scored on the same rows as the others.
-    setting.pop("objective", None)
-    setting["task"] = {key: value for key, value in identity["task"].items() if key != "shuffle_targets"}
-    return {**setting, "base": run.record.base.digest}
+def _setting_and_own(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The part of the identity, with the base model, that runs must share to be compared; and that of the group alone.
 
-
-def _own_values(run: Run) -> dict[str, Any]:
-    """The part of the identity that distinguishes a group from the other groups of its setting."""
-    identity = run.record.identity.tree
-    return {
-        "tying": identity["tying"],
-        "rank": identity["rank"],
-        "lr_factor": identity["train"].get("lr_factor"),
-        "shuffle_targets": run.record.identity.shuffles_targets,
-        "objective": identity.get("objective"),
-    }
+    Arms with shuffled targets, and those trained from a reward, are scored on the same rows as the others.
+    """
+    setting = dict(run.record.identity.tree)
+    train, task = dict(setting["train"]), dict(setting["task"])
+    setting |= {"train": train, "task": task, "base": run.record.base.digest}
+    own = {key: setting.pop(key, None) for key in ("tying", "rank", "objective")}
+    own |= {"lr_factor": train.pop("lr_factor", None), "shuffle_targets": task.pop("shuffle_targets", False)}
+    setting.pop("seed", None)
+    train.pop("lr", None)
+    return setting, own
 
 
 def differing_values(names: Sequence[Hashable], trees: Sequence[Any]) -> list[str]:

@@ -21,7 +21,8 @@ from tiedlora.analysis.intervals import Array, Clusters, pseudo_values
 from tiedlora.config.identity import name_of
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
-from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, mean_per_token
+from tiedlora.records.interval import Unit
+from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss, mean_per_token
 from tiedlora.records.reading import read_typed
 from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import DIVERGED, RunFolder, last_line
@@ -277,6 +278,37 @@ def curves(folder: RunFolder, prefix: str) -> dict[str, tuple[list[int], list[fl
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What is compared: one metric on one split."""
+
+    split: str
+    metric: str
+
+    @property
+    def unit(self) -> Unit:
+        """The unit of the metric."""
+        return Unit.NATS if is_loss(self.metric) else Unit.POINTS
+
+    @property
+    def sign(self) -> float:
+        """-1 for a loss, otherwise 1. The product of sign and value is better if it is higher."""
+        return -1.0 if is_loss(self.metric) else 1.0
+
+    def scored(self, runs: Iterable[Run]) -> list[Run]:
+        """Those of the runs that have this metric."""
+        return [run for run in runs if self.split in run.splits and self.metric in run.splits[self.split].metrics]
+
+    def has_base(self, run: Run) -> bool:
+        """Whether the base model was scored too."""
+        return self.metric in (run.splits[self.split].base or {})
+
+    def values(self, runs: Sequence[Run], base: bool = False) -> Array:
+        """(runs,): the score that each run recorded, its own or the base model's."""
+        scores = [run.splits[self.split] for run in runs]
+        return np.array([((own.base or {}) if base else own.metrics)[self.metric].value for own in scores])
+
+
+@dataclass(frozen=True)
 class RowScores:
     """What the predictions of one run and split have."""
 
@@ -312,12 +344,13 @@ class Scorebook:
             raise read
         return read
 
-    def scores(self, run: Run, split: str, metric: str, base: bool = False) -> tuple[tuple[str, ...], Array]:
+    def scores(self, run: Run, measure: Measure, base: bool = False) -> tuple[tuple[str, ...], Array]:
         """(ids, one number per example) whose mean is the metric.
 
         Raises:
             UserError: predictions are missing or damaged, or disagree with result.json.
         """
+        split, metric = measure.split, measure.metric
         read = self.read(run, split, base)
         recorded = (run.splits[split].base or {}) if base else run.splits[split].metrics
         if metric not in read.of_metric or metric not in recorded:
@@ -326,27 +359,31 @@ class Scorebook:
             raise UserError(f"predictions/{split} disagrees with result.json on {metric}; scripts/verify.py says where")
         return read.ids, read.of_metric[metric]
 
-    def base_scores(self, run: Run, split: str, metric: str) -> Array:
+    def base_scores(self, run: Run, measure: Measure) -> Array:
         """(examples,): the base model's scores of the run's examples.
 
         Raises:
             UserError: as `scores`, or the base model was scored on other examples.
         """
-        ids, scores = self.scores(run, split, metric, base=True)
-        if ids != self.read(run, split).ids:
+        ids, scores = self.scores(run, measure, base=True)
+        if ids != self.read(run, measure.split).ids:
             raise UserError(f"{run.run_id}: its base model was scored on other rows")
         return scores
 
-    def tables(self, sides: Sequence[Sequence[Run]], split: str, metric: str) -> list[Array]:
-        """(runs, examples) for each side: the scores of all runs on the same examples.
+    def tables(self, sides: Sequence[Sequence[Run]], measure: Measure) -> tuple[list[Array], Clusters | None]:
+        """(runs, examples) for each side: the scores of all runs on the same examples; and the examples' clusters.
+
+        Earlier records do not name clusters, so the first side that does counts.
 
         Raises:
             UserError: as `scores`, or the runs' predictions are of different examples.
         """
-        ids, _ = self.scores(sides[0][0], split, metric)
-        if other := next((run for side in sides for run in side if self.scores(run, split, metric)[0] != ids), None):
+        ids, _ = self.scores(sides[0][0], measure)
+        if other := next((run for side in sides for run in side if self.scores(run, measure)[0] != ids), None):
             raise UserError(f"{other.run_id}: its predictions are of other examples")
-        return [np.stack([self.scores(run, split, metric)[1] for run in runs]) for runs in sides]
+        named = (self.read(runs[0], measure.split).clusters for runs in sides)
+        clusters = next((clusters for clusters in named if clusters is not None), None)
+        return [np.stack([self.scores(run, measure)[1] for run in runs]) for runs in sides], clusters
 
 
 def _read(run: Run, split: str, base: bool) -> RowScores:

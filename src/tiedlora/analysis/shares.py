@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from tiedlora.analysis import compare, rules
 from tiedlora.analysis.answers import Answer, Verdict, test_of
 from tiedlora.analysis.claims import Claim
-from tiedlora.analysis.compare import Measure, ResultRow
+from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import Blend, RunGroup, curve
-from tiedlora.analysis.runs import Scorebook
+from tiedlora.analysis.runs import Measure, Scorebook
 from tiedlora.errors import UserError
 from tiedlora.records.interval import LEVEL, Interval
 

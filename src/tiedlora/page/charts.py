@@ -20,8 +20,9 @@ from scipy.optimize import isotonic_regression
 from tiedlora.analysis import shares
 from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.claims import Claim
-from tiedlora.analysis.compare import Measure, ResultRow
+from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.runs import Measure
 from tiedlora.analysis.shares import ShareAxis, SizePanel
 from tiedlora.page.figures import BACK, INK, LINE, SOFT, VERDICTS, ZONE, Panel, cut, order, style
 from tiedlora.page.formats import minus
