@@ -145,8 +145,8 @@ def _comparable_runs(groups: Sequence[RunGroup], measure: Measure) -> list[tuple
         raise UserError("other data")
     # Shuffled targets are the same rows in another order, and so have another digest.
     for is_shuffled in (False, True):
-        alike = [group.training_digests for group in groups if group.shuffles_targets == is_shuffled]
-        if any(digests != alike[0] for digests in alike):
+        own = [group for group in groups if group.runs[0].record.identity.shuffles_targets == is_shuffled]
+        if any(group.training_digests != own[0].training_digests for group in own):
             raise UserError("trained on other rows")
     return [tuple(runs[seed] for seed in seeds) for runs in by_seed]
 

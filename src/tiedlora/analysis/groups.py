@@ -67,7 +67,7 @@ class RunGroup:
 
     @property
     def params(self) -> int:
-        return self.runs[0].params
+        return self.runs[0].record.trainable_params
 
     @property
     def share(self) -> float:
@@ -106,11 +106,6 @@ class RunGroup:
         return rank.alpha == rank.r and rank.scaling == "standard" and all(factor == 1 for factor in factors.values())
 
     @property
-    def shuffles_targets(self) -> bool:
-        """Whether it trained on shuffled targets, so that it can have learned only the form of an answer."""
-        return self.runs[0].record.identity.shuffles_targets
-
-    @property
     def training_digests(self) -> set[str]:
         """The digests of the rows that the runs were trained on."""
         return {run.record.data["train"].digest for run in self.runs}
@@ -141,7 +136,8 @@ def group_runs(
     groups = []
     for (setting, _), members in runs_of.items():
         first = members[0]
-        group = RunGroup(setting, first.model, first.task, first.configuration, first.rank, first.configuration)
+        rank = first.record.identity.rank.r
+        group = RunGroup(setting, first.model, first.task, first.configuration, rank, first.configuration)
         _choose_rate(group, members, _own_unfinished(unfinished, members), _recorded_choices(members, choices))
         _mark_mixtures(group)
         _mark_arm(group)
@@ -329,8 +325,8 @@ def _mark_arm(group: RunGroup) -> None:
         record = run.record
         found |= record.admission.marks() if record.admission is not None else {}
         budget = record.config.tree.get("budget")
-        if isinstance(budget, int) and budget > 0 and not is_near(run.params, budget):
-            off = f"{run.params / budget - 1:+.0%}"
+        if isinstance(budget, int) and budget > 0 and not is_near(group.params, budget):
+            off = f"{group.params / budget - 1:+.0%}"
             found[f"size {off}"] = f"{off} off the budget of {budget:,} parameters"
     group.short_marks += found
     group.marks += found.values()

@@ -74,7 +74,7 @@ class LeftOut:
     """None if the name is not that of a run's folder."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A finished run."""
 
@@ -98,10 +98,6 @@ class Run:
         return self.record.identity.task.name
 
     @property
-    def rank(self) -> int:
-        return self.record.identity.rank.r
-
-    @property
     def lr(self) -> float:
         return self.record.identity.train.lr
 
@@ -113,10 +109,6 @@ class Run:
     def loss(self) -> float:
         """The last validation loss."""
         return self.record.training.validation_loss_last
-
-    @property
-    def params(self) -> int:
-        return self.record.trainable_params
 
     @property
     def splits(self) -> dict[str, SplitScores]:
@@ -325,8 +317,7 @@ class Scorebook:
     """The scores of runs for each example. Each predictions file is read once."""
 
     def __init__(self) -> None:
-        self._files: dict[tuple[str, str, bool], RowScores | UserError] = {}
-        """(run, split, whether of the base model) -> what its predictions file has."""
+        self._read = functools.cache(_read)
 
     def read(self, run: Run, split: str, base: bool = False) -> RowScores:
         """What a predictions file has.
@@ -334,15 +325,7 @@ class Scorebook:
         Raises:
             UserError: it is missing or damaged, or the task that defines a corpus-level metric is unknown.
         """
-        key = (str(run.path), split, base)
-        if key not in self._files:
-            try:
-                self._files[key] = _read(run, split, base)
-            except UserError as error:
-                self._files[key] = error
-        if isinstance(read := self._files[key], UserError):
-            raise read
-        return read
+        return self._read(run, split, base)
 
     def scores(self, run: Run, measure: Measure, base: bool = False) -> tuple[tuple[str, ...], Array]:
         """(ids, one number per example) whose mean is the metric.
@@ -387,11 +370,6 @@ class Scorebook:
 
 
 def _read(run: Run, split: str, base: bool) -> RowScores:
-    """The scores of a predictions file.
-
-    Raises:
-        UserError: the file is missing or damaged, or the task that defines a corpus-level metric is unknown.
-    """
     rows, values = run.rows(split, base), {}
     for metric in run.splits[split].metrics:
         scores = [row.scores.get(metric) for row in rows]
