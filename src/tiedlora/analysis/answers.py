@@ -19,6 +19,7 @@ informative. A task on which the claim cannot fail is not informative.
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -164,8 +165,10 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
         notes.append(_check_sensitivity(answer, pair, pair.weakest, book))
     if compare.other_ends([group.runs for group in sides], measure):
         notes.append(compare.OTHER_ENDS)
-    if effort := claims.unequal_effort(method, comparator):
-        notes.append(effort)
+    efforts = {group.name: len(group.rates) for group in (method, *comparator.groups)}
+    if len(set(efforts.values())) > 1:
+        words = [f"{count} rate{'s' if count > 1 else ''} of {name}" for name, count in efforts.items()]
+        notes.append(f"unequal search: {' against '.join(words)}")
     for group in sides:
         may_change = len(group.rates) > 1 and not group.has_recorded_rate
         if answer.look is not None and may_change and len({trial.seed for trial in group.trials}) > answer.seeds:
@@ -178,12 +181,26 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
 
 
 def _check_sensitivity(answer: Answer, pair: Pair, weakest: Pair, book: Scorebook) -> str:
-    """Ask the claim's rule of its weakest arm, and return what it says in words."""
+    """Ask the claim's rule of its weakest arm at the latest look that its seeds reach; return what it says in words."""
+    arm, peer, rule, plan = weakest.method, weakest.comparator, answer.claim.rule, answer.claim.plan
     answer.sensitivity = "not shown"
+    if arm is None or peer is None or answer.measure is None:
+        return f"sensitivity not shown: {weakest.problem}"
+    # An arm is the same with other seeds, too.
+    name_of = attrgetter("setting", "label", "rank", "params")
+    if any(side is not None and name_of(side) == name_of(arm) for side in (pair.method, *peer.groups, pair.floor)):
+        return f"sensitivity not shown: {arm.name} is a side of the comparison itself"
     try:
-        evidence, level, who = _of_weakest(answer, pair, weakest, book)
+        scores = compare.paired_scores(arm, peer, answer.measure, book, pair.floor)
     except UserError as error:
-        return f"sensitivity not shown: {error}"
+        return f"sensitivity not shown: {arm.name}: {error}"
+    if rule.needs_zero and scores.zero is None:
+        return f"sensitivity not shown: no base was scored beside {arm.name}"
+    reached = [number for number in range(len(plan.looks)) if set(plan.of_look(number)) <= set(scores.seeds)]
+    if not reached:
+        return f"sensitivity not shown: {arm.name} has not the seeds of a look"
+    look, who = reached[-1], f"{arm.name}, the weakest arm at look {reached[-1] + 1}"
+    evidence, level = rule.evidence(scores.of(plan.of_look(look))), plan.levels[look]
     if evidence.supported <= level and answer.verdict == Verdict.CONTRADICTED:
         return f"the same is supported for {who}"
     if evidence.supported <= level:
@@ -194,33 +211,6 @@ def _check_sensitivity(answer: Answer, pair: Pair, weakest: Pair, book: Scoreboo
         answer.sensitivity = "shown"
         return f"sensitivity shown: the same is contradicted for {who}"
     return f"sensitivity not shown: the same is undecided for {who}"
-
-
-def _of_weakest(answer: Answer, pair: Pair, weakest: Pair, book: Scorebook) -> tuple[rules.Evidence, float, str]:
-    """The evidence of the weakest arm at the latest look that its seeds reach, the level there, and the arm's name.
-
-    Raises:
-        UserError: the arm, or something that it needs, is missing.
-    """
-    arm, peer, claim, plan = weakest.method, weakest.comparator, answer.claim, answer.claim.plan
-    if arm is None or peer is None or answer.measure is None:
-        raise UserError(weakest.problem)
-    # An arm is the same with other seeds, too.
-    name_of = attrgetter("setting", "label", "rank", "params")
-    if any(side is not None and name_of(side) == name_of(arm) for side in (pair.method, *peer.groups, pair.floor)):
-        raise UserError(f"{arm.name} is a side of the comparison itself")
-    try:
-        scores = compare.paired_scores(arm, peer, answer.measure, book, pair.floor)
-    except UserError as error:
-        raise UserError(f"{arm.name}: {error}") from None
-    if claim.rule.needs_zero and scores.zero is None:
-        raise UserError(f"no base was scored beside {arm.name}")
-    reached = [number for number in range(len(plan.looks)) if set(plan.of_look(number)) <= set(scores.seeds)]
-    if not reached:
-        raise UserError(f"{arm.name} has not the seeds of a look")
-    look = reached[-1]
-    who = f"{arm.name}, the weakest arm at look {look + 1}"
-    return claim.rule.evidence(scores.of(plan.of_look(look))), plan.levels[look], who
 
 
 def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
@@ -342,9 +332,9 @@ def claim_verdicts(answers: Sequence[Answer]) -> list[ClaimVerdict]:
     Args:
         answers: those of one claim follow each other, as answer_claims returns them.
     """
-    of_claim: dict[tuple[int, str], list[Answer]] = {}
+    of_claim: dict[tuple[int, str], list[Answer]] = defaultdict(list)
     for answer in answers:
-        of_claim.setdefault((id(answer.claim), answer.model), []).append(answer)
+        of_claim[id(answer.claim), answer.model].append(answer)
     return list(map(_over_tasks, of_claim.values()))
 
 
@@ -375,18 +365,18 @@ def test_of(answer: Answer) -> tuple[object, ...]:
     return pair.anchor.setting, pair.method.name, comparator, measure, rule, answer.zero
 
 
-def _tested(answers: Iterable[Answer]) -> dict[tuple[object, ...], list[Answer]]:
-    """Test -> the answers that it gives."""
-    tests: dict[tuple[object, ...], list[Answer]] = {}
+def _tested(answers: Iterable[Answer]) -> list[list[Answer]]:
+    """The answers that rest on a look, by the test that they give."""
+    tests: dict[tuple[object, ...], list[Answer]] = defaultdict(list)
     for answer in answers:
         if answer.look is not None:
-            tests.setdefault(test_of(answer), []).append(answer)
-    return tests
+            tests[test_of(answer)].append(answer)
+    return list(tests.values())
 
 
 def mark_survivors(answers: Sequence[Answer]) -> None:
     """Mark the verdicts that hold by Holm's procedure over all tests: then few wrong ones are among them by number."""
-    tests = list(_tested(answers).values())
+    tests = _tested(answers)
     for own, rejected in zip(tests, rules.holm([own[0].decided_level for own in tests]), strict=True):
         for answer in own:
             answer.survives_holm = rejected and answer.verdict in DECIDED
@@ -397,7 +387,7 @@ def error_note(answers: Sequence[Answer]) -> str:
     tests = _tested(answers)
     if not tests:
         return "No planned look has been taken yet."
-    decided = [own for own in tests.values() if any(answer.verdict in DECIDED for answer in own)]
+    decided = [own for own in tests if any(answer.verdict in DECIDED for answer in own)]
     surviving = sum(any(answer.survives_holm for answer in own) for own in decided)
     return (
         f"Verdicts (supported or contradicted): {len(decided)}, from {len(tests)} different tests. With every "

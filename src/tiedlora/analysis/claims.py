@@ -432,12 +432,3 @@ def _only_one(groups: Sequence[RunGroup], what: str = "") -> RunGroup:
     raise UserError(
         f"{what}several groups fit, and no single one is plain: {names}; report a folder with only one of them"
     )
-
-
-def unequal_effort(method: RunGroup, comparator: Peer) -> str:
-    """A note if the learning rates of the groups were searched with unequal effort; empty if they were not."""
-    counts = {group.name: len(group.rates) for group in (method, *comparator.groups)}
-    if len(set(counts.values())) == 1:
-        return ""
-    words = [f"{count} rate{'s' if count > 1 else ''} of {name}" for name, count in counts.items()]
-    return f"unequal search: {' against '.join(words)}"

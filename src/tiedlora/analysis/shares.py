@@ -9,6 +9,7 @@ that of the paired difference. (Much of the interval of a score is the choice of
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -51,10 +52,9 @@ def axis(shares: Iterable[Interval], zones: Iterable[tuple[float, float]] = ()) 
     ends = [end for one in shares for end in (one.value, one.low, one.high) if not math.isnan(end)]
     ends += [*USUAL, *(end + 0.1 for zone in zones for end in zone if math.isfinite(end))]
     low, high = max(LEAST, min(ends)), min(MOST, max(ends))
-    step = next(step for step in (*STEPS, 1.0) if (high - low) / step <= 7 or step == 1.0)
-    first = math.ceil(low / step - 1e-9)
-    ticks = [step * number for number in range(first, math.floor(high / step + 1e-9) + 1)]
-    return ShareAxis(low, high, tuple(round(tick, 6) for tick in ticks))
+    step = next(step for step in STEPS if (high - low) / step <= 7)
+    numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    return ShareAxis(low, high, tuple(round(step * number, 6) for number in numbers))
 
 
 def share_in_words(share: Interval, edges: Iterable[float] = ()) -> str:
@@ -97,13 +97,11 @@ def kept_in_words(answer: Answer) -> str:
 
 def forest(answers: Iterable[Answer]) -> list[tuple[Claim, list[Answer]]]:
     """The answers of one model, by claim, in their order. A test that two claims share has one line."""
-    by_claim: dict[int, tuple[Claim, list[Answer]]] = {}
-    tests = set()
+    tests: dict[tuple[object, ...], Answer] = {}
     for answer in answers:
-        if (test := test_of(answer)) not in tests:
-            by_claim.setdefault(id(answer.claim), (answer.claim, []))[1].append(answer)
-        tests.add(test)
-    return list(by_claim.values())
+        tests.setdefault(test_of(answer), answer)
+    by_claim = (list(own) for _, own in itertools.groupby(tests.values(), key=lambda answer: id(answer.claim)))
+    return [(own[0].claim, own) for own in by_claim]
 
 
 # Shares beside parameters.
