@@ -7,7 +7,7 @@ import pytest
 from helpers.report_runs import report_of_claim, scored_run, world
 
 from tiedlora.analysis import claims
-from tiedlora.analysis.answers import Answer, Verdict, claim_verdicts, error_note
+from tiedlora.analysis.answers import Answer, Verdict, claim_verdicts
 from tiedlora.config.project import PROJECT
 
 SURE = {"rows": 1000, "seed_sd": 0.002}
@@ -199,9 +199,3 @@ class TestOverTasks:
         found = {verdict.model: (verdict.verdict.value, verdict.reason) for verdict in report.verdicts}
         assert found["a"] == ("supported", "2 of 2 informative tasks support it")
         assert found["b"] == ("undecided", "1 of 2 informative tasks support it")
-
-    def test_the_note_says_how_many_wrong_verdicts_to_expect(self, claim):
-        note = error_note(self.answers(claim, (SUPPORTED, 1.0), (CONTRADICTED, 0.01), (UNDECIDED, 0.3)))
-        assert note.startswith("Verdicts (supported or contradicted): 2, from 3 different tests. ")
-        assert "(0.2)" in note
-        assert error_note([]) == "No planned look has been taken yet."

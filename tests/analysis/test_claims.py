@@ -41,11 +41,6 @@ def test_a_claim_names_its_tasks_and_their_metrics(tmp_path):
     assert named.tasks == {"squad": "f1", "gsm8k": "target_loss"}
 
 
-def test_a_plan_may_name_its_seeds(tmp_path):
-    claim, _ = read(tmp_path, FILE.read_text().replace(LOOKS, "looks: [3, 5]\nseeds: [7, 3, 5, 2, 9]"))
-    assert claim.plan.of_look(0) == (7, 3, 5)
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -114,13 +109,6 @@ def test_what_exists_in_conf_or_in_the_runs_can_be_claimed(tmp_path):
         path = tmp_path / "claims.yaml"
         path.write_text(text.replace("tasks: []", f"tasks: {tasks}"))
         claims.check_names(path, claims.read(path), *RUNS)
-
-
-@pytest.mark.parametrize(
-    "path", [FILE, *sorted(PROJECT.glob("studies/*/claims.yaml"))], ids=lambda path: path.parent.name
-)
-def test_the_committed_claims_are_valid_before_any_run(path):
-    claims.check_names(path, claims.read(path), (), {})
 
 
 # Which groups a claim compares.

@@ -58,12 +58,11 @@ class TestBootstrap:
             found = bootstrap_corpus(first, ratio, *more)
             return found.value, found.low, found.high
 
-        mean, table = bootstrap_mean(values, (0.0, 1.0)), intervals.over_examples(np.stack([values, values]))
-        expected = pytest.approx((mean.value, mean.low, mean.high), abs=1e-12)
-        assert corpus(values) == expected
-        assert (table.value, table.low, table.high) == expected
-        difference = bootstrap_mean(values - other, (-1.0, 1.0))
-        assert corpus(values, other) == pytest.approx((difference.value, difference.low, difference.high), abs=1e-12)
+        for sides, expected in (
+            ((values,), intervals.over_examples(np.stack([values, values]))),
+            ((values, other), bootstrap_mean(values - other, (-1.0, 1.0))),
+        ):
+            assert corpus(*sides) == pytest.approx((expected.value, expected.low, expected.high), abs=1e-12)
 
 
 def table(seeds, rows, *, seed=0, spread=(0.05, 0.3, 0.4), mean=0.1, draws=()):
@@ -170,7 +169,7 @@ def newcombe(both, ours, theirs, rows):
     )
 
 
-def newcombe_coverage(rows, p):
+def newcombe_coverage(rows, p, _):
     """Two methods on the same examples: p and 1.5 p, correlated through the example (as base and adapted are)."""
     other = 1.5 * p
     both = p * other + 0.5 * (p - p * other)
@@ -179,14 +178,14 @@ def newcombe_coverage(rows, p):
     return covered([newcombe(int(a), int(b), int(c), rows) for a, b, c, _ in counts], p - other)
 
 
-def bootstrap_coverage(rows, p):
+def bootstrap_coverage(rows, p, _):
     """Scores like F1: 0 for most examples, between 0 and 1 for some; their mean is p."""
     generator = np.random.default_rng([rows, round(1000 * p)])
     scores = generator.random((DRAWS, rows)) * (generator.random((DRAWS, rows)) < min(1.0, 2 * p))
     return covered([bootstrap_mean(own, (0.0, 1.0)) for own in scores], min(1.0, 2 * p) / 2)
 
 
-def paired_bootstrap_coverage(rows, p):
+def paired_bootstrap_coverage(rows, p, _):
     """Differences of two such scores on the same examples, averaged over 3 seeds."""
     generator = np.random.default_rng([rows, round(1000 * p), 3])
     answerable = generator.random((DRAWS, 1, rows)) < min(1.0, 2 * p)
@@ -226,38 +225,26 @@ def both_coverage(rows, p, seeds):
     return float(np.mean(inside))
 
 
-OF_EXAMPLES = {
-    "Newcombe": newcombe_coverage,
-    "bootstrap": bootstrap_coverage,
-    "paired bootstrap": paired_bootstrap_coverage,
+COVERAGES = {
+    "Newcombe": (newcombe_coverage, (1,)),
+    "bootstrap": (bootstrap_coverage, (1,)),
+    "paired bootstrap": (paired_bootstrap_coverage, (1,)),
+    "t over seeds": (seeds_coverage, (2, 3, 5, 10)),
+    "paired t over seeds": (paired_seeds_coverage, (2, 3, 5, 10)),
+    "seeds and examples": (both_coverage, (2, 3, 5, 10)),
 }
-OF_SEEDS = {
-    "t over seeds": seeds_coverage,
-    "paired t over seeds": paired_seeds_coverage,
-    "seeds and examples": both_coverage,
-}
+"""Interval -> what simulates its coverage from rows, p and seeds, and the numbers of seeds."""
 
 
-def check(name, rows, p, seeds, share):
-    """The coverage is 93 to 97 %, or that of the documents, up to three standard errors of the simulation."""
-    said = documented().get((name, rows, p, seeds))
+@pytest.mark.parametrize(("name", "seeds"), [(name, seeds) for name, (_, own) in COVERAGES.items() for seeds in own])
+@pytest.mark.parametrize(("rows", "p"), GRID)
+def test_the_coverage_is_the_documented_one(name, seeds, rows, p):
+    """It is 93 to 97 %, or that of the documents, up to three standard errors of the simulation."""
+    share, said = COVERAGES[name][0](rows, p, seeds), documented().get((name, rows, p, seeds))
     about = 0.95 if said is None else said
     error = 3 * np.sqrt(about * (1 - about) * (1 / DRAWS + 1 / DOCUMENTED_DRAWS))
     low, high = (0.93, 0.97) if said is None else (said, said)
     assert low - error <= share <= high + error, f"{name}, n={rows}, p={p}, {seeds} seeds covers {100 * share:.1f} %"
-
-
-@pytest.mark.parametrize(("rows", "p"), GRID)
-@pytest.mark.parametrize("name", OF_EXAMPLES)
-def test_the_coverage_over_examples_is_the_documented_one(name, rows, p):
-    check(name, rows, p, 1, OF_EXAMPLES[name](rows, p))
-
-
-@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
-@pytest.mark.parametrize(("rows", "p"), GRID)
-@pytest.mark.parametrize("name", OF_SEEDS)
-def test_the_coverage_over_seeds_is_the_documented_one(name, rows, p, seeds):
-    check(name, rows, p, seeds, OF_SEEDS[name](rows, p, seeds))
 
 
 class TestOutliers:

@@ -286,14 +286,9 @@ class TestClusters:
 
 def test_two_claims_about_one_difference_are_one_test_and_holm_is_over_all(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.5, "TABuv": 0.62, "TAB": 0.51}, **SURE)
-    claim = "\n    ".join(
-        (
-            "  - name: {}",
-            "method: {{configuration: {}, rank: 8}}",
-            "comparator: {{configuration: LoRA, rank: 8}}",
-            "better_by: 0.0",
-            "tasks: []\n",
-        )
+    claim = (
+        "  - {{name: {}, method: {{configuration: {}, rank: 8}}, "
+        "comparator: {{configuration: LoRA, rank: 8}}, better_by: 0.0, tasks: []}}\n"
     )
     named = [("one", "TABuv"), ("again", "TABuv"), ("b", "TAB")]
     (tmp_path / "claims.yaml").write_text("looks: [3]\nclaims:\n" + "".join(claim.format(*one) for one in named))

@@ -144,9 +144,8 @@ class Rule:
         Returns:
             Two arrays of the shape of the leading axes: supported, contradicted.
         """
-        halves = [contrast.half_width(level) for contrast in contrasts]
-        supported = np.logical_and.reduce([c.mean > half for c, half in zip(contrasts, halves, strict=True)])
-        contradicted = np.logical_or.reduce([c.mean < -half for c, half in zip(contrasts, halves, strict=True)])
+        signs = np.array([np.sign(c.mean) * (np.abs(c.mean) > c.half_width(level)) for c in contrasts])
+        supported, contradicted = np.logical_and.reduce(signs > 0), np.logical_or.reduce(signs < 0)
         if self.needs_zero and gain is not None:
             gains = gain.mean > gain.half_width(level)
             supported, contradicted = supported & gains, contradicted & gains
@@ -309,12 +308,7 @@ def chance_of_decision(rule: Rule, sides: Sides, plan: Plan, look: int) -> float
     Args:
         sides: of the first `plan.looks[look]` seeds, without leading axes.
         look: 0 is the first.
-
-    Raises:
-        ValueError: the number of seeds is not that of the look, or as `intervals.mean_squares`.
     """
-    if len(sides.method) != plan.looks[look]:
-        raise ValueError(f"look {look + 1} has {plan.looks[look]} seeds; the scores have {len(sides.method)}")
     tables = list(rule.contrasts(sides))
     if rule.needs_zero and sides.gain is not None:
         tables.append(np.broadcast_to(sides.gain, sides.method.shape))
