@@ -122,11 +122,11 @@ def answer_claims(
     stated: Iterable[Claim], groups: Sequence[RunGroup], book: Scorebook, split: str | None = None
 ) -> list[Answer]:
     """The answers to all claims, for every setting with a run of the claim, and for tasks without such a run."""
-    shown = compare.shown_splits(groups)
+    splits = compare.shown_splits(groups, split)
     answers = []
     for claim in stated:
         pairs = claims.pairs(claim, groups)
-        answers += [_answer(claim, pair, split or shown[pair.anchor.task], book) for pair in pairs]
+        answers += [_answer(claim, pair, splits[pair.anchor.task], book) for pair in pairs]
         reason, decide = f"{claim.anchor} was not run on it", next_look(claim.plan, 0)
         for model in sorted({pair.anchor.model for pair in pairs}) or [""]:
             tasks = set(claim.tasks) or {group.task for group in groups if model in (group.model, "")}

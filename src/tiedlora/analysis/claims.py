@@ -72,11 +72,6 @@ class Side:
         """The end of the label, which says what the runs trained for."""
         return arm_suffix(self.shuffle_targets, self.objective)
 
-    @property
-    def is_matched(self) -> bool:
-        """Whether its rank or size follows from the other side."""
-        return self.rank is None
-
     def __str__(self) -> str:
         if self.frontier:
             return f"{self.frontier} of equal size (its curve)"
@@ -127,7 +122,7 @@ class _Entry:
         one, other = self.method, self.comparator
         if one.frontier:
             raise ValueError("method has frontier; only a comparator can be a curve")
-        if one.is_matched and other.is_matched:
+        if one.rank is None and other.rank is None:
             raise ValueError("method and comparator are both matched to the other side; one of them needs a rank")
         same_size = one.rank == other.rank or one.at or other.at
         if same_size and (one.label, one.seed_offset) == (other.label, other.seed_offset):
@@ -148,13 +143,13 @@ class Claim(_Entry):
     @property
     def anchor(self) -> Side:
         """The side that has a rank; of two such sides, the method. The other side is matched to it."""
-        return self.comparator if self.method.is_matched else self.method
+        return self.comparator if self.method.rank is None else self.method
 
     @property
     def sides(self) -> dict[str, Side]:
         """Key of the claims' file -> the side that it names."""
-        named = {"method": self.method, "comparator": self.comparator, "floor": self.floor, "weakest": self.weakest}
-        return {key: side for key, side in named.items() if side is not None}
+        keys = ("method", "comparator", "floor", "weakest")
+        return {key: side for key in keys if (side := getattr(self, key)) is not None}
 
     def covers(self, task: str) -> bool:
         """Whether the claim is about the task."""
@@ -240,8 +235,8 @@ def check_names(
     for claim in claims:
         where = f"{path}: claim {claim.name!r:.80}"
         for key, side in claim.sides.items():
-            name, own_key = (side.frontier, "frontier") if side.frontier else (side.configuration, "configuration")
-            if name not in known:
+            own_key = "frontier" if side.frontier else "configuration"
+            if (name := getattr(side, own_key)) not in known:
                 raise UserError(f"{where}: {key}.{own_key}={name:.80}: {NO_SUCH} tying{nearest(name, known)}")
         for task, metric in claim.tasks.items():
             if task not in tasks:
@@ -307,7 +302,7 @@ def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
     Raises:
         UserError: a side is missing, or several groups fit.
     """
-    matched = claim.method if claim.method.is_matched else claim.comparator
+    matched = claim.method if claim.method.rank is None else claim.comparator
     partner: Peer
     if matched.frontier:
         partner = _on_curve(matched.frontier, claim, anchor, groups)
@@ -316,7 +311,7 @@ def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
     floor = None
     if claim.floor is not None and claim.rule.needs_zero:
         floor = _partner(claim.floor, anchor, groups, what="the floor: ")
-    method, comparator = (partner, anchor) if claim.method.is_matched else (anchor, partner)
+    method, comparator = (partner, anchor) if claim.method.rank is None else (anchor, partner)
     assert not isinstance(method, Blend), "only a comparator is on a curve"
     arms = [(method, claim.method.seed_offset)]
     arms += [(group, claim.comparator.seed_offset) for group in comparator.groups]

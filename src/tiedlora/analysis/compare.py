@@ -64,8 +64,10 @@ def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estim
     A single run has the interval of its record, so that report and record always agree, unless its rows come in
     clusters.
     """
-    values, notes, remark = measure.values(runs), [], ""
+    values, notes = measure.values(runs), []
     estimate = _over_seeds(values)
+    if far := [runs[place].seed for place in intervals.outlying(values)]:
+        notes.append(f"seed {number_list(far)} is far from the others: no t interval survives such a seed")
     try:
         (table,), clusters = book.tables([runs], measure)
         _add_intervals(estimate, table, None, clusters)
@@ -76,12 +78,10 @@ def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estim
         is_skewed = scoring < FEW_EXAMPLES and (len(runs) > 1 or not intervals.is_binary(table))
         if is_skewed and not is_loss(measure.metric):
             which = "score" if estimate.value <= 0.5 else "do not have the full score"
-            remark = f"only {scoring} examples {which}, so the bootstrap covers about 85 %, not 95 %"
+            notes.append(f"only {scoring} examples {which}, so the bootstrap covers about 85 %, not 95 %")
     except UserError as error:
         notes.append(f"no interval over examples: {error}")
-    if far := [runs[place].seed for place in intervals.outlying(values)]:
-        notes.append(f"seed {number_list(far)} is far from the others: no t interval survives such a seed")
-    return estimate, [*notes, *filter(None, [remark])]
+    return estimate, notes
 
 
 def gain(group: RunGroup, measure: Measure, book: Scorebook) -> Estimate | None:
@@ -337,12 +337,12 @@ class ResultRow:
     notes: list[str] = field(default_factory=list)
 
 
-def shown_splits(groups: Sequence[RunGroup]) -> dict[str, str]:
-    """Task -> the split that the report shows: test if any chosen run has it, otherwise validation."""
+def shown_splits(groups: Sequence[RunGroup], split: str | None) -> dict[str, str]:
+    """Task -> the split that the report shows: this one or, without it, test if any chosen run has it."""
     shown = {}
     for task in {group.task for group in groups}:
-        scored = {split for group in groups if group.task == task for run in group.runs for split in run.splits}
-        shown[task] = next((split for split in SPLIT_PREFERENCE if split in scored), "validation")
+        scored = {scored for group in groups if group.task == task for run in group.runs for scored in run.splits}
+        shown[task] = split or next((own for own in SPLIT_PREFERENCE if own in scored), "validation")
     return shown
 
 
@@ -357,7 +357,7 @@ def result_rows(
     Args:
         split: validation or test; None shows test if the chosen runs have it.
     """
-    splits = {group.task: split for group in groups} if split else shown_splits(groups)
+    splits = shown_splits(groups, split)
     # (setting, rank) -> LoRA's group; of several groups, the plain one.
     plain_last = sorted((group for group in groups if group.label == BASELINE), key=lambda group: group.is_plain)
     lora = {(group.setting, group.rank): group for group in plain_last}

@@ -377,25 +377,21 @@ def _read(run: Run, split: str, base: bool) -> RowScores:
             continue
         try:
             table = np.array(scores, dtype=np.float64)
-            values[metric] = table if table.ndim == 1 else pseudo_values(table, corpus_score(run, metric))
+            values[metric] = table if table.ndim == 1 else pseudo_values(table, _corpus_score(run, metric))
         except (KeyError, TypeError, ValueError, ArithmeticError, ImportError) as error:
             raise UserError(f"predictions/{split}: its scores of {metric} cannot be read ({error!r:.60})") from None
-    named = _named_clusters(run)
+    named = _listed_clusters(run.path.parent.parent / CLUSTERS_FILE).get(run.task, {})
     names = [row.cluster or named.get(row.id, "") for row in rows]
     return RowScores(tuple(row.id for row in rows), values, Clusters.of(names), len(set(names) - {""}))
 
 
 @functools.lru_cache(maxsize=8)
-def _clusters_file(path: Path) -> dict[str, dict[str, str]]:
+def _listed_clusters(path: Path) -> dict[str, dict[str, str]]:
+    """Task -> row's id -> its cluster, from a study's file, for runs whose predictions do not name them."""
     return read_typed(path, dict[str, dict[str, str]]) if path.is_file() else {}
 
 
-def _named_clusters(run: Run) -> dict[str, str]:
-    """Row's id -> its cluster, from a study's clusters.json: for runs whose predictions do not name them."""
-    return _clusters_file(run.path.parent.parent / CLUSTERS_FILE).get(run.task, {})
-
-
-def corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
+def _corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
     """The function from summed statistics to a corpus-level metric such as BLEU. The run's task defines it.
 
     Raises:
@@ -403,9 +399,8 @@ def corpus_score(run: Run, metric: str) -> Callable[[Array], float]:
     """
     if metric == TARGET_LOSS_BY_TOKEN:
         return mean_per_token
-    identity = run.record.identity
-    options = identity.tree["task"].get("options", {})
-    task = load_task(TaskConfig(name=run.task, kind=identity.task.kind, options=options))
+    kind, options = run.record.identity.task.kind, run.record.identity.tree["task"].get("options", {})
+    task = load_task(TaskConfig(name=run.task, kind=kind, options=options))
     if metric not in task.corpus_metrics:
         raise UserError(f"task {run.task}: this version of the code has no corpus score for {metric}")
     return lambda sums: float(task.corpus_score(metric, sums))
