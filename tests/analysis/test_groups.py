@@ -69,15 +69,6 @@ def test_a_failed_copy_of_a_finished_run_is_no_failure(tmp_path):
     assert (len(group.runs), group.short_marks) == (1, [])
 
 
-def test_a_stopped_rate_counts_as_tried(tmp_path):
-    scored_run(tmp_path, GOOD, BASE, lr=1e-2)
-    for lr in (1e-3, 3e-2):
-        ended(tmp_path, lr, pruned="behind\n")
-    (group,) = group_runs(*read_runs([tmp_path]))
-    assert group.rates == (1e-3, 1e-2, 3e-2)
-    assert group.short_marks == []
-
-
 def test_other_protocols_are_other_rows_and_named(tmp_path):
     scored_run(tmp_path, GOOD, BASE)
     scored_run(tmp_path, GOOD, BASE, changes={"config.train.steps": 300})

@@ -47,7 +47,6 @@ class Verdict(StrEnum):
     CANNOT_FAIL = "cannot fail here"
 
 
-WITHOUT_INFORMATION = (Verdict.UNINFORMATIVE, Verdict.CANNOT_FAIL)
 DECIDED = (Verdict.SUPPORTED, Verdict.CONTRADICTED)
 
 
@@ -339,7 +338,7 @@ def claim_verdicts(answers: Sequence[Answer]) -> list[ClaimVerdict]:
 
 
 def _over_tasks(answers: Sequence[Answer]) -> ClaimVerdict:
-    informative = [answer for answer in answers if answer.verdict not in WITHOUT_INFORMATION]
+    informative = [answer for answer in answers if answer.verdict not in (Verdict.UNINFORMATIVE, Verdict.CANNOT_FAIL)]
     rejected = rules.holm([answer.contradicted_level for answer in answers])
     contradicting = list(itertools.compress(answers, rejected))
     supporting = [answer for answer in informative if answer.verdict == Verdict.SUPPORTED]

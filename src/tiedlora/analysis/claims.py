@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from tiedlora import storage, tying
 from tiedlora.analysis import rules
@@ -27,6 +27,8 @@ from tiedlora.tasks import load_task
 from tiedlora.text import nearest
 
 EQUAL_RANK, EQUAL_PARAMETERS = "equal_rank", "equal_parameters"
+RULES = ("retains", "better_by", "level_within")
+"""The keys of a claim that name its rule, and the functions of rules.py that make it."""
 NO_SUCH = "no run here has this name, and it is no option of"
 _KNOWN_KEYS = ConfigDict(extra="forbid")
 
@@ -78,12 +80,16 @@ class Side:
         return f"{self.label} {f'at {self.at}'.replace('_', ' ') if self.at else f'r={self.rank}'}"
 
 
-def _check_extra(floor: Side | None, weakest: Side | None) -> None:
-    for key, side in (("floor", floor), ("weakest", weakest)):
-        if side is not None and side.rank is None and side.at != EQUAL_RANK:
-            raise ValueError(f"{key}: needs a rank, or at: {EQUAL_RANK}")
-        if side is not None and side.seed_offset:
-            raise ValueError(f"{key}: has the seeds of the plan; seed_offset is for method and comparator")
+def _checked(side: Side) -> Side:
+    if side.rank is None and side.at != EQUAL_RANK:
+        raise ValueError(f"needs a rank, or at: {EQUAL_RANK}")
+    if side.seed_offset:
+        raise ValueError("has the seeds of the plan; seed_offset is for method and comparator")
+    return side
+
+
+Arm = Annotated[Side, AfterValidator(_checked)]
+"""A floor or a weakest arm."""
 
 
 def _by_task(tasks: Any) -> Any:
@@ -108,14 +114,13 @@ class _Entry:
     """In the score's unit: 0.02 is two points."""
     level_within: Annotated[Number, Field(ge=0.001, lt=1)] | None = None
     """A share of the comparator's gain."""
-    floor: Side | None = None
+    floor: Arm | None = None
     """The arm whose scores are the zero point of gains; None takes that of the file, or the base model."""
-    weakest: Side | None = None
+    weakest: Arm | None = None
     """An arm that must not pass: if it does, the trial cannot fail, and a pass means nothing. None takes that of the
     file."""
 
     def __post_init__(self) -> None:
-        _check_extra(self.floor, self.weakest)
         given = [key for key in RULES if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"needs exactly one rule of {', '.join(RULES)}; it has {', '.join(given) or 'none'}")
@@ -138,7 +143,8 @@ class Claim(_Entry):
     @property
     def rule(self) -> Rule:
         """The one rule that is given."""
-        return next(make(value) for key, make in RULES.items() if (value := getattr(self, key)) is not None)
+        rule: Rule = next(getattr(rules, key)(value) for key in RULES if (value := getattr(self, key)) is not None)
+        return rule
 
     @property
     def anchor(self) -> Side:
@@ -160,13 +166,6 @@ class Claim(_Entry):
         return self.tasks.get(task) or first
 
 
-RULES: dict[str, Callable[[float], Rule]] = {
-    "retains": rules.retains,
-    "better_by": rules.better_by,
-    "level_within": rules.level_within,
-}
-
-
 @dataclass(frozen=True)
 class _File:
     """A claims file."""
@@ -176,11 +175,10 @@ class _File:
     paper: Text = ""
     looks: list[Annotated[Whole, Field(ge=2)]] = field(default_factory=lambda: list(rules.SEEDS))
     seeds: list[Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]] | None = None
-    floor: Side | None = None
-    weakest: Side | None = None
+    floor: Arm | None = None
+    weakest: Arm | None = None
 
     def __post_init__(self) -> None:
-        _check_extra(self.floor, self.weakest)
         names = [entry.name for entry in self.claims]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two claims have the name {twice!r:.80}; give each its own")
@@ -357,15 +355,12 @@ def _on_curve(configuration: str, claim: Claim, anchor: RunGroup, groups: Sequen
 
 def _shifted(group: RunGroup, side: Side) -> RunGroup:
     """The group with its seeds counted from the side's offset. Runs of lower seeds are left out."""
-    if side.seed_offset == 0:
+    if (offset := side.seed_offset) == 0:
         return group
-    runs = [
-        replace(run, record=replace(run.record, seed=run.seed - side.seed_offset))
-        for run in group.runs
-        if run.seed >= side.seed_offset
-    ]
-    diverged = {seed - side.seed_offset for seed in group.diverged_seeds if seed >= side.seed_offset}
-    name = f"{group.configuration} (seeds from {side.seed_offset})"
+    later = [run for run in group.runs if run.seed >= offset]
+    runs = [replace(run, record=replace(run.record, seed=run.seed - offset)) for run in later]
+    diverged = {seed - offset for seed in group.diverged_seeds if seed >= offset}
+    name = f"{group.configuration} (seeds from {offset})"
     return replace(group, configuration=name, runs=runs, diverged_seeds=diverged)
 
 

@@ -259,9 +259,7 @@ def worth(group: RunGroup, sizes: Sequence[RunGroup], measure: Measure, book: Sc
     Raises:
         UserError: as `paired_scores`.
     """
-    params: list[Array] = []
-    means: list[Array] = []
-    halves: list[Array] = []
+    parts = []
     seeds = {run.seed for run in measure.scored(group.runs)}
     # A size that has just begun does not take part.
     ready = [peer for peer in sizes if len(seeds & {run.seed for run in measure.scored(peer.runs)}) > 1]
@@ -274,10 +272,8 @@ def worth(group: RunGroup, sizes: Sequence[RunGroup], measure: Measure, book: Sc
         weights = np.linspace(0, 1, POINTS)[:, None, None]
         contrasts = ours - (1 - weights) * below - weights * above
         found = intervals.mean_squares(contrasts, clusters)
-        params.append(np.geomspace(smaller.params, larger.params, POINTS))
-        means.append(found.mean)
-        halves.append(found.half_width())
-    return worth_of(np.concatenate(params), np.concatenate(means), np.concatenate(halves)) if params else None
+        parts.append((np.geomspace(smaller.params, larger.params, POINTS), found.mean, found.half_width()))
+    return worth_of(*map(np.concatenate, zip(*parts, strict=True))) if parts else None
 
 
 def worth_of(sizes: Array, means: Array, halves: Array) -> Worth:
@@ -403,7 +399,7 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Sequence[RunGroup],
         return
     row.examples = runs[0].splits[measure.split].rows
     with contextlib.suppress(UserError):
-        read = book.read(runs[0], measure.split)
+        read = book.read(runs[0], measure.split, False)
         if read.clusters is not None:
             row.notes.append(f"rows in {len(read.clusters.sizes)} clusters, which intervals take as the sample")
         elif few := read.named_clusters:

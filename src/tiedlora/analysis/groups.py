@@ -70,11 +70,6 @@ class RunGroup:
         return self.runs[0].record.trainable_params
 
     @property
-    def share(self) -> float:
-        """Trainable parameters divided by those of LoRA at the same rank."""
-        return self.runs[0].record.share_of_lora
-
-    @property
     def name(self) -> str:
         return self.configuration if self.is_other_method else f"{self.configuration} r={self.rank}"
 

@@ -317,15 +317,8 @@ class Scorebook:
     """The scores of runs for each example. Each predictions file is read once."""
 
     def __init__(self) -> None:
-        self._read = functools.cache(_read)
-
-    def read(self, run: Run, split: str, base: bool = False) -> RowScores:
-        """What a predictions file has.
-
-        Raises:
-            UserError: it is missing or damaged, or the task that defines a corpus-level metric is unknown.
-        """
-        return self._read(run, split, base)
+        self.read = functools.cache(_read)
+        """What the predictions have, by run, split and whether they are the base model's."""
 
     def scores(self, run: Run, measure: Measure, base: bool = False) -> tuple[tuple[str, ...], Array]:
         """(ids, one number per example) whose mean is the metric.
@@ -349,7 +342,7 @@ class Scorebook:
             UserError: as `scores`, or the base model was scored on other examples.
         """
         ids, scores = self.scores(run, measure, base=True)
-        if ids != self.read(run, measure.split).ids:
+        if ids != self.read(run, measure.split, False).ids:
             raise UserError(f"{run.run_id}: its base model was scored on other rows")
         return scores
 
@@ -364,12 +357,17 @@ class Scorebook:
         ids, _ = self.scores(sides[0][0], measure)
         if other := next((run for side in sides for run in side if self.scores(run, measure)[0] != ids), None):
             raise UserError(f"{other.run_id}: its predictions are of other examples")
-        named = (self.read(runs[0], measure.split).clusters for runs in sides)
+        named = (self.read(runs[0], measure.split, False).clusters for runs in sides)
         clusters = next((clusters for clusters in named if clusters is not None), None)
         return [np.stack([self.scores(run, measure)[1] for run in runs]) for runs in sides], clusters
 
 
 def _read(run: Run, split: str, base: bool) -> RowScores:
+    """What a predictions file has.
+
+    Raises:
+        UserError: it is missing or damaged, or the task that defines a corpus-level metric is unknown.
+    """
     rows, values = run.rows(split, base), {}
     for metric in run.splits[split].metrics:
         scores = [row.scores.get(metric) for row in rows]

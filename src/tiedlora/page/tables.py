@@ -48,7 +48,7 @@ def results(rows: Iterable[ResultRow]) -> Table:
         Column("seeds", formats.WHOLE, lambda row: len(row.seeds)),
         Column("rows", formats.COUNT, lambda row: row.examples or None),
         Column("parameters", formats.COUNT, lambda row: row.group.params),
-        Column("share of LoRA", formats.percent(2), lambda row: row.group.share),
+        Column("share of LoRA", formats.percent(2), lambda row: row.group.runs[0].record.share_of_lora),
         Column("score", formats.SCORE, lambda row: scored(row, row.score)),
         Column("95 % seeds", formats.SCORE_ENDS, lambda row: row.score and scored(row, row.score.seeds)),
         Column("95 % examples", formats.SCORE_ENDS, lambda row: row.score and scored(row, row.score.examples)),
@@ -242,7 +242,7 @@ def _line(row: ResultRow) -> tuple[int, int, str, float]:
     """The values that identify a line of the overview."""
     group = row.group
     # The share is rounded as it is shown, because settings may differ in its last digits.
-    return group.rank, group.params, group.configuration, round(group.share, 4)
+    return group.rank, group.params, group.configuration, round(group.runs[0].record.share_of_lora, 4)
 
 
 def _task_score(row: ResultRow) -> TaskScore:
