@@ -79,8 +79,8 @@ def test_mlflow_reads_the_run_back(tiny_run, tmp_path):
 
 @pytest.mark.skipif(find_spec("trackio") is None, reason="needs the extra trackio")
 def test_trackio_shows_a_models_text_as_text():
-    from tiedlora.tracking.trackio import _as_text
+    from tiedlora.tracking.trackio import MARKUP
 
-    assert _as_text("<img src=x onerror=alert(1)> **a** `b` [c](d)") == (
+    assert "<img src=x onerror=alert(1)> **a** `b` [c](d)".translate(MARKUP) == (
         "&lt;img src=x onerror=alert(1)&gt; \\*\\*a\\*\\* \\`b\\` \\[c\\](d)"
     )

@@ -20,7 +20,7 @@ from tiedlora.records.rows import (
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
 from tiedlora.tracking.base import TrackedRun, Tracker
-from tiedlora.tracking.run_trackers import RunTrackers, answers_table
+from tiedlora.tracking.run_trackers import RunTrackers, first_answers
 
 
 class FakeTracker(Tracker):
@@ -36,8 +36,8 @@ class FakeTracker(Tracker):
         self.logged += rows
         self.rows_on_disk.append(len(read_metrics(RunFolder(self.run.folder).metrics_file)))
 
-    def log_answers(self, table):
-        self.answers = table
+    def log_answers(self, answers):
+        self.answers = answers
 
     def finish(self, summary, exit_code=0):
         self.finished.append((dict(summary), exit_code))
@@ -132,18 +132,17 @@ class TestAnswers:
         folder = RunFolder(tmp_path)
         write_predictions(folder.predictions_file("validation"), [long] * 100)
         write_predictions(folder.predictions_file("validation.base"), [long])
-        table = answers_table(folder, 7)
-        assert table.columns == ("split", "row", "prompt", "references", "base", "answer", "f1")
-        assert len(table.rows) == 7
-        assert max(len(cell) for row in table.rows for cell in row if isinstance(cell, str)) < 2100
-        assert table.rows[0][5] == "␛]0;x␇<script>alert(1)</script>"
+        answers = first_answers(folder, 7)
+        assert [list(row) for row in answers] == 7 * [["split", "row", "prompt", "references", "base", "answer", "f1"]]
+        assert max(len(cell) for row in answers for cell in row.values() if isinstance(cell, str)) < 2100
+        assert answers[0]["answer"] == "␛]0;x␇<script>alert(1)</script>"
 
     def test_losses_alone_are_no_answers(self, tmp_path):
         folder = RunFolder(tmp_path)
         row = PredictionRow("1", "p", ["r"], "", {"target_loss": 0.5}, ended=NOT_GENERATED)
         write_predictions(folder.predictions_file("validation"), [row])
-        assert answers_table(folder, 7) is None
-        assert answers_table(RunFolder(tmp_path / "nothing"), 7) is None
+        assert first_answers(folder, 7) == []
+        assert first_answers(RunFolder(tmp_path / "nothing"), 7) == []
 
 
 class TestRun:
@@ -157,7 +156,7 @@ class TestRun:
         ((summary, exit_code),) = tracker.finished
         assert exit_code == 0
         assert summary["trainable_params"] == record.trainable_params
-        assert len(tracker.answers.rows) == record.scores["validation"].rows
+        assert len(tracker.answers) == record.scores["validation"].rows
         value = record.scores["validation"].metrics["exact_match_strict"].value
         assert summary["validation/exact_match_strict"] == value
 

@@ -17,8 +17,8 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from tiedlora.analysis.compare import BASELINE
 from tiedlora.analysis.groups import RunGroup
@@ -43,11 +43,9 @@ METHOD = "TABuv"
 class Sheet:
     """One setting's answers on one split."""
 
-    key: str
-    """Names the sheet in links. It does not change when other runs join the report."""
-    title: str
     head: dict[str, Any]
-    """What the page needs before it unpacks anything: runs, metrics, number of rows."""
+    """What the page needs before it unpacks anything. Its key names the sheet in links, and does not change when other
+    runs join the report."""
     index: str
     texts: list[str]
     """Blocks of BLOCK rows."""
@@ -58,18 +56,17 @@ class Sheet:
         return len(self.index) + sum(map(len, self.texts)) + 100 * len(self.texts)
 
 
-@dataclass
-class _Column:
+class _Column(NamedTuple):
     """The answers of one run."""
 
-    name: str
-    id: str
-    group: RunGroup | None = None
+    head: dict[str, Any]
+    """Its name, the end of its id, and its marks."""
+    group: RunGroup | None
     """None for the base model."""
-    seed: int = 0
-    which: list[int] = field(default_factory=list)
-    """For each row, the number of its answer among the row's different answers; -1 without an answer."""
-    scores: dict[str, list[float | None]] = field(default_factory=dict)
+    seed: int
+    outputs: list[str | None]
+    """One for each row; None where no answer was generated."""
+    scores: dict[str, list[float | None]]
 
 
 def sheets(groups: Iterable[RunGroup], splits: dict[RunGroup, str], most_bytes: int = MOST_BYTES) -> list[Sheet]:
@@ -96,103 +93,82 @@ def sheets(groups: Iterable[RunGroup], splits: dict[RunGroup, str], most_bytes: 
 
 
 def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int]) -> Sheet | None:
+    """The sheet of the runs with these seeds; None if no run's predictions can be shown."""
     runs = [(group, run) for group in groups for run in group.runs if split in run.splits]
     left_out = [f"{_name(group, run)}: the page would be too large" for group, run in runs if run.seed not in seeds]
-    runs = [(group, run) for group, run in runs if run.seed in seeds]
-    rows = _Rows()
-    base = next((run for _, run in runs if run.splits[split].base), None)
-    if base is not None and (problem := rows.add(_Column(BASE, BASE), base, split, base=True)):
-        left_out.append(f"base: {problem}")
-    for group, run in runs:
-        column = _Column(_name(group, run), run.run_id[-10:], group, run.seed)
-        if problem := rows.add(column, run, split):
-            left_out.append(f"{column.name}: {problem}")
-    if not any(column.group for column in rows.columns):
+    asked, columns = _columns([(group, run) for group, run in runs if run.seed in seeds], split, left_out)
+    if not any(column.group for column in columns):
         return None
-    group = groups[0]
-    setting = hashlib.sha256(f"{group.setting}{split}".encode()).hexdigest()[:6]
-    key = re.sub(r"[^A-Za-z0-9_.]+", "-", f"{group.task}.{group.model}.{split}")[:60] + f".{setting}"
-    return rows.sheet(key, visible(f"{group.task_in_words}, {group.model}"), split, list(map(visible, left_out)))
+    # A metric without a score of a row, such as BLEU, is not offered.
+    scored = (name for c in columns for name, own in c.scores.items() if any(score is not None for score in own))
+    metrics = list(dict.fromkeys(scored))
+    answers, which = [], []
+    for outputs in zip(*(column.outputs for column in columns), strict=True):
+        # Whole texts are compared: those that differ only beyond the part that is shown still differ.
+        different = dict.fromkeys(output for output in outputs if output is not None)
+        numbers = {output: number for number, output in enumerate(different)}
+        answers.append(list(map(shortened, different)))
+        which.append([-1 if output is None else numbers[output] for output in outputs])
+    about, setting = groups[0], hashlib.sha256(f"{groups[0].setting}{split}".encode()).hexdigest()[:6]
+    head: dict[str, Any] = {
+        "key": re.sub(r"[^A-Za-z0-9_.]+", "-", f"{about.task}.{about.model}.{split}")[:60] + f".{setting}",
+        "title": visible(f"{about.task_in_words}, {about.model}"),
+        "split": split,
+        "rows": len(asked),
+        "block": BLOCK,
+        "runs": [column.head for column in columns],
+        "metrics": [{"name": visible(name), "sign": -1 if is_loss(name) else 1} for name in metrics],
+        "pair": _pair(columns),
+        "leftOut": list(map(visible, left_out)),
+    }
+    index = {
+        "ids": [visible(row.id) for row in asked],
+        # A list for each run.
+        "which": list(zip(*which, strict=True)),
+        "scores": [[column.scores.get(name) for column in columns] for name in metrics],
+    }
+    rows: dict[str, list[Any]] = {
+        "prompts": [shortened(row.prompt) for row in asked],
+        "references": [list(map(shortened, row.references)) for row in asked],
+        "answers": answers,
+    }
+    texts = [
+        packed({name: of_rows[start : start + BLOCK] for name, of_rows in rows.items()})
+        for start in range(0, len(asked), BLOCK)
+    ]
+    return Sheet(head, packed(index), texts)
+
+
+def _columns(
+    runs: Sequence[tuple[RunGroup, Run]], split: str, left_out: list[str]
+) -> tuple[list[PredictionRow], list[_Column]]:
+    """The rows that were asked, and what the base and each run answered. `left_out` gets what cannot be shown."""
+    base: list[tuple[RunGroup | None, Run]] = [(None, run) for _, run in runs if run.splits[split].base]
+    asked: list[PredictionRow] = []
+    columns: list[_Column] = []
+    for group, run in [*base[:1], *runs]:
+        head: dict[str, Any] = {"name": BASE, "id": BASE, "marks": []}
+        if group is not None:
+            head = {"name": _name(group, run), "id": run.run_id[-10:], "marks": list(map(visible, group.short_marks))}
+        try:
+            rows = run.rows(split, base=group is None)
+        except UserError as error:
+            left_out.append(f"{head['name']}: {error}")
+            continue
+        if columns and [row.id for row in rows] != [row.id for row in asked]:
+            left_out.append(f"{head['name']}: its predictions are of other rows")
+            continue
+        # A record that was exported without prompts has empty ones; another run may have them.
+        if not any(row.prompt for row in asked):
+            asked = rows
+        outputs = [row.output if row.has_answer else None for row in rows]
+        scores = {metric: [_score(row, metric) for row in rows] for metric in run.splits[split].metrics}
+        columns.append(_Column(head, group, run.seed, outputs, scores))
+    return asked, columns
 
 
 def _name(group: RunGroup, run: Run) -> str:
     return visible(f"{group.name} · seed {run.seed}")
-
-
-class _Rows:
-    """The rows of a sheet, to which the columns are added one after the other, so that one file is open at a time."""
-
-    def __init__(self) -> None:
-        self.ids: list[str] = []
-        self.prompts: list[str] = []
-        self.references: list[list[str]] = []
-        self.answers: list[list[str]] = []
-        self.columns: list[_Column] = []
-        self._numbers: list[dict[str, int]] = []
-
-    def add(self, column: _Column, run: Run, split: str, base: bool = False) -> str:
-        """Add a run's predictions. Returns why they cannot be shown; empty if they are."""
-        try:
-            rows = run.rows(split, base)
-        except UserError as error:
-            return str(error)
-        ids = [visible(row.id) for row in rows]
-        if self.ids and ids != self.ids:
-            return "its predictions are of other rows"
-        if not self.ids:
-            self.ids = ids
-            self.answers, self._numbers = [[] for _ in rows], [{} for _ in rows]
-        if not any(self.prompts):
-            # A record that was exported without prompts has empty ones; another run may have them.
-            self.prompts = [shortened(row.prompt) for row in rows]
-            self.references = [[shortened(reference) for reference in row.references] for row in rows]
-        column.which = [self._number(place, row) for place, row in enumerate(rows)]
-        for metric in run.splits[split].metrics:
-            scores = [_score(row, metric) for row in rows]
-            if any(score is not None for score in scores):
-                column.scores[metric] = scores
-        self.columns.append(column)
-        return ""
-
-    def _number(self, place: int, row: PredictionRow) -> int:
-        if not row.has_answer:
-            return -1
-        text = shortened(row.output)
-        # Texts that differ only beyond the part that is shown still differ.
-        numbers, key = self._numbers[place], row.output
-        if key not in numbers:
-            numbers[key] = len(numbers)
-            self.answers[place].append(text)
-        return numbers[key]
-
-    def sheet(self, key: str, title: str, split: str, left_out: list[str]) -> Sheet:
-        """The packed sheet."""
-        metrics = list(dict.fromkeys(name for column in self.columns for name in column.scores))
-        head = {
-            "key": key,
-            "title": title,
-            "split": split,
-            "rows": len(self.ids),
-            "block": BLOCK,
-            "runs": [
-                {"name": c.name, "id": c.id, "marks": list(map(visible, c.group.short_marks)) if c.group else []}
-                for c in self.columns
-            ],
-            "metrics": [{"name": visible(name), "sign": -1 if is_loss(name) else 1} for name in metrics],
-            "pair": _pair(self.columns),
-            "leftOut": left_out,
-        }
-        index = {
-            "ids": self.ids,
-            "which": [column.which for column in self.columns],
-            "scores": [[column.scores.get(name) for column in self.columns] for name in metrics],
-        }
-        parts: dict[str, list[Any]] = {"prompts": self.prompts, "references": self.references, "answers": self.answers}
-        texts = [
-            packed({name: rows[start : start + BLOCK] for name, rows in parts.items()})
-            for start in range(0, len(self.ids), BLOCK)
-        ]
-        return Sheet(key, title, head, packed(index), texts)
 
 
 def _score(row: PredictionRow, metric: str) -> float | None:
@@ -210,9 +186,8 @@ def _pair(columns: Sequence[_Column]) -> list[int]:
         for second, tied, other_seed in own
         if lora.label == BASELINE and tied.label == METHOD
     ]
-    if pairs:
-        return list(min(pairs)[2:])
-    return [0, len(columns) - 1] if len(columns) < 3 else [1, 2]
+    first_two = (0, len(columns) - 1) if len(columns) < 3 else (1, 2)
+    return list(min(pairs)[2:] if pairs else first_two)
 
 
 def packed(value: Any) -> str:

@@ -54,16 +54,9 @@ class TrackedRun:
         return self.config.model.name.rsplit("/", 1)[-1]
 
 
-Cell = str | float | int | None
-
-
-@dataclass(frozen=True)
-class AnswersTable:
-    """What the model answered, for people. A tracker must show its texts as text."""
-
-    columns: tuple[str, ...]
-    rows: list[tuple[Cell, ...]]
-    """Each has a value for every column."""
+Answers = Sequence[Mapping[str, str | float | None]]
+"""A table of what the model answered, for people: in each row the same columns, with texts that a tracker must show as
+text."""
 
 
 class Tracker:
@@ -85,8 +78,8 @@ class Tracker:
     def log(self, rows: Sequence[MetricsRow]) -> None:
         """Write rows of metrics, in the order of their steps."""
 
-    def log_answers(self, table: AnswersTable) -> None:
-        """Write the table `answers`, after the last row and before the end."""
+    def log_answers(self, answers: Answers) -> None:
+        """Write the table `answers`, which has rows, after the last row of metrics and before the end."""
 
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
         """Close the run.
@@ -99,3 +92,4 @@ class Tracker:
 
     def abandon(self) -> None:
         """Close what is open after a failure, so that no dead connection is left for the next run of this process."""
+        self.finish({}, exit_code=1)

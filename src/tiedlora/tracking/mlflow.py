@@ -15,7 +15,7 @@ from typing import Any
 
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
-from tiedlora.tracking.base import AnswersTable, TrackedRun, Tracker
+from tiedlora.tracking.base import Answers, TrackedRun, Tracker
 
 # MLflow reads these when it is imported: it would report its use, and wait minutes for a server that is away.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -55,7 +55,9 @@ class MlflowTracker(Tracker):
         if server is None:
             outputs.mkdir(parents=True, exist_ok=True)
         self.client = MlflowClient(tracking_uri=server or f"sqlite:///{outputs}/mlflow.db")
-        experiment = self._experiment(run.config.tracking.project, None if server else f"file://{outputs}/mlartifacts")
+        project, artifacts = run.config.tracking.project, None if server else f"file://{outputs}/mlartifacts"
+        found = self.client.get_experiment_by_name(project)
+        experiment = found.experiment_id if found else self.client.create_experiment(project, artifacts)
         for old in self.client.search_runs([experiment], f"tags.{ID_TAG} = '{run.run_id}'"):
             self.client.delete_run(old.info.run_id)
         tags = {ID_TAG: run.run_id, "group": run.group, "tags": ", ".join(run.tags)}
@@ -71,30 +73,17 @@ class MlflowTracker(Tracker):
         for some in _batches(metrics, MOST_METRICS):
             self.client.log_batch(self.run, metrics=some)
 
-    def log_answers(self, table: AnswersTable) -> None:
+    def log_answers(self, answers: Answers) -> None:
         """Write the table as an artifact, which MLflow's page shows as a table."""
-        columns = {column: [row[place] for row in table.rows] for place, column in enumerate(table.columns)}
+        columns = {column: [row[column] for row in answers] for column in answers[0]}
         self.client.log_table(self.run, columns, "answers.json")
 
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
-        """Write the summary as metrics without a step, and close the run."""
-        now = int(1000 * time.time())
-        metrics = [Metric(key, value, now, 0) for key, value in summary.items() if not isinstance(value, str)]
+        """Write the summary as metrics of step 0, and its words as tags, and close the run."""
+        self.log([MetricsRow(0, {key: value for key, value in summary.items() if not isinstance(value, str)})])
         tags = [RunTag(key, value) for key, value in summary.items() if isinstance(value, str)]
-        for some in _batches(metrics, MOST_METRICS):
-            self.client.log_batch(self.run, metrics=some)
         self.client.log_batch(self.run, tags=tags)
         self.client.set_terminated(self.run, "FAILED" if exit_code else "FINISHED")
-
-    def abandon(self) -> None:
-        """Mark the run as failed, if MLflow still answers."""
-        self.client.set_terminated(self.run, "FAILED")
-
-    def _experiment(self, name: str, artifacts: str | None) -> str:
-        experiment = self.client.get_experiment_by_name(name)
-        if experiment is not None:
-            return str(experiment.experiment_id)
-        return str(self.client.create_experiment(name, artifact_location=artifacts))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -9,20 +9,21 @@ from __future__ import annotations
 import configparser
 import importlib
 import logging
-import netrc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import cast
+
+from requests.utils import get_netrc_auth
 
 from tiedlora.config.schema import Config
 from tiedlora.errors import Paused, UserError
 from tiedlora.records.rows import AppendedFile, MetricsRow, PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.text import visible, visible_lines
-from tiedlora.tracking.base import AnswersTable, Cell, TrackedRun, Tracker
+from tiedlora.tracking.base import Answers, TrackedRun, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +60,9 @@ def is_logged_in() -> bool:
         return False
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or _configured_server() or WANDB_SERVER).hostname
-    files = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
-    for file in files:
-        path = Path(file).expanduser()
-        with suppress(OSError, ValueError, netrc.NetrcParseError):
-            if path.is_file():
-                found = netrc.netrc(path).authenticators(host or "")
-                return found is not None and bool(found[2])
+    # The file of keys is the one that NETRC names, ~/.netrc or ~/_netrc, as W&B looks for it. It may be damaged.
+    with suppress(ValueError):
+        return get_netrc_auth(os.environ.get("WANDB_BASE_URL") or _configured_server() or WANDB_SERVER) is not None
     return False
 
 
@@ -119,7 +115,9 @@ class RunTrackers:
 
     def finish(self, summary: Mapping[str, float | int | str]) -> None:
         """Close every tracker of a finished run. Each gets a table of the run's first answers."""
-        self._try(self._log_answers)
+        most = self._run.config.tracking.answers
+        if answers := first_answers(RunFolder(self._run.folder), most) if most else []:
+            self._try(lambda tracker: tracker.log_answers(answers))
         self._try(lambda tracker: tracker.finish(summary))
 
     @contextmanager
@@ -131,11 +129,6 @@ class RunTrackers:
             exit_code = 0 if isinstance(error, Paused) else 1
             self._try(lambda tracker: tracker.finish({}, exit_code))
             raise
-
-    def _log_answers(self, tracker: Tracker) -> None:
-        most = self._run.config.tracking.answers
-        if most and (table := answers_table(RunFolder(self._run.folder), most)) is not None:
-            tracker.log_answers(table)
 
     def _try(self, call: Callable[[Tracker], None]) -> None:
         if (tracker := self._tracker) is None:
@@ -153,27 +146,29 @@ class RunTrackers:
                 tracker.abandon()
 
 
-def answers_table(folder: RunFolder, most: int) -> AnswersTable | None:
-    """Prompt, references, the base model's answer, the adapted model's, and its scores; None without answers.
+def first_answers(folder: RunFolder, most: int) -> Answers:
+    """Prompt, references, the base model's answer, the adapted model's, and its scores; empty without answers.
 
     Args:
         most: the most rows.
     """
     for split in TABLE_SPLITS:
-        if not (rows := _answered(folder, split)):
-            continue
-        base = {row.id: row.output for row in _answered(folder, f"{split}.base")}
-        metrics = [name for name, score in rows[0].scores.items() if not isinstance(score, list)]
-        columns = ("split", "row", "prompt", "references", *(("base",) if base else ()), "answer", *metrics)
-        lines: list[tuple[Cell, ...]] = []
-        for row in rows[:most]:
-            asked = (short(row.id), short(row.prompt), short(" | ".join(row.references)))
-            answers = (*((short(base.get(row.id, "")),) if base else ()), short(row.output))
-            scores = (row.scores.get(metric) for metric in metrics)
-            numbers = (None if isinstance(score, list) else score for score in scores)
-            lines.append((split, *asked, *answers, *numbers))
-        return AnswersTable(columns, lines)
-    return None
+        if rows := _answered(folder, split)[:most]:
+            base = {row.id: row.output for row in _answered(folder, f"{split}.base")}
+            metrics = [name for name, score in rows[0].scores.items() if not isinstance(score, list)]
+            return [
+                {
+                    "split": split,
+                    "row": short(row.id),
+                    "prompt": short(row.prompt),
+                    "references": short(" | ".join(row.references)),
+                    **({"base": short(base.get(row.id, ""))} if base else {}),
+                    "answer": short(row.output),
+                    **{metric: cast(float | None, row.scores.get(metric)) for metric in metrics},
+                }
+                for row in rows
+            ]
+    return []
 
 
 def _answered(folder: RunFolder, name: str) -> list[PredictionRow]:

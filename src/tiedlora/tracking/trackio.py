@@ -12,7 +12,7 @@ from typing import Any
 
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
-from tiedlora.tracking.base import AnswersTable, Cell, TrackedRun, Tracker
+from tiedlora.tracking.base import Answers, TrackedRun, Tracker
 
 try:
     import trackio
@@ -52,9 +52,9 @@ class TrackioTracker(Tracker):
         for row in rows:
             self.run.log(dict(row.values), step=row.step)
 
-    def log_answers(self, table: AnswersTable) -> None:
-        data = [[_as_text(cell) for cell in row] for row in table.rows]
-        self.run.log({"answers": trackio.Table(columns=list(table.columns), data=data)})
+    def log_answers(self, answers: Answers) -> None:
+        data = [[cell.translate(MARKUP) if isinstance(cell, str) else cell for cell in row.values()] for row in answers]
+        self.run.log({"answers": trackio.Table(columns=list(answers[0]), data=data)})
 
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
         """Write the summary as the last row, and close the run."""
@@ -62,15 +62,6 @@ class TrackioTracker(Tracker):
             if summary:
                 self.run.log(dict(summary))
             self.run.finish()
-
-    def abandon(self) -> None:
-        """Close the run after a failure."""
-        with redirect_stdout(sys.stderr):
-            self.run.finish()
-
-
-def _as_text(cell: Cell) -> Cell:
-    return cell.translate(MARKUP) if isinstance(cell, str) else cell
 
 
 TRACKER = TrackioTracker

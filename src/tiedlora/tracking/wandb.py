@@ -14,7 +14,7 @@ from typing import Any
 
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
-from tiedlora.tracking.base import AnswersTable, TrackedRun, Tracker
+from tiedlora.tracking.base import Answers, TrackedRun, Tracker
 from tiedlora.tracking.run_trackers import is_logged_in
 
 try:
@@ -36,7 +36,6 @@ class WandbTracker(Tracker):
 
     def __init__(self) -> None:
         self.run: Any = None
-        """W&B's run; None before the start and after the end."""
 
     def start(self, run: TrackedRun, earlier: Sequence[MetricsRow]) -> None:
         """Open the W&B run. It is offline if this machine is not logged in, or if W&B refuses or cannot be reached."""
@@ -64,20 +63,18 @@ class WandbTracker(Tracker):
         for row in rows:
             self.run.log(row.values, step=row.step)
 
-    def log_answers(self, table: AnswersTable) -> None:
+    def log_answers(self, answers: Answers) -> None:
         """Send the table to W&B, which shows its texts as they are."""
-        data = [list(row) for row in table.rows]
+        data = [list(row.values()) for row in answers]
         # Without a step: where a run is continued online, W&B drops what belongs to an earlier step.
-        self.run.log({"answers": wandb.Table(columns=list(table.columns), data=data, allow_mixed_types=True)})
+        self.run.log({"answers": wandb.Table(columns=list(answers[0]), data=data, allow_mixed_types=True)})
 
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
         self.run.summary.update(dict(summary))
         self.run.finish(exit_code=exit_code)
-        self.run = None
 
     def abandon(self) -> None:
         """End W&B's helper process after a failure: the next run, and the end of this process, would use it dead."""
-        self.run = None
         wandb.teardown()
 
 
