@@ -58,7 +58,7 @@ def test_cells_have_verdicts_and_differences_and_lead_to_reasons_and_the_forest_
     assert (verdict, effect) == ("contradicted", f"−{abs(100 * answer.difference.value):.1f} points")
     assert ends.startswith("[−")
     assert model.rows[0][0].verdict == "contradicted"
-    ids = [cell.id for _, cells in model.rows for cell in cells]
+    ids = [id_ for _, cells in model.rows for _, _, id_ in cells]
     assert len(ids) == len(set(ids)) == 6
     figures.write_files(panels(report, "forest"), tmp_path)
     svg = (tmp_path / "forest.svg").read_text()

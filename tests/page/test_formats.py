@@ -6,7 +6,7 @@ import math
 import pytest
 
 from tiedlora.page import formats
-from tiedlora.page.formats import Column, Scored, Table, TaskScore
+from tiedlora.page.formats import Column, Scored, Table
 from tiedlora.records.interval import Interval, Unit
 
 SCORE, GAP = Interval(0.4213, 0.4, 0.45), Interval(-0.011, -0.03, 0.008)
@@ -14,6 +14,7 @@ NO_ENDS = Interval(0.5, math.nan, math.nan)
 CASES = [
     (formats.TEXT, "squad", "squad", ["squad"]),
     (formats.TEXT, None, "–", ["–"]),
+    (formats.SCORE_ENDS, "failed", "failed", ["failed", "–"]),
     (formats.WHOLE, 8, "8", ["8"]),
     (formats.COUNT, 46080, "46,080", ["46080"]),
     (formats.amount(2), 1234.567, "1,234.57", ["1234.57"]),
@@ -32,15 +33,6 @@ CASES = [
     (formats.SCORE_ENDS, Scored(NO_ENDS), "–", ["–", "–"]),
     (formats.NAMED_ENDS, Scored(GAP), "[-3.0, +0.8]", ["", "-3.0", "+0.8"]),
     (formats.NAMED_ENDS, Scored(GAP, covers="examples"), "[-3.0, +0.8] examples", ["examples", "-3.0", "+0.8"]),
-    (formats.TASK_SCORE, TaskScore(0.482, 5, False), "48.2 (n=5)", ["48.2", "5", "", "–", "–", "–"]),
-    (
-        formats.TASK_SCORE,
-        TaskScore(0.482, 5, True, GAP),
-        "48.2 (n=5)* (-1.1 [-3.0, +0.8])",
-        ["48.2", "5", "*", "-1.1", "-3.0", "+0.8"],
-    ),
-    (formats.TASK_SCORE, TaskScore(None, 0, True), "–*", ["–", "0", "*", "–", "–", "–"]),
-    (formats.TASK_SCORE, "failed", "failed", ["failed", "–", "–", "–", "–", "–"]),
 ]
 
 

@@ -32,16 +32,6 @@ class Scored(NamedTuple):
     """What the interval covers, such as `examples`, if it is not what the column's name says."""
 
 
-class TaskScore(NamedTuple):
-    """One group's score on one task, and its difference to LoRA."""
-
-    score: float | None
-    seeds: int
-    has_notes: bool
-    difference: Interval | None = None
-    unit: Unit = Unit.POINTS
-
-
 @dataclass(frozen=True)
 class Kind:
     """How the cells of a column become text. A cell of any kind may also be a word such as `failed`, or None."""
@@ -56,10 +46,11 @@ class Kind:
     """Whether the page aligns it to the right."""
 
 
-LOW_HIGH = (" low", " high")
+VALUE_LOW_HIGH = ("", " low", " high")
 
 
-def _numbers(interval: Interval, unit: Unit, sign: str = "") -> list[str]:
+def numbers(interval: Interval, unit: Unit, sign: str = "") -> list[str]:
+    """The value and the two ends."""
     return [unit.number(number, sign) for number in (interval.value, interval.low, interval.high)]
 
 
@@ -71,13 +62,9 @@ def _scored(shown: Callable[[Unit, Interval, str], str], sign: str, start: int =
     """
     return Kind(
         lambda cell: shown(cell.unit, cell.interval, sign),
-        lambda cell: _numbers(cell.interval, cell.unit, sign)[start:stop],
-        ("", *LOW_HIGH)[start:stop],
+        lambda cell: numbers(cell.interval, cell.unit, sign)[start:stop],
+        VALUE_LOW_HIGH[start:stop],
     )
-
-
-def _value(unit: Unit, interval: Interval, sign: str) -> str:
-    return unit.number(interval.value, sign)
 
 
 def amount(decimals: int) -> Kind:
@@ -90,23 +77,14 @@ def percent(decimals: int) -> Kind:
     return Kind(lambda cell: f"{100 * cell:.{decimals}f} %")
 
 
+def _percents(cell: Interval) -> list[str]:
+    ends = [MISSING if math.isnan(end) else f"{100 * end:.0f}" for end in (cell.low, cell.high)]
+    return [f"{100 * cell.value:.0f} %", *ends]
+
+
 def _percent_interval(cell: Interval) -> str:
-    share = f"{100 * cell.value:.0f} %"
-    return share if math.isnan(cell.low) else f"{share} [{100 * cell.low:.0f}, {100 * cell.high:.0f}]"
-
-
-def _task_score(cell: TaskScore) -> str:
-    star = "*" if cell.has_notes else ""
-    if cell.score is None:
-        return f"{MISSING}{star}"
-    shown = f"{cell.unit.number(cell.score)} (n={cell.seeds}){star}"
-    return shown if cell.difference is None else f"{shown} ({cell.unit.text(cell.difference, '+')})"
-
-
-def _task_cells(cell: TaskScore) -> list[str]:
-    shown = MISSING if cell.score is None else cell.unit.number(cell.score)
-    difference = [MISSING] * 3 if cell.difference is None else _numbers(cell.difference, cell.unit, "+")
-    return [shown, str(cell.seeds), "*" if cell.has_notes else "", *difference]
+    share, low, high = _percents(cell)
+    return share if low == MISSING else f"{share} [{low}, {high}]"
 
 
 TEXT = Kind(is_number=False)
@@ -115,36 +93,23 @@ COUNT = Kind(lambda cell: f"{cell:,}", lambda cell: [str(cell)])
 """A whole number that may be large: parameters, rows."""
 RATE = Kind(lambda cell: f"{cell[0]:g} of {cell[1]}" if cell[1] > 1 else f"{cell[0]:g}")
 """The chosen learning rate, and how many were tried."""
-PERCENT_INTERVAL = Kind(
-    _percent_interval,
-    lambda cell: [
-        f"{100 * cell.value:.0f} %",
-        *(MISSING if math.isnan(end) else f"{100 * end:.0f}" for end in (cell.low, cell.high)),
-    ],
-    ("", *LOW_HIGH),
-)
+PERCENT_INTERVAL = Kind(_percent_interval, _percents, VALUE_LOW_HIGH)
 """A share as Interval."""
 WORTH = Kind(
     str,
     lambda cell: [f"{size:.0f}" if cell.is_measured(size) else "" for size in (cell.value, cell.low, cell.high)],
-    ("", *LOW_HIGH),
+    VALUE_LOW_HIGH,
 )
 """A compare.Worth. In CSV, what is beyond the curve is empty."""
-SCORE, DIFFERENCE = (_scored(_value, sign, stop=1) for sign in ("", "+"))
+SCORE, DIFFERENCE = (_scored(lambda unit, one, sign: unit.number(one.value, sign), sign, stop=1) for sign in ("", "+"))
 SCORE_ENDS, DIFFERENCE_ENDS = (_scored(Unit.ends, sign, start=1) for sign in ("", "+"))
 SCORE_INTERVAL, DIFFERENCE_INTERVAL = (_scored(Unit.text, sign) for sign in ("", "+"))
 NAMED_ENDS = Kind(
     lambda cell: f"{cell.unit.ends(cell.interval, '+')} {cell.covers}".rstrip(),
-    lambda cell: [cell.covers, *_numbers(cell.interval, cell.unit, "+")[1:]],
-    ("", *LOW_HIGH),
+    lambda cell: [cell.covers, *numbers(cell.interval, cell.unit, "+")[1:]],
+    VALUE_LOW_HIGH,
 )
 """The ends of a difference's interval, which may cover less than the column's name says."""
-TASK_SCORE = Kind(
-    _task_score,
-    _task_cells,
-    ("", " seeds", " notes", " minus LoRA", " minus LoRA low", " minus LoRA high"),
-    is_number=False,
-)
 
 
 @dataclass(frozen=True)
@@ -240,15 +205,17 @@ def safe_text(cell: str) -> str:
     return cell if not cell.lstrip().startswith(("=", "+", "-", "@")) else f"'{cell}"
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    **{c: rf"\{c}" for c in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    MISSING: "--",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-}
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        **{c: rf"\{c}" for c in "&%$#_{}"},
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        MISSING: "--",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+    }
+)
 
 
 def to_latex(table: Table) -> str:
@@ -269,4 +236,4 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 
 def _latex(cell: str) -> str:
-    return "".join(_LATEX.get(c, c) for c in visible(cell))
+    return visible(cell).translate(_LATEX)

@@ -10,11 +10,11 @@ import base64
 import hashlib
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -24,17 +24,15 @@ from tiedlora.analysis.answers import Answer, ClaimVerdict, Verdict, error_note
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.page import figures
 from tiedlora.page.browser import Sheet
-from tiedlora.page.figures import Key, Panel
+from tiedlora.page.figures import Panel
 from tiedlora.page.formats import Table, minus
-from tiedlora.records.interval import Unit
+from tiedlora.records.interval import Interval, Unit
 from tiedlora.text import visible
 
 HERE = Path(__file__).parent
 FILTERS = ("model", "task", "variant", "configuration", "rank", "metric")
 CONDENSED = ("model", "task", "variant", "metric", "split", "rows", "seeds", "device", "notes")
 """Columns that move into the table's caption if all rows have the same value."""
-VERDICTS = tuple(Verdict)
-"""The order in which a headline counts them."""
 
 
 def shown(table: Table) -> Table:
@@ -58,11 +56,7 @@ def render(
     panels: Sequence[Panel],
     sheets: Sequence[Sheet] = (),
 ) -> str:
-    """The page's text.
-
-    Args:
-        sheets: the answers in the page.
-    """
+    """The page's text. `sheets` are the answers in it."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -86,6 +80,8 @@ def render(
         summary=summary,
         sheets=sheets,
         models=models(rows, verdicts, panels),
+        legend=figures.legend,
+        inline=figures.inline,
         word=word,
         effect=effect,
         numbers=numbers,
@@ -119,16 +115,6 @@ def _filters(results: Table) -> list[tuple[str, int, list[str]]]:
 # --- Each model: the matrix of claims x tasks, the reasons behind its cells, and the charts.
 
 
-class Cell(NamedTuple):
-    """A claim on a task."""
-
-    task: str
-    answer: Answer | None
-    """None if the claim is not about the task."""
-    id: str
-    """The place of its reason on the page."""
-
-
 @dataclass(frozen=True)
 class ModelPart:
     """What the page shows of one base model."""
@@ -136,10 +122,11 @@ class ModelPart:
     name: str
     headline: str
     tasks: list[str]
-    rows: list[tuple[ClaimVerdict, list[Cell]]]
-    charts: Mapping[str, list[tuple[str, Markup]]]
-    """Kind of a figure -> title and SVG of its panels; none for a kind that it does not have."""
-    legends: Mapping[str, list[Key]]
+    rows: list[tuple[ClaimVerdict, list[tuple[str, Answer | None, str]]]]
+    """Claims with their cells: a task, the answer (None if the claim is not about the task), and the place of its
+    reason on the page."""
+    panels: Mapping[str, list[Panel]]
+    """Kind of a figure -> its panels; empty for a kind that the model does not have."""
     hidden: int
     """How many groups have no lines in the charts of training."""
 
@@ -149,11 +136,9 @@ def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: 
     parts = []
     for place, name in enumerate(dict.fromkeys(row.group.model for row in rows) or [""]):
         own: dict[str, list[Panel]] = defaultdict(list)
-        charts: dict[str, list[tuple[str, Markup]]] = defaultdict(list)
-        for panel in (panel for panel in panels if panel.model == name):
-            own[panel.kind].append(panel)
-            charts[panel.kind].append((panel.title, figures.inline(panel)))
-        legends = {kind: figures.legend(found) for kind, found in own.items()}
+        for panel in panels:
+            if panel.model == name:
+                own[panel.kind].append(panel)
         drawn = {group for panel in own["curves"] for group in panel.groups}
         hidden = len({row.group for row in rows if row.group.model == name} - drawn)
         stated = of_model(verdicts, name)
@@ -161,9 +146,9 @@ def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: 
         matrix = []
         for number, verdict in enumerate(stated):
             of_task = {answer.task: answer for answer in verdict.answers}
-            cells = [Cell(task, of_task.get(task), f"reason-{place}-{number}-{at}") for at, task in enumerate(tasks)]
+            cells = [(task, of_task.get(task), f"reason-{place}-{number}-{at}") for at, task in enumerate(tasks)]
             matrix.append((verdict, cells))
-        parts.append(ModelPart(name or "No finished run", headline(stated), tasks, matrix, charts, legends, hidden))
+        parts.append(ModelPart(name or "No finished run", headline(stated), tasks, matrix, own, hidden))
     return parts
 
 
@@ -179,8 +164,8 @@ def tasks_of(verdicts: Sequence[ClaimVerdict]) -> list[str]:
 
 def headline(verdicts: Sequence[ClaimVerdict]) -> str:
     """Such as `3 claims: 2 supported, 1 undecided`."""
-    counts = [(sum(verdict.verdict == word for verdict in verdicts), word.value) for word in VERDICTS]
-    found = [f"{count} {word}" for count, word in counts if count]
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    found = [f"{counts[word]} {word.value}" for word in Verdict if counts[word]]
     plural = "s" if len(verdicts) != 1 else ""
     return f"{len(verdicts)} claim{plural}: {', '.join(found)}" if verdicts else ""
 
@@ -206,16 +191,16 @@ def numbers(answer: Answer) -> list[tuple[str, str]]:
     """Name and value of the numbers behind a verdict."""
     if answer.measure is None:
         return []
-    unit, found = answer.measure.unit, []
-    for name, interval in (
-        ("method minus comparator, 95 %", answer.difference.widest if answer.difference else None),
-        ("contrast at the look's level", answer.contrast),
-    ):
-        if interval is not None:
-            found.append((name, f"{minus(unit.text(interval, '+'))} {unit.words}"))
-    if answer.kept is not None:
-        found.append(("share of the comparator's gain", minus(shares.kept_in_words(answer))))
-    if answer.retains_at_least is not None:
-        found.append(("keeps at least", f"{100 * answer.retains_at_least:.0f} %"))
-    found.append(("seeds and rows", f"{answer.seeds} and {answer.rows:,}"))
-    return found
+    unit, least = answer.measure.unit, answer.retains_at_least
+
+    def text(interval: Interval | None) -> str:
+        return f"{minus(unit.text(interval, '+'))} {unit.words}" if interval else ""
+
+    found = {
+        "method minus comparator, 95 %": text(answer.difference.widest if answer.difference else None),
+        "contrast at the look's level": text(answer.contrast),
+        "share of the comparator's gain": minus(shares.kept_in_words(answer)) if answer.kept is not None else "",
+        "keeps at least": "" if least is None else f"{100 * least:.0f} %",
+        "seeds and rows": f"{answer.seeds} and {answer.rows:,}",
+    }
+    return [(name, value) for name, value in found.items() if value]

@@ -13,8 +13,8 @@ from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import LeftOut
 from tiedlora.analysis.shares import SizePanel
 from tiedlora.page import formats
-from tiedlora.page.formats import Column, Scored, Table, TaskScore
-from tiedlora.records.interval import Interval
+from tiedlora.page.formats import Column, Kind, Scored, Table
+from tiedlora.records.interval import MISSING, Interval
 from tiedlora.records.run_record import RunRecord
 
 GIB, MIB = 2**30, 2**20
@@ -214,7 +214,7 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
 
     columns = [
         *(Column("configuration"), Column("rank", formats.WHOLE), Column("parameters", formats.COUNT)),
-        *(Column("share of LoRA", formats.percent(2)), *(Column(name, formats.TASK_SCORE) for name in names)),
+        *(Column("share of LoRA", formats.percent(2)), *(Column(name, TASK_SCORE) for name in names)),
     ]
     caption = (
         f"{model}: score in points of 100, loss in nats (mean over seeds, n seeds) and, in brackets, the paired "
@@ -224,11 +224,7 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
     cells = []
     for line in sorted({_line(row) for row in rows}):
         rank, params, configuration, share = line
-        own = [by_place.get((line, place)) for place in places]
-        scores = [
-            _missing(configuration, rank, place[0], folders) if row is None else _task_score(row)
-            for row, place in zip(own, places, strict=True)
-        ]
+        scores = [by_place.get((line, place)) or _missing(configuration, rank, place[0], folders) for place in places]
         cells.append([configuration, rank, params, share, *scores])
     return Table(f"overview-{re.sub(r'[^A-Za-z0-9]+', '-', model).lower()}", caption, columns, cells)
 
@@ -245,11 +241,29 @@ def _line(row: ResultRow) -> tuple[int, int, str, float]:
     return group.rank, group.params, group.configuration, round(group.runs[0].record.share_of_lora, 4)
 
 
-def _task_score(row: ResultRow) -> TaskScore:
-    score = None if row.score is None else row.score.value
-    difference = None if row.difference is None else row.difference.widest
-    has_notes = score is None or bool(row.group.marks or row.notes)
-    return TaskScore(score, len(row.seeds), has_notes, difference, row.measure.unit)
+def _task_score(row: ResultRow) -> str:
+    """Such as `48.2 (n=5)* (-1.1 [-3.0, +0.8])`: score, seeds, a star for notes, difference to LoRA."""
+    unit, star = row.measure.unit, "*" if row.group.marks or row.notes else ""
+    if row.score is None:
+        return f"{MISSING}*"
+    shown = f"{unit.number(row.score.value)} (n={len(row.seeds)}){star}"
+    return shown if row.difference is None else f"{shown} ({unit.text(row.difference.widest, '+')})"
+
+
+def _task_cells(row: ResultRow) -> list[str]:
+    unit, star = row.measure.unit, "*" if row.score is None or row.group.marks or row.notes else ""
+    score = MISSING if row.score is None else unit.number(row.score.value)
+    difference = [MISSING] * 3 if row.difference is None else formats.numbers(row.difference.widest, unit, "+")
+    return [score, str(len(row.seeds)), star, *difference]
+
+
+TASK_SCORE = Kind(
+    _task_score,
+    _task_cells,
+    ("", " seeds", " notes", *(f" minus LoRA{ending}" for ending in formats.VALUE_LOW_HIGH)),
+    is_number=False,
+)
+"""A ResultRow: its group's score on one task, and the difference to LoRA."""
 
 
 def _missing(configuration: str, rank: int, task: str, folders: Iterable[LeftOut]) -> str | None:

@@ -27,7 +27,9 @@ def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
     Raises:
         UserError: wandb-workspaces is not installed, or there is no run.
     """
+    # importlib is used because type checkers do not find the names that the packages re-export.
     try:
+        wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
         ws: Any = importlib.import_module("wandb_workspaces.workspaces")
     except ImportError:
         raise UserError(f"wandb_dashboard: {INSTALL}") from None
@@ -35,14 +37,14 @@ def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
         raise UserError("wandb_dashboard: no finished run to take tasks and metrics from")
     built = []
     for task in sorted({run.task for run in runs}):
-        scored = [run for run in runs if run.task == task]
-        keys = [key for split in SPLIT_PREFERENCE for key in _keys(scored, split)]
+        splits = [(split, run.splits.get(split)) for split in SPLIT_PREFERENCE for run in runs if run.task == task]
+        keys = list(dict.fromkeys(f"{split}/{name}" for split, scores in splits if scores for name in scores.metrics))
         built.append(
             ws.Workspace(
                 entity=entity,
                 project=project,
                 name=f"Tied-LoRA: {task}",
-                sections=_sections(keys),
+                sections=[ws.Section(name, panels, is_open=True) for name, panels in _panels(wr, keys).items()],
                 settings=ws.WorkspaceSettings(x_axis="Step"),
                 runset_settings=ws.RunsetSettings(
                     filters=[ws.Config("task.name") == task],
@@ -53,25 +55,15 @@ def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
     return built
 
 
-def _keys(runs: Sequence[Run], split: str) -> list[str]:
-    """Summary keys of a split's metrics, the task's first metric first."""
-    metrics = next((list(run.splits[split].metrics) for run in runs if split in run.splits), [])
-    return [f"{split}/{name}" for name in metrics]
-
-
-def _sections(keys: Sequence[str]) -> list[Any]:
-    # importlib is used because type checkers do not find the names that the package re-exports.
-    wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
-    ws: Any = importlib.import_module("wandb_workspaces.workspaces")
-    summary, grouped = wr.SummaryMetric, {"groupby": wr.Config(CONFIGURATION), "groupby_aggfunc": "mean"}
-
-    def scatter(key: str) -> Any:
+def _panels(wr: Any, keys: Sequence[str]) -> dict[str, list[Any]]:
+    """The name of a section -> its panels, of these keys of the runs' summaries."""
+    grouped, scatters = {"groupby": wr.Config(CONFIGURATION), "groupby_aggfunc": "mean"}, []
+    for key in keys:
         best = {"running_ymin" if is_loss(key.rpartition("/")[2]) else "running_ymax": True}
-        x, title = summary("trainable_params"), f"{key} by trainable parameters"
-        return wr.ScatterPlot(title=title, x=x, y=summary(key), log_x=True, **best)
-
-    panels = {
-        "Score by trainable parameters (Pareto)": [scatter(key) for key in keys],
+        x, y = wr.SummaryMetric("trainable_params"), wr.SummaryMetric(key)
+        scatters.append(wr.ScatterPlot(title=f"{key} by trainable parameters", x=x, y=y, log_x=True, **best))
+    return {
+        "Score by trainable parameters (Pareto)": scatters,
         "Bars": [
             wr.BarPlot(title=f"{key} by configuration", metrics=[key], groupby_rangefunc="stddev", **grouped)
             for key in keys
@@ -81,7 +73,6 @@ def _sections(keys: Sequence[str]) -> list[Any]:
             for title, key in (("validation loss", "validation/loss"), ("training loss", "train/loss"))
         ],
     }
-    return [ws.Section(name, own, is_open=True) for name, own in panels.items()]
 
 
 def specification(workspace: Any) -> Any:
