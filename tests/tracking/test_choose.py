@@ -21,9 +21,9 @@ def no_network(monkeypatch):
     for name in ("getaddrinfo", "create_connection"):
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    run_trackers._say.cache_clear()
+    run_trackers._chosen.cache_clear()
     yield
-    run_trackers._say.cache_clear()
+    run_trackers._chosen.cache_clear()
 
 
 @pytest.fixture
@@ -43,41 +43,42 @@ def test_auto_is_the_default_and_changes_no_id(tiny_run):
     } == {run_id(default)}
 
 
-def test_without_a_key_there_is_no_tracker(home, tiny_config, caplog):
+def test_without_a_key_there_is_no_tracker_and_what_the_user_says_decides(home, tiny_config, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, "tiedlora"):
         assert [run_trackers.backend_of(tiny_config()) for _ in range(3)] == ["none"] * 3
     assert [record.message for record in caplog.records if "tracking" in record.message] == [
         "tracking: only metrics.jsonl, because this machine is not logged in to W&B (`wandb login`)"
     ]
-
-
-def test_a_key_in_the_environment_or_in_netrc_chooses_wandb(home, monkeypatch, tiny_config):
+    assert run_trackers.backend_of(tiny_config("tracking=wandb")) == "wandb"
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    run_trackers._chosen.cache_clear()
     assert run_trackers.backend_of(tiny_config()) == "wandb"
-    monkeypatch.delenv("WANDB_API_KEY")
+    assert run_trackers.backend_of(tiny_config("tracking=none")) == "none"
+
+
+def test_a_key_in_the_environment_or_in_netrc_is_a_login(home, monkeypatch):
     netrc = home / ".netrc"
-    netrc.write_text("machine example.org login user password secret\n")
-    netrc.chmod(0o600)
-    assert run_trackers.backend_of(tiny_config()) == "none"
-    netrc.write_text(f"machine api.wandb.ai login user password {'x' * 40}\n")
-    assert run_trackers.backend_of(tiny_config()) == "wandb"
+    netrc.touch(0o600)
+    for host, is_found in (("example.org", False), ("api.wandb.ai", True)):
+        netrc.write_text(f"machine {host} login user password {'x' * 40}\n")
+        assert run_trackers.is_logged_in() == is_found
     # The key of another server is none for this one.
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert run_trackers.backend_of(tiny_config()) == "none"
+    assert not run_trackers.is_logged_in()
     netrc.write_text(f"machine wandb.example.org login user password {'x' * 40}\n")
-    assert run_trackers.backend_of(tiny_config()) == "wandb"
+    assert run_trackers.is_logged_in()
     monkeypatch.delenv("WANDB_BASE_URL")
     settings = home / ".config" / "wandb" / "settings"
     settings.parent.mkdir(parents=True)
     settings.write_text("[default]\nbase_url = https://wandb.example.org\n")
-    assert run_trackers.backend_of(tiny_config()) == "wandb"
-    netrc.write_text("machine\n\x00 not a netrc")
-    assert run_trackers.backend_of(tiny_config()) == "none"
-    assert run_trackers.backend_of(tiny_config("tracking=wandb")) == "wandb", "what the user says decides"
+    assert run_trackers.is_logged_in()
+    for damaged in (b"machine\n\x00 not a netrc", b"\xff\xfe\x81"):
+        netrc.write_bytes(damaged)
+        assert not run_trackers.is_logged_in()
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert run_trackers.backend_of(tiny_config("tracking=none")) == "none"
+    assert run_trackers.is_logged_in()
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert run_trackers.backend_of(tiny_config()) == "none"
+    assert not run_trackers.is_logged_in()
 
 
 def test_a_run_on_a_machine_without_an_account_asks_no_server(home, tiny_config):

@@ -19,8 +19,8 @@ from tiedlora.records.rows import (
 )
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
-from tiedlora.tracking.base import TrackedRun, Tracker
-from tiedlora.tracking.run_trackers import RunTrackers, first_answers
+from tiedlora.tracking import run_trackers
+from tiedlora.tracking.run_trackers import RunTrackers, TrackedRun, Tracker, first_answers
 
 
 class FakeTracker(Tracker):
@@ -85,16 +85,16 @@ class TestAppendedFile:
 class TestRunTrackers:
     def test_metrics_jsonl_is_first_and_a_resumed_segment_holds_the_whole_curve(self, faked, fake, tmp_path):
         tracked, file = TrackedRun("run", tmp_path, faked(), trainable_params=1), tmp_path / "metrics.jsonl"
-        trackers = RunTrackers(tracked, file, step=0)
+        trackers = RunTrackers(tracked, step=0)
         for row in rows(1, 2, 3, 4, 5, 6):
             trackers.log([row])
-        RunTrackers(tracked, file, step=4).log(rows(5))
+        RunTrackers(tracked, step=4).log(rows(5))
         first, resumed = fake
         assert (first.earlier, first.logged) == ([], rows(1, 2, 3, 4, 5, 6))
         assert first.rows_on_disk == [1, 2, 3, 4, 5, 6]
         assert resumed.earlier + resumed.logged == rows(1, 2, 3, 4, 5) == read_metrics(file)
         # A run without a checkpoint starts over.
-        RunTrackers(tracked, file, step=None)
+        RunTrackers(tracked, step=None)
         assert read_metrics(file) == []
 
 
@@ -114,16 +114,14 @@ class TestFailures:
         assert "server on fire ␛[31m" in warnings[0]
 
     def test_a_package_that_is_missing_is_a_mistake_only_if_it_was_asked_for(self, tiny_config, monkeypatch, tmp_path):
-        def missing(name):
-            raise UserError("not installed")
-
         auto, named = tiny_config(), tiny_config("tracking=wandb")
-        monkeypatch.setattr("tiedlora.tracking.run_trackers.importlib.import_module", missing)
-        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-        RunTrackers(TrackedRun("run", tmp_path, auto, 1), tmp_path / "metrics.jsonl", step=0).log(rows(1))
+        monkeypatch.setattr(run_trackers, "_chosen", lambda: "wandb")
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        monkeypatch.delitem(sys.modules, "tiedlora.tracking.wandb", raising=False)
+        RunTrackers(TrackedRun("run", tmp_path, auto, 1), step=0).log(rows(1))
         assert read_metrics(tmp_path / "metrics.jsonl") == rows(1)
-        with pytest.raises(UserError, match="not installed"):
-            RunTrackers(TrackedRun("run", tmp_path, named, 1), tmp_path / "m.jsonl", step=0)
+        with pytest.raises(UserError, match="wandb is not installed"):
+            RunTrackers(TrackedRun("run", tmp_path, named, 1), step=0)
 
 
 class TestAnswers:

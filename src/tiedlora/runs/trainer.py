@@ -43,9 +43,8 @@ from tiedlora.scoring.passes import wanted_passes
 from tiedlora.scoring.split import Scorer
 from tiedlora.scoring.summary import summarise
 from tiedlora.tasks import Example, load_examples, load_task
-from tiedlora.tracking.base import TrackedRun
 from tiedlora.tracking.progress import ProgressBar
-from tiedlora.tracking.run_trackers import RunTrackers
+from tiedlora.tracking.run_trackers import RunTrackers, TrackedRun
 from tiedlora.training import checkpoint, compiling
 from tiedlora.training.distributed import World, equal_passes, is_sharded, join_world, shard
 from tiedlora.training.loop import Loop, TrainState
@@ -289,7 +288,7 @@ class Trainer:
         # 3. Write config.yaml, and open the files that grow and the trackers.
         storage.write_bytes(folder.config_file, OmegaConf.to_yaml(config_tree(config)).encode())
         run = TrackedRun(folder.path.name, folder.path, config, self.trainable_params)
-        self.trackers = RunTrackers(run, folder.metrics_file, resumed_step)
+        self.trackers = RunTrackers(run, resumed_step)
         self.row_losses_file = AppendedFile(folder.validation_losses_file, read_validation_losses, resumed_step)
         self.bar = ProgressBar("training", config.train.steps, "steps", self.state.step)
         # 4. Train.

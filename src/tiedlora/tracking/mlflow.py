@@ -15,7 +15,7 @@ from typing import Any
 
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
-from tiedlora.tracking.base import Answers, TrackedRun, Tracker
+from tiedlora.tracking.run_trackers import Answers, TrackedRun, Tracker
 
 # MLflow reads these when it is imported: it would report its use, and wait minutes for a server that is away.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -1,5 +1,9 @@
 """The trackers of one run: metrics.jsonl, and the tracker that `tracking.backend` names, with its table of answers.
 
+A tracker is one file here with a subclass of Tracker as its `TRACKER`, and one option of conf/tracking/ that names it.
+The run's own metrics.jsonl is the record, and a tracker gets a copy of it: after an interruption it gets all rows
+again. So no failure of a tracker may end a run.
+
 With tracking=auto it is W&B where this machine is logged in, and no tracker elsewhere. To choose, no tracker is
 imported and no server is asked: a key in the environment or in ~/.netrc is all that is looked for.
 """
@@ -12,18 +16,19 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from requests.utils import get_netrc_auth
 
-from tiedlora.config.schema import Config
+from tiedlora.config.identity import config_tree
+from tiedlora.config.schema import LONGEST_TAG, Config
 from tiedlora.errors import Paused, UserError
 from tiedlora.records.rows import AppendedFile, MetricsRow, PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.text import visible, visible_lines
-from tiedlora.tracking.base import Answers, TrackedRun, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -37,21 +42,96 @@ TABLE_SPLITS = ("test", "validation")
 """The split whose answers are shown is the first of these that was scored."""
 
 
+@dataclass(frozen=True)
+class TrackedRun:
+    """The description of a run that a tracker gets before the first step."""
+
+    run_id: str
+    folder: Path
+    config: Config
+    trainable_params: int
+
+    @property
+    def name(self) -> str:
+        """The name for people, such as `TABuv r8 chain_sum s0`."""
+        config = self.config
+        return f"{config.tying.name} r{config.rank.r} {config.task.name} s{config.seed}"
+
+    @property
+    def group(self) -> str:
+        """The sweep that the run belongs to, or the model and the task of a single run."""
+        return self.config.tracking.group or f"{self._model}/{self.config.task.name}"
+
+    @property
+    def tags(self) -> list[str]:
+        """Words to filter by."""
+        config = self.config
+        words = [self._model, config.task.name, config.tying.name, f"r{config.rank.r}"]
+        return [*(word[:LONGEST_TAG] for word in words), *config.tracking.tags]
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration as nested plain data, with the run's id and size."""
+        return {**config_tree(self.config), "run_id": self.run_id, "trainable_params": self.trainable_params}
+
+    @property
+    def _model(self) -> str:
+        return self.config.model.name.rsplit("/", 1)[-1]
+
+
+Answers = Sequence[Mapping[str, str | float | None]]
+"""A table of what the model answered, for people: in each row the same columns, with texts that a tracker must show as
+text."""
+
+
+class Tracker:
+    """Receives the metrics of one run. An error that a method raises ends the tracker, not the run."""
+
+    title = "the tracker"
+    """The name in messages."""
+
+    def start(self, run: TrackedRun, earlier: Sequence[MetricsRow]) -> None:
+        """Open the run.
+
+        Args:
+            earlier: the rows that were logged before the run was interrupted; the tracker should write them again.
+
+        Raises:
+            UserError: the tracker's package is not installed.
+        """
+
+    def log(self, rows: Sequence[MetricsRow]) -> None:
+        """Write rows of metrics, in the order of their steps."""
+
+    def log_answers(self, answers: Answers) -> None:
+        """Write the table `answers`, which has rows, after the last row of metrics and before the end."""
+
+    def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
+        """Close the run.
+
+        Args:
+            summary: the finished run's record as flat keys (records.summary.flat_summary); empty if the run failed or
+                is paused.
+            exit_code: 1 if the run failed or was stopped.
+        """
+
+    def abandon(self) -> None:
+        """Close what is open after a failure, so that no dead connection is left for the next run of this process."""
+        self.finish({}, exit_code=1)
+
+
 def backend_of(config: Config) -> str:
-    """The tracker's file in this package, or `none`. What `auto` has chosen is logged once in a process."""
-    if config.tracking.backend != AUTO:
-        return config.tracking.backend
-    logged_in = is_logged_in()
-    _say(logged_in)
-    return WANDB if logged_in else NONE
+    """The tracker's file in this package, or `none`."""
+    return _chosen() if config.tracking.backend == AUTO else config.tracking.backend
 
 
 @cache
-def _say(logged_in: bool) -> None:
-    if logged_in:
+def _chosen() -> str:
+    """What `auto` chooses. It is logged once in a process."""
+    if is_logged_in():
         log.info("tracking: W&B, because this machine is logged in (tracking=none switches it off)")
-    else:
-        log.info("tracking: only metrics.jsonl, because this machine is not logged in to W&B (`wandb login`)")
+        return WANDB
+    log.info("tracking: only metrics.jsonl, because this machine is not logged in to W&B (`wandb login`)")
+    return NONE
 
 
 def is_logged_in() -> bool:
@@ -82,7 +162,7 @@ class RunTrackers:
     The first failure of the tracker is one warning; then it gets nothing more.
     """
 
-    def __init__(self, run: TrackedRun, metrics_file: Path, step: int | None) -> None:
+    def __init__(self, run: TrackedRun, step: int | None) -> None:
         """
         Args:
             step: that of the checkpoint, or None without one. Rows of later steps are dropped, because the run will log
@@ -91,8 +171,8 @@ class RunTrackers:
         Raises:
             UserError: the package of the tracker that tracking= names is not installed.
         """
-        self._run = run
-        self._metrics = AppendedFile(metrics_file, read_metrics, step)
+        self._folder, self._most_answers = RunFolder(run.folder), run.config.tracking.answers
+        self._metrics = AppendedFile(self._folder.metrics_file, read_metrics, step)
         self._tracker: Tracker | None = None
         if (backend := backend_of(run.config)) == NONE:
             return
@@ -115,9 +195,12 @@ class RunTrackers:
 
     def finish(self, summary: Mapping[str, float | int | str]) -> None:
         """Close every tracker of a finished run. Each gets a table of the run's first answers."""
-        most = self._run.config.tracking.answers
-        if answers := first_answers(RunFolder(self._run.folder), most) if most else []:
-            self._try(lambda tracker: tracker.log_answers(answers))
+
+        def log_answers(tracker: Tracker) -> None:
+            if answers := first_answers(self._folder, self._most_answers):
+                tracker.log_answers(answers)
+
+        self._try(log_answers)
         self._try(lambda tracker: tracker.finish(summary))
 
     @contextmanager
@@ -147,11 +230,7 @@ class RunTrackers:
 
 
 def first_answers(folder: RunFolder, most: int) -> Answers:
-    """Prompt, references, the base model's answer, the adapted model's, and its scores; empty without answers.
-
-    Args:
-        most: the most rows.
-    """
+    """Prompt, references, the base model's answer, the adapted model's, and its scores, of the first `most` rows."""
     for split in TABLE_SPLITS:
         if rows := _answered(folder, split)[:most]:
             base = {row.id: row.output for row in _answered(folder, f"{split}.base")}

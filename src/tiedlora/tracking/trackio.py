@@ -12,7 +12,7 @@ from typing import Any
 
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
-from tiedlora.tracking.base import Answers, TrackedRun, Tracker
+from tiedlora.tracking.run_trackers import Answers, TrackedRun, Tracker
 
 try:
     import trackio

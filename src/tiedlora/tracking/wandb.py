@@ -14,8 +14,7 @@ from typing import Any
 
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
-from tiedlora.tracking.base import Answers, TrackedRun, Tracker
-from tiedlora.tracking.run_trackers import is_logged_in
+from tiedlora.tracking.run_trackers import Answers, TrackedRun, Tracker, is_logged_in
 
 try:
     import wandb
