@@ -28,7 +28,7 @@ from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import FORGETTING
-from tiedlora.export.weights import to_merged
+from tiedlora.export.folder import to_merged
 from tiedlora.records.loss_metrics import TARGET_LOSS
 from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder

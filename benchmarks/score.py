@@ -47,7 +47,7 @@ def train(folder: Path, *overrides: str) -> None:
     import harness
 
     from tiedlora.adapter import Attached
-    from tiedlora.export.weights import to_peft
+    from tiedlora.export.folder import to_peft
 
     short = ("train.steps=20", "train.validation_rows=1", "train.validate_every=0")
     arm = harness.train(config("bfloat16", *short, *overrides), folder / "run").arm

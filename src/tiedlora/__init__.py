@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tiedlora.adapter.attach import Attached, attach, attach_adapter
     from tiedlora.adapter.peft_method import TiedLoraConfig, TiedLoraModel
     from tiedlora.errors import UserError
-    from tiedlora.export.weights import to_merged, to_peft
+    from tiedlora.export.folder import to_merged, to_peft
     from tiedlora.runs.library import base_of, load
     from tiedlora.tying import Architecture, Factor, Layout, Part, Tying, named
 
@@ -28,7 +28,7 @@ _MODULES = {
     **dict.fromkeys(("Architecture", "Factor", "Layout", "Part", "Tying", "named"), "tying"),
     **dict.fromkeys(("base_of", "load"), "runs.library"),
     **dict.fromkeys(("TiedLoraConfig", "TiedLoraModel"), "adapter.peft_method"),
-    **dict.fromkeys(("to_merged", "to_peft"), "export.weights"),
+    **dict.fromkeys(("to_merged", "to_peft"), "export.folder"),
     "UserError": "errors",
 }
 """Public name -> the module that defines it."""

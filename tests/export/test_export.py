@@ -22,8 +22,7 @@ from tiedlora.config import compose
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.errors import UserError
-from tiedlora.export.folder import ExportOptions, card
-from tiedlora.export.weights import to_merged, to_peft
+from tiedlora.export.folder import ExportOptions, card, to_merged, to_peft
 
 RANK, ALPHA = 4, 6.0
 

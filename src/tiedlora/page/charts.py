@@ -6,7 +6,7 @@ import itertools
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,29 +55,20 @@ def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], sizes: Sequence
             numbers = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
             title = f"{_title(size.reference, size.measure)} ({numbers} seeds)"
             found.append(Panel("shares", model, title, draw, [arm.group for arm in size.arms]))
-        for own in by_setting(rows, model):
-            groups, title = [row.group for row in own], _title(own[0].group, own[0].measure)
-            found.append(Panel("pareto", model, title, partial(draw_pareto, rows=own), groups))
-        for groups in _settings(rows, model):
-            found += [*_curves(model, groups), *_search(model, groups)]
+        # By setting, and the scores also by metric. A loss over steps needs no score.
+        scored: dict[tuple[str, str, str], list[ResultRow]] = defaultdict(list)
+        trained: dict[tuple[str, str], dict[RunGroup, None]] = defaultdict(dict)
+        for row in (row for row in rows if row.group.model == model):
+            trained[row.group.task, row.group.variant][row.group] = None
+            if row.primary and row.score is not None:
+                scored[row.group.task, row.group.variant, row.measure.metric].append(row)
+        for own in scored.values():
+            title, draw = _title(own[0].group, own[0].measure), partial(draw_pareto, rows=own)
+            found.append(Panel("pareto", model, title, draw, [row.group for row in own]))
+        for groups in trained.values():
+            lines = sorted(groups, key=order)[:MOST_LINES]
+            found += [*_curves(model, lines), *_search(model, lines)]
     return found
-
-
-def by_setting(rows: Sequence[ResultRow], model: str) -> list[list[ResultRow]]:
-    """The rows with a score by a first metric, for each setting of the model and each such metric."""
-    places: dict[tuple[str, str, str], list[ResultRow]] = defaultdict(list)
-    for row in rows:
-        if row.primary and row.score is not None and row.group.model == model:
-            places[row.group.task, row.group.variant, row.measure.metric].append(row)
-    return list(places.values())
-
-
-def _settings(rows: Sequence[ResultRow], model: str) -> list[list[RunGroup]]:
-    """The groups of each setting of the model that have lines, also those without a score: a loss needs none."""
-    settings: dict[tuple[str, str], list[RunGroup]] = defaultdict(list)
-    for group in dict.fromkeys(row.group for row in rows if row.group.model == model):
-        settings[group.task, group.variant].append(group)
-    return [sorted(groups, key=order)[:MOST_LINES] for groups in settings.values()]
 
 
 def _title(group: RunGroup, measure: Measure) -> str:
@@ -89,15 +80,12 @@ def _title(group: RunGroup, measure: Measure) -> str:
 
 def _forest(model: str, forest: Sequence[tuple[Claim, list[Answer]]]) -> Panel:
     names = [textwrap.wrap(visible(claim.name), 64, max_lines=2, placeholder="…") for claim, _ in forest]
+    longest = max(len(cut(line.task, LONGEST)) for _, lines in forest for line in lines)
     height = sum(0.45 + 0.75 * len(name) + len(lines) for name, (_, lines) in zip(names, forest, strict=True))
     draw = partial(draw_forest, forest=forest, names=names, height=height)
-    left = _name_margin(line.task for _, lines in forest for line in lines)
+    # The inches that names at the left of the axis need.
+    left = 0.25 + 0.065 * longest
     return Panel("forest", model, "", draw, (), (left + 4.5, 0.6 + 0.19 * height), (left, 2.05, 0.56, 0.04))
-
-
-def _name_margin(names: Iterable[str]) -> float:
-    """The inches that names at the left of an axis need."""
-    return 0.25 + 0.065 * max(len(cut(name, LONGEST)) for name in names)
 
 
 def draw_forest(
@@ -233,11 +221,16 @@ def draw_shares(ax: Axes, panel: SizePanel, sizes: Sequence[SizePanel]) -> None:
 
 def draw_pareto(ax: Axes, rows: Sequence[ResultRow]) -> None:
     """Scores with the front of what nothing smaller beats."""
-    values = [_shown(row) for row in rows]
-    best = front([(row.group.params, row.measure.sign * v.value) for row, v in zip(rows, values, strict=True)])
+    measure, values = rows[0].measure, []
+    for row in rows:
+        assert row.score is not None
+        over_rows = row.score.examples or Interval(row.score.value, math.nan, math.nan)
+        # In the unit of the axis.
+        factor = measure.unit.factor
+        values.append(Interval(factor * row.score.value, factor * over_rows.low, factor * over_rows.high))
+    best = front([(row.group.params, measure.sign * v.value) for row, v in zip(rows, values, strict=True)])
     corners = [(rows[place].group.params, values[place].value) for place in best]
     ax.plot(*zip(*corners, strict=True), color=SOFT, linewidth=0.8, zorder=1)
-    measure = rows[0].measure
     ax.set_ylabel(f"{'loss' if measure.unit is Unit.NATS else 'score'}, {measure.unit.words}")
     pairs = enumerate(zip(rows, values, strict=True))
     _against_parameters(ax, [Point(row.group, value, i in best, row.group.name) for i, (row, value) in pairs])
@@ -251,14 +244,6 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
             kept.append(number)
             best = points[number][1]
     return kept
-
-
-def _shown(row: ResultRow) -> Interval:
-    """A score in the unit of the axis, with its interval over examples."""
-    assert row.score is not None
-    factor, found = row.measure.unit.factor, row.score.examples
-    low, high = (found.low, found.high) if found is not None else (math.nan, math.nan)
-    return Interval(factor * row.score.value, factor * low, factor * high)
 
 
 # --- Training: what was logged by step, and the search of rates.
@@ -287,21 +272,18 @@ def _curves(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
         task = groups[0].task_in_words
         title = task if metric == "validation/loss" else f"{task}, {metric}"
         if lines:
-            draw = partial(draw_lines, curves=lines, y=metric.replace("/", " "), is_loss=_is_nats(metric))
+            in_nats = metric.endswith("/loss") or is_loss(metric.rpartition("/")[2])
+            draw = partial(draw_lines, curves=lines, y=metric.replace("/", " "), in_nats=in_nats)
             found.append(Panel("curves", model, title, draw, [line.group for line in lines], margins=WITH_NAMES))
     return found
 
 
-def _is_nats(metric: str) -> bool:
-    return metric.endswith("/loss") or is_loss(metric.rpartition("/")[2])
-
-
-def draw_lines(ax: Axes, curves: Sequence[Curve], y: str, is_loss: bool = False) -> None:
+def draw_lines(ax: Axes, curves: Sequence[Curve], y: str, in_nats: bool) -> None:
     """The mean over seeds, with the band from the lowest to the highest seed.
 
     Args:
         y: the name of the y axis.
-        is_loss: whether the y axis is logarithmic where the values differ much.
+        in_nats: whether the y axis is logarithmic where the values differ much.
     """
     for group, steps, values in curves:
         colour, marker, dash = style(group)
@@ -312,7 +294,7 @@ def draw_lines(ax: Axes, curves: Sequence[Curve], y: str, is_loss: bool = False)
         width = 1.4 if len(ranks) == 1 else 1.0 + 1.2 * ranks.index(group.rank) / (len(ranks) - 1)
         ax.plot(steps, values.mean(0), color=colour, marker=marker, markevery=[-1], linestyle=dash, linewidth=width)
     low, high = (float(end([end(curve.values) for curve in curves])) for end in (np.nanmin, np.nanmax))
-    if is_loss and low > 0 and high > 3 * low:
+    if in_nats and low > 0 and high > 3 * low:
         _log_axis(ax.yaxis, [low, high], _number, widen=1.1)
     ax.set(xlabel="step", ylabel=visible(y))
     _names_at_ends(ax, curves)

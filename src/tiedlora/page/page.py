@@ -141,8 +141,9 @@ def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: 
                 own[panel.kind].append(panel)
         drawn = {group for panel in own["curves"] for group in panel.groups}
         hidden = len({row.group for row in rows if row.group.model == name} - drawn)
-        stated = of_model(verdicts, name)
-        tasks = tasks_of(stated)
+        # A claim of which no model has a run has a verdict without a model, and is not run on each.
+        stated = [verdict for verdict in verdicts if verdict.model in (name, "")]
+        tasks = list(dict.fromkeys(answer.task for verdict in stated for answer in verdict.answers))
         matrix = []
         for number, verdict in enumerate(stated):
             of_task = {answer.task: answer for answer in verdict.answers}
@@ -150,16 +151,6 @@ def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: 
             matrix.append((verdict, cells))
         parts.append(ModelPart(name or "No finished run", headline(stated), tasks, matrix, own, hidden))
     return parts
-
-
-def of_model(verdicts: Sequence[ClaimVerdict], model: str) -> list[ClaimVerdict]:
-    """The verdicts of a model. A claim of which no model has a run has one without a model, and is not run on each."""
-    return [verdict for verdict in verdicts if verdict.model in (model, "")]
-
-
-def tasks_of(verdicts: Sequence[ClaimVerdict]) -> list[str]:
-    """The tasks that the claims are about."""
-    return list(dict.fromkeys(answer.task for verdict in verdicts for answer in verdict.answers))
 
 
 def headline(verdicts: Sequence[ClaimVerdict]) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.analysis.answers import Answer
-from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.config.sizes import is_near
 from tiedlora.errors import UserError
@@ -88,28 +87,25 @@ def _block(name: str, report: Report) -> str:
 
 def _verdicts(report: Report) -> Table:
     """One row for each model and claim, one column for each task."""
-    models = sorted({answer.model for answer in report.answers if answer.model}) or [""]
-    by_model = {model: page.of_model(report.verdicts, model) for model in models}
-    tasks = list(dict.fromkeys(task for verdicts in by_model.values() for task in page.tasks_of(verdicts)))
+    parts = page.models(report.rows, report.verdicts, [])
+    tasks = list(dict.fromkeys(task for part in parts for task in part.tasks))
     rows = []
-    for model, verdicts in by_model.items():
-        # A dash is where none of the model's claims is about the task.
-        asked = dict.fromkeys(page.tasks_of(verdicts), page.word(None))
-        for verdict in verdicts:
-            cells = asked | {answer.task: _cell(answer) for answer in verdict.answers}
-            rows.append([model, verdict.claim.name, *map(cells.get, tasks)])
+    for part in parts:
+        for verdict, cells in part.rows:
+            # A dash is where none of the model's claims is about the task.
+            of_task = {task: _cell(answer) for task, answer, _ in cells}
+            rows.append([part.name, verdict.claim.name, *map(of_task.get, tasks)])
     return _without_one_model(Table("verdicts", "", [Column(name) for name in ("model", "claim", *tasks)], rows))
 
 
-def _cell(answer: Answer) -> str:
+def _cell(answer: Answer | None) -> str:
     """The verdict, with the seeds of its look if the difference has more, and the difference with its own seeds.
 
     A star marks a verdict that holds by Holm's procedure over all tests.
     """
-    difference, ends = page.effect(answer)
-    if not difference:
-        return page.word(answer)
-    verdict = page.word(answer)
+    verdict, (difference, ends) = page.word(answer), page.effect(answer)
+    if answer is None or not difference:
+        return verdict
     if answer.look is not None and answer.seeds != answer.difference_seeds:
         verdict += f" at {answer.seeds} seeds"
     verdict += " *" if answer.survives_holm else ""
@@ -133,11 +129,6 @@ def _scores(report: Report) -> Table:
         Column("minus base", formats.DIFFERENCE_INTERVAL, lambda row: tables.scored(row, row.gain)),
         Column("minus LoRA at this rank", formats.DIFFERENCE_INTERVAL, lambda row: tables.scored(row, row.difference)),
     )
-    return _without_one_model(Table.of("scores", "", columns, _asked(report)))
-
-
-def _asked(report: Report) -> list[ResultRow]:
-    """The scored rows by the metrics that claims name; without claims, by each task's first metric. Sorted."""
     asked = {
         (answer.pair.anchor.task, answer.measure.metric) for answer in report.answers if answer.pair and answer.measure
     }
@@ -146,19 +137,20 @@ def _asked(report: Report) -> list[ResultRow]:
         for row in report.rows
         if row.score is not None and ((row.group.task, row.measure.metric) in asked or (row.primary and not asked))
     ]
-    return sorted(rows, key=lambda row: (row.group.model, *_place(row), -row.group.params, row.group.name))
+    rows.sort(
+        key=lambda row: (
+            row.group.model,
+            row.group.task_in_words,
+            row.measure.metric,
+            -row.group.params,
+            row.group.name,
+        )
+    )
+    return _without_one_model(Table.of("scores", "", columns, rows))
 
 
 def _of(group: RunGroup) -> tuple[str, str, int]:
     return group.model, group.configuration, group.rank
-
-
-def _name(row: ResultRow) -> tuple[str, str, int]:
-    return _of(row.group)
-
-
-def _place(row: ResultRow) -> tuple[str, str]:
-    return row.group.task_in_words, row.measure.metric
 
 
 def _without_one_model(table: Table) -> Table:
@@ -173,7 +165,7 @@ def _answer(report: Report) -> Table:
 
     The panels are the tasks on which the arms can be told apart.
     """
-    worth = {(_name(row), row.group.setting, row.measure): row.worth for row in report.rows}
+    worth = {(_of(row.group), row.group.setting, row.measure): row.worth for row in report.rows}
     panels = {f"worth on {panel.reference.task_in_words}, {panel.measure.metric}": panel for panel in report.sizes}
     shown = [arm.group for panel in report.sizes for arm in panel.arms]
     count = Counter(map(_of, shown))

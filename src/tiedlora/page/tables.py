@@ -59,12 +59,19 @@ def results(rows: Iterable[ResultRow]) -> Table:
             lambda row: row.difference and scored(row, row.difference.seeds),
             csv_name="95 % seeds (difference)",
         ),
-        Column("95 % seeds+examples", formats.NAMED_ENDS, _difference_ends),
+        Column(
+            "95 % seeds+examples",
+            formats.NAMED_ENDS,
+            lambda row: (
+                row.difference
+                and (scored(row, row.difference.both) or scored(row, row.difference.examples, "examples"))
+            ),
+        ),
         Column("minus base", formats.DIFFERENCE_INTERVAL, lambda row: scored(row, row.gain)),
         Column("retained gain", formats.PERCENT_INTERVAL, lambda row: row.retained),
         Column("retains at least", formats.percent(0), lambda row: row.retains_at_least),
         Column("worth in LoRA", formats.WORTH, lambda row: row.worth),
-        Column("notes", cell=_notes, wraps=True),
+        Column("notes", cell=lambda row: "; ".join([*row.group.marks, *row.notes]), wraps=True),
     )
     return Table.of("results", caption, columns, rows)
 
@@ -74,16 +81,6 @@ def scored(item: ResultRow | Answer, number: Estimate | Interval | None, covers:
     if number is None or item.measure is None:
         return None
     return Scored(number.widest if isinstance(number, Estimate) else number, item.measure.unit, covers)
-
-
-def _difference_ends(row: ResultRow) -> Scored | None:
-    if row.difference is None:
-        return None
-    return scored(row, row.difference.both) or scored(row, row.difference.examples, "examples")
-
-
-def _notes(row: ResultRow) -> str:
-    return "; ".join([*row.group.marks, *row.notes])
 
 
 def cost(groups: Iterable[RunGroup]) -> Table:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas
+
 from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
 from tiedlora.tracking.run_trackers import Answers, TrackedRun, Tracker
@@ -62,7 +64,9 @@ class MlflowTracker(Tracker):
             self.client.delete_run(old.info.run_id)
         tags = {ID_TAG: run.run_id, "group": run.group, "tags": ", ".join(run.tags)}
         self.run = self.client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
-        params = [Param(key, value) for key, value in _flat(run.settings())]
+        (flat,) = pandas.json_normalize(run.settings()).to_dict("records")
+        # MLflow takes only these characters in a name.
+        params = [Param(re.sub(r"[^\w./ -]", "_", key), str(value)[:LONGEST_PARAM]) for key, value in flat.items()]
         for some in _batches(params, MOST_PARAMS):
             self.client.log_batch(self.run, params=some)
         self.log(earlier)
@@ -84,15 +88,6 @@ class MlflowTracker(Tracker):
         tags = [RunTag(key, value) for key, value in summary.items() if isinstance(value, str)]
         self.client.log_batch(self.run, tags=tags)
         self.client.set_terminated(self.run, "FAILED" if exit_code else "FINISHED")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            # MLflow takes only these characters in a name.
-            yield re.sub(r"[^\w./ -]", "_", prefix + key), str(value)[:LONGEST_PARAM]
 
 
 def _batches(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:

@@ -16,16 +16,16 @@ from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
 from tiedlora.tracking.run_trackers import Answers, TrackedRun, Tracker, is_logged_in
 
+# How many seconds W&B's server may delay the start and the end of a run. `wandb sync` can upload the rest later.
+os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")
+os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
+
 try:
     import wandb
 except ImportError:
     raise UserError("tracking=wandb: wandb is not installed; run: pip install wandb") from None
 
 log = logging.getLogger(__name__)
-
-TIMEOUT_SECONDS = {"init_timeout": 30.0, "finish_timeout": 60.0}
-"""How long W&B's server may delay the start and the end of a run. WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT override
-these times. `wandb sync` can later upload the rest from the run's folder."""
 
 
 class WandbTracker(Tracker):
@@ -81,9 +81,6 @@ def _settings(run: TrackedRun) -> dict[str, Any]:
     """The arguments of wandb.init, as the environment is now: wandb.Settings reads WANDB_MODE when it is made."""
     # An agent of `wandb sweep` chooses the id itself.
     identity = {} if "WANDB_SWEEP_ID" in os.environ else {"id": run.run_id, "resume": "allow"}
-    timeouts: Any = {
-        name: value for name, value in TIMEOUT_SECONDS.items() if f"WANDB_{name.upper()}" not in os.environ
-    }
     return {
         "project": run.config.tracking.project,
         "entity": run.config.tracking.entity,
@@ -94,7 +91,7 @@ def _settings(run: TrackedRun) -> dict[str, Any]:
         "config": run.settings(),
         "dir": str(run.folder),
         "reinit": "finish_previous",
-        "settings": wandb.Settings(console="off", silent=True, **timeouts),
+        "settings": wandb.Settings(console="off", silent=True),
         **identity,
     }
 
