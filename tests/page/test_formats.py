@@ -5,34 +5,34 @@ import math
 
 import pytest
 
-from tiedlora.page import formats
-from tiedlora.page.formats import Column, Scored, Table
+from tiedlora.page import tables
+from tiedlora.page.tables import Column, Scored, Table
 from tiedlora.records.interval import Interval, Unit
 
 SCORE, GAP = Interval(0.4213, 0.4, 0.45), Interval(-0.011, -0.03, 0.008)
 NO_ENDS = Interval(0.5, math.nan, math.nan)
 CASES = [
-    (formats.TEXT, "squad", "squad", ["squad"]),
-    (formats.TEXT, None, "–", ["–"]),
-    (formats.SCORE_ENDS, "failed", "failed", ["failed", "–"]),
-    (formats.WHOLE, 8, "8", ["8"]),
-    (formats.COUNT, 46080, "46,080", ["46080"]),
-    (formats.amount(2), 1234.567, "1,234.57", ["1234.57"]),
-    (formats.percent(2), 0.112, "11.20 %", ["11.20 %"]),
-    (formats.PERCENT_INTERVAL, Interval(0.86, 0.68, 1.08), "86 % [68, 108]", ["86 %", "68", "108"]),
-    (formats.PERCENT_INTERVAL, NO_ENDS, "50 %", ["50 %", "–", "–"]),
-    (formats.RATE, (0.003, 1), "0.003", ["0.003"]),
-    (formats.RATE, (0.003, 3), "0.003 of 3", ["0.003 of 3"]),
-    (formats.SCORE, Scored(SCORE), "42.1", ["42.1"]),
-    (formats.SCORE, Scored(SCORE, Unit.NATS), "0.421", ["0.421"]),
-    (formats.DIFFERENCE, Scored(SCORE), "+42.1", ["+42.1"]),
-    (formats.SCORE_INTERVAL, Scored(SCORE), "42.1 [40.0, 45.0]", ["42.1", "40.0", "45.0"]),
-    (formats.SCORE_INTERVAL, Scored(NO_ENDS), "50.0", ["50.0", "–", "–"]),
-    (formats.DIFFERENCE_INTERVAL, Scored(GAP), "-1.1 [-3.0, +0.8]", ["-1.1", "-3.0", "+0.8"]),
-    (formats.SCORE_ENDS, Scored(SCORE), "[40.0, 45.0]", ["40.0", "45.0"]),
-    (formats.SCORE_ENDS, Scored(NO_ENDS), "–", ["–", "–"]),
-    (formats.NAMED_ENDS, Scored(GAP), "[-3.0, +0.8]", ["", "-3.0", "+0.8"]),
-    (formats.NAMED_ENDS, Scored(GAP, covers="examples"), "[-3.0, +0.8] examples", ["examples", "-3.0", "+0.8"]),
+    (tables.TEXT, "squad", "squad", ["squad"]),
+    (tables.TEXT, None, "–", ["–"]),
+    (tables.SCORE_ENDS, "failed", "failed", ["failed", "–"]),
+    (tables.WHOLE, 8, "8", ["8"]),
+    (tables.COUNT, 46080, "46,080", ["46080"]),
+    (tables.amount(2), 1234.567, "1,234.57", ["1234.57"]),
+    (tables.percent(2), 0.112, "11.20 %", ["11.20 %"]),
+    (tables.PERCENT_INTERVAL, Interval(0.86, 0.68, 1.08), "86 % [68, 108]", ["86 %", "68", "108"]),
+    (tables.PERCENT_INTERVAL, NO_ENDS, "50 %", ["50 %", "–", "–"]),
+    (tables.RATE, (0.003, 1), "0.003", ["0.003"]),
+    (tables.RATE, (0.003, 3), "0.003 of 3", ["0.003 of 3"]),
+    (tables.SCORE, Scored(SCORE), "42.1", ["42.1"]),
+    (tables.SCORE, Scored(SCORE, Unit.NATS), "0.421", ["0.421"]),
+    (tables.DIFFERENCE, Scored(SCORE), "+42.1", ["+42.1"]),
+    (tables.SCORE_INTERVAL, Scored(SCORE), "42.1 [40.0, 45.0]", ["42.1", "40.0", "45.0"]),
+    (tables.SCORE_INTERVAL, Scored(NO_ENDS), "50.0", ["50.0", "–", "–"]),
+    (tables.DIFFERENCE_INTERVAL, Scored(GAP), "-1.1 [-3.0, +0.8]", ["-1.1", "-3.0", "+0.8"]),
+    (tables.SCORE_ENDS, Scored(SCORE), "[40.0, 45.0]", ["40.0", "45.0"]),
+    (tables.SCORE_ENDS, Scored(NO_ENDS), "–", ["–", "–"]),
+    (tables.NAMED_ENDS, Scored(GAP), "[-3.0, +0.8]", ["", "-3.0", "+0.8"]),
+    (tables.NAMED_ENDS, Scored(GAP, covers="examples"), "[-3.0, +0.8] examples", ["examples", "-3.0", "+0.8"]),
 ]
 
 
@@ -46,16 +46,16 @@ def table_of(cells, *columns, caption="c"):
 def test_a_cell_is_one_text_for_people_and_its_numbers_for_programs(kind, cell, text, cells):
     table = table_of([cell], ("x", kind, {}))
     assert table.texts() == [[text]]
-    head, body = csv.reader(formats.to_csv(table).splitlines())
+    head, body = csv.reader(tables.to_csv(table).splitlines())
     assert body == cells
     assert len(head) == len(set(head)) == len(cells)
     assert head[0].startswith("x")
 
 
 def test_two_columns_of_one_name_differ_in_csv():
-    ends = formats.SCORE_ENDS
+    ends = tables.SCORE_ENDS
     table = table_of([None], ("95 %", ends, {}), ("95 %", ends, {"csv_name": "95 % (difference)"}))
-    head, _ = csv.reader(formats.to_csv(table).splitlines())
+    head, _ = csv.reader(tables.to_csv(table).splitlines())
     assert head == ["95 % low", "95 % high", "95 % (difference) low", "95 % (difference) high"]
 
 
@@ -64,11 +64,11 @@ def test_two_columns_of_one_name_differ_in_csv():
     [("=1+1", "'=1+1"), ("@x", "'@x"), ("+1.5", "+1.5"), ("-3000", "-3000"), ("-1+2", "'-1+2"), (" =x", "' =x")],
 )
 def test_formulas_are_neutralised_and_numbers_stay(cell, safe):
-    assert formats.safe_text(cell) == safe
+    assert tables.safe_text(cell) == safe
 
 
 def test_markup_of_markdown_and_latex_is_escaped():
-    table = table_of(["50 % of $x_1$ & <b>"], ("x|y", formats.TEXT, {}), caption="a_b")
-    assert r"| 50 % of $x\_1$ & \<b\> |" in formats.to_markdown(table)
-    assert r"x\|y" in formats.to_markdown(table)
-    assert r"50 \% of \$x\_1\$ \& \textless{}b\textgreater{} \\" in formats.to_latex(table)
+    table = table_of(["50 % of $x_1$ & <b>"], ("x|y", tables.TEXT, {}), caption="a_b")
+    assert r"| 50 % of $x\_1$ & \<b\> |" in tables.to_markdown(table)
+    assert r"x\|y" in tables.to_markdown(table)
+    assert r"50 \% of \$x\_1\$ \& \textless{}b\textgreater{} \\" in tables.to_latex(table)

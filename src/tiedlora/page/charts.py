@@ -25,7 +25,7 @@ from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import Measure
 from tiedlora.analysis.shares import ShareAxis, SizePanel
 from tiedlora.page.figures import BACK, INK, LINE, SOFT, VERDICTS, ZONE, Panel, cut, order, style
-from tiedlora.page.formats import minus
+from tiedlora.page.tables import minus
 from tiedlora.records.interval import Interval, Unit
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.text import visible

@@ -25,7 +25,7 @@ from tiedlora.analysis.compare import ResultRow
 from tiedlora.page import figures
 from tiedlora.page.browser import Sheet
 from tiedlora.page.figures import Panel
-from tiedlora.page.formats import Table, minus
+from tiedlora.page.tables import Table, minus
 from tiedlora.records.interval import Interval, Unit
 from tiedlora.text import visible
 

@@ -19,8 +19,8 @@ from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.config.sizes import is_near
 from tiedlora.errors import UserError
-from tiedlora.page import formats, page, tables
-from tiedlora.page.formats import Column, Table
+from tiedlora.page import page, tables
+from tiedlora.page.tables import Column, Table
 from tiedlora.page.write import Report
 from tiedlora.text import visible
 
@@ -82,7 +82,7 @@ def _block(name: str, report: Report) -> str:
     if name == RUNS:
         return f"{visible(report.summary())}\n"
     table = TABLES[name](report)
-    return formats.pipe_table(table) if table.rows else "There are no runs for this table yet.\n"
+    return tables.pipe_table(table) if table.rows else "There are no runs for this table yet.\n"
 
 
 def _verdicts(report: Report) -> Table:
@@ -120,14 +120,14 @@ def _scores(report: Report) -> Table:
         Column("task", cell=lambda row: row.group.task_in_words),
         Column("metric", cell=lambda row: row.measure.metric),
         Column("configuration", cell=lambda row: row.group.configuration),
-        Column("rank", formats.WHOLE, lambda row: row.group.rank),
-        Column("parameters", formats.COUNT, lambda row: row.group.params),
-        Column("lr", formats.RATE, lambda row: (row.group.lr, len(row.group.rates))),
-        Column("seeds", formats.WHOLE, lambda row: len(row.seeds)),
-        Column("rows", formats.COUNT, lambda row: row.examples),
-        Column("score", formats.SCORE_INTERVAL, lambda row: tables.scored(row, row.score)),
-        Column("minus base", formats.DIFFERENCE_INTERVAL, lambda row: tables.scored(row, row.gain)),
-        Column("minus LoRA at this rank", formats.DIFFERENCE_INTERVAL, lambda row: tables.scored(row, row.difference)),
+        Column("rank", tables.WHOLE, lambda row: row.group.rank),
+        Column("parameters", tables.COUNT, lambda row: row.group.params),
+        Column("lr", tables.RATE, lambda row: (row.group.lr, len(row.group.rates))),
+        Column("seeds", tables.WHOLE, lambda row: len(row.seeds)),
+        Column("rows", tables.COUNT, lambda row: row.examples),
+        Column("score", tables.SCORE_INTERVAL, lambda row: tables.scored(row, row.score)),
+        Column("minus base", tables.DIFFERENCE_INTERVAL, lambda row: tables.scored(row, row.gain)),
+        Column("minus LoRA at this rank", tables.DIFFERENCE_INTERVAL, lambda row: tables.scored(row, row.difference)),
     )
     asked = {
         (answer.pair.anchor.task, answer.measure.metric) for answer in report.answers if answer.pair and answer.measure
@@ -175,8 +175,8 @@ def _answer(report: Report) -> Table:
             own = [worth.get((name, panel.reference.setting, panel.measure)) for panel in panels.values()]
             rows.append([*name, group.params, *own, _against_equal_size(report, name)])
     columns = [
-        *(Column("model"), Column("configuration"), Column("rank", formats.WHOLE), Column("parameters", formats.COUNT)),
-        *(Column(name, formats.WORTH) for name in panels),
+        *(Column("model"), Column("configuration"), Column("rank", tables.WHOLE), Column("parameters", tables.COUNT)),
+        *(Column(name, tables.WORTH) for name in panels),
         Column("better than LoRA of its size"),
     ]
     return _without_one_model(Table("answer", "", columns, rows))

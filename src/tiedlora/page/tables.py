@@ -1,23 +1,254 @@
-"""The report's tables: for each, its columns with their cells."""
+"""The report's tables: typed cells, how they become text for people, Markdown, CSV and LaTeX, and the columns of each.
+
+A column has a kind, which says how its cells are shown. Scores, differences and shares are fractions of 1 in cells, and
+points of 100 or per cent in texts. Losses are in nats.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from tiedlora.analysis.answers import DECIDED, Answer, ClaimVerdict, error_note
 from tiedlora.analysis.compare import Estimate, ResultRow
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import LeftOut
 from tiedlora.analysis.shares import SizePanel
-from tiedlora.page import formats
-from tiedlora.page.formats import Column, Kind, Scored, Table
-from tiedlora.records.interval import MISSING, Interval
+from tiedlora.records.interval import MISSING, Interval, Unit
 from tiedlora.records.run_record import RunRecord
+from tiedlora.text import visible
 
 GIB, MIB = 2**30, 2**20
+
+
+def minus(text: str) -> str:
+    """Numbers with the sign that is as wide as the plus."""
+    return text.replace("-", "−")
+
+
+class Scored(NamedTuple):
+    """A score, or a difference of scores, with its interval. The ends are NaN if there is no interval."""
+
+    interval: Interval
+    unit: Unit = Unit.POINTS
+    covers: str = ""
+    """What the interval covers, such as `examples`, if it is not what the column's name says."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the cells of a column become text. A cell of any kind may also be a word such as `failed`, or None."""
+
+    text: Callable[[Any], str] = str
+    """For people."""
+    csv: Callable[[Any], Sequence[str]] | None = None
+    """For programs: a text for each ending of `endings`. None is the text for people."""
+    endings: tuple[str, ...] = ("",)
+    """The endings of the names of its columns in CSV."""
+    is_number: bool = True
+    """Whether the page aligns it to the right."""
+
+
+VALUE_LOW_HIGH = ("", " low", " high")
+
+
+def numbers(interval: Interval, unit: Unit, sign: str = "") -> list[str]:
+    """The value and the two ends."""
+    return [unit.number(number, sign) for number in (interval.value, interval.low, interval.high)]
+
+
+def _scored(shown: Callable[[Unit, Interval, str], str], sign: str, start: int = 0, stop: int = 3) -> Kind:
+    """A kind of Scored.
+
+    Args:
+        start, stop: which of the value and the two ends are in CSV.
+    """
+    return Kind(
+        lambda cell: shown(cell.unit, cell.interval, sign),
+        lambda cell: numbers(cell.interval, cell.unit, sign)[start:stop],
+        VALUE_LOW_HIGH[start:stop],
+    )
+
+
+def amount(decimals: int) -> Kind:
+    """A measured quantity whose unit is in the column's name."""
+    return Kind(lambda cell: f"{cell:,.{decimals}f}", lambda cell: [f"{cell:.{decimals}f}"])
+
+
+def percent(decimals: int) -> Kind:
+    """A share."""
+    return Kind(lambda cell: f"{100 * cell:.{decimals}f} %")
+
+
+def _percents(cell: Interval) -> list[str]:
+    ends = [MISSING if math.isnan(end) else f"{100 * end:.0f}" for end in (cell.low, cell.high)]
+    return [f"{100 * cell.value:.0f} %", *ends]
+
+
+def _percent_interval(cell: Interval) -> str:
+    share, low, high = _percents(cell)
+    return share if low == MISSING else f"{share} [{low}, {high}]"
+
+
+TEXT = Kind(is_number=False)
+WHOLE = Kind()
+COUNT = Kind(lambda cell: f"{cell:,}", lambda cell: [str(cell)])
+"""A whole number that may be large: parameters, rows."""
+RATE = Kind(lambda cell: f"{cell[0]:g} of {cell[1]}" if cell[1] > 1 else f"{cell[0]:g}")
+"""The chosen learning rate, and how many were tried."""
+PERCENT_INTERVAL = Kind(_percent_interval, _percents, VALUE_LOW_HIGH)
+"""A share as Interval."""
+WORTH = Kind(
+    str,
+    lambda cell: [f"{size:.0f}" if cell.is_measured(size) else "" for size in (cell.value, cell.low, cell.high)],
+    VALUE_LOW_HIGH,
+)
+"""A compare.Worth. In CSV, what is beyond the curve is empty."""
+SCORE, DIFFERENCE = (_scored(lambda unit, one, sign: unit.number(one.value, sign), sign, stop=1) for sign in ("", "+"))
+SCORE_ENDS, DIFFERENCE_ENDS = (_scored(Unit.ends, sign, start=1) for sign in ("", "+"))
+SCORE_INTERVAL, DIFFERENCE_INTERVAL = (_scored(Unit.text, sign) for sign in ("", "+"))
+NAMED_ENDS = Kind(
+    lambda cell: f"{cell.unit.ends(cell.interval, '+')} {cell.covers}".rstrip(),
+    lambda cell: [cell.covers, *numbers(cell.interval, cell.unit, "+")[1:]],
+    VALUE_LOW_HIGH,
+)
+"""The ends of a difference's interval, which may cover less than the column's name says."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its name, the kind of its cells, and what gives the cell of an item (see Table.of)."""
+
+    name: str
+    kind: Kind = TEXT
+    cell: Callable[[Any], Any] = lambda item: item
+    csv_name: str = ""
+    """The name in CSV files, if another column of the table has the same name."""
+    wraps: bool = False
+    """Whether the column has long texts."""
+
+    def text(self, cell: Any) -> str:
+        """A cell for people. None means missing, and is never filled in."""
+        return MISSING if cell is None else cell if isinstance(cell, str) else self.kind.text(cell)
+
+    def csv(self, cell: Any) -> list[str]:
+        """A cell's texts in CSV."""
+        if cell is None or isinstance(cell, str):
+            first = MISSING if cell is None else safe_text(cell)
+            return [first, *[MISSING] * (len(self.kind.endings) - 1)]
+        return [self.text(cell)] if self.kind.csv is None else list(self.kind.csv(cell))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows of cells, with a caption that says how to read them."""
+
+    name: str
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+
+    @classmethod
+    def of(cls, name: str, caption: str, columns: Sequence[Column], items: Iterable[Any]) -> Table:
+        """The table with a row for each item."""
+        return cls(name, caption, columns, [[column.cell(item) for column in columns] for item in items])
+
+    @property
+    def head(self) -> list[str]:
+        """The columns' names."""
+        return [column.name for column in self.columns]
+
+    def texts(self) -> list[list[str]]:
+        """The rows for people."""
+        return [[column.text(cell) for column, cell in zip(self.columns, row, strict=True)] for row in self.rows]
+
+    def at(self, places: Sequence[int]) -> Table:
+        """The table with only the columns at these places."""
+        rows = [[row[place] for place in places] for row in self.rows]
+        return Table(self.name, self.caption, [self.columns[place] for place in places], rows)
+
+
+def to_markdown(table: Table) -> str:
+    """The caption, and below it a pipe table."""
+    return f"{_markdown(table.caption)}\n\n{pipe_table(table)}"
+
+
+def pipe_table(table: Table) -> str:
+    """The table in Markdown, without its caption."""
+    lines = [f"| {' | '.join(map(_markdown, table.head))} |", f"|{' --- |' * len(table.columns)}"]
+    lines += [f"| {' | '.join(map(_markdown, row))} |" for row in table.texts()]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(cell: str) -> str:
+    return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", visible(cell)) or " "
+
+
+def to_csv(table: Table) -> str:
+    """CSV for programs and spreadsheets.
+
+    The ends of an interval have their own columns, counts have no commas, and a text that a spreadsheet would run as a
+    formula gets an apostrophe.
+    """
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    columns = table.columns
+    names = [(column.csv_name or column.name, column.kind.endings) for column in columns]
+    writer.writerow([safe_text(name + ending) for name, endings in names for ending in endings])
+    for row in table.rows:
+        writer.writerow([text for column, cell in zip(columns, row, strict=True) for text in column.csv(cell)])
+    return file.getvalue()
+
+
+def safe_text(cell: str) -> str:
+    """A text that no spreadsheet runs: what starts like a formula and is not a number gets an apostrophe."""
+    cell = visible(cell)
+    if re.fullmatch(r"[+-]?\d*\.?\d+", cell):
+        return cell
+    return cell if not cell.lstrip().startswith(("=", "+", "-", "@")) else f"'{cell}"
+
+
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        **{c: rf"\{c}" for c in "&%$#_{}"},
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        MISSING: "--",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+    }
+)
+
+
+def to_latex(table: Table) -> str:
+    """A booktabs table."""
+    lines = [
+        "% needs \\usepackage{booktabs}",
+        r"\begin{table}",
+        rf"\caption{{{_latex(table.caption)}}}",
+        rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}",
+        *(r"\toprule", _latex_row(table.head), r"\midrule", *map(_latex_row, table.texts()), r"\bottomrule"),
+        *(r"\end{tabular}", r"\end{table}"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(map(_latex, cells)) + r" \\"
+
+
+def _latex(cell: str) -> str:
+    return visible(cell).translate(_LATEX)
+
+
+# --- The tables.
 
 
 def _group_columns(of: Callable[[Any], RunGroup]) -> list[Column]:
@@ -27,7 +258,7 @@ def _group_columns(of: Callable[[Any], RunGroup]) -> list[Column]:
         Column("task", cell=lambda item: of(item).task, wraps=True),
         Column("variant", cell=lambda item: of(item).variant, wraps=True),
         Column("configuration", cell=lambda item: of(item).configuration),
-        Column("rank", formats.WHOLE, lambda item: of(item).rank),
+        Column("rank", WHOLE, lambda item: of(item).rank),
     ]
 
 
@@ -42,35 +273,35 @@ def results(rows: Iterable[ResultRow]) -> Table:
     )
     columns = (
         *_group_columns(lambda row: row.group),
-        Column("lr", formats.RATE, lambda row: (row.group.lr, len(row.group.rates))),
+        Column("lr", RATE, lambda row: (row.group.lr, len(row.group.rates))),
         Column("metric", cell=lambda row: row.measure.metric or None),
         Column("split", cell=lambda row: row.measure.split),
-        Column("seeds", formats.WHOLE, lambda row: len(row.seeds)),
-        Column("rows", formats.COUNT, lambda row: row.examples or None),
-        Column("parameters", formats.COUNT, lambda row: row.group.params),
-        Column("share of LoRA", formats.percent(2), lambda row: row.group.runs[0].record.share_of_lora),
-        Column("score", formats.SCORE, lambda row: scored(row, row.score)),
-        Column("95 % seeds", formats.SCORE_ENDS, lambda row: row.score and scored(row, row.score.seeds)),
-        Column("95 % examples", formats.SCORE_ENDS, lambda row: row.score and scored(row, row.score.examples)),
-        Column("minus LoRA", formats.DIFFERENCE, lambda row: scored(row, row.difference)),
+        Column("seeds", WHOLE, lambda row: len(row.seeds)),
+        Column("rows", COUNT, lambda row: row.examples or None),
+        Column("parameters", COUNT, lambda row: row.group.params),
+        Column("share of LoRA", percent(2), lambda row: row.group.runs[0].record.share_of_lora),
+        Column("score", SCORE, lambda row: scored(row, row.score)),
+        Column("95 % seeds", SCORE_ENDS, lambda row: row.score and scored(row, row.score.seeds)),
+        Column("95 % examples", SCORE_ENDS, lambda row: row.score and scored(row, row.score.examples)),
+        Column("minus LoRA", DIFFERENCE, lambda row: scored(row, row.difference)),
         Column(
             "95 % seeds",
-            formats.DIFFERENCE_ENDS,
+            DIFFERENCE_ENDS,
             lambda row: row.difference and scored(row, row.difference.seeds),
             csv_name="95 % seeds (difference)",
         ),
         Column(
             "95 % seeds+examples",
-            formats.NAMED_ENDS,
+            NAMED_ENDS,
             lambda row: (
                 row.difference
                 and (scored(row, row.difference.both) or scored(row, row.difference.examples, "examples"))
             ),
         ),
-        Column("minus base", formats.DIFFERENCE_INTERVAL, lambda row: scored(row, row.gain)),
-        Column("retained gain", formats.PERCENT_INTERVAL, lambda row: row.retained),
-        Column("retains at least", formats.percent(0), lambda row: row.retains_at_least),
-        Column("worth in LoRA", formats.WORTH, lambda row: row.worth),
+        Column("minus base", DIFFERENCE_INTERVAL, lambda row: scored(row, row.gain)),
+        Column("retained gain", PERCENT_INTERVAL, lambda row: row.retained),
+        Column("retains at least", percent(0), lambda row: row.retains_at_least),
+        Column("worth in LoRA", WORTH, lambda row: row.worth),
         Column("notes", cell=lambda row: "; ".join([*row.group.marks, *row.notes]), wraps=True),
     )
     return Table.of("results", caption, columns, rows)
@@ -91,18 +322,15 @@ def cost(groups: Iterable[RunGroup]) -> Table:
 
     columns = (
         *_group_columns(lambda group: group),
-        Column("parameters", formats.COUNT, lambda group: group.params),
-        Column("tokens/s", formats.amount(0), lambda group: mean(r.training.tokens_per_s for r in records(group))),
-        Column("training s", formats.amount(0), lambda group: mean(r.training.seconds for r in records(group))),
+        Column("parameters", COUNT, lambda group: group.params),
+        Column("tokens/s", amount(0), lambda group: mean(r.training.tokens_per_s for r in records(group))),
+        Column("training s", amount(0), lambda group: mean(r.training.seconds for r in records(group))),
         Column(
-            "peak memory GiB",
-            formats.amount(2),
-            lambda group: max(r.training.peak_memory_bytes for r in records(group)) / GIB,
+            "peak memory GiB", amount(2), lambda group: max(r.training.peak_memory_bytes for r in records(group)) / GIB
         ),
-        Column("adapter MiB", formats.amount(2), lambda group: mean(r.adapter_bytes for r in records(group)) / MIB),
+        Column("adapter MiB", amount(2), lambda group: mean(r.adapter_bytes for r in records(group)) / MIB),
         Column(
-            "device",
-            cell=lambda group: "; ".join(sorted({str(each) for r in records(group) for each in r.executions})),
+            "device", cell=lambda group: "; ".join(sorted({str(each) for r in records(group) for each in r.executions}))
         ),
     )
     caption = "Means over the chosen runs; memory is their maximum. Speeds compare on one device only."
@@ -115,7 +343,7 @@ def verdicts(over_tasks: Iterable[ClaimVerdict]) -> Table:
         Column("claim", cell=lambda verdict: verdict.claim.name, wraps=True),
         Column("model", cell=lambda verdict: verdict.model or None),
         Column("verdict", cell=lambda item: item.verdict.value),
-        Column("tasks", formats.WHOLE, lambda verdict: len(verdict.answers)),
+        Column("tasks", WHOLE, lambda verdict: len(verdict.answers)),
         Column("because", cell=lambda verdict: verdict.reason, wraps=True),
     )
     caption = (
@@ -135,13 +363,11 @@ def claims(answers: Sequence[Answer]) -> Table:
         Column("holds by Holm", cell=lambda a: ("yes" if a.survives_holm else "no") if a.verdict in DECIDED else None),
         Column("sensitivity", cell=lambda answer: answer.sensitivity or None),
         Column("zero", cell=lambda answer: answer.zero),
-        Column("retained gain", formats.PERCENT_INTERVAL, lambda answer: answer.retained),
-        Column("retains at least", formats.percent(0), lambda answer: answer.retains_at_least),
-        Column(
-            "contrast at the look's level", formats.DIFFERENCE_INTERVAL, lambda answer: scored(answer, answer.contrast)
-        ),
-        Column("difference, 95 %", formats.DIFFERENCE_INTERVAL, lambda answer: scored(answer, answer.difference)),
-        Column("seeds", formats.WHOLE, lambda answer: answer.seeds),
+        Column("retained gain", PERCENT_INTERVAL, lambda answer: answer.retained),
+        Column("retains at least", percent(0), lambda answer: answer.retains_at_least),
+        Column("contrast at the look's level", DIFFERENCE_INTERVAL, lambda answer: scored(answer, answer.contrast)),
+        Column("difference, 95 %", DIFFERENCE_INTERVAL, lambda answer: scored(answer, answer.difference)),
+        Column("seeds", WHOLE, lambda answer: answer.seeds),
         Column("because", cell=lambda answer: answer.reason, wraps=True),
         Column("what would decide it", cell=lambda answer: answer.decide or None, wraps=True),
     )
@@ -168,9 +394,9 @@ def shares(panels: Iterable[SizePanel]) -> Table:
         Column("split", cell=lambda item: item[0].measure.split),
         Column("reference", cell=lambda item: item[0].reference.name),
         Column("zero", cell=lambda item: item[0].zero),
-        Column("seeds", formats.WHOLE, lambda item: item[1].seeds),
-        Column("parameters", formats.COUNT, lambda item: item[1].group.params),
-        Column("share of its gain", formats.PERCENT_INTERVAL, lambda item: item[1].share),
+        Column("seeds", WHOLE, lambda item: item[1].seeds),
+        Column("parameters", COUNT, lambda item: item[1].group.params),
+        Column("share of its gain", PERCENT_INTERVAL, lambda item: item[1].share),
     )
     return Table.of("shares", caption, columns, [(panel, arm) for panel in panels for arm in panel.arms])
 
@@ -210,8 +436,8 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
     ]
 
     columns = [
-        *(Column("configuration"), Column("rank", formats.WHOLE), Column("parameters", formats.COUNT)),
-        *(Column("share of LoRA", formats.percent(2)), *(Column(name, TASK_SCORE) for name in names)),
+        *(Column("configuration"), Column("rank", WHOLE), Column("parameters", COUNT)),
+        *(Column("share of LoRA", percent(2)), *(Column(name, TASK_SCORE) for name in names)),
     ]
     caption = (
         f"{model}: score in points of 100, loss in nats (mean over seeds, n seeds) and, in brackets, the paired "
@@ -250,14 +476,14 @@ def _task_score(row: ResultRow) -> str:
 def _task_cells(row: ResultRow) -> list[str]:
     unit, star = row.measure.unit, "*" if row.score is None or row.group.marks or row.notes else ""
     score = MISSING if row.score is None else unit.number(row.score.value)
-    difference = [MISSING] * 3 if row.difference is None else formats.numbers(row.difference.widest, unit, "+")
+    difference = [MISSING] * 3 if row.difference is None else numbers(row.difference.widest, unit, "+")
     return [score, str(len(row.seeds)), star, *difference]
 
 
 TASK_SCORE = Kind(
     _task_score,
     _task_cells,
-    ("", " seeds", " notes", *(f" minus LoRA{ending}" for ending in formats.VALUE_LOW_HIGH)),
+    ("", " seeds", " notes", *(f" minus LoRA{ending}" for ending in VALUE_LOW_HIGH)),
     is_number=False,
 )
 """A ResultRow: its group's score on one task, and the difference to LoRA."""

@@ -15,8 +15,8 @@ from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, names_of, read_runs, read_selections, run_roots
 from tiedlora.analysis.shares import SizePanel, size_panels
-from tiedlora.page import browser, charts, figures, formats, page, tables
-from tiedlora.page.formats import Table
+from tiedlora.page import browser, charts, figures, page, tables
+from tiedlora.page.tables import Table
 from tiedlora.text import visible
 
 LISTED = 20
@@ -105,9 +105,9 @@ def write(report: Report, out: Path) -> list[str]:
     panels = charts.panels(report.rows, report.answers, report.sizes)
     for table in all_tables:
         if table.rows:
-            storage.write_bytes(out / f"{table.name}.md", formats.to_markdown(table).encode())
-            storage.write_bytes(out / f"{table.name}.csv", formats.to_csv(table).encode())
-            storage.write_bytes(out / f"{table.name}.tex", formats.to_latex(table).encode())
+            storage.write_bytes(out / f"{table.name}.md", tables.to_markdown(table).encode())
+            storage.write_bytes(out / f"{table.name}.csv", tables.to_csv(table).encode())
+            storage.write_bytes(out / f"{table.name}.tex", tables.to_latex(table).encode())
     figures.write_files(panels, out)
     sheets = browser.sheets(report.groups, {row.group: row.measure.split for row in report.rows})
     html = page.render(report.summary(), report.rows, all_tables, report.verdicts, panels, sheets)
