@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import gzip
+import itertools
 import json
 
 from helpers.hostile import HOSTILE
@@ -10,7 +11,7 @@ from helpers.report_runs import add_scores, make_record, prediction_rows, scored
 
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.runs import read_runs
-from tiedlora.page import browser, page, write
+from tiedlora.page import browser
 from tiedlora.text import visible_lines
 
 ROWS = 6
@@ -30,20 +31,22 @@ def sheets(root, **options):
     return browser.sheets(groups, dict.fromkeys(groups, "validation"), **options)
 
 
-def test_a_sheet_holds_every_answer_and_equal_ones_once(tmp_path):
+def test_a_sheet_holds_every_answer_in_blocks_of_rows_and_equal_ones_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(browser, "BLOCK", 4)
     run(tmp_path, ["a", "b", "c", "d", "e", "f"], name="LoRA")
     run(tmp_path, ["a", "x", "c", "y", "#### 3", "f"], name="TABuv")
     (sheet,) = sheets(tmp_path)
     assert [column["name"] for column in sheet.head["runs"]] == ["base", "TABuv r=8 · seed 0", "LoRA r=8 · seed 0"]
     index = unpacked(sheet.index)
-    (texts,) = map(unpacked, sheet.texts)
-    given = [[texts["answers"][row][which[row]] for row in range(ROWS)] for which in index["which"]]
+    blocks = [unpacked(block)["answers"] for block in sheet.texts]
+    assert list(map(len, blocks)) == [4, 2]
+    answers = list(itertools.chain(*blocks))
+    given = [[answers[row][which[row]] for row in range(ROWS)] for which in index["which"]]
     assert given == [["#### 3"] * 6, ["a", "x", "c", "y", "#### 3", "f"], ["a", "b", "c", "d", "e", "f"]]
-    assert [len(answers) for answers in texts["answers"]] == [2, 3, 2, 3, 2, 2]
+    assert list(map(len, answers)) == [2, 3, 2, 3, 2, 2]
     assert index["scores"] == [[[0.0] * 6, [1.0, 0.0] * 3, [1.0, 0.0] * 3]]
     assert sheet.head["pair"] == [2, 1], "LoRA against TABuv"
-    assert texts["prompts"][1] == "Question 1"
-    assert texts["references"][1] == ["3"]
+    assert [unpacked(sheet.texts[1])[name][1] for name in ("prompts", "references")] == ["Question 5", ["3"]]
 
 
 def test_the_pair_has_one_rank_and_one_seed(tmp_path):
@@ -54,45 +57,19 @@ def test_the_pair_has_one_rank_and_one_seed(tmp_path):
     assert names == ["LoRA r=8 · seed 1", "TABuv r=8 · seed 1"]
 
 
-def test_rows_come_in_blocks(tmp_path):
-    count = browser.BLOCK + 50
-    run(tmp_path, [f"answer {number}" for number in range(count)])
-    (sheet,) = sheets(tmp_path)
-    first, second = map(unpacked, sheet.texts)
-    assert (len(first["answers"]), len(second["answers"])) == (browser.BLOCK, 50)
-    assert second["answers"][0][1] == f"answer {browser.BLOCK}"
-
-
-def test_hostile_texts_and_a_megabyte_line_are_data(tmp_path):
+def test_hostile_and_long_texts_are_shortened_data_and_differ_beyond_the_shown_part(tmp_path):
     long = "x" * 2**20
-    texts = [HOSTILE, long, "</script><script>alert(1)</script>", "\ud800", "", "<!--<script>"]
-    folder = scored_run(tmp_path / "runs", [1.0] * ROWS, output=texts)
-    rows = [
-        dataclasses.replace(row, prompt=HOSTILE, references=[HOSTILE, long])
-        for row in prediction_rows([1.0] * ROWS, output=texts)
-    ]
-    write_lines(folder / "predictions" / "validation.jsonl", rows)
-    report = write.build([tmp_path / "runs"])
-    write.write(report, tmp_path / "report")
-    html = (tmp_path / "report" / "index.html").read_text()
-    assert html.count("<script>") == 1
-    assert "alert(1)" not in html, "what a model wrote is only in the packed data"
-    assert len(html) < 300_000
-    (sheet,) = sheets(tmp_path / "runs")
-    (block,) = map(unpacked, sheet.texts)
-    assert block["answers"][0][0] == visible_lines(HOSTILE)
-    assert block["answers"][1][0].startswith("x" * browser.LONGEST + " … (")
-    assert block["answers"][3][0] == "<U+D800>"
-    assert block["references"][0][1].startswith("xxx")
-
-
-def test_long_answers_that_differ_beyond_the_shown_part_differ(tmp_path):
-    same = "y" * browser.LONGEST
-    run(tmp_path, [same + "1"] * ROWS, name="LoRA")
-    run(tmp_path, [same + "2"] * ROWS, name="TABuv")
+    run(tmp_path, [HOSTILE, long + "1", "", "\ud800", "", "e"], name="LoRA")
+    folder = run(tmp_path, [HOSTILE, long + "2", "", "", "", "e"], name="TABuv")
+    rows = [dataclasses.replace(row, references=[HOSTILE, long]) for row in prediction_rows([1.0] * ROWS, output=long)]
+    write_lines(folder / "predictions" / "validation.base.jsonl", rows)
     (sheet,) = sheets(tmp_path)
-    _, one, other = unpacked(sheet.index)["which"]
-    assert all(a != b for a, b in zip(one, other, strict=True))
+    (block,) = map(unpacked, sheet.texts)
+    assert block["answers"][0][1] == visible_lines(HOSTILE)
+    assert [answer.startswith("x" * browser.LONGEST + " … (") for answer in block["answers"][1]] == [True] * 3
+    assert "<U+D800>" in block["answers"][3]
+    assert block["references"][0][0] == visible_lines(HOSTILE)
+    assert sum(map(len, sheet.texts)) < 20_000
 
 
 def test_a_run_whose_rows_cannot_be_shown_is_named(tmp_path):
@@ -127,16 +104,3 @@ def test_too_large_a_sheet_leaves_out_the_highest_seeds_and_says_so(tmp_path):
     assert [column["name"] for column in cut.head["runs"]] == ["base", *(f"TABuv r=8 · seed {n}" for n in range(3))]
     assert cut.head["leftOut"] == ["TABuv r=8 · seed 3: the page would be too large"]
     assert cut.head["key"] == whole.head["key"]
-
-
-def test_equal_runs_give_equal_bytes(tmp_path):
-    scored_run(tmp_path / "runs", [1.0, 0.0] * 25, [0.0] * 50)
-    for name in ("one", "two"):
-        write.write(write.build([tmp_path / "runs"]), tmp_path / name)
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
-    assert {"index.html", "results.csv", "pareto.png", "pareto.svg"} <= set(one)
-    assert one == two
-
-
-def test_a_head_cannot_end_its_script_element(tmp_path):
-    assert "<" not in page._json({"title": "</script><script>alert(1)</script>"})

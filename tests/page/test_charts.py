@@ -73,23 +73,17 @@ def test_curves_have_a_line_for_each_configuration_and_a_band_over_seeds_and_one
         for seed in (0, 1):
             folder = scored_run(tmp_path, GOOD, BASE, name=name, seed=seed)
             rows = [MetricsRow(step, {"validation/loss": 2.0 - step / 100 + seed / 10}) for step in (0, 50, 100)]
-            rows += [MetricsRow(100, {"validation/f1": 0.5})] if name == "LoRA" else []
+            rows += [MetricsRow(step, {"validation/f1": 0.5}) for step in ((50, 100) if name == "LoRA" else (100,))]
             write_lines(folder / "metrics.jsonl", rows)
     found = panels(tmp_path)
-    assert [panel.kind for panel in found] == ["pareto", "curves"], "one step is no curve, and one rate no search"
-    ax = drawn(found[-1])
+    assert [panel.kind for panel in found] == ["pareto", "curves", "curves"], "one rate is no search"
+    assert [panel.title for panel in found[1:]] == ["chain_sum", "chain_sum, validation/f1"]
+    assert [group.label for group in found[2].groups] == ["LoRA"], "one step is no curve"
+    ax = drawn(found[1])
     # The mean of the two seeds at the end: 1 and 1.1.
     assert [line.get_ydata()[-1] for line in ax.lines] == [pytest.approx(1.05)] * 2
     assert len(ax.collections) == 2
     assert {text.get_text() for text in ax.texts} == {"LoRA r=8", "TABuv r=8"}
-
-
-def test_a_score_that_is_logged_by_step_has_a_panel(tmp_path):
-    folder = scored_run(tmp_path, GOOD, BASE)
-    rows = [MetricsRow(step, {"validation/loss": 2.0, "validation/f1": step / 200}) for step in (0, 50, 100)]
-    write_lines(folder / "metrics.jsonl", rows)
-    titles = [panel.title for panel in panels(tmp_path) if panel.kind == "curves"]
-    assert titles == ["chain_sum", "chain_sum, validation/f1"]
 
 
 def test_pareto_fills_what_is_not_beaten_and_names_the_points(tmp_path):

@@ -64,7 +64,6 @@ def test_cells_have_verdicts_and_differences_and_lead_to_reasons_and_the_forest_
     svg = (tmp_path / "forest.svg").read_text()
     assert "contradicted" in svg
     assert "chain_sum" in svg
-    assert (tmp_path / "forest.png").stat().st_size > 5000
 
 
 def test_a_task_that_a_claim_is_not_about_is_not_asked(three_tasks):
@@ -104,12 +103,8 @@ def test_shares_are_files_and_first_on_the_page_and_no_arm_is_lost_beyond_the_ax
     svg = (tmp_path / "report" / "shares.svg").read_text()
     assert "share of the gain of LoRA r=8" in svg
     assert "400 %" in svg
-    assert (tmp_path / "report" / "shares.png").stat().st_size > 5000
     with open(tmp_path / "report" / "shares.csv", newline="") as file:
-        rows = {row["configuration"]: row for row in csv.DictReader(file)}
-    assert set(rows) == {"LoRA", "TABuv", "TA"}
-    assert rows["TABuv"]["share of its gain"].startswith("90")
+        shares = {row["configuration"]: row["share of its gain"] for row in csv.DictReader(file)}
+    assert shares == {"LoRA": "100 %", "TABuv": "90 %", "TA": "400 %"}
     html = (tmp_path / "report" / "index.html").read_text()
-    shares, scores = (html.index(f"<h3>{name} against trainable parameters") for name in ("Share of the gain", "Score"))
-    assert shares < scores
-    assert html[:scores].endswith('<details class="fold"><summary>')
+    assert html.index("<h3>Share of the gain against") < html.index("<h3>Score against")

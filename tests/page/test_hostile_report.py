@@ -11,7 +11,7 @@ from helpers.report_runs import prediction_rows, scored_run, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiedlora.page import browser, charts, page, write
+from tiedlora.page import browser, charts, page, tables, write
 from tiedlora.records.rows import read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import read_record

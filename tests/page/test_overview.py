@@ -1,5 +1,7 @@
 """The overview, and runs of one setting that are scored by different metrics: some by the loss alone."""
 
+import csv
+
 import pytest
 from helpers.report_runs import add_scores, make_record, prediction_rows, scored_run, world, write_run
 
@@ -7,12 +9,10 @@ from tiedlora.analysis.compare import OTHER_ENDS
 from tiedlora.analysis.groups import group_runs
 from tiedlora.analysis.runs import read_runs
 from tiedlora.config.project import PROJECT
-from tiedlora.page import charts, write
+from tiedlora.page import charts, tables, write
 from tiedlora.page.tables import overview
 
 ROWS = 40
-GOOD = [1.0, 0.0] * 25
-BASE = [0.0] * 50
 
 
 def both_metrics(root, name, rank, exact, loss, changes=None, **about):
@@ -36,20 +36,30 @@ def report(tmp_path):
     return write.build([tmp_path])
 
 
-def drawn(panels):
-    return {(rows[0].measure.metric, tuple(sorted(row.group.label for row in rows))) for rows in panels}
+def scored_panels(rows):
+    """(title, configurations) of every panel with scores."""
+    panels = [panel for panel in charts.panels(rows, [], []) if panel.kind == "pareto"]
+    return {(panel.title, tuple(sorted(group.label for group in panel.groups))) for panel in panels}
 
 
-def test_points_and_nats_never_share_an_axis(report):
-    expected = {("exact_match_strict", ("LoRA", "TABuv")), ("target_loss", ("LoRA", "TAB", "TABuv"))}
-    assert drawn(charts.by_setting(report.rows, "tiny")) == expected
-    panels = charts.panels(report.rows, [], [])
-    titles = {panel.title for panel in panels if panel.kind == "pareto"}
-    assert titles == {"chain_sum, exact match strict", "chain_sum, target loss"}
+BY_LOSS = ("chain_sum, target loss", ("LoRA", "TAB", "TABuv"))
+BOTH = {("chain_sum, exact match strict", ("LoRA", "TABuv")), BY_LOSS}
+
+
+def test_points_and_nats_never_share_an_axis_or_a_column(report):
+    assert scored_panels(report.rows) == BOTH
     # The curves show each group once.
-    (panel,) = [panel for panel in panels if panel.kind == "curves"]
+    (panel,) = [panel for panel in charts.panels(report.rows, [], []) if panel.kind == "curves"]
     assert sorted(group.label for group in panel.groups) == ["LoRA", "TAB", "TABuv"]
-    assert panel.title == "chain_sum"
+    (table,) = overview(report.rows, [])
+    assert table.head[4:] == ["chain_sum, exact_match_strict", "chain_sum, target_loss"]
+    lines = {row[0]: row[4:] for row in table.texts()}
+    assert lines["TAB"] == ["–", "0.250 (n=1) (+0.050 [+0.050, +0.050])"]
+    assert lines["LoRA"] == ["50.0 (n=1)", "0.200 (n=1)"]
+    _, *body = csv.reader(tables.to_csv(table).splitlines())
+    of_csv = {row[0]: row[4:] for row in body}
+    assert of_csv["TAB"] == ["–"] * 6 + ["0.250", "1", "", "+0.050", "+0.050", "+0.050"]
+    assert of_csv["LoRA"] == ["50.0", "1", "", *["–"] * 3, "0.200", "1", "", *["–"] * 3]
 
 
 def test_figures_and_overview_show_the_metric_that_the_claims_compare(report, tmp_path):
@@ -61,17 +71,15 @@ def test_figures_and_overview_show_the_metric_that_the_claims_compare(report, tm
         claims.write_text("\n".join(["claims:", *entries]))
         rows = write.build([tmp_path], claims=claims).rows
         (table,) = overview(rows, [])
-        return drawn(charts.by_setting(rows, "tiny")), table.head[4:]
+        assert len(table.head[4:]) == len(scored_panels(rows))
+        return scored_panels(rows)
 
-    both = drawn(charts.by_setting(report.rows, "tiny")), ["chain_sum, exact_match_strict", "chain_sum, target_loss"]
-    assert len(both[0]) == 2
-    by_loss = {("target_loss", ("LoRA", "TAB", "TABuv"))}
-    assert shown("{chain_sum: target_loss}") == (by_loss, ["chain_sum, target_loss"])
-    assert shown("{gsm8k: target_loss}") == both
+    assert shown("{chain_sum: target_loss}") == {BY_LOSS}
+    assert shown("{gsm8k: target_loss}") == BOTH
     # The first claim decides. [] compares every task by its first metric.
-    assert shown("[]", "{chain_sum: target_loss}") == both
+    assert shown("[]", "{chain_sum: target_loss}") == BOTH
     # A group that has no such metric is shown by its own first one.
-    assert shown("{chain_sum: exact_match_strict}") == both
+    assert shown("{chain_sum: exact_match_strict}") == BOTH
 
 
 def test_a_group_without_scores_has_no_column_of_its_own(tmp_path):
@@ -79,16 +87,6 @@ def test_a_group_without_scores_has_no_column_of_its_own(tmp_path):
     scored_run(tmp_path, [0.5] * ROWS, split="validation", name="TABuv")
     (table,) = overview(write.build([tmp_path]).rows, [])
     assert table.head[4:] == ["chain_sum"]
-
-
-def test_the_overview_has_a_column_for_each_metric(report):
-    (table,) = overview(report.rows, [])
-    assert table.head[4:] == ["chain_sum, exact_match_strict", "chain_sum, target_loss"]
-    lines = {row[0]: row[4:] for row in table.texts()}
-    assert lines["TAB"][0] == "–"
-    assert lines["TAB"][1].startswith("0.25")
-    assert lines["LoRA"][0].startswith("50.0")
-    assert lines["LoRA"][1].startswith("0.20")
 
 
 def test_rates_are_compared_by_the_loss_if_their_scores_are_of_different_metrics(tmp_path):

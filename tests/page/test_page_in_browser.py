@@ -131,15 +131,6 @@ def test_a_cell_opens_its_reason_by_keyboard(report):
         assert messages == []
 
 
-def test_the_forest_has_large_letters_where_the_window_is_wide(report):
-    letters = """[...document.querySelectorAll(".forest svg")].filter((svg) => svg.clientWidth).flatMap((svg) =>
-        [...svg.querySelectorAll("text")].map((text) =>
-            parseFloat(getComputedStyle(text).fontSize) * svg.clientWidth / svg.viewBox.baseVal.width))"""
-    for width, least in ((1280, 11), (390, 7)):
-        with opened(report, width) as (page, _):
-            assert min(page.evaluate(letters)) > least
-
-
 def test_print_shows_reasons_and_no_controls(report):
     with opened(report) as (page, _):
         page.evaluate("dispatchEvent(new Event('beforeprint'))")
@@ -176,13 +167,3 @@ def test_an_empty_report_and_one_without_claims_open_without_a_message(tmp_path)
             page.wait_for_timeout(200)
             assert page.locator("h1").is_visible()
             assert messages == []
-
-
-def test_a_page_of_one_sheet_works_as_the_report_does(report, tmp_path, monkeypatch):
-    monkeypatch.setattr(browser, "MOST_BYTES", write.FOR_THE_REST + 100)
-    write.write(write.build([report.parents[1] / "runs"]), tmp_path / "report")
-    first, *_ = sorted((tmp_path / "report" / "answers").glob("*.html"))
-    with opened(first) as (page, messages):
-        to_answers(page)
-        assert page.locator(".answer").count() == 20
-        assert messages == []

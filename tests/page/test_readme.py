@@ -24,13 +24,9 @@ Words between the tables stay.
 """
 
 
-@pytest.fixture
-def report(tmp_path):
-    world(tmp_path / "runs", {"LoRA": 0.5, "TABuv": 0.3}, seeds=5, rows=200)
-    return report_of_claim(tmp_path)
-
-
-def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
+def test_the_tables_stand_between_the_marks_and_a_verdict_of_an_earlier_look_says_how_many_seeds_it_had(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.1}, seeds=5, rows=200)
+    report = report_of_claim(tmp_path)
     file = tmp_path / "README.md"
     file.write_text(TEXT)
     assert readme.write(report, file) == ["verdicts", "scores", "runs", "cost"]
@@ -38,26 +34,14 @@ def test_the_tables_have_the_numbers_of_the_runs(report, tmp_path):
     assert "an old table" not in text
     assert "Words between the tables stay." in text
     (answer,) = report.answers
-    assert answer.survives_holm
-    assert f"{answer.verdict.value} \\*: {Unit.POINTS.number(answer.difference.widest.value, '+')[1:]}" in text.replace(
-        "\N{MINUS SIGN}", ""
-    )
+    assert (answer.seeds, answer.difference_seeds, answer.survives_holm) == (3, 5, True)
+    assert "| contradicted at 3 seeds \\*: −" in text
     assert ", 5 seeds |" in text
     for row in report.rows:
         assert text.count(Unit.POINTS.text(row.score.widest).replace("[", "\\[").replace("]", "\\]")) == 1
     assert report.summary() in text
     assert "peak memory GiB" in text
     assert readme.filled(text, report) == text
-
-
-def test_a_verdict_of_an_earlier_look_says_how_many_seeds_it_had(tmp_path):
-    world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.1}, seeds=5, rows=200)
-    report = report_of_claim(tmp_path)
-    (answer,) = report.answers
-    assert (answer.seeds, answer.difference_seeds) == (3, 5)
-    text = readme.filled(TEXT, report)
-    assert "| contradicted at 3 seeds \\*: " in text
-    assert ", 5 seeds |" in text
 
 
 def test_two_models_and_two_settings_are_never_in_one_cell(tmp_path):
@@ -75,9 +59,7 @@ def test_two_models_and_two_settings_are_never_in_one_cell(tmp_path):
 
 
 def test_an_empty_report_says_so(tmp_path):
-    (tmp_path / "runs").mkdir()
-    text = readme.filled(TEXT, write.build([tmp_path / "runs"]))
-    assert text.count("There are no runs for this table yet.") == 3
+    assert readme.filled(TEXT, write.build([tmp_path])).count("There are no runs for this table yet.") == 3
 
 
 @pytest.mark.parametrize(
@@ -91,9 +73,8 @@ def test_an_empty_report_says_so(tmp_path):
         (TEXT.replace("<!-- end of report -->\n\nWords", "Words"), "each mark needs its own end"),
     ],
 )
-def test_wrong_marks_are_named_and_change_nothing(report, tmp_path, text, message):
+def test_wrong_marks_are_named(tmp_path, text, message):
     file = tmp_path / "README.md"
     file.write_text(text)
     with pytest.raises(UserError, match=message):
-        readme.write(report, file)
-    assert file.read_text() == text
+        readme.check(file)
