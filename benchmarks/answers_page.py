@@ -16,7 +16,7 @@ import numpy as np
 from playwright.sync_api import Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from helpers.browser import ARGUMENTS, chromium
+from helpers.browser import ARGUMENTS, CHROMIUM
 from helpers.report_runs import add_scores, make_record, prediction_rows, write_run
 
 from tiedlora.page import write
@@ -97,7 +97,7 @@ def main() -> None:
         f"{arguments.rows:,} rows x {arguments.runs} runs: report {time.process_time() - started:.1f} s, {size:,} bytes"
     )
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         # Evaluating a text is forbidden on the page, so the measurement goes around its policy.
         page = browser.new_context(viewport={"width": 1300, "height": 850}, bypass_csp=True).new_page()
         address = f"file://{out / 'index.html'}"

@@ -112,9 +112,6 @@ def test_the_script_writes_every_form_with_a_card_and_a_task(tiny_config, finish
     tiedlora.load(folder / "export" / "hub-card", attached.model)
     assert torch.equal(logits(attached.model, ids), adapted)
     assert "tiedlora.load" in (folder / "export" / "hub-card" / "README.md").read_text()
-    code, _, errors = script("scripts/export.py", folder, "--to", "peft")
-    assert code == 2
-    assert "is not empty" in errors
 
 
 @pytest.mark.parametrize(

@@ -12,18 +12,13 @@ ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 ]
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-
-
-def chromium() -> str | None:
-    """The path of a Chromium, or None."""
-    return next((path for name in NAMES if (path := shutil.which(name))), None)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def needs_browser() -> pytest.MarkDecorator:
     """Skips a test where Playwright, axe or a Chromium is missing."""
     modules = [name for name in ("playwright", "axe_playwright_python") if importlib.util.find_spec(name) is None]
-    missing = [*modules, *([] if chromium() else ["a chromium on the PATH"])]
+    missing = [*modules, *([] if CHROMIUM else ["a chromium on the PATH"])]
     return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)} (the extra `browser`)")
 
 
@@ -42,21 +37,16 @@ def opened(
 
     messages: list[str] = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         viewport = {"width": width, "height": 850}
         context = browser.new_context(viewport=viewport, color_scheme=theme, offline=True, bypass_csp=bypass_csp)
         page = context.new_page()
         page.on("console", lambda message: messages.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: messages.append(f"error: {error}"))
         page.on("dialog", lambda dialog: (messages.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda request: _note(request.url, messages))
+        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or messages.append(request.url))
         page.goto(f"file://{page_file}{suffix}")
         try:
             yield page, messages
         finally:
             browser.close()
-
-
-def _note(address: str, messages: list[str]) -> None:
-    if not address.startswith(("file:", "data:")):
-        messages.append(f"request: {address}")

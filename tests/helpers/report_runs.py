@@ -173,15 +173,13 @@ def scored_run(
     return write_run(root, record, rows)
 
 
-def world(root, truth, *, seeds=5, rows=200, base=0.1, seed_sd=0.01, rank=8, generator=None, **about):
+def world(root, truth, *, seeds=5, rows=200, base=0.1, seed_sd=0.01, rank=8, **about):
     """Runs with known true scores. `truth` maps configurations to success rates; examples differ in difficulty."""
-    generator = generator or np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     difficulty = generator.normal(0, 0.1, rows)
     base_scores = generator.random(rows) < np.clip(base + difficulty, 0, 1)
     for name, p in truth.items():
-        own_rank = rank
-        if isinstance(name, tuple):
-            name, own_rank = name
+        name, own_rank = name if isinstance(name, tuple) else (name, rank)
         for seed in range(seeds):
             chance = np.clip(p + difficulty + generator.normal(0, seed_sd), 0, 1)
             ours = (generator.random(rows) < chance).astype(float)

@@ -65,10 +65,3 @@ def test_two_columns_of_one_name_differ_in_csv():
 )
 def test_formulas_are_neutralised_and_numbers_stay(cell, safe):
     assert tables.safe_text(cell) == safe
-
-
-def test_markup_of_markdown_and_latex_is_escaped():
-    table = table_of(["50 % of $x_1$ & <b>"], ("x|y", tables.TEXT, {}), caption="a_b")
-    assert r"| 50 % of $x\_1$ & \<b\> |" in tables.to_markdown(table)
-    assert r"x\|y" in tables.to_markdown(table)
-    assert r"50 \% of \$x\_1\$ \& \textless{}b\textgreater{} \\" in tables.to_latex(table)

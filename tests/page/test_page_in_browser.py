@@ -131,17 +131,6 @@ def test_a_cell_opens_its_reason_by_keyboard(report):
         assert messages == []
 
 
-def test_print_shows_reasons_and_no_controls(report):
-    with opened(report) as (page, _):
-        page.evaluate("dispatchEvent(new Event('beforeprint'))")
-        page.emulate_media(media="print")
-        assert page.locator(".why-list").first.is_visible()
-        assert not page.locator("#answers").is_visible()
-        assert not page.locator("#theme").is_visible()
-        page.evaluate("dispatchEvent(new Event('afterprint'))")
-        assert not page.locator(".reasons details").first.get_attribute("open")
-
-
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1300, 390])
 def test_axe_finds_no_violation_and_nothing_is_wider_than_the_screen(report, width, theme):
