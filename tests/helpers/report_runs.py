@@ -12,20 +12,9 @@ from tiedlora import tying
 from tiedlora.config.identity import config_tree, identity, run_id
 from tiedlora.config.schema import Config, LrFactors, ModelConfig, RankConfig, TaskConfig, TrainConfig, TyingConfig
 from tiedlora.page import write
+from tiedlora.records import run_record
 from tiedlora.records.rows import MetricsRow, PredictionRow, Score
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import (
-    BaseModelRecord,
-    CodeVersion,
-    ConfigRecord,
-    DataRecord,
-    Execution,
-    Identity,
-    RunRecord,
-    SplitScores,
-    TrainingRecord,
-    from_tree,
-)
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Task
 
@@ -54,7 +43,7 @@ def make_config(name="TABuv", rank=8, seed=0, lr=1e-2, task="chain_sum", kind="g
     )
 
 
-def make_record(changes: dict[str, Any] | None = None, **about) -> RunRecord:
+def make_record(changes: dict[str, Any] | None = None, **about) -> run_record.RunRecord:
     """A record without scores.
 
     Args:
@@ -67,26 +56,21 @@ def make_record(changes: dict[str, Any] | None = None, **about) -> RunRecord:
         if path.startswith("config."):
             config = _changed(config, path.split(".")[1:], value)
     trainable = tying.trainable_params(config.tying, config.rank.r, config.model.architecture)
-    record = RunRecord(
+    record = run_record.RunRecord(
         run_id=run_id(config),
-        identity=from_tree(Identity, identity(config)),
-        config=from_tree(ConfigRecord, config_tree(config)),
+        identity=run_record.from_tree(run_record.Identity, identity(config)),
+        config=run_record.from_tree(run_record.ConfigRecord, config_tree(config)),
         seed=config.seed,
-        code=CodeVersion("a" * 40, dirty=False),
+        code=run_record.CodeVersion("a" * 40, dirty=False),
         versions={"python": "3.11", "torch": "2.13", "transformers": "5.24"},
-        execution=Execution("cpu", threads=1),
-        base=BaseModelRecord(config.model.name, "main", "sha256:1"),
+        execution=run_record.Execution("cpu", threads=1),
+        base=run_record.BaseModelRecord(config.model.name, "main", "sha256:1"),
         trainable_params=trainable,
         share_of_lora=trainable / tying.lora_params(config.rank.r, config.model.architecture),
-        data={"train": DataRecord("train", rows=100), "validation": DataRecord("validation", rows=50)},
-        training=TrainingRecord(
-            steps=100,
-            tokens=1000,
-            seconds=10.0,
-            tokens_per_s=100.0,
-            validation_loss_first=2.0,
-            validation_loss_last=1.0,
-            peak_memory_bytes=2**30,
+        data={name: run_record.DataRecord(name, rows) for name, rows in (("train", 100), ("validation", 50))},
+        training=run_record.TrainingRecord(
+            **{"steps": 100, "tokens": 1000, "seconds": 10.0, "tokens_per_s": 100.0, "peak_memory_bytes": 2**30},
+            **{"validation_loss_first": 2.0, "validation_loss_last": 1.0},
         ),
         adapter_bytes=4 * trainable,
         scores={},
@@ -125,15 +109,15 @@ def prediction_rows(
 
 
 def add_scores(
-    record: RunRecord,
+    record: run_record.RunRecord,
     split: str,
     rows: Sequence[PredictionRow],
     base: Sequence[PredictionRow] | None = None,
     task: Task | None = None,
-) -> RunRecord:
+) -> run_record.RunRecord:
     """The record with a split's scores, from its rows and the base model's, summarised as scoring does."""
     task = task or OneMetric(next(iter(rows[0].scores)))
-    scores = SplitScores(
+    scores = run_record.SplitScores(
         rows=len(rows),
         digest=f"{record.identity.task.name}-{split}",
         metrics=summarise(rows, task),
@@ -144,7 +128,7 @@ def add_scores(
     return dataclasses.replace(record, scores={**record.scores, split: scores})
 
 
-def write_run(root: Path, record: RunRecord, rows: dict[str, list[PredictionRow]]) -> Path:
+def write_run(root: Path, record: run_record.RunRecord, rows: dict[str, list[PredictionRow]]) -> Path:
     """A run's folder: result.json, metrics.jsonl and predictions/."""
     folder = RunFolder(Path(root) / record.run_id)
     (folder.path / "predictions").mkdir(parents=True)

@@ -5,8 +5,6 @@ import socket
 
 import pytest
 
-from tiedlora.config.compose import compose_config
-from tiedlora.config.identity import run_id
 from tiedlora.runs import run
 from tiedlora.tracking import run_trackers
 
@@ -33,14 +31,6 @@ def home(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
-
-
-def test_auto_is_the_default_and_changes_no_id(tiny_run):
-    default = compose_config(tiny_run())
-    assert default.tracking.backend == "auto"
-    assert {
-        run_id(compose_config(tiny_run(f"tracking={name}"))) for name in ("none", "wandb", "trackio", "mlflow")
-    } == {run_id(default)}
 
 
 def test_without_a_key_there_is_no_tracker_and_what_the_user_says_decides(home, tiny_config, caplog, monkeypatch):

@@ -9,12 +9,9 @@ import pytest
 from tiedlora.errors import UserError
 from tiedlora.records.rows import (
     NOT_GENERATED,
-    AppendedFile,
     MetricsRow,
     PredictionRow,
-    ValidationLosses,
     read_metrics,
-    read_validation_losses,
     write_predictions,
 )
 from tiedlora.records.run_folder import RunFolder
@@ -67,18 +64,6 @@ def faked(tiny_config, fake):
 
 def rows(*steps: int) -> list[MetricsRow]:
     return [MetricsRow(step, {"train/loss": float(step)}) for step in steps]
-
-
-def test_a_resumed_file_keeps_the_rows_up_to_its_checkpoint_and_no_half_line(tmp_path):
-    path = tmp_path / "validation_losses.jsonl"
-    losses = [ValidationLosses(step, [1.5, step / 2], [3, 2]) for step in (0, 2, 4)]
-    AppendedFile(path, read_validation_losses).append(losses)
-    with path.open("a") as file:
-        file.write('{"step": 6, "losses": [1.0')
-    resumed = AppendedFile(path, read_validation_losses, step=3)
-    assert resumed.rows == losses[:2]
-    resumed.append([losses[2]])
-    assert read_validation_losses(path) == losses
 
 
 def test_metrics_jsonl_is_first_and_a_resumed_segment_holds_the_whole_curve(faked, fake, tmp_path):
