@@ -32,7 +32,9 @@ def main() -> None:
     runs, _ = read_runs(run_roots(arguments.runs))
     workspaces = wandb_dashboard.workspaces(runs, arguments.entity, arguments.project)
     if arguments.json:
-        print(json.dumps([wandb_dashboard.specification(workspace) for workspace in workspaces], indent=2))
+        # As they would be sent.
+        sent = [workspace._to_model().model_dump(mode="json", by_alias=True) for workspace in workspaces]
+        print(json.dumps(sent, indent=2))
         return
     for workspace in workspaces:
         print(wandb_dashboard.save(workspace))

@@ -95,7 +95,7 @@ def test_short_marks_stand_beside_the_name_of_a_configuration(tmp_path):
     for lr, right in ((1e-3, 30), (1e-2, 10)):
         scored_run(tmp_path, [1.0] * right + [0.0] * (50 - right), BASE, lr=lr)
     (key,) = figures.legend(panels(tmp_path))
-    assert (key.name, key.glyph, key.marks) == ("TABuv", "◆", ["rate at the edge"])
+    assert (key.name, figures.GLYPHS[key.marker], key.marks) == ("TABuv", "◆", ["rate at the edge"])
 
 
 @pytest.mark.filterwarnings("error")

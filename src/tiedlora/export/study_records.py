@@ -87,16 +87,12 @@ def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
     for name in COPIED:
         if (run.path / name).exists():
             storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
-    config = _without_paths(read_config(run.config_file))
-    storage.write_bytes(exported.config_file, OmegaConf.to_yaml(config_tree(config)).encode())
-    return config
-
-
-def _without_paths(config: Config) -> Config:
-    """The configuration with the default places of files."""
+    config = read_config(run.config_file)
     score = replace(config.score, forgetting=_without_folder(config.score.forgetting))
     model = replace(config.model, path=None)
-    return replace(config, outputs="outputs", cache=".cache", data_root=None, model=model, score=score)
+    config = replace(config, outputs="outputs", cache=".cache", data_root=None, model=model, score=score)
+    storage.write_bytes(exported.config_file, OmegaConf.to_yaml(config_tree(config)).encode())
+    return config
 
 
 def _without_folder(text: str | None) -> str | None:

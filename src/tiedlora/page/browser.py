@@ -50,11 +50,6 @@ class Sheet:
     texts: list[str]
     """Blocks of BLOCK rows."""
 
-    @property
-    def size(self) -> int:
-        """Its bytes on the page."""
-        return len(self.index) + sum(map(len, self.texts)) + 100 * len(self.texts)
-
 
 class _Column(NamedTuple):
     """The answers of one run."""
@@ -80,20 +75,15 @@ def sheets(groups: Iterable[RunGroup], splits: dict[RunGroup, str], most_bytes: 
     for group in groups:
         if group in splits:
             of_setting[group.setting, splits[group]].append(group)
-    found, most = [], most_bytes // max(1, len(of_setting))
+    found = []
     for (_, split), own in of_setting.items():
         seeds = sorted({run.seed for group in own for run in group.runs})
-        sheet = _sheet(own, split, seeds)
-        while sheet is not None and sheet.size > most and len(seeds) > 1:
-            seeds = seeds[: max(1, int(len(seeds) * most / sheet.size))]
-            sheet = _sheet(own, split, seeds)
-        if sheet is not None:
-            found.append(sheet)
-    return found
+        found.append(_sheet(own, split, seeds, most_bytes // len(of_setting)))
+    return [sheet for sheet in found if sheet is not None]
 
 
-def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int]) -> Sheet | None:
-    """The sheet of the runs with these seeds; None if no run's predictions can be shown."""
+def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int], most_bytes: int) -> Sheet | None:
+    """The sheet of the runs with these seeds, or with so many that fit; None if no run's predictions can be shown."""
     runs = [(group, run) for group in groups for run in group.runs if split in run.splits]
     left_out = [f"{_name(group, run)}: the page would be too large" for group, run in runs if run.seed not in seeds]
     asked, columns = _columns([(group, run) for group, run in runs if run.seed in seeds], split, left_out)
@@ -136,7 +126,11 @@ def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int]) -> Shee
         packed({name: of_rows[start : start + BLOCK] for name, of_rows in rows.items()})
         for start in range(0, len(asked), BLOCK)
     ]
-    return Sheet(head, packed(index), texts)
+    sheet = Sheet(head, packed(index), texts)
+    size = len(sheet.index) + sum(len(block) + 100 for block in texts)
+    if size > most_bytes and len(seeds) > 1:
+        return _sheet(groups, split, seeds[: max(1, int(len(seeds) * most_bytes / size))], most_bytes)
+    return sheet
 
 
 def _columns(

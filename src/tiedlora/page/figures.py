@@ -37,7 +37,7 @@ THEME = {
 }
 """The colours of page.css in its light theme, by the names of its variables. The dark theme has others."""
 INK, SOFT, LINE, BACK, ZONE, GOOD, BAD, OPEN, *COLOURS = THEME.values()
-VARIABLES = {colour: f"var(--{name})" for name, colour in THEME.items()}
+CSS_NAMES = {colour: name for name, colour in THEME.items()}
 VERDICTS = {
     "supported": (GOOD, "o"),
     "contradicted": (BAD, "D"),
@@ -112,16 +112,6 @@ class Key:
     dash: Any
     marks: list[str]
     """What a reader must know of one of its runs, in few words."""
-
-    @property
-    def css(self) -> str:
-        """The class of its colour on the page."""
-        return next(name for name, colour in THEME.items() if colour == self.colour)
-
-    @property
-    def glyph(self) -> str:
-        """The letter that looks like its marker."""
-        return GLYPHS[self.marker]
 
 
 def order(group: RunGroup) -> tuple[int, int]:
@@ -262,4 +252,4 @@ def _plain(element: ElementTree.Element) -> None:
         key, value = (part.strip() for part in declaration.split(":", 1))
         # The page has its own letters.
         if key != "font-family":
-            element.set(key, VARIABLES.get(value, value))
+            element.set(key, f"var(--{CSS_NAMES[value]})" if value in CSS_NAMES else value)

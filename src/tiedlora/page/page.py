@@ -81,6 +81,8 @@ def render(
         sheets=sheets,
         models=models(rows, verdicts, panels),
         legend=figures.legend,
+        css_names=figures.CSS_NAMES,
+        glyphs=figures.GLYPHS,
         inline=figures.inline,
         word=word,
         effect=effect,

@@ -10,6 +10,7 @@ import csv
 import io
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -419,14 +420,16 @@ def overview(rows: Sequence[ResultRow], folders: Sequence[LeftOut]) -> list[Tabl
     Args:
         folders: those that are left out, among which are the runs that failed.
     """
-    primary = [row for row in rows if row.primary]
-    models = sorted({row.group.model for row in primary})
-    return [_overview(model, [row for row in primary if row.group.model == model], folders) for model in models]
+    by_model: dict[str, list[ResultRow]] = defaultdict(list)
+    for row in rows:
+        if row.primary:
+            by_model[row.group.model].append(row)
+    return [_overview(model, by_model[model], folders) for model in sorted(by_model)]
 
 
 def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut]) -> Table:
-    places = sorted({_place(row) for row in rows})
     by_place = {(_line(row), _place(row)): row for row in rows}
+    places = sorted({place for _, place in by_place})
     settings = [(task, variant) for task, variant, _ in places]
     # The task's first metric needs no name, unless there is another one.
     named = {_place(row) for row in rows if not row.is_first or settings.count((row.group.task, row.group.variant)) > 1}
@@ -445,7 +448,7 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
         "one seed). * has notes in the table of results."
     )
     cells = []
-    for line in sorted({_line(row) for row in rows}):
+    for line in sorted({line for line, _ in by_place}):
         rank, params, configuration, share = line
         scores = [by_place.get((line, place)) or _missing(configuration, rank, place[0], folders) for place in places]
         cells.append([configuration, rank, params, share, *scores])

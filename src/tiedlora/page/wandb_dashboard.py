@@ -16,7 +16,7 @@ from tiedlora.analysis.runs import Run
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 
-INSTALL = "wandb-workspaces is not installed; run: pip install 'tiedlora[dashboard]'"
+MISSING = "wandb_dashboard: wandb-workspaces is not installed; run: pip install 'tiedlora[dashboard]'"
 CONFIGURATION = "tying.name"
 """The key of a run's W&B configuration that panels group by."""
 
@@ -32,7 +32,7 @@ def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
         wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
         ws: Any = importlib.import_module("wandb_workspaces.workspaces")
     except ImportError:
-        raise UserError(f"wandb_dashboard: {INSTALL}") from None
+        raise UserError(MISSING) from None
     if not runs:
         raise UserError("wandb_dashboard: no finished run to take tasks and metrics from")
     built = []
@@ -73,11 +73,6 @@ def _panels(wr: Any, keys: Sequence[str]) -> dict[str, list[Any]]:
             for title, key in (("validation loss", "validation/loss"), ("training loss", "train/loss"))
         ],
     }
-
-
-def specification(workspace: Any) -> Any:
-    """The data that would be sent to W&B, as plain data."""
-    return workspace._to_model().model_dump(mode="json", by_alias=True)
 
 
 def save(workspace: Any) -> str:
