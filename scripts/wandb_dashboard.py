@@ -1,7 +1,8 @@
 """python scripts/wandb_dashboard.py outputs --entity TEAM [--project tiedlora]: W&B workspaces of finished runs.
 
-There is one workspace for each task: a Pareto plot, bars, and curves by configuration of the runs that have logged with
-tracking=wandb. --json prints them instead of saving them, without account or network.
+There is one workspace for each task: scores against parameters, and W&B's own panels, with runs grouped by
+configuration. It shows the runs that have logged with tracking=wandb. --json prints the workspaces instead of saving
+them, without account or network.
 """
 
 import argparse

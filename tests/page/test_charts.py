@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from tiedlora.page import charts, figures, write
 from tiedlora.page.figures import BACK, Panel
-from tiedlora.page.page import HERE
 from tiedlora.records.rows import MetricsRow
 
 GOOD = [1.0, 0.0] * 25
@@ -116,12 +115,6 @@ def test_a_panel_of_the_page_has_no_style_no_fixed_colour_and_hostile_text_only_
         assert used == {f"#{element.get('id')}" for element in root.iter("path") if f"#{element.get('id')}" in used}
     ids = [re.findall(r' id="([^"]+)"', text) for text in texts]
     assert not set(ids[0]) & set(ids[1])
-
-
-def test_the_figures_have_the_colours_of_the_pages_light_theme():
-    light = dict(re.findall(r"--(\w+): (#\w+)", (HERE / "page.css").read_text().partition("@media")[0]))
-    # A file is white; the page is almost.
-    assert {name: light[name] for name in figures.THEME} == figures.THEME | {"back": light["back"]}
 
 
 def test_names_do_not_cover_each_other_or_a_line():

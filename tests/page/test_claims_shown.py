@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.report_runs import report_of_claim, scored_run, world
 
-from tiedlora.page import charts, figures, page, write
+from tiedlora.page import charts, figures, write
 
 CLAIMS = """looks: [3, 5]
 claims:
@@ -43,7 +43,7 @@ def panels(report, kind):
 
 
 def models(report):
-    return {model.name: model for model in page.models(report.rows, report.verdicts, [])}
+    return {model.name: model for model in write.models(report.rows, report.verdicts, [])}
 
 
 def test_cells_have_verdicts_and_differences_and_lead_to_reasons_and_the_forest_is_a_file(three_tasks, tmp_path):
@@ -51,7 +51,7 @@ def test_cells_have_verdicts_and_differences_and_lead_to_reasons_and_the_forest_
     model = models(report)["tiny"]
     assert model.tasks == ["chain_sum", "gsm8k", "squad"]
     assert model.headline == "2 claims: 1 contradicted, 1 undecided"
-    cells = {task: (page.word(answer), *page.effect(answer)) for task, answer, _ in model.rows[0][1]}
+    cells = {task: (write.word(answer), *write.effect(answer)) for task, answer, _ in model.rows[0][1]}
     assert cells["chain_sum"][0] == "supported"
     answer = next(answer for answer in report.answers if answer.task == "squad" and answer.pair)
     verdict, effect, ends = cells["squad"]
@@ -68,7 +68,7 @@ def test_cells_have_verdicts_and_differences_and_lead_to_reasons_and_the_forest_
 
 def test_a_task_that_a_claim_is_not_about_is_not_asked(three_tasks):
     model = models(report_of(three_tasks, CLAIMS.replace("tasks: []", "tasks: [squad]", 1)))["tiny"]
-    verdicts = {task: page.word(answer) for task, answer, _ in model.rows[0][1]}
+    verdicts = {task: write.word(answer) for task, answer, _ in model.rows[0][1]}
     assert verdicts == {"chain_sum": "not asked", "gsm8k": "not asked", "squad": "contradicted"}
 
 
@@ -77,7 +77,7 @@ def test_a_model_without_runs_of_a_claim_says_so(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6}, seeds=2, rows=60, model="org/other")
     report = report_of(tmp_path)
     rows = models(report)["other"].rows
-    assert [page.word(answer) for _, cells in rows for _, answer, _ in cells] == ["not run"] * len(rows)
+    assert [write.word(answer) for _, cells in rows for _, answer, _ in cells] == ["not run"] * len(rows)
     assert [panel.model for panel in panels(report, "forest")] == ["tiny"]
 
 

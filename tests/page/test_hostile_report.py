@@ -11,7 +11,7 @@ from helpers.report_runs import prediction_rows, scored_run, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiedlora.page import browser, charts, page, tables, write
+from tiedlora.page import charts, tables, write
 from tiedlora.records.rows import read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import read_record
@@ -123,9 +123,7 @@ def test_any_record_is_read_or_refused(place, tmp_path_factory, data):
     for table in shown:
         for render in (tables.to_csv, tables.to_latex, tables.to_markdown):
             assert not ALIVE.search(render(table))
-    sheets = browser.sheets(report.groups, {row.group: row.measure.split for row in report.rows})
-    panels = charts.panels(report.rows, report.answers, report.sizes)
-    drawn = page.render(report.summary(), report.rows, shown, report.verdicts, panels, sheets)
+    drawn = write.render(report, shown, charts.panels(report.rows, report.answers, report.sizes))
     assert drawn.count("<script>") == 1
     assert not ALIVE.search(drawn)
     with right_or_refused():

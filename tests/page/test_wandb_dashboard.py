@@ -31,8 +31,7 @@ def test_a_workspace_for_each_task_asks_for_keys_that_runs_log_and_the_best_loss
         for key in ("trainable_params", metric):
             assert key in flat_summary(run.record)
             assert key in text
-        for key in ("validation/loss", "train/loss", "tying", "rank"):
-            assert key in text
+        assert "tying" in text
         best = "showMinYAxisLine" if is_loss(metric.partition("/")[2]) else "showMaxYAxisLine"
         assert re.findall(r'"(\w+YAxisLine)": true', text) == [best]
 

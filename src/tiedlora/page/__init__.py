@@ -1,6 +1,6 @@
 """The report as a person reads it: tables, figures, and one page that opens from disk.
 
-Numbers come from analysis/ as typed values, and stay typed until tables.py, page.py or charts.py writes them.
+Numbers come from analysis/ as typed values, and stay typed until tables.py, write.py or charts.py writes them.
 figures.py has how charts look (colours, markers, sizes), and charts.py what each draws. This package imports analysis,
 records, config and what is below them, and never torch or transformers. Only wandb_dashboard loads W&B's packages, when
 it is used.

@@ -238,12 +238,9 @@ def draw_pareto(ax: Axes, rows: Sequence[ResultRow]) -> None:
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """The indices of the points (parameters, score) on the Pareto front, sorted by parameters."""
-    kept, best = [], -math.inf
-    for number in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
-        if points[number][1] > best:
-            kept.append(number)
-            best = points[number][1]
-    return kept
+    ordered = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
+    best_before = itertools.accumulate((points[i][1] for i in ordered), max, initial=-math.inf)
+    return [i for i, before in zip(ordered, best_before, strict=False) if points[i][1] > before]
 
 
 # --- Training: what was logged by step, and the search of rates.

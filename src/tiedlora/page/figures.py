@@ -28,14 +28,13 @@ from matplotlib.lines import Line2D
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.text import visible
 
-THEME = {
-    **{"ink": "#1d1d1f", "soft": "#575c64", "line": "#dcdcd5", "back": "#ffffff", "zone": "#dcebe4"},
-    **{"good": "#00674a", "bad": "#a83800", "open": "#695400"},
-    # After Okabe and Ito's palette, without black and yellow, each of which is invisible on one of the two backgrounds.
-    **{"k0": "#0072b2", "k1": "#3f9fd4", "k2": "#d55e00", "k3": "#008a65", "k4": "#b9558c", "k5": "#b97a00"},
-    "k6": "#6f6f6f",
-}
-"""The colours of page.css in its light theme, by the names of its variables. The dark theme has others."""
+HERE = Path(__file__).parent
+LIGHT = dict(re.findall(r"--(\w+): (#\w+)", (HERE / "page.css").read_text(encoding="utf-8").partition("@media")[0]))
+NAMES = ("ink", "soft", "line", "back", "zone", "good", "bad", "open", *(f"k{number}" for number in range(7)))
+# k0 to k6 are after Okabe and Ito's palette, without black and yellow, each of which is invisible on one background.
+THEME = {name: LIGHT[name] for name in NAMES} | {"back": "#ffffff"}
+"""The colours of page.css in its light theme, by the names of its variables. The dark theme has others. A file is
+white; the page is almost."""
 INK, SOFT, LINE, BACK, ZONE, GOOD, BAD, OPEN, *COLOURS = THEME.values()
 CSS_NAMES = {colour: name for name, colour in THEME.items()}
 VERDICTS = {

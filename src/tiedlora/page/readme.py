@@ -19,9 +19,9 @@ from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.config.sizes import is_near
 from tiedlora.errors import UserError
-from tiedlora.page import page, tables
+from tiedlora.page import tables
 from tiedlora.page.tables import Column, Table
-from tiedlora.page.write import Report
+from tiedlora.page.write import Report, effect, models, word
 from tiedlora.text import visible
 
 BLOCK = re.compile(r"(?P<start><!-- report: (?P<name>[^>]*?) -->\n).*?(?P<end><!-- end of report -->)", re.DOTALL)
@@ -87,7 +87,7 @@ def _block(name: str, report: Report) -> str:
 
 def _verdicts(report: Report) -> Table:
     """One row for each model and claim, one column for each task."""
-    parts = page.models(report.rows, report.verdicts, [])
+    parts = models(report.rows, report.verdicts, [])
     tasks = list(dict.fromkeys(task for part in parts for task in part.tasks))
     rows = []
     for part in parts:
@@ -103,7 +103,7 @@ def _cell(answer: Answer | None) -> str:
 
     A star marks a verdict that holds by Holm's procedure over all tests.
     """
-    verdict, (difference, ends) = page.word(answer), page.effect(answer)
+    verdict, (difference, ends) = word(answer), effect(answer)
     if answer is None or not difference:
         return verdict
     if answer.look is not None and answer.seeds != answer.difference_seeds:

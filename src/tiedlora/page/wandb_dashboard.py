@@ -1,7 +1,7 @@
-"""W&B workspaces for finished runs, one per task: Pareto, bars, and curves by configuration.
+"""W&B workspaces for finished runs, one per task: scores against parameters, and W&B's own panels by configuration.
 
-They are built from the runs' records, so the panels use exactly the keys that runs log (records.summary.flat_summary
-and metrics.jsonl). To build them needs no account and no network; only to save them does.
+They are built from the runs' records, so the panels use exactly the keys that runs log (records.summary.flat_summary).
+To build them needs no account and no network; only to save them does.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 
 MISSING = "wandb_dashboard: wandb-workspaces is not installed; run: pip install 'tiedlora[dashboard]'"
-CONFIGURATION = "tying.name"
-"""The key of a run's W&B configuration that panels group by."""
 
 
 def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
@@ -38,41 +36,25 @@ def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
     built = []
     for task in sorted({run.task for run in runs}):
         splits = [(split, run.splits.get(split)) for split in SPLIT_PREFERENCE for run in runs if run.task == task]
-        keys = list(dict.fromkeys(f"{split}/{name}" for split, scores in splits if scores for name in scores.metrics))
+        keys = dict.fromkeys(f"{split}/{name}" for split, scores in splits if scores for name in scores.metrics)
+        plots = []
+        for key in keys:
+            best = {"running_ymin" if is_loss(key.rpartition("/")[2]) else "running_ymax": True}
+            x, y = wr.SummaryMetric("trainable_params"), wr.SummaryMetric(key)
+            plots.append(wr.ScatterPlot(title=f"{key} by trainable parameters", x=x, y=y, log_x=True, **best))
+        filters, by = [ws.Config("task.name") == task], [ws.Config("tying.name"), ws.Config("rank.r")]
         built.append(
             ws.Workspace(
                 entity=entity,
                 project=project,
                 name=f"Tied-LoRA: {task}",
-                sections=[ws.Section(name, panels, is_open=True) for name, panels in _panels(wr, keys).items()],
+                sections=[ws.Section("Score by trainable parameters (Pareto)", plots, is_open=True)],
                 settings=ws.WorkspaceSettings(x_axis="Step"),
-                runset_settings=ws.RunsetSettings(
-                    filters=[ws.Config("task.name") == task],
-                    groupby=[ws.Config(CONFIGURATION), ws.Config("rank.r")],
-                ),
+                runset_settings=ws.RunsetSettings(filters=filters, groupby=by),
+                auto_generate_panels=True,
             )
         )
     return built
-
-
-def _panels(wr: Any, keys: Sequence[str]) -> dict[str, list[Any]]:
-    """The name of a section -> its panels, of these keys of the runs' summaries."""
-    grouped, scatters = {"groupby": wr.Config(CONFIGURATION), "groupby_aggfunc": "mean"}, []
-    for key in keys:
-        best = {"running_ymin" if is_loss(key.rpartition("/")[2]) else "running_ymax": True}
-        x, y = wr.SummaryMetric("trainable_params"), wr.SummaryMetric(key)
-        scatters.append(wr.ScatterPlot(title=f"{key} by trainable parameters", x=x, y=y, log_x=True, **best))
-    return {
-        "Score by trainable parameters (Pareto)": scatters,
-        "Bars": [
-            wr.BarPlot(title=f"{key} by configuration", metrics=[key], groupby_rangefunc="stddev", **grouped)
-            for key in keys
-        ],
-        "Curves by configuration": [
-            wr.LinePlot(title=title, x="Step", y=[key], groupby_rangefunc="minmax", **grouped)
-            for title, key in (("validation loss", "validation/loss"), ("training loss", "train/loss"))
-        ],
-    }
 
 
 def save(workspace: Any) -> str:

@@ -1,26 +1,45 @@
-"""The whole report, from folders of runs to a folder of tables, figures and one page."""
+"""The whole report, from folders of runs to a folder of tables, figures and index.html.
+
+The page opens from disk and loads nothing. Predictions are hostile text. Jinja escapes every value, the script sets
+only `textContent`, a policy in the page allows only the page's own script and style, and control characters are shown
+as signs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import base64
+import hashlib
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from tiedlora import storage
 from tiedlora.analysis import answers as claim_answers
 from tiedlora.analysis import claims as claim_files
-from tiedlora.analysis import compare
-from tiedlora.analysis.answers import Answer, ClaimVerdict, claim_verdicts
+from tiedlora.analysis import compare, shares
+from tiedlora.analysis.answers import Answer, ClaimVerdict, Verdict, claim_verdicts, error_note
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, names_of, read_runs, read_selections, run_roots
 from tiedlora.analysis.shares import SizePanel, size_panels
-from tiedlora.page import browser, charts, figures, page, tables
-from tiedlora.page.tables import Table
+from tiedlora.page import browser, charts, figures, tables
+from tiedlora.page.figures import HERE, Panel
+from tiedlora.page.tables import Table, minus
+from tiedlora.records.interval import Interval, Unit
 from tiedlora.text import visible
 
 LISTED = 20
 """The most left-out folders that the terminal names."""
+FILTERS = ("model", "task", "variant", "configuration", "rank", "metric")
+CONDENSED = ("model", "task", "variant", "metric", "split", "rows", "seeds", "device", "notes")
+"""Columns that move into the table's caption if all rows have the same value."""
 
 
 @dataclass
@@ -32,7 +51,7 @@ class Report:
     groups: list[RunGroup]
     rows: list[ResultRow]
     answers: list[Answer]
-    sizes: list[SizePanel] = field(default_factory=list)
+    sizes: list[SizePanel]
     """What every arm keeps of a reference's gain."""
 
     def summary(self) -> str:
@@ -109,9 +128,7 @@ def write(report: Report, out: Path) -> list[str]:
             storage.write_bytes(out / f"{table.name}.csv", tables.to_csv(table).encode())
             storage.write_bytes(out / f"{table.name}.tex", tables.to_latex(table).encode())
     figures.write_files(panels, out)
-    sheets = browser.sheets(report.groups, {row.group: row.measure.split for row in report.rows})
-    html = page.render(report.summary(), report.rows, all_tables, report.verdicts, panels, sheets)
-    storage.write_bytes(out / "index.html", html.encode("utf-8", "replace"))
+    storage.write_bytes(out / "index.html", render(report, all_tables, panels).encode("utf-8", "replace"))
     return _lines(report, out)
 
 
@@ -140,3 +157,163 @@ def _answer_lines(answer: Answer) -> list[str]:
         f"{answer.verdict.upper():<14} {answer.claim.name} [{where}]{difference}{share}",
         f"{'':<14} {answer.reason}{decide}",
     ]
+
+
+# --- index.html.
+
+
+def render(report: Report, all_tables: Sequence[Table], panels: Sequence[Panel]) -> str:
+    """The page's text."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        # Texts may come from a damaged record. What is not markup of ours shows its control characters as signs.
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["json"] = _json
+    css, script = (
+        "\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
+        for names in (("page.css", "page.charts.css", "page.answers.css"), ("page.js", "page.answers.js"))
+    )
+    of_name = {table.name: shown(table) for table in all_tables}
+    return environment.get_template("page.html.j2").render(
+        css=Markup(css),
+        css_hash=_hash(css),
+        script=Markup(script),
+        script_hash=_hash(script),
+        summary=report.summary(),
+        sheets=browser.sheets(report.groups, {row.group: row.measure.split for row in report.rows}),
+        models=models(report.rows, report.verdicts, panels),
+        legend=figures.legend,
+        css_names=figures.CSS_NAMES,
+        glyphs=figures.GLYPHS,
+        inline=figures.inline,
+        word=word,
+        effect=effect,
+        numbers=numbers,
+        error_note=error_note(report.answers) if report.answers else "",
+        tables=of_name,
+        overview=[shown for name, shown in of_name.items() if name.startswith("overview")],
+        filters=_filters(of_name["results"]),
+    )
+
+
+def shown(table: Table) -> Table:
+    """The table without the columns in which all rows have the same value; the caption has them."""
+    constant, kept, texts = [], [], table.texts()
+    for place, column in enumerate(table.columns):
+        values = {row[place] for row in texts}
+        if column.name not in CONDENSED or len(values) != 1:
+            kept.append(place)
+        elif value := values.pop():
+            constant.append(f"{column.name} {value}")
+    caption = f"{table.caption} All rows: {'; '.join(constant)}." if constant else table.caption
+    return replace(table.at(kept), caption=caption)
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _json(value: Any) -> Markup:
+    """JSON that may stand in a script element: no text in it can end the element."""
+    return Markup(json.dumps(value, ensure_ascii=False).replace("<", "\\u003c"))
+
+
+def _filters(results: Table) -> list[tuple[str, int, list[str]]]:
+    """A filter for each column of FILTERS that the page shows: its name, place and choices, numbers by value."""
+    filters = []
+    for place, column in enumerate(results.columns):
+        if column.name in FILTERS:
+            choices = {row[place] for row in results.rows}
+            ordered = sorted(choices, key=lambda value: (value if isinstance(value, int) else 0, column.text(value)))
+            filters.append((column.name, place, list(map(column.text, ordered))))
+    return filters
+
+
+# --- Each model: the matrix of claims x tasks, the reasons behind its cells, and the charts.
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """What the page shows of one base model."""
+
+    name: str
+    headline: str
+    tasks: list[str]
+    rows: list[tuple[ClaimVerdict, list[tuple[str, Answer | None, str]]]]
+    """Claims with their cells: a task, the answer (None if the claim is not about the task), and the place of its
+    reason on the page."""
+    panels: Mapping[str, list[Panel]]
+    """Kind of a figure -> its panels; empty for a kind that the model does not have."""
+    hidden: int
+    """How many groups have no lines in the charts of training."""
+
+
+def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: Sequence[Panel]) -> list[ModelPart]:
+    """Every model of the report, in the order of its tables. Without any, claims without a run stand alone."""
+    parts = []
+    for place, name in enumerate(dict.fromkeys(row.group.model for row in rows) or [""]):
+        own: dict[str, list[Panel]] = defaultdict(list)
+        for panel in panels:
+            if panel.model == name:
+                own[panel.kind].append(panel)
+        drawn = {group for panel in own["curves"] for group in panel.groups}
+        hidden = len({row.group for row in rows if row.group.model == name} - drawn)
+        # A claim of which no model has a run has a verdict without a model, and is not run on each.
+        stated = [verdict for verdict in verdicts if verdict.model in (name, "")]
+        tasks = list(dict.fromkeys(answer.task for verdict in stated for answer in verdict.answers))
+        matrix = []
+        for number, verdict in enumerate(stated):
+            of_task = {answer.task: answer for answer in verdict.answers}
+            cells = [(task, of_task.get(task), f"reason-{place}-{number}-{at}") for at, task in enumerate(tasks)]
+            matrix.append((verdict, cells))
+        parts.append(ModelPart(name or "No finished run", headline(stated), tasks, matrix, own, hidden))
+    return parts
+
+
+def headline(verdicts: Sequence[ClaimVerdict]) -> str:
+    """Such as `3 claims: 2 supported, 1 undecided`."""
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    found = [f"{counts[word]} {word.value}" for word in Verdict if counts[word]]
+    plural = "s" if len(verdicts) != 1 else ""
+    return f"{len(verdicts)} claim{plural}: {', '.join(found)}" if verdicts else ""
+
+
+def word(answer: Answer | None) -> str:
+    """The verdict, `not run`, or `not asked` if the claim is not about the task."""
+    if answer is None:
+        return "not asked"
+    return "not run" if answer.pair is None else answer.verdict.value
+
+
+def effect(answer: Answer | None) -> tuple[str, str]:
+    """The difference of method and comparator with its unit, and its 95 % interval; empty where there is none."""
+    if answer is None or answer.difference is None or answer.measure is None:
+        return "", ""
+    unit, difference = answer.measure.unit, answer.difference.widest
+    words = "points" if unit is Unit.POINTS else unit.words
+    ends = "" if math.isnan(difference.low) else minus(unit.ends(difference, "+"))
+    return minus(f"{unit.number(difference.value, '+')} {words}"), ends
+
+
+def numbers(answer: Answer) -> list[tuple[str, str]]:
+    """Name and value of the numbers behind a verdict."""
+    if answer.measure is None:
+        return []
+    unit, least = answer.measure.unit, answer.retains_at_least
+
+    def text(interval: Interval | None) -> str:
+        return f"{minus(unit.text(interval, '+'))} {unit.words}" if interval else ""
+
+    found = {
+        "method minus comparator, 95 %": text(answer.difference.widest if answer.difference else None),
+        "contrast at the look's level": text(answer.contrast),
+        "share of the comparator's gain": minus(shares.kept_in_words(answer)) if answer.kept is not None else "",
+        "keeps at least": "" if least is None else f"{100 * least:.0f} %",
+        "seeds and rows": f"{answer.seeds} and {answer.rows:,}",
+    }
+    return [(name, value) for name, value in found.items() if value]
