@@ -56,33 +56,30 @@ def check(file: Path) -> str:
         UserError: the file cannot be read, it has no marks, one has no end, or no table has its name.
     """
     text = storage.read_bytes(file).decode("utf-8", "replace")
-    blocks = list(BLOCK.finditer(text))
+    blocks, names = list(BLOCK.finditer(text)), ", ".join((RUNS, *TABLES))
     if not blocks:
         raise UserError(
-            f"{file}: has no marks; write <!-- report: NAME --> and <!-- end of report -->; NAME is {_names()}"
+            f"{file}: has no marks; write <!-- report: NAME --> and <!-- end of report -->; NAME is {names}"
         )
     for found in blocks:
         if found["name"] not in (RUNS, *TABLES) or START.search(text, found.end("start"), found.start("end")):
             raise UserError(
-                f"{file}: <!-- report: {found['name']} -->: the name is {_names()}, and each mark needs its own end"
+                f"{file}: <!-- report: {found['name']} -->: the name is {names}, and each mark needs its own end"
             )
     return text
 
 
 def filled(text: str, report: Report) -> str:
     """The text with the report's tables between its marks, which are right (`check`)."""
-    return BLOCK.sub(lambda found: f"{found['start']}{_block(found['name'], report)}{found['end']}", text)
 
+    def block(found: re.Match[str]) -> str:
+        body = f"{visible(report.summary())}\n"
+        if found["name"] != RUNS:
+            table = TABLES[found["name"]](report)
+            body = tables.pipe_table(table) if table.rows else "There are no runs for this table yet.\n"
+        return f"{found['start']}{body}{found['end']}"
 
-def _names() -> str:
-    return ", ".join((RUNS, *TABLES))
-
-
-def _block(name: str, report: Report) -> str:
-    if name == RUNS:
-        return f"{visible(report.summary())}\n"
-    table = TABLES[name](report)
-    return tables.pipe_table(table) if table.rows else "There are no runs for this table yet.\n"
+    return BLOCK.sub(block, text)
 
 
 def _verdicts(report: Report) -> Table:

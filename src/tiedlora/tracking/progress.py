@@ -24,19 +24,16 @@ class ProgressBar:
         self.started, self.started_at, self.last_line = time.monotonic(), done, time.monotonic()
         # Of several processes that train together, only the first writes to the terminal.
         on_terminal = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
-        self.bar = (
-            tqdm(desc=what, total=total, initial=done, unit=f" {unit}", leave=False, dynamic_ncols=True)
-            if on_terminal
-            else None
-        )
+        options = {"leave": False, "dynamic_ncols": True, "disable": not on_terminal}
+        self.bar = tqdm(desc=what, total=total, initial=done, unit=f" {unit}", **options)
 
     def advance(self, count: int, note: str = "") -> None:
         """Count `count` more as done."""
         self.done += count
-        if self.bar is not None:
-            self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update(count)
-        elif time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+        # Where the bar is disabled, this does nothing.
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(count)
+        if self.bar.disable and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
             rate = (self.done - self.started_at) / (self.last_line - self.started)
             left = (self.total - self.done) / rate if rate else 0.0
@@ -47,5 +44,4 @@ class ProgressBar:
             )
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()

@@ -140,20 +140,15 @@ def is_logged_in() -> bool:
         return False
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
+    # The server that `wandb login --host` has written to W&B's settings.
+    settings = configparser.ConfigParser({"base_url": WANDB_SERVER}, default_section="default", interpolation=None)
+    with suppress(OSError, ValueError, configparser.Error):
+        settings.read(Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings")
+    server = os.environ.get("WANDB_BASE_URL") or settings.defaults()["base_url"]
     # The file of keys is the one that NETRC names, ~/.netrc or ~/_netrc, as W&B looks for it. It may be damaged.
     with suppress(ValueError):
-        return get_netrc_auth(os.environ.get("WANDB_BASE_URL") or _configured_server() or WANDB_SERVER) is not None
+        return get_netrc_auth(server) is not None
     return False
-
-
-def _configured_server() -> str | None:
-    """The server that `wandb login --host` has written to W&B's settings."""
-    folder = os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")
-    settings = configparser.ConfigParser(interpolation=None)
-    with suppress(OSError, ValueError, configparser.Error):
-        settings.read(Path(folder).expanduser() / "settings")
-        return settings.get("default", "base_url", fallback=None)
-    return None
 
 
 class RunTrackers:
