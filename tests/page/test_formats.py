@@ -2,11 +2,13 @@
 
 import csv
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from tiedlora.analysis.compare import Measure
 from tiedlora.page import tables
-from tiedlora.page.tables import Column, Scored, Table
+from tiedlora.page.tables import Column, Table
 from tiedlora.records.interval import Interval, Unit
 
 SCORE, GAP = Interval(0.4213, 0.4, 0.45), Interval(-0.011, -0.03, 0.008)
@@ -14,7 +16,6 @@ NO_ENDS = Interval(0.5, math.nan, math.nan)
 CASES = [
     (tables.TEXT, "squad", "squad", ["squad"]),
     (tables.TEXT, None, "–", ["–"]),
-    (tables.SCORE_ENDS, "failed", "failed", ["failed", "–"]),
     (tables.WHOLE, 8, "8", ["8"]),
     (tables.COUNT, 46080, "46,080", ["46080"]),
     (tables.amount(2), 1234.567, "1,234.57", ["1234.57"]),
@@ -23,16 +24,9 @@ CASES = [
     (tables.PERCENT_INTERVAL, NO_ENDS, "50 %", ["50 %", "–", "–"]),
     (tables.RATE, (0.003, 1), "0.003", ["0.003"]),
     (tables.RATE, (0.003, 3), "0.003 of 3", ["0.003 of 3"]),
-    (tables.SCORE, Scored(SCORE), "42.1", ["42.1"]),
-    (tables.SCORE, Scored(SCORE, Unit.NATS), "0.421", ["0.421"]),
-    (tables.DIFFERENCE, Scored(SCORE), "+42.1", ["+42.1"]),
-    (tables.SCORE_INTERVAL, Scored(SCORE), "42.1 [40.0, 45.0]", ["42.1", "40.0", "45.0"]),
-    (tables.SCORE_INTERVAL, Scored(NO_ENDS), "50.0", ["50.0", "–", "–"]),
-    (tables.DIFFERENCE_INTERVAL, Scored(GAP), "-1.1 [-3.0, +0.8]", ["-1.1", "-3.0", "+0.8"]),
-    (tables.SCORE_ENDS, Scored(SCORE), "[40.0, 45.0]", ["40.0", "45.0"]),
-    (tables.SCORE_ENDS, Scored(NO_ENDS), "–", ["–", "–"]),
-    (tables.NAMED_ENDS, Scored(GAP), "[-3.0, +0.8]", ["", "-3.0", "+0.8"]),
-    (tables.NAMED_ENDS, Scored(GAP, covers="examples"), "[-3.0, +0.8] examples", ["examples", "-3.0", "+0.8"]),
+    (tables.NAMED_ENDS, (Unit.POINTS, GAP, ""), "[-3.0, +0.8]", ["", "-3.0", "+0.8"]),
+    (tables.NAMED_ENDS, (Unit.POINTS, GAP, "examples"), "[-3.0, +0.8] examples", ["examples", "-3.0", "+0.8"]),
+    (tables.PERCENT_INTERVAL, "failed", "failed", ["failed", "–", "–"]),
 ]
 
 
@@ -52,11 +46,26 @@ def test_a_cell_is_one_text_for_people_and_its_numbers_for_programs(kind, cell, 
     assert head[0].startswith("x")
 
 
-def test_two_columns_of_one_name_differ_in_csv():
-    ends = tables.SCORE_ENDS
-    table = table_of([None], ("95 %", ends, {}), ("95 %", ends, {"csv_name": "95 % (difference)"}))
-    head, _ = csv.reader(tables.to_csv(table).splitlines())
-    assert head == ["95 % low", "95 % high", "95 % (difference) low", "95 % (difference) high"]
+@pytest.mark.parametrize(
+    ("number", "options", "text", "cells"),
+    [
+        (SCORE, tables.VALUE, "42.1", ["42.1"]),
+        (SCORE, {"sign": "+", **tables.VALUE}, "+42.1", ["+42.1"]),
+        (SCORE, {}, "42.1 [40.0, 45.0]", ["42.1", "40.0", "45.0"]),
+        (NO_ENDS, {}, "50.0", ["50.0", "–", "–"]),
+        (GAP, {"sign": "+"}, "-1.1 [-3.0, +0.8]", ["-1.1", "-3.0", "+0.8"]),
+        (SCORE, tables.ENDS, "[40.0, 45.0]", ["40.0", "45.0"]),
+        (NO_ENDS, tables.ENDS, "–", ["–", "–"]),
+    ],
+)
+def test_an_estimate_has_its_unit_and_two_columns_of_one_name_differ_in_csv(number, options, text, cells):
+    of = lambda answer: answer.contrast  # noqa: E731
+    columns = (tables.estimate("x", of, **options), tables.estimate("x", of, csv_name="x (difference)", **options))
+    table = Table.of("t", "c", columns, [SimpleNamespace(contrast=number, measure=Measure("test", "f1"))])
+    assert table.texts() == [[text, text]]
+    head, body = csv.reader(tables.to_csv(table).splitlines())
+    assert body == 2 * cells
+    assert len(set(head)) == len(head)
 
 
 @pytest.mark.parametrize(

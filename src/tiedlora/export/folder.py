@@ -210,27 +210,19 @@ def to_peft(adapter: TiedAdapter, folder: Path, base: str, revision: str | None 
         base: the name or path of the base model, for programs that load it themselves.
         revision: the revision of the base model on the hub.
     """
-    tensors, ranks = {}, {}
+    layout, tensors, in_layer = layout_of(adapter.architecture), {}, {}
     for path, (A, B) in adapter.pairs().items():
         # Copies, because safetensors refuses tensors that share memory, such as the layers of a tied A.
         tensors[f"base_model.model.{path}.lora_A.weight"] = A.float().cpu().clone()
         tensors[f"base_model.model.{path}.lora_B.weight"] = B.float().cpu().clone(memory_format=torch.contiguous_format)
-        ranks[path] = len(A)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / PEFT_TENSORS, metadata={"format": "pt"})
-    storage.write_json(folder / PEFT_FILE, _peft_config(adapter, ranks, base, revision))
-
-
-def _peft_config(adapter: TiedAdapter, ranks: dict[str, int], base: str, revision: str | None) -> dict[str, object]:
-    """The content of adapter_config.json. The names are those of PEFT's LoraConfig."""
-    layout = layout_of(adapter.architecture)
-    # A path inside a layer means this module in every layer. The last name is not enough: GPT-2 has two c_proj.
-    in_layer = {path.removeprefix(f"{layout.layers}.").partition(".")[2]: rank for path, rank in ranks.items()}
+        # A path inside a layer means this module in every layer. The last name is not enough: GPT-2 has two c_proj.
+        in_layer[path.removeprefix(f"{layout.layers}.").partition(".")[2]] = len(A)
     # Several targets of one fused module, and several terms, are stacked: the module has another rank, and another
     # alpha so that its scale stays.
     stacked = {path: rank for path, rank in in_layer.items() if rank != adapter.rank}
     some_layers = len(adapter.layers) < adapter.architecture.layers
-    return {
+    # The names are those of PEFT's LoraConfig.
+    config = {
         "base_model_name_or_path": base,
         "revision": revision,
         "r": adapter.rank,
@@ -252,6 +244,9 @@ def _peft_config(adapter: TiedAdapter, ranks: dict[str, int], base: str, revisio
         "bias": "none",
         "modules_to_save": None,
     }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / PEFT_TENSORS, metadata={"format": "pt"})
+    storage.write_json(folder / PEFT_FILE, config)
 
 
 def to_merged(attached: Attached, tokenizer: Any, folder: Path, dtype: str = "float32") -> None:

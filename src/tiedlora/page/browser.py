@@ -85,7 +85,9 @@ def sheets(groups: Iterable[RunGroup], splits: dict[RunGroup, str], most_bytes: 
 def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int], most_bytes: int) -> Sheet | None:
     """The sheet of the runs with these seeds, or with so many that fit; None if no run's predictions can be shown."""
     runs = [(group, run) for group in groups for run in group.runs if split in run.splits]
-    left_out = [f"{_name(group, run)}: the page would be too large" for group, run in runs if run.seed not in seeds]
+    left_out = [
+        f"{group.name} · seed {run.seed}: the page would be too large" for group, run in runs if run.seed not in seeds
+    ]
     asked, columns = _columns([(group, run) for group, run in runs if run.seed in seeds], split, left_out)
     if not any(column.group for column in columns):
         return None
@@ -143,7 +145,11 @@ def _columns(
     for group, run in [*base[:1], *runs]:
         head: dict[str, Any] = {"name": BASE, "id": BASE, "marks": []}
         if group is not None:
-            head = {"name": _name(group, run), "id": run.run_id[-10:], "marks": list(map(visible, group.short_marks))}
+            head = {
+                "name": visible(f"{group.name} · seed {run.seed}"),
+                "id": run.run_id[-10:],
+                "marks": list(map(visible, group.short_marks)),
+            }
         try:
             rows = run.rows(split, base=group is None)
         except UserError as error:
@@ -159,10 +165,6 @@ def _columns(
         scores = {metric: [_score(row, metric) for row in rows] for metric in run.splits[split].metrics}
         columns.append(_Column(head, group, run.seed, outputs, scores))
     return asked, columns
-
-
-def _name(group: RunGroup, run: Run) -> str:
-    return visible(f"{group.name} · seed {run.seed}")
 
 
 def _score(row: PredictionRow, metric: str) -> float | None:

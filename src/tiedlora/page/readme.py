@@ -122,9 +122,9 @@ def _scores(report: Report) -> Table:
         Column("lr", tables.RATE, lambda row: (row.group.lr, len(row.group.rates))),
         Column("seeds", tables.WHOLE, lambda row: len(row.seeds)),
         Column("rows", tables.COUNT, lambda row: row.examples),
-        Column("score", tables.SCORE_INTERVAL, lambda row: tables.scored(row, row.score)),
-        Column("minus base", tables.DIFFERENCE_INTERVAL, lambda row: tables.scored(row, row.gain)),
-        Column("minus LoRA at this rank", tables.DIFFERENCE_INTERVAL, lambda row: tables.scored(row, row.difference)),
+        tables.estimate("score", lambda row: row.score),
+        tables.estimate("minus base", lambda row: row.gain, "+"),
+        tables.estimate("minus LoRA at this rank", lambda row: row.difference, "+"),
     )
     asked = {
         (answer.pair.anchor.task, answer.measure.metric) for answer in report.answers if answer.pair and answer.measure

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 from tiedlora.analysis.answers import DECIDED, Answer, ClaimVerdict, error_note
 from tiedlora.analysis.compare import Estimate, ResultRow
@@ -22,7 +22,6 @@ from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import LeftOut
 from tiedlora.analysis.shares import SizePanel
 from tiedlora.records.interval import MISSING, Interval, Unit
-from tiedlora.records.run_record import RunRecord
 from tiedlora.text import visible
 
 GIB, MIB = 2**30, 2**20
@@ -31,15 +30,6 @@ GIB, MIB = 2**30, 2**20
 def minus(text: str) -> str:
     """Numbers with the sign that is as wide as the plus."""
     return text.replace("-", "−")
-
-
-class Scored(NamedTuple):
-    """A score, or a difference of scores, with its interval. The ends are NaN if there is no interval."""
-
-    interval: Interval
-    unit: Unit = Unit.POINTS
-    covers: str = ""
-    """What the interval covers, such as `examples`, if it is not what the column's name says."""
 
 
 @dataclass(frozen=True)
@@ -56,25 +46,12 @@ class Kind:
     """Whether the page aligns it to the right."""
 
 
-VALUE_LOW_HIGH = ("", " low", " high")
+VALUE_LOW_HIGH: tuple[str, ...] = ("", " low", " high")
 
 
-def numbers(interval: Interval, unit: Unit, sign: str = "") -> list[str]:
+def numbers(unit: Unit, interval: Interval, sign: str = "") -> list[str]:
     """The value and the two ends."""
     return [unit.number(number, sign) for number in (interval.value, interval.low, interval.high)]
-
-
-def _scored(shown: Callable[[Unit, Interval, str], str], sign: str, start: int = 0, stop: int = 3) -> Kind:
-    """A kind of Scored.
-
-    Args:
-        start, stop: which of the value and the two ends are in CSV.
-    """
-    return Kind(
-        lambda cell: shown(cell.unit, cell.interval, sign),
-        lambda cell: numbers(cell.interval, cell.unit, sign)[start:stop],
-        VALUE_LOW_HIGH[start:stop],
-    )
 
 
 def amount(decimals: int) -> Kind:
@@ -111,15 +88,12 @@ WORTH = Kind(
     VALUE_LOW_HIGH,
 )
 """A compare.Worth. In CSV, what is beyond the curve is empty."""
-SCORE, DIFFERENCE = (_scored(lambda unit, one, sign: unit.number(one.value, sign), sign, stop=1) for sign in ("", "+"))
-SCORE_ENDS, DIFFERENCE_ENDS = (_scored(Unit.ends, sign, start=1) for sign in ("", "+"))
-SCORE_INTERVAL, DIFFERENCE_INTERVAL = (_scored(Unit.text, sign) for sign in ("", "+"))
 NAMED_ENDS = Kind(
-    lambda cell: f"{cell.unit.ends(cell.interval, '+')} {cell.covers}".rstrip(),
-    lambda cell: [cell.covers, *numbers(cell.interval, cell.unit, "+")[1:]],
+    lambda cell: f"{cell[0].ends(cell[1], '+')} {cell[2]}".rstrip(),
+    lambda cell: [cell[2], *numbers(cell[0], cell[1], "+")[1:]],
     VALUE_LOW_HIGH,
 )
-"""The ends of a difference's interval, which may cover less than the column's name says."""
+"""Unit, interval and name: the ends of a difference's interval, which may cover less than the column's name says."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +147,39 @@ class Table:
         """The table with only the columns at these places."""
         rows = [[row[place] for place in places] for row in self.rows]
         return Table(self.name, self.caption, [self.columns[place] for place in places], rows)
+
+
+def estimate(
+    name: str,
+    of: Callable[[Any], Estimate | Interval | None],
+    sign: str = "",
+    shown: Callable[[Unit, Interval, str], str] = Unit.text,
+    parts: slice = slice(3),
+    csv_name: str = "",
+) -> Column:
+    """A column of numbers in the unit of the item's metric, of an estimate with the interval that covers most.
+
+    Args:
+        parts: which of the value and the two ends are in CSV.
+    """
+
+    def cell(item: Any) -> tuple[Unit, Interval] | None:
+        number = of(item)
+        if number is None or item.measure is None:
+            return None
+        return item.measure.unit, number.widest if isinstance(number, Estimate) else number
+
+    kind = Kind(
+        lambda cell: shown(cell[0], cell[1], sign),
+        lambda cell: numbers(cell[0], cell[1], sign)[parts],
+        VALUE_LOW_HIGH[parts],
+    )
+    return Column(name, kind, cell, csv_name)
+
+
+VALUE: Any = {"shown": lambda unit, interval, sign: unit.number(interval.value, sign), "parts": slice(1)}
+ENDS: Any = {"shown": Unit.ends, "parts": slice(1, 3)}
+"""Columns that show only the value, or only the ends."""
 
 
 def to_markdown(table: Table) -> str:
@@ -281,25 +288,19 @@ def results(rows: Iterable[ResultRow]) -> Table:
         Column("rows", COUNT, lambda row: row.examples or None),
         Column("parameters", COUNT, lambda row: row.group.params),
         Column("share of LoRA", percent(2), lambda row: row.group.runs[0].record.share_of_lora),
-        Column("score", SCORE, lambda row: scored(row, row.score)),
-        Column("95 % seeds", SCORE_ENDS, lambda row: row.score and scored(row, row.score.seeds)),
-        Column("95 % examples", SCORE_ENDS, lambda row: row.score and scored(row, row.score.examples)),
-        Column("minus LoRA", DIFFERENCE, lambda row: scored(row, row.difference)),
-        Column(
+        estimate("score", lambda row: row.score, **VALUE),
+        estimate("95 % seeds", lambda row: row.score and row.score.seeds, **ENDS),
+        estimate("95 % examples", lambda row: row.score and row.score.examples, **ENDS),
+        estimate("minus LoRA", lambda row: row.difference, "+", **VALUE),
+        estimate(
             "95 % seeds",
-            DIFFERENCE_ENDS,
-            lambda row: row.difference and scored(row, row.difference.seeds),
+            lambda row: row.difference and row.difference.seeds,
+            "+",
             csv_name="95 % seeds (difference)",
+            **ENDS,
         ),
-        Column(
-            "95 % seeds+examples",
-            NAMED_ENDS,
-            lambda row: (
-                row.difference
-                and (scored(row, row.difference.both) or scored(row, row.difference.examples, "examples"))
-            ),
-        ),
-        Column("minus base", DIFFERENCE_INTERVAL, lambda row: scored(row, row.gain)),
+        Column("95 % seeds+examples", NAMED_ENDS, _both_or_examples),
+        estimate("minus base", lambda row: row.gain, "+"),
         Column("retained gain", PERCENT_INTERVAL, lambda row: row.retained),
         Column("retains at least", percent(0), lambda row: row.retains_at_least),
         Column("worth in LoRA", WORTH, lambda row: row.worth),
@@ -308,30 +309,28 @@ def results(rows: Iterable[ResultRow]) -> Table:
     return Table.of("results", caption, columns, rows)
 
 
-def scored(item: ResultRow | Answer, number: Estimate | Interval | None, covers: str = "") -> Scored | None:
-    """The cell of a number by the item's measure, of an estimate with the interval that covers most."""
-    if number is None or item.measure is None:
+def _both_or_examples(row: ResultRow) -> tuple[Unit, Interval, str] | None:
+    if row.difference is None or (interval := row.difference.both or row.difference.examples) is None:
         return None
-    return Scored(number.widest if isinstance(number, Estimate) else number, item.measure.unit, covers)
+    return row.measure.unit, interval, "" if row.difference.both else "examples"
 
 
 def cost(groups: Iterable[RunGroup]) -> Table:
     """The costs of training and the size of the adapter, as means over the chosen runs."""
-
-    def records(group: RunGroup) -> list[RunRecord]:
-        return [run.record for run in group.runs]
-
     columns = (
         *_group_columns(lambda group: group),
         Column("parameters", COUNT, lambda group: group.params),
-        Column("tokens/s", amount(0), lambda group: mean(r.training.tokens_per_s for r in records(group))),
-        Column("training s", amount(0), lambda group: mean(r.training.seconds for r in records(group))),
+        Column("tokens/s", amount(0), lambda group: mean(run.record.training.tokens_per_s for run in group.runs)),
+        Column("training s", amount(0), lambda group: mean(run.record.training.seconds for run in group.runs)),
         Column(
-            "peak memory GiB", amount(2), lambda group: max(r.training.peak_memory_bytes for r in records(group)) / GIB
+            "peak memory GiB",
+            amount(2),
+            lambda group: max(run.record.training.peak_memory_bytes for run in group.runs) / GIB,
         ),
-        Column("adapter MiB", amount(2), lambda group: mean(r.adapter_bytes for r in records(group)) / MIB),
+        Column("adapter MiB", amount(2), lambda group: mean(run.record.adapter_bytes for run in group.runs) / MIB),
         Column(
-            "device", cell=lambda group: "; ".join(sorted({str(each) for r in records(group) for each in r.executions}))
+            "device",
+            cell=lambda group: "; ".join(sorted({str(each) for run in group.runs for each in run.record.executions})),
         ),
     )
     caption = "Means over the chosen runs; memory is their maximum. Speeds compare on one device only."
@@ -366,8 +365,8 @@ def claims(answers: Sequence[Answer]) -> Table:
         Column("zero", cell=lambda answer: answer.zero),
         Column("retained gain", PERCENT_INTERVAL, lambda answer: answer.retained),
         Column("retains at least", percent(0), lambda answer: answer.retains_at_least),
-        Column("contrast at the look's level", DIFFERENCE_INTERVAL, lambda answer: scored(answer, answer.contrast)),
-        Column("difference, 95 %", DIFFERENCE_INTERVAL, lambda answer: scored(answer, answer.difference)),
+        estimate("contrast at the look's level", lambda answer: answer.contrast, "+"),
+        estimate("difference, 95 %", lambda answer: answer.difference, "+"),
         Column("seeds", WHOLE, lambda answer: answer.seeds),
         Column("because", cell=lambda answer: answer.reason, wraps=True),
         Column("what would decide it", cell=lambda answer: answer.decide or None, wraps=True),
@@ -479,7 +478,7 @@ def _task_score(row: ResultRow) -> str:
 def _task_cells(row: ResultRow) -> list[str]:
     unit, star = row.measure.unit, "*" if row.score is None or row.group.marks or row.notes else ""
     score = MISSING if row.score is None else unit.number(row.score.value)
-    difference = [MISSING] * 3 if row.difference is None else numbers(row.difference.widest, unit, "+")
+    difference = [MISSING] * 3 if row.difference is None else numbers(unit, row.difference.widest, "+")
     return [score, str(len(row.seeds)), star, *difference]
 
 

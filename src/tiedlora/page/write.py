@@ -243,6 +243,7 @@ class ModelPart:
 
     name: str
     headline: str
+    """Such as `3 claims: 2 supported, 1 undecided`."""
     tasks: list[str]
     rows: list[tuple[ClaimVerdict, list[tuple[str, Answer | None, str]]]]
     """Claims with their cells: a task, the answer (None if the claim is not about the task), and the place of its
@@ -271,16 +272,11 @@ def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: 
             of_task = {answer.task: answer for answer in verdict.answers}
             cells = [(task, of_task.get(task), f"reason-{place}-{number}-{at}") for at, task in enumerate(tasks)]
             matrix.append((verdict, cells))
-        parts.append(ModelPart(name or "No finished run", headline(stated), tasks, matrix, own, hidden))
+        counts, plural = Counter(verdict.verdict for verdict in stated), "s" if len(stated) != 1 else ""
+        found = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict])
+        headline = f"{len(stated)} claim{plural}: {found}" if stated else ""
+        parts.append(ModelPart(name or "No finished run", headline, tasks, matrix, own, hidden))
     return parts
-
-
-def headline(verdicts: Sequence[ClaimVerdict]) -> str:
-    """Such as `3 claims: 2 supported, 1 undecided`."""
-    counts = Counter(verdict.verdict for verdict in verdicts)
-    found = [f"{counts[word]} {word.value}" for word in Verdict if counts[word]]
-    plural = "s" if len(verdicts) != 1 else ""
-    return f"{len(verdicts)} claim{plural}: {', '.join(found)}" if verdicts else ""
 
 
 def word(answer: Answer | None) -> str:

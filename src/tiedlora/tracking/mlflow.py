@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,15 @@ class MlflowTracker(Tracker):
         (flat,) = pandas.json_normalize(run.settings()).to_dict("records")
         # MLflow takes only these characters in a name.
         params = [Param(re.sub(r"[^\w./ -]", "_", key), str(value)[:LONGEST_PARAM]) for key, value in flat.items()]
-        for some in _batches(params, MOST_PARAMS):
-            self.client.log_batch(self.run, params=some)
+        for first in range(0, len(params), MOST_PARAMS):
+            self.client.log_batch(self.run, params=params[first : first + MOST_PARAMS])
         self.log(earlier)
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
         now = int(1000 * time.time())
         metrics = [Metric(key, value, now, row.step) for row in rows for key, value in row.values.items()]
-        for some in _batches(metrics, MOST_METRICS):
-            self.client.log_batch(self.run, metrics=some)
+        for first in range(0, len(metrics), MOST_METRICS):
+            self.client.log_batch(self.run, metrics=metrics[first : first + MOST_METRICS])
 
     def log_answers(self, answers: Answers) -> None:
         """Write the table as an artifact, which MLflow's page shows as a table."""
@@ -88,11 +88,6 @@ class MlflowTracker(Tracker):
         tags = [RunTag(key, value) for key, value in summary.items() if isinstance(value, str)]
         self.client.log_batch(self.run, tags=tags)
         self.client.set_terminated(self.run, "FAILED" if exit_code else "FINISHED")
-
-
-def _batches(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
-    for first in range(0, len(items), most):
-        yield items[first : first + most]
 
 
 TRACKER = MlflowTracker
