@@ -49,14 +49,6 @@ def test_a_sheet_holds_every_answer_in_blocks_of_rows_and_equal_ones_once(tmp_pa
     assert [unpacked(sheet.texts[1])[name][1] for name in ("prompts", "references")] == ["Question 5", ["3"]]
 
 
-def test_the_pair_has_one_rank_and_one_seed(tmp_path):
-    for name, rank, seed in (("LoRA", 1, 0), ("LoRA", 8, 1), ("LoRA", 8, 0), ("TABuv", 8, 1), ("TABuv", 8, 2)):
-        run(tmp_path, ["a"] * ROWS, name=name, rank=rank, seed=seed)
-    (sheet,) = sheets(tmp_path)
-    names = [sheet.head["runs"][column]["name"] for column in sheet.head["pair"]]
-    assert names == ["LoRA r=8 · seed 1", "TABuv r=8 · seed 1"]
-
-
 def test_hostile_and_long_texts_are_shortened_data_and_differ_beyond_the_shown_part(tmp_path):
     long = "x" * 2**20
     run(tmp_path, [HOSTILE, long + "1", "", "\ud800", "", "e"], name="LoRA")

@@ -90,13 +90,6 @@ def test_pareto_fills_what_is_not_beaten_and_names_the_points(tmp_path):
     assert {"LoRA r=8", "TABuv r=8"} <= {text.get_text() for text in ax.texts}
 
 
-def test_short_marks_stand_beside_the_name_of_a_configuration(tmp_path):
-    for lr, right in ((1e-3, 30), (1e-2, 10)):
-        scored_run(tmp_path, [1.0] * right + [0.0] * (50 - right), BASE, lr=lr)
-    (key,) = figures.legend(panels(tmp_path))
-    assert (key.name, figures.GLYPHS[key.marker], key.marks) == ("TABuv", "◆", ["rate at the edge"])
-
-
 @pytest.mark.filterwarnings("error")
 def test_a_panel_of_the_page_has_no_style_no_fixed_colour_and_hostile_text_only_as_text():
     def draw(ax):
@@ -128,13 +121,3 @@ def test_names_do_not_cover_each_other_or_a_line():
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
     level = ax.transData.transform((0, 0.5))[1]
     assert not any(box.y0 < level < box.y1 for box in boxes)
-
-
-@pytest.mark.parametrize("values", [[1e-2], [1e-4, 1e-1], [4608.0, 368640.0], [1.0, 1e9], [0.16, 0.17]])
-def test_a_log_axis_holds_its_values_and_has_ticks(values):
-    ax = Figure().add_subplot()
-    charts._log_axis(ax.xaxis, values, charts.short_count)
-    low, high = ax.get_xlim()
-    assert low < min(values)
-    assert max(values) < high
-    assert 2 <= sum(low <= tick <= high for tick in ax.get_xticks()) <= 9

@@ -19,7 +19,7 @@ claims:
     method: {configuration: TABuv, rank: 128}
     comparator: {configuration: LoRA, at: equal_rank}
     retains: 0.9
-    tasks: []
+    tasks: [squad]
 """
 
 
@@ -58,18 +58,11 @@ def test_cells_have_verdicts_and_differences_and_lead_to_reasons_and_the_forest_
     assert (verdict, effect) == ("contradicted", f"−{abs(100 * answer.difference.value):.1f} points")
     assert ends.startswith("[−")
     assert model.rows[0][0].verdict == "contradicted"
+    assert [write.word(answer) for _, answer, _ in model.rows[1][1]] == ["not asked", "not asked", "not run"]
     ids = [id_ for _, cells in model.rows for _, _, id_ in cells]
     assert len(ids) == len(set(ids)) == 6
     figures.write_files(panels(report, "forest"), tmp_path)
-    svg = (tmp_path / "forest.svg").read_text()
-    assert "contradicted" in svg
-    assert "chain_sum" in svg
-
-
-def test_a_task_that_a_claim_is_not_about_is_not_asked(three_tasks):
-    model = models(report_of(three_tasks, CLAIMS.replace("tasks: []", "tasks: [squad]", 1)))["tiny"]
-    verdicts = {task: write.word(answer) for task, answer, _ in model.rows[0][1]}
-    assert verdicts == {"chain_sum": "not asked", "gsm8k": "not asked", "squad": "contradicted"}
+    assert "contradicted" in (tmp_path / "forest.svg").read_text()
 
 
 def test_a_model_without_runs_of_a_claim_says_so(tmp_path):

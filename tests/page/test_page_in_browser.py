@@ -35,10 +35,6 @@ def to_answers(page):
     page.wait_for_selector(".answer")
 
 
-def choose(page, what):
-    page.locator(f"#answers-filter [value={what}]").check(force=True)
-
-
 def ids(page):
     return [text.removeprefix("row ") for text in page.locator(".answer h3 a").all_inner_texts()]
 
@@ -56,12 +52,12 @@ def test_rows_side_by_side_with_filters_and_counts(report):
         counts = page.locator("#answers-filter b").all_inner_texts()
         # Rows 20 to 34 differ, and rows 3 and 4 do.
         assert counts == ["60", "17", "5", "10"]
-        choose(page, "gained")
+        page.locator("#answers-filter [value=gained]").check(force=True)
         wait_for(page, "of 5")
         assert ids(page) == ["30", "31", "32", "33", "34"]
         assert page.locator(".answer mark").all_inner_texts() == ["wrong", "right"] * 5
         assert "parts after" in page.locator(".given .second .none").first.inner_text()
-        choose(page, "lost")
+        page.locator("#answers-filter [value=lost]").check(force=True)
         wait_for(page, "of 10")
         assert ids(page) == [str(number) for number in range(20, 30)]
         assert messages == []

@@ -65,10 +65,7 @@ def test_an_empty_report_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "# No marks",
-            r"has no marks; write <!-- report: NAME --> .*; NAME is runs, verdicts, answer, scores, cost",
-        ),
+        ("# No marks", r"has no marks; write <!-- report: NAME --> .*; NAME is runs, verdicts, answer, scores, cost"),
         ("<!-- report: veredicts -->\n<!-- end of report -->\n", r"veredicts -->: the name is runs, verdicts"),
         (TEXT.replace("<!-- end of report -->\n\nWords", "Words"), "each mark needs its own end"),
     ],

@@ -7,13 +7,7 @@ from types import ModuleType
 import pytest
 
 from tiedlora.errors import UserError
-from tiedlora.records.rows import (
-    NOT_GENERATED,
-    MetricsRow,
-    PredictionRow,
-    read_metrics,
-    write_predictions,
-)
+from tiedlora.records.rows import NOT_GENERATED, MetricsRow, PredictionRow, read_metrics, write_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run, trainer
 from tiedlora.tracking import run_trackers

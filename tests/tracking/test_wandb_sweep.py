@@ -1,7 +1,6 @@
 """W&B without an account: sweeps/wandb, and the W&B runs of our own sweeps."""
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
@@ -40,14 +39,6 @@ def test_the_expanded_command_is_a_run_that_logs_the_metric(file):
     assert pytest.importorskip("sweeps.config").schema_violations_from_proposed_config(sweep) == []
 
 
-def inspect(run_folder: Path) -> list[dict]:
-    """The records of an offline run, as `wandb leet inspect --json` lists them, without the start of W&B's own CLI."""
-    (file,) = run_folder.glob("*.wandb")
-    words = ("leet", "inspect", "--no-observability", "--json", "--run-file")
-    done = processes.run([get_core_path(), *words, file, run_folder.parent], check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.mark.slow
 def test_a_sweep_is_one_group_of_runs_with_names_and_tags(tiny_run):
     words = tiny_run("tying=LoRA", "rank=r2,r8", "tracking=wandb", "tracking.tags=[mine]")
@@ -56,7 +47,11 @@ def test_a_sweep_is_one_group_of_runs_with_names_and_tags(tiny_run):
     sweep = compose_sweep(words)
     for cell, rank in zip(sweep.cells, ("r2", "r8"), strict=True):
         (logged,) = cell.folder.path.glob("wandb/offline-run-*")
-        records = inspect(logged)
+        # As `wandb leet inspect --json` lists them, without the start of W&B's own CLI.
+        (file,) = logged.glob("*.wandb")
+        options = ("leet", "inspect", "--no-observability", "--json", "--run-file", file, logged.parent)
+        done = processes.run([get_core_path(), *options], check=True)
+        records = [json.loads(line) for line in done.stdout.splitlines()]
         (run,) = [record["run"] for record in records if record["type"] == "run"]
         assert (run["run_id"], run["run_group"], run["job_type"]) == (cell.run_id, sweep.id, "train")
         assert run["display_name"] == f"LoRA {rank} chain_sum s0"

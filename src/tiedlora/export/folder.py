@@ -240,9 +240,7 @@ def to_peft(adapter: TiedAdapter, folder: Path, base: str, revision: str | None 
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
-        "use_dora": False,
         "bias": "none",
-        "modules_to_save": None,
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / PEFT_TENSORS, metadata={"format": "pt"})

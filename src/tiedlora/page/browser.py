@@ -34,9 +34,6 @@ LONGEST = 20_000
 """The most characters of one text. predictions/ has the rest."""
 MOST_BYTES = 12_000_000
 """The most bytes of all answers on the page."""
-BASE = "base"
-METHOD = "TABuv"
-"""The configuration that the page compares with LoRA when it opens."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ def _columns(
     asked: list[PredictionRow] = []
     columns: list[_Column] = []
     for group, run in [*base[:1], *runs]:
-        head: dict[str, Any] = {"name": BASE, "id": BASE, "marks": []}
+        head: dict[str, Any] = {"name": "base", "id": "base", "marks": []}
         if group is not None:
             head = {
                 "name": visible(f"{group.name} · seed {run.seed}"),
@@ -180,7 +177,7 @@ def _pair(columns: Sequence[_Column]) -> list[int]:
         (lora.rank != tied.rank, seed != other_seed, first, second)
         for first, lora, seed in own
         for second, tied, other_seed in own
-        if lora.label == BASELINE and tied.label == METHOD
+        if lora.label == BASELINE and tied.label == "TABuv"
     ]
     first_two = (0, len(columns) - 1) if len(columns) < 3 else (1, 2)
     return list(min(pairs)[2:] if pairs else first_two)

@@ -25,7 +25,6 @@ from tiedlora.page.write import Report, effect, models, word
 from tiedlora.text import visible
 
 BLOCK = re.compile(r"(?P<start><!-- report: (?P<name>[^>]*?) -->\n).*?(?P<end><!-- end of report -->)", re.DOTALL)
-START = re.compile(r"<!-- report: ")
 RUNS = "runs"
 """The name of the line that says how many runs the report has, of which models, tasks and commits."""
 COST = ("configuration", "rank", "parameters", "tokens/s", "peak memory GiB", "adapter MiB")
@@ -42,11 +41,9 @@ def write(report: Report, file: Path) -> list[str]:
         UserError: the file cannot be read, has no marks, or a mark is wrong; nothing is written then.
         OSError: the file cannot be written.
     """
-    before = check(file)
-    after = filled(before, report)
-    if after != before:
-        storage.write_bytes(file, after.encode())
-    return [found["name"] for found in BLOCK.finditer(after)]
+    text = filled(check(file), report)
+    storage.write_bytes(file, text.encode())
+    return [found["name"] for found in BLOCK.finditer(text)]
 
 
 def check(file: Path) -> str:
@@ -62,7 +59,7 @@ def check(file: Path) -> str:
             f"{file}: has no marks; write <!-- report: NAME --> and <!-- end of report -->; NAME is {names}"
         )
     for found in blocks:
-        if found["name"] not in (RUNS, *TABLES) or START.search(text, found.end("start"), found.start("end")):
+        if found["name"] not in (RUNS, *TABLES) or "<!-- report: " in text[found.end("start") : found.start("end")]:
             raise UserError(
                 f"{file}: <!-- report: {found['name']} -->: the name is {names}, and each mark needs its own end"
             )

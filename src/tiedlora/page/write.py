@@ -51,6 +51,8 @@ class Report:
     groups: list[RunGroup]
     rows: list[ResultRow]
     answers: list[Answer]
+    verdicts: list[ClaimVerdict]
+    """Those over all tasks."""
     sizes: list[SizePanel]
     """What every arm keeps of a reference's gain."""
 
@@ -64,11 +66,6 @@ class Report:
             f"{', '.join(tasks) or 'no task'}; code {', '.join(commits) or 'unknown'}; "
             f"{len(self.left_out):,} folders left out."
         )
-
-    @property
-    def verdicts(self) -> list[ClaimVerdict]:
-        """The verdicts over all tasks."""
-        return claim_verdicts(self.answers)
 
     def tables(self) -> list[Table]:
         """The report's tables: an overview for each model, and then one of each name."""
@@ -85,12 +82,7 @@ class Report:
         ]
 
 
-def build(
-    roots: Sequence[Path],
-    *,
-    claims: Path | None = None,
-    split: str | None = None,
-) -> Report:
+def build(roots: Sequence[Path], *, claims: Path | None = None, split: str | None = None) -> Report:
     """Read the runs and compute every number of the report.
 
     Args:
@@ -110,7 +102,7 @@ def build(
     book = Scorebook()
     rows = compare.result_rows(groups, book, split, stated)
     answers = claim_answers.answer_claims(stated, groups, book, split)
-    return Report(runs, left_out, groups, rows, answers, size_panels(rows, answers, book))
+    return Report(runs, left_out, groups, rows, answers, claim_verdicts(answers), size_panels(rows, answers, book))
 
 
 def write(report: Report, out: Path) -> list[str]:

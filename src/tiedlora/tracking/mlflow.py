@@ -85,8 +85,8 @@ class MlflowTracker(Tracker):
     def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
         """Write the summary as metrics of step 0, and its words as tags, and close the run."""
         self.log([MetricsRow(0, {key: value for key, value in summary.items() if not isinstance(value, str)})])
-        tags = [RunTag(key, value) for key, value in summary.items() if isinstance(value, str)]
-        self.client.log_batch(self.run, tags=tags)
+        words = [RunTag(key, value) for key, value in summary.items() if isinstance(value, str)]
+        self.client.log_batch(self.run, tags=words)
         self.client.set_terminated(self.run, "FAILED" if exit_code else "FINISHED")
 
 
