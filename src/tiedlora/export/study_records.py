@@ -22,8 +22,6 @@ from tiedlora.records.rows import PredictionRow, read_predictions, write_predict
 from tiedlora.records.run_folder import RunFolder, last_line
 from tiedlora.records.run_record import ADAPTER, TEXTS, ConfigRecord, SplitScores, from_tree
 
-COPIED = ("metrics.jsonl", "validation_losses.jsonl", "pruned.txt")
-
 
 def export_record(run: RunFolder, out: Path, *, keep_adapter: bool) -> RunFolder:
     """Write a finished run to out/<run id>.
@@ -84,7 +82,7 @@ def copy_exported(run: RunFolder, out: Path) -> None:
 
 def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
     """Copy the files without texts, and config.yaml without paths. Returns the configuration."""
-    for name in COPIED:
+    for name in ("metrics.jsonl", "validation_losses.jsonl", "pruned.txt"):
         if (run.path / name).exists():
             storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
     config = read_config(run.config_file)
