@@ -1,14 +1,14 @@
-"""python tests/drills/sweeps.py grid|staged|deciding [--model NAME] [--launchers joblib ray submitit] [--folder FOLDER]
+"""python tests/drills/sweeps.py staged|deciding [--model NAME] [--launchers joblib ray submitit] [--folder FOLDER]
 
 A sweep runs once without interruption, once with kill -9 at several moments (at start-up, while the model loads, before
 a step, while a checkpoint or a result is written, in the middle of a pass), and once under each launcher. All must end
 with the same results, bit-identical adapters, and the same decisions of a staged search. No finished cell may be
 trained again, and a kill may cost at most one checkpoint interval. ray and submitit need their extras.
 
-A `grid` of eight cells that is started once more takes no step. The plain grid of a `staged` search's words continues
-the search's runs, so that both together take no step twice. A `deciding` sweep, with --model smollm2_135m, has looks at
-3, 5 and 8 seeds and two claims. That LoRA's loss is lower than TABuv's by more than 0.9 nats is far from the truth: it
-must be contradicted at the first look, and TABuv must have no run of a later one.
+The plain grid of a `staged` search's words continues the search's runs, so that both together take no step twice. A
+`deciding` sweep, with --model smollm2_135m, has looks at 3, 5 and 8 seeds and two claims. That LoRA's loss is lower
+than TABuv's by more than 0.9 nats is far from the truth: it must be contradicted at the first look, and TABuv must have
+no run of a later one.
 
 Steps are counted in the child process: it writes its events to a journal (see drilling.py).
 """
@@ -78,23 +78,6 @@ claims:
     tasks: {chain_sum: target_loss}
 """
 DRILLS = {
-    "grid": Drill(
-        ("tying=LoRA,TA,Tuv,TABuv", "seed=0,1", "train.validation_rows=4", "task.rows.validation=8"),
-        (),
-        8,
-        2,
-        (
-            "any 1",
-            "load 1",
-            "step 3",
-            "write step 2",
-            "pass 9",
-            "step 12",
-            "write step 7",
-            "write result.json 2",
-            "step 5",
-        ),
-    ),
     "staged": Drill(
         (
             *("tying=LoRA,TABuv,TAB", "train.lr=1e-4,1e-3,1e-2,1e-1", "seed=0,1,2", "score.base=false"),
@@ -147,7 +130,7 @@ def results(outputs: Path) -> dict[str, dict[str, Any]]:
 
 
 def decisions(outputs: Path) -> dict[str, object]:
-    """The texts of the decisions of a search and of looks, and the names of the pruned runs; empty for a grid."""
+    """The texts of the decisions of a search and of looks, and the names of the pruned runs."""
     files = (file for name in ("selection", "verdicts") for file in outputs.glob(f"sweeps/*/{name}.json"))
     texts = {file.name: file.read_text() for file in files}
     return {**texts, "pruned": sorted(pruned.parent.name for pruned in outputs.glob("*/pruned.txt"))}

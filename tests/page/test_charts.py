@@ -1,11 +1,9 @@
 """The charts: what they draw, where names stand, and that their SVG is safe and follows the page's theme."""
 
-import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 
-import numpy as np
 import pytest
 from helpers.hostile import HOSTILE
 from helpers.report_runs import make_record, scored_run, world, write_lines
@@ -108,16 +106,3 @@ def test_a_panel_of_the_page_has_no_style_no_fixed_colour_and_hostile_text_only_
         assert used == {f"#{element.get('id')}" for element in root.iter("path") if f"#{element.get('id')}" in used}
     ids = [re.findall(r' id="([^"]+)"', text) for text in texts]
     assert not set(ids[0]) & set(ids[1])
-
-
-def test_names_do_not_cover_each_other_or_a_line():
-    ax = Figure(figsize=figures.SIZE).add_subplot()
-    points = np.random.default_rng(0).random((200, 2))
-    ax.plot(*points[:100].T, "o", linestyle="")
-    ax.plot([0, 1], [0.5, 0.5])
-    charts._names(ax, [(x, y, "LoRA r=8") for x, y in points[:100]])
-    boxes = [text.get_window_extent() for text in ax.texts]
-    assert 5 < len(boxes) < 60
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
-    level = ax.transData.transform((0, 0.5))[1]
-    assert not any(box.y0 < level < box.y1 for box in boxes)

@@ -13,6 +13,7 @@ from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.runs import reward as reward_module
 from tiedlora.runs import run
 from tiedlora.runs.reward import Reward, Sampling
 from tiedlora.scoring.passes import wanted_passes
@@ -33,7 +34,7 @@ def objective(*words: str, prompts: int = 1, tokens: int | None = None):
     def in_passes(own):
         return microbatches(own, 256, tokens=tokens)
 
-    reward = Reward(scorer, rows, examples, lambda step: list(range(prompts)), in_passes, nullcontext)
+    reward = Reward(scorer, rows, examples, lambda step: list(range(prompts)), in_passes, nullcontext, [])
     reward._reward = lambda output, example: sum(token % 2 == 0 for token in output.ids) / len(output.ids)
     return reward, model, list(scorer.attached.trained_parts().values()), rows
 
@@ -219,3 +220,24 @@ def test_a_finished_run_gets_its_drift_later_and_keeps_its_other_scores(finished
     for name, interval in before.scores["validation"].metrics.items():
         assert after.scores["validation"].metrics[name] == interval
     assert run.main(tiny_config("score.drift=true")) == after
+
+
+def test_memory_that_runs_out_while_sampling_halves_the_batches_once_for_all_steps(monkeypatch):
+    reward, *_ = objective("score.batch_size=8", "objective.samples=8")
+    whole, sizes = reward_module.decode, []
+
+    def decode(model, prompts, *others, **options):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise MemoryError
+        return whole(model, prompts, *others, **options)
+
+    monkeypatch.setattr(reward_module, "decode", decode)
+    for step in (1, 2):
+        reward.batches(step)
+    assert sizes == [8, 4, *[2] * 8]
+    # Prompts of 10 tokens, and answers of one.
+    assert [(each.step, each.during, each.tokens) for each in reward.halvings] == [
+        (1, "sampling", 44),
+        (1, "sampling", 22),
+    ]

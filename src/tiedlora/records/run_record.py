@@ -135,9 +135,10 @@ class Halving:
     step: Count
     """The optimizer step, counted from 1; 0 for the validation before it."""
     during: Text
-    """`training` or `validation`."""
+    """`training` or `validation`; `sampling` of the answers that objective=reward scores."""
     tokens: Count
-    """Most tokens of a pass from then on, without padding. A row that has more is a pass of its own."""
+    """Most tokens of a pass from then on, without padding. A row that has more is a pass of its own. While
+    sampling, the number of answers in a batch, times the longest prompt and answer of the step."""
 
 
 @dataclass(frozen=True)

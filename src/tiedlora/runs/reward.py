@@ -29,9 +29,10 @@ from tiedlora.data.batching import Batch, by_length
 from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.models import output_head
+from tiedlora.records.run_record import Halving
 from tiedlora.scoring.decoding import AnswerEnds, Output, batches_by_length, decode
 from tiedlora.scoring.passes import reward_metric
-from tiedlora.scoring.split import Scorer, in_shares
+from tiedlora.scoring.split import Scorer, in_shares, with_halved_batches
 from tiedlora.tasks import Example
 from tiedlora.training.loss import token_losses
 
@@ -105,6 +106,7 @@ class Reward:
         rows_of_step: optimizer step -> the numbers of its prompts.
         in_passes: rows -> the microbatches of this process, each with consecutive rows in the order of `by_length`.
         evaluating: a context inside which the model is in evaluation mode.
+        halvings: those of the run. Where memory runs out while sampling, it gets one for each halving of the batches.
 
     Raises:
         UserError: the rows have choices to compare.
@@ -118,6 +120,7 @@ class Reward:
         rows_of_step: Callable[[int], list[int]],
         in_passes: Callable[[Sequence[Encoded]], list[Batch]],
         evaluating: Callable[[], AbstractContextManager[None]],
+        halvings: list[Halving],
     ) -> None:
         if examples[0].choices:
             raise UserError(
@@ -126,6 +129,7 @@ class Reward:
             )
         self.scorer, self.rows, self.examples = scorer, rows, examples
         self.rows_of_step, self.in_passes, self.evaluating = rows_of_step, in_passes, evaluating
+        self.halvings = halvings
         self.config, self.metric = scorer.config.objective, reward_metric(scorer.config.objective, scorer.task)
         self._step, self._answers = 0, list[Answer]()
         self.metrics: dict[int, dict[str, float]] = {}
@@ -177,7 +181,11 @@ class Reward:
             return in_shares(smaller.world, model, batches, of_batch)
 
         with self.evaluating(), scorer.attached.folded_once():
-            found, _ = scorer.within_memory(answers)
+            earlier = sum(each.during == "sampling" for each in self.halvings)
+            found, times = scorer.within_memory(answers, earlier)
+        longest = length + max(map(len, prompts))
+        sizes = [with_halved_batches(scorer.config, n).score.batch_size for n in range(earlier + 1, times + 1)]
+        self.halvings += [Halving(step, "sampling", size * longest) for size in sizes]
         outputs = [output for output, _ in found]
         rewards = [self._reward(output, example) for output, example in zip(outputs, asked, strict=True)]
         groups = [rewards[start : start + config.samples] for start in range(0, len(rewards), config.samples)]

@@ -293,8 +293,15 @@ class Trainer:
         self.bar = ProgressBar("training", config.train.steps, "steps", self.state.step)
         # 4. Train.
         if config.objective.name == "reward":
-            passes = self.sampler.rows_of_step, self._in_passes
-            self.reward = Reward(self._scorer(), self.rows, self.train_examples, *passes, self._evaluating)
+            self.reward = Reward(
+                self._scorer(),
+                self.rows,
+                self.train_examples,
+                self.sampler.rows_of_step,
+                self._in_passes,
+                self._evaluating,
+                self.state.halvings,
+            )
         loop = Loop(
             state=self.state,
             optimizer=self.optimizer,
