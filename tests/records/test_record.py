@@ -7,12 +7,14 @@ from dataclasses import field, make_dataclass
 
 import pytest
 from helpers import processes
+from helpers.report_runs import scored_run
 
 from tiedlora.config import compose as configuration
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config, TrainConfig
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.summary import terminal_lines
 
 # An id that changes here re-runs everybody's sweeps. Change one only with a reason in the commit message.
 FROZEN = {
@@ -146,3 +148,20 @@ class TestFolder:
         folder = RunFolder(tmp_path / "run")
         with pytest.raises(UserError, match=r"run/\.lock: the file system has no locks \(flock\)"), folder.locked():
             pass
+
+
+@pytest.mark.parametrize(
+    ("right", "base_right", "says"),
+    [
+        (40, 0, None),
+        (20, 20, "no gain shown, the interval includes 0"),
+        (0, 40, "worse than the base"),
+        (1, 0, "at the floor for this model; a comparison of methods on it is uninformative"),
+    ],
+)
+def test_the_end_of_a_run_says_where_there_is_no_gain(right, base_right, says, tmp_path):
+    answers = ([1.0] * count + [0.0] * (200 - count) for count in (right, base_right))
+    lines = terminal_lines(RunFolder(scored_run(tmp_path, *answers)).finished_record(), tmp_path).splitlines()
+    assert [line.strip() for line in lines if ": " in line][1:] == (
+        [] if says is None else [f"exact_match_strict: {says}"]
+    )
