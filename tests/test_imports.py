@@ -1,4 +1,4 @@
-"""Packages import in one direction; late imports of torch, places of Hydra, and sizes of files."""
+"""Packages import in one direction; what imports no torch, places of Hydra, and sizes of files."""
 
 import ast
 import subprocess
@@ -17,21 +17,6 @@ ORDER = (
 """From top to bottom: a package may import what stands after it. CONTRIBUTING.md lists the packages in this order."""
 HYDRA_ROOMS = ("sweeps", "config")
 NO_TORCH = ("sweeps", "page", "analysis", "records", "config", "tasks", "tracking")
-LAZY = {
-    # The imports inside functions of src/. A comment there gives the reason of each.
-    "adapter/arms.py": {"tiedlora.adapter.peft_arm"},
-    "config/methods.py": {"peft.mapping", "peft.tuners.tuners_utils"},
-    "config/sizes.py": {"torch", "peft.mapping"},
-    "runs/run.py": {"tiedlora.runs", "tiedlora.runs.add_scores"},
-    "scoring/split.py": {"tiedlora.tasks.task_metric"},
-    "sweeps/selection.py": {"tiedlora.runs.add_scores"},
-    "sweeps/launching.py": {"tiedlora.sweeps", "tiedlora.models.device", "ray", "submitit", "submitit.helpers"},
-    "page/wandb_dashboard.py": {"wandb"},
-    "tasks/dialogsum.py": {"rouge_score.rouge_scorer"},
-    "tasks/generated.py": {"reasoning_gym"},
-    "tasks/base.py": {"datasets"},
-    "tasks/rows.py": {"datasets"},
-}
 WITHOUT_TORCH = ("runs.run", "runs.inputs", "scoring.summary", "scoring.passes", "models.identity")
 """Modules of other packages that must import no torch either."""
 TRACKERS = {("tracking", name) for name in ("wandb", "trackio", "mlflow")}
@@ -43,10 +28,9 @@ def modules() -> list[Path]:
     return sorted(HOUSE.rglob("*.py"))
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Every imported module of a file, and whether the import stands inside a function; not those for types."""
+def imports(path: Path) -> Iterator[str]:
+    """Every imported module of a file; not those for types."""
     tree = ast.parse(path.read_text())
-    inside = {id(inner) for node in ast.walk(tree) if isinstance(node, FUNCTIONS) for inner in ast.walk(node)}
     typing_only = {
         id(inner)
         for node in ast.walk(tree)
@@ -57,22 +41,19 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
         if id(node) in typing_only:
             continue
         if isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) in inside) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             # `from tiedlora import tying` imports the module tiedlora.tying.
             names = [f"tiedlora.{alias.name}" for alias in node.names] if node.module == "tiedlora" else [node.module]
-            yield from ((str(name), id(node) in inside) for name in names)
-
-
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+            yield from map(str, names)
 
 
 def test_packages_import_one_way():
     wrong = []
     for path in modules():
         here = path.relative_to(HOUSE).parts[0].removesuffix(".py")
-        for module, _ in imports(path):
+        for module in imports(path):
             if module.startswith("tiedlora.") and here != "__init__":
                 there = module.split(".")[1]
                 if here != there and ORDER.index(here) >= ORDER.index(there):
@@ -97,19 +78,10 @@ def test_hydra_is_imported_in_its_rooms_alone():
     wrong = [
         f"{path.relative_to(SRC)} imports {module}"
         for path in modules()
-        for module, _ in imports(path)
+        for module in imports(path)
         if module.split(".")[0] == "hydra" and path.relative_to(HOUSE).parts[0] not in HYDRA_ROOMS
     ]
     assert not wrong
-
-
-def test_imports_stand_at_the_top_but_for_the_doors():
-    lazy: dict[str, set[str]] = {}
-    for path in modules():
-        for module, inside in imports(path):
-            if inside:
-                lazy.setdefault(path.relative_to(HOUSE).as_posix(), set()).add(module)
-    assert lazy == LAZY
 
 
 def test_what_needs_no_torch_imports_none():

@@ -46,7 +46,7 @@ class ResumingSweeper(Sweeper):
         if not isinstance(options, SearchOptions):
             run_sweep(sweep, launch, options.fail_fast)
             return []
-        from tiedlora.sweeps.staged import run_deciding, run_staged
+        from tiedlora.sweeps.staged import run_deciding, run_staged  # noqa: PLC0415
 
         if isinstance(options, DecidingOptions):
             run_deciding(sweep, options, launch)

@@ -274,7 +274,7 @@ def new_arm(model: nn.Module, spec: ArmSpec) -> Arm:
         arm: Arm = REGISTERED[method](model, spec)
         return arm
     # PEFT is an extra, and slow to load.
-    from tiedlora.adapter.peft_arm import PeftArm
+    from tiedlora.adapter.peft_arm import PeftArm  # noqa: PLC0415
 
     return PeftArm(model, spec)
 

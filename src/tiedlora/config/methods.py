@@ -121,8 +121,8 @@ def peft_classes() -> dict[str, type[Any]]:
     try:
         # PEFT is an extra, and loads torch, and bitsandbytes, which warns of faster kernels that nobody here asked for.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-        from peft.tuners.tuners_utils import BaseTuner
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING  # noqa: PLC0415
+        from peft.tuners.tuners_utils import BaseTuner  # noqa: PLC0415
     except ImportError:
         raise UserError("tying.method: needs PEFT; install it with pip install 'tiedlora[peft]'") from None
     return {

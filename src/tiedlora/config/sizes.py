@@ -179,8 +179,8 @@ def _peft_params(tying: TyingConfig, architecture: Architecture) -> int | None:
 
 def _count(tying: TyingConfig, architecture: Architecture) -> int | None:
     # PEFT is an extra, and both libraries are slow to load: only a method of PEFT needs them here.
-    import torch
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    import torch  # noqa: PLC0415
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING  # noqa: PLC0415
 
     config, skeleton = methods.peft_config(tying, architecture, seed=0), _skeleton(architecture)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -198,8 +198,8 @@ def _count(tying: TyingConfig, architecture: Architecture) -> int | None:
 
 
 def _skeleton(architecture: Architecture) -> Any:
-    import torch
-    from torch import nn
+    import torch  # noqa: PLC0415
+    from torch import nn  # noqa: PLC0415
 
     layout, root = layout_of(architecture), nn.Module()
     for layer in range(architecture.layers):

@@ -64,7 +64,7 @@ def save(workspace: Any) -> str:
         UserError: there is no account on this machine, or W&B refuses.
     """
     # An optional package that takes a second to import, and that only saving needs.
-    import wandb
+    import wandb  # noqa: PLC0415
 
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         raise UserError("wandb_dashboard: WANDB_MODE keeps W&B offline; unset it to save, or use --json")

@@ -49,7 +49,7 @@ def main(config: Config) -> RunRecord | None:
     finished = None if config.force else record
     # Several processes must agree that the run is finished, so they connect first.
     if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from tiedlora.runs import trainer
+        from tiedlora.runs import trainer  # noqa: PLC0415
 
         try:
             record = trainer.carry_out(config)
@@ -71,7 +71,7 @@ def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> RunRecord:
     with suppress(OSError), folder.locked():
         folder.tidy()
     if lacks_scores(config.score, record):
-        from tiedlora.runs.add_scores import add_scores
+        from tiedlora.runs.add_scores import add_scores  # noqa: PLC0415
 
         score, forgetting = config.score, forgetting_to_score(config.score, record)
         return add_scores(

@@ -73,7 +73,7 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
         KeyboardInterrupt: the sweep was asked to stop; the same command continues it.
     """
     # It imports rich, which takes a tenth of a second, and a single run loads this module too.
-    from tiedlora.sweeps import status
+    from tiedlora.sweeps import status  # noqa: PLC0415
 
     finished = {cell.run_id: cell for cell in sweep.cells if cell.finished()}
     unfinished = [cell for cell in sweep.cells if cell.run_id not in finished]
@@ -297,7 +297,7 @@ def run_cell(config: Config, control: SweepControl) -> None:
         return
     # Here, and not in the block above, where the exception still holds the frames and tensors of the failed cell. It
     # imports torch, which a cell that is finished does not need.
-    from tiedlora.models.device import free_memory
+    from tiedlora.models.device import free_memory  # noqa: PLC0415
 
     free_memory()
 
@@ -424,7 +424,7 @@ class RayTasks:
         Raises:
             RayError: a worker has not ended by itself. All have ended.
         """
-        import ray
+        import ray  # noqa: PLC0415
 
         if not ray.is_initialized():
             ray.init(**self.ray["init"])
@@ -458,7 +458,7 @@ class SubmititJobs:
             KeyboardInterrupt: on this machine, after every running cell has ended or saved its checkpoint. In Slurm's
                 queue the jobs go on.
         """
-        import submitit
+        import submitit  # noqa: PLC0415
 
         of_every_queue = (
             *("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name"),
@@ -504,7 +504,7 @@ class Job:
 
         submitit calls this method by its name.
         """
-        from submitit.helpers import DelayedSubmission
+        from submitit.helpers import DelayedSubmission  # noqa: PLC0415
 
         return DelayedSubmission(self, folder, goals)
 

@@ -141,7 +141,7 @@ def score_test(sweep: Sweep, selection: Selection) -> Selection:
             if "test" not in record.scores:
                 log.info("scoring %s on test", run_id)
                 # It imports torch, which takes seconds, and most selections are complete.
-                from tiedlora.runs.add_scores import add_scores
+                from tiedlora.runs.add_scores import add_scores  # noqa: PLC0415
 
                 record = add_scores(
                     cell.folder, ["test"], cell.config.data_root, cell.config, cell.config.score.metrics

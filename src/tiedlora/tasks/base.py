@@ -65,7 +65,7 @@ class Task:
         """
         hub = self.config.hub
         with hub_errors(self.config, split) as name:
-            import datasets  # hub_errors has imported it already, so this costs no time
+            import datasets  # hub_errors has imported it already, so this costs no time  # noqa: PLC0415
 
             table = datasets.load_dataset(hub.id, hub.subset, split=name, revision=hub.revision)
         return [DataRow(f"{hub.id}[{name}] row {i}", dict(row)) for i, row in enumerate(table)]

@@ -45,7 +45,7 @@ class Generated(Gsm8k):
     def _make_rows(self, split: str) -> list[DataRow]:
         """The rows of a split as reasoning-gym generates them, with questions that come again."""
         # It imports all its generators, and with them sympy and matplotlib: a second, which a finished run saves.
-        import reasoning_gym
+        import reasoning_gym  # noqa: PLC0415
 
         options = self.config.options
         unknown = set(options) - {"dataset", "parameters", "rows"}

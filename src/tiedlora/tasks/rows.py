@@ -77,7 +77,7 @@ def hub_errors(config: TaskConfig, split: str) -> Iterator[str]:
     Raises:
         UserError: the task has no such split on the hub, or the block could not load it.
     """
-    import datasets  # takes more than a second, and rows from a folder do not need it
+    import datasets  # takes more than a second, and rows from a folder do not need it  # noqa: PLC0415
 
     datasets.disable_progress_bars()
     hub = config.hub
