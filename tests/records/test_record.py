@@ -1,4 +1,4 @@
-"""Identity is meaning: ten frozen ids, and what may and may not change them."""
+"""Identity is meaning: eleven frozen ids, and what may and may not change them."""
 
 import errno
 import subprocess

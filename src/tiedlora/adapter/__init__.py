@@ -1,6 +1,7 @@
 """The method: the parts of an adapter, the modules that they change, attaching and merging, files, PEFT.
 
-This package knows no task and no training. It may import records, config, and the modules tying, errors, storage, text.
+This package knows no task and no training. It may import records, config, and the modules tying, keys, text, storage,
+errors.
 """
 
 from tiedlora.adapter.attach import AdapterSet, Attached, attach, attach_adapter

@@ -62,7 +62,8 @@ STYLES = {
 OTHERS = [(colour, marker, dash) for marker, dash in (("X", "-."), ("p", "--"), ("H", ":")) for colour in COLOURS]
 """The styles of all other configurations: one of these, which follows from the name."""
 GLYPHS = dict(zip("odDs^v<>PhHXp", "●♦◆■▲▼◀▶✚⬢⬣✖⬟", strict=True))
-"""Marker -> the letter that looks like it, for the page's legends."""
+"""Marker -> the letter that looks like it, for the page's legends. Each marker above needs one, and each colour its
+name in THEME."""
 FIRST = ("LoRA", "TABuv")
 """The configurations that are drawn and named first."""
 MOST_PANELS = 12

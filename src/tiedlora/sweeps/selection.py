@@ -218,10 +218,7 @@ def table(choices: Sequence[RateChoice]) -> str:
         trials.setdefault((choice.model, choice.task), set()).add(choice.trials)
     text = [aligned(rows)]
     if any(choice.edge for choice in choices):
-        note = (
-            "A rate at the edge of the grid may not be the best: add rates beyond it with train.lr= and select again."
-        )
-        text += ["", note]
+        text += ["", EDGE_NOTE]
     for (model, task), counts in trials.items():
         if len(counts) > 1:
             text.append(

@@ -180,7 +180,7 @@ class RunTrackers:
         self._try(lambda tracker: tracker.start(run, self._metrics.rows))
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
-        """Give rows to every tracker.
+        """Write rows to metrics.jsonl, and give them to the tracker.
 
         Raises:
             OSError: the disk is full. The run then ends, because metrics.jsonl is its record.
@@ -189,7 +189,7 @@ class RunTrackers:
         self._try(lambda tracker: tracker.log(rows))
 
     def finish(self, summary: Mapping[str, float | int | str]) -> None:
-        """Close every tracker of a finished run. Each gets a table of the run's first answers."""
+        """Close the tracker of a finished run. It gets a table of the run's first answers."""
 
         def log_answers(tracker: Tracker) -> None:
             if answers := first_answers(self._folder, self._most_answers):
@@ -200,7 +200,7 @@ class RunTrackers:
 
     @contextmanager
     def closed_on_error(self) -> Iterator[None]:
-        """If the block ends with an error, close every tracker. A pause, as a staged sweep makes it, is no failure."""
+        """If the block ends with an error, close the tracker. A pause, as a staged sweep makes it, is no failure."""
         try:
             yield
         except BaseException as error:

@@ -1,7 +1,8 @@
 """Checkpoints. They are written completely or not at all, verified when they are read, and allow an exact resume.
 
 checkpoint/step-00000050/ holds the trained parts, the buffers that training changed and the optimizer's moments
-(tensors.safetensors), and the rest of the loop's state (state.json, with the sha256 of the tensors and of itself).
+(tensors.safetensors). state.json has the rest of the loop's state, the facts that a resumed run compares (code,
+versions, data, base model, execution), and the sha256 of the tensors and of itself.
 checkpoint/best-... beside it has the parts of the best validation, for score.checkpoint=best. The order of the rows and
 the dropout masks are pure functions of (seed, step), so a checkpoint needs no random state.
 """
