@@ -84,7 +84,7 @@ def test_a_split_of_losses_alone_has_no_answers_until_they_are_asked_for(config,
     folder = folder_of(config())
     with monkeypatch.context() as patch:
         patch.setattr(Scorer, "answers", lambda *_: pytest.fail("asked for answers"))
-        run.main(config("score.metrics=[target_loss]", "score.splits=[test]"))
+        run.main(config("score.metrics=[target_loss_by_token]", "score.splits=[test]"))
     losses = folder.record().scores["test"]
     assert list(losses.metrics) == list(LOSS_METRICS)
     assert {(row.output, row.ended) for row in read_predictions(folder.predictions_file("test"))} == {

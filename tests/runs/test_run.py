@@ -1,4 +1,4 @@
-"""A run on a tiny random model: record, repeat, resume, more splits, refusals."""
+"""A run on a tiny random model: record, repeat, curves of scores, refusals."""
 
 import json
 import operator
@@ -15,7 +15,6 @@ from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
 from tiedlora.runs import add_scores, inputs, run, trainer
 from tiedlora.runs.inputs import SingleSlotCache
-from tiedlora.scoring import split
 from tiedlora.tasks.generated import Generated
 
 
@@ -90,16 +89,6 @@ def test_generated_rows_are_made_again_where_their_generator_changed(finished_ru
     inputs._ROWS.clear()
 
 
-def test_added_split_equals_one_scored_at_once(finished_run, tmp_path):
-    config = finished_run()
-    add_scores.add_scores(folder_of(config), ["test"], data_root=None)
-    at_once = finished_run("score.splits=[validation,test]", f"outputs={tmp_path}/elsewhere")
-    assert (
-        folder_of(config).predictions_file("test").read_bytes()
-        == folder_of(at_once).predictions_file("test").read_bytes()
-    )
-
-
 def test_best_checkpoint_can_be_scored(tiny_config):
     config = tiny_config("score.checkpoint=best", "train.lr=0.5", "train.validate_every=1")
     result = run.main(config)
@@ -142,22 +131,6 @@ def test_a_training_row_among_the_validation_rows_stops_before_anything_is_writt
     with pytest.raises(UserError, match=r"task: 1 validation rows are also training rows \(such as id "):
         run.main(gsm8k([row(1, 1), row(2, 2), row(1, 1), row(2, 2)]))
     assert not (tmp_path / "outputs").exists()
-
-
-def test_failure_leaves_its_traceback_and_mended_it_goes_on(tiny_config, monkeypatch):
-    config = tiny_config()
-    score_split = split.Scorer.score_split
-    monkeypatch.setattr(split.Scorer, "score_split", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run.main(config)
-    folder = folder_of(config)
-    assert folder.state() == "failed"
-    assert "ZeroDivisionError" in folder.error_file.read_text()
-    assert not folder.result_file.exists()
-    monkeypatch.setattr(split.Scorer, "score_split", score_split)
-    run.main(tiny_config())
-    assert folder.state() == "done"
-    assert not folder.error_file.exists()
 
 
 def test_a_run_is_not_scored_with_another_chat_template(tiny_config, tmp_path, monkeypatch):

@@ -11,8 +11,7 @@ from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import LARGEST_LOSS, LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN, loss_scores
 from tiedlora.records.rows import NOT_GENERATED, PredictionRow
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import SplitScores
-from tiedlora.scoring.passes import Passes, missing_passes, wanted_passes
+from tiedlora.scoring.passes import Passes, wanted_passes
 from tiedlora.scoring.summary import gains, summarise
 from tiedlora.tasks import Example
 
@@ -94,27 +93,3 @@ def test_a_loss_is_never_a_proportion():
     metrics = summarise(rows, task)
     assert metrics[TARGET_LOSS].value == 1.5
     assert metrics[TARGET_LOSS_BY_TOKEN].value == (4 + 24) / (4 + 12)
-
-
-class TestPasses:
-    OWN = SplitScores(2, "0", {"exact_match": Interval(0, 0, 0), "f1": Interval(0, 0, 0)})
-    LOSSES = SplitScores(2, "0", {TARGET_LOSS: Interval(1, 1, 1), TARGET_LOSS_BY_TOKEN: Interval(1, 1, 1)})
-    BOTH = SplitScores(2, "0", {**OWN.metrics, **LOSSES.metrics})
-
-    @pytest.mark.parametrize(
-        ("metrics", "recorded", "answers", "losses"),
-        [
-            (None, None, True, True),
-            # A run of an earlier version has no losses, and is finished.
-            (None, OWN, False, False),
-            (None, LOSSES, True, False),
-            ([TARGET_LOSS], OWN, False, True),
-            ([TARGET_LOSS_BY_TOKEN, "f1"], None, True, True),
-            (["f1"], LOSSES, True, False),
-            ([TARGET_LOSS, "f1"], BOTH, False, False),
-        ],
-    )
-    def test_what_is_missing(self, metrics, recorded, answers, losses):
-        passes = missing_passes(metrics, recorded)
-        assert (passes.answers, passes.losses) == (answers, losses)
-        assert bool(passes) == (answers or losses)

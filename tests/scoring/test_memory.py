@@ -45,10 +45,15 @@ def test_no_memory_for_one_row_keeps_the_trained_run(tiny_config, monkeypatch):
     with pytest.raises(UserError, match=r"score\.batch_size=1; the trained adapter and its checkpoint are kept"):
         run.main(config)
     assert not sizes
+    folder = folder_of(config)
+    assert folder.state() == "failed"
+    assert "Traceback" in folder.error_file.read_text()
     monkeypatch.undo()
-    trained = folder_of(config).path / "adapter" / "adapter.safetensors"
+    trained = folder.path / "adapter" / "adapter.safetensors"
     before = trained.read_bytes()
     record = run.main(config)
+    assert folder.state() == "done"
+    assert not folder.error_file.exists()
     assert record.scores["validation"].batch_halvings is None
     assert trained.read_bytes() == before
 

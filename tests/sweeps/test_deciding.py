@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-from helpers.commands import sweep as sweep_command
 from helpers.sweeping import Here
 
 from tiedlora.errors import UserError
@@ -140,11 +139,3 @@ def target_losses(sweep) -> dict[tuple[str, int], float]:
             record = read_record(sweep.path.parents[1] / run_id / "result.json")
             losses[choice.configuration, record.seed] = record.scores["validation"].metrics["target_loss"].value
     return losses
-
-
-@pytest.mark.slow
-def test_as_a_command(tiny_run, tmp_path):
-    words = [*tiny_run(*WORDS), "hydra/sweeper=deciding", f"hydra.sweeper.claims={claims_file(tmp_path, 0.9)}"]
-    ended = sweep_command(*words, "hydra.sweeper.highest_rate=0.1").ended()
-    assert ended.code == 0, ended.err
-    assert "contradicted: look 1 of 2" in ended.out

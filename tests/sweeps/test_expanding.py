@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from helpers import processes
 from helpers.sweeping import cell_of
 from helpers.tiny import EIGHT
 from hydra import initialize_config_dir
@@ -16,7 +15,7 @@ from hydra.types import RunMode
 from tiedlora.config import compose
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import config_tree, run_id
-from tiedlora.config.project import CONF, PROJECT
+from tiedlora.config.project import CONF
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.sweeps.expand import CellComposer, compose_sweep
@@ -71,16 +70,6 @@ def test_matched_cells_have_the_nearest_lora_rank():
     # smollm2 at r 32: TABuv trains 30 * 32 + 30 * 960 + 32 * (576 + 960) = 78,912, LoRA 46,080 a rank; llama2 at r 32:
     # 32 * 32 + 32 * 12,288 + 32 * 16,384 = 918,528 against 524,288 a rank.
     assert [(c.config.tying.name, c.config.rank.r) for c in sweep.cells] == [("TABuv", 32), ("LoRA", 2)] * 2
-
-
-def test_a_wrong_option_in_any_cell_stops_before_the_first(tiny_run, tmp_path):
-    # In its own interpreter, as a user starts it.
-    ended = processes.run_python(PROJECT / "train.py", "--multirun", *tiny_run("train.lr=1e-3,-1"))
-    assert ended.returncode == 2
-    assert "cell" in ended.stderr
-    assert "train.lr=-1" in ended.stderr
-    assert len(ended.stderr.splitlines()) == 1
-    assert not (tmp_path / "outputs").exists()
 
 
 def test_a_misspelt_grid_is_answered_with_the_grids_there_are():

@@ -69,16 +69,19 @@ def test_a_dropped_cell_is_no_trial(tiny_run, finish):
     assert choice.trials == 3
 
 
-def test_selection_json_is_read_as_it_was_written(tiny_run, chosen):
-    sweep = compose_sweep(tiny_run())
-    write_selection(sweep.path / "selection.json", chosen)
-    assert read_selection(sweep.path / "selection.json") == chosen
-    tree = json.loads((sweep.path / "selection.json").read_text())
+def test_selection_json_is_read_as_it_was_written_and_damage_is_one_line_that_names_file_and_key(tiny_run, chosen):
+    file = compose_sweep(tiny_run()).path / "selection.json"
+    write_selection(file, chosen)
+    assert read_selection(file) == chosen
+    tree = json.loads(file.read_text())
     assert list(tree) == ["sweep", "by", "choices", "searches"]
     assert list(tree["choices"][0]) == [
         *("model", "task", "configuration", "rank", "lr", "lrs", "metric", "value", "seeds", "trials", "failed"),
         *("edge", "run_ids", "test", "test_metric", "selection_seeds"),
     ]
+    file.write_text(json.dumps({**tree, "choices": [{**tree["choices"][0], "lr": "high"}]}))
+    with pytest.raises(UserError, match=r"selection\.json: 'choices\.0\.lr' is 'high'"):
+        read_selection(file)
 
 
 def test_without_scores_the_rate_is_chosen_by_loss_unless_the_score_is_asked_for(tiny_run, finish):
@@ -89,15 +92,6 @@ def test_without_scores_the_rate_is_chosen_by_loss_unless_the_score_is_asked_for
     assert (chosen.by, chosen.choices[0].metric, chosen.choices[0].selection_seeds) == ("loss", "validation/loss", [0])
     with pytest.raises(UserError, match="choose by loss with --by loss"):
         selection.select_rates(sweep, "score")
-
-
-def test_a_damaged_selection_is_one_line_that_names_file_and_key(tiny_run, chosen):
-    file = compose_sweep(tiny_run()).path / "selection.json"
-    write_selection(file, chosen)
-    tree = json.loads(file.read_text())
-    file.write_text(json.dumps({**tree, "choices": [{**tree["choices"][0], "lr": "high"}]}))
-    with pytest.raises(UserError, match=r"selection\.json: 'choices\.0\.lr' is 'high'"):
-        read_selection(file)
 
 
 def test_trials_that_differ_are_no_fair_comparison(chosen):

@@ -100,6 +100,7 @@ def test_a_winner_at_the_edge_is_followed_outward_within_the_bounds():
     assert actions(stage).count(("edge", 0.1)) == 1
     stage = finish(Population(1e-5))
     assert [lr for action, lr in actions(stage) if action == "outward"] == [3e-5, 1e-5]
+    assert next_rate(2e-3, upward=True) == 6e-3, "also beside the ladder"
 
 
 def test_a_rate_that_diverges_later_falls_back_to_the_next_best_and_says_so():
@@ -165,13 +166,3 @@ def test_rungs_are_evaluations_before_the_last_step():
     assert rung_steps(100, 50, (0.25, 0.5)) == (50,)
     assert rung_steps(100, 30, (0.25, 0.5, 0.95)) == (30, 60)
     assert rung_steps(100, 0, (0.25,)) == rung_steps(100, 20, ()) == rung_steps(8, 50, (0.25,)) == ()
-
-
-def test_the_next_rate_is_half_a_decade_further():
-    rate, upward = 1e-5, []
-    for _ in range(4):
-        rate = next_rate(rate, upward=True)
-        upward.append(rate)
-    assert upward == [3e-5, 1e-4, 3e-4, 1e-3]
-    assert [next_rate(rate, upward=False) for rate in upward] == [1e-5, 3e-5, 1e-4, 3e-4]
-    assert next_rate(2e-3, upward=True) == 6e-3
