@@ -107,7 +107,7 @@ def test_a_new_neutral_key_changes_no_id_and_a_changed_default_does():
 
 
 class TestFolder:
-    def test_states_come_from_what_is_there(self, tmp_path):
+    def test_states_come_from_what_is_there(self, tmp_path, monkeypatch):
         folder = RunFolder(tmp_path / "run")
         assert folder.state() == "missing"
         assert not folder.path.exists()
@@ -122,6 +122,10 @@ class TestFolder:
         assert "boom" in folder.error_file.read_text()
         folder.result_file.write_text("{}")
         assert folder.state() == "done"
+        # A run that starts again and is killed while its files are removed is not done.
+        monkeypatch.setattr("tiedlora.records.run_folder._remove", lambda entry: 1 / 0)
+        pytest.raises(ZeroDivisionError, folder.clear)
+        assert folder.state() == "failed"
 
     def test_a_locked_folder_is_running_and_refuses_a_second_owner(self, tmp_path):
         folder = RunFolder(tmp_path / "run")
