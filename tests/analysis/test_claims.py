@@ -202,3 +202,5 @@ def test_a_changed_specification_answers_by_a_name_of_its_own_only(tmp_path, ans
     assert "TABuv r=8 was not run on it" in found.reason
     (found,) = answers("mine, rank: 8", roots=("runs", "mine"))
     assert "custom (mine) r=8 against LoRA r=8" in found.reason
+    (found,) = answers("mine, rank: 8, shuffle_targets: true", roots=("runs", "mine"))
+    assert "mine (shuffled targets) r=8 was not run on it" in found.reason
