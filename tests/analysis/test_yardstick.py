@@ -10,7 +10,7 @@ from helpers.report_runs import add_scores, make_record, prediction_rows, report
 
 from tiedlora import tying
 from tiedlora.analysis import intervals
-from tiedlora.analysis.answers import error_note
+from tiedlora.analysis.answers import error_note, mark_survivors
 from tiedlora.analysis.compare import worth_of
 from tiedlora.analysis.groups import curve, group_runs, point
 from tiedlora.analysis.intervals import Clusters, mean_squares
@@ -102,7 +102,7 @@ class TestFloor:
         (from_floor,) = trial(tmp_path, "retains: 0.82", extra=self.FLOOR).answers
         assert from_base.verdict == "supported"
         assert from_floor.verdict == "contradicted"
-        assert from_floor.kept.value == pytest.approx(0.65, abs=0.05)
+        assert from_floor.kept.value == pytest.approx(from_floor.retained.value) == pytest.approx(0.65, abs=0.05)
         assert from_floor.comparator_gain == pytest.approx(0.2, abs=0.02)
         assert "(over LoRA (shuffled targets) r=8)" in from_floor.reason
 
@@ -295,3 +295,7 @@ def test_two_claims_about_one_difference_are_one_test_and_holm_is_over_all(tmp_p
     report = write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
     assert [answer.survives_holm for answer in report.answers] == [True, True, False]
     assert "from 2 different tests." in error_note(report.answers)
+    for answer in report.answers:
+        answer.decided_level = 0.03
+    mark_survivors(report.answers)
+    assert not any(answer.survives_holm for answer in report.answers), "0.03 is not below 0.05 / 2"
