@@ -50,6 +50,7 @@ class TestRules:
         assert found.verdict == "supported"
         assert found.difference.value > 0, "a difference of losses keeps its sign"
         assert found.contrast.value > 0, "the contrast is better if it is higher"
+        assert found.kept.value < 1, "the method's loss is higher"
 
 
 class TestLooks:

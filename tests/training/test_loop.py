@@ -232,6 +232,10 @@ def test_a_non_finite_validation_loss_stops_before_its_checkpoint(tmp_path):
     assert checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS).step == 6
 
 
+def test_of_equal_losses_the_first_is_best_whose_adapter_is_stored():
+    assert TrainState(validation=[[2, 1.0], [4, 0.5], [6, 0.5]]).best_step() == 4
+
+
 class TestCheckpoints:
     @pytest.mark.parametrize(
         ("name", "change", "says"),
