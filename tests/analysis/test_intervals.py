@@ -18,6 +18,7 @@ from tiedlora.analysis.intervals import (
     paired_proportions,
 )
 from tiedlora.config.project import PROJECT
+from tiedlora.records.rows import ValidationLosses
 
 
 class TestProportions:
@@ -124,6 +125,12 @@ class TestSeedsAndRows:
         assert p_value(np.full((3, 5), 0.3)) == 0.0
         # A contrast of equal scores: 1 - 0.9 - 0.1 is -2.8e-17.
         assert p_value(np.full((3, 5), 1 - 0.9 - 0.1)) == 1.0
+
+
+def test_the_losses_of_rows_count_by_their_tokens():
+    first, second = (ValidationLosses(0, [loss, 2.0], [1, 3]) for loss in (1.0, 0.0))
+    assert intervals.mean_loss(first) == 1.75
+    assert intervals.paired_difference(first, second) == (0.25, 0.375)
 
 
 def test_the_ratio_has_no_interval_where_the_denominator_may_be_zero():

@@ -269,6 +269,16 @@ class TestClusters:
         assert found["named"] == found["listed"]
         assert found["named"] != found["alone"]
 
+    def test_a_verdict_is_over_clusters(self, tmp_path):
+        found = []
+        for clusters in ({}, {"chain_sum": {str(number): str(number // 20) for number in range(200)}}):
+            root = tmp_path / str(len(clusters))
+            world(root / "runs", {"LoRA": 0.5, "TABuv": 0.6}, seeds=3)
+            (root / "clusters.json").write_text(json.dumps(clusters))
+            found += trial(root, "better_by: 0.0").answers
+        assert found[0].contrast != found[1].contrast
+        assert "200 rows in 10 clusters" in found[1].reason
+
     def test_a_runs_own_interval_is_over_clusters(self):
         rows = [
             dataclasses.replace(row, cluster=str(number // 20))
