@@ -145,7 +145,7 @@ def test_tokens_are_kept_by_content(tmp_path, monkeypatch):
         load_or_encode(coder=chats[0])
     load_or_encode(coder=chats[0])
     others = ({"digest": "x"}, {"weights": "2"}, {"coder": encoder("task.max_target_tokens=9")}, {"known": False})
-    for other in (*others, {"coder": chats[1]}):
+    for other in (*others, {"coder": chats[1]}, {"coder": encoder(context=400)}):
         with pytest.raises(pytest.fail.Exception, match="again"):
             load_or_encode(**other)
     data = file.read_bytes()

@@ -120,12 +120,12 @@ def test_tokens_are_counted_without_padding_and_every_step_is_logged():
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 5, 7])
-@pytest.mark.parametrize("dropout", [False, True])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop_after, dropout):
-    whole, whole_log, whole_state = finish(dropout=dropout)
+@pytest.mark.parametrize(("option", "dropout"), [("TABuv", False), ("TABuv", True), ("RaSA", False)])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop_after, option, dropout):
+    whole, whole_log, whole_state = finish(option, dropout=dropout)
     with pytest.raises(StoppedEarly):
-        finish(folder=tmp_path, stop_after=stop_after, dropout=dropout)
-    resumed, log, state = finish(folder=tmp_path, dropout=dropout)
+        finish(option, folder=tmp_path, stop_after=stop_after, dropout=dropout)
+    resumed, log, state = finish(option, folder=tmp_path, dropout=dropout)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert state.validation == whole_state.validation
     assert (state.tokens, state.clipped_steps) == (whole_state.tokens, whole_state.clipped_steps)
