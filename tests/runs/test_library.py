@@ -1,7 +1,7 @@
 """Loading runs and adapters, several adapters on one base, training that starts from an adapter, generate.py."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -90,6 +90,8 @@ class TestRuns:
         """A TABuv run can start from a TAB adapter: u and v start at one."""
         first = RunFolder(finished).record()
         config = tiny_config("tying=TABuv", f"train.init_from={finished}")
+        with pytest.raises(UserError, match="holds another adapter than when this run was composed"):
+            run.main(replace(config, train=replace(config.train, init_digest="0" * 64)))
         second = run.main(config)
         start, end = (r.training for r in (second, first))
         assert start.validation_loss_first == pytest.approx(end.validation_loss_last, abs=1e-6)

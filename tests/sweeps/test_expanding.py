@@ -66,10 +66,11 @@ def test_the_yardstick_brings_the_curve_the_floor_and_the_weakest_arm_at_every_r
 
 
 def test_matched_cells_have_the_nearest_lora_rank():
-    sweep = compose_sweep(["+grid=matched", "model=smollm2_135m,llama2_7b", "tying=TABuv", "rank=r32"])
+    sweep = compose_sweep(["+grid=matched", "model=smollm2_135m,llama2_7b", "tying=TABuv", "rank=r8,r32"])
     # smollm2 at r 32: TABuv trains 30 * 32 + 30 * 960 + 32 * (576 + 960) = 78,912, LoRA 46,080 a rank; llama2 at r 32:
-    # 32 * 32 + 32 * 12,288 + 32 * 16,384 = 918,528 against 524,288 a rank.
-    assert [(c.config.tying.name, c.config.rank.r) for c in sweep.cells] == [("TABuv", 32), ("LoRA", 2)] * 2
+    # 32 * 32 + 32 * 12,288 + 32 * 16,384 = 918,528 against 524,288 a rank. At r 8, LoRA of rank 1 is nearest.
+    expected = [("TABuv", 8), ("LoRA", 1), ("TABuv", 32), ("LoRA", 2)] * 2
+    assert [(c.config.tying.name, c.config.rank.r) for c in sweep.cells] == expected
 
 
 def test_a_misspelt_grid_is_answered_with_the_grids_there_are():
