@@ -85,6 +85,12 @@ def test_other_protocols_are_other_rows_and_named(tmp_path):
     }
 
 
+def test_another_base_model_of_the_same_name_is_another_setting(tmp_path):
+    for seed, digest in enumerate(("sha256:1", "sha256:2")):
+        scored_run(tmp_path, GOOD, BASE, seed=seed, changes={"base.digest": digest})
+    assert [group.variant for group in group_runs(read_runs([tmp_path])[0])] == ["base=sha256:1", "base=sha256:2"]
+
+
 def test_mixed_data_have_no_mean(tmp_path):
     scored_run(tmp_path, GOOD, BASE, name="LoRA")
     scored_run(tmp_path, GOOD, BASE, seed=0)

@@ -148,3 +148,4 @@ def test_the_card_names_the_chat_template_and_what_was_rounded():
     text = card(make_record(), config, merged)
     assert "as one user turn of the tokenizer's chat template" in text
     assert "the part of the update below 1/256 of its weight is lost" in text
+    assert r"torch 2 \| &lt;b>" in card(make_record({"versions": {"torch": "2 | <b>"}}), config, merged)
