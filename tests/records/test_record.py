@@ -124,7 +124,8 @@ class TestFolder:
         assert folder.state() == "done"
         # A run that starts again and is killed while its files are removed is not done.
         monkeypatch.setattr("tiedlora.records.run_folder._remove", lambda entry: 1 / 0)
-        pytest.raises(ZeroDivisionError, folder.clear)
+        with pytest.raises(ZeroDivisionError):
+            folder.clear()
         assert folder.state() == "failed"
 
     def test_a_locked_folder_is_running_and_refuses_a_second_owner(self, tmp_path):
