@@ -105,7 +105,7 @@ def test_a_run_that_was_continued_elsewhere_is_marked(tmp_path):
         step=40,
         code=CodeVersion("b" * 40, dirty=True),
         versions={"torch": "2.12", "transformers": "5.24"},
-        execution=Execution("cpu", threads=1, processor="AMD EPYC (AVX512)"),
+        execution=Execution("cpu", threads=2, processor="AMD EPYC (AVX512)"),
     )
     changes = {"training.continued_from": [earlier], "execution.processor": "Intel Xeon (AVX512)"}
     scored_run(tmp_path, GOOD, BASE, changes=changes)
@@ -114,6 +114,7 @@ def test_a_run_that_was_continued_elsewhere_is_marked(tmp_path):
         "mixed commits: aaaaaaaa, bbbbbbbb",
         "made by uncommitted code",
         "mixed versions of torch: 2.12, 2.13",
+        "mixed devices: cpu, 1 threads; cpu, 2 threads",
         "mixed processors: AMD EPYC (AVX512); Intel Xeon (AVX512)",
     ]
     assert "code aaaaaaaa, bbbbbbbb;" in report.summary()
