@@ -10,9 +10,14 @@ from tiedlora.adapter import attach
 from tiedlora.errors import UserError
 from tiedlora.page import write
 from tiedlora.runs import run, verify
-from tiedlora.scoring.split import scored_model
+from tiedlora.scoring.split import scored_model, with_halved_batches
 
 PREDICTIONS = ("predictions/validation.jsonl", "predictions/validation.base.jsonl")
+
+
+def test_the_limit_on_tokens_is_halved_too(tiny_config):
+    score = with_halved_batches(tiny_config("score.batch_size=4", "score.batch_tokens=100"), 3).score
+    assert (score.batch_size, score.batch_tokens) == (1, 12)
 
 
 def test_a_split_is_scored_in_halved_batches_with_its_base(tiny_config, tmp_path, monkeypatch, caplog):
