@@ -110,10 +110,12 @@ def test_one_run_has_the_intervals_of_scoring_for_a_corpus_metric_too(tmp_path):
 
 
 def test_predictions_that_disagree_with_the_record_give_no_interval(tmp_path):
-    folder, _ = (scored_run(tmp_path, GOOD, BASE, seed=seed) for seed in range(2))
-    base = folder / "predictions" / "validation.base.jsonl"
-    base.write_text("".join(reversed(base.read_text().splitlines(keepends=True))))
-    assert primary_row(write.build([tmp_path]).rows, "TABuv").gain.examples is None, "rows in another order"
+    folder, other = (scored_run(tmp_path, GOOD, BASE, seed=seed) for seed in range(2))
+    for path in (folder / "predictions" / "validation.base.jsonl", other / "predictions" / "validation.jsonl"):
+        path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+        row = primary_row(write.build([tmp_path]).rows, "TABuv")
+        assert row.gain.examples is None, "rows in another order"
+    assert any("its predictions are of other examples" in note for note in row.notes)
     path = folder / "predictions" / "validation.jsonl"
     path.write_text(path.read_text().replace("1.0", "0.0", 1))
     row = primary_row(write.build([tmp_path]).rows, "TABuv")
