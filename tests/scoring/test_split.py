@@ -103,6 +103,9 @@ def test_the_base_model_is_scored_once_for_a_protocol(tmp_path, monkeypatch, los
     for changed in (replace(examples[0], prompt="Other?"), replace(examples[0], target=" other")):
         with pytest.raises(pytest.fail.Exception):
             scorer.cached_base("test", [changed], losses)
+    train = replace(scorer.config.train, dtype="float16")
+    with pytest.raises(pytest.fail.Exception):
+        replace(scorer, config=replace(scorer.config, train=train)).cached_base("test", examples, losses)
     scorer.config.task.stop = ["."]
     with pytest.raises(pytest.fail.Exception):
         scorer.cached_base("test", examples, losses)
