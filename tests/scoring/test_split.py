@@ -106,9 +106,10 @@ def test_the_base_model_is_scored_once_for_a_protocol(tmp_path, monkeypatch, los
     train = replace(scorer.config.train, dtype="float16")
     with pytest.raises(pytest.fail.Exception):
         replace(scorer, config=replace(scorer.config, train=train)).cached_base("test", examples, losses)
-    scorer.config.task.stop = ["."]
-    with pytest.raises(pytest.fail.Exception):
-        scorer.cached_base("test", examples, losses)
+    for change in ({"stop": ["."]}, {"max_new_tokens": 3}):
+        task = replace(scorer.config.task, **change)
+        with pytest.raises(pytest.fail.Exception):
+            replace(scorer, config=replace(scorer.config, task=task)).cached_base("test", examples, losses)
 
 
 def test_choices_are_kept_with_their_likelihoods():
