@@ -158,8 +158,8 @@ class Scorer:
                 break
             log.warning("scoring: out of memory; score.batch_size=%d is halved to %d", batch_size, batch_size // 2)
         raise UserError(
-            "scoring: out of memory with score.batch_size=1; the trained adapter and its checkpoint are kept, so with "
-            "more memory the same command continues with scoring"
+            "score.batch_size: memory runs out even at 1; the adapter and its checkpoint are kept, so with more memory "
+            "the same command continues"
         )
 
     def _score_split(
