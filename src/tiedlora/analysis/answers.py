@@ -30,7 +30,7 @@ from tiedlora.analysis import claims, compare, intervals, rules
 from tiedlora.analysis.claims import Claim, Pair
 from tiedlora.analysis.compare import Estimate
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.rules import Plan, Sides
+from tiedlora.analysis.rules import Sides
 from tiedlora.analysis.runs import Measure, Scorebook
 from tiedlora.errors import UserError
 from tiedlora.records.interval import Interval
@@ -48,6 +48,8 @@ class Verdict(StrEnum):
 
 
 DECIDED = (Verdict.SUPPORTED, Verdict.CONTRADICTED)
+BASE = "the base"
+"""The zero point of claims without a floor."""
 
 
 @dataclass
@@ -104,7 +106,7 @@ class Answer:
         """What a gain is measured from."""
         if self.pair is not None and self.pair.floor is not None:
             return self.pair.floor.name
-        return str(self.claim.floor) if self.claim.floor and self.claim.rule.needs_zero else "the base"
+        return str(self.claim.floor) if self.claim.floor and self.claim.rule.needs_zero else BASE
 
     @property
     def is_firm(self) -> bool:
@@ -126,7 +128,7 @@ def answer_claims(
     for claim in stated:
         pairs = claims.pairs(claim, groups)
         answers += [_answer(claim, pair, splits[pair.anchor.task], book) for pair in pairs]
-        reason, decide = f"{claim.anchor} was not run on it", next_look(claim.plan, 0)
+        reason, decide = f"{claim.anchor} was not run on it", next_look(claim, 0)
         for model in sorted({pair.anchor.model for pair in pairs}) or [""]:
             tasks = set(claim.tasks) or {group.task for group in groups if model in (group.model, "")}
             missing = tasks - {pair.anchor.task for pair in pairs if pair.anchor.model == model}
@@ -136,10 +138,12 @@ def answer_claims(
 
 
 def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
-    answer = Answer(
-        claim, pair.anchor.model, pair.anchor.task_in_words, pair, reason=pair.problem, decide=next_look(claim.plan, 0)
-    )
+    answer = Answer(claim, pair.anchor.model, pair.anchor.task_in_words, pair, reason=pair.problem)
     method, comparator = pair.method, pair.comparator
+    if claim.comparator.frontier and method is None:
+        answer.decide = f"{claim.comparator.frontier} below and above its size, with the seeds of the first look"
+    else:
+        answer.decide = next_look(claim, 0)
     if method is None or comparator is None:
         return answer
     try:
@@ -219,6 +223,8 @@ def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
         UserError: the split was not scored, or not by this metric.
     """
     scored = [run.splits[split] for run in method.runs if split in run.splits]
+    if not method.runs:
+        raise UserError("none of its seeds was run")
     if not scored:
         raise UserError(f"not scored on {split}")
     metric = claim.metric_on(method.task, scored[0].first_metric)
@@ -295,7 +301,7 @@ def _set_share(answer: Answer, seen: Sides, level: float) -> None:
 def _wait_for(answer: Answer, scores: Sides, number: int, ended: set[int]) -> None:
     """Say what the next look needs, and how likely a later look decides, from the seeds of the last one."""
     plan, look = answer.claim.plan, answer.look
-    answer.decide = next_look(plan, number, ended)
+    answer.decide = next_look(answer.claim, number, ended)
     if look is None:
         answer.reason = f"before the first look: {len(set(plan.of_look(0)) & ended)} of {plan.looks[0]} seeds"
     elif len((seen := scores.of(plan.of_look(look))).seeds) == plan.looks[look]:
@@ -307,10 +313,13 @@ def _wait_for(answer: Answer, scores: Sides, number: int, ended: set[int]) -> No
             answer.decide += f"; a later look decides with a chance of {100 * chance:.0f} %"
 
 
-def next_look(plan: Plan, number: int, ended: Iterable[int] = ()) -> str:
+def next_look(claim: Claim, number: int, ended: Iterable[int] = ()) -> str:
     """The look with this number in words, and the seeds that it still needs."""
-    missing = [seed for seed in plan.of_look(number) if seed not in set(ended)]
-    return f"the look at {plan.looks[number]} seeds: needs seeds {number_list(missing)} on both sides"
+    missing = [seed for seed in claim.plan.of_look(number) if seed not in set(ended)]
+    words = f"the look at {claim.plan.looks[number]} seeds: needs seeds {number_list(missing)} on both sides"
+    offsets = {"method": claim.method.seed_offset, "comparator": claim.comparator.seed_offset}
+    later = [f"those of the {name} are counted from {offset}" for name, offset in offsets.items() if offset]
+    return f"{words} ({'; '.join(later)})" if later else words
 
 
 @dataclass(frozen=True)

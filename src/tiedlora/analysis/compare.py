@@ -32,6 +32,8 @@ OTHER_ENDS = "the answers of the two sides end at different tokens (docs/tasks.m
 FEW_EXAMPLES = 10
 """If fewer examples than this score above zero, or fewer below one, a bootstrap over examples is too narrow. It covers
 83 to 87 % if 2 to 4 of 200 examples do."""
+FIRST_LOOK = 3
+"""A size of a curve takes part in a worth once it has this many first seeds of those that the arm and a size share."""
 
 
 @dataclass
@@ -158,7 +160,8 @@ def _blended(peer: Peer, arrays: Iterable[Array]) -> Array:
 
 
 def _add_intervals(estimate: Estimate, ours: Array, theirs: Array | None, clusters: Clusters | None) -> None:
-    estimate.examples = intervals.over_examples(ours, theirs, clusters)
+    if ours.shape[1] > 1:
+        estimate.examples = intervals.over_examples(ours, theirs, clusters)
     if min(ours.shape) > 1:
         estimate.both = intervals.both_interval(ours if theirs is None else ours - theirs, clusters=clusters)
 
@@ -260,9 +263,10 @@ def worth(group: RunGroup, sizes: Sequence[RunGroup], measure: Measure, book: Sc
         UserError: as `paired_scores`.
     """
     parts = []
-    seeds = {run.seed for run in measure.scored(group.runs)}
+    own, *others = ({run.seed for run in measure.scored(one.runs)} for one in (group, *sizes))
     # A size that has just begun does not take part.
-    ready = [peer for peer in sizes if len(seeds & {run.seed for run in measure.scored(peer.runs)}) > 1]
+    first = set(sorted(max((own & seeds for seeds in others), key=len, default=()))[:FIRST_LOOK])
+    ready = [peer for peer, seeds in zip(sizes, others, strict=True) if len(first) > 1 and first <= seeds]
     for smaller, larger in itertools.pairwise(ready):
         runs = _comparable_runs([group, smaller, larger], measure)
         tables, clusters = book.tables(runs, measure)

@@ -232,7 +232,7 @@ def _recorded_choices(runs: Sequence[Run], choices: Iterable[RateChoice]) -> lis
     """
     at_rate = {(run.run_id, run.lr) for run in runs}
     own = [choice for choice in choices if at_rate & {(run_id, choice.lr) for run_id in choice.run_ids}]
-    return sorted(own, key=lambda choice: (-len(choice.lrs), choice.trials, choice.lr))
+    return sorted(own, key=lambda choice: (-len(choice.lrs), choice.seeds, choice.trials, choice.lr))
 
 
 def _choose_rate(

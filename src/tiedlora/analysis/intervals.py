@@ -168,6 +168,8 @@ def pseudo_values(statistics: Array, score: Callable[[Array], float]) -> Array:
     """
     total, count = statistics.sum(0), len(statistics)
     full_score = score(total)
+    if count == 1:
+        return np.array([full_score])
     without_one = np.array([score(total - row) for row in statistics])
     values = count * full_score - (count - 1) * without_one
     return np.asarray(values - values.mean() + full_score)

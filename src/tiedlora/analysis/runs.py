@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from tiedlora import storage
 from tiedlora.analysis.intervals import Array, Clusters, pseudo_values
@@ -26,7 +27,7 @@ from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss, mean_pe
 from tiedlora.records.reading import read_typed
 from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import DIVERGED, RunFolder, last_line
-from tiedlora.records.run_record import RunRecord, SplitScores, read_record
+from tiedlora.records.run_record import RunRecord, SplitScores, arm_suffix, read_record
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 from tiedlora.tasks import load_task
 
@@ -49,8 +50,10 @@ class UnfinishedRun:
 
     run_id: str
     """The folder's name."""
-    label: str
-    """LoRA, TABuv, ... or custom."""
+    model: str
+    """The base model's name without its organisation; empty if it is not known."""
+    configuration: str
+    """LoRA, peft/vera, LoRA (shuffled targets), ...: as config.yaml names it, or else the folder."""
     rank: int
     task: str
     seed: int
@@ -236,13 +239,17 @@ def _unfinished(folder: RunFolder) -> UnfinishedRun | None:
     if match is None:
         return None
     try:
-        lr = float(storage.read_yaml(folder.config_file).train.lr)
-    except Exception:  # A file that a kill has cut off may be wrong in any way. Then the rate is not known.
-        lr = math.nan
+        value = functools.partial(OmegaConf.select, storage.read_yaml(folder.config_file))
+        lr, model = float(value("train.lr")), str(value("model.name", default="")).rsplit("/", 1)[-1]
+        suffix = arm_suffix(value("task.shuffle_targets", default=False), value("objective.name"))
+        configuration = f"{value('tying.name', default='')}{suffix}"
+    except Exception:  # A file that a kill has cut off may be wrong in any way. Then these are not known.
+        lr, model, configuration = math.nan, "", match["label"]
     error, (_, losses) = last_line(folder.error_file), curves(folder, VALIDATION_LOSS).get(VALIDATION_LOSS, ([], []))
     return UnfinishedRun(
         run_id=folder.path.name,
-        label=match["label"],
+        model=model,
+        configuration=configuration,
         rank=int(match["rank"]),
         task=match["task"],
         seed=int(match["seed"]),
@@ -310,7 +317,7 @@ class RowScores:
     clusters: Clusters | None
     """Which examples belong together; None if all are independent, or in too few clusters for an interval over them."""
     named_clusters: int
-    """How many clusters the rows name."""
+    """How many clusters the rows name; 0 if each row has its own."""
 
 
 class Scorebook:
@@ -378,9 +385,11 @@ def _read(run: Run, split: str, base: bool) -> RowScores:
             values[metric] = table if table.ndim == 1 else pseudo_values(table, _corpus_score(run, metric))
         except (KeyError, TypeError, ValueError, ArithmeticError, ImportError) as error:
             raise UserError(f"predictions/{split}: its scores of {metric} cannot be read ({error!r:.60})") from None
-    named = _listed_clusters(run.path.parent.parent / CLUSTERS_FILE).get(run.task, {})
-    names = [row.cluster or named.get(row.id, "") for row in rows]
-    return RowScores(tuple(row.id for row in rows), values, Clusters.of(names), len(set(names) - {""}))
+    listed = _listed_clusters(run.path.parent.parent / CLUSTERS_FILE).get(run.task, {})
+    names = [row.cluster or listed.get(row.id, "") for row in rows]
+    named = set(names) - {""}
+    shared = len(named) if len(named) < len(names) - names.count("") else 0
+    return RowScores(tuple(row.id for row in rows), values, Clusters.of(names), shared)
 
 
 @functools.lru_cache(maxsize=8)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tiedlora.analysis import compare, rules
-from tiedlora.analysis.answers import Answer, Verdict, test_of
+from tiedlora.analysis.answers import BASE, Answer, Verdict, test_of
 from tiedlora.analysis.claims import Claim
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import Blend, RunGroup, curve
@@ -151,29 +151,32 @@ def size_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Scor
         cannot_fail = any(answer.verdict == Verdict.CANNOT_FAIL for answer in own)
         if len(groups) < 2 or (cannot_fail and all(answer.sensitivity != "shown" for answer in own)):
             continue
-        if (reference := _reference(own, groups)) is None:
+        if (found := _reference(own, groups)) is None:
             continue
-        floor = next((a.pair.floor for a in own if a.pair is not None and a.pair.floor is not None), None)
+        reference, floor = found
         on_curve = curve(reference.label, setting, groups)
         shares = {group: _share(group, reference, measure, book, floor) for group in groups}
         arms = [SizedShare(group, *share, group in on_curve) for group, share in shares.items() if share is not None]
         if arms:
             arms.sort(key=lambda arm: (not arm.is_on_curve, arm.group.params if arm.is_on_curve else 0))
-            panels.append(SizePanel(measure, reference, floor.name if floor else "the base", arms))
+            panels.append(SizePanel(measure, reference, floor.name if floor else BASE, arms))
     return panels
 
 
-def _reference(answers: Iterable[Answer], groups: Sequence[RunGroup]) -> RunGroup | None:
-    """The comparator of the first of these answers that gains something. Of a curve, it is the largest size.
+def _reference(answers: Sequence[Answer], groups: Sequence[RunGroup]) -> tuple[RunGroup, RunGroup | None] | None:
+    """The comparator of the first of these answers that gains something, and its floor.
 
-    It has the runs of all seeds, whatever seeds the claim takes.
+    Of a curve, it is the largest size. It has the runs of all seeds, whatever seeds the claim takes. If the claim's
+    rule needs no zero point, the floor is the first one of the others.
     """
     for answer in answers:
         if answer.pair is not None and answer.pair.arms and answer.comparator_gain and answer.comparator_gain > 0:
             comparator = answer.pair.arms[1][0]
             if isinstance(peer := answer.pair.comparator, Blend):
-                return curve(peer.configuration, comparator.setting, groups)[-1]
-            return comparator
+                comparator = curve(peer.configuration, comparator.setting, groups)[-1]
+            of_zero = [answer] if answer.claim.rule.needs_zero else answers
+            floors = (one.pair.floor for one in of_zero if one.pair is not None and one.pair.floor is not None)
+            return comparator, next(floors, None)
     return None
 
 

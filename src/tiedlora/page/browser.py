@@ -179,8 +179,9 @@ def _pair(columns: Sequence[_Column]) -> list[int]:
         for second, tied, other_seed in own
         if lora.label == BASELINE and tied.label == "TABuv"
     ]
-    first_two = (0, len(columns) - 1) if len(columns) < 3 else (1, 2)
-    return list(min(pairs)[2:] if pairs else first_two)
+    # The base model, if it is there, is the first column, and stands in for a second run that is missing.
+    first = int(columns[0].group is None and len(columns) > 2)
+    return list(min(pairs)[2:] if pairs else (first, min(first + 1, len(columns) - 1)))
 
 
 def packed(value: Any) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 from tiedlora.analysis import shares
-from tiedlora.analysis.answers import Answer
+from tiedlora.analysis.answers import BASE, Answer
 from tiedlora.analysis.claims import Claim
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup
@@ -119,9 +119,10 @@ def draw_forest(
     ax.set_yticks([at for at, _ in ticks], [task for _, task in ticks])
     ax.set_xlim(scale.low, scale.high)
     ax.set_xticks(list(scale.ticks), _percents(scale))
-    comparators = {claim.comparator.configuration for claim, _ in forest}
+    comparators = {claim.comparator.configuration or claim.comparator.frontier for claim, _ in forest}
     name = cut(comparators.pop(), 12) if len(comparators) == 1 else "comparator"
-    ax.set_xlabel(f"share of the gain (base 0 %, {name} 100 %)")
+    zero = "base" if all(line.zero == BASE for _, lines in forest for line in lines) else "zero point"
+    ax.set_xlabel(f"share of the gain ({zero} 0 %, {name} 100 %)")
     ax.grid(visible=False)
 
 

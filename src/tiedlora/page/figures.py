@@ -66,6 +66,8 @@ GLYPHS = dict(zip("odDs^v<>PhHXp", "●♦◆■▲▼◀▶✚⬢⬣✖⬟", st
 name in THEME."""
 FIRST = ("LoRA", "TABuv")
 """The configurations that are drawn and named first."""
+KINDS = ("forest", "shares", "pareto", "curves", "search")
+"""What a panel may belong to; a report has a figure of each kind, if there is anything to draw."""
 MOST_PANELS = 12
 """The most panels of a file. More would be unreadable; the page has them all."""
 SIZE = (4.0, 2.75)
@@ -92,7 +94,7 @@ class Panel:
     """One chart: what it is about, and the function that draws it."""
 
     kind: str
-    """Which figure it belongs to; the name of that figure's file."""
+    """Which figure it belongs to, one of KINDS; the name of that figure's file."""
     model: str
     title: str
     draw: Callable[[Axes], None]
@@ -150,10 +152,14 @@ def _look(**more: Any) -> Iterator[None]:
 
 
 def write_files(panels: Sequence[Panel], out: Path) -> None:
-    """Write a figure of each kind to `out`, as PNG and SVG."""
-    for kind in dict.fromkeys(panel.kind for panel in panels):
+    """Write a figure of each kind to `out`, as PNG and SVG. That of an earlier report goes, if this one has none."""
+    for kind in KINDS:
+        if not (own := [panel for panel in panels if panel.kind == kind][:MOST_PANELS]):
+            for suffix in ("png", "svg"):
+                (out / f"{kind}.{suffix}").unlink(missing_ok=True)
+            continue
         with _look():
-            figure = _figure([panel for panel in panels if panel.kind == kind][:MOST_PANELS])
+            figure = _figure(own)
             figure.savefig(out / f"{kind}.png", dpi=200, facecolor=BACK)
             figure.savefig(out / f"{kind}.svg", transparent=True, metadata={"Date": None})
 

@@ -54,7 +54,7 @@
   const filter = () => {
     let shown = 0;
     for (const row of rows) {
-      row.hidden = selects.some((s) => s.value && row.cells[s.dataset.column].textContent.trim() !== s.value);
+      row.hidden = selects.some((s) => s.value && row.cells[s.dataset.column].textContent !== s.value);
       shown += !row.hidden;
     }
     document.getElementById("count").textContent = `${shown} of ${rows.length} rows`;

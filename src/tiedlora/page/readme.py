@@ -10,13 +10,14 @@ The README marks where a table goes, and `scripts/report.py ... --readme FILE` w
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.groups import RunGroup
+from tiedlora.analysis.shares import SizePanel
 from tiedlora.config.sizes import is_near
 from tiedlora.errors import UserError
 from tiedlora.page import tables
@@ -24,7 +25,8 @@ from tiedlora.page.tables import Column, Table
 from tiedlora.page.write import Report, effect, models, word
 from tiedlora.text import visible
 
-BLOCK = re.compile(r"(?P<start><!-- report: (?P<name>[^>]*?) -->\n).*?(?P<end><!-- end of report -->)", re.DOTALL)
+START = "<!-- report: "
+BLOCK = re.compile(rf"(?P<start>{START}(?P<name>[^>]*?) -->\r?\n).*?(?P<end><!-- end of report -->)", re.DOTALL)
 RUNS = "runs"
 """The name of the line that says how many runs the report has, of which models, tasks and commits."""
 COST = ("configuration", "rank", "parameters", "tokens/s", "peak memory GiB", "adapter MiB")
@@ -52,17 +54,19 @@ def check(file: Path) -> str:
     Raises:
         UserError: the file cannot be read, it has no marks, one has no end, or no table has its name.
     """
-    text = storage.read_bytes(file).decode("utf-8", "replace")
+    try:
+        text = storage.read_bytes(file).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: is not UTF-8; save it as UTF-8, because the rest of it is written back") from None
     blocks, names = list(BLOCK.finditer(text)), ", ".join((RUNS, *TABLES))
     if not blocks:
         raise UserError(
             f"{file}: has no marks; write <!-- report: NAME --> and <!-- end of report -->; NAME is {names}"
         )
-    for found in blocks:
-        if found["name"] not in (RUNS, *TABLES) or "<!-- report: " in text[found.end("start") : found.start("end")]:
-            raise UserError(
-                f"{file}: <!-- report: {found['name']} -->: the name is {names}, and each mark needs its own end"
-            )
+    wrong = next((found["name"] for found in blocks if found["name"] not in (RUNS, *TABLES)), None)
+    if wrong is not None or text.count(START) != len(blocks):
+        where = "" if wrong is None else f" {START}{wrong} -->:"
+        raise UserError(f"{file}:{where} the name is {names}, and each mark needs its own end")
     return text
 
 
@@ -160,14 +164,19 @@ def _answer(report: Report) -> Table:
     The panels are the tasks on which the arms can be told apart.
     """
     worth = {(_of(row.group), row.group.setting, row.measure): row.worth for row in report.rows}
-    panels = {f"worth on {panel.reference.task_in_words}, {panel.measure.metric}": panel for panel in report.sizes}
+    panels: dict[str, dict[str, SizePanel]] = defaultdict(dict)
+    for panel in report.sizes:
+        title = f"worth on {panel.reference.task_in_words}, {panel.measure.metric}"
+        panels[title][panel.reference.model] = panel
+    of_model = Counter(panel.reference.model for panel in report.sizes)
     shown = [arm.group for panel in report.sizes for arm in panel.arms]
     count = Counter(map(_of, shown))
     rows = []
     for name, group in sorted({_of(group): group for group in shown}.items(), key=lambda item: -item[1].params):
-        if 2 * count[name] >= len(report.sizes):
-            own = [worth.get((name, panel.reference.setting, panel.measure)) for panel in panels.values()]
-            rows.append([*name, group.params, *own, _against_equal_size(report, name)])
+        if 2 * count[name] >= of_model[group.model]:
+            places = [own.get(group.model) for own in panels.values()]
+            cells = [place and worth.get((name, place.reference.setting, place.measure)) for place in places]
+            rows.append([*name, group.params, *cells, _against_equal_size(report, name)])
     columns = [
         *(Column("model"), Column("configuration"), Column("rank", tables.WHOLE), Column("parameters", tables.COUNT)),
         *(Column(name, tables.WORTH) for name in panels),

@@ -449,7 +449,9 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
     cells = []
     for line in sorted({line for line, _ in by_place}):
         rank, params, configuration, share = line
-        scores = [by_place.get((line, place)) or _missing(configuration, rank, place[0], folders) for place in places]
+        scores = [
+            by_place.get((line, place)) or _missing(model, configuration, rank, place[0], folders) for place in places
+        ]
         cells.append([configuration, rank, params, share, *scores])
     return Table(f"overview-{re.sub(r'[^A-Za-z0-9]+', '-', model).lower()}", caption, columns, cells)
 
@@ -491,7 +493,10 @@ TASK_SCORE = Kind(
 """A ResultRow: its group's score on one task, and the difference to LoRA."""
 
 
-def _missing(configuration: str, rank: int, task: str, folders: Iterable[LeftOut]) -> str | None:
+def _missing(model: str, configuration: str, rank: int, task: str, folders: Iterable[LeftOut]) -> str | None:
     """`failed` if a run of the configuration failed on the task and none is finished."""
     runs = [folder.run for folder in folders if folder.run is not None and folder.run.ending == "failed"]
-    return "failed" if any((run.label, run.rank, run.task) == (configuration, rank, task) for run in runs) else None
+    own = [run for run in runs if run.model in (model, "")]
+    return (
+        "failed" if any((run.configuration, run.rank, run.task) == (configuration, rank, task) for run in own) else None
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 from collections import Counter, defaultdict
@@ -114,11 +115,14 @@ def write(report: Report, out: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     all_tables = report.tables()
     panels = charts.panels(report.rows, report.answers, report.sizes)
-    for table in all_tables:
+    formats = {"md": tables.to_markdown, "csv": tables.to_csv, "tex": tables.to_latex}
+    for table, (suffix, text) in itertools.product(all_tables, formats.items()):
+        file = out / f"{table.name}.{suffix}"
         if table.rows:
-            storage.write_bytes(out / f"{table.name}.md", tables.to_markdown(table).encode())
-            storage.write_bytes(out / f"{table.name}.csv", tables.to_csv(table).encode())
-            storage.write_bytes(out / f"{table.name}.tex", tables.to_latex(table).encode())
+            storage.write_bytes(file, text(table).encode())
+        else:
+            # Of an earlier report in this folder.
+            file.unlink(missing_ok=True)
     figures.write_files(panels, out)
     storage.write_bytes(out / "index.html", render(report, all_tables, panels).encode("utf-8", "replace"))
     return _lines(report, out)
@@ -128,7 +132,8 @@ def _lines(report: Report, out: Path) -> list[str]:
     lines = [report.summary()]
     for verdict in report.verdicts:
         if len(verdict.answers) > 1:
-            lines.append(f"{verdict.verdict.upper():<14} {verdict.claim.name} [{verdict.model}]: {verdict.reason}")
+            model = f" [{verdict.model}]" if verdict.model else ""
+            lines.append(f"{verdict.verdict.upper():<14} {verdict.claim.name}{model}: {verdict.reason}")
         for answer in verdict.answers:
             lines += _answer_lines(answer)
     lines += [f"left out       {folder.path.name}: {folder.reason}" for folder in report.left_out[:LISTED]]
