@@ -29,6 +29,8 @@ from tiedlora.runs import run
 from tiedlora.sweeps import forecast, study
 from tiedlora.training import signals
 
+CACHE = Path(os.environ.get("TIEDLORA_CACHE", PROJECT / ".cache"))
+"""The folder of converted models. A record does not name one."""
 DISAGREES = 3
 REPEATED_LOSS = 0.05
 """By how much the validation loss of a repeated run may differ on another kind of device, as a share of it."""
@@ -85,7 +87,7 @@ def carry_out(planned: study.Study, folder: Path, outputs: Path, part: str | Non
     # A mistake in the last part must not be found after the hours of the others.
     for name, words, _ in planned.composed(outputs, part):
         print(f"{name}: {' '.join(words)}", flush=True)
-        command = [sys.executable, str(PROJECT / "train.py"), "--multirun", *words, f"outputs={outputs}"]
+        command = [sys.executable, str(PROJECT / "train.py"), "--multirun", *words, study.outputs_word(outputs)]
         ended = run_until_stopped(command)
         if outputs.is_dir():
             study.export_study(folder, outputs)
@@ -118,6 +120,7 @@ def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | Non
     recorded = kept.finished_record()
     config = compose.read_config(kept.config_file)
     config.outputs, config.data_root, config.score.splits, config.force = str(outputs), data_root, [], True
+    config.cache = str(CACHE)
     repeated = run.main(config)
     assert repeated is not None
     for name, sha256 in recorded.files.items():
@@ -140,7 +143,7 @@ def verify_runs(folder: Path, run_ids: list[str], data_root: str | None) -> None
 
     checked, wrong = finished_runs(folder, run_ids), []
     for kept in checked:
-        findings = verify.verify(kept.path, data_root=data_root)
+        findings = verify.verify(kept.path, data_root=data_root, cache=CACHE)
         disagreeing = [finding for finding in findings if finding.ok is False]
         print(verify.line_of_run(kept.path.name, findings), flush=True)
         if disagreeing:

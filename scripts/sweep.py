@@ -24,8 +24,8 @@ from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.text import aligned
 
-SEARCHING = "hydra/sweeper=staged"
-"""The word of a sweep that needs no cell of a rate that its search has not chosen."""
+SEARCHING = {"hydra/sweeper=staged", "hydra/sweeper=deciding"}
+"""The words of sweeps that need no cell of a rate that their search has not chosen."""
 
 
 def main() -> None:
@@ -54,6 +54,8 @@ def main() -> None:
     for option in ("by", "no_test"):
         if getattr(arguments, option) and arguments.what != "select":
             raise UserError(f"--{option.replace('_', '-')}: is for select, and {arguments.what} would not heed it")
+    if arguments.json and arguments.what in ("watch", "drop", "retry"):
+        raise UserError(f"--json: is for plan, status and select, and {arguments.what} would not heed it")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("tiedlora").setLevel(logging.INFO)
     # A word of train.py has a '=', or deletes a key with '~'; an id has neither.
@@ -69,7 +71,7 @@ def main() -> None:
         select(sweep, by=arguments.by, test=not arguments.no_test, json=arguments.json)
     else:
         tflops = arguments.tflops if arguments.what == "plan" else None
-        show(sweep, SEARCHING in arguments.words, tflops, json=arguments.json)
+        show(sweep, not SEARCHING.isdisjoint(arguments.words), tflops, json=arguments.json)
 
 
 def positive(text: str) -> float:

@@ -177,7 +177,7 @@ class TestFinding:
             sweep.freeze()
         outputs = older.path.parent.parent
         age(outputs)
-        os.utime(newer.path)
+        newer.control.start(fail_fast=False)
         assert find_sweep(outputs) == find_sweep(outputs, "sweep") == newer.path
         assert find_sweep(outputs, older.id) == older.path
         assert find_sweep(outputs, str(older.path)) == older.path

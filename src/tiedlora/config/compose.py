@@ -219,7 +219,7 @@ def _overrides(config: Config, train: str) -> list[str]:
     values = {key: value for key, value in _identity_values(config).items() if from_options.get(key) != value}
     # They follow from other keys: from init_from, and from the rank.
     values.pop("train.init_digest", None)
-    if values.get("rank.alpha") == _in_hydras_grammar(float(config.rank.r)):
+    if values.get("rank.alpha") == in_hydras_grammar(float(config.rank.r)):
         del values["rank.alpha"]
     differences = [
         # A key at its neutral value is not among the values. Hydra's + adds a key that the schema does not have.
@@ -231,21 +231,21 @@ def _overrides(config: Config, train: str) -> list[str]:
         # Hydra's ++ changes a key of the option, and adds others.
         differences.append(f"++tying.arguments={{{', '.join(pairs)}}}")
     if config.train.init_from:
-        differences.append(f"train.init_from={_in_hydras_grammar(config.train.init_from)}")
+        differences.append(f"train.init_from={in_hydras_grammar(config.train.init_from)}")
     return [*words, *differences]
 
 
 def _identity_values(config: Config) -> dict[str, str]:
     """Dotted key -> value in Hydra's grammar, for every key of the identity."""
-    return {key: _in_hydras_grammar(value) for key, value in leaves(identity(config)).items()}
+    return {key: in_hydras_grammar(value) for key, value in leaves(identity(config)).items()}
 
 
-def _in_hydras_grammar(value: object) -> str:
+def in_hydras_grammar(value: object) -> str:
     """A value in Hydra's grammar. In a quoted string, only the quote can be escaped."""
     if value is None or isinstance(value, (bool, int, float)):
         return json.dumps(value)
     if isinstance(value, list):
-        return f"[{','.join(map(_in_hydras_grammar, value))}]"
+        return f"[{','.join(map(in_hydras_grammar, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}: {_in_hydras_grammar(item)}' for key, item in value.items())}}}"
+        return f"{{{','.join(f'{key}: {in_hydras_grammar(item)}' for key, item in value.items())}}}"
     return '"' + str(value).replace('"', '\\"') + '"'

@@ -85,16 +85,20 @@ def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
     for name in ("metrics.jsonl", "validation_losses.jsonl", "pruned.txt"):
         if (run.path / name).exists():
             storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
+        else:
+            # Of an earlier export, before the run continued.
+            (exported.path / name).unlink(missing_ok=True)
     config = read_config(run.config_file)
     score = replace(config.score, forgetting=_without_folder(config.score.forgetting))
+    train = replace(config.train, init_from=_without_folder(config.train.init_from))
     model = replace(config.model, path=None)
-    config = replace(config, outputs="outputs", cache=".cache", data_root=None, model=model, score=score)
+    config = replace(config, outputs="outputs", cache=".cache", data_root=None, model=model, score=score, train=train)
     storage.write_bytes(exported.config_file, OmegaConf.to_yaml(config_tree(config)).encode())
     return config
 
 
 def _without_folder(text: str | None) -> str | None:
-    """The name of a file of neutral text."""
+    """The name of a file of neutral text, or of an adapter."""
     return text if text is None else Path(text).name
 
 

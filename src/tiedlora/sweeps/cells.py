@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,9 @@ from tiedlora.records.reading import typed
 from tiedlora.records.run_folder import RunFolder, RunName, State
 from tiedlora.records.run_record import arm_suffix
 from tiedlora.scoring.passes import lacks_scores
+
+PLAN_FILE, VERDICTS_FILE = "plan.json", "verdicts.json"
+"""In the folder of a deciding sweep: the first is written before its first run, the second after its last."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +106,24 @@ def frozen_cell(folder: Path, run_id: str) -> SweepCell:
     return SweepCell((), replace(config, outputs=str(folder.parents[1])))
 
 
-def rate_groups(cells: Iterable[SweepCell]) -> list[list[SweepCell]]:
-    """The cells in groups that differ only in learning rate and seed, as far as the result goes."""
+def rate_groups(cells: Iterable[SweepCell]) -> dict[str, list[SweepCell]]:
+    """The cells in groups that differ only in learning rate and seed, as far as the result goes, by name.
+
+    Two groups can have the same name, if they differ in another key. Then the second has the name `... (2)`, whatever
+    the order of the cells.
+    """
     groups: dict[str, list[SweepCell]] = {}
     for cell in cells:
         tree = identity(cell.config)
         del tree["seed"], tree["train"]["lr"]
         groups.setdefault(json.dumps(tree, sort_keys=True), []).append(cell)
-    return list(groups.values())
+    names: dict[str, str] = {}
+    alike: Counter[str] = Counter()
+    for key in sorted(groups):
+        name = groups[key][0].name.group
+        alike[name] += 1
+        names[key] = f"{name} ({alike[name]})" if alike[name] > 1 else name
+    return {names[key]: own for key, own in groups.items()}
 
 
 @dataclass(frozen=True)
@@ -194,6 +208,10 @@ class SweepControl:
             path.unlink(missing_ok=True)
         storage.write_bytes(self._began, b"fail_fast" if fail_fast else b"", flush=False)
         self._began_at = self._began.stat().st_mtime_ns
+
+    def began(self) -> float:
+        """When the latest command of the sweep began, in seconds; 0 before the first."""
+        return self._began.stat().st_mtime if self._began.exists() else 0.0
 
     def drop(self, run_ids: Iterable[str]) -> None:
         """Take cells out of the sweep."""

@@ -87,7 +87,8 @@ def forecast(sweep_cells: Iterable[SweepCell], tflops: float = TFLOPS) -> tuple[
             line = f"{name.task}: its rows are not here, so its cost is unknown; set data_root, or run one cell first"
             unknown[line] = None
             continue
-        rows = {split: split_rows(config, split) for split in {"validation", *config.score.splits}}
+        splits = {"validation"}.union(*(cell.config.score.splits for cell in cells))
+        rows = {split: split_rows(config, split) for split in splits}
         tokens, seconds = zip(*(cost(cell.config, speeds, rows) for cell in cells), strict=True)
         left = sum(own for cell, own in zip(cells, seconds, strict=True) if not cell.finished())
         sums, (memory, source) = (sum(tokens), sum(seconds), left), (speeds.peak_memory_bytes, speeds.source)
@@ -176,7 +177,9 @@ def cost(config: Config, speeds: Speeds, rows: Mapping[str, int]) -> tuple[float
     tokens = train.steps * min(batch_tokens, train.batch_tokens or batch_tokens)
     reading, answering = speeds.row_tokens / (2 * speeds.training), 1 / speeds.scoring
     evaluations = 2 + ((train.steps - 1) // train.validate_every if train.validate_every else 0)
-    validating = (train.validation_rows or rows["validation"]) * reading + train.validation_answers * answering
+    # 0 rows are not known, and null takes all.
+    validated = min(filter(None, (train.validation_rows, rows["validation"])), default=0)
+    validating = validated * reading + train.validation_answers * answering
     # The answers, and the losses of the targets, as score.metrics says.
     scoring = answering if metrics is None or not all(map(is_loss, metrics)) else 0.0
     scoring += reading if metrics is None or any(map(is_loss, metrics)) else 0.0

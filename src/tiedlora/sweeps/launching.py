@@ -96,7 +96,7 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
         progress.join()
     cells = [status.status_of(cell, control) for cell in sweep.cells]
     print(f"\n{aligned(status.rows(cells))}\n\n{status.summary_line(sweep.id, cells)}")
-    ended = {"done", "paused", "dropped"} | ({"missing", "interrupted"} if control.first_failure() else set())
+    ended = {"done", "paused", "dropped"} | ({"missing", "interrupted", "pruned"} if control.first_failure() else set())
     errors.update({cell.run_id: cell.error or "" for cell in cells if cell.state not in ended})
     end_with(errors, len(cells), control)
 
@@ -163,12 +163,15 @@ def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepContr
     """
     reason, seen, failures = "", None, 0
     while True:
-        for cell in cells:
-            wait_until_free(cell)
+        # Another command on the same cells shares the work: it has some, and this one takes the others.
+        free = [cell for cell in cells if cell.state() != "running"]
+        for cell in free:
             if control.take_retry(cell.run_id):
                 cell.folder.error_file.unlink(missing_ok=True)
                 control.note_end(cell.run_id)
-        if not (goals := [cell.goal for cell in cells if is_open(cell, control)]):
+        if not (goals := [cell.goal for cell in free if is_open(cell, control)]):
+            if any([wait_until_free(cell) for cell in cells]):
+                continue
             return
         marks = [(goal.run_id, control.starts(goal.run_id)) for goal in goals]
         failures = failures + 1 if reason and marks == seen else 0

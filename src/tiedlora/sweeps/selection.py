@@ -55,7 +55,7 @@ def select_rates(sweep: Sweep, by: str | None = None) -> Selection:
         )
     groups = rate_groups(cells)
     for used in CRITERIA if by is None else (by,):
-        choices = [choose(cells, used) for cells in groups]
+        choices = [choose(cells, used) for cells in groups.values()]
         if all(choice.by == used for choice in choices):
             return Selection(sweep.id, used, choices)
     raise UserError(

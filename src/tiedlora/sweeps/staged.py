@@ -30,7 +30,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.rows import read_validation_losses
 from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, RateSearch, Selection, write_selection
 from tiedlora.sweeps import selection
-from tiedlora.sweeps.cells import Goal, Sweep, SweepCell, rate_groups
+from tiedlora.sweeps.cells import PLAN_FILE, VERDICTS_FILE, Goal, Sweep, SweepCell, rate_groups
 from tiedlora.sweeps.expand import DecidingOptions, SearchOptions
 from tiedlora.sweeps.launching import Launch, changed_inputs, check_test_rows, end_with, launch_cells, wait_until_free
 from tiedlora.sweeps.staged_search import Observation, SearchPlan, SearchStage, rung_steps
@@ -51,7 +51,8 @@ class Search:
         # Sorted, because the same cells are the same sweep in any order.
         in_order = tuple(seeds or sorted({seed for _, seed in self._cells}))
         rungs = rung_steps(train.steps, train.validate_every, options.rungs)
-        bounds = options.lowest_rate, options.highest_rate
+        # A rate below the one at which the schedule ends is refused.
+        bounds = max(options.lowest_rate, train.min_lr), options.highest_rate
         self.plan = SearchPlan(rates, in_order, rungs, *bounds, options.finalists)
         self.stage: SearchStage
         """What `decide` has found."""
@@ -136,11 +137,8 @@ class StagedSweep:
         self.control.start(options.fail_fast)
         self._launched: set[Goal] = set()
         self.searches: list[Search] = []
-        for cells in rate_groups(sweep.cells):
-            name = cells[0].name.group
-            # Two groups can have the same name, if they differ in another key.
-            alike = sum(search.name.split(" (")[0] == name for search in self.searches)
-            self.searches.append(Search(f"{name} ({alike + 1})" if alike else name, cells, options, seeds))
+        for name, cells in rate_groups(sweep.cells).items():
+            self.searches.append(Search(name, cells, options, seeds))
 
     def search(self) -> None:
         """Launch what the searches ask for until they have ended, or need a run that has failed."""
@@ -279,7 +277,8 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
             raise UserError(f"score.base=false: the claim '{claim.name}' needs the scores of the base model")
     # Rates are searched at the seeds of the earliest look.
     seeds = list(min(planned, key=lambda claim: claim.plan.looks[0]).plan.of_look(0))
-    _write_plan(sweep.path / "plan.json", path, planned, seeds, budget)
+    _write_plan(sweep.path / PLAN_FILE, path, planned, seeds, budget)
+    (sweep.path / VERDICTS_FILE).unlink(missing_ok=True)
     staged = StagedSweep(sweep, options, launch, seeds)
     staged.search()
     used = {search.cell(*asked).run_id for search in staged.searches for asked in search.stage.asked}
@@ -307,7 +306,7 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
         }
         for answer, cells in states
     ]
-    storage.write_json(sweep.path / "verdicts.json", verdicts)
+    storage.write_json(sweep.path / VERDICTS_FILE, verdicts)
     print(f"\n{staged.summary()}\n")
     for answer, _ in states:
         verdict = "futile" if answer.is_futile else str(answer.verdict)

@@ -27,7 +27,7 @@ from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import State
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 from tiedlora.scoring.passes import lacks_scores
-from tiedlora.sweeps.cells import Sweep, SweepCell, SweepControl, frozen_cell, rate_groups
+from tiedlora.sweeps.cells import PLAN_FILE, VERDICTS_FILE, Sweep, SweepCell, SweepControl, frozen_cell, rate_groups
 from tiedlora.sweeps.selection import decision_lines
 from tiedlora.text import clock, visible
 
@@ -91,19 +91,20 @@ class CellStatus:
 class Searched:
     """What a search of learning rates has decided about the cells of its sweep."""
 
-    def __init__(self, selected: Selection, cells: Iterable[SweepCell]) -> None:
+    def __init__(self, selected: Selection, cells: Iterable[SweepCell], takes_looks: bool = False) -> None:
         self.selection = selected
         self.chosen = {run_id for choice in selected.choices for run_id in choice.run_ids}
         self.rungs = {step for search in selected.searches for step in search.rungs}
         without = {s.group for s in selected.searches if any(made.action == "none" for made in s.decisions)}
-        self.is_over = len(selected.choices) + len(without) == len(selected.searches)
-        """Whether every search has chosen a rate, or found that all diverge."""
+        self.is_over = len(selected.choices) + len(without) == len(selected.searches) and not takes_looks
+        """Whether every search has chosen a rate, or found that all diverge; and no look is to come."""
         self.unneeded: set[str] = set()
-        """The cells that the searches have decided without."""
-        for group in rate_groups(cells):
-            ids = {cell.run_id for cell in group}
-            if ids & self.chosen or group[0].name.group in without:
-                self.unneeded |= ids - self.chosen
+        """The cells that the searches have decided without. A look may need other seeds of a chosen rate."""
+        for name, group in rate_groups(cells).items():
+            rates = {cell.name.lr for cell in group if cell.run_id in self.chosen}
+            needed = self.chosen | {cell.run_id for cell in group if takes_looks and cell.name.lr in rates}
+            if rates or name in without:
+                self.unneeded |= {cell.run_id for cell in group} - needed
 
 
 def read_search(folder: Path, cells: Iterable[SweepCell]) -> Searched | None:
@@ -114,7 +115,9 @@ def read_search(folder: Path, cells: Iterable[SweepCell]) -> Searched | None:
     """
     file = folder / SELECTION_FILE
     selected = read_selection(file) if file.is_file() else None
-    return Searched(selected, cells) if selected is not None and selected.searches else None
+    # A deciding sweep writes its plan first and its verdicts last.
+    takes_looks = (folder / PLAN_FILE).exists() and not (folder / VERDICTS_FILE).exists()
+    return Searched(selected, cells, takes_looks) if selected is not None and selected.searches else None
 
 
 def status_of(cell: SweepCell, control: SweepControl, searched: Searched | None = None) -> CellStatus:
@@ -254,8 +257,7 @@ def find_sweep(outputs: Path, name: str | None = None) -> Path:
     if name is not None and (Path(name) / "cells").is_dir():
         return Path(name).absolute()
     sweeps = [path.parent for path in (outputs / "sweeps").glob("*/cells") if path.is_dir()]
-    # Every command writes a file into the folder when it starts (SweepControl).
-    sweeps.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    sweeps.sort(key=lambda path: SweepControl(path).began(), reverse=True)
     for path in sweeps:
         if name in (None, path.name, path.name.rpartition("-")[0]):
             return path

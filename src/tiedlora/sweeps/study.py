@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from pydantic import AfterValidator, Field
 
 from tiedlora import storage
+from tiedlora.config.compose import in_hydras_grammar
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.export.study_records import copy_exported, export_record, export_stopped
@@ -115,15 +116,21 @@ class Study:
             raise UserError(f"{only}: is no part of {self.name}; its parts are {', '.join(names)}")
         planned = []
         composers: Composers = {}
+        place = outputs_word(outputs)
         for part in self.parts:
             for own in part.sweeps if only in (None, part.name) else []:
                 words = [*self.words, *part.words, *own]
                 try:
-                    sweep = compose_sweep([*words, *more, f"outputs={outputs}"], composers)
+                    sweep = compose_sweep([*words, *more, place], composers)
                 except UserError as error:
                     raise UserError(f"{PLAN}: part {part.name}: {error}") from None
                 planned.append((part.name, words, sweep))
         return planned
+
+
+def outputs_word(outputs: Path) -> str:
+    """The word that names the folder of the runs, whatever letters it has."""
+    return f"outputs={in_hydras_grammar(str(outputs))}"
 
 
 def read_study(folder: Path) -> Study:
