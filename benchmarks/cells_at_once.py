@@ -1,6 +1,6 @@
 """python benchmarks/cells_at_once.py [--alternations 5]: two cells of one thread, or one cell of two threads, on a CPU.
 
-Both ways run the same four cells of SmolLM2-135M as `train.py --multirun` does: two joblib processes with one thread
+Both ways run the same four cells of SmolLM2-135M as `train.py --multirun` does: two processes with one thread
 each, or one process with two threads. The ways alternate, each time in a fresh folder, and after one start of each that
 is not counted. A figure is the time of the whole command, with its start and scoring. Use a quiet machine with two
 cores.

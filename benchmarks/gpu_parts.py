@@ -252,7 +252,7 @@ def losses(plan: Plan, positions: int, hidden_size: int, vocabulary: int) -> dic
     from torch.nn import functional as F
 
     from tiedlora.models.device import resolve_device
-    from tiedlora.training.loss import chunked_cross_entropy
+    from tiedlora.training.loss import _TokenLosses
 
     device = resolve_device("auto")
     torch.manual_seed(0)
@@ -260,7 +260,7 @@ def losses(plan: Plan, positions: int, hidden_size: int, vocabulary: int) -> dic
     weight = (torch.randn(vocabulary, hidden_size) / hidden_size**0.5).to(device, torch.bfloat16)
     labels = torch.randint(vocabulary, (positions,)).to(device)
     ways: dict[str, Callable[[], torch.Tensor]] = {
-        "ours": lambda: chunked_cross_entropy(hidden, weight, None, labels),
+        "ours": lambda: _TokenLosses.apply(hidden, weight, None, labels, None).sum(),
         "torch, whole logits": lambda: F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum"),
     }
     figures: dict[str, Any] = {}

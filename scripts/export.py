@@ -24,15 +24,24 @@ def main() -> None:
     parser.add_argument("--to", choices=("peft", "merged", "hub-card"), required=True)
     parser.add_argument("--out", type=Path, help="the new folder; default RUN/export/<to>")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of merged weights; default float32")
-    parser.add_argument("--split", choices=SCORED_SPLITS, help="whose rows the lm-eval task asks; default validation")
+    parser.add_argument(
+        "--split", choices=SCORED_SPLITS, help="whose rows the lm-eval task asks; default: the first that is scored"
+    )
     parser.add_argument("--cache", help="where converted models are; default: where the run kept them")
     arguments = parser.parse_args()
     if arguments.dtype and arguments.to != "merged":
         raise UserError(f"--dtype {arguments.dtype}: is for --to merged; the adapter is always float32")
     if arguments.split and arguments.to == "hub-card":
         raise UserError(f"--split {arguments.split}: is for --to peft or merged, which have an lm-eval task")
+    if arguments.cache and arguments.to != "merged":
+        raise UserError(f"--cache {arguments.cache}: is for --to merged, which loads the base model")
     run = RunFolder(arguments.run.absolute())
     record = run.finished_record()
+    if arguments.split and arguments.split not in record.scores:
+        raise UserError(
+            f"--split {arguments.split}: the run has no scores of it; scripts/score.py RUN --split {arguments.split} "
+            "makes them"
+        )
     out = (arguments.out or run.path / "export" / arguments.to).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; remove it, or choose another folder with --out")
@@ -41,9 +50,8 @@ def main() -> None:
     # Imported here because torch and transformers take seconds, and a wrong argument should be refused before that.
     from tiedlora.export.folder import ExportOptions, export_run
 
-    options = ExportOptions(
-        arguments.to, arguments.dtype or "float32", arguments.split or "validation", arguments.cache
-    )
+    split = arguments.split or next((name for name in SCORED_SPLITS if name in record.scores), "validation")
+    options = ExportOptions(arguments.to, arguments.dtype or "float32", split, arguments.cache)
     export_run(run, record, config, out, options)
     files = sorted(path for path in out.rglob("*") if path.is_file())
     size = sum(file.stat().st_size for file in files)

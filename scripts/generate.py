@@ -1,7 +1,8 @@
 """python scripts/generate.py RUN [--prompt TEXT ...]: try a finished run, with base and adapted model side by side.
 
 Without --prompt, it asks for prompts one after the other; an empty line ends it. If the task's template has one field,
-the prompt is put into this field (so type a question, not "Question: ..."). --raw uses the prompt as it is.
+the prompt is put into this field (so type a question, not "Question: ..."). --raw leaves the task's template out; a
+chat template stays.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from tiedlora.config import compose, explain
 from tiedlora.config.schema import Config
 from tiedlora.config.sizes import is_near, trainable_params
 from tiedlora.errors import UserError
-from tiedlora.tying import lora_params
+from tiedlora.tying import adapted_layers, lora_params
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ def main(overrides: list[str]) -> None:
     shape = f"L={architecture.layers}, d={architecture.hidden}"
     shape += f", budget {config.budget:,}" if config.budget else f", rank {config.rank.r}"
     print(f"{config.model.name} ({shape}); LoRA, the comparator, has L r (d_in + d_out) on the fused QKV")
-    if config.tying.layers is not None and chooses_tying:
-        print(f"adapted: {len(config.tying.layers)} of {architecture.layers} layers; LoRA has all of them")
+    adapted = len(adapted_layers(config.tying, architecture))
+    if adapted < architecture.layers and (chooses_tying or any("layers=" in override for override in overrides)):
+        print(f"adapted: {adapted} of {architecture.layers} layers; LoRA has all of them")
     print()
     print(table(sizes, config.budget))
     for line in refused:

@@ -35,7 +35,8 @@ def main() -> None:
     folder = RunFolder(arguments.run.absolute())
     record = folder.finished_record()
     task = load_task(compose.read_config(folder.config_file).task)
-    split = arguments.split or (None if arguments.forgetting else "test")
+    is_alone = arguments.forgetting and not (arguments.metrics or arguments.drift or arguments.again)
+    split = arguments.split or (None if is_alone else "test")
     # A wrong name of a metric is an error, also if nothing is missing.
     wanted_passes(arguments.metrics, task, arguments.drift)
     missing = split is not None and missing_passes(arguments.metrics, record.scores.get(split), arguments.drift)

@@ -18,7 +18,7 @@ DISAGREES = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--data-root", default=os.environ.get("TIEDLORA_DATA"), help="as data_root= of train.py")
+    parser.add_argument("--data-root", help="as data_root= of train.py; default: the run's own, or TIEDLORA_DATA")
     parser.add_argument("--rows", type=int, default=32, help="least predictions per split to regenerate; 0: none")
     parser.add_argument("--cache", type=Path, default=os.environ.get("TIEDLORA_CACHE"), help="as cache= of train.py")
     arguments = parser.parse_args()

@@ -55,7 +55,7 @@ STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
 CLOSED_PIPE = 141
 """What a shell reports for a program that SIGPIPE ended."""
-STOP_MESSAGE = "stopped; the same command continues from the newest checkpoint"
+STOP_MESSAGE = "stopped; the same command continues, from the newest checkpoint if there is one"
 LONGEST_MESSAGE = 2000
 """Most characters of a message that are printed. Some messages quote a file, which may have any length."""
 SECONDS_TO_LEAVE_A_DESTRUCTOR = 0.1
@@ -63,13 +63,13 @@ SECONDS_TO_LEAVE_A_DESTRUCTOR = 0.1
 _OS_ERRORS = {
     errno.ENOSPC: "the disk is full; make space",
     errno.EDQUOT: "the disk quota is used up; make space",
-    errno.EACCES: "no permission to write there; change it, or choose another folder with outputs=",
-    errno.ENOTDIR: "a file is where a folder is needed; choose another folder with outputs=",
-    errno.EEXIST: "a file is where a folder is needed; remove it, or choose another folder with outputs=",
-    errno.EISDIR: "a folder is where a file is needed; remove it, or choose another folder with outputs=",
-    errno.ELOOP: "a symbolic link leads to itself, or is not allowed there; remove it, or choose another outputs=",
-    errno.ENAMETOOLONG: "the path is too long; choose a shorter one with outputs=",
-    errno.EROFS: "the file system is read-only; choose another folder with outputs=",
+    errno.EACCES: "no permission to write there; change it, or choose another folder (outputs= or --out)",
+    errno.ENOTDIR: "a file is where a folder is needed; choose another folder (outputs= or --out)",
+    errno.EEXIST: "a file is where a folder is needed; remove it, or choose another folder (outputs= or --out)",
+    errno.EISDIR: "a folder is where a file is needed; remove it, or choose another folder (outputs= or --out)",
+    errno.ELOOP: "a symbolic link leads to itself, or is not allowed there; remove it, or choose another folder",
+    errno.ENAMETOOLONG: "the path is too long; choose a shorter one (outputs= or --out)",
+    errno.EROFS: "the file system is read-only; choose another folder (outputs= or --out)",
 }
 
 
@@ -101,9 +101,7 @@ def exit_codes() -> Iterator[None]:
         _end(STOP_MESSAGE, STOPPED)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _OS_ERRORS:
-            _end(
-                f"error: {error.filename}: {_OS_ERRORS[error.errno]}, then run the same command: it continues", MISTAKE
-            )
+            _end(f"error: {error.filename}: {_OS_ERRORS[error.errno]}, then run the same command again", MISTAKE)
         if not is_out_of_memory(error):
             raise
         # Passes of training and batches of scoring are halved, so memory ran out elsewhere.

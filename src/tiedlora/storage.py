@@ -6,6 +6,7 @@ import errno
 import gzip
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -18,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tiedlora.errors import UserError
 
+log = logging.getLogger(__name__)
+
+SECONDS_IN_SILENCE = 2
+"""How long a process waits for a lock before it says so."""
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """What flock answers on a file system without it."""
 
@@ -42,7 +47,12 @@ def locked(path: Path, patience: float | None = None) -> Iterator[None]:
     # Without flock, filelock would take the file itself for the lock, and a killed process would leave it for ever.
     lock = FileLock(path, fallback_to_soft=False, is_singleton=True)
     try:
-        lock.acquire(timeout=-1 if patience is None else patience)
+        lock.acquire(timeout=SECONDS_IN_SILENCE if patience is None else patience)
+    except Timeout:
+        if patience is not None:
+            raise
+        log.info("waiting for another process, which holds %s", path)
+        lock.acquire()
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -263,17 +273,25 @@ def copy_folder(source: Path, path: Path) -> None:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that replaces `path` when the block ends without an error. After an error it is removed."""
-    beside = _beside(path)
+    # A link stays, and leads to the new content.
+    path = path.resolve()
+    beside, before = _beside(path), _beside(path)
     beside.mkdir(parents=True)
     try:
         with naming(path):
             yield beside
             for entry in [*beside.rglob("*"), beside]:
                 _flush(entry)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(beside, path)
+            try:
+                if path.is_dir():
+                    os.replace(path, before)
+                os.replace(beside, path)
+            except BaseException:
+                if before.exists():
+                    os.replace(before, path)
+                raise
             _flush(path.parent)
+            shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -228,7 +228,7 @@ class Architecture:
     __pydantic_config__ = CHECKED
 
     family: Name = "llama"
-    """The model's family in adapter/architectures.py: transformers' `model_type`."""
+    """The model's family in config/families.py: transformers' `model_type`."""
     layers: Annotated[Whole, Field(ge=1, le=MOST_LAYERS)] = 0
     """Transformer layers."""
     hidden: Annotated[Whole, Field(ge=1, le=10**6)] = 0
@@ -244,7 +244,7 @@ class Architecture:
     vocabulary: Annotated[Whole, Field(ge=0, le=10**8)] = 0
     """Tokens of the vocabulary."""
     layout: Layout = field(default_factory=Layout, metadata=neutral(Layout()))
-    """Where the projections are, for a family that adapter/architectures.py does not know."""
+    """Where the projections are, for a family that config/families.py does not know."""
 
 
 def target_shape(architecture: Architecture, target: str) -> tuple[int, int]:

@@ -163,7 +163,6 @@ class TiedLoraModel(BaseTuner):
             self.attached.enable()
 
     def disable_adapter_layers(self) -> None:
-        self.attached.unmerge()
         self.attached.disable()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -248,7 +248,9 @@ def load_or_encode(
         return _from_bytes(path.read_bytes())
     # The file is missing or damaged. Everything in it can be computed.
     rows = encode_rows(encoder, examples)
-    storage.write_bytes(path, _to_bytes(rows))
+    # The cache may be read-only or full: then they are computed again next time.
+    with suppress(OSError):
+        storage.write_bytes(path, _to_bytes(rows))
     return rows
 
 

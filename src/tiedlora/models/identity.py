@@ -48,7 +48,7 @@ def known_digest(config: ModelConfig, cache: Path | None = None) -> str | None:
 
 def _sha256(file: Path, cache: Path | None) -> str:
     """The sha256 of a file. If it is remembered, the file is not read."""
-    if cache is None:
+    if cache is None or not file.exists():
         return storage.sha256(file)
     state = file.stat()
     known = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"

@@ -126,6 +126,8 @@ class RunFolder:
             UserError: the run is not finished, or its result.json is not a run's record.
         """
         record = self.record()
+        if record is None and not self.path.is_dir():
+            raise UserError(f"{self.path}: no such folder; give a run's folder, such as outputs/TABuv-r8-...")
         if record is None:
             raise UserError(f"{self.path}: has no result.json, so the run is not finished; run its command again")
         return record

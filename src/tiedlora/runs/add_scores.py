@@ -16,10 +16,10 @@ from tiedlora.models.device import set_up_device
 from tiedlora.records.loss_metrics import DRIFT
 from tiedlora.records.provenance import CHAT_TEMPLATE
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import RunRecord
+from tiedlora.records.run_record import ADAPTER, RunRecord
 from tiedlora.runs import library
 from tiedlora.runs.inputs import read_rows, warn_of_trained_rows
-from tiedlora.runs.trainer import cached_base
+from tiedlora.runs.trainer import cached_base, check_scores_mean_something
 from tiedlora.scoring.passages import check_source
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.scoring.split import Scorer
@@ -60,11 +60,18 @@ def add_scores(
     if paths_from is not None:
         config.outputs, config.cache = paths_from.outputs, paths_from.cache
         config.model.path, config.train.device = paths_from.model.path, paths_from.train.device
-        config.model.device_map = paths_from.model.device_map
+        config.model.device_map, config.score.base = paths_from.model.device_map, paths_from.score.base
+        config.model.gpu_memory, config.model.cpu_memory = paths_from.model.gpu_memory, paths_from.model.cpu_memory
     task = load_task(config.task)
     wanted = wanted_passes(metrics, task, drift)
     if forgetting is not None:
         check_source(forgetting)
+    if not finished.keeps(ADAPTER):
+        raise UserError(f"{folder.path}: is a study's record without its adapter, which scores need")
+    if finished.admission is not None:
+        score = replace(config.score, splits=list(splits), forgetting=forgetting, drift=drift)
+        score.metrics = None if metrics is None else list(metrics)
+        check_scores_mean_something(finished.admission, replace(config, score=score))
     with StopSignal(), ExitStack() as undone:
         device = set_up_device(config.train.device, finished.execution.threads)
         base = cached_base(config, device)

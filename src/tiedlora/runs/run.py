@@ -42,7 +42,7 @@ def main(config: Config) -> RunRecord | None:
     if config.score.forgetting is not None:
         check_source(config.score.forgetting)
     folder = RunFolder(Path(config.outputs) / run_id(config))
-    record = folder.record()
+    record = None if config.force else folder.record()
     if record is not None and not record.keeps(ADAPTER) and lacks_scores(config.score, record):
         print(f"{folder.path}: a study's record without the adapter, which the scores need; the run is trained again")
         config.force = True

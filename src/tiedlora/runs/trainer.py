@@ -119,7 +119,7 @@ def _written_folder(folder: RunFolder, config: Config, world: World) -> Iterator
         return
     with folder.locked():
         try:
-            if config.force and folder.record() is not None:
+            if config.force and folder.result_file.exists():
                 folder.clear()
             folder.tidy()
             folder.error_file.unlink(missing_ok=True)
@@ -554,7 +554,7 @@ def check_scores_mean_something(admission: Admission, config: Config) -> None:
     name, score = config.tying.name, config.score
     if not admission.is_causal and config.objective.name == "reward":
         raise UserError(f"tying={name}: is not causal, so it has no likelihood of an answer; use objective=targets")
-    if not score.splits:
+    if not (score.splits or score.forgetting):
         return
     wants_loss = score.metrics is None or any(map(is_loss, score.metrics)) or bool(score.forgetting) or score.drift
     if not admission.is_causal and wants_loss:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -126,7 +127,7 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
     """Check a run's folder.
 
     Args:
-        data_root: the folder of the rows, as for train.py; None takes the run's own.
+        data_root: the folder of the rows, as for train.py; None takes the run's own, or that of TIEDLORA_DATA.
         rows: at least so many predictions of each split are regenerated, in whole scoring batches; 0 regenerates none.
         cache: the folder of converted models; None takes the run's own.
 
@@ -136,7 +137,8 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
     folder = RunFolder(path.absolute())
     record = folder.finished_record()
     config = compose.read_config(folder.config_file)
-    config.data_root, config.cache = data_root or config.data_root, str(cache or config.cache)
+    config.data_root = data_root or config.data_root or os.environ.get("TIEDLORA_DATA")
+    config.cache = str(cache or config.cache)
     run = CheckedRun(folder, record, config, load_task(config.task))
     checks: dict[str, Callable[[CheckedRun], Iterator[Finding]]] = {
         "configuration": _check_configuration,
@@ -157,6 +159,9 @@ def _guarded(name: str, check: Iterator[Finding]) -> Iterator[Finding]:
         yield from check
     except UserError as error:
         yield Finding(name, False, str(error))
+    except (TypeError, ValueError, LookupError) as error:
+        # Such as of predictions that somebody has changed.
+        yield Finding(name, False, f"cannot be checked ({error!r:.200})")
 
 
 def _compared(check: str, values: Mapping[str, tuple[object, object]], agree: str) -> Finding:

@@ -60,6 +60,11 @@ def load_examples(task: Task, split: str, data_root: str | None) -> list[Example
     examples = list(islice(examples_in_order, count))
     if count is not None and count > len(examples):
         raise UserError(f"task.rows.{split}={count}: there are only {len(examples)}; lower it, or null takes all")
+    if not examples:
+        raise UserError(
+            f"task={config.name}: no {split} rows are left, because all of them are in another split too; take other "
+            "task.options, or fewer task.rows of the other splits"
+        )
     if split == "train" and config.shuffle_targets:
         examples = _with_shuffled_targets(examples, config.split_seed)
     return examples
@@ -166,7 +171,7 @@ def _checked_example(task: Task, row: DataRow, id: str) -> Example:
 
 
 def _with_shuffled_targets(examples: list[Example], seed: int) -> list[Example]:
-    """Give each example the target of the next one in a seeded order, so that none keeps its own target."""
+    """Give each example the target of the next one in a seeded order, so that none of two or more keeps its own."""
     order = list(range(len(examples)))
     random.Random(f"shuffle-targets/{seed}").shuffle(order)
     source = dict(zip(order, order[1:] + order[:1], strict=True))

@@ -142,7 +142,8 @@ def is_logged_in() -> bool:
         return True
     # The server that `wandb login --host` has written to W&B's settings.
     settings = configparser.ConfigParser({"base_url": WANDB_SERVER}, default_section="default", interpolation=None)
-    with suppress(OSError, ValueError, configparser.Error):
+    # Without a home folder, expanduser raises a RuntimeError.
+    with suppress(OSError, ValueError, RuntimeError, configparser.Error):
         settings.read(Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings")
     server = os.environ.get("WANDB_BASE_URL") or settings.defaults()["base_url"]
     # The file of keys is the one that NETRC names, ~/.netrc or ~/_netrc, as W&B looks for it. It may be damaged.
@@ -173,7 +174,7 @@ class RunTrackers:
             return
         try:
             self._tracker = importlib.import_module(f"tiedlora.tracking.{backend}").TRACKER()
-        except UserError as error:
+        except Exception as error:  # A package that is installed may fail in any way when it is imported.
             if run.config.tracking.backend != AUTO:
                 raise
             log.warning("%s; the run continues without it", error)
