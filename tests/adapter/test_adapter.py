@@ -2,13 +2,15 @@
 
 import copy
 import json
+import os
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
 from helpers.tiny import EIGHT, TINY, logits, randomise, tiny, tying_option
 from safetensors.torch import load_file
 
-from tiedlora import tying
+from tiedlora import storage, tying
 from tiedlora.adapter import architectures, attach, attach_adapter, load, save
 from tiedlora.adapter.parts import draw
 from tiedlora.config.schema import LrFactors, TrainConfig
@@ -179,6 +181,16 @@ def test_saving_keeps_the_other_files_of_a_folder(tmp_path):
         }
     assert size == sum((tmp_path / name).stat().st_size for name in ("adapter.json", "adapter.safetensors"))
     assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_a_folder_stays_if_its_replacement_is_interrupted(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "own")
+    storage.write_folder(tmp_path / "link", {"file": b"old"})
+    monkeypatch.setattr(os, "replace", Mock(wraps=os.replace, side_effect=[DEFAULT, KeyboardInterrupt, DEFAULT]))
+    with pytest.raises(KeyboardInterrupt):
+        storage.write_folder(tmp_path / "link", {"file": b"new"})
+    assert [file.read_bytes() for file in tmp_path.rglob("own/file")] == [b"old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "own"]
 
 
 def test_draws_depend_on_seed_part_target_and_group_alone():

@@ -44,12 +44,10 @@ def test_a_claim_names_its_tasks_and_their_metrics(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        # The sides.
         (("at: equal_rank", "at: same"), r"comparator\.at=same: must be 'equal_rank' or 'equal_parameters'"),
         (("TABuv, rank: 8", "TABuv"), "method: needs either rank, or at"),
         (("TABuv, rank: 8", "TABuv, at: equal_rank"), "both matched to the other side"),
         (("LoRA, at: equal_rank", "TABuv, at: equal_rank"), "compares TABuv with itself; seed_offset on one side"),
-        # The rule, the tasks and the name.
         (("retains: 0.9", "retains: 2"), r"claims\.0\.retains=2: must be less than 1"),
         (("    retains: 0.9\n", ""), "needs exactly one rule of retains, better_by, level_within; it has none"),
         (("    retains: 0.9\n", "    retains: 0.9\n    better_by: 0\n"), "it has retains, better_by"),
@@ -58,7 +56,6 @@ def test_a_claim_names_its_tasks_and_their_metrics(tmp_path):
         (("    tasks: []\n", "    tasks: [1]\n"), "must be a list of task names"),
         (("    tasks: []\n", "    tusks: []\n"), r"claims\.0\.tusks: unknown key \(did you mean tasks\?\)"),
         (("name: TABuv is better", "name: *first #"), "two claims have the name"),
-        # The plan.
         ((LOOKS, "looks: [5, 3]"), "increasing"),
         ((LOOKS, "looks: [0, 3]"), r"looks\.0=0: must be greater than or equal to 2"),
         ((LOOKS, "looks: [3, 100000000]"), "looks at 100,000,000 seeds: at most 1,000 are allowed"),

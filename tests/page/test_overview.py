@@ -48,7 +48,6 @@ BOTH = {("chain_sum, exact match strict", ("LoRA", "TABuv")), BY_LOSS}
 
 def test_points_and_nats_never_share_an_axis_or_a_column(report):
     assert scored_panels(report.rows) == BOTH
-    # The curves show each group once.
     (panel,) = [panel for panel in charts.panels(report.rows, [], []) if panel.kind == "curves"]
     assert sorted(group.label for group in panel.groups) == ["LoRA", "TAB", "TABuv"]
     (table,) = overview(report.rows, [])

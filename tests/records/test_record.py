@@ -140,7 +140,6 @@ class TestFolder:
             assert folder.state() == "running"
             with pytest.raises(UserError, match="another process"), folder.locked():
                 pass
-        # The lock ends with its process.
         assert folder.state() == "interrupted"
 
     def test_a_file_system_without_locks_is_refused(self, tmp_path, monkeypatch):

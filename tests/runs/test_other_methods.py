@@ -85,6 +85,8 @@ def test_the_loss_of_what_is_not_causal_is_refused_before_training(third_kinds, 
     assert not folder_of(config).path.exists()
     record = run.main(tiny_config("tying=peft", "tying.method=mean", "score.metrics=[exact_match_strict]"))
     assert list(record.admission.marks()) == ["not causal"]
+    with pytest.raises(UserError, match="is not causal"):
+        run.main(tiny_config("tying=peft", "tying.method=mean", "score.splits=[test]"))
 
 
 def test_arms_stand_beside_ours_in_a_report(tiny_config, tmp_path):

@@ -87,7 +87,6 @@ def test_a_loss_is_never_a_proportion():
     # One row says nothing about other rows.
     (one, by_token) = gains(rows_with([2.5]), rows_with([3.0]), task).values()
     assert one == by_token == Interval(-0.5, -LARGEST_LOSS, LARGEST_LOSS, "bootstrap")
-    # By token, a long row counts more.
     rows = rows_with([1.0, 2.0])
     rows[1] = replace(rows[1], scores=loss_scores(24.0, 12))
     metrics = summarise(rows, task)

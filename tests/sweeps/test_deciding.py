@@ -9,6 +9,7 @@ from helpers.sweeping import Here
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import read_record
 from tiedlora.records.selection import read_selection
+from tiedlora.sweeps import status
 from tiedlora.sweeps.expand import DecidingOptions, compose_sweep
 from tiedlora.sweeps.staged import run_deciding
 
@@ -65,6 +66,9 @@ def test_a_decided_claim_takes_no_further_run_and_an_open_one_goes_on(swept, tmp
     assert (verdict["verdict"], verdict["look"], verdict["open"]) == ("contradicted", 1, False)
     assert seeds(launcher) == {0, 1}
     assert "contradicted: look 1 of 2" in capsys.readouterr().out
+    assert status.read_search(swept.path, swept.cells).is_over
+    (swept.path / "verdicts.json").unlink()
+    assert not status.read_search(swept.path, swept.cells).is_over, "before the verdicts, looks may need more"
     again = Here()
     decide(swept, far, again)
     assert again.goals == []

@@ -12,6 +12,7 @@ from tiedlora.config.compose import compose_config
 from tiedlora.models import arithmetic
 from tiedlora.runs import run
 from tiedlora.sweeps import forecast
+from tiedlora.sweeps.cells import SweepCell
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.forecast import Speeds, cost, examples_here, split_rows
 
@@ -87,6 +88,11 @@ def test_without_finished_runs_the_arithmetic_at_a_rate_decides(tiny_config):
     assert slow.training == pytest.approx(slow.row_tokens * 1e9 / flop)
     for name in ("training", "scoring"):
         assert getattr(fast, name) == pytest.approx(2 * getattr(slow, name))
+
+
+def test_cells_that_score_other_splits_have_one_forecast(tiny_config):
+    cells = [SweepCell((), tiny_config(f"score.splits={splits}")) for splits in ("[]", "[test]")]
+    assert [row.cells for row in forecast.forecast(cells)[0]] == [2]
 
 
 @pytest.mark.parametrize(

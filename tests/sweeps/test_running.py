@@ -53,6 +53,18 @@ class TestLaunchers:
             launching.run_sweep(swept, broken)
         assert [cell.state() for cell in swept.cells] == ["missing", "missing"]
 
+    def test_cells_that_another_command_works_on_do_not_keep_the_others_waiting(self, tiny_run, monkeypatch):
+        swept, launched, state = compose_sweep(tiny_run("seed=0,1")), [], SweepCell.state
+        busy, free = swept.cells
+        monkeypatch.setattr(SweepCell, "state", lambda own: "running" if own is busy and not launched else state(own))
+
+        def launch(folder, goals):
+            launched.append([goal.run_id for goal in goals])
+            swept.control.drop(launched[-1])
+
+        launching.launch_cells(swept.cells, launch, swept.control)
+        assert launched == [[free.run_id], [busy.run_id]]
+
     def test_a_cell_that_waits_while_another_one_is_killed_has_not_failed(self, tiny_run, capsys):
         """As in the queue of a cluster, whose launcher raises an error at the first killed job."""
         swept = compose_sweep(tiny_run("seed=0,1,2,3"))

@@ -46,8 +46,9 @@ def folder(tmp_path):
 
 
 def test_the_commands_are_those_of_the_plan_in_its_order(folder, tmp_path):
-    planned = study.read_study(folder)
-    assert [(name, words) for name, words, _ in planned.composed(tmp_path)] == [
+    planned, place = study.read_study(folder).composed(tmp_path / "a, b=(ü)"), tmp_path / "a, b=(ü)"
+    assert {cell.config.outputs for _, _, sweep in planned for cell in sweep.cells} == {str(place)}
+    assert [(name, words) for name, words, _ in planned] == [
         ("first", ["model=tiny_llama", "seed=0", "task=chain_sum", "tying=LoRA", "rank=r1"]),
         ("first", ["model=tiny_llama", "seed=0", "task=chain_sum", "tying=TABuv,TAB", "rank=r8"]),
         ("second", ["model=tiny_llama", "seed=0", "task=gsm_symbolic", "tying=LoRA"]),
