@@ -6,6 +6,7 @@ does not agree.
 """
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rows < 0:
         raise UserError(f"--rows {arguments.rows}: must be at least 0")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("tiedlora").setLevel(logging.INFO)
     # It imports torch, which takes seconds: --help does not need it.
     from tiedlora.runs import verify
 

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from tiedlora.data.batching import Batch, by_length
 from tiedlora.data.encoding import Encoded
-from tiedlora.errors import UserError
 from tiedlora.models import output_head
 from tiedlora.records.run_record import Halving
 from tiedlora.scoring.decoding import AnswerEnds, Output, batches_by_length, decode
@@ -107,9 +106,6 @@ class Reward:
         in_passes: rows -> the microbatches of this process, each with consecutive rows in the order of `by_length`.
         evaluating: a context inside which the model is in evaluation mode.
         halvings: those of the run. Where memory runs out while sampling, it gets one for each halving of the batches.
-
-    Raises:
-        UserError: the rows have choices to compare.
     """
 
     def __init__(
@@ -122,11 +118,6 @@ class Reward:
         evaluating: Callable[[], AbstractContextManager[None]],
         halvings: list[Halving],
     ) -> None:
-        if examples[0].choices:
-            raise UserError(
-                f"objective=reward: the answers of task={scorer.task.config.name} are compared by their likelihoods, "
-                "and none is generated; take another task, or objective=targets"
-            )
         self.scorer, self.rows, self.examples = scorer, rows, examples
         self.rows_of_step, self.in_passes, self.evaluating = rows_of_step, in_passes, evaluating
         self.halvings = halvings

@@ -171,6 +171,11 @@ class Trainer:
         self.device = devices.set_up_device(config.train.device, config.train.threads, local_index)
         # 1. The rows and the base model. Consecutive runs share them.
         rows = read_rows(config)
+        if config.objective.name == "reward" and rows.examples["train"][0].choices:
+            raise UserError(
+                f"objective=reward: the answers of task={config.task.name} are compared by their likelihoods, and none "
+                "is generated; take another task, or objective=targets"
+            )
         self.base = cached_base(config, self.device, world if config.train.shard else None)
         # 2. The rows as token ids, without those that do not fit.
         # Given texts are compared whole, so no token ends them.
