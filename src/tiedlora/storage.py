@@ -272,9 +272,13 @@ def copy_folder(source: Path, path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that replaces `path` when the block ends without an error. After an error it is removed."""
+    """A temporary folder that replaces `path` when the block ends without an error. After an error it is removed.
+
+    The old content comes back if the replacement fails or is interrupted. Only a kill between two renames leaves it
+    under a temporary name.
+    """
     # A link stays, and leads to the new content.
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     beside, before = _beside(path), _beside(path)
     beside.mkdir(parents=True)
     try:
@@ -287,7 +291,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                     os.replace(path, before)
                 os.replace(beside, path)
             except BaseException:
-                if before.exists():
+                if before.exists() and not path.exists():
                     os.replace(before, path)
                 raise
             _flush(path.parent)

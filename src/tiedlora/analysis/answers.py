@@ -140,10 +140,8 @@ def answer_claims(
 def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     answer = Answer(claim, pair.anchor.model, pair.anchor.task_in_words, pair, reason=pair.problem)
     method, comparator = pair.method, pair.comparator
-    if claim.comparator.frontier and method is None:
-        answer.decide = f"{claim.comparator.frontier} below and above its size, with the seeds of the first look"
-    else:
-        answer.decide = next_look(claim, 0)
+    # No seed helps an arm that is beyond the curve.
+    answer.decide = "" if pair.problem and claim.comparator.frontier else next_look(claim, 0)
     if method is None or comparator is None:
         return answer
     try:
@@ -224,7 +222,7 @@ def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
     """
     scored = [run.splits[split] for run in method.runs if split in run.splits]
     if not method.runs:
-        raise UserError("none of its seeds was run")
+        raise UserError(f"{method.name} has none of these seeds")
     if not scored:
         raise UserError(f"not scored on {split}")
     metric = claim.metric_on(method.task, scored[0].first_metric)

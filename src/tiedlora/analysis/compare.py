@@ -33,7 +33,7 @@ FEW_EXAMPLES = 10
 """If fewer examples than this score above zero, or fewer below one, a bootstrap over examples is too narrow. It covers
 83 to 87 % if 2 to 4 of 200 examples do."""
 FIRST_LOOK = 3
-"""A size of a curve takes part in a worth once it has this many first seeds of those that the arm and a size share."""
+"""How many seeds a size of a curve needs for a worth: the first ones that the arm shares with the two fullest sizes."""
 
 
 @dataclass
@@ -265,8 +265,10 @@ def worth(group: RunGroup, sizes: Sequence[RunGroup], measure: Measure, book: Sc
     parts = []
     own, *others = ({run.seed for run in measure.scored(one.runs)} for one in (group, *sizes))
     # A size that has just begun does not take part.
-    first = set(sorted(max((own & seeds for seeds in others), key=len, default=()))[:FIRST_LOOK])
-    ready = [peer for peer, seeds in zip(sizes, others, strict=True) if len(first) > 1 and first <= seeds]
+    *_, second = ((), *sorted((own & seeds for seeds in others), key=len)[-2:-1])
+    first = set(sorted(second)[:FIRST_LOOK])
+    ended = [seeds | peer.diverged_seeds for peer, seeds in zip(sizes, others, strict=True)]
+    ready = [peer for peer, seeds in zip(sizes, ended, strict=True) if len(first) > 1 and first <= seeds]
     for smaller, larger in itertools.pairwise(ready):
         runs = _comparable_runs([group, smaller, larger], measure)
         tables, clusters = book.tables(runs, measure)

@@ -242,7 +242,9 @@ def _unfinished(folder: RunFolder) -> UnfinishedRun | None:
         value = functools.partial(OmegaConf.select, storage.read_yaml(folder.config_file))
         lr, model = float(value("train.lr")), str(value("model.name", default="")).rsplit("/", 1)[-1]
         suffix = arm_suffix(value("task.shuffle_targets", default=False), value("objective.name"))
-        configuration = f"{value('tying.name', default='')}{suffix}"
+        # Another method, or another start, has a name; a changed TABuv, which may still be called so, has a label.
+        is_label = value("tying.method") is None and match["label"] != "custom"
+        configuration = (match["label"] if is_label else str(value("tying.name"))) + suffix
     except Exception:  # A file that a kill has cut off may be wrong in any way. Then these are not known.
         lr, model, configuration = math.nan, "", match["label"]
     error, (_, losses) = last_line(folder.error_file), curves(folder, VALIDATION_LOSS).get(VALIDATION_LOSS, ([], []))

@@ -72,11 +72,12 @@ def explain(error: BaseException) -> str:
             inner, _, option = option.partition("/")
             group, names = f"hydra/{inner}", ["basic"] if inner == "launcher" else []
         names += options(group)
-        return f"{group}={option}: no such option; choose one of {', '.join(names)}{nearest(option, names)}"
+        choose = f"; choose one of {', '.join(names)}" if names else ""
+        return f"{group}={option}: no such option{choose}{nearest(option, names)}"
     if match := re.search(r"Could not override '([\w.]+)'|Key '([\w.]+)' (?:is )?not in '?(\w+)", text):
         key = _full_key(text) or match[1] or match[2]
         if key.startswith("hydra."):
-            return f"{key}: unknown key; an option has it, such as hydra/launcher=joblib_slots or hydra/sweeper=staged"
+            return f"{key}: unknown key of the chosen options; hydra.launcher.n_jobs needs hydra/launcher=joblib_slots"
         mapping = key.rpartition(".")[0]
         if isinstance(getattr(schema_keys().get(mapping), mapping.rpartition(".")[2], None), dict):
             return f"{key}: unknown key; a key of {mapping} is added as +{key}=VALUE"

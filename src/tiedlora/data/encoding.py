@@ -244,7 +244,7 @@ def load_or_encode(
     key += encoder.versions.values()
     name = hashlib.sha256(json.dumps([*key, plain(base.record)], sort_keys=True).encode()).hexdigest()[:24]
     path = cache / "tokens" / f"{name}.int32"
-    with suppress(FileNotFoundError, ValueError):
+    with suppress(OSError, ValueError):
         return _from_bytes(path.read_bytes())
     # The file is missing or damaged. Everything in it can be computed.
     rows = encode_rows(encoder, examples)

@@ -90,7 +90,10 @@ def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
             (exported.path / name).unlink(missing_ok=True)
     config = read_config(run.config_file)
     score = replace(config.score, forgetting=_without_folder(config.score.forgetting))
-    train = replace(config.train, init_from=_without_folder(config.train.init_from))
+    # RUN/adapter, or the name of another adapter's folder.
+    start = Path(config.train.init_from or "")
+    name = f"{start.parent.name}/adapter" if start.name == "adapter" else start.name
+    train = replace(config.train, init_from=name or None)
     model = replace(config.model, path=None)
     config = replace(config, outputs="outputs", cache=".cache", data_root=None, model=model, score=score, train=train)
     storage.write_bytes(exported.config_file, OmegaConf.to_yaml(config_tree(config)).encode())
@@ -98,7 +101,7 @@ def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
 
 
 def _without_folder(text: str | None) -> str | None:
-    """The name of a file of neutral text, or of an adapter."""
+    """The name of a file of neutral text."""
     return text if text is None else Path(text).name
 
 

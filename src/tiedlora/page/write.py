@@ -116,13 +116,13 @@ def write(report: Report, out: Path) -> list[str]:
     all_tables = report.tables()
     panels = charts.panels(report.rows, report.answers, report.sizes)
     formats = {"md": tables.to_markdown, "csv": tables.to_csv, "tex": tables.to_latex}
-    for table, (suffix, text) in itertools.product(all_tables, formats.items()):
-        file = out / f"{table.name}.{suffix}"
-        if table.rows:
-            storage.write_bytes(file, text(table).encode())
-        else:
-            # Of an earlier report in this folder.
-            file.unlink(missing_ok=True)
+    written = [table for table in all_tables if table.rows]
+    # An earlier report in this folder may have had other tables.
+    names = {table.name for table in all_tables} | {file.stem for file in out.glob("overview-*")}
+    for name, suffix in itertools.product(names - {table.name for table in written}, formats):
+        (out / f"{name}.{suffix}").unlink(missing_ok=True)
+    for table, (suffix, text) in itertools.product(written, formats.items()):
+        storage.write_bytes(out / f"{table.name}.{suffix}", text(table).encode())
     figures.write_files(panels, out)
     storage.write_bytes(out / "index.html", render(report, all_tables, panels).encode("utf-8", "replace"))
     return _lines(report, out)

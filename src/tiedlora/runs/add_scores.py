@@ -50,7 +50,8 @@ def add_scores(
         drift: as score.drift.
 
     Raises:
-        UserError: the run is not finished, its base model or adapter has changed, or a metric is unknown.
+        UserError: the run is not finished, its base model or adapter has changed or is not there, a metric is unknown,
+            or check_scores_mean_something refuses the scores.
         KeyboardInterrupt: a signal asked to stop. The same command goes on after the last complete split.
     """
     finished = folder.finished_record()

@@ -566,10 +566,10 @@ def check_scores_mean_something(admission: Admission, config: Config) -> None:
         raise UserError(
             f"tying={name}: is not causal (logits move by {admission.later_tokens:.2g} of the largest one when later "
             "tokens change), so its loss would see what it predicts; score answers only, with "
-            "score.metrics=[METRIC], score.forgetting=null and score.drift=false"
+            "score.metrics=[METRIC] (or --metrics METRIC), score.forgetting=null and score.drift=false"
         )
     if not admission.is_of_its_row and score.batch_size > 1:
         raise UserError(
             f"tying={name}: a row's answer depends on the other rows of its batch (logits move by "
-            f"{admission.other_rows:.2g} of the largest one); score rows singly, with score.batch_size=1"
+            f"{admission.other_rows:.2g} of the largest one); score rows singly, in a run with score.batch_size=1"
         )

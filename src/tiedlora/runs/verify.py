@@ -137,7 +137,9 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
     folder = RunFolder(path.absolute())
     record = folder.finished_record()
     config = compose.read_config(folder.config_file)
-    config.data_root = data_root or config.data_root or os.environ.get("TIEDLORA_DATA")
+    # A run that was moved here names a folder of another machine.
+    own = config.data_root if config.data_root and Path(config.data_root).is_dir() else None
+    config.data_root = data_root or own or os.environ.get("TIEDLORA_DATA") or config.data_root
     config.cache = str(cache or config.cache)
     run = CheckedRun(folder, record, config, load_task(config.task))
     checks: dict[str, Callable[[CheckedRun], Iterator[Finding]]] = {

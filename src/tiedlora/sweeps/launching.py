@@ -164,15 +164,17 @@ def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepContr
     reason, seen, failures = "", None, 0
     while True:
         # Another command on the same cells shares the work: it has some, and this one takes the others.
-        free = [cell for cell in cells if cell.state() != "running"]
+        busy = [cell for cell in cells if cell.state() == "running"]
+        free = [cell for cell in cells if cell not in busy]
         for cell in free:
             if control.take_retry(cell.run_id):
                 cell.folder.error_file.unlink(missing_ok=True)
                 control.note_end(cell.run_id)
         if not (goals := [cell.goal for cell in free if is_open(cell, control)]):
-            if any([wait_until_free(cell) for cell in cells]):
-                continue
-            return
+            if not busy:
+                return
+            wait_for_one(busy)
+            continue
         marks = [(goal.run_id, control.starts(goal.run_id)) for goal in goals]
         failures = failures + 1 if reason and marks == seen else 0
         if failures == STARTS:
@@ -188,14 +190,11 @@ def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepContr
             log.warning("the launcher failed (%s); continuing with what the cells' folders hold", reason)
 
 
-def wait_until_free(cell: SweepCell) -> bool:
-    """Wait until no process works on the cell. (Another command may share it.) Whether one did."""
-    if cell.state() != "running":
-        return False
-    log.info("waiting for cells that another process is working on, such as %s", cell.run_id)
-    while cell.state() == "running":
+def wait_for_one(busy: Sequence[SweepCell]) -> None:
+    """Wait until no process works on one of these cells. (Another command may share them.)"""
+    log.info("waiting for cells that another process is working on, such as %s", busy[0].run_id)
+    while all(cell.state() == "running" for cell in busy):
         time.sleep(SECONDS_BETWEEN_CHECKS)
-    return True
 
 
 def is_open(cell: SweepCell, control: SweepControl) -> bool:

@@ -32,7 +32,7 @@ from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, RateSea
 from tiedlora.sweeps import selection
 from tiedlora.sweeps.cells import PLAN_FILE, VERDICTS_FILE, Goal, Sweep, SweepCell, rate_groups
 from tiedlora.sweeps.expand import DecidingOptions, SearchOptions
-from tiedlora.sweeps.launching import Launch, changed_inputs, check_test_rows, end_with, launch_cells, wait_until_free
+from tiedlora.sweeps.launching import Launch, changed_inputs, check_test_rows, end_with, launch_cells, wait_for_one
 from tiedlora.sweeps.staged_search import Observation, SearchPlan, SearchStage, rung_steps
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,9 @@ class StagedSweep:
             return False
         new = [cell for cell in cells if cell.goal not in self._launched]
         if not new:
-            return any([wait_until_free(cell) for cell in cells])
+            if busy := [cell for cell in cells if cell.state() == "running"]:
+                wait_for_one(busy)
+            return bool(busy)
         if not self._launched:
             check_test_rows(self.sweep.cells)
         log.info("%s: %s", self.sweep.id, what)

@@ -177,7 +177,8 @@ class RunTrackers:
         except Exception as error:  # A package that is installed may fail in any way when it is imported.
             if run.config.tracking.backend != AUTO:
                 raise
-            log.warning("%s; the run continues without it", error)
+            reason = visible(" ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON])
+            log.warning("tracking: %s cannot be loaded (%s); the run continues without it", backend, reason)
         self._try(lambda tracker: tracker.start(run, self._metrics.rows))
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
