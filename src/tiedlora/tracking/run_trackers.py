@@ -177,8 +177,7 @@ class RunTrackers:
         except Exception as error:  # A package that is installed may fail in any way when it is imported.
             if run.config.tracking.backend != AUTO:
                 raise
-            reason = visible(" ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON])
-            log.warning("tracking: %s cannot be loaded (%s); the run continues without it", backend, reason)
+            log.warning("tracking: %s cannot be loaded (%s); the run continues without it", backend, _reason(error))
         self._try(lambda tracker: tracker.start(run, self._metrics.rows))
 
     def log(self, rows: Sequence[MetricsRow]) -> None:
@@ -217,13 +216,17 @@ class RunTrackers:
             call(tracker)
         except Exception as error:
             self._tracker = None
-            reason = visible(" ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON])
             log.warning(
                 "%s has failed (%s); the run continues without it, and metrics.jsonl has every row",
-                *(tracker.title, reason),
+                *(tracker.title, _reason(error)),
             )
             with suppress(Exception):
                 tracker.abandon()
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line of a log."""
+    return visible(" ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON])
 
 
 def first_answers(folder: RunFolder, most: int) -> Answers:

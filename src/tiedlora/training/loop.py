@@ -161,12 +161,12 @@ class Loop:
         """
         # The dropout masks depend only on the step and the process.
         torch.manual_seed(step_seed(self.seed, step, self.world.process_index))
-        # The target tokens of the whole step, over all processes, are counted before any loss is computed.
         halvings = len(self.state.halvings)
         batches = self.batches(step)
         if len(self.state.halvings) > halvings:
             # Memory ran out while answers were sampled. A checkpoint has the smaller batches before a step uses them.
             self._save_limit()
+        # The target tokens of the whole step, over all processes, are counted before any loss is computed.
         counts = [sum(len(batch.targets) for batch in batches), sum(batch.tokens for batch in batches)]
         target_tokens, tokens = self.world.total(counts)
         total = torch.zeros((), device=self._parameters[0].device)
