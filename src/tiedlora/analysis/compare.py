@@ -265,8 +265,8 @@ def worth(group: RunGroup, sizes: Sequence[RunGroup], measure: Measure, book: Sc
     parts = []
     own, *others = ({run.seed for run in measure.scored(one.runs)} for one in (group, *sizes))
     # A size that has just begun does not take part.
-    *_, second = ((), *sorted((own & seeds for seeds in others), key=len)[-2:-1])
-    first = set(sorted(second)[:FIRST_LOOK])
+    shared = sorted((own & seeds for seeds in others), key=len)
+    first = set(sorted(shared[-2])[:FIRST_LOOK]) if len(shared) > 1 else set()
     ended = [seeds | peer.diverged_seeds for peer, seeds in zip(sizes, others, strict=True)]
     ready = [peer for peer, seeds in zip(sizes, ended, strict=True) if len(first) > 1 and first <= seeds]
     for smaller, larger in itertools.pairwise(ready):

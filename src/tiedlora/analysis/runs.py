@@ -30,6 +30,7 @@ from tiedlora.records.run_folder import DIVERGED, RunFolder, last_line
 from tiedlora.records.run_record import RunRecord, SplitScores, arm_suffix, read_record
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 from tiedlora.tasks import load_task
+from tiedlora.tying import STARTS
 
 FOLDER_NAME = re.compile(r"(?P<label>\w+?)-r(?P<rank>\d+)-(?P<task>.+)-[^-]+-s(?P<seed>\d+)-[0-9a-f]{10}")
 PART_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoint", "error.txt", ".lock", "adapter", "predictions")
@@ -242,9 +243,13 @@ def _unfinished(folder: RunFolder) -> UnfinishedRun | None:
         value = functools.partial(OmegaConf.select, storage.read_yaml(folder.config_file))
         lr, model = float(value("train.lr")), str(value("model.name", default="")).rsplit("/", 1)[-1]
         suffix = arm_suffix(value("task.shuffle_targets", default=False), value("objective.name"))
-        # Another method, or another start, has a name; a changed TABuv, which may still be called so, has a label.
-        is_label = value("tying.method") is None and match["label"] != "custom"
-        configuration = (match["label"] if is_label else str(value("tying.name"))) + suffix
+        configuration, name = match["label"], str(value("tying.name"))
+        if value("tying.method") is not None:
+            configuration = name
+        elif configuration == "custom":
+            # A changed TABuv may still have the name TABuv. Another start, or LoRA on some layers, has its own.
+            configuration = name if name in STARTS or name.startswith("LoRA_l") else f"custom ({name})"
+        configuration += suffix
     except Exception:  # A file that a kill has cut off may be wrong in any way. Then these are not known.
         lr, model, configuration = math.nan, "", match["label"]
     error, (_, losses) = last_line(folder.error_file), curves(folder, VALIDATION_LOSS).get(VALIDATION_LOSS, ([], []))

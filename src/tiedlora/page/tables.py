@@ -496,7 +496,5 @@ TASK_SCORE = Kind(
 def _missing(model: str, configuration: str, rank: int, task: str, folders: Iterable[LeftOut]) -> str | None:
     """`failed` if a run of the configuration failed on the task and none is finished."""
     runs = [folder.run for folder in folders if folder.run is not None and folder.run.ending == "failed"]
-    own = [run for run in runs if run.model in (model, "")]
-    return (
-        "failed" if any((run.configuration, run.rank, run.task) == (configuration, rank, task) for run in own) else None
-    )
+    own = {(run.configuration, run.rank, run.task) for run in runs if run.model in (model, "")}
+    return "failed" if (configuration, rank, task) in own else None
