@@ -144,11 +144,12 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     answer.decide = "" if pair.problem and claim.comparator.frontier else next_look(claim, 0)
     if method is None or comparator is None:
         return answer
+    over = f" (over {pair.floor.name})" if pair.floor is not None else ""
     try:
         answer.measure = measure = _measure(claim, method, split)
         scores = compare.paired_scores(method, comparator, measure, book, pair.floor)
     except UserError as error:
-        answer.reason = f"{method.name} and {comparator.name}: {error}"
+        answer.reason = f"{method.name} and {comparator.name}{over}: {error}"
         return answer
     answer.difference, _ = compare.difference(method, comparator, measure, book)
     answer.retained = compare.retained(method, comparator, measure, pair.floor)
@@ -158,7 +159,6 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     # A seed has ended if it is scored, or diverged and never will be. Another failure can be repaired.
     ended = [{run.seed for run in measure.scored(group.runs)} | group.diverged_seeds for group in sides]
     _decide(answer, scores, set.intersection(*ended))
-    over = f" (over {pair.floor.name})" if pair.floor is not None else ""
     notes = [f"{answer.reason}{over} ({method.name} against {comparator.name}, {split}, {measure.metric})"]
     if scores.clusters is not None:
         notes.append(f"{answer.rows:,} rows in {len(scores.clusters.sizes)} clusters")
