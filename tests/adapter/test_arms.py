@@ -9,8 +9,8 @@ import torch
 from helpers.tiny import composed, logits, tiny
 
 from tiedlora.adapter.admission import measure
-from tiedlora.adapter.arms import ArmSpec, groups_by_pattern, new_arm
-from tiedlora.adapter.attach import attach_saved
+from tiedlora.adapter.arms import ArmSpec, groups_by_pattern
+from tiedlora.adapter.attach import attach_saved, new_arm
 from tiedlora.config import methods
 from tiedlora.config.explain import options
 from tiedlora.config.identity import run_id

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tiedlora.adapter.arms import Arm, ArmSpec, new_arm
-from tiedlora.adapter.attach import attach_saved
+from tiedlora.adapter.arms import Arm, ArmSpec
+from tiedlora.adapter.attach import attach_saved, new_arm
 from tiedlora.config.schema import LrFactors
 from tiedlora.records.run_record import Admission, BaseModelRecord
 

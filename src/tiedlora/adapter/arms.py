@@ -1,4 +1,4 @@
-"""What adapts a base model: the class `Arm`, and how an arm of another method is made, saved and described.
+"""What adapts a base model: the class `Arm`, and how an arm of another method is saved and described.
 
 This project's own method (attach.Attached) and every method of PEFT (peft_arm.PeftArm) are arms. The training, the
 scoring and the record of a run know only the base class. A program can register a third kind (docs/arena.md).
@@ -260,23 +260,6 @@ def read_spec(folder: Path) -> tuple[ArmSpec, BaseModelRecord]:
     saved = read_description(folder)
     tying = TyingConfig(method=saved.method, resolved=saved.resolved, targets=saved.targets, layers=saved.layers)
     return ArmSpec(tying, saved.architecture, saved.seed), saved.base
-
-
-def new_arm(model: nn.Module, spec: ArmSpec) -> Arm:
-    """A new arm of another method on `model`. The base is frozen.
-
-    Raises:
-        UserError: the method is unknown, or cannot adapt this model.
-    """
-    method = spec.tying.method
-    assert method is not None
-    if method in REGISTERED:
-        arm: Arm = REGISTERED[method](model, spec)
-        return arm
-    # PEFT is an extra, and slow to load.
-    from tiedlora.adapter.peft_arm import PeftArm  # noqa: PLC0415
-
-    return PeftArm(model, spec)
 
 
 def is_other_method(folder: Path) -> bool:

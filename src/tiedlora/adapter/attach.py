@@ -23,9 +23,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from tiedlora.adapter import architectures, arms, files, linear
-from tiedlora.adapter.arms import Arm
+from tiedlora.adapter.arms import Arm, ArmSpec
 from tiedlora.adapter.parts import ParameterGroup, TiedAdapter
 from tiedlora.config.families import layout_of
+from tiedlora.config.methods import REGISTERED
 from tiedlora.config.schema import LrFactors
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
@@ -338,13 +339,30 @@ def attach_saved(model: nn.Module, folder: Path, base: BaseModelRecord | None = 
         raise UserError(f"{folder}: was trained on {trained_on}, the base model here is {base}")
     if isinstance(saved, TiedAdapter):
         return attach_adapter(model, saved)
-    arm = arms.new_arm(model, saved)
+    arm = new_arm(model, saved)
     try:
         arm.load_values(folder)
     except BaseException:
         arm.detach()
         raise
     return arm
+
+
+def new_arm(model: nn.Module, spec: ArmSpec) -> Arm:
+    """A new arm of another method on `model`. The base is frozen.
+
+    Raises:
+        UserError: the method is unknown, or cannot adapt this model.
+    """
+    method = spec.tying.method
+    assert method is not None
+    if method in REGISTERED:
+        arm: Arm = REGISTERED[method](model, spec)
+        return arm
+    # PEFT is an extra, and slow to load.
+    from tiedlora.adapter.peft_arm import PeftArm  # noqa: PLC0415
+
+    return PeftArm(model, spec)
 
 
 class AdapterSet:

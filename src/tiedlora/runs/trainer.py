@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from tiedlora import storage, tying
 from tiedlora.adapter import TiedAdapter, attach_adapter, files, linear
 from tiedlora.adapter.admission import measure
-from tiedlora.adapter.arms import Arm, ArmSpec, new_arm
+from tiedlora.adapter.arms import Arm, ArmSpec
+from tiedlora.adapter.attach import new_arm
 from tiedlora.config.check import check_new_run
 from tiedlora.config.families import layout_of
 from tiedlora.config.identity import adapter_digest, config_tree, identity, run_id
