@@ -7,7 +7,7 @@ contrast (`intervals.both_interval`) is above 0. It is contradicted if the inter
 but `better_by` needs the comparator's gain too, the interval of q - f above 0, for either verdict: where nothing is
 gained there is nothing to retain.
 
-Whoever adds seeds until an interval at level 0.05 excludes 0 is wrong in 11 to 19 % instead of 5 %. So a plan fixes the
+Whoever adds seeds until an interval at level 0.05 excludes 0 is wrong in up to 13.2 % (four looks). So a plan fixes the
 numbers of seeds before any seed is run, and shares the 5 % among its looks. The first look that decides stands, and
 later seeds change nothing.
 

@@ -14,6 +14,6 @@ A cell is a run like any other. The state of a sweep is read from its runs' fold
 could differ; only what a person asks of a running sweep is in the sweep's own folder.
 
 It may import every other package but page. No module here imports torch, so it is quick to plan a sweep and to skip
-finished cells; torch is imported inside functions alone. expand.py and launching.py import Hydra, and the plug-in
+finished cells; torch is imported inside functions alone. expand.py imports Hydra, and the plug-in
 src/hydra_plugins/sweepers.py connects the sweepers to it.
 """
