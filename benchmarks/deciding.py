@@ -87,7 +87,7 @@ def main() -> None:
         error = math.sqrt(share * (1 - share) / draws)
         where = "at the boundary" if setting.at_boundary else "far from it"
         lines.append([setting.name, where, f"{100 * share:.1f} %", f"{100 * error:.1f} %", f"{seeds:.1f}"])
-        holds = share - 2 * error <= rules.TOTAL if setting.at_boundary else seeds <= rules.SEEDS[-1] / 2
+        holds = share - 2 * error <= rules.TOTAL if setting.at_boundary else seeds <= rules.LOOKS[-1] / 2
         if not holds:
             wrong.append(setting.name)
     print(aligned(lines))

@@ -36,7 +36,7 @@ from tiedlora.analysis.intervals import MeanSquares
 from tiedlora.analysis.rules import Plan, Rule, Sides, better_by, level_within, retains
 
 PLANS: dict[str, Plan] = {
-    **{f"{n} seeds": Plan((n,)) for n in rules.SEEDS},
+    **{f"{n} seeds": Plan((n,)) for n in rules.LOOKS},
     "looks": Plan(),
 }
 UNPLANNED = "looks at 5 % each"
@@ -66,7 +66,7 @@ Squares = dict[int, MeanSquares]
 """The mean squares of the first n seeds."""
 
 
-FIRST = np.array([[1 / n if seed < n else 0 for seed in range(SEEDS)] for n in rules.SEEDS], dtype=np.float32)
+FIRST = np.array([[1 / n if seed < n else 0 for seed in range(SEEDS)] for n in rules.LOOKS], dtype=np.float32)
 """The means over the first n seeds, as a matrix."""
 
 
@@ -80,7 +80,7 @@ def mean_squares(table: Array) -> Squares:
     squares = np.einsum("...sr,...sr->...s", table, table).astype(np.float64)
     of_rows = (FIRST @ table).var(-1, ddof=1, dtype=np.float64)
     found = {}
-    for look, n in enumerate(rules.SEEDS):
+    for look, n in enumerate(rules.LOOKS):
         mean = of_seed[:, :n].mean(-1)
         of_seeds, of_row = rows * of_seed[:, :n].var(-1, ddof=1), n * of_rows[:, look]
         total = squares[:, :n].sum(-1) - n * rows * mean**2
@@ -102,7 +102,7 @@ def count(rule: Rule, contrasts: Sequence[Squares], gains: Squares) -> Counts:
         return np.array([supported.sum(), contradicted.sum()])
 
     counts = {name: verdicts(plan.looks, plan.levels) for name, plan in PLANS.items()}
-    counts[UNPLANNED] = verdicts(rules.SEEDS, [rules.TOTAL] * len(rules.SEEDS))
+    counts[UNPLANNED] = verdicts(rules.LOOKS, [rules.TOTAL] * len(rules.LOOKS))
     return counts
 
 

@@ -47,50 +47,38 @@ def main() -> None:
 
     config = library.config_of(arguments.run)
     base = library.base_of(arguments.run, device=arguments.device, cache=arguments.cache)
-    attached = library.load(arguments.run, base)
+    arm = library.load(arguments.run, base)
     encoder = Encoder(base.tokenizer, config.task, config.model.context, base.more_ends)
-    generator = Generator(attached, encoder, config, arguments.max_new_tokens or config.task.max_new_tokens)
+    max_new_tokens = arguments.max_new_tokens or config.task.max_new_tokens
     fields = re.findall(r"\{(\w+)\}", config.task.prompt)
     field = fields[0] if len(fields) == 1 and not arguments.raw else None
     for text in arguments.prompt or typed_prompts(field or "prompt"):
         prompt = text if field is None else config.task.prompt.replace(f"{{{field}}}", text)
         with products.on_any_cpu(resolve_device(arguments.device), config.train.dtype):
-            base_answer, adapted_answer = generator.answers(prompt)
+            base_answer, adapted_answer = answers(arm, encoder, config, prompt, max_new_tokens)
         print(visible_lines(prompt), side_by_side(base_answer, adapted_answer), "", sep="\n")
 
 
-class Generator:
-    """Generates answers with the base model and with the adapted model."""
+def answers(arm: Arm, encoder: Encoder, config: Config, prompt: str, max_new_tokens: int) -> tuple[str, str]:
+    """(the base model's answer, the adapted model's answer).
 
-    def __init__(self, attached: Arm, encoder: Encoder, config: Config, max_new_tokens: int) -> None:
-        self.attached, self.encoder, self.config, self.max_new_tokens = attached, encoder, config, max_new_tokens
+    Raises:
+        UserError: the prompt does not fit into the model's context.
+    """
+    from tiedlora.scoring.decoding import AnswerEnds, decode  # as in main
 
-    def answers(self, prompt: str) -> tuple[str, str]:
-        """(the base model's answer, the adapted model's answer).
-
-        Raises:
-            UserError: the prompt does not fit into the model's context.
-        """
-        ids, context = self.encoder.prompt(prompt), self.config.model.context
-        if not ids or len(ids) + self.max_new_tokens > context:
-            raise UserError(
-                f"--prompt: has {len(ids)} tokens; it needs at least one and, with {self.max_new_tokens} new ones, "
-                f"at most the model's {context}"
-            )
-        adapted = self._answer(ids)
-        self.attached.disable()
-        base = self._answer(ids)
-        self.attached.enable()
-        return base, adapted
-
-    def _answer(self, ids: tuple[int, ...]) -> str:
-        from tiedlora.scoring.decoding import AnswerEnds, decode  # as in main
-
-        tokenizer, more_ends = self.encoder.tokenizer, self.encoder.more_ends
-        (output,) = decode(
-            self.attached.model, [ids], AnswerEnds(tokenizer, self.config.task.stop, self.max_new_tokens, more_ends)
+    ids, context = encoder.prompt(prompt), config.model.context
+    if not ids or len(ids) + max_new_tokens > context:
+        raise UserError(
+            f"--prompt: has {len(ids)} tokens; it needs at least one and, with {max_new_tokens} new ones, at most the "
+            f"model's {context}"
         )
-        return output.text
+    ends = AnswerEnds(encoder.tokenizer, config.task.stop, max_new_tokens, encoder.more_ends)
+    (adapted,) = decode(arm.model, [ids], ends)
+    arm.disable()
+    (base,) = decode(arm.model, [ids], ends)
+    arm.enable()
+    return base.text, adapted.text
 
 
 def typed_prompts(field: str) -> Iterator[str]:

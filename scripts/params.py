@@ -39,7 +39,7 @@ def main(overrides: list[str]) -> None:
             config = compose.compose_config([*overrides, *option])
             sizes.append(size_of(config))
         except UserError as error:
-            # A mistake in a word refuses them all, and the last one says it.
+            # A mistake in a word refuses every option. Then the error of the last one is shown.
             if not sizes and option == options[-1]:
                 raise
             refused.append(f"{option[0].removeprefix('tying=')}: {error}")

@@ -8,14 +8,14 @@ import argparse
 from pathlib import Path
 
 from tiedlora import errors
+from tiedlora.config.project import PROJECT
 from tiedlora.page import readme, write
 
-PROJECT = Path(__file__).resolve().parents[1]
 CLAIMS = PROJECT / "claims" / "tied_lora.yaml"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (outputs/), or single runs' folders")
     parser.add_argument("--out", type=Path, default=Path("report"), help="where the report goes; default report/")
     parser.add_argument("--claims", type=Path, default=CLAIMS, help="a claims file; default claims/tied_lora.yaml")

@@ -21,7 +21,7 @@ from tiedlora.training import signals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--split", choices=("validation", "test"), help="test, unless --forgetting is given alone")
     parser.add_argument("--metrics", nargs="+", help="as score.metrics= of train.py; all if it is left out")

@@ -31,7 +31,6 @@ from tiedlora.training import signals
 
 CACHE = Path(os.environ.get("TIEDLORA_CACHE", PROJECT / ".cache"))
 """The folder of converted models. A record does not name one."""
-DISAGREES = 3
 REPEATED_LOSS = 0.05
 """By how much the validation loss of a repeated run may differ on another kind of device, as a share of it."""
 
@@ -133,7 +132,7 @@ def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | Non
     before, now = recorded.training.validation_loss_last, repeated.training.validation_loss_last
     # Written so that NaN disagrees.
     if recorded.rounds_as(repeated.execution) or not abs(now - before) <= REPEATED_LOSS * before:
-        raise SystemExit(DISAGREES)
+        raise SystemExit(errors.DISAGREES)
     print(f"the same up to the rounding of another processor: the loss is within {REPEATED_LOSS:.0%}")
 
 
@@ -151,7 +150,7 @@ def verify_runs(folder: Path, run_ids: list[str], data_root: str | None) -> None
             print("\n".join(verify.lines(disagreeing)[:-1]))
     print(f"{len(checked) - len(wrong)} of {len(checked)} runs agree with their records")
     if wrong:
-        raise SystemExit(DISAGREES)
+        raise SystemExit(errors.DISAGREES)
 
 
 def finished_runs(folder: Path, run_ids: list[str]) -> list[RunFolder]:

@@ -25,11 +25,11 @@ from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.text import aligned
 
 SEARCHING = {"hydra/sweeper=staged", "hydra/sweeper=deciding"}
-"""The words of sweeps that need no cell of a rate that their search has not chosen."""
+"""The words of sweeps that need only the cells of the rates that their search has chosen."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("plan", "status", "watch", "select", "drop", "retry"))
     parser.add_argument(
         "words",
@@ -53,9 +53,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     for option in ("by", "no_test"):
         if getattr(arguments, option) and arguments.what != "select":
-            raise UserError(f"--{option.replace('_', '-')}: is for select, and {arguments.what} would not heed it")
+            raise UserError(f"--{option.replace('_', '-')}: is for select; {arguments.what} does not use it")
     if arguments.json and arguments.what in ("watch", "drop", "retry"):
-        raise UserError(f"--json: is for plan, status and select, and {arguments.what} would not heed it")
+        raise UserError(f"--json: is for plan, status and select; {arguments.what} does not use it")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("tiedlora").setLevel(logging.INFO)
     # A word of train.py has a '=', or deletes a key with '~'; an id has neither.
@@ -76,12 +76,12 @@ def main() -> None:
 
 def positive(text: str) -> float:
     if not 0 < (value := float(text)) < 1e9:
-        raise argparse.ArgumentTypeError("must be above 0")
+        raise argparse.ArgumentTypeError("must be above 0 and below 1e9")
     return value
 
 
 def select(sweep: Sweep, by: str | None, test: bool, json: bool) -> None:
-    # The choices of the staged sweeper stand, unless another criterion is asked for.
+    # The choices of the staged sweeper stay, unless --by asks for another criterion.
     chosen = (selection.searched_rates(sweep) if by is None else None) or selection.select_rates(sweep, by)
     if test:
         chosen = selection.score_test(sweep, chosen)
@@ -115,7 +115,7 @@ def show_live(words: list[str], names: list[str]) -> None:
 
 
 def show(sweep: Sweep, searches: bool, tflops: float | None, json: bool) -> None:
-    """Print the status; with a rate, the plan."""
+    """Print the status; with `tflops`, the plan."""
     # The same cells are another amount of work for a plain sweep, which runs all of them.
     searched = status.read_search(sweep.path, sweep.cells) if searches else None
     cells = [status.status_of(cell, sweep.control, searched) for cell in sweep.cells]

@@ -13,14 +13,12 @@ from pathlib import Path
 from tiedlora import errors
 from tiedlora.errors import UserError
 
-DISAGREES = 3
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--data-root", help="as data_root= of train.py; default: the run's own, or TIEDLORA_DATA")
-    parser.add_argument("--rows", type=int, default=32, help="least predictions per split to regenerate; 0: none")
+    parser.add_argument("--rows", type=int, default=32, help="predictions per split to regenerate, at least; 0: none")
     parser.add_argument("--cache", type=Path, default=os.environ.get("TIEDLORA_CACHE"), help="as cache= of train.py")
     arguments = parser.parse_args()
     if arguments.rows < 0:
@@ -34,7 +32,7 @@ def main() -> None:
     for line in verify.lines(findings):
         print(line)
     if any(finding.ok is False for finding in findings):
-        raise SystemExit(DISAGREES)
+        raise SystemExit(errors.DISAGREES)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tiedlora.text import is_name
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs; they give the tasks and metrics")
     parser.add_argument("--entity", required=True, help="your team or account")
     parser.add_argument("--project", default="tiedlora")

@@ -41,7 +41,7 @@ TRAIN = {
     # Methods of PEFT
     "no method": ("tying=peft", "tying=peft: names no method; add tying.method=NAME"),
     "a method that is none": ("tying=peft tying.method=VeraConf", "tying.method=VeraConf: is no method of PEFT"),
-    "a method with steps of its own": ("tying=peft tying.method=AdaLoraConfig", "which this loop does not do"),
+    "a method with steps of its own": ("tying=peft tying.method=AdaLoraConfig", "training loop here does not do"),
     "an argument that is none": ("tying=peft/vera tying.arguments.rank=3", "rank: VeraConfig has no such argument"),
     "a pattern that is none": ("tying=peft/vera 'tying.no_decay=[\"[\"]'", "is no regular expression"),
     "a factor of another method": ("tying=peft/vera train.lr_factor.A=2", "has no part A; use tying.lr_factors="),
@@ -65,7 +65,7 @@ TRAIN = {
 }
 SWEEPS = {
     "a step of zero": ("'seed=range(0,3,0)'", "seed=range(0,3,0): range() arg 3 must not be zero; give the values"),
-    "an axis of nothing": ("'tying=glob(Z*)'", "tying=glob(Z*): has no value, so there is no sweep"),
+    "an axis of nothing": ("'tying=glob(Z*)'", "tying=glob(Z*): has no value; give 1 to 100,000"),
     "an axis without end": ("'seed=range(0,1000000000)'", "has more than 100,000 values"),
     "cells without end": ("'seed=range(0,1000)' 'train.steps=range(5,1000)'", "has 995,000 cells, at most 100,000"),
     "an interval": ("'train.lr=interval(0,1)'", "give the values one by one, as in train.lr=1e-3,1e-2"),
@@ -81,7 +81,7 @@ SWEEPS = {
     "claims without scores": ("hydra/sweeper=deciding tying=LoRA,TABuv score.splits=[]", "the claims need scores"),
     "fewer runs than the search has": (
         "hydra/sweeper=deciding tying=LoRA,TABuv hydra.sweeper.budget=1",
-        "hydra.sweeper.budget=1: the search of the rates alone has 2 runs or more",
+        "hydra.sweeper.budget=1: the search alone has 2 runs or more; raise",
     ),
 }
 WORDS = "model=tiny_llama outputs=outputs cache=cache"
@@ -112,7 +112,7 @@ SCRIPTS = {
     "cells that are none": (f"sweep.py retry {WORDS} 'LoRA-*'", "LoRA-*: is no cell of this sweep"),
     "two sweeps to watch": ("sweep.py watch one two", "watch: takes one sweep: its id, its name, its folder"),
     "no sweep to watch": ("sweep.py watch outputs=outputs", "has no sweeps/; start one with train.py --multirun"),
-    "an option of another action": (f"sweep.py status {WORDS} --no-test", "--no-test: is for select, and status"),
+    "an option of another action": (f"sweep.py status {WORDS} --no-test", "--no-test: is for select; status"),
     "a study of nowhere": ("study.py plan nowhere", "no such file; a study is a folder with a study.yaml"),
     "words for a plan": ("study.py plan study seed=1", "seed=1: plan takes no words; change study.yaml instead"),
     "a part that is none": ("study.py plan study --part two", "two: is no part of study; its parts are one"),

@@ -56,7 +56,7 @@ class ResumingSweeper(Sweeper):
 
 
 class StagedSweeper(ResumingSweeper):
-    """Runs the cells of the grid that the search of the learning rates asks for."""
+    """Runs the cells that the search of the learning rates asks for, also at rates outside the grid."""
 
 
 class DecidingSweeper(ResumingSweeper):

@@ -1,7 +1,7 @@
 """Errors with a message for the user, and how a command ends.
 
-Exit codes: 0 done; 1 a bug (with its traceback); 2 a mistake that the message explains; 75 stopped on request, with a
-checkpoint (the same command continues from it).
+Exit codes: 0 done; 1 a bug (with its traceback), or a sweep with failed cells; 2 a mistake that the message explains; 3
+a check found a difference; 75 stopped on request (the same command continues); 141 the reader of the output has ended.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 MISTAKE = 2
+DISAGREES = 3
 STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
 CLOSED_PIPE = 141
@@ -90,7 +91,7 @@ def exit_codes() -> Iterator[None]:
         drop_output()
         raise SystemExit(STOPPED if _is_stop(error.__context__) else CLOSED_PIPE) from None
     except SystemExit:
-        # As of a command that has named its failures. What it printed may still wait for a reader that has ended.
+        # Raised by a command that has named its failures. Its output may still wait for a reader that has ended.
         _flush(sys.stdout, "")
         raise
     except UserError as error:
@@ -101,12 +102,12 @@ def exit_codes() -> Iterator[None]:
         _end(STOP_MESSAGE, STOPPED)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _OS_ERRORS:
-            _end(f"error: {error.filename}: {_OS_ERRORS[error.errno]}, then run the same command again", MISTAKE)
+            _end(f"error: {error.filename or 'a file'}: {_OS_ERRORS[error.errno]}, then run the command again", MISTAKE)
         if not is_out_of_memory(error):
             raise
         # Passes of training and batches of scoring are halved, so memory ran out elsewhere.
         advice = "close other programs, or take a smaller model, tying or rank, or train.dtype=bfloat16"
-        _end(f"error: out of memory, as when loading or at an update; {advice}", MISTAKE)
+        _end(f"error: out of memory while loading, at an update or elsewhere; {advice}", MISTAKE)
 
 
 def _is_stop(error: BaseException | None) -> bool:

@@ -59,7 +59,7 @@ def _number(value: Any) -> Any:
 
 
 def _lines(value: Any) -> Any:
-    """Refuse texts that could rewrite a terminal, cut off a path, or not be stored. YAML's numbers become texts."""
+    """Refuse texts that could rewrite a terminal, cut off a path, or not be stored. Other values stay as they are."""
     if isinstance(value, dict):
         return {_lines(name): _lines(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -106,7 +106,7 @@ Amount = Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]
 """A count that may be 0."""
 
 
-adapter = functools.cache(TypeAdapter)
+type_adapter = functools.cache(TypeAdapter)
 """pydantic's reader of a type."""
 
 
@@ -122,7 +122,7 @@ def from_person(kind: type[T], value: Any, keys: Collection[str] = (), prefix: s
         UserError: one line that names the key, what it has, and what is allowed.
     """
     try:
-        checked: T = adapter(kind).validate_python(value)  # type: ignore[arg-type]
+        checked: T = type_adapter(kind).validate_python(value)  # type: ignore[arg-type]
     except ValidationError as error:
         # A key that is misspelt is also missing; to say so would not help.
         found = min(error.errors(include_url=False), key=lambda found: found["type"] not in UNKNOWN)

@@ -264,7 +264,7 @@ def copy_folder(source: Path, path: Path) -> None:
     """Copy a folder completely or not at all.
 
     Raises:
-        OSError: the disk is full, or there is no permission; `path` does not exist then.
+        OSError: the disk is full, or there is no permission; `path` is then as it was.
     """
     with new_folder(path) as beside:
         shutil.copytree(source, beside, dirs_exist_ok=True)

@@ -116,7 +116,7 @@ class Term(Parts):
     """Whether the scale s follows from the term's own rank instead of rank.r."""
 
     def __post_init__(self) -> None:
-        self.layers = _numbered(self.layers)
+        self.layers = _numbered(self.layers, "tying.terms.NAME.layers")
 
 
 @dataclass
@@ -125,7 +125,7 @@ class Tying(Parts):
 
     name: Name = field(default="custom", metadata=EXECUTION)
     """The name in tables. It is not part of the run's identity."""
-    targets: list[Text] = field(default_factory=lambda: ["qkv"])
+    targets: Annotated[list[Text], Field(min_length=1)] = field(default_factory=lambda: ["qkv"])
     """The adapted projections: qkv (fused, as the paper does), q, k, v, o, gate, up, down."""
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Dropout probability on the adapter's input while training."""
@@ -139,15 +139,15 @@ class Tying(Parts):
     own A, B, u, v, layers and rank, and those of the tying have no meaning. null is one update: that of the tying."""
 
     def __post_init__(self) -> None:
-        self.layers = _numbered(self.layers)
+        self.layers = _numbered(self.layers, "tying.layers")
 
 
-def _numbered(layers: list[Any] | None) -> list[Any] | None:
-    return layers if layers is None or evenly(layers) is not None else layer_numbers(layers)
+def _numbered(layers: list[Any] | None, key: str) -> list[Any] | None:
+    return layers if layers is None or evenly(layers) is not None else layer_numbers(layers, key)
 
 
-def layer_numbers(items: Iterable[object]) -> list[int]:
-    """The numbers that tying.layers names, in order and each once. An item is 5, or a range 20-29 with both ends.
+def layer_numbers(items: Iterable[object], key: str = "tying.layers") -> list[int]:
+    """The numbers that a list of layers names, in order and each once. An item is 5, or a range 20-29 with both ends.
 
     Raises:
         UserError: an item is neither.
@@ -158,7 +158,7 @@ def layer_numbers(items: Iterable[object]) -> list[int]:
         first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
         if not first <= last < MOST_LAYERS:
             raise UserError(
-                f"tying.layers: {item!r:.40} is neither a layer's number nor a range; write for example [0,5,20-29], "
+                f"{key}: {item!r:.40} is neither a layer's number nor a range; write for example [0,5,20-29], "
                 "or [evenly 15]"
             )
         numbers.update(range(first, last + 1))
@@ -287,7 +287,7 @@ def terms(tying: Tying) -> dict[str, Term]:
     return tying.terms
 
 
-def groups(tying: Tying) -> dict[str, tuple[str, Term]]:
+def target_terms(tying: Tying) -> dict[str, tuple[str, Term]]:
     """`target`, or `target:term` if there are several terms -> its target and its term."""
     return {
         f"{target}:{name}" if name else target: (target, term)
@@ -383,7 +383,7 @@ def part_shape(term: Term, part: str, rank: int, architecture: Architecture, tar
 
 def parts(tying: Tying, rank: int, architecture: Architecture) -> Iterator[tuple[str, Part, tuple[int, ...]]]:
     """(`target.part` or `target:term.part`, its specification, its shape) of every part, also of one without effect."""
-    for name, (target, term) in groups(tying).items():
+    for name, (target, term) in target_terms(tying).items():
         for part in PARTS:
             yield f"{name}.{part}", getattr(term, part), part_shape(term, part, rank, architecture, target)
 
@@ -475,8 +475,6 @@ def check_tying(tying: Tying, rank: int, architecture: Architecture) -> None:
             f"tying.{changed[0]}: has no meaning beside tying.terms; set tying.terms.TERM.{changed[0]}, TERM being one "
             f"of {', '.join(tying.terms or ())}"
         )
-    if not tying.targets:
-        raise UserError("tying.targets: is empty; name at least one projection, usually [qkv]")
     for target in tying.targets:
         target_shape(architecture, target)
     doubled = "qkv" in tying.targets and {"q", "k", "v"} & set(tying.targets)

@@ -162,7 +162,7 @@ def test_equal_parameters_are_within_five_per_cent_and_the_budget_to_run_is_name
     add(tmp_path, "LoRA", 0.5, rank=1)
     add(tmp_path, "TABuv", 0.7)
     (found,) = answers(matched, ONE)
-    assert "nearest: r=8 with 41,328); budget=46080 finds its rank" in found.reason
+    assert "nearest: r=8 with 41,328); train one with budget=46080" in found.reason
     add(tmp_path, "TABuv", 0.7, rank=11)
     (found,) = answers(matched, ONE)
     assert found.verdict == "supported"

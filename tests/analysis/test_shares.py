@@ -59,7 +59,7 @@ def test_a_short_interval_shows_on_which_side_of_the_zone_it_ends(ends, words):
 def test_the_share_is_that_of_the_gains_and_its_interval_that_of_the_paired_difference(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.5, "TA": 0.3}, rows=1000, seed_sd=0.02)
     report = report_of_claim(tmp_path)
-    (panel,) = report.sizes
+    (panel,) = report.share_panels
     assert panel.reference.name == "LoRA r=8"
     rows = {row.group.label: row for row in report.rows}
     gain = rows["LoRA"].gain.value
@@ -78,7 +78,7 @@ def test_one_seed_has_no_interval_and_other_seeds_are_left_out(tmp_path):
     for name, seeds in (("LoRA", (0, 1)), ("TABuv", (1, 2)), ("TA", (5,))):
         for seed in seeds:
             scored_run(tmp_path / "runs", [1.0] * 30 + [0.0] * 20, [0.0] * 50, name=name, seed=seed)
-    (panel,) = report_of_claim(tmp_path).sizes
+    (panel,) = report_of_claim(tmp_path).share_panels
     by_name = {arm.group.label: arm for arm in panel.arms}
     assert set(by_name) == {"LoRA", "TABuv"}
     assert by_name["TABuv"].seeds == 1
@@ -89,6 +89,6 @@ def test_the_reference_has_all_its_seeds_where_the_claim_takes_later_ones(tmp_pa
     for name in ("LoRA", "TABuv"):
         for seed in range(4):
             scored_run(tmp_path / "runs", [1.0] * 30 + [0.0] * 20, [0.0] * 50, name=name, seed=seed)
-    (panel,) = report_of_claim(tmp_path, comparator="configuration: LoRA, at: equal_rank, seed_offset: 2").sizes
+    (panel,) = report_of_claim(tmp_path, comparator="configuration: LoRA, at: equal_rank, seed_offset: 2").share_panels
     assert panel.reference.name == "LoRA r=8"
     assert {arm.seeds for arm in panel.arms} == {4}

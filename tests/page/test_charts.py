@@ -20,7 +20,7 @@ BASE = [0.0] * 50
 
 def panels(root):
     report = write.build([root])
-    return charts.panels(report.rows, report.answers, report.sizes)
+    return charts.panels(report.rows, report.answers, report.share_panels)
 
 
 def drawn(panel):

@@ -38,7 +38,7 @@ def report_of(root, claims=CLAIMS):
 
 
 def panels(report, kind):
-    found = charts.panels(report.rows, report.answers, report.sizes)
+    found = charts.panels(report.rows, report.answers, report.share_panels)
     return [panel for panel in found if panel.kind == kind]
 
 
@@ -80,7 +80,7 @@ def test_without_a_gain_or_a_base_there_is_no_panel_of_shares(tmp_path, lora, ba
         for seed in (0, 1):
             scored_run(tmp_path / "runs", scores, base, name=name, seed=seed)
     report = report_of_claim(tmp_path)
-    assert report.sizes == panels(report, "shares") == []
+    assert report.share_panels == panels(report, "shares") == []
 
 
 def test_shares_are_files_and_first_on_the_page_and_no_arm_is_lost_beyond_the_axis(tmp_path):

@@ -56,7 +56,7 @@ def test_rows_side_by_side_with_filters_and_counts(report):
         wait_for(page, "of 5")
         assert ids(page) == ["30", "31", "32", "33", "34"]
         assert page.locator(".answer mark").all_inner_texts() == ["wrong", "right"] * 5
-        assert "parts after" in page.locator(".given .second .none").first.inner_text()
+        assert "differs after" in page.locator(".given .second .none").first.inner_text()
         page.locator("#answers-filter [value=lost]").check(force=True)
         wait_for(page, "of 10")
         assert ids(page) == [str(number) for number in range(20, 30)]

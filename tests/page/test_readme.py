@@ -66,7 +66,7 @@ def test_an_empty_report_says_so(tmp_path):
     ("text", "message"),
     [
         ("# No marks", r"has no marks; write <!-- report: NAME --> .*; NAME is runs, verdicts, answer, scores, cost"),
-        ("<!-- report: veredicts -->\n<!-- end of report -->\n", r"veredicts -->: the name is runs, verdicts"),
+        ("<!-- report: veredicts -->\n<!-- end of report -->\n", r"veredicts -->: NAME must be one of runs, verd"),
         (TEXT.replace("<!-- end of report -->\n\nWords", "Words"), "each mark needs its own end"),
     ],
 )

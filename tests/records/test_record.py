@@ -160,7 +160,7 @@ class TestFolder:
         (40, 0, None),
         (20, 20, "no gain shown, the interval includes 0"),
         (0, 40, "worse than the base"),
-        (1, 0, "at the floor for this model; a comparison of methods on it is uninformative"),
+        (1, 0, "near zero for this model, so it cannot tell methods apart"),
     ],
 )
 def test_the_end_of_a_run_says_where_there_is_no_gain(right, base_right, says, tmp_path):

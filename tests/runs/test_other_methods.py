@@ -104,4 +104,4 @@ def test_arms_stand_beside_ours_in_a_report(tiny_config, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     text = "".join(path.read_text() for path in (tmp_path / "report").glob("*.csv"))
     assert "peft/unilora" in text
-    assert "starts off the base model" in text
+    assert "starts with other logits than the base model" in text

@@ -26,8 +26,8 @@ FORM = ("objective=reward", "objective.ended_reward=0.5", "task.max_new_tokens=1
 def objective(*words: str, prompts: int = 1, tokens: int | None = None):
     """The reward objective on a tiny model in float64 whose reward is the share of even token ids, and its parts."""
     scorer = tiny_scorer("objective=reward", "task.max_new_tokens=1", "score.batch_size=64", *words)
-    model = scorer.attached.model.double().eval()
-    randomise(scorer.attached.adapter.double(), scale=0.3)
+    model = scorer.arm.model.double().eval()
+    randomise(scorer.arm.adapter.double(), scale=0.3)
     rows = [Encoded(tuple(range(65 + n, 75 + n)), (1,)) for n in range(prompts)]
     examples = [Example(str(n), "", "", ("A",)) for n in range(prompts)]
 
@@ -36,7 +36,7 @@ def objective(*words: str, prompts: int = 1, tokens: int | None = None):
 
     reward = Reward(scorer, rows, examples, lambda step: list(range(prompts)), in_passes, nullcontext, [])
     reward._reward = lambda output, example: sum(token % 2 == 0 for token in output.ids) / len(output.ids)
-    return reward, model, list(scorer.attached.trained_parts().values()), rows
+    return reward, model, list(scorer.arm.trained_parts().values()), rows
 
 
 def gradient(reward: Reward, parts, step: int) -> torch.Tensor:
@@ -150,7 +150,7 @@ def test_an_arm_of_peft_is_trained_by_reward(tiny_config):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["objective.samples=4"], "objective.samples=4: belongs to objective=reward; add it, or leave it out"),
+        (["objective.samples=4"], "objective.samples=4: needs objective=reward; add it, or leave this key out"),
         (["objective=reward", "objective.samples=1"], "objective.samples=1: must be greater than or equal to 2"),
         (["objective=reward", "score.checkpoint=best"], "score.checkpoint=best: is the step of the lowest validation"),
         (["objective=reward", "train.shard=true"], "train.shard=true: objective=reward samples from a whole model"),
@@ -192,15 +192,15 @@ def test_the_drift_is_a_sum_over_the_vocabulary():
     scorer = tiny_scorer()
     examples = [Example(str(n), f"{n} + {n} =", f" {2 * n}", ("x",)) for n in range(5)]
     assert scorer.divergences(examples, "start") == [0.0] * 5
-    randomise(scorer.attached.adapter, scale=0.3)
+    randomise(scorer.arm.adapter, scale=0.3)
     found = scorer.divergences(examples, "moved")
     for example, value in zip(examples, found, strict=True):
         row = scorer.encoder.example(example)
         ids, first = torch.tensor([row.prompt + row.target]), len(row.prompt) - 1
-        log_p = logits(scorer.attached.model, ids)[0, first:-1].double().log_softmax(-1)
-        scorer.attached.disable()
-        log_q = logits(scorer.attached.model, ids)[0, first:-1].double().log_softmax(-1)
-        scorer.attached.enable()
+        log_p = logits(scorer.arm.model, ids)[0, first:-1].double().log_softmax(-1)
+        scorer.arm.disable()
+        log_q = logits(scorer.arm.model, ids)[0, first:-1].double().log_softmax(-1)
+        scorer.arm.enable()
         assert value == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)
 
 

@@ -180,7 +180,7 @@ def test_the_gap_of_another_answer_is_that_of_its_logit(finished):
     scorer = tiny_scorer("task=gsm8k", "task.validation_from_train=12", "task.rows.validation=null")
     example = load_examples(scorer.task, "validation", str(finished[0] / "data"))[0]
     prompt = torch.tensor([scorer.encoder.prompt(example.prompt)])
-    model = scorer.attached.model
+    model = scorer.arm.model
     logits = model(prompt).logits[0, -1].detach()
     for text in "abc#1":
         (token,) = scorer.encoder.tokenizer(text, add_special_tokens=False).input_ids

@@ -66,13 +66,13 @@ def test_a_file_becomes_consecutive_passages_of_at_most_the_context(text, encode
 
 def test_every_token_but_the_first_is_predicted():
     scorer = tiny_scorer("score.batch_size=2", context=64)
-    randomise(scorer.attached.adapter, scale=0.2)
+    randomise(scorer.arm.adapter, scale=0.2)
     texts = ["One sentence.", "Another, longer sentence.", "Yes"]
     rows = scorer.rows(as_passages(texts), "test", losses=True)
     for row, text in zip(rows, texts, strict=True):
         ids = torch.tensor([scorer.encoder.tokenizer(text, add_special_tokens=False).input_ids])
         with torch.no_grad():
-            expected = float(scorer.attached.model(input_ids=ids, labels=ids).loss)
+            expected = float(scorer.arm.model(input_ids=ids, labels=ids).loss)
         assert row.scores[TARGET_LOSS] == pytest.approx(expected, rel=1e-5)
         assert row.scores[TARGET_LOSS_BY_TOKEN][1] == ids.shape[1] - 1
         assert (row.prompt, row.references, row.has_answer) == ("", [text], False)

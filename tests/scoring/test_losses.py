@@ -29,13 +29,13 @@ def transformers_loss(scorer, prompt, target):
     tokens[1].append(tokenizer.eos_token_id)
     ids, labels = torch.tensor([tokens[0] + tokens[1]]), torch.tensor([[-100] * len(tokens[0]) + tokens[1]])
     with torch.no_grad():
-        return float(scorer.attached.model(input_ids=ids, labels=labels).loss), len(tokens[1])
+        return float(scorer.arm.model(input_ids=ids, labels=labels).loss), len(tokens[1])
 
 
 @pytest.mark.parametrize("limits", [["score.batch_size=1"], ["score.batch_size=4"], ["score.batch_tokens=64"]])
 def test_a_rows_loss_is_that_of_transformers_whatever_shares_its_batch(limits):
     scorer = gsm8k_scorer(*limits)
-    randomise(scorer.attached.adapter, scale=0.2)
+    randomise(scorer.arm.adapter, scale=0.2)
     rows = scorer.rows(EXAMPLES, "test", losses=True)
     assert [row.id for row in rows] == [example.id for example in EXAMPLES]
     for row, example in zip(rows, EXAMPLES, strict=True):

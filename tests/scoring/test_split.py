@@ -96,7 +96,7 @@ def test_the_base_model_is_scored_once_for_a_protocol(tmp_path, monkeypatch, los
     monkeypatch.setattr(Scorer, "rows", lambda *_, **__: pytest.fail("scored again"))
     assert scorer.cached_base("test", examples, losses) == first
     # Another adapter does not matter; another model, other rows or another protocol does.
-    other = replace(scorer, attached=attach(tiny("tiny_llama").model, "Tuv"))
+    other = replace(scorer, arm=attach(tiny("tiny_llama").model, "Tuv"))
     assert other.cached_base("test", examples, losses) == first
     with pytest.raises(pytest.fail.Exception):
         replace(scorer, base=replace(scorer.base, digest="other")).cached_base("test", examples, losses)

@@ -129,7 +129,7 @@ class TestSlots:
         (["joblib_slots", "hydra.launcher.devices=1"], r"^hydra.launcher.devices=1: must be a valid list"),
         (["joblib_slots", "+hydra.launcher.n_job=1"], r"^hydra.launcher.n_job: unknown key \(did you mean n_jobs\?\)"),
         (["ray_tasks"], r"^hydra/launcher=ray_tasks: ray is not installed; run: pip install 'tiedlora\[ray\]'$"),
-        (["slurm"], "^hydra/launcher=slurm and submitit_slots: submitit is not installed"),
+        (["slurm"], "^hydra/launcher=slurm or submitit_slots: submitit is not installed"),
         (["joblib_slots", "hydra.launcher._target_=collections.Counter"], "is no launcher of sweeps; choose basic"),
     ],
 )

@@ -39,7 +39,7 @@ class TestLaunchers:
     @pytest.mark.parametrize(
         ("error", "says"),
         [
-            (RuntimeError("no such partition"), r"^the launcher started no cell: RuntimeError: no such partition; the"),
+            (RuntimeError("no such partition"), r"^hydra/launcher: started no cell: RuntimeError: no such part"),
             (UserError("a worker has ended"), r"^a worker has ended$"),
         ],
     )

@@ -204,7 +204,7 @@ def test_wrong_options_are_one_line(option, message):
 @pytest.mark.slow
 def test_a_search_by_losses_is_refused_for_a_reward(tiny_run):
     swept = compose_sweep(tiny_run("objective=reward", "train.lr=1e-3,1e-2"))
-    with pytest.raises(UserError, match=r"^hydra.sweeper: a search of rates compares validation losses of refer"):
+    with pytest.raises(UserError, match=r"^hydra/sweeper: a search of rates compares validation losses of refer"):
         staged.run_staged(swept, OPTIONS, Here())
 
 

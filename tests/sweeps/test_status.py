@@ -26,7 +26,7 @@ from tiedlora.runs import run
 from tiedlora.sweeps import staged, status
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import run_sweep, work
-from tiedlora.sweeps.status import find_sweep, frame, looks, news
+from tiedlora.sweeps.status import find_sweep, frame, news, views
 from tiedlora.text import aligned
 
 CELL_KEYS = [
@@ -128,7 +128,7 @@ class TestLooks:
         second.folder.error_file.write_text("Traceback\ntiedlora.errors.Diverged: step 3\n")
         third.folder.path.mkdir()
         sweep.control.drop([fourth.run_id])
-        view = next(looks(sweep.path))
+        view = next(views(sweep.path))
         shown = {cell.run_id: (cell.state, cell.error, cell.score, cell.seconds, cell.step) for cell in view.cells}
         for cell in (status.status_of(cell, sweep.control) for cell in sweep.cells):
             assert shown[cell.run_id] == (cell.state, cell.error, cell.score, cell.seconds, cell.step)
@@ -142,7 +142,7 @@ class TestLooks:
         outputs = Path(sweep.cells[0].config.outputs)
         before = snapshot(outputs)
         for _ in range(3):
-            next(looks(sweep.path))
+            next(views(sweep.path))
         assert snapshot(outputs) == before
         # A folder that was never started is not made.
         assert not sweep.cells[2].folder.path.exists()
@@ -152,7 +152,7 @@ class TestLooks:
         cell.folder.path.mkdir()
         for path in (cell.folder.metrics_file, cell.folder.error_file):
             os.mkfifo(path)
-        assert status.counts(next(looks(sweep.path)).cells)["failed"] == 1
+        assert status.counts(next(views(sweep.path)).cells)["failed"] == 1
 
     def test_hostile_text_stays_text(self, sweep):
         cell = sweep.cells[0]
@@ -161,7 +161,7 @@ class TestLooks:
         cell.folder.metrics_file.write_bytes(
             b"\xff" * 10**6 + b"\n" + b'{"step": 1, "validation/loss": 2.0}\n' + b"[" * 10**5
         )
-        view = next(looks(sweep.path))
+        view = next(views(sweep.path))
         assert [each.validation_loss for each in view.cells if each.run_id == cell.run_id] == [2.0]
         for text in (drawn(view), "\n".join(news(None, view))):
             assert "\x1b" not in text
@@ -234,7 +234,7 @@ class TestSearches:
         options = search_options(lowest_rate=1e2, highest_rate=1e3)
         with pytest.raises(SystemExit):
             staged.run_staged(swept, options, work)
-        assert next(looks(swept.path)).ended
+        assert next(views(swept.path)).ended
 
     def test_its_decisions_and_its_end(self, tiny_run):
         grid = ("train.lr=1e-4,1e-3,1e-2,1e-1", "seed=0,1", "train.steps=8", "train.validate_every=2")
@@ -244,10 +244,10 @@ class TestSearches:
         def launch(folder, goals):
             for goal in goals:
                 work(folder, [goal])
-                seen.append(next(looks(sweep.path)))
+                seen.append(next(views(sweep.path)))
 
         staged.run_staged(sweep, search_options(), launch)
-        view = next(looks(sweep.path))
+        view = next(views(sweep.path))
         assert view.ended
         assert not any(look.ended for look in seen[:-1])
         assert any(status.counts(look.cells)["paused"] for look in seen)

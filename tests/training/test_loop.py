@@ -278,8 +278,8 @@ class TestCheckpoints:
         assert f"other {key}: {says}" in said
         assert "numpy" not in said
         for other, says in (
-            (replace(now, base="2"), "another base"),
-            (replace(now, data={"train": "c"}), "another data"),
+            (replace(now, base="2"), "other base weights"),
+            (replace(now, data={"train": "c"}), "other data"),
         ):
             with pytest.raises(UserError, match=says):
                 checkpoint.restore(tmp_path, parts, loop.optimizer, other)

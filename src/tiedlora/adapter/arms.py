@@ -112,7 +112,7 @@ class Arm(ABC):
         """Name -> each tensor of the arm that is no parameter and may change."""
         return {}
 
-    def started(self) -> None:
+    def remember_buffers(self) -> None:
         """Remember the buffers as they are now. `changed_buffers` compares with them."""
         self._versions = {name: (id(tensor), tensor._version) for name, tensor in self.buffers().items()}
 
@@ -223,7 +223,7 @@ def groups_by_pattern(
         if not any(re.search(pattern, name) for name in parts):
             names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in parts))
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise UserError(f"tying: the pattern {pattern!r} matches no trained parameter; they are {shown}")
+            raise UserError(f"tying.lr_factors or no_decay: {pattern!r} matches no trained parameter; they are {shown}")
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parts.items():
         factors = [factor for pattern, factor in (lr_factors or {}).items() if re.search(pattern, name)]

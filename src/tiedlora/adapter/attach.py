@@ -300,8 +300,8 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter, sharded: bool = False
         raise UserError("attach: the model has an adapter already; detach it first")
     expected, actual = adapter.architecture, architectures.read(model, adapter.architecture.layout)
     # FSDP and tensor parallelism split parameters, but a tied factor serves every layer.
-    parts = {type(each).__name__ for each in (model, *model.parameters())}
-    if not sharded and parts & {"DTensor", "FlatParameter", "FullyShardedDataParallel"}:
+    kinds = {type(each).__name__ for each in (model, *model.parameters())}
+    if not sharded and kinds & {"DTensor", "FlatParameter", "FullyShardedDataParallel"}:
         raise UserError(
             "attach: the model is sharded (FSDP or tensor parallel), which tied factors do not support; "
             "load it whole on each device, or start train.py with torchrun and train.shard=true"

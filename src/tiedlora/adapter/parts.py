@@ -40,8 +40,8 @@ def check_specification(
     if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
         raise UserError(f"rank={rank!r:.40}: must be an int from 1 to {LARGEST_RANK}")
     spec.check_tying(tying, rank, architecture)
-    if not isinstance(alpha, (int, float)) or not is_number(alpha) or not 1e-12 <= alpha <= 1e12:
-        raise UserError(f"alpha={alpha!r:.40}: must be a positive int or float")
+    if not is_number(alpha) or not 1e-12 <= alpha <= 1e12:
+        raise UserError(f"alpha={alpha!r:.40}: must be a number from 1e-12 to 1e12")
     if type(seed) is not int:
         raise UserError(f"seed={seed!r:.40}: must be an int")
     if scaling not in spec.SCALINGS:
@@ -168,7 +168,7 @@ class TiedAdapter(nn.Module):
         """The numbers of the layers that get an update."""
         self.targets = nn.ModuleDict()
         """`target`, or `target:term` if there are several terms -> its parts."""
-        for name, (target, term) in spec.groups(tying).items():
+        for name, (target, term) in spec.target_terms(tying).items():
             scaled_by = spec.term_rank(term, rank, architecture) if term.own_scale else rank
             factor = spec.scale(alpha, scaled_by, scaling) / self.scale
             self.targets[name] = TargetParts(term, rank, architecture, target, name, seed, factor)

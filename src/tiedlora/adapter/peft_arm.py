@@ -26,7 +26,7 @@ except ImportError:
     raise UserError("tying.method: needs PEFT; install it with pip install 'tiedlora[peft]'") from None
 
 NAME = "default"
-"""PEFT's name for the one adapter of a model. It stands in the names of its parameters."""
+"""PEFT's name for the one adapter of a model. The names of its parameters contain it."""
 
 
 class PeftArm(Arm):
@@ -74,11 +74,11 @@ class PeftArm(Arm):
             self._refuse("it trains weights of the base itself")
         if not self.trained_parts():
             self._refuse("nothing is trained")
-        self.started()
+        self.remember_buffers()
 
     def _refuse(self, reason: str) -> None:
         self.detach()
-        raise UserError(f"tying.method={self.spec.tying.method}: {reason}, which no arm may do")
+        raise UserError(f"tying.method={self.spec.tying.method}: {reason}; take other arguments, or another method")
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {_short(name): value for name, value in self.peft.named_parameters() if id(value) not in self._own}

@@ -3,7 +3,7 @@
 A claim's plan fixes the numbers of seeds at which it is looked at. A look uses the first seeds in the declared order,
 and is taken when all of them have ended on both sides. The first look that decides stands; later seeds change nothing.
 
-- supported, contradicted: the rule is, at the level of the look (rules.py);
+- supported, contradicted: the rule says so, at the level of the look (rules.py);
 - uninformative: at the last look, the comparator's own gain over the zero point may be 0, so any method would do as
   well (only for rules that need this gain: who is better can be known without it);
 - cannot fail here: the claim's weakest arm passes the same rule at the latest look that its seeds reach, so a pass says
@@ -78,9 +78,9 @@ class Answer:
     retains_at_least: float | None = None
     """The largest share that the rule `retains` would support at the level of the look."""
     kept: Interval | None = None
-    """The share that the method keeps, with the ends at which the rule decides (Rule.kept). Before the first look it
-    has the level 5 % and all common seeds, and of one seed it is over rows. None without a zero point or a gain of the
-    comparator."""
+    """The share that the method keeps, with the ends at which the rule decides (Rule.kept). Before the first look it is
+    at level 5 %, on all common seeds; with one seed, the interval is over rows. None without a zero point or a gain of
+    the comparator."""
     comparator_gain: float | None = None
     """The comparator's mean gain over the zero point, on the seeds of `kept`; None without a zero point."""
     gain_may_be_zero: bool = False
@@ -140,7 +140,7 @@ def answer_claims(
 def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     answer = Answer(claim, pair.anchor.model, pair.anchor.task_in_words, pair, reason=pair.problem)
     method, comparator = pair.method, pair.comparator
-    # No seed helps an arm that is beyond the curve.
+    # Usually the arm is beyond the curve, where no seed helps.
     answer.decide = "" if pair.problem and claim.comparator.frontier else next_look(claim, 0)
     if method is None or comparator is None:
         return answer
@@ -199,7 +199,7 @@ def _check_sensitivity(answer: Answer, pair: Pair, weakest: Pair, book: Scoreboo
         return f"sensitivity not shown: no base was scored beside {arm.name}"
     reached = [number for number in range(len(plan.looks)) if set(plan.of_look(number)) <= set(scores.seeds)]
     if not reached:
-        return f"sensitivity not shown: {arm.name} has not the seeds of a look"
+        return f"sensitivity not shown: {arm.name} does not have the seeds of a look"
     look, who = reached[-1], f"{arm.name}, the weakest arm at look {reached[-1] + 1}"
     evidence, level = rule.evidence(scores.of(plan.of_look(look))), plan.levels[look]
     if evidence.supported <= level and answer.verdict == Verdict.CONTRADICTED:
@@ -381,7 +381,7 @@ def _tested(answers: Iterable[Answer]) -> list[list[Answer]]:
 
 
 def mark_survivors(answers: Sequence[Answer]) -> None:
-    """Mark the verdicts that hold by Holm's procedure over all tests: then few wrong ones are among them by number."""
+    """Mark the verdicts that hold by Holm's procedure over all tests: one of them is wrong in at most 5 %."""
     tests = _tested(answers)
     for own, rejected in zip(tests, rules.holm([own[0].decided_level for own in tests]), strict=True):
         for answer in own:
@@ -396,7 +396,7 @@ def error_note(answers: Sequence[Answer]) -> str:
     decided = [own for own in tests if any(answer.verdict in DECIDED for answer in own)]
     surviving = sum(any(answer.survives_holm for answer in own) for own in decided)
     return (
-        f"Verdicts (supported or contradicted): {len(decided)}, from {len(tests)} different tests. With every "
-        f"truth at the boundary, {100 * rules.TOTAL:g} % of the tests ({rules.TOTAL * len(tests):.1f}) would get a "
+        f"Verdicts (supported or contradicted): {len(decided)}, from {len(tests)} different tests. If every true "
+        f"contrast were 0, at most {100 * rules.TOTAL:g} % of the tests ({rules.TOTAL * len(tests):.1f}) would get a "
         f"wrong verdict. By Holm's procedure over all tests, {surviving} of the {len(decided)} verdicts hold."
     )

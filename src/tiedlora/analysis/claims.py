@@ -56,7 +56,7 @@ class Side:
     def __post_init__(self) -> None:
         others = (self.configuration, self.rank, self.at, self.seed_offset, self.suffix)
         if self.frontier and any(others):
-            raise ValueError("frontier stands alone; it is a configuration at the other side's number of parameters")
+            raise ValueError("frontier allows no other key: it is a configuration at the other side's size")
         if self.shuffle_targets and self.objective == "reward":
             raise ValueError("shuffle_targets and objective: reward exclude each other")
         if not self.frontier and not self.configuration:
@@ -173,7 +173,7 @@ class _File:
     __pydantic_config__ = _KNOWN_KEYS
     claims: Annotated[list[_Entry], Field(min_length=1)]
     paper: Text = ""
-    looks: list[Annotated[Whole, Field(ge=2)]] = field(default_factory=lambda: list(rules.SEEDS))
+    looks: list[Annotated[Whole, Field(ge=2)]] = field(default_factory=lambda: list(rules.LOOKS))
     seeds: list[Annotated[Whole, Field(ge=0, le=LARGEST_COUNT)]] | None = None
     floor: Arm | None = None
     weakest: Arm | None = None
@@ -211,7 +211,7 @@ def read(path: Path) -> list[Claim]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     shared = {"plan": file.plan(), "floor": file.floor, "weakest": file.weakest}
-    # What a claim names stands before what its file names for all.
+    # A claim's own floor or weakest arm replaces that of its file.
     return [Claim(**{**shared, **{k: v for k, v in vars(entry).items() if v is not None}}) for entry in file.claims]
 
 
@@ -246,7 +246,7 @@ def check_names(
 
 
 def _own_metrics(task: str) -> tuple[str, ...]:
-    """The metrics of a task of conf/. None for another one, or if a program registers its kind."""
+    """The metrics of a task of conf/; empty for any other task, or if a program registers its kind."""
     try:
         return (*load_task(compose.task_option(task)).metrics, *LOSS_METRICS, DRIFT) if task in options("task") else ()
     except UserError:
@@ -401,7 +401,7 @@ def _partner(side: Side, anchor: RunGroup, groups: Sequence[RunGroup], what: str
         if not is_near(closest.params, anchor.params):
             raise UserError(
                 f"no {side.label} of about {anchor.params:,} parameters was run (nearest: r={closest.rank} with "
-                f"{closest.params:,}); budget={anchor.params} finds its rank"
+                f"{closest.params:,}); train one with budget={anchor.params}"
             )
         found = [group for group in found if group.params == closest.params]
     # The anchor is among them if it is compared with itself, on other seeds.

@@ -32,7 +32,7 @@ OTHER_ENDS = "the answers of the two sides end at different tokens (docs/tasks.m
 FEW_EXAMPLES = 10
 """If fewer examples than this score above zero, or fewer below one, a bootstrap over examples is too narrow. It covers
 83 to 87 % if 2 to 4 of 200 examples do."""
-FIRST_LOOK = 3
+WORTH_SEEDS = 3
 """How many seeds a size of a curve needs for a worth: the first ones that the arm shares with the two fullest sizes."""
 
 
@@ -69,7 +69,7 @@ def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estim
     values, notes = measure.values(runs), []
     estimate = _over_seeds(values)
     if far := [runs[place].seed for place in intervals.outlying(values)]:
-        notes.append(f"seed {number_list(far)} is far from the others: no t interval survives such a seed")
+        notes.append(f"seed {number_list(far)} is far from the others, so the interval over seeds is wrong")
     try:
         (table,), clusters = book.tables([runs], measure)
         _add_intervals(estimate, table, None, clusters)
@@ -257,7 +257,7 @@ def worth(group: RunGroup, sizes: Sequence[RunGroup], measure: Measure, book: Sc
     """What an arm is worth in parameters of a curve, which has these sizes.
 
     Returns:
-        None with fewer than two sizes, or two seeds of any part of it.
+        None with fewer than two sizes, or with fewer than two seeds or rows in common.
 
     Raises:
         UserError: as `paired_scores`.
@@ -266,7 +266,7 @@ def worth(group: RunGroup, sizes: Sequence[RunGroup], measure: Measure, book: Sc
     own, *others = ({run.seed for run in measure.scored(one.runs)} for one in (group, *sizes))
     # A size that has just begun does not take part.
     shared = sorted((own & seeds for seeds in others), key=len)
-    first = set(sorted(shared[-2])[:FIRST_LOOK]) if len(shared) > 1 else set()
+    first = set(sorted(shared[-2])[:WORTH_SEEDS]) if len(shared) > 1 else set()
     ended = [seeds | peer.diverged_seeds for peer, seeds in zip(sizes, others, strict=True)]
     ready = [peer for peer, seeds in zip(sizes, ended, strict=True) if len(first) > 1 and first <= seeds]
     for smaller, larger in itertools.pairwise(ready):

@@ -120,7 +120,7 @@ def group_runs(
     """Group the runs, choose the learning rates, and mark mixed groups. The groups are sorted for a table.
 
     Args:
-        selections: the choices that sweeps have recorded. They stand, also where other runs would choose otherwise.
+        selections: the choices that sweeps have recorded. They are used, even if the runs here would choose otherwise.
     """
     choices = [choice for selection in selections for choice in selection.choices]
     runs_of: dict[tuple[str, str], list[Run]] = defaultdict(list)
@@ -226,9 +226,9 @@ def _own_unfinished(unfinished: Iterable[UnfinishedRun], runs: Sequence[Run]) ->
 
 
 def _recorded_choices(runs: Sequence[Run], choices: Iterable[RateChoice]) -> list[RateChoice]:
-    """The choices that sweeps have recorded for these runs. The first one stands.
+    """The choices that sweeps have recorded for these runs; the first one is used.
 
-    It is the one among the most rates. Of these, it is the one with the fewest seeds: it was made at the earliest look.
+    It compared the most rates and, among such choices, the fewest seeds: it was made at the earliest look.
     """
     at_rate = {(run.run_id, run.lr) for run in runs}
     own = [choice for choice in choices if at_rate & {(run_id, choice.lr) for run_id in choice.run_ids}]

@@ -182,7 +182,7 @@ def over_examples(ours: Array, theirs: Array | None = None, clusters: Clusters |
     is averaged over seeds.
 
     Args:
-        ours, theirs: (seeds, examples), each in [0, 1], of the same seeds and examples in the same order.
+        ours, theirs: (seeds, examples), scores in [0, 1] or losses in nats, of the same seeds and examples in order.
         clusters: with them, the interval is that of `clustered_mean`.
     """
     values = (ours if theirs is None else ours - theirs).mean(0)
@@ -461,7 +461,7 @@ LEAST_DISTANCE = 0.01
 
 
 def outlying(values: Array) -> list[int]:
-    """The seeds whose score is far from the others, such as a training that collapsed: no t interval survives them.
+    """The seeds whose score is far from the others, such as a training that collapsed: a t interval over them is wrong.
 
     This is the generalised extreme Studentised deviate (Rosner, Technometrics 25, 1983) at level 0.01, for up to
     (seeds - 1) / 2 outliers. The seed farthest from the mean is taken out, then the next, and its distance in standard

@@ -11,7 +11,7 @@ from tiedlora.records.run_record import RunRecord
 from tiedlora.records.selection import validation_metric, validation_scores
 
 CRITERIA = ("score", "loss")
-"""The criteria of the choice: the task's first metric on validation, or the validation loss."""
+"""The criteria of the choice: the metric of `validation_metric`, or the validation loss."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RateTrial:
     losses: Mapping[int, float] = field(default_factory=dict)
     """Seed -> the last validation loss of its finished run."""
     scores: Mapping[int, float] = field(default_factory=dict)
-    """Seed -> the task's first metric on validation (more is better), for the runs that have it."""
+    """Seed -> the value of `validation_metric`, negated for a loss (more is better), for the runs that have it."""
     failed: frozenset[int] = frozenset()
     """The seeds whose runs failed."""
 

@@ -32,14 +32,14 @@ from tiedlora.records.interval import Interval
 
 TOTAL = 0.05
 """The chance of a wrong verdict in a whole plan, at most."""
-SEEDS = (3, 5, 8, 12)
+LOOKS = (3, 5, 8, 12)
 MOST_SEEDS = 1000
-"""Of a look. Each seed is a whole run of both sides, and a prediction simulates all of them DRAWS times."""
+"""The most seeds of a look: each is a run of both sides, and a prediction simulates all of them DRAWS times."""
 DRAWS = 4000
 """A simulated chance of 50 % is known to within 1.6 points (95 %)."""
 FUTILE = 0.02
-"""A plan is futile if the chance of a decision at a later look is below this. It loses at most 0.4 % of right verdicts,
-but 8 % where only 1 plan in 5 decides (docs/results.md)."""
+"""A plan is futile if the chance of a decision at a later look is below this. In simulations, to stop there loses at
+most 0.4 % of right verdicts, but 8 % in the setting where only 1 plan in 5 decides (docs/results.md)."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class Plan:
             seeds.
     """
 
-    looks: tuple[int, ...] = SEEDS
+    looks: tuple[int, ...] = LOOKS
     """How many seeds each look has."""
     declared: tuple[int, ...] | None = None
     """The seeds in declared order; None takes 0, 1, 2, ..."""
@@ -286,15 +286,15 @@ def adjusted(plan: Plan, look: int, p: float) -> float:
     return min(1.0, p * TOTAL / plan.levels[look])
 
 
-def holm(p_values: Sequence[float], level: float = TOTAL) -> list[bool]:
-    """Which hypotheses are rejected at a family-wise level, by Holm's method (Scand. J. Statist. 6, 1979).
+def holm(p_values: Sequence[float]) -> list[bool]:
+    """Which hypotheses are rejected at the family-wise level TOTAL, by Holm's method (Scand. J. Statist. 6, 1979).
 
-    The smallest p is compared with level / n, the next with level / (n - 1), and so on until one is not rejected.
+    The smallest p is compared with TOTAL / n, the next with TOTAL / (n - 1), and so on until one is not rejected.
     It needs no independence.
     """
     order, n = np.argsort(p_values, kind="stable"), len(p_values)
     rejected = np.empty(n, dtype=bool)
-    rejected[order] = np.logical_and.accumulate(np.array(p_values)[order] <= level / np.arange(n, 0, -1))
+    rejected[order] = np.logical_and.accumulate(np.array(p_values)[order] <= TOTAL / np.arange(n, 0, -1))
     return rejected.tolist()
 
 
@@ -341,6 +341,6 @@ def _predicted_seeds(of_seeds: Array, seeds: int) -> Array:
 def _expected(found: MeanSquares, of_seed: Array) -> MeanSquares:
     """The mean squares that are expected for other means of seeds, (..., seeds), with the variances that were found."""
     seeds, rows, rest = of_seed.shape[-1], found.rows, found.of_rest
-    # That of the rows' effects is their part of MS_rows for one seed.
+    # The rows' own part of MS_rows grows with the number of seeds; MS_rest does not.
     of_rows = seeds * np.maximum(0.0, found.of_rows - rest) / found.seeds + rest
     return replace(found, mean=of_seed.mean(-1), of_seeds=rows * of_seed.var(-1, ddof=1), of_rows=of_rows, seeds=seeds)

@@ -1,7 +1,6 @@
 """Read finished runs from their folders, and their scores of each example.
 
-A damaged folder is listed, and does not stop a report. This reads result.json, metrics.jsonl, predictions/ and
-config.yaml, and needs no torch, Hydra or W&B.
+A damaged folder is listed, and does not stop a report. This needs no torch, Hydra or W&B.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from tiedlora.records.reading import read_typed
 from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import DIVERGED, RunFolder, last_line
 from tiedlora.records.run_record import RunRecord, SplitScores, arm_suffix, read_record
-from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
+from tiedlora.records.selection import LOSS, SELECTION_FILE, Selection, read_selection
 from tiedlora.tasks import load_task
 from tiedlora.tying import STARTS
 
@@ -40,7 +39,6 @@ TOLERANCE = 1e-6
 """The allowed difference, by rounding, of a recorded metric from the mean over its examples."""
 CLUSTERS_FILE = "clusters.json"
 """In a study's folder: task -> row's id -> the row's cluster, for runs that were scored before rows had them."""
-VALIDATION_LOSS = "validation/loss"
 LONGEST_REASON = 200
 """Most characters of a failed run's error that are shown."""
 
@@ -252,7 +250,7 @@ def _unfinished(folder: RunFolder) -> UnfinishedRun | None:
         configuration += suffix
     except Exception:  # A file that a kill has cut off may be wrong in any way. Then these are not known.
         lr, model, configuration = math.nan, "", match["label"]
-    error, (_, losses) = last_line(folder.error_file), curves(folder, VALIDATION_LOSS).get(VALIDATION_LOSS, ([], []))
+    error, (_, losses) = last_line(folder.error_file), curves(folder, LOSS).get(LOSS, ([], []))
     return UnfinishedRun(
         run_id=folder.path.name,
         model=model,
@@ -293,7 +291,7 @@ class Measure:
     @property
     def unit(self) -> Unit:
         """The unit of the metric."""
-        return Unit.NATS if is_loss(self.metric) else Unit.POINTS
+        return Unit.of(self.metric)
 
     @property
     def sign(self) -> float:
@@ -340,13 +338,13 @@ class Scorebook:
         Raises:
             UserError: predictions are missing or damaged, or disagree with result.json.
         """
-        split, metric = measure.split, measure.metric
+        split, metric, where = measure.split, measure.metric, f"{run.run_id}: predictions/{measure.split}"
         read = self.read(run, split, base)
         recorded = (run.splits[split].base or {}) if base else run.splits[split].metrics
         if metric not in read.of_metric or metric not in recorded:
-            raise UserError(f"predictions/{split} has no per-example {metric}")
+            raise UserError(f"{where} has no per-example {metric}")
         if abs(float(read.of_metric[metric].mean()) - recorded[metric].value) > TOLERANCE:
-            raise UserError(f"predictions/{split} disagrees with result.json on {metric}; scripts/verify.py says where")
+            raise UserError(f"{where} disagrees with result.json on {metric}; scripts/verify.py says where")
         return read.ids, read.of_metric[metric]
 
     def base_scores(self, run: Run, measure: Measure) -> Array:
@@ -391,7 +389,7 @@ def _read(run: Run, split: str, base: bool) -> RowScores:
             table = np.array(scores, dtype=np.float64)
             values[metric] = table if table.ndim == 1 else pseudo_values(table, _corpus_score(run, metric))
         except (KeyError, TypeError, ValueError, ArithmeticError, ImportError) as error:
-            raise UserError(f"predictions/{split}: its scores of {metric} cannot be read ({error!r:.60})") from None
+            raise UserError(f"{run.run_id}: scores of {metric} on {split} cannot be read ({error!r:.60})") from None
     listed = _listed_clusters(run.path.parent.parent / CLUSTERS_FILE).get(run.task, {})
     names = [row.cluster or listed.get(row.id, "") for row in rows]
     named = set(names) - {""}

@@ -47,7 +47,7 @@ class ShareAxis:
 def axis(shares: Iterable[Interval], zones: Iterable[tuple[float, float]] = ()) -> ShareAxis:
     """The axis for these shares: as narrow as their intervals and zones allow, and within LEAST to MOST.
 
-    All panels of sizes have one, so that tasks on which the arms hardly differ look like it.
+    All panels of shares have the same axis, so that small differences look small.
     """
     ends = [end for one in shares for end in (one.value, one.low, one.high) if not math.isnan(end)]
     ends += [*USUAL, *(end + 0.1 for zone in zones for end in zone if math.isfinite(end))]
@@ -108,7 +108,7 @@ def forest(answers: Iterable[Answer]) -> list[tuple[Claim, list[Answer]]]:
 
 
 @dataclass(frozen=True)
-class SizedShare:
+class ArmShare:
     """One arm: its share of the reference's gain, with a 95 % interval. The ends are NaN if it has none."""
 
     group: RunGroup
@@ -120,26 +120,26 @@ class SizedShare:
 
 
 @dataclass(frozen=True)
-class SizePanel:
+class SharePanel:
     """The arms of one setting by one metric."""
 
     measure: Measure
     reference: RunGroup
     zero: str
     """What a gain is measured from."""
-    arms: list[SizedShare]
+    arms: list[ArmShare]
     """The sizes of the reference's configuration in rising order, of which the reference is one, and all others."""
 
     @property
-    def curve(self) -> list[SizedShare]:
+    def curve(self) -> list[ArmShare]:
         """The sizes of the reference's configuration."""
         return [arm for arm in self.arms if arm.is_on_curve]
 
 
-def size_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Scorebook) -> list[SizePanel]:
+def share_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Scorebook) -> list[SharePanel]:
     """A panel for every setting and metric of the figures in which a claim names a comparator that gains something.
 
-    Where a claim cannot fail, and none was shown to be able to, there is no panel: it would show 90 % of everything.
+    Where a claim cannot fail, and no other was shown able to fail, there is no panel: every arm would keep about all.
     """
     by_panel: dict[tuple[str, Measure], list[RunGroup]] = defaultdict(list)
     for row in rows:
@@ -156,18 +156,18 @@ def size_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Scor
         reference, floor = found
         on_curve = curve(reference.label, setting, groups)
         shares = {group: _share(group, reference, measure, book, floor) for group in groups}
-        arms = [SizedShare(group, *share, group in on_curve) for group, share in shares.items() if share is not None]
+        arms = [ArmShare(group, *share, group in on_curve) for group, share in shares.items() if share is not None]
         if arms:
             arms.sort(key=lambda arm: (not arm.is_on_curve, arm.group.params if arm.is_on_curve else 0))
-            panels.append(SizePanel(measure, reference, floor.name if floor else BASE, arms))
+            panels.append(SharePanel(measure, reference, floor.name if floor else BASE, arms))
     return panels
 
 
 def _reference(answers: Sequence[Answer], groups: Sequence[RunGroup]) -> tuple[RunGroup, RunGroup | None] | None:
     """The comparator of the first of these answers that gains something, and its floor.
 
-    Of a curve, it is the largest size. It has the runs of all seeds, whatever seeds the claim takes. If the claim's
-    rule needs no zero point, the floor is the first one of the others.
+    If the comparator is a curve, the reference is its largest size. It has the runs of all seeds, whatever seeds the
+    claim takes. If the claim's rule needs no zero point, the floor is the first one of the others.
     """
     for answer in answers:
         if answer.pair is not None and answer.pair.arms and answer.comparator_gain and answer.comparator_gain > 0:

@@ -109,7 +109,7 @@ def _check_objective(config: Config) -> None:
         default = ObjectiveConfig()
         for item in fields(default):
             if (value := getattr(config.objective, item.name)) != getattr(default, item.name):
-                raise UserError(f"objective.{item.name}={value}: belongs to objective=reward; add it, or leave it out")
+                raise UserError(f"objective.{item.name}={value}: needs objective=reward; add it, or leave this key out")
     elif config.score.checkpoint == "best":
         raise UserError(
             "score.checkpoint=best: is the step of the lowest validation loss, which objective=reward does not lower; "
@@ -181,7 +181,7 @@ def _check_sizes(model: ModelConfig) -> None:
             "for each byte and one for the end of a text"
         )
     if a.head_dim % 2:
-        raise UserError(f"model.architecture.head_dim={a.head_dim}: must be even (rotary embeddings turn pairs)")
+        raise UserError(f"model.architecture.head_dim={a.head_dim}: must be even (for rotary embeddings)")
     layer_params = 2 * (a.heads + a.kv_heads) * a.head_dim + 3 * a.intermediate
     params = a.hidden * (2 * a.vocabulary + model.context + a.layers * layer_params)
     if params > LARGEST_RANDOM:
@@ -192,9 +192,9 @@ def _check_sizes(model: ModelConfig) -> None:
 
 
 def _check_rank(config: Config) -> None:
-    largest = min(tying.target_shape(config.model.architecture, config.tying.targets[0]))
+    limit = min(tying.target_shape(config.model.architecture, config.tying.targets[0]))
     for name, term in (config.tying.terms or {}).items():
-        if term.rank.isdecimal() and int(term.rank) > largest:
-            raise UserError(f"tying.terms.{name}.rank={term.rank}: is more than the projection's {largest}; lower it")
-    if config.rank.r > largest:
-        raise UserError(f"rank.r={config.rank.r}: is more than the projection's {largest}; use a lower rank")
+        if term.rank.isdecimal() and int(term.rank) > limit:
+            raise UserError(f"tying.terms.{name}.rank={term.rank}: is more than the projection's smaller side, {limit}")
+    if config.rank.r > limit:
+        raise UserError(f"rank.r={config.rank.r}: is more than the projection's smaller side, {limit}; lower it")

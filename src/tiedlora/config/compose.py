@@ -41,7 +41,7 @@ VERSION_BASE: dict[str, Any] = {} if _HYDRA_IS_NEW else {"version_base": "1.3"}
 """Hydra 1.3 asks which version's defaults to take. 1.4 has these defaults, and warns if it is told."""
 ARGUMENTS = "tying.resolved."
 """Where the identity has the arguments of another method. The user sets them under tying.arguments."""
-NOT_EXACT = "   # and the rest of config.yaml: this version of the code composes another run from it"
+NOT_EXACT = "   # not exact: this version of the code composes another run; the run's config.yaml has all values"
 Layered = TypeVar("Layered", TyingConfig, Term)
 _register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.register_new_resolver
 
@@ -82,13 +82,13 @@ def load(composed: DictConfig | dict[str, Any]) -> Config:
 
 
 def typed(composed: DictConfig | dict[str, Any]) -> Config:
-    """The values of a composed configuration as typed objects. Its interpolations are resolved; nothing is checked yet.
+    """The values of a composed configuration as typed objects, interpolations resolved. Each key is checked alone.
 
     Args:
         composed: what Hydra has composed, or the plain data of a record.
 
     Raises:
-        UserError: a key is unknown, missing or of a wrong type; the message names it.
+        UserError: a key is unknown or missing, or has a wrong value; the message names it.
     """
     with readable_errors(), _own_variables_only():
         node = OmegaConf.create(composed) if isinstance(composed, dict) else composed

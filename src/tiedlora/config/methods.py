@@ -108,7 +108,7 @@ def peft_class(method: str) -> type[Any]:
             f"tying.method={method}: is no method of PEFT that changes a model's layers; choose from {names}"
         )
     if needs := REFUSED.get(kind.__name__):
-        raise UserError(f"tying.method={method}: {kind.__name__} {needs}, which this loop does not do")
+        raise UserError(f"tying.method={method}: {kind.__name__} {needs}; the training loop here does not do that")
     return kind
 
 

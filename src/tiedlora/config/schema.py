@@ -42,9 +42,9 @@ Tag = Annotated[Text, Field(pattern=f"^.{{1,{LONGEST_TAG}}}$")]
 Split = Annotated[Text, Field(pattern=f"^({'|'.join(SPLITS)})$")]
 ScoredSplit = Annotated[Text, Field(pattern=f"^({'|'.join(SCORED_SPLITS)})$")]
 Memory = Annotated[Text, Field(pattern="^[0-9]{1,6}[KMG]i?B$")]
-Filled = Annotated[Lines, AfterValidator(_filled)]
-Place = Annotated[Text, AfterValidator(_filled)]
-Folder = Annotated[Place, AfterValidator(_absolute)]
+FilledLines = Annotated[Lines, AfterValidator(_filled)]
+FilledText = Annotated[Text, AfterValidator(_filled)]
+Folder = Annotated[FilledText, AfterValidator(_absolute)]
 """A path, which becomes one from the root."""
 Rate = Annotated[Number, Field(ge=0, le=1_000_000)]
 """A factor on the learning rate."""
@@ -79,7 +79,7 @@ class ModelConfig:
     null takes all that is free."""
     context: Count = 0
     """How many tokens the model can attend to. A prompt and max_new_tokens, or a prompt and its target, must fit into
-    it. Rows that do not fit are counted."""
+    it. Training rows that do not fit are dropped and counted."""
     architecture: Architecture = field(default_factory=Architecture)
     """The sizes of the model."""
 
@@ -122,7 +122,7 @@ class TaskConfig:
     """The template of the text that is trained. The end-of-text token is added after it, and trained too."""
     chat_template: bool = False
     """Whether the prompt is wrapped as one user turn of the tokenizer's chat template."""
-    stop: list[Filled] = field(default_factory=list)
+    stop: list[FilledLines] = field(default_factory=list)
     """The generation of an answer ends at the first of these strings, at the end-of-text token or another end of the
     model, or at max_new_tokens."""
     max_new_tokens: Annotated[Whole, Field(ge=1, le=LARGEST_SCORING)] = 256
@@ -268,7 +268,7 @@ class TrainConfig:
     pause_after: Count | None = field(default=None, metadata=EXECUTION)
     """End after this step with a checkpoint. The same command without it continues, and the result is the same. The
     staged sweeper sets it."""
-    init_from: Place | None = field(default=None, metadata=EXECUTION)
+    init_from: FilledText | None = field(default=None, metadata=EXECUTION)
     """Start from the adapter of this run or folder, not from initial values. The identity has its content, not its
     path."""
     init_digest: Text | None = field(default=None, metadata=neutral(None))
@@ -288,7 +288,7 @@ class ObjectiveConfig:
 
     name: Literal["targets", "reward"] = "targets"
     """targets: the cross-entropy of the rows' targets; reward: a policy gradient on sampled answers."""
-    metric: Place | None = None
+    metric: FilledText | None = None
     """The metric of the task that is the reward of an answer; null takes the task's first."""
     samples: Annotated[Whole, Field(ge=2, le=LARGEST_SCORING)] = 8
     """Answers to each prompt of a step. They are a group, whose mean reward is subtracted from each reward."""
@@ -367,7 +367,7 @@ class Config:
     """Trained parameters: the rank, or the argument tying.knob of another method, is chosen to come nearest to them.
     null leaves the size as it is. The identity has the chosen size."""
     seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
-    """The seed of the adapter's initial values, the order of the rows, and dropout."""
+    """The seed of the adapter's initial values, the order of the rows, dropout, and the sampled answers (reward)."""
     outputs: Folder = field(default="outputs", metadata=EXECUTION)
     """The folder of the runs, with one folder for each configuration."""
     cache: Folder = field(default=".cache", metadata=EXECUTION)

@@ -118,8 +118,8 @@ def nearest_size(count: Callable[[int], int | None], budget: int, highest: int, 
     """
     counts: dict[int, int] = {}
 
-    def is_new(value: int) -> bool:
-        """Whether the value is possible and has not been counted. It is then."""
+    def count_new(value: int) -> bool:
+        """Count a value that is possible and not counted yet. Returns whether it was one."""
         if not 1 <= value <= highest or value in counts or (number := count(value)) is None:
             return False
         counts[value] = number
@@ -139,21 +139,21 @@ def nearest_size(count: Callable[[int], int | None], budget: int, highest: int, 
         reached = first + (budget - counts[first]) / slope if slope > 0 else 2 * max(counts)
         return max(1, min(highest, round(reached)))
 
-    is_new(1)
-    is_new(2)
+    count_new(1)
+    count_new(2)
     for _ in range(TRIES):
         value = guess()
         # Some values are impossible, for example because they must divide a side of the matrix.
-        if value in counts or not any(map(is_new, (value, value - 1, value + 1))):
+        if value in counts or not any(map(count_new, (value, value - 1, value + 1))):
             break
     if not any(is_near(number, budget) for number in counts.values()):
         for value in landmarks:
-            is_new(value)
+            count_new(value)
     if not counts:
         raise UserError(f"budget={budget}: no value of the method's size is possible for this model")
     best = min(counts, key=distance)
-    is_new(best - 1)
-    is_new(best + 1)
+    count_new(best - 1)
+    count_new(best + 1)
     return min(counts, key=distance)
 
 

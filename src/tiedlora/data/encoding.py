@@ -126,7 +126,7 @@ class Encoder:
         return bool(first) and str(first[0]).startswith(BLANK_MARK) and alone != with_blank
 
     def continuation(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text that follows a prompt. After a chat template, the text loses its leading space."""
+        """Token ids after a prompt. A chat template takes off all leading blanks, `leaves_out_blank` only one."""
         if self.config.chat_template:
             text = text.lstrip(" ")
         elif self.leaves_out_blank:
@@ -142,8 +142,8 @@ class Encoder:
         if self._fits(example):
             return example
         start, end = example.cuttable
-        # Where the rest of the prompt alone does not fit, the bisection would find nothing. It takes the tokens of the
-        # whole prompt a dozen times, which are minutes for a question of a million characters.
+        # Where the rest of the prompt alone does not fit, the bisection would find nothing. It would tokenise the whole
+        # prompt a dozen times, which takes minutes for a question of a million characters.
         if start == end or not self._fits(_cut(example, 0)):
             return None
         # Bisection finds the most characters that fit: nearly always, a longer text has more tokens.

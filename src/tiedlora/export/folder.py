@@ -75,7 +75,7 @@ def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, opt
         out: a folder that does not exist or is empty.
 
     Raises:
-        UserError: the adapter or the predictions are damaged, or the base model cannot be loaded or is another one.
+        UserError: a file is damaged, the run cannot be merged, or the base model cannot be loaded or is another one.
         OSError: `out` cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
     if is_other_method(run.adapter):
         if options.form == "merged":
             raise UserError(
-                f"--to merged: is for this project's own adapters; load the run with --to peft, and use PEFT's "
+                f"--to merged: is for this project's own adapters; export the run with --to peft, and use PEFT's "
                 f"merge_and_unload if {config.tying.method} has it"
             )
         check_tensors(run.adapter)

@@ -51,7 +51,7 @@ def export_record(run: RunFolder, out: Path, *, keep_adapter: bool) -> RunFolder
 
 def export_stopped(run: RunFolder, out: Path) -> None:
     """Write what shows why a run has no result: its configuration, its losses, and why a search stopped it, or that its
-    loss was not finite. Of this error, the last line alone is kept: the lines before it name paths.
+    loss was not finite. Only the last line of that error is kept, because the lines before it name paths.
 
     Raises:
         UserError: config.yaml is damaged.

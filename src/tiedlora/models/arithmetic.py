@@ -35,7 +35,7 @@ def forward_flop(a: Architecture, tokens: float, head_tokens: float) -> float:
 def training_flop(a: Architecture, tokens: float, target_tokens: float) -> float:
     """FLOP of one row's training pass: forward, and backward through frozen weights to the activations.
 
-    The backward pass has one more product for each weight, and four for each of attention's two. The products of the
+    The backward pass has one more product for each weight, and two for each of attention's two. The products of the
     adapter, a few per cent, are left out.
     """
     forward = forward_flop(a, tokens, target_tokens)

@@ -130,7 +130,7 @@ def _pretrained(config: ModelConfig, folder: Path | str | None, settings: dict[s
                 "be moved from the CPU or the disk for each pass; raise model.gpu_memory, or use more GPUs or nf4"
             ) from None
         raise UserError(
-            f"model={source}: cannot be loaded ({reason}) Three ways: reach the hub (gated models: "
+            f"model={source}: cannot be loaded ({reason}). Three ways: reach the hub (gated models: "
             "accept the licence there, then `hf auth login`); or model.path=FOLDER with its config.json, "
             "tokenizer.json and *.safetensors; or model=smollm2_135m, which needs no hub"
         ) from None

@@ -1,4 +1,4 @@
-"""What a model does with the logits of its output head before they are its logits: a factor, and a cap.
+"""From the outputs of a model's output head to its logits: a factor, and a soft cap.
 
 Loss and scoring call the body and the head apart, so that logits are computed only where they are needed. So they need
 to know what the model's own forward pass does after the head, and `check` refuses a model for which that is not all.

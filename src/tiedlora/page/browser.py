@@ -80,7 +80,7 @@ def sheets(groups: Iterable[RunGroup], splits: dict[RunGroup, str], most_bytes: 
 
 
 def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int], most_bytes: int) -> Sheet | None:
-    """The sheet of the runs with these seeds, or with so many that fit; None if no run's predictions can be shown."""
+    """The sheet of the runs with these seeds, or of as many seeds as fit; None if no run's predictions can be shown."""
     runs = [(group, run) for group in groups for run in group.runs if split in run.splits]
     left_out = [
         f"{group.name} · seed {run.seed}: the page would be too large" for group, run in runs if run.seed not in seeds

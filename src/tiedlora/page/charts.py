@@ -23,10 +23,10 @@ from tiedlora.analysis.claims import Claim
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import Measure
-from tiedlora.analysis.shares import ShareAxis, SizePanel
+from tiedlora.analysis.shares import ShareAxis, SharePanel
 from tiedlora.page.figures import BACK, INK, LINE, SOFT, VERDICTS, ZONE, Panel, cut, order, style
 from tiedlora.page.tables import minus
-from tiedlora.records.interval import Interval, Unit
+from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.text import visible
 
@@ -38,23 +38,23 @@ WITH_NAMES = (0.62, 1.1, 0.5, 0.12)
 """The margins of a panel with names at the right ends of lines."""
 
 
-def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], sizes: Sequence[SizePanel]) -> list[Panel]:
+def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], share_panels: Sequence[SharePanel]) -> list[Panel]:
     """Every panel of a report, by model and in the page's order.
 
     Args:
-        sizes: what every arm keeps of a reference's gain.
+        share_panels: what every arm keeps of a reference's gain.
     """
     found = []
     for model in dict.fromkeys(row.group.model for row in rows):
         forest = shares.forest(answer for answer in answers if answer.model == model and answer.pair is not None)
         if any(answer.kept is not None for _, own in forest for answer in own):
             found.append(_forest(model, forest))
-        for size in (size for size in sizes if size.reference.model == model):
-            draw = partial(draw_shares, panel=size, sizes=sizes)
-            seeds = [arm.seeds for arm in size.arms]
+        for panel in (panel for panel in share_panels if panel.reference.model == model):
+            draw = partial(draw_shares, panel=panel, share_panels=share_panels)
+            seeds = [arm.seeds for arm in panel.arms]
             numbers = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
-            title = f"{_title(size.reference, size.measure)} ({numbers} seeds)"
-            found.append(Panel("shares", model, title, draw, [arm.group for arm in size.arms]))
+            title = f"{_title(panel.reference, panel.measure)} ({numbers} seeds)"
+            found.append(Panel("shares", model, title, draw, [arm.group for arm in panel.arms]))
         # By setting, and the scores also by metric. A loss over steps needs no score.
         scored: dict[tuple[str, str, str], list[ResultRow]] = defaultdict(list)
         trained: dict[tuple[str, str], dict[RunGroup, None]] = defaultdict(dict)
@@ -189,14 +189,14 @@ def _mark(ax: Axes, x: float, y: float, colour: str, marker: str, is_filled: boo
     ax.plot([x], [y], marker=marker, color=colour, markerfacecolor=face, linestyle="", clip_on=False, zorder=3)
 
 
-def draw_shares(ax: Axes, panel: SizePanel, sizes: Sequence[SizePanel]) -> None:
+def draw_shares(ax: Axes, panel: SharePanel, share_panels: Sequence[SharePanel]) -> None:
     """What each arm keeps of the reference's gain, and the curve of the reference's configuration with its band.
 
     Args:
-        sizes: all panels. They have the same axes, so that tasks on which the arms hardly differ look like it.
+        share_panels: all panels. They have the same axes, so that small differences look small.
     """
-    scale = shares.axis(arm.share for each in sizes for arm in each.arms)
-    _count_axis(ax, [arm.group.params for each in sizes for arm in each.arms])
+    scale = shares.axis(arm.share for each in share_panels for arm in each.arms)
+    _count_axis(ax, [arm.group.params for each in share_panels for arm in each.arms])
     margin = 0.02 * (scale.high - scale.low)
     ax.set_ylim(scale.low - margin, scale.high + margin)
     ax.set_yticks(list(scale.ticks), _percents(scale))
@@ -221,7 +221,7 @@ def draw_shares(ax: Axes, panel: SizePanel, sizes: Sequence[SizePanel]) -> None:
 
 
 def draw_pareto(ax: Axes, rows: Sequence[ResultRow]) -> None:
-    """Scores with the front of what nothing smaller beats."""
+    """Scores against parameters, with the Pareto front."""
     measure, values = rows[0].measure, []
     for row in rows:
         assert row.score is not None
@@ -232,7 +232,7 @@ def draw_pareto(ax: Axes, rows: Sequence[ResultRow]) -> None:
     best = front([(row.group.params, measure.sign * v.value) for row, v in zip(rows, values, strict=True)])
     corners = [(rows[place].group.params, values[place].value) for place in best]
     ax.plot(*zip(*corners, strict=True), color=SOFT, linewidth=0.8, zorder=1)
-    ax.set_ylabel(f"{'loss' if measure.unit is Unit.NATS else 'score'}, {measure.unit.words}")
+    ax.set_ylabel(f"{measure.metric.replace('_', ' ')}, {measure.unit.words}")
     pairs = enumerate(zip(rows, values, strict=True))
     _against_parameters(ax, [Point(row.group, value, i in best, row.group.name) for i, (row, value) in pairs])
 
@@ -266,7 +266,7 @@ def _curves(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
             own = [curves[metric] for curves in runs if metric in curves]
             steps = own[0][0] if own else []
             if len(steps) > 1:
-                lines.append(Curve(group, steps, np.array([losses for at, losses in own if at == steps])))
+                lines.append(Curve(group, steps, np.array([values for at, values in own if at == steps])))
         task = groups[0].task_in_words
         title = task if metric == "validation/loss" else f"{task}, {metric}"
         if lines:

@@ -33,8 +33,8 @@ LIGHT = dict(re.findall(r"--(\w+): (#\w+)", (HERE / "page.css").read_text(encodi
 NAMES = ("ink", "soft", "line", "back", "zone", "good", "bad", "open", *(f"k{number}" for number in range(7)))
 # k0 to k6 are after Okabe and Ito's palette, without black and yellow, each of which is invisible on one background.
 THEME = {name: LIGHT[name] for name in NAMES} | {"back": "#ffffff"}
-"""The colours of page.css in its light theme, by the names of its variables. The dark theme has others. A file is
-white; the page is almost."""
+"""The colours of page.css in its light theme, by the names of its variables; the dark theme has others. The background
+is white in files, and nearly white on the page."""
 INK, SOFT, LINE, BACK, ZONE, GOOD, BAD, OPEN, *COLOURS = THEME.values()
 CSS_NAMES = {colour: name for name, colour in THEME.items()}
 VERDICTS = {
@@ -152,7 +152,7 @@ def _look(**more: Any) -> Iterator[None]:
 
 
 def write_files(panels: Sequence[Panel], out: Path) -> None:
-    """Write a figure of each kind to `out`, as PNG and SVG. That of an earlier report goes, if this one has none."""
+    """Write a figure of each kind to `out`, as PNG and SVG. Remove that of an earlier report, if this one has none."""
     for kind in KINDS:
         if not (own := [panel for panel in panels if panel.kind == kind][:MOST_PANELS]):
             for suffix in ("png", "svg"):
@@ -244,7 +244,7 @@ def inline(panel: Panel) -> Markup:
 
 
 def _plain(element: ElementTree.Element) -> None:
-    """Make an element's style attributes, and leave out what the page does not need."""
+    """Turn an element's style into attributes, and leave out what the page does not need."""
     element.tag = element.tag.removeprefix(SVG)
     style = element.attrib.pop("style", "")
     if element.tag == "g":

@@ -30,7 +30,7 @@
     const place = row % sheet.head.block;
     return { prompt: prompts[place], references: references[place], answers: answers[place] };
   };
-  // For the search: every text in small letters, made once.
+  // For the search: every text in lower case, made once.
   const readAll = (sheet) => (sheet.all ??= (async () => {
     for (let place = 0; place * sheet.head.block < sheet.head.rows; place++) {
       const { prompts, references, answers } = await block(sheet, place);
@@ -113,12 +113,12 @@
       const head = make("h4");
       head.append(make("b", "", name(column)), ...sheet.head.runs[column].marks.map((mark) => make("span", "mark-word", mark)));
       const score = sheet.scores[metric]?.[column]?.[row];
-      if (score != null) head.append(make("span", "", `${sheet.head.metrics[metric].sign < 0 ? "loss" : "score"} ${+score.toFixed(3)}`));
+      if (score != null) head.append(make("span", "", `${sheet.head.metrics[metric].name} ${+score.toFixed(3)}`));
       box.append(head);
       if (other === null) box.append(make("p", "none", "no answer was generated"));
       else if (other === "") box.append(make("p", "none", "an empty answer"));
       else if (column === first) box.append(long(marked(other, shown.includes(second) ? text(second) : null), other));
-      else box.append(long(marked(other, one), other), ...(one === null ? [] : [make("p", "none", parting(one, other))]));
+      else box.append(long(marked(other, one), other), ...(one === null ? [] : [make("p", "none", divergence(one, other))]));
       given.append(box);
     }
     card.append(title, asked, given);
@@ -147,11 +147,11 @@
   };
 
   // --- The difference of two answers, in words.
-  const parting = (one, other) => {
+  const divergence = (one, other) => {
     if (one === other) return "the same answer";
     let i = 0;
     while (i < one.length && i < other.length && one[i] === other[i]) i++;
-    return i ? `parts after ${i.toLocaleString("en")} character${i > 1 ? "s" : ""}` : "parts at the first character";
+    return i ? `differs after ${i.toLocaleString("en")} character${i > 1 ? "s" : ""}` : "differs at the first character";
   };
   const marked = (text, other) => {
     if (other === null || text === other) return [text];

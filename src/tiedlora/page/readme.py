@@ -17,7 +17,7 @@ from pathlib import Path
 from tiedlora import storage
 from tiedlora.analysis.answers import Answer
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.shares import SizePanel
+from tiedlora.analysis.shares import SharePanel
 from tiedlora.config.sizes import is_near
 from tiedlora.errors import UserError
 from tiedlora.page import tables
@@ -66,7 +66,7 @@ def check(file: Path) -> str:
     wrong = next((found["name"] for found in blocks if found["name"] not in (RUNS, *TABLES)), None)
     if wrong is not None or text.count(START) != len(blocks):
         where = "" if wrong is None else f" {START}{wrong} -->:"
-        raise UserError(f"{file}:{where} the name is {names}, and each mark needs its own end")
+        raise UserError(f"{file}:{where} NAME must be one of {names}, and each mark needs its own end")
     return text
 
 
@@ -159,17 +159,17 @@ def _without_one_model(table: Table) -> Table:
 
 
 def _answer(report: Report) -> Table:
-    """One row for each arm that most panels of shares have: parameters, worth, and the verdict against equal size.
+    """One row for each arm in at least half of its model's panels of shares: parameters, worth, verdict at equal size.
 
     The panels are the tasks on which the arms can be told apart.
     """
     worth = {(_of(row.group), row.group.setting, row.measure): row.worth for row in report.rows}
-    panels: dict[str, dict[str, SizePanel]] = defaultdict(dict)
-    for panel in report.sizes:
+    panels: dict[str, dict[str, SharePanel]] = defaultdict(dict)
+    for panel in report.share_panels:
         title = f"worth on {panel.reference.task_in_words}, {panel.measure.metric}"
         panels[title][panel.reference.model] = panel
-    of_model = Counter(panel.reference.model for panel in report.sizes)
-    shown = [arm.group for panel in report.sizes for arm in panel.arms]
+    of_model = Counter(panel.reference.model for panel in report.share_panels)
+    shown = [arm.group for panel in report.share_panels for arm in panel.arms]
     count = Counter(map(_of, shown))
     rows = []
     for name, group in sorted({_of(group): group for group in shown}.items(), key=lambda item: -item[1].params):
@@ -187,8 +187,8 @@ def _answer(report: Report) -> Table:
 
 def _against_equal_size(report: Report, name: tuple[str, str, int]) -> str | None:
     """The verdicts on claims that an arm is better than an arm of about its size, or than the curve at its size."""
-    panels = {(panel.reference.setting, panel.measure) for panel in report.sizes}
-    lora = {arm.group.name for panel in report.sizes for arm in panel.curve}
+    panels = {(panel.reference.setting, panel.measure) for panel in report.share_panels}
+    lora = {arm.group.name for panel in report.share_panels for arm in panel.curve}
     found: dict[str, dict[str, None]] = {}
     for answer in report.answers:
         pair = answer.pair
@@ -202,7 +202,7 @@ def _against_equal_size(report: Report, name: tuple[str, str, int]) -> str | Non
 
 
 def _cost(report: Report) -> Table:
-    """Of the model, task and variant with most groups: other speeds are no comparison of configurations."""
+    """The costs in the setting with the most groups: speeds of other models, tasks or variants cannot be compared."""
     places = [(group.model, group.task, group.variant) for group in report.groups]
     most = max(sorted(set(places)), key=places.count, default=None)
     table = tables.cost(group for group, place in zip(report.groups, places, strict=True) if place == most)

@@ -20,7 +20,7 @@ from tiedlora.analysis.answers import DECIDED, Answer, ClaimVerdict, error_note
 from tiedlora.analysis.compare import Estimate, ResultRow
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import LeftOut
-from tiedlora.analysis.shares import SizePanel
+from tiedlora.analysis.shares import SharePanel
 from tiedlora.records.interval import MISSING, Interval, Unit
 from tiedlora.text import visible
 
@@ -28,7 +28,7 @@ GIB, MIB = 2**30, 2**20
 
 
 def minus(text: str) -> str:
-    """Numbers with the sign that is as wide as the plus."""
+    """The text with a minus sign (U+2212), which is as wide as the plus, for each hyphen."""
     return text.replace("-", "−")
 
 
@@ -275,9 +275,9 @@ def results(rows: Iterable[ResultRow]) -> Table:
     caption = (
         "Scores in points of 100, losses (lower is better) in nats, mean over seeds. '95 % seeds': t over seeds, these "
         "examples. '95 % examples': over which examples were drawn, these seeds (Wilson or Newcombe for one seed's "
-        "proportion, bootstrap otherwise). 'seeds+examples': both. 'minus LoRA' and 'minus base' are paired on the "
-        "same examples and seeds. 'of n' after a learning rate: n rates were tried, and validation chose. "
-        "'worth': how many parameters of LoRA score the same, with the sizes whose contrast includes 0."
+        "proportion, jackknife for rows in clusters, bootstrap otherwise). 'seeds+examples': both. 'minus LoRA' and "
+        "'minus base' are paired on the same examples and seeds. 'of n' after a learning rate: n rates were tried, and "
+        "validation chose. 'worth': how many parameters of LoRA score the same; the sizes whose contrast includes 0."
     )
     columns = (
         *_group_columns(lambda row: row.group),
@@ -382,7 +382,7 @@ def claims(answers: Sequence[Answer]) -> Table:
     return Table.of("claims", caption, columns, answers)
 
 
-def shares(panels: Iterable[SizePanel]) -> Table:
+def shares(panels: Iterable[SharePanel]) -> Table:
     """One row per arm and metric: what it keeps of the gain of the reference arm."""
     caption = (
         "The share of the reference's gain over the zero point that each arm keeps, on the seeds that both have. The "

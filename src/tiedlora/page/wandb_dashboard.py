@@ -1,7 +1,7 @@
 """W&B workspaces for finished runs, one per task: scores against parameters, and W&B's own panels by configuration.
 
 They are built from the runs' records, so the panels use exactly the keys that runs log (records.summary.flat_summary).
-To build them needs no account and no network; only to save them does.
+Building them needs no account and no network; only saving does.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from tiedlora.analysis.answers import Answer, ClaimVerdict, Verdict, claim_verdi
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup, group_runs, short_commits
 from tiedlora.analysis.runs import LeftOut, Run, Scorebook, names_of, read_runs, read_selections, run_roots
-from tiedlora.analysis.shares import SizePanel, size_panels
+from tiedlora.analysis.shares import SharePanel, share_panels
 from tiedlora.page import browser, charts, figures, tables
 from tiedlora.page.figures import HERE, Panel
 from tiedlora.page.tables import Table, minus
@@ -54,7 +54,7 @@ class Report:
     answers: list[Answer]
     verdicts: list[ClaimVerdict]
     """Those over all tasks."""
-    sizes: list[SizePanel]
+    share_panels: list[SharePanel]
     """What every arm keeps of a reference's gain."""
 
     def summary(self) -> str:
@@ -78,7 +78,7 @@ class Report:
             tables.cost(self.groups),
             tables.verdicts(over_tasks),
             tables.claims(self.answers),
-            tables.shares(self.sizes),
+            tables.shares(self.share_panels),
             tables.left_out(self.left_out),
         ]
 
@@ -103,7 +103,7 @@ def build(roots: Sequence[Path], *, claims: Path | None = None, split: str | Non
     book = Scorebook()
     rows = compare.result_rows(groups, book, split, stated)
     answers = claim_answers.answer_claims(stated, groups, book, split)
-    return Report(runs, left_out, groups, rows, answers, claim_verdicts(answers), size_panels(rows, answers, book))
+    return Report(runs, left_out, groups, rows, answers, claim_verdicts(answers), share_panels(rows, answers, book))
 
 
 def write(report: Report, out: Path) -> list[str]:
@@ -114,7 +114,7 @@ def write(report: Report, out: Path) -> list[str]:
     """
     out.mkdir(parents=True, exist_ok=True)
     all_tables = report.tables()
-    panels = charts.panels(report.rows, report.answers, report.sizes)
+    panels = charts.panels(report.rows, report.answers, report.share_panels)
     formats = {"md": tables.to_markdown, "csv": tables.to_csv, "tex": tables.to_latex}
     written = [table for table in all_tables if table.rows]
     # An earlier report in this folder may have had other tables.
@@ -252,7 +252,7 @@ class ModelPart:
 
 
 def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: Sequence[Panel]) -> list[ModelPart]:
-    """Every model of the report, in the order of its tables. Without any, claims without a run stand alone."""
+    """Every model of the report, in the order of its tables. Without a model, one part has the claims, all not run."""
     parts = []
     for place, name in enumerate(dict.fromkeys(row.group.model for row in rows) or [""]):
         own: dict[str, list[Panel]] = defaultdict(list)
@@ -261,7 +261,7 @@ def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: 
                 own[panel.kind].append(panel)
         drawn = {group for panel in own["curves"] for group in panel.groups}
         hidden = len({row.group for row in rows if row.group.model == name} - drawn)
-        # A claim of which no model has a run has a verdict without a model, and is not run on each.
+        # A claim that no model has run has one verdict without a model. Every model shows it as not run.
         stated = [verdict for verdict in verdicts if verdict.model in (name, "")]
         tasks = list(dict.fromkeys(answer.task for verdict in stated for answer in verdict.answers))
         matrix = []

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from tiedlora import storage
 from tiedlora.errors import UserError
-from tiedlora.keys import adapter, check_name, dotted, reason
+from tiedlora.keys import check_name, dotted, reason, type_adapter
 from tiedlora.text import visible
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ def typed(kind: type[T], value: Any, what: str = "a run's record of this project
         UserError: a key is missing or has a wrong value. The message names the first one; the caller adds the file.
     """
     try:
-        checked: T = adapter(kind).validate_python(value)  # type: ignore[arg-type]
+        checked: T = type_adapter(kind).validate_python(value)  # type: ignore[arg-type]
     except ValidationError as error:
         raise UserError(_in_words(error.errors(include_url=False)[0], what)) from None
     return checked

@@ -67,13 +67,11 @@ def read_predictions(path: Path) -> list[PredictionRow]:
     rows = []
     for number, line in enumerate(storage.read_content(path).splitlines(), start=1):
         try:
-            row = typed(PredictionRow, json.loads(line))
-        except (ValueError, RecursionError, UserError):
-            row = None
-        if row is None or (row.log_likelihoods is not None and len(row.log_likelihoods) != len(row.choices or [])):
-            raise UserError(
-                f"{path}:{number}: is not a prediction (an object with id, prompt, references, output, scores)"
-            )
+            row = typed(PredictionRow, json.loads(line), "a row of predictions")
+            if row.log_likelihoods is not None and len(row.log_likelihoods) != len(row.choices or []):
+                raise ValueError("'log_likelihoods' needs one number for each of 'choices'")
+        except (ValueError, RecursionError, UserError) as error:
+            raise UserError(f"{path}:{number}: is not a prediction ({error})") from None
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: holds no predictions")
@@ -175,10 +173,10 @@ Row = TypeVar("Row", MetricsRow, ValidationLosses)
 
 
 class AppendedFile(Generic[Row]):
-    """A file whose rows belong to steps, of a run that starts, or that continues from a checkpoint."""
+    """A file of a run whose rows belong to steps, such as metrics.jsonl. Training appends to it."""
 
     def __init__(self, path: Path, read: Callable[[Path], list[Row]], step: int | None = None) -> None:
-        """Keep only the rows up to the step of the checkpoint; without one, none. The run writes later rows again."""
+        """Keep the rows up to `step`, the checkpoint's; without one, none. The run writes later rows again."""
         self.path = path
         self.rows: list[Row] = [] if step is None else [row for row in read(path) if row.step <= step]
         storage.write_json_lines(path, [row.to_json() for row in self.rows])

@@ -188,7 +188,7 @@ class RunFolder:
 
         Raises:
             Busy: another process still holds the lock after `patience` seconds.
-            UserError: the file system has no locks.
+            UserError, OSError: the file system has no locks, or the folder cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
@@ -223,7 +223,7 @@ class RunFolder:
 
 
 def last_line(path: Path) -> str:
-    """The last line of a text file, such as an error's message; empty if there is none.
+    """The last line of a text file; empty if there is no file, and `<name> is empty` for an empty one.
 
     A symbolic link gives nothing, because its target may not belong to the run. Nor does a pipe, which may never end.
     """

@@ -1,6 +1,6 @@
 """A finished run's record, result.json, as typed values. It is built when a run ends, and checked when it is read.
 
-To read it needs neither torch nor Hydra. The report, the sweeps and the scripts read runs through this module.
+Reading it needs neither torch nor Hydra. The report, the sweeps and the scripts read runs through this module.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class ConfigRecord:
-    """The whole resolved configuration, facts of execution included, as `Identity`."""
+    """The whole resolved configuration, facts of execution included. As in `Identity`, `tree` holds every value."""
 
     tying: Named
     tree: dict[str, Any]
@@ -239,18 +239,18 @@ class Admission:
         return self.later_tokens == 0
 
     @property
-    def is_of_its_row(self) -> bool:
+    def keeps_rows_apart(self) -> bool:
         """Whether the logits of a row do not depend on the other rows of its batch."""
         return self.other_rows == 0
 
     def marks(self) -> dict[str, str]:
         """What a reader of scores must know: a mark of a few words -> the sentence that explains it."""
         failed = {
-            "off the base": (self.start > ROUNDING, "starts off the base model"),
+            "off the base": (self.start > ROUNDING, "starts with other logits than the base model"),
             "does not move": (not self.moves, "does not move at its first step"),
             "not causal": (not self.is_causal, "not causal: answers depend on later tokens"),
-            "mixes rows": (not self.is_of_its_row, "answers depend on the other rows of a batch"),
-            "not reloaded": (self.reload > ROUNDING, "computes otherwise after it is saved and loaded"),
+            "mixes rows": (not self.keeps_rows_apart, "answers depend on the other rows of a batch"),
+            "not reloaded": (self.reload > ROUNDING, "gives other logits after it is saved and loaded"),
         }
         return {mark: sentence for mark, (is_failed, sentence) in failed.items() if is_failed}
 

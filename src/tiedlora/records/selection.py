@@ -31,7 +31,7 @@ class RateChoice:
     lrs: list[Number]
     """The rates that were tried, in ascending order."""
     metric: Text
-    """The metric that chose: the task's first, or LOSS."""
+    """The metric that chose: that of `validation_metric`, or LOSS."""
     value: Number
     """Mean over the selection seeds, on validation."""
     seeds: Count

@@ -9,7 +9,7 @@ from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores, plain
 from tiedlora.text import visible
 
-FLOOR = 0.05
+NEAR_ZERO = 0.05
 """If the whole interval of a score is below this, the score cannot tell methods apart: all are near zero."""
 
 
@@ -59,12 +59,12 @@ def _remark(scores: SplitScores) -> str:
     if scores.base is None or scores.gain is None or scores.source is not None:
         return ""
     gain = scores.gain[name]
-    # Of a loss, less is better.
+    # A smaller loss is better.
     least, most = (-gain.high, -gain.low) if is_loss(name) else (gain.low, gain.high)
     if least > 0:
         return ""
-    if not is_loss(name) and max(scores.base[name].high, scores.metrics[name].high) < FLOOR:
-        return f"{name}: at the floor for this model; a comparison of methods on it is uninformative"
+    if not is_loss(name) and max(scores.base[name].high, scores.metrics[name].high) < NEAR_ZERO:
+        return f"{name}: near zero for this model, so it cannot tell methods apart"
     return f"{name}: no gain shown, the interval includes 0" if most >= 0 else f"{name}: worse than the base"
 
 

@@ -43,7 +43,7 @@ def add_scores(
 
     Args:
         data_root: where the splits' rows are now; None means the hub.
-        paths_from: where to take the other paths and the device from; None takes the run's own configuration.
+        paths_from: gives the other paths, the placement of the model, and score.base; None takes the run's own ones.
         metrics: as score.metrics.
         again: also score what is recorded. With None as `metrics`, the split's earlier scores are replaced.
         forgetting: as score.forgetting. Earlier losses of neutral text are replaced.
@@ -68,7 +68,7 @@ def add_scores(
     if forgetting is not None:
         check_source(forgetting)
     if not finished.keeps(ADAPTER):
-        raise UserError(f"{folder.path}: is a study's record without its adapter, which scores need")
+        raise UserError(f"{folder.path}: is a study's record without its adapter, which scores need; repeat the run")
     if finished.admission is not None:
         score = replace(config.score, splits=list(splits), forgetting=forgetting, drift=drift)
         score.metrics = None if metrics is None else list(metrics)
@@ -76,13 +76,13 @@ def add_scores(
     with StopSignal(), ExitStack() as undone:
         device = set_up_device(config.train.device, finished.execution.threads)
         base = cached_base(config, device)
-        attached = library.load(folder.adapter, base)
-        undone.callback(attached.detach)
+        arm = library.load(folder.adapter, base)
+        undone.callback(arm.detach)
         # Answers of a run's splits end alike, also if an earlier version wrote the first of them.
         encoder = Encoder(base.tokenizer, config.task, config.model.context, finished.more_ends or ())
         if finished.versions.get(CHAT_TEMPLATE) not in (None, encoder.template_digest):
             raise UserError(f"{folder.path}: was trained with another chat template of the model; restore it")
-        scorer = Scorer(attached, encoder, task, config, base.record)
+        scorer = Scorer(arm, encoder, task, config, base.record)
         undone.enter_context(folder.locked())
         undone.enter_context(products.on_any_cpu(device, config.train.dtype))
         folder.error_file.unlink(missing_ok=True)

@@ -86,7 +86,7 @@ def read_rows(config: Config) -> RunRows:
 def _read_rows(config: Config, task: Task) -> RunRows:
     examples = {split: load_examples(task, split, config.data_root) for split in ("train", "validation")}
     if said := shared_rows(examples["train"], examples["validation"], "validation"):
-        raise UserError(f"task: {said}")
+        raise UserError(f"task={task.config.name}: {said}; remove them from one of the two splits")
     return RunRows(examples, {split: digest(rows) for split, rows in examples.items()})
 
 

@@ -145,7 +145,7 @@ class Reward:
     def loss_sum(self, batch: Batch) -> Tensor:
         """The weighted sum of the cross-entropy over a batch's answer tokens."""
         assert isinstance(batch, WeightedBatch)
-        losses = token_losses(self.scorer.attached.model, batch, self.config.temperature)
+        losses = token_losses(self.scorer.arm.model, batch, self.config.temperature)
         return (batch.weights.to(losses) * losses).sum().to(batch.targets.device)
 
     def _sample(self, step: int) -> list[Answer]:
@@ -168,10 +168,10 @@ class Reward:
                 entropies = [sampling.entropies[n, : len(o.ids)].sum() for n, o in zip(batch, outputs, strict=True)]
                 return list(zip(outputs, map(float, entropies), strict=True))
 
-            model: Any = smaller.attached.model
+            model: Any = smaller.arm.model
             return in_shares(smaller.world, model, batches, of_batch)
 
-        with self.evaluating(), scorer.attached.folded_once():
+        with self.evaluating(), scorer.arm.folded_once():
             earlier = sum(each.during == "sampling" for each in self.halvings)
             found, times = scorer.within_memory(answers, earlier)
         longest = length + max(map(len, prompts))
@@ -179,13 +179,13 @@ class Reward:
         self.halvings += [Halving(step, "sampling", size * longest) for size in sizes]
         outputs = [output for output, _ in found]
         rewards = [self._reward(output, example) for output, example in zip(outputs, asked, strict=True)]
-        groups = [rewards[start : start + config.samples] for start in range(0, len(rewards), config.samples)]
-        advantages = [advantage for group in groups for advantage in self._advantages(group)]
+        groups = [self._advantages(rewards[n : n + config.samples]) for n in range(0, len(rewards), config.samples)]
+        advantages = [advantage for group in groups for advantage in group]
         tokens = sum(len(output.ids) for output in outputs)
         kept_tokens = sum(len(o.ids) for o, advantage in zip(outputs, advantages, strict=True) if advantage)
         self.metrics[step] = {
             "reward/mean": fmean(rewards),
-            "reward/no_spread": fmean(not any(self._advantages(group)) for group in groups),
+            "reward/no_spread": fmean(not any(group) for group in groups),
             "reward/entropy": sum(entropy for _, entropy in found) / tokens,
             "reward/answer_tokens": tokens / len(outputs),
             "reward/sampled_tokens_per_s": tokens / (time.perf_counter() - started),

@@ -82,7 +82,7 @@ def carry_out(config: Config) -> RunRecord | None:
                 )
             return finished if world.is_first else None
         check_new_run(config)
-        # 2. Load. From here on, a signal ends the run as one that can go on, also while it loads.
+        # 2. Load. From here on, after a signal the same command continues the run, also if it came while loading.
         with StopSignal() as stop, ExitStack() as undone:
             trainer = Trainer(config, world)
             undone.callback(trainer.release)
@@ -110,7 +110,7 @@ def carry_out(config: Config) -> RunRecord | None:
 
 @contextmanager
 def _written_folder(folder: RunFolder, config: Config, world: World) -> Iterator[RunFolder]:
-    """The folder that this process writes: the run's own, locked; in all but the first process one that is removed.
+    """The folder that this process writes: the run's own, locked; in every process but the first, a temporary one.
 
     If the block fails, the traceback is written to the run's folder. A stop on request is not a failure.
     """
@@ -264,9 +264,9 @@ class Trainer:
             stop: if a signal came, training writes a checkpoint after the current step and ends.
 
         Raises:
-            UserError: a loss that is not finite, too little memory, a tracker that refuses to start, or processes that
+            UserError: a loss that is not finite, too little memory, a tracker that is not installed, or processes that
                 continue from different steps (in all of them).
-            StoppedEarly: the stop signal came; a checkpoint is written.
+            StoppedEarly: the stop signal came, or train.pause_after is reached (Paused); a checkpoint is written.
         """
         config, self.folder = self.config, folder
         model: Any = self.arm.model
@@ -555,7 +555,7 @@ def check_scores_mean_something(admission: Admission, config: Config) -> None:
     The loss of a target gives the model the target's tokens. An arm that is not causal sees those that it must predict.
 
     Raises:
-        UserError: the run would score losses of an arm that is not causal, or batches of rows that change each other.
+        UserError: an arm that is not causal has losses to score or a reward; or rows of a batch change each other.
     """
     name, score = config.tying.name, config.score
     if not admission.is_causal and config.objective.name == "reward":
@@ -569,7 +569,7 @@ def check_scores_mean_something(admission: Admission, config: Config) -> None:
             "tokens change), so its loss would see what it predicts; score answers only, with "
             "score.metrics=[METRIC] (or --metrics METRIC), score.forgetting=null and score.drift=false"
         )
-    if not admission.is_of_its_row and score.batch_size > 1:
+    if not admission.keeps_rows_apart and score.batch_size > 1:
         raise UserError(
             f"tying={name}: a row's answer depends on the other rows of its batch (logits move by "
             f"{admission.other_rows:.2g} of the largest one); score rows singly, in a run with score.batch_size=1"

@@ -279,7 +279,7 @@ def _check_base(run: CheckedRun) -> Iterator[Finding]:
     path, recorded = run.config.model.path, run.record.base.digest
     found = known_digest(run.config.model) if path is None or Path(path).exists() else None
     if found is None:
-        explanation = f"{recorded}: the model is not here, or is known once it loads (regeneration compares it)"
+        explanation = f"{recorded}: the model is not here, or has its digest once it loads (regeneration compares it)"
         yield Finding("base", None, explanation)
     else:
         yield _compared("base", {"the digest": (found, recorded)}, found)
@@ -372,12 +372,12 @@ def _regenerate(run: CheckedRun, least: int) -> Iterator[Finding]:
     if base.record != run.record.base:
         yield Finding("base", False, f"was {run.record.base}, here it is {base.record}")
         return
-    attached = attach_saved(base.model, run.folder.adapter)
+    arm = attach_saved(base.model, run.folder.adapter)
     encoder = Encoder(base.tokenizer, config.task, config.model.context, run.record.more_ends or ())
     for split, scores in run.record.scores.items():
         if run.examples.get(split):
             as_scored = with_halved_batches(config, scores.batch_halvings or 0)
-            scorer = Scorer(attached, encoder, run.task, as_scored, base.record)
+            scorer = Scorer(arm, encoder, run.task, as_scored, base.record)
             run.elsewhere = not run.record.execution.rounds_as(execution_on(device))
             with products.on_any_cpu(device, config.train.dtype):
                 findings = list(_regenerate_split(run, scorer, split, least))
@@ -424,7 +424,7 @@ def _compared_outputs(run: CheckedRun, scorer: Scorer, check: str, asked: Asked,
         first, count = different[0][0].id, f"{len(different)} of {len(asked)} rows differ"
         return Finding(check, False, f"row {first}: another output than the recorded one ({count}); {where}")
     tolerance = TOLERANCES[run.config.train.dtype].gap
-    with scored_model(scorer.attached, scorer.config, base) as model:
+    with scored_model(scorer.arm, scorer.config, base) as model:
         gaps = {old.id: largest_gap(model, scorer, example, new, old) for example, new, old in different}
     for row_id, gap in gaps.items():
         # Written so that NaN is beyond it.
@@ -457,7 +457,7 @@ def _compared_numbers(
     for (_, row, _), (now, before) in zip(asked, pairs, strict=True):
         # Written so that NaN is beyond it.
         if not (before and now[1:] == before[1:] and _share(now[0], before[0], least) <= tolerance):
-            explanation = f"row {row.id}: its {what[:-1]} is {now}, the file says {before or None}; {where}"
+            explanation = f"row {row.id}: now {now}, the file says {before or None}; {where}"
             return Finding(check, False, explanation)
     if not run.elsewhere:
         return Finding(check, True, f"{len(asked)} {what} come out as they were, within {tolerance:g}")
@@ -488,7 +488,7 @@ def largest_gap(model: Any, scorer: Scorer, example: Example, now: PredictionRow
     """By how much the logit of a token of the recorded answer is below the largest logit, at most, in nats.
 
     0 means that the answer is the greedy one. The answer's text is tokenised again, so its tokens can differ from those
-    that were generated. The gap is then too large. Of choices it is that of their likelihoods, which `now` has.
+    that were generated. The gap is then too large. For a choice, the gap is that of the log-likelihoods in `now`.
     """
     if now.choices is not None and now.log_likelihoods is not None:
         if recorded.output not in now.choices:

@@ -23,7 +23,7 @@ from tiedlora.training.loss import chunk_rows, log_likelihoods_
 ENDED_SHARE_TO_COMPACT = 1 / 8
 """Finished rows leave their batch when they are this share of it, because to remove rows copies the cache."""
 MIN_STOP_SEARCH_TOKENS = 12
-"""At least so many of the last tokens are decoded to look for a stop string."""
+"""At least this many of the last tokens are decoded to look for a stop string."""
 PART_OF_A_CHARACTER = "\ufffd"
 """What a tokenizer decodes to if the bytes are no whole character."""
 
@@ -71,7 +71,7 @@ def decode(
     Args:
         prompts: token ids, none empty.
         progress: is called with the number of rows that have just finished.
-        choose: None takes the most likely token. What the model does with the outputs of its head leaves their order.
+        choose: None takes the most likely token. The factor and the cap after the head do not change the order.
     """
     device = input_device(model)
     ids, mask, positions = padded_left(prompts, ends.end_ids[0], device)
@@ -261,7 +261,7 @@ class AnswerEnds:
     def _may_end_stop(self, token: int) -> bool:
         """Whether a stop string can end in this token: whether the token has the last character of one.
 
-        Most tokens have not, so most answers are not decoded at most tokens.
+        Most tokens do not, so for most tokens the answer is not decoded.
         """
         if token not in self._may_end:
             text = self._text([token])

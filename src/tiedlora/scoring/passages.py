@@ -21,11 +21,11 @@ from tiedlora.errors import UserError
 from tiedlora.tasks import Example
 
 PASSAGES = 100
-"""The first so many passages are scored. PEFT's benchmark takes as many pages of FineWiki."""
+"""How many passages are scored: the first ones of the text. PEFT's benchmark takes as many pages of FineWiki."""
 PASSAGE_TOKENS = 768
-"""Most tokens of a passage, as in PEFT's benchmark; fewer if the model's context is shorter."""
+"""The most tokens of a passage, as in PEFT's benchmark; fewer if the model's context is shorter."""
 LONGEST_WINDOW = 16 * PASSAGE_TOKENS
-"""Most characters that a passage is looked for in. English has about four characters for a token."""
+"""A passage is looked for in at most this many characters. English has about four characters for a token."""
 
 
 @dataclass(frozen=True)

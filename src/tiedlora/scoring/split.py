@@ -69,12 +69,12 @@ class _Target(NamedTuple):
 class Scorer:
     """Scores splits of one run, with the adapted model and with the base model."""
 
-    attached: Arm
+    arm: Arm
     encoder: Encoder
     task: Task
     config: Config
     base: BaseModelRecord
-    """The base model under `attached`."""
+    """The base model under `arm`."""
     world: World = ALONE
     """The processes that score together. Each scores some of the batches, and gets the rows of all."""
 
@@ -176,7 +176,7 @@ class Scorer:
         if self.config.score.base if recorded is None else recorded.base is not None:
             base_parts = [self.cached_base(split, examples, losses) for losses in kinds]
             if passes.drift:
-                # Of the base model from itself.
+                # The base model's divergence from itself.
                 base_parts[-1] = _with_score(base_parts[-1], DRIFT, [0.0] * len(examples))
             base_rows = _write(folder.predictions_file(f"{split}.base"), base_parts, recorded)
         parts, seconds = [], {}
@@ -219,7 +219,7 @@ class Scorer:
             UserError: a prompt does not fit, and the task does not allow to shorten it enough; a loss is not finite;
                 or as `in_shares`.
         """
-        with scored_model(self.attached, self.config, base) as model:
+        with scored_model(self.arm, self.config, base) as model:
             return self.losses(model, examples, title) if losses else self.answers(model, examples, title)
 
     def answers(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
@@ -286,8 +286,8 @@ class Scorer:
         Raises:
             UserError: as `rows`; or a divergence is not finite.
         """
-        targets, model = [self._target(example) for example in examples], self.attached.model
-        as_base = functools.partial(scored_model, self.attached, self.config, base=True)
+        targets, model = [self._target(example) for example in examples], self.arm.model
+        as_base = functools.partial(scored_model, self.arm, self.config, base=True)
         found: list[float] = self._of_targets(
             model, targets, title, lambda batch: row_divergences(model, batch, as_base).tolist()
         )
@@ -519,24 +519,24 @@ def _with_recorded(new: SplitScores, passes: Passes, recorded: SplitScores | Non
 
 
 @contextmanager
-def scored_model(attached: Arm, config: Config, base: bool = False) -> Iterator[Any]:
+def scored_model(arm: Arm, config: Config, base: bool = False) -> Iterator[Any]:
     """Inside the block, the model is as it is scored, or computes as the base model.
 
     The adapter is merged in float32 only: bfloat16 would round the update. A quantised or offloaded base cannot be
     merged, and is scored unmerged.
     """
     if base:
-        attached.disable()
+        arm.disable()
         try:
-            yield attached.model
+            yield arm.model
         finally:
-            attached.enable()
+            arm.enable()
         return
     try:
         # Inside the block that restores the weights: memory may run out when some of them are merged.
-        if config.train.dtype == "float32" and attached.cannot_merge() is None:
-            attached.merge()
-        with attached.folded_once():
-            yield attached.model
+        if config.train.dtype == "float32" and arm.cannot_merge() is None:
+            arm.merge()
+        with arm.folded_once():
+            yield arm.model
     finally:
-        attached.unmerge()
+        arm.unmerge()

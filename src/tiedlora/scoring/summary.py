@@ -34,7 +34,7 @@ from tiedlora.tasks import Task
 def summarise(rows: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
     """Each metric over the rows, with its interval.
 
-    It is Wilson's if every score is 0 or 1, otherwise a bootstrap; of rows in clusters, that over clusters.
+    It is Wilson's if every score is 0 or 1, otherwise a bootstrap; for rows in clusters, a jackknife over clusters.
     """
     return _intervals(task, rows)
 
@@ -42,8 +42,8 @@ def summarise(rows: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
 def gains(adapted: Sequence[PredictionRow], base: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
     """Each metric of the adapted model minus that of the base model, paired on the same examples.
 
-    The interval is Newcombe's if every score is 0 or 1, and otherwise a bootstrap that resamples pairs; of rows in
-    clusters, that over clusters.
+    The interval is Newcombe's if every score is 0 or 1, and otherwise a bootstrap that resamples pairs; for rows in
+    clusters, a jackknife over clusters.
 
     Raises:
         ValueError: the two sides do not have the same examples in the same order, or not the same metrics.

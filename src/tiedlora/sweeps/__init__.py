@@ -11,7 +11,7 @@
     study.py                 sweeps planned in a file
 
 A cell is a run like any other. The state of a sweep is read from its runs' folders, so there is no second state that
-could differ; only what a person asks of a running sweep is in the sweep's own folder.
+could differ. The sweep's own folder has its frozen cells, its decisions, and the files that steer it.
 
 It may import every other package but page. No module here imports torch, so it is quick to plan a sweep and to skip
 finished cells; torch is imported inside functions alone. expand.py imports Hydra, and the plug-in

@@ -187,7 +187,7 @@ class SweepControl:
         dropped/RUN_ID    the cell is not started; if it runs, it stops after its step and keeps its checkpoint
         retried/RUN_ID    the cell runs once more, when the cells that were launched with it have ended
         first_failure     the first cell that has failed, with fail_fast; no further one starts, and running ones stop
-        started/RUN_ID    how often a worker has started the cell and not ended: while one is at it, and after a kill
+        started/RUN_ID    how many workers have started the cell and not ended: the one at work, and those killed before
         began             written when the latest command began: a cell that has failed since then is not run again. It
                           holds fail_fast, if the first cell that fails stops the sweep
 
@@ -236,7 +236,7 @@ class SweepControl:
         return asked
 
     def note_start(self, run_id: str) -> int:
-        """Note that a worker starts the cell, which only who has the run's lock may. How many were killed before."""
+        """Note that a worker, which has the run's lock, starts the cell. Returns how many were killed before it."""
         killed = self.starts(run_id)
         storage.write_bytes(self.folder / "started" / run_id, str(killed + 1).encode(), flush=False)
         return killed
@@ -255,7 +255,7 @@ class SweepControl:
     def is_new(self, error_file: Path) -> bool:
         """Whether a run has failed since this command began; in a worker, since the latest command of the sweep began.
 
-        Both files are in one file system, so on most of them the clocks of machines do not matter.
+        Both files are on one file system, which mostly has one clock, so the machines' clocks do not matter.
         """
         try:
             began = self._began_at if self._began_at is not None else self._began.stat().st_mtime_ns
@@ -265,7 +265,7 @@ class SweepControl:
 
     def failed(self, run_id: str) -> None:
         """Note that a cell has failed. With fail_fast, this stops the sweep."""
-        if self._began.is_file() and self._began.read_text() == "fail_fast":
+        if not self._first_failure.exists() and self._began.is_file() and self._began.read_text() == "fail_fast":
             storage.write_bytes(self._first_failure, f"{run_id}\n".encode())
 
     def first_failure(self) -> str | None:

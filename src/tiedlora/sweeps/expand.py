@@ -260,7 +260,7 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
     places: dict[str, int] = {}
 
     def place(cell: SweepCell) -> list[int]:
-        """The numbers of what cells share, in the order in which it is first seen: it is loaded only once in a row."""
+        """A sort key: the numbers of model and task, as first seen. So cells that share a model follow each other."""
         shared = (cell.config.model, cell.config.train.dtype), cell.config.task
         return [places.setdefault(repr(each), len(places)) for each in shared]
 
@@ -276,7 +276,7 @@ def _values(override: Override) -> list[str]:
     if not override.is_sweep_override():
         return [override.get_value_element_as_str()]
     if not override.is_discrete_sweep():
-        raise UserError(f"{override.input_line}: give the values one by one, as in train.lr=1e-3,1e-2")
+        raise UserError(f"{override.input_line}: is an interval; give the values one by one, as in train.lr=1e-3,1e-2")
     # A range may be too long to be listed.
     try:
         values = list(itertools.islice(override.sweep_string_iterator(), MOST_CELLS + 1))
@@ -284,7 +284,7 @@ def _values(override: Override) -> list[str]:
         raise UserError(f"{override.input_line}: {error}; give the values, as in seed=0,1,2") from None
     if not 0 < len(values) <= MOST_CELLS:
         size = f"more than {MOST_CELLS:,} values" if values else "no value"
-        raise UserError(f"{override.input_line}: has {size}, so there is no sweep; give some, as in seed=0,1,2")
+        raise UserError(f"{override.input_line}: has {size}; give 1 to {MOST_CELLS:,} of them, as in seed=0,1,2")
     return values
 
 

@@ -177,7 +177,7 @@ def cost(config: Config, speeds: Speeds, rows: Mapping[str, int]) -> tuple[float
     tokens = train.steps * min(batch_tokens, train.batch_tokens or batch_tokens)
     reading, answering = speeds.row_tokens / (2 * speeds.training), 1 / speeds.scoring
     evaluations = 2 + ((train.steps - 1) // train.validate_every if train.validate_every else 0)
-    # 0 rows are not known, and null takes all.
+    # 0 stands for an unknown number of rows, and null takes all.
     validated = min(filter(None, (train.validation_rows, rows["validation"])), default=0)
     validating = validated * reading + train.validation_answers * answering
     # The answers, and the losses of the targets, as score.metrics says.
@@ -189,7 +189,7 @@ def cost(config: Config, speeds: Speeds, rows: Mapping[str, int]) -> tuple[float
 
 NOTE = """\
 Hours are those of one process, without its start. Arithmetic is a rough guide, and half the rate is twice the time: the
-first finished run of a model and task replaces it. A staged sweep stops rates early, and takes a part of it."""
+first finished run of a model and task replaces it. A staged sweep stops rates early, so it takes less."""
 
 
 def described(forecasts: Sequence[TaskForecast], unknown: Sequence[str]) -> str:

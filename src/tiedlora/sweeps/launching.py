@@ -54,11 +54,11 @@ STARTS = 2
 """How often a cell is started if its worker dies without leaving an error."""
 SECONDS_BETWEEN_COUNTS = 2.0
 LARGEST_SHARE = 0.02
-"""Most of the time that is spent on counting: the files of ten thousand cells take seconds on a network file system."""
+"""The largest share of the time for counting: ten thousand cells take seconds on a network file system."""
 
 Launch = Callable[[Path, Sequence[Goal]], None]
-"""Starts workers on the goals of a sweep's folder, and returns when all have ended. It raises an error if one of them
-has not ended by itself. A UserError ends the sweep."""
+"""Starts workers on the goals of a sweep's folder, and returns when all have ended. It raises an error if a worker was
+killed or failed. A UserError ends the sweep."""
 
 
 def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
@@ -102,10 +102,10 @@ def run_sweep(sweep: Sweep, launch: Launch, fail_fast: bool = False) -> None:
 
 
 def _log_progress(sweep: Sweep, leave: threading.Event) -> None:
-    """Log a line whenever a cell of the sweep ends, under any launcher, until the event."""
+    """Log a line whenever a cell of the sweep ends, under any launcher, until `leave` is set."""
 
     def state(folder: RunFolder) -> str:
-        """How the run has ended. It takes no lock, which a worker may need."""
+        """How the run has ended; empty if it has not. It takes no lock, because a worker may need it."""
         files = {"done": folder.result_file, "failed": folder.error_file, "pruned": folder.pruned_file}
         return next((name for name, file in files.items() if file.exists()), "")
 
@@ -149,7 +149,7 @@ def end_with(errors: Mapping[str, str], cells: int, control: SweepControl) -> No
     if (first_failure := control.first_failure()) is not None:
         print(f"\nfail_fast: {first_failure} failed, so the others stopped; fix it and run this again", file=sys.stderr)
     if errors:
-        print(f"\n{len(errors)} of {cells} cells failed; their tracebacks are in error.txt:", file=sys.stderr)
+        print(f"\n{len(errors)} of {cells} cells failed or are not done; tracebacks are in error.txt:", file=sys.stderr)
         for run_id, error in errors.items():
             print(f"  {run_id}: {error}", file=sys.stderr)
         raise SystemExit(1)
@@ -178,7 +178,7 @@ def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepContr
         marks = [(goal.run_id, control.starts(goal.run_id)) for goal in goals]
         failures = failures + 1 if reason and marks == seen else 0
         if failures == STARTS:
-            raise UserError(f"the launcher started no cell: {' '.join(reason.split())}; the same command continues")
+            raise UserError(f"hydra/launcher: started no cell: {' '.join(reason.split())}; the same command continues")
         seen, reason = marks, ""
         try:
             launch(control.folder, goals)
@@ -187,18 +187,18 @@ def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepContr
         except Exception as error:
             # The folders show what was done.
             reason = f"{type(error).__name__}: {error}"
-            log.warning("the launcher failed (%s); continuing with what the cells' folders hold", reason)
+            log.warning("the launcher failed (%s); continuing from the cells' folders", reason)
 
 
 def wait_for_one(busy: Sequence[SweepCell]) -> None:
-    """Wait until no process works on one of these cells. (Another command may share them.)"""
+    """Wait until one of these cells is free, such as after another command has ended its work on it."""
     log.info("waiting for cells that another process is working on, such as %s", busy[0].run_id)
     while all(cell.state() == "running" for cell in busy):
         time.sleep(SECONDS_BETWEEN_CHECKS)
 
 
 def is_open(cell: SweepCell, control: SweepControl) -> bool:
-    """Whether a worker may take the cell: it has not ended since this command began, and may start."""
+    """Whether a worker may take the cell: it is not done or paused, has not failed in this command, and may start."""
     state = cell.state()
     has_ended = state in ("done", "paused", "failed") and (state != "failed" or control.is_new(cell.folder.error_file))
     return not has_ended and not control.stops(cell.run_id)
@@ -227,7 +227,7 @@ def work(folder: Path, goals: Sequence[Goal]) -> None:
         folder: the sweep's folder, with the frozen configurations of the cells.
 
     Raises:
-        KeyboardInterrupt: the sweep was asked to stop; a checkpoint is written.
+        KeyboardInterrupt, UserError: the sweep was asked to stop (a checkpoint is written); a frozen cell is damaged.
     """
     control, waiting, before = SweepControl(folder), list(goals), len(goals) + 1
     while len(waiting) < before:
@@ -411,7 +411,7 @@ def logged_work(folder: Path, goals: Sequence[Goal]) -> None:
 
 @dataclass
 class RayTasks:
-    """hydra/launcher=ray_tasks: Ray starts as many workers as its CPUs and GPUs allow."""
+    """hydra/launcher=ray_tasks: Ray starts as many workers as its CPUs and GPUs allow, 256 at most."""
 
     __pydantic_config__ = CHECKED
     ray: dict[str, dict[str, Any]]
@@ -424,7 +424,7 @@ class RayTasks:
         """Run the workers.
 
         Raises:
-            RayError: a worker has not ended by itself. All have ended.
+            RayError: a worker was killed or failed. All workers have ended.
         """
         import ray  # noqa: PLC0415
 
@@ -450,13 +450,13 @@ class SubmititJobs:
     """Those of submitit's executor, without the cluster's name before them."""
 
     def __post_init__(self) -> None:
-        check_installed("submitit", "slurm and submitit_slots", "slurm")
+        check_installed("submitit", "slurm or submitit_slots", "slurm")
 
     def __call__(self, folder: Path, goals: Sequence[Goal]) -> None:
         """Run the workers.
 
         Raises:
-            RuntimeError: a worker has not ended by itself. All have ended.
+            RuntimeError: a worker was killed or failed. All workers have ended.
             KeyboardInterrupt: on this machine, after every running cell has ended or saved its checkpoint. In Slurm's
                 queue the jobs go on.
         """

@@ -42,7 +42,7 @@ class Search:
     """The search of one configuration: its plan, its cells by rate and seed, and how far it has come."""
 
     def __init__(
-        self, name: str, cells: Sequence[SweepCell], options: SearchOptions, seeds: Sequence[int] | None = None
+        self, name: str, cells: Sequence[SweepCell], options: SearchOptions, seeds: Sequence[int] | None
     ) -> None:
         self.name, self._first = name, cells[0]
         self._cells = {(cell.name.lr, cell.name.seed): cell for cell in cells}
@@ -87,7 +87,7 @@ class Search:
             self._cells[lr, seed] = SweepCell((), config)
         return self._cells[lr, seed]
 
-    def asked(self) -> list[SweepCell]:
+    def next_cells(self) -> list[SweepCell]:
         """The cells that the search needs next, each for the launch that it needs."""
         splits = self._first.config.score.splits
         return [
@@ -126,7 +126,7 @@ class StagedSweep:
     ) -> None:
         if any(cell.config.objective.name == "reward" for cell in sweep.cells):
             raise UserError(
-                "hydra.sweeper: a search of rates compares validation losses of references, and objective=reward does "
+                "hydra/sweeper: a search of rates compares validation losses of references, and objective=reward does "
                 "not lower them; run a grid of rates with hydra/sweeper=resuming, and choose with scripts/sweep.py "
                 "select"
             )
@@ -159,7 +159,7 @@ class StagedSweep:
                 for request in search.stage.requests
             )
             what = ", ".join(f"{count} cells {goal}" for goal, count in goals.items())
-            if not self.run([cell for search in self.searches for cell in search.asked()], what):
+            if not self.run([cell for search in self.searches for cell in search.next_cells()], what):
                 return
 
     def run(self, cells: Sequence[SweepCell], what: str) -> bool:
@@ -215,7 +215,7 @@ class StagedSweep:
         Raises:
             SystemExit: as run_staged.
         """
-        asked = [*(cell for search in self.searches for cell in search.asked()), *unfinished]
+        asked = [*(cell for search in self.searches for cell in search.next_cells()), *unfinished]
         trials = [(search, trial) for search in self.searches for trial in search.stage.trials()]
         used = [search.cell(trial.lr, seed) for search, trial in trials for seed in trial.losses]
         errors = {cell.run_id: self._why_unfinished(cell) for cell in asked}
@@ -262,10 +262,10 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
         SystemExit: with code 1, as run_staged.
         KeyboardInterrupt: the sweep was asked to stop.
     """
-    # Every rate runs at the first seed, except those that are stopped early, which count as runs too.
+    # Every rate starts at the first seed. A run that is stopped early counts too.
     least, budget = max(Counter(cell.config.seed for cell in sweep.cells).values()), options.budget
     if budget is not None and budget < least:
-        raise UserError(f"hydra.sweeper.budget={budget}: the search of the rates alone has {least} runs or more")
+        raise UserError(f"hydra.sweeper.budget={budget}: the search alone has {least} runs or more; raise the budget")
     path = Path(options.claims) if Path(options.claims).exists() else PROJECT / options.claims
     planned = claim_files.read(path)
     configs = [cell.config for cell in sweep.cells]
@@ -319,7 +319,7 @@ def run_deciding(sweep: Sweep, options: DecidingOptions, launch: Launch) -> None
 
 
 def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
-    """Refuse a grid that has both sides of no claim: it would search rates, and decide nothing.
+    """Refuse a grid in which no claim has both sides: it would search rates, and decide nothing.
 
     Raises:
         UserError: naming what the first claim needs, and what the grid has.
@@ -346,7 +346,7 @@ def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
     ):
         first, names = claims[0].name, sorted({f"{name} r={rank}" for own in arms.values() for name, rank in own})
         raise UserError(
-            f"hydra.sweeper.claims: the grid has both sides of no claim; {first!r:.80} needs "
+            f"hydra.sweeper.claims: no claim has both its sides in the grid; {first!r:.80} needs "
             f"{' and '.join(map(str, sides[0]))}, and the grid has {', '.join(names)}; add the missing axis, such as "
             "tying=LoRA,TABuv or +grid=yardstick, or name other claims"
         )
@@ -412,7 +412,7 @@ def next_looks(claims: Sequence[Claim], staged: StagedSweep) -> list[tuple[Answe
 
 
 def _next_look(answer: Answer, owners: dict[str, tuple[Search, RateChoice]]) -> list[SweepCell]:
-    """The runs of the first look that has not all of them: not scored, and not diverged."""
+    """The missing runs of the first incomplete look. A run is missing if it is neither scored nor diverged."""
     pair, plan = answer.pair, answer.claim.plan
     if pair is None or answer.verdict != Verdict.UNDECIDED or answer.is_futile:
         return []

@@ -98,8 +98,8 @@ class SearchStage:
         self.asked: set[tuple[float, int]] = set()
         """(Rate, seed) of every run that the search has asked for."""
         self._used: set[tuple[float, int]] = set()
-        """As `asked`, without the runs that stopped or wait at a rung. Others do not change its decisions: a full grid
-        may have finished runs that the search did not ask for, or had stopped."""
+        """As `asked`, without runs that stopped or wait at a rung. Only these runs count in its decisions: a full grid
+        may have other finished runs, which the search did not ask for, or had stopped."""
         self._tried = sorted(plan.rates)
         self._finalists: list[float] = []
         """The rates that run at the second seed."""
@@ -124,9 +124,7 @@ class SearchStage:
         return trials
 
     def _need(self, requests: Iterable[Request]) -> None:
-        """Raises:
-        _Waiting: not all of the runs have come as far as requested.
-        """
+        """Request these runs. Raises _Waiting unless all of them have come as far as requested."""
         requests = list(requests)
         self.asked.update((request.lr, request.seed) for request in requests)
         self._used.update((request.lr, request.seed) for request in requests if request.until is None)
@@ -212,7 +210,7 @@ class SearchStage:
         return bool(new)
 
     def _is_close(self, lr: float, best: float) -> bool:
-        """Whether a rate is not clearly behind at the end. Not, if a run of an earlier version has no row losses."""
+        """Whether a rate is not clearly behind at the end. False if a run (of an earlier version) has no row losses."""
         losses, others = (self.observe(rate, self.plan.seeds[0]).evaluations for rate in (lr, best))
         return bool(losses and others) and not _behind(losses[max(losses)], others[max(others)])
 

@@ -37,9 +37,9 @@ COLUMNS = ("model", "task", "configuration", "rank", "trainable", "lr", "seed")
 RESULT_COLUMNS = ("state", "step", "score", "val. loss", "seconds")
 SECONDS_BETWEEN_LOOKS = 1.0
 LARGEST_SHARE = 0.05
-"""Most of the time that is spent on looking: ten thousand cells on a network file system take seconds."""
+"""The largest share of the time for looking: ten thousand cells take seconds on a network file system."""
 LISTED = 6
-"""Most failures and decisions above the live table, and most sweeps that an error message names."""
+"""The most failures and decisions above the live table, and the most sweeps that an error message names."""
 STYLES = {
     State.RUNNING: "bold cyan",
     State.FAILED: "bold red",
@@ -99,7 +99,7 @@ class Searched:
         self.is_over = len(selected.choices) + len(without) == len(selected.searches) and not takes_looks
         """Whether every search has chosen a rate, or found that all diverge; and no look is to come."""
         self.unneeded: set[str] = set()
-        """The cells that the searches have decided without. A look may need other seeds of a chosen rate."""
+        """The cells that the searches no longer need. A look may need other seeds of a chosen rate."""
         for name, group in rate_groups(cells).items():
             rates = {cell.name.lr for cell in group if cell.run_id in self.chosen}
             needed = self.chosen | {cell.run_id for cell in group if takes_looks and cell.name.lr in rates}
@@ -131,7 +131,7 @@ def status_of(cell: SweepCell, control: SweepControl, searched: Searched | None 
         record = folder.record()
     except UserError as damage:
         return CellStatus(cell, State.FAILED, error=visible(str(damage)))
-    # Of a search, only the chosen runs are scored. The others are done without.
+    # A search scores only the chosen runs. The others are done without scores.
     is_unscored = searched is not None and cell.run_id not in searched.chosen
     is_scored = record is None or is_unscored or not lacks_scores(cell.config.score, record)
     pause = cell.config.train.pause_after
@@ -165,7 +165,7 @@ def time_left(cells: Sequence[CellStatus]) -> dict[str, float]:
     """Run id -> the seconds that an open cell still needs.
 
     A cell is expected to need the mean time of the done cells of its model and task, or else of all done cells. Before
-    one is done, it is its own speed so far. A cell about which nothing is known is taken as the mean of the others.
+    one is done, its own speed so far counts. A cell about which nothing is known is taken as the mean of the others.
     """
     times: dict[tuple[str, ...], list[float]] = {}
     for cell in cells:
@@ -280,7 +280,7 @@ class SweepView:
     """Whether nothing is left to do."""
 
 
-def looks(folder: Path) -> Iterator[SweepView]:
+def views(folder: Path) -> Iterator[SweepView]:
     """The sweep of a folder as it is now, at every step of the iteration. What cannot change any more is read once.
 
     Args:
@@ -328,7 +328,7 @@ def watch(folder: Path) -> bool:
     is_live = console.is_terminal and not console.is_dumb_terminal
     before = None
     with suppress(KeyboardInterrupt), live if is_live else nullcontext():
-        for now in looks(folder):
+        for now in views(folder):
             begun = time.monotonic()
             if is_live:
                 live.update(frame(now), refresh=True)
@@ -339,7 +339,7 @@ def watch(folder: Path) -> bool:
             if now.ended:
                 break
             time.sleep(max(SECONDS_BETWEEN_LOOKS, (time.monotonic() - begun) / LARGEST_SHARE))
-    last = next(looks(folder))
+    last = next(views(folder))
     if is_live:
         console.print(frame(last))
     return not any(cell.state == State.FAILED for cell in last.cells)

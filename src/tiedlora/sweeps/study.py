@@ -44,7 +44,7 @@ _OF_HYDRA = (
 )
 """The other keys of Hydra could start programs, or write elsewhere."""
 LARGEST_ADAPTER = 4 * 2**20
-"""Bytes. Of a larger adapter (some methods store their frozen projections) a study keeps the sha256 alone."""
+"""Bytes. A study keeps only the sha256 of a larger adapter (some methods store their frozen projections)."""
 
 
 def _allowed(word: str) -> str:

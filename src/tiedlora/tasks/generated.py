@@ -43,8 +43,8 @@ class Generated(Gsm8k):
         return rows
 
     def _make_rows(self, split: str) -> list[DataRow]:
-        """The rows of a split as reasoning-gym generates them, with questions that come again."""
-        # It imports all its generators, and with them sympy and matplotlib: a second, which a finished run saves.
+        """The rows of a split as reasoning-gym generates them, with repeated questions."""
+        # The import of all generators, sympy and matplotlib takes a second, and a finished run does not need it.
         import reasoning_gym  # noqa: PLC0415
 
         options = self.config.options
@@ -56,7 +56,7 @@ class Generated(Gsm8k):
             raise UserError("task.options: rows and parameters must be mappings, as in rows={train: 100}")
         size = options["rows"].get(split)
         if not isinstance(size, int) or not 1 <= size < 10_000_000:
-            raise UserError(f"task.options.rows.{split}={size}: must be a number from 1 to 9,999,999")
+            raise UserError(f"task.options.rows.{split}={size}: must be a whole number from 1 to 9,999,999")
         seed = FIRST_SEED[split] + self.config.split_seed * 100_000_000
         try:
             items = reasoning_gym.create_dataset(options["dataset"], size=size, seed=seed, **parameters)

@@ -19,7 +19,7 @@ MARK = re.compile(r"\[(?:header|title|step|substeps)\]")
 
 
 def cleaned(text: str) -> str:
-    """The text without WikiHow's `[header]`, `[title]`, `[step]` and `[substeps]` marks, as the harness cleans it."""
+    """The text without what is in square brackets, such as WikiHow's `[header]`, as the harness cleans it."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 

@@ -62,8 +62,8 @@ def load_examples(task: Task, split: str, data_root: str | None) -> list[Example
         raise UserError(f"task.rows.{split}={count}: there are only {len(examples)}; lower it, or null takes all")
     if not examples:
         raise UserError(
-            f"task={config.name}: no {split} rows are left, because all of them are in another split too; take other "
-            "task.options, or fewer task.rows of the other splits"
+            f"task={config.name}: every {split} row is in another split too, or there is none; take other "
+            "task.options, or fewer task.options.rows of the other splits"
         )
     if split == "train" and config.shuffle_targets:
         examples = _with_shuffled_targets(examples, config.split_seed)

@@ -37,7 +37,7 @@ class DataRow:
 
 
 def rows_folder(config: TaskConfig, data_root: Path) -> Path:
-    """The name of the task's folder below data_root."""
+    """The task's folder below data_root."""
     return data_root / (config.folder or config.name)
 
 

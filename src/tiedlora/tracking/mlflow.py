@@ -19,7 +19,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.rows import MetricsRow
 from tiedlora.tracking.run_trackers import Answers, TrackedRun, Tracker
 
-# MLflow reads these when it is imported: it would report its use, and wait minutes for a server that is away.
+# Without these, MLflow would report its use, and wait minutes for a server that is away. It reads them on import.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -32,9 +32,9 @@ except ImportError:
 
 ID_TAG = "tiedlora_run_id"
 LONGEST_PARAM = 500
-"""Most characters of a parameter that every MLflow server takes."""
+"""The most characters of a parameter that every MLflow server takes."""
 MOST_METRICS, MOST_PARAMS = 1000, 100
-"""Most metrics and parameters of one request."""
+"""The most metrics and parameters of one request."""
 
 
 class MlflowTracker(Tracker):

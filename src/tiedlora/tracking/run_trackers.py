@@ -35,9 +35,9 @@ log = logging.getLogger(__name__)
 AUTO, NONE, WANDB = "auto", "none", "wandb"
 WANDB_SERVER = "https://api.wandb.ai"
 LONGEST_REASON = 300
-"""Most characters of a tracker's error that are logged."""
+"""The most characters of a tracker's error that are logged."""
 LONGEST_TEXT = 2000
-"""Most characters of a prompt, a reference or an answer in a table."""
+"""The most characters of a prompt, a reference or an answer in a table."""
 TABLE_SPLITS = ("test", "validation")
 """The split whose answers are shown is the first of these that was scored."""
 
@@ -94,9 +94,6 @@ class Tracker:
 
         Args:
             earlier: the rows that were logged before the run was interrupted; the tracker should write them again.
-
-        Raises:
-            UserError: the tracker's package is not installed.
         """
 
     def log(self, rows: Sequence[MetricsRow]) -> None:

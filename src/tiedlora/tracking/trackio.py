@@ -35,7 +35,7 @@ class TrackioTracker(Tracker):
     def start(self, run: TrackedRun, earlier: Sequence[MetricsRow]) -> None:
         """Open the run. An earlier run with this id is replaced, because all its rows come again."""
         project = run.config.tracking.project
-        # Trackio talks on standard output, which belongs to the run's result.
+        # Trackio prints to standard output, which belongs to the run's result.
         with redirect_stdout(sys.stderr):
             # Without a project, there is no earlier run.
             with suppress(ValueError):

@@ -73,7 +73,7 @@ class WandbTracker(Tracker):
         self.run.finish(exit_code=exit_code)
 
     def abandon(self) -> None:
-        """End W&B's helper process after a failure: the next run, and the end of this process, would use it dead."""
+        """End W&B's helper process after a failure. Otherwise the next run and this process's end would use it."""
         wandb.teardown()
 
 

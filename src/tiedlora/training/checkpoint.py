@@ -108,7 +108,7 @@ def restore(
         try:
             state, saved, tensors = _read(candidate, parts, buffers)
         except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            log.warning("checkpoint %s is damaged (%s); using the one before", candidate, error)
+            log.warning("checkpoint %s is damaged (%s); it is left out", candidate, error)
             continue
         made_before = max((earlier.step for earlier in state.continued_from), default=0)
         if _compare(saved, inputs, candidate) and state.step > made_before:
@@ -167,10 +167,10 @@ def _digest(tree: dict[str, Any]) -> str:
 
 def _compare(saved: RunInputs, now: RunInputs, where: Path) -> bool:
     """Whether the inputs have changed since the checkpoint; each change that is allowed is a warning."""
-    for name, before, after in (("data", saved.data, now.data), ("base", saved.base, now.base)):
+    for name, before, after in (("data", saved.data, now.data), ("base weights", saved.base, now.base)):
         if before != after:
             raise UserError(
-                f"{where}: was trained on another {name} ({before}, now {after}); "
+                f"{where}: was trained on other {name} ({before}, now {after}); "
                 f"restore it, or remove {where.parent} to start from the first step"
             )
     packages = {*saved.versions, *now.versions}

@@ -271,7 +271,7 @@ class Loop:
         )
 
 
-def step_seed(seed: int, step: int, process_index: int = 0) -> int:
+def step_seed(seed: int, step: int, process_index: int) -> int:
     """The seed of a step's dropout masks. It is a pure function, so a resumed run draws the same masks."""
     name = f"dropout/{seed}/{step}" + (f"/{process_index}" if process_index else "")
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
@@ -288,9 +288,9 @@ def _out_of_memory_message(step: int, batch: Batch | None, config: TrainConfig) 
     rows, length = batch.input_ids.shape
     if config.shard:
         return (
-            f"step {step}: out of memory with {rows} rows of {length} tokens; with train.shard=true the others wait "
-            f"inside this pass, so the step cannot start again; lower train.microbatch_tokens below {rows * length}, "
-            "or take more processes; the same command continues"
+            f"step {step}: out of memory with {rows} rows of {length} tokens; with train.shard=true other processes "
+            "wait inside this pass, so the step cannot start again; lower train.microbatch_tokens below "
+            f"{rows * length}, or take more processes; the same command continues"
         )
     ways = [] if config.recompute_activations else ["set train.recompute_activations=true (slower)"]
     ways.append("shorten the rows, or take a smaller model")

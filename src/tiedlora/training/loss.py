@@ -24,9 +24,9 @@ from tiedlora.models import output_head
 from tiedlora.models.placement import weights_in_place, without_gradients
 
 CHUNK = 256
-"""Most target positions of a chunk. These are enough for the full speed of matrix products."""
+"""The most target positions of a chunk. They are enough for the full speed of matrix products."""
 LOGITS = CHUNK * 49_152
-"""Most logits of a chunk, 50 MB in float32. With a larger vocabulary chunks are shorter, so memory does not grow."""
+"""The most logits of a chunk, 50 MB in float32. A larger vocabulary gives shorter chunks, so memory does not grow."""
 
 
 def chunk_rows(vocabulary: int) -> int:
