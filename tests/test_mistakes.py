@@ -30,7 +30,7 @@ TRAIN = {
     "prompts that fit nowhere": ("task.max_prompt_tokens=1", "none of 3810 rows fits max_prompt_tokens=1"),
     "more rows than there are": ("task.rows.train=100000", "there are only 3810; lower it, or null takes all"),
     "all rows for validation": ("task.validation_from_train=3810", "must be less than the 3810 train rows"),
-    "rows of no number": ("'task.options.rows={train: few}'", "task.options.rows.train=few: must be a number from 1"),
+    "rows of no number": ("'task.options.rows={train: few}'", "task.options.rows.train=few: must be a whole number"),
     # Parts of an adapter
     "nothing trained": (
         "tying.A.trained=false tying.B.trained=false tying.u.trained=false tying.v.trained=false",

@@ -121,5 +121,5 @@ def test_a_changed_loss_is_named_by_its_row(config):
     total, tokens = read_predictions(path)[3].scores[TARGET_LOSS_BY_TOKEN]
     change_rows(path, lambda row: row["scores"].update(loss_scores(total - 0.5 * tokens, int(tokens))), [3])
     found = "\n".join(wrong(folder))
-    assert f"losses validation: row {name}: its loss" in found
+    assert f"losses validation: row {name}: now [" in found
     assert "predictions validation: metrics.target_loss.value is " in found
