@@ -55,16 +55,13 @@ class TestSensitivity:
         for objective in ("targets", "reward"):
             method = f"TABuv, rank: 8, objective: {objective}"
             (answers[objective],) = report_of_claim(tmp_path, "better_by: 0.0", method, top="looks: [3]").answers
-        assert {objective: answer.verdict for objective, answer in answers.items()} == {
-            "targets": "contradicted",
-            "reward": "supported",
-        }
+        verdicts = {objective: answer.verdict for objective, answer in answers.items()}
+        assert verdicts == {"targets": "contradicted", "reward": "supported"}
         assert "TABuv (reward) r=8" in str(answers["reward"].pair.method.name)
 
     def test_a_contradicted_claim_has_shown_that_it_can_fail(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.4, "TA": 0.75}, **SURE)
-        (answer,) = trial(tmp_path).answers
-        assert answer.verdict == "contradicted"
+        assert [answer.verdict for answer in trial(tmp_path).answers] == ["contradicted"]
 
     def test_a_weakest_arm_that_was_not_run_shows_nothing(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75}, **SURE)
@@ -130,11 +127,8 @@ class TestCurve:
     def test_a_size_between_two_is_their_mean_in_the_logarithm(self, root):
         groups = group_runs(read_runs([root / "runs"])[0])
         lora = curve("LoRA", groups[0].setting, groups)
-        assert [(group.configuration, group.params) for group in lora] == [
-            ("LoRA_l15", 23_040),
-            ("LoRA", 46_080),
-            ("LoRA", 368_640),
-        ]
+        sizes = [("LoRA_l15", 23_040), ("LoRA", 46_080), ("LoRA", 368_640)]
+        assert [(group.configuration, group.params) for group in lora] == sizes
         (smaller, a), (larger, b) = point("LoRA", lora, 41_328).parts
         assert (a.params, b.params) == (23_040, 46_080)
         assert smaller == pytest.approx(np.log(46_080 / 41_328) / np.log(2))
@@ -149,6 +143,12 @@ class TestCurve:
         # LoRA of 41,328 parameters scores 0.157 * 0.4 + 0.843 * 0.6.
         assert answer.difference.value == pytest.approx(0.72 - 0.569, abs=0.02)
         assert "LoRA at 41,328 parameters (between LoRA_l15 r=1 and LoRA r=1)" in answer.reason
+
+    def test_the_figure_of_shares_takes_a_curve_before_other_comparators(self, root):
+        curve = "method: {configuration: TABuv, rank: 8}, comparator: {frontier: LoRA}, better_by: 0, tasks: []"
+        report = trial(root, "better_by: 0.0", "configuration: TA, rank: 8", tasks=f"[]\n  - {{name: y, {curve}}}")
+        (panel,) = report.share_panels
+        assert (panel.reference.name, len(panel.curve)) == ("LoRA r=8", 3)
 
     def test_outside_the_measured_sizes_it_says_so(self, root):
         (answer,) = trial(root, "better_by: 0.0", "frontier: LoRA", method="TA, rank: 8").answers

@@ -164,12 +164,12 @@ def share_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Sco
 
 
 def _reference(answers: Sequence[Answer], groups: Sequence[RunGroup]) -> tuple[RunGroup, RunGroup | None] | None:
-    """The comparator of the first of these answers that gains something, and its floor.
+    """The comparator of the first of these answers that gains something, and its floor. Curves come first.
 
-    If the comparator is a curve, the reference is its largest size. It has the runs of all seeds, whatever seeds the
-    claim takes. If the claim's rule needs no zero point, the floor is the first one of the others.
+    The reference of a curve is its largest size. It has the runs of all seeds, whatever seeds the claim takes. If the
+    claim's rule needs no zero point, the floor is the first one of the others.
     """
-    for answer in answers:
+    for answer in sorted(answers, key=lambda answer: not answer.claim.comparator.frontier):
         if answer.pair is not None and answer.pair.arms and answer.comparator_gain and answer.comparator_gain > 0:
             comparator = answer.pair.arms[1][0]
             if isinstance(peer := answer.pair.comparator, Blend):

@@ -122,8 +122,9 @@ def order(group: RunGroup) -> tuple[int, int]:
 
 
 def style(group: RunGroup) -> tuple[str, str, Any]:
-    """The colour, marker and dash of a configuration. They are the same in every figure."""
-    return STYLES.get(group.label) or OTHERS[zlib.crc32(group.label.encode("utf-8", "replace")) % len(OTHERS)]
+    """The colour, marker and dash of a configuration, the same in every figure. LoRA on some layers looks as LoRA."""
+    name = re.sub(r"^LoRA_l\d+$", "LoRA", group.label)
+    return STYLES.get(name) or OTHERS[zlib.crc32(name.encode("utf-8", "replace")) % len(OTHERS)]
 
 
 def legend(panels: Iterable[Panel]) -> list[Key]:
