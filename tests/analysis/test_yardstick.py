@@ -15,7 +15,7 @@ from tiedlora.analysis.compare import worth_of
 from tiedlora.analysis.groups import curve, group_runs, point
 from tiedlora.analysis.intervals import Clusters, mean_squares
 from tiedlora.analysis.runs import read_runs
-from tiedlora.page import readme, write
+from tiedlora.page import charts, figures, readme, write
 
 SURE = {"rows": 1000, "seed_sd": 0.002, "seeds": 3}
 HALF = {"config.tying.layers": tying.evenly_spaced(15, 30)}
@@ -131,11 +131,9 @@ class TestCurve:
         assert [(group.configuration, group.params) for group in lora] == sizes
         (smaller, a), (larger, b) = point("LoRA", lora, 41_328).parts
         assert (a.params, b.params) == (23_040, 46_080)
-        assert smaller == pytest.approx(np.log(46_080 / 41_328) / np.log(2))
-        assert smaller + larger == 1
+        assert (smaller, smaller + larger) == (pytest.approx(np.log(46_080 / 41_328) / np.log(2)), 1)
         assert point("LoRA", lora, 46_080).parts == ((1.0, b),)
-        assert point("LoRA", lora, 23_039) is None
-        assert point("LoRA", lora, 368_641) is None
+        assert point("LoRA", lora, 23_039) is point("LoRA", lora, 368_641) is None
 
     def test_a_claim_against_the_curve_compares_with_lora_of_the_same_size(self, root):
         (answer,) = trial(root, "better_by: 0.0", "frontier: LoRA").answers
@@ -149,6 +147,8 @@ class TestCurve:
         report = trial(root, "better_by: 0.0", "configuration: TA, rank: 8", tasks=f"[]\n  - {{name: y, {curve}}}")
         (panel,) = report.share_panels
         assert (panel.reference.name, len(panel.curve)) == ("LoRA r=8", 3)
+        legend = figures.legend(charts.panels(report.rows, report.answers, report.share_panels))
+        assert [key.name for key in legend] == ["LoRA", "TABuv", "TA"]
 
     def test_outside_the_measured_sizes_it_says_so(self, root):
         (answer,) = trial(root, "better_by: 0.0", "frontier: LoRA", method="TA, rank: 8").answers

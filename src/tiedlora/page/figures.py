@@ -122,16 +122,22 @@ def order(group: RunGroup) -> tuple[int, int]:
 
 
 def style(group: RunGroup) -> tuple[str, str, Any]:
-    """The colour, marker and dash of a configuration, the same in every figure. LoRA on some layers looks as LoRA."""
-    name = re.sub(r"^LoRA_l\d+$", "LoRA", group.label)
+    """The colour, marker and dash of a configuration, the same in every figure."""
+    name = _drawn_as(group.label)
     return STYLES.get(name) or OTHERS[zlib.crc32(name.encode("utf-8", "replace")) % len(OTHERS)]
 
 
+def _drawn_as(name: str) -> str:
+    """LoRA on some layers looks as LoRA."""
+    return re.sub(r"^LoRA_l\d+$", "LoRA", name)
+
+
 def legend(panels: Iterable[Panel]) -> list[Key]:
-    """One entry for each configuration of the panels."""
+    """One entry for each configuration of the panels that looks different."""
     keys: dict[str, Key] = {}
     for group in sorted((group for panel in panels for group in panel.groups), key=order):
-        key = keys.setdefault(group.configuration, Key(group.configuration, *style(group), []))
+        name = _drawn_as(group.configuration)
+        key = keys.setdefault(name, Key(name, *style(group), []))
         key.marks.extend(mark for mark in group.short_marks if mark not in key.marks)
     return list(keys.values())
 
