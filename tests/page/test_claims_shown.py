@@ -50,7 +50,7 @@ def test_cells_have_verdicts_and_differences_and_lead_to_reasons_and_the_forest_
     report = report_of(three_tasks)
     model = models(report)["tiny"]
     assert model.tasks == ["chain_sum", "gsm8k", "squad"]
-    assert model.headline == "2 claims: 1 contradicted, 1 undecided"
+    assert model.headline == "2 claims: 1 contradicted, 1 not run"
     cells = {task: (write.word(answer), *write.effect(answer)) for task, answer, _ in model.rows[0][1]}
     assert cells["chain_sum"][0] == "supported"
     answer = next(answer for answer in report.answers if answer.task == "squad" and answer.pair)
