@@ -9,8 +9,8 @@ from tiedlora.sweeps.study import read_study
 STUDIES = sorted(path.parent for path in (PROJECT / "studies").glob("*/study.yaml"))
 SHOWN_IN_FRONT = "sharing-against-lora"
 """The study whose numbers the project's README has."""
-LARGEST_BYTES = 60_000_000
-"""Of all studies together."""
+LARGEST_BYTES = 83_000_000
+"""Of all studies together: 43 MB of the first two, and 40 MB for sharing-against-lora."""
 
 
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
@@ -29,5 +29,4 @@ def test_every_table_has_the_numbers_of_the_records_which_have_a_clean_commit_an
 
 
 def test_the_studies_are_small():
-    files = [path for path in (PROJECT / "studies").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < LARGEST_BYTES
+    assert sum(path.stat().st_size for path in (PROJECT / "studies").rglob("*") if path.is_file()) < LARGEST_BYTES

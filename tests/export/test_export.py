@@ -109,6 +109,7 @@ def test_the_script_writes_every_form_with_a_card_and_a_task(tiny_config, finish
     adapted = logits(attached.model, ids)
     assert close(logits(AutoModelForCausalLM.from_pretrained(folder / "export" / "merged"), ids), adapted)
     attached.detach()
+    attached.detach()
     tiedlora.load(folder / "export" / "hub-card", attached.model)
     assert torch.equal(logits(attached.model, ids), adapted)
     assert "tiedlora.load" in (folder / "export" / "hub-card" / "README.md").read_text()

@@ -206,9 +206,10 @@ class Attached(Arm):
             self._fold_once = False
 
     def detach(self) -> None:
-        """Remove the adapter. The base model is then bit for bit as it was before."""
+        """Remove the adapter, if it is there. The base model is then bit for bit as it was before."""
         self.disable()
-        del self.model.tied_adapter
+        if getattr(self.model, "tied_adapter", None) is self.adapter:
+            del self.model.tied_adapter
 
     def cannot_merge(self) -> str | None:
         """Why the update cannot be added to the weights, in words; None if it can."""

@@ -63,10 +63,9 @@ def register() -> None:
     schema.tying.resolved = StringNode(None, flags={"readonly": True})
     store = ConfigStore.instance()
     store.store(name="schema", node=schema, **again)
-    if "tying" not in store.repo:
-        for option, node in peft_options().items():
-            group, _, name = f"tying/{option}".rpartition("/")
-            store.store(group=group, name=name, node=node)
+    for option, node in peft_options().items():
+        group, _, name = f"tying/{option}".rpartition("/")
+        store.store(group=group, name=name, node=node)
     _register_resolver("project", lambda: str(PROJECT), replace=True)
 
 
