@@ -158,7 +158,7 @@ class TestLooks:
         assert named.measure.metric == "exact_match_strict"
 
 
-SUPPORTED, CONTRADICTED, UNDECIDED, FLOOR, _ = Verdict
+SUPPORTED, CONTRADICTED, UNDECIDED, FLOOR, _, NOT_RUN = Verdict
 
 
 class TestOverTasks:
@@ -180,6 +180,8 @@ class TestOverTasks:
             ([(SUPPORTED, 1.0), (SUPPORTED, 1.0)], "supported"),
             ([(SUPPORTED, 1.0), (FLOOR, 1.0)], "supported"),
             ([(FLOOR, 1.0), (FLOOR, 1.0)], "uninformative"),
+            ([(NOT_RUN, 1.0), (NOT_RUN, 1.0)], "not run"),
+            ([(SUPPORTED, 1.0), (NOT_RUN, 1.0)], "undecided"),
             ([(SUPPORTED, 1.0), (UNDECIDED, 0.4)], "undecided"),
             ([(SUPPORTED, 1.0), (CONTRADICTED, 0.001)], "contradicted"),
             # 0.03 is below 0.05, but not below 0.05 / 2: of two tasks, one must be clearer.

@@ -45,6 +45,7 @@ class Verdict(StrEnum):
     UNDECIDED = "undecided"
     UNINFORMATIVE = "uninformative"
     CANNOT_FAIL = "cannot fail here"
+    NOT_RUN = "not run"
 
 
 DECIDED = (Verdict.SUPPORTED, Verdict.CONTRADICTED)
@@ -132,7 +133,10 @@ def answer_claims(
         for model in sorted({pair.anchor.model for pair in pairs}) or [""]:
             tasks = set(claim.tasks) or {group.task for group in groups if model in (group.model, "")}
             missing = tasks - {pair.anchor.task for pair in pairs if pair.anchor.model == model}
-            answers += [Answer(claim, model, task, reason=reason, decide=decide) for task in sorted(missing)]
+            answers += [
+                Answer(claim, model, task, verdict=Verdict.NOT_RUN, reason=reason, decide=decide)
+                for task in sorted(missing)
+            ]
     mark_survivors(answers)
     return answers
 
@@ -353,6 +357,8 @@ def _over_tasks(answers: Sequence[Answer]) -> ClaimVerdict:
     if contradicting:
         names = ", ".join(answer.task for answer in contradicting)
         verdict, reason = Verdict.CONTRADICTED, f"contradicted on {names} (Holm over {len(answers)} tasks)"
+    elif all(answer.verdict == Verdict.NOT_RUN for answer in answers):
+        verdict, reason = Verdict.NOT_RUN, "no task is run"
     elif not informative:
         verdict, reason = Verdict.UNINFORMATIVE, "no task is informative"
     elif len(supporting) == len(informative):

@@ -41,7 +41,6 @@ LISTED = 20
 FILTERS = ("model", "task", "variant", "configuration", "rank", "metric")
 CONDENSED = ("model", "task", "variant", "metric", "split", "rows", "seeds", "device", "notes")
 """Columns that move into the table's caption if all rows have the same value."""
-NOT_RUN = "not run"
 
 
 @dataclass
@@ -190,7 +189,6 @@ def render(report: Report, all_tables: Sequence[Table], panels: Sequence[Panel])
         glyphs=figures.GLYPHS,
         inline=figures.inline,
         word=word,
-        word_over_tasks=word_over_tasks,
         effect=effect,
         numbers=numbers,
         error_note=error_note(report.answers) if report.answers else "",
@@ -271,23 +269,16 @@ def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: 
             of_task = {answer.task: answer for answer in verdict.answers}
             cells = [(task, of_task.get(task), f"reason-{place}-{number}-{at}") for at, task in enumerate(tasks)]
             matrix.append((verdict, cells))
-        counts, plural = Counter(map(word_over_tasks, stated)), "s" if len(stated) != 1 else ""
-        found = ", ".join(f"{counts[kind]} {kind}" for kind in (*Verdict, NOT_RUN) if counts[kind])
+        counts, plural = Counter(verdict.verdict for verdict in stated), "s" if len(stated) != 1 else ""
+        found = ", ".join(f"{counts[kind]} {kind}" for kind in Verdict if counts[kind])
         headline = f"{len(stated)} claim{plural}: {found}" if stated else ""
         parts.append(ModelPart(name or "No finished run", headline, tasks, matrix, own, hidden))
     return parts
 
 
 def word(answer: Answer | None) -> str:
-    """The verdict, `not run`, or `not asked` if the claim is not about the task."""
-    if answer is None:
-        return "not asked"
-    return NOT_RUN if answer.pair is None else answer.verdict.value
-
-
-def word_over_tasks(verdict: ClaimVerdict) -> str:
-    """The verdict over all tasks, or `not run` if none of them is."""
-    return verdict.verdict.value if any(answer.pair for answer in verdict.answers) else NOT_RUN
+    """The verdict, or `not asked` if the claim is not about the task."""
+    return "not asked" if answer is None else answer.verdict.value
 
 
 def effect(answer: Answer | None) -> tuple[str, str]:
