@@ -19,6 +19,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -180,10 +181,11 @@ def _figure(panels: Sequence[Panel], is_file: bool = True) -> Figure:
     above = (0.34 if has_models else 0.18 if panels[0].title else 0.0) if is_file else 0.0
     handles = _handles(panels) if is_file else []
     width = columns * max(panel.size[0] for panel in panels)
-    # Inches of the widest entry of the legend.
-    entry = 0.75 + 0.07 * max((len(str(handle.get_label())) for handle in handles), default=0)
-    in_row = max(1, min(5, int(width / entry)))
-    below = 0.1 + 0.2 * math.ceil(len(handles) / in_row) if handles else 0.0
+    # Inches of each entry of the legend, which fills one column after the other.
+    entries = [0.6 + 0.07 * len(str(handle.get_label())) for handle in handles]
+    splits = {count: [max(own) for own in np.array_split(entries, count) if own.size] for count in range(1, 6)}
+    in_row = max((count for count, columns in splits.items() if sum(columns) <= width), default=1)
+    below = 0.1 + 0.18 * math.ceil(len(handles) / in_row) if handles else 0.0
     height = sum(heights) + above * len(rows) + below
     figure = Figure(figsize=(width, height))
     # Names beside points need the size of letters, which this canvas knows.
@@ -204,7 +206,7 @@ def _figure(panels: Sequence[Panel], is_file: bool = True) -> Figure:
                 # It starts where the panel does, left of the axes.
                 ax.set_title("\n".join(filter(None, title)), x=(0.1 - left) / across, pad=72 * top)
     if handles:
-        figure.legend(handles=handles, loc="lower center", ncols=in_row)
+        figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, below / height), ncols=in_row)
     return figure
 
 
