@@ -151,7 +151,7 @@ def reason(error: ErrorDetails) -> str:
         return str(error["ctx"]["error"])
     if error["type"] == "missing":
         return "is missing"
-    message = re.sub("^[A-Z][a-z]+ should ", "must ", error["msg"])
+    message = re.sub("^[A-Z][a-z]+ should ", "must ", error["msg"]).replace(" after validation", "")
     choices = re.findall("'(.*?)'", message) if error["type"] == "literal_error" else []
     return message + nearest(str(error["input"]), choices)
 
