@@ -90,8 +90,6 @@ def kept_in_words(answer: Answer) -> str:
         return f"{share_in_words(answer.kept, answer.zone or ())}, {answer.seeds} seed{plural}"
     if answer.comparator_gain is not None:
         return "no gain of the comparator" if answer.comparator_gain <= 0 else "the comparator's gain may be 0"
-    if answer.verdict == Verdict.NOT_RUN:
-        return Verdict.NOT_RUN
     return "no scores of the base" if answer.seeds else "no comparison yet"
 
 

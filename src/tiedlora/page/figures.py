@@ -184,7 +184,7 @@ def _figure(panels: Sequence[Panel], is_file: bool = True) -> Figure:
     # Inches of each entry of the legend, which fills one column after the other.
     entries = [0.6 + 0.07 * len(str(handle.get_label())) for handle in handles]
     splits = {count: [max(own) for own in np.array_split(entries, count) if own.size] for count in range(1, 6)}
-    in_row = max((count for count, columns in splits.items() if sum(columns) <= width), default=1)
+    in_row = max((count for count, widest in splits.items() if sum(widest) <= width), default=1)
     below = 0.1 + 0.18 * math.ceil(len(handles) / in_row) if handles else 0.0
     height = sum(heights) + above * len(rows) + below
     figure = Figure(figsize=(width, height))
