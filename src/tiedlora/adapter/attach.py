@@ -242,8 +242,10 @@ class Attached(Arm):
         """Merge permanently: the update stays in the weights, no copy is kept, and the adapter leaves the model.
 
         Raises:
-            UserError: as `merge`.
+            UserError: as `merge`, or the adapter has left the model already.
         """
+        if getattr(self.model, "tied_adapter", None) is not self.adapter:
+            raise UserError("fuse: the adapter is not in the model any more; attach it to a fresh base model")
         self.merge()
         self._base_weights.clear()
         del self.model.tied_adapter

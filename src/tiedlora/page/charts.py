@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.transforms import Bbox, blended_transform_factory
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
+from scipy.spatial.distance import cdist
 
 from tiedlora.analysis import shares
 from tiedlora.analysis.answers import BASE, Answer
@@ -215,6 +216,10 @@ def draw_shares(ax: Axes, panel: SharePanel, share_panels: Sequence[SharePanel])
         value = Interval(shown, math.nan, math.nan)
         if math.isfinite(arm.share.low) and arm.group is not panel.reference:
             value = Interval(shown, scale.nearest(arm.share.low), scale.nearest(arm.share.high))
+            # A small arrow where the interval goes on.
+            for end, marker in ((arm.share.low, "v"), (arm.share.high, "^")):
+                if end != (seen := scale.nearest(end)):
+                    ax.plot(arm.group.params, seen, marker, color=style(arm.group)[0], markersize=3)
         name = arm.group.name if is_inside else minus(f"{arm.group.name}, {shares.percent(arm.share.value)} %")
         points.append(Point(arm.group, value, is_inside, name))
     _against_parameters(ax, points)
@@ -369,6 +374,8 @@ def _count_axis(ax: Axes, counts: Sequence[float]) -> None:
 
 BESIDE = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 """Where a name may stand beside its point: the directions to the right and up."""
+GAPS = (0.06, 0.2, 0.35, 0.5)
+"""How far from its point a name may stand, in inches. From the second one on, a thin line joins them."""
 
 
 def _names(ax: Axes, points: Sequence[tuple[float, float, str]]) -> None:
@@ -376,21 +383,29 @@ def _names(ax: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     ax.autoscale_view()
     # The pixels of an inch.
     inch = ax.figure.dpi
-    room, gap, drawn = ax.get_window_extent().padded(0.08 * inch), 0.06 * inch, _drawn(ax)
-    taken: list[Bbox] = []
+    room, drawn = ax.get_window_extent().padded(0.08 * inch), _drawn(ax)
     for x, y, name in points:
         text = ax.annotate(cut(name, 28), (x, y), (0, 0), textcoords="offset points", fontsize=7.5, va="center")
         size, at = np.asarray(text.get_window_extent().size), ax.transData.transform((x, y))
-        for across, up in BESIDE:
+        for gap, (across, up) in itertools.product(inch * np.array(GAPS), BESIDE):
             middle = at + np.array([across * (gap + size[0] / 2), up * (gap / 2 + size[1] / 2)])
             box = Bbox([middle - size / 2, middle + size / 2])
             is_free = room.contains(*box.min) and room.contains(*box.max)
             wide = box.padded(0.02 * inch)
             is_free = is_free and not ((drawn > wide.min) & (drawn < wide.max)).all(1).any()
-            if is_free and not any(box.overlaps(other) for other in taken):
-                taken.append(box)
+            # A name farther away needs a line to the marker, which must cross nothing either.
+            edge = middle - np.array([across, up]) * size / 2
+            line = np.linspace(edge, at, 40)
+            line = line[np.linalg.norm(line - at, axis=1) > inch * GAPS[0]]
+            is_far = gap > inch * GAPS[0]
+            if is_free and not (is_far and cdist(line, drawn).min() < 0.02 * inch):
+                letters = np.mgrid[box.x0 : box.x1 : 3, box.y0 : box.y1 : 3].reshape(2, -1).T
+                drawn = np.concatenate([drawn, letters])
                 text.set_horizontalalignment("right" if across < 0 else "left" if across else "center")
                 text.xyann = tuple(72 / inch * np.array([across * gap, middle[1] - at[1]]))
+                if is_far:
+                    ax.plot(*ax.transData.inverted().transform([at, edge]).T, color=SOFT, linewidth=0.5, zorder=1)
+                    drawn = np.concatenate([drawn, line])
                 break
         else:
             text.remove()
@@ -404,7 +419,7 @@ def _drawn(ax: Axes) -> NDArray[np.float64]:
         along.append(places)
         for start, end in itertools.pairwise(places[np.isfinite(places).all(1)]):
             along.append(np.linspace(start, end, 2 + int(np.abs(end - start).max() / 3)))
-    return np.concatenate(along)
+    return np.concatenate([points[np.isfinite(points).all(1)] for points in along])
 
 
 def _names_at_ends(ax: Axes, curves: Sequence[Curve]) -> None:
