@@ -134,6 +134,9 @@ def _lines(report: Report, out: Path) -> list[str]:
         if len(verdict.answers) > 1:
             model = f" [{verdict.model}]" if verdict.model else ""
             lines.append(f"{verdict.verdict.upper():<14} {verdict.claim.name}{model}: {verdict.reason}")
+            # Its tasks would say the same.
+            if verdict.verdict == Verdict.NOT_RUN:
+                continue
         for answer in verdict.answers:
             lines += _answer_lines(answer)
     lines += [f"left out       {folder.path.name}: {folder.reason}" for folder in report.left_out[:LISTED]]
