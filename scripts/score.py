@@ -7,7 +7,6 @@ RUN is a run's folder. The split's predictions are written to RUN/predictions/, 
 """
 
 import argparse
-import logging
 import os
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.summary import terminal_lines
 from tiedlora.scoring.passes import missing_passes, wanted_passes
 from tiedlora.tasks import load_task
+from tiedlora.tracking.progress import show_log
 from tiedlora.training import signals
 
 
@@ -30,8 +30,7 @@ def main() -> None:
     parser.add_argument("--data-root", default=os.environ.get("TIEDLORA_DATA"), help="as data_root= of train.py")
     parser.add_argument("--again", action="store_true", help="score again what was scored before")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("tiedlora").setLevel(logging.INFO)
+    show_log()
     folder = RunFolder(arguments.run.absolute())
     record = folder.finished_record()
     task = load_task(compose.read_config(folder.config_file).task)

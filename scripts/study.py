@@ -27,6 +27,7 @@ from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 from tiedlora.sweeps import forecast, study
+from tiedlora.tracking.progress import show_log
 from tiedlora.training import signals
 
 CACHE = Path(os.environ.get("TIEDLORA_CACHE", PROJECT / ".cache"))
@@ -50,6 +51,7 @@ def main() -> None:
         raise UserError(f"{' '.join(arguments.words)}: {arguments.what} takes no words; change {study.PLAN} instead")
     if arguments.part and arguments.what not in ("plan", "forecast", "run"):
         raise UserError(f"--part: is for plan, forecast and run; {arguments.what} takes the whole study")
+    show_log()
     planned = study.read_study(arguments.study)
     outputs = (arguments.outputs or PROJECT / "outputs" / "studies" / planned.name).absolute()
     if arguments.what == "plan":

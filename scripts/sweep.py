@@ -8,7 +8,6 @@ runs, and retry puts them back or lets failed ones run once more: name them by t
 """
 
 import argparse
-import logging
 import os
 from dataclasses import asdict
 from json import dumps
@@ -23,6 +22,7 @@ from tiedlora.sweeps import forecast, selection, status
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.text import aligned
+from tiedlora.tracking.progress import show_log
 
 SEARCHING = {"hydra/sweeper=staged", "hydra/sweeper=deciding"}
 """The words of sweeps that need only the cells of the rates that their search has chosen."""
@@ -56,8 +56,7 @@ def main() -> None:
             raise UserError(f"--{option.replace('_', '-')}: is for select; {arguments.what} does not use it")
     if arguments.json and arguments.what in ("watch", "drop", "retry"):
         raise UserError(f"--json: is for plan, status and select; {arguments.what} does not use it")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("tiedlora").setLevel(logging.INFO)
+    show_log()
     # A word of train.py has a '=', or deletes a key with '~'; an id has neither.
     cells = [word for word in arguments.words if "=" not in word and not word.startswith("~")]
     if arguments.what in ("drop", "retry"):

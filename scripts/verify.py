@@ -6,12 +6,12 @@ does not agree.
 """
 
 import argparse
-import logging
 import os
 from pathlib import Path
 
 from tiedlora import errors
 from tiedlora.errors import UserError
+from tiedlora.tracking.progress import show_log
 
 
 def main() -> None:
@@ -23,8 +23,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rows < 0:
         raise UserError(f"--rows {arguments.rows}: must be at least 0")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("tiedlora").setLevel(logging.INFO)
+    show_log()
     # It imports torch, which takes seconds: --help does not need it.
     from tiedlora.runs import verify
 

@@ -404,8 +404,10 @@ def check_installed(package: str, option: str, extra: str) -> None:
 
 def logged_work(folder: Path, goals: Sequence[Goal]) -> None:
     """`work` in a process of its own, with the log lines of a run."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("tiedlora").setLevel(logging.INFO)
+    # It imports tqdm, and a single run loads this module too.
+    from tiedlora.tracking.progress import show_log  # noqa: PLC0415
+
+    show_log()
     work(folder, goals)
 
 

@@ -16,6 +16,14 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
 
 
+def show_log() -> None:
+    """Write log lines to standard error, with the time: ours from INFO on, and warnings of others. (train.py has
+    conf/hydra/job_logging.)
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("tiedlora").setLevel(logging.INFO)
+
+
 class ProgressBar:
     """Shows the work done, the rate and the time left: as a bar on a terminal, or as a log line every few seconds."""
 
