@@ -384,6 +384,7 @@ def _names(ax: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     # The pixels of an inch.
     inch = ax.figure.dpi
     room, drawn = ax.get_window_extent().padded(0.08 * inch), _drawn(ax)
+    solid = ax.transData.transform([(x, y) for x, y, _ in points])
     for x, y, name in points:
         text = ax.annotate(cut(name, 28), (x, y), (0, 0), textcoords="offset points", fontsize=7.5, va="center")
         size, at = np.asarray(text.get_window_extent().size), ax.transData.transform((x, y))
@@ -393,14 +394,14 @@ def _names(ax: Axes, points: Sequence[tuple[float, float, str]]) -> None:
             is_free = room.contains(*box.min) and room.contains(*box.max)
             wide = box.padded(0.02 * inch)
             is_free = is_free and not ((drawn > wide.min) & (drawn < wide.max)).all(1).any()
-            # A name farther away needs a line to the marker, which must cross nothing either.
+            # A name farther away needs a line to its marker, which may cross lines, but no other marker or name.
             edge = middle - np.array([across, up]) * size / 2
             line = np.linspace(edge, at, 40)
-            line = line[np.linalg.norm(line - at, axis=1) > inch * GAPS[0]]
+            others = solid[np.abs(solid - at).max(1) > 1]
             is_far = gap > inch * GAPS[0]
-            if is_free and not (is_far and cdist(line, drawn).min() < 0.02 * inch):
+            if is_free and not (is_far and len(others) and cdist(line, others).min() < 0.1 * inch):
                 letters = np.mgrid[box.x0 : box.x1 : 3, box.y0 : box.y1 : 3].reshape(2, -1).T
-                drawn = np.concatenate([drawn, letters])
+                drawn, solid = np.concatenate([drawn, letters]), np.concatenate([solid, letters])
                 text.set_horizontalalignment("right" if across < 0 else "left" if across else "center")
                 text.xyann = tuple(72 / inch * np.array([across * gap, middle[1] - at[1]]))
                 if is_far:
