@@ -398,8 +398,10 @@ def _names(ax: Axes, points: Sequence[tuple[float, float, str]]) -> None:
             edge = middle - np.array([across, up]) * size / 2
             line = np.linspace(edge, at, 40)
             others = solid[np.abs(solid - at).max(1) > 1]
+            # From a marker that has another one beside it, a line may still lead away.
+            is_clear = (cdist(line, others) >= np.minimum(cdist([at], others), 0.1 * inch) - 1).all()
             is_far = gap > inch * GAPS[0]
-            if is_free and not (is_far and len(others) and cdist(line, others).min() < 0.1 * inch):
+            if is_free and (is_clear or not is_far):
                 letters = np.mgrid[box.x0 : box.x1 : 3, box.y0 : box.y1 : 3].reshape(2, -1).T
                 drawn, solid = np.concatenate([drawn, letters]), np.concatenate([solid, letters])
                 text.set_horizontalalignment("right" if across < 0 else "left" if across else "center")
