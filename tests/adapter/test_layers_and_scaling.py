@@ -1,4 +1,4 @@
-"""Adapters of some layers only, and of another scale: the update, the file, PEFT's format, a run, the first step."""
+"""Adapters of some layers only, and of another scale: the update, the file, PEFT's format, a run."""
 
 import json
 
