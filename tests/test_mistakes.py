@@ -45,7 +45,7 @@ TRAIN = {
     "an argument that is none": ("tying=peft/vera tying.arguments.rank=3", "rank: VeraConfig has no such argument"),
     "a pattern that is none": ("tying=peft/vera 'tying.no_decay=[\"[\"]'", "is no regular expression"),
     "a factor of another method": ("tying=peft/vera train.lr_factor.A=2", "has no part A; use tying.lr_factors="),
-    "a dropout of another method": ("tying=peft/vera tying.dropout=0.5", "tying.dropout=0.5: has no effect on VeraConfig"),
+    "a dropout of another method": ("tying=peft/vera tying.dropout=0.5", "has no effect on VeraConfig; set the"),
     "a quantised base": ("tying=peft/vera model.quantization=nf4", "needs the whole model, unquantised"),
     # Models and tasks
     "a model that is no folder": ("model.path=nowhere", "must be a folder with config.json, tokenizer.json and"),

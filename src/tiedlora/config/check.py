@@ -62,8 +62,8 @@ def check_new_run(config: Config) -> None:
         raise UserError(f"train.min_lr={config.train.min_lr:g}: is above train.lr={config.train.lr:g}; lower it")
     if config.tying.method is not None and config.tying.dropout:
         raise UserError(
-            f"tying.dropout={config.tying.dropout:g}: has no effect on {config.tying.method}; set its own argument, such "
-            "as tying.arguments.lora_dropout=0.1"
+            f"tying.dropout={config.tying.dropout:g}: has no effect on {config.tying.method}; set the method's own "
+            "argument, such as tying.arguments.lora_dropout=0.1"
         )
     is_sized = config.tying.method is None or config.tying.knob is not None
     count = trainable_params(config) if config.budget is not None and is_sized else None
