@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--raw", action="store_true", help="do not use the task's template")
     parser.add_argument("--max-new-tokens", type=int, help="default: the task's")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:NUMBER; default auto")
     parser.add_argument("--cache", default=os.environ.get("TIEDLORA_CACHE"), help="default: where the run kept it")
     arguments = parser.parse_args()
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:

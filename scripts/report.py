@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs (outputs/), or single runs' folders")
     parser.add_argument("--out", type=Path, default=Path("report"), help="where the report goes; default report/")
-    parser.add_argument("--claims", type=Path, default=CLAIMS, help="a claims file; default claims/tied_lora.yaml")
+    parser.add_argument("--claims", type=Path, help="a claims file; default: that of a study, or claims/tied_lora.yaml")
     parser.add_argument("--split", choices=("validation", "test"), help="default: test where the chosen runs have it")
     parser.add_argument(
         "--readme", type=Path, help="also write tables between the marks of this file (docs/results.md)"
@@ -26,7 +26,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.readme:
         readme.check(arguments.readme)
-    report = write.build(arguments.runs, claims=arguments.claims, split=arguments.split)
+    of_study = [folder / "claims.yaml" for folder in arguments.runs[:1] if (folder / "claims.yaml").is_file()]
+    report = write.build(arguments.runs, claims=arguments.claims or (*of_study, CLAIMS)[0], split=arguments.split)
     for line in write.write(report, arguments.out):
         print(line)
     if arguments.readme:

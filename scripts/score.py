@@ -27,13 +27,16 @@ def main() -> None:
     parser.add_argument("--metrics", nargs="+", help="as score.metrics= of train.py; all if it is left out")
     parser.add_argument("--drift", action="store_true", help="also the drift from the base model, with the losses")
     parser.add_argument("--forgetting", metavar="FILE.txt", help="neutral text")
-    parser.add_argument("--data-root", default=os.environ.get("TIEDLORA_DATA"), help="as data_root= of train.py")
+    parser.add_argument("--data-root", help="as data_root= of train.py; default: the run's own, or TIEDLORA_DATA")
+    parser.add_argument("--cache", default=os.environ.get("TIEDLORA_CACHE"), help="default: where the run kept it")
     parser.add_argument("--again", action="store_true", help="score again what was scored before")
     arguments = parser.parse_args()
     show_log()
     folder = RunFolder(arguments.run.absolute())
     record = folder.finished_record()
-    task = load_task(compose.read_config(folder.config_file).task)
+    config = compose.read_config(folder.config_file)
+    config.outputs, config.cache = str(folder.path.parent), arguments.cache or config.cache
+    task = load_task(config.task)
     is_alone = arguments.forgetting and not (arguments.metrics or arguments.drift or arguments.again)
     split = arguments.split or (None if is_alone else "test")
     # A wrong name of a metric is an error, also if nothing is missing.
@@ -46,7 +49,8 @@ def main() -> None:
         record = add_scores(
             folder,
             [split] if split else [],
-            data_root=arguments.data_root,
+            data_root=compose.rows_are_in(config, arguments.data_root),
+            paths_from=config,
             metrics=arguments.metrics,
             again=arguments.again,
             forgetting=arguments.forgetting,

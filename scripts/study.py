@@ -42,18 +42,20 @@ def main() -> None:
     parser.add_argument("study", type=Path, help="the study's folder")
     parser.add_argument("words", nargs="*", help="repeat, verify: ids of runs. forecast: words of train.py to add")
     parser.add_argument("--part", help="plan, forecast, run: only this part")
-    parser.add_argument("--outputs", type=Path, help="where the runs are; default outputs/studies/NAME")
-    parser.add_argument(
-        "--data-root", default=os.environ.get("TIEDLORA_DATA"), help="repeat, verify: as data_root= of train.py"
-    )
+    parser.add_argument("--outputs", type=Path, help="where the runs are; default TIEDLORA_OUTPUTS/studies/NAME")
+    parser.add_argument("--data-root", default=os.environ.get("TIEDLORA_DATA"), help="as data_root= of train.py")
     arguments = parser.parse_intermixed_args()
     if arguments.words and arguments.what not in ("forecast", "repeat", "verify"):
         raise UserError(f"{' '.join(arguments.words)}: {arguments.what} takes no words; change {study.PLAN} instead")
     if arguments.part and arguments.what not in ("plan", "forecast", "run"):
         raise UserError(f"--part: is for plan, forecast and run; {arguments.what} takes the whole study")
     show_log()
+    if arguments.data_root:
+        # The cells of the plan take it from there.
+        os.environ["TIEDLORA_DATA"] = arguments.data_root
     planned = study.read_study(arguments.study)
-    outputs = (arguments.outputs or PROJECT / "outputs" / "studies" / planned.name).absolute()
+    root = Path(os.environ.get("TIEDLORA_OUTPUTS") or PROJECT / "outputs")
+    outputs = (arguments.outputs or root / "studies" / planned.name).absolute()
     if arguments.what == "plan":
         for part, words, _ in planned.composed(outputs, arguments.part):
             print(f"{part}: python train.py --multirun {' '.join(map(shown, words))}")

@@ -71,13 +71,11 @@ SWEEPS = {
     "cells without end": ("'seed=range(0,1000)' 'train.steps=range(5,1000)'", "has 995,000 cells, at most 100,000"),
     "an interval": ("'train.lr=interval(0,1)'", "give the values one by one, as in train.lr=1e-3,1e-2"),
     "a word for a flag": ("hydra.sweeper.fail_fast=maybe", "hydra.sweeper.fail_fast=maybe: must be a valid boolean"),
+    "grids with a comma": ("+grid=paper,quick", "+grid=paper,quick: grids are joined as '+grid=[NAME,NAME]'"),
     "an axis of Hydra's": ("hydra.job.name=a,b", "Sweeping over Hydra's configuration is not supported"),
     "one cell that is wrong": ("seed=0,-1", "seed=-1: seed=-1: must be greater than or equal to 0"),
     "cells that are repeated": ("force=true", "force=true: a sweep that repeats its finished cells could not be"),
-    "claims of no file": (
-        "hydra/sweeper=deciding hydra.sweeper.claims=[a]",
-        "hydra.sweeper.claims=['a']: must be a valid string",
-    ),
+    "claims of no file": ("hydra/sweeper=deciding hydra.sweeper.claims=[a]", "claims=['a']: must be a valid string"),
     "claims without their sides": ("hydra/sweeper=deciding train.lr=1e-3,1e-2", "needs TABuv r=8 and LoRA"),
     "claims without scores": ("hydra/sweeper=deciding tying=LoRA,TABuv score.splits=[]", "the claims need scores"),
     "fewer runs than the search has": (
@@ -87,7 +85,7 @@ SWEEPS = {
 }
 WORDS = "model=tiny_llama outputs=outputs cache=cache"
 SCRIPTS = {
-    "a report of nothing": ("report.py nowhere", "nowhere: is not a folder; give the folder that holds the runs"),
+    "a report of nothing": ("report.py nowhere", "nowhere: is not a folder; give the one with the runs"),
     "a report of a bare plan": ("report.py study", "the study has no runs yet; scripts/study.py run study makes them"),
     "a report with no claims": ("report.py outputs --claims nowhere", "nowhere: no such file; claims are YAML files"),
     "a report on another claim": ("report.py outputs --claims claims.yaml", "(did you mean TABuv?)"),

@@ -151,6 +151,9 @@ def reason(error: ErrorDetails) -> str:
         return str(error["ctx"]["error"])
     if error["type"] == "missing":
         return "is missing"
+    if listed := re.search(r"'\^\(([\w|]+)\)\$'$", error["msg"]):
+        choices = listed[1].split("|")
+        return f"choose one of {', '.join(choices)}{nearest(str(error['input']), choices)}"
     message = re.sub("^[A-Z][a-z]+ should ", "must ", error["msg"]).replace(" after validation", "")
     choices = re.findall("'(.*?)'", message) if error["type"] == "literal_error" else []
     return message + nearest(str(error["input"]), choices)

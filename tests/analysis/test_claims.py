@@ -185,6 +185,7 @@ def test_a_missing_comparator_or_method_is_named(tmp_path, answers):
     add(tmp_path, "TABuv", 0.5)
     assert ["LoRA r=8 was not run in the same setting" in found.reason for found in answers()] == [True]
     assert ["TAB r=8 was not run on it" in found.reason for found in answers("TAB, rank: 8")] == [True]
+    assert [found.verdict for found in answers("TAB, at: equal_rank", "TABuv, rank: 8")] == ["not run"]
 
 
 def test_a_changed_specification_answers_by_a_name_of_its_own_only(tmp_path, answers):

@@ -48,19 +48,18 @@ MISTAKES = {  # one for each rule: overrides, and how the message begins
     ),
     "no choice": (
         ["train.schedule=cosin"],
-        "train.schedule=cosin: must be 'cosine' or 'constant' (did you mean cosine?)",
+        "train.schedule=cosin: must be 'cosine' or 'constant' (did you mean cosine?",
     ),
     "no option": (["tracking.backend=aim"], "tracking.backend=aim: choose one of auto, mlflow, none, trackio, wandb"),
     "a path for a name": (["task.name=../../x"], "task.name=../../x: use letters"),
     "a control character": (['task.prompt="a\x1b[2J{question}"'], "task.prompt=a␛[2J{question}: holds a control"),
     # Rules of items, and of several keys
-    "a split that is none": (
-        ["+task.hub.splits.evil=train"],
-        "task.hub.splits.evil=evil: must match pattern '^(train|v",
-    ),
-    "a split that is trained on": (
-        ["score.splits=[train]"],
-        "score.splits.0=train: must match pattern '^(v",
+    "a split that is none": (["+task.hub.splits.evil=a"], "task.hub.splits.evil=evil: choose one of train, validation"),
+    "a split that is trained on": (["score.splits=[train]"], "score.splits.0=train: choose one of validation, test. "),
+    "a grid without a plus": (["grid=paper"], "grid: unknown key; a grid is added as +grid=NAME, and several as"),
+    "a rank of no option": (
+        ["rank=r16"],
+        "rank=r16: no such option; choose one of r1, r128, r2, r32, r8, or set any nu",
     ),
     "a long tag": ([f"tracking.tags=[{'x' * 65}]"], f"tracking.tags.0={'x' * 60}: must match pattern '^.{{1,64}}$'"),
     "a stop text that always matches": (["task.stop=['']"], "task.stop.0=: is empty"),
@@ -71,20 +70,14 @@ MISTAKES = {  # one for each rule: overrides, and how the message begins
     "nothing trained": (["tying=TB", "train.lr_factor.B=0"], "train.lr_factor: is 0 for every trained part"),
     "a start of nothing": (["tying.B.trained=false"], "tying.B: starts at zero and is frozen"),
     "rank above the projection": (["rank.r=100000"], "rank.r=100000: is more than the projection's"),
-    "heads that share nothing": (
-        ["model.architecture.kv_heads=2"],
-        "model.architecture.kv_heads=2: must divide heads",
-    ),
+    "heads that share nothing": (["model.architecture.kv_heads=2"], "model.architecture.kv_heads=2: must divide heads"),
     "no adapter": (["train.init_from=nowhere"], "nowhere: is neither a finished run nor an adapter's folder"),
     # Random models
     "one that fills the memory": (
         ["model=tiny_llama", "model.architecture.vocabulary=100000000"],
         "model.architecture: a random model of about 6,4",
     ),
-    "an odd head": (
-        ["model=tiny_llama", "model.architecture.head_dim=7"],
-        "model.architecture.head_dim=7: must be",
-    ),
+    "an odd head": (["model=tiny_llama", "model.architecture.head_dim=7"], "model.architecture.head_dim=7: must be"),
     "heads that do not fill": (
         ["model=tiny_gpt2", "model.architecture.heads=3", "model.architecture.kv_heads=3"],
         "model.architecture.hidden=32: must be heads x",
@@ -243,3 +236,11 @@ def test_any_values_load_or_are_refused(tmp_path_factory, changes):
         except Exception:
             return  # OmegaConf cannot write such a value
         assert "/" not in run_id(configuration.read_config(path))
+
+
+def test_more_scores_of_a_run_come_from_the_rows_that_it_had(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIEDLORA_DATA", "others")
+    config = compose_config([f"data_root={tmp_path}"])
+    assert configuration.rows_are_in(config, None) == str(tmp_path)
+    config.data_root = "folder of another machine"
+    assert [configuration.rows_are_in(config, where) for where in (None, "given")] == ["others", "given"]

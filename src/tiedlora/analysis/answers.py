@@ -147,6 +147,7 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     # Usually the arm is beyond the curve, where no seed helps.
     answer.decide = "" if pair.problem and claim.comparator.frontier else next_look(claim, 0)
     if method is None or comparator is None:
+        answer.verdict = Verdict.NOT_RUN if pair.lacks_method else answer.verdict
         return answer
     over = f" (over {pair.floor.name})" if pair.floor is not None else ""
     try:

@@ -277,6 +277,8 @@ class Pair:
     arms: tuple[tuple[RunGroup, int], ...] = ()
     """Every group that a look needs, with the offset of its seeds, and with the runs of all seeds. Empty if a side is
     missing."""
+    lacks_method: bool = False
+    """Whether no run of the method is in this setting."""
 
 
 def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
@@ -290,7 +292,9 @@ def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
         try:
             found.append(_pair(claim, _only_one(alike), groups))
         except UserError as error:
-            found.append(Pair(alike[0], problem=str(error)))
+            setting = alike[0].setting
+            is_there = any(group.setting == setting and _is_of(group, claim.method) for group in groups)
+            found.append(Pair(alike[0], problem=str(error), lacks_method=not is_there))
     return found
 
 

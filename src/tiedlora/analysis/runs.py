@@ -195,7 +195,7 @@ def read_selections(roots: Iterable[Path]) -> tuple[list[Selection], list[LeftOu
 def _folders(roots: Iterable[Path]) -> Iterator[Path]:
     for root in roots:
         if not root.is_dir():
-            raise UserError(f"{root}: is not a folder; give the folder that holds the runs, usually outputs/")
+            raise UserError(f"{root.absolute()}: is not a folder; give the one with the runs (outputs= of train.py)")
         if (root / "result.json").is_file():
             yield root
             continue

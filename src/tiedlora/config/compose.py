@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -168,6 +169,14 @@ def read_config(path: Path) -> Config:
     """
     register()
     return load(storage.read_yaml(path))
+
+
+def rows_are_in(config: Config, given: str | None) -> str | None:
+    """Where the rows of a finished run are now: in the folder that is given, or the run's own if it is here, or that of
+    TIEDLORA_DATA; None means the hub.
+    """
+    own = config.data_root if config.data_root and Path(config.data_root).is_dir() else None
+    return given or own or os.environ.get("TIEDLORA_DATA") or config.data_root
 
 
 def _own_variable(name: str, *default: str | None) -> str | None:

@@ -65,7 +65,7 @@ def explain(error: BaseException) -> str:
     # Hydra's own message names only the override. The error that caused it says what is wrong.
     text = " ".join(message for message in map(str, causes) if not message.startswith("Error merging override "))
     # "Could not load" stands in the message about a list of options, such as +grid=[papr,quick].
-    if match := re.search(r"Could not (?:find|load) '([\w-]+)/(.+?)'", text):
+    if match := re.search(r"Could not (?:find|load) '([\w-]+)/(.*?)'", text):
         group, option = match.groups()
         names = []
         if group == "hydra":
@@ -73,11 +73,18 @@ def explain(error: BaseException) -> str:
             group, names = f"hydra/{inner}", ["basic"] if inner == "launcher" else []
         names += options(group)
         choose = f"; choose one of {', '.join(names)}" if names else ""
-        return f"{group}={option}: no such option{choose}{nearest(option, names)}"
+        hint = ", or set any number as rank.r=NUMBER" if group == "rank" else nearest(option, names)
+        return f"{group}={option}: no such option{choose}{hint}"
     if match := re.search(r"Could not override '([\w.]+)'|Key '([\w.]+)' (?:is )?not in '?(\w+)", text):
         key = _full_key(text) or match[1] or match[2]
+        if key == "grid":
+            return "grid: unknown key; a grid is added as +grid=NAME, and several as '+grid=[NAME,NAME]'"
         if key.startswith("hydra."):
-            return f"{key}: unknown key of the chosen options; hydra.launcher.n_jobs needs hydra/launcher=joblib_slots"
+            group, name = f"hydra/{key.split('.')[1]}", key.rpartition(".")[2]
+            files = sorted((CONF / group).glob("*.yaml"))
+            having = [file.stem for file in files if re.search(rf"^ *{name}:", file.read_text(), re.MULTILINE)]
+            needs = f"; {name} needs {group}={' or '.join(having)}" if having else ""
+            return f"{key}: unknown key of the chosen options{needs}"
         mapping = key.rpartition(".")[0]
         if isinstance(getattr(schema_keys().get(mapping), mapping.rpartition(".")[2], None), dict):
             return f"{key}: unknown key; a key of {mapping} is added as +{key}=VALUE"

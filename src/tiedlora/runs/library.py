@@ -25,7 +25,9 @@ def config_of(run: Path | str) -> Config:
     """
     path = os.path.join(os.path.expanduser(run), "config.yaml")
     if not os.path.isfile(path):
-        raise UserError(f"{run}: is not a run's folder (it has no config.yaml); give a run, or pass the base model")
+        raise UserError(
+            f"{run}: is not a run's folder (it has no config.yaml); give a run (in Python, you may pass the base model)"
+        )
     return compose.read_config(Path(path))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -138,8 +137,7 @@ def verify(path: Path, *, data_root: str | None = None, rows: int = 32, cache: P
     record = folder.finished_record()
     config = compose.read_config(folder.config_file)
     # A run that was moved here names a folder of another machine.
-    own = config.data_root if config.data_root and Path(config.data_root).is_dir() else None
-    config.data_root = data_root or own or os.environ.get("TIEDLORA_DATA") or config.data_root
+    config.data_root = compose.rows_are_in(config, data_root)
     config.cache = str(cache or config.cache)
     run = CheckedRun(folder, record, config, load_task(config.task))
     checks: dict[str, Callable[[CheckedRun], Iterator[Finding]]] = {

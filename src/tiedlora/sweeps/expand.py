@@ -238,6 +238,8 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
         for override in OverridesParser.create(config_loader=loader).parse_overrides(words):
             # A later override replaces an earlier one of the same key, and keeps its place.
             key = override.get_key_element()
+            if key == "+grid" and override.is_sweep_override():
+                raise UserError(f"{override.input_line}: grids are joined as '+grid=[NAME,NAME]', not with a comma")
             axes[key] = [f"{key}={value}" for value in _values(override)]
     if (count := math.prod(map(len, axes.values()))) > MOST_CELLS:
         raise UserError(f"the grid has {count:,} cells, at most {MOST_CELLS:,} are allowed; shorten an axis")

@@ -84,7 +84,7 @@ def forecast(sweep_cells: Iterable[SweepCell], tflops: float = TFLOPS) -> tuple[
         config, name = cells[0].config, cells[0].name
         speeds = observed_speeds(config) or computed_speeds(config, tflops)
         if speeds is None:
-            line = f"{name.task}: its rows are not here, so its cost is unknown; set data_root, or run one cell first"
+            line = f"{name.task}: its rows are not here, so its cost is unknown; set data_root (or TIEDLORA_DATA)"
             unknown[line] = None
             continue
         splits = {"validation"}.union(*(cell.config.score.splits for cell in cells))
@@ -176,6 +176,7 @@ def cost(config: Config, speeds: Speeds, rows: Mapping[str, int]) -> tuple[float
     batch_tokens = train.batch_size * speeds.row_tokens
     tokens = train.steps * min(batch_tokens, train.batch_tokens or batch_tokens)
     reading, answering = speeds.row_tokens / (2 * speeds.training), 1 / speeds.scoring
+    sampled = train.steps * train.batch_size * config.objective.samples if config.objective.name == "reward" else 0
     evaluations = 2 + ((train.steps - 1) // train.validate_every if train.validate_every else 0)
     # 0 stands for an unknown number of rows, and null takes all.
     validated = min(filter(None, (train.validation_rows, rows["validation"])), default=0)
@@ -184,7 +185,8 @@ def cost(config: Config, speeds: Speeds, rows: Mapping[str, int]) -> tuple[float
     scoring = answering if metrics is None or not all(map(is_loss, metrics)) else 0.0
     scoring += reading if metrics is None or any(map(is_loss, metrics)) else 0.0
     scored = sum(rows[split] for split in config.score.splits)
-    return tokens, tokens / speeds.training + evaluations * validating + scored * scoring
+    training = tokens / speeds.training + sampled * answering
+    return tokens, training + evaluations * validating + scored * scoring
 
 
 NOTE = """\

@@ -432,7 +432,7 @@ class RayTasks:
 
         if not ray.is_initialized():
             ray.init(**self.ray["init"])
-        worker, shared = ray.remote(**self.ray["remote"])(logged_work), ray.put(list(goals))
+        worker, shared = ray.remote(**self.ray["remote"])(logged_work), ray.put(goals)
         # Those that start when no cell is left end at once.
         tasks = [worker.remote(folder, shared) for _ in goals[:256]]
         ray.wait(tasks, num_returns=len(tasks))
