@@ -1,8 +1,9 @@
 """python scripts/params.py [model=llama2_7b] [rank=r8] [tying=TABuv] [budget=46080]: trainable parameters.
 
-Without tying=, it prints every option of conf/tying. It needs only the architecture, so no weights and no network. It
-takes the overrides of train.py, such as `rank.r=5`, `tying.A.share=4` and `'tying.layers=[0-9]'`. Methods of PEFT are
-listed with budget=N, which makes each configuration as large as its rank or knob allows.
+Without model=, it takes llama2_7b, the paper's. Without tying=, it prints every option of conf/tying. It needs only the
+architecture, so no weights and no network. It takes the overrides of train.py, such as `rank.r=5`, `tying.A.share=4`
+and `'tying.layers=[0-9]'`. Methods of PEFT are listed with budget=N, which makes each configuration as large as its
+rank or knob allows (about a minute).
 """
 
 import sys

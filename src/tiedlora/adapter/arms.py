@@ -268,4 +268,8 @@ def is_other_method(folder: Path) -> bool:
     Raises:
         UserError: it has no readable adapter.json.
     """
+    if not (folder / DESCRIPTION).exists():
+        raise UserError(
+            f"{folder}: holds no adapter; a study keeps one of each arm, and a run's command gives it again"
+        )
     return storage.read_json(folder / DESCRIPTION).get("format") == FORMAT
