@@ -5,8 +5,11 @@ without internet can run `train.py task=... data_root=FOLDER`. It takes the over
 task.hub.revision=COMMIT for a fixed version of the rows.
 """
 
+import argparse
+import hashlib
 import sys
 from pathlib import Path
+from typing import Any
 
 from tiedlora import errors, storage
 from tiedlora.config import compose
@@ -15,20 +18,45 @@ from tiedlora.tasks import load_task
 from tiedlora.tasks.rows import rows_folder
 
 
-def main(overrides: list[str]) -> None:
-    config = compose.compose_config(overrides)
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="as for train.py")
+    parser.add_argument("--rows", type=Path, help="only the rows of this file of studies/rows, in its order")
+    asked = parser.parse_intermixed_args(arguments)
+    config = compose.compose_config(asked.words)
     if config.data_root is None:
         raise UserError("data_root: has no value; give the folder to write to, as in data_root=data")
     task, folder = load_task(config.task), rows_folder(config.task, Path(config.data_root))
     if not config.task.hub.id:
         raise UserError(f"task={config.task.name}: makes its own rows, so there is nothing to fetch")
-    for split in config.task.hub.splits:
-        rows = task.hub_rows(split)
+    listed = storage.read_json(asked.rows) if asked.rows else None
+    if listed and listed.get("task") != config.task.name:
+        raise UserError(f"--rows {asked.rows}: has rows of task={listed.get('task')}, not of {config.task.name}")
+    splits = {split: [row.fields for row in task.hub_rows(split)] for split in config.task.hub.splits}
+    for split, rows in (studied_rows(listed, splits) if listed else splits).items():
         folder.mkdir(parents=True, exist_ok=True)
-        storage.write_json_lines(folder / f"{split}.jsonl", [row.fields for row in rows])
+        storage.write_json_lines(folder / f"{split}.jsonl", rows)
         print(f"{folder / f'{split}.jsonl'}: {len(rows):,} rows")
+
+
+def studied_rows(listed: dict[str, Any], hub: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Split -> the rows that a file of studies/rows lists. They may be in other splits of the hub.
+
+    Raises:
+        UserError: a row is not on the hub.
+    """
+    found = {row_name(fields[listed["field"]]): fields for rows in hub.values() for fields in rows}
+    for split, names in listed["splits"].items():
+        if missing := [name for name in names if name not in found]:
+            raise UserError(f"--rows: {len(missing):,} of the {len(names):,} rows of {split} are not on the hub")
+    return {split: [found[name] for name in names] for split, names in listed["splits"].items()}
+
+
+def row_name(field: str) -> str:
+    """How studies/rows names a row: by the start of the sha256 of one of its fields."""
+    return hashlib.sha256(field.encode()).hexdigest()[:12]
 
 
 if __name__ == "__main__":
     with errors.exit_codes():
-        print(__doc__) if {"-h", "--help"} & set(sys.argv[1:]) else main(sys.argv[1:])
+        main(sys.argv[1:])

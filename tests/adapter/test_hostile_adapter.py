@@ -87,10 +87,7 @@ DESCRIPTIONS = {  # the changed values of adapter.json, and words of the message
         "'architecture.hidden' is 1000000000000, which cannot be a value of an adapter's description: must be less",
     ),
     "parts that are larger than memory": (
-        {
-            "rank": 2**16,
-            "architecture": {"layers": 3, "hidden": 10**6, "heads": 4, "kv_heads": 2, "head_dim": 8},
-        },
+        {"rank": 2**16, "architecture": {"layers": 3, "hidden": 10**6, "heads": 4, "kv_heads": 2, "head_dim": 8}},
         "expected torch.float32",
     ),
     "a base without a name": ({"base": {}}, "has no 'base.name', so it is not an adapter's description"),

@@ -57,10 +57,7 @@ MISTAKES = {  # one for each rule: overrides, and how the message begins
     "a split that is none": (["+task.hub.splits.evil=a"], "task.hub.splits.evil=evil: choose one of train, validation"),
     "a split that is trained on": (["score.splits=[train]"], "score.splits.0=train: choose one of validation, test. "),
     "a grid without a plus": (["grid=paper"], "grid: unknown key; a grid is added as +grid=NAME, and several as"),
-    "a rank of no option": (
-        ["rank=r16"],
-        "rank=r16: no such option; choose one of r1, r128, r2, r32, r8, or set any nu",
-    ),
+    "a rank of no option": (["rank=r16"], "rank=r16: no such option; choose one of r1, r128, r2, r32, r8, or set"),
     "a long tag": ([f"tracking.tags=[{'x' * 65}]"], f"tracking.tags.0={'x' * 60}: must match pattern '^.{{1,64}}$'"),
     "a stop text that always matches": (["task.stop=['']"], "task.stop.0=: is empty"),
     "one beta": (["train.betas=[0.9]"], "train.betas=[0.9]: must have at least 2 items"),

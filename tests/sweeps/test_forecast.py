@@ -17,13 +17,7 @@ from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.forecast import Speeds, cost, examples_here, split_rows
 
 ROWS = {"validation": 8}
-SPEEDS = Speeds(
-    row_tokens=10.0,
-    training=100.0,
-    scoring=4.0,
-    peak_memory_bytes=10**9,
-    source="a test",
-)
+SPEEDS = Speeds(row_tokens=10.0, training=100.0, scoring=4.0, peak_memory_bytes=10**9, source="a test")
 
 
 @pytest.mark.parametrize("name", TINY)

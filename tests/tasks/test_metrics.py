@@ -122,9 +122,7 @@ def test_metric_needs_no_home_and_no_network(monkeypatch):
 def test_a_metric_of_choices():
     metric = TaskMetric(task_option("hellaswag"), by_likelihood=True)
     found = metric.compute(
-        predictions=[[-4.0, -3.0, -9.0, -9.0]],
-        references=[["0"]],
-        choices=[[" long ending", " short", " a", " b"]],
+        predictions=[[-4.0, -3.0, -9.0, -9.0]], references=[["0"]], choices=[[" long ending", " short", " a", " b"]]
     )
     # The second is more likely, but the first is more likely per character: 4/11 against 3/5.
     assert (found["accuracy"], found["accuracy_norm"]) == (0.0, 1.0)

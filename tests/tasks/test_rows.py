@@ -1,6 +1,7 @@
 """The sources of rows: the hub, the official zip of IWSLT 2017, and local files that fetch_data.py writes."""
 
 import codecs
+import hashlib
 import importlib
 import json
 import zipfile
@@ -46,6 +47,18 @@ def test_fetch_writes_what_training_reads(fetch, tmp_path, monkeypatch):
     fetch(["task=squad", f"data_root={tmp_path}"])
     (example,) = load_examples(task_option("squad", "task.rows.validation=1"), "validation", str(tmp_path))
     assert example == replace(one_example("squad", GOOD["squad"]), id="q1", cluster="Rome")
+
+
+def test_fetch_picks_the_rows_of_a_study_in_their_order(fetch, tmp_path, monkeypatch):
+    listed = json.loads((PROJECT / "studies" / "rows" / "squad.json").read_text())
+    names = {split: [hashlib.sha256(f"{split}{i}".encode()).hexdigest()[:12] for i in (2, 0)] for split in SPLITS}
+    (tmp_path / "rows.json").write_text(json.dumps({**listed, "splits": names}))
+    held = {"train": "train", "validation": "test", "test": "validation"}
+    monkeypatch.setattr(Task, "hub_rows", lambda _, s: [DataRow("", {"id": f"{held[s]}{i}"}) for i in range(3)])
+    fetch(["task=squad", f"data_root={tmp_path}", "--rows", f"{tmp_path}/rows.json"])
+    with pytest.raises(UserError, match="has rows of task=squad, not of gsm8k"):
+        fetch(["task=gsm8k", f"data_root={tmp_path}", "--rows", f"{tmp_path}/rows.json"])
+    assert (tmp_path / "squad" / "test.jsonl").read_text() == '{"id": "test2"}\n{"id": "test0"}\n'
 
 
 def test_files_of_editors_on_windows_are_read_as_any_other(tmp_path):
