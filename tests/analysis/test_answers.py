@@ -99,7 +99,7 @@ class TestLooks:
         world(tmp_path / "runs", {"TABuv": 0.2}, seeds=3, lr=3e-2, **SURE)
         before = answer(tmp_path).reason
         assert "later seeds" not in before
-        assert "unequal search: 2 rates of TABuv r=8 against 1 rate of LoRA r=8" in before
+        assert "the rate of LoRA r=8 was given, not searched in these folders" in before
         scored_run(tmp_path / "runs", [1.0] * 1000, [0.0] * 1000, seed=3)
         found = answer(tmp_path)
         assert found.verdict == "contradicted"
@@ -201,4 +201,4 @@ class TestOverTasks:
         report = report_of_claim(tmp_path, tasks="[chain_sum, gsm8k]")
         found = {verdict.model: (verdict.verdict.value, verdict.reason) for verdict in report.verdicts}
         assert found["a"] == ("supported", "2 of 2 informative tasks support it")
-        assert found["b"] == ("undecided", "1 of 2 informative tasks support it")
+        assert found["b"] == ("undecided", "1 of 2 informative tasks support it; not run: gsm8k")

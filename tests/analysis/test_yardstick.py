@@ -305,7 +305,7 @@ def test_two_claims_about_one_difference_are_one_test_and_holm_is_over_all(tmp_p
     (tmp_path / "claims.yaml").write_text("looks: [3]\nclaims:\n" + "".join(claim.format(*one) for one in named))
     report = write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
     assert [answer.survives_holm for answer in report.answers] == [True, True, False]
-    assert "from 2 different tests." in error_note(report.answers)
+    assert "from 2 different tests that" in error_note(report.answers)
     for answer in report.answers:
         answer.decided_level = 0.03
     mark_survivors(report.answers)

@@ -253,11 +253,12 @@ class TestCheckpoints:
         assert checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS).step == 6
         assert f"step-00000008 is damaged ({says}" in caplog.text
 
-    def test_another_configurations_checkpoint_is_passed_over(self, tmp_path, caplog):
-        finish(option="TAB", folder=tmp_path)
-        loop, parts, _ = start()
+    @pytest.mark.parametrize(("saved", "own", "says"), [("TAB", "TABuv", "part/qkv.u"), ("TABuv", "TAB", "is no part")])
+    def test_another_configurations_checkpoint_is_passed_over(self, tmp_path, caplog, saved, own, says):
+        finish(option=saved, folder=tmp_path)
+        loop, parts, _ = start(option=own)
         assert checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS) is None
-        assert "part/qkv.u" in caplog.text
+        assert says in caplog.text
 
     @pytest.mark.parametrize(
         ("key", "before", "after", "says"),

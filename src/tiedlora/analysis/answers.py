@@ -172,8 +172,11 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     if compare.other_ends([group.runs for group in sides], measure):
         notes.append(compare.OTHER_ENDS)
     efforts = {group.name: len(group.rates) for group in (method, *comparator.groups)}
-    if len(set(efforts.values())) > 1:
-        words = [f"{count} rate{'s' if count > 1 else ''} of {name}" for name, count in efforts.items()]
+    searched = {name: count for name, count in efforts.items() if count > 1}
+    if searched and (given := [name for name in efforts if name not in searched]):
+        notes.append(f"the rate of {', '.join(given)} was given, not searched in these folders")
+    if len(set(searched.values())) > 1:
+        words = [f"{count} rates of {name}" for name, count in searched.items()]
         notes.append(f"unequal search: {' against '.join(words)}")
     for group in sides:
         may_change = len(group.rates) > 1 and not group.has_recorded_rate
@@ -187,7 +190,11 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
 
 
 def _check_sensitivity(answer: Answer, pair: Pair, weakest: Pair, book: Scorebook) -> str:
-    """Ask the claim's rule of its weakest arm at the latest look that its seeds reach; return what it says in words."""
+    """Ask the claim's rule of its weakest arm, at the answer's look or the latest before it that the arm's seeds reach.
+
+    Returns:
+        What it says, in words.
+    """
     arm, peer, rule, plan = weakest.method, weakest.comparator, answer.claim.rule, answer.claim.plan
     answer.sensitivity = "not shown"
     if arm is None or peer is None or answer.measure is None:
@@ -202,7 +209,9 @@ def _check_sensitivity(answer: Answer, pair: Pair, weakest: Pair, book: Scoreboo
         return f"sensitivity not shown: {arm.name}: {error}"
     if rule.needs_zero and scores.zero is None:
         return f"sensitivity not shown: no base was scored beside {arm.name}"
-    reached = [number for number in range(len(plan.looks)) if set(plan.of_look(number)) <= set(scores.seeds)]
+    # Later looks of the weakest arm may not change an answer that stands.
+    taken = range((answer.look or 0) + 1)
+    reached = [number for number in taken if set(plan.of_look(number)) <= set(scores.seeds)]
     if not reached:
         return f"sensitivity not shown: {arm.name} does not have the seeds of a look"
     look, who = reached[-1], f"{arm.name}, the weakest arm at look {reached[-1] + 1}"
@@ -355,6 +364,10 @@ def _over_tasks(answers: Sequence[Answer]) -> ClaimVerdict:
     contradicting = list(itertools.compress(answers, rejected))
     supporting = [answer for answer in informative if answer.verdict == Verdict.SUPPORTED]
     counts = f"{len(supporting)} of {len(informative)} informative tasks support it"
+    alone = [answer.task for answer in answers if answer.verdict == Verdict.CONTRADICTED]
+    counts += f"; contradicted on {', '.join(alone)}, not by Holm over {len(answers)} tasks" if alone else ""
+    not_run = [answer.task for answer in answers if answer.verdict == Verdict.NOT_RUN]
+    counts += f"; not run: {', '.join(not_run)}" if not_run else ""
     if contradicting:
         names = ", ".join(answer.task for answer in contradicting)
         verdict, reason = Verdict.CONTRADICTED, f"contradicted on {names} (Holm over {len(answers)} tasks)"
@@ -403,7 +416,8 @@ def error_note(answers: Sequence[Answer]) -> str:
     decided = [own for own in tests if any(answer.verdict in DECIDED for answer in own)]
     surviving = sum(any(answer.survives_holm for answer in own) for own in decided)
     return (
-        f"Verdicts (supported or contradicted): {len(decided)}, from {len(tests)} different tests. If every true "
-        f"contrast were 0, at most {100 * rules.TOTAL:g} % of the tests ({rules.TOTAL * len(tests):.1f}) would get a "
-        f"wrong verdict. By Holm's procedure over all tests, {surviving} of the {len(decided)} verdicts hold."
+        f"Verdicts (supported or contradicted): {len(decided)}, from {len(tests)} different tests that have had a "
+        f"look. If every true contrast were 0, on average at most {100 * rules.TOTAL:g} % of the tests "
+        f"({rules.TOTAL * len(tests):.1f}) would get a wrong verdict. By Holm's procedure over these tests, "
+        f"{surviving} of the {len(decided)} verdicts hold (*)."
     )

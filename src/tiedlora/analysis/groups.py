@@ -296,7 +296,7 @@ def _mark_mixtures(group: RunGroup) -> None:
     mark("commits", (commit for run in group.runs for commit in short_commits(run)))
     if any(code.dirty for record in records for code in record.code_versions):
         group.marks.append("made by uncommitted code")
-    for package in ("torch", "transformers", CHAT_TEMPLATE, TARGET_BLANK):
+    for package in ("torch", "transformers", "sacrebleu", "rouge-score", CHAT_TEMPLATE, TARGET_BLANK):
         versions = (str(named.get(package)) for record in records for named in record.all_versions)
         mark(f"versions of {package}", versions)
     if len({str(record.more_ends) for record in records}) > 1:

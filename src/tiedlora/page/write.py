@@ -149,7 +149,7 @@ def _lines(report: Report, out: Path) -> list[str]:
 def _answer_lines(answer: Answer) -> list[str]:
     difference = ""
     if answer.difference and answer.measure:
-        difference = f" {answer.measure.unit.text(answer.difference.widest, '+')}"
+        difference = f" {answer.measure.unit.text(answer.difference.widest, '+')} ({answer.difference_seeds} seeds)"
     share = f", retains at least {100 * answer.retains_at_least:.0f} %" if answer.retains_at_least is not None else ""
     decide = f"; next: {answer.decide}" if answer.decide else ""
     where = f"{answer.model} {answer.task}".strip()
@@ -304,10 +304,12 @@ def numbers(answer: Answer) -> list[tuple[str, str]]:
         return f"{minus(unit.text(interval, '+'))} {unit.words}" if interval else ""
 
     found = {
-        "method minus comparator, 95 %": text(answer.difference.widest if answer.difference else None),
+        f"method minus comparator, 95 %, {answer.difference_seeds} seeds": text(
+            answer.difference.widest if answer.difference else None
+        ),
         "contrast at the look's level": text(answer.contrast),
         "share of the comparator's gain": minus(shares.kept_in_words(answer)) if answer.kept is not None else "",
         "keeps at least": "" if least is None else f"{100 * least:.0f} %",
-        "seeds and rows": f"{answer.seeds} and {answer.rows:,}",
+        "seeds of the look, and rows": f"{answer.seeds}, {answer.rows:,}",
     }
     return [(name, value) for name, value in found.items() if value]

@@ -20,6 +20,7 @@ PACKAGES = (
     "evaluate",
     "sacrebleu",
     "rouge-score",
+    "peft",
     "reasoning-gym",
     "hydra-core",
     "scipy",

@@ -136,6 +136,8 @@ def _read(
             raise ValueError(f"{name} has another shape than in this run")
     for key in tensors:
         kind, _, name = key.partition("/")
+        if kind == "part" and name not in parts:
+            raise ValueError(f"{name} is no part of this run")
         if kind == "buffer" and (name not in buffers or buffers[name].shape != tensors[key].shape):
             raise ValueError(f"{name} is no tensor of this run, or has another shape")
     return state, inputs, tensors
