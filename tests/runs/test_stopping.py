@@ -94,7 +94,7 @@ def test_a_signal_during_the_last_validation_stops_before_the_scoring(tiny_confi
 
     def signalled(training):
         if training.state.step == config.train.steps:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGTERM)
         return validate(training)
 
     monkeypatch.setattr(Trainer, "_validate", signalled)
@@ -112,7 +112,7 @@ def test_a_signal_during_the_last_validation_stops_before_the_scoring(tiny_confi
 
 def test_a_signal_while_a_finished_run_is_scored_ends_as_a_stop(tiny_config, finish, monkeypatch):
     finish(tiny_config("score.splits=[]"))
-    monkeypatch.setattr(Scorer, "score_split", lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr(Scorer, "score_split", lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR2))
     with pytest.raises(SystemExit) as end, exit_codes():
         run.main(tiny_config("score.splits=[validation]"))
     assert end.value.code == 75
