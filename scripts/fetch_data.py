@@ -8,14 +8,27 @@ task.hub.revision=COMMIT for a fixed version of the rows.
 import argparse
 import hashlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tiedlora import errors, storage
 from tiedlora.config import compose
 from tiedlora.errors import UserError
+from tiedlora.keys import from_person
 from tiedlora.tasks import load_task
 from tiedlora.tasks.rows import rows_folder
+
+
+@dataclass(frozen=True)
+class ListedRows:
+    """A file of studies/rows: the rows that the studies of a task have, in their order."""
+
+    task: str
+    field: str
+    """The field of a row whose hash names it."""
+    splits: dict[str, list[str]]
+    """Split -> the names of its rows (row_name)."""
 
 
 def main(arguments: list[str]) -> None:
@@ -29,9 +42,9 @@ def main(arguments: list[str]) -> None:
     task, folder = load_task(config.task), rows_folder(config.task, Path(config.data_root))
     if not config.task.hub.id:
         raise UserError(f"task={config.task.name}: makes its own rows, so there is nothing to fetch")
-    listed = storage.read_json(asked.rows) if asked.rows else None
-    if listed and listed.get("task") != config.task.name:
-        raise UserError(f"--rows {asked.rows}: has rows of task={listed.get('task')}, not of {config.task.name}")
+    listed = from_person(ListedRows, storage.read_json(asked.rows), prefix=f"{asked.rows}: ") if asked.rows else None
+    if listed and listed.task != config.task.name:
+        raise UserError(f"--rows {asked.rows}: has rows of task={listed.task}, not of {config.task.name}")
     splits = {split: [row.fields for row in task.hub_rows(split)] for split in config.task.hub.splits}
     for split, rows in (studied_rows(listed, splits) if listed else splits).items():
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,17 +52,17 @@ def main(arguments: list[str]) -> None:
         print(f"{folder / f'{split}.jsonl'}: {len(rows):,} rows")
 
 
-def studied_rows(listed: dict[str, Any], hub: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Split -> the rows that a file of studies/rows lists. They may be in other splits of the hub.
+def studied_rows(listed: ListedRows, hub: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Split -> the listed rows. They may be in other splits of the hub.
 
     Raises:
         UserError: a row is not on the hub.
     """
-    found = {row_name(fields[listed["field"]]): fields for rows in hub.values() for fields in rows}
-    for split, names in listed["splits"].items():
+    found = {row_name(fields[listed.field]): fields for rows in hub.values() for fields in rows}
+    for split, names in listed.splits.items():
         if missing := [name for name in names if name not in found]:
             raise UserError(f"--rows: {len(missing):,} of the {len(names):,} rows of {split} are not on the hub")
-    return {split: [found[name] for name in names] for split, names in listed["splits"].items()}
+    return {split: [found[name] for name in names] for split, names in listed.splits.items()}
 
 
 def row_name(field: str) -> str:

@@ -103,6 +103,11 @@ class Answer:
     """What would decide the claim, in planned looks."""
 
     @property
+    def has_more_seeds(self) -> bool:
+        """Whether `difference` has other seeds than the look that the verdict rests on."""
+        return self.look is not None and self.seeds != self.difference_seeds
+
+    @property
     def zero(self) -> str:
         """What a gain is measured from."""
         if self.pair is not None and self.pair.floor is not None:

@@ -104,7 +104,7 @@ def _cell(answer: Answer | None) -> str:
     verdict, (difference, ends) = word(answer), effect(answer)
     if answer is None or not difference:
         return verdict
-    if answer.look is not None and answer.seeds != answer.difference_seeds:
+    if answer.has_more_seeds:
         verdict += f" at {answer.seeds} seeds"
     verdict += " *" if answer.survives_holm else ""
     plural = "s" if answer.difference_seeds != 1 else ""
