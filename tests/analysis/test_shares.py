@@ -5,7 +5,9 @@ import math
 import pytest
 from helpers.report_runs import report_of_claim, scored_run, world
 
-from tiedlora.analysis import shares
+from tiedlora.analysis import rules, shares
+from tiedlora.analysis.compare import paired_scores
+from tiedlora.analysis.runs import Scorebook
 from tiedlora.records.interval import Interval
 
 
@@ -56,7 +58,7 @@ def test_a_short_interval_shows_on_which_side_of_the_zone_it_ends(ends, words):
     assert shares.share_in_words(Interval(*ends), (1.0, math.inf)) == words
 
 
-def test_the_share_is_that_of_the_gains_and_its_interval_that_of_the_paired_difference(tmp_path):
+def test_the_share_is_that_of_the_gains_and_its_interval_takes_in_how_well_the_gain_is_known(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.5, "TA": 0.3}, rows=1000, seed_sd=0.02)
     report = report_of_claim(tmp_path)
     (panel,) = report.share_panels
@@ -70,8 +72,9 @@ def test_the_share_is_that_of_the_gains_and_its_interval_that_of_the_paired_diff
         if arm.group is panel.reference:
             assert (arm.share.low, arm.share.high) == (1, 1)
         else:
-            ends = [1 + end / gain for end in (row.difference.both.low, row.difference.both.high)]
-            assert [arm.share.low, arm.share.high] == pytest.approx(ends)
+            sides = paired_scores(arm.group, panel.reference, row.measure, Scorebook())
+            exact, width = rules.retained_at_least(sides, 0.05), arm.share.high - arm.share.low
+            assert arm.share.low == pytest.approx(exact, abs=0.05 * width)
 
 
 def test_one_seed_has_no_interval_and_other_seeds_are_left_out(tmp_path):

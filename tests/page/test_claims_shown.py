@@ -98,6 +98,6 @@ def test_shares_are_files_and_first_on_the_page_and_no_arm_is_lost_beyond_the_ax
     assert "400 %" in svg
     with open(tmp_path / "report" / "shares.csv", newline="") as file:
         shares = {row["configuration"]: row["share of its gain"] for row in csv.DictReader(file)}
-    assert shares == {"LoRA": "100 %", "TABuv": "90 %", "TA": "400 %"}
+    assert shares == {"LoRA": "100.00", "TABuv": "90.00", "TA": "400.00"}
     html = (tmp_path / "report" / "index.html").read_text()
     assert html.index("<h3>Share of the gain against") < html.index("<h3>Score against")

@@ -135,9 +135,10 @@ def answer_claims(
         pairs = claims.pairs(claim, groups)
         answers += [_answer(claim, pair, splits[pair.anchor.task], book) for pair in pairs]
         reason, decide = f"{claim.anchor} was not run on it", next_look(claim, 0)
+        # Without tasks, a claim is about those that its anchor was run on. What other arms were run on changes nothing.
+        asked = set(claim.tasks) or {group.task for group in groups if not pairs}
         for model in sorted({pair.anchor.model for pair in pairs}) or [""]:
-            tasks = set(claim.tasks) or {group.task for group in groups if model in (group.model, "")}
-            missing = tasks - {pair.anchor.task for pair in pairs if pair.anchor.model == model}
+            missing = asked - {pair.anchor.task for pair in pairs if pair.anchor.model == model}
             answers += [
                 Answer(claim, model, task, verdict=Verdict.NOT_RUN, reason=reason, decide=decide)
                 for task in sorted(missing)
@@ -364,7 +365,8 @@ def claim_verdicts(answers: Sequence[Answer]) -> list[ClaimVerdict]:
 
 
 def _over_tasks(answers: Sequence[Answer]) -> ClaimVerdict:
-    informative = [answer for answer in answers if answer.verdict not in (Verdict.UNINFORMATIVE, Verdict.CANNOT_FAIL)]
+    silent = (Verdict.UNINFORMATIVE, Verdict.CANNOT_FAIL, Verdict.NOT_RUN)
+    informative = [answer for answer in answers if answer.verdict not in silent]
     rejected = rules.holm([answer.contradicted_level for answer in answers])
     contradicting = list(itertools.compress(answers, rejected))
     supporting = [answer for answer in informative if answer.verdict == Verdict.SUPPORTED]
@@ -378,9 +380,9 @@ def _over_tasks(answers: Sequence[Answer]) -> ClaimVerdict:
         verdict, reason = Verdict.CONTRADICTED, f"contradicted on {names} (Holm over {len(answers)} tasks)"
     elif all(answer.verdict == Verdict.NOT_RUN for answer in answers):
         verdict, reason = Verdict.NOT_RUN, "no task is run"
-    elif not informative:
+    elif not informative and not not_run:
         verdict, reason = Verdict.UNINFORMATIVE, "no task is informative"
-    elif len(supporting) == len(informative):
+    elif len(supporting) == len(informative) and not not_run:
         verdict, reason = Verdict.SUPPORTED, counts
     else:
         verdict, reason = Verdict.UNDECIDED, counts

@@ -336,11 +336,22 @@ def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
 def _on_curve(configuration: str, claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Blend:
     """The curve of a configuration at the anchor's number of parameters.
 
-    A size is on it if it has the claim's metric on the seeds of the first look, so that a size which has just begun
-    does not take part.
-
     Raises:
         UserError: the anchor is on the curve itself, or outside the measured sizes.
+    """
+    found = sizes(claim, configuration, anchor, groups)
+    if anchor in found:
+        raise UserError(f"{anchor.name} is on the curve of {configuration} itself")
+    if (blend := point(configuration, found, anchor.params)) is None:
+        measured = ", ".join(f"{group.params:,}" for group in found) or "none"
+        raise UserError(f"{anchor.params:,} parameters are outside the measured sizes of {configuration}: {measured}")
+    return blend
+
+
+def sizes(claim: Claim, configuration: str, anchor: RunGroup, groups: Sequence[RunGroup]) -> list[RunGroup]:
+    """The sizes of a configuration in the anchor's setting that can be compared, in rising order.
+
+    Each has the claim's metric on the seeds of the first look, so a size that has just begun does not take part.
     """
     seeds, metric = set(claim.plan.of_look(0)), claim.tasks.get(anchor.task)
 
@@ -348,13 +359,7 @@ def _on_curve(configuration: str, claim: Claim, anchor: RunGroup, groups: Sequen
         scored = [run for run in group.runs if any(not metric or metric in s.metrics for s in run.splits.values())]
         return seeds <= {run.seed for run in scored} | group.diverged_seeds
 
-    found = curve(configuration, anchor.setting, [group for group in groups if is_ready(group)])
-    if anchor in found:
-        raise UserError(f"{anchor.name} is on the curve of {configuration} itself")
-    if (blend := point(configuration, found, anchor.params)) is None:
-        sizes = ", ".join(f"{group.params:,}" for group in found) or "none"
-        raise UserError(f"{anchor.params:,} parameters are outside the measured sizes of {configuration}: {sizes}")
-    return blend
+    return curve(configuration, anchor.setting, [group for group in groups if is_ready(group)])
 
 
 def _shifted(group: RunGroup, side: Side) -> RunGroup:

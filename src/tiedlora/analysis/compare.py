@@ -63,8 +63,8 @@ def _over_seeds(values: Array) -> Estimate:
 def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estimate, list[str]]:
     """The mean over the runs' seeds, and notes on intervals that cover less than 95 %.
 
-    A single run has the interval of its record, so that report and record always agree, unless its rows come in
-    clusters.
+    A single run has the interval of its record, so that report and record always agree, unless that was made before
+    intervals took clusters.
     """
     values, notes = measure.values(runs), []
     estimate = _over_seeds(values)
@@ -73,11 +73,12 @@ def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estim
     try:
         (table,), clusters = book.tables([runs], measure)
         _add_intervals(estimate, table, None, clusters)
-        if len(runs) == 1 and clusters is None:
-            estimate.examples = runs[0].splits[measure.split].metrics[measure.metric]
+        recorded = runs[0].splits[measure.split].metrics[measure.metric]
+        if len(runs) == 1 and (clusters is None or recorded.method == "clusters"):
+            estimate.examples = recorded
         # A score near 1 is as skewed as one near 0.
         scoring = int(min((table != 0).any(0).sum(), (table != 1).any(0).sum()))
-        is_skewed = scoring < FEW_EXAMPLES and (len(runs) > 1 or not intervals.is_binary(table))
+        is_skewed = scoring < FEW_EXAMPLES and clusters is None and (len(runs) > 1 or not intervals.is_binary(table))
         if is_skewed and not is_loss(measure.metric):
             which = "score" if estimate.value <= 0.5 else "do not have the full score"
             notes.append(f"only {scoring} examples {which}, so the bootstrap covers about 85 %, not 95 %")
@@ -95,8 +96,9 @@ def gain(group: RunGroup, measure: Measure, book: Scorebook) -> Estimate | None:
     # A note on the row's score already says what is wrong with the predictions.
     with contextlib.suppress(UserError):
         (table,), clusters = book.tables([runs], measure)
-        if len(runs) == 1 and clusters is None:
-            estimate.examples = (runs[0].splits[measure.split].gain or {}).get(measure.metric)
+        recorded = (runs[0].splits[measure.split].gain or {}).get(measure.metric)
+        if len(runs) == 1 and (clusters is None or (recorded and recorded.method == "clusters")):
+            estimate.examples = recorded
         else:
             _add_intervals(estimate, table, np.broadcast_to(book.base_scores(runs[0], measure), table.shape), clusters)
     return estimate
@@ -142,15 +144,16 @@ def _comparable_runs(groups: Sequence[RunGroup], measure: Measure) -> list[tuple
     seeds = [seed for seed in by_seed[0] if all(seed in runs for runs in by_seed)]
     if not seeds:
         raise UserError("no seed in common")
-    first = groups[0]
-    if any(group.digests(split) != first.digests(split) or group.has_mixed_data(split) for group in groups):
+    compared = [tuple(runs[seed] for seed in seeds) for runs in by_seed]
+    every = list(itertools.chain.from_iterable(compared))
+    if len({run.splits[split].digest for run in every}) > 1:
         raise UserError("other data")
     # Shuffled targets are the same rows in another order, and so have another digest.
     for is_shuffled in (False, True):
-        own = [group for group in groups if group.runs[0].record.identity.shuffles_targets == is_shuffled]
-        if any(group.training_digests != own[0].training_digests for group in own):
+        own = [run.record for run in every if run.record.identity.shuffles_targets == is_shuffled]
+        if len({record.data["train"].digest for record in own}) > 1:
             raise UserError("trained on other rows")
-    return [tuple(runs[seed] for seed in seeds) for runs in by_seed]
+    return compared
 
 
 def _blended(peer: Peer, arrays: Iterable[Array]) -> Array:

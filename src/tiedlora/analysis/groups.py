@@ -105,13 +105,10 @@ class RunGroup:
         """The digests of the rows that the runs were trained on."""
         return {run.record.data["train"].digest for run in self.runs}
 
-    def digests(self, split: str) -> set[str]:
-        """The digests of the split's rows, over the runs that scored it."""
-        return {run.splits[split].digest for run in self.runs if split in run.splits}
-
     def has_mixed_data(self, split: str) -> bool:
         """Whether the runs may not be averaged, because they saw different rows."""
-        return len(self.training_digests) > 1 or len(self.digests(split)) > 1
+        scored = {run.splits[split].digest for run in self.runs if split in run.splits}
+        return len(self.training_digests) > 1 or len(scored) > 1
 
 
 def group_runs(

@@ -4,7 +4,7 @@
 forest plot, a line is one answer to a claim, with the interval at which its rule decides (`Rule.kept`). In the panels
 of sizes, all arms of a setting stand on the scale of one reference, with the curve of the reference's configuration
 through its sizes. There the share is of the seeds that an arm has in common with the reference, and its interval is
-that of the paired difference. (Much of the interval of a score is the choice of rows, which all arms share.)
+over seeds and rows, which all arms share.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tiedlora.analysis import compare, rules
+from tiedlora.analysis import claims, compare, rules
 from tiedlora.analysis.answers import BASE, Answer, Verdict, test_of
 from tiedlora.analysis.claims import Claim
 from tiedlora.analysis.compare import ResultRow
@@ -52,7 +52,7 @@ def axis(shares: Iterable[Interval], zones: Iterable[tuple[float, float]] = ()) 
     ends = [end for one in shares for end in (one.value, one.low, one.high) if not math.isnan(end)]
     ends += [*USUAL, *(end + 0.1 for zone in zones for end in zone if math.isfinite(end))]
     low, high = max(LEAST, min(ends)), min(MOST, max(ends))
-    step = next(step for step in STEPS if (high - low) / step <= 7)
+    step = next(step for step in STEPS if (high - low) / step <= 6)
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     return ShareAxis(low, high, tuple(round(step * number, 6) for number in numbers))
 
@@ -71,6 +71,11 @@ def share_in_words(share: Interval, edges: Iterable[float] = ()) -> str:
     decimals = 1 if ends[1] - ends[0] < 0.01 or is_near else 0
     low, high = (percent(end, decimals) for end in ends)
     return f"{percent(share.value, decimals)} % [{low}, {high}]"
+
+
+def at_least(share: float) -> str:
+    """A lower limit in whole per cent, rounded down: more is not shown."""
+    return f"{percent(math.floor(100 * share + 1e-9) / 100)} %"
 
 
 def percent(share: float, decimals: int = 0) -> str:
@@ -171,7 +176,7 @@ def _reference(answers: Sequence[Answer], groups: Sequence[RunGroup]) -> tuple[R
         if answer.pair is not None and answer.pair.arms and answer.comparator_gain and answer.comparator_gain > 0:
             comparator = answer.pair.arms[1][0]
             if isinstance(peer := answer.pair.comparator, Blend):
-                comparator = curve(peer.configuration, comparator.setting, groups)[-1]
+                comparator = claims.sizes(answer.claim, peer.configuration, comparator, groups)[-1]
             of_zero = [answer] if answer.claim.rule.needs_zero else answers
             floors = (one.pair.floor for one in of_zero if one.pair is not None and one.pair.floor is not None)
             return comparator, next(floors, None)
@@ -190,5 +195,6 @@ def _share(
         return None
     share = Interval(float((sides.method - sides.zero).mean()) / gain, math.nan, math.nan)
     if min(sides.method.shape) > 1:
-        share = rules.better_by().kept(sides, 1 - LEVEL) or share
+        # The contrast m - share q - (1 - share) f has the mean 0, so its interval is that of the share (delta method).
+        share = rules.retains(share.value).kept(sides, 1 - LEVEL) or share
     return share, len(sides.seeds)

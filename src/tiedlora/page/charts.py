@@ -67,9 +67,13 @@ def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], share_panels: S
             title, draw = _title(own[0].group, own[0].measure), partial(draw_pareto, rows=own)
             found.append(Panel("pareto", model, title, draw, [row.group for row in own]))
         for groups in trained.values():
-            lines = sorted(groups, key=order)[:MOST_LINES]
-            found += [*_curves(model, lines), *_search(model, lines)]
+            found += [*_curves(model, sorted(groups, key=order)), *_search(model, sorted(groups, key=order))]
     return found
+
+
+def _some(title: str, shown: Sequence[Any]) -> str:
+    """The title of a panel that shows the first MOST_LINES of these."""
+    return f"{title} ({MOST_LINES} of {len(shown)})" if len(shown) > MOST_LINES else title
 
 
 def _title(group: RunGroup, measure: Measure) -> str:
@@ -80,7 +84,9 @@ def _title(group: RunGroup, measure: Measure) -> str:
 
 
 def _forest(model: str, forest: Sequence[tuple[Claim, list[Answer]]]) -> Panel:
-    names = [textwrap.wrap(visible(claim.name), 64, max_lines=2, placeholder="…") for claim, _ in forest]
+    zeros = {line.zero for _, lines in forest for line in lines}
+    stated = [f"{claim.name} (0 %: {lines[0].zero})" if len(zeros) > 1 else claim.name for claim, lines in forest]
+    names = [textwrap.wrap(visible(name), 64, max_lines=2, placeholder="…") for name in stated]
     longest = max(len(cut(line.task, LONGEST)) for _, lines in forest for line in lines)
     height = sum(0.45 + 0.75 * len(name) + len(lines) for name, (_, lines) in zip(names, forest, strict=True))
     draw = partial(draw_forest, forest=forest, names=names, height=height)
@@ -128,10 +134,10 @@ def draw_forest(
 
 
 def _forest_line(ax: Axes, line: Answer, place: float, scale: ShareAxis) -> None:
-    colour, marker = VERDICTS[line.verdict]
     if line.kept is None:
         _text(ax, 0.02, place, shares.kept_in_words(line), SOFT)
         return
+    colour, marker = VERDICTS[line.verdict]
     _text(ax, 1.04, place, minus(shares.kept_in_words(line)), colour)
     share, plot = line.kept, partial(ax.plot, color=colour, markersize=5, clip_on=False)
     if line.zone is not None:
@@ -199,7 +205,7 @@ def draw_shares(ax: Axes, panel: SharePanel, share_panels: Sequence[SharePanel])
     scale = shares.axis(arm.share for each in share_panels for arm in each.arms)
     _count_axis(ax, [arm.group.params for each in share_panels for arm in each.arms])
     margin = 0.02 * (scale.high - scale.low)
-    ax.set_ylim(scale.low - margin, scale.high + margin)
+    ax.set_ylim(scale.low - margin, scale.high + 4 * margin)
     ax.set_yticks(list(scale.ticks), _percents(scale))
     ax.set_ylabel(f"share of the gain of {cut(panel.reference.name, 20)}")
     ax.axhline(1, color=SOFT, linewidth=0.8, zorder=1)
@@ -273,8 +279,8 @@ def _curves(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
             if len(steps) > 1:
                 lines.append(Curve(group, steps, np.array([values for at, values in own if at == steps])))
         task = groups[0].task_in_words
-        title = task if metric == "validation/loss" else f"{task}, {metric}"
-        if lines:
+        title = _some(task if metric == "validation/loss" else f"{task}, {metric}", lines)
+        if lines := lines[:MOST_LINES]:
             in_nats = metric.endswith("/loss") or is_loss(metric.rpartition("/")[2])
             draw = partial(draw_lines, curves=lines, y=metric.replace("/", " "), in_nats=in_nats)
             found.append(Panel("curves", model, title, draw, [line.group for line in lines], margins=WITH_NAMES))
@@ -308,32 +314,37 @@ def _search(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
     searched = [group for group in groups if len({trial.lr for trial in group.trials}) > 1]
     if not any(trial.loss is not None and trial.loss > 0 for group in searched for trial in group.trials):
         return []
-    return [Panel("search", model, groups[0].task_in_words, partial(draw_search, groups=searched), searched)]
+    title, drawn = _some(groups[0].task_in_words, searched), searched[:MOST_LINES]
+    return [Panel("search", model, title, partial(draw_search, groups=drawn), drawn)]
 
 
 def draw_search(ax: Axes, groups: Sequence[RunGroup]) -> None:
     """The last validation loss of every run against its rate. A ring marks the chosen rate."""
     losses = [trial.loss for group in groups for trial in group.trials if trial.loss is not None and trial.loss > 0]
-    # A diverged loss would flatten everything else, so the axis ends at ten times the median.
-    top = 1.15 * min(max(losses), 10 * float(np.median(losses)))
+    # Runs without a loss stand at the top.
+    top, names = 1.15 * max(losses), []
     for place, group in enumerate(groups):
         # A small shift separates the markers of configurations with equal rates.
         shift = 1.045 ** (place - (len(groups) - 1) / 2)
         colour, marker, dash = style(group)
-        by_rate: dict[float, list[float]] = defaultdict(list)
+        by_rate: dict[float, dict[int, float]] = defaultdict(dict)
         for trial in group.trials:
-            loss = min(trial.loss, top) if trial.loss is not None and trial.loss > 0 else top
+            loss = trial.loss if trial.loss is not None and trial.loss > 0 else top
             shape = "x" if trial.ending == "failed" else marker
             _mark(ax, trial.lr * shift, loss, colour, shape, trial.ending == "finished")
             if trial.ending == "finished":
-                by_rate[trial.lr].append(loss)
-        means = {rate: float(np.mean(by_rate[rate])) for rate in sorted(by_rate)}
+                by_rate[trial.lr][trial.seed] = loss
+        # The chosen rate may have later seeds too, which would make it another mean than that of the choice.
+        shared = set.intersection(*map(set, by_rate.values())) if by_rate else set()
+        means = {rate: float(np.mean([by_rate[rate][seed] for seed in shared])) for rate in sorted(by_rate) if shared}
         ax.plot([rate * shift for rate in means], list(means.values()), color=colour, linestyle=dash, linewidth=1)
         if group.lr in means:
             ax.plot([group.lr * shift], [means[group.lr]], "o", color=INK, markersize=11, fillstyle="none", zorder=4)
+            names.append((group.lr * shift, means[group.lr], group.name))
     _log_axis(ax.xaxis, [trial.lr for group in groups for trial in group.trials if trial.lr > 0], _number)
-    _log_axis(ax.yaxis, [min(loss, top) for loss in losses], _number, widen=1.15)
+    _log_axis(ax.yaxis, losses, _number, widen=1.15)
     ax.set(xlabel="learning rate", ylabel="last validation loss")
+    _names(ax, names)
 
 
 # --- Axes and names.
@@ -426,7 +437,7 @@ def _drawn(ax: Axes) -> NDArray[np.float64]:
 
 
 def _names_at_ends(ax: Axes, curves: Sequence[Curve]) -> None:
-    """Names at the right of lines, in their colours. Where ends are close, names keep their order and a distance."""
+    """Names at the right of lines. Where ends are close, names keep their order and a distance."""
     last = max(curve.steps[-1] for curve in curves)
     ax.set_xlim(-0.02 * last, 1.02 * last)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -442,4 +453,4 @@ def _names_at_ends(ax: Axes, curves: Sequence[Curve]) -> None:
     for (x, y, curve), up in zip(ends, 72 / inch * (places - wanted), strict=True):
         name = cut(curve.group.name, 20)
         text = ax.annotate(name, (x, y), (6, up), textcoords="offset points", annotation_clip=False)
-        text.set(fontsize=7, va="center", color=style(curve.group)[0])
+        text.set(fontsize=7, va="center")

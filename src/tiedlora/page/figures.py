@@ -59,14 +59,21 @@ STYLES = {
     "Tuv": (PURPLE, "P", "-"),
     "TAuv": (ORANGE, "<", "--"),
     "TBuv": (ORANGE, ">", ":"),
+    "LoRA (shuffled targets)": (SOFT, "p", ":"),
+    "RaSA": (SKY, "X", "-"),
+    "TAuv_LoRA1": (ORANGE, "X", "-"),
+    "peft/vera": (PURPLE, "X", "--"),
+    "peft/unilora": (GREEN, "X", "--"),
+    "peft/vblora": (RED, "X", "--"),
+    "peft/tinylora": (BLUE, "X", "--"),
 }
-OTHERS = [(colour, marker, dash) for marker, dash in (("X", "-."), ("p", "--"), ("H", ":")) for colour in COLOURS]
+OTHERS = [(colour, marker, dash) for marker, dash in (("*", "-."), ("p", "--"), ("H", ":")) for colour in COLOURS]
 """The styles of all other configurations: one of these, which follows from the name."""
-GLYPHS = dict(zip("odDs^v<>PhHXp", "●♦◆■▲▼◀▶✚⬢⬣✖⬟", strict=True))
+GLYPHS = dict(zip("odDs^v<>PhHXp*", "●♦◆■▲▼◀▶✚⬢⬣✖⬟★", strict=True))
 """Marker -> the letter that looks like it, for the page's legends. Each marker above needs one, and each colour its
 name in THEME."""
-FIRST = ("LoRA", "TABuv")
-"""The configurations that are drawn and named first."""
+FIRST = ("LoRA", "TABuv", "TABuv_v0", "TAuv")
+"""The configurations that are drawn and named first. LoRA on some layers comes last."""
 KINDS = ("forest", "shares", "pareto", "curves", "search")
 """What a panel may belong to; a report has a figure of each kind, if there is anything to draw."""
 MOST_PANELS = 12
@@ -119,7 +126,8 @@ class Key:
 
 def order(group: RunGroup) -> tuple[int, int]:
     """The key by which groups are sorted where there is not room for all."""
-    return (FIRST.index(group.label) if group.label in FIRST else len(FIRST), group.rank)
+    is_part = _drawn_as(group.label) != group.label
+    return (FIRST.index(group.label) if group.label in FIRST else len(FIRST) + is_part, group.rank)
 
 
 def style(group: RunGroup) -> tuple[str, str, Any]:

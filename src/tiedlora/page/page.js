@@ -32,8 +32,9 @@
   // Numbers sort by value, everything else as text, and what is missing comes last either way.
   const key = (row, column) => {
     const text = row.cells[column].textContent.trim();
-    const number = parseFloat(text.replace(/,/g, "").replace("−", "-"));
-    return { text, number: /^[+\-−]?[\d.]/.test(text) ? number : NaN, missing: text === "" || text === "–" };
+    const bare = text.replace(/^[<>] /, "");
+    const number = parseFloat(bare.replace(/,/g, "").replace("−", "-"));
+    return { text, number: /^[+\-−]?[\d.]/.test(bare) ? number : NaN, missing: text === "" || text === "–" };
   };
   const compare = (a, b) =>
     Number.isNaN(a.number) || Number.isNaN(b.number) ? a.text.localeCompare(b.text) : a.number - b.number;

@@ -20,7 +20,7 @@ from tiedlora.analysis.answers import DECIDED, Answer, ClaimVerdict, error_note
 from tiedlora.analysis.compare import Estimate, ResultRow
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import LeftOut
-from tiedlora.analysis.shares import SharePanel
+from tiedlora.analysis.shares import SharePanel, at_least, share_in_words
 from tiedlora.records.interval import MISSING, Interval, Unit
 from tiedlora.text import visible
 
@@ -65,13 +65,7 @@ def percent(decimals: int) -> Kind:
 
 
 def _percents(cell: Interval) -> list[str]:
-    ends = [MISSING if math.isnan(end) else f"{100 * end:.0f}" for end in (cell.low, cell.high)]
-    return [f"{100 * cell.value:.0f} %", *ends]
-
-
-def _percent_interval(cell: Interval) -> str:
-    share, low, high = _percents(cell)
-    return share if low == MISSING else f"{share} [{low}, {high}]"
+    return [MISSING if math.isnan(end) else f"{100 * end:.2f}" for end in (cell.value, cell.low, cell.high)]
 
 
 TEXT = Kind(is_number=False)
@@ -80,8 +74,9 @@ COUNT = Kind(lambda cell: f"{cell:,}", lambda cell: [str(cell)])
 """A whole number that may be large: parameters, rows."""
 RATE = Kind(lambda cell: f"{cell[0]:g} of {cell[1]}" if cell[1] > 1 else f"{cell[0]:g}")
 """The chosen learning rate, and how many were tried."""
-PERCENT_INTERVAL = Kind(_percent_interval, _percents, VALUE_LOW_HIGH)
-"""A share as Interval."""
+PERCENT_INTERVAL = Kind(share_in_words, _percents, VALUE_LOW_HIGH)
+"""A share as Interval; in per cent in CSV."""
+AT_LEAST = Kind(at_least)
 WORTH = Kind(
     str,
     lambda cell: [f"{size:.0f}" if cell.is_measured(size) else "" for size in (cell.value, cell.low, cell.high)],
@@ -304,7 +299,7 @@ def results(rows: Iterable[ResultRow]) -> Table:
         Column("95 % seeds+examples", NAMED_ENDS, _both_or_examples),
         estimate("minus base", lambda row: row.gain, "+"),
         Column("retained gain", PERCENT_INTERVAL, lambda row: row.retained),
-        Column("retains at least", percent(0), lambda row: row.retains_at_least),
+        Column("retains at least", AT_LEAST, lambda row: row.retains_at_least),
         Column("worth in LoRA", WORTH, lambda row: row.worth),
         Column("notes", cell=lambda row: "; ".join([*row.group.marks, *row.notes]), wraps=True),
     )
@@ -366,7 +361,7 @@ def claims(answers: Sequence[Answer]) -> Table:
         Column("sensitivity", cell=lambda answer: answer.sensitivity or None),
         Column("zero", cell=lambda answer: answer.zero),
         Column("retained gain", PERCENT_INTERVAL, lambda answer: answer.retained),
-        Column("retains at least", percent(0), lambda answer: answer.retains_at_least),
+        Column("retains at least", AT_LEAST, lambda answer: answer.retains_at_least),
         estimate("contrast at the look's level", lambda answer: answer.contrast, "+"),
         estimate("difference, 95 %", lambda answer: answer.difference, "+"),
         Column("seeds", WHOLE, lambda answer: answer.seeds),
@@ -379,8 +374,8 @@ def claims(answers: Sequence[Answer]) -> Table:
         "is above 0. Contradicted: it is below 0. For a share that is kept, and for 'level', the comparator must also "
         "gain over the zero point. 'Retained gain' has a 95 % interval over seeds alone. Uninformative: at the "
         "last look, the comparator's own gain may be 0. Cannot fail here: the claim's weakest arm passes too; "
-        "'sensitivity' is whether it was shown to fail. 'Retains at least' is the largest share that the rule would "
-        f"support. Difference: method minus comparator. {error_note(answers)}"
+        "'sensitivity' is whether it was shown to fail. 'Retains at least' is the largest share for which 'keeps' "
+        f"would be supported at this look. Difference: method minus comparator. {error_note(answers)}"
     )
     return Table.of("claims", caption, columns, answers)
 
@@ -389,7 +384,7 @@ def shares(panels: Iterable[SharePanel]) -> Table:
     """One row per arm and metric: what it keeps of the gain of the reference arm."""
     caption = (
         "The share of the reference's gain over the zero point that each arm keeps, on the seeds that both have. The "
-        "95 % interval is over seeds and examples, and paired."
+        "95 % interval is over seeds and examples, and takes the gain's own uncertainty into account."
     )
     columns = (
         *_group_columns(lambda item: item[1].group),

@@ -150,7 +150,9 @@ def _answer_lines(answer: Answer) -> list[str]:
     difference = ""
     if answer.difference and answer.measure:
         difference = f" {answer.measure.unit.text(answer.difference.widest, '+')} ({answer.difference_seeds} seeds)"
-    share = f", retains at least {100 * answer.retains_at_least:.0f} %" if answer.retains_at_least is not None else ""
+    share = (
+        f", retains at least {shares.at_least(answer.retains_at_least)}" if answer.retains_at_least is not None else ""
+    )
     decide = f"; next: {answer.decide}" if answer.decide else ""
     where = f"{answer.model} {answer.task}".strip()
     return [
@@ -250,8 +252,6 @@ class ModelPart:
     reason on the page."""
     panels: Mapping[str, list[Panel]]
     """Kind of a figure -> its panels; empty for a kind that the model does not have."""
-    hidden: int
-    """How many groups have no lines in the charts of training."""
 
 
 def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: Sequence[Panel]) -> list[ModelPart]:
@@ -262,8 +262,6 @@ def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: 
         for panel in panels:
             if panel.model == name:
                 own[panel.kind].append(panel)
-        drawn = {group for panel in own["curves"] for group in panel.groups}
-        hidden = len({row.group for row in rows if row.group.model == name} - drawn)
         # A claim that no model has run has one verdict without a model. Every model shows it as not run.
         stated = [verdict for verdict in verdicts if verdict.model in (name, "")]
         tasks = list(dict.fromkeys(answer.task for verdict in stated for answer in verdict.answers))
@@ -275,12 +273,12 @@ def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: 
         counts, plural = Counter(verdict.verdict for verdict in stated), "s" if len(stated) != 1 else ""
         found = ", ".join(f"{counts[kind]} {kind}" for kind in Verdict if counts[kind])
         headline = f"{len(stated)} claim{plural}: {found}" if stated else ""
-        parts.append(ModelPart(name or "No finished run", headline, tasks, matrix, own, hidden))
+        parts.append(ModelPart(name or "No finished run", headline, tasks, matrix, own))
     return parts
 
 
 def word(answer: Answer | None) -> str:
-    """The verdict, or `not asked` if the claim is not about the task."""
+    """The verdict, or `not asked` if the claim is not about the task, or if no run of it is there."""
     return "not asked" if answer is None else answer.verdict.value
 
 
@@ -309,7 +307,7 @@ def numbers(answer: Answer) -> list[tuple[str, str]]:
         ),
         "contrast at the look's level": text(answer.contrast),
         "share of the comparator's gain": minus(shares.kept_in_words(answer)) if answer.kept is not None else "",
-        "keeps at least": "" if least is None else f"{100 * least:.0f} %",
-        "seeds of the look, and rows": f"{answer.seeds}, {answer.rows:,}",
+        "keeps at least": "" if least is None else shares.at_least(least),
+        "seeds and rows" if answer.look is None else "seeds of the look, and rows": f"{answer.seeds}, {answer.rows:,}",
     }
     return [(name, value) for name, value in found.items() if value]

@@ -46,7 +46,7 @@ class Unit(Enum):
         Args:
             sign: `+` writes the sign of positive numbers too.
         """
-        return MISSING if math.isnan(value) else f"{self.factor * value:{sign}.{self.decimals}f}"
+        return MISSING if math.isnan(value) else f"{self.factor * value:{sign}z.{self.decimals}f}"
 
     def ends(self, interval: Interval, sign: str = "") -> str:
         """[40.1, 44.2]."""
