@@ -71,6 +71,9 @@ class TestEveryConfiguration:
             attached.enable()
             assert torch.equal(logits(base.model, ids), adapted), "it is folded again after it was disabled"
         attached.detach()
+        for action in (attached.enable, attached.merge, attached.fuse):
+            with pytest.raises(UserError, match=r"^\w+: the adapter is not in the model any more"):
+                action()
         after = base.model.state_dict()
         assert after.keys() == weights.keys()
         assert all(torch.equal(after[key], weights[key]) for key in weights)
@@ -153,16 +156,19 @@ def test_a_replica_of_data_parallel_is_refused(ids):
         model(input_ids=ids)
 
 
-def test_reentrant_checkpoints_are_refused_where_u_or_v_scale_the_factors_and_only_in_training(ids):
+@pytest.mark.parametrize(("name", "keywords"), [("TABuv", {"use_reentrant": True}), ("TABuv", {}), ("RaSA", {})])
+def test_reentrant_checkpoints_are_refused_where_layers_share_a_product_and_only_in_training(ids, name, keywords):
     model = tiny("tiny_llama").model
-    attach(model, "TABuv", 4)
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    attach(model, name, 4)
+    model.gradient_checkpointing_enable({"preserve_rng_state": False, **keywords})
     model.eval()
     model(input_ids=ids)
     model.train()
     with torch.no_grad():
         model(input_ids=ids)
-    with pytest.raises(UserError, match="use_reentrant=True does not work for an adapter with u or v"):
+    with pytest.raises(
+        UserError, match=r"use_reentrant=True does not work for an adapter with .*(u or v|tying\.terms)"
+    ):
         model(input_ids=ids)
     model.gradient_checkpointing_disable()
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -190,3 +190,6 @@ class TestUnknownFamilies:
         model.model.layers[1].self_attn.k_proj = torch.nn.Identity()
         with pytest.raises(UserError, match=r"layers.1.self_attn.k_proj is a Identity, not a plain linear"):
             attach(model, "TABuv")
+        model.model.layers[1].self_attn.k_proj = torch.nn.Linear(64, 32).to(torch.float8_e4m3fn)
+        with pytest.raises(UserError, match=r"layers.1.self_attn.k_proj is a Linear, not a plain linear"):
+            attach(model, "TABuv")

@@ -106,6 +106,7 @@ class TestRememberedDigests:
         # transformers would load it, and the record could not say which weights these were.
         (lambda c: {"path": None, "name": c.path}, r"is a folder here; give it as model\.path="),
         (lambda c: {"architecture": replace(c.architecture, layers=4)}, r"layers=4: the loaded model has 3"),
+        (lambda c: {"context": 513}, r"model.context=513: the loaded model has 512 positions; lower it"),
     ],
 )
 def test_a_model_that_is_not_what_was_named_is_refused(saved, wrong, says):

@@ -1,6 +1,7 @@
 """model.quantization: gradients, footprint, resume, scoring and export on a base of 4 or 8 bits; merging is refused."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,17 @@ def test_int8_passes_the_gradient_of_its_dequantised_weight():
     layer(x).sum().backward()
     assert torch.allclose(x.grad, values.sum(0).expand_as(x), rtol=1e-5, atol=1e-6)
     assert same(gradients(base), gradients(base, evaluations=2)), "an evaluation pass changes nothing"
+
+
+@pytest.mark.filterwarnings("ignore:You passed")
+@pytest.mark.parametrize(("stored", "wished"), [("nf4", None), ("nf4", "int8"), ("int8", "nf4")])
+def test_a_folder_of_quantised_weights_is_what_it_is(stored, wished, tmp_path):
+    base = quantised("tiny_llama", stored, "float32")
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    config = replace(model_option("tiny_llama"), source="hub", path=str(tmp_path), quantization=wished)
+    with pytest.raises(UserError, match=f"quantization={wished or 'null'}: the loaded weights are in {stored}; set it"):
+        load_base(config, "float32", CPU, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

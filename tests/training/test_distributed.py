@@ -119,6 +119,12 @@ def test_sharding_is_refused(monkeypatch, wish):
         pass
 
 
+def test_a_number_of_processes_alone_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"WORLD_SIZE=2 without RANK: .*torchrun"), distributed.join_world(cuda=False):
+        pass
+
+
 def test_a_sharded_model_is_refused():
     model = tiny("tiny_llama").model
     # A class with the real one's name, because to import the real one takes seconds.

@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +27,7 @@ from tiedlora.errors import UserError
 from tiedlora.tying import Architecture, Layout, Tying, adapted_layers, target_shape
 
 _QKV = ("q", "k", "v")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FUSED_BLOCKS = {"q": _QKV, "k": _QKV, "v": _QKV, "gate": ("gate", "up"), "up": ("gate", "up")}
 """Target -> the blocks of the fused module that contains it, in order."""
 
@@ -199,8 +201,10 @@ def _check_module(model: nn.Module, path: str, target: str, shape: tuple[int, in
             # The body alone, such as a LlamaModel.
             raise UserError(f"{not_causal(model)}; it has {missing}") from None
         raise UserError(f"attach: the model has {missing}") from None
-    # bitsandbytes replaces a Conv1D by a linear layer.
-    if not isinstance(module, Conv1D if transposed and not linear.is_quantised(module) else nn.Linear):
+    # bitsandbytes replaces a Conv1D by a linear layer. Weights in 8-bit floats cannot be multiplied as they are.
+    is_quantised = linear.is_quantised(module)
+    is_linear = isinstance(module, Conv1D if transposed and not is_quantised else nn.Linear)
+    if not is_linear or not (is_quantised or module.weight.dtype in FLOATS):
         raise UserError(
             f"attach: {path} is a {type(module).__name__}, not a plain linear layer; "
             "load the model unquantised or with model.quantization, or correct its layout"

@@ -94,7 +94,12 @@ class Attached(Arm):
         return bool(self._base_weights)
 
     def enable(self) -> None:
-        """Make every adapted module add its update. If it does already, or the weights contain it, nothing changes."""
+        """Make every adapted module add its update. If it does already, or the weights contain it, nothing changes.
+
+        Raises:
+            UserError: the adapter has left the model.
+        """
+        self._must_be_here("enable")
         if self.active or self.merged:
             return
         self._modules = {path: self.model.get_submodule(path) for path in self.paths}
@@ -140,12 +145,14 @@ class Attached(Arm):
         layer: Any = self.model.get_submodule(layout_of(self.adapter.architecture).layers)[0]  # type: ignore[index]
         if not (torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False)):
             return
-        reentrant = getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
-        vectors = sorted({part_of(name) for name in self.adapter.parts()} - set(FACTORS))
-        if reentrant and vectors:
+        # True is the default of torch.
+        keywords = getattr(layer._gradient_checkpointing_func, "keywords", {"use_reentrant": False})
+        sharing = sorted({part_of(name) for name in self.adapter.parts()} - set(FACTORS))
+        sharing += ["tying.terms"] if self.adapter.tying.terms else []
+        if keywords.get("use_reentrant", True) and sharing:
             raise UserError(
                 "gradient checkpointing with use_reentrant=True does not work for an adapter with "
-                f"{' or '.join(vectors)}, because the layers share one product; "
+                f"{' or '.join(sharing)}, because the layers share one product; "
                 'set gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
 
@@ -206,10 +213,14 @@ class Attached(Arm):
             self._fold_once = False
 
     def detach(self) -> None:
-        """Remove the adapter, if it is there. The base model is then bit for bit as it was before."""
+        """Remove the adapter, if it is there. The base weights are then bit for bit as before, and stay frozen."""
         self.disable()
         if getattr(self.model, "tied_adapter", None) is self.adapter:
             del self.model.tied_adapter
+
+    def _must_be_here(self, action: str) -> None:
+        if getattr(self.model, "tied_adapter", None) is not self.adapter:
+            raise UserError(f"{action}: the adapter is not in the model any more; attach it to a fresh base model")
 
     def cannot_merge(self) -> str | None:
         """Why the update cannot be added to the weights, in words; None if it can."""
@@ -224,8 +235,9 @@ class Attached(Arm):
         in float32. A copy of each weight is kept for `unmerge`.
 
         Raises:
-            UserError: a weight is quantised or offloaded.
+            UserError: a weight is quantised or offloaded, or the adapter has left the model.
         """
+        self._must_be_here("merge")
         if self.merged:
             return
         if reason := self.cannot_merge():
@@ -242,10 +254,8 @@ class Attached(Arm):
         """Merge permanently: the update stays in the weights, no copy is kept, and the adapter leaves the model.
 
         Raises:
-            UserError: as `merge`, or the adapter has left the model already.
+            UserError: as `merge`.
         """
-        if getattr(self.model, "tied_adapter", None) is not self.adapter:
-            raise UserError("fuse: the adapter is not in the model any more; attach it to a fresh base model")
         self.merge()
         self._base_weights.clear()
         del self.model.tied_adapter

@@ -185,6 +185,13 @@ def start_from(adapter: TiedAdapter, folder: Path, base: BaseModelRecord) -> Non
                 f"train.init_from={folder}: {name} is {theirs} there, and {ours} here; choose the model, tying and "
                 "targets that the adapter was trained with"
             )
+        if not _is_in_file(adapter.specification(name)) and not torch.equal(own, other):
+            # The saved adapter would have the constant.
+            part = spec.part_of(name)
+            raise UserError(
+                f"train.init_from={folder}: {name} has other values there, and is a frozen constant here; set "
+                f"tying.{part}.trained=true, or take the constant of the saved adapter"
+            )
         own.data.copy_(other)
 
 

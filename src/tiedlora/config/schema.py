@@ -236,7 +236,7 @@ class TrainConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     """cosine (down to min_lr) or constant, both after the warm-up."""
     min_lr: Annotated[Number, Field(ge=0, le=1e3)] = 0.0
-    """The learning rate at the end of the cosine schedule."""
+    """The learning rate of the last step of the cosine schedule. With 0, that step changes nothing."""
     warmup_steps: Amount = 0
     """Step k of the warm-up uses lr * k / warmup_steps, so the first step already has a rate above 0."""
     betas: Annotated[list[Annotated[Number, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = field(

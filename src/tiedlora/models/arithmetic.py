@@ -54,7 +54,8 @@ def training_bytes(config: Config, longest_row: int) -> int:
     """
     a, train = config.model.architecture, config.train
     number = 4 if train.dtype == "float32" else 2
-    weights = number * (block_weights(a) + 2 * a.vocabulary * a.hidden)
+    in_blocks = {None: number, "nf4": 0.5, "int8": 1}[config.model.quantization]
+    weights = in_blocks * block_weights(a) + number * 2 * a.vocabulary * a.hidden
     tokens = longest_row * min(train.microbatch_size or train.batch_size, train.batch_size)
     for limit in (train.microbatch_tokens, train.batch_tokens):
         tokens = max(longest_row, min(tokens, limit or tokens))

@@ -103,6 +103,13 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
                 f"model.architecture.{name}={getattr(expected, name)}: the loaded model has {getattr(loaded, name)}; "
                 "correct the numbers in conf/model, because parameter counts are computed from them"
             )
+    if config.context > (most := getattr(model.config, "max_position_embeddings", None) or config.context):
+        raise UserError(f"model.context={config.context}: the loaded model has {most} positions; lower it")
+    if (stored := _quantisation(model)) != config.quantization:
+        raise UserError(
+            f"model.quantization={config.quantization or 'null'}: the loaded weights are in "
+            f"{stored or 'full precision'}; set it as they are (nf4 or int8), or take the model in full precision"
+        )
     linear.keep_gradients(model)
     model.requires_grad_(False).eval()
     if not settings:
@@ -112,6 +119,16 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
     commit = getattr(model.config, "_commit_hash", None)
     record = BaseModelRecord(config.name, config.revision, digest or f"commit:{commit}", config.quantization)
     return BaseModel(model, tokenizer, record, digest_is_known=digest is not None or commit is not None)
+
+
+def _quantisation(model: Any) -> str | None:
+    """What the model's weights are stored in: nf4, int8, the name of another method, or None for full precision."""
+    if (found := getattr(model.config, "quantization_config", None)) is None:
+        return None
+    settings = found if isinstance(found, dict) else found.to_dict()
+    if settings.get("load_in_8bit"):
+        return "int8"
+    return str(settings["bnb_4bit_quant_type" if settings.get("load_in_4bit") else "quant_method"])
 
 
 def _pretrained(config: ModelConfig, folder: Path | str | None, settings: dict[str, Any]) -> tuple[Any, Any]:

@@ -86,7 +86,8 @@ def decode(
         head_outputs = model.get_output_embeddings()(hidden_states(model, ids, mask, positions, cache)[:, -1])
         position = max(map(len, written))
         tokens = choose(model, head_outputs, batch_rows, position) if choose else head_outputs.argmax(-1)
-        ids, mask, positions = tokens.unsqueeze(1), F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
+        # The head may be on another device than the embedding (model.device_map).
+        ids, mask, positions = tokens.to(device).unsqueeze(1), F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
         # 2. The answers that end with it.
         next_ids = tokens.tolist()
         running = [index for index, row in enumerate(batch_rows) if outputs[row] is None]

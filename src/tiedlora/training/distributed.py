@@ -103,7 +103,7 @@ def join_world(cuda: bool) -> Iterator[World]:
         cuda: whether the run uses GPUs. Then tensors on a GPU are summed with NCCL, and all others with gloo.
 
     Raises:
-        UserError: accelerate is configured to shard the model, or there are more processes than GPUs.
+        UserError: accelerate would shard the model, there are more processes than GPUs, or RANK is missing.
     """
     for wish, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(wish, "false").lower() in ("1", "true"):
@@ -115,6 +115,8 @@ def join_world(cuda: bool) -> Iterator[World]:
     if size == 1:
         yield ALONE
         return
+    if "RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE={size} without RANK: start the processes with torchrun, or unset WORLD_SIZE")
     world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     if cuda:
         if world.local_index >= (gpus := torch.cuda.device_count()):

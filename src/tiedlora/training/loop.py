@@ -194,7 +194,8 @@ class Loop:
         """Add the gradient of a batch. If memory runs out, its graph is freed with the frame of this function."""
         loss = self.loss_sum(batch) / target_tokens
         loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+        # With model.device_map, the loss may be on another device than the adapter.
+        return loss.detach().to(self._parameters[0].device)
 
     def _halve(self, step: int, limit: int) -> None:
         """Prepare smaller passes. A checkpoint has their limit before any step is finished with them."""
