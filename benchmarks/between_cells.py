@@ -53,8 +53,8 @@ def run_sweep(model: str) -> tuple[list[Span], list[Span], list[Span]]:
     Scorer.score_split = timed(Scorer.score_split, scorings)
     with tempfile.TemporaryDirectory() as outputs:
         overrides = [f"model={model}", "train=tiny", f"train.steps={STEPS}", f"tying={','.join(CELLS)}"]
-        overrides += ["train.threads=1", "task.rows.validation=8", "task.max_new_tokens=8", f"outputs={outputs}"]
-        sys.argv = [str(PROJECT / "train.py"), "--multirun", *overrides]
+        overrides += ["train.threads=1", "task.rows.validation=8", "task.max_new_tokens=8", "tracking=none"]
+        sys.argv = [str(PROJECT / "train.py"), "--multirun", *overrides, f"outputs={outputs}"]
         os.environ["HYDRA_FULL_ERROR"] = "1"
         runpy.run_path(sys.argv[0], run_name="__main__")
     return steps, validations, scorings

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tiedlora.config.schema import Config
 
+# Neither are our runs uploaded, nor is W&B timed; PEFT's side reports to nothing too. Child processes inherit it.
+os.environ["WANDB_MODE"] = "disabled"
 PROJECT = Path(__file__).resolve().parents[1]
 MODEL = "smollm2_135m"
 RANK, BATCH = 8, 8

@@ -191,7 +191,7 @@ def training(plan: Plan, model: str, variant: str) -> dict[str, Any]:
         "flop_per_s": flop / figures["seconds"],
         "share": flop / figures["seconds"] / rate,
         "rate": rate,
-        "peak": trained.peak_memory_bytes,
+        "peak": trained.state.peak_memory_bytes,
         "forecast": training_bytes(config, max(map(len, rows))),
         "loss": trained.state.validation[-1][1],
         "halvings": len(trained.state.halvings),

@@ -56,8 +56,8 @@ def train(tying: str, seed: int, steps: int, rows: int, characters: int, outputs
         [
             *(f"tying={tying}", f"seed={seed}", "task=chain_sum", "train=quick", f"train.steps={steps}"),
             *(f"task.rows.validation={rows}", "train.dtype=float32", f"train.warmup_steps={min(5, steps)}"),
-            *("train.batch_size=4", "train.validation_rows=2", "score.metrics=[target_loss]", f"outputs={outputs}"),
-            f"score.forgetting={neutral}",
+            *("train.batch_size=4", "train.validation_rows=2", "score.metrics=[target_loss]", "tracking=none"),
+            *(f"score.forgetting={neutral}", f"outputs={outputs}"),
         ]
     )
     run.main(config)

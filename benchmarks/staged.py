@@ -152,7 +152,7 @@ def _over_seeds(curves: Sequence[Curve], lr: float) -> ValidationLosses:
 
 def record(outputs: Path) -> None:
     """Train the runs that are missing, and write their evaluations."""
-    sweep = compose_sweep([*WORDS, f"outputs={outputs}"])
+    sweep = compose_sweep([*WORDS, "tracking=none", f"outputs={outputs}"])
     for cell in sweep.cells:
         if cell.state() not in ("done", "failed"):
             run_cell(cell.config, sweep.control)

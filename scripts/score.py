@@ -44,8 +44,10 @@ def main() -> None:
     missing = split is not None and missing_passes(arguments.metrics, record.scores.get(split), arguments.drift)
     if arguments.again or arguments.forgetting or missing:
         # It imports torch, which takes seconds: --help and a wrong metric do not need it.
+        from tiedlora.models.device import here_or_auto
         from tiedlora.runs.add_scores import add_scores
 
+        config.train.device = here_or_auto(config.train.device)
         record = add_scores(
             folder,
             [split] if split else [],

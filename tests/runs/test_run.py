@@ -126,6 +126,16 @@ def test_another_data_digest_is_an_error_not_a_match(gsm8k):
         run.main(gsm8k([*rows[:-1], row("changed", 0)], validation=8))
 
 
+def test_other_test_rows_are_an_error_not_a_match(gsm8k, tmp_path):
+    config, test = gsm8k([row(i, i) for i in range(9)]), tmp_path / "data/gsm8k/test.jsonl"
+    config.score.splits, config.score.metrics = ["test"], ["target_loss"]
+    test.write_bytes(row(99, 99) + b"\n")
+    run.main(config)
+    test.write_bytes(row(98, 98) + b"\n")
+    with pytest.raises(UserError, match="finished on other test data"):
+        run.main(config)
+
+
 def test_a_training_row_among_the_validation_rows_stops_before_anything_is_written(gsm8k, tmp_path):
     """Two questions, each twice: whichever row is taken for validation, its prompt is also that of a training row."""
     with pytest.raises(UserError, match=r"task=\w+: 1 validation rows are also training rows \(such as id "):

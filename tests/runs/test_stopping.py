@@ -12,6 +12,7 @@ from helpers.tiny import folder_of
 
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import STOP_MESSAGE, StoppedEarly, exit_codes
+from tiedlora.models import device
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
@@ -98,6 +99,7 @@ def test_a_signal_during_the_last_validation_stops_before_the_scoring(tiny_confi
         return validate(training)
 
     monkeypatch.setattr(Trainer, "_validate", signalled)
+    monkeypatch.setattr(device, "peak_memory_bytes", lambda _: 2**50)
     with pytest.raises(StoppedEarly):
         run.main(config)
     assert folder.state() == "interrupted"
@@ -105,7 +107,9 @@ def test_a_signal_during_the_last_validation_stops_before_the_scoring(tiny_confi
     monkeypatch.undo()
     run.main(config)
     plain = RunFolder(tmp_path / "plain" / folder.path.name)
-    assert folder.finished_record().files == plain.finished_record().files
+    record = folder.finished_record()
+    assert record.files == plain.finished_record().files
+    assert record.training.peak_memory_bytes == 2**50, "that of the process that trained"
     steps = [row.step for row in read_metrics(folder.metrics_file)]
     assert steps == [row.step for row in read_metrics(plain.metrics_file)]
 

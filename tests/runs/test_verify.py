@@ -196,7 +196,11 @@ def test_the_gap_of_another_answer_is_that_of_its_logit(finished):
 @pytest.mark.parametrize(("factor", "ok"), [(1.01, True), (1.2, False)])
 def test_on_another_processor_the_mean_loss_must_agree(finished, elsewhere, monkeypatch, factor, ok):
     (elsewhere.parent / "data/gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))
-    add_scores.add_scores(RunFolder(elsewhere), ["test"], str(elsewhere.parent / "data"), metrics=["target_loss"])
+    added = add_scores.add_scores(
+        RunFolder(elsewhere), ["test"], str(elsewhere.parent / "data"), metrics=["target_loss"]
+    )
+    assert added.scores["test"].execution.processor != added.execution.processor, "these scores are of here"
+    put(elsewhere, "scores.test.execution.processor", "Another (AVX512)")
     monkeypatch.setitem(verify.TOLERANCES, "float32", verify.Tolerances(1e-3, 0.01, 0.5, 0.05))
 
     def scale(row):

@@ -30,6 +30,7 @@ ROWS = {  # the bytes of gsm8k/test.jsonl, and words of the message: one for eac
     "blank lines and a byte order mark": (b"\xef\xbb\xbf\n \n\t\n", "test.jsonl: holds no rows"),
     "a missing field": (b'{"question": "x"}\n', "the field 'answer' is missing (it has question)"),
     "a wrong type": (line(answer=5), "the field 'answer' must be str, not int"),
+    "an answer that is not a number": (line(answer="#### 00:03"), "an answer that ends in '#### number'"),
     "an id twice": (line(id=1) + line(id="1"), "the id '1' was used before, at"),
 }
 

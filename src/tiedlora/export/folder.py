@@ -69,7 +69,7 @@ class ExportOptions:
 
 
 def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> None:
-    """Write the folder `out`. If anything fails, it is removed, so that no program uses an incomplete export.
+    """Write the folder `out`, which is there only when it is complete.
 
     Args:
         out: a folder that does not exist or is empty.
@@ -78,16 +78,12 @@ def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, opt
         UserError: a file is damaged, the run cannot be merged, or the base model cannot be loaded or is another one.
         OSError: `out` cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        _write_weights(run, record, config, out, options)
+    with storage.new_folder(out) as beside:
+        _write_weights(run, record, config, beside, options)
         is_asked = options.form != "hub-card" and options.split in record.scores and record.keeps(TEXTS)
         has_task = is_asked and isinstance(load_task(config.task), Gsm8k)
-        task = _write_task(run, config, out, options) if has_task else ""
-        (out / "README.md").write_text(card(record, config, options, task), encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+        task = _write_task(run, config, beside, options) if has_task else ""
+        (beside / "README.md").write_text(card(record, config, options, task), encoding="utf-8")
 
 
 def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> None:
@@ -139,7 +135,8 @@ def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOption
     patterns = {"strict": STRICT.pattern, "flexible": f"({FLEXIBLE.pattern})"}
     text = _rendered("export.task.yaml.j2", name=name, task=config.task, **patterns)
     storage.write_bytes(out / f"{name}.yaml", text.encode())
-    dtype, quantised = config.train.dtype, QUANTISED.get(config.model.quantization or "")
+    dtype = options.dtype if options.form == "merged" else config.train.dtype
+    quantised = QUANTISED.get(config.model.quantization or "")
     model = ["pretrained=BASE_MODEL,peft=." if options.form == "peft" else "pretrained=.", f"dtype={dtype}"]
     model += [quantised.format(dtype=dtype)] if quantised else []
     chat_template = " --apply_chat_template" if config.task.chat_template else ""

@@ -48,6 +48,11 @@ def resolve_device(name: str, local_index: int | None = None) -> torch.device:
     return torch.device(name)
 
 
+def here_or_auto(name: str) -> str:
+    """The device that a finished run names, or `auto` if that is CUDA and there is none: its scores need no GPU."""
+    return "auto" if name.startswith("cuda") and not torch.cuda.is_available() else name
+
+
 @functools.cache
 def own_threads() -> int:
     """Torch's number of threads in this process before any run has set another one."""

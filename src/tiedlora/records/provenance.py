@@ -14,7 +14,12 @@ STUDY_RECORDS = "studies/*/runs/**"
 """The records of studies, from the top of the checkout."""
 PACKAGES = (
     "torch",
+    "numpy",
     "transformers",
+    "tokenizers",
+    "accelerate",
+    "bitsandbytes",
+    "gguf",
     "safetensors",
     "datasets",
     "evaluate",

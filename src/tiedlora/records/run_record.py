@@ -205,6 +205,8 @@ class SplitScores:
     """Metric -> the implementation and settings that computed it, if its name does not say enough."""
     files: dict[Text, Text] = field(default_factory=dict)
     """Predictions file -> its sha256."""
+    execution: Execution | None = None
+    """Where the split was scored; None if on the same kind of device as the last training step."""
 
     @property
     def first_metric(self) -> str:
@@ -293,7 +295,7 @@ class RunRecord:
 
     @property
     def executions(self) -> list[Execution]:
-        """Where its steps were trained, in order; the last is also where it was scored."""
+        """Where its steps were trained, in order; a split was scored on the last, if its scores name no other."""
         return [*(earlier.execution for earlier in self.training.continued_from or ()), self.execution]
 
     @property

@@ -68,9 +68,9 @@ def _remark(scores: SplitScores) -> str:
     return f"{name}: no gain shown, the interval includes 0" if most >= 0 else f"{name}: worse than the base"
 
 
-def flat_summary(record: RunRecord) -> dict[str, float | int | str]:
+def flat_summary(record: RunRecord) -> dict[str, float | int]:
     """The record as one level of keys, such as `validation/exact_match_strict` and its `_low` and `_high`."""
-    flat: dict[str, float | int | str] = {
+    flat: dict[str, float | int] = {
         "trainable_params": record.trainable_params,
         "share_of_lora": record.share_of_lora,
         "adapter_bytes": record.adapter_bytes,

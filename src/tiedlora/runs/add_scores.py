@@ -12,7 +12,7 @@ from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models import products
-from tiedlora.models.device import set_up_device
+from tiedlora.models.device import execution_on, set_up_device
 from tiedlora.records.loss_metrics import DRIFT
 from tiedlora.records.provenance import CHAT_TEMPLATE
 from tiedlora.records.run_folder import RunFolder
@@ -106,6 +106,8 @@ def add_scores(
                     name = task.config.name
                     log.warning("task=%s: the test rows are not compared with the training rows: %s", name, error)
             scores = scorer.score_split(split, examples, folder, passes, kept)
+            here = execution_on(device)
+            scores = replace(scores, execution=None if record.execution.rounds_as(here) else here)
             record = replace(record, scores={**record.scores, split: scores})
             folder.write_record(record)
         if forgetting is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -65,6 +66,7 @@ class RunRows:
 
 
 _ROWS: SingleSlotCache[RunRows] = SingleSlotCache()
+_TEST_DIGEST: SingleSlotCache[str] = SingleSlotCache()
 
 
 def read_rows(config: Config) -> RunRows:
@@ -123,7 +125,9 @@ def _digests_file(config: Config, task: Task) -> Path | None:
     """Where the digests of generated rows are kept; None for rows that are read."""
     if not task.generator:
         return None
-    code = [storage.sha256(file) for file in sorted(TASKS_CODE.glob("*.py"))]
+    # A registered task is in a file of its own.
+    files = {*TASKS_CODE.glob("*.py"), Path(inspect.getfile(type(task)))}
+    code = [storage.sha256(file) for file in sorted(files)]
     key = [identity(config.task), importlib.metadata.version(task.generator), code]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     return Path(config.cache) / "digests" / f"{name}.json"
@@ -150,6 +154,10 @@ def check_same_inputs(config: Config, record: RunRecord, folder: RunFolder) -> N
             "repeat the run with force=true"
         )
     digests = {f"{split} data": (record.data[split].digest, now) for split, now in row_digests(config).items()}
+    if "test" in config.score.splits and "test" in record.scores and not (task := load_task(config.task)).generator:
+        key = (config.task, config.data_root, _local_files(config))
+        now = _TEST_DIGEST.get(key, lambda: digest(load_examples(task, "test", config.data_root)))
+        digests["test data"] = (record.scores["test"].digest, now)
     digests["weights of the base model"] = (
         record.base.digest or "",
         known_digest(config.model, Path(config.cache)) or "",

@@ -334,7 +334,6 @@ class Trainer:
             stop.finish_step_first = False
             self.bar.close()
         model.eval()
-        self.peak_memory_bytes = devices.peak_memory_bytes(self.device)
         # 5. Load the adapter of the step that is scored.
         if config.score.checkpoint == "best":
             self._load_best()
@@ -464,6 +463,8 @@ class Trainer:
             self.parts[name].data.copy_(values)
 
     def _save_checkpoint(self, state: TrainState) -> None:
+        # The last step has a checkpoint too. A process that only scores what another one trained needs less memory.
+        state.peak_memory_bytes = max(state.peak_memory_bytes, devices.peak_memory_bytes(self.device))
         if self.world.is_first:
             buffers = self.arm.changed_buffers()
             checkpoint.save(self.folder.checkpoints, state, self.parts, self.optimizer, self.inputs, buffers)
@@ -521,7 +522,7 @@ class Trainer:
                 validation_loss_last=state.validation[-1][1],
                 best_step=state.best_step(),
                 scored_step=state.best_step() if config.score.checkpoint == "best" else state.step,
-                peak_memory_bytes=self.peak_memory_bytes,
+                peak_memory_bytes=state.peak_memory_bytes,
                 halvings=state.halvings or None,
                 continued_from=state.continued_from or None,
             ),

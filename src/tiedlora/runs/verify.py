@@ -31,7 +31,7 @@ from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.models import products
 from tiedlora.models.base_model import load_base
-from tiedlora.models.device import execution_on, set_up_device
+from tiedlora.models.device import execution_on, here_or_auto, set_up_device
 from tiedlora.models.identity import known_digest
 from tiedlora.models.placement import input_device, without_gradients
 from tiedlora.records.loss_metrics import DRIFT, TARGET_LOSS_BY_TOKEN, is_loss, loss_scores
@@ -362,7 +362,7 @@ def _regenerate(run: CheckedRun, least: int) -> Iterator[Finding]:
         yield Finding("regenerate", None, "the study keeps no adapter of this run")
         return
     try:
-        device = set_up_device(config.train.device, run.record.execution.threads)
+        device = set_up_device(here_or_auto(config.train.device), run.record.execution.threads)
         base = load_base(config.model, config.train.dtype, device, Path(config.cache))
     except UserError as error:
         yield Finding("regenerate", None, f"the base model cannot be loaded here ({error})")
@@ -376,7 +376,7 @@ def _regenerate(run: CheckedRun, least: int) -> Iterator[Finding]:
         if run.examples.get(split):
             as_scored = with_halved_batches(config, scores.batch_halvings or 0)
             scorer = Scorer(arm, encoder, run.task, as_scored, base.record)
-            run.elsewhere = not run.record.execution.rounds_as(execution_on(device))
+            run.elsewhere = not (scores.execution or run.record.execution).rounds_as(execution_on(device))
             with products.on_any_cpu(device, config.train.dtype):
                 findings = list(_regenerate_split(run, scorer, split, least))
             yield from findings

@@ -172,13 +172,12 @@ class Scorer:
     ) -> SplitScores:
         # The passes as values of `losses`: answers first.
         kinds = [losses for losses, wanted in ((False, passes.answers), (True, passes.losses)) if wanted]
-        base_rows = None
+        base_parts = None
         if self.config.score.base if recorded is None else recorded.base is not None:
             base_parts = [self.cached_base(split, examples, losses) for losses in kinds]
             if passes.drift:
                 # The base model's divergence from itself.
                 base_parts[-1] = _with_score(base_parts[-1], DRIFT, [0.0] * len(examples))
-            base_rows = _write(folder.predictions_file(f"{split}.base"), base_parts, recorded)
         parts, seconds = [], {}
         for losses in kinds:
             started = time.perf_counter()
@@ -187,6 +186,9 @@ class Scorer:
             if losses and passes.drift:
                 parts[-1] = _with_score(parts[-1], DRIFT, self.divergences(examples, f"drift on {split}"))
             seconds[losses] = time.perf_counter() - started
+        # Both files are written at the end, so that a stop leaves what the record says.
+        base_file = folder.predictions_file(f"{split}.base")
+        base_rows = None if base_parts is None else _write(base_file, base_parts, recorded)
         rows = _write(folder.predictions_file(split), parts, recorded)
         return _with_recorded(
             SplitScores(
@@ -391,10 +393,11 @@ class Scorer:
                 raise UserError(
                     f"{path}: holds the predictions of other rows; remove it, and the same command makes it"
                 )
-            return rows
+            # An earlier run of the same rows may have had other clusters.
+            return [replace(row, cluster=example.cluster) for row, example in zip(rows, examples, strict=True)]
 
     def _base_file(self, split: str, examples: Sequence[Example], losses: bool) -> Path:
-        """A file whose name has a hash of everything that the base model's rows depend on."""
+        """A file whose name has a hash of what the base model's rows depend on, besides rounding and packages."""
         score, encoder, task = self.config.score, self.encoder, self.config.task
         key: list[Any] = [plain(self.base), self.config.train.dtype, score.batch_size]
         # Neutral text depends on no task.

@@ -47,6 +47,8 @@ class Speeds:
     peak_memory_bytes: int
     source: str
     """Where the speeds come from, in words."""
+    has_sampling: bool = False
+    """Whether `training` has the time of a reward's answers in it."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def observed_speeds(config: Config) -> Speeds | None:
         with suppress(UserError):
             record = RunFolder(path.parent).finished_record()
             tree = record.config.tree
-            if (tree["model"]["name"], tree["train"]["dtype"]) == (config.model.name, config.train.dtype):
+            own = (tree["model"]["name"], tree["train"]["dtype"], tree.get("objective", {}).get("name", "targets"))
+            if own == (config.model.name, config.train.dtype, config.objective.name):
                 records.append(record)
     if not records:
         return None
@@ -119,6 +122,7 @@ def observed_speeds(config: Config) -> Speeds | None:
         scoring=median(scored.rows / scored.seconds for scored in scores) if scores else math.inf,
         peak_memory_bytes=max(record.training.peak_memory_bytes for record in records),
         source=f"{len(records)} finished runs ({'; '.join(devices)})",
+        has_sampling=config.objective.name == "reward",
     )
 
 
@@ -176,7 +180,8 @@ def cost(config: Config, speeds: Speeds, rows: Mapping[str, int]) -> tuple[float
     batch_tokens = train.batch_size * speeds.row_tokens
     tokens = train.steps * min(batch_tokens, train.batch_tokens or batch_tokens)
     reading, answering = speeds.row_tokens / (2 * speeds.training), 1 / speeds.scoring
-    sampled = train.steps * train.batch_size * config.objective.samples if config.objective.name == "reward" else 0
+    is_sampled = config.objective.name == "reward" and not speeds.has_sampling
+    sampled = train.steps * train.batch_size * config.objective.samples if is_sampled else 0
     evaluations = 2 + ((train.steps - 1) // train.validate_every if train.validate_every else 0)
     # 0 stands for an unknown number of rows, and null takes all.
     validated = min(filter(None, (train.validation_rows, rows["validation"])), default=0)

@@ -39,7 +39,7 @@ class Gsm8k(Task):
 
     def example(self, row: DataRow, id: str) -> Example:
         example = super().example(row, id)
-        number = strict_number(row["answer"])
+        number = strict_number(row["answer"]) if re.search(STRICT.pattern + r"\s*$", row["answer"]) else None
         if number is None or not row["question"].strip():
             raise RowError("needs a question, and an answer that ends in '#### number'")
         return Example(id, example.prompt, example.target, (number,))

@@ -26,7 +26,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 try:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Metric, Param
 except ImportError:
     raise UserError("tracking=mlflow: mlflow is not installed; run: pip install 'tiedlora[mlflow]'") from None
 
@@ -82,11 +82,9 @@ class MlflowTracker(Tracker):
         columns = {column: [row[column] for row in answers] for column in answers[0]}
         self.client.log_table(self.run, columns, "answers.json")
 
-    def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
-        """Write the summary as metrics of step 0, and its words as tags, and close the run."""
-        self.log([MetricsRow(0, {key: value for key, value in summary.items() if not isinstance(value, str)})])
-        words = [RunTag(key, value) for key, value in summary.items() if isinstance(value, str)]
-        self.client.log_batch(self.run, tags=words)
+    def finish(self, summary: Mapping[str, float | int], exit_code: int = 0) -> None:
+        """Write the summary as metrics of step 0, and close the run."""
+        self.log([MetricsRow(0, dict(summary))])
         self.client.set_terminated(self.run, "FAILED" if exit_code else "FINISHED")
 
 

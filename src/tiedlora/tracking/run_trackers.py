@@ -102,7 +102,7 @@ class Tracker:
     def log_answers(self, answers: Answers) -> None:
         """Write the table `answers`, which has rows, after the last row of metrics and before the end."""
 
-    def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
+    def finish(self, summary: Mapping[str, float | int], exit_code: int = 0) -> None:
         """Close the run.
 
         Args:
@@ -186,7 +186,7 @@ class RunTrackers:
         self._metrics.append(rows)
         self._try(lambda tracker: tracker.log(rows))
 
-    def finish(self, summary: Mapping[str, float | int | str]) -> None:
+    def finish(self, summary: Mapping[str, float | int]) -> None:
         """Close the tracker of a finished run. It gets a table of the run's first answers."""
 
         def log_answers(tracker: Tracker) -> None:

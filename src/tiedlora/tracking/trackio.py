@@ -56,7 +56,7 @@ class TrackioTracker(Tracker):
         data = [[cell.translate(MARKUP) if isinstance(cell, str) else cell for cell in row.values()] for row in answers]
         self.run.log({"answers": trackio.Table(columns=list(answers[0]), data=data)})
 
-    def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
+    def finish(self, summary: Mapping[str, float | int], exit_code: int = 0) -> None:
         """Write the summary as the last row, and close the run."""
         with redirect_stdout(sys.stderr):
             if summary:

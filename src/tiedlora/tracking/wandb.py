@@ -44,7 +44,7 @@ class WandbTracker(Tracker):
             os.environ["WANDB_MODE"] = "offline"
             log.info("W&B: not logged in, so this run is kept offline; `wandb sync %s`", offline_runs)
         try:
-            self.run = wandb.init(**_settings(run))
+            self.run = wandb.init(**_settings(run, earlier))
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError, wandb.errors.CommError) as error:
             said = "cannot be reached" if isinstance(error, wandb.errors.CommError) else "refuses to start"
             log.warning("W&B %s (%s); kept offline: `wandb sync %s`", said, " ".join(str(error).split()), offline_runs)
@@ -52,7 +52,7 @@ class WandbTracker(Tracker):
             with suppress(Exception):
                 wandb.teardown()
             os.environ["WANDB_MODE"] = "offline"
-            self.run = wandb.init(**_settings(run))
+            self.run = wandb.init(**_settings(run, earlier))
         # Tables and scatter plots read the summary: the best validation loss, and the last value of other metrics.
         self.run.define_metric("validation/loss", summary="min,last")
         self.run.define_metric("train/*", summary="last")
@@ -68,7 +68,7 @@ class WandbTracker(Tracker):
         # Without a step: where a run is continued online, W&B drops what belongs to an earlier step.
         self.run.log({"answers": wandb.Table(columns=list(answers[0]), data=data, allow_mixed_types=True)})
 
-    def finish(self, summary: Mapping[str, float | int | str], exit_code: int = 0) -> None:
+    def finish(self, summary: Mapping[str, float | int], exit_code: int = 0) -> None:
         self.run.summary.update(dict(summary))
         self.run.finish(exit_code=exit_code)
 
@@ -77,10 +77,11 @@ class WandbTracker(Tracker):
         wandb.teardown()
 
 
-def _settings(run: TrackedRun) -> dict[str, Any]:
+def _settings(run: TrackedRun, earlier: Sequence[MetricsRow]) -> dict[str, Any]:
     """The arguments of wandb.init, as the environment is now: wandb.Settings reads WANDB_MODE when it is made."""
-    # An agent of `wandb sweep` chooses the id itself.
-    identity = {} if "WANDB_SWEEP_ID" in os.environ else {"id": run.run_id, "resume": "allow"}
+    # An agent of `wandb sweep` chooses the id itself. A run that begins again (force=true) replaces the old one of its
+    # id: if it continued that one, W&B would drop all of its steps.
+    identity = {} if "WANDB_SWEEP_ID" in os.environ else {"id": run.run_id, "resume": "allow" if earlier else None}
     return {
         "project": run.config.tracking.project,
         "entity": run.config.tracking.entity,

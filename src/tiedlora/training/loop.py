@@ -33,7 +33,7 @@ class TrainState:
     step: int = 0
     """Finished optimizer steps."""
     tokens: int = 0
-    """Real tokens that passed through the model; padding is not counted."""
+    """Real tokens of the training passes. Padding is not counted, nor are the tokens that a reward's answers sample."""
     target_tokens: int = 0
     clipped_steps: int = 0
     skipped_steps: int = 0
@@ -42,6 +42,8 @@ class TrainState:
     """Seconds of the training steps, without validation and checkpoints."""
     validation: list[list[float]] = field(default_factory=list)
     """[step, loss] pairs. The loss is a mean over target tokens."""
+    peak_memory_bytes: int = 0
+    """The peak memory of the processes that trained, up to this checkpoint."""
     halvings: list[Halving] = field(default_factory=list)
     """Where memory ran out. They decide which rows share a pass, and so the rounding: a resumed run needs them."""
     continued_from: list[ContinuedFrom] = field(default_factory=list)
