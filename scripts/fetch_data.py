@@ -14,6 +14,7 @@ from typing import Any
 
 from tiedlora import errors, storage
 from tiedlora.config import compose
+from tiedlora.config.schema import Split
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person
 from tiedlora.tasks import load_task
@@ -27,7 +28,7 @@ class ListedRows:
     task: str
     field: str
     """The field of a row whose hash names it."""
-    splits: dict[str, list[str]]
+    splits: dict[Split, list[str]]
     """Split -> the names of its rows (row_name)."""
 
 
@@ -56,8 +57,11 @@ def studied_rows(listed: ListedRows, hub: dict[str, list[dict[str, Any]]]) -> di
     """Split -> the listed rows. They may be in other splits of the hub.
 
     Raises:
-        UserError: a row is not on the hub.
+        UserError: a row is not on the hub, or the hub's rows have no such field.
     """
+    fields = next((list(row) for rows in hub.values() for row in rows), [])
+    if listed.field not in fields:
+        raise UserError(f"--rows: the hub's rows have no field {listed.field!r:.80}; they have {', '.join(fields)}")
     found = {row_name(fields[listed.field]): fields for rows in hub.values() for fields in rows}
     for split, names in listed.splits.items():
         if missing := [name for name in names if name not in found]:

@@ -54,7 +54,7 @@ def main() -> None:
         # The cells of the plan take it from there.
         os.environ["TIEDLORA_DATA"] = arguments.data_root
     planned = study.read_study(arguments.study)
-    root = Path(os.environ.get("TIEDLORA_OUTPUTS") or PROJECT / "outputs")
+    root = Path(os.environ.get("TIEDLORA_OUTPUTS") or PROJECT / "outputs").expanduser()
     outputs = (arguments.outputs or root / "studies" / planned.name).absolute()
     if arguments.what == "plan":
         for part, words, _ in planned.composed(outputs, arguments.part):
@@ -106,7 +106,7 @@ def run_until_stopped(command: list[str]) -> int:
     """The exit code of a sweep, or STOPPED if a signal came: the sweep gets it too, and first saves its checkpoints."""
     stopped = False
     # In a session of its own the sweep gets no Ctrl-C of the terminal as well: a second one would stop it at once.
-    with signals.stopped_by_signals(), subprocess.Popen(command, cwd=PROJECT, start_new_session=True) as sweep:
+    with signals.stopped_by_signals(), subprocess.Popen(command, start_new_session=True) as sweep:
         while True:
             try:
                 ended = sweep.wait()

@@ -47,13 +47,14 @@ def main() -> None:
     parser.add_argument(
         "--tflops",
         type=positive,
-        default=forecast.TFLOPS,
-        help="plan: the rate of arithmetic, for models and tasks without a finished run (%(default)s)",
+        help=f"plan: the rate of arithmetic, for models and tasks without a finished run ({forecast.TFLOPS})",
     )
     arguments = parser.parse_intermixed_args()
     for option in ("by", "no_test"):
         if getattr(arguments, option) and arguments.what != "select":
             raise UserError(f"--{option.replace('_', '-')}: is for select; {arguments.what} does not use it")
+    if arguments.tflops and arguments.what != "plan":
+        raise UserError(f"--tflops: is for plan; {arguments.what} does not use it")
     if arguments.json and arguments.what in ("watch", "drop", "retry"):
         raise UserError(f"--json: is for plan, status and select; {arguments.what} does not use it")
     show_log()
@@ -69,7 +70,7 @@ def main() -> None:
     if arguments.what == "select":
         select(sweep, by=arguments.by, test=not arguments.no_test, json=arguments.json)
     else:
-        tflops = arguments.tflops if arguments.what == "plan" else None
+        tflops = (arguments.tflops or forecast.TFLOPS) if arguments.what == "plan" else None
         show(sweep, not SEARCHING.isdisjoint(arguments.words), tflops, json=arguments.json)
 
 
@@ -115,9 +116,10 @@ def show_live(words: list[str], names: list[str]) -> None:
 
 def show(sweep: Sweep, searches: bool, tflops: float | None, json: bool) -> None:
     """Print the status; with `tflops`, the plan."""
-    # The same cells are another amount of work for a plain sweep, which runs all of them.
-    searched = status.read_search(sweep.path, sweep.cells) if searches else None
-    cells = [status.status_of(cell, sweep.control, searched) for cell in sweep.cells]
+    # A search may have cells outside the grid. A plain sweep of the same cells runs all of them.
+    has_searched = searches and (sweep.path / SELECTION_FILE).is_file()
+    plain = (status.status_of(cell, sweep.control) for cell in sweep.cells)
+    cells = next(status.views(sweep.path)).cells if has_searched else list(plain)
     forecasts, unknown = forecast.forecast(sweep.cells, tflops) if tflops else ([], [])
     if json:
         print(status.to_json(sweep, cells, [asdict(row) for row in forecasts] if tflops else None))

@@ -44,6 +44,7 @@ TRAIN = {
     "a method with steps of its own": ("tying=peft tying.method=AdaLoraConfig", "training loop here does not do"),
     "an argument that is none": ("tying=peft/vera tying.arguments.rank=3", "rank: VeraConfig has no such argument"),
     "a pattern that is none": ("tying=peft/vera 'tying.no_decay=[\"[\"]'", "is no regular expression"),
+    "a knob that is no number": ("tying=peft/vera tying.knob=foo", "tying.knob=foo: is no whole number among"),
     "a factor of another method": ("tying=peft/vera train.lr_factor.A=2", "has no part A; use tying.lr_factors="),
     "a dropout of another method": ("tying=peft/vera tying.dropout=0.5", "has no effect on VeraConfig; set the"),
     "a quantised base": ("tying=peft/vera model.quantization=nf4", "needs the whole model, unquantised"),

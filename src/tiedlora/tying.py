@@ -247,6 +247,11 @@ class Architecture:
     """Where the projections are, for a family that config/families.py does not know."""
 
 
+def largest_rank(tying: Tying, architecture: Architecture) -> int:
+    """The smallest side of the adapted projections. A larger rank would add parameters alone."""
+    return min(side for target in tying.targets for side in target_shape(architecture, target))
+
+
 def target_shape(architecture: Architecture, target: str) -> tuple[int, int]:
     """(d_in, d_out) of one projection of one layer.
 

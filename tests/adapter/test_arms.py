@@ -12,6 +12,7 @@ from tiedlora.adapter.admission import measure
 from tiedlora.adapter.arms import ArmSpec, groups_by_pattern
 from tiedlora.adapter.attach import attach_saved, new_arm
 from tiedlora.config import methods
+from tiedlora.config.compose import command
 from tiedlora.config.explain import options
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import LrFactors
@@ -230,6 +231,9 @@ def test_arguments_are_set_on_the_command_line(words):
     plain, factors = composed([*hra, words]), composed([*hra, words, "tying.lr_factors={hra_u: 2.0}"])
     assert plain.tying.resolved["r"] == 4
     assert run_id(factors) != run_id(plain)
+    assert "not exact" not in command(composed([*hra, words, "tying.lr_factors={hra_.*: 2.0}"]))
+    with pytest.raises(UserError, match="'hra' and 'u' give hra_u different factors"):
+        groups_by_pattern({"hra_u": torch.nn.Parameter(torch.ones(1))}, {"hra": 2.0, "u": 1.0}, None)
     nulls = ("tying.arguments=null", "tying.lr_factors=null")
     assert run_id(composed([*hra, *nulls])) == run_id(composed(hra))
     assert run_id(composed(nulls)) == run_id(composed([]))

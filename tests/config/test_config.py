@@ -66,7 +66,7 @@ MISTAKES = {  # one for each rule: overrides, and how the message begins
     "a long warm-up": (["train.warmup_steps=1000"], "train.warmup_steps=1000: is more than train.steps"),
     "nothing trained": (["tying=TB", "train.lr_factor.B=0"], "train.lr_factor: is 0 for every trained part"),
     "a start of nothing": (["tying.B.trained=false"], "tying.B: starts at zero and is frozen"),
-    "rank above the projection": (["rank.r=100000"], "rank.r=100000: is more than the projection's"),
+    "rank above the projection": (["rank.r=100000"], "rank.r=100000: is more than a projection's"),
     "heads that share nothing": (["model.architecture.kv_heads=2"], "model.architecture.kv_heads=2: must divide heads"),
     "no adapter": (["train.init_from=nowhere"], "nowhere: is neither a finished run nor an adapter's folder"),
     # Random models

@@ -41,13 +41,15 @@ class TestLaunchers:
         [
             (RuntimeError("no such partition"), r"^hydra/launcher: started no cell: RuntimeError: no such part"),
             (UserError("a worker has ended"), r"^a worker has ended$"),
+            (None, r"^hydra/launcher: started no cell: its workers find no work"),
         ],
     )
     def test_one_that_starts_nothing_ends_the_sweep_with_its_error(self, tiny_run, error, says):
         swept = compose_sweep(tiny_run("seed=0,1"))
 
         def broken(folder, goals):
-            raise error
+            if error:
+                raise error
 
         with pytest.raises(UserError, match=says):
             launching.run_sweep(swept, broken)

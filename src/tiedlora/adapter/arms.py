@@ -213,10 +213,10 @@ class Arm(ABC):
 def groups_by_pattern(
     parts: Mapping[str, nn.Parameter], lr_factors: Mapping[str, float] | None, no_decay: Sequence[str] | None
 ) -> list[ParameterGroup]:
-    """Parameter groups by regular expressions for names of parameters. The first pattern that matches counts.
+    """Parameter groups by regular expressions for names of parameters.
 
     Raises:
-        UserError: a pattern matches no parameter.
+        UserError: a pattern matches no parameter, or two give one parameter different factors: an id has no order.
     """
     patterns = [*(lr_factors or {}), *(no_decay or ())]
     for pattern in patterns:
@@ -226,9 +226,11 @@ def groups_by_pattern(
             raise UserError(f"tying.lr_factors or no_decay: {pattern!r} matches no trained parameter; they are {shown}")
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parts.items():
-        factors = [factor for pattern, factor in (lr_factors or {}).items() if re.search(pattern, name)]
+        found = {pattern: factor for pattern, factor in (lr_factors or {}).items() if re.search(pattern, name)}
+        if len(factors := set(found.values())) > 1:
+            raise UserError(f"tying.lr_factors: {' and '.join(map(repr, found))} give {name} different factors")
         decays = not any(re.search(pattern, name) for pattern in no_decay or ())
-        groups.setdefault((factors[0] if factors else 1.0, decays), []).append(parameter)
+        groups.setdefault((factors.pop() if factors else 1.0, decays), []).append(parameter)
     return [ParameterGroup(parameters, factor, decays) for (factor, decays), parameters in groups.items()]
 
 

@@ -197,9 +197,9 @@ def _check_sizes(model: ModelConfig) -> None:
 
 
 def _check_rank(config: Config) -> None:
-    limit = min(tying.target_shape(config.model.architecture, config.tying.targets[0]))
+    limit = tying.largest_rank(config.tying, config.model.architecture)
     for name, term in (config.tying.terms or {}).items():
         if term.rank.isdecimal() and int(term.rank) > limit:
-            raise UserError(f"tying.terms.{name}.rank={term.rank}: is more than the projection's smaller side, {limit}")
+            raise UserError(f"tying.terms.{name}.rank={term.rank}: is more than a projection's smaller side, {limit}")
     if config.rank.r > limit:
-        raise UserError(f"rank.r={config.rank.r}: is more than the projection's smaller side, {limit}; lower it")
+        raise UserError(f"rank.r={config.rank.r}: is more than a projection's smaller side, {limit}; lower it")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ VERSION_BASE: dict[str, Any] = {} if _HYDRA_IS_NEW else {"version_base": "1.3"}
 """Hydra 1.3 asks which version's defaults to take. 1.4 has these defaults, and warns if it is told."""
 ARGUMENTS = "tying.resolved."
 """Where the identity has the arguments of another method. The user sets them under tying.arguments."""
+LR_FACTORS = "tying.lr_factors."
 NOT_EXACT = "   # not exact: this version of the code composes another run; the run's config.yaml has all values"
 Layered = TypeVar("Layered", TyingConfig, Term)
 _register_resolver: Any = OmegaConf.register_resolver if _IS_NEW else OmegaConf.register_new_resolver
@@ -151,7 +153,7 @@ def compose_config(overrides: list[str]) -> Config:
 
 
 def task_option(name: str) -> TaskConfig:
-    """The task of conf/task/NAME.yaml, for a run that also needs another task than its own.
+    """The task of conf/task/NAME.yaml, without a run.
 
     Raises:
         UserError: there is no such file, or a key of it is wrong.
@@ -223,6 +225,8 @@ def _overrides(config: Config, train: str) -> list[str]:
     words = [
         f"{group}={name}" for group, name in chosen.items() if name in options(group) and {group: name} not in defaults
     ]
+    if "tying=peft" in words:
+        words.append(f"tying.method={config.tying.method}")
     from_options = _identity_values(compose_config(words))
     values = {key: value for key, value in _identity_values(config).items() if from_options.get(key) != value}
     # They follow from other keys: from init_from, and from the rank.
@@ -233,11 +237,13 @@ def _overrides(config: Config, train: str) -> list[str]:
         # A key at its neutral value is not among the values. Hydra's + adds a key that the schema does not have.
         f"{'' if key in from_options or key in schema_keys() else '+'}{key}={value}"
         for key, value in values.items()
-        if not key.startswith(ARGUMENTS)
+        if not key.startswith((ARGUMENTS, LR_FACTORS))
     ]
-    if pairs := [f"{key.removeprefix(ARGUMENTS)}: {values[key]}" for key in values if key.startswith(ARGUMENTS)]:
-        # Hydra's ++ changes a key of the option, and adds others.
-        differences.append(f"++tying.arguments={{{', '.join(pairs)}}}")
+    for prefix, name in ((ARGUMENTS, "tying.arguments"), (LR_FACTORS, LR_FACTORS[:-1])):
+        own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+        if pairs := [f"{_as_key(key)}: {value}" for key, value in own.items()]:
+            # Hydra's ++ changes a key of the option, and adds others.
+            differences.append(f"++{name}={{{', '.join(pairs)}}}")
     if config.train.init_from:
         differences.append(f"train.init_from={in_hydras_grammar(config.train.init_from)}")
     return [*words, *differences]
@@ -249,11 +255,17 @@ def _identity_values(config: Config) -> dict[str, str]:
 
 
 def in_hydras_grammar(value: object) -> str:
-    """A value in Hydra's grammar. In a quoted string, only the quote can be escaped."""
+    """A value in Hydra's grammar. In a quoted string, the quote is escaped, and the backslashes before one."""
     if value is None or isinstance(value, (bool, int, float)):
         return json.dumps(value)
     if isinstance(value, list):
         return f"[{','.join(map(in_hydras_grammar, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}: {in_hydras_grammar(item)}' for key, item in value.items())}}}"
-    return '"' + str(value).replace('"', '\\"') + '"'
+        return f"{{{','.join(f'{_as_key(key)}: {in_hydras_grammar(item)}' for key, item in value.items())}}}"
+    escaped = re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + found[2].replace('"', '\\"'), str(value))
+    return f'"{escaped}"'
+
+
+def _as_key(text: str) -> str:
+    """The key of a mapping in Hydra's grammar, where a regular expression may hold characters with a meaning."""
+    return re.sub(r"([][(){}:=, \\])", r"\\\1", text)

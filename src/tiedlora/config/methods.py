@@ -55,7 +55,7 @@ def complete_method(config: Config) -> Config:
     and is compared with LoRA of that rank.
 
     Raises:
-        UserError: the method or an argument is unknown, or PEFT is missing.
+        UserError: the method or an argument is unknown, the knob is no whole number, or PEFT is missing.
     """
     tying = config.tying
     if tying.method == "":
@@ -68,6 +68,13 @@ def complete_method(config: Config) -> Config:
     if tying.resolved is None:
         method, resolved = resolve(tying.method, tying.arguments or {})
         tying = replace(tying, method=method, resolved=resolved)
+    arguments = tying.resolved or {}
+    if tying.knob is not None and tying.method not in REGISTERED and type(arguments.get(tying.knob)) is not int:
+        numbers = [name for name, value in arguments.items() if type(value) is int]
+        raise UserError(
+            f"tying.knob={tying.knob}: is no whole number among the arguments of {tying.method}; choose from "
+            f"{', '.join(numbers)}"
+        )
     return replace(config, tying=tying, rank=RankConfig())
 
 

@@ -168,8 +168,8 @@ class TyingConfig(Tying):
     knob: Text | None = field(default=None, metadata=EXECUTION)
     """The argument that `budget` changes."""
     lr_factors: dict[Pattern, Rate] | None = field(default=None, metadata=neutral(None))
-    """Factors on the learning rate: a regular expression for names of parameters -> factor. The first that matches
-    counts."""
+    """Factors on the learning rate: a regular expression for names of parameters -> factor. Two that
+    match one parameter must have the same factor."""
     no_decay: list[Pattern] | None = field(default=None, metadata=neutral(None))
     """Regular expressions for names of parameters without weight decay: those that start at 1, or at a size of the
     base's weights."""

@@ -47,9 +47,6 @@ def at_budget(config: Config) -> Config:
     """The configuration with the rank, or the argument tying.knob, that comes nearest to `budget` parameters.
 
     Below rank 1, LoRA gets fewer layers. A method without a knob stays as it is.
-
-    Raises:
-        UserError: the knob is no whole number among the method's arguments.
     """
     if config.budget is None:
         return config
@@ -59,12 +56,6 @@ def at_budget(config: Config) -> Config:
     if tying.method is not None and (tying.knob is None or tying.method in methods.REGISTERED):
         return config
     knob, arguments = tying.knob or "", tying.resolved or {}
-    if tying.method is not None and type(arguments.get(knob)) is not int:
-        numbers = [name for name, value in arguments.items() if type(value) is int]
-        raise UserError(
-            f"tying.knob={knob}: is no whole number among the arguments of {tying.method}; choose from "
-            f"{', '.join(numbers)}"
-        )
 
     def sized(value: int) -> Config:
         if tying.method is None:
@@ -79,7 +70,7 @@ def at_budget(config: Config) -> Config:
             return None
 
     if tying.method is None:
-        highest, landmarks = min(spec.target_shape(architecture, tying.targets[0])), []
+        highest, landmarks = spec.largest_rank(tying, architecture), []
     else:
         # Some counts fall and rise: they are lowest where the rank is a side of the matrix.
         sides = {side for target in ("q", "k") for side in spec.target_shape(architecture, target)}

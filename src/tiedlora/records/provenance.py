@@ -95,11 +95,11 @@ def code_version() -> CodeVersion:
 
     The records that a study writes while it runs are results, and no part of the code.
     """
-    status = _git("status", "--porcelain", "--", ".", f":(exclude,glob){STUDY_RECORDS}")
-    return CodeVersion(_git("rev-parse", "HEAD"), None if status is None else bool(status))
+    status = git("status", "--porcelain", "--", ".", f":(exclude,glob){STUDY_RECORDS}")
+    return CodeVersion(git("rev-parse", "HEAD"), None if status is None else bool(status))
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
     """The output of git; None outside a git checkout, or if git is missing."""
     try:
         done = subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=10)

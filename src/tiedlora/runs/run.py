@@ -17,9 +17,7 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import ADAPTER, RunRecord
 from tiedlora.records.summary import terminal_lines
 from tiedlora.runs.inputs import check_same_inputs
-from tiedlora.scoring.passages import check_source
-from tiedlora.scoring.passes import forgetting_to_score, lacks_scores, reward_metric, wanted_passes
-from tiedlora.tasks import load_task
+from tiedlora.scoring.passes import check_words, forgetting_to_score, lacks_scores
 
 
 def main(config: Config) -> RunRecord | None:
@@ -34,13 +32,7 @@ def main(config: Config) -> RunRecord | None:
         Busy: another process is working on this run.
         StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
     """
-    task = load_task(config.task)
-    # A wrong name of a metric or of a text is an error before anything is loaded.
-    wanted_passes(config.score.metrics, task)
-    if config.objective.name == "reward":
-        reward_metric(config.objective, task)
-    if config.score.forgetting is not None:
-        check_source(config.score.forgetting)
+    check_words(config)
     folder = RunFolder(Path(config.outputs) / run_id(config))
     record = None if config.force else folder.record()
     if record is not None and not record.keeps(ADAPTER) and lacks_scores(config.score, record):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tiedlora.config.schema import FORGETTING, ObjectiveConfig, ScoreConfig
+from tiedlora.config.schema import FORGETTING, Config, ObjectiveConfig, ScoreConfig
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import DRIFT, LOSS_METRICS, is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores
-from tiedlora.scoring.passages import source_digest
-from tiedlora.tasks import Task
+from tiedlora.scoring.passages import check_source, source_digest
+from tiedlora.tasks import Task, load_task
 from tiedlora.text import nearest
 
 
@@ -50,6 +50,20 @@ def wanted_passes(metrics: Sequence[str] | None, task: Task, drift: bool = False
     if metrics is not None and not metrics:
         raise UserError("score.metrics=[]: names no metric; null takes all, and score.splits=[] scores nothing")
     return _passes_of(metrics, drift)
+
+
+def check_words(config: Config) -> None:
+    """Check what a run is asked to score, before anything is loaded.
+
+    Raises:
+        UserError: an option of the task, the name of a metric or a neutral text is wrong.
+    """
+    task = load_task(config.task)
+    wanted_passes(config.score.metrics, task)
+    if config.objective.name == "reward":
+        reward_metric(config.objective, task)
+    if config.score.forgetting is not None:
+        check_source(config.score.forgetting)
 
 
 def reward_metric(objective: ObjectiveConfig, task: Task) -> str:
@@ -103,8 +117,9 @@ def lacks_scores(score: ScoreConfig, record: RunRecord) -> bool:
 def forgetting_to_score(score: ScoreConfig, record: RunRecord) -> str | None:
     """The requested neutral text, if the finished run's losses on it are missing, or its file has changed since."""
     measured, source = record.scores.get(FORGETTING), score.forgetting
-    if source is None or measured is None or measured.source != source:
+    if source is None or measured is None:
         return source
     # Records of earlier versions have no digest, and a run that was moved may not have the file beside it.
     digests = (measured.source_digest, source_digest(source))
-    return None if None in digests or digests[0] == digests[1] else source
+    is_same = measured.source == source if None in digests else digests[0] == digests[1]
+    return None if is_same else source

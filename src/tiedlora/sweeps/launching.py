@@ -159,7 +159,7 @@ def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepContr
     """Launch workers until each cell is done, paused, failed or dropped. A dropped one may be put back meanwhile.
 
     Raises:
-        UserError: the launcher fails again and again without starting a cell, or says why it cannot go on.
+        UserError: launches again and again change nothing, or the launcher says why it cannot go on.
     """
     reason, seen, failures = "", None, 0
     while True:
@@ -175,10 +175,14 @@ def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepContr
                 return
             wait_for_one(busy)
             continue
-        marks = [(goal.run_id, control.starts(goal.run_id)) for goal in goals]
-        failures = failures + 1 if reason and marks == seen else 0
+        marks = [
+            (cell.run_id, control.starts(cell.run_id), cell.state(), cell.folder.checkpoint_step()) for cell in free
+        ]
+        failures = failures + 1 if marks == seen else 0
         if failures == STARTS:
-            raise UserError(f"hydra/launcher: started no cell: {' '.join(reason.split())}; the same command continues")
+            # The cells' frozen configurations are those of the newest command.
+            why = " ".join(reason.split()) or "its workers find no work; does another command ask for other scores?"
+            raise UserError(f"hydra/launcher: started no cell: {why}; the same command continues")
         seen, reason = marks, ""
         try:
             launch(control.folder, goals)

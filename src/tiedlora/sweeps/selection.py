@@ -51,7 +51,8 @@ def select_rates(sweep: Sweep, by: str | None = None) -> Selection:
     unfinished = sum(cell.state() not in ("done", "failed") for cell in cells)
     if unfinished:
         raise UserError(
-            f"{sweep.id}: {unfinished} of {len(cells)} cells are not finished; run the sweep's command first"
+            f"{sweep.id}: {unfinished} of {len(cells)} cells are not finished; run the sweep's command first (after a "
+            "staged sweep, leave out --by: it has chosen, and does not run the others)"
         )
     groups = rate_groups(cells)
     for used in CRITERIA if by is None else (by,):
@@ -172,6 +173,9 @@ def searched_rates(sweep: Sweep) -> Selection | None:
     path = sweep.path / SELECTION_FILE
     if not path.exists() or not (selected := read_selection(path)).searches:
         return None
+    hopeless = [search.group for search in selected.searches if any(made.action == "none" for made in search.decisions)]
+    if hopeless:
+        raise UserError(f"{path}: every rate of {', '.join(hopeless)} diverged; add lower ones to train.lr")
     if (left := len(selected.searches) - len(selected.choices)) > 0:
         raise UserError(
             f"{path}: {left} of {len(selected.searches)} configurations have no chosen rate yet; run the staged "

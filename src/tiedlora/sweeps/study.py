@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,7 +25,7 @@ from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.export.study_records import copy_exported, export_record, export_stopped
 from tiedlora.keys import from_person
-from tiedlora.records.provenance import code_version
+from tiedlora.records.provenance import code_version, git
 from tiedlora.records.reading import Text
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.selection import SELECTION_FILE, read_selection
@@ -156,10 +155,7 @@ def check_committed(folder: Path) -> None:
         UserError: there are uncommitted changes, or the plan is not in the commit.
     """
     plan = (folder / PLAN).resolve()
-    listed = subprocess.run(
-        ["git", "-C", str(PROJECT), "ls-files", "--error-unmatch", str(plan)], capture_output=True, check=False
-    )
-    if listed.returncode != 0:
+    if git("ls-files", "--error-unmatch", str(plan)) is None:
         raise UserError(f"{folder / PLAN}: is not committed; commit the plan before the first run")
     if code_version().dirty is not False:
         raise UserError(
