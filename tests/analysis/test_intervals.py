@@ -133,12 +133,6 @@ def test_the_losses_of_rows_count_by_their_tokens():
     assert intervals.paired_difference(first, second) == (0.25, 0.375)
 
 
-def test_the_ratio_has_no_interval_where_the_denominator_may_be_zero():
-    assert intervals.ratio(np.array([0.1, 0.2, 0.1]), np.array([0.3, -0.2, 0.1])) is None
-    found = intervals.ratio(np.array([0.30, 0.32, 0.31, 0.29]), np.array([0.40, 0.41, 0.42, 0.40]))
-    assert found.low < found.value < found.high
-
-
 # What the intervals cover. The true value p is known; examples (and seeds) are drawn again each time.
 
 GRID = [

@@ -112,16 +112,12 @@ def test_memory_that_runs_out_in_one_process_is_known_in_all(tiny_config, monkey
     in_world(score)
 
 
-@pytest.mark.parametrize("wish", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_sharding_is_refused(monkeypatch, wish):
-    monkeypatch.setenv(wish, "true")
-    with pytest.raises(UserError, match=rf"{wish}: .*torchrun"), distributed.join_world(cuda=False):
-        pass
-
-
-def test_a_number_of_processes_alone_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"WORLD_SIZE=2 without RANK: .*torchrun"), distributed.join_world(cuda=False):
+@pytest.mark.parametrize(
+    ("name", "value"), [("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_USE_DEEPSPEED", "true"), ("WORLD_SIZE", "2")]
+)
+def test_sharding_by_others_and_processes_without_a_rank_are_refused(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"{name}.*: .*torchrun"), distributed.join_world(cuda=False):
         pass
 
 

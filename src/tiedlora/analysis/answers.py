@@ -75,7 +75,7 @@ class Answer:
     """Whether the weakest arm was shown to fail, so that the trial can fail; lacking if it passes. Empty before the
     first look, or if the claim names no weakest arm."""
     retained: Interval | None = None
-    """The share of the comparator's gain, with Fieller's interval."""
+    """The share of the comparator's gain, over all common seeds."""
     retains_at_least: float | None = None
     """The largest share that the rule `retains` would support at the level of the look."""
     kept: Interval | None = None
@@ -163,7 +163,7 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
         answer.reason = f"{method.name} and {comparator.name}{over}: {error}"
         return answer
     answer.difference, _ = compare.difference(method, comparator, measure, book)
-    answer.retained = compare.retained(method, comparator, measure, pair.floor)
+    answer.retained = rules.share(scores)
     answer.rows, answer.difference_seeds = scores.method.shape[1], len(scores.seeds)
     _set_share(answer, scores, rules.TOTAL)
     sides = [method, *comparator.groups, *([pair.floor] if pair.floor is not None else [])]

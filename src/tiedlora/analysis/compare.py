@@ -193,33 +193,6 @@ def paired_scores(
     return Sides(measure.sign * table, measure.sign * _blended(comparator, others), zero, clusters, seeds)
 
 
-def retained(ours: RunGroup, theirs: Peer, measure: Measure, floor: RunGroup | None = None) -> Interval | None:
-    """The share of the other side's gain that a group keeps, with Fieller's interval over the seeds that all have.
-
-    Args:
-        floor: the zero point; None takes the base model, as it was scored beside each run.
-
-    Returns:
-        None without scores of the base, or a gain of the other side; low and high are NaN if there is no interval.
-
-    Raises:
-        UserError: the sides cannot be compared.
-    """
-    runs = _comparable_runs([ours, *theirs.groups, *([floor] if floor is not None else [])], measure)
-    if floor is not None:
-        zero = measure.values(runs.pop())
-    else:
-        scored = [column for column in zip(*runs, strict=True) if all(map(measure.has_base, column))]
-        if not scored:
-            return None
-        runs = list(zip(*scored, strict=True))
-        zero = measure.values(runs[0], base=True)
-    own, other = measure.values(runs[0]) - zero, _blended(theirs, map(measure.values, runs[1:])) - zero
-    if measure.sign * other.mean() <= 0:
-        return None
-    return intervals.ratio(own, other) or Interval(float(own.mean() / other.mean()), math.nan, math.nan)
-
-
 # Worth: the size of a curve that scores the same.
 
 POINTS = 101
@@ -424,8 +397,8 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Sequence[RunGroup],
             row.notes.append(f"compared with LoRA: {why}")
         # A note on the difference already says what is wrong with predictions.
         with contextlib.suppress(UserError):
-            row.retained = retained(group, lora, measure)
-            row.retains_at_least = rules.retained_at_least(paired_scores(group, lora, measure, book), 1 - LEVEL)
+            sides = paired_scores(group, lora, measure, book)
+            row.retained, row.retains_at_least = rules.share(sides), rules.retained_at_least(sides, 1 - LEVEL)
     if row.primary and group not in lora_curve:
         # A note on the row's score already says what is wrong with its predictions.
         with contextlib.suppress(UserError):

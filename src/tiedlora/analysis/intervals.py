@@ -2,7 +2,7 @@
 
 - the rows of one run: `wilson`, `paired_proportions`, `bootstrap_mean`, `bootstrap_corpus`, `paired_difference`;
 - the choice of rows, for the seeds that were run: `over_examples`;
-- training's randomness, on exactly these rows: `seeds_interval`, and `ratio` for the retained gain;
+- training's randomness, on exactly these rows: `seeds_interval`;
 - both, as a verdict needs: `both_interval`, from `mean_squares`, which accepts leading axes for simulations.
 
 Where rows come in clusters, such as the questions about one article, the clusters are the random sample and not their
@@ -204,27 +204,6 @@ def seeds_interval(values: Array) -> Interval:
     mean = float(values.mean())
     half = _t_quantile(1 - LEVEL, len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half, "t")
-
-
-def ratio(numerators: Array, denominators: Array) -> Interval | None:
-    """The quotient of two paired means over seeds, with Fieller's interval (J. R. Stat. Soc. B 16, 1954).
-
-    Returns:
-        None if there are fewer than two seeds, or no finite interval (the denominator's own interval includes zero).
-    """
-    seeds = len(numerators)
-    if seeds < 2 or denominators.mean() == 0:
-        return None
-    top, bottom = numerators.mean(), denominators.mean()
-    covariance = np.cov(numerators, denominators) / seeds
-    t2 = _t_quantile(1 - LEVEL, seeds - 1) ** 2
-    a = bottom**2 - t2 * covariance[1, 1]
-    b = top * bottom - t2 * covariance[0, 1]
-    c = top**2 - t2 * covariance[0, 0]
-    if a <= 0:
-        return None
-    root = math.sqrt(max(0.0, b * b - a * c))
-    return Interval(float(top / bottom), float((b - root) / a), float((b + root) / a), "fieller")
 
 
 # Rows in clusters.

@@ -28,7 +28,7 @@ from scipy import optimize
 
 from tiedlora.analysis import intervals
 from tiedlora.analysis.intervals import Array, Clusters, MeanSquares
-from tiedlora.records.interval import Interval
+from tiedlora.records.interval import LEVEL, Interval
 
 TOTAL = 0.05
 """The chance of a wrong verdict in a whole plan, at most."""
@@ -195,11 +195,29 @@ def level_within(delta: float) -> Rule:
     return Rule(f"is level within {100 * delta:g} % of the gain", 1 - delta, 1 + delta)
 
 
+def share(sides: Sides) -> Interval | None:
+    """The share of the comparator's gain that the method keeps, with its 95 % interval over seeds and rows.
+
+    At the share itself, the contrast of `retains` has the mean 0. So its interval, divided by the gain, is that of the
+    share (delta method), and takes in how well the gain is known.
+
+    Returns:
+        None without a zero point or a gain of the comparator; low and high are NaN with one seed or row, or if the
+        comparator's gain may be 0.
+    """
+    if sides.zero is None or sides.gain is None or (gain := float(sides.gain.mean())) <= 0:
+        return None
+    value = float((sides.method - sides.zero).mean()) / gain
+    if min(sides.method.shape) < 2 or _level_above(sides.gain, sides.clusters) > 1 - LEVEL:
+        return Interval(value, math.nan, math.nan)
+    return retains(value).kept(sides, 1 - LEVEL)
+
+
 def retained_at_least(sides: Sides, level: float) -> float | None:
     """The largest share of the comparator's gain that the method retains, at this two-sided level.
 
-    It is the largest rho that `retains(rho)` supports; it may be above 1. (The lower end of Fieller's interval, with
-    the crossed interval in place of t.)
+    It is the largest rho that `retains(rho)` supports; it may be above 1. (The lower end of the interval of Fieller, J.
+    R. Stat. Soc. B 16, 1954, with the crossed interval in place of t.)
 
     Returns:
         None if no rho of 0 or more is supported: the method does not beat the zero point, or the comparator does not;

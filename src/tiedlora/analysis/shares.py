@@ -22,7 +22,7 @@ from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import Blend, RunGroup, curve
 from tiedlora.analysis.runs import Measure, Scorebook
 from tiedlora.errors import UserError
-from tiedlora.records.interval import LEVEL, Interval
+from tiedlora.records.interval import Interval
 
 LEAST, MOST = -0.25, 1.6
 """The widest axis, in shares of the comparator's gain. What lies beyond it ends in an arrow."""
@@ -191,10 +191,5 @@ def _share(
         sides = compare.paired_scores(group, reference, measure, book, floor)
     except UserError:
         return None
-    if sides.zero is None or sides.gain is None or (gain := float(sides.gain.mean())) <= 0:
-        return None
-    share = Interval(float((sides.method - sides.zero).mean()) / gain, math.nan, math.nan)
-    if min(sides.method.shape) > 1:
-        # The contrast m - share q - (1 - share) f has the mean 0, so its interval is that of the share (delta method).
-        share = rules.retains(share.value).kept(sides, 1 - LEVEL) or share
-    return share, len(sides.seeds)
+    share = rules.share(sides)
+    return None if share is None else (share, len(sides.seeds))

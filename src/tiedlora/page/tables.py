@@ -273,7 +273,7 @@ def results(rows: Iterable[ResultRow]) -> Table:
         "proportion, jackknife for rows in clusters, bootstrap otherwise). 'seeds+examples': both. 'minus LoRA' and "
         "'minus base' are paired on the same examples and seeds. 'of n' after a learning rate: n rates were tried, and "
         "validation chose. 'worth': how many parameters of LoRA score the same; the sizes whose contrast includes 0. "
-        "'Retained gain' (95 %, over seeds) and 'retains at least' (level 5 %) are over the base model; a claim's "
+        "'Retained gain' (95 %) and 'retains at least' (level 5 %) are over the base model; a claim's "
         "are over its own zero point."
     )
     columns = (
@@ -372,7 +372,7 @@ def claims(answers: Sequence[Answer]) -> Table:
         "The rule compares the contrast with 0, at the level of the planned look: 'keeps 90 % of the gain' has the "
         "contrast method - 0.9 comparator - 0.1 zero, and more is better (losses are negated). Supported: the interval "
         "is above 0. Contradicted: it is below 0. For a share that is kept, and for 'level', the comparator must also "
-        "gain over the zero point. 'Retained gain' has a 95 % interval over seeds alone. Uninformative: at the "
+        "gain over the zero point. 'Retained gain' has a 95 % interval over seeds and rows. Uninformative: at the "
         "last look, the comparator's own gain may be 0. Cannot fail here: the claim's weakest arm passes too; "
         "'sensitivity' is whether it was shown to fail. 'Retains at least' is the largest share for which 'keeps' "
         f"would be supported at this look. Difference: method minus comparator. {error_note(answers)}"

@@ -23,7 +23,7 @@ class Interval:
     low: Number
     high: Number
     method: Text = ""
-    """How the ends were computed: wilson, newcombe, bootstrap, clusters, t, crossed or fieller."""
+    """How the ends were computed: wilson, newcombe, bootstrap, clusters, t or crossed."""
 
 
 class Unit(Enum):
