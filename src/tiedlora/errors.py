@@ -56,7 +56,7 @@ STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: try again."""
 CLOSED_PIPE = 141
 """What a shell reports for a program that SIGPIPE ended."""
-STOP_MESSAGE = "stopped; the same command continues (training goes on from its newest checkpoint)"
+STOP_MESSAGE = "stopped; the same command continues, from the newest checkpoint if there is one"
 LONGEST_MESSAGE = 2000
 """Most characters of a message that are printed. Some messages quote a file, which may have any length."""
 SECONDS_TO_LEAVE_A_DESTRUCTOR = 0.1

@@ -248,8 +248,8 @@ class Architecture:
 
 
 def largest_rank(tying: Tying, architecture: Architecture) -> int:
-    """The smallest side of the adapted projections. A larger rank would add parameters alone."""
-    return min(side for target in tying.targets for side in target_shape(architecture, target))
+    """The largest rank that an adapted projection can have. A larger one would add parameters alone."""
+    return max(min(target_shape(architecture, target)) for target in tying.targets)
 
 
 def target_shape(architecture: Architecture, target: str) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.report_runs import add_scores, make_record, prediction_rows, report_of_claim, world, write_run
+from helpers.report_runs import add_scores, make_record, prediction_rows, report_of_claim, scored_run, world, write_run
 
 from tiedlora import tying
 from tiedlora.analysis import intervals
@@ -86,6 +86,18 @@ class TestSensitivity:
         (answer,) = trial(tmp_path).answers
         assert answer.verdict == "supported"
         assert "no base was scored beside TA r=8" in answer.reason
+
+
+def test_a_seed_beside_the_plan_with_other_rows_changes_no_verdict_and_no_reference(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75, "TA": 0.2}, **SURE)
+    world(tmp_path / "runs", {"LoRA": 0.5}, **SURE, changes=HALF, rank=1)
+    before = trial(tmp_path, comparator="frontier: LoRA")
+    for rank, changes in ((8, {}), (1, HALF)):
+        more = {"rank": rank, "changes": {**changes, "data.train.digest": "other"}}
+        scored_run(tmp_path / "runs", [1.0] * 1000, [0.0] * 1000, name="LoRA", seed=50, **more)
+    after = trial(tmp_path, comparator="frontier: LoRA")
+    assert [a.verdict for a in after.answers] == [a.verdict for a in before.answers] == ["supported"]
+    assert [panel.reference.name for panel in before.share_panels + after.share_panels] == ["LoRA r=8"] * 2
 
 
 class TestFloor:

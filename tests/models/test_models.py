@@ -99,6 +99,12 @@ class TestRememberedDigests:
         assert known_digest(settled, blocked) == digest
 
 
+def test_a_context_beyond_a_learned_table_of_positions_is_refused(tmp_path):
+    gpt2 = replace(saved_tiny("tiny_gpt2", tmp_path / "model"), context=513)
+    with pytest.raises(UserError, match=r"model\.context=513: the loaded model has 512 positions; lower it"):
+        load_base(gpt2, "float32", CPU, Path("unused"))
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -106,7 +112,6 @@ class TestRememberedDigests:
         # transformers would load it, and the record could not say which weights these were.
         (lambda c: {"path": None, "name": c.path}, r"is a folder here; give it as model\.path="),
         (lambda c: {"architecture": replace(c.architecture, layers=4)}, r"layers=4: the loaded model has 3"),
-        (lambda c: {"context": 513}, r"model.context=513: the loaded model has 512 positions; lower it"),
     ],
 )
 def test_a_model_that_is_not_what_was_named_is_refused(saved, wrong, says):

@@ -176,7 +176,9 @@ def _reference(answers: Sequence[Answer], groups: Sequence[RunGroup]) -> tuple[R
         if answer.pair is not None and answer.pair.arms and answer.comparator_gain and answer.comparator_gain > 0:
             comparator = answer.pair.arms[1][0]
             if isinstance(peer := answer.pair.comparator, Blend):
-                comparator = claims.sizes(answer.claim, peer.configuration, comparator, groups)[-1]
+                # None of the sizes has a score of its own if all of them have seeds with other rows too.
+                measured = claims.sizes(answer.claim, peer.configuration, comparator, groups)
+                comparator = (measured or peer.groups)[-1]
             of_zero = [answer] if answer.claim.rule.needs_zero else answers
             floors = (one.pair.floor for one in of_zero if one.pair is not None and one.pair.floor is not None)
             return comparator, next(floors, None)

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -202,11 +202,10 @@ def _own_variables_only() -> Iterator[None]:
 
 def command(config: Config) -> str:
     """`python train.py ...` for exactly this run, with as few overrides as the options of conf/ allow."""
-    try:
+    overrides, is_exact = list[str](), False
+    with suppress(UserError):
         overrides = min((_overrides(config, train) for train in options("train")), key=len)
         is_exact = run_id(compose_config(overrides)) == run_id(config)
-    except UserError:
-        overrides, is_exact = [], False
     if config.data_root:
         overrides.append("data_root=FOLDER")
     return f"python train.py {shlex.join(overrides)}".rstrip() + ("" if is_exact else NOT_EXACT)

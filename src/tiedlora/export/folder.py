@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -69,7 +71,7 @@ class ExportOptions:
 
 
 def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> None:
-    """Write the folder `out`, which is there only when it is complete.
+    """Write the folder `out`. Its files are there only when all of them are complete.
 
     Args:
         out: a folder that does not exist or is empty.
@@ -78,12 +80,19 @@ def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, opt
         UserError: a file is damaged, the run cannot be merged, or the base model cannot be loaded or is another one.
         OSError: `out` cannot be written.
     """
-    with storage.new_folder(out) as beside:
-        _write_weights(run, record, config, beside, options)
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as undone:
+        undone.callback(lambda: is_new and not any(out.iterdir()) and out.rmdir())
+        # Inside, because `out` may be a mount point, or the shell's folder.
+        inside = Path(undone.enter_context(TemporaryDirectory(dir=out, prefix=".unfinished-")))
+        _write_weights(run, record, config, inside, options)
         is_asked = options.form != "hub-card" and options.split in record.scores and record.keeps(TEXTS)
         has_task = is_asked and isinstance(load_task(config.task), Gsm8k)
-        task = _write_task(run, config, beside, options) if has_task else ""
-        (beside / "README.md").write_text(card(record, config, options, task), encoding="utf-8")
+        task = _write_task(run, config, inside, options) if has_task else ""
+        (inside / "README.md").write_text(card(record, config, options, task), encoding="utf-8")
+        for entry in inside.iterdir():
+            entry.replace(out / entry.name)
 
 
 def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> None:

@@ -103,12 +103,15 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
                 f"model.architecture.{name}={getattr(expected, name)}: the loaded model has {getattr(loaded, name)}; "
                 "correct the numbers in conf/model, because parameter counts are computed from them"
             )
-    if config.context > (most := getattr(model.config, "max_position_embeddings", None) or config.context):
+    # A learned table of positions, as GPT-2's. Rotary positions go on, and may be stretched.
+    if config.context > (most := getattr(model.config, "n_positions", None) or config.context):
         raise UserError(f"model.context={config.context}: the loaded model has {most} positions; lower it")
-    if (stored := _quantisation(model)) != config.quantization:
+    # Adapted modules in any other kind of quantisation are refused where they are looked for.
+    stored = _quantisation(model)
+    if stored != config.quantization and (config.quantization or stored in ("nf4", "int8")):
         raise UserError(
             f"model.quantization={config.quantization or 'null'}: the loaded weights are in "
-            f"{stored or 'full precision'}; set it as they are (nf4 or int8), or take the model in full precision"
+            f"{stored or 'full precision'}; set it so, or take the model in full precision"
         )
     linear.keep_gradients(model)
     model.requires_grad_(False).eval()
@@ -128,7 +131,8 @@ def _quantisation(model: Any) -> str | None:
     settings = found if isinstance(found, dict) else found.to_dict()
     if settings.get("load_in_8bit"):
         return "int8"
-    return str(settings["bnb_4bit_quant_type" if settings.get("load_in_4bit") else "quant_method"])
+    found = settings.get("bnb_4bit_quant_type" if settings.get("load_in_4bit") else "quant_method", "another format")
+    return str(getattr(found, "value", found))
 
 
 def _pretrained(config: ModelConfig, folder: Path | str | None, settings: dict[str, Any]) -> tuple[Any, Any]:

@@ -76,7 +76,7 @@ RATE = Kind(lambda cell: f"{cell[0]:g} of {cell[1]}" if cell[1] > 1 else f"{cell
 """The chosen learning rate, and how many were tried."""
 PERCENT_INTERVAL = Kind(share_in_words, _percents, VALUE_LOW_HIGH)
 """A share as Interval; in per cent in CSV."""
-AT_LEAST = Kind(at_least)
+AT_LEAST = Kind(at_least, lambda cell: [f"{100 * cell:.2f}"])
 WORTH = Kind(
     str,
     lambda cell: [f"{size:.0f}" if cell.is_measured(size) else "" for size in (cell.value, cell.low, cell.high)],

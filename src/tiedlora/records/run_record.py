@@ -205,8 +205,8 @@ class SplitScores:
     """Metric -> the implementation and settings that computed it, if its name does not say enough."""
     files: dict[Text, Text] = field(default_factory=dict)
     """Predictions file -> its sha256."""
-    execution: Execution | None = None
-    """Where the split was scored; None if on the same kind of device as the last training step."""
+    executions: list[Execution] | None = None
+    """Where the split was scored; None if all of it was on the same kind of device as the last training step."""
 
     @property
     def first_metric(self) -> str:

@@ -14,9 +14,9 @@ from tiedlora.errors import UserError
 from tiedlora.models import products
 from tiedlora.models.device import execution_on, set_up_device
 from tiedlora.records.loss_metrics import DRIFT
-from tiedlora.records.provenance import CHAT_TEMPLATE
+from tiedlora.records.provenance import CHAT_TEMPLATE, Execution
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.records.run_record import ADAPTER, RunRecord
+from tiedlora.records.run_record import ADAPTER, RunRecord, SplitScores
 from tiedlora.runs import library
 from tiedlora.runs.inputs import read_rows, warn_of_trained_rows
 from tiedlora.runs.trainer import cached_base, check_scores_mean_something
@@ -106,12 +106,18 @@ def add_scores(
                     name = task.config.name
                     log.warning("task=%s: the test rows are not compared with the training rows: %s", name, error)
             scores = scorer.score_split(split, examples, folder, passes, kept)
-            here = execution_on(device)
-            scores = replace(scores, execution=None if record.execution.rounds_as(here) else here)
+            scores = _with_place(scores, kept, record, execution_on(device))
             record = replace(record, scores={**record.scores, split: scores})
             folder.write_record(record)
         if forgetting is not None:
-            scores = scorer.score_forgetting(forgetting, folder)
+            scores = _with_place(scorer.score_forgetting(forgetting, folder), None, record, execution_on(device))
             record = replace(record, scores={**record.scores, FORGETTING: scores})
             folder.write_record(record)
         return record
+
+
+def _with_place(scores: SplitScores, kept: SplitScores | None, record: RunRecord, here: Execution) -> SplitScores:
+    """The scores with every place where they were made, `here` and that of what is kept of earlier ones."""
+    places = (kept.executions or [record.execution]) if kept is not None else []
+    places = [*places, *([] if any(place.rounds_as(here) for place in places) else [here])]
+    return replace(scores, executions=None if all(map(record.execution.rounds_as, places)) else places)

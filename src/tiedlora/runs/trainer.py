@@ -522,7 +522,8 @@ class Trainer:
                 validation_loss_last=state.validation[-1][1],
                 best_step=state.best_step(),
                 scored_step=state.best_step() if config.score.checkpoint == "best" else state.step,
-                peak_memory_bytes=state.peak_memory_bytes,
+                # 0: the last checkpoint is of a version that did not keep it.
+                peak_memory_bytes=state.peak_memory_bytes or devices.peak_memory_bytes(self.device),
                 halvings=state.halvings or None,
                 continued_from=state.continued_from or None,
             ),

@@ -96,7 +96,9 @@ class CheckedRun:
     examples: dict[str, list[Example]] = field(default_factory=dict)
     """Split -> its rows, if they can be read here."""
     elsewhere: bool = False
-    """Whether this device may round otherwise than that of the record."""
+    """Whether this device may round otherwise than those that scored the split."""
+    places: str = ""
+    """Those devices, in words."""
 
     def predictions(self, split: str, base: bool = False) -> list[PredictionRow]:
         """The rows of predictions/. Texts that a study has left out are taken from the data, by the rows' ids.
@@ -376,7 +378,9 @@ def _regenerate(run: CheckedRun, least: int) -> Iterator[Finding]:
         if run.examples.get(split):
             as_scored = with_halved_batches(config, scores.batch_halvings or 0)
             scorer = Scorer(arm, encoder, run.task, as_scored, base.record)
-            run.elsewhere = not (scores.execution or run.record.execution).rounds_as(execution_on(device))
+            places = scores.executions or [run.record.execution]
+            run.elsewhere = not all(place.rounds_as(execution_on(device)) for place in places)
+            run.places = "; ".join(map(str, places))
             with products.on_any_cpu(device, config.train.dtype):
                 findings = list(_regenerate_split(run, scorer, split, least))
             yield from findings
@@ -415,7 +419,7 @@ def _regenerate_split(run: CheckedRun, scorer: Scorer, split: str, least: int) -
 def _compared_outputs(run: CheckedRun, scorer: Scorer, check: str, asked: Asked, base: bool) -> Finding:
     """Whether the outputs come out as they were; on another device, whether rounding explains those that do not."""
     different = [(example, new, old) for example, new, old in asked if new.output != old.output]
-    where = f"recorded on {run.record.execution}"
+    where = f"recorded on {run.places}"
     if not different:
         return Finding(check, True, f"{len(asked)} outputs come out as they were")
     if not run.elsewhere:
@@ -450,7 +454,7 @@ def _compared_numbers(
         pairs: for each row what it is now and what is recorded, in nats, and after a loss its number of target tokens.
         least: a smaller number may differ by its tolerance of this.
     """
-    tolerances, where = TOLERANCES[run.config.train.dtype], f"recorded on {run.record.execution}"
+    tolerances, where = TOLERANCES[run.config.train.dtype], f"recorded on {run.places}"
     tolerance, what = tolerances.row if run.elsewhere else tolerances.loss, check.split()[0]
     for (_, row, _), (now, before) in zip(asked, pairs, strict=True):
         # Written so that NaN is beyond it.

@@ -34,7 +34,6 @@ from tiedlora.config.schema import Config
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 from tiedlora.keys import CHECKED, Count, Number, Text, from_person
-from tiedlora.scoring.passes import check_words
 from tiedlora.sweeps.cells import Sweep, SweepCell
 
 SECTIONS = tuple(item.name for item in fields(Config))
@@ -295,7 +294,6 @@ def _cell(composer: CellComposer, overrides: list[str]) -> SweepCell:
     try:
         config = composer.compose(overrides)
         cell = SweepCell(tuple(overrides), config)
-        check_words(config)
         if not cell.folder.result_file.exists():
             check_new_run(config)
     except UserError as error:

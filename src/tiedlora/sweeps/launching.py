@@ -41,6 +41,7 @@ from tiedlora.keys import CHECKED, Count, Text, from_person
 from tiedlora.records.run_folder import Busy, RunFolder
 from tiedlora.runs import run
 from tiedlora.runs.inputs import check_same_inputs
+from tiedlora.scoring.passes import check_words
 from tiedlora.sweeps.cells import Goal, Sweep, SweepCell, SweepControl, frozen_cell
 from tiedlora.tasks import load_examples, load_task
 from tiedlora.text import aligned, clock, visible
@@ -123,14 +124,18 @@ def _log_progress(sweep: Sweep, leave: threading.Event) -> None:
         pause = max(SECONDS_BETWEEN_COUNTS, (time.monotonic() - started) / LARGEST_SHARE)
 
 
-def check_test_rows(cells: Iterable[SweepCell]) -> None:
-    """Read the test rows that are scored after all training: a mistake in them would cost the time of the sweep.
+def check_scoring(cells: Iterable[SweepCell]) -> None:
+    """Check what is scored after all training, where a mistake would cost the time of the sweep: words and test rows.
 
     Rows of the hub and rows that a task generates are left to the run that scores them.
 
     Raises:
-        UserError: there are no rows, or one is wrong.
+        UserError: a metric, a neutral text or an option of a task is wrong; there are no rows, or one is wrong.
     """
+    cells = list(cells)
+    for cell in cells:
+        if not cell.folder.result_file.exists():
+            check_words(cell.config)
     wanted = [cell.config for cell in cells if "test" in cell.config.score.splits and cell.config.data_root is not None]
     for config in {(repr(config.task), config.data_root): config for config in wanted}.values():
         if not (task := load_task(config.task)).generator:
@@ -181,8 +186,12 @@ def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepContr
         failures = failures + 1 if marks == seen else 0
         if failures == STARTS:
             # The cells' frozen configurations are those of the newest command.
-            why = " ".join(reason.split()) or "its workers find no work; does another command ask for other scores?"
+            why = " ".join(reason.split()) or (
+                "its workers find no work (another command may ask for other scores, or the file system is slow)"
+            )
             raise UserError(f"hydra/launcher: started no cell: {why}; the same command continues")
+        if failures:
+            time.sleep(SECONDS_BETWEEN_CHECKS)
         seen, reason = marks, ""
         try:
             launch(control.folder, goals)

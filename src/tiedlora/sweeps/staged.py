@@ -32,7 +32,7 @@ from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, RateSea
 from tiedlora.sweeps import selection
 from tiedlora.sweeps.cells import PLAN_FILE, VERDICTS_FILE, Goal, Sweep, SweepCell, rate_groups
 from tiedlora.sweeps.expand import DecidingOptions, SearchOptions
-from tiedlora.sweeps.launching import Launch, changed_inputs, check_test_rows, end_with, launch_cells, wait_for_one
+from tiedlora.sweeps.launching import Launch, changed_inputs, check_scoring, end_with, launch_cells, wait_for_one
 from tiedlora.sweeps.staged_search import Observation, SearchPlan, SearchStage, rung_steps
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ class StagedSweep:
                 wait_for_one(busy)
             return bool(busy)
         if not self._launched:
-            check_test_rows(self.sweep.cells)
+            check_scoring(self.sweep.cells)
         log.info("%s: %s", self.sweep.id, what)
         # Rates beyond the grid are not frozen yet.
         grid, splits = {cell.run_id for cell in self.sweep.cells}, self.sweep.cells[0].config.score.splits
