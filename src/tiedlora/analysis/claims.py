@@ -107,7 +107,7 @@ class _Entry:
     method: Side
     comparator: Side
     tasks: Annotated[dict[Text, Text], BeforeValidator(_by_task)]
-    """Task -> the metric that decides, or an empty text for the task's first. Without tasks, every task counts."""
+    """Task -> the metric that decides, or an empty text for its first. Without tasks, each that was run counts."""
     retains: Annotated[Number, Field(ge=0.01, lt=1)] | None = None
     """The share of the comparator's gain that is kept."""
     better_by: Annotated[Number, Field(ge=0, lt=1)] | None = None

@@ -88,7 +88,6 @@ def choose_rate(trials: Sequence[RateTrial], by: str = "score", accept_failed: b
       rate beyond the chosen one counts as tried. A single rate is not at an edge.
 
     Args:
-        trials: the tried rates, each once.
         by: one of CRITERIA. Compare the result's `by` to see whether scores were missing.
         accept_failed: what to do if every rate failed at some seed. By default no rate is chosen, and `select` ends
             with an error. With True, as in the report, the rates that failed at the fewest seeds are usable, and the

@@ -13,6 +13,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tiedlora.analysis import claims, compare, rules
@@ -158,8 +159,13 @@ def share_panels(rows: Sequence[ResultRow], answers: Sequence[Answer], book: Sco
             continue
         reference, floor = found
         on_curve = curve(reference.label, setting, groups)
-        shares = {group: _share(group, reference, measure, book, floor) for group in groups}
-        arms = [ArmShare(group, *share, group in on_curve) for group, share in shares.items() if share is not None]
+        arms = []
+        for group in groups:
+            # A note of the results says why scores cannot be compared.
+            with suppress(UserError):
+                sides = compare.paired_scores(group, reference, measure, book, floor)
+                if (share := rules.share(sides)) is not None:
+                    arms.append(ArmShare(group, share, len(sides.seeds), group in on_curve))
         if arms:
             arms.sort(key=lambda arm: (not arm.is_on_curve, arm.group.params if arm.is_on_curve else 0))
             panels.append(SharePanel(measure, reference, floor.name if floor else BASE, arms))
@@ -183,15 +189,3 @@ def _reference(answers: Sequence[Answer], groups: Sequence[RunGroup]) -> tuple[R
             floors = (one.pair.floor for one in of_zero if one.pair is not None and one.pair.floor is not None)
             return comparator, next(floors, None)
     return None
-
-
-def _share(
-    group: RunGroup, reference: RunGroup, measure: Measure, book: Scorebook, floor: RunGroup | None
-) -> tuple[Interval, int] | None:
-    """An arm's share and its seeds; None if its scores cannot be compared, as a note of the results says."""
-    try:
-        sides = compare.paired_scores(group, reference, measure, book, floor)
-    except UserError:
-        return None
-    share = rules.share(sides)
-    return None if share is None else (share, len(sides.seeds))

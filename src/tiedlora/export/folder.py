@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -82,17 +81,21 @@ def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, opt
     """
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as undone:
-        undone.callback(lambda: is_new and not any(out.iterdir()) and out.rmdir())
+    try:
         # Inside, because `out` may be a mount point, or the shell's folder.
-        inside = Path(undone.enter_context(TemporaryDirectory(dir=out, prefix=".unfinished-")))
-        _write_weights(run, record, config, inside, options)
-        is_asked = options.form != "hub-card" and options.split in record.scores and record.keeps(TEXTS)
-        has_task = is_asked and isinstance(load_task(config.task), Gsm8k)
-        task = _write_task(run, config, inside, options) if has_task else ""
-        (inside / "README.md").write_text(card(record, config, options, task), encoding="utf-8")
-        for entry in inside.iterdir():
-            entry.replace(out / entry.name)
+        with TemporaryDirectory(dir=out, prefix=".unfinished-") as unfinished:
+            inside = Path(unfinished)
+            _write_weights(run, record, config, inside, options)
+            is_asked = options.form != "hub-card" and options.split in record.scores and record.keeps(TEXTS)
+            has_task = is_asked and isinstance(load_task(config.task), Gsm8k)
+            task = _write_task(run, config, inside, options) if has_task else ""
+            (inside / "README.md").write_text(card(record, config, options, task), encoding="utf-8")
+            for entry in inside.iterdir():
+                entry.replace(out / entry.name)
+    except BaseException:
+        if is_new:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> None:

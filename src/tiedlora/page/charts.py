@@ -71,11 +71,6 @@ def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], share_panels: S
     return found
 
 
-def _some(title: str, shown: Sequence[Any]) -> str:
-    """The title of a panel that shows the first MOST_LINES of these."""
-    return f"{title} ({MOST_LINES} of {len(shown)})" if len(shown) > MOST_LINES else title
-
-
 def _title(group: RunGroup, measure: Measure) -> str:
     return f"{group.task_in_words}, {measure.metric.replace('_', ' ')}"
 
@@ -279,7 +274,8 @@ def _curves(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
             if len(steps) > 1:
                 lines.append(Curve(group, steps, np.array([values for at, values in own if at == steps])))
         task = groups[0].task_in_words
-        title = _some(task if metric == "validation/loss" else f"{task}, {metric}", lines)
+        title = task if metric == "validation/loss" else f"{task}, {metric}"
+        title += f" ({MOST_LINES} of {len(lines)})" if len(lines) > MOST_LINES else ""
         if lines := lines[:MOST_LINES]:
             in_nats = metric.endswith("/loss") or is_loss(metric.rpartition("/")[2])
             draw = partial(draw_lines, curves=lines, y=metric.replace("/", " "), in_nats=in_nats)
@@ -314,7 +310,8 @@ def _search(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
     searched = [group for group in groups if len({trial.lr for trial in group.trials}) > 1]
     if not any(trial.loss is not None and trial.loss > 0 for group in searched for trial in group.trials):
         return []
-    title, drawn = _some(groups[0].task_in_words, searched), searched[:MOST_LINES]
+    more = f" ({MOST_LINES} of {len(searched)})" if len(searched) > MOST_LINES else ""
+    title, drawn = groups[0].task_in_words + more, searched[:MOST_LINES]
     return [Panel("search", model, title, partial(draw_search, groups=drawn), drawn)]
 
 

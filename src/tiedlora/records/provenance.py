@@ -13,23 +13,8 @@ from tiedlora.records.reading import Count, Flag, Text
 STUDY_RECORDS = "studies/*/runs/**"
 """The records of studies, from the top of the checkout."""
 PACKAGES = (
-    "torch",
-    "numpy",
-    "transformers",
-    "tokenizers",
-    "accelerate",
-    "bitsandbytes",
-    "gguf",
-    "safetensors",
-    "datasets",
-    "evaluate",
-    "sacrebleu",
-    "rouge-score",
-    "peft",
-    "reasoning-gym",
-    "hydra-core",
-    "scipy",
-    "tiedlora",
+    *("torch", "numpy", "transformers", "tokenizers", "accelerate", "bitsandbytes", "gguf", "safetensors", "datasets"),
+    *("evaluate", "sacrebleu", "rouge-score", "peft", "reasoning-gym", "hydra-core", "scipy", "tiedlora"),
 )
 """The packages that a result depends on. Their versions are recorded."""
 CHAT_TEMPLATE = "chat template"

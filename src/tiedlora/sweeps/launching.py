@@ -186,9 +186,7 @@ def launch_cells(cells: Sequence[SweepCell], launch: Launch, control: SweepContr
         failures = failures + 1 if marks == seen else 0
         if failures == STARTS:
             # The cells' frozen configurations are those of the newest command.
-            why = " ".join(reason.split()) or (
-                "its workers find no work (another command may ask for other scores, or the file system is slow)"
-            )
+            why = " ".join(reason.split()) or "its workers find no work; another command may ask for other scores"
             raise UserError(f"hydra/launcher: started no cell: {why}; the same command continues")
         if failures:
             time.sleep(SECONDS_BETWEEN_CHECKS)
