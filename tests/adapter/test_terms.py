@@ -73,7 +73,7 @@ def test_a_term_adapts_its_own_layers_and_is_saved(ids, tmp_path):
         (["tying=RaSA", "tying.terms.shared.rank=r+1"], "tying.terms.shared.rank=r+1: "),
         (["tying=RaSA", "tying.terms.shared.B.init=1"], "tying.terms.shared: no part starts at zero"),
         (["tying=RaSA", "tying.terms.shared.rank=08"], "tying.terms.shared.rank=08: write a number, r, r/8, r-r/8 or"),
-        (["tying=RaSA", "tying.terms.shared.rank=999"], "tying.terms.shared.rank=999: is more than the projection's"),
+        (["tying=RaSA", "tying.terms.shared.rank=999"], "tying.terms.shared.rank=999: is more than a projection's"),
         (["tying=RaSA", "tying.terms.shared.layers=[40]"], "tying.terms.shared.layers: holds 40, but the model has"),
         (["tying=RaSA", "tying.A.share=2"], "tying.A: has no meaning beside tying.terms; set tying.terms.TERM.A, TERM"),
         (["tying.terms={}"], "tying.terms: must have at least 1 item, not 0"),
