@@ -59,9 +59,10 @@ def studied_rows(listed: ListedRows, hub: dict[str, list[dict[str, Any]]]) -> di
     Raises:
         UserError: a row is not on the hub, or the hub's rows have no such field.
     """
-    fields = next((list(row) for rows in hub.values() for row in rows), [])
-    if listed.field not in fields:
-        raise UserError(f"--rows: the hub's rows have no field {listed.field!r:.80}; they have {', '.join(fields)}")
+    names_of_fields = next((list(row) for rows in hub.values() for row in rows), [])
+    if listed.field not in names_of_fields:
+        known = ", ".join(names_of_fields)
+        raise UserError(f"--rows: the hub's rows have no field {listed.field!r:.80}; they have {known}")
     found = {row_name(fields[listed.field]): fields for rows in hub.values() for fields in rows}
     for split, names in listed.splits.items():
         if missing := [name for name in names if name not in found]:

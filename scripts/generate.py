@@ -46,6 +46,7 @@ def main() -> None:
     from tiedlora.runs import library
 
     config = library.config_of(arguments.run)
+    # A run without an adapter is an error before its base is loaded, and perhaps converted.
     library.adapter_folder(arguments.run)
     base = library.base_of(arguments.run, device=arguments.device, cache=arguments.cache)
     arm = library.load(arguments.run, base)

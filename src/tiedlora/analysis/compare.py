@@ -60,11 +60,15 @@ def _over_seeds(values: Array) -> Estimate:
     return Estimate(float(values.mean()), intervals.seeds_interval(values) if len(values) > 1 else None)
 
 
+def _is_of_record(runs: Sequence[Run], recorded: Interval | None, clusters: Clusters | None) -> bool:
+    """Whether the interval over rows is that of the single run's record, which has to know of clusters if there are."""
+    return len(runs) == 1 and (clusters is None or (recorded is not None and recorded.method == "clusters"))
+
+
 def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estimate, list[str]]:
     """The mean over the runs' seeds, and notes on intervals that cover less than 95 %.
 
-    A single run has the interval of its record, so that report and record always agree, unless that was made before
-    intervals took clusters.
+    A single run has the interval of its record (`_is_of_record`), so that report and record agree.
     """
     values, notes = measure.values(runs), []
     estimate = _over_seeds(values)
@@ -74,7 +78,7 @@ def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estim
         (table,), clusters = book.tables([runs], measure)
         _add_intervals(estimate, table, None, clusters)
         recorded = runs[0].splits[measure.split].metrics[measure.metric]
-        if len(runs) == 1 and (clusters is None or recorded.method == "clusters"):
+        if _is_of_record(runs, recorded, clusters):
             estimate.examples = recorded
         # A score near 1 is as skewed as one near 0.
         scoring = int(min((table != 0).any(0).sum(), (table != 1).any(0).sum()))
@@ -97,7 +101,7 @@ def gain(group: RunGroup, measure: Measure, book: Scorebook) -> Estimate | None:
     with contextlib.suppress(UserError):
         (table,), clusters = book.tables([runs], measure)
         recorded = (runs[0].splits[measure.split].gain or {}).get(measure.metric)
-        if len(runs) == 1 and (clusters is None or (recorded and recorded.method == "clusters")):
+        if _is_of_record(runs, recorded, clusters):
             estimate.examples = recorded
         else:
             _add_intervals(estimate, table, np.broadcast_to(book.base_scores(runs[0], measure), table.shape), clusters)

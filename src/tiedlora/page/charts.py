@@ -71,6 +71,11 @@ def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], share_panels: S
     return found
 
 
+def _first(title: str, groups: Sequence[Any]) -> str:
+    """The title of a panel that has room for the first MOST_LINES of these, and says of how many."""
+    return f"{title} ({MOST_LINES} of {len(groups)})" if len(groups) > MOST_LINES else title
+
+
 def _title(group: RunGroup, measure: Measure) -> str:
     return f"{group.task_in_words}, {measure.metric.replace('_', ' ')}"
 
@@ -274,8 +279,7 @@ def _curves(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
             if len(steps) > 1:
                 lines.append(Curve(group, steps, np.array([values for at, values in own if at == steps])))
         task = groups[0].task_in_words
-        title = task if metric == "validation/loss" else f"{task}, {metric}"
-        title += f" ({MOST_LINES} of {len(lines)})" if len(lines) > MOST_LINES else ""
+        title = _first(task if metric == "validation/loss" else f"{task}, {metric}", lines)
         if lines := lines[:MOST_LINES]:
             in_nats = metric.endswith("/loss") or is_loss(metric.rpartition("/")[2])
             draw = partial(draw_lines, curves=lines, y=metric.replace("/", " "), in_nats=in_nats)
@@ -310,8 +314,7 @@ def _search(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
     searched = [group for group in groups if len({trial.lr for trial in group.trials}) > 1]
     if not any(trial.loss is not None and trial.loss > 0 for group in searched for trial in group.trials):
         return []
-    more = f" ({MOST_LINES} of {len(searched)})" if len(searched) > MOST_LINES else ""
-    title, drawn = groups[0].task_in_words + more, searched[:MOST_LINES]
+    title, drawn = _first(groups[0].task_in_words, searched), searched[:MOST_LINES]
     return [Panel("search", model, title, partial(draw_search, groups=drawn), drawn)]
 
 
