@@ -46,12 +46,6 @@ def test_layers_are_numbers_and_ranges():
             Tying(layers=[wrong])
 
 
-def test_scales():
-    """s = alpha / r, and alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732)."""
-    assert [tying.scale(16.0, r) for r in (1, 4, 64)] == [16.0, 4.0, 0.25]
-    assert [tying.scale(16.0, r, "rslora") for r in (1, 4, 64)] == [16.0, 8.0, 2.0]
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [

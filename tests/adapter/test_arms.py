@@ -191,7 +191,6 @@ def test_the_identity_has_all_arguments_and_not_the_budget():
             ["tying=peft/vera", "tying.resolved={r: 3}"],
             "tying.resolved: Cannot set value of read-only .* The program fills them in",
         ),
-        (["tying=peft/vera", "tying.knob=d_initial", "budget=1000"], "tying.knob=d_initial: is no whole number"),
         (["tying=peft/lora_kv", "model=tiny_gpt2"], r"tying.targets: 'k' is a part of attn.c_attn, .*\[qkv\]"),
         # A start that needs another base, or data.
         (["tying=peft/lora", "tying.arguments={init_lora_weights: eva}"], r"init_lora_weights=eva: .*of true, false"),

@@ -2,16 +2,13 @@
 
 import pytest
 from helpers.hostile import put
-from helpers.report_runs import make_record, primary_row, scored_run
+from helpers.report_runs import BASE, GOOD, make_record, primary_row, scored_run
 
 from tiedlora.analysis.groups import differing_values, group_runs
 from tiedlora.analysis.runs import read_runs
 from tiedlora.page import write
 from tiedlora.records.provenance import CodeVersion, ContinuedFrom, Execution
 from tiedlora.records.selection import RateChoice, Selection, write_selection
-
-GOOD = [1.0, 0.0] * 25
-BASE = [0.0] * 50
 
 
 def test_the_rate_is_chosen_on_validation_over_the_seeds_that_all_rates_share(tmp_path):

@@ -1,14 +1,11 @@
 """Reading folders of runs: what is read, and what is left out with its reason."""
 
 from helpers.hostile import put
-from helpers.report_runs import scored_run, write_lines
+from helpers.report_runs import BASE, GOOD, scored_run, write_lines
 
 from tiedlora.analysis.runs import read_run, read_runs
 from tiedlora.page import write
 from tiedlora.records.rows import MetricsRow
-
-GOOD = [1.0, 0.0] * 25
-BASE = [0.0] * 50
 
 
 def test_what_is_no_finished_run_is_listed_with_its_reason(tmp_path):

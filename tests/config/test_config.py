@@ -65,7 +65,6 @@ MISTAKES = {  # one for each rule: overrides, and how the message begins
     "a device that is none": (["train.device=xyz"], "train.device=xyz: choose auto, cpu, cuda or cuda:NUMBER"),
     "a long warm-up": (["train.warmup_steps=1000"], "train.warmup_steps=1000: is more than train.steps"),
     "nothing trained": (["tying=TB", "train.lr_factor.B=0"], "train.lr_factor: is 0 for every trained part"),
-    "a start of nothing": (["tying.B.trained=false"], "tying.B: starts at zero and is frozen"),
     "rank above the projection": (["rank.r=100000"], "rank.r=100000: is more than a projection's"),
     "heads that share nothing": (["model.architecture.kv_heads=2"], "model.architecture.kv_heads=2: must divide heads"),
     "no adapter": (["train.init_from=nowhere"], "nowhere: is neither a finished run nor an adapter's folder"),
@@ -169,8 +168,7 @@ def test_a_wrong_file_is_named(what, tmp_path, monkeypatch):
     data, says = FILES[what]
     (tmp_path / "config.yaml").write_bytes(data)
     with refused(says, tmp_path) as caught:
-        values = configuration.read_config(tmp_path / "config.yaml")
-        assert values is None, "it was read"
+        configuration.read_config(tmp_path / "config.yaml")
     assert SECRET not in str(caught.value)
     assert not (tmp_path / "owned").exists()
 

@@ -1,6 +1,5 @@
 """Deliberate faults: kills, full disks, folders that cannot be written to."""
 
-import json
 import os
 import re
 import resource
@@ -14,6 +13,7 @@ import torch
 import wandb
 from helpers import processes
 from helpers.forks import forked, killed_after
+from helpers.task_rows import write
 from helpers.tiny import folder_of, losses_of
 
 from tiedlora.config.compose import compose_config
@@ -141,9 +141,7 @@ def test_a_read_only_file_system_is_said_and_a_finished_run_there_is_printed(tin
 
 def test_data_that_vanish_between_start_and_resume_are_named_and_brought_back_it_goes_on(tiny_run, tmp_path):
     rows = [{"question": f"What is {i}?", "answer": f"{i}\n#### {i}"} for i in range(30)]
-    data = tmp_path / "data" / "gsm8k" / "train.jsonl"
-    data.parent.mkdir(parents=True)
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write(tmp_path / "data", "gsm8k", *rows, split="train")
     options = tiny_run("task.validation_from_train=8", f"data_root={tmp_path}/data", task="gsm8k")
     config, whole = compose_config(options), compose_config([*options, f"outputs={tmp_path}/whole"])
     folder, expected = map(folder_of, (config, whole))

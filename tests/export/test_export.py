@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.families import FAMILIES, family_model
 from helpers.report_runs import make_config, make_record
-from helpers.tiny import EIGHT, randomise, tying_option
+from helpers.tiny import EIGHT, close, logits, randomise, tying_option
 from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -25,16 +25,6 @@ from tiedlora.errors import UserError
 from tiedlora.export.folder import ExportOptions, card, to_merged, to_peft
 
 RANK, ALPHA = 4, 6.0
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(input_ids=ids).logits
-
-
-def close(one, two):
-    """Compare float32 logits within 1e-5 of the largest one."""
-    return (one - two).abs().max() <= 1e-5 * two.abs().max()
 
 
 def random_adapter(family, spec, ids):

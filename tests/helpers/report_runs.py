@@ -21,6 +21,8 @@ from tiedlora.tasks import Task
 SMOLLM2_135M = tying.Architecture(layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, intermediate=1536)
 """With the parameter counts of conf/model/smollm2_135m.yaml: LoRA 46,080 at r = 1, TABuv 41,328 at r = 8."""
 METRIC = "exact_match_strict"
+GOOD, BASE = [1.0, 0.0] * 25, [0.0] * 50
+"""The scores of a run and of its base, of 50 rows."""
 
 
 class OneMetric(Task):

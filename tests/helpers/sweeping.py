@@ -17,6 +17,11 @@ def cell_of(folder, goal):
     return frozen_cell(folder, goal.run_id).until(goal.pause_after, goal.splits)
 
 
+def fail(cell, error="UserError: no rows here\n") -> None:
+    cell.folder.path.mkdir(parents=True, exist_ok=True)
+    cell.folder.error_file.write_text(error)
+
+
 class Here:
     """A launcher that works in this process, one cell after the other, and remembers what it has started."""
 

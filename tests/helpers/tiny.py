@@ -97,6 +97,11 @@ def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids).logits
 
 
+def close(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether float32 logits differ by at most 1e-5 of the largest one."""
+    return bool((one - two).abs().max() <= 1e-5 * two.abs().max())
+
+
 def mask_of(rows: Sequence[Encoded]) -> torch.Tensor:
     """The attention mask (rows, longest row) of rows that are padded on the right."""
     lengths = torch.tensor([[len(row)] for row in rows])

@@ -6,16 +6,13 @@ from collections import Counter
 
 import pytest
 from helpers.hostile import HOSTILE
-from helpers.report_runs import make_record, scored_run, world, write_lines
+from helpers.report_runs import BASE, GOOD, make_record, scored_run, world, write_lines
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from tiedlora.page import charts, figures, write
 from tiedlora.page.figures import BACK, Panel
 from tiedlora.records.rows import MetricsRow
-
-GOOD = [1.0, 0.0] * 25
-BASE = [0.0] * 50
 
 
 def panels(root):

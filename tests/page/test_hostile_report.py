@@ -66,13 +66,14 @@ def test_what_a_record_says_reaches_the_terminal_and_the_card_tamed(folder, scri
     put(folder, "versions", {"torch": HOSTILE})
     code, out, err = script("scripts/score.py", folder, "--split", "validation")
     assert (code, err) == (0, "")
+    assert not ALIVE.search(out)
     code, out, err = script("scripts/export.py", folder, "--to", "hub-card", "--out", tmp_path / "card")
     assert (code, err) == (0, "")
     card = (tmp_path / "card" / "README.md").read_text()
     assert "\x1b" not in card
     assert "<script>" not in card
     code, out, _ = script("scripts/verify.py", folder, "--rows", "6")
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", out)
+    assert not ALIVE.search(out)
 
 
 def test_a_failed_cells_error_reaches_the_terminal_tamed(folder, words, script):
@@ -81,7 +82,7 @@ def test_a_failed_cells_error_reaches_the_terminal_tamed(folder, words, script):
     code, out, err = script("scripts/sweep.py", "status", *words)
     assert (code, err) == (0, "")
     assert "failed" in out
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", out)
+    assert not ALIVE.search(out)
     (folder / "error.txt").write_bytes(b"\xff\xfe")
     assert script("scripts/sweep.py", "status", *words)[0] == 0
 

@@ -5,12 +5,9 @@ import hashlib
 import re
 
 from helpers.hostile import HOSTILE
-from helpers.report_runs import scored_run
+from helpers.report_runs import BASE, GOOD, scored_run
 
 from tiedlora.page import write
-
-GOOD = [1.0, 0.0] * 25
-BASE = [0.0] * 50
 
 
 def test_the_page_loads_nothing_and_its_policy_allows_its_own_script_and_style_alone(tmp_path):

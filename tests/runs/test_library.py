@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from helpers.tiny import EIGHT, randomise, tiny, tying_option
+from helpers.tiny import EIGHT, logits, randomise, tiny, tying_option
 from safetensors.torch import load_file
 
 import tiedlora
@@ -14,11 +14,6 @@ from tiedlora.adapter import attach
 from tiedlora.config.identity import run_id
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 @pytest.mark.parametrize("name", EIGHT)
@@ -81,8 +76,6 @@ class TestRuns:
         assert not torch.equal(logits(attached.model, ids), logits(model, ids))
         tiedlora.load(finished / "adapter", model)
         assert torch.equal(logits(attached.model, ids), logits(model, ids))
-        with pytest.raises(UserError, match="neither a finished run nor an adapter"):
-            tiedlora.load(finished / "predictions")
         with pytest.raises(UserError, match="pass the base model"):
             tiedlora.load(finished / "adapter")
 

@@ -4,7 +4,7 @@ import json
 import string
 
 import pytest
-from helpers.tiny import folder_of, tiny
+from helpers.tiny import folder_of, saved_tiny, tiny
 
 from tiedlora.models.base_model import BaseModel
 from tiedlora.records.rows import read_predictions
@@ -18,11 +18,9 @@ ENDS = sorted(tiny("tiny_llama").tokenizer(string.ascii_letters, add_special_tok
 
 @pytest.fixture
 def config(tiny_config, tmp_path, monkeypatch):
-    base = tiny("tiny_llama")
-    for part in (base.model, base.tokenizer):
-        part.save_pretrained(tmp_path / "model")
-    file = tmp_path / "model" / "generation_config.json"
-    file.write_text(json.dumps({"eos_token_id": [base.tokenizer.eos_token_id, *ENDS]}))
+    saved_tiny("tiny_llama", tmp_path / "model")
+    ends = [tiny("tiny_llama").tokenizer.eos_token_id, *ENDS]
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     # No model in memory, as in another process.
     monkeypatch.setattr(trainer, "_BASE", SingleSlotCache())
     return tiny_config("model.source=hub", f"model.path={tmp_path}/model", "score.metrics=[exact_match_strict]")
@@ -54,10 +52,8 @@ def test_only_the_models_own_ends_count():
 
 
 def test_answers_end_at_every_end_of_the_model_and_the_record_names_them(config):
-    record = run.main(config)
-    assert record.more_ends == ENDS
-    assert RunFolder(folder_of(config).path).record().more_ends == ENDS
-    folder = folder_of(config)
+    record, folder = run.main(config), folder_of(config)
+    assert record.more_ends == folder.record().more_ends == ENDS
     assert not has_letters(folder, "validation")
     assert not has_letters(folder, "validation.base")
     assert "end" in {ended for _, ended in answers(folder, "validation.base")}

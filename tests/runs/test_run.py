@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers import processes
+from helpers.task_rows import write
 from helpers.tiny import folder_of, tiny
 
 from tiedlora.config.compose import compose_config
@@ -104,12 +105,10 @@ def test_best_checkpoint_can_be_scored(tiny_config):
 @pytest.fixture
 def gsm8k(tiny_run, tmp_path):
     """Writes the lines of gsm8k's training file, and composes a run on it."""
-    data = tmp_path / "data" / "gsm8k"
-    data.mkdir(parents=True)
 
-    def composed(lines, validation=1):
-        (data / "train.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-        more = (f"task.validation_from_train={validation}", f"data_root={tmp_path}/data")
+    def composed(lines):
+        write(tmp_path / "data", "gsm8k", *lines, split="train")
+        more = ("task.validation_from_train=1", f"data_root={tmp_path}/data")
         return compose_config(tiny_run(*more, task="gsm8k"))
 
     return composed
@@ -119,21 +118,17 @@ def row(question: object, answer: int) -> bytes:
     return json.dumps({"question": f"What is {question}?", "answer": f"#### {answer}"}).encode()
 
 
-def test_another_data_digest_is_an_error_not_a_match(gsm8k):
-    rows = [row(i, i) for i in range(30)]
-    run.main(gsm8k(rows, validation=8))
-    with pytest.raises(UserError, match=r"finished on other (train|validation) data.*force=true"):
-        run.main(gsm8k([*rows[:-1], row("changed", 0)], validation=8))
-
-
-def test_other_test_rows_are_an_error_not_a_match(gsm8k, tmp_path):
-    config, test = gsm8k([row(i, i) for i in range(9)]), tmp_path / "data/gsm8k/test.jsonl"
+def test_other_rows_are_an_error_not_a_match(gsm8k, tmp_path):
+    rows = [row(i, i) for i in range(9)]
+    config = gsm8k(rows)
     config.score.splits, config.score.metrics = ["test"], ["target_loss"]
-    test.write_bytes(row(99, 99) + b"\n")
+    write(tmp_path / "data", "gsm8k", row(99, 99))
     run.main(config)
-    test.write_bytes(row(98, 98) + b"\n")
+    write(tmp_path / "data", "gsm8k", row(98, 98))
     with pytest.raises(UserError, match="finished on other test data"):
         run.main(config)
+    with pytest.raises(UserError, match=r"finished on other train data.*force=true"):
+        run.main(gsm8k([*rows[:-1], row("changed", 0)]))
 
 
 def test_a_training_row_among_the_validation_rows_stops_before_anything_is_written(gsm8k, tmp_path):

@@ -3,10 +3,9 @@
 So are training rows that do not fit.
 """
 
-import json
-
 import pytest
 from helpers.sweeping import search_options
+from helpers.task_rows import write
 
 from tiedlora.config.compose import compose_config
 from tiedlora.errors import UserError
@@ -22,12 +21,9 @@ OPTIONS = search_options(rungs=[0.25])
 @pytest.fixture
 def data(tmp_path):
     """A folder with training rows, 12 of which stay when 8 are taken for validation; `test` adds the test rows."""
-    folder = tmp_path / "data" / "gsm8k"
-    folder.mkdir(parents=True)
-    lines = [json.dumps({"question": f"What is {i}?", "answer": f"{i}\n#### {i}"}) + "\n" for i in range(30)]
-    (folder / "train.jsonl").write_text("".join(lines[:20]))
-    (folder / "more.txt").write_text("".join(lines))
-    return folder
+    rows = [{"question": f"What is {i}?", "answer": f"{i}\n#### {i}"} for i in range(30)]
+    write(tmp_path / "data", "gsm8k", *rows, split="more")
+    return write(tmp_path / "data", "gsm8k", *rows[:20], split="train").parent
 
 
 @pytest.fixture
@@ -41,14 +37,14 @@ def test_test_rows_are_read_first_and_those_that_are_trained_are_named(words, da
     with pytest.raises(UserError, match=r"test\.jsonl: no such file"):
         run.main(config)
     assert not (tmp_path / "outputs").exists()
-    (data / "more.txt").rename(data / "test.jsonl")
+    (data / "more.jsonl").rename(data / "test.jsonl")
     run.main(config)
     assert SAID in caplog.text
 
 
 def test_those_that_are_trained_are_named_too_when_a_finished_run_is_scored(words, data, tmp_path, caplog):
     run.main(compose_config([*words(), "score.splits=[]"]))
-    (data / "more.txt").rename(data / "test.jsonl")
+    (data / "more.jsonl").rename(data / "test.jsonl")
     (path,) = (tmp_path / "outputs").glob("TABuv-*")
     add_scores.add_scores(RunFolder(path), ["test"], str(data.parent), metrics=["target_loss"])
     assert SAID in caplog.text

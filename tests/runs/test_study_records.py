@@ -17,14 +17,7 @@ from tiedlora.runs import run, verify
 ROWS = {
     "gsm8k": [{"question": f"What is {i} plus one?", "answer": f"{i}\n#### {i + 1}"} for i in range(30)],
     "hellaswag": [
-        {
-            **GOOD["hellaswag"],
-            "ind": i,
-            "source_id": f"s~{i}",
-            "ctx_a": f"Number {i} is.",
-            "ctx": f"Number {i} is. he",
-            "endings": ["a", "bb", "c", f"{i}"],
-        }
+        {**GOOD["hellaswag"], "ind": i, "ctx_a": f"Number {i} is.", "endings": ["a", "bb", "c", f"{i}"]}
         for i in range(30)
     ],
 }

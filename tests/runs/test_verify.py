@@ -1,6 +1,5 @@
 """scripts/verify.py: an unchanged run agrees, and each kind of change is named."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.hostile import change_rows, put
+from helpers.task_rows import write
 from helpers.tiny import tiny_scorer
 
 from tiedlora.config.compose import compose_config
@@ -25,9 +25,7 @@ VALIDATION = "predictions/validation.jsonl"
 def finished(tmp_path_factory, finish):
     """A finished run on a random model and local rows, never changed: tests work on copies."""
     place = tmp_path_factory.mktemp("verify")
-    data = place / "data" / "gsm8k"
-    data.mkdir(parents=True)
-    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write(place / "data", "gsm8k", *ROWS, split="train")
     config = compose_config(
         [
             *("model=tiny_llama", "task=gsm8k", "task.validation_from_train=12", "task.rows.validation=null"),
@@ -95,7 +93,7 @@ def test_a_file_with_another_sha256_than_the_records_is_named(copy, name):
 
 def test_an_added_splits_files_are_recorded_too(copy):
     before = RunFolder(copy).finished_record()
-    (copy.parent / "data/gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    write(copy.parent / "data", "gsm8k", *ROWS[:4])
     after = add_scores.add_scores(RunFolder(copy), ["test"], str(copy.parent / "data"))
     assert after.scores["test"].files.keys() == {"predictions/test.jsonl", "predictions/test.base.jsonl"}
     assert after.files == before.files
@@ -195,7 +193,7 @@ def test_the_gap_of_another_answer_is_that_of_its_logit(finished):
 
 @pytest.mark.parametrize(("factor", "ok"), [(1.01, True), (1.2, False)])
 def test_on_another_processor_the_mean_loss_must_agree(finished, elsewhere, monkeypatch, factor, ok):
-    (elsewhere.parent / "data/gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))
+    write(elsewhere.parent / "data", "gsm8k", *ROWS[:8])
     added = add_scores.add_scores(
         RunFolder(elsewhere), ["test"], str(elsewhere.parent / "data"), metrics=["target_loss"]
     )

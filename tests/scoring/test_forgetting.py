@@ -5,11 +5,9 @@ import itertools
 
 import pytest
 import torch
-from helpers.tiny import folder_of, randomise, tiny, tiny_scorer
+from helpers.tiny import folder_of, randomise, tiny_scorer
 
-from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
-from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN
 from tiedlora.records.summary import terminal_lines
@@ -29,9 +27,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def encoder():
-    base = tiny("tiny_llama")
-    config = compose_config(["model=tiny_llama", "task=gsm8k", "task.max_new_tokens=4"])
-    return Encoder(base.tokenizer, config.task, 64)
+    return tiny_scorer("task=gsm8k", "task.max_new_tokens=4", context=64).encoder
 
 
 @pytest.mark.parametrize("most", [1, 40])

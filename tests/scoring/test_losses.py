@@ -64,8 +64,9 @@ def test_rows_without_a_target_have_no_loss(tmp_path):
     examples = [EXAMPLES[0], replace(EXAMPLES[1], target="")]
     scores = scorer.score_split("test", examples, RunFolder(tmp_path / "run"))
     assert set(scores.metrics) == set(scorer.task.metrics)
-    with pytest.raises(UserError, match="row 1 has no target"):
-        scorer.score_split("test", examples, RunFolder(tmp_path / "run"), wanted_passes([TARGET_LOSS], scorer.task))
+    for passes in (wanted_passes([TARGET_LOSS], scorer.task), wanted_passes(None, scorer.task, drift=True)):
+        with pytest.raises(UserError, match=r"^score\.metrics: row 1 has no target, so these rows have no loss and no"):
+            scorer.score_split("test", examples, RunFolder(tmp_path / "run"), passes)
 
 
 def rows_with(losses):

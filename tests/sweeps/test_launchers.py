@@ -23,13 +23,10 @@ from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import Slots, launcher_of
 
 
-def results(finished: Sequence[SweepCell]) -> dict[str, tuple[bytes, str]]:
-    """Adapter and predictions of each cell."""
-    by_run = {}
-    for cell in finished:
-        (tensors,) = cell.folder.adapter.glob("*.safetensors")
-        by_run[cell.run_id] = (tensors.read_bytes(), cell.folder.predictions_file("validation").read_text())
-    return by_run
+def results(finished: Sequence[SweepCell]) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
+    """The sha256 of the files of the adapter and of the predictions of each cell."""
+    records = [cell.folder.finished_record() for cell in finished]
+    return {record.run_id: (record.files, record.scores["validation"].files) for record in records}
 
 
 def has_checkpoint(cell: SweepCell) -> bool:
@@ -126,7 +123,6 @@ class TestSlots:
             ["joblib_slots", "hydra.launcher.n_jobs=-1"],
             r"^hydra.launcher.n_jobs=-1: must be greater than or equal to 1",
         ),
-        (["joblib_slots", "hydra.launcher.devices=1"], r"^hydra.launcher.devices=1: must be a valid list"),
         (["joblib_slots", "+hydra.launcher.n_job=1"], r"^hydra.launcher.n_job: unknown key \(did you mean n_jobs\?\)"),
         (["ray_tasks"], r"^hydra/launcher=ray_tasks: ray is not installed; run: pip install 'tiedlora\[ray\]'$"),
         (["slurm"], "^hydra/launcher=slurm or submitit_slots: submitit is not installed"),

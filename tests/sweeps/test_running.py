@@ -2,7 +2,6 @@
 
 import json
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +9,8 @@ from helpers import processes
 from helpers.commands import sweep, wait_until
 
 from tiedlora.adapter.attach import Adapted
-from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import inputs, run, trainer
 from tiedlora.sweeps import launching
 from tiedlora.sweeps.cells import SweepCell
@@ -159,15 +156,8 @@ class TestOneProcess:
         assert not any(isinstance(module, Adapted) or module._forward_pre_hooks for module in base.model.modules())
 
     def test_reused_parts_change_no_result(self, tiny_config, tmp_path):
-        alone = tiny_config("tying=TABuv", f"outputs={tmp_path}/alone")
         for cache in (trainer._BASE, inputs._ROWS, trainer.TOKENS):
             cache.clear()
-        run.main(alone)
-        for name in ("LoRA", "TABuv"):
-            run.main(tiny_config(f"tying={name}"))
-        after = tiny_config("tying=TABuv")
-        (expected,), (reused,) = (
-            list(RunFolder(Path(config.outputs) / run_id(config)).adapter.glob("*.safetensors"))
-            for config in (alone, after)
-        )
-        assert expected.read_bytes() == reused.read_bytes()
+        alone = run.main(tiny_config("tying=TABuv", f"outputs={tmp_path}/alone"))
+        run.main(tiny_config("tying=LoRA"))
+        assert run.main(tiny_config("tying=TABuv")).files == alone.files, "the sha256 of the adapter's files"

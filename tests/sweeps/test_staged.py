@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 from helpers.commands import FreshCommand, wait_until
 from helpers.commands import sweep as sweep_command
-from helpers.sweeping import Here, cell_of, search_options
+from helpers.sweeping import Here, cell_of, fail, search_options
 from omegaconf import OmegaConf
 
 from tiedlora.errors import UserError
@@ -94,14 +94,15 @@ def test_a_search_that_is_killed_again_and_again_decides_the_same(searched, tiny
 def test_a_full_grid_continues_the_pruned_runs_exactly_and_trains_no_finished_one(searched, tiny_run, tmp_path):
     sweep, _ = searched
     decided = (sweep.path / "selection.json").read_text()
-    trained = {cell.run_id: cell.folder.result_file.stat().st_mtime_ns for cell in sweep.cells if cell.finished()}
+    results = [cell.folder.result_file for cell in sweep.cells if cell.finished()]
+    trained = {file: file.stat().st_mtime_ns for file in results}
     pruned = [cell for cell in sweep.cells if cell.state() == "pruned"]
     steps = {cell.run_id: cell.folder.checkpoint_step() for cell in pruned}
     assert set(steps.values()) <= {2, 4}
     grid = Here()
     run_sweep(sweep, grid)
     assert {cell.state() for cell in sweep.cells} == {"done"}
-    assert trained == {run_id: sweep_file(sweep, run_id).stat().st_mtime_ns for run_id in trained}
+    assert trained == {file: file.stat().st_mtime_ns for file in results}
     expected = compose_sweep(tiny_run(*GRID, f"outputs={tmp_path}/expected"))
     for cell in expected.cells:
         if cell.run_id in steps:
@@ -114,19 +115,13 @@ def test_a_full_grid_continues_the_pruned_runs_exactly_and_trains_no_finished_on
     assert (sweep.path / "selection.json").read_text() == decided
 
 
-def sweep_file(sweep, run_id):
-    (cell,) = [cell for cell in sweep.cells if cell.run_id == run_id]
-    return cell.folder.result_file
-
-
 def test_a_failure_that_is_no_divergence_is_named_and_tried_again(tiny_run, monkeypatch, capsys):
     sweep = compose_sweep(tiny_run(*GRID))
 
     def failing(folder, goals):
         for cell in (cell_of(folder, goal) for goal in goals):
             if cell.name.lr == 1e-3:
-                cell.folder.path.mkdir(parents=True, exist_ok=True)
-                cell.folder.error_file.write_text("OSError: the disk is full\n")
+                fail(cell, "OSError: the disk is full\n")
             else:
                 run.main(cell.config)
 
@@ -148,8 +143,7 @@ def test_a_rate_outside_the_grid_takes_the_options_of_the_present_start(tiny_run
             super().__call__(folder, of_grid)
             for cell in (cell_of(folder, goal) for goal in goals):
                 if cell.name.lr not in (1e-3, 1e-2):
-                    cell.folder.path.mkdir(parents=True, exist_ok=True)
-                    cell.folder.error_file.write_text("RuntimeError: out of memory\n")
+                    fail(cell, "RuntimeError: out of memory\n")
 
     words = [*("train.lr=1e-3,1e-2", "seed=0", "train.steps=8", "train.validate_every=2")]
     options = search_options(rungs=[0.5])
@@ -180,17 +174,11 @@ def test_a_rate_that_diverges_is_a_result_and_its_run_is_not_repeated(tiny_run, 
     ("option", "message"),
     [
         ({"rungs": [1.5]}, r"hydra\.sweeper\.rungs\.0=1\.5: must be less than 1"),
-        ({"rungs": "ab"}, r"hydra\.sweeper\.rungs=ab: "),
         ({"finalists": 1}, r"hydra\.sweeper\.finalists=1: must be greater than or equal to 2"),
         ({"lowest_rate": 2.0}, r"hydra\.sweeper: highest_rate=1\.0 is below lowest_rate=2\.0"),
-        ({"lowest_rate": "abc"}, r"hydra\.sweeper\.lowest_rate=abc: must be a valid number"),
-        ({"budget": "abc"}, r"hydra\.sweeper\.budget=abc: must be a valid integer"),
         ({"budget": 0}, r"hydra\.sweeper\.budget=0: must be greater than or equal to 1"),
         ({"budget": 1.5}, r"hydra\.sweeper\.budget=1\.5: must be a whole number"),
         ({"claims": ""}, r"hydra\.sweeper\.claims=: must have at least 1 item"),
-        ({"match_lora": "maybe"}, r"hydra\.sweeper\.match_lora=maybe: must be a valid boolean"),
-        ({"params": "seed=0"}, r"hydra\.sweeper\.params=seed=0: must be a valid dictionary"),
-        ({"arms": ["tying=TA"]}, r"hydra\.sweeper\.arms\.0=tying=TA: must be a valid list"),
         ({"finalist": 2}, r"hydra\.sweeper\.finalist: unknown key \(did you mean finalists\?\)"),
     ],
 )

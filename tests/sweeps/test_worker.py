@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.commands import sweep as sweep_command
 from helpers.commands import wait_until
-from helpers.sweeping import Here, held, search_options
+from helpers.sweeping import Here, fail, held, search_options
 
 from tiedlora.errors import UserError
 from tiedlora.models import device
@@ -43,11 +43,6 @@ def goals(swept):
 
 def states(swept) -> list[str]:
     return [status.status_of(cell, swept.control).state for cell in swept.cells]
-
-
-def fail(cell, error="UserError: no rows here\n"):
-    cell.folder.path.mkdir(parents=True, exist_ok=True)
-    cell.folder.error_file.write_text(error)
 
 
 def test_it_takes_every_cell_that_is_free_and_has_not_ended(frozen, monkeypatch):

@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 from helpers.hostile import ODD_VALUES, refused, right_or_refused, search
-from helpers.task_rows import FIVE, GOOD, task_option
+from helpers.task_rows import FIVE, GOOD, task_option, write
 from helpers.tiny import task_option as compose_task
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,8 +38,7 @@ ROWS = {  # the bytes of gsm8k/test.jsonl, and words of the message: one for eac
 @pytest.mark.parametrize("what", ROWS)
 def test_a_wrong_row_is_named_by_file_and_line(what, tmp_path):
     data, says = ROWS[what]
-    (tmp_path / "gsm8k").mkdir()
-    (tmp_path / "gsm8k" / "test.jsonl").write_bytes(data)
+    write(tmp_path, "gsm8k", data)
     with refused(says, tmp_path):
         load_examples(task_option("gsm8k"), "test", str(tmp_path))
 
@@ -47,9 +46,8 @@ def test_a_wrong_row_is_named_by_file_and_line(what, tmp_path):
 def test_hostile_texts_that_are_rows_train_and_score(tmp_path, tiny_run):
     """A row may contain control characters, tags and formulas. They are kept, and do no harm."""
     texts = ["\x00\x1b[2J", "<script>alert(1)</script>", "=1+1", "\u202e\u2028\x85", "{answer}", "a" * 300, "\x7f"]
-    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
     rows = [line(question=f"{text} {i}", id=f"{text}{i}") for i in range(4) for text in texts]
-    (tmp_path / "data" / "gsm8k" / "train.jsonl").write_bytes(b"".join(rows))
+    write(tmp_path / "data", "gsm8k", *rows, split="train")
     more = (f"data_root={tmp_path}/data", "task.validation_from_train=8", "train.steps=1", "train.warmup_steps=0")
     for seed in (0, 1):  # the second run reads the base model's predictions of the first
         config = compose_config(tiny_run(*more, f"seed={seed}", task="gsm8k"))
@@ -97,9 +95,7 @@ def test_any_row_is_an_example_or_refused(tmp_path_factory, data, kind):
     else:
         row = data.draw(ODD_VALUES)
     folder = tmp_path_factory.getbasetemp() / "any-rows"
-    (folder / kind).mkdir(parents=True, exist_ok=True)
-    path = folder / kind / "test.jsonl"
-    path.write_bytes(as_line(row) + b"\n")
+    path = write(folder, kind, as_line(row))
     before = path.read_bytes()
     with right_or_refused():
         (example,) = load_examples(task_option(kind), "test", str(folder))

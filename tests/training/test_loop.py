@@ -199,28 +199,24 @@ def test_a_non_finite_loss_stops_naming_step_rate_and_rows(tmp_path, steps, skip
     assert all(torch.isfinite(p).all() for p in parts.values())
 
 
-class TestSkipping:
-    """train.skip_nonfinite"""
-
-    @pytest.mark.parametrize("where", ["loss", "gradient"])
-    def test_a_skipped_step_updates_nothing_and_says_step_rate_and_rows(self, where, caplog):
-        ours, log, state = spoiled(where, {2, 5}, skip_nonfinite=2)
-        assert state.skipped_steps == 2
-        assert state.step == 8
-        rows = BatchSampler([len(row) for row in ROWS], CONFIG, 0).rows_of_step(5)
-        (said,) = (record.getMessage() for record in caplog.records if "step 5" in record.getMessage())
-        assert "learning rate 0.00" in said
-        assert "2 of train.skip_nonfinite=2" in said
-        assert str(rows) in said
-        assert [row.step for row in log if "train/skipped" in row.values] == [2, 5]
-        assert [row.step for row in log if "train/loss" in row.values] == [1, 3, 4, 6, 7, 8]
-        assert all(math.isfinite(value) for row in log for value in row.values.values())
-        # Exactly the update is left out: a run whose optimizer does nothing at those steps gives the same result.
-        loop, parts, _ = start()
-        step, done = loop.optimizer.step, []
-        loop.optimizer.step = lambda: done.append(1) or (None if len(done) in (2, 5) else step())
-        loop.train()
-        assert all(torch.equal(ours[name], parts[name]) for name in ours)
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_skipped_step_updates_nothing_and_says_step_rate_and_rows(where, caplog):
+    ours, log, state = spoiled(where, {2, 5}, skip_nonfinite=2)
+    assert (state.skipped_steps, state.step) == (2, 8)
+    rows = BatchSampler([len(row) for row in ROWS], CONFIG, 0).rows_of_step(5)
+    (said,) = (record.getMessage() for record in caplog.records if "step 5" in record.getMessage())
+    assert "learning rate 0.00" in said
+    assert "2 of train.skip_nonfinite=2" in said
+    assert str(rows) in said
+    assert [row.step for row in log if "train/skipped" in row.values] == [2, 5]
+    assert [row.step for row in log if "train/loss" in row.values] == [1, 3, 4, 6, 7, 8]
+    assert all(math.isfinite(value) for row in log for value in row.values.values())
+    # Exactly the update is left out: a run whose optimizer does nothing at those steps gives the same result.
+    loop, parts, _ = start()
+    step, done = loop.optimizer.step, []
+    loop.optimizer.step = lambda: done.append(1) or (None if len(done) in (2, 5) else step())
+    loop.train()
+    assert all(torch.equal(ours[name], parts[name]) for name in ours)
 
 
 def test_a_non_finite_validation_loss_stops_before_its_checkpoint(tmp_path):
