@@ -23,7 +23,9 @@ from tiedlora.sweeps.expand import CellComposer, compose_sweep
 
 def test_the_same_cell_written_differently_is_one_run(tiny_run, tmp_path, monkeypatch):
     sweep = compose_sweep(tiny_run("tying=LoRA,TABuv", "rank=r8", "seed=0,1"))
-    rewritten = compose_sweep(tiny_run("seed=1,0,0", "rank.r=8", "rank.alpha=null,8", "tying=TABuv,LoRA"))
+    rewritten = compose_sweep(
+        tiny_run("seed=1,0,0", "rank.r=8", "rank.alpha=null,8", "tying=TABuv,LoRA", "+hydra.job.env_set.A=b")
+    )
     assert len(sweep.cells) == len(rewritten.cells) == 4
     assert sweep.id == rewritten.id
     monkeypatch.chdir(tmp_path)

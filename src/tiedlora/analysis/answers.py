@@ -10,10 +10,10 @@ and is taken when all of them have ended on both sides. The first look that deci
   nothing (the trial has no assay sensitivity). A claim that is contradicted has shown that it can fail;
 - undecided: none of these. `decide` says which look comes next.
 
-Over all tasks, a claim is supported if every informative task supports it, and at least one task is informative. It is
-contradicted if Holm's procedure over the planned tasks (Scand. J. Statist. 6, 1979) contradicts it on at least one, so
-that many tasks do not make a wrong verdict more likely. Otherwise it is undecided, or uninformative if no task is
-informative. A task on which the claim cannot fail is not informative.
+Over all tasks, a claim is supported if all were run, at least one is informative, and every informative one supports
+it. It is contradicted if Holm's procedure over the planned tasks (Scand. J. Statist. 6, 1979) contradicts it on at
+least one, so that many tasks do not make a wrong verdict more likely. Otherwise it is undecided, or uninformative if
+all were run and none is informative. A task on which the claim cannot fail is not informative.
 """
 
 from __future__ import annotations

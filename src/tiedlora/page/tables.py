@@ -344,8 +344,8 @@ def verdicts(over_tasks: Iterable[ClaimVerdict]) -> Table:
         Column("because", cell=lambda verdict: verdict.reason, wraps=True),
     )
     caption = (
-        "Each claim over its tasks. Supported: by every informative task, and at least one. Contradicted: on at least "
-        "one task, by Holm's procedure over all planned tasks, so that many tasks do not make a wrong verdict likelier."
+        "Each claim over its tasks. Supported: all were run, and every informative one (at least one) supports it. "
+        "Contradicted: on at least one, by Holm's procedure over all planned tasks (many tasks mislead no more)."
     )
     return Table.of("verdicts", caption, columns, over_tasks)
 

@@ -214,7 +214,8 @@ def compose_sweep(overrides: list[str], composers: Composers | None = None) -> S
     with readable_errors(), initialize_config_dir(config_dir=str(CONF), **compose.VERSION_BASE):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration("config", overrides, run_mode=RunMode.MULTIRUN)
-        return expand(master, loader, overrides, composers)
+        # Without the words for Hydra itself: `master` has them.
+        return expand(master, loader, list(master.hydra.overrides.task), composers)
 
 
 def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], composers: Composers | None = None) -> Sweep:
@@ -299,8 +300,6 @@ def _cell(composer: CellComposer, overrides: list[str]) -> SweepCell:
     except UserError as error:
         raise UserError(f"cell {' '.join(overrides)}: {error}") from None
     if config.force:
-        raise UserError(
-            "force=true: a sweep that repeats its finished cells could not be resumed; delete the folders of the "
-            "runs to repeat"
-        )
+        says = "a sweep that repeats its finished cells could not be resumed; delete the folders of the runs to repeat"
+        raise UserError(f"force=true: {says}")
     return cell
