@@ -1,14 +1,14 @@
 """python scripts/study.py WHAT studies/NAME: a planned comparison, and its records.
 
     plan     the commands of the study, in their order
-    forecast what the study will cost on this machine, or with another model: forecast studies/NAME model=llama3_2_1b
+    forecast what the study will cost, or with another model: forecast studies/NAME model=llama3_2_1b
     run      carry them out, and export after each one; the same command continues. The plan must be committed
     export   write the records of the ended runs to studies/NAME/runs, without texts of the data and without paths
     restore  copy these records to where the runs are, so that `run` on another machine does not repeat them
     repeat   train the run RUN of the study again, and compare its adapter with the recorded sha256
     verify   check every finished run, or those that are named, as scripts/verify.py does
 
-The report reads the folder: python scripts/report.py studies/NAME --claims studies/NAME/claims.yaml
+The report reads the folder: python scripts/report.py studies/NAME
 """
 
 import argparse
