@@ -174,21 +174,25 @@ def test_on_another_processor_an_output_may_differ_by_rounding(elsewhere, monkey
     assert close.explanation.startswith("12 of 12 outputs differ, none by more than another device's rounding")
 
 
-def test_the_gap_of_another_answer_is_that_of_its_logit(finished):
+def test_the_gap_of_another_answer_is_the_largest_of_its_logits(finished):
     scorer = tiny_scorer("task=gsm8k", "task.validation_from_train=12", "task.rows.validation=null")
     example = load_examples(scorer.task, "validation", str(finished[0] / "data"))[0]
-    prompt = torch.tensor([scorer.encoder.prompt(example.prompt)])
-    model = scorer.arm.model
-    logits = model(prompt).logits[0, -1].detach()
+    model, tokenizer = scorer.arm.model, scorer.encoder.tokenizer
+
+    def expected(text, *end):
+        ids, gaps = [*scorer.encoder.prompt(example.prompt)], []
+        for token in (*tokenizer(text, add_special_tokens=False).input_ids, *end):
+            logits = model(torch.tensor([ids])).logits[0, -1].detach()
+            gaps.append(float(logits.max() - logits[token]))
+            ids.append(token)
+        return max(gaps)
+
     for text in "abc#1":
-        (token,) = scorer.encoder.tokenizer(text, add_special_tokens=False).input_ids
         answer = PredictionRow("0", example.prompt, [], text, {}, ended="length")
-        gap = verify.largest_gap(model, scorer, example, answer, answer)
-        # The answer may have begun with a blank, and the smaller gap of the two counts.
-        assert 0 <= gap <= float(logits.max() - logits[token]) + 1e-5
-        ended = verify.largest_gap(model, scorer, example, answer, replace(answer, ended="end"))
-        assert ended >= gap - 1e-5
-    assert gap > 0
+        for ended, end in (("length", ()), ("end", (tokenizer.eos_token_id,))):
+            gap = verify.largest_gap(model, scorer, example, answer, replace(answer, ended=ended))
+            # The answer may have begun with a blank, and the smaller gap of the two counts.
+            assert gap == pytest.approx(min(expected(text, *end), expected(f" {text}", *end)), abs=1e-5)
 
 
 @pytest.mark.parametrize(("factor", "ok"), [(1.01, True), (1.2, False)])
