@@ -51,7 +51,7 @@ TRAIN = {
     # Models and tasks
     "a model that is no folder": ("model.path=nowhere", "must be a folder with config.json, tokenizer.json and"),
     "a model of numbers": ("model=gpt2b_001", "this option is only for scripts/params.py"),
-    "a random model of another kind": ("model.architecture.family=phi3", "a random model can be one of llama, gpt2"),
+    "a random model of another kind": ("model.architecture.family=phi3", "a random model is one of llama, gpt2"),
     "a random model that is spread": ("model.device_map=auto", "a random model has no files to load; use null"),
     "a task's code that is none": ("task.kind=gsm9k", "task.kind=gsm9k: no such task; choose one of dialogsum"),
     "a field that is none": ("'task.prompt=\"{q}\"'", "the template needs the field 'q', which is missing"),

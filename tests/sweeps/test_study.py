@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 from helpers import processes
@@ -122,7 +123,10 @@ def outputs(tmp_path_factory, finish):
         *("llama", "chain_sum", "TABuv", 8, 1e-2, [1e-2], "validation/loss", 5.0),
         **{"seeds": 2, "trials": 3, "failed": 0, "edge": False, "run_ids": sorted(ids, reverse=True)},
     )
-    write_selection(place / "sweeps" / "s-1" / "selection.json", Selection("s-1", "loss", [choice]))
+    # A sweep, and that of a later look.
+    for name, runs in (("s-1", choice.run_ids), ("s-2", ids[1:])):
+        chosen = Selection(name, "loss", [replace(choice, run_ids=runs)])
+        write_selection(place / "sweeps" / name / "selection.json", chosen)
     stopped = RunFolder(place / ids[0].replace("-s0-", "-s7-"))
     for name in ("config.yaml", "validation_losses.jsonl"):
         storage.write_bytes(stopped.path / name, storage.read_bytes(place / ids[0] / name))

@@ -271,7 +271,5 @@ def is_other_method(folder: Path) -> bool:
         UserError: it has no readable adapter.json.
     """
     if not (folder / DESCRIPTION).exists():
-        raise UserError(
-            f"{folder}: holds no adapter; a study keeps one of each arm, and a run's command gives it again"
-        )
+        raise UserError(f"{folder}: holds no adapter; a study keeps one of each arm; a run's command gives it again")
     return storage.read_json(folder / DESCRIPTION).get("format") == FORMAT

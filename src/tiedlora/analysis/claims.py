@@ -428,6 +428,4 @@ def _only_one(groups: Sequence[RunGroup], what: str = "") -> RunGroup:
         if len(some) == 1:
             return some[0]
     names = ", ".join(group.name for group in groups)
-    raise UserError(
-        f"{what}several groups fit, and no single one is plain: {names}; report a folder with only one of them"
-    )
+    raise UserError(f"{what}several groups fit, and no single one is plain: {names}; report a folder with one of them")

@@ -208,9 +208,7 @@ def random_model(config: ModelConfig) -> tuple[Any, Any]:
     """
     a = config.architecture
     if a.family not in RANDOM_FAMILIES:
-        raise UserError(
-            f"model.architecture.family={a.family}: a random model can be one of {', '.join(RANDOM_FAMILIES)}"
-        )
+        raise UserError(f"model.architecture.family={a.family}: a random model is one of {', '.join(RANDOM_FAMILIES)}")
     settings = AutoConfig.for_model(
         a.family,
         vocab_size=a.vocabulary,

@@ -390,9 +390,7 @@ class Scorer:
             log.info("%s: reusing %s", title, path)
             rows = self.world.gather(read_predictions(path) if first else [])[0]
             if [row.id for row in rows] != [example.id for example in examples]:
-                raise UserError(
-                    f"{path}: holds the predictions of other rows; remove it, and the same command makes it"
-                )
+                raise UserError(f"{path}: holds the predictions of other rows; remove it; the same command makes it")
             # An earlier run of the same rows may have had other clusters.
             return [replace(row, cluster=example.cluster) for row, example in zip(rows, examples, strict=True)]
 

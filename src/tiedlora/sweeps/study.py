@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -164,7 +165,7 @@ def check_committed(folder: Path) -> None:
 
 
 def export_study(folder: Path, outputs: Path) -> int:
-    """Write the records of all ended runs to the study's folder. Of each chosen rate, one small adapter is kept.
+    """Write the records of all ended runs to the study's folder, with one small adapter of each arm at its chosen rate.
 
     Returns:
         The number of runs.
@@ -175,11 +176,19 @@ def export_study(folder: Path, outputs: Path) -> int:
     runs = folder / "runs"
     if not outputs.is_dir():
         raise UserError(f"{outputs}: no such folder, so there are no runs to export; start the study with `run`")
-    with_adapter = set()
     for path in sorted((outputs / "sweeps").glob(f"*/{SELECTION_FILE}")):
-        for choice in read_selection(path).choices:
-            with_adapter.add(min(choice.run_ids, key=lambda run_id: RunFolder(outputs / run_id).finished_record().seed))
         storage.write_bytes(runs / "sweeps" / path.parent.name / SELECTION_FILE, storage.read_bytes(path))
+    # The looks of an arm are several sweeps. An adapter that was kept before stays the only one.
+    of_arm = defaultdict(set)
+    for path in (runs / "sweeps").glob(f"*/{SELECTION_FILE}"):
+        for item in read_selection(path).choices:
+            of_arm[item.model, item.task, item.configuration, item.rank, item.lr].update(item.run_ids)
+    with_adapter: set[str] = set()
+    for ids in of_arm.values():
+        kept = {run_id for run_id in ids if RunFolder(runs / run_id).adapter.exists()}
+        ended = [run.finished_record() for name in ids if (run := RunFolder(outputs / name)).result_file.is_file()]
+        first = sorted(ended, key=lambda record: ("test" not in record.scores, record.seed))[:1]
+        with_adapter |= kept or {record.run_id for record in first}
     count = 0
     # A hidden folder is a copy that a kill has left incomplete.
     for path in sorted(path for path in outputs.iterdir() if not path.name.startswith(".")):
