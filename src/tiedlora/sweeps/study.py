@@ -187,7 +187,7 @@ def export_study(folder: Path, outputs: Path) -> int:
     for ids in of_arm.values():
         kept = {run_id for run_id in ids if RunFolder(runs / run_id).adapter.exists()}
         ended = [run.finished_record() for name in ids if (run := RunFolder(outputs / name)).result_file.is_file()]
-        first = sorted(ended, key=lambda record: ("test" not in record.scores, record.seed))[:1]
+        first = sorted((record for record in ended if record.scores), key=lambda record: record.seed)[:1]
         with_adapter |= kept or {record.run_id for record in first}
     count = 0
     # A hidden folder is a copy that a kill has left incomplete.
