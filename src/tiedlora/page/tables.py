@@ -345,7 +345,7 @@ def verdicts(over_tasks: Iterable[ClaimVerdict]) -> Table:
     )
     caption = (
         "Each claim over its tasks. Supported: all were run, and every informative one (at least one) supports it. "
-        "Contradicted: on at least one, by Holm's procedure over all planned tasks (many tasks mislead no more)."
+        "Contradicted: on at least one, by Holm's procedure, which allows for the number of planned tasks."
     )
     return Table.of("verdicts", caption, columns, over_tasks)
 

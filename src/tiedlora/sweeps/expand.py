@@ -300,6 +300,5 @@ def _cell(composer: CellComposer, overrides: list[str]) -> SweepCell:
     except UserError as error:
         raise UserError(f"cell {' '.join(overrides)}: {error}") from None
     if config.force:
-        says = "a sweep that repeats its finished cells could not be resumed; delete the folders of the runs to repeat"
-        raise UserError(f"force=true: {says}")
+        raise UserError("force=true: a sweep that repeats finished cells could not be resumed; delete their folders")
     return cell

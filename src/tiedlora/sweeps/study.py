@@ -177,6 +177,7 @@ def export_study(folder: Path, outputs: Path) -> int:
     if not outputs.is_dir():
         raise UserError(f"{outputs}: no such folder, so there are no runs to export; start the study with `run`")
     for path in sorted((outputs / "sweeps").glob(f"*/{SELECTION_FILE}")):
+        read_selection(path)  # A damaged one is an error before it is kept.
         storage.write_bytes(runs / "sweeps" / path.parent.name / SELECTION_FILE, storage.read_bytes(path))
     # The looks of an arm are several sweeps. An adapter that was kept before stays the only one.
     of_arm = defaultdict(set)
