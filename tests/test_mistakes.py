@@ -75,7 +75,7 @@ SWEEPS = {
     "grids with a comma": ("+grid=paper,quick", "+grid=paper,quick: grids are joined as '+grid=[NAME,NAME]'"),
     "an axis of Hydra's": ("hydra.job.name=a,b", "Sweeping over Hydra's configuration is not supported"),
     "one cell that is wrong": ("seed=0,-1", "seed=-1: seed=-1: must be greater than or equal to 0"),
-    "cells that are repeated": ("force=true", "force=true: a sweep that repeats its finished cells could not be"),
+    "cells that are repeated": ("force=true", "force=true: a sweep that repeats finished cells could not be"),
     "claims of no file": ("hydra/sweeper=deciding hydra.sweeper.claims=[a]", "claims=['a']: must be a valid string"),
     "claims without their sides": ("hydra/sweeper=deciding train.lr=1e-3,1e-2", "needs TABuv r=8 and LoRA"),
     "claims without scores": ("hydra/sweeper=deciding tying=LoRA,TABuv score.splits=[]", "the claims need scores"),
