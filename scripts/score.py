@@ -8,13 +8,14 @@ RUN is a run's folder. The split's predictions are written to RUN/predictions/, 
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from tiedlora import errors
 from tiedlora.config import compose
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.summary import terminal_lines
-from tiedlora.scoring.passes import missing_passes, wanted_passes
+from tiedlora.scoring.passes import lacks_scores, wanted_passes
 from tiedlora.tasks import load_task
 from tiedlora.tracking.progress import show_log
 from tiedlora.training import signals
@@ -39,25 +40,23 @@ def main() -> None:
     task = load_task(config.task)
     is_alone = arguments.forgetting and not (arguments.metrics or arguments.drift or arguments.again)
     split = arguments.split or (None if is_alone else "test")
+    score = replace(
+        config.score,
+        splits=[split] if split else [],
+        metrics=arguments.metrics,
+        forgetting=arguments.forgetting,
+        drift=arguments.drift,
+    )
     # A wrong name of a metric is an error, also if nothing is missing.
-    wanted_passes(arguments.metrics, task, arguments.drift)
-    missing = split is not None and missing_passes(arguments.metrics, record.scores.get(split), arguments.drift)
-    if arguments.again or arguments.forgetting or missing:
+    wanted_passes(score.metrics, task, score.drift)
+    if arguments.again or arguments.forgetting or lacks_scores(score, record):
         # It imports torch, which takes seconds: --help and a wrong metric do not need it.
         from tiedlora.models.device import here_or_auto
         from tiedlora.runs.add_scores import add_scores
 
         config.train.device = here_or_auto(config.train.device)
-        record = add_scores(
-            folder,
-            [split] if split else [],
-            data_root=compose.rows_are_in(config, arguments.data_root),
-            paths_from=config,
-            metrics=arguments.metrics,
-            again=arguments.again,
-            forgetting=arguments.forgetting,
-            drift=arguments.drift,
-        )
+        config.data_root, config.score = compose.rows_are_in(config, arguments.data_root), score
+        record = add_scores(folder, config, arguments.again)
     print(terminal_lines(record, folder.path))
 
 

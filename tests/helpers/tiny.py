@@ -19,6 +19,8 @@ from tiedlora.data.encoding import Encoded, Encoder
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import RunRecord
+from tiedlora.runs.add_scores import add_scores
 from tiedlora.scoring import decoding
 from tiedlora.scoring.decoding import AnswerEnds, Output, batches_by_length, decode
 from tiedlora.scoring.split import Scorer, in_shares
@@ -110,6 +112,13 @@ def mask_of(rows: Sequence[Encoded]) -> torch.Tensor:
 
 def folder_of(config: Config) -> RunFolder:
     return RunFolder(Path(config.outputs) / run_id(config))
+
+
+def score_more(folder: RunFolder, again: bool = False, data_root: str | None = None, **score: Any) -> RunRecord:
+    """Add the scores that `score`, values of config.score, names to the run, with the configuration of its folder."""
+    config = configuration.read_config(folder.config_file)
+    config = replace(config, data_root=data_root, score=replace(config.score, **score))
+    return add_scores(folder, config, again)
 
 
 def losses_of(folder: RunFolder) -> dict[int, float]:

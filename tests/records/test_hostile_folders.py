@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 from helpers.hostile import put, refused, snapshot
-from helpers.tiny import composed
+from helpers.tiny import composed, score_more
 
 from tiedlora.analysis.runs import read_run
 from tiedlora.page import write
 from tiedlora.records.rows import read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import add_scores, run
+from tiedlora.runs import run
 
 pytest_plugins = ["helpers.hostile_runs"]
 SECRET = "hunter2-0123456789abcdef"
@@ -168,7 +168,7 @@ def test_a_run_that_was_moved_writes_beside_itself(folder, place):
     """The record holds the place where the run was made. That place may not exist any more, or a stranger chose it."""
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(re.sub(r"(?m)^outputs: .*$", "outputs: /nowhere/of/mine", text))
-    add_scores.add_scores(RunFolder(folder), ["test"], None)
+    score_more(RunFolder(folder), splits=["test"])
     assert list((folder.parent / "base").glob("chain_sum-test-*.jsonl"))
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers.hostile import change_rows, put
-from helpers.tiny import folder_of
+from helpers.tiny import folder_of, score_more
 
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import LOSS_METRICS, TARGET_LOSS, TARGET_LOSS_BY_TOKEN, loss_scores
@@ -103,15 +103,15 @@ def test_the_loss_of_other_rows_is_not_added(config):
     folder = folder_of(config())
     put(folder.path, "scores.validation.digest", "0" * 64)
     with pytest.raises(UserError, match="validation was scored on other rows"):
-        add_scores.add_scores(folder, ["validation"], None, metrics=[TARGET_LOSS])
+        score_more(folder, metrics=[TARGET_LOSS])
     # Scored again as a whole, the split has one set of rows.
-    scores = add_scores.add_scores(folder, ["validation"], None, again=True).scores["validation"]
+    scores = score_more(folder, again=True, metrics=None).scores["validation"]
     assert list(scores.metrics) == [*OWN, *LOSS_METRICS]
 
 
 def test_a_changed_loss_is_named_by_its_row(config):
     folder = folder_of(config())
-    add_scores.add_scores(folder, ["validation"], None, metrics=[TARGET_LOSS])
+    score_more(folder, metrics=[TARGET_LOSS])
     path = folder.predictions_file("validation")
     name = read_predictions(path)[3].id
     change_rows(path, lambda row: row["scores"].update({TARGET_LOSS: row["scores"][TARGET_LOSS] - 0.5}), [3])

@@ -4,12 +4,12 @@ import json
 import string
 
 import pytest
-from helpers.tiny import folder_of, saved_tiny, tiny
+from helpers.tiny import folder_of, saved_tiny, score_more, tiny
 
 from tiedlora.models.base_model import BaseModel
 from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import add_scores, run, trainer, verify
+from tiedlora.runs import run, trainer, verify
 from tiedlora.runs.inputs import SingleSlotCache
 
 ENDS = sorted(tiny("tiny_llama").tokenizer(string.ascii_letters, add_special_tokens=False).input_ids)
@@ -67,7 +67,7 @@ def test_a_run_of_an_earlier_version_keeps_its_ends(config, monkeypatch):
     folder = folder_of(config)
     before = answers(folder, "validation.base")
     assert has_letters(folder, "validation.base")
-    add_scores.add_scores(folder, ["validation", "test"], None, config)
+    score_more(folder, splits=["validation", "test"])
     assert answers(folder, "validation.base") == before
     assert has_letters(folder, "test.base")
     assert not [finding for finding in verify.verify(folder.path, rows=100) if finding.ok is False]

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from helpers import processes
 from helpers.task_rows import write
-from helpers.tiny import folder_of, tiny
+from helpers.tiny import folder_of, score_more, tiny
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import read_metrics, read_predictions, read_validation_losses
-from tiedlora.runs import add_scores, inputs, run, trainer
+from tiedlora.runs import inputs, run, trainer
 from tiedlora.runs.inputs import SingleSlotCache
 from tiedlora.tasks.generated import Generated
 
@@ -150,4 +150,4 @@ def test_a_run_is_not_scored_with_another_chat_template(tiny_config, tmp_path, m
     # As in another process, which has no model in memory.
     monkeypatch.setattr(trainer, "_BASE", SingleSlotCache())
     with pytest.raises(UserError, match="was trained with another chat template of the model; restore it"):
-        add_scores.add_scores(folder_of(config), ["test"], None, config, None)
+        score_more(folder_of(config), splits=["test"])

@@ -6,11 +6,12 @@ So are training rows that do not fit.
 import pytest
 from helpers.sweeping import search_options
 from helpers.task_rows import write
+from helpers.tiny import score_more
 
 from tiedlora.config.compose import compose_config
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import add_scores, run
+from tiedlora.runs import run
 from tiedlora.sweeps import staged
 from tiedlora.sweeps.expand import compose_sweep
 
@@ -46,12 +47,20 @@ def test_those_that_are_trained_are_named_too_when_a_finished_run_is_scored(word
     run.main(compose_config([*words(), "score.splits=[]"]))
     (data / "more.jsonl").rename(data / "test.jsonl")
     (path,) = (tmp_path / "outputs").glob("TABuv-*")
-    add_scores.add_scores(RunFolder(path), ["test"], str(data.parent), metrics=["target_loss"])
+    score_more(RunFolder(path), data_root=str(data.parent), splits=["test"], metrics=["target_loss"])
     assert SAID in caplog.text
     (data / "train.jsonl").rename(data / "elsewhere.jsonl")
-    record = add_scores.add_scores(RunFolder(path), ["test"], str(data.parent), metrics=["target_loss"], again=True)
+    record = score_more(RunFolder(path), data_root=str(data.parent), splits=["test"], metrics=["target_loss"], again=True)
     assert record.scores["test"].rows == 30
     assert "the test rows are not compared with the training rows: " in caplog.text
+
+
+def test_a_finished_run_scores_the_rows_that_the_present_command_names(words, data):
+    run.main(compose_config([*words(), "score.splits=[]"]))
+    (data / "more.jsonl").rename(data / "test.jsonl")
+    data.rename(data.parent / "mine")
+    record = run.main(compose_config(words("task.folder=mine")))
+    assert record.scores["test"].rows == 30
 
 
 def test_a_staged_sweep_launches_nothing_without_the_rows_that_it_will_score(words):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from helpers.hostile import change_rows, put
 from helpers.task_rows import write
-from helpers.tiny import tiny_scorer
+from helpers.tiny import score_more, tiny_scorer
 
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.records.rows import PredictionRow, read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.runs import add_scores, verify
+from tiedlora.runs import verify
 from tiedlora.tasks import load_examples
 
 ROWS = [{"question": f"What is {i} and 1?", "answer": f"{i}\n#### {i + 1}"} for i in range(40)]
@@ -94,7 +94,7 @@ def test_a_file_with_another_sha256_than_the_records_is_named(copy, name):
 def test_an_added_splits_files_are_recorded_too(copy):
     before = RunFolder(copy).finished_record()
     write(copy.parent / "data", "gsm8k", *ROWS[:4])
-    after = add_scores.add_scores(RunFolder(copy), ["test"], str(copy.parent / "data"))
+    after = score_more(RunFolder(copy), splits=["test"], data_root=str(copy.parent / "data"))
     assert after.scores["test"].files.keys() == {"predictions/test.jsonl", "predictions/test.base.jsonl"}
     assert after.files == before.files
     assert not wrong(copy, rows=100)
@@ -198,8 +198,8 @@ def test_the_gap_of_another_answer_is_the_largest_of_its_logits(finished):
 @pytest.mark.parametrize(("factor", "ok"), [(1.01, True), (1.2, False)])
 def test_on_another_processor_the_mean_loss_must_agree(finished, elsewhere, monkeypatch, factor, ok):
     write(elsewhere.parent / "data", "gsm8k", *ROWS[:8])
-    added = add_scores.add_scores(
-        RunFolder(elsewhere), ["test"], str(elsewhere.parent / "data"), metrics=["target_loss"]
+    added = score_more(
+        RunFolder(elsewhere), data_root=str(elsewhere.parent / "data"), splits=["test"], metrics=["target_loss"]
     )
     (here,) = added.scores["test"].executions
     assert here.processor != added.execution.processor

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from tiedlora.config import compose
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
@@ -29,50 +27,29 @@ from tiedlora.training.signals import StopSignal
 log = logging.getLogger(__name__)
 
 
-def add_scores(
-    folder: RunFolder,
-    splits: Sequence[str],
-    data_root: str | None,
-    paths_from: Config | None = None,
-    metrics: Sequence[str] | None = None,
-    again: bool = False,
-    forgetting: str | None = None,
-    drift: bool = False,
-) -> RunRecord:
-    """Score what the splits lack, and write it into the run's record and predictions/.
+def add_scores(folder: RunFolder, config: Config, again: bool = False) -> RunRecord:
+    """Score what the run lacks of `config.score`, and write it into its record and predictions/.
 
     Args:
-        data_root: where the splits' rows are now; None means the hub.
-        paths_from: gives the other paths, the placement of the model, and score.base; None takes the run's own ones.
-        metrics: as score.metrics.
-        again: also score what is recorded. With None as `metrics`, the split's earlier scores are replaced.
-        forgetting: as score.forgetting. Earlier losses of neutral text are replaced.
-        drift: as score.drift.
+        config: the run's configuration, with the paths, the placement of the model and the scores of this command.
+            Earlier losses of neutral text are replaced.
+        again: also score what is recorded. With score.metrics=null, the splits' earlier scores are replaced.
 
     Raises:
         UserError: the run is not finished, its base model or adapter has changed or is not there, a metric is unknown,
             or check_scores_mean_something refuses the scores.
         KeyboardInterrupt: a signal asked to stop. The same command goes on after the last complete split.
     """
-    finished = folder.finished_record()
-    config = compose.read_config(folder.config_file)
+    finished, score, task = folder.finished_record(), config.score, load_task(config.task)
     # The run may have been moved, or made by another user: it is written where it is now.
-    config.data_root, config.outputs = data_root, str(folder.path.parent)
-    if paths_from is not None:
-        config.outputs, config.cache = paths_from.outputs, paths_from.cache
-        config.model.path, config.train.device = paths_from.model.path, paths_from.train.device
-        config.model.device_map, config.score.base = paths_from.model.device_map, paths_from.score.base
-        config.model.gpu_memory, config.model.cpu_memory = paths_from.model.gpu_memory, paths_from.model.cpu_memory
-    task = load_task(config.task)
-    wanted = wanted_passes(metrics, task, drift)
-    if forgetting is not None:
-        check_source(forgetting)
+    config = replace(config, outputs=str(folder.path.parent))
+    wanted = wanted_passes(score.metrics, task, score.drift)
+    if score.forgetting is not None:
+        check_source(score.forgetting)
     if not finished.keeps(ADAPTER):
         raise UserError(f"{folder.path}: is a study's record without its adapter, which scores need; repeat the run")
     if finished.admission is not None:
-        score = replace(config.score, splits=list(splits), forgetting=forgetting, drift=drift)
-        score.metrics = None if metrics is None else list(metrics)
-        check_scores_mean_something(finished.admission, replace(config, score=score))
+        check_scores_mean_something(finished.admission, config)
     with StopSignal(), ExitStack() as undone:
         device = set_up_device(config.train.device, finished.execution.threads)
         base = cached_base(config, device)
@@ -88,15 +65,15 @@ def add_scores(
         folder.error_file.unlink(missing_ok=True)
         # Read again now that no other process can add scores.
         record = folder.finished_record()
-        for split in splits:
+        for split in score.splits:
             recorded = record.scores.get(split)
             # Losses that are scored again keep their drift.
             has_drift = recorded is not None and DRIFT in recorded.metrics
-            again_passes = replace(wanted, drift=wanted.losses and (drift or has_drift))
-            passes = again_passes if again else missing_passes(metrics, recorded, drift)
+            again_passes = replace(wanted, drift=wanted.losses and (score.drift or has_drift))
+            passes = again_passes if again else missing_passes(score.metrics, recorded, score.drift)
             if not passes:
                 continue
-            kept = None if again and metrics is None else recorded
+            kept = None if again and score.metrics is None else recorded
             examples = load_examples(task, split, config.data_root)
             if split == "test":
                 # A run that trains and scores in one go compares them before its first step.
@@ -109,8 +86,8 @@ def add_scores(
             scores = _with_place(scores, kept, record, execution_on(device))
             record = replace(record, scores={**record.scores, split: scores})
             folder.write_record(record)
-        if forgetting is not None:
-            scores = _with_place(scorer.score_forgetting(forgetting, folder), None, record, execution_on(device))
+        if score.forgetting is not None:
+            scores = _with_place(scorer.score_forgetting(score.forgetting, folder), None, record, execution_on(device))
             record = replace(record, scores={**record.scores, FORGETTING: scores})
             folder.write_record(record)
         return record

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from tiedlora.config.identity import run_id
@@ -34,11 +35,11 @@ def main(config: Config) -> RunRecord | None:
     """
     check_words(config)
     folder = RunFolder(Path(config.outputs) / run_id(config))
-    record = None if config.force else folder.record()
-    if record is not None and not record.keeps(ADAPTER) and lacks_scores(config.score, record):
+    finished = None if config.force else folder.record()
+    if finished is not None and not finished.keeps(ADAPTER) and lacks_scores(config.score, finished):
         print(f"{folder.path}: a study's record without the adapter, which the scores need; the run is trained again")
-        config.force = True
-    finished = None if config.force else record
+        config, finished = replace(config, force=True), None
+    record = finished
     # Several processes must agree that the run is finished, so they connect first.
     if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from tiedlora.runs import trainer  # noqa: PLC0415
@@ -65,9 +66,7 @@ def _reuse(config: Config, folder: RunFolder, record: RunRecord) -> RunRecord:
     if lacks_scores(config.score, record):
         from tiedlora.runs.add_scores import add_scores  # noqa: PLC0415
 
-        score, forgetting = config.score, forgetting_to_score(config.score, record)
-        return add_scores(
-            folder, score.splits, config.data_root, config, score.metrics, forgetting=forgetting, drift=score.drift
-        )
+        score = replace(config.score, forgetting=forgetting_to_score(config.score, record))
+        return add_scores(folder, replace(config, score=score))
     print(f"finished before: {folder.path} (force=true repeats it)")
     return record

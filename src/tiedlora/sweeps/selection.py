@@ -144,9 +144,8 @@ def score_test(sweep: Sweep, selection: Selection) -> Selection:
                 # It imports torch, which takes seconds, and most selections are complete.
                 from tiedlora.runs.add_scores import add_scores  # noqa: PLC0415
 
-                record = add_scores(
-                    cell.folder, ["test"], cell.config.data_root, cell.config, cell.config.score.metrics
-                )
+                score = replace(cell.config.score, splits=["test"], forgetting=None)
+                record = add_scores(cell.folder, replace(cell.config, score=score))
             scores.append(record.scores["test"])
         # If the validation loss was the criterion, the test score is by the task's first metric.
         value, metric = mean_score(scores, choice.metric)
