@@ -1,6 +1,5 @@
 """One rule for the choice of a learning rate."""
 
-import math
 from statistics import mean
 
 from hypothesis import given
@@ -69,11 +68,6 @@ def test_the_score_chooses_only_if_all_rates_have_it_on_the_shared_seeds():
     assert (chosen.lr, chosen.by) == (1e-2, "loss")
     assert choose_rate([scored, trial(1e-2, [1.0], scores=[0.1])]).by == "score"
     assert choose_rate([scored, trial(1e-2, [1.0, 1.0], scores=[0.1, 0.1])], by="loss").lr == 1e-2
-
-
-def test_a_loss_that_is_not_finite_is_a_failure():
-    chosen = choose_rate([trial(1e-3, [2.0, 2.0]), trial(1e-2, [1.0, math.nan]), trial(1e-1, [math.inf, 0.1])])
-    assert (chosen.lr, chosen.usable, chosen.tried) == (1e-3, (1e-3,), (1e-3, 1e-2, 1e-1))
 
 
 def test_if_every_rate_failed_there_is_a_choice_only_when_it_is_asked_for():

@@ -1,5 +1,6 @@
 """Reading folders of runs: what is read, and what is left out with its reason."""
 
+import pytest
 from helpers.hostile import put
 from helpers.report_runs import BASE, GOOD, scored_run, write_lines
 
@@ -40,6 +41,17 @@ def test_a_strange_key_of_a_record_changes_nothing(tmp_path):
     put(scored_run(tmp_path, GOOD, BASE), "identity.tree", {})
     report = write.build([tmp_path])
     assert [row.group.configuration for row in report.rows] == ["TABuv"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("identity.train.steps", float("nan")), ("config.model.architecture", None)]
+)
+def test_a_record_that_cannot_be_compared_is_left_out(tmp_path, key, value):
+    put(scored_run(tmp_path, GOOD, BASE, name="TABuv_v0"), key, value)
+    scored_run(tmp_path, GOOD, BASE)
+    report = write.build([tmp_path])
+    assert [row.group.configuration for row in report.rows] == ["TABuv"]
+    assert len(report.left_out) == 1
 
 
 def test_the_same_run_twice_counts_once(tmp_path):

@@ -58,6 +58,17 @@ def test_two_models_and_two_settings_are_never_in_one_cell(tmp_path):
     assert sum("| tiny |" in line and settings[0] in line for line in scores) == 2
 
 
+def test_a_claim_without_runs_is_not_in_the_table_of_answers(tmp_path):
+    world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.5}, seeds=3)
+    report_of_claim(tmp_path, top="looks: [3]")
+    with (tmp_path / "claims.yaml").open("a") as file:
+        method = "{configuration: TABuv, rank: 8, seed_offset: 5}"
+        file.write(f"  - {{name: y, method: {method}, comparator: {{configuration: LoRA, rank: 8}}, better_by: 0")
+        file.write(", tasks: []}\n")
+    report = write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
+    assert "| TABuv |" in readme.filled("<!-- report: answer -->\n<!-- end of report -->\n", report)
+
+
 def test_an_empty_report_says_so(tmp_path):
     assert readme.filled(TEXT, write.build([tmp_path])).count("There are no runs for this table yet.") == 3
 

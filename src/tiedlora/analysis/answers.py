@@ -1,19 +1,8 @@
 """The answer of the runs to each claim, for every model and task, and one verdict over all tasks of a claim.
 
-A claim's plan fixes the numbers of seeds at which it is looked at. A look uses the first seeds in the declared order,
-and is taken when all of them have ended on both sides. The first look that decides stands; later seeds change nothing.
-
-- supported, contradicted: the rule says so, at the level of the look (rules.py);
-- uninformative: at the last look, the comparator's own gain over the zero point may be 0, so any method would do as
-  well (only for rules that need this gain: who is better can be known without it);
-- cannot fail here: the claim's weakest arm passes the same rule at the latest look that its seeds reach, so a pass says
-  nothing (the trial has no assay sensitivity). A claim that is contradicted has shown that it can fail;
-- undecided: none of these. `decide` says which look comes next.
-
-Over all tasks, a claim is supported if all were run, at least one is informative, and every informative one supports
-it. It is contradicted if Holm's procedure over the planned tasks (Scand. J. Statist. 6, 1979) contradicts it on at
-least one, so that many tasks do not make a wrong verdict more likely. Otherwise it is undecided, or uninformative if
-all were run and none is informative. A task on which the claim cannot fail is not informative.
+docs/results.md (Claims) says when each verdict is given: at the first planned look that decides, which later seeds do
+not change. A claim over several tasks is contradicted by Holm's procedure, so that many tasks do not make a wrong
+verdict more likely.
 """
 
 from __future__ import annotations
@@ -185,8 +174,8 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
         words = [f"{count} rates of {name}" for name, count in searched.items()]
         notes.append(f"unequal search: {' against '.join(words)}")
     for group in sides:
-        may_change = len(group.rates) > 1 and not group.has_recorded_rate
-        if answer.look is not None and may_change and len({trial.seed for trial in group.trials}) > answer.seeds:
+        may_change, seeds = len(group.rates) > 1 and not group.has_recorded_rate, {trial.seed for trial in group.trials}
+        if answer.look is not None and may_change and len(seeds) > claim.plan.looks[answer.look]:
             notes.append(
                 f"the rate of {group.name} was chosen on later seeds too, so they can change this: record the choice "
                 "at the look with scripts/sweep.py select"
@@ -235,11 +224,7 @@ def _check_sensitivity(answer: Answer, pair: Pair, weakest: Pair, book: Scoreboo
 
 
 def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
-    """What the claim compares: the metric that it names for the task, or the task's first.
-
-    Raises:
-        UserError: the split was not scored, or not by this metric.
-    """
+    """What the claim compares: the metric that it names for the task, or the task's first."""
     scored = [run.splits[split] for run in method.runs if split in run.splits]
     if not method.runs:
         raise UserError(f"{method.name} has none of these seeds")
@@ -256,7 +241,8 @@ def _decide(answer: Answer, scores: Sides, ended: set[int]) -> None:
     plan = answer.claim.plan
     answer.seeds = len(scores.seeds)
     if answer.claim.rule.needs_zero and scores.zero is None:
-        answer.reason, answer.decide = "the base model was not scored", "scores of the base model (score.base=true)"
+        answer.reason = "the base model was not scored, or its predictions cannot be read"
+        answer.decide = "scores of the base model (score.base=true)"
         return
     if answer.rows < 2:
         answer.reason, answer.decide = "one row has no interval", "two or more rows"
@@ -391,7 +377,7 @@ def _over_tasks(answers: Sequence[Answer]) -> ClaimVerdict:
 
 def test_of(answer: Answer) -> tuple[object, ...]:
     """Which test an answer gives: two sides by one measure, with the rule and the zero point."""
-    rule, pair, measure = str(answer.claim.rule), answer.pair, answer.measure
+    rule, pair, measure = answer.claim.rule.words, answer.pair, answer.measure
     if pair is None or pair.method is None or pair.comparator is None or measure is None:
         return answer.model, answer.task, answer.claim.name, rule, answer.zero
     comparator = tuple((weight, group.name) for weight, group in pair.comparator.parts)

@@ -218,12 +218,8 @@ def read(path: Path) -> list[Claim]:
 def check_names(
     path: Path, claims: Iterable[Claim], configurations: Iterable[str], metrics: Mapping[str, Iterable[str]]
 ) -> None:
-    """Refuse a claim about what does not exist, which would be reported as not run for ever.
-
-    Args:
-        path: the claims' file, for the message.
-        configurations: the names of the runs, which are valid beside the options of conf/tying.
-        metrics: task of the runs -> its recorded metrics, which are valid beside conf/task and the tasks' own metrics.
+    """Refuse a claim about what does not exist, which would be reported as not run for ever. Valid are the options of
+    conf/ and what the runs have: `configurations`, and `metrics` by task.
 
     Raises:
         UserError: naming the claim, the key and the nearest valid name.
@@ -299,11 +295,7 @@ def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
 
 
 def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
-    """The pair of an anchor.
-
-    Raises:
-        UserError: a side is missing, or several groups fit.
-    """
+    """The pair of an anchor. Raises as `_partner`."""
     matched = claim.method if claim.method.rank is None else claim.comparator
     partner: Peer
     if matched.frontier:
@@ -334,11 +326,7 @@ def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
 
 
 def _on_curve(configuration: str, claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Blend:
-    """The curve of a configuration at the anchor's number of parameters.
-
-    Raises:
-        UserError: the anchor is on the curve itself, or outside the measured sizes.
-    """
+    """The curve of a configuration at the anchor's number of parameters."""
     found = sizes(claim, configuration, anchor, groups)
     if anchor in found:
         raise UserError(f"{anchor.name} is on the curve of {configuration} itself")
@@ -389,14 +377,7 @@ def _is_of(group: RunGroup, side: Side) -> bool:
 
 
 def _partner(side: Side, anchor: RunGroup, groups: Sequence[RunGroup], what: str = "") -> RunGroup:
-    """The group of the side in the anchor's setting.
-
-    Args:
-        what: begins an error's text.
-
-    Raises:
-        UserError: it was not run, or several groups fit.
-    """
+    """The group of the side in the anchor's setting. Its UserErrors begin with `what`."""
     found = [group for group in groups if group.setting == anchor.setting and _is_of(group, side)]
     name = side.label
     if side.rank is not None or side.at == EQUAL_RANK:
@@ -418,11 +399,7 @@ def _partner(side: Side, anchor: RunGroup, groups: Sequence[RunGroup], what: str
 
 
 def _only_one(groups: Sequence[RunGroup], what: str = "") -> RunGroup:
-    """The single group, or the plain one of several (RunGroup.is_plain).
-
-    Raises:
-        UserError: there is no single one.
-    """
+    """The single group, or the plain one of several (RunGroup.is_plain)."""
     plain = [group for group in groups if group.is_plain]
     for some in (groups, plain):
         if len(some) == 1:

@@ -138,11 +138,7 @@ def other_ends(sides: Iterable[Iterable[Run]], measure: Measure) -> bool:
 
 
 def _comparable_runs(groups: Sequence[RunGroup], measure: Measure) -> list[tuple[Run, ...]]:
-    """For each group, its scored runs of the seeds that all groups have, in the same order.
-
-    Raises:
-        UserError: there is no seed in common, or the groups were trained or scored on other rows.
-    """
+    """For each group, its scored runs of the seeds that all groups have, in the same order."""
     split = measure.split
     by_seed = [{run.seed: run for run in measure.scored(group.runs)} for group in groups]
     seeds = [seed for seed in by_seed[0] if all(seed in runs for runs in by_seed)]
@@ -191,7 +187,9 @@ def paired_scores(
     if floor is not None:
         zero = others.pop()
     elif (base := next((run for side in runs for run in side if measure.has_base(run)), None)) is not None:
-        zero = book.base_scores(base, measure)
+        # A rule that needs no zero point is answered all the same.
+        with contextlib.suppress(UserError):
+            zero = book.base_scores(base, measure)
     zero = None if zero is None else measure.sign * zero
     seeds = tuple(run.seed for run in runs[0])
     return Sides(measure.sign * table, measure.sign * _blended(comparator, others), zero, clusters, seeds)

@@ -21,7 +21,7 @@ from typing import Any
 
 from tiedlora.analysis.rate_choice import ChosenRate, choose_rate, rate_trials
 from tiedlora.analysis.runs import LeftOut, Run, UnfinishedRun
-from tiedlora.config.identity import identity_digest
+from tiedlora.config.identity import identity_digest, leaves
 from tiedlora.config.sizes import is_near
 from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK
 from tiedlora.records.run_record import RunRecord
@@ -97,7 +97,7 @@ class RunGroup:
     def is_plain(self) -> bool:
         """Whether alpha = r, the scaling is the standard one, and all parts have the same learning rate."""
         identity = self.runs[0].record.identity
-        rank, factors = identity.rank, identity.tree["train"].get("lr_factor") or {}
+        rank, factors = identity.rank, identity.train.lr_factor or {}
         return rank.alpha == rank.r and rank.scaling == "standard" and all(factor == 1 for factor in factors.values())
 
     @property
@@ -122,7 +122,7 @@ def group_runs(
     choices = [choice for selection in selections for choice in selection.choices]
     runs_of: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
-        setting, own = map(_key, _setting_and_own(run))
+        setting, own = (json.dumps(values, sort_keys=True) for values in _setting_and_own(run))
         runs_of[setting, own].append(run)
     unfinished = [folder.run for folder in left_out if folder.run is not None]
     groups = []
@@ -145,10 +145,6 @@ def group_runs(
     return sorted(groups, key=lambda group: (group.model, group.task, group.variant, group.rank, group.params))
 
 
-def _key(values: dict[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True)
-
-
 def _setting_and_own(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """The part of the identity, with the base model, that runs must share to be compared; and that of the group alone.
 
@@ -165,35 +161,21 @@ def _setting_and_own(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def differing_values(names: Sequence[Hashable], trees: Sequence[Any]) -> list[str]:
-    """For each tree, the values that distinguish it from others of the same name, such as `train.steps=300`.
-
-    Args:
-        names: one per tree; trees with equal names are compared.
-        trees: nested plain data.
-
-    Returns:
-        One text per tree; empty if nothing differs.
+    """For each tree of plain data, the values that distinguish it from others of the same name: `train.steps=300`, or
+    an empty text.
     """
     numbers_of: dict[Hashable, list[int]] = defaultdict(list)
     for number, name in enumerate(names):
         numbers_of[name].append(number)
     texts: list[list[str]] = [[] for _ in names]
     for numbers in numbers_of.values():
-        flat = [dict(_flat(trees[number])) for number in numbers]
+        flat = [leaves(trees[number]) for number in numbers]
         for key in sorted({key for values in flat for key in values}):
             values = [own.get(key) for own in flat]
             if len(set(map(json.dumps, values))) > 1:
                 for number, value in zip(numbers, values, strict=True):
                     texts[number].append(f"{key}={_short(value)}")
     return [", ".join(own) for own in texts]
-
-
-def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
 
 
 def _short(value: Any) -> str:

@@ -304,16 +304,10 @@ class MeanSquares:
     def half_width(self, level: float = 1 - LEVEL) -> Array:
         """Half the width of the two-sided interval of the mean. Both seeds and rows are random samples.
 
-        The model has two-way crossed random effects without replication. The variance of the mean has two parts,
-        MS_seeds and MS_rows - MS_rest, each divided by seeds * rows. Each part is multiplied by the square of its own
-        Student quantile:
-
             half^2 = (t(seeds - 1)^2 MS_seeds + t(freedom)^2 max(0, MS_rows - MS_rest)) / (seeds * rows)
 
-        For independent estimates of variance, such a sum is never too small (Banerjee, Sankhya A 23, 1961): the chance
-        that a squared normal stays below a bound is a concave function of the bound, so the coverage is at least the
-        average of the coverages of the parts. This holds at every level. By chance all seeds may have the same mean, so
-        the interval is never narrower than that over rows only, t(freedom)^2 MS_rows / (seeds * rows).
+        For independent estimates of variance, such a sum is never too small, at any level (Banerjee, Sankhya A 23,
+        1961). By chance all seeds may have the same mean, so the interval is never narrower than that over rows only.
 
         Args:
             level: the two-sided level, 0.05 for a 95 % interval.
@@ -455,14 +449,12 @@ def outlying(values: Array) -> list[int]:
         values: (seeds,), one score or loss each.
 
     Returns:
-        The indices in rising order; none with fewer than FEWEST_SEEDS finite values. A value that is not finite is
-        flagged always.
+        The indices in rising order; none with fewer than FEWEST_SEEDS.
     """
-    kept = [int(index) for index in np.flatnonzero(np.isfinite(values))]
-    flagged = sorted(set(range(len(values))) - set(kept))
+    kept = list(range(len(values)))
     if len(kept) < FEWEST_SEEDS:
-        return flagged
-    median = float(np.median(values[kept]))
+        return []
+    median = float(np.median(values))
     removed: list[int] = []
     outliers = 0
     for n in range(len(kept), len(kept) // 2 + 1, -1):
@@ -475,4 +467,4 @@ def outlying(values: Array) -> list[int]:
         kept.remove(farthest)
         if abs(values[farthest] - rest.mean()) > critical * rest.std(ddof=1):
             outliers = len(removed)
-    return sorted(flagged + [index for index in removed[:outliers] if abs(values[index] - median) >= LEAST_DISTANCE])
+    return sorted(index for index in removed[:outliers] if abs(values[index] - median) >= LEAST_DISTANCE)

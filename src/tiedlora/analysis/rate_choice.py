@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
@@ -25,10 +24,6 @@ class RateTrial:
     """Seed -> the value of `validation_metric`, negated for a loss (more is better), for the runs that have it."""
     failed: frozenset[int] = frozenset()
     """The seeds whose runs failed."""
-
-    def failed_seeds(self) -> frozenset[int]:
-        """The seeds whose runs failed or ended with a loss that is not finite."""
-        return self.failed | {seed for seed, loss in self.losses.items() if not math.isfinite(loss)}
 
 
 def rate_trials(
@@ -76,37 +71,27 @@ class ChosenRate:
 def choose_rate(trials: Sequence[RateTrial], by: str = "score", accept_failed: bool = False) -> ChosenRate | None:
     """Choose the best learning rate of one configuration.
 
-    - A rate is usable if it has a finished run and failed at no seed: a rate that diverges at one seed is no rate to
-      use.
-    - The rates leave one by one, each time the worst by the mean over the seeds that all remaining rates have. So if
-      all rates have the same seeds, the best mean is chosen. If some rates were tried at more seeds than others (the
-      finalists of a search), they are compared on more of them. If the rates share no seed, each is compared by its
-      own seeds, and the choice is not paired.
+    - A rate is usable if it has a finished run and failed at no seed.
+    - The rates leave one by one, each time the worst by the mean over the seeds that all remaining rates have, so that
+      the finalists of a search are compared on more of them. If they share no seed, each is compared by its own.
     - `score` is used only if each usable rate has it at each shared seed. Otherwise the loss is used.
     - For equal values, the lower loss is better, then the lower rate. So the order of the trials does not matter.
-    - A rate is at the edge if it is the lowest or the highest of at least two that were tried. A failed or stopped
-      rate beyond the chosen one counts as tried. A single rate is not at an edge.
 
     Args:
         by: one of CRITERIA. Compare the result's `by` to see whether scores were missing.
-        accept_failed: what to do if every rate failed at some seed. By default no rate is chosen, and `select` ends
-            with an error. With True, as in the report, the rates that failed at the fewest seeds are usable, and the
-            result says so.
+        accept_failed: if every rate failed at some seed, those that failed at the fewest are usable, as in the report.
 
     Returns:
         The chosen rate; None if no rate is usable.
     """
-    failures = {trial.lr: trial.failed_seeds() for trial in trials}
+    failures = {trial.lr: trial.failed for trial in trials}
     losses = {t.lr: {seed: loss for seed, loss in t.losses.items() if seed not in failures[t.lr]} for t in trials}
     finished = [lr for lr in losses if losses[lr]]
     fewest = min((len(failures[lr]) for lr in finished), default=0)
     usable = sorted(lr for lr in finished if len(failures[lr]) == fewest)
     if not usable or (fewest > 0 and not accept_failed):
         return None
-    scores = {
-        t.lr: {seed: score for seed, score in t.scores.items() if seed in losses[t.lr] and math.isfinite(score)}
-        for t in trials
-    }
+    scores = {t.lr: {seed: score for seed, score in t.scores.items() if seed in losses[t.lr]} for t in trials}
     shared = _shared(losses, usable)
     if not all(set(shared or losses[lr]) <= set(scores[lr]) for lr in usable):
         by = "loss"

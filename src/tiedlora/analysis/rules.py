@@ -1,18 +1,10 @@
 """The rules of claims and their planned looks: which contrasts decide a claim, at which numbers of seeds and levels.
 
-m, q and f are the scores of method, comparator and zero point on the same rows, and more is better: a loss comes
-negated. The zero point is the base model or a floor: an arm that has learned only what the claim is not about. Every
-rule has contrasts, tables of seeds x rows that are linear in m, q and f. A claim is supported if the interval of every
-contrast (`intervals.both_interval`) is above 0. It is contradicted if the interval of a contrast is below 0. Every rule
-but `better_by` needs the comparator's gain too, the interval of q - f above 0, for either verdict: where nothing is
-gained there is nothing to retain.
-
-Whoever adds seeds until an interval at level 0.05 excludes 0 is wrong in up to 13.2 % (four looks). So a plan fixes the
-numbers of seeds before any seed is run, and shares the 5 % among its looks. The first look that decides stands, and
-later seeds change nothing.
-
-All rules accept leading axes, so that simulations of their error use the same code. benchmarks/verdicts.py has these
-simulations, and docs/results.md has their figures.
+m, q and f are the scores of method, comparator and zero point on the same rows; a loss comes negated. A rule has
+contrasts, tables of seeds x rows that are linear in m, q and f. A claim is supported if the interval of every contrast
+(`intervals.both_interval`) is above 0, and contradicted if one is below 0; every rule but `better_by` needs q - f above
+0 too. All rules accept leading axes, so that the simulations of their errors (benchmarks/verdicts.py) use the same
+code. docs/results.md has the figures, and why looks are planned.
 """
 
 from __future__ import annotations
@@ -95,9 +87,6 @@ class Rule:
     """The largest share."""
     margin: float | None = None
     """In place of shares: the method is better than the comparator by more than this, in the score's unit."""
-
-    def __str__(self) -> str:
-        return self.words
 
     @property
     def needs_zero(self) -> bool:
@@ -266,13 +255,9 @@ class Plan:
     def __post_init__(self) -> None:
         looks = self.looks
         if not looks or looks[0] < 2 or any(later <= earlier for earlier, later in itertools.pairwise(looks)):
-            raise ValueError(
-                f"looks at {list(looks)} seeds: must be increasing whole numbers from 2 (3 or more is better)"
-            )
+            raise ValueError(f"looks at {list(looks)} seeds: must be increasing whole numbers from 2")
         if looks[-1] > MOST_SEEDS:
-            raise ValueError(
-                f"looks at {looks[-1]:,} seeds: at most {MOST_SEEDS:,} are allowed, as each is a run of both sides"
-            )
+            raise ValueError(f"looks at {looks[-1]:,} seeds: at most {MOST_SEEDS:,} are allowed, each with two runs")
         if len(set(self.seeds)) < max(len(self.seeds), looks[-1]):
             least = f"must be at least {looks[-1]} different seeds, for the last look"
             raise ValueError(f"seeds {list(self.seeds)!s:.60}: {least}")

@@ -18,14 +18,14 @@ from omegaconf import OmegaConf
 
 from tiedlora import storage
 from tiedlora.analysis.intervals import Array, Clusters, pseudo_values
-from tiedlora.config.identity import name_of
+from tiedlora.config.identity import identity_digest, name_of
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.records.interval import Unit
 from tiedlora.records.loss_metrics import TARGET_LOSS_BY_TOKEN, is_loss, mean_per_token
 from tiedlora.records.reading import read_typed
 from tiedlora.records.rows import PredictionRow, read_metrics, read_predictions
-from tiedlora.records.run_folder import DIVERGED, RunFolder, last_line
+from tiedlora.records.run_folder import DIVERGED, RunFolder, RunName, last_line
 from tiedlora.records.run_record import RunRecord, SplitScores, arm_suffix, read_record
 from tiedlora.records.selection import LOSS, SELECTION_FILE, Selection, read_selection
 from tiedlora.tasks import load_task
@@ -44,20 +44,11 @@ LONGEST_REASON = 200
 
 
 @dataclass(frozen=True)
-class UnfinishedRun:
-    """A run without a result, described by its folder's name and config.yaml."""
+class UnfinishedRun(RunName):
+    """A run without a result, named by its folder and config.yaml. An unknown model is empty, an unknown rate NaN."""
 
     run_id: str
     """The folder's name."""
-    model: str
-    """The base model's name without its organisation; empty if it is not known."""
-    configuration: str
-    """LoRA, peft/vera, LoRA (shuffled targets), ...: as config.yaml names it, or else the folder."""
-    rank: int
-    task: str
-    seed: int
-    lr: float
-    """NaN if it is not known."""
     ending: Literal["", "failed", "pruned"]
     """Whether the run ended with an error, or the search of a learning rate stopped it."""
     diverged: bool
@@ -196,7 +187,7 @@ def _folders(roots: Iterable[Path]) -> Iterator[Path]:
     for root in roots:
         if not root.is_dir():
             raise UserError(f"{root.absolute()}: is not a folder; give the one with the runs (outputs= of train.py)")
-        if (root / "result.json").is_file():
+        if (root / "result.json").is_file() or FOLDER_NAME.fullmatch(root.name):
             yield root
             continue
         for folder in sorted(root.iterdir()):
@@ -210,16 +201,18 @@ def read_run(path: Path) -> Run | LeftOut:
     if not folder.result_file.is_file():
         if not any((path / name).exists() for name in PART_OF_A_RUN):
             return LeftOut(path, "not a run: it holds none of a run's files")
-        error = last_line(folder.error_file)[:LONGEST_REASON]
-        reason = f"failed: {error}" if error else "not finished: it has no result.json (running, or interrupted)"
-        if pruned := last_line(folder.pruned_file)[:LONGEST_REASON]:
+        reason = "not finished: it has no result.json (running, or interrupted)"
+        if error := last_line(folder.error_file)[:LONGEST_REASON]:
+            reason = f"failed: {error}"
+        elif pruned := last_line(folder.pruned_file)[:LONGEST_REASON]:
             reason = f"pruned by the search of a learning rate: {pruned}"
         return LeftOut(path, reason, _unfinished(folder))
     try:
         record = read_record(folder.result_file)
-    except UserError as error:
+        identity_digest(record.identity.tree)  # It refuses a number that is not finite.
+        return Run(path, record, _configuration(record))
+    except (UserError, KeyError, TypeError, ValueError) as error:
         return LeftOut(path, f"result.json: {str(error).removeprefix(f'{folder.result_file}: ')}", _unfinished(folder))
-    return Run(path, record, _configuration(record))
 
 
 def _configuration(record: RunRecord) -> str:
@@ -319,6 +312,8 @@ class RowScores:
     ids: tuple[str, ...]
     of_metric: dict[str, Array]
     """Metric -> one number per example. A metric that an example lacks is left out."""
+    unreadable: dict[str, str]
+    """Metric -> why its scores cannot be read."""
     clusters: Clusters | None
     """Which examples belong together; None if all are independent, or in too few clusters for an interval over them."""
     named_clusters: int
@@ -342,8 +337,9 @@ class Scorebook:
         read = self.read(run, split, base)
         recorded = (run.splits[split].base or {}) if base else run.splits[split].metrics
         if metric not in read.of_metric or metric not in recorded:
-            raise UserError(f"{where} has no per-example {metric}")
-        if abs(float(read.of_metric[metric].mean()) - recorded[metric].value) > TOLERANCE:
+            raise UserError(read.unreadable.get(metric, f"{where} has no per-example {metric}"))
+        # Also where the mean is no number, as that of damaged statistics may be.
+        if not math.isclose(read.of_metric[metric].mean(), recorded[metric].value, rel_tol=0, abs_tol=TOLERANCE):
             raise UserError(f"{where} disagrees with result.json on {metric}; scripts/verify.py says where")
         return read.ids, read.of_metric[metric]
 
@@ -378,9 +374,9 @@ def _read(run: Run, split: str, base: bool) -> RowScores:
     """What a predictions file has.
 
     Raises:
-        UserError: it is missing or damaged, or the task that defines a corpus-level metric is unknown.
+        UserError: it is missing or damaged.
     """
-    rows, values = run.rows(split, base), {}
+    rows, values, unreadable = run.rows(split, base), {}, {}
     for metric in run.splits[split].metrics:
         scores = [row.scores.get(metric) for row in rows]
         if None in scores:
@@ -388,13 +384,15 @@ def _read(run: Run, split: str, base: bool) -> RowScores:
         try:
             table = np.array(scores, dtype=np.float64)
             values[metric] = table if table.ndim == 1 else pseudo_values(table, _corpus_score(run, metric))
+        except UserError as error:
+            unreadable[metric] = str(error)
         except (KeyError, TypeError, ValueError, ArithmeticError, ImportError) as error:
-            raise UserError(f"{run.run_id}: scores of {metric} on {split} cannot be read ({error!r:.60})") from None
+            unreadable[metric] = f"{run.run_id}: scores of {metric} on {split} cannot be read ({error!r:.60})"
     listed = _listed_clusters(run.path.parent.parent / CLUSTERS_FILE).get(run.task, {})
     names = [row.cluster or listed.get(row.id, "") for row in rows]
     named = set(names) - {""}
     shared = len(named) if len(named) < len(names) - names.count("") else 0
-    return RowScores(tuple(row.id for row in rows), values, Clusters.of(names), shared)
+    return RowScores(tuple(row.id for row in rows), values, unreadable, Clusters.of(names), shared)
 
 
 @functools.lru_cache(maxsize=8)

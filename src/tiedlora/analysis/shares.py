@@ -1,10 +1,6 @@
 """Shares of a gain, for two figures: what each claim's method keeps, and what every arm keeps beside its parameters.
 
-0 is the zero point (the base model, or a claim's floor) and 1 the comparator, in every metric and on every task. In the
-forest plot, a line is one answer to a claim, with the interval at which its rule decides (`Rule.kept`). In the panels
-of sizes, all arms of a setting stand on the scale of one reference, with the curve of the reference's configuration
-through its sizes. There the share is of the seeds that an arm has in common with the reference, and its interval is
-over seeds and rows, which all arms share.
+0 is the zero point (the base model, or a claim's floor), and 1 the comparator. docs/results.md (The page) has the rest.
 """
 
 from __future__ import annotations

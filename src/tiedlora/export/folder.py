@@ -33,7 +33,7 @@ from tiedlora.config.families import layout_of
 from tiedlora.config.identity import DESCRIPTION, identity, name_of
 from tiedlora.config.identity import label as label_of
 from tiedlora.config.methods import PEFT_FILE
-from tiedlora.config.schema import Config
+from tiedlora.config.schema import Config, TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import load_base
 from tiedlora.models.device import resolve_device
@@ -87,8 +87,7 @@ def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, opt
             inside = Path(unfinished)
             _write_weights(run, record, config, inside, options)
             is_asked = options.form != "hub-card" and options.split in record.scores and record.keeps(TEXTS)
-            has_task = is_asked and isinstance(load_task(config.task), Gsm8k)
-            task = _write_task(run, config, inside, options) if has_task else ""
+            task = _write_task(run, config, inside, options) if is_asked and _is_gsm8k(config.task) else ""
             (inside / "README.md").write_text(card(record, config, options, task), encoding="utf-8")
             for entry in inside.iterdir():
                 entry.replace(out / entry.name)
@@ -135,6 +134,14 @@ def _copy(run: RunFolder, out: Path, *names: str) -> None:
     for name in names:
         if (run.adapter / name).is_file():
             shutil.copyfile(run.adapter / name, out / name)
+
+
+def _is_gsm8k(task: TaskConfig) -> bool:
+    """Whether lm-eval can score the task. The task of another program, which has registered it, is not known here."""
+    try:
+        return isinstance(load_task(task), Gsm8k)
+    except UserError:
+        return False
 
 
 def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOptions) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox, blended_transform_factory
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
@@ -40,11 +40,7 @@ WITH_NAMES = (0.62, 1.1, 0.5, 0.12)
 
 
 def panels(rows: Sequence[ResultRow], answers: Sequence[Answer], share_panels: Sequence[SharePanel]) -> list[Panel]:
-    """Every panel of a report, by model and in the page's order.
-
-    Args:
-        share_panels: what every arm keeps of a reference's gain.
-    """
+    """Every panel of a report, by model and in the page's order."""
     found = []
     for model in dict.fromkeys(row.group.model for row in rows):
         forest = shares.forest(answer for answer in answers if answer.model == model and answer.pair is not None)
@@ -126,7 +122,7 @@ def draw_forest(
     ax.set_yticks([at for at, _ in ticks], [task for _, task in ticks])
     ax.set_xlim(scale.low, scale.high)
     ax.set_xticks(list(scale.ticks), _percents(scale))
-    comparators = {claim.comparator.configuration or claim.comparator.frontier for claim, _ in forest}
+    comparators = {claim.comparator.label or claim.comparator.frontier for claim, _ in forest}
     name = cut(comparators.pop(), 12) if len(comparators) == 1 else "comparator"
     zero = "base" if all(line.zero == BASE for _, lines in forest for line in lines) else "zero point"
     ax.set_xlabel(f"share of the gain ({zero} 0 %, {name} 100 %)")
@@ -197,10 +193,8 @@ def _mark(ax: Axes, x: float, y: float, colour: str, marker: str, is_filled: boo
 
 
 def draw_shares(ax: Axes, panel: SharePanel, share_panels: Sequence[SharePanel]) -> None:
-    """What each arm keeps of the reference's gain, and the curve of the reference's configuration with its band.
-
-    Args:
-        share_panels: all panels. They have the same axes, so that small differences look small.
+    """What each arm keeps of the reference's gain, and the curve of its configuration with its band. The axes are those
+    of all panels, so that small differences look small.
     """
     scale = shares.axis(arm.share for each in share_panels for arm in each.arms)
     _count_axis(ax, [arm.group.params for each in share_panels for arm in each.arms])
@@ -302,7 +296,7 @@ def draw_lines(ax: Axes, curves: Sequence[Curve], y: str, in_nats: bool) -> None
         # Of one configuration, a higher rank has a thicker line.
         width = 1.4 if len(ranks) == 1 else 1.0 + 1.2 * ranks.index(group.rank) / (len(ranks) - 1)
         ax.plot(steps, values.mean(0), color=colour, marker=marker, markevery=[-1], linestyle=dash, linewidth=width)
-    low, high = (float(end([end(curve.values) for curve in curves])) for end in (np.nanmin, np.nanmax))
+    low, high = (float(end([end(curve.values) for curve in curves])) for end in (np.min, np.max))
     if in_nats and low > 0 and high > 3 * low:
         _log_axis(ax.yaxis, [low, high], _number, widen=1.1)
     ax.set(xlabel="step", ylabel=visible(y))
@@ -350,14 +344,6 @@ def draw_search(ax: Axes, groups: Sequence[RunGroup]) -> None:
 # --- Axes and names.
 
 
-def short_count(count: float) -> str:
-    """41,328 -> 41.3k."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.3g}"
-
-
 def _number(value: float) -> str:
     return f"{value:g}".replace("e-0", "e-")
 
@@ -379,7 +365,7 @@ def _log_axis(axis: Any, values: Sequence[float], label: Callable[[float], str],
 
 
 def _count_axis(ax: Axes, counts: Sequence[float]) -> None:
-    _log_axis(ax.xaxis, counts, short_count)
+    _log_axis(ax.xaxis, counts, EngFormatter(sep=""))
     ax.set_xlabel("trainable parameters")
 
 
@@ -442,9 +428,7 @@ def _names_at_ends(ax: Axes, curves: Sequence[Curve]) -> None:
     ax.set_xlim(-0.02 * last, 1.02 * last)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.autoscale_view()
-    # A loss that is not finite ends nowhere.
-    ends = [(c.steps[-1], float(c.values[:, -1].mean()), c) for c in curves if np.isfinite(c.values[:, -1]).all()]
-    ends.sort(key=lambda end: end[1])
+    ends = sorted(((c.steps[-1], float(c.values[:, -1].mean()), c) for c in curves), key=lambda end: end[1])
     wanted = np.array([ax.transData.transform((x, y))[1] for x, y, _ in ends])
     inch = ax.figure.dpi
     apart = 0.115 * inch * np.arange(len(ends))

@@ -191,13 +191,14 @@ def _against_equal_size(report: Report, name: tuple[str, str, int]) -> str | Non
     lora = {arm.group.name for panel in report.share_panels for arm in panel.curve}
     found: dict[str, dict[str, None]] = {}
     for answer in report.answers:
-        pair = answer.pair
-        if pair is None or pair.method is None or pair.comparator is None or answer.claim.rule.margin is None:
+        pair, measure = answer.pair, answer.measure
+        # Without a measure, a side may have no runs.
+        if measure is None or pair is None or pair.method is None or pair.comparator is None:
             continue
+        is_asked = answer.claim.rule.margin is not None and (pair.anchor.setting, measure) in panels
         is_lora = all(group.name in lora for group in pair.comparator.groups)
-        is_equal = is_lora and is_near(pair.comparator.params, pair.method.params)
-        if _of(pair.method) == name and is_equal and answer.measure and (pair.anchor.setting, answer.measure) in panels:
-            found.setdefault(answer.verdict.value, {})[f"{answer.task} {answer.measure.metric}"] = None
+        if is_asked and is_lora and _of(pair.method) == name and is_near(pair.comparator.params, pair.method.params):
+            found.setdefault(answer.verdict.value, {})[f"{answer.task} {measure.metric}"] = None
     return "; ".join(f"{verdict}: {', '.join(where)}" for verdict, where in found.items()) or None
 
 

@@ -412,11 +412,7 @@ def left_out(folders: Iterable[LeftOut]) -> Table:
 
 
 def overview(rows: Sequence[ResultRow], folders: Sequence[LeftOut]) -> list[Table]:
-    """A table per base model: score and paired difference to LoRA for every configuration and task.
-
-    Args:
-        folders: those that are left out, among which are the runs that failed.
-    """
+    """A table per base model: score and paired difference to LoRA for every configuration and task."""
     by_model: dict[str, list[ResultRow]] = defaultdict(list)
     for row in rows:
         if row.primary:
@@ -444,13 +440,15 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
         "difference to LoRA at the same rank with its 95 % interval over seeds and examples (only over examples for "
         "one seed). * has notes in the table of results."
     )
+    # Without a finished run, a cell is `failed` if a run of it failed.
+    unfinished = [folder.run for folder in folders if folder.run is not None and folder.run.model in (model, "")]
+    failed = {(run.configuration, run.rank, run.task) for run in unfinished if run.ending == "failed"}
     cells = []
     for line in sorted({line for line, _ in by_place}):
-        rank, params, configuration, share = line
-        scores = [
-            by_place.get((line, place)) or _missing(model, configuration, rank, place[0], folders) for place in places
-        ]
-        cells.append([configuration, rank, params, share, *scores])
+        rank, params, name, share = line
+        missing = ("failed" if (name, rank, task) in failed else None for task, _, _ in places)
+        scores = [by_place.get((line, place), other) for place, other in zip(places, missing, strict=True)]
+        cells.append([name, rank, params, share, *scores])
     return Table(f"overview-{re.sub(r'[^A-Za-z0-9]+', '-', model).lower()}", caption, columns, cells)
 
 
@@ -489,10 +487,3 @@ TASK_SCORE = Kind(
     is_number=False,
 )
 """A ResultRow: its group's score on one task, and the difference to LoRA."""
-
-
-def _missing(model: str, configuration: str, rank: int, task: str, folders: Iterable[LeftOut]) -> str | None:
-    """`failed` if a run of the configuration failed on the task and none is finished."""
-    runs = [folder.run for folder in folders if folder.run is not None and folder.run.ending == "failed"]
-    own = {(run.configuration, run.rank, run.task) for run in runs if run.model in (model, "")}
-    return "failed" if (configuration, rank, task) in own else None

@@ -93,7 +93,7 @@ def choose(cells: Sequence[SweepCell], by: str) -> RateChoice:
     metric = LOSS if best.by == "loss" else validation_metric([chosen[0].folder.finished_record()]) or LOSS
     # The rule takes more as better, so it has seen a loss with the other sign.
     value = -best.value if is_loss(metric) else best.value
-    return recorded_choice(best, chosen, metric, value, len(cells), sum(len(trial.failed_seeds()) for trial in trials))
+    return recorded_choice(best, chosen, metric, value, len(cells), sum(len(trial.failed) for trial in trials))
 
 
 def recorded_choice(

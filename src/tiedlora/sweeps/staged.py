@@ -207,14 +207,7 @@ class StagedSweep:
         return "\n".join([*notes, *([""] if notes else []), selection.table(selected.choices)])
 
     def end(self, unfinished: Sequence[SweepCell] = ()) -> None:
-        """End the command.
-
-        Args:
-            unfinished: runs that are missing, in addition to those that the searches need.
-
-        Raises:
-            SystemExit: as run_staged.
-        """
+        """End the command, with SystemExit as run_staged. `unfinished` are missing runs that no search needs."""
         asked = [*(cell for search in self.searches for cell in search.next_cells()), *unfinished]
         trials = [(search, trial) for search in self.searches for trial in search.stage.trials()]
         used = [search.cell(trial.lr, seed) for search, trial in trials for seed in trial.losses]
@@ -366,7 +359,7 @@ def _write_plan(file: Path, path: Path, claims: Sequence[Claim], seeds: list[int
         "claims_file": path.name,
         "claims_sha256": storage.sha256(path),
         "claims": [
-            {"name": claim.name, "rule": str(claim.rule)}
+            {"name": claim.name, "rule": claim.rule.words}
             | {key: list(getattr(claim.plan, key)) for key in ("looks", "levels", "seeds")}
             for claim in claims
         ],
