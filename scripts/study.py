@@ -122,7 +122,9 @@ def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | Non
     (kept,) = finished_runs(folder, run_ids)
     recorded = kept.finished_record()
     config = compose.read_config(kept.config_file)
-    config.outputs, config.data_root, config.score.splits, config.force = str(outputs), data_root, [], True
+    config.outputs, config.data_root, config.force = str(outputs), data_root, True
+    # The record has no path of a neutral text.
+    config.score.splits, config.score.forgetting = [], None
     config.cache = str(CACHE)
     repeated = run.main(config)
     assert repeated is not None

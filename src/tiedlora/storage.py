@@ -1,4 +1,9 @@
-"""Write and read files. A write is complete or has no effect, and every file is checked when it is read."""
+"""Write and read files. A write is complete or has no effect, and every file is checked when it is read.
+
+What writes raises OSError if the disk is full or there is no permission. JSON is refused with a ValueError if a number
+is not finite, because other programs could not read the file. What reads raises a UserError that names the file, if it
+is missing, is not a regular file, cannot be read, or is damaged.
+"""
 
 from __future__ import annotations
 
@@ -96,9 +101,6 @@ def write_bytes(path: Path, data: bytes, flush: bool = True) -> None:
     Args:
         flush: False for files that the next start writes again. It saves milliseconds for each file, but a power
             failure may leave an empty file.
-
-    Raises:
-        OSError: the disk is full, or there is no permission; `path` is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(path)
@@ -116,50 +118,29 @@ def write_bytes(path: Path, data: bytes, flush: bool = True) -> None:
 
 
 def json_bytes(value: object) -> bytes:
-    """Indented JSON.
-
-    Raises:
-        ValueError: a number is not finite: other programs could not read the file.
-    """
+    """Indented JSON."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write indented JSON, completely or not at all.
-
-    Raises:
-        ValueError: a number is not finite: other programs could not read the file.
-        OSError: as write_bytes.
-    """
+    """Write indented JSON, completely or not at all."""
     write_bytes(path, json_bytes(value))
 
 
 def write_json_lines(path: Path, rows: Sequence[object]) -> None:
-    """Write one JSON value per line, completely or not at all.
-
-    Raises:
-        ValueError, OSError: as write_json.
-    """
+    """Write one JSON value per line, completely or not at all."""
     text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     write_bytes(path, text.encode())
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a regular file. A pipe or a device is refused, because reading it might never end.
-
-    Raises:
-        UserError: the file is missing, is not a regular file, or cannot be read.
-    """
+    """The content of a regular file. A pipe or a device is refused, because reading it might never end."""
     with _regular(path) as file:
         return file.read()
 
 
 def sha256(path: Path) -> str:
-    """The sha256 of a regular file, in hexadecimal.
-
-    Raises:
-        UserError: the file is missing, is not a regular file, or cannot be read.
-    """
+    """The sha256 of a regular file, in hexadecimal."""
     with _regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -168,10 +149,6 @@ def compress(path: Path) -> None:
     """Replace a file by its compressed form, path.gz, which `read_content` reads.
 
     A path.gz with the same content stays: another version of zlib would write other bytes for it.
-
-    Raises:
-        UserError: the file is missing or cannot be read, or path.gz is damaged.
-        OSError: as write_bytes.
     """
     data, beside = read_bytes(path), _compressed(path)
     if not beside.exists() or _decompressed(beside) != data:
@@ -180,21 +157,13 @@ def compress(path: Path) -> None:
 
 
 def read_content(path: Path) -> bytes:
-    """The content of a file, or that of path.gz if only this is there.
-
-    Raises:
-        UserError: as read_bytes; or path.gz is damaged.
-    """
+    """The content of a file, or that of path.gz if only this is there."""
     beside = _compressed(path)
     return _decompressed(beside) if beside.exists() and not path.exists() else read_bytes(path)
 
 
 def content_sha256(path: Path) -> str | None:
-    """The sha256 of the content of a file, in hexadecimal, also if it is stored compressed; None if it is missing.
-
-    Raises:
-        UserError: as read_content.
-    """
+    """The sha256 of the content of a file, in hexadecimal, also if it is stored compressed; None if it is missing."""
     is_here = path.exists() or _compressed(path).exists()
     return hashlib.sha256(read_content(path)).hexdigest() if is_here else None
 
@@ -225,11 +194,7 @@ def _regular(path: Path) -> Iterator[BufferedReader]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: the file cannot be read, is not UTF-8, not JSON, or not an object.
-    """
+    """A JSON object from a file."""
     data = read_bytes(path)
     try:
         value = json.loads(data)
@@ -241,11 +206,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> DictConfig:
-    """A YAML mapping as an OmegaConf node. Its interpolations are not resolved, and tags of Python objects are refused.
-
-    Raises:
-        UserError: the file cannot be read, is not UTF-8, not YAML or not a mapping.
-    """
+    """A YAML mapping as an OmegaConf node. Interpolations are not resolved, and tags of Python objects are refused."""
     node: object = None
     data = read_bytes(path)
     try:
@@ -261,11 +222,7 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def copy_folder(source: Path, path: Path) -> None:
-    """Copy a folder completely or not at all.
-
-    Raises:
-        OSError: the disk is full, or there is no permission; `path` is then as it was.
-    """
+    """Copy a folder completely or not at all."""
     with new_folder(path) as beside:
         shutil.copytree(source, beside, dirs_exist_ok=True)
 
@@ -305,9 +262,6 @@ def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
 
     With other files the folder cannot be replaced as a whole. Then each file is replaced, in the order of `contents`.
     The last one must hold what identifies the others, such as their sha256.
-
-    Raises:
-        OSError: the disk is full, or there is no permission.
     """
     if path.is_dir() and any(file.name not in contents for file in path.iterdir()):
         for name, data in contents.items():

@@ -38,6 +38,7 @@ RESULTS = {  # a key of result.json, its new value, and words of the message: on
         float("nan"),
         "which cannot be a value of a run's record of this project: must be a finite number",
     ),
+    "a list of factors": ("identity.train.lr_factor", [1], "'identity.train.lr_factor' is [1]"),
     "no training rows": ("data.train", ..., "has no 'data.train'"),
     "scores of an unknown split": ("scores.\x1b[2J", {}, "'scores.␛[2J.[key]' is"),
     "no metric": ("scores.validation.metrics", {}, "'scores.validation.metrics' is {}"),
@@ -50,6 +51,8 @@ RESULTS = {  # a key of result.json, its new value, and words of the message: on
     "base without gain": ("scores.validation.gain", ..., "has only one of base and gain"),
     "gain of other metrics": ("scores.validation.gain", {}, "has other metrics than"),
     "another status": ("status", "running", "'status' is 'running'"),
+    "a file outside the folder": ("files", {"/etc/passwd": "0" * 64}, "'files./etc/passwd.[key]' is"),
+    "a path for a sha256": ("scores.validation.files", {"predictions/x": "../../x"}, "is '../../x', which cannot be"),
 }
 
 

@@ -47,10 +47,13 @@ def test_those_that_are_trained_are_named_too_when_a_finished_run_is_scored(word
     run.main(compose_config([*words(), "score.splits=[]"]))
     (data / "more.jsonl").rename(data / "test.jsonl")
     (path,) = (tmp_path / "outputs").glob("TABuv-*")
-    score_more(RunFolder(path), data_root=str(data.parent), splits=["test"], metrics=["target_loss"])
+    more = {"data_root": str(data.parent), "splits": ["test"], "metrics": ["target_loss"]}
+    score_more(RunFolder(path), **more)
     assert SAID in caplog.text
     (data / "train.jsonl").rename(data / "elsewhere.jsonl")
-    record = score_more(RunFolder(path), data_root=str(data.parent), splits=["test"], metrics=["target_loss"], again=True)
+    record = score_more(
+        RunFolder(path), data_root=str(data.parent), splits=["test"], metrics=["target_loss"], again=True
+    )
     assert record.scores["test"].rows == 30
     assert "the test rows are not compared with the training rows: " in caplog.text
 

@@ -187,6 +187,10 @@ def test_a_run_that_diverged_stays_a_result_on_another_machine(folder, outputs, 
     study.restore_study(folder, tmp_path / "there")
     restored = RunFolder(tmp_path / "there" / diverged.path.name)
     assert (restored.state(), restored.diverged()) == ("failed", True)
+    # The run starts again, and is stopped.
+    diverged.error_file.unlink()
+    study.export_study(folder, here)
+    assert not kept.diverged()
 
 
 def test_a_finished_record_stays_while_its_run_is_trained_again(folder, outputs, tmp_path):

@@ -71,25 +71,27 @@ def copy_exported(run: RunFolder, out: Path) -> None:
         OSError: the folder cannot be written.
     """
     copied = RunFolder(out / run.path.name)
-    storage.copy_folder(run.path, copied.path)
     for split, scores in run.finished_record().scores.items():
         if scores.base is not None:
             source = run.base_predictions_file(split, scores.files)
             shared = copied.shared_base_file(scores.files[f"predictions/{split}.base.jsonl"])
             shared.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, shared)
+    # Last, because the next export leaves out a run whose folder is there.
+    storage.copy_folder(run.path, copied.path)
 
 
 def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
     """Copy the files without texts, and config.yaml without paths. Returns the configuration."""
+    # Of an earlier export, before the run started again.
+    exported.error_file.unlink(missing_ok=True)
     for name in ("metrics.jsonl", "validation_losses.jsonl", "pruned.txt"):
         if (run.path / name).exists():
             storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
         else:
-            # Of an earlier export, before the run continued.
             (exported.path / name).unlink(missing_ok=True)
     config = read_config(run.config_file)
-    score = replace(config.score, forgetting=_without_folder(config.score.forgetting))
+    score = replace(config.score, forgetting=config.score.forgetting and Path(config.score.forgetting).name)
     # RUN/adapter, or the name of another adapter's folder.
     start = Path(config.train.init_from or "")
     name = f"{start.parent.name}/adapter" if start.name == "adapter" else start.name
@@ -98,11 +100,6 @@ def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
     config = replace(config, outputs="outputs", cache=".cache", data_root=None, model=model, score=score, train=train)
     storage.write_bytes(exported.config_file, OmegaConf.to_yaml(config_tree(config)).encode())
     return config
-
-
-def _without_folder(text: str | None) -> str | None:
-    """The name of a file of neutral text."""
-    return text if text is None else Path(text).name
 
 
 def _split(run: RunFolder, exported: RunFolder, split: str, recorded: SplitScores) -> SplitScores:
@@ -120,7 +117,7 @@ def _split(run: RunFolder, exported: RunFolder, split: str, recorded: SplitScore
         shared.parent.mkdir(parents=True, exist_ok=True)
         written.replace(shared)
     storage.compress(exported.predictions_file(split))
-    return replace(recorded, files=files, source=_without_folder(recorded.source))
+    return replace(recorded, files=files, source=recorded.source and Path(recorded.source).name)
 
 
 def _without_texts(row: PredictionRow) -> PredictionRow:

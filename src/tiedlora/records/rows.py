@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -79,11 +80,7 @@ def read_predictions(path: Path) -> list[PredictionRow]:
 
 
 def write_predictions(path: Path, rows: Iterable[PredictionRow]) -> None:
-    """Write the rows, one JSON object per line, completely or not at all.
-
-    Raises:
-        OSError: the disk is full, or there is no permission.
-    """
+    """Write the rows, one JSON object per line, completely or not at all."""
     storage.write_json_lines(path, [row.to_json() for row in rows])
 
 
@@ -189,3 +186,6 @@ class AppendedFile(Generic[Row]):
         """
         with storage.naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row.to_json()) + "\n" for row in rows))
+            file.flush()
+            # A checkpoint that comes next must not survive a power failure without its rows.
+            os.fsync(file.fileno())

@@ -20,6 +20,8 @@ from tiedlora.text import visible
 
 LOCK_PATIENCE_SECONDS = 0.5
 """How long to wait for a run's lock. A process that only reads the run's state also holds the lock for a moment."""
+LOOK_SECONDS = 0.06
+"""How long `state` waits for another process that only reads the state. filelock tries again after 0.05 s."""
 DIVERGED = "tiedlora.errors.Diverged:"
 """How the last line of error.txt begins if a loss was not finite."""
 
@@ -154,7 +156,7 @@ class RunFolder:
         if not self.path.exists():
             return State.MISSING
         try:
-            with self.locked(patience=0):
+            with self.locked(patience=LOOK_SECONDS):
                 has_result = self.result_file.exists()
                 # Checked again under the lock, because another process may have finished the run in between.
                 if is_scored and has_result:

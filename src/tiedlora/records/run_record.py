@@ -23,6 +23,8 @@ from tiedlora.tying import PARTS
 RunId = Annotated[Text, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,400}$")]
 Split = Annotated[Text, Field(pattern=f"^({'|'.join(SPLITS)})$")]
 ScoredSplit = Annotated[Text, Field(pattern=f"^({'|'.join((*SCORED_SPLITS, FORGETTING))})$")]
+Sha256 = Annotated[Text, Field(pattern="^[0-9a-f]{64}$")]
+AdapterFile = Annotated[Text, Field(pattern=r"^adapter/[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 Scores = dict[Name, Interval]
 """Metric -> its value with its interval: within [-1, 1], or in nats if the metric is a loss."""
 
@@ -45,6 +47,7 @@ class RankValues:
 @dataclass(frozen=True)
 class TrainValues:
     lr: Number
+    lr_factor: dict[Text, Number] | None = None
 
 
 def arm_suffix(shuffles_targets: bool, objective: str | None) -> str:
@@ -203,7 +206,7 @@ class SplitScores:
     """The sha256 of the source, if it is a text file."""
     signatures: dict[Text, Text] | None = None
     """Metric -> the implementation and settings that computed it, if its name does not say enough."""
-    files: dict[Text, Text] = field(default_factory=dict)
+    files: dict[Text, Sha256] = field(default_factory=dict)
     """Predictions file -> its sha256."""
     executions: list[Execution] | None = None
     """Where the split was scored; None if all of it was on the same kind of device as the last training step."""
@@ -279,7 +282,7 @@ class RunRecord:
     scores: dict[ScoredSplit, SplitScores]
     status: Literal["done"]
     """Always `done`: other runs have no record."""
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[AdapterFile, Sha256] = field(default_factory=dict)
     """File of the adapter -> its sha256."""
     stored_params: Count | None = None
     """Numbers in the adapter's files, frozen ones included; None if these are the trained parameters."""

@@ -99,11 +99,7 @@ class Selection:
 
 
 def write_selection(path: Path, selection: Selection) -> None:
-    """Write a selection.json, completely or not at all.
-
-    Raises:
-        OSError: the disk is full, or there is no permission.
-    """
+    """Write a selection.json, completely or not at all."""
     storage.write_json(path, asdict(selection))
 
 

@@ -270,7 +270,10 @@ class SweepControl:
 
     def first_failure(self) -> str | None:
         """The cell that has stopped the sweep; None if no cell has."""
-        return self._first_failure.read_text().strip() if self._first_failure.exists() else None
+        try:
+            return self._first_failure.read_text().strip()
+        except FileNotFoundError:
+            return None
 
     def stops(self, run_id: str) -> bool:
         """Whether the cell should not start, or should stop."""

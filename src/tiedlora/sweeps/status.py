@@ -108,11 +108,7 @@ class Searched:
 
 
 def read_search(folder: Path, cells: Iterable[SweepCell]) -> Searched | None:
-    """What a search has decided in the sweep of this folder; None if there is no search.
-
-    Raises:
-        UserError: selection.json is damaged.
-    """
+    """What a search has decided in the sweep of this folder; None if there is no search."""
     file = folder / SELECTION_FILE
     selected = read_selection(file) if file.is_file() else None
     # A deciding sweep writes its plan first and its verdicts last.
@@ -281,13 +277,8 @@ class SweepView:
 
 
 def views(folder: Path) -> Iterator[SweepView]:
-    """The sweep of a folder as it is now, at every step of the iteration. What cannot change any more is read once.
-
-    Args:
-        folder: the sweep's folder, outputs/sweeps/SWEEP.
-
-    Raises:
-        UserError: the sweep's own files are damaged. A damaged run is a failed cell.
+    """The sweep of outputs/sweeps/SWEEP as it is now, at every step of the iteration. What cannot change any more is
+    read once, and a damaged run is a failed cell.
     """
     control = SweepControl(folder)
     known: dict[str, SweepCell] = {}

@@ -28,7 +28,7 @@ from tiedlora.export.study_records import copy_exported, export_record, export_s
 from tiedlora.keys import from_person
 from tiedlora.records.provenance import code_version, git
 from tiedlora.records.reading import Text
-from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_folder import RunFolder, State
 from tiedlora.records.selection import SELECTION_FILE, read_selection
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.expand import SECTIONS, Composers, DecidingOptions, compose_sweep
@@ -202,7 +202,7 @@ def export_study(folder: Path, outputs: Path) -> int:
             elif not exported.path.exists():
                 # It was restored from another study, which has runs in common with this one.
                 copy_exported(run, runs)
-        elif run.validation_losses_file.is_file() and run.config_file.is_file():
+        elif run.validation_losses_file.is_file() and run.config_file.is_file() and run.state() != State.RUNNING:
             # A finished record stays while its run is trained again, because its adapter was not kept. Files of a
             # stopped run stay as they were written if it has gone no further.
             if not exported.result_file.is_file() and _progress(run) != _progress(exported):

@@ -79,9 +79,9 @@ class WandbTracker(Tracker):
 
 def _settings(run: TrackedRun, earlier: Sequence[MetricsRow]) -> dict[str, Any]:
     """The arguments of wandb.init, as the environment is now: wandb.Settings reads WANDB_MODE when it is made."""
-    # An agent of `wandb sweep` chooses the id itself. With force=true, the run replaces the old one of its id: if it
-    # continued that one, W&B would drop all of its steps.
-    resume = None if run.config.force and not earlier else "allow"
+    # An agent of `wandb sweep` chooses the id itself. A run that starts again (force=true, or its folder was deleted)
+    # replaces the old one of its id: if it continued that one, W&B would drop all of its steps.
+    resume = "allow" if earlier else None
     identity = {} if "WANDB_SWEEP_ID" in os.environ else {"id": run.run_id, "resume": resume}
     return {
         "project": run.config.tracking.project,
