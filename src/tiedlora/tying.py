@@ -346,17 +346,15 @@ class PartTraits:
     """Whether weight decay applies. It would pull u and v towards 0, but they start at 1."""
     default_init: float | str
     """Its initial value in the eight configurations, unless it is the part that starts at zero."""
-    zero_start_order: int | None
-    """In the eight configurations, the trained part with the lowest number starts at zero; None: never this part."""
     neutral: float | None = None
     """If the part is frozen at this value, it changes nothing, so it is neither created nor stored."""
 
 
 PARTS: dict[str, PartTraits] = {
-    "A": PartTraits(("rank", "d_in"), is_shared=True, decays=True, default_init="uniform", zero_start_order=3),
-    "B": PartTraits(("d_out", "rank"), is_shared=True, decays=True, default_init="uniform", zero_start_order=1),
-    "u": PartTraits(("rank",), is_shared=False, decays=False, default_init=1.0, zero_start_order=None, neutral=1.0),
-    "v": PartTraits(("d_out",), is_shared=False, decays=False, default_init=1.0, zero_start_order=2, neutral=1.0),
+    "A": PartTraits(("rank", "d_in"), is_shared=True, decays=True, default_init="uniform"),
+    "B": PartTraits(("d_out", "rank"), is_shared=True, decays=True, default_init="uniform"),
+    "u": PartTraits(("rank",), is_shared=False, decays=False, default_init=1.0, neutral=1.0),
+    "v": PartTraits(("d_out",), is_shared=False, decays=False, default_init=1.0, neutral=1.0),
 }
 """The parts of an adapter by name. `Tying` has an attribute of the same name, which says how the part is trained."""
 FACTORS = tuple(name for name, traits in PARTS.items() if traits.is_shared)
@@ -435,15 +433,6 @@ def _meaning(tying: Tying) -> list[Any]:
     return [getattr(tying, name) for name in (*PARTS, "targets", "dropout", "layers", "terms")]
 
 
-def default_inits(trained: list[str]) -> dict[str, float | str]:
-    """Part -> its initial value in the eight configurations (docs/method.md): one trained part starts at zero."""
-    inits = {name: traits.default_init for name, traits in PARTS.items()}
-    orders = {name: order for name in trained if (order := PARTS[name].zero_start_order) is not None}
-    if orders:
-        inits[min(orders, key=lambda name: orders[name])] = 0.0
-    return inits
-
-
 def named(name: str) -> Tying:
     """One of the paper's eight specifications, of STARTS or of SUMS, with the values of conf/tying/.
 
@@ -457,9 +446,11 @@ def named(name: str) -> Tying:
     base, other_inits = STARTS.get(name, (name, {}))
     trained = list(FACTORS) if base == "LoRA" else [part for part in PARTS if part in base[1:]]
     share = 1 if base == "LoRA" else ALL_LAYERS
+    # docs/method.md, "Where a run starts".
+    zero = next(part for part in ("B", "v", "A") if part in trained)
     tying = Tying(name=name)
-    for part, init in {**default_inits(trained), **other_inits}.items():
-        is_trained = part in trained
+    for part, traits in PARTS.items():
+        is_trained, init = part in trained, other_inits.get(part, 0.0 if part == zero else traits.default_init)
         setattr(tying, part, Factor(is_trained, init, share) if part in FACTORS else Part(is_trained, init))
     return tying
 

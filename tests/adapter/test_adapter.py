@@ -3,15 +3,18 @@
 import copy
 import json
 import os
+from dataclasses import replace
 from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
+from helpers.families import family_model
 from helpers.tiny import EIGHT, TINY, logits, randomise, tiny, tying_option
 from safetensors.torch import load_file
 
 from tiedlora import storage, tying
 from tiedlora.adapter import architectures, attach, attach_adapter, load, save
+from tiedlora.adapter.files import start_from
 from tiedlora.adapter.parts import draw
 from tiedlora.config.schema import LrFactors, TrainConfig
 from tiedlora.errors import UserError
@@ -173,6 +176,31 @@ def test_reentrant_checkpoints_are_refused_where_layers_share_a_product_and_only
     model.gradient_checkpointing_disable()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model(input_ids=ids).logits.sum().backward()
+
+
+@pytest.mark.parametrize(("family", "target", "alpha"), [("llama", "q", 16), ("phi3", "q", 4), ("gpt_neox", "qkv", 4)])
+def test_reentrant_checkpoints_change_no_gradient_without_u_and_v(ids, family, target, alpha):
+    model = family_model(family)
+    attached = attach(model, replace(tying.named("LoRA"), targets=[target]), 4, alpha=alpha)
+    randomise(attached.adapter)
+    found = []
+    for _ in range(2):
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append({name: part.grad for name, part in attached.adapter.trained_parts().items()})
+        model.gradient_checkpointing_enable({"use_reentrant": True, "preserve_rng_state": False})
+    torch.testing.assert_close(*found)
+
+
+def test_an_own_scale_that_differs_is_no_start(tmp_path):
+    attach(tiny("tiny_llama").model, "RaSA", 8).save_pretrained(tmp_path)
+    adapter = attach(tiny("tiny_llama").model, "RaSA", 8, alpha=8**0.5, scaling="rslora").adapter
+    with pytest.raises(UserError, match=r"the scale of tying\.terms\.private \(own_scale\) is"):
+        start_from(adapter, tmp_path, load(tmp_path)[1])
+
+
+def test_values_of_other_types_are_taken_as_those_of_the_key():
+    assert attach(tiny("tiny_llama").model, Tying(dropout="0.1")).adapter.tying.dropout == 0.1
 
 
 def test_saving_keeps_the_other_files_of_a_folder(tmp_path):

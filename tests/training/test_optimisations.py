@@ -137,7 +137,7 @@ def test_compiled_blocks_share_one_graph_whatever_the_batch_and_change_nothing(n
             for batch, wanted in zip(batches[1:], plain[1:], strict=True):
                 assert close(loss_and_gradients(base, attached, [batch]), wanted, tolerance)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-        with compiling.eager():
+        with torch.compiler.set_stance("force_eager"):
             assert torch.equal(target_loss(base.model, batches[0]), plain[0][0])
     assert all(block._compiled_call_impl is None for block in blocks)
     assert not base.model.get_input_embeddings()._forward_hooks

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from tiedlora.adapter import linear
@@ -59,17 +60,12 @@ class Site:
 
         This is far cheaper than to spread the update itself, which has tokens x width numbers.
         """
-        if not self.heads and B.shape[-2] == self.width:
-            return B
-        placed = B.new_zeros(*B.shape[:-2], self.width, B.shape[-1])
+        first, last = self.outputs.start, self.outputs.stop
         if not self.heads:
-            placed[..., self.outputs, :] = B
-            return placed
-        # Views, and no index of the outputs: an index on the CPU would be copied to the GPU at every forward pass.
-        by_head = placed.view(*B.shape[:-2], self.heads, 3, -1, B.shape[-1])
-        rows = B.reshape(*B.shape[:-2], -1, self.heads, by_head.shape[-2], B.shape[-1])
-        by_head[..., self.outputs, :, :] = rows.transpose(-4, -3)
-        return placed
+            return B if B.shape[-2] == self.width else F.pad(B, (0, 0, first, self.width - last))
+        # Padding, and no index of the outputs: an index on the CPU would be copied to the GPU at every forward pass.
+        by_block = B.reshape(*B.shape[:-2], last - first, self.heads, -1, B.shape[-1]).transpose(-4, -3)
+        return F.pad(by_block, (0, 0, 0, 0, first, 3 - last)).flatten(-4, -2)
 
 
 def read(model: nn.Module, layout: Layout | None = None) -> Architecture:

@@ -205,7 +205,9 @@ def _comparable(adapter: TiedAdapter) -> list[tuple[str, object]]:
     ]
     for name, term in terms.items():
         key, layers = f"tying.terms.{name}" if name else "tying", spec.adapted_layers(term, adapter.architecture)
-        values += [(f"{key}.layers", layers), (f"{key}.own_scale", term.own_scale)]
+        own_rank = spec.term_rank(term, adapter.rank, adapter.architecture) if term.own_scale else adapter.rank
+        own_scale = spec.scale(adapter.alpha, own_rank, adapter.scaling)
+        values += [(f"{key}.layers", layers), (f"the scale of {key} (own_scale)", own_scale)]
         for part in spec.FACTORS:
             sharing = spec.layers_per_group(getattr(term, part).share, len(layers))
             values.append((f"{key}.{part}.share (the layers that share one)", sharing))

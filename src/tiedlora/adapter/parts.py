@@ -32,9 +32,9 @@ LARGEST_RANK = 2**16
 
 def check_specification(
     tying: Tying, rank: int, alpha: float, architecture: Architecture, seed: int, scaling: str
-) -> None:
-    """Raises UserError unless an adapter can be made of these values. It allocates nothing."""
-    from_person(type(tying), tying, prefix="tying.")
+) -> Tying:
+    """The tying with typed values. Raises UserError unless an adapter can be made of these. It allocates nothing."""
+    tying = from_person(type(tying), tying, prefix="tying.")
     from_person(Architecture, architecture, prefix="architecture.")
     # Python's bool is a subclass of int, but True is not a rank.
     if type(rank) is not int or not 1 <= rank <= LARGEST_RANK:
@@ -46,6 +46,7 @@ def check_specification(
         raise UserError(f"seed={seed!r:.40}: must be an int")
     if scaling not in spec.SCALINGS:
         raise UserError(f"scaling={scaling}: choose one of {', '.join(spec.SCALINGS)}")
+    return tying
 
 
 def draw(init: float | str, shape: tuple[int, ...], seed: int, part: str, target: str) -> Tensor:
@@ -161,7 +162,7 @@ class TiedAdapter(nn.Module):
         scaling: str = "standard",
     ) -> None:
         super().__init__()
-        check_specification(tying, rank, alpha, architecture, seed, scaling)
+        tying = check_specification(tying, rank, alpha, architecture, seed, scaling)
         self.tying, self.rank, self.alpha, self.architecture, self.seed = tying, rank, alpha, architecture, seed
         self.scaling, self.scale = scaling, spec.scale(alpha, rank, scaling)
         self.layers = spec.adapted_layers(tying, architecture)
@@ -187,8 +188,8 @@ class TiedAdapter(nn.Module):
     def _in_all_layers(self, parts: TargetParts, factor: Tensor) -> Tensor:
         if len(parts.layers) == len(self.layers):
             return factor
-        places = torch.tensor([self.layers.index(layer) for layer in parts.layers], device=factor.device)
-        return factor.new_zeros(len(self.layers), *factor.shape[1:]).index_copy(0, places, factor)
+        of_layer, nothing = dict(zip(parts.layers, factor, strict=True)), torch.zeros_like(factor[0])
+        return torch.stack([of_layer.get(layer, nothing) for layer in self.layers])
 
     def pairs(self, scale: float = 1.0, dtype: torch.dtype | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Module path -> its LoRA pair (A: k r x d_in, B: width x k r), differentiable with respect to the parts.
@@ -205,7 +206,8 @@ class TiedAdapter(nn.Module):
         pairs_of_module: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for target in self.tying.targets:
             A, B = self.folded(target)
-            A = scale * A if scale != 1.0 else A
+            # As a Scalar it is not kept for the backward pass, so reentrant checkpoints can share the product.
+            A = torch.ops.aten.mul.Scalar(A, scale) if scale != 1.0 else A
             for site, paths in self._sites[target]:
                 B_layers = site.place(B[:, site.rows]).to(dtype or B.dtype).unbind()
                 # Rounded for each site: the gradients of q, k and v are then added in float32, not in the base's dtype.

@@ -94,7 +94,7 @@ def check_device(key: str, name: str) -> None:
     Args:
         key: the name of the setting in the message.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name, re.ASCII):
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", name, re.ASCII):
         raise UserError(f"{key}={name}: choose auto, cpu, cuda or cuda:NUMBER")
 
 

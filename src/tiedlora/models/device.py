@@ -24,18 +24,12 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """mallopt's settings: how much free memory at the heap's end is returned, and how many blocks may be outside it."""
 
 
-def resolve_device(name: str, local_index: int | None = None) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """The device that `train.device` names. `auto` takes CUDA if there is a GPU.
 
-    Args:
-        local_index: the number of this process on this machine, if several processes each have a GPU. None takes the
-            default GPU.
-
     Raises:
-        UserError: the name, or the slot of a sweep, asks for CUDA, and there is no CUDA device.
+        UserError: the name, or the slot of a sweep, asks for a CUDA device that is not here.
     """
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"train.device={name}: no CUDA device here; use train.device=auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and (slot := os.environ.get(SLOT_DEVICE)):
@@ -43,14 +37,16 @@ def resolve_device(name: str, local_index: int | None = None) -> torch.device:
                 f"hydra.launcher.devices: has {slot}, and torch finds no such CUDA device here; correct the list, or "
                 "use train.device=cpu"
             )
-    if name.startswith("cuda") and local_index is not None:
-        return torch.device("cuda", local_index)
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"train.device={name}: no such CUDA device here; use train.device=auto or cpu")
+    return device
 
 
 def here_or_auto(name: str) -> str:
-    """The device that a finished run names, or `auto` if that is CUDA and there is none: its scores need no GPU."""
-    return "auto" if name.startswith("cuda") and not torch.cuda.is_available() else name
+    """The device that a finished run names, or `auto` if it is a CUDA device that is not here: scores need no GPU."""
+    index = int(name.partition(":")[2] or 0)
+    return "auto" if name.startswith("cuda") and index >= torch.cuda.device_count() else name
 
 
 @functools.cache
@@ -67,14 +63,16 @@ def set_up_device(name: str, threads: int | None, local_index: int | None = None
     Args:
         name: as train.device.
         threads: as train.threads; None takes torch's own number, also after a run with another one.
-        local_index: as resolve_device.
+        local_index: the number of this process on this machine, if several processes each have a GPU.
 
     Raises:
         UserError: the device is not here.
     """
     own = own_threads()
     torch.set_num_threads(own if threads is None else threads)
-    device = resolve_device(name, local_index)
+    device = resolve_device(name)
+    if device.type == "cuda" and local_index is not None:
+        device = torch.device("cuda", local_index)
     if device.type == "cpu":
         keep_freed_memory()
     elif device.index is not None:

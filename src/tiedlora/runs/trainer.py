@@ -390,7 +390,8 @@ class Trainer:
     def _evaluating(self) -> Iterator[None]:
         """Inside the context, the model evaluates, and its blocks run uncompiled."""
         self.arm.model.eval()
-        with compiling.eager():
+        # Otherwise another mode or shape would be compiled again.
+        with torch.compiler.set_stance("force_eager"):
             yield
         self.arm.model.train()
 
@@ -441,7 +442,7 @@ class Trainer:
             devices.free_memory()
             self.validation_batches = self._validation_batches()
             return self._row_losses()
-        shares = world.gather([losses.to_cpu() for losses in own])
+        shares = world.gather(own)
         return [shares[number % world.size][number // world.size] for number in range(len(self.validation_batches))]
 
     def _in_row_order(self, losses: list[RowLosses]) -> ValidationLosses:

@@ -16,9 +16,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from tiedlora.data.batching import split_by_limits
-from tiedlora.models import output_head
 from tiedlora.models.placement import input_device, without_gradients
-from tiedlora.training.loss import chunk_rows, log_likelihoods_
+from tiedlora.training.loss import next_token_losses
 
 ENDED_SHARE_TO_COMPACT = 1 / 8
 """Finished rows leave their batch when they are this share of it, because to remove rows copies the cache."""
@@ -206,19 +205,9 @@ def choice_log_likelihoods(
     columns = torch.tensor([column for text in texts for column in range(len(text))], dtype=torch.long, device=device)
     tokens = torch.tensor([token for text in texts for token in text], dtype=torch.long, device=device)
     sums = torch.zeros(len(texts), dtype=torch.float64, device=device)
-    sums.index_add_(0, rows, _token_log_likelihoods(model, states[rows, columns], tokens).double())
+    sums.index_add_(0, rows, -next_token_losses(model, states[rows, columns], tokens).double().to(device))
     remaining = iter(sums.tolist())
     return [[next(remaining) for _ in own] for own in choices]
-
-
-def _token_log_likelihoods(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """log p(token) from the hidden state before it. It is computed in chunks, because logits are the peak of memory."""
-    head, results = model.get_output_embeddings(), []
-    size = chunk_rows(head.weight.shape[0])
-    for states, chunk_tokens in zip(torch.split(hidden, size), torch.split(tokens, size), strict=True):
-        logits = output_head.after(model, head(states).float())
-        results.append(log_likelihoods_(logits, chunk_tokens.to(logits.device))[0].to(hidden.device))
-    return torch.cat(results)
 
 
 class AnswerEnds:

@@ -93,8 +93,3 @@ def compiled(blocks: Any, embeddings: nn.Module) -> Iterator[None]:
 def _needs_gradient(_: nn.Module, __: Any, output: Tensor) -> None:
     if torch.is_grad_enabled():
         output.requires_grad_()
-
-
-def eager() -> Any:
-    """Inside the context, blocks run uncompiled. Otherwise another mode or shape would be compiled again."""
-    return torch.compiler.set_stance("force_eager")

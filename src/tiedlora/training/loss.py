@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
 from torch.nn import functional as F
 
+from tiedlora.adapter import linear
 from tiedlora.data.batching import Batch
 from tiedlora.errors import UserError
 from tiedlora.models import output_head
-from tiedlora.models.placement import weights_in_place, without_gradients
+from tiedlora.models.placement import without_gradients
 
 CHUNK = 256
 """The most target positions of a chunk. They are enough for the full speed of matrix products."""
@@ -120,33 +122,45 @@ def token_losses(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
         ValueError: as target_loss.
         UserError: the temperature is not 1, and the model's logits are not linear in its hidden states.
     """
-    with _head_inputs(model, batch, temperature) as inputs:
-        losses: Tensor = _TokenLosses.apply(*inputs)  # type: ignore[no-untyped-call]
-    return losses
-
-
-@contextmanager
-def _head_inputs(
-    model: Any, batch: Batch, temperature: float = 1.0
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, float | None]]:
-    """The hidden states of the target positions, the head's weight and bias, the targets, and the softcap.
-
-    The logits are linear in the hidden states, so a model's factor on its logits is put on the states. (No model of
-    transformers with such a factor has a bias in its head; output_head.check would refuse it.)
-    """
     head = model.get_output_embeddings()
     if head.weight.requires_grad:
         raise ValueError("target_loss needs a frozen output head")
-    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    states = hidden.flatten(0, 1).index_select(0, batch.positions.to(hidden.device))
-    factor = output_head.factor(model) / temperature
     if temperature != 1 and (output_head.softcap(model) is not None or getattr(head, "bias", None) is not None):
         raise UserError(
             f"objective.temperature={temperature:g}: the output head of {type(model).__name__} has a bias or a cap on "
             "its logits, which allows only 1"
         )
-    with weights_in_place(head, states if factor == 1 else factor * states, batch.targets) as (states, targets):
-        yield states, head.weight, getattr(head, "bias", None), targets, output_head.softcap(model)
+    return next_token_losses(model, _states(model, batch), batch.targets, temperature)
+
+
+def next_token_losses(model: Any, states: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """The cross-entropy of each token, (tokens,), from the hidden state before it, (tokens, hidden size)."""
+    with _head_inputs(model, states, tokens, temperature) as inputs:
+        losses: Tensor = _TokenLosses.apply(*inputs)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def _states(model: Any, batch: Batch) -> Tensor:
+    """The hidden states of a batch's target positions."""
+    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, batch.positions.to(hidden.device))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _head_inputs(
+    model: Any, states: Tensor, tokens: Tensor, temperature: float = 1.0
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, float | None]]:
+    """The hidden states and the tokens where the head runs, its weight and bias, and the softcap.
+
+    The logits are linear in the hidden states, so a model's factor on its logits is put on the states. (No model of
+    transformers with such a factor has a bias in its head; output_head.check would refuse it.)
+    """
+    head, factor = model.get_output_embeddings(), output_head.factor(model) / temperature
+    states, tokens = (each.to(linear.execution_device(head)) for each in (states, tokens))
+    # An offloaded head has its weights only inside the context.
+    with align_module_device(head):
+        bias, scaled = getattr(head, "bias", None), states if factor == 1 else factor * states
+        yield scaled, head.weight, bias, tokens, output_head.softcap(model)
 
 
 @dataclass(frozen=True)
@@ -160,21 +174,18 @@ class RowLosses:
     total: Tensor
     """The sum over the batch, a scalar, exactly as `target_loss` computes it."""
 
-    def to_cpu(self) -> RowLosses:
-        """The same losses on the CPU."""
-        return RowLosses(self.sums.cpu(), self.tokens.cpu(), self.total.cpu())
-
 
 @without_gradients
 def row_losses(model: Any, batch: Batch) -> RowLosses:
-    """The losses of a batch's rows, from one forward pass.
+    """The losses of a batch's rows on the CPU, from one forward pass.
 
     Raises:
         ValueError: as target_loss.
     """
-    losses, device = token_losses(model, batch), batch.targets.device
+    losses = token_losses(model, batch)
     tokens = batch.sums_by_row(torch.ones_like(batch.targets))
-    return RowLosses(batch.sums_by_row(losses.double().to(device)), tokens, _total(model, losses).to(device))
+    sums = batch.sums_by_row(losses.double().to(batch.targets.device))
+    return RowLosses(sums.cpu(), tokens.cpu(), _total(model, losses).cpu())
 
 
 @without_gradients
@@ -187,11 +198,10 @@ def row_divergences(model: Any, batch: Batch, as_base: Callable[[], AbstractCont
     Args:
         as_base: a context inside which `model` computes as the base model.
     """
-    with _head_inputs(model, batch) as inputs:
+    with _head_inputs(model, _states(model, batch), batch.targets) as inputs:
         adapted = inputs[0]
     found = []
-    # An offloaded head has its weights only inside the context.
-    with as_base(), _head_inputs(model, batch) as (base, weight, bias, _, softcap):
+    with as_base(), _head_inputs(model, _states(model, batch), batch.targets) as (base, weight, bias, _, softcap):
         size = chunk_rows(weight.shape[0])
         for states in zip(torch.split(adapted, size), torch.split(base, size), strict=True):
             log_p, log_q = (_log_softmax(own, weight, bias, softcap) for own in states)

@@ -26,17 +26,9 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], TrainConfig, bool], torch.
 """`train.optimizer` -> a function of (parameter groups, settings, whether the parameters are on a GPU)."""
 
 
-def _constant(share: float, lr: float, min_lr: float) -> float:
-    return lr
-
-
-def _cosine(share: float, lr: float, min_lr: float) -> float:
-    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * share)) / 2
-
-
 SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
-    "constant": _constant,
-    "cosine": _cosine,
+    "constant": lambda share, lr, min_lr: lr,
+    "cosine": lambda share, lr, min_lr: min_lr + (lr - min_lr) * (1 + math.cos(math.pi * share)) / 2,
 }
 """`train.schedule` -> the rate as a function of (share of the steps after the warm-up that are done, lr, min_lr)."""
 
