@@ -37,12 +37,6 @@ class TestRules:
         assert found.verdict == verdict
         assert found.decide == ""
 
-    def test_better_needs_no_base_model(self, tmp_path):
-        world(tmp_path / "runs", {"LoRA": 0.5, "TABuv": 0.6}, **SURE)
-        for path in (tmp_path / "runs").glob("*/predictions/*.base.jsonl"):
-            path.unlink()
-        assert answer(tmp_path, "better_by: 0.0").verdict == "supported"
-
     def test_a_lower_loss_is_better(self, tmp_path):
         generator = np.random.default_rng(0)
         rows = generator.gamma(4, 0.1, 300)

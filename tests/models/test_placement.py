@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_submodules
 from helpers.tiny import TINY, generate, randomise, saved_tiny, tiny
 
 from tiedlora.adapter import attach, linear
@@ -68,6 +68,15 @@ def test_half_on_the_disk_is_the_whole_model_bit_for_bit(name, recompute, tmp_pa
     assert all(gradient.abs().max() > 0 for gradient in ours[2].values())
     assert (*ours[:2], *ours[3:]) == (*theirs[:2], *theirs[3:])
     assert everything(offloaded)[0] == ours[0], "a second adapter finds the base as the first did"
+
+
+def test_a_head_with_several_hooks_has_its_weights():
+    model = tiny("tiny_llama").model
+    (batch,) = microbatches([Encoded(*row) for row in zip(PROMPTS, TARGETS, strict=True)], 256)
+    plain = mean_loss([row_losses(model, batch)])
+    cpu_offload(model.lm_head, execution_device=CPU)
+    add_hook_to_module(model.lm_head, ModelHook(), append=True)
+    assert mean_loss([row_losses(model, batch)]) == plain
 
 
 def test_an_offloaded_base_is_scored_unmerged_and_not_merged(tmp_path):

@@ -241,8 +241,7 @@ def _decide(answer: Answer, scores: Sides, ended: set[int]) -> None:
     plan = answer.claim.plan
     answer.seeds = len(scores.seeds)
     if answer.claim.rule.needs_zero and scores.zero is None:
-        answer.reason = "the base model was not scored, or its predictions cannot be read"
-        answer.decide = "scores of the base model (score.base=true)"
+        answer.reason, answer.decide = "the base model was not scored", "scores of the base model (score.base=true)"
         return
     if answer.rows < 2:
         answer.reason, answer.decide = "one row has no interval", "two or more rows"

@@ -295,7 +295,7 @@ def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
 
 
 def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
-    """The pair of an anchor. Raises as `_partner`."""
+    """The pair of an anchor. UserError: a side is missing, or several groups fit."""
     matched = claim.method if claim.method.rank is None else claim.comparator
     partner: Peer
     if matched.frontier:

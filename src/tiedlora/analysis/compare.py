@@ -187,9 +187,7 @@ def paired_scores(
     if floor is not None:
         zero = others.pop()
     elif (base := next((run for side in runs for run in side if measure.has_base(run)), None)) is not None:
-        # A rule that needs no zero point is answered all the same.
-        with contextlib.suppress(UserError):
-            zero = book.base_scores(base, measure)
+        zero = book.base_scores(base, measure)
     zero = None if zero is None else measure.sign * zero
     seeds = tuple(run.seed for run in runs[0])
     return Sides(measure.sign * table, measure.sign * _blended(comparator, others), zero, clusters, seeds)

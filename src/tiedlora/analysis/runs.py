@@ -211,8 +211,11 @@ def read_run(path: Path) -> Run | LeftOut:
         record = read_record(folder.result_file)
         identity_digest(record.identity.tree)  # It refuses a number that is not finite.
         return Run(path, record, _configuration(record))
-    except (UserError, KeyError, TypeError, ValueError) as error:
-        return LeftOut(path, f"result.json: {str(error).removeprefix(f'{folder.result_file}: ')}", _unfinished(folder))
+    except UserError as error:
+        reason = str(error).removeprefix(f"{folder.result_file}: ")
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        reason = f"config.model.architecture.layers cannot be read ({error!r:.60})"
+    return LeftOut(path, f"result.json: {reason}", _unfinished(folder))
 
 
 def _configuration(record: RunRecord) -> str:
@@ -251,7 +254,7 @@ def _unfinished(folder: RunFolder) -> UnfinishedRun | None:
         rank=int(match["rank"]),
         task=match["task"],
         seed=int(match["seed"]),
-        lr=lr,
+        lr=lr if math.isfinite(lr) else math.nan,
         ending="failed" if error else "pruned" if last_line(folder.pruned_file) else "",
         diverged=error.startswith(DIVERGED),
         loss=losses[-1] if losses else None,

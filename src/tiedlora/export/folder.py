@@ -137,7 +137,7 @@ def _copy(run: RunFolder, out: Path, *names: str) -> None:
 
 
 def _is_gsm8k(task: TaskConfig) -> bool:
-    """Whether lm-eval can score the task. The task of another program, which has registered it, is not known here."""
+    """Whether it is gsm8k, which lm-eval can score. A task that another program has registered is unknown here."""
     try:
         return isinstance(load_task(task), Gsm8k)
     except UserError:

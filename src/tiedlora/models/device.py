@@ -38,15 +38,20 @@ def resolve_device(name: str) -> torch.device:
                 "use train.device=cpu"
             )
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if not _is_here(device):
         raise UserError(f"train.device={name}: no such CUDA device here; use train.device=auto or cpu")
     return device
 
 
+def _is_here(device: torch.device) -> bool:
+    # A driver that torch cannot use may still count its GPUs.
+    is_usable = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    return device.type != "cuda" or is_usable
+
+
 def here_or_auto(name: str) -> str:
     """The device that a finished run names, or `auto` if it is a CUDA device that is not here: scores need no GPU."""
-    index = int(name.partition(":")[2] or 0)
-    return "auto" if name.startswith("cuda") and index >= torch.cuda.device_count() else name
+    return name if name == "auto" or _is_here(torch.device(name)) else "auto"
 
 
 @functools.cache

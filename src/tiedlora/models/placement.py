@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from accelerate.utils import get_max_memory
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from tiedlora.adapter import linear
@@ -55,6 +57,23 @@ def loading_settings(config: ModelConfig, dtype: torch.dtype, device: torch.devi
 def input_device(model: Any) -> torch.device:
     """The device where the model expects token ids."""
     return linear.execution_device(model.get_input_embeddings())
+
+
+@contextmanager
+def weights_in_place(module: nn.Module, *inputs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Inside the block, the module's weights are where it runs, and so are `inputs`. For code that reads the weights
+    instead of calling the module.
+    """
+    # Not accelerate's align_module_device, which does nothing for a module with several hooks.
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield inputs
+        return
+    moved, _ = hook.pre_forward(module, *inputs)
+    try:
+        yield moved
+    finally:
+        hook.post_forward(module, None)
 
 
 def without_gradients(function: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:

@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor
 from torch.nn import functional as F
 
-from tiedlora.adapter import linear
 from tiedlora.data.batching import Batch
 from tiedlora.errors import UserError
 from tiedlora.models import output_head
-from tiedlora.models.placement import without_gradients
+from tiedlora.models.placement import weights_in_place, without_gradients
 
 CHUNK = 256
 """The most target positions of a chunk. They are enough for the full speed of matrix products."""
@@ -134,7 +132,10 @@ def token_losses(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
 
 
 def next_token_losses(model: Any, states: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """The cross-entropy of each token, (tokens,), from the hidden state before it, (tokens, hidden size)."""
+    """The cross-entropy of each token, (tokens,), from the hidden state before it, (tokens, hidden size).
+
+    `temperature` divides the hidden states, which is only right for a head without a bias and a softcap.
+    """
     with _head_inputs(model, states, tokens, temperature) as inputs:
         losses: Tensor = _TokenLosses.apply(*inputs)  # type: ignore[no-untyped-call]
     return losses
@@ -156,11 +157,8 @@ def _head_inputs(
     transformers with such a factor has a bias in its head; output_head.check would refuse it.)
     """
     head, factor = model.get_output_embeddings(), output_head.factor(model) / temperature
-    states, tokens = (each.to(linear.execution_device(head)) for each in (states, tokens))
-    # An offloaded head has its weights only inside the context.
-    with align_module_device(head):
-        bias, scaled = getattr(head, "bias", None), states if factor == 1 else factor * states
-        yield scaled, head.weight, bias, tokens, output_head.softcap(model)
+    with weights_in_place(head, states if factor == 1 else factor * states, tokens) as (states, tokens):
+        yield states, head.weight, getattr(head, "bias", None), tokens, output_head.softcap(model)
 
 
 @dataclass(frozen=True)
