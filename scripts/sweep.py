@@ -118,7 +118,7 @@ def show(sweep: Sweep, searches: bool, tflops: float | None, json: bool) -> None
     """Print the status; with `tflops`, the plan."""
     # A search may have cells outside the grid. A plain sweep of the same cells runs all of them.
     has_searched = searches and (sweep.path / SELECTION_FILE).is_file()
-    plain = (status.status_of(cell, sweep.control) for cell in sweep.cells)
+    plain = (status.status_of(cell, sweep.control, patience=0) for cell in sweep.cells)
     cells = next(status.views(sweep.path)).cells if has_searched else list(plain)
     forecasts, unknown = forecast.forecast(sweep.cells, tflops) if tflops else ([], [])
     if json:

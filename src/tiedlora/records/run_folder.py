@@ -144,19 +144,20 @@ class RunFolder:
         kept = storage.read_json(self.result_file) if self.result_file.exists() else {}
         storage.write_json(self.result_file, {**kept, **record.to_json()})
 
-    def state(self, is_scored: bool = True, pause_after: int | None = None) -> State:
+    def state(self, is_scored: bool = True, pause_after: int | None = None, patience: float = LOOK_SECONDS) -> State:
         """The state of the run, from the files and the lock, which is held for a moment.
 
         Args:
             is_scored: whether a finished run has all scores that are wanted. One that lacks some is not done.
             pause_after: the step at which a run counts as paused.
+            patience: how many seconds to wait for another reader. It costs 0.1 s for each run that is going.
         """
         if is_scored and self.result_file.exists():
             return State.DONE
         if not self.path.exists():
             return State.MISSING
         try:
-            with self.locked(patience=LOOK_SECONDS):
+            with self.locked(patience):
                 has_result = self.result_file.exists()
                 # Checked again under the lock, because another process may have finished the run in between.
                 if is_scored and has_result:

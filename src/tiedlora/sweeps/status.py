@@ -24,7 +24,7 @@ from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import read_metrics
-from tiedlora.records.run_folder import State
+from tiedlora.records.run_folder import LOOK_SECONDS, State
 from tiedlora.records.selection import SELECTION_FILE, Selection, read_selection
 from tiedlora.scoring.passes import lacks_scores
 from tiedlora.sweeps.cells import PLAN_FILE, VERDICTS_FILE, Sweep, SweepCell, SweepControl, frozen_cell, rate_groups
@@ -116,11 +116,14 @@ def read_search(folder: Path, cells: Iterable[SweepCell]) -> Searched | None:
     return Searched(selected, cells, takes_looks) if selected is not None and selected.searches else None
 
 
-def status_of(cell: SweepCell, control: SweepControl, searched: Searched | None = None) -> CellStatus:
+def status_of(
+    cell: SweepCell, control: SweepControl, searched: Searched | None = None, patience: float = LOOK_SECONDS
+) -> CellStatus:
     """The status of a cell. A run whose result.json is damaged has failed.
 
     Args:
         searched: what the sweep's search has decided; None for a sweep that runs all cells.
+        patience: as RunFolder.state.
     """
     folder = cell.folder
     try:
@@ -133,7 +136,7 @@ def status_of(cell: SweepCell, control: SweepControl, searched: Searched | None 
     pause = cell.config.train.pause_after
     if searched and not folder.pruned_file.exists() and (step := folder.checkpoint_step()) in searched.rungs:
         pause = step
-    state = folder.state(is_scored, pause)
+    state = folder.state(is_scored, pause, patience)
     is_needed = searched is None or (cell.run_id not in searched.unneeded and state != State.PRUNED)
     if state not in (State.DONE, State.RUNNING) and control.is_dropped(cell.run_id):
         state = State.DROPPED
@@ -289,7 +292,8 @@ def views(folder: Path) -> Iterator[SweepView]:
                 known[path.stem] = frozen_cell(folder, path.stem)
         in_order = sorted(known.values(), key=lambda cell: (cell.name, cell.run_id))
         searched = read_search(folder, in_order)
-        cells = [done.get(cell.run_id) or status_of(cell, control, searched) for cell in in_order]
+        # Without patience, because many cells may be running. Nothing is decided here.
+        cells = [done.get(cell.run_id) or status_of(cell, control, searched, patience=0) for cell in in_order]
         is_decided = searched is None or searched.is_over
         if is_decided:
             # Before, the search may still choose a run that is done without scores.
