@@ -2,6 +2,7 @@
 
 import pytest
 
+from tiedlora import storage
 from tiedlora.config.project import PROJECT
 from tiedlora.page import readme, write
 from tiedlora.sweeps.study import read_study
@@ -26,6 +27,9 @@ def test_every_table_has_the_numbers_of_the_records_which_have_a_clean_commit_an
         assert all(code.dirty is False for code in run.record.code_versions), run.run_id
         assert "texts" in (run.record.left_out or []), run.run_id
         assert run.record.config.tree["data_root"] is None, run.run_id
+    for path in [*folder.glob("runs/*/predictions/*"), *folder.glob("runs/base/*")]:
+        lines = storage.read_content(path.with_name(path.name.removesuffix(".gz"))).splitlines()
+        assert all(b'"prompt": "", ' in line and b'"references": [], ' in line for line in lines), path
 
 
 def test_the_studies_are_small():

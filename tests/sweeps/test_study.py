@@ -10,12 +10,14 @@ import pytest
 from helpers import processes
 from helpers.commands import wait_until
 from helpers.hostile import snapshot
+from helpers.tiny import score_more
 
 from tiedlora import storage
 from tiedlora.analysis.runs import read_runs, run_roots
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
+from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.selection import RateChoice, Selection, write_selection
 from tiedlora.runs import run
@@ -232,6 +234,21 @@ def test_a_study_takes_the_runs_that_another_study_has_kept(folder, outputs, tmp
     assert study.export_study(tmp_path / "other", tmp_path / "outputs") == 3
     first, second = map(snapshot, (folder / "runs", tmp_path / "other" / "runs"))
     assert {path: kept for path, kept in first.items() if not path.startswith("sweeps")} == second
+
+
+def test_scores_that_a_restored_run_has_got_since_are_kept_without_texts(folder, outputs, tmp_path):
+    place, _ = outputs
+    study.export_study(folder, place)
+    study.restore_study(folder, tmp_path / "outputs")
+    (run,) = (RunFolder(path.parent) for path in (tmp_path / "outputs").glob("*/adapter"))
+    added = "test" if "test" not in run.finished_record().scores else "validation"
+    score_more(run, splits=[added])
+    assert all(row.prompt for row in read_predictions(run.predictions_file(added)))
+    study.export_study(folder, tmp_path / "outputs")
+    kept = RunFolder(folder / "runs" / run.path.name)
+    assert added in kept.finished_record().scores
+    assert not any(row.prompt or row.references for row in read_predictions(kept.predictions_file(added)))
+    assert kept.adapter.exists()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ a study holds each file once, in base/, named by its sha256.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def export_record(run: RunFolder, out: Path, *, keep_adapter: bool) -> RunFolder
 
     Args:
         out: the folder of the study's runs.
-        keep_adapter: whether the adapter's files are kept. Otherwise the record has only their sha256.
+        keep_adapter: whether the adapter's files are kept, if the run has them. Otherwise the record has their sha256.
 
     Raises:
         UserError: the run is not finished, or a file is damaged.
@@ -37,6 +36,7 @@ def export_record(run: RunFolder, out: Path, *, keep_adapter: bool) -> RunFolder
     record = run.finished_record()
     exported = RunFolder(out / record.run_id)
     scores = {split: _split(run, exported, split, recorded) for split, recorded in record.scores.items()}
+    keep_adapter = keep_adapter and record.keeps(ADAPTER)
     if keep_adapter:
         for name in record.files:
             storage.write_bytes(exported.path / name, storage.read_bytes(run.path / name))
@@ -61,24 +61,6 @@ def export_stopped(run: RunFolder, out: Path) -> None:
     _copy_files(run, exported)
     if run.diverged():
         storage.write_bytes(exported.error_file, f"{last_line(run.error_file)}\n".encode())
-
-
-def copy_exported(run: RunFolder, out: Path) -> None:
-    """Copy a run that a study has exported, with the predictions of the base model that its study's runs share.
-
-    Raises:
-        UserError: result.json is damaged.
-        OSError: the folder cannot be written.
-    """
-    copied = RunFolder(out / run.path.name)
-    for split, scores in run.finished_record().scores.items():
-        if scores.base is not None:
-            source = run.base_predictions_file(split, scores.files)
-            shared = copied.shared_base_file(scores.files[f"predictions/{split}.base.jsonl"])
-            shared.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, shared)
-    # Last, because the next export leaves out a run whose folder is there.
-    storage.copy_folder(run.path, copied.path)
 
 
 def _copy_files(run: RunFolder, exported: RunFolder) -> Config:
@@ -109,7 +91,7 @@ def _split(run: RunFolder, exported: RunFolder, split: str, recorded: SplitScore
     files = exported.prediction_checksums(split)
     if recorded.base is not None:
         name = f"predictions/{split}.base.jsonl"
-        base_rows = read_predictions(run.predictions_file(f"{split}.base"))
+        base_rows = read_predictions(run.base_predictions_file(split, recorded.files))
         written = exported.predictions_file(f"{split}.base")
         write_predictions(written, map(_without_texts, base_rows))
         files[name] = storage.sha256(written)

@@ -24,7 +24,7 @@ from tiedlora import storage
 from tiedlora.config.compose import in_hydras_grammar
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
-from tiedlora.export.study_records import copy_exported, export_record, export_stopped
+from tiedlora.export.study_records import export_record, export_stopped
 from tiedlora.keys import from_person
 from tiedlora.records.provenance import code_version, git
 from tiedlora.records.reading import Text
@@ -195,13 +195,11 @@ def export_study(folder: Path, outputs: Path) -> int:
     for path in sorted(path for path in outputs.iterdir() if not path.name.startswith(".")):
         run, exported = RunFolder(path), RunFolder(runs / path.name)
         if run.result_file.is_file():
-            record = run.finished_record()
-            if record.left_out is None:
-                is_small = record.adapter_bytes <= LARGEST_ADAPTER
-                export_record(run, runs, keep_adapter=path.name in with_adapter and is_small)
-            elif not exported.path.exists():
-                # It was restored from another study, which has runs in common with this one.
-                copy_exported(run, runs)
+            record, kept_record = run.finished_record(), exported.record()
+            # A restored record stays as it is, unless scores were added, whose predictions have texts again.
+            if record.left_out is None or kept_record is None or record.scores != kept_record.scores:
+                is_wanted = record.left_out is not None or path.name in with_adapter
+                export_record(run, runs, keep_adapter=is_wanted and record.adapter_bytes <= LARGEST_ADAPTER)
         elif run.validation_losses_file.is_file() and run.config_file.is_file() and run.state() != State.RUNNING:
             # A finished record stays while its run is trained again, because its adapter was not kept. Files of a
             # stopped run stay as they were written if it has gone no further.
