@@ -123,8 +123,8 @@ def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | Non
     recorded = kept.finished_record()
     config = compose.read_config(kept.config_file)
     config.outputs, config.data_root, config.force = str(outputs), data_root, True
-    # The record has no path of a neutral text.
-    config.score.splits, config.score.forgetting = [], None
+    # The record has no path of a neutral text. A tracker would replace the run that it has under this id.
+    config.score.splits, config.score.forgetting, config.tracking.backend = [], None, "none"
     config.cache = str(CACHE)
     repeated = run.main(config)
     assert repeated is not None

@@ -224,7 +224,10 @@ def read_yaml(path: Path) -> DictConfig:
 def copy_folder(source: Path, path: Path) -> None:
     """Copy a folder completely or not at all."""
     with new_folder(path) as beside:
-        shutil.copytree(source, beside, dirs_exist_ok=True)
+        for file in source.rglob("*"):
+            if file.is_file():
+                (beside / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, beside / file.relative_to(source))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from tiedlora.analysis.runs import read_runs, run_roots
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
+from tiedlora.errors import UserError
 from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.selection import RateChoice, Selection, write_selection
@@ -167,7 +168,7 @@ def test_a_study_continues_from_its_records_on_another_machine(folder, outputs, 
     assert "finished before" in capsys.readouterr().out
     before = RunFolder(elsewhere / ids[1]).finished_record()
     assert not (elsewhere / ids[1] / "adapter").exists()
-    scored = run.main(compose_config([*words, "seed=1", "score.splits=[validation,test]"]))
+    scored = run.main(compose_config([*words, "seed=1", "score.splits=[test]"]))
     assert "the run is trained again" in capsys.readouterr().out
     assert set(scored.scores) == {"validation", "test"}
     assert scored.files == before.files, "the adapter that was trained again differs"
@@ -239,16 +240,22 @@ def test_a_study_takes_the_runs_that_another_study_has_kept(folder, outputs, tmp
 def test_scores_that_a_restored_run_has_got_since_are_kept_without_texts(folder, outputs, tmp_path):
     place, _ = outputs
     study.export_study(folder, place)
-    study.restore_study(folder, tmp_path / "outputs")
+    for name in ("outputs", "older"):
+        study.restore_study(folder, tmp_path / name)
     (run,) = (RunFolder(path.parent) for path in (tmp_path / "outputs").glob("*/adapter"))
     added = "test" if "test" not in run.finished_record().scores else "validation"
+    shutil.copytree(run.path, run.path.with_name(f"{run.path.name}-before"))
+    score_more(run, drift=True)
     score_more(run, splits=[added])
     assert all(row.prompt for row in read_predictions(run.predictions_file(added)))
-    study.export_study(folder, tmp_path / "outputs")
     kept = RunFolder(folder / "runs" / run.path.name)
-    assert added in kept.finished_record().scores
+    for name in ("outputs", "older"):
+        study.export_study(folder, tmp_path / name)
+        assert kept.finished_record().scores.keys() == {"validation", "test"}
     assert not any(row.prompt or row.references for row in read_predictions(kept.predictions_file(added)))
     assert kept.adapter.exists()
+    with pytest.raises(UserError, match=r"is a study's record; copy it to outputs"):
+        score_more(kept, splits=[added], again=True)
 
 
 @pytest.fixture

@@ -206,6 +206,8 @@ def command(config: Config) -> str:
     with suppress(UserError):
         overrides = min((_overrides(config, train) for train in options("train")), key=len)
         is_exact = run_id(compose_config(overrides)) == run_id(config)
+    # A card is published, and a reader has other folders.
+    overrides = ["train.init_from=RUN" if word.startswith("train.init_from=") else word for word in overrides]
     if config.data_root:
         overrides.append("data_root=FOLDER")
     return f"python train.py {shlex.join(overrides)}".rstrip() + ("" if is_exact else NOT_EXACT)

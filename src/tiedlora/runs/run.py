@@ -18,7 +18,7 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import ADAPTER, RunRecord
 from tiedlora.records.summary import terminal_lines
 from tiedlora.runs.inputs import check_same_inputs
-from tiedlora.scoring.passes import check_words, forgetting_to_score, lacks_scores
+from tiedlora.scoring.passes import check_words, forgetting_to_score, lacks_scores, with_recorded
 
 
 def main(config: Config) -> RunRecord | None:
@@ -37,8 +37,9 @@ def main(config: Config) -> RunRecord | None:
     folder = RunFolder(Path(config.outputs) / run_id(config))
     finished = None if config.force else folder.record()
     if finished is not None and not finished.keeps(ADAPTER) and lacks_scores(config.score, finished):
+        check_same_inputs(config, finished, folder)
         print(f"{folder.path}: a study's record without the adapter, which the scores need; the run is trained again")
-        config, finished = replace(config, force=True), None
+        config, finished = replace(config, force=True, score=with_recorded(config.score, finished)), None
     record = finished
     # Several processes must agree that the run is finished, so they connect first.
     if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -114,6 +114,19 @@ def lacks_scores(score: ScoreConfig, record: RunRecord) -> bool:
     return lacking or forgetting_to_score(score, record) is not None
 
 
+def with_recorded(score: ScoreConfig, record: RunRecord) -> ScoreConfig:
+    """The requested scores and those that the record has, but for losses of neutral text, whose file may be gone."""
+    recorded = {split: scores for split, scores in record.scores.items() if split != FORGETTING}
+    names = [name for scores in recorded.values() for name in scores.metrics]
+    metrics = None if score.metrics is None else {*score.metrics, *names} - {DRIFT}
+    return replace(
+        score,
+        splits=sorted({*score.splits, *recorded}),
+        metrics=None if metrics is None else sorted(metrics),
+        drift=score.drift or DRIFT in names,
+    )
+
+
 def forgetting_to_score(score: ScoreConfig, record: RunRecord) -> str | None:
     """The requested neutral text, if the finished run's losses on it are missing, or its file has changed since."""
     measured, source = record.scores.get(FORGETTING), score.forgetting

@@ -187,9 +187,10 @@ class Scorer:
                 parts[-1] = _with_score(parts[-1], DRIFT, self.divergences(examples, f"drift on {split}"))
             seconds[losses] = time.perf_counter() - started
         # Both files are written at the end, so that a stop leaves what the record says.
-        base_file = folder.predictions_file(f"{split}.base")
-        base_rows = None if base_parts is None else _write(base_file, base_parts, recorded)
-        rows = _write(folder.predictions_file(split), parts, recorded)
+        base_file, file = folder.predictions_file(f"{split}.base"), folder.predictions_file(split)
+        present = None if recorded is None else folder.base_predictions_file(split, recorded.files)
+        base_rows = None if base_parts is None else _write(base_file, base_parts, present)
+        rows = _write(file, parts, None if recorded is None else file)
         return _with_recorded(
             SplitScores(
                 rows=len(examples),
@@ -471,15 +472,15 @@ def with_halved_batches(config: Config, times: int) -> Config:
     return replace(config, score=replace(score, batch_size=max(1, score.batch_size >> times), batch_tokens=tokens))
 
 
-def _write(path: Path, parts: list[Rows], recorded: SplitScores | None) -> Rows:
-    """Write the rows of a predictions file: those that are there if the split is recorded, and the new scores.
+def _write(path: Path, parts: list[Rows], present_file: Path | None) -> Rows:
+    """Write the rows of a predictions file: those that are in `present_file`, and the new scores.
 
     Raises:
         UserError: the present file is missing, damaged, or has other rows.
         OSError: the file cannot be written.
     """
-    if recorded is not None:
-        present = read_predictions(path)
+    if present_file is not None:
+        present = read_predictions(present_file)
         if [row.id for row in present] != [row.id for row in parts[0]]:
             raise UserError(f"{path}: has other rows than its split; score every metric of the split again")
         parts = [present, *parts]

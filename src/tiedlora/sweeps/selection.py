@@ -132,7 +132,7 @@ def score_test(sweep: Sweep, selection: Selection) -> Selection:
     Raises:
         UserError: a run's folder is damaged, or the rows of test cannot be loaded.
     """
-    cells, choices = {cell.run_id: cell for cell in sweep.cells}, []
+    cells, choices, here = {cell.run_id: cell for cell in sweep.cells}, [], sweep.cells[0].config
     for choice in selection.choices:
         scores = []
         for run_id in choice.run_ids:
@@ -145,7 +145,9 @@ def score_test(sweep: Sweep, selection: Selection) -> Selection:
                 from tiedlora.runs.add_scores import add_scores  # noqa: PLC0415
 
                 score = replace(cell.config.score, splits=["test"], forgetting=None)
-                record = add_scores(cell.folder, replace(cell.config, score=score))
+                # A cell beyond the grid has the folders of the command that added it.
+                config = replace(cell.config, score=score, data_root=here.data_root, cache=here.cache)
+                record = add_scores(cell.folder, config)
             scores.append(record.scores["test"])
         # If the validation loss was the criterion, the test score is by the task's first metric.
         value, metric = mean_score(scores, choice.metric)

@@ -9,8 +9,8 @@ A sweep of a study is an ordinary `train.py --multirun` command, so it stops and
 
 from __future__ import annotations
 
+import logging
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -29,10 +29,13 @@ from tiedlora.keys import from_person
 from tiedlora.records.provenance import code_version, git
 from tiedlora.records.reading import Text
 from tiedlora.records.run_folder import RunFolder, State
+from tiedlora.records.run_record import RunRecord
 from tiedlora.records.selection import SELECTION_FILE, read_selection
 from tiedlora.sweeps.cells import Sweep
 from tiedlora.sweeps.expand import SECTIONS, Composers, DecidingOptions, compose_sweep
 from tiedlora.text import is_name, nearest
+
+log = logging.getLogger(__name__)
 
 PLAN = "study.yaml"
 _WORD = re.compile(r"\+{0,2}([A-Za-z_][\w./]*)=(.*)", re.ASCII | re.DOTALL)
@@ -177,8 +180,10 @@ def export_study(folder: Path, outputs: Path) -> int:
     if not outputs.is_dir():
         raise UserError(f"{outputs}: no such folder, so there are no runs to export; start the study with `run`")
     for path in sorted((outputs / "sweeps").glob(f"*/{SELECTION_FILE}")):
-        read_selection(path)  # A damaged one is an error before it is kept.
-        storage.write_bytes(runs / "sweeps" / path.parent.name / SELECTION_FILE, storage.read_bytes(path))
+        kept_file = runs / "sweeps" / path.parent.name / SELECTION_FILE
+        # A search that is being scored again has no choice until it ends.
+        if read_selection(path).choices or not kept_file.exists():
+            storage.write_bytes(kept_file, storage.read_bytes(path))
     # The looks of an arm are several sweeps. An adapter that was kept before stays the only one.
     of_arm = defaultdict(set)
     for path in (runs / "sweeps").glob(f"*/{SELECTION_FILE}"):
@@ -196,8 +201,13 @@ def export_study(folder: Path, outputs: Path) -> int:
         run, exported = RunFolder(path), RunFolder(runs / path.name)
         if run.result_file.is_file():
             record, kept_record = run.finished_record(), exported.record()
+            if record.run_id != path.name:
+                log.warning("%s: holds the run %s, so it is left out", path, record.run_id)
+                continue
+            if kept_record is not None and _has_more(kept_record, record):
+                log.warning("%s: has scores that the run in %s lacks, so it stays", exported.path, outputs)
             # A restored record stays as it is, unless scores were added, whose predictions have texts again.
-            if record.left_out is None or kept_record is None or record.scores != kept_record.scores:
+            elif record.left_out is None or kept_record is None or record.scores != kept_record.scores:
                 is_wanted = record.left_out is not None or path.name in with_adapter
                 export_record(run, runs, keep_adapter=is_wanted and record.adapter_bytes <= LARGEST_ADAPTER)
         elif run.validation_losses_file.is_file() and run.config_file.is_file() and run.state() != State.RUNNING:
@@ -209,6 +219,15 @@ def export_study(folder: Path, outputs: Path) -> int:
             continue
         count += 1
     return count
+
+
+def _has_more(kept: RunRecord, record: RunRecord) -> bool:
+    """Whether the kept record has a score that the record lacks."""
+    names, others = (
+        {(split, metric) for split, scores in each.scores.items() for metric in scores.metrics}
+        for each in (kept, record)
+    )
+    return not names <= others
 
 
 def _progress(run: RunFolder) -> list[object]:
@@ -236,6 +255,6 @@ def restore_study(folder: Path, outputs: Path) -> int:
     missing = [path for path in kept if not (outputs / path.name).exists()]
     for path in missing:
         storage.copy_folder(path, outputs / path.name)
-    if (runs / "base").is_dir():
-        shutil.copytree(runs / "base", outputs / "base", dirs_exist_ok=True)
+    for file in (runs / "base").glob("*.jsonl"):
+        storage.write_bytes(outputs / "base" / file.name, storage.read_bytes(file))
     return len(missing)
