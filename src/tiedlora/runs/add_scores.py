@@ -46,7 +46,8 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> RunRec
     wanted = wanted_passes(score.metrics, task, score.drift)
     if score.forgetting is not None:
         check_source(score.forgetting)
-    if (folder.path.parent.parent / "study.yaml").exists():
+    place = folder.path.resolve().parent
+    if place.name == "runs" and (place.parent / "study.yaml").exists():
         raise UserError(f"{folder.path}: is a study's record; copy it to outputs with scripts/study.py restore first")
     if not finished.keeps(ADAPTER):
         raise UserError(f"{folder.path}: is a study's record without its adapter, which scores need; repeat the run")

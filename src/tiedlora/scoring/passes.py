@@ -124,6 +124,7 @@ def with_recorded(score: ScoreConfig, record: RunRecord) -> ScoreConfig:
         splits=sorted({*score.splits, *recorded}),
         metrics=None if metrics is None else sorted(metrics),
         drift=score.drift or DRIFT in names,
+        base=score.base or any(scores.base is not None for scores in recorded.values()),
     )
 
 

@@ -23,6 +23,7 @@ from pydantic import AfterValidator, Field
 from tiedlora import storage
 from tiedlora.config.compose import in_hydras_grammar
 from tiedlora.config.project import PROJECT
+from tiedlora.config.schema import FORGETTING
 from tiedlora.errors import UserError
 from tiedlora.export.study_records import export_record, export_stopped
 from tiedlora.keys import from_person
@@ -181,8 +182,9 @@ def export_study(folder: Path, outputs: Path) -> int:
         raise UserError(f"{outputs}: no such folder, so there are no runs to export; start the study with `run`")
     for path in sorted((outputs / "sweeps").glob(f"*/{SELECTION_FILE}")):
         kept_file = runs / "sweeps" / path.parent.name / SELECTION_FILE
-        # A search that is being scored again has no choice until it ends.
-        if read_selection(path).choices or not kept_file.exists():
+        # A sweep that is being scored again lacks choices until it ends.
+        kept_choices = read_selection(kept_file).choices if kept_file.exists() else []
+        if len(read_selection(path).choices) >= len(kept_choices):
             storage.write_bytes(kept_file, storage.read_bytes(path))
     # The looks of an arm are several sweeps. An adapter that was kept before stays the only one.
     of_arm = defaultdict(set)
@@ -222,12 +224,14 @@ def export_study(folder: Path, outputs: Path) -> int:
 
 
 def _has_more(kept: RunRecord, record: RunRecord) -> bool:
-    """Whether the kept record has a score that the record lacks."""
-    names, others = (
-        {(split, metric) for split, scores in each.scores.items() for metric in scores.metrics}
-        for each in (kept, record)
-    )
-    return not names <= others
+    """Whether the kept record has a score of a split, or the base model's, that the record lacks."""
+
+    def names(each: RunRecord) -> set[tuple[str, str]]:
+        splits = {split: scores for split, scores in each.scores.items() if split != FORGETTING}
+        base = {(split, "base") for split, scores in splits.items() if scores.base is not None}
+        return base | {(split, name) for split, scores in splits.items() for name in scores.metrics}
+
+    return not names(kept) <= names(record)
 
 
 def _progress(run: RunFolder) -> list[object]:
