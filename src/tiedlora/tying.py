@@ -324,6 +324,11 @@ def term_rank(term: Term, rank: int, architecture: Architecture) -> int:
     return own
 
 
+def term_scale(term: Term, alpha: float, rank: int, scaling: str, architecture: Architecture) -> float:
+    """The scale s of a term's update: by the term's own rank with `own_scale`, otherwise by the adapter's."""
+    return scale(alpha, term_rank(term, rank, architecture) if term.own_scale else rank, scaling)
+
+
 def scale(alpha: float, rank: int, scaling: str = "standard") -> float:
     """The factor s of the update: alpha / r (standard), or alpha / sqrt(r) (rslora, arXiv 2312.03732)."""
     return alpha / math.sqrt(rank) if scaling == "rslora" else alpha / rank

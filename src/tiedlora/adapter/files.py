@@ -205,8 +205,7 @@ def _comparable(adapter: TiedAdapter) -> list[tuple[str, object]]:
     ]
     for name, term in terms.items():
         key, layers = f"tying.terms.{name}" if name else "tying", spec.adapted_layers(term, adapter.architecture)
-        own_rank = spec.term_rank(term, adapter.rank, adapter.architecture) if term.own_scale else adapter.rank
-        own_scale = spec.scale(adapter.alpha, own_rank, adapter.scaling)
+        own_scale = spec.term_scale(term, adapter.alpha, adapter.rank, adapter.scaling, adapter.architecture)
         values += [(f"{key}.layers", layers), (f"the scale of {key} (own_scale)", own_scale)]
         for part in spec.FACTORS:
             sharing = spec.layers_per_group(getattr(term, part).share, len(layers))

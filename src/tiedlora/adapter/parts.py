@@ -170,8 +170,7 @@ class TiedAdapter(nn.Module):
         self.targets = nn.ModuleDict()
         """`target`, or `target:term` if there are several terms -> its parts."""
         for name, (target, term) in spec.target_terms(tying).items():
-            scaled_by = spec.term_rank(term, rank, architecture) if term.own_scale else rank
-            factor = spec.scale(alpha, scaled_by, scaling) / self.scale
+            factor = spec.term_scale(term, alpha, rank, scaling, architecture) / self.scale
             self.targets[name] = TargetParts(term, rank, architecture, target, name, seed, factor)
 
     def folded(self, target: str) -> tuple[Tensor, Tensor]:
