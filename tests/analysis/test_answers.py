@@ -1,10 +1,11 @@
 """Answers to claims: the rule decides at planned looks only, and what cannot be decided says why."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
-from helpers.report_runs import report_of_claim, scored_run, world
+from helpers.report_runs import diverge, report_of_claim, scored_run, world
 
 from tiedlora.analysis import claims
 from tiedlora.analysis.answers import Answer, Verdict, claim_verdicts
@@ -77,6 +78,16 @@ class TestLooks:
         assert (four.look, four.seeds, four.contrast) == (0, 3, three.contrast)
         assert "needs seeds 4 on both sides; a later look decides with a chance of" in four.decide
 
+    def test_the_level_of_a_test_is_that_of_the_look_that_came_nearest_to_a_verdict(self, tmp_path):
+        found = []
+        for seeds in ([0.6, 0.52, 0.68], [0.3, 0.3]):
+            for number, score in enumerate(seeds, start=3 * len(found)):
+                for name, value in (("LoRA", 0.5), ("TABuv", score)):
+                    scored_run(tmp_path / "runs", [value] * 50, [0.0] * 50, name=name, seed=number)
+            found.append(answer(tmp_path, "better_by: 0.0"))
+        assert [one.look for one in found] == [0, 1]
+        assert found[1].decided_level == found[0].decided_level < 1
+
     def test_a_seed_that_diverged_is_missing_and_one_that_crashed_stops_the_look(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)
         (lost,) = (tmp_path / "runs").glob("TABuv-*-s2-*")
@@ -91,6 +102,27 @@ class TestLooks:
         assert "1 diverged" in found.reason
         shutil.rmtree(lost)
         assert answer(tmp_path).verdict == "undecided"
+
+    def test_a_look_with_too_few_seeds_left_is_passed_over(self, tmp_path):
+        world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=5, **SURE)
+        for seed in (1, 2):
+            diverge(tmp_path / "runs", f"TABuv-*-s{seed}-*")
+        found = answer(tmp_path)
+        assert (found.verdict, found.look, found.seeds) == ("contradicted", 1, 3)
+
+    @pytest.mark.parametrize("at", ["this rate", "another rate"])
+    def test_a_look_waits_for_a_seed_without_scores_and_for_one_that_diverged_at_another_rate(self, tmp_path, at):
+        world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)
+        (last,) = (tmp_path / "runs").glob("TABuv-*-s2-*")
+        if at == "this rate":
+            tree = json.loads((last / "result.json").read_text())
+            (last / "result.json").write_text(json.dumps({**tree, "scores": {}}))
+        else:
+            shutil.rmtree(last)
+            world(tmp_path / "runs", {"TABuv": 0.2}, seeds=3, lr=3e-2, **SURE)
+            diverge(tmp_path / "runs", "TABuv-*-s2-*")
+        found = answer(tmp_path)
+        assert (found.look, found.decide) == (None, "the look at 3 seeds: needs seeds 2 on both sides")
 
     def test_later_seeds_can_change_a_rate_that_nothing_has_recorded_and_the_answer_says_so(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers.report_runs import report_of_claim, scored_run, world
+from helpers.report_runs import diverge, report_of_claim, scored_run, world
 
 from tiedlora.analysis import claims, rules
 from tiedlora.analysis.rules import better_by, retains
@@ -47,7 +47,8 @@ def test_a_claim_names_its_tasks_and_their_metrics(tmp_path):
         (("at: equal_rank", "at: same"), r"comparator\.at=same: must be 'equal_rank' or 'equal_parameters'"),
         (("TABuv, rank: 8", "TABuv"), "method: needs either rank, or at"),
         (("TABuv, rank: 8", "TABuv, at: equal_rank"), "both matched to the other side"),
-        (("LoRA, at: equal_rank", "TABuv, at: equal_rank"), "compares TABuv with itself; seed_offset on one side"),
+        (("LoRA, at: equal_rank", "TABuv, at: equal_rank"), "compares TABuv with itself, and both .* seeds 0 to 2;"),
+        (("LoRA, at: equal_rank", "TABuv, at: equal_rank, seed_offset: 1"), "seeds 1, 2; take a seed_offset of 3"),
         (("retains: 0.9", "retains: 2"), r"claims\.0\.retains=2: must be less than 1"),
         (("    retains: 0.9\n", ""), "needs exactly one rule of retains, better_by, level_within; it has none"),
         (("    retains: 0.9\n", "    retains: 0.9\n    better_by: 0\n"), "it has retains, better_by"),
@@ -179,6 +180,12 @@ def test_a_configuration_is_compared_with_itself_on_other_seeds(tmp_path, answer
         (found,) = answers(*sides, level, roots=("more",))
         assert (found.verdict, found.seeds) == ("supported", 3)
     assert "LoRA (seeds from 5) r=8 against LoRA r=8" in found.reason
+    # Seeds 3 and 4 would be on both sides of the look at 5.
+    (unclear,) = answers(plain, "LoRA, rank: 8, seed_offset: 3", "better_by: 0.0", roots=("more",))
+    assert (unclear.verdict, unclear.look) == ("undecided", 0)
+    assert unclear.decide == "a larger seed_offset: with 5 seeds, both sides would have the same runs"
+    diverge(tmp_path / "more", "*-s6-*")
+    assert "4 seeds at level 3.7 %, 1 diverged" in answers(plain, later, level, roots=("more",))[0].reason
 
 
 def test_a_missing_comparator_or_method_is_named(tmp_path, answers):

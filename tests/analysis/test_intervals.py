@@ -41,6 +41,11 @@ class TestBootstrap:
         assert (ours.low, ours.high) == pytest.approx((scipys.low, scipys.high), abs=0.06 * width)
         assert ours == bootstrap_mean(values, (0.0, 1.0))
 
+    def test_of_several_seeds_it_is_over_their_means_also_of_rights_and_wrongs(self):
+        ours, theirs = (np.random.default_rng(seed).random((3, 300)) < p for seed, p in ((0, 0.5), (1, 0.4)))
+        found = intervals.over_examples(ours.astype(float), theirs.astype(float))
+        assert numbers(found) == ends(bootstrap_mean(ours.mean(0) - theirs.mean(0), (-1.0, 1.0)))
+
     def test_one_example_tells_nothing_and_none_is_an_error(self):
         interval = bootstrap_mean([0.5], (0.0, 1.0))
         assert (interval.value, interval.low, interval.high) == (0.5, 0.0, 1.0)

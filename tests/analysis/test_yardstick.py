@@ -6,11 +6,21 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.report_runs import add_scores, make_record, prediction_rows, report_of_claim, scored_run, world, write_run
+from helpers.report_runs import (
+    add_scores,
+    diverge,
+    make_record,
+    prediction_rows,
+    report_of_claim,
+    scored_run,
+    world,
+    write_run,
+)
 
 from tiedlora import tying
 from tiedlora.analysis import intervals
 from tiedlora.analysis.answers import error_note, mark_survivors
+from tiedlora.analysis.claims import sizes
 from tiedlora.analysis.compare import worth_of
 from tiedlora.analysis.groups import curve, group_runs, point
 from tiedlora.analysis.intervals import Clusters, mean_squares
@@ -42,6 +52,24 @@ class TestSensitivity:
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75, "TA": weakest}, **SURE)
         (answer,) = trial(tmp_path).answers
         assert (answer.verdict, answer.sensitivity) == ("supported", sensitivity)
+
+    @pytest.mark.parametrize(
+        ("method", "weakest", "look", "sensitivity"),
+        [
+            # It passes with its later seeds; the answer stands since the first look.
+            ((0.7, 0.7, 0.7, 0.7, 0.7), (0.3, 0.3, 0.3, 1.0, 1.0), 0, "shown"),
+            # Both are decided at the second look.
+            ((0.6, 0.52, 0.68, 0.6, 0.6), (0.4, 0.48, 0.32, 0.4, 0.4), 1, "shown"),
+        ],
+    )
+    def test_the_weakest_arm_is_asked_at_the_look_of_the_answer(self, tmp_path, method, weakest, look, sensitivity):
+        for name, values in (("LoRA", [0.5] * 5), ("TABuv", method), ("TA", weakest)):
+            for seed, value in enumerate(values):
+                scored_run(tmp_path / "runs", [value] * 50, [0.0] * 50, name=name, seed=seed)
+        top = "looks: [3, 5]\nweakest: {configuration: TA, rank: 8}"
+        (answer,) = report_of_claim(tmp_path, "better_by: 0.0", top=top).answers
+        assert (answer.verdict, answer.look, answer.sensitivity) == ("supported", look, sensitivity)
+        assert f"the weakest arm at look {look + 1}" in answer.reason
 
     def test_a_claim_may_name_a_weakest_arm_of_its_own(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75, "TA": 0.74, "TB": 0.2}, **SURE)
@@ -175,6 +203,19 @@ class TestCurve:
         assert "(between LoRA_l15 r=1 and LoRA r=1)" in answer.reason
         assert answer.verdict == "supported"
         assert {row.group.label: row.worth for row in trial(tmp_path).rows if row.group.rank == 8} == before
+
+    @pytest.mark.parametrize("kind", ["a diverged seed", "another metric"])
+    def test_a_size_takes_part_if_all_its_seeds_have_ended_with_the_metric(self, root, tmp_path, kind):
+        shutil.copytree(root / "runs", tmp_path / "runs")
+        metric = "target_loss" if kind == "another metric" else "exact_match_strict"
+        world(tmp_path / "runs", {("LoRA", 2): 0.7}, **SURE, metric=metric)
+        if kind == "a diverged seed":
+            diverge(tmp_path / "runs", "LoRA-r2-*-s2-*")
+        report = trial(tmp_path, comparator="frontier: LoRA", tasks="{chain_sum: exact_match_strict}")
+        pair = report.answers[0].pair
+        groups = group_runs(*read_runs([tmp_path / "runs"]))
+        found = [group.params for group in sizes(report.answers[0].claim, "LoRA", pair.method, groups)]
+        assert (92_160 in found) == (kind == "a diverged seed")
 
     def test_an_arm_of_the_curve_is_not_compared_with_the_curve(self, root):
         (answer,) = trial(root, "better_by: 0.0", "frontier: LoRA", method="LoRA, rank: 1").answers

@@ -159,6 +159,14 @@ def scored_run(
     return write_run(root, record, rows)
 
 
+def diverge(root, pattern: str) -> Path:
+    """Turn the one run below root that matches into one that has diverged."""
+    (folder,) = root.glob(pattern)
+    (folder / "result.json").unlink()
+    (folder / "error.txt").write_text("Traceback\ntiedlora.errors.Diverged: step 3: the loss is nan\n")
+    return folder
+
+
 def world(root, truth, *, seeds=5, rows=200, base=0.1, seed_sd=0.01, rank=8, **about):
     """Runs with known true scores. `truth` maps configurations to success rates; examples differ in difficulty."""
     generator = np.random.default_rng(0)

@@ -54,8 +54,10 @@ def test_factors_are_folded_once_while_scoring_and_again_afterwards(tiny_config,
 
     expected = answers()
     assert len(folds) == 18, "three batches of six steps"
+    weights = {name: parameter.clone() for name, parameter in base.model.named_parameters()}
     with split.scored_model(attached, config):
         assert answers() == expected
+        assert all(torch.equal(weights[name], parameter) for name, parameter in base.model.named_parameters())
     assert len(folds) == 19
     randomise(attached.adapter, seed=2, scale=2.0)
     with split.scored_model(attached, config):

@@ -57,6 +57,8 @@ def test_a_target_that_does_not_fit_loses_its_end_and_is_counted(tmp_path):
     scores = scorer.score_split("test", [long], RunFolder(tmp_path / "run"), Passes(answers=False))
     assert scores.cut_targets == 1
     assert list(scores.metrics) == list(LOSS_METRICS)
+    both = wanted_passes([*scorer.task.metrics, TARGET_LOSS], scorer.task)
+    assert scorer.score_split("test", [long], RunFolder(tmp_path / "both"), both).cut_targets == 1
 
 
 def test_rows_without_a_target_have_no_loss(tmp_path):

@@ -1,6 +1,7 @@
 """Scoring one split: rows with scores, metrics with intervals, paired gains, and a base model scored once."""
 
 import json
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -106,10 +107,19 @@ def test_the_base_model_is_scored_once_for_a_protocol(tmp_path, monkeypatch, los
     train = replace(scorer.config.train, dtype="float16")
     with pytest.raises(pytest.fail.Exception):
         replace(scorer, config=replace(scorer.config, train=train)).cached_base("test", examples, losses)
-    for change in ({"stop": ["."]}, {"max_new_tokens": 3}):
+    for change in ({"stop": ["."]}, {"max_new_tokens": 3}, {"options": {"use_stemmer": True}}):
         task = replace(scorer.config.task, **change)
         with pytest.raises(pytest.fail.Exception):
             replace(scorer, config=replace(scorer.config, task=task)).cached_base("test", examples, losses)
+    score = replace(scorer.config.score, batch_tokens=99)
+    with pytest.raises(pytest.fail.Exception):
+        replace(scorer, config=replace(scorer.config, score=score)).cached_base("test", examples, losses)
+    of_kind = {"context": 99} if losses else {"more_ends": (3,)}
+    for name, value in {"prompt_limit": 7, "leaves_out_blank": True, **of_kind}.items():
+        encoder = copy(scorer.encoder)
+        setattr(encoder, name, value)
+        with pytest.raises(pytest.fail.Exception):
+            replace(scorer, encoder=encoder).cached_base("test", examples, losses)
 
 
 def test_choices_are_kept_with_their_likelihoods():

@@ -117,10 +117,11 @@ def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept
     assert f"{all_runs} runs in all" in capsys.readouterr().out
 
 
-def test_a_control_runs_the_seeds_of_its_offset(tiny_run, tmp_path):
+@pytest.mark.parametrize("side", ["tasks", "comparator"])
+def test_a_control_runs_the_seeds_of_its_offset(tiny_run, tmp_path, side):
     sweep = compose_sweep(tiny_run("tying=LoRA", *WORDS[1:]))
     control = claims_file(tmp_path, 0.2, rule="level_within", sides=("LoRA", "LoRA"))
-    text = (tmp_path / "claims.yaml").read_text().replace("rank: 8}\n    tasks", "rank: 8, seed_offset: 5}\n    tasks")
+    text = (tmp_path / "claims.yaml").read_text().replace(f"8}}\n    {side}", f"8, seed_offset: 5}}\n    {side}")
     (tmp_path / "claims.yaml").write_text(text.replace("looks: [2, 5]", "looks: [2]"))
     launcher = Here()
     decide(sweep, control, launcher)

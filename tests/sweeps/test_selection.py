@@ -6,11 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.report_runs import make_config, make_record, scored_run, write_run
+from helpers.report_runs import add_scores, make_config, make_record, prediction_rows, scored_run, write_run
 
 from tiedlora.errors import UserError
 from tiedlora.page import write
-from tiedlora.records.selection import RateChoice, Selection, read_selection, write_selection
+from tiedlora.records.selection import (
+    RateChoice,
+    Selection,
+    read_selection,
+    validation_metric,
+    validation_scores,
+    write_selection,
+)
 from tiedlora.sweeps import selection
 from tiedlora.sweeps.cells import Sweep, SweepCell
 from tiedlora.sweeps.expand import compose_sweep
@@ -97,6 +104,15 @@ def test_trials_that_differ_are_no_fair_comparison(chosen):
     remark = "llama on chain_sum: 4 to 6 trials a configuration: not a fair comparison."
     assert remark in selection.table([choice, fewer])
     assert "fair" not in selection.table([choice, choice])
+
+
+def test_a_loss_is_the_better_score_if_it_is_lower_and_runs_of_two_metrics_have_none_in_common():
+    rows = {metric: prediction_rows([0.5, 1.5], metric) for metric in ("target_loss", "exact_match")}
+    loss, match = (add_scores(make_record(), "validation", of_metric) for of_metric in rows.values())
+    assert validation_scores({0: loss}, "target_loss") == {0: -1.0}
+    assert validation_scores({0: match}, "exact_match") == {0: 1.0}
+    assert validation_metric([loss, loss]) == "target_loss"
+    assert validation_metric([loss, match]) is None
 
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

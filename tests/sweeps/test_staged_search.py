@@ -165,4 +165,5 @@ def test_rungs_are_evaluations_before_the_last_step():
     assert rung_steps(80, 20, (0.25, 0.5)) == (20, 40)
     assert rung_steps(100, 50, (0.25, 0.5)) == (50,)
     assert rung_steps(100, 30, (0.25, 0.5, 0.95)) == (30, 60)
+    assert rung_steps(100, 5, (0.55,)) == (55,), "0.55 * 100 is a little more than 55"
     assert rung_steps(100, 0, (0.25,)) == rung_steps(100, 20, ()) == rung_steps(8, 50, (0.25,)) == ()

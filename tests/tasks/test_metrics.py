@@ -117,9 +117,9 @@ def test_gsm8k_takes_what_the_harness_takes(output, strict, flexible):
 def test_a_metric_of_choices():
     metric = TaskMetric(task_option("hellaswag"), by_likelihood=True)
     found = metric.compute(
-        predictions=[[-4.0, -3.0, -9.0, -9.0]], references=[["0"]], choices=[[" long ending", " short", " a", " b"]]
+        predictions=[[-5.5, -2.0, -9.0, -9.0]], references=[["0"]], choices=[[" abcdef", " ab", " a", " b"]]
     )
-    # The second is more likely, but the first is more likely per character: 4/11 against 3/5.
+    # The second is more likely, but the first is more likely per character without the blank: 5.5/6 against 2/2.
     assert (found["accuracy"], found["accuracy_norm"]) == (0.0, 1.0)
 
 

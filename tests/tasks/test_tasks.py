@@ -119,6 +119,10 @@ def test_shuffled_targets_keep_prompts_and_references(tmp_path):
     assert all(a.target != b.target for a, b in zip(plain, shuffled, strict=True))
     assert sorted(e.target for e in plain) == sorted(e.target for e in shuffled)
     assert digest(plain) != digest(shuffled)
+    words, data = "task.rows.validation=5", str(tmp_path)
+    write(tmp_path, "iwslt2017", *rows, split="validation")
+    scored = load_examples(task_option("iwslt2017", words, "task.shuffle_targets=true"), "validation", data)
+    assert scored == load_examples(task_option("iwslt2017", words), "validation", data), "only training rows are"
 
 
 def test_render_puts_fields_in_and_interprets_nothing_else():

@@ -248,6 +248,11 @@ def _decide(answer: Answer, scores: Sides, ended: set[int]) -> None:
         return
     for number in range(len(plan.looks)):
         declared = plan.of_look(number)
+        if answer.claim.shared_seeds(number):
+            answer.decide = (
+                f"a larger seed_offset: with {plan.looks[number]} seeds, both sides would have the same runs"
+            )
+            return
         if not set(declared) <= ended:
             _wait_for(answer, scores, number, ended)
             return

@@ -24,7 +24,7 @@ from tiedlora.records.loss_metrics import DRIFT, LOSS_METRICS
 from tiedlora.records.reading import Flag, Number, Text, Whole
 from tiedlora.records.run_record import arm_suffix
 from tiedlora.tasks import load_task
-from tiedlora.text import nearest
+from tiedlora.text import nearest, number_list
 
 EQUAL_RANK, EQUAL_PARAMETERS = "equal_rank", "equal_parameters"
 RULES = ("retains", "better_by", "level_within")
@@ -129,9 +129,6 @@ class _Entry:
             raise ValueError("method has frontier; only a comparator can be a curve")
         if one.rank is None and other.rank is None:
             raise ValueError("method and comparator are both matched to the other side; one of them needs a rank")
-        same_size = one.rank == other.rank or one.at or other.at
-        if same_size and (one.label, one.seed_offset) == (other.label, other.seed_offset):
-            raise ValueError(f"compares {one.label} with itself; seed_offset on one side gives it other seeds")
 
 
 @dataclass(frozen=True)
@@ -145,6 +142,16 @@ class Claim(_Entry):
         """The one rule that is given."""
         rule: Rule = next(getattr(rules, key)(value) for key in RULES if (value := getattr(self, key)) is not None)
         return rule
+
+    def shared_seeds(self, look: int) -> set[int]:
+        """The seeds whose runs would be on both sides at this look, if the claim compares an arm with itself.
+
+        Such pairs depend on each other, and a control would pass too easily.
+        """
+        one, other = self.method, self.comparator
+        is_control = one.label == other.label and (one.rank == other.rank or one.at or other.at)
+        ours, theirs = ({seed + side.seed_offset for seed in self.plan.of_look(look)} for side in (one, other))
+        return ours & theirs if is_control else set()
 
     @property
     def anchor(self) -> Side:
@@ -212,7 +219,14 @@ def read(path: Path) -> list[Claim]:
         raise UserError(f"{path}: {error}") from None
     shared = {"plan": file.plan(), "floor": file.floor, "weakest": file.weakest}
     # A claim's own floor or weakest arm replaces that of its file.
-    return [Claim(**{**shared, **{k: v for k, v in vars(entry).items() if v is not None}}) for entry in file.claims]
+    claims = [Claim(**{**shared, **{k: v for k, v in vars(entry).items() if v is not None}}) for entry in file.claims]
+    for claim in claims:
+        if shared_seeds := claim.shared_seeds(0):
+            raise UserError(
+                f"{path}: {claim.name}: compares {claim.method.label} with itself, and both sides have the runs of "
+                f"seeds {number_list(shared_seeds)}; take a seed_offset of {claim.plan.looks[0]} on one side"
+            )
+    return claims
 
 
 def check_names(

@@ -223,8 +223,6 @@ def retained_at_least(sides: Sides, level: float) -> float | None:
         return None
     # At the estimate the contrast's mean is 0, so this share is not supported.
     estimate = float((sides.method - sides.zero).mean() / gain.mean())
-    if low(estimate) >= 0:
-        return estimate
     return float(optimize.brentq(low, 0.0, estimate, xtol=1e-6))
 
 

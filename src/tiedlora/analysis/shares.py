@@ -79,7 +79,7 @@ def percent(share: float, decimals: int = 0) -> str:
     """A share in per cent. Beyond ten times the comparator's gain, its size says nothing more."""
     if abs(share) >= 10:
         return "> 999" if share > 0 else "< -999"
-    return f"{100 * share:.{decimals}f}"
+    return f"{100 * share:z.{decimals}f}"
 
 
 # The forest plot.

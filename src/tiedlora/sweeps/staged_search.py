@@ -237,7 +237,10 @@ def _behind(losses: ValidationLosses, best: ValidationLosses) -> str:
 
 def rung_steps(steps: int, validate_every: int, fractions: Sequence[float]) -> tuple[int, ...]:
     """For each fraction of the steps, the first evaluation at or after it, if it is before the last step."""
-    places = {math.ceil(share * steps / validate_every) * validate_every for share in fractions if validate_every}
+    # A product such as 0.55 * 100 is a little more than 55.
+    places = {
+        math.ceil(share * steps / validate_every - 1e-9) * validate_every for share in fractions if validate_every
+    }
     return tuple(sorted(step for step in places if 0 < step < steps))
 
 
