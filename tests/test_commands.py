@@ -12,8 +12,6 @@ from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import CLOSED_PIPE, STOPPED
 
-SCRIPTS = sorted(path.name for path in (PROJECT / "scripts").glob("*.py"))
-
 
 def into_closed_pipe(*words: str) -> subprocess.CompletedProcess[str]:
     """Run a script whose output nobody reads any more, as after `| head -1`."""

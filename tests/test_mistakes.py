@@ -103,10 +103,7 @@ SCRIPTS = {
     "parameters of two at once": ("params.py tying=LoRA,TABuv", "tying=LoRA,TABuv: has several values"),
     "rows for nowhere": ("fetch_data.py task=squad", "data_root: has no value; give the folder to write to"),
     "rows that are made": ("fetch_data.py task=chain_sum data_root=rows", "makes its own rows, so there is nothing"),
-    "a team that is a path": (
-        "wandb_dashboard.py outputs --entity ../x --json",
-        "--entity '../x': use letters, digits",
-    ),
+    "a path for a team": ("wandb_dashboard.py outputs --entity ../x --json", "--entity '../x': use letters, digits"),
     "a sweep that is not over": (f"sweep.py select {WORDS} seed=7", "1 of 1 cells are not finished"),
     "cells without a name": (f"sweep.py drop {WORDS}", "drop: name the cells by their ids, such as 'LoRA-*-s1-*'"),
     "cells that are none": (f"sweep.py retry {WORDS} 'LoRA-*'", "LoRA-*: is no cell of this sweep"),

@@ -33,7 +33,6 @@ class TestEveryConfiguration:
         trained = [p for p in base.model.parameters() if p.requires_grad]
         assert attached.adapter.trainable_params() == tying.trainable_params(spec, 4, architecture)
         assert sum(p.numel() for p in trained) == attached.adapter.trainable_params()
-        assert len({id(p) for p in trained}) == len(trained)
         if tying.label(spec) in EIGHT[1:]:
             assert attached.adapter.parts()["qkv.A"].shape[0] == attached.adapter.parts()["qkv.B"].shape[0] == 1
 

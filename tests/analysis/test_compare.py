@@ -53,17 +53,13 @@ def numbers(interval):
     return interval.value, interval.low, interval.high
 
 
-def per_example(kind):
-    """Scores of 200 examples, and those of the base model: 0 or 1, or values in between (as for F1)."""
-    generator = np.random.default_rng(2)
-    if kind == "binary":
-        return (generator.random((2, 200)) < [[0.5], [0.3]]).astype(float)
-    return generator.beta([[2], [1]], 5, (2, 200))
-
-
 @pytest.mark.parametrize("kind", ["binary", "mean"])
 def test_one_run_has_the_intervals_of_its_record_which_are_those_of_its_rows(tmp_path, kind):
-    ours, base = per_example(kind)
+    generator = np.random.default_rng(2)
+    if kind == "binary":
+        ours, base = (generator.random((2, 200)) < [[0.5], [0.3]]).astype(float)
+    else:  # as for F1
+        ours, base = generator.beta([[2], [1]], 5, (2, 200))
     scored_run(tmp_path, ours, base, metric="score")
     row = primary_row(write.build([tmp_path]).rows, "TABuv")
     recorded = row.group.runs[0].splits["validation"]
@@ -73,21 +69,16 @@ def test_one_run_has_the_intervals_of_its_record_which_are_those_of_its_rows(tmp
     assert numbers(paired) == pytest.approx(numbers(recorded.gain["score"]), abs=1e-12)
 
 
-def translation_rows(task, outputs, references):
-    rows = prediction_rows([0.0] * len(outputs))
-    return [
-        dataclasses.replace(row, output=output, scores=task.score(output, Example(row.id, "", reference, (reference,))))
-        for row, output, reference in zip(rows, outputs, references, strict=True)
-    ]
-
-
 def test_one_run_has_the_intervals_of_its_record_for_a_corpus_metric_too(tmp_path):
     generator = np.random.default_rng(7)
     words = ["the", "cat", "dog", "sat", "ran", "on", "over", "mat", "hill", "and", "then", "it", "was", "seen"]
     references = [" ".join(generator.choice(words, 9)) for _ in range(40)]
     outputs = [text if number % 3 else " ".join(text.split()[::-1]) for number, text in enumerate(references)]
     task = load_task(make_config(task="iwslt2017", kind="iwslt2017").task)
-    ours = translation_rows(task, outputs, references)
+    ours = [
+        dataclasses.replace(row, output=output, scores=task.score(output, Example(row.id, "", reference, (reference,))))
+        for row, output, reference in zip(prediction_rows([0.0] * 40), outputs, references, strict=True)
+    ]
     record = add_scores(make_record(task="iwslt2017", kind="iwslt2017"), "test", ours, task=task)
     write_run(tmp_path, record, {"test": ours})
     rows = write.build([tmp_path]).rows

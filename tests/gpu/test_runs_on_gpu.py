@@ -163,21 +163,15 @@ def test_no_step_after_the_first_waits_for_the_gpu(gpu, gpu_config, monkeypatch)
 
 def test_no_batch_after_the_first_compiles_again(gpu_config, monkeypatch):
     config = gpu_config("compiled", *QUIET, "train.compile=always", "train.steps=10")
-    stances: list[object] = []
-
-    def begin():
-        stances.append(torch.compiler.set_stance("fail_on_recompile"))
-
-    def end():
-        torch.compiler.set_stance("default")
-
-    calls = between_the_first_step_and_the_last(monkeypatch, 10, begin, end)
+    stance = torch.compiler.set_stance
+    calls = between_the_first_step_and_the_last(
+        monkeypatch, 10, lambda: stance("fail_on_recompile"), lambda: stance("default")
+    )
     try:
         record = run.main(config)
     finally:
-        end()
+        stance("default")
     assert len(calls) == 10 + 1
-    assert stances
     assert record.training.validation_loss_last < record.training.validation_loss_first
 
 

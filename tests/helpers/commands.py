@@ -25,14 +25,13 @@ from helpers.processes import SECONDS_AT_MOST, STARTED, end_group
 from tiedlora.config.project import PROJECT
 
 T = TypeVar("T")
+SCRIPT = PROJECT / "train.py"
 WITH_TORCH = multiprocessing.get_context("forkserver")
 WITH_TORCH.set_forkserver_preload(["tiedlora.runs.trainer", "tiedlora.tasks.task_metric", "reasoning_gym"])
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The result of a command."""
-
     code: int
     """The exit code, or minus the signal that ended it."""
     out: str
@@ -40,18 +39,16 @@ class Ended:
 
 
 class Command:
-    """A running script of the repository; train.py by default. Its group of processes ends with it."""
+    """A running train.py. Its group of processes ends with it."""
 
-    def __init__(
-        self, *words: str, script: str = "train.py", project: Path = PROJECT, cwd: Path = PROJECT, **environment: str
-    ) -> None:
+    def __init__(self, *words: str, cwd: Path = PROJECT) -> None:
         self._output = tempfile.TemporaryDirectory()
         self._files = [Path(self._output.name) / name for name in ("out", "err")]
-        self.pid = self._start(project / script, words, cwd, {**os.environ, **environment})
+        self.pid = self._start(words, cwd)
         STARTED.add(self.pid)
 
-    def _start(self, script: Path, words: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> int:
-        self._process = WITH_TORCH.Process(target=_run_script, args=(script, words, cwd, environment, self._files))
+    def _start(self, words: tuple[str, ...], cwd: Path) -> int:
+        self._process = WITH_TORCH.Process(target=_run_script, args=(words, cwd, dict(os.environ), self._files))
         self._process.start()
         return self._process.pid
 
@@ -63,7 +60,6 @@ class Command:
         os.kill(self.pid, number)
 
     def ended(self) -> Ended:
-        """Wait for the end."""
         self._wait(SECONDS_AT_MOST)
         end_group(self.pid)
         code = self._wait(SECONDS_AT_MOST)
@@ -75,16 +71,10 @@ class Command:
 class FreshCommand(Command):
     """As Command, in a new interpreter: for commands that start worker processes, which is not safe in a forked one."""
 
-    def _start(self, script: Path, words: tuple[str, ...], cwd: Path, environment: dict[str, str]) -> int:
+    def _start(self, words: tuple[str, ...], cwd: Path) -> int:
+        command = [sys.executable, str(SCRIPT), *words]
         with open(self._files[0], "w") as out, open(self._files[1], "w") as err:
-            self._popen = subprocess.Popen(
-                [sys.executable, str(script), *words],
-                stdout=out,
-                stderr=err,
-                cwd=cwd,
-                env=environment,
-                start_new_session=True,
-            )
+            self._popen = subprocess.Popen(command, stdout=out, stderr=err, cwd=cwd, start_new_session=True)
         return self._popen.pid
 
     def _wait(self, seconds: float) -> int | None:
@@ -93,15 +83,7 @@ class FreshCommand(Command):
         return self._popen.returncode
 
 
-def sweep(*words: str, **options) -> Command:
-    """Start `train.py --multirun`."""
-    return Command("--multirun", *words, **options)
-
-
-def _run_script(
-    script: Path, words: tuple[str, ...], cwd: Path, environment: dict[str, str], files: list[Path]
-) -> None:
-    """Run the command in the forked process."""
+def _run_script(words: tuple[str, ...], cwd: Path, environment: dict[str, str], files: list[Path]) -> None:
     # A group of its own, so that the end of the group is not that of the tests.
     os.setsid()
     # A run collects garbage several times. Without this, each collection would visit all objects of the modules.
@@ -111,11 +93,11 @@ def _run_script(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    sys.argv = [str(script), *words]
+    sys.argv = [str(SCRIPT), *words]
     # An interpreter puts the script's folder first.
-    sys.path.insert(0, str(script.parent))
+    sys.path.insert(0, str(PROJECT))
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        runpy.run_path(str(SCRIPT), run_name="__main__")
     finally:
         # A process of multiprocessing ends without them.
         atexit._run_exitfuncs()

@@ -38,7 +38,6 @@ def end_group(leader: int) -> None:
 
 
 def end_all() -> None:
-    """End every group that is left."""
     for leader in list(STARTED):
         end_group(leader)
 

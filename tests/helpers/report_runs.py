@@ -34,7 +34,6 @@ class OneMetric(Task):
 
 
 def make_config(name="TABuv", rank=8, seed=0, lr=1e-2, task="chain_sum", kind="gsm8k", model="org/tiny") -> Config:
-    """The resolved configuration of a run."""
     return Config(
         model=ModelConfig(name=model, context=512, architecture=SMOLLM2_135M),
         task=TaskConfig(name=task, kind=kind, prompt="{q}", target=" {a}"),

@@ -46,15 +46,11 @@ def dequantised(name: str, base, dtype: str = "bfloat16"):
     return plain
 
 
-def batch_of(base):
-    rows = [Encoded(tuple(range(5, 30)), tuple(range(40, 52))), Encoded(tuple(range(9, 20)), tuple(range(60, 67)))]
-    (batch,) = microbatches(rows, base.tokenizer.eos_token_id)
-    return batch
-
-
 def gradients(base, evaluations: int = 0):
     """The loss and the gradients of a random adapter, after some evaluation passes. The base stays as it was."""
-    attached, batch = attach(base.model, "TABuv", 4), batch_of(base)
+    rows = [Encoded(tuple(range(5, 30)), tuple(range(40, 52))), Encoded(tuple(range(9, 20)), tuple(range(60, 67)))]
+    (batch,) = microbatches(rows, base.tokenizer.eos_token_id)
+    attached = attach(base.model, "TABuv", 4)
     randomise(attached.adapter)
     for _ in range(evaluations):
         row_losses(base.model, batch)

@@ -22,11 +22,7 @@ SECRET = "hunter2-0123456789abcdef"
 RESULTS = {  # a key of result.json, its new value, and words of the message: one for each rule
     "a key that is missing": ("run_id", ..., "has no 'run_id'"),
     "a path for an id": ("run_id", "../../x", "'run_id' is '../../x'"),
-    "a path for a name": (
-        "identity.task.name",
-        "../../x",
-        "'identity.task.name' is '../../x', which cannot be a value",
-    ),
+    "a path as a name": ("identity.task.name", "../../x", "'identity.task.name' is '../../x', which cannot be a value"),
     "script for a model": ("base.name", "<script>", "'base.name' is '<script>', which is no name"),
     "a base that is not known": ("base.digest", None, "'base.digest' is None"),
     "a list for a part": ("identity.tying.A", [], "'identity.tying' has no object 'A'"),
@@ -211,13 +207,8 @@ def test_wrong_predictions(what, folder, tmp_path, script):
 
 def test_metrics_that_are_cut_or_garbage_are_passed_over(folder, tmp_path, words):
     path = folder / "metrics.jsonl"
-    garbage = [b'{"step": 9, "train/loss": ', b"\x00\xff\xfe", b"3", b"[]", b"null", b"[" * 100_000]
-    odd = [
-        b'{"step": 1e400, "train/loss": 1}',
-        b'{"step": 1, "train/loss": NaN}',
-        b'{"train/loss": 1}',
-        b'{"step": "x"}',
-    ]
+    garbage = [b'{"step": 9, "train/loss": ', b"\x00\xff\xfe", b'{"step": "x"}', b"3", b"[]", b"null", b"[" * 100_000]
+    odd = [b'{"step": 1e400, "train/loss": 1}', b'{"step": 1, "train/loss": NaN}', b'{"train/loss": 1}']
     whole = read_metrics(path)
     path.write_bytes(path.read_bytes() + b"\n".join([*odd, *garbage]))
     assert read_metrics(path) == whole

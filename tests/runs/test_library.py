@@ -117,10 +117,7 @@ class TestRuns:
             (["tying=LoRA"], r"tying\.A\.share \(the layers that share one\) is 3 there, and 1 here"),
             (["tying=TAB", "tying.targets=[qkv,o]"], r"o.A is missing there"),
             (["tying=TAB", "model=tiny_gpt2"], r"was trained on"),
-            (
-                ["tying=TAB", "tying.A.trained=false", "tying.A.init=0.5"],
-                r"qkv\.A has other values there, and is a froz",
-            ),
+            (["tying=TAB", "tying.A.trained=false", "tying.A.init=0.5"], r"qkv\.A has other values there, .* a froz"),
         ],
     )
     def test_what_does_not_fit_is_named(self, finished, tiny_config, overrides, says):

@@ -1,9 +1,7 @@
 """Runs of other methods: record, exact resume, kill, more scores, verification, export and report."""
 
-import subprocess
-import sys
-
 import pytest
+from helpers import processes
 from helpers.forks import killed_after
 from helpers.leak import BiasArm, MeanArm
 from helpers.tiny import folder_of
@@ -99,7 +97,7 @@ def test_arms_stand_beside_ours_in_a_report(tiny_config, tmp_path):
         "assert not {'peft', 'bitsandbytes'} & set(sys.modules)"
     )
     words = [tiny_config().outputs, "--out", str(tmp_path / "report")]
-    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=120)
+    done = processes.run_python("-c", program, *words)
     # What these packages print when they are imported is no business of a report's reader.
     assert (done.returncode, done.stderr) == (0, "")
     text = "".join(path.read_text() for path in (tmp_path / "report").glob("*.csv"))

@@ -152,10 +152,7 @@ def test_an_arm_of_peft_is_trained_by_reward(tiny_config):
         (["objective=reward", "objective.samples=1"], "objective.samples=1: must be greater than or equal to 2"),
         (["objective=reward", "score.checkpoint=best"], "score.checkpoint=best: is the step of the lowest validation"),
         (["objective=reward", "train.shard=true"], "train.shard=true: objective=reward samples from a whole model"),
-        (
-            ["objective=reward", "task.shuffle_targets=true"],
-            "task.shuffle_targets=true: objective=reward learns from no",
-        ),
+        (["objective=reward", "task.shuffle_targets=true"], "task.shuffle_targets=true: objective=reward learns from"),
         (["objective=reward", "objective.metric=f1"], "objective.metric=f1: the reward must be a score of a single"),
     ],
 )

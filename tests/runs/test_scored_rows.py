@@ -1,7 +1,4 @@
-"""The test rows are read before a run or a staged sweep trains, and those that were trained are named.
-
-So are training rows that do not fit.
-"""
+"""The test rows are read before a run or a staged sweep trains, and those that were trained are named."""
 
 import pytest
 from helpers.sweeping import search_options
@@ -16,7 +13,6 @@ from tiedlora.sweeps import staged
 from tiedlora.sweeps.expand import compose_sweep
 
 SAID = "task=gsm8k: 12 test rows are also training rows (such as id "
-OPTIONS = search_options(rungs=[0.25])
 
 
 @pytest.fixture
@@ -51,9 +47,7 @@ def test_those_that_are_trained_are_named_too_when_a_finished_run_is_scored(word
     score_more(RunFolder(path), **more)
     assert SAID in caplog.text
     (data / "train.jsonl").rename(data / "elsewhere.jsonl")
-    record = score_more(
-        RunFolder(path), data_root=str(data.parent), splits=["test"], metrics=["target_loss"], again=True
-    )
+    record = score_more(RunFolder(path), **more, again=True)
     assert record.scores["test"].rows == 30
     assert "the test rows are not compared with the training rows: " in caplog.text
 
@@ -70,5 +64,5 @@ def test_a_staged_sweep_launches_nothing_without_the_rows_that_it_will_score(wor
     sweep = compose_sweep(words("train.lr=1e-3,1e-2", "score.base=false"))
     launched = []
     with pytest.raises(UserError, match=r"test\.jsonl: no such file"):
-        staged.run_staged(sweep, OPTIONS, lambda cells, first_job: launched.extend(cells))
+        staged.run_staged(sweep, search_options(rungs=[0.25]), lambda cells, first_job: launched.extend(cells))
     assert launched == []

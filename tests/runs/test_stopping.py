@@ -63,10 +63,7 @@ from tiedlora.runs import trainer; trainer.cached_base = load
     [
         *(("importing", number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)),
         ("printing a finished run", signal.SIGUSR1),
-        *(
-            pytest.param(moment, signal.SIGTERM, marks=pytest.mark.slow)
-            for moment in ("loading", "leaving a destructor")
-        ),
+        *(pytest.param(when, signal.SIGTERM, marks=pytest.mark.slow) for when in ("loading", "leaving a destructor")),
     ],
 )
 def test_a_signal_outside_training_ends_with_the_code_of_a_stop(tiny_run, tiny_config, finish, moment, number):

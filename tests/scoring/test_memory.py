@@ -12,8 +12,6 @@ from tiedlora.page import write
 from tiedlora.runs import run, verify
 from tiedlora.scoring.split import scored_model, with_halved_batches
 
-PREDICTIONS = ("predictions/validation.jsonl", "predictions/validation.base.jsonl")
-
 
 def test_the_limit_on_tokens_is_halved_too(tiny_config):
     score = with_halved_batches(tiny_config("score.batch_size=4", "score.batch_tokens=100"), 3).score
@@ -30,7 +28,7 @@ def test_a_split_is_scored_in_halved_batches_with_its_base(tiny_config, tmp_path
     assert "score.batch_size=12 is halved to 6" in caplog.text
     assert "score.batch_size=6 is halved to 3" in caplog.text
     assert sizes == [3] * 8, "the base's batches, and the adapted model's"
-    for name in PREDICTIONS:
+    for name in ("predictions/validation.jsonl", "predictions/validation.base.jsonl"):
         assert (folder_of(config).path / name).read_bytes() == (folder_of(threes).path / name).read_bytes()
     # Another arm finds the base's scores of batches that fit.
     sizes.clear()

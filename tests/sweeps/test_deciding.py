@@ -87,8 +87,12 @@ def test_other_claims_than_the_planned_ones_are_refused(swept, tmp_path):
 def test_an_open_claim_takes_the_seeds_of_its_next_looks_within_the_budget(swept, tmp_path, capsys):
     decide(swept, claims_file(tmp_path, 0.9), Here())
     runs = len(list(swept.path.parents[1].glob("*/result.json")))
+    losses = {}
+    for choice in read_selection(swept.path / "selection.json").choices:
+        for run_id in choice.run_ids:
+            record = read_record(swept.path.parents[1] / run_id / "result.json")
+            losses[choice.configuration, record.seed] = record.scores["validation"].metrics["target_loss"].value
     # Half of the first seeds' mean difference as the margin: two seeds are too few to decide, and later looks may.
-    losses = target_losses(swept)
     differences = [losses["TABuv", seed] - losses["LoRA", seed] for seed in (0, 1)]
     margin = sum(differences) / 4
     sides = ("LoRA", "TABuv") if margin > 0 else ("TABuv", "LoRA")
@@ -134,13 +138,3 @@ def test_a_claim_that_needs_the_base_is_refused_without_it(tiny_run, tmp_path):
     sweep = compose_sweep(tiny_run(*WORDS, "score.base=false"))
     with pytest.raises(UserError, match=r"score\.base=false: the claim 'the method has a lower loss' needs"):
         decide(sweep, claims_file(tmp_path, 0.1, rule="retains"), Here())
-
-
-def target_losses(sweep) -> dict[tuple[str, int], float]:
-    """(Configuration, seed) -> the target loss of the chosen run."""
-    losses = {}
-    for choice in read_selection(sweep.path / "selection.json").choices:
-        for run_id in choice.run_ids:
-            record = read_record(sweep.path.parents[1] / run_id / "result.json")
-            losses[choice.configuration, record.seed] = record.scores["validation"].metrics["target_loss"].value
-    return losses

@@ -115,9 +115,6 @@ def test_a_loss_is_the_better_score_if_it_is_lower_and_runs_of_two_metrics_have_
     assert validation_metric([loss, match]) is None
 
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-
-
 def by_report(sweep: Sweep) -> dict[tuple[str, int], float]:
     """(Configuration, rank) -> the rate that the report takes."""
     report = write.build([Path(sweep.cells[0].config.outputs)])
@@ -129,7 +126,7 @@ def random_sweep(outputs: Path, draw: random.Random) -> Sweep:
     metrics = draw.choice(([], ["exact_match_strict"], ["exact_match_strict", "target_loss"]))
     cells = []
     for name in ("LoRA", "TAB", "TABuv"):
-        rates = draw.sample(RATES, draw.choice((1, 2, 4, 7)))
+        rates = draw.sample((1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), draw.choice((1, 2, 4, 7)))
         kept = draw.choice(rates)
         for lr in rates:
             seeds = range(3) if draw.random() < 0.6 else draw.sample(range(4), draw.choice((1, 2, 3)))

@@ -5,8 +5,7 @@ import signal
 from dataclasses import asdict
 
 import pytest
-from helpers.commands import FreshCommand, wait_until
-from helpers.commands import sweep as sweep_command
+from helpers.commands import Command, FreshCommand, wait_until
 from helpers.sweeping import Here, cell_of, fail, search_options
 from omegaconf import OmegaConf
 
@@ -82,7 +81,7 @@ def test_a_search_that_is_killed_again_and_again_decides_the_same(searched, tiny
     words = [*tiny_run(*GRID, f"outputs={tmp_path}/other"), "hydra/sweeper=staged", "hydra.sweeper.finalists=2"]
     killed = compose_sweep(words)
     for runs in (1, 3, 7):
-        command = sweep_command(*words)
+        command = Command("--multirun", *words)
         wait_until(lambda runs=runs: len(list((tmp_path / "other").glob("*/metrics.jsonl"))) >= runs)
         command.send_signal(signal.SIGKILL)
         assert command.ended().code == -signal.SIGKILL
@@ -198,7 +197,7 @@ def test_a_search_by_losses_is_refused_for_a_reward(tiny_run):
 
 def test_as_a_command_and_then_select(tiny_run, script):
     words = [*tiny_run(*GRID), "hydra/sweeper=staged"]
-    ended = sweep_command(*words).ended()
+    ended = Command("--multirun", *words).ended()
     assert ended.code == 0, ended.err
     assert "cells to step 2" in ended.err
     assert "cells are scored" in ended.err

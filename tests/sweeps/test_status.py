@@ -82,28 +82,12 @@ def test_the_table_has_a_column_for_each_swept_key(tiny_run):
     assert sum("1e-06" in line or "1e-6" in line for line in lines) == 2
 
 
-HOSTILE = "\x1b]0;title\x07[bold red]markup[/] \u202eevil " + "a" * 10**4
-
-
 @pytest.fixture
 def sweep(tiny_run):
     """A frozen sweep of two rates and two seeds, with nothing run."""
     made = compose_sweep(tiny_run("train.lr=1e-3,1e-2", "seed=0,1", "train.log_every=1"))
     made.freeze()
     return made
-
-
-def age(folder: Path) -> None:
-    """Make the files of a folder old."""
-    for path in [folder, *folder.rglob("*")]:
-        os.utime(path, (time.time() - 600,) * 2)
-
-
-def drawn(view) -> str:
-    console = Console(width=400, highlight=False, markup=False, emoji=False)
-    with console.capture() as shown:
-        console.print(frame(view))
-    return shown.get()
 
 
 class TestLooks:
@@ -139,13 +123,16 @@ class TestLooks:
 
     def test_hostile_text_stays_text(self, sweep):
         cell = sweep.cells[0]
-        fail(cell, "Traceback\n" + HOSTILE)
+        fail(cell, "Traceback\n\x1b]0;title\x07[bold red]markup[/] \u202eevil " + "a" * 10**4)
         cell.folder.metrics_file.write_bytes(
             b"\xff" * 10**6 + b"\n" + b'{"step": 1, "validation/loss": 2.0}\n' + b"[" * 10**5
         )
         view = next(views(sweep.path))
         assert [each.validation_loss for each in view.cells if each.run_id == cell.run_id] == [2.0]
-        for text in (drawn(view), "\n".join(news(None, view))):
+        console = Console(width=400, highlight=False, markup=False, emoji=False)
+        with console.capture() as drawn:
+            console.print(frame(view))
+        for text in (drawn.get(), "\n".join(news(None, view))):
             assert "\x1b" not in text
             assert "\u202e" not in text
             assert "[bold red]markup[/]" in text
@@ -158,7 +145,8 @@ class TestFinding:
         for sweep in (older, newer):
             sweep.freeze()
         outputs = older.path.parent.parent
-        age(outputs)
+        for path in [outputs, *outputs.rglob("*")]:
+            os.utime(path, (time.time() - 600,) * 2)
         newer.control.start(fail_fast=False)
         assert find_sweep(outputs) == find_sweep(outputs, "sweep") == newer.path
         assert find_sweep(outputs, older.id) == older.path

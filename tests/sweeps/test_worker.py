@@ -6,8 +6,7 @@ import weakref
 
 import pytest
 import torch
-from helpers.commands import sweep as sweep_command
-from helpers.commands import wait_until
+from helpers.commands import Command, wait_until
 from helpers.sweeping import Here, fail, held, search_options
 
 from tiedlora.errors import UserError
@@ -18,10 +17,6 @@ from tiedlora.sweeps.cells import SweepControl
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import run_cell, work
 from tiedlora.sweeps.staged import StagedSweep
-
-FAILING = ["task.max_target_tokens=1,null", "seed=0,1,2"]
-"""The three cells with the limit, which come first, have no row to train on."""
-LONG = ["train.steps=100000", "train.checkpoint_every=100000", "train.validate_every=0"]
 
 
 @pytest.fixture
@@ -185,10 +180,10 @@ class TestControl:
 
     @pytest.mark.slow
     def test_a_dropped_cell_stops_with_its_checkpoint_and_stays_dropped(self, tiny_run, script):
-        words = tiny_run("seed=0,1", *LONG)
+        words = tiny_run("seed=0,1", "train.steps=100000", "train.checkpoint_every=100000", "train.validate_every=0")
         swept = compose_sweep(words)
         first, second = swept.cells
-        command = sweep_command(*words)
+        command = Command("--multirun", *words)
         wait_until(first.folder.metrics_file.exists)
         code, out, err = script("scripts/sweep.py", "drop", "*-s0-*", *words)
         assert (code, out.split()) == (0, [first.run_id]), err
@@ -220,7 +215,8 @@ class TestControl:
         assert states(swept) == ["done"] * 3
 
     def test_fail_fast_starts_no_cell_after_the_first_failure(self, tiny_run, capsys):
-        swept = compose_sweep(tiny_run(*FAILING))
+        # The three cells with the limit, which come first, have no row to train on.
+        swept = compose_sweep(tiny_run("task.max_target_tokens=1,null", "seed=0,1,2"))
         with pytest.raises(SystemExit) as end:
             launching.run_sweep(swept, work, fail_fast=True)
         assert end.value.code == 1

@@ -78,10 +78,6 @@ def test_a_damaged_zip_of_the_hub(tmp_path, monkeypatch):
             task_option("iwslt2017").hub_rows("train")
 
 
-def as_line(row) -> bytes:
-    return json.dumps(row).encode()
-
-
 @given(st.data(), st.sampled_from(FIVE))
 @search(150)
 def test_any_row_is_an_example_or_refused(tmp_path_factory, data, kind):
@@ -95,7 +91,7 @@ def test_any_row_is_an_example_or_refused(tmp_path_factory, data, kind):
     else:
         row = data.draw(ODD_VALUES)
     folder = tmp_path_factory.getbasetemp() / "any-rows"
-    path = write(folder, kind, as_line(row))
+    path = write(folder, kind, json.dumps(row).encode())
     before = path.read_bytes()
     with right_or_refused():
         (example,) = load_examples(task_option(kind), "test", str(folder))

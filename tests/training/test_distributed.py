@@ -130,8 +130,6 @@ def test_a_sharded_model_is_refused():
 
 
 class TestShard:
-    """train.shard"""
-
     @pytest.fixture
     def shared(self, tiny_config):
         return tiny_config(*UNEVEN, "train.shard=true")
