@@ -16,6 +16,7 @@ from helpers.report_runs import (
     world,
     write_run,
 )
+from scipy import stats
 
 from tiedlora import tying
 from tiedlora.analysis import intervals
@@ -278,6 +279,10 @@ class TestClusters:
         expected = (count - 1) / count * np.square(np.array(without) - values.mean()).sum()
         found = clusters.variance(clusters.sums(values - values.mean()))
         assert found == pytest.approx(expected, rel=1e-12)
+        squares = np.square(self.SIZES, dtype=float)
+        quantile = stats.t.isf(0.025, squares.sum() ** 2 / np.square(squares).sum() - 1)
+        interval = intervals.clustered_mean(values, clusters)
+        assert interval.high - interval.value == pytest.approx(quantile * np.sqrt(expected), rel=1e-9)
 
     def test_where_rows_of_a_cluster_are_alike_the_interval_over_rows_is_wrong_and_this_one_is_not(self):
         generator, clusters, draws = np.random.default_rng(0), self.clusters(), 600
@@ -331,6 +336,7 @@ class TestClusters:
             (root / "clusters.json").write_text(json.dumps(clusters))
             found += trial(root, "better_by: 0.0").answers
         assert found[0].contrast != found[1].contrast
+        assert found[0].retains_at_least != found[1].retains_at_least
         assert "200 rows in 10 clusters" in found[1].reason
 
     def test_a_runs_own_interval_is_over_clusters(self):

@@ -72,11 +72,13 @@ def test_rows_that_do_not_fit_are_counted_and_a_lost_answer_is_not_trained_on():
         squad_example(PASSAGE, "word199", task),
         squad_example("x " * 40, "x " * 20, task),
         Example("4", PASSAGE, " no part may be cut"),
+        # Nothing was cut, so the answer was not lost: a question without its passage.
+        Example("5", "Which one?", " word1", must_hold="word1"),
     ]
     kept, encoded, counts = encode_rows(coder, examples)
-    assert kept == [0, 1]
-    assert len(encoded) == 2
-    assert counts == {"rows": 5, "shortened": 1, "dropped_prompt": 1, "dropped_target": 1, "dropped_answer": 1}
+    assert kept == [0, 1, 5]
+    assert len(encoded) == 3
+    assert counts == {"rows": 6, "shortened": 1, "dropped_prompt": 1, "dropped_target": 1, "dropped_answer": 1}
 
 
 def test_a_prompt_of_which_nothing_would_be_left_is_not_shortened():
