@@ -226,3 +226,10 @@ def test_the_fast_mean_squares_are_those_of_the_report(world):
         exact = intervals.mean_squares(table[:, :n].astype(np.float64))
         assert np.abs(fast.mean - exact.mean).max() < 1e-4 * exact.half_width(0.05).min()
         np.testing.assert_allclose(fast.half_width(0.002), exact.half_width(0.002), rtol=1e-4)
+
+
+def test_large_scores_that_are_all_alike_have_a_share_in_spite_of_rounding():
+    for seed in range(20):
+        zero, method, comparator = np.sort(np.random.default_rng(seed).random(3)) * 1e5
+        sides = Sides(np.full((3, 20), method), np.full((3, 20), comparator), np.full(20, zero), seeds=(0, 1, 2))
+        assert retained_at_least(sides, 0.01) == pytest.approx((method - zero) / (comparator - zero))

@@ -221,8 +221,10 @@ def retained_at_least(sides: Sides, level: float) -> float | None:
 
     if low(0.0) <= 0:
         return None
-    # At the estimate the contrast's mean is 0, so this share is not supported.
+    # At the estimate the contrast's mean is 0, or a rounding error above it if scores are large and all alike.
     estimate = float((sides.method - sides.zero).mean() / gain.mean())
+    if low(estimate) >= 0:
+        return estimate
     return float(optimize.brentq(low, 0.0, estimate, xtol=1e-6))
 
 
