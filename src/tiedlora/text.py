@@ -30,8 +30,9 @@ def visible(text: str) -> str:
     return HIDDEN.sub(_sign, text)
 
 
-HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-"""C0 and C1 controls, bidirectional marks and overrides, line separators, surrogates, the byte order mark."""
+HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
+"""C0 and C1 controls, bidirectional marks and overrides, line separators, surrogates, the byte order mark, and the two
+codes that XML does not allow."""
 
 
 def _sign(match: re.Match[str]) -> str:
@@ -58,6 +59,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{count:,} {noun}{'s' if count != 1 else ''}"
 
 
 def number_list(numbers: Iterable[int]) -> str:

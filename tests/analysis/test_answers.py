@@ -109,6 +109,19 @@ class TestLooks:
             diverge(tmp_path / "runs", f"TABuv-*-s{seed}-*")
         found = answer(tmp_path)
         assert (found.verdict, found.look, found.seeds) == ("contradicted", 1, 3)
+        for seed in (3, 4):
+            diverge(tmp_path / "runs", f"TABuv-*-s{seed}-*")
+        shutil.rmtree(next((tmp_path / "runs").glob("LoRA-*-s4-*")))
+        found = answer(tmp_path)
+        assert found.reason.startswith("seeds 0 to 2: fewer than 2 of them finished on both sides")
+        assert found.decide == "the look at 5 seeds: needs seeds 4 of LoRA r=8"
+
+    @pytest.mark.parametrize(("rows", "verdict"), [(49, "undecided"), (50, "supported")])
+    def test_rows_that_are_all_alike_decide_only_if_there_are_many(self, tmp_path, rows, verdict):
+        for name in ("LoRA", "TABuv"):
+            for seed in range(3):
+                scored_run(tmp_path / "runs", [1.0] * rows, [0.0] * rows, name=name, seed=seed)
+        assert answer(tmp_path).verdict == verdict
 
     @pytest.mark.parametrize("at", ["this rate", "another rate"])
     def test_a_look_waits_for_a_seed_without_scores_and_for_one_that_diverged_at_another_rate(self, tmp_path, at):
@@ -122,7 +135,7 @@ class TestLooks:
             world(tmp_path / "runs", {"TABuv": 0.2}, seeds=3, lr=3e-2, **SURE)
             diverge(tmp_path / "runs", "TABuv-*-s2-*")
         found = answer(tmp_path)
-        assert (found.look, found.decide) == (None, "the look at 3 seeds: needs seeds 2 on both sides")
+        assert (found.look, found.decide) == (None, "the look at 3 seeds: needs seeds 2 of TABuv r=8")
 
     def test_later_seeds_can_change_a_rate_that_nothing_has_recorded_and_the_answer_says_so(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.6, "TABuv": 0.3}, seeds=3, **SURE)

@@ -185,8 +185,8 @@ def test_a_configuration_is_compared_with_itself_on_other_seeds(tmp_path, answer
 
 def test_a_missing_comparator_or_method_is_named(tmp_path, answers):
     add(tmp_path, "TABuv", 0.5)
-    assert ["LoRA r=8 was not run in the same setting" in found.reason for found in answers()] == [True]
-    assert ["TAB r=8 was not run on it" in found.reason for found in answers("TAB, rank: 8")] == [True]
+    assert ["no finished run of LoRA r=8 in the same setting" in found.reason for found in answers()] == [True]
+    assert ["no finished run of TAB r=8" in found.reason for found in answers("TAB, rank: 8")] == [True]
     assert [found.verdict for found in answers("TAB, at: equal_rank", "TABuv, rank: 8")] == ["not run"]
 
 
@@ -197,8 +197,8 @@ def test_a_changed_specification_answers_by_a_name_of_its_own_only(tmp_path, ans
             changes = {"config.tying.dropout": 0.1, "config.tying.name": name}
             scored_run(tmp_path / name, [1.0] * 400, [0.0] * 400, seed=seed, changes=changes)
     (found,) = answers(roots=("runs", "TABuv"))
-    assert "TABuv r=8 was not run on it" in found.reason
+    assert "no finished run of TABuv r=8" in found.reason
     (found,) = answers("mine, rank: 8", roots=("runs", "mine"))
     assert "custom (mine) r=8 against LoRA r=8" in found.reason
     (found,) = answers("mine, rank: 8, shuffle_targets: true", roots=("runs", "mine"))
-    assert "mine (shuffled targets) r=8 was not run on it" in found.reason
+    assert "no finished run of mine (shuffled targets) r=8" in found.reason

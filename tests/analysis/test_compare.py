@@ -94,6 +94,7 @@ def test_predictions_that_disagree_with_the_record_give_no_interval(tmp_path):
         path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
         row = primary_row(write.build([tmp_path]).rows, "TABuv")
         assert row.gain.examples is None, "rows in another order"
+        assert len([note for note in row.notes if "no interval over examples" in note]) == 1
     assert any("its predictions are of other examples" in note for note in row.notes)
     path = folder / "predictions" / "validation.jsonl"
     path.write_text(path.read_text().replace("1.0", "0.0", 1))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ class TestSensitivity:
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.75}, **SURE)
         (answer,) = trial(tmp_path).answers
         assert (answer.verdict, answer.sensitivity) == ("supported", "not shown")
-        assert "TA r=8 was not run" in answer.reason
+        assert "no finished run of TA r=8" in answer.reason
 
     def test_an_arm_is_not_asked_about_itself(self, tmp_path):
         """TA keeps 90 % of its own gain, and that shows nothing."""
@@ -144,11 +145,23 @@ class TestFloor:
         assert from_floor.comparator_gain == pytest.approx(0.2, abs=0.02)
         assert "(over LoRA (shuffled targets) r=8)" in from_floor.reason
 
+    @pytest.mark.parametrize(("floors", "needs"), [(2, "2"), (1, "1, 2")])
+    def test_a_floor_with_fewer_seeds_is_what_a_look_waits_for(self, tmp_path, floors, needs):
+        world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.4}, **SURE)
+        scored_run(tmp_path / "runs", [1.0] * 1000, [0.0] * 1000, name="LoRA", seed=3)
+        scored_run(tmp_path / "runs", [0.0] * 1000, [0.0] * 1000, name="TABuv", seed=3)
+        world(tmp_path / "runs", {"LoRA": 0.2}, changes=SHUFFLED, **{**SURE, "seeds": floors})
+        (answer,) = trial(tmp_path, extra=self.FLOOR).answers
+        assert answer.decide == f"the look at 3 seeds: needs seeds {needs} of LoRA (shuffled targets) r=8"
+        assert (answer.seeds, answer.difference_seeds) == (floors, 4)
+        assert answer.difference.value == pytest.approx(-0.475, abs=0.03), "all four seeds of both sides"
+        assert answer.kept.value == pytest.approx(0.4, abs=0.1), "only the seeds of the floor"
+
     def test_without_the_floors_runs_there_is_no_verdict(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.7, "TABuv": 0.72}, **SURE)
         (answer,) = trial(tmp_path, extra=self.FLOOR).answers
         assert answer.verdict == "undecided"
-        assert answer.reason == "the floor: LoRA (shuffled targets) r=8 was not run in the same setting"
+        assert answer.reason == "the floor: no finished run of LoRA (shuffled targets) r=8 in the same setting"
 
     def test_a_rule_that_needs_no_zero_does_not_wait_for_the_floor(self, tmp_path):
         world(tmp_path / "runs", {"LoRA": 0.5, "TABuv": 0.7}, **SURE)
@@ -205,17 +218,18 @@ class TestCurve:
         assert answer.verdict == "supported"
         assert {row.group.label: row.worth for row in trial(tmp_path).rows if row.group.rank == 8} == before
 
-    @pytest.mark.parametrize("kind", ["a diverged seed", "another metric"])
+    @pytest.mark.parametrize("kind", ["a diverged seed", "another metric", "another split"])
     def test_a_size_takes_part_if_all_its_seeds_have_ended_with_the_metric(self, root, tmp_path, kind):
         shutil.copytree(root / "runs", tmp_path / "runs")
         metric = "target_loss" if kind == "another metric" else "exact_match_strict"
-        world(tmp_path / "runs", {("LoRA", 2): 0.7}, **SURE, metric=metric)
+        split = "test" if kind == "another split" else "validation"
+        world(tmp_path / "runs", {("LoRA", 2): 0.7}, **SURE, metric=metric, split=split)
         if kind == "a diverged seed":
             diverge(tmp_path / "runs", "LoRA-r2-*-s2-*")
         report = trial(tmp_path, comparator="frontier: LoRA", tasks="{chain_sum: exact_match_strict}")
-        pair = report.answers[0].pair
         groups = group_runs(*read_runs([tmp_path / "runs"]))
-        found = [group.params for group in sizes(report.answers[0].claim, "LoRA", pair.method, groups)]
+        method = next(group for group in groups if group.label == "TABuv")
+        found = [group.params for group in sizes(report.answers[0].claim, "LoRA", method, groups, "validation")]
         assert (92_160 in found) == (kind == "a diverged seed")
 
     def test_an_arm_of_the_curve_is_not_compared_with_the_curve(self, root):
@@ -309,7 +323,7 @@ class TestClusters:
         (row,) = write.build([tmp_path]).rows
         assert "rows of only 3 clusters: intervals hold for these alone" in row.notes
 
-    def test_rows_name_their_cluster_and_a_study_may_name_it_for_them(self, tmp_path):
+    def test_rows_name_their_cluster_and_a_study_may_name_it_for_them(self, tmp_path, monkeypatch):
         """The same scores, with articles in the predictions, or in the study's clusters.json."""
         scores = (np.arange(120) % 3 == 0).astype(float)
         rows = prediction_rows(scores)
@@ -326,6 +340,9 @@ class TestClusters:
             (row,) = write.build([root]).rows
             found[study] = row.score.both
         assert found["named"] == found["listed"]
+        monkeypatch.chdir(tmp_path / "listed" / "runs")
+        (row,) = write.build([Path()]).rows
+        assert row.score.both == found["listed"], "a folder's own path has no parent"
         assert found["named"] != found["alone"]
 
     def test_a_verdict_is_over_clusters(self, tmp_path):

@@ -62,7 +62,9 @@ def test_curves_have_a_line_for_each_configuration_and_a_band_over_seeds_and_one
     for name in ("LoRA", "TABuv"):
         for seed in (0, 1):
             folder = scored_run(tmp_path, GOOD, BASE, name=name, seed=seed)
-            rows = [MetricsRow(step, {"validation/loss": 2.0 - step / 100 + seed / 10}) for step in (0, 50, 100)]
+            # A run that was continued by hand may lack a line.
+            steps = (0, 100) if (name, seed) == ("LoRA", 0) else (0, 50, 100)
+            rows = [MetricsRow(step, {"validation/loss": 2.0 - step / 100 + seed / 10}) for step in steps]
             rows += [MetricsRow(step, {"validation/f1": 0.5}) for step in ((50, 100) if name == "LoRA" else (100,))]
             write_lines(folder / "metrics.jsonl", rows)
     found = panels(tmp_path)

@@ -88,7 +88,7 @@ def test_a_failed_cells_error_reaches_the_terminal_tamed(folder, words, script):
 
 
 def test_texts_are_made_visible():
-    assert visible("a\x1b[2J\x00\n\x7f\x9b\u202e\ud800é") == "a␛[2J␀␊␡<U+009B><U+202E><U+D800>é"
+    assert visible("a\x1b[2J\x00\n\x7f\x9b\u202e\ud800\uffffé") == "a␛[2J␀␊␡<U+009B><U+202E><U+D800><U+FFFF>é"
     assert visible_lines("a\nb\x1b") == "a\nb␛"
 
 

@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from helpers.report_runs import add_scores, make_record, prediction_rows, scored_run, world, write_run
+from helpers.report_runs import add_scores, diverge, make_record, prediction_rows, scored_run, world, write_run
 
 from tiedlora.analysis.compare import OTHER_ENDS
 from tiedlora.analysis.groups import group_runs
@@ -119,7 +119,13 @@ def test_the_overview_names_failed_cells(tmp_path):
     failed = tmp_path / "TABuv-r8-squad-tiny-s0-0123456789"
     failed.mkdir()
     (failed / "error.txt").write_text("boom")
+    for seed in (0, 1):
+        scored_run(tmp_path, [0.0] * 40, None, name="TAB", seed=seed)
+        diverge(tmp_path, f"TAB-*-s{seed}-*")
+    scored_run(tmp_path, [0.0] * 40, None, name="LoRA", model="org/Tiny")
     report = write.build([tmp_path])
-    (table,) = overview(report.rows, report.left_out)
+    other, table = overview(report.rows, report.left_out)
     lines = {row[0]: row for row in table.rows}
     assert lines["TABuv"][table.head.index("squad")] == "failed"
+    assert lines["TAB"][4:] == ["failed", None], "no run of it finished"
+    assert (other.name, table.name) == ("overview-tiny-1", "overview-tiny-2"), "one file each, whatever the case"

@@ -8,8 +8,9 @@ verdict more likely.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from operator import attrgetter
@@ -85,11 +86,14 @@ class Answer:
     """The look that the answer rests on, counted from 0."""
     seeds: int = 0
     """The number of seeds of the look, or of all common seeds before the first one."""
-    difference_seeds: int = 0
-    """The number of seeds of `difference`, which uses all that both sides have."""
     rows: int = 0
     decide: str = ""
     """What would decide the claim, in planned looks."""
+
+    @property
+    def difference_seeds(self) -> int:
+        """The number of seeds of `difference`, which uses all that both sides have."""
+        return self.difference.count if self.difference is not None else 0
 
     @property
     def has_more_seeds(self) -> bool:
@@ -121,16 +125,17 @@ def answer_claims(
     splits = compare.shown_splits(groups, split)
     answers = []
     for claim in stated:
-        pairs = claims.pairs(claim, groups)
+        pairs = claims.pairs(claim, groups, splits)
         answers += [_answer(claim, pair, splits[pair.anchor.task], book) for pair in pairs]
-        reason, decide = f"{claim.anchor} was not run on it", next_look(claim, 0)
-        # Without tasks, a claim is about those that its anchor was run on. What other arms were run on changes nothing.
-        asked = set(claim.tasks) or {group.task for group in groups if not pairs}
-        for model in sorted({pair.anchor.model for pair in pairs}) or [""]:
-            missing = asked - {pair.anchor.task for pair in pairs if pair.anchor.model == model}
+        reason, decide = f"no finished run of {claim.anchor}", next_look(claim, 0, {})
+        for model in sorted({group.model for group in groups}) or [""]:
+            run_on = {pair.anchor.task for pair in pairs if pair.anchor.model == model}
+            # Without tasks, a claim is about those that its anchor was run on; what other arms were run on changes
+            # nothing. If it was run on none, the claim is about all tasks of the model.
+            asked = set(claim.tasks) or (run_on or {group.task for group in groups if group.model == model})
             answers += [
                 Answer(claim, model, task, verdict=Verdict.NOT_RUN, reason=reason, decide=decide)
-                for task in sorted(missing)
+                for task in sorted(asked - run_on)
             ]
     mark_survivors(answers)
     return answers
@@ -140,25 +145,26 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     answer = Answer(claim, pair.anchor.model, pair.anchor.task_in_words, pair, reason=pair.problem)
     method, comparator = pair.method, pair.comparator
     # Usually the arm is beyond the curve, where no seed helps.
-    answer.decide = "" if pair.problem and claim.comparator.frontier else next_look(claim, 0)
+    answer.decide = "" if pair.problem and claim.comparator.frontier else next_look(claim, 0, {})
     if method is None or comparator is None:
         answer.verdict = Verdict.NOT_RUN if pair.lacks_method else answer.verdict
         return answer
     over = f" (over {pair.floor.name})" if pair.floor is not None else ""
+    sides = [method, *comparator.groups, *([pair.floor] if pair.floor is not None else [])]
     try:
         answer.measure = measure = _measure(claim, method, split)
+        # A seed has ended if it is scored, or diverged and never will be. Another failure can be repaired.
+        ended = {side.name: {run.seed for run in measure.scored(side.runs)} | side.diverged_seeds for side in sides}
+        answer.decide = next_look(claim, 0, ended)
         scores = compare.paired_scores(method, comparator, measure, book, pair.floor)
     except UserError as error:
         answer.reason = f"{method.name} and {comparator.name}{over}: {error}"
         return answer
     answer.difference, _ = compare.difference(method, comparator, measure, book)
     answer.retained = rules.share(scores)
-    answer.rows, answer.difference_seeds = scores.method.shape[1], len(scores.seeds)
+    answer.rows = scores.method.shape[1]
     _set_share(answer, scores, rules.TOTAL)
-    sides = [method, *comparator.groups, *([pair.floor] if pair.floor is not None else [])]
-    # A seed has ended if it is scored, or diverged and never will be. Another failure can be repaired.
-    ended = [{run.seed for run in measure.scored(group.runs)} | group.diverged_seeds for group in sides]
-    _decide(answer, scores, set.intersection(*ended))
+    _decide(answer, scores, ended)
     notes = [f"{answer.reason}{over} ({method.name} against {comparator.name}, {split}, {measure.metric})"]
     if scores.clusters is not None:
         notes.append(f"{answer.rows:,} rows in {len(scores.clusters.sizes)} clusters")
@@ -236,8 +242,12 @@ def _measure(claim: Claim, method: RunGroup, split: str) -> Measure:
     return Measure(split, metric)
 
 
-def _decide(answer: Answer, scores: Sides, ended: set[int]) -> None:
-    """Take every look of the plan whose seeds have ended, up to the first one that decides."""
+def _decide(answer: Answer, scores: Sides, ended: Mapping[str, set[int]]) -> None:
+    """Take every look of the plan whose seeds have ended, up to the first one that decides.
+
+    Args:
+        ended: group -> its seeds that have ended.
+    """
     plan = answer.claim.plan
     answer.seeds = len(scores.seeds)
     if answer.claim.rule.needs_zero and scores.zero is None:
@@ -253,12 +263,16 @@ def _decide(answer: Answer, scores: Sides, ended: set[int]) -> None:
                 f"a larger seed_offset: with {plan.looks[number]} seeds, both sides would have the same runs"
             )
             return
-        if not set(declared) <= ended:
+        if not all(set(declared) <= own for own in ended.values()):
             _wait_for(answer, scores, number, ended)
             return
         seen = scores.of(declared)
         if len(seen.seeds) < 2:
             answer.reason = f"seeds {number_list(declared)}: fewer than 2 of them finished on both sides"
+            continue
+        if answer.rows < rules.FEWEST_ALIKE and answer.claim.rule.sees_equal_rows(seen):
+            answer.reason = f"seeds {number_list(declared)}: the contrast is the same in all {answer.rows} rows"
+            answer.reason += f", which needs {rules.FEWEST_ALIKE} rows"
             continue
         _look(answer, seen, number)
         if answer.verdict != Verdict.UNDECIDED:
@@ -299,20 +313,22 @@ def _set_share(answer: Answer, seen: Sides, level: float) -> None:
     gain = answer.comparator_gain = float(seen.gain.mean())
     if min(seen.method.shape) > 1:
         answer.kept = answer.claim.rule.kept(seen, level)
-    elif gain > 0 and answer.difference is not None and answer.measure is not None:
-        # One seed has no interval over seeds. Its difference has one over rows.
-        found, factor = answer.difference.widest, answer.measure.sign / gain
-        low, high = sorted(1 + factor * end for end in (found.low, found.high))
-        answer.kept = Interval(1 + factor * found.value, low, high)
+    elif gain > 0:
+        # One seed has no interval over seeds, but one over rows. One row has none.
+        found = Interval(float((seen.method - seen.comparator).mean()), math.nan, math.nan)
+        if seen.method.shape[1] > 1:
+            found = intervals.over_examples(seen.method, seen.comparator, seen.clusters)
+        answer.kept = Interval(1 + found.value / gain, 1 + found.low / gain, 1 + found.high / gain)
 
 
-def _wait_for(answer: Answer, scores: Sides, number: int, ended: set[int]) -> None:
+def _wait_for(answer: Answer, scores: Sides, number: int, ended: Mapping[str, set[int]]) -> None:
     """Say what the next look needs, and how likely a later look decides, from the seeds of the last one."""
     plan, look = answer.claim.plan, answer.look
     answer.decide = next_look(answer.claim, number, ended)
-    if look is None:
-        answer.reason = f"before the first look: {len(set(plan.of_look(0)) & ended)} of {plan.looks[0]} seeds"
-    elif len((seen := scores.of(plan.of_look(look))).seeds) == plan.looks[look]:
+    if number == 0:
+        common = set(plan.of_look(0)).intersection(*ended.values())
+        answer.reason = f"before the first look: {len(common)} of {plan.looks[0]} seeds"
+    elif look is not None and len((seen := scores.of(plan.of_look(look))).seeds) == plan.looks[look]:
         chance = rules.chance_of_decision(answer.claim.rule, seen, plan, look)
         answer.is_futile = chance < rules.FUTILE
         if answer.is_futile:
@@ -321,10 +337,20 @@ def _wait_for(answer: Answer, scores: Sides, number: int, ended: set[int]) -> No
             answer.decide += f"; a later look decides with a chance of {100 * chance:.0f} %"
 
 
-def next_look(claim: Claim, number: int, ended: Iterable[int] = ()) -> str:
-    """The look with this number in words, and the seeds that it still needs."""
-    missing = [seed for seed in claim.plan.of_look(number) if seed not in set(ended)]
-    words = f"the look at {claim.plan.looks[number]} seeds: needs seeds {number_list(missing)} on both sides"
+def next_look(claim: Claim, number: int, ended: Mapping[str, set[int]]) -> str:
+    """The look with this number in words, and the seeds that it still needs; empty if it has all of them.
+
+    Args:
+        ended: group -> its seeds that have ended; empty if no group is known.
+    """
+    declared = claim.plan.of_look(number)
+    seeds = {name: number_list(set(declared) - own) for name, own in ended.items()} or {"": number_list(declared)}
+    missing = [f"seeds {lacking} of {name}" for name, lacking in seeds.items() if lacking]
+    if not missing:
+        return ""
+    if len(set(seeds.values())) == 1:
+        missing = [f"seeds {next(iter(seeds.values()))} on both sides"]
+    words = f"the look at {claim.plan.looks[number]} seeds: needs {', '.join(missing)}"
     offsets = {"method": claim.method.seed_offset, "comparator": claim.comparator.seed_offset}
     later = [f"those of the {name} are counted from {offset}" for name, offset in offsets.items() if offset]
     return f"{words} ({'; '.join(later)})" if later else words

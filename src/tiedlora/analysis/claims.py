@@ -291,8 +291,12 @@ class Pair:
     """Whether no run of the method is in this setting."""
 
 
-def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
-    """A pair for every setting with a group of the claim's anchor, on the claim's tasks."""
+def pairs(claim: Claim, groups: Sequence[RunGroup], splits: Mapping[str, str]) -> list[Pair]:
+    """A pair for every setting with a group of the claim's anchor, on the claim's tasks.
+
+    Args:
+        splits: task -> the split that is compared.
+    """
     anchors: dict[str, list[RunGroup]] = {}
     for group in groups:
         if claim.covers(group.task) and _is_of(group, claim.anchor) and group.rank == claim.anchor.rank:
@@ -300,7 +304,7 @@ def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
     found = []
     for alike in anchors.values():
         try:
-            found.append(_pair(claim, _only_one(alike), groups))
+            found.append(_pair(claim, _only_one(alike), groups, splits))
         except UserError as error:
             setting = alike[0].setting
             is_there = any(group.setting == setting and _is_of(group, claim.method) for group in groups)
@@ -308,12 +312,13 @@ def pairs(claim: Claim, groups: Sequence[RunGroup]) -> list[Pair]:
     return found
 
 
-def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
+def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], splits: Mapping[str, str]) -> Pair:
     """The pair of an anchor. UserError: a side is missing, or several groups fit."""
+    split = splits[anchor.task]
     matched = claim.method if claim.method.rank is None else claim.comparator
     partner: Peer
     if matched.frontier:
-        partner = _on_curve(matched.frontier, claim, anchor, groups)
+        partner = _on_curve(matched.frontier, claim, anchor, groups, split)
     else:
         partner = _partner(matched, anchor, groups)
     floor = None
@@ -330,7 +335,7 @@ def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
             arm, curve_of = _partner(claim.weakest, anchor, groups), claim.comparator.frontier
             # It says whether the trial can fail, so it has the seeds of every look too.
             arms.append((arm, 0))
-            peer = _on_curve(curve_of, claim, arm, groups) if curve_of else comparator
+            peer = _on_curve(curve_of, claim, arm, groups, split) if curve_of else comparator
             weakest = Pair(anchor, arm, peer, floor=floor)
         except UserError as error:
             weakest = Pair(anchor, problem=str(error))
@@ -339,9 +344,9 @@ def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Pair:
     return Pair(anchor, _shifted(method, claim.method), comparator, "", floor, weakest, tuple(arms))
 
 
-def _on_curve(configuration: str, claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup]) -> Blend:
+def _on_curve(configuration: str, claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], split: str) -> Blend:
     """The curve of a configuration at the anchor's number of parameters."""
-    found = sizes(claim, configuration, anchor, groups)
+    found = sizes(claim, configuration, anchor, groups, split)
     if anchor in found:
         raise UserError(f"{anchor.name} is on the curve of {configuration} itself")
     if (blend := point(configuration, found, anchor.params)) is None:
@@ -350,16 +355,18 @@ def _on_curve(configuration: str, claim: Claim, anchor: RunGroup, groups: Sequen
     return blend
 
 
-def sizes(claim: Claim, configuration: str, anchor: RunGroup, groups: Sequence[RunGroup]) -> list[RunGroup]:
+def sizes(claim: Claim, configuration: str, anchor: RunGroup, groups: Sequence[RunGroup], split: str) -> list[RunGroup]:
     """The sizes of a configuration in the anchor's setting that can be compared, in rising order.
 
-    Each has the claim's metric on the seeds of the first look, so a size that has just begun does not take part.
+    Each has the claim's metric on this split, on the seeds of the first look. So a size that has just begun does not
+    take part.
     """
     seeds, metric = set(claim.plan.of_look(0)), claim.tasks.get(anchor.task)
 
     def is_ready(group: RunGroup) -> bool:
-        scored = [run for run in group.runs if any(not metric or metric in s.metrics for s in run.splits.values())]
-        return seeds <= {run.seed for run in scored} | group.diverged_seeds
+        scored = {run.seed: run.splits[split] for run in group.runs if split in run.splits}
+        with_metric = {seed for seed, scores in scored.items() if not metric or metric in scores.metrics}
+        return seeds <= with_metric | group.diverged_seeds
 
     return curve(configuration, anchor.setting, [group for group in groups if is_ready(group)])
 
@@ -399,7 +406,7 @@ def _partner(side: Side, anchor: RunGroup, groups: Sequence[RunGroup], what: str
         name = f"{name} r={rank}"
         found = [group for group in found if group.rank == rank]
     if not found:
-        raise UserError(f"{what}{name} was not run in the same setting")
+        raise UserError(f"{what}no finished run of {name} in the same setting")
     if side.at == EQUAL_PARAMETERS:
         closest = min(found, key=lambda group: abs(math.log(group.params / anchor.params)))
         if not is_near(closest.params, anchor.params):

@@ -23,7 +23,7 @@ from tiedlora.analysis.runs import Measure, Run, Scorebook
 from tiedlora.errors import UserError
 from tiedlora.records.interval import LEVEL, Interval
 from tiedlora.records.loss_metrics import is_loss
-from tiedlora.text import number_list
+from tiedlora.text import counted, number_list
 
 BASELINE = "LoRA"
 SPLIT_PREFERENCE = ("test", "validation")
@@ -41,6 +41,8 @@ class Estimate:
     """A value with its 95 % intervals, each named by the variance that it covers. None: it cannot be computed."""
 
     value: float
+    count: int
+    """The number of seeds."""
     seeds: Interval | None = None
     """The t interval over seeds, on these examples."""
     examples: Interval | None = None
@@ -57,7 +59,8 @@ class Estimate:
 
 def _over_seeds(values: Array) -> Estimate:
     """The mean of one number per seed, (seeds,), with its interval over seeds."""
-    return Estimate(float(values.mean()), intervals.seeds_interval(values) if len(values) > 1 else None)
+    interval = intervals.seeds_interval(values) if len(values) > 1 else None
+    return Estimate(float(values.mean()), len(values), interval)
 
 
 def _is_of_record(runs: Sequence[Run], recorded: Interval | None, clusters: Clusters | None) -> bool:
@@ -91,21 +94,25 @@ def score(runs: Sequence[Run], measure: Measure, book: Scorebook) -> tuple[Estim
     return estimate, notes
 
 
-def gain(group: RunGroup, measure: Measure, book: Scorebook) -> Estimate | None:
-    """The paired difference to the base model, which has no seeds. A single run has the interval of its record."""
+def gain(group: RunGroup, measure: Measure, book: Scorebook) -> tuple[Estimate | None, str]:
+    """The paired difference to the base model, which has no seeds, and what is wrong with the predictions.
+
+    A single run has the interval of its record.
+    """
     runs = [run for run in measure.scored(group.runs) if measure.has_base(run)]
     if not runs:
-        return None
+        return None, ""
     estimate = _over_seeds(measure.values(runs) - measure.values(runs, base=True))
-    # A note on the row's score already says what is wrong with the predictions.
-    with contextlib.suppress(UserError):
+    try:
         (table,), clusters = book.tables([runs], measure)
         recorded = (runs[0].splits[measure.split].gain or {}).get(measure.metric)
         if _is_of_record(runs, recorded, clusters):
             estimate.examples = recorded
         else:
             _add_intervals(estimate, table, np.broadcast_to(book.base_scores(runs[0], measure), table.shape), clusters)
-    return estimate
+    except UserError as error:
+        return estimate, str(error)
+    return estimate, ""
 
 
 def difference(ours: RunGroup, theirs: Peer, measure: Measure, book: Scorebook) -> tuple[Estimate | None, str]:
@@ -127,7 +134,7 @@ def difference(ours: RunGroup, theirs: Peer, measure: Measure, book: Scorebook) 
     if other_ends(runs, measure):
         notes.append(OTHER_ENDS)
     if (common := len(first)) < max(len(group.runs) for group in (ours, *theirs.groups)):
-        notes.append(f"{common} seed{'s' if common > 1 else ''} in common")
+        notes.append(f"{counted(common, 'seed')} in common")
     return estimate, "; ".join(notes)
 
 
@@ -282,9 +289,9 @@ def worth_of(sizes: Array, means: Array, halves: Array) -> Worth:
 
 def _crossing(sizes: Array, values: Array, after: int) -> float:
     """The size at which values cross 0 between the places `after` - 1 and `after`, linear in the logarithm."""
-    if after == 0 or values[after] == values[after - 1]:
+    if after == 0:
         return float(sizes[after])
-    weight = float(np.clip(values[after - 1] / (values[after - 1] - values[after]), 0.0, 1.0))
+    weight = float(values[after - 1] / (values[after - 1] - values[after]))
     return float(sizes[after - 1] ** (1 - weight) * sizes[after] ** weight)
 
 
@@ -385,17 +392,20 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Sequence[RunGroup],
         if read.clusters is not None:
             row.notes.append(f"rows in {len(read.clusters.sizes)} clusters, which intervals take as the sample")
         elif few := read.named_clusters:
-            row.notes.append(f"rows of only {few} cluster{'s' if few > 1 else ''}: intervals hold for these alone")
+            row.notes.append(f"rows of only {counted(few, 'cluster')}: intervals hold for these alone")
     if measure.split == "validation" and len(group.rates) > 1:
         row.notes.append("validation also chose the learning rate, so the score is optimistic")
     row.score, notes = score(runs, measure, book)
     row.notes += notes
-    row.gain = gain(group, measure, book)
+    row.gain, why = gain(group, measure, book)
+    # The score's note has said it if the group's own predictions are wrong.
+    if why and not any(why in note for note in notes):
+        row.notes.append(f"minus base has no interval over examples: {why}")
     if lora is not None and lora is not group:
         row.difference, why = difference(group, lora, measure, book)
         if why:
             row.notes.append(f"compared with LoRA: {why}")
-        # A note on the difference already says what is wrong with predictions.
+        # A note already says what is wrong with predictions.
         with contextlib.suppress(UserError):
             sides = paired_scores(group, lora, measure, book)
             row.retained, row.retains_at_least = rules.share(sides), rules.retained_at_least(sides, 1 - LEVEL)

@@ -25,6 +25,9 @@ from tiedlora.records.interval import LEVEL, Interval
 TOTAL = 0.05
 """The chance of a wrong verdict in a whole plan, at most."""
 LOOKS = (3, 5, 8, 12)
+FEWEST_ALIKE = 50
+"""The fewest rows of a look at which a contrast is the same in all rows, so that its interval has no width. At the
+boundary of `retains` 0.9, 50 rows are all alike with a chance of 0.9^50 = 0.5 % or less, if scores are from 0 to 1."""
 MOST_SEEDS = 1000
 """The most seeds of a look: each is a run of both sides, and a prediction simulates all of them DRAWS times."""
 DRAWS = 4000
@@ -107,6 +110,10 @@ class Rule:
     def zone(self, gain: float) -> tuple[float, float]:
         """The shares of the comparator's gain (above 0) that the rule asks for: low and high, which may be infinite."""
         return (self.low, self.high) if self.margin is None else (1 + self.margin / gain, math.inf)
+
+    def sees_equal_rows(self, sides: Sides) -> bool:
+        """Whether a contrast, as a mean over seeds, is the same in all rows."""
+        return any(np.ptp(table.mean(-2)) == 0 for table in self.contrasts(sides))
 
     def contrast(self, sides: Sides) -> Array:
         """The contrast that a report shows: the one with the smallest mean. (Only `level_within` has more than one.)"""

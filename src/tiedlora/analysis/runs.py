@@ -391,7 +391,7 @@ def _read(run: Run, split: str, base: bool) -> RowScores:
             unreadable[metric] = str(error)
         except (KeyError, TypeError, ValueError, ArithmeticError, ImportError) as error:
             unreadable[metric] = f"{run.run_id}: scores of {metric} on {split} cannot be read ({error!r:.60})"
-    listed = _listed_clusters(run.path.parent.parent / CLUSTERS_FILE).get(run.task, {})
+    listed = _listed_clusters(run.path.absolute().parent.parent / CLUSTERS_FILE).get(run.task, {})
     names = [row.cluster or listed.get(row.id, "") for row in rows]
     named = set(names) - {""}
     shared = len(named) if len(named) < len(names) - names.count("") else 0

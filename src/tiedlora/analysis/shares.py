@@ -20,6 +20,7 @@ from tiedlora.analysis.groups import Blend, RunGroup, curve
 from tiedlora.analysis.runs import Measure, Scorebook
 from tiedlora.errors import UserError
 from tiedlora.records.interval import Interval
+from tiedlora.text import counted
 
 LEAST, MOST = -0.25, 1.6
 """The widest axis, in shares of the comparator's gain. What lies beyond it ends in an arrow."""
@@ -88,8 +89,7 @@ def percent(share: float, decimals: int = 0) -> str:
 def kept_in_words(answer: Answer) -> str:
     """The share that a claim's method keeps, such as `97 % [88, 106], 5 seeds`, or why there is none."""
     if answer.kept is not None:
-        plural = "s" if answer.seeds != 1 else ""
-        return f"{share_in_words(answer.kept, answer.zone or ())}, {answer.seeds} seed{plural}"
+        return f"{share_in_words(answer.kept, answer.zone or ())}, {counted(answer.seeds, 'seed')}"
     if answer.comparator_gain is not None:
         return "no gain of the comparator" if answer.comparator_gain <= 0 else "the comparator's gain may be 0"
     return "no scores of the base" if answer.seeds else "no comparison yet"
@@ -175,11 +175,12 @@ def _reference(answers: Sequence[Answer], groups: Sequence[RunGroup]) -> tuple[R
     claim's rule needs no zero point, the floor is the first one of the others.
     """
     for answer in sorted(answers, key=lambda answer: not answer.claim.comparator.frontier):
-        if answer.pair is not None and answer.pair.arms and answer.comparator_gain and answer.comparator_gain > 0:
+        is_gain = answer.comparator_gain is not None and answer.comparator_gain > 0
+        if answer.pair is not None and answer.measure is not None and answer.pair.arms and is_gain:
             comparator = answer.pair.arms[1][0]
             if isinstance(peer := answer.pair.comparator, Blend):
                 # None of the sizes has a score of its own if all of them have seeds with other rows too.
-                measured = claims.sizes(answer.claim, peer.configuration, comparator, groups)
+                measured = claims.sizes(answer.claim, peer.configuration, comparator, groups, answer.measure.split)
                 comparator = (measured or peer.groups)[-1]
             of_zero = [answer] if answer.claim.rule.needs_zero else answers
             floors = (one.pair.floor for one in of_zero if one.pair is not None and one.pair.floor is not None)

@@ -90,7 +90,7 @@ def explain(error: BaseException) -> str:
             return f"{key}: unknown key; a key of {mapping} is added as +{key}=VALUE"
         return f"{key}: unknown key{nearest(key, schema_keys())}; `python train.py --cfg job` shows them all"
     if match := re.search(r"Ambiguous value for argument '(.*?)'", text):
-        return f"{visible(match[1]):.80}: has several values; add --multirun for a sweep, or write a list as KEY=[A,B]"
+        return f"{visible(match[1]):.80}: has several values; only train.py --multirun takes them; a list is KEY=[A,B]"
     if isinstance(error, OverrideParseException):
         return (
             f"{visible(str(error.override)):.80}: cannot be parsed as KEY=VALUE ({visible(_first_sentence(text)):.80})"

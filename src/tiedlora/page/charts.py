@@ -268,10 +268,11 @@ def _curves(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
     for metric in dict.fromkeys(name for _, runs in logged for curves in runs for name in curves):
         lines = []
         for group, runs in logged:
-            own = [curves[metric] for curves in runs if metric in curves]
-            steps = own[0][0] if own else []
+            own = [dict(zip(*curves[metric], strict=True)) for curves in runs if metric in curves]
+            # All seeds have a value at these steps. A run that lost a line of its log has fewer.
+            steps = sorted(set.intersection(*map(set, own))) if own else []
             if len(steps) > 1:
-                lines.append(Curve(group, steps, np.array([values for at, values in own if at == steps])))
+                lines.append(Curve(group, steps, np.array([[values[step] for step in steps] for values in own])))
         task = groups[0].task_in_words
         title = _first(task if metric == "validation/loss" else f"{task}, {metric}", lines)
         if lines := lines[:MOST_LINES]:

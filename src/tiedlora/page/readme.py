@@ -23,7 +23,7 @@ from tiedlora.errors import UserError
 from tiedlora.page import tables
 from tiedlora.page.tables import Column, Table
 from tiedlora.page.write import Report, effect, models, word
-from tiedlora.text import visible
+from tiedlora.text import counted, visible
 
 START = "<!-- report: "
 BLOCK = re.compile(rf"(?P<start>{START}(?P<name>[^>]*?) -->\r?\n).*?(?P<end><!-- end of report -->)", re.DOTALL)
@@ -107,8 +107,7 @@ def _cell(answer: Answer | None) -> str:
     if answer.has_more_seeds:
         verdict += f" at {answer.seeds} seeds"
     verdict += " *" if answer.survives_holm else ""
-    plural = "s" if answer.difference_seeds != 1 else ""
-    return f"{verdict}: {difference} {ends}".rstrip() + f", {answer.difference_seeds} seed{plural}"
+    return f"{verdict}: {difference} {ends}".rstrip() + f", {counted(answer.difference_seeds, 'seed')}"
 
 
 def _scores(report: Report) -> Table:

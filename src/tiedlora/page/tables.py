@@ -12,7 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -79,10 +79,10 @@ PERCENT_INTERVAL = Kind(share_in_words, _percents, VALUE_LOW_HIGH)
 AT_LEAST = Kind(at_least, lambda cell: [f"{100 * cell:.2f}"])
 WORTH = Kind(
     str,
-    lambda cell: [f"{size:.0f}" if cell.is_measured(size) else "" for size in (cell.value, cell.low, cell.high)],
+    lambda cell: [f"{size:.0f}" for size in (cell.value, cell.low, cell.high)],
     VALUE_LOW_HIGH,
 )
-"""A compare.Worth. In CSV, what is beyond the curve is empty."""
+"""A compare.Worth. In CSV, 0 is below the curve's sizes, and inf above them."""
 NAMED_ENDS = Kind(
     lambda cell: f"{cell[0].ends(cell[1], '+')} {cell[2]}".rstrip(),
     lambda cell: [cell[2], *numbers(cell[0], cell[1], "+")[1:]],
@@ -244,7 +244,9 @@ def to_latex(table: Table) -> str:
 
 
 def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join(map(_latex, cells)) + r" \\"
+    row = " & ".join(map(_latex, cells)) + r" \\"
+    # After the \\ of the row before, LaTeX would read [ and * as its arguments.
+    return f"{{}}{row}" if row.startswith(("[", "*")) else row
 
 
 def _latex(cell: str) -> str:
@@ -259,7 +261,7 @@ def _group_columns(of: Callable[[Any], RunGroup]) -> list[Column]:
     return [
         Column("model", cell=lambda item: of(item).model),
         Column("task", cell=lambda item: of(item).task, wraps=True),
-        Column("variant", cell=lambda item: of(item).variant, wraps=True),
+        Column("variant", cell=lambda item: of(item).variant or None, wraps=True),
         Column("configuration", cell=lambda item: of(item).configuration),
         Column("rank", WHOLE, lambda item: of(item).rank),
     ]
@@ -272,9 +274,9 @@ def results(rows: Iterable[ResultRow]) -> Table:
         "examples. '95 % examples': over which examples were drawn, these seeds (Wilson or Newcombe for one seed's "
         "proportion, jackknife for rows in clusters, bootstrap otherwise). 'seeds+examples': both. 'minus LoRA' and "
         "'minus base' are paired on the same examples and seeds. 'of n' after a learning rate: n rates were tried, and "
-        "validation chose. 'worth': how many parameters of LoRA score the same; the sizes whose contrast includes 0. "
-        "'Retained gain' (95 %) and 'retains at least' (level 5 %) are over the base model; a claim's "
-        "are over its own zero point."
+        "validation chose. 'worth': how many parameters of LoRA score the same; in brackets, the smallest and the "
+        "largest of its sizes that cannot be told apart from the arm at level 5 %. 'Retained gain' (95 %) and 'retains "
+        "at least' (level 5 %) are over the base model; a claim's are over its own zero point."
     )
     columns = (
         *_group_columns(lambda row: row.group),
@@ -417,7 +419,13 @@ def overview(rows: Sequence[ResultRow], folders: Sequence[LeftOut]) -> list[Tabl
     for row in rows:
         if row.primary:
             by_model[row.group.model].append(row)
-    return [_overview(model, by_model[model], folders) for model in sorted(by_model)]
+    found = [_overview(model, by_model[model], folders) for model in sorted(by_model)]
+    # Names that differ only in case or in marks would be one file.
+    names = [table.name for table in found]
+    return [
+        replace(table, name=f"{table.name}-{number}") if names.count(table.name) > 1 else table
+        for number, table in enumerate(found, start=1)
+    ]
 
 
 def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut]) -> Table:
@@ -449,6 +457,9 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
         missing = ("failed" if (name, rank, task) in failed else None for task, _, _ in places)
         scores = [by_place.get((line, place), other) for place, other in zip(places, missing, strict=True)]
         cells.append([name, rank, params, share, *scores])
+    finished, tasks = {(row.group.label, row.group.rank) for row in rows}, [task for task, _, _ in places]
+    for name, rank in sorted({(name, rank) for name, rank, task in failed if task in tasks} - finished):
+        cells.append([name, rank, None, None, *("failed" if (name, rank, task) in failed else None for task in tasks)])
     return Table(f"overview-{re.sub(r'[^A-Za-z0-9]+', '-', model).lower()}", caption, columns, cells)
 
 

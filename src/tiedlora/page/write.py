@@ -33,8 +33,8 @@ from tiedlora.analysis.shares import SharePanel, share_panels
 from tiedlora.page import browser, charts, figures, tables
 from tiedlora.page.figures import HERE, Panel
 from tiedlora.page.tables import Table, minus
-from tiedlora.records.interval import Interval, Unit
-from tiedlora.text import visible
+from tiedlora.records.interval import MISSING, Interval, Unit
+from tiedlora.text import counted, visible
 
 LISTED = 20
 """The most left-out folders that the terminal names."""
@@ -149,7 +149,8 @@ def _lines(report: Report, out: Path) -> list[str]:
 def _answer_lines(answer: Answer) -> list[str]:
     difference = ""
     if answer.difference and answer.measure:
-        difference = f" {answer.measure.unit.text(answer.difference.widest, '+')} ({answer.difference_seeds} seeds)"
+        seeds = counted(answer.difference_seeds, "seed")
+        difference = f" {answer.measure.unit.text(answer.difference.widest, '+')} ({seeds})"
     share = (
         f", retains at least {shares.at_least(answer.retains_at_least)}" if answer.retains_at_least is not None else ""
     )
@@ -210,7 +211,7 @@ def shown(table: Table) -> Table:
         values = {row[place] for row in texts}
         if column.name not in CONDENSED or len(values) != 1:
             kept.append(place)
-        elif value := values.pop():
+        elif (value := values.pop()) not in ("", MISSING):
             constant.append(f"{column.name} {value}")
     caption = f"{table.caption} All rows: {'; '.join(constant)}." if constant else table.caption
     return replace(table.at(kept), caption=caption)
@@ -255,24 +256,23 @@ class ModelPart:
 
 
 def models(rows: Sequence[ResultRow], verdicts: Sequence[ClaimVerdict], panels: Sequence[Panel]) -> list[ModelPart]:
-    """Every model of the report, in the order of its tables. Without a model, one part has the claims, all not run."""
+    """Every model of the report, in the order of its tables. Without a run, one part has the claims, all not run."""
     parts = []
     for place, name in enumerate(dict.fromkeys(row.group.model for row in rows) or [""]):
         own: dict[str, list[Panel]] = defaultdict(list)
         for panel in panels:
             if panel.model == name:
                 own[panel.kind].append(panel)
-        # A claim that no model has run has one verdict without a model. Every model shows it as not run.
-        stated = [verdict for verdict in verdicts if verdict.model in (name, "")]
+        stated = [verdict for verdict in verdicts if verdict.model == name]
         tasks = list(dict.fromkeys(answer.task for verdict in stated for answer in verdict.answers))
         matrix = []
         for number, verdict in enumerate(stated):
             of_task = {answer.task: answer for answer in verdict.answers}
             cells = [(task, of_task.get(task), f"reason-{place}-{number}-{at}") for at, task in enumerate(tasks)]
             matrix.append((verdict, cells))
-        counts, plural = Counter(verdict.verdict for verdict in stated), "s" if len(stated) != 1 else ""
+        counts = Counter(verdict.verdict for verdict in stated)
         found = ", ".join(f"{counts[kind]} {kind}" for kind in Verdict if counts[kind])
-        headline = f"{len(stated)} claim{plural}: {found}" if stated else ""
+        headline = f"{counted(len(stated), 'claim')}: {found}" if stated else ""
         parts.append(ModelPart(name or "No finished run", headline, tasks, matrix, own))
     return parts
 
@@ -302,7 +302,7 @@ def numbers(answer: Answer) -> list[tuple[str, str]]:
         return f"{minus(unit.text(interval, '+'))} {unit.words}" if interval else ""
 
     found = {
-        f"method minus comparator, 95 %, {answer.difference_seeds} seeds": text(
+        f"method minus comparator, 95 %, {counted(answer.difference_seeds, 'seed')}": text(
             answer.difference.widest if answer.difference else None
         ),
         "contrast at the look's level": text(answer.contrast),
