@@ -7,6 +7,7 @@ task.hub.revision=COMMIT for a fixed version of the rows.
 
 import argparse
 import hashlib
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,9 @@ def main(arguments: list[str]) -> None:
     if listed and listed.task != config.task.name:
         raise UserError(f"--rows {asked.rows}: has rows of task={listed.task}, not of {config.task.name}")
     splits = {split: [row.fields for row in task.hub_rows(split)] for split in config.task.hub.splits}
-    for split, rows in (studied_rows(listed, splits) if listed else splits).items():
+    for split, found in (studied_rows(listed, splits) if listed else splits).items():
+        # Of a field that is no JSON, such as a time, the text is kept.
+        rows = [json.loads(json.dumps(row, default=str), parse_constant=lambda _: None) for row in found]
         folder.mkdir(parents=True, exist_ok=True)
         storage.write_json_lines(folder / f"{split}.jsonl", rows)
         print(f"{folder / f'{split}.jsonl'}: {len(rows):,} rows")

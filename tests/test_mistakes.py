@@ -14,7 +14,7 @@ TRAIN = {
     "an empty path": ("train.init_from=", "train.init_from=: is empty; give a text, or leave it out"),
     "a digest alone": ("train.init_digest=abc", "name the adapter with train.init_from=RUN"),
     "a sweeper without a sweep": ("hydra/sweeper=staged", "hydra/sweeper=staged: is for a sweep; add --multirun"),
-    "values without a sweep": ("seed=0,1", "seed=0,1: has several values; add --multirun for a sweep"),
+    "values without a sweep": ("seed=0,1", "seed=0,1: has several values; only train.py --multirun takes them"),
     "a flag alone": ("--resolve", "The --resolve flag can only be used in conjunction with --cfg"),
     "two flags that exclude each other": ("--multirun --cfg job", "Only one of --run, --multirun, --cfg"),
     "a knob without a method": ("tying.knob=r", "tying.knob: belongs to another method; set tying.method"),

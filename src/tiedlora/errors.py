@@ -101,6 +101,9 @@ def exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         _end(STOP_MESSAGE, STOPPED)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EIO and _is_stop(error.__context__):
+            # The terminal has closed, which was the signal to stop. The last line had no reader.
+            _end(STOP_MESSAGE, STOPPED)
         if isinstance(error, OSError) and error.errno in _OS_ERRORS:
             _end(f"error: {error.filename or 'a file'}: {_OS_ERRORS[error.errno]}, then run the command again", MISTAKE)
         if not is_out_of_memory(error):
@@ -154,8 +157,8 @@ def _end(message: str, code: int) -> None:
 
 
 def _flush(stream: TextIO, text: str) -> None:
-    """Write the text, and what waits before it, unless the reader of the stream has ended."""
+    """Write the text, and what waits before it, unless the reader of the stream has ended, or its terminal."""
     try:
         print(text, end="", file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError:
         drop_output(stream)

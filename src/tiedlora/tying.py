@@ -439,7 +439,7 @@ def _meaning(tying: Tying) -> list[Any]:
 
 
 def named(name: str) -> Tying:
-    """One of the paper's eight specifications, of STARTS or of SUMS, with the values of conf/tying/.
+    """One of the paper's eight specifications, of STARTS or of SUMS. Its rate, `suggested_lr`, is not conf/tying's.
 
     Raises:
         UserError: there is no such name; the message lists them.

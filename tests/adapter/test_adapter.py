@@ -107,7 +107,9 @@ def test_identity_survives_moves_and_casts():
     ids = torch.arange(5).unsqueeze(0)
     assert base.model(ids).logits.requires_grad, "a model that has run can be copied, too"
     before = {name: id(p) for name, p in attached.adapter.parts().items()}
-    base.model.to("cpu").to(torch.bfloat16).to(torch.float32)
+    base.model.to("cpu").to(torch.bfloat16)
+    assert {p.dtype for p in attached.adapter.parameters()} == {torch.float32}, "bfloat16 would round off its steps"
+    base.model.to(torch.float32)
     assert {name: id(p) for name, p in attached.adapter.parts().items()} == before
     twin = copy.deepcopy(base.model)
     randomise(twin.tied_adapter)
@@ -131,6 +133,8 @@ def test_attach_refuses_a_second_adapter_and_unknown_targets():
     attach(base.model, Tying(), 4)
     with pytest.raises(UserError, match="already"):
         attach(base.model, Tying(), 4)
+    with pytest.raises(UserError, match=r"tying\.method=VeraConfig: is PEFT's"):
+        attach(tiny("tiny_llama").model, tying_option("peft/vera"), 4)
 
 
 @pytest.mark.parametrize(

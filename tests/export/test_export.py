@@ -4,6 +4,7 @@ import copy
 import json
 import shlex
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,11 @@ def test_the_script_writes_every_form_with_a_card_and_a_task(tiny_config, finish
     tiedlora.load(folder / "export" / "hub-card", attached.model)
     assert torch.equal(logits(attached.model, ids), adapted)
     assert "tiedlora.load" in (folder / "export" / "hub-card" / "README.md").read_text()
+    description = folder / "adapter" / "adapter.json"
+    description.write_text(description.read_text().replace('"alpha": ', '"alpha": 1'))
+    code, _, err = script("scripts/export.py", folder, "--to", "peft", "--out", tmp_path / "changed")
+    assert (code, (tmp_path / "changed").exists()) == (2, False)
+    assert "adapter/adapter.json: is missing, or has changed since the run" in err
 
 
 @pytest.mark.parametrize(
@@ -133,4 +139,7 @@ def test_the_card_names_the_chat_template_and_what_was_rounded():
     text = card(make_record(), config, merged)
     assert "as one user turn of the tokenizer's chat template" in text
     assert "the part of the update below 1/256 of its weight is lost" in text
+    config.model.source = "hub"
+    tagged = replace(make_record(), base=replace(make_record().base, revision="step1000"))
+    assert ', revision="step1000")' in card(tagged, config, ExportOptions("hub-card"))
     assert r"torch 2 \| &lt;b>" in card(make_record({"versions": {"torch": "2 | <b>"}}), config, merged)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny import model_option, saved_tiny, tiny
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from tiedlora import storage
 from tiedlora.config.project import PROJECT
@@ -17,6 +19,7 @@ from tiedlora.models.base_model import load_base
 from tiedlora.models.device import execution_on
 from tiedlora.models.identity import known_digest
 from tiedlora.runs import run
+from tiedlora.tying import Architecture, Layout
 
 CPU = torch.device("cpu")
 
@@ -42,6 +45,31 @@ def test_a_local_folder_is_the_same_model_and_is_known_by_its_content(saved, ids
     assert base.record.digest == known_digest(saved)
     change_weights(saved.path)
     assert known_digest(saved) != base.record.digest
+
+
+@pytest.mark.parametrize(
+    "name", ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model"]
+)
+def test_every_file_that_can_change_a_token_is_in_the_digest(saved, name):
+    before = known_digest(saved)
+    (Path(saved.path) / name).write_text("{}")
+    assert known_digest(saved) != before
+
+
+def test_an_adapter_of_peft_in_the_folder_is_no_base_model(saved):
+    settings = LoraConfig(target_modules=["o_proj"], base_model_name_or_path=saved.path)
+    get_peft_model(tiny("tiny_llama").model, settings).save_pretrained(saved.path)
+    with pytest.raises(UserError, match="holds an adapter of PEFT; name its base model"):
+        load_base(saved, "float32", CPU, Path("unused"))
+
+
+def test_memory_that_runs_out_is_not_said_to_be_a_missing_hub(saved, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(base_model.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_base(saved, "float32", CPU, Path("unused"))
 
 
 class TestRememberedDigests:
@@ -103,6 +131,13 @@ def test_a_context_beyond_a_learned_table_of_positions_is_refused(tmp_path):
     gpt2 = replace(saved_tiny("tiny_gpt2", tmp_path / "model"), context=513)
     with pytest.raises(UserError, match=r"model\.context=513: the loaded model has 512 positions; lower it"):
         load_base(gpt2, "float32", CPU, Path("unused"))
+    sizes = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 64, "num_attention_heads": 4}
+    settings = OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=64)
+    AutoModelForCausalLM.from_config(settings).save_pretrained(gpt2.path)
+    layout = Layout("model.decoder.layers", {kind: [f"self_attn.{kind}_proj"] for kind in "qkv"})
+    opt = replace(gpt2, architecture=Architecture("opt", 2, 32, 4, 4, 8, 128, 257, layout), context=65)
+    with pytest.raises(UserError, match=r"model\.context=65: the loaded model has 64 positions; lower it"):
+        load_base(opt, "float32", CPU, Path("unused"))
 
 
 @pytest.mark.parametrize(

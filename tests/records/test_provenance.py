@@ -20,7 +20,9 @@ def checkout(tmp_path, monkeypatch):
     git("add", "-A")
     git("commit", "-m", "first")
     monkeypatch.setattr(provenance, "PROJECT", tmp_path)
-    return tmp_path
+    provenance.code_version.cache_clear()
+    yield tmp_path
+    provenance.code_version.cache_clear()
 
 
 RECORD = "studies/s/runs/a/result.json"
@@ -30,4 +32,7 @@ RECORD = "studies/s/runs/a/result.json"
 def test_any_change_but_a_studys_record_is_uncommitted_code(checkout, path):
     (checkout / path).parent.mkdir(parents=True, exist_ok=True)
     (checkout / path).write_text("changed\n")
-    assert provenance.code_version().dirty is (path != RECORD)
+    version = provenance.code_version()
+    assert version.dirty is (path != RECORD)
+    (checkout / "later.py").write_text("changed while the process runs\n")
+    assert provenance.code_version() == version, "the process has read the code as it was"

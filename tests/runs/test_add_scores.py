@@ -99,8 +99,11 @@ def test_a_split_of_losses_alone_has_no_answers_until_they_are_asked_for(config,
     assert not wrong(folder)
 
 
-def test_the_loss_of_other_rows_is_not_added(config):
+def test_the_loss_of_other_rows_is_not_added(config, caplog):
     folder = folder_of(config())
+    put(folder.path, "data.train.digest", "0" * 64)
+    score_more(folder, splits=["test"])
+    assert "the training rows here are not those of the run" in caplog.text
     put(folder.path, "scores.validation.digest", "0" * 64)
     with pytest.raises(UserError, match="validation was scored on other rows"):
         score_more(folder, metrics=[TARGET_LOSS])

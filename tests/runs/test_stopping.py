@@ -18,6 +18,7 @@ from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
 from tiedlora.runs.trainer import Trainer
 from tiedlora.scoring.split import Scorer
+from tiedlora.training.signals import SIGNALS, StopSignal
 
 
 @pytest.mark.slow
@@ -82,6 +83,44 @@ def test_a_signal_outside_training_ends_with_the_code_of_a_stop(tiny_run, tiny_c
     assert ended.stderr.splitlines()[-1] == STOP_MESSAGE
     assert "Traceback" not in ended.stderr
     assert "ignored" not in ended.stderr
+
+
+def test_the_handlers_of_all_signals_of_a_step_are_called_and_no_stream_is_written_to(monkeypatch, capfd):
+    """submitit's handler of USR2 puts the job into the queue again, and that of SIGTERM does nothing."""
+
+    class Busy:
+        def write(self, text):
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    called, numbers = [], (signal.SIGUSR2, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: called.append(number)) for number in numbers}
+    monkeypatch.setattr(sys, "stderr", Busy())
+    try:
+        with StopSignal() as stop:
+            stop.finish_step_first = True
+            # The last one is that of a closed terminal, unless nohup ignores it.
+            for number in (*numbers, *SIGNALS[4:]):
+                signal.raise_signal(number)
+            assert stop.requested()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert called == list(numbers)
+    assert capfd.readouterr().err.count("saving a checkpoint after this step") == 2 + len(SIGNALS[4:])
+
+
+def test_a_job_that_may_not_be_queued_again_is_no_failed_run():
+    def refuse(*_):
+        raise RuntimeError("Job not requeued because: timed-out too many times.")
+
+    before = signal.signal(signal.SIGUSR2, refuse)
+    stop = StopSignal()
+    stop.finish_step_first = True
+    try:
+        with pytest.raises(KeyboardInterrupt, match="timed-out too many times"), stop:
+            signal.raise_signal(signal.SIGUSR2)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_a_signal_during_the_last_validation_stops_before_the_scoring(tiny_config, finish, tmp_path, monkeypatch):

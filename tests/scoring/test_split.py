@@ -9,6 +9,7 @@ from helpers.tiny import task_option, tiny, tiny_scorer
 
 from tiedlora.adapter import attach
 from tiedlora.errors import UserError
+from tiedlora.models import device
 from tiedlora.records.interval import Interval
 from tiedlora.records.rows import PredictionRow
 from tiedlora.scoring.split import Scorer
@@ -103,6 +104,10 @@ def test_the_base_model_is_scored_once_for_a_protocol(tmp_path, monkeypatch, los
     for changed in (replace(examples[0], prompt="Other?"), replace(examples[0], target=" other")):
         with pytest.raises(pytest.fail.Exception):
             scorer.cached_base("test", [changed], losses)
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "processor_name", lambda: "another processor, which rounds otherwise")
+        with pytest.raises(pytest.fail.Exception):
+            scorer.cached_base("test", examples, losses)
     train = replace(scorer.config.train, dtype="float16")
     with pytest.raises(pytest.fail.Exception):
         replace(scorer, config=replace(scorer.config, train=train)).cached_base("test", examples, losses)

@@ -5,6 +5,7 @@ from statistics import mean
 
 import pytest
 import torch
+from helpers.hostile import put
 from helpers.tiny import TINY, model_option, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,6 +70,8 @@ def test_finished_runs_forecast_themselves(tiny_run):
     assert own > 0.99 * (record.training.seconds + record.scores["validation"].seconds)
     assert row.seconds == pytest.approx(4 * own)
     assert row.seconds_left == pytest.approx(row.seconds * 3 / 4)
+    put(swept.cells[0].folder.path, "config.model", {})
+    assert forecast.observed_speeds(swept.cells[0].config) is None, "a damaged record"
 
 
 def test_without_finished_runs_the_arithmetic_at_a_rate_decides(tiny_config):

@@ -1,5 +1,7 @@
 """What a worker does with each cell: it carries it out, leaves it to another worker, or leaves it alone."""
 
+import fcntl
+import os
 import threading
 import time
 import weakref
@@ -9,6 +11,7 @@ import torch
 from helpers.commands import Command, wait_until
 from helpers.sweeping import Here, fail, held, search_options
 
+from tiedlora import storage
 from tiedlora.errors import UserError
 from tiedlora.models import device
 from tiedlora.runs import add_scores, run
@@ -72,6 +75,12 @@ def test_it_holds_the_lock_from_the_start_to_the_end(frozen, monkeypatch):
     monkeypatch.setattr(run, "main", main)
     work(swept.path, goals(swept))
     assert (seen, cell.state()) == (["running"], "interrupted")
+    # A user who may not write there.
+    monkeypatch.setattr(storage, "locked", lambda *_: os.stat("/no/such/place"))
+    with open(cell.folder.path / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert cell.state() == "running"
+    assert cell.state() == "interrupted"
 
 
 def test_a_killed_worker_costs_its_cell_one_retry(frozen, monkeypatch, caplog):
@@ -93,6 +102,14 @@ def test_a_killed_worker_costs_its_cell_one_retry(frozen, monkeypatch, caplog):
     swept.control.start(fail_fast=False)
     work(swept.path, goals(swept)[1:])
     assert [config.seed for config in carried_out] == [0, 1]
+
+
+def test_a_failure_that_cannot_be_written_ends_the_sweep(tiny_config, tmp_path, monkeypatch):
+    """As on a full disk. Otherwise the cell would look stopped, and start again and again."""
+    monkeypatch.setattr(run, "main", lambda config: 1 / 0)
+    monkeypatch.setattr(storage, "write_bytes", lambda *_: os.stat("/no/such/place"))
+    with pytest.raises(UserError, match=r"error\.txt: cannot be written, so the sweep ends \(ZeroDivisionError"):
+        run_cell(tiny_config(), SweepControl(tmp_path))
 
 
 def test_a_failed_cells_tensors_are_gone_when_its_memory_is_freed(tiny_config, tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """The sources of rows: the hub, the official zip of IWSLT 2017, and local files that fetch_data.py writes."""
 
 import codecs
+import datetime
 import hashlib
 import importlib
 import json
+import math
 import zipfile
 from dataclasses import replace
 
@@ -43,7 +45,8 @@ def test_fetch_without_the_hub_ends_with_one_line(kind, fetch, tmp_path):
 
 
 def test_fetch_writes_what_training_reads(fetch, tmp_path, monkeypatch):
-    monkeypatch.setattr(Task, "hub_rows", lambda self, split: [DataRow("hub", GOOD["squad"])])
+    more = {"asked": datetime.date(2026, 1, 2), "weight": math.nan}
+    monkeypatch.setattr(Task, "hub_rows", lambda self, split: [DataRow("hub", {**GOOD["squad"], **more})])
     fetch(["task=squad", f"data_root={tmp_path}"])
     (example,) = load_examples(task_option("squad", "task.rows.validation=1"), "validation", str(tmp_path))
     assert example == replace(one_example("squad", GOOD["squad"]), id="q1", cluster="Rome")

@@ -149,6 +149,9 @@ def test_sentences_that_are_scored_are_not_trained_on(tmp_path):
     assert trained("task.rows.train=1") == [" in English: Neu."]
     with pytest.raises(UserError, match=r"task\.rows\.train=3: there are only 2"):
         trained("task.rows.train=3")
+    (tmp_path / "iwslt2017" / "test.jsonl").write_text("damaged\n")
+    with pytest.raises(UserError, match=r"test\.jsonl:1"):
+        trained()
 
 
 class Grouped(Task):

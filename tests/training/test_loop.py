@@ -135,10 +135,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop_after, option, 
     ]
 
 
-def spoiled(where, steps, folder=None, stop_after=None, **options):
-    """A run whose loss or gradient is not finite at some steps."""
-    config = replace(CONFIG, log_every=1, **options)
+def spoiled(where, steps, folder=None, stop_after=None, logged=None, **options):
+    """A run whose loss or gradient is not finite at some steps. `logged` gets its log too, if the run fails."""
+    config = replace(CONFIG, **{"log_every": 1, **options})
     loop, parts, log = start(config=config, folder=folder, stop_after=stop_after)
+    loop.log_metrics = log.extend if logged is None else logged.extend
     whole = loop.loss_sum
 
     def loss_sum(batch):
@@ -188,8 +189,10 @@ def test_no_step_waits_for_the_device(monkeypatch):
 @pytest.mark.parametrize(("steps", "skipped"), [({6}, 0), ({2, 6}, 1)])
 def test_a_non_finite_loss_stops_naming_step_rate_and_rows(tmp_path, steps, skipped):
     already = rf"skip_nonfinite \({skipped} are skipped" if skipped else "lower train.lr"
+    logged = []
     with pytest.raises(UserError, match=rf"step 6: .*inf.*learning rate .*{already}.*rows"):
-        spoiled("loss", steps, folder=tmp_path, skip_nonfinite=skipped)
+        spoiled("loss", steps, folder=tmp_path, logged=logged, skip_nonfinite=skipped, log_every=10)
+    assert [row.step for row in logged if "train/lr" in row.values] == [1, 2, 3, 4, 5], "how it came there"
     # The last checkpoint is from before that step, and finite.
     loop, parts, _ = start()
     restored = checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS)

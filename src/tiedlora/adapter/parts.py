@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,6 +35,8 @@ def check_specification(
     tying: Tying, rank: int, alpha: float, architecture: Architecture, seed: int, scaling: str
 ) -> Tying:
     """The tying with typed values. Raises UserError unless an adapter can be made of these. It allocates nothing."""
+    if method := getattr(tying, "method", None):
+        raise UserError(f"tying.method={method}: is PEFT's; tiedlora.adapter.attach.new_arm makes an arm of it")
     tying = from_person(type(tying), tying, prefix="tying.")
     from_person(Architecture, architecture, prefix="architecture.")
     # Python's bool is a subclass of int, but True is not a rank.
@@ -172,6 +175,16 @@ class TiedAdapter(nn.Module):
         for name, (target, term) in spec.target_terms(tying).items():
             factor = spec.term_scale(term, alpha, rank, scaling, architecture) / self.scale
             self.targets[name] = TargetParts(term, rank, architecture, target, name, seed, factor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TiedAdapter:
+        """Move and cast the parts, but never below float32: `model.bfloat16()` would round off the steps of u and v."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved.to(torch.promote_types(moved.dtype, torch.float32)) if moved.is_floating_point() else moved
+
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def folded(self, target: str) -> tuple[Tensor, Tensor]:
         """The LoRA pairs of a target, with all its terms joined along the rank: the sum of the terms' updates.

@@ -10,11 +10,9 @@ import re
 from dataclasses import fields
 
 from tiedlora import tying
-from tiedlora.config.explain import options
 from tiedlora.config.schema import Config, ModelConfig, ObjectiveConfig, TrainConfig
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
-from tiedlora.text import nearest
 
 LARGEST_RANDOM = 10**9
 """Most parameters of a random model."""
@@ -30,8 +28,6 @@ def check(config: Config) -> None:
     Raises:
         UserError: a value is impossible; the message names the key, the value and what is allowed.
     """
-    if (backend := config.tracking.backend) not in (known := options("tracking")):
-        raise UserError(f"tracking.backend={backend}: choose one of {', '.join(known)}{nearest(backend, known)}")
     if config.score.forgetting is not None:
         check_forgetting(config.score.forgetting)
     check_device("train.device", config.train.device)

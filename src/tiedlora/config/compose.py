@@ -34,6 +34,7 @@ from tiedlora.config.schema import Config, TaskConfig, TyingConfig
 from tiedlora.config.sizes import at_budget
 from tiedlora.errors import UserError
 from tiedlora.keys import from_person
+from tiedlora.text import nearest
 from tiedlora.tying import Architecture, Term, adapted_layers
 
 # OmegaConf 2.4 has another name for register_new_resolver. 2.3 has an older function of that name.
@@ -107,6 +108,9 @@ def complete(config: Config) -> Config:
     Raises:
         UserError: one line that names the key.
     """
+    # Not a part of `check`: a worker of a sweep has a frozen configuration, and perhaps no conf/.
+    if (backend := config.tracking.backend) not in (known := options("tracking")):
+        raise UserError(f"tracking.backend={backend}: choose one of {', '.join(known)}{nearest(backend, known)}")
     train = config.train
     if train.lr is None:
         train = replace(train, lr=config.tying.suggested_lr)

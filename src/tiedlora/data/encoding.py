@@ -232,7 +232,7 @@ def load_or_encode(
 
     Args:
         digest: the digest of the examples.
-        base: the base model. Its digest also covers tokenizer.json, but not the chat template.
+        base: the base model. Its digest also covers the tokenizer's files, but not the chat template.
         cache: the folder `config.cache`.
 
     Raises:

@@ -98,7 +98,14 @@ def export_run(run: RunFolder, record: RunRecord, config: Config, out: Path, opt
 
 
 def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path, options: ExportOptions) -> None:
-    """Write the adapter or the merged weights."""
+    """Write the adapter or the merged weights.
+
+    Raises:
+        UserError: a file of the adapter is not the one of the record; or as `export_run`.
+    """
+    found = run.checksums(*record.files)
+    if changed := next((name for name, sha256 in record.files.items() if found.get(name) != sha256), None):
+        raise UserError(f"{run.path / changed}: is missing, or has changed since the run; nothing is exported")
     if is_other_method(run.adapter):
         if options.form == "merged":
             raise UserError(
@@ -130,7 +137,7 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
 
 
 def _copy(run: RunFolder, out: Path, *names: str) -> None:
-    """Copy these files of the adapter, which has been read. A stranger's folder may hold other files, and links."""
+    """Copy these files of the adapter. A stranger's folder may hold other files, and links."""
     for name in names:
         if (run.adapter / name).is_file():
             shutil.copyfile(run.adapter / name, out / name)
@@ -219,7 +226,7 @@ def _score(interval: Interval, metric: str) -> str:
 
 
 @torch.no_grad()
-def to_peft(adapter: TiedAdapter, folder: Path, base: str, revision: str | None = None) -> None:
+def to_peft(adapter: TiedAdapter, folder: Path | str, base: str, revision: str | None = None) -> None:
     """Write a folder that `PeftModel.from_pretrained` loads and that gives the same outputs.
 
     Args:
@@ -258,12 +265,13 @@ def to_peft(adapter: TiedAdapter, folder: Path, base: str, revision: str | None 
         "inference_mode": True,
         "bias": "none",
     }
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / PEFT_TENSORS, metadata={"format": "pt"})
     storage.write_json(folder / PEFT_FILE, config)
 
 
-def to_merged(attached: Attached, tokenizer: Any, folder: Path, dtype: str = "float32") -> None:
+def to_merged(attached: Attached, tokenizer: Any, folder: Path | str, dtype: str = "float32") -> None:
     """Write the base model with the update in its weights. `AutoModelForCausalLM` loads it. `attached` stays merged.
 
     The sum is computed in float32. A narrower `dtype` rounds it: bfloat16 keeps 8 bits of a weight, so an update

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from tiedlora import storage
 from tiedlora.adapter import architectures, linear
 from tiedlora.config.schema import ModelConfig
-from tiedlora.errors import UserError
+from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.models import attention, output_head, placement
 from tiedlora.models.identity import EMBEDDED_PACKAGE, EMBEDDED_SHA256, EMBEDDED_VERSION, known_digest
 from tiedlora.records.run_record import BaseModelRecord
@@ -103,8 +104,11 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
                 f"model.architecture.{name}={getattr(expected, name)}: the loaded model has {getattr(loaded, name)}; "
                 "correct the numbers in conf/model, because parameter counts are computed from them"
             )
-    # A learned table of positions, as GPT-2's. Rotary positions go on, and may be stretched.
-    if config.context > (most := getattr(model.config, "n_positions", None) or config.context):
+    # A learned table of positions, as GPT-2's or OPT's. Rotary positions go on, and may be stretched.
+    embeddings = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
+    tables = [module for name, module in embeddings.items() if re.search(r"wpe$|position[^.]*$", name)]
+    most = min((table.num_embeddings - getattr(table, "offset", 0) for table in tables), default=config.context)
+    if config.context > most:
         raise UserError(f"model.context={config.context}: the loaded model has {most} positions; lower it")
     # Adapted modules in any other kind of quantisation are refused where they are looked for.
     stored = _quantisation(model)
@@ -144,7 +148,9 @@ def _pretrained(config: ModelConfig, folder: Path | str | None, settings: dict[s
             source, **revision, **settings, use_safetensors=True, trust_remote_code=False
         )
     except Exception as error:  # tokenizers raises Exception itself, and a damaged folder can cause any other
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         if config.quantization and config.device_map and "dispatched on the CPU or the disk" in reason:
             raise UserError(
                 f"model.quantization={config.quantization}: the model does not fit, and quantised weights cannot "
@@ -155,6 +161,9 @@ def _pretrained(config: ModelConfig, folder: Path | str | None, settings: dict[s
             "accept the licence there, then `hf auth login`); or model.path=FOLDER with its config.json, "
             "tokenizer.json and *.safetensors; or model=smollm2_135m, which needs no hub"
         ) from None
+    if getattr(model, "_hf_peft_config_loaded", False):
+        # If PEFT is here, transformers loads an adapter of the folder too. No digest covers it.
+        raise UserError(f"model={source}: holds an adapter of PEFT; name its base model, or merge it into the weights")
     return model, tokenizer
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from tiedlora.config.project import PROJECT
 from tiedlora.records.reading import Count, Flag, Text
@@ -41,7 +45,7 @@ class Execution:
 
     device: Text
     """`cpu`, or the GPU's name."""
-    threads: Count | None = None
+    threads: Annotated[Count, Field(ge=1)] | None = None
     """CPU threads of torch; None on a GPU."""
     processes: Count = 1
     """How many processes trained together."""
@@ -75,10 +79,12 @@ class ContinuedFrom:
     execution: Execution
 
 
+@functools.cache
 def code_version() -> CodeVersion:
-    """The commit of this checkout, and whether it has uncommitted changes.
+    """The commit of this checkout at the first call, and whether it has uncommitted changes.
 
-    The records that a study writes while it runs are results, and no part of the code.
+    A process goes on with the code that it has read, whatever is committed while it runs. The records that a study
+    writes while it runs are results, and no part of the code.
     """
     status = git("status", "--porcelain", "--", ".", f":(exclude,glob){STUDY_RECORDS}")
     return CodeVersion(git("rev-parse", "HEAD"), None if status is None else bool(status))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import traceback
@@ -170,8 +171,19 @@ class RunFolder:
         except Busy:
             return State.RUNNING
         except OSError:
-            # A read-only archive. Nothing can go on there.
+            # A read-only archive, or another user's folder, in which a run may go on.
+            if self._is_held():
+                return State.RUNNING
             return State.FAILED if self.error_file.exists() else State.INTERRUPTED
+
+    def _is_held(self) -> bool:
+        """Whether a process holds the lock, for a user who cannot write it."""
+        try:
+            with open(self.path / ".lock", "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+        return False
 
     def checkpoint_step(self) -> int:
         """The step of the newest checkpoint; 0 without one."""
@@ -218,11 +230,13 @@ class RunFolder:
         if self.result_file.exists():
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-    def write_error(self) -> None:
-        """Write the traceback of the present exception to error.txt, if the folder can be written to."""
+    def write_error(self) -> bool:
+        """Write the traceback of the present exception to error.txt. False if the folder cannot be written to."""
         # A second error (such as a full disk) would hide the first one.
         with suppress(OSError):
             storage.write_bytes(self.error_file, traceback.format_exc().encode("utf-8", "replace"))
+            return True
+        return False
 
 
 def last_line(path: Path) -> str:

@@ -80,10 +80,17 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> RunRec
             examples = load_examples(task, split, config.data_root)
             if split == "test":
                 # A run that trains and scores in one go compares them before its first step.
+                name = task.config.name
                 try:
-                    warn_of_trained_rows(task.config.name, read_rows(config).examples["train"], examples)
+                    rows = read_rows(config)
+                    warn_of_trained_rows(name, rows.examples["train"], examples)
+                    if rows.digests["train"] != record.data["train"].digest:
+                        log.warning(
+                            "task=%s: the training rows here are not those of the run, so whether it has trained on "
+                            "test rows is not known",
+                            name,
+                        )
                 except UserError as error:
-                    name = task.config.name
                     log.warning("task=%s: the test rows are not compared with the training rows: %s", name, error)
             scores = scorer.score_split(split, examples, folder, passes, kept)
             scores = _with_place(scores, kept, record, execution_on(device))

@@ -28,7 +28,7 @@ from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.batching import Batch, collate
 from tiedlora.data.encoding import Encoded, Encoder
 from tiedlora.errors import UserError, is_out_of_memory
-from tiedlora.models.device import free_memory
+from tiedlora.models.device import execution_on, free_memory
 from tiedlora.models.placement import input_device
 from tiedlora.records.loss_metrics import DRIFT, is_loss, loss_scores
 from tiedlora.records.rows import NOT_GENERATED, PredictionRow, Score, read_predictions, write_predictions
@@ -396,9 +396,11 @@ class Scorer:
             return [replace(row, cluster=example.cluster) for row, example in zip(rows, examples, strict=True)]
 
     def _base_file(self, split: str, examples: Sequence[Example], losses: bool) -> Path:
-        """A file whose name has a hash of what the base model's rows depend on, besides rounding and packages."""
+        """A file whose name has a hash of what the base model's rows depend on, besides packages."""
         score, encoder, task = self.config.score, self.encoder, self.config.task
-        key: list[Any] = [plain(self.base), self.config.train.dtype, score.batch_size]
+        here = execution_on(input_device(self.arm.model))
+        # Devices of different kinds round differently, and a gain is measured on one.
+        key: list[Any] = [plain(self.base), self.config.train.dtype, score.batch_size, here.device, here.processor]
         # Neutral text depends on no task.
         of_task = split != FORGETTING
         if of_task:

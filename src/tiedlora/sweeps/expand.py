@@ -84,7 +84,8 @@ class DecidingOptions(SearchOptions):
     claims: Annotated[Text, Field(min_length=1)]
     """The file with the claims and their planned looks, relative to the working folder or to the project."""
     budget: Count | None
-    """The most runs of the sweep, those of the search included; None sets no limit."""
+    """No look starts that would take the sweep beyond so many runs, those of the search included; the search itself is
+    never cut. None sets no limit."""
 
 
 KINDS = {"ResumingSweeper": SweepOptions, "StagedSweeper": SearchOptions, "DecidingSweeper": DecidingOptions}

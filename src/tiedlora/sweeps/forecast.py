@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
+from tiedlora.config.compose import typed
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
@@ -104,16 +105,17 @@ def observed_speeds(config: Config) -> Speeds | None:
     _, _, task, model, *_ = run_id(config).split("-")
     folders = Path(config.outputs).glob(f"*-{task}-{model}-s*/result.json")
     records: list[RunRecord] = []
+    rows: list[int] = []
     for path in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)[:NEWEST_RUNS]:
         with suppress(UserError):
             record = RunFolder(path.parent).finished_record()
-            tree = record.config.tree
-            own = (tree["model"]["name"], tree["train"]["dtype"], tree.get("objective", {}).get("name", "targets"))
-            if own == (config.model.name, config.train.dtype, config.objective.name):
+            own, training = typed(record.config.tree), record.training
+            kinds = ((one.model.name, one.train.dtype, one.objective.name) for one in (own, config))
+            if len(set(kinds)) == 1 and training.tokens_per_s > 0 and training.steps * own.train.batch_size > 0:
                 records.append(record)
+                rows.append(training.steps * own.train.batch_size)
     if not records:
         return None
-    rows = [record.training.steps * int(record.config.tree["train"]["batch_size"]) for record in records]
     scores = [scored for record in records for scored in record.scores.values() if scored.seconds > 0]
     devices = sorted({str(record.execution) for record in records})
     return Speeds(

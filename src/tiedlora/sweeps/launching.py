@@ -303,7 +303,10 @@ def run_cell(config: Config, control: SweepControl) -> None:
             # The sweep is piped into a program such as `head`, which has ended. That is no failure of the cell.
             drop_output()
             raise KeyboardInterrupt from None
-        folder.write_error()
+        if not folder.write_error():
+            # The sweep could not tell it from a cell that was stopped, and would start it again and again.
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{folder.error_file}: cannot be written, so the sweep ends ({visible(why)})") from None
         control.failed(folder.path.name)
         log.error("%s failed: %s", folder.path.name, visible(" ".join(f"{type(error).__name__}: {error}".split())))
     else:

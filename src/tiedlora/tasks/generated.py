@@ -59,7 +59,8 @@ class Generated(Gsm8k):
             raise UserError(f"task.options.rows.{split}={size}: must be a whole number from 1 to 9,999,999")
         seed = FIRST_SEED[split] + self.config.split_seed * 100_000_000
         try:
-            items = reasoning_gym.create_dataset(options["dataset"], size=size, seed=seed, **parameters)
+            # It makes an item only when it is asked for it.
+            items = list(reasoning_gym.create_dataset(options["dataset"], size=size, seed=seed, **parameters))
         except (ValueError, TypeError, AssertionError) as error:
             raise UserError(f"task.options: reasoning-gym refuses them ({error})") from None
         where = f"{options['dataset']}[{split}]"

@@ -113,12 +113,20 @@ def _scored_prompts(task: Task, data_root: str | None) -> set[str]:
     """All prompts of the validation and test rows, also of a split that this run does not score."""
     prompts: set[str] = set()
     for split in SCORED_SPLITS:
-        try:
-            rows = _split_rows(task, split, data_root)
-        except UserError:
-            continue  # Training does not need these rows. If the run scores the split, scoring reports the error.
-        prompts.update(example.prompt for example in _examples(task, rows))
+        # A split that cannot be read is an error: without its prompts, the run would train on its rows.
+        if _has_rows(task, split, data_root):
+            prompts.update(example.prompt for example in _examples(task, _split_rows(task, split, data_root)))
     return prompts
+
+
+def _has_rows(task: Task, split: str, data_root: str | None) -> bool:
+    """Whether the task has such a split here. Its rows may still be unreadable."""
+    source = "train" if split == "validation" and task.config.validation_from_train else split
+    if task.generated_rows(source) is not None:
+        return True
+    if data_root is None:
+        return source in task.config.hub.splits
+    return (rows_folder(task.config, Path(data_root)) / f"{source}.jsonl").exists()
 
 
 def _examples(task: Task, rows: list[DataRow]) -> Iterator[Example]:

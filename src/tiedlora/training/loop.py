@@ -232,7 +232,7 @@ class Loop:
 
     def _flush_metrics(self) -> None:
         """Fetch the numbers of the steps since the last call, check them and log them. This waits for the device."""
-        rows = []
+        rows, problem = [], ""
         for numbers in self._pending:
             values: dict[str, float | int] = {"train/lr": numbers.learning_rate, "train/tokens": numbers.tokens}
             if numbers.skipped is not None:
@@ -243,7 +243,8 @@ class Loop:
                 if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                     skipped = f" ({self.state.skipped_steps} are skipped already)" if self.state.skipped_steps else ""
                     advice = f"lower train.lr, or raise train.skip_nonfinite{skipped}"
-                    raise Diverged(self._not_finite_message(numbers, advice))
+                    problem = self._not_finite_message(numbers, advice)
+                    break
                 self.state.clipped_steps += self.config.clip is not None and grad_norm > self.config.clip
                 values = {"train/loss": loss, "train/grad_norm": grad_norm, **values}
             rows.append(MetricsRow(numbers.step, values))
@@ -252,6 +253,9 @@ class Loop:
             row.values["train/seconds"] = self.state.seconds
         self.log_metrics(rows)
         self._pending.clear()
+        if problem:
+            # After the rows before it, which show how the run came there.
+            raise Diverged(problem)
         self._clock_started = time.perf_counter()
 
     def _validate(self) -> None:

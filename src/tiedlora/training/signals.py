@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,10 @@ from typing import Any
 
 from tiedlora.errors import STOP_MESSAGE, STOPPED
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2) + (
+    # A terminal that closes sends it. nohup ignores it for its program.
+    () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+)
 _CONDITIONS: list[Callable[[], bool]] = []
 
 
@@ -67,20 +69,20 @@ class StopSignal:
 
     While `finish_step_first` is set, a signal is only stored, and the training loop checks for it after every step.
     Otherwise, and at a second SIGINT, the signal raises KeyboardInterrupt. What is not in a checkpoint is then computed
-    again by the next run. When the context ends, the previous handler of the signal is called too. Under submitit, the
-    handler of USR2 then puts the job into the queue again.
+    again by the next run. When the context ends, the previous handlers of all signals that came are called too. Under
+    submitit, the handler of USR2 then puts the job into the queue again, also if SIGTERM came within the same step.
     """
 
     def __init__(self) -> None:
         self.finish_step_first = False
         """Whether the current step should be finished first; the training loop sets it."""
-        self.received: int | None = None
-        """The number of the last signal."""
+        self.received: list[int] = []
+        """The numbers of the signals that came."""
         self._before: dict[int, Any] = {}
 
     def requested(self) -> bool:
         """Whether a signal or a condition of `also_stopped_by` asks the run to end."""
-        return self.received is not None or any(condition() for condition in _CONDITIONS)
+        return bool(self.received) or any(condition() for condition in _CONDITIONS)
 
     def __enter__(self) -> StopSignal:
         # Only the main thread may set handlers.
@@ -91,15 +93,21 @@ class StopSignal:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self.received is not None:
-            handler = self._before[self.received]
+        for number in dict.fromkeys(self.received):
+            handler = self._before[number]
             if callable(handler) and handler not in (signal.default_int_handler, _end):
-                handler(self.received, None)
+                try:
+                    handler(number, None)
+                except Exception as error:
+                    # submitit's, if the job may not be queued again. The run has its checkpoint, and has not failed.
+                    raise KeyboardInterrupt(str(error)) from None
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        again, self.received = self.received is not None, number
+        again = bool(self.received)
+        self.received.append(number)
         if not self.finish_step_first or (again and number == signal.SIGINT):
             raise KeyboardInterrupt
-        # The reader of the output may have ended by the same Ctrl-C, as `tee` does. The step must go on.
+        # The reader of the output may have ended by the same Ctrl-C, as `tee` does. The step must go on. A print would
+        # be an error if the signal came inside another one.
         with suppress(OSError):
-            print(f"{signal.Signals(number).name}: saving a checkpoint after this step", file=sys.stderr)
+            os.write(2, f"{signal.Signals(number).name}: saving a checkpoint after this step\n".encode())
