@@ -2,7 +2,7 @@
 
 import os
 import shutil
-import subprocess
+from collections.abc import Sequence
 
 import pytest
 from helpers import processes
@@ -13,17 +13,14 @@ from tiedlora.config.project import PROJECT
 from tiedlora.errors import CLOSED_PIPE, STOPPED
 
 
-def into_closed_pipe(*words: str) -> subprocess.CompletedProcess[str]:
+def assert_quiet(words: Sequence[str], *codes: int) -> None:
     """Run a script whose output nobody reads any more, as after `| head -1`."""
     read, write = os.pipe()
     os.close(read)
     try:
-        return processes.run_python(*words, stdout=write, cwd=PROJECT)
+        done = processes.run_python(*words, stdout=write, cwd=PROJECT)
     finally:
         os.close(write)
-
-
-def assert_quiet(done: subprocess.CompletedProcess[str], *codes: int) -> None:
     for word in ("Traceback", "Exception ignored", "BrokenPipe", "Logging error"):
         assert word not in done.stderr
     assert done.returncode in codes, done.stderr
@@ -43,13 +40,13 @@ def assert_quiet(done: subprocess.CompletedProcess[str], *codes: int) -> None:
     ids=lambda words: " ".join(words[:2]),
 )
 def test_output_ends_quietly(words):
-    assert_quiet(into_closed_pipe(*words), 0, CLOSED_PIPE)
+    assert_quiet(words, 0, CLOSED_PIPE)
 
 
 @pytest.mark.slow
 def test_a_sweep_whose_reader_has_ended_stops_and_fails_no_cell(tiny_run):
     words = tiny_run("seed=0,1")
-    assert_quiet(into_closed_pipe("train.py", "--multirun", *words), CLOSED_PIPE, STOPPED)
+    assert_quiet(["train.py", "--multirun", *words], CLOSED_PIPE, STOPPED)
     first = compose_config([*words[:-1], "seed=0"])
     outputs = PROJECT / first.outputs
     assert (outputs / run_id(first) / "result.json").exists()

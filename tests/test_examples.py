@@ -4,26 +4,22 @@ import pytest
 
 from tiedlora.config.project import PROJECT
 
-ARGUMENTS = {
-    "custom_specification.py": ["{folder}/adapter"],
-    "custom_task.py": ["outputs={folder}", "cache={folder}/cache", "train.threads=1"],
-    "trainer.py": ["{folder}"],
+EXAMPLES = {  # name -> (its words, what it prints)
+    "custom_specification.py": (["{folder}/adapter"], "loaded back, merged"),
+    "custom_task.py": (["outputs={folder}", "cache={folder}/cache", "train.threads=1"], "exact_match"),
+    "trainer.py": (["{folder}"], "base_model.model.tied_adapter.targets.qkv.B: (1, 96, 4)"),
 }
 NEEDS_MORE = {"trl_grpo.py"}
 """They need a package or a model that no test has."""
-EXPECTED = {
-    "custom_specification.py": "loaded back, merged",
-    "custom_task.py": "exact_match",
-    "trainer.py": "base_model.model.tied_adapter.targets.qkv.B: (1, 96, 4)",
-}
 
 
 def test_all_of_them_are_here():
-    assert {*ARGUMENTS, *NEEDS_MORE} == {path.name for path in (PROJECT / "examples").glob("*.py")}
+    assert {*EXAMPLES, *NEEDS_MORE} == {path.name for path in (PROJECT / "examples").glob("*.py")}
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_it_runs(name, tmp_path, script):
-    code, out, _ = script(f"examples/{name}", *(argument.format(folder=tmp_path) for argument in ARGUMENTS[name]))
+    words, says = EXAMPLES[name]
+    code, out, _ = script(f"examples/{name}", *(word.format(folder=tmp_path) for word in words))
     assert code == 0
-    assert EXPECTED[name] in out
+    assert says in out

@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,40 +22,29 @@ BASIC = ["task=antonyms", "data_root=rows", "train=tiny", "model=tiny_llama"]
 EXECUTION = ["train.threads=1", "train.dtype=float32", "outputs=outputs", "cache=cache"]
 
 
-@dataclass(frozen=True)
-class Block:
-    language: str
-    path: str
-    text: str
-
-
-def blocks() -> list[Block]:
-    """The page's code blocks; the first line of each names its file."""
-    fenced = re.findall(r"```(\w+)\n# (\S+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    return [Block(*parts) for parts in fenced]
+def blocks() -> list[tuple[str, str, str]]:
+    """(language, file, text) of the page's code blocks; the first line of each names its file."""
+    return re.findall(r"```(\w+)\n# (\S+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def commands() -> list[list[str]]:
     """The overrides of the page's commands."""
-    return [
-        shlex.split(line)[2:] for line in re.findall(r"^    (python train\.py .*)$", PAGE.read_text(), re.MULTILINE)
-    ]
+    return [shlex.split(words) for words in re.findall(r"^    python train\.py (.*)$", PAGE.read_text(), re.MULTILINE)]
 
 
-def apply(block: Block, root: Path) -> None:
+def apply(language: str, path: Path, block: str) -> None:
     """Write the block's file. If the block is a diff, change the places that it shows."""
-    path = root / block.path
-    if block.language != "diff":
-        assert not path.exists(), block.path
+    if language != "diff":
+        assert not path.exists(), path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(block.text, encoding="utf-8")
+        path.write_text(block, encoding="utf-8")
         return
     text = path.read_text(encoding="utf-8")
-    for hunk in block.text.split("@@\n"):
+    for hunk in block.split("@@\n"):
         lines = hunk.splitlines(keepends=True)
         before = "".join(line[1:] for line in lines if line[0] != "+")
         after = "".join(line[1:] for line in lines if line[0] != "-")
-        assert text.count(before) == 1, f"{block.path} has another text than the page's diff:\n{before}"
+        assert text.count(before) == 1, f"{path} has another text than the page's diff:\n{before}"
         text = text.replace(before, after)
     path.write_text(text, encoding="utf-8")
 
@@ -76,8 +64,8 @@ def extended(tmp_path_factory) -> Path:
         shutil.copytree(PROJECT / name, root / name)
     for name in ("train.py", "pyproject.toml"):
         shutil.copy(PROJECT / name, root / name)
-    for block in blocks():
-        apply(block, root)
+    for language, name, block in blocks():
+        apply(language, root / name, block)
     return root
 
 

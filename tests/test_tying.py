@@ -14,28 +14,24 @@ from tiedlora.tying import Architecture, Factor, Part, Tying
 
 # From the paper's formulas of trainable parameters with L = 32, d_in = 4096, d_out = 3 x 4096 and r = 8: for example
 # TABuv = r (d_in + d_out) + L (r + d_out).
-LLAMA2_7B_R8 = {
-    "LoRA": 4_194_304,
-    "TA": 32_768,
-    "TB": 98_304,
-    "TAB": 131_072,
-    "Tuv": 393_472,
-    "TAuv": 426_240,
-    "TBuv": 491_776,
-    "TABuv": 524_544,
-}
-INITS = {  # The initial values of A, B, u and v: one trained part starts at zero (docs/method.md).
-    **dict.fromkeys(("LoRA", "TB", "TAB", "TBuv", "TABuv"), ("uniform", 0.0, 1.0, 1.0)),
-    **dict.fromkeys(("Tuv", "TAuv"), ("uniform", "uniform", 1.0, 0.0)),
-    "TA": (0.0, "uniform", 1.0, 1.0),
+# Then the initial values of A, B, u and v: one trained part starts at zero (docs/method.md).
+METHODS = {
+    "LoRA": (4_194_304, ("uniform", 0.0, 1.0, 1.0)),
+    "TA": (32_768, (0.0, "uniform", 1.0, 1.0)),
+    "TB": (98_304, ("uniform", 0.0, 1.0, 1.0)),
+    "TAB": (131_072, ("uniform", 0.0, 1.0, 1.0)),
+    "Tuv": (393_472, ("uniform", "uniform", 1.0, 0.0)),
+    "TAuv": (426_240, ("uniform", "uniform", 1.0, 0.0)),
+    "TBuv": (491_776, ("uniform", 0.0, 1.0, 1.0)),
+    "TABuv": (524_544, ("uniform", 0.0, 1.0, 1.0)),
 }
 
 
 @pytest.mark.parametrize("name", EIGHT)
 def test_counts_and_initial_values_are_the_methods(name):
-    spec = tying_option(name)
-    assert tying.trainable_params(spec, 8, model_option("llama2_7b").architecture) == LLAMA2_7B_R8[name]
-    assert tuple(getattr(spec, part).init for part in tying.PARTS) == INITS[name]
+    spec, (count, inits) = tying_option(name), METHODS[name]
+    assert tying.trainable_params(spec, 8, model_option("llama2_7b").architecture) == count
+    assert tuple(getattr(spec, part).init for part in tying.PARTS) == inits
     assert tying.label(spec) == spec.name == name
 
 

@@ -17,8 +17,6 @@ from tiedlora.tasks.rows import DataRow
 from tiedlora.tasks.squad import Squad
 
 PASSAGE = " ".join(f"word{i}" for i in range(200))
-
-
 CHAT = (
     "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -118,9 +118,8 @@ def main() -> int:
             assert code == 0, told
             whole = drilling.left_by(kill_run.folder(disk / "outputs"))
         count = len(wrote)
-        chosen = list(range(1, count + 1))
-        if arguments.moments:
-            chosen = [1 + n * (count - 1) // max(1, arguments.moments - 1) for n in range(arguments.moments)]
+        moments = arguments.moments or count
+        chosen = [1 + n * (count - 1) // max(1, moments - 1) for n in range(moments)]
         print(f"{count} writes in an uninterrupted run; the disk is full before {len(chosen)} of them, in two ways")
         for number in chosen:
             for spare in (0, PAGE):

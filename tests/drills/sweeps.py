@@ -66,16 +66,10 @@ CLAIMS = """
 paper: a drill of this project
 looks: [3, 5, 8]
 claims:
-  - name: LoRA has a lower loss than Tuv
-    method: {configuration: LoRA, rank: 8}
-    comparator: {configuration: Tuv, rank: 8}
-    better_by: 0.0
-    tasks: {chain_sum: target_loss}
-  - name: LoRA's loss is lower than TABuv's by more than 0.9 nats
-    method: {configuration: LoRA, rank: 8}
-    comparator: {configuration: TABuv, rank: 8}
-    better_by: 0.9
-    tasks: {chain_sum: target_loss}
+  - {name: LoRA has a lower loss than Tuv, method: {configuration: LoRA, rank: 8},
+     comparator: {configuration: Tuv, rank: 8}, better_by: 0.0, tasks: {chain_sum: target_loss}}
+  - {name: LoRA's loss is lower than TABuv's by more than 0.9 nats, method: {configuration: LoRA, rank: 8},
+     comparator: {configuration: TABuv, rank: 8}, better_by: 0.9, tasks: {chain_sum: target_loss}}
 """
 DRILLS = {
     "staged": Drill(

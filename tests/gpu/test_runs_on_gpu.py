@@ -15,6 +15,7 @@ from tiedlora.config.project import PROJECT
 from tiedlora.models.device import execution_on, free_memory
 from tiedlora.records.rows import read_predictions
 from tiedlora.records.run_folder import RunFolder
+from tiedlora.records.run_record import TrainingRecord
 from tiedlora.runs import run, trainer
 from tiedlora.runs.verify import verify
 from tiedlora.training.signals import StopSignal
@@ -23,16 +24,22 @@ pytestmark = pytest.mark.gpu
 QUIET = ("train.log_every=100", "train.validate_every=0", "train.checkpoint_every=100", "score.splits=[]")
 """Nothing that reads numbers from the device between the first step and the last."""
 LARGER = (
-    "model.architecture.hidden=256",
-    "model.architecture.head_dim=64",
-    "model.architecture.intermediate=1024",
+    *("model.architecture.hidden=256", "model.architecture.head_dim=64", "model.architecture.intermediate=1024"),
     *("train.steps=2", "train.warmup_steps=0", "train.validation_rows=2", *QUIET),
 )
 """A model whose activations are more than the workspace of the products."""
 
 
-def adapter_of(config) -> bytes:
-    return (folder_of(config).adapter / "adapter.safetensors").read_bytes()
+def whole_and_continued(gpu_config, *words: str) -> tuple[RunFolder, RunFolder]:
+    """Two finished runs with the same losses. The second was paused after half of its steps."""
+    whole, paused = gpu_config("whole", *words), gpu_config("paused", *words)
+    run.main(whole)
+    paused.train.pause_after = 3
+    assert run.main(paused) is None
+    paused.train.pause_after = None
+    run.main(paused)
+    assert losses_of(folder_of(paused)) == losses_of(folder_of(whole))
+    return folder_of(whole), folder_of(paused)
 
 
 def test_a_run_on_the_gpu_has_the_losses_of_a_cpu(gpu, gpu_config):
@@ -55,17 +62,13 @@ def test_a_run_on_the_gpu_has_the_losses_of_a_cpu(gpu, gpu_config):
 @pytest.mark.parametrize("checkpoint", ["last", "best"])
 def test_a_paused_run_continues_bit_for_bit_if_algorithms_are_deterministic(gpu_config, checkpoint):
     words = ("train.deterministic=true", f"score.checkpoint={checkpoint}", "train.validate_every=1")
-    whole, paused = gpu_config("whole", *words), gpu_config("paused", *words)
-    expected = run.main(whole)
-    paused.train.pause_after = 3
-    assert run.main(paused) is None
-    paused.train.pause_after = None
-    record = run.main(paused)
-    assert losses_of(folder_of(paused)) == losses_of(folder_of(whole))
-    assert adapter_of(paused) == adapter_of(whole)
-    assert record.training.scored_step == expected.training.scored_step
+    folders = whole_and_continued(gpu_config, *words)
+    expected, found = ((folder.adapter / "adapter.safetensors").read_bytes() for folder in folders)
+    assert found == expected
+    whole, continued = (folder.finished_record().training for folder in folders)
+    assert continued.scored_step == whole.scored_step
     if checkpoint == "best":
-        assert record.training.scored_step == record.training.best_step
+        assert continued.scored_step == continued.best_step
 
 
 def test_tokens_of_a_pass_bound_the_memory_whatever_the_batch(gpu, gpu_config):
@@ -126,8 +129,8 @@ def sync_debug(gpu, mode: str) -> None:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def between_the_first_step_and_the_last(monkeypatch, steps: int, begin, end) -> list[int]:
-    """Call `begin` after the first step and `end` after the last. The list counts the questions for a stop signal."""
+def carried_out(config, monkeypatch, begin, end) -> TrainingRecord:
+    """Carry out a run that calls `begin` after its first step and `end` after the last."""
     calls: list[int] = []
 
     def requested(self) -> bool:
@@ -135,12 +138,17 @@ def between_the_first_step_and_the_last(monkeypatch, steps: int, begin, end) -> 
         calls.append(1)
         if len(calls) == 1:
             begin()
-        if len(calls) == steps:
+        if len(calls) == config.train.steps:
             end()
         return False
 
     monkeypatch.setattr(StopSignal, "requested", requested)
-    return calls
+    try:
+        record = run.main(config)
+    finally:
+        end()
+    assert len(calls) == config.train.steps + 1
+    return record.training
 
 
 def test_no_step_after_the_first_waits_for_the_gpu(gpu, gpu_config, monkeypatch):
@@ -152,42 +160,24 @@ def test_no_step_after_the_first_waits_for_the_gpu(gpu, gpu_config, monkeypatch)
             with pytest.raises(RuntimeError, match="synchroniz"):
                 torch.ones(1, device=gpu).item()
 
-    calls = between_the_first_step_and_the_last(monkeypatch, 6, begin, lambda: sync_debug(gpu, "default"))
-    try:
-        record = run.main(config)
-    finally:
-        sync_debug(gpu, "default")
-    assert len(calls) == 6 + 1
-    assert math.isfinite(record.training.validation_loss_last)
+    training = carried_out(config, monkeypatch, begin, lambda: sync_debug(gpu, "default"))
+    assert math.isfinite(training.validation_loss_last)
 
 
 def test_no_batch_after_the_first_compiles_again(gpu_config, monkeypatch):
     config = gpu_config("compiled", *QUIET, "train.compile=always", "train.steps=10")
     stance = torch.compiler.set_stance
-    calls = between_the_first_step_and_the_last(
-        monkeypatch, 10, lambda: stance("fail_on_recompile"), lambda: stance("default")
-    )
-    try:
-        record = run.main(config)
-    finally:
-        stance("default")
-    assert len(calls) == 10 + 1
-    assert record.training.validation_loss_last < record.training.validation_loss_first
+    training = carried_out(config, monkeypatch, lambda: stance("fail_on_recompile"), lambda: stance("default"))
+    assert training.validation_loss_last < training.validation_loss_first
 
 
 @pytest.mark.parametrize("bits", ["nf4", "int8"])
 def test_a_quantised_base_trains_and_continues(gpu_config, bits):
     pytest.importorskip("bitsandbytes", reason="model.quantization needs bitsandbytes (the extra `quantization`)")
     words = (f"model.quantization={bits}", "train.dtype=bfloat16", "train.deterministic=true")
-    whole, paused = gpu_config("whole", *words), gpu_config("paused", *words)
-    record = run.main(whole)
+    record = whole_and_continued(gpu_config, *words)[0].finished_record()
     assert record.base.quantization == bits
     assert record.training.validation_loss_last < record.training.validation_loss_first
-    paused.train.pause_after = 3
-    run.main(paused)
-    paused.train.pause_after = None
-    run.main(paused)
-    assert losses_of(folder_of(paused)) == losses_of(folder_of(whole))
 
 
 def test_a_run_can_be_verified_on_the_same_gpu(gpu_config):

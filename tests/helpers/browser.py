@@ -26,7 +26,7 @@ def needs_browser() -> pytest.MarkDecorator:
 def opened(
     page_file: Path, width: int = 1300, theme: str = "light", suffix: str = "", bypass_csp: bool = False
 ) -> Iterator:
-    """(page, messages) of a page of the report. `messages` collects what the console, a fault or a request says.
+    """A page of the report. When the block ends, the console, a fault or a request must have said nothing.
 
     Args:
         suffix: the address's part after the file.
@@ -47,6 +47,7 @@ def opened(
         page.on("request", lambda request: request.url.startswith(("file:", "data:")) or messages.append(request.url))
         page.goto(f"file://{page_file}{suffix}")
         try:
-            yield page, messages
+            yield page
+            assert messages == [], messages
         finally:
             browser.close()

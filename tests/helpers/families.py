@@ -3,18 +3,10 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-COMMON = dict(
-    vocab_size=260,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    bos_token_id=None,
-    eos_token_id=256,
-    pad_token_id=None,
-    # A wide range of weights, so that attention is far from uniform, and an update changes the logits.
-    initializer_range=0.2,
+# A wide range of weights, so that attention is far from uniform, and an update changes the logits.
+BASICS = dict(vocab_size=260, bos_token_id=None, eos_token_id=256, pad_token_id=None, initializer_range=0.2)
+SIZES = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64
 )
 GROUPED = dict(num_key_value_heads=2)
 # head_dim * heads differs from hidden_size if the family allows it: d_q = 48, d_kv = 24.
@@ -41,9 +33,8 @@ SCALED = {"granite": dict(**GROUPED, logits_scaling=8.0), "cohere": dict(**GROUP
 
 def family_model(family: str, **changes):
     """A model in float32 and evaluation mode, with the same weights every time."""
-    common = {} if family == "gpt2" else COMMON
-    basics = {key: COMMON[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "initializer_range")}
-    config = AutoConfig.for_model(family, **{**basics, **common, **(NUMBERS | SCALED)[family], **changes})
+    sizes = {} if family == "gpt2" else SIZES
+    config = AutoConfig.for_model(family, **{**BASICS, **sizes, **(NUMBERS | SCALED)[family], **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -25,14 +25,6 @@ GOOD, BASE = [1.0, 0.0] * 25, [0.0] * 50
 """The scores of a run and of its base, of 50 rows."""
 
 
-class OneMetric(Task):
-    """A task with a single metric, which is a mean."""
-
-    def __init__(self, metric: str = METRIC) -> None:
-        super().__init__(TaskConfig(name="synthetic", kind="synthetic"))
-        self.metrics = (metric,)
-
-
 def make_config(name="TABuv", rank=8, seed=0, lr=1e-2, task="chain_sum", kind="gsm8k", model="org/tiny") -> Config:
     return Config(
         model=ModelConfig(name=model, context=512, architecture=SMOLLM2_135M),
@@ -117,7 +109,10 @@ def add_scores(
     task: Task | None = None,
 ) -> run_record.RunRecord:
     """The record with a split's scores, from its rows and the base model's, summarised as scoring does."""
-    task = task or OneMetric(next(iter(rows[0].scores)))
+    if task is None:
+        # One metric, which is a mean.
+        task = Task(TaskConfig(name="synthetic", kind="synthetic"))
+        task.metrics = (next(iter(rows[0].scores)),)
     scores = run_record.SplitScores(
         rows=len(rows),
         digest=f"{record.identity.task.name}-{split}",

@@ -37,8 +37,6 @@ GOOD = {
     "dialogsum": {"id": "train_1", "dialogue": "#Person1#: Hi.", "summary": "#Person1# greets.", "topic": "greeting"},
     "iwslt2017": {"translation": {"de": "Vielen Dank.", "en": "Thank you."}},
 }
-
-
 SENTINEL = "\u2603 sentinel 12345"
 RELABELLED = {
     # Other values of the target fields, with which each row is still valid.

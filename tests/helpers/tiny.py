@@ -30,8 +30,6 @@ from tiedlora.tying import Tying
 
 EIGHT = ("LoRA", "TA", "TB", "TAB", "Tuv", "TAuv", "TBuv", "TABuv")
 TINY = ("tiny_llama", "tiny_gpt2")
-
-
 PLACES = ("outputs", "cache")
 
 

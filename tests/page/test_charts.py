@@ -33,23 +33,22 @@ def markers(ax):
     return [(line.get_marker(), to_hex(line.get_markerfacecolor()) != BACK) for line in single]
 
 
-def unfinished(root, lr, seed, loss, file, text, changes=None):
+def unfinished(root, lr, loss, file, text):
     """A run that a search stopped, or that failed."""
-    folder = root / make_record(changes, lr=lr, seed=seed).run_id
+    folder = root / make_record(lr=lr).run_id
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(f"train: {{lr: {lr}}}\n")
     (folder / file).write_text(text)
-    write_lines(
-        folder / "metrics.jsonl", [MetricsRow(0, {"validation/loss": 2.0}), MetricsRow(16, {"validation/loss": loss})]
-    )
+    rows = [MetricsRow(step, {"validation/loss": value}) for step, value in ((0, 2.0), (16, loss))]
+    write_lines(folder / "metrics.jsonl", rows)
 
 
 def test_the_search_marks_the_chosen_rate_and_shows_pruned_and_failed_runs(tmp_path):
     for lr, right in ((1e-3, 10), (1e-2, 30)):
         for seed in (0, 1):
             scored_run(tmp_path, [1.0] * right + [0.0] * (50 - right), BASE, lr=lr, seed=seed)
-    unfinished(tmp_path, 3e-2, 0, 1.7, "pruned.txt", "1.7 is worse than 1.2")
-    unfinished(tmp_path, 1e-1, 0, 9.0, "error.txt", "Diverged: nan")
+    unfinished(tmp_path, 3e-2, 1.7, "pruned.txt", "1.7 is worse than 1.2")
+    unfinished(tmp_path, 1e-1, 9.0, "error.txt", "Diverged: nan")
     (panel,) = [panel for panel in panels(tmp_path) if panel.kind == "search"]
     (group,) = panel.groups
     ax = drawn(panel)

@@ -10,16 +10,9 @@ from tiedlora.page import charts, figures, write
 
 CLAIMS = """looks: [3, 5]
 claims:
-  - name: keeps
-    method: {configuration: TABuv, rank: 8}
-    comparator: {configuration: LoRA, at: equal_rank}
-    retains: 0.9
-    tasks: []
-  - name: of another rank
-    method: {configuration: TABuv, rank: 128}
-    comparator: {configuration: LoRA, at: equal_rank}
-    retains: 0.9
-    tasks: [squad]
+  - {name: keeps, method: {configuration: TABuv, rank: 8}, comparator: &lora {configuration: LoRA, at: equal_rank},
+     retains: 0.9, tasks: []}
+  - {name: of another rank, method: {configuration: TABuv, rank: 128}, comparator: *lora, retains: 0.9, tasks: [squad]}
 """
 
 
@@ -32,8 +25,8 @@ def three_tasks(tmp_path_factory):
     return root
 
 
-def report_of(root, claims=CLAIMS):
-    (root / "claims.yaml").write_text(claims)
+def report_of(root):
+    (root / "claims.yaml").write_text(CLAIMS)
     return write.build([root / "runs"], claims=root / "claims.yaml")
 
 

@@ -62,9 +62,8 @@ def test_a_claim_without_runs_is_not_in_the_table_of_answers(tmp_path):
     world(tmp_path / "runs", {"LoRA": 0.9, "TABuv": 0.5}, seeds=3)
     report_of_claim(tmp_path, top="looks: [3]")
     with (tmp_path / "claims.yaml").open("a") as file:
-        method = "{configuration: TABuv, rank: 8, seed_offset: 5}"
-        file.write(f"  - {{name: y, method: {method}, comparator: {{configuration: LoRA, rank: 8}}, better_by: 0")
-        file.write(", tasks: []}\n")
+        sides = "method: {configuration: TABuv, rank: 8, seed_offset: 5}, comparator: {configuration: LoRA, rank: 8}"
+        file.write(f"  - {{name: y, {sides}, better_by: 0, tasks: []}}\n")
     report = write.build([tmp_path / "runs"], claims=tmp_path / "claims.yaml")
     assert "| TABuv |" in readme.filled("<!-- report: answer -->\n<!-- end of report -->\n", report)
 

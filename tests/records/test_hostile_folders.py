@@ -17,8 +17,6 @@ from tiedlora.runs import run
 
 pytest_plugins = ["helpers.hostile_runs"]
 SECRET = "hunter2-0123456789abcdef"
-
-
 RESULTS = {  # a key of result.json, its new value, and words of the message: one for each rule
     "a key that is missing": ("run_id", ..., "has no 'run_id'"),
     "a path for an id": ("run_id", "../../x", "'run_id' is '../../x'"),
@@ -122,8 +120,7 @@ def test_what_is_no_folder(folder, words, tmp_path, script):
 )
 def test_pipes_and_loops_are_not_waited_for(name, says, folder, tmp_path, script):
     path = folder / name
-    kinds = (lambda: os.mkfifo(path), lambda: path.symlink_to(path))
-    for make in kinds:
+    for make in (lambda: os.mkfifo(path), lambda: path.symlink_to(path)):
         path.unlink(missing_ok=True)
         make()
         if name == "error.txt":

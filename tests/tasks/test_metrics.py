@@ -59,17 +59,14 @@ GSM8K = [
 ]
 
 
-def score(kind, outputs, references):
-    task = task_option(kind)
-    return TaskMetric(task).compute(predictions=outputs, references=references, choices=[[] for _ in outputs])
-
-
 def test_exact_match_and_f1_are_torchmetrics():
     functional = pytest.importorskip("torchmetrics.functional.text", reason="the dev extra brings the reference")
-    found = score("squad", [output for output, _ in SQUAD], [references for _, references in SQUAD])
+    outputs, references = map(list, zip(*SQUAD, strict=True))
+    metric = TaskMetric(task_option("squad"))
+    found = metric.compute(predictions=outputs, references=references, choices=[[] for _ in SQUAD])
     reference = functional.squad(
-        [{"prediction_text": output, "id": str(i)} for i, (output, _) in enumerate(SQUAD)],
-        [{"answers": {"answer_start": [0] * len(r), "text": r}, "id": str(i)} for i, (_, r) in enumerate(SQUAD)],
+        [{"prediction_text": output, "id": str(i)} for i, output in enumerate(outputs)],
+        [{"answers": {"answer_start": [0] * len(r), "text": r}, "id": str(i)} for i, r in enumerate(references)],
     )
     assert found["exact_match"] * 100 == pytest.approx(float(reference["exact_match"]), abs=5e-5)
     assert found["f1"] * 100 == pytest.approx(float(reference["f1"]), abs=5e-5)
@@ -143,9 +140,8 @@ def own_scores(**given):
 
 
 def test_a_task_scores_the_whole_example():
-    assert own_scores(a={"right": 1.0}, b={"right": True}, c={"right": 0}, d={"right": 1 + 1e-12})[
-        "right"
-    ] == pytest.approx(0.75)
+    scores = own_scores(a={"right": 1.0}, b={"right": True}, c={"right": 0}, d={"right": 1 + 1e-12})
+    assert scores["right"] == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(

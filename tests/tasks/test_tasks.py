@@ -172,14 +172,9 @@ def test_validation_from_train_takes_whole_groups_and_no_prompt_is_in_both(seed,
     rows = [{"id": f"{group}_{i}", "question": group} for group in "abcd" for i in (1, 2)]
     rows.append({"id": "e_1", "question": "a"})
     write(tmp_path, "grouped", *rows, split="train")
-    options = (
-        "task.folder=grouped",
-        "task.cluster=null",
-        "task.validation_from_train=2",
-        f"task.split_seed={seed}",
-        "task.rows.train=null",
-    )
-    task = Grouped(task_option("squad", *options, "task.rows.validation=null").config)
+    options = ["task.folder=grouped", "task.cluster=null", "task.validation_from_train=2", f"task.split_seed={seed}"]
+    options += ["task.rows.train=null", "task.rows.validation=null"]
+    task = Grouped(task_option("squad", *options).config)
     train, validation = ([e.prompt for e in load_examples(task, s, str(tmp_path))] for s in ("train", "validation"))
     assert "".join(validation) == held_out
     assert not set(train) & set(validation)

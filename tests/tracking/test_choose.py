@@ -12,13 +12,8 @@ from tiedlora.tracking import run_trackers
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Any look-up of a name, and any connection, is an error."""
-
-    def refuse(*arguments, **options):
-        raise AssertionError(f"the network was asked: {arguments}")
-
-    for name in ("getaddrinfo", "create_connection"):
-        monkeypatch.setattr(socket, name, refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    for owner, name in ((socket, "getaddrinfo"), (socket, "create_connection"), (socket.socket, "connect")):
+        monkeypatch.setattr(owner, name, lambda *asked, **_: pytest.fail(f"the network was asked: {asked}"))
     run_trackers._chosen.cache_clear()
     yield
     run_trackers._chosen.cache_clear()

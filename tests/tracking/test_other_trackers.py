@@ -1,7 +1,6 @@
 """tracking=trackio and tracking=mlflow: their own clients read a run back with the curves of metrics.jsonl."""
 
 import json
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,14 +15,13 @@ from tiedlora.records.rows import read_metrics
 from tiedlora.records.run_folder import RunFolder
 
 KEYS = ("train/loss", "validation/loss", "train/lr")
+needs_trackio = pytest.mark.skipif(find_spec("trackio") is None, reason="needs the extra trackio")
 
 
 def finished(words: list[str], tmp_path: Path) -> RunFolder:
     """Train to a pause, continue to the end, in new processes: the trackers keep state in theirs."""
-    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
     for more in (["train.pause_after=3"], []):
-        command = [sys.executable, str(PROJECT / "train.py"), *words, *more]
-        done = processes.run(command, env=environment, cwd=tmp_path)
+        done = processes.run_python(PROJECT / "train.py", *words, *more, cwd=tmp_path)
         assert done.returncode in (0, 75), done.stderr
         assert "has failed" not in done.stderr
     config = compose_config(words)
@@ -34,28 +32,25 @@ def curve(folder: RunFolder, key: str) -> list[tuple[int, float]]:
     return [(row.step, row.values[key]) for row in read_metrics(folder.metrics_file) if key in row.values]
 
 
-@pytest.mark.skipif(find_spec("trackio") is None, reason="needs the extra trackio")
-def test_trackio_reads_the_run_back(tiny_run, tmp_path):
+@needs_trackio
+def test_trackio_reads_the_run_back(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     folder = finished(tiny_run("tracking=trackio", "train.log_every=1"), tmp_path)
 
     def ask(*words: str):
-        command = [str(Path(sys.executable).with_name("trackio")), *words, "--json"]
-        environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
-        return json.loads(processes.run(command, env=environment, check=True).stdout)
+        command = [Path(sys.executable).with_name("trackio"), *words, "--json"]
+        return json.loads(processes.run(command, check=True).stdout)
 
     assert ask("list", "runs", "--project", "tiedlora")["runs"] == [folder.path.name]
     named = ("--project", "tiedlora", "--run", folder.path.name)
     for key in KEYS:
         values = ask("get", "metric", *named, "--metric", key)["values"]
         assert [(value["step"], value["value"]) for value in values] == curve(folder, key)
-    record = folder.finished_record()
     (score,) = ask("get", "metric", *named, "--metric", "validation/exact_match_strict")["values"]
-    assert score["value"] == record.scores["validation"].metrics["exact_match_strict"].value
+    assert score["value"] == folder.finished_record().scores["validation"].metrics["exact_match_strict"].value
 
 
-@pytest.mark.skipif(
-    None in map(find_spec, ("mlflow", "sqlalchemy", "alembic")), reason="needs the extra mlflow"
-)  # fmt: skip
+@pytest.mark.skipif(None in map(find_spec, ("mlflow", "sqlalchemy", "alembic")), reason="needs the extra mlflow")
 def test_mlflow_reads_the_run_back(tiny_run, tmp_path):
     folder = finished(tiny_run("tracking=mlflow", "train.log_every=1"), tmp_path)
     import mlflow
@@ -69,15 +64,12 @@ def test_mlflow_reads_the_run_back(tiny_run, tmp_path):
     for key in KEYS:
         history = client.get_metric_history(run.info.run_id, key)
         assert sorted((metric.step, metric.value) for metric in history) == curve(folder, key)
-    record = folder.finished_record()
-    assert run.data.metrics["validation/exact_match_strict"] == (
-        record.scores["validation"].metrics["exact_match_strict"].value
-    )
-    table = client.load_table(experiment.experiment_id, "answers.json")
-    assert len(table) == record.scores["validation"].rows
+    scores = folder.finished_record().scores["validation"]
+    assert run.data.metrics["validation/exact_match_strict"] == scores.metrics["exact_match_strict"].value
+    assert len(client.load_table(experiment.experiment_id, "answers.json")) == scores.rows
 
 
-@pytest.mark.skipif(find_spec("trackio") is None, reason="needs the extra trackio")
+@needs_trackio
 def test_trackio_shows_a_models_text_as_text():
     from tiedlora.tracking.trackio import MARKUP
 
