@@ -42,6 +42,12 @@ def _sign(match: re.Match[str]) -> str:
     return "␡" if code == 0x7F else f"<U+{code:04X}>"
 
 
+def shortened(text: str, most: int) -> str:
+    """A text of a prediction with visible control characters, and at most so many characters."""
+    more = f" … ({len(text) - most:,} more characters in predictions/)" if len(text) > most else ""
+    return visible_lines(text[:most] + more)
+
+
 def visible_lines(text: str) -> str:
     """As `visible`, for a text of several lines: line feeds stay, so the text keeps its lines."""
     return "\n".join(map(visible, text.split("\n")))

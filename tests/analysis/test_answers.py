@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from helpers.report_runs import diverge, report_of_claim, scored_run, world
 
-from tiedlora.analysis import claims
+from tiedlora.analysis import claims, rules
 from tiedlora.analysis.answers import Answer, Verdict, claim_verdicts
+from tiedlora.analysis.intervals import Clusters
+from tiedlora.analysis.rules import Sides
 from tiedlora.config.project import PROJECT
 
 SURE = {"rows": 1000, "seed_sd": 0.002}
@@ -83,7 +85,7 @@ class TestLooks:
         for seeds in ([0.6, 0.52, 0.68], [0.3, 0.3]):
             for number, score in enumerate(seeds, start=3 * len(found)):
                 for name, value in (("LoRA", 0.5), ("TABuv", score)):
-                    scored_run(tmp_path / "runs", [value] * 50, [0.0] * 50, name=name, seed=number)
+                    scored_run(tmp_path / "runs", [value] * 60, [0.0] * 60, name=name, seed=number)
             found.append(answer(tmp_path, "better_by: 0.0"))
         assert [one.look for one in found] == [0, 1]
         assert found[1].decided_level == found[0].decided_level < 1
@@ -116,12 +118,22 @@ class TestLooks:
         assert found.reason.startswith("seeds 0 to 2: fewer than 2 of them finished on both sides")
         assert found.decide == "the look at 5 seeds: needs seeds 4 of LoRA r=8"
 
-    @pytest.mark.parametrize(("rows", "verdict"), [(49, "undecided"), (50, "supported")])
+    @pytest.mark.parametrize(("rows", "verdict"), [(59, "undecided"), (60, "supported")])
     def test_rows_that_are_all_alike_decide_only_if_there_are_many(self, tmp_path, rows, verdict):
         for name in ("LoRA", "TABuv"):
             for seed in range(3):
                 scored_run(tmp_path / "runs", [1.0] * rows, [0.0] * rows, name=name, seed=seed)
         assert answer(tmp_path).verdict == verdict
+        for seed in (3, 4):
+            for name in ("LoRA", "TABuv"):
+                scored_run(tmp_path / "runs", [1.0] * rows, [0.0] * rows, name=name, seed=seed)
+        assert answer(tmp_path).decide == ("60 or more rows" if rows < 60 else "")
+        # Articles are the sample, if there are any. The gain alone may be what is alike.
+        alike, other = np.ones((3, rows)), np.ones((3, rows)) - np.eye(3, rows)
+        clusters = Clusters.of([str(number // 10) for number in range(rows)])
+        assert rules.retains(0.9).sees_too_little(Sides(alike, alike, 0 * alike, clusters))
+        assert rules.retains(0.9).sees_too_little(Sides(other, alike, 0 * alike)) == (rows < 60)
+        assert not rules.better_by(0.0).sees_too_little(Sides(other, alike, None))
 
     @pytest.mark.parametrize("at", ["this rate", "another rate"])
     def test_a_look_waits_for_a_seed_without_scores_and_for_one_that_diverged_at_another_rate(self, tmp_path, at):

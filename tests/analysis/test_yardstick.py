@@ -67,7 +67,7 @@ class TestSensitivity:
     def test_the_weakest_arm_is_asked_at_the_look_of_the_answer(self, tmp_path, method, weakest, look, sensitivity):
         for name, values in (("LoRA", [0.5] * 5), ("TABuv", method), ("TA", weakest)):
             for seed, value in enumerate(values):
-                scored_run(tmp_path / "runs", [value] * 50, [0.0] * 50, name=name, seed=seed)
+                scored_run(tmp_path / "runs", [value] * 60, [0.0] * 60, name=name, seed=seed)
         top = "looks: [3, 5]\nweakest: {configuration: TA, rank: 8}"
         (answer,) = report_of_claim(tmp_path, "better_by: 0.0", top=top).answers
         assert (answer.verdict, answer.look, answer.sensitivity) == ("supported", look, sensitivity)

@@ -29,6 +29,17 @@ def encoder(*overrides: str, context: int = 512, template: str | None = None) ->
     return Encoder(tokenizer, composed(["task=squad", "task.max_new_tokens=20", *overrides]).task, context)
 
 
+def test_the_rules_of_a_folders_tokenizer_are_known_by_their_content(tmp_path):
+    """They may be in files that the model's digest does not cover."""
+    found = []
+    for number, end in enumerate(("<|end|>", "a", "a")):
+        tiny("tiny_llama").tokenizer.save_pretrained(tmp_path / str(number))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / str(number), eos_token=end)
+        found.append(Encoder(tokenizer, encoder().config, 512).versions["tokenizer"])
+    assert found[0] != found[1] == found[2]
+    assert "tokenizer" not in encoder().versions, "its model is in no folder"
+
+
 def squad_example(context: str, answer: str, task: Squad, question: str = "Which one?") -> Example:
     row = {"context": context, "question": question, "answers": {"text": [answer], "answer_start": [0]}}
     return task.example(DataRow("here", row), "0")

@@ -128,4 +128,4 @@ def test_the_overview_names_failed_cells(tmp_path):
     lines = {row[0]: row for row in table.rows}
     assert lines["TABuv"][table.head.index("squad")] == "failed"
     assert lines["TAB"][4:] == ["failed", None], "no run of it finished"
-    assert (other.name, table.name) == ("overview-tiny-1", "overview-tiny-2"), "one file each, whatever the case"
+    assert (other.name, table.name) == ("overview-Tiny", "overview-tiny"), "one file each"

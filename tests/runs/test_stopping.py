@@ -1,6 +1,8 @@
 """A run that is stopped while its output has no reader, while it loads, at its last step, or while it is scored."""
 
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -34,6 +36,32 @@ def test_a_ctrl_c_that_also_ends_the_reader_of_the_output_saves_a_checkpoint(tin
         started.stdout.close()
         started.send_signal(signal.SIGINT)
         assert started.wait(150) == 75
+    assert folder.checkpoint_step() > 0
+    assert not folder.error_file.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["--multirun"]])
+def test_a_closed_terminal_saves_a_checkpoint(tiny_run, tiny_config, words):
+    long = ["train.steps=100000", "train.checkpoint_every=100000", "train.validate_every=0", "train.log_every=1"]
+    folder = folder_of(tiny_config(*long))
+    process, terminal = pty.fork()
+    if process == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.chdir(PROJECT)
+        os.execv(sys.executable, [sys.executable, "train.py", *words, *tiny_run(*long)])
+
+    def trains():
+        while select.select([terminal], [], [], 0)[0]:
+            os.read(terminal, 65536)
+        return len(read_metrics(folder.metrics_file)) >= 3
+
+    try:
+        wait_until(trains)
+    finally:
+        os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 75
     assert folder.checkpoint_step() > 0
     assert not folder.error_file.exists()
 

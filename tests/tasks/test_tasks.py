@@ -10,7 +10,7 @@ from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
 from tiedlora.tasks import Example, Task, digest, load_examples, render
 from tiedlora.tasks.hellaswag import cleaned
-from tiedlora.tasks.rows import DataRow, RowError
+from tiedlora.tasks.rows import DataRow, NoSuchSplit, RowError
 
 DATA = PROJECT.parent / "shared" / "data"
 
@@ -152,6 +152,19 @@ def test_sentences_that_are_scored_are_not_trained_on(tmp_path):
     (tmp_path / "iwslt2017" / "test.jsonl").write_text("damaged\n")
     with pytest.raises(UserError, match=r"test\.jsonl:1"):
         trained()
+
+    class OnTheHub(Grouped):
+        def hub_rows(self, split):
+            if isinstance(hub[split], UserError):
+                raise hub[split]
+            return [DataRow("hub", {"id": question, "question": question}) for question in hub[split]]
+
+    hub = {"train": "xyz", "validation": "x", "test": NoSuchSplit("the hub has no test split of it")}
+    task = OnTheHub(task_option("squad", "task.cluster=null", "task.rows.train=null").config)
+    assert [example.prompt for example in load_examples(task, "train", None)] == ["y", "z"]
+    hub["validation"] = UserError("x cannot be loaded")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_examples(task, "train", None)
 
 
 class Grouped(Task):

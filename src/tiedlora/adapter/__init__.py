@@ -8,12 +8,4 @@ from tiedlora.adapter.attach import AdapterSet, Attached, attach, attach_adapter
 from tiedlora.adapter.files import load, save
 from tiedlora.adapter.parts import TiedAdapter
 
-__all__ = [
-    "AdapterSet",
-    "Attached",
-    "TiedAdapter",
-    "attach",
-    "attach_adapter",
-    "load",
-    "save",
-]
+__all__ = ["AdapterSet", "Attached", "TiedAdapter", "attach", "attach_adapter", "load", "save"]

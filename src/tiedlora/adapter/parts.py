@@ -181,7 +181,8 @@ class TiedAdapter(nn.Module):
 
         def kept(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved.to(torch.promote_types(moved.dtype, torch.float32)) if moved.is_floating_point() else moved
+            is_narrow = moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32
+            return tensor.to(moved.device) if is_narrow else moved
 
         super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,17 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from tiedlora.adapter.arms import Arm, ArmSpec
-from tiedlora.config.methods import PEFT_FILE, peft_config
+from tiedlora.config.methods import PEFT_FILE, peft_classes, peft_config
 from tiedlora.errors import UserError
 from tiedlora.records.run_record import BaseModelRecord
 
-# It warns of faster kernels that nobody here asked for.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-try:
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-    from peft.tuners.tuners_utils import BaseTunerLayer
-except ImportError:
-    raise UserError("tying.method: needs PEFT; install it with pip install 'tiedlora[peft]'") from None
+peft_classes()  # It says how to install PEFT, and keeps bitsandbytes quiet.
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
 NAME = "default"
 """PEFT's name for the one adapter of a model. The names of its parameters contain it."""

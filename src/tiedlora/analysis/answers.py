@@ -39,6 +39,7 @@ class Verdict(StrEnum):
 
 
 DECIDED = (Verdict.SUPPORTED, Verdict.CONTRADICTED)
+ALIKE = "the contrast or the gain is the same in all rows, and these are few"
 BASE = "the base"
 """The zero point of claims without a floor."""
 
@@ -215,6 +216,8 @@ def _check_sensitivity(answer: Answer, pair: Pair, weakest: Pair, book: Scoreboo
     reached = [number for number in taken if set(plan.of_look(number)) <= set(scores.seeds)]
     if not reached:
         return f"sensitivity not shown: {arm.name} does not have the seeds of a look"
+    if rule.sees_too_little(scores.of(plan.of_look(reached[-1]))):
+        return f"sensitivity not shown: {arm.name}: {ALIKE}"
     look, who = reached[-1], f"{arm.name}, the weakest arm at look {reached[-1] + 1}"
     evidence, level = rule.evidence(scores.of(plan.of_look(look))), plan.levels[look]
     if evidence.supported <= level and answer.verdict == Verdict.CONTRADICTED:
@@ -256,6 +259,7 @@ def _decide(answer: Answer, scores: Sides, ended: Mapping[str, set[int]]) -> Non
     if answer.rows < 2:
         answer.reason, answer.decide = "one row has no interval", "two or more rows"
         return
+    needs = "no planned look is left; a new plan with new seeds"
     for number in range(len(plan.looks)):
         declared = plan.of_look(number)
         if answer.claim.shared_seeds(number):
@@ -270,14 +274,13 @@ def _decide(answer: Answer, scores: Sides, ended: Mapping[str, set[int]]) -> Non
         if len(seen.seeds) < 2:
             answer.reason = f"seeds {number_list(declared)}: fewer than 2 of them finished on both sides"
             continue
-        if answer.rows < rules.FEWEST_ALIKE and answer.claim.rule.sees_equal_rows(seen):
-            answer.reason = f"seeds {number_list(declared)}: the contrast is the same in all {answer.rows} rows"
-            answer.reason += f", which needs {rules.FEWEST_ALIKE} rows"
+        if answer.claim.rule.sees_too_little(seen):
+            answer.reason, needs = f"seeds {number_list(declared)}: {ALIKE}", f"{rules.FEWEST_ALIKE} or more rows"
             continue
         _look(answer, seen, number)
         if answer.verdict != Verdict.UNDECIDED:
             return
-    answer.decide = "no planned look is left; a new plan with new seeds"
+    answer.decide = needs
 
 
 def _look(answer: Answer, seen: Sides, number: int) -> None:

@@ -24,7 +24,7 @@ from tiedlora import storage
 from tiedlora.config.identity import identity
 from tiedlora.config.schema import TaskConfig
 from tiedlora.errors import UserError
-from tiedlora.records.provenance import CHAT_TEMPLATE, LEFT_OUT, TARGET_BLANK
+from tiedlora.records.provenance import CHAT_TEMPLATE, LEFT_OUT, TARGET_BLANK, TOKENIZER
 from tiedlora.records.run_record import plain
 from tiedlora.tasks import Example
 
@@ -91,6 +91,19 @@ class Encoder:
             return None
         return hashlib.sha256(json.dumps(self.tokenizer.chat_template, sort_keys=True).encode()).hexdigest()[:16]
 
+    @cached_property
+    def tokenizer_digest(self) -> str | None:
+        """The first characters of the sha256 of the rules that make tokens; None for a model that is not in a folder.
+
+        A folder may have them in files that the model's digest does not cover, such as merges.txt.
+        """
+        if not (name := self.tokenizer.name_or_path) or not Path(name).is_dir():
+            return None
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = self.tokenizer.get_vocab() if backend is None else backend.to_str()
+        text = json.dumps([rules, self.tokenizer.special_tokens_map], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def prompt(self, text: str) -> tuple[int, ...]:
         """Token ids of a prompt, with the chat template, or with the token that the model expects at a text's start."""
         if self.config.chat_template:
@@ -110,6 +123,7 @@ class Encoder:
     def versions(self) -> dict[str, str]:
         """What a record and the keys of caches hold about the tokens, besides the model's digest; mostly nothing."""
         found = {CHAT_TEMPLATE: self.template_digest, TARGET_BLANK: LEFT_OUT if self.leaves_out_blank else None}
+        found[TOKENIZER] = self.tokenizer_digest
         return {name: value for name, value in found.items() if value is not None}
 
     @cached_property
@@ -232,7 +246,7 @@ def load_or_encode(
 
     Args:
         digest: the digest of the examples.
-        base: the base model. Its digest also covers the tokenizer's files, but not the chat template.
+        base: the base model. The encoder's versions have what its digest does not cover.
         cache: the folder `config.cache`.
 
     Raises:

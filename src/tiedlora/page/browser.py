@@ -26,7 +26,7 @@ from tiedlora.analysis.runs import Run
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.rows import PredictionRow
-from tiedlora.text import visible, visible_lines
+from tiedlora.text import shortened, visible
 
 BLOCK = 250
 """Rows of a block of texts."""
@@ -96,7 +96,7 @@ def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int], most_by
         # Whole texts are compared: those that differ only beyond the part that is shown still differ.
         different = dict.fromkeys(output for output in outputs if output is not None)
         numbers = {output: number for number, output in enumerate(different)}
-        answers.append(list(map(shortened, different)))
+        answers.append([shortened(text, LONGEST) for text in different])
         which.append([-1 if output is None else numbers[output] for output in outputs])
     about, setting = groups[0], hashlib.sha256(f"{groups[0].setting}{split}".encode()).hexdigest()[:6]
     head: dict[str, Any] = {
@@ -117,8 +117,8 @@ def _sheet(groups: Sequence[RunGroup], split: str, seeds: Sequence[int], most_by
         "scores": [[column.scores.get(name) for column in columns] for name in metrics],
     }
     rows: dict[str, list[Any]] = {
-        "prompts": [shortened(row.prompt) for row in asked],
-        "references": [list(map(shortened, row.references)) for row in asked],
+        "prompts": [shortened(row.prompt, LONGEST) for row in asked],
+        "references": [[shortened(text, LONGEST) for text in row.references] for row in asked],
         "answers": answers,
     }
     texts = [
@@ -188,10 +188,3 @@ def packed(value: Any) -> str:
     """JSON, compressed and in letters that a page may hold. Equal values give equal bytes."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), 6, mtime=0)).decode()
-
-
-def shortened(text: str) -> str:
-    """The text with visible control characters, and at most LONGEST characters."""
-    if len(text) > LONGEST:
-        text = f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more characters in predictions/)"
-    return visible_lines(text)

@@ -12,7 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
@@ -419,13 +419,7 @@ def overview(rows: Sequence[ResultRow], folders: Sequence[LeftOut]) -> list[Tabl
     for row in rows:
         if row.primary:
             by_model[row.group.model].append(row)
-    found = [_overview(model, by_model[model], folders) for model in sorted(by_model)]
-    # Names that differ only in case or in marks would be one file.
-    names = [table.name for table in found]
-    return [
-        replace(table, name=f"{table.name}-{number}") if names.count(table.name) > 1 else table
-        for number, table in enumerate(found, start=1)
-    ]
+    return [_overview(model, by_model[model], folders) for model in sorted(by_model)]
 
 
 def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut]) -> Table:
@@ -460,7 +454,8 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
     finished, tasks = {(row.group.label, row.group.rank) for row in rows}, [task for task, _, _ in places]
     for name, rank in sorted({(name, rank) for name, rank, task in failed if task in tasks} - finished):
         cells.append([name, rank, None, None, *("failed" if (name, rank, task) in failed else None for task in tasks)])
-    return Table(f"overview-{re.sub(r'[^A-Za-z0-9]+', '-', model).lower()}", caption, columns, cells)
+    # With case and marks, so that two models have two files.
+    return Table(f"overview-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)}", caption, columns, cells)
 
 
 def _place(row: ResultRow) -> tuple[str, str, str]:

@@ -23,6 +23,8 @@ PACKAGES = (
 """The packages that a result depends on. Their versions are recorded."""
 CHAT_TEMPLATE = "chat template"
 """The entry beside them that holds the digest of the chat template, for a task that uses one."""
+TOKENIZER = "tokenizer"
+"""The entry beside them that holds the digest of the tokenizer's rules, for a model in a folder."""
 TARGET_BLANK, LEFT_OUT = "target blank", "left out"
 """The entry for a tokenizer that adds a blank before every text, and its value."""
 

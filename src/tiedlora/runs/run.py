@@ -14,6 +14,7 @@ from pathlib import Path
 from tiedlora.config.identity import run_id
 from tiedlora.config.schema import Config
 from tiedlora.errors import Paused
+from tiedlora.records.provenance import code_version
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import ADAPTER, RunRecord
 from tiedlora.records.summary import terminal_lines
@@ -43,6 +44,7 @@ def main(config: Config) -> RunRecord | None:
     record = finished
     # Several processes must agree that the run is finished, so they connect first.
     if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        code_version()  # Asked before anything is loaded: a commit that comes later is not what this process runs.
         from tiedlora.runs import trainer  # noqa: PLC0415
 
         try:

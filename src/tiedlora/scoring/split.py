@@ -396,7 +396,7 @@ class Scorer:
             return [replace(row, cluster=example.cluster) for row, example in zip(rows, examples, strict=True)]
 
     def _base_file(self, split: str, examples: Sequence[Example], losses: bool) -> Path:
-        """A file whose name has a hash of what the base model's rows depend on, besides packages."""
+        """A file whose name has a hash of what the base model's rows depend on, besides packages and threads."""
         score, encoder, task = self.config.score, self.encoder, self.config.task
         here = execution_on(input_device(self.arm.model))
         # Devices of different kinds round differently, and a gain is measured on one.

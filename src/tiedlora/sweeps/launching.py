@@ -515,7 +515,13 @@ class Job:
         if self.is_local:
             # Submitit ignores it, and on this machine it comes from the command that was stopped.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-        logged_work(folder, goals)
+        try:
+            logged_work(folder, goals)
+        except KeyboardInterrupt as stop:
+            if stop.args:
+                # What submitit's own handler has raised. It expects an error, and writes it down as the job's end.
+                raise RuntimeError(str(stop)) from None
+            raise
 
     def checkpoint(self, folder: Path, goals: Sequence[Goal]) -> Any:
         """What is queued again after a time limit or a preemption: the same, because the cells' folders have the rest.

@@ -8,6 +8,7 @@ import json
 import pkgutil
 import random
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from tiedlora.config.schema import SCORED_SPLITS, TaskConfig
 from tiedlora.errors import UserError
 from tiedlora.tasks.base import Example, Task
-from tiedlora.tasks.rows import DataRow, RowError, read_json_lines, rows_folder, ways_to_get
+from tiedlora.tasks.rows import DataRow, NoSuchSplit, RowError, read_json_lines, rows_folder, ways_to_get
 
 NO_TASKS = ("base", "load", "rows", "task_metric")
 """The files of this package that are not tasks."""
@@ -87,7 +88,7 @@ def _read_rows(task: Task, split: str, data_root: str | None) -> list[DataRow]:
         return task.hub_rows(split)
     path = rows_folder(task.config, Path(data_root)) / f"{split}.jsonl"
     if not path.exists():
-        raise UserError(f"{path}: no such file. {ways_to_get(task.config)}")
+        raise NoSuchSplit(f"{path}: no such file. {ways_to_get(task.config)}")
     return read_json_lines(path)
 
 
@@ -113,20 +114,11 @@ def _scored_prompts(task: Task, data_root: str | None) -> set[str]:
     """All prompts of the validation and test rows, also of a split that this run does not score."""
     prompts: set[str] = set()
     for split in SCORED_SPLITS:
-        # A split that cannot be read is an error: without its prompts, the run would train on its rows.
-        if _has_rows(task, split, data_root):
+        # Only a split that does not exist has no prompts. Without those of one that cannot be read, the run would train
+        # on its rows.
+        with suppress(NoSuchSplit):
             prompts.update(example.prompt for example in _examples(task, _split_rows(task, split, data_root)))
     return prompts
-
-
-def _has_rows(task: Task, split: str, data_root: str | None) -> bool:
-    """Whether the task has such a split here. Its rows may still be unreadable."""
-    source = "train" if split == "validation" and task.config.validation_from_train else split
-    if task.generated_rows(source) is not None:
-        return True
-    if data_root is None:
-        return source in task.config.hub.splits
-    return (rows_folder(task.config, Path(data_root)) / f"{source}.jsonl").exists()
 
 
 def _examples(task: Task, rows: list[DataRow]) -> Iterator[Example]:

@@ -19,6 +19,10 @@ class RowError(ValueError):
     """A row is wrong. The code that reads the rows adds the row's place to the message."""
 
 
+class NoSuchSplit(UserError):
+    """The task has no such split here."""
+
+
 @dataclass(frozen=True)
 class DataRow:
     """One row of a data set."""
@@ -82,7 +86,7 @@ def hub_errors(config: TaskConfig, split: str) -> Iterator[str]:
     datasets.disable_progress_bars()
     hub = config.hub
     if not hub.id or split not in hub.splits:
-        raise UserError(f"task={config.name}: the hub has no {split} split of it. {ways_to_get(config)}")
+        raise NoSuchSplit(f"task={config.name}: the hub has no {split} split of it. {ways_to_get(config)}")
     try:
         yield hub.splits[split]
     # All errors of huggingface_hub and datasets for an unreachable hub or a missing file derive from these.

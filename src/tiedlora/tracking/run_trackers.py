@@ -28,7 +28,7 @@ from tiedlora.config.schema import LONGEST_TAG, Config
 from tiedlora.errors import Paused, UserError
 from tiedlora.records.rows import AppendedFile, MetricsRow, PredictionRow, read_metrics, read_predictions
 from tiedlora.records.run_folder import RunFolder
-from tiedlora.text import visible, visible_lines
+from tiedlora.text import shortened, visible
 
 log = logging.getLogger(__name__)
 
@@ -235,11 +235,11 @@ def first_answers(folder: RunFolder, most: int) -> Answers:
             return [
                 {
                     "split": split,
-                    "row": short(row.id),
-                    "prompt": short(row.prompt),
-                    "references": short(" | ".join(row.references)),
-                    **({"base": short(base.get(row.id, ""))} if base else {}),
-                    "answer": short(row.output),
+                    "row": shortened(row.id, LONGEST_TEXT),
+                    "prompt": shortened(row.prompt, LONGEST_TEXT),
+                    "references": shortened(" | ".join(row.references), LONGEST_TEXT),
+                    **({"base": shortened(base.get(row.id, ""), LONGEST_TEXT)} if base else {}),
+                    "answer": shortened(row.output, LONGEST_TEXT),
                     **{metric: cast(float | None, row.scores.get(metric)) for metric in metrics},
                 }
                 for row in rows
@@ -253,8 +253,3 @@ def _answered(folder: RunFolder, name: str) -> list[PredictionRow]:
         return [row for row in read_predictions(folder.predictions_file(name)) if row.has_answer]
     except UserError:
         return []
-
-
-def short(text: str) -> str:
-    """A text of a model without control characters, cut where it is too long for a table."""
-    return visible_lines(text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ...")
