@@ -30,10 +30,7 @@ def of_world(tmp_path, truth, *, claim=None, **options):
 class TestRules:
     @pytest.mark.parametrize(
         ("rule", "lora", "tied", "verdict"),
-        [
-            ("better_by: 0.0", 0.5, 0.6, "supported"),
-            ("level_within: 0.2", 0.5, 0.8, "contradicted"),
-        ],
+        [("better_by: 0.0", 0.5, 0.6, "supported"), ("level_within: 0.2", 0.5, 0.8, "contradicted")],
     )
     def test_clear_cases(self, tmp_path, rule, lora, tied, verdict):
         found = of_world(tmp_path, {"LoRA": lora, "TABuv": tied}, claim={"rule": rule})
@@ -121,13 +118,10 @@ class TestLooks:
     @pytest.mark.parametrize(("rows", "verdict"), [(59, "undecided"), (60, "supported")])
     def test_rows_that_are_all_alike_decide_only_if_there_are_many(self, tmp_path, rows, verdict):
         for name in ("LoRA", "TABuv"):
-            for seed in range(3):
+            for seed in range(5):
                 scored_run(tmp_path / "runs", [1.0] * rows, [0.0] * rows, name=name, seed=seed)
-        assert answer(tmp_path).verdict == verdict
-        for seed in (3, 4):
-            for name in ("LoRA", "TABuv"):
-                scored_run(tmp_path / "runs", [1.0] * rows, [0.0] * rows, name=name, seed=seed)
-        assert answer(tmp_path).decide == ("60 or more rows" if rows < 60 else "")
+        found = answer(tmp_path)
+        assert (found.verdict, found.decide) == (verdict, "60 or more rows" if rows < 60 else "")
         # Articles are the sample, if there are any. The gain alone may be what is alike.
         alike, other = np.ones((3, rows)), np.ones((3, rows)) - np.eye(3, rows)
         clusters = Clusters.of([str(number // 10) for number in range(rows)])

@@ -48,7 +48,7 @@ def test_a_local_folder_is_the_same_model_and_is_known_by_its_content(saved, ids
 
 
 def test_an_adapter_of_peft_in_the_folder_is_no_base_model(saved):
-    settings = LoraConfig(target_modules=["o_proj"], base_model_name_or_path=saved.path)
+    settings = LoraConfig(target_modules=["o_proj"])
     get_peft_model(tiny("tiny_llama").model, settings).save_pretrained(saved.path)
     with pytest.raises(UserError, match="holds an adapter of PEFT; name its base model"):
         load_base(saved, "float32", CPU, Path("unused"))
@@ -122,21 +122,16 @@ def test_a_context_beyond_a_learned_table_of_positions_is_refused(tmp_path):
     gpt2 = replace(saved_tiny("tiny_gpt2", tmp_path / "model"), context=513)
     with pytest.raises(UserError, match=r"model\.context=513: the loaded model has 512 positions; lower it"):
         load_base(gpt2, "float32", CPU, Path("unused"))
-    sizes = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 64, "num_attention_heads": 4}
-    settings = OPTConfig(**sizes, word_embed_proj_dim=32, max_position_embeddings=64)
-    AutoModelForCausalLM.from_config(settings).save_pretrained(gpt2.path)
-    layout = Layout("model.decoder.layers", {kind: [f"self_attn.{kind}_proj"] for kind in "qkv"})
-    opt = replace(gpt2, architecture=Architecture("opt", 2, 32, 4, 4, 8, 128, 257, layout), context=65)
-    with pytest.raises(UserError, match=r"model\.context=65: the loaded model has 64 positions; lower it"):
-        load_base(opt, "float32", CPU, Path("unused"))
-    # GPT-J has no such module, and its configuration tells.
-    AutoModelForCausalLM.from_config(
-        GPTJConfig(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
-    ).save_pretrained(gpt2.path)
-    layout = Layout("transformer.h", {kind: [f"attn.{kind}_proj"] for kind in "qkv"})
-    gptj = replace(gpt2, architecture=Architecture("gptj", 2, 32, 4, 4, 8, 128, 257, layout), context=65)
-    with pytest.raises(UserError, match=r"model\.context=65: the loaded model has 64 positions; lower it"):
-        load_base(gptj, "float32", CPU, Path("unused"))
+    sizes = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    opt = OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64)
+    # It has no such module, but its configuration tells.
+    gptj = GPTJConfig(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
+    for kind, layers, inside in ((opt, "model.decoder.layers", "self_attn"), (gptj, "transformer.h", "attn")):
+        AutoModelForCausalLM.from_config(kind).save_pretrained(gpt2.path)
+        layout = Layout(layers, {part: [f"{inside}.{part}_proj"] for part in "qkv"})
+        other = Architecture(kind.model_type, 2, 32, 4, 4, 8, 128, 257, layout)
+        with pytest.raises(UserError, match=r"model\.context=65: the loaded model has 64 positions; lower it"):
+            load_base(replace(gpt2, architecture=other, context=65), "float32", CPU, Path("unused"))
 
 
 @pytest.mark.parametrize(

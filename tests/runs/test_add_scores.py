@@ -87,9 +87,7 @@ def test_a_split_of_losses_alone_has_no_answers_until_they_are_asked_for(config,
         run.main(config("score.metrics=[target_loss_by_token]", "score.splits=[test]"))
     losses = folder.record().scores["test"]
     assert list(losses.metrics) == list(LOSS_METRICS)
-    assert {(row.output, row.ended) for row in read_predictions(folder.predictions_file("test"))} == {
-        ("", NOT_GENERATED)
-    }
+    assert {(r.output, r.ended) for r in read_predictions(folder.predictions_file("test"))} == {("", NOT_GENERATED)}
     assert not wrong(folder)
     run.main(config("score.splits=[test]"))
     both = folder.record().scores["test"]

@@ -94,9 +94,7 @@ class TestRuns:
 
     def test_identity_is_the_adapters_content(self, finished, tiny_config, tmp_path):
         shutil.copytree(finished / "adapter", tmp_path / "elsewhere")
-        ids = {
-            run_id(tiny_config("tying=TABuv", f"train.init_from={path}")) for path in (finished, tmp_path / "elsewhere")
-        }
+        ids = {run_id(tiny_config("tying=TABuv", f"train.init_from={at}")) for at in (finished, tmp_path / "elsewhere")}
         assert len(ids) == 1
         # The run's own record does not need the adapter any more.
         config = tiny_config("tying=TABuv", f"train.init_from={finished}")

@@ -61,9 +61,7 @@ def test_a_killed_worker_is_replaced_and_costs_its_cell_one_retry(tiny_run):
     command = FreshCommand("--multirun", *words, "hydra/launcher=joblib_slots", "hydra.launcher.n_jobs=1")
     for killed in (0, 1):
         wait_until(lambda killed=killed: swept.control.starts(victim.run_id) > killed and has_checkpoint(victim))
-        (worker,) = [
-            child for child in psutil.Process(command.pid).children() if "spawn_main" in " ".join(child.cmdline())
-        ]
+        (worker,) = [own for own in psutil.Process(command.pid).children() if "spawn_main" in " ".join(own.cmdline())]
         worker.kill()
     ended = command.ended()
     assert ended.code == 1

@@ -68,9 +68,7 @@ def test_files_of_editors_on_windows_are_read_as_any_other(tmp_path):
         (tmp_path / name / "gsm8k").mkdir(parents=True)
         (tmp_path / name / "gsm8k" / "test.jsonl").write_bytes(data)
     (tmp_path / "claims.yaml").write_bytes(mark + b"claims:\r\n- name: x\r\n")
-    plain, windows = (
-        load_examples(task_option("gsm8k"), "test", str(tmp_path / name)) for name in ("plain", "windows")
-    )
+    plain, windows = (load_examples(task_option("gsm8k"), "test", str(tmp_path / at)) for at in ("plain", "windows"))
     assert digest(windows) == digest(plain)
     # A mark that is no file's first character is part of the text.
     assert "\ufeff" in windows[1].prompt

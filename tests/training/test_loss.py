@@ -10,9 +10,7 @@ from tiedlora.data.batching import collate
 from tiedlora.data.encoding import Encoded
 from tiedlora.training import loss as chunked
 
-ROWS = [
-    Encoded(tuple(range(10, 10 + p)), (*tuple(range(40, 40 + t)), 256)) for p, t in ((5, 4), (9, 1), (2, 12), (7, 7))
-]
+ROWS = [Encoded(tuple(range(10, 10 + p)), (*range(40, 40 + t), 256)) for p, t in ((5, 4), (9, 1), (2, 12), (7, 7))]
 
 
 def plain_loss(model, batch):
