@@ -259,7 +259,7 @@ def _decide(answer: Answer, scores: Sides, ended: Mapping[str, set[int]]) -> Non
     if answer.rows < 2:
         answer.reason, answer.decide = "one row has no interval", "two or more rows"
         return
-    needs = "no planned look is left; a new plan with new seeds"
+    needs = ""
     for number in range(len(plan.looks)):
         declared = plan.of_look(number)
         if answer.claim.shared_seeds(number):
@@ -275,12 +275,14 @@ def _decide(answer: Answer, scores: Sides, ended: Mapping[str, set[int]]) -> Non
             answer.reason = f"seeds {number_list(declared)}: fewer than 2 of them finished on both sides"
             continue
         if answer.claim.rule.sees_too_little(seen):
-            answer.reason, needs = f"seeds {number_list(declared)}: {ALIKE}", f"{rules.FEWEST_ALIKE} or more rows"
+            answer.reason = f"seeds {number_list(declared)}: {ALIKE}"
+            needs = f"{rules.FEWEST_ALIKE} or more rows, or clusters"
             continue
         _look(answer, seen, number)
+        needs = ""
         if answer.verdict != Verdict.UNDECIDED:
             return
-    answer.decide = needs
+    answer.decide = needs or "no planned look is left; a new plan with new seeds"
 
 
 def _look(answer: Answer, seen: Sides, number: int) -> None:

@@ -23,7 +23,7 @@ from tiedlora.analysis.rate_choice import ChosenRate, choose_rate, rate_trials
 from tiedlora.analysis.runs import LeftOut, Run, UnfinishedRun
 from tiedlora.config.identity import identity_digest, leaves
 from tiedlora.config.sizes import is_near
-from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK
+from tiedlora.records.provenance import CHAT_TEMPLATE, TARGET_BLANK, TOKENIZER
 from tiedlora.records.run_record import RunRecord
 from tiedlora.records.selection import RateChoice, Selection
 
@@ -278,6 +278,8 @@ def _mark_mixtures(group: RunGroup) -> None:
     for package in ("torch", "transformers", "sacrebleu", "rouge-score", CHAT_TEMPLATE, TARGET_BLANK):
         versions = (str(named.get(package)) for record in records for named in record.all_versions)
         mark(f"versions of {package}", versions)
+    # Earlier versions have not recorded it.
+    mark("tokenizers", (named[TOKENIZER] for record in records for named in record.all_versions if TOKENIZER in named))
     if len({str(record.more_ends) for record in records}) > 1:
         group.marks.append("mixed ends of answers")
     mark("devices", (execution.device_and_threads for execution in executions), "; ")

@@ -28,7 +28,7 @@ LOOKS = (3, 5, 8, 12)
 FEWEST_ALIKE = 60
 """The fewest rows (or clusters) of a look at which a contrast is the same in all rows, so that its interval has no
 width. At the boundary of `retains` 0.9, 60 rows are alike with a chance of 0.9^60 = 0.18 % or less, if scores are from
-0 to 1, which is the level of the first look."""
+0 to 1, which is the level of the first look of the default plan."""
 MOST_SEEDS = 1000
 """The most seeds of a look: each is a run of both sides, and a prediction simulates all of them DRAWS times."""
 DRAWS = 4000

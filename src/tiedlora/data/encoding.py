@@ -95,12 +95,15 @@ class Encoder:
     def tokenizer_digest(self) -> str | None:
         """The first characters of the sha256 of the rules that make tokens; None for a model that is not in a folder.
 
-        A folder may have them in files that the model's digest does not cover, such as merges.txt.
+        A folder may have them in files that the model's digest does not cover, such as merges.txt. Of a tokenizer
+        without a backend, only the vocabulary counts.
         """
         if not (name := self.tokenizer.name_or_path) or not Path(name).is_dir():
             return None
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        rules = self.tokenizer.get_vocab() if backend is None else backend.to_str()
+        rules = self.tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+        # A call of the tokenizer may change these two.
+        rules |= {"truncation": None, "padding": None}
         text = json.dumps([rules, self.tokenizer.special_tokens_map], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -106,7 +106,8 @@ def load_base(config: ModelConfig, dtype: str, device: torch.device, cache: Path
             )
     # A learned table of positions, as GPT-2's or OPT's. Rotary positions go on, and may be stretched.
     owner = model.get_submodule(layout_of(loaded).layers.rpartition(".")[0])
-    tables = [child for name, child in owner.named_children() if name in ("wpe", "embed_positions")]
+    named = (child for name, child in owner.named_children() if name in ("wpe", "embed_positions"))
+    tables = [child for child in named if isinstance(child, torch.nn.Embedding)]
     limits = [table.num_embeddings - getattr(table, "offset", 0) for table in tables]
     most = min([*limits, getattr(model.config, "n_positions", None) or config.context])
     if config.context > most:

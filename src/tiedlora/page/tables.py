@@ -77,11 +77,7 @@ RATE = Kind(lambda cell: f"{cell[0]:g} of {cell[1]}" if cell[1] > 1 else f"{cell
 PERCENT_INTERVAL = Kind(share_in_words, _percents, VALUE_LOW_HIGH)
 """A share as Interval; in per cent in CSV."""
 AT_LEAST = Kind(at_least, lambda cell: [f"{100 * cell:.2f}"])
-WORTH = Kind(
-    str,
-    lambda cell: [f"{size:.0f}" for size in (cell.value, cell.low, cell.high)],
-    VALUE_LOW_HIGH,
-)
+WORTH = Kind(str, lambda cell: [f"{size:.0f}" for size in (cell.value, cell.low, cell.high)], VALUE_LOW_HIGH)
 """A compare.Worth. In CSV, 0 is below the curve's sizes, and inf above them."""
 NAMED_ENDS = Kind(
     lambda cell: f"{cell[0].ends(cell[1], '+')} {cell[2]}".rstrip(),
@@ -454,7 +450,7 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
     finished, tasks = {(row.group.label, row.group.rank) for row in rows}, [task for task, _, _ in places]
     for name, rank in sorted({(name, rank) for name, rank, task in failed if task in tasks} - finished):
         cells.append([name, rank, None, None, *("failed" if (name, rank, task) in failed else None for task in tasks)])
-    # With case and marks, so that two models have two files.
+    # With case and marks, so that two models have two files (where the case of a file's name counts).
     return Table(f"overview-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)}", caption, columns, cells)
 
 

@@ -12,7 +12,7 @@ from tiedlora.errors import UserError
 from tiedlora.models import products
 from tiedlora.models.device import execution_on, set_up_device
 from tiedlora.records.loss_metrics import DRIFT
-from tiedlora.records.provenance import CHAT_TEMPLATE, Execution
+from tiedlora.records.provenance import CHAT_TEMPLATE, TOKENIZER, Execution
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import ADAPTER, RunRecord, SplitScores
 from tiedlora.runs import library
@@ -60,8 +60,9 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> RunRec
         undone.callback(arm.detach)
         # Answers of a run's splits end alike, also if an earlier version wrote the first of them.
         encoder = Encoder(base.tokenizer, config.task, config.model.context, finished.more_ends or ())
-        if finished.versions.get(CHAT_TEMPLATE) not in (None, encoder.template_digest):
-            raise UserError(f"{folder.path}: was trained with another chat template of the model; restore it")
+        for name, digest in ((CHAT_TEMPLATE, encoder.template_digest), (TOKENIZER, encoder.tokenizer_digest)):
+            if finished.versions.get(name) not in (None, digest):
+                raise UserError(f"{folder.path}: was trained with another {name} of the model; restore it")
         scorer = Scorer(arm, encoder, task, config, base.record)
         undone.enter_context(folder.locked())
         undone.enter_context(products.on_any_cpu(device, config.train.dtype))

@@ -34,6 +34,7 @@ def main(config: Config) -> RunRecord | None:
         Busy: another process is working on this run.
         StoppedEarly: a signal asked the run to stop; the same command continues from its checkpoint.
     """
+    code_version()  # Asked before anything is loaded: a commit that comes later is not what this process runs.
     check_words(config)
     folder = RunFolder(Path(config.outputs) / run_id(config))
     finished = None if config.force else folder.record()
@@ -44,7 +45,6 @@ def main(config: Config) -> RunRecord | None:
     record = finished
     # Several processes must agree that the run is finished, so they connect first.
     if finished is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        code_version()  # Asked before anything is loaded: a commit that comes later is not what this process runs.
         from tiedlora.runs import trainer  # noqa: PLC0415
 
         try:

@@ -401,6 +401,7 @@ class Scorer:
         here = execution_on(input_device(self.arm.model))
         # Devices of different kinds round differently, and a gain is measured on one.
         key: list[Any] = [plain(self.base), self.config.train.dtype, score.batch_size, here.device, here.processor]
+        key += [encoder.tokenizer_digest]
         # Neutral text depends on no task.
         of_task = split != FORGETTING
         if of_task:

@@ -14,14 +14,7 @@ from tiedlora.analysis.rate_choice import CRITERIA, ChosenRate, choose_rate, rat
 from tiedlora.errors import LONGEST_MESSAGE, UserError
 from tiedlora.records.loss_metrics import is_loss
 from tiedlora.records.run_record import RunRecord, SplitScores
-from tiedlora.records.selection import (
-    LOSS,
-    SELECTION_FILE,
-    RateChoice,
-    Selection,
-    read_selection,
-    validation_metric,
-)
+from tiedlora.records.selection import LOSS, SELECTION_FILE, RateChoice, Selection, read_selection, validation_metric
 from tiedlora.sweeps.cells import Sweep, SweepCell, frozen_cell, rate_groups
 from tiedlora.text import aligned, visible
 

@@ -61,7 +61,8 @@ class Task:
         """The split's rows from the hub, with the hub's field names.
 
         Raises:
-            UserError: the hub cannot be reached or has no such split.
+            NoSuchSplit: the hub has no such split.
+            UserError: the hub cannot be reached.
         """
         hub = self.config.hub
         with hub_errors(self.config, split) as name:
