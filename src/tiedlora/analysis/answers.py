@@ -216,10 +216,11 @@ def _check_sensitivity(answer: Answer, pair: Pair, weakest: Pair, book: Scoreboo
     reached = [number for number in taken if set(plan.of_look(number)) <= set(scores.seeds)]
     if not reached:
         return f"sensitivity not shown: {arm.name} does not have the seeds of a look"
-    if rule.sees_too_little(scores.of(plan.of_look(reached[-1]))):
-        return f"sensitivity not shown: {arm.name}: {ALIKE}"
     look, who = reached[-1], f"{arm.name}, the weakest arm at look {reached[-1] + 1}"
-    evidence, level = rule.evidence(scores.of(plan.of_look(look))), plan.levels[look]
+    seen, level = scores.of(plan.of_look(look)), plan.levels[look]
+    if rule.sees_too_little(seen):
+        return f"sensitivity not shown: {arm.name}: {ALIKE}"
+    evidence = rule.evidence(seen)
     if evidence.supported <= level and answer.verdict == Verdict.CONTRADICTED:
         return f"the same is supported for {who}"
     if evidence.supported <= level:

@@ -12,7 +12,7 @@ from tiedlora.errors import UserError
 from tiedlora.models import products
 from tiedlora.models.device import execution_on, set_up_device
 from tiedlora.records.loss_metrics import DRIFT
-from tiedlora.records.provenance import CHAT_TEMPLATE, TOKENIZER, Execution
+from tiedlora.records.provenance import CHAT_TEMPLATE, TOKENIZER, Execution, package_versions
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.run_record import ADAPTER, RunRecord, SplitScores
 from tiedlora.runs import library
@@ -60,7 +60,11 @@ def add_scores(folder: RunFolder, config: Config, again: bool = False) -> RunRec
         undone.callback(arm.detach)
         # Answers of a run's splits end alike, also if an earlier version wrote the first of them.
         encoder = Encoder(base.tokenizer, config.task, config.model.context, finished.more_ends or ())
-        for name, digest in ((CHAT_TEMPLATE, encoder.template_digest), (TOKENIZER, encoder.tokenizer_digest)):
+        digests, here = {CHAT_TEMPLATE: encoder.template_digest}, package_versions()
+        if all(finished.versions.get(name) == here.get(name) for name in ("tokenizers", "transformers")):
+            # Another version of these packages may write the same rules in other words.
+            digests[TOKENIZER] = encoder.tokenizer_digest
+        for name, digest in digests.items():
             if finished.versions.get(name) not in (None, digest):
                 raise UserError(f"{folder.path}: was trained with another {name} of the model; restore it")
         scorer = Scorer(arm, encoder, task, config, base.record)
