@@ -21,8 +21,6 @@ from tiedlora.training.loss import next_token_losses
 
 ENDED_SHARE_TO_COMPACT = 1 / 8
 """Finished rows leave their batch when they are this share of it, because to remove rows copies the cache."""
-MIN_STOP_SEARCH_TOKENS = 12
-"""At least this many of the last tokens are decoded to look for a stop string."""
 PART_OF_A_CHARACTER = "\ufffd"
 """What a tokenizer decodes to if the bytes are no whole character."""
 
@@ -223,9 +221,6 @@ class AnswerEnds:
         self.tokenizer, self.stop, self.max_new_tokens = tokenizer, stop, max_new_tokens
         self.end_ids: list[int] = [tokenizer.eos_token_id, *more_ends]
         """The end-of-text token is the first."""
-        # A stop string has at most as many tokens as bytes.
-        longest = max((len(string.encode("utf-8", "surrogatepass")) for string in stop), default=0)
-        self.tail_tokens = max(longest, MIN_STOP_SEARCH_TOKENS)
         self.last_characters = {string[-1] for string in stop}
         self._may_end: dict[int, bool] = {}
 
@@ -237,7 +232,7 @@ class AnswerEnds:
         """
         if written[-1] in self.end_ids:
             return Output(self._text(written[:-1]), written, "end")
-        if self.stop and self._may_end_stop(written[-1]) and self._is_near_end(written):
+        if self.stop and self._may_end_stop(written[-1]):
             text = self._text(written)
             # An answer may start on a new line, so a stop string does not count among the blanks at its start.
             first = len(text) - len(text.lstrip())
@@ -262,12 +257,6 @@ class AnswerEnds:
                 or any(character in text for character in self.last_characters)
             )
         return self._may_end[token]
-
-    def _is_near_end(self, written: list[int]) -> bool:
-        """Whether a stop string is in the last tokens. To decode only these is faster than to decode all of them."""
-        tail = self._text(written[-self.tail_tokens :])
-        # Where tokens are single bytes, a tail that begins within a character spoils the whole characters after it too.
-        return PART_OF_A_CHARACTER in tail or any(string in tail for string in self.stop)
 
     def _text(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
