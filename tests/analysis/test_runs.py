@@ -4,7 +4,7 @@ import pytest
 from helpers.hostile import put
 from helpers.report_runs import BASE, GOOD, scored_run, write_lines
 
-from tiedlora.analysis.runs import read_run, read_runs
+from tiedlora.analysis.runs import logged_curves, read_runs
 from tiedlora.page import write
 from tiedlora.records.rows import MetricsRow
 
@@ -68,6 +68,5 @@ def test_a_curve_has_the_steps_that_logged_its_metric(tmp_path):
     write_lines(folder / "metrics.jsonl", rows)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "train/loss": "low"}\n{"step": 5, "train/lo')
-    run = read_run(folder)
-    assert run.curves("train/") == {"train/loss": ([1, 3], [2.0, 1.0])}
-    assert run.curves("loss") == {}
+    assert logged_curves(folder, "train/") == {"train/loss": {1: 2.0, 3: 1.0}}
+    assert logged_curves(folder, "loss") == {}

@@ -9,6 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -118,10 +119,6 @@ class Run:
         if base:
             return read_predictions(folder.base_predictions_file(split, self.splits[split].files))
         return read_predictions(folder.predictions_file(split))
-
-    def curves(self, prefix: str) -> dict[str, tuple[list[int], list[float]]]:
-        """Metric -> its steps and values, for the metrics of metrics.jsonl whose names start with the prefix."""
-        return curves(RunFolder(self.path), prefix)
 
 
 def run_roots(roots: Iterable[Path]) -> list[Path]:
@@ -246,7 +243,7 @@ def _unfinished(folder: RunFolder) -> UnfinishedRun | None:
         configuration += suffix
     except Exception:  # A file that a kill has cut off may be wrong in any way. Then these are not known.
         lr, model, configuration = math.nan, "", match["label"]
-    error, (_, losses) = last_line(folder.error_file), curves(folder, LOSS).get(LOSS, ([], []))
+    error, losses = last_line(folder.error_file), list(logged_curves(folder.path, LOSS).get(LOSS, {}).values())
     return UnfinishedRun(
         run_id=folder.path.name,
         model=model,
@@ -261,19 +258,14 @@ def _unfinished(folder: RunFolder) -> UnfinishedRun | None:
     )
 
 
-def curves(folder: RunFolder, prefix: str) -> dict[str, tuple[list[int], list[float]]]:
-    """Metric -> its steps and values, for the metrics of a run's metrics.jsonl whose names start with the prefix."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    try:
-        rows = read_metrics(folder.metrics_file, prefix)
-    except UserError:
-        return found
-    for row in rows:
-        for name, value in row.values.items():
-            if name.startswith(prefix):
-                steps, values = found.setdefault(name, ([], []))
-                steps.append(row.step)
-                values.append(float(value))
+def logged_curves(path: Path, prefix: str) -> dict[str, dict[int, float]]:
+    """Metric -> its values by step, for the metrics of a run's metrics.jsonl whose names start with the prefix."""
+    found: dict[str, dict[int, float]] = {}
+    with suppress(UserError):
+        for row in read_metrics(RunFolder(path).metrics_file, prefix):
+            for name, value in row.values.items():
+                if name.startswith(prefix):
+                    found.setdefault(name, {})[row.step] = float(value)
     return found
 
 

@@ -23,7 +23,7 @@ from tiedlora.analysis.answers import BASE, Answer
 from tiedlora.analysis.claims import Claim
 from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup
-from tiedlora.analysis.runs import Measure
+from tiedlora.analysis.runs import Measure, logged_curves
 from tiedlora.analysis.shares import ShareAxis, SharePanel
 from tiedlora.page.figures import BACK, INK, LINE, SOFT, VERDICTS, ZONE, Panel, cut, order, style
 from tiedlora.page.tables import minus
@@ -263,12 +263,12 @@ class Curve(NamedTuple):
 
 def _curves(model: str, groups: Sequence[RunGroup]) -> list[Panel]:
     """A panel for each metric of validation that was logged."""
-    logged = [(group, [run.curves("validation/") for run in group.runs]) for group in groups]
+    logged = [(group, [logged_curves(run.path, "validation/") for run in group.runs]) for group in groups]
     found = []
-    for metric in dict.fromkeys(name for _, runs in logged for curves in runs for name in curves):
+    for metric in dict.fromkeys(name for _, runs in logged for logs in runs for name in logs):
         lines = []
         for group, runs in logged:
-            own = [dict(zip(*curves[metric], strict=True)) for curves in runs if metric in curves]
+            own = [logs[metric] for logs in runs if metric in logs]
             # All seeds have a value at these steps. A run that lost a line of its log has fewer.
             steps = sorted(set.intersection(*map(set, own))) if own else []
             if len(steps) > 1:
