@@ -25,9 +25,7 @@ class TestProportions:
     def test_paired_proportions_are_newcombes_example(self):
         # Newcombe (1998), table II's first example: 36 and 12 agree, 2 against 0 differ of 50: 0.0569 to 0.3404 for
         # the split e=36, f=12, g=2, h=0 (method 10).
-        ours = [1] * 36 + [1] * 12 + [0] * 2
-        theirs = [1] * 36 + [0] * 12 + [1] * 2
-        interval = paired_proportions(ours, theirs)
+        interval = paired_proportions(np.repeat([1, 1, 0], (36, 12, 2)), np.repeat([1, 0, 1], (36, 12, 2)))
         assert (interval.value, interval.low, interval.high) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
 
 
@@ -60,8 +58,8 @@ class TestBootstrap:
             return float(sums[0] / sums[1])
 
         def corpus(*sides):
-            first, *more = ([[value, 1.0] for value in side] for side in sides)
-            found = bootstrap_corpus(first, ratio, *more)
+            tables = [np.stack([side, np.ones(len(side))], 1) for side in sides]
+            found = bootstrap_corpus(tables, ratio, (-1.0, 1.0))
             return found.value, found.low, found.high
 
         for sides, expected in (
@@ -169,10 +167,8 @@ def covered(found, truth) -> float:
 
 @functools.cache
 def newcombe(both, ours, theirs, rows):
-    return paired_proportions(
-        [1] * both + [1] * ours + [0] * (rows - both - ours),
-        [1] * both + [0] * ours + [1] * theirs + [0] * (rows - both - ours - theirs),
-    )
+    counts = both, ours, theirs, rows - both - ours - theirs
+    return paired_proportions(np.repeat([1, 1, 0, 0], counts), np.repeat([1, 0, 1, 0], counts))
 
 
 def newcombe_coverage(rows, p, _):

@@ -46,7 +46,7 @@ def wilson(successes: int, trials: int) -> Interval:
     return Interval(successes / trials, float(ends.low), float(ends.high), "wilson")
 
 
-def paired_proportions(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
+def paired_proportions(ours: Array, theirs: Array) -> Interval:
     """The difference of two proportions over the same examples, with Newcombe's hybrid score interval.
 
     This is method 10 of Newcombe, "Improved confidence intervals for the difference between binomial
@@ -54,13 +54,12 @@ def paired_proportions(ours: Sequence[float], theirs: Sequence[float]) -> Interv
     stays correct where a proportion is near 0 or 1.
 
     Args:
-        ours, theirs: 0 or 1 for each example, in the same order.
+        ours, theirs: (examples,), 0 or 1 each, of the same examples.
 
     Raises:
         ValueError: the lengths differ, or there are no examples.
     """
-    n, our_sum, their_sum = len(ours), int(sum(ours)), int(sum(theirs))
-    both = sum(a == 1 and b == 1 for a, b in zip(ours, theirs, strict=True))
+    n, our_sum, their_sum, both = len(ours), int(ours.sum()), int(theirs.sum()), int(ours @ theirs)
     first, second = wilson(our_sum, n), wilson(their_sum, n)
     # The correlation of the two proportions, with the continuity correction of method 10.
     margins = our_sum * (n - our_sum) * their_sum * (n - their_sum)
@@ -132,29 +131,19 @@ def bootstrap_mean(scores: ArrayLike, limits: tuple[float, float]) -> Interval:
     return _bootstrap(float(values.mean()), resampled, len(values), limits)
 
 
-def bootstrap_corpus(
-    statistics: Sequence[Sequence[float]],
-    score: Callable[[Array], float],
-    theirs: Sequence[Sequence[float]] | None = None,
-    largest: float = 1.0,
-) -> Interval:
-    """A corpus-level score such as BLEU, with its interval; with `theirs`, the paired difference of two such scores.
+def bootstrap_corpus(sides: Sequence[Array], score: Callable[[Array], float], limits: tuple[float, float]) -> Interval:
+    """A corpus-level score such as BLEU, with its interval; of two sides, the paired difference of their scores.
 
     Args:
-        statistics: (examples, statistics). `score` takes their sum over examples.
-        theirs: the statistics of the other side, for the same examples.
-        largest: the largest possible score; the smallest is 0. They are the interval if there is only one example.
+        sides: (examples, statistics) each, of the same examples. `score` takes their sum over examples.
+        limits: as for `bootstrap_mean`.
 
     Raises:
         ValueError: there are no examples.
     """
-    tables = [np.asarray(side, dtype=np.float64) for side in (statistics, theirs) if side is not None]
-    values = [score(table.sum(0)) for table in tables]
-    resampled = [np.array([score(sums) for sums in _resampled_sums(table)]) for table in tables]
-    limits = (0.0 if theirs is None else -largest, largest)
-    if theirs is not None:
-        values, resampled = [values[0] - values[1]], [resampled[0] - resampled[1]]
-    return _bootstrap(values[0], resampled[0], len(statistics), limits)
+    ours, *theirs = (np.array([score(sums) for sums in (side.sum(0), *_resampled_sums(side))]) for side in sides)
+    values = ours - sum(theirs)
+    return _bootstrap(float(values[0]), values[1:], len(sides[0]), limits)
 
 
 def pseudo_values(statistics: Array, score: Callable[[Array], float]) -> Array:
@@ -189,7 +178,7 @@ def over_examples(ours: Array, theirs: Array | None = None, clusters: Clusters |
     if clusters is not None:
         return clustered_mean(values, clusters)
     if theirs is not None and len(ours) == 1 and is_binary(ours) and is_binary(theirs):
-        return paired_proportions(ours[0].tolist(), theirs[0].tolist())
+        return paired_proportions(ours[0], theirs[0])
     return bootstrap_mean(values, (0.0 if theirs is None else -1.0, 1.0))
 
 

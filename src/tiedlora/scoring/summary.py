@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
 from tiedlora.analysis.intervals import (
+    Array,
     Clusters,
     bootstrap_corpus,
     bootstrap_mean,
@@ -68,30 +68,27 @@ def _interval(task: Task, metric: str, clusters: Clusters | None, sides: Sequenc
         corpus_score = mean_per_token
     elif metric in task.corpus_metrics:
         corpus_score = functools.partial(task.corpus_score, metric)
-    ours, base = [*(_scores(rows, metric, statistics=corpus_score is not None) for rows in sides), None][:2]
-    assert ours is not None
+    tables = [_scores(rows, metric, statistics=corpus_score is not None) for rows in sides]
     # The largest possible value, for the interval that a single row cannot give.
     largest = LARGEST_LOSS if is_loss(metric) else 1.0
-    bounds = (0.0 if base is None else -largest, largest)
-    if corpus_score is not None and clusters is None:
-        return bootstrap_corpus(ours, corpus_score, base, largest)
+    limits = (0.0 if len(tables) == 1 else -largest, largest)
+    if corpus_score is not None:
+        if clusters is None:
+            return bootstrap_corpus(tables, corpus_score, limits)
+        tables = [pseudo_values(table, corpus_score) for table in tables]
+    ours, *base = tables
     if clusters is not None:
-        values, *base_values = (
-            np.array(scores) if corpus_score is None else pseudo_values(np.array(scores), corpus_score)
-            for scores in (ours, base)
-            if scores is not None
-        )
-        return clustered_mean(values - sum(base_values), clusters, bounds)
+        return clustered_mean(ours - sum(base), clusters, limits)
     # A loss may be exactly 0 or 1 nats, and is no proportion.
-    if is_binary([*ours, *(base or [])]) and not is_loss(metric):
-        return wilson(int(sum(ours)), len(ours)) if base is None else paired_proportions(ours, base)
-    return bootstrap_mean(ours if base is None else [a - b for a, b in zip(ours, base, strict=True)], bounds)
+    if is_binary(tables) and not is_loss(metric):
+        return paired_proportions(ours, *base) if base else wilson(int(ours.sum()), len(ours))
+    return bootstrap_mean(ours - sum(base), limits)
 
 
-def _scores(rows: Sequence[PredictionRow], metric: str, *, statistics: bool) -> list[Any]:
+def _scores(rows: Sequence[PredictionRow], metric: str, *, statistics: bool) -> Array:
     """The rows' scores, which must all be a corpus metric's statistics, or all be numbers."""
     if any(metric not in row.scores or isinstance(row.scores[metric], list) is not statistics for row in rows):
         raise ValueError(
             f"some rows have {'statistics' if statistics else 'a number'} as their {metric}, others do not"
         )
-    return [row.scores[metric] for row in rows]
+    return np.array([row.scores[metric] for row in rows], dtype=np.float64)
