@@ -19,7 +19,7 @@ CASES = [
     (tables.WHOLE, 8, "8", ["8"]),
     (tables.COUNT, 46080, "46,080", ["46080"]),
     (tables.amount(2), 1234.567, "1,234.57", ["1234.57"]),
-    (tables.percent(2), 0.112, "11.20 %", ["11.20 %"]),
+    (tables.SHARE, 0.112, "11.20 %", ["11.20 %"]),
     (tables.PERCENT_INTERVAL, Interval(0.86, 0.68, 1.08), "86 % [68, 108]", ["86.00", "68.00", "108.00"]),
     (tables.PERCENT_INTERVAL, NO_ENDS, "50 %", ["50.00", "–", "–"]),
     (tables.RATE, (0.003, 1), "0.003", ["0.003"]),

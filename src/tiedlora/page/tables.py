@@ -59,11 +59,6 @@ def amount(decimals: int) -> Kind:
     return Kind(lambda cell: f"{cell:,.{decimals}f}", lambda cell: [f"{cell:.{decimals}f}"])
 
 
-def percent(decimals: int) -> Kind:
-    """A share."""
-    return Kind(lambda cell: f"{100 * cell:.{decimals}f} %")
-
-
 def _percents(cell: Interval) -> list[str]:
     return [MISSING if math.isnan(end) else f"{100 * end:.2f}" for end in (cell.value, cell.low, cell.high)]
 
@@ -74,6 +69,7 @@ COUNT = Kind(lambda cell: f"{cell:,}", lambda cell: [str(cell)])
 """A whole number that may be large: parameters, rows."""
 RATE = Kind(lambda cell: f"{cell[0]:g} of {cell[1]}" if cell[1] > 1 else f"{cell[0]:g}")
 """The chosen learning rate, and how many were tried."""
+SHARE = Kind(lambda cell: f"{100 * cell:.2f} %")
 PERCENT_INTERVAL = Kind(share_in_words, _percents, VALUE_LOW_HIGH)
 """A share as Interval; in per cent in CSV."""
 AT_LEAST = Kind(at_least, lambda cell: [f"{100 * cell:.2f}"])
@@ -206,10 +202,8 @@ def to_csv(table: Table) -> str:
 
 
 def safe_text(cell: str) -> str:
-    """A text that no spreadsheet runs: what starts like a formula and is not a number gets an apostrophe."""
+    """A text that no spreadsheet runs: what starts like a formula gets an apostrophe."""
     cell = visible(cell)
-    if re.fullmatch(r"[+-]?\d*\.?\d+", cell):
-        return cell
     return cell if not cell.lstrip().startswith(("=", "+", "-", "@")) else f"'{cell}"
 
 
@@ -282,7 +276,7 @@ def results(rows: Iterable[ResultRow]) -> Table:
         Column("seeds", WHOLE, lambda row: len(row.seeds)),
         Column("rows", COUNT, lambda row: row.examples or None),
         Column("parameters", COUNT, lambda row: row.group.params),
-        Column("share of LoRA", percent(2), lambda row: row.group.runs[0].record.share_of_lora),
+        Column("share of LoRA", SHARE, lambda row: row.group.runs[0].record.share_of_lora),
         estimate("score", lambda row: row.score, **VALUE),
         estimate("95 % seeds", lambda row: row.score and row.score.seeds, **ENDS),
         estimate("95 % examples", lambda row: row.score and row.score.examples, **ENDS),
@@ -419,8 +413,12 @@ def overview(rows: Sequence[ResultRow], folders: Sequence[LeftOut]) -> list[Tabl
 
 
 def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut]) -> Table:
-    by_place = {(_line(row), _place(row)): row for row in rows}
-    places = sorted({place for _, place in by_place})
+    lines: dict[tuple[int, int, str, float], dict[tuple[str, str, str], ResultRow]] = defaultdict(dict)
+    for row in rows:
+        # The share is rounded as it is shown, because settings may differ in its last digits.
+        group, share = row.group, round(row.group.runs[0].record.share_of_lora, 4)
+        lines[group.rank, group.params, group.configuration, share][_place(row)] = row
+    places = sorted({_place(row) for row in rows})
     settings = [(task, variant) for task, variant, _ in places]
     # The task's first metric needs no name, unless there is another one.
     named = {_place(row) for row in rows if not row.is_first or settings.count((row.group.task, row.group.variant)) > 1}
@@ -431,7 +429,7 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
 
     columns = [
         *(Column("configuration"), Column("rank", WHOLE), Column("parameters", COUNT)),
-        *(Column("share of LoRA", percent(2)), *(Column(name, TASK_SCORE) for name in names)),
+        *(Column("share of LoRA", SHARE), *(Column(name, TASK_SCORE) for name in names)),
     ]
     caption = (
         f"{model}: score in points of 100, loss in nats (mean over seeds, n seeds) and, in brackets, the paired "
@@ -442,10 +440,9 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
     unfinished = [folder.run for folder in folders if folder.run is not None and folder.run.model in (model, "")]
     failed = {(run.configuration, run.rank, run.task) for run in unfinished if run.ending == "failed"}
     cells = []
-    for line in sorted({line for line, _ in by_place}):
-        rank, params, name, share = line
-        missing = ("failed" if (name, rank, task) in failed else None for task, _, _ in places)
-        scores = [by_place.get((line, place), other) for place, other in zip(places, missing, strict=True)]
+    for rank, params, name, share in sorted(lines):
+        own = lines[rank, params, name, share]
+        scores = (own.get(place, "failed" if (name, rank, place[0]) in failed else None) for place in places)
         cells.append([name, rank, params, share, *scores])
     finished, tasks = {(row.group.label, row.group.rank) for row in rows}, [task for task, _, _ in places]
     for name, rank in sorted({(name, rank) for name, rank, task in failed if task in tasks} - finished):
@@ -457,13 +454,6 @@ def _overview(model: str, rows: Sequence[ResultRow], folders: Sequence[LeftOut])
 def _place(row: ResultRow) -> tuple[str, str, str]:
     """The column of the overview."""
     return row.group.task, row.group.variant, row.measure.metric
-
-
-def _line(row: ResultRow) -> tuple[int, int, str, float]:
-    """The values that identify a line of the overview."""
-    group = row.group
-    # The share is rounded as it is shown, because settings may differ in its last digits.
-    return group.rank, group.params, group.configuration, round(group.runs[0].record.share_of_lora, 4)
 
 
 def _task_score(row: ResultRow) -> str:
