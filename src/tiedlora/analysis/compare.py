@@ -221,14 +221,10 @@ class Worth:
     """The smallest size of the curve."""
     largest: float
 
-    def is_measured(self, size: float) -> bool:
-        """Whether a size is on the curve."""
-        return self.smallest <= size <= self.largest
-
     def __str__(self) -> str:
         below, above = f"< {self.smallest:,.0f}", f"> {self.largest:,.0f}"
         value, low, high = (
-            f"{size:,.0f}" if self.is_measured(size) else above if size else below
+            f"{size:,.0f}" if self.smallest <= size <= self.largest else above if size else below
             for size in (self.value, self.low, self.high)
         )
         # An arm that is clearly beyond the curve needs no interval.

@@ -99,13 +99,12 @@ def missing_passes(metrics: Sequence[str] | None, recorded: SplitScores | None, 
     wanted = _passes_of(metrics, drift)
     if recorded is None:
         return wanted
-    has_losses = any(map(is_loss, recorded.metrics))
-    has_answers = not all(map(is_loss, recorded.metrics))
-    lacks_drift = drift and DRIFT not in recorded.metrics
-    losses = wanted.losses and not has_losses and metrics is not None
+    are_losses = [is_loss(metric) for metric in recorded.metrics]
+    lacks_losses = wanted.losses and metrics is not None and not any(are_losses)
+    losses = lacks_losses or (drift and DRIFT not in recorded.metrics)
     # A record that has the drift keeps it when its losses are scored again.
-    needs = Passes(wanted.answers and not has_answers, losses or lacks_drift, needs_targets=wanted.needs_targets)
-    return replace(needs, drift=needs.losses and (drift or DRIFT in recorded.metrics))
+    with_drift = losses and (drift or DRIFT in recorded.metrics)
+    return Passes(wanted.answers and all(are_losses), losses, with_drift, wanted.needs_targets)
 
 
 def lacks_scores(score: ScoreConfig, record: RunRecord) -> bool:
