@@ -12,9 +12,9 @@ from tiedlora.analysis import intervals
 from tiedlora.analysis.intervals import (
     bootstrap_corpus,
     bootstrap_mean,
+    level_above,
     mean_squares,
     outlying,
-    p_value,
     paired_proportions,
 )
 from tiedlora.config.project import PROJECT
@@ -93,13 +93,13 @@ class TestSeedsAndRows:
         of_seeds = np.array([0.1, 0.3, 0.4, 0.2])
         values = np.broadcast_to(of_seeds[:, None], (4, 50))
         assert numbers(intervals.both_interval(values)) == ends(intervals.seeds_interval(of_seeds))
-        assert p_value(values) == pytest.approx(stats.ttest_1samp(of_seeds, 0).pvalue)
+        assert level_above(values) == pytest.approx(stats.ttest_1samp(of_seeds, 0).pvalue)
 
     def test_it_is_never_narrower_than_over_the_rows(self):
         """Each seed solves another row, so the seeds agree by chance, and rows differ less than the remainder."""
         values = np.eye(3, 4)
         assert numbers(intervals.both_interval(values)) == ends(intervals.seeds_interval(values.mean(0)))
-        assert p_value(values) > 0.05
+        assert level_above(values) > 0.05
 
     @pytest.mark.parametrize(
         ("values", "says"),
@@ -118,16 +118,17 @@ class TestSeedsAndRows:
         wrong = (np.abs(squares.mean) > squares.half_width(level)).mean()
         assert wrong <= level + 3 * np.sqrt(level * (1 - level) / draws)
 
-    @pytest.mark.parametrize("mean", [0.5, 0.05, -0.02])
-    def test_the_interval_at_the_p_value_ends_at_zero(self, mean):
+    @pytest.mark.parametrize("mean", [0.5, 0.05, 0.02])
+    def test_the_interval_at_the_level_above_zero_ends_there(self, mean):
         values = table(5, 100, mean=mean)
-        found = intervals.both_interval(values, p_value(values))
-        assert min(abs(found.low), abs(found.high)) < 1e-8 * (found.high - found.low)
+        found = intervals.both_interval(values, level_above(values))
+        assert abs(found.low) < 1e-8 * (found.high - found.low)
+        assert level_above(-values) == 1.0
 
     def test_constant_tables(self):
-        assert p_value(np.full((3, 5), 0.3)) == 0.0
+        assert level_above(np.full((3, 5), 0.3)) == 0.0
         # A contrast of equal scores: 1 - 0.9 - 0.1 is -2.8e-17.
-        assert p_value(np.full((3, 5), 1 - 0.9 - 0.1)) == 1.0
+        assert level_above(np.full((3, 5), 1 - 0.9 - 0.1)) == 1.0
 
 
 def test_the_losses_of_rows_count_by_their_tokens():

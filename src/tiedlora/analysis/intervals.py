@@ -362,21 +362,18 @@ def both_interval(values: Array, level: float = 1 - LEVEL, clusters: Clusters | 
     return Interval(mean, mean - half, mean + half, "crossed")
 
 
-def p_value(values: Array, clusters: Clusters | None = None) -> float:
-    """The smallest two-sided level at which the interval over seeds and rows excludes 0.
-
-    A table without any variance has 0.0, or 1.0 if its mean is 0.
+def level_above(values: Array, clusters: Clusters | None = None) -> float:
+    """The smallest two-sided level at which the interval over seeds and rows is above 0; 1.0 if its mean is not.
 
     Args:
-        values: (seeds, rows), with at least two of each.
+        values: (seeds, rows), with at least two of each. A table above 0 without any variance has 0.0.
     """
     squares = mean_squares(values, clusters)
-    distance = abs(float(squares.mean))
-    if distance == 0.0:
+    if squares.mean <= 0:
         return 1.0
 
     def excess(log_level: float) -> float:
-        return float(squares.half_width(math.exp(log_level))) - distance
+        return float(squares.half_width(math.exp(log_level)) - squares.mean)
 
     smallest = math.log(SMALLEST_LEVEL)
     if excess(smallest) < 0:

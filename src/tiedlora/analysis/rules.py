@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import optimize
 
 from tiedlora.analysis import intervals
-from tiedlora.analysis.intervals import Array, Clusters, MeanSquares
+from tiedlora.analysis.intervals import Array, Clusters, MeanSquares, level_above
 from tiedlora.records.interval import LEVEL, Interval
 
 TOTAL = 0.05
@@ -129,10 +129,10 @@ class Rule:
             ValueError: there are fewer than two seeds or rows, or a score is not finite.
         """
         contrasts, clusters = self.contrasts(sides), sides.clusters
-        gain = None if sides.gain is None else _level_above(sides.gain, clusters)
+        gain = None if sides.gain is None else level_above(sides.gain, clusters)
         needed = [gain] if self.needs_zero and gain is not None else []
-        supported = max([_level_above(contrast, clusters) for contrast in contrasts] + needed)
-        contradicted = max([min(_level_above(-contrast, clusters) for contrast in contrasts), *needed])
+        supported = max([level_above(contrast, clusters) for contrast in contrasts] + needed)
+        contradicted = max([min(level_above(-contrast, clusters) for contrast in contrasts), *needed])
         return Evidence(supported, contradicted, gain)
 
     def decide(
@@ -207,7 +207,7 @@ def share(sides: Sides) -> Interval | None:
     if sides.zero is None or sides.gain is None or (gain := float(sides.gain.mean())) <= 0:
         return None
     value = float((sides.method - sides.zero).mean()) / gain
-    if min(sides.method.shape) < 2 or _level_above(sides.gain, sides.clusters) > 1 - LEVEL:
+    if min(sides.method.shape) < 2 or level_above(sides.gain, sides.clusters) > 1 - LEVEL:
         return Interval(value, math.nan, math.nan)
     return retains(value).kept(sides, 1 - LEVEL)
 
@@ -223,7 +223,7 @@ def retained_at_least(sides: Sides, level: float) -> float | None:
         or if there is no zero point, or one seed or row.
     """
     gain = sides.gain
-    if gain is None or sides.zero is None or min(sides.method.shape) < 2 or _level_above(gain, sides.clusters) > level:
+    if gain is None or sides.zero is None or min(sides.method.shape) < 2 or level_above(gain, sides.clusters) > level:
         return None
 
     def low(rho: float) -> float:
@@ -241,11 +241,6 @@ def retained_at_least(sides: Sides, level: float) -> float | None:
 def _retained(rho: float, sides: Sides) -> Array:
     assert sides.zero is not None, "the rule needs the scores of the zero point"
     return sides.method - rho * sides.comparator - (1 - rho) * sides.zero
-
-
-def _level_above(table: Array, clusters: Clusters | None) -> float:
-    """The smallest two-sided level at which the mean of a table is above 0; 1.0 if its mean is not."""
-    return intervals.p_value(table, clusters) if table.mean() > 0 else 1.0
 
 
 @dataclass(frozen=True)
