@@ -9,8 +9,9 @@ import json
 from helpers.hostile import HOSTILE
 from helpers.report_runs import add_scores, make_record, prediction_rows, scored_run, write_lines, write_run
 
+from tiedlora.analysis.compare import result_rows
 from tiedlora.analysis.groups import group_runs
-from tiedlora.analysis.runs import read_runs
+from tiedlora.analysis.runs import Scorebook, read_runs
 from tiedlora.page import browser
 from tiedlora.text import visible_lines
 
@@ -27,8 +28,7 @@ def run(root, outputs, **about):
 
 
 def sheets(root, **options):
-    groups = group_runs(read_runs([root])[0])
-    return browser.sheets(groups, dict.fromkeys(groups, "validation"), **options)
+    return browser.sheets(result_rows(group_runs(read_runs([root])[0]), Scorebook()), **options)
 
 
 def test_a_sheet_holds_every_answer_in_blocks_of_rows_and_equal_ones_once(tmp_path, monkeypatch):

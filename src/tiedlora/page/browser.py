@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tiedlora.analysis.compare import BASELINE
+from tiedlora.analysis.compare import BASELINE, ResultRow
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.runs import Run
 from tiedlora.errors import UserError
@@ -61,21 +61,19 @@ class _Column(NamedTuple):
     scores: dict[str, list[float | None]]
 
 
-def sheets(groups: Iterable[RunGroup], splits: dict[RunGroup, str], most_bytes: int = MOST_BYTES) -> list[Sheet]:
+def sheets(rows: Iterable[ResultRow], most_bytes: int = MOST_BYTES) -> list[Sheet]:
     """A sheet for each setting whose chosen runs have predictions.
 
     Args:
-        splits: group -> the split that the report shows.
         most_bytes: of all sheets. Each has an equal part, and a larger one leaves out the runs of the highest seeds.
     """
-    of_setting: dict[tuple[str, str], list[RunGroup]] = defaultdict(list)
-    for group in groups:
-        if group in splits:
-            of_setting[group.setting, splits[group]].append(group)
+    of_setting: dict[tuple[str, str], dict[RunGroup, None]] = defaultdict(dict)
+    for row in rows:
+        of_setting[row.group.setting, row.measure.split][row.group] = None
     found = []
     for (_, split), own in of_setting.items():
         seeds = sorted({run.seed for group in own for run in group.runs})
-        found.append(_sheet(own, split, seeds, most_bytes // len(of_setting)))
+        found.append(_sheet(list(own), split, seeds, most_bytes // len(of_setting)))
     return [sheet for sheet in found if sheet is not None]
 
 

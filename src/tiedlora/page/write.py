@@ -188,7 +188,7 @@ def render(report: Report, all_tables: Sequence[Table], panels: Sequence[Panel])
         script=Markup(script),
         script_hash=_hash(script),
         summary=report.summary(),
-        sheets=browser.sheets(report.groups, {row.group: row.measure.split for row in report.rows}),
+        sheets=browser.sheets(report.rows),
         models=models(report.rows, report.verdicts, panels),
         legend=figures.legend,
         css_names=figures.CSS_NAMES,
