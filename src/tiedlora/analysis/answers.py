@@ -127,7 +127,7 @@ def answer_claims(
     answers = []
     for claim in stated:
         pairs = claims.pairs(claim, groups, splits)
-        answers += [_answer(claim, pair, splits[pair.anchor.task], book) for pair in pairs]
+        answers += [_answer(claim, pair, splits[pair.anchor.model, pair.anchor.task], book) for pair in pairs]
         reason, decide = f"no finished run of {claim.anchor}", next_look(claim, 0, {})
         for model in sorted({group.model for group in groups}) or [""]:
             run_on = {pair.anchor.task for pair in pairs if pair.anchor.model == model}

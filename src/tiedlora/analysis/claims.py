@@ -291,11 +291,11 @@ class Pair:
     """Whether no run of the method is in this setting."""
 
 
-def pairs(claim: Claim, groups: Sequence[RunGroup], splits: Mapping[str, str]) -> list[Pair]:
+def pairs(claim: Claim, groups: Sequence[RunGroup], splits: Mapping[tuple[str, str], str]) -> list[Pair]:
     """A pair for every setting with a group of the claim's anchor, on the claim's tasks.
 
     Args:
-        splits: task -> the split that is compared.
+        splits: (model, task) -> the split that is compared.
     """
     anchors: dict[str, list[RunGroup]] = {}
     for group in groups:
@@ -312,9 +312,9 @@ def pairs(claim: Claim, groups: Sequence[RunGroup], splits: Mapping[str, str]) -
     return found
 
 
-def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], splits: Mapping[str, str]) -> Pair:
+def _pair(claim: Claim, anchor: RunGroup, groups: Sequence[RunGroup], splits: Mapping[tuple[str, str], str]) -> Pair:
     """The pair of an anchor. UserError: a side is missing, or several groups fit."""
-    split = splits[anchor.task]
+    split = splits[anchor.model, anchor.task]
     matched = claim.method if claim.method.rank is None else claim.comparator
     partner: Peer
     if matched.frontier:

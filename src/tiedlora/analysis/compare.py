@@ -26,8 +26,6 @@ from tiedlora.records.loss_metrics import is_loss
 from tiedlora.text import counted, number_list
 
 BASELINE = "LoRA"
-SPLIT_PREFERENCE = ("test", "validation")
-"""The report shows the first of these splits that its runs have."""
 OTHER_ENDS = "the answers of the two sides end at different tokens (docs/tasks.md)"
 FEW_EXAMPLES = 10
 """If fewer examples than this score above zero, or fewer below one, a bootstrap over examples is too narrow. It covers
@@ -318,13 +316,11 @@ class ResultRow:
     notes: list[str] = field(default_factory=list)
 
 
-def shown_splits(groups: Sequence[RunGroup], split: str | None) -> dict[str, str]:
-    """Task -> the split that the report shows: this one or, without it, test if any chosen run has it."""
-    shown = {}
-    for task in {group.task for group in groups}:
-        scored = {scored for group in groups if group.task == task for run in group.runs for scored in run.splits}
-        shown[task] = split or next((own for own in SPLIT_PREFERENCE if own in scored), "validation")
-    return shown
+def shown_splits(groups: Sequence[RunGroup], split: str | None) -> dict[tuple[str, str], str]:
+    """(model, task) -> the split that the report shows: this one or, without it, test if any chosen run has it."""
+    has_test = {(group.model, group.task) for group in groups for run in group.runs if "test" in run.splits}
+    places = {(group.model, group.task) for group in groups}
+    return {place: split or ("test" if place in has_test else "validation") for place in places}
 
 
 def result_rows(
@@ -343,7 +339,7 @@ def result_rows(
     plain_last = sorted((group for group in groups if group.label == BASELINE), key=lambda group: group.is_plain)
     lora = {(group.setting, group.rank): group for group in plain_last}
     curves = {group.setting: curve(BASELINE, group.setting, groups) for group in groups}
-    metrics = [_metrics(group, splits[group.task]) for group in groups]
+    metrics = [_metrics(group, splits[group.model, group.task]) for group in groups]
     # Some groups of a setting may be scored by the loss alone, so that they are shown by another metric.
     shown = {(group.setting, _shown(group.task, own, claims)) for group, own in zip(groups, metrics, strict=True)}
     # A group without scores has no panel of its own beside those that have some.
@@ -352,7 +348,7 @@ def result_rows(
     rows = []
     for group, own in zip(groups, metrics, strict=True):
         for metric in own:
-            measure = Measure(splits[group.task], metric)
+            measure = Measure(splits[group.model, group.task], metric)
             row = ResultRow(group, measure, (group.setting, metric) in shown, is_first=metric == own[0])
             _fill(row, lora.get((group.setting, group.rank)), curves[group.setting], book)
             rows.append(row)

@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from tiedlora.analysis.compare import SPLIT_PREFERENCE
 from tiedlora.analysis.runs import Run
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
@@ -35,7 +34,9 @@ def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
         raise UserError("wandb_dashboard: no finished run to take tasks and metrics from")
     built = []
     for task in sorted({run.task for run in runs}):
-        splits = [(split, run.splits.get(split)) for split in SPLIT_PREFERENCE for run in runs if run.task == task]
+        splits = [
+            (split, run.splits.get(split)) for split in ("test", "validation") for run in runs if run.task == task
+        ]
         keys = dict.fromkeys(f"{split}/{name}" for split, scores in splits if scores for name in scores.metrics)
         plots = []
         for key in keys:
