@@ -364,11 +364,10 @@ def sizes(claim: Claim, configuration: str, anchor: RunGroup, groups: Sequence[R
     seeds, metric = set(claim.plan.of_look(0)), claim.tasks.get(anchor.task)
 
     def is_ready(group: RunGroup) -> bool:
-        scored = {run.seed: run.splits[split] for run in group.runs if split in run.splits}
-        with_metric = {seed for seed, scores in scored.items() if not metric or metric in scores.metrics}
-        return seeds <= with_metric | group.diverged_seeds
+        scored = [(run.seed, run.splits[split].metrics) for run in group.runs if split in run.splits]
+        return seeds <= {seed for seed, own in scored if not metric or metric in own} | group.diverged_seeds
 
-    return curve(configuration, anchor.setting, [group for group in groups if is_ready(group)])
+    return curve(configuration, anchor.setting, list(filter(is_ready, groups)))
 
 
 def _shifted(group: RunGroup, side: Side) -> RunGroup:
@@ -392,8 +391,7 @@ def _is_of(group: RunGroup, side: Side) -> bool:
     record = group.runs[0].record
     if record.identity.suffix != side.suffix:
         return False
-    has_own_name = record.label == "custom" or record.is_other_method
-    is_its_name = has_own_name and record.config.tying.name == side.configuration
+    is_its_name = record.label == "custom" and record.config.tying.name == side.configuration
     return is_its_name and side.configuration not in KNOWN
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.analysis.answers import Answer
+from tiedlora.analysis.compare import ResultRow
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.shares import SharePanel
 from tiedlora.config.sizes import is_near
@@ -134,16 +135,12 @@ def _scores(report: Report) -> Table:
         for row in report.rows
         if row.score is not None and ((row.group.task, row.measure.metric) in asked or (row.primary and not asked))
     ]
-    rows.sort(
-        key=lambda row: (
-            row.group.model,
-            row.group.task_in_words,
-            row.measure.metric,
-            -row.group.params,
-            row.group.name,
-        )
-    )
-    return _without_one_model(Table.of("scores", "", columns, rows))
+
+    def order(row: ResultRow) -> tuple[str, str, str, int, str]:
+        group = row.group
+        return group.model, group.task_in_words, row.measure.metric, -group.params, group.name
+
+    return _without_one_model(Table.of("scores", "", columns, sorted(rows, key=order)))
 
 
 def _of(group: RunGroup) -> tuple[str, str, int]:

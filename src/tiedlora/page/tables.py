@@ -100,7 +100,6 @@ class Column:
         return MISSING if cell is None else cell if isinstance(cell, str) else self.kind.text(cell)
 
     def csv(self, cell: Any) -> list[str]:
-        """A cell's texts in CSV."""
         if cell is None or isinstance(cell, str):
             first = MISSING if cell is None else safe_text(cell)
             return [first, *[MISSING] * (len(self.kind.endings) - 1)]
@@ -123,11 +122,9 @@ class Table:
 
     @property
     def head(self) -> list[str]:
-        """The columns' names."""
         return [column.name for column in self.columns]
 
     def texts(self) -> list[list[str]]:
-        """The rows for people."""
         return [[column.text(cell) for column, cell in zip(self.columns, row, strict=True)] for row in self.rows]
 
     def at(self, places: Sequence[int]) -> Table:
@@ -221,7 +218,6 @@ _LATEX = str.maketrans(
 
 
 def to_latex(table: Table) -> str:
-    """A booktabs table."""
     lines = [
         "% needs \\usepackage{booktabs}",
         r"\begin{table}",
@@ -458,11 +454,9 @@ def _place(row: ResultRow) -> tuple[str, str, str]:
 
 def _task_score(row: ResultRow) -> str:
     """Such as `48.2 (n=5)* (-1.1 [-3.0, +0.8])`: score, seeds, a star for notes, difference to LoRA."""
-    unit, star = row.measure.unit, "*" if row.group.marks or row.notes else ""
-    if row.score is None:
-        return f"{MISSING}*"
-    shown = f"{unit.number(row.score.value)} (n={len(row.seeds)}){star}"
-    return shown if row.difference is None else f"{shown} ({unit.text(row.difference.widest, '+')})"
+    score, seeds, star, *_ = _task_cells(row)
+    shown = f"{score}{star}" if row.score is None else f"{score} (n={seeds}){star}"
+    return shown if row.difference is None else f"{shown} ({row.measure.unit.text(row.difference.widest, '+')})"
 
 
 def _task_cells(row: ResultRow) -> list[str]:
