@@ -15,8 +15,6 @@ from tiedlora.analysis.runs import Run
 from tiedlora.errors import UserError
 from tiedlora.records.loss_metrics import is_loss
 
-MISSING = "wandb_dashboard: wandb-workspaces is not installed; run: pip install 'tiedlora[dashboard]'"
-
 
 def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
     """One workspace for each task of the runs.
@@ -29,7 +27,9 @@ def workspaces(runs: Sequence[Run], entity: str, project: str) -> list[Any]:
         wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
         ws: Any = importlib.import_module("wandb_workspaces.workspaces")
     except ImportError:
-        raise UserError(MISSING) from None
+        raise UserError(
+            "wandb_dashboard: wandb-workspaces is not installed; run: pip install 'tiedlora[dashboard]'"
+        ) from None
     if not runs:
         raise UserError("wandb_dashboard: no finished run to take tasks and metrics from")
     built = []

@@ -10,13 +10,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -176,7 +174,8 @@ def render(report: Report, all_tables: Sequence[Table], panels: Sequence[Panel])
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["json"] = _json
+    # No text in JSON can end the script element around it.
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     css, script = (
         "\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
         for names in (("page.css", "page.charts.css", "page.answers.css"), ("page.js", "page.answers.js"))
@@ -219,11 +218,6 @@ def shown(table: Table) -> Table:
 
 def _hash(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _json(value: Any) -> Markup:
-    """JSON that may stand in a script element: no text in it can end the element."""
-    return Markup(json.dumps(value, ensure_ascii=False).replace("<", "\\u003c"))
 
 
 def _filters(results: Table) -> list[tuple[str, int, list[str]]]:

@@ -117,11 +117,11 @@ def with_recorded(score: ScoreConfig, record: RunRecord) -> ScoreConfig:
     """The requested scores and those that the record has, but for losses of neutral text, whose file may be gone."""
     recorded = {split: scores for split, scores in record.scores.items() if split != FORGETTING}
     names = [name for scores in recorded.values() for name in scores.metrics]
-    metrics = None if score.metrics is None else {*score.metrics, *names} - {DRIFT}
+    metrics = None if score.metrics is None else sorted({*score.metrics, *names} - {DRIFT})
     return replace(
         score,
         splits=sorted({*score.splits, *recorded}),
-        metrics=None if metrics is None else sorted(metrics),
+        metrics=metrics,
         drift=score.drift or DRIFT in names,
         base=score.base or any(scores.base is not None for scores in recorded.values()),
     )

@@ -31,12 +31,15 @@ from tiedlora.records.rows import PredictionRow
 from tiedlora.tasks import Task
 
 
-def summarise(rows: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
-    """Each metric over the rows, with its interval.
+def summarise(rows: Sequence[PredictionRow], task: Task, *base: Sequence[PredictionRow]) -> dict[str, Interval]:
+    """Each metric that the rows have, the losses last, with its interval; with a base, see `gains`.
 
     It is Wilson's if every score is 0 or 1, otherwise a bootstrap; for rows in clusters, a jackknife over clusters.
     """
-    return _intervals(task, rows)
+    clusters = Clusters.of([row.cluster for row in rows])
+    own = task.metrics if rows[0].has_answer else ()
+    metrics = [*own, *(metric for metric in (*LOSS_METRICS, DRIFT) if metric in rows[0].scores)]
+    return {metric: _interval(task, metric, clusters, (rows, *base)) for metric in metrics}
 
 
 def gains(adapted: Sequence[PredictionRow], base: Sequence[PredictionRow], task: Task) -> dict[str, Interval]:
@@ -50,15 +53,7 @@ def gains(adapted: Sequence[PredictionRow], base: Sequence[PredictionRow], task:
     """
     if [row.id for row in adapted] != [row.id for row in base]:
         raise ValueError("paired scores need the same examples in the same order")
-    return _intervals(task, adapted, base)
-
-
-def _intervals(task: Task, *sides: Sequence[PredictionRow]) -> dict[str, Interval]:
-    """Each metric that the rows have, the losses last: of one side, or of the paired differences of two."""
-    rows, clusters = sides[0], Clusters.of([row.cluster for row in sides[0]])
-    own = task.metrics if rows[0].has_answer else ()
-    metrics = [*own, *(metric for metric in (*LOSS_METRICS, DRIFT) if metric in rows[0].scores)]
-    return {metric: _interval(task, metric, clusters, sides) for metric in metrics}
+    return summarise(adapted, task, base)
 
 
 def _interval(task: Task, metric: str, clusters: Clusters | None, sides: Sequence[Sequence[PredictionRow]]) -> Interval:
