@@ -26,14 +26,19 @@ TOKEN_MULTIPLE = 16
 class Batch:
     """Rows for one forward pass, padded on the right. No token attends to later tokens, so no mask is needed."""
 
+    rows: Sequence[Encoded]
+    """Without padding, in the order of `input_ids`."""
     input_ids: Tensor
     """(rows, length)"""
     positions: Tensor
     """(target tokens,) positions in the flattened (rows * length) ids whose next token is a target."""
     targets: Tensor
     """(target tokens,) ids of those next tokens."""
-    tokens: int
-    """The number of tokens in the rows; padding is not counted."""
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens in the rows; padding is not counted."""
+        return sum(map(len, self.rows))
 
     def sums_by_row(self, values: Tensor) -> Tensor:
         """The sum of `values` over each row's target tokens, (rows,).
@@ -114,7 +119,7 @@ class BatchSampler:
 def empty_batch(pad_id: int) -> Batch:
     """A batch of one padding token, without targets: its loss and its gradients are zero."""
     nothing = torch.zeros(0, dtype=torch.long)
-    return Batch(torch.tensor([[pad_id]]), nothing, nothing, 0)
+    return Batch((), torch.tensor([[pad_id]]), nothing, nothing)
 
 
 def collate(rows: Sequence[Encoded], pad_id: int, context: int = 0) -> Batch:
@@ -135,7 +140,7 @@ def collate(rows: Sequence[Encoded], pad_id: int, context: int = 0) -> Batch:
         first = number * length + len(row.prompt) - 1
         positions.extend(range(first, first + len(row.target)))
         targets.extend(row.target)
-    return Batch(input_ids, torch.tensor(positions), torch.tensor(targets), sum(len(row) for row in rows))
+    return Batch(rows, input_ids, torch.tensor(positions), torch.tensor(targets))
 
 
 def by_length(rows: Sequence[Encoded]) -> list[int]:

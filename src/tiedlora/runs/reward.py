@@ -20,12 +20,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import fmean, pstdev
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tiedlora.data.batching import Batch, by_length
+from tiedlora.data.batching import Batch
 from tiedlora.data.encoding import Encoded
 from tiedlora.models import output_head
 from tiedlora.records.run_record import Halving
@@ -42,14 +42,6 @@ class Answer(Encoded):
 
     weight: float = 0.0
     """The factor on the cross-entropy of its tokens: the advantage, times a constant of the step."""
-
-
-@dataclass(frozen=True)
-class WeightedBatch(Batch):
-    """A batch whose target tokens have weights."""
-
-    weights: Tensor
-    """(target tokens,), float32."""
 
 
 class Sampling:
@@ -103,7 +95,7 @@ class Reward:
         scorer: has the arm, the task, and the processes that sample together.
         rows, examples: the training rows, as token ids and as examples.
         rows_of_step: optimizer step -> the numbers of its prompts.
-        in_passes: rows -> the microbatches of this process, each with consecutive rows in the order of `by_length`.
+        in_passes: rows -> the microbatches of this process.
         evaluating: a context inside which the model is in evaluation mode.
         halvings: those of the run. Where memory runs out while sampling, it gets one for each halving of the batches.
     """
@@ -133,20 +125,14 @@ class Reward:
         """
         if self._step != step:
             self._answers, self._step = self._sample(step), step
-        own = self.scorer.world.local_rows(sorted(self._answers, key=len))
-        in_order = iter([own[number] for number in by_length(own)])
-        batches: list[Batch] = []
-        for batch in self.in_passes(own):
-            rows = [next(in_order) for _ in range(len(batch.input_ids))]
-            weights = torch.tensor([row.weight for row in rows for _ in row.target]).to(batch.targets.device)
-            batches.append(WeightedBatch(batch.input_ids, batch.positions, batch.targets, batch.tokens, weights))
-        return batches
+        return self.in_passes(self.scorer.world.local_rows(sorted(self._answers, key=len)))
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """The weighted sum of the cross-entropy over a batch's answer tokens."""
-        assert isinstance(batch, WeightedBatch)
         losses = token_losses(self.scorer.arm.model, batch, self.config.temperature)
-        return (batch.weights.to(losses) * losses).sum().to(batch.targets.device)
+        answers = cast(Sequence[Answer], batch.rows)
+        weights = torch.tensor([answer.weight for answer in answers for _ in answer.target]).to(losses)
+        return (weights * losses).sum().to(batch.targets.device)
 
     def _sample(self, step: int) -> list[Answer]:
         """The answers of a step that have a weight, in all processes the same."""
