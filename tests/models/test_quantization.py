@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 import tiedlora
-from tiedlora.adapter import attach, linear
+from tiedlora.adapter import attach
 from tiedlora.config.compose import compose_config
 from tiedlora.config.identity import run_id
 from tiedlora.config.project import PROJECT
@@ -72,7 +72,6 @@ def test_gradients_through_nf4_are_those_through_the_dequantised_weights(name, d
     """Also after an evaluation pass: bitsandbytes would repack the weights in it, and drop gradients."""
     base = quantised(name, "nf4", dtype)
     plain = dequantised(name, base, dtype)
-    assert linear.weight_count(base.model) == linear.weight_count(plain.model)
     through_nf4, through_plain = gradients(base), gradients(plain)
     # A Conv1D multiplies in another order than a linear layer.
     tolerance = 0.0 if name == "tiny_llama" else {"float32": 1e-4, "bfloat16": 5e-2}[dtype]

@@ -29,14 +29,6 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     return tuple(module.weight.shape)  # type: ignore[arg-type]
 
 
-def weight_count(module: nn.Module) -> int:
-    """How many weights the module and its submodules have. A weight of 4 bits counts as one."""
-    quantised = [inner for inner in module.modules() if is_quantised(inner)]
-    stored = sum(inner.weight.numel() for inner in quantised)  # type: ignore[operator, misc]
-    matrices = sum(inner.in_features * inner.out_features for inner in quantised)  # type: ignore[operator, misc]
-    return sum(parameter.numel() for parameter in module.parameters()) - stored + matrices
-
-
 def execution_device(module: nn.Module) -> torch.device:
     """The device on which the module runs. An offloaded weight is on the meta device until then."""
     hook: Any = getattr(module, "_hf_hook", None)

@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tiedlora import storage, tying
-from tiedlora.adapter import TiedAdapter, attach_adapter, files, linear
+from tiedlora.adapter import TiedAdapter, attach_adapter, files
 from tiedlora.adapter.admission import measure
 from tiedlora.adapter.arms import Arm, ArmSpec
 from tiedlora.adapter.attach import new_arm
@@ -30,6 +30,7 @@ from tiedlora.data.encoding import Encoded, EncodedRows, Encoder, load_or_encode
 from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
 from tiedlora.models import attention, products
 from tiedlora.models import device as devices
+from tiedlora.models.arithmetic import block_weights
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.records import run_record
 from tiedlora.records.loss_metrics import is_loss
@@ -343,8 +344,8 @@ class Trainer:
         """Inside the context, the blocks are compiled and recompute activations, as the configuration says."""
         train = self.config.train
         model: Any = self.arm.model
-        blocks: Any = model.get_submodule(layout_of(self.config.model.architecture).layers)
-        weights = linear.weight_count(blocks)
+        architecture = self.config.model.architecture
+        blocks: Any = model.get_submodule(layout_of(architecture).layers)
         tokens = train.steps * train.batch_size * sum(map(len, self.rows)) / len(self.rows)
         if train.recompute_activations:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -354,7 +355,7 @@ class Trainer:
             slow = products.without_instructions(self.device, train.dtype)
             if slow:
                 log.info("this CPU has no instructions for bfloat16: products are computed in float32 and rounded")
-            worth_it = compiling.decide(wish, self.device.type, weights, tokens, slow)
+            worth_it = compiling.decide(wish, self.device.type, block_weights(architecture), tokens, slow)
             compiled = compiling.compiled(blocks, model.get_input_embeddings()) if worth_it else nullcontext()
             with attention.rows_not_packed(), compiled:
                 yield
