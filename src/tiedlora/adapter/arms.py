@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tiedlora import storage
 from tiedlora.adapter import files
-from tiedlora.adapter.parts import ParameterGroup
+from tiedlora.adapter.parts import ParameterGroup, TiedAdapter
 from tiedlora.config.identity import DESCRIPTION
 from tiedlora.config.methods import REGISTERED
 from tiedlora.config.schema import LrFactors, TyingConfig
@@ -203,7 +203,8 @@ class Arm(ABC):
         Raises:
             UserError: a file is damaged or of another arm.
         """
-        tensors = check_tensors(folder)
+        saved = read_description(folder)
+        tensors = files.read_tensors(folder / saved.tensors_file, saved.sha256)
         own = {name: tuple(tensor.shape) for name, tensor in self.tensors().items()}
         if own != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
             raise UserError(f"{folder}: has other tensors or shapes than {self.spec.tying.method} has here")
@@ -234,16 +235,6 @@ def groups_by_pattern(
     return [ParameterGroup(parameters, factor, decays) for (factor, decays), parameters in groups.items()]
 
 
-def check_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a saved arm, with the sha256 of adapter.json.
-
-    Raises:
-        UserError: a file is missing or damaged, or holds values that are not finite; the message names it.
-    """
-    description = read_description(folder)
-    return files.read_tensors(folder / description.tensors_file, description.sha256)
-
-
 def read_description(folder: Path) -> ArmDescription:
     """adapter.json of an arm of another method.
 
@@ -257,9 +248,16 @@ def read_description(folder: Path) -> ArmDescription:
     return description
 
 
-def read_spec(folder: Path) -> tuple[ArmSpec, BaseModelRecord]:
-    """What a saved arm is made from, and the base model that it was trained on. Raises as `read_description`."""
+def read(folder: Path) -> tuple[TiedAdapter | ArmSpec, BaseModelRecord]:
+    """A saved adapter, or what a saved arm of another method is made from, and the base model that it was trained on.
+
+    Raises:
+        UserError: a file is missing or damaged, or holds values that are not finite; the message names it.
+    """
+    if not is_other_method(folder):
+        return files.load(folder)
     saved = read_description(folder)
+    files.read_tensors(folder / saved.tensors_file, saved.sha256)
     tying = TyingConfig(method=saved.method, resolved=saved.resolved, targets=saved.targets, layers=saved.layers)
     return ArmSpec(tying, saved.architecture, saved.seed), saved.base
 

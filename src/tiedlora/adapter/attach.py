@@ -347,7 +347,7 @@ def attach_saved(model: nn.Module, folder: Path, base: BaseModelRecord | None = 
     Raises:
         UserError: a file is damaged, or the arm was made for another architecture or base model.
     """
-    saved, trained_on = arms.read_spec(folder) if arms.is_other_method(folder) else files.load(folder)
+    saved, trained_on = arms.read(folder)
     if base not in (None, trained_on):
         raise UserError(f"{folder}: was trained on {trained_on}, the base model here is {base}")
     if isinstance(saved, TiedAdapter):

@@ -116,14 +116,11 @@ def load(folder: Path) -> tuple[TiedAdapter, BaseModelRecord]:
         raise UserError(f"{folder / DESCRIPTION}: {error}") from None
     # Before the parts are made: a few bytes of a description can ask for more memory than there is.
     parts, tensors = spec.parts(saved.tying, saved.rank, saved.architecture), read_tensors(path, saved.sha256)
-    shapes = {name: shape for name, part, shape in parts if _is_in_file(part)}
-    if tensors.keys() != shapes.keys():
-        missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
-        raise UserError(f"{path}: lacks {missing or 'nothing'} and has {extra or 'nothing'} beyond its parts")
-    for name, tensor in tensors.items():
-        stored, expected = (tensor.dtype, tuple(tensor.shape)), (torch.float32, shapes[name])
-        if stored != expected:
-            raise UserError(f"{path}: {name} is {stored[0]} {stored[1]}, expected {expected[0]} {expected[1]}")
+    expected = {name: f"{torch.float32} {shape}" for name, part, shape in parts if _is_in_file(part)}
+    stored = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+    for name in sorted({*expected, *stored}):
+        if (found := stored.get(name, "missing")) != (asked := expected.get(name, "no part")):
+            raise UserError(f"{path}: {name} is {found}, expected {asked}")
     adapter = TiedAdapter(saved.tying, saved.rank, saved.alpha, saved.architecture, saved.seed, saved.scaling)
     with torch.no_grad():
         for name, part in stored_parts(adapter).items():

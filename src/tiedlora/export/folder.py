@@ -23,8 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.torch import save_file
 
 from tiedlora import storage
-from tiedlora.adapter import attach_adapter, load
-from tiedlora.adapter.arms import check_tensors, is_other_method, read_description
+from tiedlora.adapter import arms, attach_adapter
 from tiedlora.adapter.attach import Attached
 from tiedlora.adapter.files import TENSORS
 from tiedlora.adapter.parts import TiedAdapter
@@ -106,17 +105,16 @@ def _write_weights(run: RunFolder, record: RunRecord, config: Config, out: Path,
     found = run.checksums(*record.files)
     if changed := next((name for name, sha256 in record.files.items() if found.get(name) != sha256), None):
         raise UserError(f"{run.path / changed}: is missing, or has changed since the run; nothing is exported")
-    if is_other_method(run.adapter):
+    adapter, trained_on = arms.read(run.adapter)
+    if isinstance(adapter, arms.ArmSpec):
         if options.form == "merged":
             raise UserError(
                 f"--to merged: is for this project's own adapters; export the run with --to peft, and use PEFT's "
                 f"merge_and_unload if {config.tying.method} has it"
             )
-        check_tensors(run.adapter)
         own = [DESCRIPTION] if options.form == "hub-card" else []
-        _copy(run, out, *own, read_description(run.adapter).tensors_file, PEFT_FILE)
+        _copy(run, out, *own, arms.read_description(run.adapter).tensors_file, PEFT_FILE)
         return
-    adapter, trained_on = load(run.adapter)
     if options.form == "hub-card":
         _copy(run, out, DESCRIPTION, TENSORS)
         return

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from tiedlora import storage
-from tiedlora.adapter import load
-from tiedlora.adapter.arms import check_tensors, is_other_method, read_spec
+from tiedlora.adapter import arms
 from tiedlora.adapter.attach import attach_saved
 from tiedlora.config import compose
 from tiedlora.config.identity import config_tree, identity, leaves, run_id
@@ -258,15 +257,10 @@ def _check_adapter(run: CheckedRun) -> Iterator[Finding]:
 
     All else that describes it is in adapter.json, whose hash is in the record (`_check_files`).
     """
-    folder = run.folder.adapter
     if not run.record.keeps(ADAPTER):
         yield Finding("adapter", None, "the study keeps only its sha256; the run's command gives the files again")
         return
-    if is_other_method(folder):
-        _, base = read_spec(folder)
-        check_tensors(folder)
-    else:
-        _, base = load(folder)
+    _, base = arms.read(run.folder.adapter)
     yield _compared(
         "adapter",
         {"its base model": (base, run.record.base)},
