@@ -20,7 +20,7 @@ from tiedlora.models.base_model import load_base
 from tiedlora.runs.trainer import Trainer
 from tiedlora.scoring.decoding import choice_log_likelihoods
 from tiedlora.training.distributed import World
-from tiedlora.training.loss import mean_loss, row_losses, target_loss
+from tiedlora.training.loss import row_losses, target_loss
 
 CPU = torch.device("cpu")
 PROMPTS = [tuple(range(5, 30)), tuple(range(9, 20))]
@@ -42,7 +42,7 @@ def everything(base, recompute: bool = False):
     model, attached = base.model, attach(base.model, "TABuv", 4)
     randomise(attached.adapter)
     (batch,) = microbatches([Encoded(*row) for row in zip(PROMPTS, TARGETS, strict=True)], 256)
-    before = mean_loss([row_losses(model, batch)])
+    before = row_losses(model, batch)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     # The blocks recompute activations only in training mode. GPT-2's own dropout needs the same seed each time.
@@ -73,10 +73,10 @@ def test_half_on_the_disk_is_the_whole_model_bit_for_bit(name, recompute, tmp_pa
 def test_a_head_with_several_hooks_has_its_weights():
     model = tiny("tiny_llama").model
     (batch,) = microbatches([Encoded(*row) for row in zip(PROMPTS, TARGETS, strict=True)], 256)
-    plain = mean_loss([row_losses(model, batch)])
+    plain = row_losses(model, batch)
     cpu_offload(model.lm_head, execution_device=CPU)
     add_hook_to_module(model.lm_head, ModelHook(), append=True)
-    assert mean_loss([row_losses(model, batch)]) == plain
+    assert row_losses(model, batch) == plain
 
 
 def test_an_offloaded_base_is_scored_unmerged_and_not_merged(tmp_path):

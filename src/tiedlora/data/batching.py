@@ -143,25 +143,17 @@ def collate(rows: Sequence[Encoded], pad_id: int, context: int = 0) -> Batch:
     return Batch(rows, input_ids, torch.tensor(positions), torch.tensor(targets))
 
 
-def by_length(rows: Sequence[Encoded]) -> list[int]:
-    """The row numbers in the order in which `microbatches` takes them: the shortest first."""
-    return sorted(range(len(rows)), key=lambda number: len(rows[number]))
-
-
-def microbatches(
-    rows: Sequence[Encoded], pad_id: int, size: int | None = None, tokens: int | None = None, context: int = 0
-) -> list[Batch]:
-    """Split the rows of one optimizer step into passes of at most `size` rows and `tokens` tokens.
+def even_passes(rows: Sequence[Encoded], size: int | None = None, tokens: int | None = None) -> list[list[int]]:
+    """Split rows into passes of at most `size` rows and `tokens` tokens. Returns the row numbers of each.
 
     There are as few passes as the limits allow, and they have nearly equal numbers of tokens. The reason: the largest
     pass determines the memory, and a last pass of one row would read all weights for little work (and need its own
-    graph if blocks are compiled). The rows are sorted by length, so each pass has little padding. `collate` may pad a
-    pass a little beyond `tokens`.
+    graph if blocks are compiled). The rows are sorted by length, the shortest first, so each pass has little padding.
     """
     if not rows:
         return []
-    ordered = [rows[number] for number in by_length(rows)]
-    lengths = [len(row) for row in ordered]
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    lengths = [len(rows[number]) for number in order]
     fewest_passes = len(split_by_limits(lengths, size, tokens))
     # The smallest limit on the tokens of a pass that needs no more passes, by bisection.
     limits = range(lengths[-1], tokens or lengths[-1] * len(lengths))
@@ -169,4 +161,11 @@ def microbatches(
         limits, True, key=lambda limit: len(split_by_limits(lengths, size, limit)) <= fewest_passes
     )
     limit = limits[index] if index < len(limits) else limits.stop
-    return [collate(ordered[taken], pad_id, context) for taken in split_by_limits(lengths, size, limit)]
+    return [order[taken] for taken in split_by_limits(lengths, size, limit)]
+
+
+def microbatches(
+    rows: Sequence[Encoded], pad_id: int, size: int | None = None, tokens: int | None = None, context: int = 0
+) -> list[Batch]:
+    """The rows of one optimizer step in `even_passes`. `collate` may pad one a little beyond `tokens`."""
+    return [collate([rows[n] for n in numbers], pad_id, context) for numbers in even_passes(rows, size, tokens)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -20,12 +19,13 @@ from tiedlora.adapter import TiedAdapter, attach_adapter, files
 from tiedlora.adapter.admission import measure
 from tiedlora.adapter.arms import Arm, ArmSpec
 from tiedlora.adapter.attach import new_arm
+from tiedlora.analysis.intervals import mean_loss
 from tiedlora.config.check import check_new_run
 from tiedlora.config.families import layout_of
 from tiedlora.config.identity import adapter_digest, config_tree, identity, run_id
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.config.sizes import missed_budget, trainable_params
-from tiedlora.data.batching import Batch, BatchSampler, by_length, empty_batch, microbatches
+from tiedlora.data.batching import Batch, BatchSampler, collate, empty_batch, even_passes, microbatches
 from tiedlora.data.encoding import Encoded, EncodedRows, Encoder, load_or_encode
 from tiedlora.errors import StoppedEarly, UserError, is_out_of_memory
 from tiedlora.models import attention, products
@@ -42,15 +42,15 @@ from tiedlora.records.summary import flat_summary
 from tiedlora.runs.inputs import RunRows, SingleSlotCache, read_rows, warn_of_trained_rows
 from tiedlora.runs.reward import Reward
 from tiedlora.scoring.passes import wanted_passes
-from tiedlora.scoring.split import Scorer
+from tiedlora.scoring.split import Scorer, in_shares
 from tiedlora.scoring.summary import summarise
 from tiedlora.tasks import Example, load_examples, load_task
 from tiedlora.tracking.progress import ProgressBar
 from tiedlora.tracking.run_trackers import RunTrackers, TrackedRun
 from tiedlora.training import checkpoint, compiling
-from tiedlora.training.distributed import World, equal_passes, is_sharded, join_world, shard
+from tiedlora.training.distributed import World, join_world, shard
 from tiedlora.training.loop import Loop, TrainState
-from tiedlora.training.loss import RowLosses, mean_loss, row_losses, target_loss
+from tiedlora.training.loss import row_losses, target_loss
 from tiedlora.training.optimizer import build_optimizer
 from tiedlora.training.signals import StopSignal
 
@@ -285,13 +285,11 @@ class Trainer:
             )
         if state is not None:
             log.info("continuing from step %d", state.step)
-        # 2. The order of the training rows, and the validation batches.
+        # 2. The order of the training rows, and the rows of the validation loss.
         self.rows = self.fitted["train"].encoded
         self.sampler = BatchSampler([len(row) for row in self.rows], config.train, config.seed)
         self.pad_id = self.base.tokenizer.eos_token_id
         self.held_out = self.fitted["validation"].encoded[: config.train.validation_rows]
-        self.validation_order = by_length(self.held_out)
-        self.validation_batches = self._validation_batches()
         # 3. Write config.yaml, and open the files that grow and the trackers.
         storage.write_bytes(folder.config_file, OmegaConf.to_yaml(config_tree(config)).encode())
         run = TrackedRun(folder.path.name, folder.path, config, self.trainable_params)
@@ -378,10 +376,6 @@ class Trainer:
             batches += [empty_batch(self.pad_id)] * (most - len(batches))
         return [batch.to(self.device) for batch in batches]
 
-    def _validation_batches(self) -> list[Batch]:
-        size, tokens = self.config.score.batch_size, self._pass_tokens("validation")
-        return [batch.to(self.device) for batch in microbatches(self.held_out, self.pad_id, size, tokens)]
-
     def _pass_tokens(self, during: str) -> int | None:
         """The most tokens of a forward pass: what the configuration says, or less after memory ran out."""
         limits = [halving.tokens for halving in self.state.halvings if halving.during == during]
@@ -408,7 +402,7 @@ class Trainer:
         metrics = {"validation/loss": (loss := mean_loss(losses))}
         # The loop refuses a loss that is not finite, which JSON cannot represent.
         if math.isfinite(loss):
-            self.row_losses_file.append([self._in_row_order(losses)])
+            self.row_losses_file.append([losses])
         is_best = all(loss < earlier for _, earlier in state.validation)
         if self.config.score.checkpoint == "best" and self.world.is_first and is_best:
             self.arm.save(self._best_folder(state.step), self.base.record)
@@ -419,38 +413,30 @@ class Trainer:
             metrics |= {f"validation/{name}": score.value for name, score in summarise(rows, self.task).items()}
         return metrics
 
-    def _row_losses(self) -> list[RowLosses]:
-        """The losses of all validation batches, each process computing its share; smaller ones if memory runs out.
+    def _row_losses(self) -> ValidationLosses:
+        """The loss of each validation row, each process computing its share; smaller batches if memory runs out.
 
         Raises:
-            MemoryError, RuntimeError: memory ran out with a single row, or the model is sharded.
+            MemoryError, RuntimeError: memory ran out, and every batch has a single row.
+            UserError: memory ran out, and the model is sharded.
         """
-        world, model, too_large = self.world, self.arm.model, None
-        own: list[RowLosses] = []
-        with equal_passes(model, world):
-            for batch in world.local_rows(self.validation_batches):
-                try:
-                    own.append(row_losses(model, batch))
-                except (MemoryError, RuntimeError) as error:
-                    if len(batch.input_ids) == 1 or is_sharded(model) or not is_out_of_memory(error):
-                        raise
-                    too_large = batch.tokens
-                    break
-        if world.any(too_large is not None):
-            tokens = world.smallest(too_large or sys.maxsize) // 2
-            log.warning("validation: out of memory; batches have at most %d tokens from now on", tokens)
-            self.state.halvings.append(Halving(self.state.step, "validation", tokens))
-            devices.free_memory()
-            self.validation_batches = self._validation_batches()
-            return self._row_losses()
-        shares = world.gather(own)
-        return [shares[number % world.size][number // world.size] for number in range(len(self.validation_batches))]
+        batches = even_passes(self.held_out, self.config.score.batch_size, self._pass_tokens("validation"))
 
-    def _in_row_order(self, losses: list[RowLosses]) -> ValidationLosses:
-        tokens = torch.cat([batch.tokens for batch in losses])
-        means = torch.cat([batch.sums for batch in losses]) / tokens
-        rows = sorted(zip(self.validation_order, means.tolist(), tokens.tolist(), strict=True))
-        return ValidationLosses(self.state.step, [mean for _, mean, _ in rows], [count for _, _, count in rows])
+        def of_batch(batch: list[int]) -> list[tuple[float, int]]:
+            rows = collate([self.held_out[number] for number in batch], self.pad_id)
+            return row_losses(self.arm.model, rows.to(self.device))
+
+        try:
+            found = in_shares(self.world, self.arm.model, batches, of_batch)
+            return ValidationLosses(self.state.step, [loss / n for loss, n in found], [n for _, n in found])
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or max(map(len, batches)) == 1:
+                raise
+        tokens = max(sum(len(self.held_out[number]) for number in batch) for batch in batches) // 2
+        log.warning("validation: out of memory; batches have at most %d tokens from now on", tokens)
+        self.state.halvings.append(Halving(self.state.step, "validation", tokens))
+        devices.free_memory()
+        return self._row_losses()
 
     def _best_folder(self, step: int) -> Path:
         # Each step has its own folder: to replace a folder would leave a moment without any.

@@ -267,13 +267,8 @@ class Scorer:
 
     def losses(self, model: Any, examples: Sequence[Example], title: str) -> Rows:
         """As `rows`, without answers, of a model with or without an adapter."""
-
-        def of_batch(batch: Batch) -> list[tuple[float, int]]:
-            found = row_losses(model, batch)
-            return list(zip(found.sums.tolist(), found.tokens.tolist(), strict=True))
-
         targets = [self._target(example) for example in examples]
-        rows, found = [], self._of_targets(model, targets, title, of_batch)
+        rows, found = [], self._of_targets(model, targets, title, functools.partial(row_losses, model))
         for original, target, (total, tokens) in zip(examples, targets, found, strict=True):
             if not math.isfinite(total):
                 raise UserError(
@@ -441,12 +436,12 @@ def in_shares(
             raise
         if is_sharded(model):
             raise UserError(
-                "scoring: out of memory in one of the processes that share the model (train.shard=true); the trained "
-                "adapter is kept: the same command continues with scoring, with more processes or more memory"
+                "out of memory in one of the processes that share the model (train.shard=true); the same command "
+                "continues, with more processes or more memory"
             ) from error
         failed = True
     if world.any(failed):
-        raise MemoryError("scoring: memory ran out in one of the processes")
+        raise MemoryError("memory ran out in one of the processes")
     rows = dict(row for share in world.gather(own) for row in share)
     return [rows[number] for number in range(len(rows))]
 

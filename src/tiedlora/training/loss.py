@@ -9,9 +9,8 @@ two products with the head instead of three.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,15 +98,11 @@ def target_loss(model: Any, batch: Batch) -> Tensor:
     Raises:
         ValueError: the output head is trained. This loss gives no gradient for it.
     """
-    return _total(model, token_losses(model, batch)).to(batch.targets.device)
-
-
-def _total(model: Any, losses: Tensor) -> Tensor:
-    """The sum of token losses, added chunk by chunk."""
+    losses = token_losses(model, batch)
     total = torch.zeros((), dtype=losses.dtype, device=losses.device)
     for chunk in torch.split(losses, chunk_rows(model.get_output_embeddings().weight.shape[0])):
         total = total + chunk.sum()
-    return total
+    return total.to(batch.targets.device)
 
 
 def token_losses(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
@@ -161,29 +156,15 @@ def _head_inputs(
         yield states, head.weight, getattr(head, "bias", None), tokens, output_head.softcap(model)
 
 
-@dataclass(frozen=True)
-class RowLosses:
-    """The losses of a batch's rows."""
-
-    sums: Tensor
-    """(rows,) the sum of the cross-entropy over each row's target tokens, in nats, float64."""
-    tokens: Tensor
-    """(rows,) the number of target tokens of each row, int64."""
-    total: Tensor
-    """The sum over the batch, a scalar, exactly as `target_loss` computes it."""
-
-
 @without_gradients
-def row_losses(model: Any, batch: Batch) -> RowLosses:
-    """The losses of a batch's rows on the CPU, from one forward pass.
+def row_losses(model: Any, batch: Batch) -> list[tuple[float, int]]:
+    """Of each of a batch's rows the sum of the cross-entropy over its target tokens, in nats, and their number.
 
     Raises:
         ValueError: as target_loss.
     """
-    losses = token_losses(model, batch)
-    tokens = batch.sums_by_row(torch.ones_like(batch.targets))
-    sums = batch.sums_by_row(losses.double().to(batch.targets.device))
-    return RowLosses(sums.cpu(), tokens.cpu(), _total(model, losses).cpu())
+    sums = batch.sums_by_row(token_losses(model, batch).double().to(batch.targets.device))
+    return list(zip(sums.tolist(), [len(row.target) for row in batch.rows], strict=True))
 
 
 @without_gradients
@@ -211,10 +192,3 @@ def row_divergences(model: Any, batch: Batch, as_base: Callable[[], AbstractCont
 def _log_softmax(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     logits = F.linear(states, weight, bias).to(_summed_in(states.dtype))
     return F.log_softmax(logits if softcap is None else softcap * torch.tanh(logits / softcap), -1)
-
-
-@torch.inference_mode()
-def mean_loss(losses: Sequence[RowLosses]) -> float:
-    """The mean cross-entropy per target token over the rows of all batches."""
-    total = sum(batch.total.double() for batch in losses)
-    return float(total / sum(batch.tokens.sum() for batch in losses))
