@@ -98,11 +98,7 @@ def target_loss(model: Any, batch: Batch) -> Tensor:
     Raises:
         ValueError: the output head is trained. This loss gives no gradient for it.
     """
-    losses = token_losses(model, batch)
-    total = torch.zeros((), dtype=losses.dtype, device=losses.device)
-    for chunk in torch.split(losses, chunk_rows(model.get_output_embeddings().weight.shape[0])):
-        total = total + chunk.sum()
-    return total.to(batch.targets.device)
+    return token_losses(model, batch).sum().to(batch.targets.device)
 
 
 def token_losses(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
