@@ -90,7 +90,6 @@ class Arm(ABC):
 
     def __init__(self, model: nn.Module, spec: ArmSpec) -> None:
         self.model, self.spec = model, spec
-        self._versions: dict[str, tuple[int, int]] = {}
 
     @abstractmethod
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -112,17 +111,9 @@ class Arm(ABC):
         """Name -> each tensor of the arm that is no parameter and may change."""
         return {}
 
-    def remember_buffers(self) -> None:
-        """Remember the buffers as they are now. `changed_buffers` compares with them."""
-        self._versions = {name: (id(tensor), tensor._version) for name, tensor in self.buffers().items()}
-
     def changed_buffers(self) -> dict[str, Tensor]:
-        """Name -> each buffer that has changed since the start. A checkpoint holds them."""
-        return {
-            name: tensor
-            for name, tensor in self.buffers().items()
-            if self._versions.get(name) != (id(tensor), tensor._version)
-        }
+        """Name -> each buffer that may have changed since the start. A checkpoint holds them."""
+        return self.buffers()
 
     def trained_parts(self) -> dict[str, nn.Parameter]:
         """Name -> each parameter that the optimizer changes, once."""

@@ -69,7 +69,7 @@ class PeftArm(Arm):
             self._refuse("it trains weights of the base itself")
         if not self.trained_parts():
             self._refuse("nothing is trained")
-        self.remember_buffers()
+        self._at_start = {name: (id(tensor), tensor._version) for name, tensor in self.buffers().items()}
 
     def _refuse(self, reason: str) -> None:
         self.detach()
@@ -80,6 +80,10 @@ class PeftArm(Arm):
 
     def buffers(self) -> dict[str, Tensor]:
         return {_short(name): value for name, value in self.peft.named_buffers() if id(value) not in self._own}
+
+    def changed_buffers(self) -> dict[str, Tensor]:
+        at_start = self._at_start
+        return {name: each for name, each in self.buffers().items() if at_start.get(name) != (id(each), each._version)}
 
     def tensors(self) -> dict[str, Tensor]:
         with _quiet():
