@@ -155,8 +155,7 @@ class TiedLoraModel(BaseTuner):
             parameter.requires_grad_(part.trained and not inference_mode)
 
     def enable_adapter_layers(self) -> None:
-        if not self.attached.merged:
-            self.attached.enable()
+        self.attached.enable()
 
     def disable_adapter_layers(self) -> None:
         self.attached.disable()
@@ -194,12 +193,6 @@ class TiedLoraModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return key
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
-        cls, *, state_dict: dict[str, Tensor], **kwargs: Any
-    ) -> dict[str, Tensor]:
-        return state_dict
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise AssertionError("a tied adapter replaces no modules")
