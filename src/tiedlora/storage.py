@@ -139,6 +139,11 @@ def read_bytes(path: Path) -> bytes:
         return file.read()
 
 
+def json_sha256(value: object) -> str:
+    """The sha256 of plain data as JSON, in hexadecimal. The order of its keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def sha256(path: Path) -> str:
     """The sha256 of a regular file, in hexadecimal."""
     with _regular(path) as file:

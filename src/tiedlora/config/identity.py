@@ -161,5 +161,4 @@ def adapter_digest(folder: Path) -> str:
     Raises:
         UserError: the folder holds no adapter.
     """
-    description = storage.read_json(folder / DESCRIPTION)
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+    return storage.json_sha256(storage.read_json(folder / DESCRIPTION))

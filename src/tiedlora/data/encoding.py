@@ -89,7 +89,7 @@ class Encoder:
         """
         if not self.config.chat_template:
             return None
-        return hashlib.sha256(json.dumps(self.tokenizer.chat_template, sort_keys=True).encode()).hexdigest()[:16]
+        return storage.json_sha256(self.tokenizer.chat_template)[:16]
 
     @cached_property
     def tokenizer_digest(self) -> str | None:
@@ -259,8 +259,7 @@ def load_or_encode(
         return encode_rows(encoder, examples)
     key = [ENCODING_VERSION, tokenizers.__version__, identity(encoder.config), encoder.context, digest]
     key += encoder.versions.values()
-    name = hashlib.sha256(json.dumps([*key, plain(base.record)], sort_keys=True).encode()).hexdigest()[:24]
-    path = cache / "tokens" / f"{name}.int32"
+    path = cache / "tokens" / f"{storage.json_sha256([*key, plain(base.record)])[:24]}.int32"
     with suppress(OSError, ValueError):
         return _from_bytes(path.read_bytes())
     # The file is missing or damaged. Everything in it can be computed.

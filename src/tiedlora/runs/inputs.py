@@ -6,10 +6,8 @@ Consecutive runs of one process use the same rows, token ids and base model, so 
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib.metadata
 import inspect
-import json
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -129,8 +127,7 @@ def _digests_file(config: Config, task: Task) -> Path | None:
     files = {*TASKS_CODE.glob("*.py"), Path(inspect.getfile(type(task)))}
     code = [storage.sha256(file) for file in sorted(files)]
     key = [identity(config.task), importlib.metadata.version(task.generator), code]
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    return Path(config.cache) / "digests" / f"{name}.json"
+    return Path(config.cache) / "digests" / f"{storage.json_sha256(key)[:24]}.json"
 
 
 def _local_files(config: Config) -> list[tuple[str, int, int]]:

@@ -9,9 +9,7 @@ rows and the configuration alone, and several processes divide them.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
 import logging
 import math
 import time
@@ -409,7 +407,7 @@ class Scorer:
         if of_task:
             key += [{name: value for name, value in identity(task).items() if name in PROTOCOL_KEYS}]
         words = [*([task.name] if of_task else []), split, *(["loss"] if losses else [])]
-        words.append(hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12])
+        words.append(storage.json_sha256(key)[:12])
         return Path(self.config.outputs) / "base" / f"{'-'.join(words)}.jsonl"
 
 

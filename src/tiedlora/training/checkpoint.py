@@ -10,14 +10,12 @@ the dropout masks are pure functions of (seed, step), so a checkpoint needs no r
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -77,7 +75,7 @@ def save(
     tensors |= {f"buffer/{name}": value.detach().cpu().contiguous() for name, value in buffers.items()}
     data = to_bytes(tensors)
     tree = {"progress": asdict(state), "facts": plain(inputs), "sha256": hashlib.sha256(data).hexdigest()}
-    tree["state_sha256"] = _digest(tree)
+    tree["state_sha256"] = storage.json_sha256(tree)
     with storage.new_folder(folder / f"step-{state.step:08d}") as beside:
         (beside / TENSORS).write_bytes(data)
         storage.write_json(beside / STATE, tree)
@@ -127,7 +125,7 @@ def _read(
     tree = storage.read_json(candidate / STATE)
     if storage.sha256(candidate / TENSORS) != tree["sha256"]:
         raise ValueError("its tensors are not those it was written with")
-    if tree.pop("state_sha256") != _digest(tree):
+    if tree.pop("state_sha256") != storage.json_sha256(tree):
         raise ValueError("its state is not the one it was written with")
     state, inputs = typed(TrainState, tree["progress"]), typed(RunInputs, tree["facts"])
     tensors = load_file(candidate / TENSORS)
@@ -161,10 +159,6 @@ def _load(tensors: dict[str, Tensor], parts: dict[str, nn.Parameter], optimizer:
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*[0-9]"), reverse=True)
-
-
-def _digest(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _compare(saved: RunInputs, now: RunInputs, where: Path) -> bool:
