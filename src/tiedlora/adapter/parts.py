@@ -52,6 +52,11 @@ def check_specification(
     return tying
 
 
+def seed_of(name: str) -> int:
+    """A seed for torch that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+
 def draw(init: float | str, shape: tuple[int, ...], seed: int, part: str, target: str) -> Tensor:
     """Draw the initial values of one part, in float32 on the CPU.
 
@@ -66,8 +71,7 @@ def draw(init: float | str, shape: tuple[int, ...], seed: int, part: str, target
         return torch.full(shape, float(init))
     values = torch.empty(shape)
     for group in range(shape[0]):
-        digest = hashlib.sha256(f"{seed}/{part}/{target}/{group}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(seed_of(f"{seed}/{part}/{target}/{group}"))
         if init == "uniform":
             bound = 1 / math.sqrt(shape[-1])
             values[group].uniform_(-bound, bound, generator=generator)

@@ -13,7 +13,6 @@ is a row, so everything else is as in training from targets.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tiedlora.adapter.parts import seed_of
 from tiedlora.data.batching import Batch
 from tiedlora.data.encoding import Encoded
 from tiedlora.models import output_head
@@ -59,7 +59,9 @@ class Sampling:
         self.temperature = temperature
         self.entropies = torch.zeros(answers, length)
         """The entropy of the distribution that each token was drawn from, in nats, (answers, length)."""
-        self._uniform = torch.stack([_uniform(f"sample/{seed}/{step}/{answer}", length) for answer in range(answers)])
+        seeds = [seed_of(f"sample/{seed}/{step}/{answer}") for answer in range(answers)]
+        draws = [torch.rand(length, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+        self._uniform = torch.stack(draws)
 
     def of(self, numbers: Sequence[int]) -> Callable[[Any, Tensor, list[int], int], Tensor]:
         """`choose` of decode, for a batch of the answers with these numbers."""
@@ -79,13 +81,6 @@ class Sampling:
             return tokens.squeeze(1).to(outputs.device)
 
         return choose
-
-
-def _uniform(name: str, count: int) -> Tensor:
-    """`count` numbers from [0, 1), float64."""
-    digest = hashlib.sha256(name.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 class Reward:

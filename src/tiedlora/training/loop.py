@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import sys
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tiedlora.adapter.parts import seed_of
 from tiedlora.config.schema import TrainConfig
 from tiedlora.data.batching import Batch
 from tiedlora.errors import Diverged, Paused, StoppedEarly, UserError, is_out_of_memory
@@ -161,8 +161,9 @@ class Loop:
         Raises:
             UserError: memory ran out, and the processes share the model, or with a single row.
         """
-        # The dropout masks depend only on the step and the process.
-        torch.manual_seed(step_seed(self.seed, step, self.world.process_index))
+        # The dropout masks depend only on the step and the process, so a resumed run draws the same ones.
+        process = f"/{self.world.process_index}" if self.world.process_index else ""
+        torch.manual_seed(seed_of(f"dropout/{self.seed}/{step}{process}"))
         halvings = len(self.state.halvings)
         batches = self.batches(step)
         if len(self.state.halvings) > halvings:
@@ -276,12 +277,6 @@ class Loop:
             f"{float(numbers.grad_norm)} at learning rate {numbers.learning_rate:.3g}; {advice}. "
             f"The step's rows: {self.describe_rows(numbers.step)}"
         )
-
-
-def step_seed(seed: int, step: int, process_index: int) -> int:
-    """The seed of a step's dropout masks. It is a pure function, so a resumed run draws the same masks."""
-    name = f"dropout/{seed}/{step}" + (f"/{process_index}" if process_index else "")
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
 def _half(batch: Batch) -> int:
