@@ -250,12 +250,12 @@ class TestCheckpoints:
         assert checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS).step == 6
         assert f"step-00000008 is damaged ({says}" in caplog.text
 
-    @pytest.mark.parametrize(("saved", "own", "says"), [("TAB", "TABuv", "part/qkv.u"), ("TABuv", "TAB", "is no part")])
-    def test_another_configurations_checkpoint_is_passed_over(self, tmp_path, caplog, saved, own, says):
+    @pytest.mark.parametrize(("saved", "own"), [("TAB", "TABuv"), ("TABuv", "TAB")])
+    def test_another_configurations_checkpoint_is_passed_over(self, tmp_path, caplog, saved, own):
         finish(option=saved, folder=tmp_path)
         loop, parts, _ = start(option=own)
         assert checkpoint.restore(tmp_path, parts, loop.optimizer, INPUTS) is None
-        assert says in caplog.text
+        assert "part/qkv.u is not in this run and there, with one shape" in caplog.text
 
     @pytest.mark.parametrize(
         ("key", "before", "after", "says"),

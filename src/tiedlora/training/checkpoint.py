@@ -68,12 +68,10 @@ def save(
     Raises:
         OSError: it could not be written; earlier checkpoints are unchanged.
     """
-    tensors = {f"part/{name}": parameter.detach().cpu().contiguous() for name, parameter in parts.items()}
+    tensors = _of_arm(parts, buffers)
     for name, parameter in parts.items():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
-    tensors |= {f"buffer/{name}": value.detach().cpu().contiguous() for name, value in buffers.items()}
-    data = to_bytes(tensors)
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state[parameter].items()}
+    data = to_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
     tree = {"progress": asdict(state), "facts": plain(inputs), "sha256": hashlib.sha256(data).hexdigest()}
     tree["state_sha256"] = storage.json_sha256(tree)
     with storage.new_folder(folder / f"step-{state.step:08d}") as beside:
@@ -102,26 +100,30 @@ def restore(
     Raises:
         UserError: the checkpoint was trained on other data or another base model.
     """
+    own = _of_arm(parts, buffers)
     for candidate in _newest_first(folder):
         try:
-            state, saved, tensors = _read(candidate, parts, buffers)
+            state, saved, tensors = _read(candidate, own)
         except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("checkpoint %s is damaged (%s); it is left out", candidate, error)
             continue
         made_before = max((earlier.step for earlier in state.continued_from), default=0)
         if _compare(saved, inputs, candidate) and state.step > made_before:
             state.continued_from.append(ContinuedFrom(state.step, saved.code, saved.versions, saved.execution))
-        _load(tensors, parts, optimizer)
-        for name, buffer in buffers.items():
-            if f"buffer/{name}" in tensors:
-                buffer.copy_(tensors[f"buffer/{name}"])
+        with torch.no_grad():
+            for key in own.keys() & tensors.keys():
+                own[key].copy_(tensors[key])
+        _load_optimizer(tensors, parts, optimizer)
         return state
     return None
 
 
-def _read(
-    candidate: Path, parts: dict[str, nn.Parameter], buffers: Mapping[str, Tensor]
-) -> tuple[TrainState, RunInputs, dict[str, Tensor]]:
+def _of_arm(parts: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The name in a checkpoint -> the arm's tensor."""
+    return {f"part/{name}": each for name, each in parts.items()} | {f"buffer/{n}": each for n, each in buffers.items()}
+
+
+def _read(candidate: Path, own: Mapping[str, Tensor]) -> tuple[TrainState, RunInputs, dict[str, Tensor]]:
     tree = storage.read_json(candidate / STATE)
     if storage.sha256(candidate / TENSORS) != tree["sha256"]:
         raise ValueError("its tensors are not those it was written with")
@@ -129,22 +131,16 @@ def _read(
         raise ValueError("its state is not the one it was written with")
     state, inputs = typed(TrainState, tree["progress"]), typed(RunInputs, tree["facts"])
     tensors = load_file(candidate / TENSORS)
-    for name, part in parts.items():
-        if tensors[f"part/{name}"].shape != part.shape:
-            raise ValueError(f"{name} has another shape than in this run")
-    for key in tensors:
-        kind, _, name = key.partition("/")
-        if kind == "part" and name not in parts:
-            raise ValueError(f"{name} is no part of this run")
-        if kind == "buffer" and (name not in buffers or buffers[name].shape != tensors[key].shape):
-            raise ValueError(f"{name} is no tensor of this run, or has another shape")
+    stored = {key: tensor.shape for key, tensor in tensors.items() if not key.startswith("optimizer/")}
+    for key in sorted({*stored, *(key for key in own if key.startswith("part/"))}):
+        if key not in own or stored.get(key) != own[key].shape:
+            raise ValueError(f"{key} is not in this run and there, with one shape")
     return state, inputs, tensors
 
 
-@torch.no_grad()
-def _load(tensors: dict[str, Tensor], parts: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    for name, parameter in parts.items():
-        parameter.copy_(tensors[f"part/{name}"])
+def _load_optimizer(
+    tensors: dict[str, Tensor], parts: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
     # The optimizer knows which of its tensors belong on which device: a fused AdamW counts its steps on the GPU, any
     # other one on the CPU. A checkpoint has no groups, because learning rates follow from the step.
     own = optimizer.state_dict()
