@@ -34,8 +34,8 @@ def some_layers(family, name, *overrides, layers=tuple(SOME), **more):
 def test_the_other_layers_get_no_update(family, name, overrides, ids):
     """The same as a LoRA on every layer whose B is zero in the others."""
     attached = some_layers(family, name, *overrides)
-    assert not any(".1." in path for path in attached.paths)
-    assert len(attached.paths) == 2 * (3 if family == "llama" else 1)
+    assert not any(".1." in path for path in attached.adapter.paths())
+    assert len(attached.adapter.paths()) == 2 * (3 if family == "llama" else 1)
     adapter = attached.adapter
     assert adapter.trainable_params() == trainable_params(adapter.tying, RANK, adapter.architecture)
     full = attach(family_model(family), tying_option("LoRA_qkv" if name == "LoRA_qkv" else "LoRA"), RANK, ALPHA)

@@ -71,8 +71,6 @@ class Attached(Arm):
 
     model: nn.Module
     adapter: TiedAdapter
-    paths: list[str]
-    """The paths of the adapted modules."""
     _fold_hook: RemovableHandle | None = None
     """Before each pass through the layers, it gives every adapted module its folded factors."""
     _modules: dict[str, nn.Module] = field(default_factory=dict)
@@ -102,7 +100,7 @@ class Attached(Arm):
         self._must_be_here("enable")
         if self.active or self.merged:
             return
-        self._modules = {path: self.model.get_submodule(path) for path in self.paths}
+        self._modules = {path: self.model.get_submodule(path) for path in self.adapter.paths()}
         for path, module in self._modules.items():
             module.__class__ = adapted_class(type(module))  # type: ignore[arg-type]
             linear.use_class_forward(module, path)
@@ -224,7 +222,7 @@ class Attached(Arm):
 
     def cannot_merge(self) -> str | None:
         """Why the update cannot be added to the weights, in words; None if it can."""
-        reasons = (linear.cannot_merge(self.model.get_submodule(path), path) for path in self.paths)
+        reasons = (linear.cannot_merge(self.model.get_submodule(path), path) for path in self.adapter.paths())
         return next((reason for reason in reasons if reason), None)
 
     @torch.no_grad()
@@ -333,7 +331,7 @@ def attach_adapter(model: nn.Module, adapter: TiedAdapter, sharded: bool = False
     model.requires_grad_(False)
     adapter.to(linear.execution_device(next(iter(modules.values()))))
     model.add_module("tied_adapter", adapter)
-    attached = Attached(model, adapter, adapter.paths())
+    attached = Attached(model, adapter)
     attached.enable()
     return attached
 

@@ -107,7 +107,7 @@ class _AdapterStatus(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the parts to the device of the adapted modules. PEFT asks for it after it has assigned saved values."""
         attached = self.tuner[0].attached
-        adapted = attached.model.get_submodule(attached.paths[0])
+        adapted = attached.model.get_submodule(attached.adapter.paths()[0])
         attached.adapter.to(device or execution_device(adapted), torch.float32)
 
     def _get_available_adapters(self) -> set[str]:
