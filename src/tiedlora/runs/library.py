@@ -43,6 +43,8 @@ def base_of(run: Path | str, dtype: str | None = None, device: str = "cpu", cach
     """
     config = config_of(run)
     check_device("device", device)
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"dtype={dtype!s:.40}: choose 'float32' or 'bfloat16'")
     return load_base(config.model, dtype or config.train.dtype, resolve_device(device), Path(cache or config.cache))
 
 
