@@ -115,6 +115,7 @@ class TargetParts(nn.Module):
         for letter, traits in spec.PARTS.items():
             part = getattr(term, letter)
             parameter = None
+            # A frozen part that changes nothing has no parameter.
             if part.trained or part.init != traits.neutral:
                 shape = spec.part_shape(term, letter, rank, architecture, target)
                 parameter = nn.Parameter(draw(part.init, shape, seed, letter, name), requires_grad=part.trained)

@@ -134,7 +134,7 @@ def _read(candidate: Path, own: Mapping[str, Tensor]) -> tuple[TrainState, RunIn
     stored = {key: tensor.shape for key, tensor in tensors.items() if not key.startswith("optimizer/")}
     for key in sorted({*stored, *(key for key in own if key.startswith("part/"))}):
         if key not in own or stored.get(key) != own[key].shape:
-            raise ValueError(f"{key} is not in this run and there, with one shape")
+            raise ValueError(f"{key} is missing, is not of this run, or has another shape")
     return state, inputs, tensors
 
 
