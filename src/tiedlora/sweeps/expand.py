@@ -115,7 +115,6 @@ class CellComposer:
     def __init__(self, master: DictConfig, loader: ConfigLoader) -> None:
         self.master, self.loader = master, loader
         self._section_of = cache(self._find_section)
-        self._files_of = cache(self._list_files)
         self._composition = cache(self._compose)
         self._section_config = cache(self._compose_section)
 
@@ -153,36 +152,28 @@ class CellComposer:
         composed, shared = self._composition(own), self._composition(without)
         if composed is None or shared is None:
             return None
-        config, raw = composed
+        config, raw, _ = composed
         # A section that a word such as ~seed has taken away has its default only in the whole configuration.
         if section not in raw or _REFERENCE.search(str(raw[section])):
             return None
-        # An option may have a defaults list or a @package line, and so change other sections. A key.with.dots has none.
-        keys = [word.partition("=")[0] for word in own if word not in without]
-        if isinstance(raw[section], dict) and any("." not in key for key in keys):
-            outside, others = (
-                [(path, package) for path, package in self._files_of(words) if package.split(".")[0] != section]
-                for words in (own, without)
-            )
-            return config if outside == others else None
-        return config
+        # An option may have a defaults list or a @package line, and so change other sections.
+        outside, others = ([file for file in files if file[1][0] != section] for *_, files in (composed, shared))
+        return config if outside == others else None
 
-    def _list_files(self, overrides: tuple[str, ...]) -> list[tuple[str, str]]:
-        """Path and package of the files that Hydra merges, in their order."""
-        words = [*self.master.hydra.overrides.hydra, *overrides]
-        with readable_errors():
-            listed = self.loader.compute_defaults_list(self.master.hydra.job.config_name, words, RunMode.RUN)
-        return [(str(entry.config_path), str(entry.package)) for entry in listed.defaults]
-
-    def _compose(self, overrides: tuple[str, ...]) -> tuple[Config, dict[Any, Any]] | None:
-        """The typed configuration of these overrides, which is not completed, and its values with their interpolations.
+    def _compose(self, overrides: tuple[str, ...]) -> tuple[Config, dict[Any, Any], list[tuple[str, list[str]]]] | None:
+        """The typed configuration of these overrides, which is not completed; its values with their interpolations; and
+        the files that Hydra merges, in their order, each with its package, whose first word is a section.
 
         None if they are not a configuration without the others.
         """
         try:
             composed = self._load(list(overrides))
             raw: Any = OmegaConf.to_container(composed, resolve=False)
-            return compose.typed(composed), raw
+            with readable_errors():
+                words = [*self.master.hydra.overrides.hydra, *overrides]
+                merged = self.loader.compute_defaults_list(self.master.hydra.job.config_name, words, RunMode.RUN)
+            files = [(str(file.config_path), str(file.package).split(".")) for file in merged.defaults]
+            return compose.typed(composed), raw, files
         except UserError:
             # The composition of the whole cell succeeds, or it reports the error with its right words.
             return None
