@@ -227,8 +227,6 @@ class StagedSweep:
             return cell.folder.error()
         if self.control.first_failure() is not None:
             return "stopped, because another cell failed"
-        if cell.finished():
-            return "its validation_losses.jsonl lacks losses that the search needs; delete its folder, and start again"
         return "stopped without the losses or scores that the search needs; the same command continues it"
 
 
@@ -328,20 +326,19 @@ def _check_sides(sweep: Sweep, claims: Sequence[Claim]) -> None:
         names = rf"{re.escape(side.frontier)}(_l\d+)?" if side.frontier else re.escape(side.label)
         return any(re.fullmatch(names, name) and rank in (None, given) for name, given in own)
 
-    sides = [
-        [claim.method, claim.comparator, *([claim.floor] if claim.floor and claim.rule.needs_zero else [])]
-        for claim in claims
-    ]
+    def needed(claim: Claim) -> list[Side]:
+        return [claim.method, claim.comparator, *([claim.floor] if claim.floor and claim.rule.needs_zero else [])]
+
     if not any(
-        claim.covers(task) and all(has(side, claim, own) for side in needed)
-        for claim, needed in zip(claims, sides, strict=True)
+        claim.covers(task) and all(has(side, claim, own) for side in needed(claim))
+        for claim in claims
         for (_, task), own in arms.items()
     ):
-        first, names = claims[0].name, sorted({f"{name} r={rank}" for own in arms.values() for name, rank in own})
+        first, names = claims[0], sorted({f"{name} r={rank}" for own in arms.values() for name, rank in own})
         raise UserError(
-            f"hydra.sweeper.claims: no claim has both its sides in the grid; {first!r:.80} needs "
-            f"{' and '.join(map(str, sides[0]))}, and the grid has {', '.join(names)}; add the missing axis, such as "
-            "tying=LoRA,TABuv or +grid=yardstick, or name other claims"
+            f"hydra.sweeper.claims: no claim has both its sides in the grid; {first.name!r:.80} needs "
+            f"{' and '.join(map(str, needed(first)))}, and the grid has {', '.join(names)}; add the missing axis, such "
+            "as tying=LoRA,TABuv or +grid=yardstick, or name other claims"
         )
 
 
