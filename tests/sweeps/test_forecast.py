@@ -57,21 +57,22 @@ def test_finished_runs_forecast_themselves(tiny_run):
     # A name with a hyphen, as most models have one too.
     words = tiny_run("tying=LoRA,TABuv", "train.steps=20", "seed=0,1", "task.name=chain-sum")
     swept = compose_sweep(words)
-    run.main(swept.cells[0].config)
+    run.main(config := swept.cells[0].config)
     record = swept.cells[0].folder.finished_record()
-    ((row,), unknown) = forecast.forecast(swept.cells)
-    assert unknown == []
+    ((row,), []) = forecast.forecast(swept.cells)
     assert row.source == f"1 finished runs ({record.execution})"
     assert "cpu, 1 threads, " in row.source, "and the processor, because another one has other speeds"
     assert row.tokens == pytest.approx(4 * record.training.tokens)
     assert row.peak_memory_bytes == record.training.peak_memory_bytes
-    speeds = forecast.observed_speeds(swept.cells[0].config)
-    _, own = cost(swept.cells[0].config, speeds, {"validation": 12})
+    _, own = cost(config, forecast.observed_speeds(config), {"validation": 12})
     assert own > 0.99 * (record.training.seconds + record.scores["validation"].seconds)
     assert row.seconds == pytest.approx(4 * own)
     assert row.seconds_left == pytest.approx(row.seconds * 3 / 4)
+    put(swept.cells[0].folder.path, "scores", {})
+    computed = forecast.computed_speeds(config, forecast.TFLOPS)
+    assert forecast.observed_speeds(config).scoring == computed.scoring, "answers are not free"
     put(swept.cells[0].folder.path, "config.model", {})
-    assert forecast.observed_speeds(swept.cells[0].config) is None, "a damaged record"
+    assert forecast.observed_speeds(config) is None, "a damaged record"
 
 
 def test_without_finished_runs_the_arithmetic_at_a_rate_decides(tiny_config):
@@ -83,8 +84,7 @@ def test_without_finished_runs_the_arithmetic_at_a_rate_decides(tiny_config):
     target = mean(len(row.target) + 1 for row in rows)
     flop = arithmetic.training_flop(config.model.architecture, slow.row_tokens, target)
     assert slow.training == pytest.approx(slow.row_tokens * 1e9 / flop)
-    for name in ("training", "scoring"):
-        assert getattr(fast, name) == pytest.approx(2 * getattr(slow, name))
+    assert (fast.training, fast.scoring) == pytest.approx((2 * slow.training, 2 * slow.scoring))
 
 
 def test_cells_that_score_other_splits_have_one_forecast(tiny_config):

@@ -85,7 +85,7 @@ def forecast(sweep_cells: Iterable[SweepCell], tflops: float = TFLOPS) -> tuple[
     unknown: dict[str, None] = {}
     for cells in groups.values():
         config, name = cells[0].config, cells[0].name
-        speeds = observed_speeds(config) or computed_speeds(config, tflops)
+        speeds = observed_speeds(config, tflops) or computed_speeds(config, tflops)
         if speeds is None:
             line = f"{name.task}: its rows are not here, so its cost is unknown; set data_root (or TIEDLORA_DATA)"
             unknown[line] = None
@@ -99,8 +99,11 @@ def forecast(sweep_cells: Iterable[SweepCell], tflops: float = TFLOPS) -> tuple[
     return forecasts, list(unknown)
 
 
-def observed_speeds(config: Config) -> Speeds | None:
-    """The medians of the newest finished runs of the same model and task in the folder of outputs; None without one."""
+def observed_speeds(config: Config, tflops: float = TFLOPS) -> Speeds | None:
+    """The medians of the newest finished runs of the same model and task in the folder of outputs; None without one.
+
+    If none of them has answered a row, the speed of answers is that of the arithmetic.
+    """
     # An id is five words and a hash: configuration, rank, task, model, seed.
     _, _, task, model, *_ = run_id(config).split("-")
     folders = Path(config.outputs).glob(f"*-{task}-{model}-s*/result.json")
@@ -117,13 +120,16 @@ def observed_speeds(config: Config) -> Speeds | None:
     if not records:
         return None
     scores = [scored for record in records for scored in record.scores.values() if scored.seconds > 0]
-    devices = sorted({str(record.execution) for record in records})
+    scoring, devices = [scored.rows / scored.seconds for scored in scores], {str(each.execution) for each in records}
+    source = f"{len(records)} finished runs ({'; '.join(sorted(devices))})"
+    if not scoring and (computed := computed_speeds(config, tflops)) is not None:
+        scoring, source = [computed.scoring], f"{source}; answers: {computed.source}"
     return Speeds(
         row_tokens=median(record.training.tokens / count for record, count in zip(records, rows, strict=True)),
         training=median(record.training.tokens_per_s for record in records),
-        scoring=median(scored.rows / scored.seconds for scored in scores) if scores else math.inf,
+        scoring=median(scoring) if scoring else math.inf,
         peak_memory_bytes=max(record.training.peak_memory_bytes for record in records),
-        source=f"{len(records)} finished runs ({'; '.join(devices)})",
+        source=source,
         has_sampling=config.objective.name == "reward",
     )
 
