@@ -155,7 +155,7 @@ def record(outputs: Path) -> None:
     sweep = compose_sweep([*WORDS, "tracking=none", f"outputs={outputs}"])
     for cell in sweep.cells:
         if cell.state() not in ("done", "failed"):
-            run_cell(cell.config, sweep.control)
+            run_cell(cell, sweep.control)
     storage.write_json_lines(CURVES, [_to_json(cell) for cell in sweep.cells])
 
 

@@ -16,7 +16,7 @@ from tiedlora.errors import UserError
 from tiedlora.models import device
 from tiedlora.runs import add_scores, run
 from tiedlora.sweeps import launching, status
-from tiedlora.sweeps.cells import SweepControl
+from tiedlora.sweeps.cells import SweepCell, SweepControl
 from tiedlora.sweeps.expand import compose_sweep
 from tiedlora.sweeps.launching import run_cell, work
 from tiedlora.sweeps.staged import StagedSweep
@@ -109,7 +109,7 @@ def test_a_failure_that_cannot_be_written_ends_the_sweep(tiny_config, tmp_path, 
     monkeypatch.setattr(run, "main", lambda config: 1 / 0)
     monkeypatch.setattr(storage, "write_bytes", lambda *_: os.stat("/no/such/place"))
     with pytest.raises(UserError, match=r"error\.txt: cannot be written, so the sweep ends \(ZeroDivisionError"):
-        run_cell(tiny_config(), SweepControl(tmp_path))
+        run_cell(SweepCell((), tiny_config()), SweepControl(tmp_path))
 
 
 def test_a_failed_cells_tensors_are_gone_when_its_memory_is_freed(tiny_config, tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_failed_cells_tensors_are_gone_when_its_memory_is_freed(tiny_config, t
 
     monkeypatch.setattr(run, "main", fail)
     monkeypatch.setattr(device, "free_memory", lambda: alive.append(tensors[0]()))
-    run_cell(tiny_config(), SweepControl(tmp_path))
+    run_cell(SweepCell((), tiny_config()), SweepControl(tmp_path))
     assert alive == [None]
 
 

@@ -34,8 +34,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tiedlora import storage
-from tiedlora.config.identity import run_id
-from tiedlora.config.schema import SLOT_DEVICE, Config
+from tiedlora.config.schema import SLOT_DEVICE
 from tiedlora.errors import STOPPED, StoppedEarly, UserError, drop_output, exit_codes, output_is_closed
 from tiedlora.keys import CHECKED, Count, Text, from_person
 from tiedlora.records.run_folder import Busy, RunFolder
@@ -266,12 +265,12 @@ def _carry_out(cell: SweepCell, control: SweepControl) -> None:
         elif is_open(cell, control):
             if killed:
                 log.warning("%s: once more, because its worker was killed", cell.run_id)
-            run_cell(cell.config, control)
+            run_cell(cell, control)
     finally:
         control.note_end(cell.run_id)
 
 
-def run_cell(config: Config, control: SweepControl) -> None:
+def run_cell(cell: SweepCell, control: SweepControl) -> None:
     """Carry out one cell. A failure is written to error.txt in the cell's folder, where the sweep reads it.
 
     A failure is not raised, because a launcher would keep the exception, and with it the tensors of the failed cell.
@@ -279,36 +278,35 @@ def run_cell(config: Config, control: SweepControl) -> None:
     Raises:
         KeyboardInterrupt: the sweep was asked to stop; a checkpoint is written.
     """
-    folder = RunFolder(Path(config.outputs) / run_id(config))
-    asked, next_look = False, 0.0
+    folder, asked, next_look = cell.folder, False, 0.0
 
     def stopped() -> bool:
         """Whether the cell should stop. On a network file system, a look at the files may take milliseconds."""
         nonlocal asked, next_look
         if not asked and (now := time.monotonic()) >= next_look:
-            asked, next_look = control.stops(folder.path.name), now + SECONDS_BETWEEN_CHECKS
+            asked, next_look = control.stops(cell.run_id), now + SECONDS_BETWEEN_CHECKS
         return asked
 
     try:
         with also_stopped_by(stopped):
-            run.main(config)
+            run.main(cell.config)
     except StoppedEarly:
         if not stopped():
             # After an Exception, a worker continues with the next cell; after a KeyboardInterrupt, it stops.
             raise KeyboardInterrupt from None
-        log.info("%s: stopped with a checkpoint, because it was dropped or another cell failed", folder.path.name)
+        log.info("%s: stopped with a checkpoint, because it was dropped or another cell failed", cell.run_id)
         return
     except Exception as error:
         if isinstance(error, BrokenPipeError) and output_is_closed():
             # The sweep is piped into a program such as `head`, which has ended. That is no failure of the cell.
             drop_output()
             raise KeyboardInterrupt from None
+        why = visible(" ".join(f"{type(error).__name__}: {error}".split()))
         if not folder.write_error():
             # The sweep could not tell it from a cell that was stopped, and would start it again and again.
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"{folder.error_file}: cannot be written, so the sweep ends ({visible(why)})") from None
-        control.failed(folder.path.name)
-        log.error("%s failed: %s", folder.path.name, visible(" ".join(f"{type(error).__name__}: {error}".split())))
+            raise UserError(f"{folder.error_file}: cannot be written, so the sweep ends ({why})") from None
+        control.failed(cell.run_id)
+        log.error("%s failed: %s", cell.run_id, why)
     else:
         return
     # Here, and not in the block above, where the exception still holds the frames and tensors of the failed cell. It
