@@ -23,8 +23,6 @@ from tiedlora.tying import Architecture
 
 REGISTERED: dict[str, Any] = {}
 """Kind -> how it is made. adapter/arms.py has the type, and the function that registers one."""
-METHOD_KEYS = ("arguments", "resolved", "knob", "lr_factors", "no_decay")
-"""The keys under `tying.` that only another method uses."""
 SEED_ARGUMENTS = ("projection_prng_key", "projection_seed", "proj_seed", "random_loc_seed", "random_seed")
 """PEFT's names for the seed of a method's frozen random parts. The run's seed is taken, unless the user sets one: with
 PEFT's defaults, all seeds of a comparison would share the same random parts."""
@@ -61,7 +59,7 @@ def complete_method(config: Config) -> Config:
     if tying.method == "":
         raise UserError("tying=peft: names no method; add tying.method=NAME")
     if tying.method is None:
-        for name in METHOD_KEYS:
+        for name in ("arguments", "resolved", "knob", "lr_factors", "no_decay"):
             if getattr(tying, name) is not None:
                 raise UserError(f"tying.{name}: belongs to another method; set tying.method, or tying.{name}=null")
         return config

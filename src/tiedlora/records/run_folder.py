@@ -25,8 +25,6 @@ LOOK_SECONDS = 0.06
 """How long `state` waits for another process that only reads the state. filelock tries again after 0.05 s."""
 DIVERGED = "tiedlora.errors.Diverged:"
 """How the last line of error.txt begins if a loss was not finite."""
-
-
 LONGEST_TAIL = 2**16
 """Most bytes of a text file that are read for its last line."""
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field
 
-from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS
+from tiedlora.config.schema import FORGETTING, SCORED_SPLITS, SPLITS, Split
 from tiedlora.errors import UserError
 from tiedlora.records.interval import Interval
 from tiedlora.records.loss_metrics import is_loss
@@ -21,7 +21,6 @@ from tiedlora.text import is_name
 from tiedlora.tying import PARTS
 
 RunId = Annotated[Text, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,400}$")]
-Split = Annotated[Text, Field(pattern=f"^({'|'.join(SPLITS)})$")]
 ScoredSplit = Annotated[Text, Field(pattern=f"^({'|'.join((*SCORED_SPLITS, FORGETTING))})$")]
 Sha256 = Annotated[Text, Field(pattern="^[0-9a-f]{64}$")]
 AdapterFile = Annotated[Text, Field(pattern=r"^adapter/[A-Za-z0-9_][A-Za-z0-9_.-]*$")]

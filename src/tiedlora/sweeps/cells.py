@@ -61,12 +61,10 @@ class SweepCell:
 
     @cached_property
     def run_id(self) -> str:
-        """The id of the cell's run."""
         return run_id(self.config)
 
     @property
     def folder(self) -> RunFolder:
-        """The folder of the cell's run."""
         return RunFolder(Path(self.config.outputs) / self.run_id)
 
     def finished(self) -> bool:
@@ -146,7 +144,6 @@ class Sweep:
 
     @property
     def control(self) -> SweepControl:
-        """The files that steer the sweep while it runs."""
         return SweepControl(self.path)
 
     def freeze(self, cells: Iterable[SweepCell] | None = None) -> None:
@@ -226,7 +223,6 @@ class SweepControl:
             (self.folder / "dropped" / name).unlink(missing_ok=True)
 
     def is_dropped(self, run_id: str) -> bool:
-        """Whether the cell was taken out of the sweep."""
         return (self.folder / "dropped" / run_id).exists()
 
     def take_retry(self, run_id: str) -> bool:

@@ -184,7 +184,6 @@ def time_left(cells: Sequence[CellStatus]) -> dict[str, float]:
 
 
 def counts(cells: Iterable[CellStatus]) -> dict[str, int]:
-    """How many cells are in each state."""
     found = Counter(cell.state for cell in cells)
     return {state.value: found[state] for state in State}
 
