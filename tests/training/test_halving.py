@@ -9,6 +9,7 @@ from helpers.tiny import folder_of, losses_of
 from safetensors.torch import load_file
 
 from tiedlora.config.identity import run_id
+from tiedlora.data.encoding import Encoded
 from tiedlora.errors import UserError
 from tiedlora.records.rows import read_metrics, read_validation_losses
 from tiedlora.runs import run, trainer
@@ -24,12 +25,11 @@ def too_small(monkeypatch, name, tokens, from_call=1, backward=False):
     def limited(model, batch):
         calls.append(1)
         loss = plain(model, batch)
-        if len(calls) < from_call or batch.input_ids.numel() <= tokens:
-            return loss
-        if backward:
+        if len(calls) >= from_call and batch.input_ids.numel() > tokens:
+            if not backward:
+                refuse()
             loss.register_hook(lambda _: refuse())
-            return loss
-        return refuse()
+        return loss
 
     monkeypatch.setattr(trainer, name, limited)
 
@@ -126,3 +126,18 @@ def test_a_single_row_that_does_not_fit_ends_the_run_with_a_line(tiny_config, mo
     record = run.main(config)
     assert record.training.steps == 6
     assert record.training.halvings[0].step == 1
+
+
+def test_a_validation_row_that_does_not_fit_ends_the_run(tiny_config, monkeypatch):
+    """The row is longer than all others of a batch together, so batches of other rows are halved until it is clear."""
+
+    def with_a_long_row(self, *args, begin=trainer.Trainer.train):
+        rows = self.fitted["validation"]
+        first, *others = rows.encoded
+        self.fitted["validation"] = rows._replace(encoded=[Encoded(first.prompt * 30, first.target), *others])
+        return begin(self, *args)
+
+    monkeypatch.setattr(trainer.Trainer, "train", with_a_long_row)
+    too_small(monkeypatch, "row_losses", 500)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        run.main(tiny_config(*SPARSE))

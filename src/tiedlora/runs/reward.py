@@ -124,10 +124,11 @@ class Reward:
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """The weighted sum of the cross-entropy over a batch's answer tokens."""
-        losses = token_losses(self.scorer.arm.model, batch, self.config.temperature)
         answers = cast(Sequence[Answer], batch.rows)
-        weights = torch.tensor([answer.weight for answer in answers for _ in answer.target]).to(losses)
-        return (weights * losses).sum().to(batch.targets.device)
+        # Before the pass: a copy to a GPU waits for what runs there.
+        weights = torch.tensor([answer.weight for answer in answers for _ in answer.target]).to(batch.targets.device)
+        losses = token_losses(self.scorer.arm.model, batch, self.config.temperature)
+        return (weights.to(losses) * losses).sum().to(batch.targets.device)
 
     def _sample(self, step: int) -> list[Answer]:
         """The answers of a step that have a weight, in all processes the same."""

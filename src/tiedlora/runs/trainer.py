@@ -432,7 +432,8 @@ class Trainer:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or max(map(len, batches)) == 1:
                 raise
-        tokens = max(sum(len(self.held_out[number]) for number in batch) for batch in batches) // 2
+        # A batch of one row cannot become smaller.
+        tokens = max(sum(len(self.held_out[number]) for number in batch) for batch in batches if len(batch) > 1) // 2
         log.warning("validation: out of memory; batches have at most %d tokens from now on", tokens)
         self.state.halvings.append(Halving(self.state.step, "validation", tokens))
         devices.free_memory()

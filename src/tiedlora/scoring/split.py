@@ -434,8 +434,8 @@ def in_shares(
             raise
         if is_sharded(model):
             raise UserError(
-                "out of memory in one of the processes that share the model (train.shard=true); the same command "
-                "continues, with more processes or more memory"
+                "train.shard=true: out of memory in one of the processes that share the model; what is trained is kept "
+                "and the same command continues, with more processes or more memory"
             ) from error
         failed = True
     if world.any(failed):

@@ -102,7 +102,7 @@ def forecast(sweep_cells: Iterable[SweepCell], tflops: float = TFLOPS) -> tuple[
 def observed_speeds(config: Config, tflops: float = TFLOPS) -> Speeds | None:
     """The medians of the newest finished runs of the same model and task in the folder of outputs; None without one.
 
-    If none of them has answered a row, the speed of answers is that of the arithmetic.
+    If none of them was scored, the speed of scoring is that of the arithmetic.
     """
     # An id is five words and a hash: configuration, rank, task, model, seed.
     _, _, task, model, *_ = run_id(config).split("-")
@@ -123,7 +123,7 @@ def observed_speeds(config: Config, tflops: float = TFLOPS) -> Speeds | None:
     scoring, devices = [scored.rows / scored.seconds for scored in scores], {str(each.execution) for each in records}
     source = f"{len(records)} finished runs ({'; '.join(sorted(devices))})"
     if not scoring and (computed := computed_speeds(config, tflops)) is not None:
-        scoring, source = [computed.scoring], f"{source}; answers: {computed.source}"
+        scoring, source = [computed.scoring], f"{source}; scoring: {computed.source}"
     return Speeds(
         row_tokens=median(record.training.tokens / count for record, count in zip(records, rows, strict=True)),
         training=median(record.training.tokens_per_s for record in records),

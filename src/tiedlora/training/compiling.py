@@ -29,7 +29,7 @@ def decide(wish: str, device: str, weights: int, tokens: float, slow_bfloat16: b
 
     Args:
         device: cpu or cuda.
-        weights: those of the blocks' matrices. A token uses each number twice (forward, and backward to the
+        weights: the number of those of the blocks' matrices. A token uses each twice (forward, and backward to the
             activations), with 2 FLOP each time.
         tokens: the number of tokens of the whole run.
         slow_bfloat16: as models.products.without_instructions. Compiled blocks would use torch's own slow products.
