@@ -144,6 +144,16 @@ def test_the_records_are_every_run_and_the_adapter_of_one_seed(folder, outputs):
     assert before == {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}, "a second export differs"
 
 
+def test_arms_of_one_name_have_an_adapter_each(folder, outputs, tmp_path):
+    place, ids = outputs
+    here = shutil.copytree(place, tmp_path / "here")
+    record = storage.read_json(here / ids[1] / "result.json")
+    record["identity"]["tying"]["layers"] = [0]
+    storage.write_json(here / ids[1] / "result.json", record)
+    study.export_study(folder, here)
+    assert [(folder / "runs" / name / "adapter").exists() for name in ids] == [True, True]
+
+
 def test_a_study_continues_from_its_records_on_another_machine(folder, outputs, tmp_path, capsys):
     place, ids = outputs
     study.export_study(folder, place)

@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from pydantic import AfterValidator, Field
 
 from tiedlora import storage
 from tiedlora.config.compose import in_hydras_grammar
+from tiedlora.config.identity import identity_digest
 from tiedlora.config.project import PROJECT
 from tiedlora.config.schema import FORGETTING
 from tiedlora.errors import UserError
@@ -186,17 +188,17 @@ def export_study(folder: Path, outputs: Path) -> int:
         kept_choices = read_selection(kept_file).choices if kept_file.exists() else []
         if len(read_selection(path).choices) >= len(kept_choices):
             storage.write_bytes(kept_file, storage.read_bytes(path))
-    # The looks of an arm are several sweeps. An adapter that was kept before stays the only one.
-    of_arm = defaultdict(set)
-    for path in (runs / "sweeps").glob(f"*/{SELECTION_FILE}"):
-        for item in read_selection(path).choices:
-            of_arm[item.model, item.task, item.configuration, item.rank, item.lr].update(item.run_ids)
+    choices = [read_selection(path).choices for path in (runs / "sweeps").glob(f"*/{SELECTION_FILE}")]
+    of_arm: dict[str, list[RunRecord]] = defaultdict(list)
+    for run_id in {name for items in choices for item in items for name in item.run_ids}:
+        record = RunFolder(outputs / run_id).record() or RunFolder(runs / run_id).record()
+        if record is not None and record.scores:
+            of_arm[identity_digest(record.identity.tree | {"seed": None})].append(record)
     with_adapter: set[str] = set()
-    for ids in of_arm.values():
-        kept = {run_id for run_id in ids if RunFolder(runs / run_id).adapter.exists()}
-        ended = [run.finished_record() for name in ids if (run := RunFolder(outputs / name)).result_file.is_file()]
-        first = sorted((record for record in ended if record.scores), key=lambda record: record.seed)[:1]
-        with_adapter |= kept or {record.run_id for record in first}
+    for records in of_arm.values():
+        # An adapter that was kept before stays the only one.
+        kept = {record.run_id for record in records if RunFolder(runs / record.run_id).adapter.exists()}
+        with_adapter |= kept or {min(records, key=attrgetter("seed")).run_id}
     count = 0
     # A hidden folder is a copy that a kill has left incomplete.
     for path in sorted(path for path in outputs.iterdir() if not path.name.startswith(".")):
