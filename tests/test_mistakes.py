@@ -55,6 +55,7 @@ TRAIN = {
     "a random model that is spread": ("model.device_map=auto", "a random model has no files to load; use null"),
     "a task's code that is none": ("task.kind=gsm9k", "task.kind=gsm9k: no such task; choose one of dialogsum"),
     "a field that is none": ("'task.prompt=\"{q}\"'", "the template needs the field 'q', which is missing"),
+    "targets of one row shuffled": ("task.shuffle_targets=true task.rows.train=1", "needs two training rows or more"),
     "an empty target": ("task.target=", "row 0: the target is empty"),
     "a template of no chat": ("task.chat_template=true", "this model's tokenizer has no chat template"),
     "a key of a mapping": ("'task.options={zzz: 1}'", "is added as +task.options.zzz=VALUE"),

@@ -65,6 +65,7 @@ _OS_ERRORS = {
     errno.ENOSPC: "the disk is full; make space",
     errno.EDQUOT: "the disk quota is used up; make space",
     errno.EACCES: "no permission to write there; change it, or choose another folder (outputs= or --out)",
+    errno.EPERM: "writing there is not allowed; choose another folder (outputs= or --out)",
     errno.ENOTDIR: "a file is where a folder is needed; choose another folder (outputs= or --out)",
     errno.EEXIST: "a file is where a folder is needed; remove it, or choose another folder (outputs= or --out)",
     errno.EISDIR: "a folder is where a file is needed; remove it, or choose another folder (outputs= or --out)",

@@ -16,8 +16,8 @@ def is_name(value: object) -> bool:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """` (did you mean WORD?)` with the most similar of `words`; empty if none is similar."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    """` (did you mean WORD?)` with the most similar of the other `words`; empty if none is similar."""
+    close = difflib.get_close_matches(word, [other for other in words if other != word], n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

@@ -255,7 +255,8 @@ def _decide(answer: Answer, scores: Sides, ended: Mapping[str, set[int]]) -> Non
     plan = answer.claim.plan
     answer.seeds = len(scores.seeds)
     if answer.claim.rule.needs_zero and scores.zero is None:
-        answer.reason, answer.decide = "the base model was not scored", "scores of the base model (score.base=true)"
+        answer.reason = "the base model was not scored"
+        answer.decide = "the base model's scores (the run again, with score.base=true force=true)"
         return
     if answer.rows < 2:
         answer.reason, answer.decide = "one row has no interval", "two or more rows"

@@ -174,7 +174,11 @@ def read_config(path: Path) -> Config:
         UserError: the file is missing or not YAML, or a key is wrong; the message names the file or the key.
     """
     register()
-    return load(storage.read_yaml(path))
+    values = storage.read_yaml(path)
+    try:
+        return load(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def rows_are_in(config: Config, given: str | None) -> str | None:

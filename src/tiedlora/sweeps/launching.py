@@ -328,7 +328,12 @@ class Slots:
     CUDA_VISIBLE_DEVICES as it is."""
 
     def __post_init__(self) -> None:
-        """Raises UserError if there is no such device."""
+        """Raises UserError if there is no such device, or no worker for one of them."""
+        if len(self.devices or ()) > self.n_jobs:
+            raise UserError(
+                f"hydra.launcher.devices: has {len(self.devices)} devices for {self.n_jobs} workers; set "
+                f"hydra.launcher.n_jobs={len(self.devices)}"
+            )
         self.environments: list[dict[str, str]] = [{} for _ in range(self.n_jobs)]
         """The variables that each worker has in addition to those of this process."""
         inherited = os.environ.get("CUDA_VISIBLE_DEVICES")

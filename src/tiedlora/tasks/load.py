@@ -171,7 +171,9 @@ def _checked_example(task: Task, row: DataRow, id: str) -> Example:
 
 
 def _with_shuffled_targets(examples: list[Example], seed: int) -> list[Example]:
-    """Give each example the target of the next one in a seeded order, so that none of two or more keeps its own."""
+    """Give each example the target of the next one in a seeded order, so that none keeps its own."""
+    if len(examples) < 2:
+        raise UserError("task.shuffle_targets=true: needs two training rows or more; raise task.rows.train")
     order = list(range(len(examples)))
     random.Random(f"shuffle-targets/{seed}").shuffle(order)
     source = dict(zip(order, order[1:] + order[:1], strict=True))
