@@ -118,7 +118,7 @@ class TestSlots:
     ("words", "says"),
     [
         (["joblib_slots", "hydra.launcher.n_jobs=-1"], "^hydra.launcher.n_jobs=-1: must be greater than or equal to 1"),
-        (["joblib_slots", "hydra.launcher.devices=[0,1,2]"], "devices: has 3 devices for 2 workers; set hydra.launcher"),
+        (["joblib_slots", "hydra.launcher.devices=[0,1,2]"], "devices: has 3 devices for 2 workers; set hydra."),
         (["joblib_slots", "+hydra.launcher.n_job=1"], r"^hydra.launcher.n_job: unknown key \(did you mean n_jobs\?\)"),
         (["ray_tasks"], r"^hydra/launcher=ray_tasks: ray is not installed; run: pip install 'tiedlora\[ray\]'$"),
         (["slurm"], "^hydra/launcher=slurm or submitit_slots: submitit is not installed"),
