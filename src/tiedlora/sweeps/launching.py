@@ -329,16 +329,17 @@ class Slots:
 
     def __post_init__(self) -> None:
         """Raises UserError if there is no such device, or no worker for one of them."""
-        if len(self.devices or ()) > self.n_jobs:
+        devices = self.devices or []
+        if len(devices) > self.n_jobs:
             raise UserError(
-                f"hydra.launcher.devices: has {len(self.devices)} devices for {self.n_jobs} workers; set "
-                f"hydra.launcher.n_jobs={len(self.devices)}"
+                f"hydra.launcher.devices: has {len(devices)} devices for {self.n_jobs} workers; set "
+                f"hydra.launcher.n_jobs={len(devices)}"
             )
         self.environments: list[dict[str, str]] = [{} for _ in range(self.n_jobs)]
         """The variables that each worker has in addition to those of this process."""
         inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
         given = [item.strip() for item in (inherited or "").split(",") if item.strip()]
-        for environment, device in zip(self.environments, itertools.cycle(self.devices or ()), strict=False):
+        for environment, device in zip(self.environments, itertools.cycle(devices), strict=False):
             visible = device
             # A cluster sets the variable to the devices of the job, so a number must not reach beyond them. Other
             # names, such as a GPU's UUID, stay.
