@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from tiedlora import errors
-from tiedlora.config.compose import read_config
+from tiedlora.config.compose import read_finished_config
 from tiedlora.config.schema import SCORED_SPLITS
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
@@ -45,7 +45,7 @@ def main() -> None:
     out = (arguments.out or run.path / "export" / arguments.to).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; remove it, or choose another folder with --out")
-    config = read_config(run.config_file)
+    config = read_finished_config(run.config_file, record.run_id)
 
     # Imported here because torch and transformers take seconds, and a wrong argument should be refused before that.
     from tiedlora.export.folder import ExportOptions, export_run

@@ -8,7 +8,6 @@ chat template stays.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import textwrap
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiedlora import errors
+from tiedlora.config.project import folder_of
 from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.text import visible, visible_lines
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--raw", action="store_true", help="do not use the task's template")
     parser.add_argument("--max-new-tokens", type=int, help="default: the task's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:NUMBER; default auto")
-    parser.add_argument("--cache", default=os.environ.get("TIEDLORA_CACHE"), help="default: where the run kept it")
+    parser.add_argument("--cache", default=folder_of("TIEDLORA_CACHE"), help="default: where the run kept it")
     arguments = parser.parse_args()
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: must be at least 1")

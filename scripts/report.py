@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tiedlora import errors
 from tiedlora.config.project import PROJECT
+from tiedlora.errors import UserError
 from tiedlora.page import readme, write
 
 CLAIMS = PROJECT / "claims" / "tied_lora.yaml"
@@ -26,7 +27,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.readme:
         readme.check(arguments.readme)
-    of_study = [folder / "claims.yaml" for folder in arguments.runs[:1] if (folder / "claims.yaml").is_file()]
+    of_study = [folder / "claims.yaml" for folder in arguments.runs if (folder / "claims.yaml").is_file()]
+    if len(of_study) > 1 and not arguments.claims:
+        raise UserError(f"--claims: {' and '.join(map(str, of_study))} have other claims; name one file")
     report = write.build(arguments.runs, claims=arguments.claims or (*of_study, CLAIMS)[0], split=arguments.split)
     for line in write.write(report, arguments.out):
         print(line)

@@ -7,12 +7,12 @@ RUN is a run's folder. The split's predictions are written to RUN/predictions/, 
 """
 
 import argparse
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from tiedlora import errors
 from tiedlora.config import compose
+from tiedlora.config.project import folder_of
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.records.summary import terminal_lines
 from tiedlora.scoring.passes import lacks_scores, wanted_passes
@@ -29,13 +29,13 @@ def main() -> None:
     parser.add_argument("--drift", action="store_true", help="also the drift from the base model, with the losses")
     parser.add_argument("--forgetting", metavar="FILE.txt", help="neutral text")
     parser.add_argument("--data-root", help="as data_root= of train.py; default: the run's own, or TIEDLORA_DATA")
-    parser.add_argument("--cache", default=os.environ.get("TIEDLORA_CACHE"), help="default: where the run kept it")
+    parser.add_argument("--cache", default=folder_of("TIEDLORA_CACHE"), help="default: where the run kept it")
     parser.add_argument("--again", action="store_true", help="score again what was scored before")
     arguments = parser.parse_args()
     show_log()
     folder = RunFolder(arguments.run.absolute())
     record = folder.finished_record()
-    config = compose.read_config(folder.config_file)
+    config = compose.read_finished_config(folder.config_file, record.run_id)
     config.outputs, config.cache = str(folder.path.parent), arguments.cache or config.cache
     task = load_task(config.task)
     is_alone = arguments.forgetting and not (arguments.metrics or arguments.drift or arguments.again)

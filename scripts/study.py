@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tiedlora import errors
 from tiedlora.config import compose
-from tiedlora.config.project import PROJECT
+from tiedlora.config.project import PROJECT, folder_of
 from tiedlora.errors import UserError
 from tiedlora.records.run_folder import RunFolder
 from tiedlora.runs import run
@@ -30,7 +30,7 @@ from tiedlora.sweeps import forecast, study
 from tiedlora.tracking.progress import show_log
 from tiedlora.training import signals
 
-CACHE = Path(os.environ.get("TIEDLORA_CACHE", PROJECT / ".cache"))
+CACHE = Path(folder_of("TIEDLORA_CACHE") or PROJECT / ".cache")
 """The folder of converted models. A record does not name one."""
 REPEATED_LOSS = 0.05
 """By how much the validation loss of a repeated run may differ on another kind of device, as a share of it."""
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="repeat, verify: ids of runs. forecast: words of train.py to add")
     parser.add_argument("--part", help="plan, forecast, run: only this part")
     parser.add_argument("--outputs", type=Path, help="where the runs are; default TIEDLORA_OUTPUTS/studies/NAME")
-    parser.add_argument("--data-root", default=os.environ.get("TIEDLORA_DATA"), help="as data_root= of train.py")
+    parser.add_argument("--data-root", default=folder_of("TIEDLORA_DATA"), help="as data_root= of train.py")
     arguments = parser.parse_intermixed_args()
     if arguments.words and arguments.what not in ("forecast", "repeat", "verify"):
         raise UserError(f"{' '.join(arguments.words)}: {arguments.what} takes no words; change {study.PLAN} instead")
@@ -54,7 +54,7 @@ def main() -> None:
         # The cells of the plan take it from there.
         os.environ["TIEDLORA_DATA"] = arguments.data_root
     planned = study.read_study(arguments.study)
-    root = Path(os.environ.get("TIEDLORA_OUTPUTS") or PROJECT / "outputs").expanduser()
+    root = Path(folder_of("TIEDLORA_OUTPUTS") or PROJECT / "outputs")
     outputs = (arguments.outputs or root / "studies" / planned.name).absolute()
     if arguments.what == "plan":
         for part, words, _ in planned.composed(outputs, arguments.part):
@@ -121,7 +121,7 @@ def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | Non
         raise UserError(f"repeat: takes one run; give the name of a folder in {folder / 'runs'}")
     (kept,) = finished_runs(folder, run_ids)
     recorded = kept.finished_record()
-    config = compose.read_config(kept.config_file)
+    config = compose.read_finished_config(kept.config_file, recorded.run_id)
     config.outputs, config.data_root, config.force = str(outputs), data_root, True
     # The record has no path of a neutral text. A tracker would replace the run that it has under this id.
     config.score.splits, config.score.forgetting, config.tracking.backend = [], None, "none"

@@ -8,14 +8,13 @@ runs, and retry puts them back or lets failed ones run once more: name them by t
 """
 
 import argparse
-import os
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 
 from tiedlora import errors
 from tiedlora.analysis.rate_choice import CRITERIA
-from tiedlora.config.project import PROJECT
+from tiedlora.config.project import PROJECT, folder_of
 from tiedlora.errors import UserError
 from tiedlora.records.selection import SELECTION_FILE, write_selection
 from tiedlora.sweeps import forecast, selection, status
@@ -104,7 +103,7 @@ def show_live(words: list[str], names: list[str]) -> None:
         raise UserError("watch: takes one sweep: its id, its name, its folder, or the words of train.py --multirun")
     if all(word.startswith("outputs=") for word in words):
         places = [word.removeprefix("outputs=") for word in words]
-        outputs = Path(*(places[-1:] or [os.environ.get("TIEDLORA_OUTPUTS", PROJECT / "outputs")])).expanduser()
+        outputs = Path(*(places[-1:] or [folder_of("TIEDLORA_OUTPUTS") or str(PROJECT / "outputs")])).expanduser()
         folder = status.find_sweep(outputs.absolute(), *names)
     else:
         folder = compose_sweep(words).path

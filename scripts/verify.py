@@ -6,10 +6,10 @@ does not agree.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from tiedlora import errors
+from tiedlora.config.project import folder_of
 from tiedlora.errors import UserError
 from tiedlora.tracking.progress import show_log
 
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--data-root", help="as data_root= of train.py; default: the run's own, or TIEDLORA_DATA")
     parser.add_argument("--rows", type=int, default=32, help="predictions per split to regenerate, at least; 0: none")
-    parser.add_argument("--cache", type=Path, default=os.environ.get("TIEDLORA_CACHE"), help="as cache= of train.py")
+    parser.add_argument("--cache", type=Path, default=folder_of("TIEDLORA_CACHE"), help="as cache= of train.py")
     arguments = parser.parse_args()
     if arguments.rows < 0:
         raise UserError(f"--rows {arguments.rows}: must be at least 0")

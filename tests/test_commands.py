@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -41,6 +42,11 @@ def assert_quiet(words: Sequence[str], *codes: int) -> None:
 )
 def test_output_ends_quietly(words):
     assert_quiet(words, 0, CLOSED_PIPE)
+
+
+def test_a_closed_output_is_no_error():
+    done = processes.run(["sh", "-c", f"{sys.executable} train.py --cfg job >&-"], cwd=PROJECT)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow

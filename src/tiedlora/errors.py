@@ -85,6 +85,10 @@ def exit_codes() -> Iterator[None]:
     # A log line whose reader has ended is lost without a traceback.
     logging.raiseExceptions = False
     sys.unraisablehook = _send_again
+    for name in ("stdout", "stderr"):
+        # Python gives a stream that the shell has closed (>&-) no object, and Hydra writes to it.
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     try:
         yield
         sys.stdout.flush()
@@ -107,6 +111,8 @@ def exit_codes() -> Iterator[None]:
             _end(STOP_MESSAGE, STOPPED)
         if isinstance(error, OSError) and error.errno in _OS_ERRORS:
             _end(f"error: {error.filename or 'a file'}: {_OS_ERRORS[error.errno]}, then run the command again", MISTAKE)
+        if isinstance(error, FileNotFoundError) and error.filename is None:
+            _end("error: the present folder is gone; change to one that exists, then run the command again", MISTAKE)
         if not is_out_of_memory(error):
             raise
         # Passes of training and batches of scoring are halved, so memory ran out elsewhere.

@@ -61,6 +61,7 @@ def test_a_claim_names_its_tasks_and_their_metrics(tmp_path):
         ((LOOKS, "looks: [3, 100000000]"), "looks at 100,000,000 seeds: at most 1,000 are allowed"),
         ((LOOKS, "looks: [3]\nseeds: [0, 1, 1]"), "at least 3 different seeds"),
         (("TA, rank: 8", "TA, rank: 8, seed_offset: 5"), "weakest: has the seeds of the plan"),
+        ((LOOKS, f"{LOOKS}\nfloor: {{configuration: LoRA, at: equal_rank}}"), "floor is the comparator"),
         (("claims:", "claim:"), r"claim: unknown key \(did you mean claims\?\)"),
         (("paper:", "paper: ["), "not readable YAML"),
     ],

@@ -126,11 +126,13 @@ def test_a_changed_data_row_is_named(copy):
     assert list(found) == ["data train"]
 
 
-def test_a_changed_configuration_key_is_named(copy):
+def test_a_changed_configuration_key_is_named_and_gets_no_scores(copy, script):
     path = copy / "config.yaml"
     original = path.read_text()
     path.write_text(original.replace("steps: 4", "steps: 5"))
     assert "train.steps is 5, recorded 4" in wrong(copy, rows=0)["configuration"]
+    code, _, error = script("scripts/score.py", copy, "--split", "test")
+    assert (code, "config.yaml: is not the configuration of" in error) == (2, True)
     path.write_text(original)
     for value in (0.5, "fast"):
         put(copy, "config.train.lr", value)

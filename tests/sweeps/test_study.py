@@ -63,6 +63,7 @@ def test_the_commands_are_those_of_the_plan_in_its_order(folder, tmp_path):
 # What a study that somebody passes on may not say, and the words that refuse it.
 HOSTILE = {
     "a name that is a path": (("name: small", "name: ../../evil"), "name=../../evil: becomes a folder's name"),
+    "another study's name": (("name: small", "name: other"), "name=other: must be the name of the study's folder"),
     "a part's name with control characters": (("name: first", 'name: "a\\e[2J"'), "parts.0.name=a␛[2J: becomes"),
     "another place for the runs": (("seed=0", "outputs=/tmp/x"), "words.1=outputs=/tmp/x: a study cannot set outputs;"),
     "a flag of the command": (("seed=0", "--config-dir=/tmp/x"), "words.1=--config-dir=/tmp/x: must be KEY=VALUE"),
@@ -231,7 +232,7 @@ def test_a_study_takes_the_runs_that_another_study_has_kept(folder, outputs, tmp
     study.export_study(folder, place)
     study.restore_study(folder, tmp_path / "outputs")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "study.yaml").write_text(PLAN)
+    (tmp_path / "other" / "study.yaml").write_text(PLAN.replace("small", "other"))
     assert study.export_study(tmp_path / "other", tmp_path / "outputs") == 3
     first, second = map(snapshot, (folder / "runs", tmp_path / "other" / "runs"))
     assert {path: kept for path, kept in first.items() if not path.startswith("sweeps")} == second

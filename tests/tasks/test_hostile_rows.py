@@ -60,7 +60,6 @@ def test_options_of_generated_rows(tmp_path):
         ("task.options.rows=3", "rows and parameters must be mappings"),
         ("task.options.dataset=no_such", "reasoning-gym refuses them"),
         ("task.options.parameters.min_terms=2.5", "reasoning-gym refuses them"),
-        ("+task.options.evil=1", "needs dataset and rows"),
     ):
         with refused(says):
             load_examples(compose_task("chain_sum", override), "train", None)

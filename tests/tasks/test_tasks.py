@@ -4,7 +4,6 @@ import re
 
 import pytest
 from helpers.task_rows import FIVE, GOOD, RELABELLED, one_example, task_option, write
-from helpers.tiny import task_option as compose_task
 
 from tiedlora.config.project import PROJECT
 from tiedlora.errors import UserError
@@ -192,13 +191,6 @@ def test_validation_from_train_takes_whole_groups_and_no_prompt_is_in_both(seed,
     assert "".join(validation) == held_out
     assert not set(train) & set(validation)
     assert set(train) | set(validation) == set("abcd")
-
-
-def test_options_that_a_task_does_not_know_are_refused():
-    with pytest.raises(UserError, match=r"task\.options"):
-        compose_task("dialogsum", "+task.options.stemmer=true").signatures()
-    with pytest.raises(UserError, match=r"task\.target"):
-        task_option("hellaswag", "task.target=x")
 
 
 def test_an_ending_that_is_only_a_mark_can_be_scored():

@@ -147,6 +147,8 @@ def _comparable_runs(groups: Sequence[RunGroup], measure: Measure) -> list[tuple
     split = measure.split
     by_seed = [{run.seed: run for run in measure.scored(group.runs)} for group in groups]
     seeds = [seed for seed in by_seed[0] if all(seed in runs for runs in by_seed)]
+    if unscored := [group.name for group, runs in zip(groups, by_seed, strict=True) if not runs]:
+        raise UserError(f"no run of {' or '.join(unscored)} has {measure.metric} on {measure.split}")
     if not seeds:
         raise UserError("no seed in common")
     compared = [tuple(runs[seed] for seed in seeds) for runs in by_seed]

@@ -56,6 +56,10 @@ def check_new_run(config: Config) -> None:
             f"model.name={model.name}: model.source=embedded is {EMBEDDED_NAME}; for another, add model.source=hub (or "
             "model.path=FOLDER)"
         )
+    if model.source == "random" and model.path:
+        raise UserError(
+            f"model.path={model.path}: a random model is in no folder; leave it out, or set model.source=hub"
+        )
     if config.tracking.backend in ("wandb", "auto") and "/" in config.tracking.project:
         raise UserError(
             f"tracking.project={config.tracking.project}: W&B's names hold no '/'; give the team as tracking.entity"

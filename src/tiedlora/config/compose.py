@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from tiedlora.config.check import check
 from tiedlora.config.explain import options, peft_options, readable_errors, schema_keys
 from tiedlora.config.identity import adapter_digest, adapter_folder, identity, leaves, run_id, without_gone_keys
 from tiedlora.config.methods import complete_method
-from tiedlora.config.project import CONF, PROJECT
+from tiedlora.config.project import CONF, PROJECT, folder_of
 from tiedlora.config.schema import Config, TaskConfig, TyingConfig
 from tiedlora.config.sizes import at_budget
 from tiedlora.errors import UserError
@@ -181,12 +180,24 @@ def read_config(path: Path) -> Config:
         raise UserError(f"{path}: {error}") from None
 
 
+def read_finished_config(path: Path, id: str) -> Config:
+    """The configuration in the config.yaml of the finished run `id`.
+
+    Raises:
+        UserError: as `read_config`; or it is the configuration of another run.
+    """
+    config = read_config(path)
+    if run_id(config) != id:
+        raise UserError(f"{path}: is not the configuration of {id}, whose result.json is beside it; undo its changes")
+    return config
+
+
 def rows_are_in(config: Config, given: str | None) -> str | None:
     """Where the rows of a finished run are now: in the folder that is given, or the run's own if it is here, or that of
     TIEDLORA_DATA; None means the hub.
     """
     own = config.data_root if config.data_root and Path(config.data_root).is_dir() else None
-    return given or own or os.environ.get("TIEDLORA_DATA") or config.data_root
+    return given or own or folder_of("TIEDLORA_DATA") or config.data_root
 
 
 def _own_variable(name: str, *default: str | None) -> str | None:

@@ -39,7 +39,7 @@ def resolve_device(name: str) -> torch.device:
             )
     device = torch.device(name)
     if not _is_here(device):
-        raise UserError(f"train.device={name}: no such CUDA device here; use train.device=auto or cpu")
+        raise UserError(f"device {name}: no such CUDA device here; use auto or cpu (train.device= or --device)")
     return device
 
 

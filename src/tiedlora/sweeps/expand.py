@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Annotated, Any
 
@@ -29,6 +29,7 @@ from tiedlora import tying
 from tiedlora.config import compose
 from tiedlora.config.check import check_new_run
 from tiedlora.config.explain import readable_errors
+from tiedlora.config.identity import config_tree, leaves
 from tiedlora.config.project import CONF
 from tiedlora.config.schema import Config
 from tiedlora.config.sizes import trainable_params
@@ -239,7 +240,15 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
     cells: dict[str, SweepCell] = {}
     for words in map(list, itertools.product(*axes.values())):
         cell = _cell(composer, words)
-        cells.setdefault(cell.run_id, cell)
+        first = cells.setdefault(cell.run_id, cell)
+        if first.config != cell.config:
+            # Two budgets may have one nearest size.
+            values, same = (leaves(config_tree(replace(each.config, budget=None))) for each in (first, cell))
+            if differing := sorted(key for key in {*values, *same} if values.get(key) != same.get(key)):
+                raise UserError(
+                    f"{', '.join(differing)}: does not change what a run is, so all its values are the one run "
+                    f"{cell.run_id}; give one"
+                )
         # Beside it stand its matching LoRA (+grid=matched) and the sweep's arms, at the same values of the other axes.
         arms = list(options.arms)
         if options.match_lora:

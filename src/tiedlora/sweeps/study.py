@@ -143,16 +143,20 @@ def read_study(folder: Path) -> Study:
     """The study of a folder.
 
     Raises:
-        UserError: study.yaml is missing, or a key is missing or wrong; the message names it.
+        UserError: study.yaml is missing, or a key is missing or wrong, or the name is not the folder's.
     """
     path = folder / PLAN
     if not path.is_file():
         raise UserError(f"{path}: no such file; a study is a folder with a {PLAN}, such as studies/tied-lora-smollm2")
     tree = OmegaConf.to_container(storage.read_yaml(path))
     try:
-        return from_person(Study, tree)
+        study = from_person(Study, tree)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if study.name != (own := folder.resolve().name):
+        # The copy of another study would export that study's runs.
+        raise UserError(f"{path}: name={study.name}: must be the name of the study's folder, {own}")
+    return study
 
 
 def check_committed(folder: Path) -> None:

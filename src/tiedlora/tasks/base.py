@@ -47,6 +47,8 @@ class Task:
     """The field whose end is cut off if a prompt is too long. It is never the question or the target."""
     generator: ClassVar[str] = ""
     """The package whose version decides the rows of a task that makes its own; empty for a task that reads them."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """The keys that `task.options` may have."""
     inputs_recur: ClassVar[bool] = False
     """Whether short inputs occur in several splits. If so, training rows with a prompt of a scored row are left out."""
 

@@ -27,6 +27,7 @@ class DialogSum(Task):
     fields = {"id": str, "dialogue": str, "summary": str}
     metrics = ("rouge1", "rouge2", "rougeL")
     shortens = "dialogue"
+    options = ("use_stemmer",)
 
     def group_id(self, row_id: str) -> str:
         match = ONE_OF_SEVERAL.fullmatch(row_id)
@@ -46,10 +47,10 @@ class DialogSum(Task):
 
     @property
     def _use_stemmer(self) -> bool:
-        options = self.config.options
-        if set(options) - {"use_stemmer"} or not isinstance(options.get("use_stemmer", False), bool):
-            raise UserError(f"task.options: may hold only use_stemmer=true or use_stemmer=false; got {options}")
-        return bool(options.get("use_stemmer", False))
+        stems = self.config.options.get("use_stemmer", False)
+        if not isinstance(stems, bool):
+            raise UserError(f"task.options.use_stemmer={stems}: choose true or false")
+        return stems
 
     def score(self, output: str, example: Example) -> dict[str, Score]:
         scores = self._scorer.score_multi([reference.strip() for reference in example.references], output.strip())

@@ -22,6 +22,7 @@ BEFORE = {"test": (), "validation": ("test",), "train": ("test", "validation")}
 
 class Generated(Gsm8k):
     generator = "reasoning-gym"
+    options = ("dataset", "parameters", "rows")
 
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)
@@ -48,9 +49,8 @@ class Generated(Gsm8k):
         import reasoning_gym  # noqa: PLC0415
 
         options = self.config.options
-        unknown = set(options) - {"dataset", "parameters", "rows"}
-        if unknown or not {"dataset", "rows"} <= set(options):
-            raise UserError(f"task.options: needs dataset and rows, may have parameters; got {', '.join(options)}")
+        if not {"dataset", "rows"} <= set(options):
+            raise UserError(f"task.options: needs dataset and rows; got {', '.join(options)}")
         parameters = options.get("parameters", {})
         if not isinstance(options["rows"], dict) or not isinstance(parameters, dict):
             raise UserError("task.options: rows and parameters must be mappings, as in rows={train: 100}")

@@ -98,9 +98,10 @@ def hub_errors(config: TaskConfig, split: str) -> Iterator[str]:
 def ways_to_get(config: TaskConfig) -> str:
     """The end of a message about rows that are not there."""
     name = config.folder or config.name
+    splits = "{train,test}" if config.validation_from_train else "{train,validation,test}"
     return (
         f"Three ways to get it: reach the hub ({config.hub.id or 'it is not there'}); or, where the hub is in reach, "
         f"`python scripts/fetch_data.py task={config.name} data_root=FOLDER`, and copy FOLDER here; or put "
-        f"{name}/{{train,validation,test}}.jsonl with the hub's field names in your FOLDER. Then data_root=FOLDER "
+        f"{name}/{splits}.jsonl with the hub's field names in your FOLDER. Then data_root=FOLDER "
         "or TIEDLORA_DATA=FOLDER"
     )

@@ -121,6 +121,16 @@ def backend_of(config: Config) -> str:
     return _chosen() if config.tracking.backend == AUTO else config.tracking.backend
 
 
+def check_installed(config: Config) -> None:
+    """Refuse a tracker that tracking= names and that cannot be imported, before anything is loaded.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    if (backend := config.tracking.backend) not in (AUTO, NONE):
+        importlib.import_module(f"tiedlora.tracking.{backend}")
+
+
 @cache
 def _chosen() -> str:
     """What `auto` chooses. It is logged once in a process."""
