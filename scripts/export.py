@@ -45,7 +45,7 @@ def main() -> None:
     out = (arguments.out or run.path / "export" / arguments.to).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; remove it, or choose another folder with --out")
-    config = read_finished_config(run.config_file, record.run_id)
+    config = read_finished_config(run.config_file, record.config.tree)
 
     # Imported here because torch and transformers take seconds, and a wrong argument should be refused before that.
     from tiedlora.export.folder import ExportOptions, export_run

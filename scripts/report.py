@@ -28,8 +28,8 @@ def main() -> None:
     if arguments.readme:
         readme.check(arguments.readme)
     of_study = [folder / "claims.yaml" for folder in arguments.runs if (folder / "claims.yaml").is_file()]
-    if len(of_study) > 1 and not arguments.claims:
-        raise UserError(f"--claims: {' and '.join(map(str, of_study))} have other claims; name one file")
+    if len({path.read_bytes() for path in of_study}) > 1 and not arguments.claims:
+        raise UserError(f"--claims: {' and '.join(map(str, of_study))} differ; name the file to use")
     report = write.build(arguments.runs, claims=arguments.claims or (*of_study, CLAIMS)[0], split=arguments.split)
     for line in write.write(report, arguments.out):
         print(line)

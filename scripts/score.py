@@ -35,7 +35,7 @@ def main() -> None:
     show_log()
     folder = RunFolder(arguments.run.absolute())
     record = folder.finished_record()
-    config = compose.read_finished_config(folder.config_file, record.run_id)
+    config = compose.read_finished_config(folder.config_file, record.config.tree)
     config.outputs, config.cache = str(folder.path.parent), arguments.cache or config.cache
     task = load_task(config.task)
     is_alone = arguments.forgetting and not (arguments.metrics or arguments.drift or arguments.again)

@@ -121,7 +121,7 @@ def repeat(folder: Path, run_ids: list[str], outputs: Path, data_root: str | Non
         raise UserError(f"repeat: takes one run; give the name of a folder in {folder / 'runs'}")
     (kept,) = finished_runs(folder, run_ids)
     recorded = kept.finished_record()
-    config = compose.read_finished_config(kept.config_file, recorded.run_id)
+    config = compose.read_finished_config(kept.config_file, recorded.config.tree)
     config.outputs, config.data_root, config.force = str(outputs), data_root, True
     # The record has no path of a neutral text. A tracker would replace the run that it has under this id.
     config.score.splits, config.score.forgetting, config.tracking.backend = [], None, "none"

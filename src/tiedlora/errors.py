@@ -111,13 +111,21 @@ def exit_codes() -> Iterator[None]:
             _end(STOP_MESSAGE, STOPPED)
         if isinstance(error, OSError) and error.errno in _OS_ERRORS:
             _end(f"error: {error.filename or 'a file'}: {_OS_ERRORS[error.errno]}, then run the command again", MISTAKE)
-        if isinstance(error, FileNotFoundError) and error.filename is None:
+        if isinstance(error, FileNotFoundError) and _folder_is_gone():
             _end("error: the present folder is gone; change to one that exists, then run the command again", MISTAKE)
         if not is_out_of_memory(error):
             raise
         # Passes of training and batches of scoring are halved, so memory ran out elsewhere.
         advice = "close other programs, or take a smaller model, tying or rank, or train.dtype=bfloat16"
         _end(f"error: out of memory while loading, at an update or elsewhere; {advice}", MISTAKE)
+
+
+def _folder_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _is_stop(error: BaseException | None) -> bool:

@@ -65,6 +65,7 @@ def test_the_yardstick_brings_the_curve_the_floor_and_the_weakest_arm_at_every_r
         *((f"LoRA_l{count}", 1) for count in (15, 8, 4, 2)),
     }
     assert len(sweep.cells) == len(arms) * 4
+    assert len(compose_sweep(["+grid=yardstick", "tying=TABuv,LoRA", "train.lr=1e-2", "budget=23040"]).cells) == 10
 
 
 def test_matched_cells_have_the_nearest_lora_rank():

@@ -103,7 +103,7 @@ def test_a_package_that_is_missing_is_a_mistake_only_if_it_was_asked_for(tiny_co
     RunTrackers(TrackedRun("run", tmp_path, tiny_config(), 1), step=0).log(rows(1))
     assert read_metrics(tmp_path / "metrics.jsonl") == rows(1)
     with pytest.raises(UserError, match="wandb is not installed"):
-        run_trackers.check_installed(tiny_config("tracking=wandb"))
+        run_trackers.check_tracker(tiny_config("tracking=wandb"))
 
 
 def test_the_table_of_answers_is_bounded_has_plain_texts_and_no_row_without_an_answer(tmp_path):

@@ -221,7 +221,7 @@ def read(path: Path) -> list[Claim]:
     # A claim's own floor or weakest arm replaces that of its file.
     claims = [Claim(**{**shared, **{k: v for k, v in vars(entry).items() if v is not None}}) for entry in file.claims]
     for claim in claims:
-        if claim.floor == claim.comparator:
+        if claim.rule.needs_zero and claim.floor == claim.comparator:
             raise UserError(f"{path}: {claim.name}: the floor is the comparator, whose gain would be 0; choose another")
         if shared_seeds := claim.shared_seeds(0):
             raise UserError(

@@ -26,7 +26,15 @@ from omegaconf.resolvers import oc
 from tiedlora import storage
 from tiedlora.config.check import check
 from tiedlora.config.explain import options, peft_options, readable_errors, schema_keys
-from tiedlora.config.identity import adapter_digest, adapter_folder, identity, leaves, run_id, without_gone_keys
+from tiedlora.config.identity import (
+    adapter_digest,
+    adapter_folder,
+    config_tree,
+    identity,
+    leaves,
+    run_id,
+    without_gone_keys,
+)
 from tiedlora.config.methods import complete_method
 from tiedlora.config.project import CONF, PROJECT, folder_of
 from tiedlora.config.schema import Config, TaskConfig, TyingConfig
@@ -41,6 +49,8 @@ _IS_NEW = tuple(map(int, omegaconf.__version__.split(".")[:2])) >= (2, 4)
 _HYDRA_IS_NEW = tuple(map(int, hydra.__version__.split(".")[:2])) >= (1, 4)
 VERSION_BASE: dict[str, Any] = {} if _HYDRA_IS_NEW else {"version_base": "1.3"}
 """Hydra 1.3 asks which version's defaults to take. 1.4 has these defaults, and warns if it is told."""
+PATHS = ("outputs", "cache", "data_root", "model.path")
+"""Keys that name places of the machine: they are no part of a run, and `verify` may get others."""
 ARGUMENTS = "tying.resolved."
 """Where the identity has the arguments of another method. The user sets them under tying.arguments."""
 LR_FACTORS = "tying.lr_factors."
@@ -180,16 +190,30 @@ def read_config(path: Path) -> Config:
         raise UserError(f"{path}: {error}") from None
 
 
-def read_finished_config(path: Path, id: str) -> Config:
-    """The configuration in the config.yaml of the finished run `id`.
+def read_finished_config(path: Path, recorded: dict[str, Any]) -> Config:
+    """The configuration in the config.yaml of a finished run.
+
+    Args:
+        recorded: the configuration in the run's record.
 
     Raises:
-        UserError: as `read_config`; or it is the configuration of another run.
+        UserError: as `read_config`; or a key has another value than in the record.
     """
     config = read_config(path)
-    if run_id(config) != id:
-        raise UserError(f"{path}: is not the configuration of {id}, whose result.json is beside it; undo its changes")
+    for key, (found, value) in compared_keys(config, recorded).items():
+        if found != value:
+            raise UserError(f"{path}: {key} is {found!s:.80}, and was {value!s:.80} in the run; undo the change")
     return config
+
+
+def compared_keys(config: Config, recorded: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Every key but those of PATHS -> its value in a finished run's config.yaml and in its record.
+
+    An older record lacks keys that were added later, and has keys that are gone: it is read as a config.yaml is.
+    """
+    found, values = (leaves(json.loads(json.dumps(config_tree(each)))) for each in (config, typed(recorded)))
+    keys = sorted({*found, *values} - set(PATHS))
+    return {key: (found.get(key), values.get(key)) for key in keys}
 
 
 def rows_are_in(config: Config, given: str | None) -> str | None:

@@ -15,20 +15,22 @@ from tiedlora.config.schema import Config
 from tiedlora.errors import UserError
 from tiedlora.models.base_model import BaseModel, load_base
 from tiedlora.models.device import resolve_device
+from tiedlora.records.run_folder import RunFolder
 
 
 def config_of(run: Path | str) -> Config:
     """The resolved configuration of a run's folder.
 
     Raises:
-        UserError: the folder is not a run's, or its config.yaml is wrong.
+        UserError: the folder is not a run's, or its config.yaml is wrong, or not that of its result.json.
     """
     path = os.path.join(os.path.expanduser(run), "config.yaml")
     if not os.path.isfile(path):
         raise UserError(
             f"{run}: is not a run's folder (it has no config.yaml); give a run (in Python, you may pass the base model)"
         )
-    return compose.read_config(Path(path))
+    record = RunFolder(Path(path).parent).record()
+    return compose.read_finished_config(Path(path), record.config.tree) if record else compose.read_config(Path(path))
 
 
 def base_of(run: Path | str, dtype: str | None = None, device: str = "cpu", cache: str | None = None) -> BaseModel:

@@ -46,7 +46,7 @@ from tiedlora.scoring.split import Scorer, in_shares
 from tiedlora.scoring.summary import summarise
 from tiedlora.tasks import Example, load_examples, load_task
 from tiedlora.tracking.progress import ProgressBar
-from tiedlora.tracking.run_trackers import RunTrackers, TrackedRun, check_installed
+from tiedlora.tracking.run_trackers import RunTrackers, TrackedRun, check_tracker
 from tiedlora.training import checkpoint, compiling
 from tiedlora.training.distributed import World, join_world, shard
 from tiedlora.training.loop import Loop, TrainState
@@ -83,7 +83,8 @@ def carry_out(config: Config) -> RunRecord | None:
                 )
             return finished if world.is_first else None
         check_new_run(config)
-        check_installed(config)
+        if world.is_first:
+            check_tracker(config)
         # 2. Load. From here on, after a signal the same command continues the run, also if it came while loading.
         with StopSignal() as stop, ExitStack() as undone:
             trainer = Trainer(config, world)

@@ -24,7 +24,7 @@ from tiedlora import storage
 from tiedlora.adapter import arms
 from tiedlora.adapter.attach import attach_saved
 from tiedlora.config import compose
-from tiedlora.config.identity import config_tree, identity, leaves, run_id
+from tiedlora.config.identity import identity, leaves, run_id
 from tiedlora.config.schema import FORGETTING, Config
 from tiedlora.data.encoding import Encoder
 from tiedlora.errors import UserError
@@ -45,7 +45,6 @@ from tiedlora.text import visible
 
 Asked = list[tuple[Example, PredictionRow, PredictionRow]]
 """Examples that were asked again, each with its row of now and the recorded one."""
-PATHS = ("outputs", "cache", "data_root", "model.path")
 LEAST_LOSS, LEAST_DRIFT = 1.0, 0.02
 """In nats: a smaller loss or drift of a row may differ by its tolerance of this. bfloat16 rounds logits to 8 bits."""
 CLOSE = 1e-9
@@ -179,13 +178,9 @@ def _compared(check: str, values: Mapping[str, tuple[object, object]], agree: st
 
 def _check_configuration(run: CheckedRun) -> Iterator[Finding]:
     """Check that config.yaml, result.json (configuration and identity) and the folder's name describe one run."""
-    # An older record lacks keys that were added later, and has keys that are gone: it is read as a config.yaml is.
-    recorded_config = config_tree(compose.typed(run.record.config.tree))
-    recorded = leaves(_as_json({**recorded_config, "identity": run.record.identity.tree}))
-    found = leaves(_as_json({**config_tree(run.config), "identity": identity(run.config)}))
-    # Paths of the machine are no part of a run, and verify may have been given others.
-    keys = sorted({*recorded, *found} - set(PATHS))
-    values = {key: (found.get(key), recorded.get(key)) for key in keys}
+    values = compose.compared_keys(run.config, run.record.config.tree)
+    own, recorded = leaves(_as_json(identity(run.config))), leaves(run.record.identity.tree)
+    values |= {f"identity.{key}": (own.get(key), recorded.get(key)) for key in sorted({*own, *recorded})}
     name = run.folder.path.name
     values |= {"the id": (run_id(run.config), run.record.run_id), "the folder's name": (name, run.record.run_id)}
     yield _compared("configuration", values, f"config.yaml, result.json and the folder's name make one id, {name}")

@@ -53,12 +53,16 @@ def wanted_passes(metrics: Sequence[str] | None, task: Task, drift: bool = False
 
 
 def check_words(config: Config) -> None:
-    """Check what a run is asked to score, before anything is loaded.
+    """Check what a run is asked to score, and the options of its task, before anything is loaded.
 
     Raises:
         UserError: an option of the task, the name of a metric or a neutral text is wrong.
     """
-    task = load_task(config.task)
+    task, kind = load_task(config.task), config.task.kind
+    for name in config.task.options:
+        if name not in task.options:
+            known = ", ".join(task.options) or "none"
+            raise UserError(f"task.options.{name}: task.kind={kind} has no such option; its options: {known}")
     wanted_passes(config.score.metrics, task)
     if config.objective.name == "reward":
         reward_metric(config.objective, task)

@@ -242,8 +242,7 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
         cell = _cell(composer, words)
         first = cells.setdefault(cell.run_id, cell)
         if first.config != cell.config:
-            # Two budgets may have one nearest size.
-            values, same = (leaves(config_tree(replace(each.config, budget=None))) for each in (first, cell))
+            values, same = (leaves(config_tree(_unlabelled(each.config))) for each in (first, cell))
             if differing := sorted(key for key in {*values, *same} if values.get(key) != same.get(key)):
                 raise UserError(
                     f"{', '.join(differing)}: does not change what a run is, so all its values are the one run "
@@ -269,6 +268,11 @@ def expand(master: DictConfig, loader: ConfigLoader, overrides: list[str], compo
         return [places.setdefault(repr(each), len(places)) for each in shared]
 
     return Sweep("+".join(names) or "sweep", sorted(cells.values(), key=place))
+
+
+def _unlabelled(config: Config) -> Config:
+    """The configuration without the names of its arm: two budgets or two options may mean one arm."""
+    return replace(config, budget=None, tying=replace(config.tying, name="", suggested_lr=1.0))
 
 
 def _values(override: Override) -> list[str]:

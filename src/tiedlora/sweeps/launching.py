@@ -44,6 +44,7 @@ from tiedlora.scoring.passes import check_words
 from tiedlora.sweeps.cells import Goal, Sweep, SweepCell, SweepControl, frozen_cell
 from tiedlora.tasks import load_examples, load_task
 from tiedlora.text import aligned, clock, visible
+from tiedlora.tracking.run_trackers import check_tracker
 from tiedlora.training.signals import also_stopped_by, stopped_by_signals
 
 log = logging.getLogger(__name__)
@@ -124,17 +125,19 @@ def _log_progress(sweep: Sweep, leave: threading.Event) -> None:
 
 
 def check_scoring(cells: Iterable[SweepCell]) -> None:
-    """Check what is scored after all training, where a mistake would cost the time of the sweep: words and test rows.
+    """Check what would fail later and cost the time of the sweep: words, trackers and test rows.
 
     Rows of the hub and rows that a task generates are left to the run that scores them.
 
     Raises:
-        UserError: a metric, a neutral text or an option of a task is wrong; there are no rows, or one is wrong.
+        UserError: a metric, a neutral text or an option of a task is wrong; a tracker is not installed; there are no
+            rows, or one is wrong.
     """
     cells = list(cells)
     for cell in cells:
         if not cell.folder.result_file.exists():
             check_words(cell.config)
+            check_tracker(cell.config)
     wanted = [cell.config for cell in cells if "test" in cell.config.score.splits and cell.config.data_root is not None]
     for config in {(repr(config.task), config.data_root): config for config in wanted}.values():
         if not (task := load_task(config.task)).generator:

@@ -121,7 +121,7 @@ def backend_of(config: Config) -> str:
     return _chosen() if config.tracking.backend == AUTO else config.tracking.backend
 
 
-def check_installed(config: Config) -> None:
+def check_tracker(config: Config) -> None:
     """Refuse a tracker that tracking= names and that cannot be imported, before anything is loaded.
 
     Raises:
