@@ -73,7 +73,6 @@ def test_every_package_has_its_place_in_contributing_too_and_says_what_belongs_t
 
 
 def test_what_needs_no_torch_imports_none():
-    """All modules but those that only scoring or a tracker loads."""
     names = [
         ".".join(path.relative_to(SRC).with_suffix("").parts)
         for package in NO_TORCH

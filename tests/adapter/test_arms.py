@@ -197,7 +197,6 @@ def test_the_identity_has_all_arguments_and_not_the_budget():
     ],
 )
 def test_mistakes_are_one_line(words, message):
-    """More of them are in test_mistakes.py."""
     with pytest.raises(UserError, match=message) as caught:
         trainable_params(composed(["model=tiny_llama", *words]))
     assert "\n" not in str(caught.value)

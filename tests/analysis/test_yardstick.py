@@ -218,6 +218,12 @@ class TestCurve:
         assert answer.verdict == "supported"
         assert {row.group.label: row.worth for row in trial(tmp_path).rows if row.group.rank == 8} == before
 
+    def test_a_size_that_scores_worse_than_a_smaller_one_says_so(self, root, tmp_path):
+        shutil.copytree(root / "runs", tmp_path / "runs")
+        world(tmp_path / "runs", {("LoRA", 2): 0.5}, **SURE)
+        weak = {row.group.name for row in trial(tmp_path).rows if "scores worse than LoRA r=1, which" in str(row.notes)}
+        assert weak == {"LoRA r=2"}
+
     @pytest.mark.parametrize("kind", ["a diverged seed", "another metric", "another split"])
     def test_a_size_takes_part_if_all_its_seeds_have_ended_with_the_metric(self, root, tmp_path, kind):
         shutil.copytree(root / "runs", tmp_path / "runs")

@@ -117,7 +117,6 @@ def test_every_option_composes_and_opens_with_its_command(path):
 
 
 def test_hydra_knows_each_method_of_the_table_as_an_option():
-    """conf/peft_methods.yaml: the options compose, and Hydra lists them (for --help and the shell's completion)."""
     configuration.register()
     with initialize_config_dir(config_dir=str(CONF), **configuration.VERSION_BASE):
         listed = GlobalHydra.instance().config_loader().get_group_options("tying/peft")

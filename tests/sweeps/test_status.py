@@ -168,7 +168,6 @@ class TestCommand:
 
     @pytest.mark.slow
     def test_a_live_table_on_a_terminal(self, sweep, tmp_path, finish):
-        """On a terminal it redraws the screen, and Ctrl-C leaves it, with the last table below."""
         finish(sweep.cells[0].config)
         main, terminal = pty.openpty()
         command = [sys.executable, "scripts/sweep.py", "watch", "sweep", f"outputs={tmp_path}/outputs"]

@@ -403,6 +403,10 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Sequence[RunGroup],
         with contextlib.suppress(UserError):
             sides = paired_scores(group, lora, measure, book)
             row.retained, row.retains_at_least = rules.share(sides), rules.retained_at_least(sides, 1 - LEVEL)
+    for smaller in lora_curve[: lora_curve.index(group)] if group in lora_curve else ():
+        found, _ = difference(group, smaller, measure, book)
+        if found is not None and measure.sign * found.value < 0:
+            row.notes.append(f"scores worse than {smaller.name}, which is smaller: a weak point of the curve")
     if row.primary and group not in lora_curve:
         # A note on the row's score already says what is wrong with its predictions.
         with contextlib.suppress(UserError):
