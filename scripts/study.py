@@ -49,13 +49,15 @@ def main() -> None:
         raise UserError(f"{' '.join(arguments.words)}: {arguments.what} takes no words; change {study.PLAN} instead")
     if arguments.part and arguments.what not in ("plan", "forecast", "run"):
         raise UserError(f"--part: is for plan, forecast and run; {arguments.what} takes the whole study")
+    if arguments.outputs and arguments.what == "verify":
+        raise UserError("--outputs: verify checks the records in the study's folder; leave it out")
     show_log()
     if arguments.data_root:
         # The cells of the plan take it from there.
         os.environ["TIEDLORA_DATA"] = arguments.data_root
     planned = study.read_study(arguments.study)
     root = Path(folder_of("TIEDLORA_OUTPUTS") or PROJECT / "outputs")
-    outputs = (arguments.outputs or root / "studies" / planned.name).absolute()
+    outputs = (arguments.outputs or root / "studies" / planned.name).expanduser().absolute()
     if arguments.what == "plan":
         for part, words, _ in planned.composed(outputs, arguments.part):
             print(f"{part}: python train.py --multirun {' '.join(map(shown, words))}")

@@ -211,9 +211,14 @@ def compared_keys(config: Config, recorded: dict[str, Any]) -> dict[str, tuple[A
 
     An older record lacks keys that were added later, and has keys that are gone: it is read as a config.yaml is.
     """
-    found, values = (leaves(json.loads(json.dumps(config_tree(each)))) for each in (config, typed(recorded)))
+    found, values = (leaves(as_recorded(config_tree(each))) for each in (config, typed(recorded)))
     keys = sorted({*found, *values} - set(PATHS))
     return {key: (found.get(key), values.get(key)) for key in keys}
+
+
+def as_recorded(tree: Any) -> Any:
+    """The tree after a JSON round trip, so that it can be compared with one that was read from a record."""
+    return json.loads(json.dumps(tree))
 
 
 def rows_are_in(config: Config, given: str | None) -> str | None:

@@ -10,7 +10,6 @@ be expected again. But each of its tokens must still be as likely as the likelie
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -179,16 +178,11 @@ def _compared(check: str, values: Mapping[str, tuple[object, object]], agree: st
 def _check_configuration(run: CheckedRun) -> Iterator[Finding]:
     """Check that config.yaml, result.json (configuration and identity) and the folder's name describe one run."""
     values = compose.compared_keys(run.config, run.record.config.tree)
-    own, recorded = leaves(_as_json(identity(run.config))), leaves(run.record.identity.tree)
+    own, recorded = leaves(compose.as_recorded(identity(run.config))), leaves(run.record.identity.tree)
     values |= {f"identity.{key}": (own.get(key), recorded.get(key)) for key in sorted({*own, *recorded})}
     name = run.folder.path.name
     values |= {"the id": (run_id(run.config), run.record.run_id), "the folder's name": (name, run.record.run_id)}
     yield _compared("configuration", values, f"config.yaml, result.json and the folder's name make one id, {name}")
-
-
-def _as_json(tree: Any) -> Any:
-    """The tree after a JSON round trip, so that it can be compared with one that was read from a file."""
-    return json.loads(json.dumps(tree))
 
 
 def _check_files(run: CheckedRun) -> Iterator[Finding]:
@@ -302,7 +296,7 @@ def _misscored(run: CheckedRun, rows: Sequence[PredictionRow], split: str, check
         example = by_id.get(row.id) or Example(row.id, row.prompt, "", tuple(row.references), tuple(row.choices or ()))
         # A choice among given texts is scored by the likelihoods of the texts, which are in the row.
         answer = row.output if row.log_likelihoods is None else row.log_likelihoods
-        scores = _as_json(run.task.score(answer, example)) if row.has_answer else {}
+        scores = compose.as_recorded(run.task.score(answer, example)) if row.has_answer else {}
         # Only the model can tell what a loss should be: regeneration asks it. But its two forms must agree.
         loss = _loss_and_tokens(row)
         if len(loss) == 2 and loss[1] >= 1:

@@ -58,11 +58,8 @@ def check_words(config: Config) -> None:
     Raises:
         UserError: an option of the task, the name of a metric or a neutral text is wrong.
     """
-    task, kind = load_task(config.task), config.task.kind
-    for name in config.task.options:
-        if name not in task.options:
-            known = ", ".join(task.options) or "none"
-            raise UserError(f"task.options.{name}: task.kind={kind} has no such option; its options: {known}")
+    task = load_task(config.task)
+    task.check_options()
     wanted_passes(config.score.metrics, task)
     if config.objective.name == "reward":
         reward_metric(config.objective, task)

@@ -153,9 +153,10 @@ def read_study(folder: Path) -> Study:
         study = from_person(Study, tree)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    if study.name not in (names := (folder.absolute().name, folder.resolve().name)):
+    names = (folder.absolute().name, folder.resolve().name)
+    if study.name not in names:
         # The copy of another study would export that study's runs.
-        raise UserError(f"{path}: name={study.name}: must be the name of the study's folder, {names[0] or names[1]}")
+        raise UserError(f"{path}: name={study.name}: must be the name of the study's folder, {names[1]}")
     return study
 
 

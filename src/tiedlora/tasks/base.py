@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tiedlora.config.schema import TaskConfig
+from tiedlora.errors import UserError
 from tiedlora.tasks.rows import DataRow, RowError, hub_errors
 
 Score = float | list[float]
@@ -54,6 +55,13 @@ class Task:
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
+
+    def check_options(self) -> None:
+        """Raises UserError if `task.options` has a key that the task does not have."""
+        for name in self.config.options:
+            if name not in self.options:
+                known, kind = ", ".join(self.options) or "none", self.config.kind
+                raise UserError(f"task.options.{name}: task.kind={kind} has no such option; its options: {known}")
 
     def generated_rows(self, split: str) -> list[DataRow] | None:
         """The rows that the task makes itself; None if it reads its rows."""
