@@ -76,7 +76,6 @@ def test_the_page_is_read_completely():
 
 
 def test_one_run_uses_everything(extended):
-    """The overrides of every command of the page."""
     overrides = dict.fromkeys([*BASIC, *(override for command in commands() for override in command)])
     start(extended, "train.py", *overrides, *EXECUTION)
     (result,) = (extended / "outputs").glob("*/result.json")
@@ -106,7 +105,6 @@ def test_one_run_uses_everything(extended):
 
 
 def test_ids_of_earlier_runs_stay(extended):
-    """Everything that the page adds changes nothing if it is not used."""
     overrides = ["model=tiny_llama", "tying=TAuv", "train=tiny"]
     code = "import sys; from tiedlora.config import compose, identity; "
     code += "print(identity.run_id(compose.compose_config(sys.argv[1:])))"

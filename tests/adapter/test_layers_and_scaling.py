@@ -78,7 +78,6 @@ def test_pefts_format_has_the_layers_and_the_scale(family, targets, scaling, ids
 
 
 def test_a_run_records_both_and_verifies(tiny_config, tmp_path, script):
-    """The share of LoRA stays one of LoRA on all layers."""
     config = tiny_config("tying=LoRA", "tying.layers=[1]", "rank.scaling=rslora", "rank.alpha=16")
     record = run.main(config)
     assert record.share_of_lora == pytest.approx(1 / 3)

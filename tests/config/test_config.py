@@ -211,7 +211,6 @@ def test_any_overrides_compose_or_are_refused(words):
 @given(st.lists(st.tuples(st.sampled_from(sorted(schema_keys())), ODD_VALUES), min_size=1, max_size=3))
 @search(40)
 def test_any_values_load_or_are_refused(tmp_path_factory, changes):
-    """A config.yaml with values of any kind at any place, as the run of a stranger may have."""
     values = OmegaConf.to_container(OmegaConf.create(dataclasses.asdict(compose_config(["model=tiny_llama"]))))
     for key, value in changes:
         node = values

@@ -25,7 +25,6 @@ ALIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e]")
 
 
 def test_what_a_model_wrote_reaches_no_page_table_or_terminal_alive(tmp_path, script):
-    """A run with hostile text in every place: outputs, prompts, ids, settings, devices, versions, errors."""
     for seed, (variant, lr) in enumerate((("cosine", 1e-2), (HOSTILE, 1e-2), ("=HYPERLINK(1)", 1e-3))):
         folder = scored_run(tmp_path / "runs", [1, 0, 1, 1], [0, 0, 1, 0], output=HOSTILE, seed=seed, lr=lr)
         put(folder, "identity.train.schedule", variant)
@@ -102,7 +101,6 @@ def leaves(node: object, prefix: tuple = ()) -> list[tuple]:
 @given(st.data())
 @search(25)
 def test_any_record_is_read_or_refused(place, tmp_path_factory, data):
-    """The report and the terminal read a good result.json with values of any kind in one or two places."""
     record = json.loads((place[0] / "result.json").read_text())
     for _ in range(data.draw(st.integers(1, 2))):
         *parents, last = data.draw(st.sampled_from(leaves(record)))

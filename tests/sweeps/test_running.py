@@ -65,7 +65,6 @@ class TestLaunchers:
         assert launched == [[free.run_id], [busy.run_id]]
 
     def test_a_cell_that_waits_while_another_one_is_killed_has_not_failed(self, tiny_run, capsys):
-        """As in the queue of a cluster, whose launcher raises an error at the first killed job."""
         swept = compose_sweep(tiny_run("seed=0,1,2,3"))
         victim = swept.cells[1].run_id
 

@@ -113,7 +113,6 @@ def test_a_failure_that_cannot_be_written_ends_the_sweep(tiny_config, tmp_path, 
 
 
 def test_a_failed_cells_tensors_are_gone_when_its_memory_is_freed(tiny_config, tmp_path, monkeypatch):
-    """Otherwise the next cell of the process has as much less memory."""
     tensors, alive = [], []
 
     def fail(config):
@@ -215,7 +214,6 @@ class TestControl:
         launching.run_sweep(swept, lambda *_: pytest.fail("launched a dropped cell"))
 
     def test_a_retried_cell_runs_when_the_launch_has_ended(self, frozen):
-        """One that failed, and one that was dropped before the start."""
         swept = frozen("seed=0,1,2")
         failed, dropped, free = (cell.run_id for cell in swept.cells)
         swept.control.drop([dropped])

@@ -81,7 +81,6 @@ def test_a_damaged_zip_of_the_hub(tmp_path, monkeypatch):
 @given(st.data(), st.sampled_from(FIVE))
 @search(150)
 def test_any_row_is_an_example_or_refused(tmp_path_factory, data, kind):
-    """A good row in which one field is replaced by a value of any kind, or an object of any kind."""
     row = json.loads(json.dumps(GOOD[kind]))
     if data.draw(st.booleans()):
         place, key = row, data.draw(st.sampled_from(sorted(row)))

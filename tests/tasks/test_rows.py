@@ -77,7 +77,6 @@ def test_files_of_editors_on_windows_are_read_as_any_other(tmp_path):
 
 
 def test_iwslt_pairs_come_out_of_the_official_zip(tmp_path, monkeypatch):
-    """A zip in the form of the official one: tags about talks, XML segments, entities, an empty side."""
     train = {
         "de": "<url>x</url>\n<title>T</title>\n Guten Tag. \n\nEins &amp; zwei\n<reviewer></reviewer>\n",
         "en": "<url>x</url>\n<title>T</title>\n Good day. \nLeft over\nOne &amp; two\n<reviewer></reviewer>\n",

@@ -71,7 +71,6 @@ class TestResume:
 
 
 def test_every_process_validates_and_scores_its_share(tiny_config, tmp_path, monkeypatch):
-    """Each batch is asked once, and losses and answers are those of one process, bit for bit."""
     # Three batches for two processes.
     config = tiny_config("score.batch_size=5", "train.steps=2")
     alone = run.main(config)
@@ -98,7 +97,6 @@ def test_every_process_validates_and_scores_its_share(tiny_config, tmp_path, mon
 
 
 def test_memory_that_runs_out_in_one_process_is_known_in_all(tiny_config, monkeypatch):
-    """Otherwise the others would wait for its share forever."""
 
     def score(rank):
         def rows_of(batch):

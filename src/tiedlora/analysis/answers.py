@@ -154,10 +154,9 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     sides = [method, *comparator.groups, *([pair.floor] if pair.floor is not None else [])]
     try:
         answer.measure = measure = _measure(claim, method, split)
-        # A seed has ended if it is scored, or diverged and never will be. Another failure can be repaired.
-        ended = {side.name: {run.seed for run in measure.scored(side.runs)} | side.diverged_seeds for side in sides}
+        ended = _ended(sides, measure)
         answer.decide = next_look(claim, 0, ended)
-        scores = compare.paired_scores(method, comparator, measure, book, pair.floor)
+        scores = compare.paired_scores(method, comparator, measure, book, pair.floor, claim.plan.seeds)
     except UserError as error:
         answer.reason = f"{method.name} and {comparator.name}{over}: {error}"
         return answer
@@ -191,6 +190,11 @@ def _answer(claim: Claim, pair: Pair, split: str, book: Scorebook) -> Answer:
     return answer
 
 
+def _ended(sides: Iterable[RunGroup], measure: Measure) -> dict[str, set[int]]:
+    """Group -> the seeds that are scored, or have diverged and never will be. Any other failure can be repaired."""
+    return {side.name: {run.seed for run in measure.scored(side.runs)} | side.diverged_seeds for side in sides}
+
+
 def _check_sensitivity(answer: Answer, pair: Pair, weakest: Pair, book: Scorebook) -> str:
     """Ask the claim's rule of its weakest arm, at the answer's look or the latest before it that the arm's seeds reach.
 
@@ -206,15 +210,16 @@ def _check_sensitivity(answer: Answer, pair: Pair, weakest: Pair, book: Scoreboo
     if any(side is not None and name_of(side) == name_of(arm) for side in (pair.method, *peer.groups, pair.floor)):
         return f"sensitivity not shown: {arm.name} is a side of the comparison itself"
     try:
-        scores = compare.paired_scores(arm, peer, answer.measure, book, pair.floor)
+        scores = compare.paired_scores(arm, peer, answer.measure, book, pair.floor, plan.seeds)
     except UserError as error:
         return f"sensitivity not shown: {arm.name}: {error}"
     if rule.needs_zero and scores.zero is None:
         return f"sensitivity not shown: no base was scored beside {arm.name}"
     # Later looks of the weakest arm may not change an answer that stands.
     taken = range((answer.look or 0) + 1)
-    reached = [number for number in taken if set(plan.of_look(number)) <= set(scores.seeds)]
-    if not reached:
+    ended = _ended([arm, *peer.groups, *([pair.floor] if pair.floor is not None else [])], answer.measure)
+    reached = [number for number in taken if set(plan.of_look(number)) <= set.intersection(*ended.values())]
+    if not reached or len(scores.of(plan.of_look(reached[-1])).seeds) < 2:
         return f"sensitivity not shown: {arm.name} does not have the seeds of a look"
     look, who = reached[-1], f"{arm.name}, the weakest arm at look {reached[-1] + 1}"
     seen, level = scores.of(plan.of_look(look)), plan.levels[look]
@@ -356,7 +361,7 @@ def next_look(claim: Claim, number: int, ended: Mapping[str, set[int]]) -> str:
     if not missing:
         return ""
     if len(set(seeds.values())) == 1:
-        missing = [f"seeds {next(iter(seeds.values()))} on both sides"]
+        missing = [f"seeds {next(iter(seeds.values()))} {'on both sides' if len(seeds) <= 2 else 'of every arm'}"]
     words = f"the look at {claim.plan.looks[number]} seeds: needs {', '.join(missing)}"
     offsets = {"method": claim.method.seed_offset, "comparator": claim.comparator.seed_offset}
     later = [f"those of the {name} are counted from {offset}" for name, offset in offsets.items() if offset]

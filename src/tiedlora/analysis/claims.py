@@ -353,6 +353,8 @@ def _on_curve(configuration: str, claim: Claim, anchor: RunGroup, groups: Sequen
         raise UserError(f"{anchor.name} is on the curve of {configuration} itself")
     if (blend := point(configuration, found, anchor.params)) is None:
         measured = ", ".join(f"{group.params:,}" for group in found) or "none"
+        late = [group.name for group in curve(configuration, anchor.setting, groups) if group not in found]
+        measured += f" ({', '.join(late)}: without the first look's seeds)" if late else ""
         raise UserError(f"{anchor.params:,} parameters are outside the measured sizes of {configuration}: {measured}")
     return blend
 
@@ -361,13 +363,14 @@ def sizes(claim: Claim, configuration: str, anchor: RunGroup, groups: Sequence[R
     """The sizes of a configuration in the anchor's setting that can be compared, in rising order.
 
     Each has the claim's metric on this split, on the seeds of the first look. So a size that has just begun does not
-    take part.
+    take part. A size with a failed seed does: the look waits until that run is repaired.
     """
     seeds, metric = set(claim.plan.of_look(0)), claim.tasks.get(anchor.task)
 
     def is_ready(group: RunGroup) -> bool:
         scored = [(run.seed, run.splits[split].metrics) for run in group.runs if split in run.splits]
-        return seeds <= {seed for seed, own in scored if not metric or metric in own} | group.diverged_seeds
+        failed = {trial.seed for trial in group.trials if trial.ending == "failed" and trial.lr == group.lr}
+        return seeds <= {seed for seed, own in scored if not metric or metric in own} | failed
 
     return curve(configuration, anchor.setting, list(filter(is_ready, groups)))
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +22,7 @@ from tiedlora.analysis.rules import Sides
 from tiedlora.analysis.runs import Measure, Run, Scorebook
 from tiedlora.errors import UserError
 from tiedlora.records.interval import LEVEL, Interval
-from tiedlora.records.loss_metrics import is_loss
+from tiedlora.records.loss_metrics import DRIFT, is_loss
 from tiedlora.text import counted, number_list
 
 BASELINE = "LoRA"
@@ -142,11 +142,13 @@ def other_ends(sides: Iterable[Iterable[Run]], measure: Measure) -> bool:
     return any(own != ends[0] for own in ends) and not is_loss(measure.metric)
 
 
-def _comparable_runs(groups: Sequence[RunGroup], measure: Measure) -> list[tuple[Run, ...]]:
-    """For each group, its scored runs of the seeds that all groups have, in the same order."""
+def _comparable_runs(
+    groups: Sequence[RunGroup], measure: Measure, among: Collection[int] | None = None
+) -> list[tuple[Run, ...]]:
+    """For each group, its scored runs of the seeds that all groups have (among some), in the same order."""
     split = measure.split
     by_seed = [{run.seed: run for run in measure.scored(group.runs)} for group in groups]
-    seeds = [seed for seed in by_seed[0] if all(seed in runs for runs in by_seed)]
+    seeds = [seed for seed in by_seed[0] if all(seed in runs for runs in by_seed) and seed in (among or by_seed[0])]
     if unscored := [group.name for group, runs in zip(groups, by_seed, strict=True) if not runs]:
         raise UserError(f"no run of {' or '.join(unscored)} has {measure.metric} on {measure.split}")
     if not seeds:
@@ -177,19 +179,31 @@ def _add_intervals(estimate: Estimate, ours: Array, theirs: Array | None, cluste
 
 
 def paired_scores(
-    method: RunGroup, comparator: Peer, measure: Measure, book: Scorebook, floor: RunGroup | None = None
+    method: RunGroup,
+    comparator: Peer,
+    measure: Measure,
+    book: Scorebook,
+    floor: RunGroup | None = None,
+    planned: Collection[int] | None = None,
 ) -> Sides:
     """The scores of the seeds that all sides have. Losses are negated.
 
     Args:
         floor: the zero point of gains; None takes the base model, if it was scored.
+        planned: the seeds of a plan. Only these are taken where one beside them cannot be compared.
 
     Raises:
         UserError: predictions are missing or damaged, the examples differ, or there is no seed in common.
     """
     groups = [method, *comparator.groups, *([floor] if floor is not None else [])]
-    runs = _comparable_runs(groups, measure)
-    (table, *others), clusters = book.tables(runs, measure)
+    try:
+        runs = _comparable_runs(groups, measure)
+        (table, *others), clusters = book.tables(runs, measure)
+    except UserError:
+        if planned is None:
+            raise
+        runs = _comparable_runs(groups, measure, planned)
+        (table, *others), clusters = book.tables(runs, measure)
     zero = None
     if floor is not None:
         zero = others.pop()
@@ -382,7 +396,7 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Sequence[RunGroup],
         return
     row.examples = runs[0].splits[measure.split].rows
     with contextlib.suppress(UserError):
-        read = book.read(runs[0], measure.split, False)
+        read = max((book.read(run, measure.split, False) for run in runs), key=lambda read: read.named_clusters)
         if read.clusters is not None:
             row.notes.append(f"rows in {len(read.clusters.sizes)} clusters, which intervals take as the sample")
         elif few := read.named_clusters:
@@ -392,6 +406,8 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Sequence[RunGroup],
     row.score, notes = score(runs, measure, book)
     row.notes += notes
     row.gain, why = gain(group, measure, book)
+    if row.gain is not None and row.gain.count < len(runs):
+        row.notes.append(f"minus base is over {counted(row.gain.count, 'seed')}")
     # The score's note has said it if the group's own predictions are wrong.
     if why and not any(why in note for note in notes):
         row.notes.append(f"minus base has no interval over examples: {why}")
@@ -405,11 +421,14 @@ def _fill(row: ResultRow, lora: RunGroup | None, lora_curve: Sequence[RunGroup],
             row.retained, row.retains_at_least = rules.share(sides), rules.retained_at_least(sides, 1 - LEVEL)
     for smaller in lora_curve[: lora_curve.index(group)] if group in lora_curve else ():
         found, _ = difference(group, smaller, measure, book)
-        if found is not None and measure.sign * found.value < 0:
-            row.notes.append(f"scores worse than {smaller.name}, which is smaller: a weak point of the curve")
+        is_worse = found is not None and measure.sign * found.value < -intervals.ROUNDING
+        if found is not None and is_worse and found.count >= WORTH_SEEDS and measure.metric != DRIFT:
+            words = f"{measure.unit.text(found.widest, '+')} against {smaller.name}"
+            row.notes.append(f"scores worse than a smaller size of the curve: {words}")
     if row.primary and group not in lora_curve:
-        # A note on the row's score already says what is wrong with its predictions.
-        with contextlib.suppress(UserError):
+        try:
             row.worth = worth(group, lora_curve, measure, book)
+        except UserError as error:
+            row.notes.append(f"no worth: {error}")
     if lora is None:
         row.notes.append(f"no LoRA at rank {group.rank} in the same setting to compare with")

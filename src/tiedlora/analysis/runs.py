@@ -352,7 +352,7 @@ class Scorebook:
     def tables(self, sides: Sequence[Sequence[Run]], measure: Measure) -> tuple[list[Array], Clusters | None]:
         """(runs, examples) for each side: the scores of all runs on the same examples; and the examples' clusters.
 
-        Earlier records do not name clusters, so the first side that does counts.
+        Earlier records do not name clusters, so the first run that does counts.
 
         Raises:
             UserError: as `scores`, or the runs' predictions are of different examples.
@@ -360,7 +360,7 @@ class Scorebook:
         ids, _ = self.scores(sides[0][0], measure)
         if other := next((run for side in sides for run in side if self.scores(run, measure)[0] != ids), None):
             raise UserError(f"{other.run_id}: its predictions are of other examples")
-        named = (self.read(runs[0], measure.split, False).clusters for runs in sides)
+        named = (self.read(run, measure.split, False).clusters for runs in sides for run in runs)
         clusters = next((clusters for clusters in named if clusters is not None), None)
         return [np.stack([self.scores(run, measure)[1] for run in runs]) for runs in sides], clusters
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tiedlora import storage
 from tiedlora.analysis.answers import Answer
-from tiedlora.analysis.compare import ResultRow
+from tiedlora.analysis.compare import BASELINE, ResultRow
 from tiedlora.analysis.groups import RunGroup
 from tiedlora.analysis.shares import SharePanel
 from tiedlora.config.sizes import is_near
@@ -184,7 +184,7 @@ def _answer(report: Report) -> Table:
 def _against_equal_size(report: Report, name: tuple[str, str, int]) -> str | None:
     """The verdicts on claims that an arm is better than an arm of about its size, or than the curve at its size."""
     panels = {(panel.reference.setting, panel.measure) for panel in report.share_panels}
-    lora = {arm.group.name for panel in report.share_panels for arm in panel.curve}
+    lora = {arm.group.name for panel in report.share_panels if panel.reference.label == BASELINE for arm in panel.curve}
     found: dict[str, dict[str, None]] = {}
     for answer in report.answers:
         pair, measure = answer.pair, answer.measure
