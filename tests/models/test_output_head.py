@@ -20,7 +20,6 @@ ROWS = [Encoded((3, 4, 5), (6, 7, 8, 1)), Encoded((9, 4), (12, 13, 1))]
 
 @pytest.mark.parametrize("family", [*FAMILIES, *SCALED])
 def test_losses_and_gradients_are_those_of_the_models_own_logits(family):
-    """With factors (Granite, Cohere), capped logits (Gemma 2), head biases and norms."""
     model = family_model(family)
     output_head.check(model)
     attached = tiedlora.attach(model, "TABuv", 4, layout=LAYOUT if family in SCALED else None)

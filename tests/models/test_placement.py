@@ -123,7 +123,6 @@ class TestHookedByTheUser:
             assert torch.equal(one.grad, two.grad)
 
     def test_offloaded_afterwards_is_refused(self, ids):
-        """accelerate moves the adapter to the meta device, and its values are garbage."""
         attached = attach(tiny("tiny_llama").model, "TABuv")
         cpu_offload(attached.model, CPU)
         with pytest.raises(UserError, match=r"offloaded to the meta device.*offload the model first") as refused:

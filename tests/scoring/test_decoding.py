@@ -25,7 +25,6 @@ def alone(model, prompt, choice):
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("batches", [[[0], [1], [2], [3], [4], [5], [6]], [[1, 4], [6, 0, 3, 2, 5]], [range(7)]])
 def test_choices_have_the_likelihoods_of_whole_sequences(name, batches):
-    """An ending may be empty: it may be only a mark, where the chat template removes blanks."""
     model, draw = tiny(name).model.double(), random.Random(0)
 
     def text(length):

@@ -95,7 +95,7 @@ def code_version() -> CodeVersion:
 def git(*arguments: str) -> str | None:
     """The output of git; None outside a git checkout, or if git is missing."""
     try:
-        done = subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

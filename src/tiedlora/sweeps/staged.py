@@ -397,7 +397,9 @@ def next_looks(claims: Sequence[Claim], staged: StagedSweep) -> list[tuple[Answe
             run = read_run(cell.folder.path)
             runs.append(run) if isinstance(run, Run) else left_out.append(run)
     groups, book = group_runs(runs, left_out, [staged.selection()]), Scorebook()
-    answers = [answer for claim in claims for answer in answer_claims([claim], groups, book)]
+    # Some runs may have test scores from another command, and the runs of later looks will not.
+    split = "test" if "test" in staged.sweep.cells[0].config.score.splits else "validation"
+    answers = [answer for claim in claims for answer in answer_claims([claim], groups, book, split)]
     return [(answer, _next_look(answer, owners)) for answer in answers]
 
 
@@ -407,6 +409,8 @@ def _next_look(answer: Answer, owners: dict[str, tuple[Search, RateChoice]]) -> 
     if pair is None or answer.verdict != Verdict.UNDECIDED or answer.is_futile:
         return []
     for number in range(len(plan.looks)):
+        if number and not answer.rows:
+            return []  # The first look has its runs and cannot be computed, so more runs would not help.
         cells = [
             search.cell(choice.lr, seed + offset)
             for group, offset in pair.arms
